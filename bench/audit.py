@@ -30,7 +30,9 @@ from ringfence.client.reports.auditor import verify_trail
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.stack import Stack
-from ringfence.kernel.kafka.producer import Follower, Publisher, Received
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.permission import Permission
 from ringfence.messages.topics import ACTION, AUDIT

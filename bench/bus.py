@@ -17,7 +17,8 @@ from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.consumer import Consumer
 from ringfence.kernel.kafka.embedded_broker import adapt_to_embedded_broker
-from ringfence.kernel.kafka.producer import Publisher, Received
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 

@@ -22,7 +22,8 @@ from ringfence.client.settings import ClientSettings
 from ringfence.dev.organisation import PLATFORM, READ_ALL, key_of, seed
 from ringfence.dev.stack import Stack
 from ringfence.kernel.kafka.partitioning import partition_number
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.topics import AUDIT
 
 Agents = list[tuple[Agent, str]]

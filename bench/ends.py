@@ -25,7 +25,8 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.connection import connection
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceRole

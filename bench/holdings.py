@@ -14,7 +14,7 @@ from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.lease import Lease, LeaseStatus
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentRecord

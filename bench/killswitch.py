@@ -25,7 +25,9 @@ from ringfence.dev.stack import Stack
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Follower, Outbound, Publisher, Received
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Outbound, Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.base import Topic
 from ringfence.messages.lease import TERMINAL, Lease, RevocationAck, RevocationRequest, Selector
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK, REVOCATION_REQUEST

@@ -20,7 +20,8 @@ from bench.machine import percentile
 from bench.stack import running
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import SignedLease

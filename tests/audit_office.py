@@ -23,7 +23,7 @@ from ringfence.kernel.crypto.jwe import ReplyKey, seal
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionRequest, Approval, ApprovalRequest
 from ringfence.messages.base import Claims, ExpiringClaims, Message, Topic
 from ringfence.messages.credential import (

@@ -10,7 +10,7 @@ from ringfence.kernel.crypto.jwe import seal
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, enclose
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, Approval, BreakGlassReview, Grant, GrantWithdraw
 from ringfence.messages.base import ExpiringClaims, Topic
 from ringfence.messages.credential import Reason

@@ -13,7 +13,8 @@ from redis.asyncio import Redis
 
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.settings import ServiceSettings
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.topics import ALL
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.lease_store.codec.records import expanded

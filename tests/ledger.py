@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Claims, ExpiringClaims, Topic
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Permission

@@ -9,8 +9,8 @@ import asyncio
 import sys
 
 from ringfence.kernel.base.settings import ServiceSettings, load
-from ringfence.kernel.kafka.consumer import one_by_one
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.batch_handlers import one_by_one
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import CREDENTIAL_REQUEST

@@ -13,13 +13,16 @@ from typing import Any, TypeVar
 from ringfence.cli.commands.dev import client_settings
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.agent.agent import Agent
-from ringfence.client.approvals.sponsor import PendingApproval, Sponsor
+from ringfence.client.approvals.pending import PendingApproval
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.stack import Stack
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import open_signed, parse
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Follower, Publisher, Received
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.operations import ServiceEvent

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from ringfence.messages.topics import AUDIT, AUDITED
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka.producer import Received
+    from ringfence.kernel.kafka.record import Received
     from ringfence.messages.credential import Coordinates
     from tests.stack import Realm, Seen
     from tests.world import World

@@ -18,7 +18,8 @@ from ringfence.audit.verification import Believer
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AGENT, AUDIT, AUDITED, TARGET, TASK, TRUST, USER
 from ringfence.model.records.directory import Directory

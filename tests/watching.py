@@ -15,7 +15,7 @@ from ringfence.audit.detections.detector import Detector
 from ringfence.audit.index.store import SqliteIndex
 from ringfence.audit.settings import AuditSettings
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.topics import AUDIT
 from ringfence.model.audit_log.chain import Source
 from tests.audit_office import TD, KeptEvents, Office

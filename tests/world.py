@@ -37,7 +37,9 @@ from ringfence.kernel.crypto.jws import open_signed, parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Follower, Publisher, Received
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.api import ApiToken, api_audience

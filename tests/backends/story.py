@@ -17,7 +17,7 @@ from ringfence.client.agent.credentials import GatewayCredential, IssuedCredenti
 from ringfence.dev.stack import Stack, StackOptions
 from ringfence.kernel.crypto.jws import open_signed, parse
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, unverified_about
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import CredentialDelivery, Delivery
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, VerbFloor

@@ -17,7 +17,8 @@ from ringfence.kernel.crypto.jwe import unverified_kid
 from ringfence.kernel.crypto.jws import open_signed, parse
 from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest
 from ringfence.messages.operations import ServiceEvent

@@ -13,7 +13,8 @@ from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jwe import unverified_kid
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.base import typ_header
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import TERMINAL, Lease, LeaseEpoch

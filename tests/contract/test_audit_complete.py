@@ -15,7 +15,7 @@ import pytest
 
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import ExpiringClaims, Message, Topic, typ_header
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import EndKind, RevocationRequest

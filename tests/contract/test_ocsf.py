@@ -21,7 +21,7 @@ from ringfence.audit.events import (
     sharing_events,
     trust,
 )
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import OCSF_VERSION, AuditEvent
 from ringfence.messages.registry import COMMANDS
 from ringfence.messages.topics import ALL

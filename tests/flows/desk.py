@@ -17,7 +17,7 @@ from ringfence.kernel.base.ids import digest, lease_id, message_id
 from ringfence.kernel.crypto.jwe import ReplyKey, unverified_kid
 from ringfence.kernel.crypto.jws import Signed, open_signed, parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval
 from ringfence.messages.credential import (
     Coordinates,

@@ -16,7 +16,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.crypto.jwe import ReplyKey, unverified_kid
 from ringfence.kernel.crypto.jws import parse, sign
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.topics_admin import partitions_of
 from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, ReplyContent

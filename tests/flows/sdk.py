@@ -12,13 +12,14 @@ from typing import Any
 import httpx
 
 from ringfence.client.admin.administrator import Administrator
-from ringfence.client.approvals.sponsor import PendingApproval, Sponsor
+from ringfence.client.approvals.pending import PendingApproval
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.ids import digest, lease_id, message_id
 from ringfence.kernel.crypto.jwe import seal
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import (
     Coordinates,
     Credential,

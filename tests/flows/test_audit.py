@@ -20,7 +20,7 @@ from ringfence.kernel.base.ids import digest, lease_id, message_id
 from ringfence.kernel.crypto.jwe import ReplyKey, seal
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.topics_admin import partitions_of
 from ringfence.kernel.tracing.traceparent import new_traceparent, trace_id
 from ringfence.messages.approval import Approval

@@ -12,7 +12,7 @@ import pytest
 from ringfence.audit.trail.chain_writer import ChainWriter
 from ringfence.client.reports.auditor import TrailReport, witness
 from ringfence.kernel.crypto.jws import parse
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
 from ringfence.model.audit_log.chain import Source, event_of, linkable, linked

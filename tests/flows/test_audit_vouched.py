@@ -13,7 +13,8 @@ from ringfence.audit.trail.handover import Told
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Received, partition_of
+from ringfence.kernel.kafka.partitioning import partition_of
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.transactions import FencedError, TransactionalPublisher
 from ringfence.messages.audit import AuditChained, AuditIntake
 from ringfence.messages.base import typ_header

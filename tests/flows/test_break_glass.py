@@ -26,7 +26,7 @@ from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base import metrics
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Grant
 from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.lease import Lease

@@ -22,7 +22,7 @@ from ringfence.client.errors import (
     RequestTimeoutError,
 )
 from ringfence.kernel.crypto.jws import parse, sign
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.operations import DeadLetter, ServiceEvent

@@ -25,7 +25,7 @@ from ringfence.kernel.crypto.multi_recipient_jwe import (
     recipients_of,
     unverified_about,
 )
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.tracing.traceparent import new_traceparent
 from ringfence.messages.credential import Credential, CredentialDelivery, ReplyContent
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor

@@ -8,7 +8,7 @@ from typing import Any
 from ringfence.audit.settings import AuditSettings
 from ringfence.client.reports.auditor import verify_trail
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.topics import AUDIT
 from tests.contract.test_sigma import matches
 from tests.flows.office import DEPLOY, Office

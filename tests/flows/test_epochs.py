@@ -13,7 +13,8 @@ from redis.asyncio import Redis
 from ringfence.backends.jwt import JwtBackend
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import parse, sign
-from ringfence.kernel.kafka.producer import Outbound, Publisher
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.base import Topic
 from ringfence.messages.lease import EndCause, Lease, LeaseEpoch, LeaseStatus
 from ringfence.messages.topics import LEASE

@@ -12,7 +12,7 @@ import pytest
 from ringfence.kernel.base import metrics
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import Selector

@@ -18,7 +18,7 @@ from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.gateway.decision.injection import SealedCredentials
 from ringfence.gateway.events.recorder import Recorder
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from ringfence.messages.topics import ACTION, AUDIT

@@ -11,7 +11,7 @@ import pytest
 
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import sign
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Grant, GrantWithdraw
 from ringfence.messages.credential import CredentialDecision, Revisions
 from ringfence.messages.operations import ServiceEvent

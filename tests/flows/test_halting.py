@@ -13,8 +13,8 @@ import pytest
 
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.consumer import MAX_INVALID_SIGNED
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.dead_letters import MAX_INVALID_SIGNED
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionApproval, BreakGlassReview
 from ringfence.messages.base import Claims, typ_header

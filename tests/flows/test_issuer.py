@@ -23,7 +23,7 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jwe import unverified_kid
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates, CredentialDelivery, ReplyContent
 from ringfence.messages.keys import PublicJwk

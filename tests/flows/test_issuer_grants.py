@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ringfence.kernel.crypto.jws import parse, sign
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Grant, GrantWithdraw
 from ringfence.messages.registry import AgentResume, AgentSetCeiling, AgentSuspend

@@ -12,7 +12,7 @@ import pytest
 from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import sign, sign_payload
-from ringfence.kernel.kafka.producer import Follower
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.registry import AgentSuspend, TaskEnd, UserDisable
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, CREDENTIAL_REQUEST

@@ -16,7 +16,8 @@ from redis.asyncio import Redis
 from ringfence.cli.main import main
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import sign
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.lease import TERMINAL, EndCause, Selector
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import (

@@ -16,7 +16,8 @@ from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.operations import Heartbeat, ServiceEvent

@@ -12,7 +12,7 @@ import pytest
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import Signed, sign
-from ringfence.kernel.kafka.producer import Outbound
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import EndCause, Lease, LeaseStatus

@@ -11,7 +11,7 @@ import pytest
 
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import b64encode
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Topic
 from ringfence.messages.lease import EndCause, RevocationRequest
 from ringfence.messages.registry import (

@@ -22,7 +22,7 @@ from ringfence.client.admin.provisioner import Provisioner
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.settings import BusSettings
-from ringfence.kernel.kafka.producer import Follower
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.bearer_tokens import MAX_WRONG, new_token
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.registry import (

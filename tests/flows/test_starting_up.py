@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import USER
 from tests.world import World

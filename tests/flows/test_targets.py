@@ -22,7 +22,7 @@ from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import b64decode
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import ReplyContent
 from ringfence.messages.lease import TERMINAL, Lease, LeaseStatus, Selector
 from ringfence.messages.registry import (

@@ -16,7 +16,7 @@ from ringfence.kernel.base.errors import SignatureError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval
 from ringfence.messages.base import Topic
 from ringfence.messages.lease import EndCause, Lease, RevocationRequest, Selector

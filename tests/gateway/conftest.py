@@ -13,7 +13,7 @@ import pytest_asyncio
 import uvloop
 
 from ringfence.gateway.contract import Blocked
-from ringfence.gateway.dataplane.forwarder import Patiences
+from ringfence.gateway.dataplane.exchange import Patiences
 from ringfence.gateway.dataplane.limits import Allowance
 from ringfence.gateway.dataplane.plane import DataPlane
 from tests.gateway.raw import Raw, connected

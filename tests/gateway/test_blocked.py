@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.gateway.dataplane.forwarder import Patiences
+from ringfence.gateway.dataplane.exchange import Patiences
 from ringfence.gateway.dataplane.limits import Allowance
 from tests.gateway.certificates import Certificates
 from tests.gateway.conftest import Place, placed

@@ -14,7 +14,7 @@ import h11
 import pytest
 
 from ringfence.gateway.contract import Attempt, Presented, Verdict
-from ringfence.gateway.dataplane.forwarder import Patiences
+from ringfence.gateway.dataplane.exchange import Patiences
 from tests.gateway.conftest import Place, placed
 from tests.gateway.raw import connected
 from tests.gateway.table_gate import SECRET, with_entry

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from ringfence.gateway.dataplane.errors import RefusedError
-from ringfence.gateway.dataplane.forwarder import Patiences
+from ringfence.gateway.dataplane.exchange import Patiences
 from ringfence.gateway.dataplane.limits import Allowance, Limits, sender_at
 from ringfence.gateway.dataplane.stream import ExpiredError, Patience, Stream
 from tests.gateway.conftest import placed

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.gateway.dataplane.forwarder import Patiences
+from ringfence.gateway.dataplane.exchange import Patiences
 from ringfence.gateway.dataplane.limits import Allowance
 from tests.gateway.conftest import Place, placed
 from tests.gateway.raw import connected

@@ -9,7 +9,7 @@ import hashlib
 import h11
 import pytest
 
-from ringfence.gateway.dataplane.forwarder import Patiences
+from ringfence.gateway.dataplane.exchange import Patiences
 from tests.gateway.conftest import placed
 from tests.gateway.table_gate import SECRET
 from tests.gateway.target import OK, Reader, Target, Writer

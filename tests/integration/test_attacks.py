@@ -21,7 +21,8 @@ from ringfence.kernel.base.ids import digest, lease_id, message_id
 from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
-from ringfence.kernel.kafka.producer import Publisher, Received
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, Revisions

@@ -25,7 +25,7 @@ from ringfence.client.settings import ClientSettings
 from ringfence.dev.processes import Child, free_port, spawn
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.crypto.jws import sign
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE, DEAD_LETTER

@@ -20,16 +20,12 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings
-from ringfence.kernel.kafka.consumer import (
-    MAX_INVALID_SIGNED,
-    BatchHandler,
-    Consumer,
-    DeadLetters,
-    HaltedError,
-    one_by_one,
-    side_by_side,
-)
-from ringfence.kernel.kafka.producer import Follower, Publisher, Reader, Received
+from ringfence.kernel.kafka.batch_handlers import BatchHandler, one_by_one, side_by_side
+from ringfence.kernel.kafka.consumer import Consumer
+from ringfence.kernel.kafka.dead_letters import MAX_INVALID_SIGNED, DeadLetters, HaltedError
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower, Reader
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin, partitions_of
 from ringfence.messages.base import Topic, typ_header
 from ringfence.messages.credential import CredentialDecision

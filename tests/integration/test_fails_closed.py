@@ -13,7 +13,7 @@ import pytest
 
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.trail.handover import Intake
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT, CREDENTIAL_REPLY, LEASE
 from tests.flows.desk import Asked, Desk, another, opened_desks

@@ -13,7 +13,9 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.consumer import Consumer
 from ringfence.kernel.kafka.data_loss import Gone
-from ringfence.kernel.kafka.producer import Follower, Publisher, Received
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 
 WITHIN_S = 60

@@ -17,9 +17,13 @@ from aiokafka.record.util import calc_crc32c
 
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.settings import ServiceSettings
-from ringfence.kernel.kafka.consumer import Consumer, DeadLetters, one_by_one
+from ringfence.kernel.kafka.batch_handlers import one_by_one
+from ringfence.kernel.kafka.consumer import Consumer
+from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.fetch_control import fetch_options
-from ringfence.kernel.kafka.producer import Follower, Publisher, Received
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.kernel.kafka.unreadable_batches import UNREADABLE
 from ringfence.messages.topics import ALL, AUDIT, CREDENTIAL_REQUEST, LEASE

@@ -25,7 +25,7 @@ from ringfence.client.reports.action_report import (
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import SystemClock
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.http import application
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import AUDIT

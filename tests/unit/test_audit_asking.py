@@ -29,7 +29,7 @@ from ringfence.client.reports.access_report import who_report
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import SystemClock
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.http import application
 from ringfence.messages.credential import Reason
 from ringfence.messages.permission import Permission

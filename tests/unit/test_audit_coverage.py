@@ -10,7 +10,7 @@ import pytest
 from ringfence.audit.index.coverage import behind, count_actions, count_leases, went_through
 from ringfence.audit.index.store import CursorLostError, Viewer
 from ringfence.client.reports.coverage import Coverage, Share
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import AUDIT, LEASE, TASK
 from tests.audit_office import Story

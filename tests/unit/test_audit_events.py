@@ -19,7 +19,7 @@ from ringfence.kernel.base.ids import derived_id, digest, message_id
 from ringfence.kernel.crypto.jws import parse, sign, sign_payload
 from ringfence.kernel.crypto.keys import PublicKey, SigningKey
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, enclose
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.audit import IntakeEntry
 from ringfence.messages.base import ExpiringClaims

@@ -16,7 +16,8 @@ from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Outbound, Publisher, Received
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE, SERVICE_EVENT
 from ringfence.model.audit_log.chain import linkable, linked, linked_event

@@ -16,7 +16,7 @@ from ringfence.audit.trail.proofs import NoProofError, ProofStore
 from ringfence.audit.trail.written_cache import ReadBack, Trailed
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT
 from ringfence.model.audit_log.chain import NOTHING, Source, Tip, linkable, linked, loaded

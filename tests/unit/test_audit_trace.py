@@ -14,7 +14,7 @@ from ringfence.audit.events.break_glass import uses
 from ringfence.audit.index.filters import Wanted
 from ringfence.audit.index.store import SqliteIndex, Viewer
 from ringfence.audit.index.trace import tree
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.messages.lease import EndCause, RevocationRequest, Selector
 from ringfence.messages.registry import TaskEnd

@@ -12,15 +12,9 @@ import pytest
 from ringfence.issuer.decisions import DecisionHandler
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.kafka.consumer import (
-    MAX_INVALID_SIGNED,
-    BatchHandler,
-    DeadLetters,
-    HaltedError,
-    one_by_one,
-    side_by_side,
-)
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.batch_handlers import BatchHandler, one_by_one, side_by_side
+from ringfence.kernel.kafka.dead_letters import MAX_INVALID_SIGNED, DeadLetters, HaltedError
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import typ_header
 from ringfence.messages.registry import UserRecord
 from ringfence.messages.topics import REGISTRY_COMMAND, USER

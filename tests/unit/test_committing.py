@@ -11,7 +11,7 @@ from aiokafka import TopicPartition
 from aiokafka.errors import CommitFailedError, KafkaError
 
 from ringfence.kernel.kafka.committing import COMMIT_MS, Commits
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.topics import LEASE
 
 TOPIC = "ringfence.lease.v1"

@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY
 from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import RevocationAck, RevocationRequest, Selector

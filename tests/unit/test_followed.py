@@ -10,8 +10,8 @@ from ringfence.audit.malformed_topics import Followed
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import sign
-from ringfence.kernel.kafka.consumer import DeadLetters
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.dead_letters import DeadLetters
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditWitness
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import AUDIT_CHECKPOINT, HEARTBEAT

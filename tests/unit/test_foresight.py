@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ringfence.kernel.kafka.producer import Outbound
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.model.lease_store import told_of
 from ringfence.revoker.mass_expiry.own_record_cache import glance_of
 from ringfence.revoker.mass_expiry.precomputed import ForeseenEnd, Foresight, digest_of

@@ -11,7 +11,7 @@ import pytest
 
 from ringfence.gateway.contract import Admits, Attempt, Carried, Gate, Presented, Rpc, Verdict
 from ringfence.gateway.dataplane.denials import answer
-from ringfence.gateway.dataplane.forwarder import goes_no_further
+from ringfence.gateway.dataplane.exchange import goes_no_further
 from ringfence.gateway.decision.evaluator import NO_ANSWER, Allowed
 from ringfence.gateway.decision.gate import DecisionGate
 from ringfence.gateway.decision.mcp import Sessions

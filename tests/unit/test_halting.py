@@ -13,8 +13,13 @@ from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import open_signed, parse
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.acls import Operation, Party, acls
-from ringfence.kernel.kafka.consumer import BURST_MS, MAX_INVALID_SIGNED, DeadLetters, HaltedError
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.dead_letters import (
+    BURST_MS,
+    MAX_INVALID_SIGNED,
+    DeadLetters,
+    HaltedError,
+)
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.postponed import Postponed
 from ringfence.messages.base import Claims, Topic, typ_header
 from ringfence.messages.lease import Lease, RevocationRequest

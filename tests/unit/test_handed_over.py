@@ -12,7 +12,7 @@ from ringfence.audit.trail.handover import MOST_HASHES, vouched
 from ringfence.audit.trail.handover_lookup import HandedOver, Mark, mark_of
 from ringfence.kernel.crypto.jws import sign_payload
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditIntake
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT_INTAKE

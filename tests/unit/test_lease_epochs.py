@@ -11,7 +11,7 @@ import pytest
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.lease import LeaseEpoch
 from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceIdentity, TrustBundle

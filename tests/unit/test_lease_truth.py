@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from ringfence.kernel.crypto.keys import b64encode
-from ringfence.kernel.kafka.producer import Received
-from ringfence.revoker.consistency.kafka_view import Fold, peek
+from ringfence.kernel.kafka.record import Received
+from ringfence.revoker.consistency.kafka_view import Fold
+from ringfence.revoker.lease_records import peek
 from tests.unit.test_lease_epochs import Markers
 
 ONE, TWO = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))

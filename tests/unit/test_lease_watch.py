@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.lease import EndCause
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import LostError, SignedLease

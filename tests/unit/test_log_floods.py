@@ -14,8 +14,9 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.log_limiter import EVERY_S, FIRST, QUIET_S, LogFloods, of_a_kind
-from ringfence.kernel.kafka.consumer import DeadLetters, one_by_one
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.batch_handlers import one_by_one
+from ringfence.kernel.kafka.dead_letters import DeadLetters
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service import logging as ringfence_logging
 from ringfence.messages.topics import HEARTBEAT, REGISTRY_COMMAND
 

@@ -13,7 +13,7 @@ from ringfence.kernel.base.ids import lease_id, message_id
 from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
 from ringfence.messages.lease import Lease, LeaseEpoch, LeaseStatus
 from ringfence.messages.operations import ServiceEvent

@@ -11,7 +11,7 @@ import pytest
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 from ringfence.policy.domain import Case

@@ -11,7 +11,7 @@ from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, Outcome
 from ringfence.messages.topics import CREDENTIAL_DECISION

@@ -12,7 +12,7 @@ import pytest
 from ringfence.cli.shared.approval_views import as_json, print_question
 from ringfence.client.approvals.grouping import Alike, alike
 from ringfence.client.approvals.history_comparison import Comparison, Past, compare
-from ringfence.client.approvals.sponsor import PendingApproval
+from ringfence.client.approvals.pending import PendingApproval
 from ringfence.messages.credential import Reason, Revisions
 from ringfence.messages.permission import Permission
 from tests.world import Scope, scope

@@ -8,7 +8,7 @@ import pytest
 
 from ringfence.kernel.base.clock import CarriedOn
 from ringfence.kernel.crypto.jws import open_signed, parse, sign, sign_payload
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Claims, Millis
 from ringfence.messages.operations import Heartbeat, StreamDigest
 from ringfence.messages.topics import HEARTBEAT

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ringfence.revoker.consistency.kafka_view import peek
+from ringfence.revoker.lease_records import peek
 from ringfence.revoker.mass_expiry.own_record_cache import Said, glance_of
 from tests.leases import lease, signed, step
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ringfence.audit.trail.chain_recovery import _Stood, _strays, _Stretch
 from ringfence.audit.trail.unauthorised_records import Found, Strays
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.topics import AUDIT
 from ringfence.model.audit_log.chain import Tip, event_of, linkable, linked
 from ringfence.model.audit_log.merkle import leaf_hash

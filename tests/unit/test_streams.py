@@ -7,7 +7,7 @@ from itertools import count
 import pytest
 
 from ringfence.kernel.crypto.jws import sign
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.operations import Heartbeat, StreamDigest
 from ringfence.messages.topics import HEARTBEAT, LEASE
 from ringfence.model.leases.stream_digests import REMEMBERED, StreamCheck, Streams

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.tracing.traceparent import (
     nearest,
     new_traceparent,

@@ -21,10 +21,11 @@ from opentelemetry.trace import SpanKind, StatusCode
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.tracing import export as tracing_export
 from ringfence.kernel.tracing import tracing_settings
-from ringfence.kernel.tracing.api import NOT_TRACING, Tracing, Work, of_application
+from ringfence.kernel.tracing.api import NOT_TRACING, Tracing, Work
+from ringfence.kernel.tracing.application import of_application
 from ringfence.kernel.tracing.export import MOST_WAITING, Exporting
 from ringfence.kernel.tracing.otel import SpanTracing
 from ringfence.kernel.tracing.traceparent import new_traceparent, trace_id

@@ -20,8 +20,8 @@ from ringfence.audit.trail.written_cache import ReadBack
 from ringfence.audit.verification import Believer
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
-from ringfence.kernel.kafka.consumer import DeadLetters
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.dead_letters import DeadLetters
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, TRUST

@@ -14,8 +14,9 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import UnverifiedJws, open_signed, parse
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.consumer import BatchHandler, DeadLetters, Handler, side_by_side
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.batch_handlers import BatchHandler, Handler, side_by_side
+from ringfence.kernel.kafka.dead_letters import DeadLetters
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
 from ringfence.messages.base import Claims, Topic, typ_header
 from ringfence.messages.operations import Heartbeat

@@ -39,8 +39,8 @@ from ringfence.kernel.crypto.jwe import unverified_kid
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.multi_recipient_jwe import recipients_of, unverified_about
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.consumer import BatchHandler, gather_all
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.batch_handlers import BatchHandler, gather_all
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import (
     ActionApproval,
     ActionRequest,

@@ -21,7 +21,7 @@ from ringfence.kernel.base.text import with_article
 from ringfence.kernel.crypto.jws import ExpiredError, KeyFinder, UnverifiedJws, open_signed, parse
 from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
 from ringfence.messages.base import Claims, ExpiringClaims, Message
 from ringfence.messages.credential import CredentialRequest

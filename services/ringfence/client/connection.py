@@ -23,9 +23,11 @@ from ringfence.kernel.base.settings import load
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Follower, Publisher, Received
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.trust_updates import take_in
-from ringfence.kernel.tracing.api import of_application
+from ringfence.kernel.tracing.application import of_application
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.operations import DeadLetter

@@ -19,7 +19,8 @@ import httpx
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.agent.agent import Agent
 from ringfence.client.agent.credentials import IssuedCredential
-from ringfence.client.approvals.sponsor import PendingApproval, Sponsor
+from ringfence.client.approvals.pending import PendingApproval
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import ApiError, RequestDeniedError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
@@ -29,7 +30,8 @@ from ringfence.dev.stack import Stack
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.private_files import write_private
 from ringfence.kernel.crypto.jws import open_signed, parse
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE
 

@@ -27,7 +27,7 @@ from ringfence.issuer.settings import IssuerSettings
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
 from ringfence.kernel.crypto.encryption_keys import SealKeys
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, HEARTBEAT

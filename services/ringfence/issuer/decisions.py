@@ -39,8 +39,8 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id, digest, lease_id
 from ringfence.kernel.crypto.jwe import seal
 from ringfence.kernel.crypto.jws import Signed, open_signed, parse, sign
-from ringfence.kernel.kafka.consumer import gather_all
-from ringfence.kernel.kafka.producer import Outbound, Received
+from ringfence.kernel.kafka.batch_handlers import gather_all
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.tracing.api import Work
 from ringfence.messages.credential import (

@@ -17,7 +17,7 @@ from ringfence.issuer.domain import FULL, FULL_RETRY_S, LATE, OVER, Issue, Refus
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.crypto.jws import open_signed, parse, sign
-from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Credential, Reason
 from ringfence.messages.lease import TERMINAL, Lease

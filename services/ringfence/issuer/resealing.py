@@ -14,7 +14,8 @@ from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.crypto.jws import open_signed, parse
 from ringfence.kernel.crypto.multi_recipient_jwe import Opener, enclose, unverified_about
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.credential import CredentialDelivery
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import CREDENTIAL_REPLY

@@ -13,8 +13,10 @@ from ringfence.backends.capabilities import Declared
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
-from ringfence.kernel.kafka.consumer import DeadLetters, one_by_one, side_by_side
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.batch_handlers import one_by_one, side_by_side
+from ringfence.kernel.kafka.dead_letters import DeadLetters
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.base import Topic
@@ -46,10 +48,11 @@ from ringfence.policy.api.usage import UsageApi
 from ringfence.policy.decision_log import HISTORY_MS, Approvers, DecisionsInMemory
 from ringfence.policy.decisions.evaluator import Judge
 from ringfence.policy.decisions.responder import Answers
-from ringfence.policy.grants import GrantBook, GrantHandler
+from ringfence.policy.grants import GrantBook
 from ringfence.policy.incoming.admission import Doorkeeper, Gatekeeper, Limits, PendingLimits
 from ringfence.policy.incoming.approvals import ApprovalHandler
 from ringfence.policy.incoming.credential_requests import RequestHandler
+from ringfence.policy.incoming.grants import GrantHandler
 from ringfence.policy.incoming.load_shedding import LetGo
 from ringfence.policy.incoming.verification import Opener
 from ringfence.policy.incoming.waiting import count_what_waits

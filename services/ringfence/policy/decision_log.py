@@ -21,7 +21,7 @@ from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.base.log_limiter import of_a_kind
 from ringfence.kernel.crypto.jws import MAX_LIFE_S, Signed, open_signed, parse
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Approval
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Outcome
 from ringfence.messages.registry import UserState

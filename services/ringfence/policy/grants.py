@@ -5,30 +5,20 @@ The issuer counts for good; what is counted here only saves asking it for what i
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
-from ringfence.kernel.crypto.jws import ExpiredError, Signed, parse
-from ringfence.kernel.kafka.producer import Received
-from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.approval import MAX_GRANT_LIFE_S, Approval, Grant, GrantWithdraw
-from ringfence.messages.credential import CredentialDecision, Reason
-from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.kernel.crypto.jws import Signed, parse
+from ringfence.messages.approval import Approval, Grant
+from ringfence.messages.credential import CredentialDecision
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.approvals import may_approve, unmet
-from ringfence.model.requests.facts import DeniedError, Ground, find_ground
+from ringfence.model.requests.approvals import unmet
+from ringfence.model.requests.facts import Ground
 from ringfence.model.requests.grants import (
-    MOST_OF_ONE,
     GrantTable,
     grant_problem,
     id_of,
-    kind_of,
-    not_understood,
-    signer_of,
 )
-from ringfence.model.scope.globs import ScopeError
-from ringfence.model.scope.scope import validate_scope
 from ringfence.policy.domain import Case, Judgement
-from ringfence.policy.incoming.verification import Opener
 
 _MOST_REMEMBERED = 1000
 """Beyond, it is looked which grants are over."""
@@ -101,148 +91,3 @@ class GrantBook:
         return self._table.is_withdrawn(
             grant, sponsor=ground.agent.state.sponsor, on_behalf_of=ground.task.state.on_behalf_of
         )
-
-
-class GrantHandler:
-    """Takes in grants and withdrawals, each answered by a `service.event`."""
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        directory: Directory,
-        opener: Opener,
-        table: GrantTable,
-        policy_revision: Callable[[], str],
-        records: Callable[[int], Awaitable[None]],
-        reconsider: Callable[[Grant, int], Awaitable[None]],
-    ) -> None:
-        """Args:
-            policy_revision: the revision of the bundle in force.
-            records: returns when those are known that stood on Kafka at an append time.
-            reconsider: looks again at what waits, now (an append time) that a grant was given.
-        """  # fmt: skip
-        self._runtime = runtime
-        self._directory = directory
-        self._opener = opener
-        self._table = table
-        self._policy_revision = policy_revision
-        self._records = records
-        self._reconsider = reconsider
-
-    async def handle(self, record: Received) -> None:
-        """Take in one record. Raises InvalidMessageError where it is neither, or nobody known signed it."""
-        if kind_of(record) == Grant.typ:
-            await self._grant(record)
-        else:
-            await self._withdraw(record)
-
-    async def _grant(self, record: Received) -> None:
-        grant, late = await self._opener.grant(record)
-        # Whoever grants may have seen records that are not here yet.
-        await self._records(record.appended_at_ms)
-        why = self._objection(grant.claims, late, record)
-        if why is None:
-            given = self._table.keep(grant, record.partition, record.offset)
-            if given is None:
-                message = f"{grant.claims.iss} has given {MOST_OF_ONE} grants already; let some end"
-                why = _reason("grants_too_many", message)
-            elif (given.partition, given.offset) != (record.partition, record.offset):
-                why = _reason(
-                    "grant_replayed", "this grant was given before; given again it counts for nothing more"
-                )
-        if why is None:  # whoever hears that it was accepted sees what became of what waited
-            await self._reconsider(grant.claims, record.appended_at_ms)
-        await self._answer(grant.claims, why, record)
-
-    def _objection(self, grant: Grant, late: ExpiredError | None, record: Received) -> Reason | None:
-        """Why a grant would count for nothing as things are; its signer is told at once."""
-        user_id = signer_of(grant)
-        if user_id is None:
-            return _reason("not_a_person", f"{grant.iss} is no user; only people approve")
-        if record.key != grant.agent_id:
-            return _reason("key_unexpected", f"the Kafka key of a grant is the agent's id, {grant.agent_id}")
-        if late is not None:
-            return _reason(late.code, str(late))
-        if (unread := not_understood(grant)) is not None:
-            return unread
-        if grant.exp - grant.iat > MAX_GRANT_LIFE_S:
-            return _reason("grant_too_long", f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most")
-        targets = {permission.target for permission in grant.scope}
-        if len(targets) != 1:
-            return _reason("several_targets", "a grant is for one target; give one for each")
-        try:
-            validate_scope(grant.scope)
-            ground = find_ground(self._directory, grant.agent_id, grant.task_id, targets.pop())
-        except ScopeError as error:
-            return _reason("scope_invalid", str(error))
-        except DeniedError as error:
-            return error.reason
-        if ground.task.state.agent_id != grant.agent_id:
-            return _reason("task_other_agent", f"task {grant.task_id} was assigned to another agent")
-        if not any(
-            may_approve(self._directory, user_id, one, ground)
-            for one in ("sponsor", "second_person", "operator")
-        ):
-            return _reason(
-                "not_approver", f"{user_id} can approve nothing of agent {grant.agent_id} in this task"
-            )
-        if grant.revisions != ground.revisions(self._policy_revision()):
-            return _reason(
-                "grant_stale",
-                "agent, user, task, target or policy changed before the grant came here; sign it anew",
-            )
-        return None
-
-    async def _withdraw(self, record: Received) -> None:
-        signed, late = await self._opener.withdrawal(record)
-        claims = signed.claims
-        if late is None and self._no_say(claims) is not None:
-            await self._records(record.appended_at_ms)  # nobody is refused for what has not arrived here yet
-        why = _reason(late.code, str(late)) if late else self._no_say(claims)
-        if why is None:
-            user_id = subject_of(claims.aud, claims.iss, "user") or ""
-            self._table.take_back(claims.grant_id, user_id, record.appended_at_ms)
-        await self._answer(claims, why, record)
-
-    def _no_say(self, claims: GrantWithdraw) -> Reason | None:
-        """Why somebody cannot take a grant back, or None."""
-        given = self._table.get(claims.grant_id)
-        user_id = subject_of(claims.aud, claims.iss, "user")
-        if given is None:
-            return _reason("grant_unknown", "no grant with this id is remembered: it may have ended long ago")
-        grant = given.signed.claims
-        try:
-            ground = find_ground(self._directory, grant.agent_id, grant.task_id, grant.scope[0].target)
-        except DeniedError as error:
-            return error.reason
-        concerned = {signer_of(grant), ground.agent.state.sponsor, ground.task.state.on_behalf_of}
-        if user_id is None or user_id not in concerned:
-            return _reason(
-                "not_concerned",
-                f"{claims.iss} neither signed the grant, nor sponsors the agent, nor is whom the task is on behalf of; "
-                "an operator may end the task or suspend the agent",
-            )
-        return None
-
-    async def _answer(self, claims: Grant | GrantWithdraw, why: Reason | None, record: Received) -> None:
-        grant_id = id_of(claims) if isinstance(claims, Grant) else claims.grant_id
-        given = self._table.get(grant_id)
-        grant = claims if isinstance(claims, Grant) else given.signed.claims if given else None
-        replayed = why is not None and why.code == "grant_replayed"
-        await self._runtime.event(
-            "accepted" if why is None else "replayed" if replayed else "refused",
-            claims.typ,
-            about=(record.topic_name, record.partition, record.offset),
-            actor=claims.iss,
-            ref=claims.jti,
-            reasons=(why,) if why else (),
-            result=grant_id,
-            source=record.coordinates,
-            traceparent=record.traceparent,
-            agent_id=grant.agent_id if grant else None,
-            task_id=grant.task_id if grant else None,
-        )
-
-
-def _reason(code: str, message: str) -> Reason:
-    return Reason(code=code, message=message)

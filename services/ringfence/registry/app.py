@@ -8,7 +8,7 @@ from functools import partial
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import ServiceSettings, load
-from ringfence.kernel.kafka.consumer import one_by_one
+from ringfence.kernel.kafka.batch_handlers import one_by_one
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT

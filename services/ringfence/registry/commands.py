@@ -12,7 +12,8 @@ from aiokafka.errors import KafkaError
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.ids import derived_id, digest
 from ringfence.kernel.crypto.jws import open_signed, parse, sign
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates, Reason

@@ -8,8 +8,8 @@ from functools import partial
 from ringfence.backends import BackendSettings, Caller, Material, TargetAccess, all_backends
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load
-from ringfence.kernel.kafka.consumer import one_by_one
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.batch_handlers import one_by_one
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK, REVOCATION_REQUEST
@@ -35,11 +35,8 @@ from ringfence.revoker.mass_expiry.own_record_cache import Said
 from ringfence.revoker.mass_expiry.precomputed import Lookout
 from ringfence.revoker.revocations.cut_confirmation import Cuts
 from ringfence.revoker.revocations.fencing import FenceHandler
-from ringfence.revoker.revocations.revocations import (
-    RECORD_TOPICS,
-    RecordHandler,
-    RevocationHandler,
-)
+from ringfence.revoker.revocations.record_changes import RECORD_TOPICS, RecordHandler
+from ringfence.revoker.revocations.revocations import RevocationHandler
 from ringfence.revoker.revocations.verification import Orders
 from ringfence.revoker.settings import RevokerSettings
 

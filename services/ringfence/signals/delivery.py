@@ -20,8 +20,10 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.log_limiter import of_a_kind
 from ringfence.kernel.base.text import visible
-from ringfence.kernel.kafka.consumer import Consumer, HaltedError, gather_all
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.batch_handlers import gather_all
+from ringfence.kernel.kafka.consumer import Consumer
+from ringfence.kernel.kafka.dead_letters import HaltedError
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease

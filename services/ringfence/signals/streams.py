@@ -13,7 +13,7 @@ from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.log_limiter import of_a_kind
 from ringfence.kernel.crypto.jws import open_signed, parse
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.signals import DeliveryMethod, SignalStream
 from ringfence.messages.topics import SIGNAL_STREAM

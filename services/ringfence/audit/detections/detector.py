@@ -27,7 +27,7 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.log_limiter import of_a_kind
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.model.audit_log.chain import linkable, loaded
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from ringfence.audit.events.ocsf import (
     step,
     user_of,
 )
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.topics import AUDITED
 from ringfence.model.identity.spiffe_ids import spiffe_id
 

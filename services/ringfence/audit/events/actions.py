@@ -32,7 +32,7 @@ from ringfence.kernel.base.text import with_article
 from ringfence.messages.operations import ActionAnswered, ActionDecided, Destination
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka.producer import Received
+    from ringfence.kernel.kafka.record import Received
 
 _STOLEN: Final = frozenset({"handle_other_agent", "proof_by_stranger", "mcp_session_other_agent"})
 """Why somebody should look: a handle, or a session, in other hands than it was given to."""

@@ -25,7 +25,7 @@ from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.model.identity.spiffe_ids import spiffe_id
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka.producer import Received
+    from ringfence.kernel.kafka.record import Received
 
 ASKED: Final = step(
     "action.approval_requested", AUTHORIZE_SESSION, "Ask for Approval", status="Requested", action=OBSERVED

@@ -29,7 +29,7 @@ from ringfence.messages.approval import BreakGlassReview
 from ringfence.messages.credential import CredentialDecision, Reason
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka.producer import Received
+    from ringfence.kernel.kafka.record import Received
 
 _F = DETECTION_FINDING
 USED = step("break_glass.used", _F, 1, severity=HIGH, status=NEW, action=ALLOWED, alert=True)

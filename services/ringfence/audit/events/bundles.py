@@ -9,7 +9,7 @@ from ringfence.audit.memory import Recent
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.trust import TrustBundle
 
 _REMEMBERED = 10_000

@@ -38,7 +38,7 @@ from ringfence.messages.lease import Lease, LeaseStatus, RevocationAck, Revocati
 from ringfence.model.requests.grants import id_of
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka.producer import Received
+    from ringfence.kernel.kafka.record import Received
 
 _S = AUTHORIZE_SESSION
 REQUESTED = step("credential.requested", _S, "Request Privileges", status="Requested", action=OBSERVED)

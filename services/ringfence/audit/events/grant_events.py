@@ -25,7 +25,7 @@ from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.requests.grants import id_of
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka.producer import Received
+    from ringfence.kernel.kafka.record import Received
 
 GIVEN = step("grant.given", AUTHORIZE_SESSION, "Approve Ahead", severity=LOW, action=ALLOWED)
 WITHDRAWN = step("grant.withdrawn", AUTHORIZE_SESSION, "Withdraw Approval", severity=LOW, action=DENIED)

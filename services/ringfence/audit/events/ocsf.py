@@ -27,7 +27,7 @@ from ringfence.messages.permission import Permission
 from ringfence.model.audit_log.chain import Source
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka.producer import Received
+    from ringfence.kernel.kafka.record import Received
 
 _CATEGORIES = {2: "Findings", 3: "Identity & Access Management", 6: "Application Activity"}
 DETECTION_FINDING, AUTHENTICATION, AUTHORIZE_SESSION, ENTITY_MANAGEMENT = 2004, 3002, 3003, 3004

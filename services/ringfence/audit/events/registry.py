@@ -56,7 +56,7 @@ from ringfence.messages.registry import (
 from ringfence.model.lifecycle import agents_of
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka.producer import Received
+    from ringfence.kernel.kafka.record import Received
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from ringfence.messages.lease import LeaseEpoch
 from ringfence.messages.operations import DeadLetter, ServiceEvent
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka.producer import Received
+    from ringfence.kernel.kafka.record import Received
 
 _A = AUTHENTICATION
 _STARTED = step("service.started", _A, 1)

@@ -19,7 +19,7 @@ from ringfence.audit.events.ocsf import (
 from ringfence.messages.operations import ServiceEvent
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka.producer import Received
+    from ringfence.kernel.kafka.record import Received
 
 _F = DETECTION_FINDING
 _KINDS = {

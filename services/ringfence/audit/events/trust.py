@@ -21,7 +21,7 @@ from ringfence.messages.keys import KeyRecord
 from ringfence.messages.trust import TrustBundle
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka.producer import Received
+    from ringfence.kernel.kafka.record import Received
 
 _CHANGED: Final = step("trust.changed", ENTITY_MANAGEMENT, 3, severity=MEDIUM)
 _REPEATED: Final = step("trust.repeated", ENTITY_MANAGEMENT, "Repeat")

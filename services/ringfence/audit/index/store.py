@@ -19,7 +19,7 @@ from ringfence.audit.trail.handover_lookup import mark_of
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.log_limiter import of_a_kind
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.model.audit_log.chain import loaded
 
 log = logging.getLogger(__name__)

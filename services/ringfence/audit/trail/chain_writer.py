@@ -31,10 +31,10 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.log_limiter import of_a_kind
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.connection import connection, no_answer
-from ringfence.kernel.kafka.consumer import gather_all
-from ringfence.kernel.kafka.producer import Outbound, Received
 from ringfence.kernel.kafka.range_reader import Stretches
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.transactions import TransactionalPublisher
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.audit import AuditChained, AuditCheckpoint

@@ -17,8 +17,10 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import open_payload, open_signed, parse, sign, sign_payload
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.consumer import gather_all
-from ringfence.kernel.kafka.producer import Outbound, Publisher, Received, partition_of
+from ringfence.kernel.kafka.batch_handlers import gather_all
+from ringfence.kernel.kafka.partitioning import partition_of
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.messages.audit import AuditChained, AuditIntake
 from ringfence.messages.base import typ_header
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE

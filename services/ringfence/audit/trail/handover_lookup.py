@@ -20,8 +20,8 @@ import orjson
 from ringfence.audit.trail.handover import Opened, opened_intake
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
 from ringfence.kernel.kafka.range_reader import Stretches
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.topics import AUDIT_INTAKE
 from ringfence.model.audit_log.merkle import Hash
 

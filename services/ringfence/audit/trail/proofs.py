@@ -18,7 +18,7 @@ from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.log_limiter import of_a_kind
 from ringfence.kernel.crypto.jws import open_signed, parse
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.base import typ_header
 from ringfence.model.audit_log.chain import Tip, event_of, said_link

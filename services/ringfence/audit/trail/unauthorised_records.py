@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.model.audit_log.chain import event_of, loaded
 
 

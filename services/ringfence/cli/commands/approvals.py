@@ -37,7 +37,8 @@ from ringfence.cli.shared.scopes import show_scope
 from ringfence.client.approvals.action_approvals import PendingAction
 from ringfence.client.approvals.grouping import Alike, AlikeKey, key_of
 from ringfence.client.approvals.history_comparison import Comparison
-from ringfence.client.approvals.sponsor import PendingApproval, Sponsor
+from ringfence.client.approvals.pending import PendingApproval
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.id_prefix import named
 

@@ -33,7 +33,8 @@ from ringfence.cli.shared.output import (
 from ringfence.cli.shared.scopes import parse_scope, show_scope
 from ringfence.client.admin.outcomes import Accepted
 from ringfence.client.approvals.grants import Grantor, Proposal
-from ringfence.client.approvals.sponsor import PendingApproval, Sponsor
+from ringfence.client.approvals.pending import PendingApproval
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import InvalidCallError
 from ringfence.messages.permission import Permission
 

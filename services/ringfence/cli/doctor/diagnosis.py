@@ -24,7 +24,8 @@ from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, Un
 from ringfence.kernel.base.http_client import web_client
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.messages.topics import HEARTBEAT, TRUST
 

@@ -13,7 +13,7 @@ from ringfence.client.errors import NotAnsweredError, RefusedError
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import open_signed, parse
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.topics import DEAD_LETTER, SERVICE_EVENT

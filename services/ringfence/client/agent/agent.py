@@ -41,7 +41,7 @@ from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jwe import ReplyKey, unverified_kid
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.tracing.api import Work
 from ringfence.kernel.tracing.traceparent import new_traceparent
 from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, Delivery

@@ -9,7 +9,7 @@ from ringfence.client.connection import Connection
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed, open_signed, parse
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.base import Jws, typ_header
 from ringfence.messages.registry import ActionClass

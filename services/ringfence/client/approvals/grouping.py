@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from ringfence.client.approvals.pending import PendingApproval
 from ringfence.messages.permission import Scope
-
-if TYPE_CHECKING:
-    from ringfence.client.approvals.sponsor import PendingApproval
 
 AlikeKey = tuple[object, ...]
 

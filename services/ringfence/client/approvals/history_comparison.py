@@ -6,12 +6,13 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from ringfence.client.approvals.pending import PendingApproval
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import open_signed, parse
 from ringfence.kernel.crypto.keys import PublicKey
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.base import typ_header
 from ringfence.messages.credential import CredentialRequest, Delivery
@@ -21,9 +22,6 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import keys_of_agents
 from ringfence.model.scope.scope import missing
-
-if TYPE_CHECKING:
-    from ringfence.client.approvals.sponsor import PendingApproval
 
 log = logging.getLogger(__name__)
 

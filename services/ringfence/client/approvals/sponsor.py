@@ -13,6 +13,7 @@ from ringfence.client.agent.replies import who
 from ringfence.client.approvals.action_approvals import OpenActions, PendingAction, is_action
 from ringfence.client.approvals.grouping import Alike, alike, key_of
 from ringfence.client.approvals.history_comparison import DAYS, Usual
+from ringfence.client.approvals.pending import PendingApproval
 from ringfence.client.connected import Lifetime
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import NotYoursError, StaleApprovalError, checked
@@ -23,18 +24,13 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import MAX_LIFE_S, open_signed, parse
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, ApprovalRequest
-from ringfence.messages.base import Jws, typ_header
+from ringfence.messages.base import typ_header
 from ringfence.messages.credential import (
     CredentialDecision,
     CredentialRequest,
-    Delivery,
-    Reason,
-    RequiredClass,
-    Revisions,
 )
-from ringfence.messages.permission import Scope
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
@@ -49,51 +45,6 @@ APPROVAL_LIFE_S = 600
 """
 LOOK_BACK_S = 24 * 3600
 """How far back approvals that are still open are looked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class PendingApproval:
-    """One request that waits for a person.
-
-    Everything that describes it comes from the request as the agent signed it and from verified records; from the
-    message that asks for the approval, which policy signed, come only its terms, which the approval repeats, and why.
-    """
-
-    request_id: str
-    digest: str
-    """SHA-256 (hex) of the request's compact JWS: what an approval is over."""
-    agent: str
-    agent_description: str
-    sponsor: str
-    """The agent's sponsor."""
-    task_id: str
-    purpose: str
-    """What the task is for."""
-    on_behalf_of: str
-    target: str
-    target_description: str
-    scope: Scope
-    reason: str
-    """Why the agent wants it, in its own words."""
-    requested_ttl_s: int
-    requested_at: int
-    """`iat` of the request, seconds since 1970."""
-    ttl_s: int
-    """The life of the credential, in seconds, if approved."""
-    delivery: Delivery
-    required: tuple[RequiredClass, ...]
-    mine: tuple[RequiredClass, ...]
-    """Those of `required` that the person who asks could give. Empty: pass it on."""
-    expires_at: int
-    """Seconds since 1970; then it is denied."""
-    revisions: Revisions
-    why_asked: tuple[Reason, ...]
-    """Why policy wants an approval, and what break glass outweighs."""
-    request: Jws
-    break_glass: bool = False
-    """Two operators are asked to allow once what policy denies."""
-    delegators: tuple[str, ...] = ()
-    """The agents that handed the task on, the last to do so first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import UnverifiedJws, open_signed, parse
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Publisher, Received
+from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.range_reader import Stretches
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
 from ringfence.messages.base import typ_header
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDITED, TRUST, USER

@@ -12,8 +12,9 @@ from typing import Final
 from ringfence.gateway.contract import Attempt, Blocked, Presented, Verdict
 from ringfence.gateway.dataplane.connect import AGREED, connect_authority
 from ringfence.gateway.dataplane.errors import RefusedError, head, problem
+from ringfence.gateway.dataplane.exchange import Asked, goes_no_further
 from ringfence.gateway.dataplane.fast_path.path import Shortcut
-from ringfence.gateway.dataplane.forwarder import Asked, goes_no_further, goes_on
+from ringfence.gateway.dataplane.forwarder import goes_on
 from ringfence.gateway.dataplane.http1_body import Body, request_body
 from ringfence.gateway.dataplane.http1_head import (
     MAX_HEAD_BYTES,

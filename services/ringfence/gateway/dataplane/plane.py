@@ -27,8 +27,9 @@ from ringfence.gateway.dataplane.certificate_authority import Authority
 from ringfence.gateway.dataplane.connection import Connection
 from ringfence.gateway.dataplane.denials import answer as problem_of
 from ringfence.gateway.dataplane.errors import Answer
+from ringfence.gateway.dataplane.exchange import Patiences
 from ringfence.gateway.dataplane.fast_path.plans import Plans
-from ringfence.gateway.dataplane.forwarder import Forwarder, Patiences
+from ringfence.gateway.dataplane.forwarder import Forwarder
 from ringfence.gateway.dataplane.limits import TOO_MANY_CONNECTIONS, Allowance, Limits, sender_at
 from ringfence.gateway.dataplane.request_reader import Way
 from ringfence.gateway.dataplane.shared import Desk

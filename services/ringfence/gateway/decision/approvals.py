@@ -33,7 +33,7 @@ from ringfence.kernel.crypto.jws import (
     sign,
 )
 from ringfence.kernel.crypto.keys import PublicKey
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.base import typ_header

@@ -24,7 +24,7 @@ from ringfence.kernel.crypto.jws import open_signed, parse
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.multi_recipient_jwe import Opener, recipients_of
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import Credential, CredentialDelivery
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState

@@ -13,8 +13,9 @@ from ringfence.gateway.events.spool import Spool, SpoolFullError
 from ringfence.gateway.events.steps import traced
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.kafka.consumer import gather_all
-from ringfence.kernel.kafka.producer import Outbound, Publisher
+from ringfence.kernel.kafka.batch_handlers import gather_all
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.kernel.tracing.api import NOT_TRACING, Tracing
 from ringfence.messages.operations import ActionAnswered, ActionDecided
 from ringfence.messages.topics import ACTION

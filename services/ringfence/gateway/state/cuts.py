@@ -15,7 +15,8 @@ from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.log_limiter import of_a_kind
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import RevocationAck
 from ringfence.messages.topics import REVOCATION_ACK

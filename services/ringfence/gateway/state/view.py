@@ -15,7 +15,8 @@ from ringfence.kernel.base.clock import CarriedOn, suspend_aware_ms
 from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Heartbeat

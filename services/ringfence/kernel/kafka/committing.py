@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 
 log = logging.getLogger(__name__)
 

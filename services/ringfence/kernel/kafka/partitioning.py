@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
+from functools import lru_cache
 
 _MASK = 0xFFFFFFFF
 _M = 0x5BD1E995
@@ -31,3 +33,18 @@ def _murmur2(data: bytes) -> int:
         h = (h ^ int.from_bytes(data[whole:], "little")) * _M & _MASK
     h = (h ^ h >> 13) * _M & _MASK
     return h ^ h >> 15
+
+
+@lru_cache(maxsize=8192)
+def _partition_of(key: bytes, count: int) -> int:
+    """Where records with this key go. Remembered: it is counted in Python, and few keys come again and again."""
+    return partition_number(key, count)
+
+
+def partitioner(key: bytes, every: Sequence[int], available: Sequence[int]) -> int:
+    return every[_partition_of(key, len(every))]
+
+
+def partition_of(key: str, partitions: Sequence[int]) -> int:
+    """Which of a topic's partitions records with this key go to."""
+    return partitioner(key.encode(), partitions, partitions)

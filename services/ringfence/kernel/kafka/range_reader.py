@@ -1,5 +1,5 @@
 """Reads a stretch of a topic once, from an offset to where it ended when it was asked. For what follows a topic, see
-`ringfence.kernel.kafka.producer.Follower`.
+`ringfence.kernel.kafka.table_reader.Follower`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from aiokafka.errors import KafkaError
 from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.kafka.connection import connection, no_answer
 from ringfence.kernel.kafka.fetch_control import WAIT_MS
-from ringfence.kernel.kafka.producer import Received, missing_topics, paced, received
+from ringfence.kernel.kafka.record import Received, missing_topics, received
+from ringfence.kernel.kafka.table_reader import paced
 from ringfence.messages.base import Topic
 
 _AT_A_TIME = 2000

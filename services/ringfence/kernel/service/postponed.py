@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from ringfence.kernel.base.log_limiter import of_a_kind
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 
 log = logging.getLogger(__name__)
 

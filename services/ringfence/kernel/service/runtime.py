@@ -19,9 +19,13 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey
 from ringfence.kernel.crypto.service_keys import ServiceKeys
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.consumer import BatchHandler, Consumer, DeadLetters, HaltedError
+from ringfence.kernel.kafka.batch_handlers import BatchHandler
+from ringfence.kernel.kafka.consumer import Consumer
 from ringfence.kernel.kafka.data_loss import Gone
-from ringfence.kernel.kafka.producer import Follower, Publisher, Reader, Received
+from ringfence.kernel.kafka.dead_letters import DeadLetters, HaltedError
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower, Reader
 from ringfence.kernel.service.http import HttpServer, ReadyCheck, application
 from ringfence.kernel.service.postponed import Postponed
 from ringfence.kernel.service.trust_updates import take_in

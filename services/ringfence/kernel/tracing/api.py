@@ -10,16 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 from ringfence.kernel.tracing.traceparent import well_formed
-
-if TYPE_CHECKING:
-    from ringfence.kernel.kafka.producer import Received
 
 
 class Span:
@@ -55,6 +51,34 @@ class Span:
 NO_SPAN = Span()
 
 
+class TraceableRecord(Protocol):
+    """A record as it arrived from Kafka, as far as its span needs it."""
+
+    @property
+    def topic_name(self) -> str: ...
+    @property
+    def partition(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def key(self) -> str | None: ...
+    @property
+    def value(self) -> bytes: ...
+    @property
+    def headers(self) -> dict[str, str]: ...
+    @property
+    def traceparent(self) -> str: ...
+    @property
+    def span(self) -> Span: ...
+
+    def with_span(self, span: Span) -> Self:
+        """The same record with the span that is about it."""
+        ...
+
+
+Record = TypeVar("Record", bound=TraceableRecord)
+
+
 class Work(NamedTuple):
     """What a span may be made of."""
 
@@ -71,7 +95,7 @@ class Work(NamedTuple):
 class Tracing:
     """Makes the spans of one service, or of the application that an agent's SDK is in. This one makes none."""
 
-    def received(self, batch: Sequence[Received], group: str) -> AbstractContextManager[Sequence[Received]]:
+    def received(self, batch: Sequence[Record], group: str) -> AbstractContextManager[Sequence[Record]]:
         """While a batch is handled: the batch to hand over, each record with the span that is about it."""
         return contextlib.nullcontext(batch)
 
@@ -95,15 +119,6 @@ class Tracing:
 
 
 NOT_TRACING = Tracing()
-
-
-def of_application() -> Tracing:
-    """What makes spans in an agent's or a person's program: by the tracer of the application, where it has set one."""
-    if "opentelemetry.trace" not in sys.modules:  # nobody can have set one
-        return NOT_TRACING
-    from ringfence.kernel.tracing.otel import in_application
-
-    return in_application() or NOT_TRACING
 
 
 def is_installed(module: str) -> bool:

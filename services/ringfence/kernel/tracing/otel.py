@@ -16,8 +16,7 @@ from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, S
 from opentelemetry.util.types import AttributeValue
 
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.kafka.producer import Received
-from ringfence.kernel.tracing.api import NO_SPAN, Span, Tracing, Work
+from ringfence.kernel.tracing.api import NO_SPAN, Record, Span, TraceableRecord, Tracing, Work
 from ringfence.kernel.tracing.traceparent import new_traceparent, parsed, trace_id, written
 
 SCOPE = "ringfence"
@@ -85,13 +84,13 @@ class SpanTracing(Tracing):
         self._in_application = in_application
 
     @contextlib.contextmanager
-    def received(self, batch: Sequence[Received], group: str) -> Iterator[Sequence[Received]]:
+    def received(self, batch: Sequence[Record], group: str) -> Iterator[Sequence[Record]]:
         """See `Tracing`."""
-        traced = [record._replace(span=self._received(record, group)) for record in batch]
+        traced = [record.with_span(self._received(record, group)) for record in batch]
         with _ending([record.span for record in traced]):
             yield traced
 
-    def _received(self, record: Received, group: str) -> Span:
+    def _received(self, record: TraceableRecord, group: str) -> Span:
         attributes = {
             **_messaging("process", record.topic_name, record.headers.get("ce_id"), record.key),
             "messaging.consumer.group.name": group,

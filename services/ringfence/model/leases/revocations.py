@@ -17,7 +17,7 @@ from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import keys_of_agents
 
 if TYPE_CHECKING:  # rules use what stands here, and import nothing that does I/O
-    from ringfence.kernel.kafka.producer import Received
+    from ringfence.kernel.kafka.record import Received
 
 BY_USERS: frozenset[EndKind] = frozenset({"revocation"})
 BY_AGENTS: frozenset[EndKind] = frozenset({"release"})

@@ -19,7 +19,7 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Heartbeat
 
 if TYPE_CHECKING:  # rules use what stands here, and import nothing that does I/O
-    from ringfence.kernel.kafka.producer import Received
+    from ringfence.kernel.kafka.record import Received
 
 HALTED: Final = "revoker_halted"
 """The code of a denial for it."""

@@ -20,7 +20,7 @@ from ringfence.kernel.base.clock import CarriedOn, Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import open_signed, parse
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Topic
 from ringfence.messages.operations import Heartbeat, StreamDigest
 from ringfence.messages.topics import LEASE, REVOCATION_REQUEST

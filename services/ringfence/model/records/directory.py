@@ -41,7 +41,7 @@ from ringfence.model.lifecycle import may_be_dropped
 from ringfence.model.records.command_chain import INCOMPLETE, ChainError, Chains, unverified_command
 
 if TYPE_CHECKING:  # rules look things up here, and import nothing that does I/O
-    from ringfence.kernel.kafka.producer import Received
+    from ringfence.kernel.kafka.record import Received
 
 log = logging.getLogger(__name__)
 

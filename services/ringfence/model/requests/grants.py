@@ -24,7 +24,7 @@ from ringfence.model.scope.scope import missing
 from ringfence.model.unknown_fields import is_understood, told, unknown_fields
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka.producer import Received
+    from ringfence.kernel.kafka.record import Received
 
 log = logging.getLogger(__name__)
 

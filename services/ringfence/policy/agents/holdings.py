@@ -30,7 +30,7 @@ from ringfence.kernel.base.log_limiter import of_a_kind
 from ringfence.kernel.crypto.jws import open_signed, parse
 from ringfence.kernel.crypto.keys import b64decode
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.operations import ServiceEvent

@@ -13,7 +13,8 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.log_limiter import of_a_kind
 from ringfence.kernel.crypto.jws import Signed
-from ringfence.kernel.kafka.producer import Follower, to_json
+from ringfence.kernel.kafka.producer import to_json
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import Reason

@@ -11,7 +11,7 @@ from aiokafka.errors import KafkaError
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import open_signed, parse
 from ringfence.kernel.kafka.connection import connection
-from ringfence.kernel.kafka.producer import paced
+from ringfence.kernel.kafka.table_reader import paced
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Grant
 from ringfence.messages.credential import CredentialDecision, CredentialRequest

@@ -13,7 +13,8 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.connection import connection, no_answer
-from ringfence.kernel.kafka.producer import Follower, Received, missing_topics, paced, received
+from ringfence.kernel.kafka.record import Received, missing_topics, received
+from ringfence.kernel.kafka.table_reader import Follower, paced
 from ringfence.messages.topics import CREDENTIAL_DECISION, TRUST
 
 _BATCH = 500

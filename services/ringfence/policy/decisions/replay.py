@@ -19,7 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import open_signed, parse
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received, to_json
+from ringfence.kernel.kafka.producer import to_json
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import CredentialDecision, Reason, RequiredClass
 from ringfence.messages.registry import ApprovalClass
 from ringfence.policy.decisions.recorded import Recorded

@@ -13,7 +13,7 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jwe import seal
 from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, Signed, sign, sign_payload
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.credential import CredentialDecision, Reason, ReplyContent

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from math import ceil
 
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.policy.decision_log import Decisions

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import ExpiredError, Signed, parse
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.tracing.traceparent import nearest
 from ringfence.messages.approval import Approval, Grant

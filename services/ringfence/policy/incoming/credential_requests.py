@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import ExpiredError, parse
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.policy.agents.shared_keys import SharedKeys

@@ -20,7 +20,7 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.base.now_and_then import now_and_then
 from ringfence.kernel.crypto.jws import parse
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Coordinates, CredentialRequest, Reason
 from ringfence.policy.decision_log import Decisions

@@ -11,7 +11,8 @@ from ringfence.kernel.base.text import with_article
 from ringfence.kernel.crypto.jwe import check_reply_key
 from ringfence.kernel.crypto.jws import ExpiredError, KeyFinder, Signed, open_signed, parse
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
-from ringfence.kernel.kafka.producer import Received, partition_of
+from ringfence.kernel.kafka.partitioning import partition_of
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionApproval, Approval, BreakGlassReview, Grant, GrantWithdraw
 from ringfence.messages.base import ExpiringClaims, typ_header

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import ExpiredError, open_signed, parse
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionRequest, ApprovalRequest
 from ringfence.messages.base import typ_header

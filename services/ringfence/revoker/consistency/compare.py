@@ -14,7 +14,8 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.trust_updates import take_in
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL, Lease
@@ -37,12 +38,12 @@ from ringfence.revoker.consistency.kafka_view import (
     Known,
     Record,
     Revocations,
-    peek,
     read_leases,
     read_revocations,
     verified,
     whole,
 )
+from ringfence.revoker.lease_records import peek
 
 AGAIN_S = 1.0
 _AT_A_TIME = 500

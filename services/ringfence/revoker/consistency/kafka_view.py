@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,10 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.keys import b64decode
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.base import Topic
-from ringfence.messages.lease import TERMINAL, Delegator, Lease
+from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import LEASE, REVOCATION_REQUEST
 from ringfence.model.lease_store import Knowledge, SignedLease
 from ringfence.model.leases.epochs import Epochs
@@ -27,13 +27,11 @@ from ringfence.model.leases.lifecycle import ALL_MARK, cut_mark, is_covered, mar
 from ringfence.model.leases.revocations import Order, may_have_selector, objection, open_order
 from ringfence.model.leases.verification import open_lease
 from ringfence.model.records.directory import Directory
+from ringfence.revoker.lease_records import peek, unverified
 
 log = logging.getLogger(__name__)
 
 _PAUSE_EVERY = 100
-MAX_SEQ = 100
-"""No lease has so many records: a number beyond is not its author's."""
-_EPOCH = re.compile(r"\d{1,9}\.[0-9a-f]{8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,45 +44,6 @@ class Record:
     epoch: str | None = None
     granted: bool = False
     """Whether it says that it was issued on a grant."""
-
-
-@dataclass(frozen=True, slots=True)
-class Glance:
-    """What a record says of itself, nothing of it verified: enough to know whether it is needed."""
-
-    lease_id: str
-    seq: int
-    status: str
-    deadline: int
-    epoch: str | None = None
-    granted: bool = False
-
-
-def peek(jws: bytes) -> Glance | None:
-    """A look at a record; None where it is none of a lease, whoever wrote it."""
-    try:
-        claims = orjson.loads(b64decode(jws.split(b".")[1]))
-        lease_id, seq, status, deadline = (claims[name] for name in ("lease_id", "seq", "status", "deadline"))
-        uuid = bytes.fromhex(lease_id.replace("-", ""))
-        epoch, granted = claims.get("epoch"), claims.get("grants") is not None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return None
-    right = len(uuid) == 16 and type(seq) is int and 0 < seq < MAX_SEQ and type(deadline) is int
-    right = right and (epoch is None or (type(epoch) is str and _EPOCH.fullmatch(epoch) is not None))
-    return Glance(lease_id, seq, str(status), deadline, epoch, granted) if right else None
-
-
-def unverified(jws: bytes) -> Lease | None:
-    """The claims of a record, quickly: to find out whether a revocation may be about it, never to act."""
-    try:
-        claims = orjson.loads(b64decode(jws.split(b".")[1]))
-        names = [claims[name] for name in ("agent_id", "task_id", "sponsor", "target_id", "on_behalf_of")]
-        right = all(type(name) is str for name in names) and type(claims["requested_at_ms"]) is int
-        if claims.get("delegators") is not None:
-            claims["delegators"] = tuple(Delegator.model_validate(one) for one in claims["delegators"])
-    except (ValueError, LookupError, TypeError):
-        return None
-    return Lease.model_construct(**claims) if right else None
 
 
 class Fold:

@@ -21,15 +21,16 @@ from dataclasses import dataclass, field, replace
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.model.lease_store import LeaseStore, LostError, Outgoing, SignedLease, StoredLease
 from ringfence.model.leases.epochs import Epochs, number_of
 from ringfence.model.leases.lifecycle import comes_after
 from ringfence.model.leases.verification import open_lease
-from ringfence.revoker.consistency.kafka_view import Glance
 from ringfence.revoker.consistency.rebuild import Rebuilder
 from ringfence.revoker.ending.lease_ender import Ender
+from ringfence.revoker.lease_records import Glance
 from ringfence.revoker.mass_expiry.own_record_cache import Said
 
 log = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from aiokafka.errors import KafkaError
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import sign
-from ringfence.kernel.kafka.consumer import gather_all
-from ringfence.kernel.kafka.producer import Follower
+from ringfence.kernel.kafka.batch_handlers import gather_all
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import Lease, LeaseEpoch
 from ringfence.messages.topics import LEASE
@@ -47,9 +47,9 @@ from ringfence.revoker.consistency.kafka_view import (
     Revocations,
     read_leases,
     read_revocations,
-    unverified,
     verified,
 )
+from ringfence.revoker.lease_records import unverified
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from collections.abc import Awaitable, Iterator, Sequence
 
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import parse
-from ringfence.kernel.kafka.consumer import gather_all
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.batch_handlers import gather_all
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import REVOCATION_REQUEST

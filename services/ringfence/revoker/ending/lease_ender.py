@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse, sign
-from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.partitioning import key_number
-from ringfence.kernel.kafka.producer import Outbound
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.tracing.api import Span
 from ringfence.messages.credential import Reason
@@ -37,8 +37,8 @@ from ringfence.model.lease_store import (
 from ringfence.model.leases.lifecycle import bears, follow, is_over, restated
 from ringfence.model.leases.tracing import work_on
 from ringfence.model.leases.verification import open_lease
-from ringfence.revoker.consistency.kafka_view import Glance
 from ringfence.revoker.domain import deadline_cause, next_status
+from ringfence.revoker.lease_records import Glance
 from ringfence.revoker.mass_expiry.own_record_cache import Said, glance_of
 from ringfence.revoker.mass_expiry.precomputed import ForeseenEnd, Foresight, digest_of
 

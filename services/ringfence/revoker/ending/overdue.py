@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.log_limiter import of_a_kind
-from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.lease import Lease

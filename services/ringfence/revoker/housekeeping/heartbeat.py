@@ -12,7 +12,7 @@ from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.kafka.producer import Follower
+from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT

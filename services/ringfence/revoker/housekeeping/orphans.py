@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from ringfence.backends import Backend, Caller
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import TERMINAL, Lease

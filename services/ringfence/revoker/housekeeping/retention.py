@@ -15,10 +15,11 @@ from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.connection import connection
-from ringfence.kernel.kafka.consumer import gather_all
 from ringfence.kernel.kafka.fetch_control import fetch_options
-from ringfence.kernel.kafka.producer import Received, paced, received
+from ringfence.kernel.kafka.record import Received, received
+from ringfence.kernel.kafka.table_reader import paced
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from ringfence.messages.lease import Lease
-from ringfence.revoker.consistency.kafka_view import Glance, peek
+from ringfence.revoker.lease_records import Glance, peek
 
 MOST = 10_000
 """So many records are remembered, some 1.5 kB each: more than are on their way to Kafka and back."""

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
-from ringfence.kernel.kafka.producer import Outbound
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.model.lease_store import AHEAD_MS, LeaseStore, Told
-from ringfence.revoker.consistency.kafka_view import Glance
+from ringfence.revoker.lease_records import Glance
 
 log = logging.getLogger(__name__)
 

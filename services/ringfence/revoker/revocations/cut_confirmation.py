@@ -21,7 +21,7 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.log_limiter import of_a_kind
 from ringfence.kernel.crypto.jws import open_signed, parse
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.lease import RevocationAck
 from ringfence.messages.operations import Heartbeat
 from ringfence.model.leases.revocations import Order

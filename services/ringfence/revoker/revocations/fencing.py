@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import SELECTOR_KEEP_MS, LeaseStore
 from ringfence.model.leases.lifecycle import mark_of

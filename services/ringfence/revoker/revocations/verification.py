@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
-from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease, Selector

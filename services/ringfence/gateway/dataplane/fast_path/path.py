@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from typing import Final
 
 from ringfence.gateway.dataplane.errors import RefusedError
+from ringfence.gateway.dataplane.exchange import Asked, Exchange
 from ringfence.gateway.dataplane.fast_path.plans import MAX_KEPT_BYTES, Plan, beginning_of, key_of
-from ringfence.gateway.dataplane.forwarder import Asked, Exchange
 from ringfence.gateway.dataplane.http1_body import Body
 from ringfence.gateway.dataplane.http1_head import END, MAX_HEAD_BYTES, RequestHead, parse_request
 from ringfence.gateway.dataplane.limits import Turn

@@ -13,7 +13,7 @@ from typing import Final
 
 from ringfence.gateway.contract import Attempt, Standing
 from ringfence.gateway.dataplane.errors import RefusedError
-from ringfence.gateway.dataplane.forwarder import WITHOUT_BODY, is_compressed
+from ringfence.gateway.dataplane.exchange import WITHOUT_BODY, is_compressed
 from ringfence.gateway.dataplane.headers import request_head, response_head
 from ringfence.gateway.dataplane.http1_body import Body, SizedBody, response_body
 from ringfence.gateway.dataplane.http1_head import RequestHead, parse_response

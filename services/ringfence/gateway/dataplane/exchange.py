@@ -1,0 +1,461 @@
+"""One exchange: a request sent to its target, and the response streamed back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final, NoReturn
+
+from ringfence.gateway.contract import Attempt, Verdict
+from ringfence.gateway.dataplane.errors import RefusedError
+from ringfence.gateway.dataplane.headers import request_head, response_head, switching_head
+from ringfence.gateway.dataplane.http1_body import (
+    LAST_CHUNK,
+    Body,
+    SizedBody,
+    UntilClosed,
+    chunk,
+    response_body,
+)
+from ringfence.gateway.dataplane.http1_head import (
+    RequestHead,
+    ResponseHead,
+    cut_head,
+    parse_response,
+)
+from ringfence.gateway.dataplane.mcp_responses import (
+    EVENTS,
+    JSON,
+    MAX_MESSAGE_BYTES,
+    Answers,
+    EventSieve,
+    media_of,
+    too_large,
+)
+from ringfence.gateway.dataplane.secret_redaction import Redactor, needles_of, redact
+from ringfence.gateway.dataplane.stream import ExpiredError, GoneError, Stream
+from ringfence.gateway.dataplane.websockets import accepts, asks_for_websocket, tunnel
+from ringfence.gateway.hosts import Origin
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.credential import Reason
+
+_REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+"""What may be sent again where a connection that was kept turns out to be closed (RFC 9110, 9.2.2)."""
+
+
+WITHOUT_BODY: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "DELETE"})
+"""Some targets do not read the body of these, and take it for the next request of the connection: of another agent, if
+that connection were used again."""
+
+
+_MOST_INTERIM: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Patiences:
+    """How long what is waited for, in seconds."""
+
+    head_s: float = 10.0
+    """For the whole head of a request, from its first byte."""
+    idle_s: float = 60.0
+    """For the next request of a connection."""
+    piece_s: float = 30.0
+    """For the next piece of a body from the agent, all of one that is read whole, and until it takes what is sent."""
+    connect_s: float = 5.0
+    response_s: float = 60.0
+    """For the head of the target's response, once the request is sent."""
+    stream_s: float = 300.0
+    """For the next piece of the target's response, and of a WebSocket."""
+
+
+@dataclass(slots=True)
+class Asked:
+    """A request that goes on, and what of its body is still to come."""
+
+    head: RequestHead
+    attempt: Attempt
+    verdict: Verdict
+    body: Body
+    read: bytes | None
+    """What was read of it for the decision: all of it where `body` is done, else too much to be decided by."""
+
+
+def is_unchanged(verdict: Verdict) -> bool:
+    return not verdict.allowed and verdict.observed and verdict.target is not None
+
+
+def never() -> bool:
+    return False  # it goes by no lease
+
+
+class StaleConnectionError(RingfenceError):
+    """The target closed the connection before it said anything."""
+
+
+class Exchange:
+    """One request and its response."""
+
+    __slots__ = (
+        "_answering", "_answers", "_asked", "_client", "_doubt", "_head", "_in_chunks", "_injects", "_lapsed",
+        "_needles", "_odd", "_patiences", "_refused", "_repeatable", "_upgrade", "_uploading", "_whole", "origin",
+        "unsubscribe", "upstream",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        client: Stream,
+        asked: Asked,
+        injected: Mapping[str, str] | None,
+        origin: Origin,
+        patiences: Patiences,
+        lapsed: Callable[[], bool],
+        doubt: Callable[[], Reason | None],
+    ) -> None:
+        self.origin = origin
+        self.upstream: Stream | None = None
+        """Where it was sent last."""
+        self.unsubscribe: Callable[[], None] = do_nothing
+        """From the end of the lease."""
+        self._client = client
+        self._asked = asked
+        self._patiences = patiences
+        self._lapsed = lapsed
+        self._doubt = doubt
+        self._injects = injected is not None
+        self._needles = needles_of(tuple(injected.values())) if injected is not None else ()
+        self._uploading: asyncio.Task[None] | None = None
+        self._refused: RefusedError | None = None
+        self._answering = False
+        self._answers = Answers(asked.verdict.mcp) if asked.verdict.mcp is not None else None
+        self._upgrade = self._answers is None and asks_for_websocket(asked.head)
+        self._whole = whole = asked.read if asked.body.done else None
+        self._odd = asked.head.method in WITHOUT_BODY and (asked.head.chunked or bool(asked.head.length))
+        self._repeatable = asked.head.method in _REPEATABLE and asked.body.done and not asked.read
+        chunked = asked.head.chunked
+        self._in_chunks = chunked and whole is None
+        length = len(whole) if whole is not None and (chunked or whole) else asked.head.length
+        self._head = request_head(
+            asked.head,
+            asked.attempt.target,
+            origin.authority,
+            injected,
+            length=length,
+            upgrade=self._upgrade,
+            approved=asked.verdict.headers,
+        )
+
+    @property
+    def can_repeat(self) -> bool:
+        """Whether the same request may be sent again: it is safe, and has no body."""
+        return self._repeatable
+
+    def lease_ended(self) -> None:
+        """Nothing goes on under this lease any more, in neither direction."""
+        self._drop(goes_no_further(self._doubt()))
+
+    def _look(self) -> None:
+        """What came while this process stood still goes nowhere. Raises RefusedError."""
+        if self._refused is None and self._lapsed():
+            self.lease_ended()
+        if self._refused is not None:
+            raise self._refused
+
+    def _still_goes(self) -> bool:
+        """The same look at the moment of sending: this process may have stood still since."""
+        if self._refused is None and self._lapsed():
+            self.lease_ended()
+        return self._refused is None
+
+    def finish(self) -> None:
+        """Leave nothing behind."""
+        self.unsubscribe()
+        self._client.on_gone = None
+        if self._uploading is not None:
+            self._uploading.cancel()
+        if self._answers is not None:
+            self._answers.ended()
+
+    def begin(self, upstream: Stream) -> None:
+        """Send the request. Raises RefusedError where the lease has ended, GoneError where the client left."""
+        self.upstream = upstream
+        self._look()
+        if not self._client.alive:
+            raise GoneError("the client left")
+        self._client.on_gone = self.client_left
+        self._send(upstream)
+
+    async def final(self, upstream: Stream) -> ResponseHead:
+        """The head of the response, which is final or opens a WebSocket.
+
+        Raises StaleConnectionError where the target closed the connection before it said anything, RefusedError for everything
+        else that is wrong with it.
+        """
+        self._look()
+        for interim in range(_MOST_INTERIM):
+            response = await self._response(upstream, began=interim > 0)
+            if response.status >= 200 or response.status == 101:
+                return response
+        raise RefusedError(502, "target_unreadable", "the target sends nothing but interim responses")
+
+    async def _response(self, upstream: Stream, *, began: bool) -> ResponseHead:
+        while True:
+            try:
+                head = cut_head(upstream.buffer)
+                if head is not None:
+                    return parse_response(head)
+            except RefusedError as error:
+                raise _unreadable(error) from None
+            await self._more(upstream, self._patiences.response_s, began=began or bool(upstream.buffer))
+
+    async def answer(self, upstream: Stream, response: ResponseHead) -> tuple[bool, bool]:
+        """Send the response to the client. Whether the connections of client and target can be used again."""
+        if response.status == 101:
+            await self._switch(upstream, response)
+            return False, False
+        body = response_body(response, self._asked.head.method)
+        if self._injects and not body.done and is_compressed(response):
+            raise RefusedError(
+                502,
+                "target_compresses",
+                "the target compressed its response though it was asked not to; nobody could see what it says",
+            )
+        until_closed = isinstance(body, UntilClosed)
+        modern = self._asked.head.minor == 1
+        whole, sieve = await self._sifted(upstream, response, body)
+        if whole is not None or sieve is not None:  # of another length than the target says
+            response = replace(response, length=None if whole is None else len(whole), chunked=whole is None)
+        sized = whole is not None or (isinstance(body, SizedBody) and sieve is None) or type(body) is Body
+        in_chunks = not sized and not until_closed and modern
+        framed = sized or in_chunks
+        keep = framed and modern and b"close" not in self._asked.head.named and self._asked.body.done
+        head = redact(response_head(response, chunked=in_chunks, close=not keep), self._needles)
+        self._answering = True
+        if whole is not None:
+            self._client.write(head + redact(whole, self._needles))
+            if self._client.blocked:
+                await self._drain_client()
+        else:
+            await self._relay(upstream, body, head, sieve, in_chunks=in_chunks)
+        clean = (
+            not until_closed
+            and response.minor == 1
+            and b"close" not in response.named
+            and self._asked.body.done
+            and self._uploaded()
+            and not self._odd
+        )
+        return keep and self._uploaded(), clean
+
+    # --- to the target ------------------------------------------------------------------------------------------------
+
+    def _send(self, upstream: Stream) -> None:
+        """Write the head and what there is of the body; what is still to come is sent on beside all else."""
+        asked = self._asked
+        if self._whole is not None:
+            upstream.write_soon(self._head + self._whole, self._still_goes)
+            return
+        if asked.body.done:
+            upstream.write_soon(self._head, self._still_goes)
+            return
+        first = (asked.read or b"") + asked.body.take(self._client.buffer)
+        upstream.write(self._head + self._framed(first))
+        if not asked.body.done:
+            self._uploading = asyncio.create_task(self._upload(upstream), name="upload")
+
+    def _framed(self, piece: bytes) -> bytes:
+        if not self._in_chunks:
+            return piece
+        framed = chunk(piece) if piece else b""
+        return framed + LAST_CHUNK if self._asked.body.done else framed
+
+    async def _upload(self, upstream: Stream) -> None:
+        body, client = self._asked.body, self._client
+        try:
+            while not body.done:
+                upstream.deadline = None  # it is not the target that is waited for
+                client.deadline = time.monotonic() + self._patiences.piece_s
+                await client.more()
+                client.deadline = None
+                self._look()
+                piece = self._framed(body.take(client.buffer))
+                if piece:
+                    upstream.write(piece)
+                upstream.deadline = time.monotonic() + self._patiences.response_s
+                if upstream.blocked and not await _taken(upstream):
+                    return
+        except ExpiredError:
+            self._drop(RefusedError(408, "body_timeout", "the body of the request does not come"))
+        except RefusedError as error:
+            self._drop(error)
+        except GoneError:
+            upstream.abort()
+
+    def _uploaded(self) -> bool:
+        return self._uploading is None or self._uploading.done()
+
+    # --- to the client ------------------------------------------------------------------------------------------------
+
+    async def _sifted(
+        self, upstream: Stream, response: ResponseHead, body: Body
+    ) -> tuple[bytes | None, EventSieve | None]:
+        """At an endpoint of MCP: all of a response that is one message, or what sifts a stream of them."""
+        if self._answers is None:
+            return None, None
+        self._answers.began(response)
+        if body.done or response.status >= 300:
+            return None, None
+        media = media_of(response.known.get(b"content-type"))
+        if media == EVENTS:
+            return None, EventSieve(self._answers)
+        if media == JSON:
+            return self._answers.message(await self._all_of(upstream, body)), None
+        raise RefusedError(
+            502, "target_unreadable", "the target answers a message of MCP with something else"
+        )
+
+    async def _all_of(self, upstream: Stream, body: Body) -> bytes:
+        """All of a response's body."""
+        pieces = bytearray()
+        while True:
+            try:
+                pieces += body.take(upstream.buffer)
+            except RefusedError as error:
+                raise _unreadable(error) from None
+            if len(pieces) > MAX_MESSAGE_BYTES:
+                raise too_large()
+            if body.done:
+                return bytes(pieces)
+            try:
+                await self._more(upstream, self._patiences.stream_s, began=True)
+            except RefusedError as error:
+                if isinstance(body, UntilClosed) and error.code == "target_gone":
+                    return bytes(pieces)
+                raise
+
+    async def _relay(
+        self, upstream: Stream, body: Body, head: bytes, sieve: EventSieve | None, *, in_chunks: bool
+    ) -> None:
+        client, redactor = self._client, Redactor(self._needles)
+        out = head
+        while True:
+            try:
+                piece = body.take(upstream.buffer)
+                if sieve is not None:
+                    piece = sieve.last(piece) if body.done else sieve.feed(piece)
+            except RefusedError as error:
+                self._break_off(client, _unreadable(error))
+            if piece or body.done:
+                piece = redactor.last(piece) if body.done else redactor.feed(piece)
+            if piece:
+                out += chunk(piece) if in_chunks else piece
+            if body.done and in_chunks:
+                out += LAST_CHUNK
+            if out:
+                (client.write_soon if body.done else client.write)(out)
+                out = b""
+            if client.blocked:
+                await self._drain_client()
+            if body.done:
+                return
+            try:
+                await self._more(upstream, self._patiences.stream_s, began=True)
+            except RefusedError as error:
+                if isinstance(body, UntilClosed) and error.code == "target_gone":
+                    client.write(redactor.last(self._end_of(sieve)))
+                    return
+                self._break_off(client, error)
+
+    def _end_of(self, sieve: EventSieve | None) -> bytes:
+        """What is left where a connection ended."""
+        try:
+            return sieve.last(b"") if sieve is not None else b""
+        except RefusedError as error:
+            self._break_off(self._client, error)
+
+    async def _drain_client(self) -> None:
+        client = self._client
+        if self._uploaded():
+            client.deadline = time.monotonic() + self._patiences.piece_s
+        await client.drained()
+        if self._uploaded():
+            client.deadline = None
+
+    def _break_off(self, client: Stream, error: RefusedError) -> NoReturn:
+        """A response that was begun cannot be ended well: the client has to see that it is cut off."""
+        client.fail(GoneError(error.message))
+        raise GoneError(error.message)
+
+    async def _switch(self, upstream: Stream, response: ResponseHead) -> None:
+        """Let a WebSocket pass until it, or the lease, ends."""
+        if not self._upgrade or not accepts(self._asked.head, response, plain=self._injects):
+            raise RefusedError(502, "target_unreadable", "the target switches to what nobody asked it for")
+        self._answering = True
+        self._client.write(redact(switching_head(response), self._needles))
+        await tunnel(
+            self._client, upstream, Redactor(self._needles), self._look, idle_s=self._patiences.stream_s
+        )
+
+    # --- what goes wrong ----------------------------------------------------------------------------------------------
+
+    async def _more(self, upstream: Stream, patience_s: float, *, began: bool) -> None:
+        upstream.deadline = time.monotonic() + patience_s if self._uploaded() else None
+        try:
+            await upstream.more()
+            self._look()
+        except ExpiredError:
+            raise RefusedError(504, "target_timeout", "the target does not answer in time") from None
+        except GoneError:
+            if not self._client.alive:
+                raise GoneError("the client left") from None
+            if not began:
+                raise StaleConnectionError("the target closed the connection") from None
+            raise RefusedError(502, "target_gone", "the target closed the connection") from None
+        finally:
+            upstream.deadline = None
+
+    def client_left(self) -> None:
+        """Nobody waits for an answer any more."""
+        if self.upstream is not None:
+            self.upstream.abort()
+
+    def _drop(self, error: RefusedError) -> None:
+        """Cut the target off, and the client where it has been sent something already."""
+        self._refused = error
+        if self.upstream is not None:
+            self.upstream.fail(error)
+        if self._answering:
+            self._client.fail(GoneError(error.message))
+
+
+def goes_no_further(doubt: Reason | None) -> RefusedError:
+    """What is told where nothing goes on any more: the lease has ended, or nobody can tell. `doubt`: why not.
+
+    Who is told that a lease has ended asks for another one, which would help against an old view no more.
+    """
+    if doubt is not None:
+        return RefusedError(503, doubt.code, doubt.message, headers={"Retry-After": "1"})
+    return RefusedError(403, "lease_ended", "the lease that allowed this has ended")
+
+
+def is_compressed(response: ResponseHead) -> bool:
+    """Whether a response is compressed: nobody would find the secret in it."""
+    return response.known.get(b"content-encoding", b"identity").lower() != b"identity"
+
+
+def do_nothing() -> None:
+    pass
+
+
+async def _taken(upstream: Stream) -> bool:
+    """Whether a target took what was written; where it did not in time, whoever waits for its answer says so."""
+    try:
+        await upstream.drained()
+    except ExpiredError:
+        return False
+    return True
+
+
+def _unreadable(error: RefusedError) -> RefusedError:
+    return RefusedError(502, "target_unreadable", f"the target's response is not forwarded: {error.message}")

@@ -1,0 +1,275 @@
+"""Reads whole topics, without a consumer group: for tables, and for histories."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+
+from ringfence.kernel.base.settings import BusSettings
+from ringfence.kernel.kafka.connection import connection, no_answer
+from ringfence.kernel.kafka.data_loss import NO_RESET, OnGone, Onward
+from ringfence.kernel.kafka.embedded_broker import QUICK_MS, TABLE_MS, adapt_to_embedded_broker
+from ringfence.kernel.kafka.fetch_control import Fetches, fetch_options
+from ringfence.kernel.kafka.partitioning import partitioner
+from ringfence.kernel.kafka.record import Received, missing_topics, received
+from ringfence.messages.base import Topic
+
+log = logging.getLogger(__name__)
+
+
+def paced(
+    consumer: AIOKafkaConsumer, settings: BusSettings, linger_ms: int = 0, *, quick_ms: int = QUICK_MS
+) -> Fetches:
+    """See that `consumer` asks for records when it should. Call it once, before `consumer.start()`.
+
+    Args:
+        linger_ms: let records gather for so long after others came, where nobody waits for them.
+        quick_ms: where somebody does: from fetch to fetch of the embedded broker, which holds none.
+    """
+    if settings.embedded_broker:
+        adapt_to_embedded_broker(consumer, linger_ms=linger_ms or quick_ms)
+        return Fetches(consumer)
+    return Fetches(consumer, linger_ms=linger_ms)
+
+
+Reader = Callable[[Sequence[Received]], None]
+"""Takes what came of one partition, in its order. Must not block, must not raise."""
+
+
+class _Followed(NamedTuple):
+    reader: Reader
+    since_ms: int | None
+
+
+class Follower:
+    """Reads whole topics, every partition, from a starting point on and for ever. No group, nothing committed."""
+
+    def __init__(
+        self,
+        settings: BusSettings,
+        topics: Sequence[Topic[Any]],
+        on_records: Reader,
+        *,
+        since_ms: int | None = 0,
+        linger_ms: int = 0,
+        key: str | None = None,
+        reader: str = "a reader",
+        on_gone: OnGone | None = None,
+    ) -> None:
+        """Args:
+            since_ms: where to start: 0 at the beginning, a time at the first record appended then or later, None at
+                the present end.
+            linger_ms: let records gather for so long, where nobody waits for them.
+            key: read only the partitions that records with this key go to (by Kafka's default partitioner).
+            reader: who reads, in what is said of records that Kafka removed before they were read; `on_gone` is told.
+        """  # fmt: skip
+        self._key = key.encode() if key is not None else None
+        self._onward = Onward(reader, on_gone)
+        self.gone = self._onward.gone
+        """What Kafka removed, or lost."""
+        self._settings = settings
+        self._topics: dict[str, Topic[Any]] = {}
+        self._followed: dict[str, _Followed] = {}
+        self._linger_ms = linger_ms
+        self._consumer: AIOKafkaConsumer | None = None
+        self._goal: dict[TopicPartition, int] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._asking: AIOKafkaConsumer | None = None
+        self._asking_lock = asyncio.Lock()
+        self._next_question: asyncio.Task[bool] | None = None
+        self._questions: set[asyncio.Task[bool]] = set()
+        self._advanced = asyncio.Event()
+        self.complete = asyncio.Event()
+        """Set once everything has been read that was there at the start."""
+        self.also(topics, on_records, since_ms=since_ms)
+
+    def also(self, topics: Sequence[Topic[Any]], on_records: Reader, *, since_ms: int | None) -> None:
+        """Read these too, to be said before `start`. A fetch costs little more for many topics than for one."""
+        for topic in topics:
+            name = topic.name(self._settings.topic_prefix)
+            if name in self._topics:
+                raise ValueError(f"{name} is followed already")
+            self._topics[name] = topic
+            self._followed[name] = _Followed(on_records, since_ms)
+
+    async def start(self) -> None:
+        """Connect, find the starting points, begin to read. Raises UnavailableError where topics are missing."""
+        consumer = AIOKafkaConsumer(
+            **connection(self._settings),
+            enable_auto_commit=False,
+            auto_offset_reset=NO_RESET,
+            **fetch_options(self._topics.values()),
+        )
+        whole = all(followed.since_ms == 0 for followed in self._followed.values())
+        paced(consumer, self._settings, self._linger_ms, quick_ms=TABLE_MS if whole else QUICK_MS)
+        try:
+            await consumer.start()
+            partitions = await self._partitions(consumer)
+            consumer.assign(partitions)
+            self._goal = dict(await consumer.end_offsets(partitions))
+            await self._seek(consumer, partitions)
+        except KafkaError as error:
+            await consumer.stop()
+            raise await no_answer(self._settings, error) from None
+        except BaseException:
+            await consumer.stop()
+            raise
+        self._consumer = consumer
+        self._task = asyncio.create_task(self._run(consumer), name="follower")
+
+    async def _partitions(self, consumer: AIOKafkaConsumer) -> list[TopicPartition]:
+        """Of all topics. Raises UnavailableError where one is missing."""
+        # `consumer.partitions_for_topic` knows nothing yet: Apache Kafka, unlike the embedded broker, tells a client
+        # that has just started of no topics. An answer that was on its way before it named any may come first.
+        client = consumer._client
+        await client.set_topics(list(self._topics))
+        if any(client.cluster.partitions_for_topic(name) is None for name in self._topics):
+            await client.force_metadata_update()
+        found = {name: self._wanted(client.cluster.partitions_for_topic(name) or ()) for name in self._topics}
+        if missing := sorted(name for name, numbers in found.items() if not numbers):
+            raise missing_topics(missing)
+        return [TopicPartition(name, number) for name, numbers in found.items() for number in numbers]
+
+    def _wanted(self, partitions: Iterable[int]) -> list[int]:
+        every = sorted(partitions)
+        return every if self._key is None or not every else [partitioner(self._key, every, every)]
+
+    async def _seek(self, consumer: AIOKafkaConsumer, partitions: list[TopicPartition]) -> None:
+        together: dict[int | None, list[TopicPartition]] = {}
+        for partition in partitions:
+            together.setdefault(self._followed[partition.topic].since_ms, []).append(partition)
+        for since_ms, some in together.items():
+            for partition, offset in (await self._starts(consumer, some, since_ms)).items():
+                consumer.seek(partition, offset)
+
+    async def _starts(
+        self, consumer: AIOKafkaConsumer, partitions: list[TopicPartition], since_ms: int | None
+    ) -> dict[TopicPartition, int]:
+        if since_ms is None:
+            return {partition: self._goal[partition] for partition in partitions}
+        if since_ms == 0:
+            return dict(await consumer.beginning_offsets(partitions))
+        found = await consumer.offsets_for_times(dict.fromkeys(partitions, since_ms))
+        return {p: at.offset if (at := found.get(p)) else self._goal[p] for p in partitions}
+
+    async def _run(self, consumer: AIOKafkaConsumer) -> None:
+        behind = {p for p, end in self._goal.items() if await consumer.position(p) < end}
+        while True:
+            if not behind:
+                self.complete.set()
+            try:
+                timeout_ms = 200 if behind else 1000
+                batches = await self._onward.next(consumer, timeout_ms=timeout_ms, max_records=2000)
+            except KafkaError as error:
+                log.warning("reading failed, trying again: %s", error)
+                await asyncio.sleep(0.5)
+                continue
+            for partition, records in batches.items():
+                reader = self._followed[partition.topic].reader
+                reader([received(record, self._topics) for record in records])
+            if batches:
+                advanced, self._advanced = self._advanced, asyncio.Event()
+                advanced.set()
+            if behind:
+                behind = {p for p in behind if await consumer.position(p) < self._goal[p]}
+
+    async def positions(self, topics: Iterable[Topic[Any]]) -> dict[tuple[str, int], int]:
+        """By the name and partition of these topics: the offset after the last record that was handed on, or passed
+        over.
+        """
+        consumer = self._consumer
+        if consumer is None:
+            return {}
+        names = {topic.name(self._settings.topic_prefix) for topic in topics}
+        return {
+            (at.topic, at.partition): await consumer.position(at)
+            for at in consumer.assignment()
+            if at.topic in names
+        }
+
+    async def caught_up(self, timeout_s: float) -> bool:
+        """Wait until everything is taken in that stood on the topics when this was called.
+
+        So that nobody is refused for what a table did not hold *yet*: whoever saw a record acknowledged and then sent a
+        message is judged with that record. Costs one round trip where nothing is outstanding. False where `timeout_s`
+        passed before, or Kafka did not answer.
+        """
+        if self._consumer is None:
+            return False
+        if self._next_question is None:
+            self._next_question = asyncio.create_task(self._read_to_the_end(self._consumer), name="caught up")
+            self._questions.add(self._next_question)
+            self._next_question.add_done_callback(self._questions.discard)
+        question = self._next_question
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(question)
+        log.warning("not known to be caught up with %s after %.1f s", ", ".join(self._topics), timeout_s)
+        return False
+
+    async def _read_to_the_end(self, consumer: AIOKafkaConsumer) -> bool:
+        """One question to Kafka answers all who asked before it was sent: a batch of refusals costs one."""
+        async with self._asking_lock:
+            self._next_question = None
+            try:
+                asking = await self._asking_consumer()
+                ends = await asking.end_offsets(list(consumer.assignment()))
+            except KafkaError as error:
+                log.warning("not known where %s end: %r", ", ".join(self._topics), error)
+                return False
+        while True:
+            advanced = self._advanced
+            if not [p for p, end in ends.items() if await consumer.position(p) < end]:
+                return True
+            await advanced.wait()
+
+    async def _asking_consumer(self) -> AIOKafkaConsumer:
+        """A connection of its own: on the reading one, a question waits behind the fetch that waits for records."""
+        if self._asking is None:
+            asking = AIOKafkaConsumer(**connection(self._settings), enable_auto_commit=False)
+            try:
+                await asking.start()
+            except BaseException:
+                await asking.stop()
+                raise
+            self._asking = asking
+        return self._asking
+
+    async def stop(self) -> None:
+        """Stop reading and disconnect."""
+        for question in tuple(self._questions):
+            question.cancel()
+        if self._asking is not None:
+            await self._asking.stop()
+            self._asking = None
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+        if self._consumer is not None:
+            await self._consumer.stop()
+            self._consumer = None
+
+    @property
+    def failed(self) -> str | None:
+        """Why reading has ended, or None while it goes on."""
+        if self._task is None or not self._task.done() or self._task.cancelled():
+            return None
+        return f"the follower ended: {self._task.exception()!r}"
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.stop()

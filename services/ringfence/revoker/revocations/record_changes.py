@@ -1,0 +1,205 @@
+"""Revocations that follow from records of the registry: an agent suspended, a task ended, a ceiling cut."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, cast
+
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.kafka.batch_handlers import gather_all
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.base import Topic
+from ringfence.messages.lease import Selector
+from ringfence.messages.registry import (
+    AgentRecord,
+    AgentState,
+    AnyRecord,
+    AnyState,
+    TargetRecord,
+    TaskRecord,
+    TaskState,
+    UserRecord,
+)
+from ringfence.messages.topics import AGENT, REVOCATION_REQUEST, TARGET, TASK, USER
+from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
+from ringfence.model.lease_store import LeaseStore
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory, Entry
+from ringfence.revoker.domain import (
+    Ending,
+    Narrowing,
+    consequences,
+    derived_order,
+    orphaning,
+    was_sponsor,
+)
+from ringfence.revoker.ending.lease_ender import Ender
+from ringfence.revoker.revocations.verification import Orders
+
+log = logging.getLogger(__name__)
+
+
+RECORD_AGE_MS = 25 * 3600 * 1000
+"""Older records end nothing more: the leases that they could be about have had their deadlines (24 h at most)."""
+_RECORDS: dict[Topic[Any], type[AnyRecord]] = {
+    AGENT: AgentRecord,
+    TASK: TaskRecord,
+    USER: UserRecord,
+    TARGET: TargetRecord,
+}
+_PAUSE_EVERY = 100
+RECORD_TOPICS = tuple(_RECORDS)
+
+
+class RecordHandler:
+    """The handler of users, agents, targets and tasks: what their change ends is ordered on `revocation.request`."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        orders: Orders,
+        store: LeaseStore,
+        ender: Ender,
+        *,
+        patience_s: float,
+    ) -> None:
+        self._runtime = runtime
+        self._directory = directory
+        self._orders = orders
+        self._store = store
+        self._ender = ender
+        self._patience_s = patience_s
+        self._td = runtime.settings.trust_domain
+
+    async def __call__(self, received: Received) -> None:
+        """Order what one record ends. Raises InvalidMessageError where it is no record that counts."""
+        now_ms = self._runtime.clock.now_ms()
+        if not received.value or received.appended_at_ms < now_ms - RECORD_AGE_MS:
+            return
+        model = _RECORDS[received.topic]
+        record = open_signed(
+            parse(received.value),
+            model,
+            self._runtime.trust.finder(*model.signed_by, at_s=received.appended_at_ms / 1000),
+            audience=self._td,
+        ).claims
+        # From the table, which verifies the chain of commands.
+        entry = await self._entry(cast(SubjectKind, received.topic.what), record)
+        overtaken = entry.revision > record.revision
+        if overtaken and not self._was_in_force(record, now_ms):
+            return
+        for consequence in consequences(
+            record.state,
+            record.revision,
+            now_ms / 1000,
+            self._runtime.settings.entitlements_max_age_s,
+            ever_sponsor=was_sponsor(record),
+        ):
+            if isinstance(consequence, Ending):
+                # What was suspended and is active again was to lose its leases all the same.
+                await self._order_all(consequence, record, received.traceparent)
+            elif not overtaken:  # else the later record says what still fits
+                await self._fence(consequence, record, received)
+                await self._order_unfit(consequence, record.sub, entry, received.traceparent)
+        if not overtaken and isinstance(record, UserRecord) and was_sponsor(record):
+            await self._order_orphans(record, received.traceparent)
+
+    async def _order_orphans(self, record: UserRecord, traceparent: str | None) -> None:
+        """Order the end of what agents hold that are without a sponsor now: it may have been issued under another."""
+        orphaned = orphaning(record.state)
+        if orphaned is None:
+            return
+        kind, reason = orphaned
+        for number, agent in enumerate(self._directory.entries("agent"), start=1):
+            if number % _PAUSE_EVERY == 0:
+                await asyncio.sleep(0)  # others get their turn
+            state = agent.state
+            if isinstance(state, AgentState) and state.sponsor == record.state.user_id:
+                ending = Ending(kind, Selector(agent_id=state.agent_id), reason)
+                await self._order_all(ending, record, traceparent)
+
+    def _was_in_force(self, record: AnyRecord, now_ms: int) -> bool:
+        """Whether a record that a later one has overtaken counted, and lately: it is no old one, put there again."""
+        if record.commands[-1].appended_at_ms < now_ms - RECORD_AGE_MS:
+            return False
+        try:
+            self._directory.chains.verify(record)
+        except ChainError as error:
+            log.error("an earlier record of %s counts for nothing: %s", record.sub, error)
+            return False
+        return True
+
+    async def _entry(self, kind: SubjectKind, record: AnyRecord) -> Entry[AnyState]:
+        id = subject_of(self._td, record.sub, kind) or ""
+        reason = "the local table refused it"
+        for caught_up in (False, True):
+            try:
+                entry = self._directory.entry(kind, id)
+            except ChainError as error:
+                entry, reason = None, str(error)
+            if entry is not None and entry.revision >= record.revision:
+                return entry
+            if not caught_up and not await self._runtime.tables_caught_up(self._patience_s):
+                raise UnavailableError(f"{record.sub} at revision {record.revision} has not arrived here yet")
+        raise InvalidMessageError(
+            f"the record of {record.sub} counts for nothing: {reason}", code="record_untrusted"
+        )
+
+    async def _order_all(self, ending: Ending, record: AnyRecord, traceparent: str | None) -> None:
+        order = derived_order(
+            ending.kind,
+            ending.reason,
+            by=self._runtime.key.id,
+            trust_domain=self._td,
+            at_ms=self._runtime.clock.now_ms(),
+            record=(record.sub, record.revision),
+            selector=ending.selector,
+        )
+        selector = ending.selector
+        agent_id = record.state.agent_id if isinstance(record.state, TaskState) else selector.agent_id
+        key = agent_id or selector.user_id or selector.sponsor or selector.target_id or ""
+        await self._runtime.publisher.publish_signed(
+            REVOCATION_REQUEST, key, order, self._runtime.key, traceparent=traceparent
+        )
+
+    async def _fence(self, narrowing: Narrowing, record: AnyRecord, received: Received) -> None:
+        """What is being issued at this moment may rest on the former record: it is fenced off, and asked for anew.
+
+        Where the record stands on its topic once more, as one does that the registry writes over a forged one, it
+        covers what it covered the first time.
+        """
+        id = derived_id("record", record.sub, record.revision)
+        first = await self._store.first_seen({id: received.coordinates}, keep_ms=RECORD_AGE_MS)
+        await self._store.fence({narrowing.mark: first[id].appended_at_ms})
+
+    async def _order_unfit(
+        self, narrowing: Narrowing, sub: str, entry: Entry[AnyState], traceparent: str | None
+    ) -> None:
+        acknowledged = []
+        also = await self._orders.holders(narrowing.mark)
+        unfit = [
+            (lease, why)
+            async for leases in self._ender.bearing(narrowing.mark, also=also)
+            for lease in leases.values()
+            if (why := narrowing.unfit(lease))
+        ]
+        for lease, why in unfit:
+            order = derived_order(
+                why.kind,
+                why.reason,
+                by=self._runtime.key.id,
+                trust_domain=self._td,
+                at_ms=self._runtime.clock.now_ms(),
+                record=(sub, entry.revision),
+                lease_id=lease.lease_id,
+            )
+            _, ack = await self._runtime.publisher.send_signed(
+                REVOCATION_REQUEST, lease.agent_id, order, self._runtime.key, traceparent=traceparent
+            )
+            acknowledged.append(ack)
+        await gather_all(acknowledged)
