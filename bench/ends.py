@@ -27,9 +27,9 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.connection import connection
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import LEASE
-from ringfence.messages.trust import ServiceRole
 from ringfence.model.lease_store import SignedLease
 from ringfence.revoker.consistency.kafka_view import whole
 

@@ -17,7 +17,7 @@ from ringfence.client.admin.trust_setup import SERVICE_ROLES, TrustFolder, make_
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.processes import LOOPBACK, Child, free_port, spawn
 from ringfence.dev.stack import READY_WITHIN_S, Stack, StackOptions
-from ringfence.messages.trust import ServiceRole
+from ringfence.messages.base import ServiceRole
 from tests.brokers.apache import ApacheKafka
 
 KEEP_BYTES = 4 * 1024 * 1024

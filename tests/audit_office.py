@@ -25,7 +25,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionRequest, Approval, ApprovalRequest
-from ringfence.messages.base import Claims, ExpiringClaims, Message, Topic
+from ringfence.messages.base import Claims, ExpiringClaims, Message, ServiceRole, Topic
 from ringfence.messages.credential import (
     Coordinates,
     CredentialDecision,
@@ -75,7 +75,7 @@ from ringfence.messages.topics import (
     TRUST,
     USER,
 )
-from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
+from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.leases.epochs import marker_key
 from ringfence.model.lifecycle import Actor, Context, apply
 from ringfence.model.records.directory import Directory

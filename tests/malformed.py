@@ -10,8 +10,8 @@ from typing import Any
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.messages.base import Claims, Topic, typ_header
-from ringfence.messages.trust import SERVICE_ROLES, ServiceIdentity, ServiceRole, TrustBundle
+from ringfence.messages.base import SERVICE_ROLES, Claims, ServiceRole, Topic, typ_header
+from ringfence.messages.trust import ServiceIdentity, TrustBundle
 
 DAY_S = 86_400
 

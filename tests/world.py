@@ -43,7 +43,7 @@ from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.api import ApiToken, api_audience
-from ringfence.messages.base import Claims, ExpiringClaims, Topic
+from ringfence.messages.base import Claims, ExpiringClaims, ServiceRole, Topic
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.operations import DeadLetter, ServiceEvent
@@ -62,7 +62,7 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.messages.topics import ALL, DEAD_LETTER, REGISTRY_COMMAND, SERVICE_EVENT, TRUST
-from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
+from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from tests.lost_redis import declare_complete
 from tests.trail import Trail
 

@@ -24,7 +24,7 @@ from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.dev.processes import LOOPBACK, Child, Patience, StackError, port_is_free, spawn
 from ringfence.dev.stack import Stack, StackOptions
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
-from ringfence.messages.trust import ServiceRole
+from ringfence.messages.base import ServiceRole
 from tests.brokers.apache import ApacheKafka
 from tests.chaos.proxy import Link
 from tests.chaos.service import set_ahead

@@ -19,6 +19,7 @@ from ringfence.kernel.crypto.jws import Signed, open_signed, parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import (
     Coordinates,
     CredentialDecision,
@@ -38,7 +39,6 @@ from ringfence.messages.topics import (
     REVOCATION_REQUEST,
     SERVICE_EVENT,
 )
-from ringfence.messages.trust import ServiceRole
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.world import Party, Scope, World, scope

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ringfence.kernel.crypto.jws import Signed
-from ringfence.messages.base import Topic
+from ringfence.messages.base import ServiceRole, Topic
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL, EndCause, Lease, LeaseStatus
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.topics import LEASE
-from ringfence.messages.trust import ServiceRole
 from ringfence.model.lease_store import LeaseStore
 from ringfence.revoker.settings import RevokerSettings
 from tests.flows.desk import Asked, Desk

@@ -28,11 +28,11 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Grant
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import AgentSuspend, TaskEnd, UserDisable, VerbFloor
 from ringfence.messages.topics import APPROVAL_RESPONSE, AUDIT, CREDENTIAL_DECISION, LEASE
-from ringfence.messages.trust import ServiceRole
 from ringfence.model.requests.approvals import BREAK_GLASS_TTL_S
 from ringfence.policy.settings import PolicySettings
 from tests.flows.desk import Desk

@@ -17,13 +17,12 @@ from ringfence.kernel.kafka.dead_letters import MAX_INVALID_SIGNED
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionApproval, BreakGlassReview
-from ringfence.messages.base import Claims, typ_header
+from ringfence.messages.base import SERVICE_ROLES, Claims, ServiceRole, typ_header
 from ringfence.messages.credential import Coordinates, CredentialDecision
 from ringfence.messages.lease import Lease, RevocationRequest, Selector
 from ringfence.messages.operations import DeadLetter, Heartbeat
 from ringfence.messages.registry import AgentRecord
 from ringfence.messages.topics import AGENT, ALL, DEAD_LETTER, HEARTBEAT, REVOCATION_REQUEST
-from ringfence.messages.trust import SERVICE_ROLES, ServiceRole
 from ringfence.model.leases.revoker_halts import RETRY_AFTER_S
 from tests.brokers import RedisServer
 from tests.conftest import Kafka

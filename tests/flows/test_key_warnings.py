@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from ringfence.kernel.crypto.jws import parse
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentRotateKey
 from ringfence.messages.topics import SERVICE_EVENT
-from ringfence.messages.trust import ServiceRole
 from ringfence.registry.settings import RegistrySettings
 from tests.world import DAY_S, Party, World
 

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from ringfence.kernel.base import metrics
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REQUEST
-from ringfence.messages.trust import ServiceRole
 from ringfence.policy.settings import PolicySettings
 from tests.flows.office import DEPLOY, READ, Office, rewind
 from tests.world import World, scope

@@ -15,6 +15,7 @@ from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.kafka.producer import to_json
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.tracing.traceparent import trace_id
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentSuspend, BackendSettings, UserDisable
@@ -25,7 +26,6 @@ from ringfence.messages.topics import (
     CREDENTIAL_REQUEST,
     SERVICE_EVENT,
 )
-from ringfence.messages.trust import ServiceRole
 from ringfence.policy.settings import PolicySettings
 from tests.flows.office import (
     DEPLOY,

@@ -13,10 +13,10 @@ from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import sign, sign_payload
 from ringfence.kernel.kafka.table_reader import Follower
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.registry import AgentSuspend, TaskEnd, UserDisable
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, CREDENTIAL_REQUEST
-from ringfence.messages.trust import ServiceRole
 from ringfence.policy.settings import PolicySettings
 from tests.flows.office import DEPLOY, EVERYTHING, READ, Asked, Office, codes
 from tests.world import World, scope

@@ -11,6 +11,7 @@ from aiokafka.errors import KafkaTimeoutError
 
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import sign
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.topics import (
     APPROVAL_REQUEST,
@@ -20,7 +21,6 @@ from ringfence.messages.topics import (
     CREDENTIAL_REQUEST,
     SERVICE_EVENT,
 )
-from ringfence.messages.trust import ServiceRole
 from ringfence.policy.settings import PolicySettings
 from tests.flows.office import DEPLOY, EVERYTHING, READ, Office, claims_of, ids_of, rewind
 from tests.world import World, scope

@@ -13,11 +13,10 @@ from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.kafka.record import Outbound
-from ringfence.messages.base import Topic
+from ringfence.messages.base import ServiceRole, Topic
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import EndCause, Lease, LeaseStatus
 from ringfence.messages.topics import LEASE
-from ringfence.messages.trust import ServiceRole
 from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, Step
 from ringfence.model.leases.lifecycle import follow, origin_of, record_id
 from ringfence.revoker import app

@@ -27,7 +27,7 @@ from ringfence.kernel.kafka.partitioning import partition_of
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.transactions import FencedError
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
-from ringfence.messages.base import Claims, Topic
+from ringfence.messages.base import Claims, ServiceRole, Topic
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.operations import DeadLetter, Heartbeat
 from ringfence.messages.signals import SignalStream
@@ -39,7 +39,6 @@ from ringfence.messages.topics import (
     HEARTBEAT,
     SIGNAL_STREAM,
 )
-from ringfence.messages.trust import ServiceRole
 from ringfence.model.audit_log.chain import Source, linkable, linked
 from ringfence.model.audit_log.merkle import leaf_hash
 from tests.flows.test_audit_chain import (

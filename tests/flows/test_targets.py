@@ -23,6 +23,7 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import b64decode
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import ReplyContent
 from ringfence.messages.lease import TERMINAL, Lease, LeaseStatus, Selector
 from ringfence.messages.registry import (
@@ -36,7 +37,6 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.messages.topics import CREDENTIAL_DECISION, LEASE, SERVICE_EVENT
-from ringfence.messages.trust import ServiceRole
 from ringfence.model.lease_store import LeaseStore
 from ringfence.revoker.ending.lease_ender import Ender
 from ringfence.revoker.ending.undo import Undoer

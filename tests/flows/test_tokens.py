@@ -28,8 +28,8 @@ from ringfence.client.resource_server.verifier import TokenVerifier, VerifiedTok
 from ringfence.dev.processes import free_port
 from ringfence.issuer.settings import IssuerSettings
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.registry import BackendSettings, VerbFloor
-from ringfence.messages.trust import ServiceRole
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Desk, another, opened_desks

@@ -18,7 +18,7 @@ from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval
-from ringfence.messages.base import Topic
+from ringfence.messages.base import ServiceRole, Topic
 from ringfence.messages.lease import EndCause, Lease, RevocationRequest, Selector
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.registry import (
@@ -41,7 +41,6 @@ from ringfence.messages.topics import (
     TRUST,
     USER,
 )
-from ringfence.messages.trust import ServiceRole
 from ringfence.model.leases.lifecycle import follow
 from tests.flows.desk import Desk, another, opened_desks
 from tests.flows.office import DEPLOY, EVERYTHING, READ, Office, codes

@@ -16,11 +16,10 @@ from ringfence.client.agent.agent import Agent
 from ringfence.client.token_sources import TokenSource
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.base import ExpiringClaims, ServiceRole
 from ringfence.messages.enrolment import AttestationSelector, InstanceEnrol
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import AgentSetAttestation
-from ringfence.messages.trust import ServiceRole
 from ringfence.model.identity.attestation import audience, bound_audience
 from ringfence.registry.settings import RegistrySettings
 from tests import platforms

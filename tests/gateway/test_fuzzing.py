@@ -10,11 +10,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 
-from ringfence.gateway.dataplane.errors import RefusedError
 from ringfence.gateway.dataplane.headers import request_head
 from ringfence.gateway.dataplane.http1_body import ChunkedBody, chunk
 from ringfence.gateway.dataplane.http1_head import cut_head, parse_request
 from ringfence.gateway.dataplane.secret_redaction import Redactor, needles_of, redact
+from ringfence.gateway.errors import RefusedError
 from ringfence.model.http_targets.request_map import RequestMap
 from tests.gateway.conftest import Place, placed
 from tests.gateway.table_gate import RULES, SECRET

@@ -10,10 +10,10 @@ import socket
 import psutil
 import pytest
 
-from ringfence.gateway.dataplane.errors import RefusedError
 from ringfence.gateway.dataplane.exchange import Patiences
 from ringfence.gateway.dataplane.limits import Allowance, Limits, sender_at
 from ringfence.gateway.dataplane.stream import ExpiredError, Patience, Stream
+from ringfence.gateway.errors import RefusedError
 from tests.gateway.conftest import placed
 from tests.gateway.raw import Raw, connected, connected_unix
 from tests.gateway.target import OK, Reader, Target, Writer

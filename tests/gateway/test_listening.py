@@ -19,10 +19,10 @@ from cryptography import x509
 
 from ringfence.gateway.contract import Presented
 from ringfence.gateway.dataplane.certificate_authority import Authority
-from ringfence.gateway.dataplane.errors import RefusedError
 from ringfence.gateway.dataplane.plane import DataPlane, ListenError
 from ringfence.gateway.dataplane.stream import Patience
 from ringfence.gateway.dataplane.upstream_pool import Upstreams
+from ringfence.gateway.errors import RefusedError
 from ringfence.kernel.base.clock import SystemClock
 from tests.gateway.certificates import Certificates
 from tests.gateway.conftest import Place

@@ -14,7 +14,7 @@ import pytest
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.api import api_audience
-from ringfence.messages.trust import ServiceRole
+from ringfence.messages.base import ServiceRole
 from ringfence.model.identity.api_tokens import api_token
 from tests.stack import WITHIN_S, Realm
 

@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from ringfence.dev.processes import Child, spawn
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.registry import BackendSettings
-from ringfence.messages.trust import ServiceRole
 from tests.world import World
 
 WITHIN_S = 60.0

@@ -14,10 +14,10 @@ import pytest
 from ringfence.client.agent.credentials import IssuedCredential
 from ringfence.client.errors import RequestDeniedError
 from ringfence.dev.stack import Stack, StackOptions
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import CREDENTIAL_DECISION, LEASE
-from ringfence.messages.trust import ServiceRole
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.stack import WITHIN_S, first_pending, realm_in

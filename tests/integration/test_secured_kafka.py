@@ -24,10 +24,9 @@ from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.settings import BusSettings, ServiceSettings
 from ringfence.kernel.kafka.acls import PARTIES
 from ringfence.kernel.kafka.producer import Publisher
-from ringfence.messages.base import Topic
+from ringfence.messages.base import ServiceRole, Topic
 from ringfence.messages.registry import VerbFloor
 from ringfence.messages.topics import AUDIT, CREDENTIAL_DECISION, CREDENTIAL_REQUEST, LEASE
-from ringfence.messages.trust import ServiceRole
 from tests.brokers import RedisServer
 from tests.brokers.secured import SecuredKafka
 from tests.conftest import needed

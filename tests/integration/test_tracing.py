@@ -30,10 +30,10 @@ from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.kafka.connection import connection
 from ringfence.kernel.tracing.otel import SpanTracing
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.messages.topics import AUDIT, CREDENTIAL_DECISION, CREDENTIAL_REQUEST, DEAD_LETTER, LEASE
-from ringfence.messages.trust import ServiceRole
 from tests import canary
 from tests.brokers import RedisServer
 from tests.conftest import Kafka

@@ -21,8 +21,8 @@ from ringfence.messages.api import (
     ApiToken,
     api_audience,
 )
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.registry import UserDisable
-from ringfence.messages.trust import ServiceRole
 from ringfence.model.identity.api_tokens import api_token
 from ringfence.model.records import api_access
 from ringfence.model.records.api_access import Authenticator, UnauthenticatedError

@@ -15,12 +15,12 @@ from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.base import Topic
+from ringfence.messages.base import ServiceRole, Topic
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import RevocationAck, RevocationRequest, Selector
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT, REVOCATION_ACK
-from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
+from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.leases.revocations import Order
 from ringfence.revoker.revocations.cut_confirmation import Cuts
 from tests.ledger import START_MS, TD, FixedClock

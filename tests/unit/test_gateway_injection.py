@@ -19,11 +19,12 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, enclose
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import Credential, CredentialDelivery
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
 from ringfence.messages.topics import CREDENTIAL_REPLY
-from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
+from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from tests import leases
 from tests.ledger import START_MS, TD, FixedClock, Ledger
 from tools.schemas.examples import EXAMPLES

@@ -21,7 +21,7 @@ from ringfence.kernel.kafka.dead_letters import (
 )
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.postponed import Postponed
-from ringfence.messages.base import Claims, Topic, typ_header
+from ringfence.messages.base import SERVICE_ROLES, Claims, ServiceRole, Topic, typ_header
 from ringfence.messages.lease import Lease, RevocationRequest
 from ringfence.messages.topics import (
     ALL,
@@ -34,7 +34,6 @@ from ringfence.messages.topics import (
     TRUST,
     USER,
 )
-from ringfence.messages.trust import SERVICE_ROLES, ServiceRole
 from tests.malformed import DAY_S, Services, malformed, signed_messages, typs
 
 MANY = MAX_INVALID_SIGNED + 5

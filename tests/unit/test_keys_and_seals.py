@@ -33,8 +33,9 @@ from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, b64decode, b64encode
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, enclose
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.keys import PublicJwk
-from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
+from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from tests.old_trust import without_signals
 
 TD = "acme.example"

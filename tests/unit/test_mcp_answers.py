@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.gateway.contract import Mcp, McpOutcome
-from ringfence.gateway.dataplane.errors import RefusedError
 from ringfence.gateway.dataplane.http1_head import Fields, ResponseHead
 from ringfence.gateway.dataplane.mcp_responses import (
     MAX_LISTED,
@@ -19,6 +18,7 @@ from ringfence.gateway.dataplane.mcp_responses import (
     EventSieve,
     media_of,
 )
+from ringfence.gateway.errors import RefusedError
 
 LIST = {
     "jsonrpc": "2.0",

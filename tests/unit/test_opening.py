@@ -11,8 +11,9 @@ from ringfence.kernel.base.errors import SignatureError
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.lease import Lease
-from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
+from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.leases.verification import open_lease
 from tests.ledger import FixedClock
 from tools.schemas.examples import EXAMPLES

@@ -9,10 +9,9 @@ import pytest
 from ringfence.kernel.base.clock import CarriedOn
 from ringfence.kernel.crypto.jws import open_signed, parse, sign, sign_payload
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.base import Claims, Millis
+from ringfence.messages.base import SERVICE_ROLES, Claims, Millis, ServiceRole
 from ringfence.messages.operations import Heartbeat, StreamDigest
 from ringfence.messages.topics import HEARTBEAT
-from ringfence.messages.trust import SERVICE_ROLES, ServiceRole
 from ringfence.model.leases.revoker_halts import RevokerHalts
 from tests.malformed import Services
 

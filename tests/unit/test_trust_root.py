@@ -12,12 +12,12 @@ from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.messages.base import typ_header
+from ringfence.messages.base import ServiceRole, typ_header
 from ringfence.messages.lease import Lease
 from ringfence.messages.oidc import OidcIssuer, OidcUse
 from ringfence.messages.registry import UserRecord
 from ringfence.messages.topics import LEASE
-from ringfence.messages.trust import RootHandover, ServiceIdentity, ServiceRole, TrustBundle
+from ringfence.messages.trust import RootHandover, ServiceIdentity, TrustBundle
 from ringfence.model.records.command_chain import ChainError
 from tests.ledger import START_MS, TD, FixedClock, Ledger
 

@@ -23,11 +23,10 @@ from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
-from ringfence.messages.base import Claims, ExpiringClaims, Message
+from ringfence.messages.base import Claims, ExpiringClaims, Message, ServiceRole
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest
 from ringfence.messages.registry import AgentTransfer, AnyRecord, TaskAssign, TaskState
-from ringfence.messages.trust import ServiceRole
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.leases.lifecycle import statement
 from ringfence.model.lifecycle import agents_of

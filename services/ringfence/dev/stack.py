@@ -34,7 +34,7 @@ from ringfence.kernel.base.private_files import make_private_folder, open_privat
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.messages.api import GATEWAY_PORT, PORTS
-from ringfence.messages.trust import ServiceRole
+from ringfence.messages.base import ServiceRole
 
 READY_WITHIN_S = 60.0
 """Without the time in which a process of the stack waited for a processor (`Patience`)."""

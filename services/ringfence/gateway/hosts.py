@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
-from ringfence.gateway.dataplane.errors import RefusedError
+from ringfence.gateway.errors import RefusedError
 
 Scheme = Literal["http", "https"]
 PORTS: Final[dict[str, int]] = {"http": 80, "https": 443}

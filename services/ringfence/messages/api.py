@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ringfence.messages.base import ExpiringClaims
-from ringfence.messages.trust import ServiceRole
+from ringfence.messages.base import ExpiringClaims, ServiceRole
 
 
 class ApiToken(ExpiringClaims):

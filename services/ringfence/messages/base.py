@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Generic, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-if TYPE_CHECKING:  # it is declared with the trust bundle, which is made of what stands here
-    from ringfence.messages.trust import ServiceRole
+ServiceRole = Literal[
+    "registry", "policy", "issuer", "revoker", "gateway", "audit", "scim", "signals", "runner", "console"
+]
+SERVICE_ROLES: Final[tuple[ServiceRole, ...]] = get_args(ServiceRole)
+"""The services that sign messages, each under its role; `runner` and `console` are declared for what is to come."""
 
 _UUID = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"

@@ -6,10 +6,19 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field
 
-from ringfence.messages.base import Claims, Digest, Message, Millis, Name, NonEmpty, SpiffeId, Uuid
+from ringfence.messages.base import (
+    SERVICE_ROLES,
+    Claims,
+    Digest,
+    Message,
+    Millis,
+    Name,
+    NonEmpty,
+    SpiffeId,
+    Uuid,
+)
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.enrolment import EnrolledInstance
-from ringfence.messages.trust import SERVICE_ROLES
 
 EventKind = Literal["started", "stopped", "accepted", "refused", "replayed", "finding"]
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Final, Literal, get_args
+from typing import ClassVar
 
-from ringfence.messages.base import Claims, ExpiringClaims, Jws, Message, SpiffeId
+from ringfence.messages.base import Claims, ExpiringClaims, Jws, Message, ServiceRole, SpiffeId
 from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.oidc import OidcIssuer
-
-ServiceRole = Literal[
-    "registry", "policy", "issuer", "revoker", "gateway", "audit", "scim", "signals", "runner", "console"
-]
-SERVICE_ROLES: Final[tuple[ServiceRole, ...]] = get_args(ServiceRole)
 
 
 class ServiceIdentity(Message):

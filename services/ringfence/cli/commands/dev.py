@@ -23,7 +23,7 @@ from ringfence.kernel.base.trusted_files import TrustedFilesError
 
 if TYPE_CHECKING:
     from ringfence.client.settings import ClientSettings
-    from ringfence.messages.trust import ServiceRole
+    from ringfence.messages.base import ServiceRole
 
 _LOOK_AGAIN_S = 0.5
 _GRACE_S = 20.0

@@ -14,10 +14,9 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import open_signed, parse
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.base import Claims, Topic
+from ringfence.messages.base import Claims, ServiceRole, Topic
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.topics import DEAD_LETTER, SERVICE_EVENT
-from ringfence.messages.trust import ServiceRole
 
 log = logging.getLogger(__name__)
 

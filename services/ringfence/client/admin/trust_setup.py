@@ -23,11 +23,11 @@ from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, public_key
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
 from ringfence.kernel.crypto.service_keys import BEFORE, NEXT
 from ringfence.kernel.kafka.producer import Publisher
-from ringfence.messages.base import Name
+from ringfence.messages.base import Name, ServiceRole
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import Entitlements, UserSet
 from ringfence.messages.topics import REGISTRY_COMMAND, TRUST
-from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
+from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.unknown_fields import told, unknown_fields
 

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from ringfence.gateway.dataplane.errors import RefusedError
+from ringfence.gateway.errors import RefusedError
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.private_files import write_private
 

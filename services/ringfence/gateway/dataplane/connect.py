@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ringfence.gateway.dataplane.errors import RefusedError
 from ringfence.gateway.dataplane.http1_head import RequestHead
 from ringfence.gateway.dataplane.request_reader import Way
 from ringfence.gateway.dataplane.stream import Stream
+from ringfence.gateway.errors import RefusedError
 from ringfence.gateway.hosts import canonical
 
 AGREED = b"HTTP/1.1 200 Connection established\r\n\r\n"

@@ -11,7 +11,6 @@ from typing import Final
 
 from ringfence.gateway.contract import Attempt, Blocked, Presented, Verdict
 from ringfence.gateway.dataplane.connect import AGREED, connect_authority
-from ringfence.gateway.dataplane.errors import RefusedError, head, problem
 from ringfence.gateway.dataplane.exchange import Asked, goes_no_further
 from ringfence.gateway.dataplane.fast_path.path import Shortcut
 from ringfence.gateway.dataplane.forwarder import goes_on
@@ -28,6 +27,7 @@ from ringfence.gateway.dataplane.sent import Sent
 from ringfence.gateway.dataplane.shared import Desk
 from ringfence.gateway.dataplane.stream import ExpiredError, GoneError, Stream
 from ringfence.gateway.dataplane.tls_listener import TLS_FAILED
+from ringfence.gateway.errors import RefusedError, head, problem
 from ringfence.gateway.events.destination import destination_of_line, unread_line
 from ringfence.gateway.hosts import split
 from ringfence.kernel.base import metrics

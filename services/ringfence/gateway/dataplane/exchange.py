@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Final, NoReturn
 
 from ringfence.gateway.contract import Attempt, Verdict
-from ringfence.gateway.dataplane.errors import RefusedError
 from ringfence.gateway.dataplane.headers import request_head, response_head, switching_head
 from ringfence.gateway.dataplane.http1_body import (
     LAST_CHUNK,
@@ -37,6 +36,7 @@ from ringfence.gateway.dataplane.mcp_responses import (
 from ringfence.gateway.dataplane.secret_redaction import Redactor, needles_of, redact
 from ringfence.gateway.dataplane.stream import ExpiredError, GoneError, Stream
 from ringfence.gateway.dataplane.websockets import accepts, asks_for_websocket, tunnel
+from ringfence.gateway.errors import RefusedError
 from ringfence.gateway.hosts import Origin
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.credential import Reason
@@ -189,8 +189,8 @@ class Exchange:
     async def final(self, upstream: Stream) -> ResponseHead:
         """The head of the response, which is final or opens a WebSocket.
 
-        Raises StaleConnectionError where the target closed the connection before it said anything, RefusedError for everything
-        else that is wrong with it.
+        Raises StaleConnectionError where the target closed the connection before it said anything, RefusedError for
+        everything else that is wrong with it.
         """
         self._look()
         for interim in range(_MOST_INTERIM):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ringfence.gateway.contract import Gate, Verdict
-from ringfence.gateway.dataplane.errors import RefusedError
 from ringfence.gateway.dataplane.exchange import (
     Asked,
     Exchange,
@@ -17,6 +16,7 @@ from ringfence.gateway.dataplane.exchange import (
 )
 from ringfence.gateway.dataplane.stream import Stream
 from ringfence.gateway.dataplane.upstream_pool import Upstreams
+from ringfence.gateway.errors import RefusedError
 from ringfence.gateway.hosts import Origin, origin_of
 from ringfence.kernel.base.errors import UnavailableError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from ringfence.gateway.dataplane.errors import RefusedError
 from ringfence.gateway.dataplane.http1_head import RequestHead, ResponseHead, check_trailers
+from ringfence.gateway.errors import RefusedError
 
 MAX_TRAILER_BYTES: Final = 8 * 1024
 LAST_CHUNK: Final = b"0\r\n\r\n"

@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ringfence.gateway.dataplane.errors import RefusedError
+from ringfence.gateway.errors import RefusedError
 from ringfence.messages.credential import Reason
 
 TOO_MANY_CONNECTIONS = "too_many_connections"

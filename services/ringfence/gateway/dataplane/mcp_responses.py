@@ -12,8 +12,8 @@ from typing import Any, Final
 import orjson
 
 from ringfence.gateway.contract import Mcp, McpOutcome
-from ringfence.gateway.dataplane.errors import RefusedError
 from ringfence.gateway.dataplane.http1_head import ResponseHead
+from ringfence.gateway.errors import RefusedError
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.model.http_targets.mcp import LISTED
 

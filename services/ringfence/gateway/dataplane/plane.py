@@ -26,7 +26,6 @@ from ringfence.gateway.contract import Blocked, Blocks, Gate, Presented
 from ringfence.gateway.dataplane.certificate_authority import Authority
 from ringfence.gateway.dataplane.connection import Connection
 from ringfence.gateway.dataplane.denials import answer as problem_of
-from ringfence.gateway.dataplane.errors import Answer
 from ringfence.gateway.dataplane.exchange import Patiences
 from ringfence.gateway.dataplane.fast_path.plans import Plans
 from ringfence.gateway.dataplane.forwarder import Forwarder
@@ -36,6 +35,7 @@ from ringfence.gateway.dataplane.shared import Desk
 from ringfence.gateway.dataplane.stream import Outbox, Patience, Stream
 from ringfence.gateway.dataplane.tls_listener import TlsDoor
 from ringfence.gateway.dataplane.upstream_pool import Upstreams
+from ringfence.gateway.errors import Answer
 from ringfence.gateway.hosts import Scheme, canonical
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock, SystemClock

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from ringfence.gateway.contract import Attempt, Carried, Presented
-from ringfence.gateway.dataplane.errors import RefusedError
 from ringfence.gateway.dataplane.headers import HANDLE, LABEL, is_handle, kept_headers, own_names
 from ringfence.gateway.dataplane.http1_head import Fields, RequestHead
 from ringfence.gateway.dataplane.media import says_json
 from ringfence.gateway.dataplane.websockets import asks_for_websocket
+from ringfence.gateway.errors import RefusedError
 from ringfence.gateway.hosts import Scheme, canonical
 
 _READ_OF_MCP: Final = frozenset({b"mcp-session-id", b"mcp-protocol-version"})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from ringfence.gateway.dataplane.errors import RefusedError
 from ringfence.gateway.dataplane.stream import ExpiredError, GoneError, Stream
+from ringfence.gateway.errors import RefusedError
 
 
 class Sent:

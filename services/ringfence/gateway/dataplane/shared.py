@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from ringfence.gateway.contract import Blocks, Gate
 from ringfence.gateway.dataplane.certificate_authority import Authority
-from ringfence.gateway.dataplane.errors import Answer
 from ringfence.gateway.dataplane.exchange import Patiences
 from ringfence.gateway.dataplane.fast_path.plans import Plans
 from ringfence.gateway.dataplane.forwarder import Forwarder
 from ringfence.gateway.dataplane.limits import Limits
 from ringfence.gateway.dataplane.upstream_pool import Upstreams
+from ringfence.gateway.errors import Answer
 
 
 @dataclass(frozen=True, slots=True)

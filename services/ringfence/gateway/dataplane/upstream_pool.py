@@ -8,8 +8,8 @@ import time
 from collections import deque
 from typing import Final
 
-from ringfence.gateway.dataplane.errors import RefusedError
 from ringfence.gateway.dataplane.stream import Outbox, Patience, Stream
+from ringfence.gateway.errors import RefusedError
 from ringfence.gateway.hosts import Origin
 
 IDLE_S: Final = 15.0

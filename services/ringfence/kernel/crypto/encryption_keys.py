@@ -14,8 +14,8 @@ from ringfence.kernel.crypto.keys import KeyFileError
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, recipients_of
 from ringfence.kernel.crypto.service_keys import files_before, next_file
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.keys import KeyRecord
-from ringfence.messages.trust import ServiceRole
 
 
 class SealKeys:

@@ -13,8 +13,8 @@ from pathlib import Path
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.keys import KeyRecord
-from ringfence.messages.trust import ServiceRole
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from ringfence.kernel.base.errors import InvalidMessageError, SignatureError, Un
 from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, open_signed, parse
 from ringfence.kernel.crypto.keys import PublicKey, public_key, thumbprint, valid_key
 from ringfence.kernel.crypto.multi_recipient_jwe import usable
-from ringfence.messages.base import Claims, Topic
+from ringfence.messages.base import Claims, ServiceRole, Topic
 from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.oidc import OidcIssuer, OidcUse
-from ringfence.messages.trust import RootHandover, ServiceRole, TrustBundle
+from ringfence.messages.trust import RootHandover, TrustBundle
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import Final, Literal, get_args
 
 from ringfence.messages import topics
-from ringfence.messages.trust import ServiceRole
+from ringfence.messages.base import ServiceRole
 
 Outsider = Literal["agents", "users", "operators", "siem"]
 Party = ServiceRole | Outsider

@@ -32,11 +32,10 @@ from ringfence.kernel.service.trust_updates import take_in
 from ringfence.kernel.tracing.api import Work
 from ringfence.kernel.tracing.tracing_settings import of_service
 from ringfence.messages.api import PORTS
-from ringfence.messages.base import Topic
+from ringfence.messages.base import ServiceRole, Topic
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.operations import EventKind, ServiceEvent
 from ringfence.messages.topics import HEARTBEAT, SERVICE_EVENT, TRUST
-from ringfence.messages.trust import ServiceRole
 
 log = logging.getLogger(__name__)
 

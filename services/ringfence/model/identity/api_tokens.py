@@ -7,7 +7,7 @@ import uuid
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.api import MAX_API_TOKEN_S, ApiToken, api_audience
-from ringfence.messages.trust import ServiceRole
+from ringfence.messages.base import ServiceRole
 
 
 def api_token(key: SigningKey, service: ServiceRole, *, now_ms: int) -> str:

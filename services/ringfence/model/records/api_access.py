@@ -17,8 +17,8 @@ from ringfence.kernel.base.text import visible_name
 from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, open_signed, parse
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.messages.api import MAX_API_TOKEN_S, UNBOUND_API_TOKENS_END, ApiToken, api_audience
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.registry import UserState
-from ringfence.messages.trust import ServiceRole
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.directory import Directory
 

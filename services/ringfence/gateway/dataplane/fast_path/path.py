@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
-from ringfence.gateway.dataplane.errors import RefusedError
 from ringfence.gateway.dataplane.exchange import Asked, Exchange
 from ringfence.gateway.dataplane.fast_path.plans import MAX_KEPT_BYTES, Plan, beginning_of, key_of
 from ringfence.gateway.dataplane.http1_body import Body
@@ -23,6 +22,7 @@ from ringfence.gateway.dataplane.request_reader import Way, asked
 from ringfence.gateway.dataplane.secret_redaction import redact
 from ringfence.gateway.dataplane.shared import Desk
 from ringfence.gateway.dataplane.stream import Stream
+from ringfence.gateway.errors import RefusedError
 from ringfence.gateway.hosts import origin_of
 from ringfence.kernel.base.errors import UnavailableError
 

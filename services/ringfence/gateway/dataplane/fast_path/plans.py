@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from typing import Final
 
 from ringfence.gateway.contract import Attempt, Standing
-from ringfence.gateway.dataplane.errors import RefusedError
 from ringfence.gateway.dataplane.exchange import WITHOUT_BODY, is_compressed
 from ringfence.gateway.dataplane.headers import request_head, response_head
 from ringfence.gateway.dataplane.http1_body import Body, SizedBody, response_body
 from ringfence.gateway.dataplane.http1_head import RequestHead, parse_response
 from ringfence.gateway.dataplane.request_reader import Way
 from ringfence.gateway.dataplane.secret_redaction import needles_of
+from ringfence.gateway.errors import RefusedError
 from ringfence.gateway.hosts import Origin
 
 MAX_PLANS: Final = 4096
