@@ -21,7 +21,7 @@ import orjson
 import uvloop
 
 from ringfence.backends import Material, TargetAccess, all_backends
-from ringfence.backends.capabilities import Declared
+from ringfence.backends.capabilities import BackendCapabilities
 from ringfence.backends.http import StaticSecrets
 from ringfence.client.resource_server.dpop_proofs import Nonces, ProofChecker
 from ringfence.dev.processes import LOOPBACK
@@ -102,7 +102,7 @@ class _View:
     def __init__(self, ledger: Ledger, table: LeaseTable) -> None:
         self.directory, self.table = ledger.directory, table
 
-    def lapsed(self) -> bool:
+    def view_expired(self) -> bool:
         return False
 
     def stale(self) -> str | None:
@@ -159,7 +159,7 @@ class _World:
             self.handle = lease.lease_id
 
     async def gate(self) -> DecisionGate:
-        declared = Declared(all_backends(Material(TD, "http://issuer.invalid")))
+        declared = BackendCapabilities(all_backends(Material(TD, "http://issuer.invalid")))
         engine = EmbeddedEngine(load_bundle(_without_limit(self._places)), entry_point=ACTION)
         await engine.start()
         access = TargetAccess(dict.fromkeys(("plain", "hub"), f"env:{SECRET}"))

@@ -21,7 +21,7 @@ from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import LeaseStore, SignedLease
-from ringfence.model.leases.lifecycle import ALL_MARK, origin_of, record_id
+from ringfence.model.leases.lifecycle import ALL_LEASES, origin_of, record_id
 from tools.schemas.examples import EXAMPLES
 
 SIZES = (10_000, 100_000)
@@ -81,7 +81,7 @@ async def _measure(stack: Stack, pids: dict[str, int]) -> None:
                 await _until_complete(store)
                 took_s = time.perf_counter() - start
                 used = cpu_s(pids)["revoker"] - before["revoker"]
-                found = len(await store.find(ALL_MARK))
+                found = len(await store.find(ALL_LEASES))
                 print(
                     f"{found} of {count} leases, {how}: {took_s:.1f} s until all is there and known, "
                     f"{used:.1f} s of it CPU of the revoker, {used / count * 1e6:.0f} µs a lease"

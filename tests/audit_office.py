@@ -14,8 +14,8 @@ import orjson
 
 from ringfence.audit.records import AuditHandlers
 from ringfence.audit.settings import AuditSettings
-from ringfence.audit.trail.handover import Intake, Told
-from ringfence.audit.verification import Believer
+from ringfence.audit.trail.handover import Intake, PendingEvent
+from ringfence.audit.verification import MessageVerifier
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id, digest, lease_id, message_id
@@ -104,7 +104,7 @@ class KeptEvents(Intake):
         self.ids: list[str] = []
         self.fail_next = 0
 
-    async def hand_over(self, events: Iterable[Told]) -> None:
+    async def hand_over(self, events: Iterable[PendingEvent]) -> None:
         if self.fail_next:
             self.fail_next -= 1
             raise OSError("the broker went away")
@@ -138,13 +138,13 @@ class Office:
         self.trust.load(sign(bundle, self.root, header_jwk=True), self.now_ms / 1000)
         self.directory = Directory(self.trust, SystemClock(), grace_ms=None)
         self.own = AuditSettings(**{"settle_ms": 0, **settings})
-        self.believer = Believer(self.trust, self.directory, self.own)
+        self.verifier = MessageVerifier(self.trust, self.directory, self.own)
         self.published = KeptEvents()
         self.uses: dict[str, dict[str, Any]] = {}
         self.buried: list[tuple[str, str]] = []
         self.handlers = AuditHandlers(
             self.published,
-            self.believer,
+            self.verifier,
             clock or SystemClock(),
             self.trust,
             self.uses.get,

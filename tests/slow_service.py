@@ -9,7 +9,7 @@ import asyncio
 import sys
 
 from ringfence.kernel.base.settings import ServiceSettings, load
-from ringfence.kernel.kafka.batch_handlers import one_by_one
+from ringfence.kernel.kafka.batch_handlers import sequential
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
@@ -27,7 +27,7 @@ def main(work_s: float) -> int:
         await asyncio.sleep(work_s)
         await runtime.event("finding", "done", about=(record.offset,))
 
-    runtime.consume(GROUP, {CREDENTIAL_REQUEST: one_by_one(handle, runtime.letters)})
+    runtime.consume(GROUP, {CREDENTIAL_REQUEST: sequential(handle, runtime.letters)})
     return run([runtime], settings)
 
 

@@ -18,7 +18,7 @@ from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.stack import Stack
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
@@ -174,7 +174,7 @@ class Realm:
         """The claims of a record that a service with one of the roles signed, else None."""
         find = agent.connection.trust.finder(*roles, at_s=record.appended_at_ms / 1000)
         try:
-            return open_signed(parse(record.value), model, find, audience=self.settings.trust_domain).claims
+            return verify(parse(record.value), model, find, audience=self.settings.trust_domain).claims
         except InvalidMessageError:
             return None
 

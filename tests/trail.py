@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ringfence.audit.records import AuditHandlers
 from ringfence.audit.settings import AuditSettings
-from ringfence.audit.verification import Believer
+from ringfence.audit.verification import MessageVerifier
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.trust_store import TrustStore
@@ -111,7 +111,7 @@ class Trail:
         own = AuditSettings(settle_ms=0)
         handlers = AuditHandlers(
             kept,
-            Believer(trust, directory, own),
+            MessageVerifier(trust, directory, own),
             SystemClock(),
             trust,
             uses.get,

@@ -33,7 +33,7 @@ from ringfence.dev.processes import free_port
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.settings import ServiceSettings
-from ringfence.kernel.crypto.jws import open_signed, parse, sign
+from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
 from ringfence.kernel.crypto.trust_store import TrustStore
@@ -429,7 +429,7 @@ class World:
     def opened(self, record: Received, model: type[C], *roles: ServiceRole) -> C:
         """The claims in a record, signed by a service with one of the roles. Raises InvalidMessageError."""
         find = self.trust.finder(*roles, at_s=record.appended_at_ms / 1000)
-        return open_signed(parse(record.value), model, find, audience=self.td).claims
+        return verify(parse(record.value), model, find, audience=self.td).claims
 
     async def event_where(self, predicate: Callable[[ServiceEvent], Any]) -> ServiceEvent:
         """The first `service.event` that satisfies the predicate."""

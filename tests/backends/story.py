@@ -15,7 +15,7 @@ from ringfence.cli.commands.dev import client_settings
 from ringfence.cli.commands.target_templates import TEMPLATES, Template
 from ringfence.client.agent.credentials import GatewayCredential, IssuedCredential
 from ringfence.dev.stack import Stack, StackOptions
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, unverified_about
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import CredentialDelivery, Delivery
@@ -132,7 +132,7 @@ async def at_the_gateway(realm: Realm, agent: Agent, seen: Seen, handle: Gateway
     own = EncryptionKey.load(realm.stack.trust.encryption_key("gateway"))
     trust = agent.connection.trust
     find = trust.finder("issuer", at_s=record.appended_at_ms / 1000)
-    signed = open_signed(parse(own.open(record.value)), CredentialDelivery, find, audience=trust.trust_domain)
+    signed = verify(parse(own.open(record.value)), CredentialDelivery, find, audience=trust.trust_domain)
     assert signed.claims.lease_id == handle.handle
     return signed.claims.credential.value
 

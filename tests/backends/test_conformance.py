@@ -11,7 +11,7 @@ import pytest
 from ringfence.backends import (
     AccessError,
     Backend,
-    Caller,
+    CircuitBreaker,
     Material,
     TargetAccess,
     TargetError,
@@ -344,7 +344,7 @@ async def test_a_target_that_hangs_costs_no_more_than_the_deadline_and_is_used_a
     stateful: Stateful, gate: Gate
 ) -> None:
     backend = stateful.backend()
-    caller = Caller(concurrency=4, deadline_s=0.5, longest_shut_s=0.1)
+    caller = CircuitBreaker(concurrency=4, deadline_s=0.5, longest_shut_s=0.1)
     one = usual(stateful)
     await minted(backend, one)  # a connection is there, which hangs then
     gate.turn("hanging")

@@ -17,12 +17,12 @@ from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
 from ringfence.kernel.base.ids import derived_id
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.model.leases.lifecycle import (
-    ALL_MARK,
+    ALL_LEASES,
     FOLLOWING,
     end_status,
     is_covered,
     mark_of,
-    marks_of,
+    selector_keys,
 )
 from tests.chaos.entitled import Offices
 from tests.chaos.history import History, LeaseRecord, Order
@@ -241,7 +241,7 @@ class _Orders:
     def about(self, lease: Lease) -> list[Order]:
         """All that is about this lease, by whomever, the first first."""
         found = list(self._by_lease.get(lease.lease_id, ()))
-        for mark in (*marks_of(lease), ALL_MARK):
+        for mark in (*selector_keys(lease), ALL_LEASES):
             found += [
                 order for order in self._by_mark.get(mark, ()) if is_covered(lease, order.at.appended_at_ms)
             ]

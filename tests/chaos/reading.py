@@ -14,7 +14,7 @@ from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.crypto.jwe import unverified_kid
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
@@ -112,7 +112,7 @@ class _History:
             self._lease(record, history)
         for record in self._of(REVOCATION_REQUEST):
             with contextlib.suppress(InvalidMessageError):  # nobody's word: it may not cause anything either
-                order = open_signed(
+                order = verify(
                     parse(record.value), RevocationRequest, self._signer(record), audience=self._domain
                 )
                 history.orders.append(Order(order.claims, record.coordinates))
@@ -125,7 +125,7 @@ class _History:
             self._ack(record, history)
         for record in self._of(CREDENTIAL_REQUEST):
             with contextlib.suppress(InvalidMessageError):
-                request = open_signed(
+                request = verify(
                     parse(record.value), CredentialRequest, self._signer(record), audience=self._domain
                 ).claims
                 history.requests.setdefault(message_id(request.iss, request.jti), record.appended_at_ms)
@@ -147,7 +147,7 @@ class _History:
             return
         find = self._trust.finder("issuer", "revoker", at_s=record.appended_at_ms / 1000)
         try:
-            claims = open_signed(parse(record.value), Lease, find, audience=self._domain).claims
+            claims = verify(parse(record.value), Lease, find, audience=self._domain).claims
         except InvalidMessageError as error:
             history.forged.append(f"lease/{record.partition}@{record.offset}: {error}")
             return
@@ -159,22 +159,20 @@ class _History:
             return
         find = self._trust.finder("registry", at_s=record.appended_at_ms / 1000)
         with contextlib.suppress(InvalidMessageError, ChainError):  # nobody holds an office by such a record
-            said = open_signed(
-                parse(record.value), _RECORDS[record.topic], find, audience=self._domain
-            ).claims
+            said = verify(parse(record.value), _RECORDS[record.topic], find, audience=self._domain).claims
             self._directory.chains.verify(said)
             history.states.append(State(said.sub, said.revision, record.appended_at_ms, said.state))
 
     def _ack(self, record: Received, history: History) -> None:
         find = self._trust.finder("gateway", at_s=record.appended_at_ms / 1000)
         with contextlib.suppress(InvalidMessageError):
-            ack = open_signed(parse(record.value), RevocationAck, find, audience=self._domain).claims
+            ack = verify(parse(record.value), RevocationAck, find, audience=self._domain).claims
             history.acks.append(Ack(ack.iss, ack.revocation_id, record.appended_at_ms))
 
     def _event(self, record: Received, history: History) -> None:
         find = self._trust.finder("revoker", at_s=record.appended_at_ms / 1000)
         try:
-            event = open_signed(parse(record.value), ServiceEvent, find, audience=self._domain).claims
+            event = verify(parse(record.value), ServiceEvent, find, audience=self._domain).claims
         except InvalidMessageError:
             return  # another service's
         if event.kind == "accepted" and event.subject == RevocationRequest.typ and event.actor and event.ref:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.crypto.jws import open_signed, parse, sign
+from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.kernel.crypto.keys import SigningKey, public_key
 from ringfence.messages.base import Claims
 from tools.schemas.generate import models
@@ -61,7 +61,7 @@ def test_a_signed_example_is_opened(file: Path) -> None:
     assert issubclass(model, Claims)
     claims = model.model_validate_json(file.read_text())
     key = SigningKey.generate(claims.iss)
-    opened = open_signed(
+    opened = verify(
         parse(sign(claims, key)), model, lambda iss, kid: public_key(key.public), audience=claims.aud
     )
     assert opened.claims == claims

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.messages.approval import Approval, Grant, GrantWithdraw
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import RevocationRequest
@@ -20,7 +20,13 @@ from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import keys_of_agents
 from ringfence.model.records.provisioning import given_by
 from ringfence.model.requests.approvals import approval_problem
-from ringfence.model.requests.facts import Facts, against, find_ground, gather, violations
+from ringfence.model.requests.facts import (
+    RequestContext,
+    find_ground,
+    load_context,
+    violations,
+    violations_of,
+)
 from ringfence.model.requests.grants import grant_problem
 from ringfence.model.unknown_fields import is_understood
 from ringfence.registry.domain import Current, Embedded, decide, takes_away
@@ -112,7 +118,7 @@ def outcome(current: Current | None, given: Authorised, memory: Memory) -> objec
 def test_a_verb_whose_floor_is_not_understood_is_given_to_nobody(directory: Directory) -> None:
     def codes(verb: str) -> list[str]:
         wanted = (permission("env/a", verbs=(verb,)),)
-        return [reason.code for reason in against(ground(directory), wanted, START_S, AGE_S)]
+        return [reason.code for reason in violations_of(ground(directory), wanted, START_S, AGE_S)]
 
     assert codes("read") == []
     assert codes("deploy") == ["verb_not_understood"]
@@ -143,9 +149,9 @@ def test_entitlements_and_delegations_that_are_not_understood_give_nothing(direc
     assert hr.state.delegation is not None
     ours = ground(directory)
     wanted = (permission("env/a", verbs=("read",)),)
-    assert against(ours, wanted, START_S, AGE_S) == ()
+    assert violations_of(ours, wanted, START_S, AGE_S) == ()
     theirs = type(ours)(ours.agent, ours.sponsor, ours.task, ulla, ours.target)
-    assert [reason.side for reason in against(theirs, wanted, START_S, AGE_S)] == ["entitlements:ulla"]
+    assert [reason.side for reason in violations_of(theirs, wanted, START_S, AGE_S)] == ["entitlements:ulla"]
     assert given_by(hr.state.delegation, ["dev", "ops"]).groups == ("ops",)
 
 
@@ -215,9 +221,11 @@ def opened(old: OldRecords, directory: Directory, model: Any) -> Any:
         if model is CredentialRequest
         else lambda iss, kid: directory.user_key(iss, kid, at_ms / 1000)
     )
-    return open_signed(parsed, model, find, audience=old.trust_domain, appended_at_ms=at_ms)
+    return verify(parsed, model, find, audience=old.trust_domain, appended_at_ms=at_ms)
 
 
-def asked(old: OldRecords, directory: Directory) -> tuple[Facts, int]:
+def asked(old: OldRecords, directory: Directory) -> tuple[RequestContext, int]:
     """The request of before, held against the records, and when it was appended."""
-    return gather(directory, opened(old, directory, CredentialRequest)), old.message(CredentialRequest.typ)[1]
+    return load_context(directory, opened(old, directory, CredentialRequest)), old.message(
+        CredentialRequest.typ
+    )[1]

@@ -15,7 +15,7 @@ from typing import Any
 
 from ringfence.kernel.base.ids import digest, lease_id, message_id
 from ringfence.kernel.crypto.jwe import ReplyKey, unverified_kid
-from ringfence.kernel.crypto.jws import Signed, open_signed, parse, sign
+from ringfence.kernel.crypto.jws import Signed, parse, sign, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval
@@ -170,7 +170,7 @@ class Desk:
     def refusal(self, content: ReplyContent) -> IssuerRefusal:
         assert content.refusal is not None
         find = self.world.trust.finder("issuer", at_s=time.time())
-        return open_signed(parse(content.refusal), IssuerRefusal, find, audience=self.world.td).claims
+        return verify(parse(content.refusal), IssuerRefusal, find, audience=self.world.td).claims
 
     async def refused(self, asked: Asked) -> IssuerRefusal:
         """The issuer's signed refusal, sealed to the agent; nothing was issued, and audit was told the same."""
@@ -213,7 +213,7 @@ class Desk:
         for record in await self.world.records(LEASE):
             if record.key == id:
                 find = self.world.trust.finder("issuer", "revoker", at_s=record.appended_at_ms / 1000)
-                found.append(open_signed(parse(record.value), Lease, find, audience=self.world.td))
+                found.append(verify(parse(record.value), Lease, find, audience=self.world.td))
         return found
 
     async def issued_records(self, id: str) -> list[Signed[Lease]]:

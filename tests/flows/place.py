@@ -7,14 +7,14 @@ import uuid
 from typing import Any
 
 from ringfence.kernel.base.errors import UnavailableError
-from ringfence.kernel.crypto.jws import Signed, open_signed, parse, sign
+from ringfence.kernel.crypto.jws import Signed, parse, sign, verify
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL, Lease, LeaseStatus
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import LeaseStore, SignedLease
 from ringfence.model.leases.epochs import Epochs
-from ringfence.model.leases.lifecycle import ALL_MARK, marks_of, origin_of, record_id, statement
+from ringfence.model.leases.lifecycle import ALL_LEASES, origin_of, record_id, selector_keys, statement
 from tests.chaos.valkey import ChaosValkey
 from tests.flows.desk import Asked, Desk
 
@@ -73,7 +73,7 @@ class Place:
             if epochs.took(record) or record.key != id:
                 continue
             find = self.world.trust.finder("issuer", "revoker", at_s=record.appended_at_ms / 1000)
-            one = open_signed(parse(record.value), Lease, find, audience=self.world.td)
+            one = verify(parse(record.value), Lease, find, audience=self.world.td)
             found.append((one, epochs.is_void(record, one.claims.epoch)))
         return found
 
@@ -92,7 +92,7 @@ class Place:
             looked = await self.store.look(asked.lease_id)
             assert looked.active
             lease = await self.desk.lease(asked.lease_id, "active")
-            for mark in (*marks_of(lease), ALL_MARK):
+            for mark in (*selector_keys(lease), ALL_LEASES):
                 assert asked.lease_id in await self.store.find(mark)
 
 

@@ -13,7 +13,7 @@ from aiokafka import AIOKafkaProducer
 
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.trail.chain_writer import GROUP, ChainWriter
-from ringfence.audit.trail.handover import Intake, Told
+from ringfence.audit.trail.handover import Intake, PendingEvent
 from ringfence.audit.trail.proofs import NoProofError, ProofStore
 from ringfence.client.reports.auditor import TrailReport, verify_trail, witness
 from ringfence.client.settings import ClientSettings
@@ -174,7 +174,7 @@ async def told_again(world: World) -> None:
 async def hand_over(world: World, *sources: Source) -> None:
     """Events for the intake, as an audit service would."""
     intake = Intake(world.publisher, lambda: world.key("audit"), world.td, SystemClock())
-    await intake.hand_over(Told("deploy-bot", one.uid, told_of(one), None) for one in sources)
+    await intake.hand_over(PendingEvent("deploy-bot", one.uid, told_of(one), None) for one in sources)
 
 
 def told_of(source: Source) -> bytes:

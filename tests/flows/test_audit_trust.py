@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.audit.trail.handover import Intake, Told
+from ringfence.audit.trail.handover import Intake, PendingEvent
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.crypto.jws import sign
@@ -152,7 +152,7 @@ def with_keys(bundle: TrustBundle, other: SigningKey, not_after: int) -> TrustBu
 async def hand_over_by(world: World, key: SigningKey) -> Source:
     intake = Intake(world.publisher, lambda: key, world.td, SystemClock())
     source = Source("x", 0, 1)
-    await intake.hand_over([Told("x", source.uid, told_of(source), None)])
+    await intake.hand_over([PendingEvent("x", source.uid, told_of(source), None)])
     return source
 
 

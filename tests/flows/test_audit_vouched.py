@@ -9,7 +9,7 @@ import pytest
 
 from ringfence.audit.trail import chain_writer
 from ringfence.audit.trail.chain_writer import ChainWriter
-from ringfence.audit.trail.handover import Told
+from ringfence.audit.trail.handover import PendingEvent
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
@@ -58,8 +58,8 @@ async def killed(writer: ChainWriter) -> None:
     await writer._runtime.publisher.stop()
 
 
-def events(*sources: Source, at: int = AT) -> dict[int, list[Told]]:
-    return {at: [Told(BOT, one.uid, told_of(one), None) for one in sources]}
+def events(*sources: Source, at: int = AT) -> dict[int, list[PendingEvent]]:
+    return {at: [PendingEvent(BOT, one.uid, told_of(one), None) for one in sources]}
 
 
 def some(first: int, count: int) -> list[Source]:

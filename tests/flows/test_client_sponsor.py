@@ -17,9 +17,9 @@ from ringfence.client.approvals.sponsor import APPROVAL_LIFE_S, Sponsor
 from ringfence.client.errors import NotYoursError, StaleApprovalError
 from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.crypto.jwe import ReplyKey
-from ringfence.kernel.crypto.jws import open_signed, parse, sign, sign_payload
+from ringfence.kernel.crypto.jws import parse, sign, sign_payload, verify
 from ringfence.kernel.crypto.keys import SigningKey, public_key
-from ringfence.kernel.kafka.detached_signature import apart
+from ringfence.kernel.kafka.detached_signature import detach
 from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Outcome, Reason, Revisions
 from ringfence.messages.registry import AgentSetCeiling
@@ -129,7 +129,7 @@ async def test_an_approval_is_over_exactly_what_was_shown_and_ends_with_the_ques
         approval_id = await sam.approve(pending, comment="fine")
         assert sam.pending() == []
     record = await org.world.consume_until(APPROVAL_RESPONSE, lambda r: True)
-    approval = open_signed(
+    approval = verify(
         parse(record.value), Approval, lambda iss, kid: public_key(org.sam.key.public),
         audience=org.world.td, appended_at_ms=record.appended_at_ms,
     ).claims  # fmt: skip
@@ -228,7 +228,7 @@ async def test_what_policy_did_not_sign_asks_nobody_and_changes_no_question(org:
                 plain.rpartition(".")[0] + "." + "A" * 86,
             ):
                 await org.world.send(APPROVAL_REQUEST, "sam", value)
-            _, signature = apart(org.question(**asked))
+            _, signature = detach(org.question(**asked))
             await org.world.send(APPROVAL_REQUEST, "sam", parse(plain).payload, signature=signature)
         await shown(sam, await org.ask(org.request()))  # all that was sent before has been looked at
         assert sam.find(before.request_id) == before

@@ -14,7 +14,7 @@ import jwt
 import pytest
 
 from ringfence.kernel.base.clock import SystemClock
-from ringfence.kernel.crypto.jws import open_signed, parse, sign
+from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.messages.credential import DelegatorRevisions, ReplyContent
 from ringfence.messages.lease import TERMINAL, Delegator, Lease, RevocationRequest, Selector
 from ringfence.messages.operations import ServiceEvent
@@ -52,7 +52,7 @@ async def command(desk: Desk, by: Party, to: Party, scope: Scope, **fields: Any)
     """What the registry says where an agent hands on a part of the desk's task."""
     task = next(r for r in await desk.world.records(TASK) if r.key == desk.task)
     find = desk.world.trust.finder("registry", at_s=task.appended_at_ms / 1000)
-    parent = open_signed(parse(task.value), TaskRecord, find, audience=desk.world.td).claims.state
+    parent = verify(parse(task.value), TaskRecord, find, audience=desk.world.td).claims.state
     terms = TaskTerms(
         agent_id=to.name,
         purpose="a part of it",

@@ -17,7 +17,7 @@ from ringfence.issuer.resealing import Resealer
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jwe import ReplyKey
-from ringfence.kernel.crypto.jws import open_signed, parse, sign
+from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.kernel.crypto.multi_recipient_jwe import (
     EncryptionKey,
@@ -60,7 +60,7 @@ async def envelope_of(desk: Desk, asked: Asked) -> Received:
 def opened(desk: Desk, envelope: str | bytes, key: EncryptionKey) -> CredentialDelivery:
     """As a gateway believes it: by its own key, and by the issuer's signature."""
     find = desk.world.trust.finder("issuer", at_s=time.time())
-    return open_signed(parse(key.open(envelope)), CredentialDelivery, find, audience=desk.world.td).claims
+    return verify(parse(key.open(envelope)), CredentialDelivery, find, audience=desk.world.td).claims
 
 
 async def handed(desk: Desk, *verbs: str, **fields: Any) -> tuple[Asked, ReplyContent]:

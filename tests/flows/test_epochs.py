@@ -249,7 +249,7 @@ async def test_what_became_void_after_it_was_acknowledged_is_said_once_more(
 ) -> None:
     desk, number = place.desk, await epoch_of(place)
     asked, _ = await desk.issued("read")
-    heed = LeaseWatch._heed_epochs
+    heed = LeaseWatch._check_epochs
 
     async def later(self: LeaseWatch) -> None:
         return None

@@ -107,7 +107,7 @@ async def test_who_reads_once_reads_again_with_the_next_bundle(world: World) -> 
 
     key, stop = world.key("registry"), asyncio.Event()
     runtime = Runtime("gateway", world.settings("gateway"))
-    runtime.history([SERVICE_EVENT], runtime.and_by_the_next_bundle(on_events), since_ms=0)
+    runtime.history([SERVICE_EVENT], runtime.redeliver_after_rotation(on_events), since_ms=0)
     running = asyncio.create_task(runtime.run(stop))
     try:
         await bundle_ended(world)

@@ -30,7 +30,7 @@ from ringfence.model.lease_store import (
     outbox_field,
 )
 from ringfence.model.lease_store.keys import Keys, packed
-from ringfence.model.leases.lifecycle import ALL_MARK, follow
+from ringfence.model.leases.lifecycle import ALL_LEASES, follow
 from ringfence.model.requests.grants import id_of
 from ringfence.revoker import app as revoker_app
 from ringfence.revoker.consistency.lease_watch import LeaseWatch
@@ -56,7 +56,7 @@ async def test_a_lost_redis_is_rebuilt_with_what_is_alive_and_what_has_ended(pla
     ended = (await place.store.get([gone.lease_id]))[gone.lease_id]
     assert (ended.status, ended.seq) == ("released", 3)
     assert not (await place.store.look(gone.lease_id)).active
-    assert gone.lease_id not in await place.store.find(ALL_MARK)
+    assert gone.lease_id not in await place.store.find(ALL_LEASES)
     # And life goes on: what is issued, released, and due.
     later, _ = await desk.issued("read")
     await place.release(kept)
@@ -230,7 +230,7 @@ async def test_what_strangers_write_to_the_topic_hides_no_lease_and_makes_none(p
     await world.send(LEASE, invented.lease_id, sign(invented, desk.bot.key))
     await place.lose("empty")
     assert (await place.store.look(asked.lease_id)).active
-    assert await place.store.find(ALL_MARK) == [asked.lease_id]
+    assert await place.store.find(ALL_LEASES) == [asked.lease_id]
     assert await place.store.get([invented.lease_id]) == {}
     await place.release(asked)
     stored = await place.store.get([asked.lease_id])
@@ -381,7 +381,7 @@ async def test_leases_are_found_again_where_shards_became_more_or_fewer(
                 await with_other.look(kept[0].lease_id)
             assert (await with_former.look(kept[0].lease_id)).active  # who only asks takes nothing away
             async with world.running("issuer", "revoker", redis_shards=after):
-                assert sorted(await with_other.find(ALL_MARK)) == sorted(one.lease_id for one in kept)
+                assert sorted(await with_other.find(ALL_LEASES)) == sorted(one.lease_id for one in kept)
                 assert await with_other.count([f"agent:{desk.bot.name}"]) == {f"agent:{desk.bot.name}": 5}
                 assert statuses(await with_other.get([gone.lease_id])) == ["released"]
                 with pytest.raises(LostError):
@@ -589,7 +589,7 @@ async def test_what_would_let_too_much_or_too_little_happen_later_is_listed(
     async with Redis.from_url(place.world.settings("revoker").redis_url) as redis:
         await redis.delete(store.at(grant_id).grant(grant_id), store.at(order_id).selector(order_id))
         await redis.hset(store.at(stray).leases, packed(stray), "a1 1790000000\nx.y.z")
-        await redis.zadd(store.keys[1].fences, {ALL_MARK: later_ms})
+        await redis.zadd(store.keys[1].fences, {ALL_LEASES: later_ms})
     assert await command.differences() == {
         ("uncounted", f"{asked.lease_id} on grant {grant_id}"),
         ("unseen", order_id),

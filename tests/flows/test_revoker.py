@@ -21,10 +21,10 @@ from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, Ste
 from ringfence.model.leases.lifecycle import follow, origin_of, record_id
 from ringfence.revoker import app
 from ringfence.revoker.consistency.lease_watch import LeaseWatch
-from ringfence.revoker.ending.lease_ender import Ender
+from ringfence.revoker.ending.lease_ender import LeaseEnder
 from ringfence.revoker.mass_expiry import precomputed
-from ringfence.revoker.mass_expiry.own_record_cache import Said
-from ringfence.revoker.mass_expiry.precomputed import ForeseenEnd, Foresight
+from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache
+from ringfence.revoker.mass_expiry.precomputed import PrecomputedEnd, PrecomputedEnds
 from ringfence.revoker.settings import RevokerSettings
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
@@ -189,28 +189,28 @@ def foreseen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """However few leases are due soon, revokers look at them beforehand. What was remembered, and taken, by lease."""
     monkeypatch.setattr(precomputed, "MANY", 1)
     seen: list[tuple[str, str]] = []
-    remember, take = Foresight.remember, Foresight.take
+    remember, take = PrecomputedEnds.remember, PrecomputedEnds.take
 
-    take_due = Foresight.take_due
+    take_due = PrecomputedEnds.take_due
 
-    def remembering(self: Foresight, end: ForeseenEnd) -> None:
+    def remembering(self: PrecomputedEnds, end: PrecomputedEnd) -> None:
         seen.append(("remembered", end.glance.lease_id))
         remember(self, end)
 
-    def taking(self: Foresight, lease_id: str, record: bytes) -> ForeseenEnd | None:
+    def taking(self: PrecomputedEnds, lease_id: str, record: bytes) -> PrecomputedEnd | None:
         end = take(self, lease_id, record)
         if end is not None:
             seen.append(("taken", lease_id))
         return end
 
-    def taking_due(self: Foresight, shard: int, by_ms: int, most: int) -> list[ForeseenEnd]:
+    def taking_due(self: PrecomputedEnds, shard: int, by_ms: int, most: int) -> list[PrecomputedEnd]:
         ends = take_due(self, shard, by_ms, most)
         seen.extend(("taken unclaimed", end.glance.lease_id) for end in ends)
         return ends
 
-    monkeypatch.setattr(Foresight, "remember", remembering)
-    monkeypatch.setattr(Foresight, "take", taking)
-    monkeypatch.setattr(Foresight, "take_due", taking_due)
+    monkeypatch.setattr(PrecomputedEnds, "remember", remembering)
+    monkeypatch.setattr(PrecomputedEnds, "take", taking)
+    monkeypatch.setattr(PrecomputedEnds, "take_due", taking_due)
     return seen
 
 
@@ -262,11 +262,16 @@ async def test_a_lease_whose_end_was_foreseen_is_given_back(
 async def test_a_foreseen_end_gives_way_to_another_that_came_first(desk: Desk, store: LeaseStore) -> None:
     asked, _ = await desk.issued("read")
     await store.connect()
-    ender = Ender(
-        desk.world.runtimes["revoker"], store, ["jwt"], lambda wishes: None, Said(), visibility_ms=1000
+    ender = LeaseEnder(
+        desk.world.runtimes["revoker"],
+        store,
+        ["jwt"],
+        lambda wishes: None,
+        OwnRecordCache(),
+        visibility_ms=1000,
     )
     (before,) = (await store.get([asked.lease_id])).values()
-    end = ender.foresee(before.record)
+    end = ender.precompute(before.record)
     assert end is not None
     ender.foresight.remember(end)
     await accepted(desk, desk.bot, kind="release", lease_id=asked.lease_id)
@@ -280,15 +285,20 @@ async def test_a_foreseen_end_gives_way_to_another_that_came_first(desk: Desk, s
 async def test_what_nobody_of_authority_signed_is_not_foreseen(desk: Desk, store: LeaseStore) -> None:
     asked, _ = await desk.issued("read")
     await store.connect()
-    ender = Ender(
-        desk.world.runtimes["revoker"], store, ["jwt"], lambda wishes: None, Said(), visibility_ms=1000
+    ender = LeaseEnder(
+        desk.world.runtimes["revoker"],
+        store,
+        ["jwt"],
+        lambda wishes: None,
+        OwnRecordCache(),
+        visibility_ms=1000,
     )
     lease = await desk.lease(asked.lease_id, "active")
     by_a_stranger = sign(lease, desk.world.party("service", "issuer").key)
-    assert ender.foresee(by_a_stranger.encode()) is None
+    assert ender.precompute(by_a_stranger.encode()) is None
     lasting = lease.model_copy(update={"backend": "redis"})
-    assert ender.foresee(sign(lasting, desk.world.key("issuer")).encode()) is None, "it is cut first"
-    assert ender.foresee(sign(lease, desk.world.key("issuer")).encode()) is not None
+    assert ender.precompute(sign(lasting, desk.world.key("issuer")).encode()) is None, "it is cut first"
+    assert ender.precompute(sign(lease, desk.world.key("issuer")).encode()) is not None
 
 
 # --- what people see --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.lease import EndCause, Lease, Selector
 from ringfence.messages.topics import DEAD_LETTER, REVOCATION_REQUEST
 from ringfence.model.lease_store import LeaseStore
-from ringfence.revoker.ending.lease_ender import Ender
+from ringfence.revoker.ending.lease_ender import LeaseEnder
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Desk, another, opened_office
@@ -216,15 +216,15 @@ async def test_a_redelivered_selector_ends_what_its_first_time_left(
 ) -> None:
     """It died after the fence: the same record at the same place is no replay."""
     leases = [(await desk.issued("read"))[0] for _ in range(3)]
-    end_bearing, failures = Ender.end_bearing, list[str]()
+    end_bearing, failures = LeaseEnder.end_bearing, list[str]()
 
-    async def failing(self: Ender, mark: str, wish: Any, **more: Any) -> list[Lease]:
+    async def failing(self: LeaseEnder, mark: str, wish: Any, **more: Any) -> list[Lease]:
         if not failures:
             failures.append(mark)
             raise UnavailableError("Redis went away")
         return await end_bearing(self, mark, wish, **more)
 
-    monkeypatch.setattr(Ender, "end_bearing", failing)
+    monkeypatch.setattr(LeaseEnder, "end_bearing", failing)
     event = await accepted(desk, desk.sam, selector=Selector(agent_id=desk.bot.name))
     assert failures == [f"agent:{desk.bot.name}"]
     assert event.result == "3"

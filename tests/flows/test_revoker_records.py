@@ -26,8 +26,8 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import AGENT, DEAD_LETTER, LEASE, REVOCATION_REQUEST, TARGET, TASK, USER
 from ringfence.model.lease_store import Activation, LeaseStore, SignedLease
-from ringfence.revoker.consistency.recheck_issued import IssuedHandler
-from ringfence.revoker.mass_expiry.own_record_cache import Said
+from ringfence.revoker.consistency.recheck_issued import IssuedLeaseRecheck
+from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk, another, opened_office
@@ -232,7 +232,7 @@ async def test_a_lease_is_held_against_records_by_the_word_of_services_alone(
     await desk.world.accepted(claims, desk.sam)
     revoker = desk.world.runtimes["revoker"]
     directory = revoker._tables[AGENT].__self__  # type: ignore[attr-defined]
-    handler = IssuedHandler(revoker, directory, store, Said(), patience_s=WITHIN_S)
+    handler = IssuedLeaseRecheck(revoker, directory, store, OwnRecordCache(), patience_s=WITHIN_S)
     lease = await desk.lease(asked.lease_id, "active")
     record = await desk.world.consume_until(LEASE, lambda r: r.key == asked.lease_id)
     beyond = lease.model_copy(update={"scope": desk.scope("wipe")})

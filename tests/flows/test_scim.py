@@ -36,9 +36,9 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import HEARTBEAT, SERVICE_EVENT, USER
 from ringfence.model.records.directory import Directory
-from ringfence.scim.directory_view import People
-from ringfence.scim.provisioning import Writer
-from ringfence.scim.refresh import Keeper
+from ringfence.scim.directory_view import DirectoryView
+from ringfence.scim.provisioning import ProvisioningWriter
+from ringfence.scim.refresh import EntitlementRefresh
 from ringfence.scim.settings import ScimSettings
 from tests.conftest import Kafka
 from tests.flows.directory import GROUP_SCHEMA, GROUPS, USER_SCHEMA, Company, opened_company
@@ -593,15 +593,19 @@ async def test_entitlements_are_confirmed_while_the_directory_calls_and_no_longe
     async with Provisioner.connect(own.key.key, _client(own), clock=SystemClock()) as provisioner:
         directory = Directory(runtime.trust, clock, grace_ms=None)
         async with _following(own, directory) as caught_up:
-            people = People(directory, "acme")
-            keeper = Keeper(people, Writer(people, provisioner, caught_up, None), settings, clock)
+            people = DirectoryView(directory, "acme")
+            keeper = EntitlementRefresh(
+                people, ProvisioningWriter(people, provisioner, caught_up, None), settings, clock
+            )
             clock.ms += (settings.confirm_s + 60) * 1000
             assert await keeper.once() == 0  # it has not called
             clock.ms = (before + 1) * 1000
             keeper.heard()
             assert await keeper.once() == 0  # they are young
             young = settings.model_copy(update={"confirm_s": 0})
-            keeper = Keeper(people, Writer(people, provisioner, caught_up, None), young, clock)
+            keeper = EntitlementRefresh(
+                people, ProvisioningWriter(people, provisioner, caught_up, None), young, clock
+            )
             keeper.heard()
             assert await keeper.once() == 1
             assert (await own.state(user)).entitlements.as_of == before + 1

@@ -16,8 +16,8 @@ from aiokafka import AIOKafkaProducer
 
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.trail.chain_writer import ChainWriter
-from ringfence.audit.trail.handover import Intake, Told
-from ringfence.audit.trail.unauthorised_records import Found, Strays
+from ringfence.audit.trail.handover import Intake, PendingEvent
+from ringfence.audit.trail.unauthorised_records import Found, UnauthorisedRecords
 from ringfence.client.reports.auditor import witness
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import UnavailableError
@@ -81,7 +81,7 @@ async def begun(world: World) -> None:
 async def hand_over_to(world: World, partition: int, *sources: Source) -> None:
     intake = Intake(world.publisher, lambda: world.key("audit"), world.td, SystemClock())
     key = next(name for number in range(99) if partition_of(name := f"agent-{number}", [0, 1]) == partition)
-    await intake.hand_over(Told(key, one.uid, told_of(one), None) for one in sources)
+    await intake.hand_over(PendingEvent(key, one.uid, told_of(one), None) for one in sources)
 
 
 async def foreign(world: World) -> dict[str, tuple[int, bytes]]:
@@ -199,7 +199,7 @@ async def test_replicas_dead_letter_each_stray_once(world: World) -> None:
 
 @contextlib.asynccontextmanager
 async def two_writers(
-    world: World, of_first: Strays | None = None, of_second: Strays | None = None
+    world: World, of_first: UnauthorisedRecords | None = None, of_second: UnauthorisedRecords | None = None
 ) -> AsyncIterator[tuple[ChainWriter, ChainWriter]]:
     """Two that chain when they are given something; none of them is told of the other."""
     runtimes = [runtime_of(world), runtime_of(world)]
@@ -225,7 +225,7 @@ async def replaced(world: World, first: ChainWriter, second: ChainWriter) -> Non
     await second.on_batch(list(await world.records(AUDIT_INTAKE)))
 
 
-async def read_by(strays: Strays, world: World) -> None:
+async def read_by(strays: UnauthorisedRecords, world: World) -> None:
     """All that stands on the trail."""
     for partition in (0, 1):
         if some := [record for record in await world.records(AUDIT) if record.partition == partition]:
@@ -234,7 +234,7 @@ async def read_by(strays: Strays, world: World) -> None:
 
 async def test_who_was_paused_dead_letters_nothing_that_its_successor_wrote(world: World) -> None:
     """Woken, it reads what stands there now before it hears that another writes."""
-    strays = Strays()
+    strays = UnauthorisedRecords()
     async with two_writers(world, strays) as (first, second):
         await replaced(world, first, second)
         await read_by(strays, world)
@@ -250,7 +250,7 @@ async def test_who_was_paused_and_writes_again_dead_letters_nothing_that_was_wri
     world: World,
 ) -> None:
     """It is the writer once more by the time that it has read what it took for strays before."""
-    strays = Strays()
+    strays = UnauthorisedRecords()
     async with two_writers(world, strays) as (first, second):
         await replaced(world, first, second)
         await read_by(strays, world)
@@ -300,8 +300,8 @@ async def whole(world: World, count: int) -> None:
 async def test_who_takes_over_waits_for_what_a_transaction_that_is_left_open_hides(world: World) -> None:
     """Else it would chain on to what is older, and call strays what the writer before it wrote behind that."""
     sources = [Source("x", 0, offset) for offset in range(7)]
-    strays = Strays()
-    async with two_writers(world, Strays(), strays) as (first, second):
+    strays = UnauthorisedRecords()
+    async with two_writers(world, UnauthorisedRecords(), strays) as (first, second):
         await hand_over(world, *sources[:3])
         await first.on_batch(list(await world.records(AUDIT_INTAKE)))
         async with left_open(world, AUDIT):

@@ -38,8 +38,8 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import CREDENTIAL_DECISION, LEASE, SERVICE_EVENT
 from ringfence.model.lease_store import LeaseStore
-from ringfence.revoker.ending.lease_ender import Ender
-from ringfence.revoker.ending.undo import Undoer
+from ringfence.revoker.ending.lease_ender import LeaseEnder
+from ringfence.revoker.ending.undo import CredentialRemover
 from ringfence.revoker.settings import RevokerSettings
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
@@ -457,10 +457,10 @@ async def test_a_mint_that_is_finished_just_in_time_is_left_alone(
     desk: Desk, yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = await desk.ask(scope=desk.scope("read"))
-    close, met = Ender._close, list[str]()
+    close, met = LeaseEnder._close, list[str]()
     async with held_mint(monkeypatch, desk, asked) as release:
 
-        async def meeting(self: Ender, ids: Any, known: Any, causes: Any) -> list[str]:
+        async def meeting(self: LeaseEnder, ids: Any, known: Any, causes: Any) -> list[str]:
             if (
                 asked.lease_id in ids and not met
             ):  # a revoker has read that it is minting: and now it is active
@@ -469,7 +469,7 @@ async def test_a_mint_that_is_finished_just_in_time_is_left_alone(
                 await desk.lease(asked.lease_id, "active")
             return await close(self, ids, known, causes)
 
-        monkeypatch.setattr(Ender, "_close", meeting)
+        monkeypatch.setattr(LeaseEnder, "_close", meeting)
         content = await desk.answer(asked)
     assert met == ["mint_failed"]
     assert await works(url(content))
@@ -594,16 +594,16 @@ async def test_an_order_that_was_accepted_holds_though_the_revoker_died_then(
     desk: Desk, yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = await desk.ask(scope=desk.scope("read"))
-    try_it, dropped = Undoer._try, list[str]()
+    try_it, dropped = CredentialRemover._try, list[str]()
 
-    async def dying(self: Undoer, wish: Any) -> None:
+    async def dying(self: CredentialRemover, wish: Any) -> None:
         if wish.lease.lease_id != asked.lease_id or dropped:
             await try_it(self, wish)
         else:  # what was in its memory is gone with it
             dropped.append(asked.lease_id)
             self._held.discard(asked.lease_id)
 
-    monkeypatch.setattr(Undoer, "_try", dying)
+    monkeypatch.setattr(CredentialRemover, "_try", dying)
     async with held_mint(monkeypatch, desk, asked):
         assert await revoked(desk, lease_id=asked.lease_id) == "1"
     content = await desk.answer(asked)
@@ -726,21 +726,21 @@ async def test_what_was_put_off_comes_as_soon_as_its_target_takes_one_back(
     desk: Desk, yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     postpone, put_off = LeaseStore.postpone, set[str]()
-    putting_off, callers = Undoer._put_off, list[Any]()
+    putting_off, callers = CredentialRemover._put_off, list[Any]()
     stuck = [(await desk.issued(scope=desk.scope("read")))[0].lease_id for _ in range(12)]
 
-    async def by_whom(self: Undoer, *args: Any) -> None:
+    async def by_whom(self: CredentialRemover, *args: Any) -> None:
         callers.append(self._caller)
         await putting_off(self, *args)
 
     async def for_long(self: LeaseStore, delays_ms: dict[str, int]) -> None:
         """All but the first come again only when they are called back, once their target is left alone."""
-        if callers[-1].shut_ms("cache"):
+        if callers[-1].open_for_ms("cache"):
             put_off.update(set(stuck[1:]) & delays_ms.keys())
         later = {id: 3_600_000 for id, ms in delays_ms.items() if ms and id in put_off}
         await postpone(self, {**delays_ms, **later})
 
-    monkeypatch.setattr(Undoer, "_put_off", by_whom)
+    monkeypatch.setattr(CredentialRemover, "_put_off", by_whom)
     monkeypatch.setattr(LeaseStore, "postpone", for_long)
     yard.gates["cache"].turn("shut")
     await revoked(desk, selector=Selector(agent_id=desk.bot.name))

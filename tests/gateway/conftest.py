@@ -13,7 +13,7 @@ import pytest_asyncio
 import uvloop
 
 from ringfence.gateway.contract import Blocked
-from ringfence.gateway.dataplane.exchange import Patiences
+from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.limits import Allowance
 from ringfence.gateway.dataplane.plane import DataPlane
 from tests.gateway.raw import Raw, connected
@@ -69,7 +69,7 @@ async def placed(
     target: Target | None = None,
     *,
     allowance: Allowance | None = None,
-    patiences: Patiences | None = None,
+    patiences: Timeouts | None = None,
 ) -> AsyncIterator[Place]:
     async with (target or Target()).serving() as serving:
         gate = TableGate({"api": Entry(f"http://127.0.0.1:{serving.port}", frozenset({"api.test"}))})
@@ -80,7 +80,7 @@ async def placed(
             knows=gate.knows,
             hosts=gate.hosts,
             allowance=allowance or Allowance(),
-            patiences=patiences or Patiences(),
+            patiences=patiences or Timeouts(),
         )
         await plane.start()
         port = await plane.listen("127.0.0.1", 0, names=[NAME])

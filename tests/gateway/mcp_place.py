@@ -73,7 +73,7 @@ class McpPlace(PlayedRecorder):
     def directory(self) -> Any:
         return self.place.ledger.directory
 
-    def lapsed(self) -> bool:
+    def view_expired(self) -> bool:
         return False
 
     def stale(self) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ringfence.gateway.contract import Admits, Attempt, Patient, Presented, Verdict
+from ringfence.gateway.contract import Attempt, HoldableRequest, Presented, RateCheck, Verdict
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
@@ -76,7 +76,9 @@ class TableStanding:
         same = entry is not None and dataclasses.replace(entry, injected=self.entry.injected) == self.entry
         return same and self._verdict().allowed
 
-    def allowed(self, admits: Admits, then: Callable[[bool], None]) -> tuple[str, Mapping[str, str]] | None:
+    def allowed(
+        self, admits: RateCheck, then: Callable[[bool], None]
+    ) -> tuple[str, Mapping[str, str]] | None:
         return self.gate.at_hand(self.presented, self.attempt, admits, then) if self.holds() else None
 
     def verdict(self, action_id: str, injects: Mapping[str, str]) -> Verdict:
@@ -131,8 +133,8 @@ class TableGate:
         self,
         presented: Presented,
         attempt: Attempt,
-        admits: Admits | None = None,
-        patient: Patient | None = None,
+        admits: RateCheck | None = None,
+        patient: HoldableRequest | None = None,
     ) -> Verdict:
         verdict = self._observed(self._decided(presented, attempt, admits), presented, attempt)
         if self.keeps_records:
@@ -147,7 +149,7 @@ class TableGate:
         return TableStanding(self, presented, attempt, verdict.lease, verdict.target, entry)
 
     def at_hand(
-        self, presented: Presented, attempt: Attempt, admits: Admits, then: Callable[[bool], None]
+        self, presented: Presented, attempt: Attempt, admits: RateCheck, then: Callable[[bool], None]
     ) -> tuple[str, Mapping[str, str]] | None:
         verdict = self._decided(presented, attempt, lambda agent_id: None)
         if not verdict.allowed or not self.credentials or verdict.target is None:
@@ -185,7 +187,7 @@ class TableGate:
     def doubt(self) -> Reason | None:
         return Reason(code="stale_view", message="it stood still") if self.stood_still else None
 
-    def lapsed(self) -> bool:
+    def view_expired(self) -> bool:
         return self.stood_still
 
     def end(self, target_id: str) -> None:
@@ -208,7 +210,7 @@ class TableGate:
             verdict, target=self._states[target_id], observed=inherited and target_id in self.observed
         )
 
-    def _decided(self, presented: Presented, attempt: Attempt, admits: Admits | None) -> Verdict:
+    def _decided(self, presented: Presented, attempt: Attempt, admits: RateCheck | None) -> Verdict:
         if not self.available:
             return _denied(503, "view_stale", "nothing can be decided now")
         if self.handles is not None and presented.handle not in self.handles:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.gateway.dataplane.exchange import Patiences
+from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.limits import Allowance
 from tests.gateway.certificates import Certificates
 from tests.gateway.conftest import Place, placed
@@ -21,7 +21,7 @@ from tests.gateway.target import Target
 GET = b"GET /api/files/a HTTP/1.1\r\nHost: gateway.test\r\n\r\n"
 CONNECT = b"CONNECT api.test:443 HTTP/1.1\r\nHost: api.test:443\r\n\r\n"
 SPIFFE = "spiffe://test.example/agent/helper"
-HASTY = Patiences(head_s=0.3, piece_s=0.3)
+HASTY = Timeouts(head_s=0.3, piece_s=0.3)
 
 
 async def until(holds: Callable[[], object]) -> None:
@@ -138,7 +138,7 @@ class Secured:
 
 
 @contextlib.asynccontextmanager
-async def secured(folder: Path, allowance: Allowance, patiences: Patiences) -> AsyncIterator[Secured]:
+async def secured(folder: Path, allowance: Allowance, patiences: Timeouts) -> AsyncIterator[Secured]:
     async with placed(Target(), allowance=allowance, patiences=patiences) as place:
         certificates = Certificates(folder)
         tls = certificates.server("localhost")
@@ -150,7 +150,7 @@ async def secured(folder: Path, allowance: Allowance, patiences: Patiences) -> A
 
 async def test_handshakes_that_never_end_stop_nobody(tmp_path: Path) -> None:
     allowance = Allowance(connections=40, connections_each=20, handshakes_each=3)
-    async with secured(tmp_path, allowance, Patiences()) as door, contextlib.AsyncExitStack() as stack:
+    async with secured(tmp_path, allowance, Timeouts()) as door, contextlib.AsyncExitStack() as stack:
         place = door.place
         early = await stack.enter_async_context(connected(door.port, door.client()))
         assert (await early.ask(GET)).status == 200
@@ -185,7 +185,7 @@ async def test_a_handshake_ends_in_time_and_is_told(tmp_path: Path) -> None:
 async def test_all_connections_of_an_address_can_be_open(tmp_path: Path) -> None:
     """The last one is not its own hindrance: while its TLS is opened it is counted once."""
     allowance = Allowance(connections_each=2)
-    async with secured(tmp_path, allowance, Patiences()) as door, contextlib.AsyncExitStack() as stack:
+    async with secured(tmp_path, allowance, Timeouts()) as door, contextlib.AsyncExitStack() as stack:
         for _ in range(2):
             raw = await stack.enter_async_context(connected(door.port, door.certificates.trusting()))
             assert (await raw.ask(GET)).status == 200
@@ -195,7 +195,7 @@ async def test_all_connections_of_an_address_can_be_open(tmp_path: Path) -> None
 
 
 async def test_a_listener_that_is_closed_leaves_nothing(tmp_path: Path) -> None:
-    async with secured(tmp_path, Allowance(), Patiences()) as door:
+    async with secured(tmp_path, Allowance(), Timeouts()) as door:
         async with connected(door.port) as raw:
             await until(lambda: door.place.plane.limits.handshakes == 1)
             await door.place.plane.close()

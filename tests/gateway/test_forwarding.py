@@ -14,7 +14,7 @@ import h11
 import pytest
 
 from ringfence.gateway.contract import Attempt, Presented, Verdict
-from ringfence.gateway.dataplane.exchange import Patiences
+from ringfence.gateway.dataplane.exchange import Timeouts
 from tests.gateway.conftest import Place, placed
 from tests.gateway.raw import connected
 from tests.gateway.table_gate import SECRET, with_entry
@@ -381,7 +381,7 @@ async def test_patience_ends() -> None:
     async def silent(reader: Reader, writer: Writer) -> None:
         await reader.read()
 
-    patiences = Patiences(head_s=0.3, idle_s=0.3, piece_s=0.3, response_s=0.3, stream_s=0.3)
+    patiences = Timeouts(head_s=0.3, idle_s=0.3, piece_s=0.3, response_s=0.3, stream_s=0.3)
     async with placed(Target(script=silent), patiences=patiences) as place:
         async with place.connected() as raw:
             assert (await raw.ask(GET)).status == 504  # the target says nothing

@@ -10,9 +10,9 @@ import socket
 import psutil
 import pytest
 
-from ringfence.gateway.dataplane.exchange import Patiences
+from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.limits import Allowance, Limits, sender_at
-from ringfence.gateway.dataplane.stream import ExpiredError, Patience, Stream
+from ringfence.gateway.dataplane.stream import DeadlineTimer, ExpiredError, Stream
 from ringfence.gateway.errors import RefusedError
 from tests.gateway.conftest import placed
 from tests.gateway.raw import Raw, connected, connected_unix
@@ -200,7 +200,7 @@ async def test_one_address_has_so_many_connections() -> None:
 async def test_who_takes_no_answers_gets_no_more_of_them(path: bytes) -> None:
     """Refused by the plane or denied by the core: what nobody takes is not heaped up."""
     loop, asked = asyncio.get_running_loop(), b"GET " + path + b" HTTP/1.1\r\nHost: gateway.test\r\n\r\n"
-    async with placed(patiences=Patiences(piece_s=1.0)) as place:
+    async with placed(patiences=Timeouts(piece_s=1.0)) as place:
         with socket.create_connection(("127.0.0.1", place.port)) as client:
             client.setblocking(False)
             sending = loop.create_task(loop.sock_sendall(client, asked * 100_000))
@@ -229,7 +229,7 @@ async def test_many_requests_at_once_are_answered_in_turns_with_others() -> None
 
 
 async def test_those_who_send_nothing_or_slowly_do_not_stop_others() -> None:
-    patiences = Patiences(head_s=0.5, idle_s=0.5, piece_s=0.5)
+    patiences = Timeouts(head_s=0.5, idle_s=0.5, piece_s=0.5)
     async with placed(patiences=patiences) as place, contextlib.AsyncExitStack() as stack:
         slow = [await stack.enter_async_context(place.connected()) for _ in range(200)]
         for number, raw in enumerate(slow):
@@ -270,7 +270,7 @@ async def test_what_comes_at_the_very_end_of_patience_is_no_way_around_it() -> N
     stream.data_received(b"G")
     stream.expire()  # who waited was just told of the byte
     await waiting
-    patience = Patience(every_s=0.01)
+    patience = DeadlineTimer(every_s=0.01)
     patience.watch(stream)
     patience.start()
     with pytest.raises(ExpiredError):

@@ -20,7 +20,7 @@ from cryptography import x509
 from ringfence.gateway.contract import Presented
 from ringfence.gateway.dataplane.certificate_authority import Authority
 from ringfence.gateway.dataplane.plane import DataPlane, ListenError
-from ringfence.gateway.dataplane.stream import Patience
+from ringfence.gateway.dataplane.stream import DeadlineTimer
 from ringfence.gateway.dataplane.upstream_pool import Upstreams
 from ringfence.gateway.errors import RefusedError
 from ringfence.kernel.base.clock import SystemClock
@@ -112,7 +112,7 @@ def test_a_context_that_verifies_nothing_is_refused() -> None:
     lax = ssl.create_default_context()
     lax.check_hostname = False
     with pytest.raises(ValueError, match="verifies"):
-        Upstreams(lax, Patience(), connect_s=1)
+        Upstreams(lax, DeadlineTimer(), connect_s=1)
 
 
 # --- CONNECT ----------------------------------------------------------------------------------------------------------

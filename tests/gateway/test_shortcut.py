@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.gateway.dataplane.exchange import Patiences
+from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.limits import Allowance
 from tests.gateway.conftest import Place, placed
 from tests.gateway.raw import connected
@@ -180,7 +180,7 @@ async def test_the_lease_ends_while_the_target_thinks() -> None:
 
 async def test_a_target_that_does_not_answer_in_time() -> None:
     slow = Slow()
-    patiences = Patiences(response_s=0.3)
+    patiences = Timeouts(response_s=0.3)
     async with placed(Target(script=slow.script), patiences=patiences) as place, place.connected() as raw:
         assert (await raw.ask(GET)).status == 200
         answer = await raw.ask(GET)
@@ -229,7 +229,7 @@ async def test_what_is_left_to_the_long_way_counts_once() -> None:
 
 async def test_a_head_that_comes_slowly_has_no_more_time_after_short_ones() -> None:
     async with (
-        placed(patiences=Patiences(head_s=0.3)) as place,
+        placed(patiences=Timeouts(head_s=0.3)) as place,
         place.connected() as raw,
         place.connected() as other,
     ):

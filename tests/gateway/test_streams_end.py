@@ -9,7 +9,7 @@ import hashlib
 import h11
 import pytest
 
-from ringfence.gateway.dataplane.exchange import Patiences
+from ringfence.gateway.dataplane.exchange import Timeouts
 from tests.gateway.conftest import placed
 from tests.gateway.table_gate import SECRET
 from tests.gateway.target import OK, Reader, Target, Writer
@@ -224,7 +224,7 @@ async def test_a_lease_that_ends_cuts_off_who_takes_nothing_as_well() -> None:
             await writer.drain()
             written += 65536
 
-    patiences = Patiences(piece_s=3600)  # it is the lease that ends this, not the patience
+    patiences = Timeouts(piece_s=3600)  # it is the lease that ends this, not the patience
     async with placed(Target(script=script), patiences=patiences) as place, place.connected() as raw:
         raw.writer.transport.pause_reading()  # type: ignore[attr-defined]
         await raw.send(GET)

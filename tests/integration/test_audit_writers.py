@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from ringfence.audit.trail.chain_writer import ChainWriter
-from ringfence.audit.trail.handover import Intake, Told
+from ringfence.audit.trail.handover import Intake, PendingEvent
 from ringfence.client.reports.auditor import verify_trail
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.processes import Child, free_port, spawn
@@ -71,7 +71,9 @@ async def hand_over(world: World, offsets: range) -> list[str]:
     """Events, as an audit service hands them over. Returns their uids."""
     intake = Intake(world.publisher, lambda: world.key("audit"), world.td, SystemClock())
     sources = [Source("x", 0, offset) for offset in offsets]
-    await intake.hand_over(Told(f"agent-{one.offset}", one.uid, body_of(one), None) for one in sources)
+    await intake.hand_over(
+        PendingEvent(f"agent-{one.offset}", one.uid, body_of(one), None) for one in sources
+    )
     return [one.uid for one in sources]
 
 

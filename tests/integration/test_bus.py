@@ -20,7 +20,7 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings
-from ringfence.kernel.kafka.batch_handlers import BatchHandler, one_by_one, side_by_side
+from ringfence.kernel.kafka.batch_handlers import BatchHandler, concurrent, sequential
 from ringfence.kernel.kafka.consumer import Consumer
 from ringfence.kernel.kafka.dead_letters import MAX_INVALID_SIGNED, DeadLetters, HaltedError
 from ringfence.kernel.kafka.producer import Publisher
@@ -237,7 +237,7 @@ async def test_a_batch_that_waits_for_longer_than_a_member_may_is_handled_all_th
             raise UnavailableError("not yet")
         await seen.add(record)
 
-    handlers = {CREDENTIAL_REQUEST: one_by_one(handle, letters(publisher))}
+    handlers = {CREDENTIAL_REQUEST: sequential(handle, letters(publisher))}
     consumer = Consumer(settings, "g", handlers, patience_ms=1000)
     async with consuming(consumer), asyncio.timeout(WITHIN_S):
         await send(publisher, "one", "two")
@@ -268,7 +268,7 @@ async def test_a_batch_that_failed_comes_again_and_is_not_lost(
 
     await send(publisher, "a", "b", "c")
     async with consuming(
-        Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(handle, letters(publisher))})
+        Consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(handle, letters(publisher))})
     ):
         await done.until(6)
     assert failures == 3
@@ -310,12 +310,12 @@ async def test_what_was_committed_does_not_come_again(
     first, second = Seen(), Seen()
     await send(publisher, "a", "b")
     async with consuming(
-        Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(first.add, letters(publisher))})
+        Consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(first.add, letters(publisher))})
     ):
         await first.until(2)
     await send(publisher, "c")
     async with consuming(
-        Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(second.add, letters(publisher))})
+        Consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(second.add, letters(publisher))})
     ):
         await second.until(1)
     assert second.values[-1] == "c"
@@ -349,7 +349,7 @@ async def test_what_was_read_ahead_comes_again_where_its_batch_fails_and_is_comm
     assert tries == [["a", "b", "c"], ["a", "b", "c"]]
     await send(publisher, "d")
     async with consuming(
-        Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(after.add, letters(publisher))})
+        Consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(after.add, letters(publisher))})
     ):
         await after.until(1)
     assert after.values == ["d"]
@@ -378,7 +378,7 @@ async def test_a_halt_at_what_was_read_ahead_takes_the_batch_before_it_to_its_en
         await done.wait()
         await committed(settings, 1)
     async with consuming(
-        Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(after.add, letters(publisher))})
+        Consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(after.add, letters(publisher))})
     ):
         await after.until(1)
     assert after.values == ["halts"]
@@ -394,16 +394,16 @@ async def test_what_was_not_finished_comes_to_the_next_member(
         await asyncio.Event().wait()
 
     await send(publisher, "a")
-    async with consuming(Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(hang, letters(publisher))})):
+    async with consuming(Consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(hang, letters(publisher))})):
         await asyncio.wait_for(reached.wait(), WITHIN_S)
     async with consuming(
-        Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(second.add, letters(publisher))})
+        Consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(second.add, letters(publisher))})
     ):
         await second.until(1)
     assert second.values == ["a"]
 
 
-@pytest.mark.parametrize("order", [one_by_one, side_by_side])
+@pytest.mark.parametrize("order", [sequential, concurrent])
 async def test_invalid_records_are_dead_lettered_and_stop_nobody(
     settings: ServiceSettings, publisher: Publisher, order: type[object]
 ) -> None:
@@ -449,7 +449,7 @@ class Decisions:
     def __init__(self, settings: ServiceSettings, publisher: Publisher, services: Services) -> None:
         self.done = Seen()
         counting = DeadLetters(publisher, "test", SystemClock(), services.trust)
-        handler = one_by_one(self._handle, counting)
+        handler = sequential(self._handle, counting)
         self.consumer = Consumer(settings, "g", {CREDENTIAL_DECISION: handler}, linger_ms=500)
 
     async def _handle(self, record: Received) -> None:
@@ -577,7 +577,7 @@ async def test_a_follower_of_several_topics_reads_each_from_its_own_start_for_it
 async def test_two_members_share_the_partitions(settings: ServiceSettings, publisher: Publisher) -> None:
     done = Seen()
     members = [
-        Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(done.add, letters(publisher))})
+        Consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(done.add, letters(publisher))})
         for _ in range(2)
     ]
     async with consuming(members[0]), consuming(members[1]):
@@ -591,7 +591,7 @@ async def test_a_leader_that_comes_back_under_its_name_leaves_no_partition_witho
     settings: ServiceSettings, publisher: Publisher
 ) -> None:
     done = Seen()
-    handler = one_by_one(done.add, letters(publisher))
+    handler = sequential(done.add, letters(publisher))
     name = CREDENTIAL_REQUEST.name(settings.topic_prefix)
 
     def member(instance: str) -> Consumer:

@@ -12,7 +12,7 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.consumer import Consumer
-from ringfence.kernel.kafka.data_loss import Gone
+from ringfence.kernel.kafka.data_loss import LostRange
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
@@ -47,7 +47,7 @@ class Reading:
 
     def __init__(self, settings: ServiceSettings, *, from_the_first: bool = False) -> None:
         self.values: list[str] = []
-        self.told: list[Gone] = []
+        self.told: list[LostRange] = []
         self.fails = 0
         self._changed = asyncio.Event()
         self.consumer = Consumer(
@@ -62,7 +62,7 @@ class Reading:
         self.values += [record.value.decode() for record in batch]
         self._changed.set()
 
-    async def _on_gone(self, gone: Gone) -> None:
+    async def _on_gone(self, gone: LostRange) -> None:
         if self.fails:
             self.fails -= 1
             raise OSError("nobody can be told now")
@@ -84,7 +84,7 @@ class Reading:
             await asyncio.gather(task, return_exceptions=True)
 
 
-def span(told: Sequence[Gone]) -> list[tuple[int, int]]:
+def span(told: Sequence[LostRange]) -> list[tuple[int, int]]:
     return [(gone.first, gone.until) for gone in told]
 
 

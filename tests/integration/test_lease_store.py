@@ -28,10 +28,10 @@ from ringfence.model.lease_store import (
     Preparation,
     SignedLease,
     outbox_field,
-    told_of,
+    prepare_step,
 )
 from ringfence.model.lease_store.keys import AHEAD_MS, FENCE_KEEP_MS, packed
-from ringfence.model.leases.lifecycle import ALL_MARK, marks_of, wide_marks_of
+from ringfence.model.leases.lifecycle import ALL_LEASES, selector_keys, wide_marks_of
 from tests.brokers import RedisServer
 from tests.leases import VISIBLE_MS, bearing, claimed, lease, minted, minting, soon, step, until
 from tests.lost_redis import declare_complete
@@ -140,7 +140,7 @@ async def test_a_fence_covers_what_was_requested_by_then_and_nothing_else(
 ) -> None:
     names = lease().claims
     own = {f: getattr(names, f) for f in ("agent_id", "task_id", "sponsor", "target_id", "on_behalf_of")}
-    mark = next(mark for mark in marks_of(names) if mark.startswith(kind))
+    mark = next(mark for mark in selector_keys(names) if mark.startswith(kind))
     await store.fence({mark: 5000})
     covered = [lease(**own, requested_at_ms=at_ms) for at_ms in [4999, 5000] * 4]  # on all shards
     later, others = lease(**own, requested_at_ms=5001), lease(requested_at_ms=1)
@@ -149,8 +149,8 @@ async def test_a_fence_covers_what_was_requested_by_then_and_nothing_else(
 
 
 async def test_the_fence_around_all_covers_every_lease_and_never_falls_back(store: LeaseStore) -> None:
-    await store.fence({ALL_MARK: 5000})
-    await store.fence({ALL_MARK: 3000})
+    await store.fence({ALL_LEASES: 5000})
+    await store.fence({ALL_LEASES: 3000})
     answers = await store.activate([lease(requested_at_ms=at_ms) for at_ms in (4000, 5000, 5001)])
     assert [a.outcome for a in answers] == ["fenced", "fenced", "activated"]
 
@@ -205,7 +205,7 @@ async def test_a_prepared_lease_is_found_and_not_active_until_it_is_activated(st
     assert not looked.active
     assert looked.stored is not None
     assert (looked.stored.status, looked.stored.seq, looked.stored.jws) == ("minting", 1, one.jws.encode())
-    for mark in (*marks_of(one.claims), ALL_MARK):
+    for mark in (*selector_keys(one.claims), ALL_LEASES):
         assert id in await bearing(store, mark)
     assert await claimed(store) == {}
     assert [(o.lease_id, o.seq) for o in await store.unpublished(older_than_ms=0)] == [(id, 1)]
@@ -279,13 +279,13 @@ async def test_fences_and_deadlines_are_looked_at_before_minting_and_after(store
     over = minting(deadline=int(time.time()))
     due = minting(deadline=soon())
     await store.prepare([first, due], token="a", mint_ms=VISIBLE_MS)
-    await store.fence({ALL_MARK: 5000})
+    await store.fence({ALL_LEASES: 5000})
     assert await store.prepare([second, over], token="a", mint_ms=VISIBLE_MS) == [
-        Preparation("fenced", mark=ALL_MARK), Preparation("late")
+        Preparation("fenced", mark=ALL_LEASES), Preparation("late")
     ]  # fmt: skip
     assert await store.find(f"agent:{second.claims.agent_id}") == []
     (fenced,) = await store.activate([minted(first)], token="a")
-    assert (fenced.outcome, fenced.mark) == ("fenced", ALL_MARK)
+    assert (fenced.outcome, fenced.mark) == ("fenced", ALL_LEASES)
     assert not (await store.look(first.claims.lease_id)).active
 
     async def late() -> bool:
@@ -304,7 +304,7 @@ async def test_a_lease_can_be_cut_and_ended_in_one_step(store: LeaseStore) -> No
     assert [s.outcome for s in await store.step(steps, visibility_ms=0)] == ["done", "done", "moved"]
     assert await claimed(store) == {}
     assert await store.find(f"agent:{one.claims.agent_id}") == []
-    assert await store.find(ALL_MARK) == [other.claims.lease_id]
+    assert await store.find(ALL_LEASES) == [other.claims.lease_id]
     waiting = [(out.lease_id, out.seq) for out in await store.unpublished(older_than_ms=0)]
     assert set(waiting) >= {(one.claims.lease_id, 2), (one.claims.lease_id, 3)}
     assert (await store.get([one.claims.lease_id]))[one.claims.lease_id].status == "revoked"
@@ -424,7 +424,7 @@ async def test_from_the_cut_on_a_lease_is_inactive_and_still_found(store: LeaseS
     assert (looked.active, looked.live) == (False, False)
     assert looked.stored is not None
     assert looked.stored.status == "ending"
-    for mark in marks_of(one.claims):
+    for mark in selector_keys(one.claims):
         assert await bearing(store, mark) == [one.claims.lease_id]
 
 
@@ -484,7 +484,7 @@ async def test_what_is_due_and_nobody_has_claimed_can_be_ended_without_a_claim(s
     await store.activate([taken, lasting])
 
     async def ended(*leases: SignedLease) -> list[str]:
-        steps = [told_of(step(one, "expired")) for one in leases]
+        steps = [prepare_step(step(one, "expired")) for one in leases]
         return [one.outcome for one in await store.write(steps, visibility_ms=VISIBLE_MS, only_due=True)]
 
     assert await ended(taken, lasting) == ["undue", "undue"], "neither is due"
@@ -519,7 +519,7 @@ async def test_what_was_foreseen_is_the_end_whatever_somebody_put_in_the_place_o
     await store.link.pipeline([("HSET", at.leases, id, f"a1 {claims.deadline}\n{other.jws}")])
 
     async def ended() -> bool:
-        (answer,) = await store.write([told_of(foreseen)], visibility_ms=VISIBLE_MS, only_due=True)
+        (answer,) = await store.write([prepare_step(foreseen)], visibility_ms=VISIBLE_MS, only_due=True)
         return answer.outcome == "done"
 
     await until(ended)
@@ -550,9 +550,9 @@ async def test_an_ended_lease_leaves_the_indexes_and_keeps_its_record_for_a_whil
     for which, by in ((one, kept), (other, store)):
         await by.step([step(which, "ending")], visibility_ms=VISIBLE_MS)
         await by.step([step(which, "ending", "revoked")], visibility_ms=VISIBLE_MS)
-        for mark in marks_of(which.claims):
+        for mark in selector_keys(which.claims):
             assert await bearing(kept, mark) == []
-    assert await kept.find(ALL_MARK) == []
+    assert await kept.find(ALL_LEASES) == []
 
     async def gone() -> bool:
         return other.claims.lease_id not in await kept.get([other.claims.lease_id])
@@ -577,7 +577,7 @@ async def test_leases_are_found_by_each_of_their_marks_across_shards(store: Leas
         )
     assert await bearing(store, f"task:{task}", "another") == []
     assert len(await store.find("agent:bot")) == 21
-    assert len(await store.find(ALL_MARK)) == 21
+    assert len(await store.find(ALL_LEASES)) == 21
 
 
 async def test_those_of_several_agents_are_found_and_counted_as_long_as_there_are_any(
@@ -589,7 +589,7 @@ async def test_those_of_several_agents_are_found_and_counted_as_long_as_there_ar
     await store.activate([*mine, *mine[:5], *others])
     for mark in wide_marks_of(mine[0].claims):
         kind = mark.partition(":")[0]
-        ids = {one.claims.lease_id for one in (*mine, *others) if mark in marks_of(one.claims)}
+        ids = {one.claims.lease_id for one in (*mine, *others) if mark in selector_keys(one.claims)}
         assert len(ids) == 31, kind
         assert set(await bearing(store, mark)) == ids
         assert await store.count([mark, f"{kind}:another", f"{kind}:nobody"]) == {
@@ -710,8 +710,8 @@ async def test_without_redis_everything_says_so_and_shows_no_password(settings: 
     assert store.unready() is not None
     store.published([("0" * 36, 1)])
     calls = (
-        store.connect(), store.look("0" * 36), store.activate([lease()]), store.find(ALL_MARK),
-        store.fence({ALL_MARK: 1}), store.get(["0" * 36]), store.flush_outbox(),
+        store.connect(), store.look("0" * 36), store.activate([lease()]), store.find(ALL_LEASES),
+        store.fence({ALL_LEASES: 1}), store.get(["0" * 36]), store.flush_outbox(),
     )  # fmt: skip
     for call in calls:
         with pytest.raises(UnavailableError, match="RINGFENCE_REDIS_URL") as raised:

@@ -24,7 +24,7 @@ from ringfence.model.lease_store import (
     Preparation,
     SignedLease,
 )
-from ringfence.model.leases.lifecycle import ALL_MARK, marks_of
+from ringfence.model.leases.lifecycle import ALL_LEASES, selector_keys
 from tests.chaos.proxy import Link
 from tests.chaos.valkey import ChaosValkey, follow, is_replica, join, moving_slot
 from tests.conftest import Kafka
@@ -90,7 +90,7 @@ async def test_leases_live_and_end_on_all_nodes(store: LeaseStore) -> None:
     assert [a.outcome for a in await store.activate(leases)] == ["known"] * 64
     ids = [one.claims.lease_id for one in leases]
     assert sorted(await store.find("agent:bot")) == sorted([*ids, other.claims.lease_id])
-    assert sorted(await store.find(ALL_MARK)) == sorted([*ids, other.claims.lease_id])
+    assert sorted(await store.find(ALL_LEASES)) == sorted([*ids, other.claims.lease_id])
     assert (await store.look(ids[0])).active
     stored = await store.get(ids)
     assert [stored[one.claims.lease_id].jws.decode() for one in leases] == [one.jws for one in leases]
@@ -105,7 +105,7 @@ async def test_leases_live_and_end_on_all_nodes(store: LeaseStore) -> None:
     assert sorted(found) == sorted(ids)
     steps = [step(one, "expired") for one in leases]
     assert {s.outcome for s in await store.step(steps, visibility_ms=VISIBLE_MS)} == {"done"}
-    assert await store.find(ALL_MARK) == [other.claims.lease_id]
+    assert await store.find(ALL_LEASES) == [other.claims.lease_id]
     store.published((one.claims.lease_id, seq) for one in leases for seq in (1, 2))
     await store.flush_outbox()
     assert [one.lease_id for one in await store.unpublished(older_than_ms=0)] == [other.claims.lease_id]
@@ -162,13 +162,13 @@ async def test_a_claim_that_breaks_off_while_a_slot_moves_loses_no_lease(
         with pytest.raises(UnavailableError, match="non local key"):
             await store.claim([0], limit=10, visibility_ms=VISIBLE_MS)
     with pytest.raises(LostError):
-        await store.find(ALL_MARK)
+        await store.find(ALL_LEASES)
     await declare_complete(settings)
     all_of_them = sorted(one.claims.lease_id for one in (unfinished, due, *others))
-    assert sorted(await store.find(ALL_MARK)) == all_of_them
+    assert sorted(await store.find(ALL_LEASES)) == all_of_them
     (claimed,) = await store.claim([0], limit=10, visibility_ms=VISIBLE_MS)
     assert list(claimed.leases) == [due.claims.lease_id]
-    assert sorted(await store.find(ALL_MARK)) == all_of_them
+    assert sorted(await store.find(ALL_LEASES)) == all_of_them
 
 
 async def test_a_slot_that_moved_to_another_node_is_noticed_by_those_who_run(
@@ -207,7 +207,7 @@ async def test_a_node_that_leads_again_after_its_replica_did_is_not_taken_for_wh
 
 async def _is_lost(store: LeaseStore) -> bool:
     try:
-        await store.find(ALL_MARK)
+        await store.find(ALL_LEASES)
     except LostError:
         return True
     except UnavailableError:
@@ -217,7 +217,7 @@ async def _is_lost(store: LeaseStore) -> bool:
 
 async def _answers(store: LeaseStore) -> bool:
     try:
-        return await store.find(ALL_MARK) is not None
+        return await store.find(ALL_LEASES) is not None
     except UnavailableError:
         return False
 
@@ -318,7 +318,7 @@ async def test_a_node_that_was_restarted_holds_up_everything_until_it_is_rebuilt
         await store.activate([leases[0]])
     await declare_complete(settings)
     assert [a.outcome for a in await store.activate(leases)] == ["known"] * 48
-    for mark in marks_of(leases[0].claims):
+    for mark in selector_keys(leases[0].claims):
         assert await bearing(store, mark) == [leases[0].claims.lease_id]
 
 

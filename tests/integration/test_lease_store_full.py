@@ -13,7 +13,7 @@ from ringfence.dev.redis import EmbeddedRedis
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import CLOSING_TOKEN, FullError, LeaseStore, Restoration
-from ringfence.model.leases.lifecycle import ALL_MARK
+from ringfence.model.leases.lifecycle import ALL_LEASES
 from tests.leases import VISIBLE_MS, claimed, lease, minted, minting, soon, step, until
 from tests.lost_redis import declare_complete
 
@@ -57,7 +57,7 @@ async def test_nothing_is_issued(store: LeaseStore, settings: ServiceSettings) -
     assert [p.outcome for p in await store.prepare([other], token="a", mint_ms=1)] == ["full"]
     with pytest.raises(FullError):
         await store.use_grant(grant, one.claims.lease_id, most=1)
-    assert await store.find(ALL_MARK) == [started.claims.lease_id]
+    assert await store.find(ALL_LEASES) == [started.claims.lease_id]
     assert await store.get([one.claims.lease_id, other.claims.lease_id]) == {}
 
 
@@ -90,7 +90,7 @@ async def test_leases_end_and_revocations_stand(store: LeaseStore, settings: Ser
     (closed,) = await store.prepare([started], token=CLOSING_TOKEN, mint_ms=VISIBLE_MS)
     assert closed.outcome == "prepared"
     await store.step([step(started, "aborted")], visibility_ms=VISIBLE_MS)
-    assert await store.find(ALL_MARK) == []
+    assert await store.find(ALL_LEASES) == []
     assert len(await store.unpublished(older_than_ms=0)) == 7
 
 
@@ -109,7 +109,7 @@ async def test_it_is_rebuilt(settings: ServiceSettings) -> None:
     assert await restoration.begin()
     await restoration.restore([kept, step(ended, "ending", "revoked").lease, waiting])
     await restoration.queue([step(waiting, "ending").lease])
-    await restoration.fence({ALL_MARK: 5})
+    await restoration.fence({ALL_LEASES: 5})
     await restoration.first_seen({str(uuid.uuid4()): AT}, AT.appended_at_ms)
     await restoration.resume(restoration.epoch(1))
     await restoration.close()

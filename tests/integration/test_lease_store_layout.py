@@ -17,7 +17,7 @@ from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import LeaseStore, LostError, SignedLease
 from ringfence.model.lease_store.connection import server_id
 from ringfence.model.lease_store.keys import AHEAD_MS, THUMBPRINT, Keys, packed
-from ringfence.model.leases.lifecycle import ALL_MARK
+from ringfence.model.leases.lifecycle import ALL_LEASES
 from tests.brokers import RedisServer
 from tests.leases import REVOKER, VISIBLE_MS, lease, minted, minting, soon, step
 from tests.lost_redis import declare_complete
@@ -166,7 +166,7 @@ async def test_what_is_due_much_later_comes_to_the_deadlines_when_its_minute_has
         (state,) = await store.claim([0], limit=2, visibility_ms=VISIBLE_MS)
         assert state.leases == {}
         assert await redis.zcard(at.deadlines) == there
-        assert sorted(await store.find(ALL_MARK)) == sorted(one.claims.lease_id for one in leases)
+        assert sorted(await store.find(ALL_LEASES)) == sorted(one.claims.lease_id for one in leases)
     assert state.next_ms == deadline * 1000
     assert dict(await redis.zrange(at.deadlines, 0, -1, withscores=True)) == {
         packed(one.claims.lease_id): one.claims.deadline * 1000 for one in leases
@@ -196,7 +196,7 @@ async def test_a_lease_that_is_restored_before_its_minute_is_due_then(
     assert await redis.smembers(at.due(far.claims.deadline)) == {packed(far.claims.lease_id)}
     ended = step(far, "ending", "revoked").lease
     assert await store.restore([ended]) == 1
-    assert await store.find(ALL_MARK) == [near.claims.lease_id]
+    assert await store.find(ALL_LEASES) == [near.claims.lease_id]
     assert await read(store, far) == ended.jws
 
 

@@ -18,7 +18,7 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import Had, LeaseStore, LostError, Restoration
 from ringfence.model.lease_store.keys import Keys
-from ringfence.model.leases.lifecycle import ALL_MARK, marks_of
+from ringfence.model.leases.lifecycle import ALL_LEASES, selector_keys
 from tests.brokers import RedisServer
 from tests.chaos.proxy import Link
 from tests.chaos.valkey import ChaosValkey
@@ -36,9 +36,9 @@ CALLS: dict[str, Callable[[LeaseStore], Awaitable[Any]]] = {
     "postpone": lambda store: store.postpone({SOME.claims.lease_id: 1}),
     "look": lambda store: store.look(SOME.claims.lease_id),
     "get": lambda store: store.get([SOME.claims.lease_id]),
-    "find": lambda store: store.find(ALL_MARK),
+    "find": lambda store: store.find(ALL_LEASES),
     "count": lambda store: store.count(["agent:bot"]),
-    "fence": lambda store: store.fence({ALL_MARK: 1}),
+    "fence": lambda store: store.fence({ALL_LEASES: 1}),
     "first seen": lambda store: store.first_seen({str(uuid.uuid4()): AT}, keep_ms=1),
     "unpublished": lambda store: store.unpublished(older_than_ms=0),
     "seqs": lambda store: store.seqs([SOME.claims.lease_id]),
@@ -168,9 +168,9 @@ async def test_one_rebuilds_at_a_time_and_who_was_overtaken_does_nothing_more(
         with pytest.raises(LostError):
             await call
     with pytest.raises(LostError):
-        await store.find(ALL_MARK)
+        await store.find(ALL_LEASES)
     await other.resume(other.epoch(1))
-    assert await store.find(ALL_MARK) == []
+    assert await store.find(ALL_LEASES) == []
     assert not await other.is_under_way()
     assert await other.begin(anyway=True)
     await other.give_up()
@@ -192,9 +192,9 @@ async def test_a_restored_lease_is_as_if_it_had_never_been_away(
         await store.look(active.claims.lease_id)
     assert (await store.look(active.claims.lease_id)).active
     ids = {one.claims.lease_id for one in (active, due, cut, started)}
-    assert set(await store.find(ALL_MARK)) == ids
+    assert set(await store.find(ALL_LEASES)) == ids
     for one in (active, due, cut, started):
-        for mark in marks_of(one.claims):
+        for mark in selector_keys(one.claims):
             assert await bearing(store, mark) == [one.claims.lease_id]
     found = await claimed(store)  # at once
     assert set(found) == {due.claims.lease_id, cut.claims.lease_id}
@@ -220,8 +220,8 @@ async def test_nothing_is_lowered_and_what_is_behind_is_raised(
     await restoration.restore([ahead, revoked])
     await restoration.resume(restoration.epoch(1))
     with pytest.raises(LostError):
-        await store.find(ALL_MARK)
-    assert await store.find(ALL_MARK) == []
+        await store.find(ALL_LEASES)
+    assert await store.find(ALL_LEASES) == []
     stored = await store.get([ahead.claims.lease_id, behind.claims.lease_id])
     assert [one.status for one in stored.values()] == ["released", "revoked"]
     assert not (await store.look(behind.claims.lease_id)).live
@@ -234,11 +234,11 @@ async def test_fences_and_first_sightings_are_put_back(restoration: Restoration,
     id = str(uuid.uuid4())
     await store.fence({"agent:early": 9000})
     await restoration.begin(anyway=True)
-    await restoration.fence({"agent:early": 5000, ALL_MARK: 4000})
+    await restoration.fence({"agent:early": 5000, ALL_LEASES: 4000})
     await restoration.first_seen({id: AT}, AT.appended_at_ms)
     await restoration.resume(restoration.epoch(1))
     with pytest.raises(LostError):
-        await store.find(ALL_MARK)
+        await store.find(ALL_LEASES)
     answers = await store.activate(
         [
             lease(agent_id="early", requested_at_ms=9000),
@@ -259,7 +259,7 @@ async def test_there_may_be_as_many_fences_as_tasks_were_ended_in_a_week(
     await restoration.fence(fences)
     await restoration.resume(restoration.epoch(1))
     with pytest.raises(LostError):
-        await store.find(ALL_MARK)
+        await store.find(ALL_LEASES)
     assert await restoration.fences() == [fences] * 4
     await store.fence(dict.fromkeys(fences, 90000), cut=True)
     assert {len(found) for found in await restoration.fences()} == {40_000}

@@ -25,7 +25,7 @@ from ringfence.model.lease_store import (
     SignedLease,
 )
 from ringfence.model.lease_store.keys import THUMBPRINT, Keys, outbox_field, packed
-from ringfence.model.leases.lifecycle import ALL_MARK
+from ringfence.model.leases.lifecycle import ALL_LEASES
 from tests.brokers import RedisServer
 from tests.leases import VISIBLE_MS, lease, minting, signed, step
 from tests.lost_redis import declare_complete
@@ -440,7 +440,7 @@ async def test_a_damage_is_named_and_mended(stock: Stock, damage: Damage) -> Non
     for mark in (f"agent:{claims.agent_id}", f"sponsor:{claims.sponsor}", f"user:{claims.on_behalf_of}"):
         assert set(await store.find(mark)) == {claims.lease_id, stock.beside.claims.lease_id}
     assert await store.count([f"sponsor:{claims.sponsor}"]) == {f"sponsor:{claims.sponsor}": 2}
-    assert len(await store.find(ALL_MARK)) == 5
+    assert len(await store.find(ALL_LEASES)) == 5
     stored = await store.get([one.claims.lease_id for one in (*live, stock.minting, stock.ending)])
     assert [one.jws.decode() for one in stored.values()] == [
         one.jws for one in (*live, stock.minting, stock.ending)

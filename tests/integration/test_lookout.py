@@ -14,7 +14,7 @@ from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.model.lease_store import LeaseStore, SignedLease
 from ringfence.revoker.mass_expiry import precomputed
-from ringfence.revoker.mass_expiry.precomputed import ForeseenEnd, Foresight, Lookout
+from ringfence.revoker.mass_expiry.precomputed import ExpiryScanner, PrecomputedEnd, PrecomputedEnds
 from tests.brokers import RedisServer
 from tests.leases import lease, step
 from tests.lost_redis import declare_complete
@@ -38,15 +38,15 @@ class Looking:
 
     def __init__(self, store: LeaseStore) -> None:
         self.shown: list[bytes] = []
-        self._lookout = Lookout(
+        self._lookout = ExpiryScanner(
             store,
-            Foresight(lambda: 1, store.shard_of),
+            PrecomputedEnds(lambda: 1, store.shard_of),
             self._look_at,
             lambda: False,
             SystemClock(),
         )
 
-    def _look_at(self, record: bytes) -> ForeseenEnd | None:
+    def _look_at(self, record: bytes) -> PrecomputedEnd | None:
         self.shown.append(record)
         return None
 

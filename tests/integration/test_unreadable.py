@@ -17,7 +17,7 @@ from aiokafka.record.util import calc_crc32c
 
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.settings import ServiceSettings
-from ringfence.kernel.kafka.batch_handlers import one_by_one
+from ringfence.kernel.kafka.batch_handlers import sequential
 from ringfence.kernel.kafka.consumer import Consumer
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.fetch_control import fetch_options
@@ -124,7 +124,7 @@ async def test_whoever_works_reads_on(settings: ServiceSettings, producer: AIOKa
     async with Publisher(settings, "spiffe://acme.example/service/test") as publisher:
         letters, seen = DeadLetters(publisher, "test", SystemClock()), Seen()
         consumer = Consumer(
-            settings, "test", {CREDENTIAL_REQUEST: one_by_one(seen.add, letters)}, max_records=32
+            settings, "test", {CREDENTIAL_REQUEST: sequential(seen.add, letters)}, max_records=32
         )
         async with consuming(consumer):
             await seen.until(len(wanted) + len(BESIDE))
@@ -135,7 +135,7 @@ async def test_whoever_works_reads_on(settings: ServiceSettings, producer: AIOKa
         await put(producer, settings, batch_of("later"))
         again = Seen()
         consumer = Consumer(
-            settings, "test", {CREDENTIAL_REQUEST: one_by_one(again.add, letters)}, max_records=32
+            settings, "test", {CREDENTIAL_REQUEST: sequential(again.add, letters)}, max_records=32
         )
         async with consuming(consumer):
             await again.until(1)
@@ -171,7 +171,7 @@ async def test_a_transaction_that_is_left_open_holds_up_nobody(
     seen: list[Received] = []
     async with Publisher(settings, "spiffe://acme.example/service/test") as publisher:
         works = Seen()
-        handler = one_by_one(works.add, DeadLetters(publisher, "test", SystemClock()))
+        handler = sequential(works.add, DeadLetters(publisher, "test", SystemClock()))
         async with (
             consuming(Consumer(settings, "test", {CREDENTIAL_REQUEST: handler})),
             Follower(settings, [CREDENTIAL_REQUEST], seen.extend) as follower,

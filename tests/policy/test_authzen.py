@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from ringfence.messages.registry import AgentRotateKey, AgentSuspend, VerbFloor
-from ringfence.policy.decisions.evaluator import Judge
+from ringfence.policy.decisions.evaluator import RequestEvaluator
 from tests.world import WITHIN_S, Party, World, scope
 
 
@@ -220,7 +220,7 @@ async def test_what_breaks_is_no_yes_and_is_told_under_the_id_of_the_request(
 
     async with world.running("registry", "policy"):
         desk = await Desk.open(world)
-        monkeypatch.setattr(Judge, "judge", broken)
+        monkeypatch.setattr(RequestEvaluator, "judge", broken)
         for path in ("evaluation", "evaluations"):
             question = desk.question(evaluations=[{}])
             answered = await desk.post(path, question, headers={"X-Request-ID": "r-2"})

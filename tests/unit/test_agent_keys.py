@@ -29,7 +29,7 @@ from ringfence.messages.registry import (
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.key_expiry import DAY_S, endings, is_lost
-from ringfence.model.requests.facts import gather, violations
+from ringfence.model.requests.facts import load_context, violations
 from ringfence.registry.domain import MAX_RECORD_BYTES
 from tests import leases
 from tests.ledger import START_MS, Ledger, permission
@@ -364,7 +364,7 @@ def test_what_a_compromised_key_asked_for_is_denied_however_early_it_was(ledger:
     )  # fmt: skip
 
     def against(key: SigningKey) -> list[str]:
-        facts = gather(ledger.directory, Signed(claims, sign(claims, key)))
+        facts = load_context(ledger.directory, Signed(claims, sign(claims, key)))
         return [reason.code for reason in violations(facts, ledger.clock.ms / 1000, 86_400)]
 
     assert against(old) == against(new) == []

@@ -25,7 +25,7 @@ from ringfence.model.requests.approvals import (
     required_classes,
     unmet,
 )
-from ringfence.model.requests.facts import Facts, find_ground
+from ringfence.model.requests.facts import RequestContext, find_ground
 from tests.ledger import Ledger, permission
 from tools.schemas.examples import EXAMPLES
 
@@ -46,7 +46,7 @@ class People:
 
 DIRECTORY = cast(Directory, People())
 FACTS = cast(
-    Facts,
+    RequestContext,
     SimpleNamespace(
         agent=SimpleNamespace(state=SimpleNamespace(sponsor="sam")),
         task=SimpleNamespace(state=SimpleNamespace(on_behalf_of="maria")),
@@ -163,7 +163,7 @@ STALE = GIVEN.revisions.model_copy(update={"task": GIVEN.revisions.task + 1})
 def problem(at_ms: int = END_MS, **changes: Any) -> str | None:
     request = Signed(cast(CredentialRequest, EXAMPLES[CredentialRequest]), GIVEN.request)
     found = approval_problem(
-        Signed(GIVEN.model_copy(update=changes), ""), cast(Facts, SimpleNamespace(request=request)),
+        Signed(GIVEN.model_copy(update=changes), ""), cast(RequestContext, SimpleNamespace(request=request)),
         at_ms=at_ms, ttl_s=GIVEN.ttl_s, delivery=GIVEN.delivery, revisions=GIVEN.revisions,
     )  # fmt: skip
     return found.code if found is not None else None
@@ -190,7 +190,7 @@ def test_a_denial_names_who_said_so_and_why():
     request = Signed(cast(CredentialRequest, EXAMPLES[CredentialRequest]), GIVEN.request)
     no = GIVEN.model_copy(update={"verdict": "denied", "comment": "not on a Friday"})
     found = approval_problem(
-        Signed(no, ""), cast(Facts, SimpleNamespace(request=request)), at_ms=END_MS, ttl_s=GIVEN.ttl_s,
+        Signed(no, ""), cast(RequestContext, SimpleNamespace(request=request)), at_ms=END_MS, ttl_s=GIVEN.ttl_s,
         delivery=GIVEN.delivery, revisions=GIVEN.revisions,
     )  # fmt: skip
     assert found is not None
@@ -240,7 +240,7 @@ def test_a_class_of_another_version_is_given_by_nobody():
 
 def test_the_agents_sponsor_is_one_no_more_without_the_role():
     facts = cast(
-        Facts,
+        RequestContext,
         SimpleNamespace(**{**vars(FACTS), "agent": SimpleNamespace(state=SimpleNamespace(sponsor="olga"))}),
     )
     assert not may_approve(DIRECTORY, "olga", "sponsor", facts)

@@ -14,7 +14,7 @@ from ringfence.audit.api.events import AuditApi
 from ringfence.audit.api.reports import AskingApi
 from ringfence.audit.index import store
 from ringfence.audit.index.access_report import leases_of, who_did
-from ringfence.audit.index.filters import EVERYTHING, Wanted
+from ringfence.audit.index.filters import NO_FILTER, EventFilter
 from ringfence.audit.index.store import CursorLostError, SqliteIndex, Viewer
 from ringfence.client.errors import ApiError
 from ringfence.client.exports.export import (
@@ -67,7 +67,7 @@ class Shelf:
         return events
 
     def copied(
-        self, viewer: Viewer | None = None, limit: int = 1000, wanted: Wanted = EVERYTHING
+        self, viewer: Viewer | None = None, limit: int = 1000, wanted: EventFilter = NO_FILTER
     ) -> list[bytes]:
         """All copies over all pages."""
         found: list[bytes] = []
@@ -140,7 +140,7 @@ async def test_copies_are_whole_to_the_byte_and_by_time(shelf: Shelf, limit: int
 async def test_a_page_is_bounded_by_what_is_looked_at_and_by_its_bytes(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only = Wanted(codes=("action.allowed",))
+    only = EventFilter(codes=("action.allowed",))
     monkeypatch.setattr(store, "_COPIED_AT_ONCE", 2)
     page = shelf.index.copies(None, ALWAYS, None, 1000, only)
     assert (page.events, page.cursor is not None) == ([], True), "two others were looked at"
@@ -177,19 +177,19 @@ async def test_each_copies_what_concerns_them(shelf: Shelf) -> None:
 @pytest.mark.parametrize(
     ("wanted", "codes"),
     [
-        (Wanted(codes=("action.*",)), {"action.allowed", "action.denied", "action.observed"}),
-        (Wanted(codes=("action.allowed", "credential.issued")), {"action.allowed", "credential.issued"}),
-        (Wanted(codes=("action_*",)), set()),
-        (Wanted(codes=("action",)), set()),
-        (Wanted(codes=("action.*",), status=1), {"action.allowed"}),
-        (Wanted(codes=("action.*",), severity=2), {"action.denied", "action.observed"}),
-        (Wanted(class_uid=6003, on_behalf_of="maria", status=2), {"action.denied", "action.observed"}),
-        (Wanted(class_uid=6003, sponsor="petra"), set()),
-        (Wanted(target="elsewhere"), set()),
+        (EventFilter(codes=("action.*",)), {"action.allowed", "action.denied", "action.observed"}),
+        (EventFilter(codes=("action.allowed", "credential.issued")), {"action.allowed", "credential.issued"}),
+        (EventFilter(codes=("action_*",)), set()),
+        (EventFilter(codes=("action",)), set()),
+        (EventFilter(codes=("action.*",), status=1), {"action.allowed"}),
+        (EventFilter(codes=("action.*",), severity=2), {"action.denied", "action.observed"}),
+        (EventFilter(class_uid=6003, on_behalf_of="maria", status=2), {"action.denied", "action.observed"}),
+        (EventFilter(class_uid=6003, sponsor="petra"), set()),
+        (EventFilter(target="elsewhere"), set()),
     ],
 )
 async def test_pages_and_copies_are_narrowed_down_alike(
-    shelf: Shelf, wanted: Wanted, codes: set[str], monkeypatch: pytest.MonkeyPatch
+    shelf: Shelf, wanted: EventFilter, codes: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert {code_of(orjson.loads(line)) for line in shelf.copied(wanted=wanted)} == codes
     page = shelf.index.page(None, None, 1000, wanted)
@@ -210,7 +210,7 @@ async def test_only_the_latest_are_looked_at_where_no_index_leads(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "_WINDOW", 2)
-    wanted = Wanted(codes=("credential.issued",))
+    wanted = EventFilter(codes=("credential.issued",))
     assert shelf.index.page(None, None, 1000, wanted).events == []
     assert len(shelf.copied(wanted=wanted)) == 1
 

@@ -92,7 +92,7 @@ async def test_a_decision_on_another_request_is_not_that_of_a_lease(desk: Counte
 
 
 def other_decision(desk: Counter, story: Story) -> Lease:
-    signed = desk.office.believer.by_service(story.active, Lease, "issuer").claims
+    signed = desk.office.verifier.by_service(story.active, Lease, "issuer").claims
     return signed.model_copy(update={"decision_digest": "0" * 64})
 
 
@@ -102,7 +102,7 @@ async def test_a_decision_around_a_forged_request_does_not_lead_to_its_agent(des
     forged = ".".join((header, payload, "A" * 86))
     story.common["request"] = forged
     allowed = story.decision("allowed")
-    signed = desk.office.believer.by_service(story.active, Lease, "issuer").claims
+    signed = desk.office.verifier.by_service(story.active, Lease, "issuer").claims
     (event,) = await desk.file(allowed)
     changes = {
         "decision_id": event["unmapped"]["decision"],
@@ -128,7 +128,7 @@ async def test_a_lease_whose_task_nobody_assigned_counts_against_and_stands():
 async def test_a_lease_for_another_human_than_its_task_counts_against(desk: Counter):
     story = desk.office.credential()
     issuer = desk.office.key("service", "issuer")
-    signed = desk.office.believer.by_service(story.active, Lease, "issuer").claims
+    signed = desk.office.verifier.by_service(story.active, Lease, "issuer").claims
     lease = signed.model_copy(update={"on_behalf_of": "sam"})
     story.all[story.all.index(story.active)] = desk.office.signed(LEASE, lease, issuer, key=story.lease_id)
     await desk.file(*story.all)

@@ -9,8 +9,8 @@ from typing import Any
 import orjson
 import pytest
 
-from ringfence.audit.trail.handover import Intake, Lately, Told, opened_intake
-from ringfence.audit.trail.written_cache import ReadBack
+from ringfence.audit.trail.handover import HandoverCache, Intake, PendingEvent, opened_intake
+from ringfence.audit.trail.written_cache import WrittenEventCache
 from ringfence.audit.verification import require_trust
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
@@ -49,12 +49,12 @@ def event(number: int) -> dict[str, Any]:
     return {"unmapped": words, "metadata": {"uid": f"uid {number}"}, "message": "ähnlich"}
 
 
-def told(number: int) -> Told:
+def told(number: int) -> PendingEvent:
     words = event(number)
-    return Told("bot", f"uid {number}", linkable(words), None if number % 2 else "trace", words)
+    return PendingEvent("bot", f"uid {number}", linkable(words), None if number % 2 else "trace", words)
 
 
-async def handed_over(office: Office, lately: Lately, *numbers: int) -> Received:
+async def handed_over(office: Office, lately: HandoverCache, *numbers: int) -> Received:
     sent = Sent()
     intake = Intake(sent, lambda: office.key("service", "audit"), TD, SystemClock(), lately)
     await intake.hand_over(told(number) for number in numbers)
@@ -68,21 +68,21 @@ def came_back(office: Office, message: Outbound) -> Received:
 
 
 async def test_what_comes_back_is_what_others_read_of_it() -> None:
-    office, lately = Office(), Lately()
+    office, lately = Office(), HandoverCache()
     record = await handed_over(office, lately, 1, 2, 3)
     assert lately.events(record, office.trust) == opened_intake(record, office.trust).events
     assert lately.events(record, office.trust) is None, "it is kept for the once that it is chained"
 
 
 async def test_another_text_under_the_same_id_is_not_taken_for_it() -> None:
-    office, lately = Office(), Lately()
+    office, lately = Office(), HandoverCache()
     record = await handed_over(office, lately, 1)
     another = record._replace(value=record.value[:-1] + (b"A" if record.value[-1:] != b"A" else b"Q"))
     assert lately.events(another, office.trust) is None
 
 
 async def test_what_was_signed_by_a_key_that_no_longer_may_is_not_believed() -> None:
-    office, lately = Office(), Lately()
+    office, lately = Office(), HandoverCache()
     record = await handed_over(office, lately, 1)
     others = tuple(one for one in office.bundle.services if "audit" not in one.roles)
     office.trust.load(office.trust_bundle(2, services=others).value, office.now_ms / 1000)
@@ -110,7 +110,7 @@ class Others:
     def __init__(self) -> None:
         self.until = 0
 
-    async def chained(self, events: Mapping[int, Sequence[Told]]) -> bool:
+    async def chained(self, events: Mapping[int, Sequence[PendingEvent]]) -> bool:
         return False
 
     def handed_over(self, partition: int, until: int) -> None:
@@ -187,8 +187,8 @@ async def test_nothing_is_judged_by_a_bundle_that_had_ended_when_it_was_appended
 
 async def test_the_oldest_are_forgotten_and_not_the_latest() -> None:
     office = Office()
-    size = len((await handed_over(office, Lately(), 10)).value)
-    lately = Lately(most_bytes=2 * size)
+    size = len((await handed_over(office, HandoverCache(), 10)).value)
+    lately = HandoverCache(most_bytes=2 * size)
     records = [await handed_over(office, lately, number) for number in (10, 20, 30)]
     known = [lately.events(record, office.trust) is not None for record in records]
     assert known == [False, True, True]
@@ -225,7 +225,7 @@ def trailed(office: Office, number: int) -> tuple[Received, dict[str, Any]]:
 
 
 def test_what_is_read_back_to_the_letter_is_not_taken_apart_again() -> None:
-    office, read_back = Office(), ReadBack()
+    office, read_back = Office(), WrittenEventCache()
     (own, words), (others, _) = trailed(office, 1), trailed(office, 2)
     read_back.put(own.value, words, HASH)
     found = read_back.of([own, others])
@@ -236,7 +236,7 @@ def test_what_is_read_back_to_the_letter_is_not_taken_apart_again() -> None:
 
 
 def test_other_bytes_of_the_same_event_are_looked_at() -> None:
-    office, read_back = Office(), ReadBack()
+    office, read_back = Office(), WrittenEventCache()
     own, words = trailed(office, 1)
     read_back.put(own.value, words, leaf_hash(own.value))
     changed = own._replace(value=own.value.replace("ähnlich".encode(), b"another"))
@@ -247,7 +247,7 @@ def test_other_bytes_of_the_same_event_are_looked_at() -> None:
 def test_what_is_never_read_back_goes_at_last_and_counts_once() -> None:
     office = Office()
     every = [trailed(office, number) for number in range(1, 6)]
-    read_back = ReadBack(most_bytes=2 * len(every[0][0].value))
+    read_back = WrittenEventCache(most_bytes=2 * len(every[0][0].value))
 
     def known() -> list[bool]:
         return [found.event is words for record, words in every for found in read_back.of([record])]

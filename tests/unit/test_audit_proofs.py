@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from ringfence.audit.trail.proofs import NoProofError, ProofStore
-from ringfence.audit.trail.written_cache import ReadBack, Trailed
+from ringfence.audit.trail.written_cache import Trailed, WrittenEventCache
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
@@ -237,7 +237,7 @@ def test_what_is_read_back_is_held_against_the_chain_as_well(trail: Trail) -> No
     values = [*trail.forged(0), *trail.chained(3)]
     records = [trail.office.received(AUDIT, value) for value in values]
     trail.store.add_events(records, [Trailed(loaded(value), leaf_hash(value)) for value in values])
-    trail.store.add_events(records, ReadBack().of(records))
+    trail.store.add_events(records, WrittenEventCache().of(records))
     trail.comes_signed()
     trail.is_proved(3)
 

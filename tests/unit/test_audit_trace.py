@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from ringfence.audit.events.break_glass import uses
-from ringfence.audit.index.filters import Wanted
+from ringfence.audit.index.filters import EventFilter
 from ringfence.audit.index.store import SqliteIndex, Viewer
 from ringfence.audit.index.trace import tree
 from ringfence.kernel.kafka.record import Received
@@ -306,7 +306,7 @@ async def test_pages_follow_each_other_without_gap_or_overlap(desk: Desk) -> Non
     assert [e["metadata"]["uid"] for e in desk.index.page(None, page.cursor, 9).events] == [
         last["metadata"]["uid"]
     ]
-    only = desk.index.page(None, None, 1000, Wanted(lease=story.lease_id, class_uid=3003)).events
+    only = desk.index.page(None, None, 1000, EventFilter(lease=story.lease_id, class_uid=3003)).events
     codes = ["credential.issued", "release.requested", "credential.released"]
     assert [event["metadata"]["event_code"] for event in only] == codes
 
@@ -330,7 +330,7 @@ async def test_the_same_event_twice_counts_once(desk: Desk) -> None:
     before = desk.roots(story.lease_id)
     desk.index.add(as_records(events))
     assert desk.roots(story.lease_id) == before
-    found = desk.index.page(None, None, 1000, Wanted(lease=story.lease_id)).events
+    found = desk.index.page(None, None, 1000, EventFilter(lease=story.lease_id)).events
     assert len(found) == len({event["metadata"]["uid"] for event in found})
 
 

@@ -12,7 +12,7 @@ import pytest
 from ringfence.issuer.decisions import DecisionHandler
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.kafka.batch_handlers import BatchHandler, one_by_one, side_by_side
+from ringfence.kernel.kafka.batch_handlers import BatchHandler, concurrent, sequential
 from ringfence.kernel.kafka.dead_letters import MAX_INVALID_SIGNED, DeadLetters, HaltedError
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import typ_header
@@ -87,9 +87,7 @@ def of_the_issuer(broker: Broker) -> BatchHandler:
     return opened
 
 
-@pytest.mark.parametrize(
-    "make", [of_a_bus(one_by_one), of_a_bus(side_by_side), of_the_revoker, of_the_issuer]
-)
+@pytest.mark.parametrize("make", [of_a_bus(sequential), of_a_bus(concurrent), of_the_revoker, of_the_issuer])
 async def test_the_letters_of_a_batch_are_waited_for_together(make: Any):
     broker = Broker()
     async with asyncio.timeout(WITHIN_S):
@@ -99,13 +97,13 @@ async def test_the_letters_of_a_batch_are_waited_for_together(make: Any):
 
 async def test_a_batch_is_not_over_before_its_letters_are_there():
     broker = Broker(2)
-    batch = asyncio.ensure_future(one_by_one(handle, letters(broker))(records("bad", "good")))
+    batch = asyncio.ensure_future(sequential(handle, letters(broker))(records("bad", "good")))
     while not broker.letters:
         await asyncio.sleep(0)
     for _ in range(100):  # everything else that it could do, it does
         await asyncio.sleep(0)
     assert not batch.done()
-    await letters(broker).bury_soon(records("another")[0], InvalidMessageError("no message"))
+    await letters(broker).enqueue(records("another")[0], InvalidMessageError("no message"))
     await asyncio.wait_for(batch, WITHIN_S)
 
 
@@ -126,7 +124,7 @@ async def test_nothing_is_handled_behind_the_record_that_halts():
     ]
     counting = DeadLetters(cast(Any, broker), "test", SystemClock(), services.trust)
     with pytest.raises(HaltedError) as halted:
-        await asyncio.wait_for(one_by_one(refuse, counting)(batch), WITHIN_S)
+        await asyncio.wait_for(sequential(refuse, counting)(batch), WITHIN_S)
     assert halted.value.record == batch[MAX_INVALID_SIGNED]
     assert handled == [record.offset for record in batch[: MAX_INVALID_SIGNED + 1]]
     assert len(broker.letters) == MAX_INVALID_SIGNED

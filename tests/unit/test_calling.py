@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from ringfence.backends import Caller, TargetError, TargetRefusedError, TargetShutError
+from ringfence.backends import CircuitBreaker, CircuitOpenError, TargetError, TargetRefusedError
 from ringfence.backends.circuit_breaker import FAILURES_TO_SHUT
 
 LONGEST_SHUT_S = 60.0
@@ -23,8 +23,8 @@ class Seconds:
         return self.now
 
 
-def caller(concurrency: int = 2, deadline_s: float = 30.0, seconds: Seconds | None = None) -> Caller:
-    return Caller(
+def caller(concurrency: int = 2, deadline_s: float = 30.0, seconds: Seconds | None = None) -> CircuitBreaker:
+    return CircuitBreaker(
         concurrency=concurrency,
         deadline_s=deadline_s,
         longest_shut_s=LONGEST_SHUT_S,
@@ -44,7 +44,7 @@ async def unfit() -> str:
     raise TargetRefusedError("not this one")
 
 
-async def fail(calls: Caller, times: int, target_id: str = "a") -> None:
+async def fail(calls: CircuitBreaker, times: int, target_id: str = "a") -> None:
     for _ in range(times):
         with pytest.raises(TargetError):
             await calls.call(target_id, bad)
@@ -80,11 +80,11 @@ async def test_what_hangs_ends_at_its_deadline() -> None:
 async def test_a_failing_target_is_shut_and_others_are_not() -> None:
     calls = caller()
     await fail(calls, FAILURES_TO_SHUT - 1)
-    assert calls.shut_ms("a") == 0
+    assert calls.open_for_ms("a") == 0
     assert await calls.call("a", good) == "done"  # which starts the count anew
     await fail(calls, FAILURES_TO_SHUT)
-    assert calls.shut_ms("a") > 0
-    with pytest.raises(TargetShutError) as shut:
+    assert calls.open_for_ms("a") > 0
+    with pytest.raises(CircuitOpenError) as shut:
         await calls.call("a", good)
     assert shut.value.retry_ms > 0
     assert await calls.call("b", good) == "done"
@@ -106,7 +106,7 @@ async def test_a_shut_target_is_tried_by_one_and_opened_for_all() -> None:
     go = asyncio.Event()
     probe = asyncio.create_task(calls.call("a", go.wait))
     await asyncio.sleep(0)
-    with pytest.raises(TargetShutError):
+    with pytest.raises(CircuitOpenError):
         await calls.call("a", good)
     go.set()
     assert await probe
@@ -118,9 +118,9 @@ async def test_a_probe_that_fails_shuts_it_again() -> None:
     calls = caller(seconds=seconds)
     await fail(calls, FAILURES_TO_SHUT)
     seconds.now += LONGEST_SHUT_S
-    assert calls.shut_ms("a") == 0
+    assert calls.open_for_ms("a") == 0
     await fail(calls, 1)
-    assert calls.shut_ms("a") > 0
+    assert calls.open_for_ms("a") > 0
     seconds.now += LONGEST_SHUT_S
     assert await calls.call("a", good) == "done"
 
@@ -129,11 +129,11 @@ async def test_it_is_left_alone_for_longer_and_longer_up_to_a_limit() -> None:
     seconds = Seconds()
     calls = caller(seconds=seconds)
     await fail(calls, FAILURES_TO_SHUT)
-    shut_ms = [calls.shut_ms("a")]
+    shut_ms = [calls.open_for_ms("a")]
     for _ in range(20):
         seconds.now += LONGEST_SHUT_S
         await fail(calls, 1)
-        shut_ms.append(calls.shut_ms("a"))
+        shut_ms.append(calls.open_for_ms("a"))
     assert shut_ms[0] <= 500
     assert shut_ms[3] > shut_ms[0]
     assert LONGEST_SHUT_S * 500 <= shut_ms[-1] <= LONGEST_SHUT_S * 1000

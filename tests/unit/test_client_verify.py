@@ -22,7 +22,7 @@ from starlette.routing import Route
 from ringfence.client.errors import TokenRejectedError
 from ringfence.client.resource_server.verifier import TokenVerifier
 from ringfence.kernel.base.errors import UnavailableError
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import SigningKey, b64encode, public_key
 from ringfence.messages.api import ApiToken
 
@@ -74,7 +74,7 @@ class Issuer:
 
         async def introspect(request: Request) -> Response:
             bearer = request.headers["authorization"].removeprefix("Bearer ")
-            claims = open_signed(
+            claims = verify(
                 parse(bearer),
                 ApiToken,
                 lambda iss, kid: public_key(TARGET.public),

@@ -10,7 +10,7 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka.errors import CommitFailedError, KafkaError
 
-from ringfence.kernel.kafka.committing import COMMIT_MS, Commits
+from ringfence.kernel.kafka.committing import COMMIT_MS, OffsetCommitter
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.topics import LEASE
 
@@ -39,12 +39,12 @@ def records(at: TopicPartition, *offsets: int) -> list[Received]:
     return [Received(LEASE, TOPIC, at.partition, offset, 0, "key", b"") for offset in offsets]
 
 
-def of(member: Member) -> Commits:
+def of(member: Member) -> OffsetCommitter:
     consumer: Any = member
-    return Commits(consumer)
+    return OffsetCommitter(consumer)
 
 
-def standing(commits: Commits) -> tuple[bool, bool]:
+def standing(commits: OffsetCommitter) -> tuple[bool, bool]:
     return commits.waiting, commits.due
 
 

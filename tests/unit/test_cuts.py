@@ -22,7 +22,7 @@ from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT, REVOCATION_ACK
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.leases.revocations import Order
-from ringfence.revoker.revocations.cut_confirmation import Cuts
+from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from tests.ledger import START_MS, TD, FixedClock
 
 GRACE_MS = 5000
@@ -38,7 +38,7 @@ def clock() -> FixedClock:
 
 
 @pytest.fixture
-def cuts(clock: FixedClock) -> Cuts:
+def cuts(clock: FixedClock) -> CutTracker:
     now_s = START_MS // 1000
     year_s = 365 * 86_400
 
@@ -51,7 +51,7 @@ def cuts(clock: FixedClock) -> Cuts:
     )
     trust = TrustStore(TD, ROOT.kid)
     trust.load(sign(bundle, ROOT, header_jwk=True), now_s)
-    return Cuts(trust, clock, grace_ms=GRACE_MS)
+    return CutTracker(trust, clock, grace_ms=GRACE_MS)
 
 
 class Measured:
@@ -109,12 +109,14 @@ def ack(key: SigningKey, about: Order, at_ms: int) -> Received:
     return record(REVOCATION_ACK, claims, key, at_ms)
 
 
-async def test_without_gateways_a_cut_is_complete_when_redis_refuses(cuts: Cuts, measured: Measured) -> None:
+async def test_without_gateways_a_cut_is_complete_when_redis_refuses(
+    cuts: CutTracker, measured: Measured
+) -> None:
     cuts.refused(order(), START_MS + 40)
     assert measured() == (1, 40, 0)
 
 
-async def test_a_cut_waits_for_the_last_live_gateway(cuts: Cuts, measured: Measured) -> None:
+async def test_a_cut_waits_for_the_last_live_gateway(cuts: CutTracker, measured: Measured) -> None:
     one = order()
     cuts.on_heartbeats([beat(ONE, START_MS - 900), beat(TWO, START_MS - 100)])
     assert cuts.live() == {ONE.id, TWO.id}
@@ -127,7 +129,7 @@ async def test_a_cut_waits_for_the_last_live_gateway(cuts: Cuts, measured: Measu
     assert measured() == (1, 70, 0)
 
 
-async def test_a_gateway_may_be_faster_than_redis(cuts: Cuts, measured: Measured) -> None:
+async def test_a_gateway_may_be_faster_than_redis(cuts: CutTracker, measured: Measured) -> None:
     one = order()
     cuts.on_heartbeats([beat(ONE, START_MS)])
     cuts.on_acks([ack(ONE, one, START_MS + 5)])
@@ -136,7 +138,7 @@ async def test_a_gateway_may_be_faster_than_redis(cuts: Cuts, measured: Measured
 
 
 async def test_a_gateway_that_was_not_heard_within_the_grace_denies_by_itself(
-    cuts: Cuts, clock: FixedClock, measured: Measured
+    cuts: CutTracker, clock: FixedClock, measured: Measured
 ) -> None:
     cuts.on_heartbeats([beat(ONE, START_MS - GRACE_MS - 1)])
     cuts.refused(order(), START_MS)
@@ -146,7 +148,7 @@ async def test_a_gateway_that_was_not_heard_within_the_grace_denies_by_itself(
 class Judging:
     """Judges cuts; what stands on Kafka is read only when it is asked for."""
 
-    def __init__(self, cuts: Cuts) -> None:
+    def __init__(self, cuts: CutTracker) -> None:
         self.unread: list[Received] = []
         self._cuts = cuts
         self._run = asyncio.create_task(cuts.run(self._caught_up))
@@ -162,7 +164,7 @@ class Judging:
 
 
 @pytest.fixture
-async def judging(cuts: Cuts) -> AsyncIterator[Judging]:
+async def judging(cuts: CutTracker) -> AsyncIterator[Judging]:
     judging = Judging(cuts)
     yield judging
     await judging.stop()
@@ -175,7 +177,7 @@ async def judged(measured: Measured) -> tuple[int, int, int]:
     return measured()
 
 
-def nearly_over(cuts: Cuts, clock: FixedClock) -> None:
+def nearly_over(cuts: CutTracker, clock: FixedClock) -> None:
     """Both gateways live, and the grace of what was ordered at the start over in 20 ms."""
     cuts.on_heartbeats([beat(ONE, START_MS), beat(TWO, START_MS)])
     clock.ms = START_MS + GRACE_MS - 20
@@ -183,7 +185,7 @@ def nearly_over(cuts: Cuts, clock: FixedClock) -> None:
 
 
 async def test_the_grace_stands_for_the_word_of_a_gateway_that_gives_none(
-    cuts: Cuts, clock: FixedClock, measured: Measured, judging: Judging
+    cuts: CutTracker, clock: FixedClock, measured: Measured, judging: Judging
 ) -> None:
     one = order()
     nearly_over(cuts, clock)
@@ -194,7 +196,7 @@ async def test_the_grace_stands_for_the_word_of_a_gateway_that_gives_none(
 
 
 async def test_a_clock_that_was_set_back_makes_the_grace_no_longer(
-    cuts: Cuts, clock: FixedClock, measured: Measured, judging: Judging
+    cuts: CutTracker, clock: FixedClock, measured: Measured, judging: Judging
 ) -> None:
     cuts._grace_ms = 50
     cuts.on_heartbeats([beat(ONE, START_MS), beat(TWO, START_MS)])
@@ -204,7 +206,7 @@ async def test_a_clock_that_was_set_back_makes_the_grace_no_longer(
 
 
 async def test_a_word_that_is_read_late_counts_from_when_it_stood_on_kafka(
-    cuts: Cuts, clock: FixedClock, measured: Measured, judging: Judging
+    cuts: CutTracker, clock: FixedClock, measured: Measured, judging: Judging
 ) -> None:
     one = order()
     nearly_over(cuts, clock)
@@ -215,7 +217,7 @@ async def test_a_word_that_is_read_late_counts_from_when_it_stood_on_kafka(
 
 
 async def test_a_word_that_is_given_after_the_grace_confirms_nothing(
-    cuts: Cuts, clock: FixedClock, measured: Measured, judging: Judging
+    cuts: CutTracker, clock: FixedClock, measured: Measured, judging: Judging
 ) -> None:
     one = order()
     nearly_over(cuts, clock)
@@ -226,7 +228,7 @@ async def test_a_word_that_is_given_after_the_grace_confirms_nothing(
 
 
 async def test_an_order_that_is_followed_late_still_waits_for_who_was_live_when_it_was_given(
-    cuts: Cuts, clock: FixedClock, measured: Measured
+    cuts: CutTracker, clock: FixedClock, measured: Measured
 ) -> None:
     one = order()
     cuts.on_heartbeats([beat(ONE, START_MS)])
@@ -238,7 +240,7 @@ async def test_an_order_that_is_followed_late_still_waits_for_who_was_live_when_
 
 
 async def test_words_that_no_gateway_signed_count_for_nothing(
-    cuts: Cuts, clock: FixedClock, measured: Measured
+    cuts: CutTracker, clock: FixedClock, measured: Measured
 ) -> None:
     one = order()
     cuts.on_heartbeats([beat(ONE, START_MS), beat(POLICY, START_MS)])
@@ -255,7 +257,7 @@ async def test_words_that_no_gateway_signed_count_for_nothing(
 
 
 async def test_a_heartbeat_that_is_sent_again_makes_no_dead_gateway_live(
-    cuts: Cuts, clock: FixedClock
+    cuts: CutTracker, clock: FixedClock
 ) -> None:
     old = START_MS - 3 * GRACE_MS
     cuts.on_heartbeats([beat(ONE, old)])

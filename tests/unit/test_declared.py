@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from ringfence.backends import Material, built_in
-from ringfence.backends.capabilities import Declared
+from ringfence.backends.capabilities import BackendCapabilities
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
 from tools.schemas.examples import EXAMPLES
 
@@ -21,7 +21,7 @@ def target(kind: str, *, keys: bool = True) -> TargetState:
 
 
 BACKENDS = built_in(Material("acme.example", "https://issuer.acme.example"))
-declared = Declared(BACKENDS)
+declared = BackendCapabilities(BACKENDS)
 
 
 def test_the_example_has_a_key() -> None:
@@ -60,6 +60,6 @@ def test_a_backend_that_fails_counts_for_the_least(caplog: pytest.LogCaptureFixt
         def revocability(self, target: TargetState) -> str:
             raise KeyError("oops")
 
-    found = Declared({"broken": cast(Any, Broken())})(target("broken"))
+    found = BackendCapabilities({"broken": cast(Any, Broken())})(target("broken"))
     assert found == {"revocability": "ttl", "enforced_by": "target"}
     assert "broken" in caplog.text

@@ -32,7 +32,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.delegations import Delegations
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import may_approve
-from ringfence.model.requests.facts import against, find_ground
+from ringfence.model.requests.facts import find_ground, violations_of
 from ringfence.registry.domain import MAX_PARTS
 from tests.ledger import START_MS, Ledger, permission
 
@@ -438,7 +438,7 @@ def test_records_come_in_any_order_and_nobody_is_accused(ledger: Ledger, task: s
 
 def reasons(ledger: Ledger, agent: str, task: str, wanted: Permission) -> list[tuple[str, str | None]]:
     ground = find_ground(ledger.directory, agent, task, "staging")
-    found = against(ground, (wanted,), ledger.clock.ms / 1000, 86_400)
+    found = violations_of(ground, (wanted,), ledger.clock.ms / 1000, 86_400)
     return [(reason.code, reason.side) for reason in found]
 
 

@@ -11,7 +11,7 @@ import pytest
 from aiokafka.errors import NodeNotReadyError
 
 from ringfence.kernel.kafka.embedded_broker import hold_fetches
-from ringfence.kernel.kafka.fetch_control import MUCH_BYTES, Fetches, Gathering
+from ringfence.kernel.kafka.fetch_control import MUCH_BYTES, BatchDelay, Fetches
 
 _FETCH, _HEARTBEAT = 1, 12
 
@@ -139,6 +139,6 @@ async def test_nothing_is_fetched_while_a_batch_is_handled() -> None:
 
 
 def test_records_gather_where_several_come_twice_in_a_row_and_are_not_here_already() -> None:
-    gathering = Gathering(full=32)
+    gathering = BatchDelay(full=32)
     waits_ms = [round(gathering.after(handled) * 1000) for handled in (1, 1, 5, 1, 3, 4, 20, 30, 32, 31)]
     assert waits_ms == [0, 0, 0, 0, 0, 4, 6, 12, 0, 12]

@@ -6,7 +6,7 @@ from typing import cast
 
 import pytest
 
-from ringfence.audit.malformed_topics import Followed
+from ringfence.audit.malformed_topics import MalformedRecordHandler
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import sign
@@ -30,7 +30,7 @@ class Desk:
         self.buried: list[str] = []
         self.reachable = True
         self.clock = FixedClock(self.office.now_ms)
-        followed = Followed(
+        followed = MalformedRecordHandler(
             self.office.trust, self.directory, self.clock, cast(DeadLetters, self), self._caught_up
         )
         self._batches = followed.batches()
@@ -41,7 +41,7 @@ class Desk:
                 self.directory.on_records([record])
         return self.reachable
 
-    async def bury(self, record: Received, error: InvalidMessageError) -> None:
+    async def send_and_wait(self, record: Received, error: InvalidMessageError) -> None:
         self.buried.append(error.code)
 
     async def look(self, *records: Received) -> list[str]:

@@ -6,19 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 from ringfence.kernel.kafka.record import Outbound
-from ringfence.model.lease_store import told_of
+from ringfence.model.lease_store import prepare_step
 from ringfence.revoker.mass_expiry.own_record_cache import glance_of
-from ringfence.revoker.mass_expiry.precomputed import ForeseenEnd, Foresight, digest_of
+from ringfence.revoker.mass_expiry.precomputed import PrecomputedEnd, PrecomputedEnds, digest_of
 from tests.leases import lease, step
 
 
 def foreseen(
     record: bytes = b"one", deadline: int = 2_000_000_000, agent_id: str = "deploy-bot", **more: Any
-) -> ForeseenEnd:
+) -> PrecomputedEnd:
     end = step(lease(deadline=deadline, agent_id=agent_id, **more), "expired")
     claims = end.lease.claims
     sent = Outbound(claims.lease_id, end.lease.jws.encode(), claims.jti)
-    return ForeseenEnd(digest_of(record), glance_of(claims), agent_id, told_of(end), sent)
+    return PrecomputedEnd(digest_of(record), glance_of(claims), agent_id, prepare_step(end), sent)
 
 
 def made(
@@ -26,11 +26,11 @@ def made(
     *,
     shard_of: Callable[[str], int] = lambda _: 0,
     most: int = 100,
-) -> Foresight:
-    return Foresight(circumstances, shard_of, most)
+) -> PrecomputedEnds:
+    return PrecomputedEnds(circumstances, shard_of, most)
 
 
-def taken(foresight: Foresight, *ends: ForeseenEnd, record: bytes = b"one") -> list[bool]:
+def taken(foresight: PrecomputedEnds, *ends: PrecomputedEnd, record: bytes = b"one") -> list[bool]:
     """Which of these are remembered for a lease whose record this is."""
     return [foresight.take(end.step.lease_id, record) is end for end in ends]
 

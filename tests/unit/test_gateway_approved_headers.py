@@ -10,7 +10,7 @@ import pytest
 from ringfence.gateway.contract import Attempt, Headers
 from ringfence.gateway.dataplane.headers import kept_headers, request_head
 from ringfence.gateway.dataplane.http1_head import RequestHead, parse_request
-from ringfence.gateway.dataplane.request_reader import Way, asked
+from ringfence.gateway.dataplane.request_reader import ListenerContext, read_request
 from ringfence.gateway.decision.approved_headers import (
     LEFT_OUT,
     MAX_SHOWN_CHARS,
@@ -98,7 +98,9 @@ def test_an_upgrade_is_approved_as_one() -> None:
         ("tunnel", head(*lines, *upgrade, first=first)),
         ("plain", head(*lines, first=first)),
     ):
-        _, made = asked(request, Way("somebody", "https", names=None, task_id="task"), lambda _: True)
+        _, made = read_request(
+            request, ListenerContext("somebody", "https", names=None, task_id="task"), lambda _: True
+        )
         assert made.headers is not None
         found[name] = made.headers() or ()
     assert found["tunnel"] == (*found["plain"], ("upgrade", "websocket"))

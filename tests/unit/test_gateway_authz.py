@@ -11,7 +11,7 @@ from typing import Any, cast
 import httpx
 import pytest
 
-from ringfence.gateway.contract import Attempt, Blocked, Gate, Patient, Presented, Verdict
+from ringfence.gateway.contract import Attempt, Blocked, Gate, HoldableRequest, Presented, Verdict
 from ringfence.gateway.proxies import envoy, forward_auth
 from ringfence.gateway.proxies.authz import Asker, ProxyAuth
 from ringfence.kernel.base.errors import UnavailableError
@@ -37,7 +37,7 @@ class Played:
         self.asked: list[tuple[Presented, Attempt]] = []
         self.blocked: list[Blocked] = []
 
-    async def decide(self, presented: Presented, attempt: Attempt, *, patient: Patient) -> Verdict:
+    async def decide(self, presented: Presented, attempt: Attempt, *, patient: HoldableRequest) -> Verdict:
         self.asked.append((presented, attempt))
         if isinstance(self.verdict, Exception):
             raise self.verdict

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.gateway.contract import Admits, Attempt, Carried, Gate, Presented, Rpc, Verdict
+from ringfence.gateway.contract import Attempt, Carried, Gate, Presented, RateCheck, Rpc, Verdict
 from ringfence.gateway.dataplane.denials import answer
 from ringfence.gateway.dataplane.exchange import goes_no_further
 from ringfence.gateway.decision.evaluator import NO_ANSWER, Allowed
@@ -142,7 +142,7 @@ def admits(agent_id: str) -> Reason | None:
 
 
 def allowed_at_once(
-    parts: Parts, presented: Presented, attempt: Attempt, admits: Admits = admits
+    parts: Parts, presented: Presented, attempt: Attempt, admits: RateCheck = admits
 ) -> tuple[Verdict, Mapping[str, str]] | None:
     standing = parts.gate.standing(presented, attempt)
     allowed = standing.allowed(admits, lambda kept: None) if standing is not None else None

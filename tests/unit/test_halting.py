@@ -10,7 +10,7 @@ import pytest
 
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.acls import Operation, Party, acls
 from ringfence.kernel.kafka.dead_letters import (
@@ -20,7 +20,7 @@ from ringfence.kernel.kafka.dead_letters import (
     HaltedError,
 )
 from ringfence.kernel.kafka.record import Received
-from ringfence.kernel.service.postponed import Postponed
+from ringfence.kernel.service.postponed import DeferredRecords
 from ringfence.messages.base import SERVICE_ROLES, Claims, ServiceRole, Topic, typ_header
 from ringfence.messages.lease import Lease, RevocationRequest
 from ringfence.messages.topics import (
@@ -69,7 +69,7 @@ class Reader:
         record = Received(topic, f"t.{topic.what}.v1", 0, self._offset, at_ms, "k", value.encode())
         with pytest.raises(InvalidMessageError) as refused:
             self._open(record)
-        await self.letters.bury(record, refused.value)
+        await self.letters.send(record, refused.value)
 
     async def take_all(self, topic: Topic[Any], values: Sequence[str], at_ms: int = NOW_MS) -> bool:
         """Whether it halted."""
@@ -86,7 +86,7 @@ class Reader:
         if model is Claims:
             raise InvalidMessageError("another typ", code="typ_unexpected")
         find = trust.finder(*model.signed_by, at_s=record.appended_at_ms / 1000)
-        open_signed(jws, model, find, audience=trust.trust_domain)
+        verify(jws, model, find, audience=trust.trust_domain)
 
 
 def some(key: SigningKey, typ: str, many: int = MANY, **claims: Any) -> list[str]:
@@ -179,16 +179,16 @@ async def test_after_the_end_of_the_bundle_only_who_may_write_there_is_waited_fo
         value = malformed(services.keys[role], typ_header(model), "test.example")
         record = Received(topic, f"t.{topic.what}.v1", 0, 0, NOW_MS, "k", value.encode())
         kept: list[Received] = []
-        postponed = Postponed(services.trust, kept.extend)
+        postponed = DeferredRecords(services.trust, kept.extend)
         postponed.on_records([record])
         postponed.again()
         refused = InvalidMessageError("nobody is believed", code="key_unknown")
         if role in model.signed_by:
             with pytest.raises(UnavailableError):
-                await Reader(services).letters.bury(record, refused)
+                await Reader(services).letters.send(record, refused)
             assert len(kept) == 2, "it is read again"
         else:
-            await Reader(services).letters.bury(record, refused)
+            await Reader(services).letters.send(record, refused)
             assert len(kept) == 1
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ringfence.audit.trail.handover import MOST_HASHES, vouched
-from ringfence.audit.trail.handover_lookup import HandedOver, Mark, mark_of
+from ringfence.audit.trail.handover_lookup import HandoverLookup, Mark, mark_of
 from ringfence.kernel.crypto.jws import sign_payload
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
@@ -84,27 +84,27 @@ def intake() -> Intake:
     return Intake(Office())
 
 
-def handed_over(intake: Intake, taken: int, enough: int) -> HandedOver:
-    return HandedOver(intake, intake._office.trust, {0: taken}, enough=enough)  # type: ignore[arg-type]
+def handed_over(intake: Intake, taken: int, enough: int) -> HandoverLookup:
+    return HandoverLookup(intake, intake._office.trust, {0: taken}, enough=enough)  # type: ignore[arg-type]
 
 
 async def test_what_was_chained_last_is_found_and_the_rest_is_not_read(intake: Intake) -> None:
     intake.messages(1000)
     wanted = 9999, 9990, 9985
-    assert await handed_over(intake, 1000, 100).among(0, asked(*wanted)) == hashes(*wanted)
+    assert await handed_over(intake, 1000, 100).find(0, asked(*wanted)) == hashes(*wanted)
     assert intake.read == 50
 
 
 async def test_what_nobody_handed_over_makes_nobody_read_all(intake: Intake) -> None:
     intake.messages(1000)
-    assert await handed_over(intake, 1000, 500).among(0, asked(9999) | MADE_UP) == hashes(9999)
+    assert await handed_over(intake, 1000, 500).find(0, asked(9999) | MADE_UP) == hashes(9999)
     assert intake.read == 50 + 200, "the first stretch has one less than enough that are not asked for"
 
 
 async def test_what_somebody_repeats_of_long_ago_makes_nobody_read_all(intake: Intake) -> None:
     intake.messages(1000)
     wanted = asked(9999, 8000, 4000, 10) | MADE_UP
-    assert await handed_over(intake, 1000, 500).among(0, wanted) == hashes(9999, 8000)
+    assert await handed_over(intake, 1000, 500).find(0, wanted) == hashes(9999, 8000)
     assert intake.read == 50 + 200
 
 
@@ -112,7 +112,7 @@ async def test_what_was_handed_over_twice_lies_between(intake: Intake) -> None:
     intake.messages(300)
     for _ in range(240):
         intake.add([event(number) for number in range(EACH)])
-    assert await handed_over(intake, 540, 2600).among(0, asked(2999)) == hashes(2999)
+    assert await handed_over(intake, 540, 2600).find(0, asked(2999)) == hashes(2999)
 
 
 async def test_what_strangers_sign_is_neither_found_nor_counted(intake: Intake) -> None:
@@ -120,18 +120,18 @@ async def test_what_strangers_sign_is_neither_found_nor_counted(intake: Intake) 
     stranger = intake._office.key("agent", "bot")
     for number in range(300):
         intake.add([event(10_000 + number)], by=stranger)
-    assert await handed_over(intake, 310, 5).among(0, asked(99, 10_100)) == hashes(99)
+    assert await handed_over(intake, 310, 5).find(0, asked(99, 10_100)) == hashes(99)
 
 
 async def test_what_comes_after_what_was_read_counts_too(intake: Intake) -> None:
     intake.messages(40)
-    assert await handed_over(intake, 10, 20).among(0, asked(399)) == hashes(399)
+    assert await handed_over(intake, 10, 20).find(0, asked(399)) == hashes(399)
 
 
 async def test_what_the_writer_chained_by_itself_is_found_by_its_place_in_the_chain(intake: Intake) -> None:
     intake.messages(1000)
     intake.vouch(*range(20_000, 20_050))
-    assert await handed_over(intake, 1000, 100).among(0, asked(20_049, 20_003)) == hashes(20_049, 20_003)
+    assert await handed_over(intake, 1000, 100).find(0, asked(20_049, 20_003)) == hashes(20_049, 20_003)
     assert intake.read == 1, "and nothing before it is read"
 
 
@@ -140,7 +140,7 @@ async def test_what_waits_to_be_chained_is_not_read_where_nothing_of_it_is_asked
     intake.messages(100)
     intake.vouch(20_000)
     intake.messages(1000)
-    assert await handed_over(intake, 100, 100).among(0, asked(20_000, 999)) == hashes(20_000, 999)
+    assert await handed_over(intake, 100, 100).find(0, asked(20_000, 999)) == hashes(20_000, 999)
     assert intake.read == 50 + 50
 
 
@@ -150,7 +150,7 @@ async def test_behind_much_that_waits_to_be_chained_is_what_the_writer_vouched_f
     intake.messages(1000)
     intake.vouch(20_000)
     intake.messages(20)
-    assert await handed_over(intake, 10, 100).among(0, asked(20_000) | MADE_UP) == hashes(20_000)
+    assert await handed_over(intake, 10, 100).find(0, asked(20_000) | MADE_UP) == hashes(20_000)
     assert intake.read == 1021, "all of it, as somebody may have set back how far was read"
 
 
@@ -159,27 +159,27 @@ async def test_copies_of_what_was_vouched_for_hide_nothing(intake: Intake) -> No
     intake.messages(100)
     for _ in range(60):
         intake.vouch(*range(20_000, 20_100))
-    assert await handed_over(intake, 160, 1000).among(0, asked(999)) == hashes(999)
+    assert await handed_over(intake, 160, 1000).find(0, asked(999)) == hashes(999)
 
 
 async def test_one_message_that_vouches_is_never_too_large(intake: Intake) -> None:
     numbers = range(20_000, 20_000 + 2 * MOST_HASHES + 1)
     intake.vouch(*numbers)
     assert len(intake._records) == 3
-    assert await handed_over(intake, 0, 100).among(0, asked(*numbers)) == hashes(*numbers)
+    assert await handed_over(intake, 0, 100).find(0, asked(*numbers)) == hashes(*numbers)
 
 
 @pytest.mark.parametrize("stranger", [("agent", "bot"), ("service", "policy")])
 async def test_nobody_else_vouches_for_anything(intake: Intake, stranger: tuple[str, str]) -> None:
     intake.vouch(7, by=intake._office.key(*stranger))
-    assert await handed_over(intake, 1, 100).among(0, asked(7)) == hashes()
+    assert await handed_over(intake, 1, 100).find(0, asked(7)) == hashes()
 
 
 async def test_an_event_that_stands_twice_was_handed_over_twice(intake: Intake) -> None:
     """By what it says; who vouches for one in its place says nothing of another."""
     intake.messages(1)
     twice = {hash_of(5): mark_of(event(5)), b"elsewhere": mark_of(event(5))}
-    assert await handed_over(intake, 1, 100).among(0, twice) == frozenset(twice)
+    assert await handed_over(intake, 1, 100).find(0, twice) == frozenset(twice)
     intake.vouch(700)
     twice = {hash_of(700): mark_of(event(700)), b"elsewhere": mark_of(event(700))}
-    assert await handed_over(intake, 2, 100).among(0, twice) == hashes(700)
+    assert await handed_over(intake, 2, 100).find(0, twice) == hashes(700)

@@ -27,9 +27,9 @@ from ringfence.messages.registry import (
 from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.policy.agents.holdings import Holdings
-from ringfence.policy.agents.inventory import Line, row_of, totals
+from ringfence.policy.agents.inventory import InventoryRow, row_of, totals
 from ringfence.policy.agents.roster import _IDLE_S, CursorLostError, Roster
-from ringfence.policy.agents.sightings import MAX_KEYS, Sightings
+from ringfence.policy.agents.sightings import MAX_KEYS, KeyLastSeen
 from ringfence.policy.agents.usage import DAY_S
 from tests.ledger import TD, Ledger
 from tools.schemas.examples import EXAMPLES
@@ -49,7 +49,7 @@ class Book:
         self.clock = self.ledger.clock
         self.issuer = SigningKey.generate(f"spiffe://{TD}/service/issuer")
         self.holdings = Holdings(self._trust(), self.clock)
-        self.sightings = Sightings()
+        self.sightings = KeyLastSeen()
         self.roster = Roster(self.ledger.directory, self.holdings, self.sightings, self.clock)
         self.numbers = itertools.count()
         self.ledger.organisation()
@@ -120,7 +120,7 @@ class Book:
         asyncio.run(self.roster.settle(1000))
         assert self.roster.behind == 0
 
-    def line(self, agent: str = "bot") -> Line:
+    def line(self, agent: str = "bot") -> InventoryRow:
         self.look()
         line = self.roster.line(agent)
         assert line is not None
@@ -262,7 +262,7 @@ def test_an_agent_is_seen_with_each_of_its_keys(book: Book):
 
 
 def test_only_so_many_keys_are_remembered():
-    sightings, key = Sightings(), SigningKey.generate(f"spiffe://{TD}/agent/bot")
+    sightings, key = KeyLastSeen(), SigningKey.generate(f"spiffe://{TD}/agent/bot")
     request = cast(CredentialRequest, EXAMPLES[CredentialRequest]).model_copy(update={"iss": key.id})
     kids = []
     for number in range(MAX_KEYS + 1):
@@ -393,6 +393,6 @@ def test_an_agent_that_cannot_be_told_of_ends_nothing(book: Book, monkeypatch: p
 @pytest.mark.parametrize("head", ["e30", "bnVsbA", "W10", "!", "", "x" * 600])
 def test_a_decision_on_what_names_no_key_is_no_sighting(head: str):
     example = cast(CredentialDecision, EXAMPLES[CredentialDecision])
-    sightings = Sightings()
+    sightings = KeyLastSeen()
     sightings.on_decision(example.model_copy(update={"request": f"{head}.e30.AA"}), "bot")
     assert not sightings.of("bot")

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from ringfence.issuer.domain import Decision, Issue, Refusal
-from ringfence.issuer.limits import Gatekeeper, Limits
+from ringfence.issuer.limits import LeaseLimits, Limits
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetRecord
 from tools.schemas.examples import EXAMPLES
@@ -37,8 +37,8 @@ class Stopped:
         return NOW_MS
 
 
-def gatekeeper(store: Counted, agent: int = 0, sponsor: int = 0, wait_s: int = 0) -> Gatekeeper:
-    return Gatekeeper(cast(Any, store), Stopped(), Limits(agent, sponsor, wait_s))
+def gatekeeper(store: Counted, agent: int = 0, sponsor: int = 0, wait_s: int = 0) -> LeaseLimits:
+    return LeaseLimits(cast(Any, store), Stopped(), Limits(agent, sponsor, wait_s))
 
 
 def issue(agent: str = "a", sponsor: str = "sam") -> Issue:
@@ -50,7 +50,7 @@ def decision(age_ms: int = 0) -> Decision:
     return Decision(cast(Any, None), cast(Any, SimpleNamespace(appended_at_ms=NOW_MS - age_ms)))
 
 
-async def codes(gate: Gatekeeper, *weighed: Issue | Refusal, age_ms: int = 0) -> list[str | None]:
+async def codes(gate: LeaseLimits, *weighed: Issue | Refusal, age_ms: int = 0) -> list[str | None]:
     admitted = await gate.admit([decision(age_ms)] * len(weighed), weighed)
     assert all(one is before for one, before in zip(admitted, weighed, strict=True) if isinstance(one, Issue))
     return [one.reasons[0].code if isinstance(one, Refusal) and one.reasons else None for one in admitted]

@@ -21,11 +21,11 @@ from ringfence.kernel.crypto.jws import (
     explain,
     kid_of,
     open_payload,
-    open_signed,
     parse,
     sign,
     sign_payload,
     unverified_time,
+    verify,
 )
 from ringfence.kernel.crypto.keys import PublicKey, SigningKey, b64decode, b64encode, public_key
 from ringfence.messages.api import ApiToken
@@ -64,7 +64,7 @@ def open_as(
         return public_key(key.public) if (iss, kid) == (key.id, key.kid) else None
 
     at_ms = None if at_s is None else int(at_s * 1000)
-    return open_signed(parse(compact), model, find, audience=TD, appended_at_ms=at_ms)
+    return verify(parse(compact), model, find, audience=TD, appended_at_ms=at_ms)
 
 
 @pytest.fixture(params=["ES256", "EdDSA"])
@@ -453,7 +453,7 @@ def test_what_was_verified_before_still_has_a_key_and_its_times(key: SigningKey)
     before = open_as(jws_.compact, key).claims
 
     def again(found: PublicKey | None, at_s: int = NOW_S, audience: str = TD) -> Any:
-        return open_signed(
+        return verify(
             jws_,
             UserDisable,
             lambda iss, kid: found,

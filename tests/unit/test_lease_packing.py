@@ -22,7 +22,7 @@ from ringfence.model.lease_store.codec.records import (
     unverified_names,
     unverified_payload,
 )
-from ringfence.model.leases.lifecycle import follow, marks_of
+from ringfence.model.leases.lifecycle import follow, selector_keys
 from tests.leases import lease
 
 ISSUER, REVOKER = "spiffe://acme.example/service/issuer", "spiffe://acme.example/service/revoker"
@@ -90,7 +90,7 @@ OTHERWISE = {
 
 
 def names_of(claims: Lease) -> set[str]:
-    return set(marks_of(claims))
+    return set(selector_keys(claims))
 
 
 def names_in(stored: bytes) -> set[str]:

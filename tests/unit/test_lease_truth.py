@@ -11,8 +11,8 @@ import pytest
 
 from ringfence.kernel.crypto.keys import b64encode
 from ringfence.kernel.kafka.record import Received
-from ringfence.revoker.consistency.kafka_view import Fold
-from ringfence.revoker.lease_records import peek
+from ringfence.revoker.consistency.kafka_view import LeaseFold
+from ringfence.revoker.lease_records import summarise
 from tests.unit.test_lease_epochs import Markers
 
 ONE, TWO = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
@@ -38,13 +38,13 @@ def received(value: bytes, key: str = ONE) -> Received:
     return MARKERS.at_end(key, value)
 
 
-def folded(*records: Received, **options: Any) -> Fold:
-    fold = Fold(trust=MARKERS.trust, over_before_s=OVER_BEFORE_S, **options)
+def folded(*records: Received, **options: Any) -> LeaseFold:
+    fold = LeaseFold(trust=MARKERS.trust, over_before_s=OVER_BEFORE_S, **options)
     fold.add(records)
     return fold
 
 
-def highest(fold: Fold) -> dict[str, int]:
+def highest(fold: LeaseFold) -> dict[str, int]:
     return {id: one.seq for id, one in fold.highest.items()}
 
 
@@ -124,5 +124,5 @@ def test_records_that_do_not_count_are_as_if_they_were_not_there() -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_record_of_a_lease_is_passed_over(value: bytes) -> None:
-    assert peek(value) is None
+    assert summarise(value) is None
     assert highest(folded(record(), received(value))) == {ONE: 1}

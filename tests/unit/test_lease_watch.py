@@ -15,7 +15,7 @@ from ringfence.model.lease_store import LostError, SignedLease
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import follow
 from ringfence.revoker.consistency.lease_watch import LeaseWatch
-from ringfence.revoker.mass_expiry.own_record_cache import Said, glance_of
+from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache, glance_of
 from tests.leases import REVOKER, lease, signed
 
 EPOCH, BEFORE = "2.aaaaaaaa", "1.aaaaaaaa"
@@ -50,7 +50,7 @@ class Watch:
     """A watch that only takes records in, and what this process has said."""
 
     def __init__(self) -> None:
-        self.said, self.store, clock = Said(), Store(), SystemClock()
+        self.said, self.store, clock = OwnRecordCache(), Store(), SystemClock()
         trust = TrustStore("acme.example", "nobody")
         others: Any = SimpleNamespace()
         self._watch = LeaseWatch(cast(Any, self.store), trust, others, others, clock, self.said, since_ms=0)

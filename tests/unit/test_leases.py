@@ -11,21 +11,21 @@ from hypothesis import strategies as st
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL, EndCause, EndKind, Lease, LeaseStatus, Selector
 from ringfence.model.leases.lifecycle import (
-    ALL_MARK,
+    ALL_LEASES,
     FOLLOWING,
     LeaseStateError,
     comes_after,
     cut_before,
     end_status,
     follow,
+    has_origin,
     is_covered,
     is_over,
     mark_of,
-    marks_of,
     origin_of,
     record_id,
     restated,
-    springs_from,
+    selector_keys,
     statement,
 )
 from ringfence.revoker.domain import deadline_cause, next_status
@@ -124,13 +124,13 @@ def test_a_redelivery_is_told_from_a_replay_by_any_record_of_the_lease() -> None
     one = lease()
     ended = follow(follow(one, "ending", by=REVOKER, cause=CAUSE), "released", by=REVOKER, cause=CAUSE)
     again = origin_of(one.lease_id, AT.model_copy(update={"appended_at_ms": 1}))  # the place is what counts
-    assert springs_from(one, again)
-    assert springs_from(ended, again)
+    assert has_origin(one, again)
+    assert has_origin(ended, again)
     for elsewhere in ({"offset": 42}, {"partition": 3}, {"topic": "other"}):
         origin = origin_of(one.lease_id, AT.model_copy(update=elsewhere))
-        assert not springs_from(one, origin)
-        assert not springs_from(ended, origin)
-    assert not springs_from(one, origin_of("0c6f2f2e-55a3-5f0e-8f4e-2f2e55a35f0f", AT))
+        assert not has_origin(one, origin)
+        assert not has_origin(ended, origin)
+    assert not has_origin(one, origin_of("0c6f2f2e-55a3-5f0e-8f4e-2f2e55a35f0f", AT))
 
 
 # --- what covers it ---------------------------------------------------------------------------------------------------
@@ -145,8 +145,8 @@ def test_every_selector_names_a_mark_that_its_leases_bear() -> None:
         mark_of(Selector(target_id=one.target_id)),
         mark_of(Selector(user_id=one.on_behalf_of)),
     }
-    assert by_selector == set(marks_of(one))
-    assert mark_of(Selector(all=True)) == ALL_MARK
+    assert by_selector == set(selector_keys(one))
+    assert mark_of(Selector(all=True)) == ALL_LEASES
     # A user who sponsors is not covered as one on whose behalf, and no id can be taken for another kind's.
     assert mark_of(Selector(sponsor="x")) != mark_of(Selector(user_id="x")) != mark_of(Selector(agent_id="x"))
 
@@ -164,7 +164,7 @@ def test_a_record_said_again_in_another_epoch_says_the_same() -> None:
     again = restated(ending, by="spiffe://acme.example/service/revoker-2", epoch="2.bbbbbbbb")
     assert (ending.epoch, again.epoch) == ("1.aaaaaaaa", "2.bbbbbbbb")
     assert statement(ending) == statement(again)
-    assert springs_from(again, again.jti.rpartition(".")[0])
+    assert has_origin(again, again.jti.rpartition(".")[0])
     other = CAUSE.model_copy(update={"ref": "another"})
     assert statement(ending) != statement(follow(lease(), "ending", by=REVOKER, cause=other))
 

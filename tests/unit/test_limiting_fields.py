@@ -68,7 +68,7 @@ from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.records.instances import EnrolmentError, instance_id, open_enrolment, ref_void
 from ringfence.model.records.provisioning import given_by
 from ringfence.model.requests.approvals import approval_problem, not_understood
-from ringfence.model.requests.facts import gather, violations
+from ringfence.model.requests.facts import load_context, violations
 from ringfence.model.requests.grants import grant_problem
 from ringfence.model.scope.scope import missing
 from ringfence.model.unknown_fields import NOT_UNDERSTOOD, is_understood, told, unknown_fields
@@ -644,7 +644,7 @@ def refusal(place: Place, request: CredentialRequest) -> tuple[set[str], bool]:
     compact = ledger.signed(request)
     at = Coordinates(topic="t", partition=0, offset=1, appended_at_ms=ledger.clock.ms)
     id = message_id(request.iss, request.jti)
-    facts = gather(ledger.directory, Signed(request, compact), id)
+    facts = load_context(ledger.directory, Signed(request, compact), id)
     decision = ledger.claims(
         CredentialDecision, "root", request_id=id, request=compact, source=at, outcome="allowed", ttl_s=60,
         delivery="agent", revisions=facts.revisions("0" * 64),

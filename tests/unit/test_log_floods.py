@@ -13,8 +13,8 @@ import pytest
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.base.log_limiter import EVERY_S, FIRST, QUIET_S, LogFloods, of_a_kind
-from ringfence.kernel.kafka.batch_handlers import one_by_one
+from ringfence.kernel.base.log_limiter import EVERY_S, FIRST, QUIET_S, LogFloods, rate_limited
+from ringfence.kernel.kafka.batch_handlers import sequential
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service import logging as ringfence_logging
@@ -55,7 +55,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lines]:
 
 def complain(times: int, code: str = "not_a_jws", topic: str = "commands") -> None:
     for number in range(times):
-        LOG.warning("ignored %d of %s (%s)", number, topic, code, extra=of_a_kind(topic, code))
+        LOG.warning("ignored %d of %s (%s)", number, topic, code, extra=rate_limited(topic, code))
 
 
 def test_the_first_few_are_told_each_and_then_how_many_there_were(lines: Lines) -> None:
@@ -87,7 +87,7 @@ def test_each_topic_and_each_reason_is_a_kind_of_its_own(lines: Lines) -> None:
     complain(50)
     complain(1, code="key_unknown")
     complain(1, topic="heartbeat")
-    LOG.warning("another line, about the same", extra=of_a_kind("commands", "not_a_jws"))
+    LOG.warning("another line, about the same", extra=rate_limited("commands", "not_a_jws"))
     LOG.warning("a line of no kind")
     assert lines.said()[FIRST:] == [
         "ignored 0 of commands (key_unknown)",
@@ -124,7 +124,7 @@ def test_kinds_beyond_all_that_there_are_take_no_memory(lines: Lines) -> None:
 
 def test_what_is_said_last_is_not_quoted_at_length(lines: Lines) -> None:
     for _ in range(FIRST + 1):
-        LOG.warning("ignored: %s", "x" * 100_000, extra=of_a_kind("commands"))
+        LOG.warning("ignored: %s", "x" * 100_000, extra=rate_limited("commands"))
     lines.new()
     lines.floods.tell(all=True)
     (told,) = lines.said()
@@ -157,7 +157,7 @@ async def test_a_flood_of_garbage_is_dead_lettered_and_counted_each_and_told_of_
         return metrics.RECORDS.labels(HEARTBEAT.what, "dead_lettered")._value.get()
 
     before = counted()
-    handle = one_by_one(refuse, DeadLetters(cast(Any, broker), "test", SystemClock()))
+    handle = sequential(refuse, DeadLetters(cast(Any, broker), "test", SystemClock()))
     for start in range(0, 900, 300):
         await handle(
             [
@@ -183,7 +183,7 @@ async def test_the_reason_is_not_logged_at_length_and_the_letter_has_it(lines: L
     broker = Letters()
     letters = DeadLetters(cast(Any, broker), "test", SystemClock())
     record = Received(REGISTRY_COMMAND, "commands", 0, 0, 0, "key", b"x", ())
-    await letters.bury(record, InvalidMessageError("y" * 1500, code="key_unknown"))
+    await letters.send(record, InvalidMessageError("y" * 1500, code="key_unknown"))
     (told,) = lines.said()
     assert len(told) < 600
     assert "y" * 1500 in broker.values[0]

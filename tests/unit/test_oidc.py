@@ -19,7 +19,7 @@ from ringfence.client.admin.trust_setup import (
     set_oidc_issuer,
 )
 from ringfence.kernel.crypto.jws import parse
-from ringfence.kernel.crypto.oidc import JwksError, TokenError, read_jwks, unverified_issuer, verify
+from ringfence.kernel.crypto.oidc import JwksError, TokenError, read_jwks, unverified_issuer, verify_token
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.trust import TrustBundle
@@ -37,7 +37,7 @@ def issuer() -> TokenIssuer:
 
 def judge(issuer: TokenIssuer, token: str, **how: Any):
     given = {"issuer": URL, "audience": TD, "at_s": NOW, "max_age_s": 300, **how}
-    return verify(token, given.pop("keys", issuer.keys()), **given)
+    return verify_token(token, given.pop("keys", issuer.keys()), **given)
 
 
 @pytest.mark.parametrize("alg", ["RS256", "PS256", "ES256", "EdDSA"])

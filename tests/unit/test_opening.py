@@ -14,7 +14,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import ServiceRole
 from ringfence.messages.lease import Lease
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from ringfence.model.leases.verification import open_lease
+from ringfence.model.leases.verification import verify_lease
 from tests.ledger import FixedClock
 from tools.schemas.examples import EXAMPLES
 
@@ -74,6 +74,6 @@ def opener(from_s: int, now_s: int = UNTIL_S + 10, role: ServiceRole = "revoker"
 
     def opened(appended_ms: int | None = None, **said: int) -> Lease:
         claims = cast(Lease, EXAMPLES[Lease]).model_copy(update={"iss": key.id, "aud": TD, **said})
-        return open_lease(sign(claims, key), trust, FixedClock(now_s * 1000), appended_at_ms=appended_ms)
+        return verify_lease(sign(claims, key), trust, FixedClock(now_s * 1000), appended_at_ms=appended_ms)
 
     return opened

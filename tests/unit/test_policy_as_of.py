@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
-from ringfence.policy.incoming.approvals import AsOf
+from ringfence.policy.incoming.approvals import ReadBarrier
 
 
 class Kafka:
@@ -32,11 +32,13 @@ def kafka() -> Kafka:
 
 
 @pytest.fixture
-def as_of(kafka: Kafka) -> AsOf:
-    return AsOf(cast("Any", kafka), kafka.ask)
+def as_of(kafka: Kafka) -> ReadBarrier:
+    return ReadBarrier(cast("Any", kafka), kafka.ask)
 
 
-async def test_one_question_is_the_answer_for_all_that_came_together(kafka: Kafka, as_of: AsOf) -> None:
+async def test_one_question_is_the_answer_for_all_that_came_together(
+    kafka: Kafka, as_of: ReadBarrier
+) -> None:
     as_of.came(5000)
     for at_ms in (4000, 5000, 3000):
         await as_of.known(at_ms)
@@ -48,7 +50,7 @@ async def test_one_question_is_the_answer_for_all_that_came_together(kafka: Kafk
 
 
 async def test_what_came_together_says_nothing_of_what_a_slower_broker_appends_later(
-    kafka: Kafka, as_of: AsOf
+    kafka: Kafka, as_of: ReadBarrier
 ) -> None:
     """Its time may lie before that of one that was here already, and what stood there then is not known."""
     as_of.came(5000)
@@ -64,14 +66,14 @@ async def test_what_came_while_kafka_was_asked_is_asked_for_again(kafka: Kafka) 
         if kafka.asked == 1:
             one.came(5000)
 
-    one = AsOf(cast("Any", kafka), ask)
+    one = ReadBarrier(cast("Any", kafka), ask)
     one.came(5000)
     await one.known(4000)
     await one.known(5000)
     assert kafka.asked == 2
 
 
-async def test_what_is_over_for_every_broker_is_not_asked_for_again(kafka: Kafka, as_of: AsOf) -> None:
+async def test_what_is_over_for_every_broker_is_not_asked_for_again(kafka: Kafka, as_of: ReadBarrier) -> None:
     kafka.past_ms = 6000
     as_of.came(1000)
     await as_of.known(1000)
@@ -83,7 +85,9 @@ async def test_what_is_over_for_every_broker_is_not_asked_for_again(kafka: Kafka
     assert kafka.asked == 2
 
 
-async def test_after_a_failure_or_without_an_answer_all_is_asked_for_again(kafka: Kafka, as_of: AsOf) -> None:
+async def test_after_a_failure_or_without_an_answer_all_is_asked_for_again(
+    kafka: Kafka, as_of: ReadBarrier
+) -> None:
     as_of.came(5000)
     await as_of.known(5000)
     as_of.doubt()

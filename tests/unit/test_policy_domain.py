@@ -19,7 +19,7 @@ from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentRecord, TargetRecord, TaskRecord, UserRecord, VerbFloor
 from ringfence.model.records.directory import Directory, Entry
 from ringfence.model.requests.approvals import BREAK_GLASS_TTL_S
-from ringfence.model.requests.facts import Delegation, Facts
+from ringfence.model.requests.facts import Delegation, RequestContext
 from ringfence.policy.domain import (
     INPUT_FIELDS,
     MAX_ASKED,
@@ -55,23 +55,23 @@ def entry(model: Any, **changes: Any) -> Entry[Any]:
     return Entry(record.state, record.revision, record, b"")
 
 
-def facts(**request: Any) -> Facts:
+def facts(**request: Any) -> RequestContext:
     claims = cast(CredentialRequest, EXAMPLES[CredentialRequest]).model_copy(update=request)
     user = entry(UserRecord)
     sponsor = entry(UserRecord, user_id="sam", roles=("sponsor",))
-    return Facts(
+    return RequestContext(
         entry(AgentRecord), sponsor, entry(TaskRecord), user, entry(TargetRecord),
         Signed(claims, "a.b.c"), "5b0a4d7e-6c0f-5d39-9b5e-0a4d7e6c0f5d",
     )  # fmt: skip
 
 
-def open_facts(**request: Any) -> Facts:
+def open_facts(**request: Any) -> RequestContext:
     """Without a floor on what is asked for."""
     return replace(facts(**request), target=entry(TargetRecord, verbs=(VerbFloor(verb="deploy"),)))
 
 
 def ruling(
-    result: PolicyResult = ALLOW, against: tuple[Reason, ...] = (), given: Facts | None = None
+    result: PolicyResult = ALLOW, against: tuple[Reason, ...] = (), given: RequestContext | None = None
 ) -> Ruling:
     return rule(given or open_facts(), against, result, (), NOBODY)
 
@@ -227,7 +227,7 @@ def test_the_input_follows_the_records():
 # --- all of the input -------------------------------------------------------------------------------------------------
 
 
-def built(given: Facts, **changes: Any) -> dict[str, Any]:
+def built(given: RequestContext, **changes: Any) -> dict[str, Any]:
     fields = {"against": (), "approvals": [], "held": [], "history": {}, "requested_at_s": 90, "now_s": 100}
     return InputBuilder(declared).build(given, **{**fields, **changes})
 
@@ -303,7 +303,7 @@ def test_one_builder_keeps_records_apart():
         target=entry(TargetRecord, target_id=both["target"]),
     )
 
-    def ids(given: Facts) -> dict[str, str]:
+    def ids(given: RequestContext) -> dict[str, str]:
         found = builder.build(given, (), [], [], {}, requested_at_s=1, now_s=1)
         return {name: found[name][f"{name}_id"] for name in both}
 
@@ -374,14 +374,14 @@ def signed(*people: str) -> tuple[Any, ...]:
     )
 
 
-def sponsored(**request: Any) -> Facts:
+def sponsored(**request: Any) -> RequestContext:
     agent = entry(AgentRecord, sponsor="sam", status="active")
     # Who sponsored it before stands in its commands; those of the example are no JWS.
     record = agent.record.model_copy(update={"commands": ()})
     return replace(facts(**request), agent=replace(agent, record=record))
 
 
-def decided(result: PolicyResult, given: Facts, *people: str) -> Ruling:
+def decided(result: PolicyResult, given: RequestContext, *people: str) -> Ruling:
     return rule(given, (), result, signed(*people), PEOPLE)
 
 

@@ -22,10 +22,10 @@ from ringfence.messages.topics import LEASE, SERVICE_EVENT
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.leases.epochs import marker_key
 from ringfence.model.leases.short_lived import is_short_lived
-from ringfence.model.leases.verification import open_lease
+from ringfence.model.leases.verification import verify_lease
 from ringfence.policy.agents.holdings import _REFUSED_KEPT, SLACK_S, Holdings
 from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS
-from ringfence.policy.domain import Case, Judgement, Ruling, denied
+from ringfence.policy.domain import Case, Evaluation, Ruling, denied
 from tests.ledger import FixedClock
 from tools.schemas.examples import EXAMPLES
 
@@ -71,7 +71,7 @@ class Table(Holdings):
         request = self.request(jti, scope)
         case = self.case(request)
         document = {"request": {"task_id": TASK, "scope": [p.model_dump(mode="json") for p in scope]}}
-        self.judged(case, Judgement(Ruling("allowed", ttl_s=TTL_S), input=document))
+        self.judged(case, Evaluation(Ruling("allowed", ttl_s=TTL_S), input=document))
         return case.request_id
 
     def case(self, request: CredentialRequest) -> Case:
@@ -389,7 +389,7 @@ def count_opened(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
     def counting(jws: Any, trust: TrustStore, clock: Clock, **more: Any) -> Lease:
         opened.append(jws)
-        return open_lease(jws, trust, clock, **more)
+        return verify_lease(jws, trust, clock, **more)
 
     monkeypatch.setattr("ringfence.policy.agents.holdings.open_lease", counting)
     return opened

@@ -12,12 +12,12 @@ import pytest
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.model.records.command_chain import ChainError
-from ringfence.policy.domain import Case, Judgement
+from ringfence.policy.domain import Case, Evaluation
 from ringfence.policy.incoming.admission import (
     PENDING_RETRY_S,
-    Doorkeeper,
-    Gatekeeper,
+    AdmissionControl,
     Limits,
+    PendingApprovalLimit,
     PendingLimits,
 )
 from tools.schemas.examples import EXAMPLES
@@ -39,8 +39,8 @@ class Agents:
         return SimpleNamespace(state=SimpleNamespace(sponsor=sponsor))
 
 
-def gatekeeper(agent: int = 0, sponsor: int = 0, wait_s: int = 0) -> Gatekeeper:
-    return Gatekeeper(cast(Any, Agents()), Limits(agent, sponsor, wait_s))
+def gatekeeper(agent: int = 0, sponsor: int = 0, wait_s: int = 0) -> AdmissionControl:
+    return AdmissionControl(cast(Any, Agents()), Limits(agent, sponsor, wait_s))
 
 
 def case(agent: str = "a", at_ms: int = START) -> Case:
@@ -49,7 +49,7 @@ def case(agent: str = "a", at_ms: int = START) -> Case:
     return Case(Signed(claims, "a.b.c"), "5b0a4d7e-6c0f-5d39-9b5e-0a4d7e6c0f5d", agent, place, None)
 
 
-def codes(judgements: list[Judgement | None]) -> list[str | None]:
+def codes(judgements: list[Evaluation | None]) -> list[str | None]:
     return [one.ruling.reasons[0].code if one else None for one in judgements]
 
 
@@ -107,7 +107,7 @@ def test_0_is_without_limit():
 
 
 def test_an_agent_that_is_not_believed_is_counted_all_the_same():
-    gate = Gatekeeper(cast(Any, Agents({"x": None})), Limits(1, 1, 0))
+    gate = AdmissionControl(cast(Any, Agents({"x": None})), Limits(1, 1, 0))
     assert codes([gate.refusal(case("x"), START) for _ in range(2)]) == [None, "rate_limited"]
 
 
@@ -130,12 +130,14 @@ class Waiting:
         return Counter(one.agent_id for one in self.known.values() if one.outcome == "approval_required")
 
 
-def doorkeeper(agent: int = 0, sponsor: int = 0) -> tuple[Doorkeeper, Waiting]:
+def doorkeeper(agent: int = 0, sponsor: int = 0) -> tuple[PendingApprovalLimit, Waiting]:
     waiting = Waiting()
-    return Doorkeeper(cast(Any, Agents()), cast(Any, waiting), PendingLimits(agent, sponsor)), waiting
+    return PendingApprovalLimit(
+        cast(Any, Agents()), cast(Any, waiting), PendingLimits(agent, sponsor)
+    ), waiting
 
 
-def ask(door: Doorkeeper, waiting: Waiting, *agents: str) -> list[str | None]:
+def ask(door: PendingApprovalLimit, waiting: Waiting, *agents: str) -> list[str | None]:
     """One request of each agent, one after the other, none decided meanwhile."""
     found = []
     for agent in agents:

@@ -15,8 +15,8 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 from ringfence.policy.domain import Case
-from ringfence.policy.incoming.admission import LOOKED_AT, SHARE, TOLD_NO, Gatekeeper, Limits
-from ringfence.policy.incoming.load_shedding import Backlog, LetGo, Stage
+from ringfence.policy.incoming.admission import LOOKED_AT, SHARE, TOLD_NO, AdmissionControl, Limits
+from ringfence.policy.incoming.load_shedding import BacklogMonitor, ShedRequests, Stage
 from tools.schemas.examples import EXAMPLES
 
 WAIT_S = 40
@@ -38,13 +38,13 @@ def case(of: Received) -> Case:
     return Case(Signed(REQUEST, "a.b.c"), "5b0a4d7e-6c0f-5d39-9b5e-0a4d7e6c0f5d", of.key or "", place, None)
 
 
-def gatekeeper(agent: int = 0, wait_s: int = WAIT_S) -> Gatekeeper:
+def gatekeeper(agent: int = 0, wait_s: int = WAIT_S) -> AdmissionControl:
     directory = SimpleNamespace(agent=lambda _: SimpleNamespace(state=SimpleNamespace(sponsor="sam")))
-    return Gatekeeper(cast(Any, directory), Limits(agent, 0, wait_s))
+    return AdmissionControl(cast(Any, directory), Limits(agent, 0, wait_s))
 
 
-def fate(gate: Gatekeeper, of: Received, now_ms: int) -> str:
-    if gate.lets_go(of, now_ms):
+def fate(gate: AdmissionControl, of: Received, now_ms: int) -> str:
+    if gate.should_shed(of, now_ms):
         return "let go"
     refused = gate.refusal(case(of), now_ms)
     return refused.ruling.reasons[0].code if refused else "served"
@@ -68,19 +68,19 @@ def fate(gate: Gatekeeper, of: Received, now_ms: int) -> str:
     ],
 )
 def test_what_is_behind_stays_so_until_it_has_caught_up(ages_s: tuple[float, ...], last: Stage):
-    backlog = Backlog(WAIT_S)
+    backlog = BacklogMonitor(WAIT_S)
     stages = [backlog.look(0, START, START + int(age_s * 1000)) for age_s in ages_s]
     assert stages[-1] is backlog.stage(0) is last
 
 
 def test_each_partition_has_a_backlog_of_its_own():
-    backlog = Backlog(WAIT_S)
+    backlog = BacklogMonitor(WAIT_S)
     assert [backlog.look(n, START, START + 50_000 * n) for n in range(3)] == list(Stage)
     assert [backlog.stage(n) for n in range(4)] == [*Stage, Stage.SERVED]
 
 
 def test_without_limit_nothing_is_too_old():
-    backlog = Backlog(0)
+    backlog = BacklogMonitor(0)
     assert backlog.look(0, START, START + 10**9) is Stage.SERVED
     assert backlog.warning(START + 10**9) is None
 
@@ -88,10 +88,10 @@ def test_without_limit_nothing_is_too_old():
 def test_it_is_said_while_requests_are_turned_away():
     gate, now_ms = gatekeeper(), START + 50_000
     assert gate.behind(now_ms) is None
-    gate.lets_go(record(), now_ms)
+    gate.should_shed(record(), now_ms)
     assert "waited for 50 s" in (gate.behind(now_ms) or "")
     assert gate.behind(now_ms + 10_000) is None  # nothing comes any more
-    gate.lets_go(record(at_ms=now_ms), now_ms)
+    gate.should_shed(record(at_ms=now_ms), now_ms)
     assert gate.behind(now_ms) is None
 
 
@@ -118,7 +118,7 @@ def test_who_asks_too_often_is_told_as_often_as_they_may_ask(limit: int, told: i
 
 def test_what_strangers_write_under_the_key_of_an_agent_uses_up_nothing():
     gate, now_ms = gatekeeper(agent=3), START + 50_000
-    assert not any(gate.lets_go(record(), now_ms) for _ in range(1000))  # none was verified
+    assert not any(gate.should_shed(record(), now_ms) for _ in range(1000))  # none was verified
     assert fate(gate, record(), now_ms) == "overloaded"
 
 
@@ -135,7 +135,7 @@ FLOOD_MS = 240_000
 ANSWER_MS, GLANCE_MS = 50, 2.5
 
 
-def flooded(gate: Gatekeeper) -> list[tuple[str, int, float, str]]:
+def flooded(gate: AdmissionControl) -> list[tuple[str, int, float, str]]:
     """One agent asks five times as often as can be answered, another every four seconds, for a minute longer.
 
     A queue, in virtual time, where an answer costs the same whatever it says. Returns who asked, when, when it was
@@ -196,9 +196,9 @@ class Decisions(dict[str, object]):
         return 10 if partition == 0 else -1
 
 
-def let_go(*known: str) -> tuple[LetGo, Runtime]:
+def let_go(*known: str) -> tuple[ShedRequests, Runtime]:
     runtime = Runtime()
-    return LetGo(cast(Any, runtime), cast(Any, Decisions.fromkeys(known, "something"))), runtime
+    return ShedRequests(cast(Any, runtime), cast(Any, Decisions.fromkeys(known, "something"))), runtime
 
 
 async def test_what_is_let_go_is_told_with_its_number_and_where_it_stands():

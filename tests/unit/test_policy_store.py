@@ -16,7 +16,7 @@ from ringfence.messages.approval import Approval
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, Outcome
 from ringfence.messages.topics import CREDENTIAL_DECISION
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from ringfence.policy.decision_log import KEEP_MS, MAX_AGE_MS, DecisionsInMemory, Place
+from ringfence.policy.decision_log import KEEP_MS, MAX_AGE_MS, InMemoryDecisionLog, RecordPosition
 from tools.schemas.examples import EXAMPLES
 
 TD = "test.example"
@@ -35,7 +35,7 @@ def claims(iss: SigningKey, jti: str = "x", **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def memory() -> DecisionsInMemory:
+def memory() -> InMemoryDecisionLog:
     trust = TrustStore(TD, ROOT.kid)
     services = tuple(
         ServiceIdentity(id=key.id, roles=(role,), keys=(key.record(NOW + 10**6),))  # type: ignore[arg-type]
@@ -43,7 +43,7 @@ def memory() -> DecisionsInMemory:
     )
     bundle = TrustBundle(**claims(ROOT, exp=NOW + 10**6), version=1, services=services)
     trust.load(sign(bundle, ROOT, header_jwk=True), NOW)
-    return DecisionsInMemory(trust)
+    return InMemoryDecisionLog(trust)
 
 
 def request(jti: str = "one", exp: int = NOW + 60) -> CredentialRequest:
@@ -75,7 +75,7 @@ def record(of: CredentialDecision, offset: int, by: SigningKey = POLICY, at_ms: 
     )
 
 
-async def test_what_was_decided_is_known_after_a_restart(memory: DecisionsInMemory):
+async def test_what_was_decided_is_known_after_a_restart(memory: InMemoryDecisionLog):
     one, two, three = request("one"), request("two"), request("three")
     given = approval()
     waiting = decision(two, "approval_required", 8, approvals=(given,))
@@ -104,7 +104,7 @@ async def test_what_was_decided_is_known_after_a_restart(memory: DecisionsInMemo
 
 
 async def test_the_texts_of_the_last_denials_are_kept_and_who_was_denied_stays_known(
-    memory: DecisionsInMemory, monkeypatch: pytest.MonkeyPatch
+    memory: InMemoryDecisionLog, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("ringfence.policy.decision_log.MOST_DENIALS", 2)
     await memory.settle()
@@ -117,36 +117,36 @@ async def test_the_texts_of_the_last_denials_are_kept_and_who_was_denied_stays_k
     ]  # fmt: skip
 
 
-async def test_the_last_request_of_which_something_is_known(memory: DecisionsInMemory):
+async def test_the_last_request_of_which_something_is_known(memory: InMemoryDecisionLog):
     await memory.settle()
     assert memory.reached(1) == -1
     memory.on_records([record(decision(request("one"), "denied", 7), 0)])
     assert (memory.reached(0), memory.reached(1)) == (-1, 7)
-    memory.claim("two", "deploy-bot", Place(1, 9), at_ms=NOW_MS, exp=NOW + 60)
-    memory.claim("three", "deploy-bot", Place(1, 8), at_ms=NOW_MS, exp=NOW + 60)
+    memory.claim("two", "deploy-bot", RecordPosition(1, 9), at_ms=NOW_MS, exp=NOW + 60)
+    memory.claim("three", "deploy-bot", RecordPosition(1, 8), at_ms=NOW_MS, exp=NOW + 60)
     assert memory.reached(1) == 9
 
 
-async def test_a_redelivery_is_where_it_was_and_a_replay_elsewhere(memory: DecisionsInMemory):
+async def test_a_redelivery_is_where_it_was_and_a_replay_elsewhere(memory: InMemoryDecisionLog):
     await memory.settle()
     one = request()
     id = message_id(one.iss, one.jti)
-    first = memory.claim(id, "deploy-bot", Place(1, 7), at_ms=NOW_MS, exp=one.exp)
+    first = memory.claim(id, "deploy-bot", RecordPosition(1, 7), at_ms=NOW_MS, exp=one.exp)
     assert (first.at, first.outcome) == ((1, 7), None)
-    again = memory.claim(id, "deploy-bot", Place(1, 9), at_ms=NOW_MS, exp=one.exp)
+    again = memory.claim(id, "deploy-bot", RecordPosition(1, 9), at_ms=NOW_MS, exp=one.exp)
     assert again is first
     # Another replica decided on the record at 9: what it published says which one counts.
     memory.on_records([record(decision(one, "allowed", 9), 0)])
     assert first.at == (1, 9)
 
 
-async def test_the_first_final_decision_stands_whoever_is_heard_first(memory: DecisionsInMemory):
+async def test_the_first_final_decision_stands_whoever_is_heard_first(memory: InMemoryDecisionLog):
     await memory.settle()
     one = request()
     id = message_id(one.iss, one.jti)
     memory.on_records([record(decision(one, "approval_required"), 2)])
     mine = decision(one, "allowed")
-    assert memory.keep(mine, sign(mine, POLICY), Place(1, 5), NOW_MS, None).outcome == "allowed"
+    assert memory.keep(mine, sign(mine, POLICY), RecordPosition(1, 5), NOW_MS, None).outcome == "allowed"
     memory.on_records([record(decision(one, "approval_required"), 3)])  # late news: it waited
     assert [*memory.pending()] == []
     assert not memory.waiting()
@@ -157,7 +157,7 @@ async def test_the_first_final_decision_stands_whoever_is_heard_first(memory: De
     assert (known.outcome, known.decided_at) == ("denied", (1, 4))
 
 
-async def test_only_policy_is_believed(memory: DecisionsInMemory):
+async def test_only_policy_is_believed(memory: InMemoryDecisionLog):
     await memory.settle()
     one = request()
     memory.on_records([record(decision(one, "allowed"), 0, by=ISSUER)])
@@ -166,7 +166,7 @@ async def test_only_policy_is_believed(memory: DecisionsInMemory):
     assert memory.get(message_id(one.iss, one.jti)) is None
 
 
-async def test_junk_at_the_start_is_not_believed_either(memory: DecisionsInMemory):
+async def test_junk_at_the_start_is_not_believed_either(memory: InMemoryDecisionLog):
     one, two = request("one"), request("two")
     junk = Received(CREDENTIAL_DECISION, "decisions", 1, 0, NOW_MS, None, b"\x00junk", ())
     memory.on_records(
@@ -177,7 +177,7 @@ async def test_junk_at_the_start_is_not_believed_either(memory: DecisionsInMemor
     assert memory.get(message_id(two.iss, two.jti)) is not None
 
 
-async def test_it_forgets_by_the_time_of_the_topic_not_of_the_clock(memory: DecisionsInMemory):
+async def test_it_forgets_by_the_time_of_the_topic_not_of_the_clock(memory: InMemoryDecisionLog):
     """Whatever the last batch before a crash decided is known after it, however long the service was down."""
     await memory.settle()
     long_ago = NOW_MS - 20 * 3600 * 1000
@@ -191,7 +191,7 @@ async def test_it_forgets_by_the_time_of_the_topic_not_of_the_clock(memory: Deci
     assert memory.get(message_id(BOT.id, "later")) is not None
 
 
-async def test_what_waits_is_not_forgotten_before_its_time(memory: DecisionsInMemory):
+async def test_what_waits_is_not_forgotten_before_its_time(memory: InMemoryDecisionLog):
     await memory.settle()
     one = request("one", exp=NOW + 60)
     memory.on_records([record(decision(one, "approval_required", expires_at=NOW + 80_000), 0)])
@@ -205,7 +205,7 @@ async def test_what_waits_is_not_forgotten_before_its_time(memory: DecisionsInMe
 
 
 async def test_what_is_over_at_the_start_is_let_go_unverified(
-    memory: DecisionsInMemory, monkeypatch: pytest.MonkeyPatch
+    memory: InMemoryDecisionLog, monkeypatch: pytest.MonkeyPatch
 ):
     verified: list[float] = []
     find = TrustStore.finder

@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 
 from ringfence.cli.shared.approval_views import as_json, print_question
-from ringfence.client.approvals.grouping import Alike, alike
-from ringfence.client.approvals.history_comparison import Comparison, Past, compare
+from ringfence.client.approvals.grouping import RequestGroup, group_equivalent
+from ringfence.client.approvals.history_comparison import Comparison, PastAnswer, compare
 from ringfence.client.approvals.pending import PendingApproval
 from ringfence.messages.credential import Reason, Revisions
 from ringfence.messages.permission import Permission
@@ -41,7 +41,7 @@ HOSTILE = (
 )
 
 
-def shown(group: Alike, comparison: Comparison, capsys: pytest.CaptureFixture[str]) -> str:
+def shown(group: RequestGroup, comparison: Comparison, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     print_question(group, comparison)
     return capsys.readouterr().out
@@ -58,13 +58,13 @@ def rows(text: str) -> list[str]:
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_stays_in_its_place(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = shown(Alike((ONE,)), USUAL, capsys)
+    plain = shown(RequestGroup((ONE,)), USUAL, capsys)
     hostile = replace(
         ONE, reason=text, purpose=text, agent_description=text, target_description=text,
         why_asked=(Reason(code="policy", message=text),),
         scope=(Permission(target="staging", verbs=("deploy",), resources=(f"env/{text}"[:512],)),),
     )  # fmt: skip
-    told = shown(Alike((hostile,)), compare(hostile.scope, 300, "agent", ()), capsys)
+    told = shown(RequestGroup((hostile,)), compare(hostile.scope, 300, "agent", ()), capsys)
     bad = {c for c in told if c != "\n" and unicodedata.category(c) in {"Cc", "Cf", "Zl", "Zp"}}
     assert bad == set()
     assert rows(told) == rows(plain)
@@ -77,14 +77,14 @@ def test_hostile_text_stays_in_its_place(text: str, capsys: pytest.CaptureFixtur
 
 def test_what_is_alike_is_shown_once_with_each_digest(capsys: pytest.CaptureFixture[str]) -> None:
     others = [replace(ONE, request_id=f"id-{n}", digest=f"{n}" * 64, reason=f"build {n}") for n in range(2)]
-    text = shown(Alike((ONE, *others)), USUAL, capsys)
+    text = shown(RequestGroup((ONE, *others)), USUAL, capsys)
     assert "and 2 alike" in text
     assert "3 credentials" in text
     assert "as usual: 3 times approved" in text
     for one in (ONE, *others):
         assert one.digest in text
         assert one.reason in text
-    document = as_json(Alike((ONE, *others)), USUAL)
+    document = as_json(RequestGroup((ONE, *others)), USUAL)
     assert [one["request_id"] for one in document["alike"]] == [ONE.request_id, "id-0", "id-1"]
 
 
@@ -92,7 +92,9 @@ def test_alike_is_what_would_come_to_the_same() -> None:
     both = scope("staging", ["deploy", "read"], ["a", "b"])
     same = scope("staging", ["read", "deploy"], ["b", "a", "a"])
     base = replace(ONE, scope=both)
-    (group,) = alike([base, replace(base, request_id="2", scope=same, reason="other words", requested_at=2)])
+    (group,) = group_equivalent(
+        [base, replace(base, request_id="2", scope=same, reason="other words", requested_at=2)]
+    )
     assert group.first is base
     assert group.reasons == ("build 421", "other words")
     others: list[dict[str, Any]] = [
@@ -100,10 +102,10 @@ def test_alike_is_what_would_come_to_the_same() -> None:
         {"required": ("operator",)}, {"revisions": REVISIONS.model_copy(update={"agent": 2})},
     ]  # fmt: skip
     for other in others:
-        assert len(alike([base, replace(base, **other)])) == 2
+        assert len(group_equivalent([base, replace(base, **other)])) == 2
 
 
-def past(wanted: Scope = WEB, **fields: Any) -> Past:
+def past(wanted: Scope = WEB, **fields: Any) -> PastAnswer:
     given: dict[str, Any] = {
         "verdict": "approved",
         "request_id": "x",
@@ -111,7 +113,7 @@ def past(wanted: Scope = WEB, **fields: Any) -> Past:
         "ttl_s": 300,
         "delivery": "agent",
     }
-    return Past(**{**given, **fields})
+    return PastAnswer(**{**given, **fields})
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def past(wanted: Scope = WEB, **fields: Any) -> Past:
     ],
 )  # fmt: skip
 def test_what_is_unusual_is_said(
-    wanted: Scope, fields: dict[str, Any], known: list[Past], codes: list[str]
+    wanted: Scope, fields: dict[str, Any], known: list[PastAnswer], codes: list[str]
 ) -> None:
     terms = {"ttl_s": 300, "delivery": "agent", **fields}
     found = compare(wanted, terms["ttl_s"], cast(Any, terms["delivery"]), known)

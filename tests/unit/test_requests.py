@@ -38,9 +38,9 @@ from ringfence.model.records.directory import Directory, Entry
 from ringfence.model.requests.facts import (
     Delegation,
     DeniedError,
-    Facts,
+    RequestContext,
     find_ground,
-    gather,
+    load_context,
     violations,
 )
 from tests.ledger import Ledger, permission
@@ -77,17 +77,17 @@ def user(scope: tuple[Permission, ...] = HELD) -> Entry[Any]:
     )
 
 
-def facts(*wanted: Permission) -> Facts:
+def facts(*wanted: Permission) -> RequestContext:
     claims = cast(CredentialRequest, EXAMPLES[CredentialRequest]).model_copy(
         update={"scope": wanted or (WANTED,)}
     )
-    return Facts(
+    return RequestContext(
         agent(), entry(UserRecord, user_id="sam", status="active", roles=("sponsor",)), task(), user(),
         entry(TargetRecord, status="active"), Signed(claims, ""), "5b0a4d7e-6c0f-5d39-9b5e-0a4d7e6c0f5d",
     )  # fmt: skip
 
 
-def sides(given: Facts, now_s: float = AS_OF) -> list[str | None]:
+def sides(given: RequestContext, now_s: float = AS_OF) -> list[str | None]:
     return [reason.side for reason in violations(given, now_s, AGE_S) if reason.code == "beyond_scope"]
 
 
@@ -195,12 +195,12 @@ def asked(ledger: Ledger, task_id: str, agent: str = "bot", **fields: Any) -> Si
     return Signed(claims, sign(claims, ledger.key(agent, "agent")))
 
 
-def reasons(ledger: Ledger, given: Facts, now_s: float | None = None) -> list[Reason]:
+def reasons(ledger: Ledger, given: RequestContext, now_s: float | None = None) -> list[Reason]:
     return list(violations(given, ledger.clock.ms / 1000 if now_s is None else now_s, 30 * 86_400))
 
 
 def codes(ledger: Ledger, request: Signed[CredentialRequest], now_s: float | None = None) -> list[str]:
-    return [reason.code for reason in reasons(ledger, gather(ledger.directory, request), now_s)]
+    return [reason.code for reason in reasons(ledger, load_context(ledger.directory, request), now_s)]
 
 
 def denied(directory: Directory, *names: str) -> Reason:
@@ -228,21 +228,21 @@ def only(ledger: Ledger, *, but_for: Sequence[str] = ()) -> Directory:
 
 def test_what_it_is_held_against_are_the_records_that_it_names(ledger: Ledger, assigned: str):
     request = asked(ledger, assigned)
-    given = gather(ledger.directory, request)
+    given = load_context(ledger.directory, request)
     directory = ledger.directory
     assert (given.agent, given.sponsor) == (directory.agent("bot"), directory.user("sam"))
     assert (given.task, given.user) == (directory.task(assigned), directory.user("uma"))
     assert (given.target, given.delegations) == (directory.target("staging"), ())
     assert (given.request, given.instance) == (request, None)
     assert given.request_id == message_id(request.claims.iss, request.claims.jti)
-    assert gather(directory, request, "given").request_id == "given"
+    assert load_context(directory, request, "given").request_id == "given"
     assert (given.act, given.delegators()) == (("bot",), None)
     assert reasons(ledger, given) == []
 
 
 def test_a_part_is_held_against_every_agent_that_handed_it_on(ledger: Ledger, assigned: str):
     part = handed_on(ledger, assigned)
-    given = gather(ledger.directory, asked(ledger, part, "other"))
+    given = load_context(ledger.directory, asked(ledger, part, "other"))
     (step,) = given.delegations
     bot, parent = ledger.directory.agent("bot"), ledger.directory.task(assigned)
     assert (step.agent, step.sponsor, step.task) == (bot, ledger.directory.user("sam"), parent)
@@ -346,7 +346,7 @@ def test_records_that_do_not_hold_deny(ledger: Ledger, assigned: str):
 def test_a_request_is_for_one_target(ledger: Ledger, assigned: str):
     scope = (permission("a", verbs=("read",)), permission("a", target="other", verbs=("read",)))
     with pytest.raises(DeniedError) as caught:
-        gather(ledger.directory, asked(ledger, assigned, scope=scope))
+        load_context(ledger.directory, asked(ledger, assigned, scope=scope))
     assert caught.value.reason.code == "several_targets"
     scope = (permission("a", verbs=("read",)), permission("b", verbs=("read",)))
     assert codes(ledger, asked(ledger, assigned, scope=scope)) == []
@@ -354,7 +354,7 @@ def test_a_request_is_for_one_target(ledger: Ledger, assigned: str):
 
 def test_nobody_but_an_agent_asks(ledger: Ledger, assigned: str):
     with pytest.raises(DeniedError) as caught:
-        gather(ledger.directory, asked(ledger, assigned, iss=ledger.key("sam").id))
+        load_context(ledger.directory, asked(ledger, assigned, iss=ledger.key("sam").id))
     assert caught.value.reason.code == "agent_unknown"
 
 
@@ -372,7 +372,7 @@ def test_who_is_not_active_stands_against_it(
     ledger: Ledger, assigned: str, model: Any, by: str, fields: dict[str, str], code: str, named: str
 ):
     ledger.give(ledger.claims(model, by, reason="x", **fields))
-    (reason,) = reasons(ledger, gather(ledger.directory, asked(ledger, assigned)))
+    (reason,) = reasons(ledger, load_context(ledger.directory, asked(ledger, assigned)))
     assert reason.code == code
     assert named in reason.message
 
@@ -390,12 +390,12 @@ def test_a_task_ends_in_its_last_second_and_by_its_end(ledger: Ledger, assigned:
     assert codes(ledger, request, end_s - 0.001) == []
     assert codes(ledger, request, end_s) == ["task_ended"]
     ledger.give(ledger.claims(TaskEnd, "uma", task_id=assigned, reason="done"))
-    (reason,) = reasons(ledger, gather(ledger.directory, request))
+    (reason,) = reasons(ledger, load_context(ledger.directory, request))
     assert (reason.code, assigned in reason.message) == ("task_ended", True)
 
 
 def test_a_part_ends_with_what_it_is_a_part_of(ledger: Ledger, assigned: str):
-    given = gather(ledger.directory, asked(ledger, handed_on(ledger, assigned), "other"))
+    given = load_context(ledger.directory, asked(ledger, handed_on(ledger, assigned), "other"))
     (step,) = given.delegations
 
     def ends(**changes: Any) -> list[str]:
@@ -418,7 +418,7 @@ def test_a_verb_that_the_target_does_not_have_is_named_with_those_that_it_has(le
     ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(wide,)))
     task = made(ledger, ledger.assign("uma", "bot", terms=ledger.terms("bot", scope=(wide,))))
     wanted = (permission("a", verbs=("read",)), permission("b", verbs=("fly", "read", "swim")))
-    (reason,) = reasons(ledger, gather(ledger.directory, asked(ledger, task, scope=wanted)))
+    (reason,) = reasons(ledger, load_context(ledger.directory, asked(ledger, task, scope=wanted)))
     assert (reason.code, reason.permission, reason.side) == ("verb_unknown", wanted[1], "target")
     assert "fly, swim" in reason.message
     assert "deploy, read, wipe" in reason.message
@@ -429,7 +429,7 @@ def test_what_is_beyond_a_side_is_named_with_the_part_that_is(ledger: Ledger, as
         ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(permission("a", verbs=("read",)),))
     )
     request = asked(ledger, assigned, scope=(permission("a", "b", verbs=("read",)),))
-    (reason,) = reasons(ledger, gather(ledger.directory, request))
+    (reason,) = reasons(ledger, load_context(ledger.directory, request))
     lacking = permission("b", verbs=("read",))
     assert (reason.code, reason.permission, reason.side) == ("beyond_scope", lacking, "ceiling:bot")
     assert "read on b at staging" in reason.message
@@ -437,7 +437,7 @@ def test_what_is_beyond_a_side_is_named_with_the_part_that_is(ledger: Ledger, as
 
 def test_what_breaks_the_grammar_is_said_with_its_place(ledger: Ledger, assigned: str):
     request = asked(ledger, assigned, scope=(permission("a/../b", verbs=("read",)),))
-    (reason,) = reasons(ledger, gather(ledger.directory, request))
+    (reason,) = reasons(ledger, load_context(ledger.directory, request))
     assert reason.code == "scope_invalid"
     assert "'a/../b'" in reason.message
 
@@ -449,7 +449,7 @@ def test_a_long_scope_is_told_as_far_as_a_message_goes(
     wanted = permission("a" * length, "b" * 480, verbs=("read",))
     ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=()))
     request = asked(ledger, assigned, scope=(wanted,))
-    (reason,) = reasons(ledger, gather(ledger.directory, request))
+    (reason,) = reasons(ledger, load_context(ledger.directory, request))
     assert reason.permission == wanted
     begun = f"ceiling:bot does not allow read on {'a' * length}, "
     assert reason.message.startswith(begun)
@@ -471,13 +471,13 @@ def test_a_long_scope_is_told_as_far_as_a_message_goes(
 def test_floors_are_those_of_what_is_asked_for(
     ledger: Ledger, assigned: str, verbs: tuple[str, ...], floors: set[str]
 ):
-    given = gather(ledger.directory, asked(ledger, assigned, scope=(permission("a", verbs=verbs),)))
+    given = load_context(ledger.directory, asked(ledger, assigned, scope=(permission("a", verbs=verbs),)))
     assert given.floors() == floors
 
 
 def test_break_glass_is_what_the_request_says(ledger: Ledger, assigned: str):
-    assert gather(ledger.directory, asked(ledger, assigned, break_glass=True)).break_glass is True
-    assert gather(ledger.directory, asked(ledger, assigned)).break_glass is False
+    assert load_context(ledger.directory, asked(ledger, assigned, break_glass=True)).break_glass is True
+    assert load_context(ledger.directory, asked(ledger, assigned)).break_glass is False
 
 
 def test_what_a_compromised_key_signed_is_told_apart_from_what_another_did(ledger: Ledger, assigned: str):
@@ -489,7 +489,7 @@ def test_what_a_compromised_key_signed_is_told_apart_from_what_another_did(ledge
     ledger.give(rotate)
     ledger.keys["agent/bot"] = new
     assert codes(ledger, asked(ledger, assigned)) == []
-    (reason,) = reasons(ledger, gather(ledger.directory, before))
+    (reason,) = reasons(ledger, load_context(ledger.directory, before))
     assert (reason.code, "agent bot" in reason.message) == ("key_compromised", True)
     # What an enforcement point asks is signed by nobody.
     assert codes(ledger, Signed(before.claims, "")) == []
@@ -509,7 +509,7 @@ LET_IN = AttestationSelector(issuer=ENROLMENT.issuer, claims=dict(ENROLMENT.clai
 
 def test_an_instance_is_the_one_that_the_request_carries_the_enrolment_of(ledger: Ledger, assigned: str):
     compact = sign(ENROLMENT, ledger.registry)
-    assert gather(ledger.directory, asked(ledger, assigned, enrolment=compact)).instance == ENROLMENT
+    assert load_context(ledger.directory, asked(ledger, assigned, enrolment=compact)).instance == ENROLMENT
 
 
 @pytest.mark.parametrize(("task_ends", "key_ends"), [(100, 200), (200, 100), (100, 100)])

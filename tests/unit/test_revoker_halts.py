@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 
 from ringfence.kernel.base.clock import CarriedOn
-from ringfence.kernel.crypto.jws import open_signed, parse, sign, sign_payload
+from ringfence.kernel.crypto.jws import parse, sign, sign_payload, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import SERVICE_ROLES, Claims, Millis, ServiceRole
 from ringfence.messages.operations import Heartbeat, StreamDigest
@@ -130,7 +130,7 @@ def test_a_reader_of_before_takes_no_notice(services: Services, listener: Listen
         streams: tuple[StreamDigest, ...] = ()
 
     record, find = listener.beat(GROUP), services.trust.finder("revoker", at_s=listener.now_ms / 1000)
-    read = open_signed(parse(record.value), OfBefore, find, audience=services.td).claims
+    read = verify(parse(record.value), OfBefore, find, audience=services.td).claims
     assert (read.at_ms, read.streams) == (listener.now_ms, ())
 
 

@@ -16,12 +16,12 @@ from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.rule import (
     NO_SIDE,
     DeadlineError,
-    Lack,
-    Side,
+    Excess,
+    Limit,
     are_in_force,
     deadline_ms,
     effective,
-    lacking,
+    exceeding,
     sides_of,
 )
 from ringfence.model.scope.scope import missing
@@ -87,13 +87,13 @@ scopes = st.lists(
 ).map(tuple)
 
 
-def named(scopes: Iterable[Scope]) -> tuple[Side, ...]:
-    return tuple(Side(f"side {number}", scope) for number, scope in enumerate(scopes))
+def named(scopes: Iterable[Scope]) -> tuple[Limit, ...]:
+    return tuple(Limit(f"side {number}", scope) for number, scope in enumerate(scopes))
 
 
 @given(scopes, st.lists(scopes, min_size=1, max_size=3))
 def test_a_wish_is_allowed_exactly_within_every_side(wanted: Scope, scopes: list[Scope]) -> None:
-    lacks = lacking(wanted, named(scopes))
+    lacks = exceeding(wanted, named(scopes))
     everything = set.intersection(*(allowed(scope) for scope in scopes))
     assert (not lacks) == (allowed(wanted) <= everything)
     for side in named(scopes):
@@ -108,13 +108,13 @@ def test_a_wish_is_allowed_exactly_within_every_side(wanted: Scope, scopes: list
 
 @given(scopes, st.lists(scopes, max_size=3), scopes)
 def test_another_side_never_widens(wanted: Scope, scopes: list[Scope], more: Scope) -> None:
-    without, withal = lacking(wanted, named(scopes)), lacking(wanted, named([*scopes, more]))
+    without, withal = exceeding(wanted, named(scopes)), exceeding(wanted, named([*scopes, more]))
     if without and scopes:
         assert withal[: len(without)] == without
     assert (
         without
         or not scopes
-        or withal == tuple(Lack(p, f"side {len(scopes)}") for p in missing(wanted, more))
+        or withal == tuple(Excess(p, f"side {len(scopes)}") for p in missing(wanted, more))
     )
     assert allowed(effective(named([*scopes, more]))) <= allowed(more)
 
@@ -124,7 +124,7 @@ def test_effective_is_what_all_sides_allow(scopes: list[Scope]) -> None:
     shown = effective(named(scopes))
     assert allowed(shown) == set.intersection(*(allowed(scope) for scope in scopes))
     if shown:
-        assert lacking(shown, named(scopes)) == ()
+        assert exceeding(shown, named(scopes)) == ()
 
 
 def test_the_refusal_names_each_permission_and_its_side() -> None:
@@ -138,16 +138,16 @@ def test_the_refusal_names_each_permission_and_its_side() -> None:
         "ceiling:helper",
         "entitlements:alice",
     ]
-    assert lacking((permission("rw", "env/staging/api"),), sides) == ()
-    assert lacking((permission("rw", "env/staging/api", "env/prod/api"),), sides) == (
-        Lack(permission("w", "env/prod/api"), "task"),
-        Lack(permission("w", "env/prod/api"), "entitlements:alice"),
+    assert exceeding((permission("rw", "env/staging/api"),), sides) == ()
+    assert exceeding((permission("rw", "env/staging/api", "env/prod/api"),), sides) == (
+        Excess(permission("w", "env/prod/api"), "task"),
+        Excess(permission("w", "env/prod/api"), "entitlements:alice"),
     )
-    assert lacking((permission("r", "env/prod/api", "db/users"),), sides) == (
-        Lack(permission("r", "db/users"), "task"),
-        Lack(permission("r", "db/users"), "ceiling:deployer"),
-        Lack(permission("r", "db/users"), "ceiling:helper"),
-        Lack(permission("r", "db/users"), "entitlements:alice"),
+    assert exceeding((permission("r", "env/prod/api", "db/users"),), sides) == (
+        Excess(permission("r", "db/users"), "task"),
+        Excess(permission("r", "db/users"), "ceiling:deployer"),
+        Excess(permission("r", "db/users"), "ceiling:helper"),
+        Excess(permission("r", "db/users"), "entitlements:alice"),
     )
     assert effective(sides) == (
         permission("r", "env/prod/*", "env/staging/**"),
@@ -158,26 +158,26 @@ def test_the_refusal_names_each_permission_and_its_side() -> None:
 def test_nothing_is_allowed_by_default() -> None:
     wanted = (permission("r", "a"), permission("w", "b"))
     assert NO_SIDE == "none"  # refusals show it
-    assert lacking(wanted, ()) == tuple(Lack(p, NO_SIDE) for p in wanted)
-    assert lacking(wanted, iter([Side.task(())])) == tuple(Lack(p, "task") for p in wanted)
+    assert exceeding(wanted, ()) == tuple(Excess(p, NO_SIDE) for p in wanted)
+    assert exceeding(wanted, iter([Limit.task(())])) == tuple(Excess(p, "task") for p in wanted)
     everything = (permission("rw", "**"),)
-    assert lacking(wanted, sides_of(everything, [], "alice", everything)) == tuple(
-        Lack(p, "ceiling") for p in wanted
+    assert exceeding(wanted, sides_of(everything, [], "alice", everything)) == tuple(
+        Excess(p, "ceiling") for p in wanted
     )
-    assert lacking(wanted, sides_of(everything, [("x", everything)], "alice", ())) == tuple(
-        Lack(p, "entitlements:alice") for p in wanted
+    assert exceeding(wanted, sides_of(everything, [("x", everything)], "alice", ())) == tuple(
+        Excess(p, "entitlements:alice") for p in wanted
     )
     assert effective(()) == ()
     assert effective(sides_of(everything, [], "alice", everything)) == ()
-    for sides in ((), (Side.task(everything),)):
+    for sides in ((), (Limit.task(everything),)):
         with pytest.raises(ScopeError, match="at least one"):
-            lacking((), sides)
+            exceeding((), sides)
 
 
 def test_one_side_alone_is_checked_as_well() -> None:
-    side = Side.task((permission("r", "a/../b", "a", "a/**"),))
+    side = Limit.task((permission("r", "a/../b", "a", "a/**"),))
     assert effective((side,)) == (permission("r", "a/**"),)
-    assert lacking(side.scope, (side,)) == (Lack(permission("r", "a/../b"), "task"),)
+    assert exceeding(side.scope, (side,)) == (Excess(permission("r", "a/../b"), "task"),)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.audit.trail.chain_recovery import _Stood, _strays, _Stretch
-from ringfence.audit.trail.unauthorised_records import Found, Strays
+from ringfence.audit.trail.unauthorised_records import Found, UnauthorisedRecords
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.topics import AUDIT
 from ringfence.model.audit_log.chain import Tip, event_of, linkable, linked
@@ -22,7 +22,7 @@ def records(*offsets: int, partition: int = 0) -> list[Received]:
     return [Received(AUDIT, "audit", partition, offset, 0, "k", b"x") for offset in offsets]
 
 
-def waiting(strays: Strays) -> set[tuple[int, int]]:
+def waiting(strays: UnauthorisedRecords) -> set[tuple[int, int]]:
     """All of them, partition and offset, dead-lettered as they come."""
     found = set()
     while (some := strays.next(500)) is not None:
@@ -32,14 +32,14 @@ def waiting(strays: Strays) -> set[tuple[int, int]]:
     return found
 
 
-def taken_over(end: int = 10, *found: int) -> Strays:
-    strays = Strays()
+def taken_over(end: int = 10, *found: int) -> UnauthorisedRecords:
+    strays = UnauthorisedRecords()
     strays.took_over({0: end, 1: end}, {0: [range(one, one + 1) for one in found], 1: ()})
     return strays
 
 
 def test_whoever_stands_by_finds_nothing() -> None:
-    strays = Strays()
+    strays = UnauthorisedRecords()
     strays.read(records(0, 1))
     strays.wrote(0, range(2, 3))
     assert not strays.some.is_set()
@@ -82,7 +82,7 @@ def test_what_is_acknowledged_after_it_was_found_is_none_any_more() -> None:
 
 
 def test_what_was_read_while_the_writer_took_over_is_nobodys() -> None:
-    strays = Strays()
+    strays = UnauthorisedRecords()
     strays.read(records(8, 9, 10, 11))
     strays.took_over({0: 10}, {0: [range(3, 5), range(7, 8)]})
     assert waiting(strays) == {(0, 3), (0, 4), (0, 7), (0, 10), (0, 11)}

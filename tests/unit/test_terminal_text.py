@@ -28,7 +28,7 @@ from ringfence.client.approvals.action_approvals import PendingAction
 from ringfence.client.errors import ApiError
 from ringfence.kernel.base.errors import RingfenceError, SignatureError
 from ringfence.kernel.base.text import visible_lines
-from ringfence.kernel.crypto.jws import explain, open_signed, parse
+from ringfence.kernel.crypto.jws import explain, parse, verify
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.messages.registry import TaskEnd
 
@@ -94,7 +94,7 @@ def test_kid_and_iss_and_names_of_unknown_fields_are_marked(text: str) -> None:
 
     for jws in (signed(text), signed(text, iss=text)):
         with pytest.raises(RingfenceError) as refused:
-            open_signed(parse(jws), TaskEnd, lambda iss, kid: None, audience="ringfence.local")
+            verify(parse(jws), TaskEnd, lambda iss, kid: None, audience="ringfence.local")
         assert acting(refused.value.message) == set()
         assert "\u0440" not in refused.value.message or "\u0440‹U+0440›" in refused.value.message
 

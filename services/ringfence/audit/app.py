@@ -9,15 +9,15 @@ from ringfence.audit.api.proofs import ProofApi
 from ringfence.audit.api.reports import AskingApi
 from ringfence.audit.detections.detector import Detector
 from ringfence.audit.index.store import SqliteIndex
-from ringfence.audit.malformed_topics import Followed
+from ringfence.audit.malformed_topics import MalformedRecordHandler
 from ringfence.audit.records import AuditHandlers
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.trail.chain_writer import GROUP, STRAYS_GROUP, ChainWriter
-from ringfence.audit.trail.handover import Intake, Lately
+from ringfence.audit.trail.handover import HandoverCache, Intake
 from ringfence.audit.trail.proofs import ProofStore
-from ringfence.audit.trail.unauthorised_records import Strays
-from ringfence.audit.trail.written_cache import ReadBack
-from ringfence.audit.verification import Believer
+from ringfence.audit.trail.unauthorised_records import UnauthorisedRecords
+from ringfence.audit.trail.written_cache import WrittenEventCache
+from ringfence.audit.verification import MessageVerifier
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
 from ringfence.kernel.kafka.dead_letters import DeadLetters
@@ -43,25 +43,25 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     runtime = Runtime("audit", settings, clock)
     # Audit denies nothing, so a table that is behind is no reason to stop: what it cannot verify it says so.
     directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=report_alarms(runtime))
-    believer = Believer(runtime.trust, directory, own)
+    verifier = MessageVerifier(runtime.trust, directory, own)
     with of_setting("RINGFENCE_STATE_DIR"):
         index = SqliteIndex(settings.state_dir / own.index_file if settings.state_dir is not None else None)
         proofs = ProofStore(
             runtime.trust, settings.state_dir / own.tree_file if settings.state_dir is not None else None
         )
-    lately, read_back, strays = Lately(), ReadBack(), Strays()
+    lately, read_back, strays = HandoverCache(), WrittenEventCache(), UnauthorisedRecords()
     writer = ChainWriter(runtime, own.checkpoint_s, lately, read_back, strays)
     intake = Intake(
         runtime.publisher, runtime.believed_key, settings.trust_domain, runtime.clock, lately, writer
     )
     handlers = AuditHandlers(
         intake,
-        believer,
+        verifier,
         runtime.clock,
         runtime.trust,
         index.use_of_break_glass,
         # By itself, as it halts at nothing: audit goes on telling whatever the others halt at.
-        bury=DeadLetters(runtime.publisher, runtime.role, runtime.clock).bury,
+        bury=DeadLetters(runtime.publisher, runtime.role, runtime.clock).send,
         settle_ms=own.settle_ms,
     )
     directory.on_change(handlers.on_change)
@@ -111,7 +111,9 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
 def _look_at_what_is_followed(runtime: Runtime, own: AuditSettings, directory: Directory) -> None:
     # By itself, as above: it halts at nothing.
     letters = DeadLetters(runtime.publisher, runtime.role, runtime.clock, trust_moved=runtime.trust_moved)
-    followed = Followed(runtime.trust, directory, runtime.clock, letters, runtime.tables_caught_up)
+    followed = MalformedRecordHandler(
+        runtime.trust, directory, runtime.clock, letters, runtime.tables_caught_up
+    )
     runtime.consume(
         STRAYS_GROUP,
         followed.batches(),

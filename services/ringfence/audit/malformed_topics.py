@@ -12,9 +12,9 @@ from typing import Any
 from ringfence.audit.verification import require_trust
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.crypto.jws import UnverifiedJws, open_signed, parse
+from ringfence.kernel.crypto.jws import UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.batch_handlers import BatchHandler, Handler, side_by_side
+from ringfence.kernel.kafka.batch_handlers import BatchHandler, Handler, concurrent
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
@@ -36,7 +36,7 @@ _ELSEWHERE = frozenset(
 """What belongs on other topics, whoever signed it."""
 
 
-class Followed:
+class MalformedRecordHandler:
     """Looks at each record once, whichever replica does it. What holds changes nothing here."""
 
     def __init__(
@@ -61,19 +61,17 @@ class Followed:
             AUDIT_CHECKPOINT: self._checkpoint,
             SIGNAL_STREAM: self._stream,
         }
-        return {topic: side_by_side(handle, self._letters) for topic, handle in handlers.items()}
+        return {topic: concurrent(handle, self._letters) for topic, handle in handlers.items()}
 
     async def _heartbeat(self, record: Received) -> None:
         self._require_trust(record)
         find = self._trust.finder(*Heartbeat.signed_by, at_s=record.appended_at_ms / 1000)
-        open_signed(parse(record.value), Heartbeat, find, audience=self._trust.trust_domain)
+        verify(parse(record.value), Heartbeat, find, audience=self._trust.trust_domain)
 
     async def _stream(self, record: Received) -> None:
         self._require_trust(record)
         find = self._trust.finder(*SignalStream.signed_by, at_s=record.appended_at_ms / 1000)
-        claims = open_signed(
-            parse(record.value), SignalStream, find, audience=self._trust.trust_domain
-        ).claims
+        claims = verify(parse(record.value), SignalStream, find, audience=self._trust.trust_domain).claims
         _check_place(record, claims.receiver)
 
     async def _checkpoint(self, record: Received) -> None:
@@ -85,7 +83,7 @@ class Followed:
             jws, at_s, AuditCheckpoint.signed_by
         ):
             find = self._trust.finder(*AuditCheckpoint.signed_by, at_s=at_s)
-            open_signed(jws, AuditCheckpoint, find, audience=self._trust.trust_domain)
+            verify(jws, AuditCheckpoint, find, audience=self._trust.trust_domain)
 
     async def _witness(self, record: Received, jws: UnverifiedJws) -> None:
         try:
@@ -100,7 +98,7 @@ class Followed:
 
     def _witnessed(self, record: Received, jws: UnverifiedJws) -> None:
         at_ms, chains = record.appended_at_ms, self._directory.chains
-        claims = open_signed(
+        claims = verify(
             jws, AuditWitness, lambda iss, kid: chains.user_key(iss, kid, at_ms), audience=self._trust.trust_domain
         ).claims  # fmt: skip
         who = subject_of(self._trust.trust_domain, claims.iss, "user") or ""

@@ -28,13 +28,13 @@ from ringfence.audit.events.break_glass import review_problem
 from ringfence.audit.events.bundles import Bundles
 from ringfence.audit.events.ocsf import MAX_EVENT_BYTES, Event, shortened
 from ringfence.audit.memory import RequestFacts
-from ringfence.audit.trail.handover import Intake, Told
-from ringfence.audit.verification import Believed, Believer, OutdatedError, require_trust
+from ringfence.audit.trail.handover import Intake, PendingEvent
+from ringfence.audit.verification import MessageVerifier, OutdatedError, VerifiedMessage, require_trust
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import digest, message_id
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.jwe import unverified_kid
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.multi_recipient_jwe import recipients_of, unverified_about
@@ -123,7 +123,7 @@ class AuditHandlers:
     def __init__(
         self,
         intake: Intake,
-        believer: Believer,
+        verifier: MessageVerifier,
         clock: Clock,
         trust: TrustStore,
         use_of: Callable[[str], Mapping[str, Any] | None],
@@ -139,7 +139,7 @@ class AuditHandlers:
         self._use_of = use_of
         self._bury = bury
         self._intake = intake
-        self._believer = believer
+        self._verifier = verifier
         self._clock = clock
         self._trust_domain = trust.trust_domain
         self._trust_store = trust
@@ -227,13 +227,13 @@ class AuditHandlers:
         except Exception:
             # One record that audit cannot describe must not hide all those that follow it.
             where = (record.topic_name, record.partition, record.offset)
-            log.exception("no event could be made of %s/%d@%d", *where, extra=of_a_kind(record.topic_name))
+            log.exception("no event could be made of %s/%d@%d", *where, extra=rate_limited(record.topic_name))
             why = InvalidMessageError("audit could not read it", code="unreadable")
         return _ready(services.not_believed(record, why.code), unsettled, why)
 
     async def _publish(self, batch: Sequence[Received], ready: Sequence[_Ready]) -> None:
         await self._intake.hand_over(
-            Told(one.key, one.uid, one.body, record.traceparent, one.event)
+            PendingEvent(one.key, one.uid, one.body, record.traceparent, one.event)
             for record, one in zip(batch, ready, strict=True)
         )
         await gather_all(
@@ -252,21 +252,21 @@ class AuditHandlers:
         return trust_events.told(record, self.bundles.seen(record)), False
 
     def _command(self, record: Received) -> tuple[Event, bool]:
-        signed, consent_by = self._believer.command(record)
+        signed, consent_by = self._verifier.command(record)
         kind, _, words = registry.subject_of_command(signed.claims)
         replay = self._replay(record, signed, lambda: words)
         if replay is not None:
             return replay, False
-        task = self._believer.task_of(words["task"]) if kind == "task" else None
+        task = self._verifier.task_of(words["task"]) if kind == "task" else None
         agent = words.get("agent") or (task.agent_id if task is not None else None)
         event = registry.commanded(
             record,
             signed.claims,
             signed.verified(*((_consent_in(signed.claims),) if consent_by else ())),
-            sponsor=self._believer.sponsor_of(agent) if agent else None,
+            sponsor=self._verifier.sponsor_of(agent) if agent else None,
             consent_by=consent_by,
             task=task,
-            parent=self._believer.task_of(words["parent"]) if "parent" in words else None,
+            parent=self._verifier.task_of(words["parent"]) if "parent" in words else None,
         )
         return event, _lacks_people(event)
 
@@ -274,45 +274,45 @@ class AuditHandlers:
         def read(record: Received) -> tuple[Event, bool]:
             if not record.value:
                 raise InvalidMessageError("a record is never deleted", code="tombstone")
-            signed, last = self._believer.record(record, model)
+            signed, last = self._verifier.record(record, model)
             claims = signed.claims
             agent = getattr(claims.state, "agent_id", None)
             verified = signed.verified(last.typ)
-            known = self._believer.fell_below(record, claims)
+            known = self._verifier.fell_below(record, claims)
             if known is not None:
                 return registry.revision_fell(record, claims, known, verified), False
             replay = self._replay(record, signed, lambda: {"agent": agent} if agent else {})
             if replay is not None:
                 return replay, False
-            sponsor = self._believer.sponsor_of(agent) if agent else None
+            sponsor = self._verifier.sponsor_of(agent) if agent else None
             act = getattr(claims.state, "act", None) or ()
             event = registry.recorded(
-                record, claims, last, verified, sponsor=sponsor, sponsors=self._believer.sponsors_of(act)
+                record, claims, last, verified, sponsor=sponsor, sponsors=self._verifier.sponsors_of(act)
             )
             return event, _lacks_people(event)
 
         return read
 
     def _request(self, record: Received) -> tuple[Event, bool]:
-        signed = self._believer.request(record)
+        signed = self._verifier.request(record)
         replay = self._replay(record, signed, lambda: self._words_of(record, signed))
         if replay is not None:
             return replay, False
-        facts = self._believer.remember_request(signed, record.own_traceparent)
+        facts = self._verifier.remember_request(signed, record.own_traceparent)
         return credentials.requested(record, facts, signed.verified()), self._incomplete(facts)
 
     def _decision(self, record: Received) -> tuple[Event, bool]:
-        signed = self._believer.by_service(record, DecidedTerms, "policy")
+        signed = self._verifier.by_service(record, DecidedTerms, "policy")
         claims = signed.claims
-        facts = self._believer.embedded_request(
+        facts = self._verifier.embedded_request(
             claims.request, claims.request_id, claims.source.appended_at_ms
         )
         words = {"agent": facts.agent} if facts is not None else {}
         replay = self._replay(record, signed, lambda: {**words, "request": claims.request_id})
         if replay is not None:
             return replay, False
-        approvers = [self._believer.approver(one, record.appended_at_ms) for one in claims.approvals]
-        grantors = [self._believer.grantor(one, record.appended_at_ms) for one in claims.grants or ()]
+        approvers = [self._verifier.approver(one, record.appended_at_ms) for one in claims.approvals]
+        grantors = [self._verifier.grantor(one, record.appended_at_ms) for one in claims.grants or ()]
         embedded = ["approval"] * sum(one is not None for one in approvers)
         embedded += ["grant"] * sum(one is not None for one in grantors)
         if facts is not None:
@@ -326,9 +326,9 @@ class AuditHandlers:
     def _approval_request(self, record: Received) -> tuple[Event, bool]:
         if parse(record.value).header.typ == typ_header(ActionRequest):
             return self._action_request(record)
-        signed = self._believer.by_service(record, ApprovalRequest, "policy")
+        signed = self._verifier.by_service(record, ApprovalRequest, "policy")
         claims = signed.claims
-        facts = self._believer.embedded_request(
+        facts = self._verifier.embedded_request(
             claims.request, claims.request_id, claims.source.appended_at_ms
         )
         if facts is None:
@@ -350,9 +350,9 @@ class AuditHandlers:
                 return self._approval(record)
 
     def _grant(self, record: Received) -> tuple[Event, bool]:
-        signed = self._believer.by_user(record, Grant)
+        signed = self._verifier.by_user(record, Grant)
         claims = signed.claims
-        words = self._believer.remember_grant(claims)
+        words = self._verifier.remember_grant(claims)
         replay = self._replay(record, signed, lambda: words)
         if replay is not None:
             return replay, False
@@ -360,8 +360,8 @@ class AuditHandlers:
         return event, _lacks_people(event)
 
     def _withdrawal(self, record: Received) -> tuple[Event, bool]:
-        signed = self._believer.by_user(record, GrantWithdraw)
-        words = self._believer.grant(signed.claims.grant_id)
+        signed = self._verifier.by_user(record, GrantWithdraw)
+        words = self._verifier.grant(signed.claims.grant_id)
         replay = self._replay(record, signed, lambda: words)
         if replay is not None:
             return replay, False
@@ -373,20 +373,20 @@ class AuditHandlers:
             return self._review(record)
         if typ == typ_header(ActionApproval):
             return self._action_approval(record)
-        signed = self._believer.by_user(record, Approval)
+        signed = self._verifier.by_user(record, Approval)
         claims = signed.claims
-        facts = self._believer.embedded_request(claims.request, claims.request_id, record.appended_at_ms)
+        facts = self._verifier.embedded_request(claims.request, claims.request_id, record.appended_at_ms)
         words = {"agent": facts.agent} if facts is not None else {}
         replay = self._replay(record, signed, lambda: {**words, "request": claims.request_id})
         if replay is not None:
             return replay, False
-        self._believer.remember_approval(signed.compact, claims)
+        self._verifier.remember_approval(signed.compact, claims)
         embedded = ("credential.request",) if facts is not None else ()
         event = credentials.approval_given(record, claims, facts, signed.verified(*embedded))
         return event, facts is None or self._incomplete(facts)
 
     def _action_request(self, record: Received) -> tuple[Event, bool]:
-        signed = self._believer.by_service(record, ActionRequest, "gateway")
+        signed = self._verifier.by_service(record, ActionRequest, "gateway")
         claims = signed.claims
         replay = self._replay(record, signed, lambda: {"agent": claims.agent_id, "task": claims.task_id})
         if replay is not None:
@@ -396,12 +396,12 @@ class AuditHandlers:
         return event, _lacks_people(event)
 
     def _action_approval(self, record: Received) -> tuple[Event, bool]:
-        signed = self._believer.by_user(record, ActionApproval)
+        signed = self._verifier.by_user(record, ActionApproval)
         claims = signed.claims
         replay = self._replay(record, signed, lambda: {"agent": claims.agent_id})
         if replay is not None:
             return replay, False
-        asked = self._believer.embedded_question(claims, record.appended_at_ms)
+        asked = self._verifier.embedded_question(claims, record.appended_at_ms)
         embedded = ("action.request",) if asked is not None else ()
         place = (asked.lease_id, asked.agent_id, asked.task_id) if asked else (None, claims.agent_id, None)
         words = self._of_lease(*place)
@@ -409,7 +409,7 @@ class AuditHandlers:
         return event, _lacks_people(event)
 
     def _review(self, record: Received) -> tuple[Event, bool]:
-        signed = self._believer.by_user(record, BreakGlassReview)
+        signed = self._verifier.by_user(record, BreakGlassReview)
         claims = signed.claims
         replay = self._replay(
             record, signed, lambda: {"agent": claims.agent_id, "request": claims.request_id}
@@ -418,7 +418,7 @@ class AuditHandlers:
             return replay, False
         reviewer = subject_of(claims.aud, claims.iss, "user") or ""
         use = self._use_of(claims.request_id)
-        why_not = review_problem(claims, reviewer, self._believer.roles_of(reviewer), use)
+        why_not = review_problem(claims, reviewer, self._verifier.roles_of(reviewer), use)
         event = break_glass.reviewed(record, claims, use, why_not, signed.verified())
         return event, why_not is not None and why_not.code in _UNSETTLED
 
@@ -428,32 +428,32 @@ class AuditHandlers:
         request_id = unverified_kid(record.value) if record.value.count(b".") == 4 else None
         if request_id is None or not _UUID.fullmatch(request_id):
             raise InvalidMessageError("not a sealed reply", code="not_a_jwe")
-        return credentials.replied(record, request_id, self._believer.facts(request_id)), False
+        return credentials.replied(record, request_id, self._verifier.facts(request_id)), False
 
     def _delivery(self, record: Received) -> Event:
         request_id = unverified_about(record.value)
         if request_id is None or not _UUID.fullmatch(request_id):
             raise InvalidMessageError("not an envelope for gateways", code="not_an_envelope")
         to = recipients_of(record.value)
-        return credentials.delivered(record, request_id, to, self._believer.facts(request_id))
+        return credentials.delivered(record, request_id, to, self._verifier.facts(request_id))
 
     def _lease(self, record: Received) -> tuple[Event, bool]:
         if not record.value:
             lease_id = record.key if record.key and _UUID.fullmatch(record.key) else "unknown"
             return credentials.lease_forgotten(record, lease_id, self._of_lease(lease_id)), False
         if self._epochs.took(record):
-            marker = self._believer.by_service(record, LeaseEpoch, "revoker")
+            marker = self._verifier.by_service(record, LeaseEpoch, "revoker")
             return services.epoch_began(record, marker.claims, marker.verified()), False
-        signed = self._believer.by_service(record, Lease, "issuer", "revoker")
+        signed = self._verifier.by_service(record, Lease, "issuer", "revoker")
         claims = signed.claims
         if self._epochs.is_void(record, claims.epoch):
-            void = self._believer.remember_lease(claims)
-            words = subjects.of_credential(void, self._believer.facts(claims.request_id))
+            void = self._verifier.remember_lease(claims)
+            words = subjects.of_credential(void, self._verifier.facts(claims.request_id))
             return credentials.lease_void(record, claims, void, words, signed.verified()), False
         if claims.epoch is not None:
             self._epochs.begin(record, claims.epoch)  # its marker may stand before where this reader began
-        lease = self._believer.remember_lease(claims)
-        facts = self._believer.facts(claims.request_id)
+        lease = self._verifier.remember_lease(claims)
+        facts = self._verifier.facts(claims.request_id)
         replay = self._replay(
             record, signed, lambda: {**subjects.of_credential(lease, facts), "lease": claims.lease_id}
         )
@@ -462,10 +462,10 @@ class AuditHandlers:
         return credentials.leased(record, claims, lease, facts, signed.verified()), False
 
     def _revocation(self, record: Received) -> tuple[Event, bool]:
-        signed = self._believer.by_anyone(record, RevocationRequest)
+        signed = self._verifier.by_anyone(record, RevocationRequest)
         claims = signed.claims
         agent = subject_of(self._trust_domain, claims.iss, "agent")
-        lease = self._believer.lease(claims.lease_id) if claims.lease_id is not None else None
+        lease = self._verifier.lease(claims.lease_id) if claims.lease_id is not None else None
         words: dict[str, Any] = {"agent": agent} if agent else {}
         if claims.selector is not None and claims.selector.agent_id is not None:
             words["agent"] = claims.selector.agent_id
@@ -473,28 +473,28 @@ class AuditHandlers:
             words |= self._of_task(claims.selector.task_id)
         words |= self._of_lease(claims.lease_id)
         if "agent" in words and "sponsor" not in words:
-            words["sponsor"] = self._believer.sponsor_of(words["agent"])
+            words["sponsor"] = self._verifier.sponsor_of(words["agent"])
         replay = self._replay(record, signed, lambda: words)
         if replay is not None:
             return replay, False
         event = credentials.revocation_asked(record, claims, lease, words, signed.verified())
-        self._believer.remember_order(claims, event.body["unmapped"])
+        self._verifier.remember_order(claims, event.body["unmapped"])
         return event, _lacks_people(event)
 
     def _ack(self, record: Received) -> tuple[Event, bool]:
-        signed = self._believer.by_service(record, RevocationAck, "gateway")
-        order = self._believer.order(signed.claims.revocation_id)
+        signed = self._verifier.by_service(record, RevocationAck, "gateway")
+        order = self._verifier.order(signed.claims.revocation_id)
         replay = self._replay(record, signed, lambda: dict(order))
         if replay is not None:
             return replay, False
         return credentials.cut_confirmed(record, signed.claims, order, signed.verified()), False
 
     def _service_event(self, record: Received) -> tuple[Event, bool]:
-        signed = self._believer.by_service(record, ServiceEvent)
+        signed = self._verifier.by_service(record, ServiceEvent)
         claims = signed.claims
-        lease = self._believer.lease(claims.lease_id) if claims.lease_id is not None else None
+        lease = self._verifier.lease(claims.lease_id) if claims.lease_id is not None else None
         request_id = claims.request_id or (lease.request_id if lease is not None else None)
-        facts = self._believer.facts(request_id) if request_id is not None else None
+        facts = self._verifier.facts(request_id) if request_id is not None else None
         known = lease or facts
         words = subjects.of_credential(lease, facts) or self._of_agent(self._agent_in(claims), claims.task_id)
         replay = self._replay(record, signed, lambda: words)
@@ -511,7 +511,7 @@ class AuditHandlers:
 
     def _action(self, record: Received) -> tuple[Event, bool]:
         claims = self._action_of(record)
-        lease = self._believer.lease(claims.lease_id) if claims.lease_id is not None else None
+        lease = self._verifier.lease(claims.lease_id) if claims.lease_id is not None else None
         words = self._of_lease(claims.lease_id, claims.agent_id, claims.task_id)
         if isinstance(claims, ActionDecided):
             event = actions.acted(record, claims, lease, words, self._trust_domain)
@@ -521,15 +521,15 @@ class AuditHandlers:
 
     def _action_of(self, record: Received) -> ActionDecided | ActionAnswered:
         try:
-            return self._believer.plain(record, ActionDecided)
+            return self._verifier.plain(record, ActionDecided)
         except InvalidMessageError as error:
             try:
-                return self._believer.plain(record, ActionAnswered)
+                return self._verifier.plain(record, ActionAnswered)
             except InvalidMessageError:
                 raise error from None
 
     def _dead_letter(self, record: Received) -> tuple[Event, bool]:
-        return services.dead_lettered(record, self._believer.plain(record, DeadLetter)), False
+        return services.dead_lettered(record, self._verifier.plain(record, DeadLetter)), False
 
     # --- what several of them need ---
 
@@ -537,9 +537,9 @@ class AuditHandlers:
         self, lease_id: str | None, agent: str | None = None, task: str | None = None
     ) -> dict[str, Any]:
         """The words of a lease that audit has seen; where it is not the agent's, or none, those of task and agent."""
-        lease = self._believer.lease(lease_id) if lease_id is not None else None
+        lease = self._verifier.lease(lease_id) if lease_id is not None else None
         if lease is not None and agent in (None, lease.agent):
-            return subjects.of_credential(lease, self._believer.facts(lease.request_id))
+            return subjects.of_credential(lease, self._verifier.facts(lease.request_id))
         return self._of_agent(agent, task)
 
     def _of_agent(self, agent: str | None, task: str | None = None) -> dict[str, Any]:
@@ -549,11 +549,11 @@ class AuditHandlers:
             of_task = self._of_task(task)
             words |= of_task if agent in (None, of_task.get("agent")) else {}
         if "agent" in words:
-            words["sponsor"] = self._believer.sponsor_of(words["agent"])
+            words["sponsor"] = self._verifier.sponsor_of(words["agent"])
         return words
 
     def _of_task(self, task: str) -> dict[str, Any]:
-        state = self._believer.task_of(task)
+        state = self._verifier.task_of(task)
         return subjects.of_task(state) if state is not None else {}
 
     def _agent_in(self, claims: ServiceEvent) -> str | None:
@@ -565,20 +565,20 @@ class AuditHandlers:
     def _incomplete(self, facts: RequestFacts) -> bool:
         """Whether the local tables may know more a little later; that a task is another agent's is known for good."""
         return facts.sponsor is None or (
-            facts.on_behalf_of is None and self._believer.task_of(facts.task) is None
+            facts.on_behalf_of is None and self._verifier.task_of(facts.task) is None
         )
 
     def _replay(
-        self, record: Received, signed: Believed[Any], words_of_it: Callable[[], dict[str, Any]]
+        self, record: Received, signed: VerifiedMessage[Any], words_of_it: Callable[[], dict[str, Any]]
     ) -> Event | None:
         """The event of a message that was seen elsewhere before, or None; `words_of_it` tells what it is about."""
-        first = self._believer.seen_before(record, signed)
+        first = self._verifier.seen_before(record, signed)
         if first is None:
             return None
         where, same = first
         words = words_of_it()
         if words.get("agent") and "sponsor" not in words:
-            words = {**words, "sponsor": self._believer.sponsor_of(words["agent"])}
+            words = {**words, "sponsor": self._verifier.sponsor_of(words["agent"])}
         return services.replayed(
             record, signed.claims.iss, where, same=same, words=words, verified=signed.verified()
         )
@@ -587,10 +587,10 @@ class AuditHandlers:
         signed = error.believed
         words = self._words_of(record, signed)
         if "agent" in words and "sponsor" not in words:
-            words["sponsor"] = self._believer.sponsor_of(words["agent"])
+            words["sponsor"] = self._verifier.sponsor_of(words["agent"])
         return services.expired(record, signed.claims.iss, error.code, words, signed.verified())
 
-    def _words_of(self, record: Received, signed: Believed[Any]) -> dict[str, Any]:
+    def _words_of(self, record: Received, signed: VerifiedMessage[Any]) -> dict[str, Any]:
         """What a message is about that counts for nothing, though its signature holds."""
         claims = signed.claims
         match claims:
@@ -604,7 +604,7 @@ class AuditHandlers:
                 }
             case Approval():
                 at_ms = record.appended_at_ms
-                facts = self._believer.embedded_request(claims.request, claims.request_id, at_ms)
+                facts = self._verifier.embedded_request(claims.request, claims.request_id, at_ms)
                 return subjects.of_credential(None, facts) or {"request": claims.request_id}
             case Grant() | ActionApproval() | ActionRequest():
                 return self._of_agent(claims.agent_id, getattr(claims, "task_id", None))

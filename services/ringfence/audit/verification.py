@@ -18,7 +18,7 @@ from ringfence.audit.settings import AuditSettings
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id, digest, message_id
 from ringfence.kernel.base.text import with_article
-from ringfence.kernel.crypto.jws import ExpiredError, KeyFinder, UnverifiedJws, open_signed, parse
+from ringfence.kernel.crypto.jws import ExpiredError, KeyFinder, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
@@ -50,7 +50,7 @@ _OF_ORDERS = (
 """What an event about an order says that is true of its confirmations too."""
 
 
-def _mark(signed: Believed[Any]) -> str:
+def _mark(signed: VerifiedMessage[Any]) -> str:
     """What tells two messages of one id apart: the signature, but for what is the same though it was signed anew."""
     match signed.claims:
         case Lease() as lease if lease.epoch is not None:
@@ -67,7 +67,7 @@ def _mark(signed: Believed[Any]) -> str:
 class OutdatedError(InvalidMessageError):
     """The signature holds, but the message reached the broker outside its time."""
 
-    def __init__(self, believed: Believed[Any], code: str) -> None:
+    def __init__(self, believed: VerifiedMessage[Any], code: str) -> None:
         super().__init__("outside its time", code=code)
         self.believed = believed
 
@@ -80,7 +80,7 @@ def require_trust(trust: TrustStore, batch: Iterable[Received], now_ms: int) -> 
     trust.require(max(now_ms, *(record.appended_at_ms for record in batch)) / 1000)
 
 
-class Believed(NamedTuple, Generic[C]):
+class VerifiedMessage(NamedTuple, Generic[C]):
     """A verified message: its claims, the exact text, and the key that signed it."""
 
     claims: C
@@ -95,7 +95,7 @@ class Believed(NamedTuple, Generic[C]):
         return said
 
 
-class Believer:
+class MessageVerifier:
     """Turns records into verified messages, and remembers what they say about requests and leases."""
 
     def __init__(self, trust: TrustStore, directory: Directory, settings: AuditSettings) -> None:
@@ -113,24 +113,24 @@ class Believer:
 
     # --- signatures: each raises InvalidMessageError, or ChainError, where nobody is believed ---
 
-    def request(self, record: Received) -> Believed[CredentialRequest]:
+    def request(self, record: Received) -> VerifiedMessage[CredentialRequest]:
         """A request, signed by an agent."""
         at_ms, jws = record.appended_at_ms, parse(record.value)
         find = self._agents(jws, CredentialRequest, at_ms)
         return self._open(jws, CredentialRequest, find, at_ms, self._embedded.get(jws.compact))
 
-    def by_service(self, record: Received, model: type[C], *roles: ServiceRole) -> Believed[C]:
+    def by_service(self, record: Received, model: type[C], *roles: ServiceRole) -> VerifiedMessage[C]:
         """A message that services of these roles sign; of any role where none is named."""
         at_ms = record.appended_at_ms
         finder = self._trust.finder(*(roles or _ALL_ROLES), at_s=at_ms / 1000)
         return self._open(parse(record.value), model, finder, at_ms)
 
-    def by_user(self, record: Received, model: type[C]) -> Believed[C]:
+    def by_user(self, record: Received, model: type[C]) -> VerifiedMessage[C]:
         """A message that a person signs, with a key that counted when it was appended."""
         at_ms = record.appended_at_ms
         return self._open(parse(record.value), model, self._users(at_ms), at_ms)
 
-    def by_anyone(self, record: Received, model: type[C]) -> Believed[C]:
+    def by_anyone(self, record: Received, model: type[C]) -> VerifiedMessage[C]:
         """A message that agents, people and the services that revoke may sign."""
         at_ms, jws = record.appended_at_ms, parse(record.value)
         finders = (
@@ -144,7 +144,7 @@ class Believer:
 
         return self._open(jws, model, find, at_ms)
 
-    def command(self, record: Received) -> tuple[Believed[ExpiringClaims], str | None]:
+    def command(self, record: Received) -> tuple[VerifiedMessage[ExpiringClaims], str | None]:
         """A command by whoever may give such: a person, a provisioner, the root, an agent. And who validly signed the
         consent that it embeds.
         """
@@ -170,11 +170,13 @@ class Believer:
                 consent_by = chains.authorise(jws, at_ms).consent_by
         return signed, consent_by
 
-    def record(self, record: Received, model: type[AnyRecord]) -> tuple[Believed[AnyRecord], ExpiringClaims]:
+    def record(
+        self, record: Received, model: type[AnyRecord]
+    ) -> tuple[VerifiedMessage[AnyRecord], ExpiringClaims]:
         """A record by the registry whose chain holds, and the command that it came from."""
         jws = parse(record.value)
         at_ms = record.appended_at_ms
-        signed: Believed[AnyRecord] = self._open(
+        signed: VerifiedMessage[AnyRecord] = self._open(
             jws, model, self._trust.finder(*model.signed_by, at_s=at_ms / 1000), at_ms
         )
         claims = signed.claims
@@ -199,7 +201,7 @@ class Believer:
             return known
         try:
             jws = parse(compact)
-            claims = open_signed(
+            claims = verify(
                 jws, CredentialRequest, self._agents(jws, CredentialRequest, appended_at_ms),
                 audience=self._trust.trust_domain,
             ).claims  # fmt: skip
@@ -209,7 +211,7 @@ class Believer:
             return None
         if len(compact) <= _REMEMBERED_BYTES:
             self._embedded.put(compact, claims)
-        return self.remember_request(Believed(claims, compact, jws.header.kid))
+        return self.remember_request(VerifiedMessage(claims, compact, jws.header.kid))
 
     def approver(self, compact: str, appended_at_ms: int) -> str | None:
         """The person who signed an embedded approval, or None where the signature does not hold."""
@@ -217,7 +219,7 @@ class Believer:
         if known is not None:
             return known
         try:
-            claims = open_signed(
+            claims = verify(
                 parse(compact), Approval, self._users(appended_at_ms), audience=self._trust.trust_domain
             ).claims
         except (InvalidMessageError, ChainError):
@@ -228,9 +230,7 @@ class Believer:
         """What a gateway asked that an answer is over, or None where no gateway signed it, or it is over another."""
         find = self._trust.finder(*ActionRequest.signed_by, at_s=appended_at_ms / 1000)
         try:
-            signed = open_signed(
-                parse(answer.request), ActionRequest, find, audience=self._trust.trust_domain
-            )
+            signed = verify(parse(answer.request), ActionRequest, find, audience=self._trust.trust_domain)
         except InvalidMessageError:
             return None
         claims = signed.claims
@@ -241,14 +241,14 @@ class Believer:
         """The person who signed an embedded grant, or None where the signature does not hold."""
         try:
             find, audience = self._users(appended_at_ms), self._trust.trust_domain
-            claims = open_signed(parse(compact), Grant, find, audience=audience).claims
+            claims = verify(parse(compact), Grant, find, audience=audience).claims
         except (InvalidMessageError, ChainError):
             return None
         return signer_of(claims)
 
     # --- replays ---
 
-    def seen_before(self, record: Received, signed: Believed[Any]) -> tuple[Sighting, bool] | None:
+    def seen_before(self, record: Received, signed: VerifiedMessage[Any]) -> tuple[Sighting, bool] | None:
         """Where the same message was seen first, and whether it is the same to the letter; None the first time."""
         here = Sighting(record.partition, record.offset, _mark(signed))
         first = self._seen.first(record.topic.what, signed.claims.iss, signed.claims.jti, here)
@@ -279,7 +279,7 @@ class Believer:
         return self._leases.get(lease_id)
 
     def remember_request(
-        self, signed: Believed[CredentialRequest], traceparent: str | None = None
+        self, signed: VerifiedMessage[CredentialRequest], traceparent: str | None = None
     ) -> RequestFacts:
         """Take down what a verified request is about. The first request with an id stands."""
         claims = signed.claims
@@ -418,17 +418,17 @@ class Believer:
 
     def _open(
         self, jws: UnverifiedJws, model: type[C], find: KeyFinder, at_ms: int, verified: C | None = None
-    ) -> Believed[C]:
-        """`verified`: see `open_signed`."""
+    ) -> VerifiedMessage[C]:
+        """`verified`: see `verify`."""
         audience = self._trust.trust_domain
         try:
-            claims = open_signed(
+            claims = verify(
                 jws, model, find, audience=audience, appended_at_ms=at_ms, verified=verified
             ).claims
         except ExpiredError as error:  # it was verified before its time was looked at
-            late = open_signed(jws, model, find, audience=audience, verified=verified).claims
-            raise OutdatedError(Believed(late, jws.compact, jws.header.kid), error.code) from None
-        return Believed(claims, jws.compact, jws.header.kid)
+            late = verify(jws, model, find, audience=audience, verified=verified).claims
+            raise OutdatedError(VerifiedMessage(late, jws.compact, jws.header.kid), error.code) from None
+        return VerifiedMessage(claims, jws.compact, jws.header.kid)
 
     def _agents(self, jws: UnverifiedJws, model: type[Claims], at_ms: int) -> KeyFinder:
         return keys_of_agents(self._directory, jws, model, at_ms / 1000)

@@ -8,8 +8,8 @@ from importlib.metadata import entry_points
 from typing import ClassVar, Literal, Protocol
 
 from ringfence.backends.access import BackendSettings, TargetAccess
-from ringfence.backends.circuit_breaker import Caller
-from ringfence.backends.errors import BackendError, TargetError, TargetRefusedError, TargetShutError
+from ringfence.backends.circuit_breaker import CircuitBreaker
+from ringfence.backends.errors import BackendError, CircuitOpenError, TargetError, TargetRefusedError
 from ringfence.backends.http import HttpBackend, StaticSecrets
 from ringfence.backends.jwt import JwtBackend
 from ringfence.backends.postgres.backend import PostgresBackend
@@ -23,6 +23,10 @@ from ringfence.messages.registry import TargetState
 from ringfence.model.target_settings import ENTRY_POINTS, TokenAlgorithm
 
 log = logging.getLogger(__name__)
+
+# Names of 0.1 that backends of others import: they stay.
+Caller = CircuitBreaker
+TargetShutError = CircuitOpenError
 
 Revocability = Literal["instant", "session", "ttl"]
 """How far a credential can be recalled before its end. `instant`: the target asks introspection, or only the gateway
@@ -133,6 +137,8 @@ __all__ = [
     "BackendError",
     "BackendSettings",
     "Caller",
+    "CircuitBreaker",
+    "CircuitOpenError",
     "EnforcedBy",
     "HttpBackend",
     "JwtBackend",

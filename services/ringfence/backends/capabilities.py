@@ -12,7 +12,7 @@ from ringfence.messages.registry import TargetState
 log = logging.getLogger(__name__)
 
 
-class Declared:
+class BackendCapabilities:
     """Asks the backends; of those that are not installed here the least is taken to be true."""
 
     def __init__(self, backends: Mapping[str, Backend]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ringfence.backends.errors import TargetError, TargetRefusedError, TargetShutError
+from ringfence.backends.errors import CircuitOpenError, TargetError, TargetRefusedError
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class _Target:
     """After it was shut, one call at a time finds out whether the target is there again."""
 
 
-class Caller:
+class CircuitBreaker:
     """One process's calls to all targets."""
 
     def __init__(
@@ -54,7 +54,7 @@ class Caller:
     async def call(self, target_id: str, work: Callable[[], Awaitable[T]]) -> T:
         """What `work` returns.
 
-        Raises TargetShutError at once while the target is left alone, TargetError past the deadline, and what `work`
+        Raises CircuitOpenError at once while the target is left alone, TargetError past the deadline, and what `work`
         raises.
         """
         target = self._of(target_id)
@@ -82,7 +82,7 @@ class Caller:
             target.failures = 0
             return answer
 
-    def shut_ms(self, target_id: str) -> int:
+    def open_for_ms(self, target_id: str) -> int:
         """How long the target is still left alone; 0 where it is not."""
         target = self._of(target_id)
         return max(0, int((target.shut_until - self._seconds()) * 1000))
@@ -93,13 +93,13 @@ class Caller:
         return self._targets[target_id]
 
     def _pass(self, target: _Target, target_id: str) -> bool:
-        """Raises TargetShutError where the call must not go out; whether it is the one that tries again."""
+        """Raises CircuitOpenError where the call must not go out; whether it is the one that tries again."""
         if target.failures < FAILURES_TO_SHUT:
             return False
         left_s = target.shut_until - self._seconds()
         if left_s > 0 or target.probing:
             retry_ms = int(max(left_s, FIRST_SHUT_S) * 1000)
-            raise TargetShutError(f"target {target_id} failed {target.failures} times in a row", retry_ms)
+            raise CircuitOpenError(f"target {target_id} failed {target.failures} times in a row", retry_ms)
         return True
 
     def _failed(self, target: _Target) -> None:

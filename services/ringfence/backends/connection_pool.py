@@ -19,7 +19,7 @@ class Connected(Protocol):
 S = TypeVar("S", bound=Connected)
 
 
-class Servers(Generic[S]):
+class ConnectionCache(Generic[S]):
     """Made when first asked for, and again where the rights are others now: replaced rights count at once."""
 
     def __init__(self, access: TargetAccess, make: Callable[[str, str], S]) -> None:

@@ -23,7 +23,7 @@ class TargetRefusedError(RingfenceError):
     code = "target_refused"
 
 
-class TargetShutError(TargetError):
+class CircuitOpenError(TargetError):
     """A target failed again and again, and is left alone for `retry_ms` more."""
 
     code = "target_shut"

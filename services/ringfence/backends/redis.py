@@ -30,7 +30,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from ringfence.backends.access import TargetAccess
-from ringfence.backends.connection_pool import Servers
+from ringfence.backends.connection_pool import ConnectionCache
 from ringfence.backends.errors import InexactError, TargetError, TargetRefusedError
 from ringfence.backends.secret_sources import AccessError
 from ringfence.backends.target_settings import not_set_up, settings_of
@@ -168,7 +168,7 @@ class RedisBackend:
     def __init__(self, trust_domain: str, access: TargetAccess) -> None:
         self._prefix = f"ringfence.{trust_domain}."
         self._access = access
-        self._servers = Servers(access, _Server)
+        self._servers = ConnectionCache(access, _Server)
 
     def user_of(self, lease_id: str) -> str:
         """The name of a lease's user. It tells one trust domain's users from another's at the same server."""

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, Protocol
 import httpx
 
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.secret_refs import PlaceError, read_place, read_variable
+from ringfence.kernel.base.secret_refs import PlaceError, read_secret, read_variable
 
 KEPT_S: Final = 10.0
 """How long a secret of Vault's is kept: so late at most is a replaced one seen."""
@@ -53,7 +53,7 @@ class LocalSource:
     def at_hand(self, where: str, what: str) -> str:
         """See `SecretSource`."""
         try:
-            return read_variable(where, what) if self._kind == "env" else read_place(f"file:{where}", what)
+            return read_variable(where, what) if self._kind == "env" else read_secret(f"file:{where}", what)
         except PlaceError as error:
             raise AccessError(str(error)) from None
 

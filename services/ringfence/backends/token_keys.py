@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.base.secret_refs import PlaceError, read_place
+from ringfence.kernel.base.secret_refs import PlaceError, read_secret
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey, b64encode, public_key
 from ringfence.model.target_settings import TokenAlgorithm
@@ -117,7 +117,7 @@ class TokenKey:
         Raises TokenKeyError, KeyFileError.
         """
         try:
-            text = read_place(f"file:{path}", "the key that signs tokens")
+            text = read_secret(f"file:{path}", "the key that signs tokens")
         except PlaceError as error:
             raise TokenKeyError(str(error)) from None
         if not text.startswith("-----BEGIN"):

@@ -29,7 +29,7 @@ from ringfence.dev.processes import LOOPBACK, Child, free_port, spawn
 from ringfence.dev.stack import Stack
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.private_files import write_private
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.lease import Lease
@@ -382,7 +382,7 @@ class _Ends:
         for record in records:
             try:
                 find = self._trust.finder("revoker", at_s=record.appended_at_ms / 1000)
-                claims = open_signed(parse(record.value), Lease, find, audience=self._domain).claims
+                claims = verify(parse(record.value), Lease, find, audience=self._domain).claims
             except InvalidMessageError:
                 continue  # the issuer's records, which are no ends
             if claims.status in ("released", "revoked", "expired"):

@@ -175,12 +175,12 @@ class Verdict:
 Blocks = Callable[[Blocked], None]
 """Told of each that is blocked so, before its sender is. Never raises."""
 
-Admits = Callable[[str], Reason | None]
+RateCheck = Callable[[str], Reason | None]
 """Asked with the agent, once it is known who sends a request and before anything else is decided: why it may not have
 one more now, or None."""
 
 
-class Patient(Protocol):
+class HoldableRequest(Protocol):
     """A request that can wait for a person: a data plane that has it hands it over with the attempt."""
 
     async def whole(self) -> bytes | None:
@@ -192,7 +192,7 @@ class Patient(Protocol):
         ...
 
 
-class Standing(Protocol):
+class CachedAllowance(Protocol):
     """What the very same request comes to each time, for as long as nothing that it rests on changed.
 
     Nothing is allowed by having it: what may be another from one moment to the next is asked by `allowed`.
@@ -212,7 +212,9 @@ class Standing(Protocol):
         """Whether `Gate.standing` would find the same now."""
         ...
 
-    def allowed(self, admits: Admits, then: Callable[[bool], None]) -> tuple[str, Mapping[str, str]] | None:
+    def allowed(
+        self, admits: RateCheck, then: Callable[[bool], None]
+    ) -> tuple[str, Mapping[str, str]] | None:
         """The id of the action and what it injects, where it is allowed and nothing has to be waited for.
 
         It is recorded together with what else is allowed in this turn of the loop: `then` is called, later in this
@@ -237,8 +239,8 @@ class Gate(Protocol):
         self,
         presented: Presented,
         attempt: Attempt,
-        admits: Admits | None = None,
-        patient: Patient | None = None,
+        admits: RateCheck | None = None,
+        patient: HoldableRequest | None = None,
     ) -> Verdict:
         """Decide, and record the decision. Never raises: what cannot be decided is denied.
 
@@ -248,7 +250,7 @@ class Gate(Protocol):
         """
         ...
 
-    def standing(self, presented: Presented, attempt: Attempt) -> Standing | None:
+    def standing(self, presented: Presented, attempt: Attempt) -> CachedAllowance | None:
         """What such a request comes to, where that needs no waiting; None for everything else: ask `decide`.
 
         One with a body that was seen is the same again only with the same body.
@@ -287,7 +289,7 @@ class Gate(Protocol):
         """
         ...
 
-    def lapsed(self) -> bool:
+    def view_expired(self) -> bool:
         """Whether this process stood still for so long that its view is too old, and nobody was told yet.
 
         What came meanwhile waits in its sockets: ask before it goes on. It costs next to nothing.

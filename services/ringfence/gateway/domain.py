@@ -22,12 +22,12 @@ from ringfence.model.records.instances import ref_void
 from ringfence.model.records.key_expiry import is_lost
 from ringfence.model.requests.facts import (
     DeniedError,
-    Ground,
-    against,
+    RecordContext,
     find_ground,
     key_compromised,
+    violations_of,
 )
-from ringfence.model.scope.rule import Side, lacking
+from ringfence.model.scope.rule import Limit, exceeding
 from ringfence.model.scope.scope import missing
 
 INJECTABLE: Final = frozenset({"http", "jwt"})
@@ -70,7 +70,7 @@ class Chosen:
     """The one lease that an action goes by, and the records that it was held against."""
 
     lease: Lease
-    ground: Ground
+    ground: RecordContext
     wanted: Scope
 
 
@@ -148,13 +148,13 @@ def weigh(
     lease = narrowest(one for one in candidates if not missing(wanted, one.scope))
     task_id = lease.task_id if lease is not None else sender.task_id or (named.task_id if named else None)
     reasons: list[Reason] = []
-    ground: Ground | None = None
+    ground: RecordContext | None = None
     if task_id is None:
         reasons += _agent_alone(sender.agent_id, directory)
     else:
         try:
             ground = find_ground(directory, sender.agent_id, task_id, target.target_id)
-            reasons += against(ground, wanted, now_s, entitlements_max_age_s)
+            reasons += violations_of(ground, wanted, now_s, entitlements_max_age_s)
         except DeniedError as error:
             reasons.append(error.reason)
     if lease is None:
@@ -265,7 +265,7 @@ def _of_others(lease: Lease, wanted: Scope, directory: Directory, weighed: Colle
         agent = directory.agent(agent_id) if not alone else None
         if agent is None:
             continue
-        for lack in lacking(wanted, (Side.ceiling(agent_id, agent.state.ceiling),)):
+        for lack in exceeding(wanted, (Limit.ceiling(agent_id, agent.state.ceiling),)):
             message = f"{lack.side} does not allow it"
             found.append(
                 Reason(code="beyond_scope", message=message, permission=lack.permission, side=lack.side)

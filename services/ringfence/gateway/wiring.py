@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass
 
 from ringfence.backends import BackendSettings, Material, TargetAccess, all_backends
-from ringfence.backends.capabilities import Declared
+from ringfence.backends.capabilities import BackendCapabilities
 from ringfence.backends.http import StaticSecrets
 from ringfence.client.resource_server.dpop_proofs import Nonces, ProofChecker
 from ringfence.gateway.decision.approval_questions import Questions
@@ -64,7 +64,7 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
     with of_setting("RINGFENCE_GATEWAY_BUNDLE"):
         bundle = load_bundle(own.bundle)
     engine = engine_of(load(OpaSettings), bundle, timeout_ms=own.evaluation_timeout_ms, entry_point=ACTION)
-    declared = Declared(all_backends(Material(settings.trust_domain, settings.issuer_url)))
+    declared = BackendCapabilities(all_backends(Material(settings.trust_domain, settings.issuer_url)))
     sealed = SealedCredentials(
         view.table, runtime.trust, clock,
         key=lambda: runtime.key, seal=_seal_keys(runtime, settings, own), issuer_url=own.issuer or settings.issuer_url,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ringfence.backends import (
     BackendSettings,
-    Caller,
+    CircuitBreaker,
     Material,
     TargetAccess,
     TokenKey,
@@ -20,7 +20,7 @@ from ringfence.issuer.gateway_delivery import GatewayDelivery
 from ringfence.issuer.gateway_http import GatewayHttp
 from ringfence.issuer.grant_use import GrantKeeper
 from ringfence.issuer.http import IssuerHttp
-from ringfence.issuer.limits import Gatekeeper, Limits
+from ringfence.issuer.limits import LeaseLimits, Limits
 from ringfence.issuer.minting import Minter
 from ringfence.issuer.resealing import Resealer
 from ringfence.issuer.settings import IssuerSettings
@@ -63,7 +63,7 @@ def build(
     store = LeaseStore(settings, runtime.clock)
     access = TargetAccess.of(load(BackendSettings))
     backends = all_backends(Material(settings.trust_domain, settings.issuer_url, token_keys, access))
-    caller = Caller(
+    caller = CircuitBreaker(
         concurrency=own.mint_concurrency, deadline_s=own.mint_deadline_s, longest_shut_s=_LONGEST_SHUT_S
     )
     minter = Minter(runtime, store, backends, caller, mint_ms=int(own.mint_within_s * 1000))
@@ -74,7 +74,7 @@ def build(
         backends=frozenset(backends),
         injected=frozenset(kind for kind, one in backends.items() if one.enforced_by == "gateway"),
     )
-    gatekeeper = Gatekeeper(store, runtime.clock, Limits(own.agent_leases, own.sponsor_leases, own.wait_s))
+    gatekeeper = LeaseLimits(store, runtime.clock, Limits(own.agent_leases, own.sponsor_leases, own.wait_s))
     granted = GrantTable(directory, settings.trust_domain)
     responses = runtime.history(
         [APPROVAL_RESPONSE], granted.on_records, since_ms=max(runtime.clock.now_ms() - GRANTS_KEEP_MS, 1)

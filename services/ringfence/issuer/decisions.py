@@ -31,14 +31,14 @@ from ringfence.issuer.domain import (
 )
 from ringfence.issuer.gateway_delivery import ENVELOPE_TYPE, GatewayDelivery, signed_delivery
 from ringfence.issuer.grant_use import GrantKeeper
-from ringfence.issuer.limits import Gatekeeper
+from ringfence.issuer.limits import LeaseLimits
 from ringfence.issuer.minting import REPLAYED, Minted, Minter, Replayed
 from ringfence.issuer.steps import say
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id, digest, lease_id
 from ringfence.kernel.crypto.jwe import seal
-from ringfence.kernel.crypto.jws import Signed, open_signed, parse, sign
+from ringfence.kernel.crypto.jws import Signed, parse, sign, verify
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.service.runtime import Runtime
@@ -58,9 +58,9 @@ from ringfence.messages.operations import EventKind
 from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, StoredLease
-from ringfence.model.leases.lifecycle import origin_of, springs_from
+from ringfence.model.leases.lifecycle import has_origin, origin_of
 from ringfence.model.leases.tracing import step_of, work_on
-from ringfence.model.leases.verification import open_lease
+from ringfence.model.leases.verification import verify_lease
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 
@@ -110,7 +110,7 @@ class DecisionHandler:
         store: LeaseStore,
         backends: Mapping[str, Backend],
         minter: Minter,
-        gatekeeper: Gatekeeper,
+        gatekeeper: LeaseLimits,
         grants: GrantKeeper,
         delivery: GatewayDelivery,
         terms: Terms,
@@ -216,7 +216,7 @@ class DecisionHandler:
         opened, failed = list[Decision](), list[tuple[Received, InvalidMessageError]]()
         for record in batch:
             try:
-                signed: Signed[CredentialDecision] = open_signed(
+                signed: Signed[CredentialDecision] = verify(
                     parse(record.value),
                     DecidedTerms,
                     self._runtime.trust.finder(*DecidedTerms.signed_by, at_s=record.appended_at_ms / 1000),
@@ -228,7 +228,7 @@ class DecisionHandler:
                 continue
             if signed.claims.outcome == "allowed":
                 opened.append(Decision(signed, record.coordinates, record.traceparent))
-        await gather_all(self._runtime.letters.bury(record, problem) for record, problem in failed)
+        await gather_all(self._runtime.letters.send(record, problem) for record, problem in failed)
         return opened
 
     async def _weigh(self, decisions: Sequence[Decision]) -> list[Issue | Refusal]:
@@ -291,12 +291,12 @@ class DecisionHandler:
     def _known(self, issue: Issue, stored: StoredLease) -> _Outcome:
         try:
             # Verified: whoever can write to Redis must not have this issuer publish a record of their own.
-            lease = open_lease(stored.jws, self._runtime.trust, self._runtime.clock)
+            lease = verify_lease(stored.jws, self._runtime.trust, self._runtime.clock)
         except InvalidMessageError as error:
             # The same batch again would find the same: all others wait behind it.
             log.error("the record of lease %s in Redis does not hold: %s", issue.lease.lease_id, error)
             return REPLAYED
-        if not springs_from(lease, issue.origin):
+        if not has_origin(lease, issue.origin):
             return REPLAYED
         if stored.status == "active" and lease.backend == issue.lease.backend:
             return _Live(issue, stored.jws.decode("ascii"))
@@ -320,12 +320,12 @@ class DecisionHandler:
 
     def _recovered(self, decision: Decision, request: CredentialRequest, stored: StoredLease) -> _Live | None:
         try:
-            lease = open_lease(stored.jws, self._runtime.trust, self._runtime.clock)
+            lease = verify_lease(stored.jws, self._runtime.trust, self._runtime.clock)
             target = self._directory.target(lease.target_id)
         except (InvalidMessageError, ChainError):
             return None
         origin = origin_of(lease.lease_id, decision.at)
-        if target is None or not springs_from(lease, origin) or lease.backend not in self._backends:
+        if target is None or not has_origin(lease, origin) or lease.backend not in self._backends:
             return None
         issue = Issue(lease, origin, request, target.state)
         if isinstance(self._sayable(issue), Refusal):

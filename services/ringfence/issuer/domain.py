@@ -9,7 +9,7 @@ from typing import Any, TypedDict, TypeVar
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import lease_id, message_id
 from ringfence.kernel.crypto.jwe import check_reply_key
-from ringfence.kernel.crypto.jws import Signed, open_signed, parse
+from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.base import Jws
 from ringfence.messages.credential import (
@@ -34,7 +34,7 @@ from ringfence.model.requests.approvals import (
     required_classes,
     unmet,
 )
-from ringfence.model.requests.facts import DeniedError, Facts, gather, violations
+from ringfence.model.requests.facts import DeniedError, RequestContext, load_context, violations
 from ringfence.model.requests.grants import grant_problem, id_of
 from ringfence.model.scope.rule import DeadlineError, deadline_ms
 from ringfence.model.unknown_fields import NOT_UNDERSTOOD
@@ -208,7 +208,7 @@ def _request(decision: Decision, directory: Directory, terms: Terms) -> _Asked:
 
     try:
         jws = parse(claims.request)
-        request = open_signed(
+        request = verify(
             jws, CredentialRequest,
             keys_of_agents(directory, jws, CredentialRequest, source.appended_at_ms / 1000),
             audience=terms.trust_domain, appended_at_ms=source.appended_at_ms,
@@ -272,7 +272,7 @@ def _issue(decision: Decision, asked: _Asked, directory: Directory, terms: Terms
             )
         )
     try:
-        facts = gather(directory, asked.signed, claims.request_id)
+        facts = load_context(directory, asked.signed, claims.request_id)
     except DeniedError as error:
         raise _RefusedError(error.reason) from None
     if claims.revisions is None:
@@ -302,7 +302,7 @@ def _is_older(own: Revisions, seen: Revisions) -> bool:
     return any(mine < theirs for mine, theirs in pairs)
 
 
-def _check_rule(decision: Decision, facts: Facts, terms: Terms, *, unchanged: bool) -> None:
+def _check_rule(decision: Decision, facts: RequestContext, terms: Terms, *, unchanged: bool) -> None:
     found = violations(facts, decision.at.appended_at_ms / 1000, terms.entitlements_max_age_s)
     if not found:
         return
@@ -311,7 +311,7 @@ def _check_rule(decision: Decision, facts: Facts, terms: Terms, *, unchanged: bo
     raise _RefusedError(*found, finding=unchanged and any(one.code not in NOT_UNDERSTOOD for one in before))
 
 
-def _check_terms(decision: Decision, facts: Facts, terms: Terms, *, unchanged: bool) -> int:
+def _check_terms(decision: Decision, facts: RequestContext, terms: Terms, *, unchanged: bool) -> int:
     """The TTL of the lease. Delivery and TTL are what was asked for, or less."""
     claims, request, target = decision.claims, facts.request.claims, facts.target.state
     if claims.ttl_s is None:
@@ -352,7 +352,7 @@ def _check_terms(decision: Decision, facts: Facts, terms: Terms, *, unchanged: b
 
 def _check_approvals(
     decision: Decision,
-    facts: Facts,
+    facts: RequestContext,
     directory: Directory,
     ttl_s: int,
     revisions: Revisions,
@@ -394,7 +394,7 @@ def _answer(compact: Jws, model: type[A], decision: Decision, directory: Directo
     """One embedded approval or grant, signed by a user whose key counts now. Its end is looked at with its terms."""
     at_s = decision.at.appended_at_ms / 1000
     try:
-        return open_signed(
+        return verify(
             parse(compact),
             model,
             lambda iss, kid: directory.user_key(iss, kid, at_s),
@@ -408,7 +408,12 @@ def _answer(compact: Jws, model: type[A], decision: Decision, directory: Directo
 
 
 def _leased(
-    decision: Decision, facts: Facts, kid: str, terms: Terms, deadline: int, grants: tuple[Grant, ...]
+    decision: Decision,
+    facts: RequestContext,
+    kid: str,
+    terms: Terms,
+    deadline: int,
+    grants: tuple[Grant, ...],
 ) -> Issue:
     request = facts.request.claims
     agent_id = facts.agent.state.agent_id

@@ -15,7 +15,7 @@ from ringfence.kernel.base import metrics
 from ringfence.messages.permission import PERMISSION_TYPE
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.lease_store.standing import is_cut
-from ringfence.model.leases.lifecycle import ALL_MARK
+from ringfence.model.leases.lifecycle import ALL_LEASES
 from ringfence.model.records.api_access import Authenticator
 
 INTROSPECTION_PATH = "/oauth2/introspect"
@@ -139,7 +139,7 @@ def _marks(claims: dict[str, Any]) -> tuple[str, ...]:
                 f"sponsor:{step['sponsor'].rpartition('/')[2]}",
             )
         ),
-        ALL_MARK,
+        ALL_LEASES,
     )
 
 

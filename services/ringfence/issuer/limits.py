@@ -39,7 +39,7 @@ class _Count:
     read_at_s: float
 
 
-class Gatekeeper:
+class LeaseLimits:
     """Looks at what has been weighed and would be issued next."""
 
     def __init__(self, store: LeaseStore, clock: Clock, limits: Limits) -> None:

@@ -12,18 +12,18 @@ import secrets
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ringfence.backends import AccessError, Backend, Caller, TargetRefusedError, TargetShutError
+from ringfence.backends import AccessError, Backend, CircuitBreaker, CircuitOpenError, TargetRefusedError
 from ringfence.issuer.domain import FULL, FULL_RETRY_S, LATE, OVER, Issue, Refusal, cannot, fenced
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.crypto.jws import open_signed, parse, sign
+from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Credential, Reason
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import Activation, LeaseStore, Preparation, SignedLease, StoredLease
-from ringfence.model.leases.lifecycle import after_minting, before_minting, restated, springs_from
+from ringfence.model.leases.lifecycle import after_minting, before_minting, has_origin, restated
 from ringfence.model.leases.tracing import step_of
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Minter:
         runtime: Runtime,
         store: LeaseStore,
         backends: Mapping[str, Backend],
-        caller: Caller,
+        caller: CircuitBreaker,
         *,
         mint_ms: int,
     ) -> None:
@@ -251,11 +251,11 @@ class Minter:
             parsed = parse(stored.jws)
             at_s = parsed.unverified_claims(Lease).iat
             find = self._runtime.trust.finder(*Lease.signed_by, at_s=at_s)
-            lease = open_signed(parsed, Lease, find, audience=self._runtime.settings.trust_domain).claims
+            lease = verify(parsed, Lease, find, audience=self._runtime.settings.trust_domain).claims
         except InvalidMessageError as error:
             log.error("the record of lease %s in Redis does not hold: %s", issue.lease.lease_id, error)
             return None
-        return lease if springs_from(lease, issue.origin) else None
+        return lease if has_origin(lease, issue.origin) else None
 
 
 TOO_SLOW = (
@@ -279,6 +279,6 @@ def _reason(error: RingfenceError) -> Reason:
 def _retry_after_s(error: RingfenceError) -> int | None:
     if isinstance(error, TargetRefusedError):
         return None  # the same again is refused again
-    if isinstance(error, TargetShutError):
+    if isinstance(error, CircuitOpenError):
         return max(RETRY_AFTER_S, error.retry_ms // 1000)
     return RETRY_AFTER_S

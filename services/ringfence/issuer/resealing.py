@@ -9,9 +9,9 @@ from typing import Any
 
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.settings import BusSettings
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.multi_recipient_jwe import Opener, enclose, unverified_about
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
@@ -21,8 +21,8 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.topics import CREDENTIAL_REPLY
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.lease_store.standing import is_cut
-from ringfence.model.leases.lifecycle import ALL_MARK, marks_of
-from ringfence.model.leases.verification import open_lease
+from ringfence.model.leases.lifecycle import ALL_LEASES, selector_keys
+from ringfence.model.leases.verification import verify_lease
 from ringfence.model.records.api_access import ForbiddenError, NotFoundError
 
 log = logging.getLogger(__name__)
@@ -73,11 +73,11 @@ class Resealer:
         if stored is None:
             raise _not_live(lease_id)
         try:
-            lease = open_lease(stored.jws, self._trust, self._clock)
+            lease = verify_lease(stored.jws, self._trust, self._clock)
         except InvalidMessageError as error:
             log.error("the record of lease %s in Redis does not hold: %s", lease_id, error)
             raise _not_live(lease_id) from None
-        looked = await self._store.look(lease_id, (*marks_of(lease), ALL_MARK))
+        looked = await self._store.look(lease_id, (*selector_keys(lease), ALL_LEASES))
         if not looked.active or is_cut(looked) or lease.delivery != "gateway":
             raise _not_live(lease_id)
         return lease
@@ -116,7 +116,7 @@ class Resealer:
             return None
         try:
             plain = self._own.open(record.value)
-            claims = open_signed(
+            claims = verify(
                 parse(plain),
                 CredentialDelivery,
                 self._trust.finder("issuer", at_s=record.appended_at_ms / 1000),
@@ -128,7 +128,7 @@ class Resealer:
                 record.topic_name,
                 record.offset,
                 error,
-                extra=of_a_kind(record.topic_name, error.code),
+                extra=rate_limited(record.topic_name, error.code),
             )
             return None
         same = (claims.lease_id, claims.target_id) == (lease.lease_id, lease.target_id)

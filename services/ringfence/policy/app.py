@@ -9,11 +9,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from ringfence.backends import Material, all_backends
-from ringfence.backends.capabilities import Declared
+from ringfence.backends.capabilities import BackendCapabilities
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
-from ringfence.kernel.kafka.batch_handlers import one_by_one, side_by_side
+from ringfence.kernel.kafka.batch_handlers import concurrent, sequential
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
@@ -38,23 +38,23 @@ from ringfence.model.requests.grants import GrantTable, kind_of
 from ringfence.policy.agents.holdings import LEASES_SINCE_MS, REFUSALS_SINCE_MS, Holdings
 from ringfence.policy.agents.roster import Roster
 from ringfence.policy.agents.shared_keys import SharedKeys
-from ringfence.policy.agents.sightings import Sightings
+from ringfence.policy.agents.sightings import KeyLastSeen
 from ringfence.policy.api.authzen import AuthZen
 from ringfence.policy.api.decisions import Api
 from ringfence.policy.api.grants import GrantApi
 from ringfence.policy.api.inventory import InventoryApi
 from ringfence.policy.api.reach import ReachApi
 from ringfence.policy.api.usage import UsageApi
-from ringfence.policy.decision_log import HISTORY_MS, Approvers, DecisionsInMemory
-from ringfence.policy.decisions.evaluator import Judge
-from ringfence.policy.decisions.responder import Answers
+from ringfence.policy.decision_log import HISTORY_MS, Approvers, InMemoryDecisionLog
+from ringfence.policy.decisions.evaluator import RequestEvaluator
+from ringfence.policy.decisions.responder import DecisionPublisher
 from ringfence.policy.grants import GrantBook
-from ringfence.policy.incoming.admission import Doorkeeper, Gatekeeper, Limits, PendingLimits
+from ringfence.policy.incoming.admission import AdmissionControl, Limits, PendingApprovalLimit, PendingLimits
 from ringfence.policy.incoming.approvals import ApprovalHandler
 from ringfence.policy.incoming.credential_requests import RequestHandler
 from ringfence.policy.incoming.grants import GrantHandler
-from ringfence.policy.incoming.load_shedding import LetGo
-from ringfence.policy.incoming.verification import Opener
+from ringfence.policy.incoming.load_shedding import ShedRequests
+from ringfence.policy.incoming.verification import MessageVerifier
 from ringfence.policy.incoming.waiting import count_what_waits
 from ringfence.policy.notifications.action_notices import teller
 from ringfence.policy.notifications.notices import Notices
@@ -93,14 +93,14 @@ def build(
         holdings.decided(decision, agent_id, at_ms)
         grants.on_allowed(decision)
 
-    sightings = Sightings()
+    sightings = KeyLastSeen()
     roster = Roster(directory, holdings, sightings, runtime.clock)
-    decisions = DecisionsInMemory(runtime.trust, allowed, sightings.on_decision)
+    decisions = InMemoryDecisionLog(runtime.trust, allowed, sightings.on_decision)
 
     def read_back(topic: Topic[Any], reader: Callable[[Sequence[Received]], None], for_ms: int) -> Follower:
         since_ms = max(runtime.clock.now_ms() - for_ms, 1)
         return runtime.history(
-            [topic], runtime.and_by_the_next_bundle(reader), since_ms=since_ms, linger_ms=_READ_BACK_MS
+            [topic], runtime.redeliver_after_rotation(reader), since_ms=since_ms, linger_ms=_READ_BACK_MS
         )
 
     read_back(LEASE, holdings.on_leases, LEASES_SINCE_MS)
@@ -125,13 +125,13 @@ def build(
 
     count_what_waits(decisions, runtime.clock)
     notices = Notices(own.webhooks, directory, decisions, runtime.clock)
-    answers = Answers(runtime, directory, decisions, Approvers(directory), notices)
-    opener = Opener(runtime, directory)
-    declared = Declared(all_backends(Material(settings.trust_domain, settings.issuer_url)))
-    judge = Judge(runtime, directory, engine, holdings, (history,), grants, declared)
+    answers = DecisionPublisher(runtime, directory, decisions, Approvers(directory), notices)
+    opener = MessageVerifier(runtime, directory)
+    declared = BackendCapabilities(all_backends(Material(settings.trust_domain, settings.issuer_url)))
+    judge = RequestEvaluator(runtime, directory, engine, holdings, (history,), grants, declared)
     limits = Limits(own.agent_requests_per_minute, own.sponsor_requests_per_minute, own.wait_s)
     pending = PendingLimits(own.agent_pending_approvals, own.sponsor_pending_approvals)
-    gatekeeper, let_go = Gatekeeper(directory, limits), LetGo(runtime, decisions)
+    gatekeeper, let_go = AdmissionControl(directory, limits), ShedRequests(runtime, decisions)
     requests = RequestHandler(
         runtime,
         opener,
@@ -139,7 +139,7 @@ def build(
         judge,
         decisions,
         answers,
-        Doorkeeper(directory, decisions, pending),
+        PendingApprovalLimit(directory, decisions, pending),
         recall,
         SharedKeys(runtime, KeyUses()),
         let_go,
@@ -157,7 +157,7 @@ def build(
         await granting.handle(record)
         return None
 
-    responses = one_by_one(respond, runtime.letters)
+    responses = sequential(respond, runtime.letters)
 
     async def respond_to_all(batch: Sequence[Received]) -> None:
         approvals.came(batch)
@@ -167,7 +167,7 @@ def build(
     consumer = runtime.consume(
         "policy",
         {
-            CREDENTIAL_REQUEST: side_by_side(requests.handle, runtime.letters),
+            CREDENTIAL_REQUEST: concurrent(requests.handle, runtime.letters),
             APPROVAL_RESPONSE: respond_to_all,
         },
         on_assigned=remember,
@@ -179,7 +179,7 @@ def build(
         letters = DeadLetters(
             runtime.publisher, runtime.role, runtime.clock, runtime.trust, runtime.trust_moved, halts=False
         )
-        runtime.consume("policy-notices", {APPROVAL_REQUEST: one_by_one(tell, letters)})
+        runtime.consume("policy-notices", {APPROVAL_REQUEST: sequential(tell, letters)})
 
     async def close_overdue() -> None:
         await decisions.settle()

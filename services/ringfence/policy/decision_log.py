@@ -18,8 +18,8 @@ import orjson
 
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import digest, message_id
-from ringfence.kernel.base.log_limiter import of_a_kind
-from ringfence.kernel.crypto.jws import MAX_LIFE_S, Signed, open_signed, parse
+from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.kernel.crypto.jws import MAX_LIFE_S, Signed, parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Approval
@@ -45,7 +45,7 @@ HISTORY_MS = MAX_AGE_MS + 60 * 60 * 1000
 """How far back decisions are read at the start."""
 
 
-class Place(NamedTuple):
+class RecordPosition(NamedTuple):
     """Where a record stands in its topic."""
 
     partition: int
@@ -53,12 +53,12 @@ class Place(NamedTuple):
 
 
 @dataclass(slots=True)
-class Known:
+class RequestState:
     """What is known about one request."""
 
     request_id: str
     agent_id: str
-    at: Place
+    at: RecordPosition
     """Where the request stands. The same id elsewhere is a replay."""
     exp: int
     """The request's end, in seconds since 1970."""
@@ -68,21 +68,21 @@ class Known:
     """Whether this process has set out to decide on it: a decision may stand on Kafka without its being told."""
     ttl_s: int | None = None
     decision_id: str | None = None
-    decided_at: Place | None = None
+    decided_at: RecordPosition | None = None
     jws: str | None = None
     """The decision, where it may be needed again: while approvals are waited for, and of a denial lately."""
     pending: CredentialDecision | None = None
     """The decision that waits for approvals."""
     traceparent: str | None = None
     forget_at_ms: int = 0
-    approvals: dict[str, tuple[str, Place | None]] = field(default_factory=dict)
+    approvals: dict[str, tuple[str, RecordPosition | None]] = field(default_factory=dict)
     """The approvals in the decision by id: digest, and where it stands if this process has seen it."""
 
     @property
     def is_final(self) -> bool:
         return self.outcome in ("allowed", "denied")
 
-    def saw(self, approval: Signed[Approval], at: Place) -> None:
+    def saw(self, approval: Signed[Approval], at: RecordPosition) -> None:
         """Remember where an approval stands that this process has taken in."""
         id = message_id(approval.claims.iss, approval.claims.jti)
         self.approvals[id] = (approval.digest, at)
@@ -91,20 +91,22 @@ class Known:
 class Decisions(Protocol):
     """The memory of policy."""
 
-    def claim(self, request_id: str, agent_id: str, at: Place, *, at_ms: int, exp: int) -> Known:
+    def claim(
+        self, request_id: str, agent_id: str, at: RecordPosition, *, at_ms: int, exp: int
+    ) -> RequestState:
         """What is known about a verified request; what was not known before is known from now on.
 
         `at_ms` is its append time, `exp` its own, in seconds since 1970.
         """
         ...
 
-    def get(self, request_id: str) -> Known | None:
+    def get(self, request_id: str) -> RequestState | None:
         """What is known about a request, or None."""
         ...
 
     def keep(
-        self, decision: CredentialDecision, jws: str, at: Place, at_ms: int, traceparent: str | None
-    ) -> Known:
+        self, decision: CredentialDecision, jws: str, at: RecordPosition, at_ms: int, traceparent: str | None
+    ) -> RequestState:
         """Take in a decision of this service that stands at `at`, appended at `at_ms`. The first final one counts."""
         ...
 
@@ -112,7 +114,7 @@ class Decisions(Protocol):
         """The offset of the last request in a partition of which something is known; -1 where there is none."""
         ...
 
-    def pending(self) -> Iterator[Known]:
+    def pending(self) -> Iterator[RequestState]:
         """All requests that wait for approvals."""
         ...
 
@@ -121,7 +123,7 @@ class Decisions(Protocol):
         ...
 
 
-class DecisionsInMemory:
+class InMemoryDecisionLog:
     """`Decisions` in this process, fed by what it publishes and by what it reads back.
 
     Time goes by the append times of the decisions in each partition, not by the clock: whatever could come again after
@@ -141,32 +143,34 @@ class DecisionsInMemory:
         self._on_decision = on_decision
         self._trust = trust
         self._on_allowed = on_allowed
-        self._known: dict[str, Known] = {}
-        self._pending: dict[str, Known] = {}
+        self._known: dict[str, RequestState] = {}
+        self._pending: dict[str, RequestState] = {}
         self._waiting: Counter[str] = Counter()
         self._ends: dict[int, list[tuple[int, str]]] = {}
         self._reached: dict[int, int] = {}
-        self._denials: dict[int, deque[Known]] = {}
-        self._published: set[Place] = set()
+        self._denials: dict[int, deque[RequestState]] = {}
+        self._published: set[RecordPosition] = set()
         self._unread: dict[int, list[tuple[int, int, Received]]] | None = {}
         self._settling = asyncio.Lock()
 
     # --- Decisions ---
 
-    def claim(self, request_id: str, agent_id: str, at: Place, *, at_ms: int, exp: int) -> Known:
+    def claim(
+        self, request_id: str, agent_id: str, at: RecordPosition, *, at_ms: int, exp: int
+    ) -> RequestState:
         known = self._known.get(request_id)
         if known is None:
-            known = self._known[request_id] = Known(request_id, agent_id, at, exp)
+            known = self._known[request_id] = RequestState(request_id, agent_id, at, exp)
             self._forget_at(at.partition, _end_ms(exp, at_ms), known)
             self._reach(at)
         return known
 
-    def get(self, request_id: str) -> Known | None:
+    def get(self, request_id: str) -> RequestState | None:
         return self._known.get(request_id)
 
     def keep(
-        self, decision: CredentialDecision, jws: str, at: Place, at_ms: int, traceparent: str | None
-    ) -> Known:
+        self, decision: CredentialDecision, jws: str, at: RecordPosition, at_ms: int, traceparent: str | None
+    ) -> RequestState:
         before = self._known.get(decision.request_id)
         if before is None or before.decided_at != at:  # else it was read back before it was acknowledged
             self._published.add(at)
@@ -175,7 +179,7 @@ class DecisionsInMemory:
     def reached(self, partition: int) -> int:
         return self._reached.get(partition, -1)
 
-    def pending(self) -> Iterator[Known]:
+    def pending(self) -> Iterator[RequestState]:
         yield from list(self._pending.values())
 
     def waiting(self) -> Mapping[str, int]:
@@ -186,7 +190,7 @@ class DecisionsInMemory:
     def on_records(self, records: Sequence[Received]) -> None:
         """Take in decisions from the topic, in the order of each partition."""
         for record in records:
-            place = Place(record.partition, record.offset)
+            place = RecordPosition(record.partition, record.offset)
             if place in self._published:
                 self._published.discard(place)
                 continue
@@ -233,7 +237,7 @@ class DecisionsInMemory:
                 record.topic_name,
                 record.offset,
                 error,
-                extra=of_a_kind(record.topic_name, type(error).__name__),
+                extra=rate_limited(record.topic_name, type(error).__name__),
             )
             return
         kept = self._unread.setdefault(record.partition, [])
@@ -243,12 +247,12 @@ class DecisionsInMemory:
 
     def _read(self, record: Received) -> None:
         try:
-            signed = open_signed(
+            signed = verify(
                 parse(record.value), CredentialDecision,
                 self._trust.finder(*CredentialDecision.signed_by, at_s=record.appended_at_ms / 1000),
                 audience=self._trust.trust_domain,
             )  # fmt: skip
-            place = Place(record.partition, record.offset)
+            place = RecordPosition(record.partition, record.offset)
             self._take(signed.claims, signed.compact, place, record.appended_at_ms, record.traceparent)
         except InvalidMessageError as error:
             log.error(
@@ -256,21 +260,21 @@ class DecisionsInMemory:
                 record.topic_name,
                 record.offset,
                 error,
-                extra=of_a_kind(record.topic_name, error.code),
+                extra=rate_limited(record.topic_name, error.code),
             )
 
     # --- what both lead to ---
 
     def _take(
-        self, decision: CredentialDecision, jws: str, at: Place, at_ms: int, traceparent: str | None
-    ) -> Known:
-        id, source = decision.request_id, Place(decision.source.partition, decision.source.offset)
+        self, decision: CredentialDecision, jws: str, at: RecordPosition, at_ms: int, traceparent: str | None
+    ) -> RequestState:
+        id, source = decision.request_id, RecordPosition(decision.source.partition, decision.source.offset)
         known = self._known.get(id)
         if known is None:
             # The request stands inside a decision that this service signed: it was verified before that.
             request = parse(decision.request).unverified_claims(CredentialRequest)
             agent_id = subject_of(decision.aud, request.iss, "agent") or ""
-            known = self._known[id] = Known(id, agent_id, source, request.exp)
+            known = self._known[id] = RequestState(id, agent_id, source, request.exp)
         self._reach(source)
         self._on_decision(decision, known.agent_id)
         final = decision.outcome != "approval_required"
@@ -301,10 +305,10 @@ class DecisionsInMemory:
         self._forget_until(at.partition, at_ms)
         return known
 
-    def _reach(self, at: Place) -> None:
+    def _reach(self, at: RecordPosition) -> None:
         self._reached[at.partition] = max(self._reached.get(at.partition, -1), at.offset)
 
-    def _replaces(self, known: Known, final: bool, at: Place) -> bool:
+    def _replaces(self, known: RequestState, final: bool, at: RecordPosition) -> bool:
         assert known.decided_at is not None
         if known.is_final:
             return final and at.offset < known.decided_at.offset
@@ -312,7 +316,7 @@ class DecisionsInMemory:
 
     # --- forgetting ---
 
-    def _forget_at(self, partition: int, end_ms: int, known: Known) -> None:
+    def _forget_at(self, partition: int, end_ms: int, known: RequestState) -> None:
         if end_ms > known.forget_at_ms:
             known.forget_at_ms = end_ms
             heapq.heappush(self._ends.setdefault(partition, []), (end_ms, known.request_id))
@@ -326,7 +330,7 @@ class DecisionsInMemory:
                 del self._known[id]
                 self._waits_no_more(id)
 
-    def _keep_text(self, denied: Known, partition: int) -> None:
+    def _keep_text(self, denied: RequestState, partition: int) -> None:
         """Keep a denial as a text, and that of an older one no longer: it is most of what is remembered of it."""
         denials = self._denials.setdefault(partition, deque())
         denials.append(denied)

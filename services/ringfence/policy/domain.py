@@ -27,7 +27,7 @@ from ringfence.model.requests.approvals import (
     required_classes,
     unmet,
 )
-from ringfence.model.requests.facts import Facts
+from ringfence.model.requests.facts import RequestContext
 from ringfence.model.requests.policy_view import WrittenRecords
 from ringfence.rego.engine import PolicyResult
 
@@ -67,11 +67,11 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class Evaluation:
     """A ruling, and what it was made on: nothing where there was nothing to hold the request against."""
 
     ruling: Ruling
-    facts: Facts | None = None
+    facts: RequestContext | None = None
     revisions: Revisions | None = None
     input: dict[str, Any] | None = None
     input_digest: str | None = None
@@ -81,9 +81,9 @@ class Judgement:
     """Those that it rests on."""
 
 
-def denied(code: str, message: str, *, retry_after_s: int | None = None) -> Judgement:
+def denied(code: str, message: str, *, retry_after_s: int | None = None) -> Evaluation:
     """A denial that needs no records."""
-    return Judgement(Ruling("denied", (Reason(code=code, message=message),), retry_after_s=retry_after_s))
+    return Evaluation(Ruling("denied", (Reason(code=code, message=message),), retry_after_s=retry_after_s))
 
 
 class InputBuilder:
@@ -96,7 +96,7 @@ class InputBuilder:
 
     def build(
         self,
-        facts: Facts,
+        facts: RequestContext,
         against: Sequence[Reason],
         approvals: Sequence[Mapping[str, Any]],
         held: Sequence[Mapping[str, Any]],
@@ -158,7 +158,7 @@ def approver(user: UserState) -> dict[str, Any]:
 
 
 def rule(
-    facts: Facts,
+    facts: RequestContext,
     against: Sequence[Reason],
     result: PolicyResult,
     approvals: Sequence[Signed[Approval] | Signed[Grant]],
@@ -249,7 +249,9 @@ def _shortened(asked_s: int, ttl_s: int) -> tuple[Reason, ...]:
     )
 
 
-def _why_asked(facts: Facts, required: Sequence[RequiredClass], result: PolicyResult) -> tuple[Reason, ...]:
+def _why_asked(
+    facts: RequestContext, required: Sequence[RequiredClass], result: PolicyResult
+) -> tuple[Reason, ...]:
     target, wanted = facts.target.state, {v for p in facts.request.claims.scope for v in p.verbs}
     found: list[Reason] = []
     for wanted_class in required:
@@ -272,7 +274,7 @@ _WHOSE: dict[RequiredClass, str] = {
 
 
 def people_to_ask(
-    directory: Directory, facts: Facts, required: Sequence[RequiredClass], candidates: Sequence[str]
+    directory: Directory, facts: RequestContext, required: Sequence[RequiredClass], candidates: Sequence[str]
 ) -> tuple[str, ...]:
     """Who is asked: for each class those of the candidates who may give it, at most `MAX_ASKED`; where nobody may, the
     agent's sponsor, who knows whom to turn to.
@@ -286,7 +288,7 @@ def people_to_ask(
 
 
 def may_approve_any(
-    directory: Directory, user_id: str, classes: Iterable[RequiredClass], facts: Facts
+    directory: Directory, user_id: str, classes: Iterable[RequiredClass], facts: RequestContext
 ) -> tuple[RequiredClass, ...]:
     """Those of the classes that the user could give an approval of."""
     return tuple(c for c in classes if may_approve(directory, user_id, c, facts))

@@ -12,13 +12,13 @@ from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import CredentialDecision
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import unmet
-from ringfence.model.requests.facts import Ground
+from ringfence.model.requests.facts import RecordContext
 from ringfence.model.requests.grants import (
     GrantTable,
     grant_problem,
     id_of,
 )
-from ringfence.policy.domain import Case, Judgement
+from ringfence.policy.domain import Case, Evaluation
 
 _MOST_REMEMBERED = 1000
 """Beyond, it is looked which grants are over."""
@@ -33,7 +33,7 @@ class GrantBook:
         self._used: dict[str, set[str]] = {}
 
     def fitting(
-        self, case: Case, judgement: Judgement, approvals: Sequence[Signed[Approval]], at_ms: int
+        self, case: Case, judgement: Evaluation, approvals: Sequence[Signed[Approval]], at_ms: int
     ) -> tuple[Signed[Grant], ...]:
         """Grants that, with these approvals, leave nothing to be asked for; none where they would not be enough."""
         facts, ruling, revisions = judgement.facts, judgement.ruling, judgement.revisions
@@ -87,7 +87,7 @@ class GrantBook:
         used = self._used.get(id_of(grant.claims), set())
         return request_id in used or len(used) < grant.claims.count
 
-    def _is_withdrawn(self, grant: Grant, ground: Ground) -> bool:
+    def _is_withdrawn(self, grant: Grant, ground: RecordContext) -> bool:
         return self._table.is_withdrawn(
             grant, sponsor=ground.agent.state.sponsor, on_behalf_of=ground.task.state.on_behalf_of
         )

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from ringfence.kernel.base.secret_refs import Place
+from ringfence.kernel.base.secret_refs import SecretRef
 from ringfence.kernel.base.settings import RingfenceSettings
 from ringfence.rego.embedded import TIMEOUT_MS
 
@@ -32,7 +32,7 @@ class PolicySettings(RingfenceSettings):
     """How many requests of one agent may wait for people at once; 0 is without limit."""
     sponsor_pending_approvals: Annotated[int, Field(ge=0)] = 200
     """How many requests of all agents of one sponsor may wait for people at once; 0 is without limit."""
-    webhooks: dict[str, Place] = Field(default_factory=dict)
+    webhooks: dict[str, SecretRef] = Field(default_factory=dict)
     """By user: where the URL and the secret stand of the webhook that tells them what waits, as `env:NAME` or
     `file:PATH`."""
     wait_s: Annotated[int, Field(ge=0, le=86_400)] = 45

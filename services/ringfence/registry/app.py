@@ -8,7 +8,7 @@ from functools import partial
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import ServiceSettings, load
-from ringfence.kernel.kafka.batch_handlers import one_by_one
+from ringfence.kernel.kafka.batch_handlers import sequential
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT
@@ -42,11 +42,11 @@ def build(
     warnings = KeyWarnings(runtime, directory)
     registry = Registry(runtime, directory, memory, on_alarm, warnings.remember)
     runtime.table(TABLES, directory.on_records)
-    on_events = runtime.and_by_the_next_bundle(registry.on_events)
+    on_events = runtime.redeliver_after_rotation(registry.on_events)
     registry.history = runtime.history((SERVICE_EVENT,), on_events, since_ms=since_ms)
     commands = runtime.consume(
         "registry",
-        {REGISTRY_COMMAND: one_by_one(registry.on_command, runtime.letters)},
+        {REGISTRY_COMMAND: sequential(registry.on_command, runtime.letters)},
         on_assigned=registry.catch_up,
     )
     command_topic = REGISTRY_COMMAND.name(settings.topic_prefix)

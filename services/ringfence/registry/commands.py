@@ -11,7 +11,7 @@ from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.ids import derived_id, digest
-from ringfence.kernel.crypto.jws import open_signed, parse, sign
+from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
@@ -233,7 +233,7 @@ class Registry:
             if record.key != self._runtime.role:
                 continue
             try:
-                event = open_signed(
+                event = verify(
                     parse(record.value),
                     ServiceEvent,
                     self._runtime.trust.finder("registry", at_s=record.appended_at_ms / 1000),

@@ -12,14 +12,14 @@ from typing import NamedTuple, Protocol
 
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.crypto.jws import LEEWAY_S, Signed, open_signed, parse, sign
+from ringfence.kernel.crypto.jws import LEEWAY_S, Signed, parse, sign, verify
 from ringfence.kernel.crypto.keys import PublicKey, public_key
 from ringfence.kernel.crypto.oidc import (
     IdentityToken,
     TokenError,
     unverified_issuer,
     unverified_kid,
-    verify,
+    verify_token,
 )
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
@@ -167,7 +167,7 @@ class Enroller:
             return key if kid == key.kid else None
 
         trust_domain = self._runtime.settings.trust_domain
-        return open_signed(
+        return verify(
             jws, InstanceEnrol, find, audience=trust_domain, appended_at_ms=self._runtime.clock.now_ms()
         )
 
@@ -178,7 +178,7 @@ class Enroller:
         keys: Sequence[OidcKey] = issuer.keys
         if issuer.discovery:
             keys = await self._discovery.keys(issuer.issuer, unverified_kid(claims.token))
-        token = verify(
+        token = verify_token(
             claims.token, keys, issuer=issuer.issuer, audience=audiences(trust_domain, kid),
             at_s=self._runtime.clock.now_ms() / 1000, max_age_s=MAX_TOKEN_AGE_S,
         )  # fmt: skip

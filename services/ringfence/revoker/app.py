@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from ringfence.backends import BackendSettings, Caller, Material, TargetAccess, all_backends
+from ringfence.backends import BackendSettings, CircuitBreaker, Material, TargetAccess, all_backends
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load
-from ringfence.kernel.kafka.batch_handlers import one_by_one
+from ringfence.kernel.kafka.batch_handlers import sequential
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
@@ -22,22 +22,22 @@ from ringfence.revoker.consistency.lease_watch import BACK_MS, LINGER_MS, LeaseW
 from ringfence.revoker.consistency.rebuild import Rebuilder
 from ringfence.revoker.consistency.recheck_issued import LINGER_MS as ISSUED_LINGER_MS
 from ringfence.revoker.consistency.recheck_issued import TOGETHER as ISSUED_TOGETHER
-from ringfence.revoker.consistency.recheck_issued import IssuedHandler
+from ringfence.revoker.consistency.recheck_issued import IssuedLeaseRecheck
 from ringfence.revoker.ending.expiry import Expiry
-from ringfence.revoker.ending.lease_ender import Ender
+from ringfence.revoker.ending.lease_ender import LeaseEnder
 from ringfence.revoker.ending.overdue import Overdue
-from ringfence.revoker.ending.undo import Undoer
-from ringfence.revoker.housekeeping.heartbeat import Beating
+from ringfence.revoker.ending.undo import CredentialRemover
+from ringfence.revoker.housekeeping.heartbeat import HeartbeatSender
 from ringfence.revoker.housekeeping.orphans import Sweeper
-from ringfence.revoker.housekeeping.retention import Forgetter
+from ringfence.revoker.housekeeping.retention import LeaseTombstoner
 from ringfence.revoker.http import LeasesApi
-from ringfence.revoker.mass_expiry.own_record_cache import Said
-from ringfence.revoker.mass_expiry.precomputed import Lookout
-from ringfence.revoker.revocations.cut_confirmation import Cuts
+from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache
+from ringfence.revoker.mass_expiry.precomputed import ExpiryScanner
+from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.fencing import FenceHandler
 from ringfence.revoker.revocations.record_changes import RECORD_TOPICS, RecordHandler
 from ringfence.revoker.revocations.revocations import RevocationHandler
-from ringfence.revoker.revocations.verification import Orders
+from ringfence.revoker.revocations.verification import RevocationVerifier
 from ringfence.revoker.settings import RevokerSettings
 
 _ACKS_BACK_MS = 10 * 60 * 1000
@@ -59,7 +59,7 @@ def build(
     access = TargetAccess.of(load(BackendSettings))
     backends = all_backends(Material(settings.trust_domain, settings.issuer_url, access=access))
     longest_delay_ms = int(own.undo_longest_delay_s * 1000)
-    caller = Caller(
+    caller = CircuitBreaker(
         concurrency=own.undo_concurrency,
         deadline_s=own.undo_deadline_s,
         longest_shut_s=own.undo_longest_delay_s,
@@ -67,16 +67,16 @@ def build(
     overdue = Overdue(
         runtime, store, after_ms=int(own.overdue_after_s * 1000), forget_ms=3 * longest_delay_ms
     )
-    undoer = Undoer(
+    undoer = CredentialRemover(
         store, backends, caller, overdue, runtime.clock, runtime.tracing, longest_delay_ms=longest_delay_ms
     )
     stateless = [kind for kind, backend in backends.items() if backend.stateless]
-    said = Said()
-    ender = Ender(runtime, store, stateless, undoer.take, said, visibility_ms=own.visibility_ms)
+    said = OwnRecordCache()
+    ender = LeaseEnder(runtime, store, stateless, undoer.take, said, visibility_ms=own.visibility_ms)
     expiry = Expiry(store, ender, own, runtime.clock)
-    cuts = Cuts(runtime.trust, runtime.clock, grace_ms=int(settings.grace_s * 1000))
+    cuts = CutTracker(runtime.trust, runtime.clock, grace_ms=int(settings.grace_s * 1000))
     rebuilder = Rebuilder(runtime, store, directory)
-    orders = Orders(runtime, directory, patience_s=own.patience_s)
+    orders = RevocationVerifier(runtime, directory, patience_s=own.patience_s)
     revocations = RevocationHandler(runtime, orders, store, ender, cuts)
     records = RecordHandler(runtime, directory, orders, store, ender, patience_s=own.patience_s)
     since_ms = runtime.clock.now_ms() - BACK_MS
@@ -88,7 +88,7 @@ def build(
 
     runtime.table(TABLES, directory.on_records)
     runtime.table([HEARTBEAT], on_heartbeats)
-    on_acks = runtime.and_by_the_next_bundle(cuts.on_acks)
+    on_acks = runtime.redeliver_after_rotation(cuts.on_acks)
     acks = runtime.history([REVOCATION_ACK], on_acks, since_ms=runtime.clock.now_ms() - _ACKS_BACK_MS)
     streams = Streams()
 
@@ -98,7 +98,7 @@ def build(
 
     leases = runtime.history([LEASE], on_leases, since_ms=since_ms, linger_ms=LINGER_MS)
     runtime.history([REVOCATION_REQUEST], streams.on_records, since_ms=since_ms, linger_ms=LINGER_MS)
-    runtime.background("heartbeat", Beating(runtime, streams, leases).run)
+    runtime.background("heartbeat", HeartbeatSender(runtime, streams, leases).run)
     runtime.on_start(rebuilder.connect)
     runtime.on_stop(store.close)
     for backend in backends.values():
@@ -113,7 +113,7 @@ def build(
     runtime.background("outbox-clearing", store.clear_outbox)
     runtime.background("undoing", partial(undoer.run, ender.end_undone))
     runtime.background("expiry", expiry.run)
-    lookout = Lookout(store, ender.foresight, ender.foresee, expiry.is_busy, runtime.clock)
+    lookout = ExpiryScanner(store, ender.foresight, ender.precompute, expiry.is_busy, runtime.clock)
     runtime.background("foresight", lookout.run)
     runtime.background("expired-events", expiry.listen)
     runtime.background("outbox", expiry.sweep)
@@ -129,11 +129,11 @@ def build(
         runtime, store, directory, backends, caller, mine,
         every_s=own.sweep_every_s, stranger_age_s=own.stranger_age_s,
     )  # fmt: skip
-    forgetter = Forgetter(runtime, mine, after_s=own.forget_after_s, every_s=own.forget_every_s)
+    forgetter = LeaseTombstoner(runtime, mine, after_s=own.forget_after_s, every_s=own.forget_every_s)
     runtime.background("sweeping", sweeper.run)
     runtime.background("forgetting", forgetter.run)
-    runtime.consume("revoker-records", dict.fromkeys(RECORD_TOPICS, one_by_one(records, runtime.letters)))
-    issued = IssuedHandler(runtime, directory, store, said, patience_s=own.patience_s)
+    runtime.consume("revoker-records", dict.fromkeys(RECORD_TOPICS, sequential(records, runtime.letters)))
+    issued = IssuedLeaseRecheck(runtime, directory, store, said, patience_s=own.patience_s)
 
     async def on_issued(batch: Sequence[Received]) -> None:
         await issued(batch)

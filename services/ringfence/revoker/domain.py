@@ -20,7 +20,7 @@ from ringfence.messages.registry import (
     UserSet,
     UserState,
 )
-from ringfence.model.leases.lifecycle import bears, end_status, is_over, mark_of
+from ringfence.model.leases.lifecycle import end_status, is_over, mark_of, matches
 from ringfence.model.records.command_chain import unverified_command
 from ringfence.model.records.directory import Directory, Entry
 from ringfence.model.records.instances import ref_void
@@ -163,7 +163,7 @@ class Overtaken:
     """The record's subject and revision."""
 
 
-def overtaken(lease: Lease, directory: Directory, entitlements_max_age_s: int) -> Overtaken | None:
+def stale_basis(lease: Lease, directory: Directory, entitlements_max_age_s: int) -> Overtaken | None:
     """The first of the records that a lease rests on, as they are, that leaves no room for it; or None.
 
     Whether entitlements were too old is judged as of its issue. Raises ChainError where a record counts for nothing.
@@ -183,9 +183,9 @@ def overtaken(lease: Lease, directory: Directory, entitlements_max_age_s: int) -
         record = (entry.record.sub, entry.revision)
         for found in consequences(entry.state, entry.revision, lease.iat, entitlements_max_age_s):
             if isinstance(found, Ending):
-                if bears(lease, mark_of(found.selector)):
+                if matches(lease, mark_of(found.selector)):
                     return Overtaken(found.kind, found.reason, record)
-            elif bears(lease, found.mark) and (why := found.unfit(lease)):
+            elif matches(lease, found.mark) and (why := found.unfit(lease)):
                 return Overtaken(why.kind, why.reason, record)
     return None
 

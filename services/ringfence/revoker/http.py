@@ -12,14 +12,14 @@ from starlette.routing import BaseRoute, Route
 from ringfence.kernel.base.clock import Clock
 from ringfence.messages.lease import Lease, LeaseStatus
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.leases.lifecycle import ALL_MARK, bears
+from ringfence.model.leases.lifecycle import ALL_LEASES, matches
 from ringfence.model.leases.revocations import agent_of_task
 from ringfence.model.records.api_access import Authenticator, Caller, NotFoundError
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.revoker.ending.lease_ender import Ender
+from ringfence.revoker.ending.lease_ender import LeaseEnder
 from ringfence.revoker.ending.overdue import Overdue
-from ringfence.revoker.revocations.verification import Orders
+from ringfence.revoker.revocations.verification import RevocationVerifier
 
 MAX_LISTED = 1000
 _UNFINISHED: tuple[LeaseStatus, ...] = ("ending", "minting")
@@ -33,10 +33,10 @@ class LeasesApi:
     def __init__(
         self,
         store: LeaseStore,
-        ender: Ender,
+        ender: LeaseEnder,
         overdue: Overdue,
         directory: Directory,
-        orders: Orders,
+        orders: RevocationVerifier,
         clock: Clock,
         authenticator: Authenticator,
     ) -> None:
@@ -60,7 +60,7 @@ class LeasesApi:
         late = request.query_params.get("overdue") == "1"
         statuses = _UNFINISHED if late else None
         # Any of the filters will do: all that can pass bears its mark.
-        mark = next((f"{kind}:{value}" for kind, value in wanted.items()), ALL_MARK)
+        mark = next((f"{kind}:{value}" for kind, value in wanted.items()), ALL_LEASES)
         agent_id = agent_of_task(wanted["task"], self._directory) if "task" in wanted else None
         shown: list[Lease] = []
         also = self._orders.known_holders(mark)
@@ -68,7 +68,7 @@ class LeasesApi:
             shown += [
                 lease
                 for lease in leases.values()
-                if all(bears(lease, f"{kind}:{value}") for kind, value in wanted.items())
+                if all(matches(lease, f"{kind}:{value}") for kind, value in wanted.items())
                 and status in (None, lease.status)
                 and not (late and self._overdue.since_ms(lease, self._clock.now_ms()) is None)
                 and self._may_see(caller, lease)

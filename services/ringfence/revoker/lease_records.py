@@ -18,7 +18,7 @@ _EPOCH = re.compile(r"\d{1,9}\.[0-9a-f]{8}")
 
 
 @dataclass(frozen=True, slots=True)
-class Glance:
+class LeaseSummary:
     """What a record says of itself, nothing of it verified: enough to know whether it is needed."""
 
     lease_id: str
@@ -29,7 +29,7 @@ class Glance:
     granted: bool = False
 
 
-def peek(jws: bytes) -> Glance | None:
+def summarise(jws: bytes) -> LeaseSummary | None:
     """A look at a record; None where it is none of a lease, whoever wrote it."""
     try:
         claims = orjson.loads(b64decode(jws.split(b".")[1]))
@@ -40,7 +40,7 @@ def peek(jws: bytes) -> Glance | None:
         return None
     right = len(uuid) == 16 and type(seq) is int and 0 < seq < MAX_SEQ and type(deadline) is int
     right = right and (epoch is None or (type(epoch) is str and _EPOCH.fullmatch(epoch) is not None))
-    return Glance(lease_id, seq, str(status), deadline, epoch, granted) if right else None
+    return LeaseSummary(lease_id, seq, str(status), deadline, epoch, granted) if right else None
 
 
 def unverified(jws: bytes) -> Lease | None:

@@ -17,10 +17,10 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.topics import HEARTBEAT, USER
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.directory import Directory
-from ringfence.scim.directory_view import People
+from ringfence.scim.directory_view import DirectoryView
 from ringfence.scim.http import Api
-from ringfence.scim.provisioning import Writer
-from ringfence.scim.refresh import Keeper
+from ringfence.scim.provisioning import ProvisioningWriter
+from ringfence.scim.refresh import EntitlementRefresh
 from ringfence.scim.settings import ScimSettings
 
 _CAUGHT_UP_S = 10.0
@@ -36,7 +36,7 @@ def build(settings: ServiceSettings, own: ScimSettings | None = None, clock: Clo
     )
     directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=report_alarms(runtime))
     runtime.table((USER, HEARTBEAT), directory.on_records)
-    people = People(directory, provisioner.id)
+    people = DirectoryView(directory, provisioner.id)
 
     async def caught_up() -> None:
         if not await runtime.tables_caught_up(_CAUGHT_UP_S):
@@ -45,8 +45,8 @@ def build(settings: ServiceSettings, own: ScimSettings | None = None, clock: Clo
     async def tell(about: tuple[object, ...], reason: Reason) -> None:
         await runtime.event("refused", "scim", about=about, reasons=(reason,))
 
-    writer = Writer(people, provisioner, caught_up, own.mail_domain)
-    keeper = Keeper(people, writer, own, runtime.clock)
+    writer = ProvisioningWriter(people, provisioner, caught_up, own.mail_domain)
+    keeper = EntitlementRefresh(people, writer, own, runtime.clock)
     runtime.on_start(provisioner.start)
     runtime.on_stop(provisioner.close)
     runtime.background("confirming", keeper.keep)
@@ -62,7 +62,7 @@ def _as_client(settings: ServiceSettings) -> ClientSettings:
     return ClientSettings(**{name: getattr(settings, name) for name in BusSettings.model_fields})
 
 
-def _undelegated(people: People) -> str | None:
+def _undelegated(people: DirectoryView) -> str | None:
     try:
         people.provisioner()
     except UnavailableError as error:

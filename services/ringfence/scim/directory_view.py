@@ -13,7 +13,7 @@ from ringfence.model.records.provisioning import is_of
 from ringfence.scim.resources import group_id
 
 
-class People:
+class DirectoryView:
     """Looks at a local table for one provisioner."""
 
     def __init__(self, directory: Directory, provisioner_id: str) -> None:

@@ -36,8 +36,8 @@ from ringfence.kernel.service.bearer_tokens import WRONG_WINDOW_MS, Tokens, Wron
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import GroupLink, UserRecord
 from ringfence.scim import discovery
-from ringfence.scim.directory_view import People
-from ringfence.scim.provisioning import Writer
+from ringfence.scim.directory_view import DirectoryView
+from ringfence.scim.provisioning import ProvisioningWriter
 from ringfence.scim.resources import Group, User, group_resource, user_resource
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,8 @@ class Api:
 
     def __init__(
         self,
-        people: People,
-        writer: Writer,
+        people: DirectoryView,
+        writer: ProvisioningWriter,
         tokens: Tokens,
         clock: Clock,
         *,

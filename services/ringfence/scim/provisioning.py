@@ -22,7 +22,7 @@ from ringfence.client.admin.provisioner import Provisioner
 from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.registry import Delegation, GroupLink, Provisioned, Provisioning, UserRecord
 from ringfence.model.records.provisioning import given_by
-from ringfence.scim.directory_view import People
+from ringfence.scim.directory_view import DirectoryView
 from ringfence.scim.naming import free_id
 from ringfence.scim.resources import Group, User, group_resource, name_of, said_of, user_resource
 
@@ -30,12 +30,12 @@ _AT_ONCE = 32
 """So many commands are under way together: those about different users do not wait for each other."""
 
 
-class Writer:
+class ProvisioningWriter:
     """Changes users and groups. Each method raises SCIMException; RefusedError and others of the client."""
 
     def __init__(
         self,
-        people: People,
+        people: DirectoryView,
         provisioner: Provisioner,
         caught_up: Callable[[], Awaitable[None]],
         mail_domain: str | None,

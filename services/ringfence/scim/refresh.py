@@ -13,17 +13,19 @@ import logging
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.messages.registry import Delegation, UserRecord
-from ringfence.scim.directory_view import People
-from ringfence.scim.provisioning import Writer, differs
+from ringfence.scim.directory_view import DirectoryView
+from ringfence.scim.provisioning import ProvisioningWriter, differs
 from ringfence.scim.settings import ScimSettings
 
 log = logging.getLogger(__name__)
 
 
-class Keeper:
+class EntitlementRefresh:
     """Looks at all users now and then."""
 
-    def __init__(self, people: People, writer: Writer, settings: ScimSettings, clock: Clock) -> None:
+    def __init__(
+        self, people: DirectoryView, writer: ProvisioningWriter, settings: ScimSettings, clock: Clock
+    ) -> None:
         self._people = people
         self._writer = writer
         self._settings = settings

@@ -30,7 +30,7 @@ def build(
     following = Following(runtime, own, streams, receivers)
     runtime.table((SIGNAL_STREAM,), streams.on_records)
     # Of all that stands there only the markers are kept: which records count is known before the first is told.
-    runtime.history((LEASE,), runtime.and_by_the_next_bundle(following.on_leases), since_ms=0)
+    runtime.history((LEASE,), runtime.redeliver_after_rotation(following.on_leases), since_ms=0)
     runtime.background("streams", following.run)
     runtime.ready_when(following.unready)
     runtime.warns_when(following.warning)

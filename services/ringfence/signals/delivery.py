@@ -18,7 +18,7 @@ from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.text import visible
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.consumer import Consumer
@@ -30,7 +30,7 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.signals import DeliveryMethod
 from ringfence.messages.topics import LEASE
 from ringfence.model.leases.epochs import Epochs
-from ringfence.model.leases.verification import open_lease
+from ringfence.model.leases.verification import verify_lease
 from ringfence.signals.events import (
     SESSION_REVOKED,
     Event,
@@ -225,7 +225,7 @@ class Delivery:
                     "what was read ahead for receiver %s waits: %s",
                     self._receiver.name,
                     error,
-                    extra=of_a_kind(self.consumer.group, type(error).__name__),
+                    extra=rate_limited(self.consumer.group, type(error).__name__),
                 )
                 await asyncio.sleep(_AGAIN_S)
 
@@ -283,11 +283,11 @@ class Delivery:
     async def _opened(self, record: Received) -> Lease | None:
         runtime = self._runtime
         try:
-            lease = open_lease(
+            lease = verify_lease(
                 record.value, runtime.trust, runtime.clock, appended_at_ms=record.appended_at_ms
             )
         except InvalidMessageError as error:
-            await runtime.letters.bury(record, error)
+            await runtime.letters.send(record, error)
             return None
         return None if self._epochs.is_void(record, lease.epoch) else lease
 

@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
-from ringfence.kernel.base.secret_refs import PlaceError, read_place
+from ringfence.kernel.base.secret_refs import PlaceError, read_secret
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.service.bearer_tokens import WRONG_WINDOW_MS, Tokens, WrongTokens
 from ringfence.kernel.service.runtime import Runtime
@@ -401,7 +401,7 @@ def _is_known(header: object, receiver: Receiver) -> bool:
     if receiver.authorization is None or not isinstance(header, str):
         return False
     try:
-        known = read_place(receiver.authorization, f"the Authorization header of receiver {receiver.name}")
+        known = read_secret(receiver.authorization, f"the Authorization header of receiver {receiver.name}")
     except PlaceError:
         return False
     return hmac.compare_digest(header.encode(errors="replace"), known.encode())

@@ -13,7 +13,7 @@ import httpx
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
-from ringfence.kernel.base.secret_refs import PlaceError, read_place
+from ringfence.kernel.base.secret_refs import PlaceError, read_secret
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.base.text import visible
 from ringfence.signals.events import Event
@@ -118,7 +118,7 @@ class Pusher:
         }
         if self._receiver.authorization is not None:
             what = f"the Authorization header of receiver {self._receiver.name}"
-            headers["Authorization"] = read_place(self._receiver.authorization, what)
+            headers["Authorization"] = read_secret(self._receiver.authorization, what)
         return headers
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ringfence.kernel.base.errors import SettingsError
-from ringfence.kernel.base.secret_refs import Place
+from ringfence.kernel.base.secret_refs import SecretRef
 from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.base import NonEmpty, TargetId
 from ringfence.messages.lease import EndKind, Lease
@@ -35,7 +35,7 @@ class Receiver(BaseModel):
     """It hears of ends for these causes; of all where not set."""
     push: Annotated[str, AfterValidator(safe_url)] | None = None
     """The one URL that may be pushed to. Without it, it polls."""
-    authorization: Place | None = None
+    authorization: SecretRef | None = None
     """Where the `Authorization` header of pushes is read."""
     ca_file: Path | None = None
     """The authority (PEM) of its certificate, where it is none of the machine's."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.base.log_limiter import of_a_kind
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.signals import DeliveryMethod, SignalStream
@@ -132,14 +132,14 @@ class Streams:
         find = self._runtime.trust.finder(*SignalStream.signed_by, at_s=record.appended_at_ms / 1000)
         audience = self._runtime.settings.trust_domain
         try:
-            return open_signed(parse(record.value), SignalStream, find, audience=audience).claims
+            return verify(parse(record.value), SignalStream, find, audience=audience).claims
         except InvalidMessageError as error:
             where = (record.topic_name, record.partition, record.offset)
             log.warning(
                 "not a stream: %s/%d@%d: %s",
                 *where,
                 error.code,
-                extra=of_a_kind(record.topic_name, error.code),
+                extra=rate_limited(record.topic_name, error.code),
             )
             return None
 

@@ -18,15 +18,15 @@ from ringfence.audit.detections.events import found
 from ringfence.audit.detections.grants import QuickGrant
 from ringfence.audit.detections.order import QuickApproval, Sequences, Unreviewed
 from ringfence.audit.detections.reach import BeyondUser, CeilingUnused, Denials, FirstUse
-from ringfence.audit.detections.rule import CODE_PREFIX, Finding, Rule, Told, seen
+from ringfence.audit.detections.rule import CODE_PREFIX, Finding, Rule, TrailQueries, seen
 from ringfence.audit.memory import Recent
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.trail.handover import Intake
-from ringfence.audit.trail.handover import Told as Handed
+from ringfence.audit.trail.handover import PendingEvent as Handed
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.kafka.record import Received
 from ringfence.model.audit_log.chain import linkable, loaded
 
@@ -36,7 +36,7 @@ _QUIET_S = 3600
 _MOST_OPEN = 10_000
 
 
-class Trail(Told, Protocol):
+class Trail(TrailQueries, Protocol):
     """What the detector asks the index."""
 
     def has(self, uid: str) -> bool:
@@ -44,7 +44,7 @@ class Trail(Told, Protocol):
         ...
 
 
-def rules(own: AuditSettings, trail: Told) -> tuple[Rule, ...]:
+def rules(own: AuditSettings, trail: TrailQueries) -> tuple[Rule, ...]:
     """Those that are not switched off."""
     every: Iterable[tuple[float, Callable[[], Rule]]] = (
         (own.detect_beyond_user, lambda: BeyondUser(_QUIET_S)),
@@ -95,7 +95,7 @@ class Detector:
                 log.warning(
                     "nothing can be told of %s/%d@%d: %s",
                     record.topic_name, record.partition, record.offset, type(error).__name__,
-                    extra=of_a_kind(record.topic_name, type(error).__name__),
+                    extra=rate_limited(record.topic_name, type(error).__name__),
                 )  # fmt: skip
 
     def _take(self, event: Any, key: str, now_ms: int) -> None:
@@ -149,5 +149,5 @@ class Detector:
             try:
                 await self.tell()
             except UnavailableError as error:
-                log.warning("what was found is told later: %s", error, extra=of_a_kind(error.code))
+                log.warning("what was found is told later: %s", error, extra=rate_limited(error.code))
             await asyncio.sleep(every_s)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from ringfence.audit.detections.rule import About, Finding, Seen, Told
+from ringfence.audit.detections.rule import About, Finding, Seen, TrailQueries
 
 V = TypeVar("V")
 
@@ -140,7 +140,7 @@ class Sequences:
     was never issued, or one that was over.
     """
 
-    def __init__(self, trail: Told, *, settle_s: int, late_s: int, back_s: int) -> None:
+    def __init__(self, trail: TrailQueries, *, settle_s: int, late_s: int, back_s: int) -> None:
         """Args:
             trail: what has been told of so far, whenever that was.
             settle_s: how long something may be missing while audit is up to date.

@@ -89,7 +89,7 @@ class Rule(Protocol):
         ...
 
 
-class Told(Protocol):
+class TrailQueries(Protocol):
     """What stands on the trail, asked by what happened."""
 
     def tells(self, kind: Literal["request", "lease"], id: str, codes: Sequence[str]) -> bool:

@@ -12,7 +12,7 @@ _LIKE = str.maketrans({"%": r"\%", "_": r"\_", "\\": r"\\"})
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class EventFilter:
     """All of these have to be so; None is no condition."""
 
     agent: str | None = None
@@ -59,7 +59,7 @@ class Wanted:
         ) or bool(self.codes)
 
 
-EVERYTHING = Wanted()
+NO_FILTER = EventFilter()
 
 
 def _pattern(code: str) -> str:

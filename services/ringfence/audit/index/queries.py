@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.requests import Request
 
-from ringfence.audit.index.filters import Wanted
+from ringfence.audit.index.filters import EventFilter
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.service.http import number_in
 
@@ -19,7 +19,7 @@ class WrongQueryError(RingfenceError):
     code = "query_invalid"
 
 
-def wanted_of(request: Request) -> Wanted:
+def wanted_of(request: Request) -> EventFilter:
     """What the query of a request narrows events down by. Raises WrongQueryError."""
     query = request.query_params
     class_uid = query.get("class")
@@ -30,7 +30,7 @@ def wanted_of(request: Request) -> Wanted:
         raise WrongQueryError(
             f"code is at most {_MAX_CODES} event codes with commas between; a * may end one, as in action.*"
         )
-    return Wanted(
+    return EventFilter(
         agent=query.get("agent"),
         task=query.get("task"),
         request=query.get("request"),

@@ -13,12 +13,12 @@ import orjson
 
 from ringfence.audit.events.break_glass import USED, take_in
 from ringfence.audit.events.ocsf import DETECTION_FINDING, ENTITY_MANAGEMENT
-from ringfence.audit.index.filters import EVERYTHING, Wanted
+from ringfence.audit.index.filters import NO_FILTER, EventFilter
 from ringfence.audit.index_files import new_database
 from ringfence.audit.trail.handover_lookup import mark_of
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.kafka.record import Received
 from ringfence.model.audit_log.chain import loaded
 
@@ -138,7 +138,9 @@ class EventIndex(Trail, Protocol):
         """The events of what has this id; at most `limit` requests, the latest. None where there is nothing to see."""
         ...
 
-    def page(self, viewer: Viewer | None, after: str | None, limit: int, wanted: Wanted = EVERYTHING) -> Page:
+    def page(
+        self, viewer: Viewer | None, after: str | None, limit: int, wanted: EventFilter = NO_FILTER
+    ) -> Page:
         """Events after a cursor, or the latest ones.
 
         Where no index leads to what is `wanted`, a bounded number is looked at: the cursor is then past those.
@@ -151,7 +153,7 @@ class EventIndex(Trail, Protocol):
         span_ms: tuple[int, int],
         after: str | None,
         limit: int,
-        wanted: Wanted = EVERYTHING,
+        wanted: EventFilter = NO_FILTER,
     ) -> Copies:
         """Events of a span, at most `limit`, of a bounded number that are looked at. Raises CursorLostError."""
         ...
@@ -254,7 +256,7 @@ class SqliteIndex:
                     record.topic_name,
                     record.partition,
                     record.offset,
-                    extra=of_a_kind(record.topic_name),
+                    extra=rate_limited(record.topic_name),
                 )
                 continue
             self._seq += 1
@@ -287,7 +289,9 @@ class SqliteIndex:
                 return story
         return None
 
-    def page(self, viewer: Viewer | None, after: str | None, limit: int, wanted: Wanted = EVERYTHING) -> Page:
+    def page(
+        self, viewer: Viewer | None, after: str | None, limit: int, wanted: EventFilter = NO_FILTER
+    ) -> Page:
         """See `EventIndex`."""
         where, values = self._visible(viewer)
         conditions, more = wanted.where()
@@ -356,7 +360,7 @@ class SqliteIndex:
         span_ms: tuple[int, int],
         after: str | None,
         limit: int,
-        wanted: Wanted = EVERYTHING,
+        wanted: EventFilter = NO_FILTER,
     ) -> Copies:
         """See `EventIndex`. Its cursor is a place in time: it stands for the same events in every index."""
         where, values = self._visible(viewer)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import orjson
 
-from ringfence.audit.trail.handover_lookup import HandedOver, Mark, is_kept_for, mark_of
+from ringfence.audit.trail.handover_lookup import HandoverLookup, Mark, is_kept_for, mark_of
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.settings import BusSettings
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.messages.audit import AuditCheckpoint, ChainLink
@@ -22,7 +22,7 @@ from ringfence.model.audit_log.merkle import Hash, leaf_hash
 
 
 @dataclass(slots=True)
-class TipsRead:
+class RecoveredChain:
     """One chain: how far it has come, how far that is signed, and the uids of its last events; of its partition where
     it ended, and where there is what is none of the chain; of that of `audit.intake` where it ended.
     """
@@ -79,7 +79,7 @@ class _Stretch:
         self.stood.append(_Stood(range(first, offset + 1), is_event))
 
 
-async def read_tips(
+async def recover_chains(
     settings: BusSettings,
     trust: TrustStore,
     *,
@@ -87,7 +87,7 @@ async def read_tips(
     taken: Mapping[int, int],
     marks: Mapping[int, int],
     now_ms: int,
-) -> dict[int, TipsRead]:
+) -> dict[int, RecoveredChain]:
     """By partition of `audit`. Raises UnavailableError.
 
     Args:
@@ -102,8 +102,8 @@ async def read_tips(
     the end of a chain: what was chained behind that is not read yet.
     """
     async with Stretches(settings) as kafka:
-        signed, handed_over = await _last_checkpoints(kafka, trust), HandedOver(kafka, trust, taken)
-        found: dict[int, TipsRead] = {}
+        signed, handed_over = await _last_checkpoints(kafka, trust), HandoverLookup(kafka, trust, taken)
+        found: dict[int, RecoveredChain] = {}
         for partition in await kafka.partitions(AUDIT):
             if not await kafka.is_settled(AUDIT, partition):
                 raise UnavailableError(
@@ -113,7 +113,7 @@ async def read_tips(
             tip, mark = signed.get(str(partition), Tip()), marks.get(partition)
             stretch = await _read(kafka, partition, tip, remember, mark, now_ms)
             judged = {one.hashed: one.mark for one in stretch.unsigned if one.judged}
-            one = _followed(stretch, str(partition), await handed_over.among(partition, judged))
+            one = _followed(stretch, str(partition), await handed_over.find(partition, judged))
             one.recent = _recent(stretch, one.tip.last, remember)
             one.end, one.strays = stretch.end, _strays(stretch, str(partition), one.tip, mark)
             _, one.intake_end = await kafka.bounds(AUDIT_INTAKE, partition)
@@ -129,7 +129,7 @@ async def _last_checkpoints(kafka: Stretches, trust: TrustStore) -> Mapping[str,
             jws = parse(record.value)
             if jws.header.typ != typ_header(AuditCheckpoint):
                 continue
-            claims = open_signed(
+            claims = verify(
                 jws, AuditCheckpoint, trust.finder("audit", at_s=record.appended_at_ms / 1000),
                 audience=trust.trust_domain,
             ).claims  # fmt: skip
@@ -170,9 +170,9 @@ async def _read(
         look_back *= 8
 
 
-def _followed(stretch: _Stretch, tree: str, handed_over: frozenset[Hash]) -> TipsRead:
+def _followed(stretch: _Stretch, tree: str, handed_over: frozenset[Hash]) -> RecoveredChain:
     """How far it goes on from what is signed."""
-    found = TipsRead(stretch.signed, stretch.signed.head.size)
+    found = RecoveredChain(stretch.signed, stretch.signed.head.size)
     for one in stretch.unsigned:
         where = f"event {one.link.seq} at offset {one.offset}"
         if one.judged and one.hashed not in handed_over:

@@ -21,14 +21,14 @@ from typing import Any
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
-from ringfence.audit.trail.chain_recovery import TipsRead, read_tips
-from ringfence.audit.trail.handover import Lately, Told, opened_intake, require_still, vouched
-from ringfence.audit.trail.unauthorised_records import Found, Strays, why_not
-from ringfence.audit.trail.written_cache import ReadBack
+from ringfence.audit.trail.chain_recovery import RecoveredChain, recover_chains
+from ringfence.audit.trail.handover import HandoverCache, PendingEvent, opened_intake, require_still, vouched
+from ringfence.audit.trail.unauthorised_records import Found, UnauthorisedRecords, why_not
+from ringfence.audit.trail.written_cache import WrittenEventCache
 from ringfence.audit.verification import require_trust
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.batch_handlers import gather_all
@@ -94,17 +94,17 @@ class ChainWriter:
         self,
         runtime: Runtime,
         checkpoint_s: float,
-        lately: Lately | None = None,
-        read_back: ReadBack | None = None,
-        strays: Strays | None = None,
+        lately: HandoverCache | None = None,
+        read_back: WrittenEventCache | None = None,
+        strays: UnauthorisedRecords | None = None,
     ) -> None:
         """Args:
             lately: what this process handed over itself.
             read_back: keeps what is chained, where this process reads the trail as well.
             strays: the same, of what stands there besides.
         """  # fmt: skip
-        self._strays = strays or Strays()
-        self._lately = lately or Lately()
+        self._strays = strays or UnauthorisedRecords()
+        self._lately = lately or HandoverCache()
         self._read_back = read_back
         self._runtime = runtime
         self._checkpoint_s = checkpoint_s
@@ -135,7 +135,7 @@ class ChainWriter:
                 (record.topic_name, record.partition): record.offset + 1
                 for record in sorted(new, key=lambda record: record.offset)
             }
-            events: dict[int, list[Told]] = {}
+            events: dict[int, list[PendingEvent]] = {}
             for record in new:
                 events.setdefault(record.partition, []).extend(await self._handed(record))
             if any(events.values()):
@@ -145,7 +145,7 @@ class ChainWriter:
             self._worth_waiting = True
         self._tell_moved()
 
-    async def chained(self, events: Mapping[int, Sequence[Told]]) -> bool:
+    async def chained(self, events: Mapping[int, Sequence[PendingEvent]]) -> bool:
         """See `ringfence.audit.trail.handover.Writer`. What was handed over before is chained before."""
         if self._publisher is None:  # before it waits for its turn: whoever takes over may read for long
             return False
@@ -171,7 +171,7 @@ class ChainWriter:
             try:
                 await self._sign()
             except UnavailableError as error:
-                log.warning("no checkpoint this time: %s", error, extra=of_a_kind(error.code))
+                log.warning("no checkpoint this time: %s", error, extra=rate_limited(error.code))
 
     async def bury_strays(self) -> None:
         """Dead-letter what stands on `audit` and this writer did not write, as it comes. Does not end."""
@@ -185,7 +185,7 @@ class ChainWriter:
                 log.warning(
                     "what nobody chained is not dead-lettered yet: %r",
                     error,
-                    extra=of_a_kind(type(error).__name__),
+                    extra=rate_limited(type(error).__name__),
                 )
 
     async def close(self) -> None:
@@ -231,11 +231,11 @@ class ChainWriter:
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
 
-    def _linked(self, events: Mapping[int, Iterable[Told]]) -> list[_Linked]:
+    def _linked(self, events: Mapping[int, Iterable[PendingEvent]]) -> list[_Linked]:
         """Put events, by partition, behind the last of each chain: those that are not there already."""
         return [one for partition, some in events.items() if (one := self._link(partition, some)).hashes]
 
-    def _link(self, partition: int, events: Iterable[Told]) -> _Linked:
+    def _link(self, partition: int, events: Iterable[PendingEvent]) -> _Linked:
         chain, tree = self._chains[partition], str(partition)
         start, last = chain.tip.head.size, chain.tip.last
         found = _Linked(partition)
@@ -278,7 +278,7 @@ class ChainWriter:
             for partition, some in messages.items()
         )
 
-    async def _handed(self, record: Received) -> Sequence[Told]:
+    async def _handed(self, record: Received) -> Sequence[PendingEvent]:
         """What a message holds. What no audit service signed is dead-lettered."""
         known = self._lately.events(record, self._runtime.trust)
         if known is not None:
@@ -286,7 +286,7 @@ class ChainWriter:
         try:
             return opened_intake(record, self._runtime.trust).events
         except InvalidMessageError as error:
-            await self._runtime.letters.bury(record, error)
+            await self._runtime.letters.send(record, error)
             return ()
 
     # --- checkpoints ---
@@ -336,7 +336,7 @@ class ChainWriter:
         left = self._strays.left_of(found)
         if left is not None:
             strays = [record for record in records if left.has(record.offset)]
-            await gather_all(self._runtime.letters.bury(record, why_not(record)) for record in strays)
+            await gather_all(self._runtime.letters.send(record, why_not(record)) for record in strays)
         self._strays.settled(found)
         await self._commit_looked_at()
 
@@ -381,7 +381,7 @@ class ChainWriter:
         await publisher.start()
         try:
             self._taken = await self._offsets(self._group, AUDIT_INTAKE)
-            found = await read_tips(
+            found = await recover_chains(
                 runtime.settings,
                 runtime.trust,
                 remember=_REMEMBERED_AT_FIRST,
@@ -428,7 +428,7 @@ class ChainWriter:
             await publisher.abandon()
 
 
-def _chain_of(found: TipsRead) -> _Chain:
+def _chain_of(found: RecoveredChain) -> _Chain:
     chain = _Chain(found.tip, found.signed_size)
     for uid in found.recent:
         chain.remember(uid)

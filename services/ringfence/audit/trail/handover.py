@@ -14,7 +14,7 @@ import orjson
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.crypto.jws import open_payload, open_signed, parse, sign, sign_payload
+from ringfence.kernel.crypto.jws import open_payload, parse, sign, sign_payload, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.batch_handlers import gather_all
@@ -33,7 +33,7 @@ MOST_HASHES = 3000
 """Of events in one message: 90 bytes each."""
 
 
-class Told(NamedTuple):
+class PendingEvent(NamedTuple):
     """One event that is to be chained: its Kafka key, its uid, its JSON as `linkable` makes it, the trace that it
     belongs to; and what that is the JSON of, where it is at hand.
     """
@@ -48,7 +48,7 @@ class Told(NamedTuple):
 class Opened(NamedTuple):
     """What an audit service says by a message of `audit.intake`."""
 
-    events: Sequence[Told] = ()
+    events: Sequence[PendingEvent] = ()
     """That are to be chained."""
     chained: Sequence[Hash] = ()
     """The hashes of events that it chained by itself."""
@@ -57,7 +57,7 @@ class Opened(NamedTuple):
 class Writer(Protocol):
     """Who chains, where that may be this process."""
 
-    async def chained(self, events: Mapping[int, Sequence[Told]]) -> bool:
+    async def chained(self, events: Mapping[int, Sequence[PendingEvent]]) -> bool:
         """Chain events at once, by partition of `audit`; False where they are to be handed over.
 
         Raises UnavailableError where that failed: they are to be handed over again.
@@ -69,7 +69,7 @@ class Writer(Protocol):
         ...
 
 
-class Lately:
+class HandoverCache:
     """What this process signed and handed over lately: when it comes back to the letter, it need not be taken apart.
 
     What stands on the topic is still what counts: another text, or a key that no longer may, is looked at as all
@@ -79,9 +79,9 @@ class Lately:
     def __init__(self, most_bytes: int = 8 * 1024 * 1024) -> None:
         """`most_bytes` of messages are kept, and some three times as much of what is in them; the oldest go first."""
         self._left = most_bytes
-        self._kept: OrderedDict[str, tuple[bytes, SigningKey, Sequence[Told]]] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[bytes, SigningKey, Sequence[PendingEvent]]] = OrderedDict()
 
-    def put(self, message: Outbound, key: SigningKey, events: Sequence[Told]) -> None:
+    def put(self, message: Outbound, key: SigningKey, events: Sequence[PendingEvent]) -> None:
         """Keep a message that `key` has signed, and what is in it."""
         self.take(message.id)
         self._kept[message.id] = (message.value, key, events)
@@ -89,14 +89,14 @@ class Lately:
         while self._left < 0:
             self.take(next(iter(self._kept)))
 
-    def take(self, id: str) -> tuple[bytes, SigningKey, Sequence[Told]] | None:
+    def take(self, id: str) -> tuple[bytes, SigningKey, Sequence[PendingEvent]] | None:
         """What is kept under an id; it is kept no longer."""
         known = self._kept.pop(id, None)
         if known is not None:
             self._left += len(known[0])
         return known
 
-    def events(self, record: Received, trust: TrustStore) -> Sequence[Told] | None:
+    def events(self, record: Received, trust: TrustStore) -> Sequence[PendingEvent] | None:
         """The events in a message of `audit.intake`, or None where it is not known to the letter."""
         value, key, events = self.take(record.headers.get("ce_id", "")) or (None, None, ())
         if key is None or value != record.value:
@@ -114,7 +114,7 @@ class Intake:
         key: Callable[[], SigningKey],
         trust_domain: str,
         clock: Clock,
-        lately: Lately | None = None,
+        lately: HandoverCache | None = None,
         writer: Writer | None = None,
     ) -> None:
         """Args:
@@ -130,12 +130,12 @@ class Intake:
         self._trust_domain = trust_domain
         self._clock = clock
 
-    async def hand_over(self, events: Iterable[Told]) -> None:
+    async def hand_over(self, events: Iterable[PendingEvent]) -> None:
         """Chained, or acknowledged by Kafka, when this returns. Raises UnavailableError where it is to be handed over
         again.
         """
         every = await self._publisher.partitions(AUDIT)
-        by_partition: dict[int, list[Told]] = {}
+        by_partition: dict[int, list[PendingEvent]] = {}
         for told in events:
             by_partition.setdefault(partition_of(told.key, every), []).append(told)
         if not by_partition:
@@ -146,7 +146,7 @@ class Intake:
         await gather_all(self._send(partition, some, key) for partition, some in by_partition.items())
         require_still(key, self._key())
 
-    async def _send(self, partition: int, some: Sequence[Told], key: SigningKey) -> None:
+    async def _send(self, partition: int, some: Sequence[PendingEvent], key: SigningKey) -> None:
         messages = (self._signed(one, key) for one in _portions(some))
         places = await self._publisher.send_to(partition, AUDIT_INTAKE, AuditIntake.typ, messages)
         if self._writer is not None:
@@ -156,7 +156,7 @@ class Intake:
                 )
             self._writer.handed_over(partition, places[-1].stop)
 
-    def _signed(self, some: Sequence[Told], key: SigningKey) -> Outbound:
+    def _signed(self, some: Sequence[PendingEvent], key: SigningKey) -> Outbound:
         jti = derived_id(AuditIntake.typ, *(told.uid for told in some))
         claims = {
             "iss": key.id,
@@ -206,7 +206,7 @@ def opened_intake(record: Received, trust: TrustStore) -> Opened:
     jws, at_s = parse(record.value), record.appended_at_ms / 1000
     if jws.header.typ == typ_header(AuditChained):
         find = trust.finder(*AuditChained.signed_by, at_s=at_s)
-        chained = open_signed(jws, AuditChained, find, audience=trust.trust_domain).claims
+        chained = verify(jws, AuditChained, find, audience=trust.trust_domain).claims
         return Opened(chained=[bytes.fromhex(one) for one in chained.hashes])
     find = trust.finder(*AuditIntake.signed_by, at_s=at_s)
     claims = open_payload(jws, AuditIntake, find, audience=trust.trust_domain)
@@ -216,7 +216,7 @@ def opened_intake(record: Received, trust: TrustStore) -> Opened:
         raise InvalidMessageError("not an audit.intake: entries", code="claims_invalid") from None
 
 
-def _told(entry: dict[str, Any]) -> Told:
+def _told(entry: dict[str, Any]) -> PendingEvent:
     key, event, traceparent = entry["key"], entry["event"], entry.get("traceparent")
     uid = event["metadata"]["uid"]
     if not (type(key) is type(uid) is str and key and uid and type(event["unmapped"]) is dict):
@@ -225,17 +225,17 @@ def _told(entry: dict[str, Any]) -> Told:
         raise ValueError("not an event")
     if not (traceparent is None or type(traceparent) is str):
         raise ValueError("not a traceparent")
-    return Told(key, uid, linkable(event), traceparent, event)
+    return PendingEvent(key, uid, linkable(event), traceparent, event)
 
 
-def _entry(told: Told) -> dict[str, object]:
+def _entry(told: PendingEvent) -> dict[str, object]:
     entry: dict[str, object] = {"key": told.key, "event": orjson.Fragment(told.body)}
     if told.traceparent is not None:
         entry["traceparent"] = told.traceparent
     return entry
 
 
-def _portions(events: Sequence[Told]) -> Iterator[Sequence[Told]]:
+def _portions(events: Sequence[PendingEvent]) -> Iterator[Sequence[PendingEvent]]:
     """As many at a time as one message holds."""
     start = size = 0
     for index, told in enumerate(events):

@@ -39,7 +39,7 @@ Mark = bytes
 """What an event is known by, whatever its place in a chain."""
 
 
-class HandedOver:
+class HandoverLookup:
     """Looks for events on `audit.intake`."""
 
     def __init__(
@@ -51,7 +51,7 @@ class HandedOver:
         self._taken = taken
         self._enough = enough
 
-    async def among(self, partition: int, events: Mapping[Hash, Mark]) -> frozenset[Hash]:
+    async def find(self, partition: int, events: Mapping[Hash, Mark]) -> frozenset[Hash]:
         """Those of these, by their hashes in the tree, that an audit service handed over or chained by itself, as far
         as its messages are still kept.
         """

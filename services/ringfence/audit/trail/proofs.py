@@ -13,10 +13,10 @@ from pathlib import Path
 from ringfence.audit.index_files import new_database
 from ringfence.audit.trail import merkle_leaves, tree_hashes
 from ringfence.audit.trail.merkle_leaves import Leaves
-from ringfence.audit.trail.written_cache import ReadBack, Trailed
+from ringfence.audit.trail.written_cache import Trailed, WrittenEventCache
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.base.log_limiter import of_a_kind
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint
@@ -93,7 +93,7 @@ class ProofStore:
 
         `trailed`: what each is, where that is known already.
         """
-        for record, (parsed, leaf) in zip(records, trailed or ReadBack().of(records), strict=True):
+        for record, (parsed, leaf) in zip(records, trailed or WrittenEventCache().of(records), strict=True):
             link, tree = said_link(parsed), str(record.partition)
             if link is not None and link[0] == tree:
                 self._leaves_of(tree).add(link[1], link[2], leaf)
@@ -106,14 +106,14 @@ class ProofStore:
                 if jws.header.typ != typ_header(AuditCheckpoint):
                     continue
                 finder = self._trust.finder("audit", at_s=record.appended_at_ms / 1000)
-                signed = open_signed(jws, AuditCheckpoint, finder, audience=self._trust.trust_domain)
+                signed = verify(jws, AuditCheckpoint, finder, audience=self._trust.trust_domain)
                 tip = Tip.of(signed.claims)
             except (InvalidMessageError, ValueError) as error:
                 log.warning(
                     "a checkpoint at offset %d does not count: %s",
                     record.offset,
                     error,
-                    extra=of_a_kind(record.topic_name, getattr(error, "code", "")),
+                    extra=rate_limited(record.topic_name, getattr(error, "code", "")),
                 )
                 continue
             known = self._heads.get(signed.claims.tree)

@@ -58,7 +58,7 @@ class _Partition:
         self.strays = left
 
 
-class Strays:
+class UnauthorisedRecords:
     """Those that wait to be dead-lettered, while this process writes the trail; nothing in one that stands by."""
 
     def __init__(self) -> None:

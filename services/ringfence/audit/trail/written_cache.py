@@ -17,7 +17,7 @@ class Trailed(NamedTuple):
     leaf: Hash
 
 
-class ReadBack:
+class WrittenEventCache:
     """What this process chained lately, by its bytes: other bytes are other events, and are looked at as all are.
 
     What is not read back goes at last: where the transaction that it was written in failed, it stands nowhere.

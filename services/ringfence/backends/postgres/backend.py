@@ -24,7 +24,7 @@ from urllib.parse import quote
 from uuid import UUID
 
 from ringfence.backends.access import TargetAccess
-from ringfence.backends.connection_pool import Servers
+from ringfence.backends.connection_pool import ConnectionCache
 from ringfence.backends.errors import InexactError, TargetRefusedError
 from ringfence.backends.postgres import queries
 from ringfence.backends.postgres.privileges import (
@@ -70,7 +70,7 @@ class PostgresBackend:
         # At most 63 bytes with all that follows, and of characters that mean nothing in any pattern.
         self._prefix = f"ringfence_{hashlib.sha256(trust_domain.encode()).hexdigest()[:10]}_"
         self._access = access
-        self._servers = Servers(access, Server)
+        self._servers = ConnectionCache(access, Server)
 
     def roles_of(self, lease_id: str) -> str:
         """How the names of all roles of a lease begin. They tell one trust domain's from another's at one server."""

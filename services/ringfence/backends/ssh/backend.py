@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ringfence.backends.access import TargetAccess
-from ringfence.backends.connection_pool import Servers
+from ringfence.backends.connection_pool import ConnectionCache
 from ringfence.backends.errors import InexactError, TargetRefusedError
 from ringfence.backends.ssh.certificates import for_lease, private_text
 from ringfence.backends.ssh.privileges import allowed, plan
@@ -40,7 +40,7 @@ class SshBackend:
     def __init__(self, trust_domain: str, access: TargetAccess) -> None:
         self._domain = trust_domain
         self._access = access
-        self._servers = Servers(access, Server)
+        self._servers = ConnectionCache(access, Server)
 
     def name_of(self, lease_id: str) -> str:
         """A lease's name at hosts. It tells one trust domain's leases from another's at the same host."""

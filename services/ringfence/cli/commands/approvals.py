@@ -35,7 +35,7 @@ from ringfence.cli.shared.output import (
 )
 from ringfence.cli.shared.scopes import show_scope
 from ringfence.client.approvals.action_approvals import PendingAction
-from ringfence.client.approvals.grouping import Alike, AlikeKey, key_of
+from ringfence.client.approvals.grouping import AlikeKey, RequestGroup, key_of
 from ringfence.client.approvals.history_comparison import Comparison
 from ringfence.client.approvals.pending import PendingApproval
 from ringfence.client.approvals.sponsor import Sponsor
@@ -65,7 +65,7 @@ def list_approvals(
 ) -> None:
     """List what waits for you: requests, those that would come to the same credential once, and single actions."""
 
-    async def work() -> tuple[list[Alike], list[PendingAction]]:
+    async def work() -> tuple[list[RequestGroup], list[PendingAction]]:
         async with Sponsor.connect(identity(me)) as sponsor:
             return sponsor.groups(everyone=everyone), sponsor.actions(everyone=everyone)
 
@@ -154,9 +154,9 @@ def watch(everyone: EveryoneOption = False, me: IdentityOption = None, as_json: 
                 )
                 shown: set[tuple[str, AlikeKey]] = set()
                 async for pending in sponsor.watch(everyone=everyone):
-                    group, comparison = Alike(sponsor.alike(pending)), usual.compared(pending)
+                    group, comparison = RequestGroup(sponsor.alike(pending)), usual.compared(pending)
                     if wants_json(as_json):
-                        print_json_line(approval_views.as_json(Alike((pending,)), comparison))
+                        print_json_line(approval_views.as_json(RequestGroup((pending,)), comparison))
                         continue
                     before = [one for one in group.requests if (one.request_id, key_of(one)) in shown]
                     if pending in before:
@@ -182,7 +182,7 @@ def _answer(
     me: Path | None,
     as_json: bool,
 ) -> None:
-    async def answer(group: Alike) -> list[str]:
+    async def answer(group: RequestGroup) -> list[str]:
         async with Sponsor.connect(identity(me)) as sponsor:
             return await (sponsor.approve_all if verb == "approve" else sponsor.deny_all)(group, comment)
 
@@ -211,14 +211,14 @@ def _answer(
 
 def _look(
     request: str, me: Path | None, *, only_one: bool = False
-) -> tuple[Alike, Comparison] | PendingAction:
-    async def work() -> tuple[Alike, Comparison] | PendingAction:
+) -> tuple[RequestGroup, Comparison] | PendingAction:
+    async def work() -> tuple[RequestGroup, Comparison] | PendingAction:
         async with Sponsor.connect(identity(me)) as sponsor:
             if sponsor.find(request) is None and (action := sponsor.find_action(request)) is not None:
                 return action
             pending = _find(sponsor, request)
             others = [] if only_one else [one for one in sponsor.alike(pending) if one != pending]
-            return Alike((pending, *others)), (await sponsor.usual(pending.agent)).compared(pending)
+            return RequestGroup((pending, *others)), (await sponsor.usual(pending.agent)).compared(pending)
 
     return run(work())
 
@@ -232,7 +232,7 @@ def _find(sponsor: Sponsor, request: str) -> PendingApproval:
     return pending
 
 
-def _show(group: Alike, comparison: Comparison, as_json: bool) -> None:
+def _show(group: RequestGroup, comparison: Comparison, as_json: bool) -> None:
     if wants_json(as_json):
         print_json(approval_views.as_json(group, comparison))
     else:

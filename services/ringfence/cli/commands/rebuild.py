@@ -71,7 +71,7 @@ async def _rebuilt(settings: ServiceSettings) -> tuple[int, float]:
     """Have a revoker rebuild. Returns how many leases are alive then, and the seconds that it took."""
     from ringfence.kernel.base.errors import RingfenceError
     from ringfence.model.lease_store import LeaseStore, LostError, Restoration
-    from ringfence.model.leases.lifecycle import ALL_MARK
+    from ringfence.model.leases.lifecycle import ALL_LEASES
 
     restoration, store = Restoration(settings), LeaseStore(settings)
     start = heard = time.monotonic()
@@ -80,7 +80,7 @@ async def _rebuilt(settings: ServiceSettings) -> tuple[int, float]:
         while True:
             try:
                 await store.connect()
-                return len(await store.find(ALL_MARK)), time.monotonic() - start
+                return len(await store.find(ALL_LEASES)), time.monotonic() - start
             except LostError:
                 pass
             now = time.monotonic()

@@ -13,11 +13,11 @@ from ringfence.cli.shared.output import print_fields, span, until, visible, visi
 from ringfence.cli.shared.scopes import show_scope
 from ringfence.client.agent.replies import who
 from ringfence.client.approvals.action_approvals import PendingAction
-from ringfence.client.approvals.grouping import Alike
+from ringfence.client.approvals.grouping import RequestGroup
 from ringfence.client.approvals.history_comparison import DAYS, Comparison, Difference
 
 
-def print_question(group: Alike, comparison: Comparison) -> None:
+def print_question(group: RequestGroup, comparison: Comparison) -> None:
     """Show requests that are alike, and how they differ from what the agent usually gets."""
     one, count = group.first, len(group.requests)
     print_fields(
@@ -45,7 +45,7 @@ def print_question(group: Alike, comparison: Comparison) -> None:
     )
 
 
-def as_json(group: Alike, comparison: Comparison | None = None) -> dict[str, Any]:
+def as_json(group: RequestGroup, comparison: Comparison | None = None) -> dict[str, Any]:
     """Requests that are alike as JSON: the first of them, `alike` with the ids and digests of all."""
     document = asdict(group.first)
     document["alike"] = [

@@ -15,12 +15,12 @@ class WrongUseError(RingfenceError):
 
 
 @dataclass(slots=True)
-class _Said:
+class GlobalOptions:
     identity: Path | None = None
     json: bool = False
 
 
-_said = _Said()
+_said = GlobalOptions()
 
 
 def remember(identity: Path | None, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from ringfence.client.connection import Connection, Coordinate
 from ringfence.client.errors import NotAnsweredError, RefusedError
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Claims, ServiceRole, Topic
 from ringfence.messages.operations import ServiceEvent
@@ -130,6 +130,6 @@ class Outcomes:
             return
         by, answer = self._waiting[unverified.ref]
         find = self._connection.trust.finder(by, at_s=record.appended_at_ms / 1000)
-        event = open_signed(jws, ServiceEvent, find, audience=self._connection.settings.trust_domain).claims
+        event = verify(jws, ServiceEvent, find, audience=self._connection.settings.trust_domain).claims
         if event.kind in ("accepted", "refused") and not answer.done():
             answer.set_result(event)

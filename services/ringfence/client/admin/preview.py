@@ -9,7 +9,7 @@ from ringfence.kernel.base.text import did_you_mean
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import TargetState, TaskTerms
 from ringfence.model.records.directory import Directory
-from ringfence.model.scope.rule import Lack, are_in_force, effective, lacking, sides_of
+from ringfence.model.scope.rule import Excess, are_in_force, effective, exceeding, sides_of
 from ringfence.model.scope.scope import validate_scope
 from ringfence.model.unknown_fields import is_understood, names_of, unknown_fields
 
@@ -19,7 +19,7 @@ class Preview:
     """The scope that task, ceiling and entitlements allow together, and what each side cuts from the task's."""
 
     effective: Scope
-    cuts: tuple[Lack, ...]
+    cuts: tuple[Excess, ...]
     """By side: the permissions, or parts of them, that the task names and this side does not hold."""
     warnings: tuple[str, ...]
     """Why requests would be denied for other reasons, as the records stand now."""
@@ -64,7 +64,7 @@ def preview(
         on_behalf_of,
         entitlements.scope if fresh else (),
     )
-    return Preview(effective(sides), lacking(terms.scope, sides), tuple(warnings))
+    return Preview(effective(sides), exceeding(terms.scope, sides), tuple(warnings))
 
 
 def unknown_names(directory: Directory, scope: Scope) -> list[str]:

@@ -18,7 +18,7 @@ from ringfence.client.errors import checked
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.private_files import write_private
 from ringfence.kernel.base.settings import BusSettings
-from ringfence.kernel.crypto.jws import open_signed, parse, sign
+from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, public_key
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
 from ringfence.kernel.crypto.service_keys import BEFORE, NEXT
@@ -287,7 +287,7 @@ def signed_before(folder: TrustFolder) -> tuple[SigningKey, TrustBundle]:
         root = SigningKey.load(folder.root_key)
         jws = parse(folder.bundle.read_text().strip())
         trust_domain = root.id.removeprefix("spiffe://").partition("/")[0]
-        bundle = open_signed(
+        bundle = verify(
             jws, TrustBundle, lambda iss, kid: public_key(root.public) if kid == root.kid else None,
             audience=trust_domain,
         ).claims  # fmt: skip

@@ -15,7 +15,7 @@ from ringfence.client.agent.credentials import IssuedCredential, Secret, class_o
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import digest, lease_id, message_id
 from ringfence.kernel.crypto.jwe import ReplyKey
-from ringfence.kernel.crypto.jws import explain, open_signed, parse
+from ringfence.kernel.crypto.jws import explain, parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import Jws
@@ -124,7 +124,7 @@ def read_reply(value: bytes, sent: SentRequest, trust: TrustStore, at_ms: int) -
         raise InvalidMessageError(
             f"not the content of a reply: {explain(error)}", code="claims_invalid"
         ) from None
-    decision = open_signed(
+    decision = verify(
         parse(content.decision), DecidedTerms, trust.finder("policy", at_s=at_ms / 1000),
         audience=trust.trust_domain,
     ).claims  # fmt: skip
@@ -142,7 +142,7 @@ def read_reply(value: bytes, sent: SentRequest, trust: TrustStore, at_ms: int) -
 
 
 def _refused(compact: Jws, sent: SentRequest, trust: TrustStore, at_ms: int) -> Denied:
-    refusal = open_signed(
+    refusal = verify(
         parse(compact), IssuerRefusal, trust.finder("issuer", at_s=at_ms / 1000), audience=trust.trust_domain
     ).claims
     if refusal.request_id != sent.request_id:
@@ -183,7 +183,7 @@ def _delivery(content: ReplyContent, trust: TrustStore, at_ms: int) -> Credentia
     """The credential as the issuer signed it: with another the agent would act as whoever made that one."""
     if content.delivery is None:
         return None
-    return open_signed(
+    return verify(
         parse(content.delivery), CredentialDelivery, trust.finder("issuer", at_s=at_ms / 1000),
         audience=trust.trust_domain,
     ).claims  # fmt: skip
@@ -193,7 +193,7 @@ def _lease(compact: Jws, delivery: CredentialDelivery | None, trust: TrustStore,
     """The lease's record: signed by the issuer, or named, to the last character, in what the issuer signed."""
     jws = parse(compact)
     if delivery is None or delivery.lease_digest is None:
-        return open_signed(
+        return verify(
             jws, Lease, trust.finder("issuer", at_s=at_ms / 1000), audience=trust.trust_domain
         ).claims
     if delivery.lease_digest != digest(compact):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ringfence.client.connection import Connection
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
-from ringfence.kernel.crypto.jws import Signed, open_signed, parse
+from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.base import Jws, typ_header
@@ -98,7 +98,7 @@ class OpenActions:
     def on_asked(self, record: Received) -> None:
         """Take in a question. Raises InvalidMessageError where no gateway signed it, or it came outside its time."""
         at_ms = record.appended_at_ms
-        signed = open_signed(
+        signed = verify(
             parse(record.value),
             ActionRequest,
             self._connection.trust.finder("gateway", at_s=at_ms / 1000),
@@ -121,7 +121,7 @@ class OpenActions:
         if asked is None:
             return  # skipped before its signature costs anything; nothing is believed by skipping
         at_s = record.appended_at_ms / 1000
-        answer = open_signed(
+        answer = verify(
             jws,
             ActionApproval,
             lambda iss, kid: self._directory.user_key(iss, kid, at_s),

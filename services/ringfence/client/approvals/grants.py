@@ -19,7 +19,7 @@ from ringfence.messages.registry import ApprovalClass
 from ringfence.messages.topics import APPROVAL_RESPONSE
 from ringfence.model.requests.approvals import may_approve
 from ringfence.model.requests.facts import DeniedError, find_ground
-from ringfence.model.scope.rule import Side, are_in_force, effective, sides_of
+from ringfence.model.scope.rule import Limit, are_in_force, effective, sides_of
 from ringfence.model.scope.scope import validate_scope
 
 _CLASSES: tuple[ApprovalClass, ...] = ("sponsor", "second_person", "operator")
@@ -128,7 +128,7 @@ class Grantor(Signatory):
             purpose=task.state.purpose,
             on_behalf_of=task.state.on_behalf_of,
             target_description=ground.target.state.description,
-            effective=effective((Side("grant", grant.scope), *sides)),
+            effective=effective((Limit("grant", grant.scope), *sides)),
             mine=tuple(one for one in _CLASSES if may_approve(directory, self.id, one, ground)),
         )
 

@@ -12,7 +12,7 @@ AlikeKey = tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Alike:
+class RequestGroup:
     """Requests that wait and would come to the same, at least one. Each is answered by a signature of its own."""
 
     requests: tuple[PendingApproval, ...]
@@ -33,12 +33,12 @@ class Alike:
         return min(one.expires_at for one in self.requests)
 
 
-def alike(requests: Iterable[PendingApproval]) -> list[Alike]:
+def group_equivalent(requests: Iterable[PendingApproval]) -> list[RequestGroup]:
     """Put requests together that would come to the same, in the order of the first of each."""
     found: dict[AlikeKey, list[PendingApproval]] = {}
     for one in requests:
         found.setdefault(key_of(one), []).append(one)
-    return [Alike(tuple(group)) for group in found.values()]
+    return [RequestGroup(tuple(group)) for group in found.values()]
 
 
 def key_of(one: PendingApproval) -> AlikeKey:

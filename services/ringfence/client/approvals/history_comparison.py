@@ -10,7 +10,7 @@ from typing import Literal
 
 from ringfence.client.approvals.pending import PendingApproval
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval, Grant
@@ -31,7 +31,7 @@ _APPROVERS = {"sponsor", "operator"}
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
+class PastAnswer:
     """One answer of a person to an agent's request, or one approval given ahead."""
 
     verdict: Literal["approved", "denied"]
@@ -62,7 +62,7 @@ class Comparison:
     """Empty: it is as usual."""
 
 
-def compare(wanted: Scope, ttl_s: int, delivery: Delivery, past: Iterable[Past]) -> Comparison:
+def compare(wanted: Scope, ttl_s: int, delivery: Delivery, past: Iterable[PastAnswer]) -> Comparison:
     """Hold what is asked for against what was answered before."""
     known = list(past)
     approved = [one for one in known if one.verdict == "approved"]
@@ -79,7 +79,7 @@ def compare(wanted: Scope, ttl_s: int, delivery: Delivery, past: Iterable[Past])
     return Comparison(len(approved), len(denied), tuple(found))
 
 
-def _new(wanted: Scope, approved: Sequence[Past]) -> list[Difference]:
+def _new(wanted: Scope, approved: Sequence[PastAnswer]) -> list[Difference]:
     if not approved:
         return [Difference("first", f"nothing was approved for this agent in {DAYS} days", wanted)]
     before = tuple(permission for one in approved for permission in one.scope)
@@ -106,14 +106,14 @@ def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
 
 
-class Usual:
+class ApprovalHistory:
     """What people answered lately, by agent. Read from `approval.response`, believed where an approver signed it."""
 
     def __init__(self, directory: Directory, trust_domain: str) -> None:
         self._directory = directory
         self._trust_domain = trust_domain
         self._unread: dict[str, deque[Received]] = {}
-        self._past: dict[str, deque[Past]] = {}
+        self._past: dict[str, deque[PastAnswer]] = {}
 
     def on_records(self, records: Sequence[Received]) -> None:
         """Take in answers; they are verified when somebody looks at their agent."""
@@ -127,7 +127,7 @@ class Usual:
         past = [one for one in self._of(pending.agent) if one.request_id not in left_out]
         return compare(pending.scope, pending.ttl_s, pending.delivery, past)
 
-    def _of(self, agent: str) -> Iterable[Past]:
+    def _of(self, agent: str) -> Iterable[PastAnswer]:
         past = self._past.setdefault(agent, deque(maxlen=_MOST_OF_AN_AGENT))
         for record in self._unread.pop(agent, ()):
             try:
@@ -139,7 +139,7 @@ class Usual:
                 past.append(one)
         return past
 
-    def _believed(self, record: Received, agent: str) -> Past | None:
+    def _believed(self, record: Received, agent: str) -> PastAnswer | None:
         at_ms = record.appended_at_ms
         audience = self._trust_domain
 
@@ -148,15 +148,15 @@ class Usual:
 
         jws = parse(record.value)
         if jws.header.typ == typ_header(Grant):
-            grant = open_signed(jws, Grant, person, audience=audience).claims
+            grant = verify(jws, Grant, person, audience=audience).claims
             if not self._is_approver(grant.iss) or grant.agent_id != agent:
                 return None
-            return Past("approved", None, grant.scope, grant.ttl_s, grant.delivery)
+            return PastAnswer("approved", None, grant.scope, grant.ttl_s, grant.delivery)
         if jws.header.typ != typ_header(Approval):
             return None
-        approval = open_signed(jws, Approval, person, audience=audience).claims
+        approval = verify(jws, Approval, person, audience=audience).claims
         asked = parse(approval.request)
-        request = open_signed(
+        request = verify(
             asked,
             CredentialRequest,
             keys_of_agents(self._directory, asked, CredentialRequest, at_ms / 1000),
@@ -164,7 +164,9 @@ class Usual:
         ).claims
         if subject_of(audience, request.iss, "agent") != agent or not self._is_approver(approval.iss):
             return None
-        return Past(approval.verdict, approval.request_id, request.scope, approval.ttl_s, approval.delivery)
+        return PastAnswer(
+            approval.verdict, approval.request_id, request.scope, approval.ttl_s, approval.delivery
+        )
 
     def _is_approver(self, iss: str) -> bool:
         user_id = subject_of(self._trust_domain, iss, "user")

@@ -11,8 +11,8 @@ from typing import Literal, Self
 
 from ringfence.client.agent.replies import who
 from ringfence.client.approvals.action_approvals import OpenActions, PendingAction, is_action
-from ringfence.client.approvals.grouping import Alike, alike, key_of
-from ringfence.client.approvals.history_comparison import DAYS, Usual
+from ringfence.client.approvals.grouping import RequestGroup, group_equivalent, key_of
+from ringfence.client.approvals.history_comparison import DAYS, ApprovalHistory
 from ringfence.client.approvals.pending import PendingApproval
 from ringfence.client.connected import Lifetime
 from ringfence.client.connection import Connection, subject
@@ -22,7 +22,7 @@ from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
-from ringfence.kernel.crypto.jws import MAX_LIFE_S, open_signed, parse
+from ringfence.kernel.crypto.jws import MAX_LIFE_S, parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, ApprovalRequest
@@ -36,7 +36,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import keys_of_agents
 from ringfence.model.requests.approvals import may_approve
-from ringfence.model.requests.facts import DeniedError, Facts, gather
+from ringfence.model.requests.facts import DeniedError, RequestContext, load_context
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Sponsor(Lifetime):
         self._answered: set[str] = set()
         self._problems: dict[str, str] = {}
         self._changed = asyncio.Event()
-        self._usual: dict[str | None, Usual] = {}
+        self._usual: dict[str | None, ApprovalHistory] = {}
         self._usual_lock = asyncio.Lock()
 
     @classmethod
@@ -144,9 +144,9 @@ class Sponsor(Lifetime):
                     yield pending
             await changed.wait()
 
-    def groups(self, *, everyone: bool = False) -> list[Alike]:
+    def groups(self, *, everyone: bool = False) -> list[RequestGroup]:
         """`pending`, with what would come to the same put together."""
-        return alike(self.pending(everyone=everyone))
+        return group_equivalent(self.pending(everyone=everyone))
 
     def alike(self, pending: PendingApproval) -> tuple[PendingApproval, ...]:
         """All that waits and would come to the same as this one, with it, the oldest first."""
@@ -156,14 +156,14 @@ class Sponsor(Lifetime):
             if one.request_id == pending.request_id or key_of(one) == key_of(pending)
         ) or (pending,)
 
-    async def usual(self, agent: str | None = None) -> Usual:
+    async def usual(self, agent: str | None = None) -> ApprovalHistory:
         """What people answered in the last 30 days, to compare with. Read when first needed, and kept up to date.
 
         For one `agent` less is read: only the partition that holds the answers to it.
         """
         async with self._usual_lock:
             if agent not in self._usual:
-                usual = Usual(self._known_directory(), self.connection.settings.trust_domain)
+                usual = ApprovalHistory(self._known_directory(), self.connection.settings.trust_domain)
                 since_ms = max(self.connection.clock.now_ms() - DAYS * 86_400_000, 1)
                 await self.connection.follow(
                     [APPROVAL_RESPONSE], usual.on_records, since_ms=since_ms, key=agent
@@ -259,19 +259,19 @@ class Sponsor(Lifetime):
         """Sign a no. See `approve`."""
         return await self._answer(pending, "denied", comment)
 
-    async def approve_all(self, group: Alike, comment: str | None = None) -> list[str]:
+    async def approve_all(self, group: RequestGroup, comment: str | None = None) -> list[str]:
         """Sign a yes to each request of a group as it was shown, and to no other. Returns the approvals' ids.
 
         Raises StaleApprovalError or NotYoursError, before anything is sent, where one of them is not as it was shown.
         """
         return await self._answer_all(group, "approved", comment)
 
-    async def deny_all(self, group: Alike, comment: str | None = None) -> list[str]:
+    async def deny_all(self, group: RequestGroup, comment: str | None = None) -> list[str]:
         """Sign a no to each. See `approve_all`."""
         return await self._answer_all(group, "denied", comment)
 
     async def _answer_all(
-        self, group: Alike, verdict: Literal["approved", "denied"], comment: str | None
+        self, group: RequestGroup, verdict: Literal["approved", "denied"], comment: str | None
     ) -> list[str]:
         for pending in group.requests:
             self._check(pending)
@@ -373,11 +373,11 @@ class Sponsor(Lifetime):
             delegators=facts.act[1:],
         )
 
-    def _facts(self, asked: ApprovalRequest, at_ms: int) -> Facts:
+    def _facts(self, asked: ApprovalRequest, at_ms: int) -> RequestContext:
         """What the agent signed, held against the verified records. Raises where the asking does not agree with it."""
         directory = self._known_directory()
         jws = parse(asked.request)
-        request = open_signed(
+        request = verify(
             jws,
             CredentialRequest,
             keys_of_agents(directory, jws, CredentialRequest, at_ms / 1000),
@@ -389,7 +389,7 @@ class Sponsor(Lifetime):
             raise InvalidMessageError("it names another request than the one that it embeds")
         if asked.ttl_s > claims.ttl_s or asked.delivery != claims.delivery:
             raise InvalidMessageError("its terms go beyond what the agent asked for")
-        facts = gather(directory, request)
+        facts = load_context(directory, request)
         if facts.revisions(asked.revisions.policy) != asked.revisions:
             raise InvalidMessageError(
                 "agent, user, task or target changed since it was asked, or the change has not arrived here yet"
@@ -411,7 +411,7 @@ class Sponsor(Lifetime):
             find = self.connection.trust.finder("policy", at_s=record.appended_at_ms / 1000)
             audience = self.connection.settings.trust_domain
             try:
-                asked = open_signed(parse(record.value), ApprovalRequest, find, audience=audience).claims
+                asked = verify(parse(record.value), ApprovalRequest, find, audience=audience).claims
             except InvalidMessageError as error:
                 log.warning("ignored an approval request at %d: %s", record.offset, error)
                 continue
@@ -448,7 +448,7 @@ class Sponsor(Lifetime):
         if unverified.outcome == "approval_required" or unverified.request_id not in self._asked:
             return  # skipped before its signature costs anything; nothing is believed by skipping
         find = self.connection.trust.finder("policy", at_s=record.appended_at_ms / 1000)
-        decision = open_signed(
+        decision = verify(
             jws, CredentialDecision, find, audience=self.connection.settings.trust_domain
         ).claims
         self._answered.add(decision.request_id)
@@ -460,7 +460,7 @@ class Sponsor(Lifetime):
         if jws.unverified_claims(Approval).iss != self.connection.key.id:
             return  # skipped before its signature costs anything; nothing is believed by skipping
         directory = self._known_directory()
-        approval = open_signed(
+        approval = verify(
             jws,
             Approval,
             lambda iss, kid: directory.user_key(iss, kid, record.appended_at_ms / 1000),

@@ -17,7 +17,7 @@ from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.crypto.jws import UnverifiedJws, open_signed, parse
+from ringfence.kernel.crypto.jws import UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Publisher
@@ -191,7 +191,7 @@ def _check_goes_on(before: Sequence[AuditCheckpoint], checkpoint: AuditCheckpoin
 
 
 def _checkpoint(jws: UnverifiedJws, record: Received, trust: TrustStore) -> AuditCheckpoint:
-    claims = open_signed(
+    claims = verify(
         jws, AuditCheckpoint, trust.finder("audit", at_s=record.appended_at_ms / 1000),
         audience=trust.trust_domain,
     ).claims  # fmt: skip
@@ -201,7 +201,7 @@ def _checkpoint(jws: UnverifiedJws, record: Received, trust: TrustStore) -> Audi
 
 def _witnessed(jws: UnverifiedJws, record: Received, directory: Directory, trust: TrustStore) -> AuditWitness:
     at_ms = record.appended_at_ms
-    claims = open_signed(
+    claims = verify(
         jws, AuditWitness, lambda iss, kid: directory.chains.user_key(iss, kid, at_ms),
         audience=trust.trust_domain,
     ).claims  # fmt: skip

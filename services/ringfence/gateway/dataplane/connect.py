@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ringfence.gateway.dataplane.http1_head import RequestHead
-from ringfence.gateway.dataplane.request_reader import Way
+from ringfence.gateway.dataplane.request_reader import ListenerContext
 from ringfence.gateway.dataplane.stream import Stream
 from ringfence.gateway.errors import RefusedError
 from ringfence.gateway.hosts import canonical
@@ -11,7 +11,7 @@ from ringfence.gateway.hosts import canonical
 AGREED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 
-def connect_authority(request: RequestHead, way: Way, client: Stream) -> str:
+def connect_authority(request: RequestHead, way: ListenerContext, client: Stream) -> str:
     """The canonical authority that a CONNECT is for. Raises RefusedError."""
     if way.inside is not None:
         raise RefusedError(400, "connect_refused", "there is no CONNECT inside another")

@@ -12,7 +12,7 @@ from typing import Final
 from ringfence.gateway.contract import Attempt, Blocked, Presented, Verdict
 from ringfence.gateway.dataplane.connect import AGREED, connect_authority
 from ringfence.gateway.dataplane.exchange import Asked, goes_no_further
-from ringfence.gateway.dataplane.fast_path.path import Shortcut
+from ringfence.gateway.dataplane.fast_path.path import FastPath
 from ringfence.gateway.dataplane.forwarder import goes_on
 from ringfence.gateway.dataplane.http1_body import Body, request_body
 from ringfence.gateway.dataplane.http1_head import (
@@ -22,9 +22,9 @@ from ringfence.gateway.dataplane.http1_head import (
     parse_request,
 )
 from ringfence.gateway.dataplane.limits import HANDSHAKE
-from ringfence.gateway.dataplane.request_reader import Way, asked, presented_by
+from ringfence.gateway.dataplane.request_reader import ListenerContext, presented_by, read_request
 from ringfence.gateway.dataplane.sent import Sent
-from ringfence.gateway.dataplane.shared import Desk
+from ringfence.gateway.dataplane.shared import DataPlaneContext
 from ringfence.gateway.dataplane.stream import ExpiredError, GoneError, Stream
 from ringfence.gateway.dataplane.tls_listener import TLS_FAILED
 from ringfence.gateway.errors import RefusedError, head, problem
@@ -43,12 +43,12 @@ _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 class Connection:
     """What goes on in one connection."""
 
-    def __init__(self, client: Stream, way: Way, desk: Desk) -> None:
+    def __init__(self, client: Stream, way: ListenerContext, desk: DataPlaneContext) -> None:
         self._client = client
         self._way = way
         self._desk = desk
         self._turn = desk.limits.turn_of(way.sender)
-        self._shortcut = Shortcut(client, way, desk, self._turn)
+        self._shortcut = FastPath(client, way, desk, self._turn)
         self._attempt: Attempt | None = None
         """What is asked for, until that is decided."""
         self._unread = b""
@@ -101,7 +101,7 @@ class Connection:
             self._turn.end()
 
     async def _head(self) -> bytes | None:
-        """The next head; None where a request was handed over instead, see `Shortcut`."""
+        """The next head; None where a request was handed over instead, see `FastPath`."""
         client, patiences, shortcut = self._client, self._desk.patiences, self._shortcut
         client.deadline = time.monotonic() + (patiences.head_s if client.buffer else patiences.idle_s)
         begun, seen = shortcut.taken if client.buffer else None, 0
@@ -131,7 +131,7 @@ class Connection:
         desk = self._desk
         self._turn.begin()
         try:
-            presented, attempt = asked(request, self._way, desk.knows)
+            presented, attempt = read_request(request, self._way, desk.knows)
             waits = _waits_for_continue(request)
             sent = Sent(self._client, partial(self._read, body, waits=waits), most=MAX_READ_BYTES)
             self._attempt = attempt

@@ -54,7 +54,7 @@ _MOST_INTERIM: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Patiences:
+class Timeouts:
     """How long what is waited for, in seconds."""
 
     head_s: float = 10.0
@@ -109,7 +109,7 @@ class Exchange:
         asked: Asked,
         injected: Mapping[str, str] | None,
         origin: Origin,
-        patiences: Patiences,
+        patiences: Timeouts,
         lapsed: Callable[[], bool],
         doubt: Callable[[], Reason | None],
     ) -> None:

@@ -8,8 +8,8 @@ from ringfence.gateway.contract import Gate, Verdict
 from ringfence.gateway.dataplane.exchange import (
     Asked,
     Exchange,
-    Patiences,
     StaleConnectionError,
+    Timeouts,
     do_nothing,
     is_unchanged,
     never,
@@ -29,7 +29,7 @@ def goes_on(verdict: Verdict) -> bool:
 class Forwarder:
     """Takes requests that go on to their targets."""
 
-    def __init__(self, gate: Gate, upstreams: Upstreams, patiences: Patiences) -> None:
+    def __init__(self, gate: Gate, upstreams: Upstreams, patiences: Timeouts) -> None:
         self._gate = gate
         self._upstreams = upstreams
         self._patiences = patiences
@@ -41,7 +41,7 @@ class Forwarder:
         client does not do its part.
         """
         injected, origin = await self._prepared(asked.verdict)
-        lapsed = never if is_unchanged(asked.verdict) else self._gate.lapsed
+        lapsed = never if is_unchanged(asked.verdict) else self._gate.view_expired
         exchange = Exchange(client, asked, injected, origin, self._patiences, lapsed, self._gate.doubt)
         exchange.unsubscribe = self._on_end(asked.verdict, exchange.lease_ended)
         try:
@@ -57,7 +57,7 @@ class Forwarder:
         """The exchange of an allowed request that was sent to `upstream` already. Hand it to `go_on`."""
         assert asked.verdict.lease is not None, "it was allowed"
         gate = self._gate
-        exchange = Exchange(client, asked, injected, origin, self._patiences, gate.lapsed, gate.doubt)
+        exchange = Exchange(client, asked, injected, origin, self._patiences, gate.view_expired, gate.doubt)
         exchange.upstream = upstream
         client.on_gone = exchange.client_left
         exchange.unsubscribe = self._gate.on_end(asked.verdict.lease.lease_id, exchange.lease_ended)

@@ -26,14 +26,14 @@ from ringfence.gateway.contract import Blocked, Blocks, Gate, Presented
 from ringfence.gateway.dataplane.certificate_authority import Authority
 from ringfence.gateway.dataplane.connection import Connection
 from ringfence.gateway.dataplane.denials import answer as problem_of
-from ringfence.gateway.dataplane.exchange import Patiences
+from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.fast_path.plans import Plans
 from ringfence.gateway.dataplane.forwarder import Forwarder
 from ringfence.gateway.dataplane.limits import TOO_MANY_CONNECTIONS, Allowance, Limits, sender_at
-from ringfence.gateway.dataplane.request_reader import Way
-from ringfence.gateway.dataplane.shared import Desk
-from ringfence.gateway.dataplane.stream import Outbox, Patience, Stream
-from ringfence.gateway.dataplane.tls_listener import TlsDoor
+from ringfence.gateway.dataplane.request_reader import ListenerContext
+from ringfence.gateway.dataplane.shared import DataPlaneContext
+from ringfence.gateway.dataplane.stream import DeadlineTimer, Outbox, Stream
+from ringfence.gateway.dataplane.tls_listener import TlsListener
 from ringfence.gateway.dataplane.upstream_pool import Upstreams
 from ringfence.gateway.errors import Answer
 from ringfence.gateway.hosts import Scheme, canonical
@@ -70,7 +70,7 @@ class DataPlane:
         clock: Clock | None = None,
         tls: ssl.SSLContext | None = None,
         allowance: Allowance = Allowance(),  # noqa: B008 - frozen
-        patiences: Patiences = Patiences(),  # noqa: B008 - frozen
+        patiences: Timeouts = Timeouts(),  # noqa: B008 - frozen
     ) -> None:
         """Args:
             gate: the decision core.
@@ -81,7 +81,7 @@ class DataPlane:
             name: of this gateway, in its CA's certificate.
             tls: how targets are verified; the machine's authorities if not given.
         """  # fmt: skip
-        self._patience, self._outbox = Patience(), Outbox()
+        self._patience, self._outbox = DeadlineTimer(), Outbox()
         self.upstreams = Upstreams(
             tls or ssl.create_default_context(),
             self._patience,
@@ -92,11 +92,11 @@ class DataPlane:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.limits = Limits(allowance, time.monotonic)
         forwarder = Forwarder(gate, self.upstreams, patiences)
-        self._desk = Desk(
+        self._desk = DataPlaneContext(
             gate, knows, answer, self.authority, forwarder, self.upstreams, Plans(), self.limits, patiences, blocked
         )  # fmt: skip
         self._servers: list[asyncio.Server] = []
-        self._doors: list[TlsDoor] = []
+        self._doors: list[TlsListener] = []
         self._tasks: dict[Path, tuple[asyncio.Server, set[Stream]]] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._sweeping: asyncio.TimerHandle | None = None
@@ -134,19 +134,21 @@ class DataPlane:
         seen: Scheme = scheme or ("https" if tls is not None else "http")
         known = frozenset(canonical(name, seen) for name in names)
 
-        def way(stream: Stream) -> Way:
+        def way(stream: Stream) -> ListenerContext:
             peer = stream.transport.get_extra_info("peername")
             certificate = _spiffe_id(stream.peer_certificate()) if tls is not None else None
             address = (peer[0] if peer else "") if certificate is None else None
             sender = certificate if certificate is not None else sender_at(address or "")
-            return Way(sender, seen, known, certificate=certificate, challenge=challenge, address=address)
+            return ListenerContext(
+                sender, seen, known, certificate=certificate, challenge=challenge, address=address
+            )
 
         def serve(stream: Stream) -> None:
             self._serve(stream, way)
 
         try:
             if tls is not None:
-                door = TlsDoor(
+                door = TlsListener(
                     tls,
                     self.limits,
                     self._desk.blocked,
@@ -174,9 +176,9 @@ class DataPlane:
         listening = _bound(path)
         streams: set[Stream] = set()
 
-        def way(stream: Stream) -> Way:
+        def way(stream: Stream) -> ListenerContext:
             streams.add(stream)
-            return Way(f"task:{task_id}", "http", task_id=task_id)
+            return ListenerContext(f"task:{task_id}", "http", task_id=task_id)
 
         def lost(stream: Stream) -> None:
             streams.discard(stream)
@@ -213,7 +215,7 @@ class DataPlane:
         if self._sweeping is not None:
             self._sweeping.cancel()
 
-    def _serve(self, stream: Stream, how: Callable[[Stream], Way]) -> None:
+    def _serve(self, stream: Stream, how: Callable[[Stream], ListenerContext]) -> None:
         way = how(stream)
         if not self.limits.connect(way.sender):
             shown = Presented(way.task_id, way.certificate)

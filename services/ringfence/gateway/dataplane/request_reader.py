@@ -24,7 +24,7 @@ _SCHEMES: Final[tuple[Scheme, ...]] = ("http", "https")
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class ListenerContext:
     """How a request came."""
 
     sender: str
@@ -50,7 +50,9 @@ class Way:
         return self.task_id is None and self.certificate is None
 
 
-def asked(request: RequestHead, way: Way, knows: Callable[[str], bool]) -> tuple[Presented, Attempt]:
+def read_request(
+    request: RequestHead, way: ListenerContext, knows: Callable[[str], bool]
+) -> tuple[Presented, Attempt]:
     """The attempt that a request is, and what it shows of its sender. Raises RefusedError."""
     said = _said(request.block)
     host = said.host
@@ -127,7 +129,7 @@ def _carried(block: Fields) -> Carried:
     )
 
 
-def presented_by(request: RequestHead, way: Way, *, htu: str | None = None) -> Presented:
+def presented_by(request: RequestHead, way: ListenerContext, *, htu: str | None = None) -> Presented:
     """What a request shows of its sender. Raises RefusedError where that cannot be read."""
     proof = request.known.get(b"dpop")
     return Presented(
@@ -141,7 +143,7 @@ def presented_by(request: RequestHead, way: Way, *, htu: str | None = None) -> P
     )
 
 
-def _handle(request: RequestHead, way: Way) -> str | None:
+def _handle(request: RequestHead, way: ListenerContext) -> str | None:
     known = request.known
     authorization, apart = known.get(b"authorization", b""), known.get(HANDLE)
     if is_handle(authorization):
@@ -157,7 +159,7 @@ def _handle(request: RequestHead, way: Way) -> str | None:
     return way.handle
 
 
-def _addressed(target: str, way: Way) -> tuple[Scheme, str | None, str]:
+def _addressed(target: str, way: ListenerContext) -> tuple[Scheme, str | None, str]:
     """Scheme, canonical authority where the request line says one, and the target in origin-form."""
     if target.startswith("/"):
         return way.scheme, None, target
@@ -174,7 +176,7 @@ def _cut(rest: str) -> tuple[str, str]:
     return rest[:at], rest[at:]
 
 
-def _by_path(authority: str, target: str, way: Way) -> tuple[str, str]:
+def _by_path(authority: str, target: str, way: ListenerContext) -> tuple[str, str]:
     """The target that the first segment names, and the rest of the path as it was sent."""
     if way.names is not None and authority not in way.names:
         raise RefusedError(421, "host_unknown", "Host is neither this gateway nor a target of it")

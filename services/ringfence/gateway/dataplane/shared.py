@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ringfence.gateway.contract import Blocks, Gate
 from ringfence.gateway.dataplane.certificate_authority import Authority
-from ringfence.gateway.dataplane.exchange import Patiences
+from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.fast_path.plans import Plans
 from ringfence.gateway.dataplane.forwarder import Forwarder
 from ringfence.gateway.dataplane.limits import Limits
@@ -16,7 +16,7 @@ from ringfence.gateway.errors import Answer
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
+class DataPlaneContext:
     """One for all listeners of a plane."""
 
     gate: Gate
@@ -27,5 +27,5 @@ class Desk:
     upstreams: Upstreams
     plans: Plans
     limits: Limits
-    patiences: Patiences
+    patiences: Timeouts
     blocked: Blocks

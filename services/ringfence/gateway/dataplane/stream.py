@@ -278,7 +278,7 @@ def _wake(waiter: asyncio.Future[None] | None) -> None:
         waiter.set_result(None)
 
 
-class Patience:
+class DeadlineTimer:
     """Ends the patience of streams: one timer for all, as one for each wait would cost more than the wait."""
 
     def __init__(self, *, every_s: float = 0.25) -> None:

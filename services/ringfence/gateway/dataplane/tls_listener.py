@@ -25,7 +25,7 @@ _AGAIN_S: Final = 0.1
 Told = Callable[[Stream], None]
 
 
-class TlsDoor:
+class TlsListener:
     """One listener."""
 
     def __init__(

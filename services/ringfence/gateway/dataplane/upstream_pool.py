@@ -8,7 +8,7 @@ import time
 from collections import deque
 from typing import Final
 
-from ringfence.gateway.dataplane.stream import Outbox, Patience, Stream
+from ringfence.gateway.dataplane.stream import DeadlineTimer, Outbox, Stream
 from ringfence.gateway.errors import RefusedError
 from ringfence.gateway.hosts import Origin
 
@@ -23,7 +23,7 @@ class Upstreams:
     def __init__(
         self,
         tls: ssl.SSLContext,
-        patience: Patience,
+        patience: DeadlineTimer,
         *,
         connect_s: float,
         outbox: Outbox | None = None,

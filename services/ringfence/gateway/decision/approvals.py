@@ -16,21 +16,21 @@ from typing import Any, Final
 
 from aiokafka.errors import KafkaError
 
-from ringfence.gateway.contract import Headers, Patient
+from ringfence.gateway.contract import Headers, HoldableRequest
 from ringfence.gateway.decision.approval_questions import Question, Questions, Same, written
 from ringfence.gateway.decision.approved_headers import digest_of_headers, shown, unshowable
 from ringfence.gateway.domain import UNAVAILABLE, Ask, Chosen, Refusal, refused, refused_for
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, SignatureError
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.jws import (
     ExpiredError,
     Signed,
     UnverifiedJws,
-    open_signed,
     parse,
     sign,
+    verify,
 )
 from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.kafka.record import Received
@@ -91,7 +91,7 @@ class Approvals:
     # --- asking ---
 
     async def answered(
-        self, waiting: Waiting, patient: Patient | None
+        self, waiting: Waiting, patient: HoldableRequest | None
     ) -> tuple[Question | None, Refusal | None]:
         """The question that this request waited for, where there is one, and why it does not go on.
 
@@ -195,7 +195,9 @@ class Approvals:
             raise
         return None
 
-    async def _wait(self, question: Question, waiting: Waiting, patient: Patient | None) -> Refusal | None:
+    async def _wait(
+        self, question: Question, waiting: Waiting, patient: HoldableRequest | None
+    ) -> Refusal | None:
         """Wait for the answer: None where there may be one; else why this request waits no longer."""
         lease, gone = waiting.chosen.lease, False
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -291,7 +293,7 @@ class Approvals:
                 record.partition,
                 record.offset,
                 error,
-                extra=of_a_kind(record.topic_name, error.code),
+                extra=rate_limited(record.topic_name, error.code),
             )
             return
         # Whoever answers may have seen records that are not here yet.
@@ -307,7 +309,7 @@ class Approvals:
             return self._directory.user_key(iss, kid, record.appended_at_ms / 1000)
 
         def opened() -> Signed[ActionApproval]:
-            return open_signed(
+            return verify(
                 jws, ActionApproval, find,
                 audience=self._runtime.settings.trust_domain, appended_at_ms=record.appended_at_ms,
             )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ringfence.gateway.contract import Attempt, Patient
+from ringfence.gateway.contract import Attempt, HoldableRequest
 from ringfence.gateway.decision.approval_questions import Question
 from ringfence.gateway.decision.mcp import Spoken
 from ringfence.gateway.decision.targets import Compiled
@@ -15,13 +15,13 @@ from ringfence.model.http_targets.request_map import Action
 
 
 @dataclass(slots=True)
-class Course:
+class DecisionContext:
     """See the module."""
 
     id: str
     attempt: Attempt
     """With its body, once that was seen."""
-    patient: Patient | None = None
+    patient: HoldableRequest | None = None
     sender: Sender | None = None
     target: Compiled | None = None
     action: Action | None = None

@@ -6,7 +6,7 @@ import logging
 from typing import Final
 
 from ringfence.gateway.contract import Attempt, McpOutcome, Presented, Verdict
-from ringfence.gateway.decision.context import Course
+from ringfence.gateway.decision.context import DecisionContext
 from ringfence.gateway.decision.fast_path.cached_decision import counter_of
 from ringfence.gateway.decision.fast_path.event import (
     AllowedEvents,
@@ -55,7 +55,7 @@ class Telling:
         self._clock = clock
         self._gateway = gateway
 
-    def note(self, course: Course, verdict: Verdict) -> tuple[Access | None, str | None, int]:
+    def note(self, course: DecisionContext, verdict: Verdict) -> tuple[Access | None, str | None, int]:
         """Count it where numbers are asked for. Its access, its target's id, and the time."""
         access = _access(course)
         outcome = "allowed" if verdict.allowed else "observed" if verdict.observed else "denied"
@@ -68,7 +68,7 @@ class Telling:
             self._earlier.add(verdict.task_id, target_id, verb, allowed=verdict.allowed, now_ms=now_ms)
         return access, target_id, now_ms
 
-    def kind(self, course: Course, presented: Presented, attempt: Attempt, refusal: Refusal) -> Kind:
+    def kind(self, course: DecisionContext, presented: Presented, attempt: Attempt, refusal: Refusal) -> Kind:
         """Who it was, what for and why not, as far as that is shown."""
         target = self._targets.find(attempt)
         return Kind(
@@ -85,7 +85,7 @@ class Telling:
 
     def record(
         self,
-        course: Course,
+        course: DecisionContext,
         presented: Presented,
         verdict: Verdict,
         for_target: str | None = None,
@@ -122,12 +122,12 @@ class Telling:
             )
         )
 
-    def _destination_of(self, course: Course, presented: Presented) -> Destination:
+    def _destination_of(self, course: DecisionContext, presented: Presented) -> Destination:
         target = course.target if course.target is not None else self._targets.find(course.attempt)
         url = target.url if isinstance(target, Compiled) else None
         return destination_of(course.attempt, url, presented.handle)
 
-    def _record_allowed(self, course: Course, access: Access | None, now_ms: int) -> None:
+    def _record_allowed(self, course: DecisionContext, access: Access | None, now_ms: int) -> None:
         """The same `ActionDecided` for what is simply allowed, which is most: written without a model in between."""
         sender, lease, action, attempt = course.sender, course.lease, course.action, course.attempt
         assert sender is not None, "it was allowed"
@@ -136,7 +136,7 @@ class Telling:
         events = AllowedEvents(self._gateway, sender.agent_id, lease, action, access, attempt)
         self._recorder.keep(events.entry(course.id, course.took_ns // 1000, now_ms))
 
-    def record_answer(self, course: Course, outcome: McpOutcome) -> None:
+    def record_answer(self, course: DecisionContext, outcome: McpOutcome) -> None:
         """What came of it is too late to deny anything: where it cannot be kept, the decision still is."""
         metrics.MCP_ANSWERS.labels(outcome.kind).inc()
         assert course.lease is not None, "it was allowed"
@@ -162,7 +162,7 @@ class Telling:
         except SpoolFullError as error:
             log.error("what came of an action is not recorded: %s", error)
 
-    def _lease_of(self, course: Course, presented: Presented) -> str | None:
+    def _lease_of(self, course: DecisionContext, presented: Presented) -> str | None:
         """The lease that decided; else that of the handle which was shown, whoever showed it."""
         if course.lease is not None:
             return course.lease.lease_id
@@ -172,7 +172,7 @@ class Telling:
         return handle if handle is not None and self._table.get(handle) is not None else None
 
 
-def _access(course: Course) -> Access | None:
+def _access(course: DecisionContext) -> Access | None:
     """Whether it only reads. All messages of MCP are posted: there the message says so, and of a call its verb."""
     message = course.spoken.message if course.spoken is not None else None
     if message is None:
@@ -181,13 +181,13 @@ def _access(course: Course) -> Access | None:
     return "read" if message.only_asks or (message.method == CALL and reads) else "write"
 
 
-def _act_of(course: Course) -> tuple[str, ...] | None:
+def _act_of(course: DecisionContext) -> tuple[str, ...] | None:
     """The agents that act, where there are several."""
     lease, sender = course.lease, course.sender
     return act_of(lease, sender.agent_id if sender is not None else None) if lease is not None else None
 
 
-def _asked_of(course: Course) -> ActionAsked | None:
+def _asked_of(course: DecisionContext) -> ActionAsked | None:
     question = course.question
     if question is None:
         return None

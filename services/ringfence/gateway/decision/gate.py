@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Final
 
 from ringfence.gateway.contract import (
-    Admits,
     Attempt,
     Headers,
+    HoldableRequest,
     Mcp,
-    Patient,
     Presented,
+    RateCheck,
     Rpc,
     Verdict,
 )
@@ -22,15 +22,15 @@ from ringfence.gateway.decision.action_ids import ActionIds
 from ringfence.gateway.decision.approval_questions import Question
 from ringfence.gateway.decision.approvals import Approvals, Waiting
 from ringfence.gateway.decision.approved_headers import headers_to_approve
-from ringfence.gateway.decision.context import Course
+from ringfence.gateway.decision.context import DecisionContext
 from ringfence.gateway.decision.decision_events import Telling
 from ringfence.gateway.decision.evaluator import Evaluator
 from ringfence.gateway.decision.fast_path.cache import Basis, lasts_until
-from ringfence.gateway.decision.fast_path.cached_decision import AtHand, Standing
+from ringfence.gateway.decision.fast_path.cached_decision import CachedDecision, FastPathDependencies
 from ringfence.gateway.decision.fast_path.recalling import Recalled
 from ringfence.gateway.decision.fast_path.remembering import Remembered
 from ringfence.gateway.decision.injection import Injector
-from ringfence.gateway.decision.mcp import McpDesk, rpc_of
+from ringfence.gateway.decision.mcp import McpSessions, rpc_of
 from ringfence.gateway.decision.observe_mode import Observing
 from ringfence.gateway.decision.sender import NONCE_WANTED, Identifier
 from ringfence.gateway.decision.targets import Compiled, Targets
@@ -96,14 +96,14 @@ class DecisionGate:
         self._entitlements_max_age_s = entitlements_max_age_s
         self._ids = ActionIds()
         self._remembered = Remembered(view.table, view.directory)
-        self._recalled: Recalled[Standing] = Recalled(view.table, view.directory)
+        self._recalled: Recalled[CachedDecision] = Recalled(view.table, view.directory)
         self._earlier = Earlier()
-        self._at_hand = AtHand(
+        self._at_hand = FastPathDependencies(
             view, evaluator, injector, recorder, self._earlier, self._ids, clock, gateway=gateway
         )
         self._telling = Telling(view, targets, recorder, self._earlier, clock, gateway=gateway)
         self._observing = Observing(targets, observe)
-        self._mcp = McpDesk(view.table)
+        self._mcp = McpSessions(view.table)
 
     # --- what data planes ask ---
 
@@ -116,11 +116,11 @@ class DecisionGate:
         self,
         presented: Presented,
         attempt: Attempt,
-        admits: Admits | None = None,
-        patient: Patient | None = None,
+        admits: RateCheck | None = None,
+        patient: HoldableRequest | None = None,
     ) -> Verdict:
         """See `Gate`."""
-        course = Course(self._ids.fresh(), attempt, patient)
+        course = DecisionContext(self._ids.fresh(), attempt, patient)
         try:
             refusal = await self._refusal(course, presented, attempt, admits)
         except Exception:  # what cannot be decided is denied, whatever it is
@@ -140,7 +140,7 @@ class DecisionGate:
         return verdict
 
     def _told_with_others(
-        self, course: Course, presented: Presented, attempt: Attempt, refusal: Refusal
+        self, course: DecisionContext, presented: Presented, attempt: Attempt, refusal: Refusal
     ) -> Verdict:
         """The verdict on what was not even looked at: such a request costs its sender nothing, and no event each."""
         if refusal.reasons[0].code == NONCE_WANTED:
@@ -161,7 +161,7 @@ class DecisionGate:
         self._telling.note(course, verdict)
         return verdict
 
-    def standing(self, presented: Presented, attempt: Attempt) -> Standing | None:
+    def standing(self, presented: Presented, attempt: Attempt) -> CachedDecision | None:
         """See `Gate`. The same steps as `decide` takes, by what is at hand; what is in doubt is left to that."""
         try:
             return self._standing(presented, attempt)
@@ -204,14 +204,14 @@ class DecisionGate:
         """See `Gate`."""
         return self._view.doubt()
 
-    def lapsed(self) -> bool:
+    def view_expired(self) -> bool:
         """See `Gate`."""
-        return self._view.lapsed()
+        return self._view.view_expired()
 
     # --- the steps, in their order ---
 
     async def _refusal(
-        self, course: Course, presented: Presented, attempt: Attempt, admits: Admits | None
+        self, course: DecisionContext, presented: Presented, attempt: Attempt, admits: RateCheck | None
     ) -> Refusal | None:
         began_ns = time.perf_counter_ns()
         try:
@@ -228,7 +228,7 @@ class DecisionGate:
             self._observe(course, refusal, presented, attempt)
         return refusal
 
-    def _standing(self, presented: Presented, attempt: Attempt) -> Standing | None:
+    def _standing(self, presented: Presented, attempt: Attempt) -> CachedDecision | None:
         recalled = self._recalled.find(presented, attempt, self._clock.now_ms() / 1000)
         if recalled is not None and recalled.holds():
             return recalled
@@ -244,12 +244,12 @@ class DecisionGate:
             return None
         until_s = lasts_until(chosen, self._entitlements_max_age_s)
         basis = Basis(self._view.table, self._view.directory, chosen, until_s)
-        standing = Standing(self._at_hand, sender, target.state, action, chosen, attempt, basis)
+        standing = CachedDecision(self._at_hand, sender, target.state, action, chosen, attempt, basis)
         self._recalled.keep(presented, attempt, standing, chosen, until_s)
         return standing
 
     async def _decided(
-        self, course: Course, presented: Presented, attempt: Attempt, admits: Admits | None
+        self, course: DecisionContext, presented: Presented, attempt: Attempt, admits: RateCheck | None
     ) -> Refusal | None:
         course.unheard = True
         if (stale := self._stale()) is not None:
@@ -269,7 +269,7 @@ class DecisionGate:
             return refusal
         return await self._approved(course, sender, said)
 
-    async def _looked_at(self, course: Course, sender: Sender) -> Refusal | Ask | None:
+    async def _looked_at(self, course: DecisionContext, sender: Sender) -> Refusal | Ask | None:
         attempt = course.attempt
         target = self._targets.find(attempt)
         if isinstance(target, Refusal):
@@ -311,7 +311,9 @@ class DecisionGate:
             self._remembered.keep(sender, action, found, self._entitlements_max_age_s)
         return found
 
-    async def _evaluated(self, course: Course, chosen: Chosen, action: Action) -> Refusal | Ask | None:
+    async def _evaluated(
+        self, course: DecisionContext, chosen: Chosen, action: Action
+    ) -> Refusal | Ask | None:
         now_ms = self._clock.now_ms()
         return await self._evaluator.answer(
             chosen,
@@ -322,7 +324,7 @@ class DecisionGate:
             now_ms=now_ms,
         )
 
-    async def _unequipped(self, course: Course, lease: Lease, target: TargetState) -> Refusal | None:
+    async def _unequipped(self, course: DecisionContext, lease: Lease, target: TargetState) -> Refusal | None:
         """Why it cannot be forwarded though it is allowed: what is recorded as allowed has its credential by then."""
         refusal = None
         try:
@@ -339,13 +341,13 @@ class DecisionGate:
 
     # --- a person's word, where the bundle wants it ---
 
-    def _unasked(self, course: Course, presented: Presented) -> Refusal | None:
+    def _unasked(self, course: DecisionContext, presented: Presented) -> Refusal | None:
         """Where it goes on all the same, in observe mode, nobody is asked."""
         refusal = refused("approval_required", "a person would be asked about this action")
         observed = self._observing.goes_on(refusal, course.target, presented, course.attempt)
         return refusal if observed is not None else None
 
-    async def _approved(self, course: Course, sender: Sender, ask: Ask) -> Refusal | None:
+    async def _approved(self, course: DecisionContext, sender: Sender, ask: Ask) -> Refusal | None:
         """Wait for a yes to exactly this, and look at everything once more: it is used when nothing else lacks."""
         if course.target is None or headers_to_approve(course.attempt, course.target.state) is None:
             message = (
@@ -369,7 +371,7 @@ class DecisionGate:
             return refusal or refused("undecided", "nobody could be asked", status=UNAVAILABLE)
         return await self._once_more(course, sender, course.question)
 
-    async def _seen_whole(self, course: Course) -> Refusal | None:
+    async def _seen_whole(self, course: DecisionContext) -> Refusal | None:
         if course.attempt.body is None and course.patient is not None:
             course.attempt = replace(course.attempt, body=await course.patient.whole())
         if course.attempt.body is None:
@@ -377,7 +379,7 @@ class DecisionGate:
             return refused("body_unseen", message, status=TOO_LARGE)
         return None
 
-    async def _once_more(self, course: Course, sender: Sender, question: Question) -> Refusal | None:
+    async def _once_more(self, course: DecisionContext, sender: Sender, question: Question) -> Refusal | None:
         """All that was decided before it waited is decided anew; what was approved has to be what goes on."""
         if (stale := self._stale()) is not None:
             return stale
@@ -412,13 +414,15 @@ class DecisionGate:
 
     # --- the verdict ---
 
-    def _observe(self, course: Course, refusal: Refusal, presented: Presented, attempt: Attempt) -> None:
+    def _observe(
+        self, course: DecisionContext, refusal: Refusal, presented: Presented, attempt: Attempt
+    ) -> None:
         target = self._observing.goes_on(refusal, course.target, presented, attempt)
         if target is not None:
             course.target, course.observed = target, True
 
     def _verdict(
-        self, course: Course, presented: Presented, attempt: Attempt, refusal: Refusal | None
+        self, course: DecisionContext, presented: Presented, attempt: Attempt, refusal: Refusal | None
     ) -> Verdict:
         by_proof = presented.task_id is None and presented.certificate is None
         status = 200 if refusal is None else refusal.status
@@ -440,7 +444,7 @@ class DecisionGate:
             injects=course.injects if refusal is None else None,
         )
 
-    def _exchange(self, course: Course, attempt: Attempt) -> Mcp | None:
+    def _exchange(self, course: DecisionContext, attempt: Attempt) -> Mcp | None:
         if course.spoken is None or course.target is None or course.lease is None:
             return None
         return self._mcp.exchange(
@@ -451,14 +455,14 @@ class DecisionGate:
             lambda outcome: self._telling.record_answer(course, outcome),
         )
 
-    def _rpc(self, course: Course, attempt: Attempt) -> Rpc | None:
+    def _rpc(self, course: DecisionContext, attempt: Attempt) -> Rpc | None:
         """How a refusal is told to who posted a message: it may not have come to reading that."""
         target = course.target if course.target is not None else self._targets.find(attempt)
         speaks = isinstance(target, Compiled) and target.map.speaks_mcp(attempt.target)
         return rpc_of(attempt) if speaks and attempt.method == "POST" else None
 
 
-def _approved_headers(course: Course) -> Headers | None:
+def _approved_headers(course: DecisionContext) -> Headers | None:
     """The headers that a person approved; None where nobody was asked."""
     if course.question is None or course.target is None:
         return None
@@ -476,7 +480,7 @@ def _says_no_place(target: TargetState) -> str:
     return f"target {target.target_id} does not say where it is: an operator adds it with --setting url=https://..."
 
 
-def _waiting(course: Course, ask: Ask) -> Waiting | None:
+def _waiting(course: DecisionContext, ask: Ask) -> Waiting | None:
     """What a person is asked about: exactly what would go on. None where something of it is not known."""
     chosen, target, action, attempt = course.chosen, course.target, course.action, course.attempt
     if chosen is None or target is None or target.url is None or action is None or attempt.body is None:

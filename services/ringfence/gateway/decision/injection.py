@@ -19,8 +19,8 @@ from ringfence.backends.target_settings import TargetSettingsError
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.base.log_limiter import of_a_kind
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.multi_recipient_jwe import Opener, recipients_of
 from ringfence.kernel.crypto.trust_store import TrustStore
@@ -80,7 +80,7 @@ class SealedCredentials:
                     record.topic_name,
                     record.offset,
                     error,
-                    extra=of_a_kind(record.topic_name, error.code),
+                    extra=rate_limited(record.topic_name, error.code),
                 )
 
     async def of(self, lease: Lease) -> Credential:
@@ -115,7 +115,7 @@ class SealedCredentials:
 
     def _opened(self, envelope: bytes, at_s: float) -> CredentialDelivery:
         assert self._seal is not None
-        return open_signed(
+        return verify(
             parse(self._seal.open(envelope)), CredentialDelivery, self._trust.finder("issuer", at_s=at_s),
             audience=self._trust.trust_domain,
         ).claims  # fmt: skip
@@ -199,7 +199,10 @@ class Injector:
             raise
         except (RingfenceError, TargetSettingsError) as error:
             log.error(
-                "nothing to inject for lease %s: %s", lease.lease_id, error, extra=of_a_kind(lease.target_id)
+                "nothing to inject for lease %s: %s",
+                lease.lease_id,
+                error,
+                extra=rate_limited(lease.target_id),
             )
             raise UnavailableError(f"Ringfence has no credential for target {target.target_id} now") from None
         problem = self._table.problem(lease)

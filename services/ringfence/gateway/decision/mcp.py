@@ -75,7 +75,7 @@ class Sessions:
             del self._lease[key]
 
 
-class McpDesk:
+class McpSessions:
     """Reads what is sent to endpoints of MCP, and keeps their sessions."""
 
     def __init__(self, table: LeaseTable) -> None:

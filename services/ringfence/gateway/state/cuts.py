@@ -14,7 +14,7 @@ from typing import Any
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
@@ -23,7 +23,7 @@ from ringfence.messages.topics import REVOCATION_ACK
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import mark_of
 from ringfence.model.leases.revocations import Order, objection, open_order
-from ringfence.model.leases.verification import open_lease
+from ringfence.model.leases.verification import verify_lease
 from ringfence.model.records.directory import Directory
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class LeaseFeed:
             if not record.value or self._epochs.took(record):
                 continue
             try:
-                lease = open_lease(
+                lease = verify_lease(
                     record.value,
                     self._runtime.trust,
                     self._runtime.clock,
@@ -59,7 +59,7 @@ class LeaseFeed:
                     record.partition,
                     record.offset,
                     error,
-                    extra=of_a_kind(record.topic_name, error.code),
+                    extra=rate_limited(record.topic_name, error.code),
                 )
                 continue
             if self._epochs.is_void(record, lease.epoch):
@@ -123,7 +123,7 @@ class Cutter:
                 "an order at %s@%d could not be judged",
                 record.topic_name,
                 record.offset,
-                extra=of_a_kind(record.topic_name),
+                extra=rate_limited(record.topic_name),
             )
 
     def _believed(self, record: Received) -> Order | None:

@@ -17,13 +17,13 @@ from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.model.leases.lifecycle import (
-    ALL_MARK,
-    bears,
+    ALL_LEASES,
     comes_after,
     has_terms_of,
     is_covered,
     is_over,
-    marks_of,
+    matches,
+    selector_keys,
 )
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class LeaseTable:
         for lease_id in list(self._watchers):
             known = self._known.get(lease_id)
             lease = known.lease if known is not None else None
-            if lease is not None and bears(lease, mark) and is_covered(lease, issued_before_ms):
+            if lease is not None and matches(lease, mark) and is_covered(lease, issued_before_ms):
                 self._over(lease_id)
 
     def sweep(self) -> None:
@@ -247,7 +247,9 @@ class LeaseTable:
         return "stale_view", "has passed its deadline by the clock of this gateway alone, which is ahead"
 
     def _is_fenced(self, lease: Lease) -> bool:
-        return any(is_covered(lease, self._fences.get(mark, -1)) for mark in (*marks_of(lease), ALL_MARK))
+        return any(
+            is_covered(lease, self._fences.get(mark, -1)) for mark in (*selector_keys(lease), ALL_LEASES)
+        )
 
     # --- telling ---
 

@@ -51,7 +51,7 @@ class View:
         self._halts = RevokerHalts(runtime.trust, grace_ms=grace_ms)
         self._check = StreamCheck(self._streams, runtime.trust, runtime.clock, grace_ms=grace_ms)
         self._cutter = Cutter(runtime, self.directory, self.table, gives_its_word=gives_its_word)
-        take_leases = runtime.and_by_the_next_bundle(LeaseFeed(runtime, self.table).on_records)
+        take_leases = runtime.redeliver_after_rotation(LeaseFeed(runtime, self.table).on_records)
         self._looked_ms = suspend_aware_ms()
         now_ms = runtime.clock.now_ms()
 
@@ -114,7 +114,7 @@ class View:
     def _stale(self) -> str | None:
         return self.directory.stale() or self._check.stale() or self._runtime.clock_behind()
 
-    def lapsed(self) -> bool:
+    def view_expired(self) -> bool:
         """Whether looking at it is overdue, as this process stood still, and it is too old by now."""
         return suspend_aware_ms() - self._looked_ms > _OVERDUE_MS and self.stale() is not None
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ringfence.kernel.base.now_and_then import Tally, now_and_then
+from ringfence.kernel.base.now_and_then import RepeatCounter, now_and_then
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _KIND = "flood_kind"
 _Kind = tuple[object, ...]
 
 
-def of_a_kind(*kind: str) -> dict[str, Any]:
+def rate_limited(*kind: str) -> dict[str, Any]:
     """The `extra` of a log line of which there may be a flood: the same words from the same place, and these, are one
     kind. Give the topic and the reason's code; nothing that a stranger chooses.
     """
@@ -42,7 +42,7 @@ class LogFloods(logging.Filter):
         super().__init__()
         self._now_s = now_s
         self._lock = threading.Lock()
-        self._tallies: dict[_Kind, tuple[Tally, str, int]] = {}
+        self._tallies: dict[_Kind, tuple[RepeatCounter, str, int]] = {}
         """With each the name and the level that the last of its lines had."""
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -54,7 +54,7 @@ class LogFloods(logging.Filter):
         with self._lock:
             if kind not in self._tallies and len(self._tallies) >= _MOST_KINDS:
                 kind = ()
-            tally, *_ = self._tallies.get(kind) or (Tally(now_s, first=FIRST, every_s=EVERY_S),)
+            tally, *_ = self._tallies.get(kind) or (RepeatCounter(now_s, first=FIRST, every_s=EVERY_S),)
             self._tallies[kind] = tally, record.name, record.levelno
             return tally.tells(record.getMessage(), now_s)
 

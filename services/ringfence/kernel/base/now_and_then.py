@@ -13,7 +13,7 @@ _MOST_CHARS = 500
 """Of a message that is quoted: strangers may make it long."""
 
 
-class Tally:
+class RepeatCounter:
     """Counts what is left out of what is told. The time is handed in, in seconds of a clock that never jumps."""
 
     def __init__(self, now_s: float, *, first: int, every_s: float) -> None:

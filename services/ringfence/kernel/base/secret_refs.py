@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ringfence.kernel.base.errors import RingfenceError
 
-Place = Annotated[str, Field(pattern=r"^(env|file):.+$")]
+SecretRef = Annotated[str, Field(pattern=r"^(env|file):.+$")]
 """`env:NAME` or `file:PATH`."""
 
 
@@ -20,7 +20,7 @@ class PlaceError(RingfenceError):
     code = "secret_missing"
 
 
-def read_place(place: str, what: str) -> str:
+def read_secret(place: str, what: str) -> str:
     """What stands at a place, without blanks around it; `what` names it in errors. Raises PlaceError."""
     kind, _, where = place.partition(":")
     if kind == "file":

@@ -18,7 +18,7 @@ from pydantic_settings.exceptions import SettingsError as UnreadableError
 
 from ringfence.kernel.base.config_file import ConfigFile, read_config
 from ringfence.kernel.base.errors import RingfenceError, SettingsError
-from ringfence.kernel.base.secret_refs import Place
+from ringfence.kernel.base.secret_refs import SecretRef
 
 S = TypeVar("S", bound=BaseSettings)
 
@@ -108,7 +108,7 @@ class BusSettings(RingfenceSettings):
     """Its private key (PEM); in the file of the certificate where not set."""
     kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
     kafka_sasl_username: str = ""
-    kafka_sasl_password: Place | None = None
+    kafka_sasl_password: SecretRef | None = None
     """Where the password is read from: `env:NAME`, or `file:PATH` of mode 0600."""
     topic_prefix: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")] = "ringfence"
     trust_domain: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = "ringfence.local"

@@ -215,7 +215,7 @@ def parse(compact: str | bytes) -> UnverifiedJws:
         raise InvalidMessageError("not a JWS in compact serialisation", code="not_a_jws") from None
 
 
-def open_signed(
+def verify(
     jws: UnverifiedJws,
     model: type[C],
     find_key: KeyFinder,
@@ -253,10 +253,10 @@ def open_signed(
 def open_payload(
     jws: UnverifiedJws, model: type[Claims], find_key: KeyFinder, *, audience: str
 ) -> dict[str, Any]:
-    """Verify a message as `open_signed` does, and return its claims as the JSON that they are, unlooked at.
+    """Verify a message as `verify` does, and return its claims as the JSON that they are, unlooked at.
 
     For what is large and whose signer is this service itself: the shape is the caller's to judge. Raises as
-    `open_signed` does.
+    `verify` does.
     """
     if jws.header.typ != typ_header(model):
         raise InvalidMessageError(f"not {with_article(model.typ)}", code="typ_unexpected")

@@ -84,7 +84,7 @@ def unverified_kid(token: str) -> str:
     return kid
 
 
-def verify(
+def verify_token(
     token: str,
     keys: Sequence[OidcKey],
     *,

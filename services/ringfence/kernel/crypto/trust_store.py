@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError, UnavailableError
-from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, open_signed, parse
+from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, public_key, thumbprint, valid_key
 from ringfence.kernel.crypto.multi_recipient_jwe import usable
 from ringfence.messages.base import Claims, ServiceRole, Topic
@@ -109,7 +109,7 @@ class TrustStore:
             raise InvalidMessageError(
                 "what a root signs carries the root's key in its header (jwk)"
             ) from None
-        signed = open_signed(
+        signed = verify(
             jws, model, lambda iss, kid: root if (iss, kid) == (self.root_id, root.kid) else None,
             audience=self.trust_domain,
         )  # fmt: skip

@@ -21,7 +21,7 @@ COMMIT_MS = 200
 """So long after a batch its offsets are committed at the latest, together with those of the batches that followed."""
 
 
-class Commits:
+class OffsetCommitter:
     """The offsets of one member that are not committed yet."""
 
     def __init__(self, consumer: AIOKafkaConsumer) -> None:

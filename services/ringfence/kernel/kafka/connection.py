@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
-from ringfence.kernel.base.secret_refs import PlaceError, read_place
+from ringfence.kernel.base.secret_refs import PlaceError, read_secret
 from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.kafka.probe import Found, Listener, Silence, look
 
@@ -118,6 +118,6 @@ def _tls(settings: BusSettings) -> ssl.SSLContext:
 def _password(settings: BusSettings) -> str:
     assert settings.kafka_sasl_password is not None  # the settings see to it
     try:
-        return read_place(settings.kafka_sasl_password, "the password for Kafka")
+        return read_secret(settings.kafka_sasl_password, "the password for Kafka")
     except PlaceError as error:
         raise SettingsError(f"RINGFENCE_KAFKA_SASL_PASSWORD: {error}") from None

@@ -22,15 +22,15 @@ from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.assignors import AllToOneAssignor, ByInstance
 from ringfence.kernel.kafka.batch_handlers import BatchHandler
-from ringfence.kernel.kafka.committing import COMMIT_MS, Commits
+from ringfence.kernel.kafka.committing import COMMIT_MS, OffsetCommitter
 from ringfence.kernel.kafka.connection import connection
-from ringfence.kernel.kafka.data_loss import NO_RESET, OnGone, Onward
+from ringfence.kernel.kafka.data_loss import NO_RESET, LossAwareReader, OnGone
 from ringfence.kernel.kafka.dead_letters import HaltedError
-from ringfence.kernel.kafka.fetch_control import Fetches, Gathering, fetch_options
+from ringfence.kernel.kafka.fetch_control import BatchDelay, Fetches, fetch_options
 from ringfence.kernel.kafka.record import Received, received
 from ringfence.kernel.kafka.table_reader import paced
 from ringfence.kernel.tracing.api import NOT_TRACING, Tracing
@@ -53,7 +53,7 @@ def _before(batch: Sequence[Received], halting: Received) -> list[Received]:
     return []
 
 
-async def _left(consumer: AIOKafkaConsumer, commits: Commits) -> None:
+async def _left(consumer: AIOKafkaConsumer, commits: OffsetCommitter) -> None:
     await commits.flush()
     with contextlib.suppress(KafkaError):
         await consumer.stop()
@@ -110,17 +110,17 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         way = AllToOneAssignor if alone else RangePartitionAssignor
         self._assignor = ByInstance(way, settings.instance)
         self._assigned_anew = True
-        self._gathering = Gathering(max_records)
+        self._gathering = BatchDelay(max_records)
         self._gathering_s = 0.0
         self._consumer: AIOKafkaConsumer | None = None
-        self._commits: Commits | None = None
+        self._commits: OffsetCommitter | None = None
         self._fetches: Fetches | None = None
         self._ahead: dict[TopicPartition, tuple[int, Received]] = {}
         """What was read ahead of each partition, behind the batch under way: the first offset and the last record."""
         self._draining = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._onward = Onward(self.group, on_gone, from_the_first=from_the_first)
+        self._onward = LossAwareReader(self.group, on_gone, from_the_first=from_the_first)
         self.gone = self._onward.gone
         """What Kafka removed, or lost."""
         self.halted: str | None = None
@@ -146,7 +146,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             max_poll_interval_ms=self._patience_ms,
             partition_assignment_strategy=(self._assignor,),
         )
-        fetches, commits = paced(consumer, self._settings, self._linger_ms), Commits(consumer)
+        fetches, commits = paced(consumer, self._settings, self._linger_ms), OffsetCommitter(consumer)
         consumer.subscribe(list(self._topics), listener=self)
         try:
             await self._start(consumer)
@@ -216,7 +216,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 log.error("Kafka at %s does not answer: %s", self._settings.kafka, error)
             await asyncio.sleep(1)
 
-    async def _step(self, consumer: AIOKafkaConsumer, fetches: Fetches, commits: Commits) -> None:
+    async def _step(self, consumer: AIOKafkaConsumer, fetches: Fetches, commits: OffsetCommitter) -> None:
         try:
             batches = await self._next(consumer, fetches, commits)
         except KafkaError as error:
@@ -243,7 +243,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             self._idle.set()
 
     async def _next(
-        self, consumer: AIOKafkaConsumer, fetches: Fetches, commits: Commits
+        self, consumer: AIOKafkaConsumer, fetches: Fetches, commits: OffsetCommitter
     ) -> dict[TopicPartition, list[Any]]:
         """What is left of what came before; then what comes. Raises KafkaError."""
         if fetches.held:
@@ -258,7 +258,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         return await self._onward.next(consumer, timeout_ms=timeout_ms, max_records=self._max_records)
 
     async def _handle(
-        self, consumer: AIOKafkaConsumer, commits: Commits, batches: dict[TopicPartition, list[Any]]
+        self, consumer: AIOKafkaConsumer, commits: OffsetCommitter, batches: dict[TopicPartition, list[Any]]
     ) -> None:
         while self._assigned_anew and self._on_assigned is not None:
             self._assigned_anew = False  # before it is awaited: meanwhile there may be yet another assignment
@@ -279,7 +279,11 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         metrics.HANDLING_LAG.labels(self.group).set(max(0, SystemClock().now_ms() - oldest_ms) / 1000)
 
     async def _settle(
-        self, consumer: AIOKafkaConsumer, commits: Commits, handler: BatchHandler, batch: list[Received]
+        self,
+        consumer: AIOKafkaConsumer,
+        commits: OffsetCommitter,
+        handler: BatchHandler,
+        batch: list[Received],
     ) -> bool:
         """Handle a batch until it is done and may be committed. What was assigned away meanwhile is somebody else's.
 
@@ -323,7 +327,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                     delay_s,
                     why,
                     exc_info=None if known else error,
-                    extra=of_a_kind(self.group, type(error).__name__, getattr(error, "code", "")),
+                    extra=rate_limited(self.group, type(error).__name__, getattr(error, "code", "")),
                 )
                 await commits.flush()
                 self._rewind(consumer)
@@ -338,7 +342,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._ahead.clear()
         return True
 
-    async def _stand_still(self, commits: Commits) -> None:
+    async def _stand_still(self, commits: OffsetCommitter) -> None:
         """Until a person restarts the service."""
         await commits.flush()
         await asyncio.Event().wait()

@@ -2,7 +2,7 @@
 passed over in silence.
 
 A client that resets its position by itself says nothing of it, so readers are told not to (`NO_RESET`), and read by
-`Onward`, which goes on once what is gone is told.
+`LossAwareReader`, which goes on once what is gone is told.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from aiokafka.errors import NoOffsetForPartitionError, OffsetOutOfRangeError
 log = logging.getLogger(__name__)
 
 NO_RESET: Final = "none"
-"""The `auto_offset_reset` of whoever reads by `Onward`."""
+"""The `auto_offset_reset` of whoever reads by `LossAwareReader`."""
 _NO_POSITION = (OffsetOutOfRangeError, NoOffsetForPartitionError)
 """What a reader raises whose place in a partition is not there."""
 
 
-class Gone(NamedTuple):
+class LostRange(NamedTuple):
     """Records of one partition, `first` up to and without `until`, that nobody can read any more."""
 
     topic_name: str
@@ -44,10 +44,10 @@ class Gone(NamedTuple):
         return f"{which} of {self.topic_name}, partition {self.partition}, went from Kafka {when} {self.by} had read it"
 
 
-OnGone = Callable[[Gone], Awaitable[None]]
+OnGone = Callable[[LostRange], Awaitable[None]]
 
 
-class Onward:
+class LossAwareReader:
     """How one reader reads on."""
 
     def __init__(self, by: str, on_gone: OnGone | None, *, from_the_first: bool = False) -> None:
@@ -59,7 +59,7 @@ class Onward:
         self._by = by
         self._on_gone = on_gone
         self._from_the_first = from_the_first
-        self.gone: dict[tuple[str, int], Gone] = {}
+        self.gone: dict[tuple[str, int], LostRange] = {}
         """By topic's name and partition: what was gone last."""
 
     async def next(
@@ -97,7 +97,7 @@ class Onward:
             await self._tell(gone)
         consumer.seek(at, start)
 
-    async def _tell(self, gone: Gone) -> None:
+    async def _tell(self, gone: LostRange) -> None:
         if self._on_gone is not None:
             await self._on_gone(gone)
         self.gone[gone.topic_name, gone.partition] = gone
@@ -110,8 +110,8 @@ def _places(error: Exception) -> dict[TopicPartition, int | None]:
     return place if isinstance(place, dict) else {place: None}
 
 
-def _gone(at: TopicPartition, wanted: int | None, start: int, end: int, by: str) -> Gone | None:
+def _gone(at: TopicPartition, wanted: int | None, start: int, end: int, by: str) -> LostRange | None:
     if wanted is not None and wanted > end:
-        return Gone(at.topic, at.partition, end, wanted, by, read=True)
+        return LostRange(at.topic, at.partition, end, wanted, by, read=True)
     first = wanted or 0
-    return Gone(at.topic, at.partition, first, start, by) if first < start else None
+    return LostRange(at.topic, at.partition, first, start, by) if first < start else None

@@ -10,7 +10,7 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.ids import derived_id, digest
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.jws import UnverifiedJws, parse, unverified_time
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Publisher
@@ -71,11 +71,11 @@ class DeadLetters:
         """By topic, so that who may write to one halts nobody who reads another: when which came, by their digests, so
         that somebody who sends one again and again stops nobody."""
 
-    async def bury(self, record: Received, error: InvalidMessageError) -> None:
-        """Report one invalid record. Raises as `bury_soon` does; Kafka has the letter when this returns."""
-        await (await self.bury_soon(record, error))
+    async def send(self, record: Received, error: InvalidMessageError) -> None:
+        """Report one invalid record. Raises as `enqueue` does; Kafka has the letter when this returns."""
+        await (await self.enqueue(record, error))
 
-    async def bury_soon(self, record: Received, error: InvalidMessageError) -> Awaitable[Any]:
+    async def enqueue(self, record: Received, error: InvalidMessageError) -> Awaitable[Any]:
         """Hand over the report on one invalid record. Await what it returns for the broker's acknowledgement.
 
         Raises HaltedError at the limit of malformed records from services that may write them, UnavailableError where
@@ -95,7 +95,7 @@ class DeadLetters:
             record.offset,
             str(error)[:_MOST_LOGGED],
             error.code,
-            extra=of_a_kind(record.topic_name, error.code),
+            extra=rate_limited(record.topic_name, error.code),
         )
         record.span.refused(error.code)
         metrics.RECORDS.labels(record.topic.what, "dead_lettered").inc()

@@ -13,13 +13,13 @@ SIGNATURE = "signature"
 """The header: the compact JWS without its payload, `<header>..<signature>`."""
 
 
-def apart(compact: str) -> tuple[bytes, bytes]:
+def detach(compact: str) -> tuple[bytes, bytes]:
     """The JSON that was signed, to the byte, and what makes a JWS of it again."""
     head, payload, signature = compact.split(".")
     return b64decode(payload), f"{head}..{signature}".encode()
 
 
-def together(value: bytes, headers: Sequence[tuple[str, bytes | None]]) -> bytes:
+def attach(value: bytes, headers: Sequence[tuple[str, bytes | None]]) -> bytes:
     """The compact JWS of JSON and its signature; nothing is verified. As it came where either is missing."""
     beside = next((header for name, header in headers if name == SIGNATURE), None)
     if beside is None or not value.startswith(b"{"):

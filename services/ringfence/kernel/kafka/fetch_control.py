@@ -51,7 +51,7 @@ _GATHER_AT_MOST_MS = 12
 _NOTHING = SimpleNamespace(topics=())
 
 
-class Gathering:
+class BatchDelay:
     """How long to let records gather between batches, where somebody waits for what comes of them.
 
     Where many come at once, more are on their way, and a batch costs little more than one record.

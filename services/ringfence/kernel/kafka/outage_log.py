@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from aiokafka.errors import KafkaConnectionError, NodeNotReadyError, RequestTimedOutError
 
-from ringfence.kernel.base.now_and_then import Tally, now_and_then
+from ringfence.kernel.base.now_and_then import RepeatCounter, now_and_then
 from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.kafka.probe import answers
 
@@ -102,8 +102,8 @@ class KafkaTrouble(logging.Filter):
             left_out,
         )
 
-    def _begun(self, now_s: float) -> Tally:
-        return Tally(now_s, first=1, every_s=NOW_AND_THEN_S)
+    def _begun(self, now_s: float) -> RepeatCounter:
+        return RepeatCounter(now_s, first=1, every_s=NOW_AND_THEN_S)
 
 
 def _is_trouble(record: logging.LogRecord) -> bool:

@@ -20,7 +20,7 @@ from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.connection import connection, no_answer
-from ringfence.kernel.kafka.detached_signature import SIGNATURE, apart
+from ringfence.kernel.kafka.detached_signature import SIGNATURE, detach
 from ringfence.kernel.kafka.partitioning import partition_of, partitioner
 from ringfence.kernel.kafka.record import Outbound, missing_topics
 from ringfence.kernel.tracing.api import NOT_TRACING, Span, Tracing
@@ -248,7 +248,7 @@ class Publisher:
     ) -> tuple[str, Awaitable[Any]]:
         """Sign a message and send it. Returns its compact JWS, and the acknowledgement to await."""
         compact = sign(claims, by)
-        value, signature = apart(compact) if type(claims) in topic.in_the_clear else (compact, None)
+        value, signature = detach(compact) if type(claims) in topic.in_the_clear else (compact, None)
         return compact, await self.send(
             topic, key, value, id=claims.jti, type=claims.typ, traceparent=traceparent, signature=signature
         )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self
 
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.kafka.detached_signature import together
+from ringfence.kernel.kafka.detached_signature import attach
 from ringfence.kernel.tracing.api import NO_SPAN, Span
 from ringfence.kernel.tracing.traceparent import traceparent_of, well_formed
 from ringfence.messages.base import Topic
@@ -95,6 +95,6 @@ def received(record: Any, topics: dict[str, Topic[Any]]) -> Received:
         record.offset,
         record.timestamp,
         record.key.decode("utf-8", "replace") if record.key is not None else None,
-        together(value, record.headers) if topic.in_the_clear else value,
+        attach(value, record.headers) if topic.in_the_clear else value,
         record.headers,
     )

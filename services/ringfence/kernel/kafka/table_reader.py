@@ -14,7 +14,7 @@ from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.kafka.connection import connection, no_answer
-from ringfence.kernel.kafka.data_loss import NO_RESET, OnGone, Onward
+from ringfence.kernel.kafka.data_loss import NO_RESET, LossAwareReader, OnGone
 from ringfence.kernel.kafka.embedded_broker import QUICK_MS, TABLE_MS, adapt_to_embedded_broker
 from ringfence.kernel.kafka.fetch_control import Fetches, fetch_options
 from ringfence.kernel.kafka.partitioning import partitioner
@@ -71,7 +71,7 @@ class Follower:
             reader: who reads, in what is said of records that Kafka removed before they were read; `on_gone` is told.
         """  # fmt: skip
         self._key = key.encode() if key is not None else None
-        self._onward = Onward(reader, on_gone)
+        self._onward = LossAwareReader(reader, on_gone)
         self.gone = self._onward.gone
         """What Kafka removed, or lost."""
         self._settings = settings

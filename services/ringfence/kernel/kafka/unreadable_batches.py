@@ -18,7 +18,7 @@ from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
 from aiokafka.errors import CorruptRecordException
 from aiokafka.structs import ConsumerRecord
 
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def _read(records: PartitionRecords, batches: _Batches) -> Iterator[ConsumerReco
             log.warning(
                 "%s/%d@%d to %d cannot be read, and count as garbage: %r",
                 at.topic, at.partition, first, until - 1, error,
-                extra=of_a_kind(at.topic, type(error).__name__),
+                extra=rate_limited(at.topic, type(error).__name__),
             )  # fmt: skip
             records.next_fetch_offset = until
             yield ConsumerRecord(

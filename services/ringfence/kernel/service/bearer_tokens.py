@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ringfence.kernel.base.errors import SettingsError
-from ringfence.kernel.base.secret_refs import PlaceError, read_place
+from ringfence.kernel.base.secret_refs import PlaceError, read_secret
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LINE = re.compile(rf"(?P<name>{_NAME.pattern})\s+sha256:(?P<hash>[0-9a-f]{{64}})")
@@ -35,7 +35,7 @@ def new_token(name: str) -> tuple[str, str]:
 def read_tokens(file: Path, setting: str) -> Mapping[str, str]:
     """The hashes in a file to the names of their tokens; `setting` names the file, for errors. Raises SettingsError."""
     try:
-        lines = read_place(f"file:{file}", "the bearer tokens").splitlines()
+        lines = read_secret(f"file:{file}", "the bearer tokens").splitlines()
     except PlaceError as error:
         raise SettingsError(f"{setting}: {error}") from None
     found: dict[str, str] = {}

@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 _MOST = 50_000
 
 
-class Postponed:
+class DeferredRecords:
     """Stands before one reader."""
 
     def __init__(self, trust: TrustStore, reader: Callable[[Sequence[Received]], None]) -> None:
@@ -36,7 +36,7 @@ class Postponed:
                     log.error(
                         "more than %d records wait for the next trust bundle: restart this service once it is here",
                         _MOST,
-                        extra=of_a_kind(record.topic_name),
+                        extra=rate_limited(record.topic_name),
                     )
                 self._kept.append(record)
         self._reader(records)

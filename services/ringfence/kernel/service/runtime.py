@@ -21,13 +21,13 @@ from ringfence.kernel.crypto.service_keys import ServiceKeys
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.batch_handlers import BatchHandler
 from ringfence.kernel.kafka.consumer import Consumer
-from ringfence.kernel.kafka.data_loss import Gone
+from ringfence.kernel.kafka.data_loss import LostRange
 from ringfence.kernel.kafka.dead_letters import DeadLetters, HaltedError
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower, Reader
 from ringfence.kernel.service.http import HttpServer, ReadyCheck, application
-from ringfence.kernel.service.postponed import Postponed
+from ringfence.kernel.service.postponed import DeferredRecords
 from ringfence.kernel.service.trust_updates import take_in
 from ringfence.kernel.tracing.api import Work
 from ringfence.kernel.tracing.tracing_settings import of_service
@@ -72,7 +72,7 @@ class Runtime:
         self.bundle_overwritten = False
         """Whether the last record under the key of the bundle in force is another: compaction would let it vanish."""
         self._followers: list[Follower] = []
-        self._postponed: list[Postponed] = []
+        self._postponed: list[DeferredRecords] = []
         self._histories: dict[int, Follower] = {}
         """By how long they linger."""
         self._consumers: list[Consumer] = []
@@ -148,11 +148,11 @@ class Runtime:
         self._followers.append(follower)
         return follower
 
-    def and_by_the_next_bundle(self, reader: Reader) -> Reader:
+    def redeliver_after_rotation(self, reader: Reader) -> Reader:
         """A reader for `table` or `history` that gives `reader` what comes, and, once another trust bundle is in force,
         what services signed after the end of the one before once more: it must not mind to see what it has seen.
         """
-        postponed = Postponed(self.trust, reader)
+        postponed = DeferredRecords(self.trust, reader)
         self._postponed.append(postponed)
         return postponed.on_records
 
@@ -448,7 +448,7 @@ class Runtime:
         for postponed in self._postponed:
             postponed.again()
 
-    async def _tell_gone(self, gone: Gone) -> None:
+    async def _tell_gone(self, gone: LostRange) -> None:
         """A service that loses work says so where people look: it must not be found out by what never happened."""
         await self.event(
             "finding",

@@ -6,7 +6,7 @@ import logging
 
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 
@@ -23,6 +23,6 @@ def take_in(trust: TrustStore, record: Received, clock: Clock) -> bool:
             record.topic_name,
             record.offset,
             error,
-            extra=of_a_kind(record.topic_name, error.code),
+            extra=rate_limited(record.topic_name, error.code),
         )
         return False

@@ -21,7 +21,7 @@ from ringfence.model.lease_store.keys import (
     outbox_field,
 )
 from ringfence.model.lease_store.rebuild import Had, Held, Restoration
-from ringfence.model.lease_store.script_args import told_of, uses_of
+from ringfence.model.lease_store.script_args import prepare_step, uses_of
 from ringfence.model.lease_store.store import LeaseStore
 from ringfence.model.lease_store.survey import SLACK_MS, Alive, Knowledge
 from ringfence.model.lease_store.types import (
@@ -30,11 +30,11 @@ from ringfence.model.lease_store.types import (
     Looked,
     Outgoing,
     Preparation,
+    PreparedStep,
     SignedLease,
     Step,
     Stepped,
     StoredLease,
-    Told,
 )
 
 __all__ = [
@@ -59,14 +59,14 @@ __all__ = [
     "LostError",
     "Outgoing",
     "Preparation",
+    "PreparedStep",
     "Restoration",
     "SignedLease",
     "Step",
     "Stepped",
     "StoredLease",
-    "Told",
     "expanded",
     "outbox_field",
-    "told_of",
+    "prepare_step",
     "uses_of",
 ]

@@ -12,11 +12,11 @@ from ringfence.model.lease_store.types import (
     LETTERS,
     Activation,
     Preparation,
+    PreparedStep,
     SignedLease,
     Step,
     Stepped,
     StoredLease,
-    Told,
 )
 from ringfence.model.leases.lifecycle import wide_marks_of
 
@@ -115,13 +115,13 @@ def issuing(id: bytes, lease: SignedLease) -> tuple[Argument, ...]:
     )
 
 
-def told_of(step: Step) -> Told:
+def prepare_step(step: Step) -> PreparedStep:
     """What TRANSITION is told of a step."""
     claims = step.lease.claims
     over: tuple[Argument, ...] = ("",)
     if claims.status in TERMINAL:
         over = (claims.deadline * 1000, claims.agent_id, *wide_marks_of(claims))
-    return Told(
+    return PreparedStep(
         claims.lease_id,
         claims.epoch,
         (

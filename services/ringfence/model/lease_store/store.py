@@ -36,11 +36,11 @@ from ringfence.model.lease_store.script_args import (
     place_of_text,
     place_text,
     preparation_of,
+    prepare_step,
     restoring,
     stepped,
     stored_of,
     text_of,
-    told_of,
     uses_of,
     using,
 )
@@ -76,13 +76,13 @@ from ringfence.model.lease_store.types import (
     Looked,
     Outgoing,
     Preparation,
+    PreparedStep,
     SignedLease,
     Step,
     Stepped,
     StoredLease,
-    Told,
 )
-from ringfence.model.leases.lifecycle import ALL_MARK, cut_mark, marks_of
+from ringfence.model.leases.lifecycle import ALL_LEASES, cut_mark, selector_keys
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ class LeaseStore(Shards):
             CLOSE if token == CLOSING_TOKEN else PREPARE,
             at,
             (at.claimed, at.outbox, at.outbox_times, at.fences, *at.indexes(claims)),
-            (*issuing(id, lease), token, mint_ms, claims.agent_id, *marks_of(claims), ALL_MARK),
+            (*issuing(id, lease), token, mint_ms, claims.agent_id, *selector_keys(claims), ALL_LEASES),
         )
 
     async def activate(self, leases: Sequence[SignedLease], *, token: str | None = None) -> list[Activation]:
@@ -213,8 +213,8 @@ class LeaseStore(Shards):
                 token or "",
                 claims.seq - 1,
                 claims.agent_id,
-                *marks_of(claims),
-                ALL_MARK,
+                *selector_keys(claims),
+                ALL_LEASES,
             ),
             claims.epoch,
         )
@@ -238,10 +238,10 @@ class LeaseStore(Shards):
         From `ending` on the credential is refused, and the lease counts as claimed for `visibility_ms`: if it has not
         ended then, it is claimed again. A terminal record takes the lease from all indexes.
         """
-        return await self.write(list(map(told_of, steps)), visibility_ms=visibility_ms)
+        return await self.write(list(map(prepare_step, steps)), visibility_ms=visibility_ms)
 
     async def write(
-        self, steps: Sequence[Told], *, visibility_ms: int, only_due: bool = False
+        self, steps: Sequence[PreparedStep], *, visibility_ms: int, only_due: bool = False
     ) -> list[Stepped]:
         """`step`, of what was put together before.
 
@@ -268,7 +268,7 @@ class LeaseStore(Shards):
         return [found[number] for number in range(len(steps))]
 
     def _write(
-        self, at: Keys, epoch: str | None, steps: Sequence[Told], visibility_ms: int, only_due: bool
+        self, at: Keys, epoch: str | None, steps: Sequence[PreparedStep], visibility_ms: int, only_due: bool
     ) -> ShardCall:
         args: list[Argument] = [
             at.live_prefix,
@@ -511,7 +511,7 @@ class LeaseStore(Shards):
             agent_id = id
         if agent_id is not None:
             return [[agent_id]] * len(self.keys)
-        if kind in ("task", "target", ALL_MARK):
+        if kind in ("task", "target", ALL_LEASES):
             return None
         answers = await self._guarded([("HKEYS", at.agents(mark)) for at in self.keys], self.keys)
         return [list(map(text_of, agents)) for agents in answers]

@@ -8,7 +8,7 @@ from typing import Literal
 from ringfence.messages.lease import Lease, LeaseStatus
 from ringfence.model.lease_store.codec.records import condensed, expanded, unverified_names
 from ringfence.model.lease_store.scripts import Argument
-from ringfence.model.leases.lifecycle import ALL_MARK
+from ringfence.model.leases.lifecycle import ALL_LEASES
 
 LETTERS: dict[LeaseStatus, str] = {
     "minting": "m", "active": "a", "ending": "e", "released": "r", "revoked": "v", "expired": "x", "aborted": "b"
@@ -57,7 +57,7 @@ class StoredLease:
 
     def may_bear(self, mark: str) -> bool:
         """Whether the record says, verified or not, that the lease bears a mark. True where it says nothing at all."""
-        if mark == ALL_MARK:
+        if mark == ALL_LEASES:
             return True
         kind, _, id = mark.partition(":")
         names = unverified_names(self.record, kind)
@@ -101,7 +101,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class PreparedStep:
     """A step as the script is told of it, by `told_of`: that can be put together before it is time for it."""
 
     lease_id: str

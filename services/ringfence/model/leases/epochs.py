@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.base.log_limiter import of_a_kind
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.lease import LeaseEpoch
@@ -76,9 +76,7 @@ class Epochs:
     def _opened(self, record: Received) -> str | None:
         find = self._trust.finder(*LeaseEpoch.signed_by, at_s=record.appended_at_ms / 1000)
         try:
-            marker = open_signed(
-                parse(record.value), LeaseEpoch, find, audience=self._trust.trust_domain
-            ).claims
+            marker = verify(parse(record.value), LeaseEpoch, find, audience=self._trust.trust_domain).claims
         except InvalidMessageError as error:
             log.warning(
                 "not a marker: %s/%d@%d: %s",
@@ -86,7 +84,7 @@ class Epochs:
                 record.partition,
                 record.offset,
                 error.code,
-                extra=of_a_kind(record.topic_name, error.code),
+                extra=rate_limited(record.topic_name, error.code),
             )
             return None
         right = marker.partition == record.partition and record.key == marker_key(marker.epoch)

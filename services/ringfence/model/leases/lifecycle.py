@@ -20,7 +20,7 @@ FOLLOWING: dict[LeaseStatus, frozenset[LeaseStatus]] = {
 """What may come after each status. Only a pure token, which leaves nothing behind at its target, expires straight away.
 """
 
-ALL_MARK = "all"
+ALL_LEASES = "all"
 """The mark that every lease bears."""
 
 
@@ -44,7 +44,7 @@ def record_id(origin: str, seq: int) -> str:
     return f"{origin}.{seq}"
 
 
-def springs_from(lease: Lease, origin: str) -> bool:
+def has_origin(lease: Lease, origin: str) -> bool:
     """Whether a lease's record, of whatever `seq`, has this origin."""
     return lease.jti == record_id(origin, lease.seq)
 
@@ -163,8 +163,8 @@ def sponsor_mark(user_id: str) -> str:
     return f"sponsor:{user_id}"
 
 
-def marks_of(lease: Lease) -> tuple[str, ...]:
-    """What the lease is fenced by besides `ALL_MARK`, and ended with: each as `<kind>:<id>`.
+def selector_keys(lease: Lease) -> tuple[str, ...]:
+    """What the lease is fenced by besides `ALL_LEASES`, and ended with: each as `<kind>:<id>`.
 
     Those of the agents that handed its task on are among them: a fence on one of them, or on its task, stops the lease
     as well, in the same moment.
@@ -196,9 +196,9 @@ def wide_marks_of(lease: Lease) -> tuple[str, ...]:
     return (sponsor_mark(lease.sponsor), f"user:{lease.on_behalf_of}")
 
 
-def bears(lease: Lease, mark: str) -> bool:
+def matches(lease: Lease, mark: str) -> bool:
     """Whether the lease bears a mark."""
-    return mark == ALL_MARK or mark in marks_of(lease)
+    return mark == ALL_LEASES or mark in selector_keys(lease)
 
 
 def is_cut_mark(mark: str) -> bool:
@@ -220,7 +220,7 @@ def mark_of(selector: Selector) -> str:
         "target": selector.target_id,
         "user": selector.user_id,
     }
-    return next((f"{kind}:{id}" for kind, id in named.items() if id is not None), ALL_MARK)
+    return next((f"{kind}:{id}" for kind, id in named.items() if id is not None), ALL_LEASES)
 
 
 def is_covered(lease: Lease, issued_before_ms: int) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.crypto.jws import Signed, open_signed, parse
+from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, b64decode
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Coordinates, Reason
@@ -156,7 +156,7 @@ def open_order(record: Received, directory: Directory, trust: TrustStore) -> Ord
         except ChainError:
             return None
 
-    signed = open_signed(jws, RevocationRequest, find, audience=trust.trust_domain)
+    signed = verify(jws, RevocationRequest, find, audience=trust.trust_domain)
     return Order(signed, record.coordinates, record.traceparent)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from ringfence.kernel.base.clock import CarriedOn
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import digest
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Heartbeat
@@ -71,7 +71,7 @@ class RevokerHalts:
             if not jws.unverified_claims(Heartbeat).halted:
                 return ()
             find = self._trust.finder("revoker", at_s=record.appended_at_ms / 1000)
-            beat = open_signed(jws, Heartbeat, find, audience=self._trust.trust_domain).claims
+            beat = verify(jws, Heartbeat, find, audience=self._trust.trust_domain).claims
         except InvalidMessageError:
             return ()
         if abs(beat.at_ms - record.appended_at_ms) > _CLOCKS_DIFFER_MS or self._is_repeated(record):

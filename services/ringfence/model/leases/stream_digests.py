@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from ringfence.kernel.base.clock import CarriedOn, Clock
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Topic
@@ -107,9 +107,7 @@ class StreamCheck:
         for record in records:
             find = self._trust.finder("revoker", at_s=record.appended_at_ms / 1000)
             try:
-                beat = open_signed(
-                    parse(record.value), Heartbeat, find, audience=self._trust.trust_domain
-                ).claims
+                beat = verify(parse(record.value), Heartbeat, find, audience=self._trust.trust_domain).claims
             except InvalidMessageError:
                 continue
             # One that was sent before must not make an old view young.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import SignatureError
-from ringfence.kernel.crypto.jws import LEEWAY_S, open_signed, parse, unverified_time
+from ringfence.kernel.crypto.jws import LEEWAY_S, parse, unverified_time, verify
 from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.lease import Lease
@@ -13,7 +13,7 @@ _LONGEST_S = 86_400
 """The longest that any lease lives."""
 
 
-def open_lease(
+def verify_lease(
     jws: str | bytes, trust: TrustStore, clock: Clock, *, appended_at_ms: int | None = None
 ) -> Lease:
     """The claims of a lease's record that an issuer or a revoker signed. Raises InvalidMessageError.
@@ -35,7 +35,7 @@ def open_lease(
             by_former_key = True
         return key
 
-    lease = open_signed(parsed, Lease, find, audience=trust.trust_domain).claims
+    lease = verify(parsed, Lease, find, audience=trust.trust_domain).claims
     if by_former_key and lease.deadline - lease.iat > _LONGEST_S + LEEWAY_S:
         raise SignatureError(f"lease {lease.lease_id} outlives the key that signed it", code="key_ended")
     return lease

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.model.records.directory import Alarm
@@ -34,7 +34,7 @@ def report_alarms(runtime: Runtime) -> Callable[[Alarm], None]:
                 "more than %d alarms wait; this one is no finding: %s",
                 MAX_PENDING,
                 alarm.message,
-                extra=of_a_kind(alarm.code),
+                extra=rate_limited(alarm.code),
             )
 
     async def publish() -> None:

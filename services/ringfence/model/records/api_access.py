@@ -11,10 +11,10 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.ids import digest
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.replay_memory import ReplayMemory
 from ringfence.kernel.base.text import visible_name
-from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, open_signed, parse
+from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.messages.api import MAX_API_TOKEN_S, UNBOUND_API_TOKENS_END, ApiToken, api_audience
 from ringfence.messages.base import ServiceRole
@@ -122,7 +122,7 @@ class Authenticator:
         except InvalidMessageError as error:
             raise _refused(error) from None
         try:
-            claims = open_signed(jws, ApiToken, find_key, audience=audience, appended_at_ms=now_ms).claims
+            claims = verify(jws, ApiToken, find_key, audience=audience, appended_at_ms=now_ms).claims
         except InvalidMessageError as error:
             why = None
             if error.code == "key_unknown" and uncounted is not None:
@@ -158,7 +158,7 @@ class Authenticator:
             claims.iss,
             UNBOUND_API_TOKENS_END,
             self._audience,
-            extra=of_a_kind(claims.iss),
+            extra=rate_limited(claims.iss),
         )
 
 
@@ -210,7 +210,7 @@ def _refused(why: object) -> UnauthenticatedError:
 def _told_to_its_holder(jws: UnverifiedJws, audience: str, now_ms: int, uncounted: _Uncounted) -> str | None:
     """Why a key does not count, where the token is one that its holder signed just now. Strangers learn nothing."""
     try:
-        open_signed(jws, ApiToken, uncounted, audience=audience, appended_at_ms=now_ms)
+        verify(jws, ApiToken, uncounted, audience=audience, appended_at_ms=now_ms)
     except InvalidMessageError:
         return uncounted.no_user(jws)
     return uncounted.why

@@ -16,7 +16,7 @@ from typing import cast
 
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.ids import message_id
-from ringfence.kernel.crypto.jws import Signed, UnverifiedJws, open_signed, parse
+from ringfence.kernel.crypto.jws import Signed, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import ExpiringClaims, typ_header
@@ -152,9 +152,7 @@ class Chains:
                 key = self.agent_key(iss, kid, appended_at_ms)
             return key
 
-        signed = open_signed(
-            jws, model, find, audience=self._trust.trust_domain, appended_at_ms=appended_at_ms
-        )
+        signed = verify(jws, model, find, audience=self._trust.trust_domain, appended_at_ms=appended_at_ms)
         actor = self._actor(signed.claims.iss, appended_at_ms, own)
         try:
             consent = self._consent(signed.claims, appended_at_ms)
@@ -386,7 +384,7 @@ class Chains:
             return verified_consent(command.id_token, command.terms, user, self._trust, at_ms)
         if command.consent is None:
             return None
-        claims = open_signed(
+        claims = verify(
             parse(command.consent), TaskConsent, lambda iss, kid: self.user_key(iss, kid, at_ms),
             audience=self._trust.trust_domain, appended_at_ms=at_ms,
         ).claims  # fmt: skip
@@ -399,7 +397,7 @@ class Chains:
         """As `_consent`. Whose the agent was is for the fold to compare, which knows it."""
         if command.consent is None:
             return None
-        claims = open_signed(
+        claims = verify(
             parse(command.consent), AgentTransferConsent, lambda iss, kid: self.user_key(iss, kid, at_ms),
             audience=self._trust.trust_domain, appended_at_ms=at_ms,
         ).claims  # fmt: skip

@@ -20,7 +20,7 @@ from ringfence.kernel.crypto.oidc import (
     JwksError,
     TokenError,
     unverified_issuer,
-    verify,
+    verify_token,
 )
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.oidc import OidcIssuer
@@ -75,7 +75,7 @@ def verified_consent(
             raise InvalidMessageError(
                 "no keys of its issuer are pinned for users in the trust bundle", code="issuer_not_pinned"
             )
-        verified = verify(
+        verified = verify_token(
             token, issuer.keys,
             issuer=issuer.issuer, audience=trust.trust_domain, at_s=at_s, max_age_s=MAX_AGE_S,
         )  # fmt: skip

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from ringfence.kernel.base.clock import CarriedOn, Clock
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.base.log_limiter import of_a_kind
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Coordinates
@@ -223,7 +223,7 @@ class Directory:
         `key` is the Kafka key, where it must be the id: compaction would else let the record stand in another's place.
         """
         try:
-            record: AnyRecord = open_signed(
+            record: AnyRecord = verify(
                 parse(compact), _RECORDS[kind], self._trust.finder(*_RECORDS[kind].signed_by, at_s=at_ms / 1000),
                 audience=self._trust.trust_domain,
             ).claims  # fmt: skip
@@ -283,7 +283,7 @@ class Directory:
             record.partition,
             record.offset,
             problem,
-            extra=of_a_kind(record.topic_name, code),
+            extra=rate_limited(record.topic_name, code),
         )
         subject = f"spiffe://{self._trust.trust_domain}/{kind}/{key}"
         self._on_alarm(Alarm(code, message, subject, record.coordinates))
@@ -311,7 +311,7 @@ class Directory:
 
     def _on_heartbeat(self, record: Received) -> None:
         try:
-            heartbeat = open_signed(
+            heartbeat = verify(
                 parse(record.value), Heartbeat, self._trust.finder("registry", at_s=record.appended_at_ms / 1000),
                 audience=self._trust.trust_domain,
             ).claims  # fmt: skip
@@ -323,7 +323,7 @@ class Directory:
         if abs(heartbeat.at_ms - record.appended_at_ms) > _CLOCKS_DIFFER_MS:
             log.error(
                 "a heartbeat of the registry is not of now: repeated, or its clock is wrong",
-                extra=of_a_kind(record.topic_name),
+                extra=rate_limited(record.topic_name),
             )
             return
         self._last_beat_ms = heartbeat.at_ms

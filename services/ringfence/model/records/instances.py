@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.crypto.jws import LEEWAY_S, KeyFinder, UnverifiedJws, open_signed, parse
+from ringfence.kernel.crypto.jws import LEEWAY_S, KeyFinder, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
-from ringfence.kernel.crypto.oidc import TokenError, verify
+from ringfence.kernel.crypto.oidc import TokenError, verify_token
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import Claims
 from ringfence.messages.credential import CredentialRequest, Reason
@@ -64,7 +64,7 @@ def open_enrolment(compact: str, trust: TrustStore, at_s: float) -> InstanceEnro
     Raises EnrolmentError.
     """
     try:
-        enrolment = open_signed(
+        enrolment = verify(
             parse(compact),
             InstanceEnrolment,
             trust.finder("registry", at_s=at_s),
@@ -100,7 +100,7 @@ def _check_token(enrolment: InstanceEnrolment, trust: TrustStore, keys: tuple[Oi
         raise EnrolmentError("the enrolment lacks the platform's token, which its pinned keys verify")
     try:
         bound, any_key = audiences(trust.trust_domain, enrolment.key.kid)
-        token = verify(
+        token = verify_token(
             enrolment.token, keys, issuer=enrolment.issuer, audience=bound if enrolment.key_bound else any_key,
             at_s=enrolment.iat, max_age_s=MAX_TOKEN_AGE_S,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from ringfence.messages.credential import Delivery, Reason, RequiredClass, Revis
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.facts import Facts, Ground
+from ringfence.model.requests.facts import RecordContext, RequestContext
 from ringfence.model.unknown_fields import is_understood, told, unknown_fields
 
 _ORDER: tuple[RequiredClass, ...] = ("sponsor", "second_person", "operator")
@@ -31,7 +31,9 @@ def required_classes(
     return (*usual, *_TWO_OPERATORS) if break_glass else usual
 
 
-def may_approve(directory: Directory, user_id: str, approval_class: RequiredClass, facts: Ground) -> bool:
+def may_approve(
+    directory: Directory, user_id: str, approval_class: RequiredClass, facts: RecordContext
+) -> bool:
     """True where the user, as of the present records, can give an approval of this class for such a request.
 
     All but the sponsor's are the word of somebody else: neither of who answers, or ever answered, for an agent of the
@@ -58,7 +60,7 @@ def may_approve(directory: Directory, user_id: str, approval_class: RequiredClas
 
 def approval_problem(
     approval: Signed[Approval],
-    facts: Facts,
+    facts: RequestContext,
     *,
     at_ms: int,
     ttl_s: int,
@@ -107,7 +109,7 @@ def unmet(
     required: Sequence[RequiredClass],
     approvals: Sequence[Signed[Approval] | Signed[Grant]],
     directory: Directory,
-    facts: Facts,
+    facts: RequestContext,
 ) -> tuple[RequiredClass, ...]:
     """The approval classes that are still missing. Each needs a person of its own; nobody counts twice.
 

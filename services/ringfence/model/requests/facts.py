@@ -27,7 +27,7 @@ from ringfence.model.records.command_chain import ChainError, unverified_command
 from ringfence.model.records.directory import Directory, Entry
 from ringfence.model.records.instances import enrolment_of, void
 from ringfence.model.scope.globs import ScopeError
-from ringfence.model.scope.rule import Side, are_in_force, lacking, sides_of
+from ringfence.model.scope.rule import Limit, are_in_force, exceeding, sides_of
 from ringfence.model.scope.scope import validate_scope
 from ringfence.model.unknown_fields import is_understood, names_of, unknown_fields
 
@@ -57,7 +57,7 @@ class Delegation:
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
+class RecordContext:
     """The verified records that a request, or a grant, is held against."""
 
     agent: Entry[AgentState]
@@ -91,7 +91,7 @@ class Ground:
         )
         return found or None
 
-    def sides(self, now_s: float, entitlements_max_age_s: int) -> tuple[Side, ...]:
+    def sides(self, now_s: float, entitlements_max_age_s: int) -> tuple[Limit, ...]:
         """The sides that whatever is asked must be within. Entitlements past their age count for nothing."""
         return _sides(
             self.task, self._agents, self.user, entitled=self._entitled(now_s, entitlements_max_age_s)
@@ -131,7 +131,7 @@ class Ground:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts(Ground):
+class RequestContext(RecordContext):
     """A request and the records that it is held against."""
 
     request: Signed[CredentialRequest]
@@ -156,7 +156,9 @@ class Facts(Ground):
         return frozenset(v.floor for v in self.target.state.verbs if v.verb in wanted and v.floor != "none")
 
 
-def gather(directory: Directory, request: Signed[CredentialRequest], request_id: str | None = None) -> Facts:
+def load_context(
+    directory: Directory, request: Signed[CredentialRequest], request_id: str | None = None
+) -> RequestContext:
     """Look up what a verified request names. Its id is derived where it is not given.
 
     Raises DeniedError where a record is missing or its chain is broken: there is nothing to weigh then.
@@ -170,13 +172,13 @@ def gather(directory: Directory, request: Signed[CredentialRequest], request_id:
     agent_id = subject_of(claims.aud, claims.iss, "agent") or ""
     (target_id,) = targets
     ground = find_ground(directory, agent_id, claims.task_id, target_id)
-    return Facts(
+    return RequestContext(
         ground.agent, ground.sponsor, ground.task, ground.user, ground.target,
         request, request_id or message_id(claims.iss, claims.jti), enrolment_of(claims), delegations=ground.delegations,
     )  # fmt: skip
 
 
-def find_ground(directory: Directory, agent_id: str, task_id: str, target_id: str) -> Ground:
+def find_ground(directory: Directory, agent_id: str, task_id: str, target_id: str) -> RecordContext:
     """Look up the records. Raises DeniedError where one is missing or its chain is broken."""
     try:
         agent = directory.agent(agent_id)
@@ -195,7 +197,7 @@ def find_ground(directory: Directory, agent_id: str, task_id: str, target_id: st
         delegations = tuple(_delegations(directory, task))
     except ChainError as error:
         raise DeniedError(_reason("record_untrusted", str(error))) from None
-    return Ground(agent, sponsor, task, user, target, delegations=delegations)
+    return RecordContext(agent, sponsor, task, user, target, delegations=delegations)
 
 
 def _delegations(directory: Directory, task: Entry[TaskState]) -> Iterator[Delegation]:
@@ -217,7 +219,7 @@ def _delegations(directory: Directory, task: Entry[TaskState]) -> Iterator[Deleg
         task = parent
 
 
-def violations(facts: Facts, now_s: float, entitlements_max_age_s: int) -> tuple[Reason, ...]:
+def violations(facts: RequestContext, now_s: float, entitlements_max_age_s: int) -> tuple[Reason, ...]:
     """Everything that stands against the request, whatever policy says. Empty means that the rule holds.
 
     `now_s` is a time on the broker's clock: an append time, so that a repeat gives the same answer.
@@ -225,17 +227,19 @@ def violations(facts: Facts, now_s: float, entitlements_max_age_s: int) -> tuple
     gone = void(facts.instance, facts.agent.state) if facts.instance else None
     return (
         *_signature(facts),
-        *against(facts, facts.request.claims.scope, now_s, entitlements_max_age_s),
+        *violations_of(facts, facts.request.claims.scope, now_s, entitlements_max_age_s),
         *((gone,) if gone else ()),
     )
 
 
-def against(ground: Ground, wanted: Scope, now_s: float, entitlements_max_age_s: int) -> tuple[Reason, ...]:
+def violations_of(
+    ground: RecordContext, wanted: Scope, now_s: float, entitlements_max_age_s: int
+) -> tuple[Reason, ...]:
     """Everything that these records say against what is wanted: the whole of a request, or one action."""
     return (*_standing(ground, wanted, now_s), *ground.beyond(wanted, now_s, entitlements_max_age_s))
 
 
-def _signature(facts: Facts) -> tuple[Reason, ...]:
+def _signature(facts: RequestContext) -> tuple[Reason, ...]:
     """Whoever had the key may have made the request, though it counted when it was appended."""
     agent, compact = facts.agent.state, facts.request.compact
     if not agent.compromised or not compact:  # what an enforcement point asks is signed by nobody
@@ -251,7 +255,7 @@ def key_compromised(agent_id: str) -> Reason:
     return _reason("key_compromised", message)
 
 
-def _standing(ground: Ground, wanted: Scope, now_s: float) -> list[Reason]:
+def _standing(ground: RecordContext, wanted: Scope, now_s: float) -> list[Reason]:
     found: list[Reason] = []
     agent, task, user, target = ground.agent.state, ground.task.state, ground.user.state, ground.target.state
     found += _standing_of_agent(agent, ground.sponsor)
@@ -319,7 +323,7 @@ def _sponsors_of(agent: Entry[AgentState]) -> frozenset[str]:
 
 def _sides(
     task: Entry[TaskState], agents: Sequence[Entry[AgentState]], user: Entry[UserState], *, entitled: bool
-) -> tuple[Side, ...]:
+) -> tuple[Limit, ...]:
     return sides_of(
         task.state.scope,
         [(agent.state.agent_id, agent.state.ceiling) for agent in agents],
@@ -343,7 +347,7 @@ def _beyond(
     except ScopeError as error:
         return (_reason("scope_invalid", str(error)),)
     found: list[Reason] = []
-    for lack in lacking(wanted, _sides(task, agents, user, entitled=entitled)):
+    for lack in exceeding(wanted, _sides(task, agents, user, entitled=entitled)):
         verbs, resources = ", ".join(lack.permission.verbs), ", ".join(lack.permission.resources)
         names = f"{verbs} on {resources} at {lack.permission.target}"
         found.append(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
-from ringfence.kernel.base.log_limiter import of_a_kind
-from ringfence.kernel.crypto.jws import Signed, open_signed, parse
+from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw
 from ringfence.messages.base import typ_header
@@ -19,7 +19,7 @@ from ringfence.messages.credential import Delivery, Reason, Revisions
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.facts import Facts
+from ringfence.model.requests.facts import RequestContext
 from ringfence.model.scope.scope import missing
 from ringfence.model.unknown_fields import is_understood, told, unknown_fields
 
@@ -47,7 +47,7 @@ def signer_of(grant: Grant) -> str | None:
 
 
 def grant_problem(
-    grant: Grant, facts: Facts, *, at_ms: int, ttl_s: int, delivery: Delivery, revisions: Revisions
+    grant: Grant, facts: RequestContext, *, at_ms: int, ttl_s: int, delivery: Delivery, revisions: Revisions
 ) -> Reason | None:
     """Why a verified grant does not stand for this request as it would be issued at `at_ms`, or None.
 
@@ -192,7 +192,7 @@ class GrantTable:
 
         try:
             jws, model = parse(record.value), Grant if kind_of(record) == Grant.typ else GrantWithdraw
-            signed = open_signed(
+            signed = verify(
                 jws, model, find, audience=self._trust_domain, appended_at_ms=record.appended_at_ms
             )
         except (InvalidMessageError, ChainError) as error:
@@ -202,7 +202,7 @@ class GrantTable:
                 record.topic_name,
                 record.offset,
                 error,
-                extra=of_a_kind(record.topic_name, error.code),
+                extra=rate_limited(record.topic_name, error.code),
             )
             return
         claims = signed.claims

@@ -30,7 +30,7 @@ class DeadlineError(RingfenceError):
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class Limit:
     """One of the scopes that a credential must be within, under the name by which refusals call it.
 
     The scopes come from verified records. Entitlements past their age count for nothing: give them as an
@@ -41,17 +41,17 @@ class Side:
     scope: Scope
 
     @classmethod
-    def task(cls, scope: Scope) -> Side:
+    def task(cls, scope: Scope) -> Limit:
         """The scope that the user assigned."""
         return cls("task", scope)
 
     @classmethod
-    def ceiling(cls, agent_id: str, scope: Scope) -> Side:
+    def ceiling(cls, agent_id: str, scope: Scope) -> Limit:
         """The most that one agent may ever hold; one side for every agent in the `act` chain."""
         return cls(f"ceiling:{agent_id}", scope)
 
     @classmethod
-    def entitlements(cls, user_id: str, scope: Scope) -> Side:
+    def entitlements(cls, user_id: str, scope: Scope) -> Limit:
         """What the user whom the task is on behalf of may do."""
         return cls(f"entitlements:{user_id}", scope)
 
@@ -64,7 +64,7 @@ def are_in_force(entitlements: Entitlements, now_s: float, max_age_s: int) -> bo
 
 
 @dataclass(frozen=True, slots=True)
-class Lack:
+class Excess:
     """A permission, or the part of one, that a side does not hold."""
 
     permission: Permission
@@ -73,17 +73,17 @@ class Lack:
 
 def sides_of(
     task: Scope, ceilings: Iterable[tuple[str, Scope]], user_id: str, entitlements: Scope
-) -> tuple[Side, ...]:
+) -> tuple[Limit, ...]:
     """All sides of one wish, so that no caller forgets one.
 
     `ceilings`: the id and ceiling of every agent in the `act` chain. If there is none, a ceiling that holds
     nothing stands in.
     """
-    held = tuple(Side.ceiling(agent_id, scope) for agent_id, scope in ceilings)
-    return (Side.task(task), *(held or (Side("ceiling", ()),)), Side.entitlements(user_id, entitlements))
+    held = tuple(Limit.ceiling(agent_id, scope) for agent_id, scope in ceilings)
+    return (Limit.task(task), *(held or (Limit("ceiling", ()),)), Limit.entitlements(user_id, entitlements))
 
 
-def lacking(wanted: Scope, sides: Iterable[Side]) -> tuple[Lack, ...]:
+def exceeding(wanted: Scope, sides: Iterable[Limit]) -> tuple[Excess, ...]:
     """Everything that stands against the wish: by side, in the order given, then in the order of `wanted`.
 
     Empty means that the wish is within every side; anything else denies it whole. Without sides everything is
@@ -94,17 +94,17 @@ def lacking(wanted: Scope, sides: Iterable[Side]) -> tuple[Lack, ...]:
         raise ScopeError("the request is empty: name at least one permission")
     given = tuple(sides)
     if not given:
-        return tuple(Lack(permission, NO_SIDE) for permission in wanted)
-    found: list[Lack] = []
+        return tuple(Excess(permission, NO_SIDE) for permission in wanted)
+    found: list[Excess] = []
     for side in given:
-        found += [Lack(permission, side.name) for permission in missing(wanted, side.scope)]
+        found += [Excess(permission, side.name) for permission in missing(wanted, side.scope)]
     return tuple(found)
 
 
-def effective(sides: Iterable[Side]) -> Scope:
+def effective(sides: Iterable[Limit]) -> Scope:
     """What all sides allow together (see `intersect`), for showing it before anything runs.
 
-    Nothing without sides. Never used to decide: a wish is compared with each side by `lacking`.
+    Nothing without sides. Never used to decide: a wish is compared with each side by `exceeding`.
     """
     given = tuple(sides)
     if not given:

@@ -26,8 +26,8 @@ import orjson
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import lease_id
-from ringfence.kernel.base.log_limiter import of_a_kind
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import b64decode
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
@@ -37,9 +37,9 @@ from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentState
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.short_lived import is_short_lived
-from ringfence.model.leases.verification import open_lease
+from ringfence.model.leases.verification import verify_lease
 from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS, Usage, Used, Verb, summary, verbs_of
-from ringfence.policy.domain import Case, Judgement
+from ringfence.policy.domain import Case, Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +262,7 @@ class Holdings:
 
     # --- what policy itself decides ---
 
-    def judged(self, case: Case, judgement: Judgement) -> None:
+    def judged(self, case: Case, judgement: Evaluation) -> None:
         """Take in how a request was judged, before anybody hears of it: what is allowed is held from now on."""
         id, document = _lease_id(case.request_id), judgement.input
         if judgement.ruling.outcome != "allowed" or document is None:
@@ -315,9 +315,7 @@ class Holdings:
     def _on_refusal(self, record: Received) -> None:
         find = self._trust.finder("issuer", at_s=record.appended_at_ms / 1000)
         try:
-            event = open_signed(
-                parse(record.value), ServiceEvent, find, audience=self._trust.trust_domain
-            ).claims
+            event = verify(parse(record.value), ServiceEvent, find, audience=self._trust.trust_domain).claims
             id = lease_id(event.request_id or "")
         except (InvalidMessageError, ValueError) as error:
             log.warning(
@@ -325,7 +323,7 @@ class Holdings:
                 record.topic_name,
                 record.offset,
                 error,
-                extra=of_a_kind(record.topic_name, type(error).__name__),
+                extra=rate_limited(record.topic_name, type(error).__name__),
             )
             return
         known = self._leases.get(id)
@@ -365,14 +363,14 @@ class Holdings:
 
     def _open(self, record: Received) -> None:
         try:
-            lease = open_lease(record.value, self._trust, self._clock, appended_at_ms=record.appended_at_ms)
+            lease = verify_lease(record.value, self._trust, self._clock, appended_at_ms=record.appended_at_ms)
         except InvalidMessageError as error:
             log.error(
                 "ignored the record of a lease at %s@%d: %s",
                 record.topic_name,
                 record.offset,
                 error,
-                extra=of_a_kind(record.topic_name, error.code),
+                extra=rate_limited(record.topic_name, error.code),
             )
             return
         if lease.lease_id == record.key and not self._epochs.is_void(record, lease.epoch):

@@ -45,7 +45,7 @@ class Facts:
     now_s: int
 
 
-class Line(NamedTuple):
+class InventoryRow(NamedTuple):
     """What of one agent is added up, and what it is found by."""
 
     status: str
@@ -87,10 +87,10 @@ def sponsor_is(sponsor: UserState | None) -> SponsorIs:
     return "live" if "sponsor" in sponsor.roles else "no_sponsor"
 
 
-def line_of(facts: Facts) -> Line:
+def line_of(facts: Facts) -> InventoryRow:
     """An agent's line."""
     agent, granted = facts.agent, verbs_of(facts.agent.ceiling)
-    return Line(
+    return InventoryRow(
         status=agent.status,
         sponsor=agent.sponsor,
         sponsor_is=sponsor_is(facts.sponsor),
@@ -165,7 +165,7 @@ def row_of(facts: Facts, targets: AbstractSet[str]) -> dict[str, Any]:
     }
 
 
-def totals(lines: Iterable[Line], now_s: int, keys_by_s: int) -> dict[str, int]:
+def totals(lines: Iterable[InventoryRow], now_s: int, keys_by_s: int) -> dict[str, int]:
     """The sums over some agents. All but `decommissioned` are of those that are not.
 
     `keys_ending` have no key that goes on until `keys_by_s`, though one that counts now; `keys_ended` none of these.

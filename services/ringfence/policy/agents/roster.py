@@ -22,8 +22,8 @@ from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.policy.agents.holdings import Holdings
-from ringfence.policy.agents.inventory import Facts, Line, line_of, next_change_s
-from ringfence.policy.agents.sightings import Sightings
+from ringfence.policy.agents.inventory import Facts, InventoryRow, line_of, next_change_s
+from ringfence.policy.agents.sightings import KeyLastSeen
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +42,14 @@ class CursorLostError(RingfenceError):
 class Roster:
     """See the module. Memory goes with the agents, and with the tasks that run."""
 
-    def __init__(self, directory: Directory, holdings: Holdings, sightings: Sightings, clock: Clock) -> None:
+    def __init__(
+        self, directory: Directory, holdings: Holdings, sightings: KeyLastSeen, clock: Clock
+    ) -> None:
         self._directory = directory
         self._holdings = holdings
         self._sightings = sightings
         self._clock = clock
-        self._lines: dict[str, Line] = {}
+        self._lines: dict[str, InventoryRow] = {}
         self._marked: dict[str, None] = {}
         self._ids: list[str] = []
         self._of_sponsor: dict[str, set[str]] = {}
@@ -89,7 +91,7 @@ class Roster:
         """The agents that name this sponsor, sorted. Not verified: some may have no line, or another's name in it."""
         return sorted(self._of_sponsor.get(sponsor, ()))
 
-    def line(self, agent_id: str) -> Line | None:
+    def line(self, agent_id: str) -> InventoryRow | None:
         """The line of an agent, or None where there is none."""
         return self._lines.get(agent_id)
 

@@ -13,7 +13,7 @@ MAX_KEYS: Final = 32
 """So many keys are remembered of an agent; beyond, the one that was seen longest ago is forgotten."""
 
 
-class Sightings:
+class KeyLastSeen:
     """What is known by this process: a decision from before its start counts where it still mattered then."""
 
     def __init__(self) -> None:

@@ -30,8 +30,8 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.messages.permission import Permission
 from ringfence.model.records.api_access import Authenticator, ForbiddenError
-from ringfence.policy.decisions.evaluator import Judge
-from ringfence.policy.domain import Case, Judgement
+from ringfence.policy.decisions.evaluator import RequestEvaluator
+from ringfence.policy.domain import Case, Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class _Batch(BaseModel):
 class AuthZen:
     """The two endpoints, and where they are."""
 
-    def __init__(self, runtime: Runtime, authenticator: Authenticator, judge: Judge) -> None:
+    def __init__(self, runtime: Runtime, authenticator: Authenticator, judge: RequestEvaluator) -> None:
         self._runtime = runtime
         self._authenticator = authenticator
         self._judge = judge
@@ -180,7 +180,7 @@ class AuthZen:
         return Case(Signed(unsigned, ""), id, question.subject.id, source, None)
 
 
-def _told(judgement: Judgement) -> dict[str, Any]:
+def _told(judgement: Evaluation) -> dict[str, Any]:
     ruling, revisions = judgement.ruling, judgement.revisions
     context: dict[str, Any] = {
         "outcome": ruling.outcome,

@@ -18,8 +18,8 @@ from ringfence.messages.credential import CredentialDecision, CredentialRequest
 from ringfence.model.records.api_access import Authenticator, Caller, NotFoundError
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.facts import DeniedError, Facts, gather
-from ringfence.policy.decision_log import Decisions, Known, Place
+from ringfence.model.requests.facts import DeniedError, RequestContext, load_context
+from ringfence.policy.decision_log import Decisions, RecordPosition, RequestState
 from ringfence.policy.decisions.explanation import NOT_SEEN, Explainer
 from ringfence.policy.domain import may_approve_any
 
@@ -79,7 +79,7 @@ class Api:
             raise NotFoundError(NOT_SEEN)
         return JSONResponse(told)
 
-    def _known(self, request: Request) -> Known:
+    def _known(self, request: Request) -> RequestState:
         caller = self._caller(request)
         known = self._decisions.get(request.path_params["request_id"])
         if known is None or known.outcome is None or not self._may_see(caller, known):
@@ -89,7 +89,7 @@ class Api:
     def _caller(self, request: Request) -> Caller:
         return self._authenticator.user(request.headers.get("authorization"))
 
-    def _may_see(self, caller: Caller, known: Known) -> bool:
+    def _may_see(self, caller: Caller, known: RequestState) -> bool:
         return self._may_see_agent(caller, known.agent_id)
 
     def _may_see_agent(self, caller: Caller, agent_id: str) -> bool:
@@ -99,7 +99,7 @@ class Api:
             agent = None
         return caller.may_see_agent_of(agent.state.sponsor) if agent else caller.sees_all
 
-    def _waiting(self, known: Known, caller: Caller) -> dict[str, Any] | None:
+    def _waiting(self, known: RequestState, caller: Caller) -> dict[str, Any] | None:
         """A pending request as the caller sees it; None where it is none, or they may neither see nor approve it."""
         decision = known.pending
         if decision is None:
@@ -128,24 +128,24 @@ class Api:
         )
         return {**view, "agent_id": known.agent_id, "you_can_give": list(yours)}
 
-    def _facts(self, decision: CredentialDecision) -> Facts | None:
+    def _facts(self, decision: CredentialDecision) -> RequestContext | None:
         # The request stands inside a decision of this service, which verified it before it signed.
         request = parse(decision.request).unverified_claims(CredentialRequest)
         try:
-            return gather(self._directory, Signed(request, decision.request))
+            return load_context(self._directory, Signed(request, decision.request))
         except DeniedError:
             return None
 
 
-def _place(request: Request) -> Place | None:
+def _place(request: Request) -> RecordPosition | None:
     """Where the caller says that the decision stands, if they do."""
     numbers = [request.query_params.get(name, "") for name in ("partition", "offset")]
     if not all(number.isdecimal() for number in numbers):
         return None
-    return Place(int(numbers[0][:9]), int(numbers[1][:18]))
+    return RecordPosition(int(numbers[0][:9]), int(numbers[1][:18]))
 
 
-def _decided(known: Known) -> dict[str, Any]:
+def _decided(known: RequestState) -> dict[str, Any]:
     view: dict[str, Any] = {
         "request_id": known.request_id,
         "agent_id": known.agent_id,

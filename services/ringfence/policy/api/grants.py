@@ -13,7 +13,7 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Grant
 from ringfence.model.records.api_access import Authenticator, Caller, NotFoundError
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.facts import DeniedError, Ground, find_ground
+from ringfence.model.requests.facts import DeniedError, RecordContext, find_ground
 from ringfence.model.requests.grants import GrantTable, id_of, signer_of
 from ringfence.policy.grants import GrantBook
 
@@ -92,7 +92,7 @@ class GrantApi:
             "status": self._status(grant, ground),
         }
 
-    def _status(self, grant: Grant, ground: Ground | None) -> str:
+    def _status(self, grant: Grant, ground: RecordContext | None) -> str:
         if grant.exp * 1000 <= self._runtime.clock.now_ms():
             return "ended"
         if ground is None:

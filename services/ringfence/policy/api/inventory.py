@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute, Route
 from ringfence.kernel.service.http import number_in
 from ringfence.model.records.api_access import Caller
 from ringfence.model.records.key_expiry import WARN_BEFORE_S
-from ringfence.policy.agents.inventory import Line, row_of, totals
+from ringfence.policy.agents.inventory import InventoryRow, row_of, totals
 from ringfence.policy.agents.roster import CursorLostError
 from ringfence.policy.api.agents import RosterApi, WrongQueryError, answered
 
@@ -30,7 +30,7 @@ _ROWS: Final = 100
 _LINES_A_TURN, _ROWS_A_TURN = 1000, 20
 
 
-Condition = Callable[[str, Line], bool]
+Condition = Callable[[str, InventoryRow], bool]
 """Of the id and the line of an agent."""
 
 

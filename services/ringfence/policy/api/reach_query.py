@@ -7,8 +7,8 @@ from typing import Any
 
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import TargetState
-from ringfence.model.requests.facts import Ground, against
-from ringfence.model.scope.rule import Side, effective
+from ringfence.model.requests.facts import RecordContext, violations_of
+from ringfence.model.scope.rule import Limit, effective
 from ringfence.model.unknown_fields import is_understood
 from ringfence.policy.agents.inventory import Facts, row_of
 
@@ -24,15 +24,17 @@ def asked_for(target: TargetState, verb: str | None, resource: str | None) -> Sc
 
 def by_ceiling(facts: Facts, asked: Scope) -> Scope:
     """What of it an agent may ever hold."""
-    return effective((Side("asked", asked), Side.ceiling(facts.agent.agent_id, facts.agent.ceiling)))
+    return effective((Limit("asked", asked), Limit.ceiling(facts.agent.agent_id, facts.agent.ceiling)))
 
 
-def by_task(ground: Ground, asked: Scope, now_s: int, entitlements_max_age_s: int) -> dict[str, Any] | None:
+def by_task(
+    ground: RecordContext, asked: Scope, now_s: int, entitlements_max_age_s: int
+) -> dict[str, Any] | None:
     """What of it an agent can be given in a task, or None where that is nothing.
 
-    `against` is what stands in the way all the same, such as an agent that is suspended.
+    `violations_of` is what stands in the way all the same, such as an agent that is suspended.
     """
-    scope = effective((Side("asked", asked), *ground.sides(now_s, entitlements_max_age_s)))
+    scope = effective((Limit("asked", asked), *ground.sides(now_s, entitlements_max_age_s)))
     if not scope:
         return None
     task = ground.task.state
@@ -49,7 +51,7 @@ def by_task(ground: Ground, asked: Scope, now_s: int, entitlements_max_age_s: in
         "approvals": sorted(
             {one.floor for one in ground.target.state.verbs if one.verb in wanted and one.floor != "none"}
         ),
-        "against": [reason.message for reason in against(ground, scope, now_s, entitlements_max_age_s)],
+        "against": [reason.message for reason in violations_of(ground, scope, now_s, entitlements_max_age_s)],
     }
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 
-from ringfence.backends.capabilities import Declared
+from ringfence.backends.capabilities import BackendCapabilities
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.ids import digest
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.kernel.kafka.producer import to_json
 from ringfence.kernel.kafka.table_reader import Follower
@@ -21,10 +21,10 @@ from ringfence.messages.credential import Reason
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.facts import DeniedError, gather, violations
+from ringfence.model.requests.facts import DeniedError, load_context, violations
 from ringfence.policy.agents.holdings import MAX_HELD, Holdings
 from ringfence.policy.decisions.steps import say, step_of
-from ringfence.policy.domain import Case, InputBuilder, Judgement, Ruling, approver, denied, rule, signer
+from ringfence.policy.domain import Case, Evaluation, InputBuilder, Ruling, approver, denied, rule, signer
 from ringfence.policy.grants import GrantBook
 from ringfence.rego.engine import PolicyEngine, PolicyFailedError, PolicyResult
 
@@ -41,7 +41,7 @@ _TOO_MUCH = Reason(
 )
 
 
-class Judge:
+class RequestEvaluator:
     """Judges requests by the records as they are known now, and by the time of the message that is handled."""
 
     def __init__(
@@ -52,7 +52,7 @@ class Judge:
         holdings: Holdings,
         feeds: Sequence[Follower],
         grants: GrantBook,
-        declared: Declared,
+        declared: BackendCapabilities,
     ) -> None:
         """`feeds`: what the holdings learn from that something is held no more."""
         self._runtime = runtime
@@ -73,7 +73,7 @@ class Judge:
 
     async def judge(
         self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval]] = (), *, binding: bool = True
-    ) -> Judgement:
+    ) -> Evaluation:
         """Weigh a request as of the append time `at_ms`, with the approvals that stand.
 
         Where these are not enough, a grant may stand in; it is used up by that.
@@ -89,7 +89,7 @@ class Judge:
 
     async def _judged(
         self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval]], *, binding: bool
-    ) -> Judgement:
+    ) -> Evaluation:
         if stale := await self.stale():
             return denied("stale_view", stale)
         left = _WEIGHINGS
@@ -111,8 +111,8 @@ class Judge:
                 return judgement
 
     async def _granted(
-        self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval]], judgement: Judgement
-    ) -> Judgement:
+        self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval]], judgement: Evaluation
+    ) -> Evaluation:
         """The judgement with the grants that stand in for what is lacking, weighed anew; else as it was."""
         if judgement.ruling.outcome != "approval_required":
             return judgement
@@ -141,7 +141,7 @@ class Judge:
 
     async def _weigh_with_all_held(
         self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval] | Signed[Grant]]
-    ) -> Judgement:
+    ) -> Evaluation:
         """Weigh a request with everything that its agent holds when that is done. No wait comes after the last look.
 
         Requests of one agent are mostly alike, and are weighed side by side. What would be allowed is weighed again
@@ -159,11 +159,11 @@ class Judge:
 
     async def _weigh(
         self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval] | Signed[Grant]]
-    ) -> Judgement:
+    ) -> Evaluation:
         try:
-            facts = gather(self._directory, case.request, case.request_id)
+            facts = load_context(self._directory, case.request, case.request_id)
         except DeniedError as error:
-            return Judgement(Ruling("denied", (error.reason,)))
+            return Evaluation(Ruling("denied", (error.reason,)))
         max_age_s = self._runtime.settings.entitlements_max_age_s
         against = violations(facts, at_ms / 1000, max_age_s)
         against += self._declared.never_handed_out(facts.target.state, case.request.claims.delivery)
@@ -181,12 +181,12 @@ class Judge:
             answer = await self._engine.evaluate(input_json)
             result, revision = answer.result, answer.revision
         except PolicyFailedError as error:
-            log.error("request %s is denied: %s", case.request_id, error, extra=of_a_kind(error.code))
+            log.error("request %s is denied: %s", case.request_id, error, extra=rate_limited(error.code))
             metrics.POLICY_FAILURES.labels(error.code).inc()
             result = PolicyResult(False, (Reason(code=error.code, message=str(error)),), (), 0)
             revision = self._engine.revision
         ruling = rule(facts, against, result, approvals, self._directory)
-        return Judgement(ruling, facts, facts.revisions(revision), document, digest(input_json), input_json)
+        return Evaluation(ruling, facts, facts.revisions(revision), document, digest(input_json), input_json)
 
     def _approvers(self, approvals: Sequence[Signed[Approval] | Signed[Grant]]) -> list[dict[str, object]]:
         found = []

@@ -9,7 +9,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.kafka.connection import connection
 from ringfence.kernel.kafka.table_reader import paced
 from ringfence.kernel.service.runtime import Runtime
@@ -19,7 +19,7 @@ from ringfence.messages.topics import CREDENTIAL_DECISION
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.api_access import NotFoundError
 from ringfence.model.requests.grants import id_of, signer_of
-from ringfence.policy.decision_log import Known, Place
+from ringfence.policy.decision_log import RecordPosition, RequestState
 
 READ_TIMEOUT_S = 5.0
 NOT_SEEN = "no decision with this request id that you could see is remembered here; audit keeps all of them"
@@ -37,7 +37,7 @@ class Explainer:
         self._runtime = runtime
         self._one_at_a_time = asyncio.Lock()
 
-    async def explain(self, known: Known) -> dict[str, Any]:
+    async def explain(self, known: RequestState) -> dict[str, Any]:
         """The decision on a request that is decided, as JSON, with its JWS (`decision`). Raises UnavailableError."""
         at = known.decided_at
         if at is None:
@@ -45,7 +45,7 @@ class Explainer:
         jws = known.jws or (await self._read(at)).value
         return self._told(jws, self._runtime.clock.now_ms())
 
-    async def explain_recorded(self, request_id: str, at: Place) -> dict[str, Any]:
+    async def explain_recorded(self, request_id: str, at: RecordPosition) -> dict[str, Any]:
         """The same of a decision that policy does not remember any more, where somebody knows its place.
 
         Raises NotFoundError where no decision of policy on that request stands there, UnavailableError.
@@ -61,7 +61,7 @@ class Explainer:
 
     def _told(self, compact: str | bytes, at_ms: int) -> dict[str, Any]:
         jws, trust = parse(compact), self._runtime.trust
-        decision = open_signed(
+        decision = verify(
             jws, CredentialDecision, trust.finder("policy", at_s=at_ms / 1000), audience=trust.trust_domain
         ).claims
         # Policy verified before it signed what a decision embeds.
@@ -73,7 +73,7 @@ class Explainer:
         agent_id = subject_of(decision.aud, request.iss, "agent") or ""
         return {**view, "decision_id": decision.jti, "agent_id": agent_id, "decision": jws.compact}
 
-    async def _read(self, at: Place) -> Any:
+    async def _read(self, at: RecordPosition) -> Any:
         """The one record at a place of `credential.decision`."""
         settings = self._runtime.settings
         partition = TopicPartition(CREDENTIAL_DECISION.name(settings.topic_prefix), at.partition)

@@ -17,7 +17,7 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import to_json
 from ringfence.kernel.kafka.record import Received
@@ -197,7 +197,7 @@ class Replay:
     def _question(self, record: Received) -> _Question | Skipped:
         """What a record asks of the other bundle, or why it is not compared."""
         try:
-            decision = open_signed(
+            decision = verify(
                 parse(record.value), CredentialDecision,
                 self._trust.finder("policy", at_s=record.appended_at_ms / 1000), audience=self._trust.trust_domain,
             ).claims  # fmt: skip

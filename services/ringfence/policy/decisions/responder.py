@@ -19,16 +19,16 @@ from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.credential import CredentialDecision, Reason, ReplyContent
 from ringfence.messages.topics import APPROVAL_REQUEST, CREDENTIAL_DECISION, CREDENTIAL_REPLY
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.facts import DeniedError, gather
-from ringfence.policy.decision_log import Approvers, Decisions, Known, Place
+from ringfence.model.requests.facts import DeniedError, load_context
+from ringfence.policy.decision_log import Approvers, Decisions, RecordPosition, RequestState
 from ringfence.policy.decisions.steps import say, step_of
-from ringfence.policy.domain import Case, Judgement, people_to_ask
+from ringfence.policy.domain import Case, Evaluation, people_to_ask
 from ringfence.policy.notifications.notices import Notices
 
 log = logging.getLogger(__name__)
 
 
-class Answers:
+class DecisionPublisher:
     """Publishes decisions, asks people, replies to agents. All ids are derived: a repeat is the same message."""
 
     def __init__(
@@ -48,11 +48,11 @@ class Answers:
     async def decide(
         self,
         case: Case,
-        judgement: Judgement,
+        judgement: Evaluation,
         *,
         approvals: Sequence[Signed[Approval]] = (),
         expires_at: int | None = None,
-    ) -> Known:
+    ) -> RequestState:
         """Publish the decision that a judgement comes to. Acknowledged by Kafka and remembered when this returns.
 
         Args:
@@ -99,10 +99,10 @@ class Answers:
         metrics.DECISIONS.labels(decision.outcome).inc()
         if case.request.claims.break_glass:
             metrics.BREAK_GLASS.labels(decision.outcome).inc()
-        place = Place(at.partition, at.offset)
+        place = RecordPosition(at.partition, at.offset)
         return self._decisions.keep(decision, jws, place, at.timestamp, case.traceparent)
 
-    async def follow_up(self, known: Known, case: Case) -> None:
+    async def notify(self, known: RequestState, case: Case) -> None:
         """What comes after a decision: people are asked, the agent hears of a denial, or that it has to wait.
 
         An `allowed` one is answered by the issuer, with the credential.
@@ -115,7 +115,7 @@ class Answers:
 
     def _people(self, decision: CredentialDecision, case: Case) -> tuple[str, ...]:
         try:
-            facts = gather(self._directory, case.request)
+            facts = load_context(self._directory, case.request)
         except DeniedError:
             return ()  # what it names is gone: nobody can approve it any more
         only_sponsor = decision.required == ("sponsor",)
@@ -147,7 +147,7 @@ class Answers:
         )
         self._notices.tell(message, case.request)
 
-    async def _reply(self, known: Known, case: Case) -> None:
+    async def _reply(self, known: RequestState, case: Case) -> None:
         if known.jws is None:
             return
         content = ReplyContent(request_id=known.request_id, decision=known.jws)
@@ -180,7 +180,7 @@ def _signed(decision: CredentialDecision, input_json: bytes | None, key: Signing
     return sign_payload(CredentialDecision, payload, key)
 
 
-def _decision_id(case: Case, judgement: Judgement, approvals: Sequence[Signed[Approval]]) -> str:
+def _decision_id(case: Case, judgement: Evaluation, approvals: Sequence[Signed[Approval]]) -> str:
     """One id for the final answer, whatever it rests on; while people are asked, one for each that has answered."""
     outcome = judgement.ruling.outcome
     collected = sorted(a.digest for a in approvals) if outcome == "approval_required" else []

@@ -13,8 +13,8 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.policy.decision_log import Decisions
-from ringfence.policy.domain import Case, Judgement, denied
-from ringfence.policy.incoming.load_shedding import Backlog, Stage
+from ringfence.policy.domain import Case, Evaluation, denied
+from ringfence.policy.incoming.load_shedding import BacklogMonitor, Stage
 
 _WINDOW_MS = 60_000
 TOLD_NO = 600
@@ -47,7 +47,7 @@ class PendingLimits:
     """Over all agents of one sponsor."""
 
 
-class Gatekeeper:
+class AdmissionControl:
     """Counts requests by the minutes in which the broker took them, so that a backlog is counted as it was sent."""
 
     def __init__(self, directory: Directory, limits: Limits) -> None:
@@ -59,9 +59,9 @@ class Gatekeeper:
         """By agent. Only what its signature was verified of counts: nobody uses up what another is told."""
         self._looked_at: Counter[int] = Counter()
         """By partition."""
-        self._backlog = Backlog(limits.wait_s)
+        self._backlog = BacklogMonitor(limits.wait_s)
 
-    def lets_go(self, record: Received, now_ms: int) -> bool:
+    def should_shed(self, record: Received, now_ms: int) -> bool:
         """Whether a request gets no answer, nor is even opened. To be asked of each, in their order."""
         self._begin(record.appended_at_ms)
         stage = self._backlog.look(record.partition, record.appended_at_ms, now_ms)
@@ -76,7 +76,7 @@ class Gatekeeper:
                 self._looked_at[record.partition] += 1
                 return self._looked_at[record.partition] > LOOKED_AT
 
-    def refusal(self, case: Case, now_ms: int) -> Judgement | None:
+    def refusal(self, case: Case, now_ms: int) -> Evaluation | None:
         """Why a request that comes for the first time is not weighed, or None. Counts it."""
         found = self._late(case, now_ms) or self._too_many(case)
         if found is not None:
@@ -87,14 +87,14 @@ class Gatekeeper:
         """That requests are turned away for want of time, or None."""
         return self._backlog.warning(now_ms)
 
-    def _late(self, case: Case, now_ms: int) -> Judgement | None:
+    def _late(self, case: Case, now_ms: int) -> Evaluation | None:
         waited_ms, wait_s = now_ms - case.source.appended_at_ms, self._limits.wait_s
         if not wait_s or waited_ms <= wait_s * 1000:
             return None
         message = f"policy is behind: the request waited for {waited_ms / 1000:.0f} s; ask again later"
         return denied("overloaded", message, retry_after_s=wait_s)
 
-    def _too_many(self, case: Case) -> Judgement | None:
+    def _too_many(self, case: Case) -> Evaluation | None:
         at_ms = case.source.appended_at_ms
         self._begin(at_ms)
         agent, sponsor = f"agent {case.agent_id}", _sponsor_of(self._directory, case.agent_id)
@@ -117,7 +117,7 @@ class Gatekeeper:
             self._refusals.clear()
             self._looked_at.clear()
 
-    def _reached(self, who: str, limit: int, at_ms: int) -> Judgement | None:
+    def _reached(self, who: str, limit: int, at_ms: int) -> Evaluation | None:
         if not limit or self._counts[who] < limit:
             return None
         left_s = ceil(((self._window + 1) * _WINDOW_MS - at_ms) / 1000)
@@ -125,7 +125,7 @@ class Gatekeeper:
         return denied("rate_limited", message, retry_after_s=left_s)
 
 
-class Doorkeeper:
+class PendingApprovalLimit:
     """Keeps people from being asked too much: a request that would have to wait for one is denied at a limit.
 
     Nobody's agent can so fill the day of somebody else's sponsor, and what people wave through unread stays little.
@@ -138,7 +138,7 @@ class Doorkeeper:
         self._asking: dict[str, str] = {}
         """Requests that are about to wait, by id; their agents."""
 
-    def refusal(self, case: Case, sponsor: str) -> Judgement | None:
+    def refusal(self, case: Case, sponsor: str) -> Evaluation | None:
         """Why nobody can be asked about a request, or None: then it counts as waiting from now on."""
         asking = self._about_to_wait(but_for=case.request_id)
         waiting = self._decisions.waiting()
@@ -162,7 +162,7 @@ class Doorkeeper:
                 del self._asking[id]
         return Counter(agent for id, agent in self._asking.items() if id != but_for)
 
-    def _reached(self, who: str, count: int, limit: int) -> Judgement | None:
+    def _reached(self, who: str, count: int, limit: int) -> Evaluation | None:
         if not limit or count < limit:
             return None
         message = (

@@ -16,12 +16,12 @@ from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import approval_problem
-from ringfence.model.requests.facts import DeniedError, gather, violations
-from ringfence.policy.decision_log import Decisions, Known, Place
-from ringfence.policy.decisions.evaluator import Judge
-from ringfence.policy.decisions.responder import Answers
-from ringfence.policy.domain import MAX_REASONS, Case, Judgement, Ruling, may_approve_any, signer
-from ringfence.policy.incoming.verification import MISPLACED, Opener, is_for_others
+from ringfence.model.requests.facts import DeniedError, load_context, violations
+from ringfence.policy.decision_log import Decisions, RecordPosition, RequestState
+from ringfence.policy.decisions.evaluator import RequestEvaluator
+from ringfence.policy.decisions.responder import DecisionPublisher
+from ringfence.policy.domain import MAX_REASONS, Case, Evaluation, Ruling, may_approve_any, signer
+from ringfence.policy.incoming.verification import MISPLACED, MessageVerifier, is_for_others
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ OVERDUE_MS = 2_000
 _CLOSE_EVERY_S = 0.5
 
 
-class AsOf:
+class ReadBarrier:
     """What stood on Kafka at a moment is known here.
 
     To ask for its end may take a tenth of a second: one question is the answer for all that was appended before it was
@@ -76,10 +76,10 @@ class ApprovalHandler:
         self,
         runtime: Runtime,
         directory: Directory,
-        opener: Opener,
-        judge: Judge,
+        opener: MessageVerifier,
+        judge: RequestEvaluator,
         decisions: Decisions,
-        answers: Answers,
+        answers: DecisionPublisher,
         recall: Callable[[], Awaitable[None]],
     ) -> None:
         """`recall` returns when every decision that stands on Kafka is known. Raises UnavailableError."""
@@ -90,8 +90,8 @@ class ApprovalHandler:
         self._decisions = decisions
         self._answers = answers
         self._one_at_a_time = asyncio.Lock()
-        self._decided = AsOf(runtime, recall)
-        self.records = AsOf(runtime, judge.caught_up)
+        self._decided = ReadBarrier(runtime, recall)
+        self.records = ReadBarrier(runtime, judge.caught_up)
         """Of users, agents, tasks and targets: whoever answers may have seen some that are not here yet."""
         self._held_against: dict[str, tuple[int, int | None]] = {}
         """By request that waits, the version of the records that it was last held against."""
@@ -132,7 +132,7 @@ class ApprovalHandler:
         self, approval: Signed[Approval], late: ExpiredError | None, record: Received
     ) -> Reason | None:
         """Why an answer changes nothing; None where it did its work."""
-        claims, place = approval.claims, Place(record.partition, record.offset)
+        claims, place = approval.claims, RecordPosition(record.partition, record.offset)
         known = self._decisions.get(claims.request_id)
         if known is None or known.outcome is None:
             return _reason("request_unknown", "no request with this id waits for an approval")
@@ -162,9 +162,9 @@ class ApprovalHandler:
     async def _weigh(
         self,
         approval: Signed[Approval],
-        place: Place,
+        place: RecordPosition,
         at_ms: int,
-        known: Known,
+        known: RequestState,
         pending: CredentialDecision,
     ) -> Reason | None:
         claims, case, user_id = approval.claims, _case(known, pending), signer(approval)
@@ -176,7 +176,7 @@ class ApprovalHandler:
             return _reason("stale_view", f"{stale}; then approve again")
         await self.records.known(at_ms)
         try:
-            facts = gather(self._directory, case.request)
+            facts = load_context(self._directory, case.request)
         except DeniedError as error:
             await self._close(known, pending, (error.reason,))
             return None
@@ -209,12 +209,12 @@ class ApprovalHandler:
 
     async def _count(
         self,
-        known: Known,
+        known: RequestState,
         pending: CredentialDecision,
         case: Case,
         given: list[Signed[Approval]],
         approval: Signed[Approval],
-        place: Place,
+        place: RecordPosition,
         at_ms: int,
     ) -> None:
         """Judge again with one approval more: allowed, denied after all, or still waiting for somebody else."""
@@ -230,19 +230,19 @@ class ApprovalHandler:
         )
         known.saw(approval, place)
         if not waiting or judgement.ruling.required != pending.required:
-            await self._answers.follow_up(known, case)
+            await self._answers.notify(known, case)
 
     async def _close(
         self,
-        known: Known,
+        known: RequestState,
         pending: CredentialDecision,
         why: tuple[Reason, ...],
         approval: Signed[Approval] | None = None,
-        place: Place | None = None,
+        place: RecordPosition | None = None,
     ) -> None:
         """Deny a request that waited, on what it waited on, and for a person's answer if that is why."""
         case = _case(known, pending)
-        judgement = Judgement(
+        judgement = Evaluation(
             Ruling("denied", why, None, pending.required),
             revisions=pending.revisions,
             input=pending.input,
@@ -254,13 +254,13 @@ class ApprovalHandler:
         )
         if approval is not None and place is not None:
             known.saw(approval, place)
-        await self._answers.follow_up(known, case)
+        await self._answers.notify(known, case)
 
-    async def _finish(self, known: Known) -> None:
+    async def _finish(self, known: RequestState) -> None:
         """An answer that was taken in comes again after a crash: the reply may not have gone out."""
         if known.outcome == "denied" and known.jws is not None:
             decision = parse(known.jws).unverified_claims(CredentialDecision)
-            await self._answers.follow_up(known, _case(known, decision))
+            await self._answers.notify(known, _case(known, decision))
 
     async def _refuse(self, approval: Signed[Approval], why: Reason, record: Received) -> Awaitable[object]:
         known = self._decisions.get(approval.claims.request_id)
@@ -329,7 +329,7 @@ class ApprovalHandler:
             await asyncio.sleep(0)  # many may wait
         self._held_against = held
 
-    async def _close_one(self, known: Known, owns: Callable[[str, int], bool]) -> None:
+    async def _close_one(self, known: RequestState, owns: Callable[[str, int], bool]) -> None:
         async with self._alone():
             if known.pending is None or not self._is_own(known, owns):
                 return
@@ -338,27 +338,27 @@ class ApprovalHandler:
             elif found := self._against(known):
                 await self._close(known, known.pending, found)
 
-    def _is_own(self, known: Known, owns: Callable[[str, int], bool]) -> bool:
+    def _is_own(self, known: RequestState, owns: Callable[[str, int], bool]) -> bool:
         pending = known.pending
         return pending is not None and owns(pending.source.topic, pending.source.partition)
 
-    def _is_overdue(self, known: Known) -> bool:
+    def _is_overdue(self, known: RequestState) -> bool:
         end_s = known.pending.expires_at if known.pending else None
         return self._runtime.clock.now_ms() >= (end_s or 0) * 1000 + OVERDUE_MS
 
-    def _against(self, known: Known) -> tuple[Reason, ...]:
+    def _against(self, known: RequestState) -> tuple[Reason, ...]:
         """What the rule has against a request that waits, by the records of now."""
         if known.pending is None:
             return ()
         try:
-            facts = gather(self._directory, _case(known, known.pending).request)
+            facts = load_context(self._directory, _case(known, known.pending).request)
         except DeniedError:
             return ()  # a record may be on its way; an answer is weighed once it is here
         now_s = self._runtime.clock.now_ms() / 1000
         return violations(facts, now_s, self._runtime.settings.entitlements_max_age_s)[:MAX_REASONS]
 
 
-def _case(known: Known, decision: CredentialDecision) -> Case:
+def _case(known: RequestState, decision: CredentialDecision) -> Case:
     """The case that a decision of this service is about; what it holds was verified before it was signed."""
     request = Signed(parse(decision.request).unverified_claims(CredentialRequest), decision.request)
     return Case(request, known.request_id, known.agent_id, decision.source, known.traceparent)

@@ -11,13 +11,13 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.policy.agents.shared_keys import SharedKeys
-from ringfence.policy.decision_log import Decisions, Place
-from ringfence.policy.decisions.evaluator import Judge
-from ringfence.policy.decisions.responder import Answers
-from ringfence.policy.domain import Case, Judgement, denied
-from ringfence.policy.incoming.admission import Doorkeeper, Gatekeeper
-from ringfence.policy.incoming.load_shedding import LetGo
-from ringfence.policy.incoming.verification import Opener
+from ringfence.policy.decision_log import Decisions, RecordPosition
+from ringfence.policy.decisions.evaluator import RequestEvaluator
+from ringfence.policy.decisions.responder import DecisionPublisher
+from ringfence.policy.domain import Case, Evaluation, denied
+from ringfence.policy.incoming.admission import AdmissionControl, PendingApprovalLimit
+from ringfence.policy.incoming.load_shedding import ShedRequests
+from ringfence.policy.incoming.verification import MessageVerifier
 
 
 class RequestHandler:
@@ -26,15 +26,15 @@ class RequestHandler:
     def __init__(
         self,
         runtime: Runtime,
-        opener: Opener,
-        gatekeeper: Gatekeeper,
-        judge: Judge,
+        opener: MessageVerifier,
+        gatekeeper: AdmissionControl,
+        judge: RequestEvaluator,
         decisions: Decisions,
-        answers: Answers,
-        doorkeeper: Doorkeeper,
+        answers: DecisionPublisher,
+        doorkeeper: PendingApprovalLimit,
         recall: Callable[[], Awaitable[None]],
         shared: SharedKeys,
-        let_go: LetGo,
+        let_go: ShedRequests,
         *,
         approval_timeout_s: int,
     ) -> None:
@@ -53,13 +53,13 @@ class RequestHandler:
 
     async def handle(self, record: Received) -> None:
         """Take one request to its decision. Raises InvalidMessageError where it is none, or not signed by an agent."""
-        if self._gatekeeper.lets_go(record, self._runtime.clock.now_ms()) and not self._let_go.is_known(
+        if self._gatekeeper.should_shed(record, self._runtime.clock.now_ms()) and not self._let_go.is_known(
             record
         ):
             self._let_go.count(record)
             return
         case, late = await self._opener.request(record)
-        place = Place(record.partition, record.offset)
+        place = RecordPosition(record.partition, record.offset)
         known = self._decisions.claim(
             case.request_id, case.agent_id, place, at_ms=record.appended_at_ms, exp=case.request.claims.exp
         )
@@ -74,15 +74,15 @@ class RequestHandler:
             known.tried = True
             await self._decide(case, refused)
         else:  # it comes again, after a crash or a failure: what is missing is finished
-            await self._answers.follow_up(known, case)
+            await self._answers.notify(known, case)
 
-    def _refused(self, case: Case, late: ExpiredError | None, *, first: bool) -> Judgement | None:
+    def _refused(self, case: Case, late: ExpiredError | None, *, first: bool) -> Evaluation | None:
         """Why a request is not even weighed, or None."""
         if late is not None:
             return denied(late.code, str(late))
         return self._gatekeeper.refusal(case, self._runtime.clock.now_ms()) if first else None
 
-    async def _decide(self, case: Case, refused: Judgement | None) -> None:
+    async def _decide(self, case: Case, refused: Evaluation | None) -> None:
         at_ms, expires_at = case.source.appended_at_ms, None
         judgement = refused or await self._judge.judge(case, at_ms)
         if judgement.ruling.outcome == "approval_required" and judgement.facts is not None:
@@ -92,7 +92,7 @@ class RequestHandler:
             if not_asked is not None:
                 judgement, expires_at = replace(judgement, ruling=not_asked.ruling), None
         known = await self._answers.decide(case, judgement, expires_at=expires_at)
-        await self._answers.follow_up(known, case)
+        await self._answers.notify(known, case)
 
     async def _replayed(self, case: Case) -> None:
         claims, source = case.request.claims, case.source
@@ -112,7 +112,7 @@ class RequestHandler:
         )
 
 
-def _ambiguous(case: Case) -> Judgement | None:
+def _ambiguous(case: Case) -> Evaluation | None:
     """Why nobody can be asked about a request that does not say the same to every reader, or None."""
     try:
         parse(case.request.compact).check_one_reading()

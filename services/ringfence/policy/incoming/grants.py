@@ -23,7 +23,7 @@ from ringfence.model.requests.grants import (
 )
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.scope import validate_scope
-from ringfence.policy.incoming.verification import Opener
+from ringfence.policy.incoming.verification import MessageVerifier
 
 
 class GrantHandler:
@@ -33,7 +33,7 @@ class GrantHandler:
         self,
         runtime: Runtime,
         directory: Directory,
-        opener: Opener,
+        opener: MessageVerifier,
         table: GrantTable,
         policy_revision: Callable[[], str],
         records: Callable[[int], Awaitable[None]],

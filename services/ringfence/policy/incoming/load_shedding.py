@@ -45,7 +45,7 @@ class Stage(IntEnum):
     """Not even that can be answered in time: a few are all the same, in case somebody still waits."""
 
 
-class Backlog:
+class BacklogMonitor:
     """How far behind each partition is. What is behind stays so until it has caught up by three quarters.
 
     Served as soon as it is a moment younger than too old, each would be answered after as long as may be waited.
@@ -103,7 +103,7 @@ class _Tally:
     """By Kafka key, which whoever writes chooses."""
 
 
-class LetGo:
+class ShedRequests:
     """Counts what goes by, and tells it as a finding: how many, from where to where."""
 
     def __init__(self, runtime: Runtime, decisions: Decisions) -> None:

@@ -9,7 +9,7 @@ from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.base.text import with_article
 from ringfence.kernel.crypto.jwe import check_reply_key
-from ringfence.kernel.crypto.jws import ExpiredError, KeyFinder, Signed, open_signed, parse
+from ringfence.kernel.crypto.jws import ExpiredError, KeyFinder, Signed, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.kafka.partitioning import partition_of
 from ringfence.kernel.kafka.record import Received
@@ -28,7 +28,7 @@ C = TypeVar("C", bound=ExpiringClaims)
 
 MAX_APPROVAL_BYTES = 192 * 1024
 MISPLACED = "partition_unexpected"
-"""The code of what `Opener.misplaced` finds."""
+"""The code of what `MessageVerifier.misplaced` finds."""
 
 
 FindKey = Callable[[str, str, float, KeyFinder], PublicKey | None]
@@ -45,7 +45,7 @@ def is_for_others(record: Received) -> bool:
         return False
 
 
-class Opener:
+class MessageVerifier:
     """Verifies what comes in. What does not verify is an InvalidMessageError: it goes to the dead letters."""
 
     def __init__(self, runtime: Runtime, directory: Directory) -> None:
@@ -123,7 +123,7 @@ class Opener:
         audience = self._runtime.settings.trust_domain
         for known_here in (False, True):
             try:
-                signed = open_signed(
+                signed = verify(
                     jws, model, lambda iss, kid: find_key(iss, kid, at_s, of_agents),
                     audience=audience, appended_at_ms=record.appended_at_ms,
                 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from ringfence.kernel.base.ids import message_id
-from ringfence.kernel.crypto.jws import ExpiredError, open_signed, parse
+from ringfence.kernel.crypto.jws import ExpiredError, parse, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionRequest, ApprovalRequest
@@ -27,7 +27,7 @@ def teller(runtime: Runtime, directory: Directory, notices: Notices) -> Callable
         find = runtime.trust.finder(*ActionRequest.signed_by, at_s=record.appended_at_ms / 1000)
         audience = runtime.settings.trust_domain
         try:
-            claims = open_signed(
+            claims = verify(
                 jws, ActionRequest, find,
                 audience=audience, appended_at_ms=record.appended_at_ms,
             ).claims  # fmt: skip

@@ -16,12 +16,12 @@ import httpx
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.secret_refs import PlaceError, read_place
+from ringfence.kernel.base.secret_refs import PlaceError, read_secret
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.credential import CredentialRequest
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.facts import DeniedError, gather
+from ringfence.model.requests.facts import DeniedError, load_context
 from ringfence.policy.decision_log import Decisions
 from ringfence.policy.notifications.webhook import (
     Webhook,
@@ -123,7 +123,7 @@ class Notices:
         self.deliver(
             Notice(
                 id, user_id, f"request {asked.request_id}", asked.expires_at,
-                lambda: self._waits(asked.request_id), lambda: body_of(asked, gather(self._directory, request)),
+                lambda: self._waits(asked.request_id), lambda: body_of(asked, load_context(self._directory, request)),
             )
         )  # fmt: skip
 
@@ -214,4 +214,4 @@ class Notices:
         return None if httpx.codes.is_success(status) else f"it answered {status}"
 
     def _webhook(self, user_id: str) -> Webhook:
-        return parse_webhook(read_place(self._places[user_id], f"the webhook of {user_id}"))
+        return parse_webhook(read_secret(self._places[user_id], f"the webhook of {user_id}"))

@@ -19,7 +19,7 @@ import orjson
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import visible, visible_name
 from ringfence.messages.approval import ActionRequest, ApprovalRequest
-from ringfence.model.requests.facts import Facts, Ground
+from ringfence.model.requests.facts import RecordContext, RequestContext
 
 _MAX_TEXT = 300
 """Of what an agent or a person wrote, so much is told; all of it is seen by who looks at the request."""
@@ -77,7 +77,7 @@ def signed_headers(webhook: Webhook, id: str, at_s: int, body: bytes) -> dict[st
     }
 
 
-def body_of(asked: ApprovalRequest, facts: Facts) -> bytes:
+def body_of(asked: ApprovalRequest, facts: RequestContext) -> bytes:
     """What a person is told: from the request as the agent signed it and from verified records, as plain text.
 
     What others wrote stands as code, where no chat makes links, mentions or headings of it.
@@ -104,7 +104,7 @@ def body_of(asked: ApprovalRequest, facts: Facts) -> bytes:
     return orjson.dumps({"text": "\n".join(lines), "unfurl_links": False, "unfurl_media": False})
 
 
-def body_of_action(id: str, claims: ActionRequest, ground: Ground) -> bytes:
+def body_of_action(id: str, claims: ActionRequest, ground: RecordContext) -> bytes:
     """What a person is told of one action that waits: from what the gateway signed and from verified records."""
     until = datetime.fromtimestamp(claims.exp, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
     whom = _WHOM.get(claims.required, claims.required)

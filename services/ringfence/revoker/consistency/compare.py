@@ -34,8 +34,8 @@ from ringfence.model.leases.epochs import number_of
 from ringfence.model.leases.lifecycle import is_cut_mark, is_over, own_marks_of, statement
 from ringfence.model.records.directory import TABLES, Directory
 from ringfence.revoker.consistency.kafka_view import (
-    Fold,
     Known,
+    LeaseFold,
     Record,
     Revocations,
     read_leases,
@@ -43,7 +43,7 @@ from ringfence.revoker.consistency.kafka_view import (
     verified,
     whole,
 )
-from ringfence.revoker.lease_records import peek
+from ringfence.revoker.lease_records import summarise
 
 AGAIN_S = 1.0
 _AT_A_TIME = 500
@@ -117,7 +117,9 @@ class Checker:
         ids = await restoration.ids()
         waiting = await restoration.waiting()
 
-        fold_anew = partial(Fold, trust=self._trust, over_before_s=(now_ms - self._record_keep_ms) / 1000)
+        fold_anew = partial(
+            LeaseFold, trust=self._trust, over_before_s=(now_ms - self._record_keep_ms) / 1000
+        )
         fold = fold_anew(held=frozenset(ids))
         await read_leases(self._settings, fold)
         if not restoration.complete:
@@ -183,7 +185,7 @@ class Checker:
                     yield Difference(f"{lease_id} on grant {grant_id}", "uncounted", "named", "")
 
     async def _believed(
-        self, restoration: Restoration, fold: Fold, fold_anew: Callable[..., Fold]
+        self, restoration: Restoration, fold: LeaseFold, fold_anew: Callable[..., LeaseFold]
     ) -> dict[str, Record]:
         """The highest records, but for those that nobody signed who may: what has ended, and Redis has too, is not
         looked at.
@@ -330,7 +332,7 @@ def _say_the_same(one: bytes, other: bytes) -> bool:
 
 def _is_long_over(record: Record, before_ms: int) -> bool:
     """Whether a lease has ended, and Redis need not hold its record any more."""
-    glance = peek(record.jws)
+    glance = summarise(record.jws)
     return glance is not None and glance.status in TERMINAL and glance.deadline * 1000 < before_ms
 
 

@@ -23,11 +23,11 @@ from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import LEASE, REVOCATION_REQUEST
 from ringfence.model.lease_store import Knowledge, SignedLease
 from ringfence.model.leases.epochs import Epochs
-from ringfence.model.leases.lifecycle import ALL_MARK, cut_mark, is_covered, mark_of, marks_of
+from ringfence.model.leases.lifecycle import ALL_LEASES, cut_mark, is_covered, mark_of, selector_keys
 from ringfence.model.leases.revocations import Order, may_have_selector, objection, open_order
-from ringfence.model.leases.verification import open_lease
+from ringfence.model.leases.verification import verify_lease
 from ringfence.model.records.directory import Directory
-from ringfence.revoker.lease_records import peek, unverified
+from ringfence.revoker.lease_records import summarise, unverified
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Record:
     """Whether it says that it was issued on a grant."""
 
 
-class Fold:
+class LeaseFold:
     """Folds the records of `lease` by the highest `seq`; of two that are equal, the first counts. Void ones do not.
 
     What ended so long ago that Redis need not hold it is remembered by its id alone, unless Redis thinks it alive.
@@ -87,7 +87,7 @@ class Fold:
     def _add(self, record: Received) -> None:
         if self.epochs.took(record):
             return
-        glance = peek(record.value)
+        glance = summarise(record.value)
         # Tombstones are passed over too: nobody signs them, and they follow upon what is over anyway.
         if glance is None or glance.lease_id != record.key:
             return
@@ -140,7 +140,7 @@ class Revocations:
         """The order that ends a lease, the first of several, or None."""
         found = [
             order
-            for mark in (*marks_of(lease), ALL_MARK)
+            for mark in (*selector_keys(lease), ALL_LEASES)
             for order in self._by_mark.get(mark, ())
             if is_covered(lease, order.at.appended_at_ms)
         ]
@@ -150,7 +150,7 @@ class Revocations:
 class Known(Knowledge):
     """What Kafka knows that Redis's own records do not say."""
 
-    def __init__(self, fold: Fold, records: Mapping[str, Record], revocations: Revocations) -> None:
+    def __init__(self, fold: LeaseFold, records: Mapping[str, Record], revocations: Revocations) -> None:
         """`records`: those that count."""
         self._fold = fold
         self._records = records
@@ -171,7 +171,7 @@ class Known(Knowledge):
 
 
 async def read_leases(
-    settings: ServiceSettings, fold: Fold, then: Callable[[Follower], Awaitable[None]] | None = None
+    settings: ServiceSettings, fold: LeaseFold, then: Callable[[Follower], Awaitable[None]] | None = None
 ) -> None:
     """Read `lease` from its beginning to its present end, and what comes while `then` goes on with its follower.
 
@@ -220,7 +220,7 @@ async def verified(
     clock: Clock,
     records: Mapping[str, Record],
     contested: Collection[str],
-    fold_anew: Callable[..., Fold],
+    fold_anew: Callable[..., LeaseFold],
 ) -> AsyncIterator[list[SignedLease]]:
     """These leases with their records verified, some at a time.
 
@@ -269,7 +269,7 @@ def _holds(lease_id: str, jws: bytes, trust: TrustStore, clock: Clock) -> bool:
 
 def _opened(lease_id: str, jws: bytes, trust: TrustStore, clock: Clock) -> Lease | None:
     try:
-        lease = open_lease(jws, trust, clock)
+        lease = verify_lease(jws, trust, clock)
     except InvalidMessageError:
         return None
     return lease if lease.lease_id == lease_id else None

@@ -27,11 +27,11 @@ from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.model.lease_store import LeaseStore, LostError, Outgoing, SignedLease, StoredLease
 from ringfence.model.leases.epochs import Epochs, number_of
 from ringfence.model.leases.lifecycle import comes_after
-from ringfence.model.leases.verification import open_lease
+from ringfence.model.leases.verification import verify_lease
 from ringfence.revoker.consistency.rebuild import Rebuilder
-from ringfence.revoker.ending.lease_ender import Ender
-from ringfence.revoker.lease_records import Glance
-from ringfence.revoker.mass_expiry.own_record_cache import Said
+from ringfence.revoker.ending.lease_ender import LeaseEnder
+from ringfence.revoker.lease_records import LeaseSummary
+from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ _AT_A_TIME = 500
 class _Arrived:
     """A record of a lease, under its own key; nothing of it is verified."""
 
-    glance: Glance
+    glance: LeaseSummary
     jws: bytes
     void: bool
     known: bool
@@ -74,10 +74,10 @@ class LeaseWatch:
         self,
         store: LeaseStore,
         trust: TrustStore,
-        ender: Ender,
+        ender: LeaseEnder,
         rebuilder: Rebuilder,
         clock: Clock,
-        said: Said,
+        said: OwnRecordCache,
         *,
         since_ms: int,
     ) -> None:
@@ -148,7 +148,7 @@ class LeaseWatch:
             records, self._arrived = self._arrived, []
             waiting = list(self._waiting)
             try:
-                await self._heed_epochs()
+                await self._check_epochs()
                 records = self._judged(records)
                 undecided = await self._look(records, follower)
                 self._tell(waiting, {one.id for one in undecided})
@@ -169,7 +169,7 @@ class LeaseWatch:
                 one.done.set()
                 self._waiting.remove(one)
 
-    async def _heed_epochs(self) -> None:
+    async def _check_epochs(self) -> None:
         """Have Redis rebuilt where Kafka is in a newer epoch: what is written in the old one is void.
 
         Raises LostError where that is so.
@@ -210,10 +210,10 @@ class LeaseWatch:
         outdated, later, compared = _outdated(records), _highest(records), {*behind, *acknowledged}
         behind, ahead = await self._compare({id: later[id] for id in compared})
         await self._restore([one for one in records if one.id in behind and not one.void])
-        await self._heal(outdated | (ahead.keys() & acknowledged), records)
+        await self._republish(outdated | (ahead.keys() & acknowledged), records)
         return [one for one in (*undecided, *arrived) if one.id not in outdated | compared]
 
-    def _ended_here(self, glance: Glance, jws: bytes, epoch: str | None) -> bool:
+    def _ended_here(self, glance: LeaseSummary, jws: bytes, epoch: str | None) -> bool:
         """Whether Redis need not be asked of the lease: it took this end from this very process, in this epoch."""
         return (
             epoch is not None and glance.status in TERMINAL and glance.epoch == epoch and self._said.has(jws)
@@ -255,7 +255,7 @@ class LeaseWatch:
                 await self._rebuilder.cut_revoked(list(leases.values()), revocations, epoch)
             )
 
-    async def _heal(self, ids: Collection[str], records: Sequence[_Arrived]) -> None:
+    async def _republish(self, ids: Collection[str], records: Sequence[_Arrived]) -> None:
         """Publish again what Redis has of these leases, where it was their authors who published something older."""
         last = {one.id: one for one in records if one.id in ids}
         old = [id for id, one in last.items() if self._opened(one) is not None]
@@ -278,7 +278,7 @@ class LeaseWatch:
     def _opened(self, record: _Arrived | StoredLease) -> Lease | None:
         """The claims of a record that holds; nobody acts on another."""
         try:
-            lease = open_lease(record.jws, self._trust, self._clock)
+            lease = verify_lease(record.jws, self._trust, self._clock)
         except InvalidMessageError:
             return None
         return lease if isinstance(record, StoredLease) or lease.lease_id == record.id else None

@@ -38,11 +38,11 @@ from ringfence.model.lease_store import (
 )
 from ringfence.model.leases.epochs import marker_key
 from ringfence.model.leases.lifecycle import comes_after, cut_before, follow, restated
-from ringfence.model.leases.verification import open_lease
+from ringfence.model.leases.verification import verify_lease
 from ringfence.model.records.directory import Directory
 from ringfence.revoker.consistency.kafka_view import (
-    Fold,
     Known,
+    LeaseFold,
     Record,
     Revocations,
     read_leases,
@@ -115,7 +115,7 @@ class Rebuilder:
     async def _rebuild(self, restoration: Restoration) -> tuple[int, int]:
         now_ms = self._runtime.clock.now_ms()
         fold_anew = partial(
-            Fold, trust=self._runtime.trust, over_before_s=(now_ms - self._store.record_keep_ms) / 1000
+            LeaseFold, trust=self._runtime.trust, over_before_s=(now_ms - self._store.record_keep_ms) / 1000
         )
         if restoration.anew:
             books = restoration.survey(await restoration.alive(), Knowledge(), now_ms).books()
@@ -173,7 +173,7 @@ class Rebuilder:
         await restoration.resume(epoch)
         return len(fold.highest), restored
 
-    async def _read(self, restoration: Restoration, fold: Fold) -> str:
+    async def _read(self, restoration: Restoration, fold: LeaseFold) -> str:
         """Read `lease`, to a marker of this rebuild in each partition and beyond. Returns the epoch that it begins."""
         begun: list[str] = []
 
@@ -271,7 +271,7 @@ class Rebuilder:
         stored = await restoration.records(ids)
         return {id: had[id].seq for id in ids if id in stored and self._opened(id, stored[id].jws) is None}
 
-    async def _put_right(self, restoration: Restoration, fold: Fold, ahead: Iterable[str]) -> None:
+    async def _put_right(self, restoration: Restoration, fold: LeaseFold, ahead: Iterable[str]) -> None:
         """Write again what follows from records that Redis has and Kafka has not, and have those published.
 
         What nobody signed who may is no lease: it is taken away where Kafka knows nothing of it either.
@@ -317,7 +317,7 @@ class Rebuilder:
 
     def _opened(self, lease_id: str, jws: bytes) -> Lease | None:
         try:
-            lease = open_lease(jws, self._runtime.trust, self._runtime.clock)
+            lease = verify_lease(jws, self._runtime.trust, self._runtime.clock)
         except InvalidMessageError:
             return None
         return lease if lease.lease_id == lease_id else None

@@ -19,11 +19,11 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import REVOCATION_REQUEST
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.leases.verification import open_lease
+from ringfence.model.leases.verification import verify_lease
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.revoker.domain import Overtaken, derived_order, overtaken
-from ringfence.revoker.mass_expiry.own_record_cache import Said
+from ringfence.revoker.domain import Overtaken, derived_order, stale_basis
+from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +36,17 @@ _LONG_AGO_S = 24 * 3600
 """Long enough for a clock of ours that is hours ahead: what lives by Redis's must not be passed over."""
 
 
-class IssuedHandler:
+class IssuedLeaseRecheck:
     """The batch handler of `lease`. A group of its own, so that each lease is looked at though revokers die."""
 
     def __init__(
-        self, runtime: Runtime, directory: Directory, store: LeaseStore, said: Said, *, patience_s: float
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        store: LeaseStore,
+        said: OwnRecordCache,
+        *,
+        patience_s: float,
     ) -> None:
         self._runtime = runtime
         self._directory = directory
@@ -80,14 +86,14 @@ class IssuedHandler:
         for record in records:
             try:
                 # Most fit, whoever wrote them; only what does not is worth the look at its signature.
-                if overtaken(parse(record.value).unverified_claims(Lease), self._directory, max_age_s):
-                    lease = open_lease(
+                if stale_basis(parse(record.value).unverified_claims(Lease), self._directory, max_age_s):
+                    lease = verify_lease(
                         record.value,
                         self._runtime.trust,
                         self._runtime.clock,
                         appended_at_ms=record.appended_at_ms,
                     )
-                    if why := overtaken(lease, self._directory, max_age_s):
+                    if why := stale_basis(lease, self._directory, max_age_s):
                         yield lease, why
             except InvalidMessageError:
                 self._runtime.trust.require_judgeable(

@@ -16,8 +16,8 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.model.lease_store import MIN_LEFT_MS, Claimed, LeaseStore, LostError, StoredLease
 from ringfence.revoker.domain import deadline_cause
-from ringfence.revoker.ending.lease_ender import AT_A_TIME, TOGETHER, Ender, Wish
-from ringfence.revoker.mass_expiry.precomputed import ForeseenEnd
+from ringfence.revoker.ending.lease_ender import AT_A_TIME, TOGETHER, EndRequest, LeaseEnder
+from ringfence.revoker.mass_expiry.precomputed import PrecomputedEnd
 from ringfence.revoker.settings import RevokerSettings
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ _SWEEP_EVERY_S = 1.0
 class Expiry:
     """Claims what is due in all shards. The deadline sets decide; Redis's expired events wake it early."""
 
-    def __init__(self, store: LeaseStore, ender: Ender, settings: RevokerSettings, clock: Clock) -> None:
+    def __init__(self, store: LeaseStore, ender: LeaseEnder, settings: RevokerSettings, clock: Clock) -> None:
         self._store = store
         self._ender = ender
         self._clock = clock
@@ -110,7 +110,7 @@ class Expiry:
         for start in range(0, len(due), AT_A_TIME):
             await self._begin(ending, partial(self._end_claimed, dict(due[start : start + AT_A_TIME])))
 
-    def _take_foreseen(self, shards: Sequence[int]) -> tuple[int, list[ForeseenEnd]] | None:
+    def _take_foreseen(self, shards: Sequence[int]) -> tuple[int, list[PrecomputedEnd]] | None:
         """A shard of these in which more is due than was claimed, and foreseen ends of it; None where none are."""
         for shard in sorted(shards, key=self._turn_of.__getitem__):
             if self._more_by_ms[shard]:
@@ -136,9 +136,9 @@ class Expiry:
     async def _end_claimed(self, due: Mapping[str, StoredLease | None]) -> None:
         leases = await self._ender.read(await self._ender.end_foreseen(due))
         now_ms = self._clock.now_ms()
-        await self._ender.end([Wish(lease, deadline_cause(lease, now_ms)) for lease in leases.values()])
+        await self._ender.end([EndRequest(lease, deadline_cause(lease, now_ms)) for lease in leases.values()])
 
-    async def _end_foreseen(self, shard: int, ends: Sequence[ForeseenEnd]) -> None:
+    async def _end_foreseen(self, shard: int, ends: Sequence[PrecomputedEnd]) -> None:
         if await self._ender.end_due(ends) < len(ends) / 2:
             self._more_by_ms[shard] = 0  # another revoker is at it: claims tell what is left
 

@@ -32,15 +32,15 @@ from ringfence.model.lease_store import (
     Stepped,
     StoredLease,
     expanded,
-    told_of,
+    prepare_step,
 )
-from ringfence.model.leases.lifecycle import bears, follow, is_over, restated
+from ringfence.model.leases.lifecycle import follow, is_over, matches, restated
 from ringfence.model.leases.tracing import work_on
-from ringfence.model.leases.verification import open_lease
+from ringfence.model.leases.verification import verify_lease
 from ringfence.revoker.domain import deadline_cause, next_status
-from ringfence.revoker.lease_records import Glance
-from ringfence.revoker.mass_expiry.own_record_cache import Said, glance_of
-from ringfence.revoker.mass_expiry.precomputed import ForeseenEnd, Foresight, digest_of
+from ringfence.revoker.lease_records import LeaseSummary
+from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache, glance_of
+from ringfence.revoker.mass_expiry.precomputed import PrecomputedEnd, PrecomputedEnds, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ _MEND = "it is not ended by that: ringfence rebuild"
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class EndRequest:
     """A lease that is to end, and why. A lease whose end has begun keeps the cause that it has."""
 
     lease: Lease
@@ -69,7 +69,7 @@ Traces = Mapping[str, str | None]
 """By lease: the `traceparent` that its records go on from, where that is not its own."""
 
 
-class Ender:
+class LeaseEnder:
     """Ends leases. Safe to call for the same lease any number of times, from any number of processes."""
 
     def __init__(
@@ -77,8 +77,8 @@ class Ender:
         runtime: Runtime,
         store: LeaseStore,
         stateless: Collection[str],
-        hand_over: Callable[[Sequence[Wish]], None],
-        said: Said,
+        hand_over: Callable[[Sequence[EndRequest]], None],
+        said: OwnRecordCache,
         *,
         visibility_ms: int,
     ) -> None:
@@ -94,7 +94,7 @@ class Ender:
         self._hand_over = hand_over
         self._said = said
         self._visibility_ms = visibility_ms
-        self.foresight = Foresight(lambda: (runtime.trust.version, runtime.key.kid), store.shard_of)
+        self.foresight = PrecomputedEnds(lambda: (runtime.trust.version, runtime.key.kid), store.shard_of)
 
     async def read(self, stored: Mapping[str, StoredLease | None]) -> dict[str, Lease]:
         """The claims of stored records whose signatures hold. Others are reported, and left as they are."""
@@ -115,7 +115,7 @@ class Ender:
 
     def _opened(self, record: bytes) -> Lease:
         """The claims of a record, as Redis holds it, that an issuer or a revoker signed. Raises InvalidMessageError."""
-        return open_lease(expanded(record), self._runtime.trust, self._runtime.clock)
+        return verify_lease(expanded(record), self._runtime.trust, self._runtime.clock)
 
     async def bearing(
         self,
@@ -142,12 +142,12 @@ class Ender:
             for id, one in (await self._store.get(ids)).items()
             if (statuses is None or one.status in statuses) and one.may_bear(mark)
         }
-        return {id: lease for id, lease in (await self.read(stored)).items() if bears(lease, mark)}
+        return {id: lease for id, lease in (await self.read(stored)).items() if matches(lease, mark)}
 
     async def end_bearing(
         self,
         mark: str,
-        wish: Callable[[Lease], Wish | None],
+        wish: Callable[[Lease], EndRequest | None],
         *,
         agent_id: str | None = None,
         also: Collection[str] | None = (),
@@ -170,7 +170,7 @@ class Ender:
         )
         return [lease for part in parts for lease in part]
 
-    async def end(self, wishes: Sequence[Wish]) -> dict[str, Lease]:
+    async def end(self, wishes: Sequence[EndRequest]) -> dict[str, Lease]:
         """End leases. Returns each as it is then: over, or cut, and its target's side on its way.
 
         Raises what Redis or Kafka raise: then some are on their way, and calling again goes on with them.
@@ -183,7 +183,7 @@ class Ender:
                 await self._end_some(ids[start : start + AT_A_TIME], known, causes, traces, undone=False)
         return known
 
-    def foresee(self, record: bytes) -> ForeseenEnd | None:
+    def precompute(self, record: bytes) -> PrecomputedEnd | None:
         """The end of an active lease at its deadline, by its record as Redis holds it.
 
         None where the record does not hold, which is found out when the lease is due, or where more comes before the
@@ -198,8 +198,8 @@ class Ender:
             return None
         step = self._step(lease, cause)
         sent = _outbound(step.lease)._replace(key_number=key_number(lease.lease_id.encode()))
-        return ForeseenEnd(
-            digest_of(record), glance_of(step.lease.claims), lease.agent_id, told_of(step), sent
+        return PrecomputedEnd(
+            digest_of(record), glance_of(step.lease.claims), lease.agent_id, prepare_step(step), sent
         )
 
     async def end_foreseen(self, due: Mapping[str, StoredLease | None]) -> dict[str, StoredLease | None]:
@@ -207,7 +207,7 @@ class Ender:
 
         Raises as `end`.
         """
-        left, ends = dict(due), dict[str, ForeseenEnd]()
+        left, ends = dict(due), dict[str, PrecomputedEnd]()
         for id, one in due.items():
             end = self.foresight.take(id, one.record) if one else None
             if end is not None and end.step.epoch == self._store.epoch:
@@ -218,12 +218,12 @@ class Ender:
                 del left[id]
         return left
 
-    def take_foreseen(self, shard: int, by_ms: int, most: int) -> list[ForeseenEnd]:
+    def take_foreseen(self, shard: int, by_ms: int, most: int) -> list[PrecomputedEnd]:
         """Foreseen ends of leases of a shard that are due by then, for `end_due`."""
         epoch = self._store.epoch
         return [end for end in self.foresight.take_due(shard, by_ms, most) if end.step.epoch == epoch]
 
-    async def end_due(self, ends: Sequence[ForeseenEnd]) -> int:
+    async def end_due(self, ends: Sequence[PrecomputedEnd]) -> int:
         """End leases as was foreseen that nobody has claimed and that are due. Returns how many.
 
         The others are left to whoever claims them. Raises as `end`.
@@ -232,7 +232,7 @@ class Ender:
         return sum(result.outcome == "done" for result in results.values())
 
     async def _end_as_foreseen(
-        self, ends: Sequence[ForeseenEnd], *, only_due: bool = False
+        self, ends: Sequence[PrecomputedEnd], *, only_due: bool = False
     ) -> dict[str, Stepped]:
         """End these leases; `only_due`: see `LeaseStore.write`. Returns what came of each."""
         if not ends:
@@ -253,7 +253,7 @@ class Ender:
         self._count(end.glance for end in done)
         return {end.step.lease_id: result for end, result in zip(ends, results, strict=True)}
 
-    async def end_undone(self, wishes: Sequence[Wish]) -> None:
+    async def end_undone(self, wishes: Sequence[EndRequest]) -> None:
         """Write the last records of leases that are undone at their targets."""
         known = {wish.lease.lease_id: wish.lease for wish in wishes}
         causes = {wish.lease.lease_id: wish.cause for wish in wishes}
@@ -261,7 +261,7 @@ class Ender:
             await self._end_some(list(known), known, causes, traces, undone=True)
 
     @contextlib.contextmanager
-    def _traced(self, wishes: Sequence[Wish], known: Mapping[str, Lease]) -> Iterator[Traces]:
+    def _traced(self, wishes: Sequence[EndRequest], known: Mapping[str, Lease]) -> Iterator[Traces]:
         these = [wish for wish in wishes if not is_over(wish.lease)]
         work = (work_on(wish.lease, wish.traceparent) for wish in these)
         with self._runtime.tracing.steps("end lease", work) as spans:
@@ -286,7 +286,7 @@ class Ender:
             if not (undone and round == 0):
                 ending = await self._close(ending, known, causes)
                 left = [id for id in ending if self._is_left_at_target(known[id])]
-                self._hand_over([Wish(known[id], causes[id]) for id in left])
+                self._hand_over([EndRequest(known[id], causes[id]) for id in left])
                 ending = [id for id in ending if not self._is_left_at_target(known[id])]
             if not ending:
                 return
@@ -379,7 +379,7 @@ class Ender:
         known |= await self.read({id: one.stored for id, one in tried.items() if one.stored})
         return gone
 
-    async def _publish(self, records: Sequence[tuple[Glance, Outbound]]) -> None:
+    async def _publish(self, records: Sequence[tuple[LeaseSummary, Outbound]]) -> None:
         for glance, record in records:
             self._said.add(record.value, glance)
         await self._send([record for _, record in records])
@@ -407,13 +407,13 @@ class Ender:
         claims = parsed.unverified_claims(Lease)  # readers verify it
         if claims.epoch is None or claims.epoch == self._store.epoch:
             return SignedLease(claims, parsed.compact)
-        lease = open_lease(jws, self._runtime.trust, self._runtime.clock)
+        lease = verify_lease(jws, self._runtime.trust, self._runtime.clock)
         return self._signed(restated(lease, by=self._runtime.key.id, epoch=self._store.epoch))
 
     async def _send(self, records: Sequence[Outbound]) -> None:
         await gather_all(await self._runtime.publisher.send_many(LEASE, Lease.typ, records))
 
-    def _count(self, records: Iterable[Glance]) -> None:
+    def _count(self, records: Iterable[LeaseSummary]) -> None:
         """Count those that are ends, by their statuses, and measure how late they are that end at deadlines."""
         counts, now_s = Counter[str](), self._runtime.clock.now_ms() / 1000
         for one in records:

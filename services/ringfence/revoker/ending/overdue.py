@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Coordinates, Reason
@@ -79,7 +79,7 @@ class Overdue:
                 "not told yet that lease %s is overdue: %s",
                 lease.lease_id,
                 error,
-                extra=of_a_kind(type(error).__name__),
+                extra=rate_limited(type(error).__name__),
             )
             return False
         return True
@@ -90,7 +90,7 @@ class Overdue:
             f"for {lease.sponsor}, the sponsor: lease {lease.lease_id} of agent {lease.agent_id} was {what}, and "
             f"target {lease.target_id} has not taken its credential back yet; it is tried again and again"
         )
-        log.error("revocation overdue: %s", message, extra=of_a_kind(lease.target_id))
+        log.error("revocation overdue: %s", message, extra=rate_limited(lease.target_id))
         await self._runtime.event(
             "finding",
             Lease.typ,

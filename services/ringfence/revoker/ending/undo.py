@@ -17,20 +17,20 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ringfence.backends import Backend, Caller, TargetShutError
+from ringfence.backends import Backend, CircuitBreaker, CircuitOpenError
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.tracing.api import Tracing
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.tracing import step_of
-from ringfence.revoker.ending.lease_ender import Wish
+from ringfence.revoker.ending.lease_ender import EndRequest
 from ringfence.revoker.ending.overdue import Overdue
 
 log = logging.getLogger(__name__)
 
-Finish = Callable[[Sequence[Wish]], Awaitable[object]]
+Finish = Callable[[Sequence[EndRequest]], Awaitable[object]]
 """Writes the terminal records of leases that are undone."""
 
 MOST_WAITING = 20_000
@@ -47,7 +47,7 @@ class NoBackendError(LookupError):
 class _Line:
     """What waits for one target."""
 
-    waiting: deque[Wish] = field(default_factory=deque)
+    waiting: deque[EndRequest] = field(default_factory=deque)
     workers: int = 0
     put_off: set[str] = field(default_factory=set)
     """Leases that come again later because the target is left alone."""
@@ -59,21 +59,21 @@ class _Line:
 class _Settled:
     """What came of tries, until it is written down."""
 
-    undone: list[Wish] = field(default_factory=list)
+    undone: list[EndRequest] = field(default_factory=list)
     failed: list[tuple[Lease, int]] = field(default_factory=list)
     """With the time, in ms, that its target is left alone at least."""
     probes: dict[str, int] = field(default_factory=dict)
     """Those of them that come when that time is over."""
 
 
-class Undoer:
+class CredentialRemover:
     """Has at most one try of a lease under way, and a bounded number for each target."""
 
     def __init__(
         self,
         store: LeaseStore,
         backends: Mapping[str, Backend],
-        caller: Caller,
+        caller: CircuitBreaker,
         overdue: Overdue,
         clock: Clock,
         tracing: Tracing,
@@ -93,7 +93,7 @@ class Undoer:
         self._settled = _Settled()
         self._news = asyncio.Event()
 
-    def take(self, wishes: Iterable[Wish]) -> None:
+    def take(self, wishes: Iterable[EndRequest]) -> None:
         """Undo leases that are cut, or were never active. Returns at once; what is under way is not repeated."""
         for wish in wishes:
             lease = wish.lease
@@ -127,7 +127,7 @@ class Undoer:
         try:
             while line.waiting:
                 wish = line.waiting.popleft()
-                shut_ms = self._caller.shut_ms(wish.lease.target_id)
+                shut_ms = self._caller.open_for_ms(wish.lease.target_id)
                 if shut_ms:
                     self._leave_alone(line, [wish, *line.waiting], shut_ms)
                     line.waiting.clear()
@@ -136,7 +136,7 @@ class Undoer:
         finally:
             line.workers -= 1
 
-    def _leave_alone(self, line: _Line, wishes: Sequence[Wish], shut_ms: int) -> None:
+    def _leave_alone(self, line: _Line, wishes: Sequence[EndRequest], shut_ms: int) -> None:
         now = asyncio.get_running_loop().time()
         if line.probe_at <= now:
             line.probe_at = now + shut_ms / 1000
@@ -144,12 +144,12 @@ class Undoer:
         self._settled.failed += [(wish.lease, shut_ms) for wish in wishes]
         self._news.set()
 
-    async def _try(self, wish: Wish) -> None:
+    async def _try(self, wish: EndRequest) -> None:
         lease = wish.lease
         try:
             await self._undo(lease)
             self._settled.undone.append(wish)
-        except TargetShutError as error:
+        except CircuitOpenError as error:
             self._settled.failed.append((lease, error.retry_ms))
         except Exception as error:  # noqa: BLE001 - whatever a target does, it is tried again
             log.error(
@@ -157,7 +157,7 @@ class Undoer:
                 lease.lease_id,
                 lease.target_id,
                 _said(error),
-                extra=of_a_kind(lease.target_id, type(error).__name__),
+                extra=rate_limited(lease.target_id, type(error).__name__),
             )
             self._settled.failed.append((lease, 0))
         self._news.set()
@@ -188,7 +188,7 @@ class Undoer:
         delays |= {id: shut_ms for id, shut_ms in probes.items() if id in delays}
         for lease, shut_ms in failed:
             put_off = self._lines[lease.target_id].put_off
-            if (shut_ms or self._caller.shut_ms(lease.target_id)) and len(put_off) < MOST_WAITING:
+            if (shut_ms or self._caller.open_for_ms(lease.target_id)) and len(put_off) < MOST_WAITING:
                 put_off.add(lease.lease_id)
         await self._written(self._store.postpone(delays), delays)
         await self._overdue.failed([lease for lease, _ in failed], now_ms)

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _EVERY_S = 1.0
 
 
-class Beating:
+class HeartbeatSender:
     """Signs heartbeats over what `follower` brought to `streams`."""
 
     def __init__(self, runtime: Runtime, streams: Streams, follower: Follower) -> None:

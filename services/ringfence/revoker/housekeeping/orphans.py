@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 
-from ringfence.backends import Backend, Caller
+from ringfence.backends import Backend, CircuitBreaker
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.kafka.batch_handlers import gather_all
@@ -34,7 +34,7 @@ class Sweeper:
         store: LeaseStore,
         directory: Directory,
         backends: Mapping[str, Backend],
-        caller: Caller,
+        caller: CircuitBreaker,
         mine: Callable[[], bool],
         *,
         every_s: float,

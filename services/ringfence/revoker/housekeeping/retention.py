@@ -25,7 +25,7 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import is_over
-from ringfence.model.leases.verification import open_lease
+from ringfence.model.leases.verification import verify_lease
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _AT_A_TIME = 500
 _ANSWERS_WITHIN_S = 30.0
 
 
-class Forgetter:
+class LeaseTombstoner:
     """Writes tombstones for leases that ended long ago."""
 
     def __init__(self, runtime: Runtime, mine: Callable[[], bool], *, after_s: int, every_s: float) -> None:
@@ -103,7 +103,7 @@ class Forgetter:
         if self._epochs.took(record):
             return None
         try:
-            lease = open_lease(
+            lease = verify_lease(
                 record.value, self._runtime.trust, self._runtime.clock, appended_at_ms=record.appended_at_ms
             )
         except InvalidMessageError:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.kafka.record import Outbound
-from ringfence.model.lease_store import AHEAD_MS, LeaseStore, Told
-from ringfence.revoker.lease_records import Glance
+from ringfence.model.lease_store import AHEAD_MS, LeaseStore, PreparedStep
+from ringfence.revoker.lease_records import LeaseSummary
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +37,18 @@ _BUSY_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class ForeseenEnd:
+class PrecomputedEnd:
     """The one record with which an active lease ends at its deadline: signed, and as Redis and Kafka are told of it."""
 
     follows: bytes
     """A digest of the record, as Redis holds it, that was verified."""
-    glance: Glance
+    glance: LeaseSummary
     agent_id: str
-    step: Told
+    step: PreparedStep
     record: Outbound
 
 
-class Foresight:
+class PrecomputedEnds:
     """The ends that this process has foreseen, each of a lease whose record was verified by then."""
 
     def __init__(
@@ -62,12 +62,12 @@ class Foresight:
         self._rests_on = circumstances()
         self._shard_of = shard_of
         self._most = most
-        self._ends: dict[int, OrderedDict[str, ForeseenEnd]] = {}
+        self._ends: dict[int, OrderedDict[str, PrecomputedEnd]] = {}
         """By shard and lease, about in the order in which they are due."""
         self._due: dict[int, deque[str]] = {}
         """By shard, leases of these that were found to be due, by agents."""
 
-    def remember(self, end: ForeseenEnd) -> None:
+    def remember(self, end: PrecomputedEnd) -> None:
         """Remember what the end of a lease will be, whose record was found to hold now."""
         self._forget_if_changed()
         ends = self._ends.setdefault(self._shard_of(end.step.lease_id), OrderedDict())
@@ -75,7 +75,7 @@ class Foresight:
         while sum(map(len, self._ends.values())) > self._most:
             ends.popitem(last=False)
 
-    def take(self, lease_id: str, record: bytes) -> ForeseenEnd | None:
+    def take(self, lease_id: str, record: bytes) -> PrecomputedEnd | None:
         """What was remembered of a lease, once: if this, as Redis holds it, is the very record that was verified."""
         if not any(self._ends.values()):
             return None
@@ -83,13 +83,13 @@ class Foresight:
         end = self._ends.get(self._shard_of(lease_id), OrderedDict()).pop(lease_id, None)
         return end if end is not None and end.follows == digest_of(record) else None
 
-    def take_due(self, shard: int, by_ms: int, most: int) -> list[ForeseenEnd]:
+    def take_due(self, shard: int, by_ms: int, most: int) -> list[PrecomputedEnd]:
         """What was remembered of leases of a shard that are due by then, once, and only so many; not always of all.
 
         Those of an agent that are due together come together: Redis takes them from the indexes at once.
         """
         self._forget_if_changed()
-        ends, found = self._ends.get(shard, OrderedDict()), list[ForeseenEnd]()
+        ends, found = self._ends.get(shard, OrderedDict()), list[PrecomputedEnd]()
         due = self._due.setdefault(shard, deque())
         if not due:
             some = itertools.takewhile(lambda end: end.glance.deadline * 1000 <= by_ms, ends.values())
@@ -122,14 +122,14 @@ def digest_of(record: bytes) -> bytes:
     return hashlib.sha256(record).digest()
 
 
-class Lookout:
+class ExpiryScanner:
     """Looks for what is due soon, while there is nothing else to do."""
 
     def __init__(
         self,
         store: LeaseStore,
-        foresight: Foresight,
-        foresee: Callable[[bytes], ForeseenEnd | None],
+        foresight: PrecomputedEnds,
+        foresee: Callable[[bytes], PrecomputedEnd | None],
         is_busy: Callable[[], bool],
         clock: Clock,
     ) -> None:

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.base.log_limiter import of_a_kind
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.lease import RevocationAck
@@ -53,7 +53,7 @@ class _Cut:
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
-class Cuts:
+class CutTracker:
     """Listens to gateways, and measures cuts."""
 
     def __init__(self, trust: TrustStore, clock: Clock, *, grace_ms: int) -> None:
@@ -74,7 +74,7 @@ class Cuts:
         """Take in what came on `heartbeat`; those of other services are passed over."""
         for record in records:
             try:
-                beat = open_signed(
+                beat = verify(
                     parse(record.value), Heartbeat,
                     self._trust.finder("gateway", at_s=record.appended_at_ms / 1000), audience=self._trust.trust_domain,
                 ).claims  # fmt: skip
@@ -90,7 +90,7 @@ class Cuts:
         """Take in what came on `revocation.ack`."""
         for record in records:
             try:
-                ack = open_signed(
+                ack = verify(
                     parse(record.value), RevocationAck,
                     self._trust.finder(*RevocationAck.signed_by, at_s=record.appended_at_ms / 1000),
                     audience=self._trust.trust_domain,
@@ -102,7 +102,7 @@ class Cuts:
                     record.partition,
                     record.offset,
                     error.code,
-                    extra=of_a_kind(record.topic_name, error.code),
+                    extra=rate_limited(record.topic_name, error.code),
                 )
                 continue
             self._acks.setdefault(ack.revocation_id, {}).setdefault(ack.iss, record.appended_at_ms)

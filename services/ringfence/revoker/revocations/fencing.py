@@ -13,8 +13,8 @@ from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import SELECTOR_KEEP_MS, LeaseStore
 from ringfence.model.leases.lifecycle import mark_of
 from ringfence.model.leases.revocations import Order, may_have_selector
-from ringfence.revoker.revocations.cut_confirmation import Cuts
-from ringfence.revoker.revocations.verification import Orders
+from ringfence.revoker.revocations.cut_confirmation import CutTracker
+from ringfence.revoker.revocations.verification import RevocationVerifier
 
 
 async def fence(store: LeaseStore, orders: Sequence[Order]) -> tuple[list[Coordinates], int]:
@@ -36,7 +36,7 @@ async def fence(store: LeaseStore, orders: Sequence[Order]) -> tuple[list[Coordi
 class FenceHandler:
     """The batch handler of `revocation.request` that only fences. What it does not follow, others answer."""
 
-    def __init__(self, orders: Orders, store: LeaseStore, cuts: Cuts) -> None:
+    def __init__(self, orders: RevocationVerifier, store: LeaseStore, cuts: CutTracker) -> None:
         self._orders = orders
         self._store = store
         self._cuts = cuts

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
@@ -37,8 +37,8 @@ from ringfence.revoker.domain import (
     orphaning,
     was_sponsor,
 )
-from ringfence.revoker.ending.lease_ender import Ender
-from ringfence.revoker.revocations.verification import Orders
+from ringfence.revoker.ending.lease_ender import LeaseEnder
+from ringfence.revoker.revocations.verification import RevocationVerifier
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +62,9 @@ class RecordHandler:
         self,
         runtime: Runtime,
         directory: Directory,
-        orders: Orders,
+        orders: RevocationVerifier,
         store: LeaseStore,
-        ender: Ender,
+        ender: LeaseEnder,
         *,
         patience_s: float,
     ) -> None:
@@ -82,7 +82,7 @@ class RecordHandler:
         if not received.value or received.appended_at_ms < now_ms - RECORD_AGE_MS:
             return
         model = _RECORDS[received.topic]
-        record = open_signed(
+        record = verify(
             parse(received.value),
             model,
             self._runtime.trust.finder(*model.signed_by, at_s=received.appended_at_ms / 1000),

@@ -18,10 +18,10 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.lifecycle import is_covered, mark_of
 from ringfence.model.leases.revocations import Order
-from ringfence.revoker.ending.lease_ender import Ender, Wish
-from ringfence.revoker.revocations.cut_confirmation import Cuts
+from ringfence.revoker.ending.lease_ender import EndRequest, LeaseEnder
+from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.fencing import fence
-from ringfence.revoker.revocations.verification import Orders
+from ringfence.revoker.revocations.verification import RevocationVerifier
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +46,10 @@ class RevocationHandler:
     def __init__(
         self,
         runtime: Runtime,
-        orders: Orders,
+        orders: RevocationVerifier,
         store: LeaseStore,
-        ender: Ender,
-        cuts: Cuts,
+        ender: LeaseEnder,
+        cuts: CutTracker,
     ) -> None:
         self._runtime = runtime
         self._orders = orders
@@ -79,7 +79,7 @@ class RevocationHandler:
     async def _open(self, batch: Sequence[Received]) -> list[Order]:
         """Those with a valid signature of somebody who may have a say; the rest goes to the dead letters."""
         opened, failed = await self._orders.open(batch)
-        await gather_all(self._runtime.letters.bury(record, problem) for record, problem in failed)
+        await gather_all(self._runtime.letters.send(record, problem) for record, problem in failed)
         return opened
 
     async def _named(self, cases: Sequence[_Case]) -> dict[str, Lease]:
@@ -109,7 +109,7 @@ class RevocationHandler:
         (first,), _ = await fence(self._store, [order])
         case.replayed = first != order.at
 
-        def covered(lease: Lease) -> Wish | None:
+        def covered(lease: Lease) -> EndRequest | None:
             return _wish(lease, order) if is_covered(lease, first.appended_at_ms) else None
 
         mark = mark_of(selector)
@@ -156,8 +156,8 @@ class RevocationHandler:
         )
 
 
-def _wish(lease: Lease, order: Order) -> Wish:
-    return Wish(lease, order.cause(), order.traceparent)
+def _wish(lease: Lease, order: Order) -> EndRequest:
+    return EndRequest(lease, order.cause(), order.traceparent)
 
 
 def _count(leases: Iterable[Lease], order: Order) -> int:

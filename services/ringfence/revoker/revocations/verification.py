@@ -16,7 +16,7 @@ from ringfence.model.records.delegations import Delegations
 from ringfence.model.records.directory import Directory
 
 
-class Orders:
+class RevocationVerifier:
     """Opens and judges revocations. Nobody is refused for a record that has not arrived here yet."""
 
     def __init__(self, runtime: Runtime, directory: Directory, *, patience_s: float) -> None:

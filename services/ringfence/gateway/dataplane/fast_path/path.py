@@ -18,9 +18,9 @@ from ringfence.gateway.dataplane.fast_path.plans import MAX_KEPT_BYTES, Plan, be
 from ringfence.gateway.dataplane.http1_body import Body
 from ringfence.gateway.dataplane.http1_head import END, MAX_HEAD_BYTES, RequestHead, parse_request
 from ringfence.gateway.dataplane.limits import Turn
-from ringfence.gateway.dataplane.request_reader import Way, asked
+from ringfence.gateway.dataplane.request_reader import ListenerContext, read_request
 from ringfence.gateway.dataplane.secret_redaction import redact
-from ringfence.gateway.dataplane.shared import Desk
+from ringfence.gateway.dataplane.shared import DataPlaneContext
 from ringfence.gateway.dataplane.stream import Stream
 from ringfence.gateway.errors import RefusedError
 from ringfence.gateway.hosts import origin_of
@@ -33,7 +33,7 @@ _PLAIN: Final = frozenset({b"keep-alive"})
 _NOTHING: Final[Mapping[str, str]] = {}
 
 
-class Shortcut:
+class FastPath:
     """That of one connection."""
 
     __slots__ = (
@@ -41,7 +41,7 @@ class Shortcut:
         "_way", "_when_answered", "_when_ended", "_when_gone", "_when_kept", "ended", "handed_over", "taken",
     )  # fmt: skip
 
-    def __init__(self, client: Stream, way: Way, desk: Desk, turn: Turn) -> None:
+    def __init__(self, client: Stream, way: ListenerContext, desk: DataPlaneContext, turn: Turn) -> None:
         """`turn`: the connection's own, which counts its requests whichever way they go."""
         self.taken = 0
         """How many requests it took."""
@@ -67,7 +67,7 @@ class Shortcut:
         self._when_answered, self._when_gone = self._answer, self._hand_over
         self.come_by(way)
 
-    def come_by(self, way: Way) -> None:
+    def come_by(self, way: ListenerContext) -> None:
         """From here on requests come this way."""
         self._way = way
         self._key = key_of(way)
@@ -163,7 +163,7 @@ class Shortcut:
             request = parse_request(data[: end + 2])
             if not _is_plain(request) or len(data) != end + len(END) + (request.length or 0):
                 return None
-            presented, attempt = asked(request, self._way, desk.knows)
+            presented, attempt = read_request(request, self._way, desk.knows)
             seen = request.length is not None and request.length > 0 and desk.gate.reads_body(attempt)
             if seen:
                 attempt = dataclasses.replace(attempt, body=data[end + len(END) :])
@@ -192,7 +192,7 @@ class Shortcut:
 
     def _send(self, plan: Plan) -> None:
         desk = self._desk
-        if self.ended or desk.gate.lapsed():  # this process may have stood still since it was decided
+        if self.ended or desk.gate.view_expired():  # this process may have stood still since it was decided
             self._lease_ended()
             return
         upstream = desk.upstreams.idling(plan.origin)
@@ -240,7 +240,7 @@ class Shortcut:
             or not begins.plain
             or len(data) != end + len(END) + begins.length
             or upstream.buffer
-            or self._desk.gate.lapsed()
+            or self._desk.gate.view_expired()
         ):
             self._hand_over()
             return not data

@@ -1,7 +1,7 @@
 """What a data plane knows of a request that came before: how it is sent on, and the answers that targets begin with.
 
 A plan is found by the way and by every byte of the head, so whatever is read from a head is read once. Nothing is
-allowed by having one: its `Standing` is asked each time.
+allowed by having one: its `CachedAllowance` is asked each time.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Final
 
-from ringfence.gateway.contract import Attempt, Standing
+from ringfence.gateway.contract import Attempt, CachedAllowance
 from ringfence.gateway.dataplane.exchange import WITHOUT_BODY, is_compressed
 from ringfence.gateway.dataplane.headers import request_head, response_head
 from ringfence.gateway.dataplane.http1_body import Body, SizedBody, response_body
 from ringfence.gateway.dataplane.http1_head import RequestHead, parse_response
-from ringfence.gateway.dataplane.request_reader import Way
+from ringfence.gateway.dataplane.request_reader import ListenerContext
 from ringfence.gateway.dataplane.secret_redaction import needles_of
 from ringfence.gateway.errors import RefusedError
 from ringfence.gateway.hosts import Origin
@@ -31,7 +31,9 @@ class Plan:
 
     __slots__ = ("_head", "_injects", "_needles", "attempt", "length", "odd", "origin", "request", "standing")
 
-    def __init__(self, request: RequestHead, attempt: Attempt, standing: Standing, origin: Origin) -> None:
+    def __init__(
+        self, request: RequestHead, attempt: Attempt, standing: CachedAllowance, origin: Origin
+    ) -> None:
         self.request = request
         self.attempt = attempt
         self.standing = standing
@@ -84,7 +86,7 @@ class Plans:
             self._known.popitem(last=False)
 
 
-def key_of(way: Way) -> bytes:
+def key_of(way: ListenerContext) -> bytes:
     """Everything about how a request came that what is read from it depends on: no other way has the same."""
     names = sorted(way.names) if way.names is not None else None
     shown = way.scheme, names, way.task_id, way.certificate, way.address, way.inside, way.handle

@@ -41,7 +41,7 @@ class Basis:
         )
 
 
-class Lasting(Generic[K, F]):
+class CacheValidity(Generic[K, F]):
     """The latest `limit` of them, by what they were found for."""
 
     def __init__(self, table: LeaseTable, directory: Directory, *, limit: int) -> None:

@@ -11,7 +11,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 
-from ringfence.gateway.contract import Admits, Attempt, Verdict
+from ringfence.gateway.contract import Attempt, RateCheck, Verdict
 from ringfence.gateway.decision.action_ids import ActionIds
 from ringfence.gateway.decision.evaluator import NO_ANSWER, Evaluator, kind_of
 from ringfence.gateway.decision.fast_path.cache import Basis
@@ -29,7 +29,7 @@ from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets.request_map import Action
 
 
-class AtHand:
+class FastPathDependencies:
     """What can be asked without waiting; one for all standings of a gate."""
 
     __slots__ = ("clock", "earlier", "evaluator", "gateway", "ids", "injector", "recorder", "view")
@@ -57,7 +57,7 @@ class AtHand:
         self.gateway = gateway
 
 
-class Standing:
+class CachedDecision:
     """See `attempts.Standing`."""
 
     __slots__ = (
@@ -66,7 +66,7 @@ class Standing:
 
     def __init__(
         self,
-        at_hand: AtHand,
+        at_hand: FastPathDependencies,
         sender: Sender,
         target: TargetState,
         action: Action,
@@ -96,7 +96,9 @@ class Standing:
             self.lease.lease_id, now_ms
         )
 
-    def allowed(self, admits: Admits, then: Callable[[bool], None]) -> tuple[str, Mapping[str, str]] | None:
+    def allowed(
+        self, admits: RateCheck, then: Callable[[bool], None]
+    ) -> tuple[str, Mapping[str, str]] | None:
         """See `attempts.Standing`."""
         at_hand, began_ns = self._at_hand, time.perf_counter_ns()
         now_ms = at_hand.clock.now_ms()

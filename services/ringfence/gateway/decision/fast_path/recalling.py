@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final, Generic, TypeVar
 
 from ringfence.gateway.contract import Attempt, Presented
-from ringfence.gateway.decision.fast_path.cache import Lasting
+from ringfence.gateway.decision.fast_path.cache import CacheValidity
 from ringfence.gateway.domain import Chosen
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.model.records.directory import Directory
@@ -28,7 +28,7 @@ class Recalled(Generic[F]):
     """By how a request is shown and what it asks for; its body must not matter."""
 
     def __init__(self, table: LeaseTable, directory: Directory, *, limit: int = MAX_RECALLED) -> None:
-        self._known: Lasting[_Key, F] = Lasting(table, directory, limit=limit)
+        self._known: CacheValidity[_Key, F] = CacheValidity(table, directory, limit=limit)
 
     def find(self, presented: Presented, attempt: Attempt, now_s: float) -> F | None:
         """What would be found again now; None where that is not certain."""

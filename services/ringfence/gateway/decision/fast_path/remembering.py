@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from ringfence.gateway.decision.fast_path.cache import Lasting, lasts_until
+from ringfence.gateway.decision.fast_path.cache import CacheValidity, lasts_until
 from ringfence.gateway.domain import Chosen, Sender
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.messages.registry import TargetState
@@ -24,7 +24,7 @@ class Remembered:
 
     def __init__(self, table: LeaseTable, directory: Directory, *, limit: int = MAX_REMEMBERED) -> None:
         self._table = table
-        self._known: Lasting[_Key, Chosen] = Lasting(table, directory, limit=limit)
+        self._known: CacheValidity[_Key, Chosen] = CacheValidity(table, directory, limit=limit)
 
     def chosen(self, sender: Sender, target: TargetState, action: Action, now_s: float) -> Chosen | None:
         """What would be found again now; None where that is not certain."""
