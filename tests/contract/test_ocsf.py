@@ -14,12 +14,16 @@ from ringfence.audit.events import (
     approvals,
     break_glass,
     credentials,
-    grant_events,
     ocsf,
     registry,
     services,
-    sharing_events,
     trust,
+)
+from ringfence.audit.events import (
+    approvals as grant_events,
+)
+from ringfence.audit.events import (
+    services as sharing_events,
 )
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import OCSF_VERSION, AuditEvent

@@ -9,8 +9,8 @@ from typing import Any, cast
 import pytest
 
 from ringfence.backends import RedisBackend
-from ringfence.backends.errors import InexactError
 from ringfence.backends.redis import MAX_PATTERNS, READ, WRITE, rules
+from ringfence.backends.target_settings import InexactError
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState

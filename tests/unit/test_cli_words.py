@@ -11,17 +11,16 @@ import pytest
 import typer
 from pydantic import TypeAdapter
 
-from ringfence.cli.commands.usage import set_ceiling_command
-from ringfence.cli.shared.options import duration_s, moment_s
-from ringfence.cli.shared.output import moment, span, until, visible, visible_name
-from ringfence.cli.shared.scopes import (
+from ringfence.cli.commands.agent import set_ceiling_command
+from ringfence.cli.shared.arguments import (
     parse_permission,
     parse_scope,
     show_permission,
     show_scope,
     write_permission,
 )
-from ringfence.cli.shared.spans import when_ms
+from ringfence.cli.shared.options import duration_s, moment_s, when_ms
+from ringfence.cli.shared.output import moment, span, until, visible, visible_name
 from ringfence.client.errors import InvalidCallError, checked
 from ringfence.messages.base import Name, SpiffeId, TargetId, Uuid
 from ringfence.messages.permission import Permission

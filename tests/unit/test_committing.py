@@ -10,7 +10,7 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka.errors import CommitFailedError, KafkaError
 
-from ringfence.kernel.kafka.committing import COMMIT_MS, OffsetCommitter
+from ringfence.kernel.kafka.consumer import COMMIT_MS, OffsetCommitter
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.topics import LEASE
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ringfence.cli.doctor.diagnosis_redis import eviction, persistence
-from ringfence.cli.doctor.diagnosis_trust import SOON_S, bundle_findings, versions
+from ringfence.cli.doctor.checks import SOON_S, bundle_findings, eviction, persistence, versions
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore

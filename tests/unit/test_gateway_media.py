@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ringfence.gateway.dataplane.media import says_json
+from ringfence.gateway.dataplane.request_reader import says_json
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from ringfence.audit import app as audit_app
-from ringfence.cli.commands import starting
+from ringfence.cli.commands import serve
 from ringfence.cli.main import main
 from ringfence.gateway import app as gateway_app
 from ringfence.gateway.contract import Presented, Verdict
@@ -299,7 +299,7 @@ def test_serve_hands_what_it_was_told_to_the_gateway_alone(monkeypatch: pytest.M
     monkeypatch.setattr(gateway_app, "build", build)
     monkeypatch.setattr(audit_app, "build", lambda settings: None)
     monkeypatch.setattr(process, "run", lambda runtimes, settings: 0)
-    monkeypatch.setattr(starting, "check", lambda services: None)
+    monkeypatch.setattr(serve, "check", lambda services: None)
     monkeypatch.setenv("RINGFENCE_GATEWAY_OBSERVE", "other")
     assert main(["serve", "audit", "gateway", "--observe", "staging", "--observe", "hub"]) == 0
     assert told_to == {"gateway": ("staging", "hub")}

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.cli.shared.scopes import parse_scope
+from ringfence.cli.shared.arguments import parse_scope
 from ringfence.gateway.contract import Verdict
 from ringfence.gateway.dataplane.denials import answer, headers, how_to_ask, problem, problem_body
 from ringfence.messages.credential import Reason

@@ -11,9 +11,8 @@ import pytest
 
 from ringfence.gateway.contract import Attempt, Presented
 from ringfence.gateway.decision.action_ids import ActionIds
-from ringfence.gateway.decision.fast_path.cache import lasts_until
+from ringfence.gateway.decision.fast_path.cache import Remembered, lasts_until
 from ringfence.gateway.decision.fast_path.recalling import Recalled
-from ringfence.gateway.decision.fast_path.remembering import Remembered
 from ringfence.gateway.domain import Chosen, Sender
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.registry import AgentSetCeiling

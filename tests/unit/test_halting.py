@@ -20,7 +20,7 @@ from ringfence.kernel.kafka.dead_letters import (
     HaltedError,
 )
 from ringfence.kernel.kafka.record import Received
-from ringfence.kernel.service.postponed import DeferredRecords
+from ringfence.kernel.service.trust_updates import DeferredRecords
 from ringfence.messages.base import SERVICE_ROLES, Claims, ServiceRole, Topic, typ_header
 from ringfence.messages.lease import Lease, RevocationRequest
 from ringfence.messages.topics import (

@@ -29,8 +29,7 @@ from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.policy.agents.holdings import Holdings
 from ringfence.policy.agents.inventory import InventoryRow, row_of, totals
 from ringfence.policy.agents.roster import _IDLE_S, CursorLostError, Roster
-from ringfence.policy.agents.sightings import MAX_KEYS, KeyLastSeen
-from ringfence.policy.agents.usage import DAY_S
+from ringfence.policy.agents.usage import DAY_S, MAX_KEYS, KeyLastSeen
 from tests.ledger import TD, Ledger
 from tools.schemas.examples import EXAMPLES
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ringfence.model.lease_store.servers import Servers
+from ringfence.model.lease_store.shards import Servers
 
 NOW_MS = 1_790_000_000_000
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from ringfence.cli.commands.provisioner import read_delegation
 from ringfence.cli.main import main
+from ringfence.cli.shared.arguments import parse_permission, parse_scope
 from ringfence.cli.shared.attestation import parse_selectors, show_selector
 from ringfence.cli.shared.records import print_record
-from ringfence.cli.shared.scopes import parse_permission, parse_scope
 from ringfence.cli.shared.yaml_files import YamlFileError
 from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError

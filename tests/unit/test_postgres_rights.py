@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.backends.errors import InexactError
 from ringfence.backends.postgres.privileges import (
     RIGHTS,
     Column,
@@ -20,7 +19,8 @@ from ringfence.backends.postgres.privileges import (
     quoted,
     rights,
 )
-from ringfence.backends.postgres.scram import verifier
+from ringfence.backends.postgres.server import verifier
+from ringfence.backends.target_settings import InexactError
 from ringfence.messages.permission import Permission
 from ringfence.model.scope.globs import parse_glob
 

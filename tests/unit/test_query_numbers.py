@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from starlette.requests import Request
 
-from ringfence.audit.index.queries import WrongQueryError, limit_of, number_of
+from ringfence.audit.index.filters import WrongQueryError, limit_of, number_of
 from ringfence.audit.index.store import CursorLostError, SqliteIndex
 from ringfence.kernel.service.http import number_in
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ringfence.backends.errors import InexactError
 from ringfence.backends.ssh.privileges import MAX_COMMANDS, Allowed, Rights, allowed, plan
+from ringfence.backends.target_settings import InexactError
 from ringfence.messages.permission import Permission
 
 THERE: Rights = {

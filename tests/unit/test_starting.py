@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.cli.commands.starting import check
+from ringfence.cli.commands.serve import check
 from ringfence.kernel.base.errors import SettingsError
 from ringfence.kernel.crypto.keys import SigningKey
 from tests.ledger import TD

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from ringfence.kernel.base.tallies import TalliedCounter, TalliedHistogram
+from ringfence.kernel.base.metrics import TalliedCounter, TalliedHistogram
 
 
 def test_what_was_tallied_is_told_with_what_was_counted() -> None:

@@ -15,18 +15,22 @@ from ringfence.audit.events import (
     approvals,
     break_glass,
     credentials,
-    grant_events,
     registry,
     services,
-    sharing_events,
     subjects,
+)
+from ringfence.audit.events import (
+    approvals as grant_events,
+)
+from ringfence.audit.events import (
+    services as sharing_events,
 )
 from ringfence.audit.events import (
     trust as trust_events,
 )
 from ringfence.audit.events.break_glass import review_problem
-from ringfence.audit.events.bundles import Bundles
 from ringfence.audit.events.ocsf import MAX_EVENT_BYTES, Event, shortened
+from ringfence.audit.events.trust import Bundles
 from ringfence.audit.memory import RequestFacts
 from ringfence.audit.trail.handover import Intake, PendingEvent
 from ringfence.audit.verification import MessageVerifier, OutdatedError, VerifiedMessage, require_trust

@@ -9,13 +9,18 @@ from typing import ClassVar, Literal, Protocol
 
 from ringfence.backends.access import BackendSettings, TargetAccess
 from ringfence.backends.circuit_breaker import CircuitBreaker
-from ringfence.backends.errors import BackendError, CircuitOpenError, TargetError, TargetRefusedError
 from ringfence.backends.http import HttpBackend, StaticSecrets
 from ringfence.backends.jwt import JwtBackend
 from ringfence.backends.postgres.backend import PostgresBackend
 from ringfence.backends.redis import RedisBackend
 from ringfence.backends.secret_sources import AccessError, SecretSource
 from ringfence.backends.ssh.backend import SshBackend
+from ringfence.backends.target_settings import (
+    BackendError,
+    CircuitOpenError,
+    TargetError,
+    TargetRefusedError,
+)
 from ringfence.backends.token_keys import TokenKey, TokenKeyError, TokenKeys
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ringfence.backends.errors import CircuitOpenError, TargetError, TargetRefusedError
+from ringfence.backends.target_settings import CircuitOpenError, TargetError, TargetRefusedError
 
 T = TypeVar("T")
 

@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from typing import ClassVar, Final, Literal
 
 from ringfence.backends.access import TargetAccess
-from ringfence.backends.errors import TargetRefusedError
 from ringfence.backends.secret_sources import AccessError
-from ringfence.backends.target_settings import TargetSettingsError, settings_of
+from ringfence.backends.target_settings import TargetRefusedError, TargetSettingsError, settings_of
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState

@@ -31,9 +31,14 @@ from redis.exceptions import RedisError, ResponseError
 
 from ringfence.backends.access import TargetAccess
 from ringfence.backends.connection_pool import ConnectionCache
-from ringfence.backends.errors import InexactError, TargetError, TargetRefusedError
 from ringfence.backends.secret_sources import AccessError
-from ringfence.backends.target_settings import not_set_up, settings_of
+from ringfence.backends.target_settings import (
+    InexactError,
+    TargetError,
+    TargetRefusedError,
+    not_set_up,
+    settings_of,
+)
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission

@@ -44,3 +44,38 @@ def not_set_up(target: TargetState, kind: type[TargetSettings], access: TargetAc
         log.error("%s", error)
         return f"Ringfence is not set up to work at target {target.target_id}; ask an operator"
     return None
+
+
+# What goes wrong at targets. No message holds a credential, nor the broker's own rights.
+
+
+class BackendError(RingfenceError):
+    """A backend of another package cannot be used. Raised at start."""
+
+    code = "backend_invalid"
+
+
+class TargetError(RingfenceError):
+    """A target does not answer, or does not let Ringfence work there; the same call may work later."""
+
+    code = "target_unavailable"
+
+
+class TargetRefusedError(RingfenceError):
+    """A target answered, and refused this one credential. Says nothing about the target's health."""
+
+    code = "target_refused"
+
+
+class CircuitOpenError(TargetError):
+    """A target failed again and again, and is left alone for `retry_ms` more."""
+
+    code = "target_shut"
+
+    def __init__(self, message: str, retry_ms: int) -> None:
+        super().__init__(message)
+        self.retry_ms = retry_ms
+
+
+class InexactError(ValueError):
+    """A scope that the rights of a target cannot say exactly."""

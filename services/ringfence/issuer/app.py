@@ -17,12 +17,11 @@ from ringfence.backends import (
 from ringfence.issuer.decisions import DecisionHandler
 from ringfence.issuer.domain import Terms
 from ringfence.issuer.gateway_delivery import GatewayDelivery
-from ringfence.issuer.gateway_http import GatewayHttp
 from ringfence.issuer.grant_use import GrantKeeper
 from ringfence.issuer.http import IssuerHttp
 from ringfence.issuer.limits import LeaseLimits, Limits
 from ringfence.issuer.minting import Minter
-from ringfence.issuer.resealing import Resealer
+from ringfence.issuer.resealing import GatewayHttp, Resealer
 from ringfence.issuer.settings import IssuerSettings
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting

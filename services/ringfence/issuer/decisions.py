@@ -33,7 +33,6 @@ from ringfence.issuer.gateway_delivery import ENVELOPE_TYPE, GatewayDelivery, si
 from ringfence.issuer.grant_use import GrantKeeper
 from ringfence.issuer.limits import LeaseLimits
 from ringfence.issuer.minting import REPLAYED, Minted, Minter, Replayed
-from ringfence.issuer.steps import say
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id, digest, lease_id
@@ -42,7 +41,7 @@ from ringfence.kernel.crypto.jws import Signed, parse, sign, verify
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.service.runtime import Runtime
-from ringfence.kernel.tracing.api import Work
+from ringfence.kernel.tracing.api import Span, Work
 from ringfence.messages.credential import (
     Credential,
     CredentialDecision,
@@ -59,7 +58,7 @@ from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, StoredLease
 from ringfence.model.leases.lifecycle import has_origin, origin_of
-from ringfence.model.leases.tracing import step_of, work_on
+from ringfence.model.leases.tracing import ids_of, step_of, work_on
 from ringfence.model.leases.verification import verify_lease
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
@@ -482,3 +481,14 @@ def _envelope_id(reply: _Reply) -> str:
 
 def _place(decision: Decision) -> tuple[str, int, int]:
     return decision.at.topic, decision.at.partition, decision.at.offset
+
+
+# What the trace of a request says of the issuer's part in it.
+
+
+def say(span: Span, outcome: Issue | Refusal) -> None:
+    """Whether a decision holds, and if not, why."""
+    if isinstance(outcome, Issue):
+        span.note(**ids_of(outcome.lease))
+    else:
+        span.refused(*(reason.code for reason in outcome.reasons))

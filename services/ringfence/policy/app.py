@@ -38,7 +38,7 @@ from ringfence.model.requests.grants import GrantTable, kind_of
 from ringfence.policy.agents.holdings import LEASES_SINCE_MS, REFUSALS_SINCE_MS, Holdings
 from ringfence.policy.agents.roster import Roster
 from ringfence.policy.agents.shared_keys import SharedKeys
-from ringfence.policy.agents.sightings import KeyLastSeen
+from ringfence.policy.agents.usage import KeyLastSeen
 from ringfence.policy.api.authzen import AuthZen
 from ringfence.policy.api.decisions import Api
 from ringfence.policy.api.grants import GrantApi
@@ -50,14 +50,12 @@ from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.responder import DecisionPublisher
 from ringfence.policy.grants import GrantBook
 from ringfence.policy.incoming.admission import AdmissionControl, Limits, PendingApprovalLimit, PendingLimits
-from ringfence.policy.incoming.approvals import ApprovalHandler
+from ringfence.policy.incoming.approvals import ApprovalHandler, count_what_waits
 from ringfence.policy.incoming.credential_requests import RequestHandler
 from ringfence.policy.incoming.grants import GrantHandler
 from ringfence.policy.incoming.load_shedding import ShedRequests
 from ringfence.policy.incoming.verification import MessageVerifier
-from ringfence.policy.incoming.waiting import count_what_waits
-from ringfence.policy.notifications.action_notices import teller
-from ringfence.policy.notifications.notices import Notices
+from ringfence.policy.notifications.notices import Notices, teller
 from ringfence.policy.settings import PolicySettings
 from ringfence.rego.bundle import load_bundle
 from ringfence.rego.bundle_watch import BundleWatch

@@ -16,8 +16,7 @@ from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import TABLES, Directory
 from ringfence.registry.commands import Registry
-from ringfence.registry.enrol_http import EnrolApi
-from ringfence.registry.enrolment import Enroller
+from ringfence.registry.enrolment import EnrolApi, Enroller
 from ringfence.registry.http import Api
 from ringfence.registry.key_expiry_warnings import KeyWarnings
 from ringfence.registry.oidc_discovery import Discovery

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from ringfence.audit.events.break_glass import uses
 from ringfence.audit.index.action_counts import counted, unknown_destinations
 from ringfence.audit.index.coverage import behind, count_actions, count_leases, went_through
-from ringfence.audit.index.queries import WrongQueryError, limit_of, number_of, wanted_of
+from ringfence.audit.index.filters import WrongQueryError, limit_of, number_of, wanted_of
 from ringfence.audit.index.store import STORY_KINDS, Actions, EventIndex, Viewer
 from ringfence.audit.index.trace import tree
 from ringfence.kernel.base import metrics
@@ -24,7 +24,7 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.messages.registry import AgentState
 from ringfence.model.identity.spiffe_ids import SubjectKind
-from ringfence.model.leases.short_lived import SHORT_LIVED_S
+from ringfence.model.leases.lifecycle import SHORT_LIVED_S
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory

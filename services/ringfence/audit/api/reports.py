@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ringfence.audit.index.access_report import HELD_BEFORE_MS, leases_of, who_did
-from ringfence.audit.index.queries import WrongQueryError, limit_of, number_of, wanted_of
+from ringfence.audit.index.filters import WrongQueryError, limit_of, number_of, wanted_of
 from ringfence.audit.index.store import EventIndex, Viewer
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock

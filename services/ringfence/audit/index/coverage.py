@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ringfence.audit.index.store import ALLOWED, ENDED, ISSUED, Trail
-from ringfence.model.leases.short_lived import CLOCKS_S, is_short_lived, is_task_bound
+from ringfence.model.leases.lifecycle import CLOCKS_S, is_short_lived, is_task_bound
 
 Event = Mapping[str, Any]
 WENT_THROUGH: Final = ("action.allowed", "action.observed")

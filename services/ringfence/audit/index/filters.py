@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.requests import Request
+
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.service.http import number_in
+
 _EQUAL = ("agent", "task", "request", "lease", "target", "sponsor", "on_behalf_of", "class_uid", "status")
 _NO_OTHER_ORDER = frozenset({"agent", "task", "request", "lease", "on_behalf_of", "class_uid"})
 """Where an index gives the events in the order of their numbers, if it gives them at all."""
@@ -64,3 +69,69 @@ NO_FILTER = EventFilter()
 
 def _pattern(code: str) -> str:
     return code.removesuffix("*").translate(_LIKE) + ("%" if code.endswith("*") else "")
+
+
+# What the queries of audit's HTTP say: numbers, and what events are narrowed down by.
+
+_MAX_CODES = 50
+_STATUSES = {"success": 1, "failure": 2, "other": 99}
+_SEVERITIES = {"informational": 1, "low": 2, "medium": 3, "high": 4, "critical": 5}
+
+
+class WrongQueryError(RingfenceError):
+    """A parameter of the query makes no sense."""
+
+    code = "query_invalid"
+
+
+def wanted_of(request: Request) -> EventFilter:
+    """What the query of a request narrows events down by. Raises WrongQueryError."""
+    query = request.query_params
+    class_uid = query.get("class")
+    if class_uid is not None and not class_uid.isdecimal():
+        raise WrongQueryError("class is the number of an OCSF class, such as 3003")
+    codes = tuple(code for code in query.get("code", "").split(",") if code)
+    if any("*" in code[:-1] for code in codes) or len(codes) > _MAX_CODES:
+        raise WrongQueryError(
+            f"code is at most {_MAX_CODES} event codes with commas between; a * may end one, as in action.*"
+        )
+    return EventFilter(
+        agent=query.get("agent"),
+        task=query.get("task"),
+        request=query.get("request"),
+        lease=query.get("lease"),
+        target=query.get("target"),
+        sponsor=query.get("sponsor"),
+        on_behalf_of=query.get("on_behalf_of"),
+        class_uid=int(class_uid[:6]) if class_uid else None,
+        status=_one_of(request, "status", _STATUSES),
+        severity=_one_of(request, "severity", _SEVERITIES),
+        codes=codes,
+    )
+
+
+def limit_of(request: Request, default: int, most: int) -> int:
+    """The parameter `limit`. Raises WrongQueryError."""
+    text = request.query_params.get("limit", str(default))
+    number = number_in(text, 1, most)
+    if number is None:
+        raise WrongQueryError(f"limit is a number from 1 to {most}")
+    return number
+
+
+def number_of(request: Request, name: str, default: int, most: int) -> int:
+    """A parameter that is a number. Raises WrongQueryError."""
+    text = request.query_params.get(name, str(default))
+    number = number_in(text, 0, most)
+    if number is None:
+        raise WrongQueryError(f"{name} is a number from 0 to {most}")
+    return number
+
+
+def _one_of(request: Request, name: str, known: dict[str, int]) -> int | None:
+    text = request.query_params.get(name)
+    if text is None:
+        return None
+    if text not in known:
+        raise WrongQueryError(f"{name} is one of {', '.join(known)}")
+    return known[text]

@@ -25,7 +25,6 @@ from uuid import UUID
 
 from ringfence.backends.access import TargetAccess
 from ringfence.backends.connection_pool import ConnectionCache
-from ringfence.backends.errors import InexactError, TargetRefusedError
 from ringfence.backends.postgres import queries
 from ringfence.backends.postgres.privileges import (
     Column,
@@ -37,10 +36,9 @@ from ringfence.backends.postgres.privileges import (
     quoted,
     rights,
 )
-from ringfence.backends.postgres.scram import verifier
-from ringfence.backends.postgres.server import Connection, Server
+from ringfence.backends.postgres.server import Connection, Server, verifier
 from ringfence.backends.secret_sources import AccessError
-from ringfence.backends.target_settings import not_set_up, settings_of
+from ringfence.backends.target_settings import InexactError, TargetRefusedError, not_set_up, settings_of
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
-from ringfence.backends.errors import InexactError
+from ringfence.backends.target_settings import InexactError
 from ringfence.messages.permission import Permission
 from ringfence.model.scope.globs import Glob, ScopeError, parse_glob
 

@@ -18,11 +18,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ringfence.backends.access import TargetAccess
 from ringfence.backends.connection_pool import ConnectionCache
-from ringfence.backends.errors import InexactError, TargetRefusedError
 from ringfence.backends.ssh.certificates import for_lease, private_text
 from ringfence.backends.ssh.privileges import allowed, plan
 from ringfence.backends.ssh.server import Server
-from ringfence.backends.target_settings import not_set_up, settings_of
+from ringfence.backends.target_settings import InexactError, TargetRefusedError, not_set_up, settings_of
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState

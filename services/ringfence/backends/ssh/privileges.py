@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ringfence.backends.errors import InexactError
 from ringfence.backends.ssh.host_helper import COMMAND_VERBS, WAYS
+from ringfence.backends.target_settings import InexactError
 from ringfence.messages.permission import Permission
 from ringfence.model.scope.globs import Glob, ScopeError, parse_glob
 

@@ -22,10 +22,10 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from ringfence.backends.errors import TargetError, TargetRefusedError
 from ringfence.backends.secret_sources import AccessError
 from ringfence.backends.ssh.certificates import for_ringfence, private_text
 from ringfence.backends.ssh.host_helper import PROTOCOL
+from ringfence.backends.target_settings import TargetError, TargetRefusedError
 
 log = logging.getLogger(__name__)
 

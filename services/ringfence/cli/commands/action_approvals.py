@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from ringfence.cli.shared import approval_views
+from ringfence.cli.shared.arguments import show_act
 from ringfence.cli.shared.options import confirm, identity, run
 from ringfence.cli.shared.output import print_json, print_json_line, say, span, visible_name
-from ringfence.cli.shared.scopes import show_act
 from ringfence.client.approvals.action_approvals import PendingAction
 from ringfence.client.approvals.sponsor import Sponsor
 

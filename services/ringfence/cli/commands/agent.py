@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ringfence.cli.commands.usage import print_usage, set_ceiling_command
-from ringfence.cli.shared.arguments import a_name
+from ringfence.cli.shared.arguments import a_name, parse_scope, show_permission, show_scope, write_permission
 from ringfence.cli.shared.attestation import SelectorOption, parse_selectors, set_attestation
 from ringfence.cli.shared.changes import Replacement, check_unchanged, parse_scope_options
 from ringfence.cli.shared.command_results import print_accepted, refuse_unknown
@@ -35,17 +38,17 @@ from ringfence.cli.shared.options import (
     settings,
     wants_json,
 )
-from ringfence.cli.shared.output import note, print_json, span
+from ringfence.cli.shared.output import note, print_json, print_table, say, span, until, visible_name
 from ringfence.cli.shared.records import list_records, print_record
-from ringfence.cli.shared.scopes import parse_scope, show_scope
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.admin.affected_leases import Loss
-from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.admin.command_client import Accepted
 from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.keys import KeyRecord
+from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentState, AgentTransferConsent
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.scope.scope import missing
@@ -434,3 +437,69 @@ def _one_key(
     if not keys:
         raise typer.BadParameter("name the agent's key: --key-file, --public-key or --new-key")
     return keys[0]
+
+
+# What an agent used of what it may hold, for `ringfence agent show`, and a ceiling that would do.
+
+_MONTH_S = 30 * 86_400
+
+
+def set_ceiling_command(
+    agent_id: str, narrower: Sequence[Mapping[str, Any]] | None, me: Path | None
+) -> str | None:
+    """The command line that narrows the agent's ceiling to what it used, for a shell; None where it used all of it.
+
+    Args:
+        narrower: what policy says would do.
+        me: the key file that was named on this command line, and has to be on that one.
+    """
+    if narrower is None:
+        return None
+    words = ["ringfence", *(["--identity", str(me)] if me else []), "agent", "set-ceiling", agent_id]
+    for permission in map(_permission, narrower):
+        words += ["--allow", write_permission(permission)]
+    return shlex.join(words if narrower else [*words, "--allow-nothing"])
+
+
+def print_usage(usage: Mapping[str, Any], command: str | None) -> None:
+    """What was used of what is granted, what is held now, and the narrower ceiling, for people."""
+    now_s = time.time()
+    print_table(
+        ["!target", "!verb", "in its ceiling", "used on", "first", "last"],
+        _rows(usage),
+        empty="it may hold nothing, and used nothing",
+    )
+    for lease in usage["held"]:
+        what = "; ".join(show_permission(_permission(permission)) for permission in lease["scope"])
+        say(f"holds {what} by lease {lease['lease_id']}, until {until(lease['deadline'], now_s)}")
+    if command is None:
+        return
+    count = len(usage["never_used"])
+    say(
+        f"{count} of these it did not use since {_day(usage['since'])}. To narrow its ceiling to what it used:"
+    )
+    say(command)
+    if (age_s := now_s - usage["registered_at"]) < _MONTH_S:
+        note(f"it was registered {span(age_s)} ago: what it needs may be still to come", "yellow")
+
+
+def _rows(usage: Mapping[str, Any]) -> list[Sequence[str]]:
+    granted = {(p["target"], verb) for p in usage["ceiling"] for verb in p["verbs"]}
+    used = {(one["target"], one["verb"]): one for one in usage["used"]}
+    rows: list[Sequence[str]] = []
+    for target, verb in sorted(granted | used.keys()):
+        one = used.get((target, verb))
+        days = f"{one['days']} day{'s' if one['days'] > 1 else ''}" if one else "no day"
+        times = (_day(one["first_used"]), _day(one["last_used"])) if one else ("", "")
+        inside = "yes" if (target, verb) in granted else "no more"
+        rows.append((visible_name(target), visible_name(verb), inside, days, *times))
+    return rows
+
+
+def _permission(document: Mapping[str, Any]) -> Permission:
+    # Not strict: JSON has no tuples.
+    return Permission.model_validate(document, strict=False)
+
+
+def _day(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")

@@ -14,7 +14,7 @@ import typer
 
 from ringfence.cli.commands import action_approvals, grants
 from ringfence.cli.shared import approval_views
-from ringfence.cli.shared.arguments import a_beginning
+from ringfence.cli.shared.arguments import a_beginning, show_scope
 from ringfence.cli.shared.options import (
     IdentityOption,
     JsonOption,
@@ -33,7 +33,6 @@ from ringfence.cli.shared.output import (
     span,
     visible,
 )
-from ringfence.cli.shared.scopes import show_scope
 from ringfence.client.approvals.action_approvals import PendingAction
 from ringfence.client.approvals.grouping import AlikeKey, RequestGroup, key_of
 from ringfence.client.approvals.history_comparison import Comparison

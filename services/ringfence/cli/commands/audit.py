@@ -32,7 +32,7 @@ from ringfence.cli.shared.audit_filters import (
     UserFilter,
     filters_of,
 )
-from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
+from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json, when_ms
 from ringfence.cli.shared.output import (
     console,
     note,
@@ -42,7 +42,6 @@ from ringfence.cli.shared.output import (
     say,
     visible,
 )
-from ringfence.cli.shared.spans import when_ms
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.connection import load_key, load_settings
 from ringfence.client.errors import InvalidCallError

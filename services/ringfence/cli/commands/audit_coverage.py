@@ -14,11 +14,11 @@ from ringfence.cli.shared.options import (
     duration_s,
     identity,
     run,
+    span_ms,
     wants_json,
 )
 from ringfence.cli.shared.output import moment, note, print_json, print_table, say, span
 from ringfence.cli.shared.progress import counting
-from ringfence.cli.shared.spans import span_ms
 from ringfence.client.reports.coverage import Coverage, Share, coverage_report
 from ringfence.client.reports.read_api import ReadApi
 

@@ -20,10 +20,9 @@ from ringfence.cli.shared.audit_filters import (
     UserFilter,
     filters_of,
 )
-from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
+from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, span_ms, wants_json
 from ringfence.cli.shared.output import escaped_json, moment, note, print_json, say, visible_lines
 from ringfence.cli.shared.progress import counting
-from ringfence.cli.shared.spans import span_ms
 from ringfence.client.exports.export import (
     Question,
     State,

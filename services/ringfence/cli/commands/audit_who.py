@@ -9,10 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from ringfence.cli.shared.arguments import a_target
-from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
+from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, span_ms, wants_json
 from ringfence.cli.shared.output import moment, note, print_json, print_table, say
 from ringfence.cli.shared.progress import counting
-from ringfence.cli.shared.spans import span_ms
 from ringfence.client.reports.access_report import Who, who_report
 from ringfence.client.reports.read_api import ReadApi
 

@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ringfence.cli.shared.arguments import a_beginning
+from ringfence.cli.shared.arguments import a_beginning, show_scope
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.shared.output import moment, print_json, print_table, say
-from ringfence.cli.shared.scopes import show_scope
 from ringfence.client.approvals.break_glass_review import review_break_glass, uses_of_break_glass
 from ringfence.messages.permission import Permission
 

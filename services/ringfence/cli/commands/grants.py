@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ringfence.cli.shared.arguments import a_beginning, a_uuid
+from ringfence.cli.shared.arguments import a_beginning, a_uuid, parse_scope, show_scope
 from ringfence.cli.shared.command_results import print_accepted
 from ringfence.cli.shared.options import (
     AllowOption,
@@ -30,8 +30,7 @@ from ringfence.cli.shared.output import (
     until,
     visible,
 )
-from ringfence.cli.shared.scopes import parse_scope, show_scope
-from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.admin.command_client import Accepted
 from ringfence.client.approvals.grants import Grantor, Proposal
 from ringfence.client.approvals.pending import PendingApproval
 from ringfence.client.approvals.sponsor import Sponsor

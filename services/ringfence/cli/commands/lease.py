@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ringfence.cli.shared.arguments import a_name, a_target, a_uuid
+from ringfence.cli.shared.arguments import a_name, a_target, a_uuid, show_scope
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.shared.output import (
     moment,
@@ -19,7 +19,6 @@ from ringfence.cli.shared.output import (
     span,
     until,
 )
-from ringfence.cli.shared.scopes import show_scope
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.permission import Permission, Scope
 

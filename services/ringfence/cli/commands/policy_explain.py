@@ -10,7 +10,7 @@ import orjson
 import typer
 from rich.text import Text
 
-from ringfence.cli.shared.arguments import a_uuid
+from ringfence.cli.shared.arguments import a_uuid, show_scope
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.shared.output import (
     console,
@@ -21,7 +21,6 @@ from ringfence.cli.shared.output import (
     print_table,
     visible,
 )
-from ringfence.cli.shared.scopes import show_scope
 from ringfence.client.agent.replies import who
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ringfence.cli.shared.arguments import show_scope
 from ringfence.cli.shared.options import JsonOption, duration_s, run, wants_json
 from ringfence.cli.shared.output import console, note, print_json, print_table, say
-from ringfence.cli.shared.scopes import show_scope
 from ringfence.client.agent.replies import who
 from ringfence.messages.permission import Permission
 
@@ -75,8 +75,7 @@ async def _replayed(folder: Path, since_s: int) -> Report:
     from ringfence.client.connection import load_settings
     from ringfence.kernel.base.clock import SystemClock
     from ringfence.kernel.base.settings import load
-    from ringfence.policy.decisions.recorded import recorded_decisions, trust_of
-    from ringfence.policy.decisions.replay import Replay
+    from ringfence.policy.decisions.replay import Replay, recorded_decisions, trust_of
     from ringfence.policy.settings import PolicySettings
     from ringfence.rego.bundle import load_bundle
     from ringfence.rego.embedded import EmbeddedEngine

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from ringfence.cli.shared.arguments import a_name
+from ringfence.cli.shared.arguments import a_name, parse_permission, show_permission
 from ringfence.cli.shared.changes import Replacement, check_unchanged
 from ringfence.cli.shared.command_results import print_accepted, warn_of_unknown
 from ringfence.cli.shared.options import (
@@ -29,10 +29,9 @@ from ringfence.cli.shared.options import (
     wants_json,
 )
 from ringfence.cli.shared.output import note, print_json, print_table
-from ringfence.cli.shared.scopes import parse_permission, show_permission
 from ringfence.cli.shared.yaml_files import YamlFile
 from ringfence.client.admin.administrator import Administrator
-from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.admin.command_client import Accepted
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.private_files import open_private

@@ -15,7 +15,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from ringfence.cli.shared.arguments import a_uuid
+from ringfence.cli.shared.arguments import a_uuid, parse_scope, show_scope
 from ringfence.cli.shared.options import (
     AgentOption,
     AllowOption,
@@ -28,7 +28,6 @@ from ringfence.cli.shared.options import (
     wants_json,
 )
 from ringfence.cli.shared.output import note, print_json, until, visible_lines
-from ringfence.cli.shared.scopes import parse_scope, show_scope
 from ringfence.client.agent.agent import Agent
 from ringfence.client.agent.credentials import GatewayCredential, IssuedCredential
 from ringfence.client.agent.environment import applied

@@ -19,8 +19,7 @@ from ringfence.cli.shared.options import (
     wants_json,
 )
 from ringfence.client.admin.administrator import Administrator
-from ringfence.client.admin.command_client import TIMEOUT_S
-from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.admin.command_client import TIMEOUT_S, Accepted
 
 _ENDS_WITHIN_S = 60.0
 """The answer comes when all has ended; so long some ten thousand leases may take. They are refused long before."""

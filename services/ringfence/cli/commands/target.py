@@ -35,7 +35,7 @@ from ringfence.cli.shared.options import (
 from ringfence.cli.shared.output import note
 from ringfence.cli.shared.records import list_records, show_record, target_fields
 from ringfence.client.admin.administrator import Administrator
-from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.admin.command_client import Accepted
 from ringfence.client.admin.target_backends import backend_problem, no_backend
 from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.registry import (

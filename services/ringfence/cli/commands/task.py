@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ringfence.cli.shared.arguments import a_name, a_uuid
+from ringfence.cli.shared.arguments import a_name, a_uuid, parse_scope, show_permission, show_scope
 from ringfence.cli.shared.command_results import print_accepted
 from ringfence.cli.shared.options import (
     AllowOption,
@@ -23,9 +23,8 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import moment, note, print_json, say
 from ringfence.cli.shared.records import list_records, print_record
-from ringfence.cli.shared.scopes import parse_scope, show_permission, show_scope
 from ringfence.client.admin.administrator import Administrator
-from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.admin.command_client import Accepted
 from ringfence.client.admin.preview import Preview
 from ringfence.client.agent.agent import Agent
 from ringfence.client.connection import Connection

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from ringfence.cli.shared.arguments import a_name
+from ringfence.cli.shared.arguments import a_name, parse_scope, show_scope
 from ringfence.cli.shared.changes import (
     Replacement,
     ScopeOptions,
@@ -37,10 +37,9 @@ from ringfence.cli.shared.options import (
     wants_json,
 )
 from ringfence.cli.shared.records import list_records, show_record
-from ringfence.cli.shared.scopes import parse_scope, show_scope
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.admin.affected_leases import Loss
-from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.admin.command_client import Accepted
 from ringfence.client.errors import InvalidCallError
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import httpx
 import typer
 
+from ringfence.cli.doctor.checks import bundle_findings, key_files, opa_findings, redis_findings, versions
+from ringfence.cli.doctor.finding import Finding
+from ringfence.cli.doctor.finding import clock as clock_finding
 from ringfence.cli.shared.options import JsonOption, run, wants_json
 from ringfence.cli.shared.output import print_json, print_table
+from ringfence.cli.shared.settings_check import unread
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.clock_skew import SkewCheck
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.base.http_client import web_client
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Follower
+from ringfence.kernel.kafka.topics_admin import TopicsAdmin
+from ringfence.messages.topics import HEARTBEAT, TRUST
 
 _SIGNS = {"good": "ok", "bad": "WRONG", "unknown": "?"}
 
 
 def doctor(as_json: JsonOption = False) -> None:
     """Examine keys, trust, Kafka, Redis, clocks and services, and say what to do. Exit 1 where one is wrong."""
-    from ringfence.cli.doctor.diagnosis import examine
-    from ringfence.cli.doctor.finding import Finding
     from ringfence.client.settings import ClientSettings
     from ringfence.kernel.base.settings import ServiceSettings, load
 
@@ -27,3 +46,132 @@ def doctor(as_json: JsonOption = False) -> None:
         print_table(["!", "!what", "says"], [(_SIGNS[f.verdict], f.what, f.says) for f in findings], empty="")
     if any(finding.verdict == "bad" for finding in findings):
         raise typer.Exit(1)
+
+
+# The examinations of `ringfence doctor`: each looks at one thing that must be right, and says what to do where it is
+# not. They change nothing.
+
+_READ_WITHIN_S = 10.0
+_LISTEN_S = 2.5
+"""The registry's heartbeat comes once a second."""
+
+
+async def examine(settings: ServiceSettings, client: ClientSettings) -> AsyncIterator[Finding]:
+    """All examinations, in the order in which one thing needs another."""
+    for finding in _spelling():
+        yield finding
+    yield _pinned_root(settings)
+    for finding in key_files(settings):
+        yield finding
+    answers, topics = await _topics(settings)
+    yield topics
+    trust = TrustStore(settings.trust_domain, settings.trust_root)
+    if answers:
+        with contextlib.suppress(RingfenceError):
+            async for finding in _on_kafka(settings, trust):
+                yield finding
+    async for finding in redis_findings(settings):
+        yield finding
+    in_force: dict[str, int | None] = {}
+    for role, url in (
+        ("registry", client.registry_url),
+        ("policy", client.policy_url),
+        ("issuer", client.issuer_url),
+        ("revoker", client.revoker_url),
+        ("audit", client.audit_url),
+        ("gateway", client.gateway_url),
+    ):
+        yield await _service(role, url, in_force, may_be_away=role == "gateway")
+    if finding_of_all := versions(trust.version, in_force):
+        yield finding_of_all
+    async for finding in opa_findings():
+        yield finding
+
+
+def _spelling() -> list[Finding]:
+    """Names of settings that nobody reads. The settings file was read before, so that it can be."""
+    try:
+        return [Finding("settings", "unknown", says) for says in unread()]
+    except ModuleNotFoundError:
+        return []  # the settings of services are known only where services could run
+
+
+def _pinned_root(settings: ServiceSettings) -> Finding:
+    if settings.trust_root:
+        return Finding("trust root", "good", f"pinned: {settings.trust_root}")
+    return Finding(
+        "trust root",
+        "bad",
+        "RINGFENCE_TRUST_ROOT is not set, so nobody is believed; set it to what ringfence init printed",
+    )
+
+
+async def _topics(settings: ServiceSettings) -> tuple[bool, Finding]:
+    """Whether Kafka answers, and what there is to say of it."""
+    try:
+        async with TopicsAdmin(settings) as admin:
+            differences = await admin.check()
+    except UnavailableError as error:
+        return False, Finding("Kafka", "bad", str(error))
+    if not differences:
+        return True, Finding(
+            "Kafka", "good", f"{settings.kafka} answers, and all topics are as the contract says"
+        )
+    first = differences[0]
+    says = f"{len(differences)} differences: {first.what} of {first.topic} is {first.found}, not {first.expected}"
+    return True, Finding("Kafka", "bad", f"{says}; run: ringfence topics check")
+
+
+async def _on_kafka(settings: ServiceSettings, trust: TrustStore) -> AsyncIterator[Finding]:
+    """The trust bundle in force, and how far the broker's clock is from ours."""
+    refused: list[str] = []
+    skew = SkewCheck("the broker")
+    clock = SystemClock()
+
+    def on_trust(records: Sequence[Received]) -> None:
+        for record in records:
+            try:
+                trust.load(record.value, time.time())
+            except InvalidMessageError as error:
+                refused.append(str(error))
+
+    def on_heartbeat(records: Sequence[Received]) -> None:
+        for record in records:
+            if record.key == "registry":  # revokers and gateways are heard there, too
+                skew.heard(record.appended_at_ms, clock.now_ms())
+
+    async with Follower(settings, [TRUST], on_trust) as follower, asyncio.timeout(_READ_WITHIN_S):
+        await follower.complete.wait()
+    for finding in bundle_findings(trust, refused, time.time()):
+        yield finding
+    async with Follower(settings, [HEARTBEAT], on_heartbeat, since_ms=None):
+        await asyncio.sleep(_LISTEN_S)
+    if skew.ahead_ms() is None:
+        says = f"no heartbeat within {_LISTEN_S:g} s: the registry does not run, and every table goes stale"
+        yield Finding("clock, broker", "bad", f"{says}; run: ringfence serve registry")
+    else:
+        yield clock_finding("broker", skew)
+
+
+async def _service(
+    role: str, url: str, in_force: dict[str, int | None], *, may_be_away: bool = False
+) -> Finding:
+    """`may_be_away`: of what not every installation has. `in_force` is told which trust bundle it has."""
+    try:
+        async with web_client(timeout_s=3) as http:
+            answer = await http.get(f"{url}/readyz")
+            said = answer.json()
+            reasons, denies = said.get("reasons", []), said.get("denies", [])
+            in_force[role] = said.get("trust_bundle")
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, AttributeError) as error:
+        says = (
+            f"{url} does not answer ({type(error).__name__}); start it, or set RINGFENCE_{role.upper()}_URL"
+        )
+        return Finding(role, "unknown" if may_be_away else "bad", says)
+    if answer.status_code == 200 and denies:
+        return Finding(role, "bad", f"{url} answers, and denies everything: {'; '.join(map(str, denies))}")
+    if answer.status_code == 200 and (warnings := said.get("warnings", [])):
+        return Finding(role, "bad", f"{url} is ready, but warns: {'; '.join(map(str, warnings))}")
+    if answer.status_code == 200:
+        return Finding(role, "good", f"{url} is ready")
+    return Finding(role, "bad", f"{url} is not ready: {'; '.join(map(str, reasons)) or answer.status_code}")

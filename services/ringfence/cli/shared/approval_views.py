@@ -9,8 +9,8 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from ringfence.cli.shared.arguments import show_scope
 from ringfence.cli.shared.output import print_fields, span, until, visible, visible_name
-from ringfence.cli.shared.scopes import show_scope
 from ringfence.client.agent.replies import who
 from ringfence.client.approvals.action_approvals import PendingAction
 from ringfence.client.approvals.grouping import RequestGroup

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import typer
 from pydantic import TypeAdapter, ValidationError
 
+from ringfence.cli.shared.output import visible_name
+from ringfence.kernel.base.strict_json import once
 from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.base import Name, TargetId, Uuid
+from ringfence.messages.permission import Permission, Scope
+from ringfence.model.scope.globs import ScopeError
+from ringfence.model.scope.scope import validate_scope
 
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 _TARGET: TypeAdapter[str] = TypeAdapter(TargetId)
@@ -48,3 +56,111 @@ def _checked(ids: TypeAdapter[str], said: str | None) -> str | None:
         return None if said is None else ids.validate_python(said)
     except ValidationError as error:
         raise typer.BadParameter(f"{said!r} {explain(error).removeprefix('it: ')}") from None
+
+
+# Permissions as they are written on the command line, and as they are shown.
+
+SYNTAX = "target:verb[,verb]:resource[,resource]"
+_JSON = TypeAdapter(Permission)
+_JSON_FILE = TypeAdapter(tuple[Permission, ...])
+
+
+def parse_permission(text: str) -> Permission:
+    """One permission, as `target:verbs:resources` or as a JSON object.
+
+    The short form has exactly two colons; verbs and resources are separated by commas, without spaces. A name that
+    holds a colon or a comma itself is written as JSON.
+
+    Raises typer.BadParameter (exit 2), saying where it is wrong.
+    """
+    if text.lstrip().startswith("{"):
+        _check_names(text, text)
+        try:
+            permission = _JSON.validate_json(text)
+        except ValidationError as error:
+            raise typer.BadParameter(f"{text!r}: {explain(error)}") from None
+    else:
+        permission = _parse_short(text)
+    try:
+        validate_scope((permission,))
+    except ScopeError as error:
+        raise typer.BadParameter(f"{text!r}: {error}") from None
+    return permission
+
+
+def parse_scope(texts: Sequence[str] | None, *, may_be_empty: bool = False) -> Scope:
+    """A scope from repeated options; `@FILE` reads a JSON list of permissions. Raises typer.BadParameter."""
+    found: list[Permission] = []
+    for text in texts or ():
+        found += _read_file(text[1:]) if text.startswith("@") else [parse_permission(text)]
+    if texts and not found:
+        raise typer.BadParameter(f"there is no permission in {', '.join(texts)}", param_hint="--allow")
+    try:
+        validate_scope(tuple(found), allow_empty=may_be_empty)
+    except ScopeError as error:
+        raise typer.BadParameter(str(error)) from None
+    return tuple(found)
+
+
+def _parse_short(text: str) -> Permission:
+    parts = text.split(":")
+    if len(parts) != 3:
+        reason = "a colon is missing" if len(parts) < 3 else "it has more than two colons"
+        raise typer.BadParameter(
+            f"{text!r}: {reason}; write {SYNTAX}, or where a name has a colon or a comma, JSON: "
+            '\'{"target": "...", "verbs": ["..."], "resources": ["..."]}\''
+        )
+    target, verbs, resources = parts
+    for name, part in (("target", target), ("verb", verbs), ("resource", resources)):
+        if not all(item and item == item.strip() for item in part.split(",")):
+            raise typer.BadParameter(f"{text!r}: a {name} is empty, or has spaces around it; write {SYNTAX}")
+    if "," in target:
+        raise typer.BadParameter(f"{text!r}: a permission has one target; repeat the option for another")
+    try:
+        return Permission(target=target, verbs=tuple(verbs.split(",")), resources=tuple(resources.split(",")))
+    except ValidationError as error:
+        raise typer.BadParameter(f"{text!r}: {explain(error)}") from None
+
+
+def _check_names(data: str | bytes, what: str) -> None:
+    """Raises typer.BadParameter where a name comes twice in JSON: the last would count, whatever the first limits."""
+    try:
+        json.loads(data, object_pairs_hook=once)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return  # whoever reads it next says what is wrong
+    except ValueError as error:
+        raise typer.BadParameter(f"{what!r}: {error}") from None
+
+
+def _read_file(name: str) -> tuple[Permission, ...]:
+    try:
+        data = Path(name).read_bytes()
+        _check_names(data, name)
+        return _JSON_FILE.validate_json(data)
+    except OSError as error:
+        raise typer.BadParameter(f"@{name}: {error.strerror}") from None
+    except ValidationError as error:
+        raise typer.BadParameter(f"@{name}: not a JSON list of permissions: {explain(error)}") from None
+
+
+def show_permission(permission: Permission) -> str:
+    """One permission in the short form, for people; what is not plain ASCII is made visible."""
+    return show_act(permission.target, ",".join(permission.verbs), ",".join(permission.resources))
+
+
+def show_act(target: str, verb: str, resource: str) -> str:
+    """What is done to what, as permissions are shown: with every sign beyond ASCII, look-alike letters too, marked."""
+    return ":".join(map(visible_name, (target, verb, resource)))
+
+
+def write_permission(permission: Permission) -> str:
+    """One permission as `parse_permission` takes it back: in the short form where that can hold it, else as JSON."""
+    names = (*permission.verbs, *permission.resources)
+    if all(name.isascii() and name.isprintable() and not {":", ",", " "} & set(name) for name in names):
+        return show_permission(permission)
+    return json.dumps(permission.model_dump(mode="json"))
+
+
+def show_scope(scope: Iterable[Permission]) -> str:
+    """A scope for people, one permission a line; `nothing` where it is empty."""
+    return "\n".join(show_permission(permission) for permission in scope) or "nothing"

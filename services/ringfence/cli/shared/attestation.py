@@ -24,7 +24,7 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.admin.affected_leases import Loss
-from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.admin.command_client import Accepted
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.strict_json import once
 from ringfence.kernel.crypto.jws import explain

@@ -9,9 +9,9 @@ from typing import Any
 
 import typer
 
+from ringfence.cli.shared.arguments import parse_scope, show_scope
 from ringfence.cli.shared.options import confirm
 from ringfence.cli.shared.output import note
-from ringfence.cli.shared.scopes import parse_scope, show_scope
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.admin.affected_leases import EndingLeases, Loss, ending_leases
 from ringfence.client.admin.scope_changes import with_added, with_removed

@@ -8,7 +8,7 @@ from typing import Any
 
 from ringfence.cli.shared.output import note, print_json, say
 from ringfence.client.admin.administrator import Administrator
-from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.admin.command_client import Accepted
 from ringfence.client.errors import InvalidCallError
 from ringfence.messages.permission import Permission
 

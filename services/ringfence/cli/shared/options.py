@@ -18,8 +18,7 @@ import typer
 from pydantic import ValidationError
 
 from ringfence.cli.shared import context
-from ringfence.cli.shared.arguments import a_name
-from ringfence.cli.shared.scopes import SYNTAX
+from ringfence.cli.shared.arguments import SYNTAX, a_name
 from ringfence.client.errors import NotAnsweredError
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.errors import RingfenceError
@@ -229,3 +228,24 @@ def key_records(public: Path | None, new: Path | None, id: str, days: int) -> tu
         jwk = read_public_key(public)
         return (KeyRecord(kid=thumbprint(jwk), jwk=jwk, not_after=not_after),)
     return ()
+
+
+# The period that a question is about: `--since` and `--until`.
+
+
+def span_ms(since: str, until: str | None, now_ms: int) -> tuple[int, int]:
+    """From when until when, in milliseconds since 1970; until now where nothing is said. Raises typer.BadParameter."""
+    since_ms, until_ms = when_ms(since, now_ms), when_ms(until, now_ms) if until else now_ms
+    if since_ms >= until_ms:
+        raise typer.BadParameter("--since must be before --until")
+    return since_ms, until_ms
+
+
+def when_ms(text: str, now_ms: int) -> int:
+    """So long ago, or a moment, in milliseconds since 1970. Raises typer.BadParameter."""
+    try:
+        return max(now_ms - duration_s(text) * 1000, 0)
+    except typer.BadParameter:
+        if text[:4].isdecimal() and "-" in text:
+            return max(moment_s(text) * 1000, 0)
+        raise

@@ -8,10 +8,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ringfence.cli.shared.arguments import show_scope
 from ringfence.cli.shared.attestation import show_selector
 from ringfence.cli.shared.options import run
 from ringfence.cli.shared.output import moment, print_fields, print_json, print_table, span, until
-from ringfence.cli.shared.scopes import show_scope
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.secret_scrubber import without_secrets
 from ringfence.messages.keys import KeyRecord

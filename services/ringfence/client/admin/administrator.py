@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ringfence.client.admin.command_client import COMMAND_LIFE_S, Signatory
-from ringfence.client.admin.outcomes import MEANWHILE, Accepted
+from ringfence.client.admin.command_client import COMMAND_LIFE_S, MEANWHILE, Accepted, Signatory
 from ringfence.client.admin.preview import Preview, preview, unknown_names
 from ringfence.client.admin.target_backends import backend_problem
 from ringfence.client.connection import Connection, subject

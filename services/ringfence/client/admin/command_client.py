@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from ringfence.client.admin.outcomes import Outcomes
 from ringfence.client.connected import Lifetime
-from ringfence.client.connection import Connection, subject
+from ringfence.client.connection import Connection, Coordinate, subject
+from ringfence.client.errors import NotAnsweredError, RefusedError
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import Claims, ServiceRole, Topic
+from ringfence.messages.operations import ServiceEvent
+from ringfence.messages.topics import DEAD_LETTER, SERVICE_EVENT
 from ringfence.model.records.directory import Directory
 
 COMMAND_LIFE_S = 120
@@ -62,3 +73,122 @@ class Signatory(Lifetime):
     async def directory(self) -> Directory:
         """The verified records of users, agents, targets and tasks; kept up to date while connected."""
         return await self.connection.directory()
+
+
+# What services answered to signed commands: their `service.event` with the command's `jti`.
+
+log = logging.getLogger(__name__)
+
+_LETTER_GRACE_S = 2.0
+"""After a dead letter, how long a signed answer may still come: the letter alone is nobody's word."""
+MEANWHILE = "It may still be carried out"
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A command that the service accepted; its effects are durable."""
+
+    command: str
+    """The message's name, e.g. `agent.register`."""
+    command_id: str
+    """The UUIDv5 of the command's (`iss`, `jti`)."""
+    result: str | None
+    """The id of what came out of it, e.g. of the task."""
+    at_ms: int
+
+
+class Outcomes:
+    """Listens for the answers to this identity's commands, from before the first is sent."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._waiting: dict[str, tuple[ServiceRole, asyncio.Future[ServiceEvent]]] = {}
+        self._started = False
+        self._lock = asyncio.Lock()
+
+    async def send(
+        self,
+        topic: Topic[Any],
+        key: str,
+        claims: Claims,
+        *,
+        by: ServiceRole,
+        timeout_s: float,
+        traceparent: str | None = None,
+        meanwhile: str = MEANWHILE,
+    ) -> Accepted:
+        """Publish a command and wait for the answer of the service with the role `by`.
+
+        `meanwhile`: what is said of a command that nobody answered in time.
+
+        Raises:
+            RefusedError: with the service's reasons.
+            NotAnsweredError: nothing came within `timeout_s`.
+            UnavailableError: Kafka did not take it.
+        """
+        await self._listen()
+        answer: asyncio.Future[ServiceEvent] = asyncio.get_running_loop().create_future()
+        self._waiting[claims.jti] = (by, answer)
+        try:
+            at = await self._connection.publish(topic, key, claims, traceparent=traceparent)
+            event = await self._answer(answer, at, claims, by, timeout_s, meanwhile)
+        finally:
+            del self._waiting[claims.jti]
+        if event.kind == "refused":
+            raise RefusedError(claims.typ, event.reasons, by)
+        return Accepted(claims.typ, message_id(claims.iss, claims.jti), event.result, event.at_ms)
+
+    async def _answer(
+        self,
+        answer: asyncio.Future[ServiceEvent],
+        at: Coordinate,
+        claims: Claims,
+        by: ServiceRole,
+        timeout_s: float,
+        meanwhile: str,
+    ) -> ServiceEvent:
+        letter = asyncio.create_task(self._connection.letters.about(at))
+        try:
+            done, _ = await asyncio.wait(
+                (answer, letter), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if letter in done and answer not in done:
+                await asyncio.wait((answer,), timeout=min(_LETTER_GRACE_S, timeout_s))
+        finally:
+            letter.cancel()
+        if answer.done():
+            return answer.result()
+        if letter.done() and not letter.cancelled():
+            raise NotAnsweredError(f"the {claims.typ} counted for nothing: {letter.result()}")
+        raise NotAnsweredError(
+            f"the {by} did not answer the {claims.typ} within {timeout_s:g} s: is it running, and on the same "
+            f"Kafka ({self._connection.settings.kafka}) and topic prefix? {meanwhile}"
+        )
+
+    async def _listen(self) -> None:
+        async with self._lock:
+            if not self._started:
+                await self._connection.follow([SERVICE_EVENT, DEAD_LETTER], self._on_records, since_ms=None)
+                self._started = True
+
+    def _on_records(self, records: Sequence[Received]) -> None:
+        if records and records[0].topic is DEAD_LETTER:
+            self._connection.letters.on_records(records)
+            return
+        for record in records:
+            try:
+                self._on_event(record)
+            except InvalidMessageError as error:
+                log.warning("ignored a service event at %s@%d: %s", record.topic_name, record.offset, error)
+
+    def _on_event(self, record: Received) -> None:
+        jws = parse(record.value)
+        unverified = jws.unverified_claims(ServiceEvent)
+        # Only to skip, unverified, what is not about us: a signature a record for nothing would be the costlier way.
+        if unverified.ref not in self._waiting or unverified.actor != self._connection.key.id:
+            return
+        by, answer = self._waiting[unverified.ref]
+        find = self._connection.trust.finder(by, at_s=record.appended_at_ms / 1000)
+        event = verify(jws, ServiceEvent, find, audience=self._connection.settings.trust_domain).claims
+        if event.kind in ("accepted", "refused") and not answer.done():
+            answer.set_result(event)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ringfence.client.admin.command_client import COMMAND_LIFE_S, Signatory
-from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.admin.command_client import COMMAND_LIFE_S, Accepted, Signatory
 from ringfence.client.errors import RefusedError, checked
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.registry import (

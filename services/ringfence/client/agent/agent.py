@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from ringfence.client.admin.outcomes import Accepted, Outcomes
+from ringfence.client.admin.command_client import Accepted, Outcomes
 from ringfence.client.agent.credentials import IssuedCredential
 from ringfence.client.agent.process_id import process_mark
 from ringfence.client.agent.replies import (

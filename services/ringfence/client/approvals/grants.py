@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ringfence.client.admin.command_client import COMMAND_LIFE_S, TIMEOUT_S, Signatory
-from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.admin.command_client import COMMAND_LIFE_S, TIMEOUT_S, Accepted, Signatory
 from ringfence.client.admin.preview import unknown_names
 from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError, StaleApprovalError, checked

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Final
 
 from ringfence.gateway.contract import Attempt, Blocked, Presented, Verdict
-from ringfence.gateway.dataplane.connect import AGREED, connect_authority
 from ringfence.gateway.dataplane.exchange import Asked, goes_no_further
 from ringfence.gateway.dataplane.fast_path.path import FastPath
 from ringfence.gateway.dataplane.forwarder import goes_on
@@ -23,13 +22,12 @@ from ringfence.gateway.dataplane.http1_head import (
 )
 from ringfence.gateway.dataplane.limits import HANDSHAKE
 from ringfence.gateway.dataplane.request_reader import ListenerContext, presented_by, read_request
-from ringfence.gateway.dataplane.sent import Sent
 from ringfence.gateway.dataplane.shared import DataPlaneContext
 from ringfence.gateway.dataplane.stream import ExpiredError, GoneError, Stream
 from ringfence.gateway.dataplane.tls_listener import TLS_FAILED
 from ringfence.gateway.errors import RefusedError, head, problem
 from ringfence.gateway.events.destination import destination_of_line, unread_line
-from ringfence.gateway.hosts import split
+from ringfence.gateway.hosts import canonical, split
 from ringfence.kernel.base import metrics
 
 MAX_READ_BYTES: Final = 1024 * 1024
@@ -292,3 +290,64 @@ def _waits_for_continue(request: RequestHead) -> bool:
     if expected.lower() != b"100-continue":
         raise RefusedError(417, "expectation_failed", "nothing but 100-continue can be expected")
     return request.minor == 1
+
+
+# CONNECT: no tunnel, but a promise of TLS, which the gateway opens, so that each request inside is decided.
+
+AGREED = b"HTTP/1.1 200 Connection established\r\n\r\n"
+
+
+def connect_authority(request: RequestHead, way: ListenerContext, client: Stream) -> str:
+    """The canonical authority that a CONNECT is for. Raises RefusedError."""
+    if way.inside is not None:
+        raise RefusedError(400, "connect_refused", "there is no CONNECT inside another")
+    if request.chunked or request.length or client.buffer:
+        raise RefusedError(400, "connect_refused", "nothing may follow a CONNECT before it is answered")
+    if ":" not in request.target.rpartition("]")[2]:
+        raise RefusedError(400, "connect_refused", "CONNECT names a host and a port")
+    authority = canonical(request.target, "https")
+    host = request.known.get(b"host")
+    if host is not None and canonical(host.decode("latin-1"), "https") != authority:
+        raise RefusedError(400, "host_disagrees", "Host names another host than the CONNECT")
+    return authority
+
+
+# A request as it came in, whose body may be wanted before the decision; and which may wait for a person.
+
+
+class Sent:
+    """The `Patient` of the embedded data plane."""
+
+    __slots__ = ("_client", "_most", "_read", "body")
+
+    def __init__(self, client: Stream, read: Callable[[], Awaitable[bytes]], *, most: int) -> None:
+        """`read` reads all of the body, or more than `most` bytes. Raises RefusedError, GoneError, ExpiredError."""
+        self._client = client
+        self._read = read
+        self._most = most
+        self.body: bytes | None = None
+        """What was read of it before the decision: these bytes, and no others, go on first."""
+
+    async def read(self) -> bytes | None:
+        """All of the body; None where it is too long, which counts as not seen. Raises what `read` does."""
+        self.body = await self._read()
+        return self.body if len(self.body) <= self._most else None
+
+    async def whole(self) -> bytes | None:
+        """See `Patient`."""
+        try:
+            return await self.read() if self.body is None else None
+        except (RefusedError, GoneError, ExpiredError):
+            return None
+
+    def on_gone(self, told: Callable[[], None]) -> Callable[[], None]:
+        """See `Patient`."""
+        if not self._client.alive:
+            told()
+            return lambda: None
+        self._client.on_gone = told
+
+        def unsubscribe() -> None:
+            self._client.on_gone = None
+
+        return unsubscribe

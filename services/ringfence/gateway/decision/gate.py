@@ -25,10 +25,9 @@ from ringfence.gateway.decision.approved_headers import headers_to_approve
 from ringfence.gateway.decision.context import DecisionContext
 from ringfence.gateway.decision.decision_events import Telling
 from ringfence.gateway.decision.evaluator import Evaluator
-from ringfence.gateway.decision.fast_path.cache import Basis, lasts_until
+from ringfence.gateway.decision.fast_path.cache import Basis, Remembered, lasts_until
 from ringfence.gateway.decision.fast_path.cached_decision import CachedDecision, FastPathDependencies
 from ringfence.gateway.decision.fast_path.recalling import Recalled
-from ringfence.gateway.decision.fast_path.remembering import Remembered
 from ringfence.gateway.decision.injection import Injector
 from ringfence.gateway.decision.mcp import McpSessions, rpc_of
 from ringfence.gateway.decision.observe_mode import Observing

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from ringfence.gateway.contract import Attempt, Blocked, Blocks, Gate, Headers, Presented, Verdict
 from ringfence.gateway.dataplane.denials import MEDIA_TYPE, headers, problem
-from ringfence.gateway.dataplane.media import says_json
+from ringfence.gateway.dataplane.request_reader import says_json
 from ringfence.gateway.decision.observe_mode import own_headers
 from ringfence.gateway.events.destination import destination_of_line
 from ringfence.kernel.base.errors import UnavailableError

@@ -11,22 +11,22 @@ import contextlib
 import itertools
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.abc import ConsumerRebalanceListener
+from aiokafka.cluster import ClusterMetadata
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
-from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
+from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment, ConsumerProtocolMemberMetadata
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError, UnknownTopicOrPartitionError
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.settings import ServiceSettings
-from ringfence.kernel.kafka.assignors import AllToOneAssignor, ByInstance
 from ringfence.kernel.kafka.batch_handlers import BatchHandler
-from ringfence.kernel.kafka.committing import COMMIT_MS, OffsetCommitter
 from ringfence.kernel.kafka.connection import connection
 from ringfence.kernel.kafka.data_loss import NO_RESET, LossAwareReader, OnGone
 from ringfence.kernel.kafka.dead_letters import HaltedError
@@ -375,3 +375,103 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
         """Called by aiokafka after a rebalance."""
         self._assigned_anew = True
+
+
+# How far a member of a consumer group has come, as it tells the broker: a few times a second, not after each batch.
+#
+# A commit is a round trip, which would cost as much as handling a record where they come one by one. What is
+# done and not
+# committed yet comes again after a crash; nothing is committed before it is done.
+
+COMMIT_MS = 200
+"""So long after a batch its offsets are committed at the latest, together with those of the batches that followed."""
+
+
+class OffsetCommitter:
+    """The offsets of one member that are not committed yet."""
+
+    def __init__(self, consumer: AIOKafkaConsumer) -> None:
+        self._consumer = consumer
+        self._ends: dict[TopicPartition, int] = {}
+        self._since_s = 0.0
+        """When the first of them was done."""
+
+    def done(self, records: Iterable[Received]) -> None:
+        """The effects of these are durable."""
+        if not self._ends:
+            self._since_s = asyncio.get_running_loop().time()
+        for record in records:
+            partition = TopicPartition(record.topic_name, record.partition)
+            self._ends[partition] = max(self._ends.get(partition, 0), record.offset + 1)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether anything is done and not committed."""
+        return bool(self._ends)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to commit."""
+        return self.waiting and asyncio.get_running_loop().time() >= self._since_s + COMMIT_MS / 1000
+
+    async def flush(self) -> None:
+        """Commit what is done. Where that is refused, it comes again, to whoever has the partition then."""
+        held = self._consumer.assignment()
+        ends = {partition: end for partition, end in self._ends.items() if partition in held}
+        self._ends = {}
+        if not ends:
+            return
+        try:
+            await self._consumer.commit(ends)
+        except (CommitFailedError, IllegalStateError) as error:
+            log.info("what was done was not committed: it comes again (%s)", error)
+        except KafkaError as error:
+            log.warning("committing failed, what was done may come again: %s", error)
+
+
+# Which member of a consumer group has which partitions, where Kafka's own ways do not do.
+
+
+class AllToOneAssignor(RangePartitionAssignor):  # type: ignore[misc]
+    """All partitions to the first member by name, none to the others, who stand by."""
+
+    name = "all-to-one"
+
+    @classmethod
+    def assign(
+        cls, cluster: ClusterMetadata, members: Mapping[str, ConsumerProtocolMemberMetadata]
+    ) -> dict[str, ConsumerProtocolMemberAssignment]:
+        """aiokafka calls it at the member that leads the group. Returns what each member is to have."""
+        first = min(members)
+        nothing = {member: ConsumerProtocolMemberAssignment(cls.version, [], b"") for member in members}
+        return {**nothing, **super().assign(cluster, {first: members[first]})}
+
+
+class ByInstance:
+    """Another assignor, to which members go by the names of their instances, and not by ids that brokers make up.
+
+    So who comes back under its name has what it had. The embedded broker has a leader that comes back assign anew and
+    asks nobody else to join: by the new id another order came of it, and then some partitions had two readers, and
+    others none for ever.
+    """
+
+    def __init__(self, way: type[RangePartitionAssignor], instance: str | None) -> None:
+        """`instance`: the `group_instance_id` of this member, which the others are told."""
+        self.name = way.name
+        self._way = way
+        self._instance = (instance or "").encode()
+
+    def metadata(self, topics: Iterable[str]) -> ConsumerProtocolMemberMetadata:
+        """What this member says of itself as it joins."""
+        return ConsumerProtocolMemberMetadata(self._way.version, list(topics), self._instance)
+
+    def assign(
+        self, cluster: ClusterMetadata, members: Mapping[str, ConsumerProtocolMemberMetadata]
+    ) -> dict[str, ConsumerProtocolMemberAssignment]:
+        """aiokafka calls it at the member that leads the group. Returns what each member is to have, by its id."""
+        ids = {f"{(said.user_data or b'').decode(errors='replace')} {id}": id for id, said in members.items()}
+        given = self._way.assign(cluster, {name: members[id] for name, id in ids.items()})
+        return {ids[name]: what for name, what in given.items()}
+
+    def on_assignment(self, assignment: ConsumerProtocolMemberAssignment) -> None:
+        """Called by aiokafka with what this member has been given."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from aiokafka.errors import KafkaConnectionError, NodeNotReadyError, RequestTimedOutError
 
-from ringfence.kernel.base.now_and_then import RepeatCounter, now_and_then
+from ringfence.kernel.base.log_limiter import RepeatCounter, now_and_then
 from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.kafka.probe import answers
 

@@ -27,10 +27,9 @@ from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower, Reader
 from ringfence.kernel.service.http import HttpServer, ReadyCheck, application
-from ringfence.kernel.service.postponed import DeferredRecords
-from ringfence.kernel.service.trust_updates import take_in
+from ringfence.kernel.service.trust_updates import DeferredRecords, take_in
 from ringfence.kernel.tracing.api import Work
-from ringfence.kernel.tracing.tracing_settings import of_service
+from ringfence.kernel.tracing.export import of_service
 from ringfence.messages.api import PORTS
 from ringfence.messages.base import ServiceRole, Topic
 from ringfence.messages.credential import Coordinates, Reason

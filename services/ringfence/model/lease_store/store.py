@@ -68,8 +68,7 @@ from ringfence.model.lease_store.scripts import (
     counted,
     fencing,
 )
-from ringfence.model.lease_store.servers import QUESTIONS, Servers
-from ringfence.model.lease_store.shards import ShardCall, Shards
+from ringfence.model.lease_store.shards import QUESTIONS, Servers, ShardCall, Shards
 from ringfence.model.lease_store.types import (
     Activation,
     Claimed,

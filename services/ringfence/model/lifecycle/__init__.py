@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from ringfence.model.lifecycle.apply import MAY_WIDEN, apply, command_subject, subject_key
 from ringfence.model.lifecycle.context import Actor, CommandRefusedError, Context
-from ringfence.model.lifecycle.delegation import MAX_DEPTH, agents_of
 from ringfence.model.lifecycle.evidence import may_be_dropped, still_needed
+from ringfence.model.lifecycle.tasks import MAX_DEPTH, agents_of
 
 __all__ = [
     "MAX_DEPTH",

@@ -16,8 +16,14 @@ from ringfence.messages.registry import (
     AgentSuspend,
     AgentTransfer,
 )
-from ringfence.model.lifecycle.checks import check_attestation, check_keys, check_scope, check_sponsor
-from ringfence.model.lifecycle.context import CommandRefusedError, Context
+from ringfence.model.lifecycle.context import (
+    CommandRefusedError,
+    Context,
+    check_attestation,
+    check_keys,
+    check_scope,
+    check_sponsor,
+)
 
 AgentCommand = (
     AgentRegister

@@ -20,8 +20,14 @@ from ringfence.messages.registry import (
     UserSet,
     UserState,
 )
-from ringfence.model.lifecycle.checks import check_keys, check_scope, ended_keys, operator_only
-from ringfence.model.lifecycle.context import CommandRefusedError, Context
+from ringfence.model.lifecycle.context import (
+    CommandRefusedError,
+    Context,
+    check_keys,
+    check_scope,
+    ended_keys,
+    operator_only,
+)
 from ringfence.model.scope.scope import missing
 
 BY_PROVISIONERS: tuple[type[Any], ...] = (UserSet, UserDisable, ProvisionerLink)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from ringfence.messages.registry import (
     TaskAssign,
     TaskDelegate,
     TaskEnd,
     TaskState,
 )
-from ringfence.model.lifecycle.checks import check_scope
-from ringfence.model.lifecycle.context import CommandRefusedError, Context
-from ringfence.model.lifecycle.delegation import agents_of, check_active, delegate
+from ringfence.model.lifecycle.context import CommandRefusedError, Context, check_scope
+from ringfence.model.scope.scope import missing
 
 TaskCommand = TaskAssign | TaskDelegate | TaskEnd
 
@@ -75,3 +76,102 @@ def _end_handed_on(state: TaskState, context: Context) -> TaskState:
         )
     check_active(context)
     return state.model_copy(update={"status": "ended"})
+
+
+# An agent hands part of its task to another: when it may, and what comes of it.
+#
+# Everything here is asked by every reader again, as of the moment that the command was appended: a registry can neither
+# invent such a task nor widen one.
+
+MAX_DEPTH: Final = 3
+"""How many times a task can be handed on: so many agents and one more are in the longest chain."""
+
+
+def agents_of(task: TaskState) -> tuple[str, ...]:
+    """The agents of a task: its own first, then those that handed it on."""
+    return task.act or (task.agent_id,)
+
+
+def delegate(command: TaskDelegate, context: Context) -> TaskState:
+    """The task that is handed on. Raises CommandRefusedError."""
+    parent = _running_parent(command, context)
+    terms = command.terms
+    _check_signer(parent, context)
+    chain = agents_of(parent)
+    if terms.agent_id in chain:
+        raise CommandRefusedError(
+            f"{terms.agent_id} is in the chain already ({', '.join(reversed(chain))}): work does not come back to who "
+            "handed it on",
+            code="delegation_loop",
+        )
+    if len(chain) > MAX_DEPTH:
+        raise CommandRefusedError(
+            f"the task was handed on {MAX_DEPTH} times already, and no further: do it, or hand it on earlier",
+            code="delegation_too_deep",
+        )
+    check_scope(terms.scope)
+    if lacking := missing(terms.scope, parent.scope):
+        first = lacking[0]
+        names = f"{', '.join(first.verbs)} on {', '.join(first.resources)} at {first.target}"
+        raise CommandRefusedError(
+            f"task {parent.task_id} does not allow {names[:500]}: hand on what it allows, or less",
+            code="beyond_parent",
+        )
+    if terms.not_after > parent.not_after:
+        raise CommandRefusedError(
+            f"task {parent.task_id} ends {terms.not_after - parent.not_after} s earlier than that; set an earlier end",
+            code="later_than_parent",
+        )
+    if terms.not_after <= context.at_s:
+        raise CommandRefusedError(
+            "the task would have ended before it began; set a later end", code="task_over"
+        )
+    return TaskState(
+        task_id=context.command_id,
+        agent_id=terms.agent_id,
+        purpose=terms.purpose,
+        scope=terms.scope,
+        not_after=terms.not_after,
+        on_behalf_of=parent.on_behalf_of,
+        assigned_by=parent.assigned_by,
+        status="active",
+        parent=parent.task_id,
+        act=(terms.agent_id, *chain),
+    )
+
+
+def _running_parent(command: TaskDelegate, context: Context) -> TaskState:
+    """The task that a part is taken of, which runs, as do those that it is a part of itself."""
+    parent = context.task_at(command.parent)
+    task = parent
+    while True:
+        if task is None:
+            raise CommandRefusedError(
+                f"there was no task {command.parent} then, to hand on a part of", code="unknown_parent"
+            )
+        if task.status != "active" or task.not_after <= context.at_s:
+            raise CommandRefusedError(
+                f"task {task.task_id} has ended, and so has every part of it", code="task_ended"
+            )
+        if task.parent is None:
+            break
+        task = context.task_at(task.parent)
+    assert parent is not None
+    return parent
+
+
+def _check_signer(parent: TaskState, context: Context) -> None:
+    agent = context.actor.agent
+    if agent is None or agent.agent_id != parent.agent_id:
+        raise CommandRefusedError(
+            f"only {parent.agent_id}, whose task {parent.task_id} is, hands on parts of it",
+            code="not_task_agent",
+        )
+    check_active(context)
+
+
+def check_active(context: Context) -> None:
+    """An agent gives commands only while it is active; whoever else gives one may pass."""
+    agent = context.actor.agent
+    if agent is not None and agent.status != "active":
+        raise CommandRefusedError(f"agent {agent.agent_id} is {agent.status}", code=f"agent_{agent.status}")

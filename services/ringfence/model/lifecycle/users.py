@@ -9,8 +9,14 @@ from ringfence.messages.registry import (
     UserSet,
     UserState,
 )
-from ringfence.model.lifecycle.checks import check_keys, check_scope, ended_keys, operator_only
-from ringfence.model.lifecycle.context import CommandRefusedError, Context
+from ringfence.model.lifecycle.context import (
+    CommandRefusedError,
+    Context,
+    check_keys,
+    check_scope,
+    ended_keys,
+    operator_only,
+)
 from ringfence.model.lifecycle.provisioners import disable_by_provisioner, provisioned_of, set_by_provisioner
 from ringfence.model.scope.scope import missing
 

@@ -11,7 +11,7 @@ import orjson
 
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.registry import AgentState, EmbeddedCommand, TaskState, UserState
-from ringfence.model.leases.short_lived import is_short_lived, is_task_bound
+from ringfence.model.leases.lifecycle import is_short_lived, is_task_bound
 from ringfence.policy.agents.holdings import Ending, Live
 from ringfence.policy.agents.usage import DAY_S, Verb, verbs_of
 

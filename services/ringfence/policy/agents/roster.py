@@ -23,7 +23,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.policy.agents.holdings import Holdings
 from ringfence.policy.agents.inventory import Facts, InventoryRow, line_of, next_change_s
-from ringfence.policy.agents.sightings import KeyLastSeen
+from ringfence.policy.agents.usage import KeyLastSeen
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,7 @@ from ringfence.model.records.api_access import Authenticator, NotFoundError
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.policy.agents.holdings import Holdings
-from ringfence.policy.agents.sightings import KeyLastSeen
-from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS, narrower, verbs_of
+from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS, KeyLastSeen, narrower, verbs_of
 
 
 class UsageApi:

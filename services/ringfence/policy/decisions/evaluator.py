@@ -23,7 +23,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import DeniedError, load_context, violations
 from ringfence.policy.agents.holdings import MAX_HELD, Holdings
-from ringfence.policy.decisions.steps import say, step_of
+from ringfence.policy.decisions.responder import say, step_of
 from ringfence.policy.domain import Case, Evaluation, InputBuilder, Ruling, approver, denied, rule, signer
 from ringfence.policy.grants import GrantBook
 from ringfence.rego.engine import PolicyEngine, PolicyFailedError, PolicyResult

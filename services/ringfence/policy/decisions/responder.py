@@ -15,13 +15,13 @@ from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, Signed, sign, sign_payloa
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.kernel.tracing.api import Span, Tracing, Work
 from ringfence.messages.approval import Approval, ApprovalRequest
-from ringfence.messages.credential import CredentialDecision, Reason, ReplyContent
+from ringfence.messages.credential import CredentialDecision, Outcome, Reason, ReplyContent
 from ringfence.messages.topics import APPROVAL_REQUEST, CREDENTIAL_DECISION, CREDENTIAL_REPLY
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import DeniedError, load_context
 from ringfence.policy.decision_log import Approvers, Decisions, RecordPosition, RequestState
-from ringfence.policy.decisions.steps import say, step_of
 from ringfence.policy.domain import Case, Evaluation, people_to_ask
 from ringfence.policy.notifications.notices import Notices
 
@@ -207,3 +207,23 @@ def _too_large(decision: CredentialDecision) -> CredentialDecision:
             "expires_at": None,
         }
     )
+
+
+# What the trace of a request says of policy's part in it.
+
+
+def step_of(case: Case, name: str, tracing: Tracing) -> Span:
+    """Something that is done about one request."""
+    facts = {
+        "request_id": case.request_id,
+        "agent_id": case.agent_id,
+        "task_id": case.request.claims.task_id,
+    }
+    return tracing.step(name, Work(case.traceparent, facts))
+
+
+def say(span: Span, outcome: Outcome, reasons: Sequence[Reason]) -> None:
+    """What it came to; of a denial also why."""
+    span.note(outcome=outcome)
+    if outcome == "denied":
+        span.refused(*(reason.code for reason in reasons))

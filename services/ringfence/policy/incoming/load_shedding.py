@@ -18,7 +18,7 @@ import orjson
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
-from ringfence.kernel.base.now_and_then import now_and_then
+from ringfence.kernel.base.log_limiter import now_and_then
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import random
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import httpx
@@ -16,17 +16,22 @@ import httpx
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.base.secret_refs import PlaceError, read_secret
-from ringfence.kernel.crypto.jws import Signed
-from ringfence.messages.approval import ApprovalRequest
+from ringfence.kernel.crypto.jws import ExpiredError, Signed, parse, verify
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.approval import ActionRequest, ApprovalRequest
+from ringfence.messages.base import typ_header
 from ringfence.messages.credential import CredentialRequest
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.facts import DeniedError, load_context
+from ringfence.model.requests.facts import DeniedError, find_ground, load_context
 from ringfence.policy.decision_log import Decisions
 from ringfence.policy.notifications.webhook import (
     Webhook,
     WebhookError,
     body_of,
+    body_of_action,
     parse_webhook,
     signed_headers,
 )
@@ -215,3 +220,42 @@ class Notices:
 
     def _webhook(self, user_id: str) -> Webhook:
         return parse_webhook(read_secret(self._places[user_id], f"the webhook of {user_id}"))
+
+
+# Sponsors are told of single actions that wait: from what a gateway signed and from verified records. Hints alone.
+
+
+def teller(runtime: Runtime, directory: Directory, notices: Notices) -> Callable[[Received], Awaitable[None]]:
+    """A handler of `approval.request`: what policy itself asks is told where it is asked, and passed over here."""
+
+    async def tell(record: Received) -> None:
+        """Raises InvalidMessageError where no gateway signed it."""
+        jws = parse(record.value)
+        if jws.header.typ == typ_header(ApprovalRequest):
+            return
+        find = runtime.trust.finder(*ActionRequest.signed_by, at_s=record.appended_at_ms / 1000)
+        audience = runtime.settings.trust_domain
+        try:
+            claims = verify(
+                jws, ActionRequest, find,
+                audience=audience, appended_at_ms=record.appended_at_ms,
+            ).claims  # fmt: skip
+            ground = find_ground(directory, claims.agent_id, claims.task_id, claims.target_id)
+        except (ExpiredError, DeniedError):
+            return  # nobody could answer it
+        id, sponsor = message_id(claims.iss, claims.jti), ground.agent.state.sponsor
+        over = claims.exp * 1000 <= runtime.clock.now_ms()
+        if over or not notices.wants(sponsor, id):
+            return
+        notices.deliver(
+            Notice(
+                id,
+                sponsor,
+                f"action {id}",
+                claims.exp,
+                lambda: True,
+                lambda: body_of_action(id, claims, ground),
+            )
+        )
+
+    return tell

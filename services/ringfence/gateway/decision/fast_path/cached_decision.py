@@ -23,7 +23,7 @@ from ringfence.gateway.events.task_history import Earlier
 from ringfence.gateway.state.view import View
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.tallies import TalliedCounter
+from ringfence.kernel.base.metrics import TalliedCounter
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets.request_map import Action
