@@ -93,7 +93,7 @@ def _writers(constant: str) -> list[str]:
 
 
 def _packages_with(pattern: re.Pattern[str]) -> Iterator[str]:
-    root = Path(metrics.__file__).parents[1]
+    root = Path(metrics.__file__).parents[2]
     for file in root.rglob("*.py"):
         if pattern.search(file.read_text()):
             yield file.relative_to(root).parts[0]

@@ -291,7 +291,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 SHOWS = """
 import sys
-from ringfence.cli import output
+from ringfence.cli.shared import output
 from ringfence.cli.main import main
 import ringfence.cli.commands.key as key
 text = "d\\u00e9ploie \\u2713 \\U0001f916 \\u202e"

@@ -41,7 +41,7 @@ class Desk:
                 self.directory.on_records([record])
         return self.reachable
 
-    async def send_and_wait(self, record: Received, error: InvalidMessageError) -> None:
+    async def send(self, record: Received, error: InvalidMessageError) -> None:
         self.buried.append(error.code)
 
     async def look(self, *records: Received) -> list[str]:

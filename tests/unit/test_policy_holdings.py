@@ -391,7 +391,7 @@ def count_opened(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         opened.append(jws)
         return verify_lease(jws, trust, clock, **more)
 
-    monkeypatch.setattr("ringfence.policy.agents.holdings.open_lease", counting)
+    monkeypatch.setattr("ringfence.policy.agents.holdings.verify_lease", counting)
     return opened
 
 

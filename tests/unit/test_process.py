@@ -90,7 +90,7 @@ FLOODED = """
 import logging
 from types import SimpleNamespace
 
-from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.service.process import run
 
 
@@ -99,7 +99,7 @@ class Service:
 
     async def run(self, stop):
         for number in range(100):
-            logging.getLogger("ringfence").warning("bad record %d", number, extra=of_a_kind("heartbeat"))
+            logging.getLogger("ringfence").warning("bad record %d", number, extra=rate_limited("heartbeat"))
 
 
 run([Service()], SimpleNamespace(log_format="json", log_level="info"))
