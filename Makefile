@@ -78,7 +78,8 @@ mutants: $(STAMP) ## mistakes put into the modules that decide, one at a time: u
 	$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy, import-linter
-	@status=0; for check in "ruff check ." "ruff format --check ." mypy lint-imports; do \
+	@status=0; for check in "ruff check ." "ruff format --check ." mypy \
+		lint-imports "lint-imports --config tools/import_cycles.toml"; do \
 		echo "$(BIN)/$$check"; $(BIN)/$$check || status=1; \
 	done; exit $$status
 
