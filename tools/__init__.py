@@ -1,1 +1,1 @@
-"""Programs for maintainers: generators of schemas and references, and checks of the code's structure."""
+"""Programs for maintainers: generators of schemas and references, and checks of names and structure."""
