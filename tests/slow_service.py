@@ -27,7 +27,7 @@ def main(work_s: float) -> int:
         await asyncio.sleep(work_s)
         await runtime.event("finding", "done", about=(record.offset,))
 
-    runtime.consume(GROUP, {CREDENTIAL_REQUEST: sequential(handle, runtime.letters)})
+    runtime.consume(GROUP, {CREDENTIAL_REQUEST: sequential(handle, runtime.dead_letters)})
     return run([runtime], settings)
 
 

@@ -238,7 +238,7 @@ async def test_a_batch_that_waits_for_longer_than_a_member_may_is_handled_all_th
         await seen.add(record)
 
     handlers = {CREDENTIAL_REQUEST: sequential(handle, letters(publisher))}
-    consumer = Consumer(settings, "g", handlers, patience_ms=1000)
+    consumer = Consumer(settings, "g", handlers, max_poll_interval_ms=1000)
     async with consuming(consumer), asyncio.timeout(WITHIN_S):
         await send(publisher, "one", "two")
         while consumer._consumer is None or not consumer._consumer.assignment():

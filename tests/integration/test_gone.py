@@ -45,7 +45,7 @@ async def remove(settings: ServiceSettings, until: int) -> None:
 class Reading:
     """A member of a group, what it was given and told, and a way to wait for that."""
 
-    def __init__(self, settings: ServiceSettings, *, from_the_first: bool = False) -> None:
+    def __init__(self, settings: ServiceSettings, *, report_initial_gap: bool = False) -> None:
         self.values: list[str] = []
         self.told: list[LostRange] = []
         self.fails = 0
@@ -54,8 +54,8 @@ class Reading:
             settings,
             "readers",
             {CREDENTIAL_REQUEST: self._on_batch},
-            on_gone=self._on_gone,
-            from_the_first=from_the_first,
+            on_data_loss=self._on_gone,
+            report_initial_gap=report_initial_gap,
         )
 
     async def _on_batch(self, batch: Sequence[Received]) -> None:
@@ -113,7 +113,7 @@ async def test_it_does_not_go_on_before_somebody_was_told(
 ) -> None:
     await send(publisher, "0", "1", "2")
     await remove(settings, 2)
-    reading = Reading(settings, from_the_first=True)
+    reading = Reading(settings, report_initial_gap=True)
     reading.fails = 2
     async with reading.going_on():
         await reading.until("2")

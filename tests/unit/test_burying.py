@@ -29,14 +29,14 @@ class Broker:
     """Acknowledges nothing before so many letters have come."""
 
     def __init__(self, together: int = TOGETHER) -> None:
-        self.letters: list[str] = []
+        self.dead_letters: list[str] = []
         self._together = together
         self._waiting: list[asyncio.Future[None]] = []
 
     async def send(self, topic: Any, key: str, value: str, **_: Any) -> Awaitable[None]:
-        self.letters.append(value)
+        self.dead_letters.append(value)
         self._waiting.append(asyncio.get_running_loop().create_future())
-        if len(self.letters) == self._together:
+        if len(self.dead_letters) == self._together:
             for one in self._waiting:
                 one.set_result(None)
         return self._waiting[-1]
@@ -92,13 +92,13 @@ async def test_the_letters_of_a_batch_are_waited_for_together(make: Any):
     broker = Broker()
     async with asyncio.timeout(WITHIN_S):
         await make(broker)(records(*["good", "bad"] * TOGETHER))
-    assert len(broker.letters) == TOGETHER
+    assert len(broker.dead_letters) == TOGETHER
 
 
 async def test_a_batch_is_not_over_before_its_letters_are_there():
     broker = Broker(2)
     batch = asyncio.ensure_future(sequential(handle, letters(broker))(records("bad", "good")))
-    while not broker.letters:
+    while not broker.dead_letters:
         await asyncio.sleep(0)
     for _ in range(100):  # everything else that it could do, it does
         await asyncio.sleep(0)
@@ -127,4 +127,4 @@ async def test_nothing_is_handled_behind_the_record_that_halts():
         await asyncio.wait_for(sequential(refuse, counting)(batch), WITHIN_S)
     assert halted.value.record == batch[MAX_INVALID_SIGNED]
     assert handled == [record.offset for record in batch[: MAX_INVALID_SIGNED + 1]]
-    assert len(broker.letters) == MAX_INVALID_SIGNED
+    assert len(broker.dead_letters) == MAX_INVALID_SIGNED

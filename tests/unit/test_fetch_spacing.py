@@ -11,7 +11,7 @@ import pytest
 from aiokafka.errors import NodeNotReadyError
 
 from ringfence.kernel.kafka.embedded_broker import hold_fetches
-from ringfence.kernel.kafka.fetch_control import MUCH_BYTES, BatchDelay, Fetches
+from ringfence.kernel.kafka.fetch_control import MUCH_BYTES, BatchDelay, FetchControl
 
 _FETCH, _HEARTBEAT = 1, 12
 
@@ -79,7 +79,7 @@ async def test_a_fetch_that_brings_nothing_for_too_long_is_answered_with_nothing
 
 async def test_after_what_came_records_gather_and_the_first_after_a_silence_does_not_wait() -> None:
     client = Client([answer(), answer(b"record"), answer(b"record")])
-    Fetches(of(client), linger_ms=50)
+    FetchControl(of(client), linger_ms=50)
     for _ in range(3):
         await client.send(1, FETCH)
         await client.send(1, HEARTBEAT)
@@ -99,7 +99,7 @@ async def test_after_a_fetch_that_failed_the_next_waits_where_it_can_be_called_o
         raise failed
 
     client.send = fails  # type: ignore[method-assign]
-    Fetches(of(client))
+    FetchControl(of(client))
     began_s = asyncio.get_running_loop().time()
     assert list((await client.send(1, FETCH)).topics) == [], (
         "nothing came, and aiokafka is told of no failure"
@@ -113,7 +113,7 @@ async def test_after_a_fetch_that_failed_the_next_waits_where_it_can_be_called_o
 
 async def test_behind_a_broker_that_has_much_nobody_waits() -> None:
     client = Client([answer(b"x" * MUCH_BYTES)])
-    Fetches(of(client), linger_ms=600_000)
+    FetchControl(of(client), linger_ms=600_000)
     async with asyncio.timeout(10):
         await client.send(1, FETCH)
         await client.send(1, FETCH)
@@ -121,15 +121,15 @@ async def test_behind_a_broker_that_has_much_nobody_waits() -> None:
 
 async def test_nothing_is_fetched_while_a_batch_is_handled() -> None:
     client = Client([answer(b"record")])
-    fetches = Fetches(of(client))
-    fetches.hold()
+    fetches = FetchControl(of(client))
+    fetches.pause()
     fetching = asyncio.create_task(client.send(1, FETCH))
     for _ in range(10):  # the fetch has its turns
         await asyncio.sleep(0)
     await client.send(1, HEARTBEAT)
     assert at(client, 1) == []
     done_s = asyncio.get_running_loop().time()
-    fetches.go_on(0.05)
+    fetches.resume(0.05)
     assert list((await fetching).topics) == [], (
         "made when some partitions still had records here, so it lacks them"
     )

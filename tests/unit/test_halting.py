@@ -61,7 +61,7 @@ class Reader:
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self.letters = DeadLetters(cast(Any, Broker()), "test", SystemClock(), services.trust)
+        self.dead_letters = DeadLetters(cast(Any, Broker()), "test", SystemClock(), services.trust)
         self._offset = 0
 
     async def take(self, topic: Topic[Any], value: str, at_ms: int = NOW_MS) -> None:
@@ -69,7 +69,7 @@ class Reader:
         record = Received(topic, f"t.{topic.what}.v1", 0, self._offset, at_ms, "k", value.encode())
         with pytest.raises(InvalidMessageError) as refused:
             self._open(record)
-        await self.letters.send(record, refused.value)
+        await self.dead_letters.send(record, refused.value)
 
     async def take_all(self, topic: Topic[Any], values: Sequence[str], at_ms: int = NOW_MS) -> bool:
         """Whether it halted."""
@@ -185,10 +185,10 @@ async def test_after_the_end_of_the_bundle_only_who_may_write_there_is_waited_fo
         refused = InvalidMessageError("nobody is believed", code="key_unknown")
         if role in model.signed_by:
             with pytest.raises(UnavailableError):
-                await Reader(services).letters.send(record, refused)
+                await Reader(services).dead_letters.send(record, refused)
             assert len(kept) == 2, "it is read again"
         else:
-            await Reader(services).letters.send(record, refused)
+            await Reader(services).dead_letters.send(record, refused)
             assert len(kept) == 1
 
 

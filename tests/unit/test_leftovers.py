@@ -6,13 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from ringfence.kernel.kafka.consumer import Consumer
-from ringfence.kernel.kafka.fetch_control import Fetches
+from ringfence.kernel.kafka.fetch_control import FetchControl
 
 
 class Kept:
     """Hands out what is here of a fetch, and notes whether the next one was held back meanwhile."""
 
-    def __init__(self, fetches: Fetches, *kept: dict[Any, list[Any]]) -> None:
+    def __init__(self, fetches: FetchControl, *kept: dict[Any, list[Any]]) -> None:
         self._fetches, self._kept = fetches, list(kept)
         self.asked: list[tuple[bool, bool]] = []
 
@@ -23,12 +23,12 @@ class Kept:
 
 async def test_nothing_is_fetched_before_what_is_here_was_handled() -> None:
     subscription = SimpleNamespace(fetch_context=None)
-    fetches = Fetches(SimpleNamespace(_client=SimpleNamespace(send=None), _subscription=subscription))
+    fetches = FetchControl(SimpleNamespace(_client=SimpleNamespace(send=None), _subscription=subscription))
     consumer = Consumer.__new__(Consumer)
     consumer._max_records, consumer._gathering_s = 32, 0.0
     consumer._onward = kept = Kept(fetches, {"here": [1]})  # type: ignore[assignment]
     commits: Any = SimpleNamespace(waiting=False, due=False)
-    fetches.hold()
+    fetches.pause()
     assert await consumer._next(None, fetches, commits) == {"here": [1]}
     assert kept.asked == [(True, False)], "it is taken without waiting, and the next fetch stays held"
     assert await consumer._next(None, fetches, commits) == {}

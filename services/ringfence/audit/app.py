@@ -91,7 +91,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
         each_s = max(0.1, own.linger_ms / 1000)
         runtime.background("detections", lambda: detector.tell_always(indexed.complete, each_s))
     runtime.consume(
-        "audit", handlers.batches(), max_records=1000, linger_ms=own.linger_ms, from_the_first=True
+        "audit", handlers.batches(), max_records=1000, linger_ms=own.linger_ms, report_initial_gap=True
     )
     _look_at_what_is_followed(runtime, own, directory)
     _chain(runtime, own, writer)
@@ -120,7 +120,7 @@ def _look_at_what_is_followed(runtime: Runtime, own: AuditSettings, directory: D
         max_records=100,
         linger_ms=_PATIENTLY * own.linger_ms,
         # Strangers may leave transactions open anywhere.
-        uncommitted=True,
+        read_uncommitted=True,
         # Heartbeats go after an hour, and nothing that is true is lost with them here.
         tell_gone=False,
     )
@@ -133,8 +133,8 @@ def _chain(runtime: Runtime, own: AuditSettings, chain: ChainWriter) -> None:
         max_records=1000,
         linger_ms=own.linger_ms,
         on_assigned=chain.on_assigned,
-        alone=True,
-        from_the_first=True,
+        single_active=True,
+        report_initial_gap=True,
     )
     runtime.background("checkpoints", chain.sign_now_and_then)
     runtime.background("strays", chain.bury_strays)

@@ -44,14 +44,14 @@ class MalformedRecordHandler:
         trust: TrustStore,
         directory: Directory,
         clock: Clock,
-        letters: DeadLetters,
+        dead_letters: DeadLetters,
         caught_up: Callable[[float], Awaitable[bool]],
     ) -> None:
         """`caught_up`: see `Runtime.tables_caught_up`, of the tables in `directory`."""
         self._trust = trust
         self._directory = directory
         self._clock = clock
-        self._letters = letters
+        self._dead_letters = dead_letters
         self._caught_up = caught_up
 
     def batches(self) -> dict[Topic[Any], BatchHandler]:
@@ -61,7 +61,7 @@ class MalformedRecordHandler:
             AUDIT_CHECKPOINT: self._checkpoint,
             SIGNAL_STREAM: self._stream,
         }
-        return {topic: concurrent(handle, self._letters) for topic, handle in handlers.items()}
+        return {topic: concurrent(handle, self._dead_letters) for topic, handle in handlers.items()}
 
     async def _heartbeat(self, record: Received) -> None:
         self._require_trust(record)

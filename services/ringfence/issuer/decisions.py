@@ -227,7 +227,7 @@ class DecisionHandler:
                 continue
             if signed.claims.outcome == "allowed":
                 opened.append(Decision(signed, record.coordinates, record.traceparent))
-        await gather_all(self._runtime.letters.send(record, problem) for record, problem in failed)
+        await gather_all(self._runtime.dead_letters.send(record, problem) for record, problem in failed)
         return opened
 
     async def _weigh(self, decisions: Sequence[Decision]) -> list[Issue | Refusal]:

@@ -155,7 +155,7 @@ def build(
         await granting.handle(record)
         return None
 
-    responses = sequential(respond, runtime.letters)
+    responses = sequential(respond, runtime.dead_letters)
 
     async def respond_to_all(batch: Sequence[Received]) -> None:
         approvals.came(batch)
@@ -165,7 +165,7 @@ def build(
     consumer = runtime.consume(
         "policy",
         {
-            CREDENTIAL_REQUEST: concurrent(requests.handle, runtime.letters),
+            CREDENTIAL_REQUEST: concurrent(requests.handle, runtime.dead_letters),
             APPROVAL_RESPONSE: respond_to_all,
         },
         on_assigned=remember,

@@ -45,7 +45,7 @@ def build(
     registry.history = runtime.history((SERVICE_EVENT,), on_events, since_ms=since_ms)
     commands = runtime.consume(
         "registry",
-        {REGISTRY_COMMAND: sequential(registry.on_command, runtime.letters)},
+        {REGISTRY_COMMAND: sequential(registry.on_command, runtime.dead_letters)},
         on_assigned=registry.catch_up,
     )
     command_topic = REGISTRY_COMMAND.name(settings.topic_prefix)

@@ -132,7 +132,9 @@ def build(
     forgetter = LeaseTombstoner(runtime, mine, after_s=own.forget_after_s, every_s=own.forget_every_s)
     runtime.background("sweeping", sweeper.run)
     runtime.background("forgetting", forgetter.run)
-    runtime.consume("revoker-records", dict.fromkeys(RECORD_TOPICS, sequential(records, runtime.letters)))
+    runtime.consume(
+        "revoker-records", dict.fromkeys(RECORD_TOPICS, sequential(records, runtime.dead_letters))
+    )
     issued = IssuedLeaseRecheck(runtime, directory, store, said, patience_s=own.patience_s)
 
     async def on_issued(batch: Sequence[Received]) -> None:

@@ -102,8 +102,8 @@ class Delivery:
             f"signals-{stream.id}",
             {LEASE: self._handle},
             max_records=AT_A_TIME,
-            alone=True,
-            patience_ms=_PATIENCE_MS,
+            single_active=True,
+            max_poll_interval_ms=_PATIENCE_MS,
             on_halted=runtime.tell_halted,
         )
 
@@ -287,7 +287,7 @@ class Delivery:
                 record.value, runtime.trust, runtime.clock, appended_at_ms=record.appended_at_ms
             )
         except InvalidMessageError as error:
-            await runtime.letters.send(record, error)
+            await runtime.dead_letters.send(record, error)
             return None
         return None if self._epochs.is_void(record, lease.epoch) else lease
 

@@ -286,7 +286,7 @@ class ChainWriter:
         try:
             return opened_intake(record, self._runtime.trust).events
         except InvalidMessageError as error:
-            await self._runtime.letters.send(record, error)
+            await self._runtime.dead_letters.send(record, error)
             return ()
 
     # --- checkpoints ---
@@ -336,7 +336,7 @@ class ChainWriter:
         left = self._strays.left_of(found)
         if left is not None:
             strays = [record for record in records if left.has(record.offset)]
-            await gather_all(self._runtime.letters.send(record, why_not(record)) for record in strays)
+            await gather_all(self._runtime.dead_letters.send(record, why_not(record)) for record in strays)
         self._strays.settled(found)
         await self._commit_looked_at()
 

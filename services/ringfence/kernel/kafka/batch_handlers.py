@@ -20,7 +20,7 @@ Handler = Callable[[Received], Awaitable[Awaitable[object] | None]]
 InvalidMessageError sends it to the dead letters."""
 
 
-def sequential(handle: Handler, letters: DeadLetters) -> BatchHandler:
+def sequential(handle: Handler, dead_letters: DeadLetters) -> BatchHandler:
     """A batch handler that takes records in order, each after the one before.
 
     What is invalid holds up nothing: its dead letters are waited for together, at the end, with what `handle` returned.
@@ -35,7 +35,7 @@ def sequential(handle: Handler, letters: DeadLetters) -> BatchHandler:
                         outstanding.append(later)
                     metrics.RECORDS.labels(record.topic.what, "done").inc()
                 except InvalidMessageError as error:
-                    outstanding.append(await letters.enqueue(record, error))
+                    outstanding.append(await dead_letters.enqueue(record, error))
                 record.span.end()
         finally:
             await gather_all(outstanding)
@@ -43,7 +43,7 @@ def sequential(handle: Handler, letters: DeadLetters) -> BatchHandler:
     return handle_batch
 
 
-def concurrent(handle: Handler, letters: DeadLetters) -> BatchHandler:
+def concurrent(handle: Handler, dead_letters: DeadLetters) -> BatchHandler:
     """A batch handler that takes all records of a batch at once. For handlers to which order means nothing."""
 
     async def settle(record: Received) -> bool:
@@ -52,7 +52,7 @@ def concurrent(handle: Handler, letters: DeadLetters) -> BatchHandler:
                 await later
             done = True
         except InvalidMessageError as error:
-            await letters.send(record, error)
+            await dead_letters.send(record, error)
             done = False
         record.span.end()
         return done

@@ -28,9 +28,9 @@ from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.batch_handlers import BatchHandler
 from ringfence.kernel.kafka.connection import connection
-from ringfence.kernel.kafka.data_loss import NO_RESET, LossAwareReader, OnGone
+from ringfence.kernel.kafka.data_loss import NO_RESET, LossAwareReader, OnDataLoss
 from ringfence.kernel.kafka.dead_letters import HaltedError
-from ringfence.kernel.kafka.fetch_control import BatchDelay, Fetches, fetch_options
+from ringfence.kernel.kafka.fetch_control import BatchDelay, FetchControl, fetch_options
 from ringfence.kernel.kafka.record import Received, received
 from ringfence.kernel.kafka.table_reader import paced
 from ringfence.kernel.tracing.api import NOT_TRACING, Tracing
@@ -71,12 +71,12 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         max_records: int = 32,
         linger_ms: int = 0,
         on_assigned: Callable[[], Awaitable[None]] | None = None,
-        alone: bool = False,
-        patience_ms: int = 600_000,
-        on_gone: OnGone | None = None,
+        single_active: bool = False,
+        max_poll_interval_ms: int = 600_000,
+        on_data_loss: OnDataLoss | None = None,
         on_halted: Callable[[HaltedError], Awaitable[None]] | None = None,
-        from_the_first: bool = False,
-        uncommitted: bool = False,
+        report_initial_gap: bool = False,
+        read_uncommitted: bool = False,
         tracing: Tracing = NOT_TRACING,
     ) -> None:
         """Args:
@@ -89,16 +89,16 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 take far less CPU than many small ones.
             on_assigned: awaited before the first record after each assignment, e.g. until a local table is complete.
             alone: one member has all partitions, the others stand by.
-            patience_ms: after so long over one batch a member counts as dead.
-            on_gone: told of records that Kafka removed before this group had read them.
+            max_poll_interval_ms: after so long over one batch a member counts as dead.
+            on_data_loss: told of records that Kafka removed before this group had read them.
             on_halted: told once where this member has halted.
-            from_the_first: whether that counts as well of what was gone before the group read its first record.
+            report_initial_gap: whether that counts as well of what was gone before the group read its first record.
             uncommitted: read also what no transaction has committed, for whoever looks for what should not be there.
         """  # fmt: skip
-        self._uncommitted = uncommitted
+        self._read_uncommitted = read_uncommitted
         self._on_halted = on_halted
         self._halting: asyncio.Task[None] | None = None
-        self._patience_ms = patience_ms
+        self._max_poll_interval_ms = max_poll_interval_ms
         self._tracing = tracing
         self.group = f"{settings.topic_prefix}.{group}"
         self._settings = settings
@@ -107,20 +107,20 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._max_records = max_records
         self._linger_ms = linger_ms
         self._on_assigned = on_assigned
-        way = AllToOneAssignor if alone else RangePartitionAssignor
+        way = AllToOneAssignor if single_active else RangePartitionAssignor
         self._assignor = ByInstance(way, settings.instance)
         self._assigned_anew = True
         self._gathering = BatchDelay(max_records)
         self._gathering_s = 0.0
         self._consumer: AIOKafkaConsumer | None = None
         self._commits: OffsetCommitter | None = None
-        self._fetches: Fetches | None = None
+        self._fetches: FetchControl | None = None
         self._ahead: dict[TopicPartition, tuple[int, Received]] = {}
         """What was read ahead of each partition, behind the batch under way: the first offset and the last record."""
         self._draining = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._onward = LossAwareReader(self.group, on_gone, from_the_first=from_the_first)
+        self._onward = LossAwareReader(self.group, on_data_loss, report_initial_gap=report_initial_gap)
         self.gone = self._onward.gone
         """What Kafka removed, or lost."""
         self.halted: str | None = None
@@ -140,10 +140,10 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             group_instance_id=self._settings.instance,
             enable_auto_commit=False,
             auto_offset_reset=NO_RESET,
-            **fetch_options(self._topics.values(), uncommitted=self._uncommitted),
+            **fetch_options(self._topics.values(), read_uncommitted=self._read_uncommitted),
             session_timeout_ms=10_000,
             heartbeat_interval_ms=1_000,
-            max_poll_interval_ms=self._patience_ms,
+            max_poll_interval_ms=self._max_poll_interval_ms,
             partition_assignment_strategy=(self._assignor,),
         )
         fetches, commits = paced(consumer, self._settings, self._linger_ms), OffsetCommitter(consumer)
@@ -216,7 +216,9 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 log.error("Kafka at %s does not answer: %s", self._settings.kafka, error)
             await asyncio.sleep(1)
 
-    async def _step(self, consumer: AIOKafkaConsumer, fetches: Fetches, commits: OffsetCommitter) -> None:
+    async def _step(
+        self, consumer: AIOKafkaConsumer, fetches: FetchControl, commits: OffsetCommitter
+    ) -> None:
         try:
             batches = await self._next(consumer, fetches, commits)
         except KafkaError as error:
@@ -233,7 +235,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             return
         # What comes while a batch is handled gathers at the broker for the next one: read ahead, every handler would be
         # given a batch of one or two.
-        fetches.hold()
+        fetches.pause()
         self._idle.clear()
         try:
             await self._handle(consumer, commits, batches)
@@ -243,13 +245,13 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             self._idle.set()
 
     async def _next(
-        self, consumer: AIOKafkaConsumer, fetches: Fetches, commits: OffsetCommitter
+        self, consumer: AIOKafkaConsumer, fetches: FetchControl, commits: OffsetCommitter
     ) -> dict[TopicPartition, list[Any]]:
         """What is left of what came before; then what comes. Raises KafkaError."""
         if fetches.held:
             batches = await self._onward.next(consumer, timeout_ms=0, max_records=self._max_records)
             if not batches:
-                fetches.go_on(self._gathering_s)
+                fetches.resume(self._gathering_s)
             if commits.due:
                 await commits.flush()
             if batches:

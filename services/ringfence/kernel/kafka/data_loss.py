@@ -44,21 +44,21 @@ class LostRange(NamedTuple):
         return f"{which} of {self.topic_name}, partition {self.partition}, went from Kafka {when} {self.by} had read it"
 
 
-OnGone = Callable[[LostRange], Awaitable[None]]
+OnDataLoss = Callable[[LostRange], Awaitable[None]]
 
 
 class LossAwareReader:
     """How one reader reads on."""
 
-    def __init__(self, by: str, on_gone: OnGone | None, *, from_the_first: bool = False) -> None:
+    def __init__(self, by: str, on_data_loss: OnDataLoss | None, *, report_initial_gap: bool = False) -> None:
         """Args:
             by: who reads.
-            on_gone: told first; while it raises, the reader stays where it is.
-            from_the_first: whether what was gone before a group read its first record counts.
+            on_data_loss: told first; while it raises, the reader stays where it is.
+            report_initial_gap: whether what was gone before a group read its first record counts.
         """  # fmt: skip
         self._by = by
-        self._on_gone = on_gone
-        self._from_the_first = from_the_first
+        self._on_data_loss = on_data_loss
+        self._report_initial_gap = report_initial_gap
         self.gone: dict[tuple[str, int], LostRange] = {}
         """By topic's name and partition: what was gone last."""
 
@@ -93,13 +93,13 @@ class LossAwareReader:
         if wanted is not None and start <= wanted <= end:
             return  # it was there again by now
         gone = _gone(at, wanted, start, end, self._by)
-        if gone is not None and (wanted is not None or self._from_the_first):
+        if gone is not None and (wanted is not None or self._report_initial_gap):
             await self._tell(gone)
         consumer.seek(at, start)
 
     async def _tell(self, gone: LostRange) -> None:
-        if self._on_gone is not None:
-            await self._on_gone(gone)
+        if self._on_data_loss is not None:
+            await self._on_data_loss(gone)
         self.gone[gone.topic_name, gone.partition] = gone
         log.critical("%s", gone.message)
 

@@ -30,13 +30,13 @@ WAIT_MS = 500
 """So long a broker holds a fetch that finds nothing. What is asked meanwhile on the same connection waits behind it."""
 
 
-def fetch_options(topics: Iterable[Topic[Any]], *, uncommitted: bool = False) -> dict[str, Any]:
+def fetch_options(topics: Iterable[Topic[Any]], *, read_uncommitted: bool = False) -> dict[str, Any]:
     """How a reader of these topics fetches: of those that are written in transactions, what is committed.
 
     And of no others: whoever may write could leave a transaction open there, and readers of what is committed would
-    come to nothing behind it for a quarter of an hour. `uncommitted`: all that stands there, of those as well.
+    come to nothing behind it for a quarter of an hour. `read_uncommitted`: all that stands there, of those as well.
     """
-    committed = not uncommitted and any(topic.in_transactions for topic in topics)
+    committed = not read_uncommitted and any(topic.in_transactions for topic in topics)
     return {
         "isolation_level": "read_committed" if committed else "read_uncommitted",
         "fetch_max_wait_ms": WAIT_MS,
@@ -73,7 +73,7 @@ class BatchDelay:
         return 0 if handled >= self._full else min(_GATHER_MS * (fewer - 1), _GATHER_AT_MOST_MS) / 1000
 
 
-class Fetches:
+class FetchControl:
     """The fetches of one consumer. Make it once, before `consumer.start()`."""
 
     def __init__(self, consumer: AIOKafkaConsumer, *, linger_ms: int = 0) -> None:
@@ -94,12 +94,12 @@ class Fetches:
         client.send = self._spaced
         _end_each_read(consumer)
 
-    def hold(self) -> None:
-        """Ask for nothing more until `go_on`. A fetch under way still comes."""
+    def pause(self) -> None:
+        """Ask for nothing more until `resume`. A fetch under way still comes."""
         self.held = True
         self._open.clear()
 
-    def go_on(self, after_s: float = 0) -> None:
+    def resume(self, after_s: float = 0) -> None:
         """Ask for more, in so many seconds. Only when all that came was taken: see `_spaced`."""
         self.held = False
         self._not_before_s = asyncio.get_running_loop().time() + after_s

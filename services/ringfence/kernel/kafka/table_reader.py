@@ -14,9 +14,9 @@ from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.kafka.connection import connection, no_answer
-from ringfence.kernel.kafka.data_loss import NO_RESET, LossAwareReader, OnGone
+from ringfence.kernel.kafka.data_loss import NO_RESET, LossAwareReader, OnDataLoss
 from ringfence.kernel.kafka.embedded_broker import QUICK_MS, TABLE_MS, adapt_to_embedded_broker
-from ringfence.kernel.kafka.fetch_control import Fetches, fetch_options
+from ringfence.kernel.kafka.fetch_control import FetchControl, fetch_options
 from ringfence.kernel.kafka.partitioning import partitioner
 from ringfence.kernel.kafka.record import Received, missing_topics, received
 from ringfence.messages.base import Topic
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 def paced(
     consumer: AIOKafkaConsumer, settings: BusSettings, linger_ms: int = 0, *, quick_ms: int = QUICK_MS
-) -> Fetches:
+) -> FetchControl:
     """See that `consumer` asks for records when it should. Call it once, before `consumer.start()`.
 
     Args:
@@ -35,8 +35,8 @@ def paced(
     """
     if settings.embedded_broker:
         adapt_to_embedded_broker(consumer, linger_ms=linger_ms or quick_ms)
-        return Fetches(consumer)
-    return Fetches(consumer, linger_ms=linger_ms)
+        return FetchControl(consumer)
+    return FetchControl(consumer, linger_ms=linger_ms)
 
 
 Reader = Callable[[Sequence[Received]], None]
@@ -61,17 +61,17 @@ class Follower:
         linger_ms: int = 0,
         key: str | None = None,
         reader: str = "a reader",
-        on_gone: OnGone | None = None,
+        on_data_loss: OnDataLoss | None = None,
     ) -> None:
         """Args:
             since_ms: where to start: 0 at the beginning, a time at the first record appended then or later, None at
                 the present end.
             linger_ms: let records gather for so long, where nobody waits for them.
             key: read only the partitions that records with this key go to (by Kafka's default partitioner).
-            reader: who reads, in what is said of records that Kafka removed before they were read; `on_gone` is told.
+            reader: the name of the reader, for reports to `on_data_loss` of records that Kafka removed unread.
         """  # fmt: skip
         self._key = key.encode() if key is not None else None
-        self._onward = LossAwareReader(reader, on_gone)
+        self._onward = LossAwareReader(reader, on_data_loss)
         self.gone = self._onward.gone
         """What Kafka removed, or lost."""
         self._settings = settings

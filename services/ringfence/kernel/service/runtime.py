@@ -63,7 +63,7 @@ class Runtime:
         self._instance = secrets.token_hex(8)
         self.tracing = of_service(role, self._instance, settings)
         self.publisher = Publisher(settings, self.key.id, self.clock, self.tracing)
-        self.letters = DeadLetters(self.publisher, role, self.clock, self.trust, self.trust_moved)
+        self.dead_letters = DeadLetters(self.publisher, role, self.clock, self.trust, self.trust_moved)
         self.routes: list[BaseRoute] = []
         self._tables: dict[Topic[Any], Reader] = {}
         self._table_follower: Follower | None = None
@@ -142,7 +142,7 @@ class Runtime:
             since_ms=since_ms,
             linger_ms=linger_ms,
             reader=self.role,
-            on_gone=self._tell_gone,
+            on_data_loss=self._tell_gone,
         )
         self._followers.append(follower)
         return follower
@@ -163,9 +163,9 @@ class Runtime:
         max_records: int = 32,
         linger_ms: int = 0,
         on_assigned: Callable[[], Awaitable[None]] | None = None,
-        alone: bool = False,
-        from_the_first: bool = False,
-        uncommitted: bool = False,
+        single_active: bool = False,
+        report_initial_gap: bool = False,
+        read_uncommitted: bool = False,
         tell_gone: bool = True,
     ) -> Consumer:
         """Take work from these topics as a member of a group. See `Consumer` for what it is given and what it tells.
@@ -179,11 +179,11 @@ class Runtime:
             max_records=max_records,
             linger_ms=linger_ms,
             on_assigned=on_assigned,
-            alone=alone,
-            on_gone=self._tell_gone if tell_gone else None,
+            single_active=single_active,
+            on_data_loss=self._tell_gone if tell_gone else None,
             on_halted=self.tell_halted,
-            from_the_first=from_the_first,
-            uncommitted=uncommitted,
+            report_initial_gap=report_initial_gap,
+            read_uncommitted=read_uncommitted,
             tracing=self.tracing,
         )
         self._consumers.append(consumer)
@@ -396,7 +396,11 @@ class Runtime:
         trust = self._trust_follower = Follower(self.settings, [TRUST], self._on_trust, linger_ms=_TRUST_MS)
         if self._tables:
             self._table_follower = Follower(
-                self.settings, list(self._tables), self._on_tables, reader=self.role, on_gone=self._tell_gone
+                self.settings,
+                list(self._tables),
+                self._on_tables,
+                reader=self.role,
+                on_data_loss=self._tell_gone,
             )
             self._followers.insert(0, self._table_follower)
         tables, self._followers = self._followers, [trust]

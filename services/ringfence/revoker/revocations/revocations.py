@@ -79,7 +79,7 @@ class RevocationHandler:
     async def _open(self, batch: Sequence[Received]) -> list[Order]:
         """Those with a valid signature of somebody who may have a say; the rest goes to the dead letters."""
         opened, failed = await self._orders.open(batch)
-        await gather_all(self._runtime.letters.send(record, problem) for record, problem in failed)
+        await gather_all(self._runtime.dead_letters.send(record, problem) for record, problem in failed)
         return opened
 
     async def _named(self, cases: Sequence[_Case]) -> dict[str, Lease]:
