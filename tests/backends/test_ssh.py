@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from ringfence.backends import AccessError, SshBackend, TargetError, TargetRefusedError
 from ringfence.backends.ssh.certificates import for_ringfence, private_text
 from ringfence.backends.ssh.host_helper import serial_of
-from ringfence.backends.ssh.server import Login
+from ringfence.backends.ssh.server import SshLogin
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from tests.backends.kinds import SSH_USERS, TARGET, SshKind, allow, lease, state
@@ -217,7 +217,7 @@ async def test_ssh_keygen_says_of_the_krl_what_the_leases_say(
         files[-1].write_text(json.loads(value)["certificate"] + "\n")
     await backend.undo(leases[1].lease_id, target_id=TARGET)
     await backend.undo(leases[3].lease_id, target_id=TARGET)
-    login = Login.parse(target.secret_file.read_text())
+    login = SshLogin.parse(target.secret_file.read_text())
     key = Ed25519PrivateKey.generate().public_key()
     files.append(tmp_path / "own-cert.pub")
     files[-1].write_text(for_ringfence(login.authority, key, BROKER, int(time.time())) + "\n")
@@ -294,7 +294,7 @@ async def test_what_its_administrator_changes_counts_at_once(backend: SshBackend
 async def test_ringfence_itself_gets_the_program_that_answers_and_nothing_else(
     backend: SshBackend, target: SshTarget
 ) -> None:
-    login = Login.parse(target.secret_file.read_text())
+    login = SshLogin.parse(target.secret_file.read_text())
     key = Ed25519PrivateKey.generate()
     value = {
         "url": f"ssh://{BROKER}@{target.address}/",
@@ -344,7 +344,7 @@ async def test_a_host_that_trusts_the_authority_but_has_no_program_lets_nobody_i
 async def test_what_is_wrong_with_them(target: SshTarget, change: tuple[str, str], why: str) -> None:
     text = target.secret_file.read_text()
     with pytest.raises(ValueError, match=why):
-        Login.parse(text.replace(*change))
+        SshLogin.parse(text.replace(*change))
 
 
 async def test_why_there_is_no_connection_is_said(

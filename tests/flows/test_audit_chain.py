@@ -30,7 +30,7 @@ from ringfence.messages.operations import DeadLetter
 from ringfence.messages.registry import AgentSuspend
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, DEAD_LETTER, SERVICE_EVENT
 from ringfence.model.audit_log.chain import Source, Tip, event_of, linkable, linked
-from ringfence.model.audit_log.merkle import Head, is_consistent, leaf_hash, root_by_inclusion
+from ringfence.model.audit_log.merkle import TreeHead, is_consistent, leaf_hash, root_by_inclusion
 from tests.world import Party, World, scope
 
 QUICK = AuditSettings(linger_ms=10, checkpoint_s=0.1)
@@ -437,7 +437,7 @@ def test_the_nodes_that_are_kept_give_the_roots_of_all_subtrees() -> None:
     leaves = [leaf_hash(value) for value in values]
     for level in range(10):
         for index in range(700 >> level):
-            expected = Head().grown(leaves[index << level : (index + 1) << level]).root
+            expected = TreeHead().grown(leaves[index << level : (index + 1) << level]).root
             assert store._leaves["0"].trunk.subtree(level, index) == expected
 
 

@@ -15,7 +15,7 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import CredentialDecision, Reason
 from ringfence.messages.topics import CREDENTIAL_DECISION
-from ringfence.policy.decisions.replay import Standing, changes_between, fields_of
+from ringfence.policy.decisions.replay import RequestOutcome, changes_between, fields_of
 from ringfence.policy.domain import INPUT_FIELDS
 from ringfence.rego.bundle import OWN_BUNDLE, load_bundle
 from tests.flows.office import DEPLOY, READ, Office
@@ -26,8 +26,8 @@ NO = 'decision := {"allow": false, "deny": [{"code": "no", "message": "no"}], "a
 LONG = 'decision := {"allow": true, "deny": [], "approvals": ["operator"], "max_ttl_s": 3600}\n'
 
 
-def standing(outcome: Any = "allowed", required: Any = (), ttl_s: int | None = 300) -> Standing:
-    return Standing(outcome, required, ttl_s, (Reason(code="x", message="x"),))
+def standing(outcome: Any = "allowed", required: Any = (), ttl_s: int | None = 300) -> RequestOutcome:
+    return RequestOutcome(outcome, required, ttl_s, (Reason(code="x", message="x"),))
 
 
 DENIED, ASKED = standing("denied", ttl_s=None), standing("approval_required", ("sponsor",))
@@ -48,7 +48,7 @@ DENIED, ASKED = standing("denied", ttl_s=None), standing("approval_required", ("
         (standing(), standing(ttl_s=299), ("ttl_shorter",)),
     ],
 )
-def test_what_a_difference_comes_to(before: Standing, after: Standing, changes: tuple[str, ...]):
+def test_what_a_difference_comes_to(before: RequestOutcome, after: RequestOutcome, changes: tuple[str, ...]):
     assert changes_between(before, after) == changes
 
 

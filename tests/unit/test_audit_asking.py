@@ -19,8 +19,8 @@ from ringfence.audit.index.store import CursorLostError, SqliteIndex, Viewer
 from ringfence.client.errors import ApiError
 from ringfence.client.exports.export import (
     ExportError,
-    Question,
-    State,
+    ExportProgress,
+    ExportQuery,
     begin,
     export_pages,
     resume,
@@ -326,8 +326,8 @@ class _Flaky(httpx.AsyncBaseTransport):
         return await self._inner.handle_async_request(request)
 
 
-def question(**fields: Any) -> Question:
-    return Question(**{"format": "ocsf", "since_ms": 0, "until_ms": 2**53, "filters": {}, **fields})
+def question(**fields: Any) -> ExportQuery:
+    return ExportQuery(**{"format": "ocsf", "since_ms": 0, "until_ms": 2**53, "filters": {}, **fields})
 
 
 async def test_an_export_that_stopped_goes_on_where_it_was(
@@ -414,7 +414,7 @@ async def test_questions_that_make_no_sense_are_refused(shelf: Shelf) -> None:
 
 
 async def test_state_of_another_question_is_no_state(tmp_path: Path) -> None:
-    (tmp_path / "t.part.json").write_text(State(question=question()).model_dump_json())
+    (tmp_path / "t.part.json").write_text(ExportProgress(question=question()).model_dump_json())
     with pytest.raises(ExportError):
         resume(tmp_path / "t")
 

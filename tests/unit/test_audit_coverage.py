@@ -9,7 +9,7 @@ import pytest
 
 from ringfence.audit.index.coverage import behind, count_actions, count_leases, went_through
 from ringfence.audit.index.store import CursorLostError, Viewer
-from ringfence.client.reports.coverage import Coverage, Share
+from ringfence.client.reports.coverage import Coverage, Ratio
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import AUDIT, LEASE, TASK
@@ -242,9 +242,9 @@ async def test_a_span_is_counted_in_pages_and_nothing_twice(desk: Counter):
 
 
 def test_a_share_of_nothing_is_none_and_almost_all_is_not_all():
-    assert Share(0, 0).percent() is None
-    assert Share(9999, 10_000).percent() == 99.9
-    assert Share(3, 3).percent() == 100
+    assert Ratio(0, 0).percent() is None
+    assert Ratio(9999, 10_000).percent() == 99.9
+    assert Ratio(3, 3).percent() == 100
 
 
 def test_pages_add_up_and_only_so_many_are_listed():
@@ -258,8 +258,8 @@ def test_pages_add_up_and_only_so_many_are_listed():
     report.add("leases", page, 3)
     report.add("actions", {"total": 1, "traced": 1, "against": [], "agents": {"bot": True}}, 3)
     shares = report.shares
-    assert (shares["leases_traced"], shares["actions_traced"]) == (Share(4, 8), Share(1, 1))
-    assert shares["leases_short_lived_and_task_bound"] == Share(6, 8)
-    assert shares["agents_known"] == Share(1, 2)
+    assert (shares["leases_traced"], shares["actions_traced"]) == (Ratio(4, 8), Ratio(1, 1))
+    assert shares["leases_short_lived_and_task_bound"] == Ratio(6, 8)
+    assert shares["agents_known"] == Ratio(1, 2)
     assert (len(report.against), len(report.standing), report.as_json()["standing_privileges"]) == (3, 2, 2)
     assert report.as_json()["agents_sponsored"] is None

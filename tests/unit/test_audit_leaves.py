@@ -11,7 +11,7 @@ from ringfence.audit.trail import merkle_leaves, tree_hashes
 from ringfence.audit.trail.merkle_leaves import Leaves
 from ringfence.audit.trail.tree_hashes import TreeHashes
 from ringfence.model.audit_log.chain import NOTHING
-from ringfence.model.audit_log.merkle import Hash, Head, leaf_hash
+from ringfence.model.audit_log.merkle import Hash, TreeHead, leaf_hash
 
 Way = list[tuple[int, str, Hash]]
 
@@ -119,5 +119,5 @@ def test_a_tree_that_was_cut_and_grew_another_way_has_the_roots_of_that_way(
         some = {0, max(0, (size >> level) - 1), size >> level, (len(then) >> level) - 1}
         for index in {*some, chance.randrange(max(1, len(then) >> level))}:
             if 0 <= index < len(then) >> level:
-                expected = Head().grown(then[index << level : (index + 1) << level]).root
+                expected = TreeHead().grown(then[index << level : (index + 1) << level]).root
                 assert tree.subtree(level, index) == expected, (level, index)

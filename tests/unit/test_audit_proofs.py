@@ -20,7 +20,7 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT
 from ringfence.model.audit_log.chain import NOTHING, Source, Tip, linkable, linked, loaded
-from ringfence.model.audit_log.merkle import Hash, Head, is_consistent, leaf_hash, root_by_inclusion
+from ringfence.model.audit_log.merkle import Hash, TreeHead, is_consistent, leaf_hash, root_by_inclusion
 from tests.audit_office import Office
 
 
@@ -68,7 +68,7 @@ class Trail:
     def signed(self, size: int | None = None, by: SigningKey | None = None, **fields: Any) -> Received:
         """A checkpoint of what is chained, or of the first of it."""
         values = self.values[:size]
-        head = Head().grown(map(leaf_hash, values))
+        head = TreeHead().grown(map(leaf_hash, values))
         said = {
             "tree": self.tree, "size": head.size, "root": head.root.hex(),
             "peaks": tuple(peak.hex() for peak in head.peaks), "last": leaf_hash(values[-1]).hex(),
@@ -94,13 +94,13 @@ class Trail:
     def is_proved(self, size: int) -> None:
         """That the events are proved to be under the head over so many, and that this goes on from what was before."""
         leaves = [leaf_hash(value) for value in self.values[:size]]
-        root = Head().grown(leaves).root
+        root = TreeHead().grown(leaves).root
         for index in sorted({*range(0, size, max(1, size // 8)), *range(max(0, size - 3), size)}):
             found = self.store.inclusion(self.values[index])
             assert (found.index, found.leaf, found.head.claims.size) == (index, leaves[index], size)
             assert root_by_inclusion(found.leaf, index, size, found.proof) == root
             proof, _ = self.store.consistency(self.tree, index + 1)
-            assert is_consistent(index + 1, Head().grown(leaves[: index + 1]).root, size, root, proof)
+            assert is_consistent(index + 1, TreeHead().grown(leaves[: index + 1]).root, size, root, proof)
 
     def has_none(self, values: list[bytes], why: str = "no such event") -> None:
         for value in values:
@@ -295,7 +295,7 @@ def test_what_comes_after_a_gap_is_not_proved(trail: Trail) -> None:
 
 def test_no_proof_is_given_under_a_head_that_is_signed_over_something_else(trail: Trail) -> None:
     trail.comes(*trail.chained(5))
-    other = Head().grown(leaf_hash(b"%d" % at) for at in range(5))
+    other = TreeHead().grown(leaf_hash(b"%d" % at) for at in range(5))
     trail.comes_signed(root=other.root.hex(), peaks=tuple(peak.hex() for peak in other.peaks))
     trail.has_none(trail.values, "not what stands there")
     trail.comes(*trail.chained())

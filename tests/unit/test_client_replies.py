@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ringfence.client.agent.credentials import IssuedCredential
-from ringfence.client.agent.replies import Allowed, Denied, PendingRequest, SentRequest, read_reply
+from ringfence.client.agent.replies import AllowedByPolicy, Denied, PendingRequest, SentRequest, read_reply
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.base.ids import digest, lease_id
 from ringfence.kernel.crypto.jwe import ReplyKey, seal, unverified_kid
@@ -230,7 +230,7 @@ def test_a_pending_request_says_whose_approval_is_missing(sent: SentRequest, tru
 
 
 def test_an_allowing_decision_alone_is_not_a_credential(sent: SentRequest, trust: TrustStore) -> None:
-    assert read(sealed(sent, decision=decision(sent)), sent, trust) == Allowed(sent.request_id)
+    assert read(sealed(sent, decision=decision(sent)), sent, trust) == AllowedByPolicy(sent.request_id)
 
 
 FORGERIES: dict[str, Callable[[SentRequest, str], dict[str, Any]]] = {

@@ -19,10 +19,10 @@ from ringfence.issuer.domain import (
     REQUEST_LIFE_MS,
     RETRY_AFTER_S,
     SKEW_MS,
-    Behind,
     Decision,
     Issue,
     Refusal,
+    StaleView,
     Terms,
     cannot,
     fenced,
@@ -170,7 +170,7 @@ class Place:
 
     def weigh(
         self, decision: Decision | None = None, directory: Directory | None = None, **how: Any
-    ) -> Issue | Refusal | Behind:
+    ) -> Issue | Refusal | StaleView:
         return weigh(decision or self.decision(**how), directory or self.ledger.directory, self.terms)
 
     def issued(self, decision: Decision | None = None, **how: Any) -> Issue:
@@ -321,10 +321,10 @@ def test_of_a_part_of_a_task_the_lease_names_who_handed_it_on(place: Place) -> N
             update={"delegators": (revisions.delegators[0].model_copy(update=ahead),)}  # type: ignore[index]
         )
         found = place.weigh(place.decision(request, revisions=seen))
-        assert isinstance(found, Behind)
+        assert isinstance(found, StaleView)
         assert name in found.reason
     found = place.weigh(place.decision(request, revisions=revisions), place.without(part))
-    assert isinstance(found, Behind)
+    assert isinstance(found, StaleView)
     assert part in found.reason
     # More steps than the task has are no honest policy's, and no reason to wait.
     longer = revisions.model_copy(update={"delegators": (*revisions.delegators, *revisions.delegators)})  # type: ignore[misc]
@@ -334,7 +334,7 @@ def test_of_a_part_of_a_task_the_lease_names_who_handed_it_on(place: Place) -> N
         assert place.refused(place.decision(request, revisions=seen, ttl_s=601)) == (["ttl_too_long"], True)
     ahead_of_all = revisions.model_copy(update={"target": revisions.target + 1})
     found = place.weigh(place.decision(request, revisions=ahead_of_all))
-    assert isinstance(found, Behind)
+    assert isinstance(found, StaleView)
     assert "target staging" in found.reason
 
 
@@ -525,7 +525,7 @@ def test_what_policy_saw_and_is_not_here_is_waited_for(place: Place, name: str) 
     ahead = seen.model_copy(update={name: getattr(seen, name) + 1})
     decision = place.decision(revisions=ahead)
     found = place.weigh(decision)
-    assert isinstance(found, Behind)
+    assert isinstance(found, StaleView)
     subject = {
         "agent": "agent bot",
         "user": "user",
@@ -560,7 +560,7 @@ def test_a_record_that_is_not_here_yet_is_waited_for(place: Place, missing: str,
                     reader,
                 )
     found = place.weigh(directory=reader)
-    assert isinstance(found, Behind)
+    assert isinstance(found, StaleView)
     if missing != "uma":  # without whom the task's own chain does not hold
         assert subject in found.reason
 
@@ -571,9 +571,9 @@ def test_a_table_that_is_too_old_weighs_nothing(place: Place) -> None:
     decision = place.decision()
     found = place.weigh(decision, stale)
     assert reason
-    assert found == Behind(reason, parse(decision.claims.request).unverified_claims(CredentialRequest))
+    assert found == StaleView(reason, parse(decision.claims.request).unverified_claims(CredentialRequest))
     found = place.weigh(place.decision(place.request(SigningKey.generate(POLICY.id))), stale)
-    assert found == Behind(reason, None)
+    assert found == StaleView(reason, None)
 
 
 def test_an_allowed_decision_says_what_it_was_made_on(place: Place) -> None:
@@ -881,7 +881,7 @@ def test_a_record_that_does_not_hold_refuses_whichever_it_is(place: Place) -> No
 def test_a_record_that_does_not_hold_yet_is_waited_for(place: Place) -> None:
     directory = cast(Directory, Distrusting(place.ledger.directory, "task"))
     found = weigh(place.decision(), directory, place.terms)
-    assert isinstance(found, Behind)
+    assert isinstance(found, StaleView)
     assert found.reason == "the chain of x does not hold"
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from ringfence.issuer.domain import Decision, Issue, Refusal
-from ringfence.issuer.limits import LeaseLimits, Limits
+from ringfence.issuer.limits import LeaseLimits, LeaseLimitValues
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetRecord
 from tools.schemas.examples import EXAMPLES
@@ -38,7 +38,7 @@ class Stopped:
 
 
 def gatekeeper(store: Counted, agent: int = 0, sponsor: int = 0, wait_s: int = 0) -> LeaseLimits:
-    return LeaseLimits(cast(Any, store), Stopped(), Limits(agent, sponsor, wait_s))
+    return LeaseLimits(cast(Any, store), Stopped(), LeaseLimitValues(agent, sponsor, wait_s))
 
 
 def issue(agent: str = "a", sponsor: str = "sam") -> Issue:

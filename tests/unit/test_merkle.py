@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ringfence.model.audit_log.merkle import (
     EMPTY_ROOT,
     Hash,
-    Head,
+    TreeHead,
     consistency_proof,
     inclusion_proof,
     is_consistent,
@@ -45,8 +45,8 @@ def test_hashes_of_leaves_and_nodes_are_those_of_the_rfc() -> None:
 
 @pytest.mark.parametrize("size", range(len(LEAVES)))
 def test_the_root_is_that_of_the_definition_however_it_grew(size: int) -> None:
-    at_once = Head().grown(LEAVES[:size])
-    in_two = Head().grown(LEAVES[: size // 3]).grown(LEAVES[size // 3 : size])
+    at_once = TreeHead().grown(LEAVES[:size])
+    in_two = TreeHead().grown(LEAVES[: size // 3]).grown(LEAVES[size // 3 : size])
     assert at_once == in_two
     assert at_once.root == mth(LEAVES[:size])
 
@@ -92,7 +92,7 @@ def test_no_proof_leads_from_a_tree_that_was_rewritten(size: int, data: st.DataO
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="peaks"):
-        Head(3, (LEAVES[0],))
+        TreeHead(3, (LEAVES[0],))
     with pytest.raises(ValueError, match="no leaf"):
         inclusion_proof(4, 4, subtree)
     with pytest.raises(ValueError, match="too long"):

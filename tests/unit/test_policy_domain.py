@@ -17,9 +17,9 @@ from ringfence.messages.credential import CredentialRequest, Reason, RequiredCla
 from ringfence.messages.enrolment import InstanceEnrolment
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentRecord, TargetRecord, TaskRecord, UserRecord, VerbFloor
-from ringfence.model.records.directory import Directory, Entry
+from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.requests.approvals import BREAK_GLASS_TTL_S
-from ringfence.model.requests.facts import Delegation, RequestContext
+from ringfence.model.requests.facts import DelegationStep, RequestContext
 from ringfence.policy.domain import (
     INPUT_FIELDS,
     MAX_ASKED,
@@ -49,10 +49,10 @@ LACK = Reason(
 OTHER = Reason(code="other", message="something else")
 
 
-def entry(model: Any, **changes: Any) -> Entry[Any]:
+def entry(model: Any, **changes: Any) -> VerifiedRecord[Any]:
     record = cast(Any, EXAMPLES[model])
     record = record.model_copy(update={"state": record.state.model_copy(update=changes)})
-    return Entry(record.state, record.revision, record, b"")
+    return VerifiedRecord(record.state, record.revision, record, b"")
 
 
 def facts(**request: Any) -> RequestContext:
@@ -337,7 +337,7 @@ def test_what_is_not_there_is_left_out_of_the_input():
         enrolment.instance_id,
         enrolment.key.not_after,
     )
-    step = Delegation(entry(AgentRecord, agent_id="above"), given.sponsor, entry(TaskRecord), "kid")
+    step = DelegationStep(entry(AgentRecord, agent_id="above"), given.sponsor, entry(TaskRecord), "kid")
     (written,) = built(replace(given, delegations=(step,)))["delegations"]
     assert written["agent"]["agent_id"] == "above"
 
@@ -358,7 +358,7 @@ class People:
         **{f"op-{n}": ("operator",) for n in range(MAX_ASKED + 5)},
     }  # fmt: skip
 
-    def user(self, user_id: str) -> Entry[Any] | None:
+    def user(self, user_id: str) -> VerifiedRecord[Any] | None:
         if user_id not in self.ROLES:
             return None
         return entry(UserRecord, user_id=user_id, roles=self.ROLES[user_id], status="active")

@@ -16,7 +16,7 @@ from ringfence.policy.domain import Case, Evaluation
 from ringfence.policy.incoming.admission import (
     PENDING_RETRY_S,
     AdmissionControl,
-    Limits,
+    AdmissionLimits,
     PendingApprovalLimit,
     PendingLimits,
 )
@@ -40,7 +40,7 @@ class Agents:
 
 
 def gatekeeper(agent: int = 0, sponsor: int = 0, wait_s: int = 0) -> AdmissionControl:
-    return AdmissionControl(cast(Any, Agents()), Limits(agent, sponsor, wait_s))
+    return AdmissionControl(cast(Any, Agents()), AdmissionLimits(agent, sponsor, wait_s))
 
 
 def case(agent: str = "a", at_ms: int = START) -> Case:
@@ -107,7 +107,7 @@ def test_0_is_without_limit():
 
 
 def test_an_agent_that_is_not_believed_is_counted_all_the_same():
-    gate = AdmissionControl(cast(Any, Agents({"x": None})), Limits(1, 1, 0))
+    gate = AdmissionControl(cast(Any, Agents({"x": None})), AdmissionLimits(1, 1, 0))
     assert codes([gate.refusal(case("x"), START) for _ in range(2)]) == [None, "rate_limited"]
 
 

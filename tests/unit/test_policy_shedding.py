@@ -15,7 +15,7 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 from ringfence.policy.domain import Case
-from ringfence.policy.incoming.admission import LOOKED_AT, SHARE, TOLD_NO, AdmissionControl, Limits
+from ringfence.policy.incoming.admission import LOOKED_AT, SHARE, TOLD_NO, AdmissionControl, AdmissionLimits
 from ringfence.policy.incoming.load_shedding import BacklogMonitor, ShedRequests, Stage
 from tools.schemas.examples import EXAMPLES
 
@@ -40,7 +40,7 @@ def case(of: Received) -> Case:
 
 def gatekeeper(agent: int = 0, wait_s: int = WAIT_S) -> AdmissionControl:
     directory = SimpleNamespace(agent=lambda _: SimpleNamespace(state=SimpleNamespace(sponsor="sam")))
-    return AdmissionControl(cast(Any, directory), Limits(agent, 0, wait_s))
+    return AdmissionControl(cast(Any, directory), AdmissionLimits(agent, 0, wait_s))
 
 
 def fate(gate: AdmissionControl, of: Received, now_ms: int) -> str:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from ringfence.backends.postgres.privileges import (
     RIGHTS,
-    Column,
     Level,
     Relation,
+    RelationColumn,
     Right,
     grants,
     plan,
@@ -31,7 +31,7 @@ RELATIONS = [
     for number, table in enumerate(("a", "b", "numbers", "x/y", "."))
 ]
 COLUMNS = [
-    Column(relation, number, name)
+    RelationColumn(relation, number, name)
     for relation in RELATIONS
     if not relation.is_sequence
     for number, name in ((1, "a"), (2, "c"))

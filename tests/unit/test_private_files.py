@@ -98,7 +98,7 @@ def test_what_belongs_to_somebody_else_and_is_open_is_refused(
 
 def test_an_export_that_stopped_and_goes_on(tmp_path: Path, umask: int) -> None:
     target = tmp_path / "out.ndjson"
-    one = export.begin(target, export.Question(format="ocsf", since_ms=0, until_ms=1, filters={}))
+    one = export.begin(target, export.ExportQuery(format="ocsf", since_ms=0, until_ms=1, filters={}))
     one.state.after = "here"
     one.keep()
     one.leave()

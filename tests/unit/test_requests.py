@@ -34,9 +34,9 @@ from ringfence.messages.registry import (
 from ringfence.model.identity.attestation import selector_id
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import subject_key
-from ringfence.model.records.directory import Directory, Entry
+from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.requests.facts import (
-    Delegation,
+    DelegationStep,
     DeniedError,
     RequestContext,
     find_ground,
@@ -52,23 +52,23 @@ HELD = (Permission(target="staging", verbs=("read",), resources=("env/**",)),)
 NARROW = (Permission(target="staging", verbs=("read",), resources=("env/test/*",)),)
 
 
-def entry(model: Any, **changes: Any) -> Entry[Any]:
+def entry(model: Any, **changes: Any) -> VerifiedRecord[Any]:
     record = cast(Any, EXAMPLES[model])
     record = record.model_copy(update={"state": record.state.model_copy(update=changes)})
-    return Entry(record.state, record.revision, record, b"")
+    return VerifiedRecord(record.state, record.revision, record, b"")
 
 
-def agent(ceiling: tuple[Permission, ...] = HELD) -> Entry[Any]:
+def agent(ceiling: tuple[Permission, ...] = HELD) -> VerifiedRecord[Any]:
     return entry(AgentRecord, status="active", ceiling=ceiling)
 
 
-def task(scope: tuple[Permission, ...] = HELD) -> Entry[Any]:
+def task(scope: tuple[Permission, ...] = HELD) -> VerifiedRecord[Any]:
     return entry(
         TaskRecord, status="active", scope=scope, agent_id=agent().state.agent_id, not_after=2 * AS_OF
     )
 
 
-def user(scope: tuple[Permission, ...] = HELD) -> Entry[Any]:
+def user(scope: tuple[Permission, ...] = HELD) -> VerifiedRecord[Any]:
     entitlements = EXAMPLES[UserRecord].state.entitlements  # type: ignore[attr-defined]
     return entry(
         UserRecord,
@@ -98,7 +98,7 @@ def sides(given: RequestContext, now_s: float = AS_OF) -> list[str | None]:
         ({"agent": agent(NARROW)}, f"ceiling:{agent().state.agent_id}"),
         ({"user": user(NARROW)}, f"entitlements:{user().state.user_id}"),
         (
-            {"delegations": (Delegation(agent(NARROW), None, task(), "kid"),)},
+            {"delegations": (DelegationStep(agent(NARROW), None, task(), "kid"),)},
             f"ceiling:{agent().state.agent_id}",
         ),
     ],
@@ -278,7 +278,7 @@ def test_revisions_are_those_of_each_record(ledger: Ledger, assigned: str):
     ledger.give(ledger.claims(TaskEnd, "uma", task_id=part, reason="done"))
     directory = ledger.directory
 
-    def revision(entry: Entry[Any] | None) -> int:
+    def revision(entry: VerifiedRecord[Any] | None) -> int:
         assert entry is not None
         return entry.revision
 

@@ -15,7 +15,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.lease import EndCause, Lease
 from ringfence.signals.events import (
     SESSION_REVOKED,
-    Event,
+    UnsignedSet,
     has_ended,
     is_removed,
     session_revoked,
@@ -38,7 +38,7 @@ def ended(kind: str = "revocation", status: str = "ending", by: str | None = Non
     return lease(status=status, cause=cause, **fields).claims
 
 
-def event_of(one: Lease, stream_id: str = STREAM, appended_at_ms: int = 1_700_000_005_000) -> Event:
+def event_of(one: Lease, stream_id: str = STREAM, appended_at_ms: int = 1_700_000_005_000) -> UnsignedSet:
     return session_revoked(
         one,
         stream_id=stream_id,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ringfence.backends.ssh.privileges import MAX_COMMANDS, Allowed, Rights, allowed, plan
+from ringfence.backends.ssh.privileges import MAX_COMMANDS, AllowedCommands, Rights, allowed, plan
 from ringfence.backends.target_settings import InexactError
 from ringfence.messages.permission import Permission
 
@@ -18,7 +18,7 @@ def can(verbs: str, *resources: str) -> Permission:
     return Permission(target="files", verbs=tuple(verbs.split()), resources=resources)
 
 
-def meant(*scope: Permission, there: Rights = THERE) -> Allowed:
+def meant(*scope: Permission, there: Rights = THERE) -> AllowedCommands:
     return allowed(plan(scope), there)
 
 
@@ -31,9 +31,9 @@ def test_commands_are_those_that_are_there_and_meant() -> None:
 
 
 def test_ways_are_rights_on_the_user() -> None:
-    assert meant(can("shell", "deploy")) == Allowed("deploy", (), frozenset({"shell"}))
+    assert meant(can("shell", "deploy")) == AllowedCommands("deploy", (), frozenset({"shell"}))
     both = meant(can("write", "deploy/restart"), can("terminal", "deploy"))
-    assert both == Allowed("deploy", (("write", "restart"),), frozenset({"terminal"}))
+    assert both == AllowedCommands("deploy", (("write", "restart"),), frozenset({"terminal"}))
     assert meant(can("shell terminal", "deploy/**")).ways == {"shell", "terminal"}
 
 

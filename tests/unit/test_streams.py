@@ -10,7 +10,7 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.operations import Heartbeat, StreamDigest
 from ringfence.messages.topics import HEARTBEAT, LEASE
-from ringfence.model.leases.stream_digests import REMEMBERED, StreamCheck, Streams
+from ringfence.model.leases.stream_digests import REMEMBERED, StreamCheck, StreamDigests
 from tests.ledger import FixedClock
 from tests.unit.test_lease_epochs import TD, Markers
 from tests.waiting import until
@@ -34,10 +34,10 @@ class Reader:
 
     def __init__(self, since: int = 0, grace_ms: int = GRACE_MS) -> None:
         self.clock = FixedClock(NOW_MS)
-        self.streams = Streams()
+        self.streams = StreamDigests()
         self.check = StreamCheck(self.streams, MARKERS.trust, self.clock, grace_ms=grace_ms)
         self.check.begin({P0: since, P1: 0})
-        self.signed = Streams()
+        self.signed = StreamDigests()
 
     def both(self, *some: Received) -> None:
         self.streams.on_records(some)
@@ -132,7 +132,7 @@ def test_the_word_of_others_and_old_words_confirm_nothing() -> None:
 
 
 def test_a_record_is_in_one_digest_and_not_in_the_next() -> None:
-    streams = Streams()
+    streams = StreamDigests()
     assert [one.digest for one in streams.digests({P0: 0})] == [f"{0:064x}"]
     streams.on_records(records(b"a", b"b"))
     first, second = streams.digests({P0: 1})[0], streams.digests({P0: 2})[0]
@@ -142,7 +142,7 @@ def test_a_record_is_in_one_digest_and_not_in_the_next() -> None:
 
 
 def test_more_than_can_be_remembered_is_not_said() -> None:
-    streams = Streams()
+    streams = StreamDigests()
     streams.digests({P0: 0})
     streams.on_records(records(*[b"a"] * (REMEMBERED + 1)))
     (said,) = streams.digests({P0: REMEMBERED + 1})

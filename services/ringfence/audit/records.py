@@ -29,7 +29,7 @@ from ringfence.audit.events import (
     trust as trust_events,
 )
 from ringfence.audit.events.break_glass import review_problem
-from ringfence.audit.events.ocsf import MAX_EVENT_BYTES, Event, shortened
+from ringfence.audit.events.ocsf import MAX_EVENT_BYTES, OcsfEvent, shortened
 from ringfence.audit.events.trust import Bundles
 from ringfence.audit.memory import RequestFacts
 from ringfence.audit.trail.handover import Intake, PendingEvent
@@ -151,7 +151,7 @@ class AuditHandlers:
         self._tables_changed = asyncio.Event()
         self._epochs = Epochs(trust)
         self.bundles = Bundles(trust.anew())
-        self._by_topic: dict[Topic[Any], Callable[[Received], tuple[Event, bool]]] = {
+        self._by_topic: dict[Topic[Any], Callable[[Received], tuple[OcsfEvent, bool]]] = {
             TRUST: self._trust,
             REGISTRY_COMMAND: self._command,
             USER: self._record_of(UserRecord),
@@ -188,7 +188,7 @@ class AuditHandlers:
         await self._publish(batch, ready)
 
     async def _made(
-        self, read: Callable[[Received], tuple[Event, bool]], records: Sequence[Received]
+        self, read: Callable[[Received], tuple[OcsfEvent, bool]], records: Sequence[Received]
     ) -> Sequence[_Ready]:
         ready = [self._attempt(read, record) for record in records]
         if any(one.unsettled for one in ready):
@@ -196,7 +196,10 @@ class AuditHandlers:
         return ready
 
     async def _settle(
-        self, read: Callable[[Received], tuple[Event, bool]], batch: Sequence[Received], ready: list[_Ready]
+        self,
+        read: Callable[[Received], tuple[OcsfEvent, bool]],
+        batch: Sequence[Received],
+        ready: list[_Ready],
     ) -> None:
         """Wait for the local tables where a record is so young that they may be behind it.
 
@@ -219,7 +222,7 @@ class AuditHandlers:
             for i in open_ones:
                 ready[i] = self._attempt(read, batch[i])
 
-    def _attempt(self, read: Callable[[Received], tuple[Event, bool]], record: Received) -> _Ready:
+    def _attempt(self, read: Callable[[Received], tuple[OcsfEvent, bool]], record: Received) -> _Ready:
         unsettled = False
         try:
             event, unsettled = read(record)
@@ -252,10 +255,10 @@ class AuditHandlers:
 
     # --- one method a topic: the event, and whether the local tables may know more a little later ---
 
-    def _trust(self, record: Received) -> tuple[Event, bool]:
+    def _trust(self, record: Received) -> tuple[OcsfEvent, bool]:
         return trust_events.told(record, self.bundles.seen(record)), False
 
-    def _command(self, record: Received) -> tuple[Event, bool]:
+    def _command(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed, consent_by = self._verifier.command(record)
         kind, _, words = registry.subject_of_command(signed.claims)
         replay = self._replay(record, signed, lambda: words)
@@ -274,8 +277,8 @@ class AuditHandlers:
         )
         return event, _lacks_people(event)
 
-    def _record_of(self, model: type[AnyRecord]) -> Callable[[Received], tuple[Event, bool]]:
-        def read(record: Received) -> tuple[Event, bool]:
+    def _record_of(self, model: type[AnyRecord]) -> Callable[[Received], tuple[OcsfEvent, bool]]:
+        def read(record: Received) -> tuple[OcsfEvent, bool]:
             if not record.value:
                 raise InvalidMessageError("a record is never deleted", code="tombstone")
             signed, last = self._verifier.record(record, model)
@@ -297,7 +300,7 @@ class AuditHandlers:
 
         return read
 
-    def _request(self, record: Received) -> tuple[Event, bool]:
+    def _request(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed = self._verifier.request(record)
         replay = self._replay(record, signed, lambda: self._words_of(record, signed))
         if replay is not None:
@@ -305,7 +308,7 @@ class AuditHandlers:
         facts = self._verifier.remember_request(signed, record.own_traceparent)
         return credentials.requested(record, facts, signed.verified()), self._incomplete(facts)
 
-    def _decision(self, record: Received) -> tuple[Event, bool]:
+    def _decision(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed = self._verifier.by_service(record, DecidedTerms, "policy")
         claims = signed.claims
         facts = self._verifier.embedded_request(
@@ -327,7 +330,7 @@ class AuditHandlers:
         event = credentials.decided(record, claims, digest(signed.compact), facts, signed.verified(*embedded))
         return event, facts is None or self._incomplete(facts)
 
-    def _approval_request(self, record: Received) -> tuple[Event, bool]:
+    def _approval_request(self, record: Received) -> tuple[OcsfEvent, bool]:
         if parse(record.value).header.typ == typ_header(ActionRequest):
             return self._action_request(record)
         signed = self._verifier.by_service(record, ApprovalRequest, "policy")
@@ -343,7 +346,7 @@ class AuditHandlers:
         verified = signed.verified("credential.request")
         return credentials.approval_asked(record, claims, facts, verified), self._incomplete(facts)
 
-    def _response(self, record: Received) -> tuple[Event, bool]:
+    def _response(self, record: Received) -> tuple[OcsfEvent, bool]:
         """What a person answered, said ahead, or took back."""
         match kind_of(record):
             case Grant.typ:
@@ -353,7 +356,7 @@ class AuditHandlers:
             case _:
                 return self._approval(record)
 
-    def _grant(self, record: Received) -> tuple[Event, bool]:
+    def _grant(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed = self._verifier.by_user(record, Grant)
         claims = signed.claims
         words = self._verifier.remember_grant(claims)
@@ -363,7 +366,7 @@ class AuditHandlers:
         event = grant_events.given(record, claims, words, signed.verified())
         return event, _lacks_people(event)
 
-    def _withdrawal(self, record: Received) -> tuple[Event, bool]:
+    def _withdrawal(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed = self._verifier.by_user(record, GrantWithdraw)
         words = self._verifier.grant(signed.claims.grant_id)
         replay = self._replay(record, signed, lambda: words)
@@ -371,7 +374,7 @@ class AuditHandlers:
             return replay, False
         return grant_events.withdrawn(record, signed.claims, words, signed.verified()), False
 
-    def _approval(self, record: Received) -> tuple[Event, bool]:
+    def _approval(self, record: Received) -> tuple[OcsfEvent, bool]:
         typ = parse(record.value).header.typ
         if typ == typ_header(BreakGlassReview):
             return self._review(record)
@@ -389,7 +392,7 @@ class AuditHandlers:
         event = credentials.approval_given(record, claims, facts, signed.verified(*embedded))
         return event, facts is None or self._incomplete(facts)
 
-    def _action_request(self, record: Received) -> tuple[Event, bool]:
+    def _action_request(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed = self._verifier.by_service(record, ActionRequest, "gateway")
         claims = signed.claims
         replay = self._replay(record, signed, lambda: {"agent": claims.agent_id, "task": claims.task_id})
@@ -399,7 +402,7 @@ class AuditHandlers:
         event = approvals.asked(record, claims, words, signed.verified())
         return event, _lacks_people(event)
 
-    def _action_approval(self, record: Received) -> tuple[Event, bool]:
+    def _action_approval(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed = self._verifier.by_user(record, ActionApproval)
         claims = signed.claims
         replay = self._replay(record, signed, lambda: {"agent": claims.agent_id})
@@ -412,7 +415,7 @@ class AuditHandlers:
         event = approvals.answered(record, claims, asked, words, signed.verified(*embedded))
         return event, _lacks_people(event)
 
-    def _review(self, record: Received) -> tuple[Event, bool]:
+    def _review(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed = self._verifier.by_user(record, BreakGlassReview)
         claims = signed.claims
         replay = self._replay(
@@ -426,7 +429,7 @@ class AuditHandlers:
         event = break_glass.reviewed(record, claims, use, why_not, signed.verified())
         return event, why_not is not None and why_not.code in _UNSETTLED
 
-    def _reply(self, record: Received) -> tuple[Event, bool]:
+    def _reply(self, record: Received) -> tuple[OcsfEvent, bool]:
         if record.value.startswith(b"{"):
             return self._delivery(record), False
         request_id = unverified_kid(record.value) if record.value.count(b".") == 4 else None
@@ -434,14 +437,14 @@ class AuditHandlers:
             raise InvalidMessageError("not a sealed reply", code="not_a_jwe")
         return credentials.replied(record, request_id, self._verifier.facts(request_id)), False
 
-    def _delivery(self, record: Received) -> Event:
+    def _delivery(self, record: Received) -> OcsfEvent:
         request_id = unverified_about(record.value)
         if request_id is None or not _UUID.fullmatch(request_id):
             raise InvalidMessageError("not an envelope for gateways", code="not_an_envelope")
         to = recipients_of(record.value)
         return credentials.delivered(record, request_id, to, self._verifier.facts(request_id))
 
-    def _lease(self, record: Received) -> tuple[Event, bool]:
+    def _lease(self, record: Received) -> tuple[OcsfEvent, bool]:
         if not record.value:
             lease_id = record.key if record.key and _UUID.fullmatch(record.key) else "unknown"
             return credentials.lease_forgotten(record, lease_id, self._of_lease(lease_id)), False
@@ -465,7 +468,7 @@ class AuditHandlers:
             return replay, False
         return credentials.leased(record, claims, lease, facts, signed.verified()), False
 
-    def _revocation(self, record: Received) -> tuple[Event, bool]:
+    def _revocation(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed = self._verifier.by_anyone(record, RevocationRequest)
         claims = signed.claims
         agent = subject_of(self._trust_domain, claims.iss, "agent")
@@ -485,7 +488,7 @@ class AuditHandlers:
         self._verifier.remember_order(claims, event.body["unmapped"])
         return event, _lacks_people(event)
 
-    def _ack(self, record: Received) -> tuple[Event, bool]:
+    def _ack(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed = self._verifier.by_service(record, RevocationAck, "gateway")
         order = self._verifier.order(signed.claims.revocation_id)
         replay = self._replay(record, signed, lambda: dict(order))
@@ -493,7 +496,7 @@ class AuditHandlers:
             return replay, False
         return credentials.cut_confirmed(record, signed.claims, order, signed.verified()), False
 
-    def _service_event(self, record: Received) -> tuple[Event, bool]:
+    def _service_event(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed = self._verifier.by_service(record, ServiceEvent)
         claims = signed.claims
         lease = self._verifier.lease(claims.lease_id) if claims.lease_id is not None else None
@@ -513,7 +516,7 @@ class AuditHandlers:
             event = services.reported(record, claims, words, signed.verified(), trace)
         return event, _lacks_people(event)
 
-    def _action(self, record: Received) -> tuple[Event, bool]:
+    def _action(self, record: Received) -> tuple[OcsfEvent, bool]:
         claims = self._action_of(record)
         lease = self._verifier.lease(claims.lease_id) if claims.lease_id is not None else None
         words = self._of_lease(claims.lease_id, claims.agent_id, claims.task_id)
@@ -532,7 +535,7 @@ class AuditHandlers:
             except InvalidMessageError:
                 raise error from None
 
-    def _dead_letter(self, record: Received) -> tuple[Event, bool]:
+    def _dead_letter(self, record: Received) -> tuple[OcsfEvent, bool]:
         return services.dead_lettered(record, self._verifier.plain(record, DeadLetter)), False
 
     # --- what several of them need ---
@@ -574,7 +577,7 @@ class AuditHandlers:
 
     def _replay(
         self, record: Received, signed: VerifiedMessage[Any], words_of_it: Callable[[], dict[str, Any]]
-    ) -> Event | None:
+    ) -> OcsfEvent | None:
         """The event of a message that was seen elsewhere before, or None; `words_of_it` tells what it is about."""
         first = self._verifier.seen_before(record, signed)
         if first is None:
@@ -587,7 +590,7 @@ class AuditHandlers:
             record, signed.claims.iss, where, same=same, words=words, verified=signed.verified()
         )
 
-    def _expired(self, record: Received, error: OutdatedError) -> Event:
+    def _expired(self, record: Received, error: OutdatedError) -> OcsfEvent:
         signed = error.believed
         words = self._words_of(record, signed)
         if "agent" in words and "sponsor" not in words:
@@ -619,7 +622,7 @@ class AuditHandlers:
                 return self._of_agent(agent)
 
 
-def _ready(event: Event, unsettled: bool, unbelieved: InvalidMessageError | None = None) -> _Ready:
+def _ready(event: OcsfEvent, unsettled: bool, unbelieved: InvalidMessageError | None = None) -> _Ready:
     body = linkable(event.body)
     if len(body) > MAX_EVENT_BYTES:
         event = shortened(event)
@@ -627,7 +630,7 @@ def _ready(event: Event, unsettled: bool, unbelieved: InvalidMessageError | None
     return _Ready(event.key, event.uid, body, event.body, unsettled, unbelieved)
 
 
-def _lacks_people(event: Event) -> bool:
+def _lacks_people(event: OcsfEvent) -> bool:
     words = event.body["unmapped"]
     return ("agent" in words and "sponsor" not in words) or ("task" in words and "on_behalf_of" not in words)
 

@@ -50,7 +50,7 @@ INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CommandEntry:
     """One command or group: where it is, under which heading it is listed, and what it is for."""
 
     module: str
@@ -65,50 +65,68 @@ _CREDENTIALS = "Credentials"
 _TRAIL = "What happened"
 _RUN = "Operate"
 
-COMMANDS: dict[str, Entry] = {
-    "demo": Entry("commands.demo", "demo", _START, "The story in a minute: a task, its credential, its end."),
-    "dev": Entry("commands.dev", "dev", _START, "The whole stack on this machine, seeded; Ctrl-C ends it."),
-    "user": Entry("commands.user", "app", _WHO, "People: roles, keys, entitlements."),
-    "provisioner": Entry(
+COMMANDS: dict[str, CommandEntry] = {
+    "demo": CommandEntry(
+        "commands.demo", "demo", _START, "The story in a minute: a task, its credential, its end."
+    ),
+    "dev": CommandEntry(
+        "commands.dev", "dev", _START, "The whole stack on this machine, seeded; Ctrl-C ends it."
+    ),
+    "user": CommandEntry("commands.user", "app", _WHO, "People: roles, keys, entitlements."),
+    "provisioner": CommandEntry(
         "commands.provisioner", "app", _WHO, "Directories that users come from: what they may give."
     ),
-    "agent": Entry(
+    "agent": CommandEntry(
         "commands.agent", "app", _WHO, "Agents: register, ceiling, sponsor, suspend, decommission."
     ),
-    "target": Entry("commands.target", "app", _WHO, "Systems that agents act on: verbs and approval floors."),
-    "task": Entry("commands.task", "app", _WHO, "Tasks: assign, with what all sides allow; end."),
-    "inventory": Entry(
+    "target": CommandEntry(
+        "commands.target", "app", _WHO, "Systems that agents act on: verbs and approval floors."
+    ),
+    "task": CommandEntry("commands.task", "app", _WHO, "Tasks: assign, with what all sides allow; end."),
+    "inventory": CommandEntry(
         "commands.inventory", "inventory", _WHO, "All agents now: reach, leases, sponsors, orphans."
     ),
-    "request": Entry("commands.request", "request", _CREDENTIALS, "As an agent: ask for a credential."),
-    "release": Entry("commands.release", "release", _CREDENTIALS, "As an agent: give a credential back."),
-    "approvals": Entry(
+    "request": CommandEntry(
+        "commands.request", "request", _CREDENTIALS, "As an agent: ask for a credential."
+    ),
+    "release": CommandEntry(
+        "commands.release", "release", _CREDENTIALS, "As an agent: give a credential back."
+    ),
+    "approvals": CommandEntry(
         "commands.approvals",
         "app",
         _CREDENTIALS,
         "As a sponsor: see what waits, approve, deny; approve ahead.",
     ),
-    "break-glass": Entry(
+    "break-glass": CommandEntry(
         "commands.break_glass", "app", _CREDENTIALS, "What two operators allowed against policy; review it."
     ),
-    "lease": Entry("commands.lease", "app", _CREDENTIALS, "The lives of issued credentials."),
-    "revoke": Entry(
+    "lease": CommandEntry("commands.lease", "app", _CREDENTIALS, "The lives of issued credentials."),
+    "revoke": CommandEntry(
         "commands.revoke", "revoke", _CREDENTIALS, "End one lease, or all of an agent, task, sponsor, ..."
     ),
-    "policy": Entry("commands.policy", "app", _TRAIL, "The rules: test them, pack them, explain a decision."),
-    "gateway": Entry("commands.gateway", "app", _TRAIL, "What gateways let pass, and what they blocked."),
-    "audit": Entry(
+    "policy": CommandEntry(
+        "commands.policy", "app", _TRAIL, "The rules: test them, pack them, explain a decision."
+    ),
+    "gateway": CommandEntry(
+        "commands.gateway", "app", _TRAIL, "What gateways let pass, and what they blocked."
+    ),
+    "audit": CommandEntry(
         "commands.audit", "app", _TRAIL, "Follow the trail; trace one credential back to the human."
     ),
-    "init": Entry("commands.init", "init", _RUN, "Make the trust root, service keys, the first operator."),
-    "config": Entry("commands.config", "app", _RUN, "Where settings come from; trust a settings file."),
-    "key": Entry("commands.key", "app", _RUN, "Make and show identity keys."),
-    "doctor": Entry(
+    "init": CommandEntry(
+        "commands.init", "init", _RUN, "Make the trust root, service keys, the first operator."
+    ),
+    "config": CommandEntry(
+        "commands.config", "app", _RUN, "Where settings come from; trust a settings file."
+    ),
+    "key": CommandEntry("commands.key", "app", _RUN, "Make and show identity keys."),
+    "doctor": CommandEntry(
         "doctor.command", "doctor", _RUN, "Examine all that Ringfence stands on; say what to do."
     ),
-    "topics": Entry("commands.topics", "app", _RUN, "Create the topics, and check them."),
-    "serve": Entry("commands.serve", "serve", _RUN, "Run services in this process."),
-    "rebuild": Entry(
+    "topics": CommandEntry("commands.topics", "app", _RUN, "Create the topics, and check them."),
+    "serve": CommandEntry("commands.serve", "serve", _RUN, "Run services in this process."),
+    "rebuild": CommandEntry(
         "commands.rebuild", "rebuild", _RUN, "Make Redis hold again what Kafka knows; or only compare."
     ),
 }
@@ -162,7 +180,7 @@ class LazyGroup(TyperGroup):
             self._listing = False
 
 
-def load(name: str, entry: Entry) -> Any:
+def load(name: str, entry: CommandEntry) -> Any:
     """Import a command or group."""
     found = getattr(importlib.import_module(f"ringfence.cli.{entry.module}"), entry.attribute)
     if isinstance(found, typer.Typer):

@@ -83,7 +83,7 @@ def subject(key: SigningKey, kind: Kind, settings: ClientSettings) -> str:
     return id
 
 
-class DeadLetters:
+class DeadLetterLog:
     """The dead letters since the connection was made: why something that was sent counted for nothing.
 
     They bear no signature: what one says may be shown to a person, and nothing is decided by it.
@@ -149,7 +149,7 @@ class Connection(Lifetime):
         """What everything that is signed for an agent carries, where a running instance signs it."""
         self.clock: Clock = clock or SystemClock()
         self.trust = TrustStore(self.settings.trust_domain, self.settings.trust_root)
-        self.letters = DeadLetters()
+        self.letters = DeadLetterLog()
         self.tracing = of_application()
         self._publisher = Publisher(self.settings, self.key.id, self.clock, self.tracing)
         self._followers: list[Follower] = []

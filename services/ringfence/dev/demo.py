@@ -63,7 +63,7 @@ class Narrator(Protocol):
 
 
 @dataclass(slots=True)
-class Story:
+class DemoStory:
     """Everybody who takes part, connected."""
 
     stack: Stack

@@ -19,7 +19,7 @@ from ringfence.issuer.domain import Terms
 from ringfence.issuer.gateway_delivery import GatewayDelivery
 from ringfence.issuer.grant_use import GrantKeeper
 from ringfence.issuer.http import IssuerHttp
-from ringfence.issuer.limits import LeaseLimits, Limits
+from ringfence.issuer.limits import LeaseLimits, LeaseLimitValues
 from ringfence.issuer.minting import Minter
 from ringfence.issuer.resealing import GatewayHttp, Resealer
 from ringfence.issuer.settings import IssuerSettings
@@ -73,7 +73,9 @@ def build(
         backends=frozenset(backends),
         injected=frozenset(kind for kind, one in backends.items() if one.enforced_by == "gateway"),
     )
-    gatekeeper = LeaseLimits(store, runtime.clock, Limits(own.agent_leases, own.sponsor_leases, own.wait_s))
+    gatekeeper = LeaseLimits(
+        store, runtime.clock, LeaseLimitValues(own.agent_leases, own.sponsor_leases, own.wait_s)
+    )
     granted = GrantTable(directory, settings.trust_domain)
     responses = runtime.history(
         [APPROVAL_RESPONSE], granted.on_records, since_ms=max(runtime.clock.now_ms() - GRANTS_KEEP_MS, 1)

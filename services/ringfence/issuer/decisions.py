@@ -20,10 +20,10 @@ from ringfence.issuer.domain import (
     FULL_RETRY_S,
     LATE,
     OVER,
-    Behind,
     Decision,
     Issue,
     Refusal,
+    StaleView,
     Terms,
     cannot,
     fenced,
@@ -237,20 +237,20 @@ class DecisionHandler:
         weighed = [self._weigh_one(decision) for decision in decisions]
         if not all(isinstance(one, Issue) for one in weighed):
             await self._runtime.tables_caught_up(self._patience_s)
-            self._again(decisions, weighed, (Refusal, Behind))
-        while any(isinstance(one, Behind) for one in weighed) and loop.time() < until:
+            self._again(decisions, weighed, (Refusal, StaleView))
+        while any(isinstance(one, StaleView) for one in weighed) and loop.time() < until:
             await asyncio.sleep(_LOOK_AGAIN_S)
-            self._again(decisions, weighed, (Behind,))
-        return [one.refusal() if isinstance(one, Behind) else one for one in weighed]
+            self._again(decisions, weighed, (StaleView,))
+        return [one.refusal() if isinstance(one, StaleView) else one for one in weighed]
 
-    def _weigh_one(self, decision: Decision) -> Issue | Refusal | Behind:
+    def _weigh_one(self, decision: Decision) -> Issue | Refusal | StaleView:
         return weigh(decision, self._directory, self._terms, self._halted())
 
     def _again(
         self,
         decisions: Sequence[Decision],
-        weighed: list[Issue | Refusal | Behind],
-        those: tuple[type[Refusal | Behind], ...],
+        weighed: list[Issue | Refusal | StaleView],
+        those: tuple[type[Refusal | StaleView], ...],
     ) -> None:
         for i, one in enumerate(weighed):
             if isinstance(one, those):

@@ -26,7 +26,7 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.leases.lifecycle import origin_of, record_id
 from ringfence.model.leases.revoker_halts import RETRY_AFTER_S as HALTED_RETRY_S
 from ringfence.model.records.command_chain import ChainError
-from ringfence.model.records.directory import Directory, Entry
+from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.records.instances import keys_of_agents, ref_of
 from ringfence.model.requests.approvals import (
     BREAK_GLASS_TTL_S,
@@ -81,7 +81,7 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
-class Behind:
+class StaleView:
     """This issuer's view is too old to weigh the decision: the records that it needs may still be on their way."""
 
     reason: str
@@ -119,7 +119,7 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _VerifiedRequest:
     """A request whose signature holds, and the key that made it."""
 
     signed: Signed[CredentialRequest]
@@ -134,13 +134,13 @@ class _RefusedError(Exception):
 
 def weigh(
     decision: Decision, directory: Directory, terms: Terms, halted: Reason | None = None
-) -> Issue | Refusal | Behind:
+) -> Issue | Refusal | StaleView:
     """Hold an `allowed` decision against everything. Recorded values only: a redelivery gives the same lease.
 
     `halted`: why nothing may be issued, whatever was decided.
     """
     stale = directory.stale()
-    asked: _Asked | None = None
+    asked: _VerifiedRequest | None = None
     try:
         asked = _request(decision, directory, terms)
         if halted is not None:
@@ -153,7 +153,7 @@ def weigh(
     request = asked.signed.claims if asked else None
     behind = stale or _behind(decision, directory)
     if behind is not None:
-        return Behind(behind, request)
+        return StaleView(behind, request)
     return Refusal(tuple(refused.reasons), request, finding=refused.finding)
 
 
@@ -169,7 +169,7 @@ def _behind(decision: Decision, directory: Directory) -> str | None:
         request = parse(decision.claims.request).unverified_claims(CredentialRequest)
         agent_id = subject_of(request.aud, request.iss, "agent") or ""
         task = directory.task(request.task_id)
-        wanted: tuple[tuple[str, Entry[Any] | None, int], ...] = (
+        wanted: tuple[tuple[str, VerifiedRecord[Any] | None, int], ...] = (
             (f"task {request.task_id}", task, seen.task),
             (f"agent {agent_id}", directory.agent(agent_id), seen.agent),
             (f"target {request.scope[0].target}", directory.target(request.scope[0].target), seen.target),
@@ -187,8 +187,8 @@ def _behind(decision: Decision, directory: Directory) -> str | None:
 
 
 def _above(
-    directory: Directory, task: Entry[TaskState] | None, seen: Revisions
-) -> Iterator[tuple[str, Entry[Any] | None, int]]:
+    directory: Directory, task: VerifiedRecord[TaskState] | None, seen: Revisions
+) -> Iterator[tuple[str, VerifiedRecord[Any] | None, int]]:
     """The tasks that a task is a part of, and their agents, with the revisions of them that policy saw."""
     for revisions in seen.delegators or ():
         parent = task.state.parent if task else None
@@ -200,7 +200,7 @@ def _above(
             yield f"agent {task.state.agent_id}", directory.agent(task.state.agent_id), revisions.agent
 
 
-def _request(decision: Decision, directory: Directory, terms: Terms) -> _Asked:
+def _request(decision: Decision, directory: Directory, terms: Terms) -> _VerifiedRequest:
     """The agent's own request, its signature as of when the broker took it."""
     claims, source = decision.claims, decision.claims.source
     if source.appended_at_ms > decision.at.appended_at_ms + SKEW_MS:
@@ -224,10 +224,10 @@ def _request(decision: Decision, directory: Directory, terms: Terms) -> _Asked:
             _reason("request_mismatch", "the decision names another request than the one that it embeds"),
             finding=True,
         )
-    return _Asked(request, jws.header.kid)
+    return _VerifiedRequest(request, jws.header.kid)
 
 
-def _counted_at(asked: _Asked, directory: Directory, at_ms: int) -> bool:
+def _counted_at(asked: _VerifiedRequest, directory: Directory, at_ms: int) -> bool:
     """Whether the key of a request still counted at a moment."""
     find_key = keys_of_agents(directory, parse(asked.signed.compact), CredentialRequest, at_ms / 1000)
     try:
@@ -256,7 +256,7 @@ def _ended_in_between(request: Jws, source: Coordinates, directory: Directory) -
     )
 
 
-def _issue(decision: Decision, asked: _Asked, directory: Directory, terms: Terms) -> Issue:
+def _issue(decision: Decision, asked: _VerifiedRequest, directory: Directory, terms: Terms) -> Issue:
     claims, at_ms = decision.claims, decision.at.appended_at_ms
     if at_ms / 1000 - claims.iat > DECISION_LIFE_S:
         raise _RefusedError(

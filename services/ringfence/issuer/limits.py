@@ -24,7 +24,7 @@ _MOST_REMEMBERED = 20_000
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class LeaseLimitValues:
     """How much the issuer takes; 0 is without limit."""
 
     agent_leases: int
@@ -42,7 +42,7 @@ class _Count:
 class LeaseLimits:
     """Looks at what has been weighed and would be issued next."""
 
-    def __init__(self, store: LeaseStore, clock: Clock, limits: Limits) -> None:
+    def __init__(self, store: LeaseStore, clock: Clock, limits: LeaseLimitValues) -> None:
         self._store = store
         self._clock = clock
         self._limits = limits

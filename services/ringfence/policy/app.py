@@ -37,10 +37,10 @@ from ringfence.model.requests.grants import KEEP_MS as GRANTS_KEEP_MS
 from ringfence.model.requests.grants import GrantTable, kind_of
 from ringfence.policy.agents.holdings import LEASES_SINCE_MS, REFUSALS_SINCE_MS, Holdings
 from ringfence.policy.agents.roster import Roster
-from ringfence.policy.agents.shared_keys import SharedKeys
+from ringfence.policy.agents.shared_keys import SharedKeyDetector
 from ringfence.policy.agents.usage import KeyLastSeen
 from ringfence.policy.api.authzen import AuthZen
-from ringfence.policy.api.decisions import Api
+from ringfence.policy.api.decisions import DecisionsApi
 from ringfence.policy.api.grants import GrantApi
 from ringfence.policy.api.inventory import InventoryApi
 from ringfence.policy.api.reach import ReachApi
@@ -49,7 +49,12 @@ from ringfence.policy.decision_log import HISTORY_MS, Approvers, InMemoryDecisio
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.responder import DecisionPublisher
 from ringfence.policy.grants import GrantBook
-from ringfence.policy.incoming.admission import AdmissionControl, Limits, PendingApprovalLimit, PendingLimits
+from ringfence.policy.incoming.admission import (
+    AdmissionControl,
+    AdmissionLimits,
+    PendingApprovalLimit,
+    PendingLimits,
+)
 from ringfence.policy.incoming.approvals import ApprovalHandler, count_what_waits
 from ringfence.policy.incoming.credential_requests import RequestHandler
 from ringfence.policy.incoming.grants import GrantHandler
@@ -127,7 +132,7 @@ def build(
     opener = MessageVerifier(runtime, directory)
     declared = BackendCapabilities(all_backends(Material(settings.trust_domain, settings.issuer_url)))
     judge = RequestEvaluator(runtime, directory, engine, holdings, (history,), grants, declared)
-    limits = Limits(own.agent_requests_per_minute, own.sponsor_requests_per_minute, own.wait_s)
+    limits = AdmissionLimits(own.agent_requests_per_minute, own.sponsor_requests_per_minute, own.wait_s)
     pending = PendingLimits(own.agent_pending_approvals, own.sponsor_pending_approvals)
     gatekeeper, let_go = AdmissionControl(directory, limits), ShedRequests(runtime, decisions)
     requests = RequestHandler(
@@ -139,7 +144,7 @@ def build(
         answers,
         PendingApprovalLimit(directory, decisions, pending),
         recall,
-        SharedKeys(runtime, KeyUses()),
+        SharedKeyDetector(runtime, KeyUses()),
         let_go,
         approval_timeout_s=own.approval_timeout_s,
     )
@@ -200,7 +205,7 @@ def build(
     runtime.denies_when(directory.stale)
     runtime.warns_when(lambda: gatekeeper.behind(runtime.clock.now_ms()))
     authenticator = Authenticator(directory, runtime.role, runtime.clock)
-    runtime.routes += Api(runtime, directory, authenticator, decisions).routes()
+    runtime.routes += DecisionsApi(runtime, directory, authenticator, decisions).routes()
     runtime.routes += UsageApi(directory, authenticator, holdings, sightings, runtime.clock).routes()
     runtime.routes += InventoryApi(runtime, directory, authenticator, roster, directory.stale).routes()
     runtime.routes += ReachApi(runtime, directory, authenticator, roster, directory.stale).routes()

@@ -184,7 +184,7 @@ def rule(
     return Ruling("allowed", notes, verdict.ttl_s, verdict.required)
 
 
-class Verdict(NamedTuple):
+class RequestVerdict(NamedTuple):
     """What a request comes to before anybody is asked."""
 
     denials: tuple[Reason, ...]
@@ -203,7 +203,7 @@ def weighed(
     target_max_ttl_s: int,
     *,
     break_glass: bool = False,
-) -> Verdict:
+) -> RequestVerdict:
     """Put together what the rule found (`against`) and what the bundle said. Recorded values are enough for it."""
     required = required_classes(floors, result.approvals, break_glass=break_glass)
     denials = _distinct([*against, *result.deny])
@@ -217,8 +217,8 @@ def weighed(
         # A bundle that denies may give no life at all; where it gives one, break glass is no way around that.
         limits = [asked_s, target_max_ttl_s, BREAK_GLASS_TTL_S]
         ttl_s = min([*limits, result.max_ttl_s] if result.max_ttl_s >= 1 else limits)
-        return Verdict((), ttl_s, required, denials)
-    return Verdict(denials, None if denials else ttl_s, required)
+        return RequestVerdict((), ttl_s, required, denials)
+    return RequestVerdict(denials, None if denials else ttl_s, required)
 
 
 _NOT_NEEDED = Reason(
@@ -226,7 +226,7 @@ _NOT_NEEDED = Reason(
 )
 
 
-def _outweighed(verdict: Verdict) -> tuple[Reason, ...]:
+def _outweighed(verdict: RequestVerdict) -> tuple[Reason, ...]:
     if not verdict.outweighed:
         return ()
     message = "break glass: it takes two operators, who allow once what policy denies"

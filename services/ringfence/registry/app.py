@@ -17,7 +17,7 @@ from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import TABLES, Directory
 from ringfence.registry.commands import Registry
 from ringfence.registry.enrolment import EnrolApi, Enroller
-from ringfence.registry.http import Api
+from ringfence.registry.http import RegistryApi
 from ringfence.registry.key_expiry_warnings import KeyWarnings
 from ringfence.registry.oidc_discovery import Discovery
 from ringfence.registry.settings import RegistrySettings
@@ -70,7 +70,7 @@ def build(
     registry.on_own_event = enroller.on_event
     runtime.routes += EnrolApi(enroller).routes()
     runtime.ready_when(registry.untrusted)
-    runtime.routes += Api(
+    runtime.routes += RegistryApi(
         directory, Authenticator(directory, runtime.role, runtime.clock), runtime.clock
     ).routes()
     return runtime

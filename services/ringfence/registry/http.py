@@ -22,7 +22,7 @@ from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import agents_of, subject_key
 from ringfence.model.records.api_access import Authenticator, Caller, NotFoundError
 from ringfence.model.records.command_chain import ChainError
-from ringfence.model.records.directory import Directory, Entry
+from ringfence.model.records.directory import Directory, VerifiedRecord
 
 _PAUSE_EVERY = 50
 """So many entries are looked at before the rest of the process gets its turn: the first look verifies each chain."""
@@ -30,7 +30,7 @@ _PAUSE_EVERY = 50
 Filter = Callable[[AnyState, Request], bool]
 
 
-class Api:
+class RegistryApi:
     """The routes over one directory."""
 
     def __init__(self, directory: Directory, authenticator: Authenticator, clock: Clock) -> None:
@@ -77,7 +77,7 @@ class Api:
     def _caller(self, request: Request) -> Caller:
         return self._authenticator.user(request.headers.get("authorization"))
 
-    async def _visible(self, kind: SubjectKind, caller: Caller) -> AsyncIterator[Entry[AnyState]]:
+    async def _visible(self, kind: SubjectKind, caller: Caller) -> AsyncIterator[VerifiedRecord[AnyState]]:
         for seen, entry in enumerate(self._directory.entries(kind), start=1):
             if self._may_see(caller, entry.state):
                 yield entry
@@ -135,7 +135,7 @@ class Api:
         return entry.state if entry else None
 
 
-def _json(entry: Entry[Any], request: Request) -> dict[str, Any]:
+def _json(entry: VerifiedRecord[Any], request: Request) -> dict[str, Any]:
     _, id = subject_key(entry.state)
     answer = {"id": id, "revision": entry.revision, "state": entry.state.model_dump(mode="json")}
     if request.query_params.get("records") == "1":

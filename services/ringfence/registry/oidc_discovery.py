@@ -34,7 +34,7 @@ _AGAIN_MS = 30_000
 
 
 @dataclass(slots=True)
-class _Known:
+class _CachedKeys:
     keys: tuple[OidcKey, ...] = ()
     read_ms: int | None = None
     asked_ms: int | None = None
@@ -56,7 +56,7 @@ class Discovery:
         self._clock = clock
         # To read all authorities of the machine takes a while: not before an issuer is asked.
         self._tls = _tls(ca_file) if ca_file is not None else None
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, _CachedKeys] = {}
         self._http: httpx.AsyncClient | None = None
 
     async def keys(self, issuer: str, kid: str) -> Sequence[OidcKey]:
@@ -64,7 +64,7 @@ class Discovery:
 
         Raises UnavailableError where the issuer did not answer, or with something else than keys.
         """
-        known = self._known.setdefault(issuer, _Known())
+        known = self._known.setdefault(issuer, _CachedKeys())
         async with known.lock:
             now_ms = self._clock.now_ms()
             if not known.has(kid, now_ms) and known.may_ask(now_ms):

@@ -14,7 +14,7 @@ from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK, REVOCATION_REQUEST
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.leases.stream_digests import Streams
+from ringfence.model.leases.stream_digests import StreamDigests
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import TABLES, Directory
@@ -90,7 +90,7 @@ def build(
     runtime.table([HEARTBEAT], on_heartbeats)
     on_acks = runtime.redeliver_after_rotation(cuts.on_acks)
     acks = runtime.history([REVOCATION_ACK], on_acks, since_ms=runtime.clock.now_ms() - _ACKS_BACK_MS)
-    streams = Streams()
+    streams = StreamDigests()
 
     def on_leases(records: Sequence[Received]) -> None:
         streams.on_records(records)

@@ -22,7 +22,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.model.leases.lifecycle import end_status, is_over, mark_of, matches
 from ringfence.model.records.command_chain import unverified_command
-from ringfence.model.records.directory import Directory, Entry
+from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.records.instances import ref_void
 from ringfence.model.records.key_expiry import is_lost
 from ringfence.model.scope.rule import are_in_force
@@ -32,7 +32,7 @@ from ringfence.model.scope.scope import missing
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class SelectorEnd:
     """Everything that a selector covers ends: what the record says leaves no room for any of it."""
 
     kind: EndKind
@@ -78,7 +78,7 @@ def consequences(
     entitlements_max_age_s: int,
     *,
     ever_sponsor: bool = True,
-) -> tuple[Ending | Narrowing, ...]:
+) -> tuple[SelectorEnd | Narrowing, ...]:
     """What a record, as it is now, means for the leases that there are.
 
     `ever_sponsor`: whether a user may once have had the role; else no agent can be an orphan by their losing it.
@@ -95,21 +95,21 @@ def consequences(
             if state.status == "active":
                 return ()
             reason = f"task {state.task_id} was ended"
-            return (Ending("task_ended", Selector(task_id=state.task_id), reason),)
+            return (SelectorEnd("task_ended", Selector(task_id=state.task_id), reason),)
         case TargetState():
             if state.status == "active":
                 return ()
             reason = f"target {state.target_id} was removed"
-            return (Ending("target_removed", Selector(target_id=state.target_id), reason),)
+            return (SelectorEnd("target_removed", Selector(target_id=state.target_id), reason),)
 
 
-def _of_agent(state: AgentState, revision: int) -> tuple[Ending | Narrowing, ...]:
+def _of_agent(state: AgentState, revision: int) -> tuple[SelectorEnd | Narrowing, ...]:
     if state.status == "registered":
         return ()  # it never had any
     if state.status != "active":
         kind: EndKind = "agent_suspended" if state.status == "suspended" else "agent_decommissioned"
         reason = f"agent {state.agent_id} is {state.status}"
-        return (Ending(kind, Selector(agent_id=state.agent_id), reason),)
+        return (SelectorEnd(kind, Selector(agent_id=state.agent_id), reason),)
     if revision == 1:
         return ()  # there was nothing before that could be wider
     reason = f"beyond the ceiling of agent {state.agent_id} as it is now"
@@ -118,12 +118,12 @@ def _of_agent(state: AgentState, revision: int) -> tuple[Ending | Narrowing, ...
 
 def _of_user(
     state: UserState, revision: int, entitled: Scope, *, ever_sponsor: bool
-) -> tuple[Ending | Narrowing, ...]:
+) -> tuple[SelectorEnd | Narrowing, ...]:
     if state.status != "active":
         reason = f"user {state.user_id} was disabled"
         return (
-            Ending("user_disabled", Selector(user_id=state.user_id), reason),
-            Ending("user_disabled", Selector(sponsor=state.user_id), reason),
+            SelectorEnd("user_disabled", Selector(user_id=state.user_id), reason),
+            SelectorEnd("user_disabled", Selector(sponsor=state.user_id), reason),
         )
     if revision == 1:
         return ()
@@ -168,7 +168,7 @@ def stale_basis(lease: Lease, directory: Directory, entitlements_max_age_s: int)
 
     Whether entitlements were too old is judged as of its issue. Raises ChainError where a record counts for nothing.
     """
-    entries: list[Entry[Any] | None] = [
+    entries: list[VerifiedRecord[Any] | None] = [
         directory.agent(lease.agent_id),
         directory.task(lease.task_id),
         directory.target(lease.target_id),
@@ -182,7 +182,7 @@ def stale_basis(lease: Lease, directory: Directory, entitlements_max_age_s: int)
             continue
         record = (entry.record.sub, entry.revision)
         for found in consequences(entry.state, entry.revision, lease.iat, entitlements_max_age_s):
-            if isinstance(found, Ending):
+            if isinstance(found, SelectorEnd):
                 if matches(lease, mark_of(found.selector)):
                     return Overtaken(found.kind, found.reason, record)
             elif matches(lease, found.mark) and (why := found.unfit(lease)):

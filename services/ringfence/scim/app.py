@@ -18,7 +18,7 @@ from ringfence.messages.topics import HEARTBEAT, USER
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.directory import Directory
 from ringfence.scim.directory_view import DirectoryView
-from ringfence.scim.http import Api
+from ringfence.scim.http import ScimApi
 from ringfence.scim.provisioning import ProvisioningWriter
 from ringfence.scim.refresh import EntitlementRefresh
 from ringfence.scim.settings import ScimSettings
@@ -51,7 +51,7 @@ def build(settings: ServiceSettings, own: ScimSettings | None = None, clock: Clo
     runtime.on_stop(provisioner.close)
     runtime.background("confirming", keeper.keep)
     runtime.denies_when(lambda: _undelegated(people))
-    runtime.routes += Api(
+    runtime.routes += ScimApi(
         people, writer, tokens, runtime.clock, url=own.url, heard=keeper.heard, tell=tell
     ).routes()
     return runtime

@@ -58,7 +58,7 @@ Tell = Callable[[tuple[object, ...], Reason], Awaitable[None]]
 """Tells audit of something, once for each mark."""
 
 
-class Api:
+class ScimApi:
     """The routes of one provisioner's endpoint."""
 
     def __init__(

@@ -12,10 +12,10 @@ from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import LEASE, SIGNAL_STREAM
 from ringfence.signals.delivery import Following
-from ringfence.signals.http import Api
+from ringfence.signals.http import SignalsApi
 from ringfence.signals.receivers import read_receivers
 from ringfence.signals.settings import SignalsSettings
-from ringfence.signals.streams import Streams
+from ringfence.signals.streams import StreamTable
 
 
 def build(
@@ -26,7 +26,7 @@ def build(
     runtime = Runtime("signals", settings, clock)
     receivers = read_receivers(own.receivers)
     tokens = Tokens(own.tokens, "RINGFENCE_SIGNALS_TOKENS")
-    streams = Streams(runtime)
+    streams = StreamTable(runtime)
     following = Following(runtime, own, streams, receivers)
     runtime.table((SIGNAL_STREAM,), streams.on_records)
     # Of all that stands there only the markers are kept: which records count is known before the first is told.
@@ -34,7 +34,7 @@ def build(
     runtime.background("streams", following.run)
     runtime.ready_when(following.unready)
     runtime.warns_when(following.warning)
-    runtime.routes += Api(runtime, own, streams, following, receivers, tokens).routes()
+    runtime.routes += SignalsApi(runtime, own, streams, following, receivers, tokens).routes()
     return runtime
 
 

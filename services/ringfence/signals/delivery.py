@@ -33,7 +33,7 @@ from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.verification import verify_lease
 from ringfence.signals.events import (
     SESSION_REVOKED,
-    Event,
+    UnsignedSet,
     has_ended,
     is_removed,
     session_revoked,
@@ -44,7 +44,7 @@ from ringfence.signals.poll import AT_A_TIME, Window
 from ringfence.signals.push import Pusher
 from ringfence.signals.receivers import Receiver
 from ringfence.signals.settings import SignalsSettings
-from ringfence.signals.streams import Stream, Streams
+from ringfence.signals.streams import SignalStreamState, StreamTable
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +65,10 @@ class _Outstanding:
 
     last: dict[tuple[str, int], Received]
     """The last record of each partition: what is committed once all events are settled."""
-    events: dict[str, Event]
+    events: dict[str, UnsignedSet]
 
     @classmethod
-    def of(cls, records: Iterable[Received], events: Mapping[str, Event]) -> _Outstanding:
+    def of(cls, records: Iterable[Received], events: Mapping[str, UnsignedSet]) -> _Outstanding:
         return cls({(one.topic_name, one.partition): one for one in records}, dict(events))
 
 
@@ -79,10 +79,10 @@ class Delivery:
         self,
         runtime: Runtime,
         settings: SignalsSettings,
-        streams: Streams,
+        streams: StreamTable,
         epochs: Epochs,
         receiver: Receiver,
-        stream: Stream,
+        stream: SignalStreamState,
     ) -> None:
         self._runtime = runtime
         self._settings = settings
@@ -126,11 +126,11 @@ class Delivery:
         """Whether it is this replica that delivers."""
         return self.consumer.owns(LEASE.name(self._runtime.settings.topic_prefix), 0)
 
-    def signed(self, event: Event) -> str:
+    def signed(self, event: UnsignedSet) -> str:
         """The SET of an event."""
         return sign_set(event, self._runtime.key)
 
-    def verify(self, event: Event) -> None:
+    def verify(self, event: UnsignedSet) -> None:
         """Deliver a verification event: once, and not across a restart. Who misses it asks again."""
         if self._pusher is None:
             self.window.put([event])
@@ -143,7 +143,7 @@ class Delivery:
         self._verifying.add(pushing)
         pushing.add_done_callback(self._verifying.discard)
 
-    async def refused(self, event: Event, said: str) -> None:
+    async def refused(self, event: UnsignedSet, said: str) -> None:
         """An event that its receiver will not have: counted, and told to audit."""
         metrics.SIGNALS.labels("refused").inc()
         what = f"lease {event.lease_id}" if event.lease_id else "its stream"
@@ -247,15 +247,15 @@ class Delivery:
             for jti in taken:
                 del one.events[jti]
 
-    async def _events(self, batch: Sequence[Received]) -> Mapping[str, Event]:
-        found: dict[str, Event] = {}
+    async def _events(self, batch: Sequence[Received]) -> Mapping[str, UnsignedSet]:
+        found: dict[str, UnsignedSet] = {}
         for record in batch:
             event = await self._event(record)
             if event is not None and event.jti not in self._told:
                 found.setdefault(event.jti, event)
         return found
 
-    async def _event(self, record: Received) -> Event | None:
+    async def _event(self, record: Received) -> UnsignedSet | None:
         if self._epochs.took(record) or not record.value:
             return None
         stream = self._streams.of(self._receiver.name)
@@ -291,7 +291,7 @@ class Delivery:
             return None
         return None if self._epochs.is_void(record, lease.epoch) else lease
 
-    def _remember(self, events: Mapping[str, Event]) -> None:
+    def _remember(self, events: Mapping[str, UnsignedSet]) -> None:
         self._told |= dict.fromkeys(events)
         while len(self._told) > _REMEMBERED:
             self._told.popitem(last=False)
@@ -317,7 +317,7 @@ class Following:
         self,
         runtime: Runtime,
         settings: SignalsSettings,
-        streams: Streams,
+        streams: StreamTable,
         receivers: Mapping[str, Receiver],
     ) -> None:
         self._runtime = runtime
@@ -383,13 +383,13 @@ class Following:
             if stream_id not in self._running:
                 self._begin(stream)
 
-    def _is_delivered(self, stream: Stream) -> bool:
+    def _is_delivered(self, stream: SignalStreamState) -> bool:
         receiver = self._receivers.get(stream.claims.receiver)
         if receiver is None or stream.claims.status != "enabled":
             return False
         return stream.claims.method == POLL or receiver.push is not None
 
-    def _begin(self, stream: Stream) -> None:
+    def _begin(self, stream: SignalStreamState) -> None:
         receiver = self._receivers[stream.claims.receiver]
         try:
             delivery = Delivery(self._runtime, self._settings, self._streams, self._epochs, receiver, stream)

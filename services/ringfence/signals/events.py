@@ -44,7 +44,7 @@ _OF_THE_SYSTEM: frozenset[EndKind] = frozenset({"release", "revocation", "agent_
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class UnsignedSet:
     """A SET before it is signed: the same end always makes the same one."""
 
     jti: str
@@ -62,7 +62,7 @@ def has_ended(lease: Lease) -> bool:
 
 def session_revoked(
     lease: Lease, *, stream_id: str, issuer: str, audience: str, trust_domain: str, appended_at_ms: int
-) -> Event:
+) -> UnsignedSet:
     """The event of the end of a lease. One for each stream: the cut and what follows it have the same `jti`."""
     jti = derived_id("signal", stream_id, lease.lease_id)
     cause = lease.cause or EndCause(kind="revocation", at_ms=appended_at_ms)
@@ -80,12 +80,12 @@ def session_revoked(
         "sub_id": subject_of(lease, trust_domain),
         "events": {SESSION_REVOKED: event},
     }
-    return Event(jti, claims, lease.lease_id)
+    return UnsignedSet(jti, claims, lease.lease_id)
 
 
 def verification(
     *, stream_id: str, issuer: str, audience: str, state: str | None, now_ms: int, jti: str
-) -> Event:
+) -> UnsignedSet:
     """What a receiver asked for to see that the stream works."""
     claims = {
         "iss": issuer,
@@ -96,7 +96,7 @@ def verification(
         "sub_id": {"format": "opaque", "id": stream_id},
         "events": {VERIFICATION: {} if state is None else {"state": state}},
     }
-    return Event(jti, claims)
+    return UnsignedSet(jti, claims)
 
 
 def subject_of(lease: Lease, trust_domain: str) -> Subject:
@@ -133,7 +133,7 @@ def still_removed(removed: Sequence[Subject], added: Subject) -> list[Subject]:
     return [one for one in removed if not _may_meet(one, added)]
 
 
-def sign_set(event: Event, key: SigningKey) -> str:
+def sign_set(event: UnsignedSet, key: SigningKey) -> str:
     """The SET: explicitly typed (RFC 8417, 2.3), so that nobody takes it for another token."""
     header = json.dumps({"alg": key.alg, "kid": key.kid, "typ": SET_TYPE}, separators=(",", ":"))
     text = f"{b64encode(header.encode())}.{b64encode(orjson.dumps(event.claims, option=orjson.OPT_SORT_KEYS))}".encode()

@@ -24,7 +24,7 @@ from ringfence.signals.delivery import POLL, PUSH, Delivery, Following
 from ringfence.signals.events import SUPPORTED, still_removed, verification
 from ringfence.signals.receivers import Receiver
 from ringfence.signals.settings import SignalsSettings
-from ringfence.signals.streams import Stream, Streams
+from ringfence.signals.streams import SignalStreamState, StreamTable
 from ringfence.signals.subjects import (
     AskedWronglyError,
     DeliveryWanted,
@@ -71,14 +71,14 @@ class NotThereError(RingfenceError):
     code = "not_found"
 
 
-class Api:
+class SignalsApi:
     """The routes."""
 
     def __init__(
         self,
         runtime: Runtime,
         settings: SignalsSettings,
-        streams: Streams,
+        streams: StreamTable,
         following: Following,
         receivers: Mapping[str, Receiver],
         tokens: Tokens,
@@ -282,18 +282,18 @@ class Api:
 
     # --- what they share ---
 
-    def _own(self, receiver: Receiver, stream_id: str) -> Stream:
+    def _own(self, receiver: Receiver, stream_id: str) -> SignalStreamState:
         """The stream of that id, if it is the receiver's. Raises NotThereError."""
         stream = self._streams.of(receiver.name)
         if stream is None or stream.id != stream_id:
             raise _not_there()
         return stream
 
-    async def _fresh(self, receiver: Receiver, stream_id: str) -> Stream:
+    async def _fresh(self, receiver: Receiver, stream_id: str) -> SignalStreamState:
         await self._streams.caught_up()
         return self._own(receiver, stream_id)
 
-    async def _change(self, receiver: Receiver, stream_id: str, **changed: Any) -> Stream:
+    async def _change(self, receiver: Receiver, stream_id: str, **changed: Any) -> SignalStreamState:
         stream = await self._streams.change(receiver.name, stream_id, **changed)
         if stream is None:
             raise _not_there()
@@ -303,7 +303,7 @@ class Api:
     def _poll_url(self, stream_id: str) -> str:
         return f"{self._settings.url}{POLLS}/{stream_id}"
 
-    def _shown(self, stream: Stream, receiver: Receiver) -> dict[str, Any]:
+    def _shown(self, stream: SignalStreamState, receiver: Receiver) -> dict[str, Any]:
         """A stream's configuration (SSF 1.0, 8.1.1)."""
         claims = stream.claims
         url = receiver.push if claims.method == PUSH else self._poll_url(stream.id)
@@ -415,7 +415,7 @@ def _chosen(wanted: StreamWanted) -> dict[str, Any]:
     }
 
 
-def _status_of(stream: Stream, receiver: Receiver) -> dict[str, Any]:
+def _status_of(stream: SignalStreamState, receiver: Receiver) -> dict[str, Any]:
     """How a stream stands. One that may be pushed nowhere any more is held, whatever the receiver wanted."""
     if stream.claims.status == "enabled" and stream.claims.method == PUSH and receiver.push is None:
         return {

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterable
 
 from ringfence.kernel.base.clock import Clock
-from ringfence.signals.events import Event
+from ringfence.signals.events import UnsignedSet
 
 AT_A_TIME = 500
 """So many records are taken from Kafka at a time. While so many events wait, no more are taken."""
@@ -20,7 +20,7 @@ class Window:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._waiting: dict[str, Event] = {}
+        self._waiting: dict[str, UnsignedSet] = {}
         self._moved = asyncio.Event()
         self.waiting_since_ms: int | None = None
         """Since when nothing was taken, though something is there."""
@@ -36,7 +36,7 @@ class Window:
         """Whether so many wait that no more are to be put here."""
         return len(self._waiting) >= AT_A_TIME
 
-    def put(self, events: Iterable[Event]) -> None:
+    def put(self, events: Iterable[UnsignedSet]) -> None:
         """These wait from now on."""
         self._waiting |= {event.jti: event for event in events}
         if self._waiting and self.waiting_since_ms is None:
@@ -56,7 +56,7 @@ class Window:
         """Set when the next event comes or is taken."""
         return self._moved
 
-    def take(self, jti: str) -> Event | None:
+    def take(self, jti: str) -> UnsignedSet | None:
         """The receiver has this one, or will not have it. None where it did not wait."""
         event = self._waiting.pop(jti, None)
         if event is not None:
@@ -64,7 +64,7 @@ class Window:
             self._move()
         return event
 
-    async def some(self, most: int, wait_s: float) -> tuple[list[Event], bool]:
+    async def some(self, most: int, wait_s: float) -> tuple[list[UnsignedSet], bool]:
         """The oldest that wait, and whether there are more; waits for the first one, and no longer than that.
 
         `most` is the receiver's own limit; no answer has more than `MOST_SETS`.

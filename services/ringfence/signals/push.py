@@ -16,7 +16,7 @@ from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.secret_refs import PlaceError, read_secret
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.base.text import visible
-from ringfence.signals.events import Event
+from ringfence.signals.events import UnsignedSet
 from ringfence.signals.receivers import Receiver
 from ringfence.signals.settings import SignalsSettings
 
@@ -30,7 +30,7 @@ REFUSALS = 5
 _NOT_OF_THE_EVENT = ("authentication_failed", "access_denied")
 """These answers of RFC 8935, 2.4, are about who pushes: another try with the right token may do."""
 
-Refused = Callable[[Event, str], Awaitable[None]]
+Refused = Callable[[UnsignedSet, str], Awaitable[None]]
 """Takes note of an event that its receiver will not have, and of what it said."""
 
 
@@ -59,7 +59,7 @@ class Pusher:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def deliver(self, event: Event, signed: Callable[[], str]) -> None:
+    async def deliver(self, event: UnsignedSet, signed: Callable[[], str]) -> None:
         """Return once the receiver has an event, or said again and again that it is wrong.
 
         `signed` is asked for each try: a key may have followed another.
@@ -67,7 +67,7 @@ class Pusher:
         async with self._at_once:  # with the waiting between: whoever is down is asked by few
             await self._deliver(event, signed)
 
-    async def _deliver(self, event: Event, signed: Callable[[], str]) -> None:
+    async def _deliver(self, event: UnsignedSet, signed: Callable[[], str]) -> None:
         tries = refusals = 0
         while True:
             problem, refusal = await self._post(signed())

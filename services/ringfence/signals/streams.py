@@ -25,7 +25,7 @@ _CAUGHT_UP_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
+class SignalStreamState:
     """One receiver's stream."""
 
     claims: SignalStream
@@ -43,12 +43,12 @@ class Stream:
         return SUPPORTED if requested is None else tuple(one for one in SUPPORTED if one in requested)
 
 
-class Streams:
+class StreamTable:
     """The table of `signal.stream`, and who writes it."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._by_receiver: dict[str, Stream] = {}
+        self._by_receiver: dict[str, SignalStreamState] = {}
         self._writing = asyncio.Lock()
         self.changed = asyncio.Event()
         """Set with each record that counts; whoever acts on it clears it."""
@@ -63,15 +63,15 @@ class Streams:
             if known is not None and known.claims.revision >= claims.revision:
                 continue
             since_ms = record.appended_at_ms if claims.since_ms is None else claims.since_ms
-            self._by_receiver[claims.receiver] = Stream(claims, since_ms)
+            self._by_receiver[claims.receiver] = SignalStreamState(claims, since_ms)
             self.changed.set()
 
-    def of(self, receiver: str) -> Stream | None:
+    def of(self, receiver: str) -> SignalStreamState | None:
         """The stream of a receiver, where it has one."""
         found = self._by_receiver.get(receiver)
         return None if found is None or found.claims.status == "deleted" else found
 
-    def all(self) -> list[Stream]:
+    def all(self) -> list[SignalStreamState]:
         """Every stream that there is."""
         return [one for one in self._by_receiver.values() if one.claims.status != "deleted"]
 
@@ -80,7 +80,7 @@ class Streams:
         if not await self._runtime.tables_caught_up(_CAUGHT_UP_S):
             raise UnavailableError("the table of streams is behind; ask again")
 
-    async def create(self, receiver: str, method: DeliveryMethod, **chosen: Any) -> Stream | None:
+    async def create(self, receiver: str, method: DeliveryMethod, **chosen: Any) -> SignalStreamState | None:
         """A new stream; None where the receiver has one."""
         async with self._writing:
             await self.caught_up()
@@ -93,7 +93,7 @@ class Streams:
                 receiver, stream_id=stream_id, revision=revision, status="enabled", method=method, **chosen
             )
 
-    async def change(self, receiver: str, stream_id: str, **changed: Any) -> Stream | None:
+    async def change(self, receiver: str, stream_id: str, **changed: Any) -> SignalStreamState | None:
         """Change a stream; None where there is no such one any more. What is enabled again hears from then on."""
         async with self._writing:
             await self.caught_up()
@@ -110,7 +110,7 @@ class Streams:
                 revision=before.revision + 1,
             )
 
-    async def _write(self, receiver: str, **fields: Any) -> Stream:
+    async def _write(self, receiver: str, **fields: Any) -> SignalStreamState:
         """Sign a record; it is on Kafka, and in the table, when this returns."""
         runtime = self._runtime
         claims = SignalStream(

@@ -21,7 +21,7 @@ _MAX_DESCRIPTION = 512
 """What goes beyond is cut off, as SSF lets us."""
 MAX_ACKS = 10_000
 
-A = TypeVar("A", bound="Asked")
+A = TypeVar("A", bound="SsfModel")
 
 
 class AskedWronglyError(RingfenceError):
@@ -30,13 +30,13 @@ class AskedWronglyError(RingfenceError):
     code = "invalid_request"
 
 
-class Asked(BaseModel):
+class SsfModel(BaseModel):
     """Base of all of them. What is not known is what a later version may mean, and is passed over."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
 
-class DeliveryWanted(Asked):
+class DeliveryWanted(SsfModel):
     """How events are to come. The URL of polls is ours to say."""
 
     method: DeliveryMethod
@@ -44,7 +44,7 @@ class DeliveryWanted(Asked):
     authorization_header: Any = None
 
 
-class StreamWanted(Asked):
+class StreamWanted(SsfModel):
     """What a receiver chooses of its stream."""
 
     delivery: DeliveryWanted | None = None
@@ -58,7 +58,7 @@ class StreamChange(StreamWanted):
     stream_id: _StreamId
 
 
-class StatusChange(Asked):
+class StatusChange(SsfModel):
     """A stream is enabled, paused or disabled."""
 
     stream_id: _StreamId
@@ -66,7 +66,7 @@ class StatusChange(Asked):
     reason: _Text | None = None
 
 
-class SubjectChange(Asked):
+class SubjectChange(SsfModel):
     """A subject (RFC 9493) to hear of, or not to."""
 
     stream_id: _StreamId
@@ -82,21 +82,21 @@ class SubjectChange(Asked):
         return subject
 
 
-class VerificationWanted(Asked):
+class VerificationWanted(SsfModel):
     """An event that shows that the stream works."""
 
     stream_id: _StreamId
     state: _Text | None = None
 
 
-class SetError(Asked):
+class SetError(SsfModel):
     """Why a receiver will not have an event."""
 
     err: _Text
     description: _Text | None = None
 
 
-class Poll(Asked):
+class Poll(SsfModel):
     """Give me events; these I have, and these I will not have."""
 
     max_events: Annotated[int, Field(ge=0, alias="maxEvents")] = 100

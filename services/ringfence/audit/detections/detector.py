@@ -36,7 +36,7 @@ _QUIET_S = 3600
 _MOST_OPEN = 10_000
 
 
-class Trail(TrailQueries, Protocol):
+class DetectorTrail(TrailQueries, Protocol):
     """What the detector asks the index."""
 
     def has(self, uid: str) -> bool:
@@ -68,7 +68,7 @@ class Detector:
     """See the module. `on_records` takes what stands on `audit`, `tell` runs in the background."""
 
     def __init__(
-        self, own: AuditSettings, trail: Trail, intake: Intake, clock: Clock, trust_domain: str
+        self, own: AuditSettings, trail: DetectorTrail, intake: Intake, clock: Clock, trust_domain: str
     ) -> None:
         """`trail`: the index; it has taken in what `on_records` is given."""
         self._rules = rules(own, trail)

@@ -17,7 +17,7 @@ from ringfence.audit.events.ocsf import (
     MEDIUM,
     NEW,
     UNKNOWN_USER,
-    Event,
+    OcsfEvent,
     event,
     step,
     user_of,
@@ -62,7 +62,7 @@ _BY_NAME = {topic.what: topic for topic in AUDITED}
 _WORDS = ("agent", "act", "task", "on_behalf_of", "sponsor", "request", "lease", "target")
 
 
-def found(finding: Finding, trust_domain: str) -> Event:
+def found(finding: Finding, trust_domain: str) -> OcsfEvent:
     """The event about a finding."""
     about, agent = finding.about, finding.about.word("agent")
     info: dict[str, Any] = {

@@ -128,7 +128,7 @@ class _Life:
 
 
 @dataclass(slots=True)
-class _Waiting:
+class _Unpreceded:
     """Something that lacks what should have come before it."""
 
     came_ms: int
@@ -155,8 +155,8 @@ class Sequences:
         self._lives: OrderedDict[str, _Life] = OrderedDict()
         self._allowed: OrderedDict[str, bool] = OrderedDict()
         """Requests that were allowed lately: the trail need not be asked for them."""
-        self._undecided: OrderedDict[str, _Waiting] = OrderedDict()
-        self._unissued: OrderedDict[str, _Waiting] = OrderedDict()
+        self._undecided: OrderedDict[str, _Unpreceded] = OrderedDict()
+        self._unissued: OrderedDict[str, _Unpreceded] = OrderedDict()
 
     def wants(self, code: str, log_name: str) -> bool:
         return True  # also how old they are
@@ -174,7 +174,7 @@ class Sequences:
             return
         if seen.code == "credential.issued" and request is not None:
             if request not in self._allowed and not self._trail.tells("request", request, _ALLOWED):
-                _keep(self._undecided, request, _Waiting(now_ms, about))
+                _keep(self._undecided, request, _Unpreceded(now_ms, about))
             deadline = seen.word("deadline")
             if isinstance(deadline, int):
                 yield from self._over(lease, about, deadline * 1000)
@@ -183,7 +183,7 @@ class Sequences:
         elif seen.code == "action.allowed":
             yield from self._acted(lease, about)
             if not self._trail.tells("lease", lease, _ISSUED) and lease not in self._unissued:
-                _keep(self._unissued, lease, _Waiting(now_ms, about))
+                _keep(self._unissued, lease, _Unpreceded(now_ms, about))
 
     def due(self, now_ms: int) -> Iterator[Finding]:
         yield from self._missing(now_ms, self._undecided, "request", _ALLOWED, "issued_undecided")
@@ -192,7 +192,7 @@ class Sequences:
     def _missing(
         self,
         now_ms: int,
-        waiting: OrderedDict[str, _Waiting],
+        waiting: OrderedDict[str, _Unpreceded],
         kind: Literal["request", "lease"],
         codes: tuple[str, ...],
         what: str,

@@ -20,8 +20,8 @@ from ringfence.audit.events.ocsf import (
     LOW,
     OBSERVED,
     UNKNOWN_USER,
-    Event,
-    Step,
+    EventKind,
+    OcsfEvent,
     event,
     scrubbed,
     step,
@@ -48,7 +48,7 @@ _HOSTNAME: Final = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-
 """What is a `hostname_t` of OCSF."""
 
 
-def _each(code: str, **how: Any) -> dict[int | str, Step]:
+def _each(code: str, **how: Any) -> dict[int | str, EventKind]:
     return {one: step(code, API_ACTIVITY, one, **how) for one in (_CREATE, _READ, _UPDATE, _DELETE, _OTHER)}
 
 
@@ -72,7 +72,7 @@ def acted(
     lease: LeaseFacts | None,
     about: Mapping[str, Any],
     trust_domain: str,
-) -> Event:
+) -> OcsfEvent:
     """One request of an agent, let pass or not.
 
     Args:
@@ -127,7 +127,7 @@ def answered(
     lease: LeaseFacts | None,
     about: Mapping[str, Any],
     trust_domain: str,
-) -> Event:
+) -> OcsfEvent:
     """What came of a request at an endpoint of MCP, once it was let pass. Arguments as for `acted`."""
     agent = claims.agent_id
     own_lease = lease if lease is not None and lease.agent == agent else None
@@ -238,7 +238,7 @@ def _outcome(claims: ActionDecided) -> str:
     return "observed" if claims.observed else "denied"
 
 
-def _kind(claims: ActionDecided) -> Step:
+def _kind(claims: ActionDecided) -> EventKind:
     # Without an access nobody could read what it would do, whatever method it begins with.
     activity = _ACTIVITIES.get(claims.method or "", _OTHER) if claims.access is not None else _OTHER
     if claims.allowed:

@@ -13,8 +13,8 @@ from ringfence.audit.events.ocsf import (
     LOW,
     OBSERVED,
     UNKNOWN_USER,
-    Event,
-    Step,
+    EventKind,
+    OcsfEvent,
     event,
     in_words,
     moment,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 ASKED: Final = step(
     "action.approval_requested", AUTHORIZE_SESSION, "Ask for Approval", status="Requested", action=OBSERVED
 )
-ANSWERS: Final[Mapping[str, Step]] = {
+ANSWERS: Final[Mapping[str, EventKind]] = {
     "approved": step("action.approved", AUTHORIZE_SESSION, "Approve", severity=LOW, action=ALLOWED),
     "denied": step(
         "action.approval_denied", AUTHORIZE_SESSION, "Approve", severity=LOW, status=FAILURE, action=DENIED
@@ -51,7 +51,7 @@ def asked(
     claims: ActionRequest,
     about: Mapping[str, Any],
     verified: dict[str, Any],
-) -> Event:
+) -> OcsfEvent:
     """A gateway asked about one action. `about`: the words of the lease that it goes by, or else of its agent."""
     words = {**_words(claims, about), "asked": record.key, "verified": verified}
     message = f"{record.key} was asked about {_what(claims)}"
@@ -72,7 +72,7 @@ def answered(
     asked: ActionRequest | None,
     about: Mapping[str, Any],
     verified: dict[str, Any],
-) -> Event:
+) -> OcsfEvent:
     """A person said yes or no to one action. `asked`: what they signed, where a gateway did; `about` as there."""
     who, comment = user_of(claims.iss), scrubbed(claims.comment) if claims.comment else None
     verb = "approved" if claims.verdict == "approved" else "denied"
@@ -139,7 +139,7 @@ GIVEN = step("grant.given", AUTHORIZE_SESSION, "Approve Ahead", severity=LOW, ac
 WITHDRAWN = step("grant.withdrawn", AUTHORIZE_SESSION, "Withdraw Approval", severity=LOW, action=DENIED)
 
 
-def given(record: Received, claims: Grant, words: dict[str, Any], verified: dict[str, Any]) -> Event:
+def given(record: Received, claims: Grant, words: dict[str, Any], verified: dict[str, Any]) -> OcsfEvent:
     """A person approved ahead. `words`: sponsor and user of the task, from the records."""
     who = user_of(claims.iss)
     comment = scrubbed(claims.comment) if claims.comment else None
@@ -176,7 +176,7 @@ def given(record: Received, claims: Grant, words: dict[str, Any], verified: dict
 
 def withdrawn(
     record: Received, claims: GrantWithdraw, words: dict[str, Any], verified: dict[str, Any]
-) -> Event:
+) -> OcsfEvent:
     """A person took a grant back. `words`: what is known of the grant; empty where it was not seen."""
     who, comment = user_of(claims.iss), scrubbed(claims.reason)
     agent = words.get("agent")

@@ -18,7 +18,7 @@ from ringfence.audit.events.ocsf import (
     MEDIUM,
     NEW,
     RESOLVED,
-    Event,
+    OcsfEvent,
     event,
     scrubbed,
     step,
@@ -45,7 +45,7 @@ _OF_REQUEST = ("request_digest", "policy_revision", "instance")
 
 def used(
     record: Received, claims: CredentialDecision, facts: RequestFacts, words: Mapping[str, Any]
-) -> Event:
+) -> OcsfEvent:
     """Two operators allowed what policy denies. `words`: those of a decision's event."""
     approvers = " and ".join(facts.approvers) or "nobody whose signature holds"
     message = (
@@ -69,7 +69,7 @@ def reviewed(
     use: Mapping[str, Any] | None,
     why_not: Reason | None,
     verified: dict[str, Any],
-) -> Event:
+) -> OcsfEvent:
     """Somebody looked at a use of break glass. `use`: the words of its event; `why_not`: why the review counts for
     nothing, if it does.
     """

@@ -20,8 +20,8 @@ from ringfence.audit.events.ocsf import (
     MEDIUM,
     OBSERVED,
     UNKNOWN_USER,
-    Event,
-    Step,
+    EventKind,
+    OcsfEvent,
     event,
     moment,
     scrubbed,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _S = AUTHORIZE_SESSION
 REQUESTED = step("credential.requested", _S, "Request Privileges", status="Requested", action=OBSERVED)
-DECISIONS: Mapping[str, Step] = {
+DECISIONS: Mapping[str, EventKind] = {
     "allowed": step("request.allowed", _S, "Decide", action=ALLOWED),
     "denied": step("request.refused", _S, 1, severity=LOW, status=FAILURE, action=DENIED),
     "approval_required": step("approval.required", _S, "Decide", status="Pending", action=OBSERVED),
@@ -51,13 +51,13 @@ BREAK_GLASS_ASKED = step(
     "break_glass.asked", _S, "Decide", severity=MEDIUM, status="Pending", action=OBSERVED, alert=True
 )
 APPROVAL_ASKED = step("approval.requested", _S, "Ask for Approval", status="Requested", action=OBSERVED)
-APPROVALS: Mapping[str, Step] = {
+APPROVALS: Mapping[str, EventKind] = {
     "approved": step("approval.given", _S, "Approve", action=ALLOWED),
     "denied": step("approval.denied", _S, "Approve", severity=LOW, status=FAILURE, action=DENIED),
 }
 REPLIED = step("reply.sent", _S, "Deliver", action=OBSERVED)
 DELIVERED = step("delivery.sent", _S, "Deliver", action=OBSERVED)
-LEASES: Mapping[LeaseStatus, Step] = {
+LEASES: Mapping[LeaseStatus, EventKind] = {
     "minting": step("credential.minting", _S, "Prepare Privileges", status="Pending", action=OBSERVED),
     "active": step("credential.issued", _S, 1, action=ALLOWED),
     "ending": step("lease.ending", _S, "Cut Privileges", action=DENIED),
@@ -89,7 +89,7 @@ _SELECTED: Mapping[str, tuple[str, str]] = {
 }
 
 
-def requested(record: Received, facts: RequestFacts, verified: dict[str, Any]) -> Event:
+def requested(record: Received, facts: RequestFacts, verified: dict[str, Any]) -> OcsfEvent:
     """An agent asked for a credential."""
     how = " by break glass" if facts.break_glass else ""
     message = (
@@ -111,7 +111,7 @@ def decided(
     decision_digest: str,
     facts: RequestFacts | None,
     verified: dict[str, Any],
-) -> Event:
+) -> OcsfEvent:
     """Policy answered a request. Without `facts` the embedded request did not verify: it is named by its id alone."""
     kind = DECISIONS[claims.outcome]
     if facts is not None and facts.break_glass and claims.outcome == "approval_required":
@@ -175,7 +175,7 @@ def decided(
 
 def approval_asked(
     record: Received, claims: ApprovalRequest, facts: RequestFacts, verified: dict[str, Any]
-) -> Event:
+) -> OcsfEvent:
     """Policy asks somebody to approve."""
     message = (
         f"{claims.approver} was asked for approval ({', '.join(claims.required)}) of {facts.words} for agent "
@@ -210,7 +210,7 @@ def approval_asked(
 
 def approval_given(
     record: Received, claims: Approval, facts: RequestFacts | None, verified: dict[str, Any]
-) -> Event:
+) -> OcsfEvent:
     """A person said yes or no to a request. Without `facts` what they signed is no request that verifies."""
     who = user_of(claims.iss)
     what = f"{facts.words} for agent {facts.agent}" if facts is not None else f"request {claims.request_id}"
@@ -248,14 +248,14 @@ def approval_given(
     )
 
 
-def replied(record: Received, request_id: str, facts: RequestFacts | None) -> Event:
+def replied(record: Received, request_id: str, facts: RequestFacts | None) -> OcsfEvent:
     """A sealed reply was put out for an agent. Nobody but that agent can open it, so this says no more than that."""
     who = f"agent {facts.agent}" if facts is not None else "the agent that asked"
     message = f"a sealed reply to request {request_id} was sent to {who}"
     return _sealed(record, REPLIED, message, request_id, facts)
 
 
-def delivered(record: Received, request_id: str, to: Sequence[str], facts: RequestFacts | None) -> Event:
+def delivered(record: Received, request_id: str, to: Sequence[str], facts: RequestFacts | None) -> OcsfEvent:
     """A credential was put out for gateways. `to`: the keys it says that it is sealed to; audit has none of them."""
     message = f"the credential of request {request_id} was sealed to the gateways, {len(to)} keys in all"
     return _sealed(record, DELIVERED, message, request_id, facts, {"sealed_to": sorted(to)[:_KEYS_TOLD]})
@@ -263,12 +263,12 @@ def delivered(record: Received, request_id: str, to: Sequence[str], facts: Reque
 
 def _sealed(
     record: Received,
-    step: Step,
+    step: EventKind,
     message: str,
     request_id: str,
     facts: RequestFacts | None,
     more: Mapping[str, Any] | None = None,
-) -> Event:
+) -> OcsfEvent:
     own: dict[str, Any] = {
         "user": user_of(facts.signer) if facts is not None else UNKNOWN_USER,
         "privileges": facts.privileges if facts is not None else [],
@@ -291,7 +291,7 @@ def _sealed(
 
 def leased(
     record: Received, claims: Lease, lease: LeaseFacts, facts: RequestFacts | None, verified: dict[str, Any]
-) -> Event:
+) -> OcsfEvent:
     """A lease came to another point of its life."""
     agent = user_of(_agent_id(claims.aud, claims.agent_id))
     signer = user_of(claims.iss)
@@ -363,7 +363,7 @@ def leased(
 
 def lease_void(
     record: Received, claims: Lease, lease: LeaseFacts, about: Mapping[str, Any], verified: dict[str, Any]
-) -> Event:
+) -> OcsfEvent:
     """A revoker's record of a lease arrived after Redis had been rebuilt without it: it ends nothing.
 
     `about`: the words of the lease.
@@ -398,7 +398,7 @@ def lease_void(
 
 def cut_confirmed(
     record: Received, claims: RevocationAck, order: Mapping[str, Any], verified: dict[str, Any]
-) -> Event:
+) -> OcsfEvent:
     """A gateway's word that it forwards nothing more of what an order covers.
 
     `order`: what is known of it.
@@ -426,7 +426,7 @@ def cut_confirmed(
     return event(record, CUT_CONFIRMED, message, own, words, key=key, correlation=order.get("request"))
 
 
-def lease_forgotten(record: Received, lease_id: str, about: Mapping[str, Any]) -> Event:
+def lease_forgotten(record: Received, lease_id: str, about: Mapping[str, Any]) -> OcsfEvent:
     """The last record of a lease gave way to a tombstone, long after its end. `about`: the words of the lease, if it is
     known.
     """
@@ -446,7 +446,7 @@ def revocation_asked(
     lease: LeaseFacts | None,
     facts: dict[str, Any],
     verified: dict[str, Any],
-) -> Event:
+) -> OcsfEvent:
     """Somebody asked to end one lease, or all that a selector covers.
 
     `facts`: the sponsor of the agent that a selector names, and the like; from the records.

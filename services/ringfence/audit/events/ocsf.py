@@ -73,7 +73,7 @@ _MAX_LOOKED_AT = 2048
 _LAST_WORD = re.compile(r"(?<![\w.-])[\w.-]+$")
 
 
-class Event(NamedTuple):
+class OcsfEvent(NamedTuple):
     """An OCSF event, and the Kafka key that it goes out under."""
 
     key: str
@@ -85,7 +85,7 @@ class Event(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class EventKind:
     """What all events of one kind have in common."""
 
     code: str
@@ -106,7 +106,7 @@ def step(
     status: int | str = SUCCESS,
     action: int | None = None,
     alert: bool = False,
-) -> Step:
+) -> EventKind:
     """Declare one kind of event.
 
     Args:
@@ -144,12 +144,12 @@ def step(
         attributes["is_alert"] = True
     if action is not None or alert:
         metadata["profiles"] = ["security_control"]
-    return Step(code, attributes, metadata)
+    return EventKind(code, attributes, metadata)
 
 
 def event(
     record: Received,
-    kind: Step,
+    kind: EventKind,
     message: str,
     own: dict[str, Any],
     unmapped: dict[str, Any],
@@ -158,7 +158,7 @@ def event(
     correlation: str | None = None,
     reasons: Sequence[Reason] = (),
     traceparent: str | None = None,
-) -> Event:
+) -> OcsfEvent:
     """Put one event together.
 
     Args:
@@ -194,10 +194,10 @@ def event(
     if people:
         body["observables"] = people
     body["unmapped"] = words
-    return Event(_cut(key, _MAX_KEY), body)
+    return OcsfEvent(_cut(key, _MAX_KEY), body)
 
 
-def shortened(told: Event) -> Event:
+def shortened(told: OcsfEvent) -> OcsfEvent:
     """The event without whatever makes it large; `unmapped.left_out` says what. No event may be too large to publish.
 
     What is left out stands in the record at `unmapped.source`, and its digest, where there is one, still here.
@@ -214,7 +214,7 @@ def shortened(told: Event) -> Event:
         body["privileges"] = []
         left_out.append("privileges")
     words["left_out"] = left_out
-    return Event(told.key, body)
+    return OcsfEvent(told.key, body)
 
 
 @lru_cache(maxsize=65_536)

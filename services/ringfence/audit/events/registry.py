@@ -17,7 +17,7 @@ from ringfence.audit.events.ocsf import (
     INFORMATIONAL,
     LOW,
     MEDIUM,
-    Event,
+    OcsfEvent,
     event,
     in_words,
     moment,
@@ -128,7 +128,7 @@ def commanded(
     consent_by: str | None,
     task: TaskState | None,
     parent: TaskState | None = None,
-) -> Event:
+) -> OcsfEvent:
     """Somebody gave a command; what comes of it is not known yet.
 
     Args:
@@ -171,7 +171,7 @@ def recorded(
     *,
     sponsor: str | None,
     sponsors: Sequence[str] | None = None,
-) -> Event:
+) -> OcsfEvent:
     """The registry published a record: a command was carried out.
 
     Args:
@@ -218,7 +218,7 @@ def recorded(
     )
 
 
-def revision_fell(record: Received, claims: AnyRecord, known: int, verified: dict[str, Any]) -> Event:
+def revision_fell(record: Received, claims: AnyRecord, known: int, verified: dict[str, Any]) -> OcsfEvent:
     """A record with a lower revision than one seen before: readers refuse it, no honest registry writes it."""
     kind, id, words = _subject_of_state(claims.state)
     message = (
@@ -232,7 +232,7 @@ def revision_fell(record: Received, claims: AnyRecord, known: int, verified: dic
 
 def answered(
     record: Received, claims: ServiceEvent, about: dict[str, Any], verified: dict[str, Any]
-) -> Event:
+) -> OcsfEvent:
     """The registry accepted or refused a command. `about`: sponsor and the like of its agent, from the records."""
     kind = claims.subject.partition(".")[0]
     id = claims.agent_id or claims.task_id or claims.result or claims.ref or "unknown"

@@ -21,8 +21,8 @@ from ringfence.audit.events.ocsf import (
     MEDIUM,
     NEW,
     UNKNOWN_USER,
-    Event,
-    Step,
+    EventKind,
+    OcsfEvent,
     event,
     scrubbed,
     step,
@@ -53,7 +53,7 @@ _EXPIRED = step("message.expired", _A, 1, severity=LOW, status=FAILURE, action=D
 _REPLAYED = step("message.replayed", _A, 1, severity=MEDIUM, status=FAILURE, action=DENIED, alert=True)
 _EPOCH = step("lease.epoch", _A, "Rebuild", severity=LOW)
 _REPEATED = step("message.repeated", _A, "Repeat")
-_OUTCOMES: Mapping[str, Step] = {
+_OUTCOMES: Mapping[str, EventKind] = {
     "accepted": step("message.accepted", AUTHORIZE_SESSION, "Accept"),
     "refused": step(
         "message.refused", AUTHORIZE_SESSION, "Refuse", severity=LOW, status=FAILURE, action=DENIED
@@ -96,7 +96,7 @@ _FORGERIES = frozenset(
 )
 
 
-def not_believed(record: Received, code: str) -> Event:
+def not_believed(record: Received, code: str) -> OcsfEvent:
     """A record that nobody is believed to have written. It is attributed to its coordinates, and to nobody else."""
     why = _WHY.get(code, "it could not be read")
     message = (
@@ -110,7 +110,9 @@ def not_believed(record: Received, code: str) -> Event:
     return event(record, kind, message, own, words, key=record.topic.what, reasons=(reason,))
 
 
-def expired(record: Received, iss: str, code: str, words: dict[str, Any], verified: dict[str, Any]) -> Event:
+def expired(
+    record: Received, iss: str, code: str, words: dict[str, Any], verified: dict[str, Any]
+) -> OcsfEvent:
     """A message whose signature holds, but that reached the broker outside its time."""
     who = user_of(iss)
     why = Reason(code=code, message="it reached the broker outside the time that its signer gave it")
@@ -128,7 +130,7 @@ def replayed(
     same: bool,
     words: dict[str, Any],
     verified: dict[str, Any],
-) -> Event:
+) -> OcsfEvent:
     """A signed message that stands at other coordinates too. Whoever put it there again is not known.
 
     Services publish a record again where they do not know whether it arrived: `same` bytes by a service are no alarm.
@@ -164,7 +166,7 @@ def reported(
     words: dict[str, Any],
     verified: dict[str, Any],
     traceparent: str | None,
-) -> Event:
+) -> OcsfEvent:
     """What a service said, other than its answers to commands (see `registry_events.answered`).
 
     Args:
@@ -220,7 +222,7 @@ def reported(
     return event(record, kind, message, own, about, **rest)
 
 
-def epoch_began(record: Received, claims: LeaseEpoch, verified: dict[str, Any]) -> Event:
+def epoch_began(record: Received, claims: LeaseEpoch, verified: dict[str, Any]) -> OcsfEvent:
     """Redis is being rebuilt from Kafka: what was written to the one before, and is not on Kafka yet, is void."""
     who = user_of(claims.iss)
     message = (
@@ -232,7 +234,7 @@ def epoch_began(record: Received, claims: LeaseEpoch, verified: dict[str, Any]) 
     return event(record, _EPOCH, message, own, words, key=str(who["name"]))
 
 
-def dead_lettered(record: Received, claims: DeadLetter) -> Event:
+def dead_lettered(record: Received, claims: DeadLetter) -> OcsfEvent:
     """A service could do nothing with a record. The letter is not signed: it says what its writer says."""
     source = claims.source
     message = (
@@ -283,7 +285,7 @@ def is_one(claims: ServiceEvent) -> bool:
 
 def found(
     record: Received, claims: ServiceEvent, words: Mapping[str, Any], verified: dict[str, Any]
-) -> Event:
+) -> OcsfEvent:
     """What a service noticed. `words`: agent, sponsor, task and the like that it is about, as far as they are known."""
     code = claims.reasons[0].code
     message = f"{user_of(claims.iss)['name']} found: {scrubbed(claims.reasons[0].message)}"

@@ -10,7 +10,7 @@ from ringfence.audit.events.ocsf import (
     FAILURE,
     HIGH,
     MEDIUM,
-    Event,
+    OcsfEvent,
     event,
     moment,
     step,
@@ -37,7 +37,7 @@ _KEY: Final = "trust"
 _NAMED: Final = 20
 
 
-def told(record: Received, seen: BundleSeen) -> Event:
+def told(record: Received, seen: BundleSeen) -> OcsfEvent:
     """A bundle that a root signed stands on the topic."""
     bundle = seen.bundle
     who = user_of(bundle.iss)

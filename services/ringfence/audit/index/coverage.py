@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ringfence.audit.index.store import ALLOWED, ENDED, ISSUED, Trail
+from ringfence.audit.index.store import ALLOWED, ENDED, ISSUED, CountedTrail
 from ringfence.model.leases.lifecycle import CLOCKS_S, is_short_lived, is_task_bound
 
 Event = Mapping[str, Any]
@@ -42,7 +42,7 @@ _FAULTS: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Behind:
+class LeaseBasis:
     """What leases rest on, by lease, request and task."""
 
     issued: dict[str, Event] = field(default_factory=dict)
@@ -52,9 +52,9 @@ class Behind:
     tasks: dict[str, Event] = field(default_factory=dict)
 
 
-def behind(trail: Trail, leases: Iterable[str]) -> Behind:
+def behind(trail: CountedTrail, leases: Iterable[str]) -> LeaseBasis:
     """All that is needed to judge these leases."""
-    found = Behind()
+    found = LeaseBasis()
     for event in trail.behind(leases, (), ()):
         _file(found, event)
     words = [event["unmapped"] for event in found.issued.values()]
@@ -65,7 +65,7 @@ def behind(trail: Trail, leases: Iterable[str]) -> Behind:
     return found
 
 
-def _file(found: Behind, event: Event) -> None:
+def _file(found: LeaseBasis, event: Event) -> None:
     words, code = event["unmapped"], event["metadata"].get("event_code")
     if not _is_whole(event):
         return
@@ -81,7 +81,7 @@ def _file(found: Behind, event: Event) -> None:
         found.tasks[words["task"]] = event
 
 
-def lease_fault(issued: Event, found: Behind, is_user: Callable[[str], bool]) -> str | None:
+def lease_fault(issued: Event, found: LeaseBasis, is_user: Callable[[str], bool]) -> str | None:
     """Why a lease does not lead back to a human, as a code, or None where it does."""
     words = issued["unmapped"]
     if not _is_whole(issued):
@@ -108,7 +108,7 @@ def lease_fault(issued: Event, found: Behind, is_user: Callable[[str], bool]) ->
     return None if on_behalf_of and is_user(on_behalf_of) else "human_unknown"
 
 
-def action_fault(action: Event, found: Behind, is_user: Callable[[str], bool]) -> str | None:
+def action_fault(action: Event, found: LeaseBasis, is_user: Callable[[str], bool]) -> str | None:
     """Why an action does not lead back to a human, as a code, or None where it does."""
     words = action["unmapped"]
     if not words.get("lease"):
@@ -125,7 +125,7 @@ def action_fault(action: Event, found: Behind, is_user: Callable[[str], bool]) -
 
 def count_leases(
     events: Sequence[Event],
-    found: Behind,
+    found: LeaseBasis,
     is_user: Callable[[str], bool],
     *,
     now_s: float,
@@ -166,7 +166,9 @@ def count_leases(
     return {**sums, "against": against[:MAX_LISTED], "standing_leases": standing[:MAX_LISTED]}
 
 
-def count_actions(events: Sequence[Event], found: Behind, is_user: Callable[[str], bool]) -> dict[str, Any]:
+def count_actions(
+    events: Sequence[Event], found: LeaseBasis, is_user: Callable[[str], bool]
+) -> dict[str, Any]:
     """The sums over actions that went through, and those that count against."""
     total, against = 0, []
     for event in went_through(events):
@@ -208,7 +210,7 @@ def _same(one: Event, other: Event, names: Iterable[str]) -> bool:
     return all(one["unmapped"].get(name) == other["unmapped"].get(name) for name in names)
 
 
-def _task_end_s(issued: Event, found: Behind) -> float | None:
+def _task_end_s(issued: Event, found: LeaseBasis) -> float | None:
     task = found.tasks.get(issued["unmapped"].get("task", ""))
     end = (
         task.get("entity_result", {}).get("data", {}).get("not_after")

@@ -40,7 +40,7 @@ class Viewer:
 
 
 @dataclass(frozen=True, slots=True)
-class Story:
+class EventStory:
     """The events that belong to something, oldest first. `truncated`: there is more than was asked for."""
 
     kind: StoryKind
@@ -89,7 +89,7 @@ class CursorLostError(RingfenceError):
     code = "cursor_lost"
 
 
-class Trail(Protocol):
+class CountedTrail(Protocol):
     """What actions and credentials are counted by."""
 
     def actions(
@@ -122,7 +122,7 @@ class Trail(Protocol):
         ...
 
 
-class EventIndex(Trail, Protocol):
+class EventIndex(CountedTrail, Protocol):
     """Finds audit events again."""
 
     def add(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
@@ -134,7 +134,7 @@ class EventIndex(Trail, Protocol):
         """
         ...
 
-    def story(self, id: str, kind: StoryKind | None, viewer: Viewer | None, limit: int) -> Story | None:
+    def story(self, id: str, kind: StoryKind | None, viewer: Viewer | None, limit: int) -> EventStory | None:
         """The events of what has this id; at most `limit` requests, the latest. None where there is nothing to see."""
         ...
 
@@ -281,7 +281,7 @@ class SqliteIndex:
 
     # --- asking ---
 
-    def story(self, id: str, kind: StoryKind | None, viewer: Viewer | None, limit: int) -> Story | None:
+    def story(self, id: str, kind: StoryKind | None, viewer: Viewer | None, limit: int) -> EventStory | None:
         """See `EventIndex`."""
         for candidate in (kind,) if kind is not None else STORY_KINDS:
             story = self._story_of(candidate, id, viewer, limit)
@@ -492,7 +492,7 @@ class SqliteIndex:
             raise CursorLostError("audit built its index anew meanwhile; ask again from the beginning")
         return int(seq), int(time)
 
-    def _story_of(self, kind: StoryKind, id: str, viewer: Viewer | None, limit: int) -> Story | None:
+    def _story_of(self, kind: StoryKind, id: str, viewer: Viewer | None, limit: int) -> EventStory | None:
         # A person is the root of what was done on their behalf.
         column = "on_behalf_of" if kind == "user" else kind
         where, values = self._visible(viewer)
@@ -522,7 +522,7 @@ class SqliteIndex:
             seen, seen_values = self._visible(viewer)
             self._collect(found, "agent", [id], "request IS NULL", "task IS NULL", *seen, **seen_values)
         rows = sorted(found.items(), key=lambda item: item[1][0])
-        return Story(kind, id, [orjson.loads(row[1][1]) for row in rows], truncated)
+        return EventStory(kind, id, [orjson.loads(row[1][1]) for row in rows], truncated)
 
     # Columns and conditions in the queries below are this file's own words; values are parameters.
 

@@ -27,16 +27,16 @@ from ringfence.backends.access import TargetAccess
 from ringfence.backends.connection_pool import ConnectionCache
 from ringfence.backends.postgres import queries
 from ringfence.backends.postgres.privileges import (
-    Column,
-    Plan,
+    PrivilegePlan,
     Relation,
+    RelationColumn,
     Right,
     grants,
     plan,
     quoted,
     rights,
 )
-from ringfence.backends.postgres.server import Connection, Server, verifier
+from ringfence.backends.postgres.server import Connection, PostgresServer, verifier
 from ringfence.backends.secret_sources import AccessError
 from ringfence.backends.target_settings import InexactError, TargetRefusedError, not_set_up, settings_of
 from ringfence.messages.credential import Credential
@@ -68,7 +68,7 @@ class PostgresBackend:
         # At most 63 bytes with all that follows, and of characters that mean nothing in any pattern.
         self._prefix = f"ringfence_{hashlib.sha256(trust_domain.encode()).hexdigest()[:10]}_"
         self._access = access
-        self._servers = ConnectionCache(access, Server)
+        self._servers = ConnectionCache(access, PostgresServer)
 
     def roles_of(self, lease_id: str) -> str:
         """How the names of all roles of a lease begin. They tell one trust domain's from another's at one server."""
@@ -144,7 +144,12 @@ class PostgresBackend:
 
 
 async def _make(
-    connection: Connection, role: str, secret: str, wanted: Plan, deadline_s: int, settings: PostgresSettings
+    connection: Connection,
+    role: str,
+    secret: str,
+    wanted: PrivilegePlan,
+    deadline_s: int,
+    settings: PostgresSettings,
 ) -> bool:
     """Make a role with exactly what is wanted. Whether the connection is encrypted. Raises InexactError."""
     here = await connection.fetchrow(queries.HERE, LOCK)
@@ -163,17 +168,17 @@ async def _make(
     return bool(here["encrypted"])
 
 
-async def _resolved(connection: Connection, wanted: Plan, database_oid: int) -> list[Right]:
+async def _resolved(connection: Connection, wanted: PrivilegePlan, database_oid: int) -> list[Right]:
     """The rights that are meant, by what is there now."""
     schemas = [(row["oid"], row["name"]) for row in await connection.fetch(queries.SCHEMAS, wanted.schemas)]
     rows = await connection.fetch(queries.RELATIONS, wanted.schemas, wanted.relations)
     relations = {
         row["oid"]: Relation(row["oid"], row["schema"], row["name"], row["sequence"]) for row in rows
     }
-    columns: list[Column] = []
+    columns: list[RelationColumn] = []
     if any(wish.wants_columns for wish in wanted.wishes):
         found = await connection.fetch(queries.COLUMNS, list(relations))
-        columns = [Column(relations[row["relation"]], row["number"], row["name"]) for row in found]
+        columns = [RelationColumn(relations[row["relation"]], row["number"], row["name"]) for row in found]
     return rights(wanted, database_oid, schemas, list(relations.values()), columns)
 
 
@@ -276,7 +281,7 @@ def _is_gone(error: Exception) -> bool:
 # --- what agents are told ---------------------------------------------------------------------------------------------
 
 
-def _address(server: Server, settings: PostgresSettings) -> str:
+def _address(server: PostgresServer, settings: PostgresSettings) -> str:
     if settings.address is not None:
         return settings.address
     host, port = server.login.host, server.login.port
@@ -287,7 +292,7 @@ def _address(server: Server, settings: PostgresSettings) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _sslmode(server: Server, settings: PostgresSettings, encrypted: bool) -> SslMode | None:
+def _sslmode(server: PostgresServer, settings: PostgresSettings, encrypted: bool) -> SslMode | None:
     if settings.sslmode is not None:
         return settings.sslmode
     if server.login.sslmode in ("verify-ca", "verify-full"):

@@ -60,7 +60,7 @@ class Relation(NamedTuple):
     is_sequence: bool
 
 
-class Column(NamedTuple):
+class RelationColumn(NamedTuple):
     """One column of a relation."""
 
     relation: Relation
@@ -81,7 +81,7 @@ class Right(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class PrivilegeRequest:
     """One verb on one glob."""
 
     verb: str
@@ -108,11 +108,11 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PrivilegePlan:
     """A scope, understood: one database, and what is wanted there."""
 
     database: str
-    wishes: tuple[Wish, ...]
+    wishes: tuple[PrivilegeRequest, ...]
 
     @property
     def schemas(self) -> list[str] | None:
@@ -135,10 +135,10 @@ class Plan:
         return sorted(names)
 
 
-def plan(scope: Iterable[Permission]) -> Plan:
+def plan(scope: Iterable[Permission]) -> PrivilegePlan:
     """Understand a scope, without looking at a server. Raises InexactError."""
     wishes = [
-        Wish(_known(verb), _named(resource))
+        PrivilegeRequest(_known(verb), _named(resource))
         for permission in scope
         for resource in permission.resources
         for verb in permission.verbs
@@ -152,7 +152,7 @@ def plan(scope: Iterable[Permission]) -> Plan:
     databases = {wish.glob.segments[0] for wish in wishes}
     if len(databases) > 1:
         raise InexactError("a credential is for one database: ask for one for each")
-    return Plan(databases.pop(), tuple(dict.fromkeys(wishes)))
+    return PrivilegePlan(databases.pop(), tuple(dict.fromkeys(wishes)))
 
 
 def _known(verb: str) -> str:
@@ -177,11 +177,11 @@ def _named(text: str) -> Glob:
 
 
 def rights(
-    wanted: Plan,
+    wanted: PrivilegePlan,
     database_oid: int,
     schemas: Sequence[tuple[int, str]],
     relations: Sequence[Relation],
-    columns: Sequence[Column],
+    columns: Sequence[RelationColumn],
 ) -> list[Right]:
     """All rights that a plan means, with what is needed to get there: CONNECT, and USAGE of the schemas.
 
@@ -209,12 +209,12 @@ def rights(
 
 
 def _meant(
-    wish: Wish,
+    wish: PrivilegeRequest,
     database: str,
     database_oid: int,
     schemas: Sequence[tuple[int, str]],
     relations: Sequence[Relation],
-    columns: Sequence[Column],
+    columns: Sequence[RelationColumn],
 ) -> Iterator[Right]:
     if wish.covers(database):
         for right in wish.rights("database"):

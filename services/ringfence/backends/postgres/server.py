@@ -50,7 +50,7 @@ _NOT_THIS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Login:
+class PostgresLogin:
     """Where and as whom Ringfence works: `postgresql://user:password@host:port/database?sslmode=...`."""
 
     host: str
@@ -62,7 +62,7 @@ class Login:
     root_certificate: str | None
 
     @classmethod
-    def parse(cls, url: str) -> Login:
+    def parse(cls, url: str) -> PostgresLogin:
         """Raises ValueError, which quotes no value."""
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
@@ -99,14 +99,14 @@ class Login:
         return context
 
 
-class Server:
+class PostgresServer:
     """One server, as the broker's rights name it: a pool of connections for each database that is worked in."""
 
     def __init__(self, target_id: str, url: str) -> None:
         """Raises AccessError."""
         self.target_id = target_id
         try:
-            self.login = Login.parse(url)
+            self.login = PostgresLogin.parse(url)
             self._tls = self.login.tls()
         except (ValueError, OSError) as error:
             said = str(error) if type(error) is ValueError else "its root certificate cannot be read"

@@ -20,7 +20,7 @@ from ringfence.backends.access import TargetAccess
 from ringfence.backends.connection_pool import ConnectionCache
 from ringfence.backends.ssh.certificates import for_lease, private_text
 from ringfence.backends.ssh.privileges import allowed, plan
-from ringfence.backends.ssh.server import Server
+from ringfence.backends.ssh.server import SshServer
 from ringfence.backends.target_settings import InexactError, TargetRefusedError, not_set_up, settings_of
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
@@ -39,7 +39,7 @@ class SshBackend:
     def __init__(self, trust_domain: str, access: TargetAccess) -> None:
         self._domain = trust_domain
         self._access = access
-        self._servers = ConnectionCache(access, Server)
+        self._servers = ConnectionCache(access, SshServer)
 
     def name_of(self, lease_id: str) -> str:
         """A lease's name at hosts. It tells one trust domain's leases from another's at the same host."""
@@ -110,7 +110,7 @@ class SshBackend:
         await self._servers.close()
 
 
-def _address(server: Server, settings: SshSettings) -> str:
+def _address(server: SshServer, settings: SshSettings) -> str:
     """`host:port` for agents: as the target's record says, else where Ringfence itself connects."""
     host, port = server.login.host, server.login.port
     return settings.address or (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from ringfence.backends.ssh.host_helper import KEY_ID, PRINCIPAL, serial_of
-from ringfence.backends.ssh.privileges import Allowed
+from ringfence.backends.ssh.privileges import AllowedCommands
 
 BEFORE_S: Final = 300
 """So long before it is made a certificate begins: the host's clock may be behind."""
@@ -29,7 +29,7 @@ def for_lease(
     authority: Ed25519PrivateKey,
     key: Ed25519PublicKey,
     name: str,
-    allowed: Allowed,
+    allowed: AllowedCommands,
     *,
     run: Sequence[str],
     source_addresses: str | None,

@@ -28,7 +28,7 @@ Rights = Mapping[str, Mapping[str, Sequence[str]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class CommandRequest:
     """One verb on one resource."""
 
     verb: str
@@ -39,15 +39,15 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CommandPlan:
     """A scope, understood: whom it is for, and what is wanted."""
 
     user: str
-    wishes: tuple[Wish, ...]
+    wishes: tuple[CommandRequest, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Allowed:
+class AllowedCommands:
     """What a certificate says."""
 
     user: str
@@ -56,10 +56,10 @@ class Allowed:
     ways: frozenset[str]
 
 
-def plan(scope: Iterable[Permission]) -> Plan:
+def plan(scope: Iterable[Permission]) -> CommandPlan:
     """Understand a scope, without asking the host. Raises InexactError."""
     wishes = [
-        Wish(_known(verb), _named(resource))
+        CommandRequest(_known(verb), _named(resource))
         for permission in scope
         for resource in permission.resources
         for verb in permission.verbs
@@ -76,7 +76,7 @@ def plan(scope: Iterable[Permission]) -> Plan:
     verbs = {wish.verb for wish in wishes}
     if "shell" in verbs and verbs & set(COMMAND_VERBS):
         raise InexactError("shell is every command, not those named beside it: ask for one or the other")
-    return Plan(users.pop(), tuple(dict.fromkeys(wishes)))
+    return CommandPlan(users.pop(), tuple(dict.fromkeys(wishes)))
 
 
 def _known(verb: str) -> str:
@@ -101,7 +101,7 @@ def _named(text: str) -> Glob:
     return glob
 
 
-def allowed(wanted: Plan, there: Rights) -> Allowed:
+def allowed(wanted: CommandPlan, there: Rights) -> AllowedCommands:
     """What a plan means at a host that has these rights. Raises InexactError for a wish that means nothing there."""
     if wanted.user not in there:
         raise InexactError(f"no certificate can be for user {wanted.user!a} there")
@@ -120,4 +120,4 @@ def allowed(wanted: Plan, there: Rights) -> Allowed:
         commands.update({(wish.verb, name): None for name in meant})
     if len(commands) > MAX_COMMANDS:
         raise InexactError(f"the scope means more than {MAX_COMMANDS} commands: ask for less at a time")
-    return Allowed(wanted.user, tuple(commands), frozenset(ways))
+    return AllowedCommands(wanted.user, tuple(commands), frozenset(ways))

@@ -37,7 +37,7 @@ _USER: Final = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 
 
 @dataclass(frozen=True, slots=True)
-class Login:
+class SshLogin:
     """Where and as whom Ringfence works, and what it signs with.
 
     As text: `ssh://user@host:port` on the first line, the host's public keys on the next ones, as its `.pub` files have
@@ -51,7 +51,7 @@ class Login:
     authority: Ed25519PrivateKey
 
     @classmethod
-    def parse(cls, text: str) -> Login:
+    def parse(cls, text: str) -> SshLogin:
         """Raises ValueError, which quotes no value."""
         public, dashes, private = text.partition("-----BEGIN")
         url, *lines = public.strip().splitlines() or [""]
@@ -85,11 +85,11 @@ def _authority(text: str) -> Ed25519PrivateKey:
     return key
 
 
-class LostError(Exception):
+class ConnectionLostError(Exception):
     """A connection ended before it gave an answer, or there is none. Says why, as far as that is known."""
 
 
-class Link:
+class SshConnection:
     """One connection, and the program at its other end."""
 
     def __init__(self, connection: Any, process: Any) -> None:
@@ -104,7 +104,7 @@ class Link:
         return not self._reader.done()
 
     async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer. Raises LostError, TimeoutError."""
+        """The answer. Raises ConnectionLostError, TimeoutError."""
         id, waiting = next(self._ids), asyncio.get_running_loop().create_future()
         self._waiting[id] = waiting
         try:
@@ -113,7 +113,7 @@ class Link:
                 answer: dict[str, Any] = await waiting
                 return answer
         except OSError as error:  # a TimeoutError too
-            raise LostError from error
+            raise ConnectionLostError from error
         finally:
             self._waiting.pop(id, None)
             if not waiting.done() or waiting.cancelled():
@@ -140,21 +140,21 @@ class Link:
         finally:
             for waiting in self._waiting.values():
                 if not waiting.done():
-                    waiting.set_exception(LostError())
+                    waiting.set_exception(ConnectionLostError())
             self._connection.abort()
 
 
-class Server:
+class SshServer:
     """One host, as the broker's rights name it."""
 
     def __init__(self, target_id: str, rights: str) -> None:
         """Raises AccessError."""
         self._target_id = target_id
         try:
-            self.login = Login.parse(rights)
+            self.login = SshLogin.parse(rights)
         except ValueError as error:
             raise AccessError(f"the rights at target {target_id} are wrong: {error}") from None
-        self._link: Link | None = None
+        self._link: SshConnection | None = None
         self._connecting = asyncio.Lock()
 
     async def ask(self, what: str, **more: Any) -> Any:
@@ -163,7 +163,7 @@ class Server:
             link, is_new = await self._linked()
             try:
                 answer = await link.ask({"do": what, **more})
-            except LostError:
+            except ConnectionLostError:
                 if is_new:
                     break
                 continue  # it may have been dead since it was last used
@@ -181,19 +181,19 @@ class Server:
             link.abort()
             await link.closed()
 
-    async def _linked(self) -> tuple[Link, bool]:
+    async def _linked(self) -> tuple[SshConnection, bool]:
         async with self._connecting:
             if self._link is not None and self._link.is_open:
                 return self._link, False
             try:
                 async with asyncio.timeout(_CONNECT_S):
                     self._link = await self._connect()
-            except (OSError, LostError, ValueError) as error:  # a TimeoutError too
-                why = str(error) if isinstance(error, LostError) else type(error).__name__
+            except (OSError, ConnectionLostError, ValueError) as error:  # a TimeoutError too
+                why = str(error) if isinstance(error, ConnectionLostError) else type(error).__name__
                 raise TargetError(f"target {self._target_id} does not answer ({why})") from None
             return self._link, True
 
-    async def _connect(self) -> Link:
+    async def _connect(self) -> SshConnection:
         # Half a second and 16 MB that only those pay who have such targets.
         asyncssh: Any = await asyncio.to_thread(importlib.import_module, "asyncssh")
         login, key = self.login, Ed25519PrivateKey.generate()
@@ -213,7 +213,7 @@ class Server:
                 keepalive_interval=_ALIVE_EVERY_S,
             )
         except asyncssh.Error as error:
-            raise LostError(type(error).__name__) from None
+            raise ConnectionLostError(type(error).__name__) from None
         with contextlib.ExitStack() as undo:
             undo.callback(connection.abort)
             try:
@@ -222,14 +222,14 @@ class Server:
                 )  # the host runs what its configuration says
                 hello = await process.stdout.readline()
             except asyncssh.Error as error:
-                raise LostError(type(error).__name__) from None
+                raise ConnectionLostError(type(error).__name__) from None
             if _hello(hello) != PROTOCOL:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_COMPLAINT_S):
                         log.warning("target %s: %s", self._target_id, _said(await process.stderr.readline()))
-                raise LostError("no ringfence-ssh-helper there, or another version's")
+                raise ConnectionLostError("no ringfence-ssh-helper there, or another version's")
             undo.pop_all()
-        return Link(connection, process)
+        return SshConnection(connection, process)
 
 
 def _hello(line: str) -> object:

@@ -19,7 +19,7 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import moment, note, print_json, print_table, say, span
 from ringfence.cli.shared.progress import counting
-from ringfence.client.reports.coverage import Coverage, Share, coverage_report
+from ringfence.client.reports.coverage import Coverage, Ratio, coverage_report
 from ringfence.client.reports.read_api import ReadApi
 
 _SHARES = {
@@ -109,7 +109,7 @@ def _print(report: Coverage) -> None:
     say(_SURVEY, "dim")
 
 
-def _told(share: Share | None) -> tuple[str, str]:
+def _told(share: Ratio | None) -> tuple[str, str]:
     if share is None:
         return "?", ""
     percent = share.percent()

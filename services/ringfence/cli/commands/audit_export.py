@@ -24,8 +24,8 @@ from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, r
 from ringfence.cli.shared.output import escaped_json, moment, note, print_json, say, visible_lines
 from ringfence.cli.shared.progress import counting
 from ringfence.client.exports.export import (
-    Question,
-    State,
+    ExportProgress,
+    ExportQuery,
     Unfinished,
     begin,
     export_pages,
@@ -33,7 +33,7 @@ from ringfence.client.exports.export import (
     resume,
     stopped_at_ms,
 )
-from ringfence.client.exports.writers import Format, Writer, writer_of
+from ringfence.client.exports.writers import ExportWriter, Format, writer_of
 from ringfence.client.reports.read_api import ReadApi
 
 
@@ -87,7 +87,7 @@ def export(
         target=target, user=user, sponsor=sponsor, codes=code, status=status, severity=severity
     )
     filters = given({"agent": agent, "task": task, "class": class_uid, **chosen})
-    question = Question(format=format, since_ms=since_ms, until_ms=until_ms, filters=filters)
+    question = ExportQuery(format=format, since_ms=since_ms, until_ms=until_ms, filters=filters)
     if out is None:
         _to_stdout(question, me)
         return
@@ -119,8 +119,8 @@ def _visible_rows(text: str) -> str:
     return "\r\n".join(map(visible_lines, text.split("\r\n")))
 
 
-def _to_stdout(question: Question, me: Path | None) -> None:
-    state = State(question=question)
+def _to_stdout(question: ExportQuery, me: Path | None) -> None:
+    state = ExportProgress(question=question)
     sys.stdout.flush()
     # To the byte for programs. On a terminal somebody looks at it, and what strangers wrote acts upon that.
     file = _Terminal(question.format) if sys.stdout.isatty() else sys.stdout.buffer
@@ -135,7 +135,7 @@ def _to_stdout(question: Question, me: Path | None) -> None:
     note(f"{state.events} events")
 
 
-def _to_file(one: Unfinished, out: Path, me: Path | None) -> State:
+def _to_file(one: Unfinished, out: Path, me: Path | None) -> ExportProgress:
     try:
         run(_all(one.state, one.writer, me, one))
     except BaseException:
@@ -154,13 +154,15 @@ def _how_to_go_on(one: Unfinished, out: Path) -> str:
     return ""
 
 
-async def _all(state: State, writer: Writer, me: Path | None, one: Unfinished | None = None) -> None:
+async def _all(
+    state: ExportProgress, writer: ExportWriter, me: Path | None, one: Unfinished | None = None
+) -> None:
     async with ReadApi(identity(me)) as api:
         with counting() as progress:
             await export_pages(api, state, writer, progress, one.keep if one else lambda: None)
 
 
-def _stopped(state: State) -> str:
+def _stopped(state: ExportProgress) -> str:
     at_ms = stopped_at_ms(state)
     if at_ms is None:
         return "stopped before the first event was written"

@@ -30,7 +30,7 @@ def demo(
 ) -> None:
     """An agent's task, its credential and its end, on real parts; ends with the trail."""
     from ringfence.cli.commands.dev import client_settings, ended_by_signals
-    from ringfence.dev.demo import Story
+    from ringfence.dev.demo import DemoStory
     from ringfence.dev.organisation import seed
     from ringfence.dev.stack import Stack, StackOptions
 
@@ -50,7 +50,7 @@ def demo(
             async def play() -> None:
                 narrator.waiting("making a small organisation")
                 await seed(stack.trust, settings, stack.options.operator)
-                await Story(stack, settings, narrator, press_approve if interactive else None).tell()
+                await DemoStory(stack, settings, narrator, press_approve if interactive else None).tell()
 
             asyncio.run(play())
     finally:

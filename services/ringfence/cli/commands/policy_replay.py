@@ -19,7 +19,7 @@ from ringfence.client.agent.replies import who
 from ringfence.messages.permission import Permission
 
 if TYPE_CHECKING:
-    from ringfence.policy.decisions.replay import Change, Report, Skipped, Standing
+    from ringfence.policy.decisions.replay import Change, Report, RequestOutcome, Skipped
 
 _SAY_EVERY_S = 5.0
 _CHANGES: dict[Change, str] = {
@@ -149,7 +149,7 @@ def _print(report: Report, since: str) -> None:
     say(f"revision {report.revision}")
 
 
-def _standing(standing: Standing) -> str:
+def _standing(standing: RequestOutcome) -> str:
     reasons = "; ".join(f"{reason.code}: {reason.message}" for reason in standing.reasons)
     if standing.outcome == "denied":
         return f"denied ({reasons})"

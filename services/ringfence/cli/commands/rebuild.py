@@ -13,7 +13,7 @@ from ringfence.cli.shared.output import print_json, print_table, say
 
 if TYPE_CHECKING:
     from ringfence.kernel.base.settings import ServiceSettings
-    from ringfence.revoker.consistency.compare import Difference
+    from ringfence.revoker.consistency.compare import LeaseDifference
 
 _TAKEN_UP_WITHIN_S = 30.0
 _LOOK_EVERY_S = 0.1
@@ -44,7 +44,7 @@ def rebuild(
         say(f"rebuilt in {took_s:.1f} s: {alive} leases are alive")
 
 
-def _show(differences: list[Difference], as_json: bool) -> None:
+def _show(differences: list[LeaseDifference], as_json: bool) -> None:
     rows = [(one.what, one.about, one.kafka, one.redis) for one in differences]
     if as_json:
         names = ("what", "about", "kafka", "redis")
@@ -56,7 +56,7 @@ def _show(differences: list[Difference], as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-async def _differences(settings: ServiceSettings) -> list[Difference]:
+async def _differences(settings: ServiceSettings) -> list[LeaseDifference]:
     from ringfence.kernel.base.clock import SystemClock
     from ringfence.kernel.base.settings import load
     from ringfence.revoker.consistency.compare import checking

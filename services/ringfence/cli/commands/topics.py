@@ -11,7 +11,7 @@ from ringfence.cli.shared.options import JsonOption, run, wants_json
 from ringfence.cli.shared.output import note, print_json, print_table, say
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.kafka.acls import PARTIES, Acl, Party, acls, commands
-from ringfence.kernel.kafka.topics_admin import Difference, TopicsAdmin
+from ringfence.kernel.kafka.topics_admin import TopicDifference, TopicsAdmin
 
 app = typer.Typer(help="Create the topics, check them, and say who may use them.", no_args_is_help=True)
 
@@ -23,7 +23,7 @@ def apply(as_json: JsonOption = False) -> None:
     Left to you, and named: partitions, replicas, and what is kept longer than the contract asks.
     """
 
-    async def work() -> tuple[list[str], list[Difference], list[Difference]]:
+    async def work() -> tuple[list[str], list[TopicDifference], list[TopicDifference]]:
         async with TopicsAdmin(load(ServiceSettings)) as admin:
             return await admin.apply(), *await admin.set_right()
 
@@ -46,7 +46,7 @@ def apply(as_json: JsonOption = False) -> None:
 def check(as_json: JsonOption = False) -> None:
     """Compare the topics with the contract; exit 1 where one differs."""
 
-    async def work() -> list[Difference]:
+    async def work() -> list[TopicDifference]:
         async with TopicsAdmin(load(ServiceSettings)) as admin:
             return await admin.check()
 

@@ -12,9 +12,9 @@ from ringfence.cli.shared.output import note, print_json, say, visible
 from ringfence.cli.shared.yaml_files import YamlFile
 from ringfence.client.admin.provisioner import Provisioner
 from ringfence.client.admin.user_sync import (
-    Difference,
-    Plan,
-    Wanted,
+    FileUser,
+    SyncPlan,
+    UserChange,
     carry_out,
     delegation_of,
     plan,
@@ -61,11 +61,11 @@ async def sync(
         say("nothing was changed (--dry-run)" if dry_run else f"{len(results)} users are as the file says")
 
 
-def read_users(file: Path, delegated: Collection[str]) -> dict[str, Wanted]:
+def read_users(file: Path, delegated: Collection[str]) -> dict[str, FileUser]:
     """The users in a file, by id. Raises YamlFileError with everything that is wrong."""
     source = YamlFile(file)
     top = source.members(source.root, "the file", {"users"})
-    found: dict[str, Wanted] = {}
+    found: dict[str, FileUser] = {}
     if "users" not in top:
         source.problem(source.root, "the file has no `users`")
     else:
@@ -81,7 +81,7 @@ def read_users(file: Path, delegated: Collection[str]) -> dict[str, Wanted]:
     return found
 
 
-def _user(source: YamlFile, user_id: str, node: Any, delegated: Collection[str]) -> Wanted | None:
+def _user(source: YamlFile, user_id: str, node: Any, delegated: Collection[str]) -> FileUser | None:
     members = source.members(node, f"user {user_id}", _MEMBERS)
     if "name" not in members:
         source.problem(node, f"user {user_id} has no `name`")
@@ -102,13 +102,13 @@ def _user(source: YamlFile, user_id: str, node: Any, delegated: Collection[str])
             external_id=external_id or None,
             display_name=name or None,
         )
-        return Wanted(name, said)
+        return FileUser(name, said)
     except ValidationError as error:
         source.problem(node, f"user {user_id}: {explain(error)}")
         return None
 
 
-def _show(todo: Plan) -> None:
+def _show(todo: SyncPlan) -> None:
     same = 0
     for one in todo.differences:
         if one.kind == "confirm":
@@ -119,7 +119,7 @@ def _show(todo: Plan) -> None:
         note(f"  {same} as they should be, to be confirmed as of now")
 
 
-def _as_json(one: Difference, results: dict[str, str | None]) -> dict[str, Any]:
+def _as_json(one: UserChange, results: dict[str, str | None]) -> dict[str, Any]:
     problem = results.get(one.user_id)
     return {
         "user_id": one.user_id,

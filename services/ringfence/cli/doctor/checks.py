@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ringfence.cli.doctor.finding import Finding, clock
+from ringfence.cli.doctor.finding import CheckResult, clock
 from ringfence.client.admin.trust_setup import SEAL, lacking
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.clock_skew import SkewCheck
@@ -22,7 +22,7 @@ from ringfence.messages.trust import ServiceIdentity
 _WITHIN_MS = 3_000
 
 
-async def opa_findings() -> AsyncIterator[Finding]:
+async def opa_findings() -> AsyncIterator[CheckResult]:
     """Nothing where the embedded engine decides, or services cannot run here."""
     try:
         from ringfence.policy.settings import PolicySettings
@@ -45,9 +45,9 @@ async def opa_findings() -> AsyncIterator[Finding]:
         finally:
             await opa.close()
     except RingfenceError as error:
-        yield Finding("OPA", "bad", str(error))
+        yield CheckResult("OPA", "bad", str(error))
         return
-    yield Finding("OPA", "good", f"{url} answers by bundle {bundle.revision[:12]}, which is the one here")
+    yield CheckResult("OPA", "good", f"{url} answers by bundle {bundle.revision[:12]}, which is the one here")
 
 
 # What `ringfence doctor` says of Redis: does it evict, what is left over a restart, and what time is it there?
@@ -55,20 +55,20 @@ async def opa_findings() -> AsyncIterator[Finding]:
 _OPTIONS = ("maxmemory-policy", "notify-keyspace-events", "appendonly", "save")
 
 
-async def redis_findings(settings: ServiceSettings) -> AsyncIterator[Finding]:
+async def redis_findings(settings: ServiceSettings) -> AsyncIterator[CheckResult]:
     """Whether it answers, how it is set up, and how far its clock is from ours: each node that holds keys."""
     try:
-        from ringfence.model.lease_store.connection import Link
+        from ringfence.model.lease_store.connection import RedisConnection
     except ModuleNotFoundError:
         says = "not looked at: that needs the extra `server` (ringfence[server]): pip install '.[server]'"
-        yield Finding("Redis", "unknown", says)
+        yield CheckResult("Redis", "unknown", says)
         return
-    link = Link(settings.redis_url, lambda run_id: True)
+    link = RedisConnection(settings.redis_url, lambda run_id: True)
     questions, ours = [*(("CONFIG", "GET", name) for name in _OPTIONS), ("TIME",)], SystemClock()
     try:
         servers = {name: (ours.now_ms(), answers) async for name, answers in link.ask_each(questions)}
     except RingfenceError as error:
-        yield Finding("Redis", "bad", str(error))
+        yield CheckResult("Redis", "bad", str(error))
         return
     finally:
         await link.close()
@@ -82,29 +82,29 @@ async def redis_findings(settings: ServiceSettings) -> AsyncIterator[Finding]:
             yield replace(finding, what=finding.what.replace("Redis", name))
 
 
-def eviction(said: Mapping[str, str]) -> Finding:
+def eviction(said: Mapping[str, str]) -> CheckResult:
     """By its options: does it keep all that it is given, and tell of what expires?"""
     evicts = said["maxmemory-policy"]
     if evicts != "noeviction":
         says = f"maxmemory-policy is {evicts}: leases could be evicted; set it to noeviction"
-        return Finding("Redis", "bad", says)
+        return CheckResult("Redis", "bad", says)
     if not {"E", "x"} <= set(said["notify-keyspace-events"].replace("A", "x")):
         says = "notify-keyspace-events lacks Ex: leases end on time all the same, woken by the deadline set alone"
-        return Finding("Redis", "unknown", f"{says}; set it to Ex")
-    return Finding("Redis", "good", "answers, never evicts, tells of expired keys")
+        return CheckResult("Redis", "unknown", f"{says}; set it to Ex")
+    return CheckResult("Redis", "good", "answers, never evicts, tells of expired keys")
 
 
-def persistence(said: Mapping[str, str]) -> Finding:
+def persistence(said: Mapping[str, str]) -> CheckResult:
     """By its options: what is left after it was restarted?"""
     what = "Redis, restart"
     if said["appendonly"] == "yes":
-        return Finding(what, "good", "appendonly is on: it comes back with what it had")
+        return CheckResult(what, "good", "appendonly is on: it comes back with what it had")
     kept = f"snapshots ({said['save']})" if said["save"] else "nothing"
     says = (
         f"appendonly is off, {kept} stays over a restart: no lease is lost, as all is rebuilt from Kafka, and "
         "everything denies meanwhile; to be back at once, set appendonly to yes"
     )
-    return Finding(what, "unknown", says)
+    return CheckResult(what, "unknown", says)
 
 
 def _option(answer: object) -> str:
@@ -119,16 +119,16 @@ SOON_S = 14 * 86_400
 """So long before its end a person should know."""
 
 
-def key_files(settings: ServiceSettings) -> list[Finding]:
+def key_files(settings: ServiceSettings) -> list[CheckResult]:
     """The key files of services that are on this machine."""
     files = [settings.key_file] if settings.key_file else sorted(settings.key_dir.glob("*.json"))
     if not files:
         says = f"no key files in {settings.key_dir}: no service can be started from here"
-        return [Finding("keys", "unknown", says)]
+        return [CheckResult("keys", "unknown", says)]
     return [_key_file(Path(file)) for file in files]
 
 
-def _key_file(file: Path) -> Finding:
+def _key_file(file: Path) -> CheckResult:
     try:
         if file.stem.removesuffix(NEXT).endswith(SEAL):
             id, kind = EncryptionKey.load(file).id, "X25519"
@@ -136,32 +136,32 @@ def _key_file(file: Path) -> Finding:
             key = SigningKey.load(file)
             id, kind = key.id, key.alg
     except RingfenceError as error:
-        return Finding(f"key {file.stem}", "bad", str(error))
-    return Finding(f"key {file.stem}", "good", f"{id}, {kind}, mode 0600")
+        return CheckResult(f"key {file.stem}", "bad", str(error))
+    return CheckResult(f"key {file.stem}", "good", f"{id}, {kind}, mode 0600")
 
 
-def bundle_findings(trust: TrustStore, refused: Sequence[str], now_s: float) -> Iterator[Finding]:
+def bundle_findings(trust: TrustStore, refused: Sequence[str], now_s: float) -> Iterator[CheckResult]:
     """The bundle that counts on Kafka, and the keys of services that end soon."""
     if trust.version is None:
         why = refused[-1] if refused else "there is none; run: ringfence init --publish"
-        yield Finding("trust bundle", "bad", f"no bundle on Kafka counts: {why}")
+        yield CheckResult("trust bundle", "bad", f"no bundle on Kafka counts: {why}")
         return
     if expired := trust.expired(now_s):
-        yield Finding("trust bundle", "bad", expired)
+        yield CheckResult("trust bundle", "bad", expired)
         return
     bundle = trust.require()
     days = (bundle.exp - now_s) / 86_400
     says = f"version {bundle.version}, {len(bundle.services)} services, for {days:.0f} days"
     if bundle.exp - now_s < SOON_S:
         remedy = "sign a new one before it ends: ringfence init --renew --publish"
-        yield Finding("trust bundle", "bad", f"{says}; {remedy}")
+        yield CheckResult("trust bundle", "bad", f"{says}; {remedy}")
     else:
-        yield Finding("trust bundle", "good", says)
+        yield CheckResult("trust bundle", "good", says)
     for role in lacking(bundle):
         says = (
             f"no keys in the trust bundle; where it is wanted: ringfence init --add-service {role} --publish"
         )
-        yield Finding(f"keys of {role}", "unknown", says)
+        yield CheckResult(f"keys of {role}", "unknown", says)
     for service in bundle.services:
         if (ending := _ending(service, now_s)) is not None and ending < bundle.exp:
             yield _keys_end(service, ending, now_s)
@@ -175,21 +175,23 @@ def _ending(service: ServiceIdentity, now_s: float) -> int | None:
     return last if last - now_s < SOON_S else None
 
 
-def _keys_end(service: ServiceIdentity, ending_s: int, now_s: float) -> Finding:
+def _keys_end(service: ServiceIdentity, ending_s: int, now_s: float) -> CheckResult:
     name = service.id.rpartition("/")[2]
     day = datetime.fromtimestamp(ending_s, UTC).date()
     said = f"its last key ended on {day}" if ending_s <= now_s else f"its last key ends on {day}"
-    return Finding(f"keys of {name}", "bad", f"{said}; run: ringfence init --rotate-service {name} --publish")
+    return CheckResult(
+        f"keys of {name}", "bad", f"{said}; run: ringfence init --rotate-service {name} --publish"
+    )
 
 
-def versions(on_kafka: int | None, in_force: Mapping[str, int | None]) -> Finding | None:
+def versions(on_kafka: int | None, in_force: Mapping[str, int | None]) -> CheckResult | None:
     """Whether the services that answered have the bundle that is on Kafka; None where nothing can be compared."""
     if not in_force or on_kafka is None:
         return None
     if others := {role: said for role, said in in_force.items() if said != on_kafka}:
         named = ", ".join(f"{role} has {said or 'none'}" for role, said in sorted(others.items()))
         says = f"on Kafka is version {on_kafka}, and {named}: restart it where that stays so"
-        return Finding("trust bundle in force", "bad", says)
-    return Finding(
+        return CheckResult("trust bundle in force", "bad", says)
+    return CheckResult(
         "trust bundle in force", "good", f"version {on_kafka}, at all {len(in_force)} that answered"
     )

@@ -11,7 +11,7 @@ import httpx
 import typer
 
 from ringfence.cli.doctor.checks import bundle_findings, key_files, opa_findings, redis_findings, versions
-from ringfence.cli.doctor.finding import Finding
+from ringfence.cli.doctor.finding import CheckResult
 from ringfence.cli.doctor.finding import clock as clock_finding
 from ringfence.cli.shared.options import JsonOption, run, wants_json
 from ringfence.cli.shared.output import print_json, print_table
@@ -36,7 +36,7 @@ def doctor(as_json: JsonOption = False) -> None:
     from ringfence.client.settings import ClientSettings
     from ringfence.kernel.base.settings import ServiceSettings, load
 
-    async def work() -> list[Finding]:
+    async def work() -> list[CheckResult]:
         return [one async for one in examine(load(ServiceSettings), load(ClientSettings))]
 
     findings = run(work())
@@ -56,7 +56,7 @@ _LISTEN_S = 2.5
 """The registry's heartbeat comes once a second."""
 
 
-async def examine(settings: ServiceSettings, client: ClientSettings) -> AsyncIterator[Finding]:
+async def examine(settings: ServiceSettings, client: ClientSettings) -> AsyncIterator[CheckResult]:
     """All examinations, in the order in which one thing needs another."""
     for finding in _spelling():
         yield finding
@@ -88,41 +88,41 @@ async def examine(settings: ServiceSettings, client: ClientSettings) -> AsyncIte
         yield finding
 
 
-def _spelling() -> list[Finding]:
+def _spelling() -> list[CheckResult]:
     """Names of settings that nobody reads. The settings file was read before, so that it can be."""
     try:
-        return [Finding("settings", "unknown", says) for says in unread()]
+        return [CheckResult("settings", "unknown", says) for says in unread()]
     except ModuleNotFoundError:
         return []  # the settings of services are known only where services could run
 
 
-def _pinned_root(settings: ServiceSettings) -> Finding:
+def _pinned_root(settings: ServiceSettings) -> CheckResult:
     if settings.trust_root:
-        return Finding("trust root", "good", f"pinned: {settings.trust_root}")
-    return Finding(
+        return CheckResult("trust root", "good", f"pinned: {settings.trust_root}")
+    return CheckResult(
         "trust root",
         "bad",
         "RINGFENCE_TRUST_ROOT is not set, so nobody is believed; set it to what ringfence init printed",
     )
 
 
-async def _topics(settings: ServiceSettings) -> tuple[bool, Finding]:
+async def _topics(settings: ServiceSettings) -> tuple[bool, CheckResult]:
     """Whether Kafka answers, and what there is to say of it."""
     try:
         async with TopicsAdmin(settings) as admin:
             differences = await admin.check()
     except UnavailableError as error:
-        return False, Finding("Kafka", "bad", str(error))
+        return False, CheckResult("Kafka", "bad", str(error))
     if not differences:
-        return True, Finding(
+        return True, CheckResult(
             "Kafka", "good", f"{settings.kafka} answers, and all topics are as the contract says"
         )
     first = differences[0]
     says = f"{len(differences)} differences: {first.what} of {first.topic} is {first.found}, not {first.expected}"
-    return True, Finding("Kafka", "bad", f"{says}; run: ringfence topics check")
+    return True, CheckResult("Kafka", "bad", f"{says}; run: ringfence topics check")
 
 
-async def _on_kafka(settings: ServiceSettings, trust: TrustStore) -> AsyncIterator[Finding]:
+async def _on_kafka(settings: ServiceSettings, trust: TrustStore) -> AsyncIterator[CheckResult]:
     """The trust bundle in force, and how far the broker's clock is from ours."""
     refused: list[str] = []
     skew = SkewCheck("the broker")
@@ -148,14 +148,14 @@ async def _on_kafka(settings: ServiceSettings, trust: TrustStore) -> AsyncIterat
         await asyncio.sleep(_LISTEN_S)
     if skew.ahead_ms() is None:
         says = f"no heartbeat within {_LISTEN_S:g} s: the registry does not run, and every table goes stale"
-        yield Finding("clock, broker", "bad", f"{says}; run: ringfence serve registry")
+        yield CheckResult("clock, broker", "bad", f"{says}; run: ringfence serve registry")
     else:
         yield clock_finding("broker", skew)
 
 
 async def _service(
     role: str, url: str, in_force: dict[str, int | None], *, may_be_away: bool = False
-) -> Finding:
+) -> CheckResult:
     """`may_be_away`: of what not every installation has. `in_force` is told which trust bundle it has."""
     try:
         async with web_client(timeout_s=3) as http:
@@ -167,11 +167,15 @@ async def _service(
         says = (
             f"{url} does not answer ({type(error).__name__}); start it, or set RINGFENCE_{role.upper()}_URL"
         )
-        return Finding(role, "unknown" if may_be_away else "bad", says)
+        return CheckResult(role, "unknown" if may_be_away else "bad", says)
     if answer.status_code == 200 and denies:
-        return Finding(role, "bad", f"{url} answers, and denies everything: {'; '.join(map(str, denies))}")
+        return CheckResult(
+            role, "bad", f"{url} answers, and denies everything: {'; '.join(map(str, denies))}"
+        )
     if answer.status_code == 200 and (warnings := said.get("warnings", [])):
-        return Finding(role, "bad", f"{url} is ready, but warns: {'; '.join(map(str, warnings))}")
+        return CheckResult(role, "bad", f"{url} is ready, but warns: {'; '.join(map(str, warnings))}")
     if answer.status_code == 200:
-        return Finding(role, "good", f"{url} is ready")
-    return Finding(role, "bad", f"{url} is not ready: {'; '.join(map(str, reasons)) or answer.status_code}")
+        return CheckResult(role, "good", f"{url} is ready")
+    return CheckResult(
+        role, "bad", f"{url} is not ready: {'; '.join(map(str, reasons)) or answer.status_code}"
+    )

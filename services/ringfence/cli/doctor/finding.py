@@ -11,7 +11,7 @@ Verdict = Literal["good", "bad", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckResult:
     """One examination: what was looked at, what came of it, and what to do where that is not good."""
 
     what: str
@@ -19,8 +19,8 @@ class Finding:
     says: str
 
 
-def clock(whose: str, skew: SkewCheck) -> Finding:
+def clock(whose: str, skew: SkewCheck) -> CheckResult:
     """How far somebody's clock is from ours."""
     if reason := skew.unready():
-        return Finding(f"clock, {whose}", "bad", reason)
-    return Finding(f"clock, {whose}", "good", f"at most {abs(skew.ahead_ms() or 0)} ms apart")
+        return CheckResult(f"clock, {whose}", "bad", reason)
+    return CheckResult(f"clock, {whose}", "good", f"at most {abs(skew.ahead_ms() or 0)} ms apart")

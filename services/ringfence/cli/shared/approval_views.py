@@ -14,7 +14,7 @@ from ringfence.cli.shared.output import print_fields, span, until, visible, visi
 from ringfence.client.agent.replies import who
 from ringfence.client.approvals.action_approvals import PendingAction
 from ringfence.client.approvals.grouping import RequestGroup
-from ringfence.client.approvals.history_comparison import DAYS, Comparison, Difference
+from ringfence.client.approvals.history_comparison import DAYS, Comparison, Deviation
 
 
 def print_question(group: RequestGroup, comparison: Comparison) -> None:
@@ -111,7 +111,7 @@ def _compared(comparison: Comparison) -> list[str]:
     return [_difference(one) for one in comparison.differences]
 
 
-def _difference(one: Difference) -> str:
+def _difference(one: Deviation) -> str:
     what = f": {show_scope(one.scope).replace(chr(10), ', ')}" if one.scope and one.code != "target" else ""
     return f"UNUSUAL  {one.message}{what}"
 

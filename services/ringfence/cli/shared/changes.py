@@ -18,7 +18,7 @@ from ringfence.client.admin.scope_changes import with_added, with_removed
 from ringfence.client.errors import StaleApprovalError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.permission import Scope
-from ringfence.model.records.directory import Entry
+from ringfence.model.records.directory import VerifiedRecord
 from ringfence.model.scope.scope import missing
 
 
@@ -112,7 +112,9 @@ class Replacement:
         return {**self.document, "warnings": self.warnings, "leases_ending": ending.as_json()}
 
 
-async def check_unchanged(administrator: Administrator, kind: Any, id: str, before: Entry[Any]) -> None:
+async def check_unchanged(
+    administrator: Administrator, kind: Any, id: str, before: VerifiedRecord[Any]
+) -> None:
     """Between the question and the answer somebody else may have changed what was shown. Raises StaleApprovalError."""
     now = (await administrator.connection.current_directory()).entry(kind, id)
     if now is None or now.revision != before.revision:

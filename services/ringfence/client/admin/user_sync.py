@@ -18,7 +18,7 @@ Kind = Literal["add", "change", "confirm", "disable"]
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class FileUser:
     """A user as the file has them."""
 
     name: str
@@ -26,7 +26,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class UserChange:
     """One user, and what is to be done: `confirm` where all is as it should be, and only their date is renewed."""
 
     kind: Kind
@@ -35,10 +35,10 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SyncPlan:
     """What has to be done, by user id, and what stands in its way."""
 
-    differences: tuple[Difference, ...]
+    differences: tuple[UserChange, ...]
     problems: tuple[str, ...]
     active: int
     """How many users of this provisioner are active now."""
@@ -71,7 +71,7 @@ async def delegation_of(provisioner: Provisioner) -> Delegation:
     return entry.state.delegation
 
 
-async def plan(provisioner: Provisioner, wanted: Mapping[str, Wanted]) -> Plan:
+async def plan(provisioner: Provisioner, wanted: Mapping[str, FileUser]) -> SyncPlan:
     """Compare the records with what is wanted. Raises InvalidCallError where nothing is delegated."""
     delegation = await delegation_of(provisioner)
     directory = await provisioner.directory()
@@ -79,7 +79,7 @@ async def plan(provisioner: Provisioner, wanted: Mapping[str, Wanted]) -> Plan:
     states = {state.user_id: state for state in users if isinstance(state, UserState)}
     own = {id: state for id, state in states.items() if is_of(state, provisioner.id)}
     problems: list[str] = []
-    found: list[Difference] = []
+    found: list[UserChange] = []
     for user_id, one in sorted(wanted.items()):
         state = states.get(user_id)
         if problem := _problem(user_id, one, state, provisioner.id):
@@ -88,22 +88,22 @@ async def plan(provisioner: Provisioner, wanted: Mapping[str, Wanted]) -> Plan:
             found.append(_difference(user_id, one, state, delegation))
     for user_id, state in sorted(own.items()):
         if user_id not in wanted and state.status == "active":
-            found.append(Difference("disable", user_id, ("not in the file",)))
+            found.append(UserChange("disable", user_id, ("not in the file",)))
     active = sum(state.status == "active" for state in own.values())
-    return Plan(tuple(found), tuple(problems), active)
+    return SyncPlan(tuple(found), tuple(problems), active)
 
 
 async def carry_out(
     provisioner: Provisioner,
-    wanted: Mapping[str, Wanted],
-    todo: Plan,
-    told: Callable[[Difference, str | None], None],
+    wanted: Mapping[str, FileUser],
+    todo: SyncPlan,
+    told: Callable[[UserChange, str | None], None],
 ) -> int:
     """Give the commands; `told` hears of each what came of it (None: done). Returns how many failed."""
     delegation = await delegation_of(provisioner)
     at_once, failed = asyncio.Semaphore(_AT_ONCE), 0
 
-    async def one(difference: Difference) -> None:
+    async def one(difference: UserChange) -> None:
         nonlocal failed
         async with at_once:
             try:
@@ -122,7 +122,7 @@ async def carry_out(
     return failed
 
 
-def _problem(user_id: str, one: Wanted, state: UserState | None, provisioner_id: str) -> str | None:
+def _problem(user_id: str, one: FileUser, state: UserState | None, provisioner_id: str) -> str | None:
     if state is None:
         return None
     if state.provisioned is None or state.provisioned.by != provisioner_id:
@@ -136,10 +136,10 @@ def _problem(user_id: str, one: Wanted, state: UserState | None, provisioner_id:
     return None
 
 
-def _difference(user_id: str, one: Wanted, state: UserState | None, delegation: Delegation) -> Difference:
+def _difference(user_id: str, one: FileUser, state: UserState | None, delegation: Delegation) -> UserChange:
     given = given_by(delegation, one.said.groups)
     if state is None:
-        return Difference(
+        return UserChange(
             "add", user_id, (f"groups: {_words(given.groups)}", f"roles: {_words(given.roles)}")
         )
     before = state.provisioned or Provisioning()
@@ -153,7 +153,7 @@ def _difference(user_id: str, one: Wanted, state: UserState | None, delegation: 
     details = [f"{what}: {old} -> {new}" for what, old, new in pairs if old != new]
     if state.entitlements.scope != given.scope:
         details.append("entitlements: as the delegation has them now")
-    return Difference("change" if details else "confirm", user_id, tuple(details))
+    return UserChange("change" if details else "confirm", user_id, tuple(details))
 
 
 def _words(words: Sequence[str]) -> str:

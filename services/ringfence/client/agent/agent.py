@@ -15,7 +15,7 @@ from ringfence.client.admin.command_client import Accepted, Outcomes
 from ringfence.client.agent.credentials import IssuedCredential
 from ringfence.client.agent.process_id import process_mark
 from ringfence.client.agent.replies import (
-    Allowed,
+    AllowedByPolicy,
     Answer,
     Denied,
     PendingRequest,
@@ -71,7 +71,7 @@ OnPending = Callable[[PendingRequest], Awaitable[None] | None]
 
 
 @dataclass(slots=True)
-class _Waiting:
+class _OpenRequest:
     sent: SentRequest
     answers: asyncio.Queue[Answer] = field(default_factory=asyncio.Queue)
     at: Coordinate | None = None
@@ -101,7 +101,7 @@ class Agent(Lifetime):
         self.id = subject(connection.key, "agent", connection.settings)
         self.connection = connection
         self._outcomes = Outcomes(connection)
-        self._waiting: dict[str, _Waiting] = {}
+        self._waiting: dict[str, _OpenRequest] = {}
         self._giving_back: set[asyncio.Task[None]] = set()
 
     @classmethod
@@ -236,7 +236,7 @@ class Agent(Lifetime):
             return await self._answer_to(waiting, timeout_s, on_pending)
 
     async def _answer_to(
-        self, waiting: _Waiting, timeout_s: float | None, on_pending: OnPending | None
+        self, waiting: _OpenRequest, timeout_s: float | None, on_pending: OnPending | None
     ) -> IssuedCredential:
         sent = waiting.sent
         self._waiting[sent.request_id] = waiting
@@ -272,7 +272,7 @@ class Agent(Lifetime):
                                 result = on_pending(pending)
                                 if inspect.isawaitable(result):
                                     await result
-                        case Allowed():
+                        case AllowedByPolicy():
                             phase = "the issuer, after policy allowed it"
         except TimeoutError:
             if not limit.expired():
@@ -411,7 +411,7 @@ class Agent(Lifetime):
         delivery: Delivery,
         break_glass: bool,
         traceparent: str,
-    ) -> _Waiting:
+    ) -> _OpenRequest:
         validate_scope(scope)
         self.connection.renew_key()
         reply_key = ReplyKey()
@@ -435,15 +435,15 @@ class Agent(Lifetime):
                 f"the request has {len(compact)} bytes, and policy weighs no more than {MAX_REQUEST_BYTES}: name fewer "
                 "resources, or what they have in common"
             )
-        return _Waiting(SentRequest(claims, compact, reply_key, traceparent, key))
+        return _OpenRequest(SentRequest(claims, compact, reply_key, traceparent, key))
 
-    def _abandon(self, waiting: _Waiting) -> None:
+    def _abandon(self, waiting: _OpenRequest) -> None:
         waiting.abandoned = True
         abandoned = [id for id, other in self._waiting.items() if other.abandoned]
         for id in abandoned[:-_MAX_ABANDONED]:
             del self._waiting[id]
 
-    def _hint(self, waiting: _Waiting) -> str:
+    def _hint(self, waiting: _OpenRequest) -> str:
         if letter := self.connection.letters.reason(waiting.at):
             return letter
         if waiting.ignored:
@@ -467,7 +467,7 @@ class Agent(Lifetime):
             else:
                 waiting.answers.put_nowait(answer)
 
-    def _on_late(self, waiting: _Waiting, answer: Answer) -> None:
+    def _on_late(self, waiting: _OpenRequest, answer: Answer) -> None:
         if isinstance(answer, IssuedCredential):
             log.info("lease %s came after its request had timed out; it is given back", answer.lease_id)
             task = asyncio.create_task(self._release_quietly(answer))

@@ -71,13 +71,13 @@ class Denied:
 
 
 @dataclass(frozen=True, slots=True)
-class Allowed:
+class AllowedByPolicy:
     """Policy allowed it; the issuer's answer is still to come."""
 
     request_id: str
 
 
-Answer = PendingRequest | Denied | Allowed | IssuedCredential
+Answer = PendingRequest | Denied | AllowedByPolicy | IssuedCredential
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def read_reply(value: bytes, sent: SentRequest, trust: TrustStore, at_ms: int) -
     if decision.outcome == "approval_required":
         return PendingRequest(sent.request_id, decision.required, decision.reasons, decision.expires_at)
     if content.lease is None:
-        return Allowed(sent.request_id)
+        return AllowedByPolicy(sent.request_id)
     return _issued(content, content.lease, sent, trust, at_ms)
 
 

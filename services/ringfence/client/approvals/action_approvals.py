@@ -76,7 +76,7 @@ class PendingAction:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _OpenAction:
     signed: Signed[ActionRequest]
     people: frozenset[str]
     """Who was asked, by the keys of the records."""
@@ -90,7 +90,7 @@ class OpenActions:
         self._connection = connection
         self._directory = directory
         self._me = me
-        self._asked: dict[str, _Asked] = {}
+        self._asked: dict[str, _OpenAction] = {}
         self._answered: set[str] = set()
         self.problems: dict[str, str] = {}
         """By request id, why a question that a gateway signed is not shown."""
@@ -112,7 +112,7 @@ class OpenActions:
             log.warning("ignored a question of %s: %d are open already", signed.claims.iss, of_one)
             return
         people = (before.people if before else frozenset()) | {record.key or ""}
-        self._asked[signed.digest] = _Asked(signed, people)
+        self._asked[signed.digest] = _OpenAction(signed, people)
 
     def on_answer(self, record: Received) -> None:
         """Take in an answer of somebody who may give it. Raises InvalidMessageError, ChainError where nobody did."""

@@ -42,7 +42,7 @@ class PastAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class Deviation:
     """One way in which a request is not as usual."""
 
     code: Literal["first", "target", "verbs", "resources", "ttl", "delivery", "denied"]
@@ -58,7 +58,7 @@ class Comparison:
     approved: int
     """How often somebody approved something for the agent in the last 30 days."""
     denied: int
-    differences: tuple[Difference, ...]
+    differences: tuple[Deviation, ...]
     """Empty: it is as usual."""
 
 
@@ -69,36 +69,36 @@ def compare(wanted: Scope, ttl_s: int, delivery: Delivery, past: Iterable[PastAn
     denied = [one for one in known if one.verdict == "denied"]
     found = _new(wanted, approved)
     if approved and ttl_s > (longest := max(one.ttl_s for one in approved)):
-        found.append(Difference("ttl", f"for {ttl_s} s, and at most {longest} s was approved before"))
+        found.append(Deviation("ttl", f"for {ttl_s} s, and at most {longest} s was approved before"))
     if approved and delivery not in {one.delivery for one in approved}:
-        found.append(Difference("delivery", f"delivered to the {delivery}, and never was before"))
+        found.append(Deviation("delivery", f"delivered to the {delivery}, and never was before"))
     # Of what was refused, that which overlaps as a whole: the same again, or a part of it.
     again = sum(not missing(wanted, one.scope) for one in denied)
     if again:
-        found.append(Difference("denied", f"this was denied before, {_times(again)}"))
+        found.append(Deviation("denied", f"this was denied before, {_times(again)}"))
     return Comparison(len(approved), len(denied), tuple(found))
 
 
-def _new(wanted: Scope, approved: Sequence[PastAnswer]) -> list[Difference]:
+def _new(wanted: Scope, approved: Sequence[PastAnswer]) -> list[Deviation]:
     if not approved:
-        return [Difference("first", f"nothing was approved for this agent in {DAYS} days", wanted)]
+        return [Deviation("first", f"nothing was approved for this agent in {DAYS} days", wanted)]
     before = tuple(permission for one in approved for permission in one.scope)
-    found: list[Difference] = []
+    found: list[Deviation] = []
     for lack in missing(wanted, before):
         there = [permission for permission in before if permission.target == lack.target]
         if not there:
-            found.append(Difference("target", f"never approved before: anything at {lack.target}", (lack,)))
+            found.append(Deviation("target", f"never approved before: anything at {lack.target}", (lack,)))
             continue
         verbs = {verb for permission in there for verb in permission.verbs}
         new = tuple(verb for verb in lack.verbs if verb not in verbs)
         if new:
             part = lack.model_copy(update={"verbs": new})
             found.append(
-                Difference("verbs", f"never approved before: {', '.join(new)} at {lack.target}", (part,))
+                Deviation("verbs", f"never approved before: {', '.join(new)} at {lack.target}", (part,))
             )
         if old := tuple(verb for verb in lack.verbs if verb in verbs):
             part = lack.model_copy(update={"verbs": old})
-            found.append(Difference("resources", "wider than what was approved before", (part,)))
+            found.append(Deviation("resources", "wider than what was approved before", (part,)))
     return found
 
 

@@ -48,7 +48,7 @@ LOOK_BACK_S = 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _OpenQuestion:
     """One question; several people may have been asked it, each by a message of their own."""
 
     message: ApprovalRequest
@@ -74,7 +74,7 @@ class Sponsor(Lifetime):
         self.connection = connection
         self._directory: Directory | None = None
         self._actions: OpenActions | None = None
-        self._asked: dict[str, _Asked] = {}
+        self._asked: dict[str, _OpenQuestion] = {}
         self._answered: set[str] = set()
         self._problems: dict[str, str] = {}
         self._changed = asyncio.Event()
@@ -326,7 +326,7 @@ class Sponsor(Lifetime):
 
     # --- what is open, and what may be shown of it ---
 
-    def _open(self) -> list[_Asked]:
+    def _open(self) -> list[_OpenQuestion]:
         now_s = self.connection.clock.now_ms() / 1000
         return [
             asked
@@ -334,7 +334,7 @@ class Sponsor(Lifetime):
             if id not in self._answered and asked.message.expires_at > now_s
         ]
 
-    def _show(self, item: _Asked) -> PendingApproval | None:
+    def _show(self, item: _OpenQuestion) -> PendingApproval | None:
         asked = item.message
         try:
             facts = self._facts(asked, item.appended_at_ms)
@@ -419,7 +419,9 @@ class Sponsor(Lifetime):
             if before is not None and asked.iat < before.message.iat:
                 continue  # what was asked before it was asked anew, sent again by somebody
             people = (before.people if before else frozenset()) | {asked.approver}
-            self._asked[asked.request_id] = _Asked(asked, record.appended_at_ms, people, record.traceparent)
+            self._asked[asked.request_id] = _OpenQuestion(
+                asked, record.appended_at_ms, people, record.traceparent
+            )
         self._forget_expired()
         self._notify()
 

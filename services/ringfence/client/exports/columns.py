@@ -11,7 +11,7 @@ Cell = str | int | bool | None
 Kind = Literal["text", "number", "truth"]
 
 
-class Column(NamedTuple):
+class ExportColumn(NamedTuple):
     """One column: how it is called, what it holds, and where in an event that stands."""
 
     name: str
@@ -21,7 +21,7 @@ class Column(NamedTuple):
     value: Callable[[Mapping[str, Any]], Any]
 
 
-def _at(path: str, kind: Kind = "text", name: str | None = None) -> Column:
+def _at(path: str, kind: Kind = "text", name: str | None = None) -> ExportColumn:
     parts = path.split(".")
 
     def value(event: Mapping[str, Any]) -> Any:
@@ -30,15 +30,15 @@ def _at(path: str, kind: Kind = "text", name: str | None = None) -> Column:
             found = found.get(part) if isinstance(found, Mapping) else None
         return found
 
-    return Column(name or parts[-1], kind, path, value)
+    return ExportColumn(name or parts[-1], kind, path, value)
 
 
-def _word(word: str, kind: Kind = "text") -> Column:
+def _word(word: str, kind: Kind = "text") -> ExportColumn:
     return _at(f"unmapped.{word}", kind, word.replace(".", "_"))
 
 
 COLUMNS: Final = (
-    Column("time", "text", "time", lambda event: timestamp(event["time"])),
+    ExportColumn("time", "text", "time", lambda event: timestamp(event["time"])),
     _at("time", "number", "time_ms"),
     _at("metadata.uid"),
     _at("metadata.event_code"),
@@ -52,8 +52,8 @@ COLUMNS: Final = (
     _at("severity_id", "number"),
     _at("is_alert", "truth"),
     _at("message"),
-    Column("actor", "text", "actor.user.name", lambda event: actor_of(event).get("name")),
-    Column("actor_uid", "text", "actor.user.uid", lambda event: actor_of(event).get("uid")),
+    ExportColumn("actor", "text", "actor.user.name", lambda event: actor_of(event).get("name")),
+    ExportColumn("actor_uid", "text", "actor.user.uid", lambda event: actor_of(event).get("uid")),
     _word("agent"),
     _word("act"),
     _word("sponsor"),

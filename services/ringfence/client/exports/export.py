@@ -10,7 +10,7 @@ from typing import BinaryIO, Final
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ringfence.client.exports.writers import Format, Writer, writer_of
+from ringfence.client.exports.writers import ExportWriter, Format, writer_of
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.private_files import open_private, write_private
@@ -25,7 +25,7 @@ class ExportError(RingfenceError):
     code = "export_files"
 
 
-class Question(BaseModel):
+class ExportQuery(BaseModel):
     """What is exported: an export is only gone on with where it is the same."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,12 +37,12 @@ class Question(BaseModel):
     filters: dict[str, str | int]
 
 
-class State(BaseModel):
+class ExportProgress(BaseModel):
     """How far an export is: what of the file stands, and from where to go on."""
 
     model_config = ConfigDict(extra="forbid")
 
-    question: Question
+    question: ExportQuery
     after: str | None = None
     events: int = 0
     bytes: int = 0
@@ -54,8 +54,8 @@ class Unfinished:
 
     target: Path
     file: BinaryIO
-    writer: Writer
-    state: State
+    writer: ExportWriter
+    state: ExportProgress
 
     def keep(self) -> None:
         """What is written so far is to be gone on with."""
@@ -87,7 +87,7 @@ class Unfinished:
         return self.writer.resumable and self.state.after is not None
 
 
-def begin(target: Path, question: Question) -> Unfinished:
+def begin(target: Path, question: ExportQuery) -> Unfinished:
     """A new export to a file. Raises ExportError where it, or a part of it, is there."""
     if target.exists():
         raise ExportError(f"{target} is there already; name another file, or delete it")
@@ -101,7 +101,7 @@ def begin(target: Path, question: Question) -> Unfinished:
         raise ExportError(f"cannot write {_beside(target, PART)}: {error.strerror}") from None
     file = os.fdopen(number, "wb")
     try:
-        one = Unfinished(target, file, writer_of(question.format, file), State(question=question))
+        one = Unfinished(target, file, writer_of(question.format, file), ExportProgress(question=question))
     except ModuleNotFoundError:
         file.close()
         _beside(target, PART).unlink()
@@ -113,7 +113,7 @@ def begin(target: Path, question: Question) -> Unfinished:
 def resume(target: Path) -> Unfinished:
     """Go on with an export that stopped. Raises ExportError where there is none."""
     try:
-        state = State.model_validate_json(_beside(target, STATE).read_bytes())
+        state = ExportProgress.model_validate_json(_beside(target, STATE).read_bytes())
         _beside(target, PART).stat()
         number = open_private(_beside(target, PART), os.O_WRONLY)
     except (OSError, ValidationError):
@@ -129,8 +129,8 @@ def resume(target: Path) -> Unfinished:
 
 async def export_pages(
     api: ReadApi,
-    state: State,
-    writer: Writer,
+    state: ExportProgress,
+    writer: ExportWriter,
     progress: Callable[[float], None],
     kept: Callable[[], None] = lambda: None,
 ) -> None:
@@ -154,7 +154,7 @@ async def export_pages(
         progress((page["looked_at_ms"] - question.since_ms) / span_ms)
 
 
-def stopped_at_ms(state: State) -> int | None:
+def stopped_at_ms(state: ExportProgress) -> int | None:
     """The time of the last event that was looked at; None before the first page."""
     return int(state.after.partition(".")[0]) if state.after else None
 

@@ -29,7 +29,7 @@ _FORMULA: Final = re.compile(
 _CONTROL: Final = ("\t", "\r", "\n", "\x00")
 
 
-class Writer(Protocol):
+class ExportWriter(Protocol):
     """Writes events to a file, page by page."""
 
     resumable: bool
@@ -53,7 +53,7 @@ class OcsfWriter:
         self._file = file
 
     def page(self, events: Sequence[str]) -> None:
-        """See `Writer`. An event with a line break in it was not written by audit: it is put on one line."""
+        """See `ExportWriter`. An event with a line break in it was not written by audit: it is put on one line."""
         whole = (
             event if "\n" not in event else orjson.dumps(orjson.loads(event)).decode() for event in events
         )
@@ -72,7 +72,7 @@ class EcsWriter:
         self._file = file
 
     def page(self, events: Sequence[str]) -> None:
-        """See `Writer`."""
+        """See `ExportWriter`."""
         self._file.write(b"".join(orjson.dumps(ecs_of(orjson.loads(event))) + b"\n" for event in events))
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class CsvWriter:
             self._write([[column.name for column in COLUMNS]])
 
     def page(self, events: Sequence[str]) -> None:
-        """See `Writer`."""
+        """See `ExportWriter`."""
         self._write([[_safe(cell) for cell in row_of(orjson.loads(event)).values()] for event in events])
 
     def close(self) -> None:
@@ -102,7 +102,7 @@ class CsvWriter:
         self._file.write(text.getvalue().encode())
 
 
-def writer_of(format: Format, file: BinaryIO, *, resumed: bool = False) -> Writer:
+def writer_of(format: Format, file: BinaryIO, *, resumed: bool = False) -> ExportWriter:
     """The writer of a format. `resumed`: the file has a beginning. Raises ModuleNotFoundError without its extra."""
     match format:
         case "ocsf":

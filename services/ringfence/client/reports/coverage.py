@@ -10,7 +10,7 @@ from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
 
 
-class Share(NamedTuple):
+class Ratio(NamedTuple):
     """So many of so many."""
 
     part: int
@@ -32,7 +32,7 @@ class Coverage:
     since_ms: int
     until_ms: int
     short_s: int
-    sponsored: Share | None = None
+    sponsored: Ratio | None = None
     """Agents with a live sponsor, now; None where policy does not say."""
     seen: dict[str, bool] = field(default_factory=dict)
     """The agents that got or did something, and whether there is a record of each; "" is one that nobody named."""
@@ -42,17 +42,17 @@ class Coverage:
     gaps: list[str] = field(default_factory=list)
 
     @property
-    def shares(self) -> dict[str, Share | None]:
+    def shares(self) -> dict[str, Ratio | None]:
         """By name."""
         sums, leases = self.sums, self.sums.get("leases", 0)
         return {
             "agents_sponsored": self.sponsored,
-            "agents_known": Share(sum(self.seen.values()), len(self.seen)),
-            "leases_traced": Share(sums.get("leases_traced", 0), leases),
-            "actions_traced": Share(sums.get("actions_traced", 0), sums.get("actions", 0)),
-            "leases_short_lived": Share(sums.get("short_lived", 0), leases),
-            "leases_task_bound": Share(sums.get("task_bound", 0), leases),
-            "leases_short_lived_and_task_bound": Share(sums.get("both", 0), leases),
+            "agents_known": Ratio(sum(self.seen.values()), len(self.seen)),
+            "leases_traced": Ratio(sums.get("leases_traced", 0), leases),
+            "actions_traced": Ratio(sums.get("actions_traced", 0), sums.get("actions", 0)),
+            "leases_short_lived": Ratio(sums.get("short_lived", 0), leases),
+            "leases_task_bound": Ratio(sums.get("task_bound", 0), leases),
+            "leases_short_lived_and_task_bound": Ratio(sums.get("both", 0), leases),
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ async def coverage_report(
     progress(1.0)
     try:
         found = await api.inventory(limit=0)
-        report.sponsored = Share(found["totals"]["live_sponsor"], found["totals"]["agents"])
+        report.sponsored = Ratio(found["totals"]["live_sponsor"], found["totals"]["agents"])
         report.gaps += found["gaps"]
     except ApiError as error:
         report.gaps.append(f"which agents have a live sponsor: {error}")

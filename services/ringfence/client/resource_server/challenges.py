@@ -27,7 +27,7 @@ _UNQUOTABLE: Final = re.compile(r"[^\x20-\x21\x23-\x5b\x5d-\x7e]")
 
 
 @dataclass(frozen=True, slots=True)
-class Presented:
+class PresentedToken:
     """What a request shows: nothing of it verified."""
 
     scheme: Scheme
@@ -36,7 +36,7 @@ class Presented:
     """Its `DPoP` headers."""
 
 
-def presented(headers: Headers) -> Presented:
+def presented(headers: Headers) -> PresentedToken:
     """The token of a request, and its proofs.
 
     Raises TokenRejectedError with the code `token_missing` where there is none of a scheme that is known, and
@@ -53,7 +53,7 @@ def presented(headers: Headers) -> Presented:
             "send Authorization: Bearer or DPoP with a token of Ringfence", code="token_missing"
         )
     proofs = tuple(value for name, value in pairs if name.lower() == "dpop")
-    return Presented(scheme, token.strip(), proofs)
+    return PresentedToken(scheme, token.strip(), proofs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from ringfence.client.errors import TokenRejectedError
 from ringfence.client.resource_server.challenges import (
     Headers,
     HttpRefusal,
-    Presented,
+    PresentedToken,
     presented,
     refusal,
 )
@@ -201,7 +201,9 @@ class TokenVerifier(Lifetime):
                 "only tokens that are bound to the agent's key are taken here (the target's dpop)"
             )
 
-    async def _check_binding(self, verified: VerifiedToken, shown: Presented, method: str, url: str) -> None:
+    async def _check_binding(
+        self, verified: VerifiedToken, shown: PresentedToken, method: str, url: str
+    ) -> None:
         if shown.scheme == "Bearer":
             self._check_bearer(verified)
             return

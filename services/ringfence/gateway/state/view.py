@@ -22,7 +22,7 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_REQUEST
 from ringfence.model.leases.revoker_halts import RevokerHalts
-from ringfence.model.leases.stream_digests import CONFIRMED, StreamCheck, Streams
+from ringfence.model.leases.stream_digests import CONFIRMED, StreamCheck, StreamDigests
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.directory import TABLES, Directory
 
@@ -47,7 +47,7 @@ class View:
         )
         self._broker = CarriedOn()
         self.table = LeaseTable(runtime.clock, self._broker.now_ms)
-        self._streams = Streams()
+        self._streams = StreamDigests()
         self._halts = RevokerHalts(runtime.trust, grace_ms=grace_ms)
         self._check = StreamCheck(self._streams, runtime.trust, runtime.clock, grace_ms=grace_ms)
         self._cutter = Cutter(runtime, self.directory, self.table, gives_its_word=gives_its_word)

@@ -50,7 +50,7 @@ class TopicError(RingfenceError):
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class TopicDifference:
     """One way in which a topic is not what the contract says."""
 
     topic: str
@@ -59,7 +59,7 @@ class Difference:
     found: str
 
 
-def _removes_more(difference: Difference) -> bool:
+def _removes_more(difference: TopicDifference) -> bool:
     """Whether to set this right would let Kafka remove records that it keeps now."""
     # What is only compacted, or has no policy at all, keeps each key's last for ever.
     if difference.what == _POLICY:
@@ -139,13 +139,13 @@ class TopicsAdmin:
         await _until_none(missing)
         return created
 
-    async def set_right(self) -> tuple[list[Difference], list[Difference]]:
+    async def set_right(self) -> tuple[list[TopicDifference], list[TopicDifference]]:
         """Set what `apply` sets at creation on topics that are there. Returns what was set, and what was left:
         partitions and replicas, which nobody changes by the way, and what keeps records longer than the contract asks.
 
         Raises TopicError.
         """
-        right, left = list[Difference](), list[Difference]()
+        right, left = list[TopicDifference](), list[TopicDifference]()
         settings = {name for topic in ALL for name in topic.configs()}
         for difference in await self.check():
             if difference.what == _TOPIC:
@@ -193,12 +193,14 @@ class TopicsAdmin:
             count += 1
         return count
 
-    async def check(self) -> list[Difference]:
+    async def check(self) -> list[TopicDifference]:
         """Compare the broker's topics with the contract. Empty where all is as it should be."""
-        found: list[Difference] = []
+        found: list[TopicDifference] = []
         names = {topic.name(self._settings.topic_prefix): topic for topic in ALL}
         present = set(await self._client.list_topics())
-        found += [Difference(name, _TOPIC, "present", "missing") for name in names if name not in present]
+        found += [
+            TopicDifference(name, _TOPIC, "present", "missing") for name in names if name not in present
+        ]
         there = [name for name in names if name in present]
         if not there:  # asked for no topic, a broker describes all that it has
             return found
@@ -207,11 +209,13 @@ class TopicsAdmin:
             expected = partitions_of(names[name], self._settings)
             if len(description["partitions"]) != expected:
                 found.append(
-                    Difference(name, "partitions", str(expected), str(len(description["partitions"])))
+                    TopicDifference(name, "partitions", str(expected), str(len(description["partitions"])))
                 )
             replicas = min(len(one["replicas"]) for one in description["partitions"])
             if replicas < self._settings.replication:
-                found.append(Difference(name, "replicas", str(self._settings.replication), str(replicas)))
+                found.append(
+                    TopicDifference(name, "replicas", str(self._settings.replication), str(replicas))
+                )
         resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in there]
         for response in await self._client.describe_configs(resources):
             for code, message, _, name, entries in response.resources:
@@ -223,7 +227,7 @@ class TopicsAdmin:
                 actual = {entry[0]: entry[1] for entry in entries}
                 for key, value in names[name].configs().items():
                     if actual.get(key) != value:
-                        found.append(Difference(name, key, value, str(actual.get(key))))
+                        found.append(TopicDifference(name, key, value, str(actual.get(key))))
         return found
 
 

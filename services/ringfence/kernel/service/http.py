@@ -24,7 +24,7 @@ ReadyCheck = Callable[[], str | None]
 """Says why a service is not ready, or None."""
 
 
-class ListenError(RingfenceError):
+class HttpListenError(RingfenceError):
     """The HTTP port is taken, or the address is not this machine's."""
 
     code = "cannot_listen"
@@ -296,11 +296,11 @@ class HttpServer(uvicorn.Server):
         yield
 
     async def run_until_stopped(self) -> None:
-        """Serve until `should_exit` is set. Raises ListenError where the address cannot be had."""
+        """Serve until `should_exit` is set. Raises HttpListenError where the address cannot be had."""
         try:
             await self.serve()
         except SystemExit:  # uvicorn's way to say that it could not bind
-            raise ListenError(
+            raise HttpListenError(
                 f"cannot listen on {self.config.host}:{self.config.port}: it is in use, or no address of this machine; "
                 f"set {self._setting}"
             ) from None

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from ringfence.kernel.base.ids import derived_id
 from ringfence.messages.audit import AuditCheckpoint, ChainLink
-from ringfence.model.audit_log.merkle import Hash, Head, leaf_hash
+from ringfence.model.audit_log.merkle import Hash, TreeHead, leaf_hash
 
 NOTHING: Hash = bytes(32)
 """What stands for the hash of the event before the first."""
@@ -23,13 +23,13 @@ NOTHING: Hash = bytes(32)
 class Tip:
     """How far a chain has come: its tree, and the hash of its last event."""
 
-    head: Head = field(default_factory=Head)
+    head: TreeHead = field(default_factory=TreeHead)
     last: Hash = NOTHING
 
     @classmethod
     def of(cls, checkpoint: AuditCheckpoint) -> Tip:
         """What a checkpoint says. Raises ValueError where its parts contradict each other."""
-        head = Head(checkpoint.size, tuple(bytes.fromhex(peak) for peak in checkpoint.peaks))
+        head = TreeHead(checkpoint.size, tuple(bytes.fromhex(peak) for peak in checkpoint.peaks))
         if head.root.hex() != checkpoint.root:
             raise ValueError("the root of a checkpoint is not that of its peaks")
         return cls(head, bytes.fromhex(checkpoint.last))

@@ -30,7 +30,7 @@ def node_hash(left: Hash, right: Hash) -> Hash:
 
 
 @dataclass(slots=True)
-class Head:
+class TreeHead:
     """A tree that grows: how many leaves it has, and its peaks."""
 
     size: int = 0
@@ -41,7 +41,7 @@ class Head:
         if self.size < 0 or len(self.peaks) != self.size.bit_count():
             raise ValueError(f"a tree of {self.size} leaves has not {len(self.peaks)} peaks")
 
-    def grown(self, leaves: Iterable[Hash]) -> Head:
+    def grown(self, leaves: Iterable[Hash]) -> TreeHead:
         """The tree with these leaves at its end."""
         size, peaks = self.size, list(self.peaks)
         for leaf in leaves:
@@ -51,7 +51,7 @@ class Head:
                 carried = node_hash(peaks.pop(), carried)
             peaks.append(carried)
             size += 1
-        return Head(size, tuple(peaks))
+        return TreeHead(size, tuple(peaks))
 
     @property
     def root(self) -> Hash:

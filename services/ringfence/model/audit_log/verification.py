@@ -12,7 +12,7 @@ from typing import Literal
 
 from ringfence.messages.audit import AuditCheckpoint, ChainLink
 from ringfence.model.audit_log.chain import NOTHING, Chained, Source, Tip, event_of
-from ringfence.model.audit_log.merkle import Hash, Head, leaf_hash
+from ringfence.model.audit_log.merkle import Hash, TreeHead, leaf_hash
 
 FaultKind = Literal[
     "removed",
@@ -123,7 +123,7 @@ class ChainVerifier:
         return self._next - 1 if self.first else 0
 
     @property
-    def head(self) -> Head | None:
+    def head(self) -> TreeHead | None:
         """The tree over all events; None where it cannot be told, as some are gone."""
         return self._tip.head if self._whole else None
 

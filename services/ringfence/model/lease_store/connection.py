@@ -85,7 +85,7 @@ class _Packing:
         return [b"".join([hiredis.pack_command(command) for command in commands])]  # type: ignore[arg-type]
 
 
-class Link:
+class RedisConnection:
     """Connections to one Redis, or to all nodes of a cluster.
 
     Each connection, when it is made, asks the server who it is (`run_id`), and is given up where `knows` says no: so

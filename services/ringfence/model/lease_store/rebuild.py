@@ -13,7 +13,7 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL
 from ringfence.model.lease_store.codec.records import expanded
-from ringfence.model.lease_store.connection import Call, Link
+from ringfence.model.lease_store.connection import Call, RedisConnection
 from ringfence.model.lease_store.keys import (
     ANEW,
     DAY_MS,
@@ -110,7 +110,7 @@ class Restoration:
         self._record_keep_ms = record_keep_ms
         self._run_ids: list[str] = []
         """The server of each shard."""
-        self._link = Link(settings.redis_url, lambda run_id: run_id in self._run_ids)
+        self._link = RedisConnection(settings.redis_url, lambda run_id: run_id in self._run_ids)
         self._nonce = secrets.token_hex(8)
         self.epochs: set[str] = set()
         """Those that the shards had; known from `look`."""

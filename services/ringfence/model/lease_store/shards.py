@@ -11,7 +11,7 @@ from typing import Any
 from ringfence.kernel.base.clock import suspend_aware_ms
 from ringfence.kernel.base.clock_skew import SkewCheck
 from ringfence.kernel.base.settings import ServiceSettings
-from ringfence.model.lease_store.connection import Call, Link, LostError
+from ringfence.model.lease_store.connection import Call, LostError, RedisConnection
 from ringfence.model.lease_store.keys import Keys, shard_of
 from ringfence.model.lease_store.scripts import DISTRUST, GIVE_UP, Argument, Command, Script
 
@@ -67,7 +67,7 @@ class Shards:
     def __init__(self, settings: ServiceSettings) -> None:
         """Raises SettingsError where the URL is none of Redis."""
         self.keys = [Keys(settings.redis_prefix, shard) for shard in range(settings.redis_shards)]
-        self.link = Link(settings.redis_url, lambda run_id: run_id in self._run_ids)
+        self.link = RedisConnection(settings.redis_url, lambda run_id: run_id in self._run_ids)
         self._epochs: list[bytes] | None = None
         """What the epoch of each shard must be; None where that is not known, or they were found to differ."""
         self._run_ids: frozenset[str] = frozenset()
@@ -132,7 +132,7 @@ class Shards:
             raise
 
     async def _run(self, calls: Sequence[ShardCall], *, full: Any = None) -> list[Any]:
-        """Run scripts; each looks at the epoch of its shard before anything else. `full`: see `Link.scripts`."""
+        """Run scripts; each checks the epoch of its shard first. `full`: see `RedisConnection.scripts`."""
         async with self._expecting() as epochs:
             start_ms = suspend_aware_ms()
             answers = await self.link.scripts(

@@ -17,7 +17,7 @@ from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import REVOCATION_REQUEST
 from ringfence.model.lease_store.codec.records import expanded, unverified_names
-from ringfence.model.lease_store.connection import Link
+from ringfence.model.lease_store.connection import RedisConnection
 from ringfence.model.lease_store.keys import (
     AGENTS,
     AHEAD_MS,
@@ -123,7 +123,7 @@ class Survey:
 
     def __init__(
         self,
-        link: Link,
+        link: RedisConnection,
         prefix: str,
         keys: Sequence[Keys],
         alive: Mapping[str, Alive],

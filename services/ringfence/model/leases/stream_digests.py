@@ -37,7 +37,7 @@ _CLOCKS_DIFFER_MS = 60_000
 """How far a revoker's clock may be from the broker's before its heartbeats count as old ones, sent again."""
 
 
-class Streams:
+class StreamDigests:
     """What came, by partition and offset."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class Streams:
 class StreamCheck:
     """Says whether a reader's view is as revokers sign it. It has read these partitions since `since`."""
 
-    def __init__(self, streams: Streams, trust: TrustStore, clock: Clock, *, grace_ms: int) -> None:
+    def __init__(self, streams: StreamDigests, trust: TrustStore, clock: Clock, *, grace_ms: int) -> None:
         self._streams = streams
         self._trust = trust
         self._clock = clock

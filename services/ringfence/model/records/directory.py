@@ -62,7 +62,7 @@ _CLOCKS_DIFFER_MS = 60_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Entry(Generic[S]):
+class VerifiedRecord(Generic[S]):
     """A verified record: its state, revision, and the record as it was signed.
 
     Equal to itself alone, so that what follows from it can be remembered by it.
@@ -95,11 +95,11 @@ class _Slot:
     broken_as_of: int = -1
     """How many records had been taken in when it was found broken: a signer, or a parent, may have been still to come.
     """
-    entry: Entry[AnyState] = field(init=False)
+    entry: VerifiedRecord[AnyState] = field(init=False)
     """What is handed out of it: the same each time, once it is verified."""
 
     def __post_init__(self) -> None:
-        self.entry = Entry(self.record.state, self.record.revision, self.record, self.compact)
+        self.entry = VerifiedRecord(self.record.state, self.record.revision, self.record, self.compact)
 
 
 @dataclass(slots=True)
@@ -336,27 +336,27 @@ class Directory:
 
     # --- asking ---
 
-    def entry(self, kind: SubjectKind, id: str) -> Entry[AnyState] | None:
+    def entry(self, kind: SubjectKind, id: str) -> VerifiedRecord[AnyState] | None:
         """The verified record of one subject, or None where there is none. Raises ChainError."""
         return self._entry(kind, id)
 
-    def user(self, user_id: str) -> Entry[UserState] | None:
+    def user(self, user_id: str) -> VerifiedRecord[UserState] | None:
         """The verified record of a user, or None where there is none. Raises ChainError."""
-        return cast("Entry[UserState] | None", self._entry("user", user_id))
+        return cast("VerifiedRecord[UserState] | None", self._entry("user", user_id))
 
-    def agent(self, agent_id: str) -> Entry[AgentState] | None:
+    def agent(self, agent_id: str) -> VerifiedRecord[AgentState] | None:
         """The verified record of an agent, or None where there is none. Raises ChainError."""
-        return cast("Entry[AgentState] | None", self._entry("agent", agent_id))
+        return cast("VerifiedRecord[AgentState] | None", self._entry("agent", agent_id))
 
-    def target(self, target_id: str) -> Entry[TargetState] | None:
+    def target(self, target_id: str) -> VerifiedRecord[TargetState] | None:
         """The verified record of a target, or None where there is none. Raises ChainError."""
-        return cast("Entry[TargetState] | None", self._entry("target", target_id))
+        return cast("VerifiedRecord[TargetState] | None", self._entry("target", target_id))
 
-    def task(self, task_id: str) -> Entry[TaskState] | None:
+    def task(self, task_id: str) -> VerifiedRecord[TaskState] | None:
         """The verified record of a task, or None where there is none. Raises ChainError."""
-        return cast("Entry[TaskState] | None", self._entry("task", task_id))
+        return cast("VerifiedRecord[TaskState] | None", self._entry("task", task_id))
 
-    def entries(self, kind: SubjectKind) -> Iterator[Entry[AnyState]]:
+    def entries(self, kind: SubjectKind) -> Iterator[VerifiedRecord[AnyState]]:
         """All verified records of a kind, by id; those whose chain does not hold are left out."""
         for id in sorted(self._slots[kind]):
             try:
@@ -433,7 +433,7 @@ class Directory:
             for (topic, partition), part in sorted(self._parts.items())
         )
 
-    def _entry(self, kind: SubjectKind, id: str) -> Entry[AnyState] | None:
+    def _entry(self, kind: SubjectKind, id: str) -> VerifiedRecord[AnyState] | None:
         self._trust_as_it_is_now()
         slot = self._slots[kind].get(id)
         if slot is None:

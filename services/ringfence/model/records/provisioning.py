@@ -11,7 +11,7 @@ from ringfence.model.unknown_fields import is_understood
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class GroupEntitlements:
     """What membership in groups gives; `groups` are those of them that are delegated."""
 
     groups: tuple[str, ...]
@@ -19,13 +19,13 @@ class Given:
     scope: Scope
 
 
-def given_by(delegation: Delegation, groups: Iterable[str]) -> Given:
+def given_by(delegation: Delegation, groups: Iterable[str]) -> GroupEntitlements:
     """All that these groups may give. What is not delegated (any more) gives nothing, and is left out, and so is what
     has a field that this version does not know: it may limit the delegation.
     """
     wanted = set(groups) if not delegation.model_extra else set()
     delegated = [one for one in delegation.groups if one.group in wanted and is_understood(one)]
-    return Given(
+    return GroupEntitlements(
         tuple(sorted(one.group for one in delegated)),
         tuple(sorted({role for one in delegated for role in one.roles})),
         tuple(dict.fromkeys(permission for one in delegated for permission in one.scope)),

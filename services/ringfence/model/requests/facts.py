@@ -24,7 +24,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError, unverified_command
-from ringfence.model.records.directory import Directory, Entry
+from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.records.instances import enrolment_of, void
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.rule import Limit, are_in_force, exceeding, sides_of
@@ -46,12 +46,12 @@ class DeniedError(RingfenceError):
 
 
 @dataclass(frozen=True, slots=True)
-class Delegation:
+class DelegationStep:
     """One step of a chain: an agent that handed its task on, who answers for it, and the task."""
 
-    agent: Entry[AgentState]
-    sponsor: Entry[UserState] | None
-    task: Entry[TaskState]
+    agent: VerifiedRecord[AgentState]
+    sponsor: VerifiedRecord[UserState] | None
+    task: VerifiedRecord[TaskState]
     kid: str
     """The key with which it handed the task on."""
 
@@ -60,12 +60,12 @@ class Delegation:
 class RecordContext:
     """The verified records that a request, or a grant, is held against."""
 
-    agent: Entry[AgentState]
-    sponsor: Entry[UserState] | None
-    task: Entry[TaskState]
-    user: Entry[UserState]
-    target: Entry[TargetState]
-    delegations: tuple[Delegation, ...] = field(default=(), kw_only=True)
+    agent: VerifiedRecord[AgentState]
+    sponsor: VerifiedRecord[UserState] | None
+    task: VerifiedRecord[TaskState]
+    user: VerifiedRecord[UserState]
+    target: VerifiedRecord[TargetState]
+    delegations: tuple[DelegationStep, ...] = field(default=(), kw_only=True)
     """How the task came to its agent, where that was by other agents: the last step first."""
 
     @property
@@ -108,7 +108,7 @@ class RecordContext:
         )
 
     @property
-    def _agents(self) -> tuple[Entry[AgentState], ...]:
+    def _agents(self) -> tuple[VerifiedRecord[AgentState], ...]:
         return (self.agent, *(step.agent for step in self.delegations))
 
     def _entitled(self, now_s: float, entitlements_max_age_s: int) -> bool:
@@ -200,7 +200,7 @@ def find_ground(directory: Directory, agent_id: str, task_id: str, target_id: st
     return RecordContext(agent, sponsor, task, user, target, delegations=delegations)
 
 
-def _delegations(directory: Directory, task: Entry[TaskState]) -> Iterator[Delegation]:
+def _delegations(directory: Directory, task: VerifiedRecord[TaskState]) -> Iterator[DelegationStep]:
     """How a task came to its agent. It ends: who verified a task has verified that its chain is no longer than may be.
 
     Raises DeniedError, ChainError.
@@ -215,7 +215,7 @@ def _delegations(directory: Directory, task: Entry[TaskState]) -> Iterator[Deleg
             )
             raise DeniedError(_reason("task_unknown", message))
         kid = parse(task.record.commands[0].jws).header.kid  # no command of a task is dropped
-        yield Delegation(agent, directory.user(agent.state.sponsor), parent, kid)
+        yield DelegationStep(agent, directory.user(agent.state.sponsor), parent, kid)
         task = parent
 
 
@@ -301,7 +301,7 @@ def _standing(ground: RecordContext, wanted: Scope, now_s: float) -> list[Reason
     return found
 
 
-def _standing_of_agent(agent: AgentState, sponsored_by: Entry[UserState] | None) -> Iterator[Reason]:
+def _standing_of_agent(agent: AgentState, sponsored_by: VerifiedRecord[UserState] | None) -> Iterator[Reason]:
     """What stands against one agent of the chain, whatever is wanted."""
     if agent.status != "active":
         yield _reason(f"agent_{agent.status}", f"agent {agent.agent_id} is {agent.status}")
@@ -314,7 +314,7 @@ def _standing_of_agent(agent: AgentState, sponsored_by: Entry[UserState] | None)
 
 
 @lru_cache(maxsize=_REMEMBERED_WISHES)
-def _sponsors_of(agent: Entry[AgentState]) -> frozenset[str]:
+def _sponsors_of(agent: VerifiedRecord[AgentState]) -> frozenset[str]:
     """An agent's sponsors, the former ones too: no record of an agent leaves out who handed it over."""
     commands = map(unverified_command, agent.record.commands)
     named = (one.sponsor for one in commands if isinstance(one, AgentRegister | AgentTransfer))
@@ -322,7 +322,11 @@ def _sponsors_of(agent: Entry[AgentState]) -> frozenset[str]:
 
 
 def _sides(
-    task: Entry[TaskState], agents: Sequence[Entry[AgentState]], user: Entry[UserState], *, entitled: bool
+    task: VerifiedRecord[TaskState],
+    agents: Sequence[VerifiedRecord[AgentState]],
+    user: VerifiedRecord[UserState],
+    *,
+    entitled: bool,
 ) -> tuple[Limit, ...]:
     return sides_of(
         task.state.scope,
@@ -335,9 +339,9 @@ def _sides(
 @lru_cache(maxsize=_REMEMBERED_WISHES)
 def _beyond(
     wanted: Scope,
-    task: Entry[TaskState],
-    agents: tuple[Entry[AgentState], ...],
-    user: Entry[UserState],
+    task: VerifiedRecord[TaskState],
+    agents: tuple[VerifiedRecord[AgentState], ...],
+    user: VerifiedRecord[UserState],
     *,
     entitled: bool,
 ) -> tuple[Reason, ...]:

@@ -88,7 +88,7 @@ def not_understood(grant: Grant) -> Reason | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class SignedGrant:
     """A grant that a user signed, and where it stands on Kafka."""
 
     signed: Signed[Grant]
@@ -105,7 +105,7 @@ class GrantTable:
     def __init__(self, directory: Directory, trust_domain: str) -> None:
         self._directory = directory
         self._trust_domain = trust_domain
-        self._grants: dict[str, Given] = {}
+        self._grants: dict[str, SignedGrant] = {}
         self._by_task: dict[str, list[str]] = {}
         self._withdrawn: dict[str, tuple[int, frozenset[str]]] = {}
         self._given_by: Counter[str] = Counter()
@@ -129,12 +129,12 @@ class GrantTable:
         for record in aside:
             self._read(record)
 
-    def keep(self, grant: Signed[Grant], partition: int, offset: int) -> Given | None:
+    def keep(self, grant: Signed[Grant], partition: int, offset: int) -> SignedGrant | None:
         """Take in a verified grant; what stands, which is the first of that id. None: its signer gave too many."""
         id, signer = id_of(grant.claims), grant.claims.iss
         given = self._grants.get(id)
         if given is None and self._given_by[signer] < MOST_OF_ONE:
-            given = self._grants[id] = Given(grant, partition, offset)
+            given = self._grants[id] = SignedGrant(grant, partition, offset)
             self._by_task.setdefault(grant.claims.task_id, []).append(id)
             self._given_by[signer] += 1
         return given
@@ -150,7 +150,7 @@ class GrantTable:
             self._withdrawn_unheard[user_id] += 1
         self._withdrawn[grant_id] = (at_ms, users | {user_id})
 
-    def get(self, grant_id: str) -> Given | None:
+    def get(self, grant_id: str) -> SignedGrant | None:
         """A grant that somebody signed, or None."""
         return self._grants.get(grant_id)
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from ringfence.messages.registry import AgentRecord, AnyState, UserState
-from ringfence.model.records.directory import Entry
-from ringfence.model.requests.facts import Delegation
+from ringfence.model.records.directory import VerifiedRecord
+from ringfence.model.requests.facts import DelegationStep
 
 # What no rule needs: keys and who may enrol some, names of people, and what only the gateway reads.
 _LEFT_OUT: Final = {"keys", "name", "requests", "attestation"}
@@ -21,7 +21,7 @@ class WrittenRecords:
         self._written: dict[tuple[type[AnyState], str], tuple[Any, dict[str, Any]]] = {}
         self._sponsors: dict[str, tuple[Any, dict[str, Any]]] = {}
 
-    def of(self, entry: Entry[Any], id: str) -> dict[str, Any]:
+    def of(self, entry: VerifiedRecord[Any], id: str) -> dict[str, Any]:
         """The state of a record as JSON, to be shared and not to be changed."""
         key = (type(entry.state), id)
         kept = self._written.get(key)
@@ -34,7 +34,7 @@ class WrittenRecords:
         self._written[key] = (entry.record, document)
         return document
 
-    def of_sponsor(self, entry: Entry[UserState]) -> dict[str, Any]:
+    def of_sponsor(self, entry: VerifiedRecord[UserState]) -> dict[str, Any]:
         """What rules see of an agent's sponsor, to be shared and not to be changed."""
         id = entry.state.user_id
         kept = self._sponsors.get(id)
@@ -43,7 +43,7 @@ class WrittenRecords:
             kept = self._sponsors[id] = (entry.record, document)
         return kept[1]
 
-    def of_delegations(self, steps: Sequence[Delegation]) -> list[dict[str, Any]]:
+    def of_delegations(self, steps: Sequence[DelegationStep]) -> list[dict[str, Any]]:
         """How a task came to its agent, the last step first: who handed it on, their own task, who answers for them."""
         return [
             {
@@ -55,7 +55,7 @@ class WrittenRecords:
         ]
 
 
-def revisions_of(step: Delegation) -> tuple[object, ...]:
+def revisions_of(step: DelegationStep) -> tuple[object, ...]:
     """What tells the records of one step of a chain from later ones."""
     sponsor = step.sponsor
     return (

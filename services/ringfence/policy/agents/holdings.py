@@ -60,7 +60,7 @@ _lease_id = lru_cache(maxsize=1024)(lease_id)
 _NEVER_ISSUED = frozenset({"minting", "aborted"})
 
 
-class Ending(NamedTuple):
+class LeaseGroup(NamedTuple):
     """Leases of one task that live and end together, all of them short-lived or none."""
 
     task_id: str
@@ -81,7 +81,7 @@ class Live(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Known:
+class _HeldLease:
     """One lease that may live, or has ended before its deadline."""
 
     agent_id: str
@@ -106,19 +106,19 @@ class _Alike:
     endings: dict[tuple[bool, int], int] = field(default_factory=dict)
     """How many of them, by whether they are short-lived and by their deadlines: there may be very many leases."""
 
-    def put(self, id: str, known: _Known) -> None:
+    def put(self, id: str, known: _HeldLease) -> None:
         self.leases[id] = known.deadline_s
         ending = (is_short_lived(known.since_s, known.deadline_s), known.deadline_s)
         self.endings[ending] = self.endings.get(ending, 0) + 1
 
-    def drop(self, id: str, known: _Known) -> bool:
+    def drop(self, id: str, known: _HeldLease) -> bool:
         """Whether it was among them; `known` as it was put."""
         if self.leases.pop(id, None) is None:
             return False
         self._uncount(known)
         return True
 
-    def change(self, id: str, known: _Known, since_s: int, until_s: int) -> None:
+    def change(self, id: str, known: _HeldLease, since_s: int, until_s: int) -> None:
         """Give a lease another life, wherever it is."""
         counted = id in self.leases
         if counted:
@@ -127,7 +127,7 @@ class _Alike:
         if counted:
             self.put(id, known)
 
-    def _uncount(self, known: _Known) -> None:
+    def _uncount(self, known: _HeldLease) -> None:
         ending = (is_short_lived(known.since_s, known.deadline_s), known.deadline_s)
         self.endings[ending] -= 1
         if not self.endings[ending]:
@@ -161,7 +161,7 @@ class Holdings:
         self._clock = clock
         self._epochs = Epochs(trust)
         self._holders: dict[str, _Holder] = {}
-        self._leases: dict[str, _Known] = {}
+        self._leases: dict[str, _HeldLease] = {}
         self._ends: list[tuple[int, str]] = []
         self._refused: OrderedDict[str, None] = OrderedDict()
         self._verbs: dict[Verb, Verb] = {}
@@ -227,11 +227,11 @@ class Holdings:
             if until_s > now_s
         ]
 
-    def endings(self, agent_id: str, now_s: int) -> list[Ending]:
+    def endings(self, agent_id: str, now_s: int) -> list[LeaseGroup]:
         """When what `live` tells of ends, without a look at each: no more of them than seconds until the last end."""
         holder = self._holders.get(agent_id)
         return [
-            Ending(alike.task_id, short_lived, until_s, count)
+            LeaseGroup(alike.task_id, short_lived, until_s, count)
             for alike in (holder.held.values() if holder else ())
             for (short_lived, until_s), count in alike.endings.items()
             if until_s > now_s
@@ -387,7 +387,7 @@ class Holdings:
             return
         if lease.status in TERMINAL:
             if known is None:
-                known = _Known(lease.agent_id, b"", lease.iat, lease.deadline)
+                known = _HeldLease(lease.agent_id, b"", lease.iat, lease.deadline)
                 self._remember(lease.lease_id, known)
             self._let_go(lease.lease_id, known)
         else:
@@ -409,12 +409,12 @@ class Holdings:
 
     def _hold(
         self, id: str, agent_id: str, task_id: str, scope: list[dict[str, Any]], since_s: int, until_s: int
-    ) -> _Known:
+    ) -> _HeldLease:
         """`since_s` is of what was not known before."""
         what = _what(task_id, scope)
         known = self._leases.get(id)
         if known is None:
-            known = _Known(agent_id, what, since_s, until_s)
+            known = _HeldLease(agent_id, what, since_s, until_s)
             self._remember(id, known)
         elif known.what != what:
             self._let_go(id, known)
@@ -433,7 +433,7 @@ class Holdings:
         self._changed(agent_id, holder)
         return known
 
-    def _lives(self, id: str, known: _Known, since_s: int, until_s: int) -> None:
+    def _lives(self, id: str, known: _HeldLease, since_s: int, until_s: int) -> None:
         if until_s != known.deadline_s:
             heapq.heappush(self._ends, (until_s, id))
         alike = self._holder(known.agent_id).held.get(known.what)
@@ -442,11 +442,11 @@ class Holdings:
         else:
             known.since_s, known.deadline_s = since_s, until_s
 
-    def _remember(self, id: str, known: _Known) -> None:
+    def _remember(self, id: str, known: _HeldLease) -> None:
         self._leases[id] = known
         heapq.heappush(self._ends, (known.deadline_s, id))
 
-    def _let_go(self, id: str, known: _Known) -> None:
+    def _let_go(self, id: str, known: _HeldLease) -> None:
         """The agent holds it no more. What ended stays known, so that no older record brings it back."""
         known.over = True
         holder = self._holders.get(known.agent_id)

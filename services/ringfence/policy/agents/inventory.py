@@ -12,7 +12,7 @@ import orjson
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.registry import AgentState, EmbeddedCommand, TaskState, UserState
 from ringfence.model.leases.lifecycle import is_short_lived, is_task_bound
-from ringfence.policy.agents.holdings import Ending, Live
+from ringfence.policy.agents.holdings import LeaseGroup, Live
 from ringfence.policy.agents.usage import DAY_S, Verb, verbs_of
 
 MAX_TASKS = 20
@@ -33,7 +33,7 @@ class Facts:
     sponsor: UserState | None
     tasks: Sequence[TaskState]
     """Those that run."""
-    endings: Sequence[Ending]
+    endings: Sequence[LeaseGroup]
     """Of its leases that live."""
     live: Callable[[], Sequence[Live]]
     """Each of these: there may be very many."""
@@ -196,7 +196,7 @@ def totals(lines: Iterable[InventoryRow], now_s: int, keys_by_s: int) -> dict[st
     return sums
 
 
-def _standing(facts: Facts) -> list[Ending]:
+def _standing(facts: Facts) -> list[LeaseGroup]:
     ends = {task.task_id: task.not_after for task in facts.tasks}
     return [
         ending

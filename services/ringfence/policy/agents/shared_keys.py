@@ -9,7 +9,7 @@ from ringfence.model.records.key_sharing import WINDOW_MS, KeyUses
 from ringfence.policy.domain import Case
 
 
-class SharedKeys:
+class SharedKeyDetector:
     """Looks at each request once. An agent's requests come to one replica, in their order."""
 
     def __init__(self, runtime: Runtime, uses: KeyUses) -> None:

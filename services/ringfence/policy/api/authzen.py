@@ -66,7 +66,7 @@ class _Context(BaseModel):
     task_id: str
 
 
-class _Question(BaseModel):
+class _AuthzenRequest(BaseModel):
     subject: _Subject
     action: _Action
     resource: _Resource
@@ -116,7 +116,7 @@ class AuthZen:
 
     async def _evaluation(self, request: Request) -> dict[str, Any]:
         target_id = self._caller(request)
-        question = _parsed(_Question, await _body(request))
+        question = _parsed(_AuthzenRequest, await _body(request))
         return await self._answered(question, target_id)
 
     async def _evaluations(self, request: Request) -> dict[str, Any]:
@@ -128,13 +128,13 @@ class AuthZen:
         document = await _body(request)
         batch = _parsed(_Batch, document)
         if not batch.evaluations:
-            return await self._answered(_parsed(_Question, document), target_id)
-        defaults = {name: document[name] for name in _Question.model_fields if name in document}
+            return await self._answered(_parsed(_AuthzenRequest, document), target_id)
+        defaults = {name: document[name] for name in _AuthzenRequest.model_fields if name in document}
         stops_at = _STOPS_AT.get(batch.options.evaluations_semantic)
         answers: list[dict[str, Any]] = []
         for one in batch.evaluations:
             try:
-                answers.append(await self._answered(_parsed(_Question, {**defaults, **one}), target_id))
+                answers.append(await self._answered(_parsed(_AuthzenRequest, {**defaults, **one}), target_id))
             except RingfenceError as error:
                 said = {"status": _status(error), "message": str(error)}
                 answers.append({"decision": False, "context": {"error": said}})
@@ -145,14 +145,14 @@ class AuthZen:
     def _caller(self, request: Request) -> str:
         return self._authenticator.target(request.headers.get("authorization"))
 
-    async def _answered(self, question: _Question, target_id: str) -> dict[str, Any]:
+    async def _answered(self, question: _AuthzenRequest, target_id: str) -> dict[str, Any]:
         if question.resource.type != target_id:
             raise ForbiddenError(f"resource.type has to be {target_id}, the target that asks")
         now_ms = self._runtime.clock.now_ms()
         judgement = await self._judge.judge(self._as_case(question, now_ms), now_ms, binding=False)
         return _told(judgement)
 
-    def _as_case(self, question: _Question, now_ms: int) -> Case:
+    def _as_case(self, question: _AuthzenRequest, now_ms: int) -> Case:
         """The question as a request that nobody signed: good for being judged, and for nothing else."""
         settings = self._runtime.settings
         try:

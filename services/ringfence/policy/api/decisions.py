@@ -24,7 +24,7 @@ from ringfence.policy.decisions.explanation import NOT_SEEN, Explainer
 from ringfence.policy.domain import may_approve_any
 
 
-class Api:
+class DecisionsApi:
     """The routes over the memory of this replica. Every replica remembers the decisions of all."""
 
     def __init__(

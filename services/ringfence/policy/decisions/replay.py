@@ -60,7 +60,7 @@ PER_KIND = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class RequestOutcome:
     """What policy says of one request."""
 
     outcome: Literal["allowed", "denied", "approval_required"]
@@ -71,7 +71,7 @@ class Standing:
     @classmethod
     def of(
         cls, required: Sequence[RequiredClass], ttl_s: int | None, reasons: Sequence[Reason], *, denied: bool
-    ) -> Standing:
+    ) -> RequestOutcome:
         """Before anybody has approved: an approval that was given says nothing of what was asked for."""
         if denied:
             return cls("denied", tuple(required), None, tuple(reasons))
@@ -87,8 +87,8 @@ class Example:
     on_behalf_of: str
     scope: list[dict[str, Any]]
     changes: tuple[Change, ...]
-    before: Standing
-    after: Standing
+    before: RequestOutcome
+    after: RequestOutcome
 
 
 @dataclass(slots=True)
@@ -129,7 +129,7 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
-class _Question:
+class _ComparableDecision:
     """A recorded decision that can be compared."""
 
     decision: CredentialDecision
@@ -150,7 +150,7 @@ def fields_of(bundle: Bundle) -> frozenset[str]:
     return frozenset(found)
 
 
-def changes_between(before: Standing, after: Standing) -> tuple[Change, ...]:
+def changes_between(before: RequestOutcome, after: RequestOutcome) -> tuple[Change, ...]:
     """What the difference comes to; nothing where a program would notice none."""
     if before.outcome == "denied" or after.outcome == "denied":
         if before.outcome == after.outcome:
@@ -193,7 +193,7 @@ class Replay:
         questions = []
         for record in records:
             found = self._question(record)
-            if isinstance(found, _Question):
+            if isinstance(found, _ComparableDecision):
                 questions.append(found)
             else:
                 self.report.skipped[found] += 1
@@ -201,7 +201,7 @@ class Replay:
         for question, new in zip(questions, after, strict=True):
             self._count(question, new)
 
-    def _question(self, record: Received) -> _Question | Skipped:
+    def _question(self, record: Received) -> _ComparableDecision | Skipped:
         """What a record asks of the other bundle, or why it is not compared."""
         try:
             decision = verify(
@@ -229,7 +229,7 @@ class Replay:
             return "input_incomplete"
         try:
             given = decision.input
-            return _Question(
+            return _ComparableDecision(
                 decision, given, _REASONS.validate_json(orjson.dumps(given["lacking"])),
                 _FLOORS.validate_python(tuple(given["floors"])), int(given["request"]["ttl_s"]),
                 int(given["target"]["max_ttl_s"]),
@@ -237,7 +237,7 @@ class Replay:
         except (KeyError, TypeError, ValueError, ValidationError):
             return "input_unreadable"
 
-    async def _after(self, question: _Question) -> Standing:
+    async def _after(self, question: _ComparableDecision) -> RequestOutcome:
         try:
             result = (await self._engine.evaluate(to_json(question.input))).result
         except PolicyFailedError as error:
@@ -246,13 +246,15 @@ class Replay:
         verdict = weighed(
             question.against, result, question.floors, question.asked_s, question.target_max_ttl_s
         )
-        return Standing.of(verdict.required, verdict.ttl_s, verdict.denials, denied=verdict.ttl_s is None)
+        return RequestOutcome.of(
+            verdict.required, verdict.ttl_s, verdict.denials, denied=verdict.ttl_s is None
+        )
 
-    def _count(self, question: _Question, after: Standing) -> None:
+    def _count(self, question: _ComparableDecision, after: RequestOutcome) -> None:
         report, decision = self.report, question.decision
         # What two operators allowed was denied by the bundle; what they outweighed is among the reasons.
         broken = "break_glass" in decision.required
-        before = Standing.of(
+        before = RequestOutcome.of(
             [c for c in decision.required if c != "break_glass"], decision.ttl_s, decision.reasons,
             denied=broken or decision.outcome == "denied",
         )  # fmt: skip
@@ -285,7 +287,7 @@ def _has(given: Any, field: str) -> bool:
 
 
 def _told(example: Example) -> dict[str, Any]:
-    def standing(one: Standing) -> dict[str, Any]:
+    def standing(one: RequestOutcome) -> dict[str, Any]:
         reasons = [reason.model_dump(mode="json", exclude_none=True) for reason in one.reasons]
         return {"outcome": one.outcome, "required": one.required, "ttl_s": one.ttl_s, "reasons": reasons}
 

@@ -28,7 +28,7 @@ PENDING_RETRY_S = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class AdmissionLimits:
     """How much policy takes; 0 is without limit."""
 
     agent_per_minute: int
@@ -50,7 +50,7 @@ class PendingLimits:
 class AdmissionControl:
     """Counts requests by the minutes in which the broker took them, so that a backlog is counted as it was sent."""
 
-    def __init__(self, directory: Directory, limits: Limits) -> None:
+    def __init__(self, directory: Directory, limits: AdmissionLimits) -> None:
         self._directory = directory
         self._limits = limits
         self._window = 0

@@ -10,7 +10,7 @@ from ringfence.kernel.crypto.jws import ExpiredError, parse
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import CredentialRequest, Reason
-from ringfence.policy.agents.shared_keys import SharedKeys
+from ringfence.policy.agents.shared_keys import SharedKeyDetector
 from ringfence.policy.decision_log import Decisions, RecordPosition
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.responder import DecisionPublisher
@@ -33,7 +33,7 @@ class RequestHandler:
         answers: DecisionPublisher,
         doorkeeper: PendingApprovalLimit,
         recall: Callable[[], Awaitable[None]],
-        shared: SharedKeys,
+        shared: SharedKeyDetector,
         let_go: ShedRequests,
         *,
         approval_timeout_s: int,

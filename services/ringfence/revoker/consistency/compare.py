@@ -34,9 +34,9 @@ from ringfence.model.leases.epochs import number_of
 from ringfence.model.leases.lifecycle import is_cut_mark, is_over, own_marks_of, statement
 from ringfence.model.records.directory import TABLES, Directory
 from ringfence.revoker.consistency.kafka_view import (
+    HighestRecord,
     Known,
     LeaseFold,
-    Record,
     Revocations,
     read_leases,
     read_revocations,
@@ -67,7 +67,7 @@ be published, and no sweeper comes to it.
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class LeaseDifference:
     """One thing that Redis has otherwise than Kafka. `about` is a lease's id, that and a grant's, a mark and a shard, a
     revocation's id, `epoch`, or what stands in which key of which shard.
     """
@@ -96,7 +96,7 @@ class Checker:
         self._clock = clock
         self._record_keep_ms = record_keep_ms
 
-    async def differences(self) -> list[Difference]:
+    async def differences(self) -> list[LeaseDifference]:
         """Those that last: what is under way at this moment is looked at twice. Raises UnavailableError."""
         found = await self._look()
         if found:
@@ -104,7 +104,7 @@ class Checker:
             found = {about: one for about, one in (await self._look()).items() if about in found}
         return sorted(found.values(), key=lambda one: (one.what, one.about))
 
-    async def _look(self) -> dict[tuple[str, What], Difference]:
+    async def _look(self) -> dict[tuple[str, What], LeaseDifference]:
         restoration = Restoration(self._settings)
         try:
             await restoration.look()
@@ -112,7 +112,7 @@ class Checker:
         finally:
             await restoration.close()
 
-    async def _compared(self, restoration: Restoration) -> AsyncIterator[Difference]:
+    async def _compared(self, restoration: Restoration) -> AsyncIterator[LeaseDifference]:
         now_ms = self._clock.now_ms()
         ids = await restoration.ids()
         waiting = await restoration.waiting()
@@ -123,10 +123,10 @@ class Checker:
         fold = fold_anew(held=frozenset(ids))
         await read_leases(self._settings, fold)
         if not restoration.complete:
-            yield Difference("epoch", "missing", str(fold.epochs.highest()), "")
+            yield LeaseDifference("epoch", "missing", str(fold.epochs.highest()), "")
         for epoch in sorted(restoration.epochs):
             if number_of(epoch) < fold.epochs.highest():
-                yield Difference("epoch", "behind", str(fold.epochs.highest()), epoch)
+                yield LeaseDifference("epoch", "behind", str(fold.epochs.highest()), epoch)
         records = await self._believed(restoration, fold, fold_anew)
         wanted = list(dict.fromkeys([*records, *ids]))
         alive: dict[str, Alive] = {}
@@ -150,17 +150,17 @@ class Checker:
             yield one
         revocations = await read_revocations(self._settings, self._directory, self._trust)
         async for stray in restoration.survey(alive, Known(fold, records, revocations), now_ms).strays():
-            yield Difference(stray.about, stray.what, stray.wanted, stray.found)
+            yield LeaseDifference(stray.about, stray.what, stray.wanted, stray.found)
         fences = revocations.fences(now_ms - FENCE_KEEP_MS)
         for shard, known in enumerate(await restoration.fences()):
             for mark, before_ms in fences.items():
                 if known.get(mark, 0) < before_ms:
-                    yield Difference(
+                    yield LeaseDifference(
                         f"{mark} in shard {shard}", "unfenced", str(before_ms), str(known.get(mark, ""))
                     )
             for mark, before_ms in known.items():
                 if not _is_rightly_fenced(mark, before_ms, fences.get(mark, 0), revocations, now_ms):
-                    yield Difference(
+                    yield LeaseDifference(
                         f"{mark} in shard {shard}", "overfenced", str(fences.get(mark, "")), str(before_ms)
                     )
         # Kafka may keep orders for longer than they are remembered.
@@ -171,26 +171,26 @@ class Checker:
         seen = await restoration.sightings(list(first))
         for id, at in first.items():
             if seen.get(id) != at:
-                yield Difference(id, "unseen", _place(at), _place(seen[id]) if id in seen else "")
+                yield LeaseDifference(id, "unseen", _place(at), _place(seen[id]) if id in seen else "")
 
     async def _uncounted(
-        self, restoration: Restoration, records: Mapping[str, Record], now_ms: int
-    ) -> AsyncIterator[Difference]:
+        self, restoration: Restoration, records: Mapping[str, HighestRecord], now_ms: int
+    ) -> AsyncIterator[LeaseDifference]:
         granted = (parse(one.jws).unverified_claims(Lease) for one in records.values() if one.granted)
         uses = [use for one in granted if one.iat * 1000 > now_ms - GRANT_KEEP_MS for use in uses_of(one)]
         for start in range(0, len(uses), _AT_A_TIME):
             some = uses[start : start + _AT_A_TIME]
             for (grant_id, lease_id), is_counted in zip(some, await restoration.counted(some), strict=True):
                 if not is_counted:
-                    yield Difference(f"{lease_id} on grant {grant_id}", "uncounted", "named", "")
+                    yield LeaseDifference(f"{lease_id} on grant {grant_id}", "uncounted", "named", "")
 
     async def _believed(
         self, restoration: Restoration, fold: LeaseFold, fold_anew: Callable[..., LeaseFold]
-    ) -> dict[str, Record]:
+    ) -> dict[str, HighestRecord]:
         """The highest records, but for those that nobody signed who may: what has ended, and Redis has too, is not
         looked at.
         """
-        unlike: dict[str, Record] = {}
+        unlike: dict[str, HighestRecord] = {}
         ids = list(fold.highest)
         for start in range(0, len(ids), _AT_A_TIME):
             some = ids[start : start + _AT_A_TIME]
@@ -204,7 +204,7 @@ class Checker:
         ):
             for one in leases:
                 claims = one.claims
-                record = Record(
+                record = HighestRecord(
                     claims.seq, claims.status, one.jws.encode(), granted=claims.grants is not None
                 )
                 found[one.claims.lease_id] = record
@@ -213,44 +213,44 @@ class Checker:
 
 def _differences(
     id: str,
-    record: Record | None,
+    record: HighestRecord | None,
     held: Held,
     marks: Sequence[str],
     waiting: set[tuple[str, int]],
     now_ms: int,
     record_keep_ms: int,
-) -> Iterator[Difference]:
+) -> Iterator[LeaseDifference]:
     stored = held.stored
     redis = f"{stored.status} {stored.seq}" if stored else ""
     if record is None:
         if stored is None or (id, stored.seq) not in waiting:
-            yield Difference(id, "unknown", "", redis)
+            yield LeaseDifference(id, "unknown", "", redis)
         if stored is not None:
             yield from _ill_kept(id, "", held, marks, now_ms, record_keep_ms)
         return
     kafka = _told(record)
     if stored is None:
         if not _is_long_over(record, now_ms - record_keep_ms):
-            yield Difference(id, "missing", kafka, "")
+            yield LeaseDifference(id, "missing", kafka, "")
         return
     if stored.seq < record.seq:
-        yield Difference(id, "behind", kafka, redis)
+        yield LeaseDifference(id, "behind", kafka, redis)
     elif stored.seq > record.seq:
         if (id, stored.seq) not in waiting:
-            yield Difference(id, "ahead", kafka, redis)
+            yield LeaseDifference(id, "ahead", kafka, redis)
     elif stored.jws != record.jws and not _say_the_same(stored.jws, record.jws):
-        yield Difference(id, "differs", kafka, redis)
+        yield LeaseDifference(id, "differs", kafka, redis)
     yield from _ill_kept(id, kafka, held, marks, now_ms, record_keep_ms)
 
 
 def _ill_kept(
     id: str, kafka: str, held: Held, marks: Sequence[str], now_ms: int, record_keep_ms: int
-) -> Iterator[Difference]:
+) -> Iterator[LeaseDifference]:
     """What does not go with the record that Redis has of a lease."""
     for place in _misplaced(held, marks, now_ms):
-        yield Difference(id, "misplaced", kafka, place)
+        yield LeaseDifference(id, "misplaced", kafka, place)
     for when in _mistimed(held, now_ms, record_keep_ms):
-        yield Difference(id, "mistimed", kafka, when)
+        yield LeaseDifference(id, "mistimed", kafka, when)
 
 
 def _misplaced(held: Held, marks: Sequence[str], now_ms: int) -> Iterator[str]:
@@ -330,13 +330,13 @@ def _say_the_same(one: bytes, other: bytes) -> bool:
     return statement(first) == statement(second)
 
 
-def _is_long_over(record: Record, before_ms: int) -> bool:
+def _is_long_over(record: HighestRecord, before_ms: int) -> bool:
     """Whether a lease has ended, and Redis need not hold its record any more."""
     glance = summarise(record.jws)
     return glance is not None and glance.status in TERMINAL and glance.deadline * 1000 < before_ms
 
 
-def _told(record: Record) -> str:
+def _told(record: HighestRecord) -> str:
     lease = parse(record.jws).unverified_claims(Lease)  # shown to a person
     return f"{lease.status} {lease.seq}" + (", over" if is_over(lease) else "")
 

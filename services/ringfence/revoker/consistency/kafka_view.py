@@ -35,7 +35,7 @@ _PAUSE_EVERY = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class HighestRecord:
     """The highest record of a lease on Kafka, not verified yet."""
 
     seq: int
@@ -66,7 +66,7 @@ class LeaseFold:
             held: leases that Redis thinks alive, or of which every record is wanted for another reason.
             counts: whether a record of a lease counts at all.
         """  # fmt: skip
-        self.highest: dict[str, Record] = {}
+        self.highest: dict[str, HighestRecord] = {}
         self.contested: set[str] = set()
         """Leases whose end nobody has verified, and of which a record came after it that says otherwise."""
         self.epochs = Epochs(trust)
@@ -105,7 +105,7 @@ class LeaseFold:
         elif ended and known is None and glance.deadline < self._over_before_s and lease_id not in self._held:
             self._over.add(raw)
         else:
-            self.highest[lease_id] = Record(
+            self.highest[lease_id] = HighestRecord(
                 glance.seq, glance.status, record.value, glance.epoch, glance.granted
             )
 
@@ -150,7 +150,9 @@ class Revocations:
 class Known(Knowledge):
     """What Kafka knows that Redis's own records do not say."""
 
-    def __init__(self, fold: LeaseFold, records: Mapping[str, Record], revocations: Revocations) -> None:
+    def __init__(
+        self, fold: LeaseFold, records: Mapping[str, HighestRecord], revocations: Revocations
+    ) -> None:
         """`records`: those that count."""
         self._fold = fold
         self._records = records
@@ -218,7 +220,7 @@ async def verified(
     settings: ServiceSettings,
     trust: TrustStore,
     clock: Clock,
-    records: Mapping[str, Record],
+    records: Mapping[str, HighestRecord],
     contested: Collection[str],
     fold_anew: Callable[..., LeaseFold],
 ) -> AsyncIterator[list[SignedLease]]:
@@ -246,7 +248,7 @@ async def verified(
 
 
 async def _verified(
-    trust: TrustStore, clock: Clock, records: Mapping[str, Record]
+    trust: TrustStore, clock: Clock, records: Mapping[str, HighestRecord]
 ) -> AsyncIterator[tuple[list[SignedLease], set[str]]]:
     """What holds, and the ids of what does not, some at a time: others get their turn in between."""
     ids = list(records)

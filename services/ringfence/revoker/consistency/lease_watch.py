@@ -60,7 +60,7 @@ class _Arrived:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Waiting:
+class _Waiter:
     """Who waits until the records of these leases have been looked at."""
 
     ids: frozenset[str]
@@ -93,7 +93,7 @@ class LeaseWatch:
         self._arrived: list[_Arrived] = []
         self._looked_at: set[str] = set()
         """Leases with records that have arrived and are not decided yet, those that are being looked at among them."""
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[_Waiter] = []
         self._news = asyncio.Event()
 
     def on_records(self, records: Sequence[Received]) -> None:
@@ -135,7 +135,7 @@ class LeaseWatch:
         # What revokers published too late, they look at themselves when they wake.
         for glance, jws in glances:
             self._take(_Arrived(glance, jws, void=False, known=True))
-        waiting = _Waiting(frozenset(glance.lease_id for glance, _ in glances))
+        waiting = _Waiter(frozenset(glance.lease_id for glance, _ in glances))
         self._waiting.append(waiting)
         self._news.set()
         await waiting.done.wait()
@@ -163,7 +163,7 @@ class LeaseWatch:
                 self._news.set()
                 await asyncio.sleep(_FAILED_S)
 
-    def _tell(self, waiting: Iterable[_Waiting], undecided: Collection[str]) -> None:
+    def _tell(self, waiting: Iterable[_Waiter], undecided: Collection[str]) -> None:
         for one in waiting:
             if one.ids.isdisjoint(undecided):
                 one.done.set()

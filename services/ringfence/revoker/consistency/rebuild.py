@@ -41,9 +41,9 @@ from ringfence.model.leases.lifecycle import comes_after, cut_before, follow, re
 from ringfence.model.leases.verification import verify_lease
 from ringfence.model.records.directory import Directory
 from ringfence.revoker.consistency.kafka_view import (
+    HighestRecord,
     Known,
     LeaseFold,
-    Record,
     Revocations,
     read_leases,
     read_revocations,
@@ -217,7 +217,11 @@ class Rebuilder:
         return had
 
     async def _settle(
-        self, restoration: Restoration, highest: Mapping[str, Record], had: Mapping[str, Had], epoch: str
+        self,
+        restoration: Restoration,
+        highest: Mapping[str, HighestRecord],
+        had: Mapping[str, Had],
+        epoch: str,
     ) -> dict[str, int]:
         """Leases of which Redis has a record that Kafka does not have, and what becomes of that.
 
@@ -322,7 +326,9 @@ class Rebuilder:
             return None
         return lease if lease.lease_id == lease_id else None
 
-    def _revoked(self, highest: Mapping[str, Record], revocations: Revocations) -> dict[str, Record]:
+    def _revoked(
+        self, highest: Mapping[str, HighestRecord], revocations: Revocations
+    ) -> dict[str, HighestRecord]:
         """Those that live and that a selector seems to cover."""
         if not revocations.orders:
             return {}

@@ -16,7 +16,7 @@ from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT
-from ringfence.model.leases.stream_digests import CONFIRMED, Streams
+from ringfence.model.leases.stream_digests import CONFIRMED, StreamDigests
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _EVERY_S = 1.0
 class HeartbeatSender:
     """Signs heartbeats over what `follower` brought to `streams`."""
 
-    def __init__(self, runtime: Runtime, streams: Streams, follower: Follower) -> None:
+    def __init__(self, runtime: Runtime, streams: StreamDigests, follower: Follower) -> None:
         self._runtime = runtime
         self._streams = streams
         self._follower = follower

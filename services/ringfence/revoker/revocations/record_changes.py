@@ -28,10 +28,10 @@ from ringfence.messages.topics import AGENT, REVOCATION_REQUEST, TARGET, TASK, U
 from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.records.command_chain import ChainError
-from ringfence.model.records.directory import Directory, Entry
+from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.revoker.domain import (
-    Ending,
     Narrowing,
+    SelectorEnd,
     consequences,
     derived_order,
     orphaning,
@@ -100,7 +100,7 @@ class RecordHandler:
             self._runtime.settings.entitlements_max_age_s,
             ever_sponsor=was_sponsor(record),
         ):
-            if isinstance(consequence, Ending):
+            if isinstance(consequence, SelectorEnd):
                 # What was suspended and is active again was to lose its leases all the same.
                 await self._order_all(consequence, record, received.traceparent)
             elif not overtaken:  # else the later record says what still fits
@@ -120,7 +120,7 @@ class RecordHandler:
                 await asyncio.sleep(0)  # others get their turn
             state = agent.state
             if isinstance(state, AgentState) and state.sponsor == record.state.user_id:
-                ending = Ending(kind, Selector(agent_id=state.agent_id), reason)
+                ending = SelectorEnd(kind, Selector(agent_id=state.agent_id), reason)
                 await self._order_all(ending, record, traceparent)
 
     def _was_in_force(self, record: AnyRecord, now_ms: int) -> bool:
@@ -134,7 +134,7 @@ class RecordHandler:
             return False
         return True
 
-    async def _entry(self, kind: SubjectKind, record: AnyRecord) -> Entry[AnyState]:
+    async def _entry(self, kind: SubjectKind, record: AnyRecord) -> VerifiedRecord[AnyState]:
         id = subject_of(self._td, record.sub, kind) or ""
         reason = "the local table refused it"
         for caught_up in (False, True):
@@ -150,7 +150,7 @@ class RecordHandler:
             f"the record of {record.sub} counts for nothing: {reason}", code="record_untrusted"
         )
 
-    async def _order_all(self, ending: Ending, record: AnyRecord, traceparent: str | None) -> None:
+    async def _order_all(self, ending: SelectorEnd, record: AnyRecord, traceparent: str | None) -> None:
         order = derived_order(
             ending.kind,
             ending.reason,
@@ -178,7 +178,7 @@ class RecordHandler:
         await self._store.fence({narrowing.mark: first[id].appended_at_ms})
 
     async def _order_unfit(
-        self, narrowing: Narrowing, sub: str, entry: Entry[AnyState], traceparent: str | None
+        self, narrowing: Narrowing, sub: str, entry: VerifiedRecord[AnyState], traceparent: str | None
     ) -> None:
         acknowledged = []
         also = await self._orders.holders(narrowing.mark)
