@@ -12,7 +12,7 @@ import pytest
 from ringfence.audit.api.events import AuditApi
 from ringfence.audit.index.action_counts import counted, path_prefix, unknown_destinations
 from ringfence.audit.index.store import CursorLostError, SqliteIndex, Viewer
-from ringfence.cli.commands.gateway import _print
+from ringfence.cli.commands.gateway import _print_action_report
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.action_report import (
     MAX_DESTINATIONS,
@@ -272,7 +272,7 @@ def test_what_is_neither_read_nor_write_is_shown_as_that(capsys: pytest.CaptureF
     events = [went("api.example", method="CONNECT", agent="bot", target=None)]
     made = ActionReport(0, 1)
     made.add(counted([{**events[0], "count": 7}]), unknown_destinations(events))
-    _print(made, "7d")
+    _print_action_report(made, "7d")
     said = capsys.readouterr().out
     assert "7 (0 reads, 0 writes, 7 neither) blocked" in said
     heads, line, *_ = (one.split() for one in said.splitlines() if one.split()[:1] in (["agent"], ["bot"]))

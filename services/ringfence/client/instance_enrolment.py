@@ -131,7 +131,7 @@ class Attested:
                     return _enrolment(answer)
                 if left:  # of several registries one is at work
                     await asyncio.sleep(_PAUSE_S)
-        why = failed or (_said(answer) if answer is not None else "")
+        why = failed or (_error_text(answer) if answer is not None else "")
         raise UnavailableError(
             f"the registry at {self._settings.registry_url} enrols nobody now ({why}); is it running? Its address is "
             "RINGFENCE_REGISTRY_URL"
@@ -146,10 +146,12 @@ def _enrolment(answer: httpx.Response) -> str:
     if answer.status_code == 200 and isinstance(found, dict) and isinstance(found.get("enrolment"), str):
         return str(found["enrolment"])
     code = found.get("error") if isinstance(found, dict) else None
-    raise EnrolmentRefusedError(f"the registry does not let this instance in: {_said(answer)}", code=code)
+    raise EnrolmentRefusedError(
+        f"the registry does not let this instance in: {_error_text(answer)}", code=code
+    )
 
 
-def _said(answer: httpx.Response) -> str:
+def _error_text(answer: httpx.Response) -> str:
     try:
         return str(answer.json()["message"])[:1000]
     except (ValueError, KeyError, TypeError):

@@ -404,7 +404,7 @@ class DecisionHandler:
             iss=self._terms.id,
             aud=self._terms.trust_domain,
             iat=decision.at.appended_at_ms // 1000,
-            jti=derived_id("issuer.refusal", *_place(decision)),
+            jti=derived_id("issuer.refusal", *_decision_order(decision)),
             request_id=decision.claims.request_id,
             reasons=refusal.reasons,
             retry_after_s=refusal.retry_after_s,
@@ -426,7 +426,7 @@ class DecisionHandler:
         sealed = seal(text, request.reply_key, kid=content.request_id)
         return _Reply(
             agent_id=subject_of(self._terms.trust_domain, request.iss, "agent") or "",
-            id=derived_id("credential.reply", self._terms.id, *_place(decision)),
+            id=derived_id("credential.reply", self._terms.id, *_decision_order(decision)),
             jwe=sealed,
             traceparent=decision.traceparent,
         )
@@ -463,7 +463,7 @@ class DecisionHandler:
         await self._runtime.event(
             kind,
             CredentialDecision.typ,
-            about=_place(decision),
+            about=_decision_order(decision),
             reasons=reasons,
             source=decision.at,
             traceparent=decision.traceparent,
@@ -479,7 +479,7 @@ def _envelope_id(reply: _Reply) -> str:
     return derived_id(CredentialDelivery.typ, reply.id)
 
 
-def _place(decision: Decision) -> tuple[str, int, int]:
+def _decision_order(decision: Decision) -> tuple[str, int, int]:
     return decision.at.topic, decision.at.partition, decision.at.offset
 
 

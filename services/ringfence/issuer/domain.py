@@ -361,8 +361,8 @@ def _check_approvals(
 ) -> tuple[Grant, ...]:
     """The grants that stand in for approvals, all of which the decision needs to have."""
     claims, at_ms = decision.claims, decision.at.appended_at_ms
-    approvals = [_answer(compact, Approval, decision, directory) for compact in claims.approvals]
-    grants = [_answer(compact, Grant, decision, directory) for compact in claims.grants or ()]
+    approvals = [_verified_answer(compact, Approval, decision, directory) for compact in claims.approvals]
+    grants = [_verified_answer(compact, Grant, decision, directory) for compact in claims.grants or ()]
     terms: _Terms = {"at_ms": at_ms, "ttl_s": ttl_s, "delivery": claims.delivery, "revisions": revisions}
     found = [approval_problem(approval, facts, **terms) for approval in approvals]
     found += [grant_problem(grant.claims, facts, **terms) for grant in grants]
@@ -390,7 +390,7 @@ class _Terms(TypedDict):
     revisions: Revisions
 
 
-def _answer(compact: Jws, model: type[A], decision: Decision, directory: Directory) -> Signed[A]:
+def _verified_answer(compact: Jws, model: type[A], decision: Decision, directory: Directory) -> Signed[A]:
     """One embedded approval or grant, signed by a user whose key counts now. Its end is looked at with its terms."""
     at_s = decision.at.appended_at_ms / 1000
     try:

@@ -50,14 +50,14 @@ def unknown_fields(message: Message) -> tuple[UnknownField, ...]:
 
 def told(found: Sequence[UnknownField], what: str) -> str:
     """A sentence on unknown fields of `what` (`target platform`), at least one."""
-    said = "; ".join(_told(one, what) for one in found[:_MOST_TOLD])
+    said = "; ".join(_describe(one, what) for one in found[:_MOST_TOLD])
     more = len(found) - _MOST_TOLD
     return f"{said}; and {more} more" if more > 0 else said
 
 
 def names_of(found: Sequence[UnknownField]) -> str:
     """Only where they stand and how they are called, for a sentence that says the rest."""
-    return ", ".join(_shown((*one.path, one.name)) for one in found[:_MOST_TOLD])
+    return ", ".join(_path_text((*one.path, one.name)) for one in found[:_MOST_TOLD])
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -121,15 +121,15 @@ def _label(member: Any, number: int) -> str:
             return str(number)
 
 
-def _told(one: UnknownField, what: str) -> str:
-    where = f"{what}, {_shown(one.path)}" if one.path else what
+def _describe(one: UnknownField, what: str) -> str:
+    where = f"{what}, {_path_text(one.path)}" if one.path else what
     remedy = (
         f'did you mean "{one.nearest}"?'
         if one.nearest
         else "it may limit something, so nothing ignores it; leave it out, or upgrade what does not know it"
     )
-    return f'unknown field "{_shown((one.name,))}" in {where}: {remedy}'
+    return f'unknown field "{_path_text((one.name,))}" in {where}: {remedy}'
 
 
-def _shown(path: Sequence[str]) -> str:
+def _path_text(path: Sequence[str]) -> str:
     return ".".join(visible_name(part if len(part) <= _LONGEST_NAME else f"{part[:77]}...") for part in path)

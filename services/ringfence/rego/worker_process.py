@@ -45,7 +45,7 @@ def main() -> None:
             return
         _write(connection, b"")
         while (given := _read(incoming)) is not None:
-            _write(connection, _answer(machine, given))
+            _write(connection, _evaluate(machine, given))
 
 
 def _loaded(bundle: dict[str, Any]) -> Any:
@@ -57,7 +57,7 @@ def _loaded(bundle: dict[str, Any]) -> Any:
     return machine
 
 
-def _answer(machine: Any, input_json: bytes) -> bytes:
+def _evaluate(machine: Any, input_json: bytes) -> bytes:
     try:
         machine.set_input_json(input_json.decode())
         answer: str = machine.execute()

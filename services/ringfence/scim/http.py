@@ -115,7 +115,7 @@ class ScimApi:
     # --- discovery ---
 
     async def _config(self, request: Request) -> Response:
-        return _answer(discovery.config(self._base(request)))
+        return _scim_response(discovery.config(self._base(request)))
 
     def _of_catalogue(
         self, path: str, catalogue: Callable[[str], Mapping[str, Resource[Any]]]
@@ -123,13 +123,13 @@ class ScimApi:
         async def all_of_them(request: Request) -> Response:
             if "filter" in request.query_params:  # RFC 7644, 4
                 raise ForbiddenException(detail="what the endpoint says of itself cannot be filtered")
-            return _answer(_listed(list(catalogue(self._base(request)).values())))
+            return _scim_response(_listed(list(catalogue(self._base(request)).values())))
 
         async def one(request: Request) -> Response:
             found = catalogue(self._base(request)).get(request.path_params["id"])
             if found is None:
                 raise NotFoundException(detail=f"there is no {path[1:-1]} of that id")
-            return _answer(found)
+            return _scim_response(found)
 
         return {path: {"GET": all_of_them}, path + "/{id}": {"GET": one}}
 
@@ -170,7 +170,7 @@ class ScimApi:
     ) -> Response:
         wanted = _parameters(request, ResponseParameters[User])
         resource = user_resource(record, self._base(request), self._people.id)
-        return _answer(resource, context, wanted)
+        return _scim_response(resource, context, wanted)
 
     # --- groups ---
 
@@ -208,7 +208,7 @@ class ScimApi:
         self, request: Request, link: GroupLink, context: Context = Context.RESOURCE_QUERY_RESPONSE
     ) -> Response:
         wanted = _parameters(request, ResponseParameters[Group])
-        return _answer(self._group_of(request, link), context, wanted)
+        return _scim_response(self._group_of(request, link), context, wanted)
 
     def _group_of(self, request: Request, link: GroupLink) -> Group:
         members = self._people.members(link.group)
@@ -320,7 +320,7 @@ def _page(search: Any, resources: Sequence[Any]) -> Response:
         found = search.sort(found)
     count = min(_PAGE if search.count is None else search.count, discovery.MAX_RESULTS)
     start = search.start_index or 1
-    return _answer(_listed(found[start - 1 : start - 1 + count], len(found), start), wanted=search)
+    return _scim_response(_listed(found[start - 1 : start - 1 + count], len(found), start), wanted=search)
 
 
 def _listed(resources: Sequence[Any], total: int | None = None, start: int = 1) -> ListResponse[Any]:
@@ -336,7 +336,7 @@ def _listed(resources: Sequence[Any], total: int | None = None, start: int = 1) 
     return found
 
 
-def _answer(
+def _scim_response(
     resource: Any, context: Context = Context.RESOURCE_QUERY_RESPONSE, wanted: Any = None
 ) -> Response:
     content = resource.model_dump(scim_ctx=context, response_parameters=wanted)

@@ -53,7 +53,7 @@ class ProvisioningWriter:
         """A user who was not there."""
         async with self._lock:
             delegation = self._people.delegation()
-            said = _said(user, ())
+            said = _provisioning_of(user, ())
             self._check_free(said.user_name or "", besides=None)
             user_id = self._new_id(said.user_name or "")
             return await self._set(user_id, delegation, said)
@@ -92,12 +92,16 @@ class ProvisioningWriter:
             if now is None or now.revision != record.revision:
                 return  # somebody has just said it
             await self._set(
-                now.state.user_id, self._people.delegation(), _said_before(now), as_of, name=now.state.name
+                now.state.user_id,
+                self._people.delegation(),
+                _previous_provisioning(now),
+                as_of,
+                name=now.state.name,
             )
 
     async def _change(self, record: UserRecord, user: User) -> UserRecord:
-        before = _said_before(record)
-        said = _said(user, before.groups)
+        before = _previous_provisioning(record)
+        said = _provisioning_of(user, before.groups)
         if (said.user_name or "").lower() != (before.user_name or "").lower():
             self._check_free(said.user_name or "", besides=record.state.user_id)
         user_id = record.state.user_id
@@ -223,12 +227,14 @@ class ProvisioningWriter:
         before = {one.state.user_id: one for one in self._people.members(group)}
         joining = [one for id in sorted(wanted_ids - before.keys()) if (one := self._people.own(id))]
         leaving = [before[id] for id in sorted(before.keys() - wanted_ids)]
-        changes = [(one, (*_said_before(one).groups, group)) for one in joining]
-        changes += [(one, tuple(g for g in _said_before(one).groups if g != group)) for one in leaving]
+        changes = [(one, (*_previous_provisioning(one).groups, group)) for one in joining]
+        changes += [
+            (one, tuple(g for g in _previous_provisioning(one).groups if g != group)) for one in leaving
+        ]
         at_once = asyncio.Semaphore(_AT_ONCE)
 
         async def change(record: UserRecord, groups: Sequence[str]) -> None:
-            said = _said_before(record).model_copy(update={"groups": tuple(groups)})
+            said = _previous_provisioning(record).model_copy(update={"groups": tuple(groups)})
             async with at_once:
                 await self._provisioner.set_user(
                     record.state.user_id, delegation, said, name=record.state.name
@@ -249,14 +255,14 @@ def differs(record: UserRecord, delegation: Delegation) -> bool:
     return (state.roles, state.entitlements.scope) != (given.roles, given.scope)
 
 
-def _said(user: User, groups: Sequence[str]) -> Provisioning:
+def _provisioning_of(user: User, groups: Sequence[str]) -> Provisioning:
     try:
         return said_of(user, groups)
     except ValidationError as error:
         raise InvalidValueException(detail=explain(error)) from None
 
 
-def _said_before(record: UserRecord) -> Provisioning:
+def _previous_provisioning(record: UserRecord) -> Provisioning:
     """What the directory last said of a user. Whether an operator lets them is another matter."""
     provisioned = record.state.provisioned
     fields = dict(provisioned) if isinstance(provisioned, Provisioned) else {}

@@ -159,15 +159,15 @@ class SignalsApi:
             )
         await self._following.adapted()
         log.info("receiver %s has a stream: %s", receiver.name, stream.id)
-        return JSONResponse(self._shown(stream, receiver), 201)
+        return JSONResponse(self._stream_view(stream, receiver), 201)
 
     async def _read(self, request: Request, receiver: Receiver) -> Response:
         await self._streams.caught_up()
         stream_id = request.query_params.get("stream_id")
         if stream_id is None:
             stream = self._streams.of(receiver.name)
-            return _answer([] if stream is None else [self._shown(stream, receiver)])
-        return _answer(self._shown(self._own(receiver, stream_id), receiver))
+            return _json_response([] if stream is None else [self._stream_view(stream, receiver)])
+        return _json_response(self._stream_view(self._own(receiver, stream_id), receiver))
 
     async def _update(self, request: Request, receiver: Receiver) -> Response:
         body = await _body(request)
@@ -187,7 +187,7 @@ class SignalsApi:
         self, receiver: Receiver, wanted: StreamChange, body: bytes, changed: dict[str, Any]
     ) -> Response:
         await self._streams.caught_up()
-        shown = self._shown(self._own(receiver, wanted.stream_id), receiver)
+        shown = self._stream_view(self._own(receiver, wanted.stream_id), receiver)
         given = json_object(body)
         for name in _OURS:
             if name in given and given[name] not in (shown.get(name), [shown.get(name)]):
@@ -195,7 +195,9 @@ class SignalsApi:
         if wanted.delivery is not None:
             _check_delivery(wanted.delivery, receiver, own_poll_url=self._poll_url(wanted.stream_id))
             changed["method"] = wanted.delivery.method
-        return _answer(self._shown(await self._change(receiver, wanted.stream_id, **changed), receiver))
+        return _json_response(
+            self._stream_view(await self._change(receiver, wanted.stream_id, **changed), receiver)
+        )
 
     async def _delete(self, request: Request, receiver: Receiver) -> Response:
         stream_id = request.query_params.get("stream_id", "")
@@ -210,12 +212,12 @@ class SignalsApi:
     async def _status(self, request: Request, receiver: Receiver) -> Response:
         await self._streams.caught_up()
         stream = self._own(receiver, request.query_params.get("stream_id", ""))
-        return _answer(_status_of(stream, receiver))
+        return _json_response(_status_of(stream, receiver))
 
     async def _set_status(self, request: Request, receiver: Receiver) -> Response:
         wanted = understood(StatusChange, await _body(request))
         changed = {"status": wanted.status, "reason": wanted.reason}
-        return _answer(_status_of(await self._change(receiver, wanted.stream_id, **changed), receiver))
+        return _json_response(_status_of(await self._change(receiver, wanted.stream_id, **changed), receiver))
 
     async def _add_subject(self, request: Request, receiver: Receiver) -> Response:
         """Hear of a subject again. What the operator did not let it hear of stays unheard, and is not told either."""
@@ -271,14 +273,14 @@ class SignalsApi:
             raise AskedWronglyError("this stream is pushed; change its delivery to poll")
         delivery = self._following.of(stream.id)
         if delivery is None:
-            return _answer({"sets": {}})
+            return _json_response({"sets": {}})
         await _settle(delivery, wanted, receiver)
         wait_s = 0.0 if wanted.return_immediately else self._settings.poll_s
         events, more = await delivery.window.some(wanted.max_events, wait_s)
         if not events and wanted.max_events and not delivery.here:
             raise UnavailableError("another replica has this stream, or none yet; ask again")
         sets = {event.jti: delivery.signed(event) for event in events}
-        return _answer({"sets": sets, **({"moreAvailable": True} if more else {})})
+        return _json_response({"sets": sets, **({"moreAvailable": True} if more else {})})
 
     # --- what they share ---
 
@@ -303,7 +305,7 @@ class SignalsApi:
     def _poll_url(self, stream_id: str) -> str:
         return f"{self._settings.url}{POLLS}/{stream_id}"
 
-    def _shown(self, stream: SignalStreamState, receiver: Receiver) -> dict[str, Any]:
+    def _stream_view(self, stream: SignalStreamState, receiver: Receiver) -> dict[str, Any]:
         """A stream's configuration (SSF 1.0, 8.1.1)."""
         claims = stream.claims
         url = receiver.push if claims.method == PUSH else self._poll_url(stream.id)
@@ -444,7 +446,7 @@ async def _body(request: Request) -> bytes:
     return body
 
 
-def _answer(content: Any) -> Response:
+def _json_response(content: Any) -> Response:
     return JSONResponse(content)
 
 

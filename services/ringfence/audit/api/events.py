@@ -118,7 +118,7 @@ class AuditApi:
         return JSONResponse({
             "groups": counted(found.events),
             "unknown_destinations": unknown_destinations(found.events),
-            **_place(span_ms, found),
+            **_report_cursor(span_ms, found),
         })  # fmt: skip
 
     async def _leases_covered(self, request: Request) -> Response:
@@ -134,7 +134,9 @@ class AuditApi:
             short_s=number_of(request, "short_s", SHORT_LIVED_S, 86_400),
         )
         metrics.HTTP_REQUESTS.labels("/v1/coverage/leases", "200").inc()
-        return JSONResponse({**counts, "agents": self._agents(found.events), **_place(span_ms, found)})
+        return JSONResponse(
+            {**counts, "agents": self._agents(found.events), **_report_cursor(span_ms, found)}
+        )
 
     async def _actions_covered(self, request: Request) -> Response:
         viewer, span_ms = self._counting(request)
@@ -144,7 +146,7 @@ class AuditApi:
         rests_on = behind(self._index, {event["unmapped"].get("lease") or "" for event in done})
         counts = count_actions(done, rests_on, self._is_user)
         metrics.HTTP_REQUESTS.labels("/v1/coverage/actions", "200").inc()
-        return JSONResponse({**counts, "agents": self._agents(done), **_place(span_ms, found)})
+        return JSONResponse({**counts, "agents": self._agents(done), **_report_cursor(span_ms, found)})
 
     def _counting(self, request: Request) -> tuple[Viewer | None, tuple[int, int]]:
         """For whom, and over which span, something is counted. Raises UnavailableError while not all is indexed."""
@@ -187,6 +189,6 @@ class AuditApi:
         return Viewer(me, tuple(a.agent_id for a in agents if isinstance(a, AgentState) and a.sponsor == me))
 
 
-def _place(span_ms: tuple[int, int], found: Actions) -> dict[str, Any]:
+def _report_cursor(span_ms: tuple[int, int], found: Actions) -> dict[str, Any]:
     """How far it was counted, and where to go on."""
     return {"until_ms": span_ms[1], "looked_at_ms": found.looked_at_ms, "after": found.cursor}

@@ -83,7 +83,7 @@ def acted(
     agent = claims.agent_id
     own_lease = lease is not None and lease.agent == agent
     words: dict[str, Any] = {
-        **_said(claims, about),
+        **_action_fields(claims, about),
         "lease_agent": lease.agent if lease is not None and not own_lease else None,
         "access": _access(claims),
         "method": claims.method,
@@ -132,7 +132,7 @@ def answered(
     agent = claims.agent_id
     own_lease = lease if lease is not None and lease.agent == agent else None
     words: dict[str, Any] = {
-        **_said(claims, about),
+        **_action_fields(claims, about),
         "answer": claims.answer,
         "http_status": claims.http_status,
         "rpc_code": claims.rpc_code,
@@ -161,7 +161,7 @@ def answered(
     )
 
 
-def _said(claims: ActionDecided | ActionAnswered, about: Mapping[str, Any]) -> dict[str, Any]:
+def _action_fields(claims: ActionDecided | ActionAnswered, about: Mapping[str, Any]) -> dict[str, Any]:
     """What both kinds say, over what is known of the lease, the task or the agent. The digest of the credential's
     request is not among it: `request_digest` is that of the agent's request here.
     """

@@ -119,7 +119,7 @@ def expired(
     message = f"{with_article(record.topic.what)} by {who['name']} counts for nothing: {why.message}"
     own = {"user": who, "actor": {"user": who}, "service": _service(record), **_PROTOCOL}
     said = {**words, "outcome": "expired", "verified": verified}
-    return event(record, _EXPIRED, message, own, said, key=_key(words, who), reasons=(why,))
+    return event(record, _EXPIRED, message, own, said, key=_event_key(words, who), reasons=(why,))
 
 
 def replayed(
@@ -150,14 +150,14 @@ def replayed(
             "it changes nothing"
         )
         own = {"user": who, "service": _service(record), **_PROTOCOL}
-        return event(record, _REPEATED, message, own, words, key=_key(words, who))
+        return event(record, _REPEATED, message, own, words, key=_event_key(words, who))
     why = Reason(code="replayed", message=f"the same message was seen before, at {where}")
     message = (
         f"{with_article(record.topic.what)} signed by {who['name']} was replayed, by whom is not known; "
         f"first at {where}"
     )
     own = {"user": UNKNOWN_USER, "service": _service(record), **_PROTOCOL}
-    return event(record, _REPLAYED, message, own, words, key=_key(words, who), reasons=(why,))
+    return event(record, _REPLAYED, message, own, words, key=_event_key(words, who), reasons=(why,))
 
 
 def reported(
@@ -259,7 +259,7 @@ def _service(record: Received) -> dict[str, Any]:
     return {"name": f"Ringfence {record.topic.what}", "uid": record.topic_name, "version": __version__}
 
 
-def _key(words: dict[str, Any], who: dict[str, Any]) -> str:
+def _event_key(words: dict[str, Any], who: dict[str, Any]) -> str:
     return str(words.get("agent") or who["name"])
 
 

@@ -95,7 +95,7 @@ def _keys(keys: tuple[KeyRecord, ...]) -> list[dict[str, Any]]:
 
 def _changes(before: TrustBundle | None, now: TrustBundle) -> str:
     """What is another than before, in words: services and issuers that came, went or have other keys."""
-    was, there = _named(before), _named(now)
+    was, there = _bundle_fields(before), _bundle_fields(now)
     told = [f"{name} is new" for name in there if name not in was]
     told += [f"{name} is gone" for name in was if name not in there]
     told += [f"{name} is changed" for name in there if name in was and was[name] != there[name]]
@@ -104,7 +104,7 @@ def _changes(before: TrustBundle | None, now: TrustBundle) -> str:
     return ", ".join(told) or "nobody is another"
 
 
-def _named(bundle: TrustBundle | None) -> dict[str, Any]:
+def _bundle_fields(bundle: TrustBundle | None) -> dict[str, Any]:
     """Whoever it names, and what it says of them."""
     if bundle is None:
         return {}

@@ -97,7 +97,7 @@ def _lives(known: Iterable[Event]) -> tuple[dict[str, Event], dict[str, int]]:
             continue
         if code == ISSUED:
             before = first.get(lease)
-            if before is None or _place(event) < _place(before):
+            if before is None or _event_order(event) < _event_order(before):
                 first[lease] = event
         elif code in ENDED:
             ends[lease] = min(event["time"], ends.get(lease, event["time"]))
@@ -149,5 +149,5 @@ def _number(value: Any, default: int) -> int:
     return value if type(value) is int else default
 
 
-def _place(event: Event) -> tuple[int, str]:
+def _event_order(event: Event) -> tuple[int, str]:
     return event["time"], event["metadata"]["uid"]

@@ -71,7 +71,7 @@ def _file(found: LeaseBasis, event: Event) -> None:
         return
     if code == ISSUED:
         known = found.issued.get(words["lease"])
-        if known is None or _place(event) < _place(known):
+        if known is None or _event_order(event) < _event_order(known):
             found.issued[words["lease"]] = event
     elif code in ENDED:
         found.ended.add(words["lease"])
@@ -220,5 +220,5 @@ def _task_end_s(issued: Event, found: LeaseBasis) -> float | None:
     return end if isinstance(end, int) else None
 
 
-def _place(event: Event) -> tuple[int, str]:
+def _event_order(event: Event) -> tuple[int, str]:
     return event["time"], event["metadata"]["uid"]

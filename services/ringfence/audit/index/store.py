@@ -456,7 +456,7 @@ class SqliteIndex:
         limit: int,
     ) -> Actions:
         """Events of a kind, by the index over their times; those that are wanted of the `limit` that are looked at."""
-        seq, time = self._place(after) if after is not None else (0, span_ms[0])
+        seq, time = self._position_of(after) if after is not None else (0, span_ms[0])
         rows = self._db.execute(
             f"SELECT seq, time, CASE WHEN {' AND '.join(wanted) or '1'} THEN json END FROM event "  # noqa: S608 - own names
             f"INDEXED BY {index} WHERE {condition} AND (time, seq) > (:time, :seq) AND time <= :until "
@@ -485,7 +485,7 @@ class SqliteIndex:
             return None
         return {"from": values["seq"], "end": min(values["seq"] + _WINDOW, self._seq)}
 
-    def _place(self, cursor: str) -> tuple[int, int]:
+    def _position_of(self, cursor: str) -> tuple[int, int]:
         """Sequence number and time of the last that was looked at. Raises CursorLostError."""
         epoch, seq, time = [*cursor.split("."), "", ""][:3]
         if epoch != self._epoch or not (_is_number(seq) and _is_number(time)):

@@ -211,12 +211,12 @@ def opened_intake(record: Received, trust: TrustStore) -> Opened:
     find = trust.finder(*AuditIntake.signed_by, at_s=at_s)
     claims = open_payload(jws, AuditIntake, find, audience=trust.trust_domain)
     try:
-        return Opened([_told(entry) for entry in claims["entries"]])
+        return Opened([_pending_event(entry) for entry in claims["entries"]])
     except (KeyError, TypeError, ValueError):
         raise InvalidMessageError("not an audit.intake: entries", code="claims_invalid") from None
 
 
-def _told(entry: dict[str, Any]) -> PendingEvent:
+def _pending_event(entry: dict[str, Any]) -> PendingEvent:
     key, event, traceparent = entry["key"], entry["event"], entry.get("traceparent")
     uid = event["metadata"]["uid"]
     if not (type(key) is type(uid) is str and key and uid and type(event["unmapped"]) is dict):

@@ -132,7 +132,7 @@ class PostgresBackend:
     async def standing(self, target_id: str) -> frozenset[str]:
         """The leases that have a role at the target. Raises TargetError, AccessError."""
         server = await self._servers.at(target_id)
-        roles = await server.run(server.login.database, partial(_named, prefix=self._prefix))
+        roles = await server.run(server.login.database, partial(_roles_with_prefix, prefix=self._prefix))
         return frozenset(str(UUID(role.removeprefix(self._prefix)[:32])) for _, role, _ in roles)
 
     async def close(self) -> None:
@@ -210,7 +210,7 @@ async def _check(
 # --- undoing ----------------------------------------------------------------------------------------------------------
 
 
-async def _named(connection: Connection, prefix: str) -> list[tuple[int, str, list[str]]]:
+async def _roles_with_prefix(connection: Connection, prefix: str) -> list[tuple[int, str, list[str]]]:
     """The roles whose names begin like this, and the databases in which they own or may something."""
     rows = await connection.fetch(queries.ROLES, prefix)
     return [(row["oid"], row["name"], row["databases"]) for row in rows if _NAME.fullmatch(row["name"])]
@@ -220,7 +220,7 @@ async def _made(connection: Connection, prefix: str) -> list[tuple[int, str, lis
     """Likewise, once all that is being made in this database is there: who made it may have died before it was told."""
     async with connection.transaction():
         await connection.execute(f"SELECT pg_catalog.pg_advisory_xact_lock({LOCK})")
-        return await _named(connection, prefix)
+        return await _roles_with_prefix(connection, prefix)
 
 
 async def _shut_out(connection: Connection, role: str, oid: int) -> None:

@@ -138,7 +138,7 @@ class PrivilegePlan:
 def plan(scope: Iterable[Permission]) -> PrivilegePlan:
     """Understand a scope, without looking at a server. Raises InexactError."""
     wishes = [
-        PrivilegeRequest(_known(verb), _named(resource))
+        PrivilegeRequest(_known(verb), _resource_glob(resource))
         for permission in scope
         for resource in permission.resources
         for verb in permission.verbs
@@ -161,7 +161,7 @@ def _known(verb: str) -> str:
     return verb
 
 
-def _named(text: str) -> Glob:
+def _resource_glob(text: str) -> Glob:
     try:
         glob = parse_glob(text)
     except ScopeError as error:

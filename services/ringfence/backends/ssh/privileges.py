@@ -59,7 +59,7 @@ class AllowedCommands:
 def plan(scope: Iterable[Permission]) -> CommandPlan:
     """Understand a scope, without asking the host. Raises InexactError."""
     wishes = [
-        CommandRequest(_known(verb), _named(resource))
+        CommandRequest(_known(verb), _resource_glob(resource))
         for permission in scope
         for resource in permission.resources
         for verb in permission.verbs
@@ -85,7 +85,7 @@ def _known(verb: str) -> str:
     return verb
 
 
-def _named(text: str) -> Glob:
+def _resource_glob(text: str) -> Glob:
     try:
         glob = parse_glob(text)
     except ScopeError as error:

@@ -168,9 +168,11 @@ class SshServer:
                     break
                 continue  # it may have been dead since it was last used
             if "refused" in answer:
-                raise TargetRefusedError(f"target {self._target_id} refuses: {_said(answer['refused'])}")
+                raise TargetRefusedError(
+                    f"target {self._target_id} refuses: {_reply_text(answer['refused'])}"
+                )
             if "failed" in answer:
-                raise TargetError(f"target {self._target_id} fails: {_said(answer['failed'])}")
+                raise TargetError(f"target {self._target_id} fails: {_reply_text(answer['failed'])}")
             return answer.get("answer")
         raise TargetError(f"target {self._target_id} does not answer (connection lost)")
 
@@ -226,7 +228,9 @@ class SshServer:
             if _hello(hello) != PROTOCOL:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_COMPLAINT_S):
-                        log.warning("target %s: %s", self._target_id, _said(await process.stderr.readline()))
+                        log.warning(
+                            "target %s: %s", self._target_id, _reply_text(await process.stderr.readline())
+                        )
                 raise ConnectionLostError("no ringfence-ssh-helper there, or another version's")
             undo.pop_all()
         return SshConnection(connection, process)
@@ -238,6 +242,6 @@ def _hello(line: str) -> object:
     return None
 
 
-def _said(text: object) -> str:
+def _reply_text(text: object) -> str:
     """What a host says, in one harmless line."""
     return ascii(str(text))[1:-1][:300]

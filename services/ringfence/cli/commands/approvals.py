@@ -120,7 +120,7 @@ def approve(
 
     What is not yours to give is not signed.
     """
-    _answer(request, "approve", one, comment, yes, me, as_json)
+    _send_answers(request, "approve", one, comment, yes, me, as_json)
 
 
 @app.command()
@@ -133,7 +133,7 @@ def deny(
     as_json: JsonOption = False,
 ) -> None:
     """Sign a no to this request, and one to each that is shown as alike; or to one action."""
-    _answer(request, "deny", one, comment, yes, me, as_json)
+    _send_answers(request, "deny", one, comment, yes, me, as_json)
 
 
 @app.command()
@@ -172,7 +172,7 @@ def watch(everyone: EveryoneOption = False, me: IdentityOption = None, as_json: 
     run(work())
 
 
-def _answer(
+def _send_answers(
     request: str,
     verb: Literal["approve", "deny"],
     only_one: bool,

@@ -86,14 +86,14 @@ def coverage(
     if wants_json(as_json):
         print_json(report.as_json())
     else:
-        _print(report)
+        _print_coverage(report)
     for gap in report.gaps:
         note(f"incomplete: {gap}", "yellow")
 
 
-def _print(report: Coverage) -> None:
+def _print_coverage(report: Coverage) -> None:
     say(f"from {moment(report.since_ms / 1000)} until {moment(report.until_ms / 1000)}:")
-    rows = [(_SHARES[name], *_told(share)) for name, share in report.shares.items()]
+    rows = [(_SHARES[name], *_ratio_cells(share)) for name, share in report.shares.items()]
     standing = report.sums.get("standing", 0)
     rows.append(
         ("standing privileges (the aim is 0)", str(standing), f"short-lived is {span(report.short_s)}")
@@ -109,7 +109,7 @@ def _print(report: Coverage) -> None:
     say(_SURVEY, "dim")
 
 
-def _told(share: Ratio | None) -> tuple[str, str]:
+def _ratio_cells(share: Ratio | None) -> tuple[str, str]:
     if share is None:
         return "?", ""
     percent = share.percent()

@@ -63,12 +63,12 @@ def who(
     if wants_json(as_json):
         print_json(report.as_json())
     else:
-        _print(report)
+        _print_access_report(report)
     for gap in report.gaps:
         note(f"not known: {gap}", "yellow")
 
 
-def _print(report: Who) -> None:
+def _print_access_report(report: Who) -> None:
     if report.could is not None:
         say(f"could, now: {sum(agent['now'] for agent in report.could)} of these agents", "bold")
         print_table(

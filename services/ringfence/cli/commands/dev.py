@@ -77,19 +77,21 @@ def dev(
         out.print(f"Agents reach their targets through {stack.door}", highlight=False)
         if _is_found_here(config):
             out.print(
-                f"\nSettings are in {_shown(config)}; commands started in {_shown(Path.cwd())} find them."
+                f"\nSettings are in {_display_path(config)}; commands started in {_display_path(Path.cwd())} find them."
             )
         else:
             out.print("\nCommands find the settings by:")
             out.print(
-                f"  export RINGFENCE_CONFIG={_shown(config.resolve())}", soft_wrap=True, highlight=False
+                f"  export RINGFENCE_CONFIG={_display_path(config.resolve())}",
+                soft_wrap=True,
+                highlight=False,
             )
         if seed:
             people = ", ".join(["olga", *(person.id for person in PEOPLE)])
             out.print(f"People: {people}. Agents: deploy-bot (sponsor sam), review-bot (sponsor petra).")
             out.print("\nTry, in another terminal:")
             out.print(
-                f"  ringfence --identity {_shown(state)}/users/olga.json inventory",
+                f"  ringfence --identity {_display_path(state)}/users/olga.json inventory",
                 soft_wrap=True,
                 highlight=False,
             )
@@ -130,7 +132,7 @@ def _wanted(besides: Sequence[str]) -> list[ServiceRole]:
     return [role for role in ON_DEMAND if role in besides]
 
 
-def _shown(path: Path) -> str:
+def _display_path(path: Path) -> str:
     """A path as it may be printed: others may have named the folders on the way."""
     return escape(visible(str(path)))
 

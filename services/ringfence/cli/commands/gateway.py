@@ -63,18 +63,18 @@ def stats(
     if wants_json(as_json):
         print_json(report.as_json())
     else:
-        _print(report, since)
+        _print_action_report(report, since)
 
 
-def _print(report: ActionReport, since: str) -> None:
+def _print_action_report(report: ActionReport, since: str) -> None:
     sums = report.sums
     if not sums.allowed.total and not sums.blocked.total:
         say(f"no action in the last {since} that you may see")
         return
-    say(f"in the last {since}: {_said(sums.allowed)} allowed, {_said(sums.blocked)} blocked")
+    say(f"in the last {since}: {_count_text(sums.allowed)} allowed, {_count_text(sums.blocked)} blocked")
     if sums.observed.total:
         say(
-            f"{_said(sums.observed)} of the blocked went through with what the agents inherited: "
+            f"{_count_text(sums.observed)} of the blocked went through with what the agents inherited: "
             "observe mode only says what would have been blocked",
             "bold yellow",
         )
@@ -102,7 +102,7 @@ def _print_blocked(report: ActionReport) -> None:
         ["agent", "target", "access", "reason", "!blocked", "!observed", "!injected"],
         (
             (
-                *(_named(part) for part in row),
+                *(_name_or_dash(part) for part in row),
                 str(sums.blocked.total),
                 _if_any(sums.observed.total),
                 _if_any(sums.blocked.injected),
@@ -122,7 +122,7 @@ def _print_unknown(report: ActionReport) -> None:
     say("unknown destinations, the most frequent:", "bold")
     print_table(
         ["scheme", "host", "!port", "method", "path", "target", "!blocked"],
-        ((*map(_shown, where), str(count)) for where, count in rows[:_MOST_DESTINATIONS]),
+        ((*map(_cell, where), str(count)) for where, count in rows[:_MOST_DESTINATIONS]),
         empty="",
     )
     if len(rows) > _MOST_DESTINATIONS:
@@ -133,13 +133,13 @@ def _print_unknown(report: ActionReport) -> None:
     )
 
 
-def _shown(part: str | int | None) -> str:
+def _cell(part: str | int | None) -> str:
     return visible(str(part)) if part is not None else ""
 
 
 def _beside(pair: tuple[str | None, ...], sums: Sums) -> tuple[str, ...]:
     return (
-        *map(_named, pair),
+        *map(_name_or_dash, pair),
         str(sums.allowed.read),
         str(sums.allowed.write),
         str(sums.blocked.read),
@@ -150,12 +150,12 @@ def _beside(pair: tuple[str | None, ...], sums: Sums) -> tuple[str, ...]:
     )
 
 
-def _said(count: Count) -> str:
+def _count_text(count: Count) -> str:
     rest = f", {count.neither} neither" if count.neither else ""
     return f"{count.total} ({count.read} reads, {count.write} writes{rest})"
 
 
-def _named(name: str | None) -> str:
+def _name_or_dash(name: str | None) -> str:
     return name if name is not None else "unknown"
 
 

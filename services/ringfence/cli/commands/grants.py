@@ -117,7 +117,7 @@ def grant(
 
     proposal = run(look())
     if not wants_json(as_json):
-        _print(proposal)
+        _print_proposal(proposal)
     confirm("Approve this ahead?", yes)
     accepted = run(give(proposal))
     sentence = f"{count} credential{'s are' if count > 1 else ' is'} approved ahead"
@@ -165,7 +165,7 @@ def withdraw(
     print_accepted(run(work()), f"taken back: {grant_id}", wants_json(as_json))
 
 
-def _print(proposal: Proposal) -> None:
+def _print_proposal(proposal: Proposal) -> None:
     grant = proposal.grant
     print_fields(
         {

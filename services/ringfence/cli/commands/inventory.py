@@ -110,7 +110,9 @@ def inventory(
             if watch and wants_json(as_json):
                 await watch_lines(api, every_s, filters)
             if watch:
-                await watch_table(api, every_s, limit, filters, lambda found: _shown(found, keys_within))
+                await watch_table(
+                    api, every_s, limit, filters, lambda found: _inventory_view(found, keys_within)
+                )
             return await read_inventory(api, None if wants_json(as_json) else limit, filters)
 
     found = run(work())
@@ -119,12 +121,12 @@ def inventory(
     if wants_json(as_json):
         print_json(found.as_json())
     else:
-        console().print(_shown(found, keys_within))
+        console().print(_inventory_view(found, keys_within))
     for gap in found.gaps:
         note(f"incomplete: {gap}", "yellow")
 
 
-def _shown(found: Inventory, keys_within: str) -> Group:
+def _inventory_view(found: Inventory, keys_within: str) -> Group:
     """The sums, and the agents that were asked for."""
     parts: list[Any] = [Text(visible(line)) for line in _sums(found.totals, keys_within)]
     if found.agents:

@@ -37,13 +37,13 @@ def new(
     """Make a key, write its private half to a new file of mode 0600, and print its public half."""
     key = SigningKey.generate(_spiffe(id), alg)
     key.save(file)
-    _print(file, key, wants_json(as_json))
+    _print_key(file, key, wants_json(as_json))
 
 
 @app.command()
 def show(file: FileArgument, as_json: JsonOption = False) -> None:
     """Print the public half of a key file: what others may see."""
-    _print(file, SigningKey.load(file), wants_json(as_json))
+    _print_key(file, SigningKey.load(file), wants_json(as_json))
 
 
 def _spiffe(id: str) -> str:
@@ -65,7 +65,7 @@ def _checked(names: TypeAdapter[str], said: str) -> str:
         ) from None
 
 
-def _print(file: Path, key: SigningKey, as_json: bool) -> None:
+def _print_key(file: Path, key: SigningKey, as_json: bool) -> None:
     jwk = key.public.model_dump(exclude_none=True)
     if as_json:
         print_json({"id": key.id, "kid": key.kid, "alg": key.alg, "jwk": jwk, "file": str(file)})

@@ -56,7 +56,7 @@ def explain(
             try:
                 return await api.get("policy", "decisions", request, "explanation")
             except ApiError as error:
-                place = await _place(api, request) if error.status == 404 else None
+                place = await _decision_position(api, request) if error.status == 404 else None
                 if place is None:
                     raise
             return await api.get("policy", "decisions", request, "explanation", **place)
@@ -70,7 +70,7 @@ def explain(
     if rules is not None:
         print_table(
             ["!rule that fired", "says"],
-            ((name, line) for name, value in rules for line in _said(value)),
+            ((name, line) for name, value in rules for line in _value_lines(value)),
             empty="",
         )
     elif found.get("input"):
@@ -79,7 +79,7 @@ def explain(
         )
 
 
-async def _place(api: ReadApi, request: str) -> dict[str, int] | None:
+async def _decision_position(api: ReadApi, request: str) -> dict[str, int] | None:
     """Where the latest decision on a request stands, by audit; None where audit knows of none, or does not answer."""
     try:
         events = (await api.events(request=request, limit=100))["events"]
@@ -109,7 +109,7 @@ def _fired(found: Mapping[str, Any], folder: Path | None) -> list[tuple[str, Any
     return fired(here.modules, orjson.dumps(found["input"]).decode(), leave_out=ACTION)
 
 
-def _said(value: Any) -> list[str]:
+def _value_lines(value: Any) -> list[str]:
     """What a rule says, an entry a line."""
     if value is True:
         return ["holds"]

@@ -65,7 +65,7 @@ def replay(
     if wants_json(as_json):
         print_json(report.as_json())
     else:
-        _print(report, since)
+        _print_report(report, since)
     if fail_on_widen and report.widens:
         note("error: the bundle allows more than was allowed", "red")
         raise typer.Exit(1)
@@ -114,7 +114,7 @@ def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
     yield say_so
 
 
-def _print(report: Report, since: str) -> None:
+def _print_report(report: Report, since: str) -> None:
     print_table(
         ["what would change", "!requests"],
         ((name, str(report.changes[kind])) for kind, name in _CHANGES.items() if report.changes[kind]),

@@ -89,14 +89,14 @@ def check(services: Sequence[str]) -> None:
             found.append(
                 "RINGFENCE_TRUST_ROOT: not set, so nobody would be believed. It is: what ringfence init printed"
             )
-        found += [problem for name in services if (problem := _key(name, settings))]
+        found += [problem for name in services if (problem := _key_path(name, settings))]
     for cls in _classes(services):
         found += problems(cls)
     if found:
         raise wrong(list(dict.fromkeys(found)))
 
 
-def _key(name: str, settings: ServiceSettings) -> str | None:
+def _key_path(name: str, settings: ServiceSettings) -> str | None:
     file = settings.key_file or settings.key_dir / f"{name}.json"
     try:
         SigningKey.load(file)

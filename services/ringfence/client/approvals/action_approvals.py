@@ -147,7 +147,7 @@ class OpenActions:
         for digest, asked in self._asked.items():
             if digest in self._answered:
                 continue
-            pending = self._shown(asked.signed)
+            pending = self._pending_action(asked.signed)
             if pending is not None and (everyone or pending.mine or self._me in asked.people):
                 shown.append(pending)
         return sorted(shown, key=lambda one: one.asked_at)
@@ -156,9 +156,11 @@ class OpenActions:
         """An open question as it would be shown now; None where it is not open, or not shown."""
         self._forget()
         asked = self._asked.get(digest)
-        return self._shown(asked.signed) if asked is not None and digest not in self._answered else None
+        return (
+            self._pending_action(asked.signed) if asked is not None and digest not in self._answered else None
+        )
 
-    def _shown(self, signed: Signed[ActionRequest]) -> PendingAction | None:
+    def _pending_action(self, signed: Signed[ActionRequest]) -> PendingAction | None:
         claims = signed.claims
         id = message_id(claims.iss, claims.jti)
         try:

@@ -73,14 +73,14 @@ async def review_break_glass(
         await connection.publish(APPROVAL_RESPONSE, review.agent_id, review)
         try:
             async with asyncio.timeout(timeout_s):
-                return await _shown(api, review)
+                return await _review_view(api, review)
         except TimeoutError:
             raise NotAnsweredError(
                 f"audit has not shown the review within {timeout_s:g} s; see: ringfence break-glass list"
             ) from None
 
 
-async def _shown(api: ReadApi, review: BreakGlassReview) -> Any:
+async def _review_view(api: ReadApi, review: BreakGlassReview) -> Any:
     while True:
         use = next(use for use in await api.break_glass() if use["request_id"] == review.request_id)
         if use["review"] is not None and use["review"]["id"] == review.jti:

@@ -108,7 +108,7 @@ async def verify_trail(
             verifiers.append(verifier)
         for verifier in verifiers:
             report.faults += verifier.faults
-            report.trees.append(_told(verifier, signed[verifier.tree], settings.trust_domain))
+            report.trees.append(_tree_report(verifier, signed[verifier.tree], settings.trust_domain))
         span_ms = (told_from_ms, (time.time() - settle_s) * 1000)
         await _hold_against_records(kafka, settings, verifiers, report, span_ms)
     return report
@@ -230,7 +230,7 @@ async def _take_all(kafka: Stretches, partition: int, verifier: ChainVerifier) -
     return began_ms or 0
 
 
-def _told(verifier: ChainVerifier, signed: _Signed, trust_domain: str) -> TreeReport:
+def _tree_report(verifier: ChainVerifier, signed: _Signed, trust_domain: str) -> TreeReport:
     last = max(signed.checkpoints, key=lambda one: one.size, default=None)
     witnesses = {subject_of(trust_domain, one.iss, "user") or "" for one in signed.witnessed}
     return TreeReport(

@@ -68,7 +68,7 @@ class TokenIssuer:
                 "set the issuer's URL as its tokens have it (RINGFENCE_ISSUER_URL)"
             )
         published = await self._get_json(str(discovery.get("jwks_uri")))
-        keys = [_key(fields) for fields in published.get("keys", [])]
+        keys = [_parse_jwk(fields) for fields in published.get("keys", [])]
         self._keys = {key.key_id: key for key in keys if key is not None and key.key_id}
         self._discovery, self._fetched_at_ms = discovery, self._clock.now_ms()
 
@@ -84,7 +84,7 @@ class TokenIssuer:
         return answer
 
 
-def _key(fields: Any) -> jwt.PyJWK | None:
+def _parse_jwk(fields: Any) -> jwt.PyJWK | None:
     """A published key for tokens, with its one algorithm; None for a key of another kind."""
     if not isinstance(fields, dict) or fields.get("alg") not in ALGORITHMS:
         return None

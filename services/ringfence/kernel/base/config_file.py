@@ -82,7 +82,7 @@ def read_config() -> ConfigFile | None:
     """
     named = os.environ.get(CONFIG_FILE_ENV)
     if named:
-        return _named(named)
+        return _named_file(named)
     found = find()
     if found is None:
         return None
@@ -135,7 +135,7 @@ def read_once(path: str) -> bytes:
     return data
 
 
-def _named(path: str) -> ConfigFile | None:
+def _named_file(path: str) -> ConfigFile | None:
     file = Path(path)
     if not file.exists() or file.is_dir():
         raise SettingsError(f"{CONFIG_FILE_ENV} names {path}, and there is no such file; correct or unset it")

@@ -60,14 +60,14 @@ def filter_stderr() -> None:
 def filter_tracebacks() -> None:
     """Have tracebacks of what nobody caught shown visibly, where nobody else has taken that on."""
     if sys.excepthook is sys.__excepthook__:
-        sys.excepthook = _shown
+        sys.excepthook = _visible_traceback
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _unraisable_shown
     if threading.excepthook is threading.__excepthook__:
         threading.excepthook = _of_thread_shown
 
 
-def _shown(
+def _visible_traceback(
     kind: type[BaseException], error: BaseException, where: TracebackType | None, said: str = ""
 ) -> None:
     if sys.stderr is not None:
@@ -90,11 +90,11 @@ def _of_thread_shown(args: threading.ExceptHookArgs) -> None:
     if args.exc_type is SystemExit:
         return
     name = args.thread.name if args.thread else "unknown"
-    _shown(
+    _visible_traceback(
         args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback, f"exception in thread {name}:\n"
     )
 
 
 def _unraisable_shown(args: Any) -> None:
     said = f"{args.err_msg or 'exception ignored in'}: {args.object!r}\n"
-    _shown(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback, said)
+    _visible_traceback(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback, said)

@@ -150,7 +150,7 @@ class AuthZen:
             raise ForbiddenError(f"resource.type has to be {target_id}, the target that asks")
         now_ms = self._runtime.clock.now_ms()
         judgement = await self._judge.judge(self._as_case(question, now_ms), now_ms, binding=False)
-        return _told(judgement)
+        return _authzen_response(judgement)
 
     def _as_case(self, question: _AuthzenRequest, now_ms: int) -> Case:
         """The question as a request that nobody signed: good for being judged, and for nothing else."""
@@ -180,7 +180,7 @@ class AuthZen:
         return Case(Signed(unsigned, ""), id, question.subject.id, source, None)
 
 
-def _told(judgement: Evaluation) -> dict[str, Any]:
+def _authzen_response(judgement: Evaluation) -> dict[str, Any]:
     ruling, revisions = judgement.ruling, judgement.revisions
     context: dict[str, Any] = {
         "outcome": ruling.outcome,

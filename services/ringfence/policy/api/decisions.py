@@ -70,7 +70,7 @@ class DecisionsApi:
 
     async def _explanation(self, request: Request) -> Response:
         """Of a decision that is remembered; or of the one that stands at `partition` and `offset`, as audit tells."""
-        place = _place(request)
+        place = _cursor(request)
         if place is None:
             return JSONResponse(await self._explainer.explain(self._known(request)))
         caller = self._caller(request)
@@ -137,7 +137,7 @@ class DecisionsApi:
             return None
 
 
-def _place(request: Request) -> RecordPosition | None:
+def _cursor(request: Request) -> RecordPosition | None:
     """Where the caller says that the decision stands, if they do."""
     numbers = [request.query_params.get(name, "") for name in ("partition", "offset")]
     if not all(number.isdecimal() for number in numbers):

@@ -43,7 +43,7 @@ class Explainer:
         if at is None:
             raise UnavailableError("the decision is being made; ask again in a moment")
         jws = known.jws or (await self._read(at)).value
-        return self._told(jws, self._runtime.clock.now_ms())
+        return self._verified_fields(jws, self._runtime.clock.now_ms())
 
     async def explain_recorded(self, request_id: str, at: RecordPosition) -> dict[str, Any]:
         """The same of a decision that policy does not remember any more, where somebody knows its place.
@@ -52,14 +52,14 @@ class Explainer:
         """
         record = await self._read(at)
         try:
-            told = self._told(record.value, record.timestamp)
+            told = self._verified_fields(record.value, record.timestamp)
         except InvalidMessageError:
             told = {}
         if told.get("request_id") != request_id:
             raise NotFoundError(NOT_SEEN)
         return told
 
-    def _told(self, compact: str | bytes, at_ms: int) -> dict[str, Any]:
+    def _verified_fields(self, compact: str | bytes, at_ms: int) -> dict[str, Any]:
         jws, trust = parse(compact), self._runtime.trust
         decision = verify(
             jws, CredentialDecision, trust.finder("policy", at_s=at_ms / 1000), audience=trust.trust_domain

@@ -124,7 +124,9 @@ class Report:
             "skipped": dict(self.skipped),
             "missing_fields": dict(self.missing_fields),
             "compared_by_revision": dict(self.revisions),
-            "examples": {kind: [_told(one) for one in found] for kind, found in self.examples.items()},
+            "examples": {
+                kind: [_example_fields(one) for one in found] for kind, found in self.examples.items()
+            },
         }
 
 
@@ -286,7 +288,7 @@ def _has(given: Any, field: str) -> bool:
     return True
 
 
-def _told(example: Example) -> dict[str, Any]:
+def _example_fields(example: Example) -> dict[str, Any]:
     def standing(one: RequestOutcome) -> dict[str, Any]:
         reasons = [reason.model_dump(mode="json", exclude_none=True) for reason in one.reasons]
         return {"outcome": one.outcome, "required": one.required, "ttl_s": one.ttl_s, "reasons": reasons}

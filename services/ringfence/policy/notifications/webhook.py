@@ -59,7 +59,7 @@ def parse_webhook(text: str) -> Webhook:
             "after the URL of a webhook stands its secret: whsec_ and at least 24 random bytes in base64 "
             "(echo whsec_$(openssl rand -base64 32))"
         )
-    return Webhook(url, tuple(map(_key, secrets)))
+    return Webhook(url, tuple(map(_webhook_secret, secrets)))
 
 
 def signed_headers(webhook: Webhook, id: str, at_s: int, body: bytes) -> dict[str, str]:
@@ -157,7 +157,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _key(secret: str) -> bytes:
+def _webhook_secret(secret: str) -> bytes:
     try:
         key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
     except ValueError:

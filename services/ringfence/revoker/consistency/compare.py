@@ -171,7 +171,9 @@ class Checker:
         seen = await restoration.sightings(list(first))
         for id, at in first.items():
             if seen.get(id) != at:
-                yield LeaseDifference(id, "unseen", _place(at), _place(seen[id]) if id in seen else "")
+                yield LeaseDifference(
+                    id, "unseen", _coordinates_text(at), _coordinates_text(seen[id]) if id in seen else ""
+                )
 
     async def _uncounted(
         self, restoration: Restoration, records: Mapping[str, HighestRecord], now_ms: int
@@ -228,7 +230,7 @@ def _differences(
         if stored is not None:
             yield from _ill_kept(id, "", held, marks, now_ms, record_keep_ms)
         return
-    kafka = _told(record)
+    kafka = _record_text(record)
     if stored is None:
         if not _is_long_over(record, now_ms - record_keep_ms):
             yield LeaseDifference(id, "missing", kafka, "")
@@ -308,7 +310,7 @@ def _is_rightly_fenced(
     return not (is_cut_mark(mark) and was_kept) or before_ms in revocations.claimed_at_ms
 
 
-def _place(at: Coordinates) -> str:
+def _coordinates_text(at: Coordinates) -> str:
     return f"{at.topic}/{at.partition}@{at.offset}"
 
 
@@ -336,7 +338,7 @@ def _is_long_over(record: HighestRecord, before_ms: int) -> bool:
     return glance is not None and glance.status in TERMINAL and glance.deadline * 1000 < before_ms
 
 
-def _told(record: HighestRecord) -> str:
+def _record_text(record: HighestRecord) -> str:
     lease = parse(record.jws).unverified_claims(Lease)  # shown to a person
     return f"{lease.status} {lease.seq}" + (", over" if is_over(lease) else "")
 

@@ -156,7 +156,7 @@ class CredentialRemover:
                 "lease %s is not undone at %s yet: %s",
                 lease.lease_id,
                 lease.target_id,
-                _said(error),
+                _error_text(error),
                 extra=rate_limited(lease.target_id, type(error).__name__),
             )
             self._settled.failed.append((lease, 0))
@@ -220,5 +220,5 @@ class CredentialRemover:
         return int(delay_ms * random.uniform(0.5, 1.0)) + 1  # noqa: S311 - jitter, not a secret
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return str(error) or type(error).__name__

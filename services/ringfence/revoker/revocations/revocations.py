@@ -62,7 +62,7 @@ class RevocationHandler:
         """End what the batch says, and answer."""
         epoch = self._store.epoch
         cases = [_Case(order) for order in await self._open(batch)]
-        named = await self._named(cases)
+        named = await self._named_leases(cases)
         await self._judge(cases, named)
         followed = [case for case in cases if case.objection is None]
         await self._end_named([case for case in followed if case.order.claims.selector is None], named)
@@ -82,7 +82,7 @@ class RevocationHandler:
         await gather_all(self._runtime.dead_letters.send(record, problem) for record, problem in failed)
         return opened
 
-    async def _named(self, cases: Sequence[_Case]) -> dict[str, Lease]:
+    async def _named_leases(self, cases: Sequence[_Case]) -> dict[str, Lease]:
         """The leases that are named one by one, by their ids."""
         ids = [id for case in cases if (id := case.order.claims.lease_id) is not None]
         return await self._ender.read(await self._store.get(ids)) if ids else {}
