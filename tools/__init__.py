@@ -1,0 +1,1 @@
+"""Generators and checks that maintainers run; no part of the package."""
