@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from ringfence.client.approvals.grants import Proposal as Proposal
     from ringfence.client.approvals.pending import PendingApproval as PendingApproval
     from ringfence.client.approvals.sponsor import Sponsor as Sponsor
+    from ringfence.client.errors import TokenRejectedError as TokenRejectedError
     from ringfence.client.resource_server.asgi import Needs as Needs
     from ringfence.client.resource_server.asgi import TokenGuard as TokenGuard
     from ringfence.client.resource_server.dpop_proofs import Nonces as Nonces
     from ringfence.client.resource_server.verifier import TokenVerifier as TokenVerifier
     from ringfence.client.resource_server.verifier import VerifiedToken as VerifiedToken
     from ringfence.client.settings import ClientSettings as ClientSettings
+    from ringfence.kernel.base.errors import UnavailableError as UnavailableError
+    from ringfence.kernel.crypto.keys import SigningKey as SigningKey
 
 __version__ = "0.1.0"
 
@@ -42,11 +45,14 @@ __all__ = [
     "PostgresCredential",
     "Proposal",
     "RedisCredential",
+    "SigningKey",
     "Sponsor",
     "SshCredential",
     "TokenCredential",
     "TokenGuard",
+    "TokenRejectedError",
     "TokenVerifier",
+    "UnavailableError",
     "VerifiedToken",
 ]
 
@@ -68,6 +74,9 @@ _MODULES = {
     "TokenGuard": "ringfence.client.resource_server.asgi",
     "SshCredential": "ringfence.client.agent.credentials",
     "TokenCredential": "ringfence.client.agent.credentials",
+    "SigningKey": "ringfence.kernel.crypto.keys",
+    "TokenRejectedError": "ringfence.client.errors",
+    "UnavailableError": "ringfence.kernel.base.errors",
     "TokenVerifier": "ringfence.client.resource_server.verifier",
     "VerifiedToken": "ringfence.client.resource_server.verifier",
 }

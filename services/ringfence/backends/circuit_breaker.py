@@ -87,6 +87,8 @@ class CircuitBreaker:
         target = self._of(target_id)
         return max(0, int((target.shut_until - self._seconds()) * 1000))
 
+    shut_ms = open_for_ms  # its name in 0.1, which backends of others call
+
     def _of(self, target_id: str) -> _Target:
         if target_id not in self._targets:
             self._targets[target_id] = _Target(asyncio.Semaphore(self.concurrency))
