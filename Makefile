@@ -87,8 +87,8 @@ format: $(STAMP) ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-schemas: $(STAMP) ## generate schemas/ from ringfence.messages
-	$(BIN)/python -m tools.schemas.generate schemas README.md
+schemas: $(STAMP) ## generate schemas/ and the table in docs/topics.md from ringfence.messages
+	$(BIN)/python -m tools.schemas.generate schemas docs/topics.md
 
 schemas-check: $(STAMP) ## fail where schemas/ differs from what ringfence.messages generates
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \

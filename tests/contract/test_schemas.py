@@ -47,6 +47,11 @@ def test_asyncapi_names_every_topic_and_every_message() -> None:
         assert operation["channel"]["$ref"].removeprefix("#/channels/") in document["channels"]
 
 
-def test_the_table_in_the_readme_is_that_of_the_topics() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert renew_table(readme) == readme, "run: make schemas"
+def test_the_published_topic_table_is_up_to_date() -> None:
+    page = (ROOT / "docs/topics.md").read_text()
+    assert renew_table(page) == page, "run: make schemas"
+
+
+def test_a_page_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="lacks the lines"):
+        renew_table("# Topics\n")

@@ -1,6 +1,6 @@
 """Writes the published contract into `schemas/`: AsyncAPI 3, a JSON Schema and a golden example for each message.
 
-python -m tools.schemas.generate schemas
+python -m tools.schemas.generate schemas docs/topics.md
 """
 
 from __future__ import annotations
@@ -144,26 +144,26 @@ def _kept(topic: Topic[Any]) -> str:
     return f"{hours // 24} d" if hours % 24 == 0 else f"{hours} h"
 
 
-def renew_table(readme: str) -> str:
-    """The README with its topic table renewed. Raises ValueError where the markers are missing."""
-    before, _, rest = readme.partition(_TABLE_BEGIN)
+def renew_table(page: str) -> str:
+    """Renew the topic table between the markers of a page. Raises ValueError where the markers are missing."""
+    before, _, rest = page.partition(_TABLE_BEGIN)
     _, found, after = rest.partition(_TABLE_END)
     if not found:
-        raise ValueError(f"the README lacks the lines {_TABLE_BEGIN} and {_TABLE_END}")
+        raise ValueError(f"the page lacks the lines {_TABLE_BEGIN} and {_TABLE_END}")
     return f"{before}{_TABLE_BEGIN}\n{topic_table()}\n{_TABLE_END}{after}"
 
 
 def main() -> None:
-    """Write the folder, and renew the README's table where one is named."""
+    """Write the folder, and renew the topic table of a page where one is named."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.schemas.generate", description="Writes schemas/."
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("readme", type=Path, nargs="?")
+    parser.add_argument("page", type=Path, nargs="?", help="its topic table is renewed")
     options = parser.parse_args()
     write(options.folder)
-    if options.readme:
-        options.readme.write_text(renew_table(options.readme.read_text()))
+    if options.page:
+        options.page.write_text(renew_table(options.page.read_text()))
 
 
 if __name__ == "__main__":
