@@ -23,8 +23,9 @@ from ringfence.model.request_map import Action
 from ringfence.model.requests import DeniedError, Ground, against, find_ground, key_compromised
 from ringfence.model.rule import Side, lacking
 from ringfence.model.scope import missing
+from ringfence.model.target_settings import CREDENTIAL_KINDS
 
-INJECTABLE: Final = frozenset({"http", "jwt"})
+INJECTABLE: Final = frozenset(name for name, kind in CREDENTIAL_KINDS.items() if kind.fits_header)
 """The kinds of credentials that go into the header of a request."""
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 """Those that are defined as essentially read-only (RFC 9110, 9.2.1)."""
