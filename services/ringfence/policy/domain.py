@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
-from pydantic_core import to_jsonable_python
-
 from ringfence.kernel.jws import Signed
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.base import ExpiringClaims
@@ -42,7 +40,7 @@ may be older; see `replaying`."""
 
 _NOT_WEIGHED = frozenset({*ExpiringClaims.model_fields, "reply_key", "process", "enrolment"})
 """Of a request what signs and delivers it. An enrolment is in the input as `request.instance`."""
-REQUEST_FIELDS = tuple(name for name in CredentialRequest.model_fields if name not in _NOT_WEIGHED)
+REQUEST_FIELDS = CredentialRequest.model_fields.keys() - _NOT_WEIGHED
 """Of a request what the bundle is given, under the same names: a new field is, unless it is left out above."""
 
 
@@ -150,12 +148,8 @@ class InputBuilder:
 
 def _asked(claims: CredentialRequest) -> dict[str, Any]:
     """What a request says, as JSON has it; what it does not say is missing."""
-    said = ((name, getattr(claims, name)) for name in REQUEST_FIELDS)
-    return {
-        name: value if isinstance(value, str | int) else to_jsonable_python(value)
-        for name, value in said
-        if value is not None
-    }
+    said = claims.model_dump(mode="json", include=REQUEST_FIELDS)
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def approver(user: UserState) -> dict[str, Any]:
