@@ -91,7 +91,7 @@ class Module:
 
     @cached_property
     def name(self) -> str:
-        """Dotted, as it is imported: `services/ringfence/kernel/jws.py` is `ringfence.kernel.jws`."""
+        """Dotted, as it is imported: `services/ringfence/kernel/crypto/jws.py` is `ringfence.kernel.crypto.jws`."""
         parts = PurePosixPath(self.path.removeprefix(SOURCES)).with_suffix("").parts
         return ".".join(parts[:-1] if self.is_package else parts)
 

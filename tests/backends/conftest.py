@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from ringfence.backends import Material, built_in
+from ringfence.model.target_settings import CREDENTIAL_KINDS
 from tests.backends.gated import gated
 from tests.backends.kinds import (
     ODD_TABLES,
@@ -26,6 +28,11 @@ from tests.postgres import PostgresServer, PostgresTarget
 from tests.ssh import SshServer, SshTarget
 from tests.targets import valkey_target
 from tests.vault import Vault, running_vault
+
+
+@pytest.fixture(scope="package")
+def jwt_kind() -> JwtKind:
+    return JwtKind()
 
 
 @pytest.fixture(scope="package")
@@ -76,21 +83,26 @@ async def http_kind(
         yield HttpKind(stage)
 
 
-BY_THE_TARGET = ("jwt", "redis", "postgres", "ssh")
-BY_THE_GATEWAY = ("http",)
+BY_THE_TARGET = tuple(name for name, kind in CREDENTIAL_KINDS.items() if kind.handed_out)
+BY_THE_GATEWAY = tuple(name for name, kind in CREDENTIAL_KINDS.items() if not kind.handed_out)
 """Those that declare `enforced_by = gateway`: an agent has nothing to show to the target, so it goes through that."""
 
 
 @pytest.fixture(scope="package", params=[*BY_THE_TARGET, *BY_THE_GATEWAY])
 def kind(request: pytest.FixtureRequest) -> Kind:
-    """Every kind there is."""
-    if request.param == "jwt":
-        return JwtKind()
+    """Every kind there is: the fixture `<name>_kind` makes it."""
     made: Kind = request.getfixturevalue(f"{request.param}_kind")
     return made
 
 
-@pytest.fixture(scope="package", params=["redis", "postgres", "ssh"])
+STATEFUL = tuple(
+    name
+    for name, one in built_in(Material("test.example", "https://issuer.test")).items()
+    if not one.stateless
+)
+
+
+@pytest.fixture(scope="package", params=STATEFUL)
 def stateful(request: pytest.FixtureRequest) -> Stateful:
     """Every kind that leaves something at its target."""
     made: Stateful = request.getfixturevalue(f"{request.param}_kind")

@@ -7,23 +7,18 @@ from typing import Any
 
 import pytest
 
-from ringfence.backends import Material, built_in
 from ringfence.cli.commands.target_templates import TEMPLATES
 from ringfence.cli.main import main
 from ringfence.client.admin import target_backends
 from ringfence.client.admin.target_backends import backend_problem
 from ringfence.messages.registry import BackendSettings
 from ringfence.model.lifecycle import CommandRefusedError
-from ringfence.model.target_settings import DECLARED, problems
+from ringfence.model.target_settings import problems
 from tests.ledger import Ledger
 
 
 def backend(kind: str, **settings: Any) -> BackendSettings:
     return BackendSettings.model_validate({"kind": kind, **settings})
-
-
-def test_every_built_in_backend_declares_its_settings() -> None:
-    assert DECLARED.keys() == built_in(Material("acme.example", "https://issuer.acme.example")).keys()
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

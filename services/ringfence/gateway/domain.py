@@ -29,8 +29,9 @@ from ringfence.model.requests.facts import (
 )
 from ringfence.model.scope.rule import Limit, exceeding
 from ringfence.model.scope.scope import missing
+from ringfence.model.target_settings import CREDENTIAL_KINDS
 
-INJECTABLE: Final = frozenset({"http", "jwt"})
+INJECTABLE: Final = frozenset(name for name, kind in CREDENTIAL_KINDS.items() if kind.fits_header)
 """The kinds of credentials that go into the header of a request."""
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 """Those that are defined as essentially read-only (RFC 9110, 9.2.1)."""

@@ -1,7 +1,8 @@
-"""What a target's record can say to its backend: by kind, the settings that a built-in backend declares.
+"""The built-in kinds of credentials (`CREDENTIAL_KINDS`), each with the settings that a target's record may give it.
 
-They stand here and not beside the backends, so that whoever sets a target can check them without what only the server
-installs: the command line, the SDK, and the registry.
+They are declared here and not beside the backends, so that whoever sets a target or holds a credential knows them
+without what only the server installs: the command line, the SDK, the registry and the gateway. A new kind is added here
+first; `tests/unit/test_credential_kinds.py` then names every place that lacks it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -119,18 +121,32 @@ class SshSettings(TargetSettings):
     """The networks, in CIDR notation with commas, from which a certificate is good; from anywhere, if not given."""
 
 
-DECLARED: Final[Mapping[str, type[TargetSettings]]] = MappingProxyType({
-    "http": HttpSettings,
-    "jwt": JwtSettings,
-    "postgres": PostgresSettings,
-    "redis": TargetSettings,
-    "ssh": SshSettings,
+@dataclass(frozen=True, slots=True)
+class CredentialKind:
+    """What everybody has to know of one built-in kind of credential; the rest is its backend's."""
+
+    settings: type[TargetSettings]
+    """What the record of a target may say to the backend."""
+    takes_audience: bool = False
+    """Whether its credentials are tokens, which have an audience."""
+    tells_address: bool = False
+    """Whether a credential tells the agent where the target is, so that a target needs an address."""
+    handed_out: bool = True
+    """Whether an agent can get it. If not, the backend says `enforced_by = "gateway"`."""
+    fits_header: bool = False
+    """Whether the gateway can inject it into the header of a request."""
+
+
+CREDENTIAL_KINDS: Final[Mapping[str, CredentialKind]] = MappingProxyType({
+    "http": CredentialKind(HttpSettings, handed_out=False, fits_header=True),
+    "jwt": CredentialKind(JwtSettings, takes_audience=True, fits_header=True),
+    "postgres": CredentialKind(PostgresSettings, tells_address=True),
+    "redis": CredentialKind(TargetSettings, tells_address=True),
+    "ssh": CredentialKind(SshSettings, tells_address=True),
 })  # fmt: skip
-"""The settings of each kind that is built in. Other packages bring further kinds, which declare theirs nowhere here."""
+"""By name, as `backend.kind` of a target has it. Other packages bring further kinds, of which nothing is known here."""
 ENTRY_POINTS: Final = "ringfence.backends"
 """The entry point group by which other packages bring backends: each is called with the `Material`."""
-REACHED: Final = ("postgres", "redis", "ssh")
-"""The kinds whose credentials tell agents where the target is."""
 _PLACE: Final = re.compile(r"([^:\[\]/@]+|\[[^\[\]]+\])(?::([0-9]{1,5}))?", re.ASCII)
 _LABEL: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?", re.ASCII)
 _WRITE: Final = MappingProxyType({
@@ -141,13 +157,14 @@ _WRITE: Final = MappingProxyType({
 
 def problems(backend: BackendSettings) -> list[str]:
     """What is wrong with the settings of a built-in kind, a sentence each, no value quoted; nothing of other kinds."""
-    declared = DECLARED.get(backend.kind)
-    if declared is None:
+    kind = CREDENTIAL_KINDS.get(backend.kind)
+    if kind is None:
         return []
+    declared = kind.settings
     given: dict[str, Any] = backend.model_extra or {}
     names = sorted(declared.model_fields)
     found = [_unknown(backend.kind, name, names) for name in sorted(given.keys() - set(names))]
-    if backend.audience is not None and backend.kind != "jwt":
+    if backend.audience is not None and not kind.takes_audience:
         found.append(f"an audience is for tokens, and backend {backend.kind} makes none: leave it out")
     elif backend.audience is not None and not (backend.audience.strip() and backend.audience.isprintable()):
         found.append("the audience is empty, or has characters that nobody sees: write it, or leave it out")

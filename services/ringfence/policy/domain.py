@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.approval import Approval, Grant
+from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.credential import (
     Coordinates,
     CredentialRequest,
@@ -41,6 +42,11 @@ INPUT_FIELDS = frozenset({
 })  # fmt: skip
 """What every input has, by the present version: its parts, and what was added to one of them later. A recorded input
 may be older; see `replaying`."""
+
+_NOT_WEIGHED = frozenset({*ExpiringClaims.model_fields, "reply_key", "process", "enrolment"})
+"""Of a request what signs and delivers it. An enrolment is in the input as `request.instance`."""
+REQUEST_FIELDS = CredentialRequest.model_fields.keys() - _NOT_WEIGHED
+"""Of a request what the bundle is given, under the same names: a new field is, unless it is left out above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,17 +121,12 @@ class InputBuilder:
             requested_at_s: the append time of the request.
             now_s: the moment that is judged: the append time of the request, or of the approval that completes it.
         """
-        claims = facts.request.claims
         document: dict[str, Any] = {
             "now_s": now_s,
             "request": {
+                **_asked(facts.request.claims),
                 "id": facts.request_id,
                 "agent_id": facts.agent.state.agent_id,
-                "task_id": claims.task_id,
-                "scope": [permission.model_dump(mode="json") for permission in claims.scope],
-                "ttl_s": claims.ttl_s,
-                "delivery": claims.delivery,
-                "reason": claims.reason,
                 "requested_at_s": requested_at_s,
             },
             "agent": self._records.of(facts.agent, facts.agent.state.agent_id),
@@ -141,8 +142,6 @@ class InputBuilder:
             "held": held,
             "history": history,
         }
-        if facts.break_glass:
-            document["request"]["break_glass"] = True
         if facts.instance is not None:
             document["request"]["instance"] = ref_of(facts.instance).model_dump()
         if facts.sponsor is not None:
@@ -150,6 +149,12 @@ class InputBuilder:
         if facts.delegations:
             document["delegations"] = self._records.of_delegations(facts.delegations)
         return document
+
+
+def _asked(claims: CredentialRequest) -> dict[str, Any]:
+    """What a request says, as JSON has it; what it does not say is missing."""
+    said = claims.model_dump(mode="json", include=REQUEST_FIELDS)
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def approver(user: UserState) -> dict[str, Any]:

@@ -49,13 +49,14 @@ from ringfence.messages.registry import (
 )
 from ringfence.model.http_targets.request_map import RequestMap, RequestMapError
 from ringfence.model.identity.spiffe_ids import spiffe_id
-from ringfence.model.target_settings import DECLARED, REACHED
+from ringfence.model.target_settings import CREDENTIAL_KINDS
 
 app = typer.Typer(help="Systems that agents act on: verbs and approval floors.", no_args_is_help=True)
 
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", callback=a_target, help="The target's id.")]
 _FLOORS: tuple[ApprovalClass, ...] = get_args(ApprovalClass)
 _CLASSES: tuple[ActionClass, ...] = get_args(ActionClass)
+_KINDS = " or ".join(", ".join(CREDENTIAL_KINDS).rsplit(", ", 1))
 _SETTING = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 """What may be meant as the name of a setting; those that there are, the backends say."""
 _REQUEST = re.compile(
@@ -103,7 +104,7 @@ def add(
         str | None,
         typer.Option(
             "--backend",
-            help="How its credentials are made: http, jwt, postgres, redis or ssh; as the template says, or jwt.",
+            help=f"How its credentials are made: {_KINDS}; as the template says, or jwt.",
         ),
     ] = None,
     audience: Annotated[
@@ -193,7 +194,7 @@ def add(
         accepted, said = run(work())
     made = {"key_file": str(new_key)} if new_key else {}
     print_accepted(accepted, f"target {target} set", wants_json(as_json), said, **made)
-    if kind in REACHED and "address" not in own:
+    if _tells_address(kind) and "address" not in own:
         note(
             f"no --address: agents are told the one that Ringfence itself connects to, in RINGFENCE_BACKENDS_ACCESS of "
             f"issuer and revoker (docs/targets/{kind}.md); where they reach it elsewhere, add it again with --address "
@@ -374,14 +375,19 @@ def _backend(kind: str, audience: str | None, own: dict[str, str | int]) -> Back
 def _check_backend(backend: BackendSettings, anyway: bool) -> None:
     """Raises typer.BadParameter where no issuer could make credentials by these settings."""
     if wrong := backend_problem(backend, anyway=anyway):
-        hint = "--backend" if backend.kind not in DECLARED else "--setting"
+        hint = "--backend" if backend.kind not in CREDENTIAL_KINDS else "--setting"
         raise typer.BadParameter(wrong, param_hint=hint)
-    if backend.kind in REACHED and "address" not in (backend.model_extra or {}) and not anyway:
+    if _tells_address(backend.kind) and "address" not in (backend.model_extra or {}) and not anyway:
         raise typer.BadParameter(
             f"say where agents reach it, as HOST:PORT; a credential of backend {backend.kind} tells them. Where they "
             "reach it by the address that Ringfence itself connects to, add --anyway",
             param_hint="--address",
         )
+
+
+def _tells_address(kind: str) -> bool:
+    """Whether credentials of a kind tell agents where the target is; not known of kinds of other packages."""
+    return kind in CREDENTIAL_KINDS and CREDENTIAL_KINDS[kind].tells_address
 
 
 def _replacement(before: TargetState, after: TargetState) -> Replacement | None:

@@ -6,7 +6,7 @@ from importlib.metadata import entry_points
 
 from ringfence.kernel.base.text import did_you_mean, visible_name
 from ringfence.messages.registry import BackendSettings
-from ringfence.model.target_settings import DECLARED, ENTRY_POINTS, problems
+from ringfence.model.target_settings import CREDENTIAL_KINDS, ENTRY_POINTS, problems
 
 
 def backend_problem(backend: BackendSettings, *, anyway: bool) -> str | None:
@@ -29,4 +29,4 @@ def no_backend(kind: str) -> str:
 
 
 def _known() -> set[str]:
-    return DECLARED.keys() | {point.name for point in entry_points(group=ENTRY_POINTS)}
+    return CREDENTIAL_KINDS.keys() | {point.name for point in entry_points(group=ENTRY_POINTS)}

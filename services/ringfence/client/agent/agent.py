@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from ringfence.client.admin.command_client import Accepted, Outcomes
 from ringfence.client.agent.credentials import IssuedCredential
@@ -224,13 +224,13 @@ class Agent(Lifetime):
         facts = {"agent_id": self.id, "task_id": task}
         with self.connection.tracing.step("request credential", Work(None, facts)) as span:
             waiting = self._prepare(
-                task,
-                tuple(scope),
-                reason,
-                ttl_s,
-                delivery,
-                break_glass,
                 span.traceparent or new_traceparent(),
+                task_id=task,
+                scope=tuple(scope),
+                ttl_s=ttl_s,
+                delivery=delivery,
+                reason=reason,
+                break_glass=True if break_glass else None,
             )
             span.note(request_id=waiting.sent.request_id)
             return await self._answer_to(waiting, timeout_s, on_pending)
@@ -402,29 +402,17 @@ class Agent(Lifetime):
             claims = TaskEnd(**self.connection.stamp(REQUEST_LIFE_S), task_id=task, reason=reason)
         return await self._outcomes.send(REGISTRY_COMMAND, task, claims, by="registry", timeout_s=timeout_s)
 
-    def _prepare(
-        self,
-        task: str,
-        scope: tuple[Permission, ...],
-        reason: str,
-        ttl_s: int,
-        delivery: Delivery,
-        break_glass: bool,
-        traceparent: str,
-    ) -> _OpenRequest:
+    def _prepare(self, traceparent: str, *, scope: tuple[Permission, ...], **asked: Any) -> _OpenRequest:
+        """`asked`: further fields of the `CredentialRequest`."""
         validate_scope(scope)
         self.connection.renew_key()
         reply_key = ReplyKey()
         with checked("the request"):
             claims = CredentialRequest(
                 **self.connection.stamp(REQUEST_LIFE_S),
-                task_id=task,
+                **asked,
                 scope=scope,
-                ttl_s=ttl_s,
-                delivery=delivery,
-                reason=reason,
                 reply_key=reply_key.public,
-                break_glass=True if break_glass else None,
                 process=process_mark(),
                 enrolment=self.connection.enrolment,
             )

@@ -248,17 +248,18 @@ class GatewayCredential(IssuedCredential):
         return _WhileUsable(self, DpopAuth(self.handle, self._bound_to()))
 
 
-_KINDS: Mapping[str, type[IssuedCredential]] = {
+CLASSES: Mapping[str, type[IssuedCredential]] = {
     "jwt": TokenCredential,
     "postgres": PostgresCredential,
     "redis": RedisCredential,
     "ssh": SshCredential,
 }
+"""By kind: every kind of `CREDENTIAL_KINDS` that is handed out."""
 
 
 def class_of(kind: str, delivery: Delivery) -> type[IssuedCredential]:
     """The class of a credential of this kind, delivered so."""
-    return GatewayCredential if delivery == "gateway" else _KINDS.get(kind, IssuedCredential)
+    return GatewayCredential if delivery == "gateway" else CLASSES.get(kind, IssuedCredential)
 
 
 class _WhileUsable(httpx.Auth):

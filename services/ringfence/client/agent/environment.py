@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ringfence.client.agent.credentials import GatewayCredential, IssuedCredential
@@ -38,20 +38,35 @@ def environment(credential: IssuedCredential) -> dict[str, str]:
     """
     if isinstance(credential, GatewayCredential):
         return {"RINGFENCE_LEASE": credential.handle}
-    match credential.kind:
-        case "postgres":
-            url = urlsplit(credential.value)
-            known = {
-                "PGHOST": url.hostname,
-                "PGPORT": str(url.port) if url.port else None,
-                "PGUSER": unquote(url.username or ""),
-                "PGPASSWORD": unquote(url.password or ""),
-                "PGDATABASE": unquote(url.path.removeprefix("/")),
-                "PGSSLMODE": dict(parse_qsl(url.query)).get("sslmode"),
-                "DATABASE_URL": credential.value,
-            }
-            return {name: value for name, value in known.items() if value}
-        case "redis":
-            return {"REDIS_URL": credential.value}
-        case _:
-            return {"RINGFENCE_CREDENTIAL": credential.value}
+    return VARIABLES.get(credential.kind, _value)(credential.value)
+
+
+def _value(value: str) -> dict[str, str]:
+    return {"RINGFENCE_CREDENTIAL": value}
+
+
+def _libpq(value: str) -> dict[str, str]:
+    url = urlsplit(value)
+    known = {
+        "PGHOST": url.hostname,
+        "PGPORT": str(url.port) if url.port else None,
+        "PGUSER": unquote(url.username or ""),
+        "PGPASSWORD": unquote(url.password or ""),
+        "PGDATABASE": unquote(url.path.removeprefix("/")),
+        "PGSSLMODE": dict(parse_qsl(url.query)).get("sslmode"),
+        "DATABASE_URL": value,
+    }
+    return {name: text for name, text in known.items() if text}
+
+
+def _redis(value: str) -> dict[str, str]:
+    return {"REDIS_URL": value}
+
+
+VARIABLES: Mapping[str, Callable[[str], dict[str, str]]] = {
+    "jwt": _value,
+    "postgres": _libpq,
+    "redis": _redis,
+    "ssh": _value,
+}
+"""By kind, the variables that a value is given in: every kind of `CREDENTIAL_KINDS` that is handed out."""
