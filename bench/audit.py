@@ -36,7 +36,7 @@ from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.permission import Permission
 from ringfence.messages.topics import ACTION, AUDIT
-from tests.audit_office import Office
+from tests.support.audit_fixtures import AuditFixtures
 
 EVENTS: Final = 100_000
 _AGENTS, _USERS, _SPONSORS, _TARGETS, _OF_A_TASK, _ACTIONS = 1000, 200, 100, 50, 10, 8
@@ -97,7 +97,7 @@ class _Stories:
 
 
 async def _stories() -> _Stories:
-    office = Office()
+    office = AuditFixtures()
     await office.audit(*office.staff())
     story = office.credential("released")
     events = await office.audit(*story.all)

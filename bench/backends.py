@@ -26,10 +26,10 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
-from tests.postgres import PostgresServer, PostgresTarget, server_programs
-from tests.ssh import SshServer, SshTarget, client, lives
-from tests.targets import valkey_target
-from tests.token_keys import rsa_key_file
+from tests.support.servers.postgres import PostgresServer, PostgresTarget, server_programs
+from tests.support.servers.redis_target import valkey_target
+from tests.support.servers.ssh import SshServer, SshTarget, client, lives
+from tests.support.token_keys import rsa_key_file
 from tools.schemas.examples import EXAMPLES
 
 TARGET = "bench"

@@ -41,7 +41,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from tests.brokers.secured import Authority
 from tests.gateway_external import programs
 from tests.gateway_external.agent import HOST
-from tests.ledger import START_MS
+from tests.support.in_memory_registry import START_MS
 
 LEASES = (1, 100, 10_000)
 CONNECTIONS, TUNNELS = 16, 8

@@ -44,8 +44,8 @@ from ringfence.messages.registry import BackendSettings, RequestRule
 from ringfence.rego.bundle import OWN_BUNDLE, load_bundle
 from ringfence.rego.embedded import EmbeddedEngine
 from ringfence.rego.engine import ACTION
-from tests import leases
-from tests.ledger import START_MS, TD, Ledger, permission
+from tests.support import leases
+from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, permission
 
 SECRET = "RINGFENCE_BENCH_SECRET"
 PER_TASK, PER_AGENT = 20, 100
@@ -99,7 +99,7 @@ class _Clock:
 class _View:
     """Records and leases that nobody has to confirm."""
 
-    def __init__(self, ledger: Ledger, table: LeaseTable) -> None:
+    def __init__(self, ledger: InMemoryRegistry, table: LeaseTable) -> None:
         self.directory, self.table = ledger.directory, table
 
     def view_expired(self) -> bool:
@@ -113,7 +113,7 @@ class _World:
     """One organisation: bot has a task at two targets, and leases for it; most leases are of others."""
 
     def __init__(self, places: Places) -> None:
-        self.ledger, self._places = Ledger(), places
+        self.ledger, self._places = InMemoryRegistry(), places
         self.clock = _Clock(START_MS + 60_000)
         self.table = LeaseTable(self.clock)
         self.targets = Targets(self.ledger.directory)

@@ -86,7 +86,7 @@ def _gateways(stack: Stack) -> Iterator[dict[str, int]]:
             }
             children[name] = spawn(
                 name,
-                [sys.executable, "-m", "tests.cut_listener"],
+                [sys.executable, "-m", "tests.support.cut_listener"],
                 env=environment,
                 log_path=stack.options.state / "logs" / f"{name}.log",
             )

@@ -16,9 +16,9 @@ import pytest
 
 from ringfence.dev.processes import StackError
 from tests.brokers import KafkaServer, RedisServer, start_kafka, start_redis
-from tests.postgres import PostgresServer, server_programs
-from tests.time_limits import TimeLimits, add_settings
-from tests.world import World
+from tests.support.servers.postgres import PostgresServer, server_programs
+from tests.support.time_limits import TimeLimits, add_settings
+from tests.support.world import World
 
 KINDS = ("embedded", "apache", "docker")
 

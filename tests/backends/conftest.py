@@ -24,10 +24,10 @@ from tests.backends.kinds import (
 )
 from tests.brokers import RedisServer
 from tests.conftest import Kafka, needed
-from tests.postgres import PostgresServer, PostgresTarget
-from tests.ssh import SshServer, SshTarget
-from tests.targets import valkey_target
-from tests.vault import Vault, running_vault
+from tests.support.servers.openbao import Vault, running_vault
+from tests.support.servers.postgres import PostgresServer, PostgresTarget
+from tests.support.servers.redis_target import valkey_target
+from tests.support.servers.ssh import SshServer, SshTarget
 
 
 @pytest.fixture(scope="package")

@@ -18,15 +18,15 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, VerbFloor
-from tests import canary
 from tests.backends.gateway_process import GatewayProcess
 from tests.backends.insisting import MARK, STREAM, InsistingApi
 from tests.backends.through import ThroughGateway
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Asked, Desk
 from tests.gateway_external.agent import Answer
-from tests.world import WITHIN_S, World, scope
+from tests.support import secret_canary
+from tests.support.benches.issuer_bench import Asked, IssuerBench
+from tests.support.world import WITHIN_S, World, scope
 
 VERBS = ("read", "write", "delete")
 RESOURCES = ("path", "path/**")
@@ -38,7 +38,7 @@ Lives = Callable[[], Awaitable[bool]]
 class Gated:
     """See the module. `may` goes through the gateway, and holds what the API received against what was told."""
 
-    desk: Desk
+    desk: IssuerBench
     api: InsistingApi
     gateway: GatewayProcess
     source: Path
@@ -118,7 +118,7 @@ class Gated:
         )
         said = "\n".join(f"{name}: {value}" for name, value in answer.headers)
         self.told.append(f"{said}\n\n{answer.body.decode('latin-1')}")
-        assert canary.in_texts(self.told[-1:], self.secrets) == [], "the agent sees what is injected"
+        assert secret_canary.in_texts(self.told[-1:], self.secrets) == [], "the agent sees what is injected"
         return answer, mark
 
     async def may(self, handle: str, act: Sequence[str]) -> bool:
@@ -202,7 +202,7 @@ def _environment(world: World, grace_s: float) -> dict[str, str]:
     }
 
 
-async def _staffed(world: World, name: str, settings: Mapping[str, Any]) -> Desk:
+async def _staffed(world: World, name: str, settings: Mapping[str, Any]) -> IssuerBench:
     """An agent that may do everything at the target: what it may do less, its leases say."""
     target = await world.target(
         name,
@@ -216,4 +216,4 @@ async def _staffed(world: World, name: str, settings: Mapping[str, Any]) -> Desk
         "sue": await world.user("sue", roles=("sponsor",)),
         "maria": await world.user("maria", entitlements=wide),
     }
-    return await Desk(world, people, target).staff(ceiling=wide, task_scope=wide)
+    return await IssuerBench(world, people, target).staff(ceiling=wide, task_scope=wide)

@@ -43,11 +43,11 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
 from ringfence.model.scope.globs import parse_glob
-from tests import postgres, ssh
 from tests.backends.gated import SECRET, Gated
-from tests.postgres import PostgresTarget
-from tests.ssh import SshTarget
-from tests.targets import ValkeyTarget
+from tests.support.servers import postgres, ssh
+from tests.support.servers.postgres import PostgresTarget
+from tests.support.servers.redis_target import ValkeyTarget
+from tests.support.servers.ssh import SshTarget
 from tools.schemas.examples import EXAMPLES
 
 TARGET = "thing"

@@ -24,7 +24,7 @@ from ringfence.messages.registry import BackendSettings, VerbFloor
 from ringfence.messages.topics import CREDENTIAL_REPLY
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.stack import WITHIN_S, Realm, Seen, first_pending
+from tests.support.stack import WITHIN_S, RunningStack, Seen, first_pending
 
 REASON = "to count the chairs"
 TOKENS = Template("jwt", {"read": "none"})
@@ -53,7 +53,7 @@ class Thing:
 @asynccontextmanager
 async def running(
     kafka: Kafka, redis_server: RedisServer, name: str, places: Mapping[str, str]
-) -> AsyncIterator[tuple[Realm, Path]]:
+) -> AsyncIterator[tuple[RunningStack, Path]]:
     """A stack that knows the `places` of its own rights, and the folder of all that it leaves on the disk."""
     with tempfile.TemporaryDirectory(prefix="ringfence-story-") as folder:
         passing = Path(folder) / "passing"
@@ -75,12 +75,12 @@ async def running(
         stack = Stack(options)
         await asyncio.to_thread(stack.start)
         try:
-            yield Realm(stack, client_settings(stack.environment())), Path(folder)
+            yield RunningStack(stack, client_settings(stack.environment())), Path(folder)
         finally:
             await asyncio.to_thread(stack.stop)
 
 
-async def staff(realm: Realm, *things: Thing) -> None:
+async def staff(realm: RunningStack, *things: Thing) -> None:
     """sam sponsors the agent; it has a task for maria; whatever it reads, sam approves."""
     everything = [thing.scope for thing in things]
     async with realm.as_operator() as olga:
@@ -108,7 +108,7 @@ async def staff(realm: Realm, *things: Thing) -> None:
 
 
 async def approved(
-    realm: Realm, agent: Agent, target: str, resource: str, ttl_s: int, delivery: Delivery = "agent"
+    realm: RunningStack, agent: Agent, target: str, resource: str, ttl_s: int, delivery: Delivery = "agent"
 ) -> IssuedCredential:
     """What the agent gets to read with, once sam has approved. Raises what the agent is told."""
     asked = asyncio.create_task(
@@ -122,7 +122,7 @@ async def approved(
     return await asked
 
 
-async def at_the_gateway(realm: Realm, agent: Agent, seen: Seen, handle: GatewayCredential) -> str:
+async def at_the_gateway(realm: RunningStack, agent: Agent, seen: Seen, handle: GatewayCredential) -> str:
     """What a gateway injects: opened by its own key, believed by the issuer's signature."""
 
     def envelopes() -> list[Received]:
@@ -137,7 +137,7 @@ async def at_the_gateway(realm: Realm, agent: Agent, seen: Seen, handle: Gateway
     return signed.claims.credential.value
 
 
-def command(realm: Realm, identity: Path, allow: str, *argv: str) -> list[str]:
+def command(realm: RunningStack, identity: Path, allow: str, *argv: str) -> list[str]:
     """`ringfence request --exec` as the agent, of which the key is written to `identity`."""
     realm.key("agent", realm.agent).save(identity)
     return [

@@ -22,7 +22,7 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.lease import Lease
 from tests.backends.conftest import BY_THE_GATEWAY, BY_THE_TARGET
 from tests.backends.kinds import TARGET, Kind, Stateful, allow, lease, state
-from tests.targets import Gate
+from tests.support.servers.redis_target import Gate
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ import pytest
 from ringfence.cli.commands.target_templates import TEMPLATES
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, VerbFloor
-from tests import canary
 from tests.backends.gated import SECRET, VERBS, Gated, gated
 from tests.backends.insisting import MARK, WAIT
 from tests.backends.kinds import TARGET, HttpKind, allow
 from tests.backends.through import ThroughGateway
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.world import WITHIN_S
+from tests.support import secret_canary
+from tests.support.world import WITHIN_S
 
 GRACE_S = 2.0
 NEXT = "canary-of-the-next-key"
@@ -251,7 +251,7 @@ async def test_a_gateway_that_is_killed_leaves_nothing_and_comes_back_without_wh
     await stage.usable(other)
     assert await stage.may(other, ("GET", "/a"))
     assert _left(stage) == []
-    assert canary.in_files([stage.gateway.folder], [TARGET]), "a scan must be able to find something"
+    assert secret_canary.in_files([stage.gateway.folder], [TARGET]), "a scan must be able to find something"
 
 
 async def _longer(stage: Gated, than: int) -> bool:
@@ -261,4 +261,6 @@ async def _longer(stage: Gated, than: int) -> bool:
 def _left(stage: Gated) -> list[str]:
     """Spool, logs and temporary files of the gateway that have a secret; and what was told to the agent."""
     secrets = [*stage.secrets, *(base64.b64encode(one.encode()).decode() for one in stage.secrets)]
-    return canary.in_files([stage.gateway.folder], secrets) + canary.in_texts(stage.told, secrets)
+    return secret_canary.in_files([stage.gateway.folder], secrets) + secret_canary.in_texts(
+        stage.told, secrets
+    )

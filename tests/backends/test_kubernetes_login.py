@@ -33,8 +33,8 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from tests.brokers import RedisServer
 from tests.conftest import Kafka, needed
-from tests.flows.desk import Desk, another, opened_desks
-from tests.world import WITHIN_S, Party, World, scope
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
+from tests.support.world import WITHIN_S, Party, World, scope
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "targets" / "federation.md"
@@ -49,7 +49,7 @@ class Cluster:
     program: Path
     configuration: Path
     authority: Path
-    desk: Desk
+    desk: IssuerBench
 
     async def token(self, verb: str = "assume", audience: str = AUDIENCE) -> str:
         backend = BackendSettings(kind="jwt", audience=audience)

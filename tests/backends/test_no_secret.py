@@ -26,15 +26,15 @@ from ringfence.client.errors import CredentialOverError, CredentialUseError, Req
 from ringfence.messages.credential import Delivery
 from ringfence.messages.registry import RequestRule
 from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE
-from tests import canary
 from tests.backends import story
 from tests.backends.insisting import MARK, InsistingApi
 from tests.backends.story import Thing
 from tests.backends.through import ThroughGateway
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.stack import WITHIN_S, Realm, Seen, first_pending
-from tests.targets import ValkeyTarget, valkey_target, works
+from tests.support import secret_canary
+from tests.support.servers.redis_target import ValkeyTarget, valkey_target, works
+from tests.support.stack import WITHIN_S, RunningStack, Seen, first_pending
 
 CACHE, SHOP, PARTNER = "cache", "shop", "partner"
 STATIC = "canary-of-a-static-secret"
@@ -50,7 +50,7 @@ TOKENS = Template(
 class Office:
     """A running stack, and what was told to the agent."""
 
-    realm: Realm
+    realm: RunningStack
     cache: ValkeyTarget
     api: InsistingApi
     folder: Path
@@ -193,17 +193,17 @@ async def _by_the_command_line(office: Office, tmp_path: Path) -> None:
 
 async def _looked_for(office: Office) -> None:
     realm, secrets = office.realm, office.secrets
-    assert await canary.on_topics(realm.settings, secrets) == []
-    assert await canary.in_redis(realm.stack.redis_url, secrets) == []
-    assert canary.in_files([office.folder], secrets) == []
-    assert canary.in_texts(office.told, secrets) == []
+    assert await secret_canary.on_topics(realm.settings, secrets) == []
+    assert await secret_canary.in_redis(realm.stack.redis_url, secrets) == []
+    assert secret_canary.in_files([office.folder], secrets) == []
+    assert secret_canary.in_texts(office.told, secrets) == []
     # Nor has the target's own server one in clear.
     async with office.cache.admin() as admin:
         listed = [line.decode() for line in await admin.execute_command("ACL", "LIST")]
-    assert canary.in_texts(listed, secrets) == []
+    assert secret_canary.in_texts(listed, secrets) == []
     # A scan that finds nothing must be able to find something.
-    assert "credential.decision" in await canary.on_topics(realm.settings, [story.REASON])
-    assert canary.in_files([office.folder], ["is not made: "])
-    assert canary.in_files([realm.stack.options.state / "spool"], [PARTNER])
-    assert canary.in_texts(office.told, ["does not answer", "no HTTP header"])
-    assert canary.in_texts(office.told, ["*" * len(STATIC)])
+    assert "credential.decision" in await secret_canary.on_topics(realm.settings, [story.REASON])
+    assert secret_canary.in_files([office.folder], ["is not made: "])
+    assert secret_canary.in_files([realm.stack.options.state / "spool"], [PARTNER])
+    assert secret_canary.in_texts(office.told, ["does not answer", "no HTTP header"])
+    assert secret_canary.in_texts(office.told, ["*" * len(STATIC)])

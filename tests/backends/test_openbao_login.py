@@ -20,10 +20,10 @@ from ringfence.issuer.settings import IssuerSettings
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Desk, another, opened_desks
-from tests.token_keys import rsa_key_file
-from tests.vault import ROOT_TOKEN, Vault, bao_program
-from tests.world import World, scope
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
+from tests.support.servers.openbao import ROOT_TOKEN, Vault, bao_program
+from tests.support.token_keys import rsa_key_file
+from tests.support.world import World, scope
 
 PAGE = Path(__file__).parents[2] / "docs" / "targets" / "federation.md"
 AUDIENCE = "https://vault.test.example"
@@ -35,7 +35,7 @@ class Federation:
     """An issuer that OpenBao trusts, and the desk of an agent that may log in."""
 
     vault: Vault
-    desk: Desk
+    desk: IssuerBench
     issuer: str
 
     async def call(self, method: str, path: str, body: Any = None, *, token: str = ROOT_TOKEN) -> Any:

@@ -20,7 +20,7 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import TargetState
 from tests.backends.kinds import TARGET, PostgresKind, allow, lease, state
-from tests.postgres import (
+from tests.support.servers.postgres import (
     BROKER,
     BROKER_SECRET,
     PostgresServer,

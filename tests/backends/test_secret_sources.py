@@ -10,7 +10,7 @@ from ringfence.backends import AccessError, BackendSettings, RedisBackend, Targe
 from ringfence.backends.secret_sources import KEPT_S, VaultSource
 from ringfence.dev.processes import LOOPBACK
 from tests.backends.kinds import RedisKind, allow, lease, state
-from tests.vault import Vault
+from tests.support.servers.openbao import Vault
 
 PLACE = "secret/data/ringfence/thing#url"
 

@@ -27,7 +27,7 @@ from ringfence.backends.ssh.server import SshLogin
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from tests.backends.kinds import SSH_USERS, TARGET, SshKind, allow, lease, state
-from tests.ssh import BROKER, SshTarget, client, keygen, lives, may
+from tests.support.servers.ssh import BROKER, SshTarget, client, keygen, lives, may
 
 ECHO = b"ping\n"
 

@@ -18,12 +18,12 @@ from ringfence.client.agent.credentials import IssuedCredential
 from ringfence.client.agent.environment import applied
 from ringfence.client.errors import RequestDeniedError
 from ringfence.messages.topics import LEASE
-from tests import canary
 from tests.backends import story
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.ssh import Client, SshServer, SshTarget, lives
-from tests.stack import Realm, first_pending
+from tests.support import secret_canary
+from tests.support.servers.ssh import Client, SshServer, SshTarget, lives
+from tests.support.stack import RunningStack, first_pending
 
 TARGET = "files"
 PING = b"ping\n"
@@ -33,7 +33,7 @@ PING = b"ping\n"
 class Office:
     """A running stack with one host, and who has to do with it."""
 
-    realm: Realm
+    realm: RunningStack
     target: SshTarget
     state: Path
 
@@ -55,7 +55,7 @@ async def office(
         yield Office(realm, target, folder)
 
 
-async def _approved(realm: Realm, agent: Agent, resource: str, ttl_s: int) -> IssuedCredential:
+async def _approved(realm: RunningStack, agent: Agent, resource: str, ttl_s: int) -> IssuedCredential:
     return await story.approved(realm, agent, TARGET, resource, ttl_s)
 
 
@@ -130,15 +130,15 @@ async def test_no_secret_is_anywhere_but_with_the_agent(office: Office) -> None:
     # The line that holds the secret half: those before and after it are public, or the same in every key.
     secrets = [key.splitlines()[4] for key in [*keys, office.target.server.authority]]
     assert len(set(secrets)) == 3
-    assert await canary.on_topics(realm.settings, secrets) == []
-    assert await canary.in_redis(realm.stack.redis_url, secrets) == []
+    assert await secret_canary.on_topics(realm.settings, secrets) == []
+    assert await secret_canary.in_redis(realm.stack.redis_url, secrets) == []
     folders = [office.state, office.target.server.folder]
     authority = str(office.target.server.folder / "authority")  # where the test made it
-    assert [path for path in canary.in_files(folders, secrets) if path != authority] == []
+    assert [path for path in secret_canary.in_files(folders, secrets) if path != authority] == []
     # A scan that finds nothing must be able to find something.
-    assert "credential.decision" in await canary.on_topics(realm.settings, [story.REASON])
+    assert "credential.decision" in await secret_canary.on_topics(realm.settings, [story.REASON])
     live = credentials[1].lease_id
-    assert await canary.in_leases(realm.stack.settings(), [live], secrets) == []
-    assert await canary.in_leases(realm.stack.settings(), [live], [f'"lease_id":"{live}"'])
-    assert canary.in_files(folders, [credentials[0].lease_id])
-    assert authority in canary.in_files(folders, secrets)
+    assert await secret_canary.in_leases(realm.stack.settings(), [live], secrets) == []
+    assert await secret_canary.in_leases(realm.stack.settings(), [live], [f'"lease_id":"{live}"'])
+    assert secret_canary.in_files(folders, [credentials[0].lease_id])
+    assert authority in secret_canary.in_files(folders, secrets)

@@ -26,12 +26,13 @@ from ringfence.client.errors import CredentialOverError, RequestDeniedError
 from ringfence.messages.credential import Delivery
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE
-from tests import canary, postgres
 from tests.backends import story
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.postgres import PostgresServer, PostgresTarget
-from tests.stack import WITHIN_S, Realm
+from tests.support import secret_canary
+from tests.support.servers import postgres
+from tests.support.servers.postgres import PostgresServer, PostgresTarget
+from tests.support.stack import WITHIN_S, RunningStack
 
 TARGET = "books"
 MADE = (
@@ -46,7 +47,7 @@ MADE = (
 class Office:
     """A running stack with one database, and who has to do with it."""
 
-    realm: Realm
+    realm: RunningStack
     target: PostgresTarget
     state: Path
     psql: Path
@@ -85,7 +86,7 @@ async def office(
 
 
 async def _approved(
-    realm: Realm, agent: Agent, resource: str, ttl_s: int, delivery: Delivery = "agent"
+    realm: RunningStack, agent: Agent, resource: str, ttl_s: int, delivery: Delivery = "agent"
 ) -> IssuedCredential:
     return await story.approved(realm, agent, TARGET, resource, ttl_s, delivery)
 
@@ -116,7 +117,7 @@ async def test_one_table_for_as_long_as_the_lease(office: Office) -> None:
         ]  # fmt: skip
 
 
-def _life(realm: Realm, agent: Agent, seen: object, credential: IssuedCredential) -> list[Lease]:
+def _life(realm: RunningStack, agent: Agent, seen: object, credential: IssuedCredential) -> list[Lease]:
     by_seq = {lease.seq: lease for lease in realm.leases(agent, seen, credential.lease_id)}  # type: ignore[arg-type]
     return [by_seq[seq] for seq in sorted(by_seq)]
 
@@ -196,13 +197,13 @@ async def test_no_secret_is_anywhere_but_with_the_agent(office: Office) -> None:
     secrets = [str(urlsplit(value).password) for value in (*(one.value for one in credentials), injected)]
     secrets += ["broker-secret", credentials[0].value]
     assert all(len(secret) > 8 for secret in secrets)
-    assert await canary.on_topics(realm.settings, secrets) == []
-    assert await canary.in_redis(realm.stack.redis_url, secrets) == []
+    assert await secret_canary.on_topics(realm.settings, secrets) == []
+    assert await secret_canary.in_redis(realm.stack.redis_url, secrets) == []
     folders = [office.state, office.target.server.folder]
-    assert canary.in_files(folders, secrets) == []
+    assert secret_canary.in_files(folders, secrets) == []
     # A scan that finds nothing must be able to find something.
-    assert "credential.decision" in await canary.on_topics(realm.settings, [story.REASON])
+    assert "credential.decision" in await secret_canary.on_topics(realm.settings, [story.REASON])
     live = credentials[1].lease_id
-    assert await canary.in_leases(realm.stack.settings(), [live], secrets) == []
-    assert await canary.in_leases(realm.stack.settings(), [live], [f'"lease_id":"{live}"'])
-    assert canary.in_files(folders, [credentials[0].lease_id.replace("-", "")])
+    assert await secret_canary.in_leases(realm.stack.settings(), [live], secrets) == []
+    assert await secret_canary.in_leases(realm.stack.settings(), [live], [f'"lease_id":"{live}"'])
+    assert secret_canary.in_files(folders, [credentials[0].lease_id.replace("-", "")])

@@ -12,7 +12,7 @@ from ringfence.client.agent.dpop import proof
 from ringfence.dev.processes import LOOPBACK
 from ringfence.kernel.crypto.keys import SigningKey
 from tests.gateway_external.agent import Answer, Headers, exchange, parsed, request
-from tests.world import WITHIN_S
+from tests.support.world import WITHIN_S
 
 
 @dataclass

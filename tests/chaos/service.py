@@ -17,7 +17,7 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
-from tests import cut_listener
+from tests.support import cut_listener
 
 _AHEAD = struct.Struct("<q")
 

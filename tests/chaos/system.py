@@ -31,7 +31,7 @@ from tests.chaos.service import set_ahead
 from tests.chaos.target import TARGET, target_behind
 from tests.chaos.upstream import upstream
 from tests.chaos.valkey import ChaosValkey, join
-from tests.targets import ValkeyTarget
+from tests.support.servers.redis_target import ValkeyTarget
 
 Way = Literal["redis", "kafka", "target"]
 Links = dict[tuple[Way, str], Link]

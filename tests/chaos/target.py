@@ -15,7 +15,7 @@ from ringfence.client.agent.credentials import IssuedCredential
 from ringfence.dev.processes import LOOPBACK
 from tests.chaos.history import Leftover
 from tests.chaos.proxy import Link
-from tests.targets import ValkeyTarget, valkey_target
+from tests.support.servers.redis_target import ValkeyTarget, valkey_target
 
 TARGET = "cache"
 _ANSWER_WITHIN_S = 5.0

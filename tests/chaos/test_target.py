@@ -14,7 +14,7 @@ from ringfence.client.agent.credentials import IssuedCredential, Secret
 from ringfence.dev.processes import free_port
 from tests.chaos.proxy import Link
 from tests.chaos.target import TARGET, ValkeyDoor, leftovers, target_behind
-from tests.targets import ValkeyTarget
+from tests.support.servers.redis_target import ValkeyTarget
 
 
 @dataclass

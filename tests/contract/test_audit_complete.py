@@ -23,8 +23,8 @@ from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import COMMANDS
 from ringfence.messages.topics import ALL, AUDITED
 from ringfence.model.records.command_chain import COMMAND_OF_TYP
-from tests.audit_office import Office, steps
-from tests.audit_records import every_record
+from tests.support.audit_fixtures import AuditFixtures, steps
+from tests.support.audit_records import every_record
 
 NOT_READ: dict[str, str] = {
     "heartbeat": "one a second and service says that all is as it was; who misses one, or finds another table in it, "
@@ -212,12 +212,12 @@ Told = dict[str, tuple[Received, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-async def office() -> Office:
-    return Office()
+async def office() -> AuditFixtures:
+    return AuditFixtures()
 
 
 @pytest.fixture(scope="module")
-async def told(office: Office) -> Told:
+async def told(office: AuditFixtures) -> Told:
     """One record of everything, and the event that it became; also an order of each kind, and words about an agent."""
     records = every_record(office)
     by = office.key("service", "revoker")
@@ -327,7 +327,9 @@ UNSIGNED = {
 
 
 @pytest.mark.parametrize("topic", AUDITED, ids=lambda topic: topic.what)
-async def test_what_stands_there_a_second_time_is_told_as_that(office: Office, told: Told, topic) -> None:
+async def test_what_stands_there_a_second_time_is_told_as_that(
+    office: AuditFixtures, told: Told, topic
+) -> None:
     first = next(r for r, e in told.values() if r.topic is topic and _counts(e))
     office.now_ms = first.appended_at_ms  # later on some of the keys count no more
     event = await office.event(office.received(topic, first.value, key=first.key))
@@ -353,7 +355,7 @@ def _counts(event: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("topic", AUDITED, ids=lambda topic: topic.what)
-async def test_what_a_stranger_signs_is_nobodys(office: Office, told: Told, topic) -> None:
+async def test_what_a_stranger_signs_is_nobodys(office: AuditFixtures, told: Told, topic) -> None:
     signed = [r for r, e in told.values() if r.topic is topic and _counts(e) and message_in(r)]
     signed = [r for r in signed if r.value.count(b".") == 2 and not r.value.startswith(b"{")]
     if not signed:
@@ -379,7 +381,7 @@ NOT_EXPIRED = {
 
 @pytest.mark.parametrize("model", EXPIRING, ids=lambda model: model.__name__)
 async def test_what_comes_after_its_time_is_told_with_who_signed_it(
-    office: Office, told: Told, model: type[ExpiringClaims]
+    office: AuditFixtures, told: Told, model: type[ExpiringClaims]
 ) -> None:
     if model.__name__ in NOT_EXPIRED:
         return
@@ -421,7 +423,7 @@ async def test_every_step_is_in_the_table_of_words(told: Told) -> None:
 @pytest.mark.parametrize("kind", ["accepted", "refused", "replayed"])
 @pytest.mark.usefixtures("told")  # the office knows the task
 async def test_the_registrys_answer_to_each_command_is_an_event(
-    office: Office, kind: Any, command: str
+    office: AuditFixtures, kind: Any, command: str
 ) -> None:
     why = (Reason(code="not_sponsor", message="sam does not sponsor it"),) if kind != "accepted" else ()
     event = await office.event(

@@ -30,10 +30,10 @@ from ringfence.messages.audit import OCSF_VERSION, AuditEvent
 from ringfence.messages.registry import COMMANDS
 from ringfence.messages.topics import ALL
 from ringfence.model.audit_log.chain import Source
-from tests.audit_office import Office, steps
-from tests.audit_records import every_record
-from tests.ocsf import LATER_VERSION, problems
-from tests.trail import TOKEN
+from tests.support.audit_fixtures import AuditFixtures, steps
+from tests.support.audit_records import every_record
+from tests.support.ocsf import LATER_VERSION, problems
+from tests.support.trail import TOKEN
 
 MODULES = (
     actions, approvals, break_glass, credentials, grant_events, registry, services,
@@ -49,7 +49,7 @@ AUDITED = {
 @pytest.fixture(scope="module")
 async def told() -> dict[str, tuple[Received, dict[str, Any]]]:
     """One record of everything, and the event that it became."""
-    office = Office()
+    office = AuditFixtures()
     records = every_record(office)
     return {name: (record, await office.event(record)) for name, record in records.items()}
 

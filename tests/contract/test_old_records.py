@@ -31,8 +31,8 @@ from ringfence.model.requests.grants import grant_problem
 from ringfence.model.unknown_fields import is_understood
 from ringfence.registry.domain import Current, Embedded, decide, takes_away
 from ringfence.registry.store import Memory
-from tests.ledger import permission
-from tests.old_records import OldRecords
+from tests.support.in_memory_registry import permission
+from tests.support.old_records import OldRecords
 
 AGE_S = 10**9
 

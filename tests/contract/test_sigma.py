@@ -21,9 +21,9 @@ from sigma.validation import SigmaValidator
 from sigma.validators.core import validators
 
 from ringfence.messages.credential import Reason
-from tests.audit_office import steps
+from tests.support.audit_fixtures import steps
+from tests.support.detector import Watch, other
 from tests.unit.test_detections import glass, lived, refused
-from tests.watching import Watch, other
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "siem" / "sigma"
 # These fetch what they check tags against from the network.

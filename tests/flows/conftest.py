@@ -13,41 +13,41 @@ from tests.brokers import RedisServer
 from tests.chaos.proxy import Link
 from tests.chaos.valkey import ChaosValkey
 from tests.conftest import Kafka
-from tests.flows.desk import Desk, another, opened_desks, opened_office
-from tests.flows.place import Place
-from tests.world import World
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks, opened_office
+from tests.support.benches.lost_redis_bench import LostRedisBench
+from tests.support.world import World
 
 
 @pytest.fixture(scope="module")
-async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+async def issuer_bench(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[IssuerBench]:
     """Registry and issuer, once for all tests of a module; those that need more have an office of their own."""
     async with opened_office(kafka, redis_server, "issuer") as desk:
         yield desk
 
 
 @pytest.fixture(scope="module")
-async def company(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+async def company(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[IssuerBench]:
     """Registry, issuer and revoker, once for all tests of a module."""
     async with opened_office(kafka, redis_server, "issuer", "revoker") as desk:
         yield desk
 
 
 @pytest.fixture
-async def desk(office: Desk) -> Desk:
+async def desk(issuer_bench: IssuerBench) -> IssuerBench:
     """An agent and a task of the test's own."""
-    return await another(office)
+    return await another(issuer_bench)
 
 
 @pytest.fixture
-async def store(office: Desk) -> AsyncIterator[LeaseStore]:
+async def store(issuer_bench: IssuerBench) -> AsyncIterator[LeaseStore]:
     """What Redis has of the office's leases."""
-    store = LeaseStore(office.world.settings("issuer"))
+    store = LeaseStore(issuer_bench.world.settings("issuer"))
     yield store
     await store.close()
 
 
 @pytest.fixture
-async def place(kafka: Kafka, tmp_path: Path) -> AsyncIterator[Place]:
+async def place(kafka: Kafka, tmp_path: Path) -> AsyncIterator[LostRedisBench]:
     """Registry, issuer and revoker on a Redis of the test's own, behind a proxy."""
     redis = ChaosValkey(tmp_path, "redis")
     redis.start()
@@ -60,7 +60,7 @@ async def place(kafka: Kafka, tmp_path: Path) -> AsyncIterator[Place]:
                 opened_desks(world) as first,
                 world.running("issuer", "revoker"),
             ):
-                place = Place(await another(first), redis)
+                place = LostRedisBench(await another(first), redis)
                 yield place
                 await place.close()
     finally:

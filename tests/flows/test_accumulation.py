@@ -25,9 +25,9 @@ from ringfence.messages.topics import (
     USER,
 )
 from ringfence.registry.store import Memory
-from tests.flows.office import Asked, Office, codes
-from tests.ledger import FixedClock, Ledger
-from tests.world import DAY_S, Party, Scope, World, scope
+from tests.support.benches.policy_bench import Asked, PolicyBench, codes
+from tests.support.in_memory_registry import FixedClock, InMemoryRegistry
+from tests.support.world import DAY_S, Party, Scope, World, scope
 from tools.schemas.examples import EXAMPLES
 
 SIX_WEEKS_S = 42 * DAY_S
@@ -40,7 +40,7 @@ VERBS = tuple(VerbFloor(verb=verb) for verb in ("clone", "write-ci", "run-ci", "
 """The target asks for nobody's approval: whoever is asked, it is policy that asks."""
 
 
-class Past(Ledger):
+class Past(InMemoryRegistry):
     """What the registry of a world wrote six weeks ago: its records, with the commands of those days."""
 
     def __init__(self, world: World) -> None:
@@ -57,7 +57,7 @@ class Past(Ledger):
         return super().user_set(by, user, roles, entitlements=self.entitlements(as_of=as_of), **fields)
 
 
-class Review(Office):
+class Review(PolicyBench):
     """sam sponsors review-bot, which may read the code; maria, who may do everything, gives it tasks."""
 
     async def six_weeks_ago(self, world: World) -> None:
@@ -330,7 +330,7 @@ async def test_the_input_tells_what_is_held_and_what_was_used(world: World):
         assert held["deadline"] >= decision.source.appended_at_ms // 1000 + decision.ttl_s
 
 
-class Clerk(Office):
+class Clerk(PolicyBench):
     """Works for an agent that is new."""
 
     async def outcomes_of(self, asked: Asked) -> Counter[str]:
@@ -351,7 +351,7 @@ async def clerk(world: World) -> Clerk:
     return office
 
 
-async def refuse(office: Office, asked: Asked, by: Party) -> None:
+async def refuse(office: PolicyBench, asked: Asked, by: Party) -> None:
     """Somebody says that the issuer refused."""
     claims = office.world.claims(
         ServiceEvent, by, kind="refused", subject="credential.decision", request_id=asked.id,

@@ -14,20 +14,20 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
 from ringfence.model.requests.approvals import APPROVAL_SLACK_MS
-from tests.flows.desk import Desk
-from tests.flows.office import DEPLOY, EVERYTHING, Office, codes
-from tests.flows.sdk import client
-from tests.stories import (
+from tests.support.audit_stories import (
     allowed,
     answer_refused,
     approved,
     asked_for,
-    leaves,
+    expect_trail,
     refused_by_issuer,
     request_leaves,
     waits,
 )
-from tests.world import DAY_S, Party, World, scope
+from tests.support.benches.issuer_bench import IssuerBench
+from tests.support.benches.policy_bench import DEPLOY, EVERYTHING, PolicyBench, codes
+from tests.support.benches.sdk_clients import client
+from tests.support.world import DAY_S, Party, World, scope
 
 OTHER_REQUEST = allowed() + refused_by_issuer("approval_other_request")
 REPEATED = "3002 Logon: Failure/Denied message.replayed [replayed] by issuer for bot"
@@ -63,13 +63,13 @@ WIPE = scope("platform", ["wipe"], ["env/production/web"])
 # --- at the issuer, which believes no policy ---
 
 
-async def test_an_approval_of_another_request_opens_nothing(desk: Desk) -> None:
+async def test_an_approval_of_another_request_opens_nothing(desk: IssuerBench) -> None:
     """sam approved the one; policy says that it was the other: the same again, and a wider one."""
     shown = await desk.ask("deploy")
     approval = desk.approval(shown, desk.sam)
     wider = await desk.ask(scope=desk.scope("deploy", resource="env/**"))
     for asked in (await desk.ask("deploy"), wider):
-        async with leaves(desk.world, OTHER_REQUEST, bot=desk.bot.name):
+        async with expect_trail(desk.world, OTHER_REQUEST, bot=desk.bot.name):
             await desk.decide(asked, approvals=(approval,), required=("sponsor",))
             assert await desk.refusal_codes(asked) == ["approval_other_request"]
     # Nor where the signature itself names the one and has the digest of the other.
@@ -78,24 +78,24 @@ async def test_an_approval_of_another_request_opens_nothing(desk: Desk) -> None:
         {"request": wider.compact, "request_digest": digest(shown.compact)},
     ):
         asked = await desk.ask("deploy")
-        async with leaves(desk.world, OTHER_REQUEST, bot=desk.bot.name):
+        async with expect_trail(desk.world, OTHER_REQUEST, bot=desk.bot.name):
             approval = desk.approval(asked, desk.sam, **fields)
             await desk.decide(asked, approvals=(approval,), required=("sponsor",))
             assert await desk.refusal_codes(asked) == ["approval_other_request"]
 
 
-async def test_an_approval_opens_its_own_request_once(desk: Desk) -> None:
+async def test_an_approval_opens_its_own_request_once(desk: IssuerBench) -> None:
     asked = await desk.ask("deploy")
     approval = desk.approval(asked, desk.sam)
     await desk.decide(asked, approvals=(approval,), required=("sponsor",))
     assert (await desk.answer(asked)).credential is not None
-    async with leaves(desk.world, allowed() + REPEATED, bot=desk.bot.name):
+    async with expect_trail(desk.world, allowed() + REPEATED, bot=desk.bot.name):
         await desk.decide(asked, approvals=(approval,), required=("sponsor",))
         await desk.event("replayed", asked)
     assert len([one for one in await desk.records(asked.lease_id) if one.claims.status == "active"]) == 1
 
 
-async def test_an_approval_past_its_end_opens_nothing(desk: Desk) -> None:
+async def test_an_approval_past_its_end_opens_nothing(desk: IssuerBench) -> None:
     now = int(time.time())
     for past_s, opens in ((APPROVAL_SLACK_MS // 1000 + 5, False), (5, True)):
         asked = await desk.ask("deploy")
@@ -109,20 +109,20 @@ async def test_an_approval_past_its_end_opens_nothing(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("verb", ["deploy", "wipe"])
-async def test_allowed_by_a_policy_that_asked_nobody(desk: Desk, verb: str) -> None:
+async def test_allowed_by_a_policy_that_asked_nobody(desk: IssuerBench, verb: str) -> None:
     for fields in ({}, {"required": ()}, {"required": ("sponsor",)}):
         asked = await desk.ask(verb)
-        async with leaves(desk.world, LACKING, bot=desk.bot.name):
+        async with expect_trail(desk.world, LACKING, bot=desk.bot.name):
             await desk.decide(asked, **fields)
             assert await desk.refusal_codes(asked) == ["approval_lacking"]
 
 
-async def test_a_sponsor_that_changed_between_approval_and_issue(desk: Desk) -> None:
+async def test_a_sponsor_that_changed_between_approval_and_issue(desk: IssuerBench) -> None:
     asked = await desk.ask("deploy")
     approval = desk.approval(asked, desk.sam)
     await desk.world.transfer(desk.bot.name, "sue")
     assert await desk.world.runtimes["issuer"].tables_caught_up(30)
-    async with leaves(desk.world, STALE, bot=desk.bot.name):
+    async with expect_trail(desk.world, STALE, bot=desk.bot.name):
         await desk.decide(asked, approvals=(approval,), required=("sponsor",))
         assert await desk.refusal_codes(asked) == ["approval_stale"]
     # Nor does it help to say that the approval was given on what there is now: sam is not the sponsor any more.
@@ -137,11 +137,11 @@ async def test_a_sponsor_that_changed_between_approval_and_issue(desk: Desk) -> 
     assert await desk.refusal_codes(again) == ["approval_lacking"]
 
 
-async def test_two_keys_of_one_person_are_one_person(desk: Desk) -> None:
+async def test_two_keys_of_one_person_are_one_person(desk: IssuerBench) -> None:
     second = await second_key(desk.world, "rita", roles=("sponsor", "operator"))
     asked = await desk.ask("deploy")
     approvals = tuple(desk.approval(asked, party) for party in second)
-    async with leaves(desk.world, LACKING, bot=desk.bot.name):
+    async with expect_trail(desk.world, LACKING, bot=desk.bot.name):
         await desk.decide(asked, approvals=approvals, required=("second_person", "operator"))
         assert await desk.refusal_codes(asked) == ["approval_lacking"]
     alone = await desk.ask("deploy")
@@ -159,14 +159,14 @@ async def second_key(world: World, name: str, roles: Any) -> tuple[Party, Party]
 
 
 @pytest.mark.parametrize("role", ["on behalf of", "sponsor"])
-async def test_an_operator_whose_own_it_is_anyway_is_nobody_else(desk: Desk, role: str) -> None:
+async def test_an_operator_whose_own_it_is_anyway_is_nobody_else(desk: IssuerBench, role: str) -> None:
     """Policy says that it is approved as the floor wants; the floor wants somebody else than those two."""
     world, name = desk.world, f"o{uuid.uuid4().hex[:8]}"
     everything = scope("staging", ("read", "deploy", "wipe"), ("**",))
     own = await world.user(name, roles=("sponsor", "operator"), entitlements=everything)
     people = {"sam": desk.sam, "maria": desk.maria, "sue": desk.sue}
     people["sam" if role == "sponsor" else "maria"] = own
-    theirs = await Desk(world, people, desk.target).staff()
+    theirs = await IssuerBench(world, people, desk.target).staff()
     for by, opens in ((own, False), (world.operator, True)):
         asked = await theirs.ask("wipe")
         await theirs.decide(asked, approvals=(theirs.approval(asked, by),), required=("operator",))
@@ -178,14 +178,14 @@ async def test_an_operator_whose_own_it_is_anyway_is_nobody_else(desk: Desk, rol
 
 
 async def test_who_sponsors_the_agent_that_acts_for_them_gives_the_approval_of_the_sponsor(
-    desk: Desk,
+    desk: IssuerBench,
 ) -> None:
     everything = scope("staging", ("read", "deploy", "wipe"), ("**",))
     own = await desk.world.user(
         f"s{uuid.uuid4().hex[:8]}", roles=("sponsor", "operator"), entitlements=everything
     )
     people = {"sam": own, "maria": own, "sue": desk.sue}
-    theirs = await Desk(desk.world, people, desk.target).staff()
+    theirs = await IssuerBench(desk.world, people, desk.target).staff()
     asked = await theirs.ask("deploy")
     await theirs.decide(asked, approvals=(theirs.approval(asked, own),), required=("sponsor",))
     assert (await theirs.answer(asked)).credential is not None
@@ -197,7 +197,7 @@ async def test_who_sponsors_the_agent_that_acts_for_them_gives_the_approval_of_t
 
 async def test_an_operator_is_not_asked_for_what_is_their_own(world: World) -> None:
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         for whose in (office.maria, office.sam):  # whom it is for, and the agent's sponsor
             made = world.user_set(world.operator, whose, ("sponsor", "operator"), EVERYTHING)
             await world.accepted(made, world.operator)
@@ -205,7 +205,7 @@ async def test_an_operator_is_not_asked_for_what_is_their_own(world: World) -> N
         asked = await office.ask(WIPE)
         assert (await office.decision(asked)).required == ("sponsor", "operator")
         question = await office.question(asked, world.operator)
-        async with leaves(world, approved("maria", BOT) + answer_refused("not_approver", BOT)):
+        async with expect_trail(world, approved("maria", BOT) + answer_refused("not_approver", BOT)):
             refusal = await office.refused(await office.approve(question, office.maria))
             assert refusal == "not_approver"
         await office.approve(question, office.sam)  # counts, as the sponsor's
@@ -218,13 +218,13 @@ async def test_an_operator_is_not_asked_for_what_is_their_own(world: World) -> N
 
 async def test_two_keys_of_one_person_answer_once(world: World) -> None:
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         one, two = await second_key(world, "rita", roles=("sponsor", "operator"))
         await world.transfer("deploy-bot", "rita")
         await office.records_read()
         asked = await office.ask(WIPE)  # rita could be the sponsor, and the operator
         question = await office.question(asked, one)
-        async with leaves(world, TWICE):
+        async with expect_trail(world, TWICE):
             await office.approve(question, one)
             assert await office.refused(await office.approve(question, two)) == "approved_already"
         assert "allowed" not in await office.outcomes(asked)
@@ -234,14 +234,14 @@ async def test_two_keys_of_one_person_answer_once(world: World) -> None:
 
 async def test_an_approval_that_was_given_before_a_denial_and_comes_after_it(world: World) -> None:
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         asked = await office.ask(WIPE)
         question = await office.question(asked, office.sam)
         kept = office.approval(question, office.sam)  # signed, and held back by somebody
         first = await office.approve(question, office.sam)
         await office.approve(question, world.operator, verdict="denied")
         assert codes(await office.final(asked)) == {"approval_denied"}
-        async with leaves(world, HELD_BACK):
+        async with expect_trail(world, HELD_BACK):
             for replayed in (first, kept):
                 await office.send(APPROVAL_RESPONSE, replayed)
             assert await office.refused(kept) == "already_decided"
@@ -266,7 +266,7 @@ def question_digest(question: ApprovalRequest) -> str:
 async def test_one_request_shown_under_the_name_of_another(world: World) -> None:
     """A policy that lies asks with the harmless request, under the id of the harmful one."""
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         harmful = await office.question(await office.ask(WIPE), office.sam)
         harmless = await office.question(await office.ask(DEPLOY), office.sam)
         forged = harmless.model_copy(update={"request_id": harmful.request_id})

@@ -38,8 +38,8 @@ from ringfence.messages.topics import (
     LEASE,
     REVOCATION_REQUEST,
 )
-from tests.ocsf import check_ocsf
-from tests.world import WITHIN_S, Party, World, scope
+from tests.support.ocsf import check_ocsf
+from tests.support.world import WITHIN_S, Party, World, scope
 
 DEPLOY = scope("staging", ("deploy",), ("env/staging/*",))
 QUICK = AuditSettings(linger_ms=10)

@@ -19,7 +19,7 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.topics import ACTION, AUDIT
 from tests.flows import test_cli
-from tests.world import WITHIN_S, Party, World
+from tests.support.world import WITHIN_S, Party, World
 
 organisation, shell = test_cli.organisation, test_cli.shell
 ASK = ("--allow", "platform:read:env/staging/web", "--reason", "look")

@@ -28,7 +28,7 @@ from tests.flows.test_audit_chain import (
     told_of,
     verified,
 )
-from tests.world import World
+from tests.support.world import World
 
 
 async def chained_by_somebody(world: World, *, sign: bool) -> None:

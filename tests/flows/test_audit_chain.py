@@ -31,7 +31,7 @@ from ringfence.messages.registry import AgentSuspend
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, DEAD_LETTER, SERVICE_EVENT
 from ringfence.model.audit_log.chain import Source, Tip, event_of, linkable, linked
 from ringfence.model.audit_log.merkle import TreeHead, is_consistent, leaf_hash, root_by_inclusion
-from tests.world import Party, World, scope
+from tests.support.world import Party, World, scope
 
 QUICK = AuditSettings(linger_ms=10, checkpoint_s=0.1)
 DEPLOY = scope("staging", ("deploy",), ("env/staging/*",))

@@ -13,7 +13,7 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.topics import ACTION, LEASE
 from tests.flows import test_cli
-from tests.world import WITHIN_S, World
+from tests.support.world import WITHIN_S, World
 from tools.schemas.examples import EXAMPLES
 
 organisation, shell = test_cli.organisation, test_cli.shell

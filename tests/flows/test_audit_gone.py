@@ -15,7 +15,7 @@ from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE, DEAD_LETTER, HEARTBEAT, SERVICE_EVENT
 from ringfence.model.audit_log.chain import Source
-from tests.world import World
+from tests.support.world import World
 
 QUICK = AuditSettings(linger_ms=10, checkpoint_s=0.1)
 

@@ -35,7 +35,7 @@ from tests.flows.test_audit_chain import (
     told_of,
     verified,
 )
-from tests.world import DAY_S, Party, World
+from tests.support.world import DAY_S, Party, World
 
 
 def tries(world: World, group: str) -> float:

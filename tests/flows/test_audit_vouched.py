@@ -34,7 +34,7 @@ from tests.flows.test_audit_chain import (
     told_of,
     verified,
 )
-from tests.world import World
+from tests.support.world import World
 
 BOT = "deploy-bot"
 AT = partition_of(BOT, [0, 1])

@@ -35,11 +35,11 @@ from ringfence.messages.registry import AgentSuspend, TaskEnd, UserDisable, Verb
 from ringfence.messages.topics import APPROVAL_RESPONSE, AUDIT, CREDENTIAL_DECISION, LEASE
 from ringfence.model.requests.approvals import BREAK_GLASS_TTL_S
 from ringfence.policy.settings import PolicySettings
-from tests.flows.desk import Desk
-from tests.flows.office import DEPLOY, EVERYTHING, READ, Asked, Office, codes
-from tests.ocsf import check_ocsf
 from tests.policy.bundles import write
-from tests.world import DAY_S, Party, World, scope
+from tests.support.benches.issuer_bench import IssuerBench
+from tests.support.benches.policy_bench import DEPLOY, EVERYTHING, READ, Asked, PolicyBench, codes
+from tests.support.ocsf import check_ocsf
+from tests.support.world import DAY_S, Party, World, scope
 
 FROZEN = """
 decision := {
@@ -59,7 +59,7 @@ def own(folder: Path, rules: str = FROZEN, **fields: Any) -> dict[ServiceRole, A
     return {"policy": PolicySettings(bundle=write(folder, rules), **fields), "audit": QUICK}
 
 
-class Emergency(Office):
+class Emergency(PolicyBench):
     """See the module."""
 
     otto: Party
@@ -68,7 +68,7 @@ class Emergency(Office):
     @classmethod
     async def open(cls, world: World) -> Emergency:
         found = cls()
-        found.__dict__.update((await Office.open(world)).__dict__)
+        found.__dict__.update((await PolicyBench.open(world)).__dict__)
         found.otto = await world.user("otto", roles=("operator",))
         found.uma = await world.user("uma", roles=("auditor",))
         return found
@@ -402,7 +402,7 @@ async def test_what_two_operators_do_not_sign_in_time_ends(world: World, tmp_pat
 
 
 @pytest.fixture
-async def desk(world: World) -> AsyncIterator[Desk]:
+async def desk(world: World) -> AsyncIterator[IssuerBench]:
     """olga, otto and oscar are operators; sam, who sponsors the agent, and maria, for whom it acts, are as well."""
     async with world.running("registry", "issuer"):
         everything = scope("staging", ("read", "deploy"), ("**",))
@@ -413,10 +413,10 @@ async def desk(world: World) -> AsyncIterator[Desk]:
         }
         verbs = (VerbFloor(verb="read"), VerbFloor(verb="deploy", floor="sponsor"), VerbFloor(verb="wipe"))
         target = await world.target("staging", verbs=verbs)
-        yield await Desk(world, people, target).staff(ceiling=everything, task_scope=everything)
+        yield await IssuerBench(world, people, target).staff(ceiling=everything, task_scope=everything)
 
 
-async def test_the_issuer_counts_two_operators_by_itself(desk: Desk):
+async def test_the_issuer_counts_two_operators_by_itself(desk: IssuerBench):
     olga, otto = desk.world.operator, desk.sue
     asked = await desk.ask("read", break_glass=True)
     await desk.decide(asked, approvals=(desk.approval(asked, olga), desk.approval(asked, otto)))
@@ -429,7 +429,7 @@ async def test_the_issuer_counts_two_operators_by_itself(desk: Desk):
     "who",
     ["nobody", "one", "one twice", "the sponsor", "the user", "a pair of another request", "three keys"],
 )
-async def test_a_lying_policy_breaks_no_glass(desk: Desk, who: str):
+async def test_a_lying_policy_breaks_no_glass(desk: IssuerBench, who: str):
     olga, otto = desk.world.operator, desk.sue
     asked = await desk.ask("read", break_glass=True)
     other = await desk.ask("read", break_glass=True)
@@ -454,7 +454,7 @@ async def test_a_lying_policy_breaks_no_glass(desk: Desk, who: str):
     assert await desk.is_finding(asked)
 
 
-async def test_what_was_approved_ahead_breaks_no_glass(desk: Desk):
+async def test_what_was_approved_ahead_breaks_no_glass(desk: IssuerBench):
     olga, otto = desk.world.operator, desk.sue
     asked = await desk.ask("read", break_glass=True)
     grants = [
@@ -474,7 +474,7 @@ async def test_what_was_approved_ahead_breaks_no_glass(desk: Desk):
     assert (await desk.refused(asked)).reasons[0].code == "grant_breaks_no_glass"
 
 
-async def test_a_lying_policy_gives_no_long_life_no_floor_and_no_reach(desk: Desk):
+async def test_a_lying_policy_gives_no_long_life_no_floor_and_no_reach(desk: IssuerBench):
     olga, otto = desk.world.operator, desk.sue
 
     async def refused(*verbs: str, resource: str = "env/staging/web", ttl_s: int = 600) -> str:

@@ -20,8 +20,8 @@ import pytest
 
 from ringfence.cli.main import main
 from ringfence.model.identity.attestation import audience
-from tests.oidc import TokenIssuer
-from tests.world import WITHIN_S, World
+from tests.support.oidc_tokens import TokenIssuer
+from tests.support.world import WITHIN_S, World
 
 
 @dataclass

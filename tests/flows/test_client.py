@@ -30,8 +30,8 @@ from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT
 from ringfence.model.scope.globs import ScopeError
-from tests.flows.sdk import READ, WRITE, Elsewhere, administrator, client, first
-from tests.world import WITHIN_S, World, scope
+from tests.support.benches.sdk_clients import READ, WRITE, Elsewhere, administrator, client, first
+from tests.support.world import WITHIN_S, World, scope
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 

@@ -29,8 +29,8 @@ from ringfence.messages.operations import DeadLetter, ServiceEvent
 from ringfence.messages.permission import Permission
 from ringfence.messages.topics import CREDENTIAL_REQUEST, DEAD_LETTER, REVOCATION_REQUEST, SERVICE_EVENT
 from ringfence.model.scope.globs import ScopeError
-from tests.flows.sdk import Played, client
-from tests.world import WITHIN_S, Party, World
+from tests.support.benches.sdk_clients import Played, client
+from tests.support.world import WITHIN_S, Party, World
 
 TASK = str(uuid.uuid4())
 

@@ -24,8 +24,8 @@ from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Outcome, Reason, Revisions
 from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
-from tests.flows.sdk import READ, WRITE, client, first, nowhere
-from tests.world import WITHIN_S, Party, World
+from tests.support.benches.sdk_clients import READ, WRITE, client, first, nowhere
+from tests.support.world import WITHIN_S, Party, World
 
 POLICY_REVISION = "f" * 64
 

@@ -24,10 +24,10 @@ from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK
 from ringfence.model.lease_store import LeaseStore
 from ringfence.revoker.ending.lease_ender import LeaseEnder
 from ringfence.revoker.settings import RevokerSettings
-from tests import cut_listener
-from tests.cut_listener import CutListener
-from tests.flows.desk import Desk, another, opened_desks
-from tests.world import WITHIN_S, World
+from tests.support import cut_listener
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
+from tests.support.cut_listener import CutListener
+from tests.support.world import WITHIN_S, World
 
 
 @asynccontextmanager
@@ -64,13 +64,13 @@ async def grown(world: World, name: str, before: float) -> None:
 
 
 @pytest.fixture
-async def desk(world: World) -> AsyncIterator[Desk]:
+async def desk(world: World) -> AsyncIterator[IssuerBench]:
     async with opened_desks(world) as first, world.running("issuer", "revoker"):
         yield await another(first)
 
 
 @pytest.mark.parametrize("what", ["a lease", "all of an agent"])
-async def test_a_gateway_refuses_says_so_and_the_cut_is_measured(desk: Desk, what: str) -> None:
+async def test_a_gateway_refuses_says_so_and_the_cut_is_measured(desk: IssuerBench, what: str) -> None:
     world = desk.world
     async with listening(world) as gateway:
         asked, _ = await desk.issued("read")
@@ -110,7 +110,7 @@ class _Behind:
         return SystemClock().now_ms() - self.by_ms
 
 
-async def test_a_gateway_whose_clock_is_behind_forwards_nothing_until_it_is_right(desk: Desk) -> None:
+async def test_a_gateway_whose_clock_is_behind_forwards_nothing_until_it_is_right(desk: IssuerBench) -> None:
     """By it deadlines are not there yet, and what it knows is younger than it is."""
     world, clock = desk.world, _Behind(8000)
     async with listening(world, clock=clock) as gateway:
@@ -123,7 +123,7 @@ async def test_a_gateway_whose_clock_is_behind_forwards_nothing_until_it_is_righ
 
 
 async def test_by_a_clock_that_is_ahead_a_lease_goes_no_further_and_is_not_said_to_have_ended(
-    desk: Desk,
+    desk: IssuerBench,
 ) -> None:
     world, clock = desk.world, _Behind(0)
     async with listening(world, clock=clock, grace_s=3600.0) as gateway:
@@ -139,7 +139,7 @@ async def test_by_a_clock_that_is_ahead_a_lease_goes_no_further_and_is_not_said_
         assert gateway.forwards(asked.lease_id)
 
 
-async def test_a_gateway_does_not_follow_who_may_not_revoke(desk: Desk) -> None:
+async def test_a_gateway_does_not_follow_who_may_not_revoke(desk: IssuerBench) -> None:
     world = desk.world
     async with listening(world) as gateway:
         asked, _ = await desk.issued("read")
@@ -153,7 +153,7 @@ async def test_a_gateway_does_not_follow_who_may_not_revoke(desk: Desk) -> None:
 
 
 async def test_a_gateway_that_never_says_so_is_told_of_and_the_grace_stands_for_its_word(
-    desk: Desk, store: LeaseStore
+    desk: IssuerBench, store: LeaseStore
 ) -> None:
     world = desk.world
     async with listening(world, gives_its_word=False):
@@ -168,13 +168,13 @@ async def test_a_gateway_that_never_says_so_is_told_of_and_the_grace_stands_for_
 
 
 @pytest.fixture
-async def store(desk: Desk) -> AsyncIterator[LeaseStore]:
+async def store(desk: IssuerBench) -> AsyncIterator[LeaseStore]:
     store = LeaseStore(desk.world.settings("issuer"))
     yield store
     await store.close()
 
 
-async def test_the_listener_as_a_process(desk: Desk, tmp_path: Path) -> None:
+async def test_the_listener_as_a_process(desk: IssuerBench, tmp_path: Path) -> None:
     """As others start it: by its settings and its key."""
     world = desk.world
     settings = world.settings("gateway")
@@ -189,7 +189,7 @@ async def test_the_listener_as_a_process(desk: Desk, tmp_path: Path) -> None:
     }
     child: Child = spawn(
         "cut listener",
-        [sys.executable, "-m", "tests.cut_listener"],
+        [sys.executable, "-m", "tests.support.cut_listener"],
         env=environment,
         log_path=tmp_path / "log",
     )
@@ -210,14 +210,14 @@ async def test_the_listener_as_a_process(desk: Desk, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-async def shared(company: Desk) -> Desk:
+async def shared(company: IssuerBench) -> IssuerBench:
     """In a world without gateways."""
     return await another(company)
 
 
 @pytest.mark.parametrize("selected", ["agent", "task", "sponsor", "target", "user", "all"])
 async def test_introspection_refuses_what_a_selector_covers_before_any_lease_is_found(
-    shared: Desk, monkeypatch: pytest.MonkeyPatch, selected: str
+    shared: IssuerBench, monkeypatch: pytest.MonkeyPatch, selected: str
 ) -> None:
     desk, world = shared, shared.world
     asked, content = await desk.issued("read")
@@ -255,7 +255,7 @@ async def test_introspection_refuses_what_a_selector_covers_before_any_lease_is_
 
 
 async def test_a_selector_cuts_while_another_one_is_still_ending_leases(
-    shared: Desk, monkeypatch: pytest.MonkeyPatch
+    shared: IssuerBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, world = shared, shared.world
     other = await another(one)
@@ -283,7 +283,7 @@ async def test_a_selector_cuts_while_another_one_is_still_ending_leases(
     await other.lease(asked_too.lease_id, "revoked")
 
 
-async def introspected(desk: Desk, token: str) -> bool:
+async def introspected(desk: IssuerBench, token: str) -> bool:
     """Whether the target is told that a token is good."""
     url = f"http://127.0.0.1:{desk.world.ports['issuer']}"
     async with httpx.AsyncClient(base_url=url, timeout=WITHIN_S) as http:
@@ -294,7 +294,7 @@ async def introspected(desk: Desk, token: str) -> bool:
     return bool(answer.json()["active"])
 
 
-async def test_a_narrowed_ceiling_cuts_nothing_that_still_fits(shared: Desk) -> None:
+async def test_a_narrowed_ceiling_cuts_nothing_that_still_fits(shared: IssuerBench) -> None:
     """Its fence is for what is being issued alone."""
     desk = shared
     _, fits = await desk.issued("read")

@@ -34,21 +34,29 @@ from ringfence.model.lease_store import RECORD_KEEP_MS
 from ringfence.revoker.consistency.compare import checking
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Asked, Desk, another, opened_office
-from tests.flows.place import Place
-from tests.stack import WITHIN_S
-from tests.stories import allowed, asked_for, buried, forged, leaves, refused_by_issuer, request_leaves
-from tests.world import DeadLetteredError, Party, Scope
+from tests.support.audit_stories import (
+    allowed,
+    asked_for,
+    buried,
+    expect_trail,
+    forged,
+    refused_by_issuer,
+    request_leaves,
+)
+from tests.support.benches.issuer_bench import Asked, IssuerBench, another, opened_office
+from tests.support.benches.lost_redis_bench import LostRedisBench
+from tests.support.stack import WITHIN_S
+from tests.support.world import DeadLetteredError, Party, Scope
 
 
 @pytest.fixture(scope="module")
-async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+async def issuer_bench(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[IssuerBench]:
     """Registry, issuer and revoker, once for all tests here."""
     async with opened_office(kafka, redis_server, "issuer", "revoker") as desk:
         yield desk
 
 
-async def command(desk: Desk, by: Party, to: Party, scope: Scope, **fields: Any) -> ServiceEvent:
+async def command(desk: IssuerBench, by: Party, to: Party, scope: Scope, **fields: Any) -> ServiceEvent:
     """What the registry says where an agent hands on a part of the desk's task."""
     task = next(r for r in await desk.world.records(TASK) if r.key == desk.task)
     find = desk.world.trust.finder("registry", at_s=task.appended_at_ms / 1000)
@@ -64,8 +72,12 @@ async def command(desk: Desk, by: Party, to: Party, scope: Scope, **fields: Any)
 
 
 async def handed(
-    desk: Desk, scope: Scope | None = None, *, ceiling: Scope | None = None, sponsor: Party | None = None
-) -> Desk:
+    desk: IssuerBench,
+    scope: Scope | None = None,
+    *,
+    ceiling: Scope | None = None,
+    sponsor: Party | None = None,
+) -> IssuerBench:
     """A desk whose agent, of another sponsor, was handed a part of this desk's task."""
     everything = desk.scope("read", "deploy", "wipe", resource="**")
     name = f"sub-{uuid.uuid4().hex[:8]}"
@@ -73,7 +85,7 @@ async def handed(
     event = await command(desk, desk.bot, child, scope or everything)
     assert event.kind == "accepted", event.reasons
     assert event.result is not None
-    below = Desk(desk.world, {"sam": desk.sam, "maria": desk.maria, "sue": desk.sue}, desk.target)
+    below = IssuerBench(desk.world, {"sam": desk.sam, "maria": desk.maria, "sue": desk.sue}, desk.target)
     below.bot, below.task = child, event.result
     below.revisions = desk.revisions.model_copy(
         update={"delegators": (DelegatorRevisions(agent=1, task=1), *(desk.revisions.delegators or ()))}
@@ -81,11 +93,11 @@ async def handed(
     return below
 
 
-async def issued(desk: Desk, *verbs: str) -> Asked:
+async def issued(desk: IssuerBench, *verbs: str) -> Asked:
     return (await desk.issued(*verbs or ("read",)))[0]
 
 
-async def ended(desk: Desk, asked: Asked, kind: str) -> Lease:
+async def ended(desk: IssuerBench, asked: Asked, kind: str) -> Lease:
     """The last record of a lease, once it is over, and that for this cause."""
     lease = await desk.lease(asked.lease_id, *TERMINAL)
     assert lease.cause is not None
@@ -93,12 +105,12 @@ async def ended(desk: Desk, asked: Asked, kind: str) -> Lease:
     return lease
 
 
-async def still_lives(desk: Desk, *leases: Asked) -> None:
+async def still_lives(desk: IssuerBench, *leases: Asked) -> None:
     for asked in leases:
         assert {one.claims.status for one in await desk.records(asked.lease_id)} == {"active"}
 
 
-async def is_active(desk: Desk, content: ReplyContent) -> bool:
+async def is_active(desk: IssuerBench, content: ReplyContent) -> bool:
     """What the issuer's introspection says of a token."""
     assert content.credential is not None
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{desk.world.ports['issuer']}") as http:
@@ -113,7 +125,7 @@ async def is_active(desk: Desk, content: ReplyContent) -> bool:
 # --- what is issued ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_credential_of_a_part_names_everybody_up_to_the_human(desk: Desk):
+async def test_a_credential_of_a_part_names_everybody_up_to_the_human(desk: IssuerBench):
     middle = await handed(desk)
     below = await handed(middle, sponsor=desk.sam)
     asked, content = await below.issued("read")
@@ -137,7 +149,7 @@ async def test_a_credential_of_a_part_names_everybody_up_to_the_human(desk: Desk
     assert await is_active(below, content)
 
 
-async def test_a_part_that_nobody_handed_on_names_no_delegation(desk: Desk):
+async def test_a_part_that_nobody_handed_on_names_no_delegation(desk: IssuerBench):
     _, content = await desk.issued("read")
     assert content.credential is not None
     claims = jwt.decode(content.credential.value, options={"verify_signature": False})
@@ -152,7 +164,7 @@ BELOW_A_SUSPENDED = (
 
 
 @pytest.mark.parametrize("small", ["above", "below"])
-async def test_no_policy_gets_past_either_ceiling(desk: Desk, small: str):
+async def test_no_policy_gets_past_either_ceiling(desk: IssuerBench, small: str):
     """Policy allows it all the same: the issuer asks every ceiling of the chain."""
     above = await another(desk, ceiling=desk.scope("read", resource="env/a")) if small == "above" else desk
     below = await handed(above, ceiling=desk.scope("read", resource="env/a") if small == "below" else None)
@@ -168,7 +180,7 @@ async def test_no_policy_gets_past_either_ceiling(desk: Desk, small: str):
     await request_leaves(desk.world, story, asked.id, above=above.bot.name, below=below.bot.name)
 
 
-async def test_no_policy_leaves_out_the_chain(desk: Desk):
+async def test_no_policy_leaves_out_the_chain(desk: IssuerBench):
     """It says that it saw no delegators, or other ones: what it says of revisions is no ground for anything."""
     below = await handed(desk)
     await desk.world.accepted(
@@ -194,7 +206,7 @@ SUSPENDED_HANDS_ON = """
 # --- what the registry refuses, and audit is told ---------------------------------------------------------------------
 
 
-async def test_what_reaches_further_is_refused_with_the_reason(desk: Desk):
+async def test_what_reaches_further_is_refused_with_the_reason(desk: IssuerBench):
     child = await desk.world.agent(f"sub-{uuid.uuid4().hex[:8]}", desk.sue, desk.scope("read"))
     other = (await another(desk)).bot
     narrow = desk.scope("read")
@@ -207,7 +219,7 @@ async def test_what_reaches_further_is_refused_with_the_reason(desk: Desk):
         f"3004 Create: Failure command.refused [{code}] by registry for {to.name}\n"
         for by, to, code in taken
     )
-    async with leaves(desk.world, story):
+    async with expect_trail(desk.world, story):
         refusals = [
             await command(desk, desk.bot, child, desk.scope("read", resource="**"), parent=str(uuid.uuid4())),
             await command(desk, desk.bot, child, (*narrow, *_elsewhere(narrow))),
@@ -231,34 +243,34 @@ def _elsewhere(scope: Scope) -> Scope:
     return (scope[0].model_copy(update={"target": "production"}),)
 
 
-async def test_a_key_that_is_nobodys_hands_nothing_on(desk: Desk):
+async def test_a_key_that_is_nobodys_hands_nothing_on(desk: IssuerBench):
     child = await desk.world.agent(f"sub-{uuid.uuid4().hex[:8]}", desk.sue, desk.scope("read"))
     stranger = Party(desk.bot.name, desk.world.party("agent", desk.bot.name).key)
-    async with leaves(desk.world, forged() + buried()):
+    async with expect_trail(desk.world, forged() + buried()):
         with pytest.raises(DeadLetteredError, match="no valid key"):
             await command(desk, stranger, child, desk.scope("read"))
 
 
-async def test_who_is_suspended_hands_nothing_on(desk: Desk):
+async def test_who_is_suspended_hands_nothing_on(desk: IssuerBench):
     child = await desk.world.agent(f"sub-{uuid.uuid4().hex[:8]}", desk.sue, desk.scope("read"))
     suspend = desk.world.claims(AgentSuspend, desk.sam, agent_id=desk.bot.name, reason="x")
     await desk.world.accepted(suspend, desk.sam)
     await desk.world.event_where(  # what follows from it is told
         lambda e: (e.kind, e.subject, e.agent_id) == ("accepted", "revocation.request", desk.bot.name)
     )
-    async with leaves(desk.world, SUSPENDED_HANDS_ON, bot=desk.bot.name, child=child.name):
+    async with expect_trail(desk.world, SUSPENDED_HANDS_ON, bot=desk.bot.name, child=child.name):
         event = await command(desk, desk.bot, child, desk.scope("read"))
     assert event.reasons[0].code == "agent_suspended"
 
 
-async def test_the_same_command_a_second_time_is_a_replay(desk: Desk):
+async def test_the_same_command_a_second_time_is_a_replay(desk: IssuerBench):
     below = await handed(desk)
     terms = TaskTerms(
         agent_id=below.bot.name, purpose="x", scope=desk.scope("read"), not_after=int(_now_s()) + 60
     )
     claims = desk.world.claims(TaskDelegate, desk.bot, parent=desk.task, terms=terms)
     first = await desk.world.command(claims, desk.bot)
-    async with leaves(desk.world, HANDED_ON_AGAIN, bot=desk.bot.name, below=below.bot.name):
+    async with expect_trail(desk.world, HANDED_ON_AGAIN, bot=desk.bot.name, below=below.bot.name):
         again = await desk.world.command(claims, desk.bot)
     assert (first.kind, again.kind) == ("accepted", "replayed")
     assert len([r for r in await desk.world.records(TASK) if r.key == first.result]) == 1
@@ -271,7 +283,7 @@ def _now_s() -> float:
 # --- what ends it -----------------------------------------------------------------------------------------------------
 
 
-async def test_the_end_of_a_task_ends_all_that_came_of_it(desk: Desk):
+async def test_the_end_of_a_task_ends_all_that_came_of_it(desk: IssuerBench):
     middle = await handed(desk)
     below, beside = await handed(middle), await handed(desk)
     other = await another(desk)
@@ -298,7 +310,7 @@ async def test_the_end_of_a_task_ends_all_that_came_of_it(desk: Desk):
     assert desk.task in refusal.reasons[0].message
 
 
-async def test_the_end_of_a_part_leaves_the_task_as_it_is(desk: Desk):
+async def test_the_end_of_a_part_leaves_the_task_as_it_is(desk: IssuerBench):
     """By the agent that handed it on."""
     middle = await handed(desk)
     below = await handed(middle)
@@ -310,7 +322,7 @@ async def test_the_end_of_a_part_leaves_the_task_as_it_is(desk: Desk):
 
 
 @pytest.mark.parametrize("what", ["suspended", "decommissioned", "narrowed", "orphaned"])
-async def test_what_befalls_an_agent_above_ends_what_is_below(desk: Desk, what: str):
+async def test_what_befalls_an_agent_above_ends_what_is_below(desk: IssuerBench, what: str):
     sponsor = await desk.world.user(f"boss-{uuid.uuid4().hex[:8]}", ("sponsor",))
     boss = await another(desk)
     boss.sam = sponsor
@@ -337,7 +349,7 @@ async def test_what_befalls_an_agent_above_ends_what_is_below(desk: Desk, what: 
     await ended(below, asked, kinds[what])
 
 
-async def test_what_was_handed_on_with_a_compromised_key_ends_and_nothing_else(desk: Desk):
+async def test_what_was_handed_on_with_a_compromised_key_ends_and_nothing_else(desk: IssuerBench):
     """A thief hands a part to an agent of their own: what that one holds ends with the key, and what is below it."""
     boss = await another(desk)
     stolen = boss.bot
@@ -357,7 +369,7 @@ async def test_what_was_handed_on_with_a_compromised_key_ends_and_nothing_else(d
     await still_lives(boss, mine)
 
 
-async def rotated(desk: Desk, **fields: Any) -> Party:
+async def rotated(desk: IssuerBench, **fields: Any) -> Party:
     """The desk's agent with another key."""
     new = desk.world.party("agent", desk.bot.name)
     claims = desk.world.claims(
@@ -370,7 +382,7 @@ async def rotated(desk: Desk, **fields: Any) -> Party:
 
 
 @pytest.mark.parametrize("how", ["agent", "task", "sponsor", "user"])
-async def test_the_kill_switch_on_what_is_above_reaches_what_is_below(desk: Desk, how: str):
+async def test_the_kill_switch_on_what_is_above_reaches_what_is_below(desk: IssuerBench, how: str):
     middle = await handed(desk)
     below = await handed(middle)
     asked = await issued(below)
@@ -385,7 +397,7 @@ async def test_the_kill_switch_on_what_is_above_reaches_what_is_below(desk: Desk
     await ended(below, asked, "revocation")
 
 
-async def test_who_answers_for_an_agent_above_revokes_one_lease_below(desk: Desk):
+async def test_who_answers_for_an_agent_above_revokes_one_lease_below(desk: IssuerBench):
     """sam sponsors who handed it on; sue's agent holds it. Who sponsors neither may not."""
     below = await handed(desk)
     asked = await issued(below)
@@ -397,7 +409,7 @@ async def test_who_answers_for_an_agent_above_revokes_one_lease_below(desk: Desk
     await ended(below, asked, "revocation")
 
 
-async def test_what_is_under_way_when_the_task_above_is_cut_is_not_issued(desk: Desk):
+async def test_what_is_under_way_when_the_task_above_is_cut_is_not_issued(desk: IssuerBench):
     """Asked for before, decided after: the fence on the task above stands in its way, though no record has changed."""
     below = await handed(desk)
     asked = await below.ask("read")
@@ -409,7 +421,7 @@ async def test_what_is_under_way_when_the_task_above_is_cut_is_not_issued(desk: 
     await issued(below)
 
 
-async def test_what_is_under_way_when_the_task_above_ends_is_not_issued(desk: Desk):
+async def test_what_is_under_way_when_the_task_above_ends_is_not_issued(desk: IssuerBench):
     below = await handed(desk)
     asked = [await below.ask("read") for _ in range(3)]
     end = desk.world.claims(TaskEnd, desk.maria, task_id=desk.task, reason="done")
@@ -427,7 +439,7 @@ async def test_what_is_under_way_when_the_task_above_ends_is_not_issued(desk: De
 
 
 async def test_nobody_is_passed_over_where_the_records_cannot_be_read_to_their_end(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    desk: IssuerBench, monkeypatch: pytest.MonkeyPatch
 ):
     """Which agents hold parts, the revoker then does not know: it looks at all leases."""
     below = await handed(desk)
@@ -445,7 +457,7 @@ async def test_nobody_is_passed_over_where_the_records_cannot_be_read_to_their_e
     await ended(below, asked, "revocation")
 
 
-async def test_redis_holds_what_kafka_says_of_leases_of_parts(desk: Desk):
+async def test_redis_holds_what_kafka_says_of_leases_of_parts(desk: IssuerBench):
     below = await handed(desk)
     asked = await issued(below)
     async with checking(
@@ -455,7 +467,7 @@ async def test_redis_holds_what_kafka_says_of_leases_of_parts(desk: Desk):
     assert found == []
 
 
-async def test_an_order_on_the_task_above_holds_for_what_is_rebuilt(place: Place):
+async def test_an_order_on_the_task_above_holds_for_what_is_rebuilt(place: LostRedisBench):
     desk = place.desk
     below = await handed(desk)
     asked, kept = await issued(below), await issued(await another(desk))

@@ -33,15 +33,15 @@ from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE
 from ringfence.messages.trust import ServiceIdentity
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.records.api_access import NotFoundError
-from tests import canary
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Asked, Desk, another, opened_desks
-from tests.world import DAY_S, Party, World, scope
+from tests.support import secret_canary
+from tests.support.benches.issuer_bench import Asked, IssuerBench, another, opened_desks
+from tests.support.world import DAY_S, Party, World, scope
 
 
 @pytest.fixture(scope="module")
-async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+async def issuer_bench(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[IssuerBench]:
     """Registry, issuer and revoker, once for all tests here."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     async with (
@@ -53,17 +53,17 @@ async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]
         yield desk
 
 
-async def envelope_of(desk: Desk, asked: Asked) -> Received:
+async def envelope_of(desk: IssuerBench, asked: Asked) -> Received:
     return await desk.world.consume_until(CREDENTIAL_REPLY, lambda r: unverified_about(r.value) == asked.id)
 
 
-def opened(desk: Desk, envelope: str | bytes, key: EncryptionKey) -> CredentialDelivery:
+def opened(desk: IssuerBench, envelope: str | bytes, key: EncryptionKey) -> CredentialDelivery:
     """As a gateway believes it: by its own key, and by the issuer's signature."""
     find = desk.world.trust.finder("issuer", at_s=time.time())
     return verify(parse(key.open(envelope)), CredentialDelivery, find, audience=desk.world.td).claims
 
 
-async def handed(desk: Desk, *verbs: str, **fields: Any) -> tuple[Asked, ReplyContent]:
+async def handed(desk: IssuerBench, *verbs: str, **fields: Any) -> tuple[Asked, ReplyContent]:
     """A lease for the gateway, asked for, decided and answered."""
     asked = await desk.ask(*verbs, delivery="gateway", **fields)
     await desk.decide(asked)
@@ -72,15 +72,15 @@ async def handed(desk: Desk, *verbs: str, **fields: Any) -> tuple[Asked, ReplyCo
     return asked, content
 
 
-async def sealed_again(desk: Desk, lease_id: str, by: Party | None) -> httpx.Response:
+async def sealed_again(desk: IssuerBench, lease_id: str, by: Party | None) -> httpx.Response:
     return await desk.world.get("issuer", f"/v1/leases/{lease_id}/sealed-credential", by)
 
 
-def gateway(desk: Desk) -> Party:
+def gateway(desk: IssuerBench) -> Party:
     return Party("gateway", desk.world.key("gateway"))
 
 
-async def newcomer(desk: Desk, name: str, *, sealed_to: bool = True) -> tuple[Party, EncryptionKey]:
+async def newcomer(desk: IssuerBench, name: str, *, sealed_to: bool = True) -> tuple[Party, EncryptionKey]:
     """One more gateway in the trust bundle, of which the issuer knows."""
     world, end_s = desk.world, int(time.time()) + DAY_S
     party, seal = world.party("service", name), EncryptionKey.generate(f"spiffe://{world.td}/service/{name}")
@@ -107,7 +107,7 @@ async def newcomer(desk: Desk, name: str, *, sealed_to: bool = True) -> tuple[Pa
 # --- to the gateway, not to the agent ---------------------------------------------------------------------------------
 
 
-async def test_the_agent_gets_a_lease_and_the_gateway_the_credential(desk: Desk) -> None:
+async def test_the_agent_gets_a_lease_and_the_gateway_the_credential(desk: IssuerBench) -> None:
     asked, content = await handed(desk, "read")
     assert content.credential is None
     lease = await desk.lease(asked.lease_id, "active")
@@ -128,7 +128,7 @@ async def test_the_agent_gets_a_lease_and_the_gateway_the_credential(desk: Desk)
     assert lease.key_thumbprint == desk.bot.key.kid, "the handle is the agent's all the same"
 
 
-async def test_gateways_have_it_before_the_agent_has_its_handle(desk: Desk) -> None:
+async def test_gateways_have_it_before_the_agent_has_its_handle(desk: IssuerBench) -> None:
     asked, _ = await handed(desk, "read")
     envelope = await envelope_of(desk, asked)
 
@@ -142,7 +142,7 @@ async def test_gateways_have_it_before_the_agent_has_its_handle(desk: Desk) -> N
     assert lease.appended_at_ms <= envelope.appended_at_ms
 
 
-async def test_the_sdk_takes_it_as_a_handle(desk: Desk) -> None:
+async def test_the_sdk_takes_it_as_a_handle(desk: IssuerBench) -> None:
     asked, content = await handed(desk, "read")
     sent = SentRequest(asked.claims, asked.compact, asked.reply_key, new_traceparent())
 
@@ -156,7 +156,7 @@ async def test_the_sdk_takes_it_as_a_handle(desk: Desk) -> None:
     assert content.credential is None
 
 
-async def test_to_the_agent_nothing_is_sealed_to_gateways(desk: Desk) -> None:
+async def test_to_the_agent_nothing_is_sealed_to_gateways(desk: IssuerBench) -> None:
     asked, _ = await desk.issued("read")
     later, _ = await handed(desk, "read")
     await envelope_of(desk, later)
@@ -170,7 +170,7 @@ async def test_to_the_agent_nothing_is_sealed_to_gateways(desk: Desk) -> None:
 # --- a gateway that came later ----------------------------------------------------------------------------------------
 
 
-async def test_a_gateway_that_came_later_asks_the_issuer(desk: Desk) -> None:
+async def test_a_gateway_that_came_later_asks_the_issuer(desk: IssuerBench) -> None:
     asked, _ = await handed(desk, "read")
     party, seal = await newcomer(desk, "gateway-late")
     first = await envelope_of(desk, asked)
@@ -187,7 +187,7 @@ async def test_a_gateway_that_came_later_asks_the_issuer(desk: Desk) -> None:
     assert opened(desk, (await envelope_of(desk, later)).value, seal).lease_id == later.lease_id
 
 
-async def test_what_stands_on_kafka_outlives_the_issuer(desk: Desk) -> None:
+async def test_what_stands_on_kafka_outlives_the_issuer(desk: IssuerBench) -> None:
     """The issuer keeps nothing but its key: another process with that key answers the same."""
     asked, _ = await handed(desk, "read")
     world, clock = desk.world, SystemClock()
@@ -206,7 +206,7 @@ async def test_what_stands_on_kafka_outlives_the_issuer(desk: Desk) -> None:
         await store.close()
 
 
-async def test_nobody_but_gateways_is_answered(desk: Desk) -> None:
+async def test_nobody_but_gateways_is_answered(desk: IssuerBench) -> None:
     asked, _ = await handed(desk, "read")
     policy = Party("policy", desk.world.key("policy"))
     impostor = Party("gateway", SigningKey.generate(gateway(desk).id))
@@ -216,7 +216,7 @@ async def test_nobody_but_gateways_is_answered(desk: Desk) -> None:
     assert (await sealed_again(desk, asked.lease_id, gateway(desk))).status_code == 200
 
 
-async def test_a_token_of_a_gateway_lives_for_a_minute(desk: Desk) -> None:
+async def test_a_token_of_a_gateway_lives_for_a_minute(desk: IssuerBench) -> None:
     asked, _ = await handed(desk, "read")
     path = f"/v1/leases/{asked.lease_id}/sealed-credential"
     now = int(time.time())
@@ -226,7 +226,7 @@ async def test_a_token_of_a_gateway_lives_for_a_minute(desk: Desk) -> None:
             assert (await http.get(path, headers=headers)).status_code == 401, wrong
 
 
-async def test_a_gateway_without_a_key_is_told_what_it_lacks(desk: Desk) -> None:
+async def test_a_gateway_without_a_key_is_told_what_it_lacks(desk: IssuerBench) -> None:
     asked, _ = await handed(desk, "read")
     party, _ = await newcomer(desk, "gateway-bare", sealed_to=False)
     answer = await sealed_again(desk, asked.lease_id, party)
@@ -234,7 +234,7 @@ async def test_a_gateway_without_a_key_is_told_what_it_lacks(desk: Desk) -> None
     assert "trust bundle" in answer.json()["message"]
 
 
-async def test_only_live_leases_for_gateways_are_answered(desk: Desk) -> None:
+async def test_only_live_leases_for_gateways_are_answered(desk: IssuerBench) -> None:
     for_the_agent, _ = await desk.issued("read")
     ended, _ = await handed(desk, "read")
     claims, _ = await desk.revoke(desk.bot, "release", lease_id=ended.lease_id)
@@ -246,7 +246,7 @@ async def test_only_live_leases_for_gateways_are_answered(desk: Desk) -> None:
         assert (answer.status_code, answer.json()["error"]) == (404, "not_found"), lease_id
 
 
-async def test_what_strangers_put_beside_it_is_passed_over(desk: Desk) -> None:
+async def test_what_strangers_put_beside_it_is_passed_over(desk: IssuerBench) -> None:
     """Whoever can write to the topic can seal to the issuer: its signature inside is what counts."""
     asked = await desk.ask("read", delivery="gateway")
     world = desk.world
@@ -293,7 +293,7 @@ async def test_without_a_gateway_that_could_open_it_nothing_is_issued(
 
 
 @pytest.fixture
-async def partner(desk: Desk) -> Desk:
+async def partner(desk: IssuerBench) -> IssuerBench:
     """A target with a static secret, and an agent for it."""
     wide = scope("partner", ("read",), ("path/**",))
     rules = (RequestRule(method="GET", path="/{path*}", verb="read", resource="path/{path*}"),)
@@ -306,14 +306,14 @@ async def partner(desk: Desk) -> Desk:
 
 
 async def test_a_static_secret_is_a_lease_and_nothing_else(
-    partner: Desk, office: Desk, monkeypatch: pytest.MonkeyPatch
+    partner: IssuerBench, issuer_bench: IssuerBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = scope("partner", ("read",), ("path/x",))
     asked, content = await handed(partner, scope=wanted)
     assert content.credential is None
     lease = await partner.lease(asked.lease_id, "active")
     assert (lease.backend, lease.delivery) == ("http", "gateway")
-    later = await another(office)
+    later = await another(issuer_bench)
     envelope = await envelope_of(later, (await handed(later, "read"))[0])
     assert envelope
     about = {unverified_about(record.value) for record in await partner.world.records(CREDENTIAL_REPLY)}
@@ -341,7 +341,7 @@ async def test_a_static_secret_is_a_lease_and_nothing_else(
 
 
 @pytest.mark.parametrize("delivery", ["agent", "gateway"])
-async def test_policy_gets_no_credential_sealed_to_a_key_of_its_own(desk: Desk, delivery: str) -> None:
+async def test_policy_gets_no_credential_sealed_to_a_key_of_its_own(desk: IssuerBench, delivery: str) -> None:
     """It decides on the agent's request, with the reply key in it replaced and everything else as it was signed."""
     mine = ReplyKey()
     asked = await desk.ask("read", delivery=delivery)
@@ -369,25 +369,25 @@ async def test_policy_gets_no_credential_sealed_to_a_key_of_its_own(desk: Desk, 
                 mine.open(record.value)
 
 
-async def test_nothing_of_it_is_in_redis(desk: Desk, office: Desk) -> None:
+async def test_nothing_of_it_is_in_redis(desk: IssuerBench, issuer_bench: IssuerBench) -> None:
     """Neither of what goes to gateways nor of what goes to agents, under any key, while the leases live."""
     asked, _ = await handed(desk, "read")
     value = opened(desk, (await envelope_of(desk, asked)).value, desk.world.seals["gateway"]).credential.value
     given, content = await desk.issued("read")
     assert content.credential is not None
     secrets = [value, content.credential.value]
-    url, canary_key = office.world.redis_url, f"{office.world.prefix}.canary"
-    store = LeaseStore(office.world.settings("issuer"))
+    url, canary_key = issuer_bench.world.redis_url, f"{issuer_bench.world.prefix}.canary"
+    store = LeaseStore(issuer_bench.world.settings("issuer"))
     try:
         stored = await store.get([asked.lease_id, given.lease_id])
     finally:
         await store.close()
     assert {one.status for one in stored.values()} == {"active"}
     assert not [one for one in stored.values() if b"ciphertext" in one.jws]
-    assert await canary.in_redis(url, secrets) == []
+    assert await secret_canary.in_redis(url, secrets) == []
     async with Redis.from_url(url) as client:
         await client.set(canary_key, value)
         try:
-            assert await canary.in_redis(url, secrets) == [canary_key], "it would have been found"
+            assert await secret_canary.in_redis(url, secrets) == [canary_key], "it would have been found"
         finally:
             await client.delete(canary_key)

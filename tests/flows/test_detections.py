@@ -11,9 +11,9 @@ from ringfence.client.settings import ClientSettings
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.topics import AUDIT
 from tests.contract.test_sigma import matches
-from tests.flows.office import DEPLOY, Office
-from tests.ocsf import check_ocsf
-from tests.world import World, scope
+from tests.support.benches.policy_bench import DEPLOY, PolicyBench
+from tests.support.ocsf import check_ocsf
+from tests.support.world import World, scope
 
 # Nobody could read so slowly: how long the approval takes on this machine is no part of the test.
 WATCHFUL = AuditSettings(linger_ms=10, checkpoint_s=0.1, detect=True, detect_quick_approval_s=3600)
@@ -36,7 +36,7 @@ async def test_a_bypass_is_found_once_also_after_a_restart_of_audit(world: World
     own: dict[Any, Any] = {"audit": WATCHFUL}
     async with world.running("registry", "policy"):
         async with world.running("audit", own=own):
-            office = await Office.open(world)
+            office = await PolicyBench.open(world)
             bypass = await office.ask(BEYOND)
             found = await finding(world, "beyond_user", bypass.id)
         async with world.running("audit", own=own):

@@ -16,8 +16,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from ringfence.dev.processes import Child, spawn
 from ringfence.messages.topics import CREDENTIAL_REQUEST, SERVICE_EVENT
-from tests.slow_service import GROUP
-from tests.world import World
+from tests.support.slow_service import GROUP
+from tests.support.world import World
 
 FOR_EVER_S = 3600.0
 
@@ -29,7 +29,7 @@ async def slow_service(world: World, tmp_path: Path, work_s: float) -> AsyncIter
     given = settings.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
     environment = {f"RINGFENCE_{name.upper()}": str(value) for name, value in given.items()}
     child = spawn(
-        "slow", [sys.executable, "-m", "tests.slow_service", str(work_s)],
+        "slow", [sys.executable, "-m", "tests.support.slow_service", str(work_s)],
         env={**os.environ, "RINGFENCE_CONFIG": os.devnull, **environment}, log_path=tmp_path / "slow.log",
     )  # fmt: skip
     try:

@@ -23,7 +23,7 @@ from ringfence.model.lease_store.keys import packed
 from ringfence.model.leases.epochs import marker_key, number_of
 from ringfence.model.leases.lifecycle import follow, statement
 from ringfence.revoker.consistency.lease_watch import LeaseWatch
-from tests.flows.place import Place, publish
+from tests.support.benches.lost_redis_bench import LostRedisBench, publish
 
 LATE_TWO = [False, True, True]
 CAUSE = EndCause(kind="deadline", at_ms=1)
@@ -54,7 +54,7 @@ async def held(
 
 @contextlib.asynccontextmanager
 async def held_end(
-    monkeypatch: pytest.MonkeyPatch, place: Place, lease_id: str
+    monkeypatch: pytest.MonkeyPatch, place: LostRedisBench, lease_id: str
 ) -> AsyncIterator[tuple[asyncio.Event, asyncio.Event]]:
     """Whoever ends a lease in the epoch of now is held up."""
     await place.store.connect()
@@ -92,7 +92,7 @@ async def held_activation(
         yield events
 
 
-async def counted(place: Place, lease_id: str) -> list[LeaseStatus]:
+async def counted(place: LostRedisBench, lease_id: str) -> list[LeaseStatus]:
     """What the records say that count, each once, by `seq`; of each `seq` all say the same."""
     records = [one.claims for one, void in await place.judged(lease_id) if not void]
     said = {statement(lease): lease for lease in records}
@@ -100,14 +100,16 @@ async def counted(place: Place, lease_id: str) -> list[LeaseStatus]:
     return [lease.status for lease in sorted(said.values(), key=lambda lease: lease.seq)]
 
 
-async def settled(place: Place, lease_id: str, holds: Callable[[Sequence[tuple[Lease, bool]]], bool]) -> None:
+async def settled(
+    place: LostRedisBench, lease_id: str, holds: Callable[[Sequence[tuple[Lease, bool]]], bool]
+) -> None:
     """Return once the records of a lease are like this."""
     async with asyncio.timeout(60):
         while not holds([(one.claims, void) for one, void in await place.judged(lease_id)]):
             await asyncio.sleep(0.05)
 
 
-async def is_healed(place: Place, lease_id: str) -> None:
+async def is_healed(place: LostRedisBench, lease_id: str) -> None:
     """Return once a void record stands there, and the last one counts and says what Redis does."""
 
     def holds(records: Sequence[tuple[Lease, bool]]) -> bool:
@@ -120,7 +122,7 @@ async def is_healed(place: Place, lease_id: str) -> None:
 
 
 async def test_an_end_that_was_held_up_is_void_where_the_lease_ended_otherwise_meanwhile(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: LostRedisBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk = place.desk
     async with place.world.running("revoker"):  # two of them
@@ -145,7 +147,7 @@ async def test_an_end_that_was_held_up_is_void_where_the_lease_ended_otherwise_m
 
 
 async def test_an_issue_that_was_held_up_is_answered_once_redis_knows_of_it_again(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: LostRedisBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk = place.desk
     asked = await desk.ask("read")
@@ -162,7 +164,7 @@ async def test_an_issue_that_was_held_up_is_answered_once_redis_knows_of_it_agai
 
 
 async def test_an_activation_that_was_held_up_is_void_where_the_lease_was_aborted_meanwhile(
-    lasting: None, place: Place, monkeypatch: pytest.MonkeyPatch
+    lasting: None, place: LostRedisBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk = place.desk
     asked = await desk.ask(scope=desk.scope("read"))
@@ -183,7 +185,7 @@ async def test_an_activation_that_was_held_up_is_void_where_the_lease_was_aborte
 
 
 async def test_an_activation_that_was_held_up_while_redis_was_rebuilt_with_it_is_said_in_the_new_epoch(
-    lasting: None, place: Place, monkeypatch: pytest.MonkeyPatch
+    lasting: None, place: LostRedisBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk = place.desk
     asked = await desk.ask(scope=desk.scope("read"), ttl_s=20)
@@ -201,7 +203,7 @@ async def test_an_activation_that_was_held_up_while_redis_was_rebuilt_with_it_is
 
 
 async def test_a_held_end_of_a_lease_that_lives_again_is_void_and_is_given_once_more(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: LostRedisBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk = place.desk
     asked, _ = await desk.issued("read")
@@ -224,7 +226,9 @@ async def test_a_held_end_of_a_lease_that_lives_again_is_void_and_is_given_once_
 # --- a marker that nobody expected ------------------------------------------------------------------------------------
 
 
-async def mark(place: Place, number: int, key_of: Any = "revoker", partition: int | None = None) -> None:
+async def mark(
+    place: LostRedisBench, number: int, key_of: Any = "revoker", partition: int | None = None
+) -> None:
     """Begin an epoch, in each partition, as one does that was paused in a rebuild long ago."""
     key, epoch = place.world.key(key_of), f"{number}.00000000"
     async with Publisher(place.world.settings("revoker"), key.id) as publisher:
@@ -239,13 +243,13 @@ async def mark(place: Place, number: int, key_of: Any = "revoker", partition: in
             await sent
 
 
-async def epoch_of(place: Place) -> int:
+async def epoch_of(place: LostRedisBench) -> int:
     await place.store.connect()
     return number_of(place.store.epoch)
 
 
 async def test_what_became_void_after_it_was_acknowledged_is_said_once_more(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: LostRedisBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk, number = place.desk, await epoch_of(place)
     asked, _ = await desk.issued("read")
@@ -268,7 +272,7 @@ async def test_what_became_void_after_it_was_acknowledged_is_said_once_more(
     await place.active(other)
 
 
-async def test_a_newer_epoch_on_kafka_has_redis_rebuilt(place: Place) -> None:
+async def test_a_newer_epoch_on_kafka_has_redis_rebuilt(place: LostRedisBench) -> None:
     number, before = await epoch_of(place), await place.epochs()
     kept, _ = await place.desk.issued("read")
     await mark(place, number + 1)
@@ -279,7 +283,9 @@ async def test_a_newer_epoch_on_kafka_has_redis_rebuilt(place: Place) -> None:
     assert await place.life(kept) == ["active", "ending", "released"]
 
 
-async def test_markers_that_nobody_signed_who_may_or_that_are_not_higher_change_nothing(place: Place) -> None:
+async def test_markers_that_nobody_signed_who_may_or_that_are_not_higher_change_nothing(
+    place: LostRedisBench,
+) -> None:
     desk, number, before = place.desk, await epoch_of(place), await place.epochs()
     await mark(place, number + 3, "issuer")
     await mark(place, number + 3, partition=7)
@@ -294,7 +300,7 @@ async def test_markers_that_nobody_signed_who_may_or_that_are_not_higher_change_
 
 
 async def test_what_a_redis_has_that_came_back_from_another_epoch_gives_way_to_what_kafka_has(
-    place: Place,
+    place: LostRedisBench,
 ) -> None:
     desk, store = place.desk, place.store
     asked, _ = await desk.issued("read")
@@ -323,7 +329,7 @@ async def test_what_a_redis_has_that_came_back_from_another_epoch_gives_way_to_w
 
 
 async def test_what_was_on_its_way_when_redis_was_rebuilt_with_all_that_it_has_is_said_in_the_new_epoch(
-    place: Place,
+    place: LostRedisBench,
 ) -> None:
     desk, store = place.desk, place.store
     asked, _ = await desk.issued("read")
@@ -340,11 +346,11 @@ async def test_what_was_on_its_way_when_redis_was_rebuilt_with_all_that_it_has_i
     assert await counted(place, asked.lease_id) == ["active", "ending", "released"]
 
 
-def signed(place: Place, lease: Lease) -> SignedLease:
+def signed(place: LostRedisBench, lease: Lease) -> SignedLease:
     return SignedLease(lease, sign(lease, place.world.key("revoker")))
 
 
-async def declared_lost(place: Place, steps: Sequence[Step] = ()) -> None:
+async def declared_lost(place: LostRedisBench, steps: Sequence[Step] = ()) -> None:
     """These records come into Redis and not to Kafka; then it is rebuilt."""
     before = await place.epochs()
     for step in steps:

@@ -18,19 +18,19 @@ from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import Selector
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.topics import DEAD_LETTER, HEARTBEAT, LEASE, SERVICE_EVENT
-from tests import cut_listener
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Desk, another, opened_office
-from tests.flows.revoking import QUICK, ended
 from tests.flows.test_audit_chain import letter_in
-from tests.world import Party, World
+from tests.support import cut_listener
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_office
+from tests.support.benches.revocation_flows import QUICK, ended
+from tests.support.world import Party, World
 
 Place = tuple[str, int, int]
 
 
 @pytest.fixture
-async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+async def issuer_bench(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[IssuerBench]:
     async with opened_office(kafka, redis_server, "issuer", "revoker", own=QUICK) as desk:
         yield desk
 
@@ -56,7 +56,7 @@ async def buried(world: World, *places: Coordinates) -> set[Place]:
     return {place(letter_in(record).source) for record in await world.records(DEAD_LETTER)}
 
 
-async def test_what_policy_allowed_waits_for_the_next_bundle_and_garbage_does_not(desk: Desk) -> None:
+async def test_what_policy_allowed_waits_for_the_next_bundle_and_garbage_does_not(desk: IssuerBench) -> None:
     world = desk.world
     tries = metrics.BATCH_RETRIES.labels(f"{world.prefix}.issuer")._value.get
     await bundle_ended(world)
@@ -73,9 +73,9 @@ async def test_what_policy_allowed_waits_for_the_next_bundle_and_garbage_does_no
     assert await buried(world) == {*map(place, garbage)}
 
 
-async def test_an_end_needs_no_bundle_in_force(desk: Desk, office: Desk) -> None:
+async def test_an_end_needs_no_bundle_in_force(desk: IssuerBench, issuer_bench: IssuerBench) -> None:
     """Behind what the revoker ordered, what people order would wait as well."""
-    world, other = desk.world, await another(office)
+    world, other = desk.world, await another(issuer_bench)
     (first, _), (second, _), (third, _) = [
         await desk.issued("read"),
         await desk.issued("read"),
@@ -128,7 +128,7 @@ async def test_who_reads_once_reads_again_with_the_next_bundle(world: World) -> 
         await running
 
 
-async def test_a_gateway_knows_by_the_next_bundle_what_was_issued_as_it_ended(desk: Desk) -> None:
+async def test_a_gateway_knows_by_the_next_bundle_what_was_issued_as_it_ended(desk: IssuerBench) -> None:
     """And what it has read is still what revokers sign of it: nothing of that was counted twice."""
     world, stop = desk.world, asyncio.Event()
     asked, _ = await desk.issued("read")

@@ -27,9 +27,9 @@ from ringfence.messages.base import ServiceRole
 from ringfence.messages.permission import Permission
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.sdk import client, first
-from tests.token_keys import rsa_key_file
-from tests.world import WITHIN_S, Party, World
+from tests.support.benches.sdk_clients import client, first
+from tests.support.token_keys import rsa_key_file
+from tests.support.world import WITHIN_S, Party, World
 
 PAGE = Path(__file__).parents[2] / "docs" / "targets" / "federation.md"
 ISSUER = "https://issuer.example"

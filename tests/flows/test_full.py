@@ -5,10 +5,10 @@ from __future__ import annotations
 from redis.asyncio import Redis
 
 from ringfence.messages.lease import Selector
-from tests.flows.place import Place
+from tests.support.benches.lost_redis_bench import LostRedisBench
 
 
-async def test_who_asks_while_redis_is_full_is_told_to_come_again(place: Place) -> None:
+async def test_who_asks_while_redis_is_full_is_told_to_come_again(place: LostRedisBench) -> None:
     desk = place.desk
     released, _ = await desk.issued("read")
     revoked, _ = await desk.issued("read")
@@ -31,7 +31,9 @@ async def test_who_asks_while_redis_is_full_is_told_to_come_again(place: Place) 
     await place.active(again)
 
 
-async def test_a_lease_reaches_its_deadline_and_redis_is_rebuilt_while_it_is_full(place: Place) -> None:
+async def test_a_lease_reaches_its_deadline_and_redis_is_rebuilt_while_it_is_full(
+    place: LostRedisBench,
+) -> None:
     desk = place.desk
     expiring, _ = await desk.issued("read", ttl_s=15)
     kept, _ = await desk.issued("read")

@@ -15,10 +15,20 @@ from ringfence.messages.registry import AgentSuspend, TaskEnd
 from ringfence.messages.topics import ACTION, REVOCATION_ACK, REVOCATION_REQUEST
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Desk, another, opened_desks
-from tests.flows.gating import HUB, PARTNER, Proxy, action, gateway, handle, hub, leased, secret_in
-from tests.stories import is_told
-from tests.world import World
+from tests.support.audit_stories import is_told
+from tests.support.benches.gateway_flows import (
+    HUB,
+    PARTNER,
+    Proxy,
+    action,
+    gateway,
+    handle,
+    hub,
+    leased,
+    secret_in,
+)
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
+from tests.support.world import World
 
 A = f"https://{HUB}/a/x"
 
@@ -36,7 +46,7 @@ DID = {
 @pytest.fixture(scope="module")
 async def office(
     kafka: Kafka, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[tuple[Desk, Proxy, Path]]:
+) -> AsyncIterator[tuple[IssuerBench, Proxy, Path]]:
     """Registry, issuer, revoker and a gateway, once for all tests here."""
     folder = tmp_path_factory.mktemp("secrets")
     place = secret_in(folder, "first-secret")
@@ -54,17 +64,17 @@ async def office(
 
 
 @pytest.fixture
-def proxy(office: tuple[Desk, Proxy, Path]) -> Proxy:
+def proxy(office: tuple[IssuerBench, Proxy, Path]) -> Proxy:
     return office[1]
 
 
 @pytest.fixture
-async def desk(office: tuple[Desk, Proxy, Path]) -> Desk:
+async def desk(office: tuple[IssuerBench, Proxy, Path]) -> IssuerBench:
     """An agent and a task of the test's own."""
     return await own(office[0])
 
 
-async def own(first: Desk, target: str = "hub") -> Desk:
+async def own(first: IssuerBench, target: str = "hub") -> IssuerBench:
     desk = await another(first)
     wide = (desk.scope("read")[0].model_copy(update={
         "target": target, "verbs": ("read", "write"), "resources": ("path/**",),
@@ -75,7 +85,7 @@ async def own(first: Desk, target: str = "hub") -> Desk:
     return desk
 
 
-async def until_allowed(desk: Desk, proxy: Proxy, lease: str, url: str = A) -> dict[str, str]:
+async def until_allowed(desk: IssuerBench, proxy: Proxy, lease: str, url: str = A) -> dict[str, str]:
     """The lease is on its way to the gateway when the agent has its handle: at most a moment."""
     async with asyncio.timeout(60):
         while True:
@@ -86,7 +96,7 @@ async def until_allowed(desk: Desk, proxy: Proxy, lease: str, url: str = A) -> d
 
 
 async def test_in_scope_goes_on_with_the_credential_that_the_agent_never_had(
-    desk: Desk, proxy: Proxy
+    desk: IssuerBench, proxy: Proxy
 ) -> None:
     asked, content = await leased(desk, "read")
     assert content.credential is None
@@ -114,7 +124,7 @@ async def test_in_scope_goes_on_with_the_credential_that_the_agent_never_had(
     ],
 )
 async def test_out_of_scope_is_blocked_and_reported(
-    desk: Desk, proxy: Proxy, method: str, url: str, code: str, side: str | None
+    desk: IssuerBench, proxy: Proxy, method: str, url: str, code: str, side: str | None
 ) -> None:
     lease = await handle(desk, "read")
     await until_allowed(desk, proxy, lease)
@@ -137,7 +147,7 @@ async def test_out_of_scope_is_blocked_and_reported(
     await is_told(desk.world, said, {"action": event.action_id}, bot=desk.bot.name, user=user)
 
 
-async def test_it_says_how_to_ask_for_what_is_lacking(desk: Desk, proxy: Proxy) -> None:
+async def test_it_says_how_to_ask_for_what_is_lacking(desk: IssuerBench, proxy: Proxy) -> None:
     lease = await handle(desk, "read")
     await until_allowed(desk, proxy, lease)
     problem = (await proxy.as_agent(desk.bot.key, lease, "GET", f"https://{HUB}/b/x")).json()
@@ -148,7 +158,7 @@ async def test_it_says_how_to_ask_for_what_is_lacking(desk: Desk, proxy: Proxy) 
 
 
 async def test_a_stolen_handle_is_refused_and_attributed(
-    desk: Desk, proxy: Proxy, office: tuple[Desk, Proxy, Path]
+    desk: IssuerBench, proxy: Proxy, office: tuple[IssuerBench, Proxy, Path]
 ) -> None:
     lease = await handle(desk, "read")
     await until_allowed(desk, proxy, lease)
@@ -177,7 +187,7 @@ async def test_a_stolen_handle_is_refused_and_attributed(
 
 
 @pytest.mark.parametrize("how", ["suspend", "end of the task", "selector", "release"])
-async def test_a_cut_counts_from_the_gateways_word_on(desk: Desk, proxy: Proxy, how: str) -> None:
+async def test_a_cut_counts_from_the_gateways_word_on(desk: IssuerBench, proxy: Proxy, how: str) -> None:
     world = desk.world
     lease = await handle(desk, "read")
     await until_allowed(desk, proxy, lease)
@@ -206,7 +216,7 @@ async def test_a_cut_counts_from_the_gateways_word_on(desk: Desk, proxy: Proxy, 
     }  # fmt: skip
 
 
-async def test_an_order_that_is_sent_again_cuts_nothing_more(desk: Desk, proxy: Proxy) -> None:
+async def test_an_order_that_is_sent_again_cuts_nothing_more(desk: IssuerBench, proxy: Proxy) -> None:
     """By somebody who may write to the topic, and has no key: what it covered then is what it covers."""
     world = desk.world
 
@@ -226,7 +236,7 @@ async def test_an_order_that_is_sent_again_cuts_nothing_more(desk: Desk, proxy: 
 
 
 async def test_a_static_secret_that_is_replaced_counts_with_the_next_request(
-    office: tuple[Desk, Proxy, Path],
+    office: tuple[IssuerBench, Proxy, Path],
 ) -> None:
     first, proxy, secret = office
     desk = await own(first, "partner")

@@ -35,14 +35,14 @@ from ringfence.messages.registry import (
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, AUDIT, DEAD_LETTER
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.gating import action, gateway
-from tests.flows.sdk import client
 from tests.flows.test_cli import Shell
 from tests.flows.test_notices import Receiver, receiving, verified
 from tests.flows.test_notices import settings as webhooks
 from tests.gateway.certificates import Certificates
 from tests.gateway.target import Target
-from tests.world import WITHIN_S, Party, World, scope
+from tests.support.benches.gateway_flows import action, gateway
+from tests.support.benches.sdk_clients import client
+from tests.support.world import WITHIN_S, Party, World, scope
 
 RULES = (
     RequestRule(method="GET", path="/{path*}", verb="read", resource="path/{path*}"),

@@ -15,12 +15,12 @@ from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.messages.topics import ACTION
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Desk, another, opened_desks
-from tests.flows.gating import Proxy, gateway
 from tests.gateway.raw import connected_unix
 from tests.gateway.target import Target
-from tests.stories import is_told
-from tests.world import WITHIN_S, World, scope
+from tests.support.audit_stories import is_told
+from tests.support.benches.gateway_flows import Proxy, gateway
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
+from tests.support.world import WITHIN_S, World, scope
 
 REPO = "/repos/acme/shop"
 RULES = (
@@ -69,7 +69,7 @@ def blocked(what: str, why: str) -> str:
 class Office:
     """A gateway that listens on sockets of tasks, and a forge of code behind it."""
 
-    first: Desk
+    first: IssuerBench
     proxy: Proxy
     target: Target
     sockets: Path
@@ -95,7 +95,7 @@ async def office(
 class Worker:
     """An agent at its task, behind the socket that is its only way out."""
 
-    def __init__(self, office: Office, desk: Desk, lease: str) -> None:
+    def __init__(self, office: Office, desk: IssuerBench, lease: str) -> None:
         self.office, self.desk, self.lease = office, desk, lease
         self._came_before = len(office.target.requests)
 

@@ -13,16 +13,16 @@ from ringfence.messages.credential import DelegatorRevisions
 from ringfence.messages.registry import AgentSetCeiling, AgentSuspend, TaskDelegate, TaskEnd, TaskTerms
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Desk, another, opened_desks
-from tests.flows.gating import HUB, Proxy, action, gateway, hub, leased
-from tests.world import World, scope
+from tests.support.benches.gateway_flows import HUB, Proxy, action, gateway, hub, leased
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
+from tests.support.world import World, scope
 
 A = f"https://{HUB}/a/x"
 WIDE = scope("hub", ("read", "write"), ("path/**",))
 
 
 @pytest.fixture(scope="module")
-async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[tuple[Desk, Proxy]]:
+async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[tuple[IssuerBench, Proxy]]:
     """Registry, issuer, revoker and a gateway, once for all tests here."""
     async with (
         World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
@@ -33,7 +33,7 @@ async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[tuple
         yield await hub(await another(first)), proxy
 
 
-async def handed_on(first: Desk) -> tuple[Desk, Desk]:
+async def handed_on(first: IssuerBench) -> tuple[IssuerBench, IssuerBench]:
     """An agent with a task of its own at the hub, and another one that was handed a part of it."""
     world = first.world
     above = await another(first)
@@ -54,7 +54,7 @@ async def handed_on(first: Desk) -> tuple[Desk, Desk]:
     return above, below
 
 
-async def until(desk: Desk, proxy: Proxy, lease: str, status: int) -> str:
+async def until(desk: IssuerBench, proxy: Proxy, lease: str, status: int) -> str:
     """The body of the gateway's answer, once it has this status: what changes is on its way there."""
     async with asyncio.timeout(60):
         while True:
@@ -64,7 +64,7 @@ async def until(desk: Desk, proxy: Proxy, lease: str, status: int) -> str:
             await asyncio.sleep(0.02)
 
 
-async def test_an_action_names_the_agents_that_act(office: tuple[Desk, Proxy]) -> None:
+async def test_an_action_names_the_agents_that_act(office: tuple[IssuerBench, Proxy]) -> None:
     first, proxy = office
     above, below = await handed_on(first)
     asked, _ = await leased(below, "read")
@@ -78,7 +78,7 @@ async def test_an_action_names_the_agents_that_act(office: tuple[Desk, Proxy]) -
 
 
 @pytest.mark.parametrize("what", ["task_ended", "agent_suspended", "beyond_scope"])
-async def test_what_happens_above_stops_the_next_action(office: tuple[Desk, Proxy], what: str) -> None:
+async def test_what_happens_above_stops_the_next_action(office: tuple[IssuerBench, Proxy], what: str) -> None:
     first, proxy = office
     world = first.world
     above, below = await handed_on(first)

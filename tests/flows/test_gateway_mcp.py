@@ -23,12 +23,12 @@ from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, V
 from ringfence.messages.topics import ACTION
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Desk, another, opened_desks
-from tests.flows.gating import gateway
 from tests.flows.test_gateway_attacks import ASSIGNED, ISSUED, blocked, did
 from tests.gateway.mcp_server import McpServer, mcp_serving
-from tests.stories import is_told
-from tests.world import WITHIN_S, World, scope
+from tests.support.audit_stories import is_told
+from tests.support.benches.gateway_flows import gateway
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
+from tests.support.world import WITHIN_S, World, scope
 
 
 def rule(method: str, verb: str, resource: str, name: str | None = None) -> RequestRule:
@@ -50,7 +50,7 @@ WIDE = scope("repos", ("connect", "read", "push"), ("server", "repo/**"))
 class Office:
     """A gateway that listens, and a server of MCP behind it."""
 
-    desk: Desk
+    desk: IssuerBench
     server: McpServer
     port: int
     sockets: Path
@@ -80,7 +80,7 @@ async def office(
         yield Office(desk, server, port, sockets, user.name)
 
 
-async def leased(desk: Desk) -> str:
+async def leased(desk: IssuerBench) -> str:
     """The handle of a lease that reads one repository. The gateway knows the target and the task."""
     narrow = scope("repos", ("connect", "read"), ("server", "repo/a"))
     asked = await desk.ask(scope=narrow, delivery="gateway")

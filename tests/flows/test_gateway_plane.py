@@ -21,20 +21,20 @@ from ringfence.kernel.service.http import HttpServer
 from ringfence.messages.registry import TaskEnd
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Desk, another, opened_desks
-from tests.flows.gating import action, gateway, handle, hub
 from tests.gateway.agents import Sandbox, bridged
 from tests.gateway.certificates import Certificates
 from tests.gateway.raw import connected_unix
 from tests.gateway.target import Target
-from tests.world import WITHIN_S, World
+from tests.support.benches.gateway_flows import action, gateway, handle, hub
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
+from tests.support.world import WITHIN_S, World
 
 
 @dataclass
 class Office:
     """A gateway that listens, and a target with TLS behind it."""
 
-    desk: Desk
+    desk: IssuerBench
     target: Target
     port: int
     sockets: Path
@@ -44,7 +44,7 @@ class Office:
     def at(self) -> str:
         return f"https://localhost:{self.target.port}"
 
-    def of(self, desk: Desk) -> Path:
+    def of(self, desk: IssuerBench) -> Path:
         return self.sockets / f"{desk.task}.sock"
 
 
@@ -71,7 +71,7 @@ async def office(
 
 
 @pytest.fixture
-async def desk(office: Office) -> Desk:
+async def desk(office: Office) -> IssuerBench:
     """An agent and a task of the test's own."""
     desk = await another(office.desk)
     wide = (desk.scope("read")[0].model_copy(update={
@@ -83,7 +83,7 @@ async def desk(office: Office) -> Desk:
     return desk
 
 
-async def sent(office: Office, desk: Desk, lease: str, method: str, path: str) -> httpx.Response:
+async def sent(office: Office, desk: IssuerBench, lease: str, method: str, path: str) -> httpx.Response:
     """A request over TCP, by the path of its target, as an agent sends it that has a handle."""
     auth = DpopAuth(lease, desk.bot.key)
     async with httpx.AsyncClient(auth=auth, trust_env=False, timeout=WITHIN_S) as http:
@@ -91,7 +91,7 @@ async def sent(office: Office, desk: Desk, lease: str, method: str, path: str) -
         return await http.request(method, url, headers={"X-Forwarded-Host": "x"})
 
 
-async def until_allowed(office: Office, desk: Desk, lease: str) -> httpx.Response:
+async def until_allowed(office: Office, desk: IssuerBench, lease: str) -> httpx.Response:
     """The lease is on its way to the gateway when the agent has its handle: at most a moment."""
     async with asyncio.timeout(WITHIN_S):
         while (answer := await sent(office, desk, lease, "GET", "/a/x")).status_code != 200:
@@ -105,7 +105,7 @@ async def until_there(path: Path, *, gone: bool = False) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_over_tcp_with_a_proof(office: Office, desk: Desk) -> None:
+async def test_over_tcp_with_a_proof(office: Office, desk: IssuerBench) -> None:
     lease = await handle(desk, "read")
     assert (await until_allowed(office, desk, lease)).text == "ok"
     (received,) = [one for one in office.target.requests if one.values("authorization")][-1:]
@@ -126,7 +126,7 @@ async def test_over_tcp_with_a_proof(office: Office, desk: Desk) -> None:
     assert (event.target_id, event.task_id, event.access) == ("hub", desk.task, "write")
 
 
-async def test_a_handle_that_somebody_else_found_is_worth_nothing(office: Office, desk: Desk) -> None:
+async def test_a_handle_that_somebody_else_found_is_worth_nothing(office: Office, desk: IssuerBench) -> None:
     lease = await handle(desk, "read")
     await until_allowed(office, desk, lease)
     thief = await another(desk)
@@ -141,7 +141,7 @@ async def test_a_handle_that_somebody_else_found_is_worth_nothing(office: Office
     assert len(office.target.requests) == before
 
 
-async def test_what_cannot_be_decided_is_on_record_as_the_agents(office: Office, desk: Desk) -> None:
+async def test_what_cannot_be_decided_is_on_record_as_the_agents(office: Office, desk: IssuerBench) -> None:
     await handle(desk, "read")
     await until_there(office.of(desk))
     async with connected_unix(str(office.of(desk))) as raw:
@@ -151,7 +151,7 @@ async def test_what_cannot_be_decided_is_on_record_as_the_agents(office: Office,
 
 
 @pytest.mark.tools
-async def test_curl_through_the_socket_of_its_task(office: Office, desk: Desk, tmp_path: Path) -> None:
+async def test_curl_through_the_socket_of_its_task(office: Office, desk: IssuerBench, tmp_path: Path) -> None:
     """HTTPS_PROXY and the certificate in the gateway's file are all that the program knows."""
     assert not office.of(desk).exists()
     await handle(desk, "read")

@@ -23,15 +23,15 @@ from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from ringfence.messages.topics import ACTION, AUDIT
 from tests.brokers import RedisServer
-from tests.flows.desk import Desk, another, opened_desks
-from tests.flows.gating import HUB, RULES, Proxy, action, gateway, handle, hub
-from tests.flows.sdk import client, first
-from tests.world import WITHIN_S, World, scope
+from tests.support.benches.gateway_flows import HUB, RULES, Proxy, action, gateway, handle, hub
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
+from tests.support.benches.sdk_clients import client, first
+from tests.support.world import WITHIN_S, World, scope
 
 A = f"https://{HUB}/a/x"
 
 
-async def until(proxy: Proxy, desk: Desk, lease: str, *codes: str | int) -> str | int:
+async def until(proxy: Proxy, desk: IssuerBench, lease: str, *codes: str | int) -> str | int:
     """Ask until the answer is one of these: a status, or the code of a problem."""
     async with asyncio.timeout(WITHIN_S):
         while True:
@@ -70,7 +70,7 @@ async def test_from_the_request_to_the_event_for_the_siem(world: World) -> None:
             await sponsor.approve(await first(sponsor))
             credential = await asking
         assert isinstance(credential, GatewayCredential)
-        desk = Desk(world, {"sam": sam, "maria": maria, "sue": sam}, bot)
+        desk = IssuerBench(world, {"sam": sam, "maria": maria, "sue": sam}, bot)
         desk.bot = bot
         async with asyncio.timeout(WITHIN_S):
             while (answer := await proxy.as_agent(bot.key, credential.handle, "PUT", A)).status_code != 200:
@@ -97,7 +97,7 @@ async def test_from_the_request_to_the_event_for_the_siem(world: World) -> None:
 
 
 @asynccontextmanager
-async def alone(tmp_path: Path, redis: RedisServer) -> AsyncIterator[tuple[Desk, EmbeddedKafka]]:
+async def alone(tmp_path: Path, redis: RedisServer) -> AsyncIterator[tuple[IssuerBench, EmbeddedKafka]]:
     """A world on a broker of its own, which can be held."""
     broker = EmbeddedKafka(tmp_path / "kafka")
     broker.start()

@@ -6,8 +6,8 @@ from prometheus_client import REGISTRY
 
 from ringfence.audit.settings import AuditSettings
 from ringfence.registry.settings import RegistrySettings
-from tests.flows.office import DEPLOY, Office
-from tests.world import World
+from tests.support.benches.policy_bench import DEPLOY, PolicyBench
+from tests.support.world import World
 
 
 def value(name: str, **labels: str) -> float | None:
@@ -57,7 +57,7 @@ async def test_what_waits_for_an_approval_is_counted_with_its_age(world: World) 
         return value("ringfence_approvals_waiting") == count or None
 
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         assert value("ringfence_approvals_waiting") == value("ringfence_approvals_oldest_seconds") == 0
         asked = await office.ask(DEPLOY)
         question = await office.question(asked, office.sam)

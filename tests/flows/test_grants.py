@@ -17,8 +17,16 @@ from ringfence.messages.credential import CredentialDecision, Revisions
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentResume, AgentSetCeiling, AgentSuspend
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
-from tests.flows.office import DEPLOY, EVERYTHING, READ, Asked, HeldUp, Office, codes
-from tests.world import Party, World, scope
+from tests.support.benches.policy_bench import (
+    DEPLOY,
+    EVERYTHING,
+    READ,
+    Asked,
+    HeldUp,
+    PolicyBench,
+    codes,
+)
+from tests.support.world import Party, World, scope
 
 STAGING = scope("platform", ["read", "deploy"], ["env/staging/**"])
 
@@ -26,7 +34,7 @@ STAGING = scope("platform", ["read", "deploy"], ["env/staging/**"])
 class Grants:
     """The office, in which sam approves ahead."""
 
-    def __init__(self, office: Office) -> None:
+    def __init__(self, office: PolicyBench) -> None:
         self.office = office
         self.world = office.world
         self.revisions: Revisions
@@ -97,7 +105,7 @@ class Grants:
 @pytest.fixture
 async def grants(world: World) -> AsyncIterator[Grants]:
     async with world.running("registry", "policy"):
-        found = Grants(await Office.open(world))
+        found = Grants(await PolicyBench.open(world))
         await found.learn()
         yield found
 
@@ -123,7 +131,7 @@ async def test_what_fits_a_grant_needs_no_question_until_it_is_used_up(grants: G
 async def test_a_restarted_policy_knows_grants_and_how_often_they_were_used(world: World) -> None:
     async with world.running("registry"):
         async with world.running("policy"):
-            grants = Grants(await Office.open(world))
+            grants = Grants(await PolicyBench.open(world))
             await grants.learn()
             await grants.given(count=3)  # one goes to what waited
             await grants.granted()
@@ -277,7 +285,7 @@ async def test_who_has_become_the_sponsor_a_moment_ago_takes_a_grant_back(grants
 async def test_a_withdrawal_outlives_a_restart(world: World) -> None:
     async with world.running("registry"):
         async with world.running("policy"):
-            grants = Grants(await Office.open(world))
+            grants = Grants(await PolicyBench.open(world))
             await grants.learn()
             await grants.withdraw(await grants.given(), grants.office.sam)
         async with world.running("policy"):

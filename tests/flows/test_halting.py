@@ -26,15 +26,15 @@ from ringfence.messages.topics import AGENT, ALL, DEAD_LETTER, HEARTBEAT, REVOCA
 from ringfence.model.leases.revoker_halts import RETRY_AFTER_S
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Desk, another, opened_desks
-from tests.flows.gating import HUB, gateway, handle, hub
-from tests.flows.signal_receivers import Endpoint, Office
 from tests.flows.test_gateway_story import until as answered
 from tests.flows.test_notices import receiving
 from tests.flows.test_notices import settings as webhooks
-from tests.malformed import malformed as of_no_shape
-from tests.malformed import signed_messages
-from tests.world import World, scope
+from tests.support.benches.gateway_flows import HUB, gateway, handle, hub
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
+from tests.support.benches.signal_receivers import Endpoint, Office
+from tests.support.malformed_records import malformed as of_no_shape
+from tests.support.malformed_records import signed_messages
+from tests.support.world import World, scope
 
 MANY = MAX_INVALID_SIGNED + 5
 
@@ -82,7 +82,7 @@ async def test_a_bad_deploy_halts_its_readers_and_a_stranger_stops_nobody(world:
 @pytest.fixture(scope="module")
 async def installation(
     kafka: Kafka, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Desk]:
+) -> AsyncIterator[IssuerBench]:
     """Every service that consumes anything, once for all tests of this module."""
     folder = tmp_path_factory.mktemp("halting")
     with receiving() as webhook:
@@ -110,7 +110,7 @@ _PASSED_OVER: set[type[Claims]] = {ActionApproval, BreakGlassReview}
 
 @pytest.mark.parametrize("role", SERVICE_ROLES)
 async def test_no_service_halts_who_reads_what_it_may_not_write(
-    installation: Desk, role: ServiceRole
+    installation: IssuerBench, role: ServiceRole
 ) -> None:
     """25 malformed records of each message that another role, or no service, may sign, on its topic; a kill switch.
 
@@ -162,7 +162,7 @@ async def dead_lettered(world: World, sent: Sequence[Coordinates]) -> None:
 # --- what a halted revoker means for the others ---
 
 
-async def halting(desk: Desk, revokers: Sequence[Runtime]) -> Runtime:
+async def halting(desk: IssuerBench, revokers: Sequence[Runtime]) -> Runtime:
     """Have the revoker that reads the first partition of orders halt, as a bad deploy would; which it is."""
     typ = typ_header(RevocationRequest)
     for _ in range(MANY):

@@ -9,8 +9,8 @@ from ringfence.messages.registry import TaskRecord
 from ringfence.messages.topics import TASK
 from tests.flows.test_cli import Shell
 from tests.flows.test_user_sync import shell as shell
-from tests.oidc import TokenIssuer
-from tests.world import World, scope
+from tests.support.oidc_tokens import TokenIssuer
+from tests.support.world import World, scope
 
 ISSUER = TokenIssuer("https://login.acme.example")
 TERMS = (

@@ -32,15 +32,15 @@ from ringfence.messages.registry import (
 from ringfence.messages.topics import ALL, AUDIT, CREDENTIAL_REQUEST, DEAD_LETTER, LEASE, SERVICE_EVENT
 from ringfence.model.identity.attestation import audience
 from ringfence.model.records.instances import instance_id
-from tests import platforms
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.gating import HUB, RULES, VERBS, action, gateway
-from tests.flows.sdk import READ, client
-from tests.flows.yard import Given, Yard, fresh
-from tests.oidc import TokenIssuer
-from tests.stories import buried, forged, leaves
-from tests.world import WITHIN_S, Party, RefusedError, World, scope
+from tests.support import platform_tokens
+from tests.support.audit_stories import buried, expect_trail, forged
+from tests.support.benches.attestation_bench import AttestationBench, Given, fresh
+from tests.support.benches.gateway_flows import HUB, RULES, VERBS, action, gateway
+from tests.support.benches.sdk_clients import READ, client
+from tests.support.oidc_tokens import TokenIssuer
+from tests.support.world import WITHIN_S, Party, RefusedError, World, scope
 
 ASK: dict[str, Any] = {
     "target": "staging",
@@ -54,11 +54,11 @@ ASK: dict[str, Any] = {
 @pytest.fixture(scope="module")
 async def yard(
     kafka: Kafka, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Yard]:
+) -> AsyncIterator[AttestationBench]:
     """All of Ringfence, once for all tests of this module."""
     async with (
         World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
-        Yard.open(world, tmp_path_factory.mktemp("yard")) as yard,
+        AttestationBench.open(world, tmp_path_factory.mktemp("yard")) as yard,
         world.running("registry", "policy", "issuer", "revoker", "audit", own={"registry": yard.own}),
     ):
         yield await yard.staff()
@@ -71,9 +71,9 @@ def opened(enrolment: str) -> InstanceEnrolment:
 # --- what lets in -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("platform", platforms.PLATFORMS)
+@pytest.mark.parametrize("platform", platform_tokens.PLATFORMS)
 async def test_a_token_of_each_platform_gets_a_key_and_the_key_gets_a_credential(
-    yard: Yard, platform: str
+    yard: AttestationBench, platform: str
 ) -> None:
     agent = await yard.agent(yard.selector(platform))
     task, issuer = await yard.task(agent), yard.pinned[platform]
@@ -86,7 +86,7 @@ async def test_a_token_of_each_platform_gets_a_key_and_the_key_gets_a_credential
         assert said["instance"] == {
             "id": enrolment.instance_id,
             "iss": issuer.issuer,
-            "sub": platforms.claims(platform, issuer, "x")["sub"],
+            "sub": platform_tokens.claims(platform, issuer, "x")["sub"],
         }
         record = await yard.world.consume_until(LEASE, lambda r: r.key == credential.lease_id)
         lease = yard.world.opened(record, Lease, "issuer")
@@ -99,7 +99,7 @@ async def test_a_token_of_each_platform_gets_a_key_and_the_key_gets_a_credential
         await connected.release(credential, timeout_s=60)
 
 
-async def test_the_trail_says_which_instance_it_was(yard: Yard) -> None:
+async def test_the_trail_says_which_instance_it_was(yard: AttestationBench) -> None:
     agent = await yard.agent(yard.selector("github"))
     async with yard.connected(agent, Given(yard.pinned["github"])) as connected:
         credential = await connected.request(task=await yard.task(agent), **ASK)
@@ -115,8 +115,8 @@ async def test_the_trail_says_which_instance_it_was(yard: Yard) -> None:
         await connected.release(credential)
 
 
-async def test_an_issuer_that_publishes_its_keys_is_asked_for_them(yard: Yard) -> None:
-    agent = await yard.agent(platforms.selector("github", yard.published.issuer))
+async def test_an_issuer_that_publishes_its_keys_is_asked_for_them(yard: AttestationBench) -> None:
+    agent = await yard.agent(platform_tokens.selector("github", yard.published.issuer))
     async with yard.connected(agent, Given(yard.published)) as connected:
         credential = await connected.request(task=await yard.task(agent), **ASK)
         assert opened(connected.connection.enrolment or "").token is None, "nobody else could verify it"
@@ -126,7 +126,7 @@ async def test_an_issuer_that_publishes_its_keys_is_asked_for_them(yard: Yard) -
     assert len(yard.published.asked) == asked, "strangers do not make it ask again"
 
 
-async def test_a_key_of_the_record_goes_on_counting_beside_instances(yard: Yard) -> None:
+async def test_a_key_of_the_record_goes_on_counting_beside_instances(yard: AttestationBench) -> None:
     agent = await yard.world.agent("both", yard.sam, READ, attestation=(yard.selector("gcp"),))
     task = await yard.task(agent)
     async with (
@@ -151,7 +151,7 @@ NOT_LET_IN = "3003 Refuse: Failure/Denied message.refused [{code}] by registry f
 # --- what enrols nothing ----------------------------------------------------------------------------------------------
 
 
-async def refused(yard: Yard, agent: Party, token: str, by: SigningKey, **claims: Any) -> str:
+async def refused(yard: AttestationBench, agent: Party, token: str, by: SigningKey, **claims: Any) -> str:
     answer = await yard.enrol(agent, token, by, **claims)
     assert answer.status_code == 400, answer.text
     assert token not in answer.text
@@ -173,11 +173,11 @@ async def refused(yard: Yard, agent: Party, token: str, by: SigningKey, **claims
     ],
 )
 async def test_a_token_that_does_not_fit_enrols_nothing(
-    yard: Yard, claims: dict[str, Any], code: str
+    yard: AttestationBench, claims: dict[str, Any], code: str
 ) -> None:
     agent = await yard.agent(yard.selector("github"))
     token = yard.token("github", **claims)
-    async with leaves(yard.world, NOT_LET_IN.format(code=code), bot=agent.name):
+    async with expect_trail(yard.world, NOT_LET_IN.format(code=code), bot=agent.name):
         assert await refused(yard, agent, token, fresh(agent)) == code
     event = await yard.world.event_where(
         lambda e: (e.subject, e.agent_id) == ("instance.enrol", agent.name) and e.kind == "refused"
@@ -189,11 +189,11 @@ async def test_a_token_that_does_not_fit_enrols_nothing(
         )
 
 
-async def test_what_no_platform_signed_is_told_to_its_sender_alone(yard: Yard) -> None:
+async def test_what_no_platform_signed_is_told_to_its_sender_alone(yard: AttestationBench) -> None:
     agent = await yard.agent(yard.selector("github"))
     forger = Given(TokenIssuer("https://github.acme.example"))
     token = await forger.token(audience("test.example"))
-    async with leaves(yard.world, ""):
+    async with expect_trail(yard.world, ""):
         assert await refused(yard, agent, token, fresh(agent)) == "signature_invalid"
         forger = Given(TokenIssuer("https://x.example"))
         with pytest.raises(EnrolmentRefusedError, match="ringfence init --oidc-issuer"):
@@ -203,7 +203,7 @@ async def test_what_no_platform_signed_is_told_to_its_sender_alone(yard: Yard) -
     assert not [e for e in events if e.agent_id == agent.name and e.subject == "instance.enrol"]
 
 
-async def test_only_who_has_the_key_enrols_it(yard: Yard) -> None:
+async def test_only_who_has_the_key_enrols_it(yard: AttestationBench) -> None:
     agent = await yard.agent(yard.selector("github"))
     mine, theirs = fresh(agent), fresh(agent)
     token = yard.token("github")
@@ -215,11 +215,11 @@ async def test_only_who_has_the_key_enrols_it(yard: Yard) -> None:
     assert (await yard.enrol(agent, token, mine)).status_code == 200, "none of that spent it"
 
 
-async def test_a_token_is_good_for_one_key(yard: Yard) -> None:
+async def test_a_token_is_good_for_one_key(yard: AttestationBench) -> None:
     agent = await yard.agent(yard.selector("kubernetes"))
     key, thief, token = fresh(agent), fresh(agent), yard.token("kubernetes")
     first = await yard.enrol(agent, token, key)
-    async with leaves(
+    async with expect_trail(
         yard.world, "2004 Create: New token.replayed [token_replayed] by registry for bot", bot=agent.name
     ):
         assert await refused(yard, agent, token, thief) == "token_replayed"
@@ -235,7 +235,7 @@ async def test_a_token_is_good_for_one_key(yard: Yard) -> None:
     )
 
 
-async def test_the_key_of_an_instance_is_no_other_agents(yard: Yard) -> None:
+async def test_the_key_of_an_instance_is_no_other_agents(yard: AttestationBench) -> None:
     """Nor may somebody register it who has only seen it, in a request or on its way."""
     agent, other = await yard.agent(yard.selector("github")), await yard.agent(yard.selector("github"))
     key, world = fresh(agent), yard.world
@@ -250,13 +250,13 @@ async def test_the_key_of_an_instance_is_no_other_agents(yard: Yard) -> None:
         await world.accepted(rotation, yard.sam)
 
 
-async def test_two_requests_at_once_with_one_token_enrol_one_key(yard: Yard) -> None:
+async def test_two_requests_at_once_with_one_token_enrol_one_key(yard: AttestationBench) -> None:
     agent, token = await yard.agent(yard.selector("kubernetes")), yard.token("kubernetes", jti="at-once")
     answers = await asyncio.gather(*(yard.enrol(agent, token, fresh(agent)) for _ in range(8)))
     assert sorted(answer.status_code for answer in answers) == [200, *[400] * 7]
 
 
-async def test_a_token_for_one_key_is_good_for_no_other(yard: Yard) -> None:
+async def test_a_token_for_one_key_is_good_for_no_other(yard: AttestationBench) -> None:
     agent = await yard.agent(yard.selector("github", key_bound=True))
     key, thief = fresh(agent), fresh(agent)
     assert await refused(yard, agent, yard.token("github"), key) == "instance_unmatched"
@@ -266,14 +266,14 @@ async def test_a_token_for_one_key_is_good_for_no_other(yard: Yard) -> None:
     assert opened(answer.json()["enrolment"]).key_bound
 
 
-async def test_suspended_and_decommissioned_agents_let_nobody_in(yard: Yard) -> None:
+async def test_suspended_and_decommissioned_agents_let_nobody_in(yard: AttestationBench) -> None:
     agent = await yard.agent(yard.selector("github"))
     await yard.command(agent, AgentSuspend, reason="a look")
     await yard.world.event_where(  # what follows from it is told
         lambda e: (e.kind, e.subject, e.agent_id) == ("accepted", "revocation.request", agent.name)
     )
     token, key = yard.token("github"), fresh(agent)
-    async with leaves(yard.world, NOT_LET_IN.format(code="agent_suspended"), bot=agent.name):
+    async with expect_trail(yard.world, NOT_LET_IN.format(code="agent_suspended"), bot=agent.name):
         assert await refused(yard, agent, token, key) == "agent_suspended"
     await yard.command(agent, AgentResume, reason="fine")
     assert (await yard.enrol(agent, token, key)).status_code == 200
@@ -286,7 +286,7 @@ async def test_suspended_and_decommissioned_agents_let_nobody_in(yard: Yard) -> 
 # --- what was let in, and is no more ----------------------------------------------------------------------------------
 
 
-async def test_without_its_selector_an_instance_gets_nothing_new(yard: Yard) -> None:
+async def test_without_its_selector_an_instance_gets_nothing_new(yard: AttestationBench) -> None:
     agent = await yard.agent(yard.selector("github"), yard.selector("gcp"))
     task = await yard.task(agent)
     async with (
@@ -310,7 +310,7 @@ async def test_without_its_selector_an_instance_gets_nothing_new(yard: Yard) -> 
         await stays.release(goes_on, timeout_s=60)
 
 
-async def test_a_decommissioned_agents_instances_get_nothing(yard: Yard) -> None:
+async def test_a_decommissioned_agents_instances_get_nothing(yard: AttestationBench) -> None:
     agent = await yard.agent(yard.selector("github"))
     task = await yard.task(agent)
     async with yard.connected(agent, Given(yard.pinned["github"])) as connected:
@@ -322,7 +322,12 @@ async def test_a_decommissioned_agents_instances_get_nothing(yard: Yard) -> None
 
 
 async def counts_for_nothing(
-    yard: Yard, agent: Party, key: SigningKey, enrolment: str, code: str, spelt: bytes = b"enrolment"
+    yard: AttestationBench,
+    agent: Party,
+    key: SigningKey,
+    enrolment: str,
+    code: str,
+    spelt: bytes = b"enrolment",
 ) -> None:
     """A request with this enrolment is dead-lettered with the code, and nobody is believed to have written it.
 
@@ -335,7 +340,7 @@ async def counts_for_nothing(
     head, payload, _ = sign(claims, key).split(".")
     payload = b64encode(b64decode(payload).replace(b'"enrolment"', b'"' + spelt + b'"'))
     text = f"{head}.{payload}".encode()
-    async with leaves(yard.world, forged(code) + buried(code)):
+    async with expect_trail(yard.world, forged(code) + buried(code)):
         at = await yard.world.send(CREDENTIAL_REQUEST, agent.name, compact_jws(text, key.sign(text)))
         letter = await yard.world.consume_until(
             DEAD_LETTER, lambda record: DeadLetter.model_validate_json(record.value).source == at
@@ -343,7 +348,7 @@ async def counts_for_nothing(
     assert DeadLetter.model_validate_json(letter.value).code == code
 
 
-async def test_an_enrolment_is_for_its_key_its_agent_and_its_time(yard: Yard) -> None:
+async def test_an_enrolment_is_for_its_key_its_agent_and_its_time(yard: AttestationBench) -> None:
     agent, other = await yard.agent(yard.selector("github")), await yard.agent(yard.selector("github"))
     key = fresh(agent)
     enrolment = (await yard.enrol(agent, yard.token("github"), key)).json()["enrolment"]
@@ -357,7 +362,7 @@ async def test_an_enrolment_is_for_its_key_its_agent_and_its_time(yard: Yard) ->
     await counts_for_nothing(yard, agent, key, sign(over, yard.world.key("registry")), "enrolment_ended")
 
 
-async def test_who_has_a_key_of_the_record_is_no_instance(yard: Yard) -> None:
+async def test_who_has_a_key_of_the_record_is_no_instance(yard: AttestationBench) -> None:
     agent = await yard.world.agent("keyed", yard.sam, READ, attestation=(yard.selector("github"),))
     enrolment = (await yard.enrol(agent, yard.token("github"), fresh(agent))).json()["enrolment"]
     mine = opened(enrolment)
@@ -369,7 +374,7 @@ async def test_who_has_a_key_of_the_record_is_no_instance(yard: Yard) -> None:
         await counts_for_nothing(yard, agent, agent.key, sign(mine, agent.key), "enrolment_invalid", spelt)
 
 
-async def test_a_registry_that_lies_invents_no_instance_where_keys_are_pinned(yard: Yard) -> None:
+async def test_a_registry_that_lies_invents_no_instance_where_keys_are_pinned(yard: AttestationBench) -> None:
     agent = await yard.agent(yard.selector("github"))
     honest = opened((await yard.enrol(agent, yard.token("github"), fresh(agent))).json()["enrolment"])
     liar, key = yard.world.key("registry"), fresh(agent)
@@ -405,7 +410,7 @@ class Later:
         return int((time.time() + self.ahead_s) * 1000)
 
 
-async def test_an_instance_renews_before_its_end(yard: Yard) -> None:
+async def test_an_instance_renews_before_its_end(yard: AttestationBench) -> None:
     agent = await yard.agent(yard.selector("github", max_life_s=60))
     task, source, clock = await yard.task(agent), Given(yard.pinned["github"]), Later()
     connected = Agent.connect(attest=source, agent_id=agent.name, settings=client(yard.world), clock=clock)
@@ -421,7 +426,9 @@ async def test_an_instance_renews_before_its_end(yard: Yard) -> None:
         assert source.asked[1].endswith(connected.connection.key.kid)
 
 
-async def test_a_file_that_was_not_renewed_is_no_reason_to_stop(yard: Yard, tmp_path: Path) -> None:
+async def test_a_file_that_was_not_renewed_is_no_reason_to_stop(
+    yard: AttestationBench, tmp_path: Path
+) -> None:
     agent = await yard.agent(yard.selector("kubernetes", max_life_s=120))
     task, file, clock = await yard.task(agent), tmp_path / "token", Later()
     file.write_text(yard.token("kubernetes") + "\n")
@@ -445,7 +452,7 @@ async def test_a_file_that_was_not_renewed_is_no_reason_to_stop(yard: Yard, tmp_
     assert refused.value.code == "token_replayed"
 
 
-async def test_what_an_instance_needs_is_said(yard: Yard, tmp_path: Path) -> None:
+async def test_what_an_instance_needs_is_said(yard: AttestationBench, tmp_path: Path) -> None:
     settings = client(yard.world)
     with pytest.raises(IdentityError, match="RINGFENCE_AGENT"):
         Agent.connect(attest="github", settings=settings)
@@ -467,7 +474,7 @@ async def test_what_was_spent_stays_spent_when_the_registry_starts_again(
 ) -> None:
     async with (
         World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
-        Yard.open(world, tmp_path) as yard,
+        AttestationBench.open(world, tmp_path) as yard,
     ):
         async with world.running("registry", own={"registry": yard.own}):
             await yard.staff()
@@ -487,7 +494,9 @@ async def test_what_was_spent_stays_spent_when_the_registry_starts_again(
 # --- through a gateway ------------------------------------------------------------------------------------------------
 
 
-async def test_an_instance_goes_through_a_gateway_with_the_key_that_it_enrolled(yard: Yard) -> None:
+async def test_an_instance_goes_through_a_gateway_with_the_key_that_it_enrolled(
+    yard: AttestationBench,
+) -> None:
     world, wide = yard.world, scope("hub", ("read",), ("path/**",))
     backend = BackendSettings.model_validate({"kind": "jwt", "url": f"https://{HUB}"})
     await world.target("hub", backend=backend, requests=RULES, verbs=VERBS)

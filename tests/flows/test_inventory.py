@@ -17,7 +17,7 @@ from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.messages.registry import AgentSuspend, UserDisable
 from tests.flows import test_cli
-from tests.world import DAY_S, WITHIN_S, Party, World, scope
+from tests.support.world import DAY_S, WITHIN_S, Party, World, scope
 
 Shell, organisation, shell = test_cli.Shell, test_cli.organisation, test_cli.shell
 ENV = scope("platform", ("read", "deploy"), ("env/**",))

@@ -35,24 +35,24 @@ from ringfence.model.lease_store.keys import packed
 from ringfence.model.leases.lifecycle import follow
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Desk, another, opened_desks, opened_office
-from tests.world import WITHIN_S, Party, World, scope
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks, opened_office
+from tests.support.world import WITHIN_S, Party, World, scope
 
 
 @pytest.fixture(scope="module")
-async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+async def issuer_bench(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[IssuerBench]:
     """Registry and issuer, once for all tests here."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     async with opened_office(kafka, redis_server, "issuer", http=f"127.0.0.1:{port}", issuer_url=url) as desk:
         yield desk
 
 
-def url(desk: Desk) -> str:
+def url(desk: IssuerBench) -> str:
     return f"http://127.0.0.1:{desk.world.ports['issuer']}"
 
 
 async def redeliver(
-    desk: Desk, *places: Coordinates, role: str = "issuer", topic: Topic[Any] = CREDENTIAL_DECISION
+    desk: IssuerBench, *places: Coordinates, role: str = "issuer", topic: Topic[Any] = CREDENTIAL_DECISION
 ) -> None:
     """Hand records that were handled once to the service again, as a broker does after a crash before the commit."""
     records = [await desk.world.record_at(topic, at) for at in places]
@@ -65,7 +65,7 @@ async def redeliver(
     await handler(records)
 
 
-async def arrived(desk: Desk) -> None:
+async def arrived(desk: IssuerBench) -> None:
     """Until the issuer knows all that the registry has said: it learns of a change just after it was accepted."""
     assert await desk.world.runtimes["issuer"].tables_caught_up(30)
 
@@ -75,7 +75,7 @@ def delivered(content: ReplyContent) -> CredentialDelivery:
     return parse(content.delivery).unverified_claims(CredentialDelivery)
 
 
-async def token_claims(desk: Desk, token: str) -> dict[str, Any]:
+async def token_claims(desk: IssuerBench, token: str) -> dict[str, Any]:
     """The claims, verified by a stranger's tools: discovery, JWKS, PyJWT."""
     async with httpx.AsyncClient(base_url=url(desk), timeout=WITHIN_S) as http:
         discovery = (await http.get("/.well-known/openid-configuration")).json()
@@ -88,7 +88,7 @@ async def token_claims(desk: Desk, token: str) -> dict[str, Any]:
     return claims
 
 
-async def introspect(desk: Desk, token: str, by: Party | None = None) -> httpx.Response:
+async def introspect(desk: IssuerBench, token: str, by: Party | None = None) -> httpx.Response:
     headers = desk.world.bearer(by, "issuer") if by else {}
     async with httpx.AsyncClient(base_url=url(desk), timeout=WITHIN_S) as http:
         return await http.post("/oauth2/introspect", data={"token": token}, headers=headers)
@@ -97,7 +97,9 @@ async def introspect(desk: Desk, token: str, by: Party | None = None) -> httpx.R
 # --- what is issued ---------------------------------------------------------------------------------------------------
 
 
-async def test_an_allowed_request_becomes_a_lease_and_a_credential(desk: Desk, store: LeaseStore) -> None:
+async def test_an_allowed_request_becomes_a_lease_and_a_credential(
+    desk: IssuerBench, store: LeaseStore
+) -> None:
     asked = await desk.ask("read", scope=desk.scope("read", resource="env/**"))
     decided_at = await desk.decide(asked)
     content = await desk.answer(asked)
@@ -134,7 +136,7 @@ async def test_an_allowed_request_becomes_a_lease_and_a_credential(desk: Desk, s
     assert (await store.look(asked.lease_id)).active
 
 
-async def test_nobody_has_a_credential_before_kafka_has_its_lease(desk: Desk) -> None:
+async def test_nobody_has_a_credential_before_kafka_has_its_lease(desk: IssuerBench) -> None:
     asked, content = await desk.issued("read")
     lease = await desk.world.consume_until(LEASE, lambda r: r.key == asked.lease_id)
 
@@ -148,15 +150,15 @@ async def test_nobody_has_a_credential_before_kafka_has_its_lease(desk: Desk) ->
         assert secret.encode() not in reply.value
 
 
-async def test_a_lease_ends_no_later_than_its_task(office: Desk) -> None:
-    desk = await another(office, life_s=30)
+async def test_a_lease_ends_no_later_than_its_task(issuer_bench: IssuerBench) -> None:
+    desk = await another(issuer_bench, life_s=30)
     asked, _ = await desk.issued("read", ttl_s=600)
     lease = await desk.lease(asked.lease_id, "active")
     task_ends = int(time.time()) + 30
     assert task_ends - 20 < lease.deadline <= task_ends
 
 
-async def test_policy_may_shorten(desk: Desk) -> None:
+async def test_policy_may_shorten(desk: IssuerBench) -> None:
     asked = await desk.ask("read")
     at = await desk.decide(asked, ttl_s=60)
     await desk.answer(asked)
@@ -164,7 +166,7 @@ async def test_policy_may_shorten(desk: Desk) -> None:
     assert lease.deadline == (at.appended_at_ms + 60_000) // 1000
 
 
-async def test_what_policy_did_not_allow_is_not_issued(desk: Desk) -> None:
+async def test_what_policy_did_not_allow_is_not_issued(desk: IssuerBench) -> None:
     denied, pending = await desk.ask("read"), await desk.ask("read")
     await desk.decide(denied, outcome="denied")
     await desk.decide(pending, outcome="approval_required")
@@ -172,7 +174,7 @@ async def test_what_policy_did_not_allow_is_not_issued(desk: Desk) -> None:
     assert await desk.records(denied.lease_id) == await desk.records(pending.lease_id) == []
 
 
-async def test_the_sponsors_approval_opens_what_needs_it(desk: Desk) -> None:
+async def test_the_sponsors_approval_opens_what_needs_it(desk: IssuerBench) -> None:
     asked = await desk.ask("deploy")
     await desk.decide(asked, approvals=(desk.approval(asked, desk.sam),), required=("sponsor",))
     content = await desk.answer(asked)
@@ -180,7 +182,7 @@ async def test_the_sponsors_approval_opens_what_needs_it(desk: Desk) -> None:
 
 
 async def test_a_record_in_redis_that_nobody_can_read_holds_up_no_other(
-    desk: Desk, store: LeaseStore
+    desk: IssuerBench, store: LeaseStore
 ) -> None:
     asked = await desk.ask("read")
     place = await desk.decide(asked)
@@ -200,7 +202,7 @@ async def test_a_record_in_redis_that_nobody_can_read_holds_up_no_other(
 
 @pytest.mark.parametrize("whose", ["another lease's", "a stranger's, of a longer life", "unsigned"])
 async def test_a_record_in_redis_that_is_not_the_leases_is_answered_to_nobody(
-    desk: Desk, store: LeaseStore, whose: str
+    desk: IssuerBench, store: LeaseStore, whose: str
 ) -> None:
     """Whoever can write to Redis puts it there, and the decision is delivered once more."""
     asked = await desk.ask("read")
@@ -235,7 +237,7 @@ async def test_a_record_in_redis_that_is_not_the_leases_is_answered_to_nobody(
 
 
 @pytest.mark.parametrize("forger", ["a stranger", "another service", "the agent"])
-async def test_a_decision_that_policy_did_not_sign_is_dead_lettered(desk: Desk, forger: str) -> None:
+async def test_a_decision_that_policy_did_not_sign_is_dead_lettered(desk: IssuerBench, forger: str) -> None:
     policy = desk.world.key("policy")
     key = {
         "a stranger": desk.world.party("service", "policy").key,
@@ -252,9 +254,11 @@ async def test_a_decision_that_policy_did_not_sign_is_dead_lettered(desk: Desk, 
     assert await desk.records(asked.lease_id) == []
 
 
-async def test_a_decision_beyond_the_rule_is_refused_whole_and_told_as_a_finding(office: Desk) -> None:
+async def test_a_decision_beyond_the_rule_is_refused_whole_and_told_as_a_finding(
+    issuer_bench: IssuerBench,
+) -> None:
     ceiling = scope("staging", ("read",), ("env/staging/*",))
-    desk = await another(office, ceiling=ceiling)
+    desk = await another(issuer_bench, ceiling=ceiling)
     wide = (*desk.scope("read"), *desk.scope("read", resource="env/production/web"))
     asked = await desk.ask(scope=wide)
     await desk.decide(asked)
@@ -266,7 +270,9 @@ async def test_a_decision_beyond_the_rule_is_refused_whole_and_told_as_a_finding
     assert await desk.is_finding(asked)
 
 
-async def test_a_request_that_the_agent_did_not_sign_is_a_finding_and_answered_by_nobody(desk: Desk) -> None:
+async def test_a_request_that_the_agent_did_not_sign_is_a_finding_and_answered_by_nobody(
+    desk: IssuerBench,
+) -> None:
     asked = await desk.ask("read", by=desk.sam)
     await desk.decide(asked)
     event = await desk.event("finding", asked)
@@ -287,7 +293,7 @@ async def test_a_request_that_the_agent_did_not_sign_is_a_finding_and_answered_b
         ("approval_lacking", "an approval that is lacking"),
     ],
 )
-async def test_a_decision_that_no_honest_policy_makes(desk: Desk, code: str, wrong: str) -> None:
+async def test_a_decision_that_no_honest_policy_makes(desk: IssuerBench, code: str, wrong: str) -> None:
     asked = await desk.ask("deploy" if code == "approval_lacking" else "read")
     source = asked.source
     wrongs: dict[str, dict[str, Any]] = {
@@ -324,7 +330,7 @@ async def test_a_decision_that_no_honest_policy_makes(desk: Desk, code: str, wro
         ("approval_stale", "on other revisions"),
     ],
 )
-async def test_an_approval_that_does_not_count(desk: Desk, code: str, wrong: str) -> None:
+async def test_an_approval_that_does_not_count(desk: IssuerBench, code: str, wrong: str) -> None:
     asked = await desk.ask("deploy")
     approval = {
         "the agent's own": lambda: desk.approval(asked, desk.bot),
@@ -343,7 +349,7 @@ async def test_an_approval_that_does_not_count(desk: Desk, code: str, wrong: str
     assert await desk.is_finding(asked)
 
 
-async def test_one_person_does_not_count_twice(desk: Desk) -> None:
+async def test_one_person_does_not_count_twice(desk: IssuerBench) -> None:
     asked = await desk.ask("deploy")
     twice = (desk.approval(asked, desk.sam), desk.approval(asked, desk.sam))
     await desk.decide(asked, approvals=twice, required=("second_person",))
@@ -352,7 +358,7 @@ async def test_one_person_does_not_count_twice(desk: Desk) -> None:
     assert "second_person" in refusal.reasons[0].message
 
 
-async def test_an_approval_given_before_a_change_is_stale_and_no_finding(desk: Desk) -> None:
+async def test_an_approval_given_before_a_change_is_stale_and_no_finding(desk: IssuerBench) -> None:
     asked = await desk.ask("deploy")
     approval = desk.approval(asked, desk.sam)
     ceiling = desk.scope("read", "deploy", resource="env/**")
@@ -366,7 +372,7 @@ async def test_an_approval_given_before_a_change_is_stale_and_no_finding(desk: D
     assert not await desk.is_finding(asked)
 
 
-async def test_an_agent_that_was_suspended_meanwhile_gets_nothing(desk: Desk) -> None:
+async def test_an_agent_that_was_suspended_meanwhile_gets_nothing(desk: IssuerBench) -> None:
     asked = await desk.ask("read")
     suspend = desk.world.claims(AgentSuspend, desk.sam, agent_id=desk.bot.name, reason="a test")
     await desk.world.accepted(suspend, desk.sam)
@@ -376,7 +382,9 @@ async def test_an_agent_that_was_suspended_meanwhile_gets_nothing(desk: Desk) ->
     assert [reason.code for reason in refusal.reasons] == ["agent_suspended"]
 
 
-async def test_a_task_that_was_ended_meanwhile_gives_nothing_and_that_is_no_finding(desk: Desk) -> None:
+async def test_a_task_that_was_ended_meanwhile_gives_nothing_and_that_is_no_finding(
+    desk: IssuerBench,
+) -> None:
     asked = await desk.ask("read")
     end = desk.world.claims(TaskEnd, desk.maria, task_id=desk.task, reason="a test")
     await desk.world.accepted(end, desk.maria)
@@ -393,7 +401,7 @@ async def test_a_task_that_was_ended_meanwhile_gives_nothing_and_that_is_no_find
     assert not await desk.is_finding(asked)
 
 
-async def test_a_kind_of_credential_that_nobody_makes_is_refused(desk: Desk) -> None:
+async def test_a_kind_of_credential_that_nobody_makes_is_refused(desk: IssuerBench) -> None:
     wide = scope("mainframe", ("read",), ("**",))
     await desk.world.target("mainframe", backend=BackendSettings(kind="punch-card"))
     ulla = await desk.world.user("ulla", entitlements=wide)
@@ -405,14 +413,14 @@ async def test_a_kind_of_credential_that_nobody_makes_is_refused(desk: Desk) -> 
     assert [reason.code for reason in refusal.reasons] == ["backend_unknown"]
 
 
-async def test_a_decision_that_lay_about_is_too_old(desk: Desk) -> None:
+async def test_a_decision_that_lay_about_is_too_old(desk: IssuerBench) -> None:
     asked = await desk.ask("read")
     await desk.decide(asked, iat=int(time.time()) - 2 * 3600)
     refusal = await desk.refused(asked)
     assert [reason.code for reason in refusal.reasons] == ["decision_too_old"]
 
 
-async def test_less_than_a_second_is_no_credential(desk: Desk) -> None:
+async def test_less_than_a_second_is_no_credential(desk: IssuerBench) -> None:
     asked = await desk.ask("read", ttl_s=1)
     while (await desk.decide(asked)).appended_at_ms % 1000 == 0:
         asked = await desk.ask("read", ttl_s=1)  # decided on the second, it has a whole one
@@ -420,7 +428,9 @@ async def test_less_than_a_second_is_no_credential(desk: Desk) -> None:
     assert refusal.reasons[0].code in ("deadline_too_close", "deadline_passed")
 
 
-async def test_what_was_revoked_before_it_was_issued_is_not_issued(desk: Desk, store: LeaseStore) -> None:
+async def test_what_was_revoked_before_it_was_issued_is_not_issued(
+    desk: IssuerBench, store: LeaseStore
+) -> None:
     covered = await desk.ask("read")
     await store.fence({f"task:{desk.task}": covered.source.appended_at_ms})
     await desk.decide(covered)
@@ -430,7 +440,7 @@ async def test_what_was_revoked_before_it_was_issued_is_not_issued(desk: Desk, s
     await desk.issued("read")  # asked for after the fence
 
 
-async def test_a_reply_key_that_is_no_key_stops_nobody(desk: Desk) -> None:
+async def test_a_reply_key_that_is_no_key_stops_nobody(desk: IssuerBench) -> None:
     nonsense = PublicJwk(kty="EC", crv="P-256", x="AAAA", y="AAAA")
     asked = await desk.ask("read", reply_key=nonsense)
     await desk.decide(asked)
@@ -442,7 +452,7 @@ async def test_a_reply_key_that_is_no_key_stops_nobody(desk: Desk) -> None:
 # --- once, whatever happens -------------------------------------------------------------------------------------------
 
 
-async def test_a_redelivered_decision_is_answered_again_with_the_same_lease(desk: Desk) -> None:
+async def test_a_redelivered_decision_is_answered_again_with_the_same_lease(desk: IssuerBench) -> None:
     asked = await desk.ask("read")
     at = await desk.decide(asked)
     first = await desk.answer(asked)
@@ -457,7 +467,9 @@ async def test_a_redelivered_decision_is_answered_again_with_the_same_lease(desk
     assert len({record.compact for record in await desk.issued_records(asked.lease_id)}) == 1
 
 
-async def test_a_redelivered_decision_of_an_ended_lease_is_refused(desk: Desk, store: LeaseStore) -> None:
+async def test_a_redelivered_decision_of_an_ended_lease_is_refused(
+    desk: IssuerBench, store: LeaseStore
+) -> None:
     asked = await desk.ask("read")
     at = await desk.decide(asked)
     await desk.answer(asked)
@@ -471,7 +483,7 @@ async def test_a_redelivered_decision_of_an_ended_lease_is_refused(desk: Desk, s
     assert [reason.code for reason in refusal.reasons] == ["lease_ended"]
 
 
-async def test_the_same_decision_at_another_place_is_a_replay(desk: Desk) -> None:
+async def test_the_same_decision_at_another_place_is_a_replay(desk: IssuerBench) -> None:
     asked = await desk.ask("read")
     compact = sign(desk.decision(asked), desk.world.key("policy"))
     await desk.append_decision(compact)
@@ -482,7 +494,7 @@ async def test_the_same_decision_at_another_place_is_a_replay(desk: Desk) -> Non
     assert len(await desk.issued_records(asked.lease_id)) == 1
 
 
-async def test_a_second_decision_on_a_request_is_a_replay_even_in_the_same_batch(desk: Desk) -> None:
+async def test_a_second_decision_on_a_request_is_a_replay_even_in_the_same_batch(desk: IssuerBench) -> None:
     asked = await desk.ask("read", ttl_s=300)
     policy = desk.world.key("policy")
     first, second = (sign(desk.decision(asked, ttl_s=ttl_s), policy) for ttl_s in (300, 200))
@@ -496,7 +508,7 @@ async def test_a_second_decision_on_a_request_is_a_replay_even_in_the_same_batch
 
 @pytest.mark.parametrize("lost", [LEASE, CREDENTIAL_REPLY], ids=lambda topic: topic.what)
 async def test_what_fails_between_redis_and_kafka_is_finished_with_the_same_lease(
-    desk: Desk, store: LeaseStore, monkeypatch: pytest.MonkeyPatch, lost: Topic[Any]
+    desk: IssuerBench, store: LeaseStore, monkeypatch: pytest.MonkeyPatch, lost: Topic[Any]
 ) -> None:
     publisher = desk.world.runtimes["issuer"].publisher
     send_to, failures = publisher.send_to, list[Topic[Any]]()
@@ -521,7 +533,7 @@ async def test_what_fails_between_redis_and_kafka_is_finished_with_the_same_leas
             await asyncio.sleep(0.05)
 
 
-async def test_a_lease_of_a_crashed_issuer_is_answered_whatever_changed_since(desk: Desk) -> None:
+async def test_a_lease_of_a_crashed_issuer_is_answered_whatever_changed_since(desk: IssuerBench) -> None:
     asked = await desk.ask("read")
     at = await desk.decide(asked)
     first = await desk.answer(asked)
@@ -538,7 +550,7 @@ async def test_a_lease_of_a_crashed_issuer_is_answered_whatever_changed_since(de
 # --- views that are too old -------------------------------------------------------------------------------------------
 
 
-async def test_a_record_that_policy_saw_first_is_waited_for(desk: Desk) -> None:
+async def test_a_record_that_policy_saw_first_is_waited_for(desk: IssuerBench) -> None:
     asked = await desk.ask("read")
     await desk.decide(asked, revisions=desk.revisions.model_copy(update={"agent": 2}))
     ceiling = desk.scope("read", resource="**")
@@ -548,7 +560,7 @@ async def test_a_record_that_policy_saw_first_is_waited_for(desk: Desk) -> None:
     assert (await desk.answer(asked)).credential is not None
 
 
-async def test_a_record_that_never_comes_is_not_waited_for_long(desk: Desk) -> None:
+async def test_a_record_that_never_comes_is_not_waited_for_long(desk: IssuerBench) -> None:
     asked = await desk.ask("read")
     await desk.decide(asked, revisions=desk.revisions.model_copy(update={"task": 9}))
     refusal = await desk.refused(asked)
@@ -616,7 +628,7 @@ async def test_what_was_issued_is_answered_again_though_the_agent_holds_all_it_m
 # --- what resource servers see ----------------------------------------------------------------------------------------
 
 
-async def test_introspection_says_what_the_token_says_while_the_lease_lives(desk: Desk) -> None:
+async def test_introspection_says_what_the_token_says_while_the_lease_lives(desk: IssuerBench) -> None:
     _, content = await desk.issued("read")
     assert content.credential is not None
     token = content.credential.value
@@ -627,7 +639,7 @@ async def test_introspection_says_what_the_token_says_while_the_lease_lives(desk
     assert answer == {"active": True, "token_type": "Bearer", **claims}
 
 
-async def test_introspection_is_inactive_from_the_cut_on(desk: Desk, store: LeaseStore) -> None:
+async def test_introspection_is_inactive_from_the_cut_on(desk: IssuerBench, store: LeaseStore) -> None:
     asked, content = await desk.issued("read")
     assert content.credential is not None
     lease = await desk.lease(asked.lease_id, "active")
@@ -637,7 +649,7 @@ async def test_introspection_is_inactive_from_the_cut_on(desk: Desk, store: Leas
     assert (await introspect(desk, content.credential.value, desk.target)).json() == {"active": False}
 
 
-async def test_introspection_is_inactive_from_the_deadline_on(desk: Desk) -> None:
+async def test_introspection_is_inactive_from_the_deadline_on(desk: IssuerBench) -> None:
     _, content = await desk.issued("read", ttl_s=8)
     assert content.credential is not None
     async with asyncio.timeout(WITHIN_S):
@@ -646,7 +658,7 @@ async def test_introspection_is_inactive_from_the_deadline_on(desk: Desk) -> Non
     assert time.time() >= content.credential.expires_at - 0.5
 
 
-async def test_introspection_is_for_the_target_of_the_token_alone(desk: Desk) -> None:
+async def test_introspection_is_for_the_target_of_the_token_alone(desk: IssuerBench) -> None:
     _, content = await desk.issued("read")
     assert content.credential is not None
     token = content.credential.value
@@ -659,7 +671,7 @@ async def test_introspection_is_for_the_target_of_the_token_alone(desk: Desk) ->
         assert response.headers["www-authenticate"] == "Bearer"
 
 
-async def test_introspection_of_what_this_issuer_did_not_sign(desk: Desk) -> None:
+async def test_introspection_of_what_this_issuer_did_not_sign(desk: IssuerBench) -> None:
     _, content = await desk.issued("read")
     assert content.credential is not None
     head, body, tail = content.credential.value.split(".")
@@ -669,7 +681,7 @@ async def test_introspection_of_what_this_issuer_did_not_sign(desk: Desk) -> Non
         assert (await introspect(desk, token, desk.target)).json() == {"active": False}
 
 
-async def test_introspection_wants_a_token(desk: Desk) -> None:
+async def test_introspection_wants_a_token(desk: IssuerBench) -> None:
     async with httpx.AsyncClient(base_url=url(desk), timeout=WITHIN_S) as http:
         for body in ("", "tok=x", "token=a&token=b", "token=" + "x" * 70_000, "\xff"):
             headers = desk.world.bearer(desk.target, "issuer")
@@ -679,7 +691,7 @@ async def test_introspection_wants_a_token(desk: Desk) -> None:
         assert (await http.get("/oauth2/introspect")).status_code == 405
 
 
-async def test_discovery_names_everything(desk: Desk) -> None:
+async def test_discovery_names_everything(desk: IssuerBench) -> None:
     async with httpx.AsyncClient(base_url=url(desk), timeout=WITHIN_S) as http:
         openid = await http.get("/.well-known/openid-configuration")
         oauth = await http.get("/.well-known/oauth-authorization-server")
@@ -694,7 +706,7 @@ async def test_discovery_names_everything(desk: Desk) -> None:
     assert "d" not in key
 
 
-async def test_the_sdk_verifies_what_the_issuer_made(desk: Desk) -> None:
+async def test_the_sdk_verifies_what_the_issuer_made(desk: IssuerBench) -> None:
     _, content = await desk.issued("read", scope=desk.scope("read", resource="env/*/web"))
     assert content.credential is not None
     async with TokenVerifier(url(desk), desk.target.id, introspection_key=desk.target.key) as verifier:

@@ -17,12 +17,12 @@ from ringfence.messages.approval import Grant, GrantWithdraw
 from ringfence.messages.registry import AgentResume, AgentSetCeiling, AgentSuspend
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, LEASE
 from ringfence.model.requests.grants import id_of
-from tests.flows.desk import Desk, another, opened_desks
-from tests.flows.granting import claims_of, grant, granted
-from tests.world import Party, World
+from tests.support.benches.grant_flows import claims_of, grant, granted
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
+from tests.support.world import Party, World
 
 
-async def test_a_grant_opens_what_needs_the_sponsor_and_the_lease_names_it(desk: Desk) -> None:
+async def test_a_grant_opens_what_needs_the_sponsor_and_the_lease_names_it(desk: IssuerBench) -> None:
     compact = grant(desk)
     asked = await granted(desk, compact)
     assert (await desk.answer(asked)).credential is not None
@@ -51,7 +51,7 @@ async def test_a_grant_opens_what_needs_the_sponsor_and_the_lease_names_it(desk:
         ("grant_stale", "on other revisions"),
     ],
 )
-async def test_a_grant_that_does_not_count(desk: Desk, code: str, wrong: str) -> None:
+async def test_a_grant_that_does_not_count(desk: IssuerBench, code: str, wrong: str) -> None:
     other = await another(desk) if "another" in wrong else desk
     everything = desk.scope("read", "deploy", "wipe", resource="**")
     fields: dict[str, Any] = {}
@@ -89,7 +89,7 @@ async def test_a_grant_that_does_not_count(desk: Desk, code: str, wrong: str) ->
     assert await desk.is_finding(asked)
 
 
-async def test_nobody_counts_twice_by_a_grant_and_an_approval(desk: Desk) -> None:
+async def test_nobody_counts_twice_by_a_grant_and_an_approval(desk: IssuerBench) -> None:
     asked = await desk.ask("deploy")
     approval = desk.approval(asked, desk.sam)
     await desk.decide(
@@ -104,21 +104,23 @@ async def test_nobody_counts_twice_by_a_grant_and_an_approval(desk: Desk) -> Non
     assert (await desk.answer(asked)).credential is not None
 
 
-async def test_a_grant_that_has_ended_is_refused_and_is_no_finding(desk: Desk) -> None:
+async def test_a_grant_that_has_ended_is_refused_and_is_no_finding(desk: IssuerBench) -> None:
     now = int(time.time())
     asked = await granted(desk, grant(desk, iat=now - 60, exp=now - 1))
     assert await desk.refusal_codes(asked) == ["grant_ended"]
     assert not await desk.is_finding(asked)
 
 
-async def test_a_grant_that_is_not_understood_opens_nothing_and_is_no_finding(desk: Desk) -> None:
+async def test_a_grant_that_is_not_understood_opens_nothing_and_is_no_finding(desk: IssuerBench) -> None:
     """A policy of another version may know the field that limits it."""
     asked = await granted(desk, grant(desk, only_at="night"))
     assert await desk.refusal_codes(asked) == ["grant_not_understood"]
     assert not await desk.is_finding(asked)
 
 
-async def test_a_grant_after_a_suspension_a_change_and_a_transfer_counts_for_nothing(desk: Desk) -> None:
+async def test_a_grant_after_a_suspension_a_change_and_a_transfer_counts_for_nothing(
+    desk: IssuerBench,
+) -> None:
     world, name = desk.world, desk.bot.name
     compact = grant(desk)
     assert (await desk.answer(await granted(desk, compact))).credential is not None
@@ -139,7 +141,7 @@ async def test_a_grant_after_a_suspension_a_change_and_a_transfer_counts_for_not
     assert await desk.refusal_codes(await granted(desk, changed)) == ["grant_stale"]
 
 
-async def test_what_was_taken_back_opens_nothing_more_whatever_policy_says(desk: Desk) -> None:
+async def test_what_was_taken_back_opens_nothing_more_whatever_policy_says(desk: IssuerBench) -> None:
     compact = grant(desk, count=9)
     claims = claims_of(compact)
     assert (await desk.answer(await granted(desk, compact))).credential is not None
@@ -162,12 +164,12 @@ async def test_a_withdrawal_outlives_a_restart_of_the_issuer(world: World) -> No
             assert await desk.refusal_codes(await granted(desk, compact)) == ["grant_withdrawn"]
 
 
-async def withdraw(desk: Desk, claims: Grant, by: Party) -> None:
+async def withdraw(desk: IssuerBench, claims: Grant, by: Party) -> None:
     back = desk.world.claims(GrantWithdraw, by, grant_id=id_of(claims), reason="off")
     await desk.world.send(APPROVAL_RESPONSE, desk.bot.name, sign(back, by.key))
 
 
-async def arrived(desk: Desk) -> None:
+async def arrived(desk: IssuerBench) -> None:
     """Until the issuer knows all that the registry has said."""
     assert await desk.world.runtimes["issuer"].tables_caught_up(30)
 

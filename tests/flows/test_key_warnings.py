@@ -13,7 +13,7 @@ from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentRotateKey
 from ringfence.messages.topics import SERVICE_EVENT
 from ringfence.registry.settings import RegistrySettings
-from tests.world import DAY_S, Party, World
+from tests.support.world import DAY_S, Party, World
 
 OFTEN: dict[ServiceRole, Any] = {"registry": RegistrySettings(key_check_s=0.05)}
 

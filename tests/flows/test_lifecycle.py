@@ -27,14 +27,22 @@ from ringfence.messages.topics import AGENT
 from ringfence.model.lease_store import LeaseStore
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Asked, Desk, another, opened_office
-from tests.flows.revoking import QUICK, lives
-from tests.stories import allowed, asked_for, buried, forged, leaves, refused_by_issuer, request_leaves
-from tests.world import WITHIN_S, Party, scope
+from tests.support.audit_stories import (
+    allowed,
+    asked_for,
+    buried,
+    expect_trail,
+    forged,
+    refused_by_issuer,
+    request_leaves,
+)
+from tests.support.benches.issuer_bench import Asked, IssuerBench, another, opened_office
+from tests.support.benches.revocation_flows import QUICK, lives
+from tests.support.world import WITHIN_S, Party, scope
 
 
 @pytest.fixture(scope="module")
-async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+async def issuer_bench(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[IssuerBench]:
     """Registry, issuer and revoker, once for all tests here. The grace is long: a test may hold a service back."""
     async with opened_office(
         kafka, redis_server, "issuer", "revoker", own=QUICK, grace_s=2 * WITHIN_S
@@ -43,27 +51,27 @@ async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]
 
 
 @pytest.fixture
-async def desk(office: Desk) -> Desk:
+async def desk(issuer_bench: IssuerBench) -> IssuerBench:
     """An agent and a task of the test's own."""
-    return await another(office)
+    return await another(issuer_bench)
 
 
 @pytest.fixture
-async def theirs(office: Desk, store: LeaseStore) -> AsyncIterator[Asked]:
+async def theirs(issuer_bench: IssuerBench, store: LeaseStore) -> AsyncIterator[Asked]:
     """A lease of another agent, which lives on, whatever the test does."""
-    other = await another(office)
+    other = await another(issuer_bench)
     asked, _ = await other.issued("read")
     yield asked
     await lives(other, store, asked)
 
 
-async def cause_of(desk: Desk, asked: Asked) -> EndCause:
+async def cause_of(desk: IssuerBench, asked: Asked) -> EndCause:
     lease = await desk.lease(asked.lease_id, "revoked")
     assert lease.cause is not None
     return lease.cause
 
 
-async def order(desk: Desk, command: type[Any], by: Party | None = None, **fields: Any) -> None:
+async def order(desk: IssuerBench, command: type[Any], by: Party | None = None, **fields: Any) -> None:
     """A command about the desk's agent, by its sponsor where nobody else is named; returns when all know of it."""
     by = by or desk.sam
     claims = desk.world.claims(command, by, **{"agent_id": desk.bot.name, **fields})
@@ -73,7 +81,7 @@ async def order(desk: Desk, command: type[Any], by: Party | None = None, **field
         assert await desk.world.runtimes[role].tables_caught_up(WITHIN_S)
 
 
-async def rotate(desk: Desk, by: Party | None = None, **fields: Any) -> Party:
+async def rotate(desk: IssuerBench, by: Party | None = None, **fields: Any) -> Party:
     """Another key for the desk's agent. The desk goes on with the old one."""
     new = desk.world.party("agent", desk.bot.name)
     await order(desk, AgentRotateKey, by, key=new.key_record(), **fields)
@@ -102,7 +110,9 @@ NO_NEW_KEY = """
 # --- rotation ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_rotation_with_an_overlap_stops_nothing(desk: Desk, store: LeaseStore, theirs: Asked) -> None:
+async def test_a_rotation_with_an_overlap_stops_nothing(
+    desk: IssuerBench, store: LeaseStore, theirs: Asked
+) -> None:
     before, _ = await desk.issued("read")
     new = await rotate(desk, overlap_s=3600)
     within, _ = await desk.issued("read")
@@ -116,7 +126,7 @@ async def test_a_rotation_with_an_overlap_stops_nothing(desk: Desk, store: Lease
     await lives(desk, store, within, after)
 
 
-async def test_a_key_that_was_replaced_asks_for_nothing_more(desk: Desk, store: LeaseStore) -> None:
+async def test_a_key_that_was_replaced_asks_for_nothing_more(desk: IssuerBench, store: LeaseStore) -> None:
     before, _ = await desk.issued("read")
     await a_second_begins()
     new = await rotate(desk)
@@ -130,7 +140,7 @@ async def test_a_key_that_was_replaced_asks_for_nothing_more(desk: Desk, store: 
 
 
 async def test_policy_puts_no_request_back_into_the_time_of_a_key_that_ended(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    desk: IssuerBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When a request came is policy's word. A key that was replaced has a fence; one that just ended, a limit."""
     one, other = await desk.ask("read"), await desk.ask("read")
@@ -151,7 +161,7 @@ async def test_policy_puts_no_request_back_into_the_time_of_a_key_that_ended(
 
 
 async def test_a_compromised_key_takes_what_it_asked_for_with_it_and_nothing_else(
-    desk: Desk, store: LeaseStore, theirs: Asked
+    desk: IssuerBench, store: LeaseStore, theirs: Asked
 ) -> None:
     first, _ = await desk.issued("read")
     second_key = await rotate(desk, overlap_s=3600)
@@ -167,7 +177,7 @@ async def test_a_compromised_key_takes_what_it_asked_for_with_it_and_nothing_els
     await lives(desk, store, by_second, by_third, again)
 
 
-async def test_what_a_compromised_key_asked_for_before_is_not_issued_after(desk: Desk) -> None:
+async def test_what_a_compromised_key_asked_for_before_is_not_issued_after(desk: IssuerBench) -> None:
     await a_second_begins()
     pending = await desk.ask("read")
     stolen = desk.bot
@@ -188,10 +198,10 @@ async def test_what_a_compromised_key_asked_for_before_is_not_issued_after(desk:
 
 
 async def test_who_had_not_heard_of_it_issues_nothing_that_lasts(
-    office: Desk, monkeypatch: pytest.MonkeyPatch
+    issuer_bench: IssuerBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Policy and issuer may both go by the record before, for as long as the grace."""
-    desk = await another(office)
+    desk = await another(issuer_bench)
     before, _ = await desk.issued("read")
     monkeypatch.setitem(desk.world.runtimes["issuer"]._tables, AGENT, lambda records: None)
     new = desk.world.party("agent", desk.bot.name)
@@ -204,12 +214,12 @@ async def test_who_had_not_heard_of_it_issues_nothing_that_lasts(
     assert (await cause_of(desk, behind)).kind == "key_compromised"
 
 
-async def test_an_agent_gives_nobody_a_key(desk: Desk) -> None:
+async def test_an_agent_gives_nobody_a_key(desk: IssuerBench) -> None:
     mine = desk.world.party("agent", desk.bot.name)
     claims = desk.world.claims(
         AgentRotateKey, desk.bot, agent_id=desk.bot.name, key=mine.key_record(), overlap_s=60
     )
-    async with leaves(desk.world, forged() + buried()):
+    async with expect_trail(desk.world, forged() + buried()):
         with pytest.raises(AssertionError, match="key_unknown"):
             await desk.world.command(claims, desk.bot)
 
@@ -217,10 +227,10 @@ async def test_an_agent_gives_nobody_a_key(desk: Desk) -> None:
 # --- the other steps --------------------------------------------------------------------------------------------------
 
 
-async def test_nothing_is_issued_before_the_sponsor_has_taken_an_agent_on(office: Desk) -> None:
-    world, name = office.world, f"late-{uuid.uuid4().hex[:8]}"
-    desk = await another(office)
-    desk.bot = await world.agent(name, office.sam, desk.scope("read"), inactive=True)
+async def test_nothing_is_issued_before_the_sponsor_has_taken_an_agent_on(issuer_bench: IssuerBench) -> None:
+    world, name = issuer_bench.world, f"late-{uuid.uuid4().hex[:8]}"
+    desk = await another(issuer_bench)
+    desk.bot = await world.agent(name, issuer_bench.sam, desk.scope("read"), inactive=True)
     asked = await desk.ask("read")
     await desk.decide(asked)
     assert "agent_registered" in await desk.refusal_codes(asked)
@@ -230,7 +240,7 @@ async def test_nothing_is_issued_before_the_sponsor_has_taken_an_agent_on(office
     assert (await desk.issued("read"))[1].credential is not None
 
 
-async def test_a_transfer_ends_nothing(desk: Desk, store: LeaseStore, theirs: Asked) -> None:
+async def test_a_transfer_ends_nothing(desk: IssuerBench, store: LeaseStore, theirs: Asked) -> None:
     before, _ = await desk.issued("read")
     await order(desk, AgentTransfer, desk.world.operator, sponsor="sue", without_consent=True)
     after, _ = await desk.issued("read")
@@ -238,8 +248,8 @@ async def test_a_transfer_ends_nothing(desk: Desk, store: LeaseStore, theirs: As
     assert [(await desk.lease(one.lease_id, "active")).sponsor for one in (before, after)] == ["sam", "sue"]
 
 
-async def test_a_wider_ceiling_ends_nothing(office: Desk, store: LeaseStore) -> None:
-    desk = await another(office, ceiling=office.scope("read"))
+async def test_a_wider_ceiling_ends_nothing(issuer_bench: IssuerBench, store: LeaseStore) -> None:
+    desk = await another(issuer_bench, ceiling=issuer_bench.scope("read"))
     before, _ = await desk.issued("read")
     await order(desk, AgentSetCeiling, ceiling=desk.scope("read", "deploy", "wipe", resource="**"))
     after, _ = await desk.issued("read", scope=desk.scope("read", resource="env/elsewhere"))
@@ -248,7 +258,7 @@ async def test_a_wider_ceiling_ends_nothing(office: Desk, store: LeaseStore) -> 
 
 @pytest.mark.parametrize("command", [AgentSuspend, AgentDecommission])
 async def test_an_end_takes_all_leases_and_no_other_agents(
-    desk: Desk, command: type[Any], theirs: Asked
+    desk: IssuerBench, command: type[Any], theirs: Asked
 ) -> None:
     """Not even those of an agent with the same sponsor, user and target."""
     leases = [(await desk.issued("read"))[0] for _ in range(2)]
@@ -257,7 +267,7 @@ async def test_an_end_takes_all_leases_and_no_other_agents(
         assert (await cause_of(desk, asked)).kind in ("agent_suspended", "agent_decommissioned")
 
 
-async def test_an_agent_that_is_resumed_asks_anew(desk: Desk, store: LeaseStore) -> None:
+async def test_an_agent_that_is_resumed_asks_anew(desk: IssuerBench, store: LeaseStore) -> None:
     before, _ = await desk.issued("read")
     await order(desk, AgentSuspend, reason="odd")
     asked = await desk.ask("read")
@@ -269,27 +279,29 @@ async def test_an_agent_that_is_resumed_asks_anew(desk: Desk, store: LeaseStore)
     await lives(desk, store, after)
 
 
-async def test_when_its_key_ends_an_agent_gets_nothing_more(office: Desk, store: LeaseStore) -> None:
+async def test_when_its_key_ends_an_agent_gets_nothing_more(
+    issuer_bench: IssuerBench, store: LeaseStore
+) -> None:
     """What it holds lives on to its own end; at gateways it is shown with the key, which counts for nothing now."""
-    desk = await another(office)
+    desk = await another(issuer_bench)
     end_s = int(time.time()) + 4
-    bot = office.world.party("agent", f"brief-{uuid.uuid4().hex[:8]}")
-    register = office.world.claims(
+    bot = issuer_bench.world.party("agent", f"brief-{uuid.uuid4().hex[:8]}")
+    register = issuer_bench.world.claims(
         AgentRegister, desk.sam, agent_id=bot.name, sponsor="sam", description="x", keys=(bot.key.record(end_s),),
         ceiling=desk.scope("read"),
     )  # fmt: skip
-    await office.world.accepted(register, desk.sam)
+    await issuer_bench.world.accepted(register, desk.sam)
     desk.bot = bot
-    desk.task = await office.world.task(bot, desk.maria, desk.scope("read"))
+    desk.task = await issuer_bench.world.task(bot, desk.maria, desk.scope("read"))
     held, _ = await desk.issued("read")
-    await office.world.until(lambda: True if time.time() >= end_s else None, "the end of the key")
+    await issuer_bench.world.until(lambda: True if time.time() >= end_s else None, "the end of the key")
     late = await desk.ask("read")
     await desk.decide(late)
     assert (await desk.event("refused", late)).reasons[0].code == "key_unknown"
     await lives(desk, store, held)
 
 
-async def test_the_key_of_a_decommissioned_agent_opens_nothing(desk: Desk) -> None:
+async def test_the_key_of_a_decommissioned_agent_opens_nothing(desk: IssuerBench) -> None:
     held, _ = await desk.issued("read")
     await order(desk, AgentDecommission, reason="done")
     await cause_of(desk, held)
@@ -302,7 +314,7 @@ async def test_the_key_of_a_decommissioned_agent_opens_nothing(desk: Desk) -> No
     again = desk.world.claims(
         AgentRotateKey, desk.sam, agent_id=desk.bot.name, key=desk.world.party("agent", "x").key_record()
     )
-    async with leaves(desk.world, NO_NEW_KEY, bot=desk.bot.name):
+    async with expect_trail(desk.world, NO_NEW_KEY, bot=desk.bot.name):
         assert (await desk.world.command(again, desk.sam)).reasons[0].code == "decommissioned"
 
 
@@ -311,11 +323,13 @@ async def test_the_key_of_a_decommissioned_agent_opens_nothing(desk: Desk) -> No
 
 @pytest.mark.parametrize("how", ["disabled", "no sponsor any more"])
 async def test_orphans_hold_nothing_and_get_nothing_until_somebody_is_accountable(
-    office: Desk, store: LeaseStore, theirs: Asked, how: str
+    issuer_bench: IssuerBench, store: LeaseStore, theirs: Asked, how: str
 ) -> None:
-    world = office.world
+    world = issuer_bench.world
     leaver = await world.user(f"u{uuid.uuid4().hex[:8]}", roles=("sponsor",))
-    desk = await Desk(world, {"sam": leaver, "maria": office.maria, "sue": office.sue}, office.target).staff()
+    desk = await IssuerBench(
+        world, {"sam": leaver, "maria": issuer_bench.maria, "sue": issuer_bench.sue}, issuer_bench.target
+    ).staff()
     held, _ = await desk.issued("read")
     if how == "disabled":
         change: Any = world.claims(UserDisable, world.operator, user_id=leaver.name, reason="left")
@@ -334,11 +348,15 @@ async def test_orphans_hold_nothing_and_get_nothing_until_somebody_is_accountabl
     assert (await desk.lease(revived.lease_id, "active")).sponsor == "sue"
 
 
-async def test_a_leaver_leaves_what_was_transferred_before(office: Desk, store: LeaseStore) -> None:
+async def test_a_leaver_leaves_what_was_transferred_before(
+    issuer_bench: IssuerBench, store: LeaseStore
+) -> None:
     """But for what was issued while they were accountable: that rests on them."""
-    world = office.world
+    world = issuer_bench.world
     leaver = await world.user(f"u{uuid.uuid4().hex[:8]}", roles=("sponsor",))
-    desk = await Desk(world, {"sam": leaver, "maria": office.maria, "sue": office.sue}, office.target).staff()
+    desk = await IssuerBench(
+        world, {"sam": leaver, "maria": issuer_bench.maria, "sue": issuer_bench.sue}, issuer_bench.target
+    ).staff()
     before, _ = await desk.issued("read")
     await order(desk, AgentTransfer, world.operator, sponsor="sue", without_consent=True)
     after, _ = await desk.issued("read")
@@ -347,11 +365,15 @@ async def test_a_leaver_leaves_what_was_transferred_before(office: Desk, store: 
     await lives(desk, store, after)
 
 
-async def test_who_never_was_a_sponsor_leaves_nobody_alone(office: Desk, store: LeaseStore) -> None:
+async def test_who_never_was_a_sponsor_leaves_nobody_alone(
+    issuer_bench: IssuerBench, store: LeaseStore
+) -> None:
     everything = scope("staging", ("read", "deploy", "wipe"), ("**",))
-    world = office.world
+    world = issuer_bench.world
     user = await world.user(f"u{uuid.uuid4().hex[:8]}", entitlements=everything)
-    desk = await Desk(world, {"sam": office.sam, "maria": user, "sue": office.sue}, office.target).staff()
+    desk = await IssuerBench(
+        world, {"sam": issuer_bench.sam, "maria": user, "sue": issuer_bench.sue}, issuer_bench.target
+    ).staff()
     held, _ = await desk.issued("read")
     await world.accepted(
         world.user_set(world.operator, user, entitlements=everything, name="Another"), world.operator

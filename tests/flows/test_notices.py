@@ -22,8 +22,8 @@ from ringfence.kernel.base import metrics
 from ringfence.messages.base import ServiceRole
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REQUEST
 from ringfence.policy.settings import PolicySettings
-from tests.flows.office import DEPLOY, READ, Office, rewind
-from tests.world import World, scope
+from tests.support.benches.policy_bench import DEPLOY, READ, PolicyBench, rewind
+from tests.support.world import World, scope
 
 KEY = b"0123456789abcdef0123456789abcdef"
 PATH = "/services/T0SECRET/B0SECRET/verysecret"
@@ -95,11 +95,11 @@ def settings(folder: Path, **webhooks: Receiver) -> dict[ServiceRole, Any]:
 
 
 @asynccontextmanager
-async def office(world: World, own: dict[ServiceRole, Any]) -> AsyncIterator[Office]:
+async def office(world: World, own: dict[ServiceRole, Any]) -> AsyncIterator[PolicyBench]:
     async with world.running("registry", "policy", own=own):
         # The first try comes again soon.
         notices(world)._first_delay_s = 0.01
-        yield await Office.open(world)
+        yield await PolicyBench.open(world)
 
 
 def notices(world: World) -> Any:
@@ -213,7 +213,7 @@ async def test_a_redelivery_tells_nobody_twice_or_under_the_same_id(
     own = settings(tmp_path, sam=receiver)
     async with world.running("registry"):
         async with world.running("policy", own=own):
-            desk = await Office.open(world)
+            desk = await PolicyBench.open(world)
             await desk.question(await desk.ask(DEPLOY), desk.sam)
             await told(world, receiver, 1)
         await rewind(world, "policy", CREDENTIAL_REQUEST, APPROVAL_RESPONSE)

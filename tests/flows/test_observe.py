@@ -30,12 +30,12 @@ from ringfence.kernel.service.http import HttpServer
 from ringfence.messages.topics import ACTION, AUDIT
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Desk, another, opened_desks
-from tests.flows.gating import HUB, Proxy, gateway, handle, hub, secret_in
 from tests.flows.test_cli import Shell
 from tests.flows.test_gateway import own
 from tests.gateway.raw import connected
-from tests.world import WITHIN_S, World
+from tests.support.benches.gateway_flows import HUB, Proxy, gateway, handle, hub, secret_in
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
+from tests.support.world import WITHIN_S, World
 
 OLD = "Bearer what-all-of-them-share"
 AT_ONCE = 16
@@ -109,7 +109,7 @@ class Front:
     """Where the target is, as its record says."""
 
     async def ask(
-        self, desk: Desk, lease: str, method: str, url: str, label: str | None = None
+        self, desk: IssuerBench, lease: str, method: str, url: str, label: str | None = None
     ) -> httpx.Response:
         """What the gateway says of a request of an agent that shows its handle beside what it inherited."""
         nonce, told = None, {HANDLE: lease, **({"X-Ringfence-Label": label} if label else {})}
@@ -120,7 +120,9 @@ class Front:
                 return answer
             nonce = answer.headers["DPoP-Nonce"]
 
-    async def send(self, desk: Desk, lease: str, method: str, path: str, label: str | None) -> httpx.Response:
+    async def send(
+        self, desk: IssuerBench, lease: str, method: str, path: str, label: str | None
+    ) -> httpx.Response:
         """The same, and on to the target with what the gateway says."""
         answer = await self.ask(desk, lease, method, f"{self.at}{path}", label)
         if answer.status_code != 200:
@@ -137,7 +139,9 @@ class Plane(Front):
 
     port: int = 0
 
-    async def send(self, desk: Desk, lease: str, method: str, path: str, label: str | None) -> httpx.Response:
+    async def send(
+        self, desk: IssuerBench, lease: str, method: str, path: str, label: str | None
+    ) -> httpx.Response:
         """The answer to an agent that shows its handle beside what it inherited."""
         url, nonce = f"http://127.0.0.1:{self.port}/hub{path}", None
         told = {"Authorization": OLD, HANDLE: lease, **({"X-Ringfence-Label": label} if label else {})}
@@ -153,9 +157,9 @@ class Plane(Front):
 class Week:
     """A gateway that only observes `hub`, beside one target that it does not, and who sends there."""
 
-    first: Desk
+    first: IssuerBench
     front: Front
-    agents: dict[str, Desk] = field(default_factory=dict)
+    agents: dict[str, IssuerBench] = field(default_factory=dict)
     leases: dict[str, str] = field(default_factory=dict)
     tried: int = 0
     """How many allowed requests were asked about before the week began."""

@@ -17,8 +17,8 @@ from ringfence.messages.registry import AgentRegister
 from ringfence.messages.topics import AUDIT, CREDENTIAL_DECISION, CREDENTIAL_REQUEST, SERVICE_EVENT
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.sdk import READ, client
-from tests.world import Party, World
+from tests.support.benches.sdk_clients import READ, client
+from tests.support.world import Party, World
 
 
 @pytest.fixture(scope="module")

@@ -27,18 +27,18 @@ from ringfence.messages.topics import (
     SERVICE_EVENT,
 )
 from ringfence.policy.settings import PolicySettings
-from tests.flows.office import (
+from tests.support.benches.policy_bench import (
     DEPLOY,
     EVERYTHING,
     READ,
     VERBS,
     Asked,
     HeldUp,
-    Office,
+    PolicyBench,
     claims_of,
     codes,
 )
-from tests.world import WITHIN_S, Party, World, scope
+from tests.support.world import WITHIN_S, Party, World, scope
 
 
 class Loose(CredentialRequest):
@@ -52,7 +52,7 @@ class Loose(CredentialRequest):
 
 async def test_reading_staging_needs_nobody(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         asked = await office.ask(READ, ttl_s=300)
         decision = await office.final(asked)
         assert (decision.outcome, decision.ttl_s, decision.required, decision.reasons) == (
@@ -75,7 +75,7 @@ async def test_reading_staging_needs_nobody(world: World):
 
 async def test_deploying_to_staging_takes_the_sponsor(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         asked = await office.ask(DEPLOY)
         pending = await office.decision(asked)
         assert (pending.outcome, pending.required) == ("approval_required", ("sponsor",))
@@ -98,7 +98,7 @@ async def test_deploying_to_staging_takes_the_sponsor(world: World):
 
 async def test_one_request_is_one_trace(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         claims, _ = office.request(DEPLOY)
         parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
         acknowledged = await world.publisher.send(
@@ -127,7 +127,7 @@ async def test_one_request_is_one_trace(world: World):
 
 async def test_whom_policy_asks_beyond_the_sponsor(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         drop = await office.ask(scope("platform", ["drop"], ["env/staging/web"]))
         wipe = await office.ask(scope("platform", ["wipe"], ["env/production/web"]))
         assert (await office.decision(drop)).required == ("second_person",)
@@ -146,7 +146,7 @@ async def test_whom_policy_asks_beyond_the_sponsor(world: World):
 
 async def test_one_permission_too_wide_is_denied_whole_naming_permission_and_side(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         nina = await world.user("nina", entitlements=READ)
         office.task = await world.task(office.bot, by=nina, scope=EVERYTHING)
         asked = await office.ask(READ + DEPLOY)
@@ -161,7 +161,7 @@ async def test_one_permission_too_wide_is_denied_whole_naming_permission_and_sid
 
 async def test_requests_after_suspension_of_another_agents_task_and_of_a_disabled_user(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         other = await world.agent("other-bot", sponsor=office.petra, ceiling=EVERYTHING)
         claims, _ = office.request(READ, by=other)
         await office.send(CREDENTIAL_REQUEST, sign(claims, other.key), key="other-bot")
@@ -181,7 +181,7 @@ async def test_requests_after_suspension_of_another_agents_task_and_of_a_disable
 
 async def test_lives_of_nothing_and_of_for_ever(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         for ttl_s in (0, -1, 10**9, "300", 1.5, True):
             claims, _ = office.request(READ)
             forged = Loose(**{**claims.model_dump(), "ttl_s": ttl_s})
@@ -193,7 +193,7 @@ async def test_lives_of_nothing_and_of_for_ever(world: World):
 
 async def test_a_life_is_shortened_to_what_target_and_task_leave(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         await world.target("brief", max_ttl_s=60)
         wanted = scope("brief", ["read"], ["env/staging/web"])
         lena = await world.user("lena", entitlements=wanted)
@@ -210,7 +210,7 @@ async def test_a_life_is_shortened_to_what_target_and_task_leave(world: World):
 
 async def test_a_scope_too_long_to_be_told_is_denied_not_stumbled_over(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         many = scope("platform", ["deploy"], [f"other/{'x' * 400}/{number}" for number in range(64)])
         decision = await office.final(await office.ask(many))
         assert "beyond_scope" in codes(decision)
@@ -221,7 +221,7 @@ async def test_a_scope_too_long_to_be_told_is_denied_not_stumbled_over(world: Wo
 
 async def test_what_is_only_for_the_gateway_is_denied_to_the_agent_and_says_what_to_do(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         static = BackendSettings.model_validate({"kind": "http", "url": "https://api.example"})
         await world.target("platform", verbs=VERBS, backend=static)
         to_itself = await office.final(await office.ask())
@@ -257,7 +257,7 @@ async def test_a_bundle_that_answers_nonsense_denies(world: World, tmp_path: Pat
         'decision := {"allow": true, "deny": [], "approvals": "sponsor", "max_ttl_s": 60}\n'
     )
     async with world.running("registry", "policy", own={"policy": PolicySettings(bundle=tmp_path)}):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         decision = await office.final(await office.ask(READ))
         assert (decision.outcome, codes(decision)) == ("denied", {"policy_invalid"})
 
@@ -268,7 +268,7 @@ async def test_a_bundle_that_allows_everything_widens_nothing(world: World, tmp_
         'decision := {"allow": true, "deny": [], "approvals": [], "max_ttl_s": 86400}\n'
     )
     async with world.running("registry", "policy", own={"policy": PolicySettings(bundle=tmp_path)}):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         beyond = await office.final(await office.ask(scope("platform", ["read"], ["elsewhere"])))
         assert "beyond_scope" in codes(beyond)
         floor = await office.decision(await office.ask(DEPLOY))
@@ -282,7 +282,7 @@ async def test_a_bundle_that_allows_everything_widens_nothing(world: World, tmp_
 
 async def test_a_request_that_came_too_late_is_answered(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         now = int(time.time())
         asked = await office.ask(READ, iat=now - 60, exp=now - 1)
         assert codes(await office.final(asked)) == {"expired"}
@@ -296,7 +296,7 @@ async def test_a_request_that_came_too_late_is_answered(world: World):
 async def test_who_asks_too_often_is_refused_and_told_when_to_ask_again(world: World):
     own: dict[ServiceRole, Any] = {"policy": PolicySettings(agent_requests_per_minute=2)}
     async with world.running("registry", "policy", own=own):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         other = await world.agent("other-bot", sponsor=office.sam, ceiling=EVERYTHING)
         task = await world.task(other, by=office.maria, scope=EVERYTHING)
         while True:  # a minute may end between two of them
@@ -321,7 +321,7 @@ async def test_why_something_was_denied_is_told_when_policy_keeps_the_text_no_lo
 ):
     monkeypatch.setattr("ringfence.policy.decision_log.MOST_DENIALS", 1)
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         asked = [await office.ask(scope("platform", ["read"], ["elsewhere"])) for _ in range(2)]
         await office.final(asked[0])
         await office.reply(asked[1], "denied")  # the text of the other one has gone by then
@@ -338,7 +338,7 @@ async def test_who_goes_on_asking_is_not_answered_for_ever_and_what_is_not_is_co
     monkeypatch.setattr("ringfence.policy.incoming.admission.TOLD_NO", 2)
     own: dict[ServiceRole, Any] = {"policy": PolicySettings(agent_requests_per_minute=2)}
     async with world.running("registry", "policy", own=own):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         before, asked = 0, list[Asked]()
         while len({one.sent.appended_at_ms // 60_000 for one in asked}) != 1:  # no minute ends between them
             before, asked = before + len(asked), [await office.ask(READ) for _ in range(60)]
@@ -368,7 +368,7 @@ def _counts(event: ServiceEvent) -> bool:
 
 async def test_nobody_is_refused_for_what_policy_has_not_read_yet(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         reading = HeldUp(world)
         office.bot = await world.agent("new-bot", sponsor=office.sam, ceiling=READ)
         office.task = await world.task(office.bot, by=office.maria, scope=READ)
@@ -383,7 +383,7 @@ async def test_nobody_is_refused_for_what_policy_has_not_read_yet(world: World):
 async def test_a_view_that_nobody_confirms_denies(world: World):
     async with world.running("policy", grace_s=1.5):
         async with world.running("registry"):
-            office = await Office.open(world)
+            office = await PolicyBench.open(world)
             assert (await office.final(await office.ask(READ))).outcome == "allowed"
         async with asyncio.timeout(WITHIN_S):
             while (decision := await office.final(await office.ask(READ))).outcome == "allowed":
@@ -401,7 +401,7 @@ async def test_a_view_that_nobody_confirms_denies(world: World):
 @pytest.mark.parametrize("topic", [CREDENTIAL_REQUEST, APPROVAL_RESPONSE], ids=lambda topic: topic.what)
 async def test_garbage_is_dead_lettered_and_the_service_goes_on(world: World, topic: Any):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         claims, _ = office.request(READ)
         wrong_type = sign(world.claims(AgentSuspend, office.bot, agent_id="x", reason="y"), office.bot.key)
         stranger = world.party("agent", "deploy-bot")
@@ -433,7 +433,7 @@ async def test_garbage_is_dead_lettered_and_the_service_goes_on(world: World, to
 
 async def test_a_decision_that_policy_did_not_sign_is_not_believed(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         claims, key = office.request(READ)
         jws = sign(claims, office.bot.key)
         forged = world.claims(

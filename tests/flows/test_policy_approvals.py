@@ -18,15 +18,15 @@ from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.registry import AgentSuspend, TaskEnd, UserDisable
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, CREDENTIAL_REQUEST
 from ringfence.policy.settings import PolicySettings
-from tests.flows.office import DEPLOY, EVERYTHING, READ, Asked, Office, codes
-from tests.world import World, scope
+from tests.support.benches.policy_bench import DEPLOY, EVERYTHING, READ, Asked, PolicyBench, codes
+from tests.support.world import World, scope
 
 # --- answers that do not count ---
 
 
 async def test_approvals_that_do_not_count_are_refused_and_the_request_goes_on_waiting(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         asked = await office.ask(DEPLOY)
         question = await office.question(asked, office.sam)
         other = await office.question(await office.ask(DEPLOY), office.sam)
@@ -80,7 +80,7 @@ async def test_approvals_that_do_not_count_are_refused_and_the_request_goes_on_w
 
 async def test_a_forged_signature_approves_nothing_and_is_dead_lettered(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         asked = await office.ask(DEPLOY)
         question = await office.question(asked, office.sam)
         impostor = world.party("user", "sam")
@@ -95,7 +95,7 @@ async def test_a_forged_signature_approves_nothing_and_is_dead_lettered(world: W
 
 async def test_an_approval_counts_once(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         asked = await office.ask(scope("platform", ["wipe"], ["env/production/web"]))
         question = await office.question(asked, office.sam)
         approval = await office.approve(question, office.sam)
@@ -112,7 +112,7 @@ async def test_an_approval_counts_once(world: World):
 
 async def test_a_person_says_no(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         asked = await office.ask(DEPLOY)
         question = await office.question(asked, office.sam)
         nobodys = await office.approve(question, office.petra, verdict="denied")
@@ -132,7 +132,7 @@ async def test_a_person_says_no(world: World):
 
 async def test_what_changed_while_it_waited_is_asked_anew(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         asked = await office.ask(DEPLOY)
         question = await office.question(asked, office.sam)
         await world.transfer("deploy-bot", "petra")
@@ -149,7 +149,7 @@ async def test_what_changed_while_it_waited_is_asked_anew(world: World):
 async def test_what_nobody_approves_ends_by_time(world: World):
     own: dict[ServiceRole, Any] = {"policy": PolicySettings(approval_timeout_s=1)}
     async with world.running("registry", "policy", own=own):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         asked = await office.ask(DEPLOY)
         question = await office.question(asked, office.sam)
         assert question.expires_at <= asked.sent.appended_at_ms // 1000 + 1
@@ -163,7 +163,7 @@ async def test_what_nobody_approves_ends_by_time(world: World):
 
 async def test_an_approval_that_waits_for_others_ends_by_time_too(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         asked = await office.ask(scope("platform", ["wipe"], ["env/production/web"]))
         question = await office.question(asked, office.sam)
         exp = int(time.time()) + 4
@@ -181,7 +181,7 @@ async def test_an_approval_that_waits_for_others_ends_by_time_too(world: World):
 async def test_nobody_is_asked_about_what_can_be_read_in_two_ways(world: World):
     """The last of two names counts here; whoever takes the first would see, and sign, a harmless request."""
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         claims, key = office.request(DEPLOY)
         payload = claims.model_dump_json(exclude_none=True).replace('"scope":', '"scope":[],"scope":', 1)
         jws = sign_payload(CredentialRequest, payload.encode(), office.bot.key)
@@ -193,7 +193,7 @@ async def test_nobody_is_asked_about_what_can_be_read_in_two_ways(world: World):
 
 async def test_what_waits_ends_with_its_agent_and_with_its_task(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         other = await world.agent("other-bot", sponsor=office.sam, ceiling=EVERYTHING)
         theirs = await world.task(other, by=office.maria, scope=EVERYTHING)
         claims, key = office.request(DEPLOY, by=other, task_id=theirs)
@@ -223,7 +223,7 @@ async def test_what_waits_ends_with_its_agent_and_with_its_task(world: World):
 async def test_what_waits_for_an_agent_that_was_suspended_while_policy_was_down(world: World):
     async with world.running("registry"):
         async with world.running("policy"):
-            office = await Office.open(world)
+            office = await PolicyBench.open(world)
             asked = await office.ask(DEPLOY)
             await office.question(asked, office.sam)
         suspend = world.claims(AgentSuspend, office.sam, agent_id="deploy-bot", reason="odd")
@@ -236,7 +236,7 @@ async def test_what_waits_for_an_agent_that_was_suspended_while_policy_was_down(
 async def test_a_restarted_policy_knows_what_waits(world: World):
     async with world.running("registry"):
         async with world.running("policy"):
-            office = await Office.open(world)
+            office = await PolicyBench.open(world)
             asked = await office.ask(scope("platform", ["wipe"], ["env/production/web"]))
             question = await office.question(asked, office.sam)
             given = await office.approve(question, office.sam)
@@ -253,7 +253,7 @@ async def test_a_restarted_policy_knows_what_waits(world: World):
 async def test_an_approval_that_waited_for_a_restart_is_taken_in(world: World):
     async with world.running("registry"):
         async with world.running("policy"):
-            office = await Office.open(world)
+            office = await PolicyBench.open(world)
             asked = await office.ask(DEPLOY)
             question = await office.question(asked, office.sam)
         await office.approve(question, office.sam)
@@ -266,7 +266,7 @@ async def test_an_approval_that_waited_for_a_restart_is_taken_in(world: World):
 
 async def test_who_sees_what_waits(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         asked = await office.ask(DEPLOY)
         await office.question(asked, office.sam)
         path = f"/v1/approvals/{asked.id}"
@@ -302,7 +302,7 @@ async def test_who_has_too_much_wait_for_people_is_refused_until_something_is_an
     own: dict[ServiceRole, Any] = {"policy": PolicySettings(agent_pending_approvals=2)}
     async with world.running("registry"):
         async with world.running("policy", own=own):
-            office = await Office.open(world)
+            office = await PolicyBench.open(world)
             asked = [await office.ask(DEPLOY) for _ in range(4)]
             outcomes = [(await office.decision(one)).outcome for one in asked]
             assert outcomes == ["approval_required"] * 2 + ["denied"] * 2
@@ -322,7 +322,7 @@ async def test_who_signs_answers_by_the_hundred_holds_up_nobody(
 ):
     """Asking Kafka what was decided takes a tenth of a second: one question is the answer for all that was there."""
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         question = await office.question(await office.ask(DEPLOY), office.sam)
     answers = [office.approval(question, office.bot, request_id=str(uuid.uuid4())) for _ in range(100)]
     for answer in answers:

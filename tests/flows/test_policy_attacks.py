@@ -30,20 +30,20 @@ from ringfence.messages.registry import (
 from ringfence.messages.topics import AGENT, CREDENTIAL_DECISION, CREDENTIAL_REQUEST, LEASE, SERVICE_EVENT
 from ringfence.policy.settings import PolicySettings
 from ringfence.rego.embedded import EmbeddedEngine
-from tests.flows.office import DEPLOY, EVERYTHING, READ, Asked, Office, codes
 from tests.policy.bundles import ALLOWS, write
-from tests.stories import (
+from tests.support.audit_stories import (
     allowed,
     answer_refused,
     approved,
     asked_for,
-    leaves,
+    expect_trail,
     refused_by_issuer,
     refused_by_policy,
     request_leaves,
     waits,
 )
-from tests.world import WITHIN_S, Party, World, scope
+from tests.support.benches.policy_bench import DEPLOY, EVERYTHING, READ, Asked, PolicyBench, codes
+from tests.support.world import WITHIN_S, Party, World, scope
 
 BOT = "deploy-bot"
 ROLLED_BACK = """
@@ -87,11 +87,11 @@ decision := {"allow": true, "deny": [], "approvals": ["sponsor"], "max_ttl_s": 6
 
 async def test_a_record_that_is_rolled_back_gives_nothing_back(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         wide = await world.consume_until(AGENT, lambda r: r.key == "deploy-bot")
         narrow = world.claims(AgentSetCeiling, office.sam, agent_id="deploy-bot", ceiling=READ)
         await world.accepted(narrow, office.sam)
-        async with leaves(world, ROLLED_BACK):
+        async with expect_trail(world, ROLLED_BACK):
             await world.send(AGENT, "deploy-bot", wide.value)
             finding = await world.event_where(
                 lambda e: e.kind == "finding" and e.iss == world.key("policy").id
@@ -110,7 +110,7 @@ async def test_a_bundle_that_is_rolled_back_takes_no_approval_that_another_asked
     """What was approved was shown with one set of rules. It is not carried over to another, in either direction."""
     write(tmp_path, STRICT)
     async with world.running("registry", "policy", own={"policy": PolicySettings(bundle=tmp_path)}):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         asked = await office.ask(READ)
         question = await office.question(asked, office.sam)
         write(tmp_path, ALLOWS)
@@ -129,7 +129,7 @@ async def test_a_bundle_that_is_rolled_back_takes_no_approval_that_another_asked
 class Case:
     """One agent with everything of its own, so that a change is about nobody else."""
 
-    office: Office
+    office: PolicyBench
     target: str
 
     async def ask(self, verb: str) -> Asked:
@@ -176,7 +176,7 @@ VERBS = (VerbFloor(verb="read"), VerbFloor(verb="deploy", floor="sponsor"))
 
 
 async def case(world: World, name: str) -> Case:
-    office = Office()
+    office = PolicyBench()
     office.world = world
     target = f"target-{name}"
     everything = scope(target, ["read", "deploy"], ["env/**"])
@@ -342,7 +342,7 @@ async def test_a_reader_changes_nothing_in_production_by_any_way(world: World, t
     """maria may read. Her agent may do everything, its task says everything, and the rules allow everything."""
     own: dict[Any, Any] = {"policy": PolicySettings(bundle=write(tmp_path, ALLOWS))}
     async with world.running("registry", "policy", "issuer", own=own):
-        office = Office()
+        office = PolicyBench()
         office.world = world
         office.sam = await world.user("sam", roles=("sponsor",), entitlements=EVERYTHING)
         office.maria = await world.user("maria", entitlements=scope("platform", ["read"], ["**"]))
@@ -357,7 +357,7 @@ async def test_a_reader_changes_nothing_in_production_by_any_way(world: World, t
 
         # Policy, whatever its rules say; also by break glass, which asks nobody then.
         for flag in (None, True):
-            async with leaves(world, BEYOND_USER):
+            async with expect_trail(world, BEYOND_USER):
                 decision = await office.final(await office.ask(production, break_glass=flag))
             assert (decision.outcome, codes(decision)) == ("denied", {"beyond_scope"})
             assert {reason.side for reason in decision.reasons} == side
@@ -393,7 +393,7 @@ async def test_a_reader_changes_nothing_in_production_by_any_way(world: World, t
             })  # fmt: skip
             one = Case(office, "platform")
             said = USED if more else allowed(BOT)
-            async with leaves(world, said + LYING_POLICY):
+            async with expect_trail(world, said + LYING_POLICY):
                 await world.send(CREDENTIAL_DECISION, office.bot.name, sign(forged, policy.key))
                 event = await world.event_where(
                     lambda e: (
@@ -418,10 +418,10 @@ async def test_a_reader_changes_nothing_in_production_by_any_way(world: World, t
         assert answer["decision"] is False
 
         # The registry: nobody lends her their entitlements without signing for it, and she gives herself none.
-        async with leaves(world, LENT_BY_NOBODY):
+        async with expect_trail(world, LENT_BY_NOBODY):
             terms_by = await world.command(_assign(world, office, admin, on_behalf_of="sam"), office.maria)
             assert terms_by.kind == "refused"
-        async with leaves(world, WIDENED_HERSELF):
+        async with expect_trail(world, WIDENED_HERSELF):
             widen = world.user_set(office.maria, office.maria, entitlements=admin)
             assert (await world.command(widen, office.maria)).kind == "refused"
         # What she may do her agent may do.
@@ -432,7 +432,7 @@ def _approval(world: World, by: Party, asked: Asked, given: dict[str, Any]) -> s
     return sign(world.claims(Approval, by, **given, request_digest=digest(asked.jws)), by.key)
 
 
-def _assign(world: World, office: Office, wanted: Any, **fields: Any) -> Any:
+def _assign(world: World, office: PolicyBench, wanted: Any, **fields: Any) -> Any:
     terms = TaskTerms(
         agent_id=office.bot.name, purpose="more", scope=wanted, not_after=int(time.time()) + 600
     )

@@ -9,8 +9,8 @@ import pytest
 from ringfence.kernel.crypto.jws import sign_payload
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.topics import CREDENTIAL_REQUEST
-from tests.flows.office import READ, Office
-from tests.world import World
+from tests.support.benches.policy_bench import READ, PolicyBench
+from tests.support.world import World
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ async def test_a_number_beyond_64_bits_in_what_nobody_knows_stops_nobody(
     world: World, number: str, place: str
 ) -> None:
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         claims, _ = office.request(READ)
         body = json.loads(claims.model_dump_json(exclude_none=True))
         where = {"request": body, "permission": body["scope"][0], "reply_key": body["reply_key"]}[place]

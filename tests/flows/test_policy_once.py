@@ -22,13 +22,21 @@ from ringfence.messages.topics import (
     SERVICE_EVENT,
 )
 from ringfence.policy.settings import PolicySettings
-from tests.flows.office import DEPLOY, EVERYTHING, READ, Office, claims_of, ids_of, rewind
-from tests.world import World, scope
+from tests.support.benches.policy_bench import (
+    DEPLOY,
+    EVERYTHING,
+    READ,
+    PolicyBench,
+    claims_of,
+    ids_of,
+    rewind,
+)
+from tests.support.world import World, scope
 
 
 async def test_a_replay_elsewhere_changes_nothing_and_is_told(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         asked = await office.ask(READ)
         await office.final(asked)
         replayed = await office.send(CREDENTIAL_REQUEST, asked.jws)
@@ -46,7 +54,7 @@ async def test_a_replay_elsewhere_changes_nothing_and_is_told(world: World):
 async def test_what_comes_again_after_a_crash_is_finished_and_not_decided_again(world: World):
     async with world.running("registry"):
         async with world.running("policy"):
-            office = await Office.open(world)
+            office = await PolicyBench.open(world)
             allowed, waiting = await office.ask(READ), await office.ask(DEPLOY)
             denied = await office.ask(scope("platform", ["read"], ["elsewhere"]))
             approved = await office.ask(DEPLOY)
@@ -83,7 +91,7 @@ async def test_what_comes_again_after_a_crash_is_finished_and_not_decided_again(
 
 async def test_a_decision_whose_acknowledgement_was_lost_is_not_made_again(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         await office.final(await office.ask(READ))
         publisher = world.runtimes["policy"].publisher
         send, lost = publisher.send, 0
@@ -108,7 +116,7 @@ async def test_replicas_come_and_go_and_each_request_is_answered_once(world: Wor
     async with world.running("registry"):
         async with AsyncExitStack() as first, AsyncExitStack() as second:
             await first.enter_async_context(world.running("policy", own=own))
-            office = await Office.open(world)
+            office = await PolicyBench.open(world)
             bots = [await world.agent(f"bot-{n}", sponsor=office.sam, ceiling=EVERYTHING) for n in range(6)]
             tasks = [await world.task(bot, by=office.maria, scope=EVERYTHING) for bot in bots]
             sent: list[CredentialRequest] = []

@@ -37,14 +37,16 @@ from ringfence.revoker.consistency.lease_watch import LeaseWatch
 from ringfence.revoker.consistency.rebuild import Rebuilder
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import another, opened_desks
-from tests.flows.granting import claims_of, grant, granted
-from tests.flows.place import Place, late, publish
-from tests.world import World
+from tests.support.benches.grant_flows import claims_of, grant, granted
+from tests.support.benches.issuer_bench import another, opened_desks
+from tests.support.benches.lost_redis_bench import LostRedisBench, late, publish
+from tests.support.world import World
 
 
 @pytest.mark.parametrize("how", ["flushed", "empty", "restarted", "promoted"])
-async def test_a_lost_redis_is_rebuilt_with_what_is_alive_and_what_has_ended(place: Place, how: str) -> None:
+async def test_a_lost_redis_is_rebuilt_with_what_is_alive_and_what_has_ended(
+    place: LostRedisBench, how: str
+) -> None:
     desk = place.desk
     (kept, _), (gone, _), (soon, _) = await asyncio.gather(
         desk.issued("read"), desk.issued("read"), desk.issued("read", ttl_s=15)
@@ -68,7 +70,7 @@ async def test_a_lost_redis_is_rebuilt_with_what_is_alive_and_what_has_ended(pla
 
 @pytest.mark.parametrize("how", ["flushed", "empty"])
 async def test_a_redis_that_is_lost_again_while_it_is_rebuilt_is_rebuilt_anew(
-    place: Place, monkeypatch: pytest.MonkeyPatch, how: str
+    place: LostRedisBench, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     desk, restore, resume = place.desk, Restoration.restore, Restoration.resume
     kept, _ = await desk.issued("read")
@@ -99,7 +101,7 @@ async def test_a_redis_that_is_lost_again_while_it_is_rebuilt_is_rebuilt_anew(
     assert await place.life(kept) == ["active", "ending", "released"]
 
 
-async def test_how_often_a_grant_was_used_is_known_again(place: Place) -> None:
+async def test_how_often_a_grant_was_used_is_known_again(place: LostRedisBench) -> None:
     desk = place.desk
     compact = grant(desk, count=3)
     id = id_of(claims_of(compact))
@@ -128,7 +130,9 @@ async def test_how_often_a_grant_was_used_is_known_again(place: Place) -> None:
     assert await place.uses(id) == 1
 
 
-async def test_what_is_asked_for_while_redis_is_lost_is_issued_once_when_it_is_back(place: Place) -> None:
+async def test_what_is_asked_for_while_redis_is_lost_is_issued_once_when_it_is_back(
+    place: LostRedisBench,
+) -> None:
     desk = place.desk
     issuing = [asyncio.create_task(desk.issued("read")) for _ in range(4)]
     for how in ("flushed", "empty", "flushed"):
@@ -146,7 +150,7 @@ async def test_what_is_asked_for_while_redis_is_lost_is_issued_once_when_it_is_b
 
 
 async def test_an_old_snapshot_revives_nothing_and_has_forgotten_nothing(
-    place: Place,
+    place: LostRedisBench,
 ) -> None:
     desk = place.desk
     (kept, _), (released, _), (due, _) = await asyncio.gather(
@@ -174,7 +178,7 @@ async def test_an_old_snapshot_revives_nothing_and_has_forgotten_nothing(
 
 
 async def test_a_server_that_followed_one_which_lagged_and_leads_again_is_not_taken_for_what_it_was(
-    place: Place,
+    place: LostRedisBench,
 ) -> None:
     """It has the run_id that it had, nobody's connection ended, and the epoch came back with the keys."""
     desk = place.desk
@@ -193,7 +197,7 @@ async def test_a_server_that_followed_one_which_lagged_and_leads_again_is_not_ta
     assert await place.life(due) == ["active", "expired"]
 
 
-async def test_a_deadline_that_was_missed_meanwhile_ends_its_lease_at_once(place: Place) -> None:
+async def test_a_deadline_that_was_missed_meanwhile_ends_its_lease_at_once(place: LostRedisBench) -> None:
     asked, _ = await place.desk.issued("read", ttl_s=10)
     lease = await place.desk.lease(asked.lease_id, "active")
     place.redis._server.kill()
@@ -203,7 +207,7 @@ async def test_a_deadline_that_was_missed_meanwhile_ends_its_lease_at_once(place
     assert await place.life(asked) == ["active", "expired"]
 
 
-async def test_a_kill_switch_stands_after_a_rebuild(place: Place) -> None:
+async def test_a_kill_switch_stands_after_a_rebuild(place: LostRedisBench) -> None:
     desk = place.desk
     before = await desk.ask("read")
     claims, _ = await desk.revoke(
@@ -217,7 +221,7 @@ async def test_a_kill_switch_stands_after_a_rebuild(place: Place) -> None:
     await place.active(after)
 
 
-async def test_what_strangers_write_to_the_topic_hides_no_lease_and_makes_none(place: Place) -> None:
+async def test_what_strangers_write_to_the_topic_hides_no_lease_and_makes_none(place: LostRedisBench) -> None:
     desk, world = place.desk, place.world
     asked, _ = await desk.issued("read")
     lease = await desk.lease(asked.lease_id, "active")
@@ -240,7 +244,7 @@ async def test_what_strangers_write_to_the_topic_hides_no_lease_and_makes_none(p
 # --- records that come late -------------------------------------------------------------------------------------------
 
 
-async def test_a_lease_that_is_published_after_the_rebuild_is_given_to_redis(place: Place) -> None:
+async def test_a_lease_that_is_published_after_the_rebuild_is_given_to_redis(place: LostRedisBench) -> None:
     one = await late(place)
     await publish(place, one)
     async with asyncio.timeout(60):
@@ -250,7 +254,7 @@ async def test_a_lease_that_is_published_after_the_rebuild_is_given_to_redis(pla
     assert (await place.desk.verdict(claims)).result == "1"
 
 
-async def test_a_lease_that_is_published_after_it_was_revoked_ends(place: Place) -> None:
+async def test_a_lease_that_is_published_after_it_was_revoked_ends(place: LostRedisBench) -> None:
     desk = place.desk
     one = await late(place)
     order, _ = await desk.revoke(desk.sam, selector=Selector(agent_id=desk.bot.name), reason="enough")
@@ -262,7 +266,7 @@ async def test_a_lease_that_is_published_after_it_was_revoked_ends(place: Place)
 
 
 async def test_a_lease_that_redis_did_not_have_when_it_was_revoked_is_ended_by_the_rebuild(
-    place: Place,
+    place: LostRedisBench,
 ) -> None:
     desk = place.desk
     one, other = await late(place), await late(place, agent_id="somebody-else")
@@ -279,7 +283,7 @@ async def test_a_lease_that_redis_did_not_have_when_it_was_revoked_is_ended_by_t
     assert len({record.compact for record in await desk.records(one.claims.lease_id)}) == 3
 
 
-async def test_what_redis_has_and_kafka_does_not_have_yet_is_left_as_it_is(place: Place) -> None:
+async def test_what_redis_has_and_kafka_does_not_have_yet_is_left_as_it_is(place: LostRedisBench) -> None:
     desk, store = place.desk, place.store
     one = await late(place)
     order, _ = await desk.revoke(desk.sam, selector=Selector(agent_id=desk.bot.name), reason="enough")
@@ -303,7 +307,9 @@ async def test_what_redis_has_and_kafka_does_not_have_yet_is_left_as_it_is(place
     assert records == {one.jws, cut.jws}
 
 
-async def test_an_old_record_that_comes_after_a_newer_one_is_followed_by_the_newer(place: Place) -> None:
+async def test_an_old_record_that_comes_after_a_newer_one_is_followed_by_the_newer(
+    place: LostRedisBench,
+) -> None:
     desk = place.desk
     asked, _ = await desk.issued("read")
     first = (await desk.issued_records(asked.lease_id))[0]
@@ -318,7 +324,7 @@ async def test_an_old_record_that_comes_after_a_newer_one_is_followed_by_the_new
 
 
 async def test_a_lease_that_is_published_while_an_older_record_is_gone_beyond_is_given_to_redis_too(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: LostRedisBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk, look, arrive = place.desk, LeaseWatch._look, LeaseWatch.on_records
     asked, _ = await desk.issued("read")
@@ -424,7 +430,9 @@ class Command:
 
 
 @pytest.fixture
-def command(place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+def command(
+    place: LostRedisBench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Command:
     settings = place.world.settings("revoker")
     for name in [name for name in os.environ if name.startswith("RINGFENCE_")]:
         monkeypatch.delenv(name)
@@ -436,7 +444,7 @@ def command(place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     return Command(capsys)
 
 
-async def test_the_check_finds_nothing_where_all_is_well(place: Place, command: Command) -> None:
+async def test_the_check_finds_nothing_where_all_is_well(place: LostRedisBench, command: Command) -> None:
     desk = place.desk
     assert await command("--check") == {"differences": []}
     kept, _ = await desk.issued("read")
@@ -455,7 +463,7 @@ def statuses(stored: dict[str, StoredLease]) -> list[str]:
 
 
 async def test_each_difference_is_listed_and_a_rebuild_mends_it(
-    place: Place, command: Command, monkeypatch: pytest.MonkeyPatch
+    place: LostRedisBench, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk, store = place.desk, place.store
 
@@ -520,7 +528,7 @@ async def test_each_difference_is_listed_and_a_rebuild_mends_it(
 
 
 async def test_what_nobody_of_authority_wrote_is_listed_and_a_rebuild_puts_what_counts_in_its_place(
-    place: Place, command: Command, monkeypatch: pytest.MonkeyPatch
+    place: LostRedisBench, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without it such a lease would never end: revokers act on no record that does not hold."""
     desk, store, world = place.desk, place.store, place.world
@@ -558,7 +566,7 @@ async def test_what_nobody_of_authority_wrote_is_listed_and_a_rebuild_puts_what_
 
 
 async def test_that_redis_is_lost_is_a_difference(
-    place: Place, command: Command, monkeypatch: pytest.MonkeyPatch
+    place: LostRedisBench, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def nobody_does(self: Rebuilder) -> bool:
         return False
@@ -574,7 +582,7 @@ async def test_that_redis_is_lost_is_a_difference(
 
 
 async def test_what_would_let_too_much_or_too_little_happen_later_is_listed(
-    place: Place, command: Command
+    place: LostRedisBench, command: Command
 ) -> None:
     desk, store = place.desk, place.store
     compact = grant(desk, count=2)
@@ -604,7 +612,7 @@ async def test_what_would_let_too_much_or_too_little_happen_later_is_listed(
 
 
 async def test_what_goes_with_a_lease_is_listed_where_it_is_wrong_and_a_rebuild_mends_it(
-    place: Place, command: Command, monkeypatch: pytest.MonkeyPatch
+    place: LostRedisBench, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk, store = place.desk, place.store
 
@@ -665,7 +673,9 @@ async def test_what_goes_with_a_lease_is_listed_where_it_is_wrong_and_a_rebuild_
         assert (await store.look(lease_id)).active
 
 
-async def test_what_was_evicted_is_put_back_and_not_only_what_is_missing_by_its_record(place: Place) -> None:
+async def test_what_was_evicted_is_put_back_and_not_only_what_is_missing_by_its_record(
+    place: LostRedisBench,
+) -> None:
     """Redis says that keys are gone, and not which: that a lease's record is there says nothing."""
     desk, store = place.desk, place.store
     asked, _ = await desk.issued("read", ttl_s=12)
@@ -681,7 +691,7 @@ async def test_what_was_evicted_is_put_back_and_not_only_what_is_missing_by_its_
 
 @pytest.mark.parametrize("forged", ["in the outbox", "among the leases"])
 async def test_of_two_records_that_are_not_on_kafka_the_one_counts_that_somebody_signed_who_may(
-    place: Place, command: Command, monkeypatch: pytest.MonkeyPatch, forged: str
+    place: LostRedisBench, command: Command, monkeypatch: pytest.MonkeyPatch, forged: str
 ) -> None:
     store = place.store
 

@@ -41,7 +41,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import AGENT, HEARTBEAT, REGISTRY_COMMAND, SERVICE_EVENT, TARGET, TASK, USER
 from ringfence.model.records.directory import TABLES, Directory
-from tests.world import DeadLetteredError, Party, World, scope
+from tests.support.world import DeadLetteredError, Party, World, scope
 
 ENV, ENV_A = (scope("staging", ["deploy"], [glob]) for glob in ("env/**", "env/a"))
 

@@ -28,13 +28,13 @@ from ringfence.revoker.mass_expiry.precomputed import PrecomputedEnd, Precompute
 from ringfence.revoker.settings import RevokerSettings
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Asked, Desk, another, opened_desks, opened_office
-from tests.flows.revoking import QUICK, accepted, ended, expired_in_time, statuses
-from tests.world import WITHIN_S, Party, World
+from tests.support.benches.issuer_bench import Asked, IssuerBench, another, opened_desks, opened_office
+from tests.support.benches.revocation_flows import QUICK, accepted, ended, expired_in_time, statuses
+from tests.support.world import WITHIN_S, Party, World
 
 
 @pytest.fixture(scope="module")
-async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+async def issuer_bench(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[IssuerBench]:
     """Registry, issuer and revoker, once for all tests here."""
     async with opened_office(kafka, redis_server, "issuer", "revoker", own=QUICK) as desk:
         yield desk
@@ -44,7 +44,7 @@ async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]
 
 
 async def test_a_lease_expires_by_itself_once_and_not_before_its_deadline(
-    desk: Desk, store: LeaseStore
+    desk: IssuerBench, store: LeaseStore
 ) -> None:
     asked, _ = await desk.issued("read", ttl_s=8)
     await expired_in_time(desk, store, asked)
@@ -60,7 +60,7 @@ async def test_two_revokers_share_the_work_and_each_lease_ends_once(world: World
 
 
 async def test_a_lease_that_a_dead_revoker_cut_is_ended_by_another_for_the_same_reason(
-    desk: Desk, store: LeaseStore
+    desk: IssuerBench, store: LeaseStore
 ) -> None:
     asked, _ = await desk.issued("read")
     lease = await desk.lease(asked.lease_id, "active")
@@ -75,7 +75,7 @@ async def test_a_lease_that_a_dead_revoker_cut_is_ended_by_another_for_the_same_
     assert life[2].claims.cause == cause
 
 
-async def ended_after_sweep(desk: Desk, asked: Asked) -> list[Signed[Lease]]:
+async def ended_after_sweep(desk: IssuerBench, asked: Asked) -> list[Signed[Lease]]:
     """`ended`, once also what lay in the outbox is on Kafka."""
     await desk.lease(asked.lease_id, "active")
     await desk.lease(asked.lease_id, "ending")
@@ -83,7 +83,7 @@ async def ended_after_sweep(desk: Desk, asked: Asked) -> list[Signed[Lease]]:
 
 
 async def test_a_record_that_a_dead_issuer_left_in_the_outbox_is_published_as_it_was(
-    desk: Desk, store: LeaseStore
+    desk: IssuerBench, store: LeaseStore
 ) -> None:
     asked, _ = await desk.issued("read")
     lease = await desk.lease(asked.lease_id, "active")
@@ -102,7 +102,7 @@ async def test_a_record_that_a_dead_issuer_left_in_the_outbox_is_published_as_it
 
 
 async def test_an_end_that_kafka_did_not_take_is_published_later_as_it_was(
-    desk: Desk, store: LeaseStore, monkeypatch: pytest.MonkeyPatch
+    desk: IssuerBench, store: LeaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publisher = desk.world.runtimes["revoker"].publisher
     send, lost = publisher.send_many, list[str]()
@@ -124,7 +124,7 @@ async def test_an_end_that_kafka_did_not_take_is_published_later_as_it_was(
 
 
 async def test_what_comes_after_an_end_that_has_not_left_the_outbox_yet_is_gone_beyond_once_it_has(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    desk: IssuerBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, _ = await desk.issued("read")
     look, waits = LeaseWatch._look, LeaseStore.is_waiting
@@ -221,7 +221,7 @@ async def remembered(foreseen: list[tuple[str, str]], asked: Asked) -> None:
 
 
 async def test_an_end_that_was_foreseen_is_as_any_other(
-    desk: Desk, store: LeaseStore, foreseen: list[tuple[str, str]]
+    desk: IssuerBench, store: LeaseStore, foreseen: list[tuple[str, str]]
 ) -> None:
     asked, _ = await desk.issued("read", ttl_s=8)
     await expired_in_time(desk, store, asked)
@@ -251,7 +251,7 @@ async def test_of_more_than_is_claimed_at_a_time_what_was_foreseen_ends_without_
 
 
 async def test_a_lease_whose_end_was_foreseen_is_given_back(
-    desk: Desk, foreseen: list[tuple[str, str]]
+    desk: IssuerBench, foreseen: list[tuple[str, str]]
 ) -> None:
     asked, _ = await desk.issued("read", ttl_s=30)
     await remembered(foreseen, asked)
@@ -259,7 +259,9 @@ async def test_a_lease_whose_end_was_foreseen_is_given_back(
     assert statuses(await ended(desk, asked)) == ["active", "ending", "released"]
 
 
-async def test_a_foreseen_end_gives_way_to_another_that_came_first(desk: Desk, store: LeaseStore) -> None:
+async def test_a_foreseen_end_gives_way_to_another_that_came_first(
+    desk: IssuerBench, store: LeaseStore
+) -> None:
     asked, _ = await desk.issued("read")
     await store.connect()
     ender = LeaseEnder(
@@ -282,7 +284,7 @@ async def test_a_foreseen_end_gives_way_to_another_that_came_first(desk: Desk, s
     assert len(await ended(desk, asked)) == 3
 
 
-async def test_what_nobody_of_authority_signed_is_not_foreseen(desk: Desk, store: LeaseStore) -> None:
+async def test_what_nobody_of_authority_signed_is_not_foreseen(desk: IssuerBench, store: LeaseStore) -> None:
     asked, _ = await desk.issued("read")
     await store.connect()
     ender = LeaseEnder(
@@ -304,11 +306,11 @@ async def test_what_nobody_of_authority_signed_is_not_foreseen(desk: Desk, store
 # --- what people see --------------------------------------------------------------------------------------------------
 
 
-async def test_leases_are_listed_to_who_may_see_them(desk: Desk, office: Desk) -> None:
+async def test_leases_are_listed_to_who_may_see_them(desk: IssuerBench, issuer_bench: IssuerBench) -> None:
     world = desk.world
     asked, _ = await desk.issued("read")
     second, _ = await desk.issued("read")
-    other = await another(office)
+    other = await another(issuer_bench)
     theirs, _ = await other.issued("read")
 
     async def listed(who: Party, **params: str) -> set[str]:
@@ -333,7 +335,7 @@ async def test_leases_are_listed_to_who_may_see_them(desk: Desk, office: Desk) -
     assert (await world.get("revoker", "/v1/leases")).status_code == 401
 
 
-async def test_one_lease_is_shown_also_past_its_end(desk: Desk) -> None:
+async def test_one_lease_is_shown_also_past_its_end(desk: IssuerBench) -> None:
     asked, _ = await desk.issued("read")
     path = f"/v1/leases/{asked.lease_id}"
     shown = (await desk.world.get("revoker", path, desk.sam)).json()
@@ -353,7 +355,7 @@ async def test_one_lease_is_shown_also_past_its_end(desk: Desk) -> None:
         assert (await desk.world.get("revoker", f"/v1/leases/{unknown}", desk.sam)).status_code == 404
 
 
-async def test_the_revoker_measures_how_late_it_is(desk: Desk) -> None:
+async def test_the_revoker_measures_how_late_it_is(desk: IssuerBench) -> None:
     asked, _ = await desk.issued("read", ttl_s=8)
     await ended(desk, asked)
     text = (await desk.world.get("revoker", "/metrics")).text

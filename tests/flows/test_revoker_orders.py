@@ -17,13 +17,21 @@ from ringfence.model.lease_store import LeaseStore
 from ringfence.revoker.ending.lease_ender import LeaseEnder
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Desk, another, opened_office
-from tests.flows.revoking import QUICK, accepted, ended, lives, redeliver, refused, statuses
-from tests.world import Party
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_office
+from tests.support.benches.revocation_flows import (
+    QUICK,
+    accepted,
+    ended,
+    lives,
+    redeliver,
+    refused,
+    statuses,
+)
+from tests.support.world import Party
 
 
 @pytest.fixture(scope="module")
-async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+async def issuer_bench(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[IssuerBench]:
     """Registry, issuer and revoker, once for all tests here."""
     async with opened_office(kafka, redis_server, "issuer", "revoker", own=QUICK) as desk:
         yield desk
@@ -32,7 +40,7 @@ async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]
 # --- release ----------------------------------------------------------------------------------------------------------
 
 
-async def test_an_agent_gives_its_credential_back(desk: Desk, store: LeaseStore) -> None:
+async def test_an_agent_gives_its_credential_back(desk: IssuerBench, store: LeaseStore) -> None:
     asked, _ = await desk.issued("read")
     claims, at = await desk.revoke(desk.bot, "release", lease_id=asked.lease_id, reason="deployed")
     event = await desk.verdict(claims)
@@ -47,7 +55,7 @@ async def test_an_agent_gives_its_credential_back(desk: Desk, store: LeaseStore)
     assert not (await store.look(asked.lease_id)).active
 
 
-async def test_giving_back_twice_is_fine_and_ends_nothing_twice(desk: Desk) -> None:
+async def test_giving_back_twice_is_fine_and_ends_nothing_twice(desk: IssuerBench) -> None:
     asked, _ = await desk.issued("read")
     await accepted(desk, desk.bot, kind="release", lease_id=asked.lease_id)
     again = await accepted(desk, desk.bot, kind="release", lease_id=asked.lease_id)
@@ -55,7 +63,7 @@ async def test_giving_back_twice_is_fine_and_ends_nothing_twice(desk: Desk) -> N
     assert len(await ended(desk, asked)) == 3
 
 
-async def test_a_redelivered_release_ends_nothing_twice(desk: Desk) -> None:
+async def test_a_redelivered_release_ends_nothing_twice(desk: IssuerBench) -> None:
     asked, _ = await desk.issued("read")
     claims, at = await desk.revoke(desk.bot, "release", lease_id=asked.lease_id)
     await desk.verdict(claims)
@@ -63,8 +71,10 @@ async def test_a_redelivered_release_ends_nothing_twice(desk: Desk) -> None:
     assert len(await ended(desk, asked)) == 3
 
 
-async def test_an_agent_ends_nothing_but_its_own(desk: Desk, office: Desk, store: LeaseStore) -> None:
-    other = await another(office)
+async def test_an_agent_ends_nothing_but_its_own(
+    desk: IssuerBench, issuer_bench: IssuerBench, store: LeaseStore
+) -> None:
+    other = await another(issuer_bench)
     asked, _ = await desk.issued("read")
     release = {"kind": "release", "lease_id": asked.lease_id}
     assert await refused(desk, other.bot, **release) == "not_entitled"
@@ -75,7 +85,7 @@ async def test_an_agent_ends_nothing_but_its_own(desk: Desk, office: Desk, store
     await lives(desk, store, asked)
 
 
-async def test_a_lease_that_nobody_knows(desk: Desk) -> None:
+async def test_a_lease_that_nobody_knows(desk: IssuerBench) -> None:
     assert await refused(desk, desk.bot, kind="release", lease_id=str(uuid.uuid4())) == "lease_unknown"
 
 
@@ -83,7 +93,7 @@ async def test_a_lease_that_nobody_knows(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("who", ["sam", "maria", "operator"])
-async def test_who_answers_for_a_lease_revokes_it(desk: Desk, who: str) -> None:
+async def test_who_answers_for_a_lease_revokes_it(desk: IssuerBench, who: str) -> None:
     by = desk.world.operator if who == "operator" else getattr(desk, who)
     asked, _ = await desk.issued("read")
     event = await accepted(desk, by, lease_id=asked.lease_id)
@@ -93,9 +103,9 @@ async def test_who_answers_for_a_lease_revokes_it(desk: Desk, who: str) -> None:
     assert (life[-1].claims.cause.by, life[-1].claims.cause.ref) == (by.id, event.ref)
 
 
-async def test_nobody_else_revokes(desk: Desk, office: Desk, store: LeaseStore) -> None:
+async def test_nobody_else_revokes(desk: IssuerBench, issuer_bench: IssuerBench, store: LeaseStore) -> None:
     asked, _ = await desk.issued("read")
-    ada = await office.world.user("ada", roles=("auditor",))
+    ada = await issuer_bench.world.user("ada", roles=("auditor",))
     for stranger in (desk.sue, ada):
         assert await refused(desk, stranger, lease_id=asked.lease_id) == "not_entitled"
     assert await refused(desk, desk.sam, kind="agent_suspended", lease_id=asked.lease_id) == "kind_unexpected"
@@ -112,7 +122,7 @@ async def test_nobody_else_revokes(desk: Desk, office: Desk, store: LeaseStore) 
     await lives(desk, store, asked)
 
 
-async def test_a_former_sponsor_revokes_no_more(desk: Desk, store: LeaseStore) -> None:
+async def test_a_former_sponsor_revokes_no_more(desk: IssuerBench, store: LeaseStore) -> None:
     asked, _ = await desk.issued("read")
     await desk.world.transfer(desk.bot.name, "sue")
     # An order that comes within the moment in which word of the transfer is on its way is judged as before it.
@@ -125,7 +135,7 @@ async def test_a_former_sponsor_revokes_no_more(desk: Desk, store: LeaseStore) -
 
 @pytest.mark.parametrize("forger", ["a stranger", "a service of another role", "policy"])
 async def test_an_order_that_nobody_of_authority_signed_is_dead_lettered(
-    desk: Desk, store: LeaseStore, forger: str
+    desk: IssuerBench, store: LeaseStore, forger: str
 ) -> None:
     asked, _ = await desk.issued("read")
     by = {
@@ -142,7 +152,7 @@ async def test_an_order_that_nobody_of_authority_signed_is_dead_lettered(
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\x00\xff", b"a.b.c", b"{}"])
-async def test_garbage_is_dead_lettered_and_stops_nobody(desk: Desk, garbage: bytes) -> None:
+async def test_garbage_is_dead_lettered_and_stops_nobody(desk: IssuerBench, garbage: bytes) -> None:
     at = await desk.world.send(REVOCATION_REQUEST, desk.bot.name, garbage)
     await desk.world.consume_until(
         DEAD_LETTER, lambda r: f'"offset":{at.offset},'.encode() in r.value and at.topic.encode() in r.value
@@ -156,9 +166,9 @@ async def test_garbage_is_dead_lettered_and_stops_nobody(desk: Desk, garbage: by
 
 @pytest.mark.parametrize("kind", ["agent by its sponsor", "task by its assigner", "task by the sponsor"])
 async def test_a_selector_ends_all_that_it_covers_and_nothing_else(
-    desk: Desk, office: Desk, store: LeaseStore, kind: str
+    desk: IssuerBench, issuer_bench: IssuerBench, store: LeaseStore, kind: str
 ) -> None:
-    other = await another(office)
+    other = await another(issuer_bench)
     mine = await asyncio.gather(*(desk.issued("read") for _ in range(5)))
     theirs, _ = await other.issued("read")
     selector = Selector(agent_id=desk.bot.name) if kind.startswith("agent") else Selector(task_id=desk.task)
@@ -180,7 +190,7 @@ async def test_a_selector_ends_all_that_it_covers_and_nothing_else(
     ],
 )
 async def test_who_mistypes_a_name_is_told_that_nobody_was_stopped(
-    desk: Desk, selector: Selector, said: str
+    desk: IssuerBench, selector: Selector, said: str
 ) -> None:
     claims, _ = await desk.revoke(desk.world.operator, selector=selector)
     verdict = await desk.verdict(claims)
@@ -188,7 +198,7 @@ async def test_who_mistypes_a_name_is_told_that_nobody_was_stopped(
     assert said in verdict.reasons[0].message
 
 
-async def test_what_was_asked_for_before_a_selector_is_not_issued_after_it(desk: Desk) -> None:
+async def test_what_was_asked_for_before_a_selector_is_not_issued_after_it(desk: IssuerBench) -> None:
     before = await desk.ask("read")
     await accepted(desk, desk.sam, selector=Selector(agent_id=desk.bot.name))
     after = await desk.ask("read")
@@ -199,7 +209,7 @@ async def test_what_was_asked_for_before_a_selector_is_not_issued_after_it(desk:
     assert (await desk.answer(after)).credential is not None
 
 
-async def test_a_replayed_selector_ends_nothing_more(desk: Desk, store: LeaseStore) -> None:
+async def test_a_replayed_selector_ends_nothing_more(desk: IssuerBench, store: LeaseStore) -> None:
     old, _ = await desk.issued("read")
     claims, _ = await desk.revoke(desk.sam, selector=Selector(agent_id=desk.bot.name))
     await desk.verdict(claims)
@@ -212,7 +222,7 @@ async def test_a_replayed_selector_ends_nothing_more(desk: Desk, store: LeaseSto
 
 
 async def test_a_redelivered_selector_ends_what_its_first_time_left(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    desk: IssuerBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It died after the fence: the same record at the same place is no replay."""
     leases = [(await desk.issued("read"))[0] for _ in range(3)]

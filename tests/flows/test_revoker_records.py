@@ -30,14 +30,14 @@ from ringfence.revoker.consistency.recheck_issued import IssuedLeaseRecheck
 from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Asked, Desk, another, opened_office
-from tests.flows.revoking import QUICK, ended, lives, redeliver, statuses
-from tests.ledger import FixedClock
-from tests.world import WITHIN_S, scope
+from tests.support.benches.issuer_bench import Asked, IssuerBench, another, opened_office
+from tests.support.benches.revocation_flows import QUICK, ended, lives, redeliver, statuses
+from tests.support.in_memory_registry import FixedClock
+from tests.support.world import WITHIN_S, scope
 
 
 @pytest.fixture(scope="module")
-async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+async def issuer_bench(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[IssuerBench]:
     """Registry, issuer and revoker, once for all tests here."""
     async with opened_office(kafka, redis_server, "issuer", "revoker", own=QUICK) as desk:
         yield desk
@@ -46,7 +46,7 @@ async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]
 # --- records that change ----------------------------------------------------------------------------------------------
 
 
-async def cause_of(desk: Desk, asked: Asked) -> EndCause:
+async def cause_of(desk: IssuerBench, asked: Asked) -> EndCause:
     life = await ended(desk, asked)
     assert statuses(life) == ["active", "ending", "revoked"]
     cause = life[-1].claims.cause
@@ -55,8 +55,10 @@ async def cause_of(desk: Desk, asked: Asked) -> EndCause:
     return cause
 
 
-async def test_the_end_of_a_task_ends_its_leases(desk: Desk, office: Desk, store: LeaseStore) -> None:
-    other = await another(office)
+async def test_the_end_of_a_task_ends_its_leases(
+    desk: IssuerBench, issuer_bench: IssuerBench, store: LeaseStore
+) -> None:
+    other = await another(issuer_bench)
     asked, _ = await desk.issued("read")
     theirs, _ = await other.issued("read")
     end = desk.world.claims(TaskEnd, desk.maria, task_id=desk.task, reason="done")
@@ -67,7 +69,7 @@ async def test_the_end_of_a_task_ends_its_leases(desk: Desk, office: Desk, store
 
 @pytest.mark.parametrize("command", [AgentSuspend, AgentDecommission])
 async def test_the_end_of_an_agent_ends_its_leases(
-    desk: Desk, command: type[AgentSuspend | AgentDecommission]
+    desk: IssuerBench, command: type[AgentSuspend | AgentDecommission]
 ) -> None:
     leases = [(await desk.issued("read"))[0] for _ in range(2)]
     claims = desk.world.claims(command, desk.sam, agent_id=desk.bot.name, reason="odd")
@@ -79,16 +81,16 @@ async def test_the_end_of_an_agent_ends_its_leases(
 
 @pytest.mark.parametrize("role", ["on behalf of", "sponsor"])
 async def test_disabling_a_user_ends_what_is_on_their_behalf_and_what_their_agents_hold(
-    office: Desk, store: LeaseStore, role: str
+    issuer_bench: IssuerBench, store: LeaseStore, role: str
 ) -> None:
-    world, name = office.world, f"u{uuid.uuid4().hex[:8]}"
+    world, name = issuer_bench.world, f"u{uuid.uuid4().hex[:8]}"
     everything = scope("staging", ("read", "deploy", "wipe"), ("**",))
     user = await world.user(name, roles=("sponsor",), entitlements=everything)
-    other = await another(office)
+    other = await another(issuer_bench)
     theirs, _ = await other.issued("read")
-    people = {"sam": office.sam, "maria": office.maria, "sue": office.sue}
+    people = {"sam": issuer_bench.sam, "maria": issuer_bench.maria, "sue": issuer_bench.sue}
     people["sam" if role == "sponsor" else "maria"] = user
-    desk = await Desk(world, people, office.target).staff()
+    desk = await IssuerBench(world, people, issuer_bench.target).staff()
     asked, _ = await desk.issued("read")
     await world.accepted(
         world.claims(UserDisable, world.operator, user_id=name, reason="left"), world.operator
@@ -99,11 +101,11 @@ async def test_disabling_a_user_ends_what_is_on_their_behalf_and_what_their_agen
 
 @pytest.mark.parametrize("how", ["disabled", "no sponsor any more"])
 async def test_an_agent_without_its_sponsor_keeps_nothing_that_was_issued_under_another(
-    office: Desk, store: LeaseStore, how: str
+    issuer_bench: IssuerBench, store: LeaseStore, how: str
 ) -> None:
-    world, name = office.world, f"u{uuid.uuid4().hex[:8]}"
+    world, name = issuer_bench.world, f"u{uuid.uuid4().hex[:8]}"
     user = await world.user(name, roles=("sponsor",))
-    handed_over, stays = await another(office), await another(office)
+    handed_over, stays = await another(issuer_bench), await another(issuer_bench)
     asked, _ = await handed_over.issued("read")
     theirs, _ = await stays.issued("read")
     await world.transfer(handed_over.bot.name, name)
@@ -117,13 +119,13 @@ async def test_an_agent_without_its_sponsor_keeps_nothing_that_was_issued_under_
     await lives(stays, store, theirs)
 
 
-async def test_removing_a_target_ends_the_leases_for_it(office: Desk, store: LeaseStore) -> None:
-    world, name = office.world, f"t{uuid.uuid4().hex[:8]}"
+async def test_removing_a_target_ends_the_leases_for_it(issuer_bench: IssuerBench, store: LeaseStore) -> None:
+    world, name = issuer_bench.world, f"t{uuid.uuid4().hex[:8]}"
     target = await world.target(name)
     user = await world.user(f"u-{name}", entitlements=scope(name, ("read",), ("**",)))
-    desk = Desk(world, {"sam": office.sam, "maria": user, "sue": office.sue}, target)
+    desk = IssuerBench(world, {"sam": issuer_bench.sam, "maria": user, "sue": issuer_bench.sue}, target)
     await desk.staff(ceiling=scope(name, ("read",), ("**",)), task_scope=scope(name, ("read",), ("**",)))
-    other = await another(office)
+    other = await another(issuer_bench)
     asked, theirs = (await desk.issued("read"))[0], (await other.issued("read"))[0]
     remove = world.claims(TargetRemove, world.operator, target_id=name, reason="gone")
     await world.accepted(remove, world.operator)
@@ -132,7 +134,7 @@ async def test_removing_a_target_ends_the_leases_for_it(office: Desk, store: Lea
 
 
 async def test_a_narrower_ceiling_ends_what_no_longer_fits_and_only_that(
-    desk: Desk, store: LeaseStore
+    desk: IssuerBench, store: LeaseStore
 ) -> None:
     fits, _ = await desk.issued(scope=desk.scope("read", resource="env/staging/web"))
     beyond, _ = await desk.issued(scope=desk.scope("read", resource="env/production/web"))
@@ -152,10 +154,14 @@ async def test_a_narrower_ceiling_ends_what_no_longer_fits_and_only_that(
     assert answer == Activation("fenced", mark=f"agent:{desk.bot.name}")
 
 
-async def test_narrower_entitlements_end_what_no_longer_fits(office: Desk, store: LeaseStore) -> None:
-    world, name = office.world, f"u{uuid.uuid4().hex[:8]}"
+async def test_narrower_entitlements_end_what_no_longer_fits(
+    issuer_bench: IssuerBench, store: LeaseStore
+) -> None:
+    world, name = issuer_bench.world, f"u{uuid.uuid4().hex[:8]}"
     user = await world.user(name, entitlements=scope("staging", ("read",), ("**",)))
-    desk = await Desk(world, {"sam": office.sam, "maria": user, "sue": office.sue}, office.target).staff()
+    desk = await IssuerBench(
+        world, {"sam": issuer_bench.sam, "maria": user, "sue": issuer_bench.sue}, issuer_bench.target
+    ).staff()
     fits, _ = await desk.issued(scope=desk.scope("read", resource="env/staging/web"))
     beyond, _ = await desk.issued(scope=desk.scope("read", resource="env/production/web"))
     narrower = world.user_set(
@@ -167,7 +173,7 @@ async def test_narrower_entitlements_end_what_no_longer_fits(office: Desk, store
 
 
 @pytest.fixture(scope="module")
-async def slow_office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+async def slow_office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[IssuerBench]:
     """The same with a grace in which a test can do something while the issuer has not heard of a record."""
     async with opened_office(
         kafka, redis_server, "issuer", "revoker", own=QUICK, grace_s=2 * WITHIN_S
@@ -187,7 +193,7 @@ async def slow_office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[
     ],
 )
 async def test_what_is_issued_after_a_revoker_has_looked_by_who_had_not_heard_of_the_record_ends(
-    slow_office: Desk, monkeypatch: pytest.MonkeyPatch, topic: Topic[Any], kind: str
+    slow_office: IssuerBench, monkeypatch: pytest.MonkeyPatch, topic: Topic[Any], kind: str
 ) -> None:
     """Policy and issuer may both go by the record before, for as long as the grace."""
     world, name = slow_office.world, f"x{uuid.uuid4().hex[:8]}"
@@ -195,7 +201,7 @@ async def test_what_is_issued_after_a_revoker_has_looked_by_who_had_not_heard_of
     target = await world.target(name)
     user = await world.user(name, entitlements=all_of_it)
     people = {"sam": slow_office.sam, "maria": user, "sue": slow_office.sue}
-    desk = await Desk(world, people, target).staff(ceiling=all_of_it, task_scope=all_of_it)
+    desk = await IssuerBench(world, people, target).staff(ceiling=all_of_it, task_scope=all_of_it)
     before, _ = await desk.issued("read")
     monkeypatch.setitem(world.runtimes["issuer"]._tables, topic, lambda records: None)
 
@@ -223,7 +229,7 @@ async def test_what_is_issued_after_a_revoker_has_looked_by_who_had_not_heard_of
 
 
 async def test_a_lease_is_held_against_records_by_the_word_of_services_alone(
-    desk: Desk, store: LeaseStore, monkeypatch: pytest.MonkeyPatch
+    desk: IssuerBench, store: LeaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who can write to the topic could otherwise end what they like, by saying that it allows too much."""
     asked, _ = await desk.issued("read")
@@ -248,7 +254,7 @@ async def test_a_lease_is_held_against_records_by_the_word_of_services_alone(
     assert (await cause_of(desk, asked)).kind == "scope_narrowed"
 
 
-async def record_of(desk: Desk, revision: int) -> Received:
+async def record_of(desk: IssuerBench, revision: int) -> Received:
     """The record of the desk's agent at a revision."""
     return await desk.world.consume_until(
         AGENT,
@@ -259,7 +265,7 @@ async def record_of(desk: Desk, revision: int) -> Received:
 
 
 async def test_a_record_that_comes_again_orders_the_same_again_and_ends_nothing_more(
-    desk: Desk, store: LeaseStore
+    desk: IssuerBench, store: LeaseStore
 ) -> None:
     asked, _ = await desk.issued("read")
     suspend = desk.world.claims(AgentSuspend, desk.sam, agent_id=desk.bot.name, reason="odd")
@@ -283,7 +289,7 @@ async def test_a_record_that_comes_again_orders_the_same_again_and_ends_nothing_
 
 
 async def test_a_record_that_stands_there_again_fences_off_nothing_that_was_asked_for_since(
-    desk: Desk,
+    desk: IssuerBench,
 ) -> None:
     """Somebody wrote an old one, and the registry the last one over that: in between an agent asked."""
     for resource in ("env/*/*", "env/staging/*"):
@@ -319,7 +325,9 @@ async def test_a_suspension_counts_though_the_agent_was_resumed_before_a_revoker
             assert content.credential is not None, desk.refusal(content)
 
 
-async def test_a_record_that_the_registry_did_not_sign_ends_nothing(desk: Desk, store: LeaseStore) -> None:
+async def test_a_record_that_the_registry_did_not_sign_ends_nothing(
+    desk: IssuerBench, store: LeaseStore
+) -> None:
     asked, _ = await desk.issued("read")
     record = await record_of(desk, 1)
     head, body, _ = record.value.decode().split(".")

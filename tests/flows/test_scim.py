@@ -41,10 +41,16 @@ from ringfence.scim.provisioning import ProvisioningWriter
 from ringfence.scim.refresh import EntitlementRefresh
 from ringfence.scim.settings import ScimSettings
 from tests.conftest import Kafka
-from tests.flows.directory import GROUP_SCHEMA, GROUPS, USER_SCHEMA, Company, opened_company
-from tests.ledger import FixedClock
-from tests.stories import leaves
-from tests.world import Party, World, scope
+from tests.support.audit_stories import expect_trail
+from tests.support.benches.scim_directory import (
+    GROUP_SCHEMA,
+    GROUPS,
+    USER_SCHEMA,
+    Company,
+    opened_company,
+)
+from tests.support.in_memory_registry import FixedClock
+from tests.support.world import Party, World, scope
 
 LONG = "x" * 3000
 _numbers = itertools.count()
@@ -376,7 +382,7 @@ async def test_users_whom_an_operator_made_are_not_there_and_are_not_taken(share
 
 async def test_a_group_that_nobody_delegated_is_refused(shared: Company):
     admins = {"schemas": [GROUP_SCHEMA], "displayName": "Admins"}
-    async with leaves(shared.world, NOTHING):
+    async with expect_trail(shared.world, NOTHING):
         answer = await shared.call("POST", "Groups", admins, 403)
     assert "not delegated" in answer["detail"]
     path = f"Groups/{await group_id(shared, 'Developers')}"
@@ -393,7 +399,7 @@ async def test_whom_an_operator_disabled_the_directory_lets_not_act_again(shared
         shared.world.claims(UserDisable, operator, user_id=user, reason="x"), operator
     )
     assert await shared.world.runtimes["scim"].tables_caught_up(30)
-    async with leaves(shared.world, LET_ACT_AGAIN, user=user):
+    async with expect_trail(shared.world, LET_ACT_AGAIN, user=user):
         answer = await shared.patch(
             f"Users/{user}", {"op": "replace", "path": "active", "value": True}, status=403
         )
@@ -440,7 +446,7 @@ async def test_a_body_beyond_all_measure_is_not_read(shared: Company):
 
 
 async def test_nobody_calls_without_a_token_and_wrong_ones_are_told_and_limited(own: Company):
-    async with leaves(own.world, WRONG_TOKENS), httpx.AsyncClient(base_url=f"{own.url}/") as http:
+    async with expect_trail(own.world, WRONG_TOKENS), httpx.AsyncClient(base_url=f"{own.url}/") as http:
         for number in range(MAX_WRONG):
             header = {} if number == 0 else {"Authorization": f"Bearer wrong{number}"}
             response = await http.get("Users", headers=header)
@@ -523,7 +529,7 @@ async def test_nothing_is_done_for_a_provisioner_that_was_disabled(own: Company)
         own.world.claims(UserDisable, operator, user_id="acme", reason="stolen"), operator
     )
     assert await own.world.runtimes["scim"].tables_caught_up(30)
-    async with leaves(own.world, NOTHING):
+    async with expect_trail(own.world, NOTHING):
         answer = await own.call("POST", "Users", {"schemas": [USER_SCHEMA], "userName": "x"}, 503)
     assert "disabled the provisioner" in answer["detail"]
 
@@ -553,7 +559,7 @@ async def test_a_key_that_was_stolen_from_the_directory_makes_nobody_more_than_w
         (world.claims(UserDisable, own.key, user_id=olga, reason="x"), "not_its_user"),
         (world.claims(UserDisable, own.key, user_id="acme", reason="x"), "not_its_user"),
     ]
-    async with leaves(world, STOLEN_KEY):
+    async with expect_trail(world, STOLEN_KEY):
         codes = [(await world.command(claims, own.key)).reasons[0].code for claims, _ in tries]
     assert codes == [code for _, code in tries]
     assert await own.records(user) == []
@@ -572,7 +578,7 @@ async def test_a_sponsor_from_the_directory_has_agents_until_they_leave_the_grou
         AgentRegister, sam, agent_id="second", sponsor=user, description="x",
         keys=(own.world.party("agent", "second").key_record(),), ceiling=(),
     )  # fmt: skip
-    async with leaves(own.world, NO_SPONSOR_ANY_MORE, sam=user):
+    async with expect_trail(own.world, NO_SPONSOR_ANY_MORE, sam=user):
         event = await own.world.command(bot, sam)
     assert (event.kind, event.reasons[0].code) == ("refused", "not_sponsor")
 

@@ -14,8 +14,9 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.signals import SignalStream
 from ringfence.messages.topics import LEASE, SERVICE_EVENT, SIGNAL_STREAM
 from ringfence.signals.push import REFUSALS
-from tests.flows.desk import Desk, another
-from tests.flows.signal_receivers import (
+from tests.gateway.certificates import Certificates
+from tests.support.benches.issuer_bench import IssuerBench, another
+from tests.support.benches.signal_receivers import (
     POLL,
     PUSH,
     Client,
@@ -25,22 +26,21 @@ from tests.flows.signal_receivers import (
     lease_of,
     until,
 )
-from tests.gateway.certificates import Certificates
 
 CAEP = "https://schemas.openid.net/secevent/caep/event-type/session-revoked"
 
 
 @pytest.fixture
-async def desk(company: Desk) -> Desk:
+async def desk(company: IssuerBench) -> IssuerBench:
     return await another(company)
 
 
 @pytest.fixture
-def office(company: Desk, tmp_path: Path) -> Office:
+def office(company: IssuerBench, tmp_path: Path) -> Office:
     return Office(company.world, tmp_path)
 
 
-async def ended(desk: Desk, reason: str = "s3cret reason") -> str:
+async def ended(desk: IssuerBench, reason: str = "s3cret reason") -> str:
     """The id of a lease that was issued, and revoked by the operator."""
     asked, _ = await desk.issued("read")
     claims, _ = await desk.revoke(desk.world.operator, lease_id=asked.lease_id, reason=reason)
@@ -50,7 +50,7 @@ async def ended(desk: Desk, reason: str = "s3cret reason") -> str:
 
 
 async def test_a_push_receiver_gets_exactly_the_ends_that_it_may_hear_of(
-    desk: Desk, office: Office, tmp_path: Path
+    desk: IssuerBench, office: Office, tmp_path: Path
 ) -> None:
     certificates = Certificates(tmp_path)
     (tmp_path / "authorization").write_text("Bearer of the receiver\n")
@@ -97,7 +97,9 @@ async def test_a_push_receiver_gets_exactly_the_ends_that_it_may_hear_of(
             assert len(near.got) == 2  # the cut, and what follows it, are one event
 
 
-async def test_a_receiver_that_was_down_misses_nothing_and_delays_nobody(desk: Desk, office: Office) -> None:
+async def test_a_receiver_that_was_down_misses_nothing_and_delays_nobody(
+    desk: IssuerBench, office: Office
+) -> None:
     async with Endpoint().running() as up:
         down = Endpoint()
         office.declare("down", push=f'"{down.url}"')
@@ -127,7 +129,7 @@ async def test_a_receiver_that_was_down_misses_nothing_and_delays_nobody(desk: D
             assert sorted(told.values()) == sorted(ids)
 
 
-async def test_polls_give_until_they_are_acknowledged(desk: Desk, office: Office) -> None:
+async def test_polls_give_until_they_are_acknowledged(desk: IssuerBench, office: Office) -> None:
     office.declare("poller", targets='["staging"]')
     async with office.running():
         client = office.client("poller")
@@ -156,7 +158,7 @@ async def test_polls_give_until_they_are_acknowledged(desk: Desk, office: Office
         assert "invalid_key" in found.reasons[0].message
 
 
-async def test_a_paused_stream_is_held_and_a_disabled_one_is_not(desk: Desk, office: Office) -> None:
+async def test_a_paused_stream_is_held_and_a_disabled_one_is_not(desk: IssuerBench, office: Office) -> None:
     async with Endpoint().running() as endpoint:
         office.declare("pauser", push=f'"{endpoint.url}"')
         async with office.running():
@@ -175,7 +177,7 @@ async def test_a_paused_stream_is_held_and_a_disabled_one_is_not(desk: Desk, off
             assert [lease_of(one) for one in await client.pushed(endpoint, 2)] == [held, heard]
 
 
-async def test_subjects_are_left_out_and_heard_of_again(desk: Desk, office: Office) -> None:
+async def test_subjects_are_left_out_and_heard_of_again(desk: IssuerBench, office: Office) -> None:
     office.declare("chooser")
     async with office.running():
         client = office.client("chooser")
@@ -194,7 +196,7 @@ async def test_subjects_are_left_out_and_heard_of_again(desk: Desk, office: Offi
 
 
 async def test_an_event_that_is_refused_again_and_again_is_told_and_passed_over(
-    desk: Desk, office: Office
+    desk: IssuerBench, office: Office
 ) -> None:
     async with Endpoint().running() as endpoint:
         office.declare("picky", push=f'"{endpoint.url}"')
@@ -217,7 +219,7 @@ async def test_an_event_that_is_refused_again_and_again_is_told_and_passed_over(
             assert [lease_of(one) for one in await client.pushed(endpoint, 1)] == [kept]
 
 
-async def test_streams_are_their_receivers_own(desk: Desk, office: Office) -> None:
+async def test_streams_are_their_receivers_own(desk: IssuerBench, office: Office) -> None:
     office.declare("one", push='"https://one.example/events"')
     office.declare("two")
     async with office.running():
@@ -255,7 +257,7 @@ async def test_streams_are_their_receivers_own(desk: Desk, office: Office) -> No
         assert (await one.create())["stream_id"] != made["stream_id"]
 
 
-async def test_what_a_receiver_cannot_have(desk: Desk, office: Office) -> None:
+async def test_what_a_receiver_cannot_have(desk: IssuerBench, office: Office) -> None:
     office.declare("asker", push='"https://asker.example/events"')
     async with office.running():
         client = office.client("asker")
@@ -281,7 +283,7 @@ async def test_what_a_receiver_cannot_have(desk: Desk, office: Office) -> None:
         assert not any(b"s3cret" in value for value in topics)
 
 
-async def test_strangers_are_turned_away(desk: Desk, office: Office) -> None:
+async def test_strangers_are_turned_away(desk: IssuerBench, office: Office) -> None:
     office.declare("known")
     async with office.running():
         office.declare("undeclared")  # has a token from now on, and is in no file that the service read
@@ -300,7 +302,7 @@ async def test_strangers_are_turned_away(desk: Desk, office: Office) -> None:
         await office.client("undeclared").call("GET", "/ssf/streams", status=403)
 
 
-async def test_what_anybody_may_read(desk: Desk, office: Office) -> None:
+async def test_what_anybody_may_read(desk: IssuerBench, office: Office) -> None:
     office.declare("reader")
     async with office.running(), httpx.AsyncClient(base_url=office.url, timeout=60) as http:
         about = (await http.get("/.well-known/ssf-configuration")).json()
@@ -314,7 +316,7 @@ async def test_what_anybody_may_read(desk: Desk, office: Office) -> None:
         assert "ringfence_signals_total" in (await http.get("/metrics")).text
 
 
-async def test_one_verification_after_the_other(desk: Desk, office: Office) -> None:
+async def test_one_verification_after_the_other(desk: IssuerBench, office: Office) -> None:
     office.declare("careful")
     async with office.running(verification_interval_s=3600):
         client = office.client("careful")
@@ -328,7 +330,7 @@ async def test_one_verification_after_the_other(desk: Desk, office: Office) -> N
         await client.call("POST", "/ssf/verify", body, 429)
 
 
-async def test_nobody_else_says_how_a_stream_stands(desk: Desk, office: Office) -> None:
+async def test_nobody_else_says_how_a_stream_stands(desk: IssuerBench, office: Office) -> None:
     office.declare("victim")
     world = desk.world
     async with office.running():
@@ -350,7 +352,7 @@ async def test_nobody_else_says_how_a_stream_stands(desk: Desk, office: Office) 
         assert [lease_of(one) for one in (await client.polled(1)).values()] == [lease_id]
 
 
-async def test_what_nobody_signed_who_may_ends_nothing(desk: Desk, office: Office) -> None:
+async def test_what_nobody_signed_who_may_ends_nothing(desk: IssuerBench, office: Office) -> None:
     office.declare("wary")
     async with office.running():
         client = office.client("wary")

@@ -14,9 +14,9 @@ from joserfc import jwt
 from joserfc.jwk import KeySet
 
 from ringfence.messages.topics import SIGNAL_STREAM
-from tests.flows.desk import Desk, another
-from tests.flows.signal_receivers import POLL, PUSH, Endpoint, Office, until
 from tests.flows.test_signals import ended
+from tests.support.benches.issuer_bench import IssuerBench, another
+from tests.support.benches.signal_receivers import POLL, PUSH, Endpoint, Office, until
 
 SSF = "https://schemas.openid.net/secevent/ssf/event-type/"
 CAEP = "https://schemas.openid.net/secevent/caep/event-type/"
@@ -25,12 +25,12 @@ NOWHERE = ("f67e39a0a4d34d56b3aa1bc4cff0069f", "00000000-0000-4000-8000-00000000
 
 
 @pytest.fixture
-async def desk(company: Desk) -> Desk:
+async def desk(company: IssuerBench) -> IssuerBench:
     return await another(company)
 
 
 @pytest.fixture
-def office(company: Desk, tmp_path: Path) -> Office:
+def office(company: IssuerBench, tmp_path: Path) -> Office:
     return Office(company.world, tmp_path)
 
 
@@ -114,7 +114,7 @@ async def stranger(office: Office, name: str) -> AsyncIterator[Stranger]:
         yield Stranger(http, about, client.audience)
 
 
-async def test_polls_as_in_the_rfc(desk: Desk, office: Office) -> None:
+async def test_polls_as_in_the_rfc(desk: IssuerBench, office: Office) -> None:
     office.declare("poller")
     async with office.running(), stranger(office, "poller") as receiver:
         response = await receiver.http.post(receiver.about["configuration_endpoint"])
@@ -154,7 +154,7 @@ async def test_polls_as_in_the_rfc(desk: Desk, office: Office) -> None:
         assert (status, fields["retry-after"]) == (429, str(stream["min_verification_interval"]))
 
 
-async def test_more_is_available_across_batches(desk: Desk, office: Office) -> None:
+async def test_more_is_available_across_batches(desk: IssuerBench, office: Office) -> None:
     office.declare("slow")
     async with office.running(), stranger(office, "slow") as receiver:
         stream = await receiver.made()
@@ -186,7 +186,7 @@ async def test_more_is_available_across_batches(desk: Desk, office: Office) -> N
 
 
 async def test_what_was_acknowledged_is_committed_though_later_batches_are_not(
-    desk: Desk, office: Office
+    desk: IssuerBench, office: Office
 ) -> None:
     office.declare("restarted")
     async with office.running(), stranger(office, "restarted") as receiver:
@@ -204,7 +204,7 @@ async def test_what_was_acknowledged_is_committed_though_later_batches_are_not(
         assert await receiver.poll(stream, maxEvents=0, ack=[second]) == {"sets": {}}
 
 
-async def test_a_long_poll_is_woken_by_what_ends(desk: Desk, office: Office) -> None:
+async def test_a_long_poll_is_woken_by_what_ends(desk: IssuerBench, office: Office) -> None:
     office.declare("patient")
     async with office.running(poll_s=300), stranger(office, "patient") as receiver:
         stream = await receiver.made()
@@ -217,7 +217,7 @@ async def test_a_long_poll_is_woken_by_what_ends(desk: Desk, office: Office) -> 
         assert [one["sub_id"]["session"]["id"] for one in told.values()] == [woken] != [passed]
 
 
-async def test_pushes_as_in_the_rfc(desk: Desk, office: Office, tmp_path: Path) -> None:
+async def test_pushes_as_in_the_rfc(desk: IssuerBench, office: Office, tmp_path: Path) -> None:
     secret = tmp_path / "authorization"
     secret.write_text("Bearer s3cret-of-the-receiver")
     secret.chmod(0o600)
@@ -244,7 +244,7 @@ async def test_pushes_as_in_the_rfc(desk: Desk, office: Office, tmp_path: Path) 
             assert not any(b"s3cret" in one.value for one in await desk.world.records(SIGNAL_STREAM))
 
 
-async def test_a_configuration_that_was_read_may_be_sent_back(desk: Desk, office: Office) -> None:
+async def test_a_configuration_that_was_read_may_be_sent_back(desk: IssuerBench, office: Office) -> None:
     office.declare("editor")
     async with office.running(), stranger(office, "editor") as receiver:
         wanted = [CAEP + "session-revoked", CAEP + "credential-change"]
@@ -281,7 +281,7 @@ async def test_a_configuration_that_was_read_may_be_sent_back(desk: Desk, office
         assert replaced["events_delivered"] == wanted[:1]
 
 
-async def test_a_stream_that_is_not_there_is_a_404_everywhere(desk: Desk, office: Office) -> None:
+async def test_a_stream_that_is_not_there_is_a_404_everywhere(desk: IssuerBench, office: Office) -> None:
     office.declare("lost")
     subject = {"format": "email", "email": "maria@acme.example"}
     async with office.running(), stranger(office, "lost") as receiver:
@@ -307,7 +307,7 @@ async def test_a_stream_that_is_not_there_is_a_404_everywhere(desk: Desk, office
 
 
 async def test_a_subject_that_is_added_is_heard_of_though_more_was_removed(
-    desk: Desk, office: Office
+    desk: IssuerBench, office: Office
 ) -> None:
     office.declare("chooser")
     async with office.running(), stranger(office, "chooser") as receiver:
@@ -337,7 +337,7 @@ async def test_a_subject_that_is_added_is_heard_of_though_more_was_removed(
 
 
 async def test_a_stream_that_may_be_pushed_nowhere_says_that_it_is_held(
-    desk: Desk, office: Office, tmp_path: Path
+    desk: IssuerBench, office: Office, tmp_path: Path
 ) -> None:
     async with Endpoint().running() as endpoint:
         office.declare("moved", push=f'"{endpoint.url}"')

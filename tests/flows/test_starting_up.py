@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import USER
-from tests.world import World
+from tests.support.world import World
 
 
 async def test_it_is_not_ready_before_its_tables_though_it_has_no_consumer(world: World) -> None:

@@ -56,7 +56,7 @@ from tests.flows.test_audit_chain import (
     told_of,
     verified,
 )
-from tests.world import World
+from tests.support.world import World
 
 SECRET = "what-was-in-it"
 OWN: dict[ServiceRole, Any] = {"audit": QUICK}

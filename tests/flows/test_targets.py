@@ -43,9 +43,9 @@ from ringfence.revoker.ending.undo import CredentialRemover
 from ringfence.revoker.settings import RevokerSettings
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Asked, Desk, opened_desks
-from tests.targets import Gate, ValkeyTarget, valkey_target, works
-from tests.world import Party, World, scope
+from tests.support.benches.issuer_bench import Asked, IssuerBench, opened_desks
+from tests.support.servers.redis_target import Gate, ValkeyTarget, valkey_target, works
+from tests.support.world import Party, World, scope
 from tools.schemas.examples import EXAMPLES
 
 QUICK: dict[ServiceRole, Any] = {
@@ -67,7 +67,7 @@ VERBS = (VerbFloor(verb="read"), VerbFloor(verb="write"))
 class Yard:
     """The world with two targets, each behind a gate on Ringfence's own way to it."""
 
-    desk: Desk
+    desk: IssuerBench
     targets: dict[str, ValkeyTarget]
     gates: dict[str, Gate]
 
@@ -111,18 +111,18 @@ async def _open_gates(yard: Yard) -> AsyncIterator[None]:
     _caller(yard.desk)._targets.clear()  # no test begins with a target that is left alone because of another
 
 
-async def at(yard: Yard, target_id: str = "cache") -> Desk:
+async def at(yard: Yard, target_id: str = "cache") -> IssuerBench:
     """An agent, a task and a user of the test's own, for one target."""
     everything = scope(target_id, ("read", "write"), ("**",))
     world = yard.world
     user = await world.user(f"u-{uuid.uuid4().hex[:8]}", entitlements=everything)
     people = {"sam": yard.desk.sam, "maria": user, "sue": yard.desk.sue}
     target = world.party("target", target_id)
-    return await Desk(world, people, target).staff(ceiling=everything, task_scope=everything)
+    return await IssuerBench(world, people, target).staff(ceiling=everything, task_scope=everything)
 
 
 @pytest.fixture
-async def desk(yard: Yard) -> Desk:
+async def desk(yard: Yard) -> IssuerBench:
     return await at(yard)
 
 
@@ -135,7 +135,7 @@ def url(content: ReplyContent) -> str:
     return content.credential.value
 
 
-async def ended(desk: Desk, asked: Asked) -> list[Lease]:
+async def ended(desk: IssuerBench, asked: Asked) -> list[Lease]:
     """All records of a lease once it is over, by `seq`: one life, one end."""
     await desk.lease(asked.lease_id, *TERMINAL)
     found = {record.compact: record.claims for record in await desk.records(asked.lease_id)}
@@ -168,7 +168,11 @@ async def gone(yard: Yard, asked: Asked, target_id: str = "cache") -> None:
 
 
 async def revoked(
-    desk: Desk, by: Party | None = None, *, lease_id: str | None = None, selector: Selector | None = None
+    desk: IssuerBench,
+    by: Party | None = None,
+    *,
+    lease_id: str | None = None,
+    selector: Selector | None = None,
 ) -> str | None:
     claims, _ = await desk.revoke(by or desk.sam, lease_id=lease_id, selector=selector)
     event = await desk.verdict(claims)
@@ -179,7 +183,7 @@ async def revoked(
 # --- the life of one --------------------------------------------------------------------------------------------------
 
 
-async def test_it_is_announced_made_and_active_before_the_agent_has_it(desk: Desk, yard: Yard) -> None:
+async def test_it_is_announced_made_and_active_before_the_agent_has_it(desk: IssuerBench, yard: Yard) -> None:
     asked, content = await desk.issued(scope=desk.scope("read", "write", resource="jobs/**"))
     await desk.lease(asked.lease_id, "active")
     records = await desk.records(asked.lease_id)
@@ -199,7 +203,7 @@ async def test_it_is_announced_made_and_active_before_the_agent_has_it(desk: Des
         assert not any(password in record.value for record in await desk.world.records(topic))
 
 
-async def test_released_it_is_cut_taken_back_and_only_then_over(desk: Desk, yard: Yard) -> None:
+async def test_released_it_is_cut_taken_back_and_only_then_over(desk: IssuerBench, yard: Yard) -> None:
     asked, content = await desk.issued(scope=desk.scope("read"))
     claims, _ = await desk.revoke(desk.bot, "release", lease_id=asked.lease_id)
     event = await desk.verdict(claims)
@@ -210,7 +214,7 @@ async def test_released_it_is_cut_taken_back_and_only_then_over(desk: Desk, yard
     assert not await works(url(content))
 
 
-async def test_its_time_over_it_is_taken_back_too(desk: Desk, yard: Yard) -> None:
+async def test_its_time_over_it_is_taken_back_too(desk: IssuerBench, yard: Yard) -> None:
     asked, content = await desk.issued(scope=desk.scope("read"), ttl_s=10)
     assert await works(url(content))
     life = await ended(desk, asked)
@@ -219,7 +223,7 @@ async def test_its_time_over_it_is_taken_back_too(desk: Desk, yard: Yard) -> Non
 
 
 async def test_a_scope_that_the_target_cannot_say_is_refused_and_nothing_is_made(
-    desk: Desk, yard: Yard
+    desk: IssuerBench, yard: Yard
 ) -> None:
     asked = await desk.ask(scope=desk.scope("read", resource="jobs/*"))
     await desk.decide(asked)
@@ -242,7 +246,7 @@ STEPS = ("prepare", "minting record", "mint", "activate", "active record", "repl
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_after_a_crash_at_any_step_the_agent_is_served_and_nothing_is_left(
-    desk: Desk, yard: Yard, monkeypatch: pytest.MonkeyPatch, step: str, when: str
+    desk: IssuerBench, yard: Yard, monkeypatch: pytest.MonkeyPatch, step: str, when: str
 ) -> None:
     crashes = list[str]()
 
@@ -295,7 +299,9 @@ async def test_after_a_crash_at_any_step_the_agent_is_served_and_nothing_is_left
     assert user_of(asked) not in await yard.targets["cache"].users()
 
 
-async def test_a_decision_that_comes_again_keeps_the_first_credential_good(desk: Desk, yard: Yard) -> None:
+async def test_a_decision_that_comes_again_keeps_the_first_credential_good(
+    desk: IssuerBench, yard: Yard
+) -> None:
     asked, first = await desk.issued(scope=desk.scope("read"))
     await again(desk, asked)
     second = await desk.answer(asked, after=1)
@@ -311,7 +317,7 @@ async def test_a_decision_that_comes_again_keeps_the_first_credential_good(desk:
     assert user_of(asked) not in await yard.targets["cache"].users()
 
 
-async def again(desk: Desk, asked: Asked) -> None:
+async def again(desk: IssuerBench, asked: Asked) -> None:
     """Hand the decision to the issuer once more, as a broker does after a crash before the commit."""
 
     def decided(request_id: str) -> list[Any]:
@@ -327,7 +333,9 @@ def claims_of(record: Any) -> str:
 
 
 @pytest.mark.parametrize("second", ["the same record", "a replay"])
-async def test_a_decision_that_comes_twice_at_once_is_one_lease(desk: Desk, yard: Yard, second: str) -> None:
+async def test_a_decision_that_comes_twice_at_once_is_one_lease(
+    desk: IssuerBench, yard: Yard, second: str
+) -> None:
     asked = await desk.ask(scope=desk.scope("read"))
     value = sign(desk.decision(asked), desk.world.key("policy")).encode()
     name, now_ms = CREDENTIAL_DECISION.name(desk.world.prefix), int(time.time() * 1000)
@@ -353,7 +361,7 @@ async def test_a_decision_that_comes_twice_at_once_is_one_lease(desk: Desk, yard
 
 
 async def test_a_credential_made_again_while_its_lease_ends_is_taken_back(
-    desk: Desk, yard: Yard, monkeypatch: pytest.MonkeyPatch
+    desk: IssuerBench, yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, _ = await desk.issued(scope=desk.scope("read"))
     mint = RedisBackend.mint
@@ -377,7 +385,7 @@ async def test_a_credential_made_again_while_its_lease_ends_is_taken_back(
 
 @pytest.mark.parametrize("mode", ["shut", "hanging"])
 async def test_where_the_target_is_away_the_agent_is_told_to_come_again(
-    desk: Desk, yard: Yard, mode: Any
+    desk: IssuerBench, yard: Yard, mode: Any
 ) -> None:
     yard.gates["cache"].turn(mode)
     asked = await desk.ask(scope=desk.scope("read"))
@@ -393,7 +401,7 @@ async def test_where_the_target_is_away_the_agent_is_told_to_come_again(
     assert user_of(asked) not in await yard.targets["cache"].users()
 
 
-async def test_a_target_that_is_away_delays_no_other_and_no_token(desk: Desk, yard: Yard) -> None:
+async def test_a_target_that_is_away_delays_no_other_and_no_token(desk: IssuerBench, yard: Yard) -> None:
     other = await at(yard, "queue")
     yard.gates["cache"].turn("hanging")
     stuck = [await desk.ask(scope=desk.scope("read")) for _ in range(3)]
@@ -406,7 +414,7 @@ async def test_a_target_that_is_away_delays_no_other_and_no_token(desk: Desk, ya
 
 @asynccontextmanager
 async def held_mint(
-    monkeypatch: pytest.MonkeyPatch, desk: Desk, asked: Asked
+    monkeypatch: pytest.MonkeyPatch, desk: IssuerBench, asked: Asked
 ) -> AsyncIterator[asyncio.Event]:
     """The decision is on its way, and its credential is not made before the block ends. Yields once it is announced."""
     release, mint = asyncio.Event(), RedisBackend.mint
@@ -425,7 +433,7 @@ async def held_mint(
         release.set()
 
 
-def _handler(desk: Desk) -> Any:
+def _handler(desk: IssuerBench) -> Any:
     """The issuer's handler of decisions: the consumer's own way in."""
     name = CREDENTIAL_DECISION.name(desk.world.prefix)
     (handler,) = [
@@ -436,12 +444,12 @@ def _handler(desk: Desk) -> Any:
     return handler
 
 
-def _caller(desk: Desk) -> Any:
+def _caller(desk: IssuerBench) -> Any:
     return _handler(desk)._minter._caller
 
 
 async def test_a_mint_that_takes_too_long_is_aborted_and_what_it_made_is_taken_back(
-    desk: Desk, yard: Yard, monkeypatch: pytest.MonkeyPatch
+    desk: IssuerBench, yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = await desk.ask(scope=desk.scope("read"))
     async with held_mint(monkeypatch, desk, asked):
@@ -454,7 +462,7 @@ async def test_a_mint_that_takes_too_long_is_aborted_and_what_it_made_is_taken_b
 
 
 async def test_a_mint_that_is_finished_just_in_time_is_left_alone(
-    desk: Desk, yard: Yard, monkeypatch: pytest.MonkeyPatch
+    desk: IssuerBench, yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = await desk.ask(scope=desk.scope("read"))
     close, met = LeaseEnder._close, list[str]()
@@ -477,7 +485,7 @@ async def test_a_mint_that_is_finished_just_in_time_is_left_alone(
     assert statuses(await ended(desk, asked)) == ["minting", "active", "ending", "revoked"]
 
 
-async def test_what_a_revoker_aborts_no_issuer_takes_up_again(desk: Desk, yard: Yard) -> None:
+async def test_what_a_revoker_aborts_no_issuer_takes_up_again(desk: IssuerBench, yard: Yard) -> None:
     """Else a credential could be made between its undo and its end, and be given away dead."""
     yard.gates["cache"].turn("shut")
     asked = await desk.ask(scope=desk.scope("read"))
@@ -499,7 +507,7 @@ async def test_what_a_revoker_aborts_no_issuer_takes_up_again(desk: Desk, yard: 
 
 
 async def test_an_issuer_that_wakes_between_undo_and_end_gives_nothing_away(
-    desk: Desk, yard: Yard, monkeypatch: pytest.MonkeyPatch
+    desk: IssuerBench, yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = await desk.ask(scope=desk.scope("read"))
     undo, undone = RedisBackend.undo, list[str]()
@@ -525,7 +533,7 @@ async def test_an_issuer_that_wakes_between_undo_and_end_gives_nothing_away(
 # --- the kill switch, at every moment ---------------------------------------------------------------------------------
 
 
-SWITCHES: dict[str, Callable[[Desk, Asked], Awaitable[Any]]] = {
+SWITCHES: dict[str, Callable[[IssuerBench, Asked], Awaitable[Any]]] = {
     "its lease": lambda desk, asked: revoked(desk, lease_id=asked.lease_id),
     "its task": lambda desk, _: revoked(desk, selector=Selector(task_id=desk.task)),
     "its agent": lambda desk, _: revoked(desk, selector=Selector(agent_id=desk.bot.name)),
@@ -555,14 +563,14 @@ SWITCHES: dict[str, Callable[[Desk, Asked], Awaitable[Any]]] = {
 }
 
 
-async def command(desk: Desk, model: Any, by: Party | None = None, **fields: Any) -> None:
+async def command(desk: IssuerBench, model: Any, by: Party | None = None, **fields: Any) -> None:
     by = by or desk.sam
     await desk.world.accepted(desk.world.claims(model, by, **fields), by)
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
 async def test_what_is_revoked_while_it_is_made_is_never_given_and_nothing_is_left(
-    desk: Desk, yard: Yard, monkeypatch: pytest.MonkeyPatch, switch: str
+    desk: IssuerBench, yard: Yard, monkeypatch: pytest.MonkeyPatch, switch: str
 ) -> None:
     asked = await desk.ask(scope=desk.scope("read"))
     async with held_mint(monkeypatch, desk, asked):
@@ -580,7 +588,7 @@ async def test_what_is_revoked_while_it_is_made_is_never_given_and_nothing_is_le
 
 @pytest.mark.parametrize("switch", SWITCHES)
 async def test_what_is_revoked_while_it_lives_is_cut_and_taken_back(
-    desk: Desk, yard: Yard, switch: str
+    desk: IssuerBench, yard: Yard, switch: str
 ) -> None:
     asked, content = await desk.issued(scope=desk.scope("read"))
     await SWITCHES[switch](desk, asked)
@@ -591,7 +599,7 @@ async def test_what_is_revoked_while_it_lives_is_cut_and_taken_back(
 
 
 async def test_an_order_that_was_accepted_holds_though_the_revoker_died_then(
-    desk: Desk, yard: Yard, monkeypatch: pytest.MonkeyPatch
+    desk: IssuerBench, yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = await desk.ask(scope=desk.scope("read"))
     try_it, dropped = CredentialRemover._try, list[str]()
@@ -615,7 +623,7 @@ async def test_an_order_that_was_accepted_holds_though_the_revoker_died_then(
 
 @pytest.mark.parametrize("moment", ["before it is announced", "before it is active"])
 async def test_the_fence_holds_at_both_looks_of_the_issuer(
-    desk: Desk, yard: Yard, monkeypatch: pytest.MonkeyPatch, moment: str
+    desk: IssuerBench, yard: Yard, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """The whole order is followed between two steps of the issuer; no revoker finds the lease before it is refused."""
     step = "prepare" if moment == "before it is announced" else "activate"
@@ -638,7 +646,9 @@ async def test_the_fence_holds_at_both_looks_of_the_issuer(
         assert statuses(await ended(desk, asked)) == ["minting", "aborted"]
 
 
-async def test_what_was_decided_before_the_cut_is_not_announced_after_it(desk: Desk, yard: Yard) -> None:
+async def test_what_was_decided_before_the_cut_is_not_announced_after_it(
+    desk: IssuerBench, yard: Yard
+) -> None:
     asked = await desk.ask(scope=desk.scope("read"))
     await revoked(desk, selector=Selector(agent_id=desk.bot.name))
     await desk.decide(asked)
@@ -654,7 +664,7 @@ async def test_one_selector_ends_live_sessions_at_all_targets(yard: Yard) -> Non
     user = await world.user(f"u-{uuid.uuid4().hex[:8]}", entitlements=both)
     people = {"sam": yard.desk.sam, "maria": user, "sue": yard.desk.sue}
     desks = [
-        await Desk(world, people, world.party("target", id)).staff(ceiling=both, task_scope=both)
+        await IssuerBench(world, people, world.party("target", id)).staff(ceiling=both, task_scope=both)
         for id in yard.targets
     ]
     leases = [(desk, *await desk.issued(scope=desk.scope("read"))) for desk in desks for _ in range(3)]
@@ -670,7 +680,7 @@ async def test_one_selector_ends_live_sessions_at_all_targets(yard: Yard) -> Non
 
 @pytest.mark.parametrize("mode", ["shut", "hanging"])
 async def test_a_dead_target_delays_no_other_its_sponsor_is_told_once_and_nothing_is_given_up(
-    desk: Desk, yard: Yard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: Any
+    desk: IssuerBench, yard: Yard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: Any
 ) -> None:
     other = await at(yard, "queue")
     postpone, postponed = LeaseStore.postpone, set[str]()
@@ -723,7 +733,7 @@ async def test_a_dead_target_delays_no_other_its_sponsor_is_told_once_and_nothin
 
 
 async def test_what_was_put_off_comes_as_soon_as_its_target_takes_one_back(
-    desk: Desk, yard: Yard, monkeypatch: pytest.MonkeyPatch
+    desk: IssuerBench, yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     postpone, put_off = LeaseStore.postpone, set[str]()
     putting_off, callers = CredentialRemover._put_off, list[Any]()
@@ -754,7 +764,7 @@ async def test_what_was_put_off_comes_as_soon_as_its_target_takes_one_back(
         await desk.lease(id, "revoked")
 
 
-async def cli(desk: Desk, folder: Path, *words: str) -> str:
+async def cli(desk: IssuerBench, folder: Path, *words: str) -> str:
     """What `ringfence` prints for sam."""
     desk.sam.key.save(folder / "sam.json")
     environment = {
@@ -775,7 +785,7 @@ async def cli(desk: Desk, folder: Path, *words: str) -> str:
 
 
 async def test_an_undo_that_a_dead_revoker_left_is_done_by_another(
-    desk: Desk, yard: Yard, monkeypatch: pytest.MonkeyPatch
+    desk: IssuerBench, yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, content = await desk.issued(scope=desk.scope("read"))
     undo, lost = RedisBackend.undo, list[str]()
@@ -797,7 +807,7 @@ async def test_an_undo_that_a_dead_revoker_left_is_done_by_another(
 
 
 async def test_what_stands_at_a_target_without_a_lease_is_taken_back_and_nothing_else(
-    desk: Desk, yard: Yard
+    desk: IssuerBench, yard: Yard
 ) -> None:
     asked, content = await desk.issued(scope=desk.scope("read"))
     over, _ = await desk.issued(scope=desk.scope("read"))

@@ -32,10 +32,10 @@ from ringfence.messages.base import ServiceRole
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Desk, another, opened_desks
-from tests.flows.sdk import READ, Elsewhere, client
-from tests.token_keys import rsa_key_file
-from tests.world import WITHIN_S, Party, World
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
+from tests.support.benches.sdk_clients import READ, Elsewhere, client
+from tests.support.token_keys import rsa_key_file
+from tests.support.world import WITHIN_S, Party, World
 
 FREE = (VerbFloor(verb="read"),)
 
@@ -243,7 +243,7 @@ class Replicas:
 
     URL = "http://issuer.test.example"
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: IssuerBench) -> None:
         self.desk = desk
         self.ports: list[int] = []
         self._stacks: list[AsyncExitStack] = []

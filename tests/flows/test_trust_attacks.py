@@ -42,10 +42,17 @@ from ringfence.messages.topics import (
     USER,
 )
 from ringfence.model.leases.lifecycle import follow
-from tests.flows.desk import Desk, another, opened_desks
-from tests.flows.office import DEPLOY, EVERYTHING, READ, Office, codes
-from tests.stories import asked_for, buried, forged, leaves, refused_by_policy, request_leaves
-from tests.world import WITHIN_S, Party, World
+from tests.support.audit_stories import (
+    asked_for,
+    buried,
+    expect_trail,
+    forged,
+    refused_by_policy,
+    request_leaves,
+)
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
+from tests.support.benches.policy_bench import DEPLOY, EVERYTHING, READ, PolicyBench, codes
+from tests.support.world import WITHIN_S, Party, World
 
 ROLES: tuple[ServiceRole, ...] = get_args(ServiceRole)
 
@@ -99,7 +106,7 @@ def last_of(records: Sequence[Received], key: str) -> Received:
 # --- a service that is taken over speaks for no other ---
 
 
-async def said_by_each(desk: Desk) -> tuple[str, list[tuple[Topic[Any], str]]]:
+async def said_by_each(desk: IssuerBench) -> tuple[str, list[tuple[Topic[Any], str]]]:
     """What services that are taken over sign of what they have no say in: where to, and the message.
 
     Returns the lease that those records are about, and these.
@@ -150,7 +157,7 @@ async def test_no_service_speaks_for_another(world: World):
         desk = await another(first)
         lease_id, said = await said_by_each(desk)
         assert len(said) == 2 * (len(ROLES) - 1) + (len(ROLES) - 2) + 5 * len(ROLES)
-        async with leaves(world, f"~{forged()}~{buried()}" * len(said)):
+        async with expect_trail(world, f"~{forged()}~{buried()}" * len(said)):
             places = [
                 await world.send(topic, lease_id if topic is LEASE else desk.bot.name, jws)
                 for topic, jws in said
@@ -171,12 +178,12 @@ async def test_no_service_speaks_for_another(world: World):
 @pytest.mark.parametrize("role", but("registry"))
 async def test_no_other_service_writes_records(world: World, role: ServiceRole):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         await office.final(await office.ask(READ))
         mine = last_of(await world.records(AGENT), office.bot.name)
         record = world.opened(mine, AgentRecord, "registry")
         forged = record.model_copy(update={"iss": world.key(role).id, "revision": record.revision + 1})
-        async with leaves(world, FORGED_RECORD):
+        async with expect_trail(world, FORGED_RECORD):
             place = await world.send(AGENT, office.bot.name, sign(forged, world.key(role)))
             event = await world.event_where(
                 lambda e: e.kind == "finding" and e.source == place and e.iss == world.key("policy").id
@@ -192,7 +199,7 @@ async def test_no_other_service_writes_records(world: World, role: ServiceRole):
 async def test_a_record_of_the_registry_without_a_users_command_counts_for_nothing(world: World, what: str):
     """It can take an agent out of use that way. It cannot give it anything."""
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         narrow = await world.agent("narrow", sponsor=office.sam, ceiling=READ)
         task = await world.task(narrow, by=office.maria, scope=EVERYTHING)
 
@@ -222,7 +229,7 @@ async def test_a_record_of_the_registry_without_a_users_command_counts_for_nothi
         }
         state = record.state.model_copy(update=changes[what])
         made_up = record.model_copy(update={"revision": record.revision + 1, "state": state})
-        async with leaves(world, MADE_UP[what]):
+        async with expect_trail(world, MADE_UP[what]):
             await world.send(AGENT, "narrow", sign(made_up, world.key("registry")))
         policy = world.key("policy").id
         key = thief if what == "other keys" else narrow.key
@@ -238,7 +245,7 @@ async def test_a_record_of_the_registry_without_a_users_command_counts_for_nothi
 
 async def test_an_operator_whom_the_registry_makes_up_is_nobody(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         olga = world.opened(last_of(await world.records(USER), world.operator.name), UserRecord, "registry")
         eve = world.party("user", "eve")
         state = olga.state.model_copy(update={"user_id": "eve", "keys": (eve.key_record(),)})
@@ -246,7 +253,7 @@ async def test_an_operator_whom_the_registry_makes_up_is_nobody(world: World):
         made_up = olga.model_copy(update={"sub": eve.id, "state": state, "jti": "made-up", "revision": 1})
         await world.send(USER, "eve", sign(made_up, world.key("registry")))
         assert await world.runtimes["registry"].tables_caught_up(WITHIN_S)
-        async with leaves(world, forged("chain_broken") + buried("chain_broken")):
+        async with expect_trail(world, forged("chain_broken") + buried("chain_broken")):
             claims = world.claims(UserDisable, eve, user_id="sam", reason="x")
             letter = await letter_at(world, await world.send_command(claims, eve))
             assert letter.code == "chain_broken"
@@ -270,7 +277,7 @@ async def test_an_operator_raises_nothing_of_their_own(world: World, what: str):
                 update={"entitlements": younger}
             ),
         }[what]
-        async with leaves(world, SELF_WIDENED):
+        async with expect_trail(world, SELF_WIDENED):
             event = await world.command(asked, olga)
         assert (event.kind, event.reasons[0].code) == ("refused", "self_widening")
         record = world.opened(last_of(await world.records(USER), olga.name), UserRecord, "registry")
@@ -284,7 +291,7 @@ async def test_an_operator_raises_nothing_of_their_own(world: World, what: str):
 
 async def test_an_expired_bundle_denies_and_says_why_until_the_next_one(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         assert (await office.final(await office.ask(READ))).outcome == "allowed"
         ending = world.make_bundle(2).model_copy(update={"exp": int(time.time()) + 2})
         await world.publish_trust(ending)
@@ -318,7 +325,7 @@ async def test_a_bundle_that_was_written_over_is_put_back(world: World, over: st
             "an older bundle": sign(world.bundle, world.root.key, header_jwk=True),
             "another root's": sign(bundle, thief, header_jwk=True),
         }
-        async with leaves(world, WRITTEN_OVER[over] + PUT_BACK):
+        async with expect_trail(world, WRITTEN_OVER[over] + PUT_BACK):
             sent = await world.send(TRUST, "2", values[over])
             await world.consume_until(TRUST, lambda r: r.offset > sent.offset and r.value == mine)
         assert world.runtimes["registry"].trust.version == 2

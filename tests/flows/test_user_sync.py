@@ -14,7 +14,7 @@ from ringfence.cli.shared.yaml_files import YamlFileError
 from ringfence.messages.registry import UserRecord, UserState
 from ringfence.messages.topics import USER
 from tests.flows.test_cli import Shell
-from tests.world import World
+from tests.support.world import World
 
 DELEGATION = """\
 source: hr-file

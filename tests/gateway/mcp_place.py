@@ -22,7 +22,7 @@ from ringfence.gateway.domain import Sender
 from ringfence.messages.operations import ActionAnswered, ActionDecided
 from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor
 from tests.gateway.recorder import PlayedRecorder
-from tests.ledger import permission
+from tests.support.in_memory_registry import permission
 from tests.unit.test_gateway_domain import Place
 
 URL = "http://gateway/staging/mcp"

@@ -16,7 +16,7 @@ import orjson
 from ringfence.client.agent.dpop import proof
 from ringfence.dev.processes import LOOPBACK
 from ringfence.kernel.crypto.keys import SigningKey
-from tests.world import WITHIN_S
+from tests.support.world import WITHIN_S
 
 HOST = "hub.gateway.example"
 Headers = Iterable[tuple[str, str]]

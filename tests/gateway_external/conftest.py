@@ -17,12 +17,12 @@ from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from tests.brokers import RedisServer
 from tests.brokers.secured import Authority
 from tests.conftest import Kafka, needed
-from tests.flows.desk import Desk, another, opened_desks
-from tests.flows.gating import Proxy, gateway, handle, secret_in
 from tests.gateway_external.agent import HOST, Agent
 from tests.gateway_external.programs import PROGRAMS, Places, Program, started
 from tests.gateway_external.target import Target, running_target
-from tests.world import WITHIN_S, World, scope
+from tests.support.benches.gateway_flows import Proxy, gateway, handle, secret_in
+from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
+from tests.support.world import WITHIN_S, World, scope
 
 HUB = "hub.example"
 SECRET = "the-secret-of-keyed"
@@ -42,7 +42,7 @@ VERBS = (VerbFloor(verb="read"), VerbFloor(verb="write"), VerbFloor(verb="merge"
 class Stage:
     """Everything but the programs."""
 
-    desk: Desk
+    desk: IssuerBench
     proxy: Proxy
     target: Target
     places: Places
@@ -98,7 +98,7 @@ async def stage(
             yield Stage(desk, proxy, target, places, trust, folder)
 
 
-async def _staffed(desk: Desk) -> Desk:
+async def _staffed(desk: IssuerBench) -> IssuerBench:
     """Two targets, of which one takes its secret in a header of its own, and an agent with a task for both."""
     hub = BackendSettings.model_validate({"kind": "jwt", "url": f"https://{HUB}"})
     keyed = BackendSettings.model_validate(

@@ -17,14 +17,14 @@ from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.dev.processes import LOOPBACK, free_port
 from ringfence.gateway.dataplane.http1_head import OF_PROXIES
 from ringfence.model.http_targets.request_map import MAX_BODY_BYTES
-from tests.flows.gating import action
-from tests.flows.sdk import client
 from tests.gateway_external import programs
 from tests.gateway_external.agent import HOST, Agent, Answer, request
 from tests.gateway_external.conftest import SECRET, Running, Stage, next_action
 from tests.gateway_external.programs import PROGRAMS, started
 from tests.gateway_external.target import EVENTS, FIRST, FORBIDDEN, SECOND, Received
-from tests.world import WITHIN_S
+from tests.support.benches.gateway_flows import action
+from tests.support.benches.sdk_clients import client
+from tests.support.world import WITHIN_S
 
 SPOOFED = (
     ("X-Forwarded-For", "10.0.0.1"),

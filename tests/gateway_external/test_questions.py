@@ -13,10 +13,10 @@ from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.dev.processes import LOOPBACK
 from ringfence.gateway.proxies.authz import PROBLEM
 from ringfence.model.http_targets.request_map import MAX_BODY_BYTES
-from tests.flows.gating import action
-from tests.flows.sdk import client
 from tests.gateway_external.agent import HOST, Agent, Answer, Headers, exchange, request
 from tests.gateway_external.conftest import HUB, Stage, next_action
+from tests.support.benches.gateway_flows import action
+from tests.support.benches.sdk_clients import client
 
 FORWARDED = (("X-Forwarded-Host", HOST), ("X-Forwarded-Proto", "https"))
 NOTE = b'{"kind": "note"}'

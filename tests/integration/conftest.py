@@ -16,7 +16,7 @@ from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.messages.topics import ALL
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.stack import Realm, realm_in
+from tests.support.stack import RunningStack, realm_in
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -47,7 +47,7 @@ def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
 
 
 @pytest.fixture
-async def realm(stack: Stack) -> AsyncIterator[Realm]:
+async def realm(stack: Stack) -> AsyncIterator[RunningStack]:
     """A small organisation of this test's own."""
     async with realm_in(stack) as made:
         yield made

@@ -16,7 +16,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.api import api_audience
 from ringfence.messages.base import ServiceRole
 from ringfence.model.identity.api_tokens import api_token
-from tests.stack import WITHIN_S, Realm
+from tests.support.stack import WITHIN_S, RunningStack
 
 PATHS: dict[ServiceRole, str] = {
     "registry": "/v1/users",
@@ -36,11 +36,11 @@ def signed(key: SigningKey, service: ServiceRole) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-def client(realm: Realm, service: ServiceRole) -> httpx.AsyncClient:
+def client(realm: RunningStack, service: ServiceRole) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=realm.stack.url(service), timeout=WITHIN_S, trust_env=False)
 
 
-async def known(realm: Realm, key: SigningKey, service: ServiceRole) -> None:
+async def known(realm: RunningStack, key: SigningKey, service: ServiceRole) -> None:
     """Once a service has heard of this realm's people."""
     async with asyncio.timeout(WITHIN_S), client(realm, service) as http:
         while (await http.get(PATHS[service], headers=signed(key, service))).status_code == 401:
@@ -48,7 +48,9 @@ async def known(realm: Realm, key: SigningKey, service: ServiceRole) -> None:
 
 
 @pytest.mark.parametrize("service", PATHS)
-async def test_a_users_token_is_for_one_service_and_counts_once(realm: Realm, service: ServiceRole) -> None:
+async def test_a_users_token_is_for_one_service_and_counts_once(
+    realm: RunningStack, service: ServiceRole
+) -> None:
     key, path = realm.key("user", realm.name("sam")), PATHS[service]
     await known(realm, key, service)
     async with client(realm, service) as http:
@@ -72,7 +74,7 @@ async def test_a_users_token_is_for_one_service_and_counts_once(realm: Realm, se
         assert (await http.get(path, headers=signed(key, service))).status_code in (200, 404)
 
 
-async def test_of_two_calls_at_once_with_one_token_one_is_answered(realm: Realm) -> None:
+async def test_of_two_calls_at_once_with_one_token_one_is_answered(realm: RunningStack) -> None:
     key = realm.key("user", realm.name("sam"))
     await known(realm, key, "policy")
     async with client(realm, "policy") as http:
@@ -82,7 +84,7 @@ async def test_of_two_calls_at_once_with_one_token_one_is_answered(realm: Realm)
             assert sorted(answer.status_code for answer in answers) == [200] + 7 * [401]
 
 
-async def test_a_resource_servers_token_is_for_one_service_and_counts_once(realm: Realm) -> None:
+async def test_a_resource_servers_token_is_for_one_service_and_counts_once(realm: RunningStack) -> None:
     key = realm.key("target", realm.target)
     async with (
         client(realm, "issuer") as issuer,
@@ -109,7 +111,7 @@ async def test_a_resource_servers_token_is_for_one_service_and_counts_once(realm
         assert [(await evaluate(own)).status_code for _ in range(2)] == [400, 401]
 
 
-async def test_the_documented_way_to_sign_one_by_hand_works(realm: Realm, tmp_path: Path) -> None:
+async def test_the_documented_way_to_sign_one_by_hand_works(realm: RunningStack, tmp_path: Path) -> None:
     key = realm.key("user", realm.name("sam"))
     key.save(tmp_path / "sam.json")
     await known(realm, key, "registry")
@@ -124,7 +126,7 @@ async def test_the_documented_way_to_sign_one_by_hand_works(realm: Realm, tmp_pa
         assert [(await http.get("/v1/targets", headers=headers)).status_code for _ in range(2)] == [200, 401]
 
 
-async def test_the_command_line_signs_one_for_each_call(realm: Realm) -> None:
+async def test_the_command_line_signs_one_for_each_call(realm: RunningStack) -> None:
     """One client calls one service many times, page by page, and each of its calls is answered."""
     key = realm.key("user", realm.name("sam"))
     await known(realm, key, "policy")

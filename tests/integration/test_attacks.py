@@ -49,14 +49,21 @@ from ringfence.messages.topics import (
     TRUST,
     USER,
 )
-from tests import stories
-from tests.stack import WITHIN_S, Realm, Seen, now_s
-from tests.stories import answer_refused, approved, asked_for, forged, realm_leaves, refused_by_policy
+from tests.support import audit_stories
+from tests.support.audit_stories import (
+    answer_refused,
+    approved,
+    asked_for,
+    forged,
+    realm_leaves,
+    refused_by_policy,
+)
+from tests.support.stack import WITHIN_S, RunningStack, Seen, now_s
 
 WATCHED = (LEASE, AUDIT, SERVICE_EVENT, CREDENTIAL_DECISION, DEAD_LETTER, APPROVAL_REQUEST)
 
 
-def stamp(realm: Realm, by: SigningKey, life_s: int = 120) -> dict[str, Any]:
+def stamp(realm: RunningStack, by: SigningKey, life_s: int = 120) -> dict[str, Any]:
     now = now_s()
     return {
         "iss": by.id,
@@ -68,7 +75,7 @@ def stamp(realm: Realm, by: SigningKey, life_s: int = 120) -> dict[str, Any]:
 
 
 def make_request(
-    realm: Realm, verb: str = "read", resource: str = "env/staging/web", **more: Any
+    realm: RunningStack, verb: str = "read", resource: str = "env/staging/web", **more: Any
 ) -> CredentialRequest:
     return CredentialRequest(
         **{
@@ -95,7 +102,7 @@ async def put(
 
 
 async def decided(
-    realm: Realm, agent: Agent, seen: Seen, request_id: str, outcome: str
+    realm: RunningStack, agent: Agent, seen: Seen, request_id: str, outcome: str
 ) -> CredentialDecision:
     def found() -> list[CredentialDecision]:
         decisions = [
@@ -156,7 +163,7 @@ NOT_COUNTED = {
     "a non-sponsor": approved("maria") + answer_refused("not_approver"),
     "the agent itself": forged() + answer_refused("not_a_person"),
     "the sponsor, for another digest": approved("sam") + answer_refused("approval_other_request"),
-    "an unknown key": forged() + stories.buried(),
+    "an unknown key": forged() + audit_stories.buried(),
 }
 UNSIGNED_BEHALF = """
     3004 Create: Requested task.assign by maria for bot
@@ -178,7 +185,7 @@ ROLLED_BACK = (
 FORGED_RECORD = (
     forged()
     + "".join(f"~3002 Finding: Failure finding [key_unknown] by {one} for bot\n" for one in READERS)
-    + f"~{stories.buried()}"
+    + f"~{audit_stories.buried()}"
     + AGAIN
 )
 EXPIRED = "3002 Logon: Failure/Denied message.expired [expired] by bot\n" + refused_by_policy("expired")
@@ -192,7 +199,7 @@ NO_ORDER = """
 """
 
 
-async def followed(seen: Seen, realm: Realm) -> None:
+async def followed(seen: Seen, realm: RunningStack) -> None:
     """Until a change of the agent has been followed: the revoker's order, its own yes, and the gateway's."""
     wanted = {"message.accepted", "cut.confirmed"}
 
@@ -204,7 +211,7 @@ async def followed(seen: Seen, realm: Realm) -> None:
     await seen.until(done, "what follows from a change of the agent")
 
 
-async def test_a_decision_forged_by_someone_with_write_access_issues_nothing(realm: Realm) -> None:
+async def test_a_decision_forged_by_someone_with_write_access_issues_nothing(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         thief = SigningKey.generate(f"spiffe://{realm.settings.trust_domain}/service/policy")
         request = make_request(realm, "write", "env/production/web")
@@ -217,7 +224,7 @@ async def test_a_decision_forged_by_someone_with_write_access_issues_nothing(rea
             request_id=message_id(request.iss, request.jti), request=compact, source=source, outcome="allowed",
             ttl_s=300, delivery="agent", revisions=Revisions(agent=1, user=1, task=1, target=1, policy="x"),
         )  # fmt: skip
-        async with realm_leaves(realm, seen, forged() + stories.buried()) as about:
+        async with realm_leaves(realm, seen, forged() + audit_stories.buried()) as about:
             where = await put(publisher, CREDENTIAL_DECISION, realm.agent, sign(decision, thief))
             about.append(where)
             letter = await buried(seen, where)
@@ -227,7 +234,7 @@ async def test_a_decision_forged_by_someone_with_write_access_issues_nothing(rea
         await realm.read(agent)
 
 
-async def test_a_replay_elsewhere_changes_nothing_and_is_told(realm: Realm) -> None:
+async def test_a_replay_elsewhere_changes_nothing_and_is_told(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         request = make_request(realm)
         compact = sign(request, realm.key("agent", realm.agent))
@@ -258,7 +265,7 @@ async def test_a_replay_elsewhere_changes_nothing_and_is_told(realm: Realm) -> N
         assert len([r for r in seen.of(LEASE) if r.key == lease_id(request_id)]) == 1
 
 
-async def test_a_scope_one_permission_too_wide_is_denied_whole(realm: Realm) -> None:
+async def test_a_scope_one_permission_too_wide_is_denied_whole(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         wide = (
             realm.permission(["read"], "env/staging/web"),
@@ -280,11 +287,11 @@ async def test_a_scope_one_permission_too_wide_is_denied_whole(realm: Realm) -> 
         assert no_lease(seen, request_id)
 
 
-async def test_a_request_signed_by_another_agent_is_dead_lettered(realm: Realm, stack) -> None:
-    other = await Realm(stack, realm.settings).make()
+async def test_a_request_signed_by_another_agent_is_dead_lettered(realm: RunningStack, stack) -> None:
+    other = await RunningStack(stack, realm.settings).make()
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         request = make_request(realm)
-        async with realm_leaves(realm, seen, forged() + stories.buried()) as about:
+        async with realm_leaves(realm, seen, forged() + audit_stories.buried()) as about:
             where = await put(
                 publisher, CREDENTIAL_REQUEST, realm.agent, sign(request, other.key("agent", other.agent))
             )
@@ -293,8 +300,8 @@ async def test_a_request_signed_by_another_agent_is_dead_lettered(realm: Realm, 
         await realm.read(agent)
 
 
-async def test_an_agent_cannot_use_the_task_of_another(realm: Realm, stack) -> None:
-    other = await Realm(stack, realm.settings).make()
+async def test_an_agent_cannot_use_the_task_of_another(realm: RunningStack, stack) -> None:
+    other = await RunningStack(stack, realm.settings).make()
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         request = make_request(realm, task_id=other.task)
         async with realm_leaves(realm, seen, OTHERS_TASK.format(maria=other.name("maria"))):
@@ -305,7 +312,7 @@ async def test_an_agent_cannot_use_the_task_of_another(realm: Realm, stack) -> N
 
 
 async def pending_write(
-    realm: Realm, publisher: Publisher, seen: Seen
+    realm: RunningStack, publisher: Publisher, seen: Seen
 ) -> tuple[CredentialRequest, ApprovalRequest]:
     """A request that waits for sam's approval."""
     request = make_request(realm, "write")
@@ -319,7 +326,7 @@ async def pending_write(
     return request, (await seen.until(found, "the approval request"))[0]
 
 
-def make_approval(realm: Realm, asked: ApprovalRequest, by: SigningKey, **more: Any) -> str:
+def make_approval(realm: RunningStack, asked: ApprovalRequest, by: SigningKey, **more: Any) -> str:
     claims = Approval(
         **{
             **stamp(realm, by),
@@ -339,7 +346,7 @@ def make_approval(realm: Realm, asked: ApprovalRequest, by: SigningKey, **more: 
 @pytest.mark.parametrize(
     "who", ["a non-sponsor", "the agent itself", "the sponsor, for another digest", "an unknown key"]
 )
-async def test_an_approval_that_does_not_count(realm: Realm, who: str) -> None:
+async def test_an_approval_that_does_not_count(realm: RunningStack, who: str) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         _, asked = await pending_write(realm, publisher, seen)
         sam, maria = realm.key("user", realm.name("sam")), realm.key("user", realm.name("maria"))
@@ -361,7 +368,7 @@ async def test_an_approval_that_does_not_count(realm: Realm, who: str) -> None:
         await seen.until(lambda: not no_lease(seen, asked.request_id), "the lease")
 
 
-async def policy_has_read_that(replaced: SigningKey, realm: Realm) -> None:
+async def policy_has_read_that(replaced: SigningKey, realm: RunningStack) -> None:
     """Return once policy knows that a key counts no more: the registry's yes to that comes a moment before."""
     async with ReadApi(replaced, realm.settings) as api, asyncio.timeout(WITHIN_S):
         while True:
@@ -374,7 +381,7 @@ async def policy_has_read_that(replaced: SigningKey, realm: Realm) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_a_key_that_was_replaced_approves_nothing(realm: Realm) -> None:
+async def test_a_key_that_was_replaced_approves_nothing(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         _, asked = await pending_write(realm, publisher, seen)
         old, new = (
@@ -387,7 +394,7 @@ async def test_a_key_that_was_replaced_approves_nothing(realm: Realm) -> None:
                 entitlements=[realm.permission(["read", "write"], "env/**")],
             )  # fmt: skip
         await policy_has_read_that(old, realm)
-        async with realm_leaves(realm, seen, forged() + stories.buried()) as about:
+        async with realm_leaves(realm, seen, forged() + audit_stories.buried()) as about:
             where = await put(publisher, APPROVAL_RESPONSE, realm.agent, make_approval(realm, asked, old))
             about.append(where)
             assert (await buried(seen, where))["code"] == "key_unknown"
@@ -395,7 +402,7 @@ async def test_a_key_that_was_replaced_approves_nothing(realm: Realm) -> None:
         await decided(realm, agent, seen, asked.request_id, "allowed")
 
 
-async def test_a_key_counts_in_its_time_alone(realm: Realm) -> None:
+async def test_a_key_counts_in_its_time_alone(realm: RunningStack) -> None:
     bot = f"new-{realm.mark}"
     now = realm.key("agent", bot)
     later = SigningKey.generate(now.id)
@@ -406,7 +413,7 @@ async def test_a_key_counts_in_its_time_alone(realm: Realm) -> None:
         )  # fmt: skip
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         request = make_request(realm, **stamp(realm, now))
-        async with realm_leaves(realm, seen, forged() + stories.buried()) as about:
+        async with realm_leaves(realm, seen, forged() + audit_stories.buried()) as about:
             where = await put(publisher, CREDENTIAL_REQUEST, bot, sign(request, later))
             about.append(where)
             assert (await buried(seen, where))["code"] == "key_unknown"
@@ -417,7 +424,7 @@ async def test_a_key_counts_in_its_time_alone(realm: Realm) -> None:
         )
 
 
-async def test_an_approval_of_what_has_changed_meanwhile_is_stale(realm: Realm) -> None:
+async def test_an_approval_of_what_has_changed_meanwhile_is_stale(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         _, asked = await pending_write(realm, publisher, seen)
         async with realm.administrator("sam") as sam:
@@ -431,7 +438,7 @@ async def test_an_approval_of_what_has_changed_meanwhile_is_stale(realm: Realm) 
         assert no_lease(seen, asked.request_id)
 
 
-async def test_a_task_on_behalf_of_someone_who_did_not_sign(realm: Realm) -> None:
+async def test_a_task_on_behalf_of_someone_who_did_not_sign(realm: RunningStack) -> None:
     async with realm.administrator("maria") as maria, realm.seen(*WATCHED) as seen:
         terms = TaskTerms(
             agent_id=realm.agent, purpose="more than I may", not_after=now_s() + 600,
@@ -444,7 +451,7 @@ async def test_a_task_on_behalf_of_someone_who_did_not_sign(realm: Realm) -> Non
                     await maria.assign_terms(terms, on_behalf_of=realm.name("sam"), consent=consent)
 
 
-async def test_a_consent_covers_the_terms_that_were_signed_and_no_others(realm: Realm) -> None:
+async def test_a_consent_covers_the_terms_that_were_signed_and_no_others(realm: RunningStack) -> None:
     async with (
         realm.administrator("maria") as maria,
         realm.administrator("sam") as sam,
@@ -462,20 +469,20 @@ async def test_a_consent_covers_the_terms_that_were_signed_and_no_others(realm: 
         assert await maria.assign_terms(terms, on_behalf_of=realm.name("sam"), consent=consent)
 
 
-async def test_a_forged_lease_record_changes_nothing(realm: Realm) -> None:
+async def test_a_forged_lease_record_changes_nothing(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         credential = await realm.read(agent)
         real = (await seen.until(lambda: realm.leases(agent, seen, credential.lease_id), "the lease"))[0]
         thief = SigningKey.generate(f"spiffe://{realm.settings.trust_domain}/service/revoker")
         end = real.model_copy(update={"iss": thief.id, "seq": 99, "status": "revoked"})
-        async with realm_leaves(realm, seen, forged() + stories.buried()) as about:
+        async with realm_leaves(realm, seen, forged() + audit_stories.buried()) as about:
             about.append(await put(publisher, LEASE, credential.lease_id, sign(end, thief)))
         await agent.release(credential)
         end = await realm.end_of(agent, seen, credential.lease_id)
         assert end.status == "released"
 
 
-async def test_a_registry_record_with_a_lower_revision_is_refused_and_alarmed(realm: Realm) -> None:
+async def test_a_registry_record_with_a_lower_revision_is_refused_and_alarmed(realm: RunningStack) -> None:
     def newest(seen: Seen) -> list[Received]:
         return [r for r in seen.of(AGENT) if r.key == realm.agent]
 
@@ -497,7 +504,7 @@ async def test_a_registry_record_with_a_lower_revision_is_refused_and_alarmed(re
         await realm.read(agent)
 
 
-async def test_a_record_that_the_registry_did_not_sign_counts_for_nothing(realm: Realm) -> None:
+async def test_a_record_that_the_registry_did_not_sign_counts_for_nothing(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED, AGENT) as seen:
         async with realm.administrator("sam") as sam:
             await sam.suspend_agent(realm.agent, reason="odd")
@@ -520,7 +527,7 @@ async def test_a_record_that_the_registry_did_not_sign_counts_for_nothing(realm:
         assert "agent_suspended" in {reason.code for reason in decision.reasons}
 
 
-async def test_an_expired_request_is_denied(realm: Realm) -> None:
+async def test_an_expired_request_is_denied(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         request = make_request(realm, iat=now_s() - 300, exp=now_s() - 200)
         async with realm_leaves(realm, seen, EXPIRED) as about:
@@ -531,8 +538,8 @@ async def test_an_expired_request_is_denied(realm: Realm) -> None:
         assert no_lease(seen, message_id(request.iss, request.jti))
 
 
-async def test_an_agent_releases_only_its_own(realm: Realm, stack) -> None:
-    other = await Realm(stack, realm.settings).make()
+async def test_an_agent_releases_only_its_own(realm: RunningStack, stack) -> None:
+    other = await RunningStack(stack, realm.settings).make()
     async with realm.as_agent() as agent, other.as_agent() as thief, realm.seen(*WATCHED) as seen:
         credential = await realm.read(agent)
         async with realm_leaves(realm, seen, RELEASED_ANOTHERS.format(thief=other.agent)):
@@ -542,7 +549,7 @@ async def test_an_agent_releases_only_its_own(realm: Realm, stack) -> None:
         assert [lease.status for lease in realm.leases(agent, seen, credential.lease_id)] == ["active"]
 
 
-async def test_an_agent_gives_no_orders(realm: Realm) -> None:
+async def test_an_agent_gives_no_orders(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         credential = await realm.read(agent)
         key = realm.key("agent", realm.agent)
@@ -559,7 +566,7 @@ async def test_an_agent_gives_no_orders(realm: Realm) -> None:
         assert [lease.status for lease in realm.leases(agent, seen, credential.lease_id)] == ["active"]
 
 
-async def test_the_key_of_a_decommissioned_agent_opens_nothing(realm: Realm) -> None:
+async def test_the_key_of_a_decommissioned_agent_opens_nothing(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         credential = await realm.read(agent)
         async with realm.administrator("sam") as sam:
@@ -588,7 +595,7 @@ async def test_the_key_of_a_decommissioned_agent_opens_nothing(realm: Realm) -> 
         assert no_lease(seen, request_id)
 
 
-async def test_a_stolen_key_opens_nothing_after_its_rotation(realm: Realm) -> None:
+async def test_a_stolen_key_opens_nothing_after_its_rotation(realm: RunningStack) -> None:
     """Neither what it signs then, nor what was asked for with it before."""
     stolen = realm.key("agent", realm.agent)
     fresh = SigningKey.generate(stolen.id)
@@ -604,7 +611,7 @@ async def test_a_stolen_key_opens_nothing_after_its_rotation(realm: Realm) -> No
         assert end.cause.kind == "key_compromised"
         request = make_request(realm)
         await followed(seen, realm)
-        async with realm_leaves(realm, seen, forged() + stories.buried()) as about:
+        async with realm_leaves(realm, seen, forged() + audit_stories.buried()) as about:
             where = await put(publisher, CREDENTIAL_REQUEST, realm.agent, sign(request, stolen))
             about.append(where)
             assert (await buried(seen, where))["code"] == "key_unknown"
@@ -666,11 +673,11 @@ def garbage_story(topic: Topic[Any]) -> str:
         told[0] = "3003 Forget: Success/Observed lease.forgotten by nobody known\n"
     if topic is DEAD_LETTER:
         told[2] = forged("claims_invalid")  # JSON belongs there, and no such
-    return story + "".join(f"~{one}" for one in [*told, *map(stories.buried, buried_codes)])
+    return story + "".join(f"~{one}" for one in [*told, *map(audit_stories.buried, buried_codes)])
 
 
 @pytest.mark.parametrize("topic", EVERYWHERE, ids=lambda topic: topic.what)
-async def test_garbage_on_any_topic_stops_nobody(realm: Realm, topic: Topic[Any]) -> None:
+async def test_garbage_on_any_topic_stops_nobody(realm: RunningStack, topic: Topic[Any]) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         async with realm_leaves(realm, seen, garbage_story(topic)) as about:
             about += [await put(publisher, topic, realm.agent, garbage) for garbage in GARBAGE]

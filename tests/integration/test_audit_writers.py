@@ -30,7 +30,7 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE, DEAD_LETTER
 from ringfence.model.audit_log.chain import Source, event_of
-from tests.world import World
+from tests.support.world import World
 
 SERVE = [sys.executable, "-m", "ringfence.cli.main", "serve", "audit"]
 WITHIN_S = 60.0
@@ -125,7 +125,7 @@ async def test_a_writer_that_is_killed_or_paused_in_mid_batch_never_forks_the_ch
     world: World, tmp_path: Path, signum: int
 ) -> None:
     sent, go = tmp_path / "sent", tmp_path / "go"
-    slow = [sys.executable, "-m", "tests.slow_writer", str(sent), str(go)]
+    slow = [sys.executable, "-m", "tests.support.slow_writer", str(sent), str(go)]
     async with AsyncExitStack() as running:
         first = await running.enter_async_context(writer(world, slow, tmp_path))
         before = await hand_over(world, range(20))

@@ -41,7 +41,7 @@ from ringfence.messages.topics import (
     LEASE,
     TRUST,
 )
-from tests.malformed import Services, malformed
+from tests.support.malformed_records import Services, malformed
 
 WITHIN_S = 60
 

@@ -22,8 +22,8 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.service.bearer_tokens import new_token
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.lost_redis import declare_complete
-from tests.old_trust import without_signals
+from tests.support.lost_redis import declare_complete
+from tests.support.old_trust import without_signals
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())

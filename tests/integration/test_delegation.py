@@ -13,13 +13,13 @@ from ringfence.client.errors import ApiError, RefusedError, RequestDeniedError, 
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.resource_server.verifier import TokenVerifier
 from ringfence.messages.topics import AUDIT, LEASE
-from tests.stack import WITHIN_S, Realm, first_pending
+from tests.support.stack import WITHIN_S, RunningStack, first_pending
 
 
 class Crew:
     """The realm's agent, and one of sue's that it hands parts of its task to."""
 
-    def __init__(self, realm: Realm) -> None:
+    def __init__(self, realm: RunningStack) -> None:
         self.realm = realm
         self.below = f"below-{realm.mark}"
         self.part = ""
@@ -61,7 +61,7 @@ class Crew:
         return TokenVerifier(realm.settings.issuer_url, audience, introspection_key=key)
 
 
-async def test_the_sponsor_of_who_asks_approves_and_everybody_is_named(realm: Realm) -> None:
+async def test_the_sponsor_of_who_asks_approves_and_everybody_is_named(realm: RunningStack) -> None:
     crew = await Crew(realm).make()
     async with crew.as_below() as below, realm.sponsor("sue") as sue, crew.verifier() as server:
         waiting = asyncio.create_task(crew.asked(below, "write"))
@@ -75,7 +75,7 @@ async def test_the_sponsor_of_who_asks_approves_and_everybody_is_named(realm: Re
     assert token.on_behalf_of.endswith(realm.name("maria"))
 
 
-async def test_the_end_of_the_task_ends_what_was_handed_on(realm: Realm) -> None:
+async def test_the_end_of_the_task_ends_what_was_handed_on(realm: RunningStack) -> None:
     crew = await Crew(realm).make()
     async with crew.as_below() as below, realm.seen(LEASE, AUDIT) as seen, crew.verifier() as server:
         credential = await crew.asked(below, "read")
@@ -93,7 +93,7 @@ async def test_the_end_of_the_task_ends_what_was_handed_on(realm: Realm) -> None
         assert realm.task in reason[1]
 
 
-async def test_who_handed_it_on_takes_it_back(realm: Realm) -> None:
+async def test_who_handed_it_on_takes_it_back(realm: RunningStack) -> None:
     crew = await Crew(realm).make()
     async with crew.as_below() as below, realm.as_agent() as agent, realm.seen(LEASE) as seen:
         credential, own = await crew.asked(below, "read"), await realm.read(agent)
@@ -107,7 +107,7 @@ async def test_who_handed_it_on_takes_it_back(realm: Realm) -> None:
         assert refused.value.code == "not_entitled"
 
 
-async def test_nothing_goes_beyond_any_of_them(realm: Realm) -> None:
+async def test_nothing_goes_beyond_any_of_them(realm: RunningStack) -> None:
     """The ceiling of who handed it on, the task, and the part: each is told by name."""
     crew = await Crew(realm).make()
     async with realm.administrator("sam") as sam:
@@ -122,7 +122,7 @@ async def test_nothing_goes_beyond_any_of_them(realm: Realm) -> None:
         await crew.asked(below, "read", resource="env/staging/api")
 
 
-async def test_what_is_not_in_order_is_refused_with_the_reason(realm: Realm) -> None:
+async def test_what_is_not_in_order_is_refused_with_the_reason(realm: RunningStack) -> None:
     crew = await Crew(realm).make()
     wide, narrow = realm.permission(["read"], "**"), realm.permission(["read"], "env/staging/*")
     async with realm.as_agent() as agent, crew.as_below() as below:
@@ -139,7 +139,7 @@ async def test_what_is_not_in_order_is_refused_with_the_reason(realm: Realm) -> 
             assert refused.value.code == code
 
 
-async def test_the_trail_leads_through_the_chain_to_the_human(realm: Realm) -> None:
+async def test_the_trail_leads_through_the_chain_to_the_human(realm: RunningStack) -> None:
     crew = await Crew(realm).make()
     async with crew.as_below() as below:
         credential = await crew.asked(below, "read")

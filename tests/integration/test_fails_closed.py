@@ -16,22 +16,22 @@ from ringfence.audit.trail.handover import Intake
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT, CREDENTIAL_REPLY, LEASE
-from tests.flows.desk import Asked, Desk, another, opened_desks
-from tests.siem import Rsyslog
-from tests.world import WITHIN_S, World
+from tests.support.benches.issuer_bench import Asked, IssuerBench, another, opened_desks
+from tests.support.servers.siem import Rsyslog
+from tests.support.world import WITHIN_S, World
 
 QUICK = AuditSettings(linger_ms=10, checkpoint_s=0.1)
 
 
 @pytest.fixture
-async def desk(world: World) -> AsyncIterator[Desk]:
+async def desk(world: World) -> AsyncIterator[IssuerBench]:
     async with opened_desks(world) as first, world.running("issuer", "audit", own={"audit": QUICK}):
         yield await another(first)
 
 
 @pytest.mark.parametrize("delivery", ["agent", "gateway"])
 async def test_no_credential_goes_out_before_kafka_acknowledged_its_lease(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, delivery: str
+    desk: IssuerBench, monkeypatch: pytest.MonkeyPatch, delivery: str
 ) -> None:
     """The broker takes its time for the record of the lease, as one does whose replicas are behind."""
     world = desk.world
@@ -78,7 +78,7 @@ async def test_no_credential_goes_out_before_kafka_acknowledged_its_lease(
 
 
 async def test_audit_that_hangs_holds_up_nothing_and_tells_all_of_it_later(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    desk: IssuerBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own consumer stands still: events cannot be handed over to the chain."""
     hand_over, let_go, hanging = Intake.hand_over, asyncio.Event(), asyncio.Event()
@@ -117,7 +117,7 @@ def _issued(value: bytes, request: str) -> bool:
 
 
 @pytest.mark.tools
-async def test_a_sink_that_hangs_slows_nothing_and_has_all_in_the_end(desk: Desk) -> None:
+async def test_a_sink_that_hangs_slows_nothing_and_has_all_in_the_end(desk: IssuerBench) -> None:
     """A real rsyslog, stopped in the middle (SIGSTOP): it keeps its connection to Kafka and reads nothing."""
     world = desk.world
     with tempfile.TemporaryDirectory(prefix="ringfence-siem-") as folder:

@@ -17,7 +17,7 @@ import pytest
 from ringfence.dev.processes import Child, spawn
 from ringfence.messages.base import ServiceRole
 from ringfence.messages.registry import BackendSettings
-from tests.world import World
+from tests.support.world import World
 
 WITHIN_S = 60.0
 UMASKS = (0, 0o022)

@@ -25,7 +25,7 @@ from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.messages.topics import ACTION, LEASE
 from tests.gateway.raw import Raw, connected_unix
-from tests.stack import WITHIN_S, Realm, Seen
+from tests.support.stack import WITHIN_S, RunningStack, Seen
 
 GRACE_S = 3.0
 RULES = tuple(
@@ -126,7 +126,7 @@ def own_stack() -> Iterator[Stack]:
 class Place:
     """An agent with a task at a shop behind the gateway, through the task's socket."""
 
-    realm: Realm
+    realm: RunningStack
     agent: Agent
     shop: Shop
 
@@ -197,7 +197,7 @@ async def place(own_stack: Stack) -> AsyncIterator[Place]:
 @contextlib.asynccontextmanager
 async def place_in(stack: Stack) -> AsyncIterator[Place]:
     """A place in a stack, of names of its own."""
-    realm = Realm(stack, client_settings(stack.environment()))
+    realm = RunningStack(stack, client_settings(stack.environment()))
     scope = [Permission(target=realm.target, verbs=("read",), resources=("path/**",))]
     async with Shop().serving() as shop:
         async with realm.as_operator() as olga:

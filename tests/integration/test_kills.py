@@ -20,7 +20,7 @@ from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import CREDENTIAL_DECISION, LEASE
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.stack import WITHIN_S, first_pending, realm_in
+from tests.support.stack import WITHIN_S, first_pending, realm_in
 
 REQUESTS = 60
 TTL_S = 40

@@ -33,9 +33,19 @@ from ringfence.model.lease_store import (
 from ringfence.model.lease_store.keys import AHEAD_MS, FENCE_KEEP_MS, packed
 from ringfence.model.leases.lifecycle import ALL_LEASES, selector_keys, wide_marks_of
 from tests.brokers import RedisServer
-from tests.leases import VISIBLE_MS, bearing, claimed, lease, minted, minting, soon, step, until
-from tests.lost_redis import declare_complete
-from tests.world import WITHIN_S
+from tests.support.leases import (
+    VISIBLE_MS,
+    bearing,
+    claimed,
+    lease,
+    minted,
+    minting,
+    soon,
+    step,
+    until,
+)
+from tests.support.lost_redis import declare_complete
+from tests.support.world import WITHIN_S
 
 
 @pytest.fixture

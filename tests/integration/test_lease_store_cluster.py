@@ -28,10 +28,10 @@ from ringfence.model.leases.lifecycle import ALL_LEASES, selector_keys
 from tests.chaos.proxy import Link
 from tests.chaos.valkey import ChaosValkey, follow, is_replica, join, moving_slot
 from tests.conftest import Kafka
-from tests.flows.desk import another, opened_desks
-from tests.leases import VISIBLE_MS, bearing, lease, minted, minting, soon, step, until
-from tests.lost_redis import declare_complete
-from tests.world import World
+from tests.support.benches.issuer_bench import another, opened_desks
+from tests.support.leases import VISIBLE_MS, bearing, lease, minted, minting, soon, step, until
+from tests.support.lost_redis import declare_complete
+from tests.support.world import World
 
 
 @contextlib.asynccontextmanager

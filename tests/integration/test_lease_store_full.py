@@ -14,8 +14,8 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import CLOSING_TOKEN, FullError, LeaseStore, Restoration
 from ringfence.model.leases.lifecycle import ALL_LEASES
-from tests.leases import VISIBLE_MS, claimed, lease, minted, minting, soon, step, until
-from tests.lost_redis import declare_complete
+from tests.support.leases import VISIBLE_MS, claimed, lease, minted, minting, soon, step, until
+from tests.support.lost_redis import declare_complete
 
 AT = Coordinates(topic="t", partition=0, offset=0, appended_at_ms=1)
 

@@ -19,8 +19,8 @@ from ringfence.model.lease_store.connection import server_id
 from ringfence.model.lease_store.keys import AHEAD_MS, THUMBPRINT, Keys, packed
 from ringfence.model.leases.lifecycle import ALL_LEASES
 from tests.brokers import RedisServer
-from tests.leases import REVOKER, VISIBLE_MS, lease, minted, minting, soon, step
-from tests.lost_redis import declare_complete
+from tests.support.leases import REVOKER, VISIBLE_MS, lease, minted, minting, soon, step
+from tests.support.lost_redis import declare_complete
 
 LATER_S = 7_200
 OTHER_THUMBPRINT = "47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU"

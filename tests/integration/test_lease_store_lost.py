@@ -22,8 +22,8 @@ from ringfence.model.leases.lifecycle import ALL_LEASES, selector_keys
 from tests.brokers import RedisServer
 from tests.chaos.proxy import Link
 from tests.chaos.valkey import ChaosValkey
-from tests.leases import VISIBLE_MS, bearing, claimed, lease, minted, minting, step, until
-from tests.lost_redis import declare_complete
+from tests.support.leases import VISIBLE_MS, bearing, claimed, lease, minted, minting, step, until
+from tests.support.lost_redis import declare_complete
 
 SOME = lease(deadline=int(time.time()) + 80_000)
 AT = Coordinates(topic="t", partition=0, offset=0, appended_at_ms=1)

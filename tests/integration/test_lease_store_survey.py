@@ -27,8 +27,8 @@ from ringfence.model.lease_store import (
 from ringfence.model.lease_store.keys import THUMBPRINT, Keys, outbox_field, packed
 from ringfence.model.leases.lifecycle import ALL_LEASES
 from tests.brokers import RedisServer
-from tests.leases import VISIBLE_MS, lease, minting, signed, step
-from tests.lost_redis import declare_complete
+from tests.support.leases import VISIBLE_MS, lease, minting, signed, step
+from tests.support.lost_redis import declare_complete
 
 SHARDS = 2
 HOUR_MS = 3_600_000

@@ -16,9 +16,9 @@ from ringfence.model.lease_store import LeaseStore, SignedLease
 from ringfence.revoker.mass_expiry import precomputed
 from ringfence.revoker.mass_expiry.precomputed import ExpiryScanner, PrecomputedEnd, PrecomputedEnds
 from tests.brokers import RedisServer
-from tests.leases import lease, step
-from tests.lost_redis import declare_complete
-from tests.world import WITHIN_S
+from tests.support.leases import lease, step
+from tests.support.lost_redis import declare_complete
+from tests.support.world import WITHIN_S
 
 
 @pytest.fixture

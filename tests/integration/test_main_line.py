@@ -20,20 +20,20 @@ from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.audit import AuditEvent
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import APPROVAL_REQUEST, AUDIT, CREDENTIAL_DECISION, CREDENTIAL_REPLY, LEASE
-from tests.stack import WITHIN_S, Realm, Seen, first_pending, now_s
+from tests.support.stack import WITHIN_S, RunningStack, Seen, first_pending, now_s
 from tools.schemas.generate import json_schema
 
 
-def audience(realm: Realm) -> str:
+def audience(realm: RunningStack) -> str:
     return f"spiffe://{realm.settings.trust_domain}/target/{realm.target}"
 
 
-def verifier(realm: Realm, *, introspect: bool = True) -> TokenVerifier:
+def verifier(realm: RunningStack, *, introspect: bool = True) -> TokenVerifier:
     key = realm.key("target", realm.target) if introspect else None
     return TokenVerifier(realm.settings.issuer_url, audience(realm), introspection_key=key)
 
 
-async def approved_write(realm: Realm, agent: Agent, resource: str = "env/staging/web"):
+async def approved_write(realm: RunningStack, agent: Agent, resource: str = "env/staging/web"):
     """A write credential, asked for by the agent and approved by sam."""
     async with realm.sponsor() as sam:
         asked = asyncio.create_task(
@@ -49,7 +49,7 @@ async def approved_write(realm: Realm, agent: Agent, resource: str = "env/stagin
         return await asked
 
 
-async def test_a_credential_from_request_to_release(realm: Realm) -> None:
+async def test_a_credential_from_request_to_release(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.seen(LEASE, AUDIT) as seen, verifier(realm) as server:
         credential = await approved_write(realm, agent)
         token = await server.verify(credential.value)
@@ -67,7 +67,7 @@ async def test_a_credential_from_request_to_release(realm: Realm) -> None:
         assert refused.value.code == "inactive"
 
 
-async def test_the_token_says_what_the_contract_says(realm: Realm) -> None:
+async def test_the_token_says_what_the_contract_says(realm: RunningStack) -> None:
     async with realm.as_agent() as agent:
         credential = await realm.read(agent)
     header = jwt.get_unverified_header(credential.value)
@@ -92,7 +92,7 @@ async def test_the_token_says_what_the_contract_says(realm: Realm) -> None:
     }
 
 
-async def test_a_lease_ends_by_itself_at_its_deadline(realm: Realm) -> None:
+async def test_a_lease_ends_by_itself_at_its_deadline(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.seen(LEASE) as seen, verifier(realm) as server:
         credential = await realm.read(agent, ttl_s=15)
         await server.verify(credential.value)
@@ -108,7 +108,7 @@ async def test_a_lease_ends_by_itself_at_its_deadline(realm: Realm) -> None:
 
 
 @pytest.mark.parametrize("how", ["lease", "agent", "task", "target", "sponsor", "user"])
-async def test_those_entitled_revoke_what_they_name(realm: Realm, how: str) -> None:
+async def test_those_entitled_revoke_what_they_name(realm: RunningStack, how: str) -> None:
     async with realm.as_agent() as agent, realm.seen(LEASE) as seen, verifier(realm) as server:
         credential = await realm.read(agent)
         what = {
@@ -128,8 +128,8 @@ async def test_those_entitled_revoke_what_they_name(realm: Realm, how: str) -> N
             await server.verify(credential.value)
 
 
-async def test_strangers_revoke_nothing(realm: Realm, stack) -> None:
-    other = await Realm(stack, realm.settings).make()
+async def test_strangers_revoke_nothing(realm: RunningStack, stack) -> None:
+    other = await RunningStack(stack, realm.settings).make()
     async with realm.as_agent() as agent, other.administrator("sam") as stranger, verifier(realm) as server:
         credential = await realm.read(agent)
         for what in ({"lease_id": credential.lease_id, "agent_id": realm.agent}, {"agent_id": realm.agent}):
@@ -138,7 +138,7 @@ async def test_strangers_revoke_nothing(realm: Realm, stack) -> None:
         await server.verify(credential.value)
 
 
-async def test_the_end_of_the_task_ends_its_leases_and_new_requests(realm: Realm) -> None:
+async def test_the_end_of_the_task_ends_its_leases_and_new_requests(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.seen(LEASE) as seen, realm.administrator("maria") as maria:
         credential = await realm.read(agent)
         await maria.end_task(realm.task, reason="done")
@@ -150,7 +150,7 @@ async def test_the_end_of_the_task_ends_its_leases_and_new_requests(realm: Realm
         assert "task_ended" in {reason.code for reason in denied.value.reasons}
 
 
-async def test_a_suspended_agent_loses_everything_until_it_is_resumed(realm: Realm) -> None:
+async def test_a_suspended_agent_loses_everything_until_it_is_resumed(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.seen(LEASE) as seen, realm.administrator("sam") as sam:
         credential = await realm.read(agent)
         await sam.suspend_agent(realm.agent, reason="odd")
@@ -164,7 +164,7 @@ async def test_a_suspended_agent_loses_everything_until_it_is_resumed(realm: Rea
         await realm.read(agent)
 
 
-async def test_a_refusal_names_each_permission_and_the_side_that_lacks_it(realm: Realm) -> None:
+async def test_a_refusal_names_each_permission_and_the_side_that_lacks_it(realm: RunningStack) -> None:
     async with realm.as_agent() as agent:
         with pytest.raises(RequestDeniedError) as denied:
             await agent.request(
@@ -176,7 +176,7 @@ async def test_a_refusal_names_each_permission_and_the_side_that_lacks_it(realm:
     assert reason.permission == realm.permission(["write"], "env/production/web")
 
 
-async def test_a_person_can_say_no(realm: Realm) -> None:
+async def test_a_person_can_say_no(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.sponsor() as sam:
         asked = asyncio.create_task(
             agent.request(
@@ -204,7 +204,7 @@ async def trail_with(api: ReadApi, id: str, word: str) -> str:
             await asyncio.sleep(0.05)
 
 
-async def test_the_trail_leads_from_the_lease_back_to_the_human(realm: Realm) -> None:
+async def test_the_trail_leads_from_the_lease_back_to_the_human(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.seen(LEASE, AUDIT) as seen:
         credential = await approved_write(realm, agent)
         await agent.release(credential)
@@ -225,7 +225,7 @@ async def test_the_trail_leads_from_the_lease_back_to_the_human(realm: Realm) ->
         assert event["unmapped"]["trace_id"] == credential.trace_id  # type: ignore[index]
 
 
-async def test_one_request_is_one_trace_over_all_hops(realm: Realm) -> None:
+async def test_one_request_is_one_trace_over_all_hops(realm: RunningStack) -> None:
     topics = (CREDENTIAL_DECISION, LEASE, CREDENTIAL_REPLY, AUDIT)
     async with realm.as_agent() as agent, Seen(realm.settings, topics) as seen:
         credential = await realm.read(agent)
@@ -237,7 +237,7 @@ async def test_one_request_is_one_trace_over_all_hops(realm: Realm) -> None:
         await seen.until(complete, "the trace on each topic")
 
 
-async def test_what_strangers_read_validates_against_the_published_schemas(realm: Realm) -> None:
+async def test_what_strangers_read_validates_against_the_published_schemas(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, Seen(realm.settings, (APPROVAL_REQUEST, AUDIT)) as seen:
         await approved_write(realm, agent)
         await seen.until(
@@ -251,8 +251,8 @@ async def test_what_strangers_read_validates_against_the_published_schemas(realm
             assert [error.message for error in schema.iter_errors(json.loads(body))] == []
 
 
-async def test_introspection_tells_nothing_to_others(realm: Realm, stack) -> None:
-    other = await Realm(stack, realm.settings).make()
+async def test_introspection_tells_nothing_to_others(realm: RunningStack, stack) -> None:
+    other = await RunningStack(stack, realm.settings).make()
     async with realm.as_agent() as agent:
         credential = await realm.read(agent)
     url = f"{realm.settings.issuer_url}/oauth2/introspect"
@@ -267,7 +267,7 @@ async def test_introspection_tells_nothing_to_others(realm: Realm, stack) -> Non
     assert refused.value.code == "inactive"
 
 
-async def test_the_lease_record_has_what_later_readers_need(realm: Realm) -> None:
+async def test_the_lease_record_has_what_later_readers_need(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.seen(LEASE) as seen:
         credential = await realm.read(agent)
         lease: Lease = (

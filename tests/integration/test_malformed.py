@@ -32,7 +32,6 @@ from ringfence.messages.topics import (
     REVOCATION_REQUEST,
     TRUST,
 )
-from tests import stories
 from tests.integration.test_attacks import (
     BURIED,
     CONSUMED,
@@ -46,8 +45,9 @@ from tests.integration.test_attacks import (
     no_lease,
     put,
 )
-from tests.stack import Realm
-from tests.stories import asked_for, forged, realm_leaves
+from tests.support import audit_stories
+from tests.support.audit_stories import asked_for, forged, realm_leaves
+from tests.support.stack import RunningStack
 
 TOLD = set(AUDITED)
 
@@ -60,7 +60,7 @@ HEADERS: list[list[tuple[str, bytes]]] = [
 
 
 @pytest.fixture
-async def raw(realm: Realm) -> AsyncIterator[AIOKafkaProducer]:
+async def raw(realm: RunningStack) -> AsyncIterator[AIOKafkaProducer]:
     """A producer that sets nothing by itself."""
     producer = AIOKafkaProducer(bootstrap_servers=realm.settings.kafka)
     await producer.start()
@@ -71,7 +71,7 @@ async def raw(realm: Realm) -> AsyncIterator[AIOKafkaProducer]:
 
 
 async def throw(
-    raw: AIOKafkaProducer, realm: Realm, topic: Topic[Any], value: bytes | None, key: bytes | None,
+    raw: AIOKafkaProducer, realm: RunningStack, topic: Topic[Any], value: bytes | None, key: bytes | None,
     headers: list[tuple[str, bytes]],
 ) -> Coordinates:  # fmt: skip
     sent = await raw.send_and_wait(topic.name(realm.settings.topic_prefix), value, key=key, headers=headers)
@@ -103,7 +103,7 @@ def headless_story(topic: Topic[Any], told: list[tuple[bytes | None, bytes | Non
             lines = ["3003 Forget: Success/Observed lease.forgotten by nobody known\n"]
         forgets = value is None and topic in RECORDS | {LEASE}
         if topic in BURIED | RECORDS | {AUDIT_INTAKE} and not forgets:
-            lines.append(stories.buried(unread))
+            lines.append(audit_stories.buried(unread))
         if topic in RECORDS:
             named = (
                 f" for {(key or b'').decode(errors='replace').partition('-')[0]}" if topic is AGENT else ""
@@ -115,7 +115,7 @@ def headless_story(topic: Topic[Any], told: list[tuple[bytes | None, bytes | Non
 
 @pytest.mark.parametrize("topic", ALL, ids=lambda topic: topic.what)
 async def test_records_without_value_key_or_sound_headers_stop_nobody(
-    realm: Realm, raw: AIOKafkaProducer, topic: Topic[Any]
+    realm: RunningStack, raw: AIOKafkaProducer, topic: Topic[Any]
 ) -> None:
     # Of an agent that there is the registry would say again what it is, once or several times.
     name = realm.agent if topic is not AGENT else f"nobody-{realm.mark}"
@@ -171,7 +171,7 @@ REQUESTS = {
 }
 
 
-async def test_truly_signed_requests_that_are_none_are_buried(realm: Realm) -> None:
+async def test_truly_signed_requests_that_are_none_are_buried(realm: RunningStack) -> None:
     key = realm.key("agent", realm.agent)
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         for what, change in REQUESTS.items():
@@ -179,7 +179,7 @@ async def test_truly_signed_requests_that_are_none_are_buried(realm: Realm) -> N
             text = make_request(realm).model_dump_json(exclude_none=True)
             changed = change(text)
             assert changed != text, what
-            async with realm_leaves(realm, seen, forged(code) + stories.buried(code)) as about:
+            async with realm_leaves(realm, seen, forged(code) + audit_stories.buried(code)) as about:
                 where = await put(publisher, CREDENTIAL_REQUEST, realm.agent, signed(key, changed))
                 about.append(where)
                 assert (await buried(seen, where))["service"] == "policy", what
@@ -202,26 +202,26 @@ SAID_OTHERWISE: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-async def test_headers_that_say_something_else(realm: Realm) -> None:
+async def test_headers_that_say_something_else(realm: RunningStack) -> None:
     key = realm.key("agent", realm.agent)
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         text = make_request(realm).model_dump_json(exclude_none=True)
         for header, code in SAID_OTHERWISE:
-            async with realm_leaves(realm, seen, forged(code) + stories.buried(code)) as about:
+            async with realm_leaves(realm, seen, forged(code) + audit_stories.buried(code)) as about:
                 where = await put(publisher, CREDENTIAL_REQUEST, realm.agent, signed(key, text, **header))
                 about.append(where)
                 await buried(seen, where)
         await realm.read(agent)
 
 
-async def test_a_key_in_the_header_is_nobodys(realm: Realm) -> None:
+async def test_a_key_in_the_header_is_nobodys(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         mine, thief = realm.key("agent", realm.agent), SigningKey.generate(realm.key("agent", realm.agent).id)
         text = make_request(realm).model_dump_json(exclude_none=True)
         jwk = thief.public.model_dump(exclude_none=True)
         for kid in (mine.kid, thief.kid):
             code = "signature_invalid" if kid == mine.kid else "key_unknown"
-            async with realm_leaves(realm, seen, forged(code) + stories.buried(code)) as about:
+            async with realm_leaves(realm, seen, forged(code) + audit_stories.buried(code)) as about:
                 compact = signed(thief, text, jwk=jwk, kid=kid)
                 where = await put(publisher, CREDENTIAL_REQUEST, realm.agent, compact)
                 about.append(where)
@@ -229,7 +229,7 @@ async def test_a_key_in_the_header_is_nobodys(realm: Realm) -> None:
         await realm.read(agent)
 
 
-async def test_what_a_newer_writer_adds_is_kept_in_what_embeds_it(realm: Realm) -> None:
+async def test_what_a_newer_writer_adds_is_kept_in_what_embeds_it(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         request = make_request(realm, colour={"of": ["the", "sky"]})
         compact = sign(request, realm.key("agent", realm.agent))
@@ -248,10 +248,10 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("topic", OTHERS, ids=lambda topic: topic.what)
-async def test_a_sound_message_on_another_topic_is_none_there(realm: Realm, topic: Topic[Any]) -> None:
+async def test_a_sound_message_on_another_topic_is_none_there(realm: RunningStack, topic: Topic[Any]) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         request = make_request(realm)
-        story = forged("typ_unexpected") + stories.buried("typ_unexpected")
+        story = forged("typ_unexpected") + audit_stories.buried("typ_unexpected")
         async with realm_leaves(realm, seen, story) as about:
             where = await put(publisher, topic, realm.agent, sign(request, realm.key("agent", realm.agent)))
             about.append(where)
@@ -262,11 +262,11 @@ async def test_a_sound_message_on_another_topic_is_none_there(realm: Realm, topi
         assert no_lease(seen, message_id(request.iss, request.jti))
 
 
-async def test_a_request_that_is_too_large_is_buried(realm: Realm) -> None:
+async def test_a_request_that_is_too_large_is_buried(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         request = make_request(realm, new="x" * 100_000)
         # It was truly asked for, whatever policy does with it.
-        async with realm_leaves(realm, seen, asked_for() + stories.buried("too_large")) as about:
+        async with realm_leaves(realm, seen, asked_for() + audit_stories.buried("too_large")) as about:
             compact = sign(request, realm.key("agent", realm.agent))
             where = await put(publisher, CREDENTIAL_REQUEST, realm.agent, compact)
             about.append(where)

@@ -15,7 +15,7 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
 from ringfence.model.scope.globs import parse_glob
-from tests.targets import ValkeyTarget, valkey_target, works
+from tests.support.servers.redis_target import ValkeyTarget, valkey_target, works
 from tools.schemas.examples import EXAMPLES
 
 

@@ -40,7 +40,7 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.integration.test_attacks import buried, put
 from tests.integration.test_gateway_faults import place_in
-from tests.stack import WITHIN_S, Realm, Seen, realm_in
+from tests.support.stack import WITHIN_S, RunningStack, Seen, realm_in
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -66,7 +66,7 @@ class Load:
 
 
 @asynccontextmanager
-async def under_load(realm: Realm, agent: Agent) -> AsyncIterator[Load]:
+async def under_load(realm: RunningStack, agent: Agent) -> AsyncIterator[Load]:
     """While the block runs. Whatever is refused meanwhile fails the test; but what a machine keeps busy for longer than
     tables may go unconfirmed, while a test stops the registry, has to be asked for again.
     """
@@ -253,7 +253,7 @@ async def test_a_root_follows_the_root_that_everybody_is_pinned_to(own_stack: St
         assert stack.trust.fingerprint() == rotated.fingerprint != old.kid
         # Clients: one that is pinned to the old root still, and one to the new.
         for fingerprint in (old.kid, rotated.fingerprint):
-            pinned = Realm(
+            pinned = RunningStack(
                 stack, realm.settings.model_copy(update={"trust_root": fingerprint}), realm.mark, realm.keys, realm.task
             )  # fmt: skip
             async with pinned.as_agent() as bot, pinned.administrator("sam") as sam:

@@ -30,8 +30,8 @@ from ringfence.messages.topics import AUDIT, CREDENTIAL_DECISION, CREDENTIAL_REQ
 from tests.brokers import RedisServer
 from tests.brokers.secured import SecuredKafka
 from tests.conftest import needed
-from tests.flows.sdk import client, first
-from tests.world import World, scope
+from tests.support.benches.sdk_clients import client, first
+from tests.support.world import World, scope
 
 pytestmark = pytest.mark.apache
 READ = scope("platform", ["read"], ["env/**"])

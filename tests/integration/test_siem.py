@@ -17,9 +17,9 @@ from ringfence.messages.topics import AUDIT, SERVICE_EVENT
 from ringfence.model.audit_log.chain import Source
 from tests.brokers import KafkaServer, start_kafka
 from tests.conftest import needed
-from tests.ocsf import problems
-from tests.siem import Kcat, Rsyslog, Sink, broken_links, once_each
-from tests.world import Party, World, scope
+from tests.support.ocsf import problems
+from tests.support.servers.siem import Kcat, Rsyslog, Sink, broken_links, once_each
+from tests.support.world import Party, World, scope
 
 pytestmark = [pytest.mark.tools, pytest.mark.timeout(300)]
 # What programs may take for control characters, or for too long, and change.

@@ -30,7 +30,7 @@ from ringfence.messages.topics import (
     CREDENTIAL_REQUEST,
     LEASE,
 )
-from tests.stack import Realm, first_pending
+from tests.support.stack import RunningStack, first_pending
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs/examples/request_by_hand.py"
@@ -48,7 +48,7 @@ async def run(*argv: str, env: dict[str, str]) -> tuple[int, str, str]:
     return process.returncode or 0, out.decode(), err.decode()
 
 
-async def ask_by_hand(realm: Realm, folder: Path, verb: str, resource: str) -> dict[str, object]:
+async def ask_by_hand(realm: RunningStack, folder: Path, verb: str, resource: str) -> dict[str, object]:
     key_file = folder / "bot.json"
     if not key_file.exists():
         realm.key("agent", realm.agent).save(key_file)
@@ -61,7 +61,7 @@ async def ask_by_hand(realm: Realm, folder: Path, verb: str, resource: str) -> d
     return answer
 
 
-async def test_a_request_written_by_hand_is_served(realm: Realm, tmp_path: Path) -> None:
+async def test_a_request_written_by_hand_is_served(realm: RunningStack, tmp_path: Path) -> None:
     answer = await ask_by_hand(realm, tmp_path, "read", "env/staging/web")
     assert answer["outcome"] == "allowed"
     credential = answer["credential"]
@@ -69,14 +69,14 @@ async def test_a_request_written_by_hand_is_served(realm: Realm, tmp_path: Path)
     assert credential["kind"] == "jwt"
 
 
-async def test_a_request_by_hand_beyond_the_rule_is_told_why(realm: Realm, tmp_path: Path) -> None:
+async def test_a_request_by_hand_beyond_the_rule_is_told_why(realm: RunningStack, tmp_path: Path) -> None:
     answer = await ask_by_hand(realm, tmp_path, "write", "env/production/web")
     assert answer["outcome"] == "denied"
     assert answer["credential"] is None
     assert any(reason["code"] == "beyond_scope" for reason in answer["reasons"])  # type: ignore[attr-defined]
 
 
-async def test_a_request_by_hand_passes_over_what_is_for_others(realm: Realm, tmp_path: Path) -> None:
+async def test_a_request_by_hand_passes_over_what_is_for_others(realm: RunningStack, tmp_path: Path) -> None:
     """Envelopes for gateways stand on the topic of replies, and whatever anybody with write access puts there."""
     topic = CREDENTIAL_REPLY.name(realm.settings.topic_prefix)
     async with realm.sponsor() as sam, realm.as_agent() as agent:
@@ -99,7 +99,9 @@ async def test_a_request_by_hand_passes_over_what_is_for_others(realm: Realm, tm
     assert answer["credential"]
 
 
-async def test_a_request_by_hand_is_one_trace_though_it_named_none(realm: Realm, tmp_path: Path) -> None:
+async def test_a_request_by_hand_is_one_trace_though_it_named_none(
+    realm: RunningStack, tmp_path: Path
+) -> None:
     async with realm.sponsor() as sam, realm.seen(*ON_THE_WAY, AUDIT) as seen:
         asked = asyncio.create_task(ask_by_hand(realm, tmp_path, "write", "env/staging/web"))
         await sam.approve(await first_pending(sam))
@@ -144,7 +146,7 @@ def published_schema(topic: str, value: bytes) -> tuple[str, Any]:
     return json.loads(head)["typ"].removeprefix("ringfence.").removesuffix("+jwt"), json.loads(payload)
 
 
-async def test_a_plain_consumer_finds_every_message_as_the_schemas_say(realm: Realm) -> None:
+async def test_a_plain_consumer_finds_every_message_as_the_schemas_say(realm: RunningStack) -> None:
     prefix, ours = realm.settings.topic_prefix, f"spiffe://{realm.settings.trust_domain}/".encode()
     async with realm.as_agent() as agent, realm.sponsor() as sam:
         asked = asyncio.create_task(
@@ -214,7 +216,7 @@ EVERY_FLOW = {
 
 
 @pytest.mark.tools
-async def test_kcat_reads_the_audit_topic(realm: Realm) -> None:
+async def test_kcat_reads_the_audit_topic(realm: RunningStack) -> None:
     kcat = shutil.which("kcat")
     assert kcat, "kcat is not installed; on Debian: apt-get install kcat"
     async with realm.as_agent() as agent:

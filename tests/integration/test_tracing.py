@@ -34,14 +34,14 @@ from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.messages.topics import AUDIT, CREDENTIAL_DECISION, CREDENTIAL_REQUEST, DEAD_LETTER, LEASE
-from tests import canary
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.gateway.raw import connected_unix
 from tests.integration.test_attacks import audited, decided, make_request
 from tests.integration.test_main_line import approved_write, verifier
-from tests.otlp import Collected, Collector, paths
-from tests.stack import WITHIN_S, Realm
+from tests.support import secret_canary
+from tests.support.servers.otlp import Collected, Collector, paths
+from tests.support.stack import WITHIN_S, RunningStack
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 _AT_ONCE = 32
@@ -82,9 +82,9 @@ def traced_stack(kafka: Kafka, redis_server: RedisServer, collector: Collector) 
 
 
 @pytest.fixture
-async def traced(traced_stack: Stack) -> Realm:
+async def traced(traced_stack: Stack) -> RunningStack:
     """An organisation whose services make spans, and whose agents and people do not."""
-    return await Realm(traced_stack, client_settings(traced_stack.environment())).make()
+    return await RunningStack(traced_stack, client_settings(traced_stack.environment())).make()
 
 
 @dataclass
@@ -114,7 +114,9 @@ def only(spans: list[Collected], place: str) -> Collected:
     return span
 
 
-async def test_from_request_to_release(traced: Realm, application: Application, collector: Collector) -> None:
+async def test_from_request_to_release(
+    traced: RunningStack, application: Application, collector: Collector
+) -> None:
     """The agent's own span, policy twice with a person's yes between, the issuer, and the end: one tree, one trace."""
     async with traced.as_agent() as agent, verifier(traced) as server, traced.seen(LEASE, AUDIT) as seen:
         credential = await approved_write(traced, agent)
@@ -177,7 +179,7 @@ async def test_from_request_to_release(traced: Realm, application: Application, 
     assert resource["service.version"]
 
 
-async def test_audit_follows_every_record_of_it(traced: Realm, collector: Collector) -> None:
+async def test_audit_follows_every_record_of_it(traced: RunningStack, collector: Collector) -> None:
     """From each record that was sent hangs audit's taking it in, and from that the event that it was chained as."""
     async with traced.as_agent() as agent, traced.seen(LEASE, AUDIT) as seen:
         credential = await traced.read(agent)
@@ -202,7 +204,9 @@ async def test_audit_follows_every_record_of_it(traced: Realm, collector: Collec
     await collector.until(credential.trace_id, told, "audit's part")
 
 
-async def test_a_refusal_says_why(traced: Realm, application: Application, collector: Collector) -> None:
+async def test_a_refusal_says_why(
+    traced: RunningStack, application: Application, collector: Collector
+) -> None:
     """What policy denies failed there and at the agent, by its code; the issuer has nothing to do with it."""
     async with traced.as_agent() as agent:
         with application.tracer.start_as_current_span("deploy") as outer, pytest.raises(RequestDeniedError):
@@ -234,7 +238,7 @@ async def test_a_refusal_says_why(traced: Realm, application: Application, colle
     assert not only(spans, "policy: process credential.request").failed, "it did what it is there for"
 
 
-async def test_many_at_once_are_a_trace_each(traced: Realm, collector: Collector) -> None:
+async def test_many_at_once_are_a_trace_each(traced: RunningStack, collector: Collector) -> None:
     async with traced.as_agent() as agent:
         credentials = await asyncio.gather(*(traced.read(agent) for _ in range(_AT_ONCE)))
     assert len({one.trace_id for one in credentials}) == _AT_ONCE
@@ -250,7 +254,9 @@ async def test_many_at_once_are_a_trace_each(traced: Realm, collector: Collector
         only(spans, "issuer: mint")
 
 
-async def test_an_end_hours_later_is_in_the_trace_of_the_request(traced: Realm, collector: Collector) -> None:
+async def test_an_end_hours_later_is_in_the_trace_of_the_request(
+    traced: RunningStack, collector: Collector
+) -> None:
     """One lease ends by its deadline, which nobody orders; another by an order that has a trace of its own: linked."""
     async with traced.as_agent() as agent, traced.seen(LEASE, AUDIT) as seen:
         short, long = await traced.read(agent, ttl_s=3), await traced.read(agent)
@@ -275,7 +281,7 @@ async def test_an_end_hours_later_is_in_the_trace_of_the_request(traced: Realm, 
             assert not ended.links
 
 
-async def test_no_span_tells_a_secret(traced: Realm, collector: Collector) -> None:
+async def test_no_span_tells_a_secret(traced: RunningStack, collector: Collector) -> None:
     async with traced.as_agent() as agent, traced.seen(LEASE) as seen:
         credential = await approved_write(traced, agent)
         await agent.release(credential)
@@ -287,15 +293,17 @@ async def test_no_span_tells_a_secret(traced: Realm, collector: Collector) -> No
     )
     texts = [body.decode("latin-1") for body in list(collector.bodies)]
     secrets = [credential.value, credential.value.rpartition(".")[2], "to deploy", agent_key.public.x]
-    assert not canary.in_texts(texts, secrets)
+    assert not secret_canary.in_texts(texts, secrets)
     assert not [text for text in texts if re.search(r"eyJ[\w-]{16}", text)], "no JWS, no JWE, of anybody"
-    assert canary.in_texts(texts, [credential.lease_id]), "else nothing would be found"
+    assert secret_canary.in_texts(texts, [credential.lease_id]), "else nothing would be found"
 
 
 # --- what an agent, or a stranger, can do by it ---
 
 
-async def send_raw(realm: Realm, value: str | bytes, *traceparents: bytes) -> tuple[str, int, int, int]:
+async def send_raw(
+    realm: RunningStack, value: str | bytes, *traceparents: bytes
+) -> tuple[str, int, int, int]:
     """A record with exactly these headers: topic, partition, offset, and when it was appended."""
     producer = AIOKafkaProducer(**connection(realm.settings))
     await producer.start()
@@ -311,7 +319,7 @@ async def send_raw(realm: Realm, value: str | bytes, *traceparents: bytes) -> tu
     return at.topic, at.partition, at.offset, at.timestamp
 
 
-def request_of(realm: Realm) -> tuple[CredentialRequest, str, str]:
+def request_of(realm: RunningStack) -> tuple[CredentialRequest, str, str]:
     claims = make_request(realm)
     compact = sign(claims, realm.key("agent", realm.agent))
     return claims, compact, message_id(claims.iss, claims.jti)
@@ -334,7 +342,7 @@ def about(collector: Collector, request_id: str) -> list[Collected]:
     ids=["garbage", "zeros", "no text", "huge", "empty", "none"],
 )
 async def test_a_malformed_traceparent_does_no_harm(
-    traced: Realm, collector: Collector, headers: list[bytes]
+    traced: RunningStack, collector: Collector, headers: list[bytes]
 ) -> None:
     """The request is decided and issued like any other, in one trace, which is a new one and audit's as well."""
     _, compact, request_id = request_of(traced)
@@ -363,7 +371,9 @@ async def test_a_malformed_traceparent_does_no_harm(
     assert len([span for span in spans if span.place == "policy: decide"]) == 1
 
 
-async def test_who_asks_not_to_be_traced_is_audited_all_the_same(traced: Realm, collector: Collector) -> None:
+async def test_who_asks_not_to_be_traced_is_audited_all_the_same(
+    traced: RunningStack, collector: Collector
+) -> None:
     _, compact, request_id = request_of(traced)
     async with traced.as_agent() as agent, traced.seen(CREDENTIAL_DECISION, AUDIT) as seen:
         await send_raw(traced, compact, f"00-{TRACE}-{SPAN}-00".encode())
@@ -381,7 +391,7 @@ async def test_who_asks_not_to_be_traced_is_audited_all_the_same(traced: Realm, 
     assert not collector.of(TRACE)
 
 
-async def test_a_foreign_trace_shows_whose_request_it_was(traced: Realm, collector: Collector) -> None:
+async def test_a_foreign_trace_shows_whose_request_it_was(traced: RunningStack, collector: Collector) -> None:
     """Trace ids are no secret, and whoever sends a request may name any: what is said of it is what was verified."""
     async with traced.as_agent() as agent, traced.seen(CREDENTIAL_DECISION) as seen:
         victim = await traced.read(agent)
@@ -404,7 +414,7 @@ async def test_a_foreign_trace_shows_whose_request_it_was(traced: Realm, collect
             assert span["request.id"] == above["request.id"], "none hangs on what is the other's"
 
 
-async def test_what_is_no_request_is_buried_by_name(traced: Realm, collector: Collector) -> None:
+async def test_what_is_no_request_is_buried_by_name(traced: RunningStack, collector: Collector) -> None:
     mark = os.urandom(16).hex()
     async with traced.as_agent(), traced.seen(DEAD_LETTER) as seen, traced.publisher() as stranger:
         sent = await stranger.send(
@@ -424,7 +434,7 @@ async def test_what_is_no_request_is_buried_by_name(traced: Realm, collector: Co
     assert "policy: send dead-letter" in {
         span.place for span in await collector.until(mark, lambda s: len(s) > 1, "x")
     }
-    assert not canary.in_texts([str(span) for span in spans], ["hunter2"])
+    assert not secret_canary.in_texts([str(span) for span in spans], ["hunter2"])
 
 
 # --- the gateway ---
@@ -445,7 +455,7 @@ async def shop() -> AsyncIterator[int]:
         yield server.sockets[0].getsockname()[1]
 
 
-async def behind_the_gateway(realm: Realm, port: int) -> None:
+async def behind_the_gateway(realm: RunningStack, port: int) -> None:
     """The realm's target is at this port, and read is what GET does there."""
     backend = BackendSettings.model_validate({"kind": "jwt", "url": f"http://127.0.0.1:{port}"})
     async with realm.as_operator() as olga:
@@ -456,7 +466,7 @@ async def behind_the_gateway(realm: Realm, port: int) -> None:
         )  # fmt: skip
 
 
-async def test_what_is_done_with_it_through_the_gateway(traced: Realm, collector: Collector) -> None:
+async def test_what_is_done_with_it_through_the_gateway(traced: RunningStack, collector: Collector) -> None:
     """An action that a lease lets pass is a span in the trace of the request that the lease came from."""
     folder = traced.stack.sockets
     async with shop() as port, traced.as_agent() as agent:
@@ -525,7 +535,7 @@ async def spans_counted(stack: Stack, role: ServiceRole, outcome: str) -> float:
     return float(found[0].split()[1]) if found else 0.0
 
 
-async def test_where_what_takes_spans_hangs_nobody_waits(traced: Realm, traced_stack: Stack) -> None:
+async def test_where_what_takes_spans_hangs_nobody_waits(traced: RunningStack, traced_stack: Stack) -> None:
     """Credentials are issued, and the services end as ever: what they could not send is not waited for."""
     with socket.socket() as hanging:
         hanging.bind(("127.0.0.1", 0))
@@ -539,7 +549,7 @@ async def test_where_what_takes_spans_hangs_nobody_waits(traced: Realm, traced_s
             taken.close()
 
 
-async def test_where_nobody_takes_spans_it_is_counted(traced: Realm, traced_stack: Stack) -> None:
+async def test_where_nobody_takes_spans_it_is_counted(traced: RunningStack, traced_stack: Stack) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"

@@ -10,7 +10,7 @@ import pytest
 
 from ringfence.messages.registry import AgentRotateKey, AgentSuspend, VerbFloor
 from ringfence.policy.decisions.evaluator import RequestEvaluator
-from tests.world import WITHIN_S, Party, World, scope
+from tests.support.world import WITHIN_S, Party, World, scope
 
 
 class Desk:

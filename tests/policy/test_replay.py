@@ -18,9 +18,9 @@ from ringfence.messages.topics import CREDENTIAL_DECISION
 from ringfence.policy.decisions.replay import RequestOutcome, changes_between, fields_of
 from ringfence.policy.domain import INPUT_FIELDS
 from ringfence.rego.bundle import OWN_BUNDLE, load_bundle
-from tests.flows.office import DEPLOY, READ, Office
 from tests.policy.bundles import ALLOWS, write
-from tests.world import Party, World, scope
+from tests.support.benches.policy_bench import DEPLOY, READ, PolicyBench
+from tests.support.world import Party, World, scope
 
 NO = 'decision := {"allow": false, "deny": [{"code": "no", "message": "no"}], "approvals": [], "max_ttl_s": 60}\n'
 LONG = 'decision := {"allow": true, "deny": [], "approvals": ["operator"], "max_ttl_s": 3600}\n'
@@ -96,7 +96,7 @@ def shell(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 async def test_what_another_bundle_would_decide(world: World, shell: Shell, tmp_path: Path):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         read = await office.ask(READ)
         long = await office.ask(READ, ttl_s=7200)
         beyond = await office.ask(scope("platform", ["read"], ["elsewhere"]))
@@ -146,7 +146,7 @@ async def test_what_another_bundle_would_decide(world: World, shell: Shell, tmp_
 
 async def test_what_cannot_be_compared_is_said_and_not_guessed(world: World, shell: Shell, tmp_path: Path):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         asked = [await office.ask(READ) for _ in range(4)]
         decision = await office.final(asked[0])
         assert decision.input is not None
@@ -199,7 +199,7 @@ async def test_a_bundle_that_explodes_denies_and_the_replay_goes_on(
         "\tslow := [i | some i in numbers.range(1, 1000); count(numbers.range(i, 10000000)) > 0]\n}\n"
     )
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         for reason in ("time", "fine", "fine"):
             await office.final(await office.ask(READ, reason=reason))
         report = await shell.report(write(tmp_path, rules))
@@ -210,7 +210,7 @@ async def test_a_bundle_that_explodes_denies_and_the_replay_goes_on(
 
 async def test_what_every_input_has_is_what_policy_writes(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         decision = await office.final(await office.ask(READ))
         assert decision.input is not None
         parts = {field for field in INPUT_FIELDS if "." not in field}

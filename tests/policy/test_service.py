@@ -22,10 +22,10 @@ from ringfence.messages.topics import CREDENTIAL_DECISION
 from ringfence.policy.decision_log import InMemoryDecisionLog
 from ringfence.policy.settings import PolicySettings
 from ringfence.rego.bundle import Bundle, load_bundle
-from tests.flows.office import DEPLOY, READ, Office, codes
 from tests.policy.bundles import ALLOWS, EXPLODES, write
 from tests.policy.opa_server import running_opa
-from tests.world import WITHIN_S, Party, World, scope
+from tests.support.benches.policy_bench import DEPLOY, READ, PolicyBench, codes
+from tests.support.world import WITHIN_S, Party, World, scope
 
 TIMEOUT_MS = 2_000
 
@@ -34,7 +34,7 @@ def policy(**fields: Any) -> dict[Any, Any]:
     return {"policy": PolicySettings(**fields)}
 
 
-async def denied_with(office: Office, code: str, **request: Any) -> CredentialDecision:
+async def denied_with(office: PolicyBench, code: str, **request: Any) -> CredentialDecision:
     decision = await office.final(await office.ask(READ, **request))
     assert (decision.outcome, codes(decision)) == ("denied", {code})
     return decision
@@ -47,7 +47,7 @@ async def test_rules_that_explode_deny_and_the_service_lives(world: World, tmp_p
     )
     own = policy(bundle=write(tmp_path, rules), evaluation_timeout_ms=TIMEOUT_MS)
     async with world.running("registry", "policy", own=own):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         await denied_with(office, "policy_timeout", reason="time")
         await denied_with(office, "policy_invalid", reason="steps")
         assert (await office.final(await office.ask(READ))).outcome == "allowed"
@@ -57,7 +57,7 @@ async def test_rules_that_explode_deny_and_the_service_lives(world: World, tmp_p
 async def test_a_bundle_that_changes_is_in_force_without_a_restart(world: World, tmp_path: Path):
     write(tmp_path, ALLOWS)
     async with world.running("registry", "policy", own=policy(bundle=tmp_path)):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         first = await office.final(await office.ask(READ))
         assert first.revisions is not None
         assert (first.outcome, first.revisions.policy) == ("allowed", load_bundle(tmp_path).revision)
@@ -100,7 +100,7 @@ async def test_approvals_that_are_no_list_of_classes_are_not_none(world: World, 
     for reason, value in by_reason.items():
         rules += f'approvals := {value} if input.request.reason == "{reason}"\n\n'
     async with world.running("registry", "policy", own=policy(bundle=write(tmp_path, rules))):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         for reason in by_reason:
             await denied_with(office, "policy_invalid", reason=reason)
 
@@ -108,7 +108,7 @@ async def test_approvals_that_are_no_list_of_classes_are_not_none(world: World, 
 async def test_rules_that_allow_everything_allow_a_reader_no_change(world: World, tmp_path: Path):
     """maria may read; her agent may hold everything, her task says everything, and the rules let everything pass."""
     async with world.running("registry", "policy", own=policy(bundle=write(tmp_path, ALLOWS))):
-        office = Office()
+        office = PolicyBench()
         office.world = world
         office.sam = await world.user("sam", roles=("sponsor",))
         reading = scope("platform", ["read"], ["**"])
@@ -126,7 +126,7 @@ async def test_rules_that_allow_everything_allow_a_reader_no_change(world: World
 
 async def test_an_explanation_is_whole_also_of_what_policy_does_not_keep(world: World):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         asked = await office.ask(READ)
         decision = await office.final(asked)
         path = f"/v1/decisions/{asked.id}/explanation"
@@ -153,7 +153,7 @@ async def test_the_command_explains_what_each_side_holds(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     async with world.running("registry", "policy"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         office.sam.key.save(tmp_path / "sam.json")
         monkeypatch.setenv("RINGFENCE_TRUST_DOMAIN", world.td)
         monkeypatch.setenv("RINGFENCE_POLICY_URL", f"http://127.0.0.1:{world.ports['policy']}")
@@ -197,7 +197,7 @@ async def test_what_policy_forgot_is_explained_as_audit_knows_where_it_stands(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     async with world.running("registry", "policy", "audit"):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         for party in (office.sam, office.petra):
             party.key.save(tmp_path / f"{party.name}.json")
         asked, other = await office.ask(READ), await office.ask(READ)
@@ -239,7 +239,7 @@ async def test_what_policy_forgot_is_explained_as_audit_knows_where_it_stands(
 async def test_policy_by_opa(world: World, opa_url: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RINGFENCE_OPA_URL", opa_url)
     async with world.running("registry", "policy", own=policy(evaluation_timeout_ms=10_000)):
-        office = await Office.open(world)
+        office = await PolicyBench.open(world)
         allowed = await office.final(await office.ask(READ))
         assert allowed.revisions is not None
         assert (allowed.outcome, allowed.revisions.policy) == ("allowed", bundle.revision)
@@ -258,7 +258,7 @@ async def test_opa_away_stopped_or_with_other_rules_denies(
         monkeypatch.setenv("RINGFENCE_OPA_URL", url)
         own = policy(bundle=rules, evaluation_timeout_ms=TIMEOUT_MS)
         async with world.running("registry", "policy", own=own):
-            office = await Office.open(world)
+            office = await PolicyBench.open(world)
             assert (await office.final(await office.ask(READ))).outcome == "allowed"
 
             children = psutil.Process().children()

@@ -26,46 +26,46 @@ from ringfence.messages.registry import UserDisable
 from ringfence.model.identity.api_tokens import api_token
 from ringfence.model.records import api_access
 from ringfence.model.records.api_access import Authenticator, UnauthenticatedError
-from tests.ledger import TD, Ledger
+from tests.support.in_memory_registry import TD, InMemoryRegistry
 
 SERVICES: tuple[ServiceRole, ...] = get_args(ServiceRole)
 
 
 @pytest.fixture
-def ledger() -> Ledger:
-    made = Ledger()
+def ledger() -> InMemoryRegistry:
+    made = InMemoryRegistry()
     made.organisation()
     return made
 
 
-def of_service(ledger: Ledger, service: ServiceRole = "policy") -> Authenticator:
+def of_service(ledger: InMemoryRegistry, service: ServiceRole = "policy") -> Authenticator:
     return Authenticator(ledger.directory, service, ledger.clock)
 
 
-def token(ledger: Ledger, who: str, key: SigningKey | None = None, **fields: Any) -> str:
+def token(ledger: InMemoryRegistry, who: str, key: SigningKey | None = None, **fields: Any) -> str:
     now_s = ledger.clock.ms // 1000
     claims = ledger.claims(ApiToken, who, **{"aud": api_audience(TD, "policy"), "exp": now_s + 60, **fields})
     return f"Bearer {sign(claims, key or ledger.key(who))}"
 
 
-def told(ledger: Ledger, authorization: str, by: Authenticator | None = None) -> str:
+def told(ledger: InMemoryRegistry, authorization: str, by: Authenticator | None = None) -> str:
     with pytest.raises(UnauthenticatedError) as refused:
         (by or of_service(ledger)).user(authorization)
     return str(refused.value)
 
 
-def disable(ledger: Ledger, who: str) -> None:
+def disable(ledger: InMemoryRegistry, who: str) -> None:
     ledger.give(ledger.claims(UserDisable, "olga", user_id=who, reason="left"))
 
 
-def test_a_disabled_user_is_told_so(ledger: Ledger):
+def test_a_disabled_user_is_told_so(ledger: InMemoryRegistry):
     before = token(ledger, "uma")
     assert of_service(ledger).user(before).user.user_id == "uma"
     disable(ledger, "uma")
     assert "user uma is disabled" in told(ledger, before)
 
 
-def test_whose_key_has_ended_is_told_when(ledger: Ledger):
+def test_whose_key_has_ended_is_told_when(ledger: InMemoryRegistry):
     old, end_s = ledger.key("uma"), ledger.clock.ms // 1000 + 600
     ledger.give(ledger.user_set("olga", "uma", keys=(old.record(end_s),)))
     ledger.clock.ms = end_s * 1000
@@ -74,7 +74,7 @@ def test_whose_key_has_ended_is_told_when(ledger: Ledger):
     assert "ringfence user set --public-key" in says
 
 
-def test_whose_key_is_to_come_is_told_from_when_on(ledger: Ledger):
+def test_whose_key_is_to_come_is_told_from_when_on(ledger: InMemoryRegistry):
     next_key, now_s = SigningKey.generate(ledger.key("uma").id), ledger.clock.ms // 1000
     keys = (ledger.key_record(ledger.key("uma")), next_key.record(now_s + 9000, now_s + 600))
     ledger.give(ledger.user_set("olga", "uma", keys=keys))
@@ -82,34 +82,34 @@ def test_whose_key_is_to_come_is_told_from_when_on(ledger: Ledger):
 
 
 @pytest.mark.parametrize("who", ["uma", "nobody"])
-def test_a_stranger_learns_nothing_of_who_is_disabled(ledger: Ledger, who: str):
+def test_a_stranger_learns_nothing_of_who_is_disabled(ledger: InMemoryRegistry, who: str):
     disable(ledger, "uma")
     stranger = SigningKey.generate(ledger.key(who).id)
     says = told(ledger, token(ledger, who, stranger))
     assert says == (f"the bearer token is refused: no valid key {stranger.kid} of {stranger.id} may sign api")
 
 
-def test_who_is_no_user_is_told_who_is_answered(ledger: Ledger):
+def test_who_is_no_user_is_told_who_is_answered(ledger: InMemoryRegistry):
     agent = SigningKey.generate(f"spiffe://{TD}/agent/bot")
     bearer = f"Bearer {api_token(agent, 'policy', now_ms=ledger.clock.ms)}"
     assert f"{agent.id} is no user" in told(ledger, bearer)
 
 
-def test_who_names_anothers_key_learns_nothing(ledger: Ledger):
+def test_who_names_anothers_key_learns_nothing(ledger: InMemoryRegistry):
     disable(ledger, "uma")
     right = token(ledger, "uma").split(".")
     forged = ".".join([*right[:2], token(ledger, "sam").split(".")[2]])
     assert "no valid key" in told(ledger, forged)
 
 
-def test_an_old_token_in_other_hands_tells_nothing(ledger: Ledger):
+def test_an_old_token_in_other_hands_tells_nothing(ledger: InMemoryRegistry):
     old = token(ledger, "uma")
     disable(ledger, "uma")
     ledger.clock.ms += 61_000
     assert "no valid key" in told(ledger, old)
 
 
-def test_a_key_that_is_not_of_its_name_tells_nothing(ledger: Ledger):
+def test_a_key_that_is_not_of_its_name_tells_nothing(ledger: InMemoryRegistry):
     """Nobody's record may lead a token to be verified by a key that its `kid` does not name."""
     assert "no valid key" in told(ledger, token(ledger, "uma", ledger.key("sam")))
 
@@ -118,7 +118,9 @@ def test_a_key_that_is_not_of_its_name_tells_nothing(ledger: Ledger):
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_a_token_opens_the_service_that_it_is_for_and_no_other(ledger: Ledger, service: ServiceRole):
+def test_a_token_opens_the_service_that_it_is_for_and_no_other(
+    ledger: InMemoryRegistry, service: ServiceRole
+):
     bearer = f"Bearer {api_token(ledger.key('uma'), service, now_ms=ledger.clock.ms)}"
     for other in SERVICES:
         if other != service:
@@ -130,12 +132,12 @@ def test_a_token_opens_the_service_that_it_is_for_and_no_other(ledger: Ledger, s
 @pytest.mark.parametrize(
     "aud", ["other.example", "other.example/policy", f"{TD}/", f"{TD}/policy/", "policy"]
 )
-def test_another_audience_is_refused(ledger: Ledger, aud: str):
+def test_another_audience_is_refused(ledger: InMemoryRegistry, aud: str):
     assert "is not this service" in told(ledger, token(ledger, "uma", aud=aud))
 
 
 def test_a_token_for_the_trust_domain_counts_for_one_release_and_is_told(
-    ledger: Ledger, caplog: pytest.LogCaptureFixture
+    ledger: InMemoryRegistry, caplog: pytest.LogCaptureFixture
 ):
     def counted() -> float:
         return metrics.API_TOKENS_UNBOUND.labels("policy")._value.get()
@@ -160,7 +162,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 # --- once -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_token_counts_once_until_its_end_and_is_then_forgotten(ledger: Ledger):
+def test_a_token_counts_once_until_its_end_and_is_then_forgotten(ledger: InMemoryRegistry):
     here, bearer = of_service(ledger), token(ledger, "uma")
     assert here.user(bearer).user.user_id == "uma"
     for later_ms in (0, 1, 59_998):
@@ -173,7 +175,7 @@ def test_a_token_counts_once_until_its_end_and_is_then_forgotten(ledger: Ledger)
     assert len(here._used) == 1  # that of sam
 
 
-def test_once_means_the_token_and_not_its_bytes(ledger: Ledger):
+def test_once_means_the_token_and_not_its_bytes(ledger: InMemoryRegistry):
     """Signing the same claims once more makes no other token of them; the same `jti` of others is theirs."""
     here = of_service(ledger)
     here.user(token(ledger, "uma", jti="one"))
@@ -181,7 +183,7 @@ def test_once_means_the_token_and_not_its_bytes(ledger: Ledger):
     assert here.user(token(ledger, "sam", jti="one")).user.user_id == "sam"
 
 
-def test_a_clock_that_was_set_back_brings_no_token_back(ledger: Ledger):
+def test_a_clock_that_was_set_back_brings_no_token_back(ledger: InMemoryRegistry):
     here, bearer = of_service(ledger), token(ledger, "uma")
     here.user(bearer)
     ledger.clock.ms += 3600_000
@@ -190,7 +192,9 @@ def test_a_clock_that_was_set_back_brings_no_token_back(ledger: Ledger):
     assert "it was used before" in told(ledger, bearer, here)
 
 
-def test_of_a_signer_whose_clock_is_ahead_a_token_is_remembered_as_long_as_it_counts(ledger: Ledger):
+def test_of_a_signer_whose_clock_is_ahead_a_token_is_remembered_as_long_as_it_counts(
+    ledger: InMemoryRegistry,
+):
     here, now_s = of_service(ledger), ledger.clock.ms // 1000
     ahead = now_s + LEEWAY_S
     bearer = token(ledger, "uma", iat=ahead, exp=ahead + MAX_API_TOKEN_S)
@@ -200,7 +204,7 @@ def test_of_a_signer_whose_clock_is_ahead_a_token_is_remembered_as_long_as_it_co
     assert "iat lies" in told(ledger, token(ledger, "uma", iat=ahead + 100, exp=ahead + 101), here)
 
 
-def test_what_is_refused_is_not_used_up(ledger: Ledger):
+def test_what_is_refused_is_not_used_up(ledger: InMemoryRegistry):
     """A token that was sent to the wrong place still counts at the right one; nor do strangers fill the memory."""
     here, elsewhere, bearer = of_service(ledger), of_service(ledger, "audit"), token(ledger, "uma")
     told(ledger, bearer, elsewhere)
@@ -221,7 +225,7 @@ def test_what_is_refused_is_not_used_up(ledger: Ledger):
     ],
 )
 def test_a_token_without_an_id_or_with_too_long_a_life_is_refused(
-    ledger: Ledger, wrong: dict[str, Any], says: str
+    ledger: InMemoryRegistry, wrong: dict[str, Any], says: str
 ):
     if "exp" in wrong:
         wrong = {"exp": ledger.clock.ms // 1000 + wrong["exp"]}
@@ -233,7 +237,7 @@ def test_a_token_without_an_id_or_with_too_long_a_life_is_refused(
 
 
 def test_who_sends_all_that_can_be_remembered_shuts_out_nobody_else(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    ledger: InMemoryRegistry, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(api_access, "MAX_REMEMBERED", 100)
     here, sent = of_service(ledger), 0

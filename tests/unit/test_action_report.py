@@ -30,16 +30,16 @@ from ringfence.kernel.service.http import application
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import AUDIT
 from ringfence.model.records.api_access import Authenticator
-from tests.audit_office import TD, Office
+from tests.support.audit_fixtures import TD, AuditFixtures
 
 ALWAYS = (0, 2**53)
 BEYOND = (Reason(code="beyond_scope", message="the task does not allow it"),)
 CUT = (Reason(code="lease_cut", message="it was revoked"), *BEYOND)
 
 
-async def indexed(*actions: dict[str, Any], office: Office | None = None) -> SqliteIndex:
+async def indexed(*actions: dict[str, Any], office: AuditFixtures | None = None) -> SqliteIndex:
     """An index of actions, a second apart from the first at 1,000 ms on, and of what else audit tells of."""
-    office = office or Office()
+    office = office or AuditFixtures()
     events = await office.audit(*office.staff())
     told = await office.audit(*(office.action(**fields) for fields in actions))
     for number, event in enumerate(told, 1):
@@ -170,7 +170,7 @@ def test_which_labels_say_that_it_was_injected(label: str | None, so: bool) -> N
 class Place:
     """Audit's HTTP over an index, as sam asks it."""
 
-    def __init__(self, office: Office, index: SqliteIndex) -> None:
+    def __init__(self, office: AuditFixtures, index: SqliteIndex) -> None:
         self.complete = True
         self.index = index
         clock = SystemClock()
@@ -187,7 +187,7 @@ class Place:
 
 
 async def placed(count: int) -> Place:
-    office = Office()
+    office = AuditFixtures()
     return Place(
         office, await indexed(*({"allowed": True, "access": "read"} for _ in range(count)), office=office)
     )

@@ -31,55 +31,55 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.key_expiry import DAY_S, endings, is_lost
 from ringfence.model.requests.facts import load_context, violations
 from ringfence.registry.domain import MAX_RECORD_BYTES
-from tests import leases
-from tests.ledger import START_MS, Ledger, permission
+from tests.support import leases
+from tests.support.in_memory_registry import START_MS, InMemoryRegistry, permission
 
 START_S = START_MS // 1000
 BOT = "spiffe://test.example/agent/bot"
 
 
 @pytest.fixture
-def ledger() -> Ledger:
-    ledger = Ledger()
+def ledger() -> InMemoryRegistry:
+    ledger = InMemoryRegistry()
     ledger.organisation()
     ledger.give(ledger.register("sam", "bot", "sam"))
     return ledger
 
 
-def agent(ledger: Ledger, id: str = "bot") -> AgentState:
+def agent(ledger: InMemoryRegistry, id: str = "bot") -> AgentState:
     entry = ledger.directory.agent(id)
     assert entry is not None
     return entry.state
 
 
-def refused(ledger: Ledger, claims: Claims, **when: Any) -> str:
+def refused(ledger: InMemoryRegistry, claims: Claims, **when: Any) -> str:
     with pytest.raises(CommandRefusedError) as caught:
         ledger.give(claims, **when)
     return caught.value.code
 
 
-def fresh(ledger: Ledger) -> KeyRecord:
+def fresh(ledger: InMemoryRegistry) -> KeyRecord:
     return ledger.key_record(SigningKey.generate(BOT))
 
 
-def rotation(ledger: Ledger, by: str = "sam", **fields: Any) -> AgentRotateKey:
+def rotation(ledger: InMemoryRegistry, by: str = "sam", **fields: Any) -> AgentRotateKey:
     return ledger.claims(AgentRotateKey, by, **{"agent_id": "bot", "key": fresh(ledger), **fields})
 
 
-def rotate(ledger: Ledger, by: str = "sam", **fields: Any) -> KeyRecord:
+def rotate(ledger: InMemoryRegistry, by: str = "sam", **fields: Any) -> KeyRecord:
     claims = rotation(ledger, by, **fields)
     ledger.give(claims)
     return claims.key
 
 
-def counts(ledger: Ledger, key: KeyRecord | SigningKey, at_ms: int) -> bool:
+def counts(ledger: InMemoryRegistry, key: KeyRecord | SigningKey, at_ms: int) -> bool:
     return ledger.directory.agent_key(BOT, key.kid, at_ms / 1000) is not None
 
 
 # --- rotation ---------------------------------------------------------------------------------------------------------
 
 
-def test_old_keys_count_on_for_the_overlap_and_no_longer(ledger: Ledger):
+def test_old_keys_count_on_for_the_overlap_and_no_longer(ledger: InMemoryRegistry):
     old, at_ms = ledger.key("bot", "agent"), ledger.clock.ms
     new = rotate(ledger, overlap_s=3600)
     assert counts(ledger, new, at_ms)
@@ -89,7 +89,7 @@ def test_old_keys_count_on_for_the_overlap_and_no_longer(ledger: Ledger):
 
 
 @pytest.mark.parametrize("how", [{}, {"compromised": True}])
-def test_without_an_overlap_old_keys_end_at_once(ledger: Ledger, how: dict[str, Any]):
+def test_without_an_overlap_old_keys_end_at_once(ledger: InMemoryRegistry, how: dict[str, Any]):
     old, at_ms = ledger.key("bot", "agent"), ledger.clock.ms
     new = rotate(ledger, **how)
     assert counts(ledger, old, at_ms - 1)
@@ -98,14 +98,14 @@ def test_without_an_overlap_old_keys_end_at_once(ledger: Ledger, how: dict[str, 
     assert agent(ledger).compromised == ((old.kid,) if how else ())
 
 
-def test_an_overlap_makes_no_key_live_longer(ledger: Ledger):
+def test_an_overlap_makes_no_key_live_longer(ledger: InMemoryRegistry):
     soon = rotate(ledger, key=SigningKey.generate(BOT).record(START_S + 60))
     rotate(ledger, overlap_s=3600)
     rotate(ledger, overlap_s=7200)
     assert {key.kid: key.not_after for key in agent(ledger).keys}[soon.kid] == START_S + 60
 
 
-def test_only_the_keys_that_are_named_are_replaced(ledger: Ledger):
+def test_only_the_keys_that_are_named_are_replaced(ledger: InMemoryRegistry):
     first, second = ledger.key("bot", "agent"), rotate(ledger, overlap_s=3600)
     third = rotate(ledger, replaces=(first.kid,), compromised=True)
     at_ms = ledger.clock.ms
@@ -115,17 +115,17 @@ def test_only_the_keys_that_are_named_are_replaced(ledger: Ledger):
 
 
 @pytest.mark.parametrize("by", ["suzy", "uma", "adam"])
-def test_others_give_an_agent_no_key(ledger: Ledger, by: str):
+def test_others_give_an_agent_no_key(ledger: InMemoryRegistry, by: str):
     assert refused(ledger, rotation(ledger, by)) == "not_sponsor"
 
 
-def test_an_agent_gives_itself_no_key(ledger: Ledger):
+def test_an_agent_gives_itself_no_key(ledger: InMemoryRegistry):
     claims = rotation(ledger, iss=BOT)
     with pytest.raises(InvalidMessageError, match="no valid key"):
         ledger.give(claims, ledger.key("bot", "agent"))
 
 
-def test_an_ended_key_is_never_given_again_to_nobody(ledger: Ledger):
+def test_an_ended_key_is_never_given_again_to_nobody(ledger: InMemoryRegistry):
     old = ledger.key_record(ledger.key("bot", "agent"))
     rotate(ledger)
     assert refused(ledger, rotation(ledger, key=old)) == "key_known"
@@ -136,25 +136,25 @@ def test_an_ended_key_is_never_given_again_to_nobody(ledger: Ledger):
 
 
 @pytest.mark.parametrize("whose", ["sam", "uma"])
-def test_no_agent_is_given_a_key_of_somebody_else(ledger: Ledger, whose: str):
+def test_no_agent_is_given_a_key_of_somebody_else(ledger: InMemoryRegistry, whose: str):
     assert refused(ledger, rotation(ledger, key=ledger.key_record(ledger.key(whose)))) == "key_taken"
 
 
-def test_a_key_that_counts_for_nothing_now_is_no_new_key(ledger: Ledger):
+def test_a_key_that_counts_for_nothing_now_is_no_new_key(ledger: InMemoryRegistry):
     over = SigningKey.generate(BOT).record(ledger.clock.ms // 1000)
     assert refused(ledger, rotation(ledger, key=over)) == "no_valid_key"
     to_come = SigningKey.generate(BOT).record(START_S + DAY_S, not_before=START_S + 3600)
     assert refused(ledger, rotation(ledger, key=to_come)) == "no_valid_key"
 
 
-def test_what_is_compromised_has_no_overlap(ledger: Ledger):
+def test_what_is_compromised_has_no_overlap(ledger: InMemoryRegistry):
     with pytest.raises(ValidationError, match="ends at once"):
         rotation(ledger, compromised=True, overlap_s=1)
     with pytest.raises(ValidationError):
         rotation(ledger, overlap_s=7 * DAY_S + 1)
 
 
-def test_a_rotation_that_was_kept_back_is_refused(ledger: Ledger):
+def test_a_rotation_that_was_kept_back_is_refused(ledger: InMemoryRegistry):
     """It would make a key count that somebody had given up meanwhile."""
     kept_back = rotation(ledger, overlap_s=3600)
     ledger.clock.ms += 1000
@@ -162,18 +162,18 @@ def test_a_rotation_that_was_kept_back_is_refused(ledger: Ledger):
     assert refused(ledger, kept_back) == "overtaken"
 
 
-def test_a_suspended_agent_may_have_another_key_and_stays_suspended(ledger: Ledger):
+def test_a_suspended_agent_may_have_another_key_and_stays_suspended(ledger: InMemoryRegistry):
     ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x"))
     rotate(ledger)
     assert (agent(ledger).status, agent(ledger).suspended_by_operator) == ("suspended", True)
 
 
-def test_a_decommissioned_agent_has_no_other_key(ledger: Ledger):
+def test_a_decommissioned_agent_has_no_other_key(ledger: InMemoryRegistry):
     ledger.give(ledger.claims(AgentDecommission, "sam", agent_id="bot", reason="done"))
     assert refused(ledger, rotation(ledger)) == "decommissioned"
 
 
-def test_an_operator_rotates_the_keys_of_an_orphan(ledger: Ledger):
+def test_an_operator_rotates_the_keys_of_an_orphan(ledger: InMemoryRegistry):
     ledger.give(ledger.claims(UserDisable, "olga", user_id="sam", reason="left"))
     rotate(ledger, "otto", compromised=True)
     assert len(agent(ledger).keys) == 2
@@ -182,7 +182,7 @@ def test_an_operator_rotates_the_keys_of_an_orphan(ledger: Ledger):
 # --- what a registry that lies cannot do ------------------------------------------------------------------------------
 
 
-def test_no_rotation_can_be_left_out(ledger: Ledger):
+def test_no_rotation_can_be_left_out(ledger: InMemoryRegistry):
     """Not even by later ones: the key that it ended would count again."""
     register = ledger.embed(ledger.register("sam", "robot", "sam"))
     key = SigningKey.generate(BOT)
@@ -207,7 +207,7 @@ def test_no_rotation_can_be_left_out(ledger: Ledger):
 
 
 @pytest.mark.parametrize("lie", ["the old key counts", "it is not compromised", "a key of its own"])
-def test_it_cannot_say_otherwise_of_keys(ledger: Ledger, lie: str):
+def test_it_cannot_say_otherwise_of_keys(ledger: InMemoryRegistry, lie: str):
     rotate(ledger, compromised=True)
     state, commands = agent(ledger), ledger.directory.unverified("agent", "bot").commands  # type: ignore[union-attr]
     old = ledger.key_record(ledger.key("bot", "agent"))
@@ -221,7 +221,7 @@ def test_it_cannot_say_otherwise_of_keys(ledger: Ledger, lie: str):
         ledger.chains().verify(ledger.record(state.model_copy(update=update), commands, 2))
 
 
-def test_it_cannot_use_a_rotation_that_the_agent_signed(ledger: Ledger):
+def test_it_cannot_use_a_rotation_that_the_agent_signed(ledger: InMemoryRegistry):
     register = ledger.embed(ledger.register("sam", "robot", "sam"))
     stolen = ledger.key("robot", "agent")
     forged = ledger.claims(AgentRotateKey, "sam", iss=stolen.id, agent_id="robot", key=fresh(ledger))
@@ -229,7 +229,7 @@ def test_it_cannot_use_a_rotation_that_the_agent_signed(ledger: Ledger):
         ledger.follow([register, ledger.embed(forged, key=stolen)], 2)
 
 
-def test_there_is_room_for_many_rotations(ledger: Ledger):
+def test_there_is_room_for_many_rotations(ledger: InMemoryRegistry):
     """Nothing of them is dropped, so a record grows with each."""
     sizes = []
     for _ in range(3):
@@ -244,13 +244,13 @@ def test_there_is_room_for_many_rotations(ledger: Ledger):
 
 
 @pytest.fixture
-def waiting(ledger: Ledger) -> Ledger:
+def waiting(ledger: InMemoryRegistry) -> InMemoryRegistry:
     ledger.give(ledger.register("olga", "sleeper", "suzy", inactive=True))
     assert agent(ledger, "sleeper").status == "registered"
     return ledger
 
 
-def test_only_its_sponsor_takes_an_agent_on(waiting: Ledger):
+def test_only_its_sponsor_takes_an_agent_on(waiting: InMemoryRegistry):
     for by in ("olga", "otto", "sam", "uma"):
         assert refused(waiting, waiting.claims(AgentActivate, by, agent_id="sleeper")) == "not_sponsor"
     waiting.give(waiting.claims(AgentActivate, "suzy", agent_id="sleeper"))
@@ -258,7 +258,7 @@ def test_only_its_sponsor_takes_an_agent_on(waiting: Ledger):
     assert refused(waiting, waiting.claims(AgentActivate, "suzy", agent_id="sleeper")) == "not_registered"
 
 
-def test_an_operator_finds_no_way_around_the_sponsor(waiting: Ledger):
+def test_an_operator_finds_no_way_around_the_sponsor(waiting: InMemoryRegistry):
     for command in (AgentSuspend, AgentResume):
         claims = waiting.claims(command, "olga", agent_id="sleeper", reason="x")
         assert refused(waiting, claims) in ("not_active", "not_suspended")
@@ -270,13 +270,13 @@ def test_an_operator_finds_no_way_around_the_sponsor(waiting: Ledger):
     assert agent(waiting, "sleeper").status == "active"
 
 
-def test_an_agent_that_nobody_took_on_has_no_task_and_can_be_ended(waiting: Ledger):
+def test_an_agent_that_nobody_took_on_has_no_task_and_can_be_ended(waiting: InMemoryRegistry):
     assert refused(waiting, waiting.assign("uma", "sleeper")) == "agent_registered"
     waiting.give(waiting.claims(AgentDecommission, "olga", agent_id="sleeper", reason="not wanted"))
     assert refused(waiting, waiting.claims(AgentActivate, "suzy", agent_id="sleeper")) == "decommissioned"
 
 
-def test_an_agent_is_active_where_nothing_else_is_said(ledger: Ledger):
+def test_an_agent_is_active_where_nothing_else_is_said(ledger: InMemoryRegistry):
     """Registrations that were signed before there was anything to say stay what they are."""
     claims = ledger.register("olga", "robot", "suzy")
     assert b"inactive" not in parse(ledger.signed(claims)).payload
@@ -287,7 +287,7 @@ def test_an_agent_is_active_where_nothing_else_is_said(ledger: Ledger):
 # --- keys that end, and leases of lost ones ---------------------------------------------------------------------------
 
 
-def test_a_key_is_told_of_at_three_times_before_its_end(ledger: Ledger):
+def test_a_key_is_told_of_at_three_times_before_its_end(ledger: InMemoryRegistry):
     key = rotate(ledger, key=SigningKey.generate(BOT).record(START_S + 100 * DAY_S))
     state = agent(ledger)
     found = {
@@ -299,14 +299,14 @@ def test_a_key_is_told_of_at_three_times_before_its_end(ledger: Ledger):
     assert (ending.key.kid, ending.since_s) == (key.kid, START_S + 99 * DAY_S)
 
 
-def test_a_key_that_was_replaced_is_not_told_of(ledger: Ledger):
+def test_a_key_that_was_replaced_is_not_told_of(ledger: InMemoryRegistry):
     rotate(ledger, key=SigningKey.generate(BOT).record(START_S + 5 * DAY_S))
     assert len(endings(agent(ledger), START_S + DAY_S)) == 1
     rotate(ledger, overlap_s=7 * DAY_S)
     assert endings(agent(ledger), START_S + DAY_S) == ()
 
 
-def test_neither_are_keys_of_those_who_are_gone_or_that_are_short_lived(ledger: Ledger):
+def test_neither_are_keys_of_those_who_are_gone_or_that_are_short_lived(ledger: InMemoryRegistry):
     rotate(ledger, key=SigningKey.generate(BOT).record(START_S + 8 * 3600, not_before=START_S))
     assert endings(agent(ledger), START_S + 3600) == ()
     ledger.give(ledger.user_set("olga", "uma", keys=(SigningKey.generate(BOT).record(START_S + DAY_S),)))
@@ -321,7 +321,7 @@ def test_neither_are_keys_of_those_who_are_gone_or_that_are_short_lived(ledger: 
     assert endings(uma.state, START_S + 60) == endings(agent(ledger), START_S + 60) == ()
 
 
-def test_which_leases_are_lost_with_a_key(ledger: Ledger):
+def test_which_leases_are_lost_with_a_key(ledger: InMemoryRegistry):
     old = ledger.key("bot", "agent")
     ended_ms = ledger.clock.ms // 1000 * 1000
     new = rotate(ledger, compromised=True)
@@ -349,7 +349,7 @@ def test_which_leases_are_lost_with_a_key(ledger: Ledger):
     assert not is_lost(lease(old.kid), other)
 
 
-def test_what_a_compromised_key_asked_for_is_denied_however_early_it_was(ledger: Ledger):
+def test_what_a_compromised_key_asked_for_is_denied_however_early_it_was(ledger: InMemoryRegistry):
     """Policy and issuer weigh it by the same rule."""
     allowed = permission("env/**")
     ledger.give(ledger.target_set("olga", "staging", verbs=(VerbFloor(verb="deploy"),)))

@@ -26,7 +26,7 @@ from ringfence.model.requests.approvals import (
     unmet,
 )
 from ringfence.model.requests.facts import RequestContext, find_ground
-from tests.ledger import Ledger, permission
+from tests.support.in_memory_registry import InMemoryRegistry, permission
 from tools.schemas.examples import EXAMPLES
 
 ROLES = {
@@ -115,7 +115,7 @@ def test_it_is_as_few_as_any_assignment_of_people_leaves(
 @pytest.mark.parametrize("wanted", ["second_person", "operator", "break_glass"])
 def test_who_hands_their_agent_over_is_nobody_else_by_that(wanted: RequiredClass):
     """sam has the bot's key, and could name whomever he likes as its sponsor, who need not even agree."""
-    ledger = Ledger()
+    ledger = InMemoryRegistry()
     ledger.organisation()
     roles = ("sponsor", "operator")
     for who in ("sam", "suzy", "steve"):

@@ -12,7 +12,7 @@ from ringfence.messages.enrolment import AttestationSelector
 from ringfence.messages.registry import AgentRegister, AgentSetAttestation, AgentState
 from ringfence.model.identity.attestation import claim, matches, matching, problem, selector_id
 from ringfence.model.lifecycle import CommandRefusedError
-from tests.ledger import Ledger
+from tests.support.in_memory_registry import InMemoryRegistry
 
 URL = "https://token.actions.githubusercontent.com"
 
@@ -136,20 +136,20 @@ def test_a_selector_is_known_by_all_that_it_says() -> None:
 
 
 @pytest.fixture
-def ledger() -> Ledger:
-    ledger = Ledger()
+def ledger() -> InMemoryRegistry:
+    ledger = InMemoryRegistry()
     ledger.organisation()
     return ledger
 
 
-def attest(ledger: Ledger, by: str, *selectors: AttestationSelector) -> AgentState:
+def attest(ledger: InMemoryRegistry, by: str, *selectors: AttestationSelector) -> AgentState:
     change = ledger.give(ledger.claims(AgentSetAttestation, by, agent_id="bot", attestation=selectors))
     assert change is not None
     assert isinstance(change.state, AgentState)
     return change.state
 
 
-def test_sponsor_and_operator_set_who_is_let_in(ledger: Ledger) -> None:
+def test_sponsor_and_operator_set_who_is_let_in(ledger: InMemoryRegistry) -> None:
     ledger.give(ledger.register("sam", "bot", "sam"))
     one, two = selector(sub="a"), selector(sub="b")
     assert attest(ledger, "sam", one).attestation == (one,)
@@ -168,7 +168,7 @@ def test_sponsor_and_operator_set_who_is_let_in(ledger: Ledger) -> None:
     [((selector(sub="*"),), "selector_too_wide"), ((selector(sub="a"), selector(sub="a")), "selector_twice")],
 )
 def test_selectors_that_let_in_too_many_are_refused(
-    ledger: Ledger, selectors: tuple[AttestationSelector, ...], code: str
+    ledger: InMemoryRegistry, selectors: tuple[AttestationSelector, ...], code: str
 ) -> None:
     ledger.give(ledger.register("sam", "bot", "sam"))
     with pytest.raises(CommandRefusedError) as refused:
@@ -176,7 +176,7 @@ def test_selectors_that_let_in_too_many_are_refused(
     assert refused.value.code == code
 
 
-def test_an_agent_has_a_key_or_instances_that_enrol_one(ledger: Ledger) -> None:
+def test_an_agent_has_a_key_or_instances_that_enrol_one(ledger: InMemoryRegistry) -> None:
     def register(agent: str, **fields: Any) -> AgentRegister:
         given = {"agent_id": agent, "sponsor": "sam", "description": "x", "keys": (), "ceiling": ()}
         return ledger.claims(AgentRegister, "sam", **{**given, **fields})

@@ -35,7 +35,7 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.permission import Permission
 from ringfence.messages.topics import AUDIT
 from ringfence.model.records.api_access import Authenticator
-from tests.audit_office import TD, Office
+from tests.support.audit_fixtures import TD, AuditFixtures
 
 ALWAYS = (0, 2**53)
 BEYOND = (Reason(code="beyond_scope", message="the task does not allow it"),)
@@ -46,7 +46,7 @@ class Shelf:
     """An office, and an index of all that its audit wrote."""
 
     def __init__(self) -> None:
-        self.office = Office()
+        self.office = AuditFixtures()
         self.index = SqliteIndex(None)
         self.lines: list[bytes] = []
         self.target = "staging"

@@ -13,7 +13,7 @@ from ringfence.client.reports.coverage import Coverage, Ratio
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import AUDIT, LEASE, TASK
-from tests.audit_office import Story
+from tests.support.audit_fixtures import Story
 from tests.unit.test_audit_trace import MARIA, SAM, STRANGER, Desk
 
 EVER = (0, 2**53)

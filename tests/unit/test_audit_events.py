@@ -62,18 +62,18 @@ from ringfence.messages.topics import (
     USER,
 )
 from ringfence.model.audit_log.chain import Source
-from tests.audit_office import TRACE_ID, Office, steps
-from tests.audit_records import unbelievable
+from tests.support.audit_fixtures import TRACE_ID, AuditFixtures, steps
+from tests.support.audit_records import unbelievable
 
 
 @pytest.fixture
-def office() -> Office:
-    office = Office()
+def office() -> AuditFixtures:
+    office = AuditFixtures()
     office.staff()
     return office
 
 
-async def test_one_credential_is_one_event_a_step_and_each_names_everybody(office: Office) -> None:
+async def test_one_credential_is_one_event_a_step_and_each_names_everybody(office: AuditFixtures) -> None:
     story = office.credential("released")
     events = await office.audit(*story.all)
     assert steps(events) == [
@@ -94,7 +94,7 @@ async def test_one_credential_is_one_event_a_step_and_each_names_everybody(offic
     assert len(set(office.published.ids)) == len(events)
 
 
-async def test_the_issue_says_it_in_one_sentence(office: Office) -> None:
+async def test_the_issue_says_it_in_one_sentence(office: AuditFixtures) -> None:
     story = office.credential("expired")
     events = {event["metadata"]["event_code"]: event for event in await office.audit(*story.all)}
     issued = events["credential.issued"]
@@ -111,14 +111,14 @@ async def test_the_issue_says_it_in_one_sentence(office: Office) -> None:
     assert events["lease.expired"]["session"]["expiration_reason"] == "deadline"
 
 
-async def test_only_issued_credentials_count_as_privileges_assigned(office: Office) -> None:
+async def test_only_issued_credentials_count_as_privileges_assigned(office: AuditFixtures) -> None:
     """What a SIEM counts: activity 1 with status Success, once for each credential."""
     events = await office.audit(*office.credential("revoked").all, *office.credential(approved=False).all)
     assigned = [event for event in events if (event["activity_id"], event["status_id"]) == (1, 1)]
     assert steps(assigned) == ["credential.issued"] * 2
 
 
-async def test_a_refusal_names_each_reason_with_permission_and_side(office: Office) -> None:
+async def test_a_refusal_names_each_reason_with_permission_and_side(office: AuditFixtures) -> None:
     story = office.credential(approved=False)
     reason = Reason(
         code="beyond_scope", message="entitlements:maria lacks it", permission=office.scope[0],
@@ -133,7 +133,7 @@ async def test_a_refusal_names_each_reason_with_permission_and_side(office: Offi
     assert said["permission"] == {"target": "staging", "verbs": ["deploy"], "resources": ["env/staging/*"]}
 
 
-async def test_a_redelivery_makes_the_same_event(office: Office) -> None:
+async def test_a_redelivery_makes_the_same_event(office: AuditFixtures) -> None:
     story = office.credential()
     first = await office.audit(*story.all)
     again = await office.audit(*story.all)
@@ -141,7 +141,7 @@ async def test_a_redelivery_makes_the_same_event(office: Office) -> None:
 
 
 async def test_a_batch_that_could_not_be_published_comes_again_and_makes_the_same_events(
-    office: Office,
+    office: AuditFixtures,
 ) -> None:
     story = office.credential()
     replay = office.received(CREDENTIAL_REQUEST, story.request_jws)
@@ -154,7 +154,7 @@ async def test_a_batch_that_could_not_be_published_comes_again_and_makes_the_sam
 
 
 async def test_records_of_several_topics_that_come_together_have_the_events_that_they_have_one_by_one(
-    office: Office,
+    office: AuditFixtures,
 ) -> None:
     story = office.credential()
     expected = await office.audit(*story.all)
@@ -172,7 +172,9 @@ async def test_records_of_several_topics_that_come_together_have_the_events_that
     assert sorted(map(orjson.dumps, told)) == sorted(map(orjson.dumps, expected))
 
 
-async def test_a_restarted_audit_says_the_same_of_a_decision_without_the_request(office: Office) -> None:
+async def test_a_restarted_audit_says_the_same_of_a_decision_without_the_request(
+    office: AuditFixtures,
+) -> None:
     """Nothing rests on the memory: what a decision embeds is verified anew."""
     story = office.credential()
     *_, expected = await office.audit(
@@ -197,7 +199,9 @@ async def test_a_restarted_audit_says_the_same_of_a_decision_without_the_request
 # --- seen, not believed ---
 
 
-async def test_what_is_not_believed_is_attributed_to_its_coordinates_and_nobody_else(office: Office) -> None:
+async def test_what_is_not_believed_is_attributed_to_its_coordinates_and_nobody_else(
+    office: AuditFixtures,
+) -> None:
     records = unbelievable(office)
     named = ("deploy-bot", "sam", "maria", "registry/", "service/", "agent/", "user/")
     for name, record in records.items():
@@ -212,7 +216,7 @@ async def test_what_is_not_believed_is_attributed_to_its_coordinates_and_nobody_
             assert not [word for word in named if word in json.dumps(event)], name
 
 
-async def test_what_nobody_else_buries_audit_does(office: Office) -> None:
+async def test_what_nobody_else_buries_audit_does(office: AuditFixtures) -> None:
     for topic in AUDITED:
         await office.audit(office.received(topic, b"\x00\xff", key="deploy-bot"))
     assert {what for what, _ in office.buried} == {
@@ -221,14 +225,14 @@ async def test_what_nobody_else_buries_audit_does(office: Office) -> None:
     assert all(code in ("not_a_jws", "not_json", "not_a_jwe") for _, code in office.buried)
 
 
-async def test_the_word_of_a_gateway_that_is_none_is_buried(office: Office) -> None:
+async def test_the_word_of_a_gateway_that_is_none_is_buried(office: AuditFixtures) -> None:
     thief = SigningKey.generate(office.key("service", "gateway").id)
     ack = office.claims(RevocationAck, thief, revocation_id="x", cut_at_ms=office.now_ms)
     await office.audit(office.signed(REVOCATION_ACK, ack, thief))
     assert office.buried == [("revocation.ack", "key_unknown")]
 
 
-async def test_forgeries_are_alerts_and_noise_is_not(office: Office) -> None:
+async def test_forgeries_are_alerts_and_noise_is_not(office: AuditFixtures) -> None:
     records = unbelievable(office)
     forged = await office.event(records["forged request"])
     noise = await office.event(records["garbage on credential.request"])
@@ -238,7 +242,7 @@ async def test_forgeries_are_alerts_and_noise_is_not(office: Office) -> None:
     assert (lie["severity"], lie["status_code"]) == ("High", "chain_broken")
 
 
-async def test_an_event_quotes_nothing_of_what_a_stranger_wrote(office: Office) -> None:
+async def test_an_event_quotes_nothing_of_what_a_stranger_wrote(office: AuditFixtures) -> None:
     """A secret pasted into a header or a key must not end in the SIEM."""
     secret = "hunter2-hunter2-hunter2"
     header = base64.urlsafe_b64encode(
@@ -251,14 +255,14 @@ async def test_an_event_quotes_nothing_of_what_a_stranger_wrote(office: Office) 
     assert secret not in office.published.keys[-1]
 
 
-def test_a_key_of_any_length_makes_an_event_that_can_be_handed_over(office: Office) -> None:
+def test_a_key_of_any_length_makes_an_event_that_can_be_handed_over(office: AuditFixtures) -> None:
     """Whoever may write to a topic chooses the ids that findings are about; a key on `audit.intake` has a bound."""
     record = office.received(DEAD_LETTER, b"")
     told = ocsf.event(record, services._DEAD_LETTER, "told", {}, {}, key="k" * 5000)
     IntakeEntry(key=told.key, event=told.body)
 
 
-async def test_an_expired_request_is_its_signers_and_counts_for_nothing(office: Office) -> None:
+async def test_an_expired_request_is_its_signers_and_counts_for_nothing(office: AuditFixtures) -> None:
     old = office.request(iat=office.now_ms // 1000 - 900, exp=office.now_ms // 1000 - 600)
     bot = office.key("agent", "deploy-bot")
     event = await office.event(office.signed(CREDENTIAL_REQUEST, old, bot))
@@ -273,7 +277,7 @@ async def test_an_expired_request_is_its_signers_and_counts_for_nothing(office: 
 
 
 async def test_a_request_that_was_verified_where_it_is_embedded_is_not_verified_once_more(
-    office: Office, monkeypatch: pytest.MonkeyPatch
+    office: AuditFixtures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     story = office.credential(approved=False)
     expected = await office.audit(story.request)
@@ -296,7 +300,7 @@ async def test_a_request_that_was_verified_where_it_is_embedded_is_not_verified_
 
 
 async def test_a_key_that_has_ended_signs_no_request_though_it_was_verified_where_it_is_embedded(
-    office: Office,
+    office: AuditFixtures,
 ) -> None:
     story = office.credential(approved=False)
     await office.audit(story.allowed)
@@ -305,7 +309,7 @@ async def test_a_key_that_has_ended_signs_no_request_though_it_was_verified_wher
     assert (steps([event]), event["status_code"]) == (["record.not_believed"], "key_unknown")
 
 
-async def test_a_replay_is_told_and_blamed_on_nobody(office: Office) -> None:
+async def test_a_replay_is_told_and_blamed_on_nobody(office: AuditFixtures) -> None:
     story = office.credential()
     first, again = await office.audit(
         story.request, office.received(CREDENTIAL_REQUEST, story.request_jws, partition=1)
@@ -318,7 +322,9 @@ async def test_a_replay_is_told_and_blamed_on_nobody(office: Office) -> None:
     assert again["unmapped"]["verified"]["by"] == office.key("agent", "deploy-bot").id
 
 
-async def test_another_request_with_the_same_jti_is_a_replay_and_takes_nobodys_place(office: Office) -> None:
+async def test_another_request_with_the_same_jti_is_a_replay_and_takes_nobodys_place(
+    office: AuditFixtures,
+) -> None:
     bot = office.key("agent", "deploy-bot")
     story = office.credential()
     wider = story.request_claims.model_copy(
@@ -331,7 +337,7 @@ async def test_another_request_with_the_same_jti_is_a_replay_and_takes_nobodys_p
     assert allowed["privileges"] == ["staging:deploy:env/staging/*"]
 
 
-async def test_a_record_that_a_service_published_twice_is_no_alarm(office: Office) -> None:
+async def test_a_record_that_a_service_published_twice_is_no_alarm(office: AuditFixtures) -> None:
     story = office.credential()
     await office.audit(*story.all)
     again = await office.event(office.received(LEASE, story.ended.value, key=story.lease_id))
@@ -342,7 +348,7 @@ async def test_a_record_that_a_service_published_twice_is_no_alarm(office: Offic
     )
 
 
-async def test_another_record_of_a_service_with_the_same_jti_is_an_alarm(office: Office) -> None:
+async def test_another_record_of_a_service_with_the_same_jti_is_an_alarm(office: AuditFixtures) -> None:
     story = office.credential()
     await office.audit(*story.all)
     issuer = office.key("service", "issuer")
@@ -351,7 +357,9 @@ async def test_another_record_of_a_service_with_the_same_jti_is_an_alarm(office:
     assert steps(await office.audit(one, two)) == ["credential.issued", "message.replayed"]
 
 
-async def test_the_word_of_a_gateway_says_what_it_is_about_where_the_order_was_seen(office: Office) -> None:
+async def test_the_word_of_a_gateway_says_what_it_is_about_where_the_order_was_seen(
+    office: AuditFixtures,
+) -> None:
     sam, gateway = office.key("user", "sam"), office.key("service", "gateway")
     ask = office.claims(
         RevocationRequest, sam, kind="revocation", selector=Selector(agent_id="deploy-bot"), reason="x"
@@ -373,14 +381,14 @@ async def test_the_word_of_a_gateway_says_what_it_is_about_where_the_order_was_s
     assert known["user"]["name"] == "deploy-bot"
 
 
-async def test_only_a_gateway_gives_the_word_of_a_gateway(office: Office) -> None:
+async def test_only_a_gateway_gives_the_word_of_a_gateway(office: AuditFixtures) -> None:
     revoker = office.key("service", "revoker")
     ack = office.claims(RevocationAck, revoker, revocation_id="x", cut_at_ms=1)
     assert steps(await office.audit(office.signed(REVOCATION_ACK, ack, revoker))) == ["record.not_believed"]
 
 
 async def test_an_end_that_came_too_late_is_told_as_void_and_the_one_that_counts_as_the_end(
-    office: Office,
+    office: AuditFixtures,
 ) -> None:
     story = office.credential()
     await office.audit(*story.all[:-1])
@@ -396,7 +404,7 @@ async def test_an_end_that_came_too_late_is_told_as_void_and_the_one_that_counts
     assert await office.audit(one) == [void]
 
 
-async def test_an_end_that_is_said_again_in_a_later_epoch_is_no_other(office: Office) -> None:
+async def test_an_end_that_is_said_again_in_a_later_epoch_is_no_other(office: AuditFixtures) -> None:
     story = office.credential()
     await office.audit(*story.all[:-1])
     revoker = office.key("service", "revoker")
@@ -410,7 +418,7 @@ async def test_an_end_that_is_said_again_in_a_later_epoch_is_no_other(office: Of
     assert steps(told) == ["lease.epoch", "lease.expired", "lease.epoch", "message.repeated"]
 
 
-async def test_a_decision_over_a_request_that_does_not_verify_names_no_agent(office: Office) -> None:
+async def test_a_decision_over_a_request_that_does_not_verify_names_no_agent(office: AuditFixtures) -> None:
     thief = SigningKey.generate(office.key("agent", "deploy-bot").id)
     story = office.credential()
     forged = sign(story.request_claims, thief)
@@ -421,7 +429,7 @@ async def test_a_decision_over_a_request_that_does_not_verify_names_no_agent(off
     assert "embedded" not in event["unmapped"]["verified"]
 
 
-async def test_an_approval_request_is_the_word_of_policy_alone(office: Office) -> None:
+async def test_an_approval_request_is_the_word_of_policy_alone(office: AuditFixtures) -> None:
     story = office.credential()
     event = await office.event(story.asked)
     policy = office.key("service", "policy")
@@ -431,7 +439,9 @@ async def test_an_approval_request_is_the_word_of_policy_alone(office: Office) -
     assert event["unmapped"]["asked"] == "sam"
 
 
-async def test_a_request_by_a_key_of_before_is_not_made_one_of_then_by_who_can_write(office: Office) -> None:
+async def test_a_request_by_a_key_of_before_is_not_made_one_of_then_by_who_can_write(
+    office: AuditFixtures,
+) -> None:
     """The time in a question says which key of the agent counted: whoever had an old one would choose it."""
     story = office.credential()
     asked = parse(story.asked.value).unverified_claims(ApprovalRequest)
@@ -443,7 +453,7 @@ async def test_a_request_by_a_key_of_before_is_not_made_one_of_then_by_who_can_w
         assert steps([event]) == ["record.not_believed"]
 
 
-async def test_a_reply_is_told_by_its_request_and_never_opened(office: Office) -> None:
+async def test_a_reply_is_told_by_its_request_and_never_opened(office: AuditFixtures) -> None:
     story = office.credential()
     await office.audit(story.request)
     event = await office.event(story.reply)
@@ -454,7 +464,7 @@ async def test_a_reply_is_told_by_its_request_and_never_opened(office: Office) -
         assert steps([event]) == ["record.not_believed"]
 
 
-async def test_a_delivery_to_gateways_is_told_by_its_request_and_never_opened(office: Office) -> None:
+async def test_a_delivery_to_gateways_is_told_by_its_request_and_never_opened(office: AuditFixtures) -> None:
     story = office.credential()
     await office.audit(story.request)
     keys = [EncryptionKey.generate(f"spiffe://acme.example/service/{name}") for name in ("b", "a")]
@@ -472,7 +482,7 @@ async def test_a_delivery_to_gateways_is_told_by_its_request_and_never_opened(of
 
 
 async def test_a_record_that_audit_itself_cannot_describe_is_told_and_passed(
-    office: Office, monkeypatch
+    office: AuditFixtures, monkeypatch
 ) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
@@ -500,7 +510,7 @@ def wide(permissions: int, verbs: int, resources: int) -> tuple[Permission, ...]
     )
 
 
-async def test_the_largest_request_there_can_be_is_an_event_that_kafka_takes(office: Office) -> None:
+async def test_the_largest_request_there_can_be_is_an_event_that_kafka_takes(office: AuditFixtures) -> None:
     bot = office.key("agent", "deploy-bot")
     record = office.signed(CREDENTIAL_REQUEST, office.request(scope=wide(45, 64, 64)), bot)
     assert len(record.value) > 350_000
@@ -512,7 +522,7 @@ async def test_the_largest_request_there_can_be_is_an_event_that_kafka_takes(off
     assert (event["unmapped"]["agent"], event["unmapped"]["on_behalf_of"]) == ("deploy-bot", "maria")
 
 
-async def test_a_refusal_of_very_many_permissions_is_an_event_that_kafka_takes(office: Office) -> None:
+async def test_a_refusal_of_very_many_permissions_is_an_event_that_kafka_takes(office: AuditFixtures) -> None:
     story = office.credential(scope=wide(19, 64, 64), approved=False)
     scope = story.request_claims.scope
     reasons = tuple(Reason(code="beyond_scope", message="x" * 2000, permission=p) for p in scope)
@@ -523,13 +533,13 @@ async def test_a_refusal_of_very_many_permissions_is_an_event_that_kafka_takes(o
     assert len(event["status_detail"]) <= 2000
 
 
-async def test_a_scope_of_many_combinations_does_not_multiply(office: Office) -> None:
+async def test_a_scope_of_many_combinations_does_not_multiply(office: AuditFixtures) -> None:
     request = office.request(scope=wide(20, 64, 64))
     event = await office.event(office.signed(CREDENTIAL_REQUEST, request, office.key("agent", "deploy-bot")))
     assert len(event["privileges"]) <= 256
 
 
-async def test_long_texts_are_cut_and_cost_no_time(office: Office) -> None:
+async def test_long_texts_are_cut_and_cost_no_time(office: AuditFixtures) -> None:
     sam = office.key("user", "sam")
     story = office.credential()
     comment = "a" * 100_000 + ".." + "b" * 100_000
@@ -541,7 +551,7 @@ async def test_long_texts_are_cut_and_cost_no_time(office: Office) -> None:
     assert len(event["unmapped"]["comment"]) <= 500
 
 
-async def test_what_newer_writers_add_does_not_swell_an_event(office: Office) -> None:
+async def test_what_newer_writers_add_does_not_swell_an_event(office: AuditFixtures) -> None:
     olga = office.key("user", "olga")
     selector = Selector.model_validate({"agent_id": "deploy-bot", "note": "x" * 300_000})
     order = office.claims(RevocationRequest, olga, kind="revocation", selector=selector, reason="x")
@@ -565,7 +575,7 @@ class HandClock:
 
 async def test_a_signer_who_is_known_a_moment_later_is_believed() -> None:
     clock = HandClock()
-    office = Office(clock, settle_ms=20_000)
+    office = AuditFixtures(clock, settle_ms=20_000)
     office.staff()
     key = office.key("agent", "late-bot")
     request = office.claims(
@@ -588,7 +598,7 @@ async def test_a_signer_who_is_known_a_moment_later_is_believed() -> None:
 
 async def test_an_agent_that_is_known_a_moment_later_has_its_sponsor_in_the_event() -> None:
     clock = HandClock()
-    office = Office(clock, settle_ms=20_000)
+    office = AuditFixtures(clock, settle_ms=20_000)
     office.staff()
     sam = office.key("user", "sam")
     suspend = office.claims(AgentSuspend, sam, agent_id="late-bot", reason="odd")
@@ -603,7 +613,7 @@ async def test_an_agent_that_is_known_a_moment_later_has_its_sponsor_in_the_even
 
 async def test_a_task_that_is_known_a_moment_later_says_on_whose_behalf_it_was() -> None:
     clock = HandClock()
-    office = Office(clock, settle_ms=20_000)
+    office = AuditFixtures(clock, settle_ms=20_000)
     office.staff()
     maria = office.key("user", "maria")
     terms = TaskTerms(
@@ -623,7 +633,7 @@ async def test_a_task_that_is_known_a_moment_later_says_on_whose_behalf_it_was()
 
 async def test_an_old_record_of_nobody_is_not_waited_for() -> None:
     clock = HandClock()
-    office = Office(clock, settle_ms=20_000)
+    office = AuditFixtures(clock, settle_ms=20_000)
     office.staff()
     record = office.signed(
         CREDENTIAL_REQUEST, office.request(), SigningKey.generate(office.key("agent", "deploy-bot").id)
@@ -636,7 +646,7 @@ async def test_an_old_record_of_nobody_is_not_waited_for() -> None:
 # --- users, agents, targets, tasks ---
 
 
-async def test_every_change_of_an_agent_has_an_event_of_its_own(office: Office) -> None:
+async def test_every_change_of_an_agent_has_an_event_of_its_own(office: AuditFixtures) -> None:
     office.user("petra", "sponsor")
     sam, bot = office.key("user", "sam"), {"agent_id": "deploy-bot"}
     wider = (Permission(target="staging", verbs=("read", "deploy"), resources=("**",)),)
@@ -671,7 +681,7 @@ async def test_every_change_of_an_agent_has_an_event_of_its_own(office: Office) 
     )
 
 
-async def test_users_targets_and_tasks_end_in_events_too(office: Office) -> None:
+async def test_users_targets_and_tasks_end_in_events_too(office: AuditFixtures) -> None:
     olga, maria = office.key("user", "olga"), office.key("user", "maria")
     state = office.states[TARGET, "staging"][1]
     assert isinstance(state, TargetState)
@@ -700,7 +710,7 @@ async def test_users_targets_and_tasks_end_in_events_too(office: Office) -> None
     assert events[3]["entity_result"]["data"]["roles"] == ["sponsor"]
 
 
-async def test_a_lower_revision_after_a_higher_is_an_alarm(office: Office) -> None:
+async def test_a_lower_revision_after_a_higher_is_an_alarm(office: AuditFixtures) -> None:
     sam = office.key("user", "sam")
     first = office.record_of(AGENT, "deploy-bot")
     suspend = office.claims(AgentSuspend, sam, agent_id="deploy-bot", reason="odd")
@@ -713,7 +723,7 @@ async def test_a_lower_revision_after_a_higher_is_an_alarm(office: Office) -> No
     assert steps(await office.audit(first, second)) == ["agent.registered", "agent.suspended"], "a redelivery"
 
 
-async def test_a_consent_counts_only_where_its_signature_holds(office: Office) -> None:
+async def test_a_consent_counts_only_where_its_signature_holds(office: AuditFixtures) -> None:
     sam, maria = office.key("user", "sam"), office.key("user", "maria")
     terms = TaskTerms(
         agent_id="deploy-bot", purpose="x", scope=office.scope, not_after=office.now_ms // 1000 + 60
@@ -731,7 +741,7 @@ async def test_a_consent_counts_only_where_its_signature_holds(office: Office) -
 # --- revocations ---
 
 
-async def test_a_revocation_of_a_lease_names_what_it_ends(office: Office) -> None:
+async def test_a_revocation_of_a_lease_names_what_it_ends(office: AuditFixtures) -> None:
     story = office.credential("revoked")
     events = await office.audit(*story.all)
     asked, ended = events[-2:]
@@ -741,7 +751,9 @@ async def test_a_revocation_of_a_lease_names_what_it_ends(office: Office) -> Non
     assert (ended["actor"]["user"]["name"], ended["unmapped"]["cause"]) == ("sam", "revocation")
 
 
-async def test_orders_and_confirmations_of_services_that_are_given_again_are_no_alarm(office: Office) -> None:
+async def test_orders_and_confirmations_of_services_that_are_given_again_are_no_alarm(
+    office: AuditFixtures,
+) -> None:
     """They are signed anew, with the same id. What a person signs is another message then, whoever put it there."""
     revoker, gateway = office.key("service", "revoker"), office.key("service", "gateway")
     sam = office.key("user", "sam")
@@ -763,7 +775,7 @@ async def test_orders_and_confirmations_of_services_that_are_given_again_are_no_
     assert steps([again]) == ["message.replayed"], "another order under the same id"
 
 
-async def test_a_stranger_revokes_in_nobodys_name(office: Office) -> None:
+async def test_a_stranger_revokes_in_nobodys_name(office: AuditFixtures) -> None:
     thief = SigningKey.generate(office.key("user", "sam").id)
     ask = office.claims(RevocationRequest, thief, kind="revocation", lease_id=office.task, reason="mischief")
     event = await office.event(office.signed(REVOCATION_REQUEST, ask, thief))
@@ -774,7 +786,7 @@ async def test_a_stranger_revokes_in_nobodys_name(office: Office) -> None:
 # --- what services say ---
 
 
-async def test_a_refusal_by_the_issuer_is_a_credential_refused_to_the_agent(office: Office) -> None:
+async def test_a_refusal_by_the_issuer_is_a_credential_refused_to_the_agent(office: AuditFixtures) -> None:
     story = office.credential()
     await office.audit(story.request, story.allowed)
     why = Reason(code="task_ended", message="the task has ended")
@@ -790,7 +802,9 @@ async def test_a_refusal_by_the_issuer_is_a_credential_refused_to_the_agent(offi
     assert (event["unmapped"]["agent"], event["unmapped"]["on_behalf_of"]) == ("deploy-bot", "maria")
 
 
-async def test_what_a_service_says_of_a_lease_names_everybody_and_keeps_its_trace(office: Office) -> None:
+async def test_what_a_service_says_of_a_lease_names_everybody_and_keeps_its_trace(
+    office: AuditFixtures,
+) -> None:
     story = office.credential()
     await office.audit(*story.all)
     claims = office.claims(
@@ -807,13 +821,15 @@ async def test_what_a_service_says_of_a_lease_names_everybody_and_keeps_its_trac
     assert event["session"]["uid"] == story.lease_id
 
 
-async def test_only_services_speak_as_services(office: Office) -> None:
+async def test_only_services_speak_as_services(office: AuditFixtures) -> None:
     sam = office.key("user", "sam")
     claims = office.claims(ServiceEvent, sam, kind="stopped", subject="policy", at_ms=office.now_ms)
     assert steps([await office.event(office.signed(SERVICE_EVENT, claims, sam))]) == ["record.not_believed"]
 
 
-async def test_a_decision_is_judged_whole_though_what_policy_was_given_is_not_read(office: Office) -> None:
+async def test_a_decision_is_judged_whole_though_what_policy_was_given_is_not_read(
+    office: AuditFixtures,
+) -> None:
     policy, story = office.key("service", "policy"), office.credential()
     claims = orjson.loads(parse(story.decision("allowed").value).payload)
 
@@ -828,7 +844,7 @@ async def test_a_decision_is_judged_whole_though_what_policy_was_given_is_not_re
     ]  # fmt: skip
 
 
-async def test_nobody_stands_behind_an_agent_that_names_the_task_of_another(office: Office) -> None:
+async def test_nobody_stands_behind_an_agent_that_names_the_task_of_another(office: AuditFixtures) -> None:
     office.agent("stray")
     by = office.key("agent", "stray")
     request = office.signed(CREDENTIAL_REQUEST, office.request(iss=by.id), by)
@@ -853,7 +869,7 @@ def test_privileges_are_one_word_for_each_verb_on_each_resource() -> None:
 
 def test_text_that_looks_like_a_token_is_scrubbed() -> None:
     key = SigningKey.generate("spiffe://a/user/b")
-    claims = Office().claims(UserDisable, key, user_id="b", reason="x")
+    claims = AuditFixtures().claims(UserDisable, key, user_id="b", reason="x")
     jws = sign(claims, key)
     assert scrubbed(f"see {jws} please") == "see [redacted] please"
     assert scrubbed("version 1.2.3 of the build.") == "version 1.2.3 of the build."

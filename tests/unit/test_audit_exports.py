@@ -20,7 +20,7 @@ from ringfence.client.exports.ecs import ecs_of
 from ringfence.client.exports.writers import Format, writer_of
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import REGISTRY_COMMAND
-from tests.audit_office import Office
+from tests.support.audit_fixtures import AuditFixtures
 
 # https://www.elastic.co/docs/reference/ecs/ecs-allowed-values-event-category: the types that each category expects.
 TYPES = {
@@ -35,7 +35,7 @@ TYPES = {
 @pytest.fixture
 async def events() -> list[dict[str, Any]]:
     """Of each class one at least."""
-    office = Office()
+    office = AuditFixtures()
     found: list[dict[str, Any]] = [*await office.audit(*office.staff())]
     found += await office.audit(*office.credential("released").all)
     beyond = (Reason(code="beyond_scope", message="the task does not allow it"),)

@@ -22,7 +22,7 @@ from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE, SERVICE_EVENT
 from ringfence.model.audit_log.chain import linkable, linked, linked_event
 from ringfence.model.audit_log.merkle import leaf_hash
-from tests.audit_office import TD, Office
+from tests.support.audit_fixtures import TD, AuditFixtures
 
 HASH = bytes(range(32))
 
@@ -54,7 +54,7 @@ def told(number: int) -> PendingEvent:
     return PendingEvent("bot", f"uid {number}", linkable(words), None if number % 2 else "trace", words)
 
 
-async def handed_over(office: Office, lately: HandoverCache, *numbers: int) -> Received:
+async def handed_over(office: AuditFixtures, lately: HandoverCache, *numbers: int) -> Received:
     sent = Sent()
     intake = Intake(sent, lambda: office.key("service", "audit"), TD, SystemClock(), lately)
     await intake.hand_over(told(number) for number in numbers)
@@ -62,27 +62,27 @@ async def handed_over(office: Office, lately: HandoverCache, *numbers: int) -> R
     return came_back(office, message)
 
 
-def came_back(office: Office, message: Outbound) -> Received:
+def came_back(office: AuditFixtures, message: Outbound) -> Received:
     record = office.received(AUDIT_INTAKE, message.value, key=message.key)
     return record._replace(raw_headers=[("ce_id", message.id.encode())])
 
 
 async def test_what_comes_back_is_what_others_read_of_it() -> None:
-    office, lately = Office(), HandoverCache()
+    office, lately = AuditFixtures(), HandoverCache()
     record = await handed_over(office, lately, 1, 2, 3)
     assert lately.events(record, office.trust) == opened_intake(record, office.trust).events
     assert lately.events(record, office.trust) is None, "it is kept for the once that it is chained"
 
 
 async def test_another_text_under_the_same_id_is_not_taken_for_it() -> None:
-    office, lately = Office(), HandoverCache()
+    office, lately = AuditFixtures(), HandoverCache()
     record = await handed_over(office, lately, 1)
     another = record._replace(value=record.value[:-1] + (b"A" if record.value[-1:] != b"A" else b"Q"))
     assert lately.events(another, office.trust) is None
 
 
 async def test_what_was_signed_by_a_key_that_no_longer_may_is_not_believed() -> None:
-    office, lately = Office(), HandoverCache()
+    office, lately = AuditFixtures(), HandoverCache()
     record = await handed_over(office, lately, 1)
     others = tuple(one for one in office.bundle.services if "audit" not in one.roles)
     office.trust.load(office.trust_bundle(2, services=others).value, office.now_ms / 1000)
@@ -125,7 +125,7 @@ async def test_what_stands_nobody_knows_where_is_handed_over_again() -> None:
             (places,) = await super().send_to(*args)
             return [range(-1, 0) if len(self.messages) == 2 else places]
 
-    office, others = Office(), Others()
+    office, others = AuditFixtures(), Others()
     key = office.key("service", "audit")
     intake = Intake(Forgetful(), lambda: key, TD, SystemClock(), writer=others)
     await intake.hand_over([told(1)])
@@ -139,7 +139,7 @@ async def test_what_stands_nobody_knows_where_is_handed_over_again() -> None:
 @pytest.mark.parametrize("at_once", [True, False])
 async def test_what_a_key_signed_that_ended_meanwhile_is_handed_over_again_by_the_next(at_once: bool) -> None:
     """Also where the next one is here when that is asked: by a bundle that came meanwhile, it was appended too late."""
-    office, sent = Office(), Sent()
+    office, sent = AuditFixtures(), Sent()
     first, following = office.key("service", "audit"), office.key("service", "issuer")
     keys = iter([first, following if at_once else None, following, following])
 
@@ -158,7 +158,7 @@ async def test_what_a_key_signed_that_ended_meanwhile_is_handed_over_again_by_th
 
 
 def test_what_the_broker_appended_after_the_end_waits_though_our_clock_is_behind() -> None:
-    office = Office()
+    office = AuditFixtures()
     office.now_ms = office.bundle.exp * 1000 - 2
     before, after = (office.received(AUDIT_INTAKE, b"x") for _ in range(2))
     require_trust(office.trust, [before], 0)
@@ -168,7 +168,7 @@ def test_what_the_broker_appended_after_the_end_waits_though_our_clock_is_behind
 
 
 async def test_nothing_is_judged_by_a_bundle_that_had_ended_when_it_was_appended() -> None:
-    office = Office()
+    office = AuditFixtures()
     end_s = office.now_ms // 1000 + 60
     office.trust.load(office.trust_bundle(2, exp=end_s).value, office.now_ms / 1000)
     office.now_ms = end_s * 1000
@@ -186,7 +186,7 @@ async def test_nothing_is_judged_by_a_bundle_that_had_ended_when_it_was_appended
 
 
 async def test_the_oldest_are_forgotten_and_not_the_latest() -> None:
-    office = Office()
+    office = AuditFixtures()
     size = len((await handed_over(office, HandoverCache(), 10)).value)
     lately = HandoverCache(most_bytes=2 * size)
     records = [await handed_over(office, lately, number) for number in (10, 20, 30)]
@@ -218,14 +218,14 @@ def test_an_event_with_its_link_is_what_its_bytes_say_and_the_one_without_stays(
     assert before == event(1)
 
 
-def trailed(office: Office, number: int) -> tuple[Received, dict[str, Any]]:
+def trailed(office: AuditFixtures, number: int) -> tuple[Received, dict[str, Any]]:
     """An event as it stands on the trail."""
     value = linked(linkable(event(number)), "0", number, HASH)
     return office.received(AUDIT, value), linked_event(event(number), "0", number, HASH)
 
 
 def test_what_is_read_back_to_the_letter_is_not_taken_apart_again() -> None:
-    office, read_back = Office(), WrittenEventCache()
+    office, read_back = AuditFixtures(), WrittenEventCache()
     (own, words), (others, _) = trailed(office, 1), trailed(office, 2)
     read_back.put(own.value, words, HASH)
     found = read_back.of([own, others])
@@ -236,7 +236,7 @@ def test_what_is_read_back_to_the_letter_is_not_taken_apart_again() -> None:
 
 
 def test_other_bytes_of_the_same_event_are_looked_at() -> None:
-    office, read_back = Office(), WrittenEventCache()
+    office, read_back = AuditFixtures(), WrittenEventCache()
     own, words = trailed(office, 1)
     read_back.put(own.value, words, leaf_hash(own.value))
     changed = own._replace(value=own.value.replace("ähnlich".encode(), b"another"))
@@ -245,7 +245,7 @@ def test_other_bytes_of_the_same_event_are_looked_at() -> None:
 
 
 def test_what_is_never_read_back_goes_at_last_and_counts_once() -> None:
-    office = Office()
+    office = AuditFixtures()
     every = [trailed(office, number) for number in range(1, 6)]
     read_back = WrittenEventCache(most_bytes=2 * len(every[0][0].value))
 

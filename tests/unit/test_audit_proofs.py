@@ -21,7 +21,7 @@ from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT
 from ringfence.model.audit_log.chain import NOTHING, Source, Tip, linkable, linked, loaded
 from ringfence.model.audit_log.merkle import Hash, TreeHead, is_consistent, leaf_hash, root_by_inclusion
-from tests.audit_office import Office
+from tests.support.audit_fixtures import AuditFixtures
 
 
 def event(seq: int, prev: Hash, words: str = "true", tree: str = "0") -> bytes:
@@ -40,8 +40,8 @@ def told(tree: Any, seq: Any, prev: Any = "0" * 64) -> bytes:
 class Trail:
     """Chains true events and signs them, and puts forged ones between; holds a `ProofStore` against what is true."""
 
-    def __init__(self, tree: str = "0", office: Office | None = None) -> None:
-        self.office = office or Office()
+    def __init__(self, tree: str = "0", office: AuditFixtures | None = None) -> None:
+        self.office = office or AuditFixtures()
         self.tree = tree
         self.tip = Tip()
         self.values: list[bytes] = []
@@ -146,7 +146,7 @@ def test_an_event_that_is_linked_to_nothing_stands_for_none(trail: Trail) -> Non
 
 
 def test_each_partition_has_a_tree_of_its_own() -> None:
-    office = Office()
+    office = AuditFixtures()
     first, other = Trail("0", office), Trail("3", office)
     other.store = first.store
     first.comes(*first.chained(3))

@@ -19,7 +19,7 @@ from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.messages.lease import EndCause, RevocationRequest, Selector
 from ringfence.messages.registry import TaskEnd
 from ringfence.messages.topics import AUDIT, CREDENTIAL_REQUEST, REVOCATION_REQUEST, TASK
-from tests.audit_office import REPLY_KEY, Office, Story
+from tests.support.audit_fixtures import REPLY_KEY, AuditFixtures, Story
 
 SAM = Viewer("sam", ("deploy-bot",))
 MARIA = Viewer("maria", ())
@@ -30,7 +30,7 @@ class Desk:
     """An office and the index of what its audit wrote."""
 
     def __init__(self, file: Path | None = None) -> None:
-        self.office = Office()
+        self.office = AuditFixtures()
         self.index = SqliteIndex(file)
         self.staff = self.office.staff()
         self._taken = 0

@@ -19,7 +19,7 @@ from ringfence.messages.base import typ_header
 from ringfence.messages.registry import UserRecord
 from ringfence.messages.topics import REGISTRY_COMMAND, USER
 from ringfence.revoker.revocations.revocations import RevocationHandler
-from tests.malformed import Services, malformed
+from tests.support.malformed_records import Services, malformed
 
 WITHIN_S = 10
 TOGETHER = 8

@@ -31,39 +31,41 @@ from ringfence.messages.registry import (
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import CommandRefusedError, still_needed
 from ringfence.model.records.command_chain import ChainError, Chains, unverified_command
-from tests.ledger import START_MS, Ledger, permission
+from tests.support.in_memory_registry import START_MS, InMemoryRegistry, permission
 
 WIDE, NARROW = (permission("env/**"),), (permission("env/a"),)
 KINDS: tuple[SubjectKind, ...] = ("user", "agent", "target", "task")
 
 
 @pytest.fixture
-def ledger() -> Ledger:
-    ledger = Ledger()
+def ledger() -> InMemoryRegistry:
+    ledger = InMemoryRegistry()
     ledger.organisation()
     ledger.give(ledger.register("sam", "bot", "sam", ceiling=NARROW))
     return ledger
 
 
-def the(ledger: Ledger, kind: SubjectKind, id: str) -> AnyRecord:
+def the(ledger: InMemoryRegistry, kind: SubjectKind, id: str) -> AnyRecord:
     entry = ledger.directory.entry(kind, id)
     assert entry is not None
     return entry.record
 
 
-def forged(ledger: Ledger, old: AnyRecord, commands: tuple[EmbeddedCommand, ...], **state: Any) -> AnyRecord:
+def forged(
+    ledger: InMemoryRegistry, old: AnyRecord, commands: tuple[EmbeddedCommand, ...], **state: Any
+) -> AnyRecord:
     """The next revision of a record, with these commands and a state that is changed like this."""
     record: AnyRecord = ledger.record(old.state.model_copy(update=state), commands, old.revision + 1)
     return record
 
 
-def broken(ledger: Ledger, record: AnyRecord, **users: Any) -> str:
+def broken(ledger: InMemoryRegistry, record: AnyRecord, **users: Any) -> str:
     with pytest.raises(ChainError) as caught:
         ledger.chains(users).verify(record)
     return str(caught.value)
 
 
-def test_what_an_honest_registry_wrote_holds(ledger: Ledger):
+def test_what_an_honest_registry_wrote_holds(ledger: InMemoryRegistry):
     ledger.give(ledger.target_set("olga", "staging"))
     ledger.give(ledger.assign("uma", "bot"))
     chains = ledger.chains()
@@ -76,25 +78,25 @@ def test_what_an_honest_registry_wrote_holds(ledger: Ledger):
 # --- a registry that makes things up ----------------------------------------------------------------------------------
 
 
-def test_it_cannot_make_a_sponsor(ledger: Ledger):
+def test_it_cannot_make_a_sponsor(ledger: InMemoryRegistry):
     uma = the(ledger, "user", "uma")
     assert "not what its commands say" in broken(
         ledger, forged(ledger, uma, uma.commands, roles=("sponsor",))
     )
 
 
-def test_it_cannot_raise_a_ceiling(ledger: Ledger):
+def test_it_cannot_raise_a_ceiling(ledger: InMemoryRegistry):
     bot = the(ledger, "agent", "bot")
     assert "not what its commands say" in broken(ledger, forged(ledger, bot, bot.commands, ceiling=WIDE))
 
 
-def test_it_cannot_un_suspend_an_agent(ledger: Ledger):
+def test_it_cannot_un_suspend_an_agent(ledger: InMemoryRegistry):
     ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x"))
     bot = the(ledger, "agent", "bot")
     assert broken(ledger, forged(ledger, bot, bot.commands, status="active", suspended_by_operator=False))
 
 
-def test_it_cannot_sign_commands_itself(ledger: Ledger):
+def test_it_cannot_sign_commands_itself(ledger: InMemoryRegistry):
     uma = the(ledger, "user", "uma")
     for iss in (ledger.registry.id, ledger.key("olga").id, ledger.root.id):
         claims = ledger.user_set("olga", "uma", ["operator"], iss=iss)
@@ -104,7 +106,7 @@ def test_it_cannot_sign_commands_itself(ledger: Ledger):
         )
 
 
-def test_it_cannot_use_the_command_of_somebody_who_may_not_give_it(ledger: Ledger):
+def test_it_cannot_use_the_command_of_somebody_who_may_not_give_it(ledger: InMemoryRegistry):
     uma, bot = the(ledger, "user", "uma"), the(ledger, "agent", "bot")
     for who in ("sam", "adam", "uma"):
         command = ledger.embed(ledger.user_set(who, "uma", ["operator"]))
@@ -115,7 +117,7 @@ def test_it_cannot_use_the_command_of_somebody_who_may_not_give_it(ledger: Ledge
     assert "only the sponsor" in broken(ledger, forged(ledger, bot, (*bot.commands, command), ceiling=WIDE))
 
 
-def test_it_cannot_let_an_operator_widen_themselves(ledger: Ledger):
+def test_it_cannot_let_an_operator_widen_themselves(ledger: InMemoryRegistry):
     olga = the(ledger, "user", "olga")
     claims = ledger.user_set("olga", "olga", ["operator", "sponsor"])
     record = forged(ledger, olga, (*olga.commands, ledger.embed(claims)), roles=("operator", "sponsor"))
@@ -123,7 +125,7 @@ def test_it_cannot_let_an_operator_widen_themselves(ledger: Ledger):
     assert "nobody gives roles to themselves" in broken(ledger, record, olga=record)
 
 
-def test_it_cannot_begin_a_user_with_their_own_command(ledger: Ledger):
+def test_it_cannot_begin_a_user_with_their_own_command(ledger: InMemoryRegistry):
     """eve's record says that eve, an operator by that record, made her one."""
     command = ledger.embed(ledger.user_set("eve", "eve", ["operator"]))
     state = the(ledger, "user", "olga").state.model_copy(
@@ -134,7 +136,7 @@ def test_it_cannot_begin_a_user_with_their_own_command(ledger: Ledger):
     assert "no valid key" in broken(ledger, record, eve=record)
 
 
-def test_two_who_vouch_for_each_other_are_nobody(ledger: Ledger):
+def test_two_who_vouch_for_each_other_are_nobody(ledger: InMemoryRegistry):
     """eve was made by mallory, mallory by eve; each command comes just after the other's. It ends, with a no."""
     records = {}
     for turn, (who, by) in enumerate([("eve", "mallory"), ("mallory", "eve")]):
@@ -150,7 +152,7 @@ def test_two_who_vouch_for_each_other_are_nobody(ledger: Ledger):
         assert "no valid key" in broken(ledger, record, **records)
 
 
-def test_operators_who_set_each_other_in_turns_are_believed(ledger: Ledger):
+def test_operators_who_set_each_other_in_turns_are_believed(ledger: InMemoryRegistry):
     """Two operators set one another 150 times: it ends, and no length of it exhausts the stack."""
     for step in range(150):
         by, who = ("olga", "otto") if step % 2 else ("otto", "olga")
@@ -161,7 +163,7 @@ def test_operators_who_set_each_other_in_turns_are_believed(ledger: Ledger):
     chains.verify(the(ledger, "user", "olga"))
 
 
-def test_a_long_line_of_operators_is_believed(ledger: Ledger):
+def test_a_long_line_of_operators_is_believed(ledger: InMemoryRegistry):
     """Each was made by the one before: 250 steps back to the root, twice as many as the stack has room for."""
     by = "olga"
     for step in range(250):
@@ -170,7 +172,7 @@ def test_a_long_line_of_operators_is_believed(ledger: Ledger):
     ledger.chains().verify(the(ledger, "user", by))
 
 
-def test_it_cannot_exhaust_whoever_reads(ledger: Ledger):
+def test_it_cannot_exhaust_whoever_reads(ledger: InMemoryRegistry):
     """With an operator's help: users that are none, each of which can be judged only after the next one."""
     users: dict[str, Any] = {}
     state = the(ledger, "user", "uma").state
@@ -184,7 +186,7 @@ def test_it_cannot_exhaust_whoever_reads(ledger: Ledger):
 # --- another subject, another shape -----------------------------------------------------------------------------------
 
 
-def test_it_cannot_use_a_command_about_another_agent(ledger: Ledger):
+def test_it_cannot_use_a_command_about_another_agent(ledger: InMemoryRegistry):
     """sam resumes one of two suspended agents; that resumes the other as little as it is meant to."""
     ledger.give(ledger.register("sam", "robot", "sam", ceiling=WIDE))
     for agent in ("bot", "robot"):
@@ -196,7 +198,7 @@ def test_it_cannot_use_a_command_about_another_agent(ledger: Ledger):
     assert "another subject" in broken(ledger, forged(ledger, bot, (*bot.commands, ceiling), ceiling=WIDE))
 
 
-def test_it_cannot_put_another_users_command_into_a_record(ledger: Ledger):
+def test_it_cannot_put_another_users_command_into_a_record(ledger: InMemoryRegistry):
     """otto's record, continued by a command about olga that otto may give, and back again."""
     olga, otto = the(ledger, "user", "olga"), the(ledger, "user", "otto")
     mixed = (*otto.commands, ledger.embed(ledger.user_set("otto", "olga", ["operator", "sponsor"])))
@@ -205,7 +207,7 @@ def test_it_cannot_put_another_users_command_into_a_record(ledger: Ledger):
     assert "something else" in broken(ledger, record, olga=record)
 
 
-def test_it_cannot_use_a_task_end_for_another_task(ledger: Ledger):
+def test_it_cannot_use_a_task_end_for_another_task(ledger: InMemoryRegistry):
     first, second = (ledger.give(ledger.assign("uma", "bot")) for _ in range(2))
     assert first
     assert second
@@ -216,14 +218,14 @@ def test_it_cannot_use_a_task_end_for_another_task(ledger: Ledger):
     )
 
 
-def test_it_cannot_publish_one_subjects_record_as_anothers(ledger: Ledger):
+def test_it_cannot_publish_one_subjects_record_as_anothers(ledger: InMemoryRegistry):
     bot = the(ledger, "agent", "bot")
     record = ledger.record(bot.state, bot.commands, 1, sub="spiffe://test.example/agent/robot")
     assert "about another subject" in broken(ledger, record)
 
 
 @pytest.mark.parametrize("domain", ["other.example", "test.example.evil"])
-def test_a_command_of_another_trust_domain_is_none(ledger: Ledger, domain: str):
+def test_a_command_of_another_trust_domain_is_none(ledger: InMemoryRegistry, domain: str):
     uma = the(ledger, "user", "uma")
     foreign = SigningKey.generate(f"spiffe://{domain}/user/olga")
     for fields in ({"iss": foreign.id}, {"aud": domain}):
@@ -235,14 +237,14 @@ def test_a_command_of_another_trust_domain_is_none(ledger: Ledger, domain: str):
 @pytest.mark.parametrize(
     "path", ["agent/olga", "service/olga", "user/olga/x", "user/", "user/Olga", "task/olga"]
 )
-def test_what_only_looks_like_a_user_is_none(ledger: Ledger, path: str):
+def test_what_only_looks_like_a_user_is_none(ledger: InMemoryRegistry, path: str):
     claims = ledger.user_set("olga", "uma", ["operator"], iss=f"spiffe://test.example/{path}")
     with pytest.raises(InvalidMessageError, match="no valid key"):
         ledger.chains().authorise(parse(sign(claims, ledger.key("olga"))), ledger.clock.ms)
 
 
 @pytest.mark.parametrize("id", ["оlga", "olga\n", "olga ", "ｏlga", "", "../olga", "olga/x", "OLGA"])
-def test_ids_have_one_spelling(ledger: Ledger, id: str):
+def test_ids_have_one_spelling(ledger: InMemoryRegistry, id: str):
     """Letters of other alphabets, white space and paths are no part of an id, in no field that names somebody."""
     claims = ledger.user_set("olga", "uma").model_copy(update={"user_id": id})
     with pytest.raises(InvalidMessageError):
@@ -252,7 +254,7 @@ def test_ids_have_one_spelling(ledger: Ledger, id: str):
         ledger.chains().authorise(parse(sign(spiffe, ledger.key("olga"))), ledger.clock.ms)
 
 
-def test_a_consent_or_a_record_is_no_command(ledger: Ledger):
+def test_a_consent_or_a_record_is_no_command(ledger: InMemoryRegistry):
     for compact in (
         ledger.consent("uma", ledger.terms("bot")),
         sign(the(ledger, "user", "uma"), ledger.registry),
@@ -261,7 +263,7 @@ def test_a_consent_or_a_record_is_no_command(ledger: Ledger):
             ledger.chains().authorise(parse(compact), ledger.clock.ms)
 
 
-def test_two_people_may_use_the_same_jti(ledger: Ledger):
+def test_two_people_may_use_the_same_jti(ledger: InMemoryRegistry):
     """A command's id is of its signer as well: else one could take the id of another's, and stand for it."""
     ids = set()
     for who in ("olga", "otto"):
@@ -272,7 +274,7 @@ def test_two_people_may_use_the_same_jti(ledger: Ledger):
     assert len(ids) == 2
 
 
-def test_what_is_embedded_and_of_an_unknown_type_is_no_command(ledger: Ledger):
+def test_what_is_embedded_and_of_an_unknown_type_is_no_command(ledger: InMemoryRegistry):
     consent = EmbeddedCommand(jws=ledger.consent("uma", ledger.terms("bot")), appended_at_ms=ledger.clock.ms)
     with pytest.raises(InvalidMessageError) as unread:
         unverified_command(consent)
@@ -284,14 +286,14 @@ def test_what_is_embedded_and_of_an_unknown_type_is_no_command(ledger: Ledger):
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
-def test_it_cannot_use_an_expired_command(ledger: Ledger):
+def test_it_cannot_use_an_expired_command(ledger: InMemoryRegistry):
     bot = the(ledger, "agent", "bot")
     claims = ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE)
     late = ledger.embed(claims, claims.exp * 1000)
     assert "after its exp" in broken(ledger, forged(ledger, bot, (*bot.commands, late), ceiling=WIDE))
 
 
-def test_it_cannot_use_a_command_of_somebody_who_is_no_operator_any_more(ledger: Ledger):
+def test_it_cannot_use_a_command_of_somebody_who_is_no_operator_any_more(ledger: InMemoryRegistry):
     uma = the(ledger, "user", "uma")
     ledger.give(ledger.user_set("otto", "olga", []))
     command = ledger.embed(ledger.user_set("olga", "uma", ["operator"]))
@@ -301,7 +303,7 @@ def test_it_cannot_use_a_command_of_somebody_who_is_no_operator_any_more(ledger:
 
 
 @pytest.mark.parametrize("how", ["disabled", "key ended", "key not begun", "key over"])
-def test_it_cannot_use_a_key_that_does_not_count_then(ledger: Ledger, how: str):
+def test_it_cannot_use_a_key_that_does_not_count_then(ledger: InMemoryRegistry, how: str):
     key, now_s = ledger.key("olga"), ledger.clock.ms // 1000
     match how:
         case "disabled":
@@ -322,7 +324,7 @@ def test_it_cannot_use_a_key_that_does_not_count_then(ledger: Ledger, how: str):
     )
 
 
-def test_what_was_signed_before_somebody_left_stays_good(ledger: Ledger):
+def test_what_was_signed_before_somebody_left_stays_good(ledger: InMemoryRegistry):
     ledger.give(ledger.claims(UserDisable, "otto", user_id="olga", reason="left"))
     chains = ledger.chains()
     for id in ("sam", "suzy", "uma"):
@@ -330,7 +332,7 @@ def test_what_was_signed_before_somebody_left_stays_good(ledger: Ledger):
     chains.verify(the(ledger, "agent", "bot"))
 
 
-def test_a_key_that_ended_and_was_given_again_counts_only_while_it_was_there(ledger: Ledger):
+def test_a_key_that_ended_and_was_given_again_counts_only_while_it_was_there(ledger: InMemoryRegistry):
     first, second = ledger.key("olga"), SigningKey.generate(ledger.key("olga").id)
     moments = []
     for keys in ((second,), (first, second), (second,)):
@@ -344,7 +346,7 @@ def test_a_key_that_ended_and_was_given_again_counts_only_while_it_was_there(led
     assert (before is not None, ended, again is not None, ended_again) == (True, None, True, None)
 
 
-def test_commands_of_one_millisecond_do_not_see_each_other(ledger: Ledger):
+def test_commands_of_one_millisecond_do_not_see_each_other(ledger: InMemoryRegistry):
     """eve is made an operator and gives a command in the same millisecond: she was none just before."""
     at = ledger.clock.ms
     ledger.give(ledger.user_set("olga", "eve", ["operator"]))
@@ -356,7 +358,7 @@ def test_commands_of_one_millisecond_do_not_see_each_other(ledger: Ledger):
     ledger.chains().verify(after)
 
 
-def test_ones_own_record_is_folded_to_the_very_command_before(ledger: Ledger):
+def test_ones_own_record_is_folded_to_the_very_command_before(ledger: InMemoryRegistry):
     """olga loses her role and, in the same millisecond, gives a command about herself: she has no role for it."""
     at = ledger.clock.ms
     ledger.give(ledger.user_set("otto", "olga", []))
@@ -367,7 +369,7 @@ def test_ones_own_record_is_folded_to_the_very_command_before(ledger: Ledger):
     )
 
 
-def test_a_key_that_was_replaced_in_the_very_moment_signs_nothing_about_its_owner(ledger: Ledger):
+def test_a_key_that_was_replaced_in_the_very_moment_signs_nothing_about_its_owner(ledger: InMemoryRegistry):
     """In their own record, a user's keys are those after the very command before."""
     at, old = ledger.clock.ms, ledger.key("olga")
     fresh = ledger.key_record(SigningKey.generate(old.id))
@@ -380,7 +382,7 @@ def test_a_key_that_was_replaced_in_the_very_moment_signs_nothing_about_its_owne
 # --- dropping, swapping, repeating ------------------------------------------------------------------------------------
 
 
-def test_it_cannot_change_the_order_in_which_things_were_signed(ledger: Ledger):
+def test_it_cannot_change_the_order_in_which_things_were_signed(ledger: InMemoryRegistry):
     """The wider ceiling was signed first, the narrower after it. Both still live; swapping them would raise it."""
     wide = ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE)
     ledger.clock.ms += 1000
@@ -391,7 +393,7 @@ def test_it_cannot_change_the_order_in_which_things_were_signed(ledger: Ledger):
     assert "signed before a later change" in broken(ledger, forged(ledger, bot, swapped, ceiling=WIDE))
 
 
-def test_it_cannot_use_an_earlier_resume_for_a_later_suspension(ledger: Ledger):
+def test_it_cannot_use_an_earlier_resume_for_a_later_suspension(ledger: InMemoryRegistry):
     ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x"))
     resume = ledger.claims(AgentResume, "olga", agent_id="bot", reason="fine")
     ledger.give(resume)
@@ -403,7 +405,7 @@ def test_it_cannot_use_an_earlier_resume_for_a_later_suspension(ledger: Ledger):
     )
 
 
-def test_it_cannot_use_a_command_twice(ledger: Ledger):
+def test_it_cannot_use_a_command_twice(ledger: InMemoryRegistry):
     """Within one second, the time of signing cannot tell; the command itself does."""
     bot = the(ledger, "agent", "bot")
     now = ledger.clock.ms
@@ -415,7 +417,7 @@ def test_it_cannot_use_a_command_twice(ledger: Ledger):
     assert "embedded twice" in broken(ledger, record)
 
 
-def test_it_cannot_order_commands_against_their_times(ledger: Ledger):
+def test_it_cannot_order_commands_against_their_times(ledger: InMemoryRegistry):
     ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE))
     ledger.give(ledger.transfer("sam", "bot", "suzy"))
     bot, uma = the(ledger, "agent", "bot"), the(ledger, "user", "uma")
@@ -428,13 +430,13 @@ def test_it_cannot_order_commands_against_their_times(ledger: Ledger):
     assert "out of order" in broken(ledger, backwards, uma=backwards)
 
 
-def test_a_record_without_its_first_command_is_none(ledger: Ledger):
+def test_a_record_without_its_first_command_is_none(ledger: InMemoryRegistry):
     ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE))
     bot = the(ledger, "agent", "bot")
     assert "there is no agent" in broken(ledger, forged(ledger, bot, bot.commands[1:]))
 
 
-def test_a_changed_command_is_found_out(ledger: Ledger):
+def test_a_changed_command_is_found_out(ledger: InMemoryRegistry):
     bot = the(ledger, "agent", "bot")
     head, body, tail = bot.commands[0].jws.split(".")
     wide = b64encode(b64decode(body).replace(b"env/a", b"env/*"))
@@ -443,7 +445,7 @@ def test_a_changed_command_is_found_out(ledger: Ledger):
         assert "does not hold" in broken(ledger, forged(ledger, bot, (command,)))
 
 
-def test_a_user_whose_history_was_rewritten_is_folded_anew(ledger: Ledger):
+def test_a_user_whose_history_was_rewritten_is_folded_anew(ledger: InMemoryRegistry):
     """What was believed of a record is not believed of the next one under the same name."""
     users: dict[str, Any] = {"olga": the(ledger, "user", "olga")}
     chains = ledger.chains(users)
@@ -457,7 +459,7 @@ def test_a_user_whose_history_was_rewritten_is_folded_anew(ledger: Ledger):
         chains.roles_at("olga", START_MS + 10**9)
 
 
-def test_what_is_forgotten_is_folded_anew(ledger: Ledger):
+def test_what_is_forgotten_is_folded_anew(ledger: InMemoryRegistry):
     """Until then a fold stands, whatever becomes of what it rests on; another trust bundle makes readers forget."""
     users: dict[str, Any] = {}
 
@@ -481,7 +483,7 @@ def test_what_is_forgotten_is_folded_anew(ledger: Ledger):
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def test_it_cannot_assign_a_task_on_behalf_of_who_did_not_sign(ledger: Ledger):
+def test_it_cannot_assign_a_task_on_behalf_of_who_did_not_sign(ledger: InMemoryRegistry):
     claims = ledger.assign("sam", "bot", on_behalf_of="uma")
     given = ledger.give(ledger.assign("sam", "bot"))
     assert given
@@ -494,7 +496,7 @@ def test_it_cannot_assign_a_task_on_behalf_of_who_did_not_sign(ledger: Ledger):
     )
 
 
-def test_it_cannot_give_a_task_another_name(ledger: Ledger):
+def test_it_cannot_give_a_task_another_name(ledger: InMemoryRegistry):
     given = ledger.give(ledger.assign("uma", "bot"))
     assert given
     other = given.state.model_copy(update={"task_id": "00000000-0000-5000-8000-000000000000"})
@@ -521,7 +523,7 @@ ACTIONS = st.one_of(
 )
 
 
-def act(ledger: Ledger, action: tuple[Any, ...]) -> Any:
+def act(ledger: InMemoryRegistry, action: tuple[Any, ...]) -> Any:
     match action:
         case ("user", by, who, roles, scope, rotate):
             if rotate:
@@ -566,7 +568,7 @@ def test_what_a_registry_accepts_every_reader_believes(actions: list[Any], seed:
     Each record's chain holds, for a reader that got them in any order, and for one that missed any of the revisions;
     and neither sees anything wrong with what comes next.
     """
-    ledger = Ledger()
+    ledger = InMemoryRegistry()
     ledger.organisation()
     published: list[str] = []
     admit = ledger.admit
@@ -602,7 +604,7 @@ def test_what_a_registry_accepts_every_reader_believes(actions: list[Any], seed:
     assert not alarms
 
 
-def test_records_do_not_grow_with_what_no_longer_matters(ledger: Ledger):
+def test_records_do_not_grow_with_what_no_longer_matters(ledger: InMemoryRegistry):
     for step in range(30):
         as_of = ledger.clock.ms // 1000
         entitlements = ledger.entitlements(permission(f"env/{step}"), as_of=as_of)
@@ -629,7 +631,7 @@ def test_records_do_not_grow_with_what_no_longer_matters(ledger: Ledger):
             assert all(unverified_command(c) for c in entry.record.commands)
 
 
-def test_what_somebody_narrowed_themselves_from_is_kept(ledger: Ledger):
+def test_what_somebody_narrowed_themselves_from_is_kept(ledger: InMemoryRegistry):
     """olga may narrow what otto gave her; without his command in the record hers would widen what was before."""
     as_of = ledger.clock.ms // 1000
     for by, scope in (("otto", ()), ("otto", WIDE), ("olga", NARROW)):
@@ -638,13 +640,13 @@ def test_what_somebody_narrowed_themselves_from_is_kept(ledger: Ledger):
     ledger.chains().verify(the(ledger, "user", "olga"))
 
 
-def test_a_suspension_by_an_operator_is_kept_while_it_lasts(ledger: Ledger):
+def test_a_suspension_by_an_operator_is_kept_while_it_lasts(ledger: InMemoryRegistry):
     by_operator = ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x")
     by_sponsor = ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x")
     assert still_needed([(by_operator, "kept")], by_sponsor) == ["kept"]
 
 
-def test_a_suspension_gives_way_to_one_of_the_same_person_alone(ledger: Ledger):
+def test_a_suspension_gives_way_to_one_of_the_same_person_alone(ledger: InMemoryRegistry):
     """Else a registry could leave out an operator's, and let the sponsor lift their own."""
 
     def of(model: type[Any], who: str) -> Any:
@@ -666,7 +668,7 @@ def test_a_suspension_gives_way_to_one_of_the_same_person_alone(ledger: Ledger):
         assert still_needed([(command, command) for command in before], latest) == kept
 
 
-def test_records_of_agents_that_many_suspend_do_not_grow(ledger: Ledger):
+def test_records_of_agents_that_many_suspend_do_not_grow(ledger: InMemoryRegistry):
     for who in ("olga", "sam", "otto") * 10:
         ledger.give(ledger.claims(AgentSuspend, who, agent_id="bot", reason="x"))
         ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))

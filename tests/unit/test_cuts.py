@@ -23,7 +23,7 @@ from ringfence.messages.topics import HEARTBEAT, REVOCATION_ACK
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.leases.revocations import Order
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
-from tests.ledger import START_MS, TD, FixedClock
+from tests.support.in_memory_registry import START_MS, TD, FixedClock
 
 GRACE_MS = 5000
 ROOT = SigningKey.generate(f"spiffe://{TD}/root")

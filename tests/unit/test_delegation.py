@@ -34,7 +34,7 @@ from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import may_approve
 from ringfence.model.requests.facts import find_ground, violations_of
 from ringfence.registry.domain import MAX_PARTS
-from tests.ledger import START_MS, Ledger, permission
+from tests.support.in_memory_registry import START_MS, InMemoryRegistry, permission
 
 NOW_S = START_MS // 1000
 WIDE, NARROW = (permission("env/**"),), (permission("env/a"),)
@@ -42,9 +42,9 @@ AGENTS = ("bot", "second", "third", "fourth", "fifth")
 
 
 @pytest.fixture
-def ledger() -> Ledger:
+def ledger() -> InMemoryRegistry:
     """sam's bot, suzy's other agents, uma who may do what she has done."""
-    ledger = Ledger()
+    ledger = InMemoryRegistry()
     ledger.organisation()
     ledger.give(ledger.user_set("olga", "uma", entitlements=ledger.entitlements(*WIDE)))
     ledger.give(
@@ -56,11 +56,11 @@ def ledger() -> Ledger:
 
 
 @pytest.fixture
-def task(ledger: Ledger) -> str:
+def task(ledger: InMemoryRegistry) -> str:
     return made(ledger, ledger.assign("uma", "bot"))
 
 
-def made(ledger: Ledger, claims: Any, **how: Any) -> str:
+def made(ledger: InMemoryRegistry, claims: Any, **how: Any) -> str:
     """The id of a task that the registry takes."""
     change = ledger.give(claims, **how)
     assert change is not None
@@ -68,31 +68,31 @@ def made(ledger: Ledger, claims: Any, **how: Any) -> str:
     return change.state.task_id
 
 
-def part(ledger: Ledger, by: str, parent: str, to: str, **terms: Any) -> TaskDelegate:
+def part(ledger: InMemoryRegistry, by: str, parent: str, to: str, **terms: Any) -> TaskDelegate:
     given = {"not_after": NOW_S + 600, **terms}
     return ledger.claims(
         TaskDelegate, by, iss=ledger.key(by, "agent").id, parent=parent, terms=ledger.terms(to, **given)
     )
 
 
-def by_agent(ledger: Ledger, model: type[Any], agent: str, **fields: Any) -> Any:
+def by_agent(ledger: InMemoryRegistry, model: type[Any], agent: str, **fields: Any) -> Any:
     return ledger.claims(model, agent, iss=ledger.key(agent, "agent").id, **fields)
 
 
-def refused(ledger: Ledger, claims: Claims, key: SigningKey | None = None) -> str:
+def refused(ledger: InMemoryRegistry, claims: Claims, key: SigningKey | None = None) -> str:
     """The code with which a command is refused."""
     with pytest.raises(CommandRefusedError) as caught:
         ledger.give(claims, key)
     return caught.value.code
 
 
-def state_of(ledger: Ledger, id: str) -> TaskState:
+def state_of(ledger: InMemoryRegistry, id: str) -> TaskState:
     entry = ledger.directory.task(id)
     assert entry is not None
     return entry.state
 
 
-def reader_of(ledger: Ledger, *, but_for: Sequence[str] = ()) -> Directory:
+def reader_of(ledger: InMemoryRegistry, *, but_for: Sequence[str] = ()) -> Directory:
     """Somebody who reads all records only now."""
     reader = ledger.reader(ledger.alarms.append)
     kinds: tuple[SubjectKind, ...] = ("task", "agent", "target", "user")  # those that rest on others first
@@ -110,7 +110,7 @@ def _parts(record: AnyRecord) -> tuple[Any, Any, int]:
 # --- what is handed on ------------------------------------------------------------------------------------------------
 
 
-def test_a_part_names_its_parent_its_chain_and_the_same_human(ledger: Ledger, task: str):
+def test_a_part_names_its_parent_its_chain_and_the_same_human(ledger: InMemoryRegistry, task: str):
     first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
     second = made(ledger, part(ledger, "second", first, "third", scope=NARROW))
     state = state_of(ledger, second)
@@ -119,7 +119,9 @@ def test_a_part_names_its_parent_its_chain_and_the_same_human(ledger: Ledger, ta
     assert state_of(ledger, first).act == ("second", "bot")
 
 
-def test_a_task_of_nobody_elses_says_what_it_said_before_there_were_parts(ledger: Ledger, task: str):
+def test_a_task_of_nobody_elses_says_what_it_said_before_there_were_parts(
+    ledger: InMemoryRegistry, task: str
+):
     entry = ledger.directory.task(task)
     assert entry is not None
     payload = parse(entry.compact).payload
@@ -137,16 +139,16 @@ def test_a_task_of_nobody_elses_says_what_it_said_before_there_were_parts(ledger
         (permission("env/a"), permission("other")),
     ],
 )
-def test_it_is_no_wider_than_the_task(ledger: Ledger, task: str, wanted: Scope):
+def test_it_is_no_wider_than_the_task(ledger: InMemoryRegistry, task: str, wanted: Scope):
     assert refused(ledger, part(ledger, "bot", task, "second", scope=wanted)) == "beyond_parent"
 
 
-def test_it_is_no_wider_than_the_part_that_it_is_a_part_of(ledger: Ledger, task: str):
+def test_it_is_no_wider_than_the_part_that_it_is_a_part_of(ledger: InMemoryRegistry, task: str):
     first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
     assert refused(ledger, part(ledger, "second", first, "third", scope=WIDE)) == "beyond_parent"
 
 
-def test_it_ends_no_later(ledger: Ledger, task: str):
+def test_it_ends_no_later(ledger: InMemoryRegistry, task: str):
     end = state_of(ledger, task).not_after
     later = part(ledger, "bot", task, "second", not_after=end + 1)
     assert refused(ledger, later) == "later_than_parent"
@@ -155,7 +157,7 @@ def test_it_ends_no_later(ledger: Ledger, task: str):
     assert made(ledger, part(ledger, "bot", task, "second", not_after=end))
 
 
-def test_it_is_handed_on_so_often_and_no_further(ledger: Ledger, task: str):
+def test_it_is_handed_on_so_often_and_no_further(ledger: InMemoryRegistry, task: str):
     at = task
     for by, to in pairwise(AGENTS[: MAX_DEPTH + 1]):
         at = made(ledger, part(ledger, by, at, to))
@@ -163,7 +165,7 @@ def test_it_is_handed_on_so_often_and_no_further(ledger: Ledger, task: str):
     assert refused(ledger, deeper) == "delegation_too_deep"
 
 
-def test_it_does_not_come_back(ledger: Ledger, task: str):
+def test_it_does_not_come_back(ledger: InMemoryRegistry, task: str):
     assert refused(ledger, part(ledger, "bot", task, "bot")) == "delegation_loop"
     first = made(ledger, part(ledger, "bot", task, "second"))
     second = made(ledger, part(ledger, "second", first, "third"))
@@ -171,7 +173,7 @@ def test_it_does_not_come_back(ledger: Ledger, task: str):
         assert refused(ledger, part(ledger, "third", second, back)) == "delegation_loop"
 
 
-def test_there_are_so_many_parts_of_a_task(ledger: Ledger, task: str):
+def test_there_are_so_many_parts_of_a_task(ledger: InMemoryRegistry, task: str):
     for n in range(MAX_PARTS):
         one = made(ledger, part(ledger, "bot", task, "second"))
         if n % 2:  # those that have ended count too
@@ -184,7 +186,7 @@ def test_there_are_so_many_parts_of_a_task(ledger: Ledger, task: str):
 # --- who hands on -----------------------------------------------------------------------------------------------------
 
 
-def test_another_agent_hands_nothing_on(ledger: Ledger, task: str):
+def test_another_agent_hands_nothing_on(ledger: InMemoryRegistry, task: str):
     assert refused(ledger, part(ledger, "second", task, "third")) == "not_task_agent"
     first = made(ledger, part(ledger, "bot", task, "second"))
     # Not even one that is in the chain: that part is another's.
@@ -192,17 +194,17 @@ def test_another_agent_hands_nothing_on(ledger: Ledger, task: str):
 
 
 @pytest.mark.parametrize("who", ["uma", "sam", "olga", "root"])
-def test_no_person_hands_on(ledger: Ledger, task: str, who: str):
+def test_no_person_hands_on(ledger: InMemoryRegistry, task: str, who: str):
     claims = ledger.claims(TaskDelegate, who, parent=task, terms=ledger.terms("second"))
     assert refused(ledger, claims) == "not_task_agent"
 
 
-def test_another_agents_signature_is_none(ledger: Ledger, task: str):
+def test_another_agents_signature_is_none(ledger: InMemoryRegistry, task: str):
     with pytest.raises(InvalidMessageError, match="no valid key"):
         ledger.give(part(ledger, "bot", task, "second"), ledger.key("second", "agent"))
 
 
-def test_an_old_key_hands_nothing_on(ledger: Ledger):
+def test_an_old_key_hands_nothing_on(ledger: InMemoryRegistry):
     old, new = SigningKey.generate(ledger.key("bot", "agent").id), ledger.key("late", "agent")
     keys = (old.record(ledger.clock.ms // 1000 + 10), ledger.key_record(new))
     ledger.give(ledger.register("olga", "late", "sam", ceiling=WIDE, keys=keys))
@@ -216,13 +218,13 @@ def test_an_old_key_hands_nothing_on(ledger: Ledger):
 
 
 @pytest.mark.parametrize("model", [AgentSuspend, AgentDecommission])
-def test_who_is_stopped_hands_nothing_on(ledger: Ledger, task: str, model: type[Any]):
+def test_who_is_stopped_hands_nothing_on(ledger: InMemoryRegistry, task: str, model: type[Any]):
     ledger.give(ledger.claims(model, "olga", agent_id="bot", reason="x"))
     code = "agent_suspended" if model is AgentSuspend else "agent_decommissioned"
     assert refused(ledger, part(ledger, "bot", task, "second")) == code
 
 
-def test_nothing_is_handed_on_to_or_through_who_is_stopped(ledger: Ledger, task: str):
+def test_nothing_is_handed_on_to_or_through_who_is_stopped(ledger: InMemoryRegistry, task: str):
     first = made(ledger, part(ledger, "bot", task, "second"))
     assert refused(ledger, part(ledger, "bot", task, "nobody")) == "unknown_agent"
     ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="third", reason="x"))
@@ -231,7 +233,7 @@ def test_nothing_is_handed_on_to_or_through_who_is_stopped(ledger: Ledger, task:
     assert refused(ledger, part(ledger, "second", first, "fourth")) == "agent_suspended"
 
 
-def test_nothing_is_handed_on_of_what_has_ended(ledger: Ledger, task: str):
+def test_nothing_is_handed_on_of_what_has_ended(ledger: InMemoryRegistry, task: str):
     first = made(ledger, part(ledger, "bot", task, "second", not_after=NOW_S + 60))
     assert refused(ledger, part(ledger, "bot", "0b8a1a5c-9a3e-5d57-8a2b-4a8d2f7f5b11", "second")) == (
         "unknown_parent"
@@ -246,7 +248,7 @@ def test_nothing_is_handed_on_of_what_has_ended(ledger: Ledger, task: str):
     assert refused(ledger, part(ledger, "bot", short, "second")) == "task_ended"
 
 
-def test_nothing_is_handed_on_on_behalf_of_who_is_disabled(ledger: Ledger, task: str):
+def test_nothing_is_handed_on_on_behalf_of_who_is_disabled(ledger: InMemoryRegistry, task: str):
     ledger.give(ledger.claims(UserDisable, "olga", user_id="uma", reason="left"))
     assert refused(ledger, part(ledger, "bot", task, "second")) == "user_disabled"
 
@@ -255,7 +257,7 @@ def test_nothing_is_handed_on_on_behalf_of_who_is_disabled(ledger: Ledger, task:
 
 
 @pytest.mark.parametrize("who", ["bot", "second"])
-def test_whoever_handed_it_on_ends_it(ledger: Ledger, task: str, who: str):
+def test_whoever_handed_it_on_ends_it(ledger: InMemoryRegistry, task: str, who: str):
     first = made(ledger, part(ledger, "bot", task, "second"))
     second = made(ledger, part(ledger, "second", first, "third"))
     ledger.give(by_agent(ledger, TaskEnd, who, task_id=second, reason="done"))
@@ -267,7 +269,7 @@ def test_whoever_handed_it_on_ends_it(ledger: Ledger, task: str, who: str):
 
 
 @pytest.mark.parametrize("who", ["third", "fourth"])
-def test_no_other_agent_ends_it(ledger: Ledger, task: str, who: str):
+def test_no_other_agent_ends_it(ledger: InMemoryRegistry, task: str, who: str):
     first = made(ledger, part(ledger, "bot", task, "second"))
     second = made(ledger, part(ledger, "second", first, "third"))
     assert refused(ledger, by_agent(ledger, TaskEnd, who, task_id=second, reason="x")) == "not_entitled"
@@ -279,7 +281,7 @@ def test_no_other_agent_ends_it(ledger: Ledger, task: str, who: str):
 
 
 @pytest.mark.parametrize("who", ["uma", "suzy", "olga"])
-def test_people_end_it_as_any_task(ledger: Ledger, task: str, who: str):
+def test_people_end_it_as_any_task(ledger: InMemoryRegistry, task: str, who: str):
     first = made(ledger, part(ledger, "bot", task, "second"))
     ledger.give(ledger.claims(TaskEnd, who, task_id=first, reason="x"))
     assert state_of(ledger, first).status == "ended"
@@ -288,7 +290,7 @@ def test_people_end_it_as_any_task(ledger: Ledger, task: str, who: str):
 # --- a registry that lies ---------------------------------------------------------------------------------------------
 
 
-def forged(ledger: Ledger, id: str, commands: Any = None, **state: Any) -> str:
+def forged(ledger: InMemoryRegistry, id: str, commands: Any = None, **state: Any) -> str:
     """Why a reader who was given this record instead of the honest one does not believe it."""
     entry = ledger.directory.task(id)
     assert entry is not None
@@ -312,12 +314,12 @@ def forged(ledger: Ledger, id: str, commands: Any = None, **state: Any) -> str:
         {"act": ("second", "fifth")},
     ],
 )
-def test_it_widens_no_part(ledger: Ledger, task: str, state: dict[str, Any]):
+def test_it_widens_no_part(ledger: InMemoryRegistry, task: str, state: dict[str, Any]):
     first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
     assert "not what its commands say" in forged(ledger, first, **state)
 
 
-def test_it_invents_no_part(ledger: Ledger, task: str):
+def test_it_invents_no_part(ledger: InMemoryRegistry, task: str):
     """It signs the command itself, with its own key or as the agent; or has none at all."""
     first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
     claims = part(ledger, "bot", task, "second")
@@ -329,7 +331,7 @@ def test_it_invents_no_part(ledger: Ledger, task: str):
     assert forged(ledger, first, assigned.record.commands)
 
 
-def test_what_the_registry_refuses_no_reader_believes(ledger: Ledger, task: str):
+def test_what_the_registry_refuses_no_reader_believes(ledger: InMemoryRegistry, task: str):
     first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
     at_ms = ledger.clock.ms
     refusals = {
@@ -345,7 +347,7 @@ def test_what_the_registry_refuses_no_reader_believes(ledger: Ledger, task: str)
     assert "no valid key" in forged(ledger, first, (before,))  # there was no agent yet
 
 
-def test_a_chain_that_is_too_deep_is_believed_by_nobody(ledger: Ledger, task: str):
+def test_a_chain_that_is_too_deep_is_believed_by_nobody(ledger: InMemoryRegistry, task: str):
     """Agents that conspire with the registry make a chain of records as long as they like."""
     names = [f"a{n}" for n in range(12)]
     for name in names:
@@ -382,7 +384,7 @@ def test_a_chain_that_is_too_deep_is_believed_by_nobody(ledger: Ledger, task: st
 # --- later ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_verdict_is_the_same_for_ever(ledger: Ledger, task: str):
+def test_the_verdict_is_the_same_for_ever(ledger: InMemoryRegistry, task: str):
     """Whatever came after a command, to its signer, to the task above, to the people: it was in order then."""
     first = made(ledger, part(ledger, "bot", task, "second"))
     second = made(ledger, part(ledger, "second", first, "third"))
@@ -409,7 +411,7 @@ def test_the_verdict_is_the_same_for_ever(ledger: Ledger, task: str):
     assert ledger.alarms == []
 
 
-def test_what_was_signed_while_suspended_counts_at_no_time(ledger: Ledger, task: str):
+def test_what_was_signed_while_suspended_counts_at_no_time(ledger: InMemoryRegistry, task: str):
     """Not even where the registry took it, and the agent is active again."""
     first = made(ledger, part(ledger, "bot", task, "second"))
     ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x"))
@@ -419,7 +421,7 @@ def test_what_was_signed_while_suspended_counts_at_no_time(ledger: Ledger, task:
     assert "bot is suspended" in forged(ledger, first, (embedded,))
 
 
-def test_records_come_in_any_order_and_nobody_is_accused(ledger: Ledger, task: str):
+def test_records_come_in_any_order_and_nobody_is_accused(ledger: InMemoryRegistry, task: str):
     first = made(ledger, part(ledger, "bot", task, "second"))
     reader = reader_of(ledger, but_for=(task,))
     for _ in range(2):
@@ -436,14 +438,16 @@ def test_records_come_in_any_order_and_nobody_is_accused(ledger: Ledger, task: s
 # --- the rule ---------------------------------------------------------------------------------------------------------
 
 
-def reasons(ledger: Ledger, agent: str, task: str, wanted: Permission) -> list[tuple[str, str | None]]:
+def reasons(
+    ledger: InMemoryRegistry, agent: str, task: str, wanted: Permission
+) -> list[tuple[str, str | None]]:
     ground = find_ground(ledger.directory, agent, task, "staging")
     found = violations_of(ground, (wanted,), ledger.clock.ms / 1000, 86_400)
     return [(reason.code, reason.side) for reason in found]
 
 
 @pytest.mark.parametrize(("small", "other"), [("bot", "second"), ("second", "bot")])
-def test_every_ceiling_of_the_chain_counts(ledger: Ledger, small: str, other: str):
+def test_every_ceiling_of_the_chain_counts(ledger: InMemoryRegistry, small: str, other: str):
     task = made(ledger, ledger.assign("uma", "bot"))
     first = made(ledger, part(ledger, "bot", task, "second"))
     assert reasons(ledger, "second", first, permission("env/b")) == []
@@ -454,7 +458,7 @@ def test_every_ceiling_of_the_chain_counts(ledger: Ledger, small: str, other: st
     assert ("beyond_scope", f"ceiling:{other}") in reasons(ledger, "second", first, permission("env/a"))
 
 
-def test_what_ends_above_ends_below(ledger: Ledger, task: str):
+def test_what_ends_above_ends_below(ledger: InMemoryRegistry, task: str):
     first = made(ledger, part(ledger, "bot", task, "second"))
     second = made(ledger, part(ledger, "second", first, "third"))
     ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x"))
@@ -467,7 +471,9 @@ def test_what_ends_above_ends_below(ledger: Ledger, task: str):
     assert ("agent_orphaned", None) in reasons(ledger, "third", second, permission("env/a"))
 
 
-def test_what_was_handed_on_with_a_compromised_key_is_good_for_nothing_more(ledger: Ledger, task: str):
+def test_what_was_handed_on_with_a_compromised_key_is_good_for_nothing_more(
+    ledger: InMemoryRegistry, task: str
+):
     first = made(ledger, part(ledger, "bot", task, "second"))
     assert reasons(ledger, "second", first, permission("env/a")) == []
     new = SigningKey.generate(ledger.key("bot", "agent").id)
@@ -483,7 +489,7 @@ def test_what_was_handed_on_with_a_compromised_key_is_good_for_nothing_more(ledg
     assert reader_of(ledger).task(first) is not None  # it was in order when it was given
 
 
-def test_a_second_person_answers_for_no_agent_of_the_chain(ledger: Ledger, task: str):
+def test_a_second_person_answers_for_no_agent_of_the_chain(ledger: InMemoryRegistry, task: str):
     """sam sponsors the bot, suzy the one that it handed a part to; otto is nobody's."""
     first = made(ledger, part(ledger, "bot", task, "second"))
     ledger.give(ledger.user_set("olga", "otto", ["operator", "sponsor"]))
@@ -496,7 +502,7 @@ def test_a_second_person_answers_for_no_agent_of_the_chain(ledger: Ledger, task:
     assert not may_approve(ledger.directory, "sam", "sponsor", ground)
 
 
-def test_an_agent_of_the_chain_does_not_act_in_another_ones_part(ledger: Ledger, task: str):
+def test_an_agent_of_the_chain_does_not_act_in_another_ones_part(ledger: InMemoryRegistry, task: str):
     first = made(ledger, part(ledger, "bot", task, "second"))
     assert ("task_other_agent", None) in reasons(ledger, "bot", first, permission("env/a"))
 
@@ -504,7 +510,7 @@ def test_an_agent_of_the_chain_does_not_act_in_another_ones_part(ledger: Ledger,
 # --- where to look ----------------------------------------------------------------------------------------------------
 
 
-def test_who_holds_parts_of_what(ledger: Ledger):
+def test_who_holds_parts_of_what(ledger: InMemoryRegistry):
     held = Delegations(ledger.directory)
     task = made(ledger, ledger.assign("uma", "bot"))
     first = made(ledger, part(ledger, "bot", task, "second"))

@@ -18,8 +18,8 @@ from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.topics import AGENT, APPROVAL_RESPONSE
 from ringfence.model.audit_log.chain import NOTHING, Source, linkable, linked
 from ringfence.model.audit_log.verification import ChainVerifier
-from tests.audit_office import Story
-from tests.watching import DAY_MS, Watch, other
+from tests.support.audit_fixtures import Story
+from tests.support.detector import DAY_MS, Watch, other
 
 HOUR_S = 3600
 

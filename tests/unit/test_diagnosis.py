@@ -9,7 +9,7 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from tests.ledger import TD
+from tests.support.in_memory_registry import TD
 
 NOW_S = 1_790_000_000
 YEAR_S = 365 * 86_400

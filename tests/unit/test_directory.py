@@ -27,8 +27,8 @@ from ringfence.messages.topics import AGENT, HEARTBEAT, USER
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Alarm, Directory
-from tests.ledger import TOPICS, Ledger, permission
-from tests.waiting import until
+from tests.support.in_memory_registry import TOPICS, InMemoryRegistry, permission
+from tests.support.polling import until
 
 WIDE, NARROW = (permission("env/**"),), (permission("env/a"),)
 KINDS: tuple[SubjectKind, ...] = ("user", "agent", "target", "task")
@@ -38,7 +38,7 @@ GRACE_MS = 5000
 class Reader:
     """Another service's table, fed as a follower feeds it."""
 
-    def __init__(self, ledger: Ledger, grace_ms: int | None = None) -> None:
+    def __init__(self, ledger: InMemoryRegistry, grace_ms: int | None = None) -> None:
         self.ledger = ledger
         self.alarms: list[Alarm] = []
         self.directory: Directory = ledger.reader(self.alarms.append, grace_ms)
@@ -84,21 +84,21 @@ class Reader:
 
 
 @pytest.fixture
-def ledger() -> Ledger:
-    ledger = Ledger()
+def ledger() -> InMemoryRegistry:
+    ledger = InMemoryRegistry()
     ledger.organisation()
     ledger.give(ledger.register("sam", "bot", "sam", ceiling=NARROW))
     return ledger
 
 
 @pytest.fixture
-def reader(ledger: Ledger) -> Reader:
+def reader(ledger: InMemoryRegistry) -> Reader:
     reader = Reader(ledger)
     reader.reads_all()
     return reader
 
 
-def record(ledger: Ledger, kind: SubjectKind = "agent", id: str = "bot") -> AnyRecord:
+def record(ledger: InMemoryRegistry, kind: SubjectKind = "agent", id: str = "bot") -> AnyRecord:
     entry = ledger.directory.entry(kind, id)
     assert entry is not None
     return entry.record
@@ -113,7 +113,7 @@ def ceiling(reader: Reader) -> Any:
 # --- taking in --------------------------------------------------------------------------------------------------------
 
 
-def test_what_it_answers(ledger: Ledger, reader: Reader):
+def test_what_it_answers(ledger: InMemoryRegistry, reader: Reader):
     directory = reader.directory
     entry = directory.agent("bot")
     assert entry is not None
@@ -125,7 +125,7 @@ def test_what_it_answers(ledger: Ledger, reader: Reader):
     assert names == ["adam", "olga", "otto", "sam", "suzy", "uma"]
 
 
-def test_keys_count_for_their_owner_and_their_time(ledger: Ledger, reader: Reader):
+def test_keys_count_for_their_owner_and_their_time(ledger: InMemoryRegistry, reader: Reader):
     directory, now = reader.directory, ledger.clock.ms / 1000
     bot, sam = ledger.key("bot", "agent"), ledger.key("sam")
     assert directory.agent_key(bot.id, bot.kid, now)
@@ -139,7 +139,7 @@ def test_keys_count_for_their_owner_and_their_time(ledger: Ledger, reader: Reade
     assert directory.user_key(sam.id, sam.kid, now) is None
 
 
-def test_listeners_are_told_what_was_taken_in(ledger: Ledger):
+def test_listeners_are_told_what_was_taken_in(ledger: InMemoryRegistry):
     reader = Reader(ledger)
     told: list[tuple[str, ...]] = []
     reader.directory.on_change(lambda *changed: told.append(changed))
@@ -149,7 +149,7 @@ def test_listeners_are_told_what_was_taken_in(ledger: Ledger):
     assert told == [("agent", "bot")]
 
 
-def test_records_may_come_before_those_of_their_signers(ledger: Ledger):
+def test_records_may_come_before_those_of_their_signers(ledger: InMemoryRegistry):
     reader = Reader(ledger)
     reader.reads(record(ledger))
     with pytest.raises(ChainError):
@@ -161,7 +161,7 @@ def test_records_may_come_before_those_of_their_signers(ledger: Ledger):
     assert reader.directory.agent("bot") is not None
 
 
-def test_the_same_record_signed_once_more_is_the_same(ledger: Ledger, reader: Reader):
+def test_the_same_record_signed_once_more_is_the_same(ledger: InMemoryRegistry, reader: Reader):
     """A registry that was killed at the wrong moment, or writes over what somebody wrote, signs again."""
     assert reader.reads(record(ledger)) == []
     assert reader.directory.displaced() == []
@@ -170,7 +170,7 @@ def test_the_same_record_signed_once_more_is_the_same(ledger: Ledger, reader: Re
 # --- refusing ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_record_that_the_registry_did_not_sign(ledger: Ledger, reader: Reader):
+def test_a_record_that_the_registry_did_not_sign(ledger: InMemoryRegistry, reader: Reader):
     raised = ledger.record(
         record(ledger).state.model_copy(update={"ceiling": WIDE}), record(ledger).commands, 2
     )
@@ -181,12 +181,12 @@ def test_a_record_that_the_registry_did_not_sign(ledger: Ledger, reader: Reader)
 
 
 @pytest.mark.parametrize("value", [b"garbage", b"a.b.c", b"\xff\xfe", b"e30.e30.e30"])
-def test_garbage(ledger: Ledger, reader: Reader, value: bytes):
+def test_garbage(ledger: InMemoryRegistry, reader: Reader, value: bytes):
     assert len(reader.reads(value, "bot")) == 1
     assert ceiling(reader) == NARROW
 
 
-def test_a_lower_revision_is_refused_and_told(ledger: Ledger, reader: Reader):
+def test_a_lower_revision_is_refused_and_told(ledger: InMemoryRegistry, reader: Reader):
     old = record(ledger)
     ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
     reader.reads(record(ledger))
@@ -201,7 +201,7 @@ def test_a_lower_revision_is_refused_and_told(ledger: Ledger, reader: Reader):
 
 
 def test_what_a_registry_publishes_is_no_old_record_when_its_topic_brings_it_late(
-    ledger: Ledger, reader: Reader
+    ledger: InMemoryRegistry, reader: Reader
 ):
     """It had published the next one by then. Put there again, the same bytes are an old record."""
 
@@ -222,7 +222,7 @@ def test_what_a_registry_publishes_is_no_old_record_when_its_topic_brings_it_lat
     assert reader.directory.displaced() == [("agent", "robot")]
 
 
-def test_what_the_topic_brought_first_is_awaited_no_more(ledger: Ledger, reader: Reader):
+def test_what_the_topic_brought_first_is_awaited_no_more(ledger: InMemoryRegistry, reader: Reader):
     old = record(ledger)
     ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
     new = ledger.received(AGENT, "bot", sign(record(ledger), ledger.registry).encode())
@@ -233,7 +233,7 @@ def test_what_the_topic_brought_first_is_awaited_no_more(ledger: Ledger, reader:
     assert [alarm.code for alarm in reader.alarms] == ["revision_fell", "not_a_jws"]
 
 
-def test_the_same_revision_that_says_something_else(ledger: Ledger, reader: Reader):
+def test_the_same_revision_that_says_something_else(ledger: InMemoryRegistry, reader: Reader):
     raised = ledger.embed(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE))
     bot = record(ledger)
     twin = ledger.record(
@@ -243,7 +243,7 @@ def test_the_same_revision_that_says_something_else(ledger: Ledger, reader: Read
     assert ceiling(reader) == NARROW
 
 
-def test_a_record_under_the_key_of_another(ledger: Ledger, reader: Reader):
+def test_a_record_under_the_key_of_another(ledger: InMemoryRegistry, reader: Reader):
     """It would be signed and valid; compaction would let the other one vanish."""
     ledger.give(ledger.register("sam", "robot", "sam"))
     assert reader.reads(record(ledger, "agent", "robot"), key="bot") == ["wrong_key"]
@@ -251,14 +251,14 @@ def test_a_record_under_the_key_of_another(ledger: Ledger, reader: Reader):
     assert reader.directory.displaced() == [("agent", "bot")]
 
 
-def test_a_record_of_another_kind_of_subject(ledger: Ledger, reader: Reader):
+def test_a_record_of_another_kind_of_subject(ledger: InMemoryRegistry, reader: Reader):
     sam = record(ledger, "user", "sam")
     assert reader.reads(sign(sam, ledger.registry).encode(), "sam", "agent") == ["typ_unexpected"]
     disguised = sam.model_copy(update={"sub": "spiffe://test.example/agent/sam"})
     assert reader.reads(disguised) == ["wrong_subject"]
 
 
-def test_a_broken_chain_counts_for_nothing_and_is_told_once(ledger: Ledger, reader: Reader):
+def test_a_broken_chain_counts_for_nothing_and_is_told_once(ledger: InMemoryRegistry, reader: Reader):
     bot = record(ledger)
     raised = ledger.record(bot.state.model_copy(update={"ceiling": WIDE}), bot.commands, 2)
     assert reader.reads(raised) == []
@@ -275,7 +275,7 @@ def test_a_broken_chain_counts_for_nothing_and_is_told_once(ledger: Ledger, read
 # --- what a registry leaves out ---------------------------------------------------------------------------------------
 
 
-def next_record(ledger: Ledger, commands: Any, kind: SubjectKind = "agent", id: str = "bot") -> Any:
+def next_record(ledger: InMemoryRegistry, commands: Any, kind: SubjectKind = "agent", id: str = "bot") -> Any:
     """The next revision that a dishonest registry makes of these commands. Its chain holds."""
     made = ledger.follow(tuple(commands), record(ledger, kind, id).revision + 1)
     ledger.chains().verify(made)
@@ -295,7 +295,7 @@ def next_record(ledger: Ledger, commands: Any, kind: SubjectKind = "agent", id: 
     ],
 )
 def test_what_takes_away_cannot_be_left_out(
-    ledger: Ledger, kind: SubjectKind, id: str, what: Callable[[Ledger], Any]
+    ledger: InMemoryRegistry, kind: SubjectKind, id: str, what: Callable[[InMemoryRegistry], Any]
 ):
     """A suspension, a lower ceiling, a lost role: without that command the chain holds, and gives what was before."""
     ledger.give(ledger.target_set("olga", "prod"))
@@ -312,7 +312,7 @@ def test_what_takes_away_cannot_be_left_out(
 
 
 @pytest.mark.parametrize("delay_ms", [0, 5000])
-def test_an_order_of_the_past_cannot_undo_a_newer_one(ledger: Ledger, delay_ms: int):
+def test_an_order_of_the_past_cannot_undo_a_newer_one(ledger: InMemoryRegistry, delay_ms: int):
     """The wider ceiling that a narrower one replaced, as if it had come (again) after that."""
     ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE))
     first, wide = record(ledger).commands
@@ -327,7 +327,7 @@ def test_an_order_of_the_past_cannot_undo_a_newer_one(ledger: Ledger, delay_ms: 
 
 
 def test_what_an_operator_narrowed_cannot_be_left_out_with_the_help_of_whom_it_was_narrowed_for(
-    ledger: Ledger,
+    ledger: InMemoryRegistry,
 ):
     """Nobody widens themselves: what dora sets of herself is held against what otto left her, and that stays."""
     as_of = ledger.clock.ms // 1000
@@ -351,7 +351,7 @@ def test_what_an_operator_narrowed_cannot_be_left_out_with_the_help_of_whom_it_w
     assert entry.state.entitlements.scope == NARROW
 
 
-def test_a_sponsors_suspension_cannot_take_the_place_of_an_operators(ledger: Ledger):
+def test_a_sponsors_suspension_cannot_take_the_place_of_an_operators(ledger: InMemoryRegistry):
     """With the sponsor's help, who signs one of their own after it, to lift that."""
     (registered,) = record(ledger).commands
     ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="looking into it"))
@@ -363,7 +363,7 @@ def test_a_sponsors_suspension_cannot_take_the_place_of_an_operators(ledger: Led
     assert reader.reads(alone) == ["history_changed"]
 
 
-def test_a_suspension_of_the_past_cannot_take_the_place_of_an_operators(ledger: Ledger):
+def test_a_suspension_of_the_past_cannot_take_the_place_of_an_operators(ledger: InMemoryRegistry):
     """The sponsor could lift their own."""
     ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="lunch"))
     own = record(ledger).commands
@@ -374,7 +374,7 @@ def test_a_suspension_of_the_past_cannot_take_the_place_of_an_operators(ledger: 
     assert reader.reads(next_record(ledger, own)) == ["history_changed"]
 
 
-def test_a_name_cannot_be_given_anew(ledger: Ledger, reader: Reader):
+def test_a_name_cannot_be_given_anew(ledger: InMemoryRegistry, reader: Reader):
     """With suzy's help: her own registration of the name, its chain in order, and her key under a trusted name."""
     thief = SigningKey.generate(ledger.key("bot", "agent").id)
     claims = ledger.register("suzy", "bot", "suzy", ceiling=WIDE, keys=(ledger.key_record(thief),))
@@ -384,7 +384,7 @@ def test_a_name_cannot_be_given_anew(ledger: Ledger, reader: Reader):
     assert reader.directory.agent_key(thief.id, thief.kid, ledger.clock.ms / 1000) is None
 
 
-def test_a_command_cannot_be_slipped_into_the_past(ledger: Ledger, reader: Reader):
+def test_a_command_cannot_be_slipped_into_the_past(ledger: InMemoryRegistry, reader: Reader):
     """suzy was the sponsor for a while; what she signs today is not from then."""
     ledger.give(ledger.transfer("sam", "bot", "suzy"))
     then = ledger.clock.ms
@@ -398,12 +398,12 @@ def test_a_command_cannot_be_slipped_into_the_past(ledger: Ledger, reader: Reade
     assert reader.reads(slipped) == ["history_changed"]
 
 
-def test_times_of_commands_cannot_be_changed(ledger: Ledger, reader: Reader):
+def test_times_of_commands_cannot_be_changed(ledger: InMemoryRegistry, reader: Reader):
     moved = [c.model_copy(update={"appended_at_ms": c.appended_at_ms + 1}) for c in record(ledger).commands]
     assert reader.reads(next_record(ledger, moved)) == ["history_changed"]
 
 
-def test_what_later_commands_replaced_may_be_left_out(ledger: Ledger, reader: Reader):
+def test_what_later_commands_replaced_may_be_left_out(ledger: InMemoryRegistry, reader: Reader):
     """Also where the reader missed some of the revisions: compaction takes them."""
     for scope in (WIDE, (), NARROW):
         ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=scope))
@@ -420,7 +420,7 @@ def test_what_later_commands_replaced_may_be_left_out(ledger: Ledger, reader: Re
 
 
 @pytest.mark.parametrize("what", ["garbage", "tombstone", "an old record", "another's record"])
-def test_it_knows_what_was_written_over(ledger: Ledger, reader: Reader, what: str):
+def test_it_knows_what_was_written_over(ledger: InMemoryRegistry, reader: Reader, what: str):
     old = record(ledger)
     ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
     reader.reads(record(ledger))
@@ -451,20 +451,20 @@ def test_garbage_under_a_key_that_nobody_has_displaces_nothing(reader: Reader):
 
 
 @pytest.fixture
-def guarded(ledger: Ledger) -> Reader:
+def guarded(ledger: InMemoryRegistry) -> Reader:
     """A reader that denies without heartbeats."""
     reader = Reader(ledger, GRACE_MS)
     reader.reads_all()
     return reader
 
 
-def test_without_a_heartbeat_it_denies(ledger: Ledger, guarded: Reader):
+def test_without_a_heartbeat_it_denies(ledger: InMemoryRegistry, guarded: Reader):
     assert guarded.directory.stale()
     guarded.beats()
     assert guarded.directory.stale() is None
 
 
-def test_an_empty_table_denies_too(ledger: Ledger):
+def test_an_empty_table_denies_too(ledger: InMemoryRegistry):
     """Until the registry says that there is nothing to hold yet."""
     reader = Reader(ledger, GRACE_MS)
     assert reader.directory.stale()
@@ -476,7 +476,7 @@ def test_an_empty_table_denies_too(ledger: Ledger):
     assert "never" in (reader.directory.stale() or "")
 
 
-def test_it_denies_when_the_grace_is_over(ledger: Ledger, guarded: Reader):
+def test_it_denies_when_the_grace_is_over(ledger: InMemoryRegistry, guarded: Reader):
     guarded.beats()
     ledger.clock.ms += GRACE_MS
     assert guarded.directory.stale() is None
@@ -486,7 +486,7 @@ def test_it_denies_when_the_grace_is_over(ledger: Ledger, guarded: Reader):
     assert guarded.directory.stale() is None
 
 
-def test_a_clock_that_is_set_back_makes_it_no_younger(ledger: Ledger):
+def test_a_clock_that_is_set_back_makes_it_no_younger(ledger: InMemoryRegistry):
     reader = Reader(ledger, 200)
     reader.reads_all()
     reader.beats()
@@ -494,7 +494,7 @@ def test_a_clock_that_is_set_back_makes_it_no_younger(ledger: Ledger):
     until(lambda: reader.directory.stale() is not None)
 
 
-def test_it_denies_while_a_record_is_missing(ledger: Ledger, guarded: Reader):
+def test_it_denies_while_a_record_is_missing(ledger: InMemoryRegistry, guarded: Reader):
     guarded.beats()
     ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"), passing_ms=GRACE_MS + 1)
     guarded.beats()
@@ -503,14 +503,16 @@ def test_it_denies_while_a_record_is_missing(ledger: Ledger, guarded: Reader):
     assert guarded.directory.stale() is None
 
 
-def test_it_denies_where_a_whole_topic_is_missing(ledger: Ledger, guarded: Reader):
+def test_it_denies_where_a_whole_topic_is_missing(ledger: InMemoryRegistry, guarded: Reader):
     guarded.beats()
     ledger.give(ledger.target_set("olga", "staging"), passing_ms=GRACE_MS + 1)
     guarded.beats()
     assert guarded.directory.stale()
 
 
-def test_the_first_record_of_a_topic_need_not_wait_for_its_heartbeat(ledger: Ledger, guarded: Reader):
+def test_the_first_record_of_a_topic_need_not_wait_for_its_heartbeat(
+    ledger: InMemoryRegistry, guarded: Reader
+):
     """Like every later one: it is known before the registry confirms it, and must be confirmed within the grace."""
     guarded.beats()
     ledger.give(ledger.target_set("olga", "staging"), passing_ms=GRACE_MS)
@@ -522,14 +524,14 @@ def test_the_first_record_of_a_topic_need_not_wait_for_its_heartbeat(ledger: Led
     assert guarded.directory.stale() is None
 
 
-def test_it_denies_where_it_holds_what_the_registry_does_not(ledger: Ledger, guarded: Reader):
+def test_it_denies_where_it_holds_what_the_registry_does_not(ledger: InMemoryRegistry, guarded: Reader):
     guarded.beats()
     ledger.clock.ms += GRACE_MS + 1
     guarded.beats(tuple(d for d in ledger.directory.digests() if d.topic != USER.name("ringfence")))
     assert USER.name("ringfence") in (guarded.directory.stale() or "")
 
 
-def test_a_heartbeat_may_be_older_than_the_table(ledger: Ledger, guarded: Reader):
+def test_a_heartbeat_may_be_older_than_the_table(ledger: InMemoryRegistry, guarded: Reader):
     """It was signed before the record that the reader has already."""
     before = ledger.directory.digests()
     ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"), passing_ms=GRACE_MS + 1)
@@ -538,7 +540,7 @@ def test_a_heartbeat_may_be_older_than_the_table(ledger: Ledger, guarded: Reader
     assert guarded.directory.stale() is None
 
 
-def test_a_heartbeat_that_is_sent_again_makes_nothing_young(ledger: Ledger, guarded: Reader):
+def test_a_heartbeat_that_is_sent_again_makes_nothing_young(ledger: InMemoryRegistry, guarded: Reader):
     beat = guarded.beats()
     ledger.clock.ms += GRACE_MS + 1
     guarded.hears(beat)
@@ -550,13 +552,13 @@ def test_a_heartbeat_that_is_sent_again_makes_nothing_young(ledger: Ledger, guar
     assert fresh.directory.stale()
 
 
-def test_only_the_registry_confirms_tables(ledger: Ledger, guarded: Reader):
+def test_only_the_registry_confirms_tables(ledger: InMemoryRegistry, guarded: Reader):
     guarded.beats(key=ledger.key("olga"))
     guarded.beats(key=SigningKey.generate(ledger.registry.id))
     assert guarded.directory.stale()
 
 
-def test_it_says_which_tables_are_not_what_was_confirmed(ledger: Ledger, guarded: Reader):
+def test_it_says_which_tables_are_not_what_was_confirmed(ledger: InMemoryRegistry, guarded: Reader):
     assert guarded.directory.unmatched() == []
     guarded.beats()
     assert guarded.directory.unmatched() == []
@@ -568,7 +570,7 @@ def test_it_says_which_tables_are_not_what_was_confirmed(ledger: Ledger, guarded
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), steps=st.integers(1, 12))
 def test_digests_do_not_depend_on_the_order_or_on_repeats(seed: int, steps: int):
-    ledger = Ledger()
+    ledger = InMemoryRegistry()
     ledger.organisation()
     ledger.give(ledger.register("sam", "bot", "sam"))
     shuffle = random.Random(seed)

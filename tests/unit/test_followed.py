@@ -16,15 +16,15 @@ from ringfence.messages.audit import AuditWitness
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import AUDIT_CHECKPOINT, HEARTBEAT
 from ringfence.model.records.directory import Directory
-from tests.audit_office import Office
-from tests.ledger import FixedClock
+from tests.support.audit_fixtures import AuditFixtures
+from tests.support.in_memory_registry import FixedClock
 
 
 class Desk:
     """What is looked at with tables that come to know who vera is once they are asked to."""
 
     def __init__(self) -> None:
-        self.office = Office()
+        self.office = AuditFixtures()
         self.records = [*self.office.staff(), self.office.user("vera", "auditor")]
         self.directory = Directory(self.office.trust, SystemClock(), grace_ms=None)
         self.buried: list[str] = []

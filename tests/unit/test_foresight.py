@@ -9,7 +9,7 @@ from ringfence.kernel.kafka.record import Outbound
 from ringfence.model.lease_store import prepare_step
 from ringfence.revoker.mass_expiry.own_record_cache import glance_of
 from ringfence.revoker.mass_expiry.precomputed import PrecomputedEnd, PrecomputedEnds, digest_of
-from tests.leases import lease, step
+from tests.support.leases import lease, step
 
 
 def foreseen(

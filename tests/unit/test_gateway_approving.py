@@ -35,7 +35,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import APPROVAL_RESPONSE
 from tests.gateway.recorder import PlayedRecorder
-from tests.ledger import TD
+from tests.support.in_memory_registry import TD
 from tests.unit.test_gateway_domain import WIDE, Place
 
 RULES = (

@@ -45,8 +45,8 @@ from ringfence.messages.registry import (
 from ringfence.model.http_targets.request_map import Action
 from ringfence.model.identity.attestation import selector_id
 from ringfence.model.lifecycle import subject_key
-from tests import leases
-from tests.ledger import Ledger, permission
+from tests.support import leases
+from tests.support.in_memory_registry import InMemoryRegistry, permission
 
 MAX_AGE_S = 30 * 86_400
 READ = Action("read", "env/staging/web")
@@ -57,7 +57,7 @@ class Place:
     """sam sponsors bot; uma assigned it a task; it has a lease at `staging`."""
 
     def __init__(self) -> None:
-        self.ledger = Ledger()
+        self.ledger = InMemoryRegistry()
         self.ledger.organisation()
         give, ledger = self.ledger.give, self.ledger
         give(ledger.user_set("olga", "uma", entitlements=ledger.entitlements(WIDE)))

@@ -24,7 +24,7 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided, Destination
 from ringfence.messages.registry import AgentSuspend, BackendSettings, McpRule, RequestRule, VerbFloor
 from tests.gateway.recorder import PlayedRecorder
-from tests.planted import as_before
+from tests.support.unknown_field_cases import as_before
 from tests.unit.test_gateway_domain import Place
 
 RULES = (

@@ -16,8 +16,8 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.enrolment import InstanceRef
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import AgentRotateKey, AgentSuspend
-from tests import leases
-from tests.ledger import TD, Ledger, permission
+from tests.support import leases
+from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
 
 URL = "https://hub.example/a"
 
@@ -26,7 +26,7 @@ class Door:
     """Two agents, a lease of one of them, and what an agent sends."""
 
     def __init__(self, remembered: int = 1) -> None:
-        self.ledger = Ledger()
+        self.ledger = InMemoryRegistry()
         self.table = LeaseTable(self.ledger.clock)
         self.nonces = Nonces()
         self.proofs = ProofChecker(

@@ -25,8 +25,8 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
 from ringfence.messages.topics import CREDENTIAL_REPLY
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from tests import leases
-from tests.ledger import START_MS, TD, FixedClock, Ledger
+from tests.support import leases
+from tests.support.in_memory_registry import START_MS, TD, FixedClock, InMemoryRegistry
 from tools.schemas.examples import EXAMPLES
 
 NOW_S = START_MS // 1000
@@ -65,7 +65,7 @@ class Memory:
             seal=SEAL,
             issuer_url="http://issuer.example",
         )
-        self.ledger = Ledger()
+        self.ledger = InMemoryRegistry()
         self.lease = leases.lease(
             agent_id="bot", target_id="hub", backend="jwt", delivery="gateway", deadline=NOW_S + 600
         ).claims

@@ -10,8 +10,8 @@ from ringfence.gateway.state.leases import ENDED_KEPT_MS, ORDERS_KEPT_MS, SLACK_
 from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
 from ringfence.messages.lease import EndCause, Lease
 from ringfence.model.leases.lifecycle import follow
-from tests import leases
-from tests.ledger import START_MS, FixedClock, permission
+from tests.support import leases
+from tests.support.in_memory_registry import START_MS, FixedClock, permission
 
 NOW_S = START_MS // 1000
 AGENT, TARGET = "bot", "hub"

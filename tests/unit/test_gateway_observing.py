@@ -23,7 +23,7 @@ from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.settings import load
 from ringfence.kernel.service import process
 from ringfence.messages.registry import AgentSuspend, BackendSettings, TargetRemove, TaskEnd, UserDisable
-from tests.planted import as_before, planted
+from tests.support.unknown_field_cases import as_before, planted
 from tests.unit.test_gateway_gate import RULES, Parts, attempt
 
 OWN = frozenset({"authorization"})

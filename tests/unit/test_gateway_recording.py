@@ -15,7 +15,7 @@ from ringfence.gateway.events.recorder import Recorder
 from ringfence.gateway.events.spool import Spool, SpoolFullError
 from ringfence.messages.operations import ActionDecided
 from ringfence.model.http_targets.request_map import Action
-from tests import leases
+from tests.support import leases
 
 GATEWAY = "spiffe://acme.example/service/gateway"
 ID = "d9428888-122b-41e1-b85c-61cd3cbb3210"

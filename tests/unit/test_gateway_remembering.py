@@ -18,7 +18,7 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.trust import TrustBundle
 from ringfence.model.http_targets.request_map import Action
-from tests.ledger import permission
+from tests.support.in_memory_registry import permission
 from tests.unit.test_gateway_domain import MAX_AGE_S, READ, WIDE, Place
 
 SHOWN = Presented(task_id="a task")

@@ -10,14 +10,14 @@ from ringfence.gateway.contract import Attempt
 from ringfence.gateway.decision.targets import Compiled, Targets, place_of
 from ringfence.gateway.domain import Refusal
 from ringfence.messages.registry import BackendSettings, RequestRule, TargetRemove
-from tests.ledger import Ledger
+from tests.support.in_memory_registry import InMemoryRegistry
 
 RULES = (RequestRule(method="GET", path="/{path*}", verb="read", resource="path/{path*}"),)
 
 
 class Map:
     def __init__(self) -> None:
-        self.ledger = Ledger()
+        self.ledger = InMemoryRegistry()
         self.targets = Targets(self.ledger.directory)
         self.ledger.organisation()
         self.put("hub", url="https://hub.example")

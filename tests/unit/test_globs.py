@@ -1,4 +1,4 @@
-"""The grammar of globs, and their inclusion, against two oracles (`tests.glob_oracles`)."""
+"""The grammar of globs, and their inclusion, against two oracles (`tests.support.glob_oracles`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ringfence.model.scope.globs import (
     parse_name,
     quoted,
 )
-from tests.glob_oracles import (
+from tests.support.glob_oracles import (
     E_NFC,
     E_NFD,
     SHORT,

@@ -34,7 +34,7 @@ from ringfence.messages.topics import (
     TRUST,
     USER,
 )
-from tests.malformed import DAY_S, Services, malformed, signed_messages, typs
+from tests.support.malformed_records import DAY_S, Services, malformed, signed_messages, typs
 
 MANY = MAX_INVALID_SIGNED + 5
 SIGNED = [topic for topic in ALL if signed_messages(topic)]

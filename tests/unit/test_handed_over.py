@@ -17,7 +17,7 @@ from ringfence.messages.audit import AuditIntake
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT_INTAKE
 from ringfence.model.audit_log.merkle import Hash
-from tests.audit_office import TD, Office
+from tests.support.audit_fixtures import TD, AuditFixtures
 
 EACH = 10
 """So many events are in a message."""
@@ -46,7 +46,7 @@ MADE_UP = {b"made up": b"made up"}
 class Intake:
     """One partition of `audit.intake` that counts what is read of it."""
 
-    def __init__(self, office: Office) -> None:
+    def __init__(self, office: AuditFixtures) -> None:
         self._office = office
         self._records: list[Received] = []
         self.read = 0
@@ -81,7 +81,7 @@ class Intake:
 
 @pytest.fixture
 def intake() -> Intake:
-    return Intake(Office())
+    return Intake(AuditFixtures())
 
 
 def handed_over(intake: Intake, taken: int, enough: int) -> HandoverLookup:

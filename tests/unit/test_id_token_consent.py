@@ -15,14 +15,14 @@ from ringfence.messages.registry import TaskAssign, TaskTerms, UserDisable
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.consent import MAX_AGE_S, canonical_terms, nonce_of
-from tests.ledger import TD, Ledger, permission
-from tests.oidc import TokenIssuer
-from tests.planted import NAME, planted
+from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
+from tests.support.oidc_tokens import TokenIssuer
+from tests.support.unknown_field_cases import NAME, planted
 
 ISSUER = TokenIssuer("https://login.acme.example", "ES256")
 
 
-def trusting(ledger: Ledger, *issuers: OidcIssuer) -> None:
+def trusting(ledger: InMemoryRegistry, *issuers: OidcIssuer) -> None:
     """The next trust bundle has these issuers."""
     bundle = ledger.trust.require()
     following = bundle.model_copy(update={"version": bundle.version + 1, "oidc_issuers": issuers})
@@ -30,30 +30,32 @@ def trusting(ledger: Ledger, *issuers: OidcIssuer) -> None:
 
 
 @pytest.fixture
-def ledger() -> Ledger:
-    ledger = Ledger()
+def ledger() -> InMemoryRegistry:
+    ledger = InMemoryRegistry()
     ledger.organisation()
     ledger.give(ledger.register("sam", "bot", "sam"))
     trusting(ledger, ISSUER.pinned("users"))
     return ledger
 
 
-def claims_of(ledger: Ledger, terms: TaskTerms, **more: Any) -> dict[str, Any]:
+def claims_of(ledger: InMemoryRegistry, terms: TaskTerms, **more: Any) -> dict[str, Any]:
     given = {"sub": "uma", "nonce": nonce_of(terms), **more}
     return ISSUER.claims(given.pop("aud", TD), ledger.clock.ms / 1000, **given)
 
 
-def assign(ledger: Ledger, token: str, terms: TaskTerms, user: str = "uma", **fields: Any) -> TaskAssign:
+def assign(
+    ledger: InMemoryRegistry, token: str, terms: TaskTerms, user: str = "uma", **fields: Any
+) -> TaskAssign:
     return ledger.assign("sam", "bot", terms=terms, on_behalf_of=user, id_token=token, **fields)
 
 
-def refused(ledger: Ledger, claims: TaskAssign) -> str:
+def refused(ledger: InMemoryRegistry, claims: TaskAssign) -> str:
     with pytest.raises(CommandRefusedError) as caught:
         ledger.give(claims)
     return f"{caught.value.code}: {caught.value}"
 
 
-def test_a_token_over_the_terms_is_the_users_word_for_registry_and_readers(ledger: Ledger):
+def test_a_token_over_the_terms_is_the_users_word_for_registry_and_readers(ledger: InMemoryRegistry):
     terms = ledger.terms("bot")
     change = ledger.give(assign(ledger, ISSUER.token(claims_of(ledger, terms)), terms))
     assert change is not None
@@ -78,7 +80,7 @@ def test_a_token_over_the_terms_is_the_users_word_for_registry_and_readers(ledge
         ({"iss": "https://other.example"}, "pinned"),
     ],
 )
-def test_a_token_that_says_something_else(ledger: Ledger, change: dict[str, Any], why: str):
+def test_a_token_that_says_something_else(ledger: InMemoryRegistry, change: dict[str, Any], why: str):
     terms, now_s = ledger.terms("bot"), ledger.clock.ms // 1000
     moved = {name: now_s + value if name in ("iat", "exp") else value for name, value in change.items()}
     token = ISSUER.token(claims_of(ledger, terms, **moved))
@@ -87,7 +89,7 @@ def test_a_token_that_says_something_else(ledger: Ledger, change: dict[str, Any]
     assert why in said
 
 
-def test_a_token_of_an_issuer_that_the_bundle_limits_in_a_way_that_is_not_known(ledger: Ledger):
+def test_a_token_of_an_issuer_that_the_bundle_limits_in_a_way_that_is_not_known(ledger: InMemoryRegistry):
     """For new tasks: those that rest on such a token already are what they were."""
     before = ledger.terms("bot")
     change = ledger.give(assign(ledger, ISSUER.token(claims_of(ledger, before)), before))
@@ -105,14 +107,14 @@ def test_a_token_of_an_issuer_that_the_bundle_limits_in_a_way_that_is_not_known(
     assert ledger.give(assign(ledger, ISSUER.token(claims_of(ledger, terms)), terms)) is not None
 
 
-def test_a_token_to_other_terms(ledger: Ledger):
+def test_a_token_to_other_terms(ledger: InMemoryRegistry):
     terms = ledger.terms("bot")
     token = ISSUER.token(claims_of(ledger, terms))
     for other in ({"purpose": "else"}, {"scope": (permission("**"),)}, {"not_after": terms.not_after + 1}):
         assert "nonce" in refused(ledger, assign(ledger, token, terms.model_copy(update=other)))
 
 
-def test_a_token_by_a_key_that_is_not_pinned(ledger: Ledger):
+def test_a_token_by_a_key_that_is_not_pinned(ledger: InMemoryRegistry):
     terms = ledger.terms("bot")
     thief = TokenIssuer(ISSUER.issuer, "ES256")
     claims = claims_of(ledger, terms)
@@ -120,7 +122,7 @@ def test_a_token_by_a_key_that_is_not_pinned(ledger: Ledger):
     assert "no key" in refused(ledger, assign(ledger, thief.token(claims, kid="key-2"), terms))
 
 
-def test_a_token_that_nobody_signed_or_with_a_public_key_as_its_secret(ledger: Ledger):
+def test_a_token_that_nobody_signed_or_with_a_public_key_as_its_secret(ledger: InMemoryRegistry):
     terms = ledger.terms("bot")
     claims = claims_of(ledger, terms)
     none = jwt.encode(claims, "", algorithm="none", headers={"kid": "key-1"})
@@ -132,14 +134,14 @@ def test_a_token_that_nobody_signed_or_with_a_public_key_as_its_secret(ledger: L
     assert "alg" in refused(ledger, assign(ledger, symmetric, terms))
 
 
-def test_a_token_counts_once(ledger: Ledger):
+def test_a_token_counts_once(ledger: InMemoryRegistry):
     terms = ledger.terms("bot")
     token = ISSUER.token(claims_of(ledger, terms))
     ledger.give(assign(ledger, token, terms))
     assert refused(ledger, assign(ledger, token, terms)).startswith("consent_used")
 
 
-def test_a_token_is_used_up_for_a_registry_that_starts_anew(ledger: Ledger):
+def test_a_token_is_used_up_for_a_registry_that_starts_anew(ledger: InMemoryRegistry):
     from ringfence.registry.store import Memory
 
     terms = ledger.terms("bot")
@@ -154,25 +156,25 @@ def test_a_token_is_used_up_for_a_registry_that_starts_anew(ledger: Ledger):
     assert refused(ledger, assign(ledger, token, terms)).startswith("consent_used")
 
 
-def test_a_token_of_a_user_who_was_disabled(ledger: Ledger):
+def test_a_token_of_a_user_who_was_disabled(ledger: InMemoryRegistry):
     terms = ledger.terms("bot")
     ledger.give(ledger.claims(UserDisable, "olga", user_id="uma", reason="left"))
     assert "no active user" in refused(ledger, assign(ledger, ISSUER.token(claims_of(ledger, terms)), terms))
 
 
-def test_a_token_beside_a_consent(ledger: Ledger):
+def test_a_token_beside_a_consent(ledger: InMemoryRegistry):
     terms = ledger.terms("bot")
     both = assign(ledger, ISSUER.token(claims_of(ledger, terms)), terms, consent=ledger.consent("uma", terms))
     assert "one of them" in refused(ledger, both)
 
 
-def test_an_issuer_of_instances_speaks_for_no_user(ledger: Ledger):
+def test_an_issuer_of_instances_speaks_for_no_user(ledger: InMemoryRegistry):
     trusting(ledger, ISSUER.pinned("instances"))
     terms = ledger.terms("bot")
     assert "pinned" in refused(ledger, assign(ledger, ISSUER.token(claims_of(ledger, terms)), terms))
 
 
-def test_which_claim_names_the_user_is_in_the_trust_bundle(ledger: Ledger):
+def test_which_claim_names_the_user_is_in_the_trust_bundle(ledger: InMemoryRegistry):
     pinned = ISSUER.pinned("users").model_copy(
         update={"user_claim": "preferred_username", "user_suffix": "@acme.example"}
     )
@@ -190,7 +192,9 @@ def test_which_claim_names_the_user_is_in_the_trust_bundle(ledger: Ledger):
     ("verified", "counts"),
     [(None, False), (True, True), ("true", True), (False, False), ("false", False), (1.5, False)],
 )
-def test_an_address_that_the_issuer_has_not_verified_is_nobodys(ledger: Ledger, verified: Any, counts: bool):
+def test_an_address_that_the_issuer_has_not_verified_is_nobodys(
+    ledger: InMemoryRegistry, verified: Any, counts: bool
+):
     """Some issuers let their users say any address, and say so beside it."""
     pinned = {"user_claim": "email", "user_suffix": "@acme.example"}
     trusting(ledger, ISSUER.pinned("users").model_copy(update=pinned))
@@ -203,7 +207,7 @@ def test_an_address_that_the_issuer_has_not_verified_is_nobodys(ledger: Ledger, 
         assert why in refused(ledger, assign(ledger, token, terms))
 
 
-def test_an_issuer_of_which_the_root_says_that_it_verifies_addresses_need_not(ledger: Ledger):
+def test_an_issuer_of_which_the_root_says_that_it_verifies_addresses_need_not(ledger: InMemoryRegistry):
     pinned = {"user_claim": "email", "user_suffix": "@acme.example", "emails_verified": True}
     trusting(ledger, ISSUER.pinned("users").model_copy(update=pinned))
     terms = ledger.terms("bot")
@@ -214,7 +218,7 @@ def test_an_issuer_of_which_the_root_says_that_it_verifies_addresses_need_not(le
     assert "not uma's" in refused(ledger, assign(ledger, token, other))
 
 
-def test_a_task_of_before_that_rests_on_an_address_is_still_believed(ledger: Ledger):
+def test_a_task_of_before_that_rests_on_an_address_is_still_believed(ledger: InMemoryRegistry):
     pinned = {"user_claim": "email", "user_suffix": "@acme.example", "emails_verified": True}
     trusting(ledger, ISSUER.pinned("users").model_copy(update=pinned))
     terms = ledger.terms("bot")
@@ -228,7 +232,7 @@ def test_a_task_of_before_that_rests_on_an_address_is_still_believed(ledger: Led
     ledger.chains().verify(task.record)
 
 
-def test_a_registry_cannot_make_a_task_of_a_token_that_does_not_count(ledger: Ledger):
+def test_a_registry_cannot_make_a_task_of_a_token_that_does_not_count(ledger: InMemoryRegistry):
     terms = ledger.terms("bot")
     change = ledger.give(assign(ledger, ISSUER.token(claims_of(ledger, terms)), terms))
     assert change is not None
@@ -244,7 +248,7 @@ GOLDEN = (
 )
 
 
-def test_the_nonce_is_what_the_page_says(ledger: Ledger):
+def test_the_nonce_is_what_the_page_says(ledger: InMemoryRegistry):
     """docs/users.md has this example, for those who compute it elsewhere."""
     terms = TaskTerms.model_validate_json(GOLDEN)
     assert canonical_terms(terms).decode() == GOLDEN

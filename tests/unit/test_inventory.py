@@ -30,7 +30,7 @@ from ringfence.policy.agents.holdings import Holdings
 from ringfence.policy.agents.inventory import InventoryRow, row_of, totals
 from ringfence.policy.agents.roster import _IDLE_S, CursorLostError, Roster
 from ringfence.policy.agents.usage import DAY_S, MAX_KEYS, KeyLastSeen
-from tests.ledger import TD, Ledger
+from tests.support.in_memory_registry import TD, InMemoryRegistry
 from tools.schemas.examples import EXAMPLES
 
 READ, DEPLOY = (
@@ -44,7 +44,7 @@ class Book:
     """An honest registry and what policy knows, put together in a roster."""
 
     def __init__(self) -> None:
-        self.ledger = Ledger()
+        self.ledger = InMemoryRegistry()
         self.clock = self.ledger.clock
         self.issuer = SigningKey.generate(f"spiffe://{TD}/service/issuer")
         self.holdings = Holdings(self._trust(), self.clock)

@@ -63,7 +63,7 @@ from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import instance_id
 from ringfence.model.requests.approvals import APPROVAL_SLACK_MS, BREAK_GLASS_TTL_S
 from ringfence.model.requests.grants import id_of
-from tests.ledger import TD, Ledger, permission
+from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
 
 POLICY = SigningKey.generate(f"spiffe://{TD}/service/policy")
 ISSUER = f"spiffe://{TD}/service/issuer"
@@ -79,7 +79,7 @@ class Place:
     """sam sponsors bot and other; uma assigned bot a task. `staging` has read, deploy (sponsor) and wipe (operator)."""
 
     def __init__(self) -> None:
-        self.ledger = ledger = Ledger()
+        self.ledger = ledger = InMemoryRegistry()
         ledger.organisation()
         ledger.give(ledger.user_set("olga", "uma", entitlements=ledger.entitlements(EVERYTHING)))
         self.set_target()

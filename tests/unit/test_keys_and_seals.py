@@ -36,7 +36,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import ServiceRole
 from ringfence.messages.keys import PublicJwk
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from tests.old_trust import without_signals
+from tests.support.old_trust import without_signals
 
 TD = "acme.example"
 NOW_S = 1_790_000_000

@@ -23,7 +23,7 @@ from ringfence.model.lease_store.codec.records import (
     unverified_payload,
 )
 from ringfence.model.leases.lifecycle import follow, selector_keys
-from tests.leases import lease
+from tests.support.leases import lease
 
 ISSUER, REVOKER = "spiffe://acme.example/service/issuer", "spiffe://acme.example/service/revoker"
 EPOCH = "12.0a1b2c3d"

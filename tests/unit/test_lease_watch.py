@@ -16,7 +16,7 @@ from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import follow
 from ringfence.revoker.consistency.lease_watch import LeaseWatch
 from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache, glance_of
-from tests.leases import REVOKER, lease, signed
+from tests.support.leases import REVOKER, lease, signed
 
 EPOCH, BEFORE = "2.aaaaaaaa", "1.aaaaaaaa"
 _offsets = count()

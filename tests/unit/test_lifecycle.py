@@ -25,20 +25,20 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.model.lifecycle import CommandRefusedError
-from tests.ledger import START_MS, Ledger, permission
+from tests.support.in_memory_registry import START_MS, InMemoryRegistry, permission
 
 NOW_S = START_MS // 1000
 WIDE, NARROW = (permission("env/**"),), (permission("env/a"),)
 
 
 @pytest.fixture
-def ledger() -> Ledger:
-    ledger = Ledger()
+def ledger() -> InMemoryRegistry:
+    ledger = InMemoryRegistry()
     ledger.organisation()
     return ledger
 
 
-def refused(ledger: Ledger, claims: Claims, key: SigningKey | None = None, **when: Any) -> str:
+def refused(ledger: InMemoryRegistry, claims: Claims, key: SigningKey | None = None, **when: Any) -> str:
     """The code with which a command is refused."""
     with pytest.raises(CommandRefusedError) as caught:
         ledger.give(claims, key, **when)
@@ -46,31 +46,31 @@ def refused(ledger: Ledger, claims: Claims, key: SigningKey | None = None, **whe
     return caught.value.code
 
 
-def user(ledger: Ledger, id: str) -> UserState:
+def user(ledger: InMemoryRegistry, id: str) -> UserState:
     entry = ledger.directory.user(id)
     assert entry is not None
     return entry.state
 
 
-def agent(ledger: Ledger, id: str = "bot") -> AgentState:
+def agent(ledger: InMemoryRegistry, id: str = "bot") -> AgentState:
     entry = ledger.directory.agent(id)
     assert entry is not None
     return entry.state
 
 
-def target(ledger: Ledger, id: str = "staging") -> TargetState:
+def target(ledger: InMemoryRegistry, id: str = "staging") -> TargetState:
     entry = ledger.directory.target(id)
     assert entry is not None
     return entry.state
 
 
-def task(ledger: Ledger, id: str) -> TaskState:
+def task(ledger: InMemoryRegistry, id: str) -> TaskState:
     entry = ledger.directory.task(id)
     assert entry is not None
     return entry.state
 
 
-def assigned(ledger: Ledger, by: str = "uma", **fields: Any) -> str:
+def assigned(ledger: InMemoryRegistry, by: str = "uma", **fields: Any) -> str:
     change = ledger.give(ledger.assign(by, "bot", **fields))
     assert change is not None
     assert isinstance(change.state, TaskState)
@@ -81,13 +81,13 @@ def assigned(ledger: Ledger, by: str = "uma", **fields: Any) -> str:
 
 
 @pytest.mark.parametrize("who", ["sam", "adam", "uma"])
-def test_only_operators_and_the_root_set_or_disable_users(ledger: Ledger, who: str):
+def test_only_operators_and_the_root_set_or_disable_users(ledger: InMemoryRegistry, who: str):
     assert refused(ledger, ledger.user_set(who, "eve", ["operator"])) == "not_operator"
     disable = ledger.claims(UserDisable, who, user_id="uma", reason="x")
     assert refused(ledger, disable) == "not_operator"
 
 
-def test_disabling_a_user_that_is_not_there(ledger: Ledger):
+def test_disabling_a_user_that_is_not_there(ledger: InMemoryRegistry):
     assert refused(ledger, ledger.claims(UserDisable, "olga", user_id="eve", reason="x")) == "unknown_user"
 
 
@@ -99,7 +99,7 @@ def test_disabling_a_user_that_is_not_there(ledger: Ledger):
         ({"as_of": NOW_S + 4}, "refreshes"),
     ],
 )
-def test_nobody_widens_themselves(ledger: Ledger, change: dict[str, Any], why: str):
+def test_nobody_widens_themselves(ledger: InMemoryRegistry, change: dict[str, Any], why: str):
     start: dict[str, Any] = {"roles": ("operator",), "entitlements": ledger.entitlements(*NARROW)}
     ledger.give(ledger.user_set("otto", "olga", **start))
     wider = dict(start)
@@ -111,7 +111,7 @@ def test_nobody_widens_themselves(ledger: Ledger, change: dict[str, Any], why: s
     assert ledger.give(ledger.user_set("otto", "olga", **wider)) is not None  # another operator may
 
 
-def test_operators_narrow_themselves_and_change_their_own_keys(ledger: Ledger):
+def test_operators_narrow_themselves_and_change_their_own_keys(ledger: InMemoryRegistry):
     fresh = SigningKey.generate(ledger.key("olga").id, "EdDSA")
     ledger.give(ledger.user_set("olga", "olga", ["operator"], keys=(ledger.key_record(fresh),)))
     old, new = ledger.key("olga"), fresh
@@ -121,20 +121,20 @@ def test_operators_narrow_themselves_and_change_their_own_keys(ledger: Ledger):
     assert user(ledger, "olga").roles == ()
 
 
-def test_entitlements_cannot_be_of_a_moment_to_come(ledger: Ledger):
+def test_entitlements_cannot_be_of_a_moment_to_come(ledger: InMemoryRegistry):
     """They would never grow old."""
     late = ledger.entitlements(*WIDE, as_of=ledger.clock.ms // 1000 + 3600)
     assert refused(ledger, ledger.user_set("olga", "uma", entitlements=late)) == "as_of_in_future"
 
 
-def test_a_disabled_user_comes_back_only_by_an_operator(ledger: Ledger):
+def test_a_disabled_user_comes_back_only_by_an_operator(ledger: InMemoryRegistry):
     ledger.give(ledger.claims(UserDisable, "olga", user_id="sam", reason="left"))
     assert user(ledger, "sam").status == "disabled"
     ledger.give(ledger.user_set("otto", "sam", ["sponsor"]))
     assert user(ledger, "sam").status == "active"
 
 
-def test_an_ended_key_is_kept_with_its_end_and_can_be_given_again(ledger: Ledger):
+def test_an_ended_key_is_kept_with_its_end_and_can_be_given_again(ledger: InMemoryRegistry):
     first, second = ledger.key("uma"), SigningKey.generate(ledger.key("uma").id)
     ledger.give(ledger.user_set("olga", "uma", keys=(ledger.key_record(second),)))
     ended_at = {key.kid: key.not_after for key in user(ledger, "uma").keys}[first.kid]
@@ -155,19 +155,19 @@ def test_an_ended_key_is_kept_with_its_end_and_can_be_given_again(ledger: Ledger
         ),
     ],
 )
-def test_a_key_that_verifies_nothing_is_refused(ledger: Ledger, spoil: Any):
+def test_a_key_that_verifies_nothing_is_refused(ledger: InMemoryRegistry, spoil: Any):
     key = spoil(ledger.key_record(SigningKey.generate("spiffe://test.example/user/uma")))
     assert refused(ledger, ledger.user_set("olga", "uma", keys=(key,))) == "key_invalid"
 
 
-def test_a_key_with_its_private_part_is_refused(ledger: Ledger):
+def test_a_key_with_its_private_part_is_refused(ledger: InMemoryRegistry):
     key = ledger.key_record(SigningKey.generate("spiffe://test.example/user/uma"))
     jwk = PublicJwk(**key.jwk.model_dump(exclude_none=True), d="c2VjcmV0")  # type: ignore[call-arg]
     leaked = key.model_copy(update={"jwk": jwk})
     assert refused(ledger, ledger.user_set("olga", "uma", keys=(leaked,))) == "private_key"
 
 
-def test_the_same_key_twice_in_one_command(ledger: Ledger):
+def test_the_same_key_twice_in_one_command(ledger: InMemoryRegistry):
     key = ledger.key_record(ledger.key("uma"))
     assert refused(ledger, ledger.user_set("olga", "uma", keys=(key, key))) == "key_twice"
 
@@ -175,7 +175,7 @@ def test_the_same_key_twice_in_one_command(ledger: Ledger):
 # --- agents -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_sponsor_registers_for_themself_and_an_operator_for_any_sponsor(ledger: Ledger):
+def test_a_sponsor_registers_for_themself_and_an_operator_for_any_sponsor(ledger: InMemoryRegistry):
     ledger.give(ledger.register("sam", "bot", "sam"))
     ledger.give(ledger.register("olga", "robot", "suzy"))
     assert (agent(ledger, "bot").sponsor, agent(ledger, "robot").sponsor) == ("sam", "suzy")
@@ -185,7 +185,7 @@ def test_a_sponsor_registers_for_themself_and_an_operator_for_any_sponsor(ledger
     assert refused(ledger, ledger.register("olga", "third", "nobody")) == "not_a_sponsor"
 
 
-def test_a_name_is_given_once(ledger: Ledger):
+def test_a_name_is_given_once(ledger: InMemoryRegistry):
     ledger.give(ledger.register("sam", "bot", "sam"))
     fresh = ledger.key_record(SigningKey.generate("spiffe://test.example/agent/bot"))
     assert refused(ledger, ledger.register("sam", "bot", "sam", keys=(fresh,))) == "name_taken"
@@ -193,13 +193,13 @@ def test_a_name_is_given_once(ledger: Ledger):
     assert refused(ledger, ledger.register("sam", "bot", "sam", keys=(fresh,))) == "name_taken"
 
 
-def test_an_agent_needs_a_key_that_is_valid_now(ledger: Ledger):
+def test_an_agent_needs_a_key_that_is_valid_now(ledger: InMemoryRegistry):
     key = ledger.key("bot", "agent").record(ledger.clock.ms // 1000)
     assert refused(ledger, ledger.register("sam", "bot", "sam", keys=(key,))) == "no_valid_key"
 
 
 @pytest.mark.parametrize("who", ["suzy", "uma", "adam"])
-def test_others_do_nothing_to_an_agent(ledger: Ledger, who: str):
+def test_others_do_nothing_to_an_agent(ledger: InMemoryRegistry, who: str):
     ledger.give(ledger.register("sam", "bot", "sam"))
     for claims in (
         ledger.claims(AgentSetCeiling, who, agent_id="bot", ceiling=WIDE),
@@ -211,21 +211,21 @@ def test_others_do_nothing_to_an_agent(ledger: Ledger, who: str):
         assert refused(ledger, claims) == "not_sponsor"
 
 
-def test_who_was_the_sponsor_has_no_more_say(ledger: Ledger):
+def test_who_was_the_sponsor_has_no_more_say(ledger: InMemoryRegistry):
     ledger.give(ledger.register("sam", "bot", "sam"))
     ledger.give(ledger.transfer("sam", "bot", "suzy"))
     assert refused(ledger, ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x")) == "not_sponsor"
     assert ledger.give(ledger.claims(AgentSetCeiling, "suzy", agent_id="bot", ceiling=WIDE)) is not None
 
 
-def test_a_sponsor_without_the_role_is_none(ledger: Ledger):
+def test_a_sponsor_without_the_role_is_none(ledger: InMemoryRegistry):
     ledger.give(ledger.register("sam", "bot", "sam"))
     ledger.give(ledger.user_set("olga", "sam", []))
     claims = ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE)
     assert refused(ledger, claims) == "not_sponsor"
 
 
-def test_what_an_operator_suspended_only_an_operator_resumes(ledger: Ledger):
+def test_what_an_operator_suspended_only_an_operator_resumes(ledger: InMemoryRegistry):
     ledger.give(ledger.register("sam", "bot", "sam"))
     ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="looking into it"))
     # Suspending it once more does not make it the sponsor's own suspension.
@@ -239,7 +239,7 @@ def test_what_an_operator_suspended_only_an_operator_resumes(ledger: Ledger):
     assert agent(ledger).status == "active"
 
 
-def test_a_decommissioned_agent_stays_so(ledger: Ledger):
+def test_a_decommissioned_agent_stays_so(ledger: InMemoryRegistry):
     ledger.give(ledger.register("sam", "bot", "sam"))
     ledger.give(ledger.claims(AgentDecommission, "sam", agent_id="bot", reason="done"))
     for claims in (
@@ -250,7 +250,7 @@ def test_a_decommissioned_agent_stays_so(ledger: Ledger):
         assert refused(ledger, claims) == "decommissioned"
 
 
-def test_an_order_signed_before_a_later_change_is_refused(ledger: Ledger):
+def test_an_order_signed_before_a_later_change_is_refused(ledger: InMemoryRegistry):
     """Kept back and sent late, it would undo what somebody saw and changed meanwhile."""
     ledger.give(ledger.register("sam", "bot", "sam"))
     old_ceiling = ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE)
@@ -271,7 +271,7 @@ def test_an_order_signed_before_a_later_change_is_refused(ledger: Ledger):
 
 
 @pytest.mark.parametrize("who", ["sam", "adam", "uma"])
-def test_only_operators_set_and_remove_targets(ledger: Ledger, who: str):
+def test_only_operators_set_and_remove_targets(ledger: InMemoryRegistry, who: str):
     ledger.give(ledger.target_set("olga", "staging"))
     assert refused(ledger, ledger.target_set(who, "staging")) == "not_operator"
     assert (
@@ -279,7 +279,7 @@ def test_only_operators_set_and_remove_targets(ledger: Ledger, who: str):
     )
 
 
-def test_targets_come_go_and_come_again(ledger: Ledger):
+def test_targets_come_go_and_come_again(ledger: InMemoryRegistry):
     assert (
         refused(ledger, ledger.claims(TargetRemove, "olga", target_id="staging", reason="x"))
         == "unknown_target"
@@ -291,7 +291,7 @@ def test_targets_come_go_and_come_again(ledger: Ledger):
     assert target(ledger).status == "active"
 
 
-def test_a_target_whose_words_do_not_fit(ledger: Ledger):
+def test_a_target_whose_words_do_not_fit(ledger: InMemoryRegistry):
     twice = ledger.target_set("olga", "staging", verbs=(VerbFloor(verb="read"), VerbFloor(verb="read")))
     assert refused(ledger, twice) == "verb_twice"
     unknown = RequestRule(method="GET", path="/x", verb="write", resource="x")
@@ -301,13 +301,13 @@ def test_a_target_whose_words_do_not_fit(ledger: Ledger):
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_task_is_on_behalf_of_who_signed(ledger: Ledger):
+def test_a_task_is_on_behalf_of_who_signed(ledger: InMemoryRegistry):
     ledger.give(ledger.register("sam", "bot", "sam"))
     assert task(ledger, assigned(ledger)).on_behalf_of == "uma"
     assert refused(ledger, ledger.assign("sam", "bot", on_behalf_of="uma")) == "on_behalf_of_unsigned"
 
 
-def test_a_task_on_behalf_of_who_consented_to_the_same_terms(ledger: Ledger):
+def test_a_task_on_behalf_of_who_consented_to_the_same_terms(ledger: InMemoryRegistry):
     ledger.give(ledger.register("sam", "bot", "sam"))
     terms = ledger.terms("bot")
     consent = ledger.consent("uma", terms)
@@ -321,7 +321,7 @@ def test_a_task_on_behalf_of_who_consented_to_the_same_terms(ledger: Ledger):
 
 
 @pytest.mark.parametrize("spoil", ["expired", "by the assigner", "not a consent", "of a disabled user"])
-def test_a_consent_that_does_not_count(ledger: Ledger, spoil: str):
+def test_a_consent_that_does_not_count(ledger: InMemoryRegistry, spoil: str):
     ledger.give(ledger.register("sam", "bot", "sam"))
     terms = ledger.terms("bot")
     consent = ledger.consent("uma", terms)
@@ -338,7 +338,7 @@ def test_a_consent_that_does_not_count(ledger: Ledger, spoil: str):
     assert refused(ledger, claims) == "on_behalf_of_unsigned"
 
 
-def test_a_consent_is_good_for_one_task(ledger: Ledger):
+def test_a_consent_is_good_for_one_task(ledger: InMemoryRegistry):
     ledger.give(ledger.register("sam", "bot", "sam"))
     terms = ledger.terms("bot")
     consent = ledger.consent("uma", terms)
@@ -350,7 +350,7 @@ def test_a_consent_is_good_for_one_task(ledger: Ledger):
     assigned(ledger, "suzy", terms=terms, on_behalf_of="suzy", consent=consent)
 
 
-def test_tasks_need_an_active_agent_and_an_end_to_come(ledger: Ledger):
+def test_tasks_need_an_active_agent_and_an_end_to_come(ledger: InMemoryRegistry):
     assert refused(ledger, ledger.assign("uma", "bot")) == "unknown_agent"
     ledger.give(ledger.register("sam", "bot", "sam"))
     past = ledger.terms("bot", not_after=ledger.clock.ms // 1000)
@@ -363,14 +363,14 @@ def test_tasks_need_an_active_agent_and_an_end_to_come(ledger: Ledger):
     assert refused(ledger, ledger.assign("uma", "bot")) == "agent_decommissioned"
 
 
-def test_the_root_assigns_no_tasks(ledger: Ledger):
+def test_the_root_assigns_no_tasks(ledger: InMemoryRegistry):
     ledger.give(ledger.register("sam", "bot", "sam"))
     claims = ledger.assign("root", "bot", iss=ledger.root.id, on_behalf_of="uma")
     assert refused(ledger, claims, ledger.root) == "not_a_user"
 
 
 @pytest.mark.parametrize("who", ["uma", "sam", "olga"])
-def test_who_may_end_a_task(ledger: Ledger, who: str):
+def test_who_may_end_a_task(ledger: InMemoryRegistry, who: str):
     ledger.give(ledger.register("sam", "bot", "sam"))
     id = assigned(ledger)
     assert refused(ledger, ledger.claims(TaskEnd, "suzy", task_id=id, reason="x")) == "not_entitled"
@@ -379,7 +379,7 @@ def test_who_may_end_a_task(ledger: Ledger, who: str):
     assert ledger.give(ledger.claims(TaskEnd, who, task_id=id, reason="twice")) is None
 
 
-def test_ending_a_task_that_is_not_there(ledger: Ledger):
+def test_ending_a_task_that_is_not_there(ledger: InMemoryRegistry):
     nowhere = "00000000-0000-5000-8000-000000000000"
     assert refused(ledger, ledger.claims(TaskEnd, "olga", task_id=nowhere, reason="x")) == "unknown_task"
 
@@ -387,7 +387,7 @@ def test_ending_a_task_that_is_not_there(ledger: Ledger):
 # --- keys and moments, across subjects --------------------------------------------------------------------------------
 
 
-def test_one_key_has_one_owner(ledger: Ledger):
+def test_one_key_has_one_owner(ledger: InMemoryRegistry):
     ledger.give(ledger.register("sam", "bot", "sam"))
     key = ledger.key_record(ledger.key("bot", "agent"))
     ledger.give(ledger.claims(AgentDecommission, "sam", agent_id="bot", reason="its key is not free again"))
@@ -405,14 +405,14 @@ def test_one_key_has_one_owner(ledger: Ledger):
         assert refused(ledger, ledger.target_set("olga", "web", keys=(taken,))) == "key_taken"
 
 
-def test_a_users_ended_key_stays_theirs(ledger: Ledger):
+def test_a_users_ended_key_stays_theirs(ledger: InMemoryRegistry):
     old = ledger.key_record(ledger.key("uma"))
     fresh = SigningKey.generate(ledger.key("uma").id)
     ledger.give(ledger.user_set("olga", "uma", keys=(ledger.key_record(fresh),)))
     assert refused(ledger, ledger.register("sam", "bot", "sam", keys=(old,))) == "key_taken"
 
 
-def test_a_command_in_the_moment_in_which_its_signer_changed(ledger: Ledger):
+def test_a_command_in_the_moment_in_which_its_signer_changed(ledger: InMemoryRegistry):
     """Readers resolve a signer as of just before; the registry must not accept what came just after."""
     ledger.give(ledger.register("sam", "bot", "sam"))
     last = ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE)
@@ -423,13 +423,13 @@ def test_a_command_in_the_moment_in_which_its_signer_changed(ledger: Ledger):
         ledger.give(last)
 
 
-def test_a_broker_whose_clock_went_back(ledger: Ledger):
+def test_a_broker_whose_clock_went_back(ledger: InMemoryRegistry):
     ledger.give(ledger.register("sam", "bot", "sam"))
     claims = ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x")
     assert refused(ledger, claims, at_ms=ledger.clock.ms - 1001) == "too_early"
 
 
-def test_what_takes_away_fits_into_every_record(ledger: Ledger):
+def test_what_takes_away_fits_into_every_record(ledger: InMemoryRegistry):
     padded = ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x", padding="x" * 8192)
     ledger.give(ledger.register("sam", "bot", "sam"))
     assert refused(ledger, padded) == "too_large"

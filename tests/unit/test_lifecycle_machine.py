@@ -38,7 +38,7 @@ from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from tests.ledger import START_MS, TD, Ledger, permission
+from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, permission
 
 PEOPLE = ("root", "olga", "otto", "sam", "suzy", "uma")
 OTHERS = ("eve", "a forger", "the agent")
@@ -220,7 +220,7 @@ class Lives(RuleBasedStateMachine):
 
     @initialize(inactive=st.sampled_from([None, True]))
     def start(self, inactive: bool | None) -> None:
-        self.ledger = Ledger()
+        self.ledger = InMemoryRegistry()
         self.ledger.organisation()
         roles = {"olga": "operator", "otto": "operator", "sam": "sponsor", "suzy": "sponsor"}
         self.model = Model(

@@ -73,8 +73,8 @@ from ringfence.model.requests.grants import grant_problem
 from ringfence.model.scope.scope import missing
 from ringfence.model.unknown_fields import NOT_UNDERSTOOD, is_understood, told, unknown_fields
 from ringfence.registry.domain import takes_away
-from tests.ledger import TD, Ledger, permission
-from tests.planted import NAME, as_before, planted
+from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
+from tests.support.unknown_field_cases import NAME, as_before, planted
 from tests.unit.test_gateway_domain import Place
 from tests.unit.test_id_token_consent import trusting
 from tests.unit.test_requests import AGE_S, AS_OF, WANTED, facts
@@ -151,7 +151,7 @@ def test_of_very_many_a_few_are_named() -> None:
 # --- where it is set --------------------------------------------------------------------------------------------------
 
 
-def commands(ledger: Ledger) -> Iterable[Any]:
+def commands(ledger: InMemoryRegistry) -> Iterable[Any]:
     """One of each command, each valid after those before it."""
     claims = ledger.claims
     yield ledger.user_set("olga", "uma", entitlements=ledger.entitlements(WIDE))
@@ -201,7 +201,7 @@ def commands(ledger: Ledger) -> Iterable[Any]:
 
 
 def test_the_registry_takes_no_command_that_gives_with_one_and_every_command_that_takes_away() -> None:
-    ledger, kinds = Ledger(), set()
+    ledger, kinds = InMemoryRegistry(), set()
     ledger.organisation()
     for command in commands(ledger):
         kinds.add(type(command))
@@ -219,7 +219,7 @@ def test_the_registry_takes_no_command_that_gives_with_one_and_every_command_tha
 
 
 def test_a_consent_with_one_hands_over_no_agent() -> None:
-    ledger = Ledger()
+    ledger = InMemoryRegistry()
     ledger.organisation()
     ledger.give(ledger.register("sam", "bot", "sam"))
     limited = ledger.transfer_consent("suzy", "bot", only_for_a_week=True)
@@ -230,7 +230,7 @@ def test_a_consent_with_one_hands_over_no_agent() -> None:
 
 
 def test_a_consent_with_one_is_none_for_a_new_task() -> None:
-    ledger = Ledger()
+    ledger = InMemoryRegistry()
     ledger.organisation()
     ledger.give(ledger.target_set("olga", "staging"))
     ledger.give(ledger.register("sam", "bot", "sam", ceiling=(WIDE,)))
@@ -245,7 +245,7 @@ def test_a_consent_with_one_is_none_for_a_new_task() -> None:
 
 def test_what_is_refused_for_one_says_nothing_of_who_may_give_it() -> None:
     """Whoever may not give the command is told so, and not which fields there are."""
-    ledger = Ledger()
+    ledger = InMemoryRegistry()
     ledger.organisation()
     with pytest.raises(CommandRefusedError) as caught:
         ledger.give(next(planted(ledger.target_set("sam", "staging"))))
@@ -253,7 +253,7 @@ def test_what_is_refused_for_one_says_nothing_of_who_may_give_it() -> None:
 
 
 def test_of_a_delegation_that_is_not_understood_a_provisioner_gives_nothing_new() -> None:
-    ledger = Ledger()
+    ledger = InMemoryRegistry()
     ledger.organisation()
     group = GroupDelegation(group="dev", scope=(WIDE,)).model_copy(update={"only_in": "Berlin"})
     delegation = Delegation(source="hr", groups=(group,))
@@ -587,7 +587,7 @@ def test_an_order_with_one_stops_no_less(selector: Selector) -> None:
 
 
 def test_an_instance_of_an_issuer_that_the_bundle_limits_in_a_way_that_is_not_known_is_none() -> None:
-    ledger = Ledger()
+    ledger = InMemoryRegistry()
     key = SigningKey.generate(f"spiffe://{TD}/agent/bot")
     now_s = ledger.clock.ms // 1000
     enrolment = ledger.claims(

@@ -23,7 +23,7 @@ from ringfence.kernel.crypto.oidc import JwksError, TokenError, read_jwks, unver
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.trust import TrustBundle
-from tests.oidc import TokenIssuer
+from tests.support.oidc_tokens import TokenIssuer
 
 TD = "acme.example"
 URL = "https://login.acme.example"

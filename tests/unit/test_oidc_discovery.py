@@ -10,9 +10,9 @@ import pytest
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.registry.oidc_discovery import MAX_DOCUMENT_BYTES, Discovery
 from tests.gateway.certificates import Certificates
-from tests.ledger import FixedClock
-from tests.oidc import TokenIssuer
-from tests.oidc_server import CONFIGURATION, OidcServer
+from tests.support.in_memory_registry import FixedClock
+from tests.support.oidc_tokens import TokenIssuer
+from tests.support.servers.oidc import CONFIGURATION, OidcServer
 
 
 class Place:

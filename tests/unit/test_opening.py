@@ -15,7 +15,7 @@ from ringfence.messages.base import ServiceRole
 from ringfence.messages.lease import Lease
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.leases.verification import verify_lease
-from tests.ledger import FixedClock
+from tests.support.in_memory_registry import FixedClock
 from tools.schemas.examples import EXAMPLES
 
 TD = "acme.example"

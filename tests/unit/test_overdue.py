@@ -9,7 +9,7 @@ import pytest
 
 from ringfence.revoker.ending import overdue
 from ringfence.revoker.ending.overdue import Overdue
-from tests.leases import lease
+from tests.support.leases import lease
 
 
 async def test_what_another_revoker_has_undone_is_forgotten_though_nobody_reads_the_metric(

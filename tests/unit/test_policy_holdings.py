@@ -26,7 +26,7 @@ from ringfence.model.leases.verification import verify_lease
 from ringfence.policy.agents.holdings import _REFUSED_KEPT, SLACK_S, Holdings
 from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS
 from ringfence.policy.domain import Case, Evaluation, Ruling, denied
-from tests.ledger import FixedClock
+from tests.support.in_memory_registry import FixedClock
 from tools.schemas.examples import EXAMPLES
 
 TD = "test.example"

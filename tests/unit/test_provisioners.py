@@ -24,7 +24,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.records.command_chain import ChainError
-from tests.ledger import START_MS, Ledger, permission
+from tests.support.in_memory_registry import START_MS, InMemoryRegistry, permission
 
 NOW_S = START_MS // 1000
 WIDE, NARROW = permission("env/**"), permission("env/a")
@@ -36,15 +36,15 @@ GROUPS = (
 
 
 @pytest.fixture
-def ledger() -> Ledger:
-    ledger = Ledger()
+def ledger() -> InMemoryRegistry:
+    ledger = InMemoryRegistry()
     ledger.organisation()
     ledger.give(provisioner_set(ledger))
     return ledger
 
 
 def provisioner_set(
-    ledger: Ledger, by: str = "olga", groups: tuple[GroupDelegation, ...] = GROUPS, **fields: Any
+    ledger: InMemoryRegistry, by: str = "olga", groups: tuple[GroupDelegation, ...] = GROUPS, **fields: Any
 ) -> ProvisionerSet:
     given = {
         "provisioner_id": "scim",
@@ -56,7 +56,7 @@ def provisioner_set(
 
 
 def synced(
-    ledger: Ledger,
+    ledger: InMemoryRegistry,
     user: str = "maria",
     *groups: str,
     scope: tuple[Any, ...] = (),
@@ -76,19 +76,19 @@ def synced(
     return ledger.claims(UserSet, by, **{**given, **fields})
 
 
-def refused(ledger: Ledger, claims: Claims, key: SigningKey | None = None) -> str:
+def refused(ledger: InMemoryRegistry, claims: Claims, key: SigningKey | None = None) -> str:
     with pytest.raises(CommandRefusedError) as caught:
         ledger.give(claims, key)
     return caught.value.code
 
 
-def user(ledger: Ledger, id: str = "maria") -> UserState:
+def user(ledger: InMemoryRegistry, id: str = "maria") -> UserState:
     entry = ledger.directory.user(id)
     assert entry is not None
     return entry.state
 
 
-def enrolled(ledger: Ledger, user_id: str = "maria", by: str = "olga", **fields: Any) -> None:
+def enrolled(ledger: InMemoryRegistry, user_id: str = "maria", by: str = "olga", **fields: Any) -> None:
     """An operator gives a user who comes from a directory a key, and leaves the rest as it is."""
     state = user(ledger, user_id)
     given = {
@@ -104,11 +104,11 @@ def enrolled(ledger: Ledger, user_id: str = "maria", by: str = "olga", **fields:
 
 
 @pytest.mark.parametrize("who", ["sam", "adam", "uma"])
-def test_only_operators_delegate(ledger: Ledger, who: str):
+def test_only_operators_delegate(ledger: InMemoryRegistry, who: str):
     assert refused(ledger, provisioner_set(ledger, who)) == "not_operator"
 
 
-def test_a_person_does_not_become_a_provisioner_nor_a_provisioner_a_person(ledger: Ledger):
+def test_a_person_does_not_become_a_provisioner_nor_a_provisioner_a_person(ledger: InMemoryRegistry):
     assert (
         refused(ledger, provisioner_set(ledger, provisioner_id="sam", keys=(_fresh(ledger),)))
         == "not_a_provisioner"
@@ -116,7 +116,7 @@ def test_a_person_does_not_become_a_provisioner_nor_a_provisioner_a_person(ledge
     assert refused(ledger, ledger.user_set("olga", "scim", ["operator"])) == "is_provisioner"
 
 
-def _fresh(ledger: Ledger) -> Any:
+def _fresh(ledger: InMemoryRegistry) -> Any:
     return ledger.key_record(SigningKey.generate(ledger.key("scim").id))
 
 
@@ -127,11 +127,13 @@ def _fresh(ledger: Ledger) -> Any:
         ((GroupDelegation(group="x", scope=(permission("../*"),)),), "scope_invalid"),
     ],
 )
-def test_a_delegation_that_means_nothing(ledger: Ledger, groups: tuple[GroupDelegation, ...], code: str):
+def test_a_delegation_that_means_nothing(
+    ledger: InMemoryRegistry, groups: tuple[GroupDelegation, ...], code: str
+):
     assert refused(ledger, provisioner_set(ledger, groups=groups)) == code
 
 
-def test_a_key_of_somebody_else_is_no_provisioners(ledger: Ledger):
+def test_a_key_of_somebody_else_is_no_provisioners(ledger: InMemoryRegistry):
     taken = (ledger.key_record(ledger.key("sam")),)
     assert refused(ledger, provisioner_set(ledger, provisioner_id="other", keys=taken)) == "key_taken"
 
@@ -139,7 +141,7 @@ def test_a_key_of_somebody_else_is_no_provisioners(ledger: Ledger):
 # --- what it may do ---------------------------------------------------------------------------------------------------
 
 
-def test_users_get_what_their_groups_are_delegated_and_no_key(ledger: Ledger):
+def test_users_get_what_their_groups_are_delegated_and_no_key(ledger: InMemoryRegistry):
     scope = (NARROW, permission("env/b"))
     ledger.give(
         synced(ledger, "maria", "Developers", "Leads", roles=("sponsor",), scope=scope, external_id="e1")
@@ -170,7 +172,7 @@ def test_users_get_what_their_groups_are_delegated_and_no_key(ledger: Ledger):
         ({"provisioned": None}, "groups_missing"),
     ],
 )
-def test_nothing_beyond_the_delegation(ledger: Ledger, change: dict[str, Any], code: str):
+def test_nothing_beyond_the_delegation(ledger: InMemoryRegistry, change: dict[str, Any], code: str):
     fields = dict(change)
     groups = fields.pop("groups", ("Developers",))
     if "source" in fields or "as_of" in fields:
@@ -180,13 +182,13 @@ def test_nothing_beyond_the_delegation(ledger: Ledger, change: dict[str, Any], c
     assert ledger.directory.user("maria") is None
 
 
-def test_a_delegated_operator_is_one_that_was_listed(ledger: Ledger):
+def test_a_delegated_operator_is_one_that_was_listed(ledger: InMemoryRegistry):
     ledger.give(provisioner_set(ledger, groups=(*GROUPS, GroupDelegation(group="Ops", roles=("operator",)))))
     ledger.give(synced(ledger, "maria", "Ops", roles=("operator",)))
     assert user(ledger).roles == ("operator",)
 
 
-def test_it_brings_no_keys_and_ends_none(ledger: Ledger):
+def test_it_brings_no_keys_and_ends_none(ledger: InMemoryRegistry):
     assert refused(ledger, synced(ledger, keys=(_fresh(ledger),))) == "keys_not_delegated"
     ledger.give(synced(ledger, "maria", "Developers"))
     enrolled(ledger)
@@ -197,7 +199,7 @@ def test_it_brings_no_keys_and_ends_none(ledger: Ledger):
 
 
 @pytest.mark.parametrize("victim", ["sam", "olga", "scim"])
-def test_it_touches_only_whom_it_made(ledger: Ledger, victim: str):
+def test_it_touches_only_whom_it_made(ledger: InMemoryRegistry, victim: str):
     ledger.give(provisioner_set(ledger, provisioner_id="hr", keys=(ledger.key_record(ledger.key("hr")),)))
     assert refused(ledger, synced(ledger, victim, "Developers")) == "not_its_user"
     gone = ledger.claims(UserDisable, "scim", user_id=victim, reason="x")
@@ -206,7 +208,7 @@ def test_it_touches_only_whom_it_made(ledger: Ledger, victim: str):
     assert refused(ledger, synced(ledger, "maria")) == "not_its_user"
 
 
-def test_it_gives_no_other_command(ledger: Ledger):
+def test_it_gives_no_other_command(ledger: InMemoryRegistry):
     ledger.give(synced(ledger, "maria", "Leads", roles=("sponsor",)))
     assert refused(ledger, ledger.register("scim", "bot", "maria")) == "provisioner_only"
     assert refused(ledger, ledger.assign("scim", "bot")) == "provisioner_only"
@@ -214,7 +216,7 @@ def test_it_gives_no_other_command(ledger: Ledger):
     assert refused(ledger, provisioner_set(ledger, "scim")) == "provisioner_only"
 
 
-def test_it_consents_to_nothing_and_opens_nothing(ledger: Ledger):
+def test_it_consents_to_nothing_and_opens_nothing(ledger: InMemoryRegistry):
     ledger.give(ledger.register("sam", "bot", "sam"))
     terms = ledger.terms("bot")
     consent = ledger.consent("scim", terms)
@@ -224,13 +226,13 @@ def test_it_consents_to_nothing_and_opens_nothing(ledger: Ledger):
     assert ledger.directory.user_key(key.id, key.kid, ledger.clock.ms / 1000) is None
 
 
-def test_a_disabled_provisioner_is_believed_nothing_any_more(ledger: Ledger):
+def test_a_disabled_provisioner_is_believed_nothing_any_more(ledger: InMemoryRegistry):
     ledger.give(ledger.claims(UserDisable, "olga", user_id="scim", reason="compromised"))
     with pytest.raises(InvalidMessageError, match="no valid key"):
         ledger.give(synced(ledger))
 
 
-def test_a_narrower_delegation_counts_from_then_on_and_older_records_still_hold(ledger: Ledger):
+def test_a_narrower_delegation_counts_from_then_on_and_older_records_still_hold(ledger: InMemoryRegistry):
     ledger.give(synced(ledger, "maria", "Leads", roles=("sponsor",)))
     ledger.give(provisioner_set(ledger, groups=GROUPS[:1]))
     assert refused(ledger, synced(ledger, "maria", "Leads", roles=("sponsor",))) == "group_not_delegated"
@@ -240,7 +242,7 @@ def test_a_narrower_delegation_counts_from_then_on_and_older_records_still_hold(
 # --- leaving and coming back ------------------------------------------------------------------------------------------
 
 
-def test_it_disables_and_lets_act_again_whom_it_disabled(ledger: Ledger):
+def test_it_disables_and_lets_act_again_whom_it_disabled(ledger: InMemoryRegistry):
     ledger.give(synced(ledger, "maria", "Developers"))
     enrolled(ledger)
     ledger.give(ledger.claims(UserDisable, "scim", user_id="maria", reason="on leave"))
@@ -251,7 +253,7 @@ def test_it_disables_and_lets_act_again_whom_it_disabled(ledger: Ledger):
     assert (user(ledger).status, len(user(ledger).keys)) == ("active", 1)
 
 
-def test_whom_an_operator_disabled_it_lets_not_act_again(ledger: Ledger):
+def test_whom_an_operator_disabled_it_lets_not_act_again(ledger: InMemoryRegistry):
     ledger.give(synced(ledger, "maria", "Developers"))
     ledger.give(ledger.claims(UserDisable, "olga", user_id="maria", reason="stolen laptop"))
     assert refused(ledger, synced(ledger, "maria", "Developers")) == "disabled_by_operator"
@@ -263,7 +265,7 @@ def test_whom_an_operator_disabled_it_lets_not_act_again(ledger: Ledger):
     assert user(ledger).status == "active"
 
 
-def test_who_left_for_good_never_comes_back_and_their_keys_end(ledger: Ledger):
+def test_who_left_for_good_never_comes_back_and_their_keys_end(ledger: InMemoryRegistry):
     ledger.give(synced(ledger, "maria", "Developers"))
     enrolled(ledger)
     ledger.give(ledger.claims(UserDisable, "scim", user_id="maria", reason="deleted", gone=True))
@@ -271,14 +273,14 @@ def test_who_left_for_good_never_comes_back_and_their_keys_end(ledger: Ledger):
     assert refused(ledger, synced(ledger, "maria", "Developers")) == "user_gone"
 
 
-def test_an_operator_takes_a_user_over(ledger: Ledger):
+def test_an_operator_takes_a_user_over(ledger: InMemoryRegistry):
     ledger.give(synced(ledger, "maria", "Developers"))
     ledger.give(ledger.user_set("olga", "maria", ["sponsor"]))
     assert user(ledger).provisioned is None
     assert refused(ledger, synced(ledger, "maria", "Developers")) == "not_its_user"
 
 
-def test_an_operators_user_is_not_said_to_come_from_a_directory(ledger: Ledger):
+def test_an_operators_user_is_not_said_to_come_from_a_directory(ledger: InMemoryRegistry):
     claims = ledger.user_set("olga", "uma", provisioned=Provisioning(groups=("Leads",)))
     assert refused(ledger, claims) == "not_provisioned"
 
@@ -287,7 +289,7 @@ def test_an_operators_user_is_not_said_to_come_from_a_directory(ledger: Ledger):
 
 
 @pytest.fixture
-def otilia(ledger: Ledger) -> Ledger:
+def otilia(ledger: InMemoryRegistry) -> InMemoryRegistry:
     """An operator who comes from the directory."""
     ledger.give(provisioner_set(ledger, groups=(*GROUPS, GroupDelegation(group="Ops", roles=("operator",)))))
     ledger.give(synced(ledger, "otilia", "Ops", roles=("operator",)))
@@ -295,20 +297,20 @@ def otilia(ledger: Ledger) -> Ledger:
     return ledger
 
 
-def test_nobody_widens_the_delegation_that_they_come_from(otilia: Ledger):
+def test_nobody_widens_the_delegation_that_they_come_from(otilia: InMemoryRegistry):
     wide = (GroupDelegation(group="Ops", roles=("operator", "sponsor"), scope=(WIDE,)),)
     assert refused(otilia, provisioner_set(otilia, "otilia", groups=wide)) == "self_widening"
     assert otilia.give(provisioner_set(otilia, "olga", groups=wide)) is not None
 
 
-def test_nobody_takes_themselves_away_from_their_directory(otilia: Ledger):
+def test_nobody_takes_themselves_away_from_their_directory(otilia: InMemoryRegistry):
     assert refused(otilia, otilia.user_set("otilia", "otilia", ["operator"])) == "self_widening"
 
 
 # --- its own groups ---------------------------------------------------------------------------------------------------
 
 
-def test_it_tells_of_its_groups_and_only_of_delegated_ones(ledger: Ledger):
+def test_it_tells_of_its_groups_and_only_of_delegated_ones(ledger: InMemoryRegistry):
     link = ledger.claims(ProvisionerLink, "scim", provisioner_id="scim", groups=(GroupLink(group="Leads"),))
     ledger.give(link)
     assert [one.group for one in user(ledger, "scim").linked] == ["Leads"]
@@ -323,7 +325,7 @@ def test_it_tells_of_its_groups_and_only_of_delegated_ones(ledger: Ledger):
 # --- evidence ---------------------------------------------------------------------------------------------------------
 
 
-def test_records_do_not_grow_with_each_sync(ledger: Ledger):
+def test_records_do_not_grow_with_each_sync(ledger: InMemoryRegistry):
     ledger.give(synced(ledger, "maria", "Developers", scope=(NARROW,)))
     enrolled(ledger)
     for _ in range(20):
@@ -344,14 +346,14 @@ def test_records_do_not_grow_with_each_sync(ledger: Ledger):
         ledger.chains().verify(entry.record)
 
 
-def test_a_reader_takes_every_revision_of_a_sync(ledger: Ledger):
+def test_a_reader_takes_every_revision_of_a_sync(ledger: InMemoryRegistry):
     """What the registry drops is what a reader lets it drop."""
     for _ in range(4):
         ledger.give(synced(ledger, "maria", "Developers", scope=(NARROW,)))
     assert ledger.alarms == []
 
 
-def test_a_registry_with_the_provisioners_key_cannot_undo_an_operators_taking_over(ledger: Ledger):
+def test_a_registry_with_the_provisioners_key_cannot_undo_an_operators_taking_over(ledger: InMemoryRegistry):
     """Not even where the operator's command changes neither roles nor keys."""
     ledger.give(synced(ledger, "maria", "Developers"))
     entry = ledger.directory.user("maria")
@@ -366,7 +368,9 @@ def test_a_registry_with_the_provisioners_key_cannot_undo_an_operators_taking_ov
     assert problem.startswith("history_changed")
 
 
-def test_a_registry_with_the_provisioners_key_cannot_undo_that_an_operator_ended_keys(ledger: Ledger):
+def test_a_registry_with_the_provisioners_key_cannot_undo_that_an_operator_ended_keys(
+    ledger: InMemoryRegistry,
+):
     """The provisioner's commands have no keys either, and end none."""
     ledger.give(synced(ledger, "maria", "Developers"))
     enrolled(ledger)
@@ -384,7 +388,7 @@ def test_a_registry_with_the_provisioners_key_cannot_undo_that_an_operator_ended
     assert problem.startswith("history_changed")
 
 
-def test_a_registry_cannot_make_a_delegation_or_a_user_of_one(ledger: Ledger):
+def test_a_registry_cannot_make_a_delegation_or_a_user_of_one(ledger: InMemoryRegistry):
     scim = ledger.directory.user("scim")
     assert scim is not None
     wide = Delegation(source=SOURCE, groups=(GroupDelegation(group="Leads", roles=("operator",)),))
@@ -397,7 +401,7 @@ def test_a_registry_cannot_make_a_delegation_or_a_user_of_one(ledger: Ledger):
         ledger.chains().verify(ledger.record(state, (command,)))
 
 
-def test_agents_may_have_a_provisioned_sponsor(ledger: Ledger):
+def test_agents_may_have_a_provisioned_sponsor(ledger: InMemoryRegistry):
     ledger.give(synced(ledger, "maria", "Leads", roles=("sponsor",)))
     enrolled(ledger)
     assert ledger.give(ledger.claims(AgentRegister, "maria", **_bot(ledger))) is not None
@@ -405,6 +409,6 @@ def test_agents_may_have_a_provisioned_sponsor(ledger: Ledger):
     assert refused(ledger, ledger.claims(AgentRegister, "maria", **_bot(ledger, "bot2"))) == "not_sponsor"
 
 
-def _bot(ledger: Ledger, name: str = "bot") -> dict[str, Any]:
+def _bot(ledger: InMemoryRegistry, name: str = "bot") -> dict[str, Any]:
     key = ledger.key_record(ledger.key(name, "agent"))
     return {"agent_id": name, "sponsor": "maria", "description": "x", "keys": (key,), "ceiling": ()}

@@ -15,7 +15,7 @@ from ringfence.client.approvals.history_comparison import Comparison, PastAnswer
 from ringfence.client.approvals.pending import PendingApproval
 from ringfence.messages.credential import Reason, Revisions
 from ringfence.messages.permission import Permission
-from tests.world import Scope, scope
+from tests.support.world import Scope, scope
 
 WEB = scope("staging", ["deploy"], ["env/staging/web"])
 ALL = scope("staging", ["deploy"], ["env/**"])

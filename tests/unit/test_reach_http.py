@@ -16,7 +16,7 @@ from ringfence.model.identity.api_tokens import api_token
 from ringfence.model.records.api_access import Authenticator
 from ringfence.policy.api import reach
 from ringfence.policy.api.reach import ReachApi
-from tests.ledger import TD
+from tests.support.in_memory_registry import TD
 from tests.unit.test_inventory import Book
 
 MAX_AGE_S = 10**6

@@ -43,7 +43,7 @@ from ringfence.model.requests.facts import (
     load_context,
     violations,
 )
-from tests.ledger import Ledger, permission
+from tests.support.in_memory_registry import InMemoryRegistry, permission
 from tools.schemas.examples import EXAMPLES
 
 AS_OF, AGE_S = 1_000_000, 3600
@@ -147,9 +147,9 @@ EVERYTHING = permission("**", verbs=VERBS)
 
 
 @pytest.fixture
-def ledger() -> Ledger:
+def ledger() -> InMemoryRegistry:
     """sam's bot and suzy's other; uma, who may do everything at `staging`."""
-    ledger = Ledger()
+    ledger = InMemoryRegistry()
     ledger.organisation()
     ledger.give(ledger.user_set("olga", "uma", entitlements=ledger.entitlements(EVERYTHING)))
     verbs = (
@@ -163,26 +163,28 @@ def ledger() -> Ledger:
     return ledger
 
 
-def made(ledger: Ledger, claims: Any) -> str:
+def made(ledger: InMemoryRegistry, claims: Any) -> str:
     change = ledger.give(claims)
     assert change is not None
     return subject_key(change.state)[1]
 
 
 @pytest.fixture
-def assigned(ledger: Ledger) -> str:
+def assigned(ledger: InMemoryRegistry) -> str:
     """The task that uma assigned to bot, for an hour."""
     return made(ledger, ledger.assign("uma", "bot", terms=ledger.terms("bot", scope=(EVERYTHING,))))
 
 
-def handed_on(ledger: Ledger, parent: str) -> str:
+def handed_on(ledger: InMemoryRegistry, parent: str) -> str:
     """bot hands its task on to other, for ten minutes."""
     terms = ledger.terms("other", scope=(EVERYTHING,), not_after=ledger.clock.ms // 1000 + 600)
     iss = ledger.key("bot", "agent").id
     return made(ledger, ledger.claims(TaskDelegate, "bot", iss=iss, parent=parent, terms=terms))
 
 
-def asked(ledger: Ledger, task_id: str, agent: str = "bot", **fields: Any) -> Signed[CredentialRequest]:
+def asked(
+    ledger: InMemoryRegistry, task_id: str, agent: str = "bot", **fields: Any
+) -> Signed[CredentialRequest]:
     given = {
         "iss": ledger.key(agent, "agent").id,
         "task_id": task_id,
@@ -195,11 +197,13 @@ def asked(ledger: Ledger, task_id: str, agent: str = "bot", **fields: Any) -> Si
     return Signed(claims, sign(claims, ledger.key(agent, "agent")))
 
 
-def reasons(ledger: Ledger, given: RequestContext, now_s: float | None = None) -> list[Reason]:
+def reasons(ledger: InMemoryRegistry, given: RequestContext, now_s: float | None = None) -> list[Reason]:
     return list(violations(given, ledger.clock.ms / 1000 if now_s is None else now_s, 30 * 86_400))
 
 
-def codes(ledger: Ledger, request: Signed[CredentialRequest], now_s: float | None = None) -> list[str]:
+def codes(
+    ledger: InMemoryRegistry, request: Signed[CredentialRequest], now_s: float | None = None
+) -> list[str]:
     return [reason.code for reason in reasons(ledger, load_context(ledger.directory, request), now_s)]
 
 
@@ -213,7 +217,7 @@ def denied(directory: Directory, *names: str) -> Reason:
     return caught.value.reason
 
 
-def only(ledger: Ledger, *, but_for: Sequence[str] = ()) -> Directory:
+def only(ledger: InMemoryRegistry, *, but_for: Sequence[str] = ()) -> Directory:
     """A reader that has not seen some of the records."""
     reader = ledger.reader()
     kinds: tuple[SubjectKind, ...] = ("user", "target", "agent", "task")
@@ -226,7 +230,7 @@ def only(ledger: Ledger, *, but_for: Sequence[str] = ()) -> Directory:
     return reader
 
 
-def test_what_it_is_held_against_are_the_records_that_it_names(ledger: Ledger, assigned: str):
+def test_what_it_is_held_against_are_the_records_that_it_names(ledger: InMemoryRegistry, assigned: str):
     request = asked(ledger, assigned)
     given = load_context(ledger.directory, request)
     directory = ledger.directory
@@ -240,7 +244,7 @@ def test_what_it_is_held_against_are_the_records_that_it_names(ledger: Ledger, a
     assert reasons(ledger, given) == []
 
 
-def test_a_part_is_held_against_every_agent_that_handed_it_on(ledger: Ledger, assigned: str):
+def test_a_part_is_held_against_every_agent_that_handed_it_on(ledger: InMemoryRegistry, assigned: str):
     part = handed_on(ledger, assigned)
     given = load_context(ledger.directory, asked(ledger, part, "other"))
     (step,) = given.delegations
@@ -258,7 +262,7 @@ def test_a_part_is_held_against_every_agent_that_handed_it_on(ledger: Ledger, as
 
 @pytest.mark.parametrize(("age_s", "scope"), [(2, (EVERYTHING,)), (1, ())])
 def test_the_sides_that_are_shown_are_those_that_count(
-    ledger: Ledger, assigned: str, age_s: int, scope: tuple[Permission, ...]
+    ledger: InMemoryRegistry, assigned: str, age_s: int, scope: tuple[Permission, ...]
 ):
     ground = find_ground(ledger.directory, "bot", assigned, "staging")
     as_of = ground.user.state.entitlements.as_of
@@ -266,7 +270,7 @@ def test_the_sides_that_are_shown_are_those_that_count(
     assert sides == {"task": (EVERYTHING,), "ceiling:bot": (EVERYTHING,), "entitlements:uma": scope}
 
 
-def test_revisions_are_those_of_each_record(ledger: Ledger, assigned: str):
+def test_revisions_are_those_of_each_record(ledger: InMemoryRegistry, assigned: str):
     for _ in range(4):
         ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=()))
         ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(EVERYTHING,)))
@@ -304,7 +308,7 @@ def test_revisions_are_those_of_each_record(ledger: Ledger, assigned: str):
     ],
 )
 def test_what_is_not_there_is_named(
-    ledger: Ledger, assigned: str, names: tuple[str, str | None, str], code: str, said: str
+    ledger: InMemoryRegistry, assigned: str, names: tuple[str, str | None, str], code: str, said: str
 ):
     agent, task, target = names
     reason = denied(ledger.directory, agent, task or assigned, target)
@@ -323,7 +327,7 @@ class Without:
         return lambda name: None if (kind, name) == self._missing else find(name)
 
 
-def test_a_record_of_the_chain_that_is_not_there_denies(ledger: Ledger, assigned: str):
+def test_a_record_of_the_chain_that_is_not_there_denies(ledger: InMemoryRegistry, assigned: str):
     def reason(kind: str, id: str, task: str, agent: str = "bot") -> Reason:
         return denied(cast(Directory, Without(ledger.directory, kind, id)), agent, task, "staging")
 
@@ -337,13 +341,13 @@ def test_a_record_of_the_chain_that_is_not_there_denies(ledger: Ledger, assigned
         assert assigned in found.message
 
 
-def test_records_that_do_not_hold_deny(ledger: Ledger, assigned: str):
+def test_records_that_do_not_hold_deny(ledger: InMemoryRegistry, assigned: str):
     reason = denied(only(ledger, but_for=("olga",)), "bot", assigned, "staging")
     assert reason.code == "record_untrusted"
     assert "olga" in reason.message or "sam" in reason.message
 
 
-def test_a_request_is_for_one_target(ledger: Ledger, assigned: str):
+def test_a_request_is_for_one_target(ledger: InMemoryRegistry, assigned: str):
     scope = (permission("a", verbs=("read",)), permission("a", target="other", verbs=("read",)))
     with pytest.raises(DeniedError) as caught:
         load_context(ledger.directory, asked(ledger, assigned, scope=scope))
@@ -352,7 +356,7 @@ def test_a_request_is_for_one_target(ledger: Ledger, assigned: str):
     assert codes(ledger, asked(ledger, assigned, scope=scope)) == []
 
 
-def test_nobody_but_an_agent_asks(ledger: Ledger, assigned: str):
+def test_nobody_but_an_agent_asks(ledger: InMemoryRegistry, assigned: str):
     with pytest.raises(DeniedError) as caught:
         load_context(ledger.directory, asked(ledger, assigned, iss=ledger.key("sam").id))
     assert caught.value.reason.code == "agent_unknown"
@@ -369,7 +373,13 @@ def test_nobody_but_an_agent_asks(ledger: Ledger, assigned: str):
     ],
 )
 def test_who_is_not_active_stands_against_it(
-    ledger: Ledger, assigned: str, model: Any, by: str, fields: dict[str, str], code: str, named: str
+    ledger: InMemoryRegistry,
+    assigned: str,
+    model: Any,
+    by: str,
+    fields: dict[str, str],
+    code: str,
+    named: str,
 ):
     ledger.give(ledger.claims(model, by, reason="x", **fields))
     (reason,) = reasons(ledger, load_context(ledger.directory, asked(ledger, assigned)))
@@ -377,12 +387,12 @@ def test_who_is_not_active_stands_against_it(
     assert named in reason.message
 
 
-def test_a_sponsor_who_is_none_any_more_leaves_an_orphan(ledger: Ledger, assigned: str):
+def test_a_sponsor_who_is_none_any_more_leaves_an_orphan(ledger: InMemoryRegistry, assigned: str):
     ledger.give(ledger.user_set("olga", "sam", ["operator"]))
     assert codes(ledger, asked(ledger, assigned)) == ["agent_orphaned"]
 
 
-def test_a_task_ends_in_its_last_second_and_by_its_end(ledger: Ledger, assigned: str):
+def test_a_task_ends_in_its_last_second_and_by_its_end(ledger: InMemoryRegistry, assigned: str):
     request = asked(ledger, assigned)
     task = ledger.directory.task(assigned)
     assert task is not None
@@ -394,7 +404,7 @@ def test_a_task_ends_in_its_last_second_and_by_its_end(ledger: Ledger, assigned:
     assert (reason.code, assigned in reason.message) == ("task_ended", True)
 
 
-def test_a_part_ends_with_what_it_is_a_part_of(ledger: Ledger, assigned: str):
+def test_a_part_ends_with_what_it_is_a_part_of(ledger: InMemoryRegistry, assigned: str):
     given = load_context(ledger.directory, asked(ledger, handed_on(ledger, assigned), "other"))
     (step,) = given.delegations
 
@@ -408,11 +418,13 @@ def test_a_part_ends_with_what_it_is_a_part_of(ledger: Ledger, assigned: str):
     assert ends(not_after=now_s) == ends(status="ended") == ["task_ended"]
 
 
-def test_a_task_is_its_agents_alone(ledger: Ledger, assigned: str):
+def test_a_task_is_its_agents_alone(ledger: InMemoryRegistry, assigned: str):
     assert codes(ledger, asked(ledger, assigned, "other")) == ["task_other_agent"]
 
 
-def test_a_verb_that_the_target_does_not_have_is_named_with_those_that_it_has(ledger: Ledger, assigned: str):
+def test_a_verb_that_the_target_does_not_have_is_named_with_those_that_it_has(
+    ledger: InMemoryRegistry, assigned: str
+):
     wide = permission("**", verbs=("read", "fly", "swim"))
     ledger.give(ledger.user_set("olga", "uma", entitlements=ledger.entitlements(wide)))
     ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(wide,)))
@@ -424,7 +436,7 @@ def test_a_verb_that_the_target_does_not_have_is_named_with_those_that_it_has(le
     assert "deploy, read, wipe" in reason.message
 
 
-def test_what_is_beyond_a_side_is_named_with_the_part_that_is(ledger: Ledger, assigned: str):
+def test_what_is_beyond_a_side_is_named_with_the_part_that_is(ledger: InMemoryRegistry, assigned: str):
     ledger.give(
         ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(permission("a", verbs=("read",)),))
     )
@@ -435,7 +447,7 @@ def test_what_is_beyond_a_side_is_named_with_the_part_that_is(ledger: Ledger, as
     assert "read on b at staging" in reason.message
 
 
-def test_what_breaks_the_grammar_is_said_with_its_place(ledger: Ledger, assigned: str):
+def test_what_breaks_the_grammar_is_said_with_its_place(ledger: InMemoryRegistry, assigned: str):
     request = asked(ledger, assigned, scope=(permission("a/../b", verbs=("read",)),))
     (reason,) = reasons(ledger, load_context(ledger.directory, request))
     assert reason.code == "scope_invalid"
@@ -444,7 +456,7 @@ def test_what_breaks_the_grammar_is_said_with_its_place(ledger: Ledger, assigned
 
 @pytest.mark.parametrize(("length", "short"), [(472, False), (473, True)])
 def test_a_long_scope_is_told_as_far_as_a_message_goes(
-    ledger: Ledger, assigned: str, length: int, short: bool
+    ledger: InMemoryRegistry, assigned: str, length: int, short: bool
 ):
     wanted = permission("a" * length, "b" * 480, verbs=("read",))
     ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=()))
@@ -469,18 +481,20 @@ def test_a_long_scope_is_told_as_far_as_a_message_goes(
     ],
 )
 def test_floors_are_those_of_what_is_asked_for(
-    ledger: Ledger, assigned: str, verbs: tuple[str, ...], floors: set[str]
+    ledger: InMemoryRegistry, assigned: str, verbs: tuple[str, ...], floors: set[str]
 ):
     given = load_context(ledger.directory, asked(ledger, assigned, scope=(permission("a", verbs=verbs),)))
     assert given.floors() == floors
 
 
-def test_break_glass_is_what_the_request_says(ledger: Ledger, assigned: str):
+def test_break_glass_is_what_the_request_says(ledger: InMemoryRegistry, assigned: str):
     assert load_context(ledger.directory, asked(ledger, assigned, break_glass=True)).break_glass is True
     assert load_context(ledger.directory, asked(ledger, assigned)).break_glass is False
 
 
-def test_what_a_compromised_key_signed_is_told_apart_from_what_another_did(ledger: Ledger, assigned: str):
+def test_what_a_compromised_key_signed_is_told_apart_from_what_another_did(
+    ledger: InMemoryRegistry, assigned: str
+):
     before = asked(ledger, assigned)
     new = SigningKey.generate(ledger.key("bot", "agent").id)
     rotate = ledger.claims(
@@ -495,7 +509,7 @@ def test_what_a_compromised_key_signed_is_told_apart_from_what_another_did(ledge
     assert codes(ledger, Signed(before.claims, "")) == []
 
 
-def test_everybody_who_ever_answered_for_the_agent_is_a_sponsor(ledger: Ledger, assigned: str):
+def test_everybody_who_ever_answered_for_the_agent_is_a_sponsor(ledger: InMemoryRegistry, assigned: str):
     ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(EVERYTHING, EVERYTHING)))
     ledger.give(ledger.transfer("sam", "bot", "suzy"))
     assert find_ground(ledger.directory, "bot", assigned, "staging").sponsors == {"sam", "suzy"}
@@ -507,7 +521,9 @@ ENROLMENT = cast(InstanceEnrolment, EXAMPLES[InstanceEnrolment])
 LET_IN = AttestationSelector(issuer=ENROLMENT.issuer, claims=dict(ENROLMENT.claims), max_life_s=43_200)
 
 
-def test_an_instance_is_the_one_that_the_request_carries_the_enrolment_of(ledger: Ledger, assigned: str):
+def test_an_instance_is_the_one_that_the_request_carries_the_enrolment_of(
+    ledger: InMemoryRegistry, assigned: str
+):
     compact = sign(ENROLMENT, ledger.registry)
     assert load_context(ledger.directory, asked(ledger, assigned, enrolment=compact)).instance == ENROLMENT
 

@@ -13,7 +13,7 @@ from ringfence.messages.base import SERVICE_ROLES, Claims, Millis, ServiceRole
 from ringfence.messages.operations import Heartbeat, StreamDigest
 from ringfence.messages.topics import HEARTBEAT
 from ringfence.model.leases.revoker_halts import RevokerHalts
-from tests.malformed import Services
+from tests.support.malformed_records import Services
 
 GRACE_MS = 5000
 GROUP = "ringfence.revoker"

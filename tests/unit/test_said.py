@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ringfence.revoker.lease_records import summarise
 from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache, glance_of
-from tests.leases import lease, signed, step
+from tests.support.leases import lease, signed, step
 
 
 def test_of_its_own_records_it_knows_what_a_look_would_tell() -> None:

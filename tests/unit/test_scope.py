@@ -1,4 +1,4 @@
-"""What scopes lack of each other and share, against the oracles of their globs (`tests.glob_oracles`)."""
+"""What scopes lack of each other and share, against the oracles of their globs (`tests.support.glob_oracles`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ringfence.model.scope import glob_intersection
 from ringfence.model.scope import scope as module
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.scope import intersect, missing, validate_scope
-from tests.glob_oracles import SHORT, globs, names_of, separated, short_globs, union_of
+from tests.support.glob_oracles import SHORT, globs, names_of, separated, short_globs, union_of
 
 # Scopes ----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from ringfence.kernel.crypto.keys import KeyFileError
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, enclose, recipients_of
 from ringfence.kernel.crypto.service_keys import files_before, next_file
 from ringfence.kernel.crypto.trust_store import TrustStore
-from tests.ledger import TD, FixedClock
+from tests.support.in_memory_registry import TD, FixedClock
 
 GATEWAY = f"spiffe://{TD}/service/gateway"
 

@@ -14,7 +14,7 @@ from ringfence.kernel.crypto.keys import KeyFileError, SigningKey
 from ringfence.kernel.crypto.service_keys import SETTLE_S, ServiceKeys, next_file
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.trust import TrustBundle
-from tests.ledger import TD, FixedClock
+from tests.support.in_memory_registry import TD, FixedClock
 
 ISSUER = f"spiffe://{TD}/service/issuer"
 

@@ -10,8 +10,8 @@ from typing import Any, cast
 from ringfence.client.agent.process_id import process_mark
 from ringfence.gateway.decision.shared_keys import SharedKeys
 from ringfence.model.records.key_sharing import WINDOW_MS, KeyUses
-from tests.ledger import TD, FixedClock
-from tests.world import WITHIN_S
+from tests.support.in_memory_registry import TD, FixedClock
+from tests.support.world import WITHIN_S
 
 MINUTE_MS = 60_000
 

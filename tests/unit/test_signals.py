@@ -27,7 +27,7 @@ from ringfence.signals.poll import MOST_SETS, Window
 from ringfence.signals.receivers import Receiver, read_receivers
 from ringfence.signals.settings import SignalsSettings
 from ringfence.signals.subjects import AskedWronglyError, Poll, SubjectChange, understood
-from tests.leases import lease
+from tests.support.leases import lease
 
 TD = "acme.example"
 STREAM = "6ba7b811-9dad-41d1-80b4-00c04fd430c8"

@@ -10,7 +10,7 @@ import pytest
 from ringfence.cli.commands.serve import check
 from ringfence.kernel.base.errors import SettingsError
 from ringfence.kernel.crypto.keys import SigningKey
-from tests.ledger import TD
+from tests.support.in_memory_registry import TD
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.messages.operations import Heartbeat, StreamDigest
 from ringfence.messages.topics import HEARTBEAT, LEASE
 from ringfence.model.leases.stream_digests import REMEMBERED, StreamCheck, StreamDigests
-from tests.ledger import FixedClock
+from tests.support.in_memory_registry import FixedClock
+from tests.support.polling import until
 from tests.unit.test_lease_epochs import TD, Markers
-from tests.waiting import until
 
 NAME = "t.lease.v1"
 P0, P1 = (NAME, 0), (NAME, 1)

@@ -14,7 +14,7 @@ from ringfence.client.admin.target_backends import backend_problem
 from ringfence.messages.registry import BackendSettings
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.target_settings import problems
-from tests.ledger import Ledger
+from tests.support.in_memory_registry import InMemoryRegistry
 
 
 def backend(kind: str, **settings: Any) -> BackendSettings:
@@ -55,7 +55,7 @@ def test_templates_say_what_their_backend_understands(name: str) -> None:
 def test_the_registry_refuses_what_a_built_in_backend_does_not_understand(
     given: BackendSettings, says: str
 ) -> None:
-    ledger = Ledger()
+    ledger = InMemoryRegistry()
     ledger.organisation()
     command = ledger.target_set("olga", "shop", backend=given)
     with pytest.raises(CommandRefusedError) as refused:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.time_limits import AFTER_ALL, RUNNING
+from tests.support.time_limits import AFTER_ALL, RUNNING
 
 ROOT = Path(__file__).parents[2]
 WITHIN_S = 90
@@ -26,7 +26,7 @@ setup_timeout = 1
 teardown_timeout = 1
 """
 CONFTEST = """
-from tests import time_limits
+from tests.support import time_limits
 
 time_limits.GRACE_S = 1.0
 time_limits._AGAIN_S = 0.2

@@ -17,44 +17,44 @@ from ringfence.messages.registry import (
 )
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.records.command_chain import ChainError
-from tests.ledger import Ledger, permission
+from tests.support.in_memory_registry import InMemoryRegistry, permission
 
 WIDE = (permission("env/**"),)
 
 
 @pytest.fixture
-def ledger() -> Ledger:
-    ledger = Ledger()
+def ledger() -> InMemoryRegistry:
+    ledger = InMemoryRegistry()
     ledger.organisation()
     ledger.give(ledger.register("sam", "bot", "sam"))
     return ledger
 
 
-def refused(ledger: Ledger, claims: Claims, **when: Any) -> str:
+def refused(ledger: InMemoryRegistry, claims: Claims, **when: Any) -> str:
     """The code with which the registry refuses a command."""
     with pytest.raises(CommandRefusedError) as caught:
         ledger.give(claims, **when)
     return caught.value.code
 
 
-def bot(ledger: Ledger) -> AgentState:
+def bot(ledger: InMemoryRegistry) -> AgentState:
     entry = ledger.directory.agent("bot")
     assert entry is not None
     return entry.state
 
 
-def commands_of_bot(ledger: Ledger) -> list[EmbeddedCommand]:
+def commands_of_bot(ledger: InMemoryRegistry) -> list[EmbeddedCommand]:
     entry = ledger.directory.agent("bot")
     assert entry is not None
     return list(entry.record.commands)
 
 
-def test_a_sponsor_hands_an_agent_over_with_the_consent_of_the_new_one(ledger: Ledger):
+def test_a_sponsor_hands_an_agent_over_with_the_consent_of_the_new_one(ledger: InMemoryRegistry):
     assert ledger.give(ledger.transfer("sam", "bot", "suzy")) is not None
     assert (bot(ledger).sponsor, bot(ledger).without_consent) == ("suzy", None)
 
 
-def test_a_sponsor_dumps_an_agent_on_nobody(ledger: Ledger):
+def test_a_sponsor_dumps_an_agent_on_nobody(ledger: InMemoryRegistry):
     bare = ledger.transfer("sam", "bot", "suzy", consent=None)
     assert refused(ledger, bare) == "consent_missing"
     assert refused(ledger, ledger.transfer("sam", "bot", "suzy", without_consent=True)) == "not_operator"
@@ -71,7 +71,7 @@ def test_a_sponsor_dumps_an_agent_on_nobody(ledger: Ledger):
     ],
 )
 def test_a_consent_is_to_one_transfer_of_one_agent_as_it_is(
-    ledger: Ledger, fields: dict[str, Any], code: str
+    ledger: InMemoryRegistry, fields: dict[str, Any], code: str
 ):
     if "exp" in fields:
         fields = {"iat": ledger.clock.ms // 1000 - 400, "exp": ledger.clock.ms // 1000 - 100}
@@ -79,27 +79,27 @@ def test_a_consent_is_to_one_transfer_of_one_agent_as_it_is(
     assert refused(ledger, ledger.transfer("sam", "bot", "suzy", consent=consent)) == code
 
 
-def test_only_the_new_sponsor_consents(ledger: Ledger):
+def test_only_the_new_sponsor_consents(ledger: InMemoryRegistry):
     forged = ledger.transfer_consent("suzy", "bot", SigningKey.generate(ledger.key("suzy").id))
     for consent in (ledger.transfer_consent("sam", "bot"), ledger.transfer_consent("uma", "bot"), forged):
         assert refused(ledger, ledger.transfer("sam", "bot", "suzy", consent=consent)) == "consent_invalid"
 
 
-def test_a_consent_does_not_outlive_a_change_of_the_agent(ledger: Ledger):
+def test_a_consent_does_not_outlive_a_change_of_the_agent(ledger: InMemoryRegistry):
     """What suzy saw is what she takes over: its sponsor does not widen it behind her back."""
     consent = ledger.transfer_consent("suzy", "bot")
     ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE))
     assert refused(ledger, ledger.transfer("sam", "bot", "suzy", consent=consent)) == "consent_stale"
 
 
-def test_a_consent_counts_once(ledger: Ledger):
+def test_a_consent_counts_once(ledger: InMemoryRegistry):
     consent = ledger.transfer_consent("suzy", "bot")
     ledger.give(ledger.transfer("sam", "bot", "suzy", consent=consent))
     ledger.give(ledger.transfer("suzy", "bot", "sam"))
     assert refused(ledger, ledger.transfer("sam", "bot", "suzy", consent=consent)) == "consent_stale"
 
 
-def test_an_operator_transfers_without_consent_and_the_record_says_so(ledger: Ledger):
+def test_an_operator_transfers_without_consent_and_the_record_says_so(ledger: InMemoryRegistry):
     assert refused(ledger, ledger.transfer("olga", "bot", "suzy", consent=None)) == "consent_missing"
     ledger.give(ledger.transfer("olga", "bot", "suzy", without_consent=True))
     assert (bot(ledger).sponsor, bot(ledger).without_consent) == ("suzy", True)
@@ -108,13 +108,13 @@ def test_an_operator_transfers_without_consent_and_the_record_says_so(ledger: Le
     assert (bot(ledger).sponsor, bot(ledger).without_consent) == ("suzy", None)
 
 
-def test_an_operator_transfers_an_orphan(ledger: Ledger):
+def test_an_operator_transfers_an_orphan(ledger: InMemoryRegistry):
     ledger.give(ledger.claims(UserDisable, "olga", user_id="sam", reason="left"))
     ledger.give(ledger.transfer("olga", "bot", "suzy", without_consent=True))
     assert (bot(ledger).sponsor, bot(ledger).without_consent) == ("suzy", True)
 
 
-def test_who_activates_an_agent_has_agreed_to_answer_for_it(ledger: Ledger):
+def test_who_activates_an_agent_has_agreed_to_answer_for_it(ledger: InMemoryRegistry):
     ledger.give(ledger.register("olga", "crab", "sam", inactive=True))
     ledger.give(ledger.transfer("olga", "crab", "suzy", without_consent=True))
     ledger.give(ledger.claims(AgentActivate, "suzy", agent_id="crab"))
@@ -123,13 +123,13 @@ def test_who_activates_an_agent_has_agreed_to_answer_for_it(ledger: Ledger):
     assert entry.state.without_consent is None
 
 
-def test_a_transfer_says_one_thing_of_its_consent(ledger: Ledger):
+def test_a_transfer_says_one_thing_of_its_consent(ledger: InMemoryRegistry):
     consent = ledger.transfer_consent("suzy", "bot")
     both = ledger.transfer("olga", "bot", "suzy", consent=consent, without_consent=True)
     assert refused(ledger, both) == "consent_contradicted"
 
 
-def test_transfers_from_before_consents_stay_valid(ledger: Ledger):
+def test_transfers_from_before_consents_stay_valid(ledger: InMemoryRegistry):
     """Every reader folds them again; whoever gave them, their records say nothing of a consent."""
     commands = commands_of_bot(ledger)
     for by, to in (("sam", "suzy"), ("olga", "otto"), ("olga", "sam")):
@@ -143,7 +143,7 @@ def test_transfers_from_before_consents_stay_valid(ledger: Ledger):
 
 
 @pytest.mark.parametrize("lie", ["forged", "by another", "from another", "twice", "without an operator"])
-def test_a_lying_registry_makes_up_no_consent(ledger: Ledger, lie: str):
+def test_a_lying_registry_makes_up_no_consent(ledger: InMemoryRegistry, lie: str):
     """Readers verify each consent that a record has, and that it was used once."""
     commands = commands_of_bot(ledger)
     consent: str | None = ledger.transfer_consent("suzy", "bot")

@@ -19,7 +19,7 @@ from ringfence.messages.registry import UserRecord
 from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import RootHandover, ServiceIdentity, TrustBundle
 from ringfence.model.records.command_chain import ChainError
-from tests.ledger import START_MS, TD, FixedClock, Ledger
+from tests.support.in_memory_registry import START_MS, TD, FixedClock, InMemoryRegistry
 
 NOW_S = START_MS // 1000
 ROOT = f"spiffe://{TD}/root"
@@ -43,8 +43,8 @@ def bundle(version: int, by: SigningKey, *handovers: str, **changed: object) -> 
 
 
 @pytest.fixture
-def ledger() -> Ledger:
-    return Ledger()
+def ledger() -> InMemoryRegistry:
+    return InMemoryRegistry()
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_a_former_root_counts_for_its_time_alone(roots: list[SigningKey], both: 
     assert store.root_key(f"spiffe://{TD}/user/x", roots[1].kid) is None
 
 
-def renewed(ledger: Ledger, by: SigningKey, pinned: str, *, ended_s: int) -> None:
+def renewed(ledger: InMemoryRegistry, by: SigningKey, pinned: str, *, ended_s: int) -> None:
     """From now on the ledger's root is `by`; what the one before signed counts until `ended_s`."""
     first = ledger.trust.require()
     following = first.model_copy(
@@ -141,7 +141,7 @@ def renewed(ledger: Ledger, by: SigningKey, pinned: str, *, ended_s: int) -> Non
 
 
 @pytest.mark.parametrize("pin", ["old", "new"])
-def test_records_that_the_old_root_began_hold_under_the_new_one(ledger: Ledger, pin: str) -> None:
+def test_records_that_the_old_root_began_hold_under_the_new_one(ledger: InMemoryRegistry, pin: str) -> None:
     ledger.give(ledger.user_set("root", "olga", ("operator",)))
     ledger.give(ledger.user_set("olga", "sam", ("sponsor",)))
     new = new_root()
@@ -152,7 +152,7 @@ def test_records_that_the_old_root_began_hold_under_the_new_one(ledger: Ledger, 
         assert isinstance(entry.record, UserRecord)
 
 
-def test_what_a_stolen_root_signed_counts_for_nothing(ledger: Ledger) -> None:
+def test_what_a_stolen_root_signed_counts_for_nothing(ledger: InMemoryRegistry) -> None:
     """An operator that the thief made was believed, and is not any more once the root that followed says since when."""
     ledger.give(ledger.user_set("root", "olga", ("operator",)))
     stolen_s = ledger.clock.ms // 1000
@@ -165,7 +165,7 @@ def test_what_a_stolen_root_signed_counts_for_nothing(ledger: Ledger) -> None:
         ledger.directory.user("mallory")
 
 
-def test_what_an_agent_of_the_thiefs_signs_counts_for_nothing_either(ledger: Ledger) -> None:
+def test_what_an_agent_of_the_thiefs_signs_counts_for_nothing_either(ledger: InMemoryRegistry) -> None:
     """Its commands were believed, so its record has been folded: it is folded anew."""
     ledger.give(ledger.user_set("root", "olga", ("operator",)))
     stolen_s = ledger.clock.ms // 1000
@@ -181,7 +181,7 @@ def test_what_an_agent_of_the_thiefs_signs_counts_for_nothing_either(ledger: Led
         ledger.directory.agent("spy")
 
 
-def test_a_bundle_that_has_expired_denies_and_says_so(ledger: Ledger) -> None:
+def test_a_bundle_that_has_expired_denies_and_says_so(ledger: InMemoryRegistry) -> None:
     clock = FixedClock()
     reader = ledger.reader(grace_ms=5000)
     trust = ledger.trust

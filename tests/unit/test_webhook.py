@@ -18,9 +18,9 @@ from ringfence.policy.notifications.webhook import (
     parse_webhook,
     signed_headers,
 )
+from tests.support.world import scope
 from tests.unit.test_policy_domain import entry, facts
 from tests.unit.test_questions import HOSTILE
-from tests.world import scope
 from tools.schemas.examples import EXAMPLES
 
 SECRET = "whsec_" + base64.b64encode(b"k" * 32).decode()

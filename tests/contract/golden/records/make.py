@@ -41,7 +41,7 @@ from ringfence.messages.registry import (
     UserDisable,
     VerbFloor,
 )
-from tests.ledger import START_MS, TD, Ledger, permission
+from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, permission
 
 NOT_YET = {"added_in_2030": {"unless": ["it is Friday"]}}
 """A field that no version has."""
@@ -49,7 +49,7 @@ WIDE = permission("env/**", verbs=("read", "deploy"))
 ISSUER = "https://token.actions.example"
 
 
-class Keeper(Ledger):
+class Keeper(InMemoryRegistry):
     """An honest registry of before, which writes down every record."""
 
     def __init__(self) -> None:
