@@ -487,6 +487,18 @@ def test_a_key_that_ended_is_good_for_a_decision_within_an_hour(place: Place, la
         assert place.issued(decision).lease.key_thumbprint == old.kid
 
 
+@pytest.mark.parametrize(("late_ms", "code"), [(0, "deadline_too_close"), (1, "key_ended")])
+def test_the_key_of_an_instance_that_ended_is_good_no_longer(place: Place, late_ms: int, code: str) -> None:
+    """And within that hour for a refusal alone: no lease outlives the enrolment."""
+    key = SigningKey.generate(place.ledger.key("bot", "agent").id)
+    end_s = place.now_ms // 1000 + 300
+    request = place.request(key, enrolment=enrolled(place, key, end_s))
+    source_ms = end_s * 1000 - 1
+    at_ms = source_ms + ENDED_KEY_MS + late_ms
+    decision = place.decision(request, source_ms=source_ms, at_ms=at_ms, iat=at_ms // 1000)
+    assert place.refused(decision) == ([code], False)
+
+
 @pytest.mark.parametrize("late_ms", [0, 1])
 def test_where_people_were_asked_it_is_good_for_a_day_more(place: Place, late_ms: int) -> None:
     assert APPROVALS_MS == 86_400_000

@@ -500,3 +500,12 @@ def test_a_denial_may_say_when_to_ask_again():
     assert denied("x", "y").ruling.retry_after_s is None
     assert (denied("x", "y").facts, denied("x", "y").grants) == (None, ())
     assert (Ruling("denied").reasons, Ruling("denied").required) == ((), ())
+
+
+def test_what_was_held_against_nothing_says_so():
+    """None and nothing else: what stands in these fields goes into the decision as it is."""
+    bare = Ruling("denied")
+    assert (bare.ttl_s, bare.retry_after_s) == (None, None)
+    judgement = denied("x", "y")
+    made_on = (judgement.revisions, judgement.input, judgement.input_digest, judgement.input_json)
+    assert made_on == (None, None, None, None)
