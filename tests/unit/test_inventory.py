@@ -26,9 +26,9 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
+from ringfence.policy.agents.agent_index import _IDLE_S, AgentIndex, CursorLostError
 from ringfence.policy.agents.holdings import Holdings
 from ringfence.policy.agents.inventory import InventoryRow, row_of, totals
-from ringfence.policy.agents.roster import _IDLE_S, CursorLostError, Roster
 from ringfence.policy.agents.usage import DAY_S, MAX_KEYS, KeyLastSeen
 from tests.support.in_memory_registry import TD, InMemoryRegistry
 from tools.schemas.examples import EXAMPLES
@@ -48,8 +48,8 @@ class Book:
         self.clock = self.ledger.clock
         self.issuer = SigningKey.generate(f"spiffe://{TD}/service/issuer")
         self.holdings = Holdings(self._trust(), self.clock)
-        self.sightings = KeyLastSeen()
-        self.roster = Roster(self.ledger.directory, self.holdings, self.sightings, self.clock)
+        self.key_last_seen = KeyLastSeen()
+        self.roster = AgentIndex(self.ledger.directory, self.holdings, self.key_last_seen, self.clock)
         self.numbers = itertools.count()
         self.ledger.organisation()
         self.ledger.give(self.ledger.target_set("olga", "platform"))
@@ -97,7 +97,7 @@ class Book:
                 "source": Coordinates(topic="t", partition=0, offset=0, appended_at_ms=self.clock.ms),
             }
         )  # fmt: skip
-        self.sightings.on_decision(decision, agent)
+        self.key_last_seen.on_decision(decision, agent)
         self.holdings.decided(decision, agent, self.clock.ms)
         return id
 
@@ -261,7 +261,7 @@ def test_an_agent_is_seen_with_each_of_its_keys(book: Book):
 
 
 def test_only_so_many_keys_are_remembered():
-    sightings, key = KeyLastSeen(), SigningKey.generate(f"spiffe://{TD}/agent/bot")
+    key_last_seen, key = KeyLastSeen(), SigningKey.generate(f"spiffe://{TD}/agent/bot")
     request = cast(CredentialRequest, EXAMPLES[CredentialRequest]).model_copy(update={"iss": key.id})
     kids = []
     for number in range(MAX_KEYS + 1):
@@ -270,10 +270,10 @@ def test_only_so_many_keys_are_remembered():
         kids.append(parse(compact).header.kid)
         source = Coordinates(topic="t", partition=0, offset=0, appended_at_ms=1000 + number)
         changes = {"request": compact, "source": source}
-        sightings.on_decision(
+        key_last_seen.on_decision(
             cast(CredentialDecision, EXAMPLES[CredentialDecision]).model_copy(update=changes), "bot"
         )
-    assert list(sightings.of("bot")) == kids[1:]
+    assert list(key_last_seen.of("bot")) == kids[1:]
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ async def test_an_agent_that_changes_all_the_time_is_looked_at_once_a_round(
             raise asyncio.CancelledError
 
     monkeypatch.setattr(book.roster, "facts", changing)
-    monkeypatch.setattr("ringfence.policy.agents.roster.asyncio.sleep", pause)
+    monkeypatch.setattr("ringfence.policy.agents.agent_index.asyncio.sleep", pause)
     with pytest.raises(asyncio.CancelledError):
         await book.roster.keep()
     assert looked == ["bot", "robot", "bot", "bot"]
@@ -392,6 +392,6 @@ def test_an_agent_that_cannot_be_told_of_ends_nothing(book: Book, monkeypatch: p
 @pytest.mark.parametrize("head", ["e30", "bnVsbA", "W10", "!", "", "x" * 600])
 def test_a_decision_on_what_names_no_key_is_no_sighting(head: str):
     example = cast(CredentialDecision, EXAMPLES[CredentialDecision])
-    sightings = KeyLastSeen()
-    sightings.on_decision(example.model_copy(update={"request": f"{head}.e30.AA"}), "bot")
-    assert not sightings.of("bot")
+    key_last_seen = KeyLastSeen()
+    key_last_seen.on_decision(example.model_copy(update={"request": f"{head}.e30.AA"}), "bot")
+    assert not key_last_seen.of("bot")

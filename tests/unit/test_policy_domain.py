@@ -32,7 +32,7 @@ from ringfence.policy.domain import (
     people_to_ask,
     rule,
     signer,
-    weighed,
+    verdict_of,
 )
 from ringfence.rego.engine import PolicyFailedError, PolicyResult, result_of
 from tools.schemas.examples import EXAMPLES
@@ -420,13 +420,13 @@ def test_break_glass_tells_what_it_outweighs():
 
 @pytest.mark.parametrize(("given_s", "ttl_s"), [(1, 1), (0, 300), (-1, 300), (20, 20)])
 def test_break_glass_is_no_way_around_a_life_that_the_bundle_gives(given_s: int, ttl_s: int):
-    found = weighed((), PolicyResult(False, (OTHER,), (), given_s), (), 300, 3600, break_glass=True)
+    found = verdict_of((), PolicyResult(False, (OTHER,), (), given_s), (), 300, 3600, break_glass=True)
     assert (found.denials, found.ttl_s, found.outweighed) == ((), ttl_s, (OTHER,))
     assert found.required == TWO
 
 
 def test_without_break_glass_nothing_is_outweighed():
-    found = weighed((), PolicyResult(False, (OTHER,), (), 60), (), 300, 3600)
+    found = verdict_of((), PolicyResult(False, (OTHER,), (), 60), (), 300, 3600)
     assert (found.denials, found.ttl_s, found.outweighed, found.required) == ((OTHER,), None, (), ())
 
 
@@ -506,6 +506,6 @@ def test_what_was_held_against_nothing_says_so():
     """None and nothing else: what stands in these fields goes into the decision as it is."""
     bare = Ruling("denied")
     assert (bare.ttl_s, bare.retry_after_s) == (None, None)
-    judgement = denied("x", "y")
-    made_on = (judgement.revisions, judgement.input, judgement.input_digest, judgement.input_json)
+    evaluation = denied("x", "y")
+    made_on = (evaluation.revisions, evaluation.input, evaluation.input_digest, evaluation.input_json)
     assert made_on == (None, None, None, None)

@@ -69,19 +69,19 @@ def fate(gate: AdmissionControl, of: Received, now_ms: int) -> str:
 )
 def test_what_is_behind_stays_so_until_it_has_caught_up(ages_s: tuple[float, ...], last: Stage):
     backlog = BacklogMonitor(WAIT_S)
-    stages = [backlog.look(0, START, START + int(age_s * 1000)) for age_s in ages_s]
+    stages = [backlog.observe(0, START, START + int(age_s * 1000)) for age_s in ages_s]
     assert stages[-1] is backlog.stage(0) is last
 
 
 def test_each_partition_has_a_backlog_of_its_own():
     backlog = BacklogMonitor(WAIT_S)
-    assert [backlog.look(n, START, START + 50_000 * n) for n in range(3)] == list(Stage)
+    assert [backlog.observe(n, START, START + 50_000 * n) for n in range(3)] == list(Stage)
     assert [backlog.stage(n) for n in range(4)] == [*Stage, Stage.SERVED]
 
 
 def test_without_limit_nothing_is_too_old():
     backlog = BacklogMonitor(0)
-    assert backlog.look(0, START, START + 10**9) is Stage.SERVED
+    assert backlog.observe(0, START, START + 10**9) is Stage.SERVED
     assert backlog.warning(START + 10**9) is None
 
 
@@ -206,7 +206,7 @@ async def test_what_is_let_go_is_told_with_its_number_and_where_it_stands():
     for offset, key in enumerate(["bot", "other", "bot", "bot"]):
         counted.count(record(key, offset=offset))
     counted.count(record("third", partition=1, offset=7))
-    await counted.tell()
+    await counted.report()
     first, second = runtime.events
     assert (first["kind"], first["subject"], first["source"].offset) == ("finding", "credential.request", 3)
     (reason,) = first["reasons"]
@@ -214,7 +214,7 @@ async def test_what_is_let_go_is_told_with_its_number_and_where_it_stands():
     assert "4 requests between offsets 0 and 3 of partition 0" in reason.message
     assert "bot (3), other (1)" in reason.message
     assert second["source"].partition == 1
-    await counted.tell()
+    await counted.report()
     assert len(runtime.events) == 2
 
 
@@ -223,7 +223,7 @@ async def test_what_could_not_be_told_is_told_later():
     counted.count(record(offset=1))
     runtime.broken = True
     with pytest.raises(OSError, match="away"):
-        await counted.tell()
+        await counted.report()
     await counted.close()
     runtime.broken = False
     counted.count(record(offset=2))
@@ -235,7 +235,7 @@ async def test_a_batch_that_comes_again_is_counted_once():
     counted, runtime = let_go()
     for offset in (4, 5, 4, 5, 6):
         counted.count(record(offset=offset))
-    await counted.tell()
+    await counted.report()
     assert runtime.events[0]["reasons"][0].message.startswith("3 requests")
 
 
@@ -244,7 +244,7 @@ async def test_a_thousand_keys_that_strangers_chose_are_told_apart_and_no_more()
     for offset in range(3000):
         counted.count(record(f"key-{offset}", offset=offset))
     assert len(counted._tallies[0].keys) == 1000
-    await counted.tell()
+    await counted.report()
     assert runtime.events[0]["reasons"][0].message.startswith("3000 requests")
 
 

@@ -94,11 +94,11 @@ class Heard:
     def __init__(self) -> None:
         self.clock, self.settings = FixedClock(), SimpleNamespace(trust_domain=TD)
         self.events: list[dict[str, Any]] = []
-        self.came = asyncio.Event()
+        self.received = asyncio.Event()
 
     async def event(self, kind: str, subject: str, **fields: Any) -> None:
         self.events.append({"kind": kind, **fields})
-        self.came.set()
+        self.received.set()
 
 
 async def test_two_addresses_at_once_are_told_of_by_the_gateway() -> None:
@@ -110,7 +110,7 @@ async def test_two_addresses_at_once_are_told_of_by_the_gateway() -> None:
             heard.clock.ms += 1000
             shared.used("bot", "kid", address)
         async with asyncio.timeout(WITHIN_S):
-            await heard.came.wait()
+            await heard.received.wait()
     finally:
         telling.cancel()
     (event,) = heard.events

@@ -35,8 +35,8 @@ from ringfence.model.records.directory import TABLES, Directory
 from ringfence.model.records.key_sharing import KeyUses
 from ringfence.model.requests.grants import KEEP_MS as GRANTS_KEEP_MS
 from ringfence.model.requests.grants import GrantTable, kind_of
+from ringfence.policy.agents.agent_index import AgentIndex
 from ringfence.policy.agents.holdings import LEASES_SINCE_MS, REFUSALS_SINCE_MS, Holdings
-from ringfence.policy.agents.roster import Roster
 from ringfence.policy.agents.shared_keys import SharedKeyDetector
 from ringfence.policy.agents.usage import KeyLastSeen
 from ringfence.policy.api.authzen import AuthZen
@@ -55,12 +55,12 @@ from ringfence.policy.incoming.admission import (
     PendingApprovalLimit,
     PendingLimits,
 )
-from ringfence.policy.incoming.approvals import ApprovalHandler, count_what_waits
+from ringfence.policy.incoming.approvals import ApprovalHandler, register_pending_gauges
 from ringfence.policy.incoming.credential_requests import RequestHandler
 from ringfence.policy.incoming.grants import GrantHandler
 from ringfence.policy.incoming.load_shedding import ShedRequests
 from ringfence.policy.incoming.verification import MessageVerifier
-from ringfence.policy.notifications.notices import Notices, teller
+from ringfence.policy.notifications.notices import Notices, notice_sender
 from ringfence.policy.settings import PolicySettings
 from ringfence.rego.bundle import load_bundle
 from ringfence.rego.bundle_watch import BundleWatch
@@ -96,9 +96,9 @@ def build(
         holdings.decided(decision, agent_id, at_ms)
         grants.on_allowed(decision)
 
-    sightings = KeyLastSeen()
-    roster = Roster(directory, holdings, sightings, runtime.clock)
-    decisions = InMemoryDecisionLog(runtime.trust, allowed, sightings.on_decision)
+    key_last_seen = KeyLastSeen()
+    agent_index = AgentIndex(directory, holdings, key_last_seen, runtime.clock)
+    decisions = InMemoryDecisionLog(runtime.trust, allowed, key_last_seen.on_decision)
 
     def read_back(topic: Topic[Any], reader: Callable[[Sequence[Received]], None], for_ms: int) -> Follower:
         since_ms = max(runtime.clock.now_ms() - for_ms, 1)
@@ -111,46 +111,46 @@ def build(
     history = read_back(CREDENTIAL_DECISION, decisions.on_records, HISTORY_MS)
     read_back(APPROVAL_RESPONSE, grant_table.on_records, GRANTS_KEEP_MS)
 
-    async def recall() -> None:
+    async def load_decisions() -> None:
         if not await history.caught_up(settings.grace_s):
             raise UnavailableError("what was decided before cannot be read from Kafka")
         await decisions.settle()
 
-    async def remember() -> None:
+    async def load_before_assignment() -> None:
         """What another replica decided before partitions came here must be known before the first record of them."""
         while True:
             try:
                 grant_table.settle()
-                return await recall()
+                return await load_decisions()
             except UnavailableError as error:
                 log.warning("no requests are taken yet: %s", error)
                 await asyncio.sleep(0.5)
 
-    count_what_waits(decisions, runtime.clock)
+    register_pending_gauges(decisions, runtime.clock)
     notices = Notices(own.webhooks, directory, decisions, runtime.clock)
-    answers = DecisionPublisher(runtime, directory, decisions, Approvers(directory), notices)
-    opener = MessageVerifier(runtime, directory)
+    publisher = DecisionPublisher(runtime, directory, decisions, Approvers(directory), notices)
+    verifier = MessageVerifier(runtime, directory)
     declared = BackendCapabilities(all_backends(Material(settings.trust_domain, settings.issuer_url)))
     judge = RequestEvaluator(runtime, directory, engine, holdings, (history,), grants, declared)
     limits = AdmissionLimits(own.agent_requests_per_minute, own.sponsor_requests_per_minute, own.wait_s)
     pending = PendingLimits(own.agent_pending_approvals, own.sponsor_pending_approvals)
-    gatekeeper, let_go = AdmissionControl(directory, limits), ShedRequests(runtime, decisions)
+    admission, shed = AdmissionControl(directory, limits), ShedRequests(runtime, decisions)
     requests = RequestHandler(
         runtime,
-        opener,
-        gatekeeper,
+        verifier,
+        admission,
         judge,
         decisions,
-        answers,
+        publisher,
         PendingApprovalLimit(directory, decisions, pending),
-        recall,
+        load_decisions,
         SharedKeyDetector(runtime, KeyUses()),
-        let_go,
+        shed,
         approval_timeout_s=own.approval_timeout_s,
     )
-    approvals = ApprovalHandler(runtime, directory, opener, judge, decisions, answers, recall)
+    approvals = ApprovalHandler(runtime, directory, verifier, judge, decisions, publisher, load_decisions)
     granting = GrantHandler(
-        runtime, directory, opener, grant_table,
+        runtime, directory, verifier, grant_table,
         lambda: judge.policy_revision, approvals.records.known, approvals.reconsider,
     )  # fmt: skip
 
@@ -163,7 +163,7 @@ def build(
     responses = sequential(respond, runtime.dead_letters)
 
     async def respond_to_all(batch: Sequence[Received]) -> None:
-        approvals.came(batch)
+        approvals.received(batch)
         await responses(batch)
 
     runtime.table(TABLES, directory.on_records)
@@ -173,11 +173,11 @@ def build(
             CREDENTIAL_REQUEST: concurrent(requests.handle, runtime.dead_letters),
             APPROVAL_RESPONSE: respond_to_all,
         },
-        on_assigned=remember,
+        on_assigned=load_before_assignment,
     )
 
     if own.webhooks:
-        tell = teller(runtime, directory, notices)
+        tell = notice_sender(runtime, directory, notices)
         # A gateway that is taken over must not take policy out of use: hints are lost at most.
         letters = DeadLetters(
             runtime.publisher, runtime.role, runtime.clock, runtime.trust, runtime.trust_moved, halts=False
@@ -198,17 +198,17 @@ def build(
     runtime.on_stop(notices.close)
     runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
     runtime.background("overdue approvals", close_overdue)
-    runtime.background("inventory", roster.keep)
-    runtime.background("what is let go", let_go.run)
-    runtime.on_stop(let_go.close)
+    runtime.background("inventory", agent_index.keep)
+    runtime.background("load shedding", shed.run)
+    runtime.on_stop(shed.close)
     runtime.ready_when(decisions.unready)
     runtime.denies_when(directory.stale)
-    runtime.warns_when(lambda: gatekeeper.behind(runtime.clock.now_ms()))
+    runtime.warns_when(lambda: admission.behind(runtime.clock.now_ms()))
     authenticator = Authenticator(directory, runtime.role, runtime.clock)
     runtime.routes += DecisionsApi(runtime, directory, authenticator, decisions).routes()
-    runtime.routes += UsageApi(directory, authenticator, holdings, sightings, runtime.clock).routes()
-    runtime.routes += InventoryApi(runtime, directory, authenticator, roster, directory.stale).routes()
-    runtime.routes += ReachApi(runtime, directory, authenticator, roster, directory.stale).routes()
+    runtime.routes += UsageApi(directory, authenticator, holdings, key_last_seen, runtime.clock).routes()
+    runtime.routes += InventoryApi(runtime, directory, authenticator, agent_index, directory.stale).routes()
+    runtime.routes += ReachApi(runtime, directory, authenticator, agent_index, directory.stale).routes()
     runtime.routes += GrantApi(
         runtime, directory, authenticator, grant_table, grants, lambda: judge.policy_revision
     ).routes()

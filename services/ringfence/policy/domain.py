@@ -175,14 +175,14 @@ def rule(
     glass outweighs its denials, and nothing else.
     """
     floors, asked_s = facts.floors(), facts.request.claims.ttl_s
-    verdict = weighed(
+    verdict = verdict_of(
         against, result, floors, asked_s, facts.target.state.max_ttl_s, break_glass=facts.break_glass
     )
     if verdict.ttl_s is None:
         return Ruling("denied", verdict.denials, None, verdict.required)
     if facts.break_glass and not verdict.outweighed and not approvals:
         return Ruling("denied", (_NOT_NEEDED,), None, verdict.required)
-    notes = (*_outweighed(verdict), *result.notes[:MAX_REASONS], *_shortened(asked_s, verdict.ttl_s))
+    notes = (*_overridden(verdict), *result.notes[:MAX_REASONS], *_shortened(asked_s, verdict.ttl_s))
     if unmet(verdict.required, approvals, directory, facts):
         asked = _why_asked(facts, verdict.required, result)
         return Ruling("approval_required", (*asked, *notes), verdict.ttl_s, verdict.required)
@@ -200,7 +200,7 @@ class RequestVerdict(NamedTuple):
     """The denials of the bundle that break glass takes two operators for."""
 
 
-def weighed(
+def verdict_of(
     against: Sequence[Reason],
     result: PolicyResult,
     floors: Iterable[RequiredClass],
@@ -231,7 +231,7 @@ _NOT_NEEDED = Reason(
 )
 
 
-def _outweighed(verdict: RequestVerdict) -> tuple[Reason, ...]:
+def _overridden(verdict: RequestVerdict) -> tuple[Reason, ...]:
     if not verdict.outweighed:
         return ()
     message = "break glass: it takes two operators, who allow once what policy denies"

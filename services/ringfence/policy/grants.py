@@ -33,10 +33,10 @@ class GrantBook:
         self._used: dict[str, set[str]] = {}
 
     def fitting(
-        self, case: Case, judgement: Evaluation, approvals: Sequence[Signed[Approval]], at_ms: int
+        self, case: Case, evaluation: Evaluation, approvals: Sequence[Signed[Approval]], at_ms: int
     ) -> tuple[Signed[Grant], ...]:
         """Grants that, with these approvals, leave nothing to be asked for; none where they would not be enough."""
-        facts, ruling, revisions = judgement.facts, judgement.ruling, judgement.revisions
+        facts, ruling, revisions = evaluation.facts, evaluation.ruling, evaluation.revisions
         if facts is None or revisions is None or ruling.ttl_s is None:
             return ()
         chosen: list[Signed[Grant]] = []

@@ -96,7 +96,7 @@ class _HeldLease:
 
 
 @dataclass(slots=True)
-class _Alike:
+class _EquivalentLeases:
     """The leases of one agent that allow the same in the same task."""
 
     task_id: str
@@ -138,7 +138,7 @@ class _Alike:
 class _Holder:
     """One agent."""
 
-    held: dict[bytes, _Alike] = field(default_factory=dict)
+    held: dict[bytes, _EquivalentLeases] = field(default_factory=dict)
     """By what they allow in which task (`_what`): its leases that live."""
     usage: Usage = field(default_factory=Usage)
     version: int = 0
@@ -262,17 +262,17 @@ class Holdings:
 
     # --- what policy itself decides ---
 
-    def judged(self, case: Case, judgement: Evaluation) -> None:
+    def judged(self, case: Case, evaluation: Evaluation) -> None:
         """Take in how a request was judged, before anybody hears of it: what is allowed is held from now on."""
-        id, document = _lease_id(case.request_id), judgement.input
-        if judgement.ruling.outcome != "allowed" or document is None:
+        id, document = _lease_id(case.request_id), evaluation.input
+        if evaluation.ruling.outcome != "allowed" or document is None:
             known = self._leases.get(id)
             if known is not None and not known.decided:
-                self._let_go(id, known)
+                self._shed(id, known)
                 del self._leases[id]
             return
         now_s, request = self._now_s(), document["request"]
-        until_s = now_s + (judgement.ruling.ttl_s or 0) + SLACK_S
+        until_s = now_s + (evaluation.ruling.ttl_s or 0) + SLACK_S
         self._hold(id, case.agent_id, request["task_id"], request["scope"], now_s, until_s)
 
     def decided(self, decision: CredentialDecision, agent_id: str, at_ms: int) -> None:
@@ -288,7 +288,7 @@ class Holdings:
             scope = [permission.model_dump(mode="json") for permission in request.scope]
             known = self._hold(id, agent_id, request.task_id, scope, at_ms // 1000, end_s)
             if self._refused.pop(id, True) is None:
-                self._let_go(id, known)
+                self._shed(id, known)
         elif not known.decided:
             self._lives(id, known, at_ms // 1000, end_s)
         known.decided = True
@@ -303,7 +303,7 @@ class Holdings:
                 continue
             claims = _unverified(record.value)
             if claims is not None and self._matters(claims, record.key):
-                self._open(record)
+                self._verify(record)
 
     def on_events(self, records: Sequence[Received]) -> None:
         """Take in the events of services, for what the issuer refused."""
@@ -332,7 +332,7 @@ class Holdings:
             if len(self._refused) > _REFUSED_KEPT:
                 self._refused.popitem(last=False)
         elif not known.seq:  # else it was issued after all, at another time that the decision came
-            self._let_go(id, known)
+            self._shed(id, known)
 
     def _matters(self, unverified: dict[str, Any], key: str | None) -> bool:
         """Whether a record would change anything if it holds. Nothing is believed here."""
@@ -361,7 +361,7 @@ class Holdings:
         verbs = [(permission["target"], verb) for permission in scope for verb in permission["verbs"]]
         return holder is not None and holder.usage.knows(verbs, day)
 
-    def _open(self, record: Received) -> None:
+    def _verify(self, record: Received) -> None:
         try:
             lease = verify_lease(record.value, self._trust, self._clock, appended_at_ms=record.appended_at_ms)
         except InvalidMessageError as error:
@@ -389,7 +389,7 @@ class Holdings:
             if known is None:
                 known = _HeldLease(lease.agent_id, b"", lease.iat, lease.deadline)
                 self._remember(lease.lease_id, known)
-            self._let_go(lease.lease_id, known)
+            self._shed(lease.lease_id, known)
         else:
             scope = [permission.model_dump(mode="json") for permission in lease.scope]
             known = self._hold(
@@ -417,11 +417,11 @@ class Holdings:
             known = _HeldLease(agent_id, what, since_s, until_s)
             self._remember(id, known)
         elif known.what != what:
-            self._let_go(id, known)
+            self._shed(id, known)
         holder = self._holder(agent_id)
         alike = holder.held.get(what)
         if alike is None:
-            alike = holder.held[what] = _Alike(task_id, scope)
+            alike = holder.held[what] = _EquivalentLeases(task_id, scope)
         if not alike.leases or next(reversed(alike.leases.values())) <= self._now_s() + SLACK_S:
             holder.kinds += (
                 1  # also where all that it had of this kind may be over by the clock of the broker
@@ -446,7 +446,7 @@ class Holdings:
         self._leases[id] = known
         heapq.heappush(self._ends, (known.deadline_s, id))
 
-    def _let_go(self, id: str, known: _HeldLease) -> None:
+    def _shed(self, id: str, known: _HeldLease) -> None:
         """The agent holds it no more. What ended stays known, so that no older record brings it back."""
         known.over = True
         holder = self._holders.get(known.agent_id)
@@ -470,7 +470,7 @@ class Holdings:
             _, id = heapq.heappop(self._ends)
             known = self._leases.get(id)
             if known is not None and known.deadline_s <= now_s - SLACK_S:
-                self._let_go(id, known)
+                self._shed(id, known)
                 del self._leases[id]
         if now_s // DAY_S != self._swept_on:
             self._swept_on = now_s // DAY_S

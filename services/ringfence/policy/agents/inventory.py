@@ -24,7 +24,7 @@ SponsorIs = Literal["live", "disabled", "no_sponsor", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class AgentFacts:
     """What is known of one agent at one moment. Everything was verified."""
 
     agent: AgentState
@@ -87,7 +87,7 @@ def sponsor_is(sponsor: UserState | None) -> SponsorIs:
     return "live" if "sponsor" in sponsor.roles else "no_sponsor"
 
 
-def line_of(facts: Facts) -> InventoryRow:
+def inventory_row(facts: AgentFacts) -> InventoryRow:
     """An agent's line."""
     agent, granted = facts.agent, verbs_of(facts.agent.ceiling)
     return InventoryRow(
@@ -107,7 +107,7 @@ def line_of(facts: Facts) -> InventoryRow:
     )
 
 
-def next_change_s(facts: Facts) -> int:
+def next_change_s(facts: AgentFacts) -> int:
     """When time alone changes what is known of an agent, at the latest with the day."""
     moments = [
         *(ending.until_s for ending in facts.endings),
@@ -118,9 +118,9 @@ def next_change_s(facts: Facts) -> int:
     return min(moment for moment in (midnight_s, *moments) if moment > facts.now_s)
 
 
-def row_of(facts: Facts, targets: AbstractSet[str]) -> dict[str, Any]:
+def row_of(facts: AgentFacts, targets: AbstractSet[str]) -> dict[str, Any]:
     """An agent as `docs/inventory.md` shows it. `targets` are those that there are, of the ones in its ceiling."""
-    agent, line = facts.agent, line_of(facts)
+    agent, line = facts.agent, inventory_row(facts)
     authorised = list(_authorised(facts.commands))
     return {
         "id": agent.agent_id,
@@ -196,7 +196,7 @@ def totals(lines: Iterable[InventoryRow], now_s: int, keys_by_s: int) -> dict[st
     return sums
 
 
-def _standing(facts: Facts) -> list[LeaseGroup]:
+def _standing(facts: AgentFacts) -> list[LeaseGroup]:
     ends = {task.task_id: task.not_after for task in facts.tasks}
     return [
         ending
@@ -205,7 +205,7 @@ def _standing(facts: Facts) -> list[LeaseGroup]:
     ]
 
 
-def _standing_leases(facts: Facts) -> list[str]:
+def _standing_leases(facts: AgentFacts) -> list[str]:
     """Their ids: mostly nothing stands, and none is looked at."""
     standing = {ending[:3] for ending in _standing(facts)}
     if not standing:
@@ -217,11 +217,11 @@ def _standing_leases(facts: Facts) -> list[str]:
     ]
 
 
-def _last_seen_ms(facts: Facts) -> int | None:
+def _last_seen_ms(facts: AgentFacts) -> int | None:
     return max((*facts.seen.values(), facts.asked_ms or 0), default=0) or None
 
 
-def _reach(facts: Facts, targets: AbstractSet[str]) -> list[dict[str, Any]]:
+def _reach(facts: AgentFacts, targets: AbstractSet[str]) -> list[dict[str, Any]]:
     by_target: dict[str, list[str]] = {}
     for target, verb in sorted(verbs_of(facts.agent.ceiling)):
         by_target.setdefault(target, []).append(verb)

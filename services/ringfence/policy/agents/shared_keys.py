@@ -16,7 +16,7 @@ class SharedKeyDetector:
         self._runtime = runtime
         self._uses = uses
 
-    async def look(self, case: Case) -> None:
+    async def observe(self, case: Case) -> None:
         """Take down who signed a request, and tell where somebody else does at the same time."""
         claims, at_ms = case.request.claims, case.source.appended_at_ms
         kid = kid_of(case.request.compact)

@@ -15,7 +15,7 @@ from ringfence.messages.registry import TargetState
 from ringfence.model.records.api_access import Authenticator, Caller
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.policy.agents.roster import Roster
+from ringfence.policy.agents.agent_index import AgentIndex
 
 _SETTLED_AT_ONCE: Final = 4000
 """So many agents that changed are looked at for one question; of more it is said that they are not in it yet."""
@@ -27,7 +27,7 @@ class WrongQueryError(RingfenceError):
     code = "query_invalid"
 
 
-class RosterApi:
+class AgentsApi:
     """Answers from the roster. Every replica knows all agents."""
 
     def __init__(
@@ -35,36 +35,36 @@ class RosterApi:
         runtime: Runtime,
         directory: Directory,
         authenticator: Authenticator,
-        roster: Roster,
+        agent_index: AgentIndex,
         stale: Callable[[], str | None],
     ) -> None:
         """`stale`: why the records may be behind the registry's, or None."""
         self._runtime = runtime
         self._directory = directory
         self._authenticator = authenticator
-        self._roster = roster
+        self._agent_index = agent_index
         self._stale = stale
 
     def _caller(self, request: Request) -> Caller:
         """Who asks. Raises UnauthenticatedError; UnavailableError where policy does not know all agents yet."""
         caller = self._authenticator.user(request.headers.get("authorization"))
-        if not self._roster.complete:
+        if not self._agent_index.complete:
             raise UnavailableError("policy is still reading its tables; what it told now would be too little")
         return caller
 
     async def _gaps(self, caller: Caller) -> list[str]:
         """What will be missing in the answer, once what changed lately has been looked at."""
-        await self._roster.settle(_SETTLED_AT_ONCE)
+        await self._agent_index.settle(_SETTLED_AT_ONCE)
         gaps: list[str] = []
         if not (caller.sees_all or "sponsor" in caller.user.roles):
             return gaps  # they see no agent, and not how many there are
-        if self._roster.behind:
+        if behind := self._agent_index.behind:
             gaps.append(
-                f"agents that changed, or came, and are not in it as they are now: {self._roster.behind}; ask again"
+                f"agents that changed, or came, and are not in it as they are now: {behind}; ask again"
             )
-        if self._roster.broken:
+        if broken := self._agent_index.broken:
             gaps.append(
-                f"agents whose records do not verify, which count for nothing and are left out: {self._roster.broken}"
+                f"agents whose records do not verify, which count for nothing and are left out: {broken}"
             )
         if stale := self._stale():
             gaps.append(f"the records may be behind: {stale}")

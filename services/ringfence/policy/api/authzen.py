@@ -87,10 +87,10 @@ class _Batch(BaseModel):
 class AuthZen:
     """The two endpoints, and where they are."""
 
-    def __init__(self, runtime: Runtime, authenticator: Authenticator, judge: RequestEvaluator) -> None:
+    def __init__(self, runtime: Runtime, authenticator: Authenticator, evaluator: RequestEvaluator) -> None:
         self._runtime = runtime
         self._authenticator = authenticator
-        self._judge = judge
+        self._evaluator = evaluator
 
     def routes(self) -> list[BaseRoute]:
         """To be added to those of the runtime."""
@@ -149,8 +149,8 @@ class AuthZen:
         if question.resource.type != target_id:
             raise ForbiddenError(f"resource.type has to be {target_id}, the target that asks")
         now_ms = self._runtime.clock.now_ms()
-        judgement = await self._judge.judge(self._as_case(question, now_ms), now_ms, binding=False)
-        return _authzen_response(judgement)
+        evaluation = await self._evaluator.evaluate(self._as_case(question, now_ms), now_ms, binding=False)
+        return _authzen_response(evaluation)
 
     def _as_case(self, question: _AuthzenRequest, now_ms: int) -> Case:
         """The question as a request that nobody signed: good for being judged, and for nothing else."""
@@ -180,8 +180,8 @@ class AuthZen:
         return Case(Signed(unsigned, ""), id, question.subject.id, source, None)
 
 
-def _authzen_response(judgement: Evaluation) -> dict[str, Any]:
-    ruling, revisions = judgement.ruling, judgement.revisions
+def _authzen_response(evaluation: Evaluation) -> dict[str, Any]:
+    ruling, revisions = evaluation.ruling, evaluation.revisions
     context: dict[str, Any] = {
         "outcome": ruling.outcome,
         "reasons": [reason.model_dump(mode="json", exclude_none=True) for reason in ruling.reasons],

@@ -19,9 +19,9 @@ from starlette.routing import BaseRoute, Route
 from ringfence.kernel.service.http import number_in
 from ringfence.model.records.api_access import Caller
 from ringfence.model.records.key_expiry import WARN_BEFORE_S
+from ringfence.policy.agents.agent_index import CursorLostError
 from ringfence.policy.agents.inventory import InventoryRow, row_of, totals
-from ringfence.policy.agents.roster import CursorLostError
-from ringfence.policy.api.agents import RosterApi, WrongQueryError, answered
+from ringfence.policy.api.agents import AgentsApi, WrongQueryError, answered
 
 KEYS_WITHIN_S: Final = WARN_BEFORE_S[0]
 """How near the end of an agent's last key is that is about to end, where nobody says."""
@@ -72,7 +72,7 @@ class _Wanted:
         return [condition for asked, condition in found if asked not in (None, False)]
 
 
-class InventoryApi(RosterApi):
+class InventoryApi(AgentsApi):
     """`GET /v1/inventory` and `GET /v1/inventory/changes`."""
 
     def routes(self) -> list[BaseRoute]:
@@ -86,7 +86,7 @@ class InventoryApi(RosterApi):
         """A page of agents by id, after the one that `after` names; with the first, the sums over all that fit."""
         wanted, gaps = await self._asked(request)
         limit = _number(request, "limit", _ROWS, 0, MAX_ROWS)
-        after, cursor = request.query_params.get("after"), self._roster.cursor
+        after, cursor = request.query_params.get("after"), self._agent_index.cursor
         ids = self._among(wanted)
         if after:
             fitting = await self._fitting(wanted, ids[bisect_right(ids, after) :], limit + 1)
@@ -110,8 +110,8 @@ class InventoryApi(RosterApi):
         after = request.query_params.get("after")
         if not after:
             raise WrongQueryError("after is a cursor that /v1/inventory gave")
-        cursor = self._roster.cursor
-        changed = list(islice(self._roster.changed(after), MAX_ROWS + 1))
+        cursor = self._agent_index.cursor
+        changed = list(islice(self._agent_index.changed(after), MAX_ROWS + 1))
         if len(changed) > MAX_ROWS:
             raise CursorLostError("too much has changed since; begin anew")
         visible = self._those(changed, wanted.sights())
@@ -150,7 +150,7 @@ class InventoryApi(RosterApi):
             return [wanted.agent]
         sponsor = wanted.sponsor if wanted.caller.sees_all else wanted.caller.user.user_id
         # A copy: agents come while others have their turn.
-        return list(self._roster.ids()) if sponsor is None else self._roster.ids_of(sponsor)
+        return list(self._agent_index.ids()) if sponsor is None else self._agent_index.ids_of(sponsor)
 
     async def _fitting(self, wanted: _Wanted, ids: list[str], most: int) -> list[str]:
         conditions = wanted.sights() + wanted.filters()
@@ -163,7 +163,7 @@ class InventoryApi(RosterApi):
         return found
 
     def _those(self, ids: list[str], conditions: list[Condition]) -> list[str]:
-        lines = ((id, line) for id in ids if (line := self._roster.line(id)))
+        lines = ((id, line) for id in ids if (line := self._agent_index.line(id)))
         if not conditions:
             return [id for id, _ in lines]
         if len(conditions) == 1:
@@ -175,7 +175,7 @@ class InventoryApi(RosterApi):
         now_s = self._runtime.clock.now_ms() // 1000
         sums = totals([], now_s, wanted.keys_by_s)
         for start in range(0, len(ids), _LINES_A_TURN):
-            some = (self._roster.line(id) for id in ids[start : start + _LINES_A_TURN])
+            some = (self._agent_index.line(id) for id in ids[start : start + _LINES_A_TURN])
             for name, count in totals(filter(None, some), now_s, wanted.keys_by_s).items():
                 sums[name] += count
             await asyncio.sleep(0)
@@ -183,7 +183,7 @@ class InventoryApi(RosterApi):
 
     async def _rows(self, ids: list[str]) -> AsyncIterator[dict[str, Any]]:
         for seen, agent_id in enumerate(ids, start=1):
-            facts = self._roster.facts(agent_id)
+            facts = self._agent_index.facts(agent_id)
             if facts is not None:
                 there = {p.target for p in facts.agent.ceiling if self._target(p.target)}
                 yield row_of(facts, there)

@@ -22,8 +22,8 @@ from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.rule import Limit, effective
 from ringfence.model.scope.scope import validate_scope
 from ringfence.model.unknown_fields import is_understood
-from ringfence.policy.agents.inventory import Facts, row_of
-from ringfence.policy.api.agents import RosterApi, WrongQueryError, answered
+from ringfence.policy.agents.inventory import AgentFacts, row_of
+from ringfence.policy.api.agents import AgentsApi, WrongQueryError, answered
 
 _ROWS: Final = 500
 _LOOKED_AT: Final = 5000
@@ -33,7 +33,7 @@ MAX_TASKS: Final = 20
 _A_TURN, _LINES_A_TURN = 5, 500
 
 
-class ReachApi(RosterApi):
+class ReachApi(AgentsApi):
     """`GET /v1/reach`."""
 
     def routes(self) -> list[BaseRoute]:
@@ -66,11 +66,15 @@ class ReachApi(RosterApi):
         self, caller: Caller, asked: Scope, target_id: str, after: str, gaps: list[str]
     ) -> tuple[list[Any], str | None]:
         """Agents by id, after one; and the last that was looked at, where there may be more."""
-        ids = list(self._roster.ids()) if caller.sees_all else self._roster.ids_of(caller.user.user_id)
+        ids = (
+            list(self._agent_index.ids())
+            if caller.sees_all
+            else self._agent_index.ids_of(caller.user.user_id)
+        )
         found: list[Any] = []
         left = ids[bisect_right(ids, after) :]
         for number, agent_id in enumerate(left[:_LOOKED_AT], start=1):
-            line = self._roster.line(agent_id)
+            line = self._agent_index.line(agent_id)
             if line is not None and caller.may_see_agent_of(line.sponsor) and target_id in line.targets:
                 if row := self._row(agent_id, asked, target_id, gaps):
                     found.append(row)
@@ -83,7 +87,7 @@ class ReachApi(RosterApi):
         return found, left[_LOOKED_AT - 1] if len(left) > _LOOKED_AT else None
 
     def _row(self, agent_id: str, asked: Scope, target_id: str, gaps: list[str]) -> Any:
-        facts = self._roster.facts(agent_id)
+        facts = self._agent_index.facts(agent_id)
         if facts is None or facts.agent.status == "decommissioned":
             return None
         ceiling = by_ceiling(facts, asked)
@@ -128,7 +132,7 @@ def asked_for(target: TargetState, verb: str | None, resource: str | None) -> Sc
     return (Permission.model_construct(target=target.target_id, verbs=verbs, resources=resources),)
 
 
-def by_ceiling(facts: Facts, asked: Scope) -> Scope:
+def by_ceiling(facts: AgentFacts, asked: Scope) -> Scope:
     """What of it an agent may ever hold."""
     return effective((Limit("asked", asked), Limit.ceiling(facts.agent.agent_id, facts.agent.ceiling)))
 
@@ -161,7 +165,7 @@ def by_task(
     }
 
 
-def line_of(facts: Facts, ceiling: Scope, tasks: list[dict[str, Any]]) -> Mapping[str, Any]:
+def line_of(facts: AgentFacts, ceiling: Scope, tasks: list[dict[str, Any]]) -> Mapping[str, Any]:
     """An agent that could: `now` where it has a task for it that nothing stands against."""
     row = row_of(facts, frozenset())
     return {

@@ -22,14 +22,14 @@ class UsageApi:
         directory: Directory,
         authenticator: Authenticator,
         holdings: Holdings,
-        sightings: KeyLastSeen,
+        key_last_seen: KeyLastSeen,
         clock: Clock,
     ) -> None:
         self._directory = directory
         self._authenticator = authenticator
         self._clock = clock
         self._holdings = holdings
-        self._sightings = sightings
+        self._key_last_seen = key_last_seen
 
     def routes(self) -> list[BaseRoute]:
         """To be added to those of the runtime."""
@@ -70,7 +70,7 @@ class UsageApi:
                 "held": held,
                 "keys_seen": [
                     {"kid": kid, "last_seen_ms": at_ms}
-                    for kid, at_ms in sorted(self._sightings.of(agent.agent_id).items())
+                    for kid, at_ms in sorted(self._key_last_seen.of(agent.agent_id).items())
                 ],
                 "narrower": [p.model_dump(mode="json") for p in narrowed] if unused else None,
             }

@@ -71,7 +71,7 @@ class RequestEvaluator:
         """The revision of the bundle in force."""
         return self._engine.revision
 
-    async def judge(
+    async def evaluate(
         self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval]] = (), *, binding: bool = True
     ) -> Evaluation:
         """Weigh a request as of the append time `at_ms`, with the approvals that stand.
@@ -83,11 +83,11 @@ class RequestEvaluator:
         A view that stays stale for the grace denies.
         """
         with step_of(case, "judge", self._runtime.tracing) as span:
-            judgement = await self._judged(case, at_ms, approvals, binding=binding)
-            say(span, judgement.ruling.outcome, judgement.ruling.reasons)
-            return judgement
+            evaluation = await self._evaluated(case, at_ms, approvals, binding=binding)
+            say(span, evaluation.ruling.outcome, evaluation.ruling.reasons)
+            return evaluation
 
-    async def _judged(
+    async def _evaluated(
         self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval]], *, binding: bool
     ) -> Evaluation:
         if stale := await self.stale():
@@ -97,33 +97,33 @@ class RequestEvaluator:
             left -= 1
             # What arrives while the bundle is evaluated counts as well.
             before = self._changes, self._holdings.version(case.agent_id)
-            judgement = await self._weigh_with_all_held(case, at_ms, approvals)
+            evaluation = await self._query_with_all_held(case, at_ms, approvals)
             if binding:
-                judgement = await self._granted(case, at_ms, approvals, judgement)
-                self._holdings.judged(case, judgement)
-            if judgement.ruling.outcome != "denied":
-                return judgement
+                evaluation = await self._granted(case, at_ms, approvals, evaluation)
+                self._holdings.judged(case, evaluation)
+            if evaluation.ruling.outcome != "denied":
+                return evaluation
             await self.caught_up()
-            if judgement.input and judgement.input["held"]:  # some of it may have ended
+            if evaluation.input and evaluation.input["held"]:  # some of it may have ended
                 grace_s = self._runtime.settings.grace_s
                 await asyncio.gather(*(feed.caught_up(grace_s) for feed in self._feeds))
             if (self._changes, self._holdings.version(case.agent_id)) == before or not left:
-                return judgement
+                return evaluation
 
     async def _granted(
-        self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval]], judgement: Evaluation
+        self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval]], evaluation: Evaluation
     ) -> Evaluation:
         """The judgement with the grants that stand in for what is lacking, weighed anew; else as it was."""
-        if judgement.ruling.outcome != "approval_required":
-            return judgement
-        while chosen := self._grants.fitting(case, judgement, approvals, at_ms):
-            anew = await self._weigh_with_all_held(case, at_ms, [*approvals, *chosen])
-            same = (anew.revisions, anew.ruling.ttl_s) == (judgement.revisions, judgement.ruling.ttl_s)
+        if evaluation.ruling.outcome != "approval_required":
+            return evaluation
+        while chosen := self._grants.fitting(case, evaluation, approvals, at_ms):
+            anew = await self._query_with_all_held(case, at_ms, [*approvals, *chosen])
+            same = (anew.revisions, anew.ruling.ttl_s) == (evaluation.revisions, evaluation.ruling.ttl_s)
             if not same or anew.ruling.outcome != "allowed":
                 break
             if self._grants.use(chosen, case.request_id):
                 return replace(anew, grants=chosen)
-        return judgement
+        return evaluation
 
     async def stale(self) -> str | None:
         """Why the records cannot be relied on, or None. Waits for the registry as long as the grace allows."""
@@ -139,7 +139,7 @@ class RequestEvaluator:
         """Read the records up to where they end now, as far as the grace allows. Returns whether that was so."""
         return await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
 
-    async def _weigh_with_all_held(
+    async def _query_with_all_held(
         self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval] | Signed[Grant]]
     ) -> Evaluation:
         """Weigh a request with everything that its agent holds when that is done. No wait comes after the last look.
@@ -149,15 +149,15 @@ class RequestEvaluator:
         """
         agent_id = case.agent_id
         kinds = self._holdings.kinds(agent_id)
-        judgement = await self._weigh(case, at_ms, approvals)
-        if judgement.ruling.outcome == "allowed" and self._holdings.kinds(agent_id) != kinds:
+        evaluation = await self._query_engine(case, at_ms, approvals)
+        if evaluation.ruling.outcome == "allowed" and self._holdings.kinds(agent_id) != kinds:
             async with self._holdings.turn(agent_id):
                 while self._holdings.kinds(agent_id) != kinds:
                     kinds = self._holdings.kinds(agent_id)
-                    judgement = await self._weigh(case, at_ms, approvals)
-        return judgement
+                    evaluation = await self._query_engine(case, at_ms, approvals)
+        return evaluation
 
-    async def _weigh(
+    async def _query_engine(
         self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval] | Signed[Grant]]
     ) -> Evaluation:
         try:

@@ -31,7 +31,7 @@ from ringfence.kernel.kafka.table_reader import Follower, paced
 from ringfence.messages.credential import CredentialDecision, Reason, RequiredClass
 from ringfence.messages.registry import ApprovalClass
 from ringfence.messages.topics import CREDENTIAL_DECISION, TRUST
-from ringfence.policy.domain import INPUT_FIELDS, weighed
+from ringfence.policy.domain import INPUT_FIELDS, verdict_of
 from ringfence.rego.bundle import Bundle
 from ringfence.rego.engine import PolicyEngine, PolicyFailedError, PolicyResult
 
@@ -245,7 +245,7 @@ class Replay:
         except PolicyFailedError as error:
             # As in service: no answer is a no.
             result = PolicyResult(False, (Reason(code=error.code, message=str(error)),), (), 0)
-        verdict = weighed(
+        verdict = verdict_of(
             question.against, result, question.floors, question.asked_s, question.target_max_ttl_s
         )
         return RequestOutcome.of(

@@ -48,7 +48,7 @@ class DecisionPublisher:
     async def decide(
         self,
         case: Case,
-        judgement: Evaluation,
+        evaluation: Evaluation,
         *,
         approvals: Sequence[Signed[Approval]] = (),
         expires_at: int | None = None,
@@ -59,12 +59,12 @@ class DecisionPublisher:
             approvals: those that it rests on; of a denial by a person, that person's.
             expires_at: until when approvals are waited for (seconds since 1970), where the outcome is that.
         """
-        runtime, ruling = self._runtime, judgement.ruling
+        runtime, ruling = self._runtime, evaluation.ruling
         decision = CredentialDecision(
             iss=runtime.key.id,
             aud=runtime.settings.trust_domain,
             iat=runtime.clock.now_ms() // 1000,
-            jti=_decision_id(case, judgement, approvals),
+            jti=_decision_id(case, evaluation, approvals),
             request_id=case.request_id,
             request=case.request.compact,
             source=case.source,
@@ -74,14 +74,14 @@ class DecisionPublisher:
             delivery=case.request.claims.delivery,
             required=ruling.required,
             approvals=tuple(approval.compact for approval in approvals),
-            grants=tuple(grant.compact for grant in judgement.grants) or None,
-            revisions=judgement.revisions,
-            input=judgement.input,
-            input_digest=judgement.input_digest,
+            grants=tuple(grant.compact for grant in evaluation.grants) or None,
+            revisions=evaluation.revisions,
+            input=evaluation.input,
+            input_digest=evaluation.input_digest,
             expires_at=expires_at,
             retry_after_s=ruling.retry_after_s,
         )
-        jws = _signed(decision, judgement.input_json, runtime.key)
+        jws = _signed(decision, evaluation.input_json, runtime.key)
         if len(jws) > MAX_JWS_BYTES:
             decision = _too_large(decision)
             jws = sign(decision, runtime.key)
@@ -180,9 +180,9 @@ def _signed(decision: CredentialDecision, input_json: bytes | None, key: Signing
     return sign_payload(CredentialDecision, payload, key)
 
 
-def _decision_id(case: Case, judgement: Evaluation, approvals: Sequence[Signed[Approval]]) -> str:
+def _decision_id(case: Case, evaluation: Evaluation, approvals: Sequence[Signed[Approval]]) -> str:
     """One id for the final answer, whatever it rests on; while people are asked, one for each that has answered."""
-    outcome = judgement.ruling.outcome
+    outcome = evaluation.ruling.outcome
     collected = sorted(a.digest for a in approvals) if outcome == "approval_required" else []
     return derived_id("decision", case.request_id, outcome, *collected)
 

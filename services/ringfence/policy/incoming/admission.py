@@ -64,7 +64,7 @@ class AdmissionControl:
     def should_shed(self, record: Received, now_ms: int) -> bool:
         """Whether a request gets no answer, nor is even opened. To be asked of each, in their order."""
         self._begin(record.appended_at_ms)
-        stage = self._backlog.look(record.partition, record.appended_at_ms, now_ms)
+        stage = self._backlog.observe(record.partition, record.appended_at_ms, now_ms)
         agent_id = record.key or ""
         match stage:
             case Stage.SERVED:

@@ -49,14 +49,14 @@ class ReadBarrier:
         self._past_ms = -1
         """Over, for every broker, when Kafka was asked last."""
 
-    def came(self, to_ms: int) -> None:
+    def received(self, to_ms: int) -> None:
         """The records that are looked at next are here, and were appended by then, by the brokers' clocks."""
         # That those of before were here says nothing of these: another broker's clock may be slower.
         self._known_to_ms = self._past_ms
         self._here_to_ms = to_ms
         self._came += 1
 
-    def doubt(self) -> None:
+    def invalidate(self) -> None:
         """What was known may be so no more."""
         self._known_to_ms = self._past_ms = -1
 
@@ -78,30 +78,30 @@ class ApprovalHandler:
         self,
         runtime: Runtime,
         directory: Directory,
-        opener: MessageVerifier,
-        judge: RequestEvaluator,
+        verifier: MessageVerifier,
+        evaluator: RequestEvaluator,
         decisions: Decisions,
-        answers: DecisionPublisher,
+        publisher: DecisionPublisher,
         recall: Callable[[], Awaitable[None]],
     ) -> None:
         """`recall` returns when every decision that stands on Kafka is known. Raises UnavailableError."""
         self._runtime = runtime
         self._directory = directory
-        self._opener = opener
-        self._judge = judge
+        self._verifier = verifier
+        self._evaluator = evaluator
         self._decisions = decisions
-        self._answers = answers
+        self._publisher = publisher
         self._one_at_a_time = asyncio.Lock()
         self._decided = ReadBarrier(runtime, recall)
-        self.records = ReadBarrier(runtime, judge.caught_up)
+        self.records = ReadBarrier(runtime, evaluator.caught_up)
         """Of users, agents, tasks and targets: whoever answers may have seen some that are not here yet."""
         self._held_against: dict[str, tuple[int, int | None]] = {}
         """By request that waits, the version of the records that it was last held against."""
 
-    def came(self, batch: Sequence[Received]) -> None:
+    def received(self, batch: Sequence[Received]) -> None:
         """Told of what comes to `handle` next, all of which is on Kafka: what is asked from now on is asked for all."""
         for one in (self._decided, self.records):
-            one.came(max(record.appended_at_ms for record in batch))
+            one.received(max(record.appended_at_ms for record in batch))
 
     async def handle(self, record: Received) -> Awaitable[object] | None:
         """Take in one answer. Raises InvalidMessageError where it is none, or nobody known signed it.
@@ -111,7 +111,7 @@ class ApprovalHandler:
         """
         if is_for_others(record):
             return None
-        approval, late = await self._opener.approval(record)
+        approval, late = await self._verifier.approval(record)
         async with self._alone(record.appended_at_ms):
             problem = await self._take(approval, late, record)
         return await self._refuse(approval, problem, record) if problem is not None else None
@@ -127,7 +127,7 @@ class ApprovalHandler:
                 await self._decided.known(at_ms)
                 yield
             except BaseException:
-                self._decided.doubt()
+                self._decided.invalidate()
                 raise
 
     async def _take(
@@ -142,7 +142,7 @@ class ApprovalHandler:
             return _reason(
                 "key_unexpected", f"the Kafka key of an approval is the agent's id, {known.agent_id}"
             )
-        if problem := await self._opener.misplaced(record, known.agent_id):
+        if problem := await self._verifier.misplaced(record, known.agent_id):
             return _reason(MISPLACED, problem)
         known.traceparent = nearest(record.traceparent, known.traceparent)
         seen = known.approvals.get(message_id(claims.iss, claims.jti))
@@ -159,9 +159,9 @@ class ApprovalHandler:
         if record.appended_at_ms >= (pending.expires_at or 0) * 1000:
             await self._close(known, pending, (_over(pending),))
             return _reason("approval_expired", "the time in which approvals counted is over")
-        return await self._weigh(approval, place, record.appended_at_ms, known, pending)
+        return await self._evaluate(approval, place, record.appended_at_ms, known, pending)
 
-    async def _weigh(
+    async def _evaluate(
         self,
         approval: Signed[Approval],
         place: RecordPosition,
@@ -174,7 +174,7 @@ class ApprovalHandler:
             return _reason("not_a_person", f"{claims.iss} is no user; only people approve")
         if (claims.request, claims.request_digest) != (case.request.compact, case.request.digest):
             return _reason("approval_other_request", "the approval is a signature over another request")
-        if stale := await self._judge.stale():
+        if stale := await self._evaluator.stale():
             return _reason("stale_view", f"{stale}; then approve again")
         await self.records.known(at_ms)
         try:
@@ -190,7 +190,7 @@ class ApprovalHandler:
             no = _reason("approval_denied", f"{user_id} denied it: {comment}")
             await self._close(known, pending, (no,), approval, place)
             return None
-        present = facts.revisions(self._judge.policy_revision)
+        present = facts.revisions(self._evaluator.policy_revision)
         if present != pending.revisions:
             await self._close(known, pending, (_stale(),))
             return None
@@ -221,18 +221,18 @@ class ApprovalHandler:
     ) -> None:
         """Judge again with one approval more: allowed, denied after all, or still waiting for somebody else."""
         approvals = [*given, approval]
-        judgement = await self._judge.judge(case, at_ms, approvals)
-        outcome = judgement.ruling.outcome
-        if outcome != "denied" and judgement.ruling.ttl_s != pending.ttl_s:
+        evaluation = await self._evaluator.evaluate(case, at_ms, approvals)
+        outcome = evaluation.ruling.outcome
+        if outcome != "denied" and evaluation.ruling.ttl_s != pending.ttl_s:
             await self._close(known, pending, (_stale(),), approval, place)
             return
         waiting = outcome == "approval_required"
-        known = await self._answers.decide(
-            case, judgement, approvals=approvals, expires_at=pending.expires_at if waiting else None
+        known = await self._publisher.decide(
+            case, evaluation, approvals=approvals, expires_at=pending.expires_at if waiting else None
         )
         known.saw(approval, place)
-        if not waiting or judgement.ruling.required != pending.required:
-            await self._answers.notify(known, case)
+        if not waiting or evaluation.ruling.required != pending.required:
+            await self._publisher.notify(known, case)
 
     async def _close(
         self,
@@ -244,25 +244,25 @@ class ApprovalHandler:
     ) -> None:
         """Deny a request that waited, on what it waited on, and for a person's answer if that is why."""
         case = _case(known, pending)
-        judgement = Evaluation(
+        evaluation = Evaluation(
             Ruling("denied", why, None, pending.required),
             revisions=pending.revisions,
             input=pending.input,
             input_digest=pending.input_digest,
         )
         approvals = [_collected(jws) for jws in pending.approvals]
-        known = await self._answers.decide(
-            case, judgement, approvals=[*approvals, approval] if approval else approvals
+        known = await self._publisher.decide(
+            case, evaluation, approvals=[*approvals, approval] if approval else approvals
         )
         if approval is not None and place is not None:
             known.saw(approval, place)
-        await self._answers.notify(known, case)
+        await self._publisher.notify(known, case)
 
     async def _finish(self, known: RequestState) -> None:
         """An answer that was taken in comes again after a crash: the reply may not have gone out."""
         if known.outcome == "denied" and known.jws is not None:
             decision = parse(known.jws).unverified_claims(CredentialDecision)
-            await self._answers.notify(known, _case(known, decision))
+            await self._publisher.notify(known, _case(known, decision))
 
     async def _refuse(self, approval: Signed[Approval], why: Reason, record: Received) -> Awaitable[object]:
         known = self._decisions.get(approval.claims.request_id)
@@ -293,10 +293,10 @@ class ApprovalHandler:
                 case, given = _case(known, pending), [_collected(jws) for jws in pending.approvals]
                 if case.request.claims.task_id != grant.task_id or not _all_stand(given, at_ms):
                     continue
-                judgement = await self._judge.judge(case, at_ms, given)
-                same = (judgement.revisions, judgement.ruling.ttl_s) == (pending.revisions, pending.ttl_s)
-                if same and judgement.ruling.outcome == "allowed":
-                    await self._answers.decide(case, judgement, approvals=given)
+                evaluation = await self._evaluator.evaluate(case, at_ms, given)
+                same = (evaluation.revisions, evaluation.ruling.ttl_s) == (pending.revisions, pending.ttl_s)
+                if same and evaluation.ruling.outcome == "allowed":
+                    await self._publisher.decide(case, evaluation, approvals=given)
 
     # --- those that never came, and those that are of no use any more ---
 
@@ -395,7 +395,7 @@ def _stale() -> Reason:
 # What waits for people: how much, and since when. An alert goes by it, as nobody else notices what nobody answers.
 
 
-def count_what_waits(decisions: Decisions, clock: Clock) -> None:
+def register_pending_gauges(decisions: Decisions, clock: Clock) -> None:
     """Have Prometheus see the requests that wait for approvals, when it asks. All replicas know all of them."""
     metrics.APPROVALS_WAITING.set_function(lambda: len(list(decisions.pending())))
     metrics.APPROVALS_OLDEST.set_function(lambda: _oldest_s(decisions, clock.now_ms()))

@@ -26,39 +26,39 @@ class RequestHandler:
     def __init__(
         self,
         runtime: Runtime,
-        opener: MessageVerifier,
-        gatekeeper: AdmissionControl,
-        judge: RequestEvaluator,
+        verifier: MessageVerifier,
+        admission: AdmissionControl,
+        evaluator: RequestEvaluator,
         decisions: Decisions,
-        answers: DecisionPublisher,
+        publisher: DecisionPublisher,
         doorkeeper: PendingApprovalLimit,
         recall: Callable[[], Awaitable[None]],
         shared: SharedKeyDetector,
-        let_go: ShedRequests,
+        shed: ShedRequests,
         *,
         approval_timeout_s: int,
     ) -> None:
         """`recall` returns when every decision that stands on Kafka is known. Raises UnavailableError."""
         self._runtime = runtime
-        self._opener = opener
-        self._gatekeeper = gatekeeper
-        self._judge = judge
+        self._verifier = verifier
+        self._admission = admission
+        self._evaluator = evaluator
         self._decisions = decisions
-        self._answers = answers
+        self._publisher = publisher
         self._doorkeeper = doorkeeper
         self._recall = recall
         self._shared = shared
-        self._let_go = let_go
+        self._shed = shed
         self._approval_timeout_s = approval_timeout_s
 
     async def handle(self, record: Received) -> None:
         """Take one request to its decision. Raises InvalidMessageError where it is none, or not signed by an agent."""
-        if self._gatekeeper.should_shed(record, self._runtime.clock.now_ms()) and not self._let_go.is_known(
+        if self._admission.should_shed(record, self._runtime.clock.now_ms()) and not self._shed.is_known(
             record
         ):
-            self._let_go.count(record)
+            self._shed.count(record)
             return
-        case, late = await self._opener.request(record)
+        case, late = await self._verifier.request(record)
         place = RecordPosition(record.partition, record.offset)
         known = self._decisions.claim(
             case.request_id, case.agent_id, place, at_ms=record.appended_at_ms, exp=case.request.claims.exp
@@ -70,29 +70,29 @@ class RequestHandler:
         elif known.outcome is None:
             refused = self._refused(case, late, first=not known.tried)
             if late is None and not known.tried:
-                await self._shared.look(case)
+                await self._shared.observe(case)
             known.tried = True
             await self._decide(case, refused)
         else:  # it comes again, after a crash or a failure: what is missing is finished
-            await self._answers.notify(known, case)
+            await self._publisher.notify(known, case)
 
     def _refused(self, case: Case, late: ExpiredError | None, *, first: bool) -> Evaluation | None:
         """Why a request is not even weighed, or None."""
         if late is not None:
             return denied(late.code, str(late))
-        return self._gatekeeper.refusal(case, self._runtime.clock.now_ms()) if first else None
+        return self._admission.refusal(case, self._runtime.clock.now_ms()) if first else None
 
     async def _decide(self, case: Case, refused: Evaluation | None) -> None:
         at_ms, expires_at = case.source.appended_at_ms, None
-        judgement = refused or await self._judge.judge(case, at_ms)
-        if judgement.ruling.outcome == "approval_required" and judgement.facts is not None:
-            facts = judgement.facts
+        evaluation = refused or await self._evaluator.evaluate(case, at_ms)
+        if evaluation.ruling.outcome == "approval_required" and evaluation.facts is not None:
+            facts = evaluation.facts
             expires_at = min(at_ms // 1000 + self._approval_timeout_s, facts.task.state.not_after)
             not_asked = _ambiguous(case) or self._doorkeeper.refusal(case, facts.agent.state.sponsor)
             if not_asked is not None:
-                judgement, expires_at = replace(judgement, ruling=not_asked.ruling), None
-        known = await self._answers.decide(case, judgement, expires_at=expires_at)
-        await self._answers.notify(known, case)
+                evaluation, expires_at = replace(evaluation, ruling=not_asked.ruling), None
+        known = await self._publisher.decide(case, evaluation, expires_at=expires_at)
+        await self._publisher.notify(known, case)
 
     async def _replayed(self, case: Case) -> None:
         claims, source = case.request.claims, case.source

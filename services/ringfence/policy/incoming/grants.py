@@ -33,7 +33,7 @@ class GrantHandler:
         self,
         runtime: Runtime,
         directory: Directory,
-        opener: MessageVerifier,
+        verifier: MessageVerifier,
         table: GrantTable,
         policy_revision: Callable[[], str],
         records: Callable[[int], Awaitable[None]],
@@ -46,7 +46,7 @@ class GrantHandler:
         """  # fmt: skip
         self._runtime = runtime
         self._directory = directory
-        self._opener = opener
+        self._verifier = verifier
         self._table = table
         self._policy_revision = policy_revision
         self._records = records
@@ -60,7 +60,7 @@ class GrantHandler:
             await self._withdraw(record)
 
     async def _grant(self, record: Received) -> None:
-        grant, late = await self._opener.grant(record)
+        grant, late = await self._verifier.grant(record)
         # Whoever grants may have seen records that are not here yet.
         await self._records(record.appended_at_ms)
         why = self._objection(grant.claims, late, record)
@@ -117,7 +117,7 @@ class GrantHandler:
         return None
 
     async def _withdraw(self, record: Received) -> None:
-        signed, late = await self._opener.withdrawal(record)
+        signed, late = await self._verifier.withdrawal(record)
         claims = signed.claims
         if late is None and self._no_say(claims) is not None:
             await self._records(record.appended_at_ms)  # nobody is refused for what has not arrived here yet

@@ -58,7 +58,7 @@ class BacklogMonitor:
         self._seen: dict[int, tuple[int, int]] = {}
         """When each was looked at last, and how old its request was."""
 
-    def look(self, partition: int, appended_at_ms: int, now_ms: int) -> Stage:
+    def observe(self, partition: int, appended_at_ms: int, now_ms: int) -> Stage:
         """Take down the age of the request whose turn it is. Returns what is to become of it."""
         if not self._wait_ms:
             return Stage.SERVED
@@ -93,7 +93,7 @@ class BacklogMonitor:
 
 
 @dataclass
-class _Tally:
+class _ShedCount:
     """What of one partition went by since that was told."""
 
     first: Coordinates
@@ -109,8 +109,8 @@ class ShedRequests:
     def __init__(self, runtime: Runtime, decisions: Decisions) -> None:
         self._runtime = runtime
         self._decisions = decisions
-        self._tallies: dict[int, _Tally] = {}
-        self._untold: list[_Tally] = []
+        self._tallies: dict[int, _ShedCount] = {}
+        self._untold: list[_ShedCount] = []
         self._counted: dict[int, int] = {}
         """The last offset of each partition that was: a batch that failed comes again."""
 
@@ -133,7 +133,7 @@ class ShedRequests:
         self._counted[record.partition] = record.offset
         metrics.REQUESTS_SHED.inc()
         at = record.coordinates
-        tally = self._tallies.setdefault(record.partition, _Tally(at, at))
+        tally = self._tallies.setdefault(record.partition, _ShedCount(at, at))
         tally.last = at
         tally.count += 1
         key = record.key or ""
@@ -142,25 +142,27 @@ class ShedRequests:
 
     async def run(self) -> None:
         """For ever: tell now and then what was counted."""
-        await now_and_then(_TELL_EVERY_S, self.tell, "what went by could not be told yet; it is tried again")
+        await now_and_then(
+            _TELL_EVERY_S, self.report, "what went by could not be told yet; it is tried again"
+        )
 
     async def close(self) -> None:
         """Tell what is left, if Kafka takes it now."""
         try:
             async with asyncio.timeout(_CLOSE_S):
-                await self.tell()
+                await self.report()
         except Exception:
             log.exception("what went by is not told")
 
-    async def tell(self) -> None:
+    async def report(self) -> None:
         """Publish what was counted since the last time. Raises where Kafka does not take it: the next time, then."""
         self._untold += self._tallies.values()
         self._tallies = {}
         while self._untold:
-            await self._tell(self._untold[0])
+            await self._report(self._untold[0])
             del self._untold[0]
 
-    async def _tell(self, tally: _Tally) -> None:
+    async def _report(self, tally: _ShedCount) -> None:
         partition = tally.first.partition
         most = ", ".join(f"{key[:64]} ({count})" for key, count in tally.keys.most_common(_MOST_NAMED))
         message = (

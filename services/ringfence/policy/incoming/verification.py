@@ -59,7 +59,7 @@ class MessageVerifier:
             raise InvalidMessageError(
                 "the request has waited longer than any request may live; ask anew", code="too_old"
             )
-        request, late = await self._open(record, CredentialRequest, self._agent_key, MAX_REQUEST_BYTES)
+        request, late = await self._verified(record, CredentialRequest, self._agent_key, MAX_REQUEST_BYTES)
         claims = request.claims
         if late is not None and record.appended_at_ms - claims.exp * 1000 > ANSWER_EXPIRED_WITHIN_MS:
             raise late
@@ -96,17 +96,17 @@ class MessageVerifier:
 
         That a disabled user or an agent signed it is found out here and refused, by name, where it is weighed.
         """
-        return await self._open(record, Approval, self._person_key, MAX_APPROVAL_BYTES)
+        return await self._verified(record, Approval, self._person_key, MAX_APPROVAL_BYTES)
 
     async def grant(self, record: Received) -> tuple[Signed[Grant], ExpiredError | None]:
         """The grant in a record, signed as an approval may be; see there."""
-        return await self._open(record, Grant, self._person_key, MAX_REQUEST_BYTES)
+        return await self._verified(record, Grant, self._person_key, MAX_REQUEST_BYTES)
 
     async def withdrawal(self, record: Received) -> tuple[Signed[GrantWithdraw], ExpiredError | None]:
         """The withdrawal of a grant in a record, signed as an approval may be; see there."""
-        return await self._open(record, GrantWithdraw, self._person_key, MAX_REQUEST_BYTES)
+        return await self._verified(record, GrantWithdraw, self._person_key, MAX_REQUEST_BYTES)
 
-    async def _open(
+    async def _verified(
         self,
         record: Received,
         model: type[C],

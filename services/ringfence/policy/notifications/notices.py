@@ -117,18 +117,19 @@ class Notices:
         if self._http is not None:
             await self._http.aclose()
 
-    def tell(self, asked: ApprovalRequest, request: Signed[CredentialRequest]) -> None:
+    def tell(self, message: ApprovalRequest, request: Signed[CredentialRequest]) -> None:
         """Tell somebody, if they want to be told, and have not been told of this, or of one that is alike and waits.
 
         A repeat of the question has the same `jti`, so that its receiver can tell.
         """
-        user_id, id = asked.approver, asked.jti
-        if user_id not in self._places or id in self._told or self._is_known(asked, request.claims):
+        user_id, id = message.approver, message.jti
+        if user_id not in self._places or id in self._told or self._is_known(message, request.claims):
             return
         self.deliver(
             Notice(
-                id, user_id, f"request {asked.request_id}", asked.expires_at,
-                lambda: self._waits(asked.request_id), lambda: body_of(asked, load_context(self._directory, request)),
+                id, user_id, f"request {message.request_id}", message.expires_at,
+                lambda: self._waits(message.request_id),
+                lambda: body_of(message, load_context(self._directory, request)),
             )
         )  # fmt: skip
 
@@ -155,17 +156,17 @@ class Notices:
         self._under_way.pop(id, None)
         self._of[user_id] -= 1
 
-    def _is_known(self, asked: ApprovalRequest, request: CredentialRequest) -> bool:
+    def _is_known(self, message: ApprovalRequest, request: CredentialRequest) -> bool:
         """Whether the person was told of another request that would come to the same and still waits."""
         scope = sorted((p.target, sorted(p.verbs), sorted(p.resources)) for p in request.scope)
         if request.break_glass:
             return False  # each of these is told
-        terms = (asked.ttl_s, asked.delivery, asked.required, asked.revisions.model_dump_json())
-        key = (asked.approver, request.iss, request.task_id, repr(scope), *terms)
+        terms = (message.ttl_s, message.delivery, message.required, message.revisions.model_dump_json())
+        key = (message.approver, request.iss, request.task_id, repr(scope), *terms)
         known = self._alike.get(key)
-        if known is not None and known != asked.request_id and self._waits(known):
+        if known is not None and known != message.request_id and self._waits(known):
             return True
-        self._alike[key] = asked.request_id
+        self._alike[key] = message.request_id
         while len(self._alike) > _REMEMBERED:
             self._alike.popitem(last=False)
         return False
@@ -225,7 +226,9 @@ class Notices:
 # Sponsors are told of single actions that wait: from what a gateway signed and from verified records. Hints alone.
 
 
-def teller(runtime: Runtime, directory: Directory, notices: Notices) -> Callable[[Received], Awaitable[None]]:
+def notice_sender(
+    runtime: Runtime, directory: Directory, notices: Notices
+) -> Callable[[Received], Awaitable[None]]:
     """A handler of `approval.request`: what policy itself asks is told where it is asked, and passed over here."""
 
     async def tell(record: Received) -> None:

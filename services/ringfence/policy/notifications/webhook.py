@@ -77,7 +77,7 @@ def signed_headers(webhook: Webhook, id: str, at_s: int, body: bytes) -> dict[st
     }
 
 
-def body_of(asked: ApprovalRequest, facts: RequestContext) -> bytes:
+def body_of(message: ApprovalRequest, facts: RequestContext) -> bytes:
     """What a person is told: from the request as the agent signed it and from verified records, as plain text.
 
     What others wrote stands as code, where no chat makes links, mentions or headings of it.
@@ -89,17 +89,17 @@ def body_of(asked: ApprovalRequest, facts: RequestContext) -> bytes:
     ]
     if len(request.scope) > _MAX_PERMISSIONS:
         wants.append(f"and {len(request.scope) - _MAX_PERMISSIONS} permissions more")
-    until = datetime.fromtimestamp(asked.expires_at, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-    whom = " and ".join(dict.fromkeys(_WHOM.get(one, one) for one in asked.required))
+    until = datetime.fromtimestamp(message.expires_at, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    whom = " and ".join(dict.fromkeys(_WHOM.get(one, one) for one in message.required))
     lines = [
         *(["*Break glass*: policy denies this; it can be allowed once."] if facts.break_glass else []),
         f"Agent {_code(facts.agent.state.agent_id)} asks for a credential; it needs {whom}.",
         *(f"Its task was handed on by agent {_code(one)}." for one in facts.act[1:]),
         *(f"Wants: {_code(one)}" for one in wants),
-        f"For: {asked.ttl_s} s, on behalf of {_code(facts.task.state.on_behalf_of)}",
+        f"For: {message.ttl_s} s, on behalf of {_code(facts.task.state.on_behalf_of)}",
         f"Task: {_code(facts.task.state.purpose)}",
         f"Its reason: {_code(request.reason)}",
-        f"Until {until}. Look at it, and answer, with: {_code('ringfence approvals show ' + asked.request_id)}",
+        f"Until {until}. Look at it, and answer, with: {_code('ringfence approvals show ' + message.request_id)}",
     ]
     return orjson.dumps({"text": "\n".join(lines), "unfurl_links": False, "unfurl_media": False})
 

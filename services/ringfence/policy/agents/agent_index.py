@@ -22,7 +22,7 @@ from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.policy.agents.holdings import Holdings
-from ringfence.policy.agents.inventory import Facts, InventoryRow, line_of, next_change_s
+from ringfence.policy.agents.inventory import AgentFacts, InventoryRow, inventory_row, next_change_s
 from ringfence.policy.agents.usage import KeyLastSeen
 
 log = logging.getLogger(__name__)
@@ -39,15 +39,15 @@ class CursorLostError(RingfenceError):
     code = "cursor_lost"
 
 
-class Roster:
+class AgentIndex:
     """See the module. Memory goes with the agents, and with the tasks that run."""
 
     def __init__(
-        self, directory: Directory, holdings: Holdings, sightings: KeyLastSeen, clock: Clock
+        self, directory: Directory, holdings: Holdings, key_last_seen: KeyLastSeen, clock: Clock
     ) -> None:
         self._directory = directory
         self._holdings = holdings
-        self._sightings = sightings
+        self._key_last_seen = key_last_seen
         self._clock = clock
         self._lines: dict[str, InventoryRow] = {}
         self._marked: dict[str, None] = {}
@@ -64,7 +64,7 @@ class Roster:
         """Whether the tables that it stands on have been read."""
         directory.on_change(self._on_record)
         holdings.on_change(self._mark)
-        sightings.on_change(self._mark)
+        key_last_seen.on_change(self._mark)
 
     # --- asking ---
 
@@ -106,7 +106,7 @@ class Roster:
                 return
             yield agent_id
 
-    def facts(self, agent_id: str) -> Facts | None:
+    def facts(self, agent_id: str) -> AgentFacts | None:
         """All that is known of an agent now; None where there is no record that holds."""
         try:
             entry = self._directory.agent(agent_id)
@@ -119,7 +119,7 @@ class Roster:
             sponsor = self._directory.user(entry.state.sponsor)
         except ChainError:
             sponsor = None
-        return Facts(
+        return AgentFacts(
             agent=entry.state,
             revision=entry.revision,
             commands=entry.record.commands,
@@ -128,7 +128,7 @@ class Roster:
             endings=self._holdings.endings(agent_id, now_s),
             live=partial(self._holdings.live, agent_id, now_s),
             used=self._holdings.used_verbs(agent_id, now_s),
-            seen=self._sightings.of(agent_id),
+            seen=self._key_last_seen.of(agent_id),
             asked_ms=self._holdings.asked_ms(agent_id),
             now_s=now_s,
         )
@@ -144,32 +144,32 @@ class Roster:
             self._mark_due()
             left = len(self._marked)
             while left > AT_ONCE:
-                self.look(AT_ONCE)
+                self.refresh(AT_ONCE)
                 left -= AT_ONCE
                 await asyncio.sleep(_PAUSE_S)
-            self.look(left)
+            self.refresh(left)
             await asyncio.sleep(_IDLE_S)
 
     async def settle(self, most: int) -> None:
         """Look at what is marked, at most at so many; in turns with the rest of the process."""
         self._mark_due()
         while self._marked and most > 0:
-            self.look(AT_ONCE)
+            self.refresh(AT_ONCE)
             most -= AT_ONCE
             await asyncio.sleep(0)
 
-    def look(self, most: int) -> None:
+    def refresh(self, most: int) -> None:
         """Look at so many of the agents that are marked."""
         for agent_id in list(_first(self._marked, most)):
             del self._marked[agent_id]
             try:
-                self._look_at(agent_id)
+                self._refresh(agent_id)
             except Exception:
                 # One agent that cannot be told of must not end what others wait for.
                 log.exception("agent %s cannot be taken into the inventory", agent_id)
                 self._leave_out(agent_id)
 
-    def _look_at(self, agent_id: str) -> None:
+    def _refresh(self, agent_id: str) -> None:
         facts = self.facts(agent_id)
         if facts is None:
             if self._directory.unverified("agent", agent_id) is not None:
@@ -178,7 +178,7 @@ class Roster:
         self._broken.discard(agent_id)
         if agent_id not in self._lines:
             insort(self._ids, agent_id)
-        self._lines[agent_id] = line_of(facts)
+        self._lines[agent_id] = inventory_row(facts)
         self._seq += 1
         self._changed.pop(agent_id, None)
         self._changed[agent_id] = self._seq
