@@ -377,6 +377,15 @@ def test_a_key_that_was_replaced_in_the_very_moment_signs_nothing_about_its_owne
     assert "no valid key" in broken(ledger, forged(ledger, olga, (*olga.commands, own)))
 
 
+def test_who_is_disabled_has_no_role_from_then_on(ledger: Ledger):
+    before_ms = ledger.clock.ms
+    ledger.give(ledger.claims(UserDisable, "otto", user_id="sam", reason="left"))
+    chains = ledger.chains()
+    assert chains.roles_at("sam", before_ms) == {"sponsor"}
+    assert chains.roles_at("sam", ledger.clock.ms) == frozenset()
+    assert chains.roles_at("nobody", ledger.clock.ms) == frozenset()
+
+
 # --- dropping, swapping, repeating ------------------------------------------------------------------------------------
 
 

@@ -181,9 +181,9 @@ class Chains:
         agent = self.agent_at(agent_id, at_ms) if agent_id else None
         return valid_key(agent.keys, kid, at_ms / 1000) if agent else None
 
-    def roles_at(self, user_id: str, at_ms: int, own: UserState | None = None) -> frozenset[Role]:
+    def roles_at(self, user_id: str, at_ms: int) -> frozenset[Role]:
         """The roles of an active user just before `at_ms`; none where unknown or disabled."""
-        user = self.user_at(user_id, at_ms, own)
+        user = self.user_at(user_id, at_ms)
         return frozenset(user.roles) if user and user.status == "active" else frozenset()
 
     def user_at(self, user_id: str, at_ms: int, own: UserState | None = None) -> UserState | None:
@@ -340,7 +340,7 @@ class Chains:
                 actor=given.actor,
                 at_s=at_ms // 1000,
                 command_id=given.command_id,
-                roles_of=lambda user_id: self.roles_at(user_id, at_ms, own),
+                roles_of=lambda user_id: self.roles_at(user_id, at_ms),
                 task_at=lambda task_id: self.task_at(task_id, at_ms),
                 last_signed_s=signed_s,
                 consent_by=given.consent_by,
