@@ -162,12 +162,12 @@ class Chains:
             return Authorised(signed, actor, appended_at_ms, None, str(error))
         return Authorised(signed, actor, appended_at_ms, consent)
 
-    def user_key(self, iss: str, kid: str, at_ms: int, own: UserState | None = None) -> PublicKey | None:
+    def user_key(self, iss: str, kid: str, at_ms: int) -> PublicKey | None:
         """The key `kid` of the user `iss` if it counted at `at_ms`, by a chain that ends at the root; else None.
 
         For whatever a human says. A provisioner is none.
         """
-        user = self._user_of(iss, at_ms, own)
+        user = self._user_of(iss, at_ms, None)
         return valid_key(user.keys, kid, at_ms / 1000) if user and user.delegation is None else None
 
     def command_key(self, iss: str, kid: str, at_ms: int, own: UserState | None = None) -> PublicKey | None:
@@ -235,8 +235,6 @@ class Chains:
         steps: list[_Step] = []
         for embedded in record.commands:
             steps.append(self._next(steps, embedded))
-        if not steps:
-            raise ChainError("a record without commands")
         return steps[-1].state
 
     def _history(self, user_id: str) -> _History | None:
@@ -265,8 +263,8 @@ class Chains:
         while todo:
             current, until_ms = todo[-1]
             history = self._history(current)
-            wanted = bisect_left(history.appended_ms, until_ms) if history else 0
-            if history is None or len(history.steps) >= wanted:
+            assert history is not None  # only who has a record is put on the list
+            if len(history.steps) >= bisect_left(history.appended_ms, until_ms):
                 todo.pop()
                 continue
             embedded = history.record.commands[len(history.steps)]
@@ -275,7 +273,7 @@ class Chains:
                 todo.append((signer, embedded.appended_at_ms))
                 continue
             step = self._next(history.steps, embedded)
-            if not isinstance(step.state, UserState) or step.state.user_id != current:
+            if subject_key(step.state) != ("user", current):
                 raise ChainError(f"the commands in the record of user {current} are about something else")
             history.steps.append(step)
 
@@ -362,8 +360,8 @@ class Chains:
                 raise ChainError(f"there was no agent {agent_id} then")
             return Actor(None, frozenset(), agent=agent)
         user = self._user_of(iss, at_ms, own)
-        if user is None:
-            return Actor(subject_of(self._trust.trust_domain, iss, "user") or "", frozenset())
+        if user is None:  # whose key then was it?
+            raise ChainError(f"there was no user {iss} then")
         by = user.provisioned.by if user.provisioned else None
         return Actor(user.user_id, frozenset(user.roles), user.delegation, by)
 
