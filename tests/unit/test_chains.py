@@ -6,6 +6,7 @@ The ledger plays the honest registry; the tests then sign records by hand with i
 from __future__ import annotations
 
 import random
+import uuid
 from typing import Any
 
 import pytest
@@ -265,6 +266,14 @@ def test_a_consent_or_a_record_is_no_command(ledger: Ledger):
             ledger.chains().authorise(parse(compact), ledger.clock.ms)
 
 
+def test_who_holds_no_agents_believes_none(ledger: Ledger):
+    claims = ledger.claims(
+        TaskEnd, "bot", iss=ledger.key("bot", "agent").id, task_id=str(uuid.UUID(int=0)), reason="x"
+    )
+    with pytest.raises(InvalidMessageError, match="no valid key"):
+        ledger.chains().authorise(parse(ledger.signed(claims)), ledger.clock.ms)
+
+
 def test_two_people_may_use_the_same_jti(ledger: Ledger):
     """A command's id is of its signer as well: else one could take the id of another's, and stand for it."""
     ids = set()
@@ -498,6 +507,19 @@ def test_what_is_forgotten_is_folded_anew(ledger: Ledger):
         chains.agent_at("bot", now_ms)
     with pytest.raises(ChainError):
         chains.user_at("sam", now_ms)
+
+
+def test_what_was_folded_of_a_user_is_kept(ledger: Ledger):
+    """Else whoever reads would verify all commands about an operator for each that they give."""
+    users: dict[str, Any] = {"sam": the(ledger, "user", "sam")}
+    chains, then_ms = ledger.chains(users), ledger.clock.ms
+    first = chains.user_at("sam", then_ms)
+    assert first is not None
+    assert chains.user_at("sam", then_ms) is first
+    ledger.give(ledger.claims(UserDisable, "olga", user_id="sam", reason="left"))
+    users["sam"] = the(ledger, "user", "sam")
+    assert chains.roles_at("sam", ledger.clock.ms) == frozenset()
+    assert chains.user_at("sam", then_ms) is first
 
 
 def over_agents(ledger: Ledger, records: dict[str, AnyRecord]) -> Chains:

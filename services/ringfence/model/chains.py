@@ -63,10 +63,10 @@ class Authorised:
     signed: Signed[ExpiringClaims]
     actor: Actor
     appended_at_ms: int
-    consent: Consent | None = None
+    consent: Consent | None
     """The embedded consent, where it counts: to a task over the same terms, by a user's signature or their ID token; to
     the transfer of the same agent, by its new sponsor's signature."""
-    consent_problem: str | None = None
+    consent_problem: str | None
     """Why an embedded consent does not count."""
 
     @property
@@ -101,7 +101,7 @@ class _Step:
     command_id: str
     last_signed_s: int
     """The latest `iat` up to here."""
-    consent: Consent | None = None
+    consent: Consent | None
     """What this one command rests on."""
 
 
@@ -160,7 +160,7 @@ class Chains:
             consent = self._consent(signed.claims, appended_at_ms)
         except InvalidMessageError as error:
             return Authorised(signed, actor, appended_at_ms, None, str(error))
-        return Authorised(signed, actor, appended_at_ms, consent)
+        return Authorised(signed, actor, appended_at_ms, consent, None)
 
     def user_key(self, iss: str, kid: str, at_ms: int) -> PublicKey | None:
         """The key `kid` of the user `iss` if it counted at `at_ms`, by a chain that ends at the root; else None.
