@@ -8,7 +8,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "model/scope/globs.py": ("test_globs.py",),
     "model/records/command_chain.py": (
         "test_chains.py", "test_delegation.py", "test_agent_keys.py", "test_id_token_consent.py",
-        "test_provisioners.py", "test_directory.py", "test_transfers.py", "test_trust_root.py",
+        "test_provisioners.py", "test_directory.py", "test_transfers.py", "test_trust_root.py", "test_lifecycle.py",
     ),
     "model/requests/approvals.py": ("test_approvals.py", "test_delegation.py", "test_limiting_fields.py"),
     "model/requests/facts.py": (

@@ -6,6 +6,7 @@ The ledger plays the honest registry; the tests then sign records by hand with i
 from __future__ import annotations
 
 import random
+import uuid
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from ringfence.messages.registry import (
     AgentDecommission,
     AgentResume,
     AgentSetCeiling,
+    AgentState,
     AgentSuspend,
     AnyRecord,
     AnyState,
@@ -62,6 +64,7 @@ def forged(
 def broken(ledger: InMemoryRegistry, record: AnyRecord, **users: Any) -> str:
     with pytest.raises(ChainError) as caught:
         ledger.chains(users).verify(record)
+    assert caught.value.code == "chain_broken"  # somebody lied: nothing that is still to come makes it good
     return str(caught.value)
 
 
@@ -180,7 +183,9 @@ def test_it_cannot_exhaust_whoever_reads(ledger: InMemoryRegistry):
         claims = ledger.register("olga", f"a{step}", f"u{step + 1}")
         command = ledger.embed(claims, ledger.clock.ms + 1000 - step)
         users[f"u{step}"] = ledger.record(state.model_copy(update={"user_id": f"u{step}"}), (command,))
-    assert "about no user" in broken(ledger, users["u0"], **users)
+    assert "the record of user u0 embeds a command that is about no user" in broken(
+        ledger, users["u0"], **users
+    )
 
 
 # --- another subject, another shape -----------------------------------------------------------------------------------
@@ -263,6 +268,14 @@ def test_a_consent_or_a_record_is_no_command(ledger: InMemoryRegistry):
             ledger.chains().authorise(parse(compact), ledger.clock.ms)
 
 
+def test_who_holds_no_agents_believes_none(ledger: InMemoryRegistry):
+    claims = ledger.claims(
+        TaskEnd, "bot", iss=ledger.key("bot", "agent").id, task_id=str(uuid.UUID(int=0)), reason="x"
+    )
+    with pytest.raises(InvalidMessageError, match="no valid key"):
+        ledger.chains().authorise(parse(ledger.signed(claims)), ledger.clock.ms)
+
+
 def test_two_people_may_use_the_same_jti(ledger: InMemoryRegistry):
     """A command's id is of its signer as well: else one could take the id of another's, and stand for it."""
     ids = set()
@@ -281,6 +294,15 @@ def test_what_is_embedded_and_of_an_unknown_type_is_no_command(ledger: InMemoryR
     with pytest.raises(InvalidMessageError) as unsigned:
         ledger.chains().authorise(parse(consent.jws), ledger.clock.ms)
     assert (unread.value.code, unsigned.value.code) == ("typ_unexpected", "typ_unexpected")
+
+
+def test_the_root_may_what_an_operator_may(ledger: InMemoryRegistry):
+    ledger.give(ledger.claims(AgentSuspend, "root", agent_id="bot", reason="x"), ledger.root)
+    bot = the(ledger, "agent", "bot")
+    ledger.chains().verify(bot)
+    assert isinstance(bot.state, AgentState)
+    assert (bot.state.status, bot.state.suspended_by_operator) == ("suspended", True)
+    assert broken(ledger, forged(ledger, bot, bot.commands, suspended_by_operator=False))
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -377,6 +399,15 @@ def test_a_key_that_was_replaced_in_the_very_moment_signs_nothing_about_its_owne
     olga = the(ledger, "user", "olga")
     own = ledger.embed(ledger.user_set("olga", "olga", ["operator"]), at, old)
     assert "no valid key" in broken(ledger, forged(ledger, olga, (*olga.commands, own)))
+
+
+def test_who_is_disabled_has_no_role_from_then_on(ledger: InMemoryRegistry):
+    before_ms = ledger.clock.ms
+    ledger.give(ledger.claims(UserDisable, "otto", user_id="sam", reason="left"))
+    chains = ledger.chains()
+    assert chains.roles_at("sam", before_ms) == {"sponsor"}
+    assert chains.roles_at("sam", ledger.clock.ms) == frozenset()
+    assert chains.roles_at("nobody", ledger.clock.ms) == frozenset()
 
 
 # --- dropping, swapping, repeating ------------------------------------------------------------------------------------
@@ -480,6 +511,72 @@ def test_what_is_forgotten_is_folded_anew(ledger: InMemoryRegistry):
         chains.user_at("sam", now_ms)
 
 
+def test_what_was_folded_of_a_user_is_kept(ledger: InMemoryRegistry):
+    """Else whoever reads would verify all commands about an operator for each that they give."""
+    users: dict[str, Any] = {"sam": the(ledger, "user", "sam")}
+    chains, then_ms = ledger.chains(users), ledger.clock.ms
+    first = chains.user_at("sam", then_ms)
+    assert first is not None
+    assert chains.user_at("sam", then_ms) is first
+    ledger.give(ledger.claims(UserDisable, "olga", user_id="sam", reason="left"))
+    users["sam"] = the(ledger, "user", "sam")
+    assert chains.roles_at("sam", ledger.clock.ms) == frozenset()
+    assert chains.user_at("sam", then_ms) is first
+
+
+def over_agents(ledger: InMemoryRegistry, records: dict[str, AnyRecord]) -> Chains:
+    """Chains over the ledger's users, and over these records of agents (also later on, in the mapping)."""
+    return Chains(
+        ledger.trust,
+        lambda user_id: ledger.directory.unverified("user", user_id),  # type: ignore[arg-type,return-value]
+        lambda kind, name: records.get(name) if kind == "agent" else None,
+    )
+
+
+def test_what_was_folded_of_an_agent_is_kept(ledger: InMemoryRegistry):
+    """Else whoever reads would verify all that an agent ever was for each command that it gives."""
+    records = {"bot": the(ledger, "agent", "bot")}
+    chains, then_ms = over_agents(ledger, records), ledger.clock.ms
+    first = chains.agent_at("bot", then_ms)
+    assert first is not None
+    assert chains.agent_at("bot", then_ms) is first
+    ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
+    records["bot"] = the(ledger, "agent", "bot")
+    now = chains.agent_at("bot", ledger.clock.ms)
+    assert now is not None
+    assert now.status == "suspended"
+    assert chains.agent_at("bot", then_ms) is first
+
+
+def test_an_agent_whose_history_was_rewritten_is_folded_anew(ledger: InMemoryRegistry):
+    ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE))
+    records = {"bot": the(ledger, "agent", "bot")}
+    chains, at_ms = over_agents(ledger, records), ledger.clock.ms
+    wide = chains.agent_at("bot", at_ms)
+    assert wide is not None
+    assert wide.ceiling == WIDE
+    command = ledger.embed(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=()), at_ms - 1)
+    records["bot"] = forged(ledger, records["bot"], (records["bot"].commands[0], command))
+    narrow = chains.agent_at("bot", at_ms)
+    assert narrow is not None
+    assert narrow.ceiling == ()
+    spoilt = records["bot"].commands[0].model_copy(update={"jws": "x.y.z"})
+    records["bot"] = forged(ledger, records["bot"], (spoilt, command))
+    with pytest.raises(ChainError, match="does not hold"):
+        chains.agent_at("bot", at_ms)
+
+
+def test_an_agents_commands_are_not_ordered_against_their_times(ledger: InMemoryRegistry):
+    """Out of order, a moment would not tell what the agent was then."""
+    for who in ("sam", "olga"):
+        ledger.give(ledger.claims(AgentSuspend, who, agent_id="bot", reason="x"))
+    bot = the(ledger, "agent", "bot")
+    backwards = forged(ledger, bot, (bot.commands[0], *bot.commands[:0:-1]))
+    assert len(backwards.commands) == 3
+    with pytest.raises(ChainError, match="out of order"):
+        over_agents(ledger, {"bot": backwards}).agent_at("bot", ledger.clock.ms)
+
+
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
@@ -494,6 +591,43 @@ def test_it_cannot_assign_a_task_on_behalf_of_who_did_not_sign(ledger: InMemoryR
     assert "did neither" in broken(
         ledger, ledger.record(state.model_copy(update={"task_id": id}), (command,))
     )
+
+
+@pytest.mark.parametrize(
+    ("lie", "why"),
+    [
+        ("forged", "signature"),
+        ("by another", "did neither"),
+        ("to other terms", "the consent is to other terms"),
+        ("expired", "after its exp"),
+        ("of another domain", "aud is 'other.example'"),
+    ],
+)
+def test_it_cannot_make_up_a_consent_to_a_task(ledger: InMemoryRegistry, lie: str, why: str):
+    terms = ledger.terms("bot")
+    consent = ledger.consent("uma", terms)
+    given = ledger.give(ledger.assign("sam", "bot", terms=terms, on_behalf_of="uma", consent=consent))
+    assert given
+    ledger.chains().verify(ledger.record(given.state, given.commands))
+    match lie:
+        case "forged":
+            head, body, _ = consent.split(".")
+            consent = f"{head}.{body}.{ledger.consent('suzy', terms).rpartition('.')[2]}"
+        case "by another":
+            consent = ledger.consent("suzy", terms)
+        case "to other terms":
+            consent = ledger.consent("uma", ledger.terms("bot", purpose="another"))
+        case "expired":
+            now_s = ledger.clock.ms // 1000
+            consent = ledger.consent("uma", terms, iat=now_s - 400, exp=now_s - 100)
+        case _:
+            consent = ledger.consent("uma", terms, aud="other.example")
+    command = ledger.embed(ledger.assign("sam", "bot", terms=terms, on_behalf_of="uma", consent=consent))
+    id = ledger.chains().authorise(parse(command.jws), command.appended_at_ms).command_id
+    state = given.state.model_copy(update={"task_id": id})
+    said = broken(ledger, ledger.record(state, (command,)))
+    assert "did neither" in said
+    assert why in said
 
 
 def test_it_cannot_give_a_task_another_name(ledger: InMemoryRegistry):

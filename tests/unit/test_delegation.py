@@ -34,7 +34,7 @@ from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import may_approve
 from ringfence.model.requests.facts import find_ground, violations_of
 from ringfence.registry.domain import MAX_PARTS
-from tests.support.in_memory_registry import START_MS, InMemoryRegistry, permission
+from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, permission
 
 NOW_S = START_MS // 1000
 WIDE, NARROW = (permission("env/**"),), (permission("env/a"),)
@@ -260,7 +260,10 @@ def test_nothing_is_handed_on_on_behalf_of_who_is_disabled(ledger: InMemoryRegis
 def test_whoever_handed_it_on_ends_it(ledger: InMemoryRegistry, task: str, who: str):
     first = made(ledger, part(ledger, "bot", task, "second"))
     second = made(ledger, part(ledger, "second", first, "third"))
-    ledger.give(by_agent(ledger, TaskEnd, who, task_id=second, reason="done"))
+    end = by_agent(ledger, TaskEnd, who, task_id=second, reason="done")
+    given = ledger.directory.chains.authorise(parse(ledger.signed(end)), ledger.clock.ms)
+    assert (given.actor.user_id, given.actor.roles) == (None, frozenset())
+    ledger.give(end)
     assert state_of(ledger, second).status == "ended"
     reader = reader_of(ledger)
     entry = reader.task(second)
@@ -297,8 +300,12 @@ def forged(ledger: InMemoryRegistry, id: str, commands: Any = None, **state: Any
     reader = reader_of(ledger, but_for=(id,))
     record = ledger.sign_record(entry.state.model_copy(update=state), commands or entry.record.commands)
     assert ledger.admit(record, reader) is None
+    before = len(ledger.alarms)
     with pytest.raises(ChainError) as caught:
         reader.task(id)
+    # A part of what is not there yet may be in order when it is; of anything else somebody is to be told.
+    told = [alarm.code for alarm in ledger.alarms[before:]]
+    assert told == ([] if "to hand on a part of" in str(caught.value) else ["chain_broken"])
     return str(caught.value)
 
 
@@ -345,6 +352,46 @@ def test_what_the_registry_refuses_no_reader_believes(ledger: InMemoryRegistry, 
         assert why in forged(ledger, first, (ledger.embed(claims, at_ms),))
     before = ledger.embed(part(ledger, "bot", task, "second", scope=NARROW), START_MS)
     assert "no valid key" in forged(ledger, first, (before,))  # there was no agent yet
+
+
+def test_it_gives_no_agent_the_history_of_another(ledger: InMemoryRegistry, task: str):
+    """A record under the bot's name has the commands that made `second`: its key does not speak for the bot."""
+    second = ledger.directory.agent("second")
+    assert second is not None
+    reader = reader_of(ledger, but_for=("bot",))
+    lie = ledger.sign_record(second.state, second.record.commands, sub=ledger.key("bot", "agent").id)
+    assert ledger.admit(lie, reader) is None
+    command = ledger.signed(part(ledger, "bot", task, "third"), ledger.key("second", "agent"))
+    with pytest.raises(ChainError, match="about something else"):
+        reader.chains.authorise(parse(command), ledger.clock.ms)
+
+
+def test_it_gives_no_task_the_history_of_another(ledger: InMemoryRegistry, task: str):
+    """What the narrow task allows is no more for a record that has the commands of a wider one."""
+    narrow = made(ledger, ledger.assign("uma", "bot", terms=ledger.terms("bot", scope=NARROW)))
+    first = made(ledger, part(ledger, "bot", narrow, "second", scope=NARROW))
+    wide = ledger.directory.task(task)
+    assert wide is not None
+    reader = reader_of(ledger, but_for=(narrow, first))
+    lie = ledger.sign_record(wide.state, wide.record.commands, sub=f"spiffe://{TD}/task/{narrow}")
+    assert ledger.admit(lie, reader) is None
+    embedded = ledger.embed(part(ledger, "bot", narrow, "second", scope=WIDE))
+    given = ledger.directory.chains.authorise(parse(embedded.jws), embedded.appended_at_ms)
+    state = state_of(ledger, first).model_copy(update={"task_id": given.command_id, "scope": WIDE})
+    assert ledger.admit(ledger.sign_record(state, (embedded,)), reader) is None
+    with pytest.raises(ChainError, match="about something else"):
+        reader.task(given.command_id)
+
+
+def test_the_deepest_chain_that_may_be_is_believed_by_who_looks_at_its_end_first(
+    ledger: InMemoryRegistry, task: str
+):
+    at = task
+    for by, to in pairwise(AGENTS[: MAX_DEPTH + 1]):
+        at = made(ledger, part(ledger, by, at, to))
+    end = reader_of(ledger).chains.task_at(at, ledger.clock.ms)
+    assert end is not None
+    assert end.act == AGENTS[MAX_DEPTH::-1]
 
 
 def test_a_chain_that_is_too_deep_is_believed_by_nobody(ledger: InMemoryRegistry, task: str):

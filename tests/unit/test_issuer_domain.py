@@ -514,6 +514,16 @@ def test_where_people_were_asked_it_is_good_for_a_day_more(place: Place, late_ms
     assert ("key_ended" in codes, "task_ended" in codes, finding) == (bool(late_ms), not late_ms, False)
 
 
+def test_an_instances_key_that_ended_is_good_for_no_longer(place: Place) -> None:
+    key, end_s = SigningKey.generate(place.ledger.key("bot", "agent").id), place.now_ms // 1000 + 300
+    enrolment = enrolled(place, key, end_s)
+    request = place.request(key, iat=end_s - 5, exp=end_s + 300, enrolment=enrolment)
+    source_ms = end_s * 1000 - 1
+    at_ms = source_ms + ENDED_KEY_MS + 1
+    decision = place.decision(request, source_ms=source_ms, at_ms=at_ms, iat=at_ms // 1000)
+    assert place.refused(decision) == (["key_ended"], False)
+
+
 def test_a_key_that_counts_is_good_for_as_long_as_the_request(place: Place) -> None:
     at_ms = place.now_ms + ENDED_KEY_MS + 1
     assert place.issued(at_ms=at_ms, iat=at_ms // 1000).lease.iat == at_ms // 1000

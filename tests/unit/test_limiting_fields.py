@@ -61,6 +61,7 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST
+from ringfence.model.http_targets.mcp import read_message
 from ringfence.model.http_targets.request_map import Action, RequestMap
 from ringfence.model.identity.attestation import matching, selector_id
 from ringfence.model.leases.lifecycle import mark_of
@@ -442,6 +443,7 @@ def test_the_denial_says_which_field_and_what_to_do() -> None:
     )
     notified = b'{"jsonrpc": "2.0", "method": "notifications/x"}'
     assert NAME in (map.not_understood("POST", "/mcp", notified) or "")
+    assert map.mcp_action("/mcp", read_message(notified)) is None
     assert map.not_understood("GET", "/other") is None
     assert map.not_understood("DELETE", "/envs/a") is None
     assert RequestMap(RULES).not_understood("GET", "/envs/a") is None
@@ -454,7 +456,7 @@ def test_a_verb_with_one_is_given_to_nobody_whatever_its_floor() -> None:
             verbs = (limited, VerbFloor(verb="deploy"))
             entry = replace(plain.target, state=plain.target.state.model_copy(update={"verbs": verbs}))
             (reason,) = violations(replace(plain, target=entry), AS_OF, AGE_S)
-            assert (reason.code, reason.side) == ("verb_not_understood", "target")
+            assert (reason.code, reason.permission, reason.side) == ("verb_not_understood", WANTED, "target")
             assert NAME in reason.message
             other = WANTED.model_copy(update={"verbs": ("deploy",)})
             codes = {one.code for one in violations(replace(facts(other), target=entry), AS_OF, AGE_S)}

@@ -86,6 +86,7 @@ def decided(posted: bytes, target: str = "/mcp") -> Action | None:
 )
 def test_the_first_rule_that_matches_counts(posted: bytes, verb: str, resource: str) -> None:
     assert decided(posted) == Action(verb, resource)
+    assert MAP.mcp_action("/mcp", read_message(posted)) == Action(verb, resource)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Claims
 from ringfence.messages.registry import (
@@ -50,7 +51,10 @@ def commands_of_bot(ledger: InMemoryRegistry) -> list[EmbeddedCommand]:
 
 
 def test_a_sponsor_hands_an_agent_over_with_the_consent_of_the_new_one(ledger: InMemoryRegistry):
-    assert ledger.give(ledger.transfer("sam", "bot", "suzy")) is not None
+    transfer = ledger.transfer("sam", "bot", "suzy")
+    given = ledger.directory.chains.authorise(parse(ledger.signed(transfer)), ledger.clock.ms)
+    assert given.consent_by == "suzy"  # whom audit names
+    assert ledger.give(transfer) is not None
     assert (bot(ledger).sponsor, bot(ledger).without_consent) == ("suzy", None)
 
 

@@ -71,8 +71,8 @@ class _Rule:
     rest: str | None
     """The name of what captures one segment or more, at the end."""
     rule: RequestRule = field(repr=False)
-    mcp: CompiledMcpRule | None = None
-    unknown: str = ""
+    mcp: CompiledMcpRule | None
+    unknown: str
     """The names of fields of it that this version does not know."""
 
     def folded(self) -> _Rule:

@@ -63,10 +63,10 @@ class Authorised:
     signed: Signed[ExpiringClaims]
     actor: Actor
     appended_at_ms: int
-    consent: Consent | None = None
+    consent: Consent | None
     """The embedded consent, where it counts: to a task over the same terms, by a user's signature or their ID token; to
     the transfer of the same agent, by its new sponsor's signature."""
-    consent_problem: str | None = None
+    consent_problem: str | None
     """Why an embedded consent does not count."""
 
     @property
@@ -101,7 +101,7 @@ class _Step:
     command_id: str
     last_signed_s: int
     """The latest `iat` up to here."""
-    consent: Consent | None = None
+    consent: Consent | None
     """What this one command rests on."""
 
 
@@ -158,14 +158,14 @@ class Chains:
             consent = self._consent(signed.claims, appended_at_ms)
         except InvalidMessageError as error:
             return Authorised(signed, actor, appended_at_ms, None, str(error))
-        return Authorised(signed, actor, appended_at_ms, consent)
+        return Authorised(signed, actor, appended_at_ms, consent, None)
 
-    def user_key(self, iss: str, kid: str, at_ms: int, own: UserState | None = None) -> PublicKey | None:
+    def user_key(self, iss: str, kid: str, at_ms: int) -> PublicKey | None:
         """The key `kid` of the user `iss` if it counted at `at_ms`, by a chain that ends at the root; else None.
 
         For whatever a human says. A provisioner is none.
         """
-        user = self._user_of(iss, at_ms, own)
+        user = self._user_of(iss, at_ms, None)
         return valid_key(user.keys, kid, at_ms / 1000) if user and user.delegation is None else None
 
     def command_key(self, iss: str, kid: str, at_ms: int, own: UserState | None = None) -> PublicKey | None:
@@ -179,9 +179,9 @@ class Chains:
         agent = self.agent_at(agent_id, at_ms) if agent_id else None
         return valid_key(agent.keys, kid, at_ms / 1000) if agent else None
 
-    def roles_at(self, user_id: str, at_ms: int, own: UserState | None = None) -> frozenset[Role]:
+    def roles_at(self, user_id: str, at_ms: int) -> frozenset[Role]:
         """The roles of an active user just before `at_ms`; none where unknown or disabled."""
-        user = self.user_at(user_id, at_ms, own)
+        user = self.user_at(user_id, at_ms)
         return frozenset(user.roles) if user and user.status == "active" else frozenset()
 
     def user_at(self, user_id: str, at_ms: int, own: UserState | None = None) -> UserState | None:
@@ -233,8 +233,6 @@ class Chains:
         steps: list[_Step] = []
         for embedded in record.commands:
             steps.append(self._next(steps, embedded))
-        if not steps:
-            raise ChainError("a record without commands")
         return steps[-1].state
 
     def _history(self, user_id: str) -> _History | None:
@@ -263,8 +261,8 @@ class Chains:
         while todo:
             current, until_ms = todo[-1]
             history = self._history(current)
-            wanted = bisect_left(history.appended_ms, until_ms) if history else 0
-            if history is None or len(history.steps) >= wanted:
+            assert history is not None  # only who has a record is put on the list
+            if len(history.steps) >= bisect_left(history.appended_ms, until_ms):
                 todo.pop()
                 continue
             embedded = history.record.commands[len(history.steps)]
@@ -273,7 +271,7 @@ class Chains:
                 todo.append((signer, embedded.appended_at_ms))
                 continue
             step = self._next(history.steps, embedded)
-            if not isinstance(step.state, UserState) or step.state.user_id != current:
+            if subject_key(step.state) != ("user", current):
                 raise ChainError(f"the commands in the record of user {current} are about something else")
             history.steps.append(step)
 
@@ -338,7 +336,7 @@ class Chains:
                 actor=given.actor,
                 at_s=at_ms // 1000,
                 command_id=given.command_id,
-                roles_of=lambda user_id: self.roles_at(user_id, at_ms, own),
+                roles_of=lambda user_id: self.roles_at(user_id, at_ms),
                 task_at=lambda task_id: self.task_at(task_id, at_ms),
                 last_signed_s=signed_s,
                 consent_by=given.consent_by,
@@ -360,8 +358,8 @@ class Chains:
                 raise ChainError(f"there was no agent {agent_id} then")
             return Actor(None, frozenset(), agent=agent)
         user = self._user_of(iss, at_ms, own)
-        if user is None:
-            return Actor(subject_of(self._trust.trust_domain, iss, "user") or "", frozenset())
+        if user is None:  # whose key then was it?
+            raise ChainError(f"there was no user {iss} then")
         by = user.provisioned.by if user.provisioned else None
         return Actor(user.user_id, frozenset(user.roles), user.delegation, by)
 
