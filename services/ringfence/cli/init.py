@@ -14,6 +14,7 @@ from ringfence.cli import oidc_issuers
 from ringfence.cli.options import JsonOption, run, wants_json
 from ringfence.cli.output import print_json, say
 from ringfence.client.ceremony import (
+    ON_DEMAND,
     TrustFolder,
     add_gateways,
     add_services,
@@ -59,7 +60,7 @@ def init(
         typer.Option(
             "--add-service",
             metavar="NAME",
-            help="Sign the next trust bundle, with a key for a service (scim, signals) "
+            help=f"Sign the next trust bundle, with a key for a service ({', '.join(ON_DEMAND)}) "
             "that the trust was made without. Repeatable.",
         ),
     ] = None,
