@@ -14,7 +14,10 @@ from ringfence.cli.main import COMMANDS, load
 from tools.cli_reference import reference
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/targets").glob("*.md")])
+PAGES = sorted([
+    *ROOT.glob("*.md"),
+    *(page for folder in ("docs", "docs/targets", "docs/how-to") for page in (ROOT / folder).glob("*.md")),
+])  # fmt: skip
 
 
 def test_the_reference_is_up_to_date() -> None:

@@ -10,12 +10,11 @@ import pytest
 import yaml
 from jsonschema.validators import validator_for
 
+from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
 from ringfence.messages.api import PORTS
 
 ROOT = Path(__file__).parents[2]
-EVERYBODYS = ("registry", "policy", "issuer", "revoker", "audit", "gateway")
-ON_DEMAND = ("scim", "signals")
-SERVICES = (*EVERYBODYS, *ON_DEMAND)
+SERVICES = (*SERVICE_ROLES, *ON_DEMAND)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +60,16 @@ def test_each_service_gets_its_own_key_and_no_other(compose: dict[str, Any], nam
         own["RINGFENCE_GATEWAY_SEAL_KEY_FILE"] = "gateway-seal"
     given = service["secrets"][len(own) :]
     assert all(one.startswith(f"{name}-") for one in given)  # files that an operator writes for it
-    assert bool(given) == (name in ON_DEMAND)
+    assert not given or name in ON_DEMAND
     assert service["secrets"][: len(own)] == [f"{key}-key" for key in own.values()]
     for setting, key in own.items():
         assert service["environment"][setting] == f"/run/secrets/{key}-key"
         assert compose["secrets"][f"{key}-key"]["file"].endswith(f"/{key}.json")
+
+
+def test_each_service_has_a_usual_port() -> None:
+    assert PORTS.keys() == set(SERVICES)
+    assert len(set(PORTS.values())) == len(PORTS)
 
 
 def test_no_service_is_forgotten(compose: dict[str, Any]) -> None:

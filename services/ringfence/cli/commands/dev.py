@@ -41,8 +41,8 @@ def dev(
         typer.Option(
             "--with",
             metavar="SERVICE",
-            help="A service that not everybody runs, too: scim or signals, with its settings in the environment. "
-            "Repeatable.",
+            help=f"A service that not everybody runs, too: {' or '.join(ON_DEMAND)}, with its settings in the "
+            "environment. Repeatable.",
         ),
     ] = None,
 ) -> None:

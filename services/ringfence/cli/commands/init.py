@@ -17,6 +17,7 @@ from ringfence.client.admin.key_rotation import OVERLAP_S, rotate_services
 from ringfence.client.admin.key_rotation import renew as renewed
 from ringfence.client.admin.key_rotation import rotate_root as root_rotated
 from ringfence.client.admin.trust_setup import (
+    ON_DEMAND,
     TrustFolder,
     add_gateways,
     add_services,
@@ -59,7 +60,7 @@ def init(
         typer.Option(
             "--add-service",
             metavar="NAME",
-            help="Sign the next trust bundle, with a key for a service (scim, signals) "
+            help=f"Sign the next trust bundle, with a key for a service ({', '.join(ON_DEMAND)}) "
             "that the trust was made without. Repeatable.",
         ),
     ] = None,
