@@ -22,7 +22,7 @@ from ringfence.messages.operations import Heartbeat
 from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK
 from ringfence.model.lease_store import LeaseStore
-from ringfence.revoker.ending.lease_ender import LeaseEnder
+from ringfence.revoker.lease_end.lease_ender import LeaseEnder
 from ringfence.revoker.settings import RevokerSettings
 from tests import cut_listener
 from tests.cut_listener import CutListener

@@ -21,7 +21,7 @@ from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, Ste
 from ringfence.model.leases.lifecycle import follow, origin_of, record_id
 from ringfence.revoker import app
 from ringfence.revoker.consistency.lease_watch import LeaseWatch
-from ringfence.revoker.ending.lease_ender import LeaseEnder
+from ringfence.revoker.lease_end.lease_ender import LeaseEnder
 from ringfence.revoker.mass_expiry import precomputed
 from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache
 from ringfence.revoker.mass_expiry.precomputed import PrecomputedEnd, PrecomputedEnds

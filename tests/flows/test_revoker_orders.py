@@ -14,7 +14,7 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.lease import EndCause, Lease, Selector
 from ringfence.messages.topics import DEAD_LETTER, REVOCATION_REQUEST
 from ringfence.model.lease_store import LeaseStore
-from ringfence.revoker.ending.lease_ender import LeaseEnder
+from ringfence.revoker.lease_end.lease_ender import LeaseEnder
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Desk, another, opened_office

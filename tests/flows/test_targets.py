@@ -38,8 +38,8 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import CREDENTIAL_DECISION, LEASE, SERVICE_EVENT
 from ringfence.model.lease_store import LeaseStore
-from ringfence.revoker.ending.lease_ender import LeaseEnder
-from ringfence.revoker.ending.undo import CredentialRemover
+from ringfence.revoker.lease_end.lease_ender import LeaseEnder
+from ringfence.revoker.lease_end.undo import CredentialRemover
 from ringfence.revoker.settings import RevokerSettings
 from tests.brokers import RedisServer
 from tests.conftest import Kafka

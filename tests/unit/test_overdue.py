@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.revoker.ending import overdue
-from ringfence.revoker.ending.overdue import Overdue
+from ringfence.revoker.lease_end import overdue
+from ringfence.revoker.lease_end.overdue import Overdue
 from tests.leases import lease
 
 

@@ -18,19 +18,19 @@ from ringfence.model.leases.stream_digests import StreamDigests
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import TABLES, Directory
+from ringfence.revoker.consistency.issued_lease_recheck import LINGER_MS as ISSUED_LINGER_MS
+from ringfence.revoker.consistency.issued_lease_recheck import TOGETHER as ISSUED_TOGETHER
+from ringfence.revoker.consistency.issued_lease_recheck import IssuedLeaseRecheck
 from ringfence.revoker.consistency.lease_watch import BACK_MS, LINGER_MS, LeaseWatch
 from ringfence.revoker.consistency.rebuild import Rebuilder
-from ringfence.revoker.consistency.recheck_issued import LINGER_MS as ISSUED_LINGER_MS
-from ringfence.revoker.consistency.recheck_issued import TOGETHER as ISSUED_TOGETHER
-from ringfence.revoker.consistency.recheck_issued import IssuedLeaseRecheck
-from ringfence.revoker.ending.expiry import Expiry
-from ringfence.revoker.ending.lease_ender import LeaseEnder
-from ringfence.revoker.ending.overdue import Overdue
-from ringfence.revoker.ending.undo import CredentialRemover
-from ringfence.revoker.housekeeping.heartbeat import HeartbeatSender
-from ringfence.revoker.housekeeping.orphans import Sweeper
-from ringfence.revoker.housekeeping.retention import LeaseTombstoner
 from ringfence.revoker.http import LeasesApi
+from ringfence.revoker.lease_end.expiry import Expiry
+from ringfence.revoker.lease_end.lease_ender import LeaseEnder
+from ringfence.revoker.lease_end.overdue import Overdue
+from ringfence.revoker.lease_end.undo import CredentialRemover
+from ringfence.revoker.maintenance.heartbeat import HeartbeatSender
+from ringfence.revoker.maintenance.orphans import Sweeper
+from ringfence.revoker.maintenance.retention import LeaseTombstoner
 from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache
 from ringfence.revoker.mass_expiry.precomputed import ExpiryScanner
 from ringfence.revoker.revocations.cut_confirmation import CutTracker

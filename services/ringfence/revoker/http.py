@@ -17,8 +17,8 @@ from ringfence.model.leases.revocations import agent_of_task
 from ringfence.model.records.api_access import Authenticator, Caller, NotFoundError
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.revoker.ending.lease_ender import LeaseEnder
-from ringfence.revoker.ending.overdue import Overdue
+from ringfence.revoker.lease_end.lease_ender import LeaseEnder
+from ringfence.revoker.lease_end.overdue import Overdue
 from ringfence.revoker.revocations.verification import RevocationVerifier
 
 MAX_LISTED = 1000

@@ -29,7 +29,7 @@ from ringfence.model.leases.epochs import Epochs, number_of
 from ringfence.model.leases.lifecycle import comes_after
 from ringfence.model.leases.verification import verify_lease
 from ringfence.revoker.consistency.rebuild import Rebuilder
-from ringfence.revoker.ending.lease_ender import LeaseEnder
+from ringfence.revoker.lease_end.lease_ender import LeaseEnder
 from ringfence.revoker.lease_records import LeaseSummary
 from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache
 

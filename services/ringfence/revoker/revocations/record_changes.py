@@ -37,7 +37,7 @@ from ringfence.revoker.domain import (
     orphaning,
     was_sponsor,
 )
-from ringfence.revoker.ending.lease_ender import LeaseEnder
+from ringfence.revoker.lease_end.lease_ender import LeaseEnder
 from ringfence.revoker.revocations.verification import RevocationVerifier
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.lifecycle import is_covered, mark_of
 from ringfence.model.leases.revocations import Order
-from ringfence.revoker.ending.lease_ender import EndRequest, LeaseEnder
+from ringfence.revoker.lease_end.lease_ender import EndRequest, LeaseEnder
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.fencing import fence
 from ringfence.revoker.revocations.verification import RevocationVerifier

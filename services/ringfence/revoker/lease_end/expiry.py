@@ -16,7 +16,7 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.model.lease_store import MIN_LEFT_MS, Claimed, LeaseStore, LostError, StoredLease
 from ringfence.revoker.domain import deadline_cause
-from ringfence.revoker.ending.lease_ender import AT_A_TIME, TOGETHER, EndRequest, LeaseEnder
+from ringfence.revoker.lease_end.lease_ender import AT_A_TIME, TOGETHER, EndRequest, LeaseEnder
 from ringfence.revoker.mass_expiry.precomputed import PrecomputedEnd
 from ringfence.revoker.settings import RevokerSettings
 
