@@ -63,8 +63,8 @@ class LeasesApi:
         mark = next((f"{kind}:{value}" for kind, value in wanted.items()), ALL_LEASES)
         agent_id = agent_of_task(wanted["task"], self._directory) if "task" in wanted else None
         shown: list[Lease] = []
-        also = self._orders.known_holders(mark)
-        async for leases in self._ender.bearing(mark, statuses, agent_id=agent_id, also=also):
+        holders = self._orders.known_holders(mark)
+        async for leases in self._ender.find(mark, statuses, agent_id=agent_id, holders=holders):
             shown += [
                 lease
                 for lease in leases.values()

@@ -113,12 +113,12 @@ class RevocationHandler:
             return _wish(lease, order) if is_covered(lease, first.appended_at_ms) else None
 
         mark = mark_of(selector)
-        also = await self._orders.holders(mark)
-        ended = await self._ender.end_bearing(
-            mark, covered, agent_id=self._orders.agent_of(selector), also=also
+        holders = await self._orders.holders(mark)
+        ended = await self._ender.end_matching(
+            mark, covered, agent_id=self._orders.agent_of(selector), holders=holders
         )
         case.ended = _count(ended, order)
-        if not case.ended and also is not None and subject_of(self._td, order.claims.iss, "user"):
+        if not case.ended and holders is not None and subject_of(self._td, order.claims.iss, "user"):
             # It stands all the same; but who mistyped a name must not think that they stopped somebody.
             case.objection = self._orders.unknown(selector)
 
