@@ -85,12 +85,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("RINGFENCE_TEST_POSTGRES") or "",
         help="the folder with another PostgreSQL's programs than Debian's newest; also RINGFENCE_TEST_POSTGRES",
     )
+    group.addoption(
+        "--no-mass-expiry",
+        action="store_true",
+        help="revokers in the process of the test run without the mass-expiry path; tests about it are deselected",
+    )
 
     add_settings(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(TimeLimits(config), "ringfence-time-limits")
+    if config.getoption("--no-mass-expiry"):
+        World.build_options["revoker"] = {"mass_expiry": False}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--no-mass-expiry"):
+        about_it = [item for item in items if item.get_closest_marker("mass_expiry_only")]
+        config.hook.pytest_deselected(items=about_it)
+        items[:] = [item for item in items if item not in about_it]
 
 
 @contextmanager

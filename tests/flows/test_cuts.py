@@ -22,7 +22,7 @@ from ringfence.messages.operations import Heartbeat
 from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK
 from ringfence.model.lease_store import LeaseStore
-from ringfence.revoker.ending.lease_ender import LeaseEnder
+from ringfence.revoker.lease_end.lease_ender import LeaseEnder
 from ringfence.revoker.settings import RevokerSettings
 from tests.support import cut_listener
 from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
@@ -232,13 +232,15 @@ async def test_introspection_refuses_what_a_selector_covers_before_any_lease_is_
         "all": Selector(all=True),
     }[selected]
     found = asyncio.Event()
-    end_bearing = LeaseEnder.end_bearing
+    end_matching = LeaseEnder.end_matching
 
-    async def finding_nothing_yet(self: LeaseEnder, mark: str, wish: Any, **more: Any) -> list[Lease]:
+    async def finding_nothing_yet(
+        self: LeaseEnder, selector_key: str, request_for: Any, **more: Any
+    ) -> list[Lease]:
         await found.wait()
-        return await end_bearing(self, mark, wish, **more)
+        return await end_matching(self, selector_key, request_for, **more)
 
-    monkeypatch.setattr(LeaseEnder, "end_bearing", finding_nothing_yet)
+    monkeypatch.setattr(LeaseEnder, "end_matching", finding_nothing_yet)
     cuts = await metric(world, "ringfence_time_to_cut_seconds_count")
     claims, _ = await desk.revoke(world.operator, selector=selector)
     await grown(world, "ringfence_time_to_cut_seconds_count", cuts)
@@ -263,14 +265,14 @@ async def test_a_selector_cuts_while_another_one_is_still_ending_leases(
     assert first.credential is not None
     assert second.credential is not None
     ending, go_on = asyncio.Event(), asyncio.Event()
-    end_bearing = LeaseEnder.end_bearing
+    end_matching = LeaseEnder.end_matching
 
-    async def slowly(self: LeaseEnder, mark: str, wish: Any, **more: Any) -> list[Lease]:
+    async def slowly(self: LeaseEnder, selector_key: str, request_for: Any, **more: Any) -> list[Lease]:
         ending.set()
         await go_on.wait()
-        return await end_bearing(self, mark, wish, **more)
+        return await end_matching(self, selector_key, request_for, **more)
 
-    monkeypatch.setattr(LeaseEnder, "end_bearing", slowly)
+    monkeypatch.setattr(LeaseEnder, "end_matching", slowly)
     await one.revoke(world.operator, selector=Selector(agent_id=one.bot.name))
     await ending.wait()
     await one.revoke(world.operator, selector=Selector(agent_id=other.bot.name))

@@ -13,7 +13,7 @@ from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.kafka.record import Outbound
-from ringfence.messages.base import ServiceRole, Topic
+from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import EndCause, Lease, LeaseStatus
 from ringfence.messages.topics import LEASE
@@ -21,11 +21,6 @@ from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, Ste
 from ringfence.model.leases.lifecycle import follow, origin_of, record_id
 from ringfence.revoker import app
 from ringfence.revoker.consistency.lease_watch import LeaseWatch
-from ringfence.revoker.ending.lease_ender import LeaseEnder
-from ringfence.revoker.mass_expiry import precomputed
-from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache
-from ringfence.revoker.mass_expiry.precomputed import PrecomputedEnd, PrecomputedEnds
-from ringfence.revoker.settings import RevokerSettings
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.benches.issuer_bench import Asked, IssuerBench, another, opened_desks, opened_office
@@ -133,7 +128,7 @@ async def test_what_comes_after_an_end_that_has_not_left_the_outbox_yet_is_gone_
 
     async def looking(watch: LeaseWatch, records: Any, follower: Any) -> Any:
         undecided = await look(watch, records, follower)
-        seen.extend((one.id, one.glance.status) for one in records)
+        seen.extend((one.id, one.summary.status) for one in records)
         return undecided
 
     async def not_cleared_at_first(store: LeaseStore, records: Sequence[tuple[str, int]]) -> list[bool]:
@@ -179,128 +174,6 @@ async def test_what_came_while_no_revoker_was_there_is_gone_beyond_by_the_next(
             while (last := (await desk.records(asked.lease_id))[-1]).claims.status != "released":
                 await asyncio.sleep(0.05)
         assert last.compact == life[-1].compact
-
-
-# --- what was foreseen ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def foreseen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """However few leases are due soon, revokers look at them beforehand. What was remembered, and taken, by lease."""
-    monkeypatch.setattr(precomputed, "MANY", 1)
-    seen: list[tuple[str, str]] = []
-    remember, take = PrecomputedEnds.remember, PrecomputedEnds.take
-
-    take_due = PrecomputedEnds.take_due
-
-    def remembering(self: PrecomputedEnds, end: PrecomputedEnd) -> None:
-        seen.append(("remembered", end.glance.lease_id))
-        remember(self, end)
-
-    def taking(self: PrecomputedEnds, lease_id: str, record: bytes) -> PrecomputedEnd | None:
-        end = take(self, lease_id, record)
-        if end is not None:
-            seen.append(("taken", lease_id))
-        return end
-
-    def taking_due(self: PrecomputedEnds, shard: int, by_ms: int, most: int) -> list[PrecomputedEnd]:
-        ends = take_due(self, shard, by_ms, most)
-        seen.extend(("taken unclaimed", end.glance.lease_id) for end in ends)
-        return ends
-
-    monkeypatch.setattr(PrecomputedEnds, "remember", remembering)
-    monkeypatch.setattr(PrecomputedEnds, "take", taking)
-    monkeypatch.setattr(PrecomputedEnds, "take_due", taking_due)
-    return seen
-
-
-async def remembered(foreseen: list[tuple[str, str]], asked: Asked) -> None:
-    async with asyncio.timeout(WITHIN_S):
-        while ("remembered", asked.lease_id) not in foreseen:
-            await asyncio.sleep(0.02)
-
-
-async def test_an_end_that_was_foreseen_is_as_any_other(
-    desk: IssuerBench, store: LeaseStore, foreseen: list[tuple[str, str]]
-) -> None:
-    asked, _ = await desk.issued("read", ttl_s=8)
-    await expired_in_time(desk, store, asked)
-    assert foreseen.count(("remembered", asked.lease_id)) == foreseen.count(("taken", asked.lease_id)) == 1
-    await until_published(store)
-
-
-async def until_published(store: LeaseStore) -> None:
-    """Nothing waits in the outbox."""
-    async with asyncio.timeout(WITHIN_S):
-        while await store.unpublished(older_than_ms=0):
-            await asyncio.sleep(0.05)
-
-
-async def test_of_more_than_is_claimed_at_a_time_what_was_foreseen_ends_without_a_claim(
-    world: World, foreseen: list[tuple[str, str]]
-) -> None:
-    own: dict[ServiceRole, Any] = {"revoker": RevokerSettings(claim_limit=1)}
-    async with opened_desks(world) as first, world.running("issuer", "revoker", own=own):
-        desk, store = await another(first), LeaseStore(world.settings("issuer"))
-        leases = await asyncio.gather(*(desk.issued("read", ttl_s=15) for _ in range(24)))
-        for asked, _ in leases:
-            await expired_in_time(desk, store, asked)
-        assert "taken unclaimed" in {name for name, _ in foreseen}, "24 leases are due in 16 shards"
-        await until_published(store)
-        await store.close()
-
-
-async def test_a_lease_whose_end_was_foreseen_is_given_back(
-    desk: IssuerBench, foreseen: list[tuple[str, str]]
-) -> None:
-    asked, _ = await desk.issued("read", ttl_s=30)
-    await remembered(foreseen, asked)
-    await accepted(desk, desk.bot, kind="release", lease_id=asked.lease_id)
-    assert statuses(await ended(desk, asked)) == ["active", "ending", "released"]
-
-
-async def test_a_foreseen_end_gives_way_to_another_that_came_first(
-    desk: IssuerBench, store: LeaseStore
-) -> None:
-    asked, _ = await desk.issued("read")
-    await store.connect()
-    ender = LeaseEnder(
-        desk.world.runtimes["revoker"],
-        store,
-        ["jwt"],
-        lambda wishes: None,
-        OwnRecordCache(),
-        visibility_ms=1000,
-    )
-    (before,) = (await store.get([asked.lease_id])).values()
-    end = ender.precompute(before.record)
-    assert end is not None
-    ender.foresight.remember(end)
-    await accepted(desk, desk.bot, kind="release", lease_id=asked.lease_id)
-    life = await ended(desk, asked)
-    assert await ender.end_due([end]) == 0
-    left = await ender.end_foreseen({asked.lease_id: before})
-    assert {id: one and one.jws.decode() for id, one in left.items()} == {asked.lease_id: life[-1].compact}
-    assert len(await ended(desk, asked)) == 3
-
-
-async def test_what_nobody_of_authority_signed_is_not_foreseen(desk: IssuerBench, store: LeaseStore) -> None:
-    asked, _ = await desk.issued("read")
-    await store.connect()
-    ender = LeaseEnder(
-        desk.world.runtimes["revoker"],
-        store,
-        ["jwt"],
-        lambda wishes: None,
-        OwnRecordCache(),
-        visibility_ms=1000,
-    )
-    lease = await desk.lease(asked.lease_id, "active")
-    by_a_stranger = sign(lease, desk.world.party("service", "issuer").key)
-    assert ender.precompute(by_a_stranger.encode()) is None
-    lasting = lease.model_copy(update={"backend": "redis"})
-    assert ender.precompute(sign(lasting, desk.world.key("issuer")).encode()) is None, "it is cut first"
-    assert ender.precompute(sign(lease, desk.world.key("issuer")).encode()) is not None
 
 
 # --- what people see --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.lease import EndCause, Lease, Selector
 from ringfence.messages.topics import DEAD_LETTER, REVOCATION_REQUEST
 from ringfence.model.lease_store import LeaseStore
-from ringfence.revoker.ending.lease_ender import LeaseEnder
+from ringfence.revoker.lease_end.lease_ender import LeaseEnder
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.benches.issuer_bench import IssuerBench, another, opened_office
@@ -226,15 +226,15 @@ async def test_a_redelivered_selector_ends_what_its_first_time_left(
 ) -> None:
     """It died after the fence: the same record at the same place is no replay."""
     leases = [(await desk.issued("read"))[0] for _ in range(3)]
-    end_bearing, failures = LeaseEnder.end_bearing, list[str]()
+    end_matching, failures = LeaseEnder.end_matching, list[str]()
 
-    async def failing(self: LeaseEnder, mark: str, wish: Any, **more: Any) -> list[Lease]:
+    async def failing(self: LeaseEnder, selector_key: str, request_for: Any, **more: Any) -> list[Lease]:
         if not failures:
-            failures.append(mark)
+            failures.append(selector_key)
             raise UnavailableError("Redis went away")
-        return await end_bearing(self, mark, wish, **more)
+        return await end_matching(self, selector_key, request_for, **more)
 
-    monkeypatch.setattr(LeaseEnder, "end_bearing", failing)
+    monkeypatch.setattr(LeaseEnder, "end_matching", failing)
     event = await accepted(desk, desk.sam, selector=Selector(agent_id=desk.bot.name))
     assert failures == [f"agent:{desk.bot.name}"]
     assert event.result == "3"

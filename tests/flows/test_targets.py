@@ -38,8 +38,8 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import CREDENTIAL_DECISION, LEASE, SERVICE_EVENT
 from ringfence.model.lease_store import LeaseStore
-from ringfence.revoker.ending.lease_ender import LeaseEnder
-from ringfence.revoker.ending.undo import CredentialRemover
+from ringfence.revoker.lease_end.credential_removal import CredentialRemover
+from ringfence.revoker.lease_end.lease_ender import LeaseEnder
 from ringfence.revoker.settings import RevokerSettings
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
@@ -465,19 +465,19 @@ async def test_a_mint_that_is_finished_just_in_time_is_left_alone(
     desk: IssuerBench, yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = await desk.ask(scope=desk.scope("read"))
-    close, met = LeaseEnder._close, list[str]()
+    close, met = LeaseEnder._lock_out_issuer, list[str]()
     async with held_mint(monkeypatch, desk, asked) as release:
 
-        async def meeting(self: LeaseEnder, ids: Any, known: Any, causes: Any) -> list[str]:
+        async def meeting(self: LeaseEnder, ids: Any, leases: Any, causes: Any) -> list[str]:
             if (
                 asked.lease_id in ids and not met
             ):  # a revoker has read that it is minting: and now it is active
                 met.append(causes[asked.lease_id].kind)
                 release.set()
                 await desk.lease(asked.lease_id, "active")
-            return await close(self, ids, known, causes)
+            return await close(self, ids, leases, causes)
 
-        monkeypatch.setattr(LeaseEnder, "_close", meeting)
+        monkeypatch.setattr(LeaseEnder, "_lock_out_issuer", meeting)
         content = await desk.answer(asked)
     assert met == ["mint_failed"]
     assert await works(url(content))
@@ -604,9 +604,9 @@ async def test_an_order_that_was_accepted_holds_though_the_revoker_died_then(
     asked = await desk.ask(scope=desk.scope("read"))
     try_it, dropped = CredentialRemover._try, list[str]()
 
-    async def dying(self: CredentialRemover, wish: Any) -> None:
-        if wish.lease.lease_id != asked.lease_id or dropped:
-            await try_it(self, wish)
+    async def dying(self: CredentialRemover, request: Any) -> None:
+        if request.lease.lease_id != asked.lease_id or dropped:
+            await try_it(self, request)
         else:  # what was in its memory is gone with it
             dropped.append(asked.lease_id)
             self._held.discard(asked.lease_id)
@@ -736,11 +736,11 @@ async def test_what_was_put_off_comes_as_soon_as_its_target_takes_one_back(
     desk: IssuerBench, yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     postpone, put_off = LeaseStore.postpone, set[str]()
-    putting_off, callers = CredentialRemover._put_off, list[Any]()
+    putting_off, callers = CredentialRemover._postpone, list[Any]()
     stuck = [(await desk.issued(scope=desk.scope("read")))[0].lease_id for _ in range(12)]
 
     async def by_whom(self: CredentialRemover, *args: Any) -> None:
-        callers.append(self._caller)
+        callers.append(self._breaker)
         await putting_off(self, *args)
 
     async def for_long(self: LeaseStore, delays_ms: dict[str, int]) -> None:
@@ -750,7 +750,7 @@ async def test_what_was_put_off_comes_as_soon_as_its_target_takes_one_back(
         later = {id: 3_600_000 for id, ms in delays_ms.items() if ms and id in put_off}
         await postpone(self, {**delays_ms, **later})
 
-    monkeypatch.setattr(CredentialRemover, "_put_off", by_whom)
+    monkeypatch.setattr(CredentialRemover, "_postpone", by_whom)
     monkeypatch.setattr(LeaseStore, "postpone", for_long)
     yard.gates["cache"].turn("shut")
     await revoked(desk, selector=Selector(agent_id=desk.bot.name))

@@ -326,8 +326,8 @@ async def test_what_is_due_soon_is_told_by_its_deadlines_and_not_taken(store: Le
     await store.activate([*near, lease(deadline=now_s + 900)])
     due = {}
     for shard in store.shards:
-        due[shard] = await store.due_soon(shard, within_ms=AHEAD_MS, most=99)
-        assert await store.due_soon(shard, within_ms=AHEAD_MS, most=2) == due[shard][:2]
+        due[shard] = await store.due_soon(shard, within_ms=AHEAD_MS, limit=99)
+        assert await store.due_soon(shard, within_ms=AHEAD_MS, limit=2) == due[shard][:2]
     assert await store.count_due(within_ms=AHEAD_MS) == [len(due[shard]) for shard in store.shards]
     deadlines = {one.claims.lease_id: one.claims.deadline for one in near}
     assert sorted(id for ids in due.values() for id in ids) == sorted(deadlines)

@@ -68,7 +68,7 @@ async def bearing(store: LeaseStore, mark: str, agent_id: str | None = None) -> 
     """The ids of the leases that bear a mark, as those come to them who act on it."""
     ids = await store.find(mark, agent_id=agent_id)
     stored = await store.get(ids)
-    return [id for id in ids if stored[id].may_bear(mark)]
+    return [id for id in ids if stored[id].may_match(mark)]
 
 
 async def until(found: Callable[[], Any]) -> Any:

@@ -11,8 +11,8 @@ import pytest
 
 from ringfence.kernel.crypto.keys import b64encode
 from ringfence.kernel.kafka.record import Received
+from ringfence.model.leases.unverified import summarise
 from ringfence.revoker.consistency.kafka_view import LeaseFold
-from ringfence.revoker.lease_records import summarise
 from tests.unit.test_lease_epochs import Markers
 
 ONE, TWO = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))

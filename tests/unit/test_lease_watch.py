@@ -14,8 +14,9 @@ from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import LostError, SignedLease
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import follow
+from ringfence.model.leases.unverified import summary_of
 from ringfence.revoker.consistency.lease_watch import LeaseWatch
-from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache, glance_of
+from ringfence.revoker.mass_expiry import OwnRecordCache
 from tests.support.leases import REVOKER, lease, signed
 
 EPOCH, BEFORE = "2.aaaaaaaa", "1.aaaaaaaa"
@@ -50,20 +51,22 @@ class Watch:
     """A watch that only takes records in, and what this process has said."""
 
     def __init__(self) -> None:
-        self.said, self.store, clock = OwnRecordCache(), Store(), SystemClock()
+        self.own_records, self.store, clock = OwnRecordCache(), Store(), SystemClock()
         trust = TrustStore("acme.example", "nobody")
         others: Any = SimpleNamespace()
-        self._watch = LeaseWatch(cast(Any, self.store), trust, others, others, clock, self.said, since_ms=0)
+        self._watch = LeaseWatch(
+            cast(Any, self.store), trust, others, others, clock, self.own_records, since_ms=0
+        )
 
     def say(self, one: SignedLease) -> SignedLease:
-        self.said.add(one.jws.encode(), glance_of(one.claims))
+        self.own_records.add(one.jws.encode(), summary_of(one.claims))
         return one
 
     def to_look_at(self, *records: SignedLease) -> list[str]:
         """What is looked at of these."""
         so_far = len(self._watch._arrived)
         self._watch.on_records(came(*records))
-        return [f"{one.glance.status}" for one in self._watch._arrived[so_far:]]
+        return [f"{one.summary.status}" for one in self._watch._arrived[so_far:]]
 
     def begins(self, epoch: str) -> None:
         """An epoch begins on Kafka."""

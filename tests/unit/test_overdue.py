@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.revoker.ending import overdue
-from ringfence.revoker.ending.overdue import Overdue
+from ringfence.revoker.lease_end import overdue
+from ringfence.revoker.lease_end.overdue import Overdue
 from tests.support.leases import lease
 
 
@@ -18,15 +18,15 @@ async def test_what_another_revoker_has_undone_is_forgotten_though_nobody_reads_
     now = 100.0
     monkeypatch.setattr(overdue, "time", SimpleNamespace(monotonic=lambda: now))
     one = Overdue(cast(Any, None), cast(Any, None), after_ms=0, forget_ms=60_000)
-    told = one._told
+    reported = one._reported
 
-    async def tell(leases: Any) -> None:
-        told.update(lease.lease_id for lease in leases)
+    async def report(leases: Any) -> None:
+        reported.update(lease.lease_id for lease in leases)
 
-    monkeypatch.setattr(one, "_tell", tell)
+    monkeypatch.setattr(one, "_report", report)
     first, second = (lease(status="ending", iat=1).claims for _ in range(2))
     await one.failed([first], 2_000)
     now += 61
     await one.failed([second], 2_000)
-    assert told == {second.lease_id}
+    assert reported == {second.lease_id}
     assert one._count() == 1

@@ -18,21 +18,20 @@ from ringfence.model.leases.stream_digests import StreamDigests
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import TABLES, Directory
+from ringfence.revoker.consistency.issued_lease_recheck import LINGER_MS as ISSUED_LINGER_MS
+from ringfence.revoker.consistency.issued_lease_recheck import TOGETHER as ISSUED_TOGETHER
+from ringfence.revoker.consistency.issued_lease_recheck import IssuedLeaseRecheck
 from ringfence.revoker.consistency.lease_watch import BACK_MS, LINGER_MS, LeaseWatch
 from ringfence.revoker.consistency.rebuild import Rebuilder
-from ringfence.revoker.consistency.recheck_issued import LINGER_MS as ISSUED_LINGER_MS
-from ringfence.revoker.consistency.recheck_issued import TOGETHER as ISSUED_TOGETHER
-from ringfence.revoker.consistency.recheck_issued import IssuedLeaseRecheck
-from ringfence.revoker.ending.expiry import Expiry
-from ringfence.revoker.ending.lease_ender import LeaseEnder
-from ringfence.revoker.ending.overdue import Overdue
-from ringfence.revoker.ending.undo import CredentialRemover
-from ringfence.revoker.housekeeping.heartbeat import HeartbeatSender
-from ringfence.revoker.housekeeping.orphans import Sweeper
-from ringfence.revoker.housekeeping.retention import LeaseTombstoner
 from ringfence.revoker.http import LeasesApi
-from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache
-from ringfence.revoker.mass_expiry.precomputed import ExpiryScanner
+from ringfence.revoker.lease_end.credential_removal import CredentialRemover
+from ringfence.revoker.lease_end.expiry import Expiry, ExpiryFastPath
+from ringfence.revoker.lease_end.lease_ender import LeaseEnder
+from ringfence.revoker.lease_end.overdue import Overdue
+from ringfence.revoker.maintenance.heartbeat import HeartbeatSender
+from ringfence.revoker.maintenance.orphans import Sweeper
+from ringfence.revoker.maintenance.retention import LeaseTombstoner
+from ringfence.revoker.mass_expiry import MassExpiry, OwnRecordCache
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.fencing import FenceHandler
 from ringfence.revoker.revocations.record_changes import RECORD_TOPICS, RecordHandler
@@ -48,9 +47,16 @@ _FENCES_TOGETHER = 256
 
 
 def build(
-    settings: ServiceSettings, own: RevokerSettings | None = None, clock: Clock | None = None
+    settings: ServiceSettings,
+    own: RevokerSettings | None = None,
+    clock: Clock | None = None,
+    *,
+    mass_expiry: bool = True,
 ) -> Runtime:
-    """Everything that the revoker is made of, started by `Runtime.run`."""
+    """The revoker, wired and not yet started: `Runtime.run` starts it.
+
+    `mass_expiry`: with the fast path for very many leases that are due together. The revoker is right without it.
+    """
     own = own or load(RevokerSettings)
     runtime = Runtime("revoker", settings, clock)
     # It only ends and narrows: an old table is no reason to stop.
@@ -67,20 +73,23 @@ def build(
     overdue = Overdue(
         runtime, store, after_ms=int(own.overdue_after_s * 1000), forget_ms=3 * longest_delay_ms
     )
-    undoer = CredentialRemover(
+    remover = CredentialRemover(
         store, backends, caller, overdue, runtime.clock, runtime.tracing, longest_delay_ms=longest_delay_ms
     )
     stateless = [kind for kind, backend in backends.items() if backend.stateless]
-    said = OwnRecordCache()
-    ender = LeaseEnder(runtime, store, stateless, undoer.take, said, visibility_ms=own.visibility_ms)
-    expiry = Expiry(store, ender, own, runtime.clock)
+    own_records = OwnRecordCache() if mass_expiry else OwnRecordCache(max_records=0)
+    ender = LeaseEnder(
+        runtime, store, stateless, remover.enqueue, own_records.add, visibility_ms=own.visibility_ms
+    )
+    fast_path = MassExpiry(runtime, store, ender, visibility_ms=own.visibility_ms) if mass_expiry else None
+    expiry = Expiry(store, ender, own, runtime.clock, fast_path or ExpiryFastPath())
     cuts = CutTracker(runtime.trust, runtime.clock, grace_ms=int(settings.grace_s * 1000))
     rebuilder = Rebuilder(runtime, store, directory)
     orders = RevocationVerifier(runtime, directory, patience_s=own.patience_s)
     revocations = RevocationHandler(runtime, orders, store, ender, cuts)
     records = RecordHandler(runtime, directory, orders, store, ender, patience_s=own.patience_s)
     since_ms = runtime.clock.now_ms() - BACK_MS
-    watch = LeaseWatch(store, runtime.trust, ender, rebuilder, runtime.clock, said, since_ms=since_ms)
+    watch = LeaseWatch(store, runtime.trust, ender, rebuilder, runtime.clock, own_records, since_ms=since_ms)
 
     def on_heartbeats(records: Sequence[Received]) -> None:
         directory.on_records(records)
@@ -111,10 +120,10 @@ def build(
     runtime.background("lease-watch", partial(watch.run, leases))
     runtime.background("cuts", partial(cuts.run, acks.caught_up))
     runtime.background("outbox-clearing", store.clear_outbox)
-    runtime.background("undoing", partial(undoer.run, ender.end_undone))
+    runtime.background("credential-removal", partial(remover.run, ender.end_removed))
     runtime.background("expiry", expiry.run)
-    lookout = ExpiryScanner(store, ender.foresight, ender.precompute, expiry.is_busy, runtime.clock)
-    runtime.background("foresight", lookout.run)
+    if fast_path is not None:
+        runtime.background("mass-expiry", partial(fast_path.run, expiry.is_busy))
     runtime.background("expired-events", expiry.listen)
     runtime.background("outbox", expiry.sweep)
     consumer = runtime.consume("revoker", {REVOCATION_REQUEST: revocations})
@@ -135,7 +144,7 @@ def build(
     runtime.consume(
         "revoker-records", dict.fromkeys(RECORD_TOPICS, sequential(records, runtime.dead_letters))
     )
-    issued = IssuedLeaseRecheck(runtime, directory, store, said, patience_s=own.patience_s)
+    issued = IssuedLeaseRecheck(runtime, directory, store, own_records, patience_s=own.patience_s)
 
     async def on_issued(batch: Sequence[Received]) -> None:
         await issued(batch)

@@ -17,8 +17,8 @@ from ringfence.model.leases.revocations import agent_of_task
 from ringfence.model.records.api_access import Authenticator, Caller, NotFoundError
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.revoker.ending.lease_ender import LeaseEnder
-from ringfence.revoker.ending.overdue import Overdue
+from ringfence.revoker.lease_end.lease_ender import LeaseEnder
+from ringfence.revoker.lease_end.overdue import Overdue
 from ringfence.revoker.revocations.verification import RevocationVerifier
 
 MAX_LISTED = 1000
@@ -63,8 +63,8 @@ class LeasesApi:
         mark = next((f"{kind}:{value}" for kind, value in wanted.items()), ALL_LEASES)
         agent_id = agent_of_task(wanted["task"], self._directory) if "task" in wanted else None
         shown: list[Lease] = []
-        also = self._orders.known_holders(mark)
-        async for leases in self._ender.bearing(mark, statuses, agent_id=agent_id, also=also):
+        holders = self._orders.known_holders(mark)
+        async for leases in self._ender.find(mark, statuses, agent_id=agent_id, holders=holders):
             shown += [
                 lease
                 for lease in leases.values()

@@ -303,10 +303,10 @@ class LeaseStore(Shards):
         calls = [ShardCall(COUNT_DUE, at, (at.deadlines,), (within_ms,)) for at in self.keys]
         return await self._run(calls)
 
-    async def due_soon(self, shard: int, *, within_ms: int, most: int) -> list[str]:
-        """Leases of a shard that are due within so long, at most `AHEAD_MS`, by deadline, and not more than `most`."""
+    async def due_soon(self, shard: int, *, within_ms: int, limit: int) -> list[str]:
+        """Leases of a shard that are due within so long, at most `AHEAD_MS`, by deadline, at most `limit`."""
         at = self.keys[shard]
-        (ids,) = await self._run([ShardCall(DUE_SOON, at, (at.deadlines,), (within_ms, most))])
+        (ids,) = await self._run([ShardCall(DUE_SOON, at, (at.deadlines,), (within_ms, limit))])
         return list(map(unpacked, ids))
 
     async def postpone(self, delays_ms: Mapping[str, int]) -> None:
@@ -482,18 +482,21 @@ class LeaseStore(Shards):
         return {id: StoredLease.unpack(record) for n, id in enumerate(lease_ids) if (record := records[n])}
 
     async def find(
-        self, mark: str, *, agent_id: str | None = None, also: Collection[str] | None = ()
+        self, mark: str, *, agent_id: str | None = None, holders: Collection[str] | None = ()
     ) -> list[str]:
-        """The ids of all leases that bear a mark and have not ended, whatever their shard, and maybe those of others.
+        """The ids of all leases, in any shard, that match a selector key and have not ended; maybe some others as well.
 
-        Which do, their records say (`StoredLease.may_bear`). `agent_id`: the only agent whose leases can bear the mark,
-        where that is known. Of a task it should be: otherwise, as of a target, all that there are are found. `also`:
-        the agents that hold parts of what was handed on, whose leases may bear it besides; None where nobody knows, so
-        that all are found.
-        """
-        agents = await self._agents(mark, agent_id) if also is not None else None
-        if agents is not None and also:
-            agents = [list(dict.fromkeys([*some, *also])) for some in agents]
+        Which of them match, their records say (`StoredLease.may_match`).
+
+        Args:
+            agent_id: the only agent whose leases can match, if that is known. For a task it should be given: otherwise
+                all leases are found, as for a target.
+            holders: the agents that hold delegated parts, whose leases may match too. None: nobody knows which, and all
+                leases are found.
+        """  # fmt: skip
+        agents = await self._agents(mark, agent_id) if holders is not None else None
+        if agents is not None and holders:
+            agents = [list(dict.fromkeys([*some, *holders])) for some in agents]
         commands: list[Command] = []
         for n, at in enumerate(self.keys):
             if agents is None:

@@ -55,7 +55,7 @@ class StoredLease:
         """The signed record."""
         return expanded(self.record)
 
-    def may_bear(self, mark: str) -> bool:
+    def may_match(self, mark: str) -> bool:
         """Whether the record says, verified or not, that the lease bears a mark. True where it says nothing at all."""
         if mark == ALL_LEASES:
             return True

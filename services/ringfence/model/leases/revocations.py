@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import Signed, parse, verify
-from ringfence.kernel.crypto.keys import PublicKey, b64decode
+from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.lease import EndCause, EndKind, Lease, RevocationRequest, Selector
@@ -158,11 +158,3 @@ def open_order(record: Received, directory: Directory, trust: TrustStore) -> Ord
 
     signed = verify(jws, RevocationRequest, find, audience=trust.trust_domain)
     return Order(signed, record.coordinates, record.traceparent)
-
-
-def may_have_selector(record: Received) -> bool:
-    """Whether a revocation may have one: most are releases, which need no look."""
-    try:
-        return b'"selector"' in b64decode(record.value.split(b".")[1])
-    except (ValueError, IndexError):
-        return False

@@ -28,7 +28,6 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import lease_id
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.jws import parse, verify
-from ringfence.kernel.crypto.keys import b64decode
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
@@ -37,6 +36,7 @@ from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentState
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import is_short_lived
+from ringfence.model.leases.unverified import unverified_claims
 from ringfence.model.leases.verification import verify_lease
 from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS, Usage, Used, Verb, summary, verbs_of
 from ringfence.policy.domain import Case, Evaluation
@@ -301,14 +301,14 @@ class Holdings:
         for record in records:
             if self._epochs.took(record):
                 continue
-            claims = _unverified(record.value)
+            claims = unverified_claims(record.value)
             if claims is not None and self._matters(claims, record.key):
                 self._verify(record)
 
     def on_events(self, records: Sequence[Received]) -> None:
         """Take in the events of services, for what the issuer refused."""
         for record in records:
-            claims = _unverified(record.value)
+            claims = unverified_claims(record.value)
             if claims and (claims.get("kind"), claims.get("subject")) == ("refused", CredentialDecision.typ):
                 self._on_refusal(record)
 
@@ -500,12 +500,3 @@ class Holdings:
 
 def _what(task_id: str, scope: list[dict[str, Any]]) -> bytes:
     return task_id.encode() + b" " + orjson.dumps(scope)
-
-
-def _unverified(jws: bytes) -> dict[str, Any] | None:
-    """What a record says, nothing of it verified: enough to know whether it has to be; None where it says nothing."""
-    try:
-        claims = orjson.loads(b64decode(jws.split(b".")[1]))
-    except (ValueError, IndexError):
-        return None
-    return claims if isinstance(claims, dict) else None

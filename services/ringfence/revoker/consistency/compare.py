@@ -32,6 +32,7 @@ from ringfence.model.lease_store import (
 )
 from ringfence.model.leases.epochs import number_of
 from ringfence.model.leases.lifecycle import is_cut_mark, is_over, own_marks_of, statement
+from ringfence.model.leases.unverified import summarise
 from ringfence.model.records.directory import TABLES, Directory
 from ringfence.revoker.consistency.kafka_view import (
     HighestRecord,
@@ -43,7 +44,6 @@ from ringfence.revoker.consistency.kafka_view import (
     verified,
     whole,
 )
-from ringfence.revoker.lease_records import summarise
 
 AGAIN_S = 1.0
 _AT_A_TIME = 500
@@ -334,8 +334,8 @@ def _say_the_same(one: bytes, other: bytes) -> bool:
 
 def _is_long_over(record: HighestRecord, before_ms: int) -> bool:
     """Whether a lease has ended, and Redis need not hold its record any more."""
-    glance = summarise(record.jws)
-    return glance is not None and glance.status in TERMINAL and glance.deadline * 1000 < before_ms
+    summary = summarise(record.jws)
+    return summary is not None and summary.status in TERMINAL and summary.deadline * 1000 < before_ms
 
 
 def _record_text(record: HighestRecord) -> str:

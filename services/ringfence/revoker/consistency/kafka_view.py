@@ -8,13 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.settings import ServiceSettings
-from ringfence.kernel.crypto.keys import b64decode
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
@@ -24,10 +20,15 @@ from ringfence.messages.topics import LEASE, REVOCATION_REQUEST
 from ringfence.model.lease_store import Knowledge, SignedLease
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import ALL_LEASES, cut_mark, is_covered, mark_of, selector_keys
-from ringfence.model.leases.revocations import Order, may_have_selector, objection, open_order
+from ringfence.model.leases.revocations import Order, objection, open_order
+from ringfence.model.leases.unverified import (
+    may_have_selector,
+    summarise,
+    unverified_lease,
+    unverified_revocation_id,
+)
 from ringfence.model.leases.verification import verify_lease
 from ringfence.model.records.directory import Directory
-from ringfence.revoker.lease_records import summarise, unverified
 
 log = logging.getLogger(__name__)
 
@@ -87,26 +88,28 @@ class LeaseFold:
     def _add(self, record: Received) -> None:
         if self.epochs.took(record):
             return
-        glance = summarise(record.value)
+        summary = summarise(record.value)
         # Tombstones are passed over too: nobody signs them, and they follow upon what is over anyway.
-        if glance is None or glance.lease_id != record.key:
+        if summary is None or summary.lease_id != record.key:
             return
-        if self.epochs.is_void(record, glance.epoch):
+        if self.epochs.is_void(record, summary.epoch):
             return
-        lease_id = glance.lease_id
+        lease_id = summary.lease_id
         known = self.highest.get(lease_id)
-        if (known is not None and known.seq >= glance.seq) or not self._counts(lease_id, record.value):
+        if (known is not None and known.seq >= summary.seq) or not self._counts(lease_id, record.value):
             return
-        ended = glance.status in TERMINAL
+        ended = summary.status in TERMINAL
         raw = bytes.fromhex(lease_id.replace("-", ""))
         if raw in self._over:
             if not ended:
                 self.contested.add(lease_id)
-        elif ended and known is None and glance.deadline < self._over_before_s and lease_id not in self._held:
+        elif (
+            ended and known is None and summary.deadline < self._over_before_s and lease_id not in self._held
+        ):
             self._over.add(raw)
         else:
             self.highest[lease_id] = HighestRecord(
-                glance.seq, glance.status, record.value, glance.epoch, glance.granted
+                summary.seq, summary.status, record.value, summary.epoch, summary.granted
             )
 
 
@@ -168,7 +171,7 @@ class Known(Knowledge):
         record = self._records.get(lease_id)
         if record is None:
             return None
-        lease = unverified(record.jws) if record.granted else None
+        lease = unverified_lease(record.jws) if record.granted else None
         return lease is not None and grant_id in (lease.grants or ())
 
 
@@ -196,7 +199,7 @@ async def read_revocations(settings: ServiceSettings, directory: Directory, trus
     for number, record in enumerate(selectors):
         if number % _PAUSE_EVERY == 0:
             await asyncio.sleep(0)
-        if (id := _unverified_order_id(record.value)) is not None:
+        if (id := unverified_revocation_id(record.value)) is not None:
             claimed.append((id, record.appended_at_ms))
         try:
             order = open_order(record, directory, trust)
@@ -205,15 +208,6 @@ async def read_revocations(settings: ServiceSettings, directory: Directory, trus
         if order.claims.selector is not None and objection(order, None, directory) is None:
             orders.append(order)
     return Revocations(orders, claimed)
-
-
-def _unverified_order_id(jws: bytes) -> str | None:
-    """The id of an order by what it says of itself: enough to know that it is on its topic."""
-    try:
-        claims = orjson.loads(b64decode(jws.split(b".")[1]))
-        return derived_id("revocation", claims["iss"], claims["jti"])
-    except (ValueError, LookupError, TypeError):
-        return None
 
 
 async def verified(

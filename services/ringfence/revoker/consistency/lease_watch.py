@@ -27,11 +27,11 @@ from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.model.lease_store import LeaseStore, LostError, Outgoing, SignedLease, StoredLease
 from ringfence.model.leases.epochs import Epochs, number_of
 from ringfence.model.leases.lifecycle import comes_after
+from ringfence.model.leases.unverified import LeaseSummary
 from ringfence.model.leases.verification import verify_lease
 from ringfence.revoker.consistency.rebuild import Rebuilder
-from ringfence.revoker.ending.lease_ender import LeaseEnder
-from ringfence.revoker.lease_records import LeaseSummary
-from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache
+from ringfence.revoker.lease_end.lease_ender import LeaseEnder
+from ringfence.revoker.mass_expiry import OwnRecordCache
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ _AT_A_TIME = 500
 class _Arrived:
     """A record of a lease, under its own key; nothing of it is verified."""
 
-    glance: LeaseSummary
+    summary: LeaseSummary
     jws: bytes
     void: bool
     known: bool
@@ -56,7 +56,7 @@ class _Arrived:
 
     @property
     def id(self) -> str:
-        return self.glance.lease_id
+        return self.summary.lease_id
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +77,7 @@ class LeaseWatch:
         ender: LeaseEnder,
         rebuilder: Rebuilder,
         clock: Clock,
-        said: OwnRecordCache,
+        own_records: OwnRecordCache,
         *,
         since_ms: int,
     ) -> None:
@@ -87,7 +87,7 @@ class LeaseWatch:
         self._ender = ender
         self._rebuilder = rebuilder
         self._clock = clock
-        self._said = said
+        self._own_records = own_records
         self._epochs = Epochs(trust)
         self._since_ms = since_ms
         self._arrived: list[_Arrived] = []
@@ -102,15 +102,15 @@ class LeaseWatch:
         for record in records:
             if self._epochs.took(record):
                 continue
-            glance = self._said.peek(record.value)
-            if glance is None or glance.lease_id != record.key:
+            summary = self._own_records.summarise(record.value)
+            if summary is None or summary.lease_id != record.key:
                 continue
-            void = self._epochs.is_void(record, glance.epoch)
-            by_itself = not void and glance.lease_id not in self._looked_at
-            if by_itself and self._ended_here(glance, record.value, epoch):
+            void = self._epochs.is_void(record, summary.epoch)
+            by_itself = not void and summary.lease_id not in self._looked_at
+            if by_itself and self._ended_here(summary, record.value, epoch):
                 continue  # as most ends, it agrees with Redis, and nothing is there that it could be held against
             known = self._epochs.of(record.partition) is not None
-            self._take(_Arrived(glance, record.value, void, known))
+            self._take(_Arrived(summary, record.value, void, known))
         self._news.set()
 
     def _take(self, record: _Arrived) -> None:
@@ -123,19 +123,19 @@ class LeaseWatch:
         But for those of leases that Redis need not know any more.
         """
         known_since_s = (self._clock.now_ms() - self._store.record_keep_ms) / 1000
-        glances = [
-            (glance, record.value)
+        summaries = [
+            (summary, record.value)
             for record in records
             if record.appended_at_ms < self._since_ms
-            if (glance := self._said.peek(record.value)) is not None
-            if glance.lease_id == record.key and glance.deadline > known_since_s
+            if (summary := self._own_records.summarise(record.value)) is not None
+            if summary.lease_id == record.key and summary.deadline > known_since_s
         ]
-        if not glances:
+        if not summaries:
             return
         # What revokers published too late, they look at themselves when they wake.
-        for glance, jws in glances:
-            self._take(_Arrived(glance, jws, void=False, known=True))
-        waiting = _Waiter(frozenset(glance.lease_id for glance, _ in glances))
+        for summary, jws in summaries:
+            self._take(_Arrived(summary, jws, void=False, known=True))
+        waiting = _Waiter(frozenset(summary.lease_id for summary, _ in summaries))
         self._waiting.append(waiting)
         self._news.set()
         await waiting.done.wait()
@@ -184,7 +184,7 @@ class LeaseWatch:
         epoch = number_of(self._store.epoch)
 
         def judged(one: _Arrived) -> _Arrived:
-            void = one.glance.epoch is not None and number_of(one.glance.epoch) < epoch
+            void = one.summary.epoch is not None and number_of(one.summary.epoch) < epoch
             return one if one.known or one.void == void else replace(one, void=void)
 
         return list(map(judged, records))
@@ -195,7 +195,7 @@ class LeaseWatch:
         That may be on its way, or have come before these: what Kafka has acknowledged leaves the outbox a moment after.
         """
         epoch = self._epoch()
-        at_their_ends = {one.id for one in records if self._ended_here(one.glance, one.jws, epoch)}
+        at_their_ends = {one.id for one in records if self._ended_here(one.summary, one.jws, epoch)}
         seqs = {id: seq for id, seq in _highest(records).items() if id not in at_their_ends}
         behind, ahead = await self._compare(seqs)
         waiting = await self._store.is_waiting(list(ahead.items()))
@@ -213,10 +213,13 @@ class LeaseWatch:
         await self._republish(outdated | (ahead.keys() & acknowledged), records)
         return [one for one in (*undecided, *arrived) if one.id not in outdated | compared]
 
-    def _ended_here(self, glance: LeaseSummary, jws: bytes, epoch: str | None) -> bool:
+    def _ended_here(self, summary: LeaseSummary, jws: bytes, epoch: str | None) -> bool:
         """Whether Redis need not be asked of the lease: it took this end from this very process, in this epoch."""
         return (
-            epoch is not None and glance.status in TERMINAL and glance.epoch == epoch and self._said.has(jws)
+            epoch is not None
+            and summary.status in TERMINAL
+            and summary.epoch == epoch
+            and self._own_records.has(jws)
         )
 
     def _epoch(self) -> str | None:
@@ -263,14 +266,14 @@ class LeaseWatch:
             return
         log.warning("publishing the latest records of %d leases again: older ones came after them", len(old))
         stored = await self._store.get(old)
-        cuts = [one for one in records if one.void and one.id in stored and one.glance.status == "ending"]
-        again = {(one.id, one.glance.seq): one.jws for one in cuts if self._leads_to(one, stored[one.id])}
+        cuts = [one for one in records if one.void and one.id in stored and one.summary.status == "ending"]
+        again = {(one.id, one.summary.seq): one.jws for one in cuts if self._leads_to(one, stored[one.id])}
         again |= {(id, one.seq): one.jws for id, one in stored.items()}
         await self._ender.republish([Outgoing(id, seq, jws) for (id, seq), jws in sorted(again.items())])
 
     def _leads_to(self, cut: _Arrived, stored: StoredLease) -> bool:
         """Whether a void cut is the one before the end that Redis has: then it has to stand before that."""
-        if stored.seq <= cut.glance.seq:
+        if stored.seq <= cut.summary.seq:
             return False
         before, after = self._opened(cut), self._opened(stored)
         return before is not None and after is not None and comes_after(before, after)
@@ -289,7 +292,7 @@ def _highest(records: Iterable[_Arrived]) -> dict[str, int]:
     highest: dict[str, int] = {}
     for one in records:
         if not one.void:
-            highest[one.id] = max(highest.get(one.id, 0), one.glance.seq)
+            highest[one.id] = max(highest.get(one.id, 0), one.summary.seq)
     return highest
 
 
@@ -297,4 +300,4 @@ def _outdated(records: Iterable[_Arrived]) -> set[str]:
     """Leases of which the last record is void, or not the highest."""
     last = {one.id: one for one in records}
     highest = _highest(records)
-    return {id for id, one in last.items() if one.void or one.glance.seq < highest[id]}
+    return {id for id, one in last.items() if one.void or one.summary.seq < highest[id]}

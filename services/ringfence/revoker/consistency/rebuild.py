@@ -38,6 +38,7 @@ from ringfence.model.lease_store import (
 )
 from ringfence.model.leases.epochs import marker_key
 from ringfence.model.leases.lifecycle import comes_after, cut_before, follow, restated
+from ringfence.model.leases.unverified import unverified_lease
 from ringfence.model.leases.verification import verify_lease
 from ringfence.model.records.directory import Directory
 from ringfence.revoker.consistency.kafka_view import (
@@ -49,7 +50,6 @@ from ringfence.revoker.consistency.kafka_view import (
     read_revocations,
     verified,
 )
-from ringfence.revoker.lease_records import unverified
 
 log = logging.getLogger(__name__)
 
@@ -336,7 +336,7 @@ class Rebuilder:
         return {
             id: record
             for id, record in live
-            if (lease := unverified(record.jws)) is not None and revocations.covering(lease)
+            if (lease := unverified_lease(record.jws)) is not None and revocations.covering(lease)
         }
 
     # --- what was revoked while Redis did not have it ---

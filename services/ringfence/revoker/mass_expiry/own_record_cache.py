@@ -1,40 +1,33 @@
-"""What a revoker has said of leases of late: read back from Kafka, it need not be taken apart to know what it says."""
+"""Cache of the records that this process has published: when Kafka gives one back, it need not be parsed."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
-from ringfence.messages.lease import Lease
-from ringfence.revoker.lease_records import LeaseSummary, summarise
+from ringfence.model.leases.unverified import LeaseSummary, summarise
 
-MOST = 10_000
-"""So many records are remembered, some 1.5 kB each: more than are on their way to Kafka and back."""
+MAX_RECORDS = 10_000
+"""How many records are cached, some 1.5 kB each: more than are on their way to Kafka and back."""
 
 
 class OwnRecordCache:
-    """The latest records that this process has published, byte for byte."""
+    """The latest records that this process has published, byte for byte, with their summaries."""
 
-    def __init__(self, most: int = MOST) -> None:
-        self._most = most
-        self._glances: OrderedDict[bytes, LeaseSummary] = OrderedDict()
+    def __init__(self, max_records: int = MAX_RECORDS) -> None:
+        """`max_records`: the oldest ones beyond it are forgotten; 0 switches the cache off."""
+        self._max_records = max_records
+        self._summaries: OrderedDict[bytes, LeaseSummary] = OrderedDict()
 
-    def add(self, record: bytes, glance: LeaseSummary) -> None:
-        """This process publishes a record, of which it knows what it says."""
-        self._glances[record] = glance
-        if len(self._glances) > self._most:
-            self._glances.popitem(last=False)
+    def add(self, record: bytes, summary: LeaseSummary) -> None:
+        """This process publishes a record with this summary."""
+        self._summaries[record] = summary
+        if len(self._summaries) > self._max_records:
+            self._summaries.popitem(last=False)
 
     def has(self, record: bytes) -> bool:
         """Whether this is, to the byte, one of these records."""
-        return record in self._glances
+        return record in self._summaries
 
-    def peek(self, record: bytes) -> LeaseSummary | None:
-        """What a record says of itself, whoever wrote it, as `truth.peek` says it."""
-        return self._glances.get(record) or summarise(record)
-
-
-def glance_of(claims: Lease) -> LeaseSummary:
-    """What `summarise` says of the record that is made of these claims."""
-    return LeaseSummary(
-        claims.lease_id, claims.seq, claims.status, claims.deadline, claims.epoch, claims.grants is not None
-    )
+    def summarise(self, record: bytes) -> LeaseSummary | None:
+        """The summary of any lease record, whoever wrote it: as `unverified.summarise`."""
+        return self._summaries.get(record) or summarise(record)

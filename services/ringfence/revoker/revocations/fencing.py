@@ -12,7 +12,8 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import SELECTOR_KEEP_MS, LeaseStore
 from ringfence.model.leases.lifecycle import mark_of
-from ringfence.model.leases.revocations import Order, may_have_selector
+from ringfence.model.leases.revocations import Order
+from ringfence.model.leases.unverified import may_have_selector
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.verification import RevocationVerifier
 

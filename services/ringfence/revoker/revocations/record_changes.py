@@ -37,7 +37,7 @@ from ringfence.revoker.domain import (
     orphaning,
     was_sponsor,
 )
-from ringfence.revoker.ending.lease_ender import LeaseEnder
+from ringfence.revoker.lease_end.lease_ender import LeaseEnder
 from ringfence.revoker.revocations.verification import RevocationVerifier
 
 log = logging.getLogger(__name__)
@@ -181,10 +181,10 @@ class RecordHandler:
         self, narrowing: Narrowing, sub: str, entry: VerifiedRecord[AnyState], traceparent: str | None
     ) -> None:
         acknowledged = []
-        also = await self._orders.holders(narrowing.mark)
+        holders = await self._orders.holders(narrowing.mark)
         unfit = [
             (lease, why)
-            async for leases in self._ender.bearing(narrowing.mark, also=also)
+            async for leases in self._ender.find(narrowing.mark, holders=holders)
             for lease in leases.values()
             if (why := narrowing.unfit(lease))
         ]

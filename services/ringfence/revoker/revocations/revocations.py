@@ -18,7 +18,7 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.lifecycle import is_covered, mark_of
 from ringfence.model.leases.revocations import Order
-from ringfence.revoker.ending.lease_ender import EndRequest, LeaseEnder
+from ringfence.revoker.lease_end.lease_ender import EndRequest, LeaseEnder
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.fencing import fence
 from ringfence.revoker.revocations.verification import RevocationVerifier
@@ -113,12 +113,12 @@ class RevocationHandler:
             return _wish(lease, order) if is_covered(lease, first.appended_at_ms) else None
 
         mark = mark_of(selector)
-        also = await self._orders.holders(mark)
-        ended = await self._ender.end_bearing(
-            mark, covered, agent_id=self._orders.agent_of(selector), also=also
+        holders = await self._orders.holders(mark)
+        ended = await self._ender.end_matching(
+            mark, covered, agent_id=self._orders.agent_of(selector), holders=holders
         )
         case.ended = _count(ended, order)
-        if not case.ended and also is not None and subject_of(self._td, order.claims.iss, "user"):
+        if not case.ended and holders is not None and subject_of(self._td, order.claims.iss, "user"):
             # It stands all the same; but who mistyped a name must not think that they stopped somebody.
             case.objection = self._orders.unknown(selector)
 

@@ -23,7 +23,7 @@ from ringfence.model.leases.verification import verify_lease
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.revoker.domain import Overtaken, derived_order, stale_basis
-from ringfence.revoker.mass_expiry.own_record_cache import OwnRecordCache
+from ringfence.revoker.mass_expiry import OwnRecordCache
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +44,14 @@ class IssuedLeaseRecheck:
         runtime: Runtime,
         directory: Directory,
         store: LeaseStore,
-        said: OwnRecordCache,
+        own_records: OwnRecordCache,
         *,
         patience_s: float,
     ) -> None:
         self._runtime = runtime
         self._directory = directory
         self._store = store
-        self._said = said
+        self._own_records = own_records
         self._patience_s = patience_s
 
     async def __call__(self, batch: Sequence[Received]) -> None:
@@ -74,11 +74,12 @@ class IssuedLeaseRecheck:
 
     def _is_active(self, record: Received) -> bool:
         """Whether it may be the record of a lease that lives: what ended long ago is not looked at. Redis says more."""
-        glance = self._said.peek(record.value)
-        if glance is None or glance.lease_id != record.key:
+        summary = self._own_records.summarise(record.value)
+        if summary is None or summary.lease_id != record.key:
             return False
         return (
-            glance.status == "active" and glance.deadline > self._runtime.clock.now_ms() / 1000 - _LONG_AGO_S
+            summary.status == "active"
+            and summary.deadline > self._runtime.clock.now_ms() / 1000 - _LONG_AGO_S
         )
 
     def _overtaken(self, records: Sequence[Received]) -> Iterator[tuple[Lease, Overtaken]]:

@@ -1,4 +1,7 @@
-"""Leases that are cut and not undone at their targets after a while: counted, and the sponsor told, once for each."""
+"""Overdue removals: leases that were cut a while ago and whose credentials are still not removed at their targets.
+
+They are counted in a metric. The sponsor of each is notified once, by a `finding`, whichever revoker finds it first.
+"""
 
 from __future__ import annotations
 
@@ -20,61 +23,62 @@ log = logging.getLogger(__name__)
 
 
 class Overdue:
-    """What this revoker found overdue lately: another one may have undone it since."""
+    """The leases that this revoker found overdue lately. Another revoker may have removed a credential since."""
 
     def __init__(self, runtime: Runtime, store: LeaseStore, *, after_ms: int, forget_ms: int) -> None:
         """Args:
             after_ms: how long after its cut a lease is overdue.
-            forget_ms: how long it counts without having failed again.
+            forget_ms: how long it counts without another failure: then another revoker has removed its credential.
         """  # fmt: skip
         self._runtime = runtime
         self._store = store
         self._after_ms = after_ms
         self._forget_s = forget_ms / 1000
         self._failed_at: dict[str, float] = {}
-        self._told: set[str] = set()
-        self._telling: set[str] = set()
-        """Those that are this revoker's to tell of."""
+        """By lease, the latest failure last."""
+        self._reported: set[str] = set()
+        self._to_report: set[str] = set()
+        """Leases that this revoker has to report: it was the first to find them."""
         metrics.REVOCATIONS_OVERDUE.set_function(self._count)
 
     def since_ms(self, lease: Lease, now_ms: int) -> int | None:
-        """How long a lease is overdue, or None where it is not."""
+        """How long a lease has been overdue, or None if it is not."""
         late_ms = now_ms - lease.iat * 1000 - self._after_ms
         return late_ms if lease.status in ("ending", "minting") and late_ms >= 0 else None
 
     async def failed(self, leases: Iterable[Lease], now_ms: int) -> None:
-        """These could not be undone. Tells of those that are overdue and were not told of before."""
+        """The removal failed for these leases. Reports those that are overdue and were not reported before."""
         late = [lease for lease in leases if self.since_ms(lease, now_ms) is not None]
         for lease in late:
             self._failed_at.pop(lease.lease_id, None)
-            self._failed_at[lease.lease_id] = time.monotonic()  # the latest last
+            self._failed_at[lease.lease_id] = time.monotonic()  # moves it to the end
         self._forget()
-        await self._tell([lease for lease in late if lease.lease_id not in self._told])
+        await self._report([lease for lease in late if lease.lease_id not in self._reported])
 
     def done(self, lease_ids: Iterable[str]) -> None:
-        """These are undone."""
+        """The credentials of these leases are removed."""
         for id in lease_ids:
             self._failed_at.pop(id, None)
-            self._told.discard(id)
+            self._reported.discard(id)
 
-    async def _tell(self, leases: Sequence[Lease]) -> None:
-        answers = await gather_all([self._told_first(lease) for lease in leases])
-        for lease, told in zip(leases, answers, strict=True):
-            if told:
-                self._told.add(lease.lease_id)
+    async def _report(self, leases: Sequence[Lease]) -> None:
+        answers = await gather_all([self._report_once(lease) for lease in leases])
+        for lease, reported in zip(leases, answers, strict=True):
+            if reported:
+                self._reported.add(lease.lease_id)
 
-    async def _told_first(self, lease: Lease) -> bool:
-        """Tell of one lease, unless a revoker has. False where that has to be tried again."""
+    async def _report_once(self, lease: Lease) -> bool:
+        """Report one lease unless a revoker has already. False if that has to be tried again."""
         now_ms = self._runtime.clock.now_ms()
         here = Coordinates(topic=SERVICE_EVENT.what, partition=0, offset=0, appended_at_ms=now_ms)
         try:
             id = derived_id("overdue", lease.lease_id)
             if (await self._store.first_seen({id: here}, keep_ms=SELECTOR_KEEP_MS))[id] == here:
-                self._telling.add(lease.lease_id)
-            if lease.lease_id in self._telling:
+                self._to_report.add(lease.lease_id)
+            if lease.lease_id in self._to_report:
                 await self._event(lease)
-                self._telling.discard(lease.lease_id)
-        except Exception as error:  # noqa: BLE001 - it is told at the next failure
+                self._to_report.discard(lease.lease_id)
+        except Exception as error:  # noqa: BLE001 - it is reported at the next failure
             log.warning(
                 "not told yet that lease %s is overdue: %s",
                 lease.lease_id,
@@ -109,10 +113,9 @@ class Overdue:
         return len(self._failed_at)
 
     def _forget(self) -> None:
-        """What has not failed again for so long another revoker has undone."""
         oldest = time.monotonic() - self._forget_s
         for id, at in list(self._failed_at.items()):
             if at >= oldest:
                 break
             del self._failed_at[id]
-            self._told.discard(id)
+            self._reported.discard(id)

@@ -1,4 +1,8 @@
-"""Background work: ends leases whose time is over, takes over what others left unfinished, sweeps the outbox."""
+"""Background work: ends leases at their deadlines, takes over what other revokers left unfinished, sweeps the outbox.
+
+The sorted sets of deadlines in Redis decide what is due. Redis's expired-key notifications only wake a look early: they
+come late on big keyspaces, and are lost while nobody listens.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
@@ -16,8 +19,7 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.model.lease_store import MIN_LEFT_MS, Claimed, LeaseStore, LostError, StoredLease
 from ringfence.revoker.domain import deadline_cause
-from ringfence.revoker.ending.lease_ender import AT_A_TIME, TOGETHER, EndRequest, LeaseEnder
-from ringfence.revoker.mass_expiry.precomputed import PrecomputedEnd
+from ringfence.revoker.lease_end.lease_ender import BATCH_SIZE, CONCURRENT_BATCHES, EndRequest, LeaseEnder
 from ringfence.revoker.settings import RevokerSettings
 
 log = logging.getLogger(__name__)
@@ -27,55 +29,81 @@ LOOK_EVERY_S = (MIN_LEFT_MS - 50) / 1000
 next one, so every deadline is known before it comes."""
 _AFTER_MS = 1
 """A claim comes just after a deadline, not just before it."""
-_HINTED_AGAIN_S = 0.025
-"""How often Redis's word that a key has expired may make a shard be looked at."""
-_HINTS, _HINTS_WITHIN_S = 100, 1.0
-_DEAF_S = 1.0
-"""So long no hints are heard after so many came within so short a time."""
-_FORESEEN_AT_A_TIME = 1500
-"""So many leases whose ends were foreseen go together: little is left to do for each. Of one partition of Kafka they
-fill a batch, of up to 512 KiB: three batches cost the broker, and all who read them, more."""
+_HINT_INTERVAL_S = 0.025
+"""How soon after a look an expired-key notification may cause the next one."""
+_MANY_HINTS, _MANY_HINTS_WITHIN_S = 100, 1.0
+_IGNORE_HINTS_S = 1.0
+"""How long notifications are ignored after `_MANY_HINTS` came within `_MANY_HINTS_WITHIN_S`."""
 _FAILED_S = 0.5
 _SWEEP_EVERY_S = 1.0
 
 
-class Expiry:
-    """Claims what is due in all shards. The deadline sets decide; Redis's expired events wake it early."""
+class ExpiryFastPath:
+    """Hooks for a faster way to end due leases. As defined here they do nothing: every due lease is claimed.
 
-    def __init__(self, store: LeaseStore, ender: LeaseEnder, settings: RevokerSettings, clock: Clock) -> None:
+    `MassExpiry` implements them. Expiry is right without it.
+    """
+
+    def next_batch(self, shards: Sequence[int]) -> Callable[[], Awaitable[None]] | None:
+        """Work that ends due leases of one of these shards without a claim; None where there is none."""
+        return None
+
+    def to_claim(self, shards: Sequence[int]) -> list[int]:
+        """Those of these shards from which leases have to be claimed now."""
+        return list(shards)
+
+    def on_full_claim(self, shard: int, now_ms: int) -> None:
+        """A claim of this shard reached its limit: by Redis's clock, more was due at `now_ms`."""
+
+    def on_failure(self) -> None:
+        """Redis or Kafka failed: what is known of due leases may not hold any more."""
+
+    async def end_claimed(self, due: Mapping[str, StoredLease | None]) -> dict[str, StoredLease | None]:
+        """End those of these claimed leases that this path can end. Returns the others, as Redis has them then."""
+        return dict(due)
+
+
+class Expiry:
+    """Claims due leases in all shards, and ends them. The deadline sets decide; expired-key events wake it early."""
+
+    def __init__(
+        self,
+        store: LeaseStore,
+        ender: LeaseEnder,
+        settings: RevokerSettings,
+        clock: Clock,
+        fast_path: ExpiryFastPath,
+    ) -> None:
         self._store = store
         self._ender = ender
         self._clock = clock
+        self._fast_path = fast_path
         self._limit = settings.claim_limit
         self._visibility_ms = settings.visibility_ms
         self._outbox_age_ms = settings.outbox_age_ms
         self._look_at = [0.0] * len(store.shards)
         self._looked_at = [0.0] * len(store.shards)
-        self._more_by_ms = [0] * len(store.shards)
-        """When, by Redis's clock, more was due in a shard than was claimed: what of it was foreseen need not be."""
-        self._turn_of = random.sample(store.shards, len(store.shards))
-        """Where more is due in several shards, one comes after the other: of several revokers each begins elsewhere."""
         self._hinted = asyncio.Event()
-        self._turns = asyncio.Semaphore(TOGETHER)
+        self._slots = asyncio.Semaphore(CONCURRENT_BATCHES)
         self._under_way = 0
         self._failure: Exception | None = None
 
     async def run(self) -> None:
         """End what is due, for ever."""
-        async with asyncio.TaskGroup() as ending:
+        async with asyncio.TaskGroup() as tasks:
             while True:
                 now = asyncio.get_running_loop().time()
                 due = [shard for shard in self._store.shards if self._look_at[shard] <= now]
                 try:
                     if due:
-                        await self._end_due(due, now, ending)
+                        await self._end_due(due, now, tasks)
                     else:
                         await self._wait(min(self._look_at) - now)
                     failure, self._failure = self._failure, None
                 except Exception as error:  # noqa: BLE001 - logged below
                     failure = error
                 if failure is not None:
-                    self._more_by_ms = [0] * len(self._look_at)  # what was foreseen may not hold any more
+                    self._fast_path.on_failure()
                     log.log(
                         _level(failure),
                         "ending leases failed, again in %.1f s: %s",
@@ -91,13 +119,11 @@ class Expiry:
                 await self._hinted.wait()
         self._hinted.clear()
 
-    async def _end_due(self, shards: Sequence[int], now: float, ending: asyncio.TaskGroup) -> None:
-        """Claim what is due, and begin to end all of it: the next is claimed while the last is on its way."""
-        foreseen = self._take_foreseen(shards)
-        if foreseen is not None:
-            shard, ends = foreseen
-            await self._begin(ending, partial(self._end_foreseen, shard, ends))
-        shards = [shard for shard in shards if not self._more_by_ms[shard]]
+    async def _end_due(self, shards: Sequence[int], now: float, tasks: asyncio.TaskGroup) -> None:
+        """Claim what is due, and start to end all of it: the next claim overlaps with the ends of the last."""
+        if (work := self._fast_path.next_batch(shards)) is not None:
+            await self._start(tasks, work)
+        shards = self._fast_path.to_claim(shards)
         if not shards:
             return
         claimed = await self._store.claim(shards, limit=self._limit, visibility_ms=self._visibility_ms)
@@ -105,42 +131,29 @@ class Expiry:
             self._looked_at[one.shard] = now
             self._look_at[one.shard] = now + self._pause_s(one, now)
             if len(one.leases) >= self._limit:
-                self._more_by_ms[one.shard] = one.now_ms
+                self._fast_path.on_full_claim(one.shard, one.now_ms)
         due = [(id, lease) for one in claimed for id, lease in one.leases.items()]
-        for start in range(0, len(due), AT_A_TIME):
-            await self._begin(ending, partial(self._end_claimed, dict(due[start : start + AT_A_TIME])))
+        for start in range(0, len(due), BATCH_SIZE):
+            await self._start(tasks, partial(self._end_claimed, dict(due[start : start + BATCH_SIZE])))
 
-    def _take_foreseen(self, shards: Sequence[int]) -> tuple[int, list[PrecomputedEnd]] | None:
-        """A shard of these in which more is due than was claimed, and foreseen ends of it; None where none are."""
-        for shard in sorted(shards, key=self._turn_of.__getitem__):
-            if self._more_by_ms[shard]:
-                if ends := self._ender.take_foreseen(shard, self._more_by_ms[shard], _FORESEEN_AT_A_TIME):
-                    return shard, ends
-                self._more_by_ms[shard] = 0
-        return None
-
-    async def _begin(self, ending: asyncio.TaskGroup, work: Callable[[], Awaitable[None]]) -> None:
-        await self._turns.acquire()
+    async def _start(self, tasks: asyncio.TaskGroup, work: Callable[[], Awaitable[None]]) -> None:
+        await self._slots.acquire()
         self._under_way += 1
-        ending.create_task(self._in_turn(work))
+        tasks.create_task(self._in_slot(work))
 
-    async def _in_turn(self, work: Callable[[], Awaitable[None]]) -> None:
+    async def _in_slot(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
             await work()
         except Exception as error:  # noqa: BLE001 - `run` logs it; what did not end comes again
             self._failure = error
         finally:
-            self._turns.release()
+            self._slots.release()
             self._under_way -= 1
 
     async def _end_claimed(self, due: Mapping[str, StoredLease | None]) -> None:
-        leases = await self._ender.read(await self._ender.end_foreseen(due))
+        leases = await self._ender.read(await self._fast_path.end_claimed(due))
         now_ms = self._clock.now_ms()
         await self._ender.end([EndRequest(lease, deadline_cause(lease, now_ms)) for lease in leases.values()])
-
-    async def _end_foreseen(self, shard: int, ends: Sequence[PrecomputedEnd]) -> None:
-        if await self._ender.end_due(ends) < len(ends) / 2:
-            self._more_by_ms[shard] = 0  # another revoker is at it: claims tell what is left
 
     def is_busy(self) -> bool:
         """Whether leases are being ended now."""
@@ -157,30 +170,30 @@ class Expiry:
         return pause_s
 
     async def listen(self) -> None:
-        """Be woken by expired keys, for ever. Where very many expire, it costs less to look than to be told of each."""
+        """Be woken by expired-key notifications, for ever. If very many come, looking costs less than listening."""
         while True:
             async with contextlib.aclosing(self._store.expirations()) as expired:
                 await self._wake(expired)
-            await asyncio.sleep(_DEAF_S)
+            await asyncio.sleep(_IGNORE_HINTS_S)
 
     async def _wake(self, expired: AsyncIterator[int]) -> None:
-        """Take hints, until there were too many in too short a time."""
+        """Take hints until too many came within too short a time."""
         loop = asyncio.get_running_loop()
         since, heard = loop.time(), 0
         async for shard in expired:
-            soon = self._looked_at[shard] + _HINTED_AGAIN_S
+            soon = self._looked_at[shard] + _HINT_INTERVAL_S
             if soon < self._look_at[shard]:
                 self._look_at[shard] = soon
                 self._hinted.set()
             heard += 1
-            if heard >= _HINTS:
+            if heard >= _MANY_HINTS:
                 now = loop.time()
-                if now - since < _HINTS_WITHIN_S:
+                if now - since < _MANY_HINTS_WITHIN_S:
                     return
                 since, heard = now, 0
 
     async def sweep(self) -> None:
-        """Publish what waits in the outbox for too long, for ever."""
+        """Publish what has waited in the outbox for too long, for ever."""
         while True:
             try:
                 stale = await self._store.unpublished(older_than_ms=self._outbox_age_ms)
@@ -195,10 +208,10 @@ class Expiry:
 
 
 def _level(error: Exception) -> int:
-    """That Redis is to be rebuilt first, as at every first start, is no failure; the rebuild tells of itself."""
+    """A lost Redis, as at every first start, is no failure: the rebuild logs for itself."""
     return logging.INFO if isinstance(error, LostError) else logging.ERROR
 
 
 def _trace(error: Exception) -> Exception | None:
-    """The traceback belongs in the log where the failure is not one that is expected of networks."""
+    """A traceback is logged for failures only that are not expected of networks."""
     return None if isinstance(error, RingfenceError | KafkaError | OSError) else error

@@ -13,8 +13,9 @@ import pytest
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.model.lease_store import LeaseStore, SignedLease
-from ringfence.revoker.mass_expiry import precomputed
-from ringfence.revoker.mass_expiry.precomputed import ExpiryScanner, PrecomputedEnd, PrecomputedEnds
+from ringfence.revoker.mass_expiry import scanner
+from ringfence.revoker.mass_expiry.precomputed_ends import PrecomputedEnd, PrecomputedEnds
+from ringfence.revoker.mass_expiry.scanner import ExpiryScanner
 from tests.brokers import RedisServer
 from tests.support.leases import lease, step
 from tests.support.lost_redis import declare_complete
@@ -34,11 +35,11 @@ async def store(redis_server: RedisServer) -> AsyncIterator[LeaseStore]:
 
 
 class Looking:
-    """A lookout that foresees nothing, and what it was shown."""
+    """A scanner whose leases have no precomputed ends, and what it was shown."""
 
     def __init__(self, store: LeaseStore) -> None:
         self.shown: list[bytes] = []
-        self._lookout = ExpiryScanner(
+        self._scanner = ExpiryScanner(
             store,
             PrecomputedEnds(lambda: 1, store.shard_of),
             self._look_at,
@@ -52,7 +53,7 @@ class Looking:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        task = asyncio.create_task(self._lookout.run())
+        task = asyncio.create_task(self._scanner.run())
         try:
             yield
         finally:
@@ -69,8 +70,8 @@ class Looking:
 async def test_what_comes_to_the_deadlines_late_is_not_passed_over(
     store: LeaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precomputed, "MANY", 1)
-    monkeypatch.setattr(precomputed, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(scanner, "MIN_DUE", 1)
+    monkeypatch.setattr(scanner, "_LOOK_EVERY_S", 0.02)
     second, gone = lease(deadline=int(time.time()) + 40), lease(deadline=int(time.time()) + 45)
     await store.activate([second, gone])
     looking = Looking(store)

@@ -1,0 +1,109 @@
+"""Unverified looks at signed records: read the claims without checking who signed them.
+
+Verifying a signature costs much more than reading claims, and most records need not be verified. A look decides which
+do: it filters, orders and compares records. Nothing may be allowed, ended or written because of what a look returns;
+whoever acts on a record verifies it first (`verify_lease`, `verify_revocation`).
+
+Every look is safe on any bytes: it returns None where they are not what it looks for.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.keys import b64decode
+from ringfence.messages.lease import Delegator, Lease
+
+if TYPE_CHECKING:  # rules use what stands here, and import nothing that does I/O
+    from ringfence.kernel.kafka.record import Received
+
+MAX_SEQ = 100
+"""No lease has so many records: no service wrote a record with a higher `seq`."""
+_EPOCH = re.compile(r"\d{1,9}\.[0-9a-f]{8}")
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseSummary:
+    """What a lease record claims about itself: enough to know whether the record is needed."""
+
+    lease_id: str
+    seq: int
+    status: str
+    deadline: int
+    """In seconds since 1970."""
+    epoch: str | None = None
+    granted: bool = False
+    """Whether the lease was issued on a grant."""
+
+
+def unverified_claims(jws: bytes) -> dict[str, Any] | None:
+    """The claims of a compact JWS; None where its payload is no JSON object."""
+    try:
+        claims = orjson.loads(b64decode(jws.split(b".")[1]))
+    except (ValueError, IndexError):
+        return None
+    return claims if isinstance(claims, dict) else None
+
+
+def summarise(jws: bytes) -> LeaseSummary | None:
+    """The summary of a lease record; None where the bytes are no lease record, whoever wrote them."""
+    claims = unverified_claims(jws)
+    if claims is None:
+        return None
+    try:
+        lease_id, seq, status, deadline = (claims[name] for name in ("lease_id", "seq", "status", "deadline"))
+        uuid = bytes.fromhex(lease_id.replace("-", ""))
+        epoch, granted = claims.get("epoch"), claims.get("grants") is not None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    right = len(uuid) == 16 and type(seq) is int and 0 < seq < MAX_SEQ and type(deadline) is int
+    right = right and (epoch is None or (type(epoch) is str and _EPOCH.fullmatch(epoch) is not None))
+    return LeaseSummary(lease_id, seq, str(status), deadline, epoch, granted) if right else None
+
+
+def summary_of(claims: Lease) -> LeaseSummary:
+    """What `summarise` returns for the record that is made of these claims."""
+    return LeaseSummary(
+        claims.lease_id, claims.seq, claims.status, claims.deadline, claims.epoch, claims.grants is not None
+    )
+
+
+def unverified_lease(jws: bytes) -> Lease | None:
+    """The claims of a lease record, not validated either, to find out whether a revocation may be about it.
+
+    It has the names that a selector can match, `requested_at_ms` and the delegators; other fields may be missing or
+    of a wrong type.
+    """
+    claims = unverified_claims(jws)
+    if claims is None:
+        return None
+    try:
+        names = [claims[name] for name in ("agent_id", "task_id", "sponsor", "target_id", "on_behalf_of")]
+        right = all(type(name) is str for name in names) and type(claims["requested_at_ms"]) is int
+        if claims.get("delegators") is not None:
+            claims["delegators"] = tuple(Delegator.model_validate(one) for one in claims["delegators"])
+    except (ValueError, LookupError, TypeError):
+        return None
+    return Lease.model_construct(**claims) if right else None
+
+
+def unverified_revocation_id(jws: bytes) -> str | None:
+    """The id of a revocation, by its own word: enough to know that it stands on its topic."""
+    claims = unverified_claims(jws)
+    try:
+        return derived_id("revocation", claims["iss"], claims["jti"]) if claims is not None else None
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def may_have_selector(record: Received) -> bool:
+    """Whether a revocation may have a selector. Most are releases of one lease, which this tells apart quickly."""
+    try:
+        return b'"selector"' in b64decode(record.value.split(b".")[1])
+    except (ValueError, IndexError):
+        return False

@@ -1,1 +1,0 @@
-"""The end of leases: expiry, revocation, removal of the credential at its target."""
