@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from aiokafka.errors import KafkaConnectionError, NodeNotReadyError, RequestTimedOutError
 
-from ringfence.kernel.base.log_limiter import RepeatCounter, now_and_then
+from ringfence.kernel.base.log_limiter import RepeatCounter, run_periodically
 from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.kafka.probe import answers
 
@@ -34,7 +34,7 @@ _FIRST_TIME = 'Unable connect to "'
 """A client that is only being made: whoever makes it is told by an error, and says so."""
 
 
-class KafkaTrouble(logging.Filter):
+class OutageLog(logging.Filter):
     """Holds back what is said of connections that do not come about. `watch` says how it goes on."""
 
     def __init__(self, settings: BusSettings, now_s: Callable[[], float] = time.monotonic) -> None:
@@ -69,7 +69,7 @@ class KafkaTrouble(logging.Filter):
     async def watch(self) -> None:
         """Say how it goes on, for ever."""
         # Did it end, everything was held back from then on, and nobody said so.
-        await now_and_then(_LOOK_S, self.look, "not known whether Kafka is back")
+        await run_periodically(_LOOK_S, self.look, "not known whether Kafka is back")
 
     async def look(self) -> None:
         """Say what there is to say now: that it is back, or that it is still away."""
