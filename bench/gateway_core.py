@@ -20,7 +20,7 @@ from pathlib import Path
 import orjson
 import uvloop
 
-from ringfence.backends import Material, TargetAccess, all_backends
+from ringfence.backends import BackendContext, TargetAccess, all_backends
 from ringfence.backends.capabilities import BackendCapabilities
 from ringfence.backends.http import StaticSecrets
 from ringfence.client.resource_server.dpop_proofs import Nonces, ProofChecker
@@ -159,7 +159,7 @@ class _World:
             self.handle = lease.lease_id
 
     async def gate(self) -> DecisionGate:
-        declared = BackendCapabilities(all_backends(Material(TD, "http://issuer.invalid")))
+        declared = BackendCapabilities(all_backends(BackendContext(TD, "http://issuer.invalid")))
         engine = EmbeddedEngine(load_bundle(_without_limit(self._places)), entry_point=ACTION)
         await engine.start()
         access = TargetAccess(dict.fromkeys(("plain", "hub"), f"env:{SECRET}"))

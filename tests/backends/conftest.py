@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from ringfence.backends import Material, built_in
+from ringfence.backends import BackendContext, built_in
 from ringfence.model.target_settings import CREDENTIAL_KINDS
 from tests.backends.gated import gated
 from tests.backends.kinds import (
@@ -97,7 +97,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 STATEFUL = tuple(
     name
-    for name, one in built_in(Material("test.example", "https://issuer.test")).items()
+    for name, one in built_in(BackendContext("test.example", "https://issuer.test")).items()
     if not one.stateless
 )
 

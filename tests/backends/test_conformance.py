@@ -11,8 +11,8 @@ import pytest
 from ringfence.backends import (
     AccessError,
     Backend,
+    BackendContext,
     CircuitBreaker,
-    Material,
     TargetAccess,
     TargetError,
     TargetRefusedError,
@@ -471,6 +471,6 @@ async def test_the_server_is_never_told_a_secret_and_each_is_another(
 
 def test_what_only_the_gateway_enforces_is_declared_and_marked() -> None:
     """Else its cases would be left out without a word."""
-    backends = built_in(Material("test.example", "https://issuer.test.example"))
+    backends = built_in(BackendContext("test.example", "https://issuer.test.example"))
     assert {kind for kind, one in backends.items() if one.enforced_by == "gateway"} == set(BY_THE_GATEWAY)
     assert backends.keys() == {*BY_THE_TARGET, *BY_THE_GATEWAY}, "every kind goes through the suite"

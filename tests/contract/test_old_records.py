@@ -22,8 +22,8 @@ from ringfence.model.records.provisioning import given_by
 from ringfence.model.requests.approvals import approval_problem
 from ringfence.model.requests.facts import (
     RequestContext,
-    find_ground,
     load_context,
+    load_records,
     violations,
     violations_of,
 )
@@ -199,7 +199,7 @@ START_S = OldRecords().document["now_s"]
 
 def ground(directory: Directory) -> Any:
     task = next(one for one in tasks(directory) if one.act is None and one.status == "active")
-    return find_ground(directory, "bot", task.task_id, "staging")
+    return load_records(directory, "bot", task.task_id, "staging")
 
 
 def tasks(directory: Directory) -> list[Any]:

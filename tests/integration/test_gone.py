@@ -180,4 +180,4 @@ async def test_a_follower_whose_next_records_are_gone_notes_which_and_goes_on(
         while len(values) < 5:
             await came.wait()
             came.clear()
-    assert (span(list(follower.gone.values())), values[4:]) == ([(1, 3)], ["3"])
+    assert (span(list(follower.lost_ranges.values())), values[4:]) == ([(1, 3)], ["3"])

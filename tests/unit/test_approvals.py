@@ -25,7 +25,7 @@ from ringfence.model.requests.approvals import (
     required_classes,
     unmet,
 )
-from ringfence.model.requests.facts import RequestContext, find_ground
+from ringfence.model.requests.facts import RequestContext, load_records
 from tests.support.in_memory_registry import InMemoryRegistry, permission
 from tools.schemas.examples import EXAMPLES
 
@@ -125,7 +125,7 @@ def test_who_hands_their_agent_over_is_nobody_else_by_that(wanted: RequiredClass
     change = ledger.give(ledger.assign("uma", "bot"))
     assert change is not None
     ledger.give(ledger.transfer("sam", "bot", "suzy"))
-    ground = find_ground(ledger.directory, "bot", subject_key(change.state)[1], "staging")
+    ground = load_records(ledger.directory, "bot", subject_key(change.state)[1], "staging")
     may = {who: may_approve(ledger.directory, who, wanted, ground) for who in ("sam", "suzy", "steve", "uma")}
     assert may == {"sam": False, "suzy": False, "steve": True, "uma": False}
     assert may_approve(ledger.directory, "suzy", "sponsor", ground)

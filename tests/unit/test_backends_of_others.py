@@ -9,11 +9,11 @@ from typing import cast
 
 import pytest
 
-from ringfence.backends import BackendError, Material, all_backends, built_in
+from ringfence.backends import BackendContext, BackendError, all_backends, built_in
 from ringfence.messages.registry import TargetRecord
 from tools.schemas.examples import EXAMPLES
 
-MATERIAL = Material("acme.example", "https://issuer.acme.example")
+MATERIAL = BackendContext("acme.example", "https://issuer.acme.example")
 TARGET = cast(TargetRecord, EXAMPLES[TargetRecord]).state
 MODULE = """
 class Paper:

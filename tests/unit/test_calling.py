@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from ringfence.backends import CircuitBreaker, CircuitOpenError, TargetError, TargetRefusedError
-from ringfence.backends.circuit_breaker import FAILURES_TO_SHUT
+from ringfence.backends.circuit_breaker import FAILURES_TO_OPEN
 
 LONGEST_SHUT_S = 60.0
 
@@ -79,10 +79,10 @@ async def test_what_hangs_ends_at_its_deadline() -> None:
 
 async def test_a_failing_target_is_shut_and_others_are_not() -> None:
     calls = caller()
-    await fail(calls, FAILURES_TO_SHUT - 1)
+    await fail(calls, FAILURES_TO_OPEN - 1)
     assert calls.open_for_ms("a") == 0
     assert await calls.call("a", good) == "done"  # which starts the count anew
-    await fail(calls, FAILURES_TO_SHUT)
+    await fail(calls, FAILURES_TO_OPEN)
     assert calls.open_for_ms("a") > 0
     with pytest.raises(CircuitOpenError) as shut:
         await calls.call("a", good)
@@ -92,7 +92,7 @@ async def test_a_failing_target_is_shut_and_others_are_not() -> None:
 
 async def test_what_is_refused_says_nothing_about_the_target() -> None:
     calls = caller()
-    for _ in range(2 * FAILURES_TO_SHUT):
+    for _ in range(2 * FAILURES_TO_OPEN):
         with pytest.raises(TargetRefusedError):
             await calls.call("a", unfit)
     assert await calls.call("a", good) == "done"
@@ -101,7 +101,7 @@ async def test_what_is_refused_says_nothing_about_the_target() -> None:
 async def test_a_shut_target_is_tried_by_one_and_opened_for_all() -> None:
     seconds = Seconds()
     calls = caller(concurrency=4, seconds=seconds)
-    await fail(calls, FAILURES_TO_SHUT)
+    await fail(calls, FAILURES_TO_OPEN)
     seconds.now += LONGEST_SHUT_S
     go = asyncio.Event()
     probe = asyncio.create_task(calls.call("a", go.wait))
@@ -116,7 +116,7 @@ async def test_a_shut_target_is_tried_by_one_and_opened_for_all() -> None:
 async def test_a_probe_that_fails_shuts_it_again() -> None:
     seconds = Seconds()
     calls = caller(seconds=seconds)
-    await fail(calls, FAILURES_TO_SHUT)
+    await fail(calls, FAILURES_TO_OPEN)
     seconds.now += LONGEST_SHUT_S
     assert calls.open_for_ms("a") == 0
     await fail(calls, 1)
@@ -128,7 +128,7 @@ async def test_a_probe_that_fails_shuts_it_again() -> None:
 async def test_it_is_left_alone_for_longer_and_longer_up_to_a_limit() -> None:
     seconds = Seconds()
     calls = caller(seconds=seconds)
-    await fail(calls, FAILURES_TO_SHUT)
+    await fail(calls, FAILURES_TO_OPEN)
     shut_ms = [calls.open_for_ms("a")]
     for _ in range(20):
         seconds.now += LONGEST_SHUT_S
@@ -142,7 +142,7 @@ async def test_it_is_left_alone_for_longer_and_longer_up_to_a_limit() -> None:
 async def test_a_probe_that_is_cancelled_leaves_the_way_free() -> None:
     seconds = Seconds()
     calls = caller(seconds=seconds)
-    await fail(calls, FAILURES_TO_SHUT)
+    await fail(calls, FAILURES_TO_OPEN)
     seconds.now += LONGEST_SHUT_S
     probe = asyncio.create_task(calls.call("a", asyncio.Event().wait))
     await asyncio.sleep(0)

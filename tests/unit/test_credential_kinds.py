@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.backends import Material, built_in
+from ringfence.backends import BackendContext, built_in
 from ringfence.cli.commands.target_templates import TEMPLATES
 from ringfence.client.agent.credentials import CLASSES
 from ringfence.client.agent.environment import VARIABLES
@@ -18,7 +18,7 @@ from ringfence.gateway.domain import INJECTABLE
 from ringfence.model.target_settings import CREDENTIAL_KINDS
 
 ROOT = Path(__file__).parents[2]
-BACKENDS = built_in(Material("acme.example", "https://issuer.acme.example"))
+BACKENDS = built_in(BackendContext("acme.example", "https://issuer.acme.example"))
 HANDED_OUT = {name for name, kind in CREDENTIAL_KINDS.items() if kind.handed_out}
 
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.backends import Material, built_in
+from ringfence.backends import BackendContext, built_in
 from ringfence.backends.capabilities import BackendCapabilities
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
 from tools.schemas.examples import EXAMPLES
@@ -20,7 +20,7 @@ def target(kind: str, *, keys: bool = True) -> TargetState:
     return EXAMPLE.model_copy(update=update)
 
 
-BACKENDS = built_in(Material("acme.example", "https://issuer.acme.example"))
+BACKENDS = built_in(BackendContext("acme.example", "https://issuer.acme.example"))
 declared = BackendCapabilities(BACKENDS)
 
 

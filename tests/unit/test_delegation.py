@@ -32,7 +32,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.delegations import Delegations
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import may_approve
-from ringfence.model.requests.facts import find_ground, violations_of
+from ringfence.model.requests.facts import load_records, violations_of
 from ringfence.registry.domain import MAX_PARTS
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, permission
 
@@ -488,7 +488,7 @@ def test_records_come_in_any_order_and_nobody_is_accused(ledger: InMemoryRegistr
 def reasons(
     ledger: InMemoryRegistry, agent: str, task: str, wanted: Permission
 ) -> list[tuple[str, str | None]]:
-    ground = find_ground(ledger.directory, agent, task, "staging")
+    ground = load_records(ledger.directory, agent, task, "staging")
     found = violations_of(ground, (wanted,), ledger.clock.ms / 1000, 86_400)
     return [(reason.code, reason.side) for reason in found]
 
@@ -540,7 +540,7 @@ def test_a_second_person_answers_for_no_agent_of_the_chain(ledger: InMemoryRegis
     """sam sponsors the bot, suzy the one that it handed a part to; otto is nobody's."""
     first = made(ledger, part(ledger, "bot", task, "second"))
     ledger.give(ledger.user_set("olga", "otto", ["operator", "sponsor"]))
-    ground = find_ground(ledger.directory, "second", first, "staging")
+    ground = load_records(ledger.directory, "second", first, "staging")
     may = {
         who: may_approve(ledger.directory, who, "second_person", ground) for who in ("sam", "suzy", "otto")
     }

@@ -20,12 +20,12 @@ from ringfence.kernel.crypto.jws import (
     ExpiredError,
     explain,
     kid_of,
-    open_payload,
     parse,
     sign,
     sign_payload,
     unverified_time,
     verify,
+    verify_payload,
 )
 from ringfence.kernel.crypto.keys import PublicKey, SigningKey, b64decode, b64encode, public_key
 from ringfence.messages.api import ApiToken
@@ -422,7 +422,7 @@ def payload_of(compact: str, key: SigningKey, model: type[Claims] = UserDisable)
     def find(iss: str, kid: str) -> PublicKey | None:
         return public_key(key.public) if (iss, kid) == (key.id, key.kid) else None
 
-    return open_payload(parse(compact), model, find, audience=TD)
+    return verify_payload(parse(compact), model, find, audience=TD)
 
 
 def test_a_payload_that_verifies_is_given_as_it_is(key: SigningKey) -> None:

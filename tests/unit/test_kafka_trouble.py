@@ -10,7 +10,7 @@ import pytest
 from aiokafka.errors import CommitFailedError, KafkaConnectionError, NodeNotReadyError
 
 from ringfence.kernel.base.settings import BusSettings
-from ringfence.kernel.kafka.outage_log import NOW_AND_THEN_S, KafkaTrouble
+from ringfence.kernel.kafka.outage_log import NOW_AND_THEN_S, OutageLog
 
 CLIENT = logging.getLogger("aiokafka.client")
 REFUSED = ConnectionRefusedError(111, "Connection refused")
@@ -23,7 +23,7 @@ class Lines(logging.Handler):
         super().__init__()
         self.told: list[str] = []
         self.now_s = 0.0
-        self.trouble: KafkaTrouble | None = None
+        self.trouble: OutageLog | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         self.told.append(record.getMessage())
@@ -42,7 +42,7 @@ async def listener() -> str:
 @pytest.fixture
 def lines(listener: str) -> Iterator[Lines]:
     made = Lines()
-    made.trouble = KafkaTrouble(BusSettings(kafka=listener), lambda: made.now_s)
+    made.trouble = OutageLog(BusSettings(kafka=listener), lambda: made.now_s)
     made.addFilter(made.trouble)
     clients = logging.getLogger("aiokafka")
     level = clients.level  # a command of another test may have silenced them

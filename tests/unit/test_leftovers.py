@@ -26,7 +26,7 @@ async def test_nothing_is_fetched_before_what_is_here_was_handled() -> None:
     fetches = FetchControl(SimpleNamespace(_client=SimpleNamespace(send=None), _subscription=subscription))
     consumer = Consumer.__new__(Consumer)
     consumer._max_records, consumer._gathering_s = 32, 0.0
-    consumer._onward = kept = Kept(fetches, {"here": [1]})  # type: ignore[assignment]
+    consumer._reader = kept = Kept(fetches, {"here": [1]})  # type: ignore[assignment]
     commits: Any = SimpleNamespace(waiting=False, due=False)
     fetches.pause()
     assert await consumer._next(None, fetches, commits) == {"here": [1]}

@@ -72,7 +72,7 @@ from ringfence.model.requests.approvals import approval_problem, not_understood
 from ringfence.model.requests.facts import load_context, violations
 from ringfence.model.requests.grants import grant_problem
 from ringfence.model.scope.scope import missing
-from ringfence.model.unknown_fields import NOT_UNDERSTOOD, is_understood, told, unknown_fields
+from ringfence.model.unknown_fields import NOT_UNDERSTOOD, describe_unknown, is_understood, unknown_fields
 from ringfence.registry.domain import takes_away
 from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
 from tests.support.unknown_field_cases import NAME, as_before, planted
@@ -140,13 +140,13 @@ def target_set(**fields: Any) -> TargetSet:
 def test_it_is_named_with_its_place_and_the_nearest_name(fields: dict[str, Any], said: str) -> None:
     found = unknown_fields(target_set(**fields))
     assert bool(found) is bool(said)
-    assert not said or told(found, "target platform").startswith(said)
+    assert not said or describe_unknown(found, "target platform").startswith(said)
 
 
 def test_of_very_many_a_few_are_named() -> None:
     found = unknown_fields(target_set(**{f"x{number}": 1 for number in range(1000)}))
-    assert len(told(found, "target platform")) < 2048
-    assert told(found, "target platform").endswith("and 995 more")
+    assert len(describe_unknown(found, "target platform")) < 2048
+    assert describe_unknown(found, "target platform").endswith("and 995 more")
 
 
 # --- where it is set --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.base.log_limiter import EVERY_S, FIRST, QUIET_S, LogFloods, rate_limited
+from ringfence.kernel.base.log_limiter import EVERY_S, FIRST, QUIET_S, LogLimiter, rate_limited
 from ringfence.kernel.kafka.batch_handlers import sequential
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
@@ -28,7 +28,7 @@ class Lines:
 
     def __init__(self) -> None:
         self.now_s = 1000.0
-        self.floods = LogFloods(lambda: self.now_s)
+        self.floods = LogLimiter(lambda: self.now_s)
         self.out = io.StringIO()
 
     def new(self) -> list[dict[str, Any]]:

@@ -39,8 +39,8 @@ from ringfence.model.requests.facts import (
     DelegationStep,
     DeniedError,
     RequestContext,
-    find_ground,
     load_context,
+    load_records,
     violations,
 )
 from tests.support.in_memory_registry import InMemoryRegistry, permission
@@ -209,7 +209,7 @@ def codes(
 
 def denied(directory: Directory, *names: str) -> Reason:
     with pytest.raises(DeniedError) as caught:
-        find_ground(directory, *names)
+        load_records(directory, *names)
     assert (caught.value.code, caught.value.message) == (
         caught.value.reason.code,
         caught.value.reason.message,
@@ -255,7 +255,7 @@ def test_a_part_is_held_against_every_agent_that_handed_it_on(ledger: InMemoryRe
     assert given.delegators() == (
         Delegator(agent_id="bot", task_id=assigned, sponsor="sam", key_thumbprint=step.kid),
     )
-    assert [side.name for side in given.sides(ledger.clock.ms / 1000, 30 * 86_400)] == [
+    assert [side.name for side in given.limits(ledger.clock.ms / 1000, 30 * 86_400)] == [
         "task", "ceiling:other", "ceiling:bot", "entitlements:uma",
     ]  # fmt: skip
 
@@ -264,9 +264,9 @@ def test_a_part_is_held_against_every_agent_that_handed_it_on(ledger: InMemoryRe
 def test_the_sides_that_are_shown_are_those_that_count(
     ledger: InMemoryRegistry, assigned: str, age_s: int, scope: tuple[Permission, ...]
 ):
-    ground = find_ground(ledger.directory, "bot", assigned, "staging")
+    ground = load_records(ledger.directory, "bot", assigned, "staging")
     as_of = ground.user.state.entitlements.as_of
-    sides = {side.name: side.scope for side in ground.sides(as_of + 1, age_s)}
+    sides = {side.name: side.scope for side in ground.limits(as_of + 1, age_s)}
     assert sides == {"task": (EVERYTHING,), "ceiling:bot": (EVERYTHING,), "entitlements:uma": scope}
 
 
@@ -286,7 +286,7 @@ def test_revisions_are_those_of_each_record(ledger: InMemoryRegistry, assigned: 
         assert entry is not None
         return entry.revision
 
-    found = find_ground(directory, "other", part, "staging").revisions("p1")
+    found = load_records(directory, "other", part, "staging").revisions("p1")
     bot, parent = revision(directory.agent("bot")), revision(directory.task(assigned))
     assert found == Revisions(
         agent=revision(directory.agent("other")),
@@ -296,7 +296,7 @@ def test_revisions_are_those_of_each_record(ledger: InMemoryRegistry, assigned: 
         policy="p1",
         delegators=(DelegatorRevisions(agent=bot, task=parent),),
     )
-    assert find_ground(directory, "bot", assigned, "staging").revisions("p1").delegators is None
+    assert load_records(directory, "bot", assigned, "staging").revisions("p1").delegators is None
 
 
 @pytest.mark.parametrize(
@@ -512,7 +512,7 @@ def test_what_a_compromised_key_signed_is_told_apart_from_what_another_did(
 def test_everybody_who_ever_answered_for_the_agent_is_a_sponsor(ledger: InMemoryRegistry, assigned: str):
     ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(EVERYTHING, EVERYTHING)))
     ledger.give(ledger.transfer("sam", "bot", "suzy"))
-    assert find_ground(ledger.directory, "bot", assigned, "staging").sponsors == {"sam", "suzy"}
+    assert load_records(ledger.directory, "bot", assigned, "staging").sponsors == {"sam", "suzy"}
 
 
 # --- instances --------------------------------------------------------------------------------------------------------

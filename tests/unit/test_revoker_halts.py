@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ringfence.kernel.base.clock import CarriedOn
+from ringfence.kernel.base.clock import RemoteClock
 from ringfence.kernel.crypto.jws import parse, sign, sign_payload, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import SERVICE_ROLES, Claims, Millis, ServiceRole
@@ -31,7 +31,7 @@ class Listener:
         self._services = services
         self.ms = 1_000_000
         self._began_s = services.trust.require().iat
-        self.halts = RevokerHalts(services.trust, grace_ms=GRACE_MS, broker=CarriedOn(lambda: self.ms))
+        self.halts = RevokerHalts(services.trust, grace_ms=GRACE_MS, broker=RemoteClock(lambda: self.ms))
 
     @property
     def now_ms(self) -> int:

@@ -14,7 +14,7 @@ from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import Entitlements
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.rule import (
-    NO_SIDE,
+    NO_LIMIT,
     DeadlineError,
     Excess,
     Limit,
@@ -22,7 +22,7 @@ from ringfence.model.scope.rule import (
     deadline_ms,
     effective,
     exceeding,
-    sides_of,
+    limits_of,
 )
 from ringfence.model.scope.scope import missing
 
@@ -131,7 +131,7 @@ def test_the_refusal_names_each_permission_and_its_side() -> None:
     task = (permission("rw", "env/staging/**"), permission("r", "env/prod/*"))
     ceiling = (permission("rw", "env/**"),)
     entitled = (permission("r", "env/**"), permission("w", "env/staging/api"))
-    sides = sides_of(task, [("deployer", ceiling), ("helper", ceiling)], "alice", entitled)
+    sides = limits_of(task, [("deployer", ceiling), ("helper", ceiling)], "alice", entitled)
     assert [side.name for side in sides] == [
         "task",
         "ceiling:deployer",
@@ -157,18 +157,18 @@ def test_the_refusal_names_each_permission_and_its_side() -> None:
 
 def test_nothing_is_allowed_by_default() -> None:
     wanted = (permission("r", "a"), permission("w", "b"))
-    assert NO_SIDE == "none"  # refusals show it
-    assert exceeding(wanted, ()) == tuple(Excess(p, NO_SIDE) for p in wanted)
+    assert NO_LIMIT == "none"  # refusals show it
+    assert exceeding(wanted, ()) == tuple(Excess(p, NO_LIMIT) for p in wanted)
     assert exceeding(wanted, iter([Limit.task(())])) == tuple(Excess(p, "task") for p in wanted)
     everything = (permission("rw", "**"),)
-    assert exceeding(wanted, sides_of(everything, [], "alice", everything)) == tuple(
+    assert exceeding(wanted, limits_of(everything, [], "alice", everything)) == tuple(
         Excess(p, "ceiling") for p in wanted
     )
-    assert exceeding(wanted, sides_of(everything, [("x", everything)], "alice", ())) == tuple(
+    assert exceeding(wanted, limits_of(everything, [("x", everything)], "alice", ())) == tuple(
         Excess(p, "entitlements:alice") for p in wanted
     )
     assert effective(()) == ()
-    assert effective(sides_of(everything, [], "alice", everything)) == ()
+    assert effective(limits_of(everything, [], "alice", everything)) == ()
     for sides in ((), (Limit.task(everything),)):
         with pytest.raises(ScopeError, match="at least one"):
             exceeding((), sides)

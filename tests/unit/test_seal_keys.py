@@ -10,7 +10,7 @@ import pytest
 from ringfence.client.admin.key_rotation import OVERLAP_S, rotate_services
 from ringfence.client.admin.trust_setup import TrustFolder, make_trust
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.crypto.encryption_keys import SealKeys
+from ringfence.kernel.crypto.encryption_keys import EncryptionKeys
 from ringfence.kernel.crypto.keys import KeyFileError
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, enclose, recipients_of
 from ringfence.kernel.crypto.service_keys import files_before, next_file
@@ -27,7 +27,7 @@ class Place:
         self.folder = folder
         self.clock = FixedClock(int(time.time()) * 1000)
         self.trust = TrustStore(TD, folder.fingerprint())
-        self.keys = SealKeys(folder.encryption_key("gateway"))
+        self.keys = EncryptionKeys(folder.encryption_key("gateway"))
         self.hear()
 
     def hear(self) -> None:
@@ -38,8 +38,8 @@ class Place:
         to = self.trust.encryption_keys("gateway", self.clock.ms / 1000, of=GATEWAY)
         return enclose(b"secret", to, about="x")
 
-    def lacking(self) -> str | None:
-        return self.keys.lacking(self.trust, "gateway", self.clock)
+    def missing_key(self) -> str | None:
+        return self.keys.missing_key(self.trust, "gateway", self.clock)
 
 
 @pytest.fixture
@@ -55,9 +55,9 @@ def test_nobody_has_to_wait_for_anybody(place: Place) -> None:
     place.hear()
     between = place.sealed()
     assert place.keys.open(between) == b"secret", "its file has not come yet"
-    assert str(next_file(place.folder.encryption_key("gateway"))) in (place.lacking() or "")
+    assert str(next_file(place.folder.encryption_key("gateway"))) in (place.missing_key() or "")
     place.keys.reload()
-    assert place.lacking() is None
+    assert place.missing_key() is None
     assert set(recipients_of(between)) == place.keys.kids > {old}
     for envelope in (before, between):
         assert place.keys.open(envelope) == b"secret"
@@ -103,7 +103,7 @@ def test_what_was_sealed_to_any_key_of_the_last_day_is_opened(place: Place, comp
         place.hear()
         place.keys.reload()
         envelopes.append(place.sealed())
-    assert [SealKeys(place.folder.encryption_key("gateway")).open(one) for one in envelopes] == [
+    assert [EncryptionKeys(place.folder.encryption_key("gateway")).open(one) for one in envelopes] == [
         b"secret"
     ] * 4
 
@@ -116,15 +116,15 @@ def test_a_key_that_no_lease_can_need_is_kept_no_longer(
         monkeypatch.setattr("time.time", lambda days=days: began_s + days * 86_400)
         rotate_services(place.folder, ["gateway"])
         assert len(files_before(file)) == kept, days
-        assert len(SealKeys(file).kids) == kept + 2
+        assert len(EncryptionKeys(file).kids) == kept + 2
 
 
 def test_an_issuer_keeps_what_it_sealed_for_all_its_replicas(place: Place) -> None:
     """One that has its file meets one that has not: each opens what the other sealed to them."""
-    early = SealKeys(place.folder.encryption_key("issuer"))
+    early = EncryptionKeys(place.folder.encryption_key("issuer"))
     rotate_services(place.folder, ["issuer"])
     place.hear()
-    late, now_s = SealKeys(place.folder.encryption_key("issuer")), place.clock.ms / 1000
+    late, now_s = EncryptionKeys(place.folder.encryption_key("issuer")), place.clock.ms / 1000
     for by, other in ((early, late), (late, early)):
         to = by.records(place.trust, "issuer", now_s, 0)
         assert other.open(enclose(b"secret", to, about="x")) == b"secret"

@@ -12,7 +12,7 @@ NOW = 1_800_000_000_000
 def check(*ahead_ms: int) -> SkewCheck:
     skew = SkewCheck("the broker")
     for ahead in ahead_ms:
-        skew.heard(NOW, NOW + ahead)
+        skew.observe(NOW, NOW + ahead)
     return skew
 
 

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from joserfc.jwk import RSAKey
 
 from ringfence.backends import (
+    BackendContext,
     JwtBackend,
-    Material,
     PostgresBackend,
     RedisBackend,
     TokenKey,
@@ -52,7 +52,7 @@ def target(audience: str | None = None, *, keys: bool = True, **settings: Any) -
 
 def backend(*signing: TokenKey) -> JwtBackend:
     keys = TokenKeys(signing) if signing else None
-    made = built_in(Material("acme.example", f"{ISSUER}/", keys))["jwt"]
+    made = built_in(BackendContext("acme.example", f"{ISSUER}/", keys))["jwt"]
     assert isinstance(made, JwtBackend)
     return made
 
@@ -138,7 +138,7 @@ def test_what_a_target_asks_for_in_vain_is_said_before_a_token_is_made(settings:
 def test_a_token_can_be_recalled_where_its_target_can_ask() -> None:
     assert backend().revocability(target()) == "instant"
     assert backend().revocability(target(keys=False)) == "ttl"
-    others = built_in(Material("acme.example", ISSUER))
+    others = built_in(BackendContext("acme.example", ISSUER))
     for kind in (PostgresBackend, RedisBackend):
         assert others[kind.kind].revocability(target(keys=False)) == "session"
 

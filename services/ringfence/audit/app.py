@@ -122,7 +122,7 @@ def _look_at_what_is_followed(runtime: Runtime, own: AuditSettings, directory: D
         # Strangers may leave transactions open anywhere.
         read_uncommitted=True,
         # Heartbeats go after an hour, and nothing that is true is lost with them here.
-        tell_gone=False,
+        audit_data_loss=False,
     )
 
 

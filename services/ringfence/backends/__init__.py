@@ -90,7 +90,7 @@ _DECLARED = ("kind", "revocability", "enforced_by", "own_expiry", "stateless")
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
+class BackendContext:
     """What backends are made of. Only the issuer has keys: a revoker undoes, and policy asks what can be recalled."""
 
     trust_domain: str
@@ -99,7 +99,10 @@ class Material:
     access: TargetAccess = field(default_factory=lambda: TargetAccess({}))
 
 
-def built_in(material: Material) -> dict[str, Backend]:
+Material = BackendContext  # its name in 0.1, which backends of others import
+
+
+def built_in(material: BackendContext) -> dict[str, Backend]:
     """Those that come with Ringfence, by name."""
     backends: tuple[Backend, ...] = (
         HttpBackend(),
@@ -111,7 +114,7 @@ def built_in(material: Material) -> dict[str, Backend]:
     return {backend.kind: backend for backend in backends}
 
 
-def all_backends(material: Material) -> dict[str, Backend]:
+def all_backends(material: BackendContext) -> dict[str, Backend]:
     """All kinds that there are, by name: the built-in ones, and those that other installed packages bring.
 
     Raises BackendError for one that cannot be loaded, or has a name that is taken: what made credentials must be there
@@ -126,9 +129,9 @@ def all_backends(material: Material) -> dict[str, Backend]:
             raise BackendError(
                 f"{where} cannot be loaded: {type(error).__name__}; repair or remove its package"
             ) from error
-        lacking = [name for name in _DECLARED if not hasattr(backend, name)]
-        if lacking:
-            raise BackendError(f"{where} does not say its {', '.join(lacking)}; get a version that does")
+        missing = [name for name in _DECLARED if not hasattr(backend, name)]
+        if missing:
+            raise BackendError(f"{where} does not say its {', '.join(missing)}; get a version that does")
         if backend.kind != point.name or backend.kind in backends:
             raise BackendError(f"{where} calls itself {backend.kind!a}, which is not its name or is taken")
         backends[backend.kind] = backend
@@ -139,6 +142,7 @@ def all_backends(material: Material) -> dict[str, Backend]:
 __all__ = [
     "AccessError",
     "Backend",
+    "BackendContext",
     "BackendError",
     "BackendSettings",
     "Caller",

@@ -13,9 +13,9 @@ from ringfence.backends.target_settings import CircuitOpenError, TargetError, Ta
 
 T = TypeVar("T")
 
-FAILURES_TO_SHUT = 5
+FAILURES_TO_OPEN = 5
 """So many failures one after the other shut a target."""
-FIRST_SHUT_S = 0.5
+FIRST_OPEN_S = 0.5
 _MOST_DOUBLINGS = 16
 
 
@@ -23,7 +23,7 @@ _MOST_DOUBLINGS = 16
 class _Target:
     slots: asyncio.Semaphore
     failures: int = 0
-    shut_until: float = 0.0
+    open_until: float = 0.0
     probing: bool = field(default=False)
     """After it was shut, one call at a time finds out whether the target is there again."""
 
@@ -48,7 +48,7 @@ class CircuitBreaker:
         self._seconds = seconds
         self.concurrency = concurrency
         self._deadline_s = deadline_s
-        self._longest_shut_s = longest_shut_s
+        self._max_open_s = longest_shut_s
         self._targets: dict[str, _Target] = {}
 
     async def call(self, target_id: str, work: Callable[[], Awaitable[T]]) -> T:
@@ -58,9 +58,9 @@ class CircuitBreaker:
         raises.
         """
         target = self._of(target_id)
-        self._pass(target, target_id)
+        self._check_open(target, target_id)
         async with target.slots:
-            probe = self._pass(target, target_id)  # others may have failed while this one waited
+            probe = self._check_open(target, target_id)  # others may have failed while this one waited
             target.probing = target.probing or probe
             try:
                 async with asyncio.timeout(self._deadline_s):
@@ -85,7 +85,7 @@ class CircuitBreaker:
     def open_for_ms(self, target_id: str) -> int:
         """How long the target is still left alone; 0 where it is not."""
         target = self._of(target_id)
-        return max(0, int((target.shut_until - self._seconds()) * 1000))
+        return max(0, int((target.open_until - self._seconds()) * 1000))
 
     shut_ms = open_for_ms  # its name in 0.1, which backends of others call
 
@@ -94,19 +94,19 @@ class CircuitBreaker:
             self._targets[target_id] = _Target(asyncio.Semaphore(self.concurrency))
         return self._targets[target_id]
 
-    def _pass(self, target: _Target, target_id: str) -> bool:
+    def _check_open(self, target: _Target, target_id: str) -> bool:
         """Raises CircuitOpenError where the call must not go out; whether it is the one that tries again."""
-        if target.failures < FAILURES_TO_SHUT:
+        if target.failures < FAILURES_TO_OPEN:
             return False
-        left_s = target.shut_until - self._seconds()
+        left_s = target.open_until - self._seconds()
         if left_s > 0 or target.probing:
-            retry_ms = int(max(left_s, FIRST_SHUT_S) * 1000)
+            retry_ms = int(max(left_s, FIRST_OPEN_S) * 1000)
             raise CircuitOpenError(f"target {target_id} failed {target.failures} times in a row", retry_ms)
         return True
 
     def _failed(self, target: _Target) -> None:
         target.failures += 1
-        doublings = target.failures - FAILURES_TO_SHUT
+        doublings = target.failures - FAILURES_TO_OPEN
         if doublings >= 0:
-            shut_s = min(self._longest_shut_s, FIRST_SHUT_S * 2 ** min(doublings, _MOST_DOUBLINGS))
-            target.shut_until = self._seconds() + shut_s * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+            open_s = min(self._max_open_s, FIRST_OPEN_S * 2 ** min(doublings, _MOST_DOUBLINGS))
+            target.open_until = self._seconds() + open_s * random.uniform(0.5, 1.0)  # noqa: S311 - jitter

@@ -26,7 +26,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
-from ringfence.kernel.service.trust_updates import take_in
+from ringfence.kernel.service.trust_updates import apply_bundle
 from ringfence.kernel.tracing.application import of_application
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.lease import RevocationRequest
@@ -294,4 +294,4 @@ class Connection(Lifetime):
 
     def _on_trust(self, records: Sequence[Received]) -> None:
         for record in records:
-            take_in(self.trust, record, self.clock)
+            apply_bundle(self.trust, record, self.clock)

@@ -12,7 +12,7 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.base import Message
 from ringfence.messages.credential import Reason
-from ringfence.model.unknown_fields import told, unknown_fields
+from ringfence.model.unknown_fields import describe_unknown, unknown_fields
 
 
 class InvalidCallError(RingfenceError):
@@ -129,7 +129,7 @@ def checked(what: str) -> Iterator[None]:
 def require_understood(message: Message, what: str) -> None:
     """Raises InvalidCallError, with the nearest known name, where a message has a field that is not known."""
     if found := unknown_fields(message):
-        raise InvalidCallError(told(found, what))
+        raise InvalidCallError(describe_unknown(found, what))
 
 
 class CredentialOverError(RingfenceError):

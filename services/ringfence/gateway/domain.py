@@ -23,8 +23,8 @@ from ringfence.model.records.key_expiry import is_lost
 from ringfence.model.requests.facts import (
     DeniedError,
     RecordContext,
-    find_ground,
     key_compromised,
+    load_records,
     violations_of,
 )
 from ringfence.model.scope.rule import Limit, exceeding
@@ -154,7 +154,7 @@ def weigh(
         reasons += _agent_alone(sender.agent_id, directory)
     else:
         try:
-            ground = find_ground(directory, sender.agent_id, task_id, target.target_id)
+            ground = load_records(directory, sender.agent_id, task_id, target.target_id)
             reasons += violations_of(ground, wanted, now_s, entitlements_max_age_s)
         except DeniedError as error:
             reasons.append(error.reason)

@@ -6,7 +6,7 @@ import logging
 import uuid
 from dataclasses import dataclass
 
-from ringfence.backends import BackendSettings, Material, TargetAccess, all_backends
+from ringfence.backends import BackendContext, BackendSettings, TargetAccess, all_backends
 from ringfence.backends.capabilities import BackendCapabilities
 from ringfence.backends.http import StaticSecrets
 from ringfence.client.resource_server.dpop_proofs import Nonces, ProofChecker
@@ -28,7 +28,7 @@ from ringfence.gateway.state.leases import LEASES_SINCE_MS
 from ringfence.gateway.state.view import View
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
-from ringfence.kernel.crypto.encryption_keys import SealKeys
+from ringfence.kernel.crypto.encryption_keys import EncryptionKeys
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REPLY
@@ -64,7 +64,7 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
     with of_setting("RINGFENCE_GATEWAY_BUNDLE"):
         bundle = load_bundle(own.bundle)
     engine = engine_of(load(OpaSettings), bundle, timeout_ms=own.evaluation_timeout_ms, entry_point=ACTION)
-    declared = BackendCapabilities(all_backends(Material(settings.trust_domain, settings.issuer_url)))
+    declared = BackendCapabilities(all_backends(BackendContext(settings.trust_domain, settings.issuer_url)))
     sealed = SealedCredentials(
         view.table, runtime.trust, clock,
         key=lambda: runtime.key, seal=_seal_keys(runtime, settings, own), issuer_url=own.issuer or settings.issuer_url,
@@ -127,15 +127,15 @@ def _recorder(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings)
     return recorder
 
 
-def _seal_keys(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> SealKeys | None:
+def _seal_keys(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> EncryptionKeys | None:
     """The keys that credentials are sealed to. Without any, only static secrets are injected."""
     path = own.seal_key_file or settings.key_dir / f"{_name(runtime)}{SEAL}"
     if own.seal_key_file is None and not path.exists():
         return None
     with of_setting("RINGFENCE_GATEWAY_SEAL_KEY_FILE"):
-        keys = SealKeys(path)
+        keys = EncryptionKeys(path)
     runtime.on_keys(keys.reload)
-    runtime.warns_when(lambda: keys.lacking(runtime.trust, "gateway", runtime.clock))
+    runtime.warns_when(lambda: keys.missing_key(runtime.trust, "gateway", runtime.clock))
     return keys
 
 

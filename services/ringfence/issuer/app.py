@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ringfence.backends import (
+    BackendContext,
     BackendSettings,
     CircuitBreaker,
-    Material,
     TargetAccess,
     TokenKey,
     TokenKeys,
@@ -25,7 +25,7 @@ from ringfence.issuer.resealing import GatewayHttp, Resealer
 from ringfence.issuer.settings import IssuerSettings
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
-from ringfence.kernel.crypto.encryption_keys import SealKeys
+from ringfence.kernel.crypto.encryption_keys import EncryptionKeys
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
@@ -61,7 +61,7 @@ def build(
     )
     store = LeaseStore(settings, runtime.clock)
     access = TargetAccess.of(load(BackendSettings))
-    backends = all_backends(Material(settings.trust_domain, settings.issuer_url, token_keys, access))
+    backends = all_backends(BackendContext(settings.trust_domain, settings.issuer_url, token_keys, access))
     caller = CircuitBreaker(
         concurrency=own.mint_concurrency, deadline_s=own.mint_deadline_s, longest_shut_s=_LONGEST_SHUT_S
     )
@@ -147,7 +147,7 @@ def _token_keys(settings: ServiceSettings, own: IssuerSettings) -> TokenKeys:
     return TokenKeys(signing, published)
 
 
-def _seal_keys(runtime: Runtime, named: Path | None, usual: Path) -> SealKeys | None:
+def _seal_keys(runtime: Runtime, named: Path | None, usual: Path) -> EncryptionKeys | None:
     """The keys that credentials for gateways are kept by. None where none is named, nor is the usual file there: an
     installation of before has none, and the issuer says so to whoever asks for delivery to the gateway.
     """
@@ -155,9 +155,9 @@ def _seal_keys(runtime: Runtime, named: Path | None, usual: Path) -> SealKeys | 
     if file is None:
         return None
     with of_setting("RINGFENCE_ISSUER_SEAL_KEY_FILE"):
-        keys = SealKeys(file)
+        keys = EncryptionKeys(file)
     runtime.on_keys(keys.reload)
-    runtime.warns_when(lambda: keys.lacking(runtime.trust, "issuer", runtime.clock))
+    runtime.warns_when(lambda: keys.missing_key(runtime.trust, "issuer", runtime.clock))
     return keys
 
 

@@ -374,11 +374,11 @@ def _check_approvals(
         raise _RefusedError(*problems, finding=finding)
     required = required_classes(facts.floors(), claims.required, break_glass=facts.break_glass)
     try:
-        lacking = unmet(required, [*approvals, *grants], directory, facts)
+        unmet_classes = unmet(required, [*approvals, *grants], directory, facts)
     except ChainError as error:
         raise _RefusedError(_reason("record_untrusted", str(error))) from None
-    if lacking:
-        message = f"approvals are lacking: {', '.join(lacking)}"
+    if unmet_classes:
+        message = f"approvals are lacking: {', '.join(unmet_classes)}"
         raise _RefusedError(_reason("approval_lacking", message), finding=unchanged)
     return tuple(grant.claims for grant in grants)
 

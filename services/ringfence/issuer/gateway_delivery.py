@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from ringfence.issuer.domain import Issue, Refusal
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
-from ringfence.kernel.crypto.encryption_keys import SealKeys
+from ringfence.kernel.crypto.encryption_keys import EncryptionKeys
 from ringfence.kernel.crypto.jws import compact_jws, signing_input
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.multi_recipient_jwe import MAX_RECIPIENTS, enclose
@@ -58,7 +58,7 @@ class GatewayDelivery:
         self,
         trust: TrustStore,
         key: Callable[[], SigningKey],
-        own: SealKeys | None,
+        own: EncryptionKeys | None,
         clock: Clock,
         trust_domain: str,
     ) -> None:

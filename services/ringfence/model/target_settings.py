@@ -146,7 +146,7 @@ CREDENTIAL_KINDS: Final[Mapping[str, CredentialKind]] = MappingProxyType({
 })  # fmt: skip
 """By name, as `backend.kind` of a target has it. Other packages bring further kinds, of which nothing is known here."""
 ENTRY_POINTS: Final = "ringfence.backends"
-"""The entry point group by which other packages bring backends: each is called with the `Material`."""
+"""The entry point group by which other packages bring backends: each is called with the `BackendContext`."""
 _PLACE: Final = re.compile(r"([^:\[\]/@]+|\[[^\[\]]+\])(?::([0-9]{1,5}))?", re.ASCII)
 _LABEL: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?", re.ASCII)
 _WRITE: Final = MappingProxyType({

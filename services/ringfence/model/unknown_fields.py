@@ -48,7 +48,7 @@ def unknown_fields(message: Message) -> tuple[UnknownField, ...]:
     return tuple(_found(message, ()))
 
 
-def told(found: Sequence[UnknownField], what: str) -> str:
+def describe_unknown(found: Sequence[UnknownField], what: str) -> str:
     """A sentence on unknown fields of `what` (`target platform`), at least one."""
     said = "; ".join(_describe(one, what) for one in found[:_MOST_TOLD])
     more = len(found) - _MOST_TOLD

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from ringfence.backends import Material, all_backends
+from ringfence.backends import BackendContext, all_backends
 from ringfence.backends.capabilities import BackendCapabilities
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
@@ -130,7 +130,7 @@ def build(
     notices = Notices(own.webhooks, directory, decisions, runtime.clock)
     publisher = DecisionPublisher(runtime, directory, decisions, Approvers(directory), notices)
     verifier = MessageVerifier(runtime, directory)
-    declared = BackendCapabilities(all_backends(Material(settings.trust_domain, settings.issuer_url)))
+    declared = BackendCapabilities(all_backends(BackendContext(settings.trust_domain, settings.issuer_url)))
     judge = RequestEvaluator(runtime, directory, engine, holdings, (history,), grants, declared)
     limits = AdmissionLimits(own.agent_requests_per_minute, own.sponsor_requests_per_minute, own.wait_s)
     pending = PendingLimits(own.agent_pending_approvals, own.sponsor_pending_approvals)

@@ -44,7 +44,7 @@ from ringfence.model.lifecycle import (
 from ringfence.model.records.command_chain import Authorised
 from ringfence.model.records.provisioning import given_by
 from ringfence.model.target_settings import problems
-from ringfence.model.unknown_fields import told, unknown_fields
+from ringfence.model.unknown_fields import describe_unknown, unknown_fields
 
 Subject = tuple[SubjectKind, str]
 
@@ -230,7 +230,7 @@ def _check_fields(command: Command, subject: Subject, given: Authorised, around:
 
 def _require_understood(message: Message, what: str) -> None:
     if found := unknown_fields(message):
-        raise CommandRefusedError(told(found, what)[:2048], code="unknown_field")
+        raise CommandRefusedError(describe_unknown(found, what)[:2048], code="unknown_field")
 
 
 def _check_keys(command: Command, subject: Subject, around: Surroundings) -> None:

@@ -42,7 +42,7 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import MAX_TOKEN_AGE_S, audiences, instance_id
-from ringfence.model.unknown_fields import told, unknown_fields
+from ringfence.model.unknown_fields import describe_unknown, unknown_fields
 from ringfence.registry.store import Memory
 
 log = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ class Enroller:
             (issuer, f"issuer {issuer.issuer} in the trust bundle"),
         ):
             if fields := unknown_fields(message):
-                raise EnrolRefusedError(told(fields, what), code="unknown_field")
+                raise EnrolRefusedError(describe_unknown(fields, what), code="unknown_field")
         agent, revision = self._agent(claims.iss)
         if self._memory.registered_by(kid):
             raise _key_taken()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from ringfence.backends import BackendSettings, CircuitBreaker, Material, TargetAccess, all_backends
+from ringfence.backends import BackendContext, BackendSettings, CircuitBreaker, TargetAccess, all_backends
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.kafka.batch_handlers import sequential
@@ -63,7 +63,7 @@ def build(
     directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=report_alarms(runtime))
     store = LeaseStore(settings, runtime.clock, record_keep_ms=own.record_keep_s * 1000)
     access = TargetAccess.of(load(BackendSettings))
-    backends = all_backends(Material(settings.trust_domain, settings.issuer_url, access=access))
+    backends = all_backends(BackendContext(settings.trust_domain, settings.issuer_url, access=access))
     longest_delay_ms = int(own.undo_longest_delay_s * 1000)
     caller = CircuitBreaker(
         concurrency=own.undo_concurrency,

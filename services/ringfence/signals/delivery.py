@@ -104,7 +104,7 @@ class Delivery:
             max_records=AT_A_TIME,
             single_active=True,
             max_poll_interval_ms=_PATIENCE_MS,
-            on_halted=runtime.tell_halted,
+            on_halted=runtime.report_halted,
         )
 
     async def run(self) -> None:

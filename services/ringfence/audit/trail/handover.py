@@ -14,7 +14,7 @@ import orjson
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.crypto.jws import open_payload, parse, sign, sign_payload, verify
+from ringfence.kernel.crypto.jws import parse, sign, sign_payload, verify, verify_payload
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.batch_handlers import gather_all
@@ -209,7 +209,7 @@ def opened_intake(record: Received, trust: TrustStore) -> Opened:
         chained = verify(jws, AuditChained, find, audience=trust.trust_domain).claims
         return Opened(chained=[bytes.fromhex(one) for one in chained.hashes])
     find = trust.finder(*AuditIntake.signed_by, at_s=at_s)
-    claims = open_payload(jws, AuditIntake, find, audience=trust.trust_domain)
+    claims = verify_payload(jws, AuditIntake, find, audience=trust.trust_domain)
     try:
         return Opened([_pending_event(entry) for entry in claims["entries"]])
     except (KeyError, TypeError, ValueError):

@@ -21,7 +21,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.base import typ_header
-from ringfence.model.audit_log.chain import Tip, event_of, said_link
+from ringfence.model.audit_log.chain import Tip, claimed_link, event_of
 from ringfence.model.audit_log.merkle import (
     Hash,
     Subtree,
@@ -94,7 +94,7 @@ class ProofStore:
         `trailed`: what each is, where that is known already.
         """
         for record, (parsed, leaf) in zip(records, trailed or WrittenEventCache().of(records), strict=True):
-            link, tree = said_link(parsed), str(record.partition)
+            link, tree = claimed_link(parsed), str(record.partition)
             if link is not None and link[0] == tree:
                 self._leaves_of(tree).add(link[1], link[2], leaf)
 

@@ -193,9 +193,9 @@ async def _check(
         [right.right for right in given],
     )
     # GRANT gives what the grantor may give, and only warns of the rest.
-    lacking = await connection.fetchval(queries.LACKING, role, *asked)
-    if lacking is not None:
-        right = given[lacking - 1]
+    missing_right = await connection.fetchval(queries.LACKING, role, *asked)
+    if missing_right is not None:
+        right = given[missing_right - 1]
         what = "/".join(filter(None, (right.schema, right.table, right.column_name))) or "the database"
         raise InexactError(f"Ringfence's own role may not give {right.right} on {what!a}; ask an operator")
     if settings.public == "refuse":

@@ -75,7 +75,7 @@ async def redis_findings(settings: ServiceSettings) -> AsyncIterator[CheckResult
     for address, (now_ms, (*answers, (seconds, micros))) in servers.items():
         name = "Redis" if len(servers) == 1 else f"Redis at {address}"
         skew = SkewCheck(name)
-        skew.heard(int(seconds) * 1000 + int(micros) // 1000, now_ms)
+        skew.observe(int(seconds) * 1000 + int(micros) // 1000, now_ms)
         yield clock(name, skew)
         said = {option: _option(answer) for option, answer in zip(_OPTIONS, answers, strict=True)}
         for finding in (eviction(said), persistence(said)):

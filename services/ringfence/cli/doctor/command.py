@@ -138,7 +138,7 @@ async def _on_kafka(settings: ServiceSettings, trust: TrustStore) -> AsyncIterat
     def on_heartbeat(records: Sequence[Received]) -> None:
         for record in records:
             if record.key == "registry":  # revokers and gateways are heard there, too
-                skew.heard(record.appended_at_ms, clock.now_ms())
+                skew.observe(record.appended_at_ms, clock.now_ms())
 
     async with Follower(settings, [TRUST], on_trust) as follower, asyncio.timeout(_READ_WITHIN_S):
         await follower.complete.wait()

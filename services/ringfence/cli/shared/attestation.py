@@ -30,7 +30,7 @@ from ringfence.kernel.base.strict_json import once
 from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.enrolment import AttestationSelector
 from ringfence.model.identity.attestation import selector_id
-from ringfence.model.unknown_fields import names_of, told, unknown_fields
+from ringfence.model.unknown_fields import describe_unknown, names_of, unknown_fields
 
 SelectorOption = Annotated[
     list[str] | None,
@@ -141,6 +141,6 @@ def _selector(fields: Any, text: str) -> AttestationSelector:
     except ValidationError as error:
         raise typer.BadParameter(f"{text!r}: {explain(error)}", param_hint="--selector") from None
     if found := unknown_fields(selector):
-        said = told(found, f"the selector for {selector.issuer}")
+        said = describe_unknown(found, f"the selector for {selector.issuer}")
         raise typer.BadParameter(f"{text!r}: {said}", param_hint="--selector")
     return selector

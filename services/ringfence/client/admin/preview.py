@@ -9,7 +9,7 @@ from ringfence.kernel.base.text import did_you_mean
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import TargetState, TaskTerms
 from ringfence.model.records.directory import Directory
-from ringfence.model.scope.rule import Excess, are_in_force, effective, exceeding, sides_of
+from ringfence.model.scope.rule import Excess, are_in_force, effective, exceeding, limits_of
 from ringfence.model.scope.scope import validate_scope
 from ringfence.model.unknown_fields import is_understood, names_of, unknown_fields
 
@@ -58,7 +58,7 @@ def preview(
     if terms.not_after <= now_s:
         warnings.append("the task ends in the past")
     warnings += unknown_names(directory, terms.scope)
-    sides = sides_of(
+    sides = limits_of(
         terms.scope,
         [(terms.agent_id, agent.state.ceiling)],
         on_behalf_of,

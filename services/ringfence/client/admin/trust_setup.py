@@ -29,7 +29,7 @@ from ringfence.messages.registry import Entitlements, UserSet
 from ringfence.messages.topics import REGISTRY_COMMAND, TRUST
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.identity.spiffe_ids import spiffe_id
-from ringfence.model.unknown_fields import told, unknown_fields
+from ringfence.model.unknown_fields import describe_unknown, unknown_fields
 
 _KEYS_BY_ROLE: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker", "audit")
 """All replicas of these have one key. A gateway has one of its own: cuts wait for the word of each."""
@@ -187,7 +187,7 @@ def set_oidc_issuer(folder: TrustFolder, issuer: OidcIssuer) -> TrustBundle:
     is no trust root.
     """
     if found := unknown_fields(issuer):
-        raise CeremonyError(told(found, f"issuer {issuer.issuer}"))
+        raise CeremonyError(describe_unknown(found, f"issuer {issuer.issuer}"))
     if issuer.discovery == bool(issuer.keys):
         raise CeremonyError(
             f"{issuer.issuer} needs either pinned keys (--jwks) or discovery (--oidc-discovery)"

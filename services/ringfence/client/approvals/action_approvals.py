@@ -17,7 +17,7 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import may_approve
-from ringfence.model.requests.facts import DeniedError, find_ground
+from ringfence.model.requests.facts import DeniedError, load_records
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class OpenActions:
         ).claims
         user_id, claims = subject_of(answer.aud, answer.iss, "user") or "", asked.signed.claims
         try:
-            ground = find_ground(self._directory, claims.agent_id, claims.task_id, claims.target_id)
+            ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
         except DeniedError:
             return
         if may_approve(self._directory, user_id, claims.required, ground):
@@ -164,7 +164,7 @@ class OpenActions:
         claims = signed.claims
         id = message_id(claims.iss, claims.jti)
         try:
-            ground = find_ground(self._directory, claims.agent_id, claims.task_id, claims.target_id)
+            ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
             if ground.revisions(claims.revisions.policy) != claims.revisions:
                 raise InvalidMessageError(
                     "agent, user, task or target changed since it was asked, or the change has not arrived here yet"

@@ -17,8 +17,8 @@ from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import ApprovalClass
 from ringfence.messages.topics import APPROVAL_RESPONSE
 from ringfence.model.requests.approvals import may_approve
-from ringfence.model.requests.facts import DeniedError, find_ground
-from ringfence.model.scope.rule import Limit, are_in_force, effective, sides_of
+from ringfence.model.requests.facts import DeniedError, load_records
+from ringfence.model.scope.rule import Limit, are_in_force, effective, limits_of
 from ringfence.model.scope.scope import validate_scope
 
 _CLASSES: tuple[ApprovalClass, ...] = ("sponsor", "second_person", "operator")
@@ -95,7 +95,7 @@ class Grantor(Signatory):
         if task is None:
             raise InvalidCallError(f"there is no task {task_id}; see: ringfence task list")
         try:
-            ground = find_ground(directory, task.state.agent_id, task_id, targets.pop())
+            ground = load_records(directory, task.state.agent_id, task_id, targets.pop())
         except DeniedError as error:
             raise InvalidCallError(str(error)) from None
         if unknown := unknown_names(directory, tuple(scope)):
@@ -120,7 +120,7 @@ class Grantor(Signatory):
         fresh = are_in_force(entitlements, grant.iat, self.connection.settings.entitlements_max_age_s)
         ceiling = (grant.agent_id, ground.agent.state.ceiling)
         held = entitlements.scope if fresh else ()
-        sides = sides_of(task.state.scope, [ceiling], task.state.on_behalf_of, held)
+        sides = limits_of(task.state.scope, [ceiling], task.state.on_behalf_of, held)
         return Proposal(
             grant=grant,
             agent_description=ground.agent.state.description,
@@ -139,7 +139,7 @@ class Grantor(Signatory):
         grant = proposal.grant
         directory = await self.connection.directory()
         try:
-            ground = find_ground(directory, grant.agent_id, grant.task_id, grant.scope[0].target)
+            ground = load_records(directory, grant.agent_id, grant.task_id, grant.scope[0].target)
         except DeniedError as error:
             raise StaleApprovalError(str(error)) from None
         if ground.revisions(grant.revisions.policy) != grant.revisions:

@@ -44,7 +44,7 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import may_approve, not_understood
-from ringfence.model.requests.facts import DeniedError, find_ground
+from ringfence.model.requests.facts import DeniedError, load_records
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class Approvals:
         if self._runtime.clock.now_ms() >= question.ends_ms:
             return refused("approval_timeout", "the time of the approval is over; send it again to ask anew")
         try:
-            ground = find_ground(self._directory, claims.agent_id, claims.task_id, claims.target_id)
+            ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
         except DeniedError as error:
             return refused(error.reason.code, error.reason.message)
         if written(ground.revisions(claims.revisions.policy)) != written(claims.revisions):
@@ -362,7 +362,7 @@ class Approvals:
         """Records changed since it was asked: nobody knows whether the same would be answered."""
         claims = question.signed.claims
         try:
-            ground = find_ground(self._directory, claims.agent_id, claims.task_id, claims.target_id)
+            ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
         except DeniedError as error:
             self._end(question, Refusal(403, (error.reason,)))
             return error.reason
@@ -374,7 +374,7 @@ class Approvals:
 
     def _not_theirs(self, question: Question, user_id: str) -> Reason | None:
         claims = question.signed.claims
-        ground = find_ground(self._directory, claims.agent_id, claims.task_id, claims.target_id)
+        ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
         if may_approve(self._directory, user_id, claims.required, ground):
             return None
         return _reason("not_approver", f"{user_id} cannot give what is asked for here: {claims.required}")

@@ -11,7 +11,7 @@ from aiokafka.errors import KafkaError
 from ringfence.gateway.domain import stale_view
 from ringfence.gateway.state.cuts import Cutter, LeaseFeed
 from ringfence.gateway.state.leases import LEASES_SINCE_MS, ORDERS_KEPT_MS, LeaseTable
-from ringfence.kernel.base.clock import CarriedOn, suspend_aware_ms
+from ringfence.kernel.base.clock import RemoteClock, suspend_aware_ms
 from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import derived_id
@@ -45,7 +45,7 @@ class View:
         self.directory = Directory(
             runtime.trust, runtime.clock, grace_ms=grace_ms, on_alarm=report_alarms(runtime)
         )
-        self._broker = CarriedOn()
+        self._broker = RemoteClock()
         self.table = LeaseTable(runtime.clock, self._broker.now_ms)
         self._streams = StreamDigests()
         self._halts = RevokerHalts(runtime.trust, grace_ms=grace_ms)
@@ -121,7 +121,7 @@ class View:
     def _on_heartbeats(self, records: Sequence[Received]) -> None:
         self._fresh_at_ms = 0
         if records:
-            self._broker.heard(records[-1].appended_at_ms)
+            self._broker.observe(records[-1].appended_at_ms)
         self.directory.on_records(records)
         self._check.on_heartbeats(records)
         self._halts.on_heartbeats(records)

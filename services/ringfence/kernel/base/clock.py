@@ -28,7 +28,7 @@ def suspend_aware_ms() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
-class CarriedOn:
+class RemoteClock:
     """The time of another machine, by what it stamped, carried on by a clock that never jumps.
 
     It is at least as late there: what was stamped was on its way for a while. Ours may be set back meanwhile, or stand
@@ -42,7 +42,7 @@ class CarriedOn:
         self._ahead_ms: deque[int] = deque(maxlen=self._REMEMBERED)
         self._most_ahead_ms = 0
 
-    def heard(self, stamped_ms: int) -> None:
+    def observe(self, stamped_ms: int) -> None:
         """Something that was stamped there arrived now. Of several, the one that was under way for the least counts."""
         self._ahead_ms.append(stamped_ms - self._never_jumps_ms())
         self._most_ahead_ms = max(self._ahead_ms)

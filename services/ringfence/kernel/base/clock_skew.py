@@ -18,7 +18,7 @@ class SkewCheck:
         self._whose = whose
         self._ahead_ms: deque[int] = deque(maxlen=_REMEMBERED)
 
-    def heard(self, stamped_ms: int, now_ms: int) -> None:
+    def observe(self, stamped_ms: int, now_ms: int) -> None:
         """Something that the other clock stamped arrived now. However long it was under way, the least of several
         differences is close to that of the clocks.
         """

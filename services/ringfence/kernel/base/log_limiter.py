@@ -34,7 +34,7 @@ def rate_limited(*kind: str) -> dict[str, Any]:
     return {_KIND: kind}
 
 
-class LogFloods(logging.Filter):
+class LogLimiter(logging.Filter):
     """Holds back what comes too often. `watch` tells how many there were."""
 
     def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
@@ -59,7 +59,7 @@ class LogFloods(logging.Filter):
 
     async def watch(self) -> None:
         """Tell how many there were, now and then, for ever."""
-        await now_and_then(_LOOK_S, self._look, "not told how many lines were left out")
+        await run_periodically(_LOOK_S, self._look, "not told how many lines were left out")
 
     async def _look(self) -> None:
         self.tell()
@@ -129,7 +129,7 @@ class RepeatCounter:
         return count
 
 
-async def now_and_then(every_s: float, tell: Callable[[], Awaitable[None]], failed: str) -> NoReturn:
+async def run_periodically(every_s: float, tell: Callable[[], Awaitable[None]], failed: str) -> NoReturn:
     """Tell for ever, every so many seconds. Where that raises, `failed` is logged, and it is tried again."""
     while True:
         await asyncio.sleep(every_s)

@@ -18,7 +18,7 @@ from ringfence.messages.base import ServiceRole
 from ringfence.messages.keys import KeyRecord
 
 
-class SealKeys:
+class EncryptionKeys:
     """Opens what was sealed to any of the keys that are here."""
 
     def __init__(self, file: Path) -> None:
@@ -59,7 +59,7 @@ class SealKeys:
         *_, youngest = self._held.values()
         return trust.encryption_keys(role, at_s, of=youngest.id) or (youngest.record(end_s),)
 
-    def lacking(self, trust: TrustStore, role: ServiceRole, clock: Clock) -> str | None:
+    def missing_key(self, trust: TrustStore, role: ServiceRole, clock: Clock) -> str | None:
         """Which key is sealed to and not here, or None."""
         *_, youngest = self._held.values()
         named = trust.encryption_keys(role, clock.now_ms() / 1000, of=youngest.id)

@@ -250,7 +250,7 @@ def verify(
     return Signed(claims, jws.compact)
 
 
-def open_payload(
+def verify_payload(
     jws: UnverifiedJws, model: type[Claims], find_key: KeyFinder, *, audience: str
 ) -> dict[str, Any]:
     """Verify a message as `verify` does, and return its claims as the JSON that they are, unlooked at.

@@ -44,7 +44,7 @@ _IDLE_MS = 1000
 _AWAY_S = 0.5
 
 
-def _before(batch: Sequence[Received], halting: Received) -> list[Received]:
+def _records_before(batch: Sequence[Received], halting: Received) -> list[Received]:
     """The records of a batch that stand before this one; none where it is not in the batch."""
     place = (halting.topic_name, halting.partition, halting.offset)
     for i, record in enumerate(batch):
@@ -53,7 +53,7 @@ def _before(batch: Sequence[Received], halting: Received) -> list[Received]:
     return []
 
 
-async def _left(consumer: AIOKafkaConsumer, commits: OffsetCommitter) -> None:
+async def _leave_group(consumer: AIOKafkaConsumer, commits: OffsetCommitter) -> None:
     await commits.flush()
     with contextlib.suppress(KafkaError):
         await consumer.stop()
@@ -108,7 +108,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._linger_ms = linger_ms
         self._on_assigned = on_assigned
         way = AllToOneAssignor if single_active else RangePartitionAssignor
-        self._assignor = ByInstance(way, settings.instance)
+        self._assignor = InstanceOrderedAssignor(way, settings.instance)
         self._assigned_anew = True
         self._gathering = BatchDelay(max_records)
         self._gathering_s = 0.0
@@ -120,8 +120,8 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._draining = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._onward = LossAwareReader(self.group, on_data_loss, report_initial_gap=report_initial_gap)
-        self.gone = self._onward.gone
+        self._reader = LossAwareReader(self.group, on_data_loss, report_initial_gap=report_initial_gap)
+        self.lost_ranges = self._reader.lost_ranges
         """What Kafka removed, or lost."""
         self.halted: str | None = None
         self.running = False
@@ -160,7 +160,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             if self._halting is not None:
                 self._halting.cancel()
             # Whoever is cancelled meanwhile still leaves the group: else the others wait until its session is over.
-            leaving = asyncio.create_task(_left(consumer, commits), name=f"leaving {self.group}")
+            leaving = asyncio.create_task(_leave_group(consumer, commits), name=f"leaving {self.group}")
             try:
                 await asyncio.shield(leaving)
             except asyncio.CancelledError:
@@ -249,7 +249,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
     ) -> dict[TopicPartition, list[Any]]:
         """What is left of what came before; then what comes. Raises KafkaError."""
         if fetches.held:
-            batches = await self._onward.next(consumer, timeout_ms=0, max_records=self._max_records)
+            batches = await self._reader.next(consumer, timeout_ms=0, max_records=self._max_records)
             if not batches:
                 fetches.resume(self._gathering_s)
             if commits.due:
@@ -257,7 +257,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             if batches:
                 return batches
         timeout_ms = COMMIT_MS if commits.waiting else _IDLE_MS
-        return await self._onward.next(consumer, timeout_ms=timeout_ms, max_records=self._max_records)
+        return await self._reader.next(consumer, timeout_ms=timeout_ms, max_records=self._max_records)
 
     async def _handle(
         self, consumer: AIOKafkaConsumer, commits: OffsetCommitter, batches: dict[TopicPartition, list[Any]]
@@ -276,7 +276,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             if batch and not await self._settle(consumer, commits, handler, batch):
                 return
 
-    def _tell_lag(self, batch: Sequence[Received]) -> None:
+    def _record_lag(self, batch: Sequence[Received]) -> None:
         oldest_ms = min(record.appended_at_ms for record in batch)
         metrics.HANDLING_LAG.labels(self.group).set(max(0, SystemClock().now_ms() - oldest_ms) / 1000)
 
@@ -297,29 +297,31 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             batch = [record for record in batch if (record.topic_name, record.partition) in mine]
             if not batch:
                 if self.halted is not None:
-                    await self._stand_still(commits)
+                    await self._wait_forever(commits)
                 return True
             self._ahead.clear()
             try:
                 with self._tracing.received(batch, self.group) as traced:
                     await handler(traced)
-                self._tell_lag(batch)
+                self._record_lag(batch)
                 break
             except HaltedError as error:
                 if self.halted is None:
                     self.halted = str(error)
                     metrics.HALTED.labels(self.group).set(1)
                     log.critical("%s", error)
-                    self._halting = asyncio.create_task(self._tell_halted(error), name=f"halted {self.group}")
+                    self._halting = asyncio.create_task(
+                        self._report_halted(error), name=f"halted {self.group}"
+                    )
                 # Those before it are taken to their ends and committed: else who is started again would halt at the
                 # same batch for ever, and an order that came before would wait for as long.
                 if not self._was_read_ahead(error.record):
-                    batch = _before(batch, error.record)
+                    batch = _records_before(batch, error.record)
             except Exception as error:
                 delay_s = min(5.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
                 attempt = min(attempt + 1, 10)
                 metrics.BATCH_RETRIES.labels(self.group).inc()
-                self._tell_lag(batch)
+                self._record_lag(batch)
                 known = isinstance(error, RingfenceError | KafkaError | OSError)
                 why = str(error) or type(error).__name__
                 log.warning(
@@ -339,17 +341,17 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                     return False
         if self.halted is not None:
             commits.done(batch)
-            await self._stand_still(commits)
+            await self._wait_forever(commits)
         commits.done([*batch, *(last for _, last in self._ahead.values())])
         self._ahead.clear()
         return True
 
-    async def _stand_still(self, commits: OffsetCommitter) -> None:
+    async def _wait_forever(self, commits: OffsetCommitter) -> None:
         """Until a person restarts the service."""
         await commits.flush()
         await asyncio.Event().wait()
 
-    async def _tell_halted(self, error: HaltedError) -> None:
+    async def _report_halted(self, error: HaltedError) -> None:
         if self._on_halted is None:
             return
         try:
@@ -449,7 +451,7 @@ class AllToOneAssignor(RangePartitionAssignor):  # type: ignore[misc]
         return {**nothing, **super().assign(cluster, {first: members[first]})}
 
 
-class ByInstance:
+class InstanceOrderedAssignor:
     """Another assignor, to which members go by the names of their instances, and not by ids that brokers make up.
 
     So who comes back under its name has what it had. The embedded broker has a leader that comes back assign anew and

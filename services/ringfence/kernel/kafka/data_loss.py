@@ -59,7 +59,7 @@ class LossAwareReader:
         self._by = by
         self._on_data_loss = on_data_loss
         self._report_initial_gap = report_initial_gap
-        self.gone: dict[tuple[str, int], LostRange] = {}
+        self.lost_ranges: dict[tuple[str, int], LostRange] = {}
         """By topic's name and partition: what was gone last."""
 
     async def next(
@@ -72,19 +72,19 @@ class LossAwareReader:
             )
             return found
         except _NO_POSITION as error:
-            await self._go_on_after(consumer, error)
+            await self._report_and_skip_lost(consumer, error)
             return {}
 
-    async def _go_on_after(self, consumer: AIOKafkaConsumer, error: Exception) -> None:
+    async def _report_and_skip_lost(self, consumer: AIOKafkaConsumer, error: Exception) -> None:
         try:
-            for at, wanted in _places(error).items():
+            for at, wanted in _positions_wanted(error).items():
                 if at in consumer.assignment():
-                    await self._go_on(consumer, at, wanted)
+                    await self._skip_lost(consumer, at, wanted)
         except Exception as problem:  # noqa: BLE001 - it stays where it is, and asks again
             log.warning("nobody could be told yet of what is gone, trying again: %s", problem)
             await asyncio.sleep(0.5)
 
-    async def _go_on(self, consumer: AIOKafkaConsumer, at: TopicPartition, wanted: int | None) -> None:
+    async def _skip_lost(self, consumer: AIOKafkaConsumer, at: TopicPartition, wanted: int | None) -> None:
         """Tell what is gone of one partition, then go on with what is there."""
         if wanted is not None and await consumer.position(at) != wanted:
             return  # of before it was assigned, or sought, anew
@@ -92,25 +92,25 @@ class LossAwareReader:
         end = (await consumer.end_offsets([at]))[at]
         if wanted is not None and start <= wanted <= end:
             return  # it was there again by now
-        gone = _gone(at, wanted, start, end, self._by)
-        if gone is not None and (wanted is not None or self._report_initial_gap):
-            await self._tell(gone)
+        lost = _lost_range(at, wanted, start, end, self._by)
+        if lost is not None and (wanted is not None or self._report_initial_gap):
+            await self._report(lost)
         consumer.seek(at, start)
 
-    async def _tell(self, gone: LostRange) -> None:
+    async def _report(self, lost: LostRange) -> None:
         if self._on_data_loss is not None:
-            await self._on_data_loss(gone)
-        self.gone[gone.topic_name, gone.partition] = gone
-        log.critical("%s", gone.message)
+            await self._on_data_loss(lost)
+        self.lost_ranges[lost.topic_name, lost.partition] = lost
+        log.critical("%s", lost.message)
 
 
-def _places(error: Exception) -> dict[TopicPartition, int | None]:
+def _positions_wanted(error: Exception) -> dict[TopicPartition, int | None]:
     """Where the reader wanted to go on; None where nothing was committed."""
     (place,) = error.args
     return place if isinstance(place, dict) else {place: None}
 
 
-def _gone(at: TopicPartition, wanted: int | None, start: int, end: int, by: str) -> LostRange | None:
+def _lost_range(at: TopicPartition, wanted: int | None, start: int, end: int, by: str) -> LostRange | None:
     if wanted is not None and wanted > end:
         return LostRange(at.topic, at.partition, end, wanted, by, read=True)
     first = wanted or 0

@@ -5,7 +5,7 @@ the one way of all requests of a consumer, and touch only the answers of the one
 sent again beneath it.
 
 For one thing there is no adapter: it never lets a member of a group go that died without leaving, so nobody takes over
-from it. Whoever comes back under the same name goes on, with what it had (`assignors.ByInstance`).
+from it. Whoever comes back under the same name goes on, with what it had (`consumer.InstanceOrderedAssignor`).
 """
 
 from __future__ import annotations

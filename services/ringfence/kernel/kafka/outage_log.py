@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from aiokafka.errors import KafkaConnectionError, NodeNotReadyError, RequestTimedOutError
 
-from ringfence.kernel.base.log_limiter import RepeatCounter, now_and_then
+from ringfence.kernel.base.log_limiter import RepeatCounter, run_periodically
 from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.kafka.probe import answers
 
@@ -23,10 +23,7 @@ _QUIET_S = 2.0
 _LOOK_S = 0.5
 _CLIENTS = (
     "aiokafka",
-    *(
-        f"ringfence.kernel.kafka.producer.{name}"
-        for name in ("consumer", "committing", "fetch_control", "producer")
-    ),
+    *(f"ringfence.kernel.kafka.{name}" for name in ("consumer", "fetch_control", "producer", "table_reader")),
 )
 _NO_CONNECTION = (KafkaConnectionError, NodeNotReadyError, RequestTimedOutError, OSError)
 _WHATEVER_WHY = ("Unable connect to ", "Unable to update metadata ", "Unable to request metadata ")
@@ -37,7 +34,7 @@ _FIRST_TIME = 'Unable connect to "'
 """A client that is only being made: whoever makes it is told by an error, and says so."""
 
 
-class KafkaTrouble(logging.Filter):
+class OutageLog(logging.Filter):
     """Holds back what is said of connections that do not come about. `watch` says how it goes on."""
 
     def __init__(self, settings: BusSettings, now_s: Callable[[], float] = time.monotonic) -> None:
@@ -72,7 +69,7 @@ class KafkaTrouble(logging.Filter):
     async def watch(self) -> None:
         """Say how it goes on, for ever."""
         # Did it end, everything was held back from then on, and nobody said so.
-        await now_and_then(_LOOK_S, self.look, "not known whether Kafka is back")
+        await run_periodically(_LOOK_S, self.look, "not known whether Kafka is back")
 
     async def look(self) -> None:
         """Say what there is to say now: that it is back, or that it is still away."""

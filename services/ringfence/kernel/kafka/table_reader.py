@@ -71,8 +71,8 @@ class Follower:
             reader: the name of the reader, for reports to `on_data_loss` of records that Kafka removed unread.
         """  # fmt: skip
         self._key = key.encode() if key is not None else None
-        self._onward = LossAwareReader(reader, on_data_loss)
-        self.gone = self._onward.gone
+        self._reader = LossAwareReader(reader, on_data_loss)
+        self.lost_ranges = self._reader.lost_ranges
         """What Kafka removed, or lost."""
         self._settings = settings
         self._topics: dict[str, Topic[Any]] = {}
@@ -166,7 +166,7 @@ class Follower:
                 self.complete.set()
             try:
                 timeout_ms = 200 if behind else 1000
-                batches = await self._onward.next(consumer, timeout_ms=timeout_ms, max_records=2000)
+                batches = await self._reader.next(consumer, timeout_ms=timeout_ms, max_records=2000)
             except KafkaError as error:
                 log.warning("reading failed, trying again: %s", error)
                 await asyncio.sleep(0.5)

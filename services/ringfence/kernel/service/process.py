@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import uvloop
 
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.log_limiter import LogFloods
+from ringfence.kernel.base.log_limiter import LogLimiter
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.base.terminal import visible_traceback
-from ringfence.kernel.kafka.outage_log import KafkaTrouble
+from ringfence.kernel.kafka.outage_log import OutageLog
 from ringfence.kernel.service import logging as ringfence_logging
 from ringfence.kernel.service.runtime import Runtime
 
@@ -30,7 +30,7 @@ def run(runtimes: Sequence[Runtime], settings: ServiceSettings) -> int:
 
     Returns the exit status. The process is to end by that: where something holds it longer than `HELD_S`, it is ended.
     """
-    trouble, floods = KafkaTrouble(settings), LogFloods()
+    trouble, floods = OutageLog(settings), LogLimiter()
     ringfence_logging.configure(
         "+".join(runtime.role for runtime in runtimes),
         format=settings.log_format,
@@ -59,7 +59,7 @@ def search_seldom_for_cycles() -> None:
     gc.set_threshold(250_000, 20, 20)
 
 
-async def _until_signalled(runtimes: Sequence[Runtime], trouble: KafkaTrouble, floods: LogFloods) -> None:
+async def _until_signalled(runtimes: Sequence[Runtime], trouble: OutageLog, floods: LogLimiter) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):

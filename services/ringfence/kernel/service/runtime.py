@@ -27,7 +27,7 @@ from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower, Reader
 from ringfence.kernel.service.http import HttpServer, ReadyCheck, application
-from ringfence.kernel.service.trust_updates import DeferredRecords, take_in
+from ringfence.kernel.service.trust_updates import DeferredRecords, apply_bundle
 from ringfence.kernel.tracing.api import Work
 from ringfence.kernel.tracing.export import of_service
 from ringfence.messages.api import PORTS
@@ -91,7 +91,7 @@ class Runtime:
             lambda: self.trust.expired(self.clock.now_ms() / 1000),
             lambda: self._keys.uncounted(role),
         ]
-        self._warnings: list[ReadyCheck] = [self._gone_warning]
+        self._warnings: list[ReadyCheck] = [self._data_loss_warning]
         self._rereading: list[Callable[[], None]] = []
         self._opening: list[Callable[[], Awaitable[None]]] = []
         self._closing: list[Callable[[], Awaitable[None]]] = []
@@ -142,7 +142,7 @@ class Runtime:
             since_ms=since_ms,
             linger_ms=linger_ms,
             reader=self.role,
-            on_data_loss=self._tell_gone,
+            on_data_loss=self._report_data_loss,
         )
         self._followers.append(follower)
         return follower
@@ -166,11 +166,12 @@ class Runtime:
         single_active: bool = False,
         report_initial_gap: bool = False,
         read_uncommitted: bool = False,
-        tell_gone: bool = True,
+        audit_data_loss: bool = True,
     ) -> Consumer:
         """Take work from these topics as a member of a group. See `Consumer` for what it is given and what it tells.
 
-        `tell_gone`: whether the audit trail, and an alert, tell of records that were gone; the log and `/readyz` do.
+        `audit_data_loss`: whether lost records are also reported to the audit trail and to the metric that alerts use.
+        The log and `/readyz` report them in any case.
         """
         consumer = Consumer(
             self.settings,
@@ -180,8 +181,8 @@ class Runtime:
             linger_ms=linger_ms,
             on_assigned=on_assigned,
             single_active=single_active,
-            on_data_loss=self._tell_gone if tell_gone else None,
-            on_halted=self.tell_halted,
+            on_data_loss=self._report_data_loss if audit_data_loss else None,
+            on_halted=self.report_halted,
             report_initial_gap=report_initial_gap,
             read_uncommitted=read_uncommitted,
             tracing=self.tracing,
@@ -400,7 +401,7 @@ class Runtime:
                 list(self._tables),
                 self._on_tables,
                 reader=self.role,
-                on_data_loss=self._tell_gone,
+                on_data_loss=self._report_data_loss,
             )
             self._followers.insert(0, self._table_follower)
         tables, self._followers = self._followers, [trust]
@@ -433,7 +434,7 @@ class Runtime:
         self._tables[records[0].topic](records)
         # While the tables are still being read, heartbeats are of any age.
         if records[0].topic is HEARTBEAT and self._table_follower and self._table_follower.complete.is_set():
-            self._skew.heard(records[-1].appended_at_ms, self.clock.now_ms())
+            self._skew.observe(records[-1].appended_at_ms, self.clock.now_ms())
             metrics.CLOCK_AHEAD.labels("broker").set((self._skew.ahead_ms() or 0) / 1000)
 
     def _on_trust(self, records: Sequence[Received]) -> None:
@@ -443,7 +444,7 @@ class Runtime:
                 self.bundle_overwritten = record.value != self.trust.compact
 
     def _take_bundle(self, record: Received) -> None:
-        if not take_in(self.trust, record, self.clock):
+        if not apply_bundle(self.trust, record, self.clock):
             return
         self._keys.on_bundle(record.appended_at_ms)
         for reread in self._rereading:
@@ -451,7 +452,7 @@ class Runtime:
         for postponed in self._postponed:
             postponed.again()
 
-    async def _tell_gone(self, gone: LostRange) -> None:
+    async def _report_data_loss(self, gone: LostRange) -> None:
         """A service that loses work says so where people look: it must not be found out by what never happened."""
         await self.event(
             "finding",
@@ -461,7 +462,7 @@ class Runtime:
         )
         metrics.RECORDS_GONE.labels(gone.topic_name, gone.by).inc(gone.until - gone.first)
 
-    async def tell_halted(self, error: HaltedError) -> None:
+    async def report_halted(self, error: HaltedError) -> None:
         """A service that stopped working says so where people look."""
         at = error.record
         await self.event(
@@ -471,10 +472,12 @@ class Runtime:
             reasons=(Reason(code=error.code, message=str(error)[:2048]),),
         )
 
-    def _gone_warning(self) -> str | None:
+    def _data_loss_warning(self) -> str | None:
         """One of those that were gone; the log and the metric have all."""
         readers: list[Consumer | Follower] = [*self._consumers, *self._followers]
-        return next((gone.message for reader in readers for gone in reversed(reader.gone.values())), None)
+        return next(
+            (gone.message for reader in readers for gone in reversed(reader.lost_ranges.values())), None
+        )
 
     def _follower_check(self) -> str | None:
         for follower in self._followers:

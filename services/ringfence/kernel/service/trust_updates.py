@@ -16,7 +16,7 @@ from ringfence.kernel.kafka.record import Received
 log = logging.getLogger(__name__)
 
 
-def take_in(trust: TrustStore, record: Received, clock: Clock) -> bool:
+def apply_bundle(trust: TrustStore, record: Received, clock: Clock) -> bool:
     """Put a bundle in force. True where it is another than before; what is none that counts is logged."""
     try:
         return trust.load(record.value, clock.now_ms() / 1000)

@@ -116,7 +116,7 @@ def loaded(value: bytes) -> Any:
         return None
 
 
-def said_link(event: Any) -> tuple[Any, Any, Any] | None:
+def claimed_link(event: Any) -> tuple[Any, Any, Any] | None:
     """The link that an event names, given its JSON: tree, number, hash; for who knows what they must be."""
     try:
         link = event["unmapped"]["chain"]

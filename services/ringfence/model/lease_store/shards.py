@@ -228,7 +228,7 @@ class Servers:
             self._epoch, self._evicted = epoch, {}
         forgetful = []
         for name, (now_ms, (memory, stats, (seconds, micros))) in said.items():
-            self._skews[name].heard(int(seconds) * 1000 + int(micros) // 1000, now_ms)
+            self._skews[name].observe(int(seconds) * 1000 + int(micros) // 1000, now_ms)
             if int(memory["maxmemory"]) and memory["maxmemory_policy"] != NOEVICTION:
                 self._evicting[name] = memory["maxmemory_policy"]
             evicted = int(stats["evicted_keys"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
-from ringfence.kernel.base.clock import CarriedOn
+from ringfence.kernel.base.clock import RemoteClock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import parse, verify
@@ -32,11 +32,11 @@ _CLOCKS_DIFFER_MS = 60_000
 class RevokerHalts:
     """The consumer groups that revokers name as halted."""
 
-    def __init__(self, trust: TrustStore, *, grace_ms: int, broker: CarriedOn | None = None) -> None:
+    def __init__(self, trust: TrustStore, *, grace_ms: int, broker: RemoteClock | None = None) -> None:
         """`broker`: the broker's time; by it alone the grace runs, whatever this machine's clock says."""
         self._trust = trust
         self._grace_ms = grace_ms
-        self._broker = broker or CarriedOn()
+        self._broker = broker or RemoteClock()
         self._named: dict[str, int] = {}
         """By group: when the broker had the last heartbeat that names it."""
         self._seen: dict[str, int] = {}
@@ -45,7 +45,7 @@ class RevokerHalts:
     def on_heartbeats(self, records: Iterable[Received]) -> None:
         """Take in what came on `heartbeat`; those that name nothing, and those of others, are passed over."""
         for record in records:
-            self._broker.heard(record.appended_at_ms)
+            self._broker.observe(record.appended_at_ms)
             for group in self._groups(record):
                 self._named[group] = max(record.appended_at_ms, self._named.get(group, 0))
 

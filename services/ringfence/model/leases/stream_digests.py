@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from ringfence.kernel.base.clock import CarriedOn, Clock
+from ringfence.kernel.base.clock import Clock, RemoteClock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
@@ -94,7 +94,7 @@ class StreamCheck:
         self._since: dict[Partition, int] = {}
         self._waiting: dict[Partition, deque[tuple[StreamDigest, int]]] = {}
         self._confirmed_ms: dict[Partition, int] = {}
-        self._broker = CarriedOn()
+        self._broker = RemoteClock()
         self._broken: str | None = None
 
     def begin(self, positions: Mapping[Partition, int]) -> None:
@@ -112,7 +112,7 @@ class StreamCheck:
                 continue
             # One that was sent before must not make an old view young.
             if abs(beat.at_ms - record.appended_at_ms) <= _CLOCKS_DIFFER_MS:
-                self._broker.heard(record.appended_at_ms)
+                self._broker.observe(record.appended_at_ms)
                 for stream in beat.streams:
                     waiting = self._waiting.setdefault((stream.topic, stream.partition), deque(maxlen=100))
                     waiting.append((stream, min(beat.at_ms, record.appended_at_ms)))

@@ -110,8 +110,8 @@ def delegate(command: TaskDelegate, context: Context) -> TaskState:
             code="delegation_too_deep",
         )
     check_scope(terms.scope)
-    if lacking := missing(terms.scope, parent.scope):
-        first = lacking[0]
+    if exceeding := missing(terms.scope, parent.scope):
+        first = exceeding[0]
         names = f"{', '.join(first.verbs)} on {', '.join(first.resources)} at {first.target}"
         raise CommandRefusedError(
             f"task {parent.task_id} does not allow {names[:500]}: hand on what it allows, or less",

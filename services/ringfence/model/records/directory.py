@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
-from ringfence.kernel.base.clock import CarriedOn, Clock
+from ringfence.kernel.base.clock import Clock, RemoteClock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.jws import parse, verify
@@ -156,7 +156,7 @@ class Directory:
         self._read_to: dict[tuple[str, int], int] = {}
         self._last_beat_ms = 0
         self._beat_heard_ms = 0
-        self._broker = CarriedOn()
+        self._broker = RemoteClock()
         self._oldest: tuple[int, str] | None = None
         """When, and of which topic, what was confirmed longest ago; None where that has to be looked for."""
         self._trust_version = trust.version
@@ -328,7 +328,7 @@ class Directory:
             return
         self._last_beat_ms = heartbeat.at_ms
         self._beat_heard_ms = record.appended_at_ms
-        self._broker.heard(record.appended_at_ms)
+        self._broker.observe(record.appended_at_ms)
         self._oldest = None
         for table in heartbeat.tables:
             part = self._parts.setdefault((table.topic, table.partition), _Part())

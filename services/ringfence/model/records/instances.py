@@ -20,7 +20,7 @@ from ringfence.messages.oidc import OidcKey
 from ringfence.messages.registry import AgentState
 from ringfence.model.identity.attestation import audience, bound_audience, claim, fits, selector_id
 from ringfence.model.records.directory import Directory
-from ringfence.model.unknown_fields import is_understood, told, unknown_fields
+from ringfence.model.unknown_fields import describe_unknown, is_understood, unknown_fields
 
 MAX_TOKEN_AGE_S = 3600
 """How old a platform's token may be when an instance enrols with it: platforms renew them within an hour."""
@@ -86,7 +86,7 @@ def open_enrolment(compact: str, trust: TrustStore, at_s: float) -> InstanceEnro
         )
     if not is_understood(issuer):
         raise EnrolmentError(
-            told(unknown_fields(issuer), f"issuer {issuer.issuer} in the trust bundle"),
+            describe_unknown(unknown_fields(issuer), f"issuer {issuer.issuer} in the trust bundle"),
             code="issuer_not_understood",
         )
     if not issuer.discovery:

@@ -11,7 +11,7 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import RecordContext, RequestContext
-from ringfence.model.unknown_fields import is_understood, told, unknown_fields
+from ringfence.model.unknown_fields import describe_unknown, is_understood, unknown_fields
 
 _ORDER: tuple[RequiredClass, ...] = ("sponsor", "second_person", "operator")
 BREAK_GLASS_TTL_S = 15 * 60
@@ -101,7 +101,7 @@ def not_understood(answer: Approval | ActionApproval) -> Reason | None:
     """
     if answer.verdict != "approved" or is_understood(answer):
         return None
-    message = told(unknown_fields(answer), "the approval")[:2048]
+    message = describe_unknown(unknown_fields(answer), "the approval")[:2048]
     return Reason(code="approval_not_understood", message=message)
 
 

@@ -27,7 +27,7 @@ from ringfence.model.records.command_chain import ChainError, unverified_command
 from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.records.instances import enrolment_of, void
 from ringfence.model.scope.globs import ScopeError
-from ringfence.model.scope.rule import Limit, are_in_force, exceeding, sides_of
+from ringfence.model.scope.rule import Limit, are_in_force, exceeding, limits_of
 from ringfence.model.scope.scope import validate_scope
 from ringfence.model.unknown_fields import is_understood, names_of, unknown_fields
 
@@ -91,7 +91,7 @@ class RecordContext:
         )
         return found or None
 
-    def sides(self, now_s: float, entitlements_max_age_s: int) -> tuple[Limit, ...]:
+    def limits(self, now_s: float, entitlements_max_age_s: int) -> tuple[Limit, ...]:
         """The sides that whatever is asked must be within. Entitlements past their age count for nothing."""
         return _sides(
             self.task, self._agents, self.user, entitled=self._entitled(now_s, entitlements_max_age_s)
@@ -171,14 +171,14 @@ def load_context(
         )
     agent_id = subject_of(claims.aud, claims.iss, "agent") or ""
     (target_id,) = targets
-    ground = find_ground(directory, agent_id, claims.task_id, target_id)
+    ground = load_records(directory, agent_id, claims.task_id, target_id)
     return RequestContext(
         ground.agent, ground.sponsor, ground.task, ground.user, ground.target,
         request, request_id or message_id(claims.iss, claims.jti), enrolment_of(claims), delegations=ground.delegations,
     )  # fmt: skip
 
 
-def find_ground(directory: Directory, agent_id: str, task_id: str, target_id: str) -> RecordContext:
+def load_records(directory: Directory, agent_id: str, task_id: str, target_id: str) -> RecordContext:
     """Look up the records. Raises DeniedError where one is missing or its chain is broken."""
     try:
         agent = directory.agent(agent_id)
@@ -328,7 +328,7 @@ def _sides(
     *,
     entitled: bool,
 ) -> tuple[Limit, ...]:
-    return sides_of(
+    return limits_of(
         task.state.scope,
         [(agent.state.agent_id, agent.state.ceiling) for agent in agents],
         user.state.user_id,

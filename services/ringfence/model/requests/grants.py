@@ -21,7 +21,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import RequestContext
 from ringfence.model.scope.scope import missing
-from ringfence.model.unknown_fields import is_understood, told, unknown_fields
+from ringfence.model.unknown_fields import describe_unknown, is_understood, unknown_fields
 
 if TYPE_CHECKING:
     from ringfence.kernel.kafka.record import Received
@@ -84,7 +84,7 @@ def not_understood(grant: Grant) -> Reason | None:
     """Why a grant opens nothing that has a field which this version does not know, and which may limit it; or None."""
     if is_understood(grant):
         return None
-    return _reason("grant_not_understood", told(unknown_fields(grant), "the grant")[:2048])
+    return _reason("grant_not_understood", describe_unknown(unknown_fields(grant), "the grant")[:2048])
 
 
 @dataclass(frozen=True, slots=True)

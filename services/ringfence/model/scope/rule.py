@@ -18,7 +18,7 @@ from ringfence.messages.registry import Entitlements
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.scope import intersect, missing
 
-NO_SIDE: Final = "none"
+NO_LIMIT: Final = "none"
 """Stands as the lacking side where no side was given at all."""
 MIN_LIFE_MS: Final = 1000
 
@@ -71,7 +71,7 @@ class Excess:
     side: str
 
 
-def sides_of(
+def limits_of(
     task: Scope, ceilings: Iterable[tuple[str, Scope]], user_id: str, entitlements: Scope
 ) -> tuple[Limit, ...]:
     """All sides of one wish, so that no caller forgets one.
@@ -94,7 +94,7 @@ def exceeding(wanted: Scope, sides: Iterable[Limit]) -> tuple[Excess, ...]:
         raise ScopeError("the request is empty: name at least one permission")
     given = tuple(sides)
     if not given:
-        return tuple(Excess(permission, NO_SIDE) for permission in wanted)
+        return tuple(Excess(permission, NO_LIMIT) for permission in wanted)
     found: list[Excess] = []
     for side in given:
         found += [Excess(permission, side.name) for permission in missing(wanted, side.scope)]

@@ -11,7 +11,7 @@ from typing import Final
 from ringfence.messages.permission import Permission, Scope
 from ringfence.model.scope.glob_intersection import meet, without_contained
 from ringfence.model.scope.globs import ScopeError, is_glob, parse_glob, quoted, within
-from ringfence.model.unknown_fields import told, unknown_fields
+from ringfence.model.unknown_fields import describe_unknown, unknown_fields
 
 MAX_PAIRS: Final = 4096
 """The most verb-resource pairs in one scope, so that comparing it is bounded work."""
@@ -36,7 +36,7 @@ def validate_scope(scope: Scope, *, allow_empty: bool = False) -> None:
                 f"{where}: a target id is 1 to 63 of a-z, 0-9 and '-', and no wildcard: correct it"
             )
         if permission.model_extra:
-            raise ScopeError(told(unknown_fields(permission), where))
+            raise ScopeError(describe_unknown(unknown_fields(permission), where))
         if not permission.verbs or not permission.resources:
             raise ScopeError(f"{where}: name at least one verb and one resource")
         for verb in permission.verbs:

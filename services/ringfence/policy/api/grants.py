@@ -13,7 +13,7 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Grant
 from ringfence.model.records.api_access import Authenticator, Caller, NotFoundError
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.facts import DeniedError, RecordContext, find_ground
+from ringfence.model.requests.facts import DeniedError, RecordContext, load_records
 from ringfence.model.requests.grants import GrantTable, id_of, signer_of
 from ringfence.policy.grants import GrantBook
 
@@ -68,7 +68,7 @@ class GrantApi:
     def _view(self, grant: Grant, caller: Caller) -> dict[str, Any] | None:
         """A grant as the caller sees it: operators, auditors, its signer, the sponsor, and whom it is on behalf of."""
         try:
-            ground = find_ground(self._directory, grant.agent_id, grant.task_id, grant.scope[0].target)
+            ground = load_records(self._directory, grant.agent_id, grant.task_id, grant.scope[0].target)
         except DeniedError:
             ground = None
         concerned = {signer_of(grant)}

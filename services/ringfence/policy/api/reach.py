@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Route
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import TargetState
 from ringfence.model.records.api_access import Caller
-from ringfence.model.requests.facts import DeniedError, RecordContext, find_ground, violations_of
+from ringfence.model.requests.facts import DeniedError, RecordContext, load_records, violations_of
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.rule import Limit, effective
 from ringfence.model.scope.scope import validate_scope
@@ -100,7 +100,7 @@ class ReachApi(AgentsApi):
         tasks = []
         for task in running[:MAX_TASKS]:
             try:
-                ground = find_ground(self._directory, agent_id, task.task_id, target_id)
+                ground = load_records(self._directory, agent_id, task.task_id, target_id)
             except DeniedError:
                 continue  # a record of it does not hold: nothing is issued in it
             if told := by_task(ground, asked, facts.now_s, max_age_s):
@@ -144,7 +144,7 @@ def by_task(
 
     `violations_of` is what stands in the way all the same, such as an agent that is suspended.
     """
-    scope = effective((Limit("asked", asked), *ground.sides(now_s, entitlements_max_age_s)))
+    scope = effective((Limit("asked", asked), *ground.limits(now_s, entitlements_max_age_s)))
     if not scope:
         return None
     task = ground.task.state

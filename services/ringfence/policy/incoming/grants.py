@@ -12,7 +12,7 @@ from ringfence.messages.credential import Reason
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import may_approve
-from ringfence.model.requests.facts import DeniedError, find_ground
+from ringfence.model.requests.facts import DeniedError, load_records
 from ringfence.model.requests.grants import (
     MOST_OF_ONE,
     GrantTable,
@@ -95,7 +95,7 @@ class GrantHandler:
             return _reason("several_targets", "a grant is for one target; give one for each")
         try:
             validate_scope(grant.scope)
-            ground = find_ground(self._directory, grant.agent_id, grant.task_id, targets.pop())
+            ground = load_records(self._directory, grant.agent_id, grant.task_id, targets.pop())
         except ScopeError as error:
             return _reason("scope_invalid", str(error))
         except DeniedError as error:
@@ -135,7 +135,7 @@ class GrantHandler:
             return _reason("grant_unknown", "no grant with this id is remembered: it may have ended long ago")
         grant = given.signed.claims
         try:
-            ground = find_ground(self._directory, grant.agent_id, grant.task_id, grant.scope[0].target)
+            ground = load_records(self._directory, grant.agent_id, grant.task_id, grant.scope[0].target)
         except DeniedError as error:
             return error.reason
         concerned = {signer_of(grant), ground.agent.state.sponsor, ground.task.state.on_behalf_of}

@@ -25,7 +25,7 @@ from ringfence.messages.approval import ActionRequest, ApprovalRequest
 from ringfence.messages.base import typ_header
 from ringfence.messages.credential import CredentialRequest
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.facts import DeniedError, find_ground, load_context
+from ringfence.model.requests.facts import DeniedError, load_context, load_records
 from ringfence.policy.decision_log import Decisions
 from ringfence.policy.notifications.webhook import (
     Webhook,
@@ -243,7 +243,7 @@ def notice_sender(
                 jws, ActionRequest, find,
                 audience=audience, appended_at_ms=record.appended_at_ms,
             ).claims  # fmt: skip
-            ground = find_ground(directory, claims.agent_id, claims.task_id, claims.target_id)
+            ground = load_records(directory, claims.agent_id, claims.task_id, claims.target_id)
         except (ExpiredError, DeniedError):
             return  # nobody could answer it
         id, sponsor = message_id(claims.iss, claims.jti), ground.agent.state.sponsor

@@ -16,7 +16,7 @@ from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
-from ringfence.kernel.service.trust_updates import take_in
+from ringfence.kernel.service.trust_updates import apply_bundle
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import TRUST
@@ -350,7 +350,7 @@ async def checking(settings: ServiceSettings, clock: Clock, *, record_keep_ms: i
 
     def on_trust(records: Sequence[Received]) -> None:
         for record in records:
-            take_in(trust, record, clock)
+            apply_bundle(trust, record, clock)
 
     directory = Directory(trust, clock, grace_ms=None, on_alarm=lambda alarm: None)
     async with Follower(settings, [TRUST], on_trust) as bundles:
