@@ -248,6 +248,11 @@ def test_the_input_has_what_bundles_and_replays_go_by():
     assert len(INPUT_FIELDS) == 14
 
 
+def test_what_signs_and_delivers_a_request_is_not_in_the_input():
+    given = facts(process="a-process-mark", enrolment="e30.e30.e30")
+    assert built(given) == built(facts())
+
+
 def test_the_input_says_what_was_asked():
     given = facts()
     claims = given.request.claims
