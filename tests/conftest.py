@@ -17,6 +17,7 @@ import pytest
 from ringfence.dev.processes import StackError
 from tests.brokers import KafkaServer, RedisServer, start_kafka, start_redis
 from tests.postgres import PostgresServer, server_programs
+from tests.switches import switch_off
 from tests.time_limits import TimeLimits, add_settings
 from tests.world import World
 
@@ -85,12 +86,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("RINGFENCE_TEST_POSTGRES") or "",
         help="the folder with another PostgreSQL's programs than Debian's newest; also RINGFENCE_TEST_POSTGRES",
     )
+    group.addoption(
+        "--no-fast-path",
+        action="store_true",
+        help="gateways that tests build in this process have no fast path; tests marked `fast_path_only` are left out",
+    )
 
     add_settings(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(TimeLimits(config), "ringfence-time-limits")
+    if config.getoption("--no-fast-path"):
+        switch_off("gateway", "fast_path")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--no-fast-path"):
+        left_out = [item for item in items if item.get_closest_marker("fast_path_only") is not None]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @contextmanager

@@ -64,6 +64,7 @@ from ringfence.messages.registry import (
 from ringfence.messages.topics import ALL, DEAD_LETTER, REGISTRY_COMMAND, SERVICE_EVENT, TRUST
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from tests.lost_redis import declare_complete
+from tests.switches import build_options
 from tests.trail import Trail
 
 WITHIN_S = 60.0
@@ -488,7 +489,7 @@ class World:
                 settings = self.settings(role, **overrides)
                 self.ports[role] = int(settings.http.rpartition(":")[2])
                 build = importlib.import_module(f"ringfence.{role}.app").build
-                self.runtimes[role] = build(settings, (own or {}).get(role), clock)
+                self.runtimes[role] = build(settings, (own or {}).get(role), clock, **build_options(role))
                 runtimes.append(self.runtimes[role])
                 tasks.append(asyncio.create_task(runtimes[-1].run(stop), name=f"{role} of {self.prefix}"))
             self._tasks += tasks

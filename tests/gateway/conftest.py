@@ -19,6 +19,7 @@ from ringfence.gateway.dataplane.plane import DataPlane
 from tests.gateway.raw import Raw, connected
 from tests.gateway.table_gate import Entry, TableGate
 from tests.gateway.target import Target
+from tests.switches import build_options
 
 NAME = "gateway.test"
 
@@ -81,6 +82,7 @@ async def placed(
             hosts=gate.hosts,
             allowance=allowance or Allowance(),
             patiences=patiences or Timeouts(),
+            **build_options("gateway"),
         )
         await plane.start()
         port = await plane.listen("127.0.0.1", 0, names=[NAME])

@@ -23,6 +23,7 @@ from ringfence.messages.operations import ActionAnswered, ActionDecided
 from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor
 from tests.gateway.recorder import PlayedRecorder
 from tests.ledger import permission
+from tests.switches import build_options
 from tests.unit.test_gateway_domain import Place
 
 URL = "http://gateway/staging/mcp"
@@ -154,8 +155,11 @@ async def mcp_placed(
     gate = DecisionGate(
         played, targets, played, played, played, played, played, played, ledger.clock,
         gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9, observe=observe,
+        **build_options("gateway"),
     )  # fmt: skip
-    found.plane = plane = DataPlane(gate, knows=targets.knows, hosts=targets.hosts(), answer=answer, tls=tls)
+    found.plane = plane = DataPlane(
+        gate, knows=targets.knows, hosts=targets.hosts(), answer=answer, tls=tls, **build_options("gateway")
+    )
     await plane.start()
     found.socket = folder / "task.sock"
     await plane.listen_for_task(found.socket, place.task)

@@ -36,6 +36,7 @@ from ringfence.messages.registry import (
 from ringfence.messages.topics import APPROVAL_RESPONSE
 from tests.gateway.recorder import PlayedRecorder
 from tests.ledger import TD
+from tests.switches import build_options
 from tests.unit.test_gateway_domain import WIDE, Place
 
 RULES = (
@@ -97,6 +98,7 @@ class Gateway(PlayedRecorder):
         self.gate = DecisionGate(
             played, targets, played, played, played, played, played, self.approvals, ledger.clock,
             gateway=self.key.id, entitlements_max_age_s=10**9,
+            **build_options("gateway"),
         )  # fmt: skip
 
     # view, identifier, evaluator, recorder, and what a runtime does

@@ -25,6 +25,7 @@ from ringfence.messages.operations import ActionDecided, Destination
 from ringfence.messages.registry import AgentSuspend, BackendSettings, McpRule, RequestRule, VerbFloor
 from tests.gateway.recorder import PlayedRecorder
 from tests.planted import as_before
+from tests.switches import build_options, is_on
 from tests.unit.test_gateway_domain import Place
 
 RULES = (
@@ -59,6 +60,7 @@ class Parts(PlayedRecorder):
         self.gate: Gate = DecisionGate(
             played, self.targets, played, played, played, played, self.counted, played, ledger.clock,
             gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9,
+            **build_options("gateway"),
         )  # fmt: skip
 
     # view
@@ -149,6 +151,7 @@ def allowed_at_once(
     return (standing.verdict(*allowed), allowed[1]) if standing is not None and allowed is not None else None
 
 
+@pytest.mark.fast_path_only(reason="compares cached decisions with those that are made step by step")
 async def test_what_is_allowed_at_once_is_what_would_be_decided(parts: Parts) -> None:
     decided = await parts.gate.decide(Presented(), attempt(label="pr"))
     allowed = allowed_at_once(parts, Presented(task_id=parts.place.task), attempt(label="pr"))
@@ -161,6 +164,7 @@ async def test_what_is_allowed_at_once_is_what_would_be_decided(parts: Parts) ->
     assert parts.events[1].action_id == verdict.action_id
 
 
+@pytest.mark.fast_path_only(reason="compares cached decisions with those that are made step by step")
 @pytest.mark.parametrize(
     "change",
     [
@@ -192,6 +196,7 @@ async def test_what_is_in_doubt_is_not_allowed_at_once(
     assert not (await parts.gate.decide(Presented(), attempt())).allowed
 
 
+@pytest.mark.fast_path_only(reason="compares cached decisions with those that are made step by step")
 async def test_what_stands_is_found_anew_when_a_record_or_its_lease_changed(parts: Parts) -> None:
     standing = parts.gate.standing(Presented(), attempt())
     assert standing is not None
@@ -511,7 +516,8 @@ async def test_what_a_stranger_wrote_does_not_reach_events(parts: Parts) -> None
 async def test_what_comes_under_a_rule_that_is_not_understood_is_denied_and_says_so(parts: Parts) -> None:
     """Neither way lets it pass, though the rule after it would."""
     assert (await parts.gate.decide(Presented(), attempt())).allowed
-    assert allowed_at_once(parts, Presented(), attempt()) is not None
+    at_once = allowed_at_once(parts, Presented(), attempt())
+    assert (at_once is not None) is is_on("gateway", "fast_path")
     rule = RequestRule(method="GET", path="/env/{name*}", verb="read", resource="env/{name*}")
     limited = rule.model_copy(update={"headers": ["x-dry"]})
     ping = McpRule(method="ping").model_copy(update={"within_s": 1})

@@ -24,6 +24,7 @@ from ringfence.kernel.base.settings import load
 from ringfence.kernel.service import process
 from ringfence.messages.registry import AgentSuspend, BackendSettings, TargetRemove, TaskEnd, UserDisable
 from tests.planted import as_before, planted
+from tests.switches import build_options
 from tests.unit.test_gateway_gate import RULES, Parts, attempt
 
 OWN = frozenset({"authorization"})
@@ -42,7 +43,7 @@ class Watched(Parts):
         self.gate = DecisionGate(
             played, self.targets, played, played, played, played, self.counted, played, ledger.clock,
             gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9,
-            observe=observe or ("staging",),
+            observe=observe or ("staging",), **build_options("gateway"),
         )  # fmt: skip
 
     async def ask(self, target: str = BEYOND, *, own: frozenset[str] = OWN, **fields: Any) -> Verdict:

@@ -11,8 +11,7 @@ import pytest
 
 from ringfence.gateway.contract import Attempt, Presented
 from ringfence.gateway.decision.action_ids import ActionIds
-from ringfence.gateway.decision.fast_path.cache import Remembered, lasts_until
-from ringfence.gateway.decision.fast_path.recalling import Recalled
+from ringfence.gateway.decision.fast_path.cache import ChosenLeaseCache, RequestCache, valid_until_s
 from ringfence.gateway.domain import Chosen, Sender
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.registry import AgentSetCeiling
@@ -31,21 +30,21 @@ class Memory:
     def __init__(self, max_age_s: int = MAX_AGE_S, limit: int = 10) -> None:
         self.place = Place()
         self.sender = Sender("bot", self.place.task)
-        self.remembered = Remembered(self.place.table, self.place.ledger.directory, limit=limit)
+        self.remembered = ChosenLeaseCache(self.place.table, self.place.ledger.directory, limit=limit)
         chosen = self.place.weigh()
         assert isinstance(chosen, Chosen)
         self.chosen = chosen
-        self.remembered.keep(self.sender, READ, chosen, max_age_s)
+        self.remembered.put(self.sender, READ, chosen, max_age_s)
         directory = self.place.ledger.directory
-        self.recalled: Recalled[Chosen] = Recalled(self.place.table, directory, limit=limit)
-        self.recalled.keep(SHOWN, ATTEMPT, chosen, chosen, lasts_until(chosen, max_age_s))
+        self.recalled: RequestCache[Chosen] = RequestCache(self.place.table, directory, limit=limit)
+        self.recalled.put(SHOWN, ATTEMPT, chosen, chosen, valid_until_s(chosen, max_age_s))
 
     def recall(self, presented: Presented | None = None, attempt: Attempt | None = None) -> Chosen | None:
         now_s = self.place.ledger.clock.ms / 1000
-        return self.recalled.find(presented or SHOWN, attempt or ATTEMPT, now_s)
+        return self.recalled.get(presented or SHOWN, attempt or ATTEMPT, now_s)
 
     def found(self, sender: Sender | None = None, action: Action = READ) -> Chosen | None:
-        return self.remembered.chosen(
+        return self.remembered.get(
             sender or self.sender, self.place.target(), action, self.place.ledger.clock.ms / 1000
         )
 
@@ -75,16 +74,16 @@ def test_the_very_same_request_is_recalled_and_no_other() -> None:
     ]
     for other in [*others, {"scheme": "http"}]:
         assert memory.recall(attempt=dataclasses.replace(ATTEMPT, **other)) is None, other
-    memory.recalled.keep(
+    memory.recalled.put(
         SHOWN, dataclasses.replace(ATTEMPT, target="/b", body=b"{}"), memory.chosen, memory.chosen, 2**40
     )
-    memory.recalled.keep(
+    memory.recalled.put(
         SHOWN, dataclasses.replace(ATTEMPT, target="/" + "c" * 600), memory.chosen, memory.chosen, 2**40
     )
     assert memory.recall(attempt=dataclasses.replace(ATTEMPT, target="/b")) is None, "its body may matter"
     assert memory.recall(attempt=dataclasses.replace(ATTEMPT, target="/" + "c" * 600)) is None
     for number in range(20):
-        memory.recalled.keep(
+        memory.recalled.put(
             SHOWN, dataclasses.replace(ATTEMPT, target=f"/{number}"), memory.chosen, memory.chosen, 2**40
         )
     assert memory.recall() is None, "the oldest are forgotten first"
@@ -174,7 +173,7 @@ def memory_age(as_of: int) -> int:
 def test_the_oldest_are_forgotten_first() -> None:
     memory = Memory(limit=2)
     for verb in ("one", "two"):
-        memory.remembered.keep(memory.sender, Action(verb, "env/x"), memory.chosen, MAX_AGE_S)
+        memory.remembered.put(memory.sender, Action(verb, "env/x"), memory.chosen, MAX_AGE_S)
     assert memory.found() is None
     assert memory.found(action=Action("two", "env/x")) is memory.chosen
 

@@ -53,8 +53,13 @@ class Core:
     blocked: BlockedRequests
 
 
-def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> Core:
-    """The core, fed and run by `runtime`. Raises AccessError, BundleError, KeyFileError, SettingsError, SpoolError."""
+def core_of(
+    runtime: Runtime, settings: ServiceSettings, own: GatewaySettings, *, fast_path: bool = True
+) -> Core:
+    """The core, fed and run by `runtime`. Raises AccessError, BundleError, KeyFileError, SettingsError, SpoolError.
+
+    `fast_path`: see `DecisionGate`.
+    """
     clock, view = runtime.clock, View(runtime)
     targets = Targets(view.directory)
     proofs = ProofChecker(nonces=Nonces(), clock=clock)
@@ -82,7 +87,7 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
     gate = DecisionGate(
         view, targets, identifier, Evaluator(engine, declared), injector, recorder, counted, approvals, clock,
         gateway=runtime.key.id, entitlements_max_age_s=settings.entitlements_max_age_s,
-        observe=own.observe,
+        observe=own.observe, fast_path=fast_path,
     )  # fmt: skip
 
     async def bundle_refused(mark: str, why: str) -> None:

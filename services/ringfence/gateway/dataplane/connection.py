@@ -11,7 +11,7 @@ from typing import Final
 
 from ringfence.gateway.contract import Attempt, Blocked, Presented, Verdict
 from ringfence.gateway.dataplane.exchange import Asked, goes_no_further
-from ringfence.gateway.dataplane.fast_path.path import FastPath
+from ringfence.gateway.dataplane.fast_path.path import FastPaths
 from ringfence.gateway.dataplane.forwarder import goes_on
 from ringfence.gateway.dataplane.http1_body import Body, request_body
 from ringfence.gateway.dataplane.http1_head import (
@@ -41,12 +41,14 @@ _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 class Connection:
     """What goes on in one connection."""
 
-    def __init__(self, client: Stream, way: ListenerContext, desk: DataPlaneContext) -> None:
+    def __init__(
+        self, client: Stream, way: ListenerContext, desk: DataPlaneContext, fast_paths: FastPaths
+    ) -> None:
         self._client = client
         self._way = way
         self._desk = desk
         self._turn = desk.limits.turn_of(way.sender)
-        self._shortcut = FastPath(client, way, desk, self._turn)
+        self._fast_path = fast_paths.of_connection(client, way, self._turn)
         self._attempt: Attempt | None = None
         """What is asked for, until that is decided."""
         self._unread = b""
@@ -64,7 +66,7 @@ class Connection:
             self._client.abort()
             raise
         finally:
-            self._shortcut.abandon()
+            self._fast_path.abandon()
 
     async def _one(self) -> bool:
         """Serve one request. Whether there may be another."""
@@ -87,9 +89,9 @@ class Connection:
 
     async def _begun(self) -> bool:
         """Go on with what was handed over on the short way. Whether there may be another."""
-        going, exchange = self._shortcut.handed()
+        going, exchange = self._fast_path.handed()
         try:
-            if self._shortcut.ended:
+            if self._fast_path.ended:
                 over = goes_no_further(self._desk.gate.doubt())
                 return await self._tell(over, going.head, close=False)
             if exchange is None:
@@ -100,10 +102,10 @@ class Connection:
 
     async def _head(self) -> bytes | None:
         """The next head; None where a request was handed over instead, see `FastPath`."""
-        client, patiences, shortcut = self._client, self._desk.patiences, self._shortcut
+        client, patiences, fast_path = self._client, self._desk.patiences, self._fast_path
         client.deadline = time.monotonic() + (patiences.head_s if client.buffer else patiences.idle_s)
-        begun, seen = shortcut.taken if client.buffer else None, 0
-        shortcut.open()
+        begun, seen = fast_path.taken if client.buffer else None, 0
+        fast_path.open()
         try:
             while (given := cut_head(client.buffer, seen)) is None:
                 seen = len(client.buffer)
@@ -113,15 +115,15 @@ class Connection:
                     if not client.buffer:
                         raise
                     raise RefusedError(408, "head_timeout", "the head of the request does not come") from None
-                if shortcut.handed_over:
+                if fast_path.handed_over:
                     return None
-                if begun != shortcut.taken:
+                if begun != fast_path.taken:
                     seen = 0
-                if client.buffer and begun != shortcut.taken:
-                    begun = shortcut.taken
+                if client.buffer and begun != fast_path.taken:
+                    begun = fast_path.taken
                     client.deadline = time.monotonic() + patiences.head_s
         finally:
-            shortcut.close()
+            fast_path.close()
         client.deadline = None
         return given
 
@@ -203,7 +205,7 @@ class Connection:
             self._block(TLS_FAILED, error.message, request)
             raise
         self._way = dataclasses.replace(self._way, scheme="https", inside=authority, handle=presented.handle)
-        self._shortcut.come_by(self._way)
+        self._fast_path.come_by(self._way)
         return True
 
     def _unknown(self, verdict: Verdict) -> tuple[int, Mapping[str, str], bytes]:

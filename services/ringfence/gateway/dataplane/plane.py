@@ -27,7 +27,7 @@ from ringfence.gateway.dataplane.certificate_authority import Authority
 from ringfence.gateway.dataplane.connection import Connection
 from ringfence.gateway.dataplane.denials import answer as problem_of
 from ringfence.gateway.dataplane.exchange import Timeouts
-from ringfence.gateway.dataplane.fast_path.plans import Plans
+from ringfence.gateway.dataplane.fast_path.path import FastPaths
 from ringfence.gateway.dataplane.forwarder import Forwarder
 from ringfence.gateway.dataplane.limits import TOO_MANY_CONNECTIONS, Allowance, Limits, sender_at
 from ringfence.gateway.dataplane.request_reader import ListenerContext
@@ -71,6 +71,7 @@ class DataPlane:
         tls: ssl.SSLContext | None = None,
         allowance: Allowance = Allowance(),  # noqa: B008 - frozen
         patiences: Timeouts = Timeouts(),  # noqa: B008 - frozen
+        fast_path: bool = True,
     ) -> None:
         """Args:
             gate: the decision core.
@@ -80,6 +81,7 @@ class DataPlane:
             blocked: told of what is refused before anything can be decided.
             name: of this gateway, in its CA's certificate.
             tls: how targets are verified; the machine's authorities if not given.
+            fast_path: whether repeated requests are served without a coroutine.
         """  # fmt: skip
         self._patience, self._outbox = DeadlineTimer(), Outbox()
         self.upstreams = Upstreams(
@@ -93,8 +95,9 @@ class DataPlane:
         self.limits = Limits(allowance, time.monotonic)
         forwarder = Forwarder(gate, self.upstreams, patiences)
         self._desk = DataPlaneContext(
-            gate, knows, answer, self.authority, forwarder, self.upstreams, Plans(), self.limits, patiences, blocked
-        )  # fmt: skip
+            gate, knows, answer, self.authority, forwarder, self.upstreams, self.limits, patiences, blocked
+        )
+        self._fast_paths = FastPaths(self._desk, enabled=fast_path)
         self._servers: list[asyncio.Server] = []
         self._doors: list[TlsListener] = []
         self._tasks: dict[Path, tuple[asyncio.Server, set[Stream]]] = {}
@@ -223,7 +226,9 @@ class DataPlane:
             stream.abort()
             return
         self._patience.watch(stream)
-        task = asyncio.get_running_loop().create_task(Connection(stream, way, self._desk).run())
+        task = asyncio.get_running_loop().create_task(
+            Connection(stream, way, self._desk, self._fast_paths).run()
+        )
         self._running.add(task)
         metrics.GATEWAY_CONNECTIONS.inc()
 

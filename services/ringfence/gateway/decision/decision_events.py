@@ -7,16 +7,10 @@ from typing import Final
 
 from ringfence.gateway.contract import Attempt, McpOutcome, Presented, Verdict
 from ringfence.gateway.decision.context import DecisionContext
-from ringfence.gateway.decision.fast_path.cached_decision import counter_of
-from ringfence.gateway.decision.fast_path.event import (
-    AllowedEvents,
-    act_of,
-    digest_of,
-    label_of,
-    method_of,
-)
+from ringfence.gateway.decision.fast_path.path import DecisionFastPath
 from ringfence.gateway.decision.targets import Compiled, Targets
 from ringfence.gateway.domain import Access, Refusal, access_of
+from ringfence.gateway.events.action_fields import act_of, decision_counter, digest_of, label_of, method_of
 from ringfence.gateway.events.destination import destination_of, printable_method
 from ringfence.gateway.events.recorder import Recorder
 from ringfence.gateway.events.refusal_counts import Kind, access_if_known
@@ -46,20 +40,22 @@ class Telling:
         clock: Clock,
         *,
         gateway: str,
+        fast_path: DecisionFastPath | None = None,
     ) -> None:
-        """`gateway`: the SPIFFE ID of this one, for events."""
+        """`gateway`: the SPIFFE ID of this one, for events; `fast_path` formats the events of allowed actions."""
         self._table = view.table
         self._targets = targets
         self._recorder = recorder
         self._earlier = earlier
         self._clock = clock
         self._gateway = gateway
+        self._fast_path = fast_path
 
     def note(self, course: DecisionContext, verdict: Verdict) -> tuple[Access | None, str | None, int]:
         """Count it where numbers are asked for. Its access, its target's id, and the time."""
         access = _access(course)
         outcome = "allowed" if verdict.allowed else "observed" if verdict.observed else "denied"
-        counter_of(outcome, access).tally()
+        decision_counter(outcome, access).tally()
         metrics.DECISION_TIME.tally(course.took_ns / 1e9)
         now_ms = self._clock.now_ms()
         target_id = verdict.target.target_id if verdict.target is not None else None
@@ -92,8 +88,14 @@ class Telling:
     ) -> None:
         """`for_target`: which it was for, where that was not looked at. Raises SpoolFullError."""
         access, target_id, now_ms = self.note(course, verdict)
-        if verdict.allowed and course.question is None and course.action is not None:
-            self._record_allowed(course, access, now_ms)
+        fast_path = self._fast_path
+        if (
+            fast_path is not None
+            and verdict.allowed
+            and course.question is None
+            and course.action is not None
+        ):
+            self._record_allowed(fast_path, course, access, now_ms)
             return
         attempt, sender = course.attempt, course.sender
         self._recorder.record(
@@ -127,14 +129,27 @@ class Telling:
         url = target.url if isinstance(target, Compiled) else None
         return destination_of(course.attempt, url, presented.handle)
 
-    def _record_allowed(self, course: DecisionContext, access: Access | None, now_ms: int) -> None:
-        """The same `ActionDecided` for what is simply allowed, which is most: written without a model in between."""
-        sender, lease, action, attempt = course.sender, course.lease, course.action, course.attempt
+    def _record_allowed(
+        self, fast_path: DecisionFastPath, course: DecisionContext, access: Access | None, now_ms: int
+    ) -> None:
+        """The same event for most allowed actions, formatted from a template instead of a model."""
+        sender, lease, action = course.sender, course.lease, course.action
         assert sender is not None, "it was allowed"
         assert lease is not None, "it was allowed"
         assert action is not None, "it was allowed"
-        events = AllowedEvents(self._gateway, sender.agent_id, lease, action, access, attempt)
-        self._recorder.keep(events.entry(course.id, course.took_ns // 1000, now_ms))
+        took_us = course.took_ns // 1000
+        self._recorder.keep(
+            fast_path.allowed_entry(
+                course.id,
+                sender.agent_id,
+                lease,
+                action,
+                access,
+                course.attempt,
+                took_us=took_us,
+                at_ms=now_ms,
+            )
+        )
 
     def record_answer(self, course: DecisionContext, outcome: McpOutcome) -> None:
         """What came of it is too late to deny anything: where it cannot be kept, the decision still is."""

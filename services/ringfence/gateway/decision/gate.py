@@ -10,6 +10,7 @@ from typing import Final
 
 from ringfence.gateway.contract import (
     Attempt,
+    CachedAllowance,
     Headers,
     HoldableRequest,
     Mcp,
@@ -25,9 +26,7 @@ from ringfence.gateway.decision.approved_headers import headers_to_approve
 from ringfence.gateway.decision.context import DecisionContext
 from ringfence.gateway.decision.decision_events import Telling
 from ringfence.gateway.decision.evaluator import Evaluator
-from ringfence.gateway.decision.fast_path.cache import Basis, Remembered, lasts_until
-from ringfence.gateway.decision.fast_path.cached_decision import CachedDecision, FastPathDependencies
-from ringfence.gateway.decision.fast_path.recalling import Recalled
+from ringfence.gateway.decision.fast_path.path import DecisionFastPath
 from ringfence.gateway.decision.injection import Injector
 from ringfence.gateway.decision.mcp import McpSessions, rpc_of
 from ringfence.gateway.decision.observe_mode import Observing
@@ -82,8 +81,13 @@ class DecisionGate:
         gateway: str,
         entitlements_max_age_s: int,
         observe: Collection[str] = (),
+        fast_path: bool = True,
     ) -> None:
-        """`gateway`: the SPIFFE ID of this one, for events; `observe`: the targets that are only observed."""
+        """Args:
+            gateway: the SPIFFE ID of this one, for events.
+            observe: the targets that are only observed.
+            fast_path: whether decisions are cached for repeated requests; without, each is decided step by step.
+        """  # fmt: skip
         self._view = view
         self._targets = targets
         self._identifier = identifier
@@ -94,13 +98,18 @@ class DecisionGate:
         self._clock = clock
         self._entitlements_max_age_s = entitlements_max_age_s
         self._ids = ActionIds()
-        self._remembered = Remembered(view.table, view.directory)
-        self._recalled: Recalled[CachedDecision] = Recalled(view.table, view.directory)
         self._earlier = Earlier()
-        self._at_hand = FastPathDependencies(
-            view, evaluator, injector, recorder, self._earlier, self._ids, clock, gateway=gateway
+        self._fast_path: DecisionFastPath | None = None
+        self._authorize = self._authorize_uncached
+        if fast_path:
+            self._fast_path = DecisionFastPath(
+                view, targets, identifier, evaluator, injector, recorder, self._earlier, self._ids, clock,
+                gateway=gateway, entitlements_max_age_s=entitlements_max_age_s, authorize=self._authorize_uncached,
+            )  # fmt: skip
+            self._authorize = self._fast_path.authorize
+        self._telling = Telling(
+            view, targets, recorder, self._earlier, clock, gateway=gateway, fast_path=self._fast_path
         )
-        self._telling = Telling(view, targets, recorder, self._earlier, clock, gateway=gateway)
         self._observing = Observing(targets, observe)
         self._mcp = McpSessions(view.table)
 
@@ -160,12 +169,9 @@ class DecisionGate:
         self._telling.note(course, verdict)
         return verdict
 
-    def standing(self, presented: Presented, attempt: Attempt) -> CachedDecision | None:
-        """See `Gate`. The same steps as `decide` takes, by what is at hand; what is in doubt is left to that."""
-        try:
-            return self._standing(presented, attempt)
-        except Exception:  # noqa: BLE001 - whatever it is, `decide` comes upon it too, and says so
-            return None
+    def standing(self, presented: Presented, attempt: Attempt) -> CachedAllowance | None:
+        """See `Gate`."""
+        return self._fast_path.cached_decision(presented, attempt) if self._fast_path is not None else None
 
     async def injected(self, verdict: Verdict) -> Mapping[str, str]:
         """See `Gate`."""
@@ -227,26 +233,6 @@ class DecisionGate:
             self._observe(course, refusal, presented, attempt)
         return refusal
 
-    def _standing(self, presented: Presented, attempt: Attempt) -> CachedDecision | None:
-        recalled = self._recalled.find(presented, attempt, self._clock.now_ms() / 1000)
-        if recalled is not None and recalled.holds():
-            return recalled
-        sender = self._identifier.at_hand(presented)
-        target = self._targets.find(attempt)
-        if sender is None or isinstance(target, Refusal) or target.map.speaks_mcp(attempt.target):
-            return None
-        if _nowhere(target, attempt) is not None:
-            return None
-        action = target.map.action(attempt.method, attempt.target, attempt.body if attempt.json else None)
-        chosen = self._weighed(sender, target, action) if action is not None else None
-        if action is None or chosen is None or isinstance(chosen, Refusal):
-            return None
-        until_s = lasts_until(chosen, self._entitlements_max_age_s)
-        basis = Basis(self._view.table, self._view.directory, chosen, until_s)
-        standing = CachedDecision(self._at_hand, sender, target.state, action, chosen, attempt, basis)
-        self._recalled.keep(presented, attempt, standing, chosen, until_s)
-        return standing
-
     async def _decided(
         self, course: DecisionContext, presented: Presented, attempt: Attempt, admits: RateCheck | None
     ) -> Refusal | None:
@@ -286,29 +272,22 @@ class DecisionGate:
         if action is None:
             return self._no_action(target, attempt)
         course.action = action
-        chosen = self._weighed(sender, target, action)
+        chosen = self._authorize(sender, target.state, action)
         if isinstance(chosen, Refusal):
             return chosen
         course.chosen = chosen
         return await self._evaluated(course, chosen, action)
 
-    def _weighed(self, sender: Sender, target: Compiled, action: Action) -> Chosen | Refusal:
-        now_s = self._clock.now_ms() / 1000
-        known = self._remembered.chosen(sender, target.state, action, now_s)
-        if known is not None:
-            return known
-        found = weigh(
+    def _authorize_uncached(self, sender: Sender, target: TargetState, action: Action) -> Chosen | Refusal:
+        return weigh(
             sender,
-            target.state,
+            target,
             action,
             self._view.table,
             self._view.directory,
-            now_s=now_s,
+            now_s=self._clock.now_ms() / 1000,
             entitlements_max_age_s=self._entitlements_max_age_s,
         )
-        if isinstance(found, Chosen):
-            self._remembered.keep(sender, action, found, self._entitlements_max_age_s)
-        return found
 
     async def _evaluated(
         self, course: DecisionContext, chosen: Chosen, action: Action
@@ -469,8 +448,8 @@ def _approved_headers(course: DecisionContext) -> Headers | None:
 
 
 def _nowhere(target: Compiled, attempt: Attempt) -> Refusal | None:
-    """What is recorded as allowed can be sent: a proxy knows where its target is, the gateway only by the record."""
-    if target.url is not None or not attempt.sent_by_gateway:
+    """Refused, so that everything which is recorded as allowed can be sent."""
+    if target.can_be_sent(attempt):
         return None
     return refused("target_nowhere", _says_no_place(target.state), status=UNAVAILABLE)
 

@@ -34,6 +34,10 @@ class Compiled:
     url: str | None
     """Where its requests go to; None where its record does not say."""
 
+    def can_be_sent(self, attempt: Attempt) -> bool:
+        """Whether a request can reach it: the gateway needs the record's URL, a proxy in front has its own."""
+        return self.url is not None or not attempt.sent_by_gateway
+
 
 @functools.lru_cache(maxsize=4096)
 def place_of(scheme: str, authority: str) -> Place | None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from ringfence.gateway.dataplane.exchange import Asked, Exchange
-from ringfence.gateway.dataplane.fast_path.plans import MAX_KEPT_BYTES, Plan, beginning_of, key_of
+from ringfence.gateway.dataplane.fast_path.plans import MAX_KEPT_BYTES, Plan, Plans, beginning_of, key_of
 from ringfence.gateway.dataplane.http1_body import Body
 from ringfence.gateway.dataplane.http1_head import END, MAX_HEAD_BYTES, RequestHead, parse_request
 from ringfence.gateway.dataplane.limits import Turn
@@ -33,16 +33,32 @@ _PLAIN: Final = frozenset({b"keep-alive"})
 _NOTHING: Final[Mapping[str, str]] = {}
 
 
+class FastPaths:
+    """The fast paths of one data plane: its connections share what was read of requests before."""
+
+    def __init__(self, context: DataPlaneContext, *, enabled: bool) -> None:
+        """`enabled`: whether there is one; otherwise each request is left to the coroutine of its connection."""
+        self._context = context
+        self._plans = Plans() if enabled else None
+
+    def of_connection(self, client: Stream, way: ListenerContext, turn: Turn) -> FastPath:
+        """That of a new connection. `turn`: the connection's own, which counts its requests on both paths."""
+        return FastPath(client, way, self._context, turn, self._plans)
+
+
 class FastPath:
     """That of one connection."""
 
     __slots__ = (
-        "_action_id", "_client", "_come", "_desk", "_injects", "_key", "_needles", "_plan", "_turn", "_upstream",
-        "_way", "_when_answered", "_when_ended", "_when_gone", "_when_kept", "ended", "handed_over", "taken",
+        "_action_id", "_client", "_come", "_desk", "_injects", "_key", "_needles", "_plan", "_plans", "_turn",
+        "_upstream", "_way", "_when_answered", "_when_ended", "_when_gone", "_when_kept", "ended", "handed_over",
+        "taken",
     )  # fmt: skip
 
-    def __init__(self, client: Stream, way: ListenerContext, desk: DataPlaneContext, turn: Turn) -> None:
-        """`turn`: the connection's own, which counts its requests whichever way they go."""
+    def __init__(
+        self, client: Stream, way: ListenerContext, desk: DataPlaneContext, turn: Turn, plans: Plans | None
+    ) -> None:
+        """See `FastPaths`. Without `plans` it takes no request."""
         self.taken = 0
         """How many requests it took."""
         self.handed_over = False
@@ -52,6 +68,7 @@ class FastPath:
         self._client = client
         self._desk = desk
         self._turn = turn
+        self._plans = plans
         self._plan: Plan | None = None
         """Of what is under way,"""
         self._come = b""
@@ -74,7 +91,8 @@ class FastPath:
 
     def open(self) -> None:
         """The connection waits for a request: take it where that can be done."""
-        self._client.taker = self._take
+        if self._plans is not None:
+            self._client.taker = self._take
 
     def close(self) -> None:
         """What comes is the coroutine's."""
@@ -126,13 +144,14 @@ class FastPath:
             return True
 
     def _took(self, data: bytes) -> bool:
-        desk, turn = self._desk, self._turn
+        desk, turn, plans = self._desk, self._turn, self._plans
+        assert plans is not None, "the fast path is enabled"
         end = data.find(END, 0, MAX_HEAD_BYTES)
         if end < 0:
             return False
         key = self._key + data[: end + len(END)]
-        kept = desk.plans.get(key)
-        plan = kept if kept is not None else self._planned(data, end, key)
+        kept = plans.get(key)
+        plan = kept if kept is not None else self._planned(data, end, key, plans)
         if plan is None or len(data) != end + len(END) + plan.length:
             return False
         try:
@@ -141,7 +160,7 @@ class FastPath:
             return False
         allowed = plan.standing.allowed(turn.admits, self._when_kept)
         if allowed is None and kept is not None and not kept.standing.holds():
-            plan = self._planned(data, end, key)
+            plan = self._planned(data, end, key, plans)
             allowed = plan.standing.allowed(turn.admits, self._when_kept) if plan is not None else None
         if allowed is None or plan is None:
             turn.put_off()
@@ -153,7 +172,7 @@ class FastPath:
         self.taken += 1
         return True
 
-    def _planned(self, data: bytes, end: int, key: bytes) -> Plan | None:
+    def _planned(self, data: bytes, end: int, key: bytes, plans: Plans) -> Plan | None:
         """How a request goes on that was not here before, or of which something changed; None where it is not plain."""
         desk = self._desk
         shows_proof = b"DPoP:" in data
@@ -174,7 +193,7 @@ class FastPath:
         except (RefusedError, UnavailableError):
             return None
         if not seen and not shows_proof and end <= MAX_KEPT_BYTES:
-            desk.plans.keep(key, plan)
+            plans.keep(key, plan)
         return plan
 
     def _kept(self, kept: bool) -> None:

@@ -1,29 +1,28 @@
-"""What the very same request comes to each time, and what is asked anew each time before it is allowed.
+"""A cached decision: what the very same request leads to each time, and what is checked each time before it is allowed.
 
-What lasts (`lasting.Basis`) was decided once: who sends it, which target it is for, what it does there, which lease
-allows it and what is told of it. What may be another from one moment to the next is asked at each request: the lease,
-the bundle's answer, the secret, how fresh the view is, and the limits of the agent.
+Decided once, for as long as `cache.CacheValidity` holds: who sends the request, which target it is for, what it does
+there, which lease allows it, and what its event says. Checked for each request, as it may change at any moment: the
+lease, the bundle's answer, the secret, how fresh the view is, and the limits of the agent.
 """
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Mapping
 
 from ringfence.gateway.contract import Attempt, RateCheck, Verdict
 from ringfence.gateway.decision.action_ids import ActionIds
 from ringfence.gateway.decision.evaluator import NO_ANSWER, Evaluator, kind_of
-from ringfence.gateway.decision.fast_path.cache import Basis
+from ringfence.gateway.decision.fast_path.cache import CacheValidity
 from ringfence.gateway.decision.fast_path.event import AllowedEvents
 from ringfence.gateway.decision.injection import Injector
-from ringfence.gateway.domain import Access, Chosen, Sender, access_of
+from ringfence.gateway.domain import Chosen, Sender, access_of
+from ringfence.gateway.events.action_fields import decision_counter
 from ringfence.gateway.events.recorder import Recorder
 from ringfence.gateway.events.task_history import Earlier
 from ringfence.gateway.state.view import View
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.metrics import TalliedCounter
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets.request_map import Action
@@ -61,7 +60,16 @@ class CachedDecision:
     """See `attempts.Standing`."""
 
     __slots__ = (
-        "_action", "_answer", "_at_hand", "_basis", "_count", "_events", "_kind", "_sender", "lease", "target",
+        "_action",
+        "_answer",
+        "_at_hand",
+        "_count",
+        "_events",
+        "_kind",
+        "_sender",
+        "_validity",
+        "lease",
+        "target",
     )  # fmt: skip
 
     def __init__(
@@ -72,27 +80,27 @@ class CachedDecision:
         action: Action,
         chosen: Chosen,
         attempt: Attempt,
-        basis: Basis,
+        validity: CacheValidity,
     ) -> None:
-        """What `basis` holds for was found just now."""
+        """What `validity` holds for was found just now."""
         access = access_of(attempt.method)
         self.lease: Lease = chosen.lease
         self.target: TargetState = target
         self._at_hand = at_hand
         self._sender = sender
         self._action = action
-        self._basis = basis
+        self._validity = validity
         self._kind = kind_of(chosen, action, reads=access == "read")
         self._answer = NO_ANSWER
         """The bundle's, as long as it holds."""
         self._events = AllowedEvents(at_hand.gateway, sender.agent_id, self.lease, action, access, attempt)
-        self._count = counter_of("allowed", access)
+        self._count = decision_counter("allowed", access)
 
     def holds(self) -> bool:
         """See `attempts.Standing`."""
         now_ms = self._at_hand.clock.now_ms()
         # Another lease may do where this one does not any more.
-        return self._basis.holds(now_ms / 1000) and self._at_hand.view.table.lives(
+        return self._validity.holds(now_ms / 1000) and self._at_hand.view.table.lives(
             self.lease.lease_id, now_ms
         )
 
@@ -127,7 +135,7 @@ class CachedDecision:
     def _injects(self, now_ms: int) -> Mapping[str, str] | None:
         """What is injected where it is allowed now; else None. Raises what stands against it."""
         at_hand, lease = self._at_hand, self.lease
-        if not self._basis.holds(now_ms / 1000):
+        if not self._validity.holds(now_ms / 1000):
             return None
         if not at_hand.evaluator.holds(self._answer, now_ms):
             self._answer = at_hand.evaluator.remembered(self._kind)
@@ -138,9 +146,3 @@ class CachedDecision:
         if not at_hand.view.table.lives(lease.lease_id, now_ms) or at_hand.view.stale() is not None:
             return None
         return injects
-
-
-@functools.cache
-def counter_of(outcome: str, access: Access | None) -> TalliedCounter:
-    """What counts decisions of this outcome."""
-    return metrics.ACTIONS.labels(outcome, access or "none")
