@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 import uvloop
 
-from ringfence.gateway.contract import Blocked
+from ringfence.gateway.contract import BlockedRequest
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.limits import Allowance
 from ringfence.gateway.dataplane.plane import DataPlane
@@ -45,7 +45,7 @@ class Place:
     gate: TableGate
     plane: DataPlane
     port: int
-    blocked: list[Blocked]
+    blocked: list[BlockedRequest]
     """What the plane refused by itself."""
 
     @contextlib.asynccontextmanager
@@ -74,7 +74,7 @@ async def placed(
 ) -> AsyncIterator[Place]:
     async with (target or Target()).serving() as serving:
         gate = TableGate({"api": Entry(f"http://127.0.0.1:{serving.port}", frozenset({"api.test"}))})
-        blocked: list[Blocked] = []
+        blocked: list[BlockedRequest] = []
         plane = DataPlane(
             gate,
             blocked=blocked.append,

@@ -13,7 +13,7 @@ import httpx
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 
-from ringfence.gateway.contract import Attempt, Presented
+from ringfence.gateway.contract import Attempt, PresentedIdentity
 from ringfence.gateway.dataplane.denials import answer
 from ringfence.gateway.dataplane.plane import DataPlane
 from ringfence.gateway.decision.gate import DecisionGate
@@ -83,12 +83,12 @@ class McpPlace(PlayedRecorder):
     def denial(self) -> None:
         return None
 
-    doubt = denial
+    view_problem = denial
 
     def nonce(self) -> str:
         return "fresh"
 
-    async def sender(self, presented: Presented, attempt: Attempt) -> Sender:
+    async def sender(self, presented: PresentedIdentity, attempt: Attempt) -> Sender:
         return Sender(self.agent, self.place.task if self.agent == "bot" else None, self.handle)
 
     async def answer(self, *args: Any, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ringfence.gateway.contract import Attempt, HoldableRequest, Presented, RateCheck, Verdict
+from ringfence.gateway.contract import Attempt, HoldableRequest, PresentedIdentity, RateCheck, Verdict
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
@@ -64,7 +64,7 @@ class TableStanding:
     """What the table said of one request."""
 
     gate: TableGate
-    presented: Presented
+    presented: PresentedIdentity
     attempt: Attempt
     lease: Lease
     target: TargetState
@@ -81,7 +81,7 @@ class TableStanding:
     ) -> tuple[str, Mapping[str, str]] | None:
         return self.gate.at_hand(self.presented, self.attempt, admits, then) if self.holds() else None
 
-    def verdict(self, action_id: str, injects: Mapping[str, str]) -> Verdict:
+    def verdict(self, action_id: str, injected: Mapping[str, str]) -> Verdict:
         return dataclasses.replace(self._verdict(), action_id=action_id)
 
     def _verdict(self) -> Verdict:
@@ -93,7 +93,7 @@ class TableGate:
 
     def __init__(self, targets: Mapping[str, Entry]) -> None:
         self.targets = dict(targets)
-        self.records: list[tuple[Presented, Attempt, Verdict]] = []
+        self.records: list[tuple[PresentedIdentity, Attempt, Verdict]] = []
         self.available = True
         self.credentials = True
         self.handles: frozenset[str] | None = None
@@ -117,7 +117,7 @@ class TableGate:
         return [one.rpartition(":")[0] or one for entry in self.targets.values() for one in entry.authorities]
 
     @property
-    def last(self) -> tuple[Presented, Attempt, Verdict]:
+    def last(self) -> tuple[PresentedIdentity, Attempt, Verdict]:
         return self.records[-1]
 
     def knows(self, authority: str) -> bool:
@@ -131,7 +131,7 @@ class TableGate:
 
     async def decide(
         self,
-        presented: Presented,
+        presented: PresentedIdentity,
         attempt: Attempt,
         admits: RateCheck | None = None,
         patient: HoldableRequest | None = None,
@@ -141,7 +141,7 @@ class TableGate:
             self.records.append((presented, attempt, verdict))
         return verdict
 
-    def standing(self, presented: Presented, attempt: Attempt) -> TableStanding | None:
+    def cached_allowance(self, presented: PresentedIdentity, attempt: Attempt) -> TableStanding | None:
         verdict = self._decided(presented, attempt, lambda agent_id: None)
         if not verdict.allowed or verdict.target is None or verdict.lease is None:
             return None
@@ -149,7 +149,7 @@ class TableGate:
         return TableStanding(self, presented, attempt, verdict.lease, verdict.target, entry)
 
     def at_hand(
-        self, presented: Presented, attempt: Attempt, admits: RateCheck, then: Callable[[bool], None]
+        self, presented: PresentedIdentity, attempt: Attempt, admits: RateCheck, then: Callable[[bool], None]
     ) -> tuple[str, Mapping[str, str]] | None:
         verdict = self._decided(presented, attempt, lambda agent_id: None)
         if not verdict.allowed or not self.credentials or verdict.target is None:
@@ -162,7 +162,7 @@ class TableGate:
         asyncio.get_running_loop().call_soon(then, not self.full)
         return verdict.action_id, self.targets[verdict.target.target_id].injected
 
-    async def injected(self, verdict: Verdict) -> Mapping[str, str]:
+    async def headers_to_inject(self, verdict: Verdict) -> Mapping[str, str]:
         if not self.credentials:
             raise UnavailableError("the credential is not here yet; try again")
         assert verdict.target is not None
@@ -171,7 +171,7 @@ class TableGate:
     def upstream(self, target: TargetState) -> str:
         return self.targets[target.target_id].url
 
-    def on_end(self, lease_id: str, ended: Callable[[], None]) -> Callable[[], None]:
+    def on_lease_end(self, lease_id: str, ended: Callable[[], None]) -> Callable[[], None]:
         watching = self.watching.setdefault(lease_id, [])
         watching.append(ended)
         return lambda: watching.remove(ended)
@@ -184,7 +184,7 @@ class TableGate:
         if ended in watching:
             watching.remove(ended)
 
-    def doubt(self) -> Reason | None:
+    def view_problem(self) -> Reason | None:
         return Reason(code="stale_view", message="it stood still") if self.stood_still else None
 
     def view_expired(self) -> bool:
@@ -201,16 +201,16 @@ class TableGate:
             (id for id, entry in self.targets.items() if attempt.authority in entry.authorities), None
         )
 
-    def _observed(self, verdict: Verdict, presented: Presented, attempt: Attempt) -> Verdict:
+    def _observed(self, verdict: Verdict, presented: PresentedIdentity, attempt: Attempt) -> Verdict:
         target_id = self._target(attempt)
         if verdict.allowed or target_id is None:
             return verdict
-        inherited = bool(presented.own & {"authorization", "cookie"})
+        inherited = bool(presented.header_names & {"authorization", "cookie"})
         return dataclasses.replace(
             verdict, target=self._states[target_id], observed=inherited and target_id in self.observed
         )
 
-    def _decided(self, presented: Presented, attempt: Attempt, admits: RateCheck | None) -> Verdict:
+    def _decided(self, presented: PresentedIdentity, attempt: Attempt, admits: RateCheck | None) -> Verdict:
         if not self.available:
             return _denied(503, "view_stale", "nothing can be decided now")
         if self.handles is not None and presented.handle not in self.handles:

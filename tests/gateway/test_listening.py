@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 from cryptography import x509
 
-from ringfence.gateway.contract import Presented
+from ringfence.gateway.contract import PresentedIdentity
 from ringfence.gateway.dataplane.certificate_authority import Authority
 from ringfence.gateway.dataplane.plane import DataPlane, ListenError
 from ringfence.gateway.dataplane.stream import DeadlineTimer
@@ -85,7 +85,7 @@ async def test_the_gate_is_told_where_a_connection_comes_from(place: Place) -> N
         writer.close()
         presented, *_ = place.gate.records[-1]
         assert presented.address == address
-        assert presented == Presented(own=presented.own, htu=presented.htu), (
+        assert presented == PresentedIdentity(header_names=presented.header_names, htu=presented.htu), (
             "it is nothing that tells who sends"
         )
 

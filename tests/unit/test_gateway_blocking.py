@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.gateway.contract import Attempt, Blocked, Presented
+from ringfence.gateway.contract import Attempt, BlockedRequest, PresentedIdentity
 from ringfence.gateway.decision.blocked_requests import BlockedRequests
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.events.refusal_counts import MAX_DESTINATIONS, Counted
@@ -35,7 +35,7 @@ class Parts:
         self.events.append(event)
 
     def add(self, code: str = "too_many_requests", **fields: Any) -> None:
-        self.blocked.add(Blocked(code, "what was wrong", **fields))
+        self.blocked.add(BlockedRequest(code, "what was wrong", **fields))
 
 
 @pytest.fixture
@@ -45,11 +45,11 @@ def parts() -> Parts:
 
 def test_whose_it_is_as_far_as_the_connection_shows_it(parts: Parts) -> None:
     task = parts.place.task
-    parts.add(presented=Presented(task_id=task), method="GET")
-    parts.add(presented=Presented(certificate="spiffe://test.example/agent/bot"), method="PUT")
-    parts.add(presented=Presented(certificate="spiffe://elsewhere.example/agent/bot"))
-    parts.add("head_timeout", presented=Presented(task_id="nobody's"))
-    parts.add("odd", presented=Presented(handle=parts.place.lease.lease_id))
+    parts.add(presented=PresentedIdentity(task_id=task), method="GET")
+    parts.add(presented=PresentedIdentity(certificate="spiffe://test.example/agent/bot"), method="PUT")
+    parts.add(presented=PresentedIdentity(certificate="spiffe://elsewhere.example/agent/bot"))
+    parts.add("head_timeout", presented=PresentedIdentity(task_id="nobody's"))
+    parts.add("odd", presented=PresentedIdentity(handle=parts.place.lease.lease_id))
     assert [(one.agent_id, one.task_id, one.access, one.method) for one in parts.events] == [
         ("bot", task, "read", "GET"), ("bot", None, "write", "PUT"), (None, None, None, None),
         (None, None, None, None), (None, None, None, None),
@@ -96,7 +96,7 @@ async def test_what_there_is_no_room_for_is_told_when_there_is(parts: Parts) -> 
 
 def test_what_a_stranger_wrote_does_not_reach_events(parts: Parts) -> None:
     for code in ("host_invalid", "malformed_http"):
-        parts.blocked.add(Blocked(code, "quoted: eve.example", method="EVE \x1b[31m" + "E" * 99))
+        parts.blocked.add(BlockedRequest(code, "quoted: eve.example", method="EVE \x1b[31m" + "E" * 99))
     assert "eve.example" not in "".join(one.model_dump_json() for one in parts.events).lower()
     assert {one.method for one in parts.events} == {"EVE??[31m" + "E" * 23}
 

@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from ringfence.gateway.decision.evaluator import LONGEST_MS, Evaluator
-from ringfence.gateway.domain import Ask, Chosen, Refusal
+from ringfence.gateway.domain import ApprovalRequired, ChosenLease, Refusal
 from ringfence.gateway.events.task_history import MAX_TASKS, Earlier
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass, TargetState, VerbFloor
@@ -49,15 +49,20 @@ class Asked:
         self.evaluator = Evaluator(cast(Any, self.engine), self.declared)
         self.place = Place()
         chosen = self.place.weigh()
-        assert isinstance(chosen, Chosen)
+        assert isinstance(chosen, ChosenLease)
         self.chosen = chosen
 
     def declared(self, target: TargetState) -> dict[str, str]:
         return {"revocability": "instant", "enforced_by": "target"}
 
     async def __call__(
-        self, action: Action = READ, *, now_ms: int = NOW_MS, reads: bool = True, chosen: Chosen | None = None
-    ) -> Refusal | Ask | None:
+        self,
+        action: Action = READ,
+        *,
+        now_ms: int = NOW_MS,
+        reads: bool = True,
+        chosen: ChosenLease | None = None,
+    ) -> Refusal | ApprovalRequired | None:
         return await self.evaluator.answer(
             chosen or self.chosen, action, id="a-1", reads=reads,
             earlier=lambda: {"since_s": 1, "allowed": {}, "denied": 0, "last_minute": 0}, now_ms=now_ms,
@@ -134,7 +139,7 @@ async def test_denials_are_told_whole_and_asked_anew(asked: Asked) -> None:
 async def test_whose_word_is_wanted_is_told_and_asked_anew(asked: Asked, wanted: ActionClass) -> None:
     asked.engine.result = PolicyResult(True, (), (wanted,), 5)
     for times in (1, 2):
-        assert await asked() == Ask(wanted, asked.engine.revision)
+        assert await asked() == ApprovalRequired(wanted, asked.engine.revision)
         assert asked.times == times
 
 
@@ -145,7 +150,7 @@ async def test_what_the_targets_record_asks_for_no_bundle_takes_back(asked: Aske
     chosen = replace(
         asked.chosen, ground=replace(ground, target=replace(ground.target, state=state, revision=7))
     )
-    assert await asked(chosen=chosen) == Ask("operator", asked.engine.revision)
+    assert await asked(chosen=chosen) == ApprovalRequired("operator", asked.engine.revision)
     assert await asked() is None
     asked.engine.result = PolicyResult(True, (), ("sponsor",), 5)
     several = await asked(chosen=chosen)

@@ -8,7 +8,7 @@ import pytest
 
 from ringfence.client.agent.dpop import proof
 from ringfence.client.resource_server.dpop_proofs import Nonces, ProofChecker, ProofsInMemory
-from ringfence.gateway.contract import Attempt, Presented
+from ringfence.gateway.contract import Attempt, PresentedIdentity
 from ringfence.gateway.decision.sender import Identifier
 from ringfence.gateway.domain import Refusal, Sender
 from ringfence.gateway.state.leases import LeaseTable
@@ -65,7 +65,7 @@ class Door:
 
     async def sender(self, method: str = "GET", **presented: Any) -> Sender | Refusal:
         attempt = Attempt(authority="hub.example", scheme="https", method=method, target="/a")
-        return await self.identifier.sender(Presented(**presented), attempt)
+        return await self.identifier.sender(PresentedIdentity(**presented), attempt)
 
     async def shown(self, dpop: str | None, handle: str | None = None, **more: Any) -> Sender | Refusal:
         return await self.sender(

@@ -20,8 +20,8 @@ from ringfence.gateway.dataplane.request_reader import says_json
         ("application/merge-patch+json; v=1", None),
     ],
 )
-def test_what_is_json(media: str, coding: str | None) -> None:
-    assert says_json(media, coding)
+def test_what_is_json(content_type: str, coding: str | None) -> None:
+    assert says_json(content_type, coding)
 
 
 @pytest.mark.parametrize(
@@ -48,5 +48,5 @@ def test_what_is_json(media: str, coding: str | None) -> None:
         ("application/json;", None),
     ],
 )
-def test_what_may_be_read_otherwise(media: str | None, coding: str | None) -> None:
-    assert not says_json(media, coding)
+def test_what_may_be_read_otherwise(content_type: str | None, coding: str | None) -> None:
+    assert not says_json(content_type, coding)

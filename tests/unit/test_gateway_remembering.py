@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from ringfence.gateway.contract import Attempt, Presented
+from ringfence.gateway.contract import Attempt, PresentedIdentity
 from ringfence.gateway.decision.action_ids import ActionIds
 from ringfence.gateway.decision.fast_path.cache import ChosenLeaseCache, RequestCache, valid_until_s
-from ringfence.gateway.domain import Chosen, Sender
+from ringfence.gateway.domain import ChosenLease, Sender
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.trust import TrustBundle
@@ -20,7 +20,7 @@ from ringfence.model.http_targets.request_map import Action
 from tests.ledger import permission
 from tests.unit.test_gateway_domain import MAX_AGE_S, READ, WIDE, Place
 
-SHOWN = Presented(task_id="a task")
+SHOWN = PresentedIdentity(task_id="a task")
 ATTEMPT = Attempt(None, "https", "GET", "/env/staging/web", target_id="staging")
 
 
@@ -32,18 +32,20 @@ class Memory:
         self.sender = Sender("bot", self.place.task)
         self.remembered = ChosenLeaseCache(self.place.table, self.place.ledger.directory, limit=limit)
         chosen = self.place.weigh()
-        assert isinstance(chosen, Chosen)
+        assert isinstance(chosen, ChosenLease)
         self.chosen = chosen
         self.remembered.put(self.sender, READ, chosen, max_age_s)
         directory = self.place.ledger.directory
-        self.recalled: RequestCache[Chosen] = RequestCache(self.place.table, directory, limit=limit)
+        self.recalled: RequestCache[ChosenLease] = RequestCache(self.place.table, directory, limit=limit)
         self.recalled.put(SHOWN, ATTEMPT, chosen, chosen, valid_until_s(chosen, max_age_s))
 
-    def recall(self, presented: Presented | None = None, attempt: Attempt | None = None) -> Chosen | None:
+    def recall(
+        self, presented: PresentedIdentity | None = None, attempt: Attempt | None = None
+    ) -> ChosenLease | None:
         now_s = self.place.ledger.clock.ms / 1000
         return self.recalled.get(presented or SHOWN, attempt or ATTEMPT, now_s)
 
-    def found(self, sender: Sender | None = None, action: Action = READ) -> Chosen | None:
+    def found(self, sender: Sender | None = None, action: Action = READ) -> ChosenLease | None:
         return self.remembered.get(
             sender or self.sender, self.place.target(), action, self.place.ledger.clock.ms / 1000
         )
@@ -63,10 +65,10 @@ def test_the_very_same_request_is_recalled_and_no_other() -> None:
     memory = Memory()
     assert memory.recall() is memory.chosen
     for presented in (
-        Presented(),
-        Presented("other"),
-        Presented("a task", handle="L"),
-        Presented("a task", "C"),
+        PresentedIdentity(),
+        PresentedIdentity("other"),
+        PresentedIdentity("a task", handle="L"),
+        PresentedIdentity("a task", "C"),
     ):
         assert memory.recall(presented) is None
     others: list[dict[str, Any]] = [

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Final
 
-from ringfence.gateway.contract import Attempt, Blocked, Presented, Verdict
+from ringfence.gateway.contract import Attempt, BlockedRequest, PresentedIdentity, Verdict
 from ringfence.gateway.dataplane.exchange import Asked, goes_no_further
 from ringfence.gateway.dataplane.fast_path.path import FastPaths
 from ringfence.gateway.dataplane.forwarder import goes_on
@@ -92,7 +92,7 @@ class Connection:
         going, exchange = self._fast_path.handed()
         try:
             if self._fast_path.ended:
-                over = goes_no_further(self._desk.gate.doubt())
+                over = goes_no_further(self._desk.gate.view_problem())
                 return await self._tell(over, going.head, close=False)
             if exchange is None:
                 return await self._forward(going)
@@ -156,7 +156,7 @@ class Connection:
             close = not going.body.done or error.status == 400
             return await self._tell(error, going.head, close=close)
         if not keep:
-            await self._leave(unread=not going.body.done)
+            await self._leave(unparsed=not going.body.done)
         return keep
 
     async def _read(self, body: Body, *, waits: bool) -> bytes:
@@ -183,7 +183,7 @@ class Connection:
             desk.limits.ask(self._way.sender, HANDSHAKE)
             authority = connect_authority(request, self._way, self._client)
             presented = presented_by(request, self._way)
-            if self._way.challenge and presented == Presented():
+            if self._way.challenge and presented == PresentedIdentity():
                 raise RefusedError(
                     407,
                     "proxy_authorization_missing",
@@ -222,7 +222,7 @@ class Connection:
         return await self._tell(error, request, close=close)
 
     def _block(self, code: str, message: str, request: RequestHead | None) -> None:
-        shown = Presented(self._way.task_id, self._way.certificate)
+        shown = PresentedIdentity(self._way.task_id, self._way.certificate)
         if request is not None:
             host = request.known.get(b"host")
             method, target = request.method, request.target
@@ -231,7 +231,9 @@ class Connection:
             method, target, named = unread_line(self._unread)
         destination = destination_of_line(method, target, named, self._way.scheme) if target else None
         self._desk.blocked(
-            Blocked(code, message, shown, self._attempt, method or None, destination, unread=request is None)
+            BlockedRequest(
+                code, message, shown, self._attempt, method or None, destination, unparsed=request is None
+            )
         )
 
     async def _tell(self, error: RefusedError, request: RequestHead | None, *, close: bool) -> bool:
@@ -254,7 +256,7 @@ class Connection:
             body = b""
         self._client.write(given + body)
         if close:
-            await self._leave(unread=unread)
+            await self._leave(unparsed=unread)
         else:
             await self._answered()
         return not close
@@ -269,10 +271,10 @@ class Connection:
         await client.drained()
         client.deadline = None
 
-    async def _leave(self, *, unread: bool) -> None:
+    async def _leave(self, *, unparsed: bool) -> None:
         """Close. What still comes is read for a moment, as the answer would be lost to who is still sending."""
         client = self._client
-        if not unread or not client.alive:
+        if not unparsed or not client.alive:
             return
         client.end()
         left, client.deadline = _LINGER_BYTES, time.monotonic() + _LINGER_S
@@ -335,21 +337,21 @@ class Sent:
         self.body = await self._read()
         return self.body if len(self.body) <= self._most else None
 
-    async def whole(self) -> bytes | None:
+    async def read_body(self) -> bytes | None:
         """See `Patient`."""
         try:
             return await self.read() if self.body is None else None
         except (RefusedError, GoneError, ExpiredError):
             return None
 
-    def on_gone(self, told: Callable[[], None]) -> Callable[[], None]:
+    def on_disconnect(self, told: Callable[[], None]) -> Callable[[], None]:
         """See `Patient`."""
         if not self._client.alive:
             told()
             return lambda: None
-        self._client.on_gone = told
+        self._client.on_disconnect = told
 
         def unsubscribe() -> None:
-            self._client.on_gone = None
+            self._client.on_disconnect = None
 
         return unsubscribe

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from ringfence.gateway.contract import Blocked, Blocks, Gate, Presented
+from ringfence.gateway.contract import BlockedRequest, Gate, PresentedIdentity, ReportBlocked
 from ringfence.gateway.dataplane.certificate_authority import Authority
 from ringfence.gateway.dataplane.connection import Connection
 from ringfence.gateway.dataplane.denials import answer as problem_of
@@ -65,7 +65,7 @@ class DataPlane:
         knows: Callable[[str], bool],
         hosts: Iterable[str] = (),
         answer: Answer = problem_of,
-        blocked: Blocks = lambda _: None,
+        blocked: ReportBlocked = lambda _: None,
         name: str = "gateway",
         clock: Clock | None = None,
         tls: ssl.SSLContext | None = None,
@@ -221,8 +221,10 @@ class DataPlane:
     def _serve(self, stream: Stream, how: Callable[[Stream], ListenerContext]) -> None:
         way = how(stream)
         if not self.limits.connect(way.sender):
-            shown = Presented(way.task_id, way.certificate)
-            self._desk.blocked(Blocked(TOO_MANY_CONNECTIONS, "too many connections of this sender", shown))
+            shown = PresentedIdentity(way.task_id, way.certificate)
+            self._desk.blocked(
+                BlockedRequest(TOO_MANY_CONNECTIONS, "too many connections of this sender", shown)
+            )
             stream.abort()
             return
         self._patience.watch(stream)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ringfence.gateway.contract import Blocks, Gate
+from ringfence.gateway.contract import Gate, ReportBlocked
 from ringfence.gateway.dataplane.certificate_authority import Authority
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.forwarder import Forwarder
@@ -26,4 +26,4 @@ class DataPlaneContext:
     upstreams: Upstreams
     limits: Limits
     patiences: Timeouts
-    blocked: Blocks
+    blocked: ReportBlocked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from ringfence.gateway.contract import Attempt, Blocked, Presented
+from ringfence.gateway.contract import Attempt, BlockedRequest, PresentedIdentity
 from ringfence.gateway.decision.targets import Compiled, Targets
 from ringfence.gateway.events.destination import destination_of, printable_method
 from ringfence.gateway.events.refusal_counts import Counted, Kind, access_if_known
@@ -38,7 +38,7 @@ class BlockedRequests:
         self._targets = targets
         self._trust_domain = trust_domain
 
-    def add(self, blocked: Blocked) -> None:
+    def add(self, blocked: BlockedRequest) -> None:
         """One more. See `Blocks`."""
         said = _IN_OTHER_WORDS.get(blocked.code, blocked.message[:1000])
         self.counted.add(self._kind(blocked), Reason(code=blocked.code, message=said))
@@ -57,7 +57,7 @@ class BlockedRequests:
         """Record what is left, before the recorder is closed."""
         self.tell()
 
-    def _kind(self, blocked: Blocked) -> Kind:
+    def _kind(self, blocked: BlockedRequest) -> Kind:
         agent_id, task_id = self._whose(blocked.presented)
         target, attempt, destination = self._target_of(blocked.attempt), blocked.attempt, blocked.destination
         if attempt is not None:
@@ -70,10 +70,10 @@ class BlockedRequests:
             printable_method(blocked.method) if blocked.method is not None else None,
             blocked.code,
             destination=destination,
-            access=None if blocked.unread else access_if_known(blocked.method),
+            access=None if blocked.unparsed else access_if_known(blocked.method),
         )
 
-    def _whose(self, presented: Presented) -> tuple[str | None, str | None]:
+    def _whose(self, presented: PresentedIdentity) -> tuple[str | None, str | None]:
         """Agent and task, as far as the connection alone shows them."""
         if presented.task_id is not None:
             try:

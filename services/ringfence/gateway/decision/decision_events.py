@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from ringfence.gateway.contract import Attempt, McpOutcome, Presented, Verdict
+from ringfence.gateway.contract import Attempt, McpOutcome, PresentedIdentity, Verdict
 from ringfence.gateway.decision.context import DecisionContext
 from ringfence.gateway.decision.fast_path.path import DecisionFastPath
 from ringfence.gateway.decision.targets import Compiled, Targets
@@ -64,7 +64,9 @@ class Telling:
             self._earlier.add(verdict.task_id, target_id, verb, allowed=verdict.allowed, now_ms=now_ms)
         return access, target_id, now_ms
 
-    def kind(self, course: DecisionContext, presented: Presented, attempt: Attempt, refusal: Refusal) -> Kind:
+    def kind(
+        self, course: DecisionContext, presented: PresentedIdentity, attempt: Attempt, refusal: Refusal
+    ) -> Kind:
         """Who it was, what for and why not, as far as that is shown."""
         target = self._targets.find(attempt)
         return Kind(
@@ -82,7 +84,7 @@ class Telling:
     def record(
         self,
         course: DecisionContext,
-        presented: Presented,
+        presented: PresentedIdentity,
         verdict: Verdict,
         for_target: str | None = None,
     ) -> None:
@@ -124,7 +126,7 @@ class Telling:
             )
         )
 
-    def _destination_of(self, course: DecisionContext, presented: Presented) -> Destination:
+    def _destination_of(self, course: DecisionContext, presented: PresentedIdentity) -> Destination:
         target = course.target if course.target is not None else self._targets.find(course.attempt)
         url = target.url if isinstance(target, Compiled) else None
         return destination_of(course.attempt, url, presented.handle)
@@ -177,7 +179,7 @@ class Telling:
         except SpoolFullError as error:
             log.error("what came of an action is not recorded: %s", error)
 
-    def _lease_of(self, course: DecisionContext, presented: Presented) -> str | None:
+    def _lease_of(self, course: DecisionContext, presented: PresentedIdentity) -> str | None:
         """The lease that decided; else that of the handle which was shown, whoever showed it."""
         if course.lease is not None:
             return course.lease.lease_id

@@ -6,7 +6,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from ringfence.gateway.domain import TOO_FAST, UNAVAILABLE, Ask, Chosen, Refusal, refused
+from ringfence.gateway.domain import (
+    TOO_MANY_REQUESTS,
+    UNAVAILABLE,
+    ApprovalRequired,
+    ChosenLease,
+    Refusal,
+    refuse,
+)
 from ringfence.kernel.base import metrics
 from ringfence.kernel.kafka.producer import to_json
 from ringfence.messages.credential import Reason
@@ -61,14 +68,14 @@ class Evaluator:
 
     async def answer(
         self,
-        chosen: Chosen,
+        chosen: ChosenLease,
         action: Action,
         *,
         id: str,
         reads: bool,
         earlier: Callable[[], Mapping[str, Any]],
         now_ms: int,
-    ) -> Refusal | Ask | None:
+    ) -> Refusal | ApprovalRequired | None:
         """Why the bundle denies it, whose word it wants, or None. An engine that gives no answer denies.
 
         Only what is allowed as it is, is remembered.
@@ -104,7 +111,7 @@ class Evaluator:
 
     def _input(
         self,
-        chosen: Chosen,
+        chosen: ChosenLease,
         action: Action,
         *,
         id: str,
@@ -147,7 +154,7 @@ class Evaluator:
         return document
 
 
-def kind_of(chosen: Chosen, action: Action, *, reads: bool) -> Kind:
+def kind_of(chosen: ChosenLease, action: Action, *, reads: bool) -> Kind:
     """The lease, what is done by it, and the revisions of the records."""
     ground, sponsor = chosen.ground, chosen.ground.sponsor
     return (
@@ -165,23 +172,23 @@ def _denied(result: PolicyResult) -> Refusal | None:
     if not reasons:
         message = "policy does not allow it and gave no reason"
         reasons = (Reason(code="policy_denied", message=message),)
-    status = TOO_FAST if any(reason.code == _RATE for reason in reasons) else 403
+    status = TOO_MANY_REQUESTS if any(reason.code == _RATE for reason in reasons) else 403
     return Refusal(status, reasons)
 
 
-def _wanted(answer: Answer, chosen: Chosen, action: Action) -> set[str]:
+def _wanted(answer: Answer, chosen: ChosenLease, action: Action) -> set[str]:
     """Whose word is wanted: what the target's record asks for stands, whatever the bundle says."""
     asked = (verb.ask for verb in chosen.ground.target.state.verbs if verb.verb == action.verb)
     return {*answer.result.approvals, *filter(None, asked)} - {"none"}
 
 
-def _ask(wanted: set[str], revision: str) -> Refusal | Ask:
+def _ask(wanted: set[str], revision: str) -> Refusal | ApprovalRequired:
     """That of several is not asked for: nobody waits in a connection for two people."""
     for one in _CLASSES:
         if wanted == {one}:
-            return Ask(one, revision)
+            return ApprovalRequired(one, revision)
     names = " and ".join(sorted(wanted))
     message = (
         f"the word of {names} is wanted, and one person is asked about an action: ask for another credential"
     )
-    return refused("approval_required", message)
+    return refuse("approval_required", message)

@@ -13,10 +13,10 @@ from ringfence.gateway.contract import (
     CachedAllowance,
     Headers,
     HoldableRequest,
-    Mcp,
-    Presented,
+    McpExchange,
+    PresentedIdentity,
     RateCheck,
-    Rpc,
+    RpcErrorReply,
     Verdict,
 )
 from ringfence.gateway.decision.action_ids import ActionIds
@@ -33,17 +33,17 @@ from ringfence.gateway.decision.observe_mode import Observing
 from ringfence.gateway.decision.sender import NONCE_WANTED, Identifier
 from ringfence.gateway.decision.targets import Compiled, Targets
 from ringfence.gateway.domain import (
+    CONTENT_TOO_LARGE,
     SAFE_METHODS,
-    TOO_FAST,
-    TOO_LARGE,
+    TOO_MANY_REQUESTS,
     UNAVAILABLE,
-    Ask,
-    Chosen,
+    ApprovalRequired,
+    ChosenLease,
     Refusal,
     Sender,
-    refused,
-    refused_for,
-    weigh,
+    authorize,
+    refuse,
+    refuse_for,
 )
 from ringfence.gateway.events.recorder import Recorder
 from ringfence.gateway.events.refusal_counts import Counted
@@ -122,7 +122,7 @@ class DecisionGate:
 
     async def decide(
         self,
-        presented: Presented,
+        presented: PresentedIdentity,
         attempt: Attempt,
         admits: RateCheck | None = None,
         patient: HoldableRequest | None = None,
@@ -133,7 +133,7 @@ class DecisionGate:
             refusal = await self._refusal(course, presented, attempt, admits)
         except Exception:  # what cannot be decided is denied, whatever it is
             log.exception("a request could not be decided")
-            refusal = refused("undecided", "the gateway could not decide this", status=UNAVAILABLE)
+            refusal = refuse("undecided", "the gateway could not decide this", status=UNAVAILABLE)
         if refusal is not None and course.unheard and not course.observed:
             return self._told_with_others(course, presented, attempt, refusal)
         verdict = self._verdict(course, presented, attempt, refusal)
@@ -148,7 +148,7 @@ class DecisionGate:
         return verdict
 
     def _told_with_others(
-        self, course: DecisionContext, presented: Presented, attempt: Attempt, refusal: Refusal
+        self, course: DecisionContext, presented: PresentedIdentity, attempt: Attempt, refusal: Refusal
     ) -> Verdict:
         """The verdict on what was not even looked at: such a request costs its sender nothing, and no event each."""
         if refusal.reasons[0].code == NONCE_WANTED:
@@ -169,19 +169,19 @@ class DecisionGate:
         self._telling.note(course, verdict)
         return verdict
 
-    def standing(self, presented: Presented, attempt: Attempt) -> CachedAllowance | None:
+    def cached_allowance(self, presented: PresentedIdentity, attempt: Attempt) -> CachedAllowance | None:
         """See `Gate`."""
         return self._fast_path.cached_decision(presented, attempt) if self._fast_path is not None else None
 
-    async def injected(self, verdict: Verdict) -> Mapping[str, str]:
+    async def headers_to_inject(self, verdict: Verdict) -> Mapping[str, str]:
         """See `Gate`."""
-        if not verdict.allowed or verdict.lease is None or verdict.injects is None:
+        if not verdict.allowed or verdict.lease is None or verdict.injected is None:
             raise UnavailableError("this request was not allowed: nothing is injected")
         if (denial := self._view.denial()) is not None:
             raise UnavailableError(denial.message, code=denial.code)
         if (problem := self._view.table.problem(verdict.lease)) is not None:
             raise UnavailableError(problem.message, code=problem.code)
-        return verdict.injects
+        return verdict.injected
 
     def upstream(self, target: TargetState) -> str:
         """See `Gate`."""
@@ -190,7 +190,7 @@ class DecisionGate:
             raise UnavailableError(_says_no_place(target))
         return url
 
-    def on_end(self, lease_id: str, ended: Callable[[], None]) -> Callable[[], None]:
+    def on_lease_end(self, lease_id: str, ended: Callable[[], None]) -> Callable[[], None]:
         """See `Gate`."""
         if self._view.stale() is not None:
             ended()
@@ -205,9 +205,9 @@ class DecisionGate:
         """See `Gate`."""
         self._view.table.unwatch(lease_id, ended)
 
-    def doubt(self) -> Reason | None:
+    def view_problem(self) -> Reason | None:
         """See `Gate`."""
-        return self._view.doubt()
+        return self._view.view_problem()
 
     def view_expired(self) -> bool:
         """See `Gate`."""
@@ -216,7 +216,11 @@ class DecisionGate:
     # --- the steps, in their order ---
 
     async def _refusal(
-        self, course: DecisionContext, presented: Presented, attempt: Attempt, admits: RateCheck | None
+        self,
+        course: DecisionContext,
+        presented: PresentedIdentity,
+        attempt: Attempt,
+        admits: RateCheck | None,
     ) -> Refusal | None:
         began_ns = time.perf_counter_ns()
         try:
@@ -234,7 +238,11 @@ class DecisionGate:
         return refusal
 
     async def _decided(
-        self, course: DecisionContext, presented: Presented, attempt: Attempt, admits: RateCheck | None
+        self,
+        course: DecisionContext,
+        presented: PresentedIdentity,
+        attempt: Attempt,
+        admits: RateCheck | None,
     ) -> Refusal | None:
         course.unheard = True
         if (stale := self._stale()) is not None:
@@ -245,16 +253,16 @@ class DecisionGate:
             return sender
         course.sender = sender
         if admits is not None and (reason := admits(sender.agent_id)) is not None:
-            return Refusal(TOO_FAST, (reason,))
+            return Refusal(TOO_MANY_REQUESTS, (reason,))
         course.unheard = False
         said = await self._looked_at(course, sender)
-        if not isinstance(said, Ask):
+        if not isinstance(said, ApprovalRequired):
             return said
         if (refusal := self._unasked(course, presented)) is not None:
             return refusal
         return await self._approved(course, sender, said)
 
-    async def _looked_at(self, course: DecisionContext, sender: Sender) -> Refusal | Ask | None:
+    async def _looked_at(self, course: DecisionContext, sender: Sender) -> Refusal | ApprovalRequired | None:
         attempt = course.attempt
         target = self._targets.find(attempt)
         if isinstance(target, Refusal):
@@ -278,8 +286,10 @@ class DecisionGate:
         course.chosen = chosen
         return await self._evaluated(course, chosen, action)
 
-    def _authorize_uncached(self, sender: Sender, target: TargetState, action: Action) -> Chosen | Refusal:
-        return weigh(
+    def _authorize_uncached(
+        self, sender: Sender, target: TargetState, action: Action
+    ) -> ChosenLease | Refusal:
+        return authorize(
             sender,
             target,
             action,
@@ -290,8 +300,8 @@ class DecisionGate:
         )
 
     async def _evaluated(
-        self, course: DecisionContext, chosen: Chosen, action: Action
-    ) -> Refusal | Ask | None:
+        self, course: DecisionContext, chosen: ChosenLease, action: Action
+    ) -> Refusal | ApprovalRequired | None:
         now_ms = self._clock.now_ms()
         return await self._evaluator.answer(
             chosen,
@@ -306,12 +316,12 @@ class DecisionGate:
         """Why it cannot be forwarded though it is allowed: what is recorded as allowed has its credential by then."""
         refusal = None
         try:
-            course.injects = await self._injector.headers(lease, target)
+            course.injected = await self._injector.headers(lease, target)
         except UnavailableError as error:
-            refusal = refused(error.code, error.message[:1000], status=UNAVAILABLE)
+            refusal = refuse(error.code, error.message[:1000], status=UNAVAILABLE)
         # It may have been cut while others were asked; this gateway may have given its word on that.
         problem = self._view.table.problem(lease)
-        return refused_for(problem) if problem is not None else self._stale() or refusal
+        return refuse_for(problem) if problem is not None else self._stale() or refusal
 
     def _stale(self) -> Refusal | None:
         denial = self._view.denial()
@@ -319,25 +329,27 @@ class DecisionGate:
 
     # --- a person's word, where the bundle wants it ---
 
-    def _unasked(self, course: DecisionContext, presented: Presented) -> Refusal | None:
+    def _unasked(self, course: DecisionContext, presented: PresentedIdentity) -> Refusal | None:
         """Where it goes on all the same, in observe mode, nobody is asked."""
-        refusal = refused("approval_required", "a person would be asked about this action")
+        refusal = refuse("approval_required", "a person would be asked about this action")
         observed = self._observing.goes_on(refusal, course.target, presented, course.attempt)
         return refusal if observed is not None else None
 
-    async def _approved(self, course: DecisionContext, sender: Sender, ask: Ask) -> Refusal | None:
+    async def _approved(
+        self, course: DecisionContext, sender: Sender, ask: ApprovalRequired
+    ) -> Refusal | None:
         """Wait for a yes to exactly this, and look at everything once more: it is used when nothing else lacks."""
         if course.target is None or headers_to_approve(course.attempt, course.target.state) is None:
             message = (
                 "a person is asked about this, with its headers, and this data plane does not show all that it "
                 "forwards: go through the gateway's own data plane"
             )
-            return refused("headers_unseen", message)
+            return refuse("headers_unseen", message)
         if (refusal := await self._seen_whole(course)) is not None:
             return refusal
         waiting = _waiting(course, ask)
         if waiting is None:
-            return refused("action_unshowable", "the target does not say where it is, so nobody can be asked")
+            return refuse("action_unshowable", "the target does not say where it is, so nobody can be asked")
         began_ns = time.perf_counter_ns()
         try:
             course.question, refusal = await self._approvals.answered(waiting, course.patient)
@@ -346,15 +358,15 @@ class DecisionGate:
         if refusal is not None and refusal.status == UNAVAILABLE:
             refusal = self._stale() or refusal  # which of what it knows is not to go by
         if refusal is not None or course.question is None:
-            return refusal or refused("undecided", "nobody could be asked", status=UNAVAILABLE)
+            return refusal or refuse("undecided", "nobody could be asked", status=UNAVAILABLE)
         return await self._once_more(course, sender, course.question)
 
     async def _seen_whole(self, course: DecisionContext) -> Refusal | None:
         if course.attempt.body is None and course.patient is not None:
-            course.attempt = replace(course.attempt, body=await course.patient.whole())
+            course.attempt = replace(course.attempt, body=await course.patient.read_body())
         if course.attempt.body is None:
             message = "a person is asked about this, with its body, and that was not seen whole"
-            return refused("body_unseen", message, status=TOO_LARGE)
+            return refuse("body_unseen", message, status=CONTENT_TOO_LARGE)
         return None
 
     async def _once_more(self, course: DecisionContext, sender: Sender, question: Question) -> Refusal | None:
@@ -366,7 +378,7 @@ class DecisionGate:
             return said
         going_on = _waiting(course, said) if said is not None else None
         if said is not None and (going_on is None or self._approvals.same(going_on) != question.same):
-            return refused(
+            return refuse(
                 "approval_stale", "what was approved is another thing by now; send it again to ask anew"
             )
         return None
@@ -376,31 +388,31 @@ class DecisionGate:
         body = attempt.body
         shown = body if attempt.json or target.map.speaks_mcp(attempt.target) else None
         if (unread := target.map.not_understood(attempt.method, attempt.target, shown)) is not None:
-            return refused("rule_not_understood", f"at target {id}, {unread}")
+            return refuse("rule_not_understood", f"at target {id}, {unread}")
         if target.map.reads_body(attempt.method, attempt.target) and (
             body is None or len(body) > MAX_BODY_BYTES
         ):
             message = f"what this request does at {id} stands in its body, which was not seen whole"
-            return refused("body_unseen", message, status=TOO_LARGE)
+            return refuse("body_unseen", message, status=CONTENT_TOO_LARGE)
         if body and not attempt.json and target.map.reads_body(attempt.method, attempt.target):
             message = (
                 f"what this request does at {id} stands in its body: send that with Content-Type: application/json, in "
                 "UTF-8 and without Content-Encoding, so that it cannot be read as something else"
             )
-            return refused("body_not_json", message)
-        return refused("request_unmapped", f"the map of target {id} does not say what this request does")
+            return refuse("body_not_json", message)
+        return refuse("request_unmapped", f"the map of target {id} does not say what this request does")
 
     # --- the verdict ---
 
     def _observe(
-        self, course: DecisionContext, refusal: Refusal, presented: Presented, attempt: Attempt
+        self, course: DecisionContext, refusal: Refusal, presented: PresentedIdentity, attempt: Attempt
     ) -> None:
         target = self._observing.goes_on(refusal, course.target, presented, attempt)
         if target is not None:
             course.target, course.observed = target, True
 
     def _verdict(
-        self, course: DecisionContext, presented: Presented, attempt: Attempt, refusal: Refusal | None
+        self, course: DecisionContext, presented: PresentedIdentity, attempt: Attempt, refusal: Refusal | None
     ) -> Verdict:
         by_proof = presented.task_id is None and presented.certificate is None
         status = 200 if refusal is None else refusal.status
@@ -413,16 +425,16 @@ class DecisionGate:
             target=course.target.state if course.target is not None else None,
             action=course.action,
             nonce=self._identifier.nonce() if by_proof else None,
-            retry_after_s=_RATE_RETRY_S if status in (UNAVAILABLE, TOO_FAST) else None,
+            retry_after_s=_RATE_RETRY_S if status in (UNAVAILABLE, TOO_MANY_REQUESTS) else None,
             task_id=course.task_id,
             observed=course.observed,
             mcp=self._exchange(course, attempt) if refusal is None else None,
             rpc=self._rpc(course, attempt) if refusal is not None else None,
             headers=_approved_headers(course) if refusal is None else None,
-            injects=course.injects if refusal is None else None,
+            injected=course.injected if refusal is None else None,
         )
 
-    def _exchange(self, course: DecisionContext, attempt: Attempt) -> Mcp | None:
+    def _exchange(self, course: DecisionContext, attempt: Attempt) -> McpExchange | None:
         if course.spoken is None or course.target is None or course.lease is None:
             return None
         return self._mcp.exchange(
@@ -433,7 +445,7 @@ class DecisionGate:
             lambda outcome: self._telling.record_answer(course, outcome),
         )
 
-    def _rpc(self, course: DecisionContext, attempt: Attempt) -> Rpc | None:
+    def _rpc(self, course: DecisionContext, attempt: Attempt) -> RpcErrorReply | None:
         """How a refusal is told to who posted a message: it may not have come to reading that."""
         target = course.target if course.target is not None else self._targets.find(attempt)
         speaks = isinstance(target, Compiled) and target.map.speaks_mcp(attempt.target)
@@ -451,14 +463,14 @@ def _nowhere(target: Compiled, attempt: Attempt) -> Refusal | None:
     """Refused, so that everything which is recorded as allowed can be sent."""
     if target.can_be_sent(attempt):
         return None
-    return refused("target_nowhere", _says_no_place(target.state), status=UNAVAILABLE)
+    return refuse("target_nowhere", _says_no_place(target.state), status=UNAVAILABLE)
 
 
 def _says_no_place(target: TargetState) -> str:
     return f"target {target.target_id} does not say where it is: an operator adds it with --setting url=https://..."
 
 
-def _waiting(course: DecisionContext, ask: Ask) -> Waiting | None:
+def _waiting(course: DecisionContext, ask: ApprovalRequired) -> Waiting | None:
     """What a person is asked about: exactly what would go on. None where something of it is not known."""
     chosen, target, action, attempt = course.chosen, course.target, course.action, course.attempt
     if chosen is None or target is None or target.url is None or action is None or attempt.body is None:

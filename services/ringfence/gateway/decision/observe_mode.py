@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import Final
 
 from ringfence.backends.http import secret_header
-from ringfence.gateway.contract import Attempt, Presented
+from ringfence.gateway.contract import Attempt, PresentedIdentity
 from ringfence.gateway.decision.targets import Compiled, Targets
 from ringfence.gateway.domain import UNAVAILABLE, Refusal
 from ringfence.messages.registry import TargetState
@@ -37,7 +37,7 @@ class Observing:
         self._target_ids = frozenset(target_ids)
 
     def goes_on(
-        self, refusal: Refusal, target: Compiled | None, presented: Presented, attempt: Attempt
+        self, refusal: Refusal, target: Compiled | None, presented: PresentedIdentity, attempt: Attempt
     ) -> Compiled | None:
         """The target that a refused request goes on to as it came, or None: then it is denied.
 
@@ -58,7 +58,7 @@ class Observing:
             target = found
         if target.state.target_id not in self._target_ids:
             return None
-        return target if presented.own & own_headers(target.state) else None
+        return target if presented.header_names & own_headers(target.state) else None
 
 
 def own_headers(target: TargetState) -> frozenset[str]:

@@ -9,7 +9,7 @@ from typing import Final
 
 from ringfence.backends.target_settings import TargetSettingsError, settings_of
 from ringfence.gateway.contract import Attempt
-from ringfence.gateway.domain import Refusal, refused
+from ringfence.gateway.domain import Refusal, refuse
 from ringfence.messages.registry import AnyRecord, TargetRecord, TargetState
 from ringfence.model.http_targets.request_map import RequestMap, RequestMapError
 from ringfence.model.identity.spiffe_ids import SubjectKind
@@ -68,12 +68,10 @@ class Targets:
         found = [one for id in sorted(ids) if isinstance(one := self._named(id), Compiled)]
         found = [one for one in found if one.url is not None and _place_of_url(one.url) == place]
         if not found:
-            return refused(
-                "target_unknown", "no target is there: have an operator add it, or ask for another"
-            )
+            return refuse("target_unknown", "no target is there: have an operator add it, or ask for another")
         if len(found) > 1:
             names = ", ".join(one.state.target_id for one in found)
-            return refused("target_ambiguous", f"several targets are there ({names}): go by /<target>/...")
+            return refuse("target_ambiguous", f"several targets are there ({names}): go by /<target>/...")
         return found[0]
 
     def url_of(self, target: TargetState) -> str | None:
@@ -97,18 +95,18 @@ class Targets:
         try:
             entry = self._directory.target(target_id)
         except ChainError as error:
-            return refused("record_untrusted", str(error))
+            return refuse("record_untrusted", str(error))
         if entry is None:
-            return refused("target_unknown", f"there is no target {target_id[:64]}")
+            return refuse("target_unknown", f"there is no target {target_id[:64]}")
         if entry.state.status != "active":
-            return refused("target_removed", f"target {target_id} was removed")
+            return refuse("target_removed", f"target {target_id} was removed")
         kept = self._compiled.get(target_id)
         if kept is not None and kept.record is entry.record:
             return kept
         try:
             made = Compiled(entry.state, entry.record, RequestMap(entry.state.requests), url_of(entry.state))
         except (RequestMapError, TargetSettingsError) as error:
-            return refused("target_invalid", f"the record of target {target_id} cannot be used: {error}")
+            return refuse("target_invalid", f"the record of target {target_id} cannot be used: {error}")
         self._compiled[target_id] = made
         return made
 

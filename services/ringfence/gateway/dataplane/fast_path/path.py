@@ -103,7 +103,7 @@ class FastPath:
         plan, upstream, injects = self._plan, self._upstream, self._injects
         assert plan is not None, "something was handed over"
         body = self._come[-plan.length :] if plan.length else None
-        verdict = plan.standing.verdict(self._action_id, injects)
+        verdict = plan.cached_allowance.verdict(self._action_id, injects)
         going, exchange = Asked(plan.request, plan.attempt, verdict, Body(), body), None
         if upstream is not None:
             exchange = self._desk.forwarder.take_over(self._client, going, injects, plan.origin, upstream)
@@ -117,14 +117,14 @@ class FastPath:
         if self._plan is not None:
             upstream = self._upstream
             if upstream is not None:
-                upstream.taker = upstream.on_gone = None
+                upstream.taker = upstream.on_disconnect = None
                 upstream.abort()
             self._forget(self._plan)
         self._turn.end()
 
     def _forget(self, plan: Plan) -> None:
         """Nothing is under way here any more."""
-        self._desk.gate.unwatch(plan.standing.lease.lease_id, self._when_ended)
+        self._desk.gate.unwatch(plan.cached_allowance.lease.lease_id, self._when_ended)
         self._plan = self._upstream = None
 
     # --- a request ----------------------------------------------------------------------------------------------------
@@ -158,16 +158,18 @@ class FastPath:
             turn.begin()
         except RefusedError:
             return False
-        allowed = plan.standing.allowed(turn.admits, self._when_kept)
-        if allowed is None and kept is not None and not kept.standing.holds():
+        allowed = plan.cached_allowance.allowed(turn.admits, self._when_kept)
+        if allowed is None and kept is not None and not kept.cached_allowance.holds():
             plan = self._planned(data, end, key, plans)
-            allowed = plan.standing.allowed(turn.admits, self._when_kept) if plan is not None else None
+            allowed = (
+                plan.cached_allowance.allowed(turn.admits, self._when_kept) if plan is not None else None
+            )
         if allowed is None or plan is None:
             turn.put_off()
             return False
         self._plan, self._come, self.ended = plan, data, False
         self._action_id, self._injects = allowed
-        desk.gate.watch(plan.standing.lease.lease_id, self._when_ended)
+        desk.gate.watch(plan.cached_allowance.lease.lease_id, self._when_ended)
         self._client.deadline = None
         self.taken += 1
         return True
@@ -186,7 +188,7 @@ class FastPath:
             seen = request.length is not None and request.length > 0 and desk.gate.reads_body(attempt)
             if seen:
                 attempt = dataclasses.replace(attempt, body=data[end + len(END) :])
-            standing = desk.gate.standing(presented, attempt)
+            standing = desk.gate.cached_allowance(presented, attempt)
             if standing is None:
                 return None
             plan = Plan(request, attempt, standing, origin_of(desk.gate.upstream(standing.target)))
@@ -220,7 +222,7 @@ class FastPath:
             return
         self._upstream = upstream
         upstream.deadline = time.monotonic() + desk.patiences.response_s
-        upstream.taker, upstream.on_gone = self._when_answered, self._when_gone
+        upstream.taker, upstream.on_disconnect = self._when_answered, self._when_gone
         head, self._needles = plan.head(self._injects)
         upstream.write(head + self._come[-plan.length :] if plan.length else head)
 
@@ -241,7 +243,7 @@ class FastPath:
         self.ended = True
         upstream, self._upstream = self._upstream, None
         if upstream is not None:
-            upstream.taker = upstream.on_gone = None
+            upstream.taker = upstream.on_disconnect = None
             upstream.abort()
         self._hand_over()
 
@@ -269,7 +271,7 @@ class FastPath:
         if begins.again and not plan.odd:
             desk.upstreams.give_back(plan.origin, upstream)
         else:
-            upstream.taker = upstream.on_gone = None
+            upstream.taker = upstream.on_disconnect = None
             upstream.abort()
         self._turn.end()
         client.deadline = time.monotonic() + desk.patiences.idle_s
@@ -280,7 +282,7 @@ class FastPath:
     def _hand_over(self) -> None:
         upstream = self._upstream
         if upstream is not None:
-            upstream.taker, upstream.on_gone = None, None
+            upstream.taker, upstream.on_disconnect = None, None
         self.handed_over = True
         self._client.wake()
 

@@ -17,8 +17,8 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Final, Generic, TypeVar
 
-from ringfence.gateway.contract import Attempt, Presented
-from ringfence.gateway.domain import Chosen, Sender
+from ringfence.gateway.contract import Attempt, PresentedIdentity
+from ringfence.gateway.domain import ChosenLease, Sender
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets.request_map import Action
@@ -38,7 +38,7 @@ class CacheValidity:
 
     __slots__ = ("_directory", "_leases", "_place", "_records", "_table", "_trust", "_until_s")
 
-    def __init__(self, table: LeaseTable, directory: Directory, chosen: Chosen, until_s: float) -> None:
+    def __init__(self, table: LeaseTable, directory: Directory, chosen: ChosenLease, until_s: float) -> None:
         """`chosen`: the lease that was chosen for the value; `until_s`: when time alone ends it (`valid_until_s`)."""
         self._table = table
         self._directory = directory
@@ -74,7 +74,7 @@ class ValidatedCache(Generic[K, V]):
         value, validity = entry
         return value if validity.holds(now_s) else None
 
-    def put(self, key: K, value: V, chosen: Chosen, until_s: float) -> None:
+    def put(self, key: K, value: V, chosen: ChosenLease, until_s: float) -> None:
         """Cache a value that was computed just now, with the lease that was chosen for it."""
         self._entries[key] = value, CacheValidity(self._table, self._directory, chosen, until_s)
         self._entries.move_to_end(key)
@@ -82,7 +82,7 @@ class ValidatedCache(Generic[K, V]):
             self._entries.popitem(last=False)
 
 
-def valid_until_s(chosen: Chosen, entitlements_max_age_s: int) -> float:
+def valid_until_s(chosen: ChosenLease, entitlements_max_age_s: int) -> float:
     """When time alone changes the decision: the lease or the task ends, or the entitlements get too old."""
     lease, ground = chosen.lease, chosen.ground
     as_of = ground.user.state.entitlements.as_of
@@ -97,15 +97,15 @@ class ChosenLeaseCache:
 
     def __init__(self, table: LeaseTable, directory: Directory, *, limit: int = MAX_CHOSEN_LEASES) -> None:
         self._table = table
-        self._cache: ValidatedCache[_LeaseKey, Chosen] = ValidatedCache(table, directory, limit=limit)
+        self._cache: ValidatedCache[_LeaseKey, ChosenLease] = ValidatedCache(table, directory, limit=limit)
 
-    def get(self, sender: Sender, target: TargetState, action: Action, now_s: float) -> Chosen | None:
+    def get(self, sender: Sender, target: TargetState, action: Action, now_s: float) -> ChosenLease | None:
         """The lease that would be chosen now; None where that is not certain."""
         cached = self._cache.get(_lease_key(sender, target.target_id, action), now_s)
         # Another lease may allow the action where this one no longer does.
         return cached if cached is not None and self._table.problem(cached.lease) is None else None
 
-    def put(self, sender: Sender, action: Action, chosen: Chosen, entitlements_max_age_s: int) -> None:
+    def put(self, sender: Sender, action: Action, chosen: ChosenLease, entitlements_max_age_s: int) -> None:
         """Cache the lease that was chosen just now."""
         key = _lease_key(sender, chosen.lease.target_id, action)
         self._cache.put(key, chosen, chosen, valid_until_s(chosen, entitlements_max_age_s))
@@ -124,17 +124,19 @@ class RequestCache(Generic[V]):
     def __init__(self, table: LeaseTable, directory: Directory, *, limit: int = MAX_REQUESTS) -> None:
         self._cache: ValidatedCache[_RequestKey, V] = ValidatedCache(table, directory, limit=limit)
 
-    def get(self, presented: Presented, attempt: Attempt, now_s: float) -> V | None:
+    def get(self, presented: PresentedIdentity, attempt: Attempt, now_s: float) -> V | None:
         """What the request would lead to now; None where that is not certain."""
         return self._cache.get(_request_key(presented, attempt), now_s) if attempt.body is None else None
 
-    def put(self, presented: Presented, attempt: Attempt, value: V, chosen: Chosen, until_s: float) -> None:
+    def put(
+        self, presented: PresentedIdentity, attempt: Attempt, value: V, chosen: ChosenLease, until_s: float
+    ) -> None:
         """Cache what a request led to just now, with the lease that was chosen for it."""
         if attempt.body is None and len(attempt.target) <= _MAX_TARGET_CHARS:
             self._cache.put(_request_key(presented, attempt), value, chosen, until_s)
 
 
-def _request_key(presented: Presented, attempt: Attempt) -> _RequestKey:
+def _request_key(presented: PresentedIdentity, attempt: Attempt) -> _RequestKey:
     return (
         presented.task_id, presented.certificate, presented.handle,
         attempt.authority, attempt.target_id, attempt.scheme, attempt.method, attempt.target,

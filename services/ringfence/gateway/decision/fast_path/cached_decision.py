@@ -16,7 +16,7 @@ from ringfence.gateway.decision.evaluator import NO_ANSWER, Evaluator, kind_of
 from ringfence.gateway.decision.fast_path.cache import CacheValidity
 from ringfence.gateway.decision.fast_path.event import AllowedEvents
 from ringfence.gateway.decision.injection import Injector
-from ringfence.gateway.domain import Chosen, Sender, access_of
+from ringfence.gateway.domain import ChosenLease, Sender, access_of
 from ringfence.gateway.events.action_fields import decision_counter
 from ringfence.gateway.events.recorder import Recorder
 from ringfence.gateway.events.task_history import Earlier
@@ -78,7 +78,7 @@ class CachedDecision:
         sender: Sender,
         target: TargetState,
         action: Action,
-        chosen: Chosen,
+        chosen: ChosenLease,
         attempt: Attempt,
         validity: CacheValidity,
     ) -> None:
@@ -125,11 +125,11 @@ class CachedDecision:
         )
         return id, injects
 
-    def verdict(self, action_id: str, injects: Mapping[str, str]) -> Verdict:
+    def verdict(self, action_id: str, injected: Mapping[str, str]) -> Verdict:
         """See `attempts.Standing`."""
         return Verdict(
             action_id, allowed=True, status=200, lease=self.lease, target=self.target, action=self._action,
-            task_id=self.lease.task_id, injects=injects,
+            task_id=self.lease.task_id, injected=injected,
         )  # fmt: skip
 
     def _injects(self, now_ms: int) -> Mapping[str, str] | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ringfence.gateway.contract import Attempt, Presented
+from ringfence.gateway.contract import Attempt, PresentedIdentity
 from ringfence.gateway.decision.action_ids import ActionIds
 from ringfence.gateway.decision.evaluator import Evaluator
 from ringfence.gateway.decision.fast_path.cache import (
@@ -27,7 +27,7 @@ from ringfence.gateway.decision.fast_path.event import AllowedEvents
 from ringfence.gateway.decision.injection import Injector
 from ringfence.gateway.decision.sender import Identifier
 from ringfence.gateway.decision.targets import Targets
-from ringfence.gateway.domain import Access, Chosen, Refusal, Sender
+from ringfence.gateway.domain import Access, ChosenLease, Refusal, Sender
 from ringfence.gateway.events.recorder import Recorder
 from ringfence.gateway.events.task_history import Earlier
 from ringfence.gateway.state.view import View
@@ -36,7 +36,7 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets.request_map import Action
 
-Authorize = Callable[[Sender, TargetState, Action], Chosen | Refusal]
+Authorize = Callable[[Sender, TargetState, Action], ChosenLease | Refusal]
 
 
 class DecisionFastPath:
@@ -72,17 +72,17 @@ class DecisionFastPath:
             view, evaluator, injector, recorder, earlier, ids, clock, gateway=gateway
         )
 
-    def authorize(self, sender: Sender, target: TargetState, action: Action) -> Chosen | Refusal:
+    def authorize(self, sender: Sender, target: TargetState, action: Action) -> ChosenLease | Refusal:
         """What `authorize` of the constructor returns, from the cache where that still holds."""
         cached = self._chosen_leases.get(sender, target, action, self._clock.now_ms() / 1000)
         if cached is not None:
             return cached
         found = self._authorize(sender, target, action)
-        if isinstance(found, Chosen):
+        if isinstance(found, ChosenLease):
             self._chosen_leases.put(sender, action, found, self._entitlements_max_age_s)
         return found
 
-    def cached_decision(self, presented: Presented, attempt: Attempt) -> CachedDecision | None:
+    def cached_decision(self, presented: PresentedIdentity, attempt: Attempt) -> CachedDecision | None:
         """See `Gate.standing`. Takes the steps of `DecisionGate.decide` that need no await.
 
         None where a step needs one, or refuses: that is left to `decide`.
@@ -92,7 +92,7 @@ class DecisionFastPath:
         except Exception:  # noqa: BLE001 - `decide` meets the same error, and reports it
             return None
 
-    def _cached_decision(self, presented: Presented, attempt: Attempt) -> CachedDecision | None:
+    def _cached_decision(self, presented: PresentedIdentity, attempt: Attempt) -> CachedDecision | None:
         cached = self._decisions.get(presented, attempt, self._clock.now_ms() / 1000)
         if cached is not None and cached.holds():
             return cached
