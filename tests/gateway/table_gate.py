@@ -60,7 +60,7 @@ def lease_of(target_id: str, agent_id: str = "helper", number: int = 1) -> Lease
 
 
 @dataclass
-class TableStanding:
+class TableAllowance:
     """What the table said of one request."""
 
     gate: TableGate
@@ -70,16 +70,16 @@ class TableStanding:
     target: TargetState
     entry: Entry
 
-    def holds(self) -> bool:
+    def is_valid(self) -> bool:
         """The secret is asked for each time."""
         entry = self.gate.targets.get(self.target.target_id)
         same = entry is not None and dataclasses.replace(entry, injected=self.entry.injected) == self.entry
         return same and self._verdict().allowed
 
     def allowed(
-        self, admits: RateCheck, then: Callable[[bool], None]
+        self, rate_check: RateCheck, then: Callable[[bool], None]
     ) -> tuple[str, Mapping[str, str]] | None:
-        return self.gate.at_hand(self.presented, self.attempt, admits, then) if self.holds() else None
+        return self.gate.at_hand(self.presented, self.attempt, rate_check, then) if self.is_valid() else None
 
     def verdict(self, action_id: str, injected: Mapping[str, str]) -> Verdict:
         return dataclasses.replace(self._verdict(), action_id=action_id)
@@ -133,28 +133,32 @@ class TableGate:
         self,
         presented: PresentedIdentity,
         attempt: Attempt,
-        admits: RateCheck | None = None,
-        patient: HoldableRequest | None = None,
+        rate_check: RateCheck | None = None,
+        holdable: HoldableRequest | None = None,
     ) -> Verdict:
-        verdict = self._observed(self._decided(presented, attempt, admits), presented, attempt)
+        verdict = self._observed(self._decided(presented, attempt, rate_check), presented, attempt)
         if self.keeps_records:
             self.records.append((presented, attempt, verdict))
         return verdict
 
-    def cached_allowance(self, presented: PresentedIdentity, attempt: Attempt) -> TableStanding | None:
+    def cached_allowance(self, presented: PresentedIdentity, attempt: Attempt) -> TableAllowance | None:
         verdict = self._decided(presented, attempt, lambda agent_id: None)
         if not verdict.allowed or verdict.target is None or verdict.lease is None:
             return None
         entry = self.targets[verdict.target.target_id]
-        return TableStanding(self, presented, attempt, verdict.lease, verdict.target, entry)
+        return TableAllowance(self, presented, attempt, verdict.lease, verdict.target, entry)
 
     def at_hand(
-        self, presented: PresentedIdentity, attempt: Attempt, admits: RateCheck, then: Callable[[bool], None]
+        self,
+        presented: PresentedIdentity,
+        attempt: Attempt,
+        rate_check: RateCheck,
+        then: Callable[[bool], None],
     ) -> tuple[str, Mapping[str, str]] | None:
         verdict = self._decided(presented, attempt, lambda agent_id: None)
         if not verdict.allowed or not self.credentials or verdict.target is None:
             return None
-        if admits(presented.handle or "helper") is not None:
+        if rate_check(presented.handle or "helper") is not None:
             return None
         if self.keeps_records and not self.full:
             self.records.append((presented, attempt, verdict))
@@ -210,12 +214,14 @@ class TableGate:
             verdict, target=self._states[target_id], observed=inherited and target_id in self.observed
         )
 
-    def _decided(self, presented: PresentedIdentity, attempt: Attempt, admits: RateCheck | None) -> Verdict:
+    def _decided(
+        self, presented: PresentedIdentity, attempt: Attempt, rate_check: RateCheck | None
+    ) -> Verdict:
         if not self.available:
             return _denied(503, "view_stale", "nothing can be decided now")
         if self.handles is not None and presented.handle not in self.handles:
             return _denied(401, "unknown_sender", "nobody knows who sends this")
-        if admits is not None and (reason := admits(presented.handle or "helper")) is not None:
+        if rate_check is not None and (reason := rate_check(presented.handle or "helper")) is not None:
             return _denied(429, reason.code, reason.message)
         target_id = self._target(attempt)
         if target_id is None:

@@ -656,7 +656,7 @@ async def test_what_a_person_approved_is_sent_once(place: Place, monkeypatch: py
 
     async with place.connected() as raw:
         assert (await raw.ask(GET)).status == 200
-        monkeypatch.setattr(place.gate, "standing", lambda *_: None)
+        monkeypatch.setattr(place.gate, "cached_allowance", lambda *_: None)
         monkeypatch.setattr(place.gate, "decide", approved)
         place.target.respond = _gone
         assert (await raw.ask(asks)).status == 502

@@ -45,14 +45,14 @@ class Played:
         self.blocked: list[BlockedRequest] = []
 
     async def decide(
-        self, presented: PresentedIdentity, attempt: Attempt, *, patient: HoldableRequest
+        self, presented: PresentedIdentity, attempt: Attempt, *, holdable: HoldableRequest
     ) -> Verdict:
         self.asked.append((presented, attempt))
         if isinstance(self.verdict, Exception):
             raise self.verdict
         return self.verdict
 
-    async def injected(self, verdict: Verdict) -> Mapping[str, str]:
+    async def headers_to_inject(self, verdict: Verdict) -> Mapping[str, str]:
         if isinstance(self.inject, Exception):
             raise self.inject
         return self.inject

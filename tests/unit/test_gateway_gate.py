@@ -20,12 +20,12 @@ from ringfence.gateway.contract import (
 )
 from ringfence.gateway.dataplane.denials import answer
 from ringfence.gateway.dataplane.exchange import goes_no_further
-from ringfence.gateway.decision.evaluator import NO_ANSWER, Allowed
+from ringfence.gateway.decision.evaluator import NO_ANSWER, CachedAnswer
 from ringfence.gateway.decision.gate import DecisionGate
-from ringfence.gateway.decision.mcp import Sessions
+from ringfence.gateway.decision.mcp import SessionTable
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import ApprovalRequired, Refusal, Sender, refuse, stale_view
-from ringfence.gateway.events.refusal_counts import Counted
+from ringfence.gateway.events.refusal_counts import RefusalCounts
 from ringfence.gateway.events.spool import SpoolFullError
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
@@ -64,7 +64,7 @@ class Parts(PlayedRecorder):
         self.equips: Callable[[], None] = lambda: None
         self.full = False
         played = cast(Any, self)
-        self.counted = Counted(self.record, ledger.clock, gateway=GATEWAY)
+        self.counted = RefusalCounts(self.record, ledger.clock, gateway=GATEWAY)
         self.gate: Gate = DecisionGate(
             played, self.targets, played, played, played, played, self.counted, played, ledger.clock,
             gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9,
@@ -101,10 +101,10 @@ class Parts(PlayedRecorder):
         return {"Authorization": "Bearer x"}
 
     # evaluator
-    def holds(self, *args: Any) -> bool:
+    def is_valid(self, *args: Any) -> bool:
         return self.refuses is None
 
-    def remembered(self, *args: Any) -> Allowed:
+    def cached_answer(self, *args: Any) -> CachedAnswer:
         return NO_ANSWER
 
     async def answer(self, *args: Any, **kwargs: Any) -> Refusal | ApprovalRequired | None:
@@ -210,17 +210,17 @@ async def test_what_stands_is_found_anew_when_a_record_or_its_lease_changed(part
     assert standing is not None
     assert parts.gate.cached_allowance(PresentedIdentity(), attempt()) is standing
     parts.place.leased(agent_id="thief", act=("thief",))
-    assert standing.holds()
+    assert standing.is_valid()
     other = parts.place.leased()
-    assert not standing.holds()
+    assert not standing.is_valid()
     found = parts.gate.cached_allowance(PresentedIdentity(), attempt())
     assert found is not None
     parts.table.revoke(found.lease.lease_id, parts.place.ledger.clock.ms)
-    assert not found.holds()
+    assert not found.is_valid()
     found = parts.gate.cached_allowance(PresentedIdentity(), attempt())
     assert found is not None
     assert {found.lease.lease_id, standing.lease.lease_id} <= {other.lease_id, parts.place.lease.lease_id}
-    assert found.holds()
+    assert found.is_valid()
 
 
 async def test_nothing_but_what_is_allowed_is_decided_at_once(parts: Parts) -> None:
@@ -344,7 +344,7 @@ async def test_a_flood_with_bad_credentials_is_told_of_once_a_second_and_whole(p
     ]  # fmt: skip
     first, *_ = parts.events
     assert (first.target_id, first.label, first.request_digest is not None) == ("staging", "pr", True)
-    parts.counted.tell()
+    parts.counted.flush()
     told = parts.events[3:]
     assert [
         (one.agent_id, one.lease_id, one.target_id, one.label, one.reasons[0].code, one.access, one.count)
@@ -367,7 +367,7 @@ async def test_so_is_one_while_nothing_can_be_decided_or_of_too_many(parts: Part
         verdict = await parts.gate.decide(PresentedIdentity(), attempt())
         assert verdict.reasons[0].code == "stale_view", "what is refused anyway needs no room"
     parts.full = False
-    parts.counted.tell()
+    parts.counted.flush()
     assert [(one.reasons[0].code, one.count) for one in parts.events] == [
         ("too_many_requests", 10), ("stale_view", 10),
     ]  # fmt: skip
@@ -427,7 +427,7 @@ async def test_mcp_is_not_spoken_where_nobody_sees_the_answers(parts: Parts) -> 
 
 
 def test_a_lease_has_so_many_sessions_and_no_more() -> None:
-    sessions = Sessions()
+    sessions = SessionTable()
     for number in range(300):
         assert sessions.open("repos", f"s{number}", "a")
     assert sessions.open("repos", "other", "b")

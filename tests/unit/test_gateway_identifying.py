@@ -9,7 +9,7 @@ import pytest
 from ringfence.client.agent.dpop import proof
 from ringfence.client.resource_server.dpop_proofs import Nonces, ProofChecker, ProofsInMemory
 from ringfence.gateway.contract import Attempt, PresentedIdentity
-from ringfence.gateway.decision.sender import Identifier
+from ringfence.gateway.decision.sender import SenderAuthenticator
 from ringfence.gateway.domain import Refusal, Sender
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.crypto.keys import SigningKey
@@ -33,7 +33,7 @@ class Door:
             nonces=self.nonces, clock=self.ledger.clock, memory=ProofsInMemory(remembered)
         )
         self.uses: list[tuple[str, str, str | None]] = []
-        self.identifier = Identifier(
+        self.identifier = SenderAuthenticator(
             TD, self.ledger.directory, self.table, self.proofs, self.ledger.clock,
             lambda *use: self.uses.append(use),
         )  # fmt: skip

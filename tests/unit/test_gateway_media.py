@@ -8,7 +8,7 @@ from ringfence.gateway.dataplane.request_reader import says_json
 
 
 @pytest.mark.parametrize(
-    ("media", "coding"),
+    ("content_type", "coding"),
     [
         ("application/json", None),
         ("application/json", "identity"),
@@ -25,7 +25,7 @@ def test_what_is_json(content_type: str, coding: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("media", "coding"),
+    ("content_type", "coding"),
     [
         (None, None),
         ("", None),

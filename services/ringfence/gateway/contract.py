@@ -208,12 +208,12 @@ class CachedAllowance(Protocol):
         """To which it goes."""
         ...
 
-    def holds(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether `Gate.standing` would find the same now."""
         ...
 
     def allowed(
-        self, admits: RateCheck, then: Callable[[bool], None]
+        self, rate_check: RateCheck, then: Callable[[bool], None]
     ) -> tuple[str, Mapping[str, str]] | None:
         """The id of the action and what it injects, where it is allowed and nothing has to be waited for.
 
@@ -239,13 +239,13 @@ class Gate(Protocol):
         self,
         presented: PresentedIdentity,
         attempt: Attempt,
-        admits: RateCheck | None = None,
-        patient: HoldableRequest | None = None,
+        rate_check: RateCheck | None = None,
+        holdable: HoldableRequest | None = None,
     ) -> Verdict:
         """Decide, and record the decision. Never raises: what cannot be decided is denied.
 
-        What is allowed can be forwarded: the plane's own limits were asked (`admits`), and the credential is there.
-        Where the bundle wants a person's word this waits for it, bounded. Without `patient`, only what came with its
+        What is allowed can be forwarded: the plane's own limits were asked (`rate_check`), and the credential is there.
+        Where the bundle wants a person's word this waits for it, bounded. Without `holdable`, only what came with its
         body can: an approval is over that too.
         """
         ...

@@ -91,11 +91,11 @@ class Approvals:
     # --- asking ---
 
     async def answered(
-        self, waiting: Waiting, patient: HoldableRequest | None
+        self, waiting: Waiting, holdable: HoldableRequest | None
     ) -> tuple[Question | None, Refusal | None]:
         """The question that this request waited for, where there is one, and why it does not go on.
 
-        Without a refusal there is a yes, which it may take (`take`). `patient`: the request, as the data plane has it;
+        Without a refusal there is a yes, which it may take (`take`). `holdable`: the request, as the data plane has it;
         None where nobody tells whether it is still there.
         """
         if (refusal := _unaskable(waiting)) is not None:
@@ -113,7 +113,7 @@ class Approvals:
         if not question.settled:
             if (refusal := self._questions.crowded(agent_id)) is not None:
                 return question, refusal
-            if (refusal := await self._wait(question, waiting, patient)) is not None:
+            if (refusal := await self._wait(question, waiting, holdable)) is not None:
                 return question, refusal
         return question, _refusal(question)
 
@@ -196,7 +196,7 @@ class Approvals:
         return None
 
     async def _wait(
-        self, question: Question, waiting: Waiting, patient: HoldableRequest | None
+        self, question: Question, waiting: Waiting, holdable: HoldableRequest | None
     ) -> Refusal | None:
         """Wait for the answer: None where there may be one; else why this request waits no longer."""
         lease, gone = waiting.chosen.lease, False
@@ -215,7 +215,7 @@ class Approvals:
         self._questions.wait(question, waiter)
         metrics.ACTIONS_WAITING.inc()
         unwatch = self._table.watch(lease.lease_id, wake)
-        stay = patient.on_disconnect(left) if patient is not None else None
+        stay = holdable.on_disconnect(left) if holdable is not None else None
         try:
             async with asyncio.timeout(max(0.0, min(self._wait_s, question.signed.claims.exp - now_s))):
                 await waiter

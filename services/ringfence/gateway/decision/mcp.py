@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ringfence.gateway.contract import Attempt, McpExchange, McpHeaders, McpOutcome, RpcErrorReply
-from ringfence.gateway.decision.targets import Compiled
+from ringfence.gateway.decision.targets import CompiledTarget
 from ringfence.gateway.domain import BAD_REQUEST, CONTENT_TOO_LARGE, NOT_FOUND, Refusal, Sender, refuse
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.messages.lease import Lease
@@ -24,27 +24,27 @@ from ringfence.model.scope.scope import intersect
 
 _JSON: Final = re.compile(r'application/json(?:[ \t]*;[ \t]*charset="?utf-8"?)?', re.IGNORECASE)
 _SESSION: Final = re.compile(r"[!-~]{1,256}")
-_MOST_SESSIONS: Final = 256
+_MAX_SESSIONS: Final = 256
 """Of one lease: the one that was opened first is forgotten for the next."""
 _INITIALIZE: Final = "initialize"
 
 
 @dataclass(frozen=True, slots=True)
-class Spoken:
+class McpRequest:
     """A request to an endpoint: what it says, and by which lease it may go."""
 
     sender: Sender
     message: McpMessage | None
     """None where nothing is posted: a stream is opened, or a session ended."""
 
-    def action(self, target: Compiled, attempt: Attempt) -> Action | None:
+    def action(self, target: CompiledTarget, attempt: Attempt) -> Action | None:
         """What it does at the target, or None where no rule says so."""
         if self.message is None:
             return target.map.action(attempt.method, attempt.target, attempt.body)
         return target.map.mcp_action(attempt.target, self.message)
 
 
-class Sessions:
+class SessionTable:
     """Which lease opened which session at which target."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Sessions:
             return False
         own = self._of.setdefault(lease_id, {})
         own[key] = None
-        if len(own) > _MOST_SESSIONS:
+        if len(own) > _MAX_SESSIONS:
             oldest = next(iter(own))
             del own[oldest], self._lease[oldest]
         return True
@@ -80,10 +80,10 @@ class McpSessions:
 
     def __init__(self, table: LeaseTable) -> None:
         self._table = table
-        self._sessions = Sessions()
+        self._sessions = SessionTable()
         table.on_over(self._sessions.end)
 
-    def read(self, attempt: Attempt, target: Compiled, sender: Sender) -> Spoken | Refusal:
+    def read(self, attempt: Attempt, target: CompiledTarget, sender: Sender) -> McpRequest | Refusal:
         """What a request to an endpoint says; a refusal where that cannot be told, or the session is not its own."""
         carried, id = attempt.mcp_headers, target.state.target_id
         if carried is None:
@@ -101,11 +101,11 @@ class McpSessions:
                 return refuse(
                     "mcp_resume_unbound", "a stream is resumed in a session: name it in Mcp-Session-Id"
                 )
-            return Spoken(sender, posted)
-        bound = self._bound(sender, id, carried.session_id)
-        return bound if isinstance(bound, Refusal) else Spoken(bound, posted)
+            return McpRequest(sender, posted)
+        bound = self._bind(sender, id, carried.session_id)
+        return bound if isinstance(bound, Refusal) else McpRequest(bound, posted)
 
-    def _bound(self, sender: Sender, target_id: str, session: str) -> Sender | Refusal:
+    def _bind(self, sender: Sender, target_id: str, session: str) -> Sender | Refusal:
         """The sender, bound to the lease of its session."""
         lease_id = self._sessions.lease_of(target_id, session)
         lease = self._table.get(lease_id) if lease_id is not None else None
@@ -125,17 +125,17 @@ class McpSessions:
 
     def exchange(
         self,
-        spoken: Spoken,
+        mcp_request: McpRequest,
         attempt: Attempt,
-        target: Compiled,
+        target: CompiledTarget,
         lease: Lease,
         record_outcome: Callable[[McpOutcome], None],
     ) -> McpExchange:
         """The exchange that `lease` allowed, for the data plane. `record_outcome` is called once, with its outcome."""
-        target_id, message = target.state.target_id, spoken.message
+        target_id, message = target.state.target_id, mcp_request.message
 
         def visible(method: str, name: str) -> bool:
-            named = [lease] if spoken.sender.lease_id is not None else None
+            named = [lease] if mcp_request.sender.lease_id is not None else None
             leases = named or self._table.usable(lease.agent_id, lease.task_id, target_id)
             return any(
                 intersect((_permission(target_id, offer),), one.scope)
@@ -157,7 +157,7 @@ class McpSessions:
         )
 
 
-def rpc_of(attempt: Attempt) -> RpcErrorReply:
+def rpc_error_reply(attempt: Attempt) -> RpcErrorReply:
     """How a refusal of what was posted to an endpoint is told: to which request, where that can be read."""
     try:
         message = read_message(attempt.body) if attempt.body is not None else None

@@ -25,7 +25,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-NONCE_WANTED: Final = "use_dpop_nonce"
+NONCE_REQUIRED: Final = "use_dpop_nonce"
 """The code of a refusal that only asks for a proof with a nonce: nothing was decided."""
 
 
@@ -55,7 +55,7 @@ class AgentKeys:
                 self._owners[key.kid] = id
 
 
-class Identifier:
+class SenderAuthenticator:
     """Says who a sender is, or why that cannot be told."""
 
     def __init__(
@@ -127,7 +127,7 @@ class Identifier:
         sender = Sender(agent_id, None, handle)
         lease = self._leases.get(handle) if handle is not None else None
         if lease is not None and lease.agent_id != agent_id:
-            return _stolen(lease, agent_id)
+            return _other_agents_handle(lease, agent_id)
         return sender
 
     async def _by_proof(
@@ -143,7 +143,7 @@ class Identifier:
             return refuse("invalid_dpop_proof", message, status=UNAUTHORIZED)
         now_s = self._clock.now_ms() / 1000
         # First whose lease it is: a record that names an instance's key as another agent's takes nothing from it.
-        owner = _instance_of(lease, kid, now_s) or self._keys.owner(self._trust_domain, kid, now_s)
+        owner = _agent_of_instance_key(lease, kid, now_s) or self._keys.owner(self._trust_domain, kid, now_s)
         if owner is None:  # before it is verified and remembered: strangers take no room from agents
             message = "the proof is by a key that is no agent's, or counts no more"
             return refuse("proof_by_stranger", message, status=UNAUTHORIZED)
@@ -151,31 +151,31 @@ class Identifier:
             await self._proofs.check(proof, method=method, url=htu, access_token=handle, thumbprint=kid)
             wants_nonce = False
         except TokenRejectedError as error:
-            wants_nonce = error.code == NONCE_WANTED
+            wants_nonce = error.code == NONCE_REQUIRED
             if not wants_nonce:
                 return refuse(error.code, str(error), status=UNAUTHORIZED)
         except UnavailableError as error:
             return refuse("proofs_full", str(error), status=UNAVAILABLE)
         if owner != lease.agent_id:
-            return _stolen(lease, owner)
+            return _other_agents_handle(lease, owner)
         if lease.key_thumbprint not in (None, kid):
             message = "the lease is bound to another key of the agent: use that, or ask for a new credential"
             return refuse("proof_other_key", message, status=UNAUTHORIZED)
         if wants_nonce:
             message = "make the proof with the nonce of this answer"
-            return refuse(NONCE_WANTED, message, status=UNAUTHORIZED)
+            return refuse(NONCE_REQUIRED, message, status=UNAUTHORIZED)
         self._on_use(lease.agent_id, kid, address)
         return Sender(lease.agent_id, lease.task_id, handle)
 
 
-def _instance_of(lease: Lease, kid: str, now_s: float) -> str | None:
+def _agent_of_instance_key(lease: Lease, kid: str, now_s: float) -> str | None:
     """The agent of a lease that a running instance asked for, with this very key; the issuer verified its enrolment."""
     if lease.instance is None or lease.key_thumbprint != kid or now_s >= lease.instance.not_after:
         return None
     return lease.agent_id
 
 
-def _stolen(lease: Lease, by: str) -> Refusal:
+def _other_agents_handle(lease: Lease, by: str) -> Refusal:
     """Told of whoever showed it, by a key or certificate of theirs."""
     message = f"the handle is a lease of agent {lease.agent_id}, and agent {by} showed it"
     return refuse("handle_other_agent", message, sender=Sender(by, None, lease.lease_id))

@@ -30,7 +30,7 @@ from ringfence.gateway.contract import (
 )
 from ringfence.gateway.dataplane.denials import MEDIA_TYPE, headers, problem
 from ringfence.gateway.dataplane.request_reader import says_json
-from ringfence.gateway.decision.observe_mode import own_headers
+from ringfence.gateway.decision.observe_mode import credential_headers
 from ringfence.gateway.events.destination import destination_of_line
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
@@ -102,7 +102,7 @@ class ProxyAuth:
             method, destination = _told(request)
             self._blocked(BlockedRequest(_INVALID, _UNCERTAIN, method=method, destination=destination))
             return _said(_UNCERTAIN)
-        verdict = await self._gate.decide(*asked, patient=Asker(request.receive))
+        verdict = await self._gate.decide(*asked, holdable=Asker(request.receive))
         if verdict.observed and verdict.target is not None:
             return _as_it_came(request, asked[0], verdict.target)
         if not verdict.allowed:
@@ -218,7 +218,7 @@ def _as_it_came(request: Request, presented: PresentedIdentity, target: TargetSt
     """The agent's own, said in so many words: of what is not said, proxies would send nothing, or what was before."""
     own = {
         name.title(): value
-        for name in sorted((own_headers(target) - {"cookie"}) & presented.header_names)
+        for name in sorted((credential_headers(target) - {"cookie"}) & presented.header_names)
         for value in request.headers.getlist(name)[:1]
     }
     return Response(status_code=200, headers={"Authorization": NOTHING, **_NO_STORE, **own})

@@ -159,7 +159,7 @@ class FastPath:
         except RefusedError:
             return False
         allowed = plan.cached_allowance.allowed(turn.admits, self._when_kept)
-        if allowed is None and kept is not None and not kept.cached_allowance.holds():
+        if allowed is None and kept is not None and not kept.cached_allowance.is_valid():
             plan = self._planned(data, end, key, plans)
             allowed = (
                 plan.cached_allowance.allowed(turn.admits, self._when_kept) if plan is not None else None

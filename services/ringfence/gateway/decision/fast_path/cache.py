@@ -47,7 +47,7 @@ class CacheValidity:
         self._leases = table.version(self._place)
         self._until_s = until_s
 
-    def holds(self, now_s: float) -> bool:
+    def is_valid(self, now_s: float) -> bool:
         """Whether the same value would be computed now."""
         return (
             now_s < self._until_s
@@ -72,7 +72,7 @@ class ValidatedCache(Generic[K, V]):
         if entry is None:
             return None
         value, validity = entry
-        return value if validity.holds(now_s) else None
+        return value if validity.is_valid(now_s) else None
 
     def put(self, key: K, value: V, chosen: ChosenLease, until_s: float) -> None:
         """Cache a value that was computed just now, with the lease that was chosen for it."""

@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping
 
 from ringfence.gateway.contract import Attempt, RateCheck, Verdict
 from ringfence.gateway.decision.action_ids import ActionIds
-from ringfence.gateway.decision.evaluator import NO_ANSWER, Evaluator, kind_of
+from ringfence.gateway.decision.evaluator import NO_ANSWER, Evaluator, cache_key
 from ringfence.gateway.decision.fast_path.cache import CacheValidity
 from ringfence.gateway.decision.fast_path.event import AllowedEvents
 from ringfence.gateway.decision.injection import Injector
 from ringfence.gateway.domain import ChosenLease, Sender, access_of
 from ringfence.gateway.events.action_fields import decision_counter
 from ringfence.gateway.events.recorder import Recorder
-from ringfence.gateway.events.task_history import Earlier
+from ringfence.gateway.events.task_history import TaskHistory
 from ringfence.gateway.state.view import View
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
@@ -31,7 +31,7 @@ from ringfence.model.http_targets.request_map import Action
 class FastPathDependencies:
     """What can be asked without waiting; one for all standings of a gate."""
 
-    __slots__ = ("clock", "earlier", "evaluator", "gateway", "ids", "injector", "recorder", "view")
+    __slots__ = ("clock", "evaluator", "gateway", "ids", "injector", "recorder", "task_history", "view")
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class FastPathDependencies:
         evaluator: Evaluator,
         injector: Injector,
         recorder: Recorder,
-        earlier: Earlier,
+        task_history: TaskHistory,
         ids: ActionIds,
         clock: Clock,
         *,
@@ -50,7 +50,7 @@ class FastPathDependencies:
         self.evaluator = evaluator
         self.injector = injector
         self.recorder = recorder
-        self.earlier = earlier
+        self.task_history = task_history
         self.ids = ids
         self.clock = clock
         self.gateway = gateway
@@ -65,7 +65,7 @@ class CachedDecision:
         "_at_hand",
         "_count",
         "_events",
-        "_kind",
+        "_key",
         "_sender",
         "_validity",
         "lease",
@@ -90,22 +90,22 @@ class CachedDecision:
         self._sender = sender
         self._action = action
         self._validity = validity
-        self._kind = kind_of(chosen, action, reads=access == "read")
+        self._key = cache_key(chosen, action, reads=access == "read")
         self._answer = NO_ANSWER
         """The bundle's, as long as it holds."""
         self._events = AllowedEvents(at_hand.gateway, sender.agent_id, self.lease, action, access, attempt)
         self._count = decision_counter("allowed", access)
 
-    def holds(self) -> bool:
+    def is_valid(self) -> bool:
         """See `attempts.Standing`."""
         now_ms = self._at_hand.clock.now_ms()
         # Another lease may do where this one does not any more.
-        return self._validity.holds(now_ms / 1000) and self._at_hand.view.table.lives(
+        return self._validity.is_valid(now_ms / 1000) and self._at_hand.view.table.lives(
             self.lease.lease_id, now_ms
         )
 
     def allowed(
-        self, admits: RateCheck, then: Callable[[bool], None]
+        self, rate_check: RateCheck, then: Callable[[bool], None]
     ) -> tuple[str, Mapping[str, str]] | None:
         """See `attempts.Standing`."""
         at_hand, began_ns = self._at_hand, time.perf_counter_ns()
@@ -114,13 +114,13 @@ class CachedDecision:
             injects = self._injects(now_ms)
         except Exception:  # noqa: BLE001 - whatever it is, `decide` comes upon it too, and says so
             return None
-        if injects is None or admits(self._sender.agent_id) is not None:
+        if injects is None or rate_check(self._sender.agent_id) is not None:
             return None
         id, took_ns = at_hand.ids.fresh(), time.perf_counter_ns() - began_ns
         at_hand.recorder.keep_soon(self._events.entry(id, took_ns // 1000, now_ms), then)
         self._count.tally()
         metrics.DECISION_TIME.tally(took_ns / 1e9)
-        at_hand.earlier.add(
+        at_hand.task_history.add(
             self.lease.task_id, self.lease.target_id, self._action.verb, allowed=True, now_ms=now_ms
         )
         return id, injects
@@ -135,11 +135,11 @@ class CachedDecision:
     def _injects(self, now_ms: int) -> Mapping[str, str] | None:
         """What is injected where it is allowed now; else None. Raises what stands against it."""
         at_hand, lease = self._at_hand, self.lease
-        if not self._validity.holds(now_ms / 1000):
+        if not self._validity.is_valid(now_ms / 1000):
             return None
-        if not at_hand.evaluator.holds(self._answer, now_ms):
-            self._answer = at_hand.evaluator.remembered(self._kind)
-            if not at_hand.evaluator.holds(self._answer, now_ms):
+        if not at_hand.evaluator.is_valid(self._answer, now_ms):
+            self._answer = at_hand.evaluator.cached_answer(self._key)
+            if not at_hand.evaluator.is_valid(self._answer, now_ms):
                 return None
         injects = at_hand.injector.at_hand(lease, self.target)
         # Last, as in `decide`; nothing was waited for, so nothing changed meanwhile.

@@ -25,11 +25,11 @@ from ringfence.gateway.decision.fast_path.cache import (
 from ringfence.gateway.decision.fast_path.cached_decision import CachedDecision, FastPathDependencies
 from ringfence.gateway.decision.fast_path.event import AllowedEvents
 from ringfence.gateway.decision.injection import Injector
-from ringfence.gateway.decision.sender import Identifier
+from ringfence.gateway.decision.sender import SenderAuthenticator
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import Access, ChosenLease, Refusal, Sender
 from ringfence.gateway.events.recorder import Recorder
-from ringfence.gateway.events.task_history import Earlier
+from ringfence.gateway.events.task_history import TaskHistory
 from ringfence.gateway.state.view import View
 from ringfence.kernel.base.clock import Clock
 from ringfence.messages.lease import Lease
@@ -46,11 +46,11 @@ class DecisionFastPath:
         self,
         view: View,
         targets: Targets,
-        identifier: Identifier,
+        identifier: SenderAuthenticator,
         evaluator: Evaluator,
         injector: Injector,
         recorder: Recorder,
-        earlier: Earlier,
+        task_history: TaskHistory,
         ids: ActionIds,
         clock: Clock,
         *,
@@ -69,7 +69,7 @@ class DecisionFastPath:
         self._chosen_leases = ChosenLeaseCache(view.table, view.directory)
         self._decisions: RequestCache[CachedDecision] = RequestCache(view.table, view.directory)
         self._dependencies = FastPathDependencies(
-            view, evaluator, injector, recorder, earlier, ids, clock, gateway=gateway
+            view, evaluator, injector, recorder, task_history, ids, clock, gateway=gateway
         )
 
     def authorize(self, sender: Sender, target: TargetState, action: Action) -> ChosenLease | Refusal:
@@ -94,7 +94,7 @@ class DecisionFastPath:
 
     def _cached_decision(self, presented: PresentedIdentity, attempt: Attempt) -> CachedDecision | None:
         cached = self._decisions.get(presented, attempt, self._clock.now_ms() / 1000)
-        if cached is not None and cached.holds():
+        if cached is not None and cached.is_valid():
             return cached
         sender = self._identifier.at_hand(presented)
         target = self._targets.find(attempt)
