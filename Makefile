@@ -14,6 +14,9 @@ JOBS   ?= 3
 SHARED := -n $(JOBS) --dist loadfile --max-worker-restart 3
 
 SUITES := tests/unit tests/contract tests/gateway tests/policy tests/flows tests/integration tests/chaos tests/e2e
+# What the gateway's fast path takes part in.
+SLOW_PATH := tests/gateway $(wildcard tests/flows/test_gateway*.py) tests/flows/test_observe.py tests/flows/test_cuts.py \
+	tests/unit/test_gateway_gate.py tests/unit/test_gateway_approving.py tests/unit/test_gateway_observing.py
 
 define need_python
 @test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or name it with PYTHON=/path/to/python" >&2; exit 1; }
@@ -22,7 +25,7 @@ define need_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev lint format test test-apache test-tools test-opa test-backends test-gateways chaos mutants schemas schemas-check bench wheel-check lock clean
+.PHONY: help demo dev lint format test test-slow-path test-apache test-tools test-opa test-backends test-gateways chaos mutants schemas schemas-check bench wheel-check lock clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +58,9 @@ dev: $(DEMO_STAMP) ## the whole stack on this machine, with an embedded broker; 
 
 test: $(STAMP) ## all tests, on the embedded broker and a real Valkey
 	$(BIN)/python -m pytest $(SUITES) -m "not tools" $(SHARED) $(ARGS)
+
+test-slow-path: $(STAMP) ## the tests of what has a fast path, with that switched off: the result must be the same
+	$(BIN)/python -m pytest $(SLOW_PATH) -m "not tools" --no-fast-path $(SHARED) $(ARGS)
 
 test-apache: $(STAMP) ## the integration tests on a real Apache Kafka (needs a JDK 17+ and Maven)
 	$(BIN)/python -m pytest tests/integration -m "not tools" --kafka apache $(SHARED) $(ARGS)

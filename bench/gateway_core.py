@@ -30,10 +30,10 @@ from ringfence.gateway.dataplane.plane import DataPlane
 from ringfence.gateway.decision.evaluator import Evaluator
 from ringfence.gateway.decision.gate import DecisionGate
 from ringfence.gateway.decision.injection import Injector
-from ringfence.gateway.decision.sender import Identifier
+from ringfence.gateway.decision.sender import SenderAuthenticator
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.events.recorder import Recorder
-from ringfence.gateway.events.refusal_counts import Counted
+from ringfence.gateway.events.refusal_counts import RefusalCounts
 from ringfence.gateway.events.spool import Spool
 from ringfence.gateway.proxies import envoy, forward_auth
 from ringfence.gateway.proxies.authz import ProxyAuth
@@ -118,7 +118,7 @@ class _World:
         self.table = LeaseTable(self.clock)
         self.targets = Targets(self.ledger.directory)
         proofs = ProofChecker(nonces=Nonces(), clock=self.clock)
-        self.identifier = Identifier(TD, self.ledger.directory, self.table, proofs, self.clock)
+        self.identifier = SenderAuthenticator(TD, self.ledger.directory, self.table, proofs, self.clock)
         self.ledger.organisation()
         self._target("plain", f"http://{LOOPBACK}:{places.plain}")
         self._target("hub", f"https://localhost:{places.tls}")
@@ -168,7 +168,7 @@ class _World:
         recorder, name = Recorder(spool, None), f"spiffe://{TD}/service/gateway"  # type: ignore[arg-type]
         return DecisionGate(
             _View(self.ledger, self.table), self.targets, self.identifier, Evaluator(engine, declared),  # type: ignore[arg-type]
-            injector, recorder, Counted(recorder.record, self.clock, gateway=name), None, self.clock,  # type: ignore[arg-type]
+            injector, recorder, RefusalCounts(recorder.record, self.clock, gateway=name), None, self.clock,  # type: ignore[arg-type]
             gateway=name, entitlements_max_age_s=30 * _DAY_S,
         )  # fmt: skip
 

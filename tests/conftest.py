@@ -17,10 +17,16 @@ import pytest
 from ringfence.dev.processes import StackError
 from tests.brokers import KafkaServer, RedisServer, start_kafka, start_redis
 from tests.support.servers.postgres import PostgresServer, server_programs
+from tests.support.switches import switch_off
 from tests.support.time_limits import TimeLimits, add_settings
 from tests.support.world import World
 
 KINDS = ("embedded", "apache", "docker")
+_SWITCHES = (
+    ("--no-fast-path", "gateway", "fast_path", "fast_path_only"),
+    ("--no-mass-expiry", "revoker", "mass_expiry", "mass_expiry_only"),
+)
+"""By option: the service, the argument of its `build` that is False then, and the marker of tests about that path."""
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile(
@@ -86,6 +92,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the folder with another PostgreSQL's programs than Debian's newest; also RINGFENCE_TEST_POSTGRES",
     )
     group.addoption(
+        "--no-fast-path",
+        action="store_true",
+        help="gateways that tests build in this process have no fast path; tests marked `fast_path_only` are left out",
+    )
+    group.addoption(
         "--no-mass-expiry",
         action="store_true",
         help="revokers in the process of the test run without the mass-expiry path; tests about it are deselected",
@@ -96,15 +107,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(TimeLimits(config), "ringfence-time-limits")
-    if config.getoption("--no-mass-expiry"):
-        World.build_options["revoker"] = {"mass_expiry": False}
+    for option, role, path, _ in _SWITCHES:
+        if config.getoption(option):
+            switch_off(role, path)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--no-mass-expiry"):
-        about_it = [item for item in items if item.get_closest_marker("mass_expiry_only")]
-        config.hook.pytest_deselected(items=about_it)
-        items[:] = [item for item in items if item not in about_it]
+    markers = [marker for option, _, _, marker in _SWITCHES if config.getoption(option)]
+    left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in markers)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @contextmanager

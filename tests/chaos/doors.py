@@ -12,7 +12,7 @@ import orjson
 
 from ringfence.client.agent.credentials import IssuedCredential
 from ringfence.client.agent.dpop import proof
-from ringfence.gateway.decision.sender import NONCE_WANTED
+from ringfence.gateway.decision.sender import NONCE_REQUIRED
 from ringfence.issuer.http import INTROSPECTION_PATH
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.model.identity.api_tokens import api_token
@@ -113,7 +113,7 @@ class ForwardingDoor:
         try:
             async with asyncio.timeout(ANSWER_WITHIN_S):
                 code = await self._send(credential)
-                if code == NONCE_WANTED:
+                if code == NONCE_REQUIRED:
                     code = await self._send(credential)
         except _NO_ANSWER:
             return None

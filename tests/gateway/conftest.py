@@ -12,13 +12,14 @@ import pytest
 import pytest_asyncio
 import uvloop
 
-from ringfence.gateway.contract import Blocked
+from ringfence.gateway.contract import BlockedRequest
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.limits import Allowance
 from ringfence.gateway.dataplane.plane import DataPlane
 from tests.gateway.raw import Raw, connected
 from tests.gateway.table_gate import Entry, TableGate
 from tests.gateway.target import Target
+from tests.support.switches import build_options
 
 NAME = "gateway.test"
 
@@ -44,7 +45,7 @@ class Place:
     gate: TableGate
     plane: DataPlane
     port: int
-    blocked: list[Blocked]
+    blocked: list[BlockedRequest]
     """What the plane refused by itself."""
 
     @contextlib.asynccontextmanager
@@ -73,7 +74,7 @@ async def placed(
 ) -> AsyncIterator[Place]:
     async with (target or Target()).serving() as serving:
         gate = TableGate({"api": Entry(f"http://127.0.0.1:{serving.port}", frozenset({"api.test"}))})
-        blocked: list[Blocked] = []
+        blocked: list[BlockedRequest] = []
         plane = DataPlane(
             gate,
             blocked=blocked.append,
@@ -81,6 +82,7 @@ async def placed(
             hosts=gate.hosts,
             allowance=allowance or Allowance(),
             patiences=patiences or Timeouts(),
+            **build_options("gateway"),
         )
         await plane.start()
         port = await plane.listen("127.0.0.1", 0, names=[NAME])

@@ -13,7 +13,7 @@ import httpx
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 
-from ringfence.gateway.contract import Attempt, Presented
+from ringfence.gateway.contract import Attempt, PresentedIdentity
 from ringfence.gateway.dataplane.denials import answer
 from ringfence.gateway.dataplane.plane import DataPlane
 from ringfence.gateway.decision.gate import DecisionGate
@@ -23,6 +23,7 @@ from ringfence.messages.operations import ActionAnswered, ActionDecided
 from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor
 from tests.gateway.recorder import PlayedRecorder
 from tests.support.in_memory_registry import permission
+from tests.support.switches import build_options
 from tests.unit.test_gateway_domain import Place
 
 URL = "http://gateway/staging/mcp"
@@ -82,12 +83,12 @@ class McpPlace(PlayedRecorder):
     def denial(self) -> None:
         return None
 
-    doubt = denial
+    view_problem = denial
 
     def nonce(self) -> str:
         return "fresh"
 
-    async def sender(self, presented: Presented, attempt: Attempt) -> Sender:
+    async def sender(self, presented: PresentedIdentity, attempt: Attempt) -> Sender:
         return Sender(self.agent, self.place.task if self.agent == "bot" else None, self.handle)
 
     async def answer(self, *args: Any, **kwargs: Any) -> None:
@@ -154,8 +155,11 @@ async def mcp_placed(
     gate = DecisionGate(
         played, targets, played, played, played, played, played, played, ledger.clock,
         gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9, observe=observe,
+        **build_options("gateway"),
     )  # fmt: skip
-    found.plane = plane = DataPlane(gate, knows=targets.knows, hosts=targets.hosts(), answer=answer, tls=tls)
+    found.plane = plane = DataPlane(
+        gate, knows=targets.knows, hosts=targets.hosts(), answer=answer, tls=tls, **build_options("gateway")
+    )
     await plane.start()
     found.socket = folder / "task.sock"
     await plane.listen_for_task(found.socket, place.task)

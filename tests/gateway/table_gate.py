@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ringfence.gateway.contract import Attempt, HoldableRequest, Presented, RateCheck, Verdict
+from ringfence.gateway.contract import Attempt, HoldableRequest, PresentedIdentity, RateCheck, Verdict
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
@@ -60,28 +60,28 @@ def lease_of(target_id: str, agent_id: str = "helper", number: int = 1) -> Lease
 
 
 @dataclass
-class TableStanding:
+class TableAllowance:
     """What the table said of one request."""
 
     gate: TableGate
-    presented: Presented
+    presented: PresentedIdentity
     attempt: Attempt
     lease: Lease
     target: TargetState
     entry: Entry
 
-    def holds(self) -> bool:
+    def is_valid(self) -> bool:
         """The secret is asked for each time."""
         entry = self.gate.targets.get(self.target.target_id)
         same = entry is not None and dataclasses.replace(entry, injected=self.entry.injected) == self.entry
         return same and self._verdict().allowed
 
     def allowed(
-        self, admits: RateCheck, then: Callable[[bool], None]
+        self, rate_check: RateCheck, then: Callable[[bool], None]
     ) -> tuple[str, Mapping[str, str]] | None:
-        return self.gate.at_hand(self.presented, self.attempt, admits, then) if self.holds() else None
+        return self.gate.at_hand(self.presented, self.attempt, rate_check, then) if self.is_valid() else None
 
-    def verdict(self, action_id: str, injects: Mapping[str, str]) -> Verdict:
+    def verdict(self, action_id: str, injected: Mapping[str, str]) -> Verdict:
         return dataclasses.replace(self._verdict(), action_id=action_id)
 
     def _verdict(self) -> Verdict:
@@ -93,7 +93,7 @@ class TableGate:
 
     def __init__(self, targets: Mapping[str, Entry]) -> None:
         self.targets = dict(targets)
-        self.records: list[tuple[Presented, Attempt, Verdict]] = []
+        self.records: list[tuple[PresentedIdentity, Attempt, Verdict]] = []
         self.available = True
         self.credentials = True
         self.handles: frozenset[str] | None = None
@@ -117,7 +117,7 @@ class TableGate:
         return [one.rpartition(":")[0] or one for entry in self.targets.values() for one in entry.authorities]
 
     @property
-    def last(self) -> tuple[Presented, Attempt, Verdict]:
+    def last(self) -> tuple[PresentedIdentity, Attempt, Verdict]:
         return self.records[-1]
 
     def knows(self, authority: str) -> bool:
@@ -131,30 +131,34 @@ class TableGate:
 
     async def decide(
         self,
-        presented: Presented,
+        presented: PresentedIdentity,
         attempt: Attempt,
-        admits: RateCheck | None = None,
-        patient: HoldableRequest | None = None,
+        rate_check: RateCheck | None = None,
+        holdable: HoldableRequest | None = None,
     ) -> Verdict:
-        verdict = self._observed(self._decided(presented, attempt, admits), presented, attempt)
+        verdict = self._observed(self._decided(presented, attempt, rate_check), presented, attempt)
         if self.keeps_records:
             self.records.append((presented, attempt, verdict))
         return verdict
 
-    def standing(self, presented: Presented, attempt: Attempt) -> TableStanding | None:
+    def cached_allowance(self, presented: PresentedIdentity, attempt: Attempt) -> TableAllowance | None:
         verdict = self._decided(presented, attempt, lambda agent_id: None)
         if not verdict.allowed or verdict.target is None or verdict.lease is None:
             return None
         entry = self.targets[verdict.target.target_id]
-        return TableStanding(self, presented, attempt, verdict.lease, verdict.target, entry)
+        return TableAllowance(self, presented, attempt, verdict.lease, verdict.target, entry)
 
     def at_hand(
-        self, presented: Presented, attempt: Attempt, admits: RateCheck, then: Callable[[bool], None]
+        self,
+        presented: PresentedIdentity,
+        attempt: Attempt,
+        rate_check: RateCheck,
+        then: Callable[[bool], None],
     ) -> tuple[str, Mapping[str, str]] | None:
         verdict = self._decided(presented, attempt, lambda agent_id: None)
         if not verdict.allowed or not self.credentials or verdict.target is None:
             return None
-        if admits(presented.handle or "helper") is not None:
+        if rate_check(presented.handle or "helper") is not None:
             return None
         if self.keeps_records and not self.full:
             self.records.append((presented, attempt, verdict))
@@ -162,7 +166,7 @@ class TableGate:
         asyncio.get_running_loop().call_soon(then, not self.full)
         return verdict.action_id, self.targets[verdict.target.target_id].injected
 
-    async def injected(self, verdict: Verdict) -> Mapping[str, str]:
+    async def headers_to_inject(self, verdict: Verdict) -> Mapping[str, str]:
         if not self.credentials:
             raise UnavailableError("the credential is not here yet; try again")
         assert verdict.target is not None
@@ -171,7 +175,7 @@ class TableGate:
     def upstream(self, target: TargetState) -> str:
         return self.targets[target.target_id].url
 
-    def on_end(self, lease_id: str, ended: Callable[[], None]) -> Callable[[], None]:
+    def on_lease_end(self, lease_id: str, ended: Callable[[], None]) -> Callable[[], None]:
         watching = self.watching.setdefault(lease_id, [])
         watching.append(ended)
         return lambda: watching.remove(ended)
@@ -184,7 +188,7 @@ class TableGate:
         if ended in watching:
             watching.remove(ended)
 
-    def doubt(self) -> Reason | None:
+    def view_problem(self) -> Reason | None:
         return Reason(code="stale_view", message="it stood still") if self.stood_still else None
 
     def view_expired(self) -> bool:
@@ -201,21 +205,23 @@ class TableGate:
             (id for id, entry in self.targets.items() if attempt.authority in entry.authorities), None
         )
 
-    def _observed(self, verdict: Verdict, presented: Presented, attempt: Attempt) -> Verdict:
+    def _observed(self, verdict: Verdict, presented: PresentedIdentity, attempt: Attempt) -> Verdict:
         target_id = self._target(attempt)
         if verdict.allowed or target_id is None:
             return verdict
-        inherited = bool(presented.own & {"authorization", "cookie"})
+        inherited = bool(presented.header_names & {"authorization", "cookie"})
         return dataclasses.replace(
             verdict, target=self._states[target_id], observed=inherited and target_id in self.observed
         )
 
-    def _decided(self, presented: Presented, attempt: Attempt, admits: RateCheck | None) -> Verdict:
+    def _decided(
+        self, presented: PresentedIdentity, attempt: Attempt, rate_check: RateCheck | None
+    ) -> Verdict:
         if not self.available:
             return _denied(503, "view_stale", "nothing can be decided now")
         if self.handles is not None and presented.handle not in self.handles:
             return _denied(401, "unknown_sender", "nobody knows who sends this")
-        if admits is not None and (reason := admits(presented.handle or "helper")) is not None:
+        if rate_check is not None and (reason := rate_check(presented.handle or "helper")) is not None:
             return _denied(429, reason.code, reason.message)
         target_id = self._target(attempt)
         if target_id is None:

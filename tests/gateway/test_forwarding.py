@@ -13,7 +13,7 @@ from urllib.parse import quote, quote_plus
 import h11
 import pytest
 
-from ringfence.gateway.contract import Attempt, Presented, Verdict
+from ringfence.gateway.contract import Attempt, PresentedIdentity, Verdict
 from ringfence.gateway.dataplane.exchange import Timeouts
 from tests.gateway.conftest import Place, placed
 from tests.gateway.raw import connected
@@ -58,10 +58,10 @@ async def test_only_the_listed_headers_differ(place: Place) -> None:
 
 
 @pytest.mark.parametrize("own", ["PRIVATE-TOKEN: mine", "Private-Token: mine", "private_token: mine"])
-async def test_an_injected_name_replaces_the_agents(place: Place, own: str) -> None:
+async def test_an_injected_name_replaces_the_agents(place: Place, header_names: str) -> None:
     with_entry(place.gate, "api", injected={"Private-Token": SECRET})
     async with place.connected() as raw:
-        assert (await raw.ask(request("GET /api/files/a HTTP/1.1", own))).status == 200
+        assert (await raw.ask(request("GET /api/files/a HTTP/1.1", header_names))).status == 200
     assert place.target.requests[0].values("private-token") == [SECRET]
     assert place.target.requests[0].values("private_token") == []
 
@@ -650,13 +650,13 @@ async def test_what_a_person_approved_is_sent_once(place: Place, monkeypatch: py
     """Also where the connection that was kept for its target is closed."""
     decide, asks = place.gate.decide, GET.replace(b"/a ", b"/asks ")
 
-    async def approved(presented: Presented, attempt: Attempt, *others: Any) -> Verdict:
+    async def approved(presented: PresentedIdentity, attempt: Attempt, *others: Any) -> Verdict:
         assert attempt.headers is not None
         return replace(await decide(presented, attempt, *others), headers=attempt.headers())
 
     async with place.connected() as raw:
         assert (await raw.ask(GET)).status == 200
-        monkeypatch.setattr(place.gate, "standing", lambda *_: None)
+        monkeypatch.setattr(place.gate, "cached_allowance", lambda *_: None)
         monkeypatch.setattr(place.gate, "decide", approved)
         place.target.respond = _gone
         assert (await raw.ask(asks)).status == 502

@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 from cryptography import x509
 
-from ringfence.gateway.contract import Presented
+from ringfence.gateway.contract import PresentedIdentity
 from ringfence.gateway.dataplane.certificate_authority import Authority
 from ringfence.gateway.dataplane.plane import DataPlane, ListenError
 from ringfence.gateway.dataplane.stream import DeadlineTimer
@@ -29,6 +29,7 @@ from tests.gateway.conftest import Place
 from tests.gateway.raw import Raw, connected, connected_unix
 from tests.gateway.table_gate import TASK, Entry, TableGate, with_entry
 from tests.gateway.target import Target
+from tests.support.switches import build_options
 
 GET = b"GET /api/files/a HTTP/1.1\r\nHost: gateway.test\r\n\r\n"
 INSIDE = b"GET /files/a HTTP/1.1\r\nHost: api.test\r\n\r\n"
@@ -63,7 +64,9 @@ async def secure(tmp_path: Path) -> AsyncIterator[Secure]:
     certificates = Certificates(tmp_path)
     async with Target().serving(certificates.server("localhost")) as target:
         gate = TableGate({"api": Entry(f"https://localhost:{target.port}", frozenset({"api.test"}))})
-        plane = DataPlane(gate, knows=gate.knows, hosts=gate.hosts, tls=certificates.trusting())
+        plane = DataPlane(
+            gate, knows=gate.knows, hosts=gate.hosts, tls=certificates.trusting(), **build_options("gateway")
+        )
         await plane.start()
         port = await plane.listen("127.0.0.1", 0, names=["gateway.test"])
         yield Secure(target, gate, plane, port, certificates)
@@ -82,7 +85,7 @@ async def test_the_gate_is_told_where_a_connection_comes_from(place: Place) -> N
         writer.close()
         presented, *_ = place.gate.records[-1]
         assert presented.address == address
-        assert presented == Presented(own=presented.own, htu=presented.htu), (
+        assert presented == PresentedIdentity(header_names=presented.header_names, htu=presented.htu), (
             "it is nothing that tells who sends"
         )
 

@@ -48,7 +48,7 @@ async def test_it_goes_on_as_it_came(place: Place) -> None:
     ]  # fmt: skip
     presented, attempt, verdict = place.gate.last
     assert (presented.handle, presented.proof, attempt.label) == (LEASE, "a.b.c", "issue")
-    assert presented.own == {"accept", "x-own", "authorization", "cookie", "accept-encoding"}
+    assert presented.header_names == {"accept", "x-own", "authorization", "cookie", "accept-encoding"}
     assert (verdict.allowed, verdict.observed, verdict.lease) == (False, True, None)
     assert place.gate.watching == {}, "it is bound to no lease"
 
@@ -68,7 +68,7 @@ async def test_a_handle_in_authorization_is_nothing_of_the_agents_own(
     place: Place, authorization: str
 ) -> None:
     assert (await ask(place, DELETE, authorization, "DPoP: a.b.c")).status == 403
-    assert "authorization" not in place.gate.last[0].own
+    assert "authorization" not in place.gate.last[0].header_names
     assert place.target.raw == []
     assert (await ask(place, DELETE, authorization, "DPoP: a.b.c", "Cookie: a=b")).status == 200
     assert "DPoP" not in bytes(place.target.raw[0]).decode()
@@ -77,7 +77,7 @@ async def test_a_handle_in_authorization_is_nothing_of_the_agents_own(
 
 async def test_what_would_be_left_out_is_not_the_agents_own_either(place: Place) -> None:
     assert (await ask(place, DELETE, OLD, "Connection: Authorization")).status == 403
-    assert place.gate.last[0].own == frozenset()
+    assert place.gate.last[0].header_names == frozenset()
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from tests.gateway.agents import Sandbox, bridged, missing
 from tests.gateway.certificates import Certificates
 from tests.gateway.table_gate import SECRET, TASK, Entry, TableGate, rule, with_entry
 from tests.gateway.target import Received, Target
+from tests.support.switches import build_options
 
 GIT_RULES = (
     rule("GET", "/{repo}/info/refs", "fetch", "repo/{repo}", query={"service": ("git-upload-pack",)}),
@@ -68,7 +69,9 @@ async def shop(tmp_path: Path) -> AsyncIterator[Shop]:
             ),
             "npm": Entry(f"https://localhost:{npm.port}", frozenset({"npm.test"}), NPM_RULES),
         })  # fmt: skip
-        plane = DataPlane(gate, knows=gate.knows, hosts=gate.hosts, tls=certificates.trusting())
+        plane = DataPlane(
+            gate, knows=gate.knows, hosts=gate.hosts, tls=certificates.trusting(), **build_options("gateway")
+        )
         await plane.start()
         stack.push_async_callback(plane.close)
         await plane.listen_for_task(tmp_path / "task.sock", TASK)

@@ -185,14 +185,14 @@ async def test_a_lease_that_ends_in_mid_body_cuts_the_upload() -> None:
 
 async def test_a_lease_that_has_ended_already_sends_nothing() -> None:
     async with placed() as place, place.connected() as raw:
-        subscribe = place.gate.on_end
+        subscribe = place.gate.on_lease_end
 
         def at_once(lease_id: str, ended: object) -> object:
             assert callable(ended)
             ended()
             return subscribe(lease_id, ended)
 
-        place.gate.on_end = at_once  # type: ignore[assignment,method-assign]
+        place.gate.on_lease_end = at_once  # type: ignore[assignment,method-assign]
         assert (await raw.ask(GET)).status == 403
     assert place.target.requests == []
 

@@ -36,7 +36,7 @@ class CutListener:
 
     def doubt(self) -> str | None:
         """Why it cannot tell whether a lease has ended that goes no further here, or None."""
-        doubt = self._view.doubt()
+        doubt = self._view.view_problem()
         return doubt.message if doubt is not None else None
 
     def denial(self) -> str | None:

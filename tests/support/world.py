@@ -24,7 +24,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import httpx
 from aiokafka.admin import AIOKafkaAdminClient
@@ -64,6 +64,7 @@ from ringfence.messages.registry import (
 from ringfence.messages.topics import ALL, DEAD_LETTER, REGISTRY_COMMAND, SERVICE_EVENT, TRUST
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from tests.support.lost_redis import declare_complete
+from tests.support.switches import build_options
 from tests.support.trail import Trail
 
 WITHIN_S = 60.0
@@ -109,9 +110,6 @@ class DeadLetteredError(RefusedError):
 
 class World:
     """See the module. Make one with `World.open`."""
-
-    build_options: ClassVar[dict[ServiceRole, dict[str, Any]]] = {}
-    """Further arguments of a service's `build`, in all worlds of a run: what an option of pytest switches off."""
 
     def __init__(self, bootstrap: str, redis_url: str, folder: Path, *, paced: bool) -> None:
         mark = uuid.uuid4().hex[:10]
@@ -491,8 +489,7 @@ class World:
                 settings = self.settings(role, **overrides)
                 self.ports[role] = int(settings.http.rpartition(":")[2])
                 build = importlib.import_module(f"ringfence.{role}.app").build
-                options = self.build_options.get(role, {})
-                self.runtimes[role] = build(settings, (own or {}).get(role), clock, **options)
+                self.runtimes[role] = build(settings, (own or {}).get(role), clock, **build_options(role))
                 runtimes.append(self.runtimes[role])
                 tasks.append(asyncio.create_task(runtimes[-1].run(stop), name=f"{role} of {self.prefix}"))
             self._tasks += tasks

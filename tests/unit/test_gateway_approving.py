@@ -12,13 +12,13 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.gateway.contract import Attempt, Headers, Presented, Verdict
+from ringfence.gateway.contract import Attempt, Headers, PresentedIdentity, Verdict
 from ringfence.gateway.decision.approval_questions import Questions
 from ringfence.gateway.decision.approvals import Approvals
 from ringfence.gateway.decision.approved_headers import digest_of_headers
 from ringfence.gateway.decision.gate import DecisionGate
 from ringfence.gateway.decision.targets import Targets
-from ringfence.gateway.domain import Ask, Refusal, Sender, refused, stale_view
+from ringfence.gateway.domain import ApprovalRequired, Refusal, Sender, refuse, stale_view
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import parse, sign
@@ -36,6 +36,7 @@ from ringfence.messages.registry import (
 from ringfence.messages.topics import APPROVAL_RESPONSE
 from tests.gateway.recorder import PlayedRecorder
 from tests.support.in_memory_registry import TD
+from tests.support.switches import build_options
 from tests.unit.test_gateway_domain import WIDE, Place
 
 RULES = (
@@ -54,10 +55,10 @@ class Sent:
         self.body = body
         self.told: Callable[[], None] | None = None
 
-    async def whole(self) -> bytes | None:
+    async def read_body(self) -> bytes | None:
         return self.body
 
-    def on_gone(self, told: Callable[[], None]) -> Callable[[], None]:
+    def on_disconnect(self, told: Callable[[], None]) -> Callable[[], None]:
         self.told = told
         return lambda: None
 
@@ -97,6 +98,7 @@ class Gateway(PlayedRecorder):
         self.gate = DecisionGate(
             played, targets, played, played, played, played, played, self.approvals, ledger.clock,
             gateway=self.key.id, entitlements_max_age_s=10**9,
+            **build_options("gateway"),
         )  # fmt: skip
 
     # view, identifier, evaluator, recorder, and what a runtime does
@@ -109,14 +111,14 @@ class Gateway(PlayedRecorder):
     def nonce(self) -> str:
         return "fresh"
 
-    async def sender(self, presented: Presented, attempt: Attempt) -> Sender:
+    async def sender(self, presented: PresentedIdentity, attempt: Attempt) -> Sender:
         return Sender("bot", self.place.task)
 
-    async def answer(self, *args: Any, **kwargs: Any) -> Refusal | Ask | None:
+    async def answer(self, *args: Any, **kwargs: Any) -> Refusal | ApprovalRequired | None:
         self._times += 1
         if self._times > 1:
             self.when_it_goes_on()
-        return self.denies or (Ask(self.wants, BUNDLE) if self.wants is not None else None)
+        return self.denies or (ApprovalRequired(self.wants, BUNDLE) if self.wants is not None else None)
 
     async def headers(self, lease: Any, target: Any) -> dict[str, str]:
         self.equips()
@@ -152,7 +154,7 @@ class Gateway(PlayedRecorder):
         """A request that waits; the question about it has been asked."""
         self.asked.clear()
         decided = asyncio.create_task(
-            self.gate.decide(Presented(), attempt or self.attempt(), patient=sent or Sent())
+            self.gate.decide(PresentedIdentity(), attempt or self.attempt(), holdable=sent or Sent())
         )
         try:
             async with asyncio.timeout(WITHIN_S):
@@ -311,7 +313,7 @@ async def test_a_no_is_the_answer_to_the_same_request_until_its_end(gateway: Gat
     async with gateway.waiting() as decided:
         await gateway.said(gateway.claims(verdict="denied", comment="not on a Friday"))
         assert await code(decided) == "approval_denied"
-    verdict = await gateway.gate.decide(Presented(), gateway.attempt(), patient=Sent())
+    verdict = await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent())
     assert (verdict.status, verdict.reasons[0].code) == (403, "approval_denied")
     assert "not on a Friday" in verdict.reasons[0].message
     assert len(gateway.sent) == 1, "who said no is not asked the same again"
@@ -323,26 +325,26 @@ async def test_a_no_is_the_answer_to_the_same_request_until_its_end(gateway: Gat
 
 async def test_who_waited_too_long_sends_the_same_again_and_finds_the_answer() -> None:
     gateway = Gateway(wait_s=0.01)
-    verdict = await gateway.gate.decide(Presented(), gateway.attempt(), patient=Sent())
+    verdict = await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent())
     assert (verdict.status, verdict.reasons[0].code) == (403, "approval_pending")
     assert "send exactly the same request again" in verdict.reasons[0].message
     await gateway.said()
-    other = await gateway.gate.decide(Presented(), gateway.attempt(), patient=Sent(b"another body"))
+    other = await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent(b"another body"))
     assert other.reasons[0].code == "approval_pending"
-    assert (await gateway.gate.decide(Presented(), gateway.attempt(), patient=Sent())).allowed
-    again = await gateway.gate.decide(Presented(), gateway.attempt(), patient=Sent())
+    assert (await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent())).allowed
+    again = await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent())
     assert again.reasons[0].code == "approval_pending", "once"
     gateway.ledger.clock.ms += 60_000
-    await gateway.gate.decide(Presented(), gateway.attempt(), patient=Sent())
+    await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent())
     assert len(gateway.sent) == 4, "what nobody answered in time is asked anew"
 
 
 async def test_a_yes_that_nobody_fetched_in_time_is_worth_nothing() -> None:
     gateway = Gateway(wait_s=0.01)
-    await gateway.gate.decide(Presented(), gateway.attempt(), patient=Sent())
+    await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent())
     await gateway.said(gateway.claims(exp=gateway.ledger.clock.ms // 1000 + 10))
     gateway.ledger.clock.ms += 10_000
-    assert not (await gateway.gate.decide(Presented(), gateway.attempt(), patient=Sent())).allowed
+    assert not (await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent())).allowed
 
 
 @pytest.mark.parametrize("how", ["cut", "deadline", "stale", "suspended"])
@@ -381,7 +383,7 @@ async def test_everything_is_weighed_once_more_when_it_goes_on(gateway: Gateway,
         elif how == "another class":
             gateway.wants = "operator"
         else:
-            gateway.denies = refused("too_late", "not at night")
+            gateway.denies = refuse("too_late", "not at night")
 
     gateway.when_it_goes_on = change
     async with gateway.waiting() as decided:
@@ -454,13 +456,15 @@ async def test_a_yes_is_not_used_up_by_what_cannot_go_on(gateway: Gateway) -> No
         await gateway.said()
         assert await code(decided) == "unavailable"
     gateway.equips = lambda: None
-    assert (await gateway.gate.decide(Presented(), gateway.attempt(), patient=Sent())).allowed
+    assert (await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent())).allowed
     assert len(gateway.sent) == 1
 
 
 async def test_the_same_is_shown_once_and_a_yes_lets_one_of_them_go_on(gateway: Gateway) -> None:
     async with gateway.waiting() as first:
-        second = asyncio.create_task(gateway.gate.decide(Presented(), gateway.attempt(), patient=Sent()))
+        second = asyncio.create_task(
+            gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent())
+        )
         assert await gateway.still_waits(second)
         assert len(gateway.sent) == 1
         await gateway.said()
@@ -476,24 +480,28 @@ async def test_one_agent_floods_nobody() -> None:
     codes = []
     for number in range(5):
         verdict = await gateway.gate.decide(
-            Presented(), gateway.attempt(target=f"/env/staging/{number}"), patient=Sent()
+            PresentedIdentity(), gateway.attempt(target=f"/env/staging/{number}"), holdable=Sent()
         )
         codes.append((verdict.status, verdict.reasons[0].code))
     assert codes == [(403, "approval_pending")] * 3 + [(429, "approvals_pending_limit")] * 2
     assert len(gateway.sent) == 3
     for _, compact in gateway.sent:
         await gateway.said(gateway.claims(compact, verdict="denied"))
-    more = await gateway.gate.decide(Presented(), gateway.attempt(target="/env/staging/9"), patient=Sent())
+    more = await gateway.gate.decide(
+        PresentedIdentity(), gateway.attempt(target="/env/staging/9"), holdable=Sent()
+    )
     assert more.status == 429, "a no makes no room for the next question"
     gateway.ledger.clock.ms += 60_000
-    more = await gateway.gate.decide(Presented(), gateway.attempt(target="/env/staging/9"), patient=Sent())
+    more = await gateway.gate.decide(
+        PresentedIdentity(), gateway.attempt(target="/env/staging/9"), holdable=Sent()
+    )
     assert more.reasons[0].code == "approval_pending"
 
 
 async def test_and_so_many_may_wait_and_no_more(gateway: Gateway) -> None:
     async with gateway.waiting() as first:
         others = [
-            asyncio.create_task(gateway.gate.decide(Presented(), gateway.attempt(), patient=Sent()))
+            asyncio.create_task(gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent()))
             for _ in range(4)
         ]
         assert await gateway.still_waits(first)
@@ -506,7 +514,7 @@ async def test_and_so_many_may_wait_and_no_more(gateway: Gateway) -> None:
 
 async def test_who_shows_the_whole_body_can_wait_without_a_connection_of_its_own(gateway: Gateway) -> None:
     decided = asyncio.create_task(
-        gateway.gate.decide(Presented(), gateway.attempt("POST", body=b"all of it"))
+        gateway.gate.decide(PresentedIdentity(), gateway.attempt("POST", body=b"all of it"))
     )
     assert await gateway.still_waits(decided)
     await gateway.said()
@@ -516,12 +524,12 @@ async def test_who_shows_the_whole_body_can_wait_without_a_connection_of_its_own
 
 async def test_without_its_body_nobody_is_asked(gateway: Gateway) -> None:
     for patient in (None, Sent(None)):
-        verdict = await gateway.gate.decide(Presented(), gateway.attempt(), patient=patient)
+        verdict = await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=patient)
         assert (verdict.status, verdict.reasons[0].code) == (413, "body_unseen")
     large = Sent(b"x" * (2**20 + 1))
-    assert (await gateway.gate.decide(Presented(), gateway.attempt(), patient=large)).status == 413
+    assert (await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=large)).status == 413
     odd = gateway.attempt(target="/env/staging/web?\udcff")
-    assert (await gateway.gate.decide(Presented(), odd, patient=Sent())).reasons[
+    assert (await gateway.gate.decide(PresentedIdentity(), odd, holdable=Sent())).reasons[
         0
     ].code == "action_unshowable"
     assert gateway.sent == []
@@ -543,7 +551,7 @@ async def test_a_yes_lets_no_other_headers_go_on(others: Headers) -> None:
 
     async def decide(headers: Headers, body: bytes = b"x") -> Verdict:
         put = gateway.attempt("POST", headers=lambda: headers)
-        return await gateway.gate.decide(Presented(), put, patient=Sent(body))
+        return await gateway.gate.decide(PresentedIdentity(), put, holdable=Sent(body))
 
     assert not (await decide(HEADERS)).allowed
     await gateway.said()
@@ -564,7 +572,7 @@ async def test_an_exact_retry_finds_its_question_whatever_traces_it() -> None:
     async def decide(number: int) -> Verdict:
         moving = (("traceparent", f"00-{number}"), ("date", str(number)), ("x-request-id", str(number)))
         sent = gateway.attempt(headers=lambda: (*moving, *HEADERS))
-        return await gateway.gate.decide(Presented(), sent, patient=Sent())
+        return await gateway.gate.decide(PresentedIdentity(), sent, holdable=Sent())
 
     assert (await decide(1)).reasons[0].code == "approval_pending"
     await gateway.said()
@@ -591,13 +599,15 @@ async def test_who_does_not_show_all_headers_cannot_ask(gateway: Gateway) -> Non
         "POST", body=b"x", headers=lambda: (("traceparent", "1"),), sent_by_gateway=False
     )
     for attempt in (unseen, traced):
-        verdict = await gateway.gate.decide(Presented(), attempt)
+        verdict = await gateway.gate.decide(PresentedIdentity(), attempt)
         assert (verdict.status, verdict.reasons[0].code) == (403, "headers_unseen")
     odd = gateway.attempt("POST", body=b"x", headers=lambda: (("destination", "/\xe9"),))
-    assert (await gateway.gate.decide(Presented(), odd)).reasons[0].code == "action_unshowable"
+    assert (await gateway.gate.decide(PresentedIdentity(), odd)).reasons[0].code == "action_unshowable"
     assert gateway.sent == []
     gateway.wants = None
-    assert (await gateway.gate.decide(Presented(), unseen)).allowed, "where nobody is asked it goes on"
+    assert (await gateway.gate.decide(PresentedIdentity(), unseen)).allowed, (
+        "where nobody is asked it goes on"
+    )
 
 
 async def test_a_question_of_an_older_gateway_lets_nothing_through(gateway: Gateway) -> None:
@@ -619,7 +629,7 @@ async def test_who_left_does_not_act_any_more(gateway: Gateway) -> None:
 
 async def test_without_kafka_nobody_is_asked_and_nothing_is_left(gateway: Gateway) -> None:
     gateway.kafka = False
-    verdict = await gateway.gate.decide(Presented(), gateway.attempt(), patient=Sent())
+    verdict = await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent())
     assert (verdict.status, verdict.reasons[0].code) == (503, "approval_unavailable")
     assert len(gateway.questions) == 0
     gateway.kafka = True

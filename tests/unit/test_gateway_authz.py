@@ -11,7 +11,14 @@ from typing import Any, cast
 import httpx
 import pytest
 
-from ringfence.gateway.contract import Attempt, Blocked, Gate, HoldableRequest, Presented, Verdict
+from ringfence.gateway.contract import (
+    Attempt,
+    BlockedRequest,
+    Gate,
+    HoldableRequest,
+    PresentedIdentity,
+    Verdict,
+)
 from ringfence.gateway.proxies import envoy, forward_auth
 from ringfence.gateway.proxies.authz import Asker, ProxyAuth
 from ringfence.kernel.base.errors import UnavailableError
@@ -34,16 +41,18 @@ class Played:
     def __init__(self) -> None:
         self.verdict: Verdict | Exception = ALLOWED
         self.inject: Mapping[str, str] | Exception = {"Authorization": "Bearer x"}
-        self.asked: list[tuple[Presented, Attempt]] = []
-        self.blocked: list[Blocked] = []
+        self.asked: list[tuple[PresentedIdentity, Attempt]] = []
+        self.blocked: list[BlockedRequest] = []
 
-    async def decide(self, presented: Presented, attempt: Attempt, *, patient: HoldableRequest) -> Verdict:
+    async def decide(
+        self, presented: PresentedIdentity, attempt: Attempt, *, holdable: HoldableRequest
+    ) -> Verdict:
         self.asked.append((presented, attempt))
         if isinstance(self.verdict, Exception):
             raise self.verdict
         return self.verdict
 
-    async def injected(self, verdict: Verdict) -> Mapping[str, str]:
+    async def headers_to_inject(self, verdict: Verdict) -> Mapping[str, str]:
         if isinstance(self.inject, Exception):
             raise self.inject
         return self.inject
@@ -142,10 +151,10 @@ async def test_a_proxy_tells_of_the_request_as_it_came(played: Played) -> None:
     answer = await played.ask("/authz/fwd", FORWARDED + shown)
     assert (answer.status_code, answer.headers["authorization"]) == (200, "Bearer x")
     presented, attempt = played.asked[0]
-    assert {"dpop", "x-ringfence-label"} <= presented.own
-    assert "authorization" not in presented.own
-    presented = replace(presented, own=frozenset())
-    assert presented == Presented(handle="LEASE", proof="a.b.c", htu="https://hub.example:8443/a%2Fb")
+    assert {"dpop", "x-ringfence-label"} <= presented.header_names
+    assert "authorization" not in presented.header_names
+    presented = replace(presented, header_names=frozenset())
+    assert presented == PresentedIdentity(handle="LEASE", proof="a.b.c", htu="https://hub.example:8443/a%2Fb")
     assert attempt == Attempt(
         authority="hub.example:8443", scheme="https", method="PUT", target="/a%2Fb?x=%20y", label="pr-7"
     )
@@ -284,10 +293,10 @@ async def test_a_proxy_that_hangs_up_is_gone() -> None:
     async def receive() -> Any:
         return messages.pop(0)
 
-    Asker(receive).on_gone(gone.set)
+    Asker(receive).on_disconnect(gone.set)
     async with asyncio.timeout(10):
         await gone.wait()
-    assert await Asker(receive).whole() is None
+    assert await Asker(receive).read_body() is None
 
 
 async def test_a_proxy_that_was_answered_is_watched_no_more() -> None:
@@ -297,7 +306,7 @@ async def test_a_proxy_that_was_answered_is_watched_no_more() -> None:
         await leaves.wait()
         return {"type": "http.disconnect"}
 
-    unsubscribe = Asker(receive).on_gone(gone.set)
+    unsubscribe = Asker(receive).on_disconnect(gone.set)
     await asyncio.sleep(0)
     unsubscribe()
     leaves.set()

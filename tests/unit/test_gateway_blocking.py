@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from ringfence.gateway.contract import Attempt, Blocked, Presented
+from ringfence.gateway.contract import Attempt, BlockedRequest, PresentedIdentity
 from ringfence.gateway.decision.blocked_requests import BlockedRequests
 from ringfence.gateway.decision.targets import Targets
-from ringfence.gateway.events.refusal_counts import MAX_DESTINATIONS, Counted
+from ringfence.gateway.events.refusal_counts import MAX_DESTINATIONS, RefusalCounts
 from ringfence.gateway.events.spool import SpoolFullError
 from ringfence.messages.operations import ActionDecided, Destination
 from tests.unit.test_gateway_domain import Place
@@ -25,7 +25,7 @@ class Parts:
         ledger = self.place.ledger
         self.events: list[ActionDecided] = []
         self.full = False
-        counted = Counted(self.record, ledger.clock, gateway=GATEWAY)
+        counted = RefusalCounts(self.record, ledger.clock, gateway=GATEWAY)
         targets = Targets(ledger.directory)
         self.blocked = BlockedRequests(counted, ledger.directory, targets, trust_domain="test.example")
 
@@ -35,7 +35,7 @@ class Parts:
         self.events.append(event)
 
     def add(self, code: str = "too_many_requests", **fields: Any) -> None:
-        self.blocked.add(Blocked(code, "what was wrong", **fields))
+        self.blocked.add(BlockedRequest(code, "what was wrong", **fields))
 
 
 @pytest.fixture
@@ -45,11 +45,11 @@ def parts() -> Parts:
 
 def test_whose_it_is_as_far_as_the_connection_shows_it(parts: Parts) -> None:
     task = parts.place.task
-    parts.add(presented=Presented(task_id=task), method="GET")
-    parts.add(presented=Presented(certificate="spiffe://test.example/agent/bot"), method="PUT")
-    parts.add(presented=Presented(certificate="spiffe://elsewhere.example/agent/bot"))
-    parts.add("head_timeout", presented=Presented(task_id="nobody's"))
-    parts.add("odd", presented=Presented(handle=parts.place.lease.lease_id))
+    parts.add(presented=PresentedIdentity(task_id=task), method="GET")
+    parts.add(presented=PresentedIdentity(certificate="spiffe://test.example/agent/bot"), method="PUT")
+    parts.add(presented=PresentedIdentity(certificate="spiffe://elsewhere.example/agent/bot"))
+    parts.add("head_timeout", presented=PresentedIdentity(task_id="nobody's"))
+    parts.add("odd", presented=PresentedIdentity(handle=parts.place.lease.lease_id))
     assert [(one.agent_id, one.task_id, one.access, one.method) for one in parts.events] == [
         ("bot", task, "read", "GET"), ("bot", None, "write", "PUT"), (None, None, None, None),
         (None, None, None, None), (None, None, None, None),
@@ -70,13 +70,13 @@ def test_a_flood_is_one_event_a_second_and_none_of_it_is_missing(parts: Parts) -
         parts.add(method="GET")
     parts.add(method="PUT")
     assert [one.count for one in parts.events] == [1, 1], "the first of each kind is recorded at once"
-    parts.blocked.tell()
+    parts.blocked.flush()
     assert [one.count for one in parts.events] == [1, 1, 999]
     parts.add(method="GET")
-    parts.blocked.tell()
+    parts.blocked.flush()
     assert [one.count for one in parts.events] == [1, 1, 999, 1]
-    parts.blocked.tell()
-    parts.blocked.tell()
+    parts.blocked.flush()
+    parts.blocked.flush()
     parts.add(method="GET")
     assert [one.count for one in parts.events] == [1, 1, 999, 1, 1], "whoever comes later is the first again"
     assert len({one.action_id for one in parts.events}) == 5
@@ -86,7 +86,7 @@ async def test_what_there_is_no_room_for_is_told_when_there_is(parts: Parts) -> 
     parts.full = True
     for _ in range(3):
         parts.add()
-    parts.blocked.tell()
+    parts.blocked.flush()
     assert parts.events == []
     parts.full = False
     parts.add()
@@ -96,7 +96,7 @@ async def test_what_there_is_no_room_for_is_told_when_there_is(parts: Parts) -> 
 
 def test_what_a_stranger_wrote_does_not_reach_events(parts: Parts) -> None:
     for code in ("host_invalid", "malformed_http"):
-        parts.blocked.add(Blocked(code, "quoted: eve.example", method="EVE \x1b[31m" + "E" * 99))
+        parts.blocked.add(BlockedRequest(code, "quoted: eve.example", method="EVE \x1b[31m" + "E" * 99))
     assert "eve.example" not in "".join(one.model_dump_json() for one in parts.events).lower()
     assert {one.method for one in parts.events} == {"EVE??[31m" + "E" * 23}
 
@@ -115,10 +115,10 @@ def test_where_it_was_going(parts: Parts) -> None:
 def test_who_tries_a_million_hosts_gets_no_event_for_each(parts: Parts) -> None:
     for number in range(1000):
         parts.add(method=f"M{number}", destination=Destination(host=f"host-{number}.example"))
-    parts.blocked.tell()
+    parts.blocked.flush()
     assert len(parts.events) == MAX_DESTINATIONS + 2, "each of the first, the first of the rest, and the rest"
     assert sum(one.count or 0 for one in parts.events) == 1000
     assert sum(one.destination is not None for one in parts.events) == MAX_DESTINATIONS
-    parts.blocked.tell()
+    parts.blocked.flush()
     parts.add(destination=Destination(host="later.example"))
     assert parts.events[-1].destination == Destination(host="later.example"), "a second later there is room"

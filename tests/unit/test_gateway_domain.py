@@ -9,21 +9,21 @@ from typing import Any
 import pytest
 
 from ringfence.gateway.domain import (
+    BAD_REQUEST,
+    CONTENT_TOO_LARGE,
     FORBIDDEN,
     NOT_FOUND,
-    TOO_FAST,
-    TOO_LARGE,
+    TOO_MANY_REQUESTS,
     UNAUTHORIZED,
     UNAVAILABLE,
-    UNREADABLE,
-    Chosen,
+    ChosenLease,
     Refusal,
     Sender,
     access_of,
+    authorize,
     narrowest,
-    refused,
+    refuse,
     stale_view,
-    weigh,
 )
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.crypto.keys import SigningKey
@@ -90,8 +90,8 @@ class Place:
 
     def weigh(
         self, sender: Sender | None = None, action: Action = READ, *, target: str = "staging"
-    ) -> Chosen | Refusal:
-        return weigh(
+    ) -> ChosenLease | Refusal:
+        return authorize(
             sender or Sender("bot", self.task), self.target(target), action, self.table, self.ledger.directory,
             now_s=self.ledger.clock.ms / 1000, entitlements_max_age_s=MAX_AGE_S,
         )  # fmt: skip
@@ -113,7 +113,7 @@ def place() -> Place:
 
 def test_what_is_within_every_side_goes_by_the_lease(place: Place) -> None:
     found = place.weigh()
-    assert isinstance(found, Chosen)
+    assert isinstance(found, ChosenLease)
     assert found.lease == place.lease
     assert (found.ground.agent.state.agent_id, found.ground.task.state.task_id) == ("bot", place.task)
 
@@ -199,7 +199,7 @@ def test_whom_nobody_knows_is_told_so(place: Place) -> None:
 
 def test_without_a_task_any_lease_of_the_agent_will_do_and_its_task_is_the_actions(place: Place) -> None:
     found = place.weigh(Sender("bot"))
-    assert isinstance(found, Chosen)
+    assert isinstance(found, ChosenLease)
     assert found.ground.task.state.task_id == place.task
     place.ledger.give(place.ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
     assert "agent_suspended" in place.codes(Sender("bot"))
@@ -211,11 +211,11 @@ def test_a_handle_names_just_that_lease(place: Place) -> None:
     named = Sender("bot", place.task, narrow.lease_id)
     assert place.codes(named) == {"beyond_lease"}, "the other lease would allow it"
     found = place.weigh(named, Action("read", "env/staging/api"))
-    assert isinstance(found, Chosen)
+    assert isinstance(found, ChosenLease)
     assert found.lease.lease_id == narrow.lease_id
     wider = Sender("bot", place.task, place.lease.lease_id)
     found = place.weigh(wider, Action("read", "env/staging/api"))
-    assert isinstance(found, Chosen)
+    assert isinstance(found, ChosenLease)
     assert found.lease.lease_id == place.lease.lease_id
 
 
@@ -323,7 +323,7 @@ def test_a_lease_of_an_instance_that_is_let_in_no_more_is_none() -> None:
     )  # fmt: skip
     lease = place.leased(instance=ref)
     found = place.weigh(sender=Sender("bot", None, lease.lease_id))
-    assert isinstance(found, Chosen)
+    assert isinstance(found, ChosenLease)
     place.ledger.give(place.ledger.claims(AgentSetAttestation, "sam", agent_id="bot", attestation=()))
     found = place.weigh(sender=Sender("bot", None, lease.lease_id))
     assert isinstance(found, Refusal)
@@ -351,14 +351,14 @@ def test_a_lease_of_a_compromised_key_is_refused_however_its_agent_is_known(plac
 # --- what a refusal says ----------------------------------------------------------------------------------------------
 
 
-def reasons(found: Chosen | Refusal) -> list[tuple[str, str | None, Permission | None]]:
+def reasons(found: ChosenLease | Refusal) -> list[tuple[str, str | None, Permission | None]]:
     assert isinstance(found, Refusal)
     return [(reason.code, reason.side, reason.permission) for reason in found.reasons]
 
 
 def test_what_is_chosen_is_held_against_what_was_wanted(place: Place) -> None:
     found = place.weigh()
-    assert isinstance(found, Chosen)
+    assert isinstance(found, ChosenLease)
     assert found.wanted == (permission("env/staging/web", verbs=("read",)),)
 
 
@@ -432,7 +432,7 @@ def test_a_record_that_does_not_hold_is_no_agent(place: Place) -> None:
     entry = ledger.directory.agent("bot")
     assert entry is not None
     ledger.admit(ledger.sign_record(entry.state, entry.record.commands, entry.revision), reader)
-    found = weigh(
+    found = authorize(
         Sender("bot"), place.target(), READ, LeaseTable(ledger.clock), reader, now_s=ledger.clock.ms / 1000,
         entitlements_max_age_s=MAX_AGE_S,
     )  # fmt: skip
@@ -494,7 +494,7 @@ def test_those_that_the_task_names_too_are_told_of_once(place: Place) -> None:
     part = subject_key(change.state)[1]
     place.leased(agent_id="thief", act=("thief", "bot"), task_id=part)
     sender = Sender("thief", part)
-    assert isinstance(place.weigh(sender), Chosen)
+    assert isinstance(place.weigh(sender), ChosenLease)
     ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=()))
     wanted = permission("env/staging/web", verbs=("read",))
     assert reasons(place.weigh(sender)) == [("beyond_scope", "ceiling:bot", wanted)]
@@ -526,16 +526,24 @@ def test_what_only_reads(method: str, access: str | None) -> None:
 
 def test_a_refusal_says_all_that_it_is_given() -> None:
     wanted, sender = permission("a", verbs=("read",)), Sender("bot")
-    found = refused("x", "y" * 1001, status=429, permission=wanted, side="task", sender=sender)
+    found = refuse("x", "y" * 1001, status=429, permission=wanted, side="task", sender=sender)
     assert (found.status, found.sender) == (429, sender)
     (reason,) = found.reasons
     assert (reason.code, reason.message, reason.permission, reason.side) == ("x", "y" * 1000, wanted, "task")
-    plain = refused("x", "y")
+    plain = refuse("x", "y")
     assert (plain.status, plain.sender, plain.reasons[0].side) == (403, None, None)
 
 
 def test_statuses_are_those_of_http() -> None:
-    named = (UNREADABLE, UNAUTHORIZED, FORBIDDEN, NOT_FOUND, TOO_LARGE, TOO_FAST, UNAVAILABLE)
+    named = (
+        BAD_REQUEST,
+        UNAUTHORIZED,
+        FORBIDDEN,
+        NOT_FOUND,
+        CONTENT_TOO_LARGE,
+        TOO_MANY_REQUESTS,
+        UNAVAILABLE,
+    )
     assert [HTTPStatus(status).phrase for status in named] == [
         "Bad Request", "Unauthorized", "Forbidden", "Not Found", "Request Entity Too Large", "Too Many Requests",
         "Service Unavailable",

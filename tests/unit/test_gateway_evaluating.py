@@ -8,9 +8,9 @@ from typing import Any, cast
 import orjson
 import pytest
 
-from ringfence.gateway.decision.evaluator import LONGEST_MS, Evaluator
-from ringfence.gateway.domain import Ask, Chosen, Refusal
-from ringfence.gateway.events.task_history import MAX_TASKS, Earlier
+from ringfence.gateway.decision.evaluator import MAX_CACHE_MS, Evaluator
+from ringfence.gateway.domain import ApprovalRequired, ChosenLease, Refusal
+from ringfence.gateway.events.task_history import MAX_TASKS, TaskHistory
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass, TargetState, VerbFloor
 from ringfence.model.http_targets.request_map import Action
@@ -49,18 +49,23 @@ class Asked:
         self.evaluator = Evaluator(cast(Any, self.engine), self.declared)
         self.place = Place()
         chosen = self.place.weigh()
-        assert isinstance(chosen, Chosen)
+        assert isinstance(chosen, ChosenLease)
         self.chosen = chosen
 
     def declared(self, target: TargetState) -> dict[str, str]:
         return {"revocability": "instant", "enforced_by": "target"}
 
     async def __call__(
-        self, action: Action = READ, *, now_ms: int = NOW_MS, reads: bool = True, chosen: Chosen | None = None
-    ) -> Refusal | Ask | None:
+        self,
+        action: Action = READ,
+        *,
+        now_ms: int = NOW_MS,
+        reads: bool = True,
+        chosen: ChosenLease | None = None,
+    ) -> Refusal | ApprovalRequired | None:
         return await self.evaluator.answer(
             chosen or self.chosen, action, id="a-1", reads=reads,
-            earlier=lambda: {"since_s": 1, "allowed": {}, "denied": 0, "last_minute": 0}, now_ms=now_ms,
+            task_history=lambda: {"since_s": 1, "allowed": {}, "denied": 0, "last_minute": 0}, now_ms=now_ms,
         )  # fmt: skip
 
     @property
@@ -85,9 +90,9 @@ async def test_an_answer_is_gone_by_for_as_long_as_it_says(asked: Asked) -> None
 async def test_and_never_for_longer_than_five_seconds(asked: Asked) -> None:
     asked.engine.result = replace(ALLOWED, max_ttl_s=3600)
     await asked()
-    await asked(now_ms=NOW_MS + LONGEST_MS - 1)
+    await asked(now_ms=NOW_MS + MAX_CACHE_MS - 1)
     assert asked.times == 1
-    await asked(now_ms=NOW_MS + LONGEST_MS)
+    await asked(now_ms=NOW_MS + MAX_CACHE_MS)
     assert asked.times == 2
 
 
@@ -134,7 +139,7 @@ async def test_denials_are_told_whole_and_asked_anew(asked: Asked) -> None:
 async def test_whose_word_is_wanted_is_told_and_asked_anew(asked: Asked, wanted: ActionClass) -> None:
     asked.engine.result = PolicyResult(True, (), (wanted,), 5)
     for times in (1, 2):
-        assert await asked() == Ask(wanted, asked.engine.revision)
+        assert await asked() == ApprovalRequired(wanted, asked.engine.revision)
         assert asked.times == times
 
 
@@ -145,7 +150,7 @@ async def test_what_the_targets_record_asks_for_no_bundle_takes_back(asked: Aske
     chosen = replace(
         asked.chosen, ground=replace(ground, target=replace(ground.target, state=state, revision=7))
     )
-    assert await asked(chosen=chosen) == Ask("operator", asked.engine.revision)
+    assert await asked(chosen=chosen) == ApprovalRequired("operator", asked.engine.revision)
     assert await asked() is None
     asked.engine.result = PolicyResult(True, (), ("sponsor",), 5)
     several = await asked(chosen=chosen)
@@ -192,7 +197,7 @@ async def test_the_input_is_as_the_bundle_expects_it(asked: Asked) -> None:
 
 
 def test_earlier_counts_by_target_and_verb_and_the_last_minute() -> None:
-    earlier = Earlier()
+    earlier = TaskHistory()
     assert earlier.of("t", NOW_MS) == {"since_s": 1000, "allowed": {}, "denied": 0, "last_minute": 0}
     for number in range(3):
         earlier.add("t", "hub", "read", allowed=True, now_ms=NOW_MS + number * 1000)
@@ -207,7 +212,7 @@ def test_earlier_counts_by_target_and_verb_and_the_last_minute() -> None:
 
 
 def test_earlier_does_not_grow_without_bound() -> None:
-    earlier = Earlier()
+    earlier = TaskHistory()
     for number in range(MAX_TASKS + 10):
         earlier.add(f"t{number}", "hub", "read", allowed=True, now_ms=NOW_MS)
     assert len(earlier._tasks) == MAX_TASKS

@@ -9,21 +9,30 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.gateway.contract import Attempt, Carried, Gate, Presented, RateCheck, Rpc, Verdict
+from ringfence.gateway.contract import (
+    Attempt,
+    Gate,
+    McpHeaders,
+    PresentedIdentity,
+    RateCheck,
+    RpcErrorReply,
+    Verdict,
+)
 from ringfence.gateway.dataplane.denials import answer
 from ringfence.gateway.dataplane.exchange import goes_no_further
-from ringfence.gateway.decision.evaluator import NO_ANSWER, Allowed
+from ringfence.gateway.decision.evaluator import NO_ANSWER, CachedAnswer
 from ringfence.gateway.decision.gate import DecisionGate
-from ringfence.gateway.decision.mcp import Sessions
+from ringfence.gateway.decision.mcp import SessionTable
 from ringfence.gateway.decision.targets import Targets
-from ringfence.gateway.domain import Ask, Refusal, Sender, refused, stale_view
-from ringfence.gateway.events.refusal_counts import Counted
+from ringfence.gateway.domain import ApprovalRequired, Refusal, Sender, refuse, stale_view
+from ringfence.gateway.events.refusal_counts import RefusalCounts
 from ringfence.gateway.events.spool import SpoolFullError
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided, Destination
 from ringfence.messages.registry import AgentSuspend, BackendSettings, McpRule, RequestRule, VerbFloor
 from tests.gateway.recorder import PlayedRecorder
+from tests.support.switches import build_options, is_on
 from tests.support.unknown_field_cases import as_before
 from tests.unit.test_gateway_domain import Place
 
@@ -51,14 +60,15 @@ class Parts(PlayedRecorder):
         self.problem: str | None = None
         self.events: list[ActionDecided] = []
         self.meanwhile: Callable[[], None] = lambda: None
-        self.refuses: Refusal | Ask | Exception | None = None
+        self.refuses: Refusal | ApprovalRequired | Exception | None = None
         self.equips: Callable[[], None] = lambda: None
         self.full = False
         played = cast(Any, self)
-        self.counted = Counted(self.record, ledger.clock, gateway=GATEWAY)
+        self.counted = RefusalCounts(self.record, ledger.clock, gateway=GATEWAY)
         self.gate: Gate = DecisionGate(
             played, self.targets, played, played, played, played, self.counted, played, ledger.clock,
             gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9,
+            **build_options("gateway"),
         )  # fmt: skip
 
     # view
@@ -70,13 +80,13 @@ class Parts(PlayedRecorder):
             return Reason(code="revoker_halted", message="a revoker has halted")
         return stale_view(self.problem) if self.problem else None
 
-    doubt = denial
+    view_problem = denial
 
     # identifier
     def nonce(self) -> str:
         return "fresh"
 
-    async def sender(self, presented: Presented, attempt: Attempt) -> Sender | Refusal:
+    async def sender(self, presented: PresentedIdentity, attempt: Attempt) -> Sender | Refusal:
         if presented.handle == "none":
             reason = self.refuses
             assert isinstance(reason, Refusal)
@@ -91,13 +101,13 @@ class Parts(PlayedRecorder):
         return {"Authorization": "Bearer x"}
 
     # evaluator
-    def holds(self, *args: Any) -> bool:
+    def is_valid(self, *args: Any) -> bool:
         return self.refuses is None
 
-    def remembered(self, *args: Any) -> Allowed:
+    def cached_answer(self, *args: Any) -> CachedAnswer:
         return NO_ANSWER
 
-    async def answer(self, *args: Any, **kwargs: Any) -> Refusal | Ask | None:
+    async def answer(self, *args: Any, **kwargs: Any) -> Refusal | ApprovalRequired | None:
         self.meanwhile()
         if isinstance(self.refuses, Exception):
             raise self.refuses
@@ -127,10 +137,10 @@ def parts() -> Parts:
 
 
 async def test_what_is_allowed_goes_by_the_lease_that_is_injected(parts: Parts) -> None:
-    verdict = await parts.gate.decide(Presented(), attempt(label="pr"))
+    verdict = await parts.gate.decide(PresentedIdentity(), attempt(label="pr"))
     assert (verdict.allowed, verdict.status, verdict.lease) == (True, 200, parts.place.lease)
     assert (verdict.task_id, verdict.nonce) == (parts.place.task, "fresh")
-    assert await parts.gate.injected(verdict) == {"Authorization": "Bearer x"}
+    assert await parts.gate.headers_to_inject(verdict) == {"Authorization": "Bearer x"}
     (event,) = parts.events
     assert (event.action_id, event.allowed, event.label) == (verdict.action_id, True, "pr")
     assert event.latency_us is not None
@@ -142,30 +152,32 @@ def admits(agent_id: str) -> Reason | None:
 
 
 def allowed_at_once(
-    parts: Parts, presented: Presented, attempt: Attempt, admits: RateCheck = admits
+    parts: Parts, presented: PresentedIdentity, attempt: Attempt, admits: RateCheck = admits
 ) -> tuple[Verdict, Mapping[str, str]] | None:
-    standing = parts.gate.standing(presented, attempt)
+    standing = parts.gate.cached_allowance(presented, attempt)
     allowed = standing.allowed(admits, lambda kept: None) if standing is not None else None
     return (standing.verdict(*allowed), allowed[1]) if standing is not None and allowed is not None else None
 
 
+@pytest.mark.fast_path_only(reason="compares cached decisions with those that are made step by step")
 async def test_what_is_allowed_at_once_is_what_would_be_decided(parts: Parts) -> None:
-    decided = await parts.gate.decide(Presented(), attempt(label="pr"))
-    allowed = allowed_at_once(parts, Presented(task_id=parts.place.task), attempt(label="pr"))
+    decided = await parts.gate.decide(PresentedIdentity(), attempt(label="pr"))
+    allowed = allowed_at_once(parts, PresentedIdentity(task_id=parts.place.task), attempt(label="pr"))
     assert allowed is not None
     verdict, injected = allowed
     assert dataclasses.replace(verdict, action_id=decided.action_id, nonce="fresh") == decided
-    assert injected == await parts.gate.injected(verdict) == {"Authorization": "Bearer x"}
+    assert injected == await parts.gate.headers_to_inject(verdict) == {"Authorization": "Bearer x"}
     one, other = (event.model_dump(exclude={"action_id", "latency_us"}) for event in parts.events)
     assert one == other
     assert parts.events[1].action_id == verdict.action_id
 
 
+@pytest.mark.fast_path_only(reason="compares cached decisions with those that are made step by step")
 @pytest.mark.parametrize(
     "change",
     [
         lambda parts: setattr(parts, "problem", "old"),
-        lambda parts: setattr(parts, "refuses", refused("policy_denied", "no")),
+        lambda parts: setattr(parts, "refuses", refuse("policy_denied", "no")),
         lambda parts: parts.table.revoke(parts.place.lease.lease_id, parts.place.ledger.clock.ms),
         lambda parts: parts.table.fence("agent:bot", parts.place.lease.requested_at_ms, order_id="an order"),
         lambda parts: setattr(
@@ -182,32 +194,33 @@ async def test_what_is_allowed_at_once_is_what_would_be_decided(parts: Parts) ->
 async def test_what_is_in_doubt_is_not_allowed_at_once(
     parts: Parts, change: Callable[[Parts], object]
 ) -> None:
-    standing = parts.gate.standing(Presented(), attempt())
+    standing = parts.gate.cached_allowance(PresentedIdentity(), attempt())
     assert standing is not None
     assert standing.allowed(admits, lambda kept: None) is not None
     change(parts)
     assert standing.allowed(admits, lambda kept: None) is None, "whoever kept it has to ask"
-    assert allowed_at_once(parts, Presented(), attempt()) is None
+    assert allowed_at_once(parts, PresentedIdentity(), attempt()) is None
     assert len(parts.events) == 1, "nothing was decided"
-    assert not (await parts.gate.decide(Presented(), attempt())).allowed
+    assert not (await parts.gate.decide(PresentedIdentity(), attempt())).allowed
 
 
+@pytest.mark.fast_path_only(reason="compares cached decisions with those that are made step by step")
 async def test_what_stands_is_found_anew_when_a_record_or_its_lease_changed(parts: Parts) -> None:
-    standing = parts.gate.standing(Presented(), attempt())
+    standing = parts.gate.cached_allowance(PresentedIdentity(), attempt())
     assert standing is not None
-    assert parts.gate.standing(Presented(), attempt()) is standing
+    assert parts.gate.cached_allowance(PresentedIdentity(), attempt()) is standing
     parts.place.leased(agent_id="thief", act=("thief",))
-    assert standing.holds()
+    assert standing.is_valid()
     other = parts.place.leased()
-    assert not standing.holds()
-    found = parts.gate.standing(Presented(), attempt())
+    assert not standing.is_valid()
+    found = parts.gate.cached_allowance(PresentedIdentity(), attempt())
     assert found is not None
     parts.table.revoke(found.lease.lease_id, parts.place.ledger.clock.ms)
-    assert not found.holds()
-    found = parts.gate.standing(Presented(), attempt())
+    assert not found.is_valid()
+    found = parts.gate.cached_allowance(PresentedIdentity(), attempt())
     assert found is not None
     assert {found.lease.lease_id, standing.lease.lease_id} <= {other.lease_id, parts.place.lease.lease_id}
-    assert found.holds()
+    assert found.is_valid()
 
 
 async def test_nothing_but_what_is_allowed_is_decided_at_once(parts: Parts) -> None:
@@ -217,41 +230,41 @@ async def test_nothing_but_what_is_allowed_is_decided_at_once(parts: Parts) -> N
     def broken() -> None:
         raise UnavailableError("the issuer has none")
 
-    assert allowed_at_once(parts, Presented(handle="none"), attempt()) is None
-    assert allowed_at_once(parts, Presented(), attempt(method="PUT")) is None
-    assert allowed_at_once(parts, Presented(), attempt(authority="other.example")) is None
-    assert allowed_at_once(parts, Presented(), attempt(method="POST", target="/r")) is None
-    assert allowed_at_once(parts, Presented(), attempt(), full) is None
+    assert allowed_at_once(parts, PresentedIdentity(handle="none"), attempt()) is None
+    assert allowed_at_once(parts, PresentedIdentity(), attempt(method="PUT")) is None
+    assert allowed_at_once(parts, PresentedIdentity(), attempt(authority="other.example")) is None
+    assert allowed_at_once(parts, PresentedIdentity(), attempt(method="POST", target="/r")) is None
+    assert allowed_at_once(parts, PresentedIdentity(), attempt(), full) is None
     parts.equips = broken
-    assert allowed_at_once(parts, Presented(), attempt()) is None
+    assert allowed_at_once(parts, PresentedIdentity(), attempt()) is None
     assert parts.events == []
 
 
 async def test_a_cut_while_the_bundle_is_asked_overtakes_the_answer(parts: Parts) -> None:
     parts.meanwhile = lambda: parts.table.revoke(parts.place.lease.lease_id, parts.place.ledger.clock.ms)
-    verdict = await parts.gate.decide(Presented(), attempt())
+    verdict = await parts.gate.decide(PresentedIdentity(), attempt())
     assert (verdict.allowed, verdict.reasons[0].code) == (False, "lease_cut")
     with pytest.raises(UnavailableError):
-        await parts.gate.injected(verdict)
+        await parts.gate.headers_to_inject(verdict)
 
 
 @pytest.mark.parametrize(("problem", "code"), [("old", "stale_view"), ("halted", "revoker_halted")])
 async def test_an_old_view_and_a_halted_revoker_decide_inject_and_keep_open_nothing(
     parts: Parts, problem: str, code: str
 ) -> None:
-    allowed = await parts.gate.decide(Presented(), attempt())
+    allowed = await parts.gate.decide(PresentedIdentity(), attempt())
     parts.problem = problem
-    verdict = await parts.gate.decide(Presented(), attempt())
+    verdict = await parts.gate.decide(PresentedIdentity(), attempt())
     assert (verdict.status, verdict.reasons[0].code, verdict.retry_after_s) == (503, code, 5)
-    with pytest.raises(UnavailableError) as refused:
-        await parts.gate.injected(allowed)
-    assert refused.value.code == code
-    assert goes_no_further(parts.gate.doubt()).code == code
+    with pytest.raises(UnavailableError) as refuse:
+        await parts.gate.headers_to_inject(allowed)
+    assert refuse.value.code == code
+    assert goes_no_further(parts.gate.view_problem()).code == code
     told: list[int] = []
-    parts.gate.on_end(parts.place.lease.lease_id, lambda: told.append(1))
+    parts.gate.on_lease_end(parts.place.lease.lease_id, lambda: told.append(1))
     assert told == [1]
     parts.problem = None
-    parts.gate.on_end(parts.place.lease.lease_id, lambda: told.append(2))
+    parts.gate.on_lease_end(parts.place.lease.lease_id, lambda: told.append(2))
     assert told == [1]
 
 
@@ -260,12 +273,12 @@ async def test_without_its_credential_it_is_denied_and_recorded_so(parts: Parts)
         raise UnavailableError("the issuer has none")
 
     parts.equips = lacking
-    verdict = await parts.gate.decide(Presented(), attempt())
+    verdict = await parts.gate.decide(PresentedIdentity(), attempt())
     assert (verdict.allowed, verdict.status, verdict.retry_after_s) == (False, 503, 5)
     (event,) = parts.events
     assert (event.allowed, event.reasons[0].code, event.verb) == (False, "unavailable", "read")
     with pytest.raises(UnavailableError):
-        await parts.gate.injected(verdict)
+        await parts.gate.headers_to_inject(verdict)
 
 
 async def test_what_ends_while_the_credential_is_asked_for_is_not_recorded_as_allowed(parts: Parts) -> None:
@@ -273,22 +286,22 @@ async def test_what_ends_while_the_credential_is_asked_for_is_not_recorded_as_al
         parts.problem = "old"
 
     parts.equips = old
-    verdict = await parts.gate.decide(Presented(), attempt())
+    verdict = await parts.gate.decide(PresentedIdentity(), attempt())
     assert (verdict.status, verdict.reasons[0].code) == (503, "stale_view")
     parts.problem = None
     parts.equips = lambda: parts.table.revoke(parts.place.lease.lease_id, parts.place.ledger.clock.ms)
-    verdict = await parts.gate.decide(Presented(), attempt())
+    verdict = await parts.gate.decide(PresentedIdentity(), attempt())
     assert (verdict.status, verdict.reasons[0].code) == (403, "lease_cut")
     assert [event.allowed for event in parts.events] == [False, False]
 
 
 async def test_a_cut_after_the_decision_leaves_nothing_to_inject(parts: Parts) -> None:
-    verdict = await parts.gate.decide(Presented(), attempt())
+    verdict = await parts.gate.decide(PresentedIdentity(), attempt())
     assert "Bearer" not in repr(verdict)
     parts.table.revoke(parts.place.lease.lease_id, parts.place.ledger.clock.ms)
-    with pytest.raises(UnavailableError) as refused:
-        await parts.gate.injected(verdict)
-    assert refused.value.code == "lease_cut"
+    with pytest.raises(UnavailableError) as refuse:
+        await parts.gate.headers_to_inject(verdict)
+    assert refuse.value.code == "lease_cut"
 
 
 async def test_a_plane_is_asked_for_its_limits_before_anything_is_recorded(parts: Parts) -> None:
@@ -299,8 +312,8 @@ async def test_a_plane_is_asked_for_its_limits_before_anything_is_recorded(parts
         asked.append(agent_id)
         return many if len(asked) > 1 else None
 
-    assert (await parts.gate.decide(Presented(), attempt(), admits)).allowed
-    verdict = await parts.gate.decide(Presented(), attempt(), admits)
+    assert (await parts.gate.decide(PresentedIdentity(), attempt(), admits)).allowed
+    verdict = await parts.gate.decide(PresentedIdentity(), attempt(), admits)
     assert (verdict.allowed, verdict.status, verdict.reasons, verdict.retry_after_s) == (
         False,
         429,
@@ -308,30 +321,30 @@ async def test_a_plane_is_asked_for_its_limits_before_anything_is_recorded(parts
         5,
     )
     assert [(event.allowed, event.agent_id) for event in parts.events] == [(True, "bot"), (False, "bot")]
-    parts.refuses = refused("no_credentials", "say who you are", status=401)
-    await parts.gate.decide(Presented(handle="none"), attempt(), admits)
+    parts.refuses = refuse("no_credentials", "say who you are", status=401)
+    await parts.gate.decide(PresentedIdentity(handle="none"), attempt(), admits)
     assert asked == ["bot", "bot"], "nobody is asked about for whom nobody stands"
 
 
 async def test_a_flood_with_bad_credentials_is_told_of_once_a_second_and_whole(parts: Parts) -> None:
     def others(code: str, lease_id: str) -> Refusal:
-        return refused(code, "x", status=401, sender=Sender("thief", None, lease_id))
+        return refuse(code, "x", status=401, sender=Sender("thief", None, lease_id))
 
     answers = []
     for lease_id in ("L1", "L2"):
         parts.refuses = others("handle_other_agent", lease_id)
         answers += [
-            await parts.gate.decide(Presented(handle="none"), attempt(label="pr")) for _ in range(100)
+            await parts.gate.decide(PresentedIdentity(handle="none"), attempt(label="pr")) for _ in range(100)
         ]
-    parts.refuses = refused("proof_missing", "x", status=401)
-    answers += [await parts.gate.decide(Presented(handle="none"), attempt("PUT")) for _ in range(50)]
+    parts.refuses = refuse("proof_missing", "x", status=401)
+    answers += [await parts.gate.decide(PresentedIdentity(handle="none"), attempt("PUT")) for _ in range(50)]
     assert {one.status for one in answers} == {401}
     assert [(one.agent_id, one.lease_id, one.method, one.count) for one in parts.events] == [
         ("thief", "L1", "GET", None), ("thief", "L2", "GET", None), (None, None, "PUT", None),
     ]  # fmt: skip
     first, *_ = parts.events
     assert (first.target_id, first.label, first.request_digest is not None) == ("staging", "pr", True)
-    parts.counted.tell()
+    parts.counted.flush()
     told = parts.events[3:]
     assert [
         (one.agent_id, one.lease_id, one.target_id, one.label, one.reasons[0].code, one.access, one.count)
@@ -348,13 +361,13 @@ async def test_so_is_one_while_nothing_can_be_decided_or_of_too_many(parts: Part
     many = Reason(code="too_many_requests", message="wait")
     parts.full = True
     for _ in range(10):
-        assert (await parts.gate.decide(Presented(), attempt(), lambda agent_id: many)).status == 429
+        assert (await parts.gate.decide(PresentedIdentity(), attempt(), lambda agent_id: many)).status == 429
     parts.problem = "old"
     for _ in range(10):
-        verdict = await parts.gate.decide(Presented(), attempt())
+        verdict = await parts.gate.decide(PresentedIdentity(), attempt())
         assert verdict.reasons[0].code == "stale_view", "what is refused anyway needs no room"
     parts.full = False
-    parts.counted.tell()
+    parts.counted.flush()
     assert [(one.reasons[0].code, one.count) for one in parts.events] == [
         ("too_many_requests", 10), ("stale_view", 10),
     ]  # fmt: skip
@@ -362,7 +375,7 @@ async def test_so_is_one_while_nothing_can_be_decided_or_of_too_many(parts: Part
 
 async def test_whatever_goes_wrong_denies_and_is_recorded(parts: Parts) -> None:
     parts.refuses = RuntimeError("boom, with a secret")
-    verdict = await parts.gate.decide(Presented(), attempt())
+    verdict = await parts.gate.decide(PresentedIdentity(), attempt())
     assert (verdict.allowed, verdict.status, verdict.reasons[0].code) == (False, 503, "undecided")
     assert "secret" not in verdict.reasons[0].message
     assert [event.allowed for event in parts.events] == [False]
@@ -370,18 +383,18 @@ async def test_whatever_goes_wrong_denies_and_is_recorded(parts: Parts) -> None:
 
 async def test_what_cannot_be_recorded_is_denied(parts: Parts) -> None:
     parts.full = True
-    verdict = await parts.gate.decide(Presented(), attempt())
+    verdict = await parts.gate.decide(PresentedIdentity(), attempt())
     assert (verdict.allowed, verdict.status, verdict.reasons[0].code) == (False, 503, "spool_full")
     assert verdict.lease is None
 
 
 async def test_a_question_for_a_nonce_is_no_decision(parts: Parts) -> None:
-    parts.refuses = refused("use_dpop_nonce", "x", status=401)
-    verdict = await parts.gate.decide(Presented(handle="none"), attempt())
+    parts.refuses = refuse("use_dpop_nonce", "x", status=401)
+    verdict = await parts.gate.decide(PresentedIdentity(handle="none"), attempt())
     assert (verdict.status, verdict.nonce) == (401, "fresh")
     assert parts.events == []
-    parts.refuses = refused("handle_other_agent", "x", sender=Sender("thief", None, "L"))
-    await parts.gate.decide(Presented(handle="none"), attempt())
+    parts.refuses = refuse("handle_other_agent", "x", sender=Sender("thief", None, "L"))
+    await parts.gate.decide(PresentedIdentity(handle="none"), attempt())
     (event,) = parts.events
     assert (event.agent_id, event.lease_id) == ("thief", "L")
 
@@ -394,13 +407,13 @@ async def test_mcp_is_not_spoken_where_nobody_sees_the_answers(parts: Parts) -> 
     )
     ledger.give(ledger.target_set("olga", "staging", backend=backend, requests=(pinging,)))
     ping = attempt("POST", "/mcp", body=b'{"jsonrpc":"2.0","id":1,"method":"ping"}')
-    refused = await parts.gate.decide(Presented(), ping)
-    assert (refused.allowed, refused.reasons[0].code) == (False, "mcp_needs_plane")
-    shown = dataclasses.replace(ping, carried=Carried(media="application/json"))
-    assert (await parts.gate.decide(Presented(), shown)).allowed
+    refuse = await parts.gate.decide(PresentedIdentity(), ping)
+    assert (refuse.allowed, refuse.reasons[0].code) == (False, "mcp_needs_plane")
+    shown = dataclasses.replace(ping, mcp_headers=McpHeaders(content_type="application/json"))
+    assert (await parts.gate.decide(PresentedIdentity(), shown)).allowed
     parts.problem = "the view is old"
-    late = await parts.gate.decide(Presented(), shown)
-    assert (late.status, late.rpc) == (503, Rpc(1)), (
+    late = await parts.gate.decide(PresentedIdentity(), shown)
+    assert (late.status, late.rpc) == (503, RpcErrorReply(1)), (
         "it is told to the request, though nobody came to reading that"
     )
     status, headers, said = answer(late)
@@ -414,7 +427,7 @@ async def test_mcp_is_not_spoken_where_nobody_sees_the_answers(parts: Parts) -> 
 
 
 def test_a_lease_has_so_many_sessions_and_no_more() -> None:
-    sessions = Sessions()
+    sessions = SessionTable()
     for number in range(300):
         assert sessions.open("repos", f"s{number}", "a")
     assert sessions.open("repos", "other", "b")
@@ -433,20 +446,20 @@ async def test_a_body_that_decides_must_be_seen(parts: Parts) -> None:
     assert parts.gate.reads_body(post)
     assert not parts.gate.reads_body(attempt())
     assert not parts.gate.reads_body(attempt(authority="elsewhere.example"))
-    verdict = await parts.gate.decide(Presented(), post)
+    verdict = await parts.gate.decide(PresentedIdentity(), post)
     assert (verdict.status, verdict.reasons[0].code) == (413, "body_unseen")
     large = b'{"event": "COMMENT", "x": "' + b"x" * 2**20 + b'"}'
-    verdict = await parts.gate.decide(Presented(), attempt("POST", "/r", body=large))
+    verdict = await parts.gate.decide(PresentedIdentity(), attempt("POST", "/r", body=large))
     assert verdict.reasons[0].code == "body_unseen"
     verdict = await parts.gate.decide(
-        Presented(), attempt("POST", "/r", body=b'{"event": "COMMENT"}', json=True)
+        PresentedIdentity(), attempt("POST", "/r", body=b'{"event": "COMMENT"}', json=True)
     )
     assert verdict.allowed
     for odd in (b"", b"[]", b'{"event": "COMMENT", "event": "x"}'):
-        verdict = await parts.gate.decide(Presented(), attempt("POST", "/r", body=odd, json=True))
+        verdict = await parts.gate.decide(PresentedIdentity(), attempt("POST", "/r", body=odd, json=True))
         assert (verdict.status, verdict.reasons[0].code) == (403, "request_unmapped"), odd
     form = b'{"event": "COMMENT", "x": "&event=APPROVE&"}'
-    verdict = await parts.gate.decide(Presented(), attempt("POST", "/r", body=form))
+    verdict = await parts.gate.decide(PresentedIdentity(), attempt("POST", "/r", body=form))
     assert (verdict.status, verdict.reasons[0].code) == (403, "body_not_json"), "it may be read as a form"
     digests = {event.request_digest for event in parts.events}
     assert len(digests) == len(parts.events), "each was another request"
@@ -463,10 +476,10 @@ async def test_what_cannot_be_sent_anywhere_is_not_recorded_as_allowed(parts: Pa
     ledger = parts.place.ledger
     ledger.give(ledger.target_set("olga", "staging", requests=RULES))
     by_id = attempt(authority=None, target_id="staging", sent_by_gateway=True)
-    verdict = await parts.gate.decide(Presented(), by_id)
+    verdict = await parts.gate.decide(PresentedIdentity(), by_id)
     assert (verdict.allowed, verdict.status, verdict.reasons[0].code) == (False, 503, "target_nowhere")
     assert "--setting url" in verdict.reasons[0].message
-    verdict = await parts.gate.decide(Presented(), dataclasses.replace(by_id, sent_by_gateway=False))
+    verdict = await parts.gate.decide(PresentedIdentity(), dataclasses.replace(by_id, sent_by_gateway=False))
     assert verdict.allowed, "a proxy knows where its target is"
     assert [event.allowed for event in parts.events] == [False, True]
 
@@ -496,13 +509,13 @@ async def test_a_message_is_a_read_where_it_or_the_map_says_so(
     verbs = (VerbFloor(verb="read"), VerbFloor(verb="drop"))
     ledger.give(ledger.target_set("olga", "staging", backend=backend, verbs=verbs, requests=tuple(rules)))
     body = f'{{"jsonrpc": "2.0", {message}}}'.encode()
-    carried = Carried(media="application/json")
-    await parts.gate.decide(Presented(), attempt("POST", "/mcp", body=body, carried=carried))
+    carried = McpHeaders(content_type="application/json")
+    await parts.gate.decide(PresentedIdentity(), attempt("POST", "/mcp", body=body, mcp_headers=carried))
     assert [event.access for event in parts.events] == [access]
 
 
 async def test_what_a_stranger_wrote_does_not_reach_events(parts: Parts) -> None:
-    await parts.gate.decide(Presented(), attempt("G\nET", "/\udcff", label="a b\n"))
+    await parts.gate.decide(PresentedIdentity(), attempt("G\nET", "/\udcff", label="a b\n"))
     (event,) = parts.events
     assert (event.method, event.label, event.allowed) == ("G?ET", None, False)
     assert event.destination == Destination(scheme="https", host="hub.example", port=443, path="/?")
@@ -510,8 +523,9 @@ async def test_what_a_stranger_wrote_does_not_reach_events(parts: Parts) -> None
 
 async def test_what_comes_under_a_rule_that_is_not_understood_is_denied_and_says_so(parts: Parts) -> None:
     """Neither way lets it pass, though the rule after it would."""
-    assert (await parts.gate.decide(Presented(), attempt())).allowed
-    assert allowed_at_once(parts, Presented(), attempt()) is not None
+    assert (await parts.gate.decide(PresentedIdentity(), attempt())).allowed
+    at_once = allowed_at_once(parts, PresentedIdentity(), attempt())
+    assert (at_once is not None) is is_on("gateway", "fast_path")
     rule = RequestRule(method="GET", path="/env/{name*}", verb="read", resource="env/{name*}")
     limited = rule.model_copy(update={"headers": ["x-dry"]})
     ping = McpRule(method="ping").model_copy(update={"within_s": 1})
@@ -521,13 +535,13 @@ async def test_what_comes_under_a_rule_that_is_not_understood_is_denied_and_says
     assert not isinstance(before, Refusal)
     rules = (limited, spoken, *RULES)
     as_before(ledger, ledger.target_set("olga", "staging", backend=before.state.backend, requests=rules))
-    assert allowed_at_once(parts, Presented(), attempt()) is None
-    verdict = await parts.gate.decide(Presented(), attempt())
+    assert allowed_at_once(parts, PresentedIdentity(), attempt()) is None
+    verdict = await parts.gate.decide(PresentedIdentity(), attempt())
     assert (verdict.status, verdict.reasons[0].code) == (403, "rule_not_understood")
     assert "headers; upgrade the gateway, or have an operator set the target" in verdict.reasons[0].message
     body = b'{"jsonrpc": "2.0", "id": 1, "method": "ping"}'
-    posted = attempt("POST", "/mcp", body=body, carried=Carried(media="application/json"))
-    verdict = await parts.gate.decide(Presented(), posted)
+    posted = attempt("POST", "/mcp", body=body, mcp_headers=McpHeaders(content_type="application/json"))
+    verdict = await parts.gate.decide(PresentedIdentity(), posted)
     assert (verdict.status, verdict.reasons[0].code) == (403, "rule_not_understood")
     assert parts.events[-1].reasons[0].code == "rule_not_understood"
 
@@ -537,10 +551,10 @@ async def test_what_comes_under_a_rule_that_is_not_understood_is_denied_and_says
     [("GET", "/elsewhere/a?token=s3cret#x", "request_unmapped"), ("GET", "/env/prod/web?a", "beyond_lease")],
 )
 async def test_a_denial_says_where_it_was_going(parts: Parts, method: str, target: str, code: str) -> None:
-    await parts.gate.decide(Presented(), attempt(method, target))
-    await parts.gate.decide(Presented(), attempt(method, target, authority=None, target_id="staging"))
-    parts.refuses = refused("proof_missing", "no proof")
-    await parts.gate.decide(Presented(handle="none"), attempt(method, target))
+    await parts.gate.decide(PresentedIdentity(), attempt(method, target))
+    await parts.gate.decide(PresentedIdentity(), attempt(method, target, authority=None, target_id="staging"))
+    parts.refuses = refuse("proof_missing", "no proof")
+    await parts.gate.decide(PresentedIdentity(handle="none"), attempt(method, target))
     path = target.partition("?")[0]
     expected = Destination(scheme="https", host="hub.example", port=443, path=path)
     assert [event.destination for event in parts.events] == [expected] * 3
@@ -549,10 +563,14 @@ async def test_a_denial_says_where_it_was_going(parts: Parts, method: str, targe
 
 
 async def test_an_unknown_destination_is_told_and_an_allowed_one_is_not(parts: Parts) -> None:
-    await parts.gate.decide(Presented(), attempt("PUT", "/v1/charges", authority="api.example:8443"))
-    await parts.gate.decide(Presented(), attempt("PUT", "/v1/charges", authority=None, target_id="nothing"))
-    await parts.gate.decide(Presented(), attempt("CONNECT", "api.example:443", authority="api.example"))
-    assert (await parts.gate.decide(Presented(), attempt())).allowed
+    await parts.gate.decide(PresentedIdentity(), attempt("PUT", "/v1/charges", authority="api.example:8443"))
+    await parts.gate.decide(
+        PresentedIdentity(), attempt("PUT", "/v1/charges", authority=None, target_id="nothing")
+    )
+    await parts.gate.decide(
+        PresentedIdentity(), attempt("CONNECT", "api.example:443", authority="api.example")
+    )
+    assert (await parts.gate.decide(PresentedIdentity(), attempt())).allowed
     first, second, connect, allowed = parts.events
     assert first.destination == Destination(scheme="https", host="api.example", port=8443, path="/v1/charges")
     assert second.destination == Destination(scheme="https", path="/nothing/v1/charges")

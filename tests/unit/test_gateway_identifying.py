@@ -8,8 +8,8 @@ import pytest
 
 from ringfence.client.agent.dpop import proof
 from ringfence.client.resource_server.dpop_proofs import Nonces, ProofChecker, ProofsInMemory
-from ringfence.gateway.contract import Attempt, Presented
-from ringfence.gateway.decision.sender import Identifier
+from ringfence.gateway.contract import Attempt, PresentedIdentity
+from ringfence.gateway.decision.sender import SenderAuthenticator
 from ringfence.gateway.domain import Refusal, Sender
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.crypto.keys import SigningKey
@@ -33,7 +33,7 @@ class Door:
             nonces=self.nonces, clock=self.ledger.clock, memory=ProofsInMemory(remembered)
         )
         self.uses: list[tuple[str, str, str | None]] = []
-        self.identifier = Identifier(
+        self.identifier = SenderAuthenticator(
             TD, self.ledger.directory, self.table, self.proofs, self.ledger.clock,
             lambda *use: self.uses.append(use),
         )  # fmt: skip
@@ -65,7 +65,7 @@ class Door:
 
     async def sender(self, method: str = "GET", **presented: Any) -> Sender | Refusal:
         attempt = Attempt(authority="hub.example", scheme="https", method=method, target="/a")
-        return await self.identifier.sender(Presented(**presented), attempt)
+        return await self.identifier.sender(PresentedIdentity(**presented), attempt)
 
     async def shown(self, dpop: str | None, handle: str | None = None, **more: Any) -> Sender | Refusal:
         return await self.sender(

@@ -8,7 +8,7 @@ from ringfence.gateway.dataplane.request_reader import says_json
 
 
 @pytest.mark.parametrize(
-    ("media", "coding"),
+    ("content_type", "coding"),
     [
         ("application/json", None),
         ("application/json", "identity"),
@@ -20,12 +20,12 @@ from ringfence.gateway.dataplane.request_reader import says_json
         ("application/merge-patch+json; v=1", None),
     ],
 )
-def test_what_is_json(media: str, coding: str | None) -> None:
-    assert says_json(media, coding)
+def test_what_is_json(content_type: str, coding: str | None) -> None:
+    assert says_json(content_type, coding)
 
 
 @pytest.mark.parametrize(
-    ("media", "coding"),
+    ("content_type", "coding"),
     [
         (None, None),
         ("", None),
@@ -48,5 +48,5 @@ def test_what_is_json(media: str, coding: str | None) -> None:
         ("application/json;", None),
     ],
 )
-def test_what_may_be_read_otherwise(media: str | None, coding: str | None) -> None:
-    assert not says_json(media, coding)
+def test_what_may_be_read_otherwise(content_type: str | None, coding: str | None) -> None:
+    assert not says_json(content_type, coding)

@@ -11,10 +11,10 @@ from ringfence.audit import app as audit_app
 from ringfence.cli.commands import serve
 from ringfence.cli.main import main
 from ringfence.gateway import app as gateway_app
-from ringfence.gateway.contract import Presented, Verdict
+from ringfence.gateway.contract import PresentedIdentity, Verdict
 from ringfence.gateway.decision.gate import DecisionGate
 from ringfence.gateway.decision.observe_mode import STILL_DENIED
-from ringfence.gateway.domain import Ask, Sender, refused
+from ringfence.gateway.domain import ApprovalRequired, Sender, refuse
 from ringfence.gateway.proxies import envoy as authz_envoy
 from ringfence.gateway.proxies import forward_auth
 from ringfence.gateway.proxies.authz import HANDLE, NOTHING, ProxyAuth
@@ -23,12 +23,13 @@ from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.settings import load
 from ringfence.kernel.service import process
 from ringfence.messages.registry import AgentSuspend, BackendSettings, TargetRemove, TaskEnd, UserDisable
+from tests.support.switches import build_options
 from tests.support.unknown_field_cases import as_before, planted
 from tests.unit.test_gateway_gate import RULES, Parts, attempt
 
 OWN = frozenset({"authorization"})
 BEYOND = "/env/production/web"
-BARE = refused("no_credentials", "say who you are", status=401)
+BARE = refuse("no_credentials", "say who you are", status=401)
 
 
 class Watched(Parts):
@@ -42,11 +43,15 @@ class Watched(Parts):
         self.gate = DecisionGate(
             played, self.targets, played, played, played, played, self.counted, played, ledger.clock,
             gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9,
-            observe=observe or ("staging",),
+            observe=observe or ("staging",), **build_options("gateway"),
         )  # fmt: skip
 
-    async def ask(self, target: str = BEYOND, *, own: frozenset[str] = OWN, **fields: Any) -> Verdict:
-        return await self.gate.decide(Presented(own=own), attempt(target=target, **fields))
+    async def ask(
+        self, target: str = BEYOND, *, header_names: frozenset[str] = OWN, **fields: Any
+    ) -> Verdict:
+        return await self.gate.decide(
+            PresentedIdentity(header_names=header_names), attempt(target=target, **fields)
+        )
 
 
 @pytest.fixture
@@ -55,10 +60,10 @@ def parts() -> Watched:
 
 
 async def test_nobody_is_asked_about_what_goes_on_all_the_same(parts: Watched) -> None:
-    parts.refuses = Ask("sponsor", "a" * 64)
+    parts.refuses = ApprovalRequired("sponsor", "a" * 64)
     verdict = await parts.ask("/env/staging/web")
     assert (verdict.allowed, verdict.observed, verdict.reasons[0].code) == (False, True, "approval_required")
-    bare = await parts.ask("/env/staging/web", own=frozenset())
+    bare = await parts.ask("/env/staging/web", header_names=frozenset())
     assert (bare.allowed, bare.observed, bare.reasons[0].code) == (False, False, "headers_unseen"), (
         "it is asked about"
     )
@@ -87,7 +92,7 @@ async def test_what_would_be_blocked_goes_on_as_it_came_and_is_recorded(
     assert (event.allowed, event.observed, event.target_id, event.agent_id) == (False, True, "staging", "bot")
     assert event.reasons[0].code == code
     with pytest.raises(UnavailableError, match="nothing is injected"):
-        await parts.gate.injected(verdict)
+        await parts.gate.headers_to_inject(verdict)
 
 
 async def test_what_comes_under_a_rule_that_is_not_understood_goes_on_as_it_came(parts: Watched) -> None:
@@ -99,13 +104,13 @@ async def test_what_comes_under_a_rule_that_is_not_understood_goes_on_as_it_came
     assert (verdict.allowed, verdict.observed) == (False, True)
     assert parts.events[-1].reasons[0].code == "rule_not_understood"
     with pytest.raises(UnavailableError, match="nothing is injected"):
-        await parts.gate.injected(verdict)
+        await parts.gate.headers_to_inject(verdict)
 
 
 async def test_what_is_allowed_is_as_ever(parts: Watched) -> None:
     verdict = await parts.ask("/env/staging/web")
     assert (verdict.allowed, verdict.observed, parts.events[-1].observed) == (True, False, None)
-    assert await parts.gate.injected(verdict)
+    assert await parts.gate.headers_to_inject(verdict)
 
 
 async def test_a_target_that_is_not_named_is_as_strict_as_ever(parts: Watched) -> None:
@@ -113,7 +118,7 @@ async def test_a_target_that_is_not_named_is_as_strict_as_ever(parts: Watched) -
     assert await denied(parts, await parts.ask(authority=None, target_id="other"))
     parts.refuses = BARE
     verdict = await parts.gate.decide(
-        Presented(handle="none", own=OWN), attempt(authority="other.example", target=BEYOND)
+        PresentedIdentity(handle="none", header_names=OWN), attempt(authority="other.example", target=BEYOND)
     )
     assert await denied(parts, verdict)
 
@@ -122,7 +127,7 @@ async def test_a_target_that_is_not_named_is_as_strict_as_ever(parts: Watched) -
 async def test_an_unknown_target_is_denied_whoever_asks(parts: Watched, where: dict[str, Any]) -> None:
     assert await denied(parts, await parts.ask(**where))
     parts.refuses = BARE
-    verdict = await parts.gate.decide(Presented(handle="none", own=OWN), attempt(**where))
+    verdict = await parts.gate.decide(PresentedIdentity(handle="none", header_names=OWN), attempt(**where))
     assert await denied(parts, verdict)
 
 
@@ -135,8 +140,8 @@ async def test_naming_a_target_that_is_not_there_opens_nothing() -> None:
 async def test_without_a_credential_of_its_own_there_is_nothing_to_observe(parts: Watched) -> None:
     """Also of a plane that does not know observe mode: it tells of no headers."""
     for own in (frozenset(), frozenset({"accept", "dpop", "x-api-key"})):
-        assert await denied(parts, await parts.ask(own=own))
-    assert (await parts.ask(own=frozenset({"cookie"}))).observed
+        assert await denied(parts, await parts.ask(header_names=own))
+    assert (await parts.ask(header_names=frozenset({"cookie"}))).observed
 
 
 async def test_the_header_that_the_target_takes_its_secret_in_is_one(parts: Watched) -> None:
@@ -145,12 +150,12 @@ async def test_the_header_that_the_target_takes_its_secret_in_is_one(parts: Watc
         "kind": "http", "url": "https://hub.example", "auth": "header", "header": "X-Api-Key",
     })  # fmt: skip
     ledger.give(ledger.target_set("olga", "staging", backend=backend, requests=RULES))
-    assert (await parts.ask(own=frozenset({"x-api-key"}))).observed
+    assert (await parts.ask(header_names=frozenset({"x-api-key"}))).observed
 
 
 async def test_who_shows_nothing_is_observed_as_nobody(parts: Watched) -> None:
     parts.refuses = BARE
-    verdict = await parts.gate.decide(Presented(handle="none", own=OWN), attempt())
+    verdict = await parts.gate.decide(PresentedIdentity(handle="none", header_names=OWN), attempt())
     assert (verdict.observed, verdict.target) == (True, parts.place.target())
     (event,) = parts.events
     assert (event.agent_id, event.target_id, event.observed) == (None, "staging", True)
@@ -168,11 +173,13 @@ async def test_who_shows_nothing_is_observed_as_nobody(parts: Watched) -> None:
     ],
 )
 async def test_who_shows_what_does_not_hold_is_denied(parts: Watched, code: str) -> None:
-    parts.refuses = refused(code, "x", status=401)
-    verdict = await parts.gate.decide(Presented(handle="none", own=OWN), attempt())
+    parts.refuses = refuse(code, "x", status=401)
+    verdict = await parts.gate.decide(PresentedIdentity(handle="none", header_names=OWN), attempt())
     assert (verdict.allowed, verdict.observed) == (False, False)
-    parts.refuses = refused("handle_other_agent", "x", sender=Sender("thief", None, "L"))
-    assert await denied(parts, await parts.gate.decide(Presented(handle="none", own=OWN), attempt()))
+    parts.refuses = refuse("handle_other_agent", "x", sender=Sender("thief", None, "L"))
+    assert await denied(
+        parts, await parts.gate.decide(PresentedIdentity(handle="none", header_names=OWN), attempt())
+    )
 
 
 async def test_what_people_ended_stays_ended(parts: Watched) -> None:
@@ -214,7 +221,7 @@ async def test_a_gateway_that_cannot_decide_or_record_denies(parts: Watched) -> 
     parts.problem = None
     parts.refuses = RuntimeError("boom")
     assert await denied(parts, await parts.ask("/env/staging/web"))
-    parts.refuses = refused("policy_timeout", "the bundle gave no answer", status=503)
+    parts.refuses = refuse("policy_timeout", "the bundle gave no answer", status=503)
     assert await denied(parts, await parts.ask("/env/staging/web"))
     parts.refuses, parts.full = None, True
     verdict = await parts.ask()
@@ -223,7 +230,7 @@ async def test_a_gateway_that_cannot_decide_or_record_denies(parts: Watched) -> 
 
 async def test_without_the_setting_nothing_is_observed() -> None:
     parts = Parts()
-    verdict = await parts.gate.decide(Presented(own=OWN), attempt(target=BEYOND))
+    verdict = await parts.gate.decide(PresentedIdentity(header_names=OWN), attempt(target=BEYOND))
     assert (verdict.allowed, verdict.observed) == (False, False)
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from ringfence.gateway.contract import Attempt, Presented
+from ringfence.gateway.contract import Attempt, PresentedIdentity
 from ringfence.gateway.decision.action_ids import ActionIds
-from ringfence.gateway.decision.fast_path.cache import Remembered, lasts_until
-from ringfence.gateway.decision.fast_path.recalling import Recalled
-from ringfence.gateway.domain import Chosen, Sender
+from ringfence.gateway.decision.fast_path.cache import ChosenLeaseCache, RequestCache, valid_until_s
+from ringfence.gateway.domain import ChosenLease, Sender
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.trust import TrustBundle
@@ -21,7 +20,7 @@ from ringfence.model.http_targets.request_map import Action
 from tests.support.in_memory_registry import permission
 from tests.unit.test_gateway_domain import MAX_AGE_S, READ, WIDE, Place
 
-SHOWN = Presented(task_id="a task")
+SHOWN = PresentedIdentity(task_id="a task")
 ATTEMPT = Attempt(None, "https", "GET", "/env/staging/web", target_id="staging")
 
 
@@ -31,21 +30,23 @@ class Memory:
     def __init__(self, max_age_s: int = MAX_AGE_S, limit: int = 10) -> None:
         self.place = Place()
         self.sender = Sender("bot", self.place.task)
-        self.remembered = Remembered(self.place.table, self.place.ledger.directory, limit=limit)
+        self.remembered = ChosenLeaseCache(self.place.table, self.place.ledger.directory, limit=limit)
         chosen = self.place.weigh()
-        assert isinstance(chosen, Chosen)
+        assert isinstance(chosen, ChosenLease)
         self.chosen = chosen
-        self.remembered.keep(self.sender, READ, chosen, max_age_s)
+        self.remembered.put(self.sender, READ, chosen, max_age_s)
         directory = self.place.ledger.directory
-        self.recalled: Recalled[Chosen] = Recalled(self.place.table, directory, limit=limit)
-        self.recalled.keep(SHOWN, ATTEMPT, chosen, chosen, lasts_until(chosen, max_age_s))
+        self.recalled: RequestCache[ChosenLease] = RequestCache(self.place.table, directory, limit=limit)
+        self.recalled.put(SHOWN, ATTEMPT, chosen, chosen, valid_until_s(chosen, max_age_s))
 
-    def recall(self, presented: Presented | None = None, attempt: Attempt | None = None) -> Chosen | None:
+    def recall(
+        self, presented: PresentedIdentity | None = None, attempt: Attempt | None = None
+    ) -> ChosenLease | None:
         now_s = self.place.ledger.clock.ms / 1000
-        return self.recalled.find(presented or SHOWN, attempt or ATTEMPT, now_s)
+        return self.recalled.get(presented or SHOWN, attempt or ATTEMPT, now_s)
 
-    def found(self, sender: Sender | None = None, action: Action = READ) -> Chosen | None:
-        return self.remembered.chosen(
+    def found(self, sender: Sender | None = None, action: Action = READ) -> ChosenLease | None:
+        return self.remembered.get(
             sender or self.sender, self.place.target(), action, self.place.ledger.clock.ms / 1000
         )
 
@@ -64,10 +65,10 @@ def test_the_very_same_request_is_recalled_and_no_other() -> None:
     memory = Memory()
     assert memory.recall() is memory.chosen
     for presented in (
-        Presented(),
-        Presented("other"),
-        Presented("a task", handle="L"),
-        Presented("a task", "C"),
+        PresentedIdentity(),
+        PresentedIdentity("other"),
+        PresentedIdentity("a task", handle="L"),
+        PresentedIdentity("a task", "C"),
     ):
         assert memory.recall(presented) is None
     others: list[dict[str, Any]] = [
@@ -75,16 +76,16 @@ def test_the_very_same_request_is_recalled_and_no_other() -> None:
     ]
     for other in [*others, {"scheme": "http"}]:
         assert memory.recall(attempt=dataclasses.replace(ATTEMPT, **other)) is None, other
-    memory.recalled.keep(
+    memory.recalled.put(
         SHOWN, dataclasses.replace(ATTEMPT, target="/b", body=b"{}"), memory.chosen, memory.chosen, 2**40
     )
-    memory.recalled.keep(
+    memory.recalled.put(
         SHOWN, dataclasses.replace(ATTEMPT, target="/" + "c" * 600), memory.chosen, memory.chosen, 2**40
     )
     assert memory.recall(attempt=dataclasses.replace(ATTEMPT, target="/b")) is None, "its body may matter"
     assert memory.recall(attempt=dataclasses.replace(ATTEMPT, target="/" + "c" * 600)) is None
     for number in range(20):
-        memory.recalled.keep(
+        memory.recalled.put(
             SHOWN, dataclasses.replace(ATTEMPT, target=f"/{number}"), memory.chosen, memory.chosen, 2**40
         )
     assert memory.recall() is None, "the oldest are forgotten first"
@@ -174,7 +175,7 @@ def memory_age(as_of: int) -> int:
 def test_the_oldest_are_forgotten_first() -> None:
     memory = Memory(limit=2)
     for verb in ("one", "two"):
-        memory.remembered.keep(memory.sender, Action(verb, "env/x"), memory.chosen, MAX_AGE_S)
+        memory.remembered.put(memory.sender, Action(verb, "env/x"), memory.chosen, MAX_AGE_S)
     assert memory.found() is None
     assert memory.found(action=Action("two", "env/x")) is memory.chosen
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from ringfence.gateway.contract import Attempt
-from ringfence.gateway.decision.targets import Compiled, Targets, place_of
+from ringfence.gateway.decision.targets import CompiledTarget, Targets, endpoint_of
 from ringfence.gateway.domain import Refusal
 from ringfence.messages.registry import BackendSettings, RequestRule, TargetRemove
 from tests.support.in_memory_registry import InMemoryRegistry
@@ -34,7 +34,7 @@ class Map:
         found = self.targets.find(
             Attempt(authority=authority, scheme=scheme, method="GET", target="/", target_id=id)
         )
-        return found.state.target_id if isinstance(found, Compiled) else found.reasons[0].code
+        return found.state.target_id if isinstance(found, CompiledTarget) else found.reasons[0].code
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_revision_is_compiled_once(map: Map) -> None:
     assert once is map.targets.find(attempt)
     map.put("hub", url="https://hub.example", requests=())
     later = map.targets.find(attempt)
-    assert isinstance(later, Compiled)
+    assert isinstance(later, CompiledTarget)
     assert not isinstance(once, Refusal)
     assert (once.map.action("GET", "/a"), later.map.action("GET", "/a")) != (None, None)
     assert later.map.action("GET", "/a") is None
@@ -122,6 +122,6 @@ def test_what_is_known_by_its_place(map: Map) -> None:
 
 
 def test_a_place_is_scheme_host_and_port() -> None:
-    assert place_of("https", "A.example") == ("https", "a.example", 443)
-    assert place_of("http", "[::1]:8080") == ("http", "[::1]", 8080)
-    assert place_of("ftp", "a.example") is None
+    assert endpoint_of("https", "A.example") == ("https", "a.example", 443)
+    assert endpoint_of("http", "[::1]:8080") == ("http", "[::1]", 8080)
+    assert endpoint_of("ftp", "a.example") is None

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.gateway.contract import Mcp, McpOutcome
+from ringfence.gateway.contract import McpExchange, McpOutcome
 from ringfence.gateway.dataplane.http1_head import Fields, ResponseHead
 from ringfence.gateway.dataplane.mcp_responses import (
     MAX_LISTED,
@@ -28,10 +28,17 @@ LIST = {
 CUT = {**LIST, "result": {"tools": [{"name": "mine"}]}}
 
 
-def answers(id: int | str | None = 1, *, opens: bool = False, opened: bool = True) -> Answers:
+def answers(id: int | str | None = 1, *, opens_session: bool = False, bind_session: bool = True) -> Answers:
     told: list[McpOutcome] = []
     return Answers(
-        Mcp("tools/call", id, opens, lambda method, name: name == "mine", lambda session: opened, told.append)
+        McpExchange(
+            "tools/call",
+            id,
+            opens_session,
+            lambda method, name: name == "mine",
+            lambda session: bind_session,
+            told.append,
+        )
     )
 
 
@@ -121,10 +128,10 @@ def test_where_nothing_is_to_be_answered_it_is_enough_that_the_server_took_it() 
 
 
 def test_a_session_that_is_anothers_is_not_given_out() -> None:
-    answers(opens=True).began(head(mcp_session_id=b"s"))
-    answers(opened=False).began(head(mcp_session_id=b"s"))
+    answers(opens_session=True).began(head(mcp_session_id=b"s"))
+    answers(bind_session=False).began(head(mcp_session_id=b"s"))
     with pytest.raises(RefusedError) as refused:
-        answers(opens=True, opened=False).began(head(mcp_session_id=b"s"))
+        answers(opens_session=True, bind_session=False).began(head(mcp_session_id=b"s"))
     assert refused.value.code == "mcp_session_taken"
 
 

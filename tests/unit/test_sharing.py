@@ -104,7 +104,7 @@ class Heard:
 async def test_two_addresses_at_once_are_told_of_by_the_gateway() -> None:
     heard = Heard()
     shared = SharedKeys(cast(Any, heard), KeyUses())
-    telling = asyncio.create_task(shared.tell())
+    telling = asyncio.create_task(shared.report())
     try:
         for address in ("10.0.0.1", "10.0.0.1", None, "10.0.0.2", "10.0.0.1", "10.0.0.2"):
             heard.clock.ms += 1000

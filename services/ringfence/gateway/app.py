@@ -17,17 +17,25 @@ from ringfence.model.records.api_access import Authenticator
 
 
 def build(
-    settings: ServiceSettings, own: GatewaySettings | None = None, clock: Clock | None = None
+    settings: ServiceSettings,
+    own: GatewaySettings | None = None,
+    clock: Clock | None = None,
+    *,
+    fast_path: bool = True,
 ) -> Runtime:
-    """Everything that the gateway is made of, started by `Runtime.run`."""
+    """Everything that the gateway is made of, started by `Runtime.run`.
+
+    `fast_path`: whether repeated requests take the fast paths of decision and data plane. Both only save time: without
+    them the gateway decides, forwards and records the same.
+    """
     own = own or load(GatewaySettings)
     runtime = Runtime("gateway", settings, clock)
-    core = core_of(runtime, settings, own)
+    core = core_of(runtime, settings, own, fast_path=fast_path)
     runtime.routes += GatewayApi(
         Authenticator(core.view.directory, runtime.role, runtime.clock), core.view
     ).routes()
     if own.listen is not None or own.sockets is not None:
-        listening = Listening(runtime, core, own)
+        listening = Listening(runtime, core, own, fast_path=fast_path)
         runtime.background("data plane", listening.run)
         runtime.ready_when(listening.unready)
         runtime.on_stop(listening.close)

@@ -24,7 +24,7 @@ Headers = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Presented:
+class PresentedIdentity:
     """What tells who sends a request. Exactly one of these ways is believed, and none of what the agent only says."""
 
     task_id: str | None = None
@@ -39,25 +39,25 @@ class Presented:
     """The external URL that the proof must be for: scheme, authority and path as the agent wrote them."""
     address: str | None = field(default=None, compare=False)
     """Where the connection came from, where it is the agent's own. It says nothing of who sends, only of how many."""
-    own: frozenset[str] = frozenset()
+    header_names: frozenset[str] = frozenset()
     """Names, in lower case, of the headers that the agent sent, without the one in which it showed its handle. Where
     none is told of, nothing is forwarded in observe mode."""
 
 
 @dataclass(frozen=True, slots=True)
-class Carried:
+class McpHeaders:
     """What the head of a request says of a message of MCP: headers that come once at most."""
 
-    media: str | None = None
+    content_type: str | None = None
     """`Content-Type`."""
-    coding: str | None = None
+    content_encoding: str | None = None
     """`Content-Encoding`, in lower case."""
-    session: str | None = None
-    """`Mcp-Session-Id`."""
-    resumes: bool = False
+    session_id: str | None = None
+    """`McpExchange-Session-Id`."""
+    resumes_stream: bool = False
     """Whether there is a `Last-Event-ID`."""
-    others: tuple[tuple[str, str], ...] = ()
-    """All other headers `Mcp-...` but the protocol's version, names in lower case."""
+    mcp_fields: tuple[tuple[str, str], ...] = ()
+    """All other headers `McpExchange-...` but the protocol's version, names in lower case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +75,10 @@ class Attempt:
     body: bytes | None = None
     """All of it, or None where it was not seen. See `Gate.reads_body`."""
     json: bool = False
-    """Whether its head says that the body is JSON (`media.says_json`): else no rule sees anything in it."""
+    """Whether its head says that the body is JSON (`content_type.says_json`): else no rule sees anything in it."""
     label: str | None = None
     """What the sender's tooling says about where the request came from, for the report alone."""
-    carried: Carried | None = None
+    mcp_headers: McpHeaders | None = None
     """None from data planes that do not show the answers of targets: MCP is not spoken through these."""
     sent_by_gateway: bool = False
     """Whether it is the gateway that sends it on: then it has to know where to."""
@@ -88,24 +88,24 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
-class Blocked:
+class BlockedRequest:
     """What a data plane refuses by itself, before anything can be decided: it cannot be read, or there is too much."""
 
     code: str
     message: str
-    presented: Presented = Presented()
+    presented: PresentedIdentity = PresentedIdentity()
     """The connection that it came through."""
     attempt: Attempt | None = None
     """What it asked for, as far as that could be read."""
     method: str | None = None
     destination: Destination | None = None
     """Where it was going, where there is no attempt."""
-    unread: bool = False
+    unparsed: bool = False
     """Whether its head could not be read for certain: then nobody knows what it would do."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rpc:
+class RpcErrorReply:
     """A refusal is told as a JSON-RPC error."""
 
     id: str | int | None
@@ -124,20 +124,20 @@ class McpOutcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Mcp:
+class McpExchange:
     """An allowed request to an endpoint of MCP, for the data plane that forwards it."""
 
     method: str | None
     """Of the message that was posted; None where a stream is opened, or a session ended."""
     id: str | int | None
     """Of the request that was posted."""
-    opens: bool
+    opens_session: bool
     """Whether a session in the answer is new."""
-    visible: Callable[[str, str], bool]
+    is_visible: Callable[[str, str], bool]
     """Whether a lease may allow some use, given the method by which it is used, and its name."""
-    opened: Callable[[str], bool]
+    bind_session: Callable[[str], bool]
     """Keep that the session is this lease's; False where it is another's, and must not be told."""
-    answered: Callable[[McpOutcome], None]
+    record_outcome: Callable[[McpOutcome], None]
     """Record what came of it, once, at its end."""
 
 
@@ -159,20 +159,20 @@ class Verdict:
     retry_after_s: int | None = None
     task_id: str | None = None
     """The task that it counted for, where that is known."""
-    mcp: Mcp | None = None
+    mcp: McpExchange | None = None
     """Where it was allowed, to an endpoint of MCP."""
-    rpc: Rpc | None = None
+    rpc: RpcErrorReply | None = None
     """Where it was not, and was posted to one."""
     observed: bool = False
     """It is not allowed, and goes on to `target` all the same, exactly as the agent sent it: its own `Authorization`
     kept, the headers of its handle and proof taken out, nothing injected, and bound to no lease (observe mode)."""
     headers: Headers | None = field(default=None, repr=False, compare=False)
     """Where a person approved it: what goes on are these headers and the credential, and no other of the agent's."""
-    injects: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
+    injected: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
     """The core's own: planes ask `Gate.injected`."""
 
 
-Blocks = Callable[[Blocked], None]
+ReportBlocked = Callable[[BlockedRequest], None]
 """Told of each that is blocked so, before its sender is. Never raises."""
 
 RateCheck = Callable[[str], Reason | None]
@@ -183,11 +183,11 @@ one more now, or None."""
 class HoldableRequest(Protocol):
     """A request that can wait for a person: a data plane that has it hands it over with the attempt."""
 
-    async def whole(self) -> bytes | None:
+    async def read_body(self) -> bytes | None:
         """All of the body, bounded, as it will go on; None where it cannot be had. Asked once, where none was seen."""
         ...
 
-    def on_gone(self, told: Callable[[], None]) -> Callable[[], None]:
+    def on_disconnect(self, told: Callable[[], None]) -> Callable[[], None]:
         """Call `told` once when whoever sent it is gone. Returns what unsubscribes."""
         ...
 
@@ -208,12 +208,12 @@ class CachedAllowance(Protocol):
         """To which it goes."""
         ...
 
-    def holds(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether `Gate.standing` would find the same now."""
         ...
 
     def allowed(
-        self, admits: RateCheck, then: Callable[[bool], None]
+        self, rate_check: RateCheck, then: Callable[[bool], None]
     ) -> tuple[str, Mapping[str, str]] | None:
         """The id of the action and what it injects, where it is allowed and nothing has to be waited for.
 
@@ -223,7 +223,7 @@ class CachedAllowance(Protocol):
         """
         ...
 
-    def verdict(self, action_id: str, injects: Mapping[str, str]) -> Verdict:
+    def verdict(self, action_id: str, injected: Mapping[str, str]) -> Verdict:
         """What was allowed, for who goes on with it by `Gate.injected`."""
         ...
 
@@ -237,27 +237,27 @@ class Gate(Protocol):
 
     async def decide(
         self,
-        presented: Presented,
+        presented: PresentedIdentity,
         attempt: Attempt,
-        admits: RateCheck | None = None,
-        patient: HoldableRequest | None = None,
+        rate_check: RateCheck | None = None,
+        holdable: HoldableRequest | None = None,
     ) -> Verdict:
         """Decide, and record the decision. Never raises: what cannot be decided is denied.
 
-        What is allowed can be forwarded: the plane's own limits were asked (`admits`), and the credential is there.
-        Where the bundle wants a person's word this waits for it, bounded. Without `patient`, only what came with its
+        What is allowed can be forwarded: the plane's own limits were asked (`rate_check`), and the credential is there.
+        Where the bundle wants a person's word this waits for it, bounded. Without `holdable`, only what came with its
         body can: an approval is over that too.
         """
         ...
 
-    def standing(self, presented: Presented, attempt: Attempt) -> CachedAllowance | None:
+    def cached_allowance(self, presented: PresentedIdentity, attempt: Attempt) -> CachedAllowance | None:
         """What such a request comes to, where that needs no waiting; None for everything else: ask `decide`.
 
         One with a body that was seen is the same again only with the same body.
         """
         ...
 
-    async def injected(self, verdict: Verdict) -> Mapping[str, str]:
+    async def headers_to_inject(self, verdict: Verdict) -> Mapping[str, str]:
         """The headers that carry the credential of the lease that decided.
 
         Raises UnavailableError where it may be used no more since it was decided: nothing may be forwarded.
@@ -268,7 +268,7 @@ class Gate(Protocol):
         """Scheme and authority of the target, `https://host[:port]`. Raises UnavailableError where it says none."""
         ...
 
-    def on_end(self, lease_id: str, ended: Callable[[], None]) -> Callable[[], None]:
+    def on_lease_end(self, lease_id: str, ended: Callable[[], None]) -> Callable[[], None]:
         """Call `ended` once when the lease may be used no more: cut, past its deadline, or the gateway's view stale.
 
         At once where that is so already. Returns what unsubscribes.
@@ -283,7 +283,7 @@ class Gate(Protocol):
         """Call `ended` no more."""
         ...
 
-    def doubt(self) -> Reason | None:
+    def view_problem(self) -> Reason | None:
         """Why nobody can tell here whether a lease has ended that goes no further: the gateway's view is too old to go
         by, a revoker has halted, or this clock is ahead; or None.
         """

@@ -36,12 +36,12 @@ INJECTABLE: Final = frozenset(name for name, kind in CREDENTIAL_KINDS.items() if
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 """Those that are defined as essentially read-only (RFC 9110, 9.2.1)."""
 Access = Literal["read", "write"]
-UNREADABLE: Final = 400
+BAD_REQUEST: Final = 400
 UNAUTHORIZED: Final = 401
 FORBIDDEN: Final = 403
 NOT_FOUND: Final = 404
-TOO_LARGE: Final = 413
-TOO_FAST: Final = 429
+CONTENT_TOO_LARGE: Final = 413
+TOO_MANY_REQUESTS: Final = 429
 UNAVAILABLE: Final = 503
 
 
@@ -67,7 +67,7 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ChosenLease:
     """The one lease that an action goes by, and the records that it was held against."""
 
     lease: Lease
@@ -76,7 +76,7 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class ApprovalRequired:
     """The bundle wants a person's word on this one action."""
 
     required: ActionClass
@@ -101,7 +101,7 @@ def access_of(method: str) -> Access | None:
     return "read" if method in SAFE_METHODS else "write"
 
 
-def refused(
+def refuse(
     code: str,
     message: str,
     *,
@@ -120,12 +120,12 @@ def stale_view(why: str) -> Reason:
     return Reason(code="stale_view", message=f"{why}; denied until that is known again"[:1000])
 
 
-def refused_for(problem: Reason) -> Refusal:
+def refuse_for(problem: Reason) -> Refusal:
     """A refusal for what a lease may not be used for any more."""
     return Refusal(UNAVAILABLE if problem.code == "stale_view" else FORBIDDEN, (problem,))
 
 
-def weigh(
+def authorize(
     sender: Sender,
     target: TargetState,
     action: Action,
@@ -134,13 +134,13 @@ def weigh(
     *,
     now_s: float,
     entitlements_max_age_s: int,
-) -> Chosen | Refusal:
+) -> ChosenLease | Refusal:
     """Hold one action against the leases of who sends it, and against the rule as the records have it by now.
 
     All that stands against it is told at once. `now_s`: this gateway's own time.
     """
-    wanted = _wanted(target.target_id, action.verb, action.resource)
-    named = _named(sender, target, leases)
+    wanted = _action_scope(target.target_id, action.verb, action.resource)
+    named = _lease_of_handle(sender, target, leases)
     if isinstance(named, Refusal):
         return named
     candidates = (
@@ -151,7 +151,7 @@ def weigh(
     reasons: list[Reason] = []
     ground: RecordContext | None = None
     if task_id is None:
-        reasons += _agent_alone(sender.agent_id, directory)
+        reasons += _agent_reasons(sender.agent_id, directory)
     else:
         try:
             ground = load_records(directory, sender.agent_id, task_id, target.target_id)
@@ -159,21 +159,23 @@ def weigh(
         except DeniedError as error:
             reasons.append(error.reason)
     if lease is None:
-        reasons.append(_no_lease(sender, wanted[0], candidates))
+        reasons.append(_no_lease_reason(sender, wanted[0], candidates))
     else:
-        reasons += _not_usable(lease, target)
+        reasons += _unusable_reasons(lease, target)
         gone = ref_void(lease.instance, ground.agent.state) if lease.instance and ground else None
         reasons += [gone] if gone else []
-        reasons += _of_others(lease, wanted, directory, ground.act if ground is not None else ())
+        reasons += _delegation_chain_reasons(
+            lease, wanted, directory, ground.act if ground is not None else ()
+        )
         if ground is not None and is_lost(lease, ground.agent.state):
             reasons.append(key_compromised(sender.agent_id))
     if lease is None or ground is None or reasons:
         return Refusal(FORBIDDEN, tuple(reasons))
-    return Chosen(lease, ground, wanted)
+    return ChosenLease(lease, ground, wanted)
 
 
 @lru_cache(maxsize=4096)
-def _wanted(target_id: str, verb: str, resource: str) -> Scope:
+def _action_scope(target_id: str, verb: str, resource: str) -> Scope:
     """One action as a scope: agents do the same again and again."""
     return (Permission(target=target_id, verbs=(verb,), resources=(resource,)),)
 
@@ -195,30 +197,30 @@ def _breadth(lease: Lease) -> tuple[int, int, int, int, str]:
     return trees, segments, pairs, lease.deadline, lease.lease_id
 
 
-def _named(sender: Sender, target: TargetState, leases: Leases) -> Lease | Refusal | None:
+def _lease_of_handle(sender: Sender, target: TargetState, leases: Leases) -> Lease | Refusal | None:
     """The lease that a handle names, if it is one that this sender has at this target; None where none is named."""
     if sender.lease_id is None:
         return None
     lease = leases.get(sender.lease_id)
     if lease is None:
-        return refused("handle_unknown", "there is no such lease, or it ended long ago", status=UNAUTHORIZED)
+        return refuse("handle_unknown", "there is no such lease, or it ended long ago", status=UNAUTHORIZED)
     if lease.agent_id != sender.agent_id:
-        return refused("handle_other_agent", f"the handle is a lease of agent {lease.agent_id}")
+        return refuse("handle_other_agent", f"the handle is a lease of agent {lease.agent_id}")
     if sender.task_id not in (None, lease.task_id):
-        return refused("handle_other_task", "the handle is a lease of another task")
+        return refuse("handle_other_task", "the handle is a lease of another task")
     if lease.target_id != target.target_id:
         message = (
             f"the handle is a lease for target {lease.target_id}, and this request is for {target.target_id}"
         )
-        return refused("handle_other_target", message, side="lease")
+        return refuse("handle_other_target", message, side="lease")
     if lease.delivery != "gateway":
         message = "the lease was delivered to the agent itself: use its credential, or ask for delivery to the gateway"
-        return refused("lease_not_for_gateways", message, side="lease")
+        return refuse("lease_not_for_gateways", message, side="lease")
     problem = leases.problem(lease)
-    return refused_for(problem) if problem is not None else lease
+    return refuse_for(problem) if problem is not None else lease
 
 
-def _agent_alone(agent_id: str, directory: Directory) -> list[Reason]:
+def _agent_reasons(agent_id: str, directory: Directory) -> list[Reason]:
     """What stands against an agent of which no task is known."""
     try:
         agent = directory.agent(agent_id)
@@ -233,7 +235,7 @@ def _agent_alone(agent_id: str, directory: Directory) -> list[Reason]:
     return []
 
 
-def _no_lease(sender: Sender, wanted: Permission, candidates: Sequence[Lease]) -> Reason:
+def _no_lease_reason(sender: Sender, wanted: Permission, candidates: Sequence[Lease]) -> Reason:
     verb, resource = wanted.verbs[0], wanted.resources[0]
     if not candidates:
         whose = f"task {sender.task_id}" if sender.task_id is not None else f"agent {sender.agent_id}"
@@ -243,7 +245,7 @@ def _no_lease(sender: Sender, wanted: Permission, candidates: Sequence[Lease]) -
     return Reason(code="beyond_lease", message=message[:1000], permission=wanted, side="lease")
 
 
-def _not_usable(lease: Lease, target: TargetState) -> list[Reason]:
+def _unusable_reasons(lease: Lease, target: TargetState) -> list[Reason]:
     if lease.backend not in INJECTABLE:
         message = (
             f"a credential of kind {lease.backend} does not go into a header: ask for delivery to the agent"
@@ -255,13 +257,15 @@ def _not_usable(lease: Lease, target: TargetState) -> list[Reason]:
     return []
 
 
-def _of_others(lease: Lease, wanted: Scope, directory: Directory, weighed: Collection[str]) -> list[Reason]:
+def _delegation_chain_reasons(
+    lease: Lease, wanted: Scope, directory: Directory, checked: Collection[str]
+) -> list[Reason]:
     """What agents say against it that the lease names and its task does not: their status, and their ceilings."""
     found: list[Reason] = []
     for agent_id in lease.act:
-        if agent_id == lease.agent_id or agent_id in weighed:
+        if agent_id == lease.agent_id or agent_id in checked:
             continue
-        alone = _agent_alone(agent_id, directory)
+        alone = _agent_reasons(agent_id, directory)
         found += alone
         agent = directory.agent(agent_id) if not alone else None
         if agent is None:

@@ -16,12 +16,12 @@ from ringfence.gateway.decision.blocked_requests import BlockedRequests
 from ringfence.gateway.decision.evaluator import Evaluator
 from ringfence.gateway.decision.gate import DecisionGate
 from ringfence.gateway.decision.injection import Injector, SealedCredentials
-from ringfence.gateway.decision.observe_mode import said_of
-from ringfence.gateway.decision.sender import Identifier
+from ringfence.gateway.decision.observe_mode import notice
+from ringfence.gateway.decision.sender import SenderAuthenticator
 from ringfence.gateway.decision.shared_keys import SharedKeys
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.events.recorder import Recorder
-from ringfence.gateway.events.refusal_counts import Counted
+from ringfence.gateway.events.refusal_counts import RefusalCounts
 from ringfence.gateway.events.spool import Spool
 from ringfence.gateway.settings import GatewaySettings
 from ringfence.gateway.state.leases import LEASES_SINCE_MS
@@ -53,14 +53,21 @@ class Core:
     blocked: BlockedRequests
 
 
-def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> Core:
-    """The core, fed and run by `runtime`. Raises AccessError, BundleError, KeyFileError, SettingsError, SpoolError."""
+def core_of(
+    runtime: Runtime, settings: ServiceSettings, own: GatewaySettings, *, fast_path: bool = True
+) -> Core:
+    """The core, fed and run by `runtime`. Raises AccessError, BundleError, KeyFileError, SettingsError, SpoolError.
+
+    `fast_path`: see `DecisionGate`.
+    """
     clock, view = runtime.clock, View(runtime)
     targets = Targets(view.directory)
     proofs = ProofChecker(nonces=Nonces(), clock=clock)
     shared = SharedKeys(runtime, KeyUses())
-    runtime.background("shared keys", shared.tell)
-    identifier = Identifier(settings.trust_domain, view.directory, view.table, proofs, clock, shared.used)
+    runtime.background("shared keys", shared.report)
+    identifier = SenderAuthenticator(
+        settings.trust_domain, view.directory, view.table, proofs, clock, shared.used
+    )
     with of_setting("RINGFENCE_GATEWAY_BUNDLE"):
         bundle = load_bundle(own.bundle)
     engine = engine_of(load(OpaSettings), bundle, timeout_ms=own.evaluation_timeout_ms, entry_point=ACTION)
@@ -72,7 +79,7 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
     secrets = StaticSecrets(TargetAccess.of(load(BackendSettings)))
     injector = Injector(view.table, sealed, secrets)
     recorder = _recorder(runtime, settings, own)
-    counted = Counted(recorder.record, clock, gateway=runtime.key.id)
+    counted = RefusalCounts(recorder.record, clock, gateway=runtime.key.id)
     blocked = BlockedRequests(counted, view.directory, targets, trust_domain=settings.trust_domain)
     approvals = Approvals(
         runtime, view.directory, view.table,
@@ -82,7 +89,7 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
     gate = DecisionGate(
         view, targets, identifier, Evaluator(engine, declared), injector, recorder, counted, approvals, clock,
         gateway=runtime.key.id, entitlements_max_age_s=settings.entitlements_max_age_s,
-        observe=own.observe,
+        observe=own.observe, fast_path=fast_path,
     )  # fmt: skip
 
     async def bundle_refused(mark: str, why: str) -> None:
@@ -107,7 +114,7 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
 
 def _observe_aloud(runtime: Runtime, own: GatewaySettings) -> None:
     """Nobody should come upon observe mode by chance: it is said before anything is forwarded, and at each start."""
-    said = said_of(own.observe)
+    said = notice(own.observe)
     metrics.OBSERVED_TARGETS.set(len(own.observe))
 
     async def announce() -> None:

@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Final
 
-from ringfence.gateway.contract import Attempt, Blocked, Presented, Verdict
+from ringfence.gateway.contract import Attempt, BlockedRequest, PresentedIdentity, Verdict
 from ringfence.gateway.dataplane.exchange import Asked, goes_no_further
-from ringfence.gateway.dataplane.fast_path.path import FastPath
+from ringfence.gateway.dataplane.fast_path.path import FastPaths
 from ringfence.gateway.dataplane.forwarder import goes_on
 from ringfence.gateway.dataplane.http1_body import Body, request_body
 from ringfence.gateway.dataplane.http1_head import (
@@ -41,12 +41,14 @@ _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 class Connection:
     """What goes on in one connection."""
 
-    def __init__(self, client: Stream, way: ListenerContext, desk: DataPlaneContext) -> None:
+    def __init__(
+        self, client: Stream, way: ListenerContext, desk: DataPlaneContext, fast_paths: FastPaths
+    ) -> None:
         self._client = client
         self._way = way
         self._desk = desk
         self._turn = desk.limits.turn_of(way.sender)
-        self._shortcut = FastPath(client, way, desk, self._turn)
+        self._fast_path = fast_paths.of_connection(client, way, self._turn)
         self._attempt: Attempt | None = None
         """What is asked for, until that is decided."""
         self._unread = b""
@@ -64,7 +66,7 @@ class Connection:
             self._client.abort()
             raise
         finally:
-            self._shortcut.abandon()
+            self._fast_path.abandon()
 
     async def _one(self) -> bool:
         """Serve one request. Whether there may be another."""
@@ -87,10 +89,10 @@ class Connection:
 
     async def _begun(self) -> bool:
         """Go on with what was handed over on the short way. Whether there may be another."""
-        going, exchange = self._shortcut.handed()
+        going, exchange = self._fast_path.handed()
         try:
-            if self._shortcut.ended:
-                over = goes_no_further(self._desk.gate.doubt())
+            if self._fast_path.ended:
+                over = goes_no_further(self._desk.gate.view_problem())
                 return await self._tell(over, going.head, close=False)
             if exchange is None:
                 return await self._forward(going)
@@ -100,10 +102,10 @@ class Connection:
 
     async def _head(self) -> bytes | None:
         """The next head; None where a request was handed over instead, see `FastPath`."""
-        client, patiences, shortcut = self._client, self._desk.patiences, self._shortcut
+        client, patiences, fast_path = self._client, self._desk.patiences, self._fast_path
         client.deadline = time.monotonic() + (patiences.head_s if client.buffer else patiences.idle_s)
-        begun, seen = shortcut.taken if client.buffer else None, 0
-        shortcut.open()
+        begun, seen = fast_path.taken if client.buffer else None, 0
+        fast_path.open()
         try:
             while (given := cut_head(client.buffer, seen)) is None:
                 seen = len(client.buffer)
@@ -113,15 +115,15 @@ class Connection:
                     if not client.buffer:
                         raise
                     raise RefusedError(408, "head_timeout", "the head of the request does not come") from None
-                if shortcut.handed_over:
+                if fast_path.handed_over:
                     return None
-                if begun != shortcut.taken:
+                if begun != fast_path.taken:
                     seen = 0
-                if client.buffer and begun != shortcut.taken:
-                    begun = shortcut.taken
+                if client.buffer and begun != fast_path.taken:
+                    begun = fast_path.taken
                     client.deadline = time.monotonic() + patiences.head_s
         finally:
-            shortcut.close()
+            fast_path.close()
         client.deadline = None
         return given
 
@@ -154,7 +156,7 @@ class Connection:
             close = not going.body.done or error.status == 400
             return await self._tell(error, going.head, close=close)
         if not keep:
-            await self._leave(unread=not going.body.done)
+            await self._leave(unparsed=not going.body.done)
         return keep
 
     async def _read(self, body: Body, *, waits: bool) -> bytes:
@@ -181,7 +183,7 @@ class Connection:
             desk.limits.ask(self._way.sender, HANDSHAKE)
             authority = connect_authority(request, self._way, self._client)
             presented = presented_by(request, self._way)
-            if self._way.challenge and presented == Presented():
+            if self._way.challenge and presented == PresentedIdentity():
                 raise RefusedError(
                     407,
                     "proxy_authorization_missing",
@@ -203,7 +205,7 @@ class Connection:
             self._block(TLS_FAILED, error.message, request)
             raise
         self._way = dataclasses.replace(self._way, scheme="https", inside=authority, handle=presented.handle)
-        self._shortcut.come_by(self._way)
+        self._fast_path.come_by(self._way)
         return True
 
     def _unknown(self, verdict: Verdict) -> tuple[int, Mapping[str, str], bytes]:
@@ -220,7 +222,7 @@ class Connection:
         return await self._tell(error, request, close=close)
 
     def _block(self, code: str, message: str, request: RequestHead | None) -> None:
-        shown = Presented(self._way.task_id, self._way.certificate)
+        shown = PresentedIdentity(self._way.task_id, self._way.certificate)
         if request is not None:
             host = request.known.get(b"host")
             method, target = request.method, request.target
@@ -229,7 +231,9 @@ class Connection:
             method, target, named = unread_line(self._unread)
         destination = destination_of_line(method, target, named, self._way.scheme) if target else None
         self._desk.blocked(
-            Blocked(code, message, shown, self._attempt, method or None, destination, unread=request is None)
+            BlockedRequest(
+                code, message, shown, self._attempt, method or None, destination, unparsed=request is None
+            )
         )
 
     async def _tell(self, error: RefusedError, request: RequestHead | None, *, close: bool) -> bool:
@@ -252,7 +256,7 @@ class Connection:
             body = b""
         self._client.write(given + body)
         if close:
-            await self._leave(unread=unread)
+            await self._leave(unparsed=unread)
         else:
             await self._answered()
         return not close
@@ -267,10 +271,10 @@ class Connection:
         await client.drained()
         client.deadline = None
 
-    async def _leave(self, *, unread: bool) -> None:
+    async def _leave(self, *, unparsed: bool) -> None:
         """Close. What still comes is read for a moment, as the answer would be lost to who is still sending."""
         client = self._client
-        if not unread or not client.alive:
+        if not unparsed or not client.alive:
             return
         client.end()
         left, client.deadline = _LINGER_BYTES, time.monotonic() + _LINGER_S
@@ -333,21 +337,21 @@ class Sent:
         self.body = await self._read()
         return self.body if len(self.body) <= self._most else None
 
-    async def whole(self) -> bytes | None:
+    async def read_body(self) -> bytes | None:
         """See `Patient`."""
         try:
             return await self.read() if self.body is None else None
         except (RefusedError, GoneError, ExpiredError):
             return None
 
-    def on_gone(self, told: Callable[[], None]) -> Callable[[], None]:
+    def on_disconnect(self, told: Callable[[], None]) -> Callable[[], None]:
         """See `Patient`."""
         if not self._client.alive:
             told()
             return lambda: None
-        self._client.on_gone = told
+        self._client.on_disconnect = told
 
         def unsubscribe() -> None:
-            self._client.on_gone = None
+            self._client.on_disconnect = None
 
         return unsubscribe

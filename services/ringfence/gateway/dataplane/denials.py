@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import orjson
 
-from ringfence.gateway.contract import Rpc, Verdict
+from ringfence.gateway.contract import RpcErrorReply, Verdict
 from ringfence.messages.credential import Reason
 
 MEDIA_TYPE: Final = "application/problem+json"
@@ -71,7 +71,7 @@ def answer(verdict: Verdict) -> tuple[int, dict[str, str], bytes]:
     return status, {**said, "Content-Type": _JSON}, rpc_error(verdict, verdict.rpc)
 
 
-def rpc_error(verdict: Verdict, rpc: Rpc) -> bytes:
+def rpc_error(verdict: Verdict, rpc: RpcErrorReply) -> bytes:
     """The same words as a JSON-RPC error: its code is the status, its data are the problem details.
 
     A code beside those that JSON-RPC keeps for itself is the application's (JSON-RPC 2.0, 5.1).

@@ -171,7 +171,7 @@ class Exchange:
     def finish(self) -> None:
         """Leave nothing behind."""
         self.unsubscribe()
-        self._client.on_gone = None
+        self._client.on_disconnect = None
         if self._uploading is not None:
             self._uploading.cancel()
         if self._answers is not None:
@@ -183,7 +183,7 @@ class Exchange:
         self._look()
         if not self._client.alive:
             raise GoneError("the client left")
-        self._client.on_gone = self.client_left
+        self._client.on_disconnect = self.client_left
         self._send(upstream)
 
     async def final(self, upstream: Stream) -> ResponseHead:
@@ -430,7 +430,7 @@ class Exchange:
 
 
 def goes_no_further(doubt: Reason | None) -> RefusedError:
-    """What is told where nothing goes on any more: the lease has ended, or nobody can tell. `doubt`: why not.
+    """What is told where nothing goes on any more: the lease has ended, or nobody can tell. `view_problem`: why not.
 
     Who is told that a lease has ended asks for another one, which would help against an old view no more.
     """

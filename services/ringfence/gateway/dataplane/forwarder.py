@@ -42,7 +42,7 @@ class Forwarder:
         """
         injected, origin = await self._prepared(asked.verdict)
         lapsed = never if is_unchanged(asked.verdict) else self._gate.view_expired
-        exchange = Exchange(client, asked, injected, origin, self._patiences, lapsed, self._gate.doubt)
+        exchange = Exchange(client, asked, injected, origin, self._patiences, lapsed, self._gate.view_problem)
         exchange.unsubscribe = self._on_end(asked.verdict, exchange.lease_ended)
         try:
             # What a person approved is sent once: never on a connection that may be closed, so never again on another.
@@ -57,10 +57,12 @@ class Forwarder:
         """The exchange of an allowed request that was sent to `upstream` already. Hand it to `go_on`."""
         assert asked.verdict.lease is not None, "it was allowed"
         gate = self._gate
-        exchange = Exchange(client, asked, injected, origin, self._patiences, gate.view_expired, gate.doubt)
+        exchange = Exchange(
+            client, asked, injected, origin, self._patiences, gate.view_expired, gate.view_problem
+        )
         exchange.upstream = upstream
-        client.on_gone = exchange.client_left
-        exchange.unsubscribe = self._gate.on_end(asked.verdict.lease.lease_id, exchange.lease_ended)
+        client.on_disconnect = exchange.client_left
+        exchange.unsubscribe = self._gate.on_lease_end(asked.verdict.lease.lease_id, exchange.lease_ended)
         return exchange
 
     async def go_on(self, exchange: Exchange) -> bool:
@@ -77,7 +79,7 @@ class Forwarder:
         if verdict.target is None or (verdict.lease is None and not as_it_came):
             raise RefusedError(503, "undecided", "the decision names no lease; try again")
         try:
-            injected = None if as_it_came else await self._gate.injected(verdict)
+            injected = None if as_it_came else await self._gate.headers_to_inject(verdict)
             return injected, origin_of(self._gate.upstream(verdict.target))
         except UnavailableError as error:
             raise RefusedError(503, error.code, error.message, headers={"Retry-After": "1"}) from None
@@ -85,7 +87,7 @@ class Forwarder:
     def _on_end(self, verdict: Verdict, ended: Callable[[], None]) -> Callable[[], None]:
         if verdict.lease is None or is_unchanged(verdict):
             return do_nothing  # it goes by no lease
-        return self._gate.on_end(verdict.lease.lease_id, ended)
+        return self._gate.on_lease_end(verdict.lease.lease_id, ended)
 
     async def _exchange(
         self, exchange: Exchange, upstream: Stream, reused: bool, *, begun: bool = False

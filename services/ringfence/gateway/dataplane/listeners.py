@@ -29,8 +29,8 @@ _FILES_BESIDES: Final = 1024
 class Listening:
     """Opens what the settings name once the tables are complete, and keeps it in step with targets and tasks."""
 
-    def __init__(self, runtime: Runtime, core: Core, own: GatewaySettings) -> None:
-        """Raises SettingsError where a certificate or a key cannot be used."""
+    def __init__(self, runtime: Runtime, core: Core, own: GatewaySettings, *, fast_path: bool = True) -> None:
+        """`fast_path`: see `DataPlane`. Raises SettingsError where a certificate or a key cannot be used."""
         self._runtime = runtime
         self._core = core
         self._own = own
@@ -46,6 +46,7 @@ class Listening:
             clock=runtime.clock,
             tls=_tls_for_targets(own),
             allowance=allowance,
+            fast_path=fast_path,
         )
         self._sockets: dict[str, Path] = {}
         """By task."""

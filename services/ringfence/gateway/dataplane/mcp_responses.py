@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import orjson
 
-from ringfence.gateway.contract import Mcp, McpOutcome
+from ringfence.gateway.contract import McpExchange, McpOutcome
 from ringfence.gateway.dataplane.http1_head import ResponseHead
 from ringfence.gateway.errors import RefusedError
 from ringfence.kernel.base.strict_json import json_object
@@ -35,7 +35,7 @@ _BOM: Final = b"\xef\xbb\xbf"
 class Answers:
     """The messages that come in answer to one request."""
 
-    def __init__(self, mcp: Mcp) -> None:
+    def __init__(self, mcp: McpExchange) -> None:
         self._mcp = mcp
         self.outcome = McpOutcome()
 
@@ -47,15 +47,15 @@ class Answers:
         elif response.status == _ACCEPTED or self._mcp.id is None:
             self.outcome.kind = "accepted"
         session = response.known.get(b"mcp-session-id")
-        if session is None or not self._mcp.opens or response.status >= 300:
+        if session is None or not self._mcp.opens_session or response.status >= 300:
             return
-        if not self._mcp.opened(session.decode("latin-1")):
+        if not self._mcp.bind_session(session.decode("latin-1")):
             text = "the target gives out a session that is another lease's already, or none that can be one"
             raise RefusedError(502, "mcp_session_taken", text)
 
     def ended(self) -> None:
         """Nothing more comes."""
-        self._mcp.answered(self.outcome)
+        self._mcp.record_outcome(self.outcome)
 
     def message(self, data: bytes) -> bytes:
         """One message as it may go on. Raises RefusedError where it is not certain what it says."""
@@ -84,7 +84,7 @@ class Answers:
 
     def _is_visible(self, listed: Any, method: str, key: str) -> bool:
         name = listed.get(key) if isinstance(listed, dict) else None
-        return isinstance(name, str) and self._mcp.visible(method, name)
+        return isinstance(name, str) and self._mcp.is_visible(method, name)
 
     def _note(self, message: dict[str, Any]) -> None:
         if "method" in message or self._mcp.id is None or message.get("id") != self._mcp.id:

@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from ringfence.gateway.contract import Blocked, Blocks, Gate, Presented
+from ringfence.gateway.contract import BlockedRequest, Gate, PresentedIdentity, ReportBlocked
 from ringfence.gateway.dataplane.certificate_authority import Authority
 from ringfence.gateway.dataplane.connection import Connection
 from ringfence.gateway.dataplane.denials import answer as problem_of
 from ringfence.gateway.dataplane.exchange import Timeouts
-from ringfence.gateway.dataplane.fast_path.plans import Plans
+from ringfence.gateway.dataplane.fast_path.path import FastPaths
 from ringfence.gateway.dataplane.forwarder import Forwarder
 from ringfence.gateway.dataplane.limits import TOO_MANY_CONNECTIONS, Allowance, Limits, sender_at
 from ringfence.gateway.dataplane.request_reader import ListenerContext
@@ -65,12 +65,13 @@ class DataPlane:
         knows: Callable[[str], bool],
         hosts: Iterable[str] = (),
         answer: Answer = problem_of,
-        blocked: Blocks = lambda _: None,
+        blocked: ReportBlocked = lambda _: None,
         name: str = "gateway",
         clock: Clock | None = None,
         tls: ssl.SSLContext | None = None,
         allowance: Allowance = Allowance(),  # noqa: B008 - frozen
         patiences: Timeouts = Timeouts(),  # noqa: B008 - frozen
+        fast_path: bool = True,
     ) -> None:
         """Args:
             gate: the decision core.
@@ -80,6 +81,7 @@ class DataPlane:
             blocked: told of what is refused before anything can be decided.
             name: of this gateway, in its CA's certificate.
             tls: how targets are verified; the machine's authorities if not given.
+            fast_path: whether repeated requests are served without a coroutine.
         """  # fmt: skip
         self._patience, self._outbox = DeadlineTimer(), Outbox()
         self.upstreams = Upstreams(
@@ -93,8 +95,9 @@ class DataPlane:
         self.limits = Limits(allowance, time.monotonic)
         forwarder = Forwarder(gate, self.upstreams, patiences)
         self._desk = DataPlaneContext(
-            gate, knows, answer, self.authority, forwarder, self.upstreams, Plans(), self.limits, patiences, blocked
-        )  # fmt: skip
+            gate, knows, answer, self.authority, forwarder, self.upstreams, self.limits, patiences, blocked
+        )
+        self._fast_paths = FastPaths(self._desk, enabled=fast_path)
         self._servers: list[asyncio.Server] = []
         self._doors: list[TlsListener] = []
         self._tasks: dict[Path, tuple[asyncio.Server, set[Stream]]] = {}
@@ -218,12 +221,16 @@ class DataPlane:
     def _serve(self, stream: Stream, how: Callable[[Stream], ListenerContext]) -> None:
         way = how(stream)
         if not self.limits.connect(way.sender):
-            shown = Presented(way.task_id, way.certificate)
-            self._desk.blocked(Blocked(TOO_MANY_CONNECTIONS, "too many connections of this sender", shown))
+            shown = PresentedIdentity(way.task_id, way.certificate)
+            self._desk.blocked(
+                BlockedRequest(TOO_MANY_CONNECTIONS, "too many connections of this sender", shown)
+            )
             stream.abort()
             return
         self._patience.watch(stream)
-        task = asyncio.get_running_loop().create_task(Connection(stream, way, self._desk).run())
+        task = asyncio.get_running_loop().create_task(
+            Connection(stream, way, self._desk, self._fast_paths).run()
+        )
         self._running.add(task)
         metrics.GATEWAY_CONNECTIONS.inc()
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from ringfence.gateway.contract import Attempt, Carried, Presented
+from ringfence.gateway.contract import Attempt, McpHeaders, PresentedIdentity
 from ringfence.gateway.dataplane.headers import HANDLE, LABEL, is_handle, kept_headers, own_names
 from ringfence.gateway.dataplane.http1_head import Fields, RequestHead
 from ringfence.gateway.dataplane.websockets import asks_for_websocket
@@ -19,7 +19,7 @@ from ringfence.gateway.hosts import Scheme, canonical
 
 _READ_OF_MCP: Final = frozenset({b"mcp-session-id", b"mcp-protocol-version"})
 _OF_MCP: Final = frozenset({b"content-type", b"content-encoding", b"mcp-session-id", b"last-event-id"})
-_NOTHING: Final = Carried()
+_NOTHING: Final = McpHeaders()
 _SCHEMES: Final[tuple[Scheme, ...]] = ("http", "https")
 
 
@@ -52,7 +52,7 @@ class ListenerContext:
 
 def read_request(
     request: RequestHead, way: ListenerContext, knows: Callable[[str], bool]
-) -> tuple[Presented, Attempt]:
+) -> tuple[PresentedIdentity, Attempt]:
     """The attempt that a request is, and what it shows of its sender. Raises RefusedError."""
     said = _said(request.block)
     host = said.host
@@ -77,7 +77,7 @@ def read_request(
         target_id=target_id,
         json=said.json,
         label=said.label,
-        carried=said.carried,
+        mcp_headers=said.mcp_headers,
         sent_by_gateway=True,
         headers=functools.partial(kept_headers, request, upgrade=asks_for_websocket(request)),
     )
@@ -89,10 +89,10 @@ class _Said:
 
     host: str
     label: str | None
-    carried: Carried
+    mcp_headers: McpHeaders
     json: bool
-    own: frozenset[str]
-    """See `Presented`."""
+    header_names: frozenset[str]
+    """See `PresentedIdentity`."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -102,12 +102,12 @@ def _said(block: Fields) -> _Said:
         block.known[b"host"].decode("latin-1"),
         label.decode("latin-1") if label else None,
         carried,
-        says_json(carried.media, carried.coding),
+        says_json(carried.content_type, carried.content_encoding),
         own_names(block),
     )
 
 
-def _carried(block: Fields) -> Carried:
+def _carried(block: Fields) -> McpHeaders:
     """What the head says of a message of MCP."""
     known = block.known
     others = [(name, line) for name, line in block.lines if name[:4] == b"mcp-" and name not in _READ_OF_MCP]
@@ -117,7 +117,7 @@ def _carried(block: Fields) -> Carried:
         value.decode("latin-1") if (value := known.get(name)) is not None else None
         for name in (b"content-type", b"content-encoding", b"mcp-session-id")
     )
-    return Carried(
+    return McpHeaders(
         media,
         coding.lower() if coding is not None else None,
         session,
@@ -129,17 +129,17 @@ def _carried(block: Fields) -> Carried:
     )
 
 
-def presented_by(request: RequestHead, way: ListenerContext, *, htu: str | None = None) -> Presented:
+def presented_by(request: RequestHead, way: ListenerContext, *, htu: str | None = None) -> PresentedIdentity:
     """What a request shows of its sender. Raises RefusedError where that cannot be read."""
     proof = request.known.get(b"dpop")
-    return Presented(
+    return PresentedIdentity(
         way.task_id,
         way.certificate,
         _handle(request, way),
         proof.decode("latin-1") if proof is not None else None,
         htu,
         way.address,
-        _said(request.block).own if htu is not None else frozenset(),  # a CONNECT goes nowhere
+        _said(request.block).header_names if htu is not None else frozenset(),  # a CONNECT goes nowhere
     )
 
 

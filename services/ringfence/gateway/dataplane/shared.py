@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ringfence.gateway.contract import Blocks, Gate
+from ringfence.gateway.contract import Gate, ReportBlocked
 from ringfence.gateway.dataplane.certificate_authority import Authority
 from ringfence.gateway.dataplane.exchange import Timeouts
-from ringfence.gateway.dataplane.fast_path.plans import Plans
 from ringfence.gateway.dataplane.forwarder import Forwarder
 from ringfence.gateway.dataplane.limits import Limits
 from ringfence.gateway.dataplane.upstream_pool import Upstreams
@@ -25,7 +24,6 @@ class DataPlaneContext:
     authority: Authority
     forwarder: Forwarder
     upstreams: Upstreams
-    plans: Plans
     limits: Limits
     patiences: Timeouts
-    blocked: Blocks
+    blocked: ReportBlocked

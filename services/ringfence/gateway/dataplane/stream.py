@@ -34,7 +34,7 @@ class Stream(asyncio.Protocol):
 
     __slots__ = (
         "_drained", "_expired", "_failure", "_goes", "_held", "_loop", "_on_lost", "_on_made", "_outbox", "_paused",
-        "_readable", "_unseen", "blocked", "buffer", "deadline", "on_gone", "taker", "transport",
+        "_readable", "_unseen", "blocked", "buffer", "deadline", "on_disconnect", "taker", "transport",
     )  # fmt: skip
 
     def __init__(
@@ -51,7 +51,7 @@ class Stream(asyncio.Protocol):
         """When patience ends, by `time.monotonic`. Whoever waits then gets ExpiredError."""
         self.blocked = False
         """Whether the other side takes too little: wait in `drained` before you write more."""
-        self.on_gone: Callable[[], None] | None = None
+        self.on_disconnect: Callable[[], None] | None = None
         """Called once when the connection is lost, by whoever uses it now."""
         self.taker: Callable[[bytes], bool] | None = None
         """Given what came, or nothing where patience ended, before any coroutine is woken: True where it saw to that,
@@ -96,9 +96,9 @@ class Stream(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._fail(GoneError("the other side closed the connection"))
-        if self.on_gone is not None:
-            self.on_gone()
-            self.on_gone = None
+        if self.on_disconnect is not None:
+            self.on_disconnect()
+            self.on_disconnect = None
         if self._on_lost is not None:
             self._on_lost(self)
             self._on_lost = None

@@ -12,7 +12,7 @@ import ssl
 from collections.abc import Callable, Coroutine
 from typing import Final
 
-from ringfence.gateway.contract import Blocked, Blocks
+from ringfence.gateway.contract import BlockedRequest, ReportBlocked
 from ringfence.gateway.dataplane.limits import TOO_MANY_CONNECTIONS, Limits, sender_at
 from ringfence.gateway.dataplane.stream import Outbox, Stream
 
@@ -29,7 +29,13 @@ class TlsListener:
     """One listener."""
 
     def __init__(
-        self, tls: ssl.SSLContext, limits: Limits, blocked: Blocks, outbox: Outbox, *, handshake_s: float
+        self,
+        tls: ssl.SSLContext,
+        limits: Limits,
+        blocked: ReportBlocked,
+        outbox: Outbox,
+        *,
+        handshake_s: float,
     ) -> None:
         self._tls = tls
         self._limits = limits
@@ -85,7 +91,7 @@ class TlsListener:
                 self._start(self._shake(connection, address, made, lost))
             else:
                 connection.close()
-                self._blocked(Blocked(TOO_MANY_CONNECTIONS, "too many connections of this address"))
+                self._blocked(BlockedRequest(TOO_MANY_CONNECTIONS, "too many connections of this address"))
 
     async def _shake(self, connection: socket.socket, address: str, made: Told, lost: Told) -> None:
         shaking = True
@@ -108,6 +114,6 @@ class TlsListener:
                 ssl_handshake_timeout=self._handshake_s,
             )
         except OSError:
-            self._blocked(Blocked(TLS_FAILED, "the client did not agree to TLS, or not in time"))
+            self._blocked(BlockedRequest(TLS_FAILED, "the client did not agree to TLS, or not in time"))
         finally:
             over()

@@ -54,7 +54,7 @@ class Upstreams:
     def give_back(self, origin: Origin, stream: Stream) -> None:
         """Keep a connection whose last exchange ended cleanly, unless something came that nobody had asked for."""
         idle = self._idle.setdefault(origin, deque())
-        stream.deadline = stream.taker = stream.on_gone = None
+        stream.deadline = stream.taker = stream.on_disconnect = None
         if not stream.alive or stream.buffer or len(idle) >= IDLE_EACH:
             stream.abort()
             return

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ringfence.gateway.domain import TOO_FAST, Refusal, refused
+from ringfence.gateway.domain import TOO_MANY_REQUESTS, Refusal, refuse
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.approval import ActionApproval, ActionRequest
@@ -172,7 +172,7 @@ def _too_many(what: str, counts: Counter[str], agent_id: str, each: int, all: in
         message = f"there are {all} {what} here; ask again later"
     else:
         return None
-    return refused("approvals_pending_limit", message, status=TOO_FAST)
+    return refuse("approvals_pending_limit", message, status=TOO_MANY_REQUESTS)
 
 
 def _less(counts: Counter[str], agent_id: str) -> None:

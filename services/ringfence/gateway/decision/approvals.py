@@ -19,7 +19,7 @@ from aiokafka.errors import KafkaError
 from ringfence.gateway.contract import Headers, HoldableRequest
 from ringfence.gateway.decision.approval_questions import Question, Questions, Same, written
 from ringfence.gateway.decision.approved_headers import digest_of_headers, shown, unshowable
-from ringfence.gateway.domain import UNAVAILABLE, Ask, Chosen, Refusal, refused, refused_for
+from ringfence.gateway.domain import UNAVAILABLE, ApprovalRequired, ChosenLease, Refusal, refuse, refuse_for
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, SignatureError
@@ -67,9 +67,9 @@ class Waiting:
     body: bytes
     headers: Headers
     """All that go on but for the credential's."""
-    chosen: Chosen
+    chosen: ChosenLease
     action: Action
-    ask: Ask
+    ask: ApprovalRequired
 
 
 class Approvals:
@@ -91,11 +91,11 @@ class Approvals:
     # --- asking ---
 
     async def answered(
-        self, waiting: Waiting, patient: HoldableRequest | None
+        self, waiting: Waiting, holdable: HoldableRequest | None
     ) -> tuple[Question | None, Refusal | None]:
         """The question that this request waited for, where there is one, and why it does not go on.
 
-        Without a refusal there is a yes, which it may take (`take`). `patient`: the request, as the data plane has it;
+        Without a refusal there is a yes, which it may take (`take`). `holdable`: the request, as the data plane has it;
         None where nobody tells whether it is still there.
         """
         if (refusal := _unaskable(waiting)) is not None:
@@ -113,7 +113,7 @@ class Approvals:
         if not question.settled:
             if (refusal := self._questions.crowded(agent_id)) is not None:
                 return question, refusal
-            if (refusal := await self._wait(question, waiting, patient)) is not None:
+            if (refusal := await self._wait(question, waiting, holdable)) is not None:
                 return question, refusal
         return question, _refusal(question)
 
@@ -128,20 +128,20 @@ class Approvals:
             message = (
                 "an approval counts once, and another request just like this one used it, or its time is over"
             )
-            return refused("approval_used", f"{message}; send it again to ask anew")
+            return refuse("approval_used", f"{message}; send it again to ask anew")
         if self._runtime.clock.now_ms() >= question.ends_ms:
-            return refused("approval_timeout", "the time of the approval is over; send it again to ask anew")
+            return refuse("approval_timeout", "the time of the approval is over; send it again to ask anew")
         try:
             ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
         except DeniedError as error:
-            return refused(error.reason.code, error.reason.message)
+            return refuse(error.reason.code, error.reason.message)
         if written(ground.revisions(claims.revisions.policy)) != written(claims.revisions):
-            return refused(
+            return refuse(
                 "approval_stale", "records changed since it was approved; send it again to ask anew"
             )
         if not may_approve(self._directory, question.by or "", claims.required, ground):
             self._questions.drop(question)
-            return refused("approval_stale", f"{question.by} cannot approve this any more; ask anew")
+            return refuse("approval_stale", f"{question.by} cannot approve this any more; ask anew")
         self._questions.use(question)
         return None
 
@@ -185,18 +185,18 @@ class Approvals:
                 await sent
         except (TimeoutError, KafkaError, RingfenceError, OSError) as error:
             log.warning("a person could not be asked: %r", error)
-            refusal = refused(
+            refusal = refuse(
                 "approval_unavailable", "nobody can be asked now; try again later", status=UNAVAILABLE
             )
             self._end(question, refusal)
             return refusal
         except BaseException:
-            self._end(question, refused("approval_unavailable", "nobody was asked", status=UNAVAILABLE))
+            self._end(question, refuse("approval_unavailable", "nobody was asked", status=UNAVAILABLE))
             raise
         return None
 
     async def _wait(
-        self, question: Question, waiting: Waiting, patient: HoldableRequest | None
+        self, question: Question, waiting: Waiting, holdable: HoldableRequest | None
     ) -> Refusal | None:
         """Wait for the answer: None where there may be one; else why this request waits no longer."""
         lease, gone = waiting.chosen.lease, False
@@ -215,7 +215,7 @@ class Approvals:
         self._questions.wait(question, waiter)
         metrics.ACTIONS_WAITING.inc()
         unwatch = self._table.watch(lease.lease_id, wake)
-        stay = patient.on_gone(left) if patient is not None else None
+        stay = holdable.on_disconnect(left) if holdable is not None else None
         try:
             async with asyncio.timeout(max(0.0, min(self._wait_s, question.signed.claims.exp - now_s))):
                 await waiter
@@ -228,13 +228,13 @@ class Approvals:
             if stay is not None:
                 stay()
         if gone:
-            return refused("client_gone", "whoever sent this did not wait for the answer")
+            return refuse("client_gone", "whoever sent this did not wait for the answer")
         if question.settled:
             return None
         problem = self._table.problem(lease)
         if problem is not None:
-            return refused_for(problem)
-        return refused(
+            return refuse_for(problem)
+        return refuse(
             "stale_view", "what this gateway knows got too old while this waited", status=UNAVAILABLE
         )
 
@@ -246,12 +246,12 @@ class Approvals:
             message = (
                 f"nobody answered question {question.id} in time; send the same request again to ask anew"
             )
-            return refused("approval_timeout", message)
+            return refuse("approval_timeout", message)
         message = (
             f"{_WHO[claims.required]} has not answered yet (question {question.id}); send exactly the same request "
             f"again until {claims.exp} (seconds since 1970): a yes counts for the next one, once"
         )
-        return refused("approval_pending", message)
+        return refuse("approval_pending", message)
 
     def _end(self, question: Question, why: Refusal) -> None:
         question.over = why
@@ -411,14 +411,14 @@ _WHO: Final = {
 
 def _unaskable(waiting: Waiting) -> Refusal | None:
     if len(waiting.body) > MAX_BODY_BYTES:
-        return refused(
+        return refuse(
             "body_unseen", f"a request that waits for a person may have {MAX_BODY_BYTES} bytes", status=413
         )
     if len(waiting.url) > MAX_URL_CHARS or not all("!" <= one <= "~" for one in waiting.url):
         message = f"nobody can be shown this URL: it has to be ASCII, {MAX_URL_CHARS} characters at most"
-        return refused("action_unshowable", message)
+        return refuse("action_unshowable", message)
     if (why := unshowable(waiting.headers)) is not None:
-        return refused("action_unshowable", f"nobody can be shown this request: {why}")
+        return refuse("action_unshowable", f"nobody can be shown this request: {why}")
     return None
 
 
@@ -429,7 +429,7 @@ def _refusal(question: Question) -> Refusal | None:
     answer = question.answer
     if answer is None or answer.claims.verdict != "approved":
         comment = f": {answer.claims.comment[:500]}" if answer is not None and answer.claims.comment else ""
-        return refused("approval_denied", f"{question.by} denied it{comment}")
+        return refuse("approval_denied", f"{question.by} denied it{comment}")
     return None
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from ringfence.gateway.contract import Attempt, HoldableRequest
 from ringfence.gateway.decision.approval_questions import Question
-from ringfence.gateway.decision.mcp import Spoken
-from ringfence.gateway.decision.targets import Compiled
-from ringfence.gateway.domain import Chosen, Sender
+from ringfence.gateway.decision.mcp import McpRequest
+from ringfence.gateway.decision.targets import CompiledTarget
+from ringfence.gateway.domain import ChosenLease, Sender
 from ringfence.messages.lease import Lease
 from ringfence.model.http_targets.request_map import Action
 
@@ -21,18 +21,18 @@ class DecisionContext:
     id: str
     attempt: Attempt
     """With its body, once that was seen."""
-    patient: HoldableRequest | None = None
+    holdable: HoldableRequest | None = None
     sender: Sender | None = None
-    target: Compiled | None = None
+    target: CompiledTarget | None = None
     action: Action | None = None
-    chosen: Chosen | None = None
-    spoken: Spoken | None = None
+    chosen: ChosenLease | None = None
+    mcp_request: McpRequest | None = None
     question: Question | None = None
     """To a person, where one was asked."""
     waited_ns: int = 0
-    injects: Mapping[str, str] | None = None
+    injected: Mapping[str, str] | None = None
     observed: bool = False
-    unheard: bool = False
+    unexamined: bool = False
     """Whether nothing of what it asks for was looked at: who sends it was not shown, or has too much."""
     took_ns: int = 0
     """What deciding took, without the credential, and without a person."""

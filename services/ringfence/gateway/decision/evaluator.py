@@ -6,7 +6,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from ringfence.gateway.domain import TOO_FAST, UNAVAILABLE, Ask, Chosen, Refusal, refused
+from ringfence.gateway.domain import (
+    TOO_MANY_REQUESTS,
+    UNAVAILABLE,
+    ApprovalRequired,
+    ChosenLease,
+    Refusal,
+    refuse,
+)
 from ringfence.kernel.base import metrics
 from ringfence.kernel.kafka.producer import to_json
 from ringfence.messages.credential import Reason
@@ -15,18 +22,18 @@ from ringfence.model.http_targets.request_map import Action
 from ringfence.model.requests.policy_view import WrittenRecords, revisions_of
 from ringfence.rego.engine import Answer, PolicyEngine, PolicyFailedError, PolicyResult
 
-LONGEST_MS: Final = 5000
+MAX_CACHE_MS: Final = 5000
 """No answer is gone by for longer, whatever the bundle says."""
-MAX_REMEMBERED: Final = 20_000
+MAX_CACHED_ANSWERS: Final = 20_000
 _RATE: Final = "rate_exceeded"
 _MAX_REASONS: Final = 50
 
-Kind = tuple[object, ...]
+CacheKey = tuple[object, ...]
 """What answers are told apart by, besides the revision of the bundle."""
-_CLASSES: Final[tuple[ActionClass, ...]] = ("sponsor", "second_person", "operator")
+_ACTION_CLASSES: Final[tuple[ActionClass, ...]] = ("sponsor", "second_person", "operator")
 
 
-class Allowed:
+class CachedAnswer:
     """An answer that allowed something as it was."""
 
     __slots__ = ("revision", "until_ms")
@@ -38,37 +45,39 @@ class Allowed:
         """So long it is gone by."""
 
 
-NO_ANSWER: Final = Allowed("", 0)
+NO_ANSWER: Final = CachedAnswer("", 0)
 
 
 class Evaluator:
     """Asks the engine, where no answer that still holds is at hand for this lease, action and these revisions."""
 
-    def __init__(self, engine: PolicyEngine, declared: Callable[[TargetState], Mapping[str, str]]) -> None:
-        """`declared`: what the kind of credential that a target takes says of itself."""
-        self._declared = declared
+    def __init__(
+        self, engine: PolicyEngine, capabilities_of: Callable[[TargetState], Mapping[str, str]]
+    ) -> None:
+        """`capabilities_of`: what the kind of credential that a target takes says of itself."""
+        self._capabilities_of = capabilities_of
         self._engine = engine
         self._records = WrittenRecords()
-        self._remembered: OrderedDict[Kind, Allowed] = OrderedDict()
+        self._answers: OrderedDict[CacheKey, CachedAnswer] = OrderedDict()
 
-    def remembered(self, kind: Kind) -> Allowed:
-        """The last answer that allowed it, whether that holds or not. `kind`: see `kind_of`."""
-        return self._remembered.get(kind, NO_ANSWER)
+    def cached_answer(self, key: CacheKey) -> CachedAnswer:
+        """The last answer that allowed it, whether that holds or not. `key`: see `cache_key`."""
+        return self._answers.get(key, NO_ANSWER)
 
-    def holds(self, answer: Allowed, now_ms: int) -> bool:
+    def is_valid(self, answer: CachedAnswer, now_ms: int) -> bool:
         """Whether an answer is gone by at this moment."""
         return answer.until_ms > now_ms and answer.revision == self._engine.revision
 
     async def answer(
         self,
-        chosen: Chosen,
+        chosen: ChosenLease,
         action: Action,
         *,
         id: str,
         reads: bool,
-        earlier: Callable[[], Mapping[str, Any]],
+        task_history: Callable[[], Mapping[str, Any]],
         now_ms: int,
-    ) -> Refusal | Ask | None:
+    ) -> Refusal | ApprovalRequired | None:
         """Why the bundle denies it, whose word it wants, or None. An engine that gives no answer denies.
 
         Only what is allowed as it is, is remembered.
@@ -78,38 +87,38 @@ class Evaluator:
             action: what the request does; `id`: its own id; `reads`: whether its method only reads.
             earlier: tells what the task did before (`Earlier.of`), where the bundle is asked.
         """
-        kind = kind_of(chosen, action, reads=reads)
-        if self.holds(self.remembered(kind), now_ms):
+        key = cache_key(chosen, action, reads=reads)
+        if self.is_valid(self.cached_answer(key), now_ms):
             return None
-        document = self._input(chosen, action, id=id, reads=reads, earlier=earlier(), now_ms=now_ms)
+        document = self._input(chosen, action, id=id, reads=reads, task_history=task_history(), now_ms=now_ms)
         try:
             answer = await self._engine.evaluate(to_json(document))
         except PolicyFailedError as error:
             metrics.POLICY_FAILURES.labels(error.code).inc()
             return Refusal(UNAVAILABLE, (Reason(code=error.code, message=str(error)[:1000]),))
-        if (denied := _denied(answer.result)) is not None:
+        if (denied := _refusal_of(answer.result)) is not None:
             return denied
-        if wanted := _wanted(answer, chosen, action):
-            return _ask(wanted, answer.revision)
-        for_ms = min(answer.result.max_ttl_s * 1000, LONGEST_MS)
+        if wanted := _required_approvals(answer, chosen, action):
+            return _approval_required(wanted, answer.revision)
+        for_ms = min(answer.result.max_ttl_s * 1000, MAX_CACHE_MS)
         if for_ms > 0 and answer.revision == self._engine.revision:
-            self._remember(kind, Allowed(answer.revision, now_ms + for_ms))
+            self._cache(key, CachedAnswer(answer.revision, now_ms + for_ms))
         return None
 
-    def _remember(self, kind: Kind, answer: Allowed) -> None:
-        self._remembered[kind] = answer
-        self._remembered.move_to_end(kind)
-        if len(self._remembered) > MAX_REMEMBERED:
-            self._remembered.popitem(last=False)
+    def _cache(self, key: CacheKey, answer: CachedAnswer) -> None:
+        self._answers[key] = answer
+        self._answers.move_to_end(key)
+        if len(self._answers) > MAX_CACHED_ANSWERS:
+            self._answers.popitem(last=False)
 
     def _input(
         self,
-        chosen: Chosen,
+        chosen: ChosenLease,
         action: Action,
         *,
         id: str,
         reads: bool,
-        earlier: Mapping[str, Any],
+        task_history: Mapping[str, Any],
         now_ms: int,
     ) -> dict[str, Any]:
         lease, ground = chosen.lease, chosen.ground
@@ -134,11 +143,11 @@ class Evaluator:
             "user": self._records.of(ground.user, ground.user.state.user_id),
             "target": {
                 **self._records.of(ground.target, ground.target.state.target_id),
-                **self._declared(ground.target.state),
+                **self._capabilities_of(ground.target.state),
             },
             # Code has checked it, and found nothing: else the bundle would not have been asked.
             "lacking": [],
-            "earlier": dict(earlier),
+            "earlier": dict(task_history),
         }
         if ground.sponsor is not None:
             document["sponsor"] = self._records.of_sponsor(ground.sponsor)
@@ -147,7 +156,7 @@ class Evaluator:
         return document
 
 
-def kind_of(chosen: Chosen, action: Action, *, reads: bool) -> Kind:
+def cache_key(chosen: ChosenLease, action: Action, *, reads: bool) -> CacheKey:
     """The lease, what is done by it, and the revisions of the records."""
     ground, sponsor = chosen.ground, chosen.ground.sponsor
     return (
@@ -158,30 +167,30 @@ def kind_of(chosen: Chosen, action: Action, *, reads: bool) -> Kind:
     )  # fmt: skip
 
 
-def _denied(result: PolicyResult) -> Refusal | None:
+def _refusal_of(result: PolicyResult) -> Refusal | None:
     reasons = result.deny[:_MAX_REASONS]
     if result.allow and not reasons:
         return None
     if not reasons:
         message = "policy does not allow it and gave no reason"
         reasons = (Reason(code="policy_denied", message=message),)
-    status = TOO_FAST if any(reason.code == _RATE for reason in reasons) else 403
+    status = TOO_MANY_REQUESTS if any(reason.code == _RATE for reason in reasons) else 403
     return Refusal(status, reasons)
 
 
-def _wanted(answer: Answer, chosen: Chosen, action: Action) -> set[str]:
+def _required_approvals(answer: Answer, chosen: ChosenLease, action: Action) -> set[str]:
     """Whose word is wanted: what the target's record asks for stands, whatever the bundle says."""
     asked = (verb.ask for verb in chosen.ground.target.state.verbs if verb.verb == action.verb)
     return {*answer.result.approvals, *filter(None, asked)} - {"none"}
 
 
-def _ask(wanted: set[str], revision: str) -> Refusal | Ask:
+def _approval_required(wanted: set[str], revision: str) -> Refusal | ApprovalRequired:
     """That of several is not asked for: nobody waits in a connection for two people."""
-    for one in _CLASSES:
+    for one in _ACTION_CLASSES:
         if wanted == {one}:
-            return Ask(one, revision)
+            return ApprovalRequired(one, revision)
     names = " and ".join(sorted(wanted))
     message = (
         f"the word of {names} is wanted, and one person is asked about an action: ask for another credential"
     )
-    return refused("approval_required", message)
+    return refuse("approval_required", message)

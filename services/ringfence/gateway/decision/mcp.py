@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from ringfence.gateway.contract import Attempt, Carried, Mcp, McpOutcome, Rpc
-from ringfence.gateway.decision.targets import Compiled
-from ringfence.gateway.domain import NOT_FOUND, TOO_LARGE, UNREADABLE, Refusal, Sender, refused
+from ringfence.gateway.contract import Attempt, McpExchange, McpHeaders, McpOutcome, RpcErrorReply
+from ringfence.gateway.decision.targets import CompiledTarget
+from ringfence.gateway.domain import BAD_REQUEST, CONTENT_TOO_LARGE, NOT_FOUND, Refusal, Sender, refuse
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
@@ -24,27 +24,27 @@ from ringfence.model.scope.scope import intersect
 
 _JSON: Final = re.compile(r'application/json(?:[ \t]*;[ \t]*charset="?utf-8"?)?', re.IGNORECASE)
 _SESSION: Final = re.compile(r"[!-~]{1,256}")
-_MOST_SESSIONS: Final = 256
+_MAX_SESSIONS: Final = 256
 """Of one lease: the one that was opened first is forgotten for the next."""
 _INITIALIZE: Final = "initialize"
 
 
 @dataclass(frozen=True, slots=True)
-class Spoken:
+class McpRequest:
     """A request to an endpoint: what it says, and by which lease it may go."""
 
     sender: Sender
     message: McpMessage | None
     """None where nothing is posted: a stream is opened, or a session ended."""
 
-    def action(self, target: Compiled, attempt: Attempt) -> Action | None:
+    def action(self, target: CompiledTarget, attempt: Attempt) -> Action | None:
         """What it does at the target, or None where no rule says so."""
         if self.message is None:
             return target.map.action(attempt.method, attempt.target, attempt.body)
         return target.map.mcp_action(attempt.target, self.message)
 
 
-class Sessions:
+class SessionTable:
     """Which lease opened which session at which target."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Sessions:
             return False
         own = self._of.setdefault(lease_id, {})
         own[key] = None
-        if len(own) > _MOST_SESSIONS:
+        if len(own) > _MAX_SESSIONS:
             oldest = next(iter(own))
             del own[oldest], self._lease[oldest]
         return True
@@ -80,62 +80,62 @@ class McpSessions:
 
     def __init__(self, table: LeaseTable) -> None:
         self._table = table
-        self._sessions = Sessions()
+        self._sessions = SessionTable()
         table.on_over(self._sessions.end)
 
-    def read(self, attempt: Attempt, target: Compiled, sender: Sender) -> Spoken | Refusal:
+    def read(self, attempt: Attempt, target: CompiledTarget, sender: Sender) -> McpRequest | Refusal:
         """What a request to an endpoint says; a refusal where that cannot be told, or the session is not its own."""
-        carried, id = attempt.carried, target.state.target_id
+        carried, id = attempt.mcp_headers, target.state.target_id
         if carried is None:
             message = (
                 f"{id} speaks MCP there: go through the gateway's own data plane, which sees the answers too"
             )
-            return refused("mcp_needs_plane", message)
+            return refuse("mcp_needs_plane", message)
         try:
             posted = _message(attempt, carried) if attempt.method == "POST" else None
         except McpMessageError as error:
-            status = TOO_LARGE if error.code == "body_unseen" else UNREADABLE
-            return refused(error.code, error.message, status=status)
-        if carried.session is None:
-            if carried.resumes:
-                return refused(
+            status = CONTENT_TOO_LARGE if error.code == "body_unseen" else BAD_REQUEST
+            return refuse(error.code, error.message, status=status)
+        if carried.session_id is None:
+            if carried.resumes_stream:
+                return refuse(
                     "mcp_resume_unbound", "a stream is resumed in a session: name it in Mcp-Session-Id"
                 )
-            return Spoken(sender, posted)
-        bound = self._bound(sender, id, carried.session)
-        return bound if isinstance(bound, Refusal) else Spoken(bound, posted)
+            return McpRequest(sender, posted)
+        bound = self._bind(sender, id, carried.session_id)
+        return bound if isinstance(bound, Refusal) else McpRequest(bound, posted)
 
-    def _bound(self, sender: Sender, target_id: str, session: str) -> Sender | Refusal:
+    def _bind(self, sender: Sender, target_id: str, session: str) -> Sender | Refusal:
         """The sender, bound to the lease of its session."""
         lease_id = self._sessions.lease_of(target_id, session)
         lease = self._table.get(lease_id) if lease_id is not None else None
         if lease is None or self._table.problem(lease) is not None:
             message = "there is no such session here, or its lease has ended: initialize a new one"
-            return refused("mcp_session_unknown", message, status=NOT_FOUND)
+            return refuse("mcp_session_unknown", message, status=NOT_FOUND)
         if lease.agent_id != sender.agent_id:
-            return refused("mcp_session_other_agent", f"the session is one of agent {lease.agent_id}")
+            return refuse("mcp_session_other_agent", f"the session is one of agent {lease.agent_id}")
         if sender.task_id not in (None, lease.task_id):
-            return refused("mcp_session_other_task", "the session is one of another task")
+            return refuse("mcp_session_other_task", "the session is one of another task")
         if sender.lease_id not in (None, lease.lease_id):
             message = (
                 "the session was opened by another lease: show that one's handle, or initialize a new session"
             )
-            return refused("mcp_session_other_lease", message, side="lease")
+            return refuse("mcp_session_other_lease", message, side="lease")
         return dataclasses.replace(sender, lease_id=lease.lease_id, task_id=lease.task_id)
 
     def exchange(
         self,
-        spoken: Spoken,
+        mcp_request: McpRequest,
         attempt: Attempt,
-        target: Compiled,
+        target: CompiledTarget,
         lease: Lease,
-        answered: Callable[[McpOutcome], None],
-    ) -> Mcp:
-        """What a data plane has to know of a request that was allowed by `lease`; `answered` hears what came of it."""
-        target_id, message = target.state.target_id, spoken.message
+        record_outcome: Callable[[McpOutcome], None],
+    ) -> McpExchange:
+        """The exchange that `lease` allowed, for the data plane. `record_outcome` is called once, with its outcome."""
+        target_id, message = target.state.target_id, mcp_request.message
 
         def visible(method: str, name: str) -> bool:
-            named = [lease] if spoken.sender.lease_id is not None else None
+            named = [lease] if mcp_request.sender.lease_id is not None else None
             leases = named or self._table.usable(lease.agent_id, lease.task_id, target_id)
             return any(
                 intersect((_permission(target_id, offer),), one.scope)
@@ -147,30 +147,30 @@ class McpSessions:
             alive = self._table.problem(lease) is None
             return alive and self._sessions.open(target_id, session, lease.lease_id)
 
-        return Mcp(
+        return McpExchange(
             method=message.method if message is not None else None,
             id=message.id if message is not None and message.kind == "request" else None,
-            opens=message is not None and message.method == _INITIALIZE,
-            visible=visible,
-            opened=opened,
-            answered=answered,
+            opens_session=message is not None and message.method == _INITIALIZE,
+            is_visible=visible,
+            bind_session=opened,
+            record_outcome=record_outcome,
         )
 
 
-def rpc_of(attempt: Attempt) -> Rpc:
+def rpc_error_reply(attempt: Attempt) -> RpcErrorReply:
     """How a refusal of what was posted to an endpoint is told: to which request, where that can be read."""
     try:
         message = read_message(attempt.body) if attempt.body is not None else None
     except McpMessageError as error:
-        return Rpc(error.id)
-    return Rpc(message.id if message is not None and message.kind == "request" else None)
+        return RpcErrorReply(error.id)
+    return RpcErrorReply(message.id if message is not None and message.kind == "request" else None)
 
 
-def _message(attempt: Attempt, carried: Carried) -> McpMessage:
+def _message(attempt: Attempt, mcp_headers: McpHeaders) -> McpMessage:
     """Raises McpMessageError."""
-    if carried.coding not in (None, "", "identity"):
+    if mcp_headers.content_encoding not in (None, "", "identity"):
         raise McpMessageError("mcp_compressed", "a message is sent as it is: leave out Content-Encoding")
-    if carried.media is None or _JSON.fullmatch(carried.media) is None:
+    if mcp_headers.content_type is None or _JSON.fullmatch(mcp_headers.content_type) is None:
         raise McpMessageError("mcp_media_type", "a message is application/json, in UTF-8")
     if attempt.body is None or len(attempt.body) > MAX_BODY_BYTES:
         raise McpMessageError(
@@ -178,7 +178,7 @@ def _message(attempt: Attempt, carried: Carried) -> McpMessage:
         )
     message = read_message(attempt.body)
     said = {"mcp-method": message.method, "mcp-name": message.name}
-    for name, value in carried.others:
+    for name, value in mcp_headers.mcp_fields:
         if said.get(name) != value:
             text = f"the header {name} is not known here, or says another thing than the message does"
             raise McpMessageError("mcp_header", text, id=message.id)

@@ -11,12 +11,12 @@ from collections.abc import Collection
 from typing import Final
 
 from ringfence.backends.http import secret_header
-from ringfence.gateway.contract import Attempt, Presented
-from ringfence.gateway.decision.targets import Compiled, Targets
+from ringfence.gateway.contract import Attempt, PresentedIdentity
+from ringfence.gateway.decision.targets import CompiledTarget, Targets
 from ringfence.gateway.domain import UNAVAILABLE, Refusal
 from ringfence.messages.registry import TargetState
 
-UNSHOWN: Final = "no_credentials"
+NO_CREDENTIALS: Final = "no_credentials"
 """The code of a refusal of a sender who showed nothing at all."""
 STILL_DENIED: Final = frozenset({
     "agent_registered", "agent_suspended", "agent_decommissioned", "agent_orphaned", "agent_unknown",
@@ -28,7 +28,7 @@ STILL_DENIED: Final = frozenset({
 _ANYWHERE: Final = frozenset({"authorization", "cookie"})
 
 
-class Observing:
+class ObserveMode:
     """Says which refused requests go on all the same."""
 
     def __init__(self, targets: Targets, target_ids: Collection[str]) -> None:
@@ -36,9 +36,9 @@ class Observing:
         self._targets = targets
         self._target_ids = frozenset(target_ids)
 
-    def goes_on(
-        self, refusal: Refusal, target: Compiled | None, presented: Presented, attempt: Attempt
-    ) -> Compiled | None:
+    def forward_target(
+        self, refusal: Refusal, target: CompiledTarget | None, presented: PresentedIdentity, attempt: Attempt
+    ) -> CompiledTarget | None:
         """The target that a refused request goes on to as it came, or None: then it is denied.
 
         Args:
@@ -50,7 +50,7 @@ class Observing:
         if any(reason.code in STILL_DENIED for reason in refusal.reasons):
             return None
         if target is None:
-            if refusal.reasons[0].code != UNSHOWN:
+            if refusal.reasons[0].code != NO_CREDENTIALS:
                 return None  # a handle, proof or certificate was shown, and it does not hold; or there is no target
             found = self._targets.find(attempt)
             if isinstance(found, Refusal):
@@ -58,16 +58,16 @@ class Observing:
             target = found
         if target.state.target_id not in self._target_ids:
             return None
-        return target if presented.own & own_headers(target.state) else None
+        return target if presented.header_names & credential_headers(target.state) else None
 
 
-def own_headers(target: TargetState) -> frozenset[str]:
+def credential_headers(target: TargetState) -> frozenset[str]:
     """Names, in lower case, of the headers in which an agent could have a credential of its own for a target."""
     name = secret_header(target)
     return _ANYWHERE | {name} if name is not None else _ANYWHERE
 
 
-def said_of(target_ids: Collection[str]) -> str:
+def notice(target_ids: Collection[str]) -> str:
     """What the gateway says of itself, wherever somebody might look."""
     names = ", ".join(sorted(target_ids))
     return (

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from ringfence.client.errors import TokenRejectedError
 from ringfence.client.resource_server.dpop_proofs import MAX_PROOF_BYTES, ProofChecker
-from ringfence.gateway.contract import Attempt, Presented
-from ringfence.gateway.domain import UNAUTHORIZED, UNAVAILABLE, Leases, Refusal, Sender, refused
+from ringfence.gateway.contract import Attempt, PresentedIdentity
+from ringfence.gateway.domain import UNAUTHORIZED, UNAVAILABLE, Leases, Refusal, Sender, refuse
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.keys import b64decode, thumbprint
@@ -25,7 +25,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-NONCE_WANTED: Final = "use_dpop_nonce"
+NONCE_REQUIRED: Final = "use_dpop_nonce"
 """The code of a refusal that only asks for a proof with a nonce: nothing was decided."""
 
 
@@ -55,7 +55,7 @@ class AgentKeys:
                 self._owners[key.kid] = id
 
 
-class Identifier:
+class SenderAuthenticator:
     """Says who a sender is, or why that cannot be told."""
 
     def __init__(
@@ -80,7 +80,7 @@ class Identifier:
         """What the next proof should have."""
         return self._proofs.nonce()
 
-    def at_hand(self, presented: Presented) -> Sender | None:
+    def at_hand(self, presented: PresentedIdentity) -> Sender | None:
         """Who it is by its socket or its certificate; None where that is not so, or not certain."""
         handle = presented.handle
         if handle is not None and not _UUID.fullmatch(handle):
@@ -93,41 +93,41 @@ class Identifier:
             return None
         return sender if isinstance(sender, Sender) else None
 
-    async def sender(self, presented: Presented, attempt: Attempt) -> Sender | Refusal:
+    async def sender(self, presented: PresentedIdentity, attempt: Attempt) -> Sender | Refusal:
         """Who it is. Of several ways the surest counts: the socket, then the certificate, then the handle."""
         handle = presented.handle
         if handle is not None and not _UUID.fullmatch(handle):
-            return refused("handle_malformed", "a handle is the id of a lease", status=UNAUTHORIZED)
+            return refuse("handle_malformed", "a handle is the id of a lease", status=UNAUTHORIZED)
         if presented.task_id is not None:
             return self._by_task(presented.task_id, handle)
         if presented.certificate is not None:
             return self._by_certificate(presented.certificate, handle)
         if handle is None:
             message = "say who you are: Authorization: DPoP LEASE, with a DPoP proof by the agent's key"
-            return refused("no_credentials", message, status=UNAUTHORIZED)
+            return refuse("no_credentials", message, status=UNAUTHORIZED)
         if presented.proof is None or presented.htu is None:
             message = "a handle alone counts on the socket of its task only: send a DPoP proof with it"
-            return refused("proof_missing", message, status=UNAUTHORIZED)
+            return refuse("proof_missing", message, status=UNAUTHORIZED)
         return await self._by_proof(handle, presented.proof, presented.htu, attempt.method, presented.address)
 
     def _by_task(self, task_id: str, handle: str | None) -> Sender | Refusal:
         try:
             task = self._directory.task(task_id)
         except ChainError as error:
-            return refused("record_untrusted", str(error))
+            return refuse("record_untrusted", str(error))
         if task is None:
-            return refused("task_unknown", f"there is no task {task_id}; have one assigned")
+            return refuse("task_unknown", f"there is no task {task_id}; have one assigned")
         return Sender(task.state.agent_id, task_id, handle)
 
     def _by_certificate(self, certificate: str, handle: str | None) -> Sender | Refusal:
         agent_id = subject_of(self._trust_domain, certificate, "agent")
         if agent_id is None:
             message = "the certificate is no agent's of this trust domain"
-            return refused("certificate_unknown", message, status=UNAUTHORIZED)
+            return refuse("certificate_unknown", message, status=UNAUTHORIZED)
         sender = Sender(agent_id, None, handle)
         lease = self._leases.get(handle) if handle is not None else None
         if lease is not None and lease.agent_id != agent_id:
-            return _stolen(lease, agent_id)
+            return _other_agents_handle(lease, agent_id)
         return sender
 
     async def _by_proof(
@@ -136,49 +136,49 @@ class Identifier:
         lease = self._leases.get(handle)
         if lease is None:
             message = "there is no such lease, or it ended long ago"
-            return refused("handle_unknown", message, status=UNAUTHORIZED)
+            return refuse("handle_unknown", message, status=UNAUTHORIZED)
         kid = _unverified_thumbprint(proof)
         if kid is None:
             message = "not a proof: a JWT with typ dpop+jwt, alg ES256 or EdDSA and a public jwk"
-            return refused("invalid_dpop_proof", message, status=UNAUTHORIZED)
+            return refuse("invalid_dpop_proof", message, status=UNAUTHORIZED)
         now_s = self._clock.now_ms() / 1000
         # First whose lease it is: a record that names an instance's key as another agent's takes nothing from it.
-        owner = _instance_of(lease, kid, now_s) or self._keys.owner(self._trust_domain, kid, now_s)
+        owner = _agent_of_instance_key(lease, kid, now_s) or self._keys.owner(self._trust_domain, kid, now_s)
         if owner is None:  # before it is verified and remembered: strangers take no room from agents
             message = "the proof is by a key that is no agent's, or counts no more"
-            return refused("proof_by_stranger", message, status=UNAUTHORIZED)
+            return refuse("proof_by_stranger", message, status=UNAUTHORIZED)
         try:
             await self._proofs.check(proof, method=method, url=htu, access_token=handle, thumbprint=kid)
             wants_nonce = False
         except TokenRejectedError as error:
-            wants_nonce = error.code == NONCE_WANTED
+            wants_nonce = error.code == NONCE_REQUIRED
             if not wants_nonce:
-                return refused(error.code, str(error), status=UNAUTHORIZED)
+                return refuse(error.code, str(error), status=UNAUTHORIZED)
         except UnavailableError as error:
-            return refused("proofs_full", str(error), status=UNAVAILABLE)
+            return refuse("proofs_full", str(error), status=UNAVAILABLE)
         if owner != lease.agent_id:
-            return _stolen(lease, owner)
+            return _other_agents_handle(lease, owner)
         if lease.key_thumbprint not in (None, kid):
             message = "the lease is bound to another key of the agent: use that, or ask for a new credential"
-            return refused("proof_other_key", message, status=UNAUTHORIZED)
+            return refuse("proof_other_key", message, status=UNAUTHORIZED)
         if wants_nonce:
             message = "make the proof with the nonce of this answer"
-            return refused(NONCE_WANTED, message, status=UNAUTHORIZED)
+            return refuse(NONCE_REQUIRED, message, status=UNAUTHORIZED)
         self._on_use(lease.agent_id, kid, address)
         return Sender(lease.agent_id, lease.task_id, handle)
 
 
-def _instance_of(lease: Lease, kid: str, now_s: float) -> str | None:
+def _agent_of_instance_key(lease: Lease, kid: str, now_s: float) -> str | None:
     """The agent of a lease that a running instance asked for, with this very key; the issuer verified its enrolment."""
     if lease.instance is None or lease.key_thumbprint != kid or now_s >= lease.instance.not_after:
         return None
     return lease.agent_id
 
 
-def _stolen(lease: Lease, by: str) -> Refusal:
+def _other_agents_handle(lease: Lease, by: str) -> Refusal:
     """Told of whoever showed it, by a key or certificate of theirs."""
     message = f"the handle is a lease of agent {lease.agent_id}, and agent {by} showed it"
-    return refused("handle_other_agent", message, sender=Sender(by, None, lease.lease_id))
+    return refuse("handle_other_agent", message, sender=Sender(by, None, lease.lease_id))
 
 
 def _unverified_thumbprint(proof: str) -> str | None:

@@ -14,7 +14,7 @@ from ringfence.model.records.key_sharing import WINDOW_MS, KeyUses
 
 log = logging.getLogger(__name__)
 
-_WAITING = 1000
+_MAX_QUEUED = 1000
 
 
 class SharedKeys:
@@ -23,7 +23,7 @@ class SharedKeys:
     def __init__(self, runtime: Runtime, uses: KeyUses) -> None:
         self._runtime = runtime
         self._uses = uses
-        self._found: asyncio.Queue[tuple[str, str, str, str, int]] = asyncio.Queue(_WAITING)
+        self._found: asyncio.Queue[tuple[str, str, str, str, int]] = asyncio.Queue(_MAX_QUEUED)
 
     def used(self, agent_id: str, kid: str, address: str | None) -> None:
         """A proof by a key held, and came from there."""
@@ -32,16 +32,16 @@ class SharedKeys:
         if other is not None and address is not None and not self._found.full():
             self._found.put_nowait((agent_id, kid, address, other, at_ms))
 
-    async def tell(self) -> None:
+    async def report(self) -> None:
         """Publish what is found. Does not end."""
         while True:
             found = await self._found.get()
             try:
-                await self._tell(*found)
+                await self._report(*found)
             except (RingfenceError, OSError) as error:
                 log.warning("a shared key of agent %s was not reported: %s", found[0], error)
 
-    async def _tell(self, agent_id: str, kid: str, address: str, other: str, at_ms: int) -> None:
+    async def _report(self, agent_id: str, kid: str, address: str, other: str, at_ms: int) -> None:
         message = (
             f"the key {kid} of agent {agent_id} is used from {address} and {other} at once, so that nobody can tell "
             "what which of them did; give each a key of its own, or let instances enrol theirs"

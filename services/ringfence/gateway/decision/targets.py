@@ -9,7 +9,7 @@ from typing import Final
 
 from ringfence.backends.target_settings import TargetSettingsError, settings_of
 from ringfence.gateway.contract import Attempt
-from ringfence.gateway.domain import Refusal, refused
+from ringfence.gateway.domain import Refusal, refuse
 from ringfence.messages.registry import AnyRecord, TargetRecord, TargetState
 from ringfence.model.http_targets.request_map import RequestMap, RequestMapError
 from ringfence.model.identity.spiffe_ids import SubjectKind
@@ -20,12 +20,12 @@ from ringfence.model.target_settings import HttpSettings, JwtSettings
 _PORTS: Final = {"http": 80, "https": 443}
 _AUTHORITY: Final = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?")
 
-Place = tuple[str, str, int]
+Endpoint = tuple[str, str, int]
 """Scheme, host in lower case, and port."""
 
 
 @dataclass(frozen=True, slots=True)
-class Compiled:
+class CompiledTarget:
     """What a gateway needs of one revision of a target."""
 
     state: TargetState
@@ -34,9 +34,13 @@ class Compiled:
     url: str | None
     """Where its requests go to; None where its record does not say."""
 
+    def can_be_sent(self, attempt: Attempt) -> bool:
+        """Whether a request can reach it: the gateway needs the record's URL, a proxy in front has its own."""
+        return self.url is not None or not attempt.sent_by_gateway
+
 
 @functools.lru_cache(maxsize=4096)
-def place_of(scheme: str, authority: str) -> Place | None:
+def endpoint_of(scheme: str, authority: str) -> Endpoint | None:
     """The one form of all spellings of an authority; None for what is none, or has a user in it."""
     found = _AUTHORITY.fullmatch(authority)
     if found is None or scheme not in _PORTS:
@@ -50,26 +54,24 @@ class Targets:
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
-        self._compiled: dict[str, Compiled] = {}
-        self._places: dict[Place, set[str]] = {}
-        self._place: dict[str, Place] = {}
+        self._compiled: dict[str, CompiledTarget] = {}
+        self._ids_by_endpoint: dict[Endpoint, set[str]] = {}
+        self._endpoints: dict[str, Endpoint] = {}
         directory.on_change(self._on_change)
 
-    def find(self, attempt: Attempt) -> Compiled | Refusal:
+    def find(self, attempt: Attempt) -> CompiledTarget | Refusal:
         """The one active target that a request is for."""
         if attempt.target_id is not None:
-            return self._named(attempt.target_id)
-        place = place_of(attempt.scheme, attempt.authority or "")
-        ids = self._places.get(place, set()) if place is not None else set()
-        found = [one for id in sorted(ids) if isinstance(one := self._named(id), Compiled)]
-        found = [one for one in found if one.url is not None and _place_of_url(one.url) == place]
+            return self._by_id(attempt.target_id)
+        endpoint = endpoint_of(attempt.scheme, attempt.authority or "")
+        ids = self._ids_by_endpoint.get(endpoint, set()) if endpoint is not None else set()
+        found = [one for id in sorted(ids) if isinstance(one := self._by_id(id), CompiledTarget)]
+        found = [one for one in found if one.url is not None and _endpoint_of_url(one.url) == endpoint]
         if not found:
-            return refused(
-                "target_unknown", "no target is there: have an operator add it, or ask for another"
-            )
+            return refuse("target_unknown", "no target is there: have an operator add it, or ask for another")
         if len(found) > 1:
             names = ", ".join(one.state.target_id for one in found)
-            return refused("target_ambiguous", f"several targets are there ({names}): go by /<target>/...")
+            return refuse("target_ambiguous", f"several targets are there ({names}): go by /<target>/...")
         return found[0]
 
     def url_of(self, target: TargetState) -> str | None:
@@ -80,31 +82,33 @@ class Targets:
     def knows(self, authority: str) -> bool:
         """Whether a target may be there, by http or https: what is none is denied before anything else is looked at."""
         for scheme in _PORTS:
-            place = place_of(scheme, authority)
-            if place is not None and self._places.get(place):
+            endpoint = endpoint_of(scheme, authority)
+            if endpoint is not None and self._ids_by_endpoint.get(endpoint):
                 return True
         return False
 
     def hosts(self) -> frozenset[str]:
         """The hosts of all targets, without their ports."""
-        return frozenset(host for (_, host, _), ids in self._places.items() if ids)
+        return frozenset(host for (_, host, _), ids in self._ids_by_endpoint.items() if ids)
 
-    def _named(self, target_id: str) -> Compiled | Refusal:
+    def _by_id(self, target_id: str) -> CompiledTarget | Refusal:
         try:
             entry = self._directory.target(target_id)
         except ChainError as error:
-            return refused("record_untrusted", str(error))
+            return refuse("record_untrusted", str(error))
         if entry is None:
-            return refused("target_unknown", f"there is no target {target_id[:64]}")
+            return refuse("target_unknown", f"there is no target {target_id[:64]}")
         if entry.state.status != "active":
-            return refused("target_removed", f"target {target_id} was removed")
+            return refuse("target_removed", f"target {target_id} was removed")
         kept = self._compiled.get(target_id)
         if kept is not None and kept.record is entry.record:
             return kept
         try:
-            made = Compiled(entry.state, entry.record, RequestMap(entry.state.requests), url_of(entry.state))
+            made = CompiledTarget(
+                entry.state, entry.record, RequestMap(entry.state.requests), url_of(entry.state)
+            )
         except (RequestMapError, TargetSettingsError) as error:
-            return refused("target_invalid", f"the record of target {target_id} cannot be used: {error}")
+            return refuse("target_invalid", f"the record of target {target_id} cannot be used: {error}")
         self._compiled[target_id] = made
         return made
 
@@ -113,17 +117,17 @@ class Targets:
         record = self._directory.unverified(kind, id) if kind == "target" else None
         if not isinstance(record, TargetRecord):
             return
-        before = self._place.pop(id, None)
+        before = self._endpoints.pop(id, None)
         if before is not None:
-            self._places[before].discard(id)
+            self._ids_by_endpoint[before].discard(id)
         try:
             url = url_of(record.state)
         except TargetSettingsError:
             return
-        place = _place_of_url(url) if url is not None else None
-        if place is not None:
-            self._place[id] = place
-            self._places.setdefault(place, set()).add(id)
+        endpoint = _endpoint_of_url(url) if url is not None else None
+        if endpoint is not None:
+            self._endpoints[id] = endpoint
+            self._ids_by_endpoint.setdefault(endpoint, set()).add(id)
 
 
 def url_of(target: TargetState) -> str | None:
@@ -135,6 +139,6 @@ def url_of(target: TargetState) -> str | None:
     return None
 
 
-def _place_of_url(url: str) -> Place | None:
+def _endpoint_of_url(url: str) -> Endpoint | None:
     scheme, _, authority = url.partition("://")
-    return place_of(scheme, authority)
+    return endpoint_of(scheme, authority)

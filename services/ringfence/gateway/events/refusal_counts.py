@@ -30,7 +30,7 @@ _METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "
 """Others are what a stranger made up."""
 
 
-class Kind(NamedTuple):
+class RefusalKind(NamedTuple):
     """What refusals have in common that one event can tell of."""
 
     agent_id: str | None
@@ -45,7 +45,7 @@ class Kind(NamedTuple):
 
 
 @dataclass(slots=True)
-class _More:
+class _Repeats:
     reason: Reason
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
     """Of the event that will tell of them."""
@@ -53,7 +53,7 @@ class _More:
     """How many came that no event tells of yet."""
 
 
-class Counted:
+class RefusalCounts:
     """What came since each kind was told of last."""
 
     def __init__(self, record: Callable[[ActionDecided], None], clock: Clock, *, gateway: str) -> None:
@@ -61,75 +61,75 @@ class Counted:
         self._record = record
         self._clock = clock
         self._gateway = gateway
-        self._kinds: dict[Kind, _More] = {}
-        self._destinations: Counter[Kind] = Counter()
+        self._kinds: dict[RefusalKind, _Repeats] = {}
+        self._destinations: Counter[RefusalKind] = Counter()
         """How many kinds differ by method and destination alone, by what they have in common."""
 
-    def another(self, kind: Kind, reason: Reason) -> str | None:
+    def count(self, kind: RefusalKind, reason: Reason) -> str | None:
         """One more: the id of the event that will tell of it, or None where it is the first of its kind.
 
-        The first is the caller's to record, or to be `missed`.
+        The first is the caller's to record, or to be `count_unrecorded`.
         """
-        kind, more = self._known(kind)
-        if more is None:
-            self._kinds[kind] = _More(reason)
-            self._destinations[_common(kind)] += 1
+        kind, repeats = self._bounded(kind)
+        if repeats is None:
+            self._kinds[kind] = _Repeats(reason)
+            self._destinations[_without_free_text(kind)] += 1
             return None
-        more.count += 1
-        return more.id
+        repeats.count += 1
+        return repeats.id
 
-    def missed(self, kind: Kind) -> str:
+    def count_unrecorded(self, kind: RefusalKind) -> str:
         """There was no room for the first: it is told of with those like it. The id of the event."""
-        _, more = self._known(kind)
-        assert more is not None, "it was the first of its kind"
-        more.count += 1
-        return more.id
+        _, repeats = self._bounded(kind)
+        assert repeats is not None, "it was the first of its kind"
+        repeats.count += 1
+        return repeats.id
 
-    def add(self, kind: Kind, reason: Reason) -> None:
+    def add(self, kind: RefusalKind, reason: Reason) -> None:
         """One more, the first of its kind recorded at once."""
-        if self.another(kind, reason) is None:
-            self.missed(kind)
-            kind, more = self._known(kind)
-            assert more is not None, "it was added just now"
-            self._tell(kind, more)
+        if self.count(kind, reason) is None:
+            self.count_unrecorded(kind)
+            kind, repeats = self._bounded(kind)
+            assert repeats is not None, "it was added just now"
+            self._record_repeats(kind, repeats)
 
-    def tell(self) -> None:
+    def flush(self) -> None:
         """Record what came since each kind was told of last."""
-        for kind, more in list(self._kinds.items()):
-            if more.count == 0:
+        for kind, repeats in list(self._kinds.items()):
+            if repeats.count == 0:
                 del self._kinds[kind]
-                self._destinations[_common(kind)] -= 1
-                if not self._destinations[_common(kind)]:
-                    del self._destinations[_common(kind)]
-            elif not self._tell(kind, more):
+                self._destinations[_without_free_text(kind)] -= 1
+                if not self._destinations[_without_free_text(kind)]:
+                    del self._destinations[_without_free_text(kind)]
+            elif not self._record_repeats(kind, repeats):
                 return
 
-    def _known(self, kind: Kind) -> tuple[Kind, _More | None]:
-        more = self._kinds.get(kind)
-        if more is None and self._destinations[_common(kind)] >= MAX_DESTINATIONS:
-            kind = _common(kind)
-            more = self._kinds.get(kind)
-        if more is None and len(self._kinds) >= MAX_KINDS:
-            kind = _common(kind)._replace(lease_id=None, label=None)
-            more = self._kinds.get(kind)
-        return kind, more
+    def _bounded(self, kind: RefusalKind) -> tuple[RefusalKind, _Repeats | None]:
+        repeats = self._kinds.get(kind)
+        if repeats is None and self._destinations[_without_free_text(kind)] >= MAX_DESTINATIONS:
+            kind = _without_free_text(kind)
+            repeats = self._kinds.get(kind)
+        if repeats is None and len(self._kinds) >= MAX_KINDS:
+            kind = _without_free_text(kind)._replace(lease_id=None, label=None)
+            repeats = self._kinds.get(kind)
+        return kind, repeats
 
-    def _tell(self, kind: Kind, more: _More) -> bool:
+    def _record_repeats(self, kind: RefusalKind, repeats: _Repeats) -> bool:
         """Whether there was room for the event: else its count goes on, until there is."""
         event = ActionDecided(
-            action_id=more.id,
+            action_id=repeats.id,
             gateway=self._gateway,
             agent_id=kind.agent_id,
             task_id=kind.task_id,
             lease_id=kind.lease_id,
             target_id=kind.target_id,
             allowed=False,
-            reasons=(more.reason,),
+            reasons=(repeats.reason,),
             access=kind.access,
             method=kind.method,
             destination=kind.destination,
             label=kind.label,
-            count=more.count,
+            count=repeats.count,
             at_ms=self._clock.now_ms(),
         )
         try:
@@ -137,7 +137,7 @@ class Counted:
         except SpoolFullError as error:
             log.error("what is refused is counted, and not recorded yet: %s", error)
             return False
-        more.count, more.id = 0, str(uuid.uuid4())
+        repeats.count, repeats.id = 0, str(uuid.uuid4())
         return True
 
 
@@ -146,6 +146,6 @@ def access_if_known(method: str | None) -> Access | None:
     return access_of(method) if method is not None and method in _METHODS else None
 
 
-def _common(kind: Kind) -> Kind:
+def _without_free_text(kind: RefusalKind) -> RefusalKind:
     """A kind without what a stranger makes up: the destination, and a method that nobody knows."""
     return kind._replace(method=kind.method if kind.method in _METHODS else None, destination=None)

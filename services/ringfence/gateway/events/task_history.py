@@ -22,7 +22,7 @@ class _Task:
     """Second by second, how many there were in each."""
 
 
-class Earlier:
+class TaskHistory:
     """Since the start of this process, in this replica: a limit over several is each one's share."""
 
     def __init__(self) -> None:

@@ -19,10 +19,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ringfence.gateway.contract import Attempt, Blocked, Blocks, Gate, Headers, Presented, Verdict
+from ringfence.gateway.contract import (
+    Attempt,
+    BlockedRequest,
+    Gate,
+    Headers,
+    PresentedIdentity,
+    ReportBlocked,
+    Verdict,
+)
 from ringfence.gateway.dataplane.denials import MEDIA_TYPE, headers, problem
 from ringfence.gateway.dataplane.request_reader import says_json
-from ringfence.gateway.decision.observe_mode import own_headers
+from ringfence.gateway.decision.observe_mode import credential_headers
 from ringfence.gateway.events.destination import destination_of_line
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
@@ -58,14 +66,16 @@ _OF_ENVOY: Final = re.compile(r"^/authz/envoy(-target/[^/]*)?(?=/)")
 """What Envoy puts before the path of a request."""
 _NO_STORE: Final = {"Cache-Control": "no-store"}
 
-Read = Callable[[Request], Awaitable[tuple[Presented, Attempt] | None]]
+Read = Callable[[Request], Awaitable[tuple[PresentedIdentity, Attempt] | None]]
 """What a question is about; None where it does not say for certain."""
 
 
 class ProxyAuth:
     """The ASGI application that proxies ask. It listens on a port of its own, which they alone may reach."""
 
-    def __init__(self, gate: Gate, readers: Mapping[str, Read], blocked: Blocks = lambda _: None) -> None:
+    def __init__(
+        self, gate: Gate, readers: Mapping[str, Read], blocked: ReportBlocked = lambda _: None
+    ) -> None:
         """`readers`: by the path that questions begin with, who reads them; `blocked`: told of what is not decided."""
         self._gate = gate
         self._readers = readers
@@ -90,15 +100,15 @@ class ProxyAuth:
         asked = await read(request)
         if asked is None:
             method, destination = _told(request)
-            self._blocked(Blocked(_INVALID, _UNCERTAIN, method=method, destination=destination))
+            self._blocked(BlockedRequest(_INVALID, _UNCERTAIN, method=method, destination=destination))
             return _said(_UNCERTAIN)
-        verdict = await self._gate.decide(*asked, patient=Asker(request.receive))
+        verdict = await self._gate.decide(*asked, holdable=Asker(request.receive))
         if verdict.observed and verdict.target is not None:
             return _as_it_came(request, asked[0], verdict.target)
         if not verdict.allowed:
             return _denied(verdict)
         try:
-            injected = await self._gate.injected(verdict)
+            injected = await self._gate.headers_to_inject(verdict)
         except UnavailableError as error:
             reason = Reason(code=error.code, message=error.message[:1000])
             return _denied(replace(verdict, allowed=False, status=403, reasons=(reason,)))
@@ -113,11 +123,11 @@ class Asker:
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
 
-    async def whole(self) -> bytes | None:
+    async def read_body(self) -> bytes | None:
         """See `Patient`. What the question did not show of the body cannot be had."""
         return None
 
-    def on_gone(self, told: Callable[[], None]) -> Callable[[], None]:
+    def on_disconnect(self, told: Callable[[], None]) -> Callable[[], None]:
         """See `Patient`."""
 
         async def watch() -> None:
@@ -204,11 +214,11 @@ def _denied(verdict: Verdict) -> Response:
     return _refusal(sent.status, problem(sent), headers(sent))
 
 
-def _as_it_came(request: Request, presented: Presented, target: TargetState) -> Response:
+def _as_it_came(request: Request, presented: PresentedIdentity, target: TargetState) -> Response:
     """The agent's own, said in so many words: of what is not said, proxies would send nothing, or what was before."""
     own = {
         name.title(): value
-        for name in sorted((own_headers(target) - {"cookie"}) & presented.own)
+        for name in sorted((credential_headers(target) - {"cookie"}) & presented.header_names)
         for value in request.headers.getlist(name)[:1]
     }
     return Response(status_code=200, headers={"Authorization": NOTHING, **_NO_STORE, **own})

@@ -13,7 +13,7 @@ from typing import Final
 
 from starlette.requests import Request
 
-from ringfence.gateway.contract import Attempt, Presented
+from ringfence.gateway.contract import Attempt, PresentedIdentity
 from ringfence.gateway.proxies.authz import LABEL, handle_and_own, only, shows_json, whole_body
 
 PREFIX: Final = "/authz/envoy"
@@ -21,7 +21,7 @@ _BY_TARGET: Final = re.compile(rb"/authz/envoy-target/([^/]+)(/.*)", re.DOTALL)
 PARTIAL: Final = "x-envoy-auth-partial-body"
 
 
-async def read(request: Request) -> tuple[Presented, Attempt] | None:
+async def read(request: Request) -> tuple[PresentedIdentity, Attempt] | None:
     """What a question is about; None where it is not the whole request."""
     query: bytes = request.scope.get("query_string") or b""
     target_id, path = _addressed(request.scope.get("raw_path") or b"")
@@ -39,7 +39,7 @@ async def read(request: Request) -> tuple[Presented, Attempt] | None:
         return None
     body = await whole_body(request) if partial is not None else None
     htu = f"{proto}://{host}{target.partition('?')[0]}"
-    presented = Presented(handle=handle, proof=proof, htu=htu, own=own)
+    presented = PresentedIdentity(handle=handle, proof=proof, htu=htu, header_names=own)
     attempt = Attempt(
         authority=host if target_id is None else None,
         scheme="http" if proto == "http" else "https",

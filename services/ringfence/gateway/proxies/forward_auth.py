@@ -14,7 +14,7 @@ from typing import Final
 
 from starlette.requests import Request
 
-from ringfence.gateway.contract import Attempt, Presented
+from ringfence.gateway.contract import Attempt, PresentedIdentity
 from ringfence.gateway.proxies.authz import (
     LABEL,
     handle_and_own,
@@ -29,7 +29,7 @@ _BODY_SHOWN: Final = b"body=whole"
 _ALL_SHOWN: Final = b"body=whole&headers=whole"
 
 
-async def read(request: Request) -> tuple[Presented, Attempt] | None:
+async def read(request: Request) -> tuple[PresentedIdentity, Attempt] | None:
     """What a question is about; None where something was left out or came twice."""
     rest = request.scope["path"].removeprefix(PREFIX)
     target_id = rest.removeprefix("/") or None
@@ -48,7 +48,7 @@ async def read(request: Request) -> tuple[Presented, Attempt] | None:
     if not (method and uri and host) or proto not in ("http", "https") or not uri.startswith("/"):
         return None
     htu = f"{proto}://{host}{uri.partition('?')[0]}"
-    presented = Presented(handle=handle, proof=proof, htu=htu, own=own)
+    presented = PresentedIdentity(handle=handle, proof=proof, htu=htu, header_names=own)
     attempt = Attempt(
         authority=host if target_id is None else None,
         scheme="http" if proto == "http" else "https",

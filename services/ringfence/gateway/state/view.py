@@ -102,7 +102,7 @@ class View:
             return None
         return self._halts.denial() or stale_view(stale)
 
-    def doubt(self) -> Reason | None:
+    def view_problem(self) -> Reason | None:
         """Why it is not known whether a lease has ended that may be used no more here, or None."""
         if (denial := self.denial()) is not None:
             return denial

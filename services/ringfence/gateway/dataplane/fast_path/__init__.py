@@ -1,1 +1,1 @@
-"""The coroutine-free path for repeated requests."""
+"""The data plane's fast path: repeated requests without a coroutine. `path` is its only entry point."""

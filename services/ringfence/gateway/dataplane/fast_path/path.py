@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from ringfence.gateway.dataplane.exchange import Asked, Exchange
-from ringfence.gateway.dataplane.fast_path.plans import MAX_KEPT_BYTES, Plan, beginning_of, key_of
+from ringfence.gateway.dataplane.fast_path.plans import MAX_KEPT_BYTES, Plan, Plans, beginning_of, key_of
 from ringfence.gateway.dataplane.http1_body import Body
 from ringfence.gateway.dataplane.http1_head import END, MAX_HEAD_BYTES, RequestHead, parse_request
 from ringfence.gateway.dataplane.limits import Turn
@@ -33,16 +33,32 @@ _PLAIN: Final = frozenset({b"keep-alive"})
 _NOTHING: Final[Mapping[str, str]] = {}
 
 
+class FastPaths:
+    """The fast paths of one data plane: its connections share what was read of requests before."""
+
+    def __init__(self, context: DataPlaneContext, *, enabled: bool) -> None:
+        """`enabled`: whether there is one; otherwise each request is left to the coroutine of its connection."""
+        self._context = context
+        self._plans = Plans() if enabled else None
+
+    def of_connection(self, client: Stream, way: ListenerContext, turn: Turn) -> FastPath:
+        """That of a new connection. `turn`: the connection's own, which counts its requests on both paths."""
+        return FastPath(client, way, self._context, turn, self._plans)
+
+
 class FastPath:
     """That of one connection."""
 
     __slots__ = (
-        "_action_id", "_client", "_come", "_desk", "_injects", "_key", "_needles", "_plan", "_turn", "_upstream",
-        "_way", "_when_answered", "_when_ended", "_when_gone", "_when_kept", "ended", "handed_over", "taken",
+        "_action_id", "_client", "_come", "_desk", "_injects", "_key", "_needles", "_plan", "_plans", "_turn",
+        "_upstream", "_way", "_when_answered", "_when_ended", "_when_gone", "_when_kept", "ended", "handed_over",
+        "taken",
     )  # fmt: skip
 
-    def __init__(self, client: Stream, way: ListenerContext, desk: DataPlaneContext, turn: Turn) -> None:
-        """`turn`: the connection's own, which counts its requests whichever way they go."""
+    def __init__(
+        self, client: Stream, way: ListenerContext, desk: DataPlaneContext, turn: Turn, plans: Plans | None
+    ) -> None:
+        """See `FastPaths`. Without `plans` it takes no request."""
         self.taken = 0
         """How many requests it took."""
         self.handed_over = False
@@ -52,6 +68,7 @@ class FastPath:
         self._client = client
         self._desk = desk
         self._turn = turn
+        self._plans = plans
         self._plan: Plan | None = None
         """Of what is under way,"""
         self._come = b""
@@ -74,7 +91,8 @@ class FastPath:
 
     def open(self) -> None:
         """The connection waits for a request: take it where that can be done."""
-        self._client.taker = self._take
+        if self._plans is not None:
+            self._client.taker = self._take
 
     def close(self) -> None:
         """What comes is the coroutine's."""
@@ -85,7 +103,7 @@ class FastPath:
         plan, upstream, injects = self._plan, self._upstream, self._injects
         assert plan is not None, "something was handed over"
         body = self._come[-plan.length :] if plan.length else None
-        verdict = plan.standing.verdict(self._action_id, injects)
+        verdict = plan.cached_allowance.verdict(self._action_id, injects)
         going, exchange = Asked(plan.request, plan.attempt, verdict, Body(), body), None
         if upstream is not None:
             exchange = self._desk.forwarder.take_over(self._client, going, injects, plan.origin, upstream)
@@ -99,14 +117,14 @@ class FastPath:
         if self._plan is not None:
             upstream = self._upstream
             if upstream is not None:
-                upstream.taker = upstream.on_gone = None
+                upstream.taker = upstream.on_disconnect = None
                 upstream.abort()
             self._forget(self._plan)
         self._turn.end()
 
     def _forget(self, plan: Plan) -> None:
         """Nothing is under way here any more."""
-        self._desk.gate.unwatch(plan.standing.lease.lease_id, self._when_ended)
+        self._desk.gate.unwatch(plan.cached_allowance.lease.lease_id, self._when_ended)
         self._plan = self._upstream = None
 
     # --- a request ----------------------------------------------------------------------------------------------------
@@ -126,34 +144,37 @@ class FastPath:
             return True
 
     def _took(self, data: bytes) -> bool:
-        desk, turn = self._desk, self._turn
+        desk, turn, plans = self._desk, self._turn, self._plans
+        assert plans is not None, "the fast path is enabled"
         end = data.find(END, 0, MAX_HEAD_BYTES)
         if end < 0:
             return False
         key = self._key + data[: end + len(END)]
-        kept = desk.plans.get(key)
-        plan = kept if kept is not None else self._planned(data, end, key)
+        kept = plans.get(key)
+        plan = kept if kept is not None else self._planned(data, end, key, plans)
         if plan is None or len(data) != end + len(END) + plan.length:
             return False
         try:
             turn.begin()
         except RefusedError:
             return False
-        allowed = plan.standing.allowed(turn.admits, self._when_kept)
-        if allowed is None and kept is not None and not kept.standing.holds():
-            plan = self._planned(data, end, key)
-            allowed = plan.standing.allowed(turn.admits, self._when_kept) if plan is not None else None
+        allowed = plan.cached_allowance.allowed(turn.admits, self._when_kept)
+        if allowed is None and kept is not None and not kept.cached_allowance.is_valid():
+            plan = self._planned(data, end, key, plans)
+            allowed = (
+                plan.cached_allowance.allowed(turn.admits, self._when_kept) if plan is not None else None
+            )
         if allowed is None or plan is None:
             turn.put_off()
             return False
         self._plan, self._come, self.ended = plan, data, False
         self._action_id, self._injects = allowed
-        desk.gate.watch(plan.standing.lease.lease_id, self._when_ended)
+        desk.gate.watch(plan.cached_allowance.lease.lease_id, self._when_ended)
         self._client.deadline = None
         self.taken += 1
         return True
 
-    def _planned(self, data: bytes, end: int, key: bytes) -> Plan | None:
+    def _planned(self, data: bytes, end: int, key: bytes, plans: Plans) -> Plan | None:
         """How a request goes on that was not here before, or of which something changed; None where it is not plain."""
         desk = self._desk
         shows_proof = b"DPoP:" in data
@@ -167,14 +188,14 @@ class FastPath:
             seen = request.length is not None and request.length > 0 and desk.gate.reads_body(attempt)
             if seen:
                 attempt = dataclasses.replace(attempt, body=data[end + len(END) :])
-            standing = desk.gate.standing(presented, attempt)
+            standing = desk.gate.cached_allowance(presented, attempt)
             if standing is None:
                 return None
             plan = Plan(request, attempt, standing, origin_of(desk.gate.upstream(standing.target)))
         except (RefusedError, UnavailableError):
             return None
         if not seen and not shows_proof and end <= MAX_KEPT_BYTES:
-            desk.plans.keep(key, plan)
+            plans.keep(key, plan)
         return plan
 
     def _kept(self, kept: bool) -> None:
@@ -201,7 +222,7 @@ class FastPath:
             return
         self._upstream = upstream
         upstream.deadline = time.monotonic() + desk.patiences.response_s
-        upstream.taker, upstream.on_gone = self._when_answered, self._when_gone
+        upstream.taker, upstream.on_disconnect = self._when_answered, self._when_gone
         head, self._needles = plan.head(self._injects)
         upstream.write(head + self._come[-plan.length :] if plan.length else head)
 
@@ -222,7 +243,7 @@ class FastPath:
         self.ended = True
         upstream, self._upstream = self._upstream, None
         if upstream is not None:
-            upstream.taker = upstream.on_gone = None
+            upstream.taker = upstream.on_disconnect = None
             upstream.abort()
         self._hand_over()
 
@@ -250,7 +271,7 @@ class FastPath:
         if begins.again and not plan.odd:
             desk.upstreams.give_back(plan.origin, upstream)
         else:
-            upstream.taker = upstream.on_gone = None
+            upstream.taker = upstream.on_disconnect = None
             upstream.abort()
         self._turn.end()
         client.deadline = time.monotonic() + desk.patiences.idle_s
@@ -261,7 +282,7 @@ class FastPath:
     def _hand_over(self) -> None:
         upstream = self._upstream
         if upstream is not None:
-            upstream.taker, upstream.on_gone = None, None
+            upstream.taker, upstream.on_disconnect = None, None
         self.handed_over = True
         self._client.wake()
 

@@ -29,14 +29,24 @@ MAX_KEPT_BYTES: Final = 2048
 class Plan:
     """How one request is sent on."""
 
-    __slots__ = ("_head", "_injects", "_needles", "attempt", "length", "odd", "origin", "request", "standing")
+    __slots__ = (
+        "_head",
+        "_injects",
+        "_needles",
+        "attempt",
+        "cached_allowance",
+        "length",
+        "odd",
+        "origin",
+        "request",
+    )
 
     def __init__(
         self, request: RequestHead, attempt: Attempt, standing: CachedAllowance, origin: Origin
     ) -> None:
         self.request = request
         self.attempt = attempt
-        self.standing = standing
+        self.cached_allowance = standing
         self.origin = origin
         self.length = request.length or 0
         """Of its body."""
@@ -46,20 +56,20 @@ class Plan:
         self._injects: Mapping[str, str] | None = None
         self._head = b""
 
-    def head(self, injects: Mapping[str, str]) -> tuple[bytes, tuple[bytes, ...]]:
+    def head(self, injected: Mapping[str, str]) -> tuple[bytes, tuple[bytes, ...]]:
         """The head that goes to the target, with what is injected now, and what is searched for in its answer."""
-        if injects is not self._injects:
-            if self._injects is None or injects != self._injects:
-                self._needles = needles_of(tuple(injects.values()))
+        if injected is not self._injects:
+            if self._injects is None or injected != self._injects:
+                self._needles = needles_of(tuple(injected.values()))
                 self._head = request_head(
                     self.request,
                     self.attempt.target,
                     self.origin.authority,
-                    injects,
+                    injected,
                     length=self.request.length,
                     upgrade=False,
                 )
-            self._injects = injects
+            self._injects = injected
         return self._head, self._needles
 
 

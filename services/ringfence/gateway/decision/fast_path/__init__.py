@@ -1,1 +1,1 @@
-"""Cached decisions: what is checked again for each repeated request."""
+"""The decision's fast path: cached decisions for repeated requests. `path` is its only entry point."""

@@ -1,6 +1,14 @@
-"""What was found, for as long as nothing that it rests on can have changed.
+"""Caches of decisions, with their invalidation: an entry counts only while nothing that it rests on can have changed.
 
-It rests on records, the trust bundle, the leases of an agent at a target, and time: each says when it is another.
+It rests on records, on the trust bundle, on the leases of one agent at one target, and on time. The first three have
+versions, time has an end. Two caches use that:
+
+- `ChosenLeaseCache`: which lease allows an action, by sender and action;
+- `RequestCache`: what a request led to, by how its sender was shown and what it asks for.
+
+Only what was allowed is cached. A denied request is decided anew, so that its reasons are those of now. An entry alone
+allows nothing: what may change at any moment (the lease, the bundle's answer, the secret, how fresh the view is) is
+checked for each request (`cached_decision`).
 """
 
 from __future__ import annotations
@@ -9,23 +17,29 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Final, Generic, TypeVar
 
-from ringfence.gateway.domain import Chosen, Sender
+from ringfence.gateway.contract import Attempt, PresentedIdentity
+from ringfence.gateway.domain import ChosenLease, Sender
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets.request_map import Action
 from ringfence.model.records.directory import Directory
 
+MAX_CHOSEN_LEASES: Final = 20_000
+MAX_REQUESTS: Final = 10_000
+_MAX_TARGET_CHARS: Final = 512
+"""Requests with a longer target are not cached: they are seldom repeated, and would fill the memory."""
+
 K = TypeVar("K", bound=Hashable)
-F = TypeVar("F")
+V = TypeVar("V")
 
 
-class Basis:
-    """What one thing that was found rests on, as that was then."""
+class CacheValidity:
+    """The versions that one cached value was computed from."""
 
     __slots__ = ("_directory", "_leases", "_place", "_records", "_table", "_trust", "_until_s")
 
-    def __init__(self, table: LeaseTable, directory: Directory, chosen: Chosen, until_s: float) -> None:
-        """`chosen`: the lease that was chosen for it; `until_s`: when time alone makes it another."""
+    def __init__(self, table: LeaseTable, directory: Directory, chosen: ChosenLease, until_s: float) -> None:
+        """`chosen`: the lease that was chosen for the value; `until_s`: when time alone ends it (`valid_until_s`)."""
         self._table = table
         self._directory = directory
         self._place = chosen.lease.agent_id, chosen.lease.target_id
@@ -33,8 +47,8 @@ class Basis:
         self._leases = table.version(self._place)
         self._until_s = until_s
 
-    def holds(self, now_s: float) -> bool:
-        """Whether the same would be found again now."""
+    def is_valid(self, now_s: float) -> bool:
+        """Whether the same value would be computed now."""
         return (
             now_s < self._until_s
             and self._records == self._directory.version
@@ -43,66 +57,88 @@ class Basis:
         )
 
 
-class CacheValidity(Generic[K, F]):
-    """The latest `limit` of them, by what they were found for."""
+class ValidatedCache(Generic[K, V]):
+    """A cache of the latest `limit` values, each with its `CacheValidity`."""
 
     def __init__(self, table: LeaseTable, directory: Directory, *, limit: int) -> None:
         self._table = table
         self._directory = directory
         self._limit = limit
-        self._known: OrderedDict[K, tuple[F, Basis]] = OrderedDict()
+        self._entries: OrderedDict[K, tuple[V, CacheValidity]] = OrderedDict()
 
-    def get(self, key: K, now_s: float) -> F | None:
-        """What would be found again now; None where that is not certain."""
-        known = self._known.get(key)
-        if known is None:
+    def get(self, key: K, now_s: float) -> V | None:
+        """The value; None where there is none, or it may be another by now."""
+        entry = self._entries.get(key)
+        if entry is None:
             return None
-        found, basis = known
-        return found if basis.holds(now_s) else None
+        value, validity = entry
+        return value if validity.is_valid(now_s) else None
 
-    def keep(self, key: K, found: F, chosen: Chosen, until_s: float) -> None:
-        """Remember what was just found, by the lease that was chosen for it."""
-        self._known[key] = found, Basis(self._table, self._directory, chosen, until_s)
-        self._known.move_to_end(key)
-        if len(self._known) > self._limit:
-            self._known.popitem(last=False)
+    def put(self, key: K, value: V, chosen: ChosenLease, until_s: float) -> None:
+        """Cache a value that was computed just now, with the lease that was chosen for it."""
+        self._entries[key] = value, CacheValidity(self._table, self._directory, chosen, until_s)
+        self._entries.move_to_end(key)
+        if len(self._entries) > self._limit:
+            self._entries.popitem(last=False)
 
 
-def lasts_until(chosen: Chosen, entitlements_max_age_s: int) -> float:
-    """When time alone makes it another decision."""
+def valid_until_s(chosen: ChosenLease, entitlements_max_age_s: int) -> float:
+    """When time alone changes the decision: the lease or the task ends, or the entitlements get too old."""
     lease, ground = chosen.lease, chosen.ground
     as_of = ground.user.state.entitlements.as_of
     return min(lease.deadline, ground.task.state.not_after, as_of + entitlements_max_age_s)
 
 
-# By which lease an action was allowed: gone by as long as nothing that it rests on can have changed.
-#
-# Only what was allowed is kept; what is denied is weighed anew, so that all that stands against it is told as
-# it is now.
-
-MAX_REMEMBERED: Final = 20_000
-
-_Key = tuple[str, str | None, str | None, str, str, str]
+_LeaseKey = tuple[str, str | None, str | None, str, str, str]
 
 
-class Remembered:
-    """What `domain.weigh` found, by sender and action."""
+class ChosenLeaseCache:
+    """Which lease allows an action, by sender and action."""
 
-    def __init__(self, table: LeaseTable, directory: Directory, *, limit: int = MAX_REMEMBERED) -> None:
+    def __init__(self, table: LeaseTable, directory: Directory, *, limit: int = MAX_CHOSEN_LEASES) -> None:
         self._table = table
-        self._known: CacheValidity[_Key, Chosen] = CacheValidity(table, directory, limit=limit)
+        self._cache: ValidatedCache[_LeaseKey, ChosenLease] = ValidatedCache(table, directory, limit=limit)
 
-    def chosen(self, sender: Sender, target: TargetState, action: Action, now_s: float) -> Chosen | None:
-        """What would be found again now; None where that is not certain."""
-        known = self._known.get(_key(sender, target.target_id, action), now_s)
-        # Another may be usable where this one is not any more.
-        return known if known is not None and self._table.problem(known.lease) is None else None
+    def get(self, sender: Sender, target: TargetState, action: Action, now_s: float) -> ChosenLease | None:
+        """The lease that would be chosen now; None where that is not certain."""
+        cached = self._cache.get(_lease_key(sender, target.target_id, action), now_s)
+        # Another lease may allow the action where this one no longer does.
+        return cached if cached is not None and self._table.problem(cached.lease) is None else None
 
-    def keep(self, sender: Sender, action: Action, chosen: Chosen, entitlements_max_age_s: int) -> None:
-        """Remember what was just found."""
-        key = _key(sender, chosen.lease.target_id, action)
-        self._known.keep(key, chosen, chosen, lasts_until(chosen, entitlements_max_age_s))
+    def put(self, sender: Sender, action: Action, chosen: ChosenLease, entitlements_max_age_s: int) -> None:
+        """Cache the lease that was chosen just now."""
+        key = _lease_key(sender, chosen.lease.target_id, action)
+        self._cache.put(key, chosen, chosen, valid_until_s(chosen, entitlements_max_age_s))
 
 
-def _key(sender: Sender, target_id: str, action: Action) -> _Key:
+def _lease_key(sender: Sender, target_id: str, action: Action) -> _LeaseKey:
     return sender.agent_id, sender.task_id, sender.lease_id, target_id, action.verb, action.resource
+
+
+_RequestKey = tuple[str | None, ...]
+
+
+class RequestCache(Generic[V]):
+    """What a request led to, by all of it but its body: a request whose body was read is not cached."""
+
+    def __init__(self, table: LeaseTable, directory: Directory, *, limit: int = MAX_REQUESTS) -> None:
+        self._cache: ValidatedCache[_RequestKey, V] = ValidatedCache(table, directory, limit=limit)
+
+    def get(self, presented: PresentedIdentity, attempt: Attempt, now_s: float) -> V | None:
+        """What the request would lead to now; None where that is not certain."""
+        return self._cache.get(_request_key(presented, attempt), now_s) if attempt.body is None else None
+
+    def put(
+        self, presented: PresentedIdentity, attempt: Attempt, value: V, chosen: ChosenLease, until_s: float
+    ) -> None:
+        """Cache what a request led to just now, with the lease that was chosen for it."""
+        if attempt.body is None and len(attempt.target) <= _MAX_TARGET_CHARS:
+            self._cache.put(_request_key(presented, attempt), value, chosen, until_s)
+
+
+def _request_key(presented: PresentedIdentity, attempt: Attempt) -> _RequestKey:
+    return (
+        presented.task_id, presented.certificate, presented.handle,
+        attempt.authority, attempt.target_id, attempt.scheme, attempt.method, attempt.target,
+        attempt.label,
+    )  # fmt: skip

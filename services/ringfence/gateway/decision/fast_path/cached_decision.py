@@ -1,29 +1,28 @@
-"""What the very same request comes to each time, and what is asked anew each time before it is allowed.
+"""A cached decision: what the very same request leads to each time, and what is checked each time before it is allowed.
 
-What lasts (`lasting.Basis`) was decided once: who sends it, which target it is for, what it does there, which lease
-allows it and what is told of it. What may be another from one moment to the next is asked at each request: the lease,
-the bundle's answer, the secret, how fresh the view is, and the limits of the agent.
+Decided once, for as long as `cache.CacheValidity` holds: who sends the request, which target it is for, what it does
+there, which lease allows it, and what its event says. Checked for each request, as it may change at any moment: the
+lease, the bundle's answer, the secret, how fresh the view is, and the limits of the agent.
 """
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Mapping
 
 from ringfence.gateway.contract import Attempt, RateCheck, Verdict
 from ringfence.gateway.decision.action_ids import ActionIds
-from ringfence.gateway.decision.evaluator import NO_ANSWER, Evaluator, kind_of
-from ringfence.gateway.decision.fast_path.cache import Basis
+from ringfence.gateway.decision.evaluator import NO_ANSWER, Evaluator, cache_key
+from ringfence.gateway.decision.fast_path.cache import CacheValidity
 from ringfence.gateway.decision.fast_path.event import AllowedEvents
 from ringfence.gateway.decision.injection import Injector
-from ringfence.gateway.domain import Access, Chosen, Sender, access_of
+from ringfence.gateway.domain import ChosenLease, Sender, access_of
+from ringfence.gateway.events.action_fields import decision_counter
 from ringfence.gateway.events.recorder import Recorder
-from ringfence.gateway.events.task_history import Earlier
+from ringfence.gateway.events.task_history import TaskHistory
 from ringfence.gateway.state.view import View
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.metrics import TalliedCounter
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets.request_map import Action
@@ -32,7 +31,7 @@ from ringfence.model.http_targets.request_map import Action
 class FastPathDependencies:
     """What can be asked without waiting; one for all standings of a gate."""
 
-    __slots__ = ("clock", "earlier", "evaluator", "gateway", "ids", "injector", "recorder", "view")
+    __slots__ = ("clock", "evaluator", "gateway", "ids", "injector", "recorder", "task_history", "view")
 
     def __init__(
         self,
@@ -40,7 +39,7 @@ class FastPathDependencies:
         evaluator: Evaluator,
         injector: Injector,
         recorder: Recorder,
-        earlier: Earlier,
+        task_history: TaskHistory,
         ids: ActionIds,
         clock: Clock,
         *,
@@ -51,7 +50,7 @@ class FastPathDependencies:
         self.evaluator = evaluator
         self.injector = injector
         self.recorder = recorder
-        self.earlier = earlier
+        self.task_history = task_history
         self.ids = ids
         self.clock = clock
         self.gateway = gateway
@@ -61,7 +60,16 @@ class CachedDecision:
     """See `attempts.Standing`."""
 
     __slots__ = (
-        "_action", "_answer", "_at_hand", "_basis", "_count", "_events", "_kind", "_sender", "lease", "target",
+        "_action",
+        "_answer",
+        "_at_hand",
+        "_count",
+        "_events",
+        "_key",
+        "_sender",
+        "_validity",
+        "lease",
+        "target",
     )  # fmt: skip
 
     def __init__(
@@ -70,34 +78,34 @@ class CachedDecision:
         sender: Sender,
         target: TargetState,
         action: Action,
-        chosen: Chosen,
+        chosen: ChosenLease,
         attempt: Attempt,
-        basis: Basis,
+        validity: CacheValidity,
     ) -> None:
-        """What `basis` holds for was found just now."""
+        """What `validity` holds for was found just now."""
         access = access_of(attempt.method)
         self.lease: Lease = chosen.lease
         self.target: TargetState = target
         self._at_hand = at_hand
         self._sender = sender
         self._action = action
-        self._basis = basis
-        self._kind = kind_of(chosen, action, reads=access == "read")
+        self._validity = validity
+        self._key = cache_key(chosen, action, reads=access == "read")
         self._answer = NO_ANSWER
         """The bundle's, as long as it holds."""
         self._events = AllowedEvents(at_hand.gateway, sender.agent_id, self.lease, action, access, attempt)
-        self._count = counter_of("allowed", access)
+        self._count = decision_counter("allowed", access)
 
-    def holds(self) -> bool:
+    def is_valid(self) -> bool:
         """See `attempts.Standing`."""
         now_ms = self._at_hand.clock.now_ms()
         # Another lease may do where this one does not any more.
-        return self._basis.holds(now_ms / 1000) and self._at_hand.view.table.lives(
+        return self._validity.is_valid(now_ms / 1000) and self._at_hand.view.table.lives(
             self.lease.lease_id, now_ms
         )
 
     def allowed(
-        self, admits: RateCheck, then: Callable[[bool], None]
+        self, rate_check: RateCheck, then: Callable[[bool], None]
     ) -> tuple[str, Mapping[str, str]] | None:
         """See `attempts.Standing`."""
         at_hand, began_ns = self._at_hand, time.perf_counter_ns()
@@ -106,41 +114,35 @@ class CachedDecision:
             injects = self._injects(now_ms)
         except Exception:  # noqa: BLE001 - whatever it is, `decide` comes upon it too, and says so
             return None
-        if injects is None or admits(self._sender.agent_id) is not None:
+        if injects is None or rate_check(self._sender.agent_id) is not None:
             return None
         id, took_ns = at_hand.ids.fresh(), time.perf_counter_ns() - began_ns
         at_hand.recorder.keep_soon(self._events.entry(id, took_ns // 1000, now_ms), then)
         self._count.tally()
         metrics.DECISION_TIME.tally(took_ns / 1e9)
-        at_hand.earlier.add(
+        at_hand.task_history.add(
             self.lease.task_id, self.lease.target_id, self._action.verb, allowed=True, now_ms=now_ms
         )
         return id, injects
 
-    def verdict(self, action_id: str, injects: Mapping[str, str]) -> Verdict:
+    def verdict(self, action_id: str, injected: Mapping[str, str]) -> Verdict:
         """See `attempts.Standing`."""
         return Verdict(
             action_id, allowed=True, status=200, lease=self.lease, target=self.target, action=self._action,
-            task_id=self.lease.task_id, injects=injects,
+            task_id=self.lease.task_id, injected=injected,
         )  # fmt: skip
 
     def _injects(self, now_ms: int) -> Mapping[str, str] | None:
         """What is injected where it is allowed now; else None. Raises what stands against it."""
         at_hand, lease = self._at_hand, self.lease
-        if not self._basis.holds(now_ms / 1000):
+        if not self._validity.is_valid(now_ms / 1000):
             return None
-        if not at_hand.evaluator.holds(self._answer, now_ms):
-            self._answer = at_hand.evaluator.remembered(self._kind)
-            if not at_hand.evaluator.holds(self._answer, now_ms):
+        if not at_hand.evaluator.is_valid(self._answer, now_ms):
+            self._answer = at_hand.evaluator.cached_answer(self._key)
+            if not at_hand.evaluator.is_valid(self._answer, now_ms):
                 return None
         injects = at_hand.injector.at_hand(lease, self.target)
         # Last, as in `decide`; nothing was waited for, so nothing changed meanwhile.
         if not at_hand.view.table.lives(lease.lease_id, now_ms) or at_hand.view.stale() is not None:
             return None
         return injects
-
-
-@functools.cache
-def counter_of(outcome: str, access: Access | None) -> TalliedCounter:
-    """What counts decisions of this outcome."""
-    return metrics.ACTIONS.labels(outcome, access or "none")

@@ -5,20 +5,17 @@ It is the JSON of an `ActionDecided`, without a model in between.
 
 from __future__ import annotations
 
-import hashlib
-import re
 from typing import Final
 
 import orjson
 
 from ringfence.gateway.contract import Attempt
 from ringfence.gateway.domain import Access
+from ringfence.gateway.events.action_fields import act_of, digest_of, label_of, method_of
 from ringfence.gateway.events.recorder import entry_head
 from ringfence.messages.lease import Lease
 from ringfence.model.http_targets.request_map import Action
 
-_LABEL: Final = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
-_METHOD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
 _ID: Final = "00000000-0000-4000-8000-000000000000"
 """Stands where the id of an action comes."""
 
@@ -62,29 +59,6 @@ class AllowedEvents:
         """One of them, as an entry of the spool. `id`: a UUID."""
         raw = id.encode()
         return self._template % (raw, raw, took_us, at_ms)
-
-
-def act_of(lease: Lease, sender: str | None) -> tuple[str, ...] | None:
-    """The agents that act, where there are several."""
-    return lease.act if lease.delegators and lease.agent_id == sender else None
-
-
-def method_of(attempt: Attempt) -> str | None:
-    """The method, where it is one."""
-    return attempt.method if _METHOD.fullmatch(attempt.method) else None
-
-
-def label_of(attempt: Attempt) -> str | None:
-    """The label, where it may be kept."""
-    return attempt.label if attempt.label and _LABEL.fullmatch(attempt.label) else None
-
-
-def digest_of(attempt: Attempt) -> str:
-    """Over method, URL and the digest of the body, where that was seen."""
-    body = hashlib.sha256(attempt.body).hexdigest() if attempt.body is not None else "-"
-    where = attempt.target_id if attempt.target_id is not None else attempt.authority
-    text = f"{attempt.method}\n{attempt.scheme}\n{where}\n{attempt.target}\n{body}"
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _members(some: dict[str, object] | dict[str, str]) -> bytes:
