@@ -16,7 +16,9 @@ SHARED := -n $(JOBS) --dist loadfile --max-worker-restart 3
 SUITES := tests/unit tests/contract tests/gateway tests/policy tests/flows tests/integration tests/chaos tests/e2e
 # What the gateway's fast path takes part in.
 SLOW_PATH := tests/gateway $(wildcard tests/flows/test_gateway*.py) tests/flows/test_observe.py tests/flows/test_cuts.py \
-	tests/unit/test_gateway_gate.py tests/unit/test_gateway_approving.py tests/unit/test_gateway_observing.py
+	tests/unit/test_gateway_gate.py tests/unit/test_gateway_approving.py tests/unit/test_gateway_observing.py \
+	$(wildcard tests/flows/test_revoker*.py) tests/flows/test_mass_expiry.py tests/flows/test_epochs.py \
+	tests/flows/test_lifecycle.py tests/flows/test_expired_trust.py
 
 define need_python
 @test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or name it with PYTHON=/path/to/python" >&2; exit 1; }
@@ -60,7 +62,7 @@ test: $(STAMP) ## all tests, on the embedded broker and a real Valkey
 	$(BIN)/python -m pytest $(SUITES) -m "not tools" $(SHARED) $(ARGS)
 
 test-slow-path: $(STAMP) ## the tests of what has a fast path, with that switched off: the result must be the same
-	$(BIN)/python -m pytest $(SLOW_PATH) -m "not tools" --no-fast-path $(SHARED) $(ARGS)
+	$(BIN)/python -m pytest $(SLOW_PATH) -m "not tools" --no-fast-path --no-mass-expiry $(SHARED) $(ARGS)
 
 test-apache: $(STAMP) ## the integration tests on a real Apache Kafka (needs a JDK 17+ and Maven)
 	$(BIN)/python -m pytest tests/integration -m "not tools" --kafka apache $(SHARED) $(ARGS)
@@ -85,7 +87,7 @@ mutants: $(STAMP) ## mistakes put into the modules that decide, one at a time: u
 
 lint: $(STAMP) ## ruff, mypy, import-linter
 	@status=0; for check in "ruff check ." "ruff format --check ." mypy \
-		lint-imports "lint-imports --config tools/import_cycles.toml"; do \
+		lint-imports "lint-imports --no-cache --config tools/import_cycles.toml"; do \
 		echo "$(BIN)/$$check"; $(BIN)/$$check || status=1; \
 	done; exit $$status
 
