@@ -30,7 +30,7 @@ from ringfence.model.lease_store import (
     outbox_field,
     prepare_step,
 )
-from ringfence.model.lease_store.keys import AHEAD_MS, FENCE_KEEP_MS, packed
+from ringfence.model.lease_store.keys import AHEAD_MS, FENCE_KEEP_MS, uuid_bytes
 from ringfence.model.leases.lifecycle import ALL_LEASES, selector_keys, wide_marks_of
 from tests.brokers import RedisServer
 from tests.leases import VISIBLE_MS, bearing, claimed, lease, minted, minting, soon, step, until
@@ -513,7 +513,7 @@ async def test_what_was_foreseen_is_the_end_whatever_somebody_put_in_the_place_o
 ) -> None:
     """The script compares what stands at the head of a record: what was verified is the end, and nothing else is."""
     one, other = lease(deadline=soon()), lease()
-    claims, at, id = one.claims, store.at(one.claims.lease_id), packed(one.claims.lease_id)
+    claims, at, id = one.claims, store.at(one.claims.lease_id), uuid_bytes(one.claims.lease_id)
     await store.activate([one])
     foreseen = step(one, "expired")
     await store.link.pipeline([("HSET", at.leases, id, f"a1 {claims.deadline}\n{other.jws}")])

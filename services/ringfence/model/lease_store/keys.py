@@ -45,7 +45,7 @@ THUMBPRINT = "key"
 
 
 class Keys:
-    """Every key of one shard. The part in braces is the hash tag. Ids of leases stand in them as `packed`.
+    """Every key of one shard. The part in braces is the hash tag. Ids of leases stand in them as `uuid_bytes`.
 
     The names decide which layout this is: to a service that knows another one, the epoch is missing, and Redis lost.
     """
@@ -136,20 +136,20 @@ def shard_of(id: str, shards: int) -> int:
     return int(id[:8], 16) % shards
 
 
-def packed(id: str) -> bytes:
+def uuid_bytes(id: str) -> bytes:
     """A UUID in 16 bytes instead of 36: it stands in a handful of places for each lease."""
     return bytes.fromhex(id.replace("-", ""))
 
 
-def unpacked(id: bytes) -> str:
-    """A UUID that `packed` packed."""
+def uuid_text(id: bytes) -> str:
+    """A UUID that `uuid_bytes` made."""
     text = id.hex()
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 def outbox_field(lease_id: str, seq: int) -> bytes:
     """The name of one record in the outbox."""
-    return b"%b:%d" % (packed(lease_id), seq)
+    return b"%b:%d" % (uuid_bytes(lease_id), seq)
 
 
 def shard_of_key(prefix: str, key: bytes) -> int | None:
@@ -165,4 +165,4 @@ def is_outbox_field(field: bytes) -> bool:
 
 def lease_of_field(field: bytes) -> tuple[str, int]:
     """The lease and the `seq` that a field of the outbox is about."""
-    return unpacked(field[:ID_BYTES]), int(field[ID_BYTES + 1 :])
+    return uuid_text(field[:ID_BYTES]), int(field[ID_BYTES + 1 :])

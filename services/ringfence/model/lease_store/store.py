@@ -12,7 +12,7 @@ from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
-from ringfence.model.lease_store.codec.records import expanded
+from ringfence.model.lease_store.codec import unpack
 from ringfence.model.lease_store.connection import WHO, LostError, server_id
 from ringfence.model.lease_store.keys import (
     CLOSING_TOKEN,
@@ -22,8 +22,8 @@ from ringfence.model.lease_store.keys import (
     Keys,
     lease_of_field,
     outbox_field,
-    packed,
-    unpacked,
+    uuid_bytes,
+    uuid_text,
 )
 from ringfence.model.lease_store.script_args import (
     AT_A_TIME,
@@ -178,7 +178,7 @@ class LeaseStore(Shards):
         return [preparation_of(*answer) for answer in await self._run(calls, full=FULL)]
 
     def _prepare(self, lease: SignedLease, token: str, mint_ms: int) -> ShardCall:
-        claims, at, id = lease.claims, self.at(lease.claims.lease_id), packed(lease.claims.lease_id)
+        claims, at, id = lease.claims, self.at(lease.claims.lease_id), uuid_bytes(lease.claims.lease_id)
         return ShardCall(
             CLOSE if token == CLOSING_TOKEN else PREPARE,
             at,
@@ -195,7 +195,7 @@ class LeaseStore(Shards):
         return [activation_of(*answer) for answer in await self._run(calls, full=FULL)]
 
     def _activate(self, lease: SignedLease, token: str | None) -> ShardCall:
-        claims, at, id = lease.claims, self.at(lease.claims.lease_id), packed(lease.claims.lease_id)
+        claims, at, id = lease.claims, self.at(lease.claims.lease_id), uuid_bytes(lease.claims.lease_id)
         return ShardCall(
             ACTIVATE,
             at,
@@ -294,7 +294,7 @@ class LeaseStore(Shards):
         found = []
         for at, (now_ms, next_ms, flat) in zip(wanted, await self._run(calls), strict=True):
             pairs = zip(flat[::2], flat[1::2], strict=True)
-            leases = {unpacked(id): stored_of(record) for id, record in pairs}
+            leases = {uuid_text(id): stored_of(record) for id, record in pairs}
             found.append(Claimed(at.shard, now_ms, next_ms, leases))
         return found
 
@@ -307,13 +307,13 @@ class LeaseStore(Shards):
         """Leases of a shard that are due within so long, at most `AHEAD_MS`, by deadline, at most `limit`."""
         at = self.keys[shard]
         (ids,) = await self._run([ShardCall(DUE_SOON, at, (at.deadlines,), (within_ms, limit))])
-        return list(map(unpacked, ids))
+        return list(map(uuid_text, ids))
 
     async def postpone(self, delays_ms: Mapping[str, int]) -> None:
         """Leave claimed leases alone for so long, each from now on; what is not claimed any more stays as it is."""
         by_shard: dict[Keys, list[Argument]] = {}
         for id, delay_ms in delays_ms.items():
-            by_shard.setdefault(self.at(id), []).extend((packed(id), delay_ms))
+            by_shard.setdefault(self.at(id), []).extend((uuid_bytes(id), delay_ms))
         await self._run(
             [ShardCall(POSTPONE, at, (at.claimed,), tuple(args)) for at, args in by_shard.items()]
         )
@@ -379,7 +379,7 @@ class LeaseStore(Shards):
             ShardCall(STALE, at, (at.outbox, at.outbox_times), (older_than_ms, limit)) for at in self.keys
         ]
         return [
-            Outgoing(*lease_of_field(field), expanded(record))
+            Outgoing(*lease_of_field(field), unpack(record))
             for flat in await self._run(calls)
             for field, record in zip(flat[::2], flat[1::2], strict=True)
         ]
@@ -391,7 +391,7 @@ class LeaseStore(Shards):
         by_shard = self._by_shard(lease_ids)
         answers = await self._run(
             [
-                ShardCall(SEQS, at, (), tuple(packed(lease_ids[n]) for n in numbers))
+                ShardCall(SEQS, at, (), tuple(uuid_bytes(lease_ids[n]) for n in numbers))
                 for at, numbers in by_shard.items()
             ]
         )
@@ -458,7 +458,7 @@ class LeaseStore(Shards):
 
     async def look(self, lease_id: str, marks: Iterable[str] = ()) -> Looked:
         """One lease and Redis's time, in one round trip; and up to when selectors have cut what bears these marks."""
-        at, id = self.at(lease_id), packed(lease_id)
+        at, id = self.at(lease_id), uuid_bytes(lease_id)
         call = ShardCall(LOOK, at, (at.live(id), at.fences), (id, *map(cut_mark, marks)))
         ((now_ms, record, live, before_ms),) = await self._run([call])
         return Looked(now_ms, stored_of(record), bool(live), before_ms)
@@ -472,14 +472,17 @@ class LeaseStore(Shards):
             for start in range(0, len(numbers), AT_A_TIME)
         ]
         answers = await self._run(
-            [ShardCall(GET, at, (), tuple(packed(lease_ids[n]) for n in numbers)) for at, numbers in parts]
+            [
+                ShardCall(GET, at, (), tuple(uuid_bytes(lease_ids[n]) for n in numbers))
+                for at, numbers in parts
+            ]
         )
         records = {
             n: record
             for (_, numbers), some in zip(parts, answers, strict=True)
             for n, record in zip(numbers, some, strict=True)
         }
-        return {id: StoredLease.unpack(record) for n, id in enumerate(lease_ids) if (record := records[n])}
+        return {id: StoredLease.parse(record) for n, id in enumerate(lease_ids) if (record := records[n])}
 
     async def find(
         self, mark: str, *, agent_id: str | None = None, holders: Collection[str] | None = ()
@@ -504,7 +507,7 @@ class LeaseStore(Shards):
             else:
                 commands += [("HKEYS", at.index(one)) for one in agents[n]]
         answers = await self._guarded(commands, self.keys)
-        return list(dict.fromkeys(unpacked(id) for ids in answers for id in ids if len(id) == ID_BYTES))
+        return list(dict.fromkeys(uuid_text(id) for ids in answers for id in ids if len(id) == ID_BYTES))
 
     async def _agents(self, mark: str, agent_id: str | None) -> list[list[str]] | None:
         """Of each shard: the agents that have leases with a mark there. None where that would be all."""

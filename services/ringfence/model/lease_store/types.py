@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ringfence.messages.lease import Lease, LeaseStatus
-from ringfence.model.lease_store.codec.records import condensed, expanded, unverified_names
+from ringfence.model.lease_store.codec import pack, unpack, unverified_names
 from ringfence.model.lease_store.scripts import Argument
 from ringfence.model.leases.lifecycle import ALL_LEASES
 
@@ -27,7 +27,7 @@ class SignedLease:
     @property
     def record(self) -> bytes:
         """The JWS as it stands in Redis."""
-        return condensed(self.jws)
+        return pack(self.jws)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,9 @@ class StoredLease:
     """The one that the record bears, if any."""
 
     @classmethod
-    def unpack(cls, packed: bytes) -> StoredLease:
-        head, _, record = packed.partition(b"\n")
+    def parse(cls, text: bytes) -> StoredLease:
+        """From head and packed record, as scripts return them."""
+        head, _, record = text.partition(b"\n")
         state, deadline_s, *more = head.decode("ascii").split(" ")
         status = _STATUSES[state[0]]
         epoch = more[0] if more and status != "minting" else None
@@ -53,7 +54,7 @@ class StoredLease:
     @property
     def jws(self) -> bytes:
         """The signed record."""
-        return expanded(self.record)
+        return unpack(self.record)
 
     def may_match(self, mark: str) -> bool:
         """Whether the record says, verified or not, that the lease bears a mark. True where it says nothing at all."""
