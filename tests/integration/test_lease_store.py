@@ -31,7 +31,7 @@ from ringfence.model.lease_store import (
     prepare_step,
 )
 from ringfence.model.lease_store.keys import AHEAD_MS, FENCE_KEEP_MS, uuid_bytes
-from ringfence.model.leases.lifecycle import ALL_LEASES, selector_keys, wide_marks_of
+from ringfence.model.leases.lifecycle import ALL_LEASES, selector_keys, shared_selector_keys
 from tests.brokers import RedisServer
 from tests.leases import VISIBLE_MS, bearing, claimed, lease, minted, minting, soon, step, until
 from tests.lost_redis import declare_complete
@@ -145,7 +145,7 @@ async def test_a_fence_covers_what_was_requested_by_then_and_nothing_else(
     covered = [lease(**own, requested_at_ms=at_ms) for at_ms in [4999, 5000] * 4]  # on all shards
     later, others = lease(**own, requested_at_ms=5001), lease(requested_at_ms=1)
     answers = await store.activate([*covered, later, others])
-    assert answers == [Activation("fenced", mark=mark)] * 8 + [Activation("activated")] * 2
+    assert answers == [Activation("fenced", selector_key=mark)] * 8 + [Activation("activated")] * 2
 
 
 async def test_the_fence_around_all_covers_every_lease_and_never_falls_back(store: LeaseStore) -> None:
@@ -281,11 +281,11 @@ async def test_fences_and_deadlines_are_looked_at_before_minting_and_after(store
     await store.prepare([first, due], token="a", mint_ms=VISIBLE_MS)
     await store.fence({ALL_LEASES: 5000})
     assert await store.prepare([second, over], token="a", mint_ms=VISIBLE_MS) == [
-        Preparation("fenced", mark=ALL_LEASES), Preparation("late")
+        Preparation("fenced", selector_key=ALL_LEASES), Preparation("late")
     ]  # fmt: skip
     assert await store.find(f"agent:{second.claims.agent_id}") == []
     (fenced,) = await store.activate([minted(first)], token="a")
-    assert (fenced.outcome, fenced.mark) == ("fenced", ALL_LEASES)
+    assert (fenced.outcome, fenced.selector_key) == ("fenced", ALL_LEASES)
     assert not (await store.look(first.claims.lease_id)).active
 
     async def late() -> bool:
@@ -587,7 +587,7 @@ async def test_those_of_several_agents_are_found_and_counted_as_long_as_there_ar
     mine = [lease(**sam, agent_id=f"bot-{n % 3}") for n in range(30)]
     others = [lease(**{**sam, name: "another"}, agent_id=f"bot-{n}") for n, name in enumerate(sam)]
     await store.activate([*mine, *mine[:5], *others])
-    for mark in wide_marks_of(mine[0].claims):
+    for mark in shared_selector_keys(mine[0].claims):
         kind = mark.partition(":")[0]
         ids = {one.claims.lease_id for one in (*mine, *others) if mark in selector_keys(one.claims)}
         assert len(ids) == 31, kind
@@ -600,7 +600,7 @@ async def test_those_of_several_agents_are_found_and_counted_as_long_as_there_ar
     ends = [step(one, *statuses) for one in mine for statuses in (("ending",), ("ending", "revoked"))]
     await store.step(ends, visibility_ms=VISIBLE_MS)
     await store.step(ends, visibility_ms=VISIBLE_MS)
-    for mark in wide_marks_of(mine[0].claims):
+    for mark in shared_selector_keys(mine[0].claims):
         assert await store.count([mark]) == {mark: 1}
         assert len(await store.find(mark)) == 1
     assert await store.count(["agent:bot-0"]) == {"agent:bot-0": 1}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ringfence.messages.lease import Lease
-from ringfence.model.leases.lifecycle import wide_marks_of
+from ringfence.model.leases.lifecycle import shared_selector_keys
 
 DAY_MS = 24 * 3600 * 1000
 RECORD_KEEP_MS = DAY_MS
@@ -109,13 +109,13 @@ class Keys:
         """Hash: the ids of the leases of an agent that have not ended, and `THUMBPRINT`."""
         return self.index_prefix + agent_id
 
-    def agents(self, mark: str) -> str:
+    def agents(self, selector_key: str) -> str:
         """Hash: the agents of the leases that bear a wide mark and have not ended, and how many each has."""
-        return self.agents_prefix + mark
+        return self.agents_prefix + selector_key
 
     def indexes(self, lease: Lease) -> tuple[str, ...]:
         """Where a lease is found that has not ended."""
-        return (self.index(lease.agent_id), *map(self.agents, wide_marks_of(lease)))
+        return (self.index(lease.agent_id), *map(self.agents, shared_selector_keys(lease)))
 
     def grant(self, id: str) -> str:
         """Set: the ids of the leases that name a grant. On the shard of the grant, `GRANT_KEEP_MS` past the last."""

@@ -93,7 +93,7 @@ class Held:
     claimed: bool
     kept_until_ms: int | None
     """When its record goes, of one that has ended, -1 for never; None where none stands among those."""
-    marks: frozenset[str]
+    selector_keys: frozenset[str]
     """Those that it is found by."""
 
 
@@ -331,17 +331,17 @@ class Restoration:
             id: StoredLease.parse(record) for id, (record,) in zip(lease_ids, answers, strict=True) if record
         }
 
-    async def held(self, marks: Mapping[str, Sequence[str]]) -> dict[str, Held]:
+    async def held(self, selector_keys: Mapping[str, Sequence[str]]) -> dict[str, Held]:
         """What Redis holds of leases; with each are given the marks that it should be found by, its agent's first."""
         commands: list[Command] = []
-        for lease_id, some in marks.items():
+        for lease_id, some in selector_keys.items():
             at, id = self._at(lease_id), uuid_bytes(lease_id)
             commands += [
                 held(at, id),
-                *(_found_by(at, id, mark, some[0]) for mark in some),
+                *(_found_by(at, id, selector_key, some[0]) for selector_key in some),
             ]
         answers = iter(await self._link.pipeline(commands))
-        return {lease_id: _held(answers, some) for lease_id, some in marks.items()}
+        return {lease_id: _held(answers, some) for lease_id, some in selector_keys.items()}
 
     async def waiting(self) -> set[tuple[str, int]]:
         """The records (lease id, `seq`) that Kafka has not acknowledged, as far as Redis knows."""
@@ -427,7 +427,7 @@ class Restoration:
     async def fences(self) -> list[dict[str, int]]:
         """The fences of each shard: mark and `issued_before` in ms."""
         answers = await self._link.pipeline([("ZRANGE", at.fences, 0, -1, "WITHSCORES") for at in self._keys])
-        return [{mark.decode(): int(before) for mark, before in found} for found in answers]
+        return [{selector_key.decode(): int(before) for selector_key, before in found} for found in answers]
 
     async def counted(self, uses: Sequence[tuple[str, str]]) -> list[bool]:
         """Of each use of a grant (its id, the lease's): whether it is counted."""
@@ -451,7 +451,7 @@ class Restoration:
         return Call(script, (*keys, at.rebuilding), (*args, self._claim))
 
 
-def _held(answers: Iterator[Any], marks: Sequence[str]) -> Held:
+def _held(answers: Iterator[Any], selector_keys: Sequence[str]) -> Held:
     record, live_until_ms, deadline_ms, claimed, kept_until_ms = next(answers)
     return Held(
         StoredLease.parse(record) if record else None,
@@ -459,18 +459,18 @@ def _held(answers: Iterator[Any], marks: Sequence[str]) -> Held:
         deadline_ms or None,
         claimed is not None,
         kept_until_ms if kept_until_ms != -2 else None,
-        _marks(marks, [bool(next(answers)) for _ in marks]),
+        _found_keys(selector_keys, [bool(next(answers)) for _ in selector_keys]),
     )
 
 
-def _found_by(at: Keys, id: bytes, mark: str, agent: str) -> Command:
+def _found_by(at: Keys, id: bytes, selector_key: str, agent: str) -> Command:
     """What asks whether a lease is found by a mark, provided that it is by its agent's."""
     agent_id = agent.partition(":")[2]
-    if mark.startswith(("agent:", "task:", "target:")):
+    if selector_key.startswith(("agent:", "task:", "target:")):
         return ("HEXISTS", at.index(agent_id), id)
-    return ("HEXISTS", at.agents(mark), agent_id)
+    return ("HEXISTS", at.agents(selector_key), agent_id)
 
 
-def _marks(marks: Sequence[str], found: Sequence[bool]) -> frozenset[str]:
-    """Those that a lease is found by: none where it does not stand among the leases of its agent."""
-    return frozenset(mark for mark, is_found in zip(marks, found, strict=True) if is_found and found[0])
+def _found_keys(selector_keys: Sequence[str], found: Sequence[bool]) -> frozenset[str]:
+    """The selector keys that a lease is found by: none if it does not stand among the leases of its agent."""
+    return frozenset(key for key, is_found in zip(selector_keys, found, strict=True) if is_found and found[0])

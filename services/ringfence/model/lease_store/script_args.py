@@ -18,7 +18,7 @@ from ringfence.model.lease_store.types import (
     Stepped,
     StoredLease,
 )
-from ringfence.model.leases.lifecycle import wide_marks_of
+from ringfence.model.leases.lifecycle import shared_selector_keys
 
 MINTING_MS = 10_000
 """How long a lease that is restored while it was being minted is left to its issuer."""
@@ -120,7 +120,7 @@ def prepare_step(step: Step) -> PreparedStep:
     claims = step.lease.claims
     over: tuple[Argument, ...] = ("",)
     if claims.status in TERMINAL:
-        over = (claims.deadline * 1000, claims.agent_id, *wide_marks_of(claims))
+        over = (claims.deadline * 1000, claims.agent_id, *shared_selector_keys(claims))
     return PreparedStep(
         claims.lease_id,
         claims.epoch,
@@ -169,12 +169,12 @@ def stored_of(record: bytes | None = None) -> StoredLease | None:
 def preparation_of(outcome: bytes, *rest: bytes) -> Preparation:
     """What PREPARE answers."""
     if outcome == b"fenced":
-        return Preparation("fenced", mark=text_of(rest[0]))
+        return Preparation("fenced", selector_key=text_of(rest[0]))
     return Preparation(text_of(outcome), stored=stored_of(*rest))  # type: ignore[arg-type]
 
 
 def activation_of(outcome: bytes, *rest: bytes) -> Activation:
     """What ACTIVATE answers."""
     if outcome == b"fenced":
-        return Activation("fenced", mark=text_of(rest[0]))
+        return Activation("fenced", selector_key=text_of(rest[0]))
     return Activation(text_of(outcome), stored=stored_of(*rest))  # type: ignore[arg-type]

@@ -133,14 +133,14 @@ return now
 """
 
 
-def fencing(fences: str, marks: Mapping[str, int], keep_ms: int) -> list[Command]:
+def fencing(fences: str, selector_keys: Mapping[str, int], keep_ms: int) -> list[Command]:
     """What puts fences (mark: `issued_before` in ms) into a shard, even where Redis is full. It answers when, in ms.
 
     Those that can cover nothing more, `keep_ms` older than the newest, go. Each command takes some: after a week there
     are as many fences as tasks were ended.
     """
-    newest_ms = max(marks.values(), default=0)
-    scored = [(before_ms, mark) for mark, before_ms in marks.items()]
+    newest_ms = max(selector_keys.values(), default=0)
+    scored = [(before_ms, selector_key) for selector_key, before_ms in selector_keys.items()]
     parts = [scored[start : start + MAX_LUA_ARGUMENTS] for start in range(0, len(scored), MAX_LUA_ARGUMENTS)]
     return [
         ("EVAL", _FENCE, 1, fences, newest_ms, keep_ms, *(one for pair in part for one in pair))

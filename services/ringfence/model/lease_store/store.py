@@ -81,7 +81,7 @@ from ringfence.model.lease_store.types import (
     Stepped,
     StoredLease,
 )
-from ringfence.model.leases.lifecycle import ALL_LEASES, cut_mark, selector_keys
+from ringfence.model.leases.lifecycle import ALL_LEASES, cut_key, selector_keys
 
 log = logging.getLogger(__name__)
 
@@ -430,7 +430,7 @@ class LeaseStore(Shards):
 
     # --- fences and selectors ---
 
-    async def fence(self, marks: Mapping[str, int], *, cut: bool = False) -> int:
+    async def fence(self, selector_keys: Mapping[str, int], *, cut: bool = False) -> int:
         """From the return of this on, nothing is activated that bears one of the marks and was requested by its time.
 
         With `cut`, nothing that there is counts as active either: `look` says so before a revoker has found it. Returns
@@ -439,9 +439,9 @@ class LeaseStore(Shards):
         Args:
             marks: with the times, in ms, up to which requests are covered.
         """  # fmt: skip
-        fences = dict(marks)
+        fences = dict(selector_keys)
         if cut:
-            fences |= {cut_mark(mark): before_ms for mark, before_ms in marks.items()}
+            fences |= {cut_key(selector_key): before_ms for selector_key, before_ms in selector_keys.items()}
         commands = [one for at in self.keys for one in fencing(at.fences, fences, FENCE_KEEP_MS)]
         return max(await self._guarded(commands, self.keys), default=0)
 
@@ -456,10 +456,10 @@ class LeaseStore(Shards):
 
     # --- asking ---
 
-    async def look(self, lease_id: str, marks: Iterable[str] = ()) -> Looked:
+    async def look(self, lease_id: str, selector_keys: Iterable[str] = ()) -> Looked:
         """One lease and Redis's time, in one round trip; and up to when selectors have cut what bears these marks."""
         at, id = self.at(lease_id), uuid_bytes(lease_id)
-        call = ShardCall(LOOK, at, (at.live(id), at.fences), (id, *map(cut_mark, marks)))
+        call = ShardCall(LOOK, at, (at.live(id), at.fences), (id, *map(cut_key, selector_keys)))
         ((now_ms, record, live, before_ms),) = await self._run([call])
         return Looked(now_ms, stored_of(record), bool(live), before_ms)
 
@@ -485,7 +485,7 @@ class LeaseStore(Shards):
         return {id: StoredLease.parse(record) for n, id in enumerate(lease_ids) if (record := records[n])}
 
     async def find(
-        self, mark: str, *, agent_id: str | None = None, holders: Collection[str] | None = ()
+        self, selector_key: str, *, agent_id: str | None = None, holders: Collection[str] | None = ()
     ) -> list[str]:
         """The ids of all leases, in any shard, that match a selector key and have not ended; maybe some others as well.
 
@@ -497,7 +497,7 @@ class LeaseStore(Shards):
             holders: the agents that hold delegated parts, whose leases may match too. None: nobody knows which, and all
                 leases are found.
         """  # fmt: skip
-        agents = await self._agents(mark, agent_id) if holders is not None else None
+        agents = await self._agents(selector_key, agent_id) if holders is not None else None
         if agents is not None and holders:
             agents = [list(dict.fromkeys([*some, *holders])) for some in agents]
         commands: list[Command] = []
@@ -509,27 +509,30 @@ class LeaseStore(Shards):
         answers = await self._guarded(commands, self.keys)
         return list(dict.fromkeys(uuid_text(id) for ids in answers for id in ids if len(id) == ID_BYTES))
 
-    async def _agents(self, mark: str, agent_id: str | None) -> list[list[str]] | None:
+    async def _agents(self, selector_key: str, agent_id: str | None) -> list[list[str]] | None:
         """Of each shard: the agents that have leases with a mark there. None where that would be all."""
-        kind, _, id = mark.partition(":")
+        kind, _, id = selector_key.partition(":")
         if kind == "agent":
             agent_id = id
         if agent_id is not None:
             return [[agent_id]] * len(self.keys)
         if kind in ("task", "target", ALL_LEASES):
             return None
-        answers = await self._guarded([("HKEYS", at.agents(mark)) for at in self.keys], self.keys)
+        answers = await self._guarded([("HKEYS", at.agents(selector_key)) for at in self.keys], self.keys)
         return [list(map(text_of, agents)) for agents in answers]
 
-    async def count(self, marks: Sequence[str]) -> dict[str, int]:
+    async def count(self, selector_keys: Sequence[str]) -> dict[str, int]:
         """How many leases of each of these agents and sponsors have not ended."""
         commands: list[Command] = []
-        for mark in marks:
-            kind, _, id = mark.partition(":")
+        for selector_key in selector_keys:
+            kind, _, id = selector_key.partition(":")
             commands += [
-                counted(at, id) if kind == "agent" else ("HVALS", at.agents(mark)) for at in self.keys
+                counted(at, id) if kind == "agent" else ("HVALS", at.agents(selector_key)) for at in self.keys
             ]
         answers = await self._guarded(commands, self.keys)
         counts = [found if isinstance(found, int) else sum(map(int, found)) for found in answers]
         size = len(self.keys)
-        return {mark: sum(counts[i * size : (i + 1) * size]) for i, mark in enumerate(marks)}
+        return {
+            selector_key: sum(counts[i * size : (i + 1) * size])
+            for i, selector_key in enumerate(selector_keys)
+        }

@@ -321,22 +321,22 @@ class Survey:
     async def _agents(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
         answers = await self._link.pipeline([("HKEYS", key) for _, key, _ in found])
         asked = [
-            (at, key, mark, agent)
-            for (at, key, mark), agents in zip(found, answers, strict=True)
+            (at, key, selector_key, agent)
+            for (at, key, selector_key), agents in zip(found, answers, strict=True)
             for agent in agents
         ]
         for start in range(0, len(asked), _AT_A_TIME):
             some = asked[start : start + _AT_A_TIME]
             # Both of one moment: leases come and go, and what is counted goes with what it counts.
             now = await self._link.pipeline([counted_with(at, key, agent) for at, key, _, agent in some])
-            for (at, key, mark, agent), (count, ids) in zip(some, now, strict=True):
-                wanted = await self._bearing(at, ids, _text(mark))
+            for (at, key, selector_key, agent), (count, ids) in zip(some, now, strict=True):
+                wanted = await self._bearing(at, ids, _text(selector_key))
                 if count is not None and count != b"%d" % wanted:
                     mend = ("HSET", key, agent, wanted) if wanted else ("HDEL", key, agent)
-                    about = f"{_text(agent)} of {_text(mark)} in shard {at.shard}"
+                    about = f"{_text(agent)} of {_text(selector_key)} in shard {at.shard}"
                     yield Stray(about, "miscounted", str(wanted), _text(count), (mend,))
 
-    async def _bearing(self, at: Keys, ids: Sequence[bytes], mark: str) -> int:
+    async def _bearing(self, at: Keys, ids: Sequence[bytes], selector_key: str) -> int:
         """How many of the leases of an agent bear a mark. Of those that came a moment ago Redis tells."""
         here = [id for id in ids if self._is_here(id, at)]
         known = [one for id in here if (one := self._alive.get(uuid_text(id))) is not None]
@@ -344,7 +344,7 @@ class Survey:
         for start in range(0, len(others), _AT_A_TIME):
             (records,) = await self._link.pipeline([records_of(at, others[start : start + _AT_A_TIME])])
             known += [Alive.of(StoredLease.parse(one)) for one in records if one]
-        return sum(mark in one.wide for one in known)
+        return sum(selector_key in one.wide for one in known)
 
     async def _due(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
         answers = await self._link.pipeline([("SMEMBERS", key) for _, key, _ in found])

@@ -56,11 +56,11 @@ class StoredLease:
         """The signed record."""
         return unpack(self.record)
 
-    def may_match(self, mark: str) -> bool:
+    def may_match(self, selector_key: str) -> bool:
         """Whether the record says, verified or not, that the lease bears a mark. True where it says nothing at all."""
-        if mark == ALL_LEASES:
+        if selector_key == ALL_LEASES:
             return True
-        kind, _, id = mark.partition(":")
+        kind, _, id = selector_key.partition(":")
         names = unverified_names(self.record, kind)
         return names is None or id in names
 
@@ -71,26 +71,26 @@ class Preparation:
 
     `prepared`: mint it; where `stored` is set, somebody had prepared it before and that is the record that counts.
     `known`: the lease is past its minting, see `stored`. `fenced`: revoked before it was issued, by the fence on
-    `mark`. `late`: its deadline has come, or nearly. `full`: Redis has no room for it.
+    `selector_key`. `late`: its deadline has come, or nearly. `full`: Redis has no room for it.
     """
 
     outcome: Literal["prepared", "known", "fenced", "late", "full"]
     stored: StoredLease | None = None
-    mark: str | None = None
+    selector_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Activation:
     """What came of an activation.
 
-    `known`: the lease was there already, see `stored`. `fenced`: revoked before it was issued, by the fence on `mark`.
-    `late`: its deadline has come, or nearly. `lost`: of a lease that was prepared: somebody else has taken it over, or
-    a revoker has aborted it; nobody may be given its credential. `full`: Redis has no room for it.
+    `known`: the lease was there already, see `stored`. `fenced`: revoked before it was issued, by the fence on
+    `selector_key`. `late`: its deadline has come, or nearly. `lost`: of a lease that was prepared: somebody else has
+    taken it over, or a revoker has aborted it; nobody may be given its credential. `full`: Redis has no room for it.
     """
 
     outcome: Literal["activated", "known", "fenced", "late", "lost", "full"]
     stored: StoredLease | None = None
-    mark: str | None = None
+    selector_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
