@@ -19,9 +19,10 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import SignedLease
-from ringfence.model.lease_store.codec.records import STATE_BYTES, THUMBPRINT_BYTES, condensed
-from ringfence.model.lease_store.keys import AHEAD_MS, THUMBPRINT, Keys, packed, shard_of
-from ringfence.model.lease_store.scripts import KEPT_SHORT
+from ringfence.model.lease_store.codec import pack
+from ringfence.model.lease_store.codec.lua import STORED_SHORT
+from ringfence.model.lease_store.codec.records import STATE_BYTES, THUMBPRINT_BYTES
+from ringfence.model.lease_store.keys import AHEAD_MS, THUMBPRINT, Keys, shard_of, uuid_bytes
 from ringfence.model.leases.lifecycle import origin_of, record_id
 from tools.schemas.examples import EXAMPLES
 
@@ -75,7 +76,7 @@ class Valkey:
 
     def fill(self, to: int, jws: str) -> str:
         """Live leases up to a number. Returns the id of one."""
-        now_s, id, record = int(time.time()), "", condensed(jws)
+        now_s, id, record = int(time.time()), "", pack(jws)
 
         def commands() -> Iterator[tuple[Any, ...]]:
             nonlocal id
@@ -100,7 +101,7 @@ class Valkey:
         )
 
     def _activation(self, id: str, names: Any, deadline_s: int, record: bytes) -> Iterator[tuple[Any, ...]]:
-        at, raw, ms = self.at(id), packed(id), deadline_s * 1000
+        at, raw, ms = self.at(id), uuid_bytes(id), deadline_s * 1000
         signer, thumbprint, kept = _apart(record)
         yield "HSET", at.signers, signer, _NUMBER, _NUMBER, signer
         yield "HSET", at.leases, raw, kept
@@ -118,7 +119,7 @@ class Valkey:
             command
             for one in leases
             for command in self._activation(
-                one.claims.lease_id, one.claims, one.claims.deadline, condensed(one.jws)
+                one.claims.lease_id, one.claims, one.claims.deadline, pack(one.jws)
             )
         )
 
@@ -138,11 +139,11 @@ class Valkey:
 
 
 def _apart(record: bytes) -> tuple[bytes, bytes, bytes]:
-    """Who signed what `condensed` made of an active record, the thumbprint in it, and the record as scripts keep it."""
+    """Who signed what `pack` made of an active record, the thumbprint in it, and the record as scripts keep it."""
     at = 2 + record[1]
     thumbprint = at + STATE_BYTES
     after = thumbprint + THUMBPRINT_BYTES
-    kept = bytes((KEPT_SHORT,)) + _NUMBER + record[at:thumbprint] + record[after:]
+    kept = bytes((STORED_SHORT,)) + _NUMBER + record[at:thumbprint] + record[after:]
     return record[2:at], record[thumbprint:after], kept
 
 

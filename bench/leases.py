@@ -25,7 +25,7 @@ from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import SignedLease
-from ringfence.model.lease_store.keys import packed
+from ringfence.model.lease_store.keys import uuid_bytes
 
 SIZES = (10_000, 100_000, 1_000_000)
 DUE, DUE_OVER_S = 1_000, 20
@@ -43,7 +43,7 @@ class Ends:
 
     def __init__(self, settings: ServiceSettings, leases: Sequence[Lease]) -> None:
         self._deadlines_ms = {lease.lease_id: lease.deadline * 1000 for lease in leases}
-        self._by_key = {_SHADOW + packed(lease.lease_id): lease.deadline * 1000 for lease in leases}
+        self._by_key = {_SHADOW + uuid_bytes(lease.lease_id): lease.deadline * 1000 for lease in leases}
         self._settings = settings
         self.on_kafka: dict[str, float] = {}
         self.told: list[float] = []
@@ -90,7 +90,7 @@ def _due(key: SigningKey, trust_domain: str, first_s: int) -> list[SignedLease]:
 def _shadows(leases: Iterable[SignedLease]) -> Iterator[tuple[Any, ...]]:
     """An untouched key beside each."""
     for one in leases:
-        yield "SET", _SHADOW + packed(one.claims.lease_id), "", "PXAT", one.claims.deadline * 1000
+        yield "SET", _SHADOW + uuid_bytes(one.claims.lease_id), "", "PXAT", one.claims.deadline * 1000
 
 
 def _describe(name: str, lags_ms: list[float]) -> str:
@@ -110,7 +110,7 @@ def _weigh(valkey: Valkey, before: int, id: str, jws: str) -> None:
         return sum(int(cast(Any, valkey.redis.memory_usage(key, samples=_SAMPLES))) for key in keys) / leases
 
     parts = {
-        "live key": weight(at.live(packed(id))) * leases,
+        "live key": weight(at.live(uuid_bytes(id))) * leases,
         "deadline": weight(at.minutes, *(at.due(minute * 60) for minute in valkey.minutes(at))),
         "agent": weight(*valkey.found(at.index("*"))),
         "sponsor and user": weight(*valkey.found(at.agents("*"))),
@@ -119,7 +119,7 @@ def _weigh(valkey: Valkey, before: int, id: str, jws: str) -> None:
     parts["tables of all keys"] = each - sum(parts.values())
     print(
         f"  {each:.0f} B a lease: " + ", ".join(f"{name} {part:.0f}" for name, part in parts.items()) + "; "
-        f"its signed record has {len(cast(bytes, valkey.redis.hget(at.leases, cast(str, packed(id)))))} B there, "
+        f"its signed record has {len(cast(bytes, valkey.redis.hget(at.leases, cast(str, uuid_bytes(id)))))} B there, "
         f"{len(jws)} B as a JWS"
     )
 

@@ -21,7 +21,7 @@ from ringfence.model.leases.lifecycle import (
     FOLLOWING,
     end_status,
     is_covered,
-    mark_of,
+    selector_key_of,
     selector_keys,
 )
 from tests.chaos.entitled import Offices
@@ -197,7 +197,7 @@ class _Orders:
             if order.claims.lease_id is not None:
                 self._by_lease[order.claims.lease_id].append(order)
             elif order.claims.selector is not None:
-                self._by_mark[mark_of(order.claims.selector)].append(order)
+                self._by_mark[selector_key_of(order.claims.selector)].append(order)
         self._offices = Offices(history.states, GRACE_MS)
         self._objections: dict[tuple[str, str, str | None], str | None] = {}
         self._until_ms = {name: order.at.appended_at_ms for name, order in self._first.items()}

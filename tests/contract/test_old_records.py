@@ -13,7 +13,7 @@ from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.registry import COMMANDS, AgentTransfer
 from ringfence.model.http_targets.request_map import Action, RequestMap
 from ringfence.model.identity.attestation import matching
-from ringfence.model.leases.lifecycle import mark_of
+from ringfence.model.leases.lifecycle import selector_key_of
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.records.command_chain import Authorised, unverified_command
 from ringfence.model.records.directory import Directory
@@ -190,7 +190,7 @@ def test_an_order_stops_all_that_it_names_whatever_else_it_says(
     order = opened(old, directory, RevocationRequest).claims
     assert order.selector is not None
     assert order.selector.model_extra
-    assert mark_of(order.selector) == "agent:bot"
+    assert selector_key_of(order.selector) == "agent:bot"
     assert opened(old, directory, GrantWithdraw).claims.grant_id
 
 

@@ -19,7 +19,7 @@ from ringfence.messages.base import Topic
 from ringfence.messages.lease import EndCause, Lease, LeaseEpoch, LeaseStatus
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import Restoration, SignedLease, Step, outbox_field, script_args
-from ringfence.model.lease_store.keys import packed
+from ringfence.model.lease_store.keys import uuid_bytes
 from ringfence.model.leases.epochs import marker_key, number_of
 from ringfence.model.leases.lifecycle import follow, statement
 from ringfence.revoker.consistency.lease_watch import LeaseWatch
@@ -311,7 +311,7 @@ async def test_what_a_redis_has_that_came_back_from_another_epoch_gives_way_to_w
     expired = follow(active, "expired", by=key.id, cause=CAUSE, epoch="0.00000000")
     for other in (expired, expired.model_copy(update={"seq": 4})):
         before, jws = await place.epochs(), sign(other, key)
-        at, id = store.at(asked.lease_id), packed(asked.lease_id)
+        at, id = store.at(asked.lease_id), uuid_bytes(asked.lease_id)
         field = outbox_field(asked.lease_id, other.seq)
         async with (
             Redis.from_url(place.world.settings("revoker").redis_url) as redis,

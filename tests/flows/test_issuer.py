@@ -31,7 +31,7 @@ from ringfence.messages.lease import EndCause
 from ringfence.messages.registry import AgentSetCeiling, AgentSuspend, BackendSettings, TaskEnd
 from ringfence.messages.topics import CREDENTIAL_DECISION, CREDENTIAL_REPLY, DEAD_LETTER, LEASE
 from ringfence.model.lease_store import LeaseStore, SignedLease, Step
-from ringfence.model.lease_store.keys import packed
+from ringfence.model.lease_store.keys import uuid_bytes
 from ringfence.model.leases.lifecycle import follow
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
@@ -188,7 +188,7 @@ async def test_a_record_in_redis_that_nobody_can_read_holds_up_no_other(
     place = await desk.decide(asked)
     await desk.answer(asked)
     lease = await desk.lease(asked.lease_id, "active")
-    at, id = store.at(lease.lease_id), packed(lease.lease_id)
+    at, id = store.at(lease.lease_id), uuid_bytes(lease.lease_id)
     async with redis.asyncio.Redis.from_url(desk.world.redis_url) as client:
         kept = await client.hget(at.leases, id)
         try:
@@ -217,7 +217,7 @@ async def test_a_record_in_redis_that_is_not_the_leases_is_answered_to_nobody(
         "a stranger's, of a longer life": sign(longer, SigningKey.generate(lease.iss)),
         "unsigned": f"{head}.{body}.{'A' * 86}",
     }[whose]
-    at, id = store.at(lease.lease_id), packed(lease.lease_id)
+    at, id = store.at(lease.lease_id), uuid_bytes(lease.lease_id)
     before = [record.value for record in await desk.world.records(LEASE)]
     async with redis.asyncio.Redis.from_url(desk.world.redis_url) as client:
         kept = await client.hget(at.leases, id)

@@ -29,7 +29,7 @@ from ringfence.model.lease_store import (
     StoredLease,
     outbox_field,
 )
-from ringfence.model.lease_store.keys import Keys, packed
+from ringfence.model.lease_store.keys import Keys, uuid_bytes
 from ringfence.model.leases.lifecycle import ALL_LEASES, follow
 from ringfence.model.requests.grants import id_of
 from ringfence.revoker import app as revoker_app
@@ -483,7 +483,7 @@ async def test_each_difference_is_listed_and_a_rebuild_mends_it(
     unknown = await late(place)
 
     def at(id: str) -> tuple[Keys, bytes]:
-        return store.at(id), packed(id)
+        return store.at(id), uuid_bytes(id)
 
     async def not_due(keys: Keys, id: bytes) -> None:
         await redis.zrem(keys.deadlines, id)
@@ -550,7 +550,7 @@ async def test_what_nobody_of_authority_wrote_is_listed_and_a_rebuild_puts_what_
             if asked is everywhere:
                 await publish(place, forged)
             keys = store.at(asked.lease_id)
-            await redis.hset(keys.leases, packed(asked.lease_id), f"a50 {claims.deadline}\n{forged.jws}")
+            await redis.hset(keys.leases, uuid_bytes(asked.lease_id), f"a50 {claims.deadline}\n{forged.jws}")
     found = {one for one in await command.differences() if one[0] not in ("misplaced", "mistimed")}
     assert found == {("ahead", here.lease_id), ("ahead", everywhere.lease_id)}
     before = await place.epochs()
@@ -596,7 +596,7 @@ async def test_what_would_let_too_much_or_too_little_happen_later_is_listed(
     stray, later_ms = str(uuid.uuid4()), (time.time_ns() // 1_000_000) + 3_600_000
     async with Redis.from_url(place.world.settings("revoker").redis_url) as redis:
         await redis.delete(store.at(grant_id).grant(grant_id), store.at(order_id).selector(order_id))
-        await redis.hset(store.at(stray).leases, packed(stray), "a1 1790000000\nx.y.z")
+        await redis.hset(store.at(stray).leases, uuid_bytes(stray), "a1 1790000000\nx.y.z")
         await redis.zadd(store.keys[1].fences, {ALL_LEASES: later_ms})
     assert await command.differences() == {
         ("uncounted", f"{asked.lease_id} on grant {grant_id}"),
@@ -636,18 +636,18 @@ async def test_what_goes_with_a_lease_is_listed_where_it_is_wrong_and_a_rebuild_
     lease = await desk.lease(for_ever, "active")
 
     async with Redis.from_url(place.world.settings("revoker").redis_url) as redis:
-        await redis.persist(store.at(for_ever).live(packed(for_ever)))
-        await redis.pexpire(store.at(later).live(packed(later)), 3_600_000)
+        await redis.persist(store.at(for_ever).live(uuid_bytes(for_ever)))
+        await redis.pexpire(store.at(later).live(uuid_bytes(later)), 3_600_000)
         # Whoever claims comes to a minute by `minutes` alone.
         minute = (await desk.lease(waiting, "active")).deadline // 60
         is_waiting = await redis.zrem(store.at(waiting).minutes, str(minute))
-        await redis.zadd(store.at(taken).claimed, {packed(taken): time.time() * 1000 + 600_000})
-        await redis.pexpire(store.at(kept).ended(packed(kept)), 60_000)
+        await redis.zadd(store.at(taken).claimed, {uuid_bytes(taken): time.time() * 1000 + 600_000})
+        await redis.pexpire(store.at(kept).ended(uuid_bytes(kept)), 60_000)
         at = store.at(for_ever)
         await redis.hincrby(at.agents(f"sponsor:{lease.sponsor}"), lease.agent_id, 7)
         # Of a lease that only Redis knows all that goes with it is wrong as well.
         at_ahead = store.at(ahead)
-        await redis.delete(at_ahead.live(packed(ahead)))
+        await redis.delete(at_ahead.live(uuid_bytes(ahead)))
         await redis.hincrby(at_ahead.agents("sponsor:sue"), only_here.claims.agent_id, 1)
         now_ms = time.time_ns() // 1_000_000
         await redis.zadd(store.keys[0].fences, {"cut:target:shop": now_ms - 60_000})
@@ -679,7 +679,7 @@ async def test_what_was_evicted_is_put_back_and_not_only_what_is_missing_by_its_
     """Redis says that keys are gone, and not which: that a lease's record is there says nothing."""
     desk, store = place.desk, place.store
     asked, _ = await desk.issued("read", ttl_s=12)
-    at, id = store.at(asked.lease_id), packed(asked.lease_id)
+    at, id = store.at(asked.lease_id), uuid_bytes(asked.lease_id)
     before = await place.epochs()
     async with Redis.from_url(place.world.settings("revoker").redis_url) as redis:
         await redis.delete(at.live(id), at.deadlines, at.minutes, at.index(desk.bot.name))
@@ -708,7 +708,7 @@ async def test_of_two_records_that_are_not_on_kafka_the_one_counts_that_somebody
         if forged == "in the outbox":
             await redis.hset(at.outbox, outbox_field(id, 1), other.record)
         else:
-            await redis.hset(at.leases, packed(id), f"a1 {claims.deadline}\n{other.jws}")
+            await redis.hset(at.leases, uuid_bytes(id), f"a1 {claims.deadline}\n{other.jws}")
     assert ("stray", f"{id}:1 in outbox in shard {at.shard}") in await command.differences()
     before = await place.epochs()
     assert (await command())["rebuilt"] is True

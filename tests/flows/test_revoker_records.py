@@ -151,7 +151,7 @@ async def test_a_narrower_ceiling_ends_what_no_longer_fits_and_only_that(
     id = str(uuid.uuid4())
     late = lease.model_copy(update={"lease_id": id, "requested_at_ms": under_way.source.appended_at_ms})
     (answer,) = await store.activate([SignedLease(late, "not.published.ever")])
-    assert answer == Activation("fenced", mark=f"agent:{desk.bot.name}")
+    assert answer == Activation("fenced", selector_key=f"agent:{desk.bot.name}")
 
 
 async def test_narrower_entitlements_end_what_no_longer_fits(

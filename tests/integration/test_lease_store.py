@@ -30,8 +30,8 @@ from ringfence.model.lease_store import (
     outbox_field,
     prepare_step,
 )
-from ringfence.model.lease_store.keys import AHEAD_MS, FENCE_KEEP_MS, packed
-from ringfence.model.leases.lifecycle import ALL_LEASES, selector_keys, wide_marks_of
+from ringfence.model.lease_store.keys import AHEAD_MS, FENCE_KEEP_MS, uuid_bytes
+from ringfence.model.leases.lifecycle import ALL_LEASES, selector_keys, shared_selector_keys
 from tests.brokers import RedisServer
 from tests.support.leases import (
     VISIBLE_MS,
@@ -155,7 +155,7 @@ async def test_a_fence_covers_what_was_requested_by_then_and_nothing_else(
     covered = [lease(**own, requested_at_ms=at_ms) for at_ms in [4999, 5000] * 4]  # on all shards
     later, others = lease(**own, requested_at_ms=5001), lease(requested_at_ms=1)
     answers = await store.activate([*covered, later, others])
-    assert answers == [Activation("fenced", mark=mark)] * 8 + [Activation("activated")] * 2
+    assert answers == [Activation("fenced", selector_key=mark)] * 8 + [Activation("activated")] * 2
 
 
 async def test_the_fence_around_all_covers_every_lease_and_never_falls_back(store: LeaseStore) -> None:
@@ -291,11 +291,11 @@ async def test_fences_and_deadlines_are_looked_at_before_minting_and_after(store
     await store.prepare([first, due], token="a", mint_ms=VISIBLE_MS)
     await store.fence({ALL_LEASES: 5000})
     assert await store.prepare([second, over], token="a", mint_ms=VISIBLE_MS) == [
-        Preparation("fenced", mark=ALL_LEASES), Preparation("late")
+        Preparation("fenced", selector_key=ALL_LEASES), Preparation("late")
     ]  # fmt: skip
     assert await store.find(f"agent:{second.claims.agent_id}") == []
     (fenced,) = await store.activate([minted(first)], token="a")
-    assert (fenced.outcome, fenced.mark) == ("fenced", ALL_LEASES)
+    assert (fenced.outcome, fenced.selector_key) == ("fenced", ALL_LEASES)
     assert not (await store.look(first.claims.lease_id)).active
 
     async def late() -> bool:
@@ -523,7 +523,7 @@ async def test_what_was_foreseen_is_the_end_whatever_somebody_put_in_the_place_o
 ) -> None:
     """The script compares what stands at the head of a record: what was verified is the end, and nothing else is."""
     one, other = lease(deadline=soon()), lease()
-    claims, at, id = one.claims, store.at(one.claims.lease_id), packed(one.claims.lease_id)
+    claims, at, id = one.claims, store.at(one.claims.lease_id), uuid_bytes(one.claims.lease_id)
     await store.activate([one])
     foreseen = step(one, "expired")
     await store.link.pipeline([("HSET", at.leases, id, f"a1 {claims.deadline}\n{other.jws}")])
@@ -597,7 +597,7 @@ async def test_those_of_several_agents_are_found_and_counted_as_long_as_there_ar
     mine = [lease(**sam, agent_id=f"bot-{n % 3}") for n in range(30)]
     others = [lease(**{**sam, name: "another"}, agent_id=f"bot-{n}") for n, name in enumerate(sam)]
     await store.activate([*mine, *mine[:5], *others])
-    for mark in wide_marks_of(mine[0].claims):
+    for mark in shared_selector_keys(mine[0].claims):
         kind = mark.partition(":")[0]
         ids = {one.claims.lease_id for one in (*mine, *others) if mark in selector_keys(one.claims)}
         assert len(ids) == 31, kind
@@ -610,7 +610,7 @@ async def test_those_of_several_agents_are_found_and_counted_as_long_as_there_ar
     ends = [step(one, *statuses) for one in mine for statuses in (("ending",), ("ending", "revoked"))]
     await store.step(ends, visibility_ms=VISIBLE_MS)
     await store.step(ends, visibility_ms=VISIBLE_MS)
-    for mark in wide_marks_of(mine[0].claims):
+    for mark in shared_selector_keys(mine[0].claims):
         assert await store.count([mark]) == {mark: 1}
         assert len(await store.find(mark)) == 1
     assert await store.count(["agent:bot-0"]) == {"agent:bot-0": 1}

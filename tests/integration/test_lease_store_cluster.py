@@ -125,7 +125,7 @@ async def test_issuing_in_two_steps_fences_and_counts(store: LeaseStore) -> None
     assert done == [Activation("activated")] * 16
     await store.fence({"sponsor:sam": 5000})
     done = await store.activate([minted(one) for one in leases[16:]], token="a")
-    assert done == [Activation("fenced", mark="sponsor:sam")] * 16
+    assert done == [Activation("fenced", selector_key="sponsor:sam")] * 16
     assert await store.count(["sponsor:sam", "sponsor:sue"]) == {"sponsor:sam": 32, "sponsor:sue": 0}
     await store.postpone({one.claims.lease_id: 0 for one in leases[16:]})
     claimed = await store.claim(store.shards, limit=100, visibility_ms=VISIBLE_MS)

@@ -16,7 +16,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import LeaseStore, LostError, SignedLease
 from ringfence.model.lease_store.connection import server_id
-from ringfence.model.lease_store.keys import AHEAD_MS, THUMBPRINT, Keys, packed
+from ringfence.model.lease_store.keys import AHEAD_MS, THUMBPRINT, Keys, uuid_bytes
 from ringfence.model.leases.lifecycle import ALL_LEASES
 from tests.brokers import RedisServer
 from tests.support.leases import REVOKER, VISIBLE_MS, lease, minted, minting, soon, step
@@ -61,7 +61,7 @@ def later() -> int:
 
 
 async def kept(redis: Any, at: Keys, one: SignedLease) -> bytes:
-    found = await redis.hget(at.leases, packed(one.claims.lease_id))
+    found = await redis.hget(at.leases, uuid_bytes(one.claims.lease_id))
     assert isinstance(found, bytes)
     return found
 
@@ -129,7 +129,7 @@ async def test_through_all_its_states_a_lease_is_read_as_it_was_written(
         assert [s.outcome for s in await store.step([one], visibility_ms=VISIBLE_MS)] == ["done"]
         assert await read(store, active) == one.lease.jws
     assert await redis.hlen(at.leases) == 0
-    assert await redis.pttl(at.ended(packed(active.claims.lease_id))) > 0
+    assert await redis.pttl(at.ended(uuid_bytes(active.claims.lease_id))) > 0
     assert not await redis.exists(at.index("bot"))  # and with it what records of the agent leave out
 
 
@@ -169,7 +169,7 @@ async def test_what_is_due_much_later_comes_to_the_deadlines_when_its_minute_has
         assert sorted(await store.find(ALL_LEASES)) == sorted(one.claims.lease_id for one in leases)
     assert state.next_ms == deadline * 1000
     assert dict(await redis.zrange(at.deadlines, 0, -1, withscores=True)) == {
-        packed(one.claims.lease_id): one.claims.deadline * 1000 for one in leases
+        uuid_bytes(one.claims.lease_id): one.claims.deadline * 1000 for one in leases
     }
 
 
@@ -183,7 +183,7 @@ async def test_what_ended_before_its_minute_does_not_come_back(
     minute = (await redis.zrange(at.minutes, 0, -1))[0]
     await redis.zadd(at.minutes, {minute: 1})
     await store.claim([0], limit=10, visibility_ms=VISIBLE_MS)
-    assert await redis.zrange(at.deadlines, 0, -1) == [packed(leases[2].claims.lease_id)]
+    assert await redis.zrange(at.deadlines, 0, -1) == [uuid_bytes(leases[2].claims.lease_id)]
     assert await redis.zcard(at.minutes) == 0
 
 
@@ -192,8 +192,8 @@ async def test_a_lease_that_is_restored_before_its_minute_is_due_then(
 ) -> None:
     far, near = lease(deadline=later()), lease(deadline=soon())
     assert await store.restore([far, near]) == 2
-    assert await redis.zrange(at.deadlines, 0, -1) == [packed(near.claims.lease_id)]
-    assert await redis.smembers(at.due(far.claims.deadline)) == {packed(far.claims.lease_id)}
+    assert await redis.zrange(at.deadlines, 0, -1) == [uuid_bytes(near.claims.lease_id)]
+    assert await redis.smembers(at.due(far.claims.deadline)) == {uuid_bytes(far.claims.lease_id)}
     ended = step(far, "ending", "revoked").lease
     assert await store.restore([ended]) == 1
     assert await store.find(ALL_LEASES) == [near.claims.lease_id]

@@ -24,7 +24,7 @@ from ringfence.model.lease_store import (
     Restoration,
     SignedLease,
 )
-from ringfence.model.lease_store.keys import THUMBPRINT, Keys, outbox_field, packed
+from ringfence.model.lease_store.keys import THUMBPRINT, Keys, outbox_field, uuid_bytes
 from ringfence.model.leases.lifecycle import ALL_LEASES
 from tests.brokers import RedisServer
 from tests.support.leases import VISIBLE_MS, lease, minting, signed, step
@@ -151,7 +151,7 @@ def stranger(stock: Stock, shard: int) -> tuple[str, bytes]:
     """A lease of a shard that is nowhere."""
     while stock.store.shard_of(id := str(uuid.uuid4())) != shard:
         pass
-    return id, packed(id)
+    return id, uuid_bytes(id)
 
 
 async def a_live_key_of_a_foreign_lease(stock: Stock) -> tuple[str, str]:
@@ -162,31 +162,31 @@ async def a_live_key_of_a_foreign_lease(stock: Stock) -> tuple[str, str]:
 
 async def a_live_key_in_the_wrong_shard(stock: Stock) -> tuple[str, str]:
     id, other = stock.active.claims.lease_id, stock.other(stock.active)
-    await stock.redis.set(other.live(packed(id)), "", px=HOUR_MS)
+    await stock.redis.set(other.live(uuid_bytes(id)), "", px=HOUR_MS)
     return f"live:{id} in shard {other.shard}", "stray"
 
 
 async def a_record_in_the_wrong_shard(stock: Stock) -> tuple[str, str]:
     id, other = stock.active.claims.lease_id, stock.other(stock.active)
-    await stock.redis.hset(other.leases, packed(id), f"a1 {stock.active.claims.deadline}\nx")
+    await stock.redis.hset(other.leases, uuid_bytes(id), f"a1 {stock.active.claims.deadline}\nx")
     return f"{id} in leases in shard {other.shard}", "stray"
 
 
 async def an_end_in_the_wrong_shard(stock: Stock) -> tuple[str, str]:
     id, other = stock.ended.claims.lease_id, stock.other(stock.ended)
-    await stock.redis.set(other.ended(packed(id)), "r2 1\nx", px=HOUR_MS)
+    await stock.redis.set(other.ended(uuid_bytes(id)), "r2 1\nx", px=HOUR_MS)
     return f"ended:{id} in shard {other.shard}", "stray"
 
 
 async def an_end_of_what_lives(stock: Stock) -> tuple[str, str]:
     id, at = stock.active.claims.lease_id, stock.at(stock.active)
-    await stock.redis.set(at.ended(packed(id)), "r2 1\nx", px=HOUR_MS)
+    await stock.redis.set(at.ended(uuid_bytes(id)), "r2 1\nx", px=HOUR_MS)
     return f"ended:{id} in shard {at.shard}", "stray"
 
 
 async def an_end_that_is_kept_for_ever(stock: Stock) -> tuple[str, str]:
     id = stock.ended.claims.lease_id
-    await stock.redis.persist(stock.at(stock.ended).ended(packed(id)))
+    await stock.redis.persist(stock.at(stock.ended).ended(uuid_bytes(id)))
     return id, "mistimed"
 
 
@@ -198,26 +198,26 @@ async def a_deadline_of_a_foreign_lease(stock: Stock) -> tuple[str, str]:
 
 async def a_deadline_in_the_wrong_shard(stock: Stock) -> tuple[str, str]:
     id, other = stock.active.claims.lease_id, stock.other(stock.active)
-    await stock.redis.zadd(other.deadlines, {packed(id): 1})
+    await stock.redis.zadd(other.deadlines, {uuid_bytes(id): 1})
     return f"{id} in deadlines in shard {other.shard}", "stray"
 
 
 async def a_claim_on_what_has_ended(stock: Stock) -> tuple[str, str]:
     id, at = stock.ended.claims.lease_id, stock.at(stock.ended)
-    await stock.redis.zadd(at.claimed, {packed(id): 1})
+    await stock.redis.zadd(at.claimed, {uuid_bytes(id): 1})
     return f"{id} in claimed in shard {at.shard}", "stray"
 
 
 async def a_claim_for_a_year(stock: Stock) -> tuple[str, str]:
     id, at = stock.ending.claims.lease_id, stock.at(stock.ending)
-    await stock.redis.zadd(at.claimed, {packed(id): time.time() * 1000 + 8760 * HOUR_MS})
+    await stock.redis.zadd(at.claimed, {uuid_bytes(id): time.time() * 1000 + 8760 * HOUR_MS})
     return f"{id} in claimed in shard {at.shard}", "mistimed"
 
 
 async def a_lease_in_a_minute_that_is_not_its_own(stock: Stock) -> tuple[str, str]:
     claims, at = stock.active.claims, stock.at(stock.active)
     minute = claims.deadline // 60 + 5
-    await stock.redis.sadd(at.due(minute * 60), packed(claims.lease_id))
+    await stock.redis.sadd(at.due(minute * 60), uuid_bytes(claims.lease_id))
     return f"{claims.lease_id} in due:{minute} in shard {at.shard}", "stray"
 
 
@@ -234,13 +234,13 @@ async def a_minute_that_is_none(stock: Stock) -> tuple[str, str]:
 
 async def an_ended_lease_among_those_of_its_agent(stock: Stock) -> tuple[str, str]:
     claims, at = stock.ended.claims, stock.at(stock.ended)
-    await stock.redis.hset(at.index(claims.agent_id), packed(claims.lease_id), "")
+    await stock.redis.hset(at.index(claims.agent_id), uuid_bytes(claims.lease_id), "")
     return f"{claims.lease_id} in by:agent:{claims.agent_id} in shard {at.shard}", "stray"
 
 
 async def a_lease_among_those_of_another_agent(stock: Stock) -> tuple[str, str]:
     claims, at = stock.due.claims, stock.at(stock.due)
-    await stock.redis.hset(at.index("another"), packed(claims.lease_id), "")
+    await stock.redis.hset(at.index("another"), uuid_bytes(claims.lease_id), "")
     return f"{claims.lease_id} in by:agent:another in shard {at.shard}", "stray"
 
 
@@ -358,13 +358,13 @@ async def a_sighting_that_is_remembered_for_ever(stock: Stock) -> tuple[str, str
 
 async def a_use_by_a_lease_that_names_no_grant(stock: Stock) -> tuple[str, str]:
     id, at = stock.beside.claims.lease_id, stock.store.at(stock.grant_id)
-    await stock.redis.sadd(at.grant(stock.grant_id), packed(id))
+    await stock.redis.sadd(at.grant(stock.grant_id), uuid_bytes(id))
     return f"{id} in grant:{stock.grant_id} in shard {at.shard}", "stray"
 
 
 async def a_grant_in_the_wrong_shard(stock: Stock) -> tuple[str, str]:
     other = stock.store.keys[1 - stock.store.shard_of(stock.grant_id)]
-    await stock.redis.sadd(other.grant(stock.grant_id), packed(stock.active.claims.lease_id))
+    await stock.redis.sadd(other.grant(stock.grant_id), uuid_bytes(stock.active.claims.lease_id))
     return f"grant:{stock.grant_id} in shard {other.shard}", "stray"
 
 

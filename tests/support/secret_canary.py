@@ -17,7 +17,7 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.topics import ALL
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.lease_store.codec.records import expanded
+from ringfence.model.lease_store.codec import unpack
 from tests.support.stack import WITHIN_S
 
 _BASE64 = re.compile(rb"[A-Za-z0-9_-]{24,}")
@@ -92,7 +92,7 @@ async def _pieces(client: Any, key: bytes) -> list[bytes]:
             assert kind == b"none", kind
             pieces = []
     starts = [start for piece in pieces for start in (piece, piece.partition(b"\n")[2])]
-    return pieces + [record for start in starts if (record := expanded(start)) is not start]
+    return pieces + [record for start in starts if (record := unpack(start)) is not start]
 
 
 def in_files(folders: Iterable[Path], secrets: Sequence[str]) -> list[str]:

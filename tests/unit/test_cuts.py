@@ -21,7 +21,7 @@ from ringfence.messages.lease import RevocationAck, RevocationRequest, Selector
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT, REVOCATION_ACK
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from ringfence.model.leases.revocations import Order
+from ringfence.model.leases.revocations import Revocation
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from tests.support.in_memory_registry import START_MS, TD, FixedClock
 
@@ -87,7 +87,7 @@ def beat(key: SigningKey, at_ms: int, said_ms: int | None = None) -> Received:
     return record(HEARTBEAT, claims, key, at_ms)
 
 
-def order() -> Order:
+def order() -> Revocation:
     number = next(_numbers)
     claims = RevocationRequest(
         iss=f"spiffe://{TD}/user/olga",
@@ -99,10 +99,10 @@ def order() -> Order:
         reason="a test",
     )
     at = Coordinates(topic="t", partition=0, offset=number, appended_at_ms=START_MS)
-    return Order(Signed(claims, "a.b.c"), at)
+    return Revocation(Signed(claims, "a.b.c"), at)
 
 
-def ack(key: SigningKey, about: Order, at_ms: int) -> Received:
+def ack(key: SigningKey, about: Revocation, at_ms: int) -> Received:
     claims = RevocationAck(
         iss=key.id, aud=TD, iat=at_ms // 1000, jti=f"ack-{about.id}", revocation_id=about.id, cut_at_ms=at_ms
     )

@@ -17,8 +17,8 @@ from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.messages.lease import Delegator, EndCause, Lease, LeaseStatus
 from ringfence.messages.permission import Permission
 from ringfence.model.lease_store.codec.records import (
-    condensed,
-    expanded,
+    pack,
+    unpack,
     unverified_names,
     unverified_payload,
 )
@@ -105,9 +105,9 @@ def names_in(stored: bytes) -> set[str]:
 @pytest.mark.parametrize("what", AS_WRITTEN)
 def test_a_record_is_a_third_of_its_size_and_byte_for_byte_what_it_was(what: str, alg: str) -> None:
     record = sign(AS_WRITTEN[what], SigningKey.generate(REVOKER, alg))
-    stored = condensed(record)
+    stored = pack(record)
     assert len(stored) < 0.34 * len(record)
-    assert expanded(stored) == record.encode()
+    assert unpack(stored) == record.encode()
     assert unverified_payload(stored) == parse(record).payload
     assert names_in(stored) == names_of(AS_WRITTEN[what])
 
@@ -115,9 +115,9 @@ def test_a_record_is_a_third_of_its_size_and_byte_for_byte_what_it_was(what: str
 @pytest.mark.parametrize("what", OTHERWISE)
 def test_what_is_said_in_another_way_takes_more_and_is_what_it_was_as_well(what: str) -> None:
     record = sign(OTHERWISE[what], SigningKey.generate(REVOKER))
-    stored = condensed(record)
+    stored = pack(record)
     assert len(stored) < 0.45 * len(record)
-    assert expanded(stored) == record.encode()
+    assert unpack(stored) == record.encode()
     assert unverified_payload(stored) == parse(record).payload
     assert names_in(stored) == names_of(OTHERWISE[what])
 
@@ -125,39 +125,39 @@ def test_what_is_said_in_another_way_takes_more_and_is_what_it_was_as_well(what:
 @given(st.binary(), st.binary(), st.binary(min_size=64, max_size=64) | st.binary())
 def test_whatever_is_written_as_a_jws_comes_back(header: bytes, payload: bytes, signature: bytes) -> None:
     text = ".".join(map(b64encode, (header, payload, signature)))
-    assert expanded(condensed(text)) == text.encode()
+    assert unpack(pack(text)) == text.encode()
 
 
 @given(st.text(alphabet=st.characters(min_codepoint=32, exclude_categories=["Cs"])))
 def test_what_is_no_jws_comes_back_as_well(text: str) -> None:
-    assert expanded(condensed(text)) == text.encode()
+    assert unpack(pack(text)) == text.encode()
 
 
 def test_what_is_written_in_another_way_comes_back_as_it_was() -> None:
     key = SigningKey.generate(REVOKER)
     head, payload, signature = sign(lease().claims, key).split(".")
     for text in (f"{head}=.{payload}.{signature}", f"{head}.{payload}.{signature[:-1]}_"):
-        assert expanded(condensed(text)) == text.encode()
+        assert unpack(pack(text)) == text.encode()
 
 
 @pytest.mark.parametrize("begins", [b"\x01", b"\x02"])
 @given(rest=st.binary())
 def test_what_somebody_else_put_there_is_no_record(begins: bytes, rest: bytes) -> None:
     with pytest.raises(InvalidMessageError):
-        parse(expanded(begins + bytes(64) + rest))
+        parse(unpack(begins + bytes(64) + rest))
 
 
 def test_a_record_that_somebody_changed_or_cut_is_not_the_record() -> None:
     record = sign(AS_WRITTEN["active"], SigningKey.generate(REVOKER))
-    stored = condensed(record)
+    stored = pack(record)
     for at in range(1, len(stored)):
         changed = stored[:at] + bytes((stored[at] ^ 1,)) + stored[at + 1 :]
-        assert expanded(changed) != record.encode()
-        assert expanded(stored[:at]) != record.encode()
+        assert unpack(changed) != record.encode()
+        assert unpack(stored[:at]) != record.encode()
 
 
 def test_what_would_fill_the_memory_is_no_record() -> None:
     deflating = zlib.compressobj(9, zlib.DEFLATED, -12)
     bomb = deflating.compress(bytes(64 * 1024 * 1024)) + deflating.flush()
     stored = b"\x01" + bytes(64) + bomb
-    assert expanded(stored) == stored
+    assert unpack(stored) == stored

@@ -21,10 +21,10 @@ from ringfence.model.leases.lifecycle import (
     has_origin,
     is_covered,
     is_over,
-    mark_of,
     origin_of,
     record_id,
     restated,
+    selector_key_of,
     selector_keys,
     statement,
 )
@@ -139,16 +139,20 @@ def test_a_redelivery_is_told_from_a_replay_by_any_record_of_the_lease() -> None
 def test_every_selector_names_a_mark_that_its_leases_bear() -> None:
     one = lease()
     by_selector = {
-        mark_of(Selector(agent_id=one.agent_id)),
-        mark_of(Selector(task_id=one.task_id)),
-        mark_of(Selector(sponsor=one.sponsor)),
-        mark_of(Selector(target_id=one.target_id)),
-        mark_of(Selector(user_id=one.on_behalf_of)),
+        selector_key_of(Selector(agent_id=one.agent_id)),
+        selector_key_of(Selector(task_id=one.task_id)),
+        selector_key_of(Selector(sponsor=one.sponsor)),
+        selector_key_of(Selector(target_id=one.target_id)),
+        selector_key_of(Selector(user_id=one.on_behalf_of)),
     }
     assert by_selector == set(selector_keys(one))
-    assert mark_of(Selector(all=True)) == ALL_LEASES
+    assert selector_key_of(Selector(all=True)) == ALL_LEASES
     # A user who sponsors is not covered as one on whose behalf, and no id can be taken for another kind's.
-    assert mark_of(Selector(sponsor="x")) != mark_of(Selector(user_id="x")) != mark_of(Selector(agent_id="x"))
+    assert (
+        selector_key_of(Selector(sponsor="x"))
+        != selector_key_of(Selector(user_id="x"))
+        != selector_key_of(Selector(agent_id="x"))
+    )
 
 
 def test_a_selector_covers_what_was_asked_for_by_then() -> None:

@@ -64,7 +64,7 @@ from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST
 from ringfence.model.http_targets.mcp import read_message
 from ringfence.model.http_targets.request_map import Action, RequestMap
 from ringfence.model.identity.attestation import matching, selector_id
-from ringfence.model.leases.lifecycle import mark_of
+from ringfence.model.leases.lifecycle import selector_key_of
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.records.instances import EnrolmentError, instance_id, open_enrolment, ref_void
 from ringfence.model.records.provisioning import given_by
@@ -585,7 +585,7 @@ def test_an_order_with_one_stops_no_less(selector: Selector) -> None:
         RevocationRequest
     )
     assert read.selector is not None
-    assert mark_of(read.selector) == mark_of(selector)
+    assert selector_key_of(read.selector) == selector_key_of(selector)
 
 
 def test_an_instance_of_an_issuer_that_the_bundle_limits_in_a_way_that_is_not_known_is_none() -> None:

@@ -278,7 +278,7 @@ class DecisionHandler:
                 metrics.LEASES_ISSUED.labels(issue.lease.backend).inc()
                 return _Live(issue, signed.jws, fresh=True)
             case "fenced":
-                return Refusal(fenced(activation.mark or ""), issue.request)
+                return Refusal(fenced(activation.selector_key or ""), issue.request)
             case "late":
                 return Refusal(LATE, issue.request)
             case "full":

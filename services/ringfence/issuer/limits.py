@@ -14,7 +14,7 @@ from ringfence.issuer.domain import Decision, Issue, Refusal
 from ringfence.kernel.base.clock import Clock
 from ringfence.messages.credential import Reason
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.leases.lifecycle import agent_mark, sponsor_mark
+from ringfence.model.leases.lifecycle import agent_selector_key, sponsor_selector_key
 
 RETRY_AFTER_S = 10
 """When to ask again where too many leases live: some end by themselves."""
@@ -79,8 +79,8 @@ class LeaseLimits:
 
     def _limits_of(self, issue: Issue) -> dict[str, int]:
         both = {
-            agent_mark(issue.lease.agent_id): self._limits.agent_leases,
-            sponsor_mark(issue.lease.sponsor): self._limits.sponsor_leases,
+            agent_selector_key(issue.lease.agent_id): self._limits.agent_leases,
+            sponsor_selector_key(issue.lease.sponsor): self._limits.sponsor_leases,
         }
         return {mark: limit for mark, limit in both.items() if limit}
 

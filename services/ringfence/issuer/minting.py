@@ -139,7 +139,7 @@ class Minter:
         issue, stored = attempt.issue, preparation.stored
         match preparation.outcome:
             case "fenced":
-                attempt.outcome = Refusal(fenced(preparation.mark or ""), issue.request)
+                attempt.outcome = Refusal(fenced(preparation.selector_key or ""), issue.request)
             case "late":
                 attempt.outcome = Refusal(LATE, issue.request)
             case "full":
@@ -211,7 +211,7 @@ class Minter:
             case "fenced" | "late":
                 await self._undo(issue)
                 await self._give_up(attempt)
-                why = LATE if activation.outcome == "late" else fenced(activation.mark or "")
+                why = LATE if activation.outcome == "late" else fenced(activation.selector_key or "")
                 attempt.outcome = Refusal(why, issue.request)
 
     # --- what they need ---

@@ -20,7 +20,7 @@ from ringfence.messages.registry import (
     UserSet,
     UserState,
 )
-from ringfence.model.leases.lifecycle import end_status, is_over, mark_of, matches
+from ringfence.model.leases.lifecycle import end_status, is_over, matches, selector_key_of
 from ringfence.model.records.command_chain import unverified_command
 from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.records.instances import ref_void
@@ -41,7 +41,7 @@ class SelectorEnd:
 
 
 @dataclass(frozen=True, slots=True)
-class Unfit:
+class EndReason:
     """Why one lease ends that bears the mark of a `Narrowing`."""
 
     kind: EndKind
@@ -50,24 +50,24 @@ class Unfit:
 
 @dataclass(frozen=True, slots=True)
 class Narrowing:
-    """Of what bears `mark`, all that does not fit ends."""
+    """Of what bears `selector_key`, all that does not fit ends."""
 
-    mark: str
+    selector_key: str
     scope: Scope
-    beyond: Unfit
+    beyond: EndReason
     """What is said of a lease that is beyond the scope."""
     agent: AgentState | None = None
     """The agent whose compromised keys, and selectors that are gone, end what was asked for with them."""
 
-    def unfit(self, lease: Lease) -> Unfit | None:
+    def unfit(self, lease: Lease) -> EndReason | None:
         if self.agent is not None and is_lost(lease, self.agent):
             how = "asked for" if lease.agent_id == self.agent.agent_id else "its task was handed on"
             reason = f"{how} with a key of agent {self.agent.agent_id} that is compromised"
-            return Unfit("key_compromised", reason)
+            return EndReason("key_compromised", reason)
         if self.agent is not None and lease.instance is not None:
             gone = ref_void(lease.instance, self.agent)
             if gone is not None:
-                return Unfit("scope_narrowed", gone.message)
+                return EndReason("scope_narrowed", gone.message)
         return self.beyond if missing(lease.scope, self.scope) else None
 
 
@@ -113,7 +113,7 @@ def _of_agent(state: AgentState, revision: int) -> tuple[SelectorEnd | Narrowing
     if revision == 1:
         return ()  # there was nothing before that could be wider
     reason = f"beyond the ceiling of agent {state.agent_id} as it is now"
-    return (Narrowing(f"agent:{state.agent_id}", state.ceiling, Unfit("scope_narrowed", reason), state),)
+    return (Narrowing(f"agent:{state.agent_id}", state.ceiling, EndReason("scope_narrowed", reason), state),)
 
 
 def _of_user(
@@ -128,15 +128,15 @@ def _of_user(
     if revision == 1:
         return ()
     reason = f"beyond the entitlements of user {state.user_id} as they are now"
-    own = Narrowing(f"user:{state.user_id}", entitled, Unfit("scope_narrowed", reason))
+    own = Narrowing(f"user:{state.user_id}", entitled, EndReason("scope_narrowed", reason))
     if "sponsor" in state.roles or not ever_sponsor:
         return (own,)
-    orphaned = orphaning(state)
+    orphaned = orphan_reason(state)
     assert orphaned is not None
-    return own, Narrowing(f"sponsor:{state.user_id}", (), Unfit(*orphaned))
+    return own, Narrowing(f"sponsor:{state.user_id}", (), EndReason(*orphaned))
 
 
-def orphaning(state: UserState) -> tuple[EndKind, str] | None:
+def orphan_reason(state: UserState) -> tuple[EndKind, str] | None:
     """Why an agent that this user sponsors has no sponsor, or None where it has."""
     if state.status != "active":
         return "user_disabled", f"user {state.user_id}, the sponsor, was disabled"
@@ -154,7 +154,7 @@ def was_sponsor(record: AnyRecord) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Overtaken:
+class StaleBasis:
     """Why a lease does not stand beside a record: what follows from that, of what it bears, is its end."""
 
     kind: EndKind
@@ -163,7 +163,7 @@ class Overtaken:
     """The record's subject and revision."""
 
 
-def stale_basis(lease: Lease, directory: Directory, entitlements_max_age_s: int) -> Overtaken | None:
+def stale_basis(lease: Lease, directory: Directory, entitlements_max_age_s: int) -> StaleBasis | None:
     """The first of the records that a lease rests on, as they are, that leaves no room for it; or None.
 
     Whether entitlements were too old is judged as of its issue. Raises ChainError where a record counts for nothing.
@@ -183,14 +183,14 @@ def stale_basis(lease: Lease, directory: Directory, entitlements_max_age_s: int)
         record = (entry.record.sub, entry.revision)
         for found in consequences(entry.state, entry.revision, lease.iat, entitlements_max_age_s):
             if isinstance(found, SelectorEnd):
-                if matches(lease, mark_of(found.selector)):
-                    return Overtaken(found.kind, found.reason, record)
-            elif matches(lease, found.mark) and (why := found.unfit(lease)):
-                return Overtaken(why.kind, why.reason, record)
+                if matches(lease, selector_key_of(found.selector)):
+                    return StaleBasis(found.kind, found.reason, record)
+            elif matches(lease, found.selector_key) and (why := found.unfit(lease)):
+                return StaleBasis(why.kind, why.reason, record)
     return None
 
 
-def derived_order(
+def derived_revocation(
     kind: EndKind,
     reason: str,
     *,

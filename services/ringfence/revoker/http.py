@@ -60,11 +60,11 @@ class LeasesApi:
         late = request.query_params.get("overdue") == "1"
         statuses = _UNFINISHED if late else None
         # Any of the filters will do: all that can pass bears its mark.
-        mark = next((f"{kind}:{value}" for kind, value in wanted.items()), ALL_LEASES)
+        selector_key = next((f"{kind}:{value}" for kind, value in wanted.items()), ALL_LEASES)
         agent_id = agent_of_task(wanted["task"], self._directory) if "task" in wanted else None
         shown: list[Lease] = []
-        holders = self._orders.known_holders(mark)
-        async for leases in self._ender.find(mark, statuses, agent_id=agent_id, holders=holders):
+        holders = self._orders.known_holders(selector_key)
+        async for leases in self._ender.find(selector_key, statuses, agent_id=agent_id, holders=holders):
             shown += [
                 lease
                 for lease in leases.values()

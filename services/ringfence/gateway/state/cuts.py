@@ -21,8 +21,8 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import RevocationAck
 from ringfence.messages.topics import REVOCATION_ACK
 from ringfence.model.leases.epochs import Epochs
-from ringfence.model.leases.lifecycle import mark_of
-from ringfence.model.leases.revocations import Order, objection, open_order
+from ringfence.model.leases.lifecycle import selector_key_of
+from ringfence.model.leases.revocations import Revocation, objection, verify_revocation
 from ringfence.model.leases.verification import verify_lease
 from ringfence.model.records.directory import Directory
 
@@ -102,10 +102,10 @@ class Cutter:
             else:
                 self._follow(order, live=self._live)
 
-    def _follow(self, order: Order, *, live: bool) -> None:
+    def _follow(self, order: Revocation, *, live: bool) -> None:
         claims = order.claims
         if claims.selector is not None:
-            self._table.fence(mark_of(claims.selector), order.at.appended_at_ms, order_id=order.id)
+            self._table.fence(selector_key_of(claims.selector), order.at.appended_at_ms, order_id=order.id)
         elif claims.lease_id is not None:
             self._table.revoke(claims.lease_id, order.at.appended_at_ms)
         if self._gives_its_word and live:
@@ -126,15 +126,15 @@ class Cutter:
                 extra=rate_limited(record.topic_name),
             )
 
-    def _believed(self, record: Received) -> Order | None:
+    def _believed(self, record: Received) -> Revocation | None:
         try:
-            order = open_order(record, self._directory, self._runtime.trust)
+            order = verify_revocation(record, self._directory, self._runtime.trust)
         except InvalidMessageError:
             return None
         lease = self._table.get(order.claims.lease_id or "")
         return order if objection(order, lease, self._directory) is None else None
 
-    async def _give_word(self, order: Order, cut_at_ms: int) -> None:
+    async def _give_word(self, order: Revocation, cut_at_ms: int) -> None:
         key = self._runtime.key
         ack = RevocationAck(
             iss=key.id,

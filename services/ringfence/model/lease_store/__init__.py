@@ -7,7 +7,7 @@ not done again.
 
 from __future__ import annotations
 
-from ringfence.model.lease_store.codec.records import expanded
+from ringfence.model.lease_store.codec import unpack
 from ringfence.model.lease_store.connection import FullError, LostError
 from ringfence.model.lease_store.keys import (
     AHEAD_MS,
@@ -65,8 +65,8 @@ __all__ = [
     "Step",
     "Stepped",
     "StoredLease",
-    "expanded",
     "outbox_field",
     "prepare_step",
+    "unpack",
     "uses_of",
 ]

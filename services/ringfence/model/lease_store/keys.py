@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ringfence.messages.lease import Lease
-from ringfence.model.leases.lifecycle import wide_marks_of
+from ringfence.model.leases.lifecycle import shared_selector_keys
 
 DAY_MS = 24 * 3600 * 1000
 RECORD_KEEP_MS = DAY_MS
@@ -45,7 +45,7 @@ THUMBPRINT = "key"
 
 
 class Keys:
-    """Every key of one shard. The part in braces is the hash tag. Ids of leases stand in them as `packed`.
+    """Every key of one shard. The part in braces is the hash tag. Ids of leases stand in them as `uuid_bytes`.
 
     The names decide which layout this is: to a service that knows another one, the epoch is missing, and Redis lost.
     """
@@ -109,13 +109,13 @@ class Keys:
         """Hash: the ids of the leases of an agent that have not ended, and `THUMBPRINT`."""
         return self.index_prefix + agent_id
 
-    def agents(self, mark: str) -> str:
+    def agents(self, selector_key: str) -> str:
         """Hash: the agents of the leases that bear a wide mark and have not ended, and how many each has."""
-        return self.agents_prefix + mark
+        return self.agents_prefix + selector_key
 
     def indexes(self, lease: Lease) -> tuple[str, ...]:
         """Where a lease is found that has not ended."""
-        return (self.index(lease.agent_id), *map(self.agents, wide_marks_of(lease)))
+        return (self.index(lease.agent_id), *map(self.agents, shared_selector_keys(lease)))
 
     def grant(self, id: str) -> str:
         """Set: the ids of the leases that name a grant. On the shard of the grant, `GRANT_KEEP_MS` past the last."""
@@ -136,20 +136,20 @@ def shard_of(id: str, shards: int) -> int:
     return int(id[:8], 16) % shards
 
 
-def packed(id: str) -> bytes:
+def uuid_bytes(id: str) -> bytes:
     """A UUID in 16 bytes instead of 36: it stands in a handful of places for each lease."""
     return bytes.fromhex(id.replace("-", ""))
 
 
-def unpacked(id: bytes) -> str:
-    """A UUID that `packed` packed."""
+def uuid_text(id: bytes) -> str:
+    """A UUID that `uuid_bytes` made."""
     text = id.hex()
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 def outbox_field(lease_id: str, seq: int) -> bytes:
     """The name of one record in the outbox."""
-    return b"%b:%d" % (packed(lease_id), seq)
+    return b"%b:%d" % (uuid_bytes(lease_id), seq)
 
 
 def shard_of_key(prefix: str, key: bytes) -> int | None:
@@ -165,4 +165,4 @@ def is_outbox_field(field: bytes) -> bool:
 
 def lease_of_field(field: bytes) -> tuple[str, int]:
     """The lease and the `seq` that a field of the outbox is about."""
-    return unpacked(field[:ID_BYTES]), int(field[ID_BYTES + 1 :])
+    return uuid_text(field[:ID_BYTES]), int(field[ID_BYTES + 1 :])

@@ -12,7 +12,7 @@ from typing import Any
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL
-from ringfence.model.lease_store.codec.records import expanded
+from ringfence.model.lease_store.codec import unpack
 from ringfence.model.lease_store.connection import Call, RedisConnection
 from ringfence.model.lease_store.keys import (
     ANEW,
@@ -27,10 +27,10 @@ from ringfence.model.lease_store.keys import (
     is_outbox_field,
     lease_of_field,
     outbox_field,
-    packed,
     shard_of,
     shard_of_key,
-    unpacked,
+    uuid_bytes,
+    uuid_text,
 )
 from ringfence.model.lease_store.script_args import (
     NO_LIMIT,
@@ -76,8 +76,8 @@ class Had:
     epoch: str | None = None
 
     @classmethod
-    def unpack(cls, packed: bytes) -> Had:
-        seq, _, epoch = packed.decode("ascii").partition(" ")
+    def parse(cls, text: bytes) -> Had:
+        seq, _, epoch = text.decode("ascii").partition(" ")
         return cls(int(seq), epoch or None)
 
 
@@ -93,7 +93,7 @@ class Held:
     claimed: bool
     kept_until_ms: int | None
     """When its record goes, of one that has ended, -1 for never; None where none stands among those."""
-    marks: frozenset[str]
+    selector_keys: frozenset[str]
     """Those that it is found by."""
 
 
@@ -211,12 +211,12 @@ class Restoration:
         asked: dict[Keys, list[str]] = {at: [] for at in self._keys}
         for lease_id in lease_ids:
             asked[self._at(lease_id)].append(lease_id)
-        calls = [self._call(COMPARE, at, (), (CLAIM_MS, *map(packed, ids))) for at, ids in asked.items()]
+        calls = [self._call(COMPARE, at, (), (CLAIM_MS, *map(uuid_bytes, ids))) for at, ids in asked.items()]
         answers = await self._link.scripts(calls)
         return {
-            id: Had.unpack(packed)
+            id: Had.parse(text)
             for ids, had in zip(asked.values(), answers, strict=True)
-            for id, packed in zip(ids, had, strict=True)
+            for id, text in zip(ids, had, strict=True)
         }
 
     async def restore(
@@ -318,30 +318,30 @@ class Restoration:
                 id
                 for at in self._keys
                 for ids in (next(answers), next(answers))
-                for id in (unpacked(one) for one in ids if len(one) == ID_BYTES)
+                for id in (uuid_text(one) for one in ids if len(one) == ID_BYTES)
                 if self._at(id) is at
             )
         )
 
     async def records(self, lease_ids: Sequence[str]) -> dict[str, StoredLease]:
         """The records of these leases, as far as there are any. In a rebuild."""
-        calls = [self._call(GET, self._at(id), (), (packed(id),)) for id in lease_ids]
+        calls = [self._call(GET, self._at(id), (), (uuid_bytes(id),)) for id in lease_ids]
         answers = await self._link.scripts(calls)
         return {
-            id: StoredLease.unpack(record) for id, (record,) in zip(lease_ids, answers, strict=True) if record
+            id: StoredLease.parse(record) for id, (record,) in zip(lease_ids, answers, strict=True) if record
         }
 
-    async def held(self, marks: Mapping[str, Sequence[str]]) -> dict[str, Held]:
+    async def held(self, selector_keys: Mapping[str, Sequence[str]]) -> dict[str, Held]:
         """What Redis holds of leases; with each are given the marks that it should be found by, its agent's first."""
         commands: list[Command] = []
-        for lease_id, some in marks.items():
-            at, id = self._at(lease_id), packed(lease_id)
+        for lease_id, some in selector_keys.items():
+            at, id = self._at(lease_id), uuid_bytes(lease_id)
             commands += [
                 held(at, id),
-                *(_found_by(at, id, mark, some[0]) for mark in some),
+                *(_found_by(at, id, selector_key, some[0]) for selector_key in some),
             ]
         answers = iter(await self._link.pipeline(commands))
-        return {lease_id: _held(answers, some) for lease_id, some in marks.items()}
+        return {lease_id: _held(answers, some) for lease_id, some in selector_keys.items()}
 
     async def waiting(self) -> set[tuple[str, int]]:
         """The records (lease id, `seq`) that Kafka has not acknowledged, as far as Redis knows."""
@@ -353,7 +353,7 @@ class Restoration:
         commands: list[Command] = [
             ("HGET", self._at(id).outbox, outbox_field(id, seq)) for id, seq in records
         ]
-        return [expanded(one) if one is not None else None for one in await self._link.pipeline(commands)]
+        return [unpack(one) if one is not None else None for one in await self._link.pipeline(commands)]
 
     def survey(self, alive: Mapping[str, Alive], knowledge: Knowledge, now_ms: int) -> Survey:
         """A look at every key, held against the records that Redis has."""
@@ -373,7 +373,7 @@ class Restoration:
         async for key in self._link.keys(f"{self._prefix}{{*}}:{ENDED}*"):
             id = key.partition(f"}}:{ENDED}".encode())[2]
             if len(id) == ID_BYTES:
-                yield unpacked(id)
+                yield uuid_text(id)
 
     async def mend(self, strays: AsyncIterator[Stray]) -> int:
         """Put right what does not follow from the records. In a rebuild. Returns how much that was."""
@@ -406,7 +406,7 @@ class Restoration:
         """Take away the records of leases that are none. In a rebuild: what else there is of them is mended after."""
         commands: list[Command] = []
         for lease_id in lease_ids:
-            at, id = self._at(lease_id), packed(lease_id)
+            at, id = self._at(lease_id), uuid_bytes(lease_id)
             commands += [("HDEL", at.leases, id), ("UNLINK", at.ended(id))]
         await self._mend(commands)
 
@@ -427,12 +427,13 @@ class Restoration:
     async def fences(self) -> list[dict[str, int]]:
         """The fences of each shard: mark and `issued_before` in ms."""
         answers = await self._link.pipeline([("ZRANGE", at.fences, 0, -1, "WITHSCORES") for at in self._keys])
-        return [{mark.decode(): int(before) for mark, before in found} for found in answers]
+        return [{selector_key.decode(): int(before) for selector_key, before in found} for found in answers]
 
     async def counted(self, uses: Sequence[tuple[str, str]]) -> list[bool]:
         """Of each use of a grant (its id, the lease's): whether it is counted."""
         commands: list[Command] = [
-            ("SISMEMBER", self._at(grant_id).grant(grant_id), packed(lease_id)) for grant_id, lease_id in uses
+            ("SISMEMBER", self._at(grant_id).grant(grant_id), uuid_bytes(lease_id))
+            for grant_id, lease_id in uses
         ]
         return [bool(answer) for answer in await self._link.pipeline(commands)]
 
@@ -450,26 +451,26 @@ class Restoration:
         return Call(script, (*keys, at.rebuilding), (*args, self._claim))
 
 
-def _held(answers: Iterator[Any], marks: Sequence[str]) -> Held:
+def _held(answers: Iterator[Any], selector_keys: Sequence[str]) -> Held:
     record, live_until_ms, deadline_ms, claimed, kept_until_ms = next(answers)
     return Held(
-        StoredLease.unpack(record) if record else None,
+        StoredLease.parse(record) if record else None,
         live_until_ms if live_until_ms != -2 else None,
         deadline_ms or None,
         claimed is not None,
         kept_until_ms if kept_until_ms != -2 else None,
-        _marks(marks, [bool(next(answers)) for _ in marks]),
+        _found_keys(selector_keys, [bool(next(answers)) for _ in selector_keys]),
     )
 
 
-def _found_by(at: Keys, id: bytes, mark: str, agent: str) -> Command:
+def _found_by(at: Keys, id: bytes, selector_key: str, agent: str) -> Command:
     """What asks whether a lease is found by a mark, provided that it is by its agent's."""
     agent_id = agent.partition(":")[2]
-    if mark.startswith(("agent:", "task:", "target:")):
+    if selector_key.startswith(("agent:", "task:", "target:")):
         return ("HEXISTS", at.index(agent_id), id)
-    return ("HEXISTS", at.agents(mark), agent_id)
+    return ("HEXISTS", at.agents(selector_key), agent_id)
 
 
-def _marks(marks: Sequence[str], found: Sequence[bool]) -> frozenset[str]:
-    """Those that a lease is found by: none where it does not stand among the leases of its agent."""
-    return frozenset(mark for mark, is_found in zip(marks, found, strict=True) if is_found and found[0])
+def _found_keys(selector_keys: Sequence[str], found: Sequence[bool]) -> frozenset[str]:
+    """The selector keys that a lease is found by: none if it does not stand among the leases of its agent."""
+    return frozenset(key for key, is_found in zip(selector_keys, found, strict=True) if is_found and found[0])

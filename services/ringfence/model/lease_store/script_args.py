@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL, Lease
-from ringfence.model.lease_store.keys import GRANT_KEEP_MS, MIN_LEFT_MS, Keys, outbox_field, packed
+from ringfence.model.lease_store.keys import GRANT_KEEP_MS, MIN_LEFT_MS, Keys, outbox_field, uuid_bytes
 from ringfence.model.lease_store.scripts import Argument
 from ringfence.model.lease_store.types import (
     LETTERS,
@@ -18,7 +18,7 @@ from ringfence.model.lease_store.types import (
     Stepped,
     StoredLease,
 )
-from ringfence.model.leases.lifecycle import wide_marks_of
+from ringfence.model.leases.lifecycle import shared_selector_keys
 
 MINTING_MS = 10_000
 """How long a lease that is restored while it was being minted is left to its issuer."""
@@ -48,7 +48,7 @@ def restoring(
 
     `published`: the `seq` that Kafka has, where that is not the record's; whoever has claimed the lease keeps it then.
     """
-    claims, id = lease.claims, packed(lease.claims.lease_id)
+    claims, id = lease.claims, uuid_bytes(lease.claims.lease_id)
     # Nobody has the token of a lease that was being minted: its issuer takes it over, or a revoker aborts it.
     head = head_of(claims) + (" -" if claims.status == "minting" else "")
     return (
@@ -84,7 +84,7 @@ def using(
     at: Keys, grant_id: str, lease_id: str, most: int
 ) -> tuple[tuple[str | bytes, ...], tuple[Argument, ...]]:
     """The keys and arguments of USE_GRANT, of a grant of this shard."""
-    return (at.grant(grant_id),), (packed(lease_id), most, GRANT_KEEP_MS)
+    return (at.grant(grant_id),), (uuid_bytes(lease_id), most, GRANT_KEEP_MS)
 
 
 def head_of(claims: Lease) -> str:
@@ -120,12 +120,12 @@ def prepare_step(step: Step) -> PreparedStep:
     claims = step.lease.claims
     over: tuple[Argument, ...] = ("",)
     if claims.status in TERMINAL:
-        over = (claims.deadline * 1000, claims.agent_id, *wide_marks_of(claims))
+        over = (claims.deadline * 1000, claims.agent_id, *shared_selector_keys(claims))
     return PreparedStep(
         claims.lease_id,
         claims.epoch,
         (
-            packed(claims.lease_id),
+            uuid_bytes(claims.lease_id),
             following(step.after),
             head_of(claims),
             step.lease.record,
@@ -163,18 +163,18 @@ def text_of(value: bytes) -> str:
 
 def stored_of(record: bytes | None = None) -> StoredLease | None:
     """A record, where there is one."""
-    return StoredLease.unpack(record) if record else None
+    return StoredLease.parse(record) if record else None
 
 
 def preparation_of(outcome: bytes, *rest: bytes) -> Preparation:
     """What PREPARE answers."""
     if outcome == b"fenced":
-        return Preparation("fenced", mark=text_of(rest[0]))
+        return Preparation("fenced", selector_key=text_of(rest[0]))
     return Preparation(text_of(outcome), stored=stored_of(*rest))  # type: ignore[arg-type]
 
 
 def activation_of(outcome: bytes, *rest: bytes) -> Activation:
     """What ACTIVATE answers."""
     if outcome == b"fenced":
-        return Activation("fenced", mark=text_of(rest[0]))
+        return Activation("fenced", selector_key=text_of(rest[0]))
     return Activation(text_of(outcome), stored=stored_of(*rest))  # type: ignore[arg-type]

@@ -10,23 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
-from ringfence.model.lease_store.codec.records import (
-    ACTIVE,
-    BEFORE_AGENT,
-    BOUND,
-    STATE_BYTES,
-    THUMBPRINT_BYTES,
-)
+from ringfence.model.lease_store.codec import MAX_LUA_ARGUMENTS, RECORDS_LUA
 from ringfence.model.lease_store.keys import (
     AHEAD_MS,
     ANEW,
-    BY_AGENT,
     DEADLINES,
     DUE,
-    ENDED,
-    LEASES,
     MINUTES,
-    SIGNERS,
     THUMBPRINT,
     Keys,
 )
@@ -48,117 +38,6 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 
-KEPT, KEPT_SHORT = 4, 5
-"""Begin a record that is taken apart as it is kept: a byte stands for who signed it, and after the second the
-thumbprint of the agent's key is left out, which stands with the agent's leases. Where no head comes before, the record
-is an active one, and the head follows from it. No reader sees them."""
-_MOST_SIGNERS = 255
-_MOST_AT_ONCE = 1000
-"""So many arguments a command takes in Lua; some thousand more do not fit on its stack."""
-
-# What is kept of leases. In a hash those that have not ended; the others by themselves: they are forgotten one by one.
-# `known`: head and record as they were written; without the record where something is gone that was left out of it.
-# `head_of`: status, seq, deadline in s, epoch or token. Who keeps one as ended (`keep_ended`) takes it from `leases`.
-_RECORDS = f"""
-local base = string.match(guard, '^.*:')
-local leases, ended = base .. '{LEASES}', base .. '{ENDED}'
-local signers, by_agent = base .. '{SIGNERS}', base .. '{BY_AGENT}'
-local by_number, numbers = {{}}, {{}}
-local function kept(id) return redis.call('HGET', leases, id) or redis.call('GET', ended .. id) end
-local function is_headless(text)
-    local first = string.byte(text, 1)
-    return first == {KEPT} or first == {KEPT_SHORT}
-end
-local function state_of(text, at)
-    local status, seq, a, b, c, d, flags = string.byte(text, at, at + {STATE_BYTES} - 1)
-    return status, seq, ((a * 256 + b) * 256 + c) * 256 + d, flags
-end
-local function agent_of(after)
-    return string.match(after, '^([^%z]*)', {STATE_BYTES + BEFORE_AGENT} + 1)
-end
-local function told(text)
-    if not text then return text end
-    local head, at
-    if is_headless(text) then
-        local _, seq, deadline_s = state_of(text, 3)
-        head, at = string.format('a%d %d', seq, deadline_s), 1
-    else
-        at = string.find(text, '\\n', 1, true) + 1
-        head = string.sub(text, 1, at - 2)
-    end
-    local how = string.byte(text, at)
-    if how ~= {KEPT} and how ~= {KEPT_SHORT} then return text end
-    local number, after = string.sub(text, at + 1, at + 1), string.sub(text, at + 2)
-    local signer = by_number[number] or redis.call('HGET', signers, number)
-    local thumbprint = ''
-    if how == {KEPT_SHORT} then thumbprint = redis.call('HGET', by_agent .. agent_of(after), '{THUMBPRINT}') end
-    if not signer or not thumbprint then return head .. '\\n' end
-    by_number[number] = signer
-    return head .. '\\n\\3' .. string.char(#signer) .. signer
-        .. string.sub(after, 1, {STATE_BYTES}) .. thumbprint .. string.sub(after, {STATE_BYTES} + 1)
-end
-local function known(id) return told(kept(id)) end
-local function all_kept(ids)
-    local found = {{}}
-    for first = 1, #ids, {_MOST_AT_ONCE} do
-        local last = math.min(first + {_MOST_AT_ONCE - 1}, #ids)
-        for i, text in ipairs(redis.call('HMGET', leases, unpack(ids, first, last))) do
-            found[first + i - 1] = text or redis.call('GET', ended .. ids[first + i - 1])
-        end
-    end
-    return found
-end
-local function head_in(text)
-    if not text then return end
-    if is_headless(text) then
-        local _, seq, deadline_s = state_of(text, 3)
-        return 'a', seq, deadline_s, ''
-    end
-    return string.match(text, '^(%a)(%d+) (%d+) ?([^\\n]*)\\n')
-end
-local function head_of(id) return head_in(kept(id)) end
-local function number_of(signer)
-    local number = numbers[signer] or redis.call('HGET', signers, signer)
-    if not number then
-        -- Where some were taken away, none of the numbers that are left is given to another.
-        local free = math.floor(redis.call('HLEN', signers) / 2) + 1
-        while free <= {_MOST_SIGNERS} and redis.call('HEXISTS', signers, string.char(free)) == 1 do free = free + 1 end
-        if free > {_MOST_SIGNERS} then return end
-        number = string.char(free)
-        redis.call('HSET', signers, signer, number, number, signer)
-    end
-    numbers[signer] = number
-    return number
-end
-local function slim(head, record)
-    if string.byte(record, 1) ~= 3 then return head .. '\\n' .. record end
-    local size = string.byte(record, 2)
-    local number, after = number_of(string.sub(record, 3, 2 + size)), string.sub(record, 3 + size)
-    if not number then return head .. '\\n' .. record end
-    return head .. '\\n' .. string.char({KEPT}) .. number .. after, number, after
-end
-local function slimmest(head, record)
-    local text, number, after = slim(head, record)
-    if not number then return text end
-    local status, seq, deadline_s, flags = state_of(after, 1)
-    if status ~= {ACTIVE} or head ~= string.format('a%d %d', seq, deadline_s) then return text end
-    if bit.band(flags, {BOUND}) ~= 0 then
-        local thumbprint = string.sub(after, {STATE_BYTES} + 1, {STATE_BYTES + THUMBPRINT_BYTES})
-        local short = string.sub(after, 1, {STATE_BYTES}) .. string.sub(after, {STATE_BYTES + THUMBPRINT_BYTES} + 1)
-        local key = by_agent .. agent_of(short)
-        redis.call('HSETNX', key, '{THUMBPRINT}', thumbprint)
-        if redis.call('HGET', key, '{THUMBPRINT}') == thumbprint then
-            return string.char({KEPT_SHORT}) .. number .. short
-        end
-    end
-    return string.char({KEPT}) .. number .. after
-end
-local function keep(id, head, record) redis.call('HSET', leases, id, slimmest(head, record)) end
-local function keep_ended(id, head, record, until_ms)
-    redis.call('SET', ended .. id, (slim(head, record)), 'PXAT', until_ms)
-end
-"""
-
 # Deadlines. What is due in a later minute waits in a set with all that is: an id there weighs a quarter of what it does
 # with a deadline of its own. `open` takes some to the deadlines, of the minutes that have nearly come. What goes from
 # one place to another is in the new one first: while a cluster moves a slot key by key, a script breaks off at a key
@@ -176,7 +55,9 @@ local function await(id, deadline)
     end
 end
 local function in_parts(all, call)
-    for first = 1, #all, {_MOST_AT_ONCE} do call(unpack(all, first, math.min(first + {_MOST_AT_ONCE - 1}, #all))) end
+    for first = 1, #all, {MAX_LUA_ARGUMENTS} do
+        call(unpack(all, first, math.min(first + {MAX_LUA_ARGUMENTS - 1}, #all)))
+    end
 end
 local function forget(ids, deadlines_s)
     if redis.call('ZREM', deadlines, unpack(ids)) == #ids then return end
@@ -252,15 +133,15 @@ return now
 """
 
 
-def fencing(fences: str, marks: Mapping[str, int], keep_ms: int) -> list[Command]:
+def fencing(fences: str, selector_keys: Mapping[str, int], keep_ms: int) -> list[Command]:
     """What puts fences (mark: `issued_before` in ms) into a shard, even where Redis is full. It answers when, in ms.
 
     Those that can cover nothing more, `keep_ms` older than the newest, go. Each command takes some: after a week there
     are as many fences as tasks were ended.
     """
-    newest_ms = max(marks.values(), default=0)
-    scored = [(before_ms, mark) for mark, before_ms in marks.items()]
-    parts = [scored[start : start + _MOST_AT_ONCE] for start in range(0, len(scored), _MOST_AT_ONCE)]
+    newest_ms = max(selector_keys.values(), default=0)
+    scored = [(before_ms, selector_key) for selector_key, before_ms in selector_keys.items()]
+    parts = [scored[start : start + MAX_LUA_ARGUMENTS] for start in range(0, len(scored), MAX_LUA_ARGUMENTS)]
     return [
         ("EVAL", _FENCE, 1, fences, newest_ms, keep_ms, *(one for pair in part for one in pair))
         for part in parts
@@ -285,11 +166,11 @@ end
 # ARGV: id, deadline, requested at, head of the record, record, outbox field, least time left, token, time to mint,
 #       agent, mark...
 _PREPARE = (
-    _RECORDS
+    RECORDS_LUA
     + _INDEXES
     + _FORBIDDEN
     + """
-local known = known(ARGV[1])
+local known = record_of(ARGV[1])
 local head, token, signed = string.match(known or '', '^(m%d+ %d+) (%S+)\\n(.*)')
 if known and (not head or token == '!' and ARGV[8] ~= token) then return {'known', known} end
 local no = forbidden(KEYS[4])
@@ -297,10 +178,10 @@ if no then return no end
 redis.call('ZADD', KEYS[1], now + ARGV[9], ARGV[1])
 if known then
     head = head .. ' ' .. ARGV[8]
-    keep(ARGV[1], head, signed)
+    store(ARGV[1], head, signed)
     return {'prepared', head .. '\\n' .. signed}
 end
-keep(ARGV[1], ARGV[4] .. ' ' .. ARGV[8], ARGV[5])
+store(ARGV[1], ARGV[4] .. ' ' .. ARGV[8], ARGV[5])
 redis.call('HSET', KEYS[2], ARGV[6], ARGV[5])
 redis.call('ZADD', KEYS[3], now, ARGV[6])
 enter({unpack(KEYS, 5)}, ARGV[1], ARGV[10])
@@ -315,12 +196,12 @@ CLOSE = Script(_PREPARE, always=True)
 # ARGV: id, deadline, requested at, head of the record, record, outbox field, least time left,
 #       token that the `minting` record must bear, else '', seq of that, agent, mark...
 ACTIVATE = Script(
-    _RECORDS
+    RECORDS_LUA
     + _DEADLINES
     + _INDEXES
     + _FORBIDDEN
     + """
-local known = known(ARGV[1])
+local known = record_of(ARGV[1])
 if ARGV[8] ~= '' then
     if known == ARGV[4] .. '\\n' .. ARGV[5] then return {'activated'} end
     if not known then return {'lost'} end
@@ -331,7 +212,7 @@ elseif known then
 end
 local no = forbidden(KEYS[5])
 if no then return no end
-keep(ARGV[1], ARGV[4], ARGV[5])
+store(ARGV[1], ARGV[4], ARGV[5])
 redis.call('SET', KEYS[1], '', 'PXAT', ARGV[2])
 await(ARGV[1], tonumber(ARGV[2]))
 redis.call('ZREM', KEYS[2], ARGV[1])
@@ -357,7 +238,7 @@ RECOUNT = Script(_USE_GRANT, always=True)
 
 # KEYS: live, fences. ARGV: id, mark...
 LOOK = Script(
-    _RECORDS
+    RECORDS_LUA
     + """
 local before, marks = -1, {unpack(ARGV, 2)}
 if #marks > 0 then
@@ -365,16 +246,16 @@ if #marks > 0 then
         if at then before = math.max(before, tonumber(at)) end
     end
 end
-return {now, known(ARGV[1]), redis.call('EXISTS', KEYS[1]), before}
+return {now, record_of(ARGV[1]), redis.call('EXISTS', KEYS[1]), before}
 """
 )
 
 # The records of leases. KEYS: none. ARGV: id...
 GET = Script(
-    _RECORDS
+    RECORDS_LUA
     + """
 local found = {}
-for i, id in ipairs(ARGV) do found[i] = known(id) end
+for i, id in ipairs(ARGV) do found[i] = record_of(id) end
 return found
 """
 )
@@ -382,7 +263,7 @@ return found
 # KEYS: epoch, which is not looked at here, live, claimed. ARGV: id.
 _HELD = f"""
 local guard, id = KEYS[1], ARGV[1]
-{_RECORDS}{_DEADLINES}
+{RECORDS_LUA}{_DEADLINES}
 local _, _, deadline_s = head_of(id)
 local due_at = redis.call('ZSCORE', deadlines, id)
 local minute = deadline_s and math.floor(deadline_s / 60)
@@ -391,15 +272,15 @@ if not due_at and minute and redis.call('SISMEMBER', due .. minute, id) == 1 the
     local open_at = redis.call('ZSCORE', minutes, minute)
     if open_at and tonumber(open_at) <= minute * 60000 - {AHEAD_MS} then due_at = deadline_s * 1000 end
 end
-return {{known(id), redis.call('PEXPIRETIME', KEYS[2]), tonumber(due_at or 0), redis.call('ZSCORE', KEYS[3], id),
+return {{record_of(id), redis.call('PEXPIRETIME', KEYS[2]), tonumber(due_at or 0), redis.call('ZSCORE', KEYS[3], id),
     redis.call('PEXPIRETIME', ended .. id)}}
 """
 # The records of leases. KEYS: epoch, which is not looked at here. ARGV: id...
-_TOLD = f"""
+_RECORDS_OF = f"""
 local guard = KEYS[1]
-{_RECORDS}
+{RECORDS_LUA}
 local found = {{}}
-for i, id in ipairs(ARGV) do found[i] = known(id) end
+for i, id in ipairs(ARGV) do found[i] = record_of(id) end
 return found
 """
 # KEYS: the agents of a mark, the leases of an agent. ARGV: the agent.
@@ -424,9 +305,9 @@ def held(at: Keys, id: bytes) -> Command:
     return ("EVAL", _HELD, 3, at.epoch, at.live(id), at.claimed, id)
 
 
-def told(at: Keys, ids: Sequence[bytes]) -> Command:
-    """What tells the records of leases of a shard, whoever uses Redis now."""
-    return ("EVAL", _TOLD, 1, at.epoch, *ids)
+def records_of(at: Keys, ids: Sequence[bytes]) -> Command:
+    """A command for the records of leases of a shard, whoever uses Redis now."""
+    return ("EVAL", _RECORDS_OF, 1, at.epoch, *ids)
 
 
 def counted_with(at: Keys, mark_key: bytes, agent: bytes) -> Command:
@@ -448,7 +329,7 @@ def all_ids(at: Keys) -> Command:
 
 # KEYS: deadlines, claimed, minutes. ARGV: limit, visibility.
 CLAIM = Script(
-    _RECORDS
+    RECORDS_LUA
     + _DEADLINES
     + """
 local limit, visible = tonumber(ARGV[1]), now + ARGV[2]
@@ -459,9 +340,9 @@ if #ids < limit then
     for _, id in ipairs(due_now) do ids[#ids + 1] = id end
 end
 local claimed, found = {}, {}
-for i, text in ipairs(all_kept(ids)) do
+for i, text in ipairs(all_stored(ids)) do
     claimed[2 * i - 1], claimed[2 * i] = visible, ids[i]
-    found[2 * i - 1], found[2 * i] = ids[i], told(text)
+    found[2 * i - 1], found[2 * i] = ids[i], whole(text)
 end
 in_parts(claimed, function(...) redis.call('ZADD', KEYS[2], ...) end)
 in_parts(due_now, function(...) redis.call('ZREM', KEYS[1], ...) end)
@@ -498,7 +379,7 @@ return {}
 #       (id, status, seq and epoch of the record that is expected there, head of the record, record, outbox field,
 #       deadline, agent and two marks if terminal, else '' and nothing more)...
 TRANSITION = Script(
-    _RECORDS
+    RECORDS_LUA
     + _DEADLINES
     + _INDEXES
     + """
@@ -507,8 +388,8 @@ while i <= #ARGV do
     ids[#ids + 1] = ARGV[i]
     i = i + (ARGV[i + 5] == '' and 6 or 9)
 end
-local now_kept = {}
-for n, text in ipairs(all_kept(ids)) do now_kept[ids[n]] = text end
+local stored_now = {}
+for n, text in ipairs(all_stored(ids)) do stored_now[ids[n]] = text end
 local answers, done, due_s, over, claimed, live = {}, {}, {}, {}, {}, {}
 local records, times, moved, left = {}, {}, {}, {}
 local only_due, due_at = ARGV[6] == 'due', {}
@@ -516,7 +397,7 @@ if only_due then due_at = redis.call('ZMSCORE', deadlines, unpack(ids)) end
 i = 7
 for n, id in ipairs(ids) do
     local deadline = ARGV[i + 5]
-    local status, seq, deadline_s, epoch = head_in(now_kept[id])
+    local status, seq, deadline_s, epoch = head_in(stored_now[id])
     if status == 'm' then epoch = '' end
     if not status then
         answers[n] = {'unknown'}
@@ -527,19 +408,19 @@ for n, id in ipairs(ids) do
         answers[n] = {'undue'}
     else
         answers[n] = {'done'}
-        now_kept[id] = ARGV[i + 2] .. '\\n'
+        stored_now[id] = ARGV[i + 2] .. '\\n'
         done[#done + 1] = id
         due_s[#done] = deadline_s
         live[#live + 1] = ARGV[1] .. id
         if deadline ~= '' then
             over[#over + 1] = id
-            keep_ended(id, ARGV[i + 2], ARGV[i + 3], math.max(now, tonumber(deadline)) + ARGV[5])
+            store_ended(id, ARGV[i + 2], ARGV[i + 3], math.max(now, tonumber(deadline)) + ARGV[5])
             local agent, a, b = ARGV[i + 6], ARGV[i + 7], ARGV[i + 8]
             local together = agent .. ' ' .. a .. ' ' .. b
             left[together] = left[together] or {{ARGV[2] .. agent, ARGV[3] .. a, ARGV[3] .. b}, {}, agent}
             table.insert(left[together][2], id)
         else
-            keep(id, ARGV[i + 2], ARGV[i + 3])
+            store(id, ARGV[i + 2], ARGV[i + 3])
             claimed[#claimed + 1] = now + ARGV[4]
             claimed[#claimed + 1] = id
         end
@@ -563,7 +444,7 @@ if #done > 0 then
     redis.call('ZADD', KEYS[3], unpack(times))
 end
 for n, id in ipairs(ids) do
-    if answers[n][1] == 'moved' then answers[n][2] = known(id) end
+    if answers[n][1] == 'moved' then answers[n][2] = record_of(id) end
 end
 return answers
 """,
@@ -572,7 +453,7 @@ return answers
 
 # The seq of each lease that Redis holds, 0 for none. KEYS: none. ARGV: id...
 SEQS = Script(
-    _RECORDS
+    RECORDS_LUA
     + """
 local held = {}
 for i, id in ipairs(ARGV) do
@@ -650,7 +531,7 @@ return {}
 # The seq of each lease that Redis holds, 0 for none, a blank, and the epoch of its record, if any. KEYS: none.
 # ARGV: how long the claim lasts, id...
 COMPARE = Script(
-    _RECORDS
+    RECORDS_LUA
     + """
 redis.call('PEXPIRE', guard, ARGV[1])
 local held = {}
@@ -669,7 +550,7 @@ return held
 #       when a claimed one is due, from now, the seq from which on what is there stays as it is, agent,
 #       how it is claimed (`NX`: who has it keeps it, else `CH`)
 RESTORE = Script(
-    _RECORDS
+    RECORDS_LUA
     + _DEADLINES
     + _INDEXES
     + """
@@ -684,13 +565,13 @@ local deadline = tonumber(ARGV[4])
 if ARGV[3] ~= 'active' then redis.call('DEL', KEYS[1]) end
 forget({id}, {deadline / 1000})
 if ARGV[7] ~= '' then
-    keep_ended(id, ARGV[5], ARGV[6], deadline + ARGV[7])
+    store_ended(id, ARGV[5], ARGV[6], deadline + ARGV[7])
     redis.call('HDEL', leases, id)
     redis.call('ZREM', KEYS[2], id)
     leave({unpack(KEYS, 5)}, {id}, ARGV[10])
     return 1
 end
-keep(id, ARGV[5], ARGV[6])
+store(id, ARGV[5], ARGV[6])
 redis.call('DEL', ended .. id)
 enter({unpack(KEYS, 5)}, id, ARGV[10])
 if ARGV[3] == 'active' then

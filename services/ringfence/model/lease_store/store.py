@@ -12,7 +12,7 @@ from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
-from ringfence.model.lease_store.codec.records import expanded
+from ringfence.model.lease_store.codec import unpack
 from ringfence.model.lease_store.connection import WHO, LostError, server_id
 from ringfence.model.lease_store.keys import (
     CLOSING_TOKEN,
@@ -22,8 +22,8 @@ from ringfence.model.lease_store.keys import (
     Keys,
     lease_of_field,
     outbox_field,
-    packed,
-    unpacked,
+    uuid_bytes,
+    uuid_text,
 )
 from ringfence.model.lease_store.script_args import (
     AT_A_TIME,
@@ -81,7 +81,7 @@ from ringfence.model.lease_store.types import (
     Stepped,
     StoredLease,
 )
-from ringfence.model.leases.lifecycle import ALL_LEASES, cut_mark, selector_keys
+from ringfence.model.leases.lifecycle import ALL_LEASES, cut_key, selector_keys
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class LeaseStore(Shards):
         return [preparation_of(*answer) for answer in await self._run(calls, full=FULL)]
 
     def _prepare(self, lease: SignedLease, token: str, mint_ms: int) -> ShardCall:
-        claims, at, id = lease.claims, self.at(lease.claims.lease_id), packed(lease.claims.lease_id)
+        claims, at, id = lease.claims, self.at(lease.claims.lease_id), uuid_bytes(lease.claims.lease_id)
         return ShardCall(
             CLOSE if token == CLOSING_TOKEN else PREPARE,
             at,
@@ -195,7 +195,7 @@ class LeaseStore(Shards):
         return [activation_of(*answer) for answer in await self._run(calls, full=FULL)]
 
     def _activate(self, lease: SignedLease, token: str | None) -> ShardCall:
-        claims, at, id = lease.claims, self.at(lease.claims.lease_id), packed(lease.claims.lease_id)
+        claims, at, id = lease.claims, self.at(lease.claims.lease_id), uuid_bytes(lease.claims.lease_id)
         return ShardCall(
             ACTIVATE,
             at,
@@ -294,7 +294,7 @@ class LeaseStore(Shards):
         found = []
         for at, (now_ms, next_ms, flat) in zip(wanted, await self._run(calls), strict=True):
             pairs = zip(flat[::2], flat[1::2], strict=True)
-            leases = {unpacked(id): stored_of(record) for id, record in pairs}
+            leases = {uuid_text(id): stored_of(record) for id, record in pairs}
             found.append(Claimed(at.shard, now_ms, next_ms, leases))
         return found
 
@@ -307,13 +307,13 @@ class LeaseStore(Shards):
         """Leases of a shard that are due within so long, at most `AHEAD_MS`, by deadline, at most `limit`."""
         at = self.keys[shard]
         (ids,) = await self._run([ShardCall(DUE_SOON, at, (at.deadlines,), (within_ms, limit))])
-        return list(map(unpacked, ids))
+        return list(map(uuid_text, ids))
 
     async def postpone(self, delays_ms: Mapping[str, int]) -> None:
         """Leave claimed leases alone for so long, each from now on; what is not claimed any more stays as it is."""
         by_shard: dict[Keys, list[Argument]] = {}
         for id, delay_ms in delays_ms.items():
-            by_shard.setdefault(self.at(id), []).extend((packed(id), delay_ms))
+            by_shard.setdefault(self.at(id), []).extend((uuid_bytes(id), delay_ms))
         await self._run(
             [ShardCall(POSTPONE, at, (at.claimed,), tuple(args)) for at, args in by_shard.items()]
         )
@@ -379,7 +379,7 @@ class LeaseStore(Shards):
             ShardCall(STALE, at, (at.outbox, at.outbox_times), (older_than_ms, limit)) for at in self.keys
         ]
         return [
-            Outgoing(*lease_of_field(field), expanded(record))
+            Outgoing(*lease_of_field(field), unpack(record))
             for flat in await self._run(calls)
             for field, record in zip(flat[::2], flat[1::2], strict=True)
         ]
@@ -391,7 +391,7 @@ class LeaseStore(Shards):
         by_shard = self._by_shard(lease_ids)
         answers = await self._run(
             [
-                ShardCall(SEQS, at, (), tuple(packed(lease_ids[n]) for n in numbers))
+                ShardCall(SEQS, at, (), tuple(uuid_bytes(lease_ids[n]) for n in numbers))
                 for at, numbers in by_shard.items()
             ]
         )
@@ -430,7 +430,7 @@ class LeaseStore(Shards):
 
     # --- fences and selectors ---
 
-    async def fence(self, marks: Mapping[str, int], *, cut: bool = False) -> int:
+    async def fence(self, selector_keys: Mapping[str, int], *, cut: bool = False) -> int:
         """From the return of this on, nothing is activated that bears one of the marks and was requested by its time.
 
         With `cut`, nothing that there is counts as active either: `look` says so before a revoker has found it. Returns
@@ -439,9 +439,9 @@ class LeaseStore(Shards):
         Args:
             marks: with the times, in ms, up to which requests are covered.
         """  # fmt: skip
-        fences = dict(marks)
+        fences = dict(selector_keys)
         if cut:
-            fences |= {cut_mark(mark): before_ms for mark, before_ms in marks.items()}
+            fences |= {cut_key(selector_key): before_ms for selector_key, before_ms in selector_keys.items()}
         commands = [one for at in self.keys for one in fencing(at.fences, fences, FENCE_KEEP_MS)]
         return max(await self._guarded(commands, self.keys), default=0)
 
@@ -456,10 +456,10 @@ class LeaseStore(Shards):
 
     # --- asking ---
 
-    async def look(self, lease_id: str, marks: Iterable[str] = ()) -> Looked:
+    async def look(self, lease_id: str, selector_keys: Iterable[str] = ()) -> Looked:
         """One lease and Redis's time, in one round trip; and up to when selectors have cut what bears these marks."""
-        at, id = self.at(lease_id), packed(lease_id)
-        call = ShardCall(LOOK, at, (at.live(id), at.fences), (id, *map(cut_mark, marks)))
+        at, id = self.at(lease_id), uuid_bytes(lease_id)
+        call = ShardCall(LOOK, at, (at.live(id), at.fences), (id, *map(cut_key, selector_keys)))
         ((now_ms, record, live, before_ms),) = await self._run([call])
         return Looked(now_ms, stored_of(record), bool(live), before_ms)
 
@@ -472,17 +472,20 @@ class LeaseStore(Shards):
             for start in range(0, len(numbers), AT_A_TIME)
         ]
         answers = await self._run(
-            [ShardCall(GET, at, (), tuple(packed(lease_ids[n]) for n in numbers)) for at, numbers in parts]
+            [
+                ShardCall(GET, at, (), tuple(uuid_bytes(lease_ids[n]) for n in numbers))
+                for at, numbers in parts
+            ]
         )
         records = {
             n: record
             for (_, numbers), some in zip(parts, answers, strict=True)
             for n, record in zip(numbers, some, strict=True)
         }
-        return {id: StoredLease.unpack(record) for n, id in enumerate(lease_ids) if (record := records[n])}
+        return {id: StoredLease.parse(record) for n, id in enumerate(lease_ids) if (record := records[n])}
 
     async def find(
-        self, mark: str, *, agent_id: str | None = None, holders: Collection[str] | None = ()
+        self, selector_key: str, *, agent_id: str | None = None, holders: Collection[str] | None = ()
     ) -> list[str]:
         """The ids of all leases, in any shard, that match a selector key and have not ended; maybe some others as well.
 
@@ -494,7 +497,7 @@ class LeaseStore(Shards):
             holders: the agents that hold delegated parts, whose leases may match too. None: nobody knows which, and all
                 leases are found.
         """  # fmt: skip
-        agents = await self._agents(mark, agent_id) if holders is not None else None
+        agents = await self._agents(selector_key, agent_id) if holders is not None else None
         if agents is not None and holders:
             agents = [list(dict.fromkeys([*some, *holders])) for some in agents]
         commands: list[Command] = []
@@ -504,29 +507,32 @@ class LeaseStore(Shards):
             else:
                 commands += [("HKEYS", at.index(one)) for one in agents[n]]
         answers = await self._guarded(commands, self.keys)
-        return list(dict.fromkeys(unpacked(id) for ids in answers for id in ids if len(id) == ID_BYTES))
+        return list(dict.fromkeys(uuid_text(id) for ids in answers for id in ids if len(id) == ID_BYTES))
 
-    async def _agents(self, mark: str, agent_id: str | None) -> list[list[str]] | None:
+    async def _agents(self, selector_key: str, agent_id: str | None) -> list[list[str]] | None:
         """Of each shard: the agents that have leases with a mark there. None where that would be all."""
-        kind, _, id = mark.partition(":")
+        kind, _, id = selector_key.partition(":")
         if kind == "agent":
             agent_id = id
         if agent_id is not None:
             return [[agent_id]] * len(self.keys)
         if kind in ("task", "target", ALL_LEASES):
             return None
-        answers = await self._guarded([("HKEYS", at.agents(mark)) for at in self.keys], self.keys)
+        answers = await self._guarded([("HKEYS", at.agents(selector_key)) for at in self.keys], self.keys)
         return [list(map(text_of, agents)) for agents in answers]
 
-    async def count(self, marks: Sequence[str]) -> dict[str, int]:
+    async def count(self, selector_keys: Sequence[str]) -> dict[str, int]:
         """How many leases of each of these agents and sponsors have not ended."""
         commands: list[Command] = []
-        for mark in marks:
-            kind, _, id = mark.partition(":")
+        for selector_key in selector_keys:
+            kind, _, id = selector_key.partition(":")
             commands += [
-                counted(at, id) if kind == "agent" else ("HVALS", at.agents(mark)) for at in self.keys
+                counted(at, id) if kind == "agent" else ("HVALS", at.agents(selector_key)) for at in self.keys
             ]
         answers = await self._guarded(commands, self.keys)
         counts = [found if isinstance(found, int) else sum(map(int, found)) for found in answers]
         size = len(self.keys)
-        return {mark: sum(counts[i * size : (i + 1) * size]) for i, mark in enumerate(marks)}
+        return {
+            selector_key: sum(counts[i * size : (i + 1) * size])
+            for i, selector_key in enumerate(selector_keys)
+        }

@@ -16,7 +16,7 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import REVOCATION_REQUEST
-from ringfence.model.lease_store.codec.records import expanded, unverified_names
+from ringfence.model.lease_store.codec import unpack, unverified_names
 from ringfence.model.lease_store.connection import RedisConnection
 from ringfence.model.lease_store.keys import (
     AGENTS,
@@ -37,13 +37,13 @@ from ringfence.model.lease_store.keys import (
     Keys,
     is_outbox_field,
     lease_of_field,
-    packed,
     shard_of,
     shard_of_key,
-    unpacked,
+    uuid_bytes,
+    uuid_text,
 )
 from ringfence.model.lease_store.script_args import place_of_text
-from ringfence.model.lease_store.scripts import Command, counted_with, told
+from ringfence.model.lease_store.scripts import Command, counted_with, records_of
 from ringfence.model.lease_store.types import StoredLease
 from ringfence.model.leases.lifecycle import statement
 
@@ -238,10 +238,10 @@ class Survey:
         fields = [field for field in waiting if is_outbox_field(field)]
         if not fields:
             return set()
-        (stored,) = await self._link.pipeline([told(at, [field[:ID_BYTES] for field in fields])])
+        (stored,) = await self._link.pipeline([records_of(at, [field[:ID_BYTES] for field in fields])])
         found = set()
         for field, kept in zip(fields, stored, strict=True):
-            now, record = StoredLease.unpack(kept) if kept else None, waiting[field]
+            now, record = StoredLease.parse(kept) if kept else None, waiting[field]
             if now is None or record is None or now.record == record or now.seq != lease_of_field(field)[1]:
                 continue
             # What a rebuild restated says the same in another epoch.
@@ -296,14 +296,14 @@ class Survey:
     async def _ended(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
         untils = await self._link.pipeline([("PTTL", key) for _, key, _ in found])
         for (at, key, id), left_ms in zip(found, untils, strict=True):
-            if not self._is_here(id, at) or unpacked(id) in self._alive:
+            if not self._is_here(id, at) or uuid_text(id) in self._alive:
                 yield _stray(at, key, b"", ("UNLINK", key))
                 continue
             if left_ms == -1:
                 # Of one that Redis need have, its record decides: that is put back with its end before.
-                yield Stray(unpacked(id), "mistimed", "an end", "none", (("PEXPIRE", key, DAY_MS),))
-            if left_ms != -2 and not self._knowledge.knows(unpacked(id)):
-                yield Stray(unpacked(id), "unknown", "", "ended")
+                yield Stray(uuid_text(id), "mistimed", "an end", "none", (("PEXPIRE", key, DAY_MS),))
+            if left_ms != -2 and not self._knowledge.knows(uuid_text(id)):
+                yield Stray(uuid_text(id), "unknown", "", "ended")
 
     async def _by_agent(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
         answers = await self._link.pipeline([("HKEYS", key) for _, key, _ in found])
@@ -312,7 +312,7 @@ class Survey:
                 id
                 for id in ids
                 if id != THUMBPRINT.encode()
-                and not (self._is_alive(id, at) and self._alive[unpacked(id)].agent_id == _text(agent))
+                and not (self._is_alive(id, at) and self._alive[uuid_text(id)].agent_id == _text(agent))
             ]
             is_empty = not set(ids) - set(others) - {THUMBPRINT.encode()}
             for id in others or ([THUMBPRINT.encode()] if ids and is_empty else []):
@@ -321,36 +321,36 @@ class Survey:
     async def _agents(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
         answers = await self._link.pipeline([("HKEYS", key) for _, key, _ in found])
         asked = [
-            (at, key, mark, agent)
-            for (at, key, mark), agents in zip(found, answers, strict=True)
+            (at, key, selector_key, agent)
+            for (at, key, selector_key), agents in zip(found, answers, strict=True)
             for agent in agents
         ]
         for start in range(0, len(asked), _AT_A_TIME):
             some = asked[start : start + _AT_A_TIME]
             # Both of one moment: leases come and go, and what is counted goes with what it counts.
             now = await self._link.pipeline([counted_with(at, key, agent) for at, key, _, agent in some])
-            for (at, key, mark, agent), (count, ids) in zip(some, now, strict=True):
-                wanted = await self._bearing(at, ids, _text(mark))
+            for (at, key, selector_key, agent), (count, ids) in zip(some, now, strict=True):
+                wanted = await self._bearing(at, ids, _text(selector_key))
                 if count is not None and count != b"%d" % wanted:
                     mend = ("HSET", key, agent, wanted) if wanted else ("HDEL", key, agent)
-                    about = f"{_text(agent)} of {_text(mark)} in shard {at.shard}"
+                    about = f"{_text(agent)} of {_text(selector_key)} in shard {at.shard}"
                     yield Stray(about, "miscounted", str(wanted), _text(count), (mend,))
 
-    async def _bearing(self, at: Keys, ids: Sequence[bytes], mark: str) -> int:
+    async def _bearing(self, at: Keys, ids: Sequence[bytes], selector_key: str) -> int:
         """How many of the leases of an agent bear a mark. Of those that came a moment ago Redis tells."""
         here = [id for id in ids if self._is_here(id, at)]
-        known = [one for id in here if (one := self._alive.get(unpacked(id))) is not None]
-        others = [id for id in here if unpacked(id) not in self._alive]
+        known = [one for id in here if (one := self._alive.get(uuid_text(id))) is not None]
+        others = [id for id in here if uuid_text(id) not in self._alive]
         for start in range(0, len(others), _AT_A_TIME):
-            (records,) = await self._link.pipeline([told(at, others[start : start + _AT_A_TIME])])
-            known += [Alive.of(StoredLease.unpack(one)) for one in records if one]
-        return sum(mark in one.wide for one in known)
+            (records,) = await self._link.pipeline([records_of(at, others[start : start + _AT_A_TIME])])
+            known += [Alive.of(StoredLease.parse(one)) for one in records if one]
+        return sum(selector_key in one.wide for one in known)
 
     async def _due(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
         answers = await self._link.pipeline([("SMEMBERS", key) for _, key, _ in found])
         for (at, key, minute), ids in zip(found, answers, strict=True):
             for id in ids:
-                lease = self._alive.get(unpacked(id)) if self._is_here(id, at) else None
+                lease = self._alive.get(uuid_text(id)) if self._is_here(id, at) else None
                 if lease is None or b"%d" % (lease.deadline_ms // 60_000) != minute:
                     yield _stray(at, key, id, ("SREM", key, id))
 
@@ -382,7 +382,7 @@ class Survey:
                 continue
             for id in ids:
                 # What was counted and then not issued stays counted: leases that Kafka does not know may be right.
-                named = len(id) == ID_BYTES and self._knowledge.names_grant(unpacked(id), _text(grant_id))
+                named = len(id) == ID_BYTES and self._knowledge.names_grant(uuid_text(id), _text(grant_id))
                 if named is False:
                     yield _stray(at, key, id, ("SREM", key, id))
             if ids and (left_ms == -1 or left_ms > GRANT_KEEP_MS + SLACK_MS):
@@ -409,15 +409,15 @@ class Survey:
 
     def _is_here(self, id: bytes, at: Keys) -> bool:
         """Whether this is the id of a lease of this shard."""
-        return len(id) == ID_BYTES and shard_of(unpacked(id), len(self._keys)) == at.shard
+        return len(id) == ID_BYTES and shard_of(uuid_text(id), len(self._keys)) == at.shard
 
     def _is_alive(self, id: bytes, at: Keys) -> bool:
-        return self._is_here(id, at) and unpacked(id) in self._alive
+        return self._is_here(id, at) and uuid_text(id) in self._alive
 
     def _belongs(self, id: str, at: Keys) -> bool:
         """Whether a derived id is one of this shard."""
         try:
-            return unpacked(packed(id)) == id and shard_of(id, len(self._keys)) == at.shard
+            return uuid_text(uuid_bytes(id)) == id and shard_of(id, len(self._keys)) == at.shard
         except ValueError:
             return False
 
@@ -425,7 +425,7 @@ class Survey:
 def _unverified(record: bytes) -> Lease | None:
     """The claims of a record as it stands in Redis, which nobody has verified: they are compared, not believed."""
     try:
-        return parse(expanded(record)).unverified_claims(Lease)
+        return parse(unpack(record)).unverified_claims(Lease)
     except InvalidMessageError:
         return None
 
@@ -439,13 +439,13 @@ def _about(at: Keys, key: str | bytes, member: bytes | str = b"") -> str:
     name = (key if isinstance(key, bytes) else key.encode()).partition(b"}:")[2]
     kind, colon, rest = name.partition(b":")
     if colon and len(rest) == ID_BYTES and kind + colon in (LIVE.encode(), ENDED.encode()):
-        name = kind + colon + unpacked(rest).encode()
+        name = kind + colon + uuid_text(rest).encode()
     raw = member if isinstance(member, bytes) else member.encode()
     if is_outbox_field(raw):
         lease_id, seq = lease_of_field(raw)
         inner = f"{lease_id}:{seq}"
     else:
-        inner = unpacked(raw) if len(raw) == ID_BYTES else _text(raw)
+        inner = uuid_text(raw) if len(raw) == ID_BYTES else _text(raw)
     return f"{inner + ' in ' if inner else ''}{_text(name)} in shard {at.shard}"
 
 

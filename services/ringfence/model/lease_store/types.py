@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ringfence.messages.lease import Lease, LeaseStatus
-from ringfence.model.lease_store.codec.records import condensed, expanded, unverified_names
+from ringfence.model.lease_store.codec import pack, unpack, unverified_names
 from ringfence.model.lease_store.scripts import Argument
 from ringfence.model.leases.lifecycle import ALL_LEASES
 
@@ -27,7 +27,7 @@ class SignedLease:
     @property
     def record(self) -> bytes:
         """The JWS as it stands in Redis."""
-        return condensed(self.jws)
+        return pack(self.jws)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,9 @@ class StoredLease:
     """The one that the record bears, if any."""
 
     @classmethod
-    def unpack(cls, packed: bytes) -> StoredLease:
-        head, _, record = packed.partition(b"\n")
+    def parse(cls, text: bytes) -> StoredLease:
+        """From head and packed record, as scripts return them."""
+        head, _, record = text.partition(b"\n")
         state, deadline_s, *more = head.decode("ascii").split(" ")
         status = _STATUSES[state[0]]
         epoch = more[0] if more and status != "minting" else None
@@ -53,13 +54,13 @@ class StoredLease:
     @property
     def jws(self) -> bytes:
         """The signed record."""
-        return expanded(self.record)
+        return unpack(self.record)
 
-    def may_match(self, mark: str) -> bool:
+    def may_match(self, selector_key: str) -> bool:
         """Whether the record says, verified or not, that the lease bears a mark. True where it says nothing at all."""
-        if mark == ALL_LEASES:
+        if selector_key == ALL_LEASES:
             return True
-        kind, _, id = mark.partition(":")
+        kind, _, id = selector_key.partition(":")
         names = unverified_names(self.record, kind)
         return names is None or id in names
 
@@ -70,26 +71,26 @@ class Preparation:
 
     `prepared`: mint it; where `stored` is set, somebody had prepared it before and that is the record that counts.
     `known`: the lease is past its minting, see `stored`. `fenced`: revoked before it was issued, by the fence on
-    `mark`. `late`: its deadline has come, or nearly. `full`: Redis has no room for it.
+    `selector_key`. `late`: its deadline has come, or nearly. `full`: Redis has no room for it.
     """
 
     outcome: Literal["prepared", "known", "fenced", "late", "full"]
     stored: StoredLease | None = None
-    mark: str | None = None
+    selector_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Activation:
     """What came of an activation.
 
-    `known`: the lease was there already, see `stored`. `fenced`: revoked before it was issued, by the fence on `mark`.
-    `late`: its deadline has come, or nearly. `lost`: of a lease that was prepared: somebody else has taken it over, or
-    a revoker has aborted it; nobody may be given its credential. `full`: Redis has no room for it.
+    `known`: the lease was there already, see `stored`. `fenced`: revoked before it was issued, by the fence on
+    `selector_key`. `late`: its deadline has come, or nearly. `lost`: of a lease that was prepared: somebody else has
+    taken it over, or a revoker has aborted it; nobody may be given its credential. `full`: Redis has no room for it.
     """
 
     outcome: Literal["activated", "known", "fenced", "late", "lost", "full"]
     stored: StoredLease | None = None
-    mark: str | None = None
+    selector_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,12 +155,12 @@ def is_over(lease: Lease) -> bool:
     return lease.status in TERMINAL
 
 
-def agent_mark(agent_id: str) -> str:
+def agent_selector_key(agent_id: str) -> str:
     """What all leases of an agent bear."""
     return f"agent:{agent_id}"
 
 
-def sponsor_mark(user_id: str) -> str:
+def sponsor_selector_key(user_id: str) -> str:
     """What all leases bear whose agent had this sponsor when they were issued."""
     return f"sponsor:{user_id}"
 
@@ -171,49 +171,53 @@ def selector_keys(lease: Lease) -> tuple[str, ...]:
     Those of the agents that handed its task on are among them: a fence on one of them, or on its task, stops the lease
     as well, in the same moment.
     """
-    return (*own_marks_of(lease), *marks_of_delegators(lease))
+    return (*own_selector_keys(lease), *delegator_selector_keys(lease))
 
 
-def own_marks_of(lease: Lease) -> tuple[str, ...]:
+def own_selector_keys(lease: Lease) -> tuple[str, ...]:
     """What the lease is found by in Redis."""
     return (
-        agent_mark(lease.agent_id),
+        agent_selector_key(lease.agent_id),
         f"task:{lease.task_id}",
         f"target:{lease.target_id}",
-        *wide_marks_of(lease),
+        *shared_selector_keys(lease),
     )
 
 
-def marks_of_delegators(lease: Lease) -> tuple[str, ...]:
+def delegator_selector_keys(lease: Lease) -> tuple[str, ...]:
     """Those of its marks that it bears as what came of other agents' tasks; each is found by the lease's own agent."""
     return tuple(
-        mark
+        selector_key
         for one in lease.delegators or ()
-        for mark in (agent_mark(one.agent_id), f"task:{one.task_id}", sponsor_mark(one.sponsor))
+        for selector_key in (
+            agent_selector_key(one.agent_id),
+            f"task:{one.task_id}",
+            sponsor_selector_key(one.sponsor),
+        )
     )
 
 
-def wide_marks_of(lease: Lease) -> tuple[str, ...]:
+def shared_selector_keys(lease: Lease) -> tuple[str, ...]:
     """Those of its marks that the leases of several agents bear, and that they are found by: sponsor and user."""
-    return (sponsor_mark(lease.sponsor), f"user:{lease.on_behalf_of}")
+    return (sponsor_selector_key(lease.sponsor), f"user:{lease.on_behalf_of}")
 
 
-def matches(lease: Lease, mark: str) -> bool:
+def matches(lease: Lease, selector_key: str) -> bool:
     """Whether the lease bears a mark."""
-    return mark == ALL_LEASES or mark in selector_keys(lease)
+    return selector_key == ALL_LEASES or selector_key in selector_keys(lease)
 
 
-def is_cut_mark(mark: str) -> bool:
+def is_cut_key(selector_key: str) -> bool:
     """Whether a fence is one of those that cut."""
-    return mark.startswith("cut:")
+    return selector_key.startswith("cut:")
 
 
-def cut_mark(mark: str) -> str:
+def cut_key(selector_key: str) -> str:
     """The fence of a selector alone: what it covers is not only not issued any more, it is cut, found or not."""
-    return f"cut:{mark}"
+    return f"cut:{selector_key}"
 
 
-def mark_of(selector: Selector) -> str:
+def selector_key_of(selector: Selector) -> str:
     """The mark that all leases bear which the selector is about."""
     named = {
         "agent": selector.agent_id,

@@ -37,7 +37,7 @@ BY_SERVICES: frozenset[EndKind] = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class Revocation:
     """A revocation of which the signature holds, and where it stands."""
 
     signed: Signed[RevocationRequest]
@@ -65,7 +65,7 @@ class Order:
         )
 
 
-def objection(order: Order, lease: Lease | None, directory: Directory) -> Reason | None:
+def objection(order: Revocation, lease: Lease | None, directory: Directory) -> Reason | None:
     """Why an order is not followed, or None. `lease` is the one that it names, where Redis knows it."""
     claims = order.claims
     agent_id = subject_of(claims.aud, claims.iss, "agent")
@@ -137,7 +137,7 @@ def agent_of_task(task_id: str, directory: Directory) -> str | None:
     return task.state.agent_id if task is not None else None
 
 
-def open_order(record: Received, directory: Directory, trust: TrustStore) -> Order:
+def verify_revocation(record: Received, directory: Directory, trust: TrustStore) -> Revocation:
     """A revocation with the signature of somebody who may have a say. Raises InvalidMessageError.
 
     After the end of the trust bundle a service still has its say: behind an order of one that waits for the next bundle
@@ -157,4 +157,4 @@ def open_order(record: Received, directory: Directory, trust: TrustStore) -> Ord
             return None
 
     signed = verify(jws, RevocationRequest, find, audience=trust.trust_domain)
-    return Order(signed, record.coordinates, record.traceparent)
+    return Revocation(signed, record.coordinates, record.traceparent)

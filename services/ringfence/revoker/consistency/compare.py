@@ -31,7 +31,7 @@ from ringfence.model.lease_store import (
     uses_of,
 )
 from ringfence.model.leases.epochs import number_of
-from ringfence.model.leases.lifecycle import is_cut_mark, is_over, own_marks_of, statement
+from ringfence.model.leases.lifecycle import is_cut_key, is_over, own_selector_keys, statement
 from ringfence.model.leases.unverified import summarise
 from ringfence.model.records.directory import TABLES, Directory
 from ringfence.revoker.consistency.kafka_view import (
@@ -132,18 +132,20 @@ class Checker:
         alive: dict[str, Alive] = {}
         for start in range(0, len(wanted), _AT_A_TIME):
             some = wanted[start : start + _AT_A_TIME]
-            marks = {id: _marks(records[id].jws) if id in records else () for id in some}
-            found = await restoration.held(marks)
+            selector_keys = {id: _selector_keys(records[id].jws) if id in records else () for id in some}
+            found = await restoration.held(selector_keys)
             # Of what Kafka does not know, or not yet, Redis's own record says by what it should be found.
             alone = {
-                id: _marks(held.stored.jws) for id, held in found.items() if id not in records and held.stored
+                id: _selector_keys(held.stored.jws)
+                for id, held in found.items()
+                if id not in records and held.stored
             }
-            marks |= alone
+            selector_keys |= alone
             for id, held in (found | await restoration.held(alone)).items():
                 if held.stored is not None and held.stored.status not in TERMINAL:
                     alive[id] = Alive.of(held.stored)
                 for one in _differences(
-                    id, records.get(id), held, marks[id], waiting, now_ms, self._record_keep_ms
+                    id, records.get(id), held, selector_keys[id], waiting, now_ms, self._record_keep_ms
                 ):
                     yield one
         async for one in self._uncounted(restoration, records, now_ms):
@@ -153,16 +155,14 @@ class Checker:
             yield LeaseDifference(stray.about, stray.what, stray.wanted, stray.found)
         fences = revocations.fences(now_ms - FENCE_KEEP_MS)
         for shard, known in enumerate(await restoration.fences()):
-            for mark, before_ms in fences.items():
-                if known.get(mark, 0) < before_ms:
-                    yield LeaseDifference(
-                        f"{mark} in shard {shard}", "unfenced", str(before_ms), str(known.get(mark, ""))
-                    )
-            for mark, before_ms in known.items():
-                if not _is_rightly_fenced(mark, before_ms, fences.get(mark, 0), revocations, now_ms):
-                    yield LeaseDifference(
-                        f"{mark} in shard {shard}", "overfenced", str(fences.get(mark, "")), str(before_ms)
-                    )
+            for key, before_ms in fences.items():
+                if known.get(key, 0) < before_ms:
+                    about = f"{key} in shard {shard}"
+                    yield LeaseDifference(about, "unfenced", str(before_ms), str(known.get(key, "")))
+            for key, before_ms in known.items():
+                if not _is_rightly_fenced(key, before_ms, fences.get(key, 0), revocations, now_ms):
+                    about = f"{key} in shard {shard}"
+                    yield LeaseDifference(about, "overfenced", str(fences.get(key, "")), str(before_ms))
         # Kafka may keep orders for longer than they are remembered.
         since_ms = now_ms - SELECTOR_KEEP_MS + SLACK_MS
         first = {
@@ -217,7 +217,7 @@ def _differences(
     id: str,
     record: HighestRecord | None,
     held: Held,
-    marks: Sequence[str],
+    selector_keys: Sequence[str],
     waiting: set[tuple[str, int]],
     now_ms: int,
     record_keep_ms: int,
@@ -228,7 +228,7 @@ def _differences(
         if stored is None or (id, stored.seq) not in waiting:
             yield LeaseDifference(id, "unknown", "", redis)
         if stored is not None:
-            yield from _ill_kept(id, "", held, marks, now_ms, record_keep_ms)
+            yield from _ill_kept(id, "", held, selector_keys, now_ms, record_keep_ms)
         return
     kafka = _record_text(record)
     if stored is None:
@@ -242,26 +242,26 @@ def _differences(
             yield LeaseDifference(id, "ahead", kafka, redis)
     elif stored.jws != record.jws and not _say_the_same(stored.jws, record.jws):
         yield LeaseDifference(id, "differs", kafka, redis)
-    yield from _ill_kept(id, kafka, held, marks, now_ms, record_keep_ms)
+    yield from _ill_kept(id, kafka, held, selector_keys, now_ms, record_keep_ms)
 
 
 def _ill_kept(
-    id: str, kafka: str, held: Held, marks: Sequence[str], now_ms: int, record_keep_ms: int
+    id: str, kafka: str, held: Held, selector_keys: Sequence[str], now_ms: int, record_keep_ms: int
 ) -> Iterator[LeaseDifference]:
     """What does not go with the record that Redis has of a lease."""
-    for place in _misplaced(held, marks, now_ms):
+    for place in _misplaced(held, selector_keys, now_ms):
         yield LeaseDifference(id, "misplaced", kafka, place)
     for when in _mistimed(held, now_ms, record_keep_ms):
         yield LeaseDifference(id, "mistimed", kafka, when)
 
 
-def _misplaced(held: Held, marks: Sequence[str], now_ms: int) -> Iterator[str]:
+def _misplaced(held: Held, selector_keys: Sequence[str], now_ms: int) -> Iterator[str]:
     """Where a lease is and should not be, or the other way round, going by the record that Redis has of it."""
     stored = held.stored
     assert stored is not None
     over = stored.status not in ("minting", "active", "ending")
     is_due, is_live = held.deadline_ms is not None, held.live_until_ms is not None
-    if over and (is_due or held.claimed or is_live or held.marks):
+    if over and (is_due or held.claimed or is_live or held.selector_keys):
         yield "ended, and still to be ended"
     elif not over and not (is_due or held.claimed):
         yield "no revoker will come to it"
@@ -269,8 +269,8 @@ def _misplaced(held: Held, marks: Sequence[str], now_ms: int) -> Iterator[str]:
         yield "due, and taken by somebody already"
     elif held.deadline_ms is not None and held.deadline_ms != stored.deadline_ms:
         yield "due at another time than its deadline"
-    if not over and held.marks != frozenset(marks):
-        yield "not found by: " + ", ".join(sorted(set(marks) - held.marks))
+    if not over and held.selector_keys != frozenset(selector_keys):
+        yield "not found by: " + ", ".join(sorted(set(selector_keys) - held.selector_keys))
     if stored.status == "active" and not is_live and stored.deadline_ms > now_ms:
         yield "active, and its credential is refused"
     if stored.status in ("minting", "ending") and is_live:
@@ -295,7 +295,7 @@ def _when(at_ms: int | None) -> str:
 
 
 def _is_rightly_fenced(
-    mark: str, before_ms: int, wanted_ms: int, revocations: Revocations, now_ms: int
+    selector_key: str, before_ms: int, wanted_ms: int, revocations: Revocations, now_ms: int
 ) -> bool:
     """Whether a fence stands for something that somebody revoked.
 
@@ -307,16 +307,16 @@ def _is_rightly_fenced(
     if before_ms > now_ms + _LATER_MS:
         return False
     was_kept = now_ms - before_ms < FENCE_KEEP_MS
-    return not (is_cut_mark(mark) and was_kept) or before_ms in revocations.claimed_at_ms
+    return not (is_cut_key(selector_key) and was_kept) or before_ms in revocations.claimed_at_ms
 
 
 def _coordinates_text(at: Coordinates) -> str:
     return f"{at.topic}/{at.partition}@{at.offset}"
 
 
-def _marks(jws: bytes) -> tuple[str, ...]:
+def _selector_keys(jws: bytes) -> tuple[str, ...]:
     try:
-        return own_marks_of(parse(jws).unverified_claims(Lease))  # compared, not believed
+        return own_selector_keys(parse(jws).unverified_claims(Lease))  # compared, not believed
     except InvalidMessageError:
         return ()
 

@@ -22,7 +22,7 @@ from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.verification import verify_lease
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.revoker.domain import Overtaken, derived_order, stale_basis
+from ringfence.revoker.domain import StaleBasis, derived_revocation, stale_basis
 from ringfence.revoker.mass_expiry import OwnRecordCache
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class IssuedLeaseRecheck:
             and summary.deadline > self._runtime.clock.now_ms() / 1000 - _LONG_AGO_S
         )
 
-    def _overtaken(self, records: Sequence[Received]) -> Iterator[tuple[Lease, Overtaken]]:
+    def _overtaken(self, records: Sequence[Received]) -> Iterator[tuple[Lease, StaleBasis]]:
         max_age_s = self._runtime.settings.entitlements_max_age_s
         for record in records:
             try:
@@ -103,8 +103,8 @@ class IssuedLeaseRecheck:
             except ChainError as error:
                 log.error("lease %s is not held against a record: %s", record.key, error)
 
-    async def _order(self, lease: Lease, why: Overtaken) -> Awaitable[object]:
-        order = derived_order(
+    async def _order(self, lease: Lease, why: StaleBasis) -> Awaitable[object]:
+        order = derived_revocation(
             why.kind,
             why.reason,
             by=self._runtime.key.id,

@@ -19,8 +19,8 @@ from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import LEASE, REVOCATION_REQUEST
 from ringfence.model.lease_store import Knowledge, SignedLease
 from ringfence.model.leases.epochs import Epochs
-from ringfence.model.leases.lifecycle import ALL_LEASES, cut_mark, is_covered, mark_of, selector_keys
-from ringfence.model.leases.revocations import Order, objection, open_order
+from ringfence.model.leases.lifecycle import ALL_LEASES, cut_key, is_covered, selector_key_of, selector_keys
+from ringfence.model.leases.revocations import Revocation, objection, verify_revocation
 from ringfence.model.leases.unverified import (
     may_have_selector,
     summarise,
@@ -116,9 +116,9 @@ class LeaseFold:
 class Revocations:
     """The selectors of those who may give them, each by its first record."""
 
-    def __init__(self, orders: Iterable[Order] = (), claimed: Iterable[tuple[str, int]] = ()) -> None:
+    def __init__(self, orders: Iterable[Revocation] = (), claimed: Iterable[tuple[str, int]] = ()) -> None:
         """`claimed`: id and append time, in ms, of all that claims to be a selector, nothing of it verified."""
-        self.orders: dict[str, Order] = {}
+        self.orders: dict[str, Revocation] = {}
         """By their ids."""
         claimed = list(claimed)
         self.claimed = frozenset(id for id, _ in claimed)
@@ -128,23 +128,25 @@ class Revocations:
             first = self.orders.get(order.id)
             if first is None or order.at.appended_at_ms < first.at.appended_at_ms:
                 self.orders[order.id] = order
-        self._by_mark: dict[str, list[Order]] = {}
+        self._by_mark: dict[str, list[Revocation]] = {}
         for order in sorted(self.orders.values(), key=lambda order: order.at.appended_at_ms):
             if order.claims.selector is not None:
-                self._by_mark.setdefault(mark_of(order.claims.selector), []).append(order)
+                self._by_mark.setdefault(selector_key_of(order.claims.selector), []).append(order)
 
     def fences(self, since_ms: int) -> dict[str, int]:
         """Marks by `issued_before` in ms, of the selectors that were first seen since a moment."""
-        last = {mark: orders[-1].at.appended_at_ms for mark, orders in self._by_mark.items()}
-        fences = {mark: before_ms for mark, before_ms in last.items() if before_ms >= since_ms}
-        return fences | {cut_mark(mark): before_ms for mark, before_ms in fences.items()}
+        last = {selector_key: orders[-1].at.appended_at_ms for selector_key, orders in self._by_mark.items()}
+        fences = {
+            selector_key: before_ms for selector_key, before_ms in last.items() if before_ms >= since_ms
+        }
+        return fences | {cut_key(selector_key): before_ms for selector_key, before_ms in fences.items()}
 
-    def covering(self, lease: Lease) -> Order | None:
+    def covering(self, lease: Lease) -> Revocation | None:
         """The order that ends a lease, the first of several, or None."""
         found = [
             order
-            for mark in (*selector_keys(lease), ALL_LEASES)
-            for order in self._by_mark.get(mark, ())
+            for selector_key in (*selector_keys(lease), ALL_LEASES)
+            for order in self._by_mark.get(selector_key, ())
             if is_covered(lease, order.at.appended_at_ms)
         ]
         return min(found, key=lambda order: order.at.appended_at_ms, default=None)
@@ -202,7 +204,7 @@ async def read_revocations(settings: ServiceSettings, directory: Directory, trus
         if (id := unverified_revocation_id(record.value)) is not None:
             claimed.append((id, record.appended_at_ms))
         try:
-            order = open_order(record, directory, trust)
+            order = verify_revocation(record, directory, trust)
         except InvalidMessageError:
             continue  # its handler buries it
         if order.claims.selector is not None and objection(order, None, directory) is None:

@@ -177,7 +177,7 @@ class Rebuilder:
         """Read `lease`, to a marker of this rebuild in each partition and beyond. Returns the epoch that it begins."""
         begun: list[str] = []
 
-        async def mark(follower: Follower) -> None:
+        async def write_markers(follower: Follower) -> None:
             partitions = await self._runtime.publisher.partitions(LEASE)
             for _ in range(_TRIES):
                 epoch = restoration.epoch(fold.epochs.highest() + 1)
@@ -191,7 +191,7 @@ class Rebuilder:
                     return
             raise UnavailableError("others begin to rebuild Redis at the same time")
 
-        await read_leases(self._settings, fold, mark)
+        await read_leases(self._settings, fold, write_markers)
         return begun[0]
 
     async def _mark(self, epoch: str, partition: int) -> Awaitable[object]:

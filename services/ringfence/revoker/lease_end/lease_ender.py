@@ -30,7 +30,7 @@ from ringfence.model.lease_store import (
     Step,
     Stepped,
     StoredLease,
-    expanded,
+    unpack,
 )
 from ringfence.model.leases.lifecycle import follow, is_over, matches, restated
 from ringfence.model.leases.tracing import work_on
@@ -112,7 +112,7 @@ class LeaseEnder:
 
     def verify(self, record: bytes) -> Lease:
         """The claims of a record in Redis's form, signed by an issuer or a revoker. Raises InvalidMessageError."""
-        return verify_lease(expanded(record), self._runtime.trust, self._runtime.clock)
+        return verify_lease(unpack(record), self._runtime.trust, self._runtime.clock)
 
     async def find(
         self,

@@ -24,7 +24,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.lease import RevocationAck
 from ringfence.messages.operations import Heartbeat
-from ringfence.model.leases.revocations import Order
+from ringfence.model.leases.revocations import Revocation
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class CutTracker:
 
     # --- what is cut ---
 
-    def refused(self, order: Order, at_ms: int) -> None:
+    def refused(self, order: Revocation, at_ms: int) -> None:
         """Redis refuses what the order covers since `at_ms`; the gateways may have been faster or not."""
         if order.id in self._open:
             return

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import SELECTOR_KEEP_MS, LeaseStore
-from ringfence.model.leases.lifecycle import mark_of
-from ringfence.model.leases.revocations import Order
+from ringfence.model.leases.lifecycle import selector_key_of
+from ringfence.model.leases.revocations import Revocation
 from ringfence.model.leases.unverified import may_have_selector
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.verification import RevocationVerifier
 
 
-async def fence(store: LeaseStore, orders: Sequence[Order]) -> tuple[list[Coordinates], int]:
+async def fence(store: LeaseStore, orders: Sequence[Revocation]) -> tuple[list[Coordinates], int]:
     """Fence off, and cut, what selectors cover. Returns where each order was seen first, and since when Redis refuses.
 
     Said again, by somebody else or by a revoker that died in between, it covers what it covered the first time.
@@ -26,12 +26,12 @@ async def fence(store: LeaseStore, orders: Sequence[Order]) -> tuple[list[Coordi
     places = {order.id: order.at for order in reversed(orders)}  # of one that is said twice, the first
     seen = await store.first_seen(places, keep_ms=SELECTOR_KEEP_MS)
     first = [seen[order.id] for order in orders]
-    marks: dict[str, int] = {}
+    selector_keys: dict[str, int] = {}
     for order, at in zip(orders, first, strict=True):
         assert order.claims.selector is not None
-        mark = mark_of(order.claims.selector)
-        marks[mark] = max(marks.get(mark, 0), at.appended_at_ms)
-    return first, await store.fence(marks, cut=True)
+        selector_key = selector_key_of(order.claims.selector)
+        selector_keys[selector_key] = max(selector_keys.get(selector_key, 0), at.appended_at_ms)
+    return first, await store.fence(selector_keys, cut=True)
 
 
 class FenceHandler:

@@ -33,8 +33,8 @@ from ringfence.revoker.domain import (
     Narrowing,
     SelectorEnd,
     consequences,
-    derived_order,
-    orphaning,
+    derived_revocation,
+    orphan_reason,
     was_sponsor,
 )
 from ringfence.revoker.lease_end.lease_ender import LeaseEnder
@@ -111,7 +111,7 @@ class RecordHandler:
 
     async def _order_orphans(self, record: UserRecord, traceparent: str | None) -> None:
         """Order the end of what agents hold that are without a sponsor now: it may have been issued under another."""
-        orphaned = orphaning(record.state)
+        orphaned = orphan_reason(record.state)
         if orphaned is None:
             return
         kind, reason = orphaned
@@ -151,7 +151,7 @@ class RecordHandler:
         )
 
     async def _order_all(self, ending: SelectorEnd, record: AnyRecord, traceparent: str | None) -> None:
-        order = derived_order(
+        order = derived_revocation(
             ending.kind,
             ending.reason,
             by=self._runtime.key.id,
@@ -175,21 +175,21 @@ class RecordHandler:
         """
         id = derived_id("record", record.sub, record.revision)
         first = await self._store.first_seen({id: received.coordinates}, keep_ms=RECORD_AGE_MS)
-        await self._store.fence({narrowing.mark: first[id].appended_at_ms})
+        await self._store.fence({narrowing.selector_key: first[id].appended_at_ms})
 
     async def _order_unfit(
         self, narrowing: Narrowing, sub: str, entry: VerifiedRecord[AnyState], traceparent: str | None
     ) -> None:
         acknowledged = []
-        holders = await self._orders.holders(narrowing.mark)
+        holders = await self._orders.holders(narrowing.selector_key)
         unfit = [
             (lease, why)
-            async for leases in self._ender.find(narrowing.mark, holders=holders)
+            async for leases in self._ender.find(narrowing.selector_key, holders=holders)
             for lease in leases.values()
             if (why := narrowing.unfit(lease))
         ]
         for lease, why in unfit:
-            order = derived_order(
+            order = derived_revocation(
                 why.kind,
                 why.reason,
                 by=self._runtime.key.id,

@@ -16,8 +16,8 @@ from ringfence.messages.lease import TERMINAL, Lease, RevocationRequest, Selecto
 from ringfence.messages.operations import EventKind
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.leases.lifecycle import is_covered, mark_of
-from ringfence.model.leases.revocations import Order
+from ringfence.model.leases.lifecycle import is_covered, selector_key_of
+from ringfence.model.leases.revocations import Revocation
 from ringfence.revoker.lease_end.lease_ender import EndRequest, LeaseEnder
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.fencing import fence
@@ -33,7 +33,7 @@ _CUT = TERMINAL | {"ending"}
 class _Case:
     """One order on its way."""
 
-    order: Order
+    order: Revocation
     objection: Reason | None = None
     replayed: bool = False
     ended: int = 0
@@ -76,7 +76,7 @@ class RevocationHandler:
 
     # --- whose word it is ---
 
-    async def _open(self, batch: Sequence[Received]) -> list[Order]:
+    async def _open(self, batch: Sequence[Received]) -> list[Revocation]:
         """Those with a valid signature of somebody who may have a say; the rest goes to the dead letters."""
         opened, failed = await self._orders.open(batch)
         await gather_all(self._runtime.dead_letters.send(record, problem) for record, problem in failed)
@@ -112,17 +112,17 @@ class RevocationHandler:
         def covered(lease: Lease) -> EndRequest | None:
             return _wish(lease, order) if is_covered(lease, first.appended_at_ms) else None
 
-        mark = mark_of(selector)
-        holders = await self._orders.holders(mark)
+        selector_key = selector_key_of(selector)
+        holders = await self._orders.holders(selector_key)
         ended = await self._ender.end_matching(
-            mark, covered, agent_id=self._orders.agent_of(selector), holders=holders
+            selector_key, covered, agent_id=self._orders.agent_of(selector), holders=holders
         )
         case.ended = _count(ended, order)
         if not case.ended and holders is not None and subject_of(self._td, order.claims.iss, "user"):
             # It stands all the same; but who mistyped a name must not think that they stopped somebody.
             case.objection = self._orders.unknown(selector)
 
-    def _is_own(self, order: Order) -> bool:
+    def _is_own(self, order: Revocation) -> bool:
         return order.claims.iss == self._runtime.key.id
 
     # --- the answer ---
@@ -156,11 +156,11 @@ class RevocationHandler:
         )
 
 
-def _wish(lease: Lease, order: Order) -> EndRequest:
+def _wish(lease: Lease, order: Revocation) -> EndRequest:
     return EndRequest(lease, order.cause(), order.traceparent)
 
 
-def _count(leases: Iterable[Lease], order: Order) -> int:
+def _count(leases: Iterable[Lease], order: Revocation) -> int:
     """How many of these leases are cut or over because of an order, or will never be active."""
     ref = order.claims.jti
     return sum(

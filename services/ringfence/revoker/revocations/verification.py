@@ -10,7 +10,7 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease, Selector
 from ringfence.model.identity.spiffe_ids import SubjectKind
-from ringfence.model.leases.revocations import Order, agent_of_task, objection, open_order
+from ringfence.model.leases.revocations import Revocation, agent_of_task, objection, verify_revocation
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.delegations import Delegations
 from ringfence.model.records.directory import Directory
@@ -28,16 +28,16 @@ class RevocationVerifier:
 
     async def open(
         self, batch: Sequence[Received]
-    ) -> tuple[list[Order], list[tuple[Received, InvalidMessageError]]]:
+    ) -> tuple[list[Revocation], list[tuple[Received, InvalidMessageError]]]:
         """Those with a valid signature of somebody who may have a say, and the others."""
-        opened: dict[int, Order] = {}
+        opened: dict[int, Revocation] = {}
         failed: dict[int, InvalidMessageError] = {}
         for caught_up in (False, True):
             for i, record in enumerate(batch):
                 if caught_up and i not in failed:
                     continue
                 try:
-                    opened[i] = open_order(record, self._directory, self._runtime.trust)
+                    opened[i] = verify_revocation(record, self._directory, self._runtime.trust)
                     failed.pop(i, None)
                 except InvalidMessageError as error:
                     failed[i] = error
@@ -47,7 +47,9 @@ class RevocationVerifier:
                 break
         return [opened[i] for i in sorted(opened)], [(batch[i], problem) for i, problem in failed.items()]
 
-    async def objections(self, orders: Sequence[Order], leases: Mapping[str, Lease]) -> list[Reason | None]:
+    async def objections(
+        self, orders: Sequence[Revocation], leases: Mapping[str, Lease]
+    ) -> list[Reason | None]:
         """Why each is not followed, or None. `leases`: those that are named one by one, by their ids."""
         found = [self._objection(order, leases) for order in orders]
         if any(found) and await self._runtime.tables_caught_up(self._patience_s):
@@ -80,11 +82,11 @@ class RevocationVerifier:
         except ChainError:
             return True  # it is there, and counts for nothing
 
-    def known_holders(self, mark: str) -> frozenset[str]:
+    def known_holders(self, selector_key: str) -> frozenset[str]:
         """The agents that hold parts of what a mark is about, as far as has arrived here."""
-        return self._delegations.holders(mark)
+        return self._delegations.holders(selector_key)
 
-    async def holders(self, mark: str) -> frozenset[str] | None:
+    async def holders(self, selector_key: str) -> frozenset[str] | None:
         """All agents that hold parts of what a mark is about; None where nobody can say.
 
         To be asked behind a fence: what comes into Redis behind it was asked for later, and what is there rests on
@@ -92,7 +94,7 @@ class RevocationVerifier:
         """
         if not await self._runtime.tables_caught_up(self._patience_s):
             return None
-        return self._delegations.holders(mark)
+        return self._delegations.holders(selector_key)
 
-    def _objection(self, order: Order, leases: Mapping[str, Lease]) -> Reason | None:
+    def _objection(self, order: Revocation, leases: Mapping[str, Lease]) -> Reason | None:
         return objection(order, leases.get(order.claims.lease_id or ""), self._directory)

@@ -1,9 +1,10 @@
-"""Signed records as they stand in Redis: a quarter of their size, and byte for byte the same when they are read.
+"""The packed form of a signed lease record: a quarter of its size, and byte for byte the same JWS when it is unpacked.
 
-A compact JWS is base64 of JSON with names that are the same in every lease, and with ids in hexadecimal, some of which
-follow from others. What issuers and revokers write is taken apart: what differs is kept, in as many bytes as it has.
-Anything else, and what would not be the same again, is deflated. It costs some 25 µs to write a record and 10 to read
-it; Redis keeps it for a day, and writes it to its log and to the outbox as well.
+A compact JWS is base64 of JSON with member names that are the same in every lease, and with ids in hexadecimal, some of
+which follow from others. Of what issuers and revokers write, only the fields that differ are packed, each in as many
+bytes as it needs. Anything else, and what would not come out the same, is deflated with a preset dictionary.
+
+Packing costs some 25 µs, unpacking 10. Redis keeps a record for a day, and writes it to its log and to the outbox too.
 """
 
 from __future__ import annotations
@@ -21,21 +22,22 @@ from ringfence.kernel.crypto.jws import MAX_JWS_BYTES
 from ringfence.kernel.crypto.keys import b64decode, b64encode
 from ringfence.messages.base import typ_header
 from ringfence.messages.lease import Lease
-from ringfence.model.lease_store.keys import packed, unpacked
+from ringfence.model.lease_store.keys import uuid_bytes, uuid_text
 
-_DEFLATED, _APART = b"\x01", b"\x03"
-"""Begin what is deflated with this dictionary, and what is taken apart in this way; others have other numbers. A JWS
-begins with a letter. After `_APART` comes who signed it, with its length in a byte before; then what scripts look at,
-the thumbprint of the agent's key, the signature, and all the rest, where the agent comes first among the texts. What is
-the same in many records scripts leave out (`scripts.KEPT`)."""
+FIELDS = 3
+_DEFLATED, _FIELDS = b"\x01", bytes((FIELDS,))
+"""The first byte of a packed record: deflated with this dictionary, or packed by fields in this layout. Another layout
+gets another number; a JWS begins with a letter. Layout of `_FIELDS`: a byte for the length of the signer, the signer,
+the state (what scripts read), the thumbprint of the agent's key where it is `BOUND`, the signature, all other fields,
+the agent first among the texts. Scripts store less than that (`lua.STORED`)."""
 _SIGNATURE_BYTES = 64
 _KID_BYTES = 32
 _STATE = struct.Struct(">BBIB")
 """Status, `seq`, `deadline`, flags."""
 _LEVEL, _WINDOW, _MEMORY = 1, -12, 5
-"""Higher levels save 25 bytes more and take twice as long; clearing more memory than that takes longer still."""
+"""Higher levels save 25 bytes more and take twice as long; more memory takes longer to clear."""
 
-# What comes last is found with the shortest references. Never changed: what is in Redis was packed with it.
+# The most frequent strings come last: they get the shortest references. Never change it: records in Redis need it.
 _DICTIONARY = (
     b'"minting","released","aborted","ending","revoked","active"'
     b'"cause":{"kind":"release","kind":"task_ended","kind":"agent_suspended","kind":"user_disabled","kind":"target_removed"'
@@ -55,7 +57,7 @@ _FIXED = struct.Struct(">IIH16s16s32s16sH")
 """`iat`, `requested_at_ms` in s and ms, ids of origin and request, digest of the decision, id of the task, length of
 the texts."""
 _BETWEEN, _WITHIN = "\0", "\1"
-"""Between texts, and between the verbs, or the resources, of one permission. JSON would write both in another way."""
+"""Separators between texts, and between the verbs, or the resources, of one permission. JSON escapes both."""
 _STATUSES = ("minting", "active", "ending", "released", "revoked", "expired", "aborted")
 _ALGORITHMS = ("ES256", "EdDSA")
 _DELIVERIES = ("agent", "gateway")
@@ -67,19 +69,19 @@ _OF_DELEGATORS = ("agent", "task", "sponsor")
 _EDDSA, _GATEWAY, BOUND, _AT_DEADLINE, _IN_EPOCH, _TRACED, _MORE = (1 << n for n in range(7))
 THUMBPRINT_BYTES = 32
 STATE_BYTES = _STATE.size
-"""The status comes first in them, then a byte for the `seq`, four for the deadline, and the flags (`BOUND`)."""
+"""One byte for the status, one for the `seq`, four for the deadline, one for the flags (`BOUND`)."""
 ACTIVE = _STATUSES.index("active")
 BEFORE_AGENT = _SIGNATURE_BYTES + _FIXED.size
-"""So many bytes lie between the state, or the thumbprint that there is where it is `BOUND`, and the agent's name, which
-ends with a zero."""
+"""How many bytes lie between the state (or the thumbprint, if the lease is `BOUND`) and the agent's name. The name ends
+with a zero byte."""
 _EPOCH = struct.Struct(">I4s")
 _TRACE = struct.Struct(">16s8s1s")
-_UNFIT = (ValueError, LookupError, TypeError, AttributeError, struct.error, zlib.error)
-"""What taking something apart raises that is no record of this kind."""
+_PACK_ERRORS = (ValueError, LookupError, TypeError, AttributeError, struct.error, zlib.error)
+"""What packing by fields, or unpacking, raises for anything that is no record of this kind."""
 
 
-def condensed(jws: str) -> bytes:
-    """A compact JWS, smaller. What is none, or is written in another way than JWS are, stays as it is."""
+def pack(jws: str) -> bytes:
+    """A compact JWS in packed form. What is no JWS, or is not encoded as `b64encode` does, is returned unchanged."""
     try:
         header, payload, signature = map(b64decode, jws.split("."))
     except ValueError:
@@ -89,101 +91,103 @@ def condensed(jws: str) -> bytes:
     try:
         claims = orjson.loads(payload)
         alg, kid = _signing(header)
-        signer, apart = _signer(kid, claims), _taken_apart(alg, claims)
-        if _put_together(signer, apart) == (header, payload):
-            at = _signature_at(apart)
-            return b"".join((_APART, bytes((len(signer),)), signer, apart[:at], signature, apart[at:]))
-    except _UNFIT:
+        signer, fields = _signer(kid, claims), _pack_fields(alg, claims)
+        if _unpack_fields(signer, fields) == (header, payload):
+            at = _signature_at(fields)
+            return b"".join((_FIELDS, bytes((len(signer),)), signer, fields[:at], signature, fields[at:]))
+    except _PACK_ERRORS:
         pass
     return b"".join((_DEFLATED, signature, _deflated(header + b"\n" + payload)))
 
 
-def expanded(stored: bytes) -> bytes:
-    """The compact JWS that `condensed` was given. What `condensed` did not write stays as it is, and is no JWS."""
-    parts = _parts(stored)
+def unpack(packed: bytes) -> bytes:
+    """The compact JWS that `pack` was given. What `pack` did not make is returned unchanged, and is no JWS."""
+    parts = _parts(packed)
     if parts is None:
-        return stored
+        return packed
     header, payload = parts
-    return ".".join(map(b64encode, (header, payload, _signature_of(stored)))).encode()
+    return ".".join(map(b64encode, (header, payload, _signature_of(packed)))).encode()
 
 
-def _signature_of(stored: bytes) -> bytes:
-    """The signature in what `condensed` wrote of a JWS."""
+def _signature_of(packed: bytes) -> bytes:
     at = 1
-    if stored.startswith(_APART):
-        at = _after_signer(stored)
-        at += _signature_at(stored[at : at + STATE_BYTES])
-    return stored[at : at + _SIGNATURE_BYTES]
+    if packed.startswith(_FIELDS):
+        at = _after_signer(packed)
+        at += _signature_at(packed[at : at + STATE_BYTES])
+    return packed[at : at + _SIGNATURE_BYTES]
 
 
-def unverified_payload(stored: bytes) -> bytes | None:
-    """The claims in what `condensed` wrote, as JSON. For records that were verified before; None for anything else."""
-    parts = _parts(stored)
+def unverified_payload(packed: bytes) -> bytes | None:
+    """The claims of a packed record, as JSON, not verified; None for anything that `pack` did not make."""
+    parts = _parts(packed)
     return parts[1] if parts is not None else None
 
 
-def unverified_names(stored: bytes, kind: str) -> tuple[str, ...] | None:
-    """The agents, tasks, sponsors, user or target of a lease, by what `condensed` wrote; None where that does not say.
+def unverified_names(packed: bytes, kind: str) -> tuple[str, ...] | None:
+    """The agents, tasks, sponsors, user or target that a packed record names, not verified; None where it names none.
 
-    There are several of those where the task was handed on.
+    A lease of a delegated task names several agents, tasks and sponsors.
     """
     try:
-        if not stored.startswith(_APART):
-            claims = orjson.loads(unverified_payload(stored) or b"")
+        if not packed.startswith(_FIELDS):
+            claims = orjson.loads(unverified_payload(packed) or b"")
             above = [one[_KINDS[kind]] for one in claims.get("delegators", ()) if kind in _OF_DELEGATORS]
             return claims[_KINDS[kind]], *above
-        at = _after_signer(stored)
-        at += _signature_at(stored[at : at + STATE_BYTES]) + _SIGNATURE_BYTES
-        *_, task, length = _FIXED.unpack_from(stored, at)
+        at = _after_signer(packed)
+        at += _signature_at(packed[at : at + STATE_BYTES]) + _SIGNATURE_BYTES
+        *_, task, length = _FIXED.unpack_from(packed, at)
         at += _FIXED.size
-        names = dict(zip(_NAMES, stored[at : at + length].decode().split(_BETWEEN), strict=False))
-        return (unpacked(task) if kind == "task" else names[_KINDS[kind]],)
-    except _UNFIT:
+        names = dict(zip(_NAMES, packed[at : at + length].decode().split(_BETWEEN), strict=False))
+        return (uuid_text(task) if kind == "task" else names[_KINDS[kind]],)
+    except _PACK_ERRORS:
         return None
 
 
-def _parts(stored: bytes) -> tuple[bytes, bytes] | None:
-    """Header and payload; None where `condensed` did not write them."""
+def _parts(packed: bytes) -> tuple[bytes, bytes] | None:
+    """Header and payload; None where `pack` did not make this."""
     try:
-        if stored.startswith(_APART):
-            at = _after_signer(stored)
-            apart = stored[at:]
-            at_signature = _signature_at(apart)
-            apart = apart[:at_signature] + apart[at_signature + _SIGNATURE_BYTES :]
-            return _put_together(stored[2:at], apart)
-        if stored.startswith(_DEFLATED):
-            header, _, payload = _inflated(stored[1 + _SIGNATURE_BYTES :]).partition(b"\n")
+        if packed.startswith(_FIELDS):
+            at = _after_signer(packed)
+            fields = packed[at:]
+            at_signature = _signature_at(fields)
+            fields = fields[:at_signature] + fields[at_signature + _SIGNATURE_BYTES :]
+            return _unpack_fields(packed[2:at], fields)
+        if packed.startswith(_DEFLATED):
+            header, _, payload = _inflated(packed[1 + _SIGNATURE_BYTES :]).partition(b"\n")
             return header, payload
-    except _UNFIT:
+    except _PACK_ERRORS:
         pass
     return None
 
 
-def _after_signer(stored: bytes) -> int:
-    """Where what `_taken_apart` made begins."""
-    return 2 + stored[1]
+def _after_signer(packed: bytes) -> int:
+    """Where the output of `_pack_fields` begins in a packed record."""
+    return 2 + packed[1]
 
 
-def _signature_at(apart: bytes) -> int:
-    """Where the signature has its place in what `_taken_apart` made."""
-    return STATE_BYTES + (THUMBPRINT_BYTES if apart[STATE_BYTES - 1] & BOUND else 0)
+def _signature_at(fields: bytes) -> int:
+    """Where the signature is inserted into the output of `_pack_fields`."""
+    return STATE_BYTES + (THUMBPRINT_BYTES if fields[STATE_BYTES - 1] & BOUND else 0)
 
 
-# --- records that are taken apart -------------------------------------------------------------------------------------
+# --- records that are packed by fields --------------------------------------------------------------------------------
 
 
 def _signer(kid: bytes, claims: Any) -> bytes:
     """The key that signed a record, the trust domain, and the name of the service."""
     aud = claims["aud"]
-    return kid + _BETWEEN.join((aud, claims["iss"].removeprefix(_service(aud, "")))).encode()
+    return kid + _BETWEEN.join((aud, claims["iss"].removeprefix(_service_id(aud, "")))).encode()
 
 
-def _taken_apart(alg: int, claims: Any) -> bytes:
-    """What `_put_together` makes the same header and claims of. If it does not: they are of another kind."""
+def _pack_fields(alg: int, claims: Any) -> bytes:
+    """The fields that `_unpack_fields` makes header and claims of.
+
+    The caller checks that they come out the same: if not, the record is of another kind.
+    """
     deadline, cause = claims["deadline"], claims.get("cause")
     thumbprint, epoch, trace = (claims.get(name) for name in ("key_thumbprint", "epoch", "traceparent"))
     more = {name: claims[name] for name in ("grants", "break_glass") if name in claims}
-    at_deadline = cause is not None and cause == _at_deadline(deadline)
+    at_deadline = cause is not None and cause == _deadline_cause(deadline)
     if cause is not None and not at_deadline:
         more["cause"] = cause
     flags = (
@@ -202,10 +206,10 @@ def _taken_apart(alg: int, claims: Any) -> bytes:
         _FIXED.pack(
             claims["iat"],
             *divmod(claims["requested_at_ms"], 1000),
-            packed(claims["jti"].partition(".")[0]),
-            packed(claims["request_id"]),
+            uuid_bytes(claims["jti"].partition(".")[0]),
+            uuid_bytes(claims["request_id"]),
             bytes.fromhex(claims["decision_digest"]),
-            packed(claims["task_id"]),
+            uuid_bytes(claims["task_id"]),
             len(texts),
         ),
         texts,
@@ -221,7 +225,6 @@ def _taken_apart(alg: int, claims: Any) -> bytes:
 
 
 def _texts(claims: Any) -> Iterator[str]:
-    """The names in a record, and its scope."""
     yield from [claims[name] for name in _NAMES]
     for permission in claims["scope"]:
         target = permission["target"]
@@ -230,47 +233,47 @@ def _texts(claims: Any) -> Iterator[str]:
         yield _WITHIN.join(permission["resources"])
 
 
-def _put_together(signer: bytes, apart: bytes) -> tuple[bytes, bytes]:
-    """Header and payload."""
+def _unpack_fields(signer: bytes, fields: bytes) -> tuple[bytes, bytes]:
+    """Header and payload of a record, as JSON."""
     kid = signer[:_KID_BYTES]
     aud, service = signer[_KID_BYTES:].decode().split(_BETWEEN)
-    status, seq, deadline, flags = _STATE.unpack_from(apart)
+    status, seq, deadline, flags = _STATE.unpack_from(fields)
     at = STATE_BYTES
     thumbprint = epoch = trace = ""
     if flags & BOUND:
-        thumbprint = f',"key_thumbprint":"{b64encode(apart[at : at + THUMBPRINT_BYTES])}"'
+        thumbprint = f',"key_thumbprint":"{b64encode(fields[at : at + THUMBPRINT_BYTES])}"'
         at += THUMBPRINT_BYTES
-    iat, requested_s, requested_ms, origin, request, digest, task, length = _FIXED.unpack_from(apart, at)
+    iat, requested_s, requested_ms, origin, request, digest, task, length = _FIXED.unpack_from(fields, at)
     at += _FIXED.size
-    texts = apart[at : at + length].decode()
+    texts = fields[at : at + length].decode()
     agent_id, sponsor, user, target_id, backend, *scope = texts.split(_BETWEEN)
     at += length
     if flags & _IN_EPOCH:
-        number, nonce = _EPOCH.unpack_from(apart, at)
+        number, nonce = _EPOCH.unpack_from(fields, at)
         epoch = f',"epoch":"{number}.{nonce.hex()}"'
         at += _EPOCH.size
     if flags & _TRACED:
-        trace_id, parent_id, trace_flags = _TRACE.unpack_from(apart, at)
+        trace_id, parent_id, trace_flags = _TRACE.unpack_from(fields, at)
         trace = f',"traceparent":"00-{trace_id.hex()}-{parent_id.hex()}-{trace_flags.hex()}"'
         at += _TRACE.size
-    more = orjson.loads(_inflated(apart[at:])) if flags & _MORE else {}
+    more = orjson.loads(_inflated(fields[at:])) if flags & _MORE else {}
     if flags & _AT_DEADLINE:
-        more["cause"] = _at_deadline(deadline)
+        more["cause"] = _deadline_cause(deadline)
     grants = break_glass = cause = ""
     if more:
-        grants, break_glass, cause = (_member(name, more) for name in ("grants", "break_glass", "cause"))
+        grants, break_glass, cause = (_json_member(name, more) for name in ("grants", "break_glass", "cause"))
     permissions = ",".join(
-        f'{{"target":"{scope[n] or target_id}","verbs":["{_several(scope[n + 1])}"],'
-        f'"resources":["{_several(scope[n + 2])}"]}}'
+        f'{{"target":"{scope[n] or target_id}","verbs":["{_quoted(scope[n + 1])}"],'
+        f'"resources":["{_quoted(scope[n + 2])}"]}}'
         for n in range(0, len(scope), 3)
     )
-    request_id = unpacked(request)
+    request_id = uuid_text(request)
     payload = (
-        f'{{"iss":"{_service(aud, service)}","aud":"{aud}","iat":{iat},"jti":"{unpacked(origin)}.{seq}",'
+        f'{{"iss":"{_service_id(aud, service)}","aud":"{aud}","iat":{iat},"jti":"{uuid_text(origin)}.{seq}",'
         f'"lease_id":"{lease_id(request_id)}","seq":{seq},"status":"{_STATUSES[status]}","request_id":"{request_id}",'
         f'"decision_id":"{derived_id("decision", request_id, "allowed")}","decision_digest":"{digest.hex()}",'
         f'"agent_id":"{agent_id}","act":["{agent_id}"],"sponsor":"{sponsor}","on_behalf_of":"{user}",'
-        f'"task_id":"{unpacked(task)}","target_id":"{target_id}","backend":"{backend}",'
+        f'"task_id":"{uuid_text(task)}","target_id":"{target_id}","backend":"{backend}",'
         f'"delivery":"{_DELIVERIES[bool(flags & _GATEWAY)]}","scope":[{permissions}],'
         f'"requested_at_ms":{requested_s * 1000 + requested_ms},"deadline":{deadline}'
         f"{grants}{thumbprint}{break_glass}{cause}{epoch}{trace}}}"
@@ -281,8 +284,8 @@ def _put_together(signer: bytes, apart: bytes) -> tuple[bytes, bytes]:
 @lru_cache(maxsize=256)
 def _signing(header: bytes) -> tuple[int, bytes]:
     """Algorithm and `kid`."""
-    fields = orjson.loads(header)
-    return _ALGORITHMS.index(fields["alg"]), b64decode(fields["kid"])
+    members = orjson.loads(header)
+    return _ALGORITHMS.index(members["alg"]), b64decode(members["kid"])
 
 
 @lru_cache(maxsize=256)
@@ -290,19 +293,19 @@ def _header(alg: int, kid: bytes) -> bytes:
     return f'{{"alg":"{_ALGORITHMS[alg]}","kid":"{b64encode(kid)}","typ":"{typ_header(Lease)}"}}'.encode()
 
 
-def _several(texts: str) -> str:
+def _quoted(texts: str) -> str:
     return texts.replace(_WITHIN, '","')
 
 
-def _service(aud: str, name: str) -> str:
+def _service_id(aud: str, name: str) -> str:
     return f"spiffe://{aud}/service/{name}"
 
 
-def _at_deadline(deadline: int) -> dict[str, Any]:
+def _deadline_cause(deadline: int) -> dict[str, Any]:
     return {"kind": "deadline", "at_ms": deadline * 1000}
 
 
-def _member(name: str, more: dict[str, Any]) -> str:
+def _json_member(name: str, more: dict[str, Any]) -> str:
     return f',"{name}":{orjson.dumps(more[name]).decode()}' if name in more else ""
 
 
