@@ -128,10 +128,10 @@ def _patterns(glob: str) -> list[str]:
             _check(glob, segment)
     if segments == ("**",):
         return ["*"]
-    ways = [("", "*") if segment == "**" else (segment,) for segment in segments]
+    choices = [("", "*") if segment == "**" else (segment,) for segment in segments]
     if sum(segment == "**" for segment in segments) > MAX_PATTERNS.bit_length() - 1:
         raise InexactError(f"{glob!a} has too many '**'")
-    return ["/".join(part for part in parts if part) for parts in itertools.product(*ways)]
+    return ["/".join(part for part in parts if part) for parts in itertools.product(*choices)]
 
 
 def _check(glob: str, segment: str) -> None:
