@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import LEEWAY_S, Signed, parse, sign, verify
@@ -119,7 +120,7 @@ class Enroller:
         """By the token's digest, for which agent and key it was used."""
         self._unconfirmed: set[str] = set()
         """Tokens of which Kafka has not confirmed yet that they are spent: nobody is told before."""
-        self._reported_refusals: dict[str, None] = {}
+        self._reported_refusals: BoundedDict[str, None] = BoundedDict(_MOST_REFUSALS)
         """Refusals that there is an event of."""
 
     async def enrol(self, compact: str | bytes) -> str:
@@ -334,8 +335,6 @@ class Enroller:
         if error.code in _BY_STRANGERS or mark in self._reported_refusals:
             return
         self._reported_refusals[mark] = None
-        if len(self._reported_refusals) > _MOST_REFUSALS:
-            del self._reported_refusals[next(iter(self._reported_refusals))]
         entry = self._directory.unverified("agent", agent_id) if agent_id else None
         await self._runtime.event(
             "finding" if error.code in _FINDINGS else "refused",

@@ -15,6 +15,7 @@ from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.retry import run_periodically
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ServiceEvent
@@ -54,16 +55,17 @@ class KeyWarnings:
 
     async def run(self, mine: Callable[[], bool], every_s: float) -> None:
         """Look for as long as `mine()` says that this replica has the commands. Does not end."""
-        while True:
-            if mine():
-                try:
-                    if await self._runtime.tables_caught_up(_CATCH_UP_S):
-                        await self.warn()
-                except (KafkaError, RingfenceError, OSError) as error:
-                    log.warning("keys that end are told of later: %s", str(error) or type(error).__name__)
-            else:
-                metrics.KEYS_ENDING.set(0)  # another replica says so
-            await asyncio.sleep(every_s)
+
+        async def check() -> None:
+            if not mine():
+                metrics.KEYS_ENDING.set(0)  # another replica sets it
+            elif await self._runtime.tables_caught_up(_CATCH_UP_S):
+                await self.warn()
+
+        await run_periodically(
+            every_s, check, "keys that end are told of later", log,
+            expected=(KafkaError, RingfenceError, OSError), at_once=True,
+        )  # fmt: skip
 
     async def warn(self) -> None:
         """Tell of all that end soon and were not told of."""

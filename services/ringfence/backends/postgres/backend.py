@@ -38,7 +38,7 @@ from ringfence.backends.postgres.privileges import (
 )
 from ringfence.backends.postgres.server import Connection, PostgresServer, verifier
 from ringfence.backends.secret_sources import AccessError
-from ringfence.backends.target_settings import InexactError, TargetRefusedError, not_set_up, settings_of
+from ringfence.backends.target_settings import InexactError, TargetRefusedError, problem_of, settings_of
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
@@ -80,11 +80,7 @@ class PostgresBackend:
 
     def problem(self, lease: Lease, target: TargetState) -> str | None:
         """Why exactly this credential cannot be made, or None, as far as that can be said without the server."""
-        try:
-            plan(lease.scope)
-        except InexactError as error:
-            return str(error)
-        return not_set_up(target, PostgresSettings, self._access)
+        return problem_of(plan, lease.scope, target, PostgresSettings, self._access)
 
     async def mint(self, lease: Lease, target: TargetState) -> Credential:
         """A role with a new password, and the URL for it. Again for the same lease: one more role.

@@ -6,12 +6,13 @@ Nothing else is held back: metrics and dead letters count each.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
+
+from ringfence.kernel.base.retry import run_periodically
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class LogLimiter(logging.Filter):
 
     async def watch(self) -> None:
         """Tell how many there were, now and then, for ever."""
-        await run_periodically(_CHECK_EVERY_S, self._report_due, "not told how many lines were left out")
+        await run_periodically(_CHECK_EVERY_S, self._report_due, "not told how many lines were left out", log)
 
     async def _report_due(self) -> None:
         self.report()
@@ -127,13 +128,3 @@ class RepeatCounter:
         """How many were left out: told now, and counted anew."""
         count, self.left_out, self.reported_s = self.left_out, 0, now_s
         return count
-
-
-async def run_periodically(every_s: float, action: Callable[[], Awaitable[None]], failed: str) -> NoReturn:
-    """Tell for ever, every so many seconds. Where that raises, `failed` is logged, and it is tried again."""
-    while True:
-        await asyncio.sleep(every_s)
-        try:
-            await action()
-        except Exception:
-            log.exception("%s", failed)

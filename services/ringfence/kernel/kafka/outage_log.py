@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from aiokafka.errors import KafkaConnectionError, NodeNotReadyError, RequestTimedOutError
 
-from ringfence.kernel.base.log_limiter import RepeatCounter, run_periodically
+from ringfence.kernel.base.log_limiter import RepeatCounter
+from ringfence.kernel.base.retry import run_periodically
 from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.kafka.probe import answers
 
@@ -69,7 +70,7 @@ class OutageLog(logging.Filter):
     async def watch(self) -> None:
         """Say how it goes on, for ever."""
         # Did it end, everything was held back from then on, and nobody said so.
-        await run_periodically(_CHECK_EVERY_S, self.report_state, "not known whether Kafka is back")
+        await run_periodically(_CHECK_EVERY_S, self.report_state, "not known whether Kafka is back", log)
 
     async def report_state(self) -> None:
         """Say what there is to say now: that it is back, or that it is still away."""

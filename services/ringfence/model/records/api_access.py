@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, Protocol
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
@@ -40,12 +41,6 @@ class ForbiddenError(RingfenceError):
     code = "forbidden"
 
 
-class NotFoundError(RingfenceError):
-    """There is no such thing to see."""
-
-    code = "not_found"
-
-
 @dataclass(frozen=True, slots=True)
 class Caller:
     """An authenticated user and what they may see: operators and auditors all, sponsors their own agents."""
@@ -59,6 +54,15 @@ class Caller:
     def may_see_agent_of(self, sponsor: str) -> bool:
         """True where the caller may see an agent with this sponsor."""
         return self.sees_all or self.user.user_id == sponsor
+
+
+class HasHeaders(Protocol):
+    """An HTTP request, as far as authentication reads it."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The request's headers; names are compared without case."""
+        ...
 
 
 class Authenticator:
@@ -75,6 +79,10 @@ class Authenticator:
         self._audience = api_audience(self._trust_domain, service)
         self._clock = clock
         self._used = ReplayMemory(MAX_REMEMBERED)
+
+    def authenticate(self, request: HasHeaders) -> Caller:
+        """The user who signed the bearer token of an HTTP request. Raises as `user` does."""
+        return self.user(request.headers.get("authorization"))
 
     def user(self, authorization: str | None) -> Caller:
         """The user who signed the bearer token of a call. Raises UnauthenticatedError, UnavailableError."""
