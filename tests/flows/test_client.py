@@ -202,7 +202,7 @@ async def test_the_preview_says_what_is_cut_and_by_which_side(world: World) -> N
             wanted = READ + WRITE + scope("staging", ("paint",), ("env/staging/*",))
             shown = await admin.preview(admin.terms("bot", purpose="x", scope=wanted, ends_in_s=60))
             assert shown.effective == scope("staging", ("read",), ("env/staging/*",))
-            cuts = {(cut.side, cut.permission.verbs, cut.permission.resources) for cut in shown.cuts}
+            cuts = {(cut.limit, cut.permission.verbs, cut.permission.resources) for cut in shown.cuts}
             assert cuts == {
                 ("ceiling:bot", ("read",), ("env/**",)),
                 ("ceiling:bot", ("paint",), ("env/staging/*",)),

@@ -14,6 +14,7 @@ from ringfence.client.agent.credentials import GatewayCredential
 from ringfence.client.agent.replies import SentRequest, read_reply
 from ringfence.dev.processes import free_port
 from ringfence.issuer.resealing import Resealer
+from ringfence.kernel.base.api_errors import NotFoundError
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jwe import ReplyKey
@@ -32,7 +33,6 @@ from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE
 from ringfence.messages.trust import ServiceIdentity
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.records.api_access import NotFoundError
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support import secret_canary

@@ -11,7 +11,7 @@ import pytest
 
 from ringfence.audit.api.events import AuditApi
 from ringfence.audit.index.action_counts import counted, path_prefix, unknown_destinations
-from ringfence.audit.index.store import CursorLostError, SqliteIndex, Viewer
+from ringfence.audit.index.store import SqliteIndex, Viewer
 from ringfence.cli.commands.gateway import _print_action_report
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.action_report import (
@@ -24,6 +24,7 @@ from ringfence.client.reports.action_report import (
 )
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
+from ringfence.kernel.base.api_errors import CursorLostError
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.http import application

@@ -15,7 +15,7 @@ from ringfence.audit.api.reports import AskingApi
 from ringfence.audit.index import store
 from ringfence.audit.index.access_report import leases_of, who_did
 from ringfence.audit.index.filters import NO_FILTER, EventFilter
-from ringfence.audit.index.store import CursorLostError, SqliteIndex, Viewer
+from ringfence.audit.index.store import SqliteIndex, Viewer
 from ringfence.client.errors import ApiError
 from ringfence.client.exports.export import (
     ExportError,
@@ -28,6 +28,7 @@ from ringfence.client.exports.export import (
 from ringfence.client.reports.access_report import who_report
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
+from ringfence.kernel.base.api_errors import CursorLostError
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.http import application

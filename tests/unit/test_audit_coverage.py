@@ -8,8 +8,9 @@ import orjson
 import pytest
 
 from ringfence.audit.index.coverage import behind, count_actions, count_leases, went_through
-from ringfence.audit.index.store import CursorLostError, Viewer
+from ringfence.audit.index.store import Viewer
 from ringfence.client.reports.coverage import Coverage, Ratio
+from ringfence.kernel.base.api_errors import CursorLostError
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import AUDIT, LEASE, TASK

@@ -70,19 +70,19 @@ def of_the_revoker(broker: Broker) -> BatchHandler:
         return []
 
     settings = SimpleNamespace(trust_domain="test.example")
-    runtime = SimpleNamespace(letters=letters(broker), settings=settings, clock=SystemClock())
+    runtime = SimpleNamespace(dead_letters=letters(broker), settings=settings, clock=SystemClock())
     orders = SimpleNamespace(open=opened, objections=nothing)
     store, ender = SimpleNamespace(epoch=None, confirm=nothing), SimpleNamespace(end=nothing)
     return RevocationHandler(*cast(Any, (runtime, orders, store, ender, None)))
 
 
 def of_the_issuer(broker: Broker) -> BatchHandler:
-    runtime = SimpleNamespace(letters=letters(broker))
+    runtime = SimpleNamespace(dead_letters=letters(broker))
     others = cast(Any, (runtime, *[None] * 8))
     handler = DecisionHandler(*others, patience_s=0, halted=lambda: None)
 
     async def opened(batch: Sequence[Received]) -> None:
-        assert await handler._open([record for record in batch if record.value == b"bad"]) == []
+        assert await handler._verified([record for record in batch if record.value == b"bad"]) == []
 
     return opened
 

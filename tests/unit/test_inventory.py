@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from ringfence.kernel.base.api_errors import CursorLostError
 from ringfence.kernel.base.ids import lease_id, message_id
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
@@ -26,7 +27,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from ringfence.policy.agents.agent_index import _IDLE_S, AgentIndex, CursorLostError
+from ringfence.policy.agents.agent_index import _IDLE_S, AgentIndex
 from ringfence.policy.agents.holdings import Holdings
 from ringfence.policy.agents.inventory import InventoryRow, row_of, totals
 from ringfence.policy.agents.usage import DAY_S, MAX_KEYS, KeyLastSeen

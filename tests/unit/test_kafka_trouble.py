@@ -10,7 +10,7 @@ import pytest
 from aiokafka.errors import CommitFailedError, KafkaConnectionError, NodeNotReadyError
 
 from ringfence.kernel.base.settings import BusSettings
-from ringfence.kernel.kafka.outage_log import NOW_AND_THEN_S, OutageLog
+from ringfence.kernel.kafka.outage_log import REPORT_EVERY_S, OutageLog
 
 CLIENT = logging.getLogger("aiokafka.client")
 REFUSED = ConnectionRefusedError(111, "Connection refused")
@@ -55,7 +55,7 @@ def lines(listener: str) -> Iterator[Lines]:
 
 async def look(lines: Lines) -> None:
     assert lines.trouble is not None
-    await lines.trouble.look()
+    await lines.trouble.report_state()
 
 
 def complain() -> None:
@@ -75,7 +75,7 @@ async def test_one_line_at_once_one_now_and_then_and_one_when_it_is_back(lines: 
         f"Kafka at {listener} does not answer as it should, trying again until it does: "
         "Unable connect to node with id 0: [Errno 111] Connection refused"
     )
-    lines.now_s = NOW_AND_THEN_S
+    lines.now_s = REPORT_EVERY_S
     complain()
     await look(lines)
     (told,) = lines.new()
@@ -101,7 +101,7 @@ async def test_silence_alone_is_not_that_it_is_back(lines: Lines) -> None:
     lines.now_s = 10
     await look(lines)
     assert lines.new() == []
-    lines.now_s = NOW_AND_THEN_S
+    lines.now_s = REPORT_EVERY_S
     await look(lines)
     assert "has not answered as it should for 30 s" in lines.new()[0]
 
@@ -109,7 +109,7 @@ async def test_silence_alone_is_not_that_it_is_back(lines: Lines) -> None:
 async def test_who_only_begins_says_it_in_their_own_words(lines: Lines) -> None:
     CLIENT.error('Unable connect to "%s:%s": %s', "h", 1, REFUSED)
     assert lines.new() == []
-    lines.now_s = NOW_AND_THEN_S
+    lines.now_s = REPORT_EVERY_S
     CLIENT.error('Unable connect to "%s:%s": %s', "h", 1, REFUSED)
     await look(lines)
     assert 'the last: Unable connect to "h:1"' in lines.new()[0]

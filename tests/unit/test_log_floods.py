@@ -62,24 +62,24 @@ def test_the_first_few_are_told_each_and_then_how_many_there_were(lines: Lines) 
     complain(100)
     assert lines.said() == [f"ignored {number} of commands (not_a_jws)" for number in range(FIRST)]
     lines.now_s += EVERY_S - 1
-    lines.floods.tell()
+    lines.floods.report()
     assert lines.said() == []
     lines.now_s += 1
-    lines.floods.tell()
+    lines.floods.report()
     (told,) = lines.new()
     assert told["event"] == (
         f"left out {100 - FIRST} like these in the last {EVERY_S:.0f} s, the last: ignored 99 of commands (not_a_jws)"
     )
     assert told["level"] == "warning"
-    lines.floods.tell()
+    lines.floods.report()
     complain(10)
     assert lines.said() == []
     lines.now_s += EVERY_S
-    lines.floods.tell()
+    lines.floods.report()
     (again,) = lines.said()
     assert again.startswith("left out 10 like these")
     lines.now_s += EVERY_S
-    lines.floods.tell()
+    lines.floods.report()
     assert lines.said() == [], "there is nothing to say"
 
 
@@ -100,9 +100,9 @@ def test_each_topic_and_each_reason_is_a_kind_of_its_own(lines: Lines) -> None:
 def test_what_has_not_come_for_long_is_new_again(lines: Lines) -> None:
     complain(FIRST + 1)
     lines.now_s += QUIET_S
-    lines.floods.tell()
+    lines.floods.report()
     assert len(lines.said()) == FIRST + 1
-    lines.floods.tell()
+    lines.floods.report()
     complain(1)
     assert lines.said() == ["ignored 0 of commands (not_a_jws)"]
 
@@ -110,7 +110,7 @@ def test_what_has_not_come_for_long_is_new_again(lines: Lines) -> None:
 def test_what_was_left_out_is_told_when_the_process_ends(lines: Lines) -> None:
     complain(FIRST + 2)
     lines.new()
-    lines.floods.tell(all=True)
+    lines.floods.report(all=True)
     (told,) = lines.said()
     assert told.startswith("left out 2 like these in the last 0 s")
 
@@ -119,14 +119,14 @@ def test_kinds_beyond_all_that_there_are_take_no_memory(lines: Lines) -> None:
     for number in range(3000):
         complain(1, code=str(number))
     assert len(lines.said()) == 1000 + FIRST
-    assert len(lines.floods._tallies) == 1001
+    assert len(lines.floods._counters) == 1001
 
 
 def test_what_is_said_last_is_not_quoted_at_length(lines: Lines) -> None:
     for _ in range(FIRST + 1):
         LOG.warning("ignored: %s", "x" * 100_000, extra=rate_limited("commands"))
     lines.new()
-    lines.floods.tell(all=True)
+    lines.floods.report(all=True)
     (told,) = lines.said()
     assert len(told) < 600
 
@@ -166,11 +166,11 @@ async def test_a_flood_of_garbage_is_dead_lettered_and_counted_each_and_told_of_
             ]
         )
         lines.now_s += 1
-        lines.floods.tell()
+        lines.floods.report()
     assert len(broker.values) == 900
     assert counted() - before == 900
     lines.now_s += EVERY_S
-    lines.floods.tell()
+    lines.floods.report()
     told = lines.new()
     assert len(told) == FIRST + 1
     assert told[-1]["event"].startswith(f"left out {900 - FIRST} like these")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from starlette.requests import Request
 
-from ringfence.audit.index.filters import WrongQueryError, limit_of, number_of
-from ringfence.audit.index.store import CursorLostError, SqliteIndex
+from ringfence.audit.index.filters import limit_of, number_of
+from ringfence.audit.index.store import SqliteIndex
+from ringfence.kernel.base.api_errors import CursorLostError, WrongQueryError
 from ringfence.kernel.service.http import number_in
 
 ODD = ["", "-1", "+1", "1.0", " 1", "1_0", "0x1", "²", "000000001999999999", "0" * 17 + "9" * 30, "9" * 5000]

@@ -97,7 +97,7 @@ def test_a_wish_is_allowed_exactly_within_every_side(wanted: Scope, scopes: list
     everything = set.intersection(*(allowed(scope) for scope in scopes))
     assert (not lacks) == (allowed(wanted) <= everything)
     for side in named(scopes):
-        named_here = tuple(lack.permission for lack in lacks if lack.side == side.name)
+        named_here = tuple(lack.permission for lack in lacks if lack.limit == side.name)
         assert named_here == missing(wanted, side.scope)
         assert bool(named_here) == (not allowed(wanted) <= allowed(side.scope))
         # What is named as lacking really lacks, glob by glob.

@@ -34,7 +34,7 @@ def test_ways_are_rights_on_the_user() -> None:
     assert meant(can("shell", "deploy")) == AllowedCommands("deploy", (), frozenset({"shell"}))
     both = meant(can("write", "deploy/restart"), can("terminal", "deploy"))
     assert both == AllowedCommands("deploy", (("write", "restart"),), frozenset({"terminal"}))
-    assert meant(can("shell terminal", "deploy/**")).ways == {"shell", "terminal"}
+    assert meant(can("shell terminal", "deploy/**")).login_kinds == {"shell", "terminal"}
 
 
 @pytest.mark.parametrize(

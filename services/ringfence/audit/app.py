@@ -22,7 +22,6 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
-from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, TRUST
 from ringfence.model.records.alarms import report_alarms
@@ -139,9 +138,3 @@ def _chain(runtime: Runtime, own: AuditSettings, chain: ChainWriter) -> None:
     runtime.background("checkpoints", chain.sign_now_and_then)
     runtime.background("strays", chain.bury_strays)
     runtime.on_stop(chain.close)
-
-
-def main() -> int:
-    """The process `ringfence serve audit`."""
-    settings = load(ServiceSettings)
-    return run([build(settings)], settings)

@@ -36,7 +36,7 @@ from ringfence.backends.target_settings import (
     InexactError,
     TargetError,
     TargetRefusedError,
-    not_set_up,
+    problem_of,
     settings_of,
 )
 from ringfence.messages.credential import Credential
@@ -128,10 +128,10 @@ def _patterns(glob: str) -> list[str]:
             _check(glob, segment)
     if segments == ("**",):
         return ["*"]
-    ways = [("", "*") if segment == "**" else (segment,) for segment in segments]
+    choices = [("", "*") if segment == "**" else (segment,) for segment in segments]
     if sum(segment == "**" for segment in segments) > MAX_PATTERNS.bit_length() - 1:
         raise InexactError(f"{glob!a} has too many '**'")
-    return ["/".join(part for part in parts if part) for parts in itertools.product(*ways)]
+    return ["/".join(part for part in parts if part) for parts in itertools.product(*choices)]
 
 
 def _check(glob: str, segment: str) -> None:
@@ -185,11 +185,7 @@ class RedisBackend:
 
     def problem(self, lease: Lease, target: TargetState) -> str | None:
         """Why exactly this credential cannot be made, or None."""
-        try:
-            rules(lease.scope)
-        except InexactError as error:
-            return str(error)
-        return not_set_up(target, TargetSettings, self._access)
+        return problem_of(rules, lease.scope, target, TargetSettings, self._access)
 
     async def mint(self, lease: Lease, target: TargetState) -> Credential:
         """A user with a new password. Again for the same lease: one more password for the same user.

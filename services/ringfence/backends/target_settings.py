@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from ringfence.backends.access import TargetAccess
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.jws import explain
+from ringfence.messages.permission import Scope
 from ringfence.messages.registry import TargetState
 from ringfence.model.target_settings import TargetSettings
 
@@ -35,11 +37,29 @@ def settings_of(target: TargetState, kind: type[S]) -> S:
         ) from None
 
 
-def not_set_up(target: TargetState, kind: type[TargetSettings], access: TargetAccess) -> str | None:
-    """What an agent is told where its target is not set up as its backend needs it, or None. What it is, is logged."""
+def problem_of(
+    plan: Callable[[Scope], object],
+    scope: Scope,
+    target: TargetState,
+    kind: type[TargetSettings],
+    access: TargetAccess,
+) -> str | None:
+    """`Backend.problem`, for backends that translate a scope into rights of the target, without asking the target.
+
+    Args:
+        plan: translates a scope; raises InexactError if the target's rights cannot express it exactly.
+        kind: the settings that the target's record may have.
+        access: Ringfence's own access to targets.
+
+    Returns None if the credential can be made, else a sentence for the agent. If the target is not set up, the log has
+    the cause, and the agent is only told to ask an operator.
+    """
     try:
+        plan(scope)
         settings_of(target, kind)
         access.check(target.target_id)
+    except InexactError as error:
+        return str(error)
     except RingfenceError as error:
         log.error("%s", error)
         return f"Ringfence is not set up to work at target {target.target_id}; ask an operator"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ringfence.client.errors import IdentityError, require_understood
 from ringfence.client.instance_enrolment import Attested
 from ringfence.client.key_file import KeyFile, succeeding
 from ringfence.client.settings import ClientSettings
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.settings import load
@@ -90,7 +90,7 @@ class DeadLetterLog:
     """
 
     def __init__(self) -> None:
-        self._reasons: OrderedDict[Coordinate, str] = OrderedDict()
+        self._reasons: BoundedDict[Coordinate, str] = BoundedDict(_REMEMBERED_LETTERS)
         self._waiting: dict[Coordinate, asyncio.Event] = {}
 
     def on_records(self, records: Sequence[Received]) -> None:
@@ -101,8 +101,6 @@ class DeadLetterLog:
                 continue
             at = (letter.source.topic, letter.source.partition, letter.source.offset)
             self._reasons[at] = f"the {letter.service} could not accept it ({letter.code}: {letter.reason})"
-            while len(self._reasons) > _REMEMBERED_LETTERS:
-                self._reasons.popitem(last=False)
             if event := self._waiting.get(at):
                 event.set()
 

@@ -11,7 +11,6 @@ from ringfence.gateway.wiring import core_of
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.service.http import HttpServer
-from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.model.records.api_access import Authenticator
 
@@ -51,9 +50,3 @@ def build(
         runtime.background("authz", server.run_until_stopped)
         runtime.ready_when(lambda: None if server.started else "the gateway does not listen for proxies yet")
     return runtime
-
-
-def main() -> int:
-    """The process `ringfence serve gateway`."""
-    settings = load(ServiceSettings)
-    return run([build(settings)], settings)

@@ -271,8 +271,8 @@ def _delegation_chain_reasons(
         if agent is None:
             continue
         for lack in exceeding(wanted, (Limit.ceiling(agent_id, agent.state.ceiling),)):
-            message = f"{lack.side} does not allow it"
+            message = f"{lack.limit} does not allow it"
             found.append(
-                Reason(code="beyond_scope", message=message, permission=lack.permission, side=lack.side)
+                Reason(code="beyond_scope", message=message, permission=lack.permission, side=lack.limit)
             )
     return found

@@ -11,7 +11,8 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.gateway.state.view import View
 from ringfence.kernel.base import metrics
-from ringfence.model.records.api_access import Authenticator, NotFoundError
+from ringfence.kernel.base.api_errors import NotFoundError
+from ringfence.model.records.api_access import Authenticator
 
 _LEASE_PATH = "/v1/leases/{lease_id}"
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")

@@ -27,7 +27,6 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
 from ringfence.kernel.crypto.encryption_keys import EncryptionKeys
 from ringfence.kernel.kafka.record import Received
-from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, HEARTBEAT
 from ringfence.model.lease_store import LeaseStore
@@ -159,9 +158,3 @@ def _seal_keys(runtime: Runtime, named: Path | None, usual: Path) -> EncryptionK
     runtime.on_keys(keys.reload)
     runtime.warns_when(lambda: keys.missing_key(runtime.trust, "issuer", runtime.clock))
     return keys
-
-
-def main() -> int:
-    """The process `ringfence serve issuer`."""
-    settings = load(ServiceSettings)
-    return run([build(settings)], settings)

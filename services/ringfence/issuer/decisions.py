@@ -65,8 +65,8 @@ from ringfence.model.records.directory import Directory
 
 log = logging.getLogger(__name__)
 
-_LOOK_AGAIN_S = 0.02
-_SOON_S = 0.1
+_RECHECK_EVERY_S = 0.02
+_PROMPT_S = 0.1
 """Redis is asked whether it was lost meanwhile where Kafka takes longer to have a lease."""
 
 
@@ -139,7 +139,7 @@ class DecisionHandler:
         Raises LostError where Redis was rebuilt before Kafka had a lease: it does not know of that, and what was made
         at a target may be void there, or aborted by a revoker. The same decisions come again.
         """
-        decisions = await self._open(batch)
+        decisions = await self._verified(batch)
         lasting: dict[str, list[tuple[Decision, Issue]]] = {}
         others: list[tuple[Decision, Issue | Refusal]] = []
         admitted = await self._admitted(decisions)
@@ -155,11 +155,11 @@ class DecisionHandler:
     async def _admitted(self, decisions: Sequence[Decision]) -> list[Issue | Refusal]:
         work = (Work(one.traceparent, {"request_id": one.claims.request_id}) for one in decisions)
         with self._runtime.tracing.steps("check", work) as spans:
-            weighed = [self._sayable(one) for one in await self._weigh(decisions)]
+            weighed = [self._checked(one) for one in await self._weigh(decisions)]
             admitted = await self._gatekeeper.admit(decisions, self._delivery.admit(weighed))
             admitted = await self._grants.admit(admitted)
             for span, one in zip(spans, admitted, strict=False):
-                say(span, one)
+                note_outcome(span, one)
         return admitted
 
     async def _issue(self, weighed: Sequence[tuple[Decision, Issue | Refusal]]) -> None:
@@ -169,7 +169,7 @@ class DecisionHandler:
             outcomes = await self._activate(decisions, [one for _, one in weighed])
         await self._answer(decisions, outcomes)
 
-    def _sayable(self, one: Issue | Refusal) -> Issue | Refusal:
+    def _checked(self, one: Issue | Refusal) -> Issue | Refusal:
         """A pure token is made when its lease is there already, so what stands against it is asked before."""
         if isinstance(one, Refusal) or not self._backends[one.lease.backend].stateless:
             return one
@@ -186,7 +186,7 @@ class DecisionHandler:
         live = [(decision, one) for decision, one in done if isinstance(one, _Live | Minted)]
         epochs = {epoch for _, one in live if (epoch := one.issue.lease.epoch) is not None}
         written_in, loop = self._store.epoch if live else None, asyncio.get_running_loop()
-        until = loop.time() + _SOON_S
+        until = loop.time() + _PROMPT_S
         leases = await self._publish([one for _, one in live])
         replies: list[_Reply] = []
         try:
@@ -206,13 +206,13 @@ class DecisionHandler:
             CREDENTIAL_REPLY, CREDENTIAL_REPLY.what, [reply.outbound() for reply in replies]
         )
         no = [(decision, one) for decision, one in done if isinstance(one, Refusal | Replayed)]
-        await gather_all([*sent, *(self._say_no(decision, one) for decision, one in no)])
+        await gather_all([*sent, *(self._reject(decision, one) for decision, one in no)])
 
     # --- 1: what policy said, and whether it holds ---
 
-    async def _open(self, batch: Sequence[Received]) -> list[Decision]:
+    async def _verified(self, batch: Sequence[Received]) -> list[Decision]:
         """Those that policy signed and that allow; what nobody of authority signed goes to the dead letters."""
-        opened, failed = list[Decision](), list[tuple[Received, InvalidMessageError]]()
+        verified, failed = list[Decision](), list[tuple[Received, InvalidMessageError]]()
         for record in batch:
             try:
                 signed: Signed[CredentialDecision] = verify(
@@ -226,9 +226,9 @@ class DecisionHandler:
                 failed.append((record, error))
                 continue
             if signed.claims.outcome == "allowed":
-                opened.append(Decision(signed, record.coordinates, record.traceparent))
+                verified.append(Decision(signed, record.coordinates, record.traceparent))
         await gather_all(self._runtime.dead_letters.send(record, problem) for record, problem in failed)
-        return opened
+        return verified
 
     async def _weigh(self, decisions: Sequence[Decision]) -> list[Issue | Refusal]:
         """Nothing is refused for records that policy has seen and that have not arrived here *yet*."""
@@ -237,16 +237,16 @@ class DecisionHandler:
         weighed = [self._weigh_one(decision) for decision in decisions]
         if not all(isinstance(one, Issue) for one in weighed):
             await self._runtime.tables_caught_up(self._patience_s)
-            self._again(decisions, weighed, (Refusal, StaleView))
+            self._weigh_again(decisions, weighed, (Refusal, StaleView))
         while any(isinstance(one, StaleView) for one in weighed) and loop.time() < until:
-            await asyncio.sleep(_LOOK_AGAIN_S)
-            self._again(decisions, weighed, (StaleView,))
+            await asyncio.sleep(_RECHECK_EVERY_S)
+            self._weigh_again(decisions, weighed, (StaleView,))
         return [one.refusal() if isinstance(one, StaleView) else one for one in weighed]
 
     def _weigh_one(self, decision: Decision) -> Issue | Refusal | StaleView:
         return weigh(decision, self._directory, self._terms, self._halted())
 
-    def _again(
+    def _weigh_again(
         self,
         decisions: Sequence[Decision],
         weighed: list[Issue | Refusal | StaleView],
@@ -285,9 +285,9 @@ class DecisionHandler:
                 return Refusal(FULL, issue.request, retry_after_s=FULL_RETRY_S)
             case "known" | "lost":  # lost are only leases that were prepared
                 assert activation.stored is not None
-                return self._known(issue, activation.stored)
+                return self._existing(issue, activation.stored)
 
-    def _known(self, issue: Issue, stored: StoredLease) -> _Outcome:
+    def _existing(self, issue: Issue, stored: StoredLease) -> _Outcome:
         try:
             # Verified: whoever can write to Redis must not have this issuer publish a record of their own.
             lease = verify_lease(stored.jws, self._runtime.trust, self._runtime.clock)
@@ -327,7 +327,7 @@ class DecisionHandler:
         if target is None or not has_origin(lease, origin) or lease.backend not in self._backends:
             return None
         issue = Issue(lease, origin, request, target.state)
-        if isinstance(self._sayable(issue), Refusal):
+        if isinstance(self._checked(issue), Refusal):
             return None
         return _Live(issue, stored.jws.decode("ascii"))
 
@@ -348,7 +348,7 @@ class DecisionHandler:
 
     async def _credential(self, decision: Decision, live: _Live | Minted) -> _Reply:
         issue = live.issue
-        credential, to_gateway = await self._made(live), issue.lease.delivery == "gateway"
+        credential, to_gateway = await self._credential_of(live), issue.lease.delivery == "gateway"
         given = None if to_gateway else credential
         # Of what was verified, or made, here: to look at it all once more costs as much as to write it.
         content = ReplyContent.model_construct(
@@ -371,7 +371,7 @@ class DecisionHandler:
             lease, credential, self._runtime.key, id=id, lease_digest=digest(live.jws) if fresh else None
         )
 
-    async def _made(self, live: _Live | Minted) -> Credential | None:
+    async def _credential_of(self, live: _Live | Minted) -> Credential | None:
         """The credential; None where the gateway reads the secret from a source of its own."""
         if isinstance(live, Minted):
             return live.credential
@@ -381,7 +381,7 @@ class DecisionHandler:
         with step_of(issue.lease, "mint", self._runtime.tracing):
             return await backend.mint(issue.lease, issue.target)
 
-    async def _say_no(self, decision: Decision, outcome: Refusal | Replayed) -> None:
+    async def _reject(self, decision: Decision, outcome: Refusal | Replayed) -> None:
         if isinstance(outcome, Refusal):
             await self._refuse(decision, outcome)
         else:
@@ -395,10 +395,10 @@ class DecisionHandler:
         if refusal.finding:
             work.append(self._event("finding", decision, refusal.reasons, refusal.request))
         if refusal.request is not None:
-            work.append(self._tell(decision, refusal, refusal.request))
+            work.append(self._send_refusal(decision, refusal, refusal.request))
         await gather_all(work)
 
-    async def _tell(self, decision: Decision, refusal: Refusal, request: CredentialRequest) -> None:
+    async def _send_refusal(self, decision: Decision, refusal: Refusal, request: CredentialRequest) -> None:
         """Seal the signed refusal to the agent."""
         claims = IssuerRefusal(
             iss=self._terms.id,
@@ -486,7 +486,7 @@ def _decision_order(decision: Decision) -> tuple[str, int, int]:
 # What the trace of a request says of the issuer's part in it.
 
 
-def say(span: Span, outcome: Issue | Refusal) -> None:
+def note_outcome(span: Span, outcome: Issue | Refusal) -> None:
     """Whether a decision holds, and if not, why."""
     if isinstance(outcome, Issue):
         span.note(**ids_of(outcome.lease))

@@ -140,24 +140,24 @@ def weigh(
     `halted`: why nothing may be issued, whatever was decided.
     """
     stale = directory.stale()
-    asked: _VerifiedRequest | None = None
+    verified: _VerifiedRequest | None = None
     try:
-        asked = _request(decision, directory, terms)
+        verified = _request(decision, directory, terms)
         if halted is not None:
-            return Refusal((halted,), asked.signed.claims, retry_after_s=HALTED_RETRY_S)
+            return Refusal((halted,), verified.signed.claims, retry_after_s=HALTED_RETRY_S)
         if stale is None:
-            return _issue(decision, asked, directory, terms)
+            return _issue(decision, verified, directory, terms)
         refused = _RefusedError(_reason("stale_view", stale))
     except _RefusedError as error:
         refused = error
-    request = asked.signed.claims if asked else None
-    behind = stale or _behind(decision, directory)
-    if behind is not None:
-        return StaleView(behind, request)
+    request = verified.signed.claims if verified else None
+    missing_revision = stale or _missing_revision(decision, directory)
+    if missing_revision is not None:
+        return StaleView(missing_revision, request)
     return Refusal(tuple(refused.reasons), request, finding=refused.finding)
 
 
-def _behind(decision: Decision, directory: Directory) -> str | None:
+def _missing_revision(decision: Decision, directory: Directory) -> str | None:
     """Which record policy has seen, by what it says, and this table has not; or None.
 
     What is read here of the request is not verified: it only says which records to wait for.
@@ -174,7 +174,7 @@ def _behind(decision: Decision, directory: Directory) -> str | None:
             (f"agent {agent_id}", directory.agent(agent_id), seen.agent),
             (f"target {request.scope[0].target}", directory.target(request.scope[0].target), seen.target),
             ("the user", directory.user(task.state.on_behalf_of) if task else None, seen.user),
-            *_above(directory, task, seen),
+            *_parents(directory, task, seen),
         )
     except InvalidMessageError:
         return None  # waiting makes it no better
@@ -186,7 +186,7 @@ def _behind(decision: Decision, directory: Directory) -> str | None:
     return None
 
 
-def _above(
+def _parents(
     directory: Directory, task: VerifiedRecord[TaskState] | None, seen: Revisions
 ) -> Iterator[tuple[str, VerifiedRecord[Any] | None, int]]:
     """The tasks that a task is a part of, and their agents, with the revisions of them that policy saw."""
@@ -227,11 +227,11 @@ def _request(decision: Decision, directory: Directory, terms: Terms) -> _Verifie
     return _VerifiedRequest(request, jws.header.kid)
 
 
-def _counted_at(asked: _VerifiedRequest, directory: Directory, at_ms: int) -> bool:
+def _counted_at(verified: _VerifiedRequest, directory: Directory, at_ms: int) -> bool:
     """Whether the key of a request still counted at a moment."""
-    find_key = keys_of_agents(directory, parse(asked.signed.compact), CredentialRequest, at_ms / 1000)
+    find_key = keys_of_agents(directory, parse(verified.signed.compact), CredentialRequest, at_ms / 1000)
     try:
-        return find_key(asked.signed.claims.iss, asked.kid) is not None
+        return find_key(verified.signed.claims.iss, verified.kid) is not None
     except (InvalidMessageError, ChainError):
         return False
 
@@ -256,7 +256,7 @@ def _ended_in_between(request: Jws, source: Coordinates, directory: Directory) -
     )
 
 
-def _issue(decision: Decision, asked: _VerifiedRequest, directory: Directory, terms: Terms) -> Issue:
+def _issue(decision: Decision, verified: _VerifiedRequest, directory: Directory, terms: Terms) -> Issue:
     claims, at_ms = decision.claims, decision.at.appended_at_ms
     if at_ms / 1000 - claims.iat > DECISION_LIFE_S:
         raise _RefusedError(
@@ -265,14 +265,14 @@ def _issue(decision: Decision, asked: _VerifiedRequest, directory: Directory, te
     if at_ms - claims.source.appended_at_ms > REQUEST_LIFE_MS:
         raise _RefusedError(_reason("request_too_old", "the request is days old; ask anew"))
     within_ms = ENDED_KEY_MS + (APPROVALS_MS if claims.approvals else 0)
-    if not _counted_at(asked, directory, max(claims.source.appended_at_ms, at_ms - within_ms)):
+    if not _counted_at(verified, directory, max(claims.source.appended_at_ms, at_ms - within_ms)):
         raise _RefusedError(
             _reason(
                 "key_ended", "the key of this request ended long before the decision; ask anew by another"
             )
         )
     try:
-        facts = load_context(directory, asked.signed, claims.request_id)
+        facts = load_context(directory, verified.signed, claims.request_id)
     except DeniedError as error:
         raise _RefusedError(error.reason) from None
     if claims.revisions is None:
@@ -291,7 +291,7 @@ def _issue(decision: Decision, asked: _VerifiedRequest, directory: Directory, te
         end_ms = deadline_ms(at_ms, ttl_s, facts.not_after * 1000)
     except DeadlineError as error:
         raise _RefusedError(_reason(error.code, str(error))) from None
-    return _leased(decision, facts, asked.kid, terms, end_ms // 1000, grants)
+    return _new_lease(decision, facts, verified.kid, terms, end_ms // 1000, grants)
 
 
 def _is_older(own: Revisions, seen: Revisions) -> bool:
@@ -407,7 +407,7 @@ def _verified_answer(compact: Jws, model: type[A], decision: Decision, directory
         raise _RefusedError(_reason("approval_invalid", message), finding=True) from None
 
 
-def _leased(
+def _new_lease(
     decision: Decision,
     facts: RequestContext,
     kid: str,

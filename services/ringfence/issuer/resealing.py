@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.issuer.gateway_delivery import ENVELOPE_TYPE
 from ringfence.kernel.base import metrics
+from ringfence.kernel.base.api_errors import NotFoundError
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.log_limiter import rate_limited
@@ -30,7 +31,7 @@ from ringfence.model.lease_store import LeaseStore
 from ringfence.model.lease_store.standing import is_cut
 from ringfence.model.leases.lifecycle import ALL_LEASES, selector_keys
 from ringfence.model.leases.verification import verify_lease
-from ringfence.model.records.api_access import Authenticator, ForbiddenError, NotFoundError
+from ringfence.model.records.api_access import Authenticator, ForbiddenError
 
 log = logging.getLogger(__name__)
 

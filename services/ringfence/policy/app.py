@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from ringfence.backends import BackendContext, all_backends
 from ringfence.backends.capabilities import BackendCapabilities
 from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.errors import RingfenceError, UnavailableError
+from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
 from ringfence.kernel.kafka.batch_handlers import concurrent, sequential
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
-from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import CredentialDecision, Reason
@@ -214,17 +212,3 @@ def build(
     ).routes()
     runtime.routes += AuthZen(runtime, authenticator, judge).routes()
     return runtime
-
-
-def main() -> int:
-    """Run policy until it is told to stop. Returns the exit status."""
-    try:
-        settings = load(ServiceSettings)
-        return run([build(settings)], settings)
-    except RingfenceError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
 from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.kafka.batch_handlers import sequential
-from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT
 from ringfence.model.records.alarms import report_alarms
@@ -74,17 +71,3 @@ def build(
         directory, Authenticator(directory, runtime.role, runtime.clock), runtime.clock
     ).routes()
     return runtime
-
-
-def main() -> int:
-    """Run the registry until it is told to stop. Returns the exit status."""
-    try:
-        settings = load(ServiceSettings)
-        return run([build(settings)], settings)
-    except RingfenceError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,6 +11,7 @@ from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.ids import derived_id, digest
+from ringfence.kernel.base.retry import run_periodically
 from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
@@ -310,13 +311,15 @@ class Registry:
 
     async def beat_while(self, mine: Callable[[], bool], every_s: float) -> None:
         """Send heartbeats for as long as `mine()` says that this replica has the commands. Does not end."""
-        while True:
+
+        async def beat() -> None:
             if mine() and self.untrusted() is None:
-                try:
-                    await self.beat()
-                except (KafkaError, RingfenceError, OSError) as error:
-                    log.warning("no heartbeat this time: %s", str(error) or type(error).__name__)
-            await asyncio.sleep(every_s)
+                await self.beat()
+
+        await run_periodically(
+            every_s, beat, "no heartbeat this time", log,
+            expected=(KafkaError, RingfenceError, OSError), at_once=True,
+        )  # fmt: skip
 
 
 def _same_place(a: Coordinates, b: Coordinates) -> bool:

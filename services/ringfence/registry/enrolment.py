@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import LEEWAY_S, Signed, parse, sign, verify
@@ -78,7 +79,7 @@ class KeysByDiscovery(Protocol):
         ...
 
 
-class _Let(NamedTuple):
+class _Admission(NamedTuple):
     """Who is let in, by what."""
 
     agent: AgentState
@@ -117,9 +118,9 @@ class Enroller:
         self._recalled = recalled
         self._spent: dict[str, _Spent] = {}
         """By the token's digest, for which agent and key it was used."""
-        self._unsaid: set[str] = set()
+        self._unconfirmed: set[str] = set()
         """Tokens of which Kafka has not confirmed yet that they are spent: nobody is told before."""
-        self._told: dict[str, None] = {}
+        self._reported_refusals: BoundedDict[str, None] = BoundedDict(_MOST_REFUSALS)
         """Refusals that there is an event of."""
 
     async def enrol(self, compact: str | bytes) -> str:
@@ -129,34 +130,34 @@ class Enroller:
         """
         if reason := self._ready():
             raise UnavailableError(reason)
-        signed = self._opened(compact)
+        signed = self._verified_request(compact)
         try:
-            let = await self._let(signed)
+            admission = await self._admit(signed)
             if not await self._recalled():
                 raise UnavailableError(
                     "which tokens are spent cannot be read from Kafka now; ask again later"
                 )
-            enrolled, fresh = self._spend(let, signed)
+            enrolled, fresh = self._spend(admission, signed)
         except (EnrolRefusedError, TokenError) as error:
-            await self._tell_refusal(signed, error)
+            await self._report_refusal(signed, error)
             raise
         if fresh:
-            self._unsaid.add(enrolled.token_digest)
+            self._unconfirmed.add(enrolled.token_digest)
             try:
-                await self._tell(signed, let, enrolled)
+                await self._publish_enrolment(signed, admission, enrolled)
             except BaseException:
                 self._spent.pop(enrolled.token_digest, None)
                 raise
             finally:
-                self._unsaid.discard(enrolled.token_digest)
-        elif enrolled.token_digest in self._unsaid:
+                self._unconfirmed.discard(enrolled.token_digest)
+        elif enrolled.token_digest in self._unconfirmed:
             raise UnavailableError("this token is being spent just now; ask again")
-        log.info("instance %s of agent %s enrolled", enrolled.instance_id, let.agent.agent_id)
-        return self._certificate(signed, let, enrolled)
+        log.info("instance %s of agent %s enrolled", enrolled.instance_id, admission.agent.agent_id)
+        return self._certificate(signed, admission, enrolled)
 
     # --- who asks ---
 
-    def _opened(self, compact: str | bytes) -> Signed[InstanceEnrol]:
+    def _verified_request(self, compact: str | bytes) -> Signed[InstanceEnrol]:
         """The request, with proof that its sender has the key that it is about."""
         jws = parse(compact)
         claims = jws.unverified_claims(InstanceEnrol)
@@ -175,7 +176,7 @@ class Enroller:
             jws, InstanceEnrol, find, audience=trust_domain, appended_at_ms=self._runtime.clock.now_ms()
         )
 
-    async def _let(self, signed: Signed[InstanceEnrol]) -> _Let:
+    async def _admit(self, signed: Signed[InstanceEnrol]) -> _Admission:
         claims, trust_domain = signed.claims, self._runtime.settings.trust_domain
         issuer = self._issuer(claims.token)
         kid = public_key(claims.key).kid
@@ -194,7 +195,7 @@ class Enroller:
                 raise EnrolRefusedError(describe_unknown(fields, what), code="unknown_field")
         agent, revision = self._agent(claims.iss)
         if self._memory.registered_by(kid):
-            raise _key_taken()
+            raise _key_in_use()
         selectors = agent.attestation
         if not self._is_bound(token, kid):
             selectors = tuple(selector for selector in selectors if not selector.key_bound)
@@ -205,7 +206,7 @@ class Enroller:
                 "with: ringfence agent show",
                 code="instance_unmatched",
             )
-        return _Let(agent, revision, *found, token, not issuer.discovery)
+        return _Admission(agent, revision, *found, token, not issuer.discovery)
 
     def _is_bound(self, token: IdentityToken, kid: str) -> bool:
         """Whether a token is for this key, and for no other."""
@@ -241,31 +242,31 @@ class Enroller:
 
     # --- a token is good for one key ---
 
-    def _spend(self, let: _Let, signed: Signed[InstanceEnrol]) -> tuple[EnrolledInstance, bool]:
+    def _spend(self, admission: _Admission, signed: Signed[InstanceEnrol]) -> tuple[EnrolledInstance, bool]:
         """What the token is spent on, and whether it is only now. Nothing is awaited for between look and mark."""
-        kid, digest = public_key(signed.claims.key).kid, let.token.digest
+        kid, digest = public_key(signed.claims.key).kid, admission.token.digest
         now_s = self._runtime.clock.now_ms() // 1000
         known = self._spent.get(digest)
-        if known is not None and (known.agent_id, known.enrolled.kid) != (let.agent.agent_id, kid):
+        if known is not None and (known.agent_id, known.enrolled.kid) != (admission.agent.agent_id, kid):
             raise EnrolRefusedError(
                 "another key, or the same for another agent, was enrolled with this token; get a new token for each",
                 code="token_replayed",
             )
         if known is not None:
             return known.enrolled, False
-        if self._memory.enrolled_by(kid) not in (None, let.agent.agent_id):
-            raise _key_taken()
+        if self._memory.enrolled_by(kid) not in (None, admission.agent.agent_id):
+            raise _key_in_use()
         ref = EnrolledInstance(
             instance_id=instance_id(digest, kid),
-            issuer=let.token.issuer,
-            subject=let.token.subject,
-            selector=selector_id(let.selector),
-            not_after=now_s + let.selector.max_life_s - LEEWAY_S,
+            issuer=admission.token.issuer,
+            subject=admission.token.subject,
+            selector=selector_id(admission.selector),
+            not_after=now_s + admission.selector.max_life_s - LEEWAY_S,
             kid=kid,
             token_digest=digest,
             enrolled_at=now_s,
         )
-        self._remember(_Spent(let.agent.agent_id, ref))
+        self._remember(_Spent(admission.agent.agent_id, ref))
         return ref, True
 
     def _remember(self, spent: _Spent) -> None:
@@ -284,7 +285,9 @@ class Enroller:
 
     # --- what is said ---
 
-    def _certificate(self, signed: Signed[InstanceEnrol], let: _Let, enrolled: EnrolledInstance) -> str:
+    def _certificate(
+        self, signed: Signed[InstanceEnrol], admission: _Admission, enrolled: EnrolledInstance
+    ) -> str:
         key, trust_domain = self._runtime.key, self._runtime.settings.trust_domain
         certificate = InstanceEnrolment(
             iss=key.id,
@@ -301,16 +304,18 @@ class Enroller:
             ),
             issuer=enrolled.issuer,
             subject=enrolled.subject,
-            selector=selector_id(let.selector),
-            claims=dict(let.claims),
+            selector=selector_id(admission.selector),
+            claims=dict(admission.claims),
             token_digest=enrolled.token_digest,
-            key_bound=self._is_bound(let.token, enrolled.kid),
-            agent_revision=let.revision,
-            token=signed.claims.token if let.pinned else None,
+            key_bound=self._is_bound(admission.token, enrolled.kid),
+            agent_revision=admission.revision,
+            token=signed.claims.token if admission.pinned else None,
         )
         return sign(certificate, key)
 
-    async def _tell(self, signed: Signed[InstanceEnrol], let: _Let, enrolled: EnrolledInstance) -> None:
+    async def _publish_enrolment(
+        self, signed: Signed[InstanceEnrol], admission: _Admission, enrolled: EnrolledInstance
+    ) -> None:
         await self._runtime.event(
             "accepted",
             InstanceEnrol.typ,
@@ -318,20 +323,18 @@ class Enroller:
             actor=signed.claims.iss,
             ref=signed.claims.jti,
             result=enrolled.instance_id,
-            agent_id=let.agent.agent_id,
+            agent_id=admission.agent.agent_id,
             enrolled=enrolled,
         )
 
-    async def _tell_refusal(self, signed: Signed[InstanceEnrol], error: RingfenceError) -> None:
+    async def _report_refusal(self, signed: Signed[InstanceEnrol], error: RingfenceError) -> None:
         """An event, once, of what a platform did sign, and nobody is let in with."""
         agent_id = subject_of(self._runtime.settings.trust_domain, signed.claims.iss, "agent")
         mark = f"{error.code} {agent_id} {signed.claims.key.x}"
         log.info("nobody is let in (%s)", error.code)
-        if error.code in _BY_STRANGERS or mark in self._told:
+        if error.code in _BY_STRANGERS or mark in self._reported_refusals:
             return
-        self._told[mark] = None
-        if len(self._told) > _MOST_REFUSALS:
-            del self._told[next(iter(self._told))]
+        self._reported_refusals[mark] = None
         entry = self._directory.unverified("agent", agent_id) if agent_id else None
         await self._runtime.event(
             "finding" if error.code in _FINDINGS else "refused",
@@ -343,7 +346,7 @@ class Enroller:
         )
 
 
-def _key_taken() -> EnrolRefusedError:
+def _key_in_use() -> EnrolRefusedError:
     return EnrolRefusedError("that key belongs to somebody already; make a fresh one", code="key_taken")
 
 

@@ -16,11 +16,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from ringfence.kernel.base.api_errors import NotFoundError
 from ringfence.kernel.base.clock import Clock
 from ringfence.messages.registry import AgentState, AnyState, TaskState, UserState
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import agents_of, subject_key
-from ringfence.model.records.api_access import Authenticator, Caller, NotFoundError
+from ringfence.model.records.api_access import Authenticator, Caller
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory, VerifiedRecord
 
@@ -49,7 +50,7 @@ class RegistryApi:
 
     def _of(self, kind: SubjectKind, wanted: Filter = lambda state, request: True) -> list[BaseRoute]:
         async def all_of_them(request: Request) -> Response:
-            caller = self._caller(request)
+            caller = self._authenticator.authenticate(request)
             found = [
                 _json(entry, request)
                 async for entry in self._visible(kind, caller)
@@ -58,7 +59,7 @@ class RegistryApi:
             return JSONResponse({f"{kind}s": found})
 
         async def one(request: Request) -> Response:
-            caller, id = self._caller(request), request.path_params["id"]
+            caller, id = self._authenticator.authenticate(request), request.path_params["id"]
             try:
                 entry = self._directory.entry(kind, id)
             except ChainError as error:
@@ -73,9 +74,6 @@ class RegistryApi:
         return [Route(f"/v1/{kind}s", all_of_them), Route(f"/v1/{kind}s/{{id}}", one)]
 
     # --- who sees what ---
-
-    def _caller(self, request: Request) -> Caller:
-        return self._authenticator.user(request.headers.get("authorization"))
 
     async def _visible(self, kind: SubjectKind, caller: Caller) -> AsyncIterator[VerifiedRecord[AnyState]]:
         for seen, entry in enumerate(self._directory.entries(kind), start=1):

@@ -15,6 +15,7 @@ from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.retry import run_periodically
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ServiceEvent
@@ -30,9 +31,9 @@ SUBJECT = "key"
 """The `subject` of the finding; its `ref` is the key's thumbprint, its `result` whose key it is."""
 CODE = "key_ending"
 _PAUSE_EVERY = 500
-_CAUGHT_UP_WITHIN_S = 5.0
+_CATCH_UP_S = 5.0
 
-_Told = tuple[str, str, int]
+_Warning = tuple[str, str, int]
 """Whose key, which, and since when it ends that soon, in ms."""
 
 
@@ -44,41 +45,44 @@ class KeyWarnings:
         self._directory = directory
         self._ends: dict[tuple[SubjectKind, str], tuple[int, ...]] = {}
         """When the keys in a record end, by a record that nobody has verified: it only says where to look."""
-        self._told: set[_Told] = set()
+        self._reported: set[_Warning] = set()
         directory.on_change(self._on_change)
 
     def remember(self, event: ServiceEvent) -> None:
         """A registry, perhaps another, said this lately."""
         if event.subject == SUBJECT and event.ref and event.result:
-            self._told.add((event.result, event.ref, event.at_ms))
+            self._reported.add((event.result, event.ref, event.at_ms))
 
     async def run(self, mine: Callable[[], bool], every_s: float) -> None:
         """Look for as long as `mine()` says that this replica has the commands. Does not end."""
-        while True:
-            if mine():
-                try:
-                    if await self._runtime.tables_caught_up(_CAUGHT_UP_WITHIN_S):
-                        await self.look()
-                except (KafkaError, RingfenceError, OSError) as error:
-                    log.warning("keys that end are told of later: %s", str(error) or type(error).__name__)
-            else:
-                metrics.KEYS_ENDING.set(0)  # another replica says so
-            await asyncio.sleep(every_s)
 
-    async def look(self) -> None:
+        async def check() -> None:
+            if not mine():
+                metrics.KEYS_ENDING.set(0)  # another replica sets it
+            elif await self._runtime.tables_caught_up(_CATCH_UP_S):
+                await self.warn()
+
+        await run_periodically(
+            every_s, check, "keys that end are told of later", log,
+            expected=(KafkaError, RingfenceError, OSError), at_once=True,
+        )  # fmt: skip
+
+    async def warn(self) -> None:
         """Tell of all that end soon and were not told of."""
         now_s = self._runtime.clock.now_ms() / 1000
         # By then the key has ended.
-        self._told = {told for told in self._told if told[2] / 1000 + WARN_BEFORE_S[0] > now_s}
+        self._reported = {
+            warning for warning in self._reported if warning[2] / 1000 + WARN_BEFORE_S[0] > now_s
+        }
         count = 0
         for seen, (subject, ends) in enumerate(list(self._ends.items()), start=1):
             if any(now_s < end <= now_s + WARN_BEFORE_S[0] for end in ends):
-                count += await self._look_at(*subject, now_s)
+                count += await self._warn_about(*subject, now_s)
             if seen % _PAUSE_EVERY == 0:
                 await asyncio.sleep(0)
         metrics.KEYS_ENDING.set(count)
 
-    async def _look_at(self, kind: SubjectKind, id: str, now_s: float) -> int:
+    async def _warn_about(self, kind: SubjectKind, id: str, now_s: float) -> int:
         """Tell of the keys of one subject that end soon. Returns how many there are, told of before or not."""
         try:
             entry = self._directory.entry(kind, id)
@@ -89,21 +93,21 @@ class KeyWarnings:
         whose = subject_spiffe(self._runtime.settings.trust_domain, entry.state)
         ending_soon = list(endings(entry.state, now_s))
         for ending in ending_soon:
-            told = (whose, ending.key.kid, ending.since_s * 1000)
-            if told not in self._told:
-                await self._tell(told, entry.state, ending)
-                self._told.add(told)
+            warning = (whose, ending.key.kid, ending.since_s * 1000)
+            if warning not in self._reported:
+                await self._report(warning, entry.state, ending)
+                self._reported.add(warning)
         return len(ending_soon)
 
-    async def _tell(self, told: _Told, state: AnyState, ending: KeyEnding) -> None:
-        whose, kid, at_ms = told
+    async def _report(self, warning: _Warning, state: AnyState, ending: KeyEnding) -> None:
+        whose, kid, at_ms = warning
         message = _message(state, ending)
         log.warning("%s", message)
         await self._runtime.event(
             "finding",
             SUBJECT,
             # The key that signs makes the text: another one may say the same anew.
-            about=(*told, self._runtime.key.kid),
+            about=(*warning, self._runtime.key.kid),
             reasons=(Reason(code=CODE, message=message),),
             at_ms=at_ms,
             ref=kid,

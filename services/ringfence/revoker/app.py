@@ -10,7 +10,6 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.kafka.batch_handlers import sequential
 from ringfence.kernel.kafka.record import Received
-from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK, REVOCATION_REQUEST
 from ringfence.model.lease_store import LeaseStore
@@ -158,9 +157,3 @@ def build(
         store, ender, overdue, directory, orders, runtime.clock, authenticator
     ).routes()
     return runtime
-
-
-def main() -> int:
-    """The process `ringfence serve revoker`."""
-    settings = load(ServiceSettings)
-    return run([build(settings)], settings)

@@ -9,12 +9,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from ringfence.kernel.base.api_errors import NotFoundError
 from ringfence.kernel.base.clock import Clock
 from ringfence.messages.lease import Lease, LeaseStatus
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.lifecycle import ALL_LEASES, matches
 from ringfence.model.leases.revocations import agent_of_task
-from ringfence.model.records.api_access import Authenticator, Caller, NotFoundError
+from ringfence.model.records.api_access import Authenticator, Caller
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.revoker.lease_end.lease_ender import LeaseEnder

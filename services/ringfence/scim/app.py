@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 from ringfence.client.admin.provisioner import Provisioner
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.errors import RingfenceError, UnavailableError
+from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.settings import BusSettings, ServiceSettings, load
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.service.bearer_tokens import Tokens
-from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import HEARTBEAT, USER
@@ -68,17 +65,3 @@ def _undelegated(people: DirectoryView) -> str | None:
     except UnavailableError as error:
         return str(error)
     return None
-
-
-def main() -> int:
-    """Run the SCIM endpoint until it is told to stop. Returns the exit status."""
-    try:
-        settings = load(ServiceSettings)
-        return run([build(settings)], settings)
-    except RingfenceError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

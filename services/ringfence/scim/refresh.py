@@ -7,11 +7,11 @@ more, nothing is confirmed, and they run out.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
+from ringfence.kernel.base.retry import run_periodically
 from ringfence.messages.registry import Delegation, UserRecord
 from ringfence.scim.directory_view import DirectoryView
 from ringfence.scim.provisioning import ProvisioningWriter, differs
@@ -38,12 +38,10 @@ class EntitlementRefresh:
 
     async def keep(self) -> None:
         """Every `check_s`. Does not end."""
-        while True:
-            try:
-                await self.once()
-            except (RingfenceError, OSError) as error:
-                log.warning("users could not be confirmed this time: %s", error)
-            await asyncio.sleep(self._settings.check_s)
+        await run_periodically(
+            self._settings.check_s, self.once, "users could not be confirmed this time", log,
+            expected=(RingfenceError, OSError), at_once=True,
+        )  # fmt: skip
 
     async def once(self) -> int:
         """Say again what has to be; of how many users."""

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.service.bearer_tokens import Tokens
-from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import LEASE, SIGNAL_STREAM
 from ringfence.signals.delivery import Following
@@ -36,17 +32,3 @@ def build(
     runtime.warns_when(following.warning)
     runtime.routes += SignalsApi(runtime, own, streams, following, receivers, tokens).routes()
     return runtime
-
-
-def main() -> int:
-    """Run the shared signals until they are told to stop. Returns the exit status."""
-    try:
-        settings = load(ServiceSettings)
-        return run([build(settings)], settings)
-    except RingfenceError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from functools import partial
 from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base import metrics
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.text import visible
@@ -89,7 +90,7 @@ class Delivery:
         self._streams = streams
         self._epochs = epochs
         self._receiver = receiver
-        self._told: OrderedDict[str, None] = OrderedDict()
+        self._told: BoundedDict[str, None] = BoundedDict(_REMEMBERED)
         self._verifying: set[asyncio.Task[None]] = set()
         self.stream_id = stream.id
         self.method = stream.claims.method
@@ -292,9 +293,7 @@ class Delivery:
         return None if self._epochs.is_void(record, lease.epoch) else lease
 
     def _remember(self, events: Mapping[str, UnsignedSet]) -> None:
-        self._told |= dict.fromkeys(events)
-        while len(self._told) > _REMEMBERED:
-            self._told.popitem(last=False)
+        self._told.update(dict.fromkeys(events))
 
 
 async def _first_of(moved: asyncio.Event, reading: asyncio.Task[_Outstanding] | None) -> None:

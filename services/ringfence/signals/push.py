@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import ssl
 from collections.abc import Awaitable, Callable
 
@@ -13,6 +12,7 @@ import httpx
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.base.retry import backoff
 from ringfence.kernel.base.secret_refs import PlaceError, read_secret
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.base.text import visible
@@ -68,7 +68,7 @@ class Pusher:
             await self._deliver(event, signed)
 
     async def _deliver(self, event: UnsignedSet, signed: Callable[[], str]) -> None:
-        tries = refusals = 0
+        refusals, delays_s = 0, backoff(self._settings.first_delay_s, self._settings.longest_delay_s)
         while True:
             problem, refusal = await self._post(signed())
             if problem is None:
@@ -80,9 +80,7 @@ class Pusher:
                 await self._refused(event, refusal)
                 return
             self._failed(problem)
-            delay_s = min(self._settings.longest_delay_s, self._settings.first_delay_s * 2 ** min(tries, 30))
-            tries += 1
-            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - so that not all come at once
+            await asyncio.sleep(next(delays_s))
 
     def _failed(self, problem: str) -> None:
         metrics.SIGNALS.labels("failed").inc()

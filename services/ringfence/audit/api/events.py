@@ -16,12 +16,13 @@ from starlette.routing import Route
 from ringfence.audit.events.break_glass import uses
 from ringfence.audit.index.action_counts import counted, unknown_destinations
 from ringfence.audit.index.coverage import behind, count_actions, count_leases, went_through
-from ringfence.audit.index.filters import WrongQueryError, limit_of, number_of, wanted_of
+from ringfence.audit.index.filters import limit_of, number_of, wanted_of
 from ringfence.audit.index.store import STORY_KINDS, Actions, EventIndex, Viewer
 from ringfence.audit.index.trace import tree
 from ringfence.kernel.base import metrics
+from ringfence.kernel.base.api_errors import NotFoundError, WrongQueryError
 from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.errors import RingfenceError, UnavailableError
+from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.registry import AgentState
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.leases.lifecycle import SHORT_LIVED_S
@@ -36,12 +37,6 @@ _MAX_ACTIONS = 1000
 _MAX_COVERED = 500
 """Each is looked up with what it rests on."""
 _MAX_MS = 2**53
-
-
-class NotFoundError(RingfenceError):
-    """There is nothing with this id that the caller may see."""
-
-    code = "not_found"
 
 
 class AuditApi:

@@ -9,11 +9,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ringfence.audit.api.events import NotFoundError
-from ringfence.audit.index.filters import WrongQueryError
 from ringfence.audit.index.store import EventIndex, Viewer
 from ringfence.audit.trail.proofs import Inclusion, NoProofError, ProofStore
 from ringfence.kernel.base import metrics
+from ringfence.kernel.base.api_errors import NotFoundError, WrongQueryError
 
 
 class ProofApi:

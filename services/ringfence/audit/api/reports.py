@@ -9,9 +9,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ringfence.audit.index.access_report import HELD_BEFORE_MS, leases_of, who_did
-from ringfence.audit.index.filters import WrongQueryError, limit_of, number_of, wanted_of
+from ringfence.audit.index.filters import limit_of, number_of, wanted_of
 from ringfence.audit.index.store import EventIndex, Viewer
 from ringfence.kernel.base import metrics
+from ringfence.kernel.base.api_errors import WrongQueryError
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.permission import Permission

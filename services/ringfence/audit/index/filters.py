@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.api_errors import WrongQueryError
 from ringfence.kernel.service.http import number_in
 
 _EQUAL = ("agent", "task", "request", "lease", "target", "sponsor", "on_behalf_of", "class_uid", "status")
@@ -76,12 +76,6 @@ def _pattern(code: str) -> str:
 _MAX_CODES = 50
 _STATUSES = {"success": 1, "failure": 2, "other": 99}
 _SEVERITIES = {"informational": 1, "low": 2, "medium": 3, "high": 4, "critical": 5}
-
-
-class WrongQueryError(RingfenceError):
-    """A parameter of the query makes no sense."""
-
-    code = "query_invalid"
 
 
 def wanted_of(request: Request) -> EventFilter:

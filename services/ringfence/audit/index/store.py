@@ -17,7 +17,7 @@ from ringfence.audit.index.filters import NO_FILTER, EventFilter
 from ringfence.audit.index_files import new_database
 from ringfence.audit.trail.handover_lookup import mark_of
 from ringfence.kernel.base import metrics
-from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.api_errors import CursorLostError
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.kafka.record import Received
 from ringfence.model.audit_log.chain import loaded
@@ -81,12 +81,6 @@ class Copies:
     events: list[bytes]
     looked_at_ms: int | None
     cursor: str | None
-
-
-class CursorLostError(RingfenceError):
-    """The index was built anew since this cursor was given: what was counted by it cannot be gone on with."""
-
-    code = "cursor_lost"
 
 
 class CountedTrail(Protocol):

@@ -38,7 +38,7 @@ from ringfence.backends.postgres.privileges import (
 )
 from ringfence.backends.postgres.server import Connection, PostgresServer, verifier
 from ringfence.backends.secret_sources import AccessError
-from ringfence.backends.target_settings import InexactError, TargetRefusedError, not_set_up, settings_of
+from ringfence.backends.target_settings import InexactError, TargetRefusedError, problem_of, settings_of
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
@@ -80,11 +80,7 @@ class PostgresBackend:
 
     def problem(self, lease: Lease, target: TargetState) -> str | None:
         """Why exactly this credential cannot be made, or None, as far as that can be said without the server."""
-        try:
-            plan(lease.scope)
-        except InexactError as error:
-            return str(error)
-        return not_set_up(target, PostgresSettings, self._access)
+        return problem_of(plan, lease.scope, target, PostgresSettings, self._access)
 
     async def mint(self, lease: Lease, target: TargetState) -> Credential:
         """A role with a new password, and the URL for it. Again for the same lease: one more role.
@@ -103,16 +99,16 @@ class PostgresBackend:
 
         async def make(connection: Connection) -> bool:
             async with connection.transaction():
-                return await _make(connection, role, secret, wanted, lease.deadline, settings)
+                return await _make(connection, role, secret, privileges, lease.deadline, settings)
 
         try:
-            wanted = plan(lease.scope)
-            encrypted = await server.run(wanted.database, make)
+            privileges = plan(lease.scope)
+            encrypted = await server.run(privileges.database, make)
         except InexactError as error:
             raise TargetRefusedError(str(error)) from None
         return Credential(
             kind=self.kind,
-            value=_url(role, password, address, wanted.database, _sslmode(server, settings, encrypted)),
+            value=_url(role, password, address, privileges.database, _sslmode(server, settings, encrypted)),
             expires_at=lease.deadline,
         )
 
@@ -123,8 +119,10 @@ class PostgresBackend:
         """
         server = await self._servers.at(target_id)
         own = server.login.database
-        for oid, role, databases in await server.run(own, partial(_made, prefix=self.roles_of(lease_id))):
-            await server.run(own, partial(_shut_out, role=role, oid=oid))
+        for oid, role, databases in await server.run(
+            own, partial(_roles_after_lock, prefix=self.roles_of(lease_id))
+        ):
+            await server.run(own, partial(_lock_out, role=role, oid=oid))
             for database in databases:
                 await server.run(database, partial(_disown, role=role))
             await server.run(own, partial(_drop, role=role, oid=oid))
@@ -147,55 +145,57 @@ async def _make(
     connection: Connection,
     role: str,
     secret: str,
-    wanted: PrivilegePlan,
+    privileges: PrivilegePlan,
     deadline_s: int,
     settings: PostgresSettings,
 ) -> bool:
     """Make a role with exactly what is wanted. Whether the connection is encrypted. Raises InexactError."""
     here = await connection.fetchrow(queries.HERE, LOCK)
-    if here["name"] != wanted.database:  # something in between gives databases other names
-        raise InexactError(f"there is no database {wanted.database!a}")
-    given = await _resolved(connection, wanted, here["oid"])
+    if here["name"] != privileges.database:  # something in between gives databases other names
+        raise InexactError(f"there is no database {privileges.database!a}")
+    granted = await _resolved(connection, privileges, here["oid"])
     until = datetime.fromtimestamp(deadline_s, UTC).strftime("%Y-%m-%d %H:%M:%S+00")
     statements = [
         f"CREATE ROLE {quoted(role)} LOGIN CONNECTION LIMIT {settings.connection_limit}"
         f" PASSWORD '{secret}' VALID UNTIL '{until}'",
         f"ALTER ROLE {quoted(role)} SET statement_timeout = '{settings.statement_timeout_s}s'",
-        *grants(role, wanted.database, given),
+        *grants(role, privileges.database, granted),
     ]
     await connection.execute("; ".join(statements))
-    await _check(connection, role, given, settings)
+    await _check(connection, role, granted, settings)
     return bool(here["encrypted"])
 
 
-async def _resolved(connection: Connection, wanted: PrivilegePlan, database_oid: int) -> list[Right]:
+async def _resolved(connection: Connection, privileges: PrivilegePlan, database_oid: int) -> list[Right]:
     """The rights that are meant, by what is there now."""
-    schemas = [(row["oid"], row["name"]) for row in await connection.fetch(queries.SCHEMAS, wanted.schemas)]
-    rows = await connection.fetch(queries.RELATIONS, wanted.schemas, wanted.relations)
+    schemas = [
+        (row["oid"], row["name"]) for row in await connection.fetch(queries.SCHEMAS, privileges.schemas)
+    ]
+    rows = await connection.fetch(queries.RELATIONS, privileges.schemas, privileges.relations)
     relations = {
         row["oid"]: Relation(row["oid"], row["schema"], row["name"], row["sequence"]) for row in rows
     }
     columns: list[RelationColumn] = []
-    if any(wish.wants_columns for wish in wanted.wishes):
+    if any(request.wants_columns for request in privileges.requests):
         found = await connection.fetch(queries.COLUMNS, list(relations))
         columns = [RelationColumn(relations[row["relation"]], row["number"], row["name"]) for row in found]
-    return rights(wanted, database_oid, schemas, list(relations.values()), columns)
+    return rights(privileges, database_oid, schemas, list(relations.values()), columns)
 
 
 async def _check(
-    connection: Connection, role: str, given: Sequence[Right], settings: PostgresSettings
+    connection: Connection, role: str, granted: Sequence[Right], settings: PostgresSettings
 ) -> None:
     """Raises InexactError where the role may less than was given, or more by PUBLIC."""
     asked = (
-        [right.level for right in given],
-        [right.oid for right in given],
-        [right.column for right in given],
-        [right.right for right in given],
+        [right.level for right in granted],
+        [right.oid for right in granted],
+        [right.column for right in granted],
+        [right.right for right in granted],
     )
     # GRANT gives what the grantor may give, and only warns of the rest.
     missing_right = await connection.fetchval(queries.LACKING, role, *asked)
     if missing_right is not None:
-        right = given[missing_right - 1]
+        right = granted[missing_right - 1]
         what = "/".join(filter(None, (right.schema, right.table, right.column_name))) or "the database"
         raise InexactError(f"Ringfence's own role may not give {right.right} on {what!a}; ask an operator")
     if settings.public == "refuse":
@@ -216,14 +216,14 @@ async def _roles_with_prefix(connection: Connection, prefix: str) -> list[tuple[
     return [(row["oid"], row["name"], row["databases"]) for row in rows if _NAME.fullmatch(row["name"])]
 
 
-async def _made(connection: Connection, prefix: str) -> list[tuple[int, str, list[str]]]:
+async def _roles_after_lock(connection: Connection, prefix: str) -> list[tuple[int, str, list[str]]]:
     """Likewise, once all that is being made in this database is there: who made it may have died before it was told."""
     async with connection.transaction():
         await connection.execute(f"SELECT pg_catalog.pg_advisory_xact_lock({LOCK})")
         return await _roles_with_prefix(connection, prefix)
 
 
-async def _shut_out(connection: Connection, role: str, oid: int) -> None:
+async def _lock_out(connection: Connection, role: str, oid: int) -> None:
     try:
         # Only now is Ringfence's own role part of it, to end its sessions and to drop what it owns: part of every
         # live role, it would make the server look at each of them at every GRANT.

@@ -112,7 +112,7 @@ class PrivilegePlan:
     """A scope, understood: one database, and what is wanted there."""
 
     database: str
-    wishes: tuple[PrivilegeRequest, ...]
+    requests: tuple[PrivilegeRequest, ...]
 
     @property
     def schemas(self) -> list[str] | None:
@@ -126,8 +126,8 @@ class PrivilegePlan:
 
     def _literal(self, at: int) -> list[str] | None:
         names = set()
-        for wish in self.wishes:
-            segments = wish.glob.segments
+        for request in self.requests:
+            segments = request.glob.segments
             if any("*" in segment for segment in segments[: at + 1]):
                 return None
             if len(segments) > at:
@@ -137,25 +137,25 @@ class PrivilegePlan:
 
 def plan(scope: Iterable[Permission]) -> PrivilegePlan:
     """Understand a scope, without looking at a server. Raises InexactError."""
-    wishes = [
-        PrivilegeRequest(_known(verb), _resource_glob(resource))
+    requests = [
+        PrivilegeRequest(_checked_verb(verb), _resource_glob(resource))
         for permission in scope
         for resource in permission.resources
         for verb in permission.verbs
     ]
-    if not wishes:
+    if not requests:
         raise InexactError("the scope is empty")
-    for wish in wishes:
-        if not any(wish.glob.reaches(_DEPTH[level]) for level in RIGHTS[wish.verb]):
-            levels = " or ".join(sorted(set(RIGHTS[wish.verb])))
-            raise InexactError(f"{wish}: {wish.verb} is a right on a {levels}, which this cannot name")
-    databases = {wish.glob.segments[0] for wish in wishes}
+    for request in requests:
+        if not any(request.glob.reaches(_DEPTH[level]) for level in RIGHTS[request.verb]):
+            levels = " or ".join(sorted(set(RIGHTS[request.verb])))
+            raise InexactError(f"{request}: {request.verb} is a right on a {levels}, which this cannot name")
+    databases = {request.glob.segments[0] for request in requests}
     if len(databases) > 1:
         raise InexactError("a credential is for one database: ask for one for each")
-    return PrivilegePlan(databases.pop(), tuple(dict.fromkeys(wishes)))
+    return PrivilegePlan(databases.pop(), tuple(dict.fromkeys(requests)))
 
 
-def _known(verb: str) -> str:
+def _checked_verb(verb: str) -> str:
     if verb not in RIGHTS:
         raise InexactError(f"the verb {verb!a} is none: write one of {', '.join(RIGHTS)}")
     return verb
@@ -199,41 +199,43 @@ def rights(
         if len(found) > MAX_RIGHTS:
             raise InexactError(f"the scope means more than {MAX_RIGHTS} rights: ask for less at a time")
 
-    for wish in wanted.wishes:
-        meant = list(_meant(wish, database, database_oid, schemas, relations, columns))
-        if not meant:
-            raise InexactError(f"{wish} means nothing that is in database {database!a} now")
-        for right in meant:
+    for request in wanted.requests:
+        matching = list(_rights_of(request, database, database_oid, schemas, relations, columns))
+        if not matching:
+            raise InexactError(f"{request} means nothing that is in database {database!a} now")
+        for right in matching:
             add(right)
     return list(found)
 
 
-def _meant(
-    wish: PrivilegeRequest,
+def _rights_of(
+    request: PrivilegeRequest,
     database: str,
     database_oid: int,
     schemas: Sequence[tuple[int, str]],
     relations: Sequence[Relation],
     columns: Sequence[RelationColumn],
 ) -> Iterator[Right]:
-    if wish.covers(database):
-        for right in wish.rights("database"):
+    if request.covers(database):
+        for right in request.rights("database"):
             yield Right("database", database_oid, 0, right, "", "", "")
-    for oid, schema in schemas if wish.rights("schema") else ():
-        if wish.covers(database, schema):
-            for right in wish.rights("schema"):
+    for oid, schema in schemas if request.rights("schema") else ():
+        if request.covers(database, schema):
+            for right in request.rights("schema"):
                 yield Right("schema", oid, 0, right, schema, "", "")
     whole: set[int] = set()
     for one in relations:
         level: Level = "sequence" if one.is_sequence else "table"
-        if wish.rights(level) and wish.covers(database, one.schema, one.name):
+        if request.rights(level) and request.covers(database, one.schema, one.name):
             whole.add(one.oid)
-            for right in wish.rights(level):
+            for right in request.rights(level):
                 yield Right(level, one.oid, 0, right, one.schema, one.name, "")
-    for column in columns if wish.wants_columns else ():
+    for column in columns if request.wants_columns else ():
         relation = column.relation
-        if relation.oid not in whole and wish.covers(database, relation.schema, relation.name, column.name):
-            for right in wish.rights("column"):
+        if relation.oid not in whole and request.covers(
+            database, relation.schema, relation.name, column.name
+        ):
+            for right in request.rights("column"):
                 yield Right(
                     "column", relation.oid, column.number, right, relation.schema, relation.name, column.name
                 )

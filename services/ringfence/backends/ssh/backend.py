@@ -21,7 +21,7 @@ from ringfence.backends.connection_pool import ConnectionCache
 from ringfence.backends.ssh.certificates import for_lease, private_text
 from ringfence.backends.ssh.privileges import allowed, plan
 from ringfence.backends.ssh.server import SshServer
-from ringfence.backends.target_settings import InexactError, TargetRefusedError, not_set_up, settings_of
+from ringfence.backends.target_settings import InexactError, TargetRefusedError, problem_of, settings_of
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
@@ -51,11 +51,7 @@ class SshBackend:
 
     def problem(self, lease: Lease, target: TargetState) -> str | None:
         """Why exactly this credential cannot be made, or None, as far as that can be said without the host."""
-        try:
-            plan(lease.scope)
-        except InexactError as error:
-            return str(error)
-        return not_set_up(target, SshSettings, self._access)
+        return problem_of(plan, lease.scope, target, SshSettings, self._access)
 
     async def mint(self, lease: Lease, target: TargetState) -> Credential:
         """A new key and its certificate, with what a client needs to know of the host, as JSON.

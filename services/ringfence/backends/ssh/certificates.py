@@ -54,13 +54,13 @@ def for_lease(
         .valid_after(began_s - BEFORE_S)
         .valid_before(deadline_s)
     )
-    if "shell" not in allowed.ways:
+    if "shell" not in allowed.login_kinds:
         granted = [f"{verb}:{command}" for verb, command in allowed.commands]
         forced = shlex.join([*run, allowed.user, *granted])
         builder = builder.add_critical_option(b"force-command", forced.encode())
     if source_addresses is not None:
         builder = builder.add_critical_option(b"source-address", source_addresses.encode())
-    for way in sorted(allowed.ways & _EXTENSIONS.keys(), key=_EXTENSIONS.__getitem__):
+    for way in sorted(allowed.login_kinds & _EXTENSIONS.keys(), key=_EXTENSIONS.__getitem__):
         builder = builder.add_extension(_EXTENSIONS[way], b"")
     return builder.sign(authority).public_bytes().decode()
 

@@ -43,7 +43,7 @@ class CommandPlan:
     """A scope, understood: whom it is for, and what is wanted."""
 
     user: str
-    wishes: tuple[CommandRequest, ...]
+    requests: tuple[CommandRequest, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,33 +53,33 @@ class AllowedCommands:
     user: str
     commands: tuple[tuple[str, str], ...]
     """Verb and name of each."""
-    ways: frozenset[str]
+    login_kinds: frozenset[str]
 
 
 def plan(scope: Iterable[Permission]) -> CommandPlan:
     """Understand a scope, without asking the host. Raises InexactError."""
-    wishes = [
-        CommandRequest(_known(verb), _resource_glob(resource))
+    requests = [
+        CommandRequest(_checked_verb(verb), _resource_glob(resource))
         for permission in scope
         for resource in permission.resources
         for verb in permission.verbs
     ]
-    if not wishes:
+    if not requests:
         raise InexactError("the scope is empty")
-    for wish in wishes:
-        if not wish.glob.reaches(2 if wish.verb in COMMAND_VERBS else 1):
-            what = "command, user/command" if wish.verb in COMMAND_VERBS else "user"
-            raise InexactError(f"{wish}: {wish.verb} is a right on a {what}, which this cannot name")
-    users = {wish.glob.segments[0] for wish in wishes}
+    for request in requests:
+        if not request.glob.reaches(2 if request.verb in COMMAND_VERBS else 1):
+            what = "command, user/command" if request.verb in COMMAND_VERBS else "user"
+            raise InexactError(f"{request}: {request.verb} is a right on a {what}, which this cannot name")
+    users = {request.glob.segments[0] for request in requests}
     if len(users) > 1:
         raise InexactError("a credential is for one user: ask for one for each")
-    verbs = {wish.verb for wish in wishes}
+    verbs = {request.verb for request in requests}
     if "shell" in verbs and verbs & set(COMMAND_VERBS):
         raise InexactError("shell is every command, not those named beside it: ask for one or the other")
-    return CommandPlan(users.pop(), tuple(dict.fromkeys(wishes)))
+    return CommandPlan(users.pop(), tuple(dict.fromkeys(requests)))
 
 
-def _known(verb: str) -> str:
+def _checked_verb(verb: str) -> str:
     if verb not in VERBS:
         raise InexactError(f"the verb {verb!a} is none: write one of {', '.join(VERBS)}")
     return verb
@@ -107,17 +107,17 @@ def allowed(wanted: CommandPlan, there: Rights) -> AllowedCommands:
         raise InexactError(f"no certificate can be for user {wanted.user!a} there")
     has = there[wanted.user]
     commands: dict[tuple[str, str], None] = {}
-    ways: set[str] = set()
-    for wish in wanted.wishes:
-        if wish.verb in WAYS:
-            if wish.verb not in has["may"]:
-                raise InexactError(f"{wish}: the host does not allow it")
-            ways.add(wish.verb)
+    login_kinds: set[str] = set()
+    for request in wanted.requests:
+        if request.verb in WAYS:
+            if request.verb not in has["may"]:
+                raise InexactError(f"{request}: the host does not allow it")
+            login_kinds.add(request.verb)
             continue
-        meant = [name for name in has[wish.verb] if wish.glob.matches(f"{wanted.user}/{name}")]
-        if not meant:
-            raise InexactError(f"{wish} means no command that the host has now")
-        commands.update({(wish.verb, name): None for name in meant})
+        matching = [name for name in has[request.verb] if request.glob.matches(f"{wanted.user}/{name}")]
+        if not matching:
+            raise InexactError(f"{request} means no command that the host has now")
+        commands.update({(request.verb, name): None for name in matching})
     if len(commands) > MAX_COMMANDS:
         raise InexactError(f"the scope means more than {MAX_COMMANDS} commands: ask for less at a time")
-    return AllowedCommands(wanted.user, tuple(commands), frozenset(ways))
+    return AllowedCommands(wanted.user, tuple(commands), frozenset(login_kinds))

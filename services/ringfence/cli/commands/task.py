@@ -311,7 +311,7 @@ def _show_preview(shown: Preview) -> None:
     note("What all sides allow together:", "bold")
     note(show_scope(shown.effective))
     for cut in shown.cuts:
-        note(f"cut: {show_permission(cut.permission)} ({cut.side} does not allow it)", "yellow")
+        note(f"cut: {show_permission(cut.permission)} ({cut.limit} does not allow it)", "yellow")
     for warning in shown.warnings:
         note(f"warning: {warning}", "yellow")
 
@@ -323,6 +323,6 @@ def _as_json(terms: TaskTerms, whose: str, shown: Preview, task_id: str | None) 
         "on_behalf_of": whose,
         "not_after": terms.not_after,
         "effective": list(shown.effective),
-        "cuts": [{"permission": cut.permission, "side": cut.side} for cut in shown.cuts],
+        "cuts": [{"permission": cut.permission, "side": cut.limit} for cut in shown.cuts],
         "warnings": list(shown.warnings),
     }

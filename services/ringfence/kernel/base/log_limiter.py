@@ -6,12 +6,13 @@ Nothing else is held back: metrics and dead letters count each.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
+
+from ringfence.kernel.base.retry import run_periodically
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ QUIET_S = 600.0
 """A kind of which none came for so long is new again."""
 _MOST_KINDS = 1000
 """Topics and codes are our own words, and few. What is beyond that is of one kind."""
-_LOOK_S = 1.0
+_CHECK_EVERY_S = 1.0
 _KIND = "flood_kind"
 
 _Kind = tuple[object, ...]
@@ -41,7 +42,7 @@ class LogLimiter(logging.Filter):
         super().__init__()
         self._now_s = now_s
         self._lock = threading.Lock()
-        self._tallies: dict[_Kind, tuple[RepeatCounter, str, int]] = {}
+        self._counters: dict[_Kind, tuple[RepeatCounter, str, int]] = {}
         """With each the name and the level that the last of its lines had."""
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -51,30 +52,30 @@ class LogLimiter(logging.Filter):
             return True
         kind, now_s = (record.name, record.msg, *own), self._now_s()
         with self._lock:
-            if kind not in self._tallies and len(self._tallies) >= _MOST_KINDS:
+            if kind not in self._counters and len(self._counters) >= _MOST_KINDS:
                 kind = ()
-            tally, *_ = self._tallies.get(kind) or (RepeatCounter(now_s, first=FIRST, every_s=EVERY_S),)
-            self._tallies[kind] = tally, record.name, record.levelno
-            return tally.tells(record.getMessage(), now_s)
+            counter, *_ = self._counters.get(kind) or (RepeatCounter(now_s, first=FIRST, every_s=EVERY_S),)
+            self._counters[kind] = counter, record.name, record.levelno
+            return counter.should_log(record.getMessage(), now_s)
 
     async def watch(self) -> None:
         """Tell how many there were, now and then, for ever."""
-        await run_periodically(_LOOK_S, self._look, "not told how many lines were left out")
+        await run_periodically(_CHECK_EVERY_S, self._report_due, "not told how many lines were left out", log)
 
-    async def _look(self) -> None:
-        self.tell()
+    async def _report_due(self) -> None:
+        self.report()
 
-    def tell(self, *, all: bool = False) -> None:
+    def report(self, *, all: bool = False) -> None:
         """Tell what was left out of each kind: where it is time, or of all."""
         now_s = self._now_s()
         lines: list[tuple[str, int, int, float, str]] = []
         with self._lock:
-            for kind, (tally, name, level) in list(self._tallies.items()):
-                if tally.left_out and (all or tally.due(now_s)):
-                    since_s = now_s - tally.told_s
-                    lines.append((name, level, tally.told(now_s), since_s, tally.last))
-                elif not tally.left_out and now_s - tally.latest_s >= QUIET_S:
-                    del self._tallies[kind]
+            for kind, (counter, name, level) in list(self._counters.items()):
+                if counter.left_out and (all or counter.due(now_s)):
+                    since_s = now_s - counter.reported_s
+                    lines.append((name, level, counter.take_left_out(now_s), since_s, counter.last))
+                elif not counter.left_out and now_s - counter.latest_s >= QUIET_S:
+                    del self._counters[kind]
         for name, level, count, since_s, last in lines:
             logging.getLogger(name).log(
                 level, "left out %d like these in the last %.0f s, the last: %s", count, since_s, last
@@ -97,20 +98,20 @@ class RepeatCounter:
         """  # fmt: skip
         self._first = first
         self._every_s = every_s
-        self.told_s = self.latest_s = now_s
+        self.reported_s = self.latest_s = now_s
         """When anything was told last, and when the last of them came."""
         self.left_out = 0
         """Since then."""
         self.last = ""
         """What the last that was left out said."""
 
-    def tells(self, message: str, now_s: float) -> bool:
+    def should_log(self, message: str, now_s: float) -> bool:
         """Take down one more. Whether it is to be told; else it is left out."""
         if self._first <= 0:
             self.leave_out(message, now_s)
             return False
         self._first -= 1
-        self.told_s = self.latest_s = now_s
+        self.reported_s = self.latest_s = now_s
         return True
 
     def leave_out(self, message: str, now_s: float) -> None:
@@ -121,19 +122,9 @@ class RepeatCounter:
 
     def due(self, now_s: float) -> bool:
         """Whether it is time to tell how many were left out, if any were."""
-        return now_s - self.told_s >= self._every_s
+        return now_s - self.reported_s >= self._every_s
 
-    def told(self, now_s: float) -> int:
+    def take_left_out(self, now_s: float) -> int:
         """How many were left out: told now, and counted anew."""
-        count, self.left_out, self.told_s = self.left_out, 0, now_s
+        count, self.left_out, self.reported_s = self.left_out, 0, now_s
         return count
-
-
-async def run_periodically(every_s: float, tell: Callable[[], Awaitable[None]], failed: str) -> NoReturn:
-    """Tell for ever, every so many seconds. Where that raises, `failed` is logged, and it is tried again."""
-    while True:
-        await asyncio.sleep(every_s)
-        try:
-            await tell()
-        except Exception:
-            log.exception("%s", failed)

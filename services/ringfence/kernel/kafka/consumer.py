@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.kernel.base.retry import backoff
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.batch_handlers import BatchHandler
 from ringfence.kernel.kafka.connection import connection
@@ -291,7 +291,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
 
         False where it failed and the consumer is to end: it is not committed, and comes again.
         """
-        attempt = 0
+        delays_s = backoff(0.05, 5.0)
         while True:
             mine = consumer.assignment()
             batch = [record for record in batch if (record.topic_name, record.partition) in mine]
@@ -318,8 +318,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 if not self._was_read_ahead(error.record):
                     batch = _records_before(batch, error.record)
             except Exception as error:
-                delay_s = min(5.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
-                attempt = min(attempt + 1, 10)
+                delay_s = next(delays_s)
                 metrics.BATCH_RETRIES.labels(self.group).inc()
                 self._record_lag(batch)
                 known = isinstance(error, RingfenceError | KafkaError | OSError)

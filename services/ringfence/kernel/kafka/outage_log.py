@@ -11,19 +11,23 @@ from collections.abc import Callable
 
 from aiokafka.errors import KafkaConnectionError, NodeNotReadyError, RequestTimedOutError
 
-from ringfence.kernel.base.log_limiter import RepeatCounter, run_periodically
+from ringfence.kernel.base.log_limiter import RepeatCounter
+from ringfence.kernel.base.retry import run_periodically
 from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.kafka.probe import answers
 
 log = logging.getLogger(__name__)
 
-NOW_AND_THEN_S = 30.0
+REPORT_EVERY_S = 30.0
 _QUIET_S = 2.0
 """So long nobody complained before it counts as back: clients try again several times a second."""
-_LOOK_S = 0.5
+_CHECK_EVERY_S = 0.5
 _CLIENTS = (
     "aiokafka",
-    *(f"ringfence.kernel.kafka.{name}" for name in ("consumer", "fetch_control", "producer", "table_reader")),
+    *(
+        f"ringfence.kernel.kafka.producer.{name}"
+        for name in ("consumer", "fetch_control", "producer", "table_reader")
+    ),
 )
 _NO_CONNECTION = (KafkaConnectionError, NodeNotReadyError, RequestTimedOutError, OSError)
 _WHATEVER_WHY = ("Unable connect to ", "Unable to update metadata ", "Unable to request metadata ")
@@ -43,57 +47,57 @@ class OutageLog(logging.Filter):
         self._now_s = now_s
         self._lock = threading.Lock()
         self._since_s: float | None = None
-        self._tally = self._begun(0.0)
+        self._counter = self._new_counter(0.0)
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is to be written. The first of many is, in words that say what it is about."""
         if not _is_of_a_client(record.name) or record.levelno < logging.WARNING:
             return True
-        trouble, message = _is_trouble(record), record.getMessage()
+        trouble, message = _is_outage(record), record.getMessage()
         with self._lock:
             if not trouble:
                 expected = self._since_s is not None and str(record.msg).startswith(_COMES_OF_IT)
-                self._tally.left_out += expected
+                self._counter.left_out += expected
                 return not expected
             now_s = self._now_s()
             if self._since_s is None:
-                self._since_s, self._tally = now_s, self._begun(now_s)
+                self._since_s, self._counter = now_s, self._new_counter(now_s)
             if str(record.msg).startswith(_FIRST_TIME):
-                self._tally.leave_out(message, now_s)
+                self._counter.leave_out(message, now_s)
                 return False
-            if told := self._tally.tells(message, now_s):
+            if should_log := self._counter.should_log(message, now_s):
                 record.msg = "Kafka at %s does not answer as it should, trying again until it does: %s"
                 record.args = (self._settings.kafka, message)
-            return told
+            return should_log
 
     async def watch(self) -> None:
         """Say how it goes on, for ever."""
         # Did it end, everything was held back from then on, and nobody said so.
-        await run_periodically(_LOOK_S, self.look, "not known whether Kafka is back")
+        await run_periodically(_CHECK_EVERY_S, self.report_state, "not known whether Kafka is back", log)
 
-    async def look(self) -> None:
+    async def report_state(self) -> None:
         """Say what there is to say now: that it is back, or that it is still away."""
         since_s = self._since_s
         if since_s is None:
             return
-        if self._now_s() - self._tally.latest_s >= _QUIET_S and await answers(self._settings):
-            self._tell_back(since_s)
-        elif self._tally.due(self._now_s()):
+        if self._now_s() - self._counter.latest_s >= _QUIET_S and await answers(self._settings):
+            self._report_recovery(since_s)
+        elif self._counter.due(self._now_s()):
             with self._lock:
-                left_out = self._tally.told(self._now_s())
+                left_out = self._counter.take_left_out(self._now_s())
             log.warning(
                 "Kafka at %s has not answered as it should for %.0f s; left out %d messages about it, the last: %s",
                 self._settings.kafka,
                 self._now_s() - since_s,
                 left_out,
-                self._tally.last,
+                self._counter.last,
             )
 
-    def _tell_back(self, since_s: float) -> None:
+    def _report_recovery(self, since_s: float) -> None:
         with self._lock:
-            if self._now_s() - self._tally.latest_s < _QUIET_S:  # it went on while we asked
+            if self._now_s() - self._counter.latest_s < _QUIET_S:  # it went on while we asked
                 return
-            lasted_s, left_out = self._tally.latest_s - since_s, self._tally.left_out
+            lasted_s, left_out = self._counter.latest_s - since_s, self._counter.left_out
             self._since_s = None
         log.warning(
             "Kafka at %s is back after %.1f s; left out %d messages about it",
@@ -102,11 +106,11 @@ class OutageLog(logging.Filter):
             left_out,
         )
 
-    def _begun(self, now_s: float) -> RepeatCounter:
-        return RepeatCounter(now_s, first=1, every_s=NOW_AND_THEN_S)
+    def _new_counter(self, now_s: float) -> RepeatCounter:
+        return RepeatCounter(now_s, first=1, every_s=REPORT_EVERY_S)
 
 
-def _is_trouble(record: logging.LogRecord) -> bool:
+def _is_outage(record: logging.LogRecord) -> bool:
     args = record.args if isinstance(record.args, tuple) else ()
     return any(isinstance(arg, _NO_CONNECTION) for arg in args) or str(record.msg).startswith(_WHATEVER_WHY)
 

@@ -61,9 +61,9 @@ def addresses(settings: BusSettings) -> list[tuple[str, int]]:
 
 async def look(settings: BusSettings, context: ssl.SSLContext | None) -> dict[str, Found]:
     """What is at the first few addresses of the settings. `context`: what certificates are believed by, with TLS."""
-    asked = addresses(settings)[:_MAX_ASKED]
-    found = await asyncio.gather(*(_look_at(host, port, context) for host, port in asked))
-    return {f"{host}:{port}": one for (host, port), one in zip(asked, found, strict=True)}
+    probed = addresses(settings)[:_MAX_ASKED]
+    found = await asyncio.gather(*(_probe_listener(host, port, context) for host, port in probed))
+    return {f"{host}:{port}": one for (host, port), one in zip(probed, found, strict=True)}
 
 
 async def answers(settings: BusSettings) -> bool:
@@ -72,14 +72,16 @@ async def answers(settings: BusSettings) -> bool:
     return None in found
 
 
-async def _look_at(host: str, port: int, context: ssl.SSLContext | None) -> Found:
+async def _probe_listener(host: str, port: int, context: ssl.SSLContext | None) -> Found:
     if silence := await _connects(host, port):
         return Silence(silence)
-    if (sasl := await _asked(host, port, None)) is not None:
+    if (sasl := await _sasl_of(host, port, None)) is not None:
         return Listener(False, *sasl)
-    if (sasl := await _asked(host, port, _anybody())) is None:
+    if (sasl := await _sasl_of(host, port, _trust_all_context())) is None:
         return Silence("something listens there that is no Kafka, or does not answer")
-    return Listener(True, *sasl, disbelieved=await _disbelieved(host, port, context) if context else "")
+    return Listener(
+        True, *sasl, disbelieved=await _certificate_problem(host, port, context) if context else ""
+    )
 
 
 async def _connects(host: str, port: int) -> str | None:
@@ -98,7 +100,7 @@ async def _connects(host: str, port: int) -> str | None:
     return None
 
 
-async def _asked(
+async def _sasl_of(
     host: str, port: int, context: ssl.SSLContext | None
 ) -> tuple[bool | None, tuple[str, ...]] | None:
     """Whether SASL is spoken there, and by which mechanisms; None where this is no way to speak to it at all."""
@@ -146,7 +148,7 @@ def _mechanisms(answer: bytes) -> tuple[bool | None, tuple[str, ...]]:
     return True, tuple(found)
 
 
-def _anybody() -> ssl.SSLContext:
+def _trust_all_context() -> ssl.SSLContext:
     """Believes every certificate: it is only asked which protocol is spoken, and nothing else is said."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -154,7 +156,7 @@ def _anybody() -> ssl.SSLContext:
     return context
 
 
-async def _disbelieved(host: str, port: int, context: ssl.SSLContext) -> str:
+async def _certificate_problem(host: str, port: int, context: ssl.SSLContext) -> str:
     try:
         async with asyncio.timeout(WITHIN_S):
             _, writer = await asyncio.open_connection(host, port, ssl=context)

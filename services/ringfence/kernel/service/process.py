@@ -72,7 +72,7 @@ async def _until_signalled(runtimes: Sequence[Runtime], trouble: OutageLog, floo
     results = await asyncio.gather(*running, return_exceptions=True)
     for one in watching:
         one.cancel()
-    floods.tell(all=True)
+    floods.report(all=True)
     error = next((result for result in results if isinstance(result, BaseException)), None)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.remove_signal_handler(signum)

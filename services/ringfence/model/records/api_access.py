@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, Protocol
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
@@ -40,12 +41,6 @@ class ForbiddenError(RingfenceError):
     code = "forbidden"
 
 
-class NotFoundError(RingfenceError):
-    """There is no such thing to see."""
-
-    code = "not_found"
-
-
 @dataclass(frozen=True, slots=True)
 class Caller:
     """An authenticated user and what they may see: operators and auditors all, sponsors their own agents."""
@@ -59,6 +54,15 @@ class Caller:
     def may_see_agent_of(self, sponsor: str) -> bool:
         """True where the caller may see an agent with this sponsor."""
         return self.sees_all or self.user.user_id == sponsor
+
+
+class HasHeaders(Protocol):
+    """An HTTP request, as far as authentication reads it."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The request's headers; names are compared without case."""
+        ...
 
 
 class Authenticator:
@@ -76,12 +80,16 @@ class Authenticator:
         self._clock = clock
         self._used = ReplayMemory(MAX_REMEMBERED)
 
+    def authenticate(self, request: HasHeaders) -> Caller:
+        """The user who signed the bearer token of an HTTP request. Raises as `user` does."""
+        return self.user(request.headers.get("authorization"))
+
     def user(self, authorization: str | None) -> Caller:
         """The user who signed the bearer token of a call. Raises UnauthenticatedError, UnavailableError."""
         at_s = self._now_s()
-        uncounted = _Uncounted(self._directory, at_s)
+        inactive = _InactiveKeyFinder(self._directory, at_s)
         iss = self._verified_iss(
-            authorization, lambda iss, kid: self._directory.user_key(iss, kid, at_s), uncounted
+            authorization, lambda iss, kid: self._directory.user_key(iss, kid, at_s), inactive
         )
         entry = self._directory.user(subject_of(self._trust_domain, iss, "user") or "")
         if entry is None:
@@ -108,7 +116,7 @@ class Authenticator:
         return self._clock.now_ms() / 1000
 
     def _verified_iss(
-        self, authorization: str | None, find_key: KeyFinder, uncounted: _Uncounted | None = None
+        self, authorization: str | None, find_key: KeyFinder, inactive: _InactiveKeyFinder | None = None
     ) -> str:
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token:
@@ -125,14 +133,14 @@ class Authenticator:
             claims = verify(jws, ApiToken, find_key, audience=audience, appended_at_ms=now_ms).claims
         except InvalidMessageError as error:
             why = None
-            if error.code == "key_unknown" and uncounted is not None:
-                why = _told_to_its_holder(jws, audience, now_ms, uncounted)
+            if error.code == "key_unknown" and inactive is not None:
+                why = _reason_for_holder(jws, audience, now_ms, inactive)
             raise _refused(why or error) from None
         if claims.exp - claims.iat > MAX_API_TOKEN_S:
             raise _refused(f"it lives longer than {MAX_API_TOKEN_S} s; sign it shorter")
         self._use(claims, now_ms / 1000)
         if audience != self._audience:
-            self._tell_unbound(claims)
+            self._warn_unbound(claims)
         return claims.iss
 
     def _audience_of(self, jws: UnverifiedJws) -> str:
@@ -151,7 +159,7 @@ class Authenticator:
         if not self._used.remember(id, sender=claims.iss, until_s=claims.exp, now_s=now_s):
             raise _refused("it was used before, and counts once; sign one for each call")
 
-    def _tell_unbound(self, claims: ApiToken) -> None:
+    def _warn_unbound(self, claims: ApiToken) -> None:
         metrics.API_TOKENS_UNBOUND.labels(self._service).inc()
         log.warning(
             "an API token of %s is for the whole trust domain: version %s takes only those whose aud is %s",
@@ -162,7 +170,7 @@ class Authenticator:
         )
 
 
-class _Uncounted:
+class _InactiveKeyFinder:
     """Finds a user's key that does not count now, only for whoever signs by it to be told why."""
 
     def __init__(self, directory: Directory, at_s: float) -> None:
@@ -207,10 +215,12 @@ def _refused(why: object) -> UnauthenticatedError:
     return UnauthenticatedError(f"the bearer token is refused: {why}")
 
 
-def _told_to_its_holder(jws: UnverifiedJws, audience: str, now_ms: int, uncounted: _Uncounted) -> str | None:
+def _reason_for_holder(
+    jws: UnverifiedJws, audience: str, now_ms: int, inactive: _InactiveKeyFinder
+) -> str | None:
     """Why a key does not count, where the token is one that its holder signed just now. Strangers learn nothing."""
     try:
-        verify(jws, ApiToken, uncounted, audience=audience, appended_at_ms=now_ms)
+        verify(jws, ApiToken, inactive, audience=audience, appended_at_ms=now_ms)
     except InvalidMessageError:
-        return uncounted.no_user(jws)
-    return uncounted.why
+        return inactive.no_user(jws)
+    return inactive.why

@@ -56,7 +56,7 @@ _RECORDS: dict[SubjectKind, type[AnyRecord]] = {
     "task": TaskRecord,
 }
 _REMEMBERED_DIGESTS = 10_000
-_REMEMBERED_UNBELIEVED = 1_000
+_MAX_AWAITING_TRUST = 1_000
 _CLOCKS_DIFFER_MS = 60_000
 """How far the registry's clock may be from the broker's before its heartbeats count as old ones, sent again."""
 
@@ -108,7 +108,7 @@ class _Part:
 
     count: int = 0
     value: int = 0
-    lately: deque[tuple[int, int]] = field(
+    recent: deque[tuple[int, int]] = field(
         default_factory=lambda: deque([(0, 0)], maxlen=_REMEMBERED_DIGESTS)
     )
     expected: tuple[int, int] | None = None
@@ -118,13 +118,13 @@ class _Part:
     def change(self, added: int, removed: int) -> None:
         self.value ^= added ^ removed
         self.count += (added != 0) - (removed != 0)
-        self.lately.append((self.count, self.value))
+        self.recent.append((self.count, self.value))
         if self.expected == (self.count, self.value):
             self.confirmed_at_ms = max(self.confirmed_at_ms, self.expected_at_ms)
 
     def compare(self, expected: tuple[int, int], at_ms: int) -> None:
         self.expected, self.expected_at_ms = expected, at_ms
-        if expected in self.lately:
+        if expected in self.recent:
             self.confirmed_at_ms = max(self.confirmed_at_ms, at_ms)
 
 
@@ -149,18 +149,18 @@ class Directory:
         self._listeners: list[Callable[[SubjectKind, str], None]] = []
         self.version = 0
         """Another one after each record that was taken in."""
-        self._taken_in = 0
+        self._admitted_count = 0
         self._displaced: set[tuple[SubjectKind, str]] = set()
         self._own: set[tuple[str, int, int]] = set()
         """Where records stand that this registry has taken in, and that their topics have not brought back yet."""
         self._read_to: dict[tuple[str, int], int] = {}
         self._last_beat_ms = 0
-        self._beat_heard_ms = 0
+        self._last_beat_appended_ms = 0
         self._broker = RemoteClock()
         self._oldest: tuple[int, str] | None = None
         """When, and of which topic, what was confirmed longest ago; None where that has to be looked for."""
         self._trust_version = trust.version
-        self._unbelieved: deque[Received] = deque(maxlen=_REMEMBERED_UNBELIEVED)
+        self._awaiting_trust: deque[Received] = deque(maxlen=_MAX_AWAITING_TRUST)
         """Records by keys that the trust bundle did not have: the next one may, and may come a moment later."""
         self._chains = Chains(trust, self._unverified_user, self.unverified)
 
@@ -177,21 +177,21 @@ class Directory:
     @property
     def chains(self) -> Chains:
         """What verifies commands, by the trust bundle that is in force now."""
-        self._trust_as_it_is_now()
+        self._apply_trust_changes()
         return self._chains
 
     # --- feeding ---
 
     def on_records(self, records: Sequence[Received]) -> None:
         """Take in what came from the topics in `TABLES`."""
-        self._trust_as_it_is_now()
+        self._apply_trust_changes()
         for record in records:
             if record.topic is HEARTBEAT:
                 self._on_heartbeat(record)
             else:
                 self._on_record(record)
 
-    def _trust_as_it_is_now(self) -> None:
+    def _apply_trust_changes(self) -> None:
         """Where another trust bundle is in force, what was verified by the one before is verified anew."""
         if self._trust_version == self._trust.version:
             return
@@ -200,7 +200,7 @@ class Directory:
         for slots in self._slots.values():
             for slot in slots.values():
                 slot.verified, slot.broken = False, None
-        unbelieved, self._unbelieved = self._unbelieved, deque(maxlen=_REMEMBERED_UNBELIEVED)
+        unbelieved, self._awaiting_trust = self._awaiting_trust, deque(maxlen=_MAX_AWAITING_TRUST)
         for record in unbelieved:
             self._on_record(record)
 
@@ -240,15 +240,19 @@ class Directory:
                 return None  # the same record, perhaps signed once more
             if record.revision <= known.record.revision:
                 return f"revision_fell: {record.sub} has revision {known.record.revision}, this says {record.revision}"
-            if problem := _left_out(known.record.commands, record.commands):
+            if problem := _history_problem(known.record.commands, record.commands):
                 return f"history_changed: revision {record.revision} of {record.sub} {problem}"
         self._slots[kind][id] = _Slot(record, compact, source)
         self.version += 1
         if kind != "target":  # what others rest on
-            self._taken_in += 1
+            self._admitted_count += 1
         # The first record of all here: that there was none is what the last heartbeat confirmed, by not naming it.
-        part = self._parts.setdefault((topic_name, partition), _Part(confirmed_at_ms=self._beat_heard_ms))
-        part.change(_mark(id, record.revision), _mark(id, known.record.revision) if known else 0)
+        part = self._parts.setdefault(
+            (topic_name, partition), _Part(confirmed_at_ms=self._last_beat_appended_ms)
+        )
+        part.change(
+            _record_hash(id, record.revision), _record_hash(id, known.record.revision) if known else 0
+        )
         self._oldest = None
         for listener in self._listeners:
             listener(kind, id)
@@ -276,7 +280,7 @@ class Directory:
             self._displaced.add((kind, key))
         code, _, message = problem.partition(": ")
         if code == "key_unknown":
-            self._unbelieved.append(record)
+            self._awaiting_trust.append(record)
         log.error(
             "refused a %s record at %d@%d: %s",
             record.topic.what,
@@ -290,11 +294,11 @@ class Directory:
 
     def _is_own(self, record: Received) -> bool:
         """Whether this brings back what was taken in when it was published: once each."""
-        place = (record.topic_name, record.partition, record.offset)
-        self._read_to[place[:2]] = record.offset
-        if place not in self._own:
+        position = (record.topic_name, record.partition, record.offset)
+        self._read_to[position[:2]] = record.offset
+        if position not in self._own:
             return False
-        self._own.remove(place)
+        self._own.remove(position)
         return True
 
     def _problem(self, kind: SubjectKind, record: Received) -> str | None:
@@ -327,7 +331,7 @@ class Directory:
             )
             return
         self._last_beat_ms = heartbeat.at_ms
-        self._beat_heard_ms = record.appended_at_ms
+        self._last_beat_appended_ms = record.appended_at_ms
         self._broker.observe(record.appended_at_ms)
         self._oldest = None
         for table in heartbeat.tables:
@@ -416,7 +420,7 @@ class Directory:
         if self._oldest is None:
             confirmed = [(part.confirmed_at_ms, topic) for (topic, _), part in self._parts.items()]
             # Before the first record of all, what is confirmed is that there is none.
-            self._oldest = min(confirmed, default=(self._beat_heard_ms, "records"))
+            self._oldest = min(confirmed, default=(self._last_beat_appended_ms, "records"))
         oldest_ms, name = self._oldest
         # Our own clock may be set back, and then an old table is none the younger.
         age_ms = max(self._clock.now_ms(), self._broker.now_ms()) - oldest_ms
@@ -434,7 +438,7 @@ class Directory:
         )
 
     def _entry(self, kind: SubjectKind, id: str) -> VerifiedRecord[AnyState] | None:
-        self._trust_as_it_is_now()
+        self._apply_trust_changes()
         slot = self._slots[kind].get(id)
         if slot is None:
             return None
@@ -443,7 +447,7 @@ class Directory:
         return slot.entry
 
     def _verify(self, slot: _Slot) -> None:
-        if slot.broken is not None and slot.broken_as_of == self._taken_in:
+        if slot.broken is not None and slot.broken_as_of == self._admitted_count:
             raise slot.broken
         try:
             self._chains.verify(slot.record)
@@ -453,7 +457,7 @@ class Directory:
             elif slot.broken is None or slot.broken.code == INCOMPLETE:
                 log.error("the record of %s counts for nothing: %s", slot.record.sub, error)
                 self._on_alarm(Alarm(error.code, str(error), slot.record.sub, slot.source))
-            slot.broken, slot.broken_as_of = error, self._taken_in
+            slot.broken, slot.broken_as_of = error, self._admitted_count
             raise
         slot.verified, slot.broken = True, None
 
@@ -462,7 +466,7 @@ class Directory:
         return cast(UserRecord, slot.record) if slot else None
 
 
-def _left_out(known: Sequence[EmbeddedCommand], new: Sequence[EmbeddedCommand]) -> str | None:
+def _history_problem(known: Sequence[EmbeddedCommand], new: Sequence[EmbeddedCommand]) -> str | None:
     """Why commands of a newer record do not go on from those of the one before, or None.
 
     A registry may drop what later commands made irrelevant (`still_needed`) and add to the end, nothing else: it cannot
@@ -487,5 +491,5 @@ def _left_out(known: Sequence[EmbeddedCommand], new: Sequence[EmbeddedCommand]) 
     return None
 
 
-def _mark(id: str, revision: int) -> int:
+def _record_hash(id: str, revision: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{id}@{revision}".encode()).digest())

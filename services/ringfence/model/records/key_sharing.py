@@ -6,8 +6,9 @@ comes again. A, then B, then A within the window is two at once.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
+
+from ringfence.kernel.base.bounded_dict import BoundedDict
 
 WINDOW_MS = 10 * 60_000
 """How far apart uses may lie and still count as at once; and how often the same key is told of."""
@@ -18,7 +19,7 @@ _MOST_MARKS = 8
 
 @dataclass(slots=True)
 class _Uses:
-    seen: OrderedDict[str, int] = field(default_factory=OrderedDict)
+    seen: BoundedDict[str, int] = field(default_factory=lambda: BoundedDict(_MOST_MARKS))
     """When each mark was seen last, the latest at the end."""
     latest_ms: int = 0
     told_ms: int | None = None
@@ -29,20 +30,14 @@ class KeyUses:
 
     def __init__(self, window_ms: int = WINDOW_MS, most_keys: int = MOST_KEYS) -> None:
         self._window_ms = window_ms
-        self._most_keys = most_keys
-        self._keys: OrderedDict[tuple[str, str], _Uses] = OrderedDict()
+        self._keys: BoundedDict[tuple[str, str], _Uses] = BoundedDict(most_keys)
 
     def saw(self, agent_id: str, kid: str, mark: str | None, at_ms: int) -> str | None:
         """Take down one use. Returns the other mark where two use the key at once and it was not told lately.
 
         Uses come in their order: one that is no later than another that was seen is a repeat, and says nothing new.
         """
-        uses = self._keys.get((agent_id, kid))
-        if uses is None:
-            uses = self._keys[agent_id, kid] = _Uses()
-        self._keys.move_to_end((agent_id, kid))
-        while len(self._keys) > self._most_keys:
-            self._keys.popitem(last=False)
+        uses = self._keys[agent_id, kid] = self._keys.get((agent_id, kid)) or _Uses()
         if at_ms <= uses.latest_ms:
             return None
         uses.latest_ms = at_ms
@@ -50,9 +45,6 @@ class KeyUses:
             return None
         other = self._between(uses, mark, at_ms)
         uses.seen[mark] = at_ms
-        uses.seen.move_to_end(mark)
-        while len(uses.seen) > _MOST_MARKS:
-            uses.seen.popitem(last=False)
         if other is None or (uses.told_ms is not None and at_ms - uses.told_ms < self._window_ms):
             return None
         uses.told_ms = at_ms

@@ -31,7 +31,7 @@ from ringfence.model.scope.rule import Limit, are_in_force, exceeding, limits_of
 from ringfence.model.scope.scope import validate_scope
 from ringfence.model.unknown_fields import is_understood, names_of, unknown_fields
 
-_REMEMBERED_WISHES = 512
+_CACHED_SCOPES = 512
 """Each keeps the records that it was held against from being let go of, though others may have followed."""
 
 
@@ -93,7 +93,7 @@ class RecordContext:
 
     def limits(self, now_s: float, entitlements_max_age_s: int) -> tuple[Limit, ...]:
         """The sides that whatever is asked must be within. Entitlements past their age count for nothing."""
-        return _sides(
+        return _limits_of(
             self.task, self._agents, self.user, entitled=self._entitled(now_s, entitlements_max_age_s)
         )
 
@@ -171,10 +171,11 @@ def load_context(
         )
     agent_id = subject_of(claims.aud, claims.iss, "agent") or ""
     (target_id,) = targets
-    ground = load_records(directory, agent_id, claims.task_id, target_id)
+    records = load_records(directory, agent_id, claims.task_id, target_id)
     return RequestContext(
-        ground.agent, ground.sponsor, ground.task, ground.user, ground.target,
-        request, request_id or message_id(claims.iss, claims.jti), enrolment_of(claims), delegations=ground.delegations,
+        records.agent, records.sponsor, records.task, records.user, records.target,
+        request, request_id or message_id(claims.iss, claims.jti), enrolment_of(claims),
+        delegations=records.delegations,
     )  # fmt: skip
 
 
@@ -224,19 +225,22 @@ def violations(facts: RequestContext, now_s: float, entitlements_max_age_s: int)
 
     `now_s` is a time on the broker's clock: an append time, so that a repeat gives the same answer.
     """
-    gone = void(facts.instance, facts.agent.state) if facts.instance else None
+    void_reason = void(facts.instance, facts.agent.state) if facts.instance else None
     return (
         *_signature(facts),
         *violations_of(facts, facts.request.claims.scope, now_s, entitlements_max_age_s),
-        *((gone,) if gone else ()),
+        *((void_reason,) if void_reason else ()),
     )
 
 
 def violations_of(
-    ground: RecordContext, wanted: Scope, now_s: float, entitlements_max_age_s: int
+    records: RecordContext, wanted: Scope, now_s: float, entitlements_max_age_s: int
 ) -> tuple[Reason, ...]:
     """Everything that these records say against what is wanted: the whole of a request, or one action."""
-    return (*_standing(ground, wanted, now_s), *ground.beyond(wanted, now_s, entitlements_max_age_s))
+    return (
+        *_status_violations(records, wanted, now_s),
+        *records.beyond(wanted, now_s, entitlements_max_age_s),
+    )
 
 
 def _signature(facts: RequestContext) -> tuple[Reason, ...]:
@@ -255,12 +259,17 @@ def key_compromised(agent_id: str) -> Reason:
     return _reason("key_compromised", message)
 
 
-def _standing(ground: RecordContext, wanted: Scope, now_s: float) -> list[Reason]:
+def _status_violations(records: RecordContext, wanted: Scope, now_s: float) -> list[Reason]:
     found: list[Reason] = []
-    agent, task, user, target = ground.agent.state, ground.task.state, ground.user.state, ground.target.state
-    found += _standing_of_agent(agent, ground.sponsor)
-    for step in ground.delegations:
-        found += _standing_of_agent(step.agent.state, step.sponsor)
+    agent, task, user, target = (
+        records.agent.state,
+        records.task.state,
+        records.user.state,
+        records.target.state,
+    )
+    found += _agent_violations(agent, records.sponsor)
+    for step in records.delegations:
+        found += _agent_violations(step.agent.state, step.sponsor)
         if step.kid in step.agent.state.compromised:
             message = (
                 f"the task was handed on with a key of agent {step.agent.state.agent_id} that is compromised"
@@ -301,7 +310,7 @@ def _standing(ground: RecordContext, wanted: Scope, now_s: float) -> list[Reason
     return found
 
 
-def _standing_of_agent(agent: AgentState, sponsored_by: VerifiedRecord[UserState] | None) -> Iterator[Reason]:
+def _agent_violations(agent: AgentState, sponsored_by: VerifiedRecord[UserState] | None) -> Iterator[Reason]:
     """What stands against one agent of the chain, whatever is wanted."""
     if agent.status != "active":
         yield _reason(f"agent_{agent.status}", f"agent {agent.agent_id} is {agent.status}")
@@ -313,7 +322,7 @@ def _standing_of_agent(agent: AgentState, sponsored_by: VerifiedRecord[UserState
         yield _reason("agent_orphaned", message)
 
 
-@lru_cache(maxsize=_REMEMBERED_WISHES)
+@lru_cache(maxsize=_CACHED_SCOPES)
 def _sponsors_of(agent: VerifiedRecord[AgentState]) -> frozenset[str]:
     """An agent's sponsors, the former ones too: no record of an agent leaves out who handed it over."""
     commands = map(unverified_command, agent.record.commands)
@@ -321,7 +330,7 @@ def _sponsors_of(agent: VerifiedRecord[AgentState]) -> frozenset[str]:
     return frozenset((agent.state.sponsor, *named))
 
 
-def _sides(
+def _limits_of(
     task: VerifiedRecord[TaskState],
     agents: Sequence[VerifiedRecord[AgentState]],
     user: VerifiedRecord[UserState],
@@ -336,7 +345,7 @@ def _sides(
     )
 
 
-@lru_cache(maxsize=_REMEMBERED_WISHES)
+@lru_cache(maxsize=_CACHED_SCOPES)
 def _beyond(
     wanted: Scope,
     task: VerifiedRecord[TaskState],
@@ -351,11 +360,11 @@ def _beyond(
     except ScopeError as error:
         return (_reason("scope_invalid", str(error)),)
     found: list[Reason] = []
-    for lack in exceeding(wanted, _sides(task, agents, user, entitled=entitled)):
-        verbs, resources = ", ".join(lack.permission.verbs), ", ".join(lack.permission.resources)
-        names = f"{verbs} on {resources} at {lack.permission.target}"
+    for excess in exceeding(wanted, _limits_of(task, agents, user, entitled=entitled)):
+        verbs, resources = ", ".join(excess.permission.verbs), ", ".join(excess.permission.resources)
+        names = f"{verbs} on {resources} at {excess.permission.target}"
         found.append(
-            _reason("beyond_scope", f"{lack.side} does not allow {names}", lack.permission, lack.side)
+            _reason("beyond_scope", f"{excess.limit} does not allow {names}", excess.permission, excess.limit)
         )
     return tuple(found)
 

@@ -68,7 +68,7 @@ class Excess:
     """A permission, or the part of one, that a side does not hold."""
 
     permission: Permission
-    side: str
+    limit: str
 
 
 def limits_of(
@@ -83,7 +83,7 @@ def limits_of(
     return (Limit.task(task), *(held or (Limit("ceiling", ()),)), Limit.entitlements(user_id, entitlements))
 
 
-def exceeding(wanted: Scope, sides: Iterable[Limit]) -> tuple[Excess, ...]:
+def exceeding(wanted: Scope, limits: Iterable[Limit]) -> tuple[Excess, ...]:
     """Everything that stands against the wish: by side, in the order given, then in the order of `wanted`.
 
     Empty means that the wish is within every side; anything else denies it whole. Without sides everything is
@@ -92,27 +92,27 @@ def exceeding(wanted: Scope, sides: Iterable[Limit]) -> tuple[Excess, ...]:
     """
     if not wanted:
         raise ScopeError("the request is empty: name at least one permission")
-    given = tuple(sides)
+    given = tuple(limits)
     if not given:
         return tuple(Excess(permission, NO_LIMIT) for permission in wanted)
     found: list[Excess] = []
-    for side in given:
-        found += [Excess(permission, side.name) for permission in missing(wanted, side.scope)]
+    for limit in given:
+        found += [Excess(permission, limit.name) for permission in missing(wanted, limit.scope)]
     return tuple(found)
 
 
-def effective(sides: Iterable[Limit]) -> Scope:
+def effective(limits: Iterable[Limit]) -> Scope:
     """What all sides allow together (see `intersect`), for showing it before anything runs.
 
     Nothing without sides. Never used to decide: a wish is compared with each side by `exceeding`.
     """
-    given = tuple(sides)
+    given = tuple(limits)
     if not given:
         return ()
     scope = given[0].scope
     # The first also meets itself, so that one side alone is checked and gets the same form as several.
-    for side in given:
-        scope = intersect(scope, side.scope)
+    for limit in given:
+        scope = intersect(scope, limit.scope)
     return scope
 
 

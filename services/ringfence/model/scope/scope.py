@@ -68,29 +68,29 @@ def missing(wanted: Scope, allowed: Scope) -> tuple[Permission, ...]:
     """
     found: list[Permission] = []
     for permission in wanted:
-        found += _missing_of(permission, allowed)
+        found += _uncovered_part(permission, allowed)
     return tuple(found)
 
 
-def _missing_of(permission: Permission, allowed: Scope) -> Iterable[Permission]:
+def _uncovered_part(permission: Permission, allowed: Scope) -> Iterable[Permission]:
     if not _is_plain(permission):
         return (permission,)
     relevant = [other for other in allowed if other.target == permission.target and _is_plain(other)]
-    verbs_by_lack: dict[tuple[str, ...], list[str]] = {}
+    verbs_by_uncovered: dict[tuple[str, ...], list[str]] = {}
     for verb in dict.fromkeys(permission.verbs):
         granted = tuple([other.resources for other in relevant if verb in other.verbs])
-        if lack := _lack(permission.resources, granted if _is_verb(verb) else ()):
-            verbs_by_lack.setdefault(lack, []).append(verb)
-    if not verbs_by_lack:
+        if uncovered := _uncovered(permission.resources, granted if _is_verb(verb) else ()):
+            verbs_by_uncovered.setdefault(uncovered, []).append(verb)
+    if not verbs_by_uncovered:
         return ()
     return [
-        permission.model_copy(update={"verbs": tuple(verbs), "resources": lack})
-        for lack, verbs in verbs_by_lack.items()
+        permission.model_copy(update={"verbs": tuple(verbs), "resources": uncovered})
+        for uncovered, verbs in verbs_by_uncovered.items()
     ]
 
 
 @lru_cache(maxsize=4096)
-def _lack(wanted: tuple[str, ...], granted: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+def _uncovered(wanted: tuple[str, ...], granted: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
     """The globs of `wanted` that are not within all of `granted` together."""
     globs = tuple(text for texts in granted for text in texts if is_glob(text))
     return tuple(text for text in dict.fromkeys(wanted) if not (is_glob(text) and within(text, globs)))

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
+from ringfence.kernel.base.api_errors import CursorLostError
 from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.registry import AgentState, TaskState
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.command_chain import ChainError
@@ -31,12 +31,6 @@ AT_ONCE: Final = 4
 """So many agents are looked at before the rest of the process gets its turn: the first look verifies each chain."""
 _PAUSE_S, _IDLE_S = 0.003, 0.25
 """Between those; and after all of them. Nobody who asked for a credential should notice."""
-
-
-class CursorLostError(RingfenceError):
-    """The table was built anew since this cursor was given, or by another replica: begin anew."""
-
-    code = "cursor_lost"
 
 
 class AgentIndex:

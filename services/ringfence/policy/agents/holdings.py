@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from weakref import WeakValueDictionary
 
 import orjson
 
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import lease_id
@@ -163,7 +163,7 @@ class Holdings:
         self._holders: dict[str, _Holder] = {}
         self._leases: dict[str, _HeldLease] = {}
         self._ends: list[tuple[int, str]] = []
-        self._refused: OrderedDict[str, None] = OrderedDict()
+        self._refused: BoundedDict[str, None] = BoundedDict(_REFUSED_KEPT)
         self._verbs: dict[Verb, Verb] = {}
         self._listeners: list[Callable[[str], None]] = []
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -329,8 +329,6 @@ class Holdings:
         known = self._leases.get(id)
         if known is None:
             self._refused[id] = None
-            if len(self._refused) > _REFUSED_KEPT:
-                self._refused.popitem(last=False)
         elif not known.seq:  # else it was issued after all, at another time that the decision came
             self._shed(id, known)
 

@@ -9,7 +9,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ringfence.kernel.base.errors import RingfenceError, UnavailableError
+from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.registry import TargetState
 from ringfence.model.records.api_access import Authenticator, Caller
@@ -19,12 +19,6 @@ from ringfence.policy.agents.agent_index import AgentIndex
 
 _SETTLED_AT_ONCE: Final = 4000
 """So many agents that changed are looked at for one question; of more it is said that they are not in it yet."""
-
-
-class WrongQueryError(RingfenceError):
-    """A parameter of the query makes no sense."""
-
-    code = "query_invalid"
 
 
 class AgentsApi:

@@ -12,10 +12,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from ringfence.kernel.base.api_errors import NotFoundError
 from ringfence.kernel.crypto.jws import Signed, parse
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
-from ringfence.model.records.api_access import Authenticator, Caller, NotFoundError
+from ringfence.model.records.api_access import Authenticator, Caller
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import DeniedError, RequestContext, load_context

@@ -9,9 +9,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from ringfence.kernel.base.api_errors import NotFoundError
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Grant
-from ringfence.model.records.api_access import Authenticator, Caller, NotFoundError
+from ringfence.model.records.api_access import Authenticator, Caller
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import DeniedError, RecordContext, load_records
 from ringfence.model.requests.grants import GrantTable, id_of, signer_of

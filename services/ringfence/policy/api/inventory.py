@@ -16,12 +16,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from ringfence.kernel.base.api_errors import CursorLostError, WrongQueryError
 from ringfence.kernel.service.http import number_in
 from ringfence.model.records.api_access import Caller
 from ringfence.model.records.key_expiry import WARN_BEFORE_S
-from ringfence.policy.agents.agent_index import CursorLostError
 from ringfence.policy.agents.inventory import InventoryRow, row_of, totals
-from ringfence.policy.api.agents import AgentsApi, WrongQueryError, answered
+from ringfence.policy.api.agents import AgentsApi, answered
 
 KEYS_WITHIN_S: Final = WARN_BEFORE_S[0]
 """How near the end of an agent's last key is that is about to end, where nobody says."""

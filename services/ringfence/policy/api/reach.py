@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from ringfence.kernel.base.api_errors import WrongQueryError
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import TargetState
 from ringfence.model.records.api_access import Caller
@@ -23,7 +24,7 @@ from ringfence.model.scope.rule import Limit, effective
 from ringfence.model.scope.scope import validate_scope
 from ringfence.model.unknown_fields import is_understood
 from ringfence.policy.agents.inventory import AgentFacts, row_of
-from ringfence.policy.api.agents import AgentsApi, WrongQueryError, answered
+from ringfence.policy.api.agents import AgentsApi, answered
 
 _ROWS: Final = 500
 _LOOKED_AT: Final = 5000

@@ -6,8 +6,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from ringfence.kernel.base.api_errors import NotFoundError
 from ringfence.kernel.base.clock import Clock
-from ringfence.model.records.api_access import Authenticator, NotFoundError
+from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.policy.agents.holdings import Holdings

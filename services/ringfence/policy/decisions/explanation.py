@@ -8,6 +8,7 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
+from ringfence.kernel.base.api_errors import NotFoundError
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.kafka.connection import connection
@@ -17,7 +18,6 @@ from ringfence.messages.approval import Grant
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
 from ringfence.messages.topics import CREDENTIAL_DECISION
 from ringfence.model.identity.spiffe_ids import subject_of
-from ringfence.model.records.api_access import NotFoundError
 from ringfence.model.requests.grants import id_of, signer_of
 from ringfence.policy.decision_log import RecordPosition, RequestState
 

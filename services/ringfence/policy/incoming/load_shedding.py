@@ -18,7 +18,7 @@ import orjson
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
-from ringfence.kernel.base.log_limiter import run_periodically
+from ringfence.kernel.base.retry import run_periodically
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
@@ -143,7 +143,7 @@ class ShedRequests:
     async def run(self) -> None:
         """For ever: tell now and then what was counted."""
         await run_periodically(
-            _TELL_EVERY_S, self.report, "what went by could not be told yet; it is tried again"
+            _TELL_EVERY_S, self.report, "what went by could not be told yet; it is tried again", log
         )
 
     async def close(self) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import httpx
 
 from ringfence.kernel.base import metrics
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import message_id
@@ -95,8 +96,8 @@ class Notices:
         self._http: httpx.AsyncClient | None = None
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._of: Counter[str] = Counter()
-        self._told: OrderedDict[str, None] = OrderedDict()
-        self._alike: OrderedDict[tuple[object, ...], str] = OrderedDict()
+        self._told: BoundedDict[str, None] = BoundedDict(_REMEMBERED)
+        self._alike: BoundedDict[tuple[object, ...], str] = BoundedDict(_REMEMBERED)
         self._one_by_one: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._at_once = asyncio.Semaphore(_AT_ONCE)
 
@@ -145,8 +146,6 @@ class Notices:
             log.warning("%s is not told of %s: too many notices wait", user_id, notice.about)
             return
         self._told[id] = None
-        while len(self._told) > _REMEMBERED:
-            self._told.popitem(last=False)
         self._of[user_id] += 1
         task = asyncio.create_task(self._deliver(notice), name="notice")
         self._under_way[id] = task
@@ -167,8 +166,6 @@ class Notices:
         if known is not None and known != message.request_id and self._waits(known):
             return True
         self._alike[key] = message.request_id
-        while len(self._alike) > _REMEMBERED:
-            self._alike.popitem(last=False)
         return False
 
     def _waits(self, request_id: str) -> bool:
