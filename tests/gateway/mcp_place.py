@@ -88,7 +88,7 @@ class McpPlace(PlayedRecorder):
     def nonce(self) -> str:
         return "fresh"
 
-    async def sender(self, presented: PresentedIdentity, attempt: Attempt) -> Sender:
+    async def authenticate(self, presented: PresentedIdentity, attempt: Attempt) -> Sender:
         return Sender(self.agent, self.place.task if self.agent == "bot" else None, self.handle)
 
     async def answer(self, *args: Any, **kwargs: Any) -> None:

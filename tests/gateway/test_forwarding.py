@@ -57,11 +57,11 @@ async def test_only_the_listed_headers_differ(place: Place) -> None:
     assert attempt.label == "issue"
 
 
-@pytest.mark.parametrize("own", ["PRIVATE-TOKEN: mine", "Private-Token: mine", "private_token: mine"])
-async def test_an_injected_name_replaces_the_agents(place: Place, header_names: str) -> None:
+@pytest.mark.parametrize("header", ["PRIVATE-TOKEN: mine", "Private-Token: mine", "private_token: mine"])
+async def test_an_injected_name_replaces_the_agents(place: Place, header: str) -> None:
     with_entry(place.gate, "api", injected={"Private-Token": SECRET})
     async with place.connected() as raw:
-        assert (await raw.ask(request("GET /api/files/a HTTP/1.1", header_names))).status == 200
+        assert (await raw.ask(request("GET /api/files/a HTTP/1.1", header))).status == 200
     assert place.target.requests[0].values("private-token") == [SECRET]
     assert place.target.requests[0].values("private_token") == []
 

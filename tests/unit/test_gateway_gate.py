@@ -86,19 +86,15 @@ class Parts(PlayedRecorder):
     def nonce(self) -> str:
         return "fresh"
 
-    async def sender(self, presented: PresentedIdentity, attempt: Attempt) -> Sender | Refusal:
+    async def authenticate(self, presented: PresentedIdentity, attempt: Attempt) -> Sender | Refusal:
         if presented.handle == "none":
             reason = self.refuses
             assert isinstance(reason, Refusal)
             return reason
         return Sender("bot", self.place.task)
 
-    def at_hand(self, *asked: Any) -> Any:
-        """Of the identifier, or of the injector."""
-        if len(asked) == 1:
-            return None if asked[0].handle == "none" else Sender("bot", self.place.task)
-        self.equips()
-        return {"Authorization": "Bearer x"}
+    def without_proof(self, presented: PresentedIdentity) -> Sender | None:
+        return None if presented.handle == "none" else Sender("bot", self.place.task)
 
     # evaluator
     def is_valid(self, *args: Any) -> bool:
@@ -114,6 +110,10 @@ class Parts(PlayedRecorder):
         return self.refuses
 
     # injector
+    def cached_headers(self, lease: Any, target: Any) -> dict[str, str]:
+        self.equips()
+        return {"Authorization": "Bearer x"}
+
     async def headers(self, lease: Any, target: Any) -> dict[str, str]:
         self.equips()
         return {"Authorization": "Bearer x"}

@@ -26,7 +26,7 @@ from ringfence.gateway.dataplane.shared import DataPlaneContext
 from ringfence.gateway.dataplane.stream import ExpiredError, GoneError, Stream
 from ringfence.gateway.dataplane.tls_listener import TLS_FAILED
 from ringfence.gateway.errors import RefusedError, head, problem
-from ringfence.gateway.events.destination import destination_of_line, unread_line
+from ringfence.gateway.events.destination import destination_of_line, unparsed_line
 from ringfence.gateway.hosts import canonical, split
 from ringfence.kernel.base import metrics
 
@@ -228,7 +228,7 @@ class Connection:
             method, target = request.method, request.target
             named = host.decode("latin-1") if host is not None else None
         else:
-            method, target, named = unread_line(self._unread)
+            method, target, named = unparsed_line(self._unread)
         destination = destination_of_line(method, target, named, self._way.scheme) if target else None
         self._desk.blocked(
             BlockedRequest(
