@@ -76,7 +76,7 @@ class TableAllowance:
         same = entry is not None and dataclasses.replace(entry, injected=self.entry.injected) == self.entry
         return same and self._verdict().allowed
 
-    def allowed(
+    def allow(
         self, rate_check: RateCheck, on_recorded: Callable[[bool], None]
     ) -> tuple[str, Mapping[str, str]] | None:
         return (
@@ -124,7 +124,7 @@ class TableGate:
     def last(self) -> tuple[PresentedIdentity, Attempt, Verdict]:
         return self.records[-1]
 
-    def knows(self, authority: str) -> bool:
+    def is_target_host(self, authority: str) -> bool:
         return any(authority in entry.authorities for entry in self.targets.values())
 
     def reads_body(self, attempt: Attempt) -> bool:

@@ -381,8 +381,8 @@ async def test_patience_ends() -> None:
     async def silent(reader: Reader, writer: Writer) -> None:
         await reader.read()
 
-    patiences = Timeouts(head_s=0.3, idle_s=0.3, piece_s=0.3, response_s=0.3, stream_s=0.3)
-    async with placed(Target(script=silent), patiences=patiences) as place:
+    timeouts = Timeouts(head_s=0.3, idle_s=0.3, piece_s=0.3, response_s=0.3, stream_s=0.3)
+    async with placed(Target(script=silent), timeouts=timeouts) as place:
         async with place.connected() as raw:
             assert (await raw.ask(GET)).status == 504  # the target says nothing
         async with place.connected() as raw:

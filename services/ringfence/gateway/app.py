@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ringfence.gateway.dataplane.listeners import Listening
+from ringfence.gateway.dataplane.listeners import Listeners
 from ringfence.gateway.http import GatewayApi
 from ringfence.gateway.proxies import envoy, forward_auth
 from ringfence.gateway.proxies.authz import ProxyAuth
@@ -35,7 +35,7 @@ def build(
         Authenticator(core.view.directory, runtime.role, runtime.clock), core.view
     ).routes()
     if own.listen is not None or own.sockets is not None:
-        listening = Listening(runtime, core, own, fast_path=fast_path)
+        listening = Listeners(runtime, core, own, fast_path=fast_path)
         runtime.background("data plane", listening.run)
         runtime.ready_when(listening.unready)
         runtime.on_stop(listening.close)

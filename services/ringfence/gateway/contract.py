@@ -195,7 +195,7 @@ class HoldableRequest(Protocol):
 class CachedAllowance(Protocol):
     """What the very same request comes to each time, for as long as nothing that it rests on changed.
 
-    Nothing is allowed by having it: what may be another from one moment to the next is asked by `allowed`.
+    Nothing is allowed by having it: what may be another from one moment to the next is asked by `allow`.
     """
 
     @property
@@ -212,7 +212,7 @@ class CachedAllowance(Protocol):
         """Whether `Gate.standing` would find the same now."""
         ...
 
-    def allowed(
+    def allow(
         self, rate_check: RateCheck, on_recorded: Callable[[bool], None]
     ) -> tuple[str, Mapping[str, str]] | None:
         """The id of the action and what it injects, where it is allowed and nothing has to be waited for.

@@ -104,7 +104,7 @@ class CachedDecision:
             self.lease.lease_id, now_ms
         )
 
-    def allowed(
+    def allow(
         self, rate_check: RateCheck, on_recorded: Callable[[bool], None]
     ) -> tuple[str, Mapping[str, str]] | None:
         """See `attempts.Standing`."""
