@@ -189,7 +189,7 @@ async def _serve(places: Places) -> None:
     gate = await world.gate()
     trust = ssl.create_default_context(cafile=places.authority)
     plane = DataPlane(
-        gate, knows=world.targets.knows, hosts=world.targets.hosts(), tls=trust,
+        gate, is_target_host=world.targets.is_target_host, hosts=world.targets.hosts(), tls=trust,
         allowance=Allowance(per_second_each=1e9, burst_each=10**9),
     )  # fmt: skip
     await plane.start()

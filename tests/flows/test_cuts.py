@@ -32,13 +32,13 @@ from tests.support.world import WITHIN_S, World
 
 @asynccontextmanager
 async def listening(
-    world: World, *, gives_its_word: bool = True, clock: Clock | None = None, **settings: float
+    world: World, *, acknowledges: bool = True, clock: Clock | None = None, **settings: float
 ) -> AsyncIterator[CutListener]:
     """A listener in this process, once it is alive to the revoker."""
     stop = asyncio.Event()
     runtime: Runtime
     own = world.settings("gateway").model_copy(update=settings)
-    runtime, listener = cut_listener.build(own, clock, gives_its_word=gives_its_word)
+    runtime, listener = cut_listener.build(own, clock, acknowledges=acknowledges)
     running = asyncio.create_task(runtime.run(stop))
     try:
         await heard(world)
@@ -156,7 +156,7 @@ async def test_a_gateway_that_never_says_so_is_told_of_and_the_grace_stands_for_
     desk: IssuerBench, store: LeaseStore
 ) -> None:
     world = desk.world
-    async with listening(world, gives_its_word=False):
+    async with listening(world, acknowledges=False):
         asked, _ = await desk.issued("read")
         cuts = await metric(world, "ringfence_time_to_cut_seconds_count")
         unconfirmed = await metric(world, "ringfence_cuts_unconfirmed_total")

@@ -70,7 +70,7 @@ async def placed(
     target: Target | None = None,
     *,
     allowance: Allowance | None = None,
-    patiences: Timeouts | None = None,
+    timeouts: Timeouts | None = None,
 ) -> AsyncIterator[Place]:
     async with (target or Target()).serving() as serving:
         gate = TableGate({"api": Entry(f"http://127.0.0.1:{serving.port}", frozenset({"api.test"}))})
@@ -78,10 +78,10 @@ async def placed(
         plane = DataPlane(
             gate,
             blocked=blocked.append,
-            knows=gate.knows,
+            is_target_host=gate.is_target_host,
             hosts=gate.hosts,
             allowance=allowance or Allowance(),
-            patiences=patiences or Timeouts(),
+            timeouts=timeouts or Timeouts(),
             **build_options("gateway"),
         )
         await plane.start()

@@ -14,7 +14,7 @@ from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 
 from ringfence.gateway.contract import Attempt, PresentedIdentity
-from ringfence.gateway.dataplane.denials import answer
+from ringfence.gateway.dataplane.denials import denial_answer
 from ringfence.gateway.dataplane.plane import DataPlane
 from ringfence.gateway.decision.gate import DecisionGate
 from ringfence.gateway.decision.targets import Targets
@@ -88,7 +88,7 @@ class McpPlace(PlayedRecorder):
     def nonce(self) -> str:
         return "fresh"
 
-    async def sender(self, presented: PresentedIdentity, attempt: Attempt) -> Sender:
+    async def authenticate(self, presented: PresentedIdentity, attempt: Attempt) -> Sender:
         return Sender(self.agent, self.place.task if self.agent == "bot" else None, self.handle)
 
     async def answer(self, *args: Any, **kwargs: Any) -> None:
@@ -158,7 +158,12 @@ async def mcp_placed(
         **build_options("gateway"),
     )  # fmt: skip
     found.plane = plane = DataPlane(
-        gate, knows=targets.knows, hosts=targets.hosts(), answer=answer, tls=tls, **build_options("gateway")
+        gate,
+        is_target_host=targets.is_target_host,
+        hosts=targets.hosts(),
+        answer=denial_answer,
+        tls=tls,
+        **build_options("gateway"),
     )
     await plane.start()
     found.socket = folder / "task.sock"

@@ -14,7 +14,7 @@ class PlayedRecorder:
     def record(self, event: ActionDecided) -> None:
         raise NotImplementedError
 
-    def keep(self, entry: bytes) -> None:
+    def append(self, entry: bytes) -> None:
         key, id, traceparent, value = entry.split(b"\n", 3)
         event = ActionDecided.model_validate_json(value)
         assert event.agent_id is not None
@@ -24,7 +24,7 @@ class PlayedRecorder:
         assert value == as_by_its_model
         self.record(event)
 
-    def keep_soon(self, entry: bytes, then: Callable[[bool], None]) -> None:
+    def append_at_end_of_turn(self, entry: bytes, then: Callable[[bool], None]) -> None:
         """Not in this very moment, as the real one."""
-        self.keep(entry)
+        self.append(entry)
         asyncio.get_running_loop().call_soon(then, True)

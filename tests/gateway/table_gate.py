@@ -76,10 +76,14 @@ class TableAllowance:
         same = entry is not None and dataclasses.replace(entry, injected=self.entry.injected) == self.entry
         return same and self._verdict().allowed
 
-    def allowed(
-        self, rate_check: RateCheck, then: Callable[[bool], None]
+    def allow(
+        self, rate_check: RateCheck, on_recorded: Callable[[bool], None]
     ) -> tuple[str, Mapping[str, str]] | None:
-        return self.gate.at_hand(self.presented, self.attempt, rate_check, then) if self.is_valid() else None
+        return (
+            self.gate.at_hand(self.presented, self.attempt, rate_check, on_recorded)
+            if self.is_valid()
+            else None
+        )
 
     def verdict(self, action_id: str, injected: Mapping[str, str]) -> Verdict:
         return dataclasses.replace(self._verdict(), action_id=action_id)
@@ -120,7 +124,7 @@ class TableGate:
     def last(self) -> tuple[PresentedIdentity, Attempt, Verdict]:
         return self.records[-1]
 
-    def knows(self, authority: str) -> bool:
+    def is_target_host(self, authority: str) -> bool:
         return any(authority in entry.authorities for entry in self.targets.values())
 
     def reads_body(self, attempt: Attempt) -> bool:
@@ -153,7 +157,7 @@ class TableGate:
         presented: PresentedIdentity,
         attempt: Attempt,
         rate_check: RateCheck,
-        then: Callable[[bool], None],
+        on_recorded: Callable[[bool], None],
     ) -> tuple[str, Mapping[str, str]] | None:
         verdict = self._decided(presented, attempt, lambda agent_id: None)
         if not verdict.allowed or not self.credentials or verdict.target is None:
@@ -163,7 +167,7 @@ class TableGate:
         if self.keeps_records and not self.full:
             self.records.append((presented, attempt, verdict))
         self.at_once += 1
-        asyncio.get_running_loop().call_soon(then, not self.full)
+        asyncio.get_running_loop().call_soon(on_recorded, not self.full)
         return verdict.action_id, self.targets[verdict.target.target_id].injected
 
     async def headers_to_inject(self, verdict: Verdict) -> Mapping[str, str]:

@@ -61,7 +61,7 @@ async def until(holds: Callable[[], object]) -> None:
 async def test_each_refusal_is_told_once(
     data: bytes, status: int, code: str, method: str, where: tuple[str | int | None, ...] | None
 ) -> None:
-    async with placed(patiences=HASTY) as place, place.connected() as raw:
+    async with placed(timeouts=HASTY) as place, place.connected() as raw:
         assert (await raw.ask(data)).status == status
         (told,) = place.blocked
         assert (told.code, told.method, told.attempt) == (code, method, None)
@@ -72,7 +72,7 @@ async def test_each_refusal_is_told_once(
 
 
 async def test_a_body_that_does_not_come_is_told_with_its_target() -> None:
-    async with placed(patiences=HASTY) as place, place.connected() as raw:
+    async with placed(timeouts=HASTY) as place, place.connected() as raw:
         post = b"POST /api/search HTTP/1.1\r\nHost: gateway.test\r\nContent-Length: 9\r\n\r\n{"
         assert (await raw.ask(post)).status == 408
         (blocked,) = place.blocked
@@ -109,7 +109,7 @@ async def test_to_be_asked_who_one_is_is_no_refusal(place: Place) -> None:
 
 
 async def test_a_connect_without_tls_in_it_is_told() -> None:
-    async with placed(patiences=HASTY) as place:
+    async with placed(timeouts=HASTY) as place:
         for said in (b"GET / HTTP/1.1\r\n\r\n", b""):
             async with place.connected() as raw:
                 await raw.send(CONNECT)
@@ -138,8 +138,8 @@ class Secured:
 
 
 @contextlib.asynccontextmanager
-async def secured(folder: Path, allowance: Allowance, patiences: Timeouts) -> AsyncIterator[Secured]:
-    async with placed(Target(), allowance=allowance, patiences=patiences) as place:
+async def secured(folder: Path, allowance: Allowance, timeouts: Timeouts) -> AsyncIterator[Secured]:
+    async with placed(Target(), allowance=allowance, timeouts=timeouts) as place:
         certificates = Certificates(folder)
         tls = certificates.server("localhost")
         tls.verify_mode = ssl.CERT_OPTIONAL

@@ -57,11 +57,11 @@ async def test_only_the_listed_headers_differ(place: Place) -> None:
     assert attempt.label == "issue"
 
 
-@pytest.mark.parametrize("own", ["PRIVATE-TOKEN: mine", "Private-Token: mine", "private_token: mine"])
-async def test_an_injected_name_replaces_the_agents(place: Place, header_names: str) -> None:
+@pytest.mark.parametrize("header", ["PRIVATE-TOKEN: mine", "Private-Token: mine", "private_token: mine"])
+async def test_an_injected_name_replaces_the_agents(place: Place, header: str) -> None:
     with_entry(place.gate, "api", injected={"Private-Token": SECRET})
     async with place.connected() as raw:
-        assert (await raw.ask(request("GET /api/files/a HTTP/1.1", header_names))).status == 200
+        assert (await raw.ask(request("GET /api/files/a HTTP/1.1", header))).status == 200
     assert place.target.requests[0].values("private-token") == [SECRET]
     assert place.target.requests[0].values("private_token") == []
 
@@ -381,8 +381,8 @@ async def test_patience_ends() -> None:
     async def silent(reader: Reader, writer: Writer) -> None:
         await reader.read()
 
-    patiences = Timeouts(head_s=0.3, idle_s=0.3, piece_s=0.3, response_s=0.3, stream_s=0.3)
-    async with placed(Target(script=silent), patiences=patiences) as place:
+    timeouts = Timeouts(head_s=0.3, idle_s=0.3, piece_s=0.3, response_s=0.3, stream_s=0.3)
+    async with placed(Target(script=silent), timeouts=timeouts) as place:
         async with place.connected() as raw:
             assert (await raw.ask(GET)).status == 504  # the target says nothing
         async with place.connected() as raw:

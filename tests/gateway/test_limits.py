@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from ringfence.gateway.dataplane.exchange import Timeouts
-from ringfence.gateway.dataplane.limits import Allowance, Limits, sender_at
-from ringfence.gateway.dataplane.stream import DeadlineTimer, ExpiredError, Stream
+from ringfence.gateway.dataplane.limits import Allowance, SenderLimits, sender_at
+from ringfence.gateway.dataplane.stream import DeadlineError, DeadlineTimer, Stream
 from ringfence.gateway.errors import RefusedError
 from tests.gateway.conftest import placed
 from tests.gateway.raw import Raw, connected, connected_unix
@@ -33,36 +33,38 @@ class Seconds:
 
 def test_a_rate_fills_up_again() -> None:
     seconds = Seconds()
-    limits = Limits(Allowance(per_second_each=2, burst_each=3), seconds)
+    limits = SenderLimits(Allowance(per_second_each=2, burst_each=3), seconds)
     for _ in range(3):
-        limits.ask("a")
+        limits.charge("a")
     with pytest.raises(RefusedError) as refused:
-        limits.ask("a")
+        limits.charge("a")
     assert (refused.value.status, refused.value.headers["Retry-After"]) == (429, "1")
-    limits.ask("b")
+    limits.charge("b")
     seconds.now += 0.5
-    limits.ask("a")
+    limits.charge("a")
     with pytest.raises(RefusedError):
-        limits.ask("a")
+        limits.charge("a")
     seconds.now += 100
     for _ in range(3):
-        limits.ask("a")
+        limits.charge("a")
     with pytest.raises(RefusedError):
-        limits.ask("a")
+        limits.charge("a")
 
 
 def test_to_open_tls_counts_for_more() -> None:
     seconds = Seconds()
-    limits = Limits(Allowance(per_second_each=10, burst_each=25), seconds)
-    assert [limits.shake("address:a") for _ in range(3)] == [True, True, False]
+    limits = SenderLimits(Allowance(per_second_each=10, burst_each=25), seconds)
+    assert [limits.begin_handshake("address:a") for _ in range(3)] == [True, True, False]
     assert (limits.connections, limits.handshakes) == (2, 2)
-    limits.ask("address:b", 20)
+    limits.charge("address:b", 20)
     with pytest.raises(RefusedError):
-        limits.ask("address:b", 20)
-    limits.ask("address:b")
+        limits.charge("address:b", 20)
+    limits.charge("address:b")
     seconds.now += 1
-    limits.ask("address:b", 10)
-    Limits(Allowance(burst_each=1), seconds).ask("address:a", 10)  # however little there can be at once
+    limits.charge("address:b", 10)
+    SenderLimits(Allowance(burst_each=1), seconds).charge(
+        "address:a", 10
+    )  # however little there can be at once
 
 
 def test_one_network_of_ipv6_is_one_sender() -> None:
@@ -72,27 +74,27 @@ def test_one_network_of_ipv6_is_one_sender() -> None:
 
 
 def test_who_has_many_addresses_leaves_room_for_those_who_show_who_they_are() -> None:
-    limits = Limits(Allowance(connections=8, connections_each=2), Seconds())
-    came = [limits.connect(sender_at(f"192.0.2.{number}")) for number in range(8)]
+    limits = SenderLimits(Allowance(connections=8, connections_each=2), Seconds())
+    came = [limits.open_connection(sender_at(f"192.0.2.{number}")) for number in range(8)]
     assert came == [True] * 6 + [False] * 2
-    assert [limits.connect(task) for task in ("task:a", "task:b", "task:c")] == [True, True, False]
-    limits.disconnect(sender_at("192.0.2.0"))
-    assert limits.connect(sender_at("192.0.2.7"))
+    assert [limits.open_connection(task) for task in ("task:a", "task:b", "task:c")] == [True, True, False]
+    limits.close_connection(sender_at("192.0.2.0"))
+    assert limits.open_connection(sender_at("192.0.2.7"))
     assert limits.connections == 8
 
 
 def test_who_has_not_asked_for_long_is_forgotten() -> None:
     seconds = Seconds()
-    limits = Limits(Allowance(per_second_each=100, burst_each=100), seconds)
+    limits = SenderLimits(Allowance(per_second_each=100, burst_each=100), seconds)
     for number in range(10_001):
-        limits.ask(f"address:{number}")
+        limits.charge(f"address:{number}")
     seconds.now += 2
-    limits.ask("one more")
-    assert len(limits._shares) == 1
+    limits.charge("one more")
+    assert len(limits._usages) == 1
 
 
 def test_requests_at_a_time_are_counted_by_sender() -> None:
-    limits = Limits(Allowance(concurrent_each=2), Seconds())
+    limits = SenderLimits(Allowance(concurrent_each=2), Seconds())
     limits.begin("a")
     second = limits.begin("a")
     with pytest.raises(RefusedError):
@@ -200,7 +202,7 @@ async def test_one_address_has_so_many_connections() -> None:
 async def test_who_takes_no_answers_gets_no_more_of_them(path: bytes) -> None:
     """Refused by the plane or denied by the core: what nobody takes is not heaped up."""
     loop, asked = asyncio.get_running_loop(), b"GET " + path + b" HTTP/1.1\r\nHost: gateway.test\r\n\r\n"
-    async with placed(patiences=Timeouts(piece_s=1.0)) as place:
+    async with placed(timeouts=Timeouts(piece_s=1.0)) as place:
         with socket.create_connection(("127.0.0.1", place.port)) as client:
             client.setblocking(False)
             sending = loop.create_task(loop.sock_sendall(client, asked * 100_000))
@@ -208,7 +210,9 @@ async def test_who_takes_no_answers_gets_no_more_of_them(path: bytes) -> None:
             while not place.plane.connections:
                 await asyncio.sleep(0.005)
             while place.plane.connections and heaped < 1024 * 1024:
-                sizes = [one.transport.get_write_buffer_size() for one in place.plane._patience._streams]
+                sizes = [
+                    one.transport.get_write_buffer_size() for one in place.plane._deadline_timer._streams
+                ]
                 heaped = max([heaped, *sizes])
                 await asyncio.sleep(0.005)
             sending.cancel()
@@ -229,8 +233,8 @@ async def test_many_requests_at_once_are_answered_in_turns_with_others() -> None
 
 
 async def test_those_who_send_nothing_or_slowly_do_not_stop_others() -> None:
-    patiences = Timeouts(head_s=0.5, idle_s=0.5, piece_s=0.5)
-    async with placed(patiences=patiences) as place, contextlib.AsyncExitStack() as stack:
+    timeouts = Timeouts(head_s=0.5, idle_s=0.5, piece_s=0.5)
+    async with placed(timeouts=timeouts) as place, contextlib.AsyncExitStack() as stack:
         slow = [await stack.enter_async_context(place.connected()) for _ in range(200)]
         for number, raw in enumerate(slow):
             await raw.send(
@@ -265,7 +269,7 @@ async def test_those_who_send_nothing_or_slowly_do_not_stop_others() -> None:
 async def test_what_comes_at_the_very_end_of_patience_is_no_way_around_it() -> None:
     loop, stream = asyncio.get_running_loop(), Stream()
     stream.deadline = loop.time()
-    waiting = asyncio.create_task(stream.more())
+    waiting = asyncio.create_task(stream.read_more())
     await asyncio.sleep(0)
     stream.data_received(b"G")
     stream.expire()  # who waited was just told of the byte
@@ -273,8 +277,8 @@ async def test_what_comes_at_the_very_end_of_patience_is_no_way_around_it() -> N
     patience = DeadlineTimer(every_s=0.01)
     patience.watch(stream)
     patience.start()
-    with pytest.raises(ExpiredError):
-        await stream.more()
+    with pytest.raises(DeadlineError):
+        await stream.read_more()
     patience.stop()
 
 

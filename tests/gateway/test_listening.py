@@ -18,10 +18,10 @@ import pytest_asyncio
 from cryptography import x509
 
 from ringfence.gateway.contract import PresentedIdentity
-from ringfence.gateway.dataplane.certificate_authority import Authority
+from ringfence.gateway.dataplane.certificate_authority import CertificateAuthority
 from ringfence.gateway.dataplane.plane import DataPlane, ListenError
 from ringfence.gateway.dataplane.stream import DeadlineTimer
-from ringfence.gateway.dataplane.upstream_pool import Upstreams
+from ringfence.gateway.dataplane.upstream_pool import UpstreamPool
 from ringfence.gateway.errors import RefusedError
 from ringfence.kernel.base.clock import SystemClock
 from tests.gateway.certificates import Certificates
@@ -65,7 +65,11 @@ async def secure(tmp_path: Path) -> AsyncIterator[Secure]:
     async with Target().serving(certificates.server("localhost")) as target:
         gate = TableGate({"api": Entry(f"https://localhost:{target.port}", frozenset({"api.test"}))})
         plane = DataPlane(
-            gate, knows=gate.knows, hosts=gate.hosts, tls=certificates.trusting(), **build_options("gateway")
+            gate,
+            is_target_host=gate.is_target_host,
+            hosts=gate.hosts,
+            tls=certificates.trusting(),
+            **build_options("gateway"),
         )
         await plane.start()
         port = await plane.listen("127.0.0.1", 0, names=["gateway.test"])
@@ -115,7 +119,7 @@ def test_a_context_that_verifies_nothing_is_refused() -> None:
     lax = ssl.create_default_context()
     lax.check_hostname = False
     with pytest.raises(ValueError, match="verifies"):
-        Upstreams(lax, DeadlineTimer(), connect_s=1)
+        UpstreamPool(lax, DeadlineTimer(), connect_s=1)
 
 
 # --- CONNECT ----------------------------------------------------------------------------------------------------------
@@ -217,7 +221,7 @@ async def test_a_proxy_that_speaks_tls_opens_the_tls_inside_as_well(secure: Secu
 
 
 def test_the_authority_can_stand_for_its_hosts_alone() -> None:
-    authority = Authority("gateway", ["api.test", "10.0.0.1"], SystemClock())
+    authority = CertificateAuthority("gateway", ["api.test", "10.0.0.1"], SystemClock())
     constraints = (
         x509.load_pem_x509_certificate(authority.certificate_pem.encode())
         .extensions.get_extension_for_class(x509.NameConstraints)
@@ -234,7 +238,7 @@ def test_the_authority_can_stand_for_its_hosts_alone() -> None:
 
 
 def test_an_authority_without_hosts_can_stand_for_nobody() -> None:
-    authority = Authority("gateway", [], SystemClock())
+    authority = CertificateAuthority("gateway", [], SystemClock())
     constraints = (
         x509.load_pem_x509_certificate(authority.certificate_pem.encode())
         .extensions.get_extension_for_class(x509.NameConstraints)
@@ -245,8 +249,8 @@ def test_an_authority_without_hosts_can_stand_for_nobody() -> None:
 
 async def test_who_trusts_an_older_authority_still_reaches_what_it_covered(secure: Secure) -> None:
     older = secure.trusting_gateway()
-    assert secure.plane.authority.cover(["api.test", "new.test"])
-    assert not secure.plane.authority.cover(["api.test", "new.test"])
+    assert secure.plane.authority.set_hosts(["api.test", "new.test"])
+    assert not secure.plane.authority.set_hosts(["api.test", "new.test"])
     async with connected(secure.port) as raw:
         await raw.send(CONNECT)
         await raw.reader.readuntil(b"\r\n\r\n")
@@ -257,7 +261,7 @@ async def test_who_trusts_an_older_authority_still_reaches_what_it_covered(secur
 @pytest.mark.parametrize("host", ["new.test", "127.0.0.1"])
 async def test_constraints_hold_with_those_who_trust_it(secure: Secure, host: str) -> None:
     older = secure.trusting_gateway()
-    secure.plane.authority.cover(["api.test", host])
+    secure.plane.authority.set_hosts(["api.test", host])
     with_entry(secure.gate, "api", authorities=frozenset({host}))
     async with connected(secure.port) as raw:
         await raw.send(CONNECT.replace(b"api.test", host.encode()))

@@ -70,7 +70,11 @@ async def shop(tmp_path: Path) -> AsyncIterator[Shop]:
             "npm": Entry(f"https://localhost:{npm.port}", frozenset({"npm.test"}), NPM_RULES),
         })  # fmt: skip
         plane = DataPlane(
-            gate, knows=gate.knows, hosts=gate.hosts, tls=certificates.trusting(), **build_options("gateway")
+            gate,
+            is_target_host=gate.is_target_host,
+            hosts=gate.hosts,
+            tls=certificates.trusting(),
+            **build_options("gateway"),
         )
         await plane.start()
         stack.push_async_callback(plane.close)

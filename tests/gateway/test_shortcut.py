@@ -186,8 +186,8 @@ async def test_the_lease_ends_while_the_target_thinks() -> None:
 
 async def test_a_target_that_does_not_answer_in_time() -> None:
     slow = Slow()
-    patiences = Timeouts(response_s=0.3)
-    async with placed(Target(script=slow.script), patiences=patiences) as place, place.connected() as raw:
+    timeouts = Timeouts(response_s=0.3)
+    async with placed(Target(script=slow.script), timeouts=timeouts) as place, place.connected() as raw:
         assert (await raw.ask(GET)).status == 200
         answer = await raw.ask(GET)
         assert (answer.status, b"target_timeout" in answer.body) == (504, True)
@@ -235,7 +235,7 @@ async def test_what_is_left_to_the_long_way_counts_once() -> None:
 
 async def test_a_head_that_comes_slowly_has_no_more_time_after_short_ones() -> None:
     async with (
-        placed(patiences=Timeouts(head_s=0.3)) as place,
+        placed(timeouts=Timeouts(head_s=0.3)) as place,
         place.connected() as raw,
         place.connected() as other,
     ):

@@ -224,8 +224,8 @@ async def test_a_lease_that_ends_cuts_off_who_takes_nothing_as_well() -> None:
             await writer.drain()
             written += 65536
 
-    patiences = Timeouts(piece_s=3600)  # it is the lease that ends this, not the patience
-    async with placed(Target(script=script), patiences=patiences) as place, place.connected() as raw:
+    timeouts = Timeouts(piece_s=3600)  # it is the lease that ends this, not the patience
+    async with placed(Target(script=script), timeouts=timeouts) as place, place.connected() as raw:
         raw.writer.transport.pause_reading()  # type: ignore[attr-defined]
         await raw.send(GET)
         sent, stands = -1, 0

@@ -21,9 +21,9 @@ from ringfence.kernel.service.runtime import Runtime
 class CutListener:
     """What a gateway knows of leases: those that there are, and what was revoked."""
 
-    def __init__(self, runtime: Runtime, *, gives_its_word: bool = True) -> None:
+    def __init__(self, runtime: Runtime, *, acknowledges: bool = True) -> None:
         self._runtime = runtime
-        self._view = View(runtime, gives_its_word=gives_its_word)
+        self._view = View(runtime, acknowledges=acknowledges)
         runtime.routes.append(Route("/v1/forwards/{lease}", self._told))
 
     def knows(self, lease_id: str) -> bool:
@@ -62,11 +62,11 @@ class CutListener:
 
 
 def build(
-    settings: ServiceSettings, clock: Clock | None = None, *, gives_its_word: bool = True
+    settings: ServiceSettings, clock: Clock | None = None, *, acknowledges: bool = True
 ) -> tuple[Runtime, CutListener]:
     """The process, and what it knows."""
     runtime = Runtime("gateway", settings, clock)
-    return runtime, CutListener(runtime, gives_its_word=gives_its_word)
+    return runtime, CutListener(runtime, acknowledges=acknowledges)
 
 
 def main() -> int:

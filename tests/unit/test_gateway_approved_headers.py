@@ -12,13 +12,13 @@ from ringfence.gateway.dataplane.headers import kept_headers, request_head
 from ringfence.gateway.dataplane.http1_head import RequestHead, parse_request
 from ringfence.gateway.dataplane.request_reader import ListenerContext, read_request
 from ringfence.gateway.decision.approved_headers import (
-    LEFT_OUT,
+    DROPPED,
     MAX_SHOWN_CHARS,
     MAX_VALUE_CHARS,
     digest_of_headers,
     headers_to_approve,
-    shown,
-    unshowable,
+    shown_to_approver,
+    unshowable_reason,
 )
 from ringfence.messages.approval import MAX_HEADER_NAME_CHARS, MAX_HEADERS
 from ringfence.messages.registry import BackendSettings, TargetState
@@ -74,11 +74,11 @@ def test_what_is_forwarded_is_what_was_hashed_and_the_credential() -> None:
 
 
 def test_what_differs_with_each_attempt_is_neither_hashed_nor_forwarded() -> None:
-    lines = [f"{name.title()}: 1" for name in sorted(LEFT_OUT)] + ["X_Request_Id: 2", "X-Note: 1"]
+    lines = [f"{name.title()}: 1" for name in sorted(DROPPED)] + ["X_Request_Id: 2", "X-Note: 1"]
     approved = headers_to_approve(attempt(kept_headers(head(*lines), upgrade=False)), target())
     assert approved == (("x-note", "1"),)
     assert forwarded(head(*lines), approved)[1] == "x-note: 1"
-    assert {"traceparent", "tracestate", "baggage", "date", "x-request-id"} == LEFT_OUT
+    assert {"traceparent", "tracestate", "baggage", "date", "x-request-id"} == DROPPED
 
 
 @pytest.mark.parametrize("name", ["X-Api-Key", "x_api_key"])
@@ -110,7 +110,7 @@ def test_an_upgrade_is_approved_as_one() -> None:
 
 
 def test_a_proxy_may_forward_what_it_shows() -> None:
-    for name in LEFT_OUT:
+    for name in DROPPED:
         assert headers_to_approve(attempt(((name, "1"),), sent_by_gateway=False), target()) is None
     sent = (("x-note", "1"),)
     assert headers_to_approve(attempt(sent, sent_by_gateway=False), target()) == sent
@@ -148,7 +148,7 @@ def test_a_person_sees_values_of_the_list_and_names_of_the_others() -> None:
         ("content-type", "application/json"), ("cookie", "s3cret"), ("x-api-key", "s3cret"), ("destination", "/b"),
         ("x-gitlab-token", "s3cret"), ("x-amz-security-token", "s3cret"),
     )  # fmt: skip
-    told = shown(headers)
+    told = shown_to_approver(headers)
     assert [one.name for one in told] == [name for name, _ in headers]
     assert [one.value for one in told] == ["application/json", None, None, "/b", None, None]
 
@@ -165,12 +165,12 @@ def test_a_person_sees_values_of_the_list_and_names_of_the_others() -> None:
     ],
 )
 def test_what_cannot_be_shown_is_not_asked_about(headers: Headers) -> None:
-    assert unshowable(headers) is not None
+    assert unshowable_reason(headers) is not None
 
 
 def test_what_can_be_shown_is() -> None:
-    assert unshowable((("content-type", "x" * MAX_VALUE_CHARS), ("x-note", "\xe9" * 9000))) is None
+    assert unshowable_reason((("content-type", "x" * MAX_VALUE_CHARS), ("x-note", "\xe9" * 9000))) is None
     many = tuple((f"x-{number:0{MAX_HEADER_NAME_CHARS - 2}}", "") for number in range(30))
     for headers in (many, tuple((f"x-{number}", "") for number in range(MAX_HEADERS))):
-        assert unshowable(headers) is None
-        assert len(shown(headers)) == len(headers)
+        assert unshowable_reason(headers) is None
+        assert len(shown_to_approver(headers)) == len(headers)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from ringfence.gateway.contract import Attempt, Headers, PresentedIdentity, Verdict
-from ringfence.gateway.decision.approval_questions import Questions
+from ringfence.gateway.decision.approval_questions import OpenQuestions
 from ringfence.gateway.decision.approvals import Approvals
 from ringfence.gateway.decision.approved_headers import digest_of_headers
 from ringfence.gateway.decision.gate import DecisionGate
@@ -66,7 +66,7 @@ class Sent:
 class Gateway(PlayedRecorder):
     """The decision core with real records, leases, questions and signatures; Kafka and the bundle are played."""
 
-    def __init__(self, *, wait_s: float = WITHIN_S, each: int = 3, all: int = 5) -> None:
+    def __init__(self, *, wait_s: float = WITHIN_S, per_agent: int = 3, in_total: int = 5) -> None:
         self.place = Place()
         self.ledger = ledger = self.place.ledger
         targets = Targets(ledger.directory)
@@ -90,7 +90,7 @@ class Gateway(PlayedRecorder):
             key=self.key, clock=ledger.clock, publisher=self, event=self.event,
             settings=SimpleNamespace(trust_domain=TD, grace_s=5.0), tables_caught_up=self.caught_up,
         )  # fmt: skip
-        self.questions = Questions(each=each, all=all)
+        self.questions = OpenQuestions(per_agent=per_agent, in_total=in_total)
         self.approvals = Approvals(
             cast(Any, runtime), self.directory, self.table, self.questions, wait_s=wait_s, life_s=60
         )
@@ -111,7 +111,7 @@ class Gateway(PlayedRecorder):
     def nonce(self) -> str:
         return "fresh"
 
-    async def sender(self, presented: PresentedIdentity, attempt: Attempt) -> Sender:
+    async def authenticate(self, presented: PresentedIdentity, attempt: Attempt) -> Sender:
         return Sender("bot", self.place.task)
 
     async def answer(self, *args: Any, **kwargs: Any) -> Refusal | ApprovalRequired | None:
@@ -277,7 +277,7 @@ async def test_an_answer_whose_own_time_is_over_counts_for_nothing(gateway: Gate
 
 
 async def test_a_yes_counts_once_and_for_the_very_same_request_alone() -> None:
-    gateway = Gateway(each=9, all=9)
+    gateway = Gateway(per_agent=9, in_total=9)
     async with gateway.waiting(sent=Sent(b"one")) as first:
         yes = gateway.claims()
         async with gateway.waiting(sent=Sent(b"two")) as other:
@@ -360,7 +360,7 @@ async def test_what_ends_while_it_waits_is_denied_at_once(gateway: Gateway, how:
             gateway.table.sweep()
         else:
             gateway.problem = "old"
-            gateway.table.end_watched()
+            gateway.table.end_all_watched()
         expected = {"deadline": "lease_ended", "stale": "stale_view"}.get(how, "lease_cut")
         assert await code(decided) == expected
 
@@ -476,7 +476,7 @@ async def test_the_same_is_shown_once_and_a_yes_lets_one_of_them_go_on(gateway: 
 
 
 async def test_one_agent_floods_nobody() -> None:
-    gateway = Gateway(wait_s=0.01, each=3, all=5)
+    gateway = Gateway(wait_s=0.01, per_agent=3, in_total=5)
     codes = []
     for number in range(5):
         verdict = await gateway.gate.decide(

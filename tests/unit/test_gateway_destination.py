@@ -13,7 +13,7 @@ from ringfence.gateway.events.destination import (
     destination_of,
     destination_of_line,
     printable_method,
-    unread_line,
+    unparsed_line,
 )
 from ringfence.messages.operations import MAX_PATH_CHARS, Destination
 
@@ -129,14 +129,14 @@ def test_a_request_line_says_where_it_leads(method: str, target: str, expected: 
 def test_no_part_of_a_url_is_taken_for_a_method(
     line: bytes, method: str, host: str | None, path: str | None
 ) -> None:
-    told, target, said = unread_line(line + b"\r\nHost: said.example\r\n")
+    told, target, said = unparsed_line(line + b"\r\nHost: said.example\r\n")
     went = destination_of_line(told, target, said, "http") if target else Destination()
     assert (printable_method(told), went.host, went.path) == (method, host, path)
 
 
 @given(st.binary(max_size=600), st.text(max_size=300))
 def test_whatever_comes_is_bounded_and_printable(head: bytes, text: str) -> None:
-    method, target, host = unread_line(head)
+    method, target, host = unparsed_line(head)
     for found in (
         destination_of_line(method, target, host, "https"),
         destination_of_line("GET", text, text, "http"),

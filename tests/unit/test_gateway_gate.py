@@ -18,8 +18,8 @@ from ringfence.gateway.contract import (
     RpcErrorReply,
     Verdict,
 )
-from ringfence.gateway.dataplane.denials import answer
-from ringfence.gateway.dataplane.exchange import goes_no_further
+from ringfence.gateway.dataplane.denials import denial_answer
+from ringfence.gateway.dataplane.exchange import cut_error
 from ringfence.gateway.decision.evaluator import NO_ANSWER, CachedAnswer
 from ringfence.gateway.decision.gate import DecisionGate
 from ringfence.gateway.decision.mcp import SessionTable
@@ -86,19 +86,15 @@ class Parts(PlayedRecorder):
     def nonce(self) -> str:
         return "fresh"
 
-    async def sender(self, presented: PresentedIdentity, attempt: Attempt) -> Sender | Refusal:
+    async def authenticate(self, presented: PresentedIdentity, attempt: Attempt) -> Sender | Refusal:
         if presented.handle == "none":
             reason = self.refuses
             assert isinstance(reason, Refusal)
             return reason
         return Sender("bot", self.place.task)
 
-    def at_hand(self, *asked: Any) -> Any:
-        """Of the identifier, or of the injector."""
-        if len(asked) == 1:
-            return None if asked[0].handle == "none" else Sender("bot", self.place.task)
-        self.equips()
-        return {"Authorization": "Bearer x"}
+    def without_proof(self, presented: PresentedIdentity) -> Sender | None:
+        return None if presented.handle == "none" else Sender("bot", self.place.task)
 
     # evaluator
     def is_valid(self, *args: Any) -> bool:
@@ -114,6 +110,10 @@ class Parts(PlayedRecorder):
         return self.refuses
 
     # injector
+    def cached_headers(self, lease: Any, target: Any) -> dict[str, str]:
+        self.equips()
+        return {"Authorization": "Bearer x"}
+
     async def headers(self, lease: Any, target: Any) -> dict[str, str]:
         self.equips()
         return {"Authorization": "Bearer x"}
@@ -155,7 +155,7 @@ def allowed_at_once(
     parts: Parts, presented: PresentedIdentity, attempt: Attempt, admits: RateCheck = admits
 ) -> tuple[Verdict, Mapping[str, str]] | None:
     standing = parts.gate.cached_allowance(presented, attempt)
-    allowed = standing.allowed(admits, lambda kept: None) if standing is not None else None
+    allowed = standing.allow(admits, lambda kept: None) if standing is not None else None
     return (standing.verdict(*allowed), allowed[1]) if standing is not None and allowed is not None else None
 
 
@@ -196,9 +196,9 @@ async def test_what_is_in_doubt_is_not_allowed_at_once(
 ) -> None:
     standing = parts.gate.cached_allowance(PresentedIdentity(), attempt())
     assert standing is not None
-    assert standing.allowed(admits, lambda kept: None) is not None
+    assert standing.allow(admits, lambda kept: None) is not None
     change(parts)
-    assert standing.allowed(admits, lambda kept: None) is None, "whoever kept it has to ask"
+    assert standing.allow(admits, lambda kept: None) is None, "whoever kept it has to ask"
     assert allowed_at_once(parts, PresentedIdentity(), attempt()) is None
     assert len(parts.events) == 1, "nothing was decided"
     assert not (await parts.gate.decide(PresentedIdentity(), attempt())).allowed
@@ -259,7 +259,7 @@ async def test_an_old_view_and_a_halted_revoker_decide_inject_and_keep_open_noth
     with pytest.raises(UnavailableError) as refuse:
         await parts.gate.headers_to_inject(allowed)
     assert refuse.value.code == code
-    assert goes_no_further(parts.gate.view_problem()).code == code
+    assert cut_error(parts.gate.view_problem()).code == code
     told: list[int] = []
     parts.gate.on_lease_end(parts.place.lease.lease_id, lambda: told.append(1))
     assert told == [1]
@@ -416,14 +416,14 @@ async def test_mcp_is_not_spoken_where_nobody_sees_the_answers(parts: Parts) -> 
     assert (late.status, late.rpc) == (503, RpcErrorReply(1)), (
         "it is told to the request, though nobody came to reading that"
     )
-    status, headers, said = answer(late)
+    status, headers, said = denial_answer(late)
     assert (status, headers["Content-Type"], json.loads(said)["error"]["code"]) == (
         200,
         "application/json",
         503,
     )
     unknown = dataclasses.replace(late, status=401)
-    assert answer(unknown)[0] == 401, "who sends it is shown to the transport"
+    assert denial_answer(unknown)[0] == 401, "who sends it is shown to the transport"
 
 
 def test_a_lease_has_so_many_sessions_and_no_more() -> None:

@@ -65,7 +65,7 @@ class Door:
 
     async def sender(self, method: str = "GET", **presented: Any) -> Sender | Refusal:
         attempt = Attempt(authority="hub.example", scheme="https", method=method, target="/a")
-        return await self.identifier.sender(PresentedIdentity(**presented), attempt)
+        return await self.identifier.authenticate(PresentedIdentity(**presented), attempt)
 
     async def shown(self, dpop: str | None, handle: str | None = None, **more: Any) -> Sender | Refusal:
         return await self.sender(

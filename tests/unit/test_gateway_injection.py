@@ -113,7 +113,7 @@ def memory() -> Memory:
 
 async def test_what_the_issuer_sealed_to_this_gateway_is_there(memory: Memory) -> None:
     memory.comes("a.b.c.d.e", memory.envelope(memory.delivery()), "{}", "{")
-    assert (await memory.sealed.of(memory.lease)).value == "secret-1"
+    assert (await memory.sealed.get(memory.lease)).value == "secret-1"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ async def test_what_nobody_who_may_said_of_this_lease_is_not(memory: Memory, wro
     memory.comes(memory.envelope(memory.delivery(**wrong)))
     memory.issuer_says(404)
     with pytest.raises(UnavailableError):
-        await memory.sealed.of(memory.lease)
+        await memory.sealed.get(memory.lease)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ async def test_what_nobody_who_may_said_of_this_lease_is_not(memory: Memory, wro
 async def test_what_is_for_something_else_is_not_injected(memory: Memory, wrong: dict[str, Any]) -> None:
     memory.comes(memory.envelope(memory.delivery(**wrong)))
     with pytest.raises(UnavailableError):
-        await memory.sealed.of(memory.lease)
+        await memory.sealed.get(memory.lease)
 
 
 async def test_it_goes_with_its_lease(memory: Memory) -> None:
@@ -156,11 +156,11 @@ async def test_one_that_is_not_sealed_to_it_is_asked_for_once_for_all(memory: Me
         return httpx.Response(200, content=memory.envelope(memory.delivery()))
 
     memory.issuer(answer)
-    asking = [asyncio.create_task(memory.sealed.of(memory.lease)) for _ in range(5)]
+    asking = [asyncio.create_task(memory.sealed.get(memory.lease)) for _ in range(5)]
     await asyncio.sleep(0)
     go_on.set()
     assert {credential.value for credential in await asyncio.gather(*asking)} == {"secret-1"}
-    await memory.sealed.of(memory.lease)
+    await memory.sealed.get(memory.lease)
     (request,) = memory.asked
     assert request.url.path == f"/v1/leases/{memory.lease.lease_id}/sealed-credential"
     assert request.headers["authorization"].startswith("Bearer ")
@@ -173,11 +173,11 @@ async def test_an_issuer_that_has_none_is_not_asked_by_each_request(
     memory.issuer_says(status, content)
     for _ in range(3):
         with pytest.raises(UnavailableError):
-            await memory.sealed.of(memory.lease)
+            await memory.sealed.get(memory.lease)
     assert len(memory.asked) == 1
     memory.clock.ms += 1000
     with pytest.raises(UnavailableError):
-        await memory.sealed.of(memory.lease)
+        await memory.sealed.get(memory.lease)
     assert len(memory.asked) == 2
 
 
@@ -235,15 +235,15 @@ def test_no_secret_is_in_what_is_shown_of_it(memory: Memory) -> None:
 
 async def test_what_is_at_hand_needs_nobody(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     injector, hub = _injector(memory), _target("http", url="https://hub.example")
-    assert injector.at_hand(memory.lease, _target()) is None  # the issuer would have to be asked
+    assert injector.cached_headers(memory.lease, _target()) is None  # the issuer would have to be asked
     memory.comes(memory.envelope(memory.delivery()))
-    assert injector.at_hand(memory.lease, _target()) == {"Authorization": "Bearer secret-1"}
+    assert injector.cached_headers(memory.lease, _target()) == {"Authorization": "Bearer secret-1"}
     with pytest.raises(UnavailableError):
-        injector.at_hand(memory.lease, hub)
+        injector.cached_headers(memory.lease, hub)
     static = memory.lease.model_copy(update={"backend": "http"})
     for secret in ("first", "second"):
         monkeypatch.setenv("HUB_SECRET", secret)
-        assert injector.at_hand(static, hub) == {"Authorization": f"Bearer {secret}"}
+        assert injector.cached_headers(static, hub) == {"Authorization": f"Bearer {secret}"}
     memory.clock.ms = memory.lease.deadline * 1000
     with pytest.raises(UnavailableError):
-        injector.at_hand(memory.lease, _target())
+        injector.cached_headers(memory.lease, _target())

@@ -202,7 +202,7 @@ def test_an_order_that_is_sent_again_cuts_nothing_more(table: LeaseTable, first_
 def test_a_revoked_lease_is_cut_before_its_record_says_so(table: LeaseTable) -> None:
     one, told = lease(), Told()
     over: list[str] = []
-    table.on_over(over.append)
+    table.on_lease_end(over.append)
     table.take(one)
     table.watch(one.lease_id, told)
     table.revoke(one.lease_id, START_MS)
@@ -230,7 +230,7 @@ def test_who_takes_it_back_is_not_told_and_others_are(table: LeaseTable) -> None
     table.watch(one.lease_id, second)
     back()
     back()
-    table.end_watched()
+    table.end_all_watched()
     assert (first.times, second.times) == (0, 1)
 
 

@@ -10,7 +10,13 @@ import pytest
 
 from ringfence.cli.shared.arguments import parse_scope
 from ringfence.gateway.contract import Verdict
-from ringfence.gateway.dataplane.denials import answer, headers, how_to_ask, problem, problem_body
+from ringfence.gateway.dataplane.denials import (
+    denial_answer,
+    denial_headers,
+    how_to_ask,
+    problem_body,
+    problem_details,
+)
 from ringfence.messages.credential import Reason
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import TargetRecord
@@ -29,14 +35,14 @@ def verdict(*reasons: Reason, status: int = 403, **fields: Any) -> Verdict:
 
 def test_the_first_reason_is_the_problems_and_all_are_there() -> None:
     other = Reason(code="agent_suspended", message="agent bot is suspended")
-    body = problem(verdict(LACK, other))
+    body = problem_details(verdict(LACK, other))
     assert body["type"] == "urn:ringfence:problem:beyond_lease"
     assert (body["title"], body["status"], body["code"]) == ("Forbidden", 403, "beyond_lease")
     assert body["instance"] == f"urn:uuid:{ID}"
     assert body["permission"] == {"target": TARGET.target_id, "verbs": ["read"], "resources": ["env/a"]}
     assert [reason["code"] for reason in body["reasons"]] == ["beyond_lease", "agent_suspended"]
     assert json.loads(problem_body(verdict(LACK, other))) == body
-    assert "reasons" not in problem(verdict(LACK))
+    assert "reasons" not in problem_details(verdict(LACK))
 
 
 @pytest.mark.parametrize("resource", ["env/a", "env/it's", "a,b", "x:y", "a b", "$(id)"])
@@ -59,14 +65,16 @@ def test_nobody_is_told_to_ask_for_what_they_would_not_get() -> None:
 
 
 def test_the_head_says_what_a_client_can_do() -> None:
-    said = headers(verdict(Reason(code="use_dpop_nonce", message="x"), status=401, nonce="n"))
+    said = denial_headers(verdict(Reason(code="use_dpop_nonce", message="x"), status=401, nonce="n"))
     assert said["DPoP-Nonce"] == "n"
     assert 'error="use_dpop_nonce"' in said["WWW-Authenticate"]
-    other = headers(verdict(Reason(code="handle_unknown", message="x"), status=401))
+    other = denial_headers(verdict(Reason(code="handle_unknown", message="x"), status=401))
     assert 'error="invalid_token"' in other["WWW-Authenticate"]
-    later = headers(verdict(Reason(code="stale_view", message="x"), status=503, retry_after_s=5))
+    later = denial_headers(verdict(Reason(code="stale_view", message="x"), status=503, retry_after_s=5))
     assert (later["Retry-After"], later["Cache-Control"]) == ("5", "no-store")
     assert "WWW-Authenticate" not in later
-    status, said, body = answer(verdict(Reason(code="use_dpop_nonce", message="x"), status=401, nonce="n"))
+    status, said, body = denial_answer(
+        verdict(Reason(code="use_dpop_nonce", message="x"), status=401, nonce="n")
+    )
     assert (status, said["DPoP-Nonce"], json.loads(body)["code"]) == (401, "n", "use_dpop_nonce")
     assert "Cache-Control" not in said

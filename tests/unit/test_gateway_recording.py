@@ -45,7 +45,7 @@ async def test_what_one_turn_decides_is_one_write_and_then_goes_on(tmp_path: Pat
     spool = Watched(tmp_path)
     recorder, told = recorder_on(spool), list[tuple[int, bool, int]]()
     for number in range(3):
-        recorder.keep_soon(
+        recorder.append_at_end_of_turn(
             b"a\n%d\n\n{}" % number,
             lambda kept, number=number: told.append((number, kept, len(spool.writes))),  # type: ignore[misc]
         )
@@ -61,11 +61,11 @@ async def test_what_one_turn_decides_is_one_write_and_then_goes_on(tmp_path: Pat
 async def test_what_is_decided_before_is_kept_before(tmp_path: Path) -> None:
     spool = Watched(tmp_path)
     recorder, told = recorder_on(spool), list[bool]()
-    recorder.keep_soon(b"a\none\n\n{}", told.append)
+    recorder.append_at_end_of_turn(b"a\none\n\n{}", told.append)
     recorder.record(denied("two"))
     assert told == [True]
-    recorder.keep_soon(b"a\nthree\n\n{}", told.append)
-    recorder.keep(b"a\nfour\n\n{}")
+    recorder.append_at_end_of_turn(b"a\nthree\n\n{}", told.append)
+    recorder.append(b"a\nfour\n\n{}")
     await asyncio.sleep(0)
     ids = [entry.split(b"\n")[1] for entry in spool.peek()[0]]
     assert ids == [b"one", b"two", b"three", b"four"]
@@ -75,20 +75,20 @@ async def test_what_is_decided_before_is_kept_before(tmp_path: Path) -> None:
 async def test_what_cannot_be_kept_goes_nowhere_and_the_next_is_asked_anew(tmp_path: Path) -> None:
     spool = Watched(tmp_path, max_bytes=100)
     recorder, told = recorder_on(spool), list[bool]()
-    recorder.keep_soon(b"x" * 60, told.append)
-    recorder.keep_soon(b"y" * 60, told.append)
+    recorder.append_at_end_of_turn(b"x" * 60, told.append)
+    recorder.append_at_end_of_turn(b"y" * 60, told.append)
     await asyncio.sleep(0)
     assert told == [False, False], "one write: all of it or nothing"
     assert spool.size() == 0
-    recorder.keep_soon(b"x" * 60, told.append)
+    recorder.append_at_end_of_turn(b"x" * 60, told.append)
     with pytest.raises(SpoolFullError):
-        recorder.keep(b"y" * 60)
+        recorder.append(b"y" * 60)
     assert told == [False, False, True]
 
 
 async def test_what_waits_is_kept_when_the_process_ends(tmp_path: Path) -> None:
     recorder, told = Recorder(Watched(tmp_path), cast(Any, Gone())), list[bool]()
-    recorder.keep_soon(b"a\none\n\n{}", told.append)
+    recorder.append_at_end_of_turn(b"a\none\n\n{}", told.append)
     await recorder.close()
     assert told == [True]
     assert Spool(tmp_path, max_bytes=1000).peek()[0] == [b"a\none\n\n{}"]

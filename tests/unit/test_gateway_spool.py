@@ -20,10 +20,10 @@ def opened(folder: Path, max_bytes: int = MAX, segment_bytes: int = 256) -> Spoo
 def emptied(spool: Spool) -> list[bytes]:
     """All that waits, marked as published."""
     found: list[bytes] = []
-    while spool.waiting():
+    while spool.has_unpublished():
         entries, mark = spool.peek()
         found += entries
-        spool.published(mark)
+        spool.mark_published(mark)
     return found
 
 
@@ -64,7 +64,7 @@ def test_what_was_not_published_is_there_after_a_crash(tmp_path: Path) -> None:
     for entry in entries(20):
         spool.append(entry)
     some, mark = spool.peek()
-    spool.published(mark)
+    spool.mark_published(mark)
     crashed(spool)
     again = opened(tmp_path)
     again.append(b"new")
@@ -98,7 +98,7 @@ def test_what_is_damaged_while_it_is_written_to_stops_nothing(tmp_path: Path) ->
     assert emptied(spool) == entries(2)
     spool.append(b"later")
     assert emptied(spool) == [b"later"]
-    assert not spool.waiting()
+    assert not spool.has_unpublished()
     spool.close()
 
 

@@ -113,12 +113,12 @@ def test_a_revision_is_compiled_once(map: Map) -> None:
 def test_what_is_known_by_its_place(map: Map) -> None:
     assert map.targets.hosts() == {"hub.example", "127.0.0.1"}
     for known in ("hub.example", "HUB.example:443", "127.0.0.1:8080"):
-        assert map.targets.knows(known), known
+        assert map.targets.is_target_host(known), known
     for unknown in ("hub.example:8080", "127.0.0.1", "example", "", "hub.example/"):
-        assert not map.targets.knows(unknown), unknown
+        assert not map.targets.is_target_host(unknown), unknown
     map.put("hub", url="https://new.example")
     assert map.targets.hosts() == {"new.example", "127.0.0.1"}
-    assert not map.targets.knows("hub.example")
+    assert not map.targets.is_target_host("hub.example")
 
 
 def test_a_place_is_scheme_host_and_port() -> None:

@@ -14,9 +14,9 @@ from ringfence.gateway.dataplane.http1_head import Fields, ResponseHead
 from ringfence.gateway.dataplane.mcp_responses import (
     MAX_LISTED,
     MAX_MESSAGE_BYTES,
-    Answers,
-    EventSieve,
-    media_of,
+    EventStreamFilter,
+    McpResponseFilter,
+    media_type,
 )
 from ringfence.gateway.errors import RefusedError
 
@@ -28,9 +28,11 @@ LIST = {
 CUT = {**LIST, "result": {"tools": [{"name": "mine"}]}}
 
 
-def answers(id: int | str | None = 1, *, opens_session: bool = False, bind_session: bool = True) -> Answers:
+def answers(
+    id: int | str | None = 1, *, opens_session: bool = False, bind_session: bool = True
+) -> McpResponseFilter:
     told: list[McpOutcome] = []
-    return Answers(
+    return McpResponseFilter(
         McpExchange(
             "tools/call",
             id,
@@ -106,7 +108,7 @@ def test_what_is_not_one_message_goes_no_further(wrong: bytes) -> None:
 )
 def test_what_came_of_a_request(message: dict[str, Any], kind: str, code: int | None) -> None:
     one = answers()
-    one.began(head())
+    one.on_response_head(head())
     one.message(data({"jsonrpc": "2.0", **message}))
     assert (one.outcome.kind, one.outcome.code, one.outcome.status) == (kind, code, 200)
 
@@ -116,22 +118,22 @@ def test_what_came_of_a_request(message: dict[str, Any], kind: str, code: int | 
 )
 def test_what_a_status_says(status: int, kind: str) -> None:
     one = answers()
-    one.began(head(status))
+    one.on_response_head(head(status))
     assert one.outcome.kind == kind
 
 
 def test_where_nothing_is_to_be_answered_it_is_enough_that_the_server_took_it() -> None:
     one = answers(None)
-    one.began(head())
+    one.on_response_head(head())
     one.message(data({"jsonrpc": "2.0", "id": 1, "result": {}}))
     assert one.outcome.kind == "accepted"
 
 
 def test_a_session_that_is_anothers_is_not_given_out() -> None:
-    answers(opens_session=True).began(head(mcp_session_id=b"s"))
-    answers(bind_session=False).began(head(mcp_session_id=b"s"))
+    answers(opens_session=True).on_response_head(head(mcp_session_id=b"s"))
+    answers(bind_session=False).on_response_head(head(mcp_session_id=b"s"))
     with pytest.raises(RefusedError) as refused:
-        answers(opens_session=True, bind_session=False).began(head(mcp_session_id=b"s"))
+        answers(opens_session=True, bind_session=False).on_response_head(head(mcp_session_id=b"s"))
     assert refused.value.code == "mcp_session_taken"
 
 
@@ -154,7 +156,7 @@ SIFTED = [
 
 @given(st.lists(st.integers(0, len(STREAM)), max_size=12))
 def test_a_stream_is_sifted_however_it_comes_in_pieces(cuts: list[int]) -> None:
-    sieve, at, out = EventSieve(answers()), 0, b""
+    sieve, at, out = EventStreamFilter(answers()), 0, b""
     for cut in sorted(cuts):
         out += sieve.feed(STREAM[at:cut])
         at = cut
@@ -163,7 +165,7 @@ def test_a_stream_is_sifted_however_it_comes_in_pieces(cuts: list[int]) -> None:
 
 
 def test_an_event_goes_on_when_it_is_complete() -> None:
-    sieve = EventSieve(answers())
+    sieve = EventStreamFilter(answers())
     assert sieve.feed(b"data: {}\n") == b""
     assert sieve.feed(b"\n") == b"data: {}\n\n"
     assert sieve.feed(b": still there\n\n") == b": still there\n\n"
@@ -172,7 +174,7 @@ def test_an_event_goes_on_when_it_is_complete() -> None:
 @pytest.mark.parametrize("wrong", [b"data: x\n\n", b"data: []\n\n", b"\xef\xbb\xbfdata: {}\n\n"])
 def test_a_stream_that_says_something_else_is_broken_off(wrong: bytes) -> None:
     with pytest.raises(RefusedError):
-        EventSieve(answers()).feed(wrong)
+        EventStreamFilter(answers()).feed(wrong)
 
 
 def test_a_list_that_is_too_long_to_be_held_against_the_map_goes_no_further() -> None:
@@ -183,7 +185,7 @@ def test_a_list_that_is_too_long_to_be_held_against_the_map_goes_no_further() ->
 
 
 def test_a_message_that_does_not_end_is_not_held_for_ever() -> None:
-    sieve = EventSieve(answers())
+    sieve = EventStreamFilter(answers())
     with pytest.raises(RefusedError) as refused:
         for _ in range(MAX_MESSAGE_BYTES // 65536 + 2):
             sieve.feed(b"data: " + b"x" * 65536 + b"\n")
@@ -192,7 +194,7 @@ def test_a_message_that_does_not_end_is_not_held_for_ever() -> None:
 
 @given(st.binary(max_size=300), st.integers(1, 50))
 def test_whatever_comes_passes_or_is_refused(stream: bytes, size: int) -> None:
-    sieve = EventSieve(answers())
+    sieve = EventStreamFilter(answers())
     try:
         out = b"".join(sieve.feed(stream[at : at + size]) for at in range(0, len(stream), size))
         out += sieve.last(b"")
@@ -210,4 +212,4 @@ def test_whatever_comes_passes_or_is_refused(stream: bytes, size: int) -> None:
     ],
 )
 def test_a_media_type_has_no_parameters(value: bytes | None, media: bytes) -> None:
-    assert media_of(value) == media
+    assert media_type(value) == media

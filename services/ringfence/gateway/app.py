@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ringfence.gateway.dataplane.listeners import Listening
+from ringfence.gateway.dataplane.listeners import Listeners
 from ringfence.gateway.http import GatewayApi
 from ringfence.gateway.proxies import envoy, forward_auth
 from ringfence.gateway.proxies.authz import ProxyAuth
 from ringfence.gateway.settings import GatewaySettings, host_and_port
-from ringfence.gateway.wiring import core_of
+from ringfence.gateway.wiring import build_core
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.service.http import HttpServer
@@ -29,12 +29,12 @@ def build(
     """
     own = own or load(GatewaySettings)
     runtime = Runtime("gateway", settings, clock)
-    core = core_of(runtime, settings, own, fast_path=fast_path)
+    core = build_core(runtime, settings, own, fast_path=fast_path)
     runtime.routes += GatewayApi(
         Authenticator(core.view.directory, runtime.role, runtime.clock), core.view
     ).routes()
     if own.listen is not None or own.sockets is not None:
-        listening = Listening(runtime, core, own, fast_path=fast_path)
+        listening = Listeners(runtime, core, own, fast_path=fast_path)
         runtime.background("data plane", listening.run)
         runtime.ready_when(listening.unready)
         runtime.on_stop(listening.close)

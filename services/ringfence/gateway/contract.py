@@ -195,7 +195,7 @@ class HoldableRequest(Protocol):
 class CachedAllowance(Protocol):
     """What the very same request comes to each time, for as long as nothing that it rests on changed.
 
-    Nothing is allowed by having it: what may be another from one moment to the next is asked by `allowed`.
+    Nothing is allowed by having it: what may be another from one moment to the next is asked by `allow`.
     """
 
     @property
@@ -212,14 +212,14 @@ class CachedAllowance(Protocol):
         """Whether `Gate.standing` would find the same now."""
         ...
 
-    def allowed(
-        self, rate_check: RateCheck, then: Callable[[bool], None]
+    def allow(
+        self, rate_check: RateCheck, on_recorded: Callable[[bool], None]
     ) -> tuple[str, Mapping[str, str]] | None:
         """The id of the action and what it injects, where it is allowed and nothing has to be waited for.
 
-        It is recorded together with what else is allowed in this turn of the loop: `then` is called, later in this
-        turn, with whether it is. Nothing may be forwarded before, and nothing where it is not. None for everything
-        else, whatever `Gate.decide` would say, and where it does not hold any more: that is to be asked then.
+        Its event is written together with those of other requests in this turn of the event loop. `on_recorded` is
+        called later in this turn, with whether the event was written. Nothing may be forwarded before that, and nothing
+        if it was not. None for everything else, and where this is no longer valid: ask `Gate.decide` then.
         """
         ...
 
@@ -268,19 +268,19 @@ class Gate(Protocol):
         """Scheme and authority of the target, `https://host[:port]`. Raises UnavailableError where it says none."""
         ...
 
-    def on_lease_end(self, lease_id: str, ended: Callable[[], None]) -> Callable[[], None]:
-        """Call `ended` once when the lease may be used no more: cut, past its deadline, or the gateway's view stale.
+    def on_lease_end(self, lease_id: str, on_ended: Callable[[], None]) -> Callable[[], None]:
+        """Call `on_ended` once when the lease may be used no more: cut, past its deadline, or the gateway's view stale.
 
         At once where that is so already. Returns what unsubscribes.
         """
         ...
 
-    def watch(self, lease_id: str, ended: Callable[[], None]) -> None:
+    def watch(self, lease_id: str, on_ended: Callable[[], None]) -> None:
         """The same for what was allowed just now, until `unwatch`."""
         ...
 
-    def unwatch(self, lease_id: str, ended: Callable[[], None]) -> None:
-        """Call `ended` no more."""
+    def unwatch(self, lease_id: str, on_ended: Callable[[], None]) -> None:
+        """Call `on_ended` no more."""
         ...
 
     def view_problem(self) -> Reason | None:

@@ -11,7 +11,7 @@ import orjson
 from ringfence.gateway.contract import Verdict
 from ringfence.kernel.base.errors import RingfenceError
 
-Answer = Callable[[Verdict], tuple[int, Mapping[str, str], bytes]]
+AnswerVerdict = Callable[[Verdict], tuple[int, Mapping[str, str], bytes]]
 """Status, headers and body that tell an agent of a verdict that is not `allowed`."""
 
 _PROBLEM: Final = "application/problem+json"
@@ -28,16 +28,16 @@ class RefusedError(RingfenceError):
         self.headers = headers or {}
 
 
-def problem(error: RefusedError) -> tuple[int, Mapping[str, str], bytes]:
+def problem_answer(error: RefusedError) -> tuple[int, Mapping[str, str], bytes]:
     """What a client is told of a refusal: problem details (RFC 9457)."""
     return (
         error.status,
         {"Content-Type": _PROBLEM, **error.headers},
-        _details(error.status, error.code, error.message),
+        _problem_details(error.status, error.code, error.message),
     )
 
 
-def head(status: int, headers: Mapping[str, str], length: int, *, close: bool) -> bytes:
+def answer_head(status: int, headers: Mapping[str, str], length: int, *, close: bool) -> bytes:
     """The head of an answer of the gateway's own."""
     lines = [f"HTTP/1.1 {status} {_phrase(status)}", f"Content-Length: {length}", "Cache-Control: no-store"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
@@ -46,7 +46,7 @@ def head(status: int, headers: Mapping[str, str], length: int, *, close: bool) -
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
-def _details(status: int, code: str, message: str) -> bytes:
+def _problem_details(status: int, code: str, message: str) -> bytes:
     return orjson.dumps(
         {
             "type": "about:blank",

@@ -10,7 +10,7 @@ from ringfence.backends import BackendContext, BackendSettings, TargetAccess, al
 from ringfence.backends.capabilities import BackendCapabilities
 from ringfence.backends.http import StaticSecrets
 from ringfence.client.resource_server.dpop_proofs import Nonces, ProofChecker
-from ringfence.gateway.decision.approval_questions import Questions
+from ringfence.gateway.decision.approval_questions import OpenQuestions
 from ringfence.gateway.decision.approvals import Approvals
 from ringfence.gateway.decision.blocked_requests import BlockedRequests
 from ringfence.gateway.decision.evaluator import Evaluator
@@ -53,7 +53,7 @@ class Core:
     blocked: BlockedRequests
 
 
-def core_of(
+def build_core(
     runtime: Runtime, settings: ServiceSettings, own: GatewaySettings, *, fast_path: bool = True
 ) -> Core:
     """The core, fed and run by `runtime`. Raises AccessError, BundleError, KeyFileError, SettingsError, SpoolError.
@@ -65,7 +65,7 @@ def core_of(
     proofs = ProofChecker(nonces=Nonces(), clock=clock)
     shared = SharedKeys(runtime, KeyUses())
     runtime.background("shared keys", shared.report)
-    identifier = SenderAuthenticator(
+    authenticator = SenderAuthenticator(
         settings.trust_domain, view.directory, view.table, proofs, clock, shared.used
     )
     with of_setting("RINGFENCE_GATEWAY_BUNDLE"):
@@ -83,11 +83,11 @@ def core_of(
     blocked = BlockedRequests(counted, view.directory, targets, trust_domain=settings.trust_domain)
     approvals = Approvals(
         runtime, view.directory, view.table,
-        Questions(each=own.agent_pending_approvals, all=own.pending_approvals),
+        OpenQuestions(per_agent=own.agent_pending_approvals, in_total=own.pending_approvals),
         wait_s=own.approval_wait_s, life_s=own.approval_life_s,
     )  # fmt: skip
     gate = DecisionGate(
-        view, targets, identifier, Evaluator(engine, declared), injector, recorder, counted, approvals, clock,
+        view, targets, authenticator, Evaluator(engine, declared), injector, recorder, counted, approvals, clock,
         gateway=runtime.key.id, entitlements_max_age_s=settings.entitlements_max_age_s,
         observe=own.observe, fast_path=fast_path,
     )  # fmt: skip
@@ -100,7 +100,7 @@ def core_of(
     # Questions are of this process alone, and so are the answers to them: nothing before its start is one.
     runtime.history([APPROVAL_RESPONSE], approvals.on_records, since_ms=max(clock.now_ms(), 1))
     if own.observe:
-        _observe_aloud(runtime, own)
+        _announce_observe_mode(runtime, own)
     runtime.background("blocked requests", blocked.run)
     runtime.on_start(engine.start)
     runtime.on_stop(blocked.close)
@@ -112,7 +112,7 @@ def core_of(
     return Core(gate, view, targets, blocked)
 
 
-def _observe_aloud(runtime: Runtime, own: GatewaySettings) -> None:
+def _announce_observe_mode(runtime: Runtime, own: GatewaySettings) -> None:
     """Nobody should come upon observe mode by chance: it is said before anything is forwarded, and at each start."""
     said = notice(own.observe)
     metrics.OBSERVED_TARGETS.set(len(own.observe))

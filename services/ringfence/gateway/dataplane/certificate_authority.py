@@ -23,15 +23,15 @@ from ringfence.gateway.errors import RefusedError
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.private_files import write_private
 
-OWN_LIFE: Final = datetime.timedelta(days=90)
+CA_LIFE: Final = datetime.timedelta(days=90)
 LEAF_LIFE: Final = datetime.timedelta(days=2)
 _RENEW_AFTER_MS: Final = 24 * 3600 * 1000
-_BACK: Final = datetime.timedelta(hours=1)
+_CLOCK_TOLERANCE: Final = datetime.timedelta(hours=1)
 """Clocks differ."""
 _EVERYWHERE: Final = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
 
 
-class Authority:
+class CertificateAuthority:
     """The CA, and the certificates that it made."""
 
     def __init__(self, name: str, hosts: Iterable[str], clock: Clock) -> None:
@@ -59,7 +59,7 @@ class Authority:
         """What agents are to trust."""
         return self._certificate.public_bytes(serialization.Encoding.PEM).decode("ascii")
 
-    def cover(self, hosts: Iterable[str]) -> bool:
+    def set_hosts(self, hosts: Iterable[str]) -> bool:
         """Stand for these hosts from now on. Whether agents that trust an older certificate miss one of them."""
         wanted = frozenset(hosts)
         added = wanted - self._hosts
@@ -93,8 +93,8 @@ class Authority:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
-        context.sni_callback = _only(host)
-        _load(context, self._leaf(host), self._leaf_key)
+        context.sni_callback = _require_server_name(host)
+        _load_key_and_certificate(context, self._leaf(host), self._leaf_key)
         return context
 
     def _leaf(self, host: str) -> x509.Certificate:
@@ -113,10 +113,10 @@ class Authority:
     def _sign_own(self, hosts: frozenset[str]) -> x509.Certificate:
         self._hosts = hosts
         return (
-            self._builder(self._key.public_key(), OWN_LIFE)
+            self._builder(self._key.public_key(), CA_LIFE)
             .subject_name(self._subject)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_constraints(hosts), critical=True)
+            .add_extension(_name_constraints(hosts), critical=True)
             .add_extension(_SIGNS_CERTIFICATES, critical=True)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
@@ -130,7 +130,7 @@ class Authority:
             .issuer_name(self._subject)
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _BACK)
+            .not_valid_before(now - _CLOCK_TOLERANCE)
             .not_valid_after(now + life)
         )
 
@@ -141,7 +141,7 @@ _SIGNS_CERTIFICATES: Final = x509.KeyUsage(
 )  # fmt: skip
 
 
-def _constraints(hosts: frozenset[str]) -> x509.NameConstraints:
+def _name_constraints(hosts: frozenset[str]) -> x509.NameConstraints:
     """These hosts and no others: a kind of name that is not mentioned would be free."""
     permitted: list[x509.GeneralName] = []
     for host in sorted(hosts):
@@ -152,14 +152,14 @@ def _constraints(hosts: frozenset[str]) -> x509.NameConstraints:
     excluded: list[x509.GeneralName] = [
         x509.IPAddress(everywhere)
         for everywhere in _EVERYWHERE
-        if not any(_is_of(name, everywhere.version) for name in permitted)
+        if not any(_is_network_of(name, everywhere.version) for name in permitted)
     ]
     if not any(isinstance(name, x509.DNSName) for name in permitted):
         excluded.append(x509.DNSName(""))
     return x509.NameConstraints(permitted or None, excluded or None)
 
 
-def _is_of(name: x509.GeneralName, version: int) -> bool:
+def _is_network_of(name: x509.GeneralName, version: int) -> bool:
     return isinstance(name, x509.IPAddress) and name.value.version == version
 
 
@@ -175,7 +175,9 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
-def _load(context: ssl.SSLContext, leaf: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
+def _load_key_and_certificate(
+    context: ssl.SSLContext, leaf: x509.Certificate, key: ec.EllipticCurvePrivateKey
+) -> None:
     """`ssl` reads keys from files only: here from one that has no name and was never on a disk."""
     pem = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -188,7 +190,7 @@ def _load(context: ssl.SSLContext, leaf: x509.Certificate, key: ec.EllipticCurve
         os.close(file)
 
 
-def _only(host: str) -> Callable[[ssl.SSLObject, str | None, ssl.SSLContext], int | None]:
+def _require_server_name(host: str) -> Callable[[ssl.SSLObject, str | None, ssl.SSLContext], int | None]:
     """Refuse a handshake that names another host than the CONNECT did."""
 
     def named(_: ssl.SSLObject, given: str | None, __: ssl.SSLContext) -> int | None:

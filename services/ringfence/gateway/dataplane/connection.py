@@ -10,9 +10,9 @@ from functools import partial
 from typing import Final
 
 from ringfence.gateway.contract import Attempt, BlockedRequest, PresentedIdentity, Verdict
-from ringfence.gateway.dataplane.exchange import Asked, goes_no_further
+from ringfence.gateway.dataplane.exchange import ForwardedRequest, cut_error
 from ringfence.gateway.dataplane.fast_path.path import FastPaths
-from ringfence.gateway.dataplane.forwarder import goes_on
+from ringfence.gateway.dataplane.forwarder import is_forwarded
 from ringfence.gateway.dataplane.http1_body import Body, request_body
 from ringfence.gateway.dataplane.http1_head import (
     MAX_HEAD_BYTES,
@@ -20,19 +20,19 @@ from ringfence.gateway.dataplane.http1_head import (
     cut_head,
     parse_request,
 )
-from ringfence.gateway.dataplane.limits import HANDSHAKE
+from ringfence.gateway.dataplane.limits import HANDSHAKE_COST
 from ringfence.gateway.dataplane.request_reader import ListenerContext, presented_by, read_request
 from ringfence.gateway.dataplane.shared import DataPlaneContext
-from ringfence.gateway.dataplane.stream import ExpiredError, GoneError, Stream
+from ringfence.gateway.dataplane.stream import DeadlineError, DisconnectedError, Stream
 from ringfence.gateway.dataplane.tls_listener import TLS_FAILED
-from ringfence.gateway.errors import RefusedError, head, problem
-from ringfence.gateway.events.destination import destination_of_line, unread_line
+from ringfence.gateway.errors import RefusedError, answer_head, problem_answer
+from ringfence.gateway.events.destination import destination_of_line, unparsed_line
 from ringfence.gateway.hosts import canonical, split
 from ringfence.kernel.base import metrics
 
 MAX_READ_BYTES: Final = 1024 * 1024
 """So much of a body is read before the decision, where the decision needs it."""
-_ASKS_WHO: Final = 407
+_PROXY_AUTHENTICATION_REQUIRED: Final = 407
 _LINGER_S: Final = 1.0
 _LINGER_BYTES: Final = 256 * 1024
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -42,25 +42,25 @@ class Connection:
     """What goes on in one connection."""
 
     def __init__(
-        self, client: Stream, way: ListenerContext, desk: DataPlaneContext, fast_paths: FastPaths
+        self, client: Stream, listener: ListenerContext, shared: DataPlaneContext, fast_paths: FastPaths
     ) -> None:
         self._client = client
-        self._way = way
-        self._desk = desk
-        self._turn = desk.limits.turn_of(way.sender)
-        self._fast_path = fast_paths.of_connection(client, way, self._turn)
+        self._listener = listener
+        self._shared = shared
+        self._slot = shared.limits.slot(listener.sender)
+        self._fast_path = fast_paths.of_connection(client, listener, self._slot)
         self._attempt: Attempt | None = None
         """What is asked for, until that is decided."""
-        self._unread = b""
+        self._unparsed_head = b""
         """A head that cannot be read for certain."""
 
     async def run(self) -> None:
         """Serve until it ends."""
         try:
-            while await self._one():
+            while await self._serve_one():
                 pass
             self._client.close()
-        except (GoneError, ExpiredError):
+        except (DisconnectedError, DeadlineError):
             self._client.abort()
         except BaseException:
             self._client.abort()
@@ -68,108 +68,116 @@ class Connection:
         finally:
             self._fast_path.abandon()
 
-    async def _one(self) -> bool:
+    async def _serve_one(self) -> bool:
         """Serve one request. Whether there may be another."""
-        self._attempt, given = None, None
+        self._attempt, head_bytes = None, None
         try:
-            given = await self._head()
-            if given is None:
-                return await self._begun()
-            request = parse_request(given)
+            head_bytes = await self._read_head()
+            if head_bytes is None:
+                return await self._continue_handed_over()
+            request = parse_request(head_bytes)
         except RefusedError as error:
-            self._unread = given if given is not None else bytes(self._client.buffer[:MAX_HEAD_BYTES])
+            self._unparsed_head = (
+                head_bytes if head_bytes is not None else bytes(self._client.buffer[:MAX_HEAD_BYTES])
+            )
             return await self._refuse(error, None, close=True)
         if request.method == "CONNECT":
             return await self._connect(request)
         body = request_body(request)
         try:
-            return await self._decided(request, body)
+            return await self._decide_and_forward(request, body)
         except RefusedError as error:
             return await self._refuse(error, request, close=not body.done or error.status == 400)
 
-    async def _begun(self) -> bool:
+    async def _continue_handed_over(self) -> bool:
         """Go on with what was handed over on the short way. Whether there may be another."""
-        going, exchange = self._fast_path.handed()
+        forwarded, exchange = self._fast_path.handed_over()
         try:
-            if self._fast_path.ended:
-                over = goes_no_further(self._desk.gate.view_problem())
-                return await self._tell(over, going.head, close=False)
+            if self._fast_path.lease_ended:
+                over = cut_error(self._shared.gate.view_problem())
+                return await self._send_refusal(over, forwarded.head, close=False)
             if exchange is None:
-                return await self._forward(going)
-            return await self._forwarded(going, self._desk.forwarder.go_on(exchange))
+                return await self._forward(forwarded)
+            return await self._finish_forwarding(forwarded, self._shared.forwarder.resume(exchange))
         finally:
-            self._turn.end()
+            self._slot.end()
 
-    async def _head(self) -> bytes | None:
+    async def _read_head(self) -> bytes | None:
         """The next head; None where a request was handed over instead, see `FastPath`."""
-        client, patiences, fast_path = self._client, self._desk.patiences, self._fast_path
-        client.deadline = time.monotonic() + (patiences.head_s if client.buffer else patiences.idle_s)
-        begun, seen = fast_path.taken if client.buffer else None, 0
+        client, timeouts, fast_path = self._client, self._shared.timeouts, self._fast_path
+        client.deadline = time.monotonic() + (timeouts.head_s if client.buffer else timeouts.idle_s)
+        begun, seen = fast_path.count if client.buffer else None, 0
         fast_path.open()
         try:
-            while (given := cut_head(client.buffer, seen)) is None:
+            while (head_bytes := cut_head(client.buffer, seen)) is None:
                 seen = len(client.buffer)
                 try:
-                    await client.more()
-                except ExpiredError:
+                    await client.read_more()
+                except DeadlineError:
                     if not client.buffer:
                         raise
                     raise RefusedError(408, "head_timeout", "the head of the request does not come") from None
-                if fast_path.handed_over:
+                if fast_path.needs_slow_path:
                     return None
-                if begun != fast_path.taken:
+                if begun != fast_path.count:
                     seen = 0
-                if client.buffer and begun != fast_path.taken:
-                    begun = fast_path.taken
-                    client.deadline = time.monotonic() + patiences.head_s
+                if client.buffer and begun != fast_path.count:
+                    begun = fast_path.count
+                    client.deadline = time.monotonic() + timeouts.head_s
         finally:
             fast_path.close()
         client.deadline = None
-        return given
+        return head_bytes
 
-    async def _decided(self, request: RequestHead, body: Body) -> bool:
-        desk = self._desk
-        self._turn.begin()
+    async def _decide_and_forward(self, request: RequestHead, body: Body) -> bool:
+        shared = self._shared
+        self._slot.begin()
         try:
-            presented, attempt = read_request(request, self._way, desk.knows)
-            waits = _waits_for_continue(request)
-            sent = Sent(self._client, partial(self._read, body, waits=waits), most=MAX_READ_BYTES)
+            presented, attempt = read_request(request, self._listener, shared.is_target_host)
+            expects_continue = _expects_continue(request)
+            sent = ReceivedRequest(
+                self._client,
+                partial(self._read_body, body, expects_continue=expects_continue),
+                max_bytes=MAX_READ_BYTES,
+            )
             self._attempt = attempt
-            if desk.gate.reads_body(attempt):
+            if shared.gate.reads_body(attempt):
                 attempt = dataclasses.replace(attempt, body=await sent.read())
-            verdict = await desk.gate.decide(presented, attempt, self._turn.admits, sent)
-            if not goes_on(verdict):
-                return await self._say(self._desk.answer(verdict), request, close=not body.done)
-            if waits and sent.body is None and not body.done and not self._client.buffer:
+            verdict = await shared.gate.decide(presented, attempt, self._slot.check_agent, sent)
+            if not is_forwarded(verdict):
+                return await self._send_answer(self._shared.answer(verdict), request, close=not body.done)
+            if expects_continue and sent.body is None and not body.done and not self._client.buffer:
                 self._client.write(_CONTINUE)
-            return await self._forward(Asked(request, attempt, verdict, body, sent.body))
+            return await self._forward(ForwardedRequest(request, attempt, verdict, body, sent.body))
         finally:
-            self._turn.end()
+            self._slot.end()
 
-    async def _forward(self, going: Asked) -> bool:
-        return await self._forwarded(going, self._desk.forwarder.forward(self._client, going))
+    async def _forward(self, forwarded: ForwardedRequest) -> bool:
+        return await self._finish_forwarding(
+            forwarded, self._shared.forwarder.forward(self._client, forwarded)
+        )
 
-    async def _forwarded(self, going: Asked, forwarding: Awaitable[bool]) -> bool:
+    async def _finish_forwarding(self, forwarded: ForwardedRequest, forwarding: Awaitable[bool]) -> bool:
         try:
             keep = await forwarding
         except RefusedError as error:
-            close = not going.body.done or error.status == 400
-            return await self._tell(error, going.head, close=close)
+            close = not forwarded.body.done or error.status == 400
+            return await self._send_refusal(error, forwarded.head, close=close)
         if not keep:
-            await self._leave(unparsed=not going.body.done)
+            await self._linger(unread=not forwarded.body.done)
         return keep
 
-    async def _read(self, body: Body, *, waits: bool) -> bytes:
+    async def _read_body(self, body: Body, *, expects_continue: bool) -> bytes:
         """All of a body, or more than is looked at. Raises RefusedError: 408, or 400 where its framing is wrong."""
         client = self._client
-        if waits and not body.done and not client.buffer:
+        if expects_continue and not body.done and not client.buffer:
             client.write(_CONTINUE)
         pieces = bytearray(body.take(client.buffer))
-        client.deadline = time.monotonic() + self._desk.patiences.piece_s
+        client.deadline = time.monotonic() + self._shared.timeouts.piece_s
         while not body.done and len(pieces) <= MAX_READ_BYTES:
             try:
-                await client.more()
-            except ExpiredError:
+                await client.read_more()
+            except DeadlineError:
                 raise RefusedError(408, "body_timeout", "the body of the request does not come") from None
             pieces += body.take(client.buffer)
         client.deadline = None
@@ -178,69 +186,71 @@ class Connection:
     # --- CONNECT ------------------------------------------------------------------------------------------------------
 
     async def _connect(self, request: RequestHead) -> bool:
-        desk = self._desk
+        shared = self._shared
         try:
-            desk.limits.ask(self._way.sender, HANDSHAKE)
-            authority = connect_authority(request, self._way, self._client)
-            presented = presented_by(request, self._way)
-            if self._way.challenge and presented == PresentedIdentity():
+            shared.limits.charge(self._listener.sender, HANDSHAKE_COST)
+            authority = connect_authority(request, self._listener, self._client)
+            presented = presented_by(request, self._listener)
+            if self._listener.challenge and presented == PresentedIdentity():
                 raise RefusedError(
                     407,
                     "proxy_authorization_missing",
                     "write the handle as the user of the proxy URL",
                     headers={"Proxy-Authenticate": 'Basic realm="ringfence"'},
                 )
-            if not desk.knows(authority):
-                verdict = await desk.gate.decide(
+            if not shared.is_target_host(authority):
+                verdict = await shared.gate.decide(
                     presented, Attempt(authority, "https", "CONNECT", request.target)
                 )
-                return await self._say(self._unknown(verdict), request, close=True)
-            context = desk.authority.context(split(authority, "https")[0])
+                return await self._send_answer(self._unknown_host_answer(verdict), request, close=True)
+            context = shared.authority.context(split(authority, "https")[0])
         except RefusedError as error:
             return await self._refuse(error, request, close=True)
-        self._client.write(AGREED)
+        self._client.write(CONNECT_ESTABLISHED)
         try:
-            await self._client.open_tls(context, timeout_s=desk.patiences.head_s)
-        except GoneError as error:
-            self._block(TLS_FAILED, error.message, request)
+            await self._client.open_tls(context, timeout_s=shared.timeouts.head_s)
+        except DisconnectedError as error:
+            self._report_blocked(TLS_FAILED, error.message, request)
             raise
-        self._way = dataclasses.replace(self._way, scheme="https", inside=authority, handle=presented.handle)
-        self._fast_path.come_by(self._way)
+        self._listener = dataclasses.replace(
+            self._listener, scheme="https", inside=authority, handle=presented.handle
+        )
+        self._fast_path.set_route(self._listener)
         return True
 
-    def _unknown(self, verdict: Verdict) -> tuple[int, Mapping[str, str], bytes]:
+    def _unknown_host_answer(self, verdict: Verdict) -> tuple[int, Mapping[str, str], bytes]:
         if verdict.allowed:
-            return problem(RefusedError(403, "host_unknown", "this host is no target of the gateway"))
-        return self._desk.answer(verdict)
+            return problem_answer(RefusedError(403, "host_unknown", "this host is no target of the gateway"))
+        return self._shared.answer(verdict)
 
     # --- answers of the gateway's own ---------------------------------------------------------------------------------
 
     async def _refuse(self, error: RefusedError, request: RequestHead | None, *, close: bool) -> bool:
         """Refuse what nothing was decided on. To ask for who sends it is no refusal yet."""
-        if error.status != _ASKS_WHO:
-            self._block(error.code, error.message, request)
-        return await self._tell(error, request, close=close)
+        if error.status != _PROXY_AUTHENTICATION_REQUIRED:
+            self._report_blocked(error.code, error.message, request)
+        return await self._send_refusal(error, request, close=close)
 
-    def _block(self, code: str, message: str, request: RequestHead | None) -> None:
-        shown = PresentedIdentity(self._way.task_id, self._way.certificate)
+    def _report_blocked(self, code: str, message: str, request: RequestHead | None) -> None:
+        shown = PresentedIdentity(self._listener.task_id, self._listener.certificate)
         if request is not None:
             host = request.known.get(b"host")
             method, target = request.method, request.target
             named = host.decode("latin-1") if host is not None else None
         else:
-            method, target, named = unread_line(self._unread)
-        destination = destination_of_line(method, target, named, self._way.scheme) if target else None
-        self._desk.blocked(
+            method, target, named = unparsed_line(self._unparsed_head)
+        destination = destination_of_line(method, target, named, self._listener.scheme) if target else None
+        self._shared.report_blocked(
             BlockedRequest(
                 code, message, shown, self._attempt, method or None, destination, unparsed=request is None
             )
         )
 
-    async def _tell(self, error: RefusedError, request: RequestHead | None, *, close: bool) -> bool:
+    async def _send_refusal(self, error: RefusedError, request: RequestHead | None, *, close: bool) -> bool:
         metrics.GATEWAY_REFUSED.labels(error.code).inc()
-        return await self._say(problem(error), request, close=close)
+        return await self._send_answer(problem_answer(error), request, close=close)
 
-    async def _say(
+    async def _send_answer(
         self,
         answer: tuple[int, Mapping[str, str], bytes],
         request: RequestHead | None,
@@ -251,30 +261,30 @@ class Connection:
         unread = close
         if request is not None:
             close = close or request.minor == 0 or b"close" in request.named
-        given = head(status, headers, len(body), close=close)
+        head_bytes = answer_head(status, headers, len(body), close=close)
         if request is not None and request.method == "HEAD":
             body = b""
-        self._client.write(given + body)
+        self._client.write(head_bytes + body)
         if close:
-            await self._leave(unparsed=unread)
+            await self._linger(unread=unread)
         else:
-            await self._answered()
+            await self._drain()
         return not close
 
-    async def _answered(self) -> None:
+    async def _drain(self) -> None:
         """Who takes no answers gets no more of them, and who sends many requests at once is no hindrance to others."""
         client = self._client
         if not client.blocked:
             await asyncio.sleep(0)
             return
-        client.deadline = time.monotonic() + self._desk.patiences.piece_s
-        await client.drained()
+        client.deadline = time.monotonic() + self._shared.timeouts.piece_s
+        await client.drain()
         client.deadline = None
 
-    async def _leave(self, *, unparsed: bool) -> None:
+    async def _linger(self, *, unread: bool) -> None:
         """Close. What still comes is read for a moment, as the answer would be lost to who is still sending."""
         client = self._client
-        if not unparsed or not client.alive:
+        if not unread or not client.alive:
             return
         client.end()
         left, client.deadline = _LINGER_BYTES, time.monotonic() + _LINGER_S
@@ -282,12 +292,12 @@ class Connection:
             while left > 0:
                 left -= len(client.buffer)
                 client.buffer.clear()
-                await client.more()
-        except (GoneError, ExpiredError):
+                await client.read_more()
+        except (DisconnectedError, DeadlineError):
             return
 
 
-def _waits_for_continue(request: RequestHead) -> bool:
+def _expects_continue(request: RequestHead) -> bool:
     expected = request.known.get(b"expect")
     if expected is None:
         return False
@@ -298,12 +308,12 @@ def _waits_for_continue(request: RequestHead) -> bool:
 
 # CONNECT: no tunnel, but a promise of TLS, which the gateway opens, so that each request inside is decided.
 
-AGREED = b"HTTP/1.1 200 Connection established\r\n\r\n"
+CONNECT_ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 
-def connect_authority(request: RequestHead, way: ListenerContext, client: Stream) -> str:
+def connect_authority(request: RequestHead, listener: ListenerContext, client: Stream) -> str:
     """The canonical authority that a CONNECT is for. Raises RefusedError."""
-    if way.inside is not None:
+    if listener.inside is not None:
         raise RefusedError(400, "connect_refused", "there is no CONNECT inside another")
     if request.chunked or request.length or client.buffer:
         raise RefusedError(400, "connect_refused", "nothing may follow a CONNECT before it is answered")
@@ -319,29 +329,32 @@ def connect_authority(request: RequestHead, way: ListenerContext, client: Stream
 # A request as it came in, whose body may be wanted before the decision; and which may wait for a person.
 
 
-class Sent:
+class ReceivedRequest:
     """The `Patient` of the embedded data plane."""
 
-    __slots__ = ("_client", "_most", "_read", "body")
+    __slots__ = ("_client", "_max_bytes", "_read_body", "body")
 
-    def __init__(self, client: Stream, read: Callable[[], Awaitable[bytes]], *, most: int) -> None:
-        """`read` reads all of the body, or more than `most` bytes. Raises RefusedError, GoneError, ExpiredError."""
+    def __init__(self, client: Stream, read: Callable[[], Awaitable[bytes]], *, max_bytes: int) -> None:
+        """`read` returns all of the body, or more than `max_bytes` of it.
+
+        It raises RefusedError, DisconnectedError and DeadlineError.
+        """
         self._client = client
-        self._read = read
-        self._most = most
+        self._read_body = read
+        self._max_bytes = max_bytes
         self.body: bytes | None = None
         """What was read of it before the decision: these bytes, and no others, go on first."""
 
     async def read(self) -> bytes | None:
         """All of the body; None where it is too long, which counts as not seen. Raises what `read` does."""
-        self.body = await self._read()
-        return self.body if len(self.body) <= self._most else None
+        self.body = await self._read_body()
+        return self.body if len(self.body) <= self._max_bytes else None
 
     async def read_body(self) -> bytes | None:
         """See `Patient`."""
         try:
             return await self.read() if self.body is None else None
-        except (RefusedError, GoneError, ExpiredError):
+        except (RefusedError, DisconnectedError, DeadlineError):
             return None
 
     def on_disconnect(self, told: Callable[[], None]) -> Callable[[], None]:

@@ -13,14 +13,14 @@ from ringfence.messages.credential import Reason
 
 MEDIA_TYPE: Final = "application/problem+json"
 _JSON: Final = "application/json"
-_OF_THE_TRANSPORT: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND})
+_HTTP_STATUSES: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND})
 """What clients of MCP act upon by the status: who sends it is not shown yet, and the session is no more."""
 _TYPE: Final = "urn:ringfence:problem:"
-_LACKS: Final = frozenset({"no_lease", "beyond_lease", "lease_ended", "lease_cut"})
+_FIXED_BY_NEW_CREDENTIAL: Final = frozenset({"no_lease", "beyond_lease", "lease_ended", "lease_cut"})
 """What a new credential would help against."""
 
 
-def problem(verdict: Verdict) -> dict[str, Any]:
+def problem_details(verdict: Verdict) -> dict[str, Any]:
     """The problem details of a verdict that does not allow: the first reason's, and all of them under `reasons`.
 
     `type` is a name of the reason's code, `instance` the id of the action, by which audit finds it.
@@ -31,10 +31,10 @@ def problem(verdict: Verdict) -> dict[str, Any]:
         "title": HTTPStatus(verdict.status).phrase,
         "status": verdict.status,
         "instance": f"urn:uuid:{verdict.action_id}",
-        **_said(first),
+        **_reason_details(first),
     }
     if len(verdict.reasons) > 1:
-        body["reasons"] = [_said(reason) for reason in verdict.reasons]
+        body["reasons"] = [_reason_details(reason) for reason in verdict.reasons]
     if verdict.retry_after_s is not None:
         body["retry_after_s"] = verdict.retry_after_s
     if (how := how_to_ask(verdict)) is not None:
@@ -44,13 +44,17 @@ def problem(verdict: Verdict) -> dict[str, Any]:
 
 def problem_body(verdict: Verdict) -> bytes:
     """The same as JSON, of `MEDIA_TYPE`."""
-    return orjson.dumps(problem(verdict))
+    return orjson.dumps(problem_details(verdict))
 
 
 def how_to_ask(verdict: Verdict) -> str | None:
     """The command that asks for what is lacking, where a credential is what lacks."""
     target, action = verdict.target, verdict.action
-    if target is None or action is None or not all(reason.code in _LACKS for reason in verdict.reasons):
+    if (
+        target is None
+        or action is None
+        or not all(reason.code in _FIXED_BY_NEW_CREDENTIAL for reason in verdict.reasons)
+    ):
         return None  # where something else stands against it too, asking would be in vain
     permission = f"{target.target_id}:{action.verb}:{action.resource}"
     if "," in action.resource or ":" in action.resource:
@@ -62,10 +66,10 @@ def how_to_ask(verdict: Verdict) -> str | None:
     )
 
 
-def answer(verdict: Verdict) -> tuple[int, dict[str, str], bytes]:
+def denial_answer(verdict: Verdict) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of the answer to an agent, for a data plane that adds `Cache-Control` by itself."""
-    said = {name: value for name, value in headers(verdict).items() if name != "Cache-Control"}
-    if verdict.rpc is None or verdict.status in _OF_THE_TRANSPORT:
+    said = {name: value for name, value in denial_headers(verdict).items() if name != "Cache-Control"}
+    if verdict.rpc is None or verdict.status in _HTTP_STATUSES:
         return verdict.status, said, problem_body(verdict)
     status = verdict.status if verdict.rpc.id is None else HTTPStatus.OK.value
     return status, {**said, "Content-Type": _JSON}, rpc_error(verdict, verdict.rpc)
@@ -76,12 +80,12 @@ def rpc_error(verdict: Verdict, rpc: RpcErrorReply) -> bytes:
 
     A code beside those that JSON-RPC keeps for itself is the application's (JSON-RPC 2.0, 5.1).
     """
-    said = problem(verdict)
+    said = problem_details(verdict)
     error = {"code": verdict.status, "message": f"{said['code']}: {said['detail']}", "data": said}
     return orjson.dumps({"jsonrpc": "2.0", "id": rpc.id, "error": error})
 
 
-def headers(verdict: Verdict) -> dict[str, str]:
+def denial_headers(verdict: Verdict) -> dict[str, str]:
     """What stands in the head of such an answer besides its length."""
     found = {"Content-Type": MEDIA_TYPE, "Cache-Control": "no-store"}
     if verdict.nonce is not None:
@@ -95,7 +99,7 @@ def headers(verdict: Verdict) -> dict[str, str]:
     return found
 
 
-def _said(reason: Reason) -> dict[str, Any]:
+def _reason_details(reason: Reason) -> dict[str, Any]:
     said: dict[str, Any] = {"code": reason.code, "detail": reason.message}
     if reason.permission is not None:
         said["permission"] = reason.permission.model_dump(mode="json")

@@ -28,14 +28,14 @@ from ringfence.gateway.dataplane.mcp_responses import (
     EVENTS,
     JSON,
     MAX_MESSAGE_BYTES,
-    Answers,
-    EventSieve,
-    media_of,
+    EventStreamFilter,
+    McpResponseFilter,
+    media_type,
     too_large,
 )
 from ringfence.gateway.dataplane.secret_redaction import Redactor, needles_of, redact
-from ringfence.gateway.dataplane.stream import ExpiredError, GoneError, Stream
-from ringfence.gateway.dataplane.websockets import accepts, asks_for_websocket, tunnel
+from ringfence.gateway.dataplane.stream import DeadlineError, DisconnectedError, Stream
+from ringfence.gateway.dataplane.websockets import accepts_websocket, asks_for_websocket, tunnel
 from ringfence.gateway.errors import RefusedError
 from ringfence.gateway.hosts import Origin
 from ringfence.kernel.base.errors import RingfenceError
@@ -45,12 +45,12 @@ _REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """What may be sent again where a connection that was kept turns out to be closed (RFC 9110, 9.2.2)."""
 
 
-WITHOUT_BODY: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "DELETE"})
+BODYLESS_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "DELETE"})
 """Some targets do not read the body of these, and take it for the next request of the connection: of another agent, if
 that connection were used again."""
 
 
-_MOST_INTERIM: Final = 8
+_MAX_INTERIM_RESPONSES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +71,22 @@ class Timeouts:
 
 
 @dataclass(slots=True)
-class Asked:
+class ForwardedRequest:
     """A request that goes on, and what of its body is still to come."""
 
     head: RequestHead
     attempt: Attempt
     verdict: Verdict
     body: Body
-    read: bytes | None
+    body_read: bytes | None
     """What was read of it for the decision: all of it where `body` is done, else too much to be decided by."""
 
 
-def is_unchanged(verdict: Verdict) -> bool:
+def is_observed(verdict: Verdict) -> bool:
     return not verdict.allowed and verdict.observed and verdict.target is not None
 
 
-def never() -> bool:
+def never_expired() -> bool:
     return False  # it goes by no lease
 
 
@@ -98,20 +98,37 @@ class Exchange:
     """One request and its response."""
 
     __slots__ = (
-        "_answering", "_answers", "_asked", "_client", "_doubt", "_head", "_in_chunks", "_injects", "_lapsed",
-        "_needles", "_odd", "_patiences", "_refused", "_repeatable", "_upgrade", "_uploading", "_whole", "origin",
-        "unsubscribe", "upstream",
+        "_answering",
+        "_client",
+        "_head",
+        "_in_chunks",
+        "_injects",
+        "_mcp_filter",
+        "_needles",
+        "_no_reuse",
+        "_refused",
+        "_repeatable",
+        "_request",
+        "_timeouts",
+        "_upgrade",
+        "_uploading",
+        "_view_expired",
+        "_view_problem",
+        "_whole_body",
+        "origin",
+        "unsubscribe",
+        "upstream",
     )  # fmt: skip
 
     def __init__(
         self,
         client: Stream,
-        asked: Asked,
+        request: ForwardedRequest,
         injected: Mapping[str, str] | None,
         origin: Origin,
-        patiences: Timeouts,
-        lapsed: Callable[[], bool],
-        doubt: Callable[[], Reason | None],
+        timeouts: Timeouts,
+        view_expired: Callable[[], bool],
+        view_problem: Callable[[], Reason | None],
     ) -> None:
         self.origin = origin
         self.upstream: Stream | None = None
@@ -119,31 +136,33 @@ class Exchange:
         self.unsubscribe: Callable[[], None] = do_nothing
         """From the end of the lease."""
         self._client = client
-        self._asked = asked
-        self._patiences = patiences
-        self._lapsed = lapsed
-        self._doubt = doubt
+        self._request = request
+        self._timeouts = timeouts
+        self._view_expired = view_expired
+        self._view_problem = view_problem
         self._injects = injected is not None
         self._needles = needles_of(tuple(injected.values())) if injected is not None else ()
         self._uploading: asyncio.Task[None] | None = None
         self._refused: RefusedError | None = None
         self._answering = False
-        self._answers = Answers(asked.verdict.mcp) if asked.verdict.mcp is not None else None
-        self._upgrade = self._answers is None and asks_for_websocket(asked.head)
-        self._whole = whole = asked.read if asked.body.done else None
-        self._odd = asked.head.method in WITHOUT_BODY and (asked.head.chunked or bool(asked.head.length))
-        self._repeatable = asked.head.method in _REPEATABLE and asked.body.done and not asked.read
-        chunked = asked.head.chunked
+        self._mcp_filter = McpResponseFilter(request.verdict.mcp) if request.verdict.mcp is not None else None
+        self._upgrade = self._mcp_filter is None and asks_for_websocket(request.head)
+        self._whole_body = whole = request.body_read if request.body.done else None
+        self._no_reuse = request.head.method in BODYLESS_METHODS and (
+            request.head.chunked or bool(request.head.length)
+        )
+        self._repeatable = request.head.method in _REPEATABLE and request.body.done and not request.body_read
+        chunked = request.head.chunked
         self._in_chunks = chunked and whole is None
-        length = len(whole) if whole is not None and (chunked or whole) else asked.head.length
+        length = len(whole) if whole is not None and (chunked or whole) else request.head.length
         self._head = request_head(
-            asked.head,
-            asked.attempt.target,
+            request.head,
+            request.attempt.target,
             origin.authority,
             injected,
             length=length,
             upgrade=self._upgrade,
-            approved=asked.verdict.headers,
+            approved=request.verdict.headers,
         )
 
     @property
@@ -151,21 +170,21 @@ class Exchange:
         """Whether the same request may be sent again: it is safe, and has no body."""
         return self._repeatable
 
-    def lease_ended(self) -> None:
+    def on_lease_end(self) -> None:
         """Nothing goes on under this lease any more, in neither direction."""
-        self._drop(goes_no_further(self._doubt()))
+        self._cut(cut_error(self._view_problem()))
 
-    def _look(self) -> None:
+    def _check_cut(self) -> None:
         """What came while this process stood still goes nowhere. Raises RefusedError."""
-        if self._refused is None and self._lapsed():
-            self.lease_ended()
+        if self._refused is None and self._view_expired():
+            self.on_lease_end()
         if self._refused is not None:
             raise self._refused
 
-    def _still_goes(self) -> bool:
+    def _may_send(self) -> bool:
         """The same look at the moment of sending: this process may have stood still since."""
-        if self._refused is None and self._lapsed():
-            self.lease_ended()
+        if self._refused is None and self._view_expired():
+            self.on_lease_end()
         return self._refused is None
 
     def finish(self) -> None:
@@ -174,32 +193,32 @@ class Exchange:
         self._client.on_disconnect = None
         if self._uploading is not None:
             self._uploading.cancel()
-        if self._answers is not None:
-            self._answers.ended()
+        if self._mcp_filter is not None:
+            self._mcp_filter.finish()
 
-    def begin(self, upstream: Stream) -> None:
-        """Send the request. Raises RefusedError where the lease has ended, GoneError where the client left."""
+    def send_request(self, upstream: Stream) -> None:
+        """Send the request. Raises RefusedError where the lease has ended, DisconnectedError where the client left."""
         self.upstream = upstream
-        self._look()
+        self._check_cut()
         if not self._client.alive:
-            raise GoneError("the client left")
-        self._client.on_disconnect = self.client_left
+            raise DisconnectedError("the client left")
+        self._client.on_disconnect = self.on_client_disconnect
         self._send(upstream)
 
-    async def final(self, upstream: Stream) -> ResponseHead:
+    async def read_response_head(self, upstream: Stream) -> ResponseHead:
         """The head of the response, which is final or opens a WebSocket.
 
         Raises StaleConnectionError where the target closed the connection before it said anything, RefusedError for
         everything else that is wrong with it.
         """
-        self._look()
-        for interim in range(_MOST_INTERIM):
-            response = await self._response(upstream, began=interim > 0)
+        self._check_cut()
+        for interim in range(_MAX_INTERIM_RESPONSES):
+            response = await self._next_response_head(upstream, began=interim > 0)
             if response.status >= 200 or response.status == 101:
                 return response
         raise RefusedError(502, "target_unreadable", "the target sends nothing but interim responses")
 
-    async def _response(self, upstream: Stream, *, began: bool) -> ResponseHead:
+    async def _next_response_head(self, upstream: Stream, *, began: bool) -> ResponseHead:
         while True:
             try:
                 head = cut_head(upstream.buffer)
@@ -207,14 +226,14 @@ class Exchange:
                     return parse_response(head)
             except RefusedError as error:
                 raise _unreadable(error) from None
-            await self._more(upstream, self._patiences.response_s, began=began or bool(upstream.buffer))
+            await self._read_more(upstream, self._timeouts.response_s, began=began or bool(upstream.buffer))
 
-    async def answer(self, upstream: Stream, response: ResponseHead) -> tuple[bool, bool]:
+    async def relay_response(self, upstream: Stream, response: ResponseHead) -> tuple[bool, bool]:
         """Send the response to the client. Whether the connections of client and target can be used again."""
         if response.status == 101:
-            await self._switch(upstream, response)
+            await self._open_websocket(upstream, response)
             return False, False
-        body = response_body(response, self._asked.head.method)
+        body = response_body(response, self._request.head.method)
         if self._injects and not body.done and is_compressed(response):
             raise RefusedError(
                 502,
@@ -222,14 +241,16 @@ class Exchange:
                 "the target compressed its response though it was asked not to; nobody could see what it says",
             )
         until_closed = isinstance(body, UntilClosed)
-        modern = self._asked.head.minor == 1
-        whole, sieve = await self._sifted(upstream, response, body)
-        if whole is not None or sieve is not None:  # of another length than the target says
+        modern = self._request.head.minor == 1
+        whole, event_filter = await self._filter_mcp(upstream, response, body)
+        if whole is not None or event_filter is not None:  # of another length than the target says
             response = replace(response, length=None if whole is None else len(whole), chunked=whole is None)
-        sized = whole is not None or (isinstance(body, SizedBody) and sieve is None) or type(body) is Body
+        sized = (
+            whole is not None or (isinstance(body, SizedBody) and event_filter is None) or type(body) is Body
+        )
         in_chunks = not sized and not until_closed and modern
         framed = sized or in_chunks
-        keep = framed and modern and b"close" not in self._asked.head.named and self._asked.body.done
+        keep = framed and modern and b"close" not in self._request.head.named and self._request.body.done
         head = redact(response_head(response, chunked=in_chunks, close=not keep), self._needles)
         self._answering = True
         if whole is not None:
@@ -237,14 +258,14 @@ class Exchange:
             if self._client.blocked:
                 await self._drain_client()
         else:
-            await self._relay(upstream, body, head, sieve, in_chunks=in_chunks)
+            await self._stream_body(upstream, body, head, event_filter, in_chunks=in_chunks)
         clean = (
             not until_closed
             and response.minor == 1
             and b"close" not in response.named
-            and self._asked.body.done
+            and self._request.body.done
             and self._uploaded()
-            and not self._odd
+            and not self._no_reuse
         )
         return keep and self._uploaded(), clean
 
@@ -252,44 +273,44 @@ class Exchange:
 
     def _send(self, upstream: Stream) -> None:
         """Write the head and what there is of the body; what is still to come is sent on beside all else."""
-        asked = self._asked
-        if self._whole is not None:
-            upstream.write_soon(self._head + self._whole, self._still_goes)
+        request = self._request
+        if self._whole_body is not None:
+            upstream.write_at_end_of_turn(self._head + self._whole_body, self._may_send)
             return
-        if asked.body.done:
-            upstream.write_soon(self._head, self._still_goes)
+        if request.body.done:
+            upstream.write_at_end_of_turn(self._head, self._may_send)
             return
-        first = (asked.read or b"") + asked.body.take(self._client.buffer)
-        upstream.write(self._head + self._framed(first))
-        if not asked.body.done:
+        first = (request.body_read or b"") + request.body.take(self._client.buffer)
+        upstream.write(self._head + self._frame(first))
+        if not request.body.done:
             self._uploading = asyncio.create_task(self._upload(upstream), name="upload")
 
-    def _framed(self, piece: bytes) -> bytes:
+    def _frame(self, piece: bytes) -> bytes:
         if not self._in_chunks:
             return piece
         framed = chunk(piece) if piece else b""
-        return framed + LAST_CHUNK if self._asked.body.done else framed
+        return framed + LAST_CHUNK if self._request.body.done else framed
 
     async def _upload(self, upstream: Stream) -> None:
-        body, client = self._asked.body, self._client
+        body, client = self._request.body, self._client
         try:
             while not body.done:
                 upstream.deadline = None  # it is not the target that is waited for
-                client.deadline = time.monotonic() + self._patiences.piece_s
-                await client.more()
+                client.deadline = time.monotonic() + self._timeouts.piece_s
+                await client.read_more()
                 client.deadline = None
-                self._look()
-                piece = self._framed(body.take(client.buffer))
+                self._check_cut()
+                piece = self._frame(body.take(client.buffer))
                 if piece:
                     upstream.write(piece)
-                upstream.deadline = time.monotonic() + self._patiences.response_s
-                if upstream.blocked and not await _taken(upstream):
+                upstream.deadline = time.monotonic() + self._timeouts.response_s
+                if upstream.blocked and not await _drain(upstream):
                     return
-        except ExpiredError:
-            self._drop(RefusedError(408, "body_timeout", "the body of the request does not come"))
+        except DeadlineError:
+            self._cut(RefusedError(408, "body_timeout", "the body of the request does not come"))
         except RefusedError as error:
-            self._drop(error)
-        except GoneError:
+            self._cut(error)
+        except DisconnectedError:
             upstream.abort()
 
     def _uploaded(self) -> bool:
@@ -297,25 +318,25 @@ class Exchange:
 
     # --- to the client ------------------------------------------------------------------------------------------------
 
-    async def _sifted(
+    async def _filter_mcp(
         self, upstream: Stream, response: ResponseHead, body: Body
-    ) -> tuple[bytes | None, EventSieve | None]:
+    ) -> tuple[bytes | None, EventStreamFilter | None]:
         """At an endpoint of MCP: all of a response that is one message, or what sifts a stream of them."""
-        if self._answers is None:
+        if self._mcp_filter is None:
             return None, None
-        self._answers.began(response)
+        self._mcp_filter.on_response_head(response)
         if body.done or response.status >= 300:
             return None, None
-        media = media_of(response.known.get(b"content-type"))
+        media = media_type(response.known.get(b"content-type"))
         if media == EVENTS:
-            return None, EventSieve(self._answers)
+            return None, EventStreamFilter(self._mcp_filter)
         if media == JSON:
-            return self._answers.message(await self._all_of(upstream, body)), None
+            return self._mcp_filter.message(await self._read_whole_body(upstream, body)), None
         raise RefusedError(
             502, "target_unreadable", "the target answers a message of MCP with something else"
         )
 
-    async def _all_of(self, upstream: Stream, body: Body) -> bytes:
+    async def _read_whole_body(self, upstream: Stream, body: Body) -> bytes:
         """All of a response's body."""
         pieces = bytearray()
         while True:
@@ -328,24 +349,30 @@ class Exchange:
             if body.done:
                 return bytes(pieces)
             try:
-                await self._more(upstream, self._patiences.stream_s, began=True)
+                await self._read_more(upstream, self._timeouts.stream_s, began=True)
             except RefusedError as error:
                 if isinstance(body, UntilClosed) and error.code == "target_gone":
                     return bytes(pieces)
                 raise
 
-    async def _relay(
-        self, upstream: Stream, body: Body, head: bytes, sieve: EventSieve | None, *, in_chunks: bool
+    async def _stream_body(
+        self,
+        upstream: Stream,
+        body: Body,
+        head: bytes,
+        event_filter: EventStreamFilter | None,
+        *,
+        in_chunks: bool,
     ) -> None:
         client, redactor = self._client, Redactor(self._needles)
         out = head
         while True:
             try:
                 piece = body.take(upstream.buffer)
-                if sieve is not None:
-                    piece = sieve.last(piece) if body.done else sieve.feed(piece)
+                if event_filter is not None:
+                    piece = event_filter.last(piece) if body.done else event_filter.feed(piece)
             except RefusedError as error:
-                self._break_off(client, _unreadable(error))
+                self._abort_response(client, _unreadable(error))
             if piece or body.done:
                 piece = redactor.last(piece) if body.done else redactor.feed(piece)
             if piece:
@@ -353,89 +380,89 @@ class Exchange:
             if body.done and in_chunks:
                 out += LAST_CHUNK
             if out:
-                (client.write_soon if body.done else client.write)(out)
+                (client.write_at_end_of_turn if body.done else client.write)(out)
                 out = b""
             if client.blocked:
                 await self._drain_client()
             if body.done:
                 return
             try:
-                await self._more(upstream, self._patiences.stream_s, began=True)
+                await self._read_more(upstream, self._timeouts.stream_s, began=True)
             except RefusedError as error:
                 if isinstance(body, UntilClosed) and error.code == "target_gone":
-                    client.write(redactor.last(self._end_of(sieve)))
+                    client.write(redactor.last(self._last_event(event_filter)))
                     return
-                self._break_off(client, error)
+                self._abort_response(client, error)
 
-    def _end_of(self, sieve: EventSieve | None) -> bytes:
+    def _last_event(self, event_filter: EventStreamFilter | None) -> bytes:
         """What is left where a connection ended."""
         try:
-            return sieve.last(b"") if sieve is not None else b""
+            return event_filter.last(b"") if event_filter is not None else b""
         except RefusedError as error:
-            self._break_off(self._client, error)
+            self._abort_response(self._client, error)
 
     async def _drain_client(self) -> None:
         client = self._client
         if self._uploaded():
-            client.deadline = time.monotonic() + self._patiences.piece_s
-        await client.drained()
+            client.deadline = time.monotonic() + self._timeouts.piece_s
+        await client.drain()
         if self._uploaded():
             client.deadline = None
 
-    def _break_off(self, client: Stream, error: RefusedError) -> NoReturn:
+    def _abort_response(self, client: Stream, error: RefusedError) -> NoReturn:
         """A response that was begun cannot be ended well: the client has to see that it is cut off."""
-        client.fail(GoneError(error.message))
-        raise GoneError(error.message)
+        client.fail(DisconnectedError(error.message))
+        raise DisconnectedError(error.message)
 
-    async def _switch(self, upstream: Stream, response: ResponseHead) -> None:
+    async def _open_websocket(self, upstream: Stream, response: ResponseHead) -> None:
         """Let a WebSocket pass until it, or the lease, ends."""
-        if not self._upgrade or not accepts(self._asked.head, response, plain=self._injects):
+        if not self._upgrade or not accepts_websocket(self._request.head, response, plain=self._injects):
             raise RefusedError(502, "target_unreadable", "the target switches to what nobody asked it for")
         self._answering = True
         self._client.write(redact(switching_head(response), self._needles))
         await tunnel(
-            self._client, upstream, Redactor(self._needles), self._look, idle_s=self._patiences.stream_s
+            self._client, upstream, Redactor(self._needles), self._check_cut, idle_s=self._timeouts.stream_s
         )
 
     # --- what goes wrong ----------------------------------------------------------------------------------------------
 
-    async def _more(self, upstream: Stream, patience_s: float, *, began: bool) -> None:
-        upstream.deadline = time.monotonic() + patience_s if self._uploaded() else None
+    async def _read_more(self, upstream: Stream, timeout_s: float, *, began: bool) -> None:
+        upstream.deadline = time.monotonic() + timeout_s if self._uploaded() else None
         try:
-            await upstream.more()
-            self._look()
-        except ExpiredError:
+            await upstream.read_more()
+            self._check_cut()
+        except DeadlineError:
             raise RefusedError(504, "target_timeout", "the target does not answer in time") from None
-        except GoneError:
+        except DisconnectedError:
             if not self._client.alive:
-                raise GoneError("the client left") from None
+                raise DisconnectedError("the client left") from None
             if not began:
                 raise StaleConnectionError("the target closed the connection") from None
             raise RefusedError(502, "target_gone", "the target closed the connection") from None
         finally:
             upstream.deadline = None
 
-    def client_left(self) -> None:
+    def on_client_disconnect(self) -> None:
         """Nobody waits for an answer any more."""
         if self.upstream is not None:
             self.upstream.abort()
 
-    def _drop(self, error: RefusedError) -> None:
+    def _cut(self, error: RefusedError) -> None:
         """Cut the target off, and the client where it has been sent something already."""
         self._refused = error
         if self.upstream is not None:
             self.upstream.fail(error)
         if self._answering:
-            self._client.fail(GoneError(error.message))
+            self._client.fail(DisconnectedError(error.message))
 
 
-def goes_no_further(doubt: Reason | None) -> RefusedError:
+def cut_error(view_problem: Reason | None) -> RefusedError:
     """What is told where nothing goes on any more: the lease has ended, or nobody can tell. `view_problem`: why not.
 
     Who is told that a lease has ended asks for another one, which would help against an old view no more.
     """
-    if doubt is not None:
-        return RefusedError(503, doubt.code, doubt.message, headers={"Retry-After": "1"})
+    if view_problem is not None:
+        return RefusedError(503, view_problem.code, view_problem.message, headers={"Retry-After": "1"})
     return RefusedError(403, "lease_ended", "the lease that allowed this has ended")
 
 
@@ -448,11 +475,11 @@ def do_nothing() -> None:
     pass
 
 
-async def _taken(upstream: Stream) -> bool:
+async def _drain(upstream: Stream) -> bool:
     """Whether a target took what was written; where it did not in time, whoever waits for its answer says so."""
     try:
-        await upstream.drained()
-    except ExpiredError:
+        await upstream.drain()
+    except DeadlineError:
         return False
     return True
 

@@ -9,7 +9,7 @@ import ssl
 from pathlib import Path
 from typing import Final
 
-from ringfence.gateway.dataplane.denials import answer
+from ringfence.gateway.dataplane.denials import denial_answer
 from ringfence.gateway.dataplane.limits import Allowance
 from ringfence.gateway.dataplane.plane import DataPlane, ListenError
 from ringfence.gateway.settings import GatewaySettings, host_and_port
@@ -21,12 +21,12 @@ from ringfence.model.records.command_chain import ChainError
 
 log = logging.getLogger(__name__)
 
-_LOOK_EVERY_S: Final = 0.1
-_FILES_BESIDES: Final = 1024
+_UPDATE_EVERY_S: Final = 0.1
+_OTHER_FILES: Final = 1024
 """What the process needs open besides the connections of agents and those to targets."""
 
 
-class Listening:
+class Listeners:
     """Opens what the settings name once the tables are complete, and keeps it in step with targets and tasks."""
 
     def __init__(self, runtime: Runtime, core: Core, own: GatewaySettings, *, fast_path: bool = True) -> None:
@@ -36,11 +36,11 @@ class Listening:
         self._own = own
         self._tls = _tls_for_agents(own)
         allowance = Allowance(connections=own.connections)
-        _allow_files(2 * own.connections + _FILES_BESIDES)
+        _raise_file_limit(2 * own.connections + _OTHER_FILES)
         self._plane = DataPlane(
             core.gate,
-            knows=core.targets.knows,
-            answer=answer,
+            is_target_host=core.targets.is_target_host,
+            answer=denial_answer,
             blocked=core.blocked.add,
             name=runtime.key.id.rpartition("/")[2],
             clock=runtime.clock,
@@ -55,19 +55,19 @@ class Listening:
     async def run(self) -> None:
         """Listen, for ever. Raises ListenError, and SettingsError where a file cannot be written."""
         await self._plane.start()
-        self._cover()
+        self._update_ca()
         if self._own.sockets is not None:
-            _made_private(self._own.sockets)
+            _prepare_socket_folder(self._own.sockets)
         if self._own.listen is not None:
             host, port = host_and_port(self._own.listen)
             names = self._own.names or (f"{host}:{port}", f"localhost:{port}")
             taken = await self._plane.listen(host, port, names=names, tls=self._tls, challenge=True)
             log.info("agents come in at %s:%d", host, taken)
         while True:
-            self._cover()
-            await self._in_step()
+            self._update_ca()
+            await self._update_task_sockets()
             self._open = True
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_UPDATE_EVERY_S)
 
     def unready(self) -> str | None:
         """Why no agent can come in yet: whoever waits until the gateway is ready finds it open."""
@@ -77,11 +77,11 @@ class Listening:
         """Listen no more."""
         await self._plane.close()
 
-    def _cover(self) -> None:
+    def _update_ca(self) -> None:
         """The gateway's CA stands for the hosts of the targets that there are, and agents can read its certificate."""
         hosts = {host.strip("[]") for host in self._core.targets.hosts()}
         path = self._own.ca_file
-        if self._plane.authority.cover(hosts) and path is not None:
+        if self._plane.authority.set_hosts(hosts) and path is not None:
             try:
                 self._plane.authority.write(path)
             except OSError as error:
@@ -89,15 +89,15 @@ class Listening:
                     f"RINGFENCE_GATEWAY_CA_FILE: {path} cannot be written: {error.strerror}"
                 ) from None
 
-    async def _in_step(self) -> None:
+    async def _update_task_sockets(self) -> None:
         """A task has a socket from its first lease for gateways on, until it is over."""
         folder = self._own.sockets
         if folder is None:
             return
-        for task_id in [task for task in self._sockets if not self._is_on(task)]:
+        for task_id in [task for task in self._sockets if not self._is_active(task)]:
             await self._plane.close_for_task(self._sockets.pop(task_id))
         for task_id in self._core.view.table.tasks() - self._sockets.keys():
-            if not self._is_on(task_id):
+            if not self._is_active(task_id):
                 continue
             path = folder / f"{task_id}.sock"
             try:
@@ -106,7 +106,7 @@ class Listening:
                 log.error("task %s has no socket: %s", task_id, error)
             self._sockets[task_id] = path
 
-    def _is_on(self, task_id: str) -> bool:
+    def _is_active(self, task_id: str) -> bool:
         try:
             entry = self._core.view.directory.task(task_id)
         except ChainError:
@@ -116,7 +116,7 @@ class Listening:
         return entry.state.not_after * 1000 > self._runtime.clock.now_ms()
 
 
-def _made_private(folder: Path) -> None:
+def _prepare_socket_folder(folder: Path) -> None:
     """A folder for sockets that others cannot look into; sockets that a gateway left there are removed."""
     try:
         make_folders(folder)
@@ -137,7 +137,7 @@ def _tls_for_agents(own: GatewaySettings) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(own.tls_cert_file, own.tls_key_file)
     except (OSError, ssl.SSLError) as error:
-        raise SettingsError(f"RINGFENCE_GATEWAY_TLS_CERT_FILE: {_why(error)}") from None
+        raise SettingsError(f"RINGFENCE_GATEWAY_TLS_CERT_FILE: {_pem_error(error)}") from None
     if own.tls_client_ca_file is not None:
         context.verify_mode = ssl.CERT_OPTIONAL
         _trust(context, own.tls_client_ca_file, "RINGFENCE_GATEWAY_TLS_CLIENT_CA_FILE")
@@ -155,17 +155,17 @@ def _trust(context: ssl.SSLContext, path: Path, setting: str) -> None:
     try:
         context.load_verify_locations(path)
     except (OSError, ssl.SSLError) as error:
-        raise SettingsError(f"{setting}: {_why(error)}") from None
+        raise SettingsError(f"{setting}: {_pem_error(error)}") from None
 
 
-def _why(error: OSError) -> str:
+def _pem_error(error: OSError) -> str:
     """What is wrong with a file of certificates or keys; nothing of what is in it."""
     if isinstance(error, ssl.SSLError):
         return f"no usable PEM ({error.reason or 'unreadable'})"
     return f"cannot be read: {error.strerror}"
 
 
-def _allow_files(count: int) -> None:
+def _raise_file_limit(count: int) -> None:
     """Each connection takes a file. Where the machine allows fewer, connections beyond that are dropped."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)

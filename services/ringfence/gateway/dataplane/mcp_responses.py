@@ -32,14 +32,14 @@ _LINE_END: Final = re.compile(rb"\r\n|\n|\r(?!\Z)")
 _BOM: Final = b"\xef\xbb\xbf"
 
 
-class Answers:
+class McpResponseFilter:
     """The messages that come in answer to one request."""
 
     def __init__(self, mcp: McpExchange) -> None:
         self._mcp = mcp
         self.outcome = McpOutcome()
 
-    def began(self, response: ResponseHead) -> None:
+    def on_response_head(self, response: ResponseHead) -> None:
         """The head has come. Raises RefusedError where it gives out a session that is another's."""
         self.outcome.status = response.status
         if response.status >= 300:
@@ -53,7 +53,7 @@ class Answers:
             text = "the target gives out a session that is another lease's already, or none that can be one"
             raise RefusedError(502, "mcp_session_taken", text)
 
-    def ended(self) -> None:
+    def finish(self) -> None:
         """Nothing more comes."""
         self._mcp.record_outcome(self.outcome)
 
@@ -63,10 +63,10 @@ class Answers:
             message = json_object(data)
         except ValueError:
             raise _unreadable("a message is not one JSON object") from None
-        self._note(message)
-        return orjson.dumps(message) if self._cut_down(message.get("result")) else data
+        self._record_outcome(message)
+        return orjson.dumps(message) if self._filter_lists(message.get("result")) else data
 
-    def _cut_down(self, result: Any) -> bool:
+    def _filter_lists(self, result: Any) -> bool:
         """Whether something was taken out of a result."""
         if not isinstance(result, dict):
             return False
@@ -86,7 +86,7 @@ class Answers:
         name = listed.get(key) if isinstance(listed, dict) else None
         return isinstance(name, str) and self._mcp.is_visible(method, name)
 
-    def _note(self, message: dict[str, Any]) -> None:
+    def _record_outcome(self, message: dict[str, Any]) -> None:
         if "method" in message or self._mcp.id is None or message.get("id") != self._mcp.id:
             return
         error, result = message.get("error"), message.get("result")
@@ -100,10 +100,10 @@ class Answers:
             self.outcome.kind = "result"
 
 
-class EventSieve:
+class EventStreamFilter:
     """The events of a stream, each held until it is complete. What is no data of a message passes as it came."""
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: McpResponseFilter) -> None:
         self._answers = answers
         self._buffer = bytearray()
         self._lines: list[bytes] = []
@@ -154,7 +154,7 @@ class EventSieve:
         return b"".join(line + b"\n" for line in lines) + b"\n"
 
 
-def media_of(value: bytes | None) -> bytes:
+def media_type(value: bytes | None) -> bytes:
     """The media type of a `Content-Type`, in lower case, without parameters."""
     return (value or b"").partition(b";")[0].strip(b" \t").lower()
 

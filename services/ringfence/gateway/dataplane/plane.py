@@ -23,19 +23,19 @@ from pathlib import Path
 from typing import Any, Final
 
 from ringfence.gateway.contract import BlockedRequest, Gate, PresentedIdentity, ReportBlocked
-from ringfence.gateway.dataplane.certificate_authority import Authority
+from ringfence.gateway.dataplane.certificate_authority import CertificateAuthority
 from ringfence.gateway.dataplane.connection import Connection
-from ringfence.gateway.dataplane.denials import answer as problem_of
+from ringfence.gateway.dataplane.denials import denial_answer
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.fast_path.path import FastPaths
 from ringfence.gateway.dataplane.forwarder import Forwarder
-from ringfence.gateway.dataplane.limits import TOO_MANY_CONNECTIONS, Allowance, Limits, sender_at
+from ringfence.gateway.dataplane.limits import TOO_MANY_CONNECTIONS, Allowance, SenderLimits, sender_at
 from ringfence.gateway.dataplane.request_reader import ListenerContext
 from ringfence.gateway.dataplane.shared import DataPlaneContext
-from ringfence.gateway.dataplane.stream import DeadlineTimer, Outbox, Stream
+from ringfence.gateway.dataplane.stream import DeadlineTimer, Stream, WriteBatcher
 from ringfence.gateway.dataplane.tls_listener import TlsListener
-from ringfence.gateway.dataplane.upstream_pool import Upstreams
-from ringfence.gateway.errors import Answer
+from ringfence.gateway.dataplane.upstream_pool import UpstreamPool
+from ringfence.gateway.errors import AnswerVerdict
 from ringfence.gateway.hosts import Scheme, canonical
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock, SystemClock
@@ -62,15 +62,15 @@ class DataPlane:
         self,
         gate: Gate,
         *,
-        knows: Callable[[str], bool],
+        is_target_host: Callable[[str], bool],
         hosts: Iterable[str] = (),
-        answer: Answer = problem_of,
+        answer: AnswerVerdict = denial_answer,
         blocked: ReportBlocked = lambda _: None,
         name: str = "gateway",
         clock: Clock | None = None,
         tls: ssl.SSLContext | None = None,
         allowance: Allowance = Allowance(),  # noqa: B008 - frozen
-        patiences: Timeouts = Timeouts(),  # noqa: B008 - frozen
+        timeouts: Timeouts = Timeouts(),  # noqa: B008 - frozen
         fast_path: bool = True,
     ) -> None:
         """Args:
@@ -83,23 +83,31 @@ class DataPlane:
             tls: how targets are verified; the machine's authorities if not given.
             fast_path: whether repeated requests are served without a coroutine.
         """  # fmt: skip
-        self._patience, self._outbox = DeadlineTimer(), Outbox()
-        self.upstreams = Upstreams(
+        self._deadline_timer, self._write_batcher = DeadlineTimer(), WriteBatcher()
+        self.upstreams = UpstreamPool(
             tls or ssl.create_default_context(),
-            self._patience,
-            connect_s=patiences.connect_s,
-            outbox=self._outbox,
+            self._deadline_timer,
+            connect_s=timeouts.connect_s,
+            write_batcher=self._write_batcher,
         )
-        self.authority = Authority(name, hosts, clock or SystemClock())
+        self.authority = CertificateAuthority(name, hosts, clock or SystemClock())
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.limits = Limits(allowance, time.monotonic)
-        forwarder = Forwarder(gate, self.upstreams, patiences)
-        self._desk = DataPlaneContext(
-            gate, knows, answer, self.authority, forwarder, self.upstreams, self.limits, patiences, blocked
+        self.limits = SenderLimits(allowance, time.monotonic)
+        forwarder = Forwarder(gate, self.upstreams, timeouts)
+        self._shared = DataPlaneContext(
+            gate,
+            is_target_host,
+            answer,
+            self.authority,
+            forwarder,
+            self.upstreams,
+            self.limits,
+            timeouts,
+            blocked,
         )
-        self._fast_paths = FastPaths(self._desk, enabled=fast_path)
+        self._fast_paths = FastPaths(self._shared, enabled=fast_path)
         self._servers: list[asyncio.Server] = []
-        self._doors: list[TlsListener] = []
+        self._tls_listeners: list[TlsListener] = []
         self._tasks: dict[Path, tuple[asyncio.Server, set[Stream]]] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._sweeping: asyncio.TimerHandle | None = None
@@ -111,7 +119,7 @@ class DataPlane:
 
     async def start(self) -> None:
         """Begin to watch the time, in the running loop."""
-        self._patience.start()
+        self._deadline_timer.start()
         self._sweep()
 
     async def listen(
@@ -137,7 +145,7 @@ class DataPlane:
         seen: Scheme = scheme or ("https" if tls is not None else "http")
         known = frozenset(canonical(name, seen) for name in names)
 
-        def way(stream: Stream) -> ListenerContext:
+        def context_of(stream: Stream) -> ListenerContext:
             peer = stream.transport.get_extra_info("peername")
             certificate = _spiffe_id(stream.peer_certificate()) if tls is not None else None
             address = (peer[0] if peer else "") if certificate is None else None
@@ -147,22 +155,22 @@ class DataPlane:
             )
 
         def serve(stream: Stream) -> None:
-            self._serve(stream, way)
+            self._serve(stream, context_of)
 
         try:
             if tls is not None:
-                door = TlsListener(
+                tls_listener = TlsListener(
                     tls,
                     self.limits,
-                    self._desk.blocked,
-                    self._outbox,
-                    handshake_s=self._desk.patiences.head_s,
+                    self._shared.report_blocked,
+                    self._write_batcher,
+                    handshake_s=self._shared.timeouts.head_s,
                 )
-                taken_port = await door.open(host, port, _BACKLOG, serve, self._lost)
-                self._doors.append(door)
+                taken_port = await tls_listener.open(host, port, _BACKLOG, serve, self._lost)
+                self._tls_listeners.append(tls_listener)
                 return taken_port
             server = await asyncio.get_running_loop().create_server(
-                lambda: Stream(serve, self._lost, self._outbox), host, port, backlog=_BACKLOG
+                lambda: Stream(serve, self._lost, self._write_batcher), host, port, backlog=_BACKLOG
             )
         except OSError:
             raise ListenError(
@@ -176,10 +184,10 @@ class DataPlane:
         """Listen on a unix socket that is one task's, and nobody else's (mode 0600). Raises ListenError."""
         if path in self._tasks:
             await self.close_for_task(path)
-        listening = _bound(path)
+        listening = _bind(path)
         streams: set[Stream] = set()
 
-        def way(stream: Stream) -> ListenerContext:
+        def context_of(stream: Stream) -> ListenerContext:
             streams.add(stream)
             return ListenerContext(f"task:{task_id}", "http", task_id=task_id)
 
@@ -188,7 +196,7 @@ class DataPlane:
             self._lost(stream)
 
         server = await asyncio.get_running_loop().create_unix_server(
-            lambda: Stream(lambda stream: self._serve(stream, way), lost, self._outbox),
+            lambda: Stream(lambda stream: self._serve(stream, context_of), lost, self._write_batcher),
             sock=listening,
             backlog=_BACKLOG,
         )
@@ -198,7 +206,7 @@ class DataPlane:
         """The task is over: its socket is removed and its connections are dropped."""
         server, streams = self._tasks.pop(path)
         server.close()
-        _removed(path)
+        _remove(path)
         for stream in list(streams):
             stream.abort()
 
@@ -208,28 +216,28 @@ class DataPlane:
             await self.close_for_task(path)
         for server in self._servers:
             server.close()
-        for door in self._doors:
-            await door.close()
+        for tls_listener in self._tls_listeners:
+            await tls_listener.close()
         for task in list(self._running):
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
         self.upstreams.close()
-        self._patience.stop()
+        self._deadline_timer.stop()
         if self._sweeping is not None:
             self._sweeping.cancel()
 
-    def _serve(self, stream: Stream, how: Callable[[Stream], ListenerContext]) -> None:
-        way = how(stream)
-        if not self.limits.connect(way.sender):
-            shown = PresentedIdentity(way.task_id, way.certificate)
-            self._desk.blocked(
+    def _serve(self, stream: Stream, context_of: Callable[[Stream], ListenerContext]) -> None:
+        listener = context_of(stream)
+        if not self.limits.open_connection(listener.sender):
+            shown = PresentedIdentity(listener.task_id, listener.certificate)
+            self._shared.report_blocked(
                 BlockedRequest(TOO_MANY_CONNECTIONS, "too many connections of this sender", shown)
             )
             stream.abort()
             return
-        self._patience.watch(stream)
+        self._deadline_timer.watch(stream)
         task = asyncio.get_running_loop().create_task(
-            Connection(stream, way, self._desk, self._fast_paths).run()
+            Connection(stream, listener, self._shared, self._fast_paths).run()
         )
         self._running.add(task)
         metrics.GATEWAY_CONNECTIONS.inc()
@@ -237,8 +245,8 @@ class DataPlane:
         def ended(task: asyncio.Task[None]) -> None:
             self._running.discard(task)
             metrics.GATEWAY_CONNECTIONS.dec()
-            self._patience.forget(stream)
-            self.limits.disconnect(way.sender)
+            self._deadline_timer.forget(stream)
+            self.limits.close_connection(listener.sender)
             if not task.cancelled() and (error := task.exception()) is not None:
                 # Not the error itself: what it was raised on may hold what an agent sent.
                 log.error("a connection failed: %s", type(error).__name__)
@@ -246,14 +254,14 @@ class DataPlane:
         task.add_done_callback(ended)
 
     def _lost(self, stream: Stream) -> None:
-        self._patience.forget(stream)
+        self._deadline_timer.forget(stream)
 
     def _sweep(self) -> None:
         self.upstreams.sweep()
         self._sweeping = asyncio.get_running_loop().call_later(_SWEEP_EVERY_S, self._sweep)
 
 
-def _bound(path: Path) -> socket.socket:
+def _bind(path: Path) -> socket.socket:
     """A socket that was never open to others. One that a gateway left behind is replaced.
 
     It gets its name when it listens: whoever sees it may come in.
@@ -264,8 +272,8 @@ def _bound(path: Path) -> socket.socket:
     bound, unready = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path.with_suffix(".new")
     before = os.umask(0o177)
     try:
-        _removed(unready)
-        with _addressed(unready) as address:
+        _remove(unready)
+        with _socket_address(unready) as address:
             bound.bind(address)
         bound.listen(_BACKLOG)
         unready.rename(path)
@@ -278,7 +286,7 @@ def _bound(path: Path) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _addressed(path: Path) -> Iterator[str]:
+def _socket_address(path: Path) -> Iterator[str]:
     """The path, or a short one that leads there: an address has 107 bytes, and folders of projects are deep."""
     if len(os.fsencode(path)) <= _LONGEST_ADDRESS:
         yield str(path)
@@ -290,7 +298,7 @@ def _addressed(path: Path) -> Iterator[str]:
         os.close(folder)
 
 
-def _removed(path: Path) -> None:
+def _remove(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
 

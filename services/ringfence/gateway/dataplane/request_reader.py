@@ -51,24 +51,24 @@ class ListenerContext:
 
 
 def read_request(
-    request: RequestHead, way: ListenerContext, knows: Callable[[str], bool]
+    request: RequestHead, listener: ListenerContext, is_target_host: Callable[[str], bool]
 ) -> tuple[PresentedIdentity, Attempt]:
     """The attempt that a request is, and what it shows of its sender. Raises RefusedError."""
     said = _said(request.block)
     host = said.host
-    scheme, authority, target = _addressed(request.target, way)
+    scheme, authority, target = _addressed(request.target, listener)
     if authority is None:
         authority = canonical(host, scheme)
     elif canonical(host, scheme) != authority:
         raise RefusedError(400, "host_disagrees", "Host names another host than the request line")
-    if way.inside is not None and (scheme, authority) != ("https", way.inside):
+    if listener.inside is not None and (scheme, authority) != ("https", listener.inside):
         raise RefusedError(
             400, "host_disagrees", "the request is for another host than the CONNECT that it came through"
         )
     target_id = None
-    if request.target.startswith("/") and way.inside is None and not knows(authority):
-        target_id, target = _by_path(authority, target, way)
-    presented = presented_by(request, way, htu=f"{scheme}://{host}{_path(request.target, target)}")
+    if request.target.startswith("/") and listener.inside is None and not is_target_host(authority):
+        target_id, target = _by_path(authority, target, listener)
+    presented = presented_by(request, listener, htu=f"{scheme}://{host}{_path(request.target, target)}")
     return presented, Attempt(
         authority=None if target_id is not None else authority,
         scheme=scheme,
@@ -129,21 +129,23 @@ def _carried(block: Fields) -> McpHeaders:
     )
 
 
-def presented_by(request: RequestHead, way: ListenerContext, *, htu: str | None = None) -> PresentedIdentity:
+def presented_by(
+    request: RequestHead, listener: ListenerContext, *, htu: str | None = None
+) -> PresentedIdentity:
     """What a request shows of its sender. Raises RefusedError where that cannot be read."""
     proof = request.known.get(b"dpop")
     return PresentedIdentity(
-        way.task_id,
-        way.certificate,
-        _handle(request, way),
+        listener.task_id,
+        listener.certificate,
+        _handle(request, listener),
         proof.decode("latin-1") if proof is not None else None,
         htu,
-        way.address,
+        listener.address,
         _said(request.block).header_names if htu is not None else frozenset(),  # a CONNECT goes nowhere
     )
 
 
-def _handle(request: RequestHead, way: ListenerContext) -> str | None:
+def _handle(request: RequestHead, listener: ListenerContext) -> str | None:
     known = request.known
     authorization, apart = known.get(b"authorization", b""), known.get(HANDLE)
     if is_handle(authorization):
@@ -156,13 +158,13 @@ def _handle(request: RequestHead, way: ListenerContext) -> str | None:
         return apart.decode("latin-1")
     if b"proxy-authorization" in known:
         return _user(known[b"proxy-authorization"])
-    return way.handle
+    return listener.handle
 
 
-def _addressed(target: str, way: ListenerContext) -> tuple[Scheme, str | None, str]:
+def _addressed(target: str, listener: ListenerContext) -> tuple[Scheme, str | None, str]:
     """Scheme, canonical authority where the request line says one, and the target in origin-form."""
     if target.startswith("/"):
-        return way.scheme, None, target
+        return listener.scheme, None, target
     for scheme in _SCHEMES:
         prefix = f"{scheme}://"
         if target.startswith(prefix):
@@ -176,9 +178,9 @@ def _cut(rest: str) -> tuple[str, str]:
     return rest[:at], rest[at:]
 
 
-def _by_path(authority: str, target: str, way: ListenerContext) -> tuple[str, str]:
+def _by_path(authority: str, target: str, listener: ListenerContext) -> tuple[str, str]:
     """The target that the first segment names, and the rest of the path as it was sent."""
-    if way.names is not None and authority not in way.names:
+    if listener.names is not None and authority not in listener.names:
         raise RefusedError(421, "host_unknown", "Host is neither this gateway nor a target of it")
     target_id, slash, rest = target[1:].partition("/")
     if not target_id or not slash or "?" in target_id:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringfence.gateway.contract import Gate, ReportBlocked
-from ringfence.gateway.dataplane.certificate_authority import Authority
+from ringfence.gateway.dataplane.certificate_authority import CertificateAuthority
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.forwarder import Forwarder
-from ringfence.gateway.dataplane.limits import Limits
-from ringfence.gateway.dataplane.upstream_pool import Upstreams
-from ringfence.gateway.errors import Answer
+from ringfence.gateway.dataplane.limits import SenderLimits
+from ringfence.gateway.dataplane.upstream_pool import UpstreamPool
+from ringfence.gateway.errors import AnswerVerdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +19,11 @@ class DataPlaneContext:
     """One for all listeners of a plane."""
 
     gate: Gate
-    knows: Callable[[str], bool]
-    answer: Answer
-    authority: Authority
+    is_target_host: Callable[[str], bool]
+    answer: AnswerVerdict
+    authority: CertificateAuthority
     forwarder: Forwarder
-    upstreams: Upstreams
-    limits: Limits
-    patiences: Timeouts
-    blocked: ReportBlocked
+    upstreams: UpstreamPool
+    limits: SenderLimits
+    timeouts: Timeouts
+    report_blocked: ReportBlocked

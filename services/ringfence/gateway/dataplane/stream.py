@@ -1,7 +1,7 @@
-"""One connection, as a coroutine sees it: what has come, what has not gone yet, and when patience ends.
+"""A connection with backpressure and deadlines, for coroutines: the transport under clients and upstream targets.
 
-Both ways are bounded. Beyond `HIGH_BYTES` that nobody has read yet the reading from the network stops, and what the
-other side does not take is for the writer to wait for.
+Memory is bounded in both directions. Above `HIGH_WATER_BYTES` of unread data the stream stops reading from the network.
+A writer sees `blocked`, and waits in `drain`, while the peer takes too little.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any, Final, cast
 
 from ringfence.kernel.base.errors import RingfenceError
 
-HIGH_BYTES: Final = 64 * 1024
+HIGH_WATER_BYTES: Final = 64 * 1024
 
 
-class GoneError(RingfenceError):
+class DisconnectedError(RingfenceError):
     """The other side of a connection is gone."""
 
     code = "gone"
 
 
-class ExpiredError(RingfenceError):
+class DeadlineError(RingfenceError):
     """The other side of a connection did not do in time what it had to."""
 
     code = "expired"
@@ -33,58 +33,74 @@ class Stream(asyncio.Protocol):
     """A connection. One coroutine reads, one writes; they may be the same."""
 
     __slots__ = (
-        "_drained", "_expired", "_failure", "_goes", "_held", "_loop", "_on_lost", "_on_made", "_outbox", "_paused",
-        "_readable", "_unseen", "blocked", "buffer", "deadline", "on_disconnect", "taker", "transport",
+        "_data_unseen",
+        "_drain_waiter",
+        "_expired",
+        "_failure",
+        "_held_data",
+        "_loop",
+        "_may_send",
+        "_on_lost",
+        "_on_made",
+        "_paused",
+        "_read_waiter",
+        "_write_batcher",
+        "blocked",
+        "buffer",
+        "data_handler",
+        "deadline",
+        "on_disconnect",
+        "transport",
     )  # fmt: skip
 
     def __init__(
         self,
         on_made: Callable[[Stream], None] | None = None,
         on_lost: Callable[[Stream], None] | None = None,
-        outbox: Outbox | None = None,
+        write_batcher: WriteBatcher | None = None,
     ) -> None:
-        """Each is called once: when the connection is there, and when it is lost. `outbox`: see `write_soon`."""
+        """`on_made` and `on_lost` are each called once. `write_batcher`: see `write_at_end_of_turn`."""
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
         self.buffer = bytearray()
         """What has come and was not taken yet."""
         self.deadline: float | None = None
-        """When patience ends, by `time.monotonic`. Whoever waits then gets ExpiredError."""
+        """When patience ends, by `time.monotonic`. Whoever waits then gets DeadlineError."""
         self.blocked = False
-        """Whether the other side takes too little: wait in `drained` before you write more."""
+        """Whether the other side takes too little: wait in `drain` before you write more."""
         self.on_disconnect: Callable[[], None] | None = None
         """Called once when the connection is lost, by whoever uses it now."""
-        self.taker: Callable[[bytes], bool] | None = None
+        self.data_handler: Callable[[bytes], bool] | None = None
         """Given what came, or nothing where patience ended, before any coroutine is woken: True where it saw to that,
         else it stays here."""
         # Kept, as to look for it asks the kernel each time in Python 3.11.
         self._loop = asyncio.get_running_loop()
         self._on_made = on_made
         self._on_lost = on_lost
-        self._outbox = outbox if outbox is not None else Outbox()
-        self._held = b""
+        self._write_batcher = write_batcher if write_batcher is not None else WriteBatcher()
+        self._held_data = b""
         """What is sent once the loop has handed out all that came."""
-        self._goes: Callable[[], bool] | None = None
+        self._may_send: Callable[[], bool] | None = None
         """Asked then whether it still may be."""
         self._paused = False
-        self._unseen = False
+        self._data_unseen = False
         """Whether something came while nobody waited."""
         self._expired = False
         """Whether patience ended while nobody waited."""
         self._failure: RingfenceError | None = None
-        self._readable: asyncio.Future[None] | None = None
-        self._drained: asyncio.Future[None] | None = None
+        self._read_waiter: asyncio.Future[None] | None = None
+        self._drain_waiter: asyncio.Future[None] | None = None
 
     # --- what the loop calls ------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self.transport.set_write_buffer_limits(high=HIGH_BYTES)
+        self.transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
         if self._on_made is not None:
             self._on_made(self)
 
     def data_received(self, data: bytes) -> None:
-        if self.taker is None or not self.taker(data):
-            self.keep(data)
+        if self.data_handler is None or not self.data_handler(data):
+            self.buffer_data(data)
             self.wake()
 
     def pause_writing(self) -> None:
@@ -92,10 +108,10 @@ class Stream(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.blocked = False
-        _wake(self._drained)
+        _wake(self._drain_waiter)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._fail(GoneError("the other side closed the connection"))
+        self._fail(DisconnectedError("the other side closed the connection"))
         if self.on_disconnect is not None:
             self.on_disconnect()
             self.on_disconnect = None
@@ -110,30 +126,33 @@ class Stream(asyncio.Protocol):
         """Whether something could still be read or written."""
         return self._failure is None and not self.transport.is_closing()
 
-    def keep(self, data: bytes) -> None:
+    def buffer_data(self, data: bytes) -> None:
         """It came, and waits for who takes it."""
         self.buffer += data
-        if len(self.buffer) > HIGH_BYTES and not self._paused:
+        if len(self.buffer) > HIGH_WATER_BYTES and not self._paused:
             self._paused = True
             self.transport.pause_reading()
 
-    async def more(self) -> None:
-        """Wait until more has come since somebody was last told. Raises GoneError, ExpiredError, or what `fail` got."""
-        if self._unseen:
-            self._unseen = False
+    async def read_more(self) -> None:
+        """Wait for data that came since the last call returned.
+
+        Raises DisconnectedError, DeadlineError, or the error that `fail` was given.
+        """
+        if self._data_unseen:
+            self._data_unseen = False
             return
         if self._failure is not None:
             raise self._failure
         if self._expired:
             self._expired = False
-            raise ExpiredError("the other side took too long")
+            raise DeadlineError("the other side took too long")
         self.resume()
-        waiter = self._readable = self._loop.create_future()
+        waiter = self._read_waiter = self._loop.create_future()
         try:
             await waiter
         finally:
-            if self._readable is waiter:  # who waited was cancelled, and somebody else waits already
-                self._readable = None
+            if self._read_waiter is waiter:  # who waited was cancelled, and somebody else waits already
+                self._read_waiter = None
 
     def resume(self) -> None:
         """Read on, where that was stopped because nobody took what came."""
@@ -143,53 +162,53 @@ class Stream(asyncio.Protocol):
 
     def wake(self) -> None:
         """Whoever waits for more looks again, or who comes to wait next."""
-        if self._readable is not None and not self._readable.done():
-            self._readable.set_result(None)
+        if self._read_waiter is not None and not self._read_waiter.done():
+            self._read_waiter.set_result(None)
         else:
-            self._unseen = True
+            self._data_unseen = True
 
     def write(self, data: bytes) -> None:
         """Send. See `blocked`."""
-        self.send_held()
+        self.flush()
         self.transport.write(data)
 
-    def write_soon(self, data: bytes, goes: Callable[[], bool] | None = None) -> None:
-        """Send, after what else came in this turn of the loop was seen to, where `goes` says yes then.
+    def write_at_end_of_turn(self, data: bytes, may_send: Callable[[], bool] | None = None) -> None:
+        """Send at the end of this turn of the event loop, if `may_send` returns true then.
 
-        To send wakes the other side, and that takes longer than most of what is done for a request: what is sent to
-        several at once wakes each of them once.
+        A write wakes its reader, which takes longer than most of the work on a request. Data for one connection that is
+        written at the end of the turn wakes its reader once.
         """
-        self._goes = goes
-        if self._held:
-            self._held += data
+        self._may_send = may_send
+        if self._held_data:
+            self._held_data += data
         else:
-            self._held = data
-            self._outbox.add(self)
+            self._held_data = data
+            self._write_batcher.add(self)
 
-    def send_held(self) -> None:
-        """Send what `write_soon` holds."""
-        if self._held:
-            data, self._held, goes, self._goes = self._held, b"", self._goes, None
-            if not self.transport.is_closing() and (goes is None or goes()):
+    def flush(self) -> None:
+        """Send what `write_at_end_of_turn` holds."""
+        if self._held_data:
+            data, self._held_data, may_send, self._may_send = self._held_data, b"", self._may_send, None
+            if not self.transport.is_closing() and (may_send is None or may_send()):
                 self.transport.write(data)
 
-    async def drained(self) -> None:
-        """Wait until the other side has taken most of what was written. Raises as `more` does."""
+    async def drain(self) -> None:
+        """Wait until the other side has taken most of what was written. Raises as `read_more` does."""
         if self._failure is not None:
             raise self._failure
         if not self.blocked:
             return
-        waiter = self._drained = self._loop.create_future()
+        waiter = self._drain_waiter = self._loop.create_future()
         try:
             await waiter
         finally:
-            if self._drained is waiter:
-                self._drained = None
+            if self._drain_waiter is waiter:
+                self._drain_waiter = None
 
     def fail(self, error: RingfenceError) -> None:
         """Drop the connection, and whatever was not sent; whoever waits gets this error, and who comes later."""
         self._fail(error)
-        self._unseen = False
+        self._data_unseen = False
         self.abort()
 
     def expire(self) -> None:
@@ -198,11 +217,11 @@ class Stream(asyncio.Protocol):
         Where nobody waits at this moment, as something just came, whoever waits again is told the next time.
         """
         ended, self.deadline = self.deadline, None
-        if self.taker is not None and self.taker(b""):
+        if self.data_handler is not None and self.data_handler(b""):
             self._expired = True
             return
-        error, told = ExpiredError("the other side took too long"), False
-        for waiter in (self._readable, self._drained):
+        error, told = DeadlineError("the other side took too long"), False
+        for waiter in (self._read_waiter, self._drain_waiter):
             if waiter is not None and not waiter.done():
                 told = True
                 waiter.set_exception(error)
@@ -211,35 +230,35 @@ class Stream(asyncio.Protocol):
 
     def close(self) -> None:
         """Close once all is sent."""
-        self.send_held()
+        self.flush()
         if not self.transport.is_closing():
             self.transport.close()
 
     def end(self) -> None:
         """Say that nothing more is written, where that can be said."""
-        self.send_held()
+        self.flush()
         if self.transport.can_write_eof():
             self.transport.write_eof()
 
     def abort(self) -> None:
         """Close at once."""
-        self._held = b""
+        self._held_data = b""
         self.transport.abort()
 
     async def open_tls(self, context: ssl.SSLContext, *, timeout_s: float) -> None:
-        """Be the server of TLS from here on. Raises GoneError where the client does not agree to it in time."""
+        """Be the server of TLS from here on. Raises DisconnectedError where the client does not agree to it in time."""
         loop = asyncio.get_running_loop()
-        self.send_held()
+        self.flush()
         try:
             transport = await loop.start_tls(
                 self.transport, self, context, server_side=True, ssl_handshake_timeout=timeout_s
             )
         except OSError:
-            raise GoneError("the client did not agree to TLS") from None
+            raise DisconnectedError("the client did not agree to TLS") from None
         if transport is None:
-            raise GoneError("the client left while TLS was opened")
+            raise DisconnectedError("the client left while TLS was opened")
         self.transport = transport
-        self.transport.set_write_buffer_limits(high=HIGH_BYTES)
+        self.transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
 
     def peer_certificate(self) -> Any:
         """The verified certificate of the other side, as `ssl` gives it; None where there is none."""
@@ -248,12 +267,12 @@ class Stream(asyncio.Protocol):
     def _fail(self, error: RingfenceError) -> None:
         if self._failure is None:
             self._failure = error
-        for waiter in (self._readable, self._drained):
+        for waiter in (self._read_waiter, self._drain_waiter):
             if waiter is not None and not waiter.done():
                 waiter.set_exception(self._failure)
 
 
-class Outbox:
+class WriteBatcher:
     """The streams that send something at the end of this turn of the loop."""
 
     __slots__ = ("_streams",)
@@ -270,7 +289,7 @@ class Outbox:
     def _send(self) -> None:
         streams, self._streams = self._streams, []
         for stream in streams:
-            stream.send_held()
+            stream.flush()
 
 
 def _wake(waiter: asyncio.Future[None] | None) -> None:

@@ -13,16 +13,16 @@ from collections.abc import Callable, Coroutine
 from typing import Final
 
 from ringfence.gateway.contract import BlockedRequest, ReportBlocked
-from ringfence.gateway.dataplane.limits import TOO_MANY_CONNECTIONS, Limits, sender_at
-from ringfence.gateway.dataplane.stream import Outbox, Stream
+from ringfence.gateway.dataplane.limits import TOO_MANY_CONNECTIONS, SenderLimits, sender_at
+from ringfence.gateway.dataplane.stream import Stream, WriteBatcher
 
 log = logging.getLogger(__name__)
 
 TLS_FAILED: Final = "tls_failed"
-_AGAIN_S: Final = 0.1
+_RETRY_DELAY_S: Final = 0.1
 """So long nothing is accepted where no file is left for it."""
 
-Told = Callable[[Stream], None]
+StreamCallback = Callable[[Stream], None]
 
 
 class TlsListener:
@@ -31,22 +31,24 @@ class TlsListener:
     def __init__(
         self,
         tls: ssl.SSLContext,
-        limits: Limits,
+        limits: SenderLimits,
         blocked: ReportBlocked,
-        outbox: Outbox,
+        write_batcher: WriteBatcher,
         *,
         handshake_s: float,
     ) -> None:
         self._tls = tls
         self._limits = limits
         self._blocked = blocked
-        self._outbox = outbox
+        self._write_batcher = write_batcher
         self._handshake_s = handshake_s
         self._listening: list[socket.socket] = []
         self._work: set[asyncio.Task[None]] = set()
 
-    async def open(self, host: str, port: int, backlog: int, made: Told, lost: Told) -> int:
-        """Listen; the port. `made` is told of each connection once its TLS is open, `lost` when it is gone.
+    async def open(
+        self, host: str, port: int, backlog: int, on_open: StreamCallback, on_lost: StreamCallback
+    ) -> int:
+        """Listen; the port. `on_open` is told of each connection once its TLS is open, `on_lost` when it is gone.
 
         Raises OSError.
         """
@@ -60,7 +62,7 @@ class TlsListener:
             raise
         for listening in self._listening:
             listening.setblocking(False)
-            self._start(self._accept(listening, made, lost))
+            self._start(self._accept(listening, on_open, on_lost))
         taken: int = self._listening[0].getsockname()[1]
         return taken
 
@@ -77,38 +79,42 @@ class TlsListener:
         self._work.add(task)
         task.add_done_callback(self._work.discard)
 
-    async def _accept(self, listening: socket.socket, made: Told, lost: Told) -> None:
+    async def _accept(
+        self, listening: socket.socket, on_open: StreamCallback, on_lost: StreamCallback
+    ) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
                 connection, peer = await loop.sock_accept(listening)
             except OSError as error:
                 log.warning("a connection is not accepted: %s", error.strerror)
-                await asyncio.sleep(_AGAIN_S)
+                await asyncio.sleep(_RETRY_DELAY_S)
                 continue
             address = sender_at(peer[0])
-            if self._limits.shake(address):
-                self._start(self._shake(connection, address, made, lost))
+            if self._limits.begin_handshake(address):
+                self._start(self._handshake(connection, address, on_open, on_lost))
             else:
                 connection.close()
                 self._blocked(BlockedRequest(TOO_MANY_CONNECTIONS, "too many connections of this address"))
 
-    async def _shake(self, connection: socket.socket, address: str, made: Told, lost: Told) -> None:
-        shaking = True
+    async def _handshake(
+        self, connection: socket.socket, address: str, on_open: StreamCallback, on_lost: StreamCallback
+    ) -> None:
+        pending = True
 
-        def over() -> None:
-            nonlocal shaking
-            if shaking:
-                shaking = False
-                self._limits.shaken(address)
+        def end_handshake() -> None:
+            nonlocal pending
+            if pending:
+                pending = False
+                self._limits.end_handshake(address)
 
         def opened(stream: Stream) -> None:
-            over()
-            made(stream)
+            end_handshake()
+            on_open(stream)
 
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: Stream(opened, lost, self._outbox),
+                lambda: Stream(opened, on_lost, self._write_batcher),
                 connection,
                 ssl=self._tls,
                 ssl_handshake_timeout=self._handshake_s,
@@ -116,4 +122,4 @@ class TlsListener:
         except OSError:
             self._blocked(BlockedRequest(TLS_FAILED, "the client did not agree to TLS, or not in time"))
         finally:
-            over()
+            end_handshake()

@@ -8,54 +8,54 @@ import time
 from collections import deque
 from typing import Final
 
-from ringfence.gateway.dataplane.stream import DeadlineTimer, Outbox, Stream
+from ringfence.gateway.dataplane.stream import DeadlineTimer, Stream, WriteBatcher
 from ringfence.gateway.errors import RefusedError
 from ringfence.gateway.hosts import Origin
 
 IDLE_S: Final = 15.0
-IDLE_EACH: Final = 128
+MAX_IDLE_PER_ORIGIN: Final = 128
 """So many connections to one origin are kept open while nobody needs them."""
 
 
-class Upstreams:
+class UpstreamPool:
     """All connections to targets. A secret is written to one only after its TLS was verified for the target's name."""
 
     def __init__(
         self,
         tls: ssl.SSLContext,
-        patience: DeadlineTimer,
+        deadline_timer: DeadlineTimer,
         *,
         connect_s: float,
-        outbox: Outbox | None = None,
+        write_batcher: WriteBatcher | None = None,
     ) -> None:
         """`tls` verifies certificates and names: one that does not is refused here. Raises ValueError.
 
-        `outbox`: that of connections, see `Stream.write_soon`.
+        `write_batcher`: that of connections, see `Stream.write_at_end_of_turn`.
         """
         if tls.verify_mode is not ssl.CERT_REQUIRED or not tls.check_hostname:
             raise ValueError("a gateway verifies the certificates of targets; this context does not")
         tls.set_alpn_protocols(["http/1.1"])
         self._tls = tls
-        self._patience = patience
+        self._deadline_timer = deadline_timer
         self._connect_s = connect_s
-        self._outbox = outbox
+        self._write_batcher = write_batcher
         self._idle: dict[Origin, deque[tuple[Stream, float]]] = {}
         self.open = 0
         """How many connections there are."""
 
-    async def take(self, origin: Origin, *, fresh: bool = False) -> tuple[Stream, bool]:
+    async def acquire(self, origin: Origin, *, fresh: bool = False) -> tuple[Stream, bool]:
         """A connection, and whether it was used before. Raises RefusedError: 502, or 504 where it took too long."""
         if not fresh:
-            stream = self.idling(origin)
+            stream = self.acquire_idle(origin)
             if stream is not None:
                 return stream, True
         return await self._connect(origin), False
 
-    def give_back(self, origin: Origin, stream: Stream) -> None:
+    def release(self, origin: Origin, stream: Stream) -> None:
         """Keep a connection whose last exchange ended cleanly, unless something came that nobody had asked for."""
         idle = self._idle.setdefault(origin, deque())
-        stream.deadline = stream.taker = stream.on_disconnect = None
-        if not stream.alive or stream.buffer or len(idle) >= IDLE_EACH:
+        stream.deadline = stream.data_handler = stream.on_disconnect = None
+        if not stream.alive or stream.buffer or len(idle) >= MAX_IDLE_PER_ORIGIN:
             stream.abort()
             return
         stream.resume()
@@ -81,7 +81,7 @@ class Upstreams:
                 stream.abort()
         self._idle.clear()
 
-    def idling(self, origin: Origin) -> Stream | None:
+    def acquire_idle(self, origin: Origin) -> Stream | None:
         """A connection that was used before and is kept; None where there is none."""
         idle = self._idle.get(origin)
         now = time.monotonic()
@@ -97,7 +97,7 @@ class Upstreams:
         try:
             async with asyncio.timeout(self._connect_s):
                 _, stream = await asyncio.get_running_loop().create_connection(
-                    lambda: Stream(self._opened, self._lost, self._outbox),
+                    lambda: Stream(self._opened, self._lost, self._write_batcher),
                     origin.host,
                     origin.port,
                     ssl=tls,
@@ -115,8 +115,8 @@ class Upstreams:
 
     def _opened(self, stream: Stream) -> None:
         self.open += 1
-        self._patience.watch(stream)
+        self._deadline_timer.watch(stream)
 
     def _lost(self, stream: Stream) -> None:
         self.open -= 1
-        self._patience.forget(stream)
+        self._deadline_timer.forget(stream)

@@ -11,7 +11,7 @@ from typing import Final
 
 from ringfence.gateway.dataplane.http1_head import RequestHead, ResponseHead
 from ringfence.gateway.dataplane.secret_redaction import Redactor
-from ringfence.gateway.dataplane.stream import ExpiredError, GoneError, Stream
+from ringfence.gateway.dataplane.stream import DeadlineError, DisconnectedError, Stream
 from ringfence.kernel.base.errors import RingfenceError
 
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -31,7 +31,7 @@ def asks_for_websocket(head: RequestHead) -> bool:
     )
 
 
-def accepts(head: RequestHead, response: ResponseHead, *, plain: bool) -> bool:
+def accepts_websocket(head: RequestHead, response: ResponseHead, *, plain: bool) -> bool:
     """Whether a target that answered 101 opened the WebSocket that was asked for (RFC 6455, 4.1).
 
     `plain`: no extension was asked for, so none may be agreed on: compressed, the secret would not be seen.
@@ -48,31 +48,31 @@ def accepts(head: RequestHead, response: ResponseHead, *, plain: bool) -> bool:
 
 
 async def tunnel(
-    client: Stream, upstream: Stream, redactor: Redactor, look: Callable[[], None], *, idle_s: float
+    client: Stream, upstream: Stream, redactor: Redactor, check_cut: Callable[[], None], *, idle_s: float
 ) -> None:
     """Pass bytes both ways until one side is gone, nothing came from either for `idle_s`, or one was made to fail.
 
-    `look` raises where what came goes nowhere any more.
+    `check_cut` raises where what came goes nowhere any more.
     Frames of servers are not masked and, as no extension was agreed on, not compressed: the secret would stand in them.
     """
 
     async def pass_on(source: Stream, sink: Stream, through: Redactor | None) -> None:
         while True:
             if source.buffer:
-                look()
+                check_cut()
                 data = bytes(source.buffer)
                 source.buffer.clear()
                 for side in (client, upstream):
                     side.deadline = time.monotonic() + idle_s
                 sink.write(through.feed(data) if through is not None else data)
                 if sink.blocked:
-                    await sink.drained()
-            await source.more()
+                    await sink.drain()
+            await source.read_more()
 
     async def until_gone(source: Stream, sink: Stream, through: Redactor | None = None) -> None:
         try:
             await pass_on(source, sink, through)
-        except (GoneError, ExpiredError, RingfenceError):
+        except (DisconnectedError, DeadlineError, RingfenceError):
             if through is not None and sink.alive:
                 sink.write(through.last(b""))
             sink.close()

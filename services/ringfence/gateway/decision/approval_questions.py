@@ -22,7 +22,7 @@ _MAX_USED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Same:
+class ApprovalKey:
     """What makes two requests the same for a person: nothing of it may differ from what they signed."""
 
     agent_id: str
@@ -35,14 +35,14 @@ class Same:
     revisions: str
 
     @classmethod
-    def of(cls, claims: ActionRequest) -> Same:
+    def of(cls, claims: ActionRequest) -> ApprovalKey:
         return cls(
             claims.agent_id, claims.lease_id, claims.method, claims.url, claims.body_digest, claims.headers_digest,
-            claims.required, written(claims.revisions),
+            claims.required, revisions_text(claims.revisions),
         )  # fmt: skip
 
 
-def written(revisions: Revisions) -> str:
+def revisions_text(revisions: Revisions) -> str:
     """Revisions as text, to compare."""
     return revisions.model_dump_json()
 
@@ -52,11 +52,11 @@ class Question:
     """One question, and what became of it."""
 
     signed: Signed[ActionRequest]
-    same: Same
+    approval_key: ApprovalKey
     answer: Signed[ActionApproval] | None = None
-    by: str | None = None
+    answered_by: str | None = None
     """The user who answered."""
-    over: Refusal | None = None
+    closed: Refusal | None = None
     """Why no answer will do any more."""
     waiting: set[asyncio.Future[None]] = field(default_factory=set)
 
@@ -73,7 +73,7 @@ class Question:
     @property
     def settled(self) -> bool:
         """Whether nobody needs to wait any more."""
-        return self.answer is not None or self.over is not None
+        return self.answer is not None or self.closed is not None
 
     def wake(self) -> None:
         """Tell everybody who waits."""
@@ -82,26 +82,26 @@ class Question:
                 waiter.set_result(None)
 
 
-class Questions:
+class OpenQuestions:
     """All questions of this gateway."""
 
-    def __init__(self, *, each: int, all: int) -> None:
-        """`each`: so many questions of one agent may stand, and so many of its requests wait; `all`: of all agents."""
-        self._each = each
-        self._all = all
-        self._by_same: dict[Same, Question] = {}
+    def __init__(self, *, per_agent: int, in_total: int) -> None:
+        """`per_agent`: the most open questions of one agent, and its most waiting requests; `in_total`: of all."""
+        self._per_agent = per_agent
+        self._in_total = in_total
+        self._by_key: dict[ApprovalKey, Question] = {}
         self._by_digest: dict[str, Question] = {}
         self._used: dict[str, int] = {}
         """Digests of those whose yes was used, and until when they would have stood."""
-        self._standing: Counter[str] = Counter()
+        self._open: Counter[str] = Counter()
         self._waiting: Counter[str] = Counter()
 
-    def same(self, same: Same, now_ms: int) -> Question | None:
+    def approval_key(self, key: ApprovalKey, now_ms: int) -> Question | None:
         """The question that stands about the very same request, or None."""
         self.sweep(now_ms)
-        return self._by_same.get(same)
+        return self._by_key.get(key)
 
-    def about(self, request_digest: str) -> Question | None:
+    def by_digest(self, request_digest: str) -> Question | None:
         """The question that an answer is over, or None."""
         return self._by_digest.get(request_digest)
 
@@ -109,19 +109,21 @@ class Questions:
         """Whether a yes to this question was used already."""
         return request_digest in self._used
 
-    def full(self, agent_id: str) -> Refusal | None:
+    def too_many_open(self, agent_id: str) -> Refusal | None:
         """Why no more may be asked for this agent now, or None."""
-        return _too_many("questions to people", self._standing, agent_id, self._each, self._all)
+        return _too_many("questions to people", self._open, agent_id, self._per_agent, self._in_total)
 
-    def crowded(self, agent_id: str) -> Refusal | None:
+    def too_many_waiting(self, agent_id: str) -> Refusal | None:
         """Why no more requests of this agent may wait now, or None."""
-        return _too_many("requests that wait for people", self._waiting, agent_id, self._each, self._all)
+        return _too_many(
+            "requests that wait for people", self._waiting, agent_id, self._per_agent, self._in_total
+        )
 
     def add(self, question: Question) -> None:
         """It stands from now on."""
-        self._by_same[question.same] = question
+        self._by_key[question.approval_key] = question
         self._by_digest[question.signed.digest] = question
-        self._standing[question.same.agent_id] += 1
+        self._open[question.approval_key.agent_id] += 1
 
     def use(self, question: Question) -> None:
         """Its yes is used: it stands no more, and is remembered as used until its end."""
@@ -134,15 +136,15 @@ class Questions:
         """It could not be asked, or what it was about is another thing by now: it stands no more."""
         self._drop(question)
 
-    def wait(self, question: Question, waiter: asyncio.Future[None]) -> None:
+    def add_waiter(self, question: Question, waiter: asyncio.Future[None]) -> None:
         """One more request waits for its answer."""
         question.waiting.add(waiter)
-        self._waiting[question.same.agent_id] += 1
+        self._waiting[question.approval_key.agent_id] += 1
 
-    def leave(self, question: Question, waiter: asyncio.Future[None]) -> None:
+    def stop_waiting(self, question: Question, waiter: asyncio.Future[None]) -> None:
         """It waits no more."""
         question.waiting.discard(waiter)
-        _less(self._waiting, question.same.agent_id)
+        _less(self._waiting, question.approval_key.agent_id)
 
     def sweep(self, now_ms: int) -> None:
         """Let go of what is over."""
@@ -160,16 +162,18 @@ class Questions:
     def _drop(self, question: Question) -> None:
         if self._by_digest.pop(question.signed.digest, None) is None:
             return
-        if self._by_same.get(question.same) is question:
-            del self._by_same[question.same]
-        _less(self._standing, question.same.agent_id)
+        if self._by_key.get(question.approval_key) is question:
+            del self._by_key[question.approval_key]
+        _less(self._open, question.approval_key.agent_id)
 
 
-def _too_many(what: str, counts: Counter[str], agent_id: str, each: int, all: int) -> Refusal | None:
-    if counts[agent_id] >= each:
-        message = f"agent {agent_id} has {each} {what}; wait until they are answered, or over"
-    elif counts.total() >= all:
-        message = f"there are {all} {what} here; ask again later"
+def _too_many(
+    what: str, counts: Counter[str], agent_id: str, per_agent: int, in_total: int
+) -> Refusal | None:
+    if counts[agent_id] >= per_agent:
+        message = f"agent {agent_id} has {per_agent} {what}; wait until they are answered, or over"
+    elif counts.total() >= in_total:
+        message = f"there are {in_total} {what} here; ask again later"
     else:
         return None
     return refuse("approvals_pending_limit", message, status=TOO_MANY_REQUESTS)

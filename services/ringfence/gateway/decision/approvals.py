@@ -17,8 +17,12 @@ from typing import Any, Final
 from aiokafka.errors import KafkaError
 
 from ringfence.gateway.contract import Headers, HoldableRequest
-from ringfence.gateway.decision.approval_questions import Question, Questions, Same, written
-from ringfence.gateway.decision.approved_headers import digest_of_headers, shown, unshowable
+from ringfence.gateway.decision.approval_questions import ApprovalKey, OpenQuestions, Question, revisions_text
+from ringfence.gateway.decision.approved_headers import (
+    digest_of_headers,
+    shown_to_approver,
+    unshowable_reason,
+)
 from ringfence.gateway.domain import UNAVAILABLE, ApprovalRequired, ChosenLease, Refusal, refuse, refuse_for
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base import metrics
@@ -50,15 +54,15 @@ log = logging.getLogger(__name__)
 
 MAX_URL_CHARS: Final = 8000
 MAX_ANSWER_BYTES: Final = 64 * 1024
-MAX_HEARD: Final = 1000
+MAX_ANSWERS_IN_PROGRESS: Final = 1000
 """So many answers are looked at at a time: who can write to the topic fills no memory."""
-_ASK_WITHIN_S: Final = 5.0
+_PUBLISH_TIMEOUT_S: Final = 5.0
 """So long Kafka may take to have the question."""
 _TYP: Final = typ_header(ActionApproval)
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class PendingAction:
     """One request that wants a person's word."""
 
     action_id: str
@@ -76,7 +80,7 @@ class Approvals:
     """Asks people about actions, and knows what they answered."""
 
     def __init__(
-        self, runtime: Runtime, directory: Directory, table: LeaseTable, questions: Questions,
+        self, runtime: Runtime, directory: Directory, table: LeaseTable, questions: OpenQuestions,
         *, wait_s: float, life_s: int,
     ) -> None:  # fmt: skip
         """`wait_s`: how long one request waits; `life_s`: how long a question stands."""
@@ -90,41 +94,44 @@ class Approvals:
 
     # --- asking ---
 
-    async def answered(
-        self, waiting: Waiting, holdable: HoldableRequest | None
+    async def wait_for_answer(
+        self, pending: PendingAction, holdable: HoldableRequest | None
     ) -> tuple[Question | None, Refusal | None]:
         """The question that this request waited for, where there is one, and why it does not go on.
 
-        Without a refusal there is a yes, which it may take (`take`). `holdable`: the request, as the data plane has it;
-        None where nobody tells whether it is still there.
+        Without a refusal there is an approval, which the request may use (`use_approval`). `holdable`: the request, as
+        the data plane has it; None where the data plane cannot tell whether its client is still there.
         """
-        if (refusal := _unaskable(waiting)) is not None:
+        if (refusal := _unshowable_refusal(pending)) is not None:
             return None, refusal
-        claims = self._claims(waiting)
+        claims = self._claims(pending)
         agent_id = claims.agent_id
-        question = self._questions.same(Same.of(claims), self._runtime.clock.now_ms())
+        question = self._questions.approval_key(ApprovalKey.of(claims), self._runtime.clock.now_ms())
         if question is None:
-            if (refusal := self._questions.full(agent_id) or self._questions.crowded(agent_id)) is not None:
+            if (
+                refusal := self._questions.too_many_open(agent_id)
+                or self._questions.too_many_waiting(agent_id)
+            ) is not None:
                 return None, refusal
-            question = Question(Signed(claims, sign(claims, self._runtime.key)), Same.of(claims))
+            question = Question(Signed(claims, sign(claims, self._runtime.key)), ApprovalKey.of(claims))
             self._questions.add(question)
-            if (refusal := await self._asked(question, waiting)) is not None:
+            if (refusal := await self._publish_question(question, pending)) is not None:
                 return None, refusal
         if not question.settled:
-            if (refusal := self._questions.crowded(agent_id)) is not None:
+            if (refusal := self._questions.too_many_waiting(agent_id)) is not None:
                 return question, refusal
-            if (refusal := await self._wait(question, waiting, holdable)) is not None:
+            if (refusal := await self._wait(question, pending, holdable)) is not None:
                 return question, refusal
-        return question, _refusal(question)
+        return question, _settled_refusal(question)
 
-    def same(self, waiting: Waiting) -> Same:
+    def approval_key(self, pending: PendingAction) -> ApprovalKey:
         """What an approval of this would have to be over."""
-        return Same.of(self._claims(waiting))
+        return ApprovalKey.of(self._claims(pending))
 
-    def take(self, question: Question) -> Refusal | None:
+    def use_approval(self, question: Question) -> Refusal | None:
         """Use the yes, once: why it cannot be used any more, or None. Nothing may be awaited after it."""
         claims = question.signed.claims
-        if self._questions.about(question.signed.digest) is not question:
+        if self._questions.by_digest(question.signed.digest) is not question:
             message = (
                 "an approval counts once, and another request just like this one used it, or its time is over"
             )
@@ -135,20 +142,20 @@ class Approvals:
             ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
         except DeniedError as error:
             return refuse(error.reason.code, error.reason.message)
-        if written(ground.revisions(claims.revisions.policy)) != written(claims.revisions):
+        if revisions_text(ground.revisions(claims.revisions.policy)) != revisions_text(claims.revisions):
             return refuse(
                 "approval_stale", "records changed since it was approved; send it again to ask anew"
             )
-        if not may_approve(self._directory, question.by or "", claims.required, ground):
+        if not may_approve(self._directory, question.answered_by or "", claims.required, ground):
             self._questions.drop(question)
-            return refuse("approval_stale", f"{question.by} cannot approve this any more; ask anew")
+            return refuse("approval_stale", f"{question.answered_by} cannot approve this any more; ask anew")
         self._questions.use(question)
         return None
 
-    def _claims(self, waiting: Waiting) -> ActionRequest:
+    def _claims(self, pending: PendingAction) -> ActionRequest:
         lease, ground, now_s = (
-            waiting.chosen.lease,
-            waiting.chosen.ground,
+            pending.chosen.lease,
+            pending.chosen.ground,
             self._runtime.clock.now_ms() // 1000,
         )
         return ActionRequest(
@@ -157,29 +164,29 @@ class Approvals:
             iat=now_s,
             exp=min(now_s + self._life_s, lease.deadline),
             jti=secrets.token_urlsafe(32),
-            action_id=waiting.action_id,
+            action_id=pending.action_id,
             agent_id=lease.agent_id,
             task_id=lease.task_id,
             lease_id=lease.lease_id,
             target_id=lease.target_id,
-            verb=waiting.action.verb,
-            resource=waiting.action.resource,
-            method=waiting.method,
-            url=waiting.url,
-            body_digest=hashlib.sha256(waiting.body).hexdigest(),
-            body_bytes=len(waiting.body),
-            headers_digest=digest_of_headers(waiting.headers),
-            headers=shown(waiting.headers),
-            required=waiting.ask.required,
-            revisions=ground.revisions(waiting.ask.policy),
+            verb=pending.action.verb,
+            resource=pending.action.resource,
+            method=pending.method,
+            url=pending.url,
+            body_digest=hashlib.sha256(pending.body).hexdigest(),
+            body_bytes=len(pending.body),
+            headers_digest=digest_of_headers(pending.headers),
+            headers=shown_to_approver(pending.headers),
+            required=pending.ask.required,
+            revisions=ground.revisions(pending.ask.policy),
         )
 
-    async def _asked(self, question: Question, waiting: Waiting) -> Refusal | None:
+    async def _publish_question(self, question: Question, pending: PendingAction) -> Refusal | None:
         claims = question.signed.claims
         try:
-            async with asyncio.timeout(_ASK_WITHIN_S):
+            async with asyncio.timeout(_PUBLISH_TIMEOUT_S):
                 sent = await self._runtime.publisher.send(
-                    APPROVAL_REQUEST, waiting.chosen.ground.agent.state.sponsor, question.signed.compact,
+                    APPROVAL_REQUEST, pending.chosen.ground.agent.state.sponsor, question.signed.compact,
                     id=question.id, type=claims.typ, content_type="application/jose",
                 )  # fmt: skip
                 await sent
@@ -188,18 +195,18 @@ class Approvals:
             refusal = refuse(
                 "approval_unavailable", "nobody can be asked now; try again later", status=UNAVAILABLE
             )
-            self._end(question, refusal)
+            self._close(question, refusal)
             return refusal
         except BaseException:
-            self._end(question, refuse("approval_unavailable", "nobody was asked", status=UNAVAILABLE))
+            self._close(question, refuse("approval_unavailable", "nobody was asked", status=UNAVAILABLE))
             raise
         return None
 
     async def _wait(
-        self, question: Question, waiting: Waiting, holdable: HoldableRequest | None
+        self, question: Question, pending: PendingAction, holdable: HoldableRequest | None
     ) -> Refusal | None:
         """Wait for the answer: None where there may be one; else why this request waits no longer."""
-        lease, gone = waiting.chosen.lease, False
+        lease, gone = pending.chosen.lease, False
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def wake() -> None:
@@ -212,7 +219,7 @@ class Approvals:
             wake()
 
         now_s = self._runtime.clock.now_ms() / 1000
-        self._questions.wait(question, waiter)
+        self._questions.add_waiter(question, waiter)
         metrics.ACTIONS_WAITING.inc()
         unwatch = self._table.watch(lease.lease_id, wake)
         stay = holdable.on_disconnect(left) if holdable is not None else None
@@ -220,9 +227,9 @@ class Approvals:
             async with asyncio.timeout(max(0.0, min(self._wait_s, question.signed.claims.exp - now_s))):
                 await waiter
         except TimeoutError:
-            return self._out_of_time(question)
+            return self._timeout_refusal(question)
         finally:
-            self._questions.leave(question, waiter)
+            self._questions.stop_waiting(question, waiter)
             metrics.ACTIONS_WAITING.dec()
             unwatch()
             if stay is not None:
@@ -238,7 +245,7 @@ class Approvals:
             "stale_view", "what this gateway knows got too old while this waited", status=UNAVAILABLE
         )
 
-    def _out_of_time(self, question: Question) -> Refusal | None:
+    def _timeout_refusal(self, question: Question) -> Refusal | None:
         claims = question.signed.claims
         if question.settled:
             return None
@@ -248,13 +255,13 @@ class Approvals:
             )
             return refuse("approval_timeout", message)
         message = (
-            f"{_WHO[claims.required]} has not answered yet (question {question.id}); send exactly the same request "
-            f"again until {claims.exp} (seconds since 1970): a yes counts for the next one, once"
+            f"{_APPROVERS[claims.required]} has not answered yet (question {question.id}); send exactly the same "
+            f"request again until {claims.exp} (seconds since 1970): a yes counts for the next one, once"
         )
         return refuse("approval_pending", message)
 
-    def _end(self, question: Question, why: Refusal) -> None:
-        question.over = why
+    def _close(self, question: Question, why: Refusal) -> None:
+        question.closed = why
         self._questions.drop(question)
         question.wake()
 
@@ -264,8 +271,8 @@ class Approvals:
         """Take in what came on `approval.response`: what is about a question of this gateway."""
         for record in records:
             jws = self._to_this_gateway(record)
-            if jws is not None and len(self._tasks) < MAX_HEARD:
-                self._in_the_background(self._heard(jws, record))
+            if jws is not None and len(self._tasks) < MAX_ANSWERS_IN_PROGRESS:
+                self._run_in_background(self._handle_answer(jws, record))
 
     def _to_this_gateway(self, record: Received) -> UnverifiedJws | None:
         """The answer in a record, where it is for this gateway to say what becomes of it. Nothing of it is verified."""
@@ -276,16 +283,16 @@ class Approvals:
             if jws.header.typ != _TYP:
                 return None
             claimed = jws.unverified_claims(ActionApproval)
-            if self._questions.about(claimed.request_digest) is not None:
+            if self._questions.by_digest(claimed.request_digest) is not None:
                 return jws
             asked = parse(claimed.request).unverified_claims(ActionRequest)
         except InvalidMessageError:
             return None  # no answer to anything; audit says so
         return jws if asked.iss == self._runtime.key.id else None
 
-    async def _heard(self, jws: UnverifiedJws, record: Received) -> None:
+    async def _handle_answer(self, jws: UnverifiedJws, record: Received) -> None:
         try:
-            answer = await self._verified(jws, record)
+            answer = await self._verify(jws, record)
         except (InvalidMessageError, ChainError) as error:
             log.warning(
                 "no answer: %s/%d@%d: %s",
@@ -298,11 +305,11 @@ class Approvals:
             return
         # Whoever answers may have seen records that are not here yet.
         await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
-        problem = self._weighed(answer, record)
+        problem = self._apply(answer, record)
         if problem is not None:
-            await self._refuse(answer, problem, record)
+            await self._report_refused(answer, problem, record)
 
-    async def _verified(self, jws: UnverifiedJws, record: Received) -> Signed[ActionApproval]:
+    async def _verify(self, jws: UnverifiedJws, record: Received) -> Signed[ActionApproval]:
         """Raises InvalidMessageError, ChainError."""
 
         def find(iss: str, kid: str) -> PublicKey | None:
@@ -324,24 +331,26 @@ class Approvals:
             await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
             return opened()
 
-    def _weighed(self, answer: Signed[ActionApproval], record: Received) -> Reason | None:
+    def _apply(self, answer: Signed[ActionApproval], record: Received) -> Reason | None:
         """Why a verified answer changes nothing; None where it did."""
         claims = answer.claims
-        question = self._questions.about(claims.request_digest)
+        question = self._questions.by_digest(claims.request_digest)
         if question is None and not self._questions.was_used(claims.request_digest):
             return _reason("request_unknown", "no such question stands here: it is over, or was never asked")
         if question is None:
             return _reason(
                 "approval_replayed", "this question was answered, and the answer used; each counts once"
             )
-        problem = self._problem(question, answer, record)
+        problem = self._answer_problem(question, answer, record)
         if problem is not None:
             return problem
-        question.answer, question.by = answer, subject_of(claims.aud, claims.iss, "user")
+        question.answer, question.answered_by = answer, subject_of(claims.aud, claims.iss, "user")
         question.wake()
         return None
 
-    def _problem(self, question: Question, answer: Signed[ActionApproval], record: Received) -> Reason | None:
+    def _answer_problem(
+        self, question: Question, answer: Signed[ActionApproval], record: Received
+    ) -> Reason | None:
         claims, asked = answer.claims, question.signed
         if (claims.request, claims.request_digest) != (asked.compact, asked.digest):
             return _reason("approval_other_request", "the answer is a signature over another question")
@@ -353,33 +362,37 @@ class Approvals:
         if user_id is None:
             return _reason("not_a_person", f"{claims.iss} is no user; only people approve")
         if question.answer is not None:
-            return _reason("already_decided", f"{question.by} answered before, and that stands")
+            return _reason("already_decided", f"{question.answered_by} answered before, and that stands")
         if record.appended_at_ms >= asked.claims.exp * 1000:
             return _reason("approval_expired", "the time in which answers counted is over")
-        return not_understood(claims) or self._stale(question) or self._not_theirs(question, user_id)
+        return (
+            not_understood(claims)
+            or self._stale_problem(question)
+            or self._approver_problem(question, user_id)
+        )
 
-    def _stale(self, question: Question) -> Reason | None:
+    def _stale_problem(self, question: Question) -> Reason | None:
         """Records changed since it was asked: nobody knows whether the same would be answered."""
         claims = question.signed.claims
         try:
             ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
         except DeniedError as error:
-            self._end(question, Refusal(403, (error.reason,)))
+            self._close(question, Refusal(403, (error.reason,)))
             return error.reason
-        if written(ground.revisions(claims.revisions.policy)) == written(claims.revisions):
+        if revisions_text(ground.revisions(claims.revisions.policy)) == revisions_text(claims.revisions):
             return None
         reason = _reason("approval_stale", "agent, user, task or target changed since it was asked; ask anew")
-        self._end(question, Refusal(403, (reason,)))
+        self._close(question, Refusal(403, (reason,)))
         return reason
 
-    def _not_theirs(self, question: Question, user_id: str) -> Reason | None:
+    def _approver_problem(self, question: Question, user_id: str) -> Reason | None:
         claims = question.signed.claims
         ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
         if may_approve(self._directory, user_id, claims.required, ground):
             return None
         return _reason("not_approver", f"{user_id} cannot give what is asked for here: {claims.required}")
 
-    async def _refuse(self, answer: Signed[ActionApproval], why: Reason, record: Received) -> None:
+    async def _report_refused(self, answer: Signed[ActionApproval], why: Reason, record: Received) -> None:
         """Say that a signed answer does not count: whoever gave it waits for something that will not come."""
         try:
             await self._runtime.event(
@@ -396,40 +409,40 @@ class Approvals:
         except (KafkaError, RingfenceError, OSError) as error:
             log.warning("that an answer does not count could not be said: %r", error)
 
-    def _in_the_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name="approval")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
 
-_WHO: Final = {
+_APPROVERS: Final = {
     "sponsor": "the agent's sponsor",
     "second_person": "another sponsor",
     "operator": "an operator",
 }
 
 
-def _unaskable(waiting: Waiting) -> Refusal | None:
-    if len(waiting.body) > MAX_BODY_BYTES:
+def _unshowable_refusal(pending: PendingAction) -> Refusal | None:
+    if len(pending.body) > MAX_BODY_BYTES:
         return refuse(
             "body_unseen", f"a request that waits for a person may have {MAX_BODY_BYTES} bytes", status=413
         )
-    if len(waiting.url) > MAX_URL_CHARS or not all("!" <= one <= "~" for one in waiting.url):
+    if len(pending.url) > MAX_URL_CHARS or not all("!" <= one <= "~" for one in pending.url):
         message = f"nobody can be shown this URL: it has to be ASCII, {MAX_URL_CHARS} characters at most"
         return refuse("action_unshowable", message)
-    if (why := unshowable(waiting.headers)) is not None:
+    if (why := unshowable_reason(pending.headers)) is not None:
         return refuse("action_unshowable", f"nobody can be shown this request: {why}")
     return None
 
 
-def _refusal(question: Question) -> Refusal | None:
+def _settled_refusal(question: Question) -> Refusal | None:
     """Why a request does not go on whose question is settled; None where there is a yes."""
-    if question.over is not None:
-        return question.over
+    if question.closed is not None:
+        return question.closed
     answer = question.answer
     if answer is None or answer.claims.verdict != "approved":
         comment = f": {answer.claims.comment[:500]}" if answer is not None and answer.claims.comment else ""
-        return refuse("approval_denied", f"{question.by} denied it{comment}")
+        return refuse("approval_denied", f"{question.answered_by} denied it{comment}")
     return None
 
 

@@ -15,9 +15,9 @@ from ringfence.gateway.contract import Attempt, Headers
 from ringfence.messages.approval import MAX_HEADER_NAME_CHARS, MAX_HEADERS, ShownHeader
 from ringfence.messages.registry import TargetState
 
-LEFT_OUT: Final = frozenset({"traceparent", "tracestate", "baggage", "date", "x-request-id"})
+DROPPED: Final = frozenset({"traceparent", "tracestate", "baggage", "date", "x-request-id"})
 """Clients send another value with each attempt. Neither hashed nor forwarded: an exact retry finds its question."""
-SHOWN: Final = frozenset({
+SHOWN_VALUES: Final = frozenset({
     "content-type", "content-encoding", "content-language", "content-range", "content-disposition", "range",
     "if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range", "prefer", "upgrade",
     # WebDAV (RFC 4918)
@@ -37,14 +37,14 @@ MAX_SHOWN_CHARS: Final = 8000
 def headers_to_approve(attempt: Attempt, target: TargetState) -> Headers | None:
     """What goes on with an action that a person is asked about; None where not all of that was seen.
 
-    The gateway leaves `LEFT_OUT` out of what it forwards. A proxy that shows one of these may forward it.
+    The gateway leaves `DROPPED` out of what it forwards. A proxy that shows one of these may forward it.
     """
     found = attempt.headers() if attempt.headers is not None else None
-    if found is None or (not attempt.sent_by_gateway and any(name in LEFT_OUT for name, _ in found)):
+    if found is None or (not attempt.sent_by_gateway and any(name in DROPPED for name, _ in found)):
         return None
     injected = secret_header(target)
     replaced = injected.replace("_", "-") if injected is not None else None
-    return tuple(one for one in found if one[0] not in LEFT_OUT and one[0] != replaced)
+    return tuple(one for one in found if one[0] not in DROPPED and one[0] != replaced)
 
 
 def digest_of_headers(headers: Headers) -> str:
@@ -60,16 +60,19 @@ def digest_of_headers(headers: Headers) -> str:
     return hashed.hexdigest()
 
 
-def shown(headers: Headers) -> tuple[ShownHeader, ...]:
+def shown_to_approver(headers: Headers) -> tuple[ShownHeader, ...]:
     """What a person sees of them."""
-    return tuple(ShownHeader(name=name, value=value if name in SHOWN else None) for name, value in headers)
+    return tuple(
+        ShownHeader(name=name, value=value if name in SHOWN_VALUES else None) for name, value in headers
+    )
 
 
-def unshowable(headers: Headers) -> str | None:
+def unshowable_reason(headers: Headers) -> str | None:
     """Why a person cannot be shown them, or None."""
-    seen = [value for name, value in headers if name in SHOWN]
+    seen = [value for name, value in headers if name in SHOWN_VALUES]
     if not all(" " <= char <= "~" for value in seen for char in value):
-        return f"the values of {', '.join(sorted(SHOWN & {name for name, _ in headers}))} have to be printable ASCII"
+        names = ", ".join(sorted(SHOWN_VALUES & {name for name, _ in headers}))
+        return f"the values of {names} have to be printable ASCII"
     if len(headers) > MAX_HEADERS or any(len(name) > MAX_HEADER_NAME_CHARS for name, _ in headers):
         return f"it may have {MAX_HEADERS} headers, with names of {MAX_HEADER_NAME_CHARS} characters"
     if max(map(len, seen), default=0) > MAX_VALUE_CHARS:

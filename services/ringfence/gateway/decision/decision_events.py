@@ -142,7 +142,7 @@ class DecisionEvents:
         assert lease is not None, "it was allowed"
         assert action is not None, "it was allowed"
         took_us = context.took_ns // 1000
-        self._recorder.keep(
+        self._recorder.append(
             fast_path.allowed_entry(
                 context.id,
                 sender.agent_id,
@@ -213,6 +213,6 @@ def _approval_of(context: DecisionContext) -> ActionAsked | None:
     return ActionAsked(
         request_id=question.id,
         request_digest=question.signed.digest,
-        by=question.by,
+        by=question.answered_by,
         waited_ms=context.waited_ns // 1_000_000,
     )

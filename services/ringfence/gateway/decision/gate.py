@@ -21,7 +21,7 @@ from ringfence.gateway.contract import (
 )
 from ringfence.gateway.decision.action_ids import ActionIds
 from ringfence.gateway.decision.approval_questions import Question
-from ringfence.gateway.decision.approvals import Approvals, Waiting
+from ringfence.gateway.decision.approvals import Approvals, PendingAction
 from ringfence.gateway.decision.approved_headers import headers_to_approve
 from ringfence.gateway.decision.context import DecisionContext
 from ringfence.gateway.decision.decision_events import DecisionEvents
@@ -70,7 +70,7 @@ class DecisionGate:
         self,
         view: View,
         targets: Targets,
-        identifier: SenderAuthenticator,
+        authenticator: SenderAuthenticator,
         evaluator: Evaluator,
         injector: Injector,
         recorder: Recorder,
@@ -90,7 +90,7 @@ class DecisionGate:
         """  # fmt: skip
         self._view = view
         self._targets = targets
-        self._identifier = identifier
+        self._authenticator = authenticator
         self._evaluator = evaluator
         self._injector = injector
         self._refusal_counts = refusal_counts
@@ -103,7 +103,7 @@ class DecisionGate:
         self._authorize = self._authorize_uncached
         if fast_path:
             self._fast_path = DecisionFastPath(
-                view, targets, identifier, evaluator, injector, recorder, self._task_history, self._ids, clock,
+                view, targets, authenticator, evaluator, injector, recorder, self._task_history, self._ids, clock,
                 gateway=gateway, entitlements_max_age_s=entitlements_max_age_s, authorize=self._authorize_uncached,
             )  # fmt: skip
             self._authorize = self._fast_path.authorize
@@ -190,20 +190,20 @@ class DecisionGate:
             raise UnavailableError(_no_url_message(target))
         return url
 
-    def on_lease_end(self, lease_id: str, ended: Callable[[], None]) -> Callable[[], None]:
+    def on_lease_end(self, lease_id: str, on_ended: Callable[[], None]) -> Callable[[], None]:
         """See `Gate`."""
         if self._view.stale() is not None:
-            ended()
+            on_ended()
             return lambda: None
-        return self._view.table.watch(lease_id, ended)
+        return self._view.table.watch(lease_id, on_ended)
 
-    def watch(self, lease_id: str, ended: Callable[[], None]) -> None:
+    def watch(self, lease_id: str, on_ended: Callable[[], None]) -> None:
         """See `Gate`."""
-        self._view.table.watch_living(lease_id, ended)
+        self._view.table.watch_live(lease_id, on_ended)
 
-    def unwatch(self, lease_id: str, ended: Callable[[], None]) -> None:
+    def unwatch(self, lease_id: str, on_ended: Callable[[], None]) -> None:
         """See `Gate`."""
-        self._view.table.unwatch(lease_id, ended)
+        self._view.table.unwatch(lease_id, on_ended)
 
     def view_problem(self) -> Reason | None:
         """See `Gate`."""
@@ -232,7 +232,7 @@ class DecisionGate:
         if refusal is None and context.chosen is not None and context.target is not None:
             refusal = await self._fetch_credential(context, context.chosen.lease, context.target.state)
         if refusal is None and context.question is not None:
-            refusal = self._approvals.take(context.question)
+            refusal = self._approvals.use_approval(context.question)
         if refusal is not None:
             self._apply_observe_mode(context, refusal, presented, attempt)
         return refusal
@@ -247,7 +247,7 @@ class DecisionGate:
         context.unexamined = True
         if (stale := self._stale_refusal()) is not None:
             return stale
-        sender = await self._identifier.sender(presented, attempt)
+        sender = await self._authenticator.authenticate(presented, attempt)
         if isinstance(sender, Refusal):
             context.sender = sender.sender
             return sender
@@ -356,7 +356,7 @@ class DecisionGate:
             return refuse("action_unshowable", "the target does not say where it is, so nobody can be asked")
         began_ns = time.perf_counter_ns()
         try:
-            context.question, refusal = await self._approvals.answered(waiting, context.holdable)
+            context.question, refusal = await self._approvals.wait_for_answer(waiting, context.holdable)
         finally:
             context.waited_ns = time.perf_counter_ns() - began_ns
         if refusal is not None and refusal.status == UNAVAILABLE:
@@ -383,7 +383,9 @@ class DecisionGate:
         if isinstance(result, Refusal):
             return result
         going_on = _pending_action(context, result) if result is not None else None
-        if result is not None and (going_on is None or self._approvals.same(going_on) != question.same):
+        if result is not None and (
+            going_on is None or self._approvals.approval_key(going_on) != question.approval_key
+        ):
             return refuse(
                 "approval_stale", "what was approved is another thing by now; send it again to ask anew"
             )
@@ -434,7 +436,7 @@ class DecisionGate:
             lease=context.lease,
             target=context.target.state if context.target is not None else None,
             action=context.action,
-            nonce=self._identifier.nonce() if by_proof else None,
+            nonce=self._authenticator.nonce() if by_proof else None,
             retry_after_s=_RATE_RETRY_S if status in (UNAVAILABLE, TOO_MANY_REQUESTS) else None,
             task_id=context.task_id,
             observed=context.observed,
@@ -480,7 +482,7 @@ def _no_url_message(target: TargetState) -> str:
     return f"target {target.target_id} does not say where it is: an operator adds it with --setting url=https://..."
 
 
-def _pending_action(context: DecisionContext, ask: ApprovalRequired) -> Waiting | None:
+def _pending_action(context: DecisionContext, ask: ApprovalRequired) -> PendingAction | None:
     """What a person is asked about: exactly what would go on. None where something of it is not known."""
     chosen, target, action, attempt = context.chosen, context.target, context.action, context.attempt
     if chosen is None or target is None or target.url is None or action is None or attempt.body is None:
@@ -488,4 +490,4 @@ def _pending_action(context: DecisionContext, ask: ApprovalRequired) -> Waiting 
     if (headers := headers_to_approve(attempt, target.state)) is None:
         return None
     url = f"{target.url}{attempt.target}"
-    return Waiting(context.id, attempt.method, url, attempt.body, headers, chosen, action, ask)
+    return PendingAction(context.id, attempt.method, url, attempt.body, headers, chosen, action, ask)

@@ -32,10 +32,10 @@ from ringfence.model.identity.api_tokens import api_token
 
 log = logging.getLogger(__name__)
 
-MAX_KEPT: Final = 100_000
-_WITHIN_S: Final = 12.0
+MAX_CREDENTIALS: Final = 100_000
+_TIMEOUT_S: Final = 12.0
 """The issuer reads Kafka for up to 10 s."""
-_NOT_AGAIN_MS: Final = 1000
+_NEGATIVE_CACHE_MS: Final = 1000
 """So long an answer that there is none is gone by: many requests ask at once."""
 
 
@@ -60,10 +60,10 @@ class SealedCredentials:
         self._seal = seal
         self._issuer_url = issuer_url.rstrip("/")
         self._kept: OrderedDict[str, CredentialDelivery] = OrderedDict()
-        self._asking: dict[str, asyncio.Task[CredentialDelivery]] = {}
-        self._without: dict[str, int] = {}
+        self._fetches: dict[str, asyncio.Task[CredentialDelivery]] = {}
+        self._missing_until_ms: dict[str, int] = {}
         self._http: httpx.AsyncClient | None = None
-        table.on_over(self._forget)
+        table.on_lease_end(self._forget)
 
     def on_records(self, records: Sequence[Received]) -> None:
         """Take in what came on `credential.reply`: envelopes that are sealed to this gateway; the rest is others'."""
@@ -72,7 +72,7 @@ class SealedCredentials:
                 continue
             try:
                 if not self._seal.kids.isdisjoint(recipients_of(record.value)):
-                    self._take(self._opened(record.value, record.appended_at_ms / 1000))
+                    self._keep(self._open(record.value, record.appended_at_ms / 1000))
             except InvalidMessageError as error:
                 # Anybody can seal to a public key: what no issuer signed is none.
                 log.warning(
@@ -83,12 +83,12 @@ class SealedCredentials:
                     extra=rate_limited(record.topic_name, error.code),
                 )
 
-    async def of(self, lease: Lease) -> Credential:
+    async def get(self, lease: Lease) -> Credential:
         """The credential of a live lease. Raises UnavailableError where it cannot be had now."""
-        kept = self.at_hand(lease)
-        return kept if kept is not None else self._credential(await self._asked(lease), lease)
+        kept = self.cached(lease)
+        return kept if kept is not None else self._credential(await self._fetch_once(lease), lease)
 
-    def at_hand(self, lease: Lease) -> Credential | None:
+    def cached(self, lease: Lease) -> Credential | None:
         """The same where nobody has to be asked; else None. Raises UnavailableError."""
         delivery = self._kept.get(lease.lease_id)
         return self._credential(delivery, lease) if delivery is not None else None
@@ -113,54 +113,54 @@ class SealedCredentials:
 
     # --- what came ---
 
-    def _opened(self, envelope: bytes, at_s: float) -> CredentialDelivery:
+    def _open(self, envelope: bytes, at_s: float) -> CredentialDelivery:
         assert self._seal is not None
         return verify(
             parse(self._seal.open(envelope)), CredentialDelivery, self._trust.finder("issuer", at_s=at_s),
             audience=self._trust.trust_domain,
         ).claims  # fmt: skip
 
-    def _take(self, delivery: CredentialDelivery) -> None:
+    def _keep(self, delivery: CredentialDelivery) -> None:
         if delivery.credential.expires_at * 1000 <= self._clock.now_ms():
             return
         lease = self._table.get(delivery.lease_id)
         if lease is not None and self._table.problem(lease) is not None and lease.status != "minting":
             return
         self._kept[delivery.lease_id] = delivery
-        if len(self._kept) > MAX_KEPT:
+        if len(self._kept) > MAX_CREDENTIALS:
             self._kept.popitem(last=False)  # it can be asked for
 
     def _forget(self, lease_id: str) -> None:
         self._kept.pop(lease_id, None)
-        self._without.pop(lease_id, None)
+        self._missing_until_ms.pop(lease_id, None)
 
     # --- what is asked for ---
 
-    async def _asked(self, lease: Lease) -> CredentialDelivery:
+    async def _fetch_once(self, lease: Lease) -> CredentialDelivery:
         """Asked of the issuer, once for all who wait for it."""
-        if self._without.get(lease.lease_id, 0) > self._clock.now_ms():
+        if self._missing_until_ms.get(lease.lease_id, 0) > self._clock.now_ms():
             raise UnavailableError(
                 f"the issuer has no credential for lease {lease.lease_id} that it could give"
             )
-        task = self._asking.get(lease.lease_id)
+        task = self._fetches.get(lease.lease_id)
         if task is None:
-            task = asyncio.create_task(self._ask(lease), name="sealed credential")
-            self._asking[lease.lease_id] = task
-            task.add_done_callback(lambda done: self._answered(lease.lease_id, done))
+            task = asyncio.create_task(self._fetch(lease), name="sealed credential")
+            self._fetches[lease.lease_id] = task
+            task.add_done_callback(lambda done: self._fetched(lease.lease_id, done))
         return await asyncio.shield(task)
 
-    def _answered(self, lease_id: str, task: asyncio.Task[CredentialDelivery]) -> None:
-        self._asking.pop(lease_id, None)
+    def _fetched(self, lease_id: str, task: asyncio.Task[CredentialDelivery]) -> None:
+        self._fetches.pop(lease_id, None)
         if task.cancelled() or task.exception() is not None:
-            self._without[lease_id] = self._clock.now_ms() + _NOT_AGAIN_MS
+            self._missing_until_ms[lease_id] = self._clock.now_ms() + _NEGATIVE_CACHE_MS
 
-    async def _ask(self, lease: Lease) -> CredentialDelivery:
+    async def _fetch(self, lease: Lease) -> CredentialDelivery:
         if self._seal is None:
             raise UnavailableError(
                 "this gateway has no key that credentials are sealed to: set RINGFENCE_GATEWAY_SEAL_KEY_FILE"
             )
         if self._http is None:
-            self._http = httpx.AsyncClient(timeout=_WITHIN_S, trust_env=False)
+            self._http = httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False)
         url = f"{self._issuer_url}/v1/leases/{lease.lease_id}/sealed-credential"
         try:
             answer = await self._http.get(url, headers={"Authorization": f"Bearer {self._token()}"})
@@ -171,12 +171,12 @@ class SealedCredentials:
                 f"the issuer has no credential for lease {lease.lease_id} that it could give: {answer.status_code}"
             )
         try:
-            delivery = self._opened(answer.content, self._clock.now_ms() / 1000)
+            delivery = self._open(answer.content, self._clock.now_ms() / 1000)
         except InvalidMessageError as error:
             raise UnavailableError(f"what the issuer answered cannot be opened: {error.code}") from None
         if delivery.lease_id != lease.lease_id:
             raise UnavailableError("the issuer answered with another lease's credential")
-        self._take(delivery)
+        self._keep(delivery)
         return delivery
 
     def _token(self) -> str:
@@ -210,19 +210,19 @@ class Injector:
             raise UnavailableError(problem.message, code=problem.code)
         return headers
 
-    def at_hand(self, lease: Lease, target: TargetState) -> Mapping[str, str] | None:
+    def cached_headers(self, lease: Lease, target: TargetState) -> Mapping[str, str] | None:
         """The headers where nobody has to be asked; else None. Raises what stands against them."""
         self._check(lease, target)
         if lease.backend == "http":
             return self._secrets.headers_at_hand(target)
-        credential = self._sealed.at_hand(lease)
+        credential = self._sealed.cached(lease)
         return _bearer(credential) if credential is not None else None
 
     async def _headers(self, lease: Lease, target: TargetState) -> Mapping[str, str]:
         self._check(lease, target)
         if lease.backend == "http":
             return await self._secrets.headers(target)
-        return _bearer(await self._sealed.of(lease))
+        return _bearer(await self._sealed.get(lease))
 
     def _check(self, lease: Lease, target: TargetState) -> None:
         if lease.target_id != target.target_id or lease.backend != target.backend.kind:

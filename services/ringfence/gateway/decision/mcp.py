@@ -81,7 +81,7 @@ class McpSessions:
     def __init__(self, table: LeaseTable) -> None:
         self._table = table
         self._sessions = SessionTable()
-        table.on_over(self._sessions.end)
+        table.on_lease_end(self._sessions.end)
 
     def read(self, attempt: Attempt, target: CompiledTarget, sender: Sender) -> McpRequest | Refusal:
         """What a request to an endpoint says; a refusal where that cannot be told, or the session is not its own."""

@@ -80,7 +80,7 @@ class SenderAuthenticator:
         """What the next proof should have."""
         return self._proofs.nonce()
 
-    def at_hand(self, presented: PresentedIdentity) -> Sender | None:
+    def without_proof(self, presented: PresentedIdentity) -> Sender | None:
         """Who it is by its socket or its certificate; None where that is not so, or not certain."""
         handle = presented.handle
         if handle is not None and not _UUID.fullmatch(handle):
@@ -93,7 +93,7 @@ class SenderAuthenticator:
             return None
         return sender if isinstance(sender, Sender) else None
 
-    async def sender(self, presented: PresentedIdentity, attempt: Attempt) -> Sender | Refusal:
+    async def authenticate(self, presented: PresentedIdentity, attempt: Attempt) -> Sender | Refusal:
         """Who it is. Of several ways the surest counts: the socket, then the certificate, then the handle."""
         handle = presented.handle
         if handle is not None and not _UUID.fullmatch(handle):

@@ -79,7 +79,7 @@ class Targets:
         kept = self._compiled.get(target.target_id)
         return kept.url if kept is not None and kept.state is target else url_of(target)
 
-    def knows(self, authority: str) -> bool:
+    def is_target_host(self, authority: str) -> bool:
         """Whether a target may be there, by http or https: what is none is denied before anything else is looked at."""
         for scheme in _PORTS:
             endpoint = endpoint_of(scheme, authority)

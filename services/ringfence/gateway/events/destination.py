@@ -18,7 +18,7 @@ from ringfence.messages.operations import MAX_PATH_CHARS, Destination
 MAX_METHOD_CHARS: Final = 32
 _MAX_HOST_CHARS: Final = 253
 _MAX_PORT: Final = 65535
-_LOOKED_AT: Final = 4096
+_MAX_READ_CHARS: Final = 4096
 """So much of what a stranger wrote is looked at."""
 _ODD_IN_HOST: Final = re.compile(r"[^a-z0-9._:-]")
 _ODD: Final = re.compile(r"[^!-~]")
@@ -51,7 +51,7 @@ def destination_of(attempt: Attempt, url: str | None, handle: str | None = None)
 
 def destination_of_line(method: str, target: str, host: str | None, scheme: Scheme) -> Destination:
     """Where a request line leads, with the `Host` of the message; also one that cannot be read for certain."""
-    target = target[:_LOOKED_AT]
+    target = target[:_MAX_READ_CHARS]
     if (absolute := _ABSOLUTE.fullmatch(target)) is not None:
         authority, path = _cut(absolute[2])
         return _destination(absolute[1].lower(), authority, path or "/")
@@ -62,9 +62,9 @@ def destination_of_line(method: str, target: str, host: str | None, scheme: Sche
     return _destination(scheme, host, target)
 
 
-def unread_line(head: bytes) -> tuple[str, str, str | None]:
+def unparsed_line(head: bytes) -> tuple[str, str, str | None]:
     """Method, target and `Host` of a head that is no valid one, as far as they can be told apart."""
-    first, *lines = re.split(rb"\r\n|\r|\n", head[:_LOOKED_AT])
+    first, *lines = re.split(rb"\r\n|\r|\n", head[:_MAX_READ_CHARS])
     method, *rest = re.split(rb"[ \t]+", first, maxsplit=2)
     hosts = [line.partition(b":")[2] for line in lines if line[:5].lower() == b"host:"]
     host = hosts[0].strip(b" \t").decode("latin-1") if hosts else None
@@ -104,7 +104,7 @@ def _destination(
 
 
 def _host_and_port(authority: str, scheme: str) -> tuple[str | None, int | None]:
-    rest = authority[:_LOOKED_AT].rpartition("@")[2]
+    rest = authority[:_MAX_READ_CHARS].rpartition("@")[2]
     rest = rest[: _end_of_authority(rest)]
     if rest.startswith("["):
         host, _, after = rest[1:].partition("]")
@@ -121,8 +121,8 @@ def _host_and_port(authority: str, scheme: str) -> tuple[str | None, int | None]
 
 
 def _path(target: str, handle: str | None) -> str:
-    cut = len(target) > _LOOKED_AT
-    path = re.split(r"[?#]", target[:_LOOKED_AT], maxsplit=1)[0]
+    cut = len(target) > _MAX_READ_CHARS
+    path = re.split(r"[?#]", target[:_MAX_READ_CHARS], maxsplit=1)[0]
     decoded = unquote(path)
     if _scrubbed(decoded, handle) != decoded and _scrubbed(path, handle) == path:
         return REDACTED  # it is written in percent signs, and nobody can tell where it ends

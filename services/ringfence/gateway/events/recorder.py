@@ -21,13 +21,13 @@ from ringfence.messages.topics import ACTION
 
 log = logging.getLogger(__name__)
 
-UNKNOWN: Final = "unknown"
+UNKNOWN_AGENT: Final = "unknown"
 """The key of events of which nobody knows whose they are."""
 _SYNC_EVERY_S: Final = 1.0
-_GATHER_S: Final = 0.05
+_BATCH_DELAY_S: Final = 0.05
 """So long events gather: nobody waits for them, and those that travel together cost half."""
-_AGAIN_S: Final = 0.5
-_DRAIN_S: Final = 3.0
+_RETRY_DELAY_S: Final = 0.5
+_DRAIN_TIMEOUT_S: Final = 3.0
 
 
 class Recorder:
@@ -37,52 +37,52 @@ class Recorder:
         self._spool = spool
         self._publisher = publisher
         self._tracing = tracing
-        self._news = asyncio.Event()
-        self._held: list[tuple[bytes, Callable[[bool], None]]] = []
+        self._appended = asyncio.Event()
+        self._batch: list[tuple[bytes, Callable[[bool], None]]] = []
         """Entries that are kept before this turn of the loop is over, and who waits for that."""
 
     def record(self, event: ActionDecided | ActionAnswered) -> None:
         """Keep one event. Raises SpoolFullError where it cannot be kept: then nothing may be forwarded."""
-        self._keep_held()  # they were decided before
+        self._append_batch()  # they were decided before
         self._spool.append(self._entry(event))
-        self._news.set()
+        self._appended.set()
 
-    def keep(self, entry: bytes) -> None:
-        """The same for an `ActionDecided` that is written already, see `written.entry`. Raises SpoolFullError."""
-        self._keep_held()
+    def append(self, entry: bytes) -> None:
+        """The same for an `ActionDecided` that is written already, see `AllowedEvents.entry`. Raises SpoolFullError."""
+        self._append_batch()
         self._spool.append(self._traced(entry))
-        self._news.set()
+        self._appended.set()
 
-    def keep_soon(self, entry: bytes, then: Callable[[bool], None]) -> None:
-        """Keep it together with what else is decided in this turn of the loop, in one write.
+    def append_at_end_of_turn(self, entry: bytes, on_recorded: Callable[[bool], None]) -> None:
+        """Write an entry in one batch with the others of this turn of the event loop.
 
-        `then` is called before the turn is over, or by the next event, with whether it is kept: before that nothing of
-        what it is about may be forwarded.
+        `on_recorded` is called before the turn is over, or by the next event, with whether the entry was written. Until
+        then nothing of its request may be forwarded.
         """
-        if not self._held:
-            asyncio.get_running_loop().call_soon(self._keep_held)
-        self._held.append((self._traced(entry), then))
+        if not self._batch:
+            asyncio.get_running_loop().call_soon(self._append_batch)
+        self._batch.append((self._traced(entry), on_recorded))
 
-    def _keep_held(self) -> None:
-        if not self._held:
+    def _append_batch(self) -> None:
+        if not self._batch:
             return
-        held, self._held = self._held, []
+        batch, self._batch = self._batch, []
         try:
-            self._spool.append(*[entry for entry, _ in held])
+            self._spool.append(*[entry for entry, _ in batch])
             kept = True
-            self._news.set()
+            self._appended.set()
         except SpoolFullError as error:
             log.error("nothing is let pass: %s", error)
             kept = False
-        for _, then in held:
+        for _, then in batch:
             then(kept)
 
     def _entry(self, event: ActionDecided | ActionAnswered) -> bytes:
         if self._tracing is not NOT_TRACING:
-            event = event.model_copy(update={"traceparent": traced(self._tracing, event)})
+            event = event.model_copy(update={"traceparent": trace_action(self._tracing, event)})
         value = event.model_dump_json(exclude_none=True).encode()
         id = event.action_id if isinstance(event, ActionDecided) else f"{event.action_id}:answer"
-        return entry_head(event.agent_id or UNKNOWN, id, event.traceparent) + value
+        return entry_head(event.agent_id or UNKNOWN_AGENT, id, event.traceparent) + value
 
     def _traced(self, entry: bytes) -> bytes:
         if self._tracing is NOT_TRACING:
@@ -91,23 +91,23 @@ class Recorder:
 
     async def publish(self) -> None:
         """Publish what is there and what comes, for ever."""
-        said = ""
+        last_error = ""
         while True:
             try:
-                while self._spool.waiting():
+                while self._spool.has_unpublished():
                     await self._publish_some()
-                said = ""
+                last_error = ""
             except (KafkaError, RingfenceError, OSError) as error:
-                if repr(error) != said:
-                    said = repr(error)
+                if repr(error) != last_error:
+                    last_error = repr(error)
                     log.warning("events wait on disk (%d bytes): %s", self._spool.size(), error)
-                await asyncio.sleep(_AGAIN_S)
+                await asyncio.sleep(_RETRY_DELAY_S)
                 continue
             finally:
                 metrics.ACTIONS_SPOOLED.set(self._spool.size())
-            self._news.clear()
-            await self._news.wait()
-            await asyncio.sleep(_GATHER_S)
+            self._appended.clear()
+            await self._appended.wait()
+            await asyncio.sleep(_BATCH_DELAY_S)
 
     async def sync(self) -> None:
         """Make what was written outlive the machine, once a second, for ever."""
@@ -117,10 +117,10 @@ class Recorder:
 
     async def close(self) -> None:
         """Publish what is left, if that can be done soon; the rest waits on disk for the next start."""
-        self._keep_held()
+        self._append_batch()
         try:
-            async with asyncio.timeout(_DRAIN_S):
-                while self._spool.waiting():
+            async with asyncio.timeout(_DRAIN_TIMEOUT_S):
+                while self._spool.has_unpublished():
                     await self._publish_some()
         except (TimeoutError, KafkaError, RingfenceError, OSError) as error:
             log.warning("%d bytes of events wait on disk for the next start: %r", self._spool.size(), error)
@@ -131,7 +131,7 @@ class Recorder:
         if entries:
             records = (_outbound(entry) for entry in entries)
             await gather_all(await self._publisher.send_many(ACTION, ACTION.what, records))
-        self._spool.published(mark)
+        self._spool.mark_published(mark)
 
 
 def entry_head(key: str, id: str, traceparent: str | None) -> bytes:
@@ -152,7 +152,7 @@ def _outbound(entry: bytes) -> Outbound:
 # What the trace of a request says of the actions that its lease was used for.
 
 
-def traced(tracing: Tracing, event: ActionDecided | ActionAnswered) -> str | None:
+def trace_action(tracing: Tracing, event: ActionDecided | ActionAnswered) -> str | None:
     """Make the span of an action that was decided, or answered; returns what its event goes on from.
 
     What it was done to is not said: names at a target may tell more than whoever reads traces is to know.

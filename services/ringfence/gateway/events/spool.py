@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 _HEAD: Final = struct.Struct(">II")
 _SUFFIX: Final = ".spool"
 _MARK: Final = "published"
-_READ_AT_ONCE: Final = 256 * 1024
+_READ_BYTES: Final = 256 * 1024
 SEGMENT_BYTES: Final = 4 * 1024 * 1024
 MAX_ENTRY_BYTES: Final = 256 * 1024
 
@@ -59,8 +59,8 @@ class Spool:
             self._lock = open_private(folder / "lock", os.O_RDWR)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._sizes = {int(path.stem): path.stat().st_size for path in sorted(folder.glob(f"*{_SUFFIX}"))}
-            self._number, self._offset = self._marked()
-            self._begin()
+            self._read_number, self._read_offset = self._read_mark()
+            self._begin_segment()
         except BlockingIOError:
             raise SpoolError(
                 f"another gateway uses {folder}: set RINGFENCE_GATEWAY_SPOOL to another folder"
@@ -82,10 +82,10 @@ class Spool:
             raise SpoolFullError("events are not published, and there is no room for more: is Kafka away?")
         try:
             if self._sizes[self._writing] >= self._segment_bytes:
-                self._turn()
+                self._rotate()
             written = os.write(self._file, framed)
             if written != len(framed):
-                self._take_back()
+                self._truncate()
         except OSError as error:
             raise SpoolFullError(f"an event cannot be written to disk: {error.strerror}") from None
         if written != len(framed):
@@ -111,39 +111,39 @@ class Spool:
 
     # --- out ---
 
-    def waiting(self) -> bool:
+    def has_unpublished(self) -> bool:
         """Whether there is anything that has not been marked as published."""
-        return self._number < self._writing or self._offset < self._sizes[self._writing]
+        return self._read_number < self._writing or self._read_offset < self._sizes[self._writing]
 
     def peek(self) -> tuple[Sequence[bytes], tuple[int, int]]:
         """The next entries, and the mark that says that they are published. What was damaged is passed over."""
         while True:
-            if self._number not in self._sizes:
-                later = [number for number in self._sizes if number > self._number]
+            if self._read_number not in self._sizes:
+                later = [number for number in self._sizes if number > self._read_number]
                 if not later:
-                    return (), (self._number, self._offset)
-                self._number, self._offset = min(later), 0
-            with (self._folder / f"{self._number:012}{_SUFFIX}").open("rb") as file:
-                file.seek(self._offset)
-                data = file.read(_READ_AT_ONCE + MAX_ENTRY_BYTES)
+                    return (), (self._read_number, self._read_offset)
+                self._read_number, self._read_offset = min(later), 0
+            with (self._folder / f"{self._read_number:012}{_SUFFIX}").open("rb") as file:
+                file.seek(self._read_offset)
+                data = file.read(_READ_BYTES + MAX_ENTRY_BYTES)
             entries, length = _entries(data)
-            if entries or (self._number == self._writing and not data):
-                return entries, (self._number, self._offset + length)
-            if self._number == self._writing:
-                self._turn()  # what is damaged is passed over with its file, and nothing more goes there
+            if entries or (self._read_number == self._writing and not data):
+                return entries, (self._read_number, self._read_offset + length)
+            if self._read_number == self._writing:
+                self._rotate()  # what is damaged is passed over with its file, and nothing more goes there
             if length < len(data):
                 log.error(
-                    "the end of %012d%s is damaged: %d bytes are lost", self._number, _SUFFIX, len(data)
+                    "the end of %012d%s is damaged: %d bytes are lost", self._read_number, _SUFFIX, len(data)
                 )
-            self._remove()
+            self._remove_read_segment()
 
-    def published(self, mark: tuple[int, int]) -> None:
+    def mark_published(self, mark: tuple[int, int]) -> None:
         """Kafka has what `peek` gave with this mark."""
-        self._number, self._offset = mark
-        if self._number != self._writing and self._offset >= self._sizes.get(self._number, 0):
-            self._remove()
+        self._read_number, self._read_offset = mark
+        if self._read_number != self._writing and self._read_offset >= self._sizes.get(self._read_number, 0):
+            self._remove_read_segment()
         with contextlib.suppress(OSError):  # without it some are published twice after a crash
-            os.pwrite(self._mark, struct.pack(">QQ", self._number, self._offset), 0)
+            os.pwrite(self._mark, struct.pack(">QQ", self._read_number, self._read_offset), 0)
 
     def close(self) -> None:
         """Sync, and let others have the folder."""
@@ -154,22 +154,22 @@ class Spool:
 
     # --- files ---
 
-    def _marked(self) -> tuple[int, int]:
+    def _read_mark(self) -> tuple[int, int]:
         self._mark = open_private(self._folder / _MARK, os.O_RDWR)
         marked = os.pread(self._mark, 16, 0)
         number, offset = struct.unpack(">QQ", marked) if len(marked) == 16 else (0, 0)
         for old in [one for one in self._sizes if one < number]:
-            self._forget(old)
+            self._delete_segment(old)
         return number, offset if number in self._sizes else 0
 
-    def _begin(self) -> None:
+    def _begin_segment(self) -> None:
         """What an earlier process wrote last may lack its end: a new file begins."""
-        self._writing = max([*self._sizes, self._number]) + 1
-        self._file = self._opened(self._writing)
+        self._writing = max([*self._sizes, self._read_number]) + 1
+        self._file = self._open_segment(self._writing)
         self._sizes[self._writing] = 0
 
-    def _turn(self) -> None:
-        before, self._file = self._file, self._opened(self._writing + 1)
+    def _rotate(self) -> None:
+        before, self._file = self._file, self._open_segment(self._writing + 1)
         self._writing += 1
         self._sizes[self._writing] = 0
         try:
@@ -179,23 +179,23 @@ class Spool:
         finally:
             os.close(before)
 
-    def _opened(self, number: int) -> int:
+    def _open_segment(self, number: int) -> int:
         path = self._folder / f"{number:012}{_SUFFIX}"
         return open_private(path, os.O_WRONLY | os.O_APPEND)
 
-    def _take_back(self) -> None:
+    def _truncate(self) -> None:
         """Half an entry must not stand before the next one. Raises OSError where there is no other file either."""
         try:
             os.ftruncate(self._file, self._sizes[self._writing])
         except OSError:
-            self._turn()
+            self._rotate()
 
-    def _remove(self) -> None:
+    def _remove_read_segment(self) -> None:
         """The file that is read from is done with."""
-        self._forget(self._number)
-        self._number, self._offset = self._number + 1, 0
+        self._delete_segment(self._read_number)
+        self._read_number, self._read_offset = self._read_number + 1, 0
 
-    def _forget(self, number: int) -> None:
+    def _delete_segment(self, number: int) -> None:
         self._total -= self._sizes.pop(number, 0)
         with contextlib.suppress(OSError):
             (self._folder / f"{number:012}{_SUFFIX}").unlink()
@@ -208,9 +208,9 @@ def _framed(entry: bytes) -> bytes:
 
 
 def _entries(data: bytes) -> tuple[list[bytes], int]:
-    """The whole entries at the start of what was read, up to about `_READ_AT_ONCE`, and how long they are."""
+    """The whole entries at the start of what was read, up to about `_READ_BYTES`, and how long they are."""
     found, at = [], 0
-    while at + _HEAD.size <= len(data) and at < _READ_AT_ONCE:
+    while at + _HEAD.size <= len(data) and at < _READ_BYTES:
         length, checksum = _HEAD.unpack_from(data, at)
         entry = data[at + _HEAD.size : at + _HEAD.size + length]
         if len(entry) != length or zlib.crc32(entry) != checksum:

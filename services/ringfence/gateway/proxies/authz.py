@@ -28,7 +28,7 @@ from ringfence.gateway.contract import (
     ReportBlocked,
     Verdict,
 )
-from ringfence.gateway.dataplane.denials import MEDIA_TYPE, headers, problem
+from ringfence.gateway.dataplane.denials import MEDIA_TYPE, denial_headers, problem_details
 from ringfence.gateway.dataplane.request_reader import says_json
 from ringfence.gateway.decision.observe_mode import credential_headers
 from ringfence.gateway.events.destination import destination_of_line
@@ -211,7 +211,7 @@ def _told(request: Request) -> tuple[str, Destination]:
 
 def _denied(verdict: Verdict) -> Response:
     sent = replace(verdict, status=401 if verdict.status == 401 else 403)
-    return _refusal(sent.status, problem(sent), headers(sent))
+    return _refusal(sent.status, problem_details(sent), denial_headers(sent))
 
 
 def _as_it_came(request: Request, presented: PresentedIdentity, target: TargetState) -> Response:

@@ -28,7 +28,7 @@ from ringfence.model.records.directory import Directory
 
 log = logging.getLogger(__name__)
 
-_PATIENCE_S = 5.0
+_CATCH_UP_TIMEOUT_S = 5.0
 """How long a record is waited for that an order rests on, and that may be on its way here."""
 
 
@@ -69,55 +69,57 @@ class LeaseFeed:
             self._table.take(lease)
 
 
-class Cutter:
+class RevocationApplier:
     """Takes in `revocation.request`: follows each order whose signer may give it, and says so."""
 
     def __init__(
-        self, runtime: Runtime, directory: Directory, table: LeaseTable, *, gives_its_word: bool = True
+        self, runtime: Runtime, directory: Directory, table: LeaseTable, *, acknowledges: bool = True
     ) -> None:
-        """Without `gives_its_word` it follows orders and never says so: how a gateway that hangs looks to others."""
+        """Without `acknowledges` it follows orders and never says so: how a gateway that hangs looks to others."""
         self._runtime = runtime
         self._directory = directory
         self._table = table
-        self._gives_its_word = gives_its_word
+        self._acknowledges = acknowledges
         self._leases: Follower | None = None
-        self._live = False
+        self._acknowledging = False
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def knows_leases_by(self, leases: Follower) -> None:
+    def set_lease_follower(self, leases: Follower) -> None:
         """What brings the leases: an order about one that is not here yet waits for it."""
         self._leases = leases
 
-    def now_live(self) -> None:
+    def start_acknowledging(self) -> None:
         """All orders that were given before this process began have been read: nobody waits for its word on those."""
-        self._live = True
+        self._acknowledging = True
 
     def on_records(self, records: Sequence[Received]) -> None:
         """Take in what came. Most orders are in force when this returns."""
         for record in records:
-            order = self._believed(record)
-            if order is None:
+            revocation = self._verified(record)
+            if revocation is None:
                 # Its signer, or its lease, may be on its way here. Until then nobody has this gateway's word.
-                self._in_the_background(self._follow_later(record, live=self._live))
+                self._run_in_background(self._apply_later(record, acknowledge=self._acknowledging))
             else:
-                self._follow(order, live=self._live)
+                self._apply(revocation, acknowledge=self._acknowledging)
 
-    def _follow(self, order: Revocation, *, live: bool) -> None:
-        claims = order.claims
+    def _apply(self, revocation: Revocation, *, acknowledge: bool) -> None:
+        claims = revocation.claims
         if claims.selector is not None:
-            self._table.fence(selector_key_of(claims.selector), order.at.appended_at_ms, order_id=order.id)
+            self._table.fence(
+                selector_key_of(claims.selector), revocation.at.appended_at_ms, order_id=revocation.id
+            )
         elif claims.lease_id is not None:
-            self._table.revoke(claims.lease_id, order.at.appended_at_ms)
-        if self._gives_its_word and live:
-            self._in_the_background(self._give_word(order, self._runtime.clock.now_ms()))
+            self._table.revoke(claims.lease_id, revocation.at.appended_at_ms)
+        if self._acknowledges and acknowledge:
+            self._run_in_background(self._acknowledge(revocation, self._runtime.clock.now_ms()))
 
-    async def _follow_later(self, record: Received, *, live: bool) -> None:
-        caught_up = await self._runtime.tables_caught_up(_PATIENCE_S)
+    async def _apply_later(self, record: Received, *, acknowledge: bool) -> None:
+        caught_up = await self._runtime.tables_caught_up(_CATCH_UP_TIMEOUT_S)
         if self._leases is not None:
-            caught_up &= await self._leases.caught_up(_PATIENCE_S)
-        order = self._believed(record)
-        if order is not None:
-            self._follow(order, live=live)
+            caught_up &= await self._leases.caught_up(_CATCH_UP_TIMEOUT_S)
+        revocation = self._verified(record)
+        if revocation is not None:
+            self._apply(revocation, acknowledge=acknowledge)
         elif not caught_up:
             log.warning(
                 "an order at %s@%d could not be judged",
@@ -126,33 +128,33 @@ class Cutter:
                 extra=rate_limited(record.topic_name),
             )
 
-    def _believed(self, record: Received) -> Revocation | None:
+    def _verified(self, record: Received) -> Revocation | None:
         try:
-            order = verify_revocation(record, self._directory, self._runtime.trust)
+            revocation = verify_revocation(record, self._directory, self._runtime.trust)
         except InvalidMessageError:
             return None
-        lease = self._table.get(order.claims.lease_id or "")
-        return order if objection(order, lease, self._directory) is None else None
+        lease = self._table.get(revocation.claims.lease_id or "")
+        return revocation if objection(revocation, lease, self._directory) is None else None
 
-    async def _give_word(self, order: Revocation, cut_at_ms: int) -> None:
+    async def _acknowledge(self, revocation: Revocation, cut_at_ms: int) -> None:
         key = self._runtime.key
         ack = RevocationAck(
             iss=key.id,
             aud=self._runtime.settings.trust_domain,
             iat=cut_at_ms // 1000,
-            jti=derived_id("revocation.ack", key.id, order.id),
-            revocation_id=order.id,
+            jti=derived_id("revocation.ack", key.id, revocation.id),
+            revocation_id=revocation.id,
             cut_at_ms=cut_at_ms,
         )
         try:
             await self._runtime.publisher.publish_signed(
-                REVOCATION_ACK, key.id, ack, key, traceparent=order.traceparent
+                REVOCATION_ACK, key.id, ack, key, traceparent=revocation.traceparent
             )
         except Exception:
             # The order is followed. Where its word does not arrive, the grace stands for it.
-            log.exception("the word on order %s was not published", order.id)
+            log.exception("the word on order %s was not published", revocation.id)
 
-    def _in_the_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name="order")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

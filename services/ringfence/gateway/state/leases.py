@@ -37,16 +37,16 @@ ORDERS_KEPT_MS = 3 * 24 * 3600 * 1000
 LEASES_SINCE_MS = 25 * 3600 * 1000
 """No lease lives for longer than a day, so none that does has its last record from before that."""
 
-Ended = Callable[[], None]
+OnEnded = Callable[[], None]
 
 
 @dataclass(slots=True)
-class _Known:
+class _Entry:
     """One lease: by its highest `seq`, as long as anything may still be asked of it."""
 
     seq: int
     lease: Lease | None
-    judged: int = -1
+    fences_seen: int = -1
     """How many changes of the fences there had been when it was held against them,"""
     fenced: bool = False
     """and what came of it."""
@@ -63,7 +63,7 @@ class LeaseTable:
         """
         self._clock = clock
         self._broker_ms = broker_ms or clock.now_ms
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, _Entry] = {}
         self._usable: dict[tuple[str, str], dict[str, dict[str, Lease]]] = {}
         """By agent and target: tasks, and their leases by id."""
         self._versions: dict[tuple[str, str], int] = {}
@@ -77,7 +77,7 @@ class LeaseTable:
         self._orders: dict[str, dict[str, int]] = {}
         """By mark: the orders that the fence comes of, and when the first record of each was appended."""
         self._fence_changes = 0
-        self._watchers: dict[str, dict[Ended, None]] = {}
+        self._watchers: dict[str, dict[OnEnded, None]] = {}
         self._numbers = itertools.count()
         self._listeners: list[Callable[[str], None]] = []
         self._pruned_ms = 0
@@ -105,7 +105,7 @@ class LeaseTable:
                 )
                 return
             self._drop(known.lease)
-        self._known[lease.lease_id] = _Known(lease.seq, lease)
+        self._known[lease.lease_id] = _Entry(lease.seq, lease)
         if lease.status == "active":
             if lease.delivery == "gateway":
                 key = (lease.agent_id, lease.target_id)
@@ -116,58 +116,60 @@ class LeaseTable:
                 heapq.heappush(self._due, (lease.deadline * 1000, lease.lease_id))
         elif lease.status != "minting":
             heapq.heappush(self._due, (now_ms + ENDED_KEPT_MS, lease.lease_id))
-            self._over(lease.lease_id)
+            self._notify_end(lease.lease_id)
         else:
             heapq.heappush(self._due, (lease.deadline * 1000, lease.lease_id))
 
     def revoke(self, lease_id: str, appended_at_ms: int) -> None:
         """One lease is cut."""
         self._revoked[lease_id] = appended_at_ms
-        self._over(lease_id)
+        self._notify_end(lease_id)
 
-    def fence(self, mark: str, issued_before_ms: int, *, order_id: str) -> None:
+    def fence(self, selector_key: str, issued_before_ms: int, *, order_id: str) -> None:
         """Every lease that bears the mark and was requested by then is cut.
 
         Of one order the record that was appended first counts, in whatever order they come: sent again by somebody
         else it covers what it covered.
         """
-        orders = self._orders.setdefault(mark, {})
+        orders = self._orders.setdefault(selector_key, {})
         known_ms = orders.get(order_id)
         if known_ms is not None and known_ms <= issued_before_ms:
             return
         orders[order_id] = issued_before_ms
         before_ms = (
-            max(self._fences.get(mark, -1), issued_before_ms) if known_ms is None else max(orders.values())
+            max(self._fences.get(selector_key, -1), issued_before_ms)
+            if known_ms is None
+            else max(orders.values())
         )
-        if self._fences.get(mark) == before_ms:
+        if self._fences.get(selector_key) == before_ms:
             return
-        self._fences[mark] = issued_before_ms = before_ms
+        self._fences[selector_key] = issued_before_ms = before_ms
         self._fence_changes += 1
         for lease_id in list(self._watchers):
             known = self._known.get(lease_id)
             lease = known.lease if known is not None else None
-            if lease is not None and matches(lease, mark) and is_covered(lease, issued_before_ms):
-                self._over(lease_id)
+            if lease is not None and matches(lease, selector_key) and is_covered(lease, issued_before_ms):
+                self._notify_end(lease_id)
 
     def sweep(self) -> None:
         """What has passed its deadline ends; what nobody can ask for any more is forgotten. Call it often."""
         now_ms = self._clock.now_ms()
         while self._due and self._due[0][0] <= now_ms:
             _, lease_id = heapq.heappop(self._due)
-            self._look_again(lease_id, now_ms)
+            self._check_due(lease_id, now_ms)
         if now_ms - self._pruned_ms >= ENDED_KEPT_MS:
             self._pruned_ms = now_ms
             oldest_ms = now_ms - ORDERS_KEPT_MS
             self._fence_changes += 1
-            for mark, orders in list(self._orders.items()):
-                self._orders[mark] = {id: at_ms for id, at_ms in orders.items() if at_ms >= oldest_ms}
-                if not self._orders[mark]:
-                    del self._orders[mark]
+            for selector_key, orders in list(self._orders.items()):
+                self._orders[selector_key] = {id: at_ms for id, at_ms in orders.items() if at_ms >= oldest_ms}
+                if not self._orders[selector_key]:
+                    del self._orders[selector_key]
             for some in (self._revoked, self._fences):
                 for key in [key for key, at_ms in some.items() if at_ms < oldest_ms]:
                     del some[key]
 
-    def _look_again(self, lease_id: str, now_ms: int) -> None:
+    def _check_due(self, lease_id: str, now_ms: int) -> None:
         known = self._known.get(lease_id)
         if known is None:
             return
@@ -177,7 +179,7 @@ class LeaseTable:
             return
         deadline_ms = known.lease.deadline * 1000
         if deadline_ms <= now_ms:
-            self._over(lease_id)
+            self._notify_end(lease_id)
         if is_over(known.lease) or deadline_ms + ENDED_KEPT_MS <= now_ms:
             self._drop(known.lease)
             # Its `seq` stays: an older record that comes late must not revive it.
@@ -210,9 +212,9 @@ class LeaseTable:
         some = [tasks.get(task_id, {})] if task_id is not None else list(tasks.values())
         return [lease for leases in some for lease in leases.values() if self.problem(lease) is None]
 
-    def version(self, place: tuple[str, str]) -> int:
+    def version(self, key: tuple[str, str]) -> int:
         """Another one from each lease on that an agent gets at a target (their ids); -1 where it has none."""
-        return self._versions.get(place, -1)
+        return self._versions.get(key, -1)
 
     def tasks(self) -> set[str]:
         """The tasks that have leases for gateways."""
@@ -220,27 +222,27 @@ class LeaseTable:
 
     def problem(self, lease: Lease) -> Reason | None:
         """Why a lease may be used no more, or None."""
-        against = self._against(lease.lease_id, self._clock.now_ms())
+        against = self._problem_code(lease.lease_id, self._clock.now_ms())
         return _reason(*against, lease) if against is not None else None
 
-    def lives(self, lease_id: str, now_ms: int) -> bool:
+    def is_live(self, lease_id: str, now_ms: int) -> bool:
         """Whether `problem` would find none at this moment of this gateway's own clock."""
-        return self._against(lease_id, now_ms) is None
+        return self._problem_code(lease_id, now_ms) is None
 
-    def _against(self, lease_id: str, now_ms: int) -> tuple[str, str] | None:
+    def _problem_code(self, lease_id: str, now_ms: int) -> tuple[str, str] | None:
         """Code and words of what stands against it."""
         known = self._known.get(lease_id)
         if known is None or known.lease is None or known.lease.status != "active":
             return "lease_ended", "has ended"
         if known.lease.deadline * 1000 <= now_ms:
-            return self._passed(known.lease.deadline * 1000, now_ms)
+            return self._deadline_problem(known.lease.deadline * 1000, now_ms)
         if lease_id in self._revoked:
             return "lease_cut", "was revoked"
-        if known.judged != self._fence_changes:
-            known.fenced, known.judged = self._is_fenced(known.lease), self._fence_changes
+        if known.fences_seen != self._fence_changes:
+            known.fenced, known.fences_seen = self._is_fenced(known.lease), self._fence_changes
         return ("lease_cut", "was revoked together with others") if known.fenced else None
 
-    def _passed(self, deadline_ms: int, now_ms: int) -> tuple[str, str]:
+    def _deadline_problem(self, deadline_ms: int, now_ms: int) -> tuple[str, str]:
         broker_ms = self._broker_ms()
         if deadline_ms <= broker_ms or now_ms - broker_ms <= MAX_SKEW_MS:
             return "lease_ended", "has passed its deadline"
@@ -248,50 +250,51 @@ class LeaseTable:
 
     def _is_fenced(self, lease: Lease) -> bool:
         return any(
-            is_covered(lease, self._fences.get(mark, -1)) for mark in (*selector_keys(lease), ALL_LEASES)
+            is_covered(lease, self._fences.get(selector_key, -1))
+            for selector_key in (*selector_keys(lease), ALL_LEASES)
         )
 
     # --- telling ---
 
-    def on_over(self, listener: Callable[[str], None]) -> None:
+    def on_lease_end(self, listener: Callable[[str], None]) -> None:
         """Call `listener` with the id of each lease that ended here, perhaps more than once."""
         self._listeners.append(listener)
 
-    def watch(self, lease_id: str, ended: Ended) -> Callable[[], None]:
-        """Call `ended` once when the lease may be used no more; at once where that is so. Returns the way back."""
+    def watch(self, lease_id: str, on_ended: OnEnded) -> Callable[[], None]:
+        """Call `on_ended` once when the lease may be used no more; at once where that is so. Returns the way back."""
         lease = self.get(lease_id)
         if lease is None or self.problem(lease) is not None:
-            ended()
+            on_ended()
             return lambda: None
-        self.watch_living(lease_id, ended)
-        return lambda: self.unwatch(lease_id, ended)
+        self.watch_live(lease_id, on_ended)
+        return lambda: self.unwatch(lease_id, on_ended)
 
-    def watch_living(self, lease_id: str, ended: Ended) -> None:
+    def watch_live(self, lease_id: str, on_ended: OnEnded) -> None:
         """The same for a lease of which the caller knows that it may be used at this moment; see `unwatch`."""
         watching = self._watchers.get(lease_id)
         if watching is None:
             watching = self._watchers[lease_id] = {}
-        watching[ended] = None
+        watching[on_ended] = None
 
-    def unwatch(self, lease_id: str, ended: Ended) -> None:
-        """Call `ended` no more."""
+    def unwatch(self, lease_id: str, on_ended: OnEnded) -> None:
+        """Call `on_ended` no more."""
         watching = self._watchers.get(lease_id)
         if watching is not None:
-            watching.pop(ended, None)
+            watching.pop(on_ended, None)
             if not watching:
                 del self._watchers[lease_id]
 
-    def end_watched(self) -> None:
+    def end_all_watched(self) -> None:
         """Whoever watches a lease is told that it may be used no more: nobody knows whether it may."""
         for lease_id in list(self._watchers):
-            self._tell(lease_id)
+            self._notify_watchers(lease_id)
 
-    def _over(self, lease_id: str) -> None:
+    def _notify_end(self, lease_id: str) -> None:
         for listener in self._listeners:
             listener(lease_id)
-        self._tell(lease_id)
+        self._notify_watchers(lease_id)
 
-    def _tell(self, lease_id: str) -> None:
+    def _notify_watchers(self, lease_id: str) -> None:
         for ended in self._watchers.pop(lease_id, ()):
             ended()
 

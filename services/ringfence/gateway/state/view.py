@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from aiokafka.errors import KafkaError
 
 from ringfence.gateway.domain import stale_view
-from ringfence.gateway.state.cuts import Cutter, LeaseFeed
+from ringfence.gateway.state.cuts import LeaseFeed, RevocationApplier
 from ringfence.gateway.state.leases import LEASES_SINCE_MS, ORDERS_KEPT_MS, LeaseTable
 from ringfence.kernel.base.clock import RemoteClock, suspend_aware_ms
 from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
@@ -29,7 +29,7 @@ from ringfence.model.records.directory import TABLES, Directory
 log = logging.getLogger(__name__)
 
 BEAT_EVERY_S = 1.0
-_LOOK_EVERY_S = 0.1
+_CHECK_EVERY_S = 0.1
 _OVERDUE_MS = 250
 _COMPARE_EVERY = 2
 """Every second look: comparing takes a question to each follower."""
@@ -38,19 +38,19 @@ _COMPARE_EVERY = 2
 class View:
     """Everything that decisions rest on: the records, the leases, the orders. Fed from Kafka once `runtime` runs."""
 
-    def __init__(self, runtime: Runtime, *, gives_its_word: bool = True) -> None:
-        """Registers what feeds it with `runtime`. `gives_its_word`: see `Cutter`."""
+    def __init__(self, runtime: Runtime, *, acknowledges: bool = True) -> None:
+        """Registers what feeds it with `runtime`. `acknowledges`: see `RevocationApplier`."""
         self._runtime = runtime
         grace_ms = int(runtime.settings.grace_s * 1000)
         self.directory = Directory(
             runtime.trust, runtime.clock, grace_ms=grace_ms, on_alarm=report_alarms(runtime)
         )
-        self._broker = RemoteClock()
-        self.table = LeaseTable(runtime.clock, self._broker.now_ms)
+        self._broker_clock = RemoteClock()
+        self.table = LeaseTable(runtime.clock, self._broker_clock.now_ms)
         self._streams = StreamDigests()
         self._halts = RevokerHalts(runtime.trust, grace_ms=grace_ms)
         self._check = StreamCheck(self._streams, runtime.trust, runtime.clock, grace_ms=grace_ms)
-        self._cutter = Cutter(runtime, self.directory, self.table, gives_its_word=gives_its_word)
+        self._revocations = RevocationApplier(runtime, self.directory, self.table, acknowledges=acknowledges)
         take_leases = runtime.redeliver_after_rotation(LeaseFeed(runtime, self.table).on_records)
         self._looked_ms = suspend_aware_ms()
         now_ms = runtime.clock.now_ms()
@@ -66,7 +66,7 @@ class View:
         def on_orders(records: Sequence[Received]) -> None:
             self._fresh_at_ms = 0
             self._streams.on_records(records)
-            self._cutter.on_records(records)
+            self._revocations.on_records(records)
 
         def on_tables(records: Sequence[Received]) -> None:
             self._fresh_at_ms = 0
@@ -76,11 +76,11 @@ class View:
         runtime.table([HEARTBEAT], self._on_heartbeats)
         leases = runtime.history([LEASE], on_leases, since_ms=max(now_ms - LEASES_SINCE_MS, 1))
         runtime.history([REVOCATION_REQUEST], on_orders, since_ms=max(now_ms - ORDERS_KEPT_MS, 1))
-        self._cutter.knows_leases_by(leases)
-        self._follower: Follower = leases
+        self._revocations.set_lease_follower(leases)
+        self._lease_follower: Follower = leases
         """Of the orders too."""
-        runtime.background("view", self._look)
-        runtime.background("heartbeat", self._beat)
+        runtime.background("view", self._check_periodically)
+        runtime.background("heartbeat", self._send_heartbeats)
         runtime.denies_when(self.stale)
 
     def stale(self) -> str | None:
@@ -92,7 +92,7 @@ class View:
             return None
         halted = self._halts.denial()
         # While it reads nothing, ends come to it by its own clock alone.
-        stale = halted.message if halted else self._stale()
+        stale = halted.message if halted else self._stale_reason()
         self._fresh_at_ms = now_ms if stale is None else 0
         return stale
 
@@ -106,12 +106,12 @@ class View:
         """Why it is not known whether a lease has ended that may be used no more here, or None."""
         if (denial := self.denial()) is not None:
             return denial
-        ahead_ms = self._runtime.clock.now_ms() - self._broker.now_ms()
+        ahead_ms = self._runtime.clock.now_ms() - self._broker_clock.now_ms()
         if ahead_ms <= MAX_SKEW_MS:
             return None
         return stale_view(f"the clock of this gateway is {ahead_ms / 1000:.1f} s ahead of the broker's")
 
-    def _stale(self) -> str | None:
+    def _stale_reason(self) -> str | None:
         return self.directory.stale() or self._check.stale() or self._runtime.clock_behind()
 
     def view_expired(self) -> bool:
@@ -121,38 +121,38 @@ class View:
     def _on_heartbeats(self, records: Sequence[Received]) -> None:
         self._fresh_at_ms = 0
         if records:
-            self._broker.observe(records[-1].appended_at_ms)
+            self._broker_clock.observe(records[-1].appended_at_ms)
         self.directory.on_records(records)
         self._check.on_heartbeats(records)
         self._halts.on_heartbeats(records)
 
-    async def _look(self) -> None:
+    async def _check_periodically(self) -> None:
         """Compare, sweep, and tell those that watch a lease where the view has got too old; for ever."""
-        self._check.begin(await self._follower.positions(CONFIRMED))
+        self._check.begin(await self._lease_follower.positions(CONFIRMED))
         turn = 0
         while True:
             if turn % _COMPARE_EVERY == 0:
-                positions = await self._follower.positions(CONFIRMED)
+                positions = await self._lease_follower.positions(CONFIRMED)
                 self._fresh_at_ms = 0
                 self._check.compare(positions)
             turn += 1
             self.table.sweep()
             if self.stale() is not None:
-                self.table.end_watched()
+                self.table.end_all_watched()
             self._looked_ms = suspend_aware_ms()
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_CHECK_EVERY_S)
 
-    async def _beat(self) -> None:
+    async def _send_heartbeats(self) -> None:
         """Say that it is alive, for ever: cuts wait for its word."""
-        self._cutter.now_live()
+        self._revocations.start_acknowledging()
         while True:
             try:
-                await self._say()
+                await self._send_heartbeat()
             except (RingfenceError, KafkaError, OSError) as error:
                 log.warning("a heartbeat is left out: %s", error)
             await asyncio.sleep(BEAT_EVERY_S)
 
-    async def _say(self) -> None:
+    async def _send_heartbeat(self) -> None:
         key, now_ms = self._runtime.key, self._runtime.clock.now_ms()
         heartbeat = Heartbeat(
             iss=key.id,

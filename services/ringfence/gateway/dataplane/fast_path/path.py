@@ -13,11 +13,17 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
-from ringfence.gateway.dataplane.exchange import Asked, Exchange
-from ringfence.gateway.dataplane.fast_path.plans import MAX_KEPT_BYTES, Plan, Plans, beginning_of, key_of
+from ringfence.gateway.dataplane.exchange import Exchange, ForwardedRequest
+from ringfence.gateway.dataplane.fast_path.plans import (
+    MAX_CACHED_BYTES,
+    PlanCache,
+    RequestPlan,
+    response_plan,
+    route_key,
+)
 from ringfence.gateway.dataplane.http1_body import Body
 from ringfence.gateway.dataplane.http1_head import END, MAX_HEAD_BYTES, RequestHead, parse_request
-from ringfence.gateway.dataplane.limits import Turn
+from ringfence.gateway.dataplane.limits import RequestSlot
 from ringfence.gateway.dataplane.request_reader import ListenerContext, read_request
 from ringfence.gateway.dataplane.secret_redaction import redact
 from ringfence.gateway.dataplane.shared import DataPlaneContext
@@ -28,9 +34,9 @@ from ringfence.kernel.base.errors import UnavailableError
 
 log = logging.getLogger(__name__)
 
-_PLAIN: Final = frozenset({b"keep-alive"})
+_PLAIN_OPTIONS: Final = frozenset({b"keep-alive"})
 """What `Connection` may name."""
-_NOTHING: Final[Mapping[str, str]] = {}
+_NO_HEADERS: Final[Mapping[str, str]] = {}
 
 
 class FastPaths:
@@ -39,77 +45,98 @@ class FastPaths:
     def __init__(self, context: DataPlaneContext, *, enabled: bool) -> None:
         """`enabled`: whether there is one; otherwise each request is left to the coroutine of its connection."""
         self._context = context
-        self._plans = Plans() if enabled else None
+        self._plans = PlanCache() if enabled else None
 
-    def of_connection(self, client: Stream, way: ListenerContext, turn: Turn) -> FastPath:
-        """That of a new connection. `turn`: the connection's own, which counts its requests on both paths."""
-        return FastPath(client, way, self._context, turn, self._plans)
+    def of_connection(self, client: Stream, listener: ListenerContext, slot: RequestSlot) -> FastPath:
+        """That of a new connection. `slot`: the connection's own, which counts its requests on both paths."""
+        return FastPath(client, listener, self._context, slot, self._plans)
 
 
 class FastPath:
     """That of one connection."""
 
     __slots__ = (
-        "_action_id", "_client", "_come", "_desk", "_injects", "_key", "_needles", "_plan", "_plans", "_turn",
-        "_upstream", "_way", "_when_answered", "_when_ended", "_when_gone", "_when_kept", "ended", "handed_over",
-        "taken",
+        "_action_id",
+        "_client",
+        "_disconnect_callback",
+        "_injects",
+        "_key",
+        "_lease_end_callback",
+        "_listener",
+        "_needles",
+        "_plan",
+        "_plans",
+        "_received",
+        "_recorded_callback",
+        "_response_callback",
+        "_shared",
+        "_slot",
+        "_upstream",
+        "count",
+        "lease_ended",
+        "needs_slow_path",
     )  # fmt: skip
 
     def __init__(
-        self, client: Stream, way: ListenerContext, desk: DataPlaneContext, turn: Turn, plans: Plans | None
+        self,
+        client: Stream,
+        listener: ListenerContext,
+        shared: DataPlaneContext,
+        slot: RequestSlot,
+        plans: PlanCache | None,
     ) -> None:
         """See `FastPaths`. Without `plans` it takes no request."""
-        self.taken = 0
+        self.count = 0
         """How many requests it took."""
-        self.handed_over = False
+        self.needs_slow_path = False
         """Whether one is under way that the coroutine has to go on with."""
-        self.ended = False
+        self.lease_ended = False
         """Whether the lease of what is under way has ended."""
         self._client = client
-        self._desk = desk
-        self._turn = turn
+        self._shared = shared
+        self._slot = slot
         self._plans = plans
-        self._plan: Plan | None = None
+        self._plan: RequestPlan | None = None
         """Of what is under way,"""
-        self._come = b""
+        self._received = b""
         """which came so,"""
         self._action_id = ""
-        self._injects: Mapping[str, str] = _NOTHING
+        self._injects: Mapping[str, str] = _NO_HEADERS
         self._needles: tuple[bytes, ...] = ()
         """What its answer is searched for,"""
         self._upstream: Stream | None = None
         """and where it was sent."""
         # Made once: they are handed out with each request.
-        self._when_kept, self._when_ended = self._kept, self._lease_ended
-        self._when_answered, self._when_gone = self._answer, self._hand_over
-        self.come_by(way)
+        self._recorded_callback, self._lease_end_callback = self._on_recorded, self._on_lease_end
+        self._response_callback, self._disconnect_callback = self._on_response, self._hand_over
+        self.set_route(listener)
 
-    def come_by(self, way: ListenerContext) -> None:
+    def set_route(self, listener: ListenerContext) -> None:
         """From here on requests come this way."""
-        self._way = way
-        self._key = key_of(way)
+        self._listener = listener
+        self._key = route_key(listener)
 
     def open(self) -> None:
         """The connection waits for a request: take it where that can be done."""
         if self._plans is not None:
-            self._client.taker = self._take
+            self._client.data_handler = self._on_data
 
     def close(self) -> None:
         """What comes is the coroutine's."""
-        self._client.taker = None
+        self._client.data_handler = None
 
-    def handed(self) -> tuple[Asked, Exchange | None]:
+    def handed_over(self) -> tuple[ForwardedRequest, Exchange | None]:
         """What was handed over: a decided request, and its exchange where it was sent. Its turn is not over yet."""
         plan, upstream, injects = self._plan, self._upstream, self._injects
         assert plan is not None, "something was handed over"
-        body = self._come[-plan.length :] if plan.length else None
+        body = self._received[-plan.length :] if plan.length else None
         verdict = plan.cached_allowance.verdict(self._action_id, injects)
-        going, exchange = Asked(plan.request, plan.attempt, verdict, Body(), body), None
+        request, exchange = ForwardedRequest(plan.request, plan.attempt, verdict, Body(), body), None
         if upstream is not None:
-            exchange = self._desk.forwarder.take_over(self._client, going, injects, plan.origin, upstream)
+            exchange = self._shared.forwarder.take_over(self._client, request, injects, plan.origin, upstream)
         self._forget(plan)
-        self.handed_over = False
-        return going, exchange
+        self.needs_slow_path = False
+        return request, exchange
 
     def abandon(self) -> None:
         """The connection is over, and whatever is under way."""
@@ -117,88 +144,90 @@ class FastPath:
         if self._plan is not None:
             upstream = self._upstream
             if upstream is not None:
-                upstream.taker = upstream.on_disconnect = None
+                upstream.data_handler = upstream.on_disconnect = None
                 upstream.abort()
             self._forget(self._plan)
-        self._turn.end()
+        self._slot.end()
 
-    def _forget(self, plan: Plan) -> None:
+    def _forget(self, plan: RequestPlan) -> None:
         """Nothing is under way here any more."""
-        self._desk.gate.unwatch(plan.cached_allowance.lease.lease_id, self._when_ended)
+        self._shared.gate.unwatch(plan.cached_allowance.lease.lease_id, self._lease_end_callback)
         self._plan = self._upstream = None
 
     # --- a request ----------------------------------------------------------------------------------------------------
 
-    def _take(self, data: bytes) -> bool:
+    def _on_data(self, data: bytes) -> bool:
         """See `Stream.taker`."""
         client = self._client
         if self._plan is not None:  # one at a time: what comes meanwhile stays where it is
-            client.keep(data)
+            client.buffer_data(data)
             return True
         if client.buffer or client.blocked or not client.alive:
             return False
         try:
-            return self._took(data)
+            return self._try(data)
         except Exception as error:  # noqa: BLE001 - not told: what it was raised on may hold what an agent sent
             self._fail(error)
             return True
 
-    def _took(self, data: bytes) -> bool:
-        desk, turn, plans = self._desk, self._turn, self._plans
+    def _try(self, data: bytes) -> bool:
+        shared, slot, plans = self._shared, self._slot, self._plans
         assert plans is not None, "the fast path is enabled"
         end = data.find(END, 0, MAX_HEAD_BYTES)
         if end < 0:
             return False
         key = self._key + data[: end + len(END)]
         kept = plans.get(key)
-        plan = kept if kept is not None else self._planned(data, end, key, plans)
+        plan = kept if kept is not None else self._make_plan(data, end, key, plans)
         if plan is None or len(data) != end + len(END) + plan.length:
             return False
         try:
-            turn.begin()
+            slot.begin()
         except RefusedError:
             return False
-        allowed = plan.cached_allowance.allowed(turn.admits, self._when_kept)
+        allowed = plan.cached_allowance.allow(slot.check_agent, self._recorded_callback)
         if allowed is None and kept is not None and not kept.cached_allowance.is_valid():
-            plan = self._planned(data, end, key, plans)
+            plan = self._make_plan(data, end, key, plans)
             allowed = (
-                plan.cached_allowance.allowed(turn.admits, self._when_kept) if plan is not None else None
+                plan.cached_allowance.allow(slot.check_agent, self._recorded_callback)
+                if plan is not None
+                else None
             )
         if allowed is None or plan is None:
-            turn.put_off()
+            slot.defer()
             return False
-        self._plan, self._come, self.ended = plan, data, False
+        self._plan, self._received, self.lease_ended = plan, data, False
         self._action_id, self._injects = allowed
-        desk.gate.watch(plan.cached_allowance.lease.lease_id, self._when_ended)
+        shared.gate.watch(plan.cached_allowance.lease.lease_id, self._lease_end_callback)
         self._client.deadline = None
-        self.taken += 1
+        self.count += 1
         return True
 
-    def _planned(self, data: bytes, end: int, key: bytes, plans: Plans) -> Plan | None:
+    def _make_plan(self, data: bytes, end: int, key: bytes, plans: PlanCache) -> RequestPlan | None:
         """How a request goes on that was not here before, or of which something changed; None where it is not plain."""
-        desk = self._desk
+        shared = self._shared
         shows_proof = b"DPoP:" in data
-        if self._way.shows_nobody and shows_proof:
+        if self._listener.shows_nobody and shows_proof:
             return None  # a proof is waited for: it is read there, and not here too
         try:
             request = parse_request(data[: end + 2])
             if not _is_plain(request) or len(data) != end + len(END) + (request.length or 0):
                 return None
-            presented, attempt = read_request(request, self._way, desk.knows)
-            seen = request.length is not None and request.length > 0 and desk.gate.reads_body(attempt)
+            presented, attempt = read_request(request, self._listener, shared.is_target_host)
+            seen = request.length is not None and request.length > 0 and shared.gate.reads_body(attempt)
             if seen:
                 attempt = dataclasses.replace(attempt, body=data[end + len(END) :])
-            standing = desk.gate.cached_allowance(presented, attempt)
-            if standing is None:
+            cached = shared.gate.cached_allowance(presented, attempt)
+            if cached is None:
                 return None
-            plan = Plan(request, attempt, standing, origin_of(desk.gate.upstream(standing.target)))
+            plan = RequestPlan(request, attempt, cached, origin_of(shared.gate.upstream(cached.target)))
         except (RefusedError, UnavailableError):
             return None
-        if not seen and not shows_proof and end <= MAX_KEPT_BYTES:
-            plans.keep(key, plan)
+        if not seen and not shows_proof and end <= MAX_CACHED_BYTES:
+            plans.put(key, plan)
         return plan
 
-    def _kept(self, kept: bool) -> None:
+    def _on_recorded(self, kept: bool) -> None:
         """Its event is on disk, or cannot be: send it, or leave it to the coroutine."""
         plan = self._plan
         if plan is None:
@@ -207,74 +236,76 @@ class FastPath:
             if kept:
                 self._send(plan)
             else:
-                self._leave(plan)
-        except Exception as error:  # noqa: BLE001 - as in `_take`
+                self._retry_on_slow_path(plan)
+        except Exception as error:  # noqa: BLE001 - as in `_on_data`
             self._fail(error)
 
-    def _send(self, plan: Plan) -> None:
-        desk = self._desk
-        if self.ended or desk.gate.view_expired():  # this process may have stood still since it was decided
-            self._lease_ended()
+    def _send(self, plan: RequestPlan) -> None:
+        shared = self._shared
+        if (
+            self.lease_ended or shared.gate.view_expired()
+        ):  # this process may have stood still since it was decided
+            self._on_lease_end()
             return
-        upstream = desk.upstreams.idling(plan.origin)
+        upstream = shared.upstreams.acquire_idle(plan.origin)
         if upstream is None:
             self._hand_over()
             return
         self._upstream = upstream
-        upstream.deadline = time.monotonic() + desk.patiences.response_s
-        upstream.taker, upstream.on_disconnect = self._when_answered, self._when_gone
+        upstream.deadline = time.monotonic() + shared.timeouts.response_s
+        upstream.data_handler, upstream.on_disconnect = self._response_callback, self._disconnect_callback
         head, self._needles = plan.head(self._injects)
-        upstream.write(head + self._come[-plan.length :] if plan.length else head)
+        upstream.write(head + self._received[-plan.length :] if plan.length else head)
 
-    def _leave(self, plan: Plan) -> None:
+    def _retry_on_slow_path(self, plan: RequestPlan) -> None:
         """Nothing of it goes on: it is decided anew by the coroutine, which says what is wrong."""
         client = self._client
         self._forget(plan)
-        self.handed_over = self.ended = False
-        self._turn.put_off()
-        client.buffer[:0] = self._come
-        client.deadline = time.monotonic() + self._desk.patiences.head_s
+        self.needs_slow_path = self.lease_ended = False
+        self._slot.defer()
+        client.buffer[:0] = self._received
+        client.deadline = time.monotonic() + self._shared.timeouts.head_s
         client.wake()
 
-    def _lease_ended(self) -> None:
+    def _on_lease_end(self) -> None:
         """Nothing goes on under its lease any more, in neither direction."""
         if self._plan is None:
             return
-        self.ended = True
+        self.lease_ended = True
         upstream, self._upstream = self._upstream, None
         if upstream is not None:
-            upstream.taker = upstream.on_disconnect = None
+            upstream.data_handler = upstream.on_disconnect = None
             upstream.abort()
         self._hand_over()
 
     # --- its answer ---------------------------------------------------------------------------------------------------
 
-    def _answer(self, data: bytes) -> bool:
+    def _on_response(self, data: bytes) -> bool:
         """See `Stream.taker`: something came of the answer, or did not in time."""
         plan, upstream = self._plan, self._upstream
         if plan is None or upstream is None:
             return False
         end = data.find(END, 0, MAX_HEAD_BYTES)
-        begins = beginning_of(data[: end + 2], plan.request.method) if end >= 0 else None
+        response = response_plan(data[: end + 2], plan.request.method) if end >= 0 else None
         if (
-            begins is None
-            or not begins.plain
-            or len(data) != end + len(END) + begins.length
+            response is None
+            or not response.plain
+            or len(data) != end + len(END) + response.length
             or upstream.buffer
-            or self._desk.gate.view_expired()
+            or self._shared.gate.view_expired()
         ):
             self._hand_over()
             return not data
-        client, desk = self._client, self._desk
-        client.write_soon(redact(begins.head + data[end + len(END) :], self._needles))
+        client, shared = self._client, self._shared
+        client.write_at_end_of_turn(redact(response.head + data[end + len(END) :], self._needles))
         self._forget(plan)
-        if begins.again and not plan.odd:
-            desk.upstreams.give_back(plan.origin, upstream)
+        if response.reusable and not plan.no_reuse:
+            shared.upstreams.release(plan.origin, upstream)
         else:
-            upstream.taker = upstream.on_disconnect = None
+            upstream.data_handler = upstream.on_disconnect = None
             upstream.abort()
-        self._turn.end()
-        client.deadline = time.monotonic() + desk.patiences.idle_s
+        self._slot.end()
+        client.deadline = time.monotonic() + shared.timeouts.idle_s
         if client.buffer:
             client.wake()
         return True
@@ -282,8 +313,8 @@ class FastPath:
     def _hand_over(self) -> None:
         upstream = self._upstream
         if upstream is not None:
-            upstream.taker, upstream.on_disconnect = None, None
-        self.handed_over = True
+            upstream.data_handler, upstream.on_disconnect = None, None
+        self.needs_slow_path = True
         self._client.wake()
 
     def _fail(self, error: Exception) -> None:
@@ -296,7 +327,7 @@ def _is_plain(request: RequestHead) -> bool:
     return (
         request.minor == 1
         and not request.chunked
-        and request.named <= _PLAIN
+        and request.named <= _PLAIN_OPTIONS
         and b"expect" not in request.known
         and request.method != "CONNECT"
     )

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from ringfence.gateway.contract import Attempt, CachedAllowance
-from ringfence.gateway.dataplane.exchange import WITHOUT_BODY, is_compressed
+from ringfence.gateway.dataplane.exchange import BODYLESS_METHODS, is_compressed
 from ringfence.gateway.dataplane.headers import request_head, response_head
 from ringfence.gateway.dataplane.http1_body import Body, SizedBody, response_body
 from ringfence.gateway.dataplane.http1_head import RequestHead, parse_response
@@ -22,11 +22,11 @@ from ringfence.gateway.errors import RefusedError
 from ringfence.gateway.hosts import Origin
 
 MAX_PLANS: Final = 4096
-MAX_KEPT_BYTES: Final = 2048
+MAX_CACHED_BYTES: Final = 2048
 """Longer heads are seldom the same again, and would fill the memory."""
 
 
-class Plan:
+class RequestPlan:
     """How one request is sent on."""
 
     __slots__ = (
@@ -36,21 +36,21 @@ class Plan:
         "attempt",
         "cached_allowance",
         "length",
-        "odd",
+        "no_reuse",
         "origin",
         "request",
     )
 
     def __init__(
-        self, request: RequestHead, attempt: Attempt, standing: CachedAllowance, origin: Origin
+        self, request: RequestHead, attempt: Attempt, cached: CachedAllowance, origin: Origin
     ) -> None:
         self.request = request
         self.attempt = attempt
-        self.cached_allowance = standing
+        self.cached_allowance = cached
         self.origin = origin
         self.length = request.length or 0
         """Of its body."""
-        self.odd = request.method in WITHOUT_BODY and self.length > 0
+        self.no_reuse = request.method in BODYLESS_METHODS and self.length > 0
         """Whether its connection to the target is not used again."""
         self._needles: tuple[bytes, ...] = ()
         self._injects: Mapping[str, str] | None = None
@@ -73,58 +73,70 @@ class Plan:
         return self._head, self._needles
 
 
-class Plans:
+class PlanCache:
     """The latest ones of a data plane."""
 
-    __slots__ = ("_known", "_limit")
+    __slots__ = ("_limit", "_plans")
 
     def __init__(self, *, limit: int = MAX_PLANS) -> None:
-        self._known: OrderedDict[bytes, Plan] = OrderedDict()
+        self._plans: OrderedDict[bytes, RequestPlan] = OrderedDict()
         self._limit = limit
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._plans)
 
-    def get(self, key: bytes) -> Plan | None:
+    def get(self, key: bytes) -> RequestPlan | None:
         """What was kept under this key."""
-        return self._known.get(key)
+        return self._plans.get(key)
 
-    def keep(self, key: bytes, plan: Plan) -> None:
-        """Keep it, in place of what was there. `key`: the way (`key_of`) and the head."""
-        self._known[key] = plan
-        if len(self._known) > self._limit:
-            self._known.popitem(last=False)
+    def put(self, key: bytes, plan: RequestPlan) -> None:
+        """Keep it, in place of what was there. `key`: the way (`route_key`) and the head."""
+        self._plans[key] = plan
+        if len(self._plans) > self._limit:
+            self._plans.popitem(last=False)
 
 
-def key_of(way: ListenerContext) -> bytes:
+def route_key(listener: ListenerContext) -> bytes:
     """Everything about how a request came that what is read from it depends on: no other way has the same."""
-    names = sorted(way.names) if way.names is not None else None
-    shown = way.scheme, names, way.task_id, way.certificate, way.address, way.inside, way.handle
+    names = sorted(listener.names) if listener.names is not None else None
+    shown = (
+        listener.scheme,
+        names,
+        listener.task_id,
+        listener.certificate,
+        listener.address,
+        listener.inside,
+        listener.handle,
+    )
     return repr(shown).encode() + b"\n"
 
 
-class Beginning:
+class ResponsePlan:
     """The head of an answer that can be sent on as soon as all of it is there."""
 
-    __slots__ = ("again", "head", "length", "plain")
+    __slots__ = ("head", "length", "plain", "reusable")
 
-    def __init__(self, head: bytes, length: int, *, plain: bool, again: bool) -> None:
+    def __init__(self, head: bytes, length: int, *, plain: bool, reusable: bool) -> None:
         self.head = head
         """As it goes to the agent."""
         self.length = length
         """Of the body."""
         self.plain = plain
         """Whether there is nothing in it, or it is not compressed."""
-        self.again = again
+        self.reusable = reusable
         """Whether the target's connection can be used again."""
 
 
-def beginning_of(head: bytes, method: str) -> Beginning | None:
+def response_plan(head: bytes, method: str) -> ResponsePlan | None:
     """That of the answer to a request of this method; None where somebody has to look at it."""
-    return _remembered(head, method) if len(head) <= MAX_KEPT_BYTES else _beginning(head, method)
+    return (
+        _cached_response_plan(head, method)
+        if len(head) <= MAX_CACHED_BYTES
+        else _make_response_plan(head, method)
+    )
 
 
-def _beginning(head: bytes, method: str) -> Beginning | None:
+def _make_response_plan(head: bytes, method: str) -> ResponsePlan | None:
     try:
         response = parse_response(head)
     except RefusedError:
@@ -134,13 +146,13 @@ def _beginning(head: bytes, method: str) -> Beginning | None:
     if response.status < 200 or not (sized or type(body) is Body):
         return None
     length = (response.length or 0) if sized else 0
-    return Beginning(
+    return ResponsePlan(
         response_head(response, chunked=False, close=False),
         length,
         plain=length == 0 or not is_compressed(response),
-        again=response.minor == 1 and b"close" not in response.named,
+        reusable=response.minor == 1 and b"close" not in response.named,
     )
 
 
-_remembered = functools.lru_cache(maxsize=512)(_beginning)
+_cached_response_plan = functools.lru_cache(maxsize=512)(_make_response_plan)
 """A target begins with the same within a second, where what it answers is as long."""

@@ -100,12 +100,12 @@ class CachedDecision:
         """See `attempts.Standing`."""
         now_ms = self._at_hand.clock.now_ms()
         # Another lease may do where this one does not any more.
-        return self._validity.is_valid(now_ms / 1000) and self._at_hand.view.table.lives(
+        return self._validity.is_valid(now_ms / 1000) and self._at_hand.view.table.is_live(
             self.lease.lease_id, now_ms
         )
 
-    def allowed(
-        self, rate_check: RateCheck, then: Callable[[bool], None]
+    def allow(
+        self, rate_check: RateCheck, on_recorded: Callable[[bool], None]
     ) -> tuple[str, Mapping[str, str]] | None:
         """See `attempts.Standing`."""
         at_hand, began_ns = self._at_hand, time.perf_counter_ns()
@@ -117,7 +117,7 @@ class CachedDecision:
         if injects is None or rate_check(self._sender.agent_id) is not None:
             return None
         id, took_ns = at_hand.ids.fresh(), time.perf_counter_ns() - began_ns
-        at_hand.recorder.keep_soon(self._events.entry(id, took_ns // 1000, now_ms), then)
+        at_hand.recorder.append_at_end_of_turn(self._events.entry(id, took_ns // 1000, now_ms), on_recorded)
         self._count.tally()
         metrics.DECISION_TIME.tally(took_ns / 1e9)
         at_hand.task_history.add(
@@ -141,8 +141,8 @@ class CachedDecision:
             self._answer = at_hand.evaluator.cached_answer(self._key)
             if not at_hand.evaluator.is_valid(self._answer, now_ms):
                 return None
-        injects = at_hand.injector.at_hand(lease, self.target)
+        injects = at_hand.injector.cached_headers(lease, self.target)
         # Last, as in `decide`; nothing was waited for, so nothing changed meanwhile.
-        if not at_hand.view.table.lives(lease.lease_id, now_ms) or at_hand.view.stale() is not None:
+        if not at_hand.view.table.is_live(lease.lease_id, now_ms) or at_hand.view.stale() is not None:
             return None
         return injects

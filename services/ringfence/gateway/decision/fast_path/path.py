@@ -46,7 +46,7 @@ class DecisionFastPath:
         self,
         view: View,
         targets: Targets,
-        identifier: SenderAuthenticator,
+        authenticator: SenderAuthenticator,
         evaluator: Evaluator,
         injector: Injector,
         recorder: Recorder,
@@ -61,7 +61,7 @@ class DecisionFastPath:
         """`gateway`: the SPIFFE ID of this gateway, for events; `authorize`: decides without a cache."""
         self._view = view
         self._targets = targets
-        self._identifier = identifier
+        self._authenticator = authenticator
         self._clock = clock
         self._gateway = gateway
         self._entitlements_max_age_s = entitlements_max_age_s
@@ -96,7 +96,7 @@ class DecisionFastPath:
         cached = self._decisions.get(presented, attempt, self._clock.now_ms() / 1000)
         if cached is not None and cached.is_valid():
             return cached
-        sender = self._identifier.at_hand(presented)
+        sender = self._authenticator.without_proof(presented)
         target = self._targets.find(attempt)
         if sender is None or isinstance(target, Refusal) or target.map.speaks_mcp(attempt.target):
             return None
