@@ -58,7 +58,7 @@ class Lately:
     others are.
     """
 
-    def __init__(self, most_bytes: int = 8 * 1024 * 1024) -> None:
+    def __init__(self, most_bytes: int = 16 * 1024 * 1024) -> None:
         """`most_bytes` of messages are kept, and some three times as much of what is in them; the oldest go first."""
         self._left = most_bytes
         self._kept: OrderedDict[str, tuple[bytes, SigningKey, Sequence[Told]]] = OrderedDict()
