@@ -21,6 +21,8 @@ from tests.time_limits import TimeLimits, add_settings
 from tests.world import World
 
 KINDS = ("embedded", "apache", "docker")
+BEFORE = "a6b35f0c2a235c25e40d7cdd61987e3e514ae1f2"
+"""The last commit before ADR 0063, from which an upgrade is tested."""
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile(
@@ -84,6 +86,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--postgres",
         default=os.environ.get("RINGFENCE_TEST_POSTGRES") or "",
         help="the folder with another PostgreSQL's programs than Debian's newest; also RINGFENCE_TEST_POSTGRES",
+    )
+    group.addoption(
+        "--upgrade-from",
+        default=os.environ.get("RINGFENCE_TEST_UPGRADE_FROM") or BEFORE,
+        help="the commit of the version that is upgraded; also RINGFENCE_TEST_UPGRADE_FROM",
     )
 
     add_settings(parser)
