@@ -27,7 +27,7 @@ define need_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev lint format test test-slow-path test-apache test-tools test-opa test-backends test-gateways chaos mutants schemas schemas-check bench wheel-check lock clean
+.PHONY: help demo dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways chaos mutants schemas schemas-check bench wheel-check lock clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,16 +59,19 @@ dev: $(DEMO_STAMP) ## the whole stack on this machine, with an embedded broker; 
 	@$(BIN)/ringfence dev $(ARGS)
 
 test: $(STAMP) ## all tests, on the embedded broker and a real Valkey
-	$(BIN)/python -m pytest $(SUITES) -m "not tools" $(SHARED) $(ARGS)
+	$(BIN)/python -m pytest $(SUITES) -m "not tools and not upgrade" $(SHARED) $(ARGS)
 
 test-slow-path: $(STAMP) ## the tests of what has a fast path, with that switched off: the result must be the same
 	$(BIN)/python -m pytest $(SLOW_PATH) -m "not tools" --no-fast-path --no-mass-expiry $(SHARED) $(ARGS)
 
 test-apache: $(STAMP) ## the integration tests on a real Apache Kafka (needs a JDK 17+ and Maven)
-	$(BIN)/python -m pytest tests/integration -m "not tools" --kafka apache $(SHARED) $(ARGS)
+	$(BIN)/python -m pytest tests/integration -m "not tools and not upgrade" --kafka apache $(SHARED) $(ARGS)
 
 test-tools: $(STAMP) ## the tests with programs of others: kcat, curl, git, npm, rsyslog, promtool
 	$(BIN)/python -m pytest tests/integration tests/gateway tests/flows -m tools $(ARGS)
+
+test-upgrade: $(STAMP) ## upgrade an installation of the version before, by the wheels of both (needs its commit in this clone)
+	$(BIN)/python -m pytest tests/integration -m upgrade $(ARGS)
 
 test-opa: $(STAMP) ## the policy tests on a real OPA as well (needs Go 1.21+; built once, in two minutes)
 	$(BIN)/python -m pytest tests/policy --opa build $(SHARED) $(ARGS)

@@ -27,6 +27,8 @@ _SWITCHES = (
     ("--no-mass-expiry", "revoker", "mass_expiry", "mass_expiry_only"),
 )
 """By option: the service, the argument of its `build` that is False then, and the marker of tests about that path."""
+BEFORE = "a6b35f0c2a235c25e40d7cdd61987e3e514ae1f2"
+"""The last commit before ADR 0063, from which an upgrade is tested."""
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile(
@@ -100,6 +102,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--no-mass-expiry",
         action="store_true",
         help="revokers in the process of the test run without the mass-expiry path; tests about it are deselected",
+    )
+    group.addoption(
+        "--upgrade-from",
+        default=os.environ.get("RINGFENCE_TEST_UPGRADE_FROM") or BEFORE,
+        help="the commit of the version that is upgraded; also RINGFENCE_TEST_UPGRADE_FROM",
     )
 
     add_settings(parser)

@@ -316,8 +316,8 @@ class Sleeping:
         self.has_sent, self.wake = asyncio.Event(), asyncio.Event()
         chain = writer._chain
 
-        async def slow(publisher: TransactionalPublisher, linked: Any) -> None:
-            await chain(publisher, linked)
+        async def slow(publisher: TransactionalPublisher, events: Any) -> None:
+            await chain(publisher, events)
             self.has_sent.set()
             await self.wake.wait()
 

@@ -21,8 +21,8 @@ def main(sent: Path, go: Path) -> int:
     settings = load(ServiceSettings)
     chain = ChainWriter._chain
 
-    async def slow(self: ChainWriter, publisher: TransactionalPublisher, linked: Any) -> None:
-        await chain(self, publisher, linked)
+    async def slow(self: ChainWriter, publisher: TransactionalPublisher, events: Any) -> None:
+        await chain(self, publisher, events)
         sent.touch()
         while not go.exists():
             await asyncio.sleep(0.02)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -102,38 +102,6 @@ async def test_nothing_is_handed_over_that_nobody_would_believe() -> None:
     with pytest.raises(UnavailableError, match="ended"):
         await intake.hand_over([told(1)])
     assert sent.messages == []
-
-
-class Others:
-    """Chain, and this process does not."""
-
-    def __init__(self) -> None:
-        self.until = 0
-
-    async def chained(self, events: Mapping[int, Sequence[PendingEvent]]) -> bool:
-        return False
-
-    def handed_over(self, partition: int, until: int) -> None:
-        self.until = until
-
-
-async def test_what_stands_nobody_knows_where_is_handed_over_again() -> None:
-    """Else what follows might be chained before it."""
-
-    class Forgetful(Sent):
-        async def send_to(self, *args: Any) -> list[range]:
-            (places,) = await super().send_to(*args)
-            return [range(-1, 0) if len(self.messages) == 2 else places]
-
-    office, others = AuditFixtures(), Others()
-    key = office.key("service", "audit")
-    intake = Intake(Forgetful(), lambda: key, TD, SystemClock(), writer=others)
-    await intake.hand_over([told(1)])
-    with pytest.raises(UnavailableError, match="did not say where"):
-        await intake.hand_over([told(2)])
-    assert others.until == 1
-    await intake.hand_over([told(2)])
-    assert others.until == 3
 
 
 @pytest.mark.parametrize("at_once", [True, False])

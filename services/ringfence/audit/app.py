@@ -49,10 +49,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
             runtime.trust, settings.state_dir / own.tree_file if settings.state_dir is not None else None
         )
     lately, read_back, strays = HandoverCache(), WrittenEventCache(), UnauthorisedRecords()
-    writer = ChainWriter(runtime, own.checkpoint_s, lately, read_back, strays)
-    intake = Intake(
-        runtime.publisher, runtime.believed_key, settings.trust_domain, runtime.clock, lately, writer
-    )
+    intake = Intake(runtime.publisher, runtime.believed_key, settings.trust_domain, runtime.clock, lately)
     handlers = AuditHandlers(
         intake,
         verifier,
@@ -93,7 +90,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
         "audit", handlers.batches(), max_records=1000, linger_ms=own.linger_ms, report_initial_gap=True
     )
     _look_at_what_is_followed(runtime, own, directory)
-    _chain(runtime, own, writer)
+    _chain(runtime, own, ChainWriter(runtime, own.checkpoint_s, lately, read_back, strays))
     authenticator = Authenticator(directory, runtime.role, runtime.clock)
     api = AuditApi(index, directory, runtime.clock, authenticator, indexed.complete.is_set)
     runtime.routes += [*api.routes(), *ProofApi(index, proofs, api.viewer).routes()]

@@ -16,7 +16,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.messages.audit import AuditCheckpoint, ChainLink
 from ringfence.messages.base import typ_header
-from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
+from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT
 from ringfence.model.audit_log.chain import Tip, event_of
 from ringfence.model.audit_log.merkle import Hash, leaf_hash
 
@@ -24,7 +24,7 @@ from ringfence.model.audit_log.merkle import Hash, leaf_hash
 @dataclass(slots=True)
 class RecoveredChain:
     """One chain: how far it has come, how far that is signed, and the uids of its last events; of its partition where
-    it ended, and where there is what is none of the chain; of that of `audit.intake` where it ended.
+    it ended, and where there is what is none of the chain.
     """
 
     tip: Tip
@@ -32,7 +32,6 @@ class RecoveredChain:
     recent: Sequence[str] = ()
     end: int = 0
     strays: Sequence[range] = ()
-    intake_end: int = 0
     faults: list[str] = field(default_factory=list)
 
 
@@ -116,7 +115,6 @@ async def recover_chains(
             one = _followed(stretch, str(partition), await handed_over.find(partition, judged))
             one.recent = _recent(stretch, one.tip.last, remember)
             one.end, one.strays = stretch.end, _strays(stretch, str(partition), one.tip, mark)
-            _, one.intake_end = await kafka.bounds(AUDIT_INTAKE, partition)
             found[partition] = one
         return found
 

@@ -3,9 +3,6 @@
 One process does it for all partitions, the others stand by. Each batch is one Kafka transaction: its events, the
 offsets that were read for them, and now and then the checkpoints. Whoever takes over fences whoever chained before, and
 goes on from what is committed: so a process that was killed, or paused and wakes, never leaves two events in one place.
-
-Events of this process itself are chained without that way round: on `audit.intake` it vouches for them, by their
-hashes.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from ringfence.audit.trail.chain_recovery import RecoveredChain, recover_chains
-from ringfence.audit.trail.handover import HandoverCache, PendingEvent, opened_intake, require_still, vouched
+from ringfence.audit.trail.handover import HandoverCache, PendingEvent, opened_intake
 from ringfence.audit.trail.unauthorised_records import Found, UnauthorisedRecords, why_not
 from ringfence.audit.trail.written_cache import WrittenEventCache
 from ringfence.audit.verification import require_trust
@@ -37,7 +34,7 @@ from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.transactions import TransactionalPublisher
 from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.audit import AuditChained, AuditCheckpoint
+from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
 from ringfence.model.audit_log.chain import Tip, linked, linked_event
@@ -57,9 +54,6 @@ _REMEMBERED_AT_FIRST = 5_000
 _STRAYS_AT_ONCE, _STRAYS_EACH_S = 500, 0.5
 """So many places are looked at for strays, so often at most: a flood of them takes little from what is true."""
 
-_NEAR, _CATCH_UP_S = 1000, 1.0
-"""Messages of one partition, which are chained in a batch or two, and the time that these are given."""
-
 
 @dataclass(slots=True)
 class _Chain:
@@ -74,15 +68,6 @@ class _Chain:
         self.recent[uid] = None
         if len(self.recent) > _REMEMBERED:
             self.recent.popitem(last=False)
-
-
-@dataclass(frozen=True, slots=True)
-class _Linked:
-    """Events in their places, of one partition of `audit`."""
-
-    partition: int
-    messages: list[Outbound] = field(default_factory=list)
-    hashes: list[Hash] = field(default_factory=list)
 
 
 class ChainWriter:
@@ -113,13 +98,6 @@ class ChainWriter:
         self._chains: dict[int, _Chain] = {}
         self._taken: dict[int, int] = {}
         """By partition of `audit.intake`: the offset after the last that is chained."""
-        self._wait_for: dict[int, int] = {}
-        """The same of the last that is to be chained before this process chains anything by itself: what it handed
-        over, and what stood there when it took over.
-        """
-        self._moved = asyncio.Event()
-        """Set, and followed by another, once more is chained of `audit.intake`, or this process chains no more."""
-        self._worth_waiting = True
 
     async def on_assigned(self) -> None:
         """Somebody else may have chained meanwhile: begin by looking."""
@@ -140,29 +118,8 @@ class ChainWriter:
                 events.setdefault(record.partition, []).extend(await self._handed(record))
             if any(events.values()):
                 async with publisher.transaction(self._group, ends):
-                    await self._chain(publisher, self._linked(events))
+                    await self._chain(publisher, events)
             self._taken |= {partition: end for (_, partition), end in ends.items()}
-            self._worth_waiting = True
-        self._tell_moved()
-
-    async def chained(self, events: Mapping[int, Sequence[PendingEvent]]) -> bool:
-        """See `ringfence.audit.trail.handover.Writer`. What was handed over before is chained before."""
-        if self._publisher is None:  # before it waits for its turn: whoever takes over may read for long
-            return False
-        await self._caught_up(events)
-        async with self._one_at_a_time:
-            if not all(self._goes_on_at_once(partition) for partition in events):
-                return False
-            key = self._runtime.believed_key()
-            async with self._transacting() as publisher, publisher.transaction():
-                linked = self._linked(events)
-                await gather_all([self._chain(publisher, linked), self._vouch(linked, key)])
-                require_still(key, self._runtime.believed_key())
-            return True
-
-    def handed_over(self, partition: int, until: int) -> None:
-        """See `ringfence.audit.trail.handover.Writer`."""
-        self._wait_for[partition] = until
 
     async def sign_now_and_then(self) -> None:
         """Publish a checkpoint of each chain that has grown, every few seconds. Does not end."""
@@ -203,80 +160,41 @@ class ChainWriter:
 
     # --- chaining ---
 
-    def _goes_on_at_once(self, partition: int) -> bool:
-        """Whether this process chains there, and nothing is to be chained first. Who takes over sees new ones."""
-        return self._publisher is not None and partition in self._chains and not self._behind(partition)
-
-    def _behind(self, partition: int) -> int:
-        """So many messages are to be chained there first."""
-        return max(0, self._wait_for.get(partition, 0) - self._taken.get(partition, 0))
-
-    async def _caught_up(self, partitions: Iterable[int]) -> None:
-        """Wait a moment where little is to be chained first. Were what follows handed over, what follows that would be
-        behind it again, for as long as there is more. Not again where nothing came of it: who has no partition any
-        more, and was not replaced yet, is given nothing to chain.
-        """
-        try:
-            async with asyncio.timeout(_CATCH_UP_S):
-                while (
-                    self._worth_waiting
-                    and self._publisher is not None
-                    and 0 < max(map(self._behind, partitions)) <= _NEAR
-                ):
-                    await self._moved.wait()
-        except TimeoutError:
-            self._worth_waiting = False
-
-    def _tell_moved(self) -> None:
-        moved, self._moved = self._moved, asyncio.Event()
-        moved.set()
-
-    def _linked(self, events: Mapping[int, Iterable[PendingEvent]]) -> list[_Linked]:
-        """Put events, by partition, behind the last of each chain: those that are not there already."""
-        return [one for partition, some in events.items() if (one := self._link(partition, some)).hashes]
-
-    def _link(self, partition: int, events: Iterable[PendingEvent]) -> _Linked:
+    def _link(self, partition: int, events: Iterable[PendingEvent]) -> list[Outbound]:
+        """Put events behind the last of a chain: those that are not there already."""
         chain, tree = self._chains[partition], str(partition)
         start, last = chain.tip.head.size, chain.tip.last
-        found = _Linked(partition)
+        messages: list[Outbound] = []
+        hashes: list[Hash] = []
         for one in events:
             if one.uid in chain.recent:
                 continue
-            link = (tree, start + len(found.hashes) + 1, last)
+            link = (tree, start + len(hashes) + 1, last)
             body = linked(one.body, *link)
             last = leaf_hash(body)
             if self._read_back is not None and one.event is not None:
                 self._read_back.put(body, linked_event(one.event, *link), last)
-            found.hashes.append(last)
+            hashes.append(last)
             chain.remember(one.uid)
-            found.messages.append(Outbound(one.key, body, one.uid, one.traceparent))
-        chain.tip = chain.tip.grown(*found.hashes)
-        return found
+            messages.append(Outbound(one.key, body, one.uid, one.traceparent))
+        chain.tip = chain.tip.grown(*hashes)
+        return messages
 
-    async def _chain(self, publisher: TransactionalPublisher, linked: Sequence[_Linked]) -> None:
-        """Send them, all partitions at once: each request of a transaction costs as much as some events."""
-        await gather_all(self._send(publisher, one) for one in linked)
+    async def _chain(
+        self, publisher: TransactionalPublisher, events: Mapping[int, Iterable[PendingEvent]]
+    ) -> None:
+        """By partition. All are sent at once: each request of a transaction costs as much as some events."""
+        messages = {partition: self._link(partition, some) for partition, some in events.items()}
+        await gather_all(self._send(publisher, at, some) for at, some in messages.items() if some)
 
-    async def _send(self, publisher: TransactionalPublisher, one: _Linked) -> None:
-        for places in await publisher.send_to(one.partition, AUDIT, "audit", one.messages):
+    async def _send(
+        self, publisher: TransactionalPublisher, partition: int, messages: Sequence[Outbound]
+    ) -> None:
+        for places in await publisher.send_to(partition, AUDIT, "audit", messages):
             if places.start < 0:  # it was sent twice, and the broker has forgotten where the first stands
-                raise UnavailableError(f"Kafka did not say where events of partition {one.partition} stand")
-            self._strays.wrote(one.partition, places)
-        log.debug("chained %d events of partition %d", len(one.hashes), one.partition)
-
-    async def _vouch(self, linked: Sequence[_Linked], key: SigningKey) -> None:
-        """Until a checkpoint covers them, this tells them from what anybody may have written there. It stands outside
-        of the transaction: where that fails, it vouches for what is nowhere.
-        """
-        runtime = self._runtime
-        td, now_ms = runtime.settings.trust_domain, runtime.clock.now_ms()
-        messages = {one.partition: vouched(one.partition, one.hashes, key, td, now_ms) for one in linked}
-        for message in (message for some in messages.values() for message in some):
-            self._lately.put(message, key, ())
-        await gather_all(
-            runtime.publisher.send_to(partition, AUDIT_INTAKE, AuditChained.typ, some)
-            for partition, some in messages.items()
-        )
+                raise UnavailableError(f"Kafka did not say where events of partition {partition} stand")
+            self._strays.wrote(partition, places)
+        log.debug("chained %d events of partition %d", len(messages), partition)
 
     async def _handed(self, record: Received) -> Sequence[PendingEvent]:
         """What a message holds. What no audit service signed is dead-lettered."""
@@ -394,7 +312,6 @@ class ChainWriter:
             raise
         self._chains = {partition: _chain_of(one) for partition, one in found.items()}
         for partition, one in found.items():
-            self._wait_for[partition] = max(self._wait_for.get(partition, 0), one.intake_end)
             for fault in one.faults:
                 log.error("partition %d of the audit trail: %s", partition, fault)
         self._strays.took_over(
@@ -421,7 +338,6 @@ class ChainWriter:
 
     async def _let_go(self) -> None:
         publisher, self._publisher = self._publisher, None
-        self._tell_moved()
         self._chains = {}
         self._strays.let_go()
         if publisher is not None:

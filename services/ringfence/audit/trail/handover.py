@@ -1,20 +1,21 @@
 """How events get from whoever made them to whoever chains them: signed, many at a time, on `audit.intake`.
 
-Where the same process chains they need not go that way: what stands on `audit.intake` then is that it vouches for them.
+Versions before ADR 0063 also put `audit.chained` there: the hashes of events that they chained without a hand-over.
+It is read for as long as `audit.intake` keeps it, 7 days, so that a trail of theirs does not fork.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import orjson
 
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.crypto.jws import parse, sign, sign_payload, verify, verify_payload
+from ringfence.kernel.crypto.jws import parse, sign_payload, verify, verify_payload
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.batch_handlers import gather_all
@@ -29,8 +30,6 @@ from ringfence.model.audit_log.merkle import Hash
 
 MOST_BYTES = 320 * 1024
 """Of events in one message: as a JWS it is a third longer, and no message may be over 512 KiB."""
-MOST_HASHES = 3000
-"""Of events in one message: 90 bytes each."""
 
 
 class PendingEvent(NamedTuple):
@@ -51,22 +50,7 @@ class Opened(NamedTuple):
     events: Sequence[PendingEvent] = ()
     """That are to be chained."""
     chained: Sequence[Hash] = ()
-    """The hashes of events that it chained by itself."""
-
-
-class Writer(Protocol):
-    """Who chains, where that may be this process."""
-
-    async def chained(self, events: Mapping[int, Sequence[PendingEvent]]) -> bool:
-        """Chain events at once, by partition of `audit`; False where they are to be handed over.
-
-        Raises UnavailableError where that failed: they are to be handed over again.
-        """
-        ...
-
-    def handed_over(self, partition: int, until: int) -> None:
-        """Told that this process handed over events of a partition, up to that offset of `audit.intake`."""
-        ...
+    """The hashes of events that it chained without a hand-over: of versions before ADR 0063."""
 
 
 class HandoverCache:
@@ -76,7 +60,7 @@ class HandoverCache:
     others are.
     """
 
-    def __init__(self, most_bytes: int = 8 * 1024 * 1024) -> None:
+    def __init__(self, most_bytes: int = 16 * 1024 * 1024) -> None:
         """`most_bytes` of messages are kept, and some three times as much of what is in them; the oldest go first."""
         self._left = most_bytes
         self._kept: OrderedDict[str, tuple[bytes, SigningKey, Sequence[PendingEvent]]] = OrderedDict()
@@ -115,25 +99,20 @@ class Intake:
         trust_domain: str,
         clock: Clock,
         lately: HandoverCache | None = None,
-        writer: Writer | None = None,
     ) -> None:
         """Args:
             key: what to sign by, asked each time. It raises UnavailableError where nobody would believe it: handed over
                 all the same, an event would be lost, and its dead letter be the next one.
             lately: keeps what is handed over, where this process may be the one that chains it.
-            writer: the one that chains, while this process does.
         """  # fmt: skip
         self._lately = lately
-        self._writer = writer
         self._publisher = publisher
         self._key = key
         self._trust_domain = trust_domain
         self._clock = clock
 
     async def hand_over(self, events: Iterable[PendingEvent]) -> None:
-        """Chained, or acknowledged by Kafka, when this returns. Raises UnavailableError where it is to be handed over
-        again.
-        """
+        """Acknowledged by Kafka when this returns. Raises UnavailableError where it is to be handed over again."""
         every = await self._publisher.partitions(AUDIT)
         by_partition: dict[int, list[PendingEvent]] = {}
         for told in events:
@@ -141,20 +120,13 @@ class Intake:
         if not by_partition:
             return
         key = self._key()
-        if self._writer is not None and await self._writer.chained(by_partition):
-            return
-        await gather_all(self._send(partition, some, key) for partition, some in by_partition.items())
-        require_still(key, self._key())
-
-    async def _send(self, partition: int, some: Sequence[PendingEvent], key: SigningKey) -> None:
-        messages = (self._signed(one, key) for one in _portions(some))
-        places = await self._publisher.send_to(partition, AUDIT_INTAKE, AuditIntake.typ, messages)
-        if self._writer is not None:
-            if places[-1].start < 0:  # it was sent twice, and the broker has forgotten where the first stands
-                raise UnavailableError(
-                    f"Kafka did not say where on audit.intake/{partition} it stands: once more"
-                )
-            self._writer.handed_over(partition, places[-1].stop)
+        await gather_all(
+            self._publisher.send_to(
+                partition, AUDIT_INTAKE, AuditIntake.typ, (self._signed(one, key) for one in _portions(some))
+            )
+            for partition, some in by_partition.items()
+        )
+        _require_still(key, self._key())
 
     def _signed(self, some: Sequence[PendingEvent], key: SigningKey) -> Outbound:
         jti = derived_id(AuditIntake.typ, *(told.uid for told in some))
@@ -172,31 +144,12 @@ class Intake:
         return message
 
 
-def require_still(key: SigningKey, now: SigningKey) -> None:
+def _require_still(key: SigningKey, now: SigningKey) -> None:
     """Once what `key` signed is acknowledged: raises UnavailableError where another key signs by now. One that a bundle
     has ended meanwhile signed what was appended too late, perhaps; what comes twice is chained once.
     """
     if now.kid != key.kid:
         raise UnavailableError(f"{key.id} signs by another key now: once more", code="key_changed")
-
-
-def vouched(
-    partition: int, hashes: Sequence[Hash], key: SigningKey, trust_domain: str, at_ms: int
-) -> list[Outbound]:
-    """The messages by which the writer vouches for events that it chains by itself, in one partition of `audit`."""
-    found = []
-    for start in range(0, len(hashes), MOST_HASHES):
-        some = tuple(one.hex() for one in hashes[start : start + MOST_HASHES])
-        claims = AuditChained(
-            iss=key.id,
-            aud=trust_domain,
-            iat=at_ms // 1000,
-            jti=derived_id(AuditChained.typ, partition, *some),
-            tree=str(partition),
-            hashes=some,
-        )
-        found.append(Outbound(claims.tree, sign(claims, key).encode(), claims.jti))
-    return found
 
 
 def opened_intake(record: Received, trust: TrustStore) -> Opened:

@@ -1,10 +1,13 @@
 """Which events on `audit` an audit service handed over: of what stands there unsigned, anybody may have written some.
 
-What was handed over stands on `audit.intake`, signed, and so does which events the writer chained by itself. It is read
-from where the chains have read to, in turns on and back, until nothing is missing. Back stands what was handed over and
-chained last, which is all that is ever asked for; on, what the writer vouched for last, and all that others handed over
-since. As events are chained in the order in which they were handed over, none of it stands before many that are not
-asked for. So whoever makes events up, which are never found, or repeats old ones, makes nobody read all that is kept.
+What was handed over stands on `audit.intake`, signed. Versions before ADR 0063 also chained events without a hand-over,
+and put their hashes there, signed (`audit.chained`): those count as well, for as long as the topic keeps them.
+
+The topic is read from where the chains have read to, in turns on and back, until nothing is missing. Back stands what
+was handed over and chained last, which is all that is ever asked for; on, the last hashes of an earlier version, and
+all that others handed over since. As events are chained in the order in which they were handed over, none of it stands
+before many that are not asked for. So whoever makes events up, which are never found, or repeats old ones, makes nobody
+read all that is kept.
 """
 
 from __future__ import annotations
@@ -52,8 +55,8 @@ class HandoverLookup:
         self._enough = enough
 
     async def find(self, partition: int, events: Mapping[Hash, Mark]) -> frozenset[Hash]:
-        """Those of these, by their hashes in the tree, that an audit service handed over or chained by itself, as far
-        as its messages are still kept.
+        """Those of these, by their hashes in the tree, that an audit service handed over, or of which it signed the
+        hash, as far as the messages are still kept.
         """
         start, end = await self._kafka.bounds(AUDIT_INTAKE, partition)
         taken = min(max(self._taken.get(partition, start), start), end)

@@ -23,7 +23,7 @@ class WrittenEventCache:
     What is not read back goes at last: where the transaction that it was written in failed, it stands nowhere.
     """
 
-    def __init__(self, most_bytes: int = 4 * 1024 * 1024) -> None:
+    def __init__(self, most_bytes: int = 8 * 1024 * 1024) -> None:
         """`most_bytes` of events are kept, and some three times as much of their JSON; the oldest go first."""
         self._left = most_bytes
         self._kept: dict[bytes, Trailed] = {}

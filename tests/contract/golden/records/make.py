@@ -11,10 +11,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.jws import parse
 from ringfence.messages.approval import Approval, Grant, GrantWithdraw
 from ringfence.messages.credential import CredentialRequest, Revisions
-from ringfence.messages.enrolment import AttestationSelector
+from ringfence.messages.instances import AttestationSelector
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.lease import RevocationRequest, Selector
 from ringfence.messages.registry import (
@@ -41,7 +41,7 @@ from ringfence.messages.registry import (
     UserDisable,
     VerbFloor,
 )
-from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, permission
+from tests.ledger import START_MS, TD, Ledger, permission
 
 NOT_YET = {"added_in_2030": {"unless": ["it is Friday"]}}
 """A field that no version has."""
@@ -49,7 +49,7 @@ WIDE = permission("env/**", verbs=("read", "deploy"))
 ISSUER = "https://token.actions.example"
 
 
-class Keeper(InMemoryRegistry):
+class Keeper(Ledger):
     """An honest registry of before, which writes down every record."""
 
     def __init__(self) -> None:
