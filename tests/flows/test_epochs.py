@@ -254,12 +254,12 @@ async def test_what_became_void_after_it_was_acknowledged_is_said_once_more(
     async def later(self: LeaseWatch) -> None:
         return None
 
-    monkeypatch.setattr(LeaseWatch, "_heed_epochs", later)
+    monkeypatch.setattr(LeaseWatch, "_check_epochs", later)
     before = await place.epochs()
     await mark(place, number + 7)
     await place.release(asked)
     await settled(place, asked.lease_id, lambda records: [void for _, void in records][:3] == LATE_TWO)
-    monkeypatch.setattr(LeaseWatch, "_heed_epochs", heed)
+    monkeypatch.setattr(LeaseWatch, "_check_epochs", heed)
     other, _ = await desk.issued("read")  # so that something is looked at
     await place.rebuilt(before)
     assert await epoch_of(place) == number + 8

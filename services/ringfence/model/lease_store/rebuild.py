@@ -410,7 +410,7 @@ class Restoration:
             commands += [("HDEL", at.leases, id), ("UNLINK", at.ended(id))]
         await self._mend(commands)
 
-    async def put_right(self, leases: Sequence[SignedLease], published: Mapping[str, int]) -> None:
+    async def rewrite(self, leases: Sequence[SignedLease], published: Mapping[str, int]) -> None:
         """Write everything again that follows from these records, which Redis has and Kafka has not. In a rebuild.
 
         `published`: the `seq` that Kafka has of them, none is 0.

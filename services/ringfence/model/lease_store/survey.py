@@ -109,7 +109,7 @@ class Knowledge:
         """Whether there is such a lease, ended or not."""
         return True
 
-    def is_order(self, id: str) -> bool:
+    def has_revocation(self, id: str) -> bool:
         """Whether there is such an order on `revocation.request`, followed or not."""
         return True
 
@@ -396,7 +396,9 @@ class Survey:
 
     def _is_seen(self, id: bytes, place: bytes) -> bool:
         """Whether what was seen somewhere is there, as far as Kafka is asked."""
-        return b".revocation.request." not in place.partition(b" ")[0] or self._knowledge.is_order(_text(id))
+        return b".revocation.request." not in place.partition(b" ")[0] or self._knowledge.has_revocation(
+            _text(id)
+        )
 
     def _is_outlived(self, place: bytes, left_ms: int) -> bool:
         """Whether it may be gone from Kafka by its age: it is remembered for longer, and not for long any more."""
