@@ -175,5 +175,4 @@ __all__ = [
     "TokenKeys",
     "all_backends",
     "built_in",
-    "existing_of",
 ]

@@ -25,8 +25,8 @@ from ringfence.model.lease_store import (
     GRANT_KEEP_MS,
     SELECTOR_KEEP_MS,
     SLACK_MS,
-    Alive,
-    Held,
+    LeaseKeys,
+    LiveLease,
     Restoration,
     uses_of,
 )
@@ -46,7 +46,7 @@ from ringfence.revoker.consistency.kafka_view import (
 )
 
 AGAIN_S = 1.0
-_AT_A_TIME = 500
+_BATCH_SIZE = 500
 
 _LATER_MS = 60_000
 """How far beyond our own clock a fence is wrong: it stands for the time of a revocation."""
@@ -123,21 +123,19 @@ class Checker:
         ids = await restoration.ids()
         waiting = await restoration.waiting()
 
-        fold_anew = partial(
-            LeaseFold, trust=self._trust, over_before_s=(now_ms - self._record_keep_ms) / 1000
-        )
-        fold = fold_anew(held=frozenset(ids))
+        new_fold = partial(LeaseFold, trust=self._trust, over_before_s=(now_ms - self._record_keep_ms) / 1000)
+        fold = new_fold(held=frozenset(ids))
         await read_leases(self._settings, fold)
         if not restoration.complete:
             yield LeaseDifference("epoch", "missing", str(fold.epochs.highest()), "")
         for epoch in sorted(restoration.epochs):
             if number_of(epoch) < fold.epochs.highest():
                 yield LeaseDifference("epoch", "behind", str(fold.epochs.highest()), epoch)
-        records = await self._verified_records(restoration, fold, fold_anew)
+        records = await self._verified_records(restoration, fold, new_fold)
         wanted = list(dict.fromkeys([*records, *ids]))
-        alive: dict[str, Alive] = {}
-        for start in range(0, len(wanted), _AT_A_TIME):
-            some = wanted[start : start + _AT_A_TIME]
+        alive: dict[str, LiveLease] = {}
+        for start in range(0, len(wanted), _BATCH_SIZE):
+            some = wanted[start : start + _BATCH_SIZE]
             selector_keys = {id: _selector_keys(records[id].jws) if id in records else () for id in some}
             found = await restoration.held(selector_keys)
             # Of leases that Kafka does not know (yet), Redis's own record gives the selector keys.
@@ -149,7 +147,7 @@ class Checker:
             selector_keys |= alone
             for id, held in (found | await restoration.held(alone)).items():
                 if held.stored is not None and held.stored.status not in TERMINAL:
-                    alive[id] = Alive.of(held.stored)
+                    alive[id] = LiveLease.of(held.stored)
                 for one in _differences(
                     id, records.get(id), held, selector_keys[id], waiting, now_ms, self._record_keep_ms
                 ):
@@ -178,7 +176,7 @@ class Checker:
             for id, revocation in revocations.by_id.items()
             if revocation.at.appended_at_ms > since_ms
         }
-        seen = await restoration.sightings(list(first))
+        seen = await restoration.first_seen_positions(list(first))
         for id, at in first.items():
             if seen.get(id) != at:
                 yield LeaseDifference(
@@ -190,27 +188,27 @@ class Checker:
     ) -> AsyncIterator[LeaseDifference]:
         granted = (parse(one.jws).unverified_claims(Lease) for one in records.values() if one.granted)
         uses = [use for one in granted if one.iat * 1000 > now_ms - GRANT_KEEP_MS for use in uses_of(one)]
-        for start in range(0, len(uses), _AT_A_TIME):
-            some = uses[start : start + _AT_A_TIME]
+        for start in range(0, len(uses), _BATCH_SIZE):
+            some = uses[start : start + _BATCH_SIZE]
             for (grant_id, lease_id), is_counted in zip(some, await restoration.counted(some), strict=True):
                 if not is_counted:
                     yield LeaseDifference(f"{lease_id} on grant {grant_id}", "uncounted", "named", "")
 
     async def _verified_records(
-        self, restoration: Restoration, fold: LeaseFold, fold_anew: Callable[..., LeaseFold]
+        self, restoration: Restoration, fold: LeaseFold, new_fold: Callable[..., LeaseFold]
     ) -> dict[str, HighestRecord]:
         """The highest records that verify. A terminal record that Redis has too is not verified."""
         to_verify: dict[str, HighestRecord] = {}
         ids = list(fold.highest)
-        for start in range(0, len(ids), _AT_A_TIME):
-            some = ids[start : start + _AT_A_TIME]
+        for start in range(0, len(ids), _BATCH_SIZE):
+            some = ids[start : start + _BATCH_SIZE]
             for id, held in (await restoration.held(dict.fromkeys(some, ()))).items():
                 record = fold.highest[id]
                 if held.stored is None or held.stored.jws != record.jws or record.status not in TERMINAL:
                     to_verify[id] = record
         found = {id: record for id, record in fold.highest.items() if id not in to_verify}
         async for leases in verify_records(
-            self._settings, self._trust, self._clock, to_verify, fold.contested, fold_anew
+            self._settings, self._trust, self._clock, to_verify, fold.contested, new_fold
         ):
             for one in leases:
                 claims = one.claims
@@ -224,7 +222,7 @@ class Checker:
 def _differences(
     id: str,
     record: HighestRecord | None,
-    held: Held,
+    held: LeaseKeys,
     selector_keys: Sequence[str],
     waiting: set[tuple[str, int]],
     now_ms: int,
@@ -254,7 +252,7 @@ def _differences(
 
 
 def _inconsistent(
-    id: str, kafka: str, held: Held, selector_keys: Sequence[str], now_ms: int, record_keep_ms: int
+    id: str, kafka: str, held: LeaseKeys, selector_keys: Sequence[str], now_ms: int, record_keep_ms: int
 ) -> Iterator[LeaseDifference]:
     """Keys that do not fit the record that Redis has of a lease."""
     for place in _misplaced(held, selector_keys, now_ms):
@@ -263,7 +261,7 @@ def _inconsistent(
         yield LeaseDifference(id, "mistimed", kafka, when)
 
 
-def _misplaced(held: Held, selector_keys: Sequence[str], now_ms: int) -> Iterator[str]:
+def _misplaced(held: LeaseKeys, selector_keys: Sequence[str], now_ms: int) -> Iterator[str]:
     """Sets and indexes that a lease is in and should not be, or the other way round, by its record in Redis."""
     stored = held.stored
     assert stored is not None
@@ -285,7 +283,7 @@ def _misplaced(held: Held, selector_keys: Sequence[str], now_ms: int) -> Iterato
         yield "cut, or not issued yet, and not refused by its live key"
 
 
-def _mistimed(held: Held, now_ms: int, record_keep_ms: int) -> Iterator[str]:
+def _mistimed(held: LeaseKeys, now_ms: int, record_keep_ms: int) -> Iterator[str]:
     """Keys of a lease that expire at another time than they should."""
     stored, kept_until_ms = held.stored, held.kept_until_ms
     assert stored is not None

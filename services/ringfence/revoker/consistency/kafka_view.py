@@ -225,7 +225,7 @@ async def verify_records(
     clock: Clock,
     records: Mapping[str, HighestRecord],
     contested: Collection[str],
-    fold_anew: Callable[..., LeaseFold],
+    new_fold: Callable[..., LeaseFold],
 ) -> AsyncIterator[list[SignedLease]]:
     """These leases, in batches, with their records verified.
 
@@ -242,7 +242,7 @@ async def verify_records(
         "%d leases have records on their topic that are signed by nobody who may: those do not count",
         len(wanted),
     )
-    fold = fold_anew(
+    fold = new_fold(
         held=wanted,
         counts=lambda lease_id, jws: lease_id in wanted and _verifies(lease_id, jws, trust, clock),
     )

@@ -26,7 +26,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.lease import TERMINAL, Lease
-from ringfence.model.lease_store import LeaseStore, LostError, Outgoing, SignedLease, StoredLease
+from ringfence.model.lease_store import LeaseStore, LostError, OutboxRecord, SignedLease, StoredLease
 from ringfence.model.leases.epochs import Epochs, number_of
 from ringfence.model.leases.lifecycle import comes_after
 from ringfence.model.leases.unverified import LeaseSummary
@@ -43,7 +43,7 @@ BACK_MS = 15_000
 """How far back a revoker begins to read: one that was killed may have read records and not checked them."""
 _CAUGHT_UP_WITHIN_S = 5.0
 _FAILED_S = 1.0
-_AT_A_TIME = 500
+_BATCH_SIZE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ class LeaseWatch:
         if self._epochs.highest() <= number_of(self._store.epoch):
             return
         log.warning("Kafka is in a newer epoch than Redis, which is rebuilt once more")
-        await self._store.disown()
+        await self._store.request_rebuild()
         raise LostError("Redis is of an older epoch than Kafka")
 
     def _judged(self, records: Sequence[_ArrivedRecord]) -> list[_ArrivedRecord]:
@@ -236,8 +236,8 @@ class LeaseWatch:
         """
         held: dict[str, int] = {}
         ids = list(seqs)
-        for start in range(0, len(ids), _AT_A_TIME):
-            held |= await self._store.seqs(ids[start : start + _AT_A_TIME])
+        for start in range(0, len(ids), _BATCH_SIZE):
+            held |= await self._store.seqs(ids[start : start + _BATCH_SIZE])
         behind = {id: seq for id, seq in held.items() if seq < seqs[id]}
         return behind, {id: seq for id, seq in held.items() if seq > seqs[id]}
 
@@ -270,7 +270,7 @@ class LeaseWatch:
         cuts = [one for one in records if one.void and one.id in stored and one.summary.status == "ending"]
         again = {(one.id, one.summary.seq): one.jws for one in cuts if self._leads_to(one, stored[one.id])}
         again |= {(id, one.seq): one.jws for id, one in stored.items()}
-        await self._ender.republish([Outgoing(id, seq, jws) for (id, seq), jws in sorted(again.items())])
+        await self._ender.republish([OutboxRecord(id, seq, jws) for (id, seq), jws in sorted(again.items())])
 
     def _leads_to(self, cut: _ArrivedRecord, stored: StoredLease) -> bool:
         """Whether a void cut is the record before the end that Redis has: then it has to be published before that."""

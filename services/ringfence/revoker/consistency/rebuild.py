@@ -29,10 +29,10 @@ from ringfence.messages.lease import Lease, LeaseEpoch
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import (
     FENCE_KEEP_MS,
-    Had,
     Knowledge,
     LeaseStore,
     LostError,
+    RecordVersion,
     Restoration,
     SignedLease,
 )
@@ -56,11 +56,11 @@ log = logging.getLogger(__name__)
 _FAILED_S = 1.0
 _BUSY_S = 0.2
 _KEEP_EVERY_S = 3.0
-_AT_A_TIME = 500
+_BATCH_SIZE = 500
 _TRIES = 5
 """More tries than there are revokers that begin at the same moment."""
 _CAUGHT_UP_WITHIN_S = 30.0
-_NONE = Had()
+_NONE = RecordVersion()
 
 
 class Rebuilder:
@@ -114,15 +114,15 @@ class Rebuilder:
 
     async def _rebuild(self, restoration: Restoration) -> tuple[int, int]:
         now_ms = self._runtime.clock.now_ms()
-        fold_anew = partial(
+        new_fold = partial(
             LeaseFold, trust=self._runtime.trust, over_before_s=(now_ms - self._store.record_keep_ms) / 1000
         )
-        if restoration.anew:
-            books = restoration.survey(await restoration.alive(), Knowledge(), now_ms).books()
-            if mended := await restoration.mend(books):
-                log.warning("%d entries of outboxes and signers were wrong, and are mended", mended)
+        if restoration.rebuild_all:
+            broken = restoration.survey(await restoration.alive(), Knowledge(), now_ms).outbox_and_signers()
+            if repaired := await restoration.repair(broken):
+                log.warning("%d entries of outboxes and signers were wrong, and are mended", repaired)
         alive = await restoration.ids()
-        fold = fold_anew(held=frozenset(alive))
+        fold = new_fold(held=frozenset(alive))
         epoch = await self._read(restoration, fold)
         revocations = await self.revocations()
         waiting = {id for id, _ in await restoration.waiting()}
@@ -135,14 +135,14 @@ class Rebuilder:
         missing = {
             id: one
             for id, one in behind.items()
-            if restoration.anew or had[id].seq != one.seq or had[id].epoch != one.epoch
+            if restoration.rebuild_all or had[id].seq != one.seq or had[id].epoch != one.epoch
         }
         needed = missing | self._live_and_revoked(behind, revocations)
         granted = {id: one for id, one in fold.highest.items() if one.granted}
         only_counted = granted.keys() - needed.keys() - fold.contested
         wanted, restored = granted | needed, 0
         async for leases in verify_records(
-            self._settings, self._runtime.trust, self._runtime.clock, wanted, fold.contested, fold_anew
+            self._settings, self._runtime.trust, self._runtime.clock, wanted, fold.contested, new_fold
         ):
             await restoration.count_grants(leases)
             # If Kafka's highest record does not verify, Redis may have that one as well.
@@ -157,7 +157,7 @@ class Rebuilder:
             ]  # fmt: skip
             await restoration.restore(await self.cut_revoked(leases, revocations, epoch), over)
             restored += len(leases)
-        if restoration.anew:
+        if restoration.rebuild_all:
             ahead = [
                 id
                 for id, one in had.items()
@@ -166,8 +166,8 @@ class Rebuilder:
             await self._rewrite_unpublished(restoration, fold, ahead)
             knowledge = KafkaKnowledge(fold, fold.highest, revocations)
             survey = restoration.survey(await restoration.alive(), knowledge, now_ms)
-            if mended := await restoration.mend(survey.strays()):
-                log.warning("%d entries did not follow from any lease, and are mended", mended)
+            if repaired := await restoration.repair(survey.strays()):
+                log.warning("%d entries did not follow from any lease, and are mended", repaired)
         await restoration.fence(revocations.fences(now_ms - FENCE_KEEP_MS))
         await restoration.first_seen(
             {id: revocation.at for id, revocation in revocations.by_id.items()}, now_ms
@@ -210,19 +210,19 @@ class Rebuilder:
             LEASE, marker_key(epoch), sign(marker, key), id=marker.jti, type=marker.typ, partition=partition
         )
 
-    async def _compare(self, restoration: Restoration, lease_ids: Iterable[str]) -> dict[str, Had]:
+    async def _compare(self, restoration: Restoration, lease_ids: Iterable[str]) -> dict[str, RecordVersion]:
         """Which record Redis has of each lease."""
         ids = list(lease_ids)
-        had: dict[str, Had] = {}
-        for start in range(0, len(ids), _AT_A_TIME):
-            had |= await restoration.compare(ids[start : start + _AT_A_TIME])
+        had: dict[str, RecordVersion] = {}
+        for start in range(0, len(ids), _BATCH_SIZE):
+            had |= await restoration.compare(ids[start : start + _BATCH_SIZE])
         return had
 
     async def _reconcile_ahead(
         self,
         restoration: Restoration,
         highest: Mapping[str, HighestRecord],
-        had: Mapping[str, Had],
+        had: Mapping[str, RecordVersion],
         epoch: str,
     ) -> dict[str, int]:
         """Reconcile leases of which Redis has a record that Kafka does not have.
@@ -241,8 +241,8 @@ class Rebuilder:
             if (one.epoch is not None or id in highest)
             and one.seq > (highest[id].seq if id in highest else 0)
         ]
-        for start in range(0, len(ahead), _AT_A_TIME):
-            for id, stored in (await restoration.records(ahead[start : start + _AT_A_TIME])).items():
+        for start in range(0, len(ahead), _BATCH_SIZE):
+            for id, stored in (await restoration.records(ahead[start : start + _BATCH_SIZE])).items():
                 lease, before = self._verify(id, stored.jws), None
                 if lease is None:
                     if id in highest:  # it does not verify: Kafka's record replaces it
@@ -269,7 +269,7 @@ class Rebuilder:
         return over
 
     async def _unverifiable(
-        self, restoration: Restoration, ids: Sequence[str], had: Mapping[str, Had]
+        self, restoration: Restoration, ids: Sequence[str], had: Mapping[str, RecordVersion]
     ) -> dict[str, int]:
         """Those of these leases whose record in Redis does not verify, with its `seq`."""
         if not ids:
@@ -286,10 +286,10 @@ class Rebuilder:
         """
         unknown = [id async for id in restoration.ended() if not fold.knows(id)]
         wanted = list(dict.fromkeys([*ahead, *unknown]))
-        for start in range(0, len(wanted), _AT_A_TIME):
+        for start in range(0, len(wanted), _BATCH_SIZE):
             valid: list[SignedLease] = []
             unverifiable: list[str] = []
-            for id, stored in (await restoration.records(wanted[start : start + _AT_A_TIME])).items():
+            for id, stored in (await restoration.records(wanted[start : start + _BATCH_SIZE])).items():
                 lease = self._verify(id, stored.jws)
                 if lease is not None:
                     valid.append(SignedLease(lease, stored.jws.decode("ascii")))
@@ -318,8 +318,8 @@ class Rebuilder:
 
     async def _count_unpublished(self, restoration: Restoration, ids: Sequence[str]) -> None:
         """Count leases that only Redis has for the grants that they name: a lost shard may have held the counts."""
-        for start in range(0, len(ids), _AT_A_TIME):
-            stored = await restoration.records(ids[start : start + _AT_A_TIME])
+        for start in range(0, len(ids), _BATCH_SIZE):
+            stored = await restoration.records(ids[start : start + _BATCH_SIZE])
             leases = ((self._verify(id, one.jws), one.jws) for id, one in stored.items())
             await restoration.count_grants(
                 [SignedLease(lease, jws.decode("ascii")) for lease, jws in leases if lease is not None]
