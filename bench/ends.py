@@ -31,7 +31,7 @@ from ringfence.messages.base import ServiceRole
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import SignedLease
-from ringfence.revoker.consistency.kafka_view import whole
+from ringfence.revoker.consistency.kafka_view import wait_complete
 
 DUE = 100_000
 AGENTS = 1_000
@@ -142,7 +142,7 @@ async def _read(settings: ServiceSettings, ids: set[str]) -> list[tuple[str, int
                 ends.setdefault((record.key or "", record.value), record.appended_at_ms)
 
     async with Follower(settings, [LEASE], on_records) as follower:
-        await whole(follower)
+        await wait_complete(follower)
     return [(id, at_ms) for (id, _), at_ms in ends.items()]
 
 

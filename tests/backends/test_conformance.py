@@ -194,7 +194,7 @@ async def test_undoing_ends_live_sessions_at_once(stateful: Stateful, own: Backe
         assert not await lives()
         assert not await also_lives()
     assert not await stateful.may(value, stateful.read_a)
-    assert one.lease_id not in await own.standing(TARGET)
+    assert one.lease_id not in await own.existing(TARGET)
 
 
 async def test_undoing_can_be_repeated_also_at_the_same_time(stateful: Stateful, own: Backend) -> None:
@@ -245,7 +245,7 @@ async def test_many_at_once(kind: Kind, backend: Backend) -> None:
         assert await kind.may(value, kind.read_a) == reads
         assert await kind.may(value, kind.write_b) != reads
     if not backend.stateless:
-        assert {one.lease_id for one in leases} <= await backend.standing(TARGET)
+        assert {one.lease_id for one in leases} <= await backend.existing(TARGET)
     await asyncio.gather(*(backend.undo(one.lease_id, target_id=TARGET) for one in leases))
     assert await kind.names() == before
 
@@ -273,10 +273,10 @@ async def test_what_stands_at_the_target_is_told_of_this_trust_domain_alone(
     mine, theirs = usual(stateful), usual(stateful)
     await minted(own, mine)
     value = await minted(neighbour, theirs)
-    found = await own.standing(TARGET)
+    found = await own.existing(TARGET)
     assert mine.lease_id in found
     assert theirs.lease_id not in found
-    assert await neighbour.standing(TARGET) == {theirs.lease_id}
+    assert await neighbour.existing(TARGET) == {theirs.lease_id}
     await own.undo(theirs.lease_id, target_id=TARGET)
     assert await stateful.may(value, stateful.read_a)
     await neighbour.undo(theirs.lease_id, target_id=TARGET)
@@ -358,7 +358,7 @@ async def test_a_target_that_hangs_costs_no_more_than_the_deadline_and_is_used_a
             await caller.call(TARGET, lambda: backend.undo(one.lease_id, target_id=TARGET))
     gate.turn("open")
     await backend.undo(one.lease_id, target_id=TARGET)
-    assert one.lease_id not in await backend.standing(TARGET)
+    assert one.lease_id not in await backend.existing(TARGET)
     await backend.close()
 
 
@@ -388,7 +388,7 @@ async def test_what_is_wrong_with_ringfences_rights_is_said_without_telling_them
         for call in (
             lambda b=backend: b.mint(usual(stateful), state(stateful.name)),
             lambda b=backend: b.undo(usual(stateful).lease_id, target_id=TARGET),
-            lambda b=backend: b.standing(TARGET),
+            lambda b=backend: b.existing(TARGET),
         ):
             said = await _error_of(call)
             if said is None:
@@ -413,12 +413,12 @@ async def test_rights_that_are_not_there_are_said_too(stateful: Stateful) -> Non
     stateful.secret_file.chmod(0o644)
     backend = stateful.backend()
     with pytest.raises(AccessError, match="chmod 600"):
-        await backend.standing(TARGET)
+        await backend.existing(TARGET)
     stateful.secret_file.unlink()
     with pytest.raises(AccessError, match="cannot read"):
-        await backend.standing(TARGET)
+        await backend.existing(TARGET)
     stateful.write_secret()
-    assert await backend.standing(TARGET) == frozenset()
+    assert await backend.existing(TARGET) == frozenset()
     await backend.close()
     nowhere = stateful.backend(access=TargetAccess({}))
     assert "operator" in (nowhere.problem(usual(stateful), state(stateful.name)) or "")

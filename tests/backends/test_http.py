@@ -138,7 +138,7 @@ async def test_it_is_never_made_and_never_handed_out(
     with pytest.raises(TargetRefusedError, match="never handed out"):
         await backend.mint(one, at)
     await backend.undo(one.lease_id, target_id=TARGET)
-    assert await backend.standing(TARGET) == frozenset()
+    assert await backend.existing(TARGET) == frozenset()
     assert not vars(backend), "it has nothing to tell"
     await source.secrets().headers(at)
     assert "canary" not in caplog.text

@@ -683,7 +683,7 @@ async def test_what_was_evicted_is_put_back_and_not_only_what_is_missing_by_its_
     before = await place.epochs()
     async with Redis.from_url(place.world.settings("revoker").redis_url) as redis:
         await redis.delete(at.live(id), at.deadlines, at.minutes, at.index(desk.bot.name))
-    await store.distrust()
+    await store.request_full_rebuild()
     await place.rebuilt(before)
     await place.active(asked)
     assert await place.life(asked) == ["active", "expired"]

@@ -22,7 +22,7 @@ from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import EndCause, LeaseStatus
 from ringfence.model.lease_store import (
     Activation,
-    Claimed,
+    ClaimedLeases,
     LeaseStore,
     LostError,
     Preparation,
@@ -397,7 +397,7 @@ async def test_a_claim_takes_no_more_than_its_limit_and_says_when_the_rest_is_du
     await store.activate(leases)
     seen: list[str] = []
 
-    async def some() -> Claimed | None:
+    async def some() -> ClaimedLeases | None:
         (found,) = await store.claim([0], limit=2, visibility_ms=VISIBLE_MS)
         return found if found.leases else None
 

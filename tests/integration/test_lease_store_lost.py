@@ -16,7 +16,7 @@ from ringfence.dev.processes import free_port
 from ringfence.kernel.base.clock import suspend_aware_ms
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
-from ringfence.model.lease_store import Had, LeaseStore, LostError, Restoration
+from ringfence.model.lease_store import LeaseStore, LostError, RecordVersion, Restoration
 from ringfence.model.lease_store.keys import Keys
 from ringfence.model.leases.lifecycle import ALL_LEASES, selector_keys
 from tests.brokers import RedisServer
@@ -216,7 +216,11 @@ async def test_nothing_is_lowered_and_what_is_behind_is_raised(
     revoked = step(behind, "ending", "revoked").lease
     await restoration.begin(anyway=True)
     one, two, none = ahead.claims.lease_id, behind.claims.lease_id, str(uuid.uuid4())
-    assert await restoration.compare([one, two, none]) == {one: Had(3), two: Had(1), none: Had()}
+    assert await restoration.compare([one, two, none]) == {
+        one: RecordVersion(3),
+        two: RecordVersion(1),
+        none: RecordVersion(),
+    }
     await restoration.restore([ahead, revoked])
     await restoration.resume(restoration.epoch(1))
     with pytest.raises(LostError):

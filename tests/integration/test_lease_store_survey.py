@@ -116,13 +116,13 @@ class Stock:
         finally:
             await restoration.close()
 
-    async def mend(self) -> int:
+    async def repair(self) -> int:
         """Put it right, as a rebuild does."""
         restoration = Restoration(self.settings)
         try:
             assert await restoration.begin(anyway=True)
             survey = restoration.survey(await restoration.alive(), self.known, time.time_ns() // 1_000_000)
-            count = await restoration.mend(survey.strays())
+            count = await restoration.repair(survey.strays())
             await restoration.resume(restoration.epoch(1))
             return count
         finally:
@@ -407,7 +407,7 @@ NOT_SURVEYED = {"epoch", "spread", "fences"}
 
 async def test_nothing_is_wrong_with_what_the_store_writes_itself(stock: Stock) -> None:
     assert await stock.found() == {}
-    assert await stock.mend() == 0
+    assert await stock.repair() == 0
 
 
 @pytest.mark.parametrize(("days", "left_days", "is_stray"), [(30.5, 0.5, False), (35, 0.9, False), (29, 2, True),
@@ -428,7 +428,7 @@ async def test_a_sighting_outlives_its_order_on_kafka_by_a_while(
 async def test_a_damage_is_named_and_mended(stock: Stock, damage: Damage) -> None:
     about, what = await damage(stock)
     assert await stock.found() == {about: what}
-    await stock.mend()
+    await stock.repair()
     assert await stock.found() == ({about: what} if damage in LEFT else {})
     # And what was right is as it was.
     store, claims = stock.store, stock.active.claims
@@ -466,7 +466,7 @@ async def test_what_was_long_on_its_way_mends_nothing_after_another_has_rebuilt(
         monkeypatch.setattr(restoration, "keep", kept_for_the_last_time)
         before = await stock.found()
         with pytest.raises(LostError):
-            await restoration.mend(survey.strays())
+            await restoration.repair(survey.strays())
         assert await stock.found() == before
     finally:
         await restoration.close()

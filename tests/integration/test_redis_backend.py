@@ -201,6 +201,6 @@ async def test_a_user_that_only_looks_like_a_leases_is_left_alone(
     async with valkey.admin() as admin:
         await admin.execute_command("ACL", "SETUSER", "ringfence.test.example.somebody", "on")
     one, _ = await minted(backend, allow("read", "a"))
-    found = await backend.standing("cache")
+    found = await backend.existing("cache")
     assert one.lease_id in found
     assert all(len(id) == 36 for id in found)

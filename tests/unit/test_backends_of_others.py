@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 
-from ringfence.backends import BackendContext, BackendError, all_backends, built_in
+from ringfence.backends import BackendContext, BackendError, all_backends, built_in, existing_of
 from ringfence.messages.registry import TargetRecord
 from tools.schemas.examples import EXAMPLES
 
@@ -67,6 +67,13 @@ def test_one_that_cannot_be_used_stops_the_start(folder: Path, module: str, poin
     install(folder, module, point)
     with pytest.raises(BackendError, match="backend"):
         all_backends(MATERIAL)
+
+
+@pytest.mark.parametrize("name", ["existing", "standing"])
+async def test_what_exists_at_a_target_is_asked_by_the_name_of_now_or_of_0_1(folder: Path, name: str) -> None:
+    defined = f"\n    async def {name}(self, target_id):\n        return frozenset([target_id])\n"
+    install(folder, MODULE + defined, "paper = paper_backend:Paper")
+    assert await existing_of(all_backends(MATERIAL)["paper"], "vault") == {"vault"}
 
 
 def test_one_that_does_not_say_what_it_must_is_not_used(folder: Path) -> None:

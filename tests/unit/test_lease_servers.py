@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ringfence.model.lease_store.shards import Servers
+from ringfence.model.lease_store.shards import ServerHealth
 
 NOW_MS = 1_790_000_000_000
 
@@ -18,33 +18,33 @@ def said(
 
 
 def test_one_node_of_which_the_clock_is_off_is_enough() -> None:
-    servers = Servers()
-    assert servers.heard({"a": said(), "b": said()}, epoch="1") == []
+    servers = ServerHealth()
+    assert servers.update({"a": said(), "b": said()}, epoch="1") == []
     assert (servers.unready(), servers.ahead_ms()) == (None, 0)
     for _ in range(10):
-        servers.heard({"a": said(), "b": said(behind_ms=5_000)}, epoch="1")
+        servers.update({"a": said(), "b": said(behind_ms=5_000)}, epoch="1")
     assert "5.0 s ahead of that of Redis at b" in str(servers.unready())
     assert servers.ahead_ms() == 5_000
-    servers.heard({"a": said()}, epoch="1")
+    servers.update({"a": said()}, epoch="1")
     assert servers.unready() is None, "b is no node any more"
 
 
 def test_who_may_evict_is_warned_of() -> None:
-    servers = Servers()
+    servers = ServerHealth()
     assert servers.warning() is None
-    servers.heard({"a": said(policy="volatile-lru")}, epoch="1")
+    servers.update({"a": said(policy="volatile-lru")}, epoch="1")
     assert servers.warning() is None, "without a limit nothing is evicted"
-    servers.heard({"a": said(), "b": said(policy="volatile-lru", maxmemory=1)}, epoch="1")
+    servers.update({"a": said(), "b": said(policy="volatile-lru", maxmemory=1)}, epoch="1")
     assert (
         servers.warning() == "Redis may evict leases: set maxmemory-policy to noeviction at b (volatile-lru)"
     )
 
 
 def test_what_was_evicted_in_an_epoch_counts_once() -> None:
-    servers = Servers()
+    servers = ServerHealth()
 
     def evicted(number: int, epoch: str) -> list[str]:
-        return servers.heard({"a": said(evicted=number), "b": said()}, epoch=epoch)
+        return servers.update({"a": said(evicted=number), "b": said()}, epoch=epoch)
 
     assert evicted(7, "1") == [], "before this epoch, or of others before anybody looked"
     assert evicted(7, "1") == []

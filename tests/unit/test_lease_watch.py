@@ -64,9 +64,9 @@ class Watch:
 
     def to_look_at(self, *records: SignedLease) -> list[str]:
         """What is looked at of these."""
-        so_far = len(self._watch._arrived)
+        so_far = len(self._watch._unchecked)
         self._watch.on_records(came(*records))
-        return [f"{one.summary.status}" for one in self._watch._arrived[so_far:]]
+        return [f"{one.summary.status}" for one in self._watch._unchecked[so_far:]]
 
     def begins(self, epoch: str) -> None:
         """An epoch begins on Kafka."""

@@ -77,13 +77,23 @@ class Backend(Protocol):
         """
         ...
 
+    async def existing(self, target_id: str) -> frozenset[str]:
+        """The leases for which something exists at the target now, whoever made it and whenever."""
+        ...
+
     async def standing(self, target_id: str) -> frozenset[str]:
-        """The leases for which there is something at the target now, whoever made it and whenever."""
+        """The name of `existing` in 0.1: a backend needs one of the two. Call `existing_of`."""
         ...
 
     async def close(self) -> None:
         """Let go of connections."""
         ...
+
+
+async def existing_of(backend: Backend, target_id: str) -> frozenset[str]:
+    """The leases for which something exists at the target now, from a backend that defines `existing` or `standing`."""
+    existing = backend.existing if hasattr(backend, "existing") else backend.standing
+    return await existing(target_id)
 
 
 _DECLARED = ("kind", "revocability", "enforced_by", "own_expiry", "stateless")

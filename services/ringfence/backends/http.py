@@ -69,9 +69,11 @@ class HttpBackend:
     async def undo(self, lease_id: str, *, target_id: str) -> None:
         """Nothing: the gateway injects nothing from the cut on."""
 
-    async def standing(self, target_id: str) -> frozenset[str]:
-        """Nothing ever stands at a target."""
+    async def existing(self, target_id: str) -> frozenset[str]:
+        """Nothing: there is never anything at a target."""
         return frozenset()
+
+    standing = existing
 
     async def close(self) -> None:
         """There is nothing to close."""

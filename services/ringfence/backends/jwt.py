@@ -67,9 +67,11 @@ class JwtBackend:
     async def undo(self, lease_id: str, *, target_id: str) -> None:
         """Nothing: a token leaves nothing behind, and introspection refused it from the cut on."""
 
-    async def standing(self, target_id: str) -> frozenset[str]:
-        """Nothing ever stands at a target."""
+    async def existing(self, target_id: str) -> frozenset[str]:
+        """Nothing: there is never anything at a target."""
         return frozenset()
+
+    standing = existing
 
     async def close(self) -> None:
         """There is nothing to close."""

@@ -215,12 +215,14 @@ class RedisBackend:
         """Delete the user, which ends its connections. Raises TargetError, AccessError."""
         await self._run(target_id, "ACL", "DELUSER", self.user_of(lease_id))
 
-    async def standing(self, target_id: str) -> frozenset[str]:
+    async def existing(self, target_id: str) -> frozenset[str]:
         """The leases that have a user at the target. Raises TargetError, AccessError."""
         users = await self._run(target_id, "ACL", "USERS")
         names = (name.decode("utf-8", "replace") for name in users)
         found = (name.removeprefix(self._prefix) for name in names if name.startswith(self._prefix))
         return frozenset(id for id in found if _UUID.fullmatch(id))
+
+    standing = existing
 
     async def close(self) -> None:
         """Disconnect from all targets."""

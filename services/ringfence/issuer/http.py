@@ -14,7 +14,6 @@ from ringfence.backends import TokenKeys
 from ringfence.kernel.base import metrics
 from ringfence.messages.permission import PERMISSION_TYPE
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.lease_store.standing import is_cut
 from ringfence.model.leases.lifecycle import ALL_LEASES
 from ringfence.model.records.api_access import Authenticator
 
@@ -113,7 +112,7 @@ class IssuerHttp:
         if claims is None or not _is_for(claims, target_id):
             return {"active": False}
         looked = await self._store.look(claims["jti"], _marks(claims))
-        if not looked.active or is_cut(looked):
+        if not looked.active or looked.is_cut:
             return {"active": False}
         return {
             "active": True,

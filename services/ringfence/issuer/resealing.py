@@ -28,7 +28,6 @@ from ringfence.messages.credential import CredentialDelivery
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import CREDENTIAL_REPLY
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.lease_store.standing import is_cut
 from ringfence.model.leases.lifecycle import ALL_LEASES, selector_keys
 from ringfence.model.leases.verification import verify_lease
 from ringfence.model.records.api_access import Authenticator, ForbiddenError
@@ -86,7 +85,7 @@ class Resealer:
             log.error("the record of lease %s in Redis does not hold: %s", lease_id, error)
             raise _not_live(lease_id) from None
         looked = await self._store.look(lease_id, (*selector_keys(lease), ALL_LEASES))
-        if not looked.active or is_cut(looked) or lease.delivery != "gateway":
+        if not looked.active or looked.is_cut or lease.delivery != "gateway":
             raise _not_live(lease_id)
         return lease
 

@@ -1,4 +1,4 @@
-"""The revoker, put together."""
+"""Wiring of the revoker."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ringfence.model.leases.stream_digests import StreamDigests
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import TABLES, Directory
+from ringfence.revoker.consistency.issued_lease_recheck import BATCH_SIZE as ISSUED_BATCH_SIZE
 from ringfence.revoker.consistency.issued_lease_recheck import LINGER_MS as ISSUED_LINGER_MS
-from ringfence.revoker.consistency.issued_lease_recheck import TOGETHER as ISSUED_TOGETHER
 from ringfence.revoker.consistency.issued_lease_recheck import IssuedLeaseRecheck
 from ringfence.revoker.consistency.lease_watch import BACK_MS, LINGER_MS, LeaseWatch
 from ringfence.revoker.consistency.rebuild import Rebuilder
@@ -28,8 +28,8 @@ from ringfence.revoker.lease_end.expiry import Expiry, ExpiryFastPath
 from ringfence.revoker.lease_end.lease_ender import LeaseEnder
 from ringfence.revoker.lease_end.overdue import Overdue
 from ringfence.revoker.maintenance.heartbeat import HeartbeatSender
-from ringfence.revoker.maintenance.orphans import Sweeper
-from ringfence.revoker.maintenance.retention import LeaseTombstoner
+from ringfence.revoker.maintenance.orphans import OrphanSweeper
+from ringfence.revoker.maintenance.tombstones import LeaseTombstoner
 from ringfence.revoker.mass_expiry import MassExpiry, OwnRecordCache
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.fencing import FenceHandler
@@ -39,10 +39,11 @@ from ringfence.revoker.revocations.verification import RevocationVerifier
 from ringfence.revoker.settings import RevokerSettings
 
 _ACKS_BACK_MS = 10 * 60 * 1000
-"""How far back the word of gateways is read at the start: orders that waited for this revoker may have it already."""
+"""How far back acknowledgements of gateways are read at the start: revocations that waited for this revoker may have
+them already."""
 
 _FENCES_TOGETHER = 256
-"""Every shard is told of all of them at once."""
+"""The most revocations whose fences are written at once, to every shard."""
 
 
 def build(
@@ -58,13 +59,13 @@ def build(
     """
     own = own or load(RevokerSettings)
     runtime = Runtime("revoker", settings, clock)
-    # It only ends and narrows: an old table is no reason to stop.
+    # The revoker only ends and narrows, so a stale table is no reason to stop: no grace.
     directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=report_alarms(runtime))
     store = LeaseStore(settings, runtime.clock, record_keep_ms=own.record_keep_s * 1000)
     access = TargetAccess.of(load(BackendSettings))
     backends = all_backends(BackendContext(settings.trust_domain, settings.issuer_url, access=access))
     longest_delay_ms = int(own.undo_longest_delay_s * 1000)
-    caller = CircuitBreaker(
+    breaker = CircuitBreaker(
         concurrency=own.undo_concurrency,
         deadline_s=own.undo_deadline_s,
         longest_shut_s=own.undo_longest_delay_s,
@@ -73,7 +74,7 @@ def build(
         runtime, store, after_ms=int(own.overdue_after_s * 1000), forget_ms=3 * longest_delay_ms
     )
     remover = CredentialRemover(
-        store, backends, caller, overdue, runtime.clock, runtime.tracing, longest_delay_ms=longest_delay_ms
+        store, backends, breaker, overdue, runtime.clock, runtime.tracing, longest_delay_ms=longest_delay_ms
     )
     stateless = [kind for kind, backend in backends.items() if backend.stateless]
     own_records = OwnRecordCache() if mass_expiry else OwnRecordCache(max_records=0)
@@ -84,9 +85,9 @@ def build(
     expiry = Expiry(store, ender, own, runtime.clock, fast_path or ExpiryFastPath())
     cuts = CutTracker(runtime.trust, runtime.clock, grace_ms=int(settings.grace_s * 1000))
     rebuilder = Rebuilder(runtime, store, directory)
-    orders = RevocationVerifier(runtime, directory, patience_s=own.patience_s)
-    revocations = RevocationHandler(runtime, orders, store, ender, cuts)
-    records = RecordHandler(runtime, directory, orders, store, ender, patience_s=own.patience_s)
+    verifier = RevocationVerifier(runtime, directory, patience_s=own.patience_s)
+    revocations = RevocationHandler(runtime, verifier, store, ender, cuts)
+    records = RecordHandler(runtime, directory, verifier, store, ender, patience_s=own.patience_s)
     since_ms = runtime.clock.now_ms() - BACK_MS
     watch = LeaseWatch(store, runtime.trust, ender, rebuilder, runtime.clock, own_records, since_ms=since_ms)
 
@@ -115,9 +116,9 @@ def build(
     runtime.ready_when(store.unready)
     runtime.warns_when(store.warning)
     runtime.background("redis-watch", store.watch)
-    runtime.background("rebuilding", rebuilder.run)
+    runtime.background("rebuild", rebuilder.run)
     runtime.background("lease-watch", partial(watch.run, leases))
-    runtime.background("cuts", partial(cuts.run, acks.caught_up))
+    runtime.background("cut-confirmation", partial(cuts.run, acks.caught_up))
     runtime.background("outbox-clearing", store.clear_outbox)
     runtime.background("credential-removal", partial(remover.run, ender.end_removed))
     runtime.background("expiry", expiry.run)
@@ -126,20 +127,20 @@ def build(
     runtime.background("expired-events", expiry.listen)
     runtime.background("outbox", expiry.sweep)
     consumer = runtime.consume("revoker", {REVOCATION_REQUEST: revocations})
-    fences = FenceHandler(orders, store, cuts)
+    fences = FenceHandler(verifier, store, cuts)
     runtime.consume("revoker-fences", {REVOCATION_REQUEST: fences}, max_records=_FENCES_TOGETHER)
 
-    def mine() -> bool:
-        """What one revoker of several does is done by the one that has the first partition of the orders."""
+    def is_leader() -> bool:
+        """Periodic work is done by one revoker: the one that has the first partition of `revocation.request`."""
         return consumer.owns(REVOCATION_REQUEST.name(settings.topic_prefix), 0)
 
-    sweeper = Sweeper(
-        runtime, store, directory, backends, caller, mine,
-        every_s=own.sweep_every_s, stranger_age_s=own.stranger_age_s,
+    sweeper = OrphanSweeper(
+        runtime, store, directory, backends, breaker, is_leader,
+        every_s=own.sweep_every_s, min_age_s=own.stranger_age_s,
     )  # fmt: skip
-    forgetter = LeaseTombstoner(runtime, mine, after_s=own.forget_after_s, every_s=own.forget_every_s)
-    runtime.background("sweeping", sweeper.run)
-    runtime.background("forgetting", forgetter.run)
+    tombstoner = LeaseTombstoner(runtime, is_leader, after_s=own.forget_after_s, every_s=own.forget_every_s)
+    runtime.background("orphan-sweep", sweeper.run)
+    runtime.background("retention", tombstoner.run)
     runtime.consume(
         "revoker-records", dict.fromkeys(RECORD_TOPICS, sequential(records, runtime.dead_letters))
     )
@@ -150,10 +151,10 @@ def build(
         await watch.catch_up(batch)
 
     runtime.consume(
-        "revoker-issued", {LEASE: on_issued}, max_records=ISSUED_TOGETHER, linger_ms=ISSUED_LINGER_MS
+        "revoker-issued", {LEASE: on_issued}, max_records=ISSUED_BATCH_SIZE, linger_ms=ISSUED_LINGER_MS
     )
     authenticator = Authenticator(directory, runtime.role, runtime.clock)
     runtime.routes += LeasesApi(
-        store, ender, overdue, directory, orders, runtime.clock, authenticator
+        store, ender, overdue, directory, verifier, runtime.clock, authenticator
     ).routes()
     return runtime

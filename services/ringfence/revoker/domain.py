@@ -1,4 +1,4 @@
-"""What the change of a record ends, and how a lease ends. Pure."""
+"""Rules of the revoker: which leases a changed record ends, and which status an ending lease gets next. Pure."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ringfence.model.scope.scope import missing
 
 @dataclass(frozen=True, slots=True)
 class SelectorEnd:
-    """Everything that a selector covers ends: what the record says leaves no room for any of it."""
+    """All leases that a selector covers end: the record leaves no room for any of them."""
 
     kind: EndKind
     selector: Selector
@@ -42,7 +42,7 @@ class SelectorEnd:
 
 @dataclass(frozen=True, slots=True)
 class EndReason:
-    """Why one lease ends that bears the mark of a `Narrowing`."""
+    """Why one lease ends."""
 
     kind: EndKind
     reason: str
@@ -50,14 +50,14 @@ class EndReason:
 
 @dataclass(frozen=True, slots=True)
 class Narrowing:
-    """Of what bears `selector_key`, all that does not fit ends."""
+    """Of the leases that match `selector_key`, those end that are no longer covered."""
 
     selector_key: str
     scope: Scope
     beyond: EndReason
-    """What is said of a lease that is beyond the scope."""
+    """The reason for a lease whose scope is beyond `scope`."""
     agent: AgentState | None = None
-    """The agent whose compromised keys, and selectors that are gone, end what was asked for with them."""
+    """If given, leases also end that were asked for with a compromised key, or an attestation selector it lost."""
 
     def unfit(self, lease: Lease) -> EndReason | None:
         if self.agent is not None and is_lost(lease, self.agent):
@@ -79,9 +79,9 @@ def consequences(
     *,
     ever_sponsor: bool = True,
 ) -> tuple[SelectorEnd | Narrowing, ...]:
-    """What a record, as it is now, means for the leases that there are.
+    """What a record, as it is now, means for existing leases.
 
-    `ever_sponsor`: whether a user may once have had the role; else no agent can be an orphan by their losing it.
+    `ever_sponsor`: whether a user may have been a sponsor. If not, no agent becomes an orphan by this record.
     """
     match state:
         case AgentState():
@@ -105,13 +105,13 @@ def consequences(
 
 def _of_agent(state: AgentState, revision: int) -> tuple[SelectorEnd | Narrowing, ...]:
     if state.status == "registered":
-        return ()  # it never had any
+        return ()  # it never had a lease
     if state.status != "active":
         kind: EndKind = "agent_suspended" if state.status == "suspended" else "agent_decommissioned"
         reason = f"agent {state.agent_id} is {state.status}"
         return (SelectorEnd(kind, Selector(agent_id=state.agent_id), reason),)
     if revision == 1:
-        return ()  # there was nothing before that could be wider
+        return ()  # no earlier ceiling can have been wider
     reason = f"beyond the ceiling of agent {state.agent_id} as it is now"
     return (Narrowing(f"agent:{state.agent_id}", state.ceiling, EndReason("scope_narrowed", reason), state),)
 
@@ -137,7 +137,7 @@ def _of_user(
 
 
 def orphan_reason(state: UserState) -> tuple[EndKind, str] | None:
-    """Why an agent that this user sponsors has no sponsor, or None where it has."""
+    """Why an agent that this user sponsors is an orphan, or None if it is not."""
     if state.status != "active":
         return "user_disabled", f"user {state.user_id}, the sponsor, was disabled"
     if "sponsor" not in state.roles:
@@ -146,7 +146,7 @@ def orphan_reason(state: UserState) -> tuple[EndKind, str] | None:
 
 
 def was_sponsor(record: AnyRecord) -> bool:
-    """Whether a user's record says that they ever had the role: no registry may leave that out."""
+    """Whether a user was ever a sponsor, by the commands in their record: no registry may omit them."""
     if not isinstance(record, UserRecord):
         return False
     commands = map(unverified_command, record.commands)
@@ -155,18 +155,18 @@ def was_sponsor(record: AnyRecord) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class StaleBasis:
-    """Why a lease does not stand beside a record: what follows from that, of what it bears, is its end."""
+    """A record that leaves no room for a lease, and why."""
 
     kind: EndKind
     reason: str
     record: tuple[str, int]
-    """The record's subject and revision."""
+    """Its subject and revision."""
 
 
 def stale_basis(lease: Lease, directory: Directory, entitlements_max_age_s: int) -> StaleBasis | None:
-    """The first of the records that a lease rests on, as they are, that leaves no room for it; or None.
+    """The first of the records that a lease rests on that leaves no room for it now, or None.
 
-    Whether entitlements were too old is judged as of its issue. Raises ChainError where a record counts for nothing.
+    Whether entitlements were too old is judged as of the lease's issue. Raises ChainError if a record does not count.
     """
     entries: list[VerifiedRecord[Any] | None] = [
         directory.agent(lease.agent_id),
@@ -201,7 +201,7 @@ def derived_revocation(
     lease_id: str | None = None,
     selector: Selector | None = None,
 ) -> RevocationRequest:
-    """The order that follows from a record (its subject, its revision). The same record gives the same `jti`."""
+    """The revocation that follows from a record (subject, revision). The same record gives the same `jti`."""
     what = lease_id or (selector.model_dump_json(exclude_defaults=True) if selector else "")
     return RevocationRequest(
         iss=by,
@@ -219,10 +219,10 @@ def derived_revocation(
 
 
 def next_status(lease: Lease, cause: EndCause, stateless: Collection[str]) -> LeaseStatus | None:
-    """The next status of a lease that ends; None where it has ended.
+    """The next status of a lease that ends; None if it has ended.
 
-    A cut comes first, unless the lease's own time is over and its credential left nothing at the target: then nobody
-    accepts it any more as it is.
+    The cut comes first, except at the deadline of a lease that leaves nothing at its target: its credential has expired
+    then, and nobody accepts it.
     """
     if is_over(lease):
         return None
@@ -236,13 +236,13 @@ def next_status(lease: Lease, cause: EndCause, stateless: Collection[str]) -> Le
 
 
 def deadline_cause(lease: Lease, now_ms: int) -> EndCause:
-    """A lease's own time is over, or that which its credential had to be made in."""
+    """The cause of an end without revocation: the deadline, or the time to mint the credential, is over."""
     if lease.status == "minting":
         return EndCause(kind="mint_failed", at_ms=now_ms)
-    return _of_deadline(lease.deadline)
+    return _cause_at(lease.deadline)
 
 
 @lru_cache(maxsize=64)
-def _of_deadline(deadline_s: int) -> EndCause:
-    """Many leases end in the same second."""
+def _cause_at(deadline_s: int) -> EndCause:
+    """Cached: many leases end in the same second."""
     return EndCause(kind="deadline", at_ms=deadline_s * 1000)

@@ -1,4 +1,4 @@
-"""What people read of the revoker: leases, those of their own agents, or all for operators and auditors."""
+"""HTTP API of the revoker: leases, of a caller's own agents, or all for operators and auditors."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from ringfence.revoker.revocations.verification import RevocationVerifier
 MAX_LISTED = 1000
 _UNFINISHED: tuple[LeaseStatus, ...] = ("ending", "minting")
 _FILTERS = ("agent", "task", "target", "user", "sponsor")
-"""Those of an agent, a task or a sponsor are also those of what was handed on. `user`: on whose behalf."""
+"""`agent`, `task` and `sponsor` also find leases of delegated tasks. `user`: on whose behalf a lease is."""
 
 
 class LeasesApi:
-    """The routes over the lease store."""
+    """The routes that read the lease store."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class LeasesApi:
         ender: LeaseEnder,
         overdue: Overdue,
         directory: Directory,
-        orders: RevocationVerifier,
+        verifier: RevocationVerifier,
         clock: Clock,
         authenticator: Authenticator,
     ) -> None:
@@ -45,26 +45,26 @@ class LeasesApi:
         self._ender = ender
         self._overdue = overdue
         self._directory = directory
-        self._orders = orders
+        self._verifier = verifier
         self._clock = clock
         self._authenticator = authenticator
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to those of the runtime."""
+        """To be added to the runtime's routes."""
         return [Route("/v1/leases", self._list), Route("/v1/leases/{id}", self._one)]
 
     async def _list(self, request: Request) -> Response:
-        """Leases that have not ended. `?status=` and each of `_FILTERS`; `?overdue=1`: cut, not undone."""
+        """Leases that have not ended. `?status=`, each of `_FILTERS`; `?overdue=1`: cut, credential not removed yet."""
         caller = self._caller(request)
         wanted = {kind: value for kind in _FILTERS if (value := request.query_params.get(kind))}
         status = request.query_params.get("status")
         late = request.query_params.get("overdue") == "1"
         statuses = _UNFINISHED if late else None
-        # Any of the filters will do: all that can pass bears its mark.
+        # Any one filter will do to find candidates: every lease that passes all of them matches its selector key.
         selector_key = next((f"{kind}:{value}" for kind, value in wanted.items()), ALL_LEASES)
         agent_id = agent_of_task(wanted["task"], self._directory) if "task" in wanted else None
         shown: list[Lease] = []
-        holders = self._orders.known_holders(selector_key)
+        holders = self._verifier.known_holders(selector_key)
         async for leases in self._ender.find(selector_key, statuses, agent_id=agent_id, holders=holders):
             shown += [
                 lease
@@ -76,14 +76,14 @@ class LeasesApi:
             ]
             if len(shown) > MAX_LISTED:
                 break
-            await asyncio.sleep(0)  # others get their turn
+            await asyncio.sleep(0)  # let other tasks run
         listed = sorted(shown[:MAX_LISTED], key=lambda lease: (lease.deadline, lease.lease_id))
         return JSONResponse(
             {"leases": [self._json(lease) for lease in listed], "more": len(shown) > MAX_LISTED}
         )
 
     async def _one(self, request: Request) -> Response:
-        """One lease, also a while past its end. `?records=1` adds the signed record."""
+        """One lease, as long as Redis keeps it after its end. `?records=1` adds the signed record."""
         caller, id = self._caller(request), request.path_params["id"]
         stored = await self._store.get([id]) if _is_uuid(id) else {}
         lease = (await self._ender.read(stored)).get(id)
@@ -109,7 +109,7 @@ class LeasesApi:
         return {"id": lease.lease_id, "written_by": lease.iss, "written_at": lease.iat, **claims, **late}
 
     def _may_see(self, caller: Caller, lease: Lease) -> bool:
-        """Operators, auditors, the user on whose behalf it is, and the sponsors of today of the agents that act."""
+        """Operators, auditors, the user on whose behalf it is, and the present sponsors of the agents that act."""
         if caller.sees_all or caller.user.user_id == lease.on_behalf_of:
             return True
         return any(self._is_sponsor(caller, agent_id) for agent_id in lease.act)

@@ -11,7 +11,7 @@ from ringfence.kernel.base.settings import RingfenceSettings
 
 
 class RevokerSettings(RingfenceSettings):
-    """What only the revoker needs."""
+    """Settings that only the revoker reads."""
 
     model_config = SettingsConfigDict(env_prefix="RINGFENCE_REVOKER_", extra="ignore", frozen=True)
 

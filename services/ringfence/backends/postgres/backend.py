@@ -127,11 +127,13 @@ class PostgresBackend:
                 await server.run(database, partial(_disown, role=role))
             await server.run(own, partial(_drop, role=role, oid=oid))
 
-    async def standing(self, target_id: str) -> frozenset[str]:
+    async def existing(self, target_id: str) -> frozenset[str]:
         """The leases that have a role at the target. Raises TargetError, AccessError."""
         server = await self._servers.at(target_id)
         roles = await server.run(server.login.database, partial(_roles_with_prefix, prefix=self._prefix))
         return frozenset(str(UUID(role.removeprefix(self._prefix)[:32])) for _, role, _ in roles)
+
+    standing = existing
 
     async def close(self) -> None:
         """Disconnect from all targets."""

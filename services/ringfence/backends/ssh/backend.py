@@ -96,10 +96,12 @@ class SshBackend:
         server = await self._servers.at(target_id)
         await server.ask("undo", domain=self._domain, lease=lease_id)
 
-    async def standing(self, target_id: str) -> frozenset[str]:
+    async def existing(self, target_id: str) -> frozenset[str]:
         """The leases that are let in, or have sessions. Raises TargetError, AccessError."""
         server = await self._servers.at(target_id)
         return frozenset(await server.ask("standing", domain=self._domain))
+
+    standing = existing
 
     async def close(self) -> None:
         """Disconnect from all targets."""

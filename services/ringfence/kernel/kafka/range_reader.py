@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -99,7 +99,7 @@ class Stretches:
 
     async def records(
         self, topic: Topic[Any], partition: int, start: int, end: int
-    ) -> AsyncIterator[Received]:
+    ) -> AsyncGenerator[Received, None]:
         """What stands from `start` up to `end`."""
         if start >= end:
             return

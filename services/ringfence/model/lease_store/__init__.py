@@ -1,8 +1,10 @@
-"""The living leases in Redis or Valkey (7 or newer), shared by all issuers and revokers.
+"""Lease store: the live leases in Redis or Valkey (7 or newer), shared by all issuers and revokers.
 
-Leases are spread over shards, each with a hash tag of its own: every script touches one slot, so a cluster works. A
-script reads Redis's own clock, never the caller's. Everything here may be repeated: what was done already is told, and
-not done again.
+Leases are sharded. Each shard has a hash tag of its own, and every script touches one slot, so a cluster works. Scripts
+read Redis's clock, never the caller's. Every operation is idempotent: a repeat returns that it was done already.
+
+`store` has the operations, `scripts` their Lua, `keys` every Redis key. `rebuild` restores Redis from Kafka after data
+loss, `survey` checks its integrity, `codec` is the form of records in Redis.
 """
 
 from __future__ import annotations
@@ -20,20 +22,20 @@ from ringfence.model.lease_store.keys import (
     SELECTOR_KEEP_MS,
     outbox_field,
 )
-from ringfence.model.lease_store.rebuild import Had, Held, Restoration
+from ringfence.model.lease_store.rebuild import LeaseKeys, RecordVersion, Restoration
 from ringfence.model.lease_store.script_args import prepare_step, uses_of
 from ringfence.model.lease_store.store import LeaseStore
-from ringfence.model.lease_store.survey import SLACK_MS, Alive, Knowledge
+from ringfence.model.lease_store.survey import SLACK_MS, Knowledge, LiveLease
 from ringfence.model.lease_store.types import (
     Activation,
-    Claimed,
-    Looked,
-    Outgoing,
+    ClaimedLeases,
+    LeaseLookup,
+    OutboxRecord,
     Preparation,
     PreparedStep,
     SignedLease,
     Step,
-    Stepped,
+    StepResult,
     StoredLease,
 )
 
@@ -48,22 +50,22 @@ __all__ = [
     "SELECTOR_KEEP_MS",
     "SLACK_MS",
     "Activation",
-    "Alive",
-    "Claimed",
+    "ClaimedLeases",
     "FullError",
-    "Had",
-    "Held",
     "Knowledge",
+    "LeaseKeys",
+    "LeaseLookup",
     "LeaseStore",
-    "Looked",
+    "LiveLease",
     "LostError",
-    "Outgoing",
+    "OutboxRecord",
     "Preparation",
     "PreparedStep",
+    "RecordVersion",
     "Restoration",
     "SignedLease",
     "Step",
-    "Stepped",
+    "StepResult",
     "StoredLease",
     "outbox_field",
     "prepare_step",

@@ -47,7 +47,7 @@ WHO = ("INFO", "server", "replication")
 `run_id` that it had, and what the other had; the replication id is a new one then."""
 _CLUSTER_SCHEMES = {"redis+cluster": False, "rediss+cluster": True}
 """Schemes of the URL of a cluster, and whether they speak TLS."""
-_TOLD_AHEAD = 50
+_MAX_QUEUED_KEYS = 50
 """So many expired keys are read before anybody asks for them: who has heard enough of them stops listening."""
 _LOOK_FOR_NODES_S = 10.0
 
@@ -62,7 +62,7 @@ class FullError(UnavailableError):
     code = "overloaded"
 
 
-class _StrangerError(RedisError):
+class _WrongServerError(RedisError):
     """A new connection reached another server than those that are known to hold the leases."""
 
 
@@ -78,7 +78,7 @@ class Call:
         return ("EVALSHA", self.script.sha, len(self.keys), *self.keys, *self.args)
 
 
-class _Packing:
+class _FastPacking:
     """A connection that writes pipelines in C: redis-py's own way takes longer than all the rest of a call."""
 
     def pack_commands(self, commands: Iterable[Command]) -> list[bytes]:
@@ -99,7 +99,7 @@ class RedisConnection:
         """Of a cluster: the `run_id` that stands behind each node's host and port."""
         try:
             self._address = _Address.parse(url)
-            self._client = self._address.client(self._greet)
+            self._client = self._address.client(self._check_server)
             self._within_s = None if self._address.nodes else _ALL_WITHIN_S
         except ValueError as error:
             raise SettingsError(f"RINGFENCE_REDIS_URL: {error}") from None
@@ -115,7 +115,7 @@ class RedisConnection:
         answers = await self._send(commands)
         for answer in answers:
             if isinstance(answer, Exception):
-                with self._answered():
+                with self._translated():
                     raise answer
         return answers
 
@@ -136,7 +136,7 @@ class RedisConnection:
             answers = [full if isinstance(answer, OutOfMemoryError) else answer for answer in answers]
         for answer in answers:
             if isinstance(answer, Exception):
-                with self._answered():
+                with self._translated():
                     raise answer
         return answers
 
@@ -148,7 +148,7 @@ class RedisConnection:
 
     async def keys(self, pattern: str) -> AsyncIterator[bytes]:
         """The keys of all servers that match a pattern. What comes and goes meanwhile may be left out."""
-        with self._answered():
+        with self._translated():
             async for key in self._client.scan_iter(match=pattern, count=_PIPELINE):
                 yield key
 
@@ -172,7 +172,7 @@ class RedisConnection:
         if isinstance(self._client, Redis):
             yield str(self._address), await self.pipeline(commands)
             return
-        with self._answered():
+        with self._translated():
             await self._client.initialize()
             for node in self._client.get_primaries():
                 answers = [
@@ -182,7 +182,7 @@ class RedisConnection:
 
     async def inspect(self, keys: Sequence[str]) -> list[tuple[str, bytes | None]]:
         """For each key: the `run_id` of the server that holds it now, whoever that is, and its value."""
-        with self._answered():
+        with self._translated():
             client = self._address.client(None)
             try:
                 return [one async for one in self._inspected(client, keys)]
@@ -213,7 +213,7 @@ class RedisConnection:
                     self._servers[node.host, int(node.port)] = run_ids[name]
             yield run_ids[name], value
 
-    async def _greet(self, connection: AbstractConnection) -> None:
+    async def _check_server(self, connection: AbstractConnection) -> None:
         await connection.on_connect()
         await connection.send_command(*WHO)
         lines = (
@@ -221,7 +221,7 @@ class RedisConnection:
         )
         run_id = server_id({name: value for name, _, value in (line.partition(":") for line in lines)})
         if not self._knows(run_id):
-            raise _StrangerError
+            raise _WrongServerError
         if self._address.nodes:
             to = cast(Connection, connection)
             self._servers[to.host, int(to.port)] = run_id
@@ -242,7 +242,7 @@ class RedisConnection:
     async def expired_keys(self) -> AsyncGenerator[bytes, None]:
         """Keys as they expire, as far as Redis tells of it (`notify-keyspace-events Ex`, on each node), for ever."""
         loop = asyncio.get_running_loop()
-        told: asyncio.Queue[bytes] = asyncio.Queue(_TOLD_AHEAD)
+        told: asyncio.Queue[bytes] = asyncio.Queue(_MAX_QUEUED_KEYS)
         listening: dict[str, asyncio.Task[None]] = {}
         try:
             while True:
@@ -295,16 +295,16 @@ class RedisConnection:
 
     @contextlib.asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
-        """`_answered`, and within a bound: a connection that is cut off in between is not used again."""
-        with self._answered():
+        """`_translated`, and within a bound: a connection that is cut off in between is not used again."""
+        with self._translated():
             async with asyncio.timeout(self._within_s):
                 yield
 
     @contextlib.contextmanager
-    def _answered(self) -> Any:
+    def _translated(self) -> Any:
         try:
             yield
-        except _StrangerError:
+        except _WrongServerError:
             raise LostError(f"Redis at {self._address} is not the server that it was") from None
         except AuthenticationError:
             raise UnavailableError(
@@ -384,7 +384,7 @@ class _Address:
             retry=_retry(),
             **({"redis_connect_func": greet} if greet else {}),
         )
-        pool.connection_class = _packing(pool.connection_class)
+        pool.connection_class = _with_fast_packing(pool.connection_class)
         return Redis.from_pool(pool)
 
     def _cluster(self, greet: Greeting) -> RedisCluster:
@@ -401,7 +401,7 @@ class _Address:
         # No parameters of it say this: what connections to the nodes that it finds are made with. Those that were named
         # are only asked which there are.
         kwargs = client.connection_kwargs
-        kwargs["connection_class"] = _packing(kwargs.get("connection_class", Connection))
+        kwargs["connection_class"] = _with_fast_packing(kwargs.get("connection_class", Connection))
         if greet:
             kwargs["redis_connect_func"] = greet
         return client
@@ -438,8 +438,8 @@ def _retry() -> Retry:
     return Retry(ExponentialBackoff(cap=0.2, base=0.02), 2)
 
 
-def _packing(kind: type[AbstractConnection]) -> type[AbstractConnection]:
-    return type("PackingConnection", (_Packing, kind), {})
+def _with_fast_packing(kind: type[AbstractConnection]) -> type[AbstractConnection]:
+    return type("PackingConnection", (_FastPacking, kind), {})
 
 
 def _host_and_port(text: str) -> tuple[str, int]:

@@ -15,11 +15,11 @@ from ringfence.messages.lease import TERMINAL
 from ringfence.model.lease_store.codec import unpack
 from ringfence.model.lease_store.connection import Call, RedisConnection
 from ringfence.model.lease_store.keys import (
-    ANEW,
     DAY_MS,
     ENDED,
     FENCE_KEEP_MS,
     ID_BYTES,
+    REBUILD_ALL,
     RECORD_KEEP_MS,
     SELECTOR_KEEP_MS,
     Keys,
@@ -34,19 +34,19 @@ from ringfence.model.lease_store.keys import (
 )
 from ringfence.model.lease_store.script_args import (
     NO_LIMIT,
-    place_of_text,
-    place_text,
-    restoring,
+    parse_position,
+    position_text,
+    restore_args,
+    use_grant_args,
     uses_of,
-    using,
 )
 from ringfence.model.lease_store.scripts import (
     COMPARE,
     GET,
     GIVE_UP,
-    MEND,
     QUEUE,
     RECOUNT,
+    REPAIR,
     RESTORE,
     RESUME,
     Argument,
@@ -55,34 +55,34 @@ from ringfence.model.lease_store.scripts import (
     all_ids,
     always,
     fencing,
-    held,
+    keys_of_lease,
 )
 from ringfence.model.lease_store.shards import epoch_name, epoch_server
-from ringfence.model.lease_store.survey import Alive, Knowledge, Stray, Survey
+from ringfence.model.lease_store.survey import Knowledge, LiveLease, Stray, Survey
 from ringfence.model.lease_store.types import SignedLease, StoredLease
 
 log = logging.getLogger(__name__)
 
 CLAIM_MS = 15_000
 """How long who rebuilds may give no sign of life before another may begin."""
-_AT_A_TIME = 500
+_BATCH_SIZE = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Had:
+class RecordVersion:
     """Which record Redis has of a lease: none is 0. Of one epoch there is one record of each `seq`."""
 
     seq: int = 0
     epoch: str | None = None
 
     @classmethod
-    def parse(cls, text: bytes) -> Had:
+    def parse(cls, text: bytes) -> RecordVersion:
         seq, _, epoch = text.decode("ascii").partition(" ")
         return cls(int(seq), epoch or None)
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class LeaseKeys:
     """Everything that Redis holds of one lease."""
 
     stored: StoredLease | None
@@ -120,7 +120,7 @@ class Restoration:
         """Whether each shard has an epoch, of the server that holds it; known from `look`."""
         self._spread: set[int] = set()
         """Over how many shards leases were spread when these were last rebuilt; known from `look`."""
-        self.anew = False
+        self.rebuild_all = False
         """Whether all leases are to be written again, also those that Redis has; known from `begin`."""
 
     async def close(self) -> None:
@@ -141,8 +141,8 @@ class Restoration:
         self.complete = set(spread) == {b"%d" % size} and all(
             epoch is not None and epoch_server(epoch) == run_id for run_id, epoch in found
         )
-        self.anew = any(epoch == ANEW for _, epoch in found)
-        self.epochs = {epoch_name(epoch) for _, epoch in found if epoch and epoch != ANEW}
+        self.rebuild_all = any(epoch == REBUILD_ALL for _, epoch in found)
+        self.epochs = {epoch_name(epoch) for _, epoch in found if epoch and epoch != REBUILD_ALL}
 
     async def begin(self, *, anyway: bool = False) -> bool:
         """Stop all use of Redis. False where another is at it, or Redis is complete: then nothing is done.
@@ -185,7 +185,7 @@ class Restoration:
         gone: list[Command] = []
         async for key in self._link.keys(f"{self._prefix}{{*}}:*"):
             gone += [] if is_kept(key) else [("UNLINK", key)]
-            if len(gone) == _AT_A_TIME:
+            if len(gone) == _BATCH_SIZE:
                 await self._link.pipeline(gone)
                 await self.keep()
                 gone = []
@@ -206,7 +206,7 @@ class Restoration:
         """The epoch of this number that this rebuild would begin: nobody else would name it so."""
         return f"{number}.{self._nonce[:8]}"
 
-    async def compare(self, lease_ids: Sequence[str]) -> dict[str, Had]:
+    async def compare(self, lease_ids: Sequence[str]) -> dict[str, RecordVersion]:
         """Which record Redis has of each lease."""
         asked: dict[Keys, list[str]] = {at: [] for at in self._keys}
         for lease_id in lease_ids:
@@ -214,7 +214,7 @@ class Restoration:
         calls = [self._call(COMPARE, at, (), (CLAIM_MS, *map(uuid_bytes, ids))) for at, ids in asked.items()]
         answers = await self._link.scripts(calls)
         return {
-            id: Had.parse(text)
+            id: RecordVersion.parse(text)
             for ids, had in zip(asked.values(), answers, strict=True)
             for id, text in zip(ids, had, strict=True)
         }
@@ -222,7 +222,7 @@ class Restoration:
     async def restore(
         self, leases: Sequence[SignedLease], over: Mapping[str, int] = MappingProxyType({})
     ) -> None:
-        """Write these records, verified ones, where Redis has none or a lower one; with `anew`, or the same.
+        """Write these records, verified ones, where Redis has none or a lower one; with `rebuild_all`, or the same.
 
         `over`: leases of which Redis has a record of up to this `seq` that counts for nothing. With it goes what was to
         be published of them.
@@ -234,14 +234,14 @@ class Restoration:
         calls = []
         for grant_id, lease_id in (use for one in leases for use in uses_of(one.claims)):
             at = self._at(grant_id)
-            calls.append(self._call(RECOUNT, at, *using(at, grant_id, lease_id, NO_LIMIT)))
+            calls.append(self._call(RECOUNT, at, *use_grant_args(at, grant_id, lease_id, NO_LIMIT)))
         if calls:
             await self._link.scripts(calls)
 
     def _restore(self, lease: SignedLease, over_seq: int) -> Call:
         at = self._at(lease.claims.lease_id)
-        over_seq = max(over_seq, lease.claims.seq if self.anew else 0)
-        return self._call(RESTORE, at, *restoring(at, lease, self._record_keep_ms, over_seq=over_seq))
+        over_seq = max(over_seq, lease.claims.seq if self.rebuild_all else 0)
+        return self._call(RESTORE, at, *restore_args(at, lease, self._record_keep_ms, over_seq=over_seq))
 
     async def queue(self, leases: Sequence[SignedLease], *, instead: bool = False) -> None:
         """Have these records published that Redis has and Kafka has not. Those that wait for it already, wait.
@@ -254,7 +254,7 @@ class Restoration:
                 for one in leases
                 for id in (one.claims.lease_id,)
             ]
-            await self._mend([("HDEL", at.outbox, field) for at, field in fields])
+            await self._repair([("HDEL", at.outbox, field) for at, field in fields])
         await self._link.scripts(
             [
                 self._call(
@@ -279,7 +279,7 @@ class Restoration:
         for id, at in places.items():
             left_ms = at.appended_at_ms + SELECTOR_KEEP_MS - now_ms
             keep_ms = min(max(left_ms, DAY_MS), SELECTOR_KEEP_MS)
-            commands.append(always("SET", self._at(id).selector(id), place_text(at), "PX", keep_ms))
+            commands.append(always("SET", self._at(id).selector(id), position_text(at), "PX", keep_ms))
         await self._link.pipeline(commands)
 
     async def resume(self, epoch: str) -> None:
@@ -298,7 +298,7 @@ class Restoration:
     async def declare_lost(self) -> None:
         """Stop all use of Redis until a revoker has rebuilt it, from top to bottom."""
         await self.look()
-        await self._link.pipeline([always("SET", at.epoch, ANEW) for at in self._keys])
+        await self._link.pipeline([always("SET", at.epoch, REBUILD_ALL) for at in self._keys])
 
     async def is_under_way(self) -> bool:
         """Whether somebody is rebuilding now."""
@@ -331,13 +331,13 @@ class Restoration:
             id: StoredLease.parse(record) for id, (record,) in zip(lease_ids, answers, strict=True) if record
         }
 
-    async def held(self, selector_keys: Mapping[str, Sequence[str]]) -> dict[str, Held]:
+    async def held(self, selector_keys: Mapping[str, Sequence[str]]) -> dict[str, LeaseKeys]:
         """What Redis holds of leases; with each are given the marks that it should be found by, its agent's first."""
         commands: list[Command] = []
         for lease_id, some in selector_keys.items():
             at, id = self._at(lease_id), uuid_bytes(lease_id)
             commands += [
-                held(at, id),
+                keys_of_lease(at, id),
                 *(_found_by(at, id, selector_key, some[0]) for selector_key in some),
             ]
         answers = iter(await self._link.pipeline(commands))
@@ -355,17 +355,17 @@ class Restoration:
         ]
         return [unpack(one) if one is not None else None for one in await self._link.pipeline(commands)]
 
-    def survey(self, alive: Mapping[str, Alive], knowledge: Knowledge, now_ms: int) -> Survey:
+    def survey(self, alive: Mapping[str, LiveLease], knowledge: Knowledge, now_ms: int) -> Survey:
         """A look at every key, held against the records that Redis has."""
         return Survey(self._link, self._prefix, self._keys, alive, knowledge, now_ms)
 
-    async def alive(self) -> dict[str, Alive]:
+    async def alive(self) -> dict[str, LiveLease]:
         """What Redis has of each lease that has not ended. Of all that it holds nothing else is needed at once."""
-        ids, alive = await self.ids(), dict[str, Alive]()
-        for start in range(0, len(ids), _AT_A_TIME):
-            for id, one in (await self.held(dict.fromkeys(ids[start : start + _AT_A_TIME], ()))).items():
+        ids, alive = await self.ids(), dict[str, LiveLease]()
+        for start in range(0, len(ids), _BATCH_SIZE):
+            for id, one in (await self.held(dict.fromkeys(ids[start : start + _BATCH_SIZE], ()))).items():
                 if one.stored is not None and one.stored.status not in TERMINAL:
-                    alive[id] = Alive.of(one.stored)
+                    alive[id] = LiveLease.of(one.stored)
         return alive
 
     async def ended(self) -> AsyncIterator[str]:
@@ -375,19 +375,19 @@ class Restoration:
             if len(id) == ID_BYTES:
                 yield uuid_text(id)
 
-    async def mend(self, strays: AsyncIterator[Stray]) -> int:
+    async def repair(self, strays: AsyncIterator[Stray]) -> int:
         """Put right what does not follow from the records. In a rebuild. Returns how much that was."""
         count, commands = 0, list[Command]()
         async for one in strays:
             count += 1
-            commands += one.mend
-            if len(commands) >= _AT_A_TIME:
-                await self._mend(commands)
+            commands += one.repair
+            if len(commands) >= _BATCH_SIZE:
+                await self._repair(commands)
                 commands = []
-        await self._mend(commands)
+        await self._repair(commands)
         return count
 
-    async def _mend(self, commands: Sequence[Command]) -> None:
+    async def _repair(self, commands: Sequence[Command]) -> None:
         """Raises LostError where another is at it: what he and others wrote since is none of ours to change."""
         calls, others = list[Call](), list[Command]()
         for command in commands:
@@ -395,7 +395,7 @@ class Restoration:
             key = named if isinstance(named, bytes) else str(named).encode()
             shard = shard_of_key(self._prefix, key)
             if shard is not None and shard < len(self._keys):
-                calls.append(self._call(MEND, self._keys[shard], (key,), (name, *args)))
+                calls.append(self._call(REPAIR, self._keys[shard], (key,), (name, *args)))
             else:  # of a shard that there is not, which nobody uses
                 others.append(command)
         await self.keep()
@@ -408,9 +408,9 @@ class Restoration:
         for lease_id in lease_ids:
             at, id = self._at(lease_id), uuid_bytes(lease_id)
             commands += [("HDEL", at.leases, id), ("UNLINK", at.ended(id))]
-        await self._mend(commands)
+        await self._repair(commands)
 
-    async def put_right(self, leases: Sequence[SignedLease], published: Mapping[str, int]) -> None:
+    async def rewrite(self, leases: Sequence[SignedLease], published: Mapping[str, int]) -> None:
         """Write everything again that follows from these records, which Redis has and Kafka has not. In a rebuild.
 
         `published`: the `seq` that Kafka has of them, none is 0.
@@ -418,7 +418,7 @@ class Restoration:
         calls = []
         for one in leases:
             at, id = self._at(one.claims.lease_id), one.claims.lease_id
-            written = restoring(
+            written = restore_args(
                 at, one, self._record_keep_ms, over_seq=one.claims.seq, published=published[id]
             )
             calls.append(self._call(RESTORE, at, *written))
@@ -437,10 +437,10 @@ class Restoration:
         ]
         return [bool(answer) for answer in await self._link.pipeline(commands)]
 
-    async def sightings(self, ids: Sequence[str]) -> dict[str, Coordinates]:
+    async def first_seen_positions(self, ids: Sequence[str]) -> dict[str, Coordinates]:
         """Where selectors (derived ids) were seen first, as far as that is known."""
         answers = await self._link.pipeline([("GET", self._at(id).selector(id)) for id in ids])
-        return {id: place_of_text(text) for id, text in zip(ids, answers, strict=True) if text is not None}
+        return {id: parse_position(text) for id, text in zip(ids, answers, strict=True) if text is not None}
 
     def _at(self, id: str) -> Keys:
         return self._keys[shard_of(id, len(self._keys))]
@@ -451,9 +451,9 @@ class Restoration:
         return Call(script, (*keys, at.rebuilding), (*args, self._claim))
 
 
-def _held(answers: Iterator[Any], selector_keys: Sequence[str]) -> Held:
+def _held(answers: Iterator[Any], selector_keys: Sequence[str]) -> LeaseKeys:
     record, live_until_ms, deadline_ms, claimed, kept_until_ms = next(answers)
-    return Held(
+    return LeaseKeys(
         StoredLease.parse(record) if record else None,
         live_until_ms if live_until_ms != -2 else None,
         deadline_ms or None,

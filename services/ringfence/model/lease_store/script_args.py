@@ -15,33 +15,33 @@ from ringfence.model.lease_store.types import (
     PreparedStep,
     SignedLease,
     Step,
-    Stepped,
+    StepResult,
     StoredLease,
 )
 from ringfence.model.leases.lifecycle import shared_selector_keys
 
 MINTING_MS = 10_000
 """How long a lease that is restored while it was being minted is left to its issuer."""
-AT_A_TIME = 64
+BATCH_SIZE = 64
 """So many leases go through one run of a script: less than a millisecond, in which Redis serves nobody else."""
 NO_LIMIT = 2**31
 """So many leases may name a grant where they do already: they are counted again."""
 
 
-def place_text(at: Coordinates) -> str:
+def position_text(at: Coordinates) -> str:
     """Where on Kafka something stands, as Redis holds it."""
     return f"{at.topic} {at.partition} {at.offset} {at.appended_at_ms}"
 
 
-def place_of_text(text: bytes) -> Coordinates:
-    """What `place_text` wrote."""
+def parse_position(text: bytes) -> Coordinates:
+    """What `position_text` wrote."""
     topic, partition, offset, appended_at_ms = text_of(text).split(" ")
     return Coordinates(
         topic=topic, partition=int(partition), offset=int(offset), appended_at_ms=int(appended_at_ms)
     )
 
 
-def restoring(
+def restore_args(
     at: Keys, lease: SignedLease, record_keep_ms: int, *, over_seq: int = 0, published: int | None = None
 ) -> tuple[tuple[str | bytes, ...], tuple[Argument, ...]]:
     """The keys and arguments of RESTORE, of a lease of this shard. Also where Redis has `over_seq`, or a lower one.
@@ -80,7 +80,7 @@ def uses_of(claims: Lease) -> list[tuple[str, str]]:
     return [(grant_id, claims.lease_id) for grant_id in claims.grants or ()]
 
 
-def using(
+def use_grant_args(
     at: Keys, grant_id: str, lease_id: str, most: int
 ) -> tuple[tuple[str | bytes, ...], tuple[Argument, ...]]:
     """The keys and arguments of USE_GRANT, of a grant of this shard."""
@@ -92,7 +92,7 @@ def head_of(claims: Lease) -> str:
     return f"{_state_of(claims)} {claims.deadline}" + (f" {claims.epoch}" if claims.epoch else "")
 
 
-def following(claims: Lease) -> str:
+def expected_state(claims: Lease) -> str:
     """What a record must be for another to follow it."""
     return f"{_state_of(claims)} {claims.epoch or ''}"
 
@@ -101,7 +101,7 @@ def _state_of(claims: Lease) -> str:
     return f"{LETTERS[claims.status]}{claims.seq}"
 
 
-def issuing(id: bytes, lease: SignedLease) -> tuple[Argument, ...]:
+def issue_args(id: bytes, lease: SignedLease) -> tuple[Argument, ...]:
     """What the scripts that issue a lease are told of it."""
     claims = lease.claims
     return (
@@ -126,7 +126,7 @@ def prepare_step(step: Step) -> PreparedStep:
         claims.epoch,
         (
             uuid_bytes(claims.lease_id),
-            following(step.after),
+            expected_state(step.after),
             head_of(claims),
             step.lease.record,
             outbox_field(claims.lease_id, claims.seq),
@@ -135,25 +135,25 @@ def prepare_step(step: Step) -> PreparedStep:
     )
 
 
-def in_parts(numbers: Sequence[int], lease_ids: Sequence[str]) -> list[list[int]]:
+def in_batches(numbers: Sequence[int], lease_ids: Sequence[str]) -> list[list[int]]:
     """Numbers of steps in parts for one run of a script each. Steps of one lease that come together stay together."""
     parts: list[list[int]] = []
     last = None
     for number, lease_id in zip(numbers, lease_ids, strict=True):
-        if not parts or (len(parts[-1]) >= AT_A_TIME and lease_id != last):
+        if not parts or (len(parts[-1]) >= BATCH_SIZE and lease_id != last):
             parts.append([])
         parts[-1].append(number)
         last = lease_id
     return parts
 
 
-DONE = Stepped("done")
+DONE = StepResult("done")
 FULL = (b"full",)
 
 
-def stepped(outcome: bytes, *rest: bytes) -> Stepped:
+def step_result(outcome: bytes, *rest: bytes) -> StepResult:
     """What TRANSITION answers for one lease."""
-    return Stepped(text_of(outcome), stored_of(*rest))  # type: ignore[arg-type]
+    return StepResult(text_of(outcome), stored_of(*rest))  # type: ignore[arg-type]
 
 
 def text_of(value: bytes) -> str:

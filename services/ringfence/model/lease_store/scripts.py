@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from ringfence.model.lease_store.codec import MAX_LUA_ARGUMENTS, RECORDS_LUA
 from ringfence.model.lease_store.keys import (
     AHEAD_MS,
-    ANEW,
     DEADLINES,
     DUE,
     MINUTES,
+    REBUILD_ALL,
     THUMBPRINT,
     Keys,
 )
@@ -299,7 +299,7 @@ return found
 """
 
 
-def held(at: Keys, id: bytes) -> Command:
+def keys_of_lease(at: Keys, id: bytes) -> Command:
     """What tells of one lease: its record, until when its live key is there (-2: it is not, -1: for ever), its deadline
     or 0, until when it is claimed, and until when its record is kept where it has ended."""
     return ("EVAL", _HELD, 3, at.epoch, at.live(id), at.claimed, id)
@@ -310,12 +310,12 @@ def records_of(at: Keys, ids: Sequence[bytes]) -> Command:
     return ("EVAL", _RECORDS_OF, 1, at.epoch, *ids)
 
 
-def counted_with(at: Keys, mark_key: bytes, agent: bytes) -> Command:
+def count_and_leases(at: Keys, mark_key: bytes, agent: bytes) -> Command:
     """What tells how many leases an agent has with a mark, as it is counted, and all leases of the agent."""
     return ("EVAL", _COUNTED_WITH, 2, mark_key, at.index_prefix.encode() + agent, agent)
 
 
-def counted(at: Keys, agent_id: str) -> Command:
+def count_of_agent(at: Keys, agent_id: str) -> Command:
     """What tells how many leases of an agent have not ended."""
     return ("EVAL", _COUNTED, 1, at.index(agent_id))
 
@@ -511,16 +511,16 @@ return {}
 )
 
 # As GIVE_UP of an epoch, and no key is trusted that stands there. KEYS: none. ARGV: none.
-DISTRUST = Script(
+REQUEST_FULL_REBUILD = Script(
     f"""
-redis.call('SET', guard, '{ANEW.decode()}')
+redis.call('SET', guard, '{REBUILD_ALL.decode()}')
 return {{}}
 """,
     always=True,
 )
 
 # One command, by whoever has the claim and nobody else: also where it was long on its way. KEYS: key. ARGV: name, rest.
-MEND = Script(
+REPAIR = Script(
     """
 redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))
 return {}

@@ -13,7 +13,7 @@ from ringfence.kernel.base.clock_skew import SkewCheck
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.model.lease_store.connection import Call, LostError, RedisConnection
 from ringfence.model.lease_store.keys import Keys, shard_of
-from ringfence.model.lease_store.scripts import DISTRUST, GIVE_UP, Argument, Command, Script
+from ringfence.model.lease_store.scripts import GIVE_UP, REQUEST_FULL_REBUILD, Argument, Command, Script
 
 _SLOW_MS = 1_000
 """After an answer that took longer, the epochs are looked at once more before anybody acts on it."""
@@ -161,7 +161,7 @@ class Shards:
             self._look_where(shards, epochs)
         return answers[: len(commands)]
 
-    def doubt_all_but(self, servers: Collection[str]) -> None:
+    def require_servers(self, servers: Collection[str]) -> None:
         """Raises LostError where the epochs are bound to other servers than there are. They are looked at anew then."""
         if not self._run_ids <= set(servers):
             self._epochs = None
@@ -189,23 +189,23 @@ class Shards:
         if self.epoch != epoch:
             raise LostError("Redis was rebuilt meanwhile")
 
-    async def disown(self) -> None:
+    async def request_rebuild(self) -> None:
         """Have Redis rebuilt: Kafka says that its epoch is over. Nothing is done where it is another already."""
         await self._run([ShardCall(GIVE_UP, at, (), ()) for at in self.keys])
 
-    async def distrust(self) -> None:
+    async def request_full_rebuild(self) -> None:
         """Have Redis rebuilt from top to bottom: single keys are gone, and nobody knows which."""
-        await self._run([ShardCall(DISTRUST, at, (), ()) for at in self.keys])
+        await self._run([ShardCall(REQUEST_FULL_REBUILD, at, (), ()) for at in self.keys])
 
 
 # What the servers behind Redis say of themselves: what time it is there, and whether they evict what they hold.
 
-QUESTIONS = (("INFO", "memory"), ("INFO", "stats"), ("TIME",))
+HEALTH_COMMANDS = (("INFO", "memory"), ("INFO", "stats"), ("TIME",))
 """The time last: it is held against ours when the answer comes."""
 NOEVICTION = "noeviction"
 
 
-class Servers:
+class ServerHealth:
     """What was heard of each: one where Redis stands alone, every node that holds keys where it is a cluster."""
 
     def __init__(self) -> None:
@@ -216,8 +216,8 @@ class Servers:
         self._evicted: dict[str, int] = {}
         """In this epoch: how many keys each had evicted when that was asked first."""
 
-    def heard(self, said: Mapping[str, tuple[int, Sequence[Any]]], *, epoch: str) -> list[str]:
-        """Take in answers to `QUESTIONS`, by the server's name, each with when it came, in ms.
+    def update(self, said: Mapping[str, tuple[int, Sequence[Any]]], *, epoch: str) -> list[str]:
+        """Take in answers to `HEALTH_COMMANDS`, by the server's name, each with when it came, in ms.
 
         Returns those that have evicted keys in this epoch.
         """

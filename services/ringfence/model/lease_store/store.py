@@ -26,23 +26,23 @@ from ringfence.model.lease_store.keys import (
     uuid_text,
 )
 from ringfence.model.lease_store.script_args import (
-    AT_A_TIME,
+    BATCH_SIZE,
     DONE,
     FULL,
     NO_LIMIT,
     activation_of,
-    in_parts,
-    issuing,
-    place_of_text,
-    place_text,
+    in_batches,
+    issue_args,
+    parse_position,
+    position_text,
     preparation_of,
     prepare_step,
-    restoring,
-    stepped,
+    restore_args,
+    step_result,
     stored_of,
     text_of,
+    use_grant_args,
     uses_of,
-    using,
 )
 from ringfence.model.lease_store.scripts import (
     ACTIVATE,
@@ -65,20 +65,20 @@ from ringfence.model.lease_store.scripts import (
     Command,
     all_ids,
     always,
-    counted,
+    count_of_agent,
     fencing,
 )
-from ringfence.model.lease_store.shards import QUESTIONS, Servers, ShardCall, Shards
+from ringfence.model.lease_store.shards import HEALTH_COMMANDS, ServerHealth, ShardCall, Shards
 from ringfence.model.lease_store.types import (
     Activation,
-    Claimed,
-    Looked,
-    Outgoing,
+    ClaimedLeases,
+    LeaseLookup,
+    OutboxRecord,
     Preparation,
     PreparedStep,
     SignedLease,
     Step,
-    Stepped,
+    StepResult,
     StoredLease,
 )
 from ringfence.model.leases.lifecycle import ALL_LEASES, cut_key, selector_keys
@@ -107,7 +107,7 @@ class LeaseStore(Shards):
         self.record_keep_ms = record_keep_ms
         self._down: str | None = "Redis was not asked yet"
         self._clock = clock or SystemClock()
-        self._servers = Servers()
+        self._servers = ServerHealth()
         self._acknowledged: list[tuple[str, int]] = []
         self._to_clear = asyncio.Event()
 
@@ -155,15 +155,15 @@ class LeaseStore(Shards):
         Raises LostError where one is not what it was: no connection needs to have ended for that.
         """
         epoch, said, servers = self.epoch, {}, set()
-        async for name, (who, *answers) in self.link.ask_each((WHO, *QUESTIONS)):
+        async for name, (who, *answers) in self.link.ask_each((WHO, *HEALTH_COMMANDS)):
             said[name] = (self._clock.now_ms(), answers)
             servers.add(server_id(who))
-        self.doubt_all_but(servers)
-        evicted = self._servers.heard(said, epoch=epoch)
+        self.require_servers(servers)
+        evicted = self._servers.update(said, epoch=epoch)
         metrics.CLOCK_AHEAD.labels("redis").set(self._servers.ahead_ms() / 1000)
         if evicted:
             log.error("Redis evicted keys at %s, and is rebuilt: it must never do that", ", ".join(evicted))
-            await self.distrust()
+            await self.request_full_rebuild()
 
     # --- issuing ---
 
@@ -183,7 +183,7 @@ class LeaseStore(Shards):
             CLOSE if token == CLOSING_TOKEN else PREPARE,
             at,
             (at.claimed, at.outbox, at.outbox_times, at.fences, *at.indexes(claims)),
-            (*issuing(id, lease), token, mint_ms, claims.agent_id, *selector_keys(claims), ALL_LEASES),
+            (*issue_args(id, lease), token, mint_ms, claims.agent_id, *selector_keys(claims), ALL_LEASES),
         )
 
     async def activate(self, leases: Sequence[SignedLease], *, token: str | None = None) -> list[Activation]:
@@ -208,7 +208,7 @@ class LeaseStore(Shards):
                 *at.indexes(claims),
             ),
             (
-                *issuing(id, lease),
+                *issue_args(id, lease),
                 token or "",
                 claims.seq - 1,
                 claims.agent_id,
@@ -227,11 +227,11 @@ class LeaseStore(Shards):
 
     def _use_grant(self, grant_id: str, lease_id: str, most: int) -> ShardCall:
         at = self.at(grant_id)
-        return ShardCall(USE_GRANT, at, *using(at, grant_id, lease_id, most))
+        return ShardCall(USE_GRANT, at, *use_grant_args(at, grant_id, lease_id, most))
 
     # --- ending ---
 
-    async def step(self, steps: Sequence[Step], *, visibility_ms: int) -> list[Stepped]:
+    async def step(self, steps: Sequence[Step], *, visibility_ms: int) -> list[StepResult]:
         """Write the next records of leases, each only if it follows the one that is there, and bears `epoch` or none.
 
         From `ending` on the credential is refused, and the lease counts as claimed for `visibility_ms`: if it has not
@@ -241,7 +241,7 @@ class LeaseStore(Shards):
 
     async def write(
         self, steps: Sequence[PreparedStep], *, visibility_ms: int, only_due: bool = False
-    ) -> list[Stepped]:
+    ) -> list[StepResult]:
         """`step`, of what was put together before.
 
         `only_due`: of leases that `claim` would give to whoever asks now, and no others: that need not be asked first.
@@ -252,7 +252,7 @@ class LeaseStore(Shards):
         parts = [
             (at, epoch, part)
             for (at, epoch), numbers in together.items()
-            for part in in_parts(numbers, [steps[n].lease_id for n in numbers])
+            for part in in_batches(numbers, [steps[n].lease_id for n in numbers])
         ]
         answers = await self._run(
             [
@@ -260,10 +260,10 @@ class LeaseStore(Shards):
                 for at, epoch, numbers in parts
             ]
         )
-        found: dict[int, Stepped] = {}
+        found: dict[int, StepResult] = {}
         for (*_, numbers), some in zip(parts, answers, strict=True):
             for number, answer in zip(numbers, some, strict=True):
-                found[number] = DONE if answer == [b"done"] else stepped(*answer)
+                found[number] = DONE if answer == [b"done"] else step_result(*answer)
         return [found[number] for number in range(len(steps))]
 
     def _write(
@@ -281,7 +281,7 @@ class LeaseStore(Shards):
             args += step.args
         return ShardCall(TRANSITION, at, (at.claimed, at.outbox, at.outbox_times), tuple(args), epoch)
 
-    async def claim(self, shards: Iterable[int], *, limit: int, visibility_ms: int) -> list[Claimed]:
+    async def claim(self, shards: Iterable[int], *, limit: int, visibility_ms: int) -> list[ClaimedLeases]:
         """Take what is due in these shards, `limit` each, for `visibility_ms`: nobody else gets it until then.
 
         Due are leases whose deadline has come, and those that were claimed and not ended in time.
@@ -295,7 +295,7 @@ class LeaseStore(Shards):
         for at, (now_ms, next_ms, flat) in zip(wanted, await self._run(calls), strict=True):
             pairs = zip(flat[::2], flat[1::2], strict=True)
             leases = {uuid_text(id): stored_of(record) for id, record in pairs}
-            found.append(Claimed(at.shard, now_ms, next_ms, leases))
+            found.append(ClaimedLeases(at.shard, now_ms, next_ms, leases))
         return found
 
     async def count_due(self, *, within_ms: int) -> list[int]:
@@ -373,13 +373,13 @@ class LeaseStore(Shards):
             self._to_clear.set()
             raise
 
-    async def unpublished(self, *, older_than_ms: int, limit: int = 100) -> list[Outgoing]:
+    async def unpublished(self, *, older_than_ms: int, limit: int = 100) -> list[OutboxRecord]:
         """Records that have been in the outbox for so long, `limit` of each shard. They count as new from now on."""
         calls = [
             ShardCall(STALE, at, (at.outbox, at.outbox_times), (older_than_ms, limit)) for at in self.keys
         ]
         return [
-            Outgoing(*lease_of_field(field), unpack(record))
+            OutboxRecord(*lease_of_field(field), unpack(record))
             for flat in await self._run(calls)
             for field, record in zip(flat[::2], flat[1::2], strict=True)
         ]
@@ -407,18 +407,18 @@ class LeaseStore(Shards):
             ShardCall(
                 RESTORE,
                 self.at(one.claims.lease_id),
-                *restoring(self.at(one.claims.lease_id), one, self.record_keep_ms),
+                *restore_args(self.at(one.claims.lease_id), one, self.record_keep_ms),
                 one.claims.epoch,
             )
             for one in leases
         ]
-        counted = [
-            ShardCall(RECOUNT, at, *using(at, *use, NO_LIMIT))
+        count_of_agent = [
+            ShardCall(RECOUNT, at, *use_grant_args(at, *use, NO_LIMIT))
             for one in leases
             for use in uses_of(one.claims)
             for at in (self.at(use[0]),)
         ]
-        return sum((await self._run([*calls, *counted]))[: len(calls)])
+        return sum((await self._run([*calls, *count_of_agent]))[: len(calls)])
 
     async def is_waiting(self, records: Sequence[tuple[str, int]]) -> list[bool]:
         """Of each record (lease id, `seq`): whether it is in the outbox."""
@@ -450,26 +450,26 @@ class LeaseStore(Shards):
         commands: list[Command] = []
         for id, place in places.items():
             key = self.at(id).selector(id)
-            commands += [always("SET", key, place_text(place), "NX", "PX", keep_ms), ("GET", key)]
+            commands += [always("SET", key, position_text(place), "NX", "PX", keep_ms), ("GET", key)]
         answers = await self._guarded(commands, map(self.at, places))
-        return {id: place_of_text(text) for id, text in zip(places, answers[1::2], strict=True)}
+        return {id: parse_position(text) for id, text in zip(places, answers[1::2], strict=True)}
 
     # --- asking ---
 
-    async def look(self, lease_id: str, selector_keys: Iterable[str] = ()) -> Looked:
+    async def look(self, lease_id: str, selector_keys: Iterable[str] = ()) -> LeaseLookup:
         """One lease and Redis's time, in one round trip; and up to when selectors have cut what bears these marks."""
         at, id = self.at(lease_id), uuid_bytes(lease_id)
         call = ShardCall(LOOK, at, (at.live(id), at.fences), (id, *map(cut_key, selector_keys)))
         ((now_ms, record, live, before_ms),) = await self._run([call])
-        return Looked(now_ms, stored_of(record), bool(live), before_ms)
+        return LeaseLookup(now_ms, stored_of(record), bool(live), before_ms)
 
     async def get(self, lease_ids: Sequence[str]) -> dict[str, StoredLease]:
         """The latest records of leases; ids that are not known are left out."""
         by_shard = self._by_shard(lease_ids)
         parts = [
-            (at, numbers[start : start + AT_A_TIME])
+            (at, numbers[start : start + BATCH_SIZE])
             for at, numbers in by_shard.items()
-            for start in range(0, len(numbers), AT_A_TIME)
+            for start in range(0, len(numbers), BATCH_SIZE)
         ]
         answers = await self._run(
             [
@@ -527,7 +527,8 @@ class LeaseStore(Shards):
         for selector_key in selector_keys:
             kind, _, id = selector_key.partition(":")
             commands += [
-                counted(at, id) if kind == "agent" else ("HVALS", at.agents(selector_key)) for at in self.keys
+                count_of_agent(at, id) if kind == "agent" else ("HVALS", at.agents(selector_key))
+                for at in self.keys
             ]
         answers = await self._guarded(commands, self.keys)
         counts = [found if isinstance(found, int) else sum(map(int, found)) for found in answers]

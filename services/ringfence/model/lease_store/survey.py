@@ -42,12 +42,12 @@ from ringfence.model.lease_store.keys import (
     uuid_bytes,
     uuid_text,
 )
-from ringfence.model.lease_store.script_args import place_of_text
-from ringfence.model.lease_store.scripts import Command, counted_with, records_of
+from ringfence.model.lease_store.script_args import parse_position
+from ringfence.model.lease_store.scripts import Command, count_and_leases, records_of
 from ringfence.model.lease_store.types import StoredLease
 from ringfence.model.leases.lifecycle import statement
 
-_AT_A_TIME = 500
+_BATCH_SIZE = 500
 SLACK_MS = 60_000
 """So far apart the clocks of Redis and of who looks at it may be. Records wait no longer for whoever sweeps them."""
 CLAIMED_AT_MOST_MS = 3_600_000
@@ -71,12 +71,12 @@ class Stray:
     what: What
     wanted: str
     found: str
-    mend: tuple[Command, ...] = ()
+    repair: tuple[Command, ...] = ()
     """Each on one key, which comes first."""
 
 
 @dataclass(frozen=True, slots=True)
-class Alive:
+class LiveLease:
     """What the keys of a lease that has not ended follow from."""
 
     status: str
@@ -86,7 +86,7 @@ class Alive:
     """The marks of its sponsor and its user."""
 
     @classmethod
-    def of(cls, stored: StoredLease) -> Alive:
+    def of(cls, stored: StoredLease) -> LiveLease:
         """From its record, which nobody has verified: it is compared with what stands beside it, not believed."""
         names = [unverified_names(stored.record, kind) for kind in ("agent", "sponsor", "user")]
         if None in names and (lease := _unverified(stored.record)) is not None:
@@ -109,7 +109,7 @@ class Knowledge:
         """Whether there is such a lease, ended or not."""
         return True
 
-    def is_order(self, id: str) -> bool:
+    def has_revocation(self, id: str) -> bool:
         """Whether there is such an order on `revocation.request`, followed or not."""
         return True
 
@@ -126,7 +126,7 @@ class Survey:
         link: RedisConnection,
         prefix: str,
         keys: Sequence[Keys],
-        alive: Mapping[str, Alive],
+        alive: Mapping[str, LiveLease],
         knowledge: Knowledge,
         now_ms: int,
     ) -> None:
@@ -138,7 +138,7 @@ class Survey:
         self._knowledge = knowledge
         self._now_ms = now_ms
 
-    async def books(self) -> AsyncIterator[Stray]:
+    async def outbox_and_signers(self) -> AsyncIterator[Stray]:
         """What records are read and published by. A rebuild puts it right before it reads what Redis has."""
         for at in self._keys:
             async for one in self._outbox(at):
@@ -148,7 +148,7 @@ class Survey:
 
     async def strays(self) -> AsyncIterator[Stray]:
         """Everything that does not follow from the records."""
-        async for one in self.books():
+        async for one in self.outbox_and_signers():
             yield one
         for at in self._keys:
             async for one in self._shard(at):
@@ -156,7 +156,7 @@ class Survey:
         some: list[bytes] = []
         async for key in self._link.keys(f"{self._prefix}{{*}}:*"):
             some.append(key)
-            if len(some) == _AT_A_TIME:
+            if len(some) == _BATCH_SIZE:
                 async for one in self._looked_at(some):
                     yield one
                 some = []
@@ -188,16 +188,16 @@ class Survey:
             elif until_ms > latest_ms:
                 wanted = f"at most {latest_ms}"
                 about = _about(at, at.claimed, id)
-                mend: Command = ("ZADD", at.claimed, "XX", self._now_ms, id)
-                yield Stray(about, "mistimed", wanted, f"{until_ms:.0f}", (mend,))
+                repair: Command = ("ZADD", at.claimed, "XX", self._now_ms, id)
+                yield Stray(about, "mistimed", wanted, f"{until_ms:.0f}", (repair,))
         for minute, open_ms in minutes:
             wanted_ms = int(minute) * 60_000 - AHEAD_MS if minute.isdigit() else None
             if wanted_ms is None:
                 yield _stray(at, at.minutes, minute, ("ZREM", at.minutes, minute))
             elif open_ms != wanted_ms:
-                mend = ("ZADD", at.minutes, wanted_ms, minute)
+                repair = ("ZADD", at.minutes, wanted_ms, minute)
                 about = _about(at, at.minutes, minute)
-                yield Stray(about, "mistimed", str(wanted_ms), f"{open_ms:.0f}", (mend,))
+                yield Stray(about, "mistimed", str(wanted_ms), f"{open_ms:.0f}", (repair,))
         if claim_ms == -1:
             yield Stray(_about(at, at.rebuilding), "mistimed", "an end", "none")  # the next rebuild takes it
 
@@ -208,8 +208,8 @@ class Survey:
         by_field, waiting = dict(times), set(fields)
         for field in by_field.keys() - waiting:
             yield _stray(at, at.outbox_times, field, ("ZREM", at.outbox_times, field))
-        for start in range(0, len(fields), _AT_A_TIME):
-            some = fields[start : start + _AT_A_TIME]
+        for start in range(0, len(fields), _BATCH_SIZE):
+            some = fields[start : start + _BATCH_SIZE]
             (records,) = await self._link.pipeline([("HMGET", at.outbox, *some)])
             others = await self._saying_otherwise(at, dict(zip(some, records, strict=True)))
             for field, record in zip(some, records, strict=True):
@@ -223,8 +223,8 @@ class Survey:
                 if since_ms is None or abs(since_ms - self._now_ms) > SLACK_MS:
                     about = _about(at, at.outbox, field)
                     found = "" if since_ms is None else f"{since_ms:.0f}"
-                    mend = ("ZADD", at.outbox_times, self._now_ms, field)
-                    yield Stray(about, "stuck", f"about {self._now_ms}", found, (mend,))
+                    repair = ("ZADD", at.outbox_times, self._now_ms, field)
+                    yield Stray(about, "stuck", f"about {self._now_ms}", found, (repair,))
 
     def _is_of(self, field: bytes, record: bytes, at: Keys) -> bool:
         """Whether a record stands under its own name, in the shard of its lease."""
@@ -258,8 +258,8 @@ class Survey:
             if len(field) == 1:
                 if value not in signers:
                     about = _about(at, at.signers, field)
-                    mend = ("HSET", at.signers, value, field)
-                    yield Stray(about, "stray", "the number by the name", "", (mend,))
+                    repair = ("HSET", at.signers, value, field)
+                    yield Stray(about, "stray", "the number by the name", "", (repair,))
             elif signers.get(value) != field:
                 yield _stray(at, at.signers, field, ("HDEL", at.signers, field))
 
@@ -325,25 +325,25 @@ class Survey:
             for (at, key, selector_key), agents in zip(found, answers, strict=True)
             for agent in agents
         ]
-        for start in range(0, len(asked), _AT_A_TIME):
-            some = asked[start : start + _AT_A_TIME]
+        for start in range(0, len(asked), _BATCH_SIZE):
+            some = asked[start : start + _BATCH_SIZE]
             # Both of one moment: leases come and go, and what is counted goes with what it counts.
-            now = await self._link.pipeline([counted_with(at, key, agent) for at, key, _, agent in some])
+            now = await self._link.pipeline([count_and_leases(at, key, agent) for at, key, _, agent in some])
             for (at, key, selector_key, agent), (count, ids) in zip(some, now, strict=True):
                 wanted = await self._bearing(at, ids, _text(selector_key))
                 if count is not None and count != b"%d" % wanted:
-                    mend = ("HSET", key, agent, wanted) if wanted else ("HDEL", key, agent)
+                    repair = ("HSET", key, agent, wanted) if wanted else ("HDEL", key, agent)
                     about = f"{_text(agent)} of {_text(selector_key)} in shard {at.shard}"
-                    yield Stray(about, "miscounted", str(wanted), _text(count), (mend,))
+                    yield Stray(about, "miscounted", str(wanted), _text(count), (repair,))
 
     async def _bearing(self, at: Keys, ids: Sequence[bytes], selector_key: str) -> int:
         """How many of the leases of an agent bear a mark. Of those that came a moment ago Redis tells."""
         here = [id for id in ids if self._is_here(id, at)]
         known = [one for id in here if (one := self._alive.get(uuid_text(id))) is not None]
         others = [id for id in here if uuid_text(id) not in self._alive]
-        for start in range(0, len(others), _AT_A_TIME):
-            (records,) = await self._link.pipeline([records_of(at, others[start : start + _AT_A_TIME])])
-            known += [Alive.of(StoredLease.parse(one)) for one in records if one]
+        for start in range(0, len(others), _BATCH_SIZE):
+            (records,) = await self._link.pipeline([records_of(at, others[start : start + _BATCH_SIZE])])
+            known += [LiveLease.of(StoredLease.parse(one)) for one in records if one]
         return sum(selector_key in one.wide for one in known)
 
     async def _due(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
@@ -396,12 +396,14 @@ class Survey:
 
     def _is_seen(self, id: bytes, place: bytes) -> bool:
         """Whether what was seen somewhere is there, as far as Kafka is asked."""
-        return b".revocation.request." not in place.partition(b" ")[0] or self._knowledge.is_order(_text(id))
+        return b".revocation.request." not in place.partition(b" ")[0] or self._knowledge.has_revocation(
+            _text(id)
+        )
 
     def _is_outlived(self, place: bytes, left_ms: int) -> bool:
         """Whether it may be gone from Kafka by its age: it is remembered for longer, and not for long any more."""
         try:
-            age_ms = self._now_ms - place_of_text(place).appended_at_ms
+            age_ms = self._now_ms - parse_position(place).appended_at_ms
         except ValueError:
             return False
         at_most_ms = max(SELECTOR_KEEP_MS - age_ms, 0) + DAY_MS
@@ -430,8 +432,8 @@ def _unverified(record: bytes) -> Lease | None:
         return None
 
 
-def _stray(at: Keys, key: str | bytes, member: bytes | str, *mend: Command) -> Stray:
-    return Stray(_about(at, key, member), "stray", "", "it is there", mend)
+def _stray(at: Keys, key: str | bytes, member: bytes | str, *repair: Command) -> Stray:
+    return Stray(_about(at, key, member), "stray", "", "it is there", repair)
 
 
 def _about(at: Keys, key: str | bytes, member: bytes | str = b"") -> str:

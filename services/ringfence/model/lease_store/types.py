@@ -1,46 +1,47 @@
-"""What goes into the lease store, and what comes out."""
+"""Arguments and results of the lease store."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.lease import Lease, LeaseStatus
 from ringfence.model.lease_store.codec import pack, unpack, unverified_names
 from ringfence.model.lease_store.scripts import Argument
-from ringfence.model.leases.lifecycle import ALL_LEASES
+from ringfence.model.leases.lifecycle import ALL_LEASES, is_covered
 
 LETTERS: dict[LeaseStatus, str] = {
     "minting": "m", "active": "a", "ending": "e", "released": "r", "revoked": "v", "expired": "x", "aborted": "b"
 }  # fmt: skip
-"""How a status stands in Redis. Scripts know `m` and `a`."""
+"""The letter of each status in Redis. Scripts know `m` and `a`."""
 _STATUSES = {letter: status for status, letter in LETTERS.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class SignedLease:
-    """A lease's claims, and the JWS that was made of them."""
+    """The claims of a lease record, and the JWS that signs them."""
 
     claims: Lease
     jws: str
 
     @property
     def record(self) -> bytes:
-        """The JWS as it stands in Redis."""
+        """The JWS in packed form, as Redis holds it."""
         return pack(self.jws)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredLease:
-    """What Redis holds of a lease: its latest record, and of that what scripts read."""
+    """The latest record of a lease in Redis, and its head."""
 
     status: LeaseStatus
     seq: int
     deadline_ms: int
     record: bytes
-    """The signed record as it stands in Redis."""
+    """The signed record in packed form."""
     epoch: str | None = None
-    """The one that the record bears, if any."""
+    """The epoch in the record, if any."""
 
     @classmethod
     def parse(cls, text: bytes) -> StoredLease:
@@ -57,7 +58,7 @@ class StoredLease:
         return unpack(self.record)
 
     def may_match(self, selector_key: str) -> bool:
-        """Whether the record says, verified or not, that the lease bears a mark. True where it says nothing at all."""
+        """Whether the lease may match a selector key, by its unverified record. True if the record cannot be read."""
         if selector_key == ALL_LEASES:
             return True
         kind, _, id = selector_key.partition(":")
@@ -67,10 +68,10 @@ class StoredLease:
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """What came of announcing that a credential will be minted.
+    """Result of announcing that a credential will be minted.
 
-    `prepared`: mint it; where `stored` is set, somebody had prepared it before and that is the record that counts.
-    `known`: the lease is past its minting, see `stored`. `fenced`: revoked before it was issued, by the fence on
+    `prepared`: mint it; if `stored` is set, somebody had prepared it before, and that record counts. `known`: the lease
+    is past its minting, see `stored`. `fenced`: revoked before it was issued, by the fence on
     `selector_key`. `late`: its deadline has come, or nearly. `full`: Redis has no room for it.
     """
 
@@ -81,11 +82,11 @@ class Preparation:
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """What came of an activation.
+    """Result of an activation.
 
     `known`: the lease was there already, see `stored`. `fenced`: revoked before it was issued, by the fence on
-    `selector_key`. `late`: its deadline has come, or nearly. `lost`: of a lease that was prepared: somebody else has
-    taken it over, or a revoker has aborted it; nobody may be given its credential. `full`: Redis has no room for it.
+    `selector_key`. `late`: less than `MIN_LEFT_MS` is left. `lost`: somebody else has taken the prepared lease over,
+    or a revoker has aborted it; nobody may be given its credential. `full`: Redis is out of memory.
     """
 
     outcome: Literal["activated", "known", "fenced", "late", "lost", "full"]
@@ -95,7 +96,7 @@ class Activation:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The next record of a lease, and the one that it must follow."""
+    """The next record of a lease, and the record that it must follow."""
 
     lease: SignedLease
     after: Lease
@@ -103,7 +104,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class PreparedStep:
-    """A step as the script is told of it, by `told_of`: that can be put together before it is time for it."""
+    """A step, serialised as arguments of TRANSITION by `prepare_step`: that can be done ahead of time."""
 
     lease_id: str
     epoch: str | None
@@ -111,10 +112,11 @@ class PreparedStep:
 
 
 @dataclass(frozen=True, slots=True)
-class Stepped:
-    """`done`, or `moved`: another record came first, see `stored`; or the lease is `unknown`.
+class StepResult:
+    """Result of a step.
 
-    `undue`, of those that are to be due: its deadline has not come, or somebody has claimed it.
+    `moved`: another record came first, see `stored`. `unknown`: Redis has no record of the lease. `undue`, with
+    `only_due`: the deadline has not come, or somebody has claimed the lease.
     """
 
     outcome: Literal["done", "moved", "unknown", "undue"]
@@ -122,26 +124,26 @@ class Stepped:
 
 
 @dataclass(frozen=True, slots=True)
-class Claimed:
-    """What a revoker took from one shard, by lease id; None stands for a record that is gone."""
+class ClaimedLeases:
+    """The leases that a revoker claimed from one shard, by id; None if the record is missing."""
 
     shard: int
     now_ms: int
     next_ms: int | None
-    """When the shard is to be looked at again, as far as known now: a lease is due then, or will be soon after."""
+    """When the shard is to be claimed from again: a lease is due then or soon after. None if none is known."""
     leases: dict[str, StoredLease | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
-    """One lease as of Redis's present."""
+class LeaseLookup:
+    """A lease at a moment of Redis's clock."""
 
     now_ms: int
     stored: StoredLease | None
     live: bool
-    """The live key is there: the lease was neither cut nor has its deadline come."""
+    """Whether the live key exists: the lease is not cut, and its deadline has not come."""
     cut_before_ms: int = -1
-    """Selectors have cut what was requested by then, of what bears the marks that were asked for."""
+    """The latest time, in ms, up to which selectors with the given keys have cut requested leases; -1: none."""
 
     @property
     def active(self) -> bool:
@@ -149,10 +151,19 @@ class Looked:
         stored = self.stored
         return bool(self.live and stored and stored.status == "active" and self.now_ms < stored.deadline_ms)
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether a selector covers the lease, also if no revoker has found the lease yet."""
+        if self.cut_before_ms < 0 or self.stored is None:
+            return False
+        # Unverified claims are enough: they can only refuse what would be allowed.
+        lease = parse(self.stored.jws).unverified_claims(Lease)
+        return is_covered(lease, self.cut_before_ms)
+
 
 @dataclass(frozen=True, slots=True)
-class Outgoing:
-    """A record in the outbox, of which Kafka's acknowledgement was not seen."""
+class OutboxRecord:
+    """A record in the outbox that Kafka has not acknowledged, as far as Redis knows."""
 
     lease_id: str
     seq: int

@@ -1,1 +1,1 @@
-"""Kafka and Redis held against each other: view, comparison, rebuild, repair."""
+"""Consistency of Redis with Kafka: Kafka's view, comparison, rebuild, repair, and the recheck of issued leases."""

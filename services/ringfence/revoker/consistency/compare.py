@@ -1,4 +1,4 @@
-"""Holds Redis against Kafka, and changes nothing: `ringfence rebuild --check`."""
+"""Compares Redis with Kafka and changes nothing: `ringfence rebuild --check`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from ringfence.model.lease_store import (
     GRANT_KEEP_MS,
     SELECTOR_KEEP_MS,
     SLACK_MS,
-    Alive,
-    Held,
+    LeaseKeys,
+    LiveLease,
     Restoration,
     uses_of,
 )
@@ -36,40 +36,46 @@ from ringfence.model.leases.unverified import summarise
 from ringfence.model.records.directory import TABLES, Directory
 from ringfence.revoker.consistency.kafka_view import (
     HighestRecord,
-    Known,
+    KafkaKnowledge,
     LeaseFold,
-    Revocations,
+    RevocationIndex,
     read_leases,
     read_revocations,
-    verified,
-    whole,
+    verify_records,
+    wait_complete,
 )
 
 AGAIN_S = 1.0
-_AT_A_TIME = 500
+_BATCH_SIZE = 500
 
 _LATER_MS = 60_000
-"""So far beyond our own clock a fence is nobody's: it stands for the moment at which somebody revoked something."""
+"""How far beyond our own clock a fence is wrong: it stands for the time of a revocation."""
 
 What = Literal[
     "missing", "behind", "ahead", "differs", "unknown", "misplaced",
     "unfenced", "overfenced", "unseen", "uncounted", "stray", "miscounted", "mistimed", "stuck",
 ]  # fmt: skip
-"""`missing`: Redis has no record of a lease. `behind`, `ahead`: it has another `seq`, or is of an older epoch.
-`differs`: its record of the same `seq` says something else. `unknown`: Kafka does not know the lease. `misplaced`: it
-is not where its status says. `unfenced`: a revocation does not stand in the way of what was asked for before it.
-`overfenced`: something stands in the way of what will be asked for. `unseen`: where a revocation stood first is not
-known, so that the same one, sent again, covers more. `uncounted`: a lease does not count for the grant that it names.
-`stray`: something stands in Redis that follows from no record there. `miscounted`: how many leases an agent has with a
-sponsor or a user is counted wrongly. `mistimed`: a key goes at another time than it should. `stuck`: a record waits to
-be published, and no sweeper comes to it.
+"""Kinds of differences.
+
+- `missing`: Redis has no record of a lease. `behind`, `ahead`: it has another `seq`, or is of an older epoch.
+- `differs`: its record of the same `seq` says something else. `unknown`: Kafka does not know the lease.
+- `misplaced`: the lease is not in the sets and indexes that its status requires.
+- `unfenced`: the fence of a revocation is missing. `overfenced`: a fence refuses requests that nobody revoked.
+- `unseen`: it is not known where a revocation was seen first, so that a repeat of it would cover more.
+- `uncounted`: a lease does not count for the grant that it names.
+- `stray`: something in Redis follows from no record there.
+- `miscounted`: the number of leases of an agent with a sponsor or user is wrong.
+- `mistimed`: a key expires at another time than it should.
+- `stuck`: a record waits to be published, and no sweeper comes to it.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseDifference:
-    """One thing that Redis has otherwise than Kafka. `about` is a lease's id, that and a grant's, a mark and a shard, a
-    revocation's id, `epoch`, or what stands in which key of which shard.
+    """One difference between Redis and Kafka.
+
+    `about`: a lease, a lease and a grant, a selector key and a shard, a revocation, `epoch`, or an entry of a key of a
+    shard.
     """
 
     about: str
@@ -79,7 +85,7 @@ class LeaseDifference:
 
 
 class Checker:
-    """Finds differences. Needs no key: it only reads."""
+    """Finds differences. It only reads, so it needs no signing key."""
 
     def __init__(
         self,
@@ -97,7 +103,7 @@ class Checker:
         self._record_keep_ms = record_keep_ms
 
     async def differences(self) -> list[LeaseDifference]:
-        """Those that last: what is under way at this moment is looked at twice. Raises UnavailableError."""
+        """Lasting differences: those found twice, `AGAIN_S` apart. Others were under way. Raises UnavailableError."""
         found = await self._look()
         if found:
             await asyncio.sleep(AGAIN_S)
@@ -117,24 +123,22 @@ class Checker:
         ids = await restoration.ids()
         waiting = await restoration.waiting()
 
-        fold_anew = partial(
-            LeaseFold, trust=self._trust, over_before_s=(now_ms - self._record_keep_ms) / 1000
-        )
-        fold = fold_anew(held=frozenset(ids))
+        new_fold = partial(LeaseFold, trust=self._trust, over_before_s=(now_ms - self._record_keep_ms) / 1000)
+        fold = new_fold(held=frozenset(ids))
         await read_leases(self._settings, fold)
         if not restoration.complete:
             yield LeaseDifference("epoch", "missing", str(fold.epochs.highest()), "")
         for epoch in sorted(restoration.epochs):
             if number_of(epoch) < fold.epochs.highest():
                 yield LeaseDifference("epoch", "behind", str(fold.epochs.highest()), epoch)
-        records = await self._believed(restoration, fold, fold_anew)
+        records = await self._verified_records(restoration, fold, new_fold)
         wanted = list(dict.fromkeys([*records, *ids]))
-        alive: dict[str, Alive] = {}
-        for start in range(0, len(wanted), _AT_A_TIME):
-            some = wanted[start : start + _AT_A_TIME]
+        alive: dict[str, LiveLease] = {}
+        for start in range(0, len(wanted), _BATCH_SIZE):
+            some = wanted[start : start + _BATCH_SIZE]
             selector_keys = {id: _selector_keys(records[id].jws) if id in records else () for id in some}
             found = await restoration.held(selector_keys)
-            # Of what Kafka does not know, or not yet, Redis's own record says by what it should be found.
+            # Of leases that Kafka does not know (yet), Redis's own record gives the selector keys.
             alone = {
                 id: _selector_keys(held.stored.jws)
                 for id, held in found.items()
@@ -143,7 +147,7 @@ class Checker:
             selector_keys |= alone
             for id, held in (found | await restoration.held(alone)).items():
                 if held.stored is not None and held.stored.status not in TERMINAL:
-                    alive[id] = Alive.of(held.stored)
+                    alive[id] = LiveLease.of(held.stored)
                 for one in _differences(
                     id, records.get(id), held, selector_keys[id], waiting, now_ms, self._record_keep_ms
                 ):
@@ -151,7 +155,9 @@ class Checker:
         async for one in self._uncounted(restoration, records, now_ms):
             yield one
         revocations = await read_revocations(self._settings, self._directory, self._trust)
-        async for stray in restoration.survey(alive, Known(fold, records, revocations), now_ms).strays():
+        async for stray in restoration.survey(
+            alive, KafkaKnowledge(fold, records, revocations), now_ms
+        ).strays():
             yield LeaseDifference(stray.about, stray.what, stray.wanted, stray.found)
         fences = revocations.fences(now_ms - FENCE_KEEP_MS)
         for shard, known in enumerate(await restoration.fences()):
@@ -163,12 +169,14 @@ class Checker:
                 if not _is_rightly_fenced(key, before_ms, fences.get(key, 0), revocations, now_ms):
                     about = f"{key} in shard {shard}"
                     yield LeaseDifference(about, "overfenced", str(fences.get(key, "")), str(before_ms))
-        # Kafka may keep orders for longer than they are remembered.
+        # Kafka may keep revocations for longer than Redis remembers them.
         since_ms = now_ms - SELECTOR_KEEP_MS + SLACK_MS
         first = {
-            id: order.at for id, order in revocations.orders.items() if order.at.appended_at_ms > since_ms
+            id: revocation.at
+            for id, revocation in revocations.by_id.items()
+            if revocation.at.appended_at_ms > since_ms
         }
-        seen = await restoration.sightings(list(first))
+        seen = await restoration.first_seen_positions(list(first))
         for id, at in first.items():
             if seen.get(id) != at:
                 yield LeaseDifference(
@@ -180,29 +188,27 @@ class Checker:
     ) -> AsyncIterator[LeaseDifference]:
         granted = (parse(one.jws).unverified_claims(Lease) for one in records.values() if one.granted)
         uses = [use for one in granted if one.iat * 1000 > now_ms - GRANT_KEEP_MS for use in uses_of(one)]
-        for start in range(0, len(uses), _AT_A_TIME):
-            some = uses[start : start + _AT_A_TIME]
+        for start in range(0, len(uses), _BATCH_SIZE):
+            some = uses[start : start + _BATCH_SIZE]
             for (grant_id, lease_id), is_counted in zip(some, await restoration.counted(some), strict=True):
                 if not is_counted:
                     yield LeaseDifference(f"{lease_id} on grant {grant_id}", "uncounted", "named", "")
 
-    async def _believed(
-        self, restoration: Restoration, fold: LeaseFold, fold_anew: Callable[..., LeaseFold]
+    async def _verified_records(
+        self, restoration: Restoration, fold: LeaseFold, new_fold: Callable[..., LeaseFold]
     ) -> dict[str, HighestRecord]:
-        """The highest records, but for those that nobody signed who may: what has ended, and Redis has too, is not
-        looked at.
-        """
-        unlike: dict[str, HighestRecord] = {}
+        """The highest records that verify. A terminal record that Redis has too is not verified."""
+        to_verify: dict[str, HighestRecord] = {}
         ids = list(fold.highest)
-        for start in range(0, len(ids), _AT_A_TIME):
-            some = ids[start : start + _AT_A_TIME]
+        for start in range(0, len(ids), _BATCH_SIZE):
+            some = ids[start : start + _BATCH_SIZE]
             for id, held in (await restoration.held(dict.fromkeys(some, ()))).items():
                 record = fold.highest[id]
                 if held.stored is None or held.stored.jws != record.jws or record.status not in TERMINAL:
-                    unlike[id] = record
-        found = {id: record for id, record in fold.highest.items() if id not in unlike}
-        async for leases in verified(
-            self._settings, self._trust, self._clock, unlike, fold.contested, fold_anew
+                    to_verify[id] = record
+        found = {id: record for id, record in fold.highest.items() if id not in to_verify}
+        async for leases in verify_records(
+            self._settings, self._trust, self._clock, to_verify, fold.contested, new_fold
         ):
             for one in leases:
                 claims = one.claims
@@ -216,7 +222,7 @@ class Checker:
 def _differences(
     id: str,
     record: HighestRecord | None,
-    held: Held,
+    held: LeaseKeys,
     selector_keys: Sequence[str],
     waiting: set[tuple[str, int]],
     now_ms: int,
@@ -228,7 +234,7 @@ def _differences(
         if stored is None or (id, stored.seq) not in waiting:
             yield LeaseDifference(id, "unknown", "", redis)
         if stored is not None:
-            yield from _ill_kept(id, "", held, selector_keys, now_ms, record_keep_ms)
+            yield from _inconsistent(id, "", held, selector_keys, now_ms, record_keep_ms)
         return
     kafka = _record_text(record)
     if stored is None:
@@ -242,21 +248,21 @@ def _differences(
             yield LeaseDifference(id, "ahead", kafka, redis)
     elif stored.jws != record.jws and not _say_the_same(stored.jws, record.jws):
         yield LeaseDifference(id, "differs", kafka, redis)
-    yield from _ill_kept(id, kafka, held, selector_keys, now_ms, record_keep_ms)
+    yield from _inconsistent(id, kafka, held, selector_keys, now_ms, record_keep_ms)
 
 
-def _ill_kept(
-    id: str, kafka: str, held: Held, selector_keys: Sequence[str], now_ms: int, record_keep_ms: int
+def _inconsistent(
+    id: str, kafka: str, held: LeaseKeys, selector_keys: Sequence[str], now_ms: int, record_keep_ms: int
 ) -> Iterator[LeaseDifference]:
-    """What does not go with the record that Redis has of a lease."""
+    """Keys that do not fit the record that Redis has of a lease."""
     for place in _misplaced(held, selector_keys, now_ms):
         yield LeaseDifference(id, "misplaced", kafka, place)
     for when in _mistimed(held, now_ms, record_keep_ms):
         yield LeaseDifference(id, "mistimed", kafka, when)
 
 
-def _misplaced(held: Held, selector_keys: Sequence[str], now_ms: int) -> Iterator[str]:
-    """Where a lease is and should not be, or the other way round, going by the record that Redis has of it."""
+def _misplaced(held: LeaseKeys, selector_keys: Sequence[str], now_ms: int) -> Iterator[str]:
+    """Sets and indexes that a lease is in and should not be, or the other way round, by its record in Redis."""
     stored = held.stored
     assert stored is not None
     over = stored.status not in ("minting", "active", "ending")
@@ -277,14 +283,14 @@ def _misplaced(held: Held, selector_keys: Sequence[str], now_ms: int) -> Iterato
         yield "cut, or not issued yet, and not refused by its live key"
 
 
-def _mistimed(held: Held, now_ms: int, record_keep_ms: int) -> Iterator[str]:
-    """What of a lease goes at another time than it should."""
+def _mistimed(held: LeaseKeys, now_ms: int, record_keep_ms: int) -> Iterator[str]:
+    """Keys of a lease that expire at another time than they should."""
     stored, kept_until_ms = held.stored, held.kept_until_ms
     assert stored is not None
     if held.live_until_ms not in (None, stored.deadline_ms):
         yield f"live until {_when(held.live_until_ms)}, and due at {stored.deadline_ms}"
     if stored.status in TERMINAL and kept_until_ms is not None:
-        # It is kept from its end, or from its deadline where that comes later.
+        # It is kept from its end, or from its deadline if that is later.
         latest_ms = max(now_ms, stored.deadline_ms) + record_keep_ms + SLACK_MS
         if not stored.deadline_ms + record_keep_ms <= kept_until_ms <= latest_ms:
             yield f"its record is kept until {_when(kept_until_ms)}"
@@ -295,12 +301,12 @@ def _when(at_ms: int | None) -> str:
 
 
 def _is_rightly_fenced(
-    selector_key: str, before_ms: int, wanted_ms: int, revocations: Revocations, now_ms: int
+    selector_key: str, before_ms: int, wanted_ms: int, revocations: RevocationIndex, now_ms: int
 ) -> bool:
-    """Whether a fence stands for something that somebody revoked.
+    """Whether a fence has a cause.
 
-    What records of agents, tasks and users took away is fenced as well, and they need not be on Kafka any more. A cut
-    is a selector's alone: it stands for one that is there, or was until a while ago.
+    Changed records of agents, tasks and users fence as well, and need not be on Kafka any more. A cut comes of a
+    selector alone: one that is on Kafka, or was until a while ago.
     """
     if before_ms <= wanted_ms:
         return True
@@ -322,7 +328,7 @@ def _selector_keys(jws: bytes) -> tuple[str, ...]:
 
 
 def _say_the_same(one: bytes, other: bytes) -> bool:
-    """Whether two records differ only in who signed them, in which epoch."""
+    """Whether two records differ only in signer and epoch."""
     try:
         first, second = (
             parse(jws).unverified_claims(Lease) for jws in (one, other)
@@ -333,7 +339,7 @@ def _say_the_same(one: bytes, other: bytes) -> bool:
 
 
 def _is_long_over(record: HighestRecord, before_ms: int) -> bool:
-    """Whether a lease has ended, and Redis need not hold its record any more."""
+    """Whether a lease ended so long ago that Redis need not hold its record any more."""
     summary = summarise(record.jws)
     return summary is not None and summary.status in TERMINAL and summary.deadline * 1000 < before_ms
 
@@ -345,7 +351,7 @@ def _record_text(record: HighestRecord) -> str:
 
 @contextlib.asynccontextmanager
 async def checking(settings: ServiceSettings, clock: Clock, *, record_keep_ms: int) -> AsyncIterator[Checker]:
-    """A checker, with what it trusts read from Kafka. Raises UnavailableError."""
+    """A checker, after its trust bundle and tables were read from Kafka. Raises UnavailableError."""
     trust = TrustStore(settings.trust_domain, settings.trust_root)
 
     def on_trust(records: Sequence[Received]) -> None:
@@ -354,8 +360,8 @@ async def checking(settings: ServiceSettings, clock: Clock, *, record_keep_ms: i
 
     directory = Directory(trust, clock, grace_ms=None, on_alarm=lambda alarm: None)
     async with Follower(settings, [TRUST], on_trust) as bundles:
-        await whole(bundles)
+        await wait_complete(bundles)
         trust.require()
         async with Follower(settings, list(TABLES), directory.on_records) as tables:
-            await whole(tables)
+            await wait_complete(tables)
             yield Checker(settings, directory, trust, clock, record_keep_ms=record_keep_ms)

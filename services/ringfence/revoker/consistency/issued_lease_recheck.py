@@ -1,9 +1,9 @@
-"""Leases as they come, held against the records as they are: nothing stays that was issued on older ones.
+"""Rechecks issued leases against the present records, and revokes those that were issued on stale ones.
 
-Policy and issuer may go by records that are a moment old, within the grace. Who acts on a new record fences off what
-was asked for before it, and ends what there is; what was asked for after it, of services that had not heard of it yet,
-is neither. It is found here: the lease was there before its record came, so what stood on the topics of the tables by
-then, read to its end, is all that it can have been issued behind.
+Policy and issuer may use records that are stale within the grace. When a record changes, a revoker fences off what was
+asked for before the change, and ends what exists (`record_changes`). That misses a lease that was asked for after the
+change, of services that had not read it yet. Such leases are found here: a lease record is on Kafka, so every record
+that its issue can have missed is on the tables' topics by now, and those are read to their ends first.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from ringfence.revoker.mass_expiry import OwnRecordCache
 
 log = logging.getLogger(__name__)
 
-TOGETHER = 256
+BATCH_SIZE = 256
 LINGER_MS = 250
-"""So many leases are looked at together, and gather for so long: the tables are read to their ends once for all."""
+"""How many leases are checked together, and how long they gather: the tables are read to their ends once per batch."""
 
 
 _LONG_AGO_S = 24 * 3600
-"""Long enough for a clock of ours that is hours ahead: what lives by Redis's must not be passed over."""
+"""How long after its deadline a lease is skipped: enough for a clock of ours that is hours ahead of Redis's."""
 
 
 class IssuedLeaseRecheck:
-    """The batch handler of `lease`. A group of its own, so that each lease is looked at though revokers die."""
+    """The batch handler of `lease`. It has a consumer group of its own: each lease is checked though revokers die."""
 
     def __init__(
         self,
@@ -55,25 +55,26 @@ class IssuedLeaseRecheck:
         self._patience_s = patience_s
 
     async def __call__(self, batch: Sequence[Received]) -> None:
-        """Order the end of those that no longer fit. Raises UnavailableError where that cannot be known yet, or whose
-        word a lease is.
+        """Revoke the leases that do not fit the present records.
+
+        Raises UnavailableError where the records, or the keys that signed a lease, are not known yet.
         """
         active = list(filter(self._is_active, batch))
         if not active:
             return
         if not await self._runtime.tables_caught_up(self._patience_s):
             raise UnavailableError("leases are looked at once the local tables have caught up")
-        found = list(self._overtaken(active))
+        found = list(self._stale(active))
         stored = await self._store.get([lease.lease_id for lease, _ in found]) if found else {}
         acknowledged = []
         for lease, why in found:
             if lease.lease_id in stored and stored[lease.lease_id].status == "active":
                 log.warning("lease %s was issued behind a change of %s", lease.lease_id, why.record[0])
-                acknowledged.append(await self._order(lease, why))
+                acknowledged.append(await self._revoke(lease, why))
         await gather_all(acknowledged)
 
     def _is_active(self, record: Received) -> bool:
-        """Whether it may be the record of a lease that lives: what ended long ago is not looked at. Redis says more."""
+        """Whether this may be the record of a live lease, by its own word. Redis is asked later."""
         summary = self._own_records.summarise(record.value)
         if summary is None or summary.lease_id != record.key:
             return False
@@ -82,11 +83,11 @@ class IssuedLeaseRecheck:
             and summary.deadline > self._runtime.clock.now_ms() / 1000 - _LONG_AGO_S
         )
 
-    def _overtaken(self, records: Sequence[Received]) -> Iterator[tuple[Lease, StaleBasis]]:
+    def _stale(self, records: Sequence[Received]) -> Iterator[tuple[Lease, StaleBasis]]:
         max_age_s = self._runtime.settings.entitlements_max_age_s
         for record in records:
             try:
-                # Most fit, whoever wrote them; only what does not is worth the look at its signature.
+                # Most leases fit: only of the others is the signature verified.
                 if stale_basis(parse(record.value).unverified_claims(Lease), self._directory, max_age_s):
                     lease = verify_lease(
                         record.value,
@@ -103,8 +104,8 @@ class IssuedLeaseRecheck:
             except ChainError as error:
                 log.error("lease %s is not held against a record: %s", record.key, error)
 
-    async def _order(self, lease: Lease, why: StaleBasis) -> Awaitable[object]:
-        order = derived_revocation(
+    async def _revoke(self, lease: Lease, why: StaleBasis) -> Awaitable[object]:
+        revocation = derived_revocation(
             why.kind,
             why.reason,
             by=self._runtime.key.id,
@@ -114,6 +115,6 @@ class IssuedLeaseRecheck:
             lease_id=lease.lease_id,
         )
         _, ack = await self._runtime.publisher.send_signed(
-            REVOCATION_REQUEST, lease.agent_id, order, self._runtime.key
+            REVOCATION_REQUEST, lease.agent_id, revocation, self._runtime.key
         )
         return ack

@@ -1,4 +1,4 @@
-"""What Kafka knows of leases and their revocations, read whole: what Redis is rebuilt from."""
+"""Kafka's view of leases and revocations: `lease` and `revocation.request`, read whole. Redis is rebuilt from it."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ _PAUSE_EVERY = 100
 
 @dataclass(frozen=True, slots=True)
 class HighestRecord:
-    """The highest record of a lease on Kafka, not verified yet."""
+    """The record of a lease with the highest `seq` on Kafka, not verified yet."""
 
     seq: int
     status: str
     jws: bytes
     epoch: str | None = None
     granted: bool = False
-    """Whether it says that it was issued on a grant."""
+    """Whether it claims to be issued on a grant."""
 
 
 class LeaseFold:
-    """Folds the records of `lease` by the highest `seq`; of two that are equal, the first counts. Void ones do not.
+    """Folds the records of `lease`: the highest `seq` of each counts, of equal ones the first. Void ones do not count.
 
-    What ended so long ago that Redis need not hold it is remembered by its id alone, unless Redis thinks it alive.
+    Of a lease that ended so long ago that Redis need not hold it, only the id is remembered, unless it is in `held`.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class LeaseFold:
         counts: Callable[[str, bytes], bool] = lambda lease_id, jws: True,
     ) -> None:
         """Args:
-            trust: who may say that an epoch begins.
-            over_before_s: leases that have ended, and whose deadlines were before, are not needed any more.
-            held: leases that Redis thinks alive, or of which every record is wanted for another reason.
+            trust: verifies the markers of epochs.
+            over_before_s: leases that have ended, with deadlines before then, are not needed any more.
+            held: leases that Redis holds as alive, or whose records are wanted for another reason.
             counts: whether a record of a lease counts at all.
         """  # fmt: skip
         self.highest: dict[str, HighestRecord] = {}
         self.contested: set[str] = set()
-        """Leases whose end nobody has verified, and of which a record came after it that says otherwise."""
+        """Leases with an end that nobody has verified, and a later record that contradicts it."""
         self.epochs = Epochs(trust)
         self._over_before_s = over_before_s
         self._held = held
@@ -77,7 +77,7 @@ class LeaseFold:
         self._over: set[bytes] = set()
 
     def knows(self, lease_id: str) -> bool:
-        """Whether a lease has any record that counts, also one that ended long ago."""
+        """Whether a lease has any record that counts, also if it ended long ago."""
         return lease_id in self.highest or bytes.fromhex(lease_id.replace("-", "")) in self._over
 
     def add(self, records: Iterable[Received]) -> None:
@@ -89,7 +89,7 @@ class LeaseFold:
         if self.epochs.took(record):
             return
         summary = summarise(record.value)
-        # Tombstones are passed over too: nobody signs them, and they follow upon what is over anyway.
+        # Tombstones are skipped too: nobody signs them, and they follow the end of a lease.
         if summary is None or summary.lease_id != record.key:
             return
         if self.epochs.is_void(record, summary.epoch):
@@ -113,52 +113,57 @@ class LeaseFold:
             )
 
 
-class Revocations:
-    """The selectors of those who may give them, each by its first record."""
+class RevocationIndex:
+    """The revocations with selectors that count, each by its first record, indexed by selector key."""
 
-    def __init__(self, orders: Iterable[Revocation] = (), claimed: Iterable[tuple[str, int]] = ()) -> None:
-        """`claimed`: id and append time, in ms, of all that claims to be a selector, nothing of it verified."""
-        self.orders: dict[str, Revocation] = {}
-        """By their ids."""
+    def __init__(
+        self, revocations: Iterable[Revocation] = (), claimed: Iterable[tuple[str, int]] = ()
+    ) -> None:
+        """`claimed`: id and append time, in ms, of every record that claims to be a selector, verified or not."""
+        self.by_id: dict[str, Revocation] = {}
         claimed = list(claimed)
         self.claimed = frozenset(id for id, _ in claimed)
-        """What is on the topic at all, followed or not."""
+        """The ids of all selectors on the topic, followed or not."""
         self.claimed_at_ms = frozenset(at_ms for _, at_ms in claimed)
-        for order in orders:
-            first = self.orders.get(order.id)
-            if first is None or order.at.appended_at_ms < first.at.appended_at_ms:
-                self.orders[order.id] = order
-        self._by_mark: dict[str, list[Revocation]] = {}
-        for order in sorted(self.orders.values(), key=lambda order: order.at.appended_at_ms):
-            if order.claims.selector is not None:
-                self._by_mark.setdefault(selector_key_of(order.claims.selector), []).append(order)
+        for revocation in revocations:
+            first = self.by_id.get(revocation.id)
+            if first is None or revocation.at.appended_at_ms < first.at.appended_at_ms:
+                self.by_id[revocation.id] = revocation
+        self._by_selector_key: dict[str, list[Revocation]] = {}
+        for revocation in sorted(self.by_id.values(), key=lambda revocation: revocation.at.appended_at_ms):
+            if revocation.claims.selector is not None:
+                self._by_selector_key.setdefault(selector_key_of(revocation.claims.selector), []).append(
+                    revocation
+                )
 
     def fences(self, since_ms: int) -> dict[str, int]:
-        """Marks by `issued_before` in ms, of the selectors that were first seen since a moment."""
-        last = {selector_key: orders[-1].at.appended_at_ms for selector_key, orders in self._by_mark.items()}
+        """The fences of selectors first seen since `since_ms`: `issued_before` in ms by selector key."""
+        last = {
+            selector_key: some[-1].at.appended_at_ms for selector_key, some in self._by_selector_key.items()
+        }
         fences = {
             selector_key: before_ms for selector_key, before_ms in last.items() if before_ms >= since_ms
         }
         return fences | {cut_key(selector_key): before_ms for selector_key, before_ms in fences.items()}
 
     def covering(self, lease: Lease) -> Revocation | None:
-        """The order that ends a lease, the first of several, or None."""
+        """The first revocation that covers a lease, or None."""
         found = [
-            order
+            revocation
             for selector_key in (*selector_keys(lease), ALL_LEASES)
-            for order in self._by_mark.get(selector_key, ())
-            if is_covered(lease, order.at.appended_at_ms)
+            for revocation in self._by_selector_key.get(selector_key, ())
+            if is_covered(lease, revocation.at.appended_at_ms)
         ]
-        return min(found, key=lambda order: order.at.appended_at_ms, default=None)
+        return min(found, key=lambda revocation: revocation.at.appended_at_ms, default=None)
 
 
-class Known(Knowledge):
-    """What Kafka knows that Redis's own records do not say."""
+class KafkaKnowledge(Knowledge):
+    """What Kafka knows and Redis's own records do not say."""
 
     def __init__(
-        self, fold: LeaseFold, records: Mapping[str, HighestRecord], revocations: Revocations
+        self, fold: LeaseFold, records: Mapping[str, HighestRecord], revocations: RevocationIndex
     ) -> None:
-        """`records`: those that count."""
+        """`records`: the highest records that count."""
         self._fold = fold
         self._records = records
         self._revocations = revocations
@@ -166,7 +171,7 @@ class Known(Knowledge):
     def knows(self, lease_id: str) -> bool:
         return self._fold.knows(lease_id)
 
-    def is_order(self, id: str) -> bool:
+    def has_revocation(self, id: str) -> bool:
         return id in self._revocations.claimed
 
     def names_grant(self, lease_id: str, grant_id: str) -> bool | None:
@@ -180,23 +185,25 @@ class Known(Knowledge):
 async def read_leases(
     settings: ServiceSettings, fold: LeaseFold, then: Callable[[Follower], Awaitable[None]] | None = None
 ) -> None:
-    """Read `lease` from its beginning to its present end, and what comes while `then` goes on with its follower.
+    """Read `lease` from its beginning to its present end, and on while `then` works with its follower.
 
     Raises UnavailableError.
     """
     async with Follower(settings, [LEASE], fold.add) as follower:
-        await whole(follower)
+        await wait_complete(follower)
         if then is not None:
             await then(follower)
 
 
-async def read_revocations(settings: ServiceSettings, directory: Directory, trust: TrustStore) -> Revocations:
-    """The selectors that count, from all of `revocation.request`. Raises UnavailableError."""
+async def read_revocations(
+    settings: ServiceSettings, directory: Directory, trust: TrustStore
+) -> RevocationIndex:
+    """All revocations with selectors that count, from all of `revocation.request`. Raises UnavailableError."""
     selectors: list[Received] = []
-    await _read(
+    await _read_whole(
         settings, REVOCATION_REQUEST, lambda records: selectors.extend(filter(may_have_selector, records))
     )
-    orders = []
+    revocations = []
     claimed: list[tuple[str, int]] = []
     for number, record in enumerate(selectors):
         if number % _PAUSE_EVERY == 0:
@@ -204,26 +211,26 @@ async def read_revocations(settings: ServiceSettings, directory: Directory, trus
         if (id := unverified_revocation_id(record.value)) is not None:
             claimed.append((id, record.appended_at_ms))
         try:
-            order = verify_revocation(record, directory, trust)
+            revocation = verify_revocation(record, directory, trust)
         except InvalidMessageError:
-            continue  # its handler buries it
-        if order.claims.selector is not None and objection(order, None, directory) is None:
-            orders.append(order)
-    return Revocations(orders, claimed)
+            continue  # its handler sends it to the dead letters
+        if revocation.claims.selector is not None and objection(revocation, None, directory) is None:
+            revocations.append(revocation)
+    return RevocationIndex(revocations, claimed)
 
 
-async def verified(
+async def verify_records(
     settings: ServiceSettings,
     trust: TrustStore,
     clock: Clock,
     records: Mapping[str, HighestRecord],
     contested: Collection[str],
-    fold_anew: Callable[..., LeaseFold],
+    new_fold: Callable[..., LeaseFold],
 ) -> AsyncIterator[list[SignedLease]]:
-    """These leases with their records verified, some at a time.
+    """These leases, in batches, with their records verified.
 
-    Where a record does not hold, whoever wrote it, and where a lease is contested, the topic is read once more for the
-    highest record of that lease that does.
+    If a record does not verify, or a lease is contested, the topic is read again for that lease's highest record that
+    does.
     """
     wanted = set(contested)
     async for leases, broken in _verified(trust, clock, records):
@@ -235,8 +242,9 @@ async def verified(
         "%d leases have records on their topic that are signed by nobody who may: those do not count",
         len(wanted),
     )
-    fold = fold_anew(
-        held=wanted, counts=lambda lease_id, jws: lease_id in wanted and _holds(lease_id, jws, trust, clock)
+    fold = new_fold(
+        held=wanted,
+        counts=lambda lease_id, jws: lease_id in wanted and _verifies(lease_id, jws, trust, clock),
     )
     await read_leases(settings, fold)
     async for leases, _ in _verified(trust, clock, fold.highest):
@@ -246,14 +254,14 @@ async def verified(
 async def _verified(
     trust: TrustStore, clock: Clock, records: Mapping[str, HighestRecord]
 ) -> AsyncIterator[tuple[list[SignedLease], set[str]]]:
-    """What holds, and the ids of what does not, some at a time: others get their turn in between."""
+    """In batches: the records that verify, and the ids of the others. Other tasks run in between."""
     ids = list(records)
     for start in range(0, len(ids), _PAUSE_EVERY):
         leases: list[SignedLease] = []
         broken: set[str] = set()
         for lease_id in ids[start : start + _PAUSE_EVERY]:
             jws = records[lease_id].jws
-            if (lease := _opened(lease_id, jws, trust, clock)) is not None:
+            if (lease := _verify(lease_id, jws, trust, clock)) is not None:
                 leases.append(SignedLease(lease, jws.decode("ascii")))
             else:
                 broken.add(lease_id)
@@ -261,11 +269,11 @@ async def _verified(
         yield leases, broken
 
 
-def _holds(lease_id: str, jws: bytes, trust: TrustStore, clock: Clock) -> bool:
-    return _opened(lease_id, jws, trust, clock) is not None
+def _verifies(lease_id: str, jws: bytes, trust: TrustStore, clock: Clock) -> bool:
+    return _verify(lease_id, jws, trust, clock) is not None
 
 
-def _opened(lease_id: str, jws: bytes, trust: TrustStore, clock: Clock) -> Lease | None:
+def _verify(lease_id: str, jws: bytes, trust: TrustStore, clock: Clock) -> Lease | None:
     try:
         lease = verify_lease(jws, trust, clock)
     except InvalidMessageError:
@@ -273,15 +281,15 @@ def _opened(lease_id: str, jws: bytes, trust: TrustStore, clock: Clock) -> Lease
     return lease if lease.lease_id == lease_id else None
 
 
-async def _read(
+async def _read_whole(
     settings: ServiceSettings, topic: Topic[Any], on_records: Callable[[Sequence[Received]], None]
 ) -> None:
     async with Follower(settings, [topic], on_records) as follower:
-        await whole(follower)
+        await wait_complete(follower)
 
 
-async def whole(follower: Follower) -> None:
-    """Wait until a follower has read what there was when it started. Raises UnavailableError where it cannot."""
+async def wait_complete(follower: Follower) -> None:
+    """Wait until a follower has read what there was when it started. Raises UnavailableError if it cannot."""
     complete = asyncio.create_task(follower.complete.wait())
     try:
         while not complete.done():

@@ -1,14 +1,16 @@
-"""Background work: holds Redis against what comes on the `lease` topic.
+"""Watches `lease` and repairs differences between Redis and Kafka as they appear.
 
-A record comes from Redis to Kafka, so Redis has it, and none that is higher lies before it on the topic. Two things can
-break that, both by a process that was paused, or cut off, at the wrong moment:
+Invariant: every lease record on Kafka was in Redis first, and the records of a lease appear in `seq` order. Two
+failures can violate it, both by a process that was paused or cut off at the wrong moment:
 
-- an issuer publishes what it wrote to a Redis that has been lost and rebuilt meanwhile: then Redis is given the record;
-- it publishes what others have gone beyond, or a revoker what is void by now: then what counts is published again.
+- An issuer publishes a record that it wrote to a Redis that has been lost and rebuilt since. Then the record is
+  restored to Redis.
+- An issuer publishes a record that others have already succeeded, or a revoker publishes one that is void by now. Then
+  the record that counts is published again.
 
-And Redis may be the one that is behind: where Kafka has a marker of a newer epoch, it is rebuilt.
+If Kafka has a marker of a newer epoch than Redis, Redis is behind, and is rebuilt.
 
-Every revoker sees what comes while it runs. What came while none did, a consumer group remembers.
+Every revoker sees all records that are appended while it runs. A consumer group remembers those of other times.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.lease import TERMINAL, Lease
-from ringfence.model.lease_store import LeaseStore, LostError, Outgoing, SignedLease, StoredLease
+from ringfence.model.lease_store import LeaseStore, LostError, OutboxRecord, SignedLease, StoredLease
 from ringfence.model.leases.epochs import Epochs, number_of
 from ringfence.model.leases.lifecycle import comes_after
 from ringfence.model.leases.unverified import LeaseSummary
@@ -36,23 +38,23 @@ from ringfence.revoker.mass_expiry import OwnRecordCache
 log = logging.getLogger(__name__)
 
 LINGER_MS = 250
-"""Records are looked at together: nobody waits for what comes of them."""
+"""How long records gather to be checked together: nobody waits for the result."""
 BACK_MS = 15_000
-"""So far back a revoker begins: what one that was killed had read it may not have looked at yet."""
+"""How far back a revoker begins to read: one that was killed may have read records and not checked them."""
 _CAUGHT_UP_WITHIN_S = 5.0
 _FAILED_S = 1.0
-_AT_A_TIME = 500
+_BATCH_SIZE = 500
 
 
 @dataclass(frozen=True, slots=True)
-class _Arrived:
-    """A record of a lease, under its own key; nothing of it is verified."""
+class _ArrivedRecord:
+    """A record of a lease, under its own key, not verified."""
 
     summary: LeaseSummary
     jws: bytes
     void: bool
     known: bool
-    """Whether a marker was seen before it. Otherwise the epoch of Redis tells, which at most heals too much."""
+    """Whether a marker was seen before it. Otherwise Redis's epoch decides, which at most repairs too much."""
 
     @property
     def id(self) -> str:
@@ -61,14 +63,14 @@ class _Arrived:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Waiter:
-    """Who waits until the records of these leases have been looked at."""
+    """A caller that waits until the records of these leases have been checked."""
 
     ids: frozenset[str]
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class LeaseWatch:
-    """Takes the records of `lease` as they come; each revoker looks at all of them."""
+    """Checks the records of `lease` as they come. Each revoker checks all of them."""
 
     def __init__(
         self,
@@ -81,7 +83,7 @@ class LeaseWatch:
         *,
         since_ms: int,
     ) -> None:
-        """`since_ms`: from then on `on_records` is given all that was appended; what came before that, `catch_up`."""
+        """`since_ms`: `on_records` is given all records appended since then, `catch_up` the earlier ones."""
         self._store = store
         self._trust = trust
         self._ender = ender
@@ -90,14 +92,14 @@ class LeaseWatch:
         self._own_records = own_records
         self._epochs = Epochs(trust)
         self._since_ms = since_ms
-        self._arrived: list[_Arrived] = []
+        self._unchecked: list[_ArrivedRecord] = []
         self._looked_at: set[str] = set()
-        """Leases with records that have arrived and are not decided yet, those that are being looked at among them."""
+        """Leases with records that have arrived and are not decided yet, including those being checked."""
         self._waiting: list[_Waiter] = []
         self._news = asyncio.Event()
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """What came. Never blocks, never raises."""
+        """Take records in. Never blocks, never raises."""
         epoch = self._epoch()
         for record in records:
             if self._epochs.took(record):
@@ -108,19 +110,19 @@ class LeaseWatch:
             void = self._epochs.is_void(record, summary.epoch)
             by_itself = not void and summary.lease_id not in self._looked_at
             if by_itself and self._ended_here(summary, record.value, epoch):
-                continue  # as most ends, it agrees with Redis, and nothing is there that it could be held against
+                continue  # like most ends, it agrees with Redis, and no other record of the lease is being checked
             known = self._epochs.of(record.partition) is not None
-            self._take(_Arrived(summary, record.value, void, known))
+            self._take(_ArrivedRecord(summary, record.value, void, known))
         self._news.set()
 
-    def _take(self, record: _Arrived) -> None:
-        self._arrived.append(record)
+    def _take(self, record: _ArrivedRecord) -> None:
+        self._unchecked.append(record)
         self._looked_at.add(record.id)
 
     async def catch_up(self, records: Sequence[Received]) -> None:
-        """Return once those of these records have been looked at that came before all that `on_records` is given.
+        """Check those of these records that are older than what `on_records` is given. Returns when that is done.
 
-        But for those of leases that Redis need not know any more.
+        Records of leases that Redis need not hold any more are skipped.
         """
         known_since_s = (self._clock.now_ms() - self._store.record_keep_ms) / 1000
         summaries = [
@@ -132,67 +134,65 @@ class LeaseWatch:
         ]
         if not summaries:
             return
-        # What revokers published too late, they look at themselves when they wake.
+        # A revoker that published a record too late checks it itself when it wakes.
         for summary, jws in summaries:
-            self._take(_Arrived(summary, jws, void=False, known=True))
+            self._take(_ArrivedRecord(summary, jws, void=False, known=True))
         waiting = _Waiter(frozenset(summary.lease_id for summary, _ in summaries))
         self._waiting.append(waiting)
         self._news.set()
         await waiting.done.wait()
 
     async def run(self, follower: Follower) -> None:
-        """Look at what `follower` brings, for ever."""
+        """Check what `follower` brings, for ever."""
         while True:
             await self._news.wait()
             self._news.clear()
-            records, self._arrived = self._arrived, []
+            records, self._unchecked = self._unchecked, []
             waiting = list(self._waiting)
             try:
                 await self._check_epochs()
                 records = self._judged(records)
                 undecided = await self._look(records, follower)
-                self._tell(waiting, {one.id for one in undecided})
-                self._arrived = undecided + self._arrived
-                self._looked_at = {one.id for one in self._arrived}
+                self._release(waiting, {one.id for one in undecided})
+                self._unchecked = undecided + self._unchecked
+                self._looked_at = {one.id for one in self._unchecked}
                 if undecided:
                     self._news.set()
                     await asyncio.sleep(LINGER_MS / 1000)
             except UnavailableError as error:
                 log.info("records of leases are looked at later: %s", error)
-                self._arrived = records + self._arrived
+                self._unchecked = records + self._unchecked
                 self._news.set()
                 await asyncio.sleep(_FAILED_S)
 
-    def _tell(self, waiting: Iterable[_Waiter], undecided: Collection[str]) -> None:
+    def _release(self, waiting: Iterable[_Waiter], undecided: Collection[str]) -> None:
         for one in waiting:
             if one.ids.isdisjoint(undecided):
                 one.done.set()
                 self._waiting.remove(one)
 
     async def _check_epochs(self) -> None:
-        """Have Redis rebuilt where Kafka is in a newer epoch: what is written in the old one is void.
-
-        Raises LostError where that is so.
-        """
+        """If Kafka is in a newer epoch, have Redis rebuilt, and raise LostError: records of the old epoch are void."""
         if self._epochs.highest() <= number_of(self._store.epoch):
             return
         log.warning("Kafka is in a newer epoch than Redis, which is rebuilt once more")
-        await self._store.disown()
+        await self._store.request_rebuild()
         raise LostError("Redis is of an older epoch than Kafka")
 
-    def _judged(self, records: Sequence[_Arrived]) -> list[_Arrived]:
+    def _judged(self, records: Sequence[_ArrivedRecord]) -> list[_ArrivedRecord]:
         epoch = number_of(self._store.epoch)
 
-        def judged(one: _Arrived) -> _Arrived:
+        def judged(one: _ArrivedRecord) -> _ArrivedRecord:
             void = one.summary.epoch is not None and number_of(one.summary.epoch) < epoch
             return one if one.known or one.void == void else replace(one, void=void)
 
         return list(map(judged, records))
 
-    async def _look(self, records: list[_Arrived], follower: Follower) -> list[_Arrived]:
-        """Returns those to be looked at once more: what came meanwhile, and where a later record waits in the outbox.
+    async def _look(self, records: list[_ArrivedRecord], follower: Follower) -> list[_ArrivedRecord]:
+        """Compare records with Redis, and repair what differs.
 
-        That may be on its way, or have come before these: what Kafka has acknowledged leaves the outbox a moment after.
+        Returns those to check once more: what came meanwhile, and records of leases with a later record in the outbox.
+        That record may be on its way, or on Kafka already: the outbox is cleared a moment after the acknowledgement.
         """
         epoch = self._epoch()
         at_their_ends = {one.id for one in records if self._ended_here(one.summary, one.jws, epoch)}
@@ -205,7 +205,7 @@ class LeaseWatch:
             return undecided
         if not await follower.caught_up(_CAUGHT_UP_WITHIN_S):
             raise UnavailableError("Kafka does not say what else there is")
-        arrived, self._arrived = self._judged(self._arrived), []
+        arrived, self._unchecked = self._judged(self._unchecked), []
         records += arrived
         outdated, later, compared = _outdated(records), _highest(records), {*behind, *acknowledged}
         behind, ahead = await self._compare({id: later[id] for id in compared})
@@ -214,7 +214,7 @@ class LeaseWatch:
         return [one for one in (*undecided, *arrived) if one.id not in outdated | compared]
 
     def _ended_here(self, summary: LeaseSummary, jws: bytes, epoch: str | None) -> bool:
-        """Whether Redis need not be asked of the lease: it took this end from this very process, in this epoch."""
+        """Whether Redis need not be asked about the lease: it took this end from this very process, in this epoch."""
         return (
             epoch is not None
             and summary.status in TERMINAL
@@ -223,29 +223,30 @@ class LeaseWatch:
         )
 
     def _epoch(self) -> str | None:
-        """That of Redis; None while nobody knows it."""
+        """Redis's epoch; None while it is unknown."""
         try:
             return self._store.epoch
         except LostError:
             return None
 
     async def _compare(self, seqs: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
-        """Of leases by their highest `seq` on Kafka: those of which Redis has a lower one, and those of which it has a
-        higher one, with that.
+        """Compare `seqs`, the highest `seq` on Kafka by lease, with Redis.
+
+        Returns the leases of which Redis has a lower one, and those of which it has a higher one, each with Redis's.
         """
         held: dict[str, int] = {}
         ids = list(seqs)
-        for start in range(0, len(ids), _AT_A_TIME):
-            held |= await self._store.seqs(ids[start : start + _AT_A_TIME])
+        for start in range(0, len(ids), _BATCH_SIZE):
+            held |= await self._store.seqs(ids[start : start + _BATCH_SIZE])
         behind = {id: seq for id, seq in held.items() if seq < seqs[id]}
         return behind, {id: seq for id, seq in held.items() if seq > seqs[id]}
 
-    async def _restore(self, records: Iterable[_Arrived]) -> None:
-        """Give Redis what issuers published late. What revokers wrote, Redis has, or it is not of its epoch."""
+    async def _restore(self, records: Iterable[_ArrivedRecord]) -> None:
+        """Restore what issuers published late. A revoker's record is in Redis, or of another epoch."""
         epoch = self._store.epoch
         leases: dict[str, SignedLease] = {}
         for record in records:
-            lease = self._opened(record)
+            lease = self._verify(record)
             if lease is None or lease.epoch not in (None, epoch):
                 continue
             known = leases.get(lease.lease_id)
@@ -258,10 +259,10 @@ class LeaseWatch:
                 await self._rebuilder.cut_revoked(list(leases.values()), revocations, epoch)
             )
 
-    async def _republish(self, ids: Collection[str], records: Sequence[_Arrived]) -> None:
-        """Publish again what Redis has of these leases, where it was their authors who published something older."""
+    async def _republish(self, ids: Collection[str], records: Sequence[_ArrivedRecord]) -> None:
+        """Publish again what Redis has of these leases, if a verified older record came after it on Kafka."""
         last = {one.id: one for one in records if one.id in ids}
-        old = [id for id, one in last.items() if self._opened(one) is not None]
+        old = [id for id, one in last.items() if self._verify(one) is not None]
         if not old:
             return
         log.warning("publishing the latest records of %d leases again: older ones came after them", len(old))
@@ -269,17 +270,17 @@ class LeaseWatch:
         cuts = [one for one in records if one.void and one.id in stored and one.summary.status == "ending"]
         again = {(one.id, one.summary.seq): one.jws for one in cuts if self._leads_to(one, stored[one.id])}
         again |= {(id, one.seq): one.jws for id, one in stored.items()}
-        await self._ender.republish([Outgoing(id, seq, jws) for (id, seq), jws in sorted(again.items())])
+        await self._ender.republish([OutboxRecord(id, seq, jws) for (id, seq), jws in sorted(again.items())])
 
-    def _leads_to(self, cut: _Arrived, stored: StoredLease) -> bool:
-        """Whether a void cut is the one before the end that Redis has: then it has to stand before that."""
+    def _leads_to(self, cut: _ArrivedRecord, stored: StoredLease) -> bool:
+        """Whether a void cut is the record before the end that Redis has: then it has to be published before that."""
         if stored.seq <= cut.summary.seq:
             return False
-        before, after = self._opened(cut), self._opened(stored)
+        before, after = self._verify(cut), self._verify(stored)
         return before is not None and after is not None and comes_after(before, after)
 
-    def _opened(self, record: _Arrived | StoredLease) -> Lease | None:
-        """The claims of a record that holds; nobody acts on another."""
+    def _verify(self, record: _ArrivedRecord | StoredLease) -> Lease | None:
+        """The claims of a record, or None if it does not verify: nobody acts on such a record."""
         try:
             lease = verify_lease(record.jws, self._trust, self._clock)
         except InvalidMessageError:
@@ -287,8 +288,8 @@ class LeaseWatch:
         return lease if isinstance(record, StoredLease) or lease.lease_id == record.id else None
 
 
-def _highest(records: Iterable[_Arrived]) -> dict[str, int]:
-    """The highest `seq` of each lease, by the word of whoever wrote the records. Void ones do not count."""
+def _highest(records: Iterable[_ArrivedRecord]) -> dict[str, int]:
+    """The highest `seq` of each lease, not verified. Void records do not count."""
     highest: dict[str, int] = {}
     for one in records:
         if not one.void:
@@ -296,8 +297,8 @@ def _highest(records: Iterable[_Arrived]) -> dict[str, int]:
     return highest
 
 
-def _outdated(records: Iterable[_Arrived]) -> set[str]:
-    """Leases of which the last record is void, or not the highest."""
+def _outdated(records: Iterable[_ArrivedRecord]) -> set[str]:
+    """Leases whose last record is void, or not the highest."""
     last = {one.id: one for one in records}
     highest = _highest(records)
     return {id for id, one in last.items() if one.void or one.summary.seq < highest[id]}

@@ -1,12 +1,12 @@
-"""Background work: makes Redis complete again from Kafka, where it may have forgotten leases.
+"""Rebuilds Redis from Kafka after data loss: when Redis may have forgotten leases.
 
-Redis was emptied, restarted, restored from an old snapshot, or replaced by a replica that lagged behind: each service
-notices, and stops. One revoker writes what is missing or lower in Redis. What Redis has and Kafka has not stays, where
-it goes on from what Kafka has; otherwise Kafka has gone another way, and that counts. Deadlines that were missed
-meanwhile come to the scheduler at once, like any others.
+Redis was emptied, restarted, restored from an old snapshot, or replaced by a replica that lagged behind. Each service
+notices, and stops. One revoker then writes what is missing in Redis, or has a lower `seq` there. A record that only
+Redis has stays if it continues what Kafka has; otherwise Kafka has gone another way, and Kafka counts. Deadlines that
+passed meanwhile are due at once, like any others.
 
-Before anything counts as read, a marker stands in every partition (ADR 0006): what comes after it and was written to
-the Redis that was lost is void.
+Before anything counts as read, a marker of the new epoch stands in every partition (ADR 0006). Records that were
+written to the lost Redis and appended after the marker are void.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from ringfence.messages.lease import Lease, LeaseEpoch
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import (
     FENCE_KEEP_MS,
-    Had,
     Knowledge,
     LeaseStore,
     LostError,
+    RecordVersion,
     Restoration,
     SignedLease,
 )
@@ -43,12 +43,12 @@ from ringfence.model.leases.verification import verify_lease
 from ringfence.model.records.directory import Directory
 from ringfence.revoker.consistency.kafka_view import (
     HighestRecord,
-    Known,
+    KafkaKnowledge,
     LeaseFold,
-    Revocations,
+    RevocationIndex,
     read_leases,
     read_revocations,
-    verified,
+    verify_records,
 )
 
 log = logging.getLogger(__name__)
@@ -56,15 +56,15 @@ log = logging.getLogger(__name__)
 _FAILED_S = 1.0
 _BUSY_S = 0.2
 _KEEP_EVERY_S = 3.0
-_AT_A_TIME = 500
+_BATCH_SIZE = 500
 _TRIES = 5
-"""More markers than there are others who begin at the same moment."""
+"""More tries than there are revokers that begin at the same moment."""
 _CAUGHT_UP_WITHIN_S = 30.0
-_NONE = Had()
+_NONE = RecordVersion()
 
 
 class Rebuilder:
-    """Rebuilds Redis where the store says that it is lost."""
+    """Rebuilds Redis when the lease store says that it is lost."""
 
     def __init__(self, runtime: Runtime, store: LeaseStore, directory: Directory) -> None:
         self._runtime = runtime
@@ -73,12 +73,12 @@ class Rebuilder:
         self._directory = directory
 
     async def connect(self) -> None:
-        """Connect to Redis, lost or not. Raises UnavailableError where it does not answer."""
+        """Connect to Redis, lost or not. Raises UnavailableError if it does not answer."""
         with contextlib.suppress(LostError):
             await self._store.connect()
 
     async def run(self) -> None:
-        """Rebuild whenever that is needed, for ever."""
+        """Rebuild whenever Redis is lost, for ever."""
         while True:
             await self._store.until_lost()
             try:
@@ -90,7 +90,7 @@ class Rebuilder:
                 await asyncio.sleep(_FAILED_S)
 
     async def rebuild(self) -> bool:
-        """Rebuild now. False where another revoker is at it. Raises UnavailableError, LostError among them."""
+        """Rebuild now. False if another revoker does. Raises UnavailableError, including LostError."""
         restoration = Restoration(self._settings, record_keep_ms=self._store.record_keep_ms)
         try:
             if not await restoration.begin():
@@ -98,7 +98,7 @@ class Rebuilder:
             log.warning("Redis is not known to hold all leases: rebuilding it from Kafka")
             start = asyncio.get_running_loop().time()
             try:
-                async with _kept(restoration):
+                async with _claim_kept(restoration):
                     known, restored = await self._rebuild(restoration)
             except BaseException:
                 with contextlib.suppress(UnavailableError):
@@ -114,20 +114,20 @@ class Rebuilder:
 
     async def _rebuild(self, restoration: Restoration) -> tuple[int, int]:
         now_ms = self._runtime.clock.now_ms()
-        fold_anew = partial(
+        new_fold = partial(
             LeaseFold, trust=self._runtime.trust, over_before_s=(now_ms - self._store.record_keep_ms) / 1000
         )
-        if restoration.anew:
-            books = restoration.survey(await restoration.alive(), Knowledge(), now_ms).books()
-            if mended := await restoration.mend(books):
-                log.warning("%d entries of outboxes and signers were wrong, and are mended", mended)
+        if restoration.rebuild_all:
+            broken = restoration.survey(await restoration.alive(), Knowledge(), now_ms).outbox_and_signers()
+            if repaired := await restoration.repair(broken):
+                log.warning("%d entries of outboxes and signers were wrong, and are mended", repaired)
         alive = await restoration.ids()
-        fold = fold_anew(held=frozenset(alive))
+        fold = new_fold(held=frozenset(alive))
         epoch = await self._read(restoration, fold)
         revocations = await self.revocations()
         waiting = {id for id, _ in await restoration.waiting()}
         had = await self._compare(restoration, dict.fromkeys([*fold.highest, *alive, *waiting]))
-        over = await self._settle(restoration, fold.highest, had, epoch)
+        over = await self._reconcile_ahead(restoration, fold.highest, had, epoch)
         await self._count_unpublished(
             restoration, [id for id, one in had.items() if one.seq and id not in fold.highest]
         )
@@ -135,21 +135,21 @@ class Rebuilder:
         missing = {
             id: one
             for id, one in behind.items()
-            if restoration.anew or had[id].seq != one.seq or had[id].epoch != one.epoch
+            if restoration.rebuild_all or had[id].seq != one.seq or had[id].epoch != one.epoch
         }
-        needed = missing | self._revoked(behind, revocations)
+        needed = missing | self._live_and_revoked(behind, revocations)
         granted = {id: one for id, one in fold.highest.items() if one.granted}
         only_counted = granted.keys() - needed.keys() - fold.contested
         wanted, restored = granted | needed, 0
-        async for leases in verified(
-            self._settings, self._runtime.trust, self._runtime.clock, wanted, fold.contested, fold_anew
+        async for leases in verify_records(
+            self._settings, self._runtime.trust, self._runtime.clock, wanted, fold.contested, new_fold
         ):
             await restoration.count_grants(leases)
-            # Where Kafka's highest record was nobody's word, Redis may have that, too.
+            # If Kafka's highest record does not verify, Redis may have that one as well.
             doubtful = [
                 id for one in leases if one.claims.seq < had.get(id := one.claims.lease_id, _NONE).seq
             ]
-            over |= await self._nobodys(restoration, doubtful, had)
+            over |= await self._unverifiable(restoration, doubtful, had)
             leases = [
                 one for one in leases
                 if one.claims.lease_id not in only_counted
@@ -157,33 +157,35 @@ class Rebuilder:
             ]  # fmt: skip
             await restoration.restore(await self.cut_revoked(leases, revocations, epoch), over)
             restored += len(leases)
-        if restoration.anew:
+        if restoration.rebuild_all:
             ahead = [
                 id
                 for id, one in had.items()
                 if id not in over and one.seq > (fold.highest[id].seq if id in fold.highest else 0)
             ]
-            await self._put_right(restoration, fold, ahead)
-            knowledge = Known(fold, fold.highest, revocations)
+            await self._rewrite_unpublished(restoration, fold, ahead)
+            knowledge = KafkaKnowledge(fold, fold.highest, revocations)
             survey = restoration.survey(await restoration.alive(), knowledge, now_ms)
-            if mended := await restoration.mend(survey.strays()):
-                log.warning("%d entries did not follow from any lease, and are mended", mended)
+            if repaired := await restoration.repair(survey.strays()):
+                log.warning("%d entries did not follow from any lease, and are mended", repaired)
         await restoration.fence(revocations.fences(now_ms - FENCE_KEEP_MS))
-        await restoration.first_seen({id: order.at for id, order in revocations.orders.items()}, now_ms)
+        await restoration.first_seen(
+            {id: revocation.at for id, revocation in revocations.by_id.items()}, now_ms
+        )
         await restoration.resume(epoch)
         return len(fold.highest), restored
 
     async def _read(self, restoration: Restoration, fold: LeaseFold) -> str:
-        """Read `lease`, to a marker of this rebuild in each partition and beyond. Returns the epoch that it begins."""
+        """Read `lease` beyond a marker of this rebuild in each partition. Returns the epoch that the markers begin."""
         begun: list[str] = []
 
         async def write_markers(follower: Follower) -> None:
             partitions = await self._runtime.publisher.partitions(LEASE)
             for _ in range(_TRIES):
                 epoch = restoration.epoch(fold.epochs.highest() + 1)
-                # Whoever lost the claim must not stand in the way of who has it now.
+                # Fails if the claim is lost: another revoker rebuilds then, and must not be disturbed.
                 await restoration.keep()
-                await gather_all([await self._mark(epoch, partition) for partition in partitions])
+                await gather_all([await self._send_marker(epoch, partition) for partition in partitions])
                 if not await follower.caught_up(_CAUGHT_UP_WITHIN_S):
                     raise UnavailableError("Kafka does not give back the markers of the rebuild")
                 if all(fold.epochs.of(partition) == epoch for partition in partitions):
@@ -194,7 +196,7 @@ class Rebuilder:
         await read_leases(self._settings, fold, write_markers)
         return begun[0]
 
-    async def _mark(self, epoch: str, partition: int) -> Awaitable[object]:
+    async def _send_marker(self, epoch: str, partition: int) -> Awaitable[object]:
         key, settings = self._runtime.key, self._settings
         marker = LeaseEpoch(
             iss=key.id,
@@ -208,25 +210,25 @@ class Rebuilder:
             LEASE, marker_key(epoch), sign(marker, key), id=marker.jti, type=marker.typ, partition=partition
         )
 
-    async def _compare(self, restoration: Restoration, lease_ids: Iterable[str]) -> dict[str, Had]:
+    async def _compare(self, restoration: Restoration, lease_ids: Iterable[str]) -> dict[str, RecordVersion]:
         """Which record Redis has of each lease."""
         ids = list(lease_ids)
-        had: dict[str, Had] = {}
-        for start in range(0, len(ids), _AT_A_TIME):
-            had |= await restoration.compare(ids[start : start + _AT_A_TIME])
+        had: dict[str, RecordVersion] = {}
+        for start in range(0, len(ids), _BATCH_SIZE):
+            had |= await restoration.compare(ids[start : start + _BATCH_SIZE])
         return had
 
-    async def _settle(
+    async def _reconcile_ahead(
         self,
         restoration: Restoration,
         highest: Mapping[str, HighestRecord],
-        had: Mapping[str, Had],
+        had: Mapping[str, RecordVersion],
         epoch: str,
     ) -> dict[str, int]:
-        """Leases of which Redis has a record that Kafka does not have, and what becomes of that.
+        """Reconcile leases of which Redis has a record that Kafka does not have.
 
-        What goes on from Kafka's is published, signed for the new epoch. Returns the others, with the `seq` that
-        Redis has: there somebody else went on meanwhile, in another epoch, and Kafka has that.
+        A record that continues Kafka's is queued for publication, signed for the new epoch. Returns the other leases,
+        with the `seq` that Redis has: somebody else continued them meanwhile, in another epoch, and Kafka has that.
         """
         over = {
             id: had[id].seq
@@ -239,17 +241,17 @@ class Rebuilder:
             if (one.epoch is not None or id in highest)
             and one.seq > (highest[id].seq if id in highest else 0)
         ]
-        for start in range(0, len(ahead), _AT_A_TIME):
-            for id, stored in (await restoration.records(ahead[start : start + _AT_A_TIME])).items():
-                lease, before = self._opened(id, stored.jws), None
+        for start in range(0, len(ahead), _BATCH_SIZE):
+            for id, stored in (await restoration.records(ahead[start : start + _BATCH_SIZE])).items():
+                lease, before = self._verify(id, stored.jws), None
                 if lease is None:
-                    if id in highest:  # nobody's word: what Kafka has is put in its place
+                    if id in highest:  # it does not verify: Kafka's record replaces it
                         over[id] = had[id].seq
-                    continue  # reported by whoever comes upon it
+                    continue  # reported by whoever reads it
                 if lease.epoch is None:
                     continue
                 if id in highest:
-                    before = self._opened(id, highest[id].jws)
+                    before = self._verify(id, highest[id].jws)
                     if before is None:
                         continue
                 if not comes_after(before, lease):
@@ -266,71 +268,75 @@ class Rebuilder:
                 )
         return over
 
-    async def _nobodys(
-        self, restoration: Restoration, ids: Sequence[str], had: Mapping[str, Had]
+    async def _unverifiable(
+        self, restoration: Restoration, ids: Sequence[str], had: Mapping[str, RecordVersion]
     ) -> dict[str, int]:
-        """Those of these leases of which the record in Redis does not hold, with its `seq`."""
+        """Those of these leases whose record in Redis does not verify, with its `seq`."""
         if not ids:
             return {}
         stored = await restoration.records(ids)
-        return {id: had[id].seq for id in ids if id in stored and self._opened(id, stored[id].jws) is None}
+        return {id: had[id].seq for id in ids if id in stored and self._verify(id, stored[id].jws) is None}
 
-    async def _put_right(self, restoration: Restoration, fold: LeaseFold, ahead: Iterable[str]) -> None:
-        """Write again what follows from records that Redis has and Kafka has not, and have those published.
+    async def _rewrite_unpublished(
+        self, restoration: Restoration, fold: LeaseFold, ahead: Iterable[str]
+    ) -> None:
+        """Write the keys of leases again of which only Redis has the latest record, and queue those records.
 
-        What nobody signed who may is no lease: it is taken away where Kafka knows nothing of it either.
+        A record that does not verify is no lease: it is removed, unless Kafka knows the lease.
         """
         unknown = [id async for id in restoration.ended() if not fold.knows(id)]
         wanted = list(dict.fromkeys([*ahead, *unknown]))
-        for start in range(0, len(wanted), _AT_A_TIME):
-            right: list[SignedLease] = []
-            nobodys: list[str] = []
-            for id, stored in (await restoration.records(wanted[start : start + _AT_A_TIME])).items():
-                lease = self._opened(id, stored.jws)
+        for start in range(0, len(wanted), _BATCH_SIZE):
+            valid: list[SignedLease] = []
+            unverifiable: list[str] = []
+            for id, stored in (await restoration.records(wanted[start : start + _BATCH_SIZE])).items():
+                lease = self._verify(id, stored.jws)
                 if lease is not None:
-                    right.append(SignedLease(lease, stored.jws.decode("ascii")))
+                    valid.append(SignedLease(lease, stored.jws.decode("ascii")))
                 elif not fold.knows(id):
-                    nobodys.append(id)
-            if nobodys:
+                    unverifiable.append(id)
+            if unverifiable:
                 log.error(
-                    "%d leases in Redis are nobody's word, and taken away: %s", len(nobodys), nobodys[:10]
+                    "%d leases in Redis are nobody's word, and taken away: %s",
+                    len(unverifiable),
+                    unverifiable[:10],
                 )
-                await restoration.drop(nobodys)
-            ids = [one.claims.lease_id for one in right]
+                await restoration.drop(unverifiable)
+            ids = [one.claims.lease_id for one in valid]
             published = {id: fold.highest[id].seq if id in fold.highest else 0 for id in ids}
-            await restoration.put_right(right, published)
-            waiting = await restoration.queued([(one.claims.lease_id, one.claims.seq) for one in right])
-            # What was restated for the new epoch waits in the place of its former wording.
+            await restoration.rewrite(valid, published)
+            waiting = await restoration.queued([(one.claims.lease_id, one.claims.seq) for one in valid])
+            # A record that was signed again for the new epoch replaces its former version in the outbox.
             await restoration.queue(
                 [
                     one
-                    for one, jws in zip(right, waiting, strict=True)
-                    if jws is None or self._opened(one.claims.lease_id, jws) is None
+                    for one, jws in zip(valid, waiting, strict=True)
+                    if jws is None or self._verify(one.claims.lease_id, jws) is None
                 ],
                 instead=True,
             )
 
     async def _count_unpublished(self, restoration: Restoration, ids: Sequence[str]) -> None:
-        """Count leases that only Redis has for the grants that they name: those may be on a shard that was lost."""
-        for start in range(0, len(ids), _AT_A_TIME):
-            stored = await restoration.records(ids[start : start + _AT_A_TIME])
-            leases = ((self._opened(id, one.jws), one.jws) for id, one in stored.items())
+        """Count leases that only Redis has for the grants that they name: a lost shard may have held the counts."""
+        for start in range(0, len(ids), _BATCH_SIZE):
+            stored = await restoration.records(ids[start : start + _BATCH_SIZE])
+            leases = ((self._verify(id, one.jws), one.jws) for id, one in stored.items())
             await restoration.count_grants(
                 [SignedLease(lease, jws.decode("ascii")) for lease, jws in leases if lease is not None]
             )
 
-    def _opened(self, lease_id: str, jws: bytes) -> Lease | None:
+    def _verify(self, lease_id: str, jws: bytes) -> Lease | None:
         try:
             lease = verify_lease(jws, self._runtime.trust, self._runtime.clock)
         except InvalidMessageError:
             return None
         return lease if lease.lease_id == lease_id else None
 
-    def _revoked(
-        self, highest: Mapping[str, HighestRecord], revocations: Revocations
+    def _live_and_revoked(
+        self, highest: Mapping[str, HighestRecord], revocations: RevocationIndex
     ) -> dict[str, HighestRecord]:
-        """Those that live and that a selector seems to cover."""
-        if not revocations.orders:
+        """The active leases that a selector seems to cover, by their own word."""
+        if not revocations.by_id:
             return {}
         live = ((id, record) for id, record in highest.items() if record.status == "active")
         return {
@@ -341,27 +347,27 @@ class Rebuilder:
 
     # --- what was revoked while Redis did not have it ---
 
-    async def revocations(self) -> Revocations:
-        """The selectors that count. Raises UnavailableError."""
+    async def revocations(self) -> RevocationIndex:
+        """The revocations with selectors that count. Raises UnavailableError."""
         return await read_revocations(self._settings, self._directory, self._runtime.trust)
 
     async def cut_revoked(
-        self, leases: Sequence[SignedLease], revocations: Revocations, epoch: str
+        self, leases: Sequence[SignedLease], revocations: RevocationIndex, epoch: str
     ) -> list[SignedLease]:
-        """The same leases; those that live and were revoked are cut in this epoch, and Kafka knows.
+        """These leases; active ones that were revoked are cut in this epoch, and the cut is published.
 
-        Nobody found them when they were revoked, as Redis did not have them. One that is being minted is not activated:
-        the fence is there.
+        When they were revoked, nobody found them, as Redis did not have them. Leases that are being minted need no cut:
+        the fence keeps them from being activated.
         """
         cut: list[SignedLease] = []
         acknowledged = []
         for one in leases:
-            order = revocations.covering(one.claims) if one.claims.status == "active" else None
-            if order is None:
+            revocation = revocations.covering(one.claims) if one.claims.status == "active" else None
+            if revocation is None:
                 cut.append(one)
                 continue
             key = self._runtime.key
-            ending = follow(one.claims, "ending", by=key.id, cause=order.cause(), epoch=epoch)
+            ending = follow(one.claims, "ending", by=key.id, cause=revocation.cause(), epoch=epoch)
             cut.append(SignedLease(ending, sign(ending, key)))
             acknowledged.append(await self._send(cut[-1]))
         if acknowledged:
@@ -377,8 +383,8 @@ class Rebuilder:
 
 
 @contextlib.asynccontextmanager
-async def _kept(restoration: Restoration) -> AsyncIterator[None]:
-    """Give signs of life meanwhile. Where that fails, the rebuild fails at its next step."""
+async def _claim_kept(restoration: Restoration) -> AsyncIterator[None]:
+    """Keep the rebuild's claim alive meanwhile. If that fails, the rebuild fails at its next step."""
 
     async def keep() -> None:
         while True:

@@ -17,7 +17,7 @@ from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.model.lease_store import MIN_LEFT_MS, Claimed, LeaseStore, LostError, StoredLease
+from ringfence.model.lease_store import MIN_LEFT_MS, ClaimedLeases, LeaseStore, LostError, StoredLease
 from ringfence.revoker.domain import deadline_cause
 from ringfence.revoker.lease_end.lease_ender import BATCH_SIZE, CONCURRENT_BATCHES, EndRequest, LeaseEnder
 from ringfence.revoker.settings import RevokerSettings
@@ -159,7 +159,7 @@ class Expiry:
         """Whether leases are being ended now."""
         return self._under_way > 0
 
-    def _pause_s(self, claimed: Claimed, now: float) -> float:
+    def _pause_s(self, claimed: ClaimedLeases, now: float) -> float:
         """How long the shard can be left alone."""
         if len(claimed.leases) >= self._limit:
             return 0.0

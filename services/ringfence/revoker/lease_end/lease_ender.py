@@ -25,10 +25,10 @@ from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import (
     CLOSING_TOKEN,
     LeaseStore,
-    Outgoing,
+    OutboxRecord,
     SignedLease,
     Step,
-    Stepped,
+    StepResult,
     StoredLease,
     unpack,
 )
@@ -311,7 +311,7 @@ class LeaseEnder:
         )
 
     async def _read_moved(
-        self, steps: Sequence[Step], results: Sequence[Stepped], leases: dict[str, Lease]
+        self, steps: Sequence[Step], results: Sequence[StepResult], leases: dict[str, Lease]
     ) -> set[str]:
         """Update `leases` where another record came first. Returns those of which Redis has no record."""
         tried = {step.lease.claims.lease_id: result for step, result in zip(steps, results, strict=True)}
@@ -331,7 +331,7 @@ class LeaseEnder:
         self._store.published((summary.lease_id, summary.seq) for summary, _ in records)
         self._count(summary for summary, _ in records)
 
-    async def republish(self, records: Sequence[Outgoing]) -> None:
+    async def republish(self, records: Sequence[OutboxRecord]) -> None:
         """Publish what somebody wrote to Redis and did not live to publish: the same bytes, if they still count.
 
         A record of an earlier epoch is signed again for the present one, so that it has a place in Kafka's order.

@@ -1,1 +1,1 @@
-"""Periodic work: orphaned credentials, retention, heartbeats."""
+"""Periodic work: removal of orphaned credentials at targets, tombstones for old leases, heartbeats."""

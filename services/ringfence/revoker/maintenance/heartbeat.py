@@ -1,6 +1,7 @@
-"""Background work: confirms once a second what stands on `lease` and `revocation.request`, and names what has halted.
+"""Heartbeat of the revoker: signs once a second what stands on `lease` and `revocation.request`.
 
-A revoker whose consumers halted goes on with this, so that issuers and gateways know that it needs somebody.
+Readers of those topics compare what they have read with it (`stream_digests`). A heartbeat also names consumer groups
+that have halted. It goes on after consumers have halted, so that issuers and gateways know it (`revoker_halts`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _EVERY_S = 1.0
 
 
 class HeartbeatSender:
-    """Signs heartbeats over what `follower` brought to `streams`."""
+    """Sends heartbeats over what `follower` has read into `streams`."""
 
     def __init__(self, runtime: Runtime, streams: StreamDigests, follower: Follower) -> None:
         self._runtime = runtime
@@ -32,16 +33,16 @@ class HeartbeatSender:
         self._follower = follower
 
     async def run(self) -> None:
-        """Beat, for ever."""
+        """Send heartbeats, for ever."""
         while True:
             try:
-                await self.beat()
+                await self.send()
             except (RingfenceError, KafkaError, OSError) as error:
                 log.warning("a heartbeat is left out: %s", error)
             await asyncio.sleep(_EVERY_S)
 
-    async def beat(self) -> None:
-        """Say what has come since the last time."""
+    async def send(self) -> None:
+        """Sign what has come since the last heartbeat."""
         positions = await self._follower.positions(CONFIRMED)
         key, now_ms, halted = self._runtime.key, self._runtime.clock.now_ms(), self._runtime.halted()
         heartbeat = Heartbeat(
@@ -49,7 +50,7 @@ class HeartbeatSender:
             aud=self._runtime.settings.trust_domain,
             iat=now_ms // 1000,
             jti=derived_id("heartbeat", key.id, now_ms),
-            # That it has halted is to be heard however far off its clock is: by the broker's it is no old heartbeat.
+            # A halt must be heard however wrong our clock is: by the broker's clock it is no old heartbeat.
             at_ms=self._runtime.broker_now_ms() if halted else now_ms,
             streams=self._streams.digests(positions),
             halted=halted,

@@ -1,7 +1,7 @@
-"""Background work: holds what stands at targets against the leases, and takes back what has none.
+"""Orphaned credentials: reconciles what exists at targets with the leases, and removes what has none.
 
-Nothing is made at a target before its lease is announced, so whatever stands there has a record, unless it was made
-after its end: by an issuer that died, or that woke late. It is taken back once it was seen like that for a while.
+A lease is announced before anything is made at its target. So what exists there has a record, unless it was made after
+the lease's end, by an issuer that died or was delayed. Such an orphan is removed once it has been seen for a while.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 
-from ringfence.backends import Backend, CircuitBreaker
+from ringfence.backends import Backend, CircuitBreaker, existing_of
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.kafka.batch_handlers import gather_all
@@ -25,8 +25,8 @@ from ringfence.model.records.directory import Directory
 log = logging.getLogger(__name__)
 
 
-class Sweeper:
-    """Sweeps all targets of all backends that leave something there."""
+class OrphanSweeper:
+    """Sweeps all targets whose backends leave something there."""
 
     def __init__(
         self,
@@ -34,37 +34,37 @@ class Sweeper:
         store: LeaseStore,
         directory: Directory,
         backends: Mapping[str, Backend],
-        caller: CircuitBreaker,
-        mine: Callable[[], bool],
+        breaker: CircuitBreaker,
+        is_leader: Callable[[], bool],
         *,
         every_s: float,
-        stranger_age_s: float,
+        min_age_s: float,
     ) -> None:
         """Args:
-            mine: whether it is this revoker that does it now.
-            every_s: how often.
-            stranger_age_s: how long something must have been seen without a lease.
+            is_leader: whether this revoker does it now, of several.
+            every_s: how often each target is swept.
+            min_age_s: how long an orphan must have been seen before it is removed.
         """  # fmt: skip
         self._runtime = runtime
         self._store = store
         self._directory = directory
         self._backends = {kind: backend for kind, backend in backends.items() if not backend.stateless}
-        self._caller = caller
-        self._mine = mine
+        self._breaker = breaker
+        self._is_leader = is_leader
         self._every_s = every_s
-        self._stranger_age_s = stranger_age_s
+        self._min_age_s = min_age_s
         self._seen_at: dict[tuple[str, str], dict[str, float]] = {}
-        """By backend and target: strangers, and when they were first seen."""
+        """By backend and target: orphans, and when each was first seen."""
 
     async def run(self) -> None:
         """Sweep, for ever."""
         while True:
-            if self._mine():
-                await gather_all(self._sweep_safely(kind, target_id) for kind, target_id in self._places())
+            if self._is_leader():
+                await gather_all(self._sweep_safely(kind, target_id) for kind, target_id in self._targets())
             await asyncio.sleep(self._every_s)
 
-    def _places(self) -> set[tuple[str, str]]:
-        """Targets that were removed too: something may be left there."""
+    def _targets(self) -> set[tuple[str, str]]:
+        """Backends and targets, removed targets too: credentials may be left there."""
         states = (entry.state for entry in self._directory.entries("target"))
         return {
             (state.backend.kind, state.target_id)
@@ -81,25 +81,25 @@ class Sweeper:
             log.exception("target %s was not swept", target_id)
 
     async def sweep(self, kind: str, target_id: str) -> list[str]:
-        """Sweep one target now. Returns the leases of which something was taken back.
+        """Sweep one target now. Returns the leases whose orphans were removed.
 
         Raises what the target or Redis raise.
         """
         backend = self._backends[kind]
-        standing = await self._caller.call(target_id, lambda: backend.standing(target_id))
-        # Asked after: whatever stood there had a record by then.
-        stored = await self._store.get(sorted(standing))
-        strangers = [id for id in sorted(standing) if id not in stored or stored[id].status in TERMINAL]
+        existing = await self._breaker.call(target_id, lambda: existing_of(backend, target_id))
+        # Redis is asked after the target: whatever existed there had a record by then.
+        stored = await self._store.get(sorted(existing))
+        orphans = [id for id in sorted(existing) if id not in stored or stored[id].status in TERMINAL]
         now, before = time.monotonic(), self._seen_at.get((kind, target_id), {})
-        seen = self._seen_at[kind, target_id] = {id: before.get(id, now) for id in strangers}
-        old = [id for id, at in seen.items() if now - at >= self._stranger_age_s]
+        seen = self._seen_at[kind, target_id] = {id: before.get(id, now) for id in orphans}
+        old = [id for id, at in seen.items() if now - at >= self._min_age_s]
         for id in old:
-            await self._take_back(backend, id, target_id)
+            await self._remove(backend, id, target_id)
             del seen[id]
         return old
 
-    async def _take_back(self, backend: Backend, lease_id: str, target_id: str) -> None:
-        await self._caller.call(target_id, lambda: backend.undo(lease_id, target_id=target_id))
+    async def _remove(self, backend: Backend, lease_id: str, target_id: str) -> None:
+        await self._breaker.call(target_id, lambda: backend.undo(lease_id, target_id=target_id))
         metrics.ORPHANS_UNDONE.labels(backend.kind).inc()
         message = (
             f"something stood at target {target_id} for lease {lease_id}, which is over or unknown; "

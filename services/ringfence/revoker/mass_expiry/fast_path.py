@@ -13,7 +13,7 @@ from ringfence.kernel.kafka.record import Outbound
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.tracing.api import Span
 from ringfence.messages.lease import Lease
-from ringfence.model.lease_store import LeaseStore, Stepped, StoredLease, prepare_step
+from ringfence.model.lease_store import LeaseStore, StepResult, StoredLease, prepare_step
 from ringfence.model.leases.tracing import work_on
 from ringfence.model.leases.unverified import summary_of
 from ringfence.revoker.domain import deadline_cause
@@ -118,7 +118,9 @@ class MassExpiry(ExpiryFastPath):
         results = await self._write(ends, only_due=True)
         return sum(result.outcome == "done" for result in results.values())
 
-    async def _write(self, ends: Sequence[PrecomputedEnd], *, only_due: bool = False) -> dict[str, Stepped]:
+    async def _write(
+        self, ends: Sequence[PrecomputedEnd], *, only_due: bool = False
+    ) -> dict[str, StepResult]:
         """Write and publish these ends; `only_due`: see `LeaseStore.write`. Returns the result of each."""
         if not ends:
             return {}

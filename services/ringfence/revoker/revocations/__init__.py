@@ -1,1 +1,1 @@
-"""Revocations: verified, carried out, fenced, and confirmed by gateways."""
+"""Revocations: verified, fenced, carried out, derived from changed records, and confirmed by gateways."""

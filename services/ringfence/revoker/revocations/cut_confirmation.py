@@ -1,10 +1,11 @@
-"""When a cut is complete: Redis refuses, and every live gateway has said so, or must refuse by itself by now.
+"""Cut confirmation: measures when a cut is complete, and reports gateways that did not confirm one within the grace.
 
-A gateway is live while its heartbeats come. Its own view may be as old as the grace; then it denies. So the grace after
-the order stands for the word of a gateway that does not give it.
+A cut is complete once Redis refuses what the revocation covers, and every live gateway has acknowledged it. A gateway
+whose view is older than the grace denies by itself. So a gateway that does not acknowledge counts as complete when the
+grace after the revocation is over. A gateway is live while its heartbeats come.
 
-What counts is when words stood on Kafka, and when Redis refused, not when this process came to read of it: it may be
-busy with the ends of what was cut.
+Only the append times on Kafka count, and Redis's time of refusal. When this process reads an acknowledgement does not:
+it may be busy ending what was cut.
 """
 
 from __future__ import annotations
@@ -28,26 +29,27 @@ from ringfence.model.leases.revocations import Revocation
 
 log = logging.getLogger(__name__)
 
-_REMEMBERED_ACKS = 10_000
+_MAX_ACKS = 10_000
+"""How many revocations' acknowledgements are remembered."""
 _CAUGHT_UP_WITHIN_S = 30.0
-"""So long words that stand on Kafka are waited for; what is not read by then counts as not said."""
+"""How long acknowledgements on Kafka are waited for; what is not read by then counts as not given."""
 _CLOCKS_DIFFER_MS = 60_000
-"""How far a gateway's clock may be from the broker's before its heartbeats count as old ones, sent again."""
+"""How far a gateway's clock may be from the broker's before its heartbeats count as replays of old ones."""
 
 
 @dataclass(slots=True)
-class _Beat:
+class _LastHeartbeat:
     """The last heartbeat of a gateway: by its own clock, and by the broker's."""
 
-    said_at_ms: int
+    sent_at_ms: int
     appended_at_ms: int
 
 
 @dataclass(slots=True)
 class _Cut:
-    """One order whose cut is not complete: Redis has it, and not all of these gateways have said so."""
+    """A cut that is not complete: Redis refuses, and not all of these gateways have acknowledged."""
 
-    ordered_at_ms: int
+    revoked_at_ms: int
     refused_at_ms: int
     gateways: frozenset[str]
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
@@ -60,34 +62,35 @@ class CutTracker:
         self._trust = trust
         self._clock = clock
         self._grace_ms = grace_ms
-        self._beats: dict[str, _Beat] = {}
+        self._heartbeats: dict[str, _LastHeartbeat] = {}
         self._acks: OrderedDict[str, dict[str, int]] = OrderedDict()
-        """By revocation: gateways, and when the broker had their word, in ms."""
+        """By revocation: gateways, and when the broker had their acknowledgement, in ms."""
         self._open: dict[str, _Cut] = {}
-        self._over: list[str] = []
-        """Those of which the grace is over, and not every word may be read that was given within it."""
-        self._to_judge = asyncio.Event()
+        """By revocation."""
+        self._expired: list[str] = []
+        """Revocations of which the grace is over, while acknowledgements given within it may not be read yet."""
+        self._has_expired = asyncio.Event()
 
-    # --- what gateways say ---
+    # --- messages of gateways ---
 
     def on_heartbeats(self, records: Sequence[Received]) -> None:
-        """Take in what came on `heartbeat`; those of other services are passed over."""
+        """Take in records of `heartbeat`; those of other services are ignored."""
         for record in records:
             try:
-                beat = verify(
+                heartbeat = verify(
                     parse(record.value), Heartbeat,
                     self._trust.finder("gateway", at_s=record.appended_at_ms / 1000), audience=self._trust.trust_domain,
                 ).claims  # fmt: skip
             except InvalidMessageError:
                 continue
-            known = self._beats.get(beat.iss)
-            # One that was sent before must not make a dead gateway live.
-            repeated = known is not None and beat.at_ms <= known.said_at_ms
-            if not repeated and abs(beat.at_ms - record.appended_at_ms) <= _CLOCKS_DIFFER_MS:
-                self._beats[beat.iss] = _Beat(beat.at_ms, record.appended_at_ms)
+            last = self._heartbeats.get(heartbeat.iss)
+            # A replayed heartbeat must not make a dead gateway live.
+            replayed = last is not None and heartbeat.at_ms <= last.sent_at_ms
+            if not replayed and abs(heartbeat.at_ms - record.appended_at_ms) <= _CLOCKS_DIFFER_MS:
+                self._heartbeats[heartbeat.iss] = _LastHeartbeat(heartbeat.at_ms, record.appended_at_ms)
 
     def on_acks(self, records: Sequence[Received]) -> None:
-        """Take in what came on `revocation.ack`."""
+        """Take in records of `revocation.ack`."""
         for record in records:
             try:
                 ack = verify(
@@ -106,80 +109,80 @@ class CutTracker:
                 )
                 continue
             self._acks.setdefault(ack.revocation_id, {}).setdefault(ack.iss, record.appended_at_ms)
-            while len(self._acks) > _REMEMBERED_ACKS:
+            while len(self._acks) > _MAX_ACKS:
                 self._acks.popitem(last=False)
-            self._heard(ack.revocation_id)
+            self._complete_if_acknowledged(ack.revocation_id)
 
-    def live(self, ordered_at_ms: int | None = None) -> frozenset[str]:
-        """The gateways whose last heartbeat is no older than the grace; or was not when the grace of an order began."""
+    def live(self, revoked_at_ms: int | None = None) -> frozenset[str]:
+        """The gateways whose last heartbeat is within the grace, before now or, if earlier, before the revocation."""
         since_ms = self._clock.now_ms() - self._grace_ms
-        if ordered_at_ms is not None:
-            since_ms = min(since_ms, ordered_at_ms)
-        return frozenset(id for id, beat in self._beats.items() if beat.appended_at_ms >= since_ms)
+        if revoked_at_ms is not None:
+            since_ms = min(since_ms, revoked_at_ms)
+        return frozenset(id for id, last in self._heartbeats.items() if last.appended_at_ms >= since_ms)
 
-    # --- what is cut ---
+    # --- cuts ---
 
-    def refused(self, order: Revocation, at_ms: int) -> None:
-        """Redis refuses what the order covers since `at_ms`; the gateways may have been faster or not."""
-        if order.id in self._open:
+    def refused(self, revocation: Revocation, at_ms: int) -> None:
+        """Redis has refused what this revocation covers since `at_ms`. Gateways may have acknowledged it already."""
+        if revocation.id in self._open:
             return
-        ordered_at_ms = order.at.appended_at_ms
-        cut = _Cut(ordered_at_ms, at_ms, self.live(ordered_at_ms))
-        if not self._unheard(order.id, cut):
-            self._complete(order.id, cut)
+        revoked_at_ms = revocation.at.appended_at_ms
+        cut = _Cut(revoked_at_ms, at_ms, self.live(revoked_at_ms))
+        if not self._missing(revocation.id, cut):
+            self._complete(revocation.id, cut)
             return
-        self._open[order.id] = cut
-        # Whatever our own clock says, it is no longer than the grace.
-        left_ms = min(self._grace_ms, max(0, ordered_at_ms + self._grace_ms - self._clock.now_ms()))
-        cut.timer = asyncio.get_running_loop().call_later(left_ms / 1000, self._grace_over, order.id)
+        self._open[revocation.id] = cut
+        # However wrong our own clock is, the wait is no longer than the grace.
+        left_ms = min(self._grace_ms, max(0, revoked_at_ms + self._grace_ms - self._clock.now_ms()))
+        cut.timer = asyncio.get_running_loop().call_later(left_ms / 1000, self._grace_over, revocation.id)
 
     async def run(self, caught_up: Callable[[float], Awaitable[bool]]) -> None:
         """Judge cuts whose grace is over, for ever.
 
         Args:
-            caught_up: waits so many seconds until all is read that stands on `revocation.ack`.
+            caught_up: waits so many seconds at most until `revocation.ack` is read to its end.
         """  # fmt: skip
         while True:
-            await self._to_judge.wait()
-            self._to_judge.clear()
-            over, self._over = self._over, []
+            await self._has_expired.wait()
+            self._has_expired.clear()
+            expired, self._expired = self._expired, []
             await caught_up(_CAUGHT_UP_WITHIN_S)
-            for id in over:
+            for id in expired:
                 self._judge(id)
 
-    def _unheard(self, id: str, cut: _Cut) -> frozenset[str]:
-        """The gateways whose word did not stand on Kafka within the grace, as far as that is read."""
-        return cut.gateways - self._words(id, cut).keys()
+    def _missing(self, id: str, cut: _Cut) -> frozenset[str]:
+        """The gateways that have not acknowledged within the grace, as far as Kafka is read."""
+        return cut.gateways - self._acks_in_time(id, cut).keys()
 
-    def _words(self, id: str, cut: _Cut) -> dict[str, int]:
-        """The gateways whose word did, and since when."""
-        until_ms = cut.ordered_at_ms + self._grace_ms
+    def _acks_in_time(self, id: str, cut: _Cut) -> dict[str, int]:
+        """The gateways that have acknowledged within the grace, and when, in ms."""
+        until_ms = cut.revoked_at_ms + self._grace_ms
         return {gateway: at_ms for gateway, at_ms in self._acks.get(id, {}).items() if at_ms <= until_ms}
 
-    def _heard(self, id: str) -> None:
+    def _complete_if_acknowledged(self, id: str) -> None:
         cut = self._open.get(id)
-        if cut is not None and not self._unheard(id, cut):
+        if cut is not None and not self._missing(id, cut):
             del self._open[id]
             self._complete(id, cut)
 
     def _grace_over(self, id: str) -> None:
-        self._over.append(id)
-        self._to_judge.set()
+        self._expired.append(id)
+        self._has_expired.set()
 
     def _judge(self, id: str) -> None:
         cut = self._open.pop(id, None)
         if cut is None:
-            return  # all had given their word
+            return  # all gateways have acknowledged meanwhile
         metrics.CUTS_UNCONFIRMED.inc()
         log.error(
             "revocation %s was not confirmed within the grace by %s",
             id,
-            ", ".join(sorted(self._unheard(id, cut))),
+            ", ".join(sorted(self._missing(id, cut))),
         )
-        self._complete(id, cut, at_least_ms=cut.ordered_at_ms + self._grace_ms)
+        self._complete(id, cut, at_least_ms=cut.revoked_at_ms + self._grace_ms)
 
     def _complete(self, id: str, cut: _Cut, at_least_ms: int = 0) -> None:
         if cut.timer is not None:
             cut.timer.cancel()
-        complete_ms = max(cut.refused_at_ms, at_least_ms, *self._words(id, cut).values())
-        metrics.TIME_TO_CUT.observe(max(0, complete_ms - cut.ordered_at_ms) / 1000)
+        complete_ms = max(cut.refused_at_ms, at_least_ms, *self._acks_in_time(id, cut).values())
+        metrics.TIME_TO_CUT.observe(max(0, complete_ms - cut.revoked_at_ms) / 1000)

@@ -1,7 +1,7 @@
-"""Selectors stand in Redis as soon as they come, however many leases another one is ending at that moment.
+"""Fencing: selectors take effect in Redis as soon as they arrive, however many leases are being ended at that moment.
 
-A consumer group of its own: what `RevocationHandler` does takes as long as there are leases. It fences as well, as
-neither waits for the other; twice is as good as once.
+`FenceHandler` has a consumer group of its own, because `RevocationHandler` takes as long as there are leases to end.
+Both write the fence, and neither waits for the other: `fence` is idempotent.
 """
 
 from __future__ import annotations
@@ -18,39 +18,42 @@ from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.verification import RevocationVerifier
 
 
-async def fence(store: LeaseStore, orders: Sequence[Revocation]) -> tuple[list[Coordinates], int]:
-    """Fence off, and cut, what selectors cover. Returns where each order was seen first, and since when Redis refuses.
+async def fence(store: LeaseStore, revocations: Sequence[Revocation]) -> tuple[list[Coordinates], int]:
+    """Fence off, and cut, what the selectors of these revocations cover.
 
-    Said again, by somebody else or by a revoker that died in between, it covers what it covered the first time.
+    A repeated revocation, by anybody, covers what it covered the first time.
+
+    Returns:
+        Where each revocation was seen first, and since when all shards of Redis refuse, in ms by Redis's clock.
     """
-    places = {order.id: order.at for order in reversed(orders)}  # of one that is said twice, the first
-    seen = await store.first_seen(places, keep_ms=SELECTOR_KEEP_MS)
-    first = [seen[order.id] for order in orders]
-    selector_keys: dict[str, int] = {}
-    for order, at in zip(orders, first, strict=True):
-        assert order.claims.selector is not None
-        selector_key = selector_key_of(order.claims.selector)
-        selector_keys[selector_key] = max(selector_keys.get(selector_key, 0), at.appended_at_ms)
-    return first, await store.fence(selector_keys, cut=True)
+    positions = {one.id: one.at for one in reversed(revocations)}  # of repeats, the first counts
+    seen = await store.first_seen(positions, keep_ms=SELECTOR_KEEP_MS)
+    first = [seen[one.id] for one in revocations]
+    fences: dict[str, int] = {}
+    for one, at in zip(revocations, first, strict=True):
+        assert one.claims.selector is not None
+        key = selector_key_of(one.claims.selector)
+        fences[key] = max(fences.get(key, 0), at.appended_at_ms)
+    return first, await store.fence(fences, cut=True)
 
 
 class FenceHandler:
-    """The batch handler of `revocation.request` that only fences. What it does not follow, others answer."""
+    """Batch handler of `revocation.request` that only fences. `RevocationHandler` answers what is not followed."""
 
-    def __init__(self, orders: RevocationVerifier, store: LeaseStore, cuts: CutTracker) -> None:
-        self._orders = orders
+    def __init__(self, verifier: RevocationVerifier, store: LeaseStore, cuts: CutTracker) -> None:
+        self._verifier = verifier
         self._store = store
         self._cuts = cuts
 
     async def __call__(self, batch: Sequence[Received]) -> None:
         """Fence off what the selectors of the batch cover."""
-        opened, _ = await self._orders.open(list(filter(may_have_selector, batch)))
-        selecting = [order for order in opened if order.claims.selector is not None]
+        verified, _ = await self._verifier.verify(list(filter(may_have_selector, batch)))
+        selecting = [one for one in verified if one.claims.selector is not None]
         if not selecting:
             return
-        objections = await self._orders.objections(selecting, {})
-        followed = [order for order, no in zip(selecting, objections, strict=True) if no is None]
+        objections = await self._verifier.objections(selecting, {})
+        followed = [one for one, objection in zip(selecting, objections, strict=True) if objection is None]
         seen, at_ms = await fence(self._store, followed)
-        for order, first in zip(followed, seen, strict=True):
-            if order.at == first:
-                self._cuts.refused(order, at_ms)
+        for one, first in zip(followed, seen, strict=True):
+            if one.at == first:
+                self._cuts.refused(one, at_ms)

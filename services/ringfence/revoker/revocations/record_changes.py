@@ -1,4 +1,4 @@
-"""Revocations that follow from records of the registry: an agent suspended, a task ended, a ceiling cut."""
+"""Derives revocations from changed records: an agent suspended, a task ended, a ceiling narrowed, a sponsor lost."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 RECORD_AGE_MS = 25 * 3600 * 1000
-"""Older records end nothing more: the leases that they could be about have had their deadlines (24 h at most)."""
+"""Older records are ignored: the leases that they could end have reached their deadlines, after 24 h at most."""
 _RECORDS: dict[Topic[Any], type[AnyRecord]] = {
     AGENT: AgentRecord,
     TASK: TaskRecord,
@@ -56,13 +56,13 @@ RECORD_TOPICS = tuple(_RECORDS)
 
 
 class RecordHandler:
-    """The handler of users, agents, targets and tasks: what their change ends is ordered on `revocation.request`."""
+    """The handler of `user`, `agent`, `target` and `task`: it sends revocations of what their changes end."""
 
     def __init__(
         self,
         runtime: Runtime,
         directory: Directory,
-        orders: RevocationVerifier,
+        verifier: RevocationVerifier,
         store: LeaseStore,
         ender: LeaseEnder,
         *,
@@ -70,14 +70,17 @@ class RecordHandler:
     ) -> None:
         self._runtime = runtime
         self._directory = directory
-        self._orders = orders
+        self._verifier = verifier
         self._store = store
         self._ender = ender
         self._patience_s = patience_s
         self._td = runtime.settings.trust_domain
 
     async def __call__(self, received: Received) -> None:
-        """Order what one record ends. Raises InvalidMessageError where it is no record that counts."""
+        """Revoke what one record ends.
+
+        Raises InvalidMessageError where the record does not count, UnavailableError where that is not known yet.
+        """
         now_ms = self._runtime.clock.now_ms()
         if not received.value or received.appended_at_ms < now_ms - RECORD_AGE_MS:
             return
@@ -88,10 +91,10 @@ class RecordHandler:
             self._runtime.trust.finder(*model.signed_by, at_s=received.appended_at_ms / 1000),
             audience=self._td,
         ).claims
-        # From the table, which verifies the chain of commands.
+        # The local table verifies the chain of commands.
         entry = await self._entry(cast(SubjectKind, received.topic.what), record)
-        overtaken = entry.revision > record.revision
-        if overtaken and not self._was_in_force(record, now_ms):
+        superseded = entry.revision > record.revision
+        if superseded and not self._was_in_force(record, now_ms):
             return
         for consequence in consequences(
             record.state,
@@ -101,30 +104,33 @@ class RecordHandler:
             ever_sponsor=was_sponsor(record),
         ):
             if isinstance(consequence, SelectorEnd):
-                # What was suspended and is active again was to lose its leases all the same.
-                await self._order_all(consequence, record, received.traceparent)
-            elif not overtaken:  # else the later record says what still fits
+                # An agent that was suspended and resumed since was to lose its leases all the same.
+                await self._revoke_all(consequence, record, received.traceparent)
+            elif not superseded:  # otherwise the later record says what still fits
                 await self._fence(consequence, record, received)
-                await self._order_unfit(consequence, record.sub, entry, received.traceparent)
-        if not overtaken and isinstance(record, UserRecord) and was_sponsor(record):
-            await self._order_orphans(record, received.traceparent)
+                await self._revoke_unfit(consequence, record.sub, entry, received.traceparent)
+        if not superseded and isinstance(record, UserRecord) and was_sponsor(record):
+            await self._revoke_orphans(record, received.traceparent)
 
-    async def _order_orphans(self, record: UserRecord, traceparent: str | None) -> None:
-        """Order the end of what agents hold that are without a sponsor now: it may have been issued under another."""
-        orphaned = orphan_reason(record.state)
-        if orphaned is None:
+    async def _revoke_orphans(self, record: UserRecord, traceparent: str | None) -> None:
+        """Revoke the leases of agents that have become orphans.
+
+        By agent, not by sponsor: a lease may have been issued under another sponsor.
+        """
+        found = orphan_reason(record.state)
+        if found is None:
             return
-        kind, reason = orphaned
+        kind, reason = found
         for number, agent in enumerate(self._directory.entries("agent"), start=1):
             if number % _PAUSE_EVERY == 0:
-                await asyncio.sleep(0)  # others get their turn
+                await asyncio.sleep(0)  # let other tasks run
             state = agent.state
             if isinstance(state, AgentState) and state.sponsor == record.state.user_id:
-                ending = SelectorEnd(kind, Selector(agent_id=state.agent_id), reason)
-                await self._order_all(ending, record, traceparent)
+                end = SelectorEnd(kind, Selector(agent_id=state.agent_id), reason)
+                await self._revoke_all(end, record, traceparent)
 
     def _was_in_force(self, record: AnyRecord, now_ms: int) -> bool:
-        """Whether a record that a later one has overtaken counted, and lately: it is no old one, put there again."""
+        """Whether a superseded record counted, not long ago: if not, somebody has put an old one on the topic again."""
         if record.commands[-1].appended_at_ms < now_ms - RECORD_AGE_MS:
             return False
         try:
@@ -150,38 +156,37 @@ class RecordHandler:
             f"the record of {record.sub} counts for nothing: {reason}", code="record_untrusted"
         )
 
-    async def _order_all(self, ending: SelectorEnd, record: AnyRecord, traceparent: str | None) -> None:
-        order = derived_revocation(
-            ending.kind,
-            ending.reason,
+    async def _revoke_all(self, end: SelectorEnd, record: AnyRecord, traceparent: str | None) -> None:
+        revocation = derived_revocation(
+            end.kind,
+            end.reason,
             by=self._runtime.key.id,
             trust_domain=self._td,
             at_ms=self._runtime.clock.now_ms(),
             record=(record.sub, record.revision),
-            selector=ending.selector,
+            selector=end.selector,
         )
-        selector = ending.selector
+        selector = end.selector
         agent_id = record.state.agent_id if isinstance(record.state, TaskState) else selector.agent_id
         key = agent_id or selector.user_id or selector.sponsor or selector.target_id or ""
         await self._runtime.publisher.publish_signed(
-            REVOCATION_REQUEST, key, order, self._runtime.key, traceparent=traceparent
+            REVOCATION_REQUEST, key, revocation, self._runtime.key, traceparent=traceparent
         )
 
     async def _fence(self, narrowing: Narrowing, record: AnyRecord, received: Received) -> None:
-        """What is being issued at this moment may rest on the former record: it is fenced off, and asked for anew.
+        """Fence off what is being issued at this moment on the former record; agents ask for it anew.
 
-        Where the record stands on its topic once more, as one does that the registry writes over a forged one, it
-        covers what it covered the first time.
+        A record that appears once more, as the registry repeats one over a forged one, covers what it covered first.
         """
         id = derived_id("record", record.sub, record.revision)
         first = await self._store.first_seen({id: received.coordinates}, keep_ms=RECORD_AGE_MS)
         await self._store.fence({narrowing.selector_key: first[id].appended_at_ms})
 
-    async def _order_unfit(
+    async def _revoke_unfit(
         self, narrowing: Narrowing, sub: str, entry: VerifiedRecord[AnyState], traceparent: str | None
     ) -> None:
         acknowledged = []
-        holders = await self._orders.holders(narrowing.selector_key)
+        holders = await self._verifier.holders(narrowing.selector_key)
         unfit = [
             (lease, why)
             async for leases in self._ender.find(narrowing.selector_key, holders=holders)
@@ -189,7 +194,7 @@ class RecordHandler:
             if (why := narrowing.unfit(lease))
         ]
         for lease, why in unfit:
-            order = derived_revocation(
+            revocation = derived_revocation(
                 why.kind,
                 why.reason,
                 by=self._runtime.key.id,
@@ -199,7 +204,7 @@ class RecordHandler:
                 lease_id=lease.lease_id,
             )
             _, ack = await self._runtime.publisher.send_signed(
-                REVOCATION_REQUEST, lease.agent_id, order, self._runtime.key, traceparent=traceparent
+                REVOCATION_REQUEST, lease.agent_id, revocation, self._runtime.key, traceparent=traceparent
             )
             acknowledged.append(ack)
         await gather_all(acknowledged)

@@ -1,4 +1,4 @@
-"""Revocations in; ended leases and answers out. Changed records in; the revocations that follow from them out."""
+"""Carries out revocations: reads `revocation.request`, ends the leases that it names or covers, and answers."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _CUT = TERMINAL | {"ending"}
 
 @dataclass(slots=True)
 class _Case:
-    """One order on its way."""
+    """One revocation of a batch, and what came of it."""
 
-    order: Revocation
+    revocation: Revocation
     objection: Reason | None = None
     replayed: bool = False
     ended: int = 0
@@ -46,84 +46,84 @@ class RevocationHandler:
     def __init__(
         self,
         runtime: Runtime,
-        orders: RevocationVerifier,
+        verifier: RevocationVerifier,
         store: LeaseStore,
         ender: LeaseEnder,
         cuts: CutTracker,
     ) -> None:
         self._runtime = runtime
-        self._orders = orders
+        self._verifier = verifier
         self._store = store
         self._ender = ender
         self._cuts = cuts
         self._td = runtime.settings.trust_domain
 
     async def __call__(self, batch: Sequence[Received]) -> None:
-        """End what the batch says, and answer."""
+        """End what the batch revokes, and answer. Raises what Redis or Kafka raise; the batch comes again then."""
         epoch = self._store.epoch
-        cases = [_Case(order) for order in await self._open(batch)]
+        cases = [_Case(one) for one in await self._verify(batch)]
         named = await self._named_leases(cases)
         await self._judge(cases, named)
         followed = [case for case in cases if case.objection is None]
-        await self._end_named([case for case in followed if case.order.claims.selector is None], named)
+        await self._end_named([case for case in followed if case.revocation.claims.selector is None], named)
         for case in followed:
-            if case.order.claims.selector is not None:
-                await self._end_selected(case, case.order.claims.selector)
-        # What was held up on its way to Kafka while Redis was rebuilt is void there: nothing was followed by it.
+            if case.revocation.claims.selector is not None:
+                await self._end_selected(case, case.revocation.claims.selector)
+        # Records that reached Kafka only after a rebuild of Redis are void: then nothing was ended by this batch.
         await self._store.confirm(epoch)
         await gather_all(self._answer(case) for case in cases)
         metrics.RECORDS.labels("revocation.request", "done").inc(len(cases))
 
-    # --- whose word it is ---
+    # --- verification ---
 
-    async def _open(self, batch: Sequence[Received]) -> list[Revocation]:
-        """Those with a valid signature of somebody who may have a say; the rest goes to the dead letters."""
-        opened, failed = await self._orders.open(batch)
+    async def _verify(self, batch: Sequence[Received]) -> list[Revocation]:
+        """Those that a known signer signed; the others go to the dead letters."""
+        verified, failed = await self._verifier.verify(batch)
         await gather_all(self._runtime.dead_letters.send(record, problem) for record, problem in failed)
-        return opened
+        return verified
 
     async def _named_leases(self, cases: Sequence[_Case]) -> dict[str, Lease]:
-        """The leases that are named one by one, by their ids."""
-        ids = [id for case in cases if (id := case.order.claims.lease_id) is not None]
+        """The leases that revocations name by their ids."""
+        ids = [id for case in cases if (id := case.revocation.claims.lease_id) is not None]
         return await self._ender.read(await self._store.get(ids)) if ids else {}
 
     async def _judge(self, cases: Sequence[_Case], leases: dict[str, Lease]) -> None:
-        found = await self._orders.objections([case.order for case in cases], leases)
+        found = await self._verifier.objections([case.revocation for case in cases], leases)
         for case, objection in zip(cases, found, strict=True):
             case.objection = objection
 
-    # --- what it ends ---
+    # --- ending leases ---
 
     async def _end_named(self, cases: Sequence[_Case], leases: dict[str, Lease]) -> None:
         ended = await self._ender.end(
-            [_wish(leases[case.order.claims.lease_id or ""], case.order) for case in cases]
+            [_end_request(leases[case.revocation.claims.lease_id or ""], case.revocation) for case in cases]
         )
         now_ms = self._runtime.clock.now_ms()
         for case in cases:
-            case.ended = _count([ended[case.order.claims.lease_id or ""]], case.order)
-            self._cuts.refused(case.order, now_ms)
+            case.ended = _count([ended[case.revocation.claims.lease_id or ""]], case.revocation)
+            self._cuts.refused(case.revocation, now_ms)
 
     async def _end_selected(self, case: _Case, selector: Selector) -> None:
-        """Fence first, then look: whatever is activated later was asked for after the order."""
-        order = case.order
-        (first,), _ = await fence(self._store, [order])
-        case.replayed = first != order.at
+        """Fence first, then find leases: whatever is activated after the fence was asked for after the revocation."""
+        revocation = case.revocation
+        (first,), _ = await fence(self._store, [revocation])
+        case.replayed = first != revocation.at
 
-        def covered(lease: Lease) -> EndRequest | None:
-            return _wish(lease, order) if is_covered(lease, first.appended_at_ms) else None
+        def request_for(lease: Lease) -> EndRequest | None:
+            return _end_request(lease, revocation) if is_covered(lease, first.appended_at_ms) else None
 
         selector_key = selector_key_of(selector)
-        holders = await self._orders.holders(selector_key)
+        holders = await self._verifier.holders(selector_key)
         ended = await self._ender.end_matching(
-            selector_key, covered, agent_id=self._orders.agent_of(selector), holders=holders
+            selector_key, request_for, agent_id=self._verifier.agent_of(selector), holders=holders
         )
-        case.ended = _count(ended, order)
-        if not case.ended and holders is not None and subject_of(self._td, order.claims.iss, "user"):
-            # It stands all the same; but who mistyped a name must not think that they stopped somebody.
-            case.objection = self._orders.unknown(selector)
+        case.ended = _count(ended, revocation)
+        if not case.ended and holders is not None and subject_of(self._td, revocation.claims.iss, "user"):
+            # The fence stays. But whoever mistyped a name must not think that they stopped somebody.
+            case.objection = self._verifier.unknown_subject(selector)
 
-    def _is_own(self, order: Revocation) -> bool:
-        return order.claims.iss == self._runtime.key.id
+    def _is_own(self, revocation: Revocation) -> bool:
+        return revocation.claims.iss == self._runtime.key.id
 
     # --- the answer ---
 
@@ -132,21 +132,21 @@ class RevocationHandler:
             await self._event("refused", case, (case.objection,))
         elif not case.replayed:
             await self._event("accepted", case, (), result=str(case.ended))
-        elif not self._is_own(case.order):
+        elif not self._is_own(case.revocation):
             message = "this selector was seen before at another place; what it covered then is what it covers"
             await self._event("replayed", case, (Reason(code="replayed", message=message),))
 
     async def _event(self, kind: EventKind, case: _Case, reasons: Sequence[Reason], **fields: Any) -> None:
-        order = case.order
-        claims = order.claims
+        revocation = case.revocation
+        claims = revocation.claims
         selector = claims.selector
         await self._runtime.event(
             kind,
             RevocationRequest.typ,
-            about=(order.at.topic, order.at.partition, order.at.offset),
+            about=(revocation.at.topic, revocation.at.partition, revocation.at.offset),
             reasons=reasons,
-            source=order.at,
-            traceparent=order.traceparent,
+            source=revocation.at,
+            traceparent=revocation.traceparent,
             actor=claims.iss,
             ref=claims.jti,
             lease_id=claims.lease_id,
@@ -156,13 +156,13 @@ class RevocationHandler:
         )
 
 
-def _wish(lease: Lease, order: Revocation) -> EndRequest:
-    return EndRequest(lease, order.cause(), order.traceparent)
+def _end_request(lease: Lease, revocation: Revocation) -> EndRequest:
+    return EndRequest(lease, revocation.cause(), revocation.traceparent)
 
 
-def _count(leases: Iterable[Lease], order: Revocation) -> int:
-    """How many of these leases are cut or over because of an order, or will never be active."""
-    ref = order.claims.jti
+def _count(leases: Iterable[Lease], revocation: Revocation) -> int:
+    """How many of these leases a revocation has cut or ended, or keeps from ever becoming active."""
+    ref = revocation.claims.jti
     return sum(
         lease.status == "minting"
         or (lease.status in _CUT and lease.cause is not None and lease.cause.ref == ref)

@@ -1,4 +1,4 @@
-"""Whose word a revocation is, and whether they have a say: for whoever follows it, and for whoever only fences."""
+"""Verifies revocations: who signed them, and whether that person, agent or service may end what they name."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from ringfence.model.records.directory import Directory
 
 
 class RevocationVerifier:
-    """Opens and judges revocations. Nobody is refused for a record that has not arrived here yet."""
+    """Verifies revocations and judges them. It waits for records that have not arrived here before it refuses."""
 
     def __init__(self, runtime: Runtime, directory: Directory, *, patience_s: float) -> None:
-        """`patience_s`: how long such records are waited for."""
+        """`patience_s`: how long it waits for the local tables to catch up."""
         self._runtime = runtime
         self._directory = directory
         self._patience_s = patience_s
         self._delegations = Delegations(directory)
 
-    async def open(
+    async def verify(
         self, batch: Sequence[Received]
     ) -> tuple[list[Revocation], list[tuple[Received, InvalidMessageError]]]:
-        """Those with a valid signature of somebody who may have a say, and the others."""
-        opened: dict[int, Revocation] = {}
+        """Those revocations that a known signer signed, and the other records with what is wrong with each."""
+        verified: dict[int, Revocation] = {}
         failed: dict[int, InvalidMessageError] = {}
         for caught_up in (False, True):
             for i, record in enumerate(batch):
                 if caught_up and i not in failed:
                     continue
                 try:
-                    opened[i] = verify_revocation(record, self._directory, self._runtime.trust)
+                    verified[i] = verify_revocation(record, self._directory, self._runtime.trust)
                     failed.pop(i, None)
                 except InvalidMessageError as error:
                     failed[i] = error
@@ -45,25 +45,31 @@ class RevocationVerifier:
             unknown = any(isinstance(problem, SignatureError) for problem in failed.values())
             if caught_up or not unknown or not await self._runtime.tables_caught_up(self._patience_s):
                 break
-        return [opened[i] for i in sorted(opened)], [(batch[i], problem) for i, problem in failed.items()]
+        return [verified[i] for i in sorted(verified)], [(batch[i], problem) for i, problem in failed.items()]
 
     async def objections(
-        self, orders: Sequence[Revocation], leases: Mapping[str, Lease]
+        self, revocations: Sequence[Revocation], leases: Mapping[str, Lease]
     ) -> list[Reason | None]:
-        """Why each is not followed, or None. `leases`: those that are named one by one, by their ids."""
-        found = [self._objection(order, leases) for order in orders]
+        """Why each revocation is not followed, or None. `leases`: those that revocations name, by their ids."""
+        found = [self._objection(one, leases) for one in revocations]
         if any(found) and await self._runtime.tables_caught_up(self._patience_s):
-            found = [one and self._objection(order, leases) for order, one in zip(orders, found, strict=True)]
+            found = [
+                reason and self._objection(one, leases)
+                for one, reason in zip(revocations, found, strict=True)
+            ]
         return found
 
+    def _objection(self, revocation: Revocation, leases: Mapping[str, Lease]) -> Reason | None:
+        return objection(revocation, leases.get(revocation.claims.lease_id or ""), self._directory)
+
     def agent_of(self, selector: Selector) -> str | None:
-        """The only agent whose leases a selector can cover; None where there may be others, or that is not known."""
+        """The only agent whose leases a selector can cover; None if there may be others, or that is not known."""
         if selector.task_id is not None:
             return agent_of_task(selector.task_id, self._directory)
         return selector.agent_id
 
-    def unknown(self, selector: Selector) -> Reason | None:
-        """That there is nobody, or nothing, of the name that a selector gives. To be asked once the tables are read."""
+    def unknown_subject(self, selector: Selector) -> Reason | None:
+        """That nothing has the name that a selector gives, or None. To be called once the tables have caught up."""
         named: dict[SubjectKind, str | None] = {
             "agent": selector.agent_id,
             "task": selector.task_id,
@@ -80,21 +86,18 @@ class RevocationVerifier:
         try:
             return self._directory.entry(kind, id) is not None
         except ChainError:
-            return True  # it is there, and counts for nothing
+            return True  # there is a record, though it does not count
 
     def known_holders(self, selector_key: str) -> frozenset[str]:
-        """The agents that hold parts of what a mark is about, as far as has arrived here."""
+        """The agents that hold delegated parts of what a selector key names, as far as records have arrived here."""
         return self._delegations.holders(selector_key)
 
     async def holders(self, selector_key: str) -> frozenset[str] | None:
-        """All agents that hold parts of what a mark is about; None where nobody can say.
+        """All agents that hold delegated parts of what a selector key names; None if the tables do not catch up.
 
-        To be asked behind a fence: what comes into Redis behind it was asked for later, and what is there rests on
-        tasks that stood on Kafka by then.
+        Call it after fencing. Leases that enter Redis after the fence were asked for later; those that are there rest
+        on tasks that were on Kafka by then.
         """
         if not await self._runtime.tables_caught_up(self._patience_s):
             return None
         return self._delegations.holders(selector_key)
-
-    def _objection(self, order: Revocation, leases: Mapping[str, Lease]) -> Reason | None:
-        return objection(order, leases.get(order.claims.lease_id or ""), self._directory)
