@@ -182,7 +182,7 @@ def test_the_oldest_are_forgotten_first() -> None:
 
 def test_ids_are_random_uuids() -> None:
     ids = ActionIds()
-    many = {ids.fresh() for _ in range(2000)}
+    many = {ids.new() for _ in range(2000)}
     assert len(many) == 2000
     assert all(str(uuid.UUID(id)) == id for id in many)
     assert {(uuid.UUID(id).version, uuid.UUID(id).variant) for id in many} == {(4, uuid.RFC_4122)}

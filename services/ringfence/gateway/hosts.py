@@ -36,19 +36,19 @@ def canonical(authority: str, scheme: Scheme) -> str:
     Raises RefusedError for user information, an empty or odd port, a trailing dot, an address that readers
     understand differently (`127.1`, `0x7f.1`, `010.0.0.1`), a zone id, and whatever else is no host.
     """
-    host, port = split(authority, scheme)
+    host, port = split_host_and_port(authority, scheme)
     shown = f"[{host}]" if ":" in host else host
     return shown if port == PORTS[scheme] else f"{shown}:{port}"
 
 
-def split(authority: str, scheme: Scheme) -> tuple[str, int]:
+def split_host_and_port(authority: str, scheme: Scheme) -> tuple[str, int]:
     """Host, without brackets, and port. Raises RefusedError as `canonical` does."""
     found = _AUTHORITY.fullmatch(authority)
     if found is None:
-        raise _odd(authority)
+        raise _invalid(authority)
     port = int(found[2]) if found[2] else PORTS[scheme]
     if port > 65535:
-        raise _odd(authority)
+        raise _invalid(authority)
     return _host(found[1].lower(), authority), port
 
 
@@ -59,7 +59,7 @@ def origin_of(url: str) -> Origin:
     if parts.scheme not in PORTS or parts.path not in ("", "/") or parts.query or parts.fragment:
         raise RefusedError(502, "target_misconfigured", "the target says no usable URL; ask an operator")
     scheme: Scheme = "https" if parts.scheme == "https" else "http"
-    host, port = split(parts.netloc, scheme)
+    host, port = split_host_and_port(parts.netloc, scheme)
     return Origin(scheme, host, port, canonical(parts.netloc, scheme))
 
 
@@ -68,19 +68,19 @@ def _host(host: str, authority: str) -> str:
         try:
             return str(ipaddress.IPv6Address(host[1:-1]))
         except ValueError:
-            raise _odd(authority) from None
+            raise _invalid(authority) from None
     labels = host.split(".")
     if _NUMBER.fullmatch(labels[-1]):
         try:
             return str(ipaddress.IPv4Address(host))
         except ValueError:
-            raise _odd(authority) from None
+            raise _invalid(authority) from None
     if not all(_LABEL.fullmatch(label) for label in labels):
-        raise _odd(authority)
+        raise _invalid(authority)
     return host
 
 
-def _odd(authority: str) -> RefusedError:
+def _invalid(authority: str) -> RefusedError:
     return RefusedError(
         400, "host_invalid", f"{authority[:80]!r} is no host[:port] that all would read alike"
     )

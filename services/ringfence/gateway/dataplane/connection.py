@@ -17,8 +17,8 @@ from ringfence.gateway.dataplane.http1_body import Body, request_body
 from ringfence.gateway.dataplane.http1_head import (
     MAX_HEAD_BYTES,
     RequestHead,
-    cut_head,
     parse_request,
+    take_head,
 )
 from ringfence.gateway.dataplane.limits import HANDSHAKE_COST
 from ringfence.gateway.dataplane.request_reader import ListenerContext, presented_by, read_request
@@ -27,7 +27,7 @@ from ringfence.gateway.dataplane.stream import DeadlineError, DisconnectedError,
 from ringfence.gateway.dataplane.tls_listener import TLS_FAILED
 from ringfence.gateway.errors import RefusedError, answer_head, problem_answer
 from ringfence.gateway.events.destination import destination_of_line, unparsed_line
-from ringfence.gateway.hosts import canonical, split
+from ringfence.gateway.hosts import canonical, split_host_and_port
 from ringfence.kernel.base import metrics
 
 MAX_READ_BYTES: Final = 1024 * 1024
@@ -109,7 +109,7 @@ class Connection:
         begun, seen = fast_path.count if client.buffer else None, 0
         fast_path.open()
         try:
-            while (head_bytes := cut_head(client.buffer, seen)) is None:
+            while (head_bytes := take_head(client.buffer, seen)) is None:
                 seen = len(client.buffer)
                 try:
                     await client.read_more()
@@ -203,7 +203,7 @@ class Connection:
                     presented, Attempt(authority, "https", "CONNECT", request.target)
                 )
                 return await self._send_answer(self._unknown_host_answer(verdict), request, close=True)
-            context = shared.authority.context(split(authority, "https")[0])
+            context = shared.authority.context(split_host_and_port(authority, "https")[0])
         except RefusedError as error:
             return await self._refuse(error, request, close=True)
         self._client.write(CONNECT_ESTABLISHED)
@@ -213,7 +213,7 @@ class Connection:
             self._report_blocked(TLS_FAILED, error.message, request)
             raise
         self._listener = dataclasses.replace(
-            self._listener, scheme="https", inside=authority, handle=presented.handle
+            self._listener, scheme="https", connect_authority=authority, handle=presented.handle
         )
         self._fast_path.set_route(self._listener)
         return True
@@ -234,7 +234,7 @@ class Connection:
     def _report_blocked(self, code: str, message: str, request: RequestHead | None) -> None:
         shown = PresentedIdentity(self._listener.task_id, self._listener.certificate)
         if request is not None:
-            host = request.known.get(b"host")
+            host = request.values.get(b"host")
             method, target = request.method, request.target
             named = host.decode("latin-1") if host is not None else None
         else:
@@ -260,7 +260,7 @@ class Connection:
         status, headers, body = answer
         unread = close
         if request is not None:
-            close = close or request.minor == 0 or b"close" in request.named
+            close = close or request.minor == 0 or b"close" in request.connection_options
         head_bytes = answer_head(status, headers, len(body), close=close)
         if request is not None and request.method == "HEAD":
             body = b""
@@ -298,7 +298,7 @@ class Connection:
 
 
 def _expects_continue(request: RequestHead) -> bool:
-    expected = request.known.get(b"expect")
+    expected = request.values.get(b"expect")
     if expected is None:
         return False
     if expected.lower() != b"100-continue":
@@ -313,14 +313,14 @@ CONNECT_ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 def connect_authority(request: RequestHead, listener: ListenerContext, client: Stream) -> str:
     """The canonical authority that a CONNECT is for. Raises RefusedError."""
-    if listener.inside is not None:
+    if listener.connect_authority is not None:
         raise RefusedError(400, "connect_refused", "there is no CONNECT inside another")
     if request.chunked or request.length or client.buffer:
         raise RefusedError(400, "connect_refused", "nothing may follow a CONNECT before it is answered")
     if ":" not in request.target.rpartition("]")[2]:
         raise RefusedError(400, "connect_refused", "CONNECT names a host and a port")
     authority = canonical(request.target, "https")
-    host = request.known.get(b"host")
+    host = request.values.get(b"host")
     if host is not None and canonical(host.decode("latin-1"), "https") != authority:
         raise RefusedError(400, "host_disagrees", "Host names another host than the CONNECT")
     return authority

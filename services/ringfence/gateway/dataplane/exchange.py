@@ -13,16 +13,16 @@ from ringfence.gateway.dataplane.headers import request_head, response_head, swi
 from ringfence.gateway.dataplane.http1_body import (
     LAST_CHUNK,
     Body,
+    CloseDelimitedBody,
     SizedBody,
-    UntilClosed,
     chunk,
     response_body,
 )
 from ringfence.gateway.dataplane.http1_head import (
     RequestHead,
     ResponseHead,
-    cut_head,
     parse_response,
+    take_head,
 )
 from ringfence.gateway.dataplane.mcp_responses import (
     EVENTS,
@@ -221,7 +221,7 @@ class Exchange:
     async def _next_response_head(self, upstream: Stream, *, began: bool) -> ResponseHead:
         while True:
             try:
-                head = cut_head(upstream.buffer)
+                head = take_head(upstream.buffer)
                 if head is not None:
                     return parse_response(head)
             except RefusedError as error:
@@ -240,7 +240,7 @@ class Exchange:
                 "target_compresses",
                 "the target compressed its response though it was asked not to; nobody could see what it says",
             )
-        until_closed = isinstance(body, UntilClosed)
+        until_closed = isinstance(body, CloseDelimitedBody)
         modern = self._request.head.minor == 1
         whole, event_filter = await self._filter_mcp(upstream, response, body)
         if whole is not None or event_filter is not None:  # of another length than the target says
@@ -250,7 +250,12 @@ class Exchange:
         )
         in_chunks = not sized and not until_closed and modern
         framed = sized or in_chunks
-        keep = framed and modern and b"close" not in self._request.head.named and self._request.body.done
+        keep = (
+            framed
+            and modern
+            and b"close" not in self._request.head.connection_options
+            and self._request.body.done
+        )
         head = redact(response_head(response, chunked=in_chunks, close=not keep), self._needles)
         self._answering = True
         if whole is not None:
@@ -262,7 +267,7 @@ class Exchange:
         clean = (
             not until_closed
             and response.minor == 1
-            and b"close" not in response.named
+            and b"close" not in response.connection_options
             and self._request.body.done
             and self._uploaded()
             and not self._no_reuse
@@ -327,7 +332,7 @@ class Exchange:
         self._mcp_filter.on_response_head(response)
         if body.done or response.status >= 300:
             return None, None
-        media = media_type(response.known.get(b"content-type"))
+        media = media_type(response.values.get(b"content-type"))
         if media == EVENTS:
             return None, EventStreamFilter(self._mcp_filter)
         if media == JSON:
@@ -351,7 +356,7 @@ class Exchange:
             try:
                 await self._read_more(upstream, self._timeouts.stream_s, began=True)
             except RefusedError as error:
-                if isinstance(body, UntilClosed) and error.code == "target_gone":
+                if isinstance(body, CloseDelimitedBody) and error.code == "target_gone":
                     return bytes(pieces)
                 raise
 
@@ -389,7 +394,7 @@ class Exchange:
             try:
                 await self._read_more(upstream, self._timeouts.stream_s, began=True)
             except RefusedError as error:
-                if isinstance(body, UntilClosed) and error.code == "target_gone":
+                if isinstance(body, CloseDelimitedBody) and error.code == "target_gone":
                     client.write(redactor.last(self._last_event(event_filter)))
                     return
                 self._abort_response(client, error)
@@ -468,7 +473,7 @@ def cut_error(view_problem: Reason | None) -> RefusedError:
 
 def is_compressed(response: ResponseHead) -> bool:
     """Whether a response is compressed: nobody would find the secret in it."""
-    return response.known.get(b"content-encoding", b"identity").lower() != b"identity"
+    return response.values.get(b"content-encoding", b"identity").lower() != b"identity"
 
 
 def do_nothing() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from ringfence.gateway.contract import Headers
-from ringfence.gateway.dataplane.http1_head import OF_PROXIES, Fields, RequestHead, ResponseHead
+from ringfence.gateway.dataplane.http1_head import PROXY_FIELDS, FieldSection, RequestHead, ResponseHead
 
 LABEL: Final = b"x-ringfence-label"
 """In it the sender's tooling says where a request came from, for the report alone."""
@@ -17,22 +17,24 @@ HANDLE: Final = b"x-ringfence-handle"
 _HOP_BY_HOP: Final = frozenset({
     b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"content-length",
 })  # fmt: skip
-_FOR_THE_GATEWAY: Final = OF_PROXIES | {b"host", b"expect", b"dpop"}
-_OF_THE_AGENT: Final = frozenset({b"authorization", b"accept-encoding", b"a-im", b"sec-websocket-extensions"})
+_GATEWAY_FIELDS: Final = PROXY_FIELDS | {b"host", b"expect", b"dpop"}
+_DROPPED_WITH_CREDENTIAL: Final = frozenset(
+    {b"authorization", b"accept-encoding", b"a-im", b"sec-websocket-extensions"}
+)
 """`Accept-Encoding`, `A-IM` (RFC 3229) and the extensions of WebSocket are left out so that nothing comes compressed:
 there nobody finds an echoed secret. Where nothing is injected, all of these stay."""
 _NO_CONTENT: Final = 204
 """It has no length (RFC 9110, 8.6): who believes one would take the next response for its body."""
-_OF_THE_TARGET: Final = frozenset({b"alt-svc"})
+_DROPPED_RESPONSE_FIELDS: Final = frozenset({b"alt-svc"})
 """It would lead the agent past the gateway."""
 
 
 @functools.lru_cache(maxsize=1024)
-def _ends_here(name: bytes) -> bool:
+def _is_always_dropped(name: bytes) -> bool:
     """Whether it never goes on, neither with a credential of Ringfence nor without."""
     return (
         name in _HOP_BY_HOP
-        or name in _FOR_THE_GATEWAY
+        or name in _GATEWAY_FIELDS
         or name.startswith((b"proxy-", b"x-forwarded-", b"x-ringfence-"))
     )
 
@@ -42,26 +44,27 @@ def is_handle(authorization: bytes) -> bool:
     return authorization.partition(b" ")[0].lower() == b"dpop"
 
 
-def own_names(block: Fields) -> frozenset[str]:
+def agent_header_names(section: FieldSection) -> frozenset[str]:
     """Names, in lower case, of the headers that go on where a request goes on as it came."""
-    shows_handle = is_handle(block.known.get(b"authorization", b""))
+    shows_handle = is_handle(section.values.get(b"authorization", b""))
     return frozenset(
         name.decode("ascii")
-        for name, _ in block.lines
-        if not _ends_here(name)
-        and name not in block.named
+        for name, _ in section.lines
+        if not _is_always_dropped(name)
+        and name not in section.connection_options
         and not (name == b"authorization" and shows_handle)
     )
 
 
-def kept_headers(request: RequestHead, *, upgrade: bool) -> Headers:
+def forwarded_headers(request: RequestHead, *, upgrade: bool) -> Headers:
     """All headers that go on with a credential but for its own, in order. `upgrade`: whether it opens a WebSocket."""
-    named = request.block.named
+    named = request.section.connection_options
     kept = tuple(
         (spelled.decode("ascii"), line.partition(b":")[2].strip(b" \t").decode("latin-1"))
-        for name, line in request.block.lines
-        if (spelled := _kept(name)) is not None
-        and _kept(spelled) is not None  # it goes on by this name: `keep_alive` must not become `keep-alive`
+        for name, line in request.section.lines
+        if (spelled := _forwarded_name(name)) is not None
+        and _forwarded_name(spelled)
+        is not None  # it goes on by this name: `keep_alive` must not become `keep-alive`
         and named.isdisjoint((name, spelled))
     )
     return (*kept, ("upgrade", "websocket")) if upgrade else kept
@@ -91,11 +94,13 @@ def request_head(
     """
     first = f"{request.method} {target} HTTP/1.1\r\nHost: {authority}\r\n".encode("ascii")
     if injected is None:
-        lines = _as_they_came(request)
+        lines = _unchanged_lines(request)
     else:
-        replaced, put_in = _carrying(tuple(injected.items()))
+        replaced, credential_lines = _credential_lines(tuple(injected.items()))
         lines = (
-            _with(request.block, replaced, put_in) if approved is None else _only(approved, replaced) + put_in
+            _lines_with_credential(request.section, replaced, credential_lines)
+            if approved is None
+            else _approved_lines(approved, replaced) + credential_lines
         )
     if upgrade:
         framed = b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
@@ -106,7 +111,7 @@ def request_head(
     return first + lines + framed
 
 
-def _only(approved: Headers, replaced: frozenset[bytes]) -> bytes:
+def _approved_lines(approved: Headers, replaced: frozenset[bytes]) -> bytes:
     """The lines of headers that were approved, spelled as they were hashed. How the body ends is said elsewhere."""
     lines = [(name.encode("ascii"), value.encode("latin-1")) for name, value in approved]
     return b"".join(
@@ -115,26 +120,30 @@ def _only(approved: Headers, replaced: frozenset[bytes]) -> bytes:
 
 
 @functools.lru_cache(maxsize=1024)
-def _with(block: Fields, replaced: frozenset[bytes], put_in: bytes) -> bytes:
+def _lines_with_credential(
+    section: FieldSection, replaced: frozenset[bytes], credential_lines: bytes
+) -> bytes:
     """The lines that go on with what is put in. A program sends the same with each of its requests."""
     return (
         b"".join(
             line + b"\r\n"
-            for name, line in block.lines
-            if (spelled := _kept(name)) is not None and spelled not in replaced and name not in block.named
+            for name, line in section.lines
+            if (spelled := _forwarded_name(name)) is not None
+            and spelled not in replaced
+            and name not in section.connection_options
         )
-        + put_in
+        + credential_lines
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def _kept(name: bytes) -> bytes | None:
+def _forwarded_name(name: bytes) -> bytes | None:
     """The name, as it is compared with those that are put in; None where it does not go on with a credential."""
-    return None if _ends_here(name) or name in _OF_THE_AGENT else name.replace(b"_", b"-")
+    return None if _is_always_dropped(name) or name in _DROPPED_WITH_CREDENTIAL else name.replace(b"_", b"-")
 
 
 @functools.lru_cache(maxsize=256)
-def _carrying(injected: tuple[tuple[str, str], ...]) -> tuple[frozenset[bytes], bytes]:
+def _credential_lines(injected: tuple[tuple[str, str], ...]) -> tuple[frozenset[bytes], bytes]:
     """What carries a credential: the names that it replaces, and its lines."""
     names = frozenset(name.lower().replace("_", "-").encode("ascii") for name, _ in injected)
     lines = [
@@ -144,14 +153,14 @@ def _carrying(injected: tuple[tuple[str, str], ...]) -> tuple[frozenset[bytes], 
     return names, b"".join(lines)
 
 
-def _as_they_came(request: RequestHead) -> bytes:
-    own = own_names(request.block)
+def _unchanged_lines(request: RequestHead) -> bytes:
+    own = agent_header_names(request.section)
     return b"".join(line + b"\r\n" for name, line in request.fields if name.decode("ascii") in own)
 
 
 def response_head(response: ResponseHead, *, chunked: bool, close: bool) -> bytes:
     """The head of a target's response for the agent."""
-    head = b"HTTP/1.1 %b\r\n%b" % (response.line, _lines_back(response.block))
+    head = b"HTTP/1.1 %b\r\n%b" % (response.line, _response_lines(response.section))
     if chunked:
         head += b"Transfer-Encoding: chunked\r\n"
     elif response.length is not None and not response.chunked and response.status != _NO_CONTENT:
@@ -160,16 +169,18 @@ def response_head(response: ResponseHead, *, chunked: bool, close: bool) -> byte
 
 
 @functools.lru_cache(maxsize=256)
-def _lines_back(block: Fields) -> bytes:
+def _response_lines(section: FieldSection) -> bytes:
     return b"".join(
-        line + b"\r\n" for name, line in block.lines if not _stays_here(name) and name not in block.named
+        line + b"\r\n"
+        for name, line in section.lines
+        if not _is_dropped_from_response(name) and name not in section.connection_options
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def _stays_here(name: bytes) -> bool:
+def _is_dropped_from_response(name: bytes) -> bool:
     """Whether a target's header is none of the agent's business."""
-    return name in _HOP_BY_HOP or name in _OF_THE_TARGET or name.startswith(b"proxy-")
+    return name in _HOP_BY_HOP or name in _DROPPED_RESPONSE_FIELDS or name.startswith(b"proxy-")
 
 
 def switching_head(response: ResponseHead) -> bytes:
@@ -178,7 +189,9 @@ def switching_head(response: ResponseHead) -> bytes:
     lines += [
         line
         for name, line in response.fields
-        if name not in _HOP_BY_HOP and name not in response.named and name not in _OF_THE_TARGET
+        if name not in _HOP_BY_HOP
+        and name not in response.connection_options
+        and name not in _DROPPED_RESPONSE_FIELDS
     ]
     lines += (b"", b"")
     return b"\r\n".join(lines)

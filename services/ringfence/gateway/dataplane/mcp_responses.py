@@ -46,7 +46,7 @@ class McpResponseFilter:
             self.outcome.kind = "transport_error"
         elif response.status == _ACCEPTED or self._mcp.id is None:
             self.outcome.kind = "accepted"
-        session = response.known.get(b"mcp-session-id")
+        session = response.values.get(b"mcp-session-id")
         if session is None or not self._mcp.opens_session or response.status >= 300:
             return
         if not self._mcp.bind_session(session.decode("latin-1")):

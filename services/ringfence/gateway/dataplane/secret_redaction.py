@@ -20,12 +20,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 from urllib.parse import quote
 
-SHORTEST: Final = 6
+MIN_NEEDLE_BYTES: Final = 6
 """What is shorter is not searched for: it would be found everywhere."""
-LOOSE: Final = 4
+MAX_UNHELD_BYTES: Final = 4
 
 _WORD: Final = re.compile(r"\S+")
-_HTML: Final[tuple[dict[str, str], ...]] = (
+_HTML_ESCAPES: Final[tuple[dict[str, str], ...]] = (
     {},
     {'"': "&quot;", "'": "&#39;"},
     {'"': "&#34;", "'": "&#39;", "+": "&#43;"},
@@ -50,28 +50,28 @@ def needles_of(values: tuple[str, ...]) -> tuple[bytes, ...]:
     found: set[bytes] = set()
     for value in values:
         for secret in _secrets(value):
-            found.update(_spellings(secret))
-    return tuple(sorted((one for one in found if len(one) >= SHORTEST), key=len, reverse=True))
+            found.update(_encodings(secret))
+    return tuple(sorted((one for one in found if len(one) >= MIN_NEEDLE_BYTES), key=len, reverse=True))
 
 
 def redact(data: bytes, needles: Iterable[bytes]) -> bytes:
     """All of it, without the secret."""
-    return _united(data, [data.replace(one, b"*" * len(one)) for one in needles if one in data])
+    return _merge_redacted(data, [data.replace(one, b"*" * len(one)) for one in needles if one in data])
 
 
 class Redactor:
     """The same for what comes in pieces. What may be the beginning of the secret is held back until more has come.
 
-    The first `LOOSE` bytes of a beginning are not: an event or a frame that happens to end with a letter of the secret
-    has to go on at once. Where the secret does follow, it is these bytes of it that the agent sees.
+    A beginning of up to `MAX_UNHELD_BYTES` bytes is not held back, because an event or a frame that happens to end
+    with a letter of the secret must go on at once. If the secret follows, the agent sees these bytes of it.
     """
 
-    __slots__ = ("_beginnings", "_kept", "_needles", "_redacted", "_sent")
+    __slots__ = ("_held", "_matchers", "_needles", "_redacted", "_sent")
 
     def __init__(self, needles: tuple[bytes, ...]) -> None:
         self._needles = needles
-        self._beginnings = [Beginning(needle) for needle in needles]
-        self._kept = b""
+        self._matchers = [PrefixMatcher(needle) for needle in needles]
+        self._held = b""
         """The end of what came, where it may be the beginning of the secret."""
         self._redacted = b""
         """The same, without what was found in it. What one needle hides may be the beginning of another."""
@@ -80,28 +80,28 @@ class Redactor:
 
     def feed(self, piece: bytes) -> bytes:
         """What may go on now."""
-        sent, (data, redacted) = self._sent, self._with(piece)
-        keep = max((beginning.follow(piece) for beginning in self._beginnings), default=0)
+        sent, (data, redacted) = self._sent, self._redacted_with(piece)
+        keep = max((matcher.follow(piece) for matcher in self._matchers), default=0)
         start = len(data) - keep
-        end = len(data) if keep <= LOOSE else max(sent, start)
-        self._kept, self._redacted, self._sent = data[start:], redacted[start:], end - start
+        end = len(data) if keep <= MAX_UNHELD_BYTES else max(sent, start)
+        self._held, self._redacted, self._sent = data[start:], redacted[start:], end - start
         return redacted[sent:end]
 
     def last(self, piece: bytes) -> bytes:
         """What may go on at the end: nothing is held back any more."""
-        sent, (_, redacted) = self._sent, self._with(piece)
-        self._kept, self._redacted, self._sent = b"", b"", 0
+        sent, (_, redacted) = self._sent, self._redacted_with(piece)
+        self._held, self._redacted, self._sent = b"", b"", 0
         return redacted[sent:] if sent else redacted
 
-    def _with(self, piece: bytes) -> tuple[bytes, bytes]:
+    def _redacted_with(self, piece: bytes) -> tuple[bytes, bytes]:
         """What was kept and this piece, as they came and redacted."""
-        if not self._kept:
+        if not self._held:
             return piece, redact(piece, self._needles)
-        data = self._kept + piece
-        return data, _united(data, [self._redacted + piece, redact(data, self._needles)])
+        data = self._held + piece
+        return data, _merge_redacted(data, [self._redacted + piece, redact(data, self._needles)])
 
 
-class Beginning:
+class PrefixMatcher:
     """How much of the end of a stream may be the beginning of a needle (Knuth, Morris, Pratt).
 
     Each byte is compared twice at most, and only the last `len(needle)` of a piece are: a target that sends what looks
@@ -132,13 +132,13 @@ class Beginning:
                 if length == len(needle):
                     length = 0
             else:
-                length = _borders(needle)[length] if length > 1 else 0
+                length = _failure_table(needle)[length] if length > 1 else 0
         self._length = length
         return length
 
 
 @functools.lru_cache(maxsize=1024)
-def _borders(needle: bytes) -> list[int]:
+def _failure_table(needle: bytes) -> list[int]:
     """By each length of a beginning of the needle: how long a shorter one is that it ends with."""
     found = [0, 0]
     for at in range(1, len(needle)):
@@ -149,7 +149,7 @@ def _borders(needle: bytes) -> list[int]:
     return found
 
 
-def _united(data: bytes, redacted: Sequence[bytes]) -> bytes:
+def _merge_redacted(data: bytes, redacted: Sequence[bytes]) -> bytes:
     """The data with an asterisk wherever one of its redacted forms has one: what is hidden in one may overlap."""
     if len(redacted) < 2:
         return redacted[0] if redacted else data
@@ -184,10 +184,10 @@ def _parts(secret: str) -> Iterator[str]:
         onward = (secret[words[number][0] : end] for _, end in words[number:])
         back = (secret[start : words[number][1]] for start, _ in reversed(words[: number + 1]))
         for parts in (onward, back):
-            yield from itertools.islice((one for one in parts if len(one.encode()) >= SHORTEST), 1)
+            yield from itertools.islice((one for one in parts if len(one.encode()) >= MIN_NEEDLE_BYTES), 1)
 
 
-def _spellings(secret: str) -> set[bytes]:
+def _encodings(secret: str) -> set[bytes]:
     raw = secret.encode("utf-8")
     found = {raw, raw.hex().encode(), raw.hex().upper().encode()}
     found.update(one.encode() for one in (*_percent_encoded(secret), *_in_json(secret), *_in_html(secret)))
@@ -223,5 +223,5 @@ def _in_json(secret: str) -> Iterator[str]:
 
 def _in_html(secret: str) -> Iterator[str]:
     named = html.escape(secret, quote=False)
-    for own in _HTML:
+    for own in _HTML_ESCAPES:
         yield "".join(own.get(one, one) for one in named)

@@ -22,10 +22,10 @@ def asks_for_websocket(head: RequestHead) -> bool:
     return (
         head.method == "GET"
         and head.minor == 1
-        and b"upgrade" in head.named
-        and head.known.get(b"upgrade", b"").lower() == b"websocket"
-        and b"sec-websocket-key" in head.known
-        and head.known.get(b"sec-websocket-version") == b"13"
+        and b"upgrade" in head.connection_options
+        and head.values.get(b"upgrade", b"").lower() == b"websocket"
+        and b"sec-websocket-key" in head.values
+        and head.values.get(b"sec-websocket-version") == b"13"
         and not head.chunked
         and not head.length
     )
@@ -38,12 +38,12 @@ def accepts_websocket(head: RequestHead, response: ResponseHead, *, plain: bool)
     """
     if plain and any(name == b"sec-websocket-extensions" for name, _ in response.fields):
         return False
-    key = head.known[b"sec-websocket-key"]
+    key = head.values[b"sec-websocket-key"]
     expected = base64.b64encode(hashlib.sha1(key + _GUID, usedforsecurity=False).digest())
     return (
-        response.known.get(b"upgrade", b"").lower() == b"websocket"
-        and b"upgrade" in response.named
-        and response.known.get(b"sec-websocket-accept") == expected
+        response.values.get(b"upgrade", b"").lower() == b"websocket"
+        and b"upgrade" in response.connection_options
+        and response.values.get(b"sec-websocket-accept") == expected
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Final
 
-_BYTES: Final = 16
-_AT_ONCE: Final = 256
+_ID_BYTES: Final = 16
+_IDS_PER_READ: Final = 256
 
 
 class ActionIds:
@@ -18,11 +18,11 @@ class ActionIds:
         self._random = b""
         self._at = 0
 
-    def fresh(self) -> str:
+    def new(self) -> str:
         """One that nothing else has."""
         if self._at >= len(self._random):
-            self._random, self._at = os.urandom(_BYTES * _AT_ONCE), 0
-        text = self._random[self._at : self._at + _BYTES].hex()
-        self._at += _BYTES
+            self._random, self._at = os.urandom(_ID_BYTES * _IDS_PER_READ), 0
+        text = self._random[self._at : self._at + _ID_BYTES].hex()
+        self._at += _ID_BYTES
         variant = "89ab"[int(text[16], 16) & 3]
         return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-{variant}{text[17:20]}-{text[20:]}"

@@ -128,7 +128,7 @@ class DecisionGate:
         holdable: HoldableRequest | None = None,
     ) -> Verdict:
         """See `Gate`."""
-        context = DecisionContext(self._ids.fresh(), attempt, holdable)
+        context = DecisionContext(self._ids.new(), attempt, holdable)
         try:
             refusal = await self._decide(context, presented, attempt, rate_check)
         except Exception:  # what cannot be decided is denied, whatever it is

@@ -17,10 +17,10 @@ from starlette.requests import Request
 from ringfence.gateway.contract import Attempt, PresentedIdentity
 from ringfence.gateway.proxies.authz import (
     LABEL,
-    handle_and_own,
-    only,
+    handle_and_header_names,
     shown_headers,
     shows_json,
+    single_header,
     whole_body,
 )
 
@@ -38,10 +38,10 @@ async def read(request: Request) -> tuple[PresentedIdentity, Attempt] | None:
         return None
     try:
         method, uri, host, proto = (
-            only(request, f"x-forwarded-{name}") for name in ("method", "uri", "host", "proto")
+            single_header(request, f"x-forwarded-{name}") for name in ("method", "uri", "host", "proto")
         )
-        (handle, own), proof = handle_and_own(request), only(request, "dpop")
-        label = only(request, LABEL)
+        (handle, own), proof = handle_and_header_names(request), single_header(request, "dpop")
+        label = single_header(request, LABEL)
         json = shows_json(request)
     except ValueError:
         return None

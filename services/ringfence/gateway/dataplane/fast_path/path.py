@@ -22,7 +22,7 @@ from ringfence.gateway.dataplane.fast_path.plans import (
     route_key,
 )
 from ringfence.gateway.dataplane.http1_body import Body
-from ringfence.gateway.dataplane.http1_head import END, MAX_HEAD_BYTES, RequestHead, parse_request
+from ringfence.gateway.dataplane.http1_head import END_OF_HEAD, MAX_HEAD_BYTES, RequestHead, parse_request
 from ringfence.gateway.dataplane.limits import RequestSlot
 from ringfence.gateway.dataplane.request_reader import ListenerContext, read_request
 from ringfence.gateway.dataplane.secret_redaction import redact
@@ -173,13 +173,13 @@ class FastPath:
     def _try(self, data: bytes) -> bool:
         shared, slot, plans = self._shared, self._slot, self._plans
         assert plans is not None, "the fast path is enabled"
-        end = data.find(END, 0, MAX_HEAD_BYTES)
+        end = data.find(END_OF_HEAD, 0, MAX_HEAD_BYTES)
         if end < 0:
             return False
-        key = self._key + data[: end + len(END)]
+        key = self._key + data[: end + len(END_OF_HEAD)]
         kept = plans.get(key)
         plan = kept if kept is not None else self._make_plan(data, end, key, plans)
-        if plan is None or len(data) != end + len(END) + plan.length:
+        if plan is None or len(data) != end + len(END_OF_HEAD) + plan.length:
             return False
         try:
             slot.begin()
@@ -207,16 +207,16 @@ class FastPath:
         """How a request goes on that was not here before, or of which something changed; None where it is not plain."""
         shared = self._shared
         shows_proof = b"DPoP:" in data
-        if self._listener.shows_nobody and shows_proof:
+        if self._listener.is_unauthenticated and shows_proof:
             return None  # a proof is waited for: it is read there, and not here too
         try:
             request = parse_request(data[: end + 2])
-            if not _is_plain(request) or len(data) != end + len(END) + (request.length or 0):
+            if not _is_plain(request) or len(data) != end + len(END_OF_HEAD) + (request.length or 0):
                 return None
             presented, attempt = read_request(request, self._listener, shared.is_target_host)
             seen = request.length is not None and request.length > 0 and shared.gate.reads_body(attempt)
             if seen:
-                attempt = dataclasses.replace(attempt, body=data[end + len(END) :])
+                attempt = dataclasses.replace(attempt, body=data[end + len(END_OF_HEAD) :])
             cached = shared.gate.cached_allowance(presented, attempt)
             if cached is None:
                 return None
@@ -285,19 +285,19 @@ class FastPath:
         plan, upstream = self._plan, self._upstream
         if plan is None or upstream is None:
             return False
-        end = data.find(END, 0, MAX_HEAD_BYTES)
+        end = data.find(END_OF_HEAD, 0, MAX_HEAD_BYTES)
         response = response_plan(data[: end + 2], plan.request.method) if end >= 0 else None
         if (
             response is None
             or not response.plain
-            or len(data) != end + len(END) + response.length
+            or len(data) != end + len(END_OF_HEAD) + response.length
             or upstream.buffer
             or self._shared.gate.view_expired()
         ):
             self._hand_over()
             return not data
         client, shared = self._client, self._shared
-        client.write_at_end_of_turn(redact(response.head + data[end + len(END) :], self._needles))
+        client.write_at_end_of_turn(redact(response.head + data[end + len(END_OF_HEAD) :], self._needles))
         self._forget(plan)
         if response.reusable and not plan.no_reuse:
             shared.upstreams.release(plan.origin, upstream)
@@ -327,7 +327,7 @@ def _is_plain(request: RequestHead) -> bool:
     return (
         request.minor == 1
         and not request.chunked
-        and request.named <= _PLAIN_OPTIONS
-        and b"expect" not in request.known
+        and request.connection_options <= _PLAIN_OPTIONS
+        and b"expect" not in request.values
         and request.method != "CONNECT"
     )

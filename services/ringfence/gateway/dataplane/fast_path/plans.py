@@ -98,14 +98,14 @@ class PlanCache:
 
 def route_key(listener: ListenerContext) -> bytes:
     """Everything about how a request came that what is read from it depends on: no other way has the same."""
-    names = sorted(listener.names) if listener.names is not None else None
+    names = sorted(listener.own_authorities) if listener.own_authorities is not None else None
     shown = (
         listener.scheme,
         names,
         listener.task_id,
         listener.certificate,
         listener.address,
-        listener.inside,
+        listener.connect_authority,
         listener.handle,
     )
     return repr(shown).encode() + b"\n"
@@ -150,7 +150,7 @@ def _make_response_plan(head: bytes, method: str) -> ResponsePlan | None:
         response_head(response, chunked=False, close=False),
         length,
         plain=length == 0 or not is_compressed(response),
-        reusable=response.minor == 1 and b"close" not in response.named,
+        reusable=response.minor == 1 and b"close" not in response.connection_options,
     )
 
 

@@ -116,7 +116,7 @@ class CachedDecision:
             return None
         if injects is None or rate_check(self._sender.agent_id) is not None:
             return None
-        id, took_ns = at_hand.ids.fresh(), time.perf_counter_ns() - began_ns
+        id, took_ns = at_hand.ids.new(), time.perf_counter_ns() - began_ns
         at_hand.recorder.append_at_end_of_turn(self._events.entry(id, took_ns // 1000, now_ms), on_recorded)
         self._count.tally()
         metrics.DECISION_TIME.tally(took_ns / 1e9)
