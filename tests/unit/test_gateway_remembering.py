@@ -105,12 +105,12 @@ def revoked(memory: Memory) -> None:
 
 
 def fenced(memory: Memory) -> None:
-    memory.place.table.fence("agent:bot", memory.place.lease.requested_at_ms, order_id="an order")
+    memory.place.table.fence("agent:bot", memory.place.lease.requested_at_ms, revocation_id="an order")
 
 
 def ended(memory: Memory) -> None:
     lease = memory.place.lease
-    memory.place.table.take(lease.model_copy(update={"seq": lease.seq + 1, "status": "ending"}))
+    memory.place.table.apply(lease.model_copy(update={"seq": lease.seq + 1, "status": "ending"}))
 
 
 def another_trust_bundle(memory: Memory) -> None:

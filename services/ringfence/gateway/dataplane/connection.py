@@ -357,12 +357,12 @@ class ReceivedRequest:
         except (RefusedError, DisconnectedError, DeadlineError):
             return None
 
-    def on_disconnect(self, told: Callable[[], None]) -> Callable[[], None]:
+    def on_disconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
         """See `Patient`."""
         if not self._client.alive:
-            told()
+            callback()
             return lambda: None
-        self._client.on_disconnect = told
+        self._client.on_disconnect = callback
 
         def unsubscribe() -> None:
             self._client.on_disconnect = None

@@ -1,4 +1,4 @@
-"""Ids of actions: random UUIDs (RFC 9562, 5.4), made from many random bytes at once."""
+"""Action ids: random UUIDs (RFC 9562, 5.4) from a buffer of random bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _IDS_PER_READ: Final = 256
 
 
 class ActionIds:
-    """`str(uuid.uuid4())` at a third of its time: each action has one, and each by itself would ask the kernel."""
+    """`str(uuid.uuid4())` in a third of the time. Every action needs an id, and `uuid4` makes a system call."""
 
     __slots__ = ("_at", "_random")
 
@@ -19,7 +19,7 @@ class ActionIds:
         self._at = 0
 
     def new(self) -> str:
-        """One that nothing else has."""
+        """A new id."""
         if self._at >= len(self._random):
             self._random, self._at = os.urandom(_ID_BYTES * _IDS_PER_READ), 0
         text = self._random[self._at : self._at + _ID_BYTES].hex()
