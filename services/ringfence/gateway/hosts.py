@@ -31,7 +31,7 @@ class Origin:
 
 @functools.lru_cache(maxsize=4096)
 def canonical(authority: str, scheme: Scheme) -> str:
-    """`host[:port]` in lower case, without the scheme's default port, IPv6 compressed (RFC 5952).
+    """`host[:port]` in lower case, without the scheme's default port, IPv6 in its short form.
 
     Raises RefusedError for user information, an empty or invalid port, a trailing dot, an address that parsers read
     differently (`127.1`, `0x7f.1`, `010.0.0.1`), a zone id, and everything else that is no host.

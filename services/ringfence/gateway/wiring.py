@@ -97,7 +97,7 @@ def build_core(
         await runtime.event("finding", "policy bundle", about=("bundle_refused", mark), reasons=(reason,))
 
     runtime.history([CREDENTIAL_REPLY], sealed.on_records, since_ms=max(clock.now_ms() - LEASES_SINCE_MS, 1))
-    # Questions are of this process alone, and so are the answers to them: nothing before its start is one.
+    # Questions belong to this process, so answers from before its start are not for it.
     runtime.history([APPROVAL_RESPONSE], approvals.on_records, since_ms=max(clock.now_ms(), 1))
     if own.observe:
         _announce_observe_mode(runtime, own)

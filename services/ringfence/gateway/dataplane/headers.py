@@ -1,4 +1,6 @@
-"""The heads that are sent on: what is left out, what is put in, and every other line as it came."""
+"""The heads of forwarded messages: which fields are dropped, which are added. All other lines are forwarded as they
+came.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from ringfence.gateway.contract import Headers
 from ringfence.gateway.dataplane.http1_head import PROXY_FIELDS, FieldSection, RequestHead, ResponseHead
 
 LABEL: Final = b"x-ringfence-label"
-"""In it the sender's tooling says where a request came from, for the report alone."""
+"""The header in which the sender's tooling says where a request came from. It is used only in reports."""
 HANDLE: Final = b"x-ringfence-handle"
-"""Where an agent shows its handle that has an `Authorization` of its own to send: `X-Ringfence-Handle: LEASE`."""
+"""The header for the handle of an agent that sends an `Authorization` of its own: `X-Ringfence-Handle: LEASE`."""
 
 _HOP_BY_HOP: Final = frozenset({
     b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"content-length",
@@ -21,17 +23,18 @@ _GATEWAY_FIELDS: Final = PROXY_FIELDS | {b"host", b"expect", b"dpop"}
 _DROPPED_WITH_CREDENTIAL: Final = frozenset(
     {b"authorization", b"accept-encoding", b"a-im", b"sec-websocket-extensions"}
 )
-"""`Accept-Encoding`, `A-IM` (RFC 3229) and the extensions of WebSocket are left out so that nothing comes compressed:
-there nobody finds an echoed secret. Where nothing is injected, all of these stay."""
+"""`Accept-Encoding`, `A-IM` (RFC 3229) and the extensions of WebSocket are dropped so that no response is compressed:
+an echoed secret could not be found there. Without an injected credential all of these are forwarded.
+"""
 _NO_CONTENT: Final = 204
-"""It has no length (RFC 9110, 8.6): who believes one would take the next response for its body."""
+"""A response that has no length (RFC 9110, 8.6): a client that believes one takes the next response for its body."""
 _DROPPED_RESPONSE_FIELDS: Final = frozenset({b"alt-svc"})
 """It would lead the agent past the gateway."""
 
 
 @functools.lru_cache(maxsize=1024)
 def _is_always_dropped(name: bytes) -> bool:
-    """Whether it never goes on, neither with a credential of Ringfence nor without."""
+    """Whether a request field is never forwarded, with a credential or without."""
     return (
         name in _HOP_BY_HOP
         or name in _GATEWAY_FIELDS
@@ -40,12 +43,12 @@ def _is_always_dropped(name: bytes) -> bool:
 
 
 def is_handle(authorization: bytes) -> bool:
-    """Whether `Authorization` has the handle of a lease, and nothing of the agent's own."""
+    """Whether `Authorization` contains the handle of a lease, and nothing of the agent's own."""
     return authorization.partition(b" ")[0].lower() == b"dpop"
 
 
 def agent_header_names(section: FieldSection) -> frozenset[str]:
-    """Names, in lower case, of the headers that go on where a request goes on as it came."""
+    """Names, in lower case, of the headers of a request that would be forwarded unchanged."""
     shows_handle = is_handle(section.values.get(b"authorization", b""))
     return frozenset(
         name.decode("ascii")
@@ -57,14 +60,16 @@ def agent_header_names(section: FieldSection) -> frozenset[str]:
 
 
 def forwarded_headers(request: RequestHead, *, upgrade: bool) -> Headers:
-    """All headers that go on with a credential but for its own, in order. `upgrade`: whether it opens a WebSocket."""
+    """All headers that are forwarded with a credential, without its own, in order. `upgrade`: whether it opens a
+    WebSocket.
+    """
     named = request.section.connection_options
     kept = tuple(
         (spelled.decode("ascii"), line.partition(b":")[2].strip(b" \t").decode("latin-1"))
         for name, line in request.section.lines
         if (spelled := _forwarded_name(name)) is not None
         and _forwarded_name(spelled)
-        is not None  # it goes on by this name: `keep_alive` must not become `keep-alive`
+        is not None  # the forwarded spelling counts: `keep_alive` must not become `keep-alive`
         and named.isdisjoint((name, spelled))
     )
     return (*kept, ("upgrade", "websocket")) if upgrade else kept
@@ -86,11 +91,11 @@ def request_head(
         request: as the agent sent it.
         target: path and query, as they were decided on.
         authority: of the target, for `Host`.
-        injected: what carries the credential; none of the agent's of these names stays. None where the request goes
-            on as it came.
-        length: of the body, where it is known; a body of which it is not known is sent in chunks.
+        injected: the headers of the credential. They replace the agent's headers of these names. None where the request
+            is forwarded unchanged.
+        length: of the body, where it is known; a body of unknown length is sent in chunks.
         upgrade: whether it asks for a WebSocket.
-        approved: where a person approved the action, its headers: nothing else of the agent's goes on.
+        approved: where a person approved the action, its headers: nothing else of the agent's is forwarded.
     """
     first = f"{request.method} {target} HTTP/1.1\r\nHost: {authority}\r\n".encode("ascii")
     if injected is None:
@@ -112,7 +117,7 @@ def request_head(
 
 
 def _approved_lines(approved: Headers, replaced: frozenset[bytes]) -> bytes:
-    """The lines of headers that were approved, spelled as they were hashed. How the body ends is said elsewhere."""
+    """The lines of approved headers, spelled as they were hashed. `request_head` adds the framing."""
     lines = [(name.encode("ascii"), value.encode("latin-1")) for name, value in approved]
     return b"".join(
         name + b": " + value + b"\r\n" for name, value in lines if name != b"upgrade" and name not in replaced
@@ -123,7 +128,9 @@ def _approved_lines(approved: Headers, replaced: frozenset[bytes]) -> bytes:
 def _lines_with_credential(
     section: FieldSection, replaced: frozenset[bytes], credential_lines: bytes
 ) -> bytes:
-    """The lines that go on with what is put in. A program sends the same with each of its requests."""
+    """The lines that are forwarded with a credential. Cached, since a program sends the same with each of
+    its requests.
+    """
     return (
         b"".join(
             line + b"\r\n"
@@ -138,13 +145,13 @@ def _lines_with_credential(
 
 @functools.lru_cache(maxsize=1024)
 def _forwarded_name(name: bytes) -> bytes | None:
-    """The name, as it is compared with those that are put in; None where it does not go on with a credential."""
+    """The name as it is compared with injected names; None where it is not forwarded with a credential."""
     return None if _is_always_dropped(name) or name in _DROPPED_WITH_CREDENTIAL else name.replace(b"_", b"-")
 
 
 @functools.lru_cache(maxsize=256)
 def _credential_lines(injected: tuple[tuple[str, str], ...]) -> tuple[frozenset[bytes], bytes]:
-    """What carries a credential: the names that it replaces, and its lines."""
+    """The names that a credential replaces, and its lines."""
     names = frozenset(name.lower().replace("_", "-").encode("ascii") for name, _ in injected)
     lines = [
         b"Accept-Encoding: identity\r\n",
@@ -159,7 +166,7 @@ def _unchanged_lines(request: RequestHead) -> bytes:
 
 
 def response_head(response: ResponseHead, *, chunked: bool, close: bool) -> bytes:
-    """The head of a target's response for the agent."""
+    """The head of a target's response, for the agent."""
     head = b"HTTP/1.1 %b\r\n%b" % (response.line, _response_lines(response.section))
     if chunked:
         head += b"Transfer-Encoding: chunked\r\n"
@@ -179,12 +186,12 @@ def _response_lines(section: FieldSection) -> bytes:
 
 @functools.lru_cache(maxsize=1024)
 def _is_dropped_from_response(name: bytes) -> bool:
-    """Whether a target's header is none of the agent's business."""
+    """Whether a response field is not forwarded."""
     return name in _HOP_BY_HOP or name in _DROPPED_RESPONSE_FIELDS or name.startswith(b"proxy-")
 
 
 def switching_head(response: ResponseHead) -> bytes:
-    """The head of a target's response that opens a WebSocket."""
+    """The head of a target's response that opens a WebSocket, for the agent."""
     lines = [b"HTTP/1.1 " + response.line, b"Connection: Upgrade", b"Upgrade: websocket"]
     lines += [
         line

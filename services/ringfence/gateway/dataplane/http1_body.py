@@ -1,4 +1,15 @@
-"""Where the body of a message ends. Chunks are taken apart strictly, and put together anew by whoever sends them on."""
+"""Body framing of HTTP/1.1, read strictly. The rules (RFC 9112):
+
+- 6.3: a request has the body that `Transfer-Encoding` or `Content-Length` announces, and none without them.
+- 6.3: a response to HEAD, and one with 204 or 304, has no body. Without announcement a response ends with its
+  connection.
+- 7.1: a chunk is a size of 1 to 8 hexadecimal digits, CRLF, that many bytes, CRLF. Nothing else is accepted: no white
+  space, no other line end.
+- 7.1.1: chunk extensions are refused, although a recipient may ignore them. Two readers could disagree on their end.
+- 7.1.2: trailers may have 8 KiB. They must be valid field lines, and are dropped.
+
+A violation raises RefusedError (400). Bodies are forwarded with new chunks, never with the received framing.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +28,7 @@ _SIZE_LINE_BYTES: Final = 10
 
 
 class Body:
-    """What is left of the body of one message. This one is empty."""
+    """The rest of the body of one message. This one is empty."""
 
     __slots__ = ("done",)
 
@@ -25,7 +36,7 @@ class Body:
         self.done = True
 
     def take(self, buffer: bytearray) -> bytes:
-        """Take what has come of the payload out of the buffer, and nothing that follows the body.
+        """Take what has arrived of the content out of the buffer, and nothing that follows the body.
 
         Raises RefusedError where the framing is wrong.
         """
@@ -33,7 +44,7 @@ class Body:
 
 
 class SizedBody(Body):
-    """As many bytes as `Content-Length` says."""
+    """A body of `Content-Length` bytes."""
 
     __slots__ = ("_remaining",)
 
@@ -50,7 +61,7 @@ class SizedBody(Body):
 
 
 class ChunkedBody(Body):
-    """Chunks (RFC 9112, 7.1) without extensions; trailers are checked and dropped."""
+    """A chunked body: a state machine whose `_step` reads a size, data, the end of data, or trailers."""
 
     __slots__ = ("_remaining", "_step")
 
@@ -118,9 +129,9 @@ class ChunkedBody(Body):
 
 
 def _take_complete_chunks(buffer: bytearray, pieces: list[bytes]) -> None:
-    """Take the chunks that are all there and plain: a body of many small ones costs little more than another.
+    """Take the complete chunks at the start of the buffer at once, so that many small ones are cheap.
 
-    Whatever is not is left, with all behind it, to be read step by step.
+    The first chunk that is incomplete, last, or not plain stays, with all behind it, for the state machine.
     """
     found = _CHUNK_HEADER.match(buffer)
     if found is None:
@@ -138,7 +149,7 @@ def _take_complete_chunks(buffer: bytearray, pieces: list[bytes]) -> None:
 
 
 class CloseDelimitedBody(Body):
-    """All that comes: a response that ends with its connection."""
+    """A response body that ends with its connection."""
 
     __slots__ = ()
 
@@ -168,7 +179,7 @@ def response_body(head: ResponseHead, method: str) -> Body:
 
 
 def chunk(piece: bytes) -> bytes:
-    """One chunk of a message that is sent on. `piece` is not empty: that would be the last one."""
+    """One chunk of a message that is forwarded. `piece` must not be empty: that would be the last chunk."""
     return b"%x\r\n%b\r\n" % (len(piece), piece)
 
 

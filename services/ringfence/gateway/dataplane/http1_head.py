@@ -1,7 +1,25 @@
-"""The head of an HTTP/1.1 message, read strictly: what two readers could understand differently is refused.
+"""A strict parser for the head of an HTTP/1.1 message.
 
-RFC 9112 lets a recipient be lenient in places, and each such place is a way to smuggle a request past a decision.
-Nothing is repaired here, and field lines are kept as they were sent.
+RFC 9112 lets a recipient be lenient in places. Each of these places is a way to smuggle a request past a decision, as
+the target may read it differently. So a head that two readers could understand differently is refused (400). Nothing is
+repaired, and field lines are kept as they were received. The rules:
+
+- Request line (RFC 9112, 3): `METHOD SP TARGET SP HTTP/1.0` or `HTTP/1.1`, with single spaces. The method is a token of
+  up to 32 characters, the target up to 8192 visible ASCII characters.
+- Status line (RFC 9112, 4): `HTTP/1.0` or `HTTP/1.1`, a status from 100 to 599, an optional reason phrase.
+- Line ends (RFC 9112, 2.2): CRLF only. A bare CR, a bare LF or a NUL anywhere in the head is refused.
+- Field lines (RFC 9112, 5; RFC 9110, 5.5): a name is a token of up to 256 characters, directly followed by the colon.
+  Values have HTAB, SP, visible ASCII and bytes above 0x7F. Line folding (RFC 9112, 5.2) is refused.
+- Size (RFC 6585, 5): a head may have 32 KiB and 100 fields; more is refused with 431.
+- Singletons (RFC 9110, 5.3): a field that has a meaning here comes at most once (`_SINGLETON_FIELDS`).
+- `Host` (RFC 9112, 3.2): a request has one. Only CONNECT in HTTP/1.0 may lack it, as Python sent it before 3.12.
+- `Content-Length` (RFC 9110, 8.6): one decimal number without sign or leading zeros, at most 2^50.
+- `Transfer-Encoding` (RFC 9112, 6.1 and 6.3): exactly `chunked`, not together with `Content-Length`, not in HTTP/1.0.
+- `Connection` (RFC 9110, 7.6.1): a request must not name `Content-Type` or `Content-Encoding` there, which say how its
+  body is read. A message may name at most 101 options.
+- Underscores: some targets read `_` in a name as `-`. A name that would then be a field with a meaning is refused.
+- Override fields: a request must not have a field by which a target acts on another method or path
+  (`OVERRIDE_FIELDS`).
 """
 
 from __future__ import annotations
@@ -41,7 +59,7 @@ OVERRIDE_FIELDS: Final = frozenset({
     b"x-http-method-override", b"x-http-method", b"x-method-override", b"x-original-url", b"x-rewrite-url",
     b"x-original-uri", b"x-original-method",
 })  # fmt: skip
-"""By these a target may do another thing than the request line says, which is what is decided on."""
+"""By these a target may act on another method or path than the request line says, which is what is decided on."""
 
 PROXY_FIELDS: Final = frozenset({
     b"forwarded", b"x-real-ip", b"client-ip", b"x-client-ip", b"true-client-ip", b"x-cluster-client-ip",
@@ -49,37 +67,38 @@ PROXY_FIELDS: Final = frozenset({
     b"client-cert-chain", b"x-client-cert", b"x-ssl-client-cert", b"remote-user", b"x-remote-user", b"x-webauth-user",
     b"x-authenticated-user",
 })  # fmt: skip
-"""What a target may believe of the proxy before it (RFC 7239, RFC 9440, and older customs), besides `X-Forwarded-*`."""
+"""Fields by which a proxy tells a target about the client (RFC 7239, RFC 9440, and older customs), besides
+`X-Forwarded-*`.
+"""
 
 
 @dataclass(slots=True, eq=False)
 class FieldSection:
-    """The field lines of a message. Not to be changed: those of many messages may be the same object."""
+    """The parsed field lines of a message. Immutable by convention: equal sections share one object."""
 
     lines: Sequence[tuple[bytes, bytes]]
-    """In order: the name in lower case, and the whole line as it was sent, without its end."""
+    """In order: the name in lower case, and the whole line as it was received, without its CRLF."""
     values: Mapping[bytes, bytes]
-    """The values of those that mean something here, each of which came once. Those of `Connection` are joined."""
+    """The values of fields that have a meaning here, by name. Those of several `Connection` fields are joined."""
     length: int | None
-    """What `Content-Length` says."""
+    """The value of `Content-Length`."""
     chunked: bool
     connection_options: frozenset[bytes]
-    """What `Connection` names, in lower case."""
+    """The options of `Connection`, in lower case."""
 
 
 @dataclass(slots=True)
 class Head:
-    """What every message has."""
+    """The head of any message, with the attributes of its field section."""
 
     minor: int
-    """Of the version: HTTP/1.`minor`."""
+    """The minor version: HTTP/1.`minor`."""
     section: FieldSection
     fields: Sequence[tuple[bytes, bytes]]
     values: Mapping[bytes, bytes]
     length: int | None
     chunked: bool
     connection_options: frozenset[bytes]
-    """All of these as `FieldSection` has them."""
 
 
 @dataclass(slots=True)
@@ -99,10 +118,10 @@ class ResponseHead(Head):
 
 
 def take_head(buffer: bytearray, seen: int = 0) -> bytes | None:
-    """Take a head out of what has come, without its empty line; None where more has to come.
+    """Take a head out of the buffer, without its empty line. None where more has to arrive.
 
-    `seen`: so much of it was looked at before, in vain: who sends byte by byte costs no more than others.
-    Raises RefusedError for one that is too long, or can be none whatever comes.
+    `seen`: how much of the buffer was searched before, so that a head which arrives byte by byte costs no more than
+    others. Raises RefusedError for a head that is too long, or that cannot become valid.
     """
     if not buffer:
         return None
@@ -121,16 +140,13 @@ def take_head(buffer: bytearray, seen: int = 0) -> bytes | None:
 
 
 def parse_request(head: bytes) -> RequestHead:
-    """A request from its head, as `take_head` gives it. Raises RefusedError.
-
-    Only a CONNECT of HTTP/1.0 may come without `Host`: Python sent it so before 3.12.
-    """
+    """Parse the head of a request, as `take_head` returns it. Raises RefusedError."""
     line = _REQUEST_LINE.match(head)
     if line is None:
         raise _malformed("its first line is not METHOD TARGET HTTP/1.1")
     lines, minor = head[line.end() :], line[3][0] - 48
-    again = len(lines) <= _MAX_CACHED_BYTES and b"DPoP:" not in lines  # a proof comes once
-    section = _cached_request_fields(lines) if again else _request_fields(lines)
+    cacheable = len(lines) <= _MAX_CACHED_BYTES and b"DPoP:" not in lines  # each proof is new
+    section = _cached_request_fields(lines) if cacheable else _request_fields(lines)
     if minor == 0 and section.chunked:
         raise _chunked_in_http_1_0()
     if b"host" not in section.values and not (minor == 0 and line[1] == b"CONNECT"):
@@ -142,7 +158,7 @@ def parse_request(head: bytes) -> RequestHead:
 
 
 def parse_response(head: bytes) -> ResponseHead:
-    """A response from its head. Raises RefusedError."""
+    """Parse the head of a response. Raises RefusedError."""
     line = _STATUS_LINE.match(head)
     if line is None:
         raise _malformed("its first line is not HTTP/1.1 STATUS")
@@ -157,13 +173,13 @@ def parse_response(head: bytes) -> ResponseHead:
 
 
 def check_trailers(lines: bytes) -> None:
-    """Raises RefusedError where these are no field lines. Nothing is kept of them."""
+    """Check the trailers of a chunked body. Raises RefusedError."""
     if _FIELDS.fullmatch(lines) is None:
         raise _malformed("its trailers are no field lines")
 
 
 def _request_fields(section: bytes) -> FieldSection:
-    """The fields of a request. Raises RefusedError."""
+    """Parse and check the fields of a request. Raises RefusedError."""
     found = _parse_fields(section)
     if not found.connection_options.isdisjoint(_BODY_FIELDS):
         raise _malformed("Connection names what says how its body is to be read")
@@ -178,7 +194,7 @@ def _request_fields(section: bytes) -> FieldSection:
 
 
 _cached_request_fields = functools.lru_cache(maxsize=1024)(_request_fields)
-"""A program sends nearly the same ones with each of its requests."""
+"""Cached, since a program sends nearly the same fields with each of its requests."""
 
 
 def _parse_fields(section: bytes) -> FieldSection:
@@ -214,7 +230,7 @@ def _field_name(given: bytes) -> tuple[bytes, bool]:
 
 
 _cached_response_fields = functools.lru_cache(maxsize=256)(_parse_fields)
-"""A target sends the same ones within a second, where what it answers is as long."""
+"""Cached, since a target sends the same fields within a second if the length is the same."""
 
 
 def _framing(values: dict[bytes, bytes]) -> tuple[int | None, bool, frozenset[bytes]]:
@@ -245,7 +261,7 @@ def _length(given: bytes) -> int:
 
 
 def _is_read_as_another(name: bytes) -> bool:
-    """Whether a target that takes `_` for `-` would read a name that means something, here or there."""
+    """Whether a target that reads `_` as `-` would take the name for a field that has a meaning, here or there."""
     dashed = name.replace(b"_", b"-")
     return (
         dashed in _KEPT_FIELDS
@@ -257,7 +273,7 @@ def _is_read_as_another(name: bytes) -> bool:
 
 
 def _syntax_error(section: bytes) -> str:
-    """What is wrong with field lines that are none."""
+    """What is wrong with invalid field lines."""
     if b"\x00" in section:
         return "a NUL in its head"
     for line in section.split(b"\r\n")[:-1]:

@@ -1,4 +1,4 @@
-"""What a request asks for, and what it shows of its sender. Nothing is believed here."""
+"""Turns a parsed request into an `Attempt` and the evidence of its sender. Nothing of it is verified here."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _SCHEMES: Final[tuple[Scheme, ...]] = ("http", "https")
 
 @dataclass(frozen=True, slots=True)
 class ListenerContext:
-    """How a request came."""
+    """How a request reached the gateway: its listener, its connection, and the CONNECT around it."""
 
     sender: str
-    """Whose limits count: a task, a client certificate, an address."""
+    """Whose limits count: a task, a client certificate, or an address."""
     scheme: Scheme
     """As the agent sees it."""
     own_authorities: frozenset[str] | None = None
@@ -42,24 +42,24 @@ class ListenerContext:
     task_id: str | None = None
     certificate: str | None = None
     challenge: bool = False
-    """Whether to ask for `Proxy-Authorization` where nothing else tells who sends."""
+    """Whether to ask for `Proxy-Authorization` where nothing else shows the sender."""
     address: str | None = None
-    """Where the connection came from, where nothing else tells who sends."""
+    """The peer address, where nothing else shows the sender."""
     connect_authority: str | None = None
-    """The authority that a CONNECT was for, where the request came through one."""
+    """The authority of the CONNECT that the request came through."""
     handle: str | None = None
-    """What that CONNECT showed."""
+    """The handle that the CONNECT showed."""
 
     @property
     def is_unauthenticated(self) -> bool:
-        """Whether the connection alone says nothing of who sends."""
+        """Whether the connection alone does not authenticate the sender."""
         return self.task_id is None and self.certificate is None
 
 
 def read_request(
     request: RequestHead, listener: ListenerContext, is_target_host: Callable[[str], bool]
 ) -> tuple[PresentedIdentity, Attempt]:
-    """The attempt that a request is, and what it shows of its sender. Raises RefusedError."""
+    """The evidence of the sender, and the attempt. Raises RefusedError."""
     facts = _field_facts(request.section)
     host = facts.host
     scheme, authority, target = _split_target(request.target, listener)
@@ -98,14 +98,13 @@ def read_request(
 
 @dataclass(frozen=True, slots=True)
 class _FieldFacts:
-    """What the fields of a request say that is the same however it came."""
+    """What depends on the fields of a request alone."""
 
     host: str
     label: str | None
     mcp_headers: McpHeaders
     json: bool
     header_names: frozenset[str]
-    """See `PresentedIdentity`."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -121,7 +120,7 @@ def _field_facts(section: FieldSection) -> _FieldFacts:
 
 
 def _mcp_headers(section: FieldSection) -> McpHeaders:
-    """What the head says of a message of MCP."""
+    """The headers that belong to an MCP message."""
     values = section.values
     others = [
         (name, line)
@@ -149,7 +148,7 @@ def _mcp_headers(section: FieldSection) -> McpHeaders:
 def presented_by(
     request: RequestHead, listener: ListenerContext, *, htu: str | None = None
 ) -> PresentedIdentity:
-    """What a request shows of its sender. Raises RefusedError where that cannot be read."""
+    """The evidence of the sender in a request. Raises RefusedError where it is ambiguous."""
     proof = request.values.get(b"dpop")
     return PresentedIdentity(
         listener.task_id,
@@ -160,7 +159,7 @@ def presented_by(
         listener.address,
         _field_facts(request.section).header_names
         if htu is not None
-        else frozenset(),  # a CONNECT goes nowhere
+        else frozenset(),  # a CONNECT is not forwarded
     )
 
 
@@ -181,7 +180,7 @@ def _handle(request: RequestHead, listener: ListenerContext) -> str | None:
 
 
 def _split_target(target: str, listener: ListenerContext) -> tuple[Scheme, str | None, str]:
-    """Scheme, canonical authority where the request line says one, and the target in origin-form."""
+    """Scheme, canonical authority where the request line has one, and the target in origin-form (RFC 9112, 3.2)."""
     if target.startswith("/"):
         return listener.scheme, None, target
     for scheme in _SCHEMES:
@@ -198,7 +197,7 @@ def _split_authority(rest: str) -> tuple[str, str]:
 
 
 def _target_by_path(authority: str, target: str, listener: ListenerContext) -> tuple[str, str]:
-    """The target that the first segment names, and the rest of the path as it was sent."""
+    """The target id in the first segment of the path, and the rest of the path as it was sent."""
     if listener.own_authorities is not None and authority not in listener.own_authorities:
         raise RefusedError(421, "host_unknown", "Host is neither this gateway nor a target of it")
     target_id, slash, rest = target[1:].partition("/")
@@ -213,7 +212,7 @@ def _path(given: str, target: str) -> str:
 
 
 def _basic_user(value: bytes) -> str:
-    """The user of Basic credentials; a password is no business of a gateway's."""
+    """The user of Basic credentials. The password is ignored."""
     scheme, _, encoded = value.partition(b" ")
     try:
         user = base64.b64decode(encoded.strip(b" "), validate=True).decode("utf-8").partition(":")[0]
@@ -226,7 +225,7 @@ def _basic_user(value: bytes) -> str:
     return user
 
 
-# What the head of a request says of its body: whether everybody reads it as the JSON that the map looks at.
+# --- the media type of a body: whether every reader takes it for the JSON that the map reads ---
 
 _TOKEN: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105 - the token of RFC 9110, 5.6.2
 _JSON: Final = re.compile(
@@ -237,10 +236,10 @@ _CHARSET: Final = re.compile(r";[ \t]*charset=\"?([^\";]*)", re.IGNORECASE)
 
 @functools.lru_cache(maxsize=1024)
 def says_json(media: str | None, coding: str | None) -> bool:
-    """Whether a body with this `Content-Type` and `Content-Encoding` is JSON in UTF-8 (RFC 8259, 8.1), as it is.
+    """Whether a body with this `Content-Type` and `Content-Encoding` is JSON in UTF-8 (RFC 8259, 8.1), uncompressed.
 
-    By another type, in another charset or unpacked, the same bytes say another thing: a form can hide in a text of
-    JSON. Where no type is said, some servers take a body for a form.
+    With another type, charset or encoding the same bytes can mean something else: JSON text can also be a valid form.
+    Some servers take a body without a type for a form.
     """
     found = _JSON.fullmatch(media) if media is not None else None
     if found is None or (coding or "").strip().lower() not in ("", "identity"):

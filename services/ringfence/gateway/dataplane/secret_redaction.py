@@ -1,9 +1,9 @@
-"""The injected secret, should a target echo it: replaced by as many asterisks, so that no length changes.
+"""Redacts the injected secret if a target echoes it: each byte becomes an asterisk, so that no length changes.
 
-Searched for are the secret as it stands in the header, without its scheme, as a Basic password, and its words where it
-has spaces. Each of these is searched for in base64 (in all three alignments), in hexadecimal, percent-encoded, and
-escaped as in JSON and HTML, in the ways in which the usual libraries do that. A target that compresses, encrypts or
-takes the secret apart otherwise hides it from this.
+The search covers the secret as it stands in the header, without its scheme, as a Basic password, and the words of a
+secret with spaces. Each is searched for in base64 (all three alignments), hexadecimal, percent-encoding, and with the
+escapes of JSON and HTML, as the usual libraries write them. It does not find a secret that a target compresses,
+encrypts or splits in another way.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Final
 from urllib.parse import quote
 
 MIN_NEEDLE_BYTES: Final = 6
-"""What is shorter is not searched for: it would be found everywhere."""
+"""Shorter secrets are not searched for: they would be found everywhere."""
 MAX_UNHELD_BYTES: Final = 4
 
 _WORD: Final = re.compile(r"\S+")
@@ -33,15 +33,15 @@ _HTML_ESCAPES: Final[tuple[dict[str, str], ...]] = (
     {'"': "&quot;", "'": "&#x27;", "/": "&#x2F;"},
     {'"': "&quot;", "'": "&#39;", "/": "&#x2F;", "=": "&#x3D;", "`": "&#x60;"},
 )
-"""What is written for characters besides `&`, `<` and `>`: by PHP, Go, Python, and what templates of JavaScript do."""
+"""The escapes of characters besides `&`, `<` and `>`: by PHP, Go, Python, and template engines of JavaScript."""
 MAX_PARTS: Final = 32
-"""So many parts of a secret with spaces are searched for by themselves, besides the whole."""
+"""So many parts of a secret with spaces are searched for, besides the whole."""
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,31} +(?=\S)")
 _SCHEMES: Final = frozenset({
     "apikey", "api-key", "basic", "bearer", "digest", "dpop", "hoba", "key", "mutual", "negotiate", "ntlm", "oauth",
     "privatetoken", "token", "vapid",
 })  # fmt: skip
-"""First words of a header that are no part of a secret (IANA, and what APIs made up). Any other may be one."""
+"""First words of a header that are not part of a secret (IANA, and custom ones of APIs). Any other may be one."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -55,12 +55,12 @@ def needles_of(values: tuple[str, ...]) -> tuple[bytes, ...]:
 
 
 def redact(data: bytes, needles: Iterable[bytes]) -> bytes:
-    """All of it, without the secret."""
+    """The data with the secret redacted."""
     return _merge_redacted(data, [data.replace(one, b"*" * len(one)) for one in needles if one in data])
 
 
 class Redactor:
-    """The same for what comes in pieces. What may be the beginning of the secret is held back until more has come.
+    """Redacts a stream. A possible beginning of the secret is held back until more has arrived.
 
     A beginning of up to `MAX_UNHELD_BYTES` bytes is not held back, because an event or a frame that happens to end
     with a letter of the secret must go on at once. If the secret follows, the agent sees these bytes of it.
@@ -72,14 +72,14 @@ class Redactor:
         self._needles = needles
         self._matchers = [PrefixMatcher(needle) for needle in needles]
         self._held = b""
-        """The end of what came, where it may be the beginning of the secret."""
+        """The end of the data so far, where it may be the beginning of the secret."""
         self._redacted = b""
-        """The same, without what was found in it. What one needle hides may be the beginning of another."""
+        """The same, redacted. What one needle hides may be the beginning of another."""
         self._sent = 0
-        """So much of that went on."""
+        """How many bytes of `_redacted` were returned already."""
 
     def feed(self, piece: bytes) -> bytes:
-        """What may go on now."""
+        """The data that may be sent now."""
         sent, (data, redacted) = self._sent, self._redacted_with(piece)
         keep = max((matcher.follow(piece) for matcher in self._matchers), default=0)
         start = len(data) - keep
@@ -88,13 +88,13 @@ class Redactor:
         return redacted[sent:end]
 
     def last(self, piece: bytes) -> bytes:
-        """What may go on at the end: nothing is held back any more."""
+        """The rest of the data at the end of the stream."""
         sent, (_, redacted) = self._sent, self._redacted_with(piece)
         self._held, self._redacted, self._sent = b"", b"", 0
         return redacted[sent:] if sent else redacted
 
     def _redacted_with(self, piece: bytes) -> tuple[bytes, bytes]:
-        """What was kept and this piece, as they came and redacted."""
+        """The held data and this piece, raw and redacted."""
         if not self._held:
             return piece, redact(piece, self._needles)
         data = self._held + piece
@@ -102,10 +102,10 @@ class Redactor:
 
 
 class PrefixMatcher:
-    """How much of the end of a stream may be the beginning of a needle (Knuth, Morris, Pratt).
+    """Matches the end of a stream with the beginning of a needle (Knuth, Morris, Pratt).
 
-    Each byte is compared twice at most, and only the last `len(needle)` of a piece are: a target that sends what looks
-    like a secret again and again, byte by byte, gains nothing.
+    Each byte is compared at most twice, and only the last `len(needle)` bytes of a piece are read. So a target gains
+    nothing if it sends what looks like the secret again and again, byte by byte.
     """
 
     __slots__ = ("_length", "_needle")
@@ -115,7 +115,7 @@ class PrefixMatcher:
         self._length = 0
 
     def follow(self, piece: bytes) -> int:
-        """The bytes at the end of the stream, after this piece, that may be the beginning."""
+        """The length of the match at the end of the stream, after this piece."""
         needle, length, at, end = self._needle, self._length, 0, len(piece)
         if end >= len(needle):
             length, at = 0, end - len(needle) + 1
@@ -139,7 +139,7 @@ class PrefixMatcher:
 
 @functools.lru_cache(maxsize=1024)
 def _failure_table(needle: bytes) -> list[int]:
-    """By each length of a beginning of the needle: how long a shorter one is that it ends with."""
+    """By each length of a prefix of the needle: the length of the longest shorter prefix that it ends with."""
     found = [0, 0]
     for at in range(1, len(needle)):
         length = found[at]
@@ -150,7 +150,7 @@ def _failure_table(needle: bytes) -> list[int]:
 
 
 def _merge_redacted(data: bytes, redacted: Sequence[bytes]) -> bytes:
-    """The data with an asterisk wherever one of its redacted forms has one: what is hidden in one may overlap."""
+    """The data with an asterisk wherever one of its redacted forms has one: matches may overlap."""
     if len(redacted) < 2:
         return redacted[0] if redacted else data
     plain, hidden = int.from_bytes(data), 0
@@ -168,14 +168,14 @@ def _secrets(value: str) -> set[str]:
         with contextlib.suppress(binascii.Error, UnicodeDecodeError):
             pair = base64.b64decode(bare, validate=True).decode("utf-8")
             whole = {bare, pair, pair.partition(":")[2]}
-    # Each needle is searched for in all that comes: a secret of very many words is not taken apart to its end.
+    # Each needle costs a search in all data, so a secret of very many words is not split completely.
     return whole | set(sorted({part for one in whole for part in _parts(one)}, key=len)[-MAX_PARTS:])
 
 
 def _parts(secret: str) -> Iterator[str]:
-    """From each word of a secret on, and up to each, as few as are long enough to be searched for.
+    """For each word, the shortest parts that begin or end with it and are long enough to be searched for.
 
-    Together they hide every word of whatever is shown of it, where that is long enough.
+    Together they hide every word of a part that is shown, if that part is long enough.
     """
     words = [(word.start(), word.end()) for word in _WORD.finditer(secret)]
     if len(words) < 2:
@@ -192,7 +192,7 @@ def _encodings(secret: str) -> set[bytes]:
     found = {raw, raw.hex().encode(), raw.hex().upper().encode()}
     found.update(one.encode() for one in (*_percent_encoded(secret), *_in_json(secret), *_in_html(secret)))
     for before in range(3):
-        # Only the characters that depend on nothing but the secret, wherever it stands in what was encoded.
+        # Only the characters that depend on the secret alone, not on its neighbours in the encoded text.
         shown = base64.b64encode(b"\x00" * before + raw).rstrip(b"=")
         first = (0, 2, 3)[before]
         last = len(shown) if (before + len(raw)) % 3 == 0 else len(shown) - 1
@@ -202,7 +202,9 @@ def _encodings(secret: str) -> set[bytes]:
 
 
 def _percent_encoded(secret: str) -> Iterator[str]:
-    """By what is left as it is: nothing, paths, encodeURIComponent, encodeURI; a form's space is a plus."""
+    """By the characters that stay as they are: none, `/`, encodeURIComponent, encodeURI. The space of a
+    form is a plus.
+    """
     for safe in ("", "/", "!~*'()", ";,/?:@&=+$!~*'()#"):
         for spaced in (quote(secret, safe=safe), quote(secret, safe=safe + " ").replace(" ", "+")):
             yield spaced
@@ -210,7 +212,7 @@ def _percent_encoded(secret: str) -> Iterator[str]:
 
 
 def _in_json(secret: str) -> Iterator[str]:
-    """Escaped no more than needed, with slashes (PHP), and what HTML might take for its own (Go, .NET)."""
+    """With minimal escapes, with escaped slashes (PHP), and with escapes for HTML (Go, .NET)."""
     plain = json.dumps(secret)[1:-1]
     yield plain
     yield plain.replace("/", "\\/")

@@ -291,7 +291,7 @@ class Approvals:
                 return jws
             asked = parse(claimed.request).unverified_claims(ActionRequest)
         except InvalidMessageError:
-            return None  # no answer to anything; audit says so
+            return None  # not an answer; audit reports it
         return jws if asked.iss == self._runtime.key.id else None
 
     async def _handle_answer(self, jws: UnverifiedJws, record: Received) -> None:
@@ -307,7 +307,7 @@ class Approvals:
                 extra=rate_limited(record.topic_name, error.code),
             )
             return
-        # Whoever answers may have seen records that are not here yet.
+        # The person may have seen records that have not arrived here yet.
         await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
         problem = self._apply(answer, record)
         if problem is not None:

@@ -145,7 +145,7 @@ class Evaluator:
                 **self._records.of(ground.target, ground.target.state.target_id),
                 **self._capabilities_of(ground.target.state),
             },
-            # Code has checked it, and found nothing: else the bundle would not have been asked.
+            # The invariant was checked before, in code: the bundle is asked only if nothing exceeds a limit.
             "lacking": [],
             "earlier": dict(task_history),
         }

@@ -134,7 +134,7 @@ class DecisionGate:
         context = DecisionContext(self._ids.new(), attempt, holdable)
         try:
             refusal = await self._decide(context, presented, attempt, rate_check)
-        except Exception:  # what cannot be decided is denied, whatever it is
+        except Exception:  # fail closed
             log.exception("a request could not be decided")
             refusal = refuse("undecided", "the gateway could not decide this", status=UNAVAILABLE)
         if refusal is not None and context.unexamined and not context.observed:
@@ -320,7 +320,7 @@ class DecisionGate:
             context.injected = await self._injector.headers(lease, target)
         except UnavailableError as error:
             refusal = refuse(error.code, error.message[:1000], status=UNAVAILABLE)
-        # It may have been cut while others were asked; this gateway may have given its word on that.
+        # The lease may have been cut during an await, and this gateway may have acknowledged that.
         problem = self._view.table.problem(lease)
         return refuse_for(problem) if problem is not None else self._stale_refusal() or refusal
 
@@ -359,7 +359,7 @@ class DecisionGate:
         finally:
             context.waited_ns = time.perf_counter_ns() - began_ns
         if refusal is not None and refusal.status == UNAVAILABLE:
-            refusal = self._stale_refusal() or refusal  # which of what it knows is not to go by
+            refusal = self._stale_refusal() or refusal  # it names what is stale
         if refusal is not None or context.question is None:
             return refusal or refuse("undecided", "nobody could be asked", status=UNAVAILABLE)
         return await self._check_again(context, sender, context.question)

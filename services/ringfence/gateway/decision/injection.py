@@ -74,7 +74,7 @@ class SealedCredentials:
                 if not self._seal.kids.isdisjoint(recipients_of(record.value)):
                     self._keep(self._open(record.value, record.appended_at_ms / 1000))
             except InvalidMessageError as error:
-                # Anybody can seal to a public key: what no issuer signed is none.
+                # Anybody can seal to a public key, so the content must be signed by an issuer.
                 log.warning(
                     "passed over a delivery at %s@%d: %s",
                     record.topic_name,
@@ -130,7 +130,7 @@ class SealedCredentials:
             return
         self._kept[delivery.lease_id] = delivery
         if len(self._kept) > MAX_CREDENTIALS:
-            self._kept.popitem(last=False)  # it can be asked for
+            self._kept.popitem(last=False)  # it can be fetched again
 
     def _forget(self, lease_id: str) -> None:
         self._kept.pop(lease_id, None)

@@ -51,7 +51,7 @@ class ObserveMode:
             return None
         if target is None:
             if refusal.reasons[0].code != NO_CREDENTIALS:
-                return None  # a handle, proof or certificate was shown, and it does not hold; or there is no target
+                return None  # credentials were shown and are not valid, or there is no target
             found = self._targets.find(attempt)
             if isinstance(found, Refusal):
                 return None

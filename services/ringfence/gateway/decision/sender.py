@@ -144,9 +144,9 @@ class SenderAuthenticator:
             message = "not a proof: a JWT with typ dpop+jwt, alg ES256 or EdDSA and a public jwk"
             return refuse("invalid_dpop_proof", message, status=UNAUTHORIZED)
         now_s = self._clock.now_ms() / 1000
-        # First whose lease it is: a record that names an instance's key as another agent's takes nothing from it.
+        # The lease's instance first: a record that lists its key for another agent must not take the lease from it.
         owner = _agent_of_instance_key(lease, kid, now_s) or self._keys.owner(self._trust_domain, kid, now_s)
-        if owner is None:  # before it is verified and remembered: strangers take no room from agents
+        if owner is None:  # before verification, so that strangers do not fill the replay cache
             message = "the proof is by a key that is no agent's, or counts no more"
             return refuse("proof_by_stranger", message, status=UNAUTHORIZED)
         try:

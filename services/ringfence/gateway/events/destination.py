@@ -58,7 +58,7 @@ def destination_of_line(method: str, target: str, host: str | None, scheme: Sche
     if method.upper() == "CONNECT":
         return _destination("https", _cut(target)[0], None)
     if not target.startswith("/"):
-        target = target.rpartition("@")[2]  # no path: an authority, or a URL of which a slash is missing
+        target = target.rpartition("@")[2]  # no path: an authority, or a URL without a slash
     return _destination(scheme, host, target)
 
 
@@ -126,7 +126,7 @@ def _path(target: str, handle: str | None) -> str:
     path = re.split(r"[?#]", target[:_MAX_READ_CHARS], maxsplit=1)[0]
     decoded = unquote(path)
     if _scrubbed(decoded, handle) != decoded and _scrubbed(path, handle) == path:
-        return REDACTED  # it is written in percent signs, and nobody can tell where it ends
+        return REDACTED  # the secret is percent-encoded, so its end is unknown
     path = _scrubbed(path, handle)
     path = _ODD.sub("?", path)
     return path if len(path) <= MAX_PATH_CHARS and not cut else f"{path[: MAX_PATH_CHARS - 3]}..."

@@ -43,7 +43,7 @@ class Recorder:
 
     def record(self, event: ActionDecided | ActionAnswered) -> None:
         """Write one event. Raises SpoolFullError if that is impossible: then nothing may be forwarded."""
-        self._append_batch()  # they were decided before
+        self._append_batch()  # their decisions came first
         self._spool.append(self._entry(event))
         self._appended.set()
 
@@ -149,7 +149,7 @@ def _outbound(entry: bytes) -> Outbound:
     return Outbound(key.decode(), value, id.decode(), traceparent.decode() or None)
 
 
-# What the trace of a request says of the actions that its lease was used for.
+# --- spans ---
 
 
 def trace_action(tracing: Tracing, event: ActionDecided | ActionAnswered) -> str | None:

@@ -132,7 +132,7 @@ class Spool:
             if entries or (self._read_number == self._writing and not data):
                 return entries, (self._read_number, self._read_offset + length)
             if self._read_number == self._writing:
-                self._rotate()  # what is damaged is passed over with its file, and nothing more goes there
+                self._rotate()  # skip the damaged segment, and write no more to it
             if length < len(data):
                 log.error(
                     "the end of %012d%s is damaged: %d bytes are lost", self._read_number, _SUFFIX, len(data)
@@ -144,7 +144,7 @@ class Spool:
         self._read_number, self._read_offset = mark
         if self._read_number != self._writing and self._read_offset >= self._sizes.get(self._read_number, 0):
             self._remove_read_segment()
-        with contextlib.suppress(OSError):  # without it some are published twice after a crash
+        with contextlib.suppress(OSError):  # if this fails, entries are published again after a crash
             os.pwrite(self._mark, struct.pack(">QQ", self._read_number, self._read_offset), 0)
 
     def close(self) -> None:

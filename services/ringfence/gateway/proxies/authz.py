@@ -94,7 +94,7 @@ class ProxyAuth:
         await response(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response:
-        path: str = request.scope["path"]  # not `request.url`, which is made of the sender's `Host` too
+        path: str = request.scope["path"]  # not `request.url`, which also depends on the sender's `Host`
         read = next((read for prefix, read in self._readers.items() if path.startswith(prefix)), None)
         if read is None:
             return _invalid_question(f"ask {' or '.join(self._readers)}")

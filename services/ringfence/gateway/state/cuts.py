@@ -65,7 +65,9 @@ class LeaseFeed:
             if self._epochs.is_void(record, lease.epoch):
                 continue
             if lease.epoch is not None:
-                self._epochs.begin(record, lease.epoch)  # its marker may stand before where this reader began
+                self._epochs.begin(
+                    record, lease.epoch
+                )  # its marker may be older than the first record that was read
             self._table.apply(lease)
 
 
@@ -99,7 +101,7 @@ class RevocationApplier:
         for record in records:
             revocation = self._verified(record)
             if revocation is None:
-                # Its signer, or its lease, may be on its way here. Until then nobody has this gateway's word.
+                # Its signer or its lease may not have arrived yet. It is acknowledged only after that.
                 self._run_in_background(self._apply_later(record, acknowledge=self._acknowledging))
             else:
                 self._apply(revocation, acknowledge=self._acknowledging)
@@ -153,7 +155,7 @@ class RevocationApplier:
                 REVOCATION_ACK, key.id, ack, key, traceparent=revocation.traceparent
             )
         except Exception:
-            # The order is followed. Where its word does not arrive, the grace stands for it.
+            # The revocation is applied. Without the acknowledgement the revoker waits for the grace period.
             log.exception("the word on order %s was not published", revocation.id)
 
     def _run_in_background(self, work: Coroutine[Any, Any, None]) -> None:

@@ -186,7 +186,7 @@ class LeaseTable:
             self._notify_end(lease_id)
         if is_over(known.lease) or deadline_ms + ENDED_KEPT_MS <= now_ms:
             self._drop(known.lease)
-            # Its `seq` stays: an older record that comes late must not revive it.
+            # Its `seq` stays, so that a late older record does not revive it.
             known.lease, known.kept_until_ms = None, deadline_ms + SLACK_MS
             heapq.heappush(self._due, (known.kept_until_ms, lease_id))
         else:

@@ -95,7 +95,7 @@ class View:
         if now_ms == self._fresh_at_ms:
             return None
         halted = self._halts.denial()
-        # While it reads nothing, ends come to it by its own clock alone.
+        # `clock_behind`: while nothing arrives, leases expire only by this gateway's own clock.
         stale = halted.message if halted else self._stale_reason()
         self._fresh_at_ms = now_ms if stale is None else 0
         return stale

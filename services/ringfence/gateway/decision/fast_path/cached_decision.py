@@ -98,7 +98,7 @@ class CachedDecision:
 
     def is_valid(self) -> bool:
         now_ms = self._at_hand.clock.now_ms()
-        # Another lease may do where this one does not any more.
+        # Another lease may allow the action where this one no longer does.
         return self._validity.is_valid(now_ms / 1000) and self._at_hand.view.table.is_live(
             self.lease.lease_id, now_ms
         )
@@ -141,7 +141,7 @@ class CachedDecision:
             if not at_hand.evaluator.is_valid(self._answer, now_ms):
                 return None
         injects = at_hand.injector.cached_headers(lease, self.target)
-        # Last, as in `decide`; nothing was waited for, so nothing changed meanwhile.
+        # Last, as in `decide`. There was no await, so nothing has changed since.
         if not at_hand.view.table.is_live(lease.lease_id, now_ms) or at_hand.view.stale() is not None:
             return None
         return injects
