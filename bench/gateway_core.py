@@ -154,7 +154,7 @@ class _World:
             scope=(permission(resource, target=target, verbs=("read",)),),
             requested_at_ms=START_MS, deadline=START_MS // 1000 + _DAY_S, **fields,
         ).claims  # fmt: skip
-        self.table.take(lease)
+        self.table.apply(lease)
         if number == 1:
             self.handle = lease.lease_id
 

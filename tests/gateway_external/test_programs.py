@@ -15,7 +15,7 @@ import pytest
 
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.dev.processes import LOOPBACK, free_port
-from ringfence.gateway.dataplane.http1_head import OF_PROXIES
+from ringfence.gateway.dataplane.http1_head import PROXY_FIELDS
 from ringfence.model.http_targets.request_map import MAX_BODY_BYTES
 from tests.gateway_external import programs
 from tests.gateway_external.agent import HOST, Agent, Answer, request
@@ -409,7 +409,7 @@ async def test_a_header_that_is_spelled_otherwise_is_the_same_header(
         assert "of-the-agent" not in str(received.headers)
 
 
-@pytest.mark.parametrize("header", sorted(name.decode() for name in OF_PROXIES))
+@pytest.mark.parametrize("header", sorted(name.decode() for name in PROXY_FIELDS))
 async def test_who_sends_it_no_agent_says_itself(stage: Stage, agent: Agent, header: str) -> None:
     assert (await agent.send("GET", "/a/x", [(header, "of-the-agent")])).status == 200
     [received] = stage.target.received

@@ -8,7 +8,7 @@ from hashlib import sha256
 import pytest
 
 from ringfence.gateway.contract import Attempt, Headers
-from ringfence.gateway.dataplane.headers import kept_headers, request_head
+from ringfence.gateway.dataplane.headers import forwarded_headers, request_head
 from ringfence.gateway.dataplane.http1_head import RequestHead, parse_request
 from ringfence.gateway.dataplane.request_reader import ListenerContext, read_request
 from ringfence.gateway.decision.approved_headers import (
@@ -58,14 +58,14 @@ def test_all_that_goes_on_is_told_in_order_and_nothing_that_ends_here() -> None:
         "X-Forwarded-For: 10.0.0.1", "Proxy-Authorization: Basic eDo=", "Accept-Encoding: gzip", "A-IM: feed",
         "Content-Length: 3", "X-Note: two", "X-Note: \xe9\ttab", "Keep_Alive: 5",
     )  # fmt: skip
-    assert kept_headers(request, upgrade=False) == (
+    assert forwarded_headers(request, upgrade=False) == (
         ("content-type", "text/plain"), ("x-note", "one"), ("x-note", "two"), ("x-note", "\xe9\ttab"),
     )  # fmt: skip
 
 
 def test_what_is_forwarded_is_what_was_hashed_and_the_credential() -> None:
     request = head("X_Note:  one ", "Content-Type: text/plain", "Date: today", "X-Note: \xe9")
-    approved = headers_to_approve(attempt(kept_headers(request, upgrade=False)), target())
+    approved = headers_to_approve(attempt(forwarded_headers(request, upgrade=False)), target())
     assert approved == (("x-note", "one"), ("content-type", "text/plain"), ("x-note", "\xe9"))
     assert forwarded(request, approved) == [
         "Host: hub.example", "x-note: one", "content-type: text/plain", "x-note: \xe9", "Accept-Encoding: identity",
@@ -75,7 +75,7 @@ def test_what_is_forwarded_is_what_was_hashed_and_the_credential() -> None:
 
 def test_what_differs_with_each_attempt_is_neither_hashed_nor_forwarded() -> None:
     lines = [f"{name.title()}: 1" for name in sorted(DROPPED)] + ["X_Request_Id: 2", "X-Note: 1"]
-    approved = headers_to_approve(attempt(kept_headers(head(*lines), upgrade=False)), target())
+    approved = headers_to_approve(attempt(forwarded_headers(head(*lines), upgrade=False)), target())
     assert approved == (("x-note", "1"),)
     assert forwarded(head(*lines), approved)[1] == "x-note: 1"
     assert {"traceparent", "tracestate", "baggage", "date", "x-request-id"} == DROPPED
@@ -84,7 +84,7 @@ def test_what_differs_with_each_attempt_is_neither_hashed_nor_forwarded() -> Non
 @pytest.mark.parametrize("name", ["X-Api-Key", "x_api_key"])
 def test_the_header_of_the_credential_is_the_gateways_own(name: str) -> None:
     takes_key = target(kind="http", url="https://hub.example", auth="header", header="X-Api-Key")
-    sent = kept_headers(head(f"{name}: mine", "X-Note: 1"), upgrade=False)
+    sent = forwarded_headers(head(f"{name}: mine", "X-Note: 1"), upgrade=False)
     assert headers_to_approve(attempt(sent), takes_key) == (("x-note", "1"),)
     assert headers_to_approve(attempt(sent), target()) == (("x-api-key", "mine"), ("x-note", "1"))
 
@@ -99,7 +99,9 @@ def test_an_upgrade_is_approved_as_one() -> None:
         ("plain", head(*lines, first=first)),
     ):
         _, made = read_request(
-            request, ListenerContext("somebody", "https", names=None, task_id="task"), lambda _: True
+            request,
+            ListenerContext("somebody", "https", own_authorities=None, task_id="task"),
+            lambda _: True,
         )
         assert made.headers is not None
         found[name] = made.headers() or ()

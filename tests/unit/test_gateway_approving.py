@@ -354,7 +354,7 @@ async def test_what_ends_while_it_waits_is_denied_at_once(gateway: Gateway, how:
         if how == "cut":
             gateway.table.revoke(lease.lease_id, gateway.ledger.clock.ms)
         elif how == "suspended":
-            gateway.table.fence("agent:bot", gateway.ledger.clock.ms, order_id="an order")
+            gateway.table.fence("agent:bot", gateway.ledger.clock.ms, revocation_id="an order")
         elif how == "deadline":
             gateway.ledger.clock.ms = lease.deadline * 1000
             gateway.table.sweep()

@@ -20,7 +20,7 @@ from ringfence.gateway.contract import (
     Verdict,
 )
 from ringfence.gateway.proxies import envoy, forward_auth
-from ringfence.gateway.proxies.authz import Asker, ProxyAuth
+from ringfence.gateway.proxies.authz import ProxyAuth, WaitingProxy
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Destination
@@ -293,10 +293,10 @@ async def test_a_proxy_that_hangs_up_is_gone() -> None:
     async def receive() -> Any:
         return messages.pop(0)
 
-    Asker(receive).on_disconnect(gone.set)
+    WaitingProxy(receive).on_disconnect(gone.set)
     async with asyncio.timeout(10):
         await gone.wait()
-    assert await Asker(receive).read_body() is None
+    assert await WaitingProxy(receive).read_body() is None
 
 
 async def test_a_proxy_that_was_answered_is_watched_no_more() -> None:
@@ -306,7 +306,7 @@ async def test_a_proxy_that_was_answered_is_watched_no_more() -> None:
         await leaves.wait()
         return {"type": "http.disconnect"}
 
-    unsubscribe = Asker(receive).on_disconnect(gone.set)
+    unsubscribe = WaitingProxy(receive).on_disconnect(gone.set)
     await asyncio.sleep(0)
     unsubscribe()
     leaves.set()

@@ -80,7 +80,7 @@ class Place:
             "scope": scope or (permission("env/staging/*", verbs=("read",)),), **fields,
         }  # fmt: skip
         one = leases.lease(**given).claims
-        self.table.take(one)
+        self.table.apply(one)
         return one
 
     def target(self, id: str = "staging") -> TargetState:
@@ -246,7 +246,7 @@ def test_what_is_over_only_by_a_clock_that_is_ahead_may_be_tried_again(
 
 @pytest.mark.parametrize("status", ["minting", "ending", "released", "expired", "aborted"])
 def test_only_an_active_lease_counts(place: Place, status: str) -> None:
-    place.table.take(place.lease.model_copy(update={"seq": 9, "status": status}))
+    place.table.apply(place.lease.model_copy(update={"seq": 9, "status": status}))
     assert place.codes() == {"no_lease"}
     assert place.codes(Sender("bot", place.task, place.lease.lease_id)) == {"lease_ended"}
 

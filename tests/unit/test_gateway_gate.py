@@ -179,7 +179,9 @@ async def test_what_is_allowed_at_once_is_what_would_be_decided(parts: Parts) ->
         lambda parts: setattr(parts, "problem", "old"),
         lambda parts: setattr(parts, "refuses", refuse("policy_denied", "no")),
         lambda parts: parts.table.revoke(parts.place.lease.lease_id, parts.place.ledger.clock.ms),
-        lambda parts: parts.table.fence("agent:bot", parts.place.lease.requested_at_ms, order_id="an order"),
+        lambda parts: parts.table.fence(
+            "agent:bot", parts.place.lease.requested_at_ms, revocation_id="an order"
+        ),
         lambda parts: setattr(
             parts,
             "equips",

@@ -52,7 +52,7 @@ class Door:
             "deadline": self.ledger.clock.ms // 1000 + 600, **fields,
         }  # fmt: skip
         lease = leases.lease(**given).claims
-        self.table.take(lease)
+        self.table.apply(lease)
         return lease
 
     def key(self, agent: str = "bot") -> SigningKey:

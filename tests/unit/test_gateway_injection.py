@@ -69,7 +69,7 @@ class Memory:
         self.lease = leases.lease(
             agent_id="bot", target_id="hub", backend="jwt", delivery="gateway", deadline=NOW_S + 600
         ).claims
-        self.table.take(self.lease)
+        self.table.apply(self.lease)
         self.asked: list[httpx.Request] = []
 
     def delivery(self, by: str = "issuer", value: str = "secret-1", **fields: Any) -> str:
@@ -210,7 +210,7 @@ async def test_headers_are_those_of_the_kind(memory: Memory, monkeypatch: pytest
     with pytest.raises(UnavailableError):
         await injector.headers(memory.lease, _target("http", url="https://hub.example"))
     http = memory.lease.model_copy(update={"backend": "http", "seq": 2})
-    memory.table.take(http)
+    memory.table.apply(http)
     target = _target("http", url="https://hub.example")
     with pytest.raises(UnavailableError, match="no credential") as raised:
         await injector.headers(http, target)

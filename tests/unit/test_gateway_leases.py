@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.gateway.state.leases import ENDED_KEPT_MS, ORDERS_KEPT_MS, SLACK_MS, LeaseTable
+from ringfence.gateway.state.leases import ENDED_KEPT_MS, REVOCATIONS_KEPT_MS, SLACK_MS, LeaseTable
 from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
 from ringfence.messages.lease import EndCause, Lease
 from ringfence.model.leases.lifecycle import follow
@@ -58,15 +58,15 @@ def test_no_later_record_changes_the_terms_of_a_lease(
 ) -> None:
     """A revoker that is taken over signs a further record of a lease that a gateway knows already."""
     one = lease()
-    table.take(one)
-    table.take(one.model_copy(update={"seq": 2, "jti": "a-later-record", **terms}))
+    table.apply(one)
+    table.apply(one.model_copy(update={"seq": 2, "jti": "a-later-record", **terms}))
     assert table.get(one.lease_id) == one
     assert usable(table) == {one.lease_id}
     clock.ms = one.deadline * 1000
     table.sweep()
     assert usable(table) == set()
     cause = EndCause(kind="deadline", at_ms=clock.ms)
-    table.take(follow(one, "ending", by=leases.REVOKER, cause=cause))
+    table.apply(follow(one, "ending", by=leases.REVOKER, cause=cause))
     found = table.get(one.lease_id)
     assert found is not None
     assert found.status == "ending", "a true record still counts"
@@ -76,15 +76,15 @@ def test_no_later_record_revives_a_lease(table: LeaseTable, clock: FixedClock) -
     one = lease()
     ending = follow(one, "ending", by=leases.REVOKER, cause=leases.CAUSE)
     ended = follow(ending, "revoked", by=leases.REVOKER, cause=leases.CAUSE)
-    table.take(one)
+    table.apply(one)
     for record in (ending, ended):
-        table.take(record)
-        table.take(one.model_copy(update={"seq": record.seq + 5}))
+        table.apply(record)
+        table.apply(one.model_copy(update={"seq": record.seq + 5}))
         assert usable(table) == set()
     clock.ms += ENDED_KEPT_MS
     table.sweep()
     assert table.get(one.lease_id) is None
-    table.take(one.model_copy(update={"seq": 9}))
+    table.apply(one.model_copy(update={"seq": 9}))
     assert usable(table) == set(), "also after it has been forgotten"
 
 
@@ -111,7 +111,7 @@ def test_what_is_over_by_a_clock_that_is_ahead_is_refused_and_not_said_to_have_e
 ) -> None:
     table = LeaseTable(clock, lambda: clock.ms - ahead_ms)
     mine = lease(deadline=NOW_S + 10)
-    table.take(mine)
+    table.apply(mine)
     clock.ms = (NOW_S + 10) * 1000 - 1
     assert table.problem(mine) is None
     clock.ms += 1 + past_ms
@@ -128,10 +128,10 @@ def test_only_live_leases_for_gateways_of_this_agent_task_and_target(table: Leas
         lease(agent_id="other"), lease(target_id="other"), lease(delivery="agent"), lease(status="minting"),
         lease(status="ending"), lease(status="released"),
     ):  # fmt: skip
-        table.take(other)
-    table.take(mine)
+        table.apply(other)
+    table.apply(mine)
     elsewhere = lease()
-    table.take(elsewhere)
+    table.apply(elsewhere)
     assert usable(table, mine.task_id) == {mine.lease_id}
     assert usable(table) == {mine.lease_id, elsewhere.lease_id}
     assert usable(table, "another") == set()
@@ -139,18 +139,18 @@ def test_only_live_leases_for_gateways_of_this_agent_task_and_target(table: Leas
 
 def test_the_highest_seq_counts_in_whatever_order(table: LeaseTable, clock: FixedClock) -> None:
     one = lease(seq=2, status="revoked")
-    table.take(one)
-    table.take(one.model_copy(update={"seq": 1, "status": "active"}))
+    table.apply(one)
+    table.apply(one.model_copy(update={"seq": 1, "status": "active"}))
     assert usable(table) == set()
     clock.ms += ENDED_KEPT_MS
     table.sweep()
-    table.take(one.model_copy(update={"seq": 1, "status": "active"}))
+    table.apply(one.model_copy(update={"seq": 1, "status": "active"}))
     assert usable(table) == set(), "an older record that came late revived it"
 
 
 def test_a_lease_ends_at_its_deadline_by_itself(table: LeaseTable, clock: FixedClock) -> None:
     one, told = lease(), Told()
-    table.take(one)
+    table.apply(one)
     table.watch(one.lease_id, told)
     clock.ms = one.deadline * 1000 - 1
     table.sweep()
@@ -167,18 +167,18 @@ def test_a_fence_cuts_what_was_requested_by_then_and_nothing_later(table: LeaseT
     before, after = lease(**fields), lease(**fields, requested_at_ms=START_MS + 1)
     told, not_told = Told(), Told()
     for one, by in ((before, told), (after, not_told)):
-        table.take(one)
+        table.apply(one)
         table.watch(one.lease_id, by)
-    table.fence(mark, START_MS, order_id="an order")
+    table.fence(mark, START_MS, revocation_id="an order")
     assert usable(table) == {after.lease_id}
     assert (told.times, not_told.times) == (1, 0)
     problem = table.problem(before)
     assert problem is not None
     assert problem.code == "lease_cut"
     late = lease(**fields)
-    table.take(late)
+    table.apply(late)
     assert late.lease_id not in usable(table), "a record that came after the order"
-    table.fence(mark, START_MS - 1000, order_id="another")
+    table.fence(mark, START_MS - 1000, revocation_id="another")
     assert usable(table) == {after.lease_id}, "an older order took a younger one back"
 
 
@@ -188,14 +188,14 @@ def test_an_order_that_is_sent_again_cuts_nothing_more(table: LeaseTable, first_
     before, after = lease(), lease(requested_at_ms=START_MS + 5000)
     watching = Told()
     for one in (before, after):
-        table.take(one)
+        table.apply(one)
     table.watch(after.lease_id, watching)
     said = [START_MS, START_MS + 9000]
     for at_ms in said if first_read == "first" else reversed(said):  # partitions are read in any order
-        table.fence("agent:bot", at_ms, order_id="one order")
+        table.fence("agent:bot", at_ms, revocation_id="one order")
     assert usable(table) == {after.lease_id}
     assert watching.times == (0 if first_read == "first" else 1)
-    table.fence("agent:bot", START_MS + 6000, order_id="another order")
+    table.fence("agent:bot", START_MS + 6000, revocation_id="another order")
     assert usable(table) == set()
 
 
@@ -203,13 +203,13 @@ def test_a_revoked_lease_is_cut_before_its_record_says_so(table: LeaseTable) -> 
     one, told = lease(), Told()
     over: list[str] = []
     table.on_lease_end(over.append)
-    table.take(one)
+    table.apply(one)
     table.watch(one.lease_id, told)
     table.revoke(one.lease_id, START_MS)
     assert usable(table) == set()
     assert (told.times, over) == (1, [one.lease_id])
-    table.take(one.model_copy(update={"seq": 2, "status": "ending"}))
-    table.take(one.model_copy(update={"seq": 3, "status": "revoked"}))
+    table.apply(one.model_copy(update={"seq": 2, "status": "ending"}))
+    table.apply(one.model_copy(update={"seq": 3, "status": "revoked"}))
     assert told.times == 1, "told once"
 
 
@@ -217,7 +217,7 @@ def test_who_watches_what_has_ended_is_told_at_once(table: LeaseTable) -> None:
     told = Told()
     table.watch("unknown", told)
     one = lease()
-    table.take(one)
+    table.apply(one)
     table.revoke(one.lease_id, START_MS)
     table.watch(one.lease_id, told)
     assert told.times == 2
@@ -225,7 +225,7 @@ def test_who_watches_what_has_ended_is_told_at_once(table: LeaseTable) -> None:
 
 def test_who_takes_it_back_is_not_told_and_others_are(table: LeaseTable) -> None:
     one, first, second = lease(), Told(), Told()
-    table.take(one)
+    table.apply(one)
     back = table.watch(one.lease_id, first)
     table.watch(one.lease_id, second)
     back()
@@ -237,11 +237,11 @@ def test_who_takes_it_back_is_not_told_and_others_are(table: LeaseTable) -> None
 def test_nothing_that_is_over_is_kept(table: LeaseTable, clock: FixedClock) -> None:
     for number in range(100):
         one = lease(task_id=f"task-{number}")
-        table.take(one)
+        table.apply(one)
         if number % 2:
-            table.take(one.model_copy(update={"seq": 2, "status": "released"}))
+            table.apply(one.model_copy(update={"seq": 2, "status": "released"}))
         table.revoke(one.lease_id, START_MS)
-        table.fence(f"task:task-{number}", START_MS, order_id=f"order-{number}")
+        table.fence(f"task:task-{number}", START_MS, revocation_id=f"order-{number}")
     assert len(table) == 100
     clock.ms = (NOW_S + 600) * 1000 + SLACK_MS + ENDED_KEPT_MS
     for _ in range(3):
@@ -249,17 +249,17 @@ def test_nothing_that_is_over_is_kept(table: LeaseTable, clock: FixedClock) -> N
     assert len(table) == 0
     assert not table._usable
     assert not table._due
-    clock.ms += ORDERS_KEPT_MS + ENDED_KEPT_MS
+    clock.ms += REVOCATIONS_KEPT_MS + ENDED_KEPT_MS
     table.sweep()
     assert not table._revoked
     assert not table._fences
-    assert not table._orders
+    assert not table._revocations
 
 
 def test_an_order_about_what_has_just_ended_finds_its_lease(table: LeaseTable, clock: FixedClock) -> None:
     one = lease()
-    table.take(one)
-    table.take(one.model_copy(update={"seq": 2, "status": "revoked"}))
+    table.apply(one)
+    table.apply(one.model_copy(update={"seq": 2, "status": "revoked"}))
     table.sweep()
     assert table.get(one.lease_id) is not None
     clock.ms += ENDED_KEPT_MS

@@ -17,7 +17,7 @@ from ringfence.gateway.decision.observe_mode import STILL_DENIED
 from ringfence.gateway.domain import ApprovalRequired, Sender, refuse
 from ringfence.gateway.proxies import envoy as authz_envoy
 from ringfence.gateway.proxies import forward_auth
-from ringfence.gateway.proxies.authz import HANDLE, NOTHING, ProxyAuth
+from ringfence.gateway.proxies.authz import HANDLE, NO_CREDENTIAL, ProxyAuth
 from ringfence.gateway.settings import GatewaySettings
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.settings import load
@@ -263,7 +263,7 @@ async def test_a_proxy_is_told_to_send_the_agents_own(parts: Watched) -> None:
     assert "x-other" not in answer.headers
     assert answer.headers["cache-control"] == "no-store"
     answer = await told(parts.gate, Cookie="session=old")
-    assert (answer.status_code, answer.headers["authorization"]) == (200, NOTHING)
+    assert (answer.status_code, answer.headers["authorization"]) == (200, NO_CREDENTIAL)
     assert "cookie" not in answer.headers
 
 

@@ -18,8 +18,8 @@ import pytest
 
 from ringfence.gateway.dataplane import secret_redaction
 from ringfence.gateway.dataplane.secret_redaction import (
-    LOOSE,
-    SHORTEST,
+    MAX_UNHELD_BYTES,
+    MIN_NEEDLE_BYTES,
     Redactor,
     needles_of,
     redact,
@@ -51,7 +51,7 @@ def runs(phrase: str) -> list[str]:
     words = phrase.split(" ")
     pairs = itertools.combinations(range(len(words) + 1), 2)
     found = [" ".join(words[start:end]) for start, end in pairs]
-    return [part for part in found if len(part.encode()) >= SHORTEST]
+    return [part for part in found if len(part.encode()) >= MIN_NEEDLE_BYTES]
 
 
 @pytest.mark.parametrize("spelled", SPELLINGS.values(), ids=SPELLINGS)
@@ -95,7 +95,7 @@ def test_a_secret_of_very_many_words_is_searched_for_as_a_whole_and_in_some() ->
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50, 1000])
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 def test_it_is_found_however_it_comes_in_pieces(value: str, size: int) -> None:
-    """What is not held back are `LOOSE` bytes of a beginning. What hides one part hides no beginning of another."""
+    """At most `MAX_UNHELD_BYTES` of a beginning are not held back. Hiding one part hides no beginning of another."""
     needles = needles_of((value,))
     for text in (
         PHRASE,
@@ -115,7 +115,9 @@ def test_it_is_found_however_it_comes_in_pieces(value: str, size: int) -> None:
         shown = [at for at in range(len(data)) if got[at] != whole[at]]
         for at in shown:  # no more than the beginning of something hidden
             assert bytes(data[at : at + 1]) == got[at : at + 1]
-            assert at - LOOSE < 0 or any(got[near] == whole[near] for near in range(at - LOOSE, at))
+            assert at - MAX_UNHELD_BYTES < 0 or any(
+                got[near] == whole[near] for near in range(at - MAX_UNHELD_BYTES, at)
+            )
 
 
 def test_what_may_be_the_beginning_is_held_back_and_found_again() -> None:
@@ -123,7 +125,7 @@ def test_what_may_be_the_beginning_is_held_back_and_found_again() -> None:
     numbers = random.Random(1)
     for _ in range(3000):
         needle = bytes(numbers.choices(b"ab", k=numbers.randint(6, 9)))
-        beginning, data = secret_redaction.Beginning(needle), b""
+        beginning, data = secret_redaction.PrefixMatcher(needle), b""
         for _ in range(6):
             piece = bytes(numbers.choices(b"ab", k=numbers.randint(1, 12)))
             length = beginning.follow(piece)
@@ -176,10 +178,10 @@ HOSTILE = {
 def test_a_hostile_answer_costs_no_more_than_its_length(needle: bytes, said: bytes, size: int) -> None:
     """A few lines a byte, whatever a target sends, and however little at a time."""
     data = (said * (6000 // len(said) + 1))[:6000]
-    secret_redaction._borders(needle)  # once for each secret
+    secret_redaction._failure_table(needle)  # once for each secret
 
     def read() -> None:
-        beginning = secret_redaction.Beginning(needle)
+        beginning = secret_redaction.PrefixMatcher(needle)
         for at in range(0, len(data), size):
             beginning.follow(data[at : at + size])
 

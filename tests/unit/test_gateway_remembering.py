@@ -105,12 +105,12 @@ def revoked(memory: Memory) -> None:
 
 
 def fenced(memory: Memory) -> None:
-    memory.place.table.fence("agent:bot", memory.place.lease.requested_at_ms, order_id="an order")
+    memory.place.table.fence("agent:bot", memory.place.lease.requested_at_ms, revocation_id="an order")
 
 
 def ended(memory: Memory) -> None:
     lease = memory.place.lease
-    memory.place.table.take(lease.model_copy(update={"seq": lease.seq + 1, "status": "ending"}))
+    memory.place.table.apply(lease.model_copy(update={"seq": lease.seq + 1, "status": "ending"}))
 
 
 def another_trust_bundle(memory: Memory) -> None:
@@ -182,7 +182,7 @@ def test_the_oldest_are_forgotten_first() -> None:
 
 def test_ids_are_random_uuids() -> None:
     ids = ActionIds()
-    many = {ids.fresh() for _ in range(2000)}
+    many = {ids.new() for _ in range(2000)}
     assert len(many) == 2000
     assert all(str(uuid.UUID(id)) == id for id in many)
     assert {(uuid.UUID(id).version, uuid.UUID(id).variant) for id in many} == {(4, uuid.RFC_4122)}

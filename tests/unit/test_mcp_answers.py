@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.gateway.contract import McpExchange, McpOutcome
-from ringfence.gateway.dataplane.http1_head import Fields, ResponseHead
+from ringfence.gateway.dataplane.http1_head import FieldSection, ResponseHead
 from ringfence.gateway.dataplane.mcp_responses import (
     MAX_LISTED,
     MAX_MESSAGE_BYTES,
@@ -46,7 +46,7 @@ def answers(
 
 def head(status: int = 200, **known: bytes) -> ResponseHead:
     values = {name.replace("_", "-").encode(): value for name, value in known.items()}
-    block = Fields([], values, None, False, frozenset())
+    block = FieldSection([], values, None, False, frozenset())
     return ResponseHead(1, block, [], values, None, False, frozenset(), status, b"")
 
 

@@ -1,1 +1,1 @@
-"""Decides every outbound action of an agent, injects the credential, blocks and reports the rest."""
+"""The gateway: a policy enforcement point for agents. It decides every outbound request and injects the credential."""

@@ -1,4 +1,4 @@
-"""The gateway, put together."""
+"""Wiring of the gateway."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def build(
     *,
     fast_path: bool = True,
 ) -> Runtime:
-    """Everything that the gateway is made of, started by `Runtime.run`.
+    """Build the gateway; `Runtime.run` starts it.
 
     `fast_path`: whether repeated requests take the fast paths of decision and data plane. Both only save time: without
     them the gateway decides, forwards and records the same.

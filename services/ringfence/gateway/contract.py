@@ -1,9 +1,9 @@
-"""What a data plane hands to the decision core, and what it gets back. Every plane, embedded or external, speaks this.
+"""The interface between data planes and the decision core. Every data plane uses it, embedded or external.
 
-presented = Presented(...)                        the connection, and what the request shows of its sender
-attempt   = Attempt(...)                          the request, exactly as it would go to the target
-verdict   = await gate.decide(presented, attempt)
-if verdict.allowed: headers = await gate.injected(verdict)
+identity = PresentedIdentity(...)                 who sends the request, as its connection and its headers show
+attempt  = Attempt(...)                           the request, exactly as it would go to the target
+verdict  = await gate.decide(identity, attempt)
+if verdict.allowed: headers = await gate.headers_to_inject(verdict)
 elif verdict.observed: forward it as it came, with nothing injected
 """
 
@@ -20,15 +20,17 @@ from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets.request_map import Action
 
 Headers = tuple[tuple[str, str], ...]
-"""Names in lower case, with `-` for `_`, and values without white space around them; each byte is one character."""
+"""Names in lower case with `-` for `_`, and values without surrounding white space. Each byte is one character."""
 
 
 @dataclass(frozen=True, slots=True)
 class PresentedIdentity:
-    """What tells who sends a request. Exactly one of these ways is believed, and none of what the agent only says."""
+    """The evidence of who sends a request. The gate believes exactly one of these, and nothing that an agent only
+    claims.
+    """
 
     task_id: str | None = None
-    """Of the unix socket that the request came through: one task's, which nobody else can open."""
+    """The task of the unix socket that the request came through. Only that task can open the socket."""
     certificate: str | None = None
     """The SPIFFE ID in the client's verified certificate (mTLS)."""
     handle: str | None = None
@@ -38,184 +40,190 @@ class PresentedIdentity:
     htu: str | None = None
     """The external URL that the proof must be for: scheme, authority and path as the agent wrote them."""
     address: str | None = field(default=None, compare=False)
-    """Where the connection came from, where it is the agent's own. It says nothing of who sends, only of how many."""
+    """The peer address, if it is the agent's own. It does not identify the sender; it only tells several users of a key
+    apart.
+    """
     header_names: frozenset[str] = frozenset()
-    """Names, in lower case, of the headers that the agent sent, without the one in which it showed its handle. Where
-    none is told of, nothing is forwarded in observe mode."""
+    """The names, in lower case, of the agent's headers, without the one that shows its handle. Where none are known,
+    observe mode forwards nothing.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class McpHeaders:
-    """What the head of a request says of a message of MCP: headers that come once at most."""
+    """The headers that belong to an MCP message. Each may come only once."""
 
     content_type: str | None = None
     """`Content-Type`."""
     content_encoding: str | None = None
     """`Content-Encoding`, in lower case."""
     session_id: str | None = None
-    """`McpExchange-Session-Id`."""
+    """`Mcp-Session-Id`."""
     resumes_stream: bool = False
     """Whether there is a `Last-Event-ID`."""
     mcp_fields: tuple[tuple[str, str], ...] = ()
-    """All other headers `McpExchange-...` but the protocol's version, names in lower case."""
+    """All other headers that start with `Mcp-`, except the protocol version. Names in lower case."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One request, undecoded. What was decided on and what is sent are the same bytes."""
+    """One request, undecoded. The bytes that are decided on are the bytes that are sent."""
 
     authority: str | None
-    """Host and port that the request is for (forward proxy, by host); None where `target_id` says it."""
+    """Host and port that the request is for, where the target is found by host; None where `target_id` names it."""
     scheme: Literal["http", "https"]
     method: str
     target: str
     """Path and query in origin-form, as they go to the target."""
     target_id: str | None = None
-    """Of a reverse request, `/<target>/...`."""
+    """The target of a reverse-proxy request, `/<target>/...`."""
     body: bytes | None = None
-    """All of it, or None where it was not seen. See `Gate.reads_body`."""
+    """The whole body; None where it was not read. See `Gate.reads_body`."""
     json: bool = False
-    """Whether its head says that the body is JSON (`content_type.says_json`): else no rule sees anything in it."""
+    """Whether the head says that the body is JSON (`request_reader.says_json`). Otherwise no rule looks into it."""
     label: str | None = None
-    """What the sender's tooling says about where the request came from, for the report alone."""
+    """What the sender's tooling says about the origin of the request. It is used only in reports."""
     mcp_headers: McpHeaders | None = None
-    """None from data planes that do not show the answers of targets: MCP is not spoken through these."""
+    """None from data planes that cannot filter the target's responses: MCP is refused there."""
     sent_by_gateway: bool = False
-    """Whether it is the gateway that sends it on: then it has to know where to."""
+    """Whether the gateway forwards the request itself. Then it needs the target's URL."""
     headers: Callable[[], Headers | None] | None = field(default=None, repr=False, compare=False)
-    """All headers that go on, in their order, but for those of the credential. None, or a call that says None, where a
-    data plane does not show all: no person is asked about what may carry others."""
+    """All headers that are forwarded, in order, without those of the credential. None, or a call that returns None,
+    where a data plane cannot list them all. Then no person is asked for approval.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class BlockedRequest:
-    """What a data plane refuses by itself, before anything can be decided: it cannot be read, or there is too much."""
+    """A request that a data plane refused before a decision: it could not be parsed, or a limit was exceeded."""
 
     code: str
     message: str
     presented: PresentedIdentity = PresentedIdentity()
-    """The connection that it came through."""
+    """What the connection alone shows."""
     attempt: Attempt | None = None
-    """What it asked for, as far as that could be read."""
+    """The request, as far as it could be parsed."""
     method: str | None = None
     destination: Destination | None = None
-    """Where it was going, where there is no attempt."""
+    """Where the request was going, if there is no attempt."""
     unparsed: bool = False
-    """Whether its head could not be read for certain: then nobody knows what it would do."""
+    """Whether the head could not be parsed for certain: then its effect is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class RpcErrorReply:
-    """A refusal is told as a JSON-RPC error."""
+    """The refusal is sent as a JSON-RPC error."""
 
     id: str | int | None
-    """Of the request that it answers; None where it is none, or could not be read."""
+    """The id of the refused request; None where it has none, or none that could be read."""
 
 
 @dataclass(slots=True)
 class McpOutcome:
-    """What came of one request to an endpoint of MCP: the three ways to fail are kept apart."""
+    """The outcome of one request to an MCP endpoint. Errors of transport, JSON-RPC and tool are kept apart."""
 
     kind: AnswerKind = "none"
     status: int | None = None
-    """Of HTTP."""
+    """The HTTP status."""
     code: int | None = None
-    """Of the JSON-RPC error."""
+    """The code of the JSON-RPC error."""
 
 
 @dataclass(frozen=True, slots=True)
 class McpExchange:
-    """An allowed request to an endpoint of MCP, for the data plane that forwards it."""
+    """An allowed request to an MCP endpoint, for the data plane that forwards it."""
 
     method: str | None
-    """Of the message that was posted; None where a stream is opened, or a session ended."""
+    """The method of the posted message; None where a stream is opened, or a session ended."""
     id: str | int | None
-    """Of the request that was posted."""
+    """The id of the posted request."""
     opens_session: bool
-    """Whether a session in the answer is new."""
+    """Whether a session in the response is new."""
     is_visible: Callable[[str, str], bool]
-    """Whether a lease may allow some use, given the method by which it is used, and its name."""
+    """Whether a lease may allow a use, given its MCP method and the name of the tool, prompt or resource."""
     bind_session: Callable[[str], bool]
-    """Keep that the session is this lease's; False where it is another's, and must not be told."""
+    """Bind a session to this lease. False where it is another lease's, and must not reach the agent."""
     record_outcome: Callable[[McpOutcome], None]
-    """Record what came of it, once, at its end."""
+    """Record the outcome, once, at the end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The decision on one attempt. It is recorded already when a plane gets it."""
+    """The decision on one attempt. It has been recorded before a data plane gets it."""
 
     action_id: str
     allowed: bool
     status: int
-    """What to answer where it was not allowed: 401, 403, 413, 429, or 503 where nothing can be decided now."""
+    """The HTTP status of a denial: 401, 403, 413, 429, or 503 if nothing can be decided; for MCP also 400, 404."""
     reasons: tuple[Reason, ...] = ()
     lease: Lease | None = None
-    """The one lease that decided; the same one is injected."""
+    """The lease that decided. Its credential is injected."""
     target: TargetState | None = None
     action: Action | None = None
     nonce: str | None = None
-    """The `DPoP-Nonce` to answer with, where one is needed."""
+    """The `DPoP-Nonce` to answer with, if the sender needs one."""
     retry_after_s: int | None = None
     task_id: str | None = None
-    """The task that it counted for, where that is known."""
+    """The task that the request counted for, if known."""
     mcp: McpExchange | None = None
-    """Where it was allowed, to an endpoint of MCP."""
+    """Set where the request was allowed at an MCP endpoint."""
     rpc: RpcErrorReply | None = None
-    """Where it was not, and was posted to one."""
+    """Set where the request was posted to an MCP endpoint and refused."""
     observed: bool = False
-    """It is not allowed, and goes on to `target` all the same, exactly as the agent sent it: its own `Authorization`
-    kept, the headers of its handle and proof taken out, nothing injected, and bound to no lease (observe mode)."""
+    """It is not allowed, but forwarded to `target` as the agent sent it (observe mode): with its own `Authorization`,
+    without the headers of its handle and proof. Nothing is injected, and no lease is involved.
+    """
     headers: Headers | None = field(default=None, repr=False, compare=False)
-    """Where a person approved it: what goes on are these headers and the credential, and no other of the agent's."""
+    """Set where a person approved the request: only these headers and the credential are forwarded."""
     injected: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
-    """The core's own: planes ask `Gate.injected`."""
+    """For the core alone: data planes call `Gate.headers_to_inject`."""
 
 
 ReportBlocked = Callable[[BlockedRequest], None]
-"""Told of each that is blocked so, before its sender is. Never raises."""
+"""Called for each blocked request before its sender gets the answer. Never raises."""
 
 RateCheck = Callable[[str], Reason | None]
-"""Asked with the agent, once it is known who sends a request and before anything else is decided: why it may not have
-one more now, or None."""
+"""The data plane's own limits. Called with the agent id once that is known, before anything else is decided. Returns
+why the agent may not send one more request now, or None.
+"""
 
 
 class HoldableRequest(Protocol):
-    """A request that can wait for a person: a data plane that has it hands it over with the attempt."""
+    """A request that can be held while a person is asked for approval. A data plane passes it with the attempt."""
 
     async def read_body(self) -> bytes | None:
-        """All of the body, bounded, as it will go on; None where it cannot be had. Asked once, where none was seen."""
+        """Read the whole body, bounded. None where it is not available. Called at most once, and only if no body was
+        read.
+        """
         ...
 
-    def on_disconnect(self, told: Callable[[], None]) -> Callable[[], None]:
-        """Call `told` once when whoever sent it is gone. Returns what unsubscribes."""
+    def on_disconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` once when the client disconnects. Returns a function that unsubscribes."""
         ...
 
 
 class CachedAllowance(Protocol):
-    """What the very same request comes to each time, for as long as nothing that it rests on changed.
+    """A cached decision on one request, for as long as nothing that it rests on has changed.
 
-    Nothing is allowed by having it: what may be another from one moment to the next is asked by `allow`.
+    To have it allows nothing: `allow` checks for each request what may change at any moment.
     """
 
     @property
     def lease(self) -> Lease:
-        """By which it goes."""
+        """The lease that allowed it."""
         ...
 
     @property
-    def target(self) -> TargetState:
-        """To which it goes."""
-        ...
+    def target(self) -> TargetState: ...
 
     def is_valid(self) -> bool:
-        """Whether `Gate.standing` would find the same now."""
+        """Whether `Gate.cached_allowance` would return the same now."""
         ...
 
     def allow(
         self, rate_check: RateCheck, on_recorded: Callable[[bool], None]
     ) -> tuple[str, Mapping[str, str]] | None:
-        """The id of the action and what it injects, where it is allowed and nothing has to be waited for.
+        """Allow the request without an await: the id of the action and the headers to inject.
 
         Its event is written together with those of other requests in this turn of the event loop. `on_recorded` is
         called later in this turn, with whether the event was written. Nothing may be forwarded before that, and nothing
@@ -224,15 +232,15 @@ class CachedAllowance(Protocol):
         ...
 
     def verdict(self, action_id: str, injected: Mapping[str, str]) -> Verdict:
-        """What was allowed, for who goes on with it by `Gate.injected`."""
+        """The verdict on the allowed request, for a data plane that continues with `Gate.headers_to_inject`."""
         ...
 
 
 class Gate(Protocol):
-    """The decision core, as data planes know it."""
+    """The decision core (policy decision point), as data planes see it."""
 
     def reads_body(self, attempt: Attempt) -> bool:
-        """Whether the map of the target looks at the body of such a request: then it must be seen whole first."""
+        """Whether the target's map reads the body of such a request. Then the data plane must read all of it first."""
         ...
 
     async def decide(
@@ -244,54 +252,55 @@ class Gate(Protocol):
     ) -> Verdict:
         """Decide, and record the decision. Never raises: what cannot be decided is denied.
 
-        What is allowed can be forwarded: the plane's own limits were asked (`rate_check`), and the credential is there.
-        Where the bundle wants a person's word this waits for it, bounded. Without `holdable`, only what came with its
-        body can: an approval is over that too.
+        An allowed request is ready to be forwarded: `rate_check` has passed, and the credential is available.
+        If the bundle requires approval, this waits for a person, for a bounded time. Without `holdable`, only a request
+        that came with its body can wait, since an approval also covers the body.
         """
         ...
 
     def cached_allowance(self, presented: PresentedIdentity, attempt: Attempt) -> CachedAllowance | None:
-        """What such a request comes to, where that needs no waiting; None for everything else: ask `decide`.
+        """The cached decision on such a request, if there is one that needs no await; None otherwise: ask `decide`.
 
-        One with a body that was seen is the same again only with the same body.
+        A decision that was made on a body counts only for that body.
         """
         ...
 
     async def headers_to_inject(self, verdict: Verdict) -> Mapping[str, str]:
         """The headers that carry the credential of the lease that decided.
 
-        Raises UnavailableError where it may be used no more since it was decided: nothing may be forwarded.
+        Raises UnavailableError if the lease has ended since the decision: then nothing may be forwarded.
         """
         ...
 
     def upstream(self, target: TargetState) -> str:
-        """Scheme and authority of the target, `https://host[:port]`. Raises UnavailableError where it says none."""
+        """Scheme and authority of the target, `https://host[:port]`. Raises UnavailableError if its record has none."""
         ...
 
     def on_lease_end(self, lease_id: str, on_ended: Callable[[], None]) -> Callable[[], None]:
-        """Call `on_ended` once when the lease may be used no more: cut, past its deadline, or the gateway's view stale.
+        """Call `on_ended` once when the lease can no longer be used: cut, past its deadline, or the gateway's view is
+        stale.
 
-        At once where that is so already. Returns what unsubscribes.
+        It is called at once if that is so already. Returns a function that unsubscribes.
         """
         ...
 
     def watch(self, lease_id: str, on_ended: Callable[[], None]) -> None:
-        """The same for what was allowed just now, until `unwatch`."""
+        """The same for a lease that was found usable just now, until `unwatch`."""
         ...
 
     def unwatch(self, lease_id: str, on_ended: Callable[[], None]) -> None:
-        """Call `on_ended` no more."""
+        """Stop calling `on_ended`."""
         ...
 
     def view_problem(self) -> Reason | None:
-        """Why nobody can tell here whether a lease has ended that goes no further: the gateway's view is too old to go
-        by, a revoker has halted, or this clock is ahead; or None.
+        """Why this gateway cannot tell whether a lease that it stopped using has ended: its view is stale, a revoker
+        has halted, or its clock is ahead. Otherwise None.
         """
         ...
 
     def view_expired(self) -> bool:
-        """Whether this process stood still for so long that its view is too old, and nobody was told yet.
+        """Whether this process was suspended for so long that its view is stale, and nobody has been notified yet.
 
-        What came meanwhile waits in its sockets: ask before it goes on. It costs next to nothing.
+        Data that arrived meanwhile waits in the sockets, so ask this before forwarding any. The call is cheap.
         """
         ...

@@ -1,7 +1,7 @@
-"""Whether an action is allowed, and by which lease: from verified records and live leases alone. Pure.
+"""Authorization of one action: whether it is allowed, and by which lease. Pure: verified records and live leases in.
 
-Everything that is not known for certain is denied, with a stable code, a sentence, and the permission and the side that
-lacks it, where there is one.
+Default deny: whatever is not certain is denied, with a stable code, a sentence, and, where there is one, the permission
+and the limit that does not allow it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from ringfence.model.scope.scope import missing
 from ringfence.model.target_settings import CREDENTIAL_KINDS
 
 INJECTABLE: Final = frozenset(name for name, kind in CREDENTIAL_KINDS.items() if kind.fits_header)
-"""The kinds of credentials that go into the header of a request."""
+"""The kinds of credentials that can be injected as a request header."""
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
-"""Those that are defined as essentially read-only (RFC 9110, 9.2.1)."""
+"""The safe methods (RFC 9110, 9.2.1)."""
 Access = Literal["read", "write"]
 BAD_REQUEST: Final = 400
 UNAUTHORIZED: Final = 401
@@ -47,28 +47,28 @@ UNAVAILABLE: Final = 503
 
 @dataclass(frozen=True, slots=True)
 class Sender:
-    """Who sends a request, shown and not only said."""
+    """The authenticated sender of a request."""
 
     agent_id: str
     task_id: str | None = None
-    """The task that it counts for; None where that is the chosen lease's."""
+    """The task that the request counts for; None where it is that of the chosen lease."""
     lease_id: str | None = None
-    """The one lease that it may go by; None where any of the task's will do."""
+    """The only lease that the request may use; None where any lease of the task may be used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a request does not go on."""
+    """Why a request is refused."""
 
     status: int
     reasons: tuple[Reason, ...]
     sender: Sender | None = None
-    """Who it is attributed to, where that is not who it counts for."""
+    """The agent that the refusal is attributed to, if that is not the sender."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChosenLease:
-    """The one lease that an action goes by, and the records that it was held against."""
+    """The one lease that allows an action, and the verified records that it was checked against."""
 
     lease: Lease
     ground: RecordContext
@@ -77,15 +77,15 @@ class ChosenLease:
 
 @dataclass(frozen=True, slots=True)
 class ApprovalRequired:
-    """The bundle wants a person's word on this one action."""
+    """The bundle requires a person's approval of this action."""
 
     required: ActionClass
     policy: str
-    """The revision of the bundle that wants it."""
+    """The revision of the bundle that requires it."""
 
 
 class Leases(Protocol):
-    """What the decision asks of the table of leases."""
+    """The part of the lease table that authorization reads."""
 
     def get(self, lease_id: str) -> Lease | None: ...
 
@@ -95,7 +95,7 @@ class Leases(Protocol):
 
 
 def access_of(method: str) -> Access | None:
-    """Whether a method only reads, as far as HTTP says. CONNECT asks for a tunnel: it is neither."""
+    """Whether a method reads or writes (RFC 9110, 9.2.1). None for CONNECT, which asks for a tunnel."""
     if method == "CONNECT":
         return None
     return "read" if method in SAFE_METHODS else "write"
@@ -110,18 +110,18 @@ def refuse(
     side: str | None = None,
     sender: Sender | None = None,
 ) -> Refusal:
-    """A refusal for one reason."""
+    """Build a refusal with one reason."""
     reason = Reason(code=code, message=message[:1000], permission=permission, side=side)
     return Refusal(status, (reason,), sender)
 
 
 def stale_view(why: str) -> Reason:
-    """What this gateway knows is too old to go by."""
+    """The reason for a denial by a gateway whose view is too old."""
     return Reason(code="stale_view", message=f"{why}; denied until that is known again"[:1000])
 
 
 def refuse_for(problem: Reason) -> Refusal:
-    """A refusal for what a lease may not be used for any more."""
+    """Build a refusal from the reason why a lease cannot be used."""
     return Refusal(UNAVAILABLE if problem.code == "stale_view" else FORBIDDEN, (problem,))
 
 
@@ -135,9 +135,9 @@ def authorize(
     now_s: float,
     entitlements_max_age_s: int,
 ) -> ChosenLease | Refusal:
-    """Hold one action against the leases of who sends it, and against the rule as the records have it by now.
+    """Authorize one action: find the lease that allows it, and check the invariant against the current records.
 
-    All that stands against it is told at once. `now_s`: this gateway's own time.
+    All reasons against it are returned together. `now_s`: the time of this gateway.
     """
     wanted = _action_scope(target.target_id, action.verb, action.resource)
     named = _lease_of_handle(sender, target, leases)
@@ -176,15 +176,15 @@ def authorize(
 
 @lru_cache(maxsize=4096)
 def _action_scope(target_id: str, verb: str, resource: str) -> Scope:
-    """One action as a scope: agents do the same again and again."""
+    """The scope of one action, cached because agents repeat their actions."""
     return (Permission(target=target_id, verbs=(verb,), resources=(resource,)),)
 
 
 def narrowest(leases: Iterable[Lease]) -> Lease | None:
-    """The lease of several that decides: the one that could do the least with the credential that is injected.
+    """Choose the lease with the least privilege, since its credential is injected. None where there is none.
 
-    Fewest globs over whole trees, then fewest over one segment, then fewest pairs of verb and resource; of equals the
-    one that ends first, which is used up anyway; then by id, so that every gateway and every repeat choose the same.
+    Fewest globs over whole trees, then fewest over one segment, then fewest pairs of verb and resource. Of equal leases
+    the one that ends first, then the one with the lowest id: so every gateway chooses the same.
     """
     return min(leases, key=_breadth, default=None)
 
@@ -198,7 +198,7 @@ def _breadth(lease: Lease) -> tuple[int, int, int, int, str]:
 
 
 def _lease_of_handle(sender: Sender, target: TargetState, leases: Leases) -> Lease | Refusal | None:
-    """The lease that a handle names, if it is one that this sender has at this target; None where none is named."""
+    """The lease that the handle names, if the sender has it at this target; None where there is no handle."""
     if sender.lease_id is None:
         return None
     lease = leases.get(sender.lease_id)
@@ -221,7 +221,7 @@ def _lease_of_handle(sender: Sender, target: TargetState, leases: Leases) -> Lea
 
 
 def _agent_reasons(agent_id: str, directory: Directory) -> list[Reason]:
-    """What stands against an agent of which no task is known."""
+    """The reasons against an agent whose task is unknown."""
     try:
         agent = directory.agent(agent_id)
     except ChainError as error:
@@ -260,7 +260,7 @@ def _unusable_reasons(lease: Lease, target: TargetState) -> list[Reason]:
 def _delegation_chain_reasons(
     lease: Lease, wanted: Scope, directory: Directory, checked: Collection[str]
 ) -> list[Reason]:
-    """What agents say against it that the lease names and its task does not: their status, and their ceilings."""
+    """The reasons against agents of the lease's delegation chain that the task does not name: status and ceiling."""
     found: list[Reason] = []
     for agent_id in lease.act:
         if agent_id == lease.agent_id or agent_id in checked:

@@ -1,4 +1,4 @@
-"""What a data plane refuses by itself, before or after the decision, and how it says so."""
+"""Refusals by a data plane itself, before or after the decision, and the HTTP answer to them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ringfence.gateway.contract import Verdict
 from ringfence.kernel.base.errors import RingfenceError
 
 AnswerVerdict = Callable[[Verdict], tuple[int, Mapping[str, str], bytes]]
-"""Status, headers and body that tell an agent of a verdict that is not `allowed`."""
+"""Returns status, headers and body of the answer to a verdict that does not allow."""
 
 _PROBLEM: Final = "application/problem+json"
 
 
 class RefusedError(RingfenceError):
-    """A request, or the answer to it, goes no further. `status` is what the client is told (RFC 9110, 15)."""
+    """A request or its response is not forwarded. `status` is the HTTP status for the client (RFC 9110, 15)."""
 
     def __init__(
         self, status: int, code: str, message: str, *, headers: Mapping[str, str] | None = None
@@ -29,7 +29,7 @@ class RefusedError(RingfenceError):
 
 
 def problem_answer(error: RefusedError) -> tuple[int, Mapping[str, str], bytes]:
-    """What a client is told of a refusal: problem details (RFC 9457)."""
+    """Status, headers and body of the answer: problem details (RFC 9457)."""
     return (
         error.status,
         {"Content-Type": _PROBLEM, **error.headers},
@@ -38,7 +38,7 @@ def problem_answer(error: RefusedError) -> tuple[int, Mapping[str, str], bytes]:
 
 
 def answer_head(status: int, headers: Mapping[str, str], length: int, *, close: bool) -> bytes:
-    """The head of an answer of the gateway's own."""
+    """The head of an answer by the gateway itself."""
     lines = [f"HTTP/1.1 {status} {_phrase(status)}", f"Content-Length: {length}", "Cache-Control: no-store"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     if close:

@@ -1,4 +1,4 @@
-"""Host and port of a request, spelled in the one way in which they are compared. What is spelled oddly is refused."""
+"""Canonical form of host and port, in which authorities are compared. Ambiguous spellings are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NUMBER: Final = re.compile(r"[0-9]+|0[xX][0-9a-fA-F]*")
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where requests are sent: a scheme, a host without brackets, a port, and how `Host` names the two."""
+    """Where requests are sent: scheme, host without brackets, port, and the authority for the `Host` field."""
 
     scheme: Scheme
     host: str
@@ -31,35 +31,35 @@ class Origin:
 
 @functools.lru_cache(maxsize=4096)
 def canonical(authority: str, scheme: Scheme) -> str:
-    """`host[:port]` in lower case, without the port that the scheme has anyway, IPv6 in its short form.
+    """`host[:port]` in lower case, without the scheme's default port, IPv6 in its short form.
 
-    Raises RefusedError for user information, an empty or odd port, a trailing dot, an address that readers
-    understand differently (`127.1`, `0x7f.1`, `010.0.0.1`), a zone id, and whatever else is no host.
+    Raises RefusedError for user information, an empty or invalid port, a trailing dot, an address that parsers read
+    differently (`127.1`, `0x7f.1`, `010.0.0.1`), a zone id, and everything else that is no host.
     """
-    host, port = split(authority, scheme)
+    host, port = split_host_and_port(authority, scheme)
     shown = f"[{host}]" if ":" in host else host
     return shown if port == PORTS[scheme] else f"{shown}:{port}"
 
 
-def split(authority: str, scheme: Scheme) -> tuple[str, int]:
+def split_host_and_port(authority: str, scheme: Scheme) -> tuple[str, int]:
     """Host, without brackets, and port. Raises RefusedError as `canonical` does."""
     found = _AUTHORITY.fullmatch(authority)
     if found is None:
-        raise _odd(authority)
+        raise _invalid(authority)
     port = int(found[2]) if found[2] else PORTS[scheme]
     if port > 65535:
-        raise _odd(authority)
+        raise _invalid(authority)
     return _host(found[1].lower(), authority), port
 
 
 @functools.lru_cache(maxsize=1024)
 def origin_of(url: str) -> Origin:
-    """The origin of `https://host[:port]`. Raises RefusedError (502) where it is none."""
+    """The origin of `https://host[:port]`. Raises RefusedError (502) if it is not one."""
     parts = urlsplit(url)
     if parts.scheme not in PORTS or parts.path not in ("", "/") or parts.query or parts.fragment:
         raise RefusedError(502, "target_misconfigured", "the target says no usable URL; ask an operator")
     scheme: Scheme = "https" if parts.scheme == "https" else "http"
-    host, port = split(parts.netloc, scheme)
+    host, port = split_host_and_port(parts.netloc, scheme)
     return Origin(scheme, host, port, canonical(parts.netloc, scheme))
 
 
@@ -68,19 +68,19 @@ def _host(host: str, authority: str) -> str:
         try:
             return str(ipaddress.IPv6Address(host[1:-1]))
         except ValueError:
-            raise _odd(authority) from None
+            raise _invalid(authority) from None
     labels = host.split(".")
     if _NUMBER.fullmatch(labels[-1]):
         try:
             return str(ipaddress.IPv4Address(host))
         except ValueError:
-            raise _odd(authority) from None
+            raise _invalid(authority) from None
     if not all(_LABEL.fullmatch(label) for label in labels):
-        raise _odd(authority)
+        raise _invalid(authority)
     return host
 
 
-def _odd(authority: str) -> RefusedError:
+def _invalid(authority: str) -> RefusedError:
     return RefusedError(
         400, "host_invalid", f"{authority[:80]!r} is no host[:port] that all would read alike"
     )

@@ -1,4 +1,4 @@
-"""What people ask a gateway."""
+"""The gateway's HTTP API for people."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12
 
 
 class GatewayApi:
-    """The routes."""
-
     def __init__(self, authenticator: Authenticator, view: View) -> None:
         self._authenticator = authenticator
         self._view = view
@@ -29,7 +27,7 @@ class GatewayApi:
         return [Route(_LEASE_PATH, self.lease)]
 
     async def lease(self, request: Request) -> Response:
-        """Whether requests can go by a lease here now, and why not: for whoever may see its agent."""
+        """Report whether a lease can be used here now, and if not, why. For callers who may see its agent."""
         caller = self._authenticator.user(request.headers.get("authorization"))
         lease_id = request.path_params["lease_id"]
         lease = self._view.table.get(lease_id) if _UUID.fullmatch(lease_id) else None

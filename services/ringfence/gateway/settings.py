@@ -14,7 +14,7 @@ from ringfence.messages.base import TargetId
 from ringfence.rego.embedded import TIMEOUT_MS
 
 
-def _with_a_port(text: str) -> str:
+def _check_port(text: str) -> str:
     port = text.rpartition(":")[2]
     if int(port) > 65_535:
         raise ValueError(f"{port} is no port: they go to 65535")
@@ -22,7 +22,7 @@ def _with_a_port(text: str) -> str:
 
 
 Listen = Annotated[
-    str, Field(pattern=r"^(([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):)?\d{1,5}$"), AfterValidator(_with_a_port)
+    str, Field(pattern=r"^(([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):)?\d{1,5}$"), AfterValidator(_check_port)
 ]
 """`port` of this machine's loopback alone, or `host:port`."""
 
@@ -36,7 +36,7 @@ def host_and_port(listen: str) -> tuple[str, int]:
     return host.strip("[]") or LOOPBACK, int(port)
 
 
-def _listed(value: Any) -> Any:
+def _split_list(value: Any) -> Any:
     """`a,b` of the environment; a list in `ringfence.toml` is one already."""
     return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
@@ -49,7 +49,7 @@ class GatewaySettings(RingfenceSettings):
     listen: Listen | None = None
     """Where agents come in over TCP: `8707` is that port of the loopback interface; nowhere where not set. Elsewhere it
     takes TLS."""
-    names: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)] = ()
+    names: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)] = ()
     """The `host[:port]` by which agents know it there: `gateway.example:8443`. Its address where none is given."""
     tls_cert_file: Path | None = None
     """The certificate (PEM) that it shows agents at `listen`."""
@@ -72,7 +72,7 @@ class GatewaySettings(RingfenceSettings):
     """The folder of the Rego bundle; the one that comes with Ringfence where not set."""
     evaluation_timeout_ms: Annotated[int, Field(ge=10, le=60_000)] = TIMEOUT_MS
     """What one evaluation of the bundle may take. Then the request is denied."""
-    observe: Annotated[tuple[TargetId, ...], NoDecode, BeforeValidator(_listed)] = ()
+    observe: Annotated[tuple[TargetId, ...], NoDecode, BeforeValidator(_split_list)] = ()
     """The targets at which this gateway blocks nothing that agents can do with credentials of their own, and only
     records what it would have blocked: `partner,hub`. There is no word for all of them."""
     seal_key_file: Path | None = None

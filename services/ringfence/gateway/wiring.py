@@ -1,4 +1,4 @@
-"""The wiring of the decision core: what every data plane of this gateway shares."""
+"""Wiring of the decision core, which all data planes of one gateway share."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SEAL = "-seal.json"
 
 @dataclass(frozen=True, slots=True)
 class Core:
-    """What decides, and what it decides by."""
+    """The decision core, and what data planes need besides the gate."""
 
     gate: DecisionGate
     view: View
@@ -56,9 +56,9 @@ class Core:
 def build_core(
     runtime: Runtime, settings: ServiceSettings, own: GatewaySettings, *, fast_path: bool = True
 ) -> Core:
-    """The core, fed and run by `runtime`. Raises AccessError, BundleError, KeyFileError, SettingsError, SpoolError.
+    """Build the core. `runtime` feeds and runs it.
 
-    `fast_path`: see `DecisionGate`.
+    `fast_path`: see `DecisionGate`. Raises AccessError, BundleError, KeyFileError, SettingsError, SpoolError.
     """
     clock, view = runtime.clock, View(runtime)
     targets = Targets(view.directory)
@@ -97,7 +97,7 @@ def build_core(
         await runtime.event("finding", "policy bundle", about=("bundle_refused", mark), reasons=(reason,))
 
     runtime.history([CREDENTIAL_REPLY], sealed.on_records, since_ms=max(clock.now_ms() - LEASES_SINCE_MS, 1))
-    # Questions are of this process alone, and so are the answers to them: nothing before its start is one.
+    # Questions belong to this process, so answers from before its start are not for it.
     runtime.history([APPROVAL_RESPONSE], approvals.on_records, since_ms=max(clock.now_ms(), 1))
     if own.observe:
         _announce_observe_mode(runtime, own)
@@ -113,7 +113,7 @@ def build_core(
 
 
 def _announce_observe_mode(runtime: Runtime, own: GatewaySettings) -> None:
-    """Nobody should come upon observe mode by chance: it is said before anything is forwarded, and at each start."""
+    """Announce observe mode at each start, before anything is forwarded: nobody should discover it by chance."""
     said = notice(own.observe)
     metrics.OBSERVED_TARGETS.set(len(own.observe))
 
@@ -135,7 +135,7 @@ def _recorder(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings)
 
 
 def _seal_keys(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> EncryptionKeys | None:
-    """The keys that credentials are sealed to. Without any, only static secrets are injected."""
+    """The keys that credentials are sealed to. Without them, only static secrets are injected."""
     path = own.seal_key_file or settings.key_dir / f"{_name(runtime)}{SEAL}"
     if own.seal_key_file is None and not path.exists():
         return None
@@ -147,5 +147,5 @@ def _seal_keys(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings
 
 
 def _name(runtime: Runtime) -> str:
-    """Of this gateway: its files bear it, as `ringfence init` makes them."""
+    """The name of this gateway, as in the names of its files (`ringfence init`)."""
     return runtime.key.id.rpartition("/")[2]

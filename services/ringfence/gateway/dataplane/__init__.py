@@ -1,1 +1,1 @@
-"""The gateway's data plane: listeners, connections, HTTP/1.1, forwarding."""
+"""The embedded data plane: a forward and reverse HTTP/1.1 proxy. It asks the decision core about each request."""

@@ -1,7 +1,7 @@
-"""A certificate authority of this gateway alone, by which it opens the TLS of its agents. It lives in memory.
+"""A private certificate authority, kept in memory, by which this gateway terminates the TLS of its agents.
 
-Its certificate is constrained to the hosts of targets (RFC 5280, 4.2.1.10): whoever trusts it trusts it for nothing
-else. Where a host is added, the same key signs a new certificate; the old one stays good for the old hosts.
+Its certificate has name constraints (RFC 5280, 4.2.1.10) for the hosts of targets: who trusts it trusts it for nothing
+else. When a host is added, the same key signs a new certificate. The old one stays valid for the old hosts.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _EVERYWHERE: Final = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network(":
 
 
 class CertificateAuthority:
-    """The CA, and the certificates that it made."""
+    """The CA, with a cached TLS context for each host."""
 
     def __init__(self, name: str, hosts: Iterable[str], clock: Clock) -> None:
         """Args:
             name: of the gateway, for people who look at the certificate.
-            hosts: names and addresses, without brackets and ports, that it may stand for.
-            clock: what certificates are dated by.
+            hosts: names and addresses, without brackets and ports, that it may certify.
+            clock: the time in certificates.
         """  # fmt: skip
         self._clock = clock
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._leaf_key = ec.generate_private_key(ec.SECP256R1())
-        # A name of its own for each start: clients take two authorities of one name for one.
+        # A new name for each start: clients take two CAs of the same name for one.
         self._subject = x509.Name(
             [
                 x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Ringfence"),
@@ -56,11 +56,13 @@ class CertificateAuthority:
 
     @property
     def certificate_pem(self) -> str:
-        """What agents are to trust."""
+        """The CA certificate that agents must trust."""
         return self._certificate.public_bytes(serialization.Encoding.PEM).decode("ascii")
 
     def set_hosts(self, hosts: Iterable[str]) -> bool:
-        """Stand for these hosts from now on. Whether agents that trust an older certificate miss one of them."""
+        """Certify exactly these hosts from now on. Returns whether agents that trust an older certificate lack one of
+        them.
+        """
         wanted = frozenset(hosts)
         added = wanted - self._hosts
         if wanted != self._hosts:
@@ -69,7 +71,7 @@ class CertificateAuthority:
         return bool(added)
 
     def write(self, path: Path) -> None:
-        """Put the certificate into a file, in one step. Agents of other users read it, and must not replace it.
+        """Write the certificate to a file atomically. Agents of other users read it, and must not replace it.
 
         Raises OSError, NotPrivateError.
         """
@@ -79,7 +81,7 @@ class CertificateAuthority:
         fresh.replace(path)
 
     def context(self, host: str) -> ssl.SSLContext:
-        """TLS as this host. Raises RefusedError for one that it does not stand for."""
+        """The TLS context for this host. Raises RefusedError for a host that is not certified."""
         if host not in self._hosts:
             raise RefusedError(403, "host_unknown", "this host is no target")
         kept = self._contexts.get(host)
@@ -142,7 +144,7 @@ _SIGNS_CERTIFICATES: Final = x509.KeyUsage(
 
 
 def _name_constraints(hosts: frozenset[str]) -> x509.NameConstraints:
-    """These hosts and no others: a kind of name that is not mentioned would be free."""
+    """Permit these hosts and exclude all others: a type of name that is not mentioned would be unconstrained."""
     permitted: list[x509.GeneralName] = []
     for host in sorted(hosts):
         address = _address(host)
@@ -178,7 +180,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 def _load_key_and_certificate(
     context: ssl.SSLContext, leaf: x509.Certificate, key: ec.EllipticCurvePrivateKey
 ) -> None:
-    """`ssl` reads keys from files only: here from one that has no name and was never on a disk."""
+    """Load them from a memory file, since `ssl` reads keys from files only. The key never reaches a disk."""
     pem = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     ) + leaf.public_bytes(serialization.Encoding.PEM)
@@ -191,7 +193,7 @@ def _load_key_and_certificate(
 
 
 def _require_server_name(host: str) -> Callable[[ssl.SSLObject, str | None, ssl.SSLContext], int | None]:
-    """Refuse a handshake that names another host than the CONNECT did."""
+    """An SNI callback that refuses a handshake for another host than the CONNECT named."""
 
     def named(_: ssl.SSLObject, given: str | None, __: ssl.SSLContext) -> int | None:
         if given is not None and given.lower() != host:

@@ -1,4 +1,4 @@
-"""One connection of an agent, from its first byte to its last: one request at a time, each decided on its own."""
+"""One keep-alive connection of an agent: its requests are served one at a time, and each is decided on its own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ringfence.gateway.dataplane.http1_body import Body, request_body
 from ringfence.gateway.dataplane.http1_head import (
     MAX_HEAD_BYTES,
     RequestHead,
-    cut_head,
     parse_request,
+    take_head,
 )
 from ringfence.gateway.dataplane.limits import HANDSHAKE_COST
 from ringfence.gateway.dataplane.request_reader import ListenerContext, presented_by, read_request
@@ -27,11 +27,11 @@ from ringfence.gateway.dataplane.stream import DeadlineError, DisconnectedError,
 from ringfence.gateway.dataplane.tls_listener import TLS_FAILED
 from ringfence.gateway.errors import RefusedError, answer_head, problem_answer
 from ringfence.gateway.events.destination import destination_of_line, unparsed_line
-from ringfence.gateway.hosts import canonical, split
+from ringfence.gateway.hosts import canonical, split_host_and_port
 from ringfence.kernel.base import metrics
 
 MAX_READ_BYTES: Final = 1024 * 1024
-"""So much of a body is read before the decision, where the decision needs it."""
+"""No more of a body is read before the decision."""
 _PROXY_AUTHENTICATION_REQUIRED: Final = 407
 _LINGER_S: Final = 1.0
 _LINGER_BYTES: Final = 256 * 1024
@@ -39,7 +39,7 @@ _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Connection:
-    """What goes on in one connection."""
+    """Serves one connection. CONNECT turns it into TLS, which the gateway terminates."""
 
     def __init__(
         self, client: Stream, listener: ListenerContext, shared: DataPlaneContext, fast_paths: FastPaths
@@ -50,12 +50,12 @@ class Connection:
         self._slot = shared.limits.slot(listener.sender)
         self._fast_path = fast_paths.of_connection(client, listener, self._slot)
         self._attempt: Attempt | None = None
-        """What is asked for, until that is decided."""
+        """The request in progress, until it is decided."""
         self._unparsed_head = b""
-        """A head that cannot be read for certain."""
+        """The head of the request in progress, if it could not be parsed."""
 
     async def run(self) -> None:
-        """Serve until it ends."""
+        """Serve requests until the connection ends."""
         try:
             while await self._serve_one():
                 pass
@@ -69,7 +69,7 @@ class Connection:
             self._fast_path.abandon()
 
     async def _serve_one(self) -> bool:
-        """Serve one request. Whether there may be another."""
+        """Serve one request. Returns whether another may follow."""
         self._attempt, head_bytes = None, None
         try:
             head_bytes = await self._read_head()
@@ -90,7 +90,7 @@ class Connection:
             return await self._refuse(error, request, close=not body.done or error.status == 400)
 
     async def _continue_handed_over(self) -> bool:
-        """Go on with what was handed over on the short way. Whether there may be another."""
+        """Continue with the request that the fast path handed over. Returns whether another may follow."""
         forwarded, exchange = self._fast_path.handed_over()
         try:
             if self._fast_path.lease_ended:
@@ -103,13 +103,13 @@ class Connection:
             self._slot.end()
 
     async def _read_head(self) -> bytes | None:
-        """The next head; None where a request was handed over instead, see `FastPath`."""
+        """Read the next head. None where the fast path handed a request over instead, see `FastPath`."""
         client, timeouts, fast_path = self._client, self._shared.timeouts, self._fast_path
         client.deadline = time.monotonic() + (timeouts.head_s if client.buffer else timeouts.idle_s)
         begun, seen = fast_path.count if client.buffer else None, 0
         fast_path.open()
         try:
-            while (head_bytes := cut_head(client.buffer, seen)) is None:
+            while (head_bytes := take_head(client.buffer, seen)) is None:
                 seen = len(client.buffer)
                 try:
                     await client.read_more()
@@ -168,7 +168,9 @@ class Connection:
         return keep
 
     async def _read_body(self, body: Body, *, expects_continue: bool) -> bytes:
-        """All of a body, or more than is looked at. Raises RefusedError: 408, or 400 where its framing is wrong."""
+        """Read the body, up to a little more than the limit. Raises RefusedError: 408, or 400 where its framing is
+        wrong.
+        """
         client = self._client
         if expects_continue and not body.done and not client.buffer:
             client.write(_CONTINUE)
@@ -203,7 +205,7 @@ class Connection:
                     presented, Attempt(authority, "https", "CONNECT", request.target)
                 )
                 return await self._send_answer(self._unknown_host_answer(verdict), request, close=True)
-            context = shared.authority.context(split(authority, "https")[0])
+            context = shared.authority.context(split_host_and_port(authority, "https")[0])
         except RefusedError as error:
             return await self._refuse(error, request, close=True)
         self._client.write(CONNECT_ESTABLISHED)
@@ -213,7 +215,7 @@ class Connection:
             self._report_blocked(TLS_FAILED, error.message, request)
             raise
         self._listener = dataclasses.replace(
-            self._listener, scheme="https", inside=authority, handle=presented.handle
+            self._listener, scheme="https", connect_authority=authority, handle=presented.handle
         )
         self._fast_path.set_route(self._listener)
         return True
@@ -226,7 +228,7 @@ class Connection:
     # --- answers of the gateway's own ---------------------------------------------------------------------------------
 
     async def _refuse(self, error: RefusedError, request: RequestHead | None, *, close: bool) -> bool:
-        """Refuse what nothing was decided on. To ask for who sends it is no refusal yet."""
+        """Refuse a request before its decision. A challenge (407) is not reported as blocked."""
         if error.status != _PROXY_AUTHENTICATION_REQUIRED:
             self._report_blocked(error.code, error.message, request)
         return await self._send_refusal(error, request, close=close)
@@ -234,7 +236,7 @@ class Connection:
     def _report_blocked(self, code: str, message: str, request: RequestHead | None) -> None:
         shown = PresentedIdentity(self._listener.task_id, self._listener.certificate)
         if request is not None:
-            host = request.known.get(b"host")
+            host = request.values.get(b"host")
             method, target = request.method, request.target
             named = host.decode("latin-1") if host is not None else None
         else:
@@ -260,7 +262,7 @@ class Connection:
         status, headers, body = answer
         unread = close
         if request is not None:
-            close = close or request.minor == 0 or b"close" in request.named
+            close = close or request.minor == 0 or b"close" in request.connection_options
         head_bytes = answer_head(status, headers, len(body), close=close)
         if request is not None and request.method == "HEAD":
             body = b""
@@ -272,7 +274,7 @@ class Connection:
         return not close
 
     async def _drain(self) -> None:
-        """Who takes no answers gets no more of them, and who sends many requests at once is no hindrance to others."""
+        """Wait until the client takes the answer (backpressure), and let other connections run."""
         client = self._client
         if not client.blocked:
             await asyncio.sleep(0)
@@ -282,7 +284,7 @@ class Connection:
         client.deadline = None
 
     async def _linger(self, *, unread: bool) -> None:
-        """Close. What still comes is read for a moment, as the answer would be lost to who is still sending."""
+        """Close, and read what still arrives for a moment: a client that is still sending would lose the answer."""
         client = self._client
         if not unread or not client.alive:
             return
@@ -298,7 +300,7 @@ class Connection:
 
 
 def _expects_continue(request: RequestHead) -> bool:
-    expected = request.known.get(b"expect")
+    expected = request.values.get(b"expect")
     if expected is None:
         return False
     if expected.lower() != b"100-continue":
@@ -306,31 +308,31 @@ def _expects_continue(request: RequestHead) -> bool:
     return request.minor == 1
 
 
-# CONNECT: no tunnel, but a promise of TLS, which the gateway opens, so that each request inside is decided.
+# --- CONNECT: the gateway terminates the TLS inside, so that each request in it is decided ---
 
 CONNECT_ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 
 def connect_authority(request: RequestHead, listener: ListenerContext, client: Stream) -> str:
-    """The canonical authority that a CONNECT is for. Raises RefusedError."""
-    if listener.inside is not None:
+    """The canonical authority of a CONNECT (RFC 9110, 9.3.6). Raises RefusedError."""
+    if listener.connect_authority is not None:
         raise RefusedError(400, "connect_refused", "there is no CONNECT inside another")
     if request.chunked or request.length or client.buffer:
         raise RefusedError(400, "connect_refused", "nothing may follow a CONNECT before it is answered")
     if ":" not in request.target.rpartition("]")[2]:
         raise RefusedError(400, "connect_refused", "CONNECT names a host and a port")
     authority = canonical(request.target, "https")
-    host = request.known.get(b"host")
+    host = request.values.get(b"host")
     if host is not None and canonical(host.decode("latin-1"), "https") != authority:
         raise RefusedError(400, "host_disagrees", "Host names another host than the CONNECT")
     return authority
 
 
-# A request as it came in, whose body may be wanted before the decision; and which may wait for a person.
+# --- a received request: its body may be read before the decision, and it may be held for an approval ---
 
 
 class ReceivedRequest:
-    """The `Patient` of the embedded data plane."""
+    """A received request whose body can be read before the decision, and which can be held for an approval."""
 
     __slots__ = ("_client", "_max_bytes", "_read_body", "body")
 
@@ -343,26 +345,26 @@ class ReceivedRequest:
         self._read_body = read
         self._max_bytes = max_bytes
         self.body: bytes | None = None
-        """What was read of it before the decision: these bytes, and no others, go on first."""
+        """What was read before the decision. These bytes are forwarded first."""
 
     async def read(self) -> bytes | None:
-        """All of the body; None where it is too long, which counts as not seen. Raises what `read` does."""
+        """The whole body; None where it is too long, which counts as not read. Raises what `read` raises."""
         self.body = await self._read_body()
         return self.body if len(self.body) <= self._max_bytes else None
 
     async def read_body(self) -> bytes | None:
-        """See `Patient`."""
+        """See `HoldableRequest`."""
         try:
             return await self.read() if self.body is None else None
         except (RefusedError, DisconnectedError, DeadlineError):
             return None
 
-    def on_disconnect(self, told: Callable[[], None]) -> Callable[[], None]:
-        """See `Patient`."""
+    def on_disconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """See `HoldableRequest`."""
         if not self._client.alive:
-            told()
+            callback()
             return lambda: None
-        self._client.on_disconnect = told
+        self._client.on_disconnect = callback
 
         def unsubscribe() -> None:
             self._client.on_disconnect = None

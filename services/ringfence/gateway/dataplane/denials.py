@@ -1,4 +1,4 @@
-"""What an agent is told that may not do what it asked for: problem details (RFC 9457), and how to ask for it."""
+"""Denials for agents as problem details (RFC 9457), with the command that asks for the missing credential."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ringfence.messages.credential import Reason
 MEDIA_TYPE: Final = "application/problem+json"
 _JSON: Final = "application/json"
 _HTTP_STATUSES: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND})
-"""What clients of MCP act upon by the status: who sends it is not shown yet, and the session is no more."""
+"""MCP clients act on these HTTP statuses: the sender is not authenticated, or the session has ended."""
 _TYPE: Final = "urn:ringfence:problem:"
 _FIXED_BY_NEW_CREDENTIAL: Final = frozenset({"no_lease", "beyond_lease", "lease_ended", "lease_cut"})
-"""What a new credential would help against."""
+"""Refusal codes that a new credential may resolve."""
 
 
 def problem_details(verdict: Verdict) -> dict[str, Any]:
-    """The problem details of a verdict that does not allow: the first reason's, and all of them under `reasons`.
+    """The problem details of a denial: the first reason, and all of them under `reasons`.
 
-    `type` is a name of the reason's code, `instance` the id of the action, by which audit finds it.
+    `type` is derived from the code of the reason. `instance` is the id of the action, by which audit finds it.
     """
     first = verdict.reasons[0] if verdict.reasons else Reason(code="denied", message="it is not allowed")
     body: dict[str, Any] = {
@@ -43,19 +43,19 @@ def problem_details(verdict: Verdict) -> dict[str, Any]:
 
 
 def problem_body(verdict: Verdict) -> bytes:
-    """The same as JSON, of `MEDIA_TYPE`."""
+    """The problem details as JSON, of `MEDIA_TYPE`."""
     return orjson.dumps(problem_details(verdict))
 
 
 def how_to_ask(verdict: Verdict) -> str | None:
-    """The command that asks for what is lacking, where a credential is what lacks."""
+    """The command that asks for the missing credential; None where a credential would not resolve every reason."""
     target, action = verdict.target, verdict.action
     if (
         target is None
         or action is None
         or not all(reason.code in _FIXED_BY_NEW_CREDENTIAL for reason in verdict.reasons)
     ):
-        return None  # where something else stands against it too, asking would be in vain
+        return None  # a credential would not resolve every reason
     permission = f"{target.target_id}:{action.verb}:{action.resource}"
     if "," in action.resource or ":" in action.resource:
         wanted = {"target": target.target_id, "verbs": [action.verb], "resources": [action.resource]}
@@ -67,7 +67,7 @@ def how_to_ask(verdict: Verdict) -> str | None:
 
 
 def denial_answer(verdict: Verdict) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of the answer to an agent, for a data plane that adds `Cache-Control` by itself."""
+    """Status, headers and body of the answer. The data plane adds `Cache-Control`."""
     said = {name: value for name, value in denial_headers(verdict).items() if name != "Cache-Control"}
     if verdict.rpc is None or verdict.status in _HTTP_STATUSES:
         return verdict.status, said, problem_body(verdict)
@@ -76,9 +76,9 @@ def denial_answer(verdict: Verdict) -> tuple[int, dict[str, str], bytes]:
 
 
 def rpc_error(verdict: Verdict, rpc: RpcErrorReply) -> bytes:
-    """The same words as a JSON-RPC error: its code is the status, its data are the problem details.
+    """The problem details as a JSON-RPC error: its code is the HTTP status.
 
-    A code beside those that JSON-RPC keeps for itself is the application's (JSON-RPC 2.0, 5.1).
+    Codes outside the range that JSON-RPC reserves are the application's (JSON-RPC 2.0, 5.1).
     """
     said = problem_details(verdict)
     error = {"code": verdict.status, "message": f"{said['code']}: {said['detail']}", "data": said}
@@ -86,7 +86,7 @@ def rpc_error(verdict: Verdict, rpc: RpcErrorReply) -> bytes:
 
 
 def denial_headers(verdict: Verdict) -> dict[str, str]:
-    """What stands in the head of such an answer besides its length."""
+    """The headers of such an answer, without its length."""
     found = {"Content-Type": MEDIA_TYPE, "Cache-Control": "no-store"}
     if verdict.nonce is not None:
         found["DPoP-Nonce"] = verdict.nonce

@@ -1,4 +1,7 @@
-"""One exchange: a request sent to its target, and the response streamed back."""
+"""One request/response exchange with a target. Both bodies are streamed with backpressure.
+
+It ends when the lease ends: then nothing more goes in either direction.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,16 @@ from ringfence.gateway.dataplane.headers import request_head, response_head, swi
 from ringfence.gateway.dataplane.http1_body import (
     LAST_CHUNK,
     Body,
+    CloseDelimitedBody,
     SizedBody,
-    UntilClosed,
     chunk,
     response_body,
 )
 from ringfence.gateway.dataplane.http1_head import (
     RequestHead,
     ResponseHead,
-    cut_head,
     parse_response,
+    take_head,
 )
 from ringfence.gateway.dataplane.mcp_responses import (
     EVENTS,
@@ -42,12 +45,13 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.credential import Reason
 
 _REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
-"""What may be sent again where a connection that was kept turns out to be closed (RFC 9110, 9.2.2)."""
+"""Safe methods whose request may be sent again if a pooled connection turns out to be closed (RFC 9110, 9.2.2)."""
 
 
 BODYLESS_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "DELETE"})
-"""Some targets do not read the body of these, and take it for the next request of the connection: of another agent, if
-that connection were used again."""
+"""Some targets do not read the body of these methods, and take it for the next request. Their connection is not reused,
+as that request could be another agent's.
+"""
 
 
 _MAX_INTERIM_RESPONSES: Final = 8
@@ -55,14 +59,16 @@ _MAX_INTERIM_RESPONSES: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """How long what is waited for, in seconds."""
+    """Timeouts in seconds."""
 
     head_s: float = 10.0
     """For the whole head of a request, from its first byte."""
     idle_s: float = 60.0
-    """For the next request of a connection."""
+    """For the next request of a keep-alive connection."""
     piece_s: float = 30.0
-    """For the next piece of a body from the agent, all of one that is read whole, and until it takes what is sent."""
+    """For the next piece of a body from the agent, for a whole body that is read before the decision, and until the
+    agent takes what is sent.
+    """
     connect_s: float = 5.0
     response_s: float = 60.0
     """For the head of the target's response, once the request is sent."""
@@ -72,14 +78,14 @@ class Timeouts:
 
 @dataclass(slots=True)
 class ForwardedRequest:
-    """A request that goes on, and what of its body is still to come."""
+    """A request that is forwarded, and what is still to come of its body."""
 
     head: RequestHead
     attempt: Attempt
     verdict: Verdict
     body: Body
     body_read: bytes | None
-    """What was read of it for the decision: all of it where `body` is done, else too much to be decided by."""
+    """What was read of the body for the decision: all of it if `body` is done, else too much to be decided on."""
 
 
 def is_observed(verdict: Verdict) -> bool:
@@ -87,11 +93,11 @@ def is_observed(verdict: Verdict) -> bool:
 
 
 def never_expired() -> bool:
-    return False  # it goes by no lease
+    return False  # it uses no lease
 
 
 class StaleConnectionError(RingfenceError):
-    """The target closed the connection before it said anything."""
+    """The target closed a connection before it sent anything."""
 
 
 class Exchange:
@@ -132,9 +138,9 @@ class Exchange:
     ) -> None:
         self.origin = origin
         self.upstream: Stream | None = None
-        """Where it was sent last."""
+        """The connection that the request was sent on last."""
         self.unsubscribe: Callable[[], None] = do_nothing
-        """From the end of the lease."""
+        """Unsubscribes from the end of the lease."""
         self._client = client
         self._request = request
         self._timeouts = timeouts
@@ -167,28 +173,28 @@ class Exchange:
 
     @property
     def can_repeat(self) -> bool:
-        """Whether the same request may be sent again: it is safe, and has no body."""
+        """Whether the request may be sent again: its method is safe, and it has no body."""
         return self._repeatable
 
     def on_lease_end(self) -> None:
-        """Nothing goes on under this lease any more, in neither direction."""
+        """Stop the exchange in both directions."""
         self._cut(cut_error(self._view_problem()))
 
     def _check_cut(self) -> None:
-        """What came while this process stood still goes nowhere. Raises RefusedError."""
+        """Raise RefusedError if the lease has ended, also while this process was suspended."""
         if self._refused is None and self._view_expired():
             self.on_lease_end()
         if self._refused is not None:
             raise self._refused
 
     def _may_send(self) -> bool:
-        """The same look at the moment of sending: this process may have stood still since."""
+        """The same check at the moment of sending, since this process may have been suspended meanwhile."""
         if self._refused is None and self._view_expired():
             self.on_lease_end()
         return self._refused is None
 
     def finish(self) -> None:
-        """Leave nothing behind."""
+        """Release what the exchange holds."""
         self.unsubscribe()
         self._client.on_disconnect = None
         if self._uploading is not None:
@@ -197,7 +203,7 @@ class Exchange:
             self._mcp_filter.finish()
 
     def send_request(self, upstream: Stream) -> None:
-        """Send the request. Raises RefusedError where the lease has ended, DisconnectedError where the client left."""
+        """Send the request. Raises RefusedError if the lease has ended, DisconnectedError if the client left."""
         self.upstream = upstream
         self._check_cut()
         if not self._client.alive:
@@ -206,10 +212,10 @@ class Exchange:
         self._send(upstream)
 
     async def read_response_head(self, upstream: Stream) -> ResponseHead:
-        """The head of the response, which is final or opens a WebSocket.
+        """Read the head of the response: a final one, or one that opens a WebSocket.
 
-        Raises StaleConnectionError where the target closed the connection before it said anything, RefusedError for
-        everything else that is wrong with it.
+        Raises StaleConnectionError if the target closed the connection before it sent anything, RefusedError for every
+        other fault.
         """
         self._check_cut()
         for interim in range(_MAX_INTERIM_RESPONSES):
@@ -221,7 +227,7 @@ class Exchange:
     async def _next_response_head(self, upstream: Stream, *, began: bool) -> ResponseHead:
         while True:
             try:
-                head = cut_head(upstream.buffer)
+                head = take_head(upstream.buffer)
                 if head is not None:
                     return parse_response(head)
             except RefusedError as error:
@@ -229,7 +235,7 @@ class Exchange:
             await self._read_more(upstream, self._timeouts.response_s, began=began or bool(upstream.buffer))
 
     async def relay_response(self, upstream: Stream, response: ResponseHead) -> tuple[bool, bool]:
-        """Send the response to the client. Whether the connections of client and target can be used again."""
+        """Send the response to the client. Returns whether the connections of client and target can be reused."""
         if response.status == 101:
             await self._open_websocket(upstream, response)
             return False, False
@@ -240,17 +246,22 @@ class Exchange:
                 "target_compresses",
                 "the target compressed its response though it was asked not to; nobody could see what it says",
             )
-        until_closed = isinstance(body, UntilClosed)
+        until_closed = isinstance(body, CloseDelimitedBody)
         modern = self._request.head.minor == 1
         whole, event_filter = await self._filter_mcp(upstream, response, body)
-        if whole is not None or event_filter is not None:  # of another length than the target says
+        if whole is not None or event_filter is not None:  # filtering changes the length
             response = replace(response, length=None if whole is None else len(whole), chunked=whole is None)
         sized = (
             whole is not None or (isinstance(body, SizedBody) and event_filter is None) or type(body) is Body
         )
         in_chunks = not sized and not until_closed and modern
         framed = sized or in_chunks
-        keep = framed and modern and b"close" not in self._request.head.named and self._request.body.done
+        keep = (
+            framed
+            and modern
+            and b"close" not in self._request.head.connection_options
+            and self._request.body.done
+        )
         head = redact(response_head(response, chunked=in_chunks, close=not keep), self._needles)
         self._answering = True
         if whole is not None:
@@ -262,7 +273,7 @@ class Exchange:
         clean = (
             not until_closed
             and response.minor == 1
-            and b"close" not in response.named
+            and b"close" not in response.connection_options
             and self._request.body.done
             and self._uploaded()
             and not self._no_reuse
@@ -272,7 +283,7 @@ class Exchange:
     # --- to the target ------------------------------------------------------------------------------------------------
 
     def _send(self, upstream: Stream) -> None:
-        """Write the head and what there is of the body; what is still to come is sent on beside all else."""
+        """Write the head and the part of the body that is here. A task uploads the rest."""
         request = self._request
         if self._whole_body is not None:
             upstream.write_at_end_of_turn(self._head + self._whole_body, self._may_send)
@@ -295,7 +306,7 @@ class Exchange:
         body, client = self._request.body, self._client
         try:
             while not body.done:
-                upstream.deadline = None  # it is not the target that is waited for
+                upstream.deadline = None  # the target is not waited for
                 client.deadline = time.monotonic() + self._timeouts.piece_s
                 await client.read_more()
                 client.deadline = None
@@ -321,13 +332,13 @@ class Exchange:
     async def _filter_mcp(
         self, upstream: Stream, response: ResponseHead, body: Body
     ) -> tuple[bytes | None, EventStreamFilter | None]:
-        """At an endpoint of MCP: all of a response that is one message, or what sifts a stream of them."""
+        """At an MCP endpoint: the whole filtered response, or the filter for a stream of events."""
         if self._mcp_filter is None:
             return None, None
         self._mcp_filter.on_response_head(response)
         if body.done or response.status >= 300:
             return None, None
-        media = media_type(response.known.get(b"content-type"))
+        media = media_type(response.values.get(b"content-type"))
         if media == EVENTS:
             return None, EventStreamFilter(self._mcp_filter)
         if media == JSON:
@@ -337,7 +348,7 @@ class Exchange:
         )
 
     async def _read_whole_body(self, upstream: Stream, body: Body) -> bytes:
-        """All of a response's body."""
+        """Read the whole body of a response."""
         pieces = bytearray()
         while True:
             try:
@@ -351,7 +362,7 @@ class Exchange:
             try:
                 await self._read_more(upstream, self._timeouts.stream_s, began=True)
             except RefusedError as error:
-                if isinstance(body, UntilClosed) and error.code == "target_gone":
+                if isinstance(body, CloseDelimitedBody) and error.code == "target_gone":
                     return bytes(pieces)
                 raise
 
@@ -389,13 +400,13 @@ class Exchange:
             try:
                 await self._read_more(upstream, self._timeouts.stream_s, began=True)
             except RefusedError as error:
-                if isinstance(body, UntilClosed) and error.code == "target_gone":
+                if isinstance(body, CloseDelimitedBody) and error.code == "target_gone":
                     client.write(redactor.last(self._last_event(event_filter)))
                     return
                 self._abort_response(client, error)
 
     def _last_event(self, event_filter: EventStreamFilter | None) -> bytes:
-        """What is left where a connection ended."""
+        """What is left in the filter when the connection ends."""
         try:
             return event_filter.last(b"") if event_filter is not None else b""
         except RefusedError as error:
@@ -410,12 +421,12 @@ class Exchange:
             client.deadline = None
 
     def _abort_response(self, client: Stream, error: RefusedError) -> NoReturn:
-        """A response that was begun cannot be ended well: the client has to see that it is cut off."""
+        """Break off a response that was begun, so that the client sees that it is incomplete."""
         client.fail(DisconnectedError(error.message))
         raise DisconnectedError(error.message)
 
     async def _open_websocket(self, upstream: Stream, response: ResponseHead) -> None:
-        """Let a WebSocket pass until it, or the lease, ends."""
+        """Relay a WebSocket until it or the lease ends."""
         if not self._upgrade or not accepts_websocket(self._request.head, response, plain=self._injects):
             raise RefusedError(502, "target_unreadable", "the target switches to what nobody asked it for")
         self._answering = True
@@ -443,12 +454,12 @@ class Exchange:
             upstream.deadline = None
 
     def on_client_disconnect(self) -> None:
-        """Nobody waits for an answer any more."""
+        """Abort the request: nobody waits for its response."""
         if self.upstream is not None:
             self.upstream.abort()
 
     def _cut(self, error: RefusedError) -> None:
-        """Cut the target off, and the client where it has been sent something already."""
+        """Cut the target off, and the client too if a response has begun."""
         self._refused = error
         if self.upstream is not None:
             self.upstream.fail(error)
@@ -457,9 +468,9 @@ class Exchange:
 
 
 def cut_error(view_problem: Reason | None) -> RefusedError:
-    """What is told where nothing goes on any more: the lease has ended, or nobody can tell. `view_problem`: why not.
+    """The refusal of an exchange that was cut. `view_problem`: why it is unknown whether the lease has ended, or None.
 
-    Who is told that a lease has ended asks for another one, which would help against an old view no more.
+    Told that its lease has ended, an agent would ask for a new one, which does not help against a stale view.
     """
     if view_problem is not None:
         return RefusedError(503, view_problem.code, view_problem.message, headers={"Retry-After": "1"})
@@ -467,8 +478,8 @@ def cut_error(view_problem: Reason | None) -> RefusedError:
 
 
 def is_compressed(response: ResponseHead) -> bool:
-    """Whether a response is compressed: nobody would find the secret in it."""
-    return response.known.get(b"content-encoding", b"identity").lower() != b"identity"
+    """Whether a response is compressed: then the secret could not be found in it."""
+    return response.values.get(b"content-encoding", b"identity").lower() != b"identity"
 
 
 def do_nothing() -> None:
@@ -476,7 +487,7 @@ def do_nothing() -> None:
 
 
 async def _drain(upstream: Stream) -> bool:
-    """Whether a target took what was written; where it did not in time, whoever waits for its answer says so."""
+    """Whether the target took what was written. If it did not in time, the reader of its response reports that."""
     try:
         await upstream.drain()
     except DeadlineError:

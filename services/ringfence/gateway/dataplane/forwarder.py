@@ -1,4 +1,4 @@
-"""One request that goes on, with the credential or as it came, and the response to it: streamed both ways."""
+"""Forwards requests to their targets: with the credential injected, or unchanged in observe mode."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ringfence.kernel.base.errors import UnavailableError
 
 
 def is_forwarded(verdict: Verdict) -> bool:
-    """Whether a request is forwarded at all: allowed, or only observed."""
+    """Whether a request is forwarded: allowed, or only observed."""
     return verdict.allowed or is_observed(verdict)
 
 
 class Forwarder:
-    """Takes requests that go on to their targets."""
+    """Runs exchanges on pooled connections."""
 
     def __init__(self, gate: Gate, upstreams: UpstreamPool, timeouts: Timeouts) -> None:
         self._gate = gate
@@ -35,10 +35,11 @@ class Forwarder:
         self._timeouts = timeouts
 
     async def forward(self, client: Stream, request: ForwardedRequest) -> bool:
-        """Send the request, and the response to the client. Whether the client's connection can be used again.
+        """Forward a request, and send the response to the client. Returns whether the client's connection can be
+        reused.
 
-        Raises RefusedError where nothing of a response was sent to the client yet, GoneError and ExpiredError where the
-        client does not do its part.
+        Raises RefusedError as long as nothing of a response was sent, and DisconnectedError or DeadlineError if the
+        client fails.
         """
         injected, origin = await self._credential_and_origin(request.verdict)
         view_expired = never_expired if is_observed(request.verdict) else self._gate.view_expired
@@ -47,7 +48,7 @@ class Forwarder:
         )
         exchange.unsubscribe = self._on_lease_end(request.verdict, exchange.on_lease_end)
         try:
-            # What a person approved is sent once: never on a connection that may be closed, so never again on another.
+            # An approved request is sent once, so not on a pooled connection, which could turn out to be closed.
             fresh = request.verdict.headers is not None
             return await self._run(exchange, *await self._upstreams.acquire(origin, fresh=fresh))
         finally:
@@ -61,7 +62,7 @@ class Forwarder:
         origin: Origin,
         upstream: Stream,
     ) -> Exchange:
-        """The exchange of an allowed request that was sent to `upstream` already. Hand it to `resume`."""
+        """The exchange of an allowed request that was sent to `upstream` already. Pass it to `resume`."""
         assert request.verdict.lease is not None, "it was allowed"
         gate = self._gate
         exchange = Exchange(
@@ -73,7 +74,7 @@ class Forwarder:
         return exchange
 
     async def resume(self, exchange: Exchange) -> bool:
-        """Wait for the answer to a request that was taken over. See `forward`."""
+        """Wait for the response to a request that was taken over. See `forward`."""
         assert exchange.upstream is not None, "it was sent"
         try:
             return await self._run(exchange, exchange.upstream, reused=True, begun=True)
@@ -81,7 +82,7 @@ class Forwarder:
             exchange.finish()
 
     async def _credential_and_origin(self, verdict: Verdict) -> tuple[Mapping[str, str] | None, Origin]:
-        """What to inject, None where the request goes on as it came; and where to."""
+        """The headers to inject, None where the request is forwarded unchanged; and the origin of the target."""
         as_it_came = is_observed(verdict)
         if verdict.target is None or (verdict.lease is None and not as_it_came):
             raise RefusedError(503, "undecided", "the decision names no lease; try again")
@@ -93,7 +94,7 @@ class Forwarder:
 
     def _on_lease_end(self, verdict: Verdict, ended: Callable[[], None]) -> Callable[[], None]:
         if verdict.lease is None or is_observed(verdict):
-            return do_nothing  # it goes by no lease
+            return do_nothing  # it uses no lease
         return self._gate.on_lease_end(verdict.lease.lease_id, ended)
 
     async def _run(self, exchange: Exchange, upstream: Stream, reused: bool, *, begun: bool = False) -> bool:

@@ -1,4 +1,6 @@
-"""The heads that are sent on: what is left out, what is put in, and every other line as it came."""
+"""The heads of forwarded messages: which fields are dropped, which are added. All other lines are forwarded as they
+came.
+"""
 
 from __future__ import annotations
 
@@ -7,61 +9,67 @@ from collections.abc import Mapping
 from typing import Final
 
 from ringfence.gateway.contract import Headers
-from ringfence.gateway.dataplane.http1_head import OF_PROXIES, Fields, RequestHead, ResponseHead
+from ringfence.gateway.dataplane.http1_head import PROXY_FIELDS, FieldSection, RequestHead, ResponseHead
 
 LABEL: Final = b"x-ringfence-label"
-"""In it the sender's tooling says where a request came from, for the report alone."""
+"""The header in which the sender's tooling says where a request came from. It is used only in reports."""
 HANDLE: Final = b"x-ringfence-handle"
-"""Where an agent shows its handle that has an `Authorization` of its own to send: `X-Ringfence-Handle: LEASE`."""
+"""The header for the handle of an agent that sends an `Authorization` of its own: `X-Ringfence-Handle: LEASE`."""
 
 _HOP_BY_HOP: Final = frozenset({
     b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"content-length",
 })  # fmt: skip
-_FOR_THE_GATEWAY: Final = OF_PROXIES | {b"host", b"expect", b"dpop"}
-_OF_THE_AGENT: Final = frozenset({b"authorization", b"accept-encoding", b"a-im", b"sec-websocket-extensions"})
-"""`Accept-Encoding`, `A-IM` (RFC 3229) and the extensions of WebSocket are left out so that nothing comes compressed:
-there nobody finds an echoed secret. Where nothing is injected, all of these stay."""
+_GATEWAY_FIELDS: Final = PROXY_FIELDS | {b"host", b"expect", b"dpop"}
+_DROPPED_WITH_CREDENTIAL: Final = frozenset(
+    {b"authorization", b"accept-encoding", b"a-im", b"sec-websocket-extensions"}
+)
+"""`Accept-Encoding`, `A-IM` (RFC 3229) and the extensions of WebSocket are dropped so that no response is compressed:
+an echoed secret could not be found there. Without an injected credential all of these are forwarded.
+"""
 _NO_CONTENT: Final = 204
-"""It has no length (RFC 9110, 8.6): who believes one would take the next response for its body."""
-_OF_THE_TARGET: Final = frozenset({b"alt-svc"})
+"""A response that has no length (RFC 9110, 8.6): a client that believes one takes the next response for its body."""
+_DROPPED_RESPONSE_FIELDS: Final = frozenset({b"alt-svc"})
 """It would lead the agent past the gateway."""
 
 
 @functools.lru_cache(maxsize=1024)
-def _ends_here(name: bytes) -> bool:
-    """Whether it never goes on, neither with a credential of Ringfence nor without."""
+def _is_always_dropped(name: bytes) -> bool:
+    """Whether a request field is never forwarded, with a credential or without."""
     return (
         name in _HOP_BY_HOP
-        or name in _FOR_THE_GATEWAY
+        or name in _GATEWAY_FIELDS
         or name.startswith((b"proxy-", b"x-forwarded-", b"x-ringfence-"))
     )
 
 
 def is_handle(authorization: bytes) -> bool:
-    """Whether `Authorization` has the handle of a lease, and nothing of the agent's own."""
+    """Whether `Authorization` contains the handle of a lease, and nothing of the agent's own."""
     return authorization.partition(b" ")[0].lower() == b"dpop"
 
 
-def own_names(block: Fields) -> frozenset[str]:
-    """Names, in lower case, of the headers that go on where a request goes on as it came."""
-    shows_handle = is_handle(block.known.get(b"authorization", b""))
+def agent_header_names(section: FieldSection) -> frozenset[str]:
+    """Names, in lower case, of the headers of a request that would be forwarded unchanged."""
+    shows_handle = is_handle(section.values.get(b"authorization", b""))
     return frozenset(
         name.decode("ascii")
-        for name, _ in block.lines
-        if not _ends_here(name)
-        and name not in block.named
+        for name, _ in section.lines
+        if not _is_always_dropped(name)
+        and name not in section.connection_options
         and not (name == b"authorization" and shows_handle)
     )
 
 
-def kept_headers(request: RequestHead, *, upgrade: bool) -> Headers:
-    """All headers that go on with a credential but for its own, in order. `upgrade`: whether it opens a WebSocket."""
-    named = request.block.named
+def forwarded_headers(request: RequestHead, *, upgrade: bool) -> Headers:
+    """All headers that are forwarded with a credential, without its own, in order. `upgrade`: whether it opens a
+    WebSocket.
+    """
+    named = request.section.connection_options
     kept = tuple(
         (spelled.decode("ascii"), line.partition(b":")[2].strip(b" \t").decode("latin-1"))
-        for name, line in request.block.lines
-        if (spelled := _kept(name)) is not None
-        and _kept(spelled) is not None  # it goes on by this name: `keep_alive` must not become `keep-alive`
+        for name, line in request.section.lines
+        if (spelled := _forwarded_name(name)) is not None
+        and _forwarded_name(spelled)
+        is not None  # the forwarded spelling counts: `keep_alive` must not become `keep-alive`
         and named.isdisjoint((name, spelled))
     )
     return (*kept, ("upgrade", "websocket")) if upgrade else kept
@@ -83,19 +91,21 @@ def request_head(
         request: as the agent sent it.
         target: path and query, as they were decided on.
         authority: of the target, for `Host`.
-        injected: what carries the credential; none of the agent's of these names stays. None where the request goes
-            on as it came.
-        length: of the body, where it is known; a body of which it is not known is sent in chunks.
+        injected: the headers of the credential. They replace the agent's headers of these names. None where the request
+            is forwarded unchanged.
+        length: of the body, where it is known; a body of unknown length is sent in chunks.
         upgrade: whether it asks for a WebSocket.
-        approved: where a person approved the action, its headers: nothing else of the agent's goes on.
+        approved: where a person approved the action, its headers: nothing else of the agent's is forwarded.
     """
     first = f"{request.method} {target} HTTP/1.1\r\nHost: {authority}\r\n".encode("ascii")
     if injected is None:
-        lines = _as_they_came(request)
+        lines = _unchanged_lines(request)
     else:
-        replaced, put_in = _carrying(tuple(injected.items()))
+        replaced, credential_lines = _credential_lines(tuple(injected.items()))
         lines = (
-            _with(request.block, replaced, put_in) if approved is None else _only(approved, replaced) + put_in
+            _lines_with_credential(request.section, replaced, credential_lines)
+            if approved is None
+            else _approved_lines(approved, replaced) + credential_lines
         )
     if upgrade:
         framed = b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
@@ -106,8 +116,8 @@ def request_head(
     return first + lines + framed
 
 
-def _only(approved: Headers, replaced: frozenset[bytes]) -> bytes:
-    """The lines of headers that were approved, spelled as they were hashed. How the body ends is said elsewhere."""
+def _approved_lines(approved: Headers, replaced: frozenset[bytes]) -> bytes:
+    """The lines of approved headers, spelled as they were hashed. `request_head` adds the framing."""
     lines = [(name.encode("ascii"), value.encode("latin-1")) for name, value in approved]
     return b"".join(
         name + b": " + value + b"\r\n" for name, value in lines if name != b"upgrade" and name not in replaced
@@ -115,27 +125,33 @@ def _only(approved: Headers, replaced: frozenset[bytes]) -> bytes:
 
 
 @functools.lru_cache(maxsize=1024)
-def _with(block: Fields, replaced: frozenset[bytes], put_in: bytes) -> bytes:
-    """The lines that go on with what is put in. A program sends the same with each of its requests."""
+def _lines_with_credential(
+    section: FieldSection, replaced: frozenset[bytes], credential_lines: bytes
+) -> bytes:
+    """The lines that are forwarded with a credential. Cached, since a program sends the same with each of
+    its requests.
+    """
     return (
         b"".join(
             line + b"\r\n"
-            for name, line in block.lines
-            if (spelled := _kept(name)) is not None and spelled not in replaced and name not in block.named
+            for name, line in section.lines
+            if (spelled := _forwarded_name(name)) is not None
+            and spelled not in replaced
+            and name not in section.connection_options
         )
-        + put_in
+        + credential_lines
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def _kept(name: bytes) -> bytes | None:
-    """The name, as it is compared with those that are put in; None where it does not go on with a credential."""
-    return None if _ends_here(name) or name in _OF_THE_AGENT else name.replace(b"_", b"-")
+def _forwarded_name(name: bytes) -> bytes | None:
+    """The name as it is compared with injected names; None where it is not forwarded with a credential."""
+    return None if _is_always_dropped(name) or name in _DROPPED_WITH_CREDENTIAL else name.replace(b"_", b"-")
 
 
 @functools.lru_cache(maxsize=256)
-def _carrying(injected: tuple[tuple[str, str], ...]) -> tuple[frozenset[bytes], bytes]:
-    """What carries a credential: the names that it replaces, and its lines."""
+def _credential_lines(injected: tuple[tuple[str, str], ...]) -> tuple[frozenset[bytes], bytes]:
+    """The names that a credential replaces, and its lines."""
     names = frozenset(name.lower().replace("_", "-").encode("ascii") for name, _ in injected)
     lines = [
         b"Accept-Encoding: identity\r\n",
@@ -144,14 +160,14 @@ def _carrying(injected: tuple[tuple[str, str], ...]) -> tuple[frozenset[bytes], 
     return names, b"".join(lines)
 
 
-def _as_they_came(request: RequestHead) -> bytes:
-    own = own_names(request.block)
+def _unchanged_lines(request: RequestHead) -> bytes:
+    own = agent_header_names(request.section)
     return b"".join(line + b"\r\n" for name, line in request.fields if name.decode("ascii") in own)
 
 
 def response_head(response: ResponseHead, *, chunked: bool, close: bool) -> bytes:
-    """The head of a target's response for the agent."""
-    head = b"HTTP/1.1 %b\r\n%b" % (response.line, _lines_back(response.block))
+    """The head of a target's response, for the agent."""
+    head = b"HTTP/1.1 %b\r\n%b" % (response.line, _response_lines(response.section))
     if chunked:
         head += b"Transfer-Encoding: chunked\r\n"
     elif response.length is not None and not response.chunked and response.status != _NO_CONTENT:
@@ -160,25 +176,29 @@ def response_head(response: ResponseHead, *, chunked: bool, close: bool) -> byte
 
 
 @functools.lru_cache(maxsize=256)
-def _lines_back(block: Fields) -> bytes:
+def _response_lines(section: FieldSection) -> bytes:
     return b"".join(
-        line + b"\r\n" for name, line in block.lines if not _stays_here(name) and name not in block.named
+        line + b"\r\n"
+        for name, line in section.lines
+        if not _is_dropped_from_response(name) and name not in section.connection_options
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def _stays_here(name: bytes) -> bool:
-    """Whether a target's header is none of the agent's business."""
-    return name in _HOP_BY_HOP or name in _OF_THE_TARGET or name.startswith(b"proxy-")
+def _is_dropped_from_response(name: bytes) -> bool:
+    """Whether a response field is not forwarded."""
+    return name in _HOP_BY_HOP or name in _DROPPED_RESPONSE_FIELDS or name.startswith(b"proxy-")
 
 
 def switching_head(response: ResponseHead) -> bytes:
-    """The head of a target's response that opens a WebSocket."""
+    """The head of a target's response that opens a WebSocket, for the agent."""
     lines = [b"HTTP/1.1 " + response.line, b"Connection: Upgrade", b"Upgrade: websocket"]
     lines += [
         line
         for name, line in response.fields
-        if name not in _HOP_BY_HOP and name not in response.named and name not in _OF_THE_TARGET
+        if name not in _HOP_BY_HOP
+        and name not in response.connection_options
+        and name not in _DROPPED_RESPONSE_FIELDS
     ]
     lines += (b"", b"")
     return b"\r\n".join(lines)

@@ -1,4 +1,15 @@
-"""Where the body of a message ends. Chunks are taken apart strictly, and put together anew by whoever sends them on."""
+"""Body framing of HTTP/1.1, read strictly. The rules (RFC 9112):
+
+- 6.3: a request has the body that `Transfer-Encoding` or `Content-Length` announces, and none without them.
+- 6.3: a response to HEAD, and one with 204 or 304, has no body. Without announcement a response ends with its
+  connection.
+- 7.1: a chunk is a size of 1 to 8 hexadecimal digits, CRLF, that many bytes, CRLF. Nothing else is accepted: no white
+  space, no other line end.
+- 7.1.1: chunk extensions are refused, although a recipient may ignore them. Two readers could disagree on their end.
+- 7.1.2: trailers may have 8 KiB. They must be valid field lines, and are dropped.
+
+A violation raises RefusedError (400). Bodies are forwarded with new chunks, never with the received framing.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +23,12 @@ MAX_TRAILER_BYTES: Final = 8 * 1024
 LAST_CHUNK: Final = b"0\r\n\r\n"
 
 _SIZE: Final = re.compile(rb"[0-9A-Fa-f]{1,8}")
-_CHUNK_BEGINS: Final = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
+_CHUNK_HEADER: Final = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 _SIZE_LINE_BYTES: Final = 10
 
 
 class Body:
-    """What is left of the body of one message. This one is empty."""
+    """The rest of the body of one message. This one is empty."""
 
     __slots__ = ("done",)
 
@@ -25,7 +36,7 @@ class Body:
         self.done = True
 
     def take(self, buffer: bytearray) -> bytes:
-        """Take what has come of the payload out of the buffer, and nothing that follows the body.
+        """Take what has arrived of the content out of the buffer, and nothing that follows the body.
 
         Raises RefusedError where the framing is wrong.
         """
@@ -33,41 +44,41 @@ class Body:
 
 
 class SizedBody(Body):
-    """As many bytes as `Content-Length` says."""
+    """A body of `Content-Length` bytes."""
 
-    __slots__ = ("_left",)
+    __slots__ = ("_remaining",)
 
     def __init__(self, length: int) -> None:
         self.done = length == 0
-        self._left = length
+        self._remaining = length
 
     def take(self, buffer: bytearray) -> bytes:
-        piece = bytes(buffer[: self._left])
+        piece = bytes(buffer[: self._remaining])
         del buffer[: len(piece)]
-        self._left -= len(piece)
-        self.done = self._left == 0
+        self._remaining -= len(piece)
+        self.done = self._remaining == 0
         return piece
 
 
 class ChunkedBody(Body):
-    """Chunks (RFC 9112, 7.1) without extensions; trailers are checked and dropped."""
+    """A chunked body: a state machine whose `_step` reads a size, data, the end of data, or trailers."""
 
-    __slots__ = ("_left", "_step")
+    __slots__ = ("_remaining", "_step")
 
     def __init__(self) -> None:
         self.done = False
-        self._left = 0
-        self._step = self._size
+        self._remaining = 0
+        self._step = self._read_size
 
     def take(self, buffer: bytearray) -> bytes:
         pieces: list[bytes] = []
-        if self._step == self._size:
-            _take_whole(buffer, pieces)
+        if self._step == self._read_size:
+            _take_complete_chunks(buffer, pieces)
         while not self.done and self._step(buffer, pieces):
             pass
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _size(self, buffer: bytearray, pieces: list[bytes]) -> bool:
+    def _read_size(self, buffer: bytearray, pieces: list[bytes]) -> bool:
         end = buffer.find(b"\r\n", 0, _SIZE_LINE_BYTES)
         line = bytes(buffer[:end] if end >= 0 else buffer[:_SIZE_LINE_BYTES].removesuffix(b"\r"))
         if _SIZE.fullmatch(line) is None and (line or end >= 0 or len(buffer) >= 2):
@@ -77,31 +88,31 @@ class ChunkedBody(Body):
                 raise _malformed("a chunk size that does not end")
             return False
         del buffer[: end + 2]
-        self._left = int(line, 16)
-        self._step = self._data if self._left else self._trailers
+        self._remaining = int(line, 16)
+        self._step = self._read_data if self._remaining else self._read_trailers
         return True
 
-    def _data(self, buffer: bytearray, pieces: list[bytes]) -> bool:
-        piece = bytes(buffer[: self._left])
+    def _read_data(self, buffer: bytearray, pieces: list[bytes]) -> bool:
+        piece = bytes(buffer[: self._remaining])
         if not piece:
             return False
         del buffer[: len(piece)]
         pieces.append(piece)
-        self._left -= len(piece)
-        if self._left == 0:
-            self._step = self._data_end
+        self._remaining -= len(piece)
+        if self._remaining == 0:
+            self._step = self._read_data_end
         return True
 
-    def _data_end(self, buffer: bytearray, pieces: list[bytes]) -> bool:
+    def _read_data_end(self, buffer: bytearray, pieces: list[bytes]) -> bool:
         if buffer[:2] != b"\r\n"[: len(buffer)]:
             raise _malformed("a chunk that is longer than its size")
         if len(buffer) < 2:
             return False
         del buffer[:2]
-        self._step = self._size
+        self._step = self._read_size
         return True
 
-    def _trailers(self, buffer: bytearray, pieces: list[bytes]) -> bool:
+    def _read_trailers(self, buffer: bytearray, pieces: list[bytes]) -> bool:
         if buffer[:2] == b"\r\n":
             del buffer[:2]
             self.done = True
@@ -117,12 +128,12 @@ class ChunkedBody(Body):
         return True
 
 
-def _take_whole(buffer: bytearray, pieces: list[bytes]) -> None:
-    """Take the chunks that are all there and plain: a body of many small ones costs little more than another.
+def _take_complete_chunks(buffer: bytearray, pieces: list[bytes]) -> None:
+    """Take the complete chunks at the start of the buffer at once, so that many small ones are cheap.
 
-    Whatever is not is left, with all behind it, to be read step by step.
+    The first chunk that is incomplete, last, or not plain stays, with all behind it, for the state machine.
     """
-    found = _CHUNK_BEGINS.match(buffer)
+    found = _CHUNK_HEADER.match(buffer)
     if found is None:
         return
     came, at = bytes(buffer), 0
@@ -133,12 +144,12 @@ def _take_whole(buffer: bytearray, pieces: list[bytes]) -> None:
             break
         pieces.append(came[begins:ends])
         at = ends + 2
-        found = _CHUNK_BEGINS.match(came, at)
+        found = _CHUNK_HEADER.match(came, at)
     del buffer[:at]
 
 
-class UntilClosed(Body):
-    """All that comes: a response that ends with its connection."""
+class CloseDelimitedBody(Body):
+    """A response body that ends with its connection."""
 
     __slots__ = ()
 
@@ -164,11 +175,11 @@ def response_body(head: ResponseHead, method: str) -> Body:
         return Body()
     if head.chunked:
         return ChunkedBody()
-    return UntilClosed() if head.length is None else SizedBody(head.length)
+    return CloseDelimitedBody() if head.length is None else SizedBody(head.length)
 
 
 def chunk(piece: bytes) -> bytes:
-    """One chunk of a message that is sent on. `piece` is not empty: that would be the last one."""
+    """One chunk of a message that is forwarded. `piece` must not be empty: that would be the last chunk."""
     return b"%x\r\n%b\r\n" % (len(piece), piece)
 
 

@@ -1,7 +1,25 @@
-"""The head of an HTTP/1.1 message, read strictly: what two readers could understand differently is refused.
+"""A strict parser for the head of an HTTP/1.1 message.
 
-RFC 9112 lets a recipient be lenient in places, and each such place is a way to smuggle a request past a decision.
-Nothing is repaired here, and field lines are kept as they were sent.
+RFC 9112 lets a recipient be lenient in places. Each of these places is a way to smuggle a request past a decision, as
+the target may read it differently. So a head that two readers could understand differently is refused (400). Nothing is
+repaired, and field lines are kept as they were received. The rules:
+
+- Request line (RFC 9112, 3): `METHOD SP TARGET SP HTTP/1.0` or `HTTP/1.1`, with single spaces. The method is a token of
+  up to 32 characters, the target up to 8192 visible ASCII characters.
+- Status line (RFC 9112, 4): `HTTP/1.0` or `HTTP/1.1`, a status from 100 to 599, an optional reason phrase.
+- Line ends (RFC 9112, 2.2): CRLF only. A bare CR, a bare LF or a NUL anywhere in the head is refused.
+- Field lines (RFC 9112, 5; RFC 9110, 5.5): a name is a token of up to 256 characters, directly followed by the colon.
+  Values have HTAB, SP, visible ASCII and bytes above 0x7F. Line folding (RFC 9112, 5.2) is refused.
+- Size (RFC 6585, 5): a head may have 32 KiB and 100 fields; more is refused with 431.
+- Singletons (RFC 9110, 5.3): a field that has a meaning here comes at most once (`_SINGLETON_FIELDS`).
+- `Host` (RFC 9112, 3.2): a request has one. Only CONNECT in HTTP/1.0 may lack it, as Python sent it before 3.12.
+- `Content-Length` (RFC 9110, 8.6): one decimal number without sign or leading zeros, at most 2^50.
+- `Transfer-Encoding` (RFC 9112, 6.1 and 6.3): exactly `chunked`, not together with `Content-Length`, not in HTTP/1.0.
+- `Connection` (RFC 9110, 7.6.1): a request must not name `Content-Type` or `Content-Encoding` there, which say how its
+  body is read. A message may name at most 101 options.
+- Underscores: some targets read `_` in a name as `-`. A name that would then be a field with a meaning is refused.
+- Override fields: a request must not have a field by which a target acts on another method or path
+  (`OVERRIDE_FIELDS`).
 """
 
 from __future__ import annotations
@@ -17,8 +35,8 @@ from ringfence.gateway.errors import RefusedError
 MAX_HEAD_BYTES: Final = 32 * 1024
 MAX_FIELDS: Final = 100
 MAX_LENGTH: Final = 1 << 50
-_REMEMBERED_BYTES: Final = 2048
-END: Final = b"\r\n\r\n"
+_MAX_CACHED_BYTES: Final = 2048
+END_OF_HEAD: Final = b"\r\n\r\n"
 
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 _REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb"{1,32}) ([!-~]{1,8192}) HTTP/1\.([01])\r\n")
@@ -26,60 +44,61 @@ _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])( [\t -~\x80
 _FIELD: Final = _TOKEN + rb"{1,256}:[\t -~\x80-\xff]*\r\n"
 _FIELDS: Final = re.compile(rb"(?:" + _FIELD + rb")*")
 _LENGTH: Final = re.compile(rb"0|[1-9][0-9]{0,15}")
-_NEVER: Final = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
+_BARE_CR_LF_OR_NUL: Final = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
 
-_ONCE: Final = frozenset({
+_SINGLETON_FIELDS: Final = frozenset({
     b"host", b"content-length", b"transfer-encoding", b"authorization", b"proxy-authorization", b"dpop", b"expect",
     b"upgrade", b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-accept", b"content-encoding",
     b"x-ringfence-label", b"x-ringfence-handle", b"content-type", b"mcp-session-id", b"last-event-id",
 })  # fmt: skip
-_OF_THE_BODY: Final = frozenset({b"content-type", b"content-encoding"})
-_NONE: Final = frozenset[bytes]()
-_WATCHED: Final = _ONCE | {b"connection"}
+_BODY_FIELDS: Final = frozenset({b"content-type", b"content-encoding"})
+_NO_OPTIONS: Final = frozenset[bytes]()
+_KEPT_FIELDS: Final = _SINGLETON_FIELDS | {b"connection"}
 
-OVERRIDES: Final = frozenset({
+OVERRIDE_FIELDS: Final = frozenset({
     b"x-http-method-override", b"x-http-method", b"x-method-override", b"x-original-url", b"x-rewrite-url",
     b"x-original-uri", b"x-original-method",
 })  # fmt: skip
-"""By these a target may do another thing than the request line says, which is what is decided on."""
+"""By these a target may act on another method or path than the request line says, which is what is decided on."""
 
-OF_PROXIES: Final = frozenset({
+PROXY_FIELDS: Final = frozenset({
     b"forwarded", b"x-real-ip", b"client-ip", b"x-client-ip", b"true-client-ip", b"x-cluster-client-ip",
     b"cf-connecting-ip", b"fastly-client-ip", b"x-originating-ip", b"x-remote-ip", b"x-remote-addr", b"client-cert",
     b"client-cert-chain", b"x-client-cert", b"x-ssl-client-cert", b"remote-user", b"x-remote-user", b"x-webauth-user",
     b"x-authenticated-user",
 })  # fmt: skip
-"""What a target may believe of the proxy before it (RFC 7239, RFC 9440, and older customs), besides `X-Forwarded-*`."""
+"""Fields by which a proxy tells a target about the client (RFC 7239, RFC 9440, and older customs), besides
+`X-Forwarded-*`.
+"""
 
 
 @dataclass(slots=True, eq=False)
-class Fields:
-    """The field lines of a message. Not to be changed: those of many messages may be the same object."""
+class FieldSection:
+    """The parsed field lines of a message. Immutable by convention: equal sections share one object."""
 
     lines: Sequence[tuple[bytes, bytes]]
-    """In order: the name in lower case, and the whole line as it was sent, without its end."""
-    known: Mapping[bytes, bytes]
-    """The values of those that mean something here, each of which came once. Those of `Connection` are joined."""
+    """In order: the name in lower case, and the whole line as it was received, without its CRLF."""
+    values: Mapping[bytes, bytes]
+    """The values of fields that have a meaning here, by name. Those of several `Connection` fields are joined."""
     length: int | None
-    """What `Content-Length` says."""
+    """The value of `Content-Length`."""
     chunked: bool
-    named: frozenset[bytes]
-    """What `Connection` names, in lower case."""
+    connection_options: frozenset[bytes]
+    """The options of `Connection`, in lower case."""
 
 
 @dataclass(slots=True)
 class Head:
-    """What every message has."""
+    """The head of any message, with the attributes of its field section."""
 
     minor: int
-    """Of the version: HTTP/1.`minor`."""
-    block: Fields
+    """The minor version: HTTP/1.`minor`."""
+    section: FieldSection
     fields: Sequence[tuple[bytes, bytes]]
-    known: Mapping[bytes, bytes]
+    values: Mapping[bytes, bytes]
     length: int | None
     chunked: bool
-    named: frozenset[bytes]
-    """All of these as `Fields` has them."""
+    connection_options: frozenset[bytes]
 
 
 @dataclass(slots=True)
@@ -98,21 +117,21 @@ class ResponseHead(Head):
     line: bytes
 
 
-def cut_head(buffer: bytearray, seen: int = 0) -> bytes | None:
-    """Take a head out of what has come, without its empty line; None where more has to come.
+def take_head(buffer: bytearray, seen: int = 0) -> bytes | None:
+    """Take a head out of the buffer, without its empty line. None where more has to arrive.
 
-    `seen`: so much of it was looked at before, in vain: who sends byte by byte costs no more than others.
-    Raises RefusedError for one that is too long, or can be none whatever comes.
+    `seen`: how much of the buffer was searched before, so that a head which arrives byte by byte costs no more than
+    others. Raises RefusedError for a head that is too long, or that cannot become valid.
     """
     if not buffer:
         return None
-    end = buffer.find(END, max(0, seen - len(END) + 1), MAX_HEAD_BYTES)
+    end = buffer.find(END_OF_HEAD, max(0, seen - len(END_OF_HEAD) + 1), MAX_HEAD_BYTES)
     if end < 0:
         if len(buffer) >= MAX_HEAD_BYTES:
             raise RefusedError(
                 431, "head_too_large", f"the head of a message may have {MAX_HEAD_BYTES} bytes"
             )
-        if _NEVER.search(buffer, max(0, seen - 1)):
+        if _BARE_CR_LF_OR_NUL.search(buffer, max(0, seen - 1)):
             raise _malformed("a bare CR or LF, or a NUL, in its head")
         return None
     head = bytes(buffer[: end + 2])
@@ -121,54 +140,51 @@ def cut_head(buffer: bytearray, seen: int = 0) -> bytes | None:
 
 
 def parse_request(head: bytes) -> RequestHead:
-    """A request from its head, as `cut_head` gives it. Raises RefusedError.
-
-    Only a CONNECT of HTTP/1.0 may come without `Host`: Python sent it so before 3.12.
-    """
+    """Parse the head of a request, as `take_head` returns it. Raises RefusedError."""
     line = _REQUEST_LINE.match(head)
     if line is None:
         raise _malformed("its first line is not METHOD TARGET HTTP/1.1")
     lines, minor = head[line.end() :], line[3][0] - 48
-    again = len(lines) <= _REMEMBERED_BYTES and b"DPoP:" not in lines  # a proof comes once
-    block = _known_fields(lines) if again else _request_fields(lines)
-    if minor == 0 and block.chunked:
-        raise _chunked_of_old()
-    if b"host" not in block.known and not (minor == 0 and line[1] == b"CONNECT"):
+    cacheable = len(lines) <= _MAX_CACHED_BYTES and b"DPoP:" not in lines  # each proof is new
+    section = _cached_request_fields(lines) if cacheable else _request_fields(lines)
+    if minor == 0 and section.chunked:
+        raise _chunked_in_http_1_0()
+    if b"host" not in section.values and not (minor == 0 and line[1] == b"CONNECT"):
         raise _malformed("Host is missing")
     return RequestHead(
-        minor, block, block.lines, block.known, block.length, block.chunked, block.named,
+        minor, section, section.lines, section.values, section.length, section.chunked, section.connection_options,
         line[1].decode("ascii"), line[2].decode("ascii"),
     )  # fmt: skip
 
 
 def parse_response(head: bytes) -> ResponseHead:
-    """A response from its head. Raises RefusedError."""
+    """Parse the head of a response. Raises RefusedError."""
     line = _STATUS_LINE.match(head)
     if line is None:
         raise _malformed("its first line is not HTTP/1.1 STATUS")
     lines, minor = head[line.end() :], line[1][0] - 48
-    block = _known_answers(lines) if len(lines) <= _REMEMBERED_BYTES else _parse_fields(lines)
-    if minor == 0 and block.chunked:
-        raise _chunked_of_old()
+    section = _cached_response_fields(lines) if len(lines) <= _MAX_CACHED_BYTES else _parse_fields(lines)
+    if minor == 0 and section.chunked:
+        raise _chunked_in_http_1_0()
     return ResponseHead(
-        minor, block, block.lines, block.known, block.length, block.chunked, block.named,
+        minor, section, section.lines, section.values, section.length, section.chunked, section.connection_options,
         int(line[2]), head[9 : line.end() - 2],
     )  # fmt: skip
 
 
 def check_trailers(lines: bytes) -> None:
-    """Raises RefusedError where these are no field lines. Nothing is kept of them."""
+    """Check the trailers of a chunked body. Raises RefusedError."""
     if _FIELDS.fullmatch(lines) is None:
         raise _malformed("its trailers are no field lines")
 
 
-def _request_fields(block: bytes) -> Fields:
-    """The fields of a request. Raises RefusedError."""
-    found = _parse_fields(block)
-    if not found.named.isdisjoint(_OF_THE_BODY):
+def _request_fields(section: bytes) -> FieldSection:
+    """Parse and check the fields of a request. Raises RefusedError."""
+    found = _parse_fields(section)
+    if not found.connection_options.isdisjoint(_BODY_FIELDS):
         raise _malformed("Connection names what says how its body is to be read")
-    if not OVERRIDES.isdisjoint(dict(found.lines)):
-        name = next(name for name, _ in found.lines if name in OVERRIDES)
+    if not OVERRIDE_FIELDS.isdisjoint(dict(found.lines)):
+        name = next(name for name, _ in found.lines if name in OVERRIDE_FIELDS)
         raise RefusedError(
             400,
             "override_refused",
@@ -177,48 +193,48 @@ def _request_fields(block: bytes) -> Fields:
     return found
 
 
-_known_fields = functools.lru_cache(maxsize=1024)(_request_fields)
-"""A program sends nearly the same ones with each of its requests."""
+_cached_request_fields = functools.lru_cache(maxsize=1024)(_request_fields)
+"""Cached, since a program sends nearly the same fields with each of its requests."""
 
 
-def _parse_fields(block: bytes) -> Fields:
-    if _FIELDS.fullmatch(block) is None:
-        raise _malformed(_complaint(block))
-    lines = block.split(b"\r\n")
+def _parse_fields(section: bytes) -> FieldSection:
+    if _FIELDS.fullmatch(section) is None:
+        raise _malformed(_syntax_error(section))
+    lines = section.split(b"\r\n")
     lines.pop()
     if len(lines) > MAX_FIELDS:
         raise RefusedError(431, "too_many_fields", f"a message may have {MAX_FIELDS} header fields")
     fields: list[tuple[bytes, bytes]] = []
-    known: dict[bytes, bytes] = {}
+    values: dict[bytes, bytes] = {}
     for line in lines:
         given, _, value = line.partition(b":")
-        name, watched = _named(given)
+        name, kept = _field_name(given)
         fields.append((name, line))
-        if watched:
-            if name not in known:
-                known[name] = value.strip(b" \t")
-            elif name in _ONCE:
+        if kept:
+            if name not in values:
+                values[name] = value.strip(b" \t")
+            elif name in _SINGLETON_FIELDS:
                 raise _malformed(f"{name.decode()} comes twice")
             else:
-                known[name] += b"," + value
-    return Fields(fields, known, *_framing(known))
+                values[name] += b"," + value
+    return FieldSection(fields, values, *_framing(values))
 
 
 @functools.lru_cache(maxsize=1024)
-def _named(given: bytes) -> tuple[bytes, bool]:
+def _field_name(given: bytes) -> tuple[bytes, bool]:
     """A name in lower case, and whether its value is kept. Raises RefusedError."""
     name = given.lower()
-    if b"_" in name and _reads_as_another(name):
+    if b"_" in name and _is_read_as_another(name):
         raise _malformed(f"{name.decode()} is read as another name by some; write it with hyphens")
-    return name, name in _WATCHED
+    return name, name in _KEPT_FIELDS
 
 
-_known_answers = functools.lru_cache(maxsize=256)(_parse_fields)
-"""A target sends the same ones within a second, where what it answers is as long."""
+_cached_response_fields = functools.lru_cache(maxsize=256)(_parse_fields)
+"""Cached, since a target sends the same fields within a second if the length is the same."""
 
 
-def _framing(known: dict[bytes, bytes]) -> tuple[int | None, bool, frozenset[bytes]]:
-    coding, given = known.get(b"transfer-encoding"), known.get(b"content-length")
+def _framing(values: dict[bytes, bytes]) -> tuple[int | None, bool, frozenset[bytes]]:
+    coding, given = values.get(b"transfer-encoding"), values.get(b"content-length")
     if coding is not None:
         if coding != b"chunked":
             raise _malformed("a Transfer-Encoding other than 'chunked'")
@@ -227,14 +243,14 @@ def _framing(known: dict[bytes, bytes]) -> tuple[int | None, bool, frozenset[byt
     length = None
     if given is not None:
         length = _length(given)
-    connection = known.get(b"connection")
+    connection = values.get(b"connection")
     if connection is not None and connection.count(b",") > MAX_FIELDS:
         raise _malformed("Connection names more than there can be")
-    return length, coding is not None, _options(connection) if connection else _NONE
+    return length, coding is not None, _connection_options(connection) if connection else _NO_OPTIONS
 
 
 @functools.lru_cache(maxsize=256)
-def _options(connection: bytes) -> frozenset[bytes]:
+def _connection_options(connection: bytes) -> frozenset[bytes]:
     return frozenset(option.strip(b" \t") for option in connection.lower().split(b","))
 
 
@@ -244,23 +260,23 @@ def _length(given: bytes) -> int:
     return int(given)
 
 
-def _reads_as_another(name: bytes) -> bool:
-    """Whether a target that takes `_` for `-` would read a name that means something, here or there."""
+def _is_read_as_another(name: bytes) -> bool:
+    """Whether a target that reads `_` as `-` would take the name for a field that has a meaning, here or there."""
     dashed = name.replace(b"_", b"-")
     return (
-        dashed in _WATCHED
-        or dashed in OVERRIDES
-        or dashed in OF_PROXIES
+        dashed in _KEPT_FIELDS
+        or dashed in OVERRIDE_FIELDS
+        or dashed in PROXY_FIELDS
         or dashed == b"accept-encoding"
         or dashed.startswith((b"x-forwarded-", b"proxy-"))
     )
 
 
-def _complaint(block: bytes) -> str:
-    """What is wrong with field lines that are none."""
-    if b"\x00" in block:
+def _syntax_error(section: bytes) -> str:
+    """What is wrong with invalid field lines."""
+    if b"\x00" in section:
         return "a NUL in its head"
-    for line in block.split(b"\r\n")[:-1]:
+    for line in section.split(b"\r\n")[:-1]:
         if line[:1] in (b" ", b"\t"):
             return "a header field that goes on in another line"
         if b"\r" in line or b"\n" in line:
@@ -271,7 +287,7 @@ def _complaint(block: bytes) -> str:
     return "a header field that is none"
 
 
-def _chunked_of_old() -> RefusedError:
+def _chunked_in_http_1_0() -> RefusedError:
     return _malformed("a Transfer-Encoding in HTTP/1.0")
 
 

@@ -1,4 +1,7 @@
-"""How much of the gateway one sender may have, so that none takes it from the others."""
+"""Rate limits and concurrency limits per sender, so that no sender takes the gateway from the others.
+
+Requests are limited by a token bucket per sender: `per_second_each` tokens a second, at most `burst_each`.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,22 @@ from ringfence.messages.credential import Reason
 
 TOO_MANY_CONNECTIONS = "too_many_connections"
 HANDSHAKE_COST = 10
-"""To open TLS counts for so many requests: it takes the time of some of them."""
+"""How many requests a TLS handshake costs: it takes as long as some of them."""
 _MAX_SENDERS = 10_000
 _RESERVED_SHARE = 4
-"""One in so many connections is for senders that a socket or a certificate shows: whoever has many addresses does not
-keep them out."""
+"""One in so many connections is reserved for senders with a task's socket or a certificate: a client with many
+addresses cannot keep them out.
+"""
 _HANDSHAKE_SHARE = 4
-"""One in so many connections may be one whose TLS is not open yet: who never opens it stops nobody who has."""
+"""One in so many connections may be in its TLS handshake: clients that never finish it stop nobody who has."""
 
 
 ADDRESS = "address:"
-"""How a sender begins that is told by its address alone."""
+"""The prefix of senders that are known only by their address."""
 
 
 def sender_at(address: str) -> str:
-    """The sender that an address is told by. Of IPv6 whoever has one has a /64 (RFC 6177): that counts as one."""
+    """The sender behind an address. An IPv6 /64 counts as one: whoever has an address has one (RFC 6177)."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -39,39 +43,38 @@ def sender_at(address: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What everybody may have. A sender is a task, a client certificate, an agent, or an address."""
+    """The limits. A sender is a task, a client certificate, an agent, or an address."""
 
     connections: int = 4096
-    """All of them together."""
+    """Of all senders together."""
     connections_each: int = 256
     """Of one address or one task's socket."""
     handshakes_each: int = 64
-    """Connections of one address whose TLS is not open yet."""
+    """Connections of one address that are in their TLS handshake."""
     concurrent_each: int = 64
-    """Requests at a time."""
+    """Requests of one sender at a time."""
     per_second_each: float = 1000.0
     burst_each: int = 2000
 
 
 class SenderLimits:
-    """What everybody has at the moment."""
+    """The current usage of all senders."""
 
     def __init__(self, allowance: Allowance, seconds: Callable[[], float]) -> None:
-        """`seconds`: a clock that only goes forward."""
+        """`seconds`: a monotonic clock."""
         self._allowed = allowance
         self._seconds = seconds
         self.connections = 0
         self.of_addresses = 0
-        """So many of them are of senders told by their addresses."""
+        """How many connections belong to senders that are known only by their address."""
         self.handshakes = 0
         self._connections: dict[str, int] = {}
         self._handshakes: dict[str, int] = {}
         self._usages: dict[str, SenderUsage] = {}
-        """By sender."""
         self._forget_after_s = 0.0
 
     def open_connection(self, sender: str) -> bool:
-        """Whether this sender may have one more connection; then it has."""
+        """Count a new connection of this sender. False where it may not have one more."""
         having = self._connections.get(sender, 0)
         if self.connections >= self._allowed.connections or having >= self._allowed.connections_each:
             return False
@@ -85,13 +88,13 @@ class SenderLimits:
         return True
 
     def close_connection(self, sender: str) -> None:
-        """The sender has one connection less."""
+        """Count the end of a connection."""
         self.connections -= 1
         self.of_addresses -= sender.startswith(ADDRESS)
         _decrement(self._connections, sender)
 
     def begin_handshake(self, address: str) -> bool:
-        """Whether this address may open the TLS of one more connection; then that is one of its connections."""
+        """Count a new connection of this address that begins a TLS handshake. False where it may not have one more."""
         having = self._handshakes.get(address, 0)
         most = max(1, self._allowed.connections // _HANDSHAKE_SHARE)
         if (
@@ -110,25 +113,25 @@ class SenderLimits:
         return True
 
     def end_handshake(self, address: str) -> None:
-        """It is open, or will never be; whose connection it is from now on is counted anew."""
+        """Count the end of a handshake. Once it succeeds, the connection is counted anew for its sender."""
         self.handshakes -= 1
         _decrement(self._handshakes, address)
         self.close_connection(address)
 
     def charge(self, sender: str, cost: float = 1) -> None:
-        """Count a request against the sender's rate. Raises RefusedError (429), which counts for nothing.
+        """Take tokens from the sender's bucket. Raises RefusedError (429), and takes none then.
 
-        `cost`: for how many it counts, where it is more work than most; never more than there can be at once.
+        `cost`: the number of tokens, for more work than most requests; at most what the bucket holds.
         """
         now = self._seconds()
         self._charge(self._usage(sender, now), now, cost)
 
     def begin(self, sender: str) -> SenderUsage:
-        """The sender has one more request under way, until `SenderUsage.end`. Raises RefusedError (429)."""
+        """Count a request in progress, until `SenderUsage.end`. Raises RefusedError (429)."""
         return self._begin(self._usage(sender, self._seconds()))
 
     def charge_and_begin(self, sender: str) -> SenderUsage:
-        """Count a request against the sender's rate, and begin it. Raises RefusedError (429)."""
+        """Take one token, and count a request in progress. Raises RefusedError (429)."""
         now = self._seconds()
         usage = self._usages.get(sender)
         if usage is None:
@@ -162,37 +165,38 @@ class SenderLimits:
         return usage
 
     def slot(self, sender: str) -> RequestSlot:
-        """What counts the requests of one connection."""
+        """The slot that counts the requests of one connection."""
         return RequestSlot(self, sender)
 
     def _forget_idle_senders(self, now: float) -> None:
         full_s = self._allowed.burst_each / self._allowed.per_second_each
-        self._forget_after_s = now + full_s  # nobody is idle before: many who are not cost the others nothing
+        self._forget_after_s = (
+            now + full_s
+        )  # no sender can be idle before: so a full table is not searched each time
         for sender, usage in list(self._usages.items()):
             if not usage.running and now - usage.updated_s > full_s:
                 del self._usages[sender]
 
 
 class SenderUsage:
-    """What one sender has at the moment."""
+    """The token bucket of one sender, and its requests in progress."""
 
     __slots__ = ("running", "tokens", "updated_s")
 
     def __init__(self, tokens: float, updated_s: float) -> None:
         self.tokens = tokens
-        """How many requests it had left"""
+        """The tokens that were left at `updated_s`."""
         self.updated_s = updated_s
-        """at this time."""
         self.running = 0
-        """How many are under way."""
+        """The requests in progress."""
 
     def end(self) -> None:
-        """One less is under way."""
+        """Count the end of a request."""
         self.running -= 1
 
 
 class RequestSlot:
-    """The request of a connection that is under way: one of its sender, and of its agent once that is known."""
+    """Counts the request in progress of one connection: for its sender, and for its agent once that is known."""
 
     __slots__ = ("_agent", "_agent_usage", "_charged", "_limits", "_sender", "_sender_usage")
 
@@ -200,21 +204,21 @@ class RequestSlot:
         self._limits = limits
         self._sender = sender
         self._agent = ("", "")
-        """The agent that it was last, and by which sender that one is counted."""
+        """The last agent id, and the sender name under which it is counted."""
         self._sender_usage: SenderUsage | None = None
         self._agent_usage: SenderUsage | None = None
-        """Where it is under way, what it counts for."""
+        """Set while a request of a known agent is in progress."""
         self._charged = False
-        """Whether the next one was counted already."""
+        """Whether the next request has paid its token already."""
 
     def begin(self) -> None:
-        """One more. Raises RefusedError (429)."""
+        """Begin a request. Raises RefusedError (429)."""
         take = self._limits.begin if self._charged else self._limits.charge_and_begin
         self._charged = False
         self._sender_usage = take(self._sender)
 
     def check_agent(self, agent_id: str) -> Reason | None:
-        """See `Admits`: the limits of an agent, wherever it comes from."""
+        """The `RateCheck` of the data plane: the limits of an agent over all its connections."""
         if self._agent[0] != agent_id:
             self._agent = agent_id, f"agent:{agent_id}"
         try:
@@ -224,7 +228,7 @@ class RequestSlot:
         return None
 
     def end(self) -> None:
-        """It is over."""
+        """End the request."""
         if self._sender_usage is not None:
             self._sender_usage.end()
             self._sender_usage = None
@@ -233,7 +237,7 @@ class RequestSlot:
             self._agent_usage = None
 
     def defer(self) -> None:
-        """It is over for now: the same one begins anew, and counts once."""
+        """End the request for now. It begins again, and is charged once."""
         self.end()
         self._charged = True
 

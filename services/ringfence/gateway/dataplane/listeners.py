@@ -1,4 +1,4 @@
-"""Where agents come in: the listeners of the embedded data plane, as the settings name them."""
+"""Opens the listeners that the settings configure, and keeps task sockets and CA up to date."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 
 _UPDATE_EVERY_S: Final = 0.1
 _OTHER_FILES: Final = 1024
-"""What the process needs open besides the connections of agents and those to targets."""
+"""Files that the process needs besides the connections of agents and those to targets."""
 
 
 class Listeners:
-    """Opens what the settings name once the tables are complete, and keeps it in step with targets and tasks."""
+    """The listeners of the embedded data plane, opened once the tables are complete."""
 
     def __init__(self, runtime: Runtime, core: Core, own: GatewaySettings, *, fast_path: bool = True) -> None:
         """`fast_path`: see `DataPlane`. Raises SettingsError where a certificate or a key cannot be used."""
@@ -49,11 +49,11 @@ class Listeners:
             fast_path=fast_path,
         )
         self._sockets: dict[str, Path] = {}
-        """By task."""
+        """By task id."""
         self._open = False
 
     async def run(self) -> None:
-        """Listen, for ever. Raises ListenError, and SettingsError where a file cannot be written."""
+        """Listen, forever. Raises ListenError, and SettingsError where a file cannot be written."""
         await self._plane.start()
         self._update_ca()
         if self._own.sockets is not None:
@@ -70,15 +70,15 @@ class Listeners:
             await asyncio.sleep(_UPDATE_EVERY_S)
 
     def unready(self) -> str | None:
-        """Why no agent can come in yet: whoever waits until the gateway is ready finds it open."""
+        """Why no agent can connect yet, or None. A gateway that is ready is also listening."""
         return None if self._open else "the gateway does not listen for agents yet"
 
     async def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         await self._plane.close()
 
     def _update_ca(self) -> None:
-        """The gateway's CA stands for the hosts of the targets that there are, and agents can read its certificate."""
+        """Certify the hosts of the current targets, and write the CA certificate where agents can read it."""
         hosts = {host.strip("[]") for host in self._core.targets.hosts()}
         path = self._own.ca_file
         if self._plane.authority.set_hosts(hosts) and path is not None:
@@ -90,7 +90,7 @@ class Listeners:
                 ) from None
 
     async def _update_task_sockets(self) -> None:
-        """A task has a socket from its first lease for gateways on, until it is over."""
+        """Open a socket for each active task that has leases for gateways, and close those of other tasks."""
         folder = self._own.sockets
         if folder is None:
             return
@@ -117,7 +117,7 @@ class Listeners:
 
 
 def _prepare_socket_folder(folder: Path) -> None:
-    """A folder for sockets that others cannot look into; sockets that a gateway left there are removed."""
+    """Prepare a folder for sockets that nobody else can write to, and remove sockets that a gateway left there."""
     try:
         make_folders(folder)
         if folder.stat().st_mode & 0o022:
@@ -159,14 +159,16 @@ def _trust(context: ssl.SSLContext, path: Path, setting: str) -> None:
 
 
 def _pem_error(error: OSError) -> str:
-    """What is wrong with a file of certificates or keys; nothing of what is in it."""
+    """What is wrong with a PEM file, without any of its contents."""
     if isinstance(error, ssl.SSLError):
         return f"no usable PEM ({error.reason or 'unreadable'})"
     return f"cannot be read: {error.strerror}"
 
 
 def _raise_file_limit(count: int) -> None:
-    """Each connection takes a file. Where the machine allows fewer, connections beyond that are dropped."""
+    """Raise the limit of open files. Each connection takes one; where the machine allows fewer, further ones are
+    dropped.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

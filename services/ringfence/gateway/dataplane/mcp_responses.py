@@ -1,7 +1,7 @@
-"""What a target answers at an endpoint of MCP: lists are cut down to what may be used, and what came of it is told.
+"""Filters the responses of MCP endpoints: lists contain only what the lease may use. The outcome is recorded.
 
-Whatever lists tools, prompts or resources is filtered, in a JSON body and in each event of a stream, whoever asked for
-it: a stream that is resumed may bring the answers of others of its session again.
+Every list of tools, prompts or resources is filtered, in a JSON body and in each event of a stream, whichever request
+it answers: a resumed stream may repeat answers to other requests of its session.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from ringfence.kernel.base.strict_json import json_object
 from ringfence.model.http_targets.mcp import LISTED
 
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
-"""So large one message of a target may be: it is held until it is complete."""
+"""A message of a target is buffered until it is complete, up to so many bytes."""
 MAX_LISTED: Final = 1000
-"""So many things one page of a list may have: each is held against the map."""
+"""The most entries of one page of a list: each is matched with the request map."""
 JSON: Final = b"application/json"
 EVENTS: Final = b"text/event-stream"
 
 _ACCEPTED: Final = 202
 _MAX_CODE: Final = 2**53
 _LINE_COSTS: Final = 64
-"""Bytes that a line takes beside its own: many short ones are not held for less than they cost."""
+"""The memory that a line takes besides its own bytes, so that many short lines count for what they cost."""
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r(?!\Z)")
 _BOM: Final = b"\xef\xbb\xbf"
 
 
 class McpResponseFilter:
-    """The messages that come in answer to one request."""
+    """Filters the messages that answer one request."""
 
     def __init__(self, mcp: McpExchange) -> None:
         self._mcp = mcp
         self.outcome = McpOutcome()
 
     def on_response_head(self, response: ResponseHead) -> None:
-        """The head has come. Raises RefusedError where it gives out a session that is another's."""
+        """Note the status and the session. Raises RefusedError where the session belongs to another lease."""
         self.outcome.status = response.status
         if response.status >= 300:
             self.outcome.kind = "transport_error"
         elif response.status == _ACCEPTED or self._mcp.id is None:
             self.outcome.kind = "accepted"
-        session = response.known.get(b"mcp-session-id")
+        session = response.values.get(b"mcp-session-id")
         if session is None or not self._mcp.opens_session or response.status >= 300:
             return
         if not self._mcp.bind_session(session.decode("latin-1")):
@@ -54,11 +54,11 @@ class McpResponseFilter:
             raise RefusedError(502, "mcp_session_taken", text)
 
     def finish(self) -> None:
-        """Nothing more comes."""
+        """Record the outcome: nothing more comes."""
         self._mcp.record_outcome(self.outcome)
 
     def message(self, data: bytes) -> bytes:
-        """One message as it may go on. Raises RefusedError where it is not certain what it says."""
+        """Filter one message. Raises RefusedError where it cannot be parsed for certain."""
         try:
             message = json_object(data)
         except ValueError:
@@ -67,7 +67,7 @@ class McpResponseFilter:
         return orjson.dumps(message) if self._filter_lists(message.get("result")) else data
 
     def _filter_lists(self, result: Any) -> bool:
-        """Whether something was taken out of a result."""
+        """Filter the lists in a result. Returns whether an entry was removed."""
         if not isinstance(result, dict):
             return False
         changed = False
@@ -101,7 +101,9 @@ class McpResponseFilter:
 
 
 class EventStreamFilter:
-    """The events of a stream, each held until it is complete. What is no data of a message passes as it came."""
+    """Filters server-sent events. Each is held until it is complete; lines other than data are forwarded as
+    they came.
+    """
 
     def __init__(self, answers: McpResponseFilter) -> None:
         self._answers = answers
@@ -111,7 +113,7 @@ class EventStreamFilter:
         self._begun = False
 
     def feed(self, piece: bytes) -> bytes:
-        """The events that are complete now. Raises RefusedError."""
+        """The filtered events that are complete now. Raises RefusedError."""
         self._buffer += piece
         if not self._begun and self._buffer:
             if _BOM.startswith(bytes(self._buffer[:3])) and len(self._buffer) < len(_BOM):
@@ -130,11 +132,11 @@ class EventStreamFilter:
         return b"".join(out)
 
     def last(self, piece: bytes) -> bytes:
-        """The same at the end: an event that is not complete is none (HTML, 9.2.6)."""
+        """The same at the end of the stream: an incomplete event is none (HTML, 9.2.6)."""
         return self.feed(piece + b"\n") if self._ends_with_return(piece) else self.feed(piece)
 
     def _ends_with_return(self, piece: bytes) -> bool:
-        """Whether a line end was held back, as more of it might have come."""
+        """Whether a line end was held back, because an LF could follow the CR."""
         return (piece or bytes(self._buffer)).endswith(b"\r")
 
     def _line(self, line: bytes, out: list[bytes]) -> None:
@@ -172,5 +174,5 @@ def _unreadable(what: str) -> RefusedError:
 
 
 def too_large(text: str = f"a message of a target may have {MAX_MESSAGE_BYTES} bytes") -> RefusedError:
-    """A message of a target that nobody holds, or holds against the map."""
+    """The refusal of a message that is too large to be buffered, or has too many entries."""
     return RefusedError(502, "target_too_large", text)

@@ -1,6 +1,6 @@
-"""The embedded data plane: every request of an agent is handed to the decision core before anything of it goes on.
+"""The embedded data plane: it listens for agents, and asks the decision core about each request before forwarding it.
 
-plane = DataPlane(gate, knows=..., hosts=..., answer=...)
+plane = DataPlane(gate, is_target_host=..., hosts=..., answer=...)
 await plane.start()
 port = await plane.listen("127.0.0.1", 8443, names={"gateway.example:8443"}, tls=context)
 await plane.listen_for_task(path, task_id)
@@ -45,18 +45,18 @@ log = logging.getLogger(__name__)
 
 _BACKLOG: Final = 1024
 _LONGEST_ADDRESS: Final = 107
-"""Bytes of a unix socket's address (unix(7))."""
+"""The most bytes of a unix socket's address (unix(7))."""
 _SWEEP_EVERY_S: Final = 5.0
 
 
 class ListenError(RingfenceError):
-    """A socket cannot be had. The message says which, and what to do."""
+    """A socket cannot be opened. The message says which, and what to do."""
 
     code = "cannot_listen"
 
 
 class DataPlane:
-    """All listeners of one gateway, and the connections to targets that they share."""
+    """All listeners of one gateway, and the pool of connections to targets that they share."""
 
     def __init__(
         self,
@@ -75,12 +75,12 @@ class DataPlane:
     ) -> None:
         """Args:
             gate: the decision core.
-            knows: whether a canonical `host[:port]` is a target's. What is none is denied before any TLS.
-            hosts: the hosts of targets, without ports: what the gateway's CA may stand for. See `authority.cover`.
-            answer: how a verdict that is not `allowed` is told.
-            blocked: told of what is refused before anything can be decided.
+            is_target_host: whether a canonical `host[:port]` is a target's. Others are denied before any TLS.
+            hosts: the hosts of targets, without ports, for the gateway's CA. See `CertificateAuthority.set_hosts`.
+            answer: makes the answer to a verdict that does not allow.
+            blocked: called for each request that is blocked before a decision.
             name: of this gateway, in its CA's certificate.
-            tls: how targets are verified; the machine's authorities if not given.
+            tls: verifies targets; by default with the machine's authorities.
             fast_path: whether repeated requests are served without a coroutine.
         """  # fmt: skip
         self._deadline_timer, self._write_batcher = DeadlineTimer(), WriteBatcher()
@@ -114,11 +114,11 @@ class DataPlane:
 
     @property
     def connections(self) -> int:
-        """How many connections of agents there are."""
+        """The number of connections of agents."""
         return len(self._running)
 
     async def start(self) -> None:
-        """Begin to watch the time, in the running loop."""
+        """Start the timers, in the running loop."""
         self._deadline_timer.start()
         self._sweep()
 
@@ -132,15 +132,15 @@ class DataPlane:
         scheme: Scheme | None = None,
         challenge: bool = False,
     ) -> int:
-        """Listen on TCP; the port. Raises ListenError.
+        """Listen on TCP. Returns the port. Raises ListenError.
 
         Args:
             host: address to listen on.
             port: 0 takes one that is free.
-            names: `host[:port]` by which agents know the gateway: requests for another, that is no target, are refused.
+            names: `host[:port]` by which agents know the gateway. Any other `Host` must be a target's.
             tls: with `verify_mode` CERT_REQUIRED or CERT_OPTIONAL the SPIFFE ID of a client certificate counts.
-            scheme: as agents see it, where somebody before the gateway ends their TLS.
-            challenge: whether a CONNECT that shows nothing of its sender is asked for `Proxy-Authorization`.
+            scheme: as agents see it, if a proxy before the gateway terminates their TLS.
+            challenge: whether a CONNECT without evidence of its sender is asked for `Proxy-Authorization`.
         """  # fmt: skip
         seen: Scheme = scheme or ("https" if tls is not None else "http")
         known = frozenset(canonical(name, seen) for name in names)
@@ -181,7 +181,7 @@ class DataPlane:
         return taken
 
     async def listen_for_task(self, path: Path, task_id: str) -> None:
-        """Listen on a unix socket that is one task's, and nobody else's (mode 0600). Raises ListenError."""
+        """Listen on a unix socket for one task (mode 0600). Raises ListenError."""
         if path in self._tasks:
             await self.close_for_task(path)
         listening = _bind(path)
@@ -203,7 +203,7 @@ class DataPlane:
         self._tasks[path] = (server, streams)
 
     async def close_for_task(self, path: Path) -> None:
-        """The task is over: its socket is removed and its connections are dropped."""
+        """Remove the socket of a task that is over, and drop its connections."""
         server, streams = self._tasks.pop(path)
         server.close()
         _remove(path)
@@ -211,7 +211,7 @@ class DataPlane:
             stream.abort()
 
     async def close(self) -> None:
-        """Listen no more, and drop every connection."""
+        """Stop listening, and drop every connection."""
         for path in list(self._tasks):
             await self.close_for_task(path)
         for server in self._servers:
@@ -248,7 +248,7 @@ class DataPlane:
             self._deadline_timer.forget(stream)
             self.limits.close_connection(listener.sender)
             if not task.cancelled() and (error := task.exception()) is not None:
-                # Not the error itself: what it was raised on may hold what an agent sent.
+                # Not the error itself: it may contain what an agent sent.
                 log.error("a connection failed: %s", type(error).__name__)
 
         task.add_done_callback(ended)
@@ -262,9 +262,9 @@ class DataPlane:
 
 
 def _bind(path: Path) -> socket.socket:
-    """A socket that was never open to others. One that a gateway left behind is replaced.
+    """Bind a socket that was never accessible to others. One that a gateway left behind is replaced.
 
-    It gets its name when it listens: whoever sees it may come in.
+    It gets its final name once it listens, so a client that sees it can connect.
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.lstat().st_mode):
@@ -287,7 +287,7 @@ def _bind(path: Path) -> socket.socket:
 
 @contextlib.contextmanager
 def _socket_address(path: Path) -> Iterator[str]:
-    """The path, or a short one that leads there: an address has 107 bytes, and folders of projects are deep."""
+    """The path, or a short one that leads there: an address has at most 107 bytes, and project folders can be deep."""
     if len(os.fsencode(path)) <= _LONGEST_ADDRESS:
         yield str(path)
         return

@@ -1,4 +1,4 @@
-"""What a request asks for, and what it shows of its sender. Nothing is believed here."""
+"""Turns a parsed request into an `Attempt` and the evidence of its sender. Nothing of it is verified here."""
 
 from __future__ import annotations
 
@@ -11,63 +11,76 @@ from dataclasses import dataclass
 from typing import Final
 
 from ringfence.gateway.contract import Attempt, McpHeaders, PresentedIdentity
-from ringfence.gateway.dataplane.headers import HANDLE, LABEL, is_handle, kept_headers, own_names
-from ringfence.gateway.dataplane.http1_head import Fields, RequestHead
+from ringfence.gateway.dataplane.headers import (
+    HANDLE,
+    LABEL,
+    agent_header_names,
+    forwarded_headers,
+    is_handle,
+)
+from ringfence.gateway.dataplane.http1_head import FieldSection, RequestHead
 from ringfence.gateway.dataplane.websockets import asks_for_websocket
 from ringfence.gateway.errors import RefusedError
 from ringfence.gateway.hosts import Scheme, canonical
 
-_READ_OF_MCP: Final = frozenset({b"mcp-session-id", b"mcp-protocol-version"})
-_OF_MCP: Final = frozenset({b"content-type", b"content-encoding", b"mcp-session-id", b"last-event-id"})
-_NOTHING: Final = McpHeaders()
+_HANDLED_MCP_FIELDS: Final = frozenset({b"mcp-session-id", b"mcp-protocol-version"})
+_MCP_FIELDS: Final = frozenset({b"content-type", b"content-encoding", b"mcp-session-id", b"last-event-id"})
+_NO_MCP_HEADERS: Final = McpHeaders()
 _SCHEMES: Final[tuple[Scheme, ...]] = ("http", "https")
 
 
 @dataclass(frozen=True, slots=True)
 class ListenerContext:
-    """How a request came."""
+    """How a request reached the gateway: its listener, its connection, and the CONNECT around it."""
 
     sender: str
-    """Whose limits count: a task, a client certificate, an address."""
+    """Whose limits count: a task, a client certificate, or an address."""
     scheme: Scheme
     """As the agent sees it."""
-    names: frozenset[str] | None = None
+    own_authorities: frozenset[str] | None = None
     """The gateway's own `host[:port]`, in canonical form; None where any will do (a task's own socket)."""
     task_id: str | None = None
     certificate: str | None = None
     challenge: bool = False
-    """Whether to ask for `Proxy-Authorization` where nothing else tells who sends."""
+    """Whether to ask for `Proxy-Authorization` where nothing else shows the sender."""
     address: str | None = None
-    """Where the connection came from, where nothing else tells who sends."""
-    inside: str | None = None
-    """The authority that a CONNECT was for, where the request came through one."""
+    """The peer address, where nothing else shows the sender."""
+    connect_authority: str | None = None
+    """The authority of the CONNECT that the request came through."""
     handle: str | None = None
-    """What that CONNECT showed."""
+    """The handle that the CONNECT showed."""
 
     @property
-    def shows_nobody(self) -> bool:
-        """Whether the connection alone says nothing of who sends."""
+    def is_unauthenticated(self) -> bool:
+        """Whether the connection alone does not authenticate the sender."""
         return self.task_id is None and self.certificate is None
 
 
 def read_request(
     request: RequestHead, listener: ListenerContext, is_target_host: Callable[[str], bool]
 ) -> tuple[PresentedIdentity, Attempt]:
-    """The attempt that a request is, and what it shows of its sender. Raises RefusedError."""
-    said = _said(request.block)
-    host = said.host
-    scheme, authority, target = _addressed(request.target, listener)
+    """The evidence of the sender, and the attempt. Raises RefusedError."""
+    facts = _field_facts(request.section)
+    host = facts.host
+    scheme, authority, target = _split_target(request.target, listener)
     if authority is None:
         authority = canonical(host, scheme)
     elif canonical(host, scheme) != authority:
         raise RefusedError(400, "host_disagrees", "Host names another host than the request line")
-    if listener.inside is not None and (scheme, authority) != ("https", listener.inside):
+    if listener.connect_authority is not None and (scheme, authority) != (
+        "https",
+        listener.connect_authority,
+    ):
         raise RefusedError(
             400, "host_disagrees", "the request is for another host than the CONNECT that it came through"
         )
     target_id = None
-    if request.target.startswith("/") and listener.inside is None and not is_target_host(authority):
-        target_id, target = _by_path(authority, target, listener)
+    if (
+        request.target.startswith("/")
+        and listener.connect_authority is None
+        and not is_target_host(authority)
+    ):
+        target_id, target = _target_by_path(authority, target, listener)
     presented = presented_by(request, listener, htu=f"{scheme}://{host}{_path(request.target, target)}")
     return presented, Attempt(
         authority=None if target_id is not None else authority,
@@ -75,53 +88,56 @@ def read_request(
         method=request.method,
         target=target,
         target_id=target_id,
-        json=said.json,
-        label=said.label,
-        mcp_headers=said.mcp_headers,
+        json=facts.json,
+        label=facts.label,
+        mcp_headers=facts.mcp_headers,
         sent_by_gateway=True,
-        headers=functools.partial(kept_headers, request, upgrade=asks_for_websocket(request)),
+        headers=functools.partial(forwarded_headers, request, upgrade=asks_for_websocket(request)),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
-    """What the fields of a request say that is the same however it came."""
+class _FieldFacts:
+    """What depends on the fields of a request alone."""
 
     host: str
     label: str | None
     mcp_headers: McpHeaders
     json: bool
     header_names: frozenset[str]
-    """See `PresentedIdentity`."""
 
 
 @functools.lru_cache(maxsize=1024)
-def _said(block: Fields) -> _Said:
-    label, carried = block.known.get(LABEL), _carried(block)
-    return _Said(
-        block.known[b"host"].decode("latin-1"),
+def _field_facts(section: FieldSection) -> _FieldFacts:
+    label, mcp_headers = section.values.get(LABEL), _mcp_headers(section)
+    return _FieldFacts(
+        section.values[b"host"].decode("latin-1"),
         label.decode("latin-1") if label else None,
-        carried,
-        says_json(carried.content_type, carried.content_encoding),
-        own_names(block),
+        mcp_headers,
+        says_json(mcp_headers.content_type, mcp_headers.content_encoding),
+        agent_header_names(section),
     )
 
 
-def _carried(block: Fields) -> McpHeaders:
-    """What the head says of a message of MCP."""
-    known = block.known
-    others = [(name, line) for name, line in block.lines if name[:4] == b"mcp-" and name not in _READ_OF_MCP]
-    if not others and _OF_MCP.isdisjoint(known):
-        return _NOTHING
+def _mcp_headers(section: FieldSection) -> McpHeaders:
+    """The headers that belong to an MCP message."""
+    values = section.values
+    others = [
+        (name, line)
+        for name, line in section.lines
+        if name[:4] == b"mcp-" and name not in _HANDLED_MCP_FIELDS
+    ]
+    if not others and _MCP_FIELDS.isdisjoint(values):
+        return _NO_MCP_HEADERS
     media, coding, session = (
-        value.decode("latin-1") if (value := known.get(name)) is not None else None
+        value.decode("latin-1") if (value := values.get(name)) is not None else None
         for name in (b"content-type", b"content-encoding", b"mcp-session-id")
     )
     return McpHeaders(
         media,
         coding.lower() if coding is not None else None,
         session,
-        b"last-event-id" in known,
+        b"last-event-id" in values,
         tuple(
             (name.decode("latin-1"), line.partition(b":")[2].strip(b" \t").decode("latin-1"))
             for name, line in others
@@ -132,8 +148,8 @@ def _carried(block: Fields) -> McpHeaders:
 def presented_by(
     request: RequestHead, listener: ListenerContext, *, htu: str | None = None
 ) -> PresentedIdentity:
-    """What a request shows of its sender. Raises RefusedError where that cannot be read."""
-    proof = request.known.get(b"dpop")
+    """The evidence of the sender in a request. Raises RefusedError where it is ambiguous."""
+    proof = request.values.get(b"dpop")
     return PresentedIdentity(
         listener.task_id,
         listener.certificate,
@@ -141,46 +157,48 @@ def presented_by(
         proof.decode("latin-1") if proof is not None else None,
         htu,
         listener.address,
-        _said(request.block).header_names if htu is not None else frozenset(),  # a CONNECT goes nowhere
+        _field_facts(request.section).header_names
+        if htu is not None
+        else frozenset(),  # a CONNECT is not forwarded
     )
 
 
 def _handle(request: RequestHead, listener: ListenerContext) -> str | None:
-    known = request.known
-    authorization, apart = known.get(b"authorization", b""), known.get(HANDLE)
+    values = request.values
+    authorization, separate = values.get(b"authorization", b""), values.get(HANDLE)
     if is_handle(authorization):
-        if apart is not None:
+        if separate is not None:
             raise RefusedError(
                 400, "handle_twice", "show one handle: in Authorization or in X-Ringfence-Handle"
             )
         return authorization.partition(b" ")[2].strip(b" ").decode("latin-1")
-    if apart is not None:
-        return apart.decode("latin-1")
-    if b"proxy-authorization" in known:
-        return _user(known[b"proxy-authorization"])
+    if separate is not None:
+        return separate.decode("latin-1")
+    if b"proxy-authorization" in values:
+        return _basic_user(values[b"proxy-authorization"])
     return listener.handle
 
 
-def _addressed(target: str, listener: ListenerContext) -> tuple[Scheme, str | None, str]:
-    """Scheme, canonical authority where the request line says one, and the target in origin-form."""
+def _split_target(target: str, listener: ListenerContext) -> tuple[Scheme, str | None, str]:
+    """Scheme, canonical authority where the request line has one, and the target in origin-form (RFC 9112, 3.2)."""
     if target.startswith("/"):
         return listener.scheme, None, target
     for scheme in _SCHEMES:
         prefix = f"{scheme}://"
         if target.startswith(prefix):
-            authority, rest = _cut(target[len(prefix) :])
+            authority, rest = _split_authority(target[len(prefix) :])
             return scheme, canonical(authority, scheme), rest if rest.startswith("/") else f"/{rest}"
     raise RefusedError(400, "malformed_http", "the target of a request is a path, or an http or https URL")
 
 
-def _cut(rest: str) -> tuple[str, str]:
+def _split_authority(rest: str) -> tuple[str, str]:
     at = min((at for at in (rest.find("/"), rest.find("?"), rest.find("#")) if at >= 0), default=len(rest))
     return rest[:at], rest[at:]
 
 
-def _by_path(authority: str, target: str, listener: ListenerContext) -> tuple[str, str]:
-    """The target that the first segment names, and the rest of the path as it was sent."""
-    if listener.names is not None and authority not in listener.names:
+def _target_by_path(authority: str, target: str, listener: ListenerContext) -> tuple[str, str]:
+    """The target id in the first segment of the path, and the rest of the path as it was sent."""
+    if listener.own_authorities is not None and authority not in listener.own_authorities:
         raise RefusedError(421, "host_unknown", "Host is neither this gateway nor a target of it")
     target_id, slash, rest = target[1:].partition("/")
     if not target_id or not slash or "?" in target_id:
@@ -193,8 +211,8 @@ def _path(given: str, target: str) -> str:
     return (given if given.startswith("/") else target).partition("?")[0]
 
 
-def _user(value: bytes) -> str:
-    """The user of Basic credentials; a password is no business of a gateway's."""
+def _basic_user(value: bytes) -> str:
+    """The user of Basic credentials. The password is ignored."""
     scheme, _, encoded = value.partition(b" ")
     try:
         user = base64.b64decode(encoded.strip(b" "), validate=True).decode("utf-8").partition(":")[0]
@@ -207,7 +225,7 @@ def _user(value: bytes) -> str:
     return user
 
 
-# What the head of a request says of its body: whether everybody reads it as the JSON that the map looks at.
+# --- the media type of a body: whether every reader takes it for the JSON that the map reads ---
 
 _TOKEN: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105 - the token of RFC 9110, 5.6.2
 _JSON: Final = re.compile(
@@ -218,10 +236,10 @@ _CHARSET: Final = re.compile(r";[ \t]*charset=\"?([^\";]*)", re.IGNORECASE)
 
 @functools.lru_cache(maxsize=1024)
 def says_json(media: str | None, coding: str | None) -> bool:
-    """Whether a body with this `Content-Type` and `Content-Encoding` is JSON in UTF-8 (RFC 8259, 8.1), as it is.
+    """Whether a body with this `Content-Type` and `Content-Encoding` is JSON in UTF-8 (RFC 8259, 8.1), uncompressed.
 
-    By another type, in another charset or unpacked, the same bytes say another thing: a form can hide in a text of
-    JSON. Where no type is said, some servers take a body for a form.
+    With another type, charset or encoding the same bytes can mean something else: JSON text can also be a valid form.
+    Some servers take a body without a type for a form.
     """
     found = _JSON.fullmatch(media) if media is not None else None
     if found is None or (coding or "").strip().lower() not in ("", "identity"):

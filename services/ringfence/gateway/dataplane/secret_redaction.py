@@ -1,9 +1,9 @@
-"""The injected secret, should a target echo it: replaced by as many asterisks, so that no length changes.
+"""Redacts the injected secret if a target echoes it: each byte becomes an asterisk, so that no length changes.
 
-Searched for are the secret as it stands in the header, without its scheme, as a Basic password, and its words where it
-has spaces. Each of these is searched for in base64 (in all three alignments), in hexadecimal, percent-encoded, and
-escaped as in JSON and HTML, in the ways in which the usual libraries do that. A target that compresses, encrypts or
-takes the secret apart otherwise hides it from this.
+The search covers the secret as it stands in the header, without its scheme, as a Basic password, and the words of a
+secret with spaces. Each is searched for in base64 (all three alignments), hexadecimal, percent-encoding, and with the
+escapes of JSON and HTML, as the usual libraries write them. It does not find a secret that a target compresses,
+encrypts or splits in another way.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 from urllib.parse import quote
 
-SHORTEST: Final = 6
-"""What is shorter is not searched for: it would be found everywhere."""
-LOOSE: Final = 4
+MIN_NEEDLE_BYTES: Final = 6
+"""Shorter secrets are not searched for: they would be found everywhere."""
+MAX_UNHELD_BYTES: Final = 4
 
 _WORD: Final = re.compile(r"\S+")
-_HTML: Final[tuple[dict[str, str], ...]] = (
+_HTML_ESCAPES: Final[tuple[dict[str, str], ...]] = (
     {},
     {'"': "&quot;", "'": "&#39;"},
     {'"': "&#34;", "'": "&#39;", "+": "&#43;"},
@@ -33,15 +33,15 @@ _HTML: Final[tuple[dict[str, str], ...]] = (
     {'"': "&quot;", "'": "&#x27;", "/": "&#x2F;"},
     {'"': "&quot;", "'": "&#39;", "/": "&#x2F;", "=": "&#x3D;", "`": "&#x60;"},
 )
-"""What is written for characters besides `&`, `<` and `>`: by PHP, Go, Python, and what templates of JavaScript do."""
+"""The escapes of characters besides `&`, `<` and `>`: by PHP, Go, Python, and template engines of JavaScript."""
 MAX_PARTS: Final = 32
-"""So many parts of a secret with spaces are searched for by themselves, besides the whole."""
+"""So many parts of a secret with spaces are searched for, besides the whole."""
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,31} +(?=\S)")
 _SCHEMES: Final = frozenset({
     "apikey", "api-key", "basic", "bearer", "digest", "dpop", "hoba", "key", "mutual", "negotiate", "ntlm", "oauth",
     "privatetoken", "token", "vapid",
 })  # fmt: skip
-"""First words of a header that are no part of a secret (IANA, and what APIs made up). Any other may be one."""
+"""First words of a header that are not part of a secret (IANA, and custom ones of APIs). Any other may be one."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -50,62 +50,62 @@ def needles_of(values: tuple[str, ...]) -> tuple[bytes, ...]:
     found: set[bytes] = set()
     for value in values:
         for secret in _secrets(value):
-            found.update(_spellings(secret))
-    return tuple(sorted((one for one in found if len(one) >= SHORTEST), key=len, reverse=True))
+            found.update(_encodings(secret))
+    return tuple(sorted((one for one in found if len(one) >= MIN_NEEDLE_BYTES), key=len, reverse=True))
 
 
 def redact(data: bytes, needles: Iterable[bytes]) -> bytes:
-    """All of it, without the secret."""
-    return _united(data, [data.replace(one, b"*" * len(one)) for one in needles if one in data])
+    """The data with the secret redacted."""
+    return _merge_redacted(data, [data.replace(one, b"*" * len(one)) for one in needles if one in data])
 
 
 class Redactor:
-    """The same for what comes in pieces. What may be the beginning of the secret is held back until more has come.
+    """Redacts a stream. A possible beginning of the secret is held back until more has arrived.
 
-    The first `LOOSE` bytes of a beginning are not: an event or a frame that happens to end with a letter of the secret
-    has to go on at once. Where the secret does follow, it is these bytes of it that the agent sees.
+    A beginning of up to `MAX_UNHELD_BYTES` bytes is not held back, because an event or a frame that happens to end
+    with a letter of the secret must go on at once. If the secret follows, the agent sees these bytes of it.
     """
 
-    __slots__ = ("_beginnings", "_kept", "_needles", "_redacted", "_sent")
+    __slots__ = ("_held", "_matchers", "_needles", "_redacted", "_sent")
 
     def __init__(self, needles: tuple[bytes, ...]) -> None:
         self._needles = needles
-        self._beginnings = [Beginning(needle) for needle in needles]
-        self._kept = b""
-        """The end of what came, where it may be the beginning of the secret."""
+        self._matchers = [PrefixMatcher(needle) for needle in needles]
+        self._held = b""
+        """The end of the data so far, where it may be the beginning of the secret."""
         self._redacted = b""
-        """The same, without what was found in it. What one needle hides may be the beginning of another."""
+        """The same, redacted. What one needle hides may be the beginning of another."""
         self._sent = 0
-        """So much of that went on."""
+        """How many bytes of `_redacted` were returned already."""
 
     def feed(self, piece: bytes) -> bytes:
-        """What may go on now."""
-        sent, (data, redacted) = self._sent, self._with(piece)
-        keep = max((beginning.follow(piece) for beginning in self._beginnings), default=0)
+        """The data that may be sent now."""
+        sent, (data, redacted) = self._sent, self._redacted_with(piece)
+        keep = max((matcher.follow(piece) for matcher in self._matchers), default=0)
         start = len(data) - keep
-        end = len(data) if keep <= LOOSE else max(sent, start)
-        self._kept, self._redacted, self._sent = data[start:], redacted[start:], end - start
+        end = len(data) if keep <= MAX_UNHELD_BYTES else max(sent, start)
+        self._held, self._redacted, self._sent = data[start:], redacted[start:], end - start
         return redacted[sent:end]
 
     def last(self, piece: bytes) -> bytes:
-        """What may go on at the end: nothing is held back any more."""
-        sent, (_, redacted) = self._sent, self._with(piece)
-        self._kept, self._redacted, self._sent = b"", b"", 0
+        """The rest of the data at the end of the stream."""
+        sent, (_, redacted) = self._sent, self._redacted_with(piece)
+        self._held, self._redacted, self._sent = b"", b"", 0
         return redacted[sent:] if sent else redacted
 
-    def _with(self, piece: bytes) -> tuple[bytes, bytes]:
-        """What was kept and this piece, as they came and redacted."""
-        if not self._kept:
+    def _redacted_with(self, piece: bytes) -> tuple[bytes, bytes]:
+        """The held data and this piece, raw and redacted."""
+        if not self._held:
             return piece, redact(piece, self._needles)
-        data = self._kept + piece
-        return data, _united(data, [self._redacted + piece, redact(data, self._needles)])
+        data = self._held + piece
+        return data, _merge_redacted(data, [self._redacted + piece, redact(data, self._needles)])
 
 
-class Beginning:
-    """How much of the end of a stream may be the beginning of a needle (Knuth, Morris, Pratt).
+class PrefixMatcher:
+    """Matches the end of a stream with the beginning of a needle (Knuth, Morris, Pratt).
 
-    Each byte is compared twice at most, and only the last `len(needle)` of a piece are: a target that sends what looks
-    like a secret again and again, byte by byte, gains nothing.
+    Each byte is compared at most twice, and only the last `len(needle)` bytes of a piece are read. So a target gains
+    nothing if it sends what looks like the secret again and again, byte by byte.
     """
 
     __slots__ = ("_length", "_needle")
@@ -115,7 +115,7 @@ class Beginning:
         self._length = 0
 
     def follow(self, piece: bytes) -> int:
-        """The bytes at the end of the stream, after this piece, that may be the beginning."""
+        """The length of the match at the end of the stream, after this piece."""
         needle, length, at, end = self._needle, self._length, 0, len(piece)
         if end >= len(needle):
             length, at = 0, end - len(needle) + 1
@@ -132,14 +132,14 @@ class Beginning:
                 if length == len(needle):
                     length = 0
             else:
-                length = _borders(needle)[length] if length > 1 else 0
+                length = _failure_table(needle)[length] if length > 1 else 0
         self._length = length
         return length
 
 
 @functools.lru_cache(maxsize=1024)
-def _borders(needle: bytes) -> list[int]:
-    """By each length of a beginning of the needle: how long a shorter one is that it ends with."""
+def _failure_table(needle: bytes) -> list[int]:
+    """By each length of a prefix of the needle: the length of the longest shorter prefix that it ends with."""
     found = [0, 0]
     for at in range(1, len(needle)):
         length = found[at]
@@ -149,8 +149,8 @@ def _borders(needle: bytes) -> list[int]:
     return found
 
 
-def _united(data: bytes, redacted: Sequence[bytes]) -> bytes:
-    """The data with an asterisk wherever one of its redacted forms has one: what is hidden in one may overlap."""
+def _merge_redacted(data: bytes, redacted: Sequence[bytes]) -> bytes:
+    """The data with an asterisk wherever one of its redacted forms has one: matches may overlap."""
     if len(redacted) < 2:
         return redacted[0] if redacted else data
     plain, hidden = int.from_bytes(data), 0
@@ -168,14 +168,14 @@ def _secrets(value: str) -> set[str]:
         with contextlib.suppress(binascii.Error, UnicodeDecodeError):
             pair = base64.b64decode(bare, validate=True).decode("utf-8")
             whole = {bare, pair, pair.partition(":")[2]}
-    # Each needle is searched for in all that comes: a secret of very many words is not taken apart to its end.
+    # Each needle costs a search in all data, so a secret of very many words is not split completely.
     return whole | set(sorted({part for one in whole for part in _parts(one)}, key=len)[-MAX_PARTS:])
 
 
 def _parts(secret: str) -> Iterator[str]:
-    """From each word of a secret on, and up to each, as few as are long enough to be searched for.
+    """For each word, the shortest parts that begin or end with it and are long enough to be searched for.
 
-    Together they hide every word of whatever is shown of it, where that is long enough.
+    Together they hide every word of a part that is shown, if that part is long enough.
     """
     words = [(word.start(), word.end()) for word in _WORD.finditer(secret)]
     if len(words) < 2:
@@ -184,15 +184,15 @@ def _parts(secret: str) -> Iterator[str]:
         onward = (secret[words[number][0] : end] for _, end in words[number:])
         back = (secret[start : words[number][1]] for start, _ in reversed(words[: number + 1]))
         for parts in (onward, back):
-            yield from itertools.islice((one for one in parts if len(one.encode()) >= SHORTEST), 1)
+            yield from itertools.islice((one for one in parts if len(one.encode()) >= MIN_NEEDLE_BYTES), 1)
 
 
-def _spellings(secret: str) -> set[bytes]:
+def _encodings(secret: str) -> set[bytes]:
     raw = secret.encode("utf-8")
     found = {raw, raw.hex().encode(), raw.hex().upper().encode()}
     found.update(one.encode() for one in (*_percent_encoded(secret), *_in_json(secret), *_in_html(secret)))
     for before in range(3):
-        # Only the characters that depend on nothing but the secret, wherever it stands in what was encoded.
+        # Only the characters that depend on the secret alone, not on its neighbours in the encoded text.
         shown = base64.b64encode(b"\x00" * before + raw).rstrip(b"=")
         first = (0, 2, 3)[before]
         last = len(shown) if (before + len(raw)) % 3 == 0 else len(shown) - 1
@@ -202,7 +202,9 @@ def _spellings(secret: str) -> set[bytes]:
 
 
 def _percent_encoded(secret: str) -> Iterator[str]:
-    """By what is left as it is: nothing, paths, encodeURIComponent, encodeURI; a form's space is a plus."""
+    """By the characters that stay as they are: none, `/`, encodeURIComponent, encodeURI. The space of a
+    form is a plus.
+    """
     for safe in ("", "/", "!~*'()", ";,/?:@&=+$!~*'()#"):
         for spaced in (quote(secret, safe=safe), quote(secret, safe=safe + " ").replace(" ", "+")):
             yield spaced
@@ -210,7 +212,7 @@ def _percent_encoded(secret: str) -> Iterator[str]:
 
 
 def _in_json(secret: str) -> Iterator[str]:
-    """Escaped no more than needed, with slashes (PHP), and what HTML might take for its own (Go, .NET)."""
+    """With minimal escapes, with escaped slashes (PHP), and with escapes for HTML (Go, .NET)."""
     plain = json.dumps(secret)[1:-1]
     yield plain
     yield plain.replace("/", "\\/")
@@ -223,5 +225,5 @@ def _in_json(secret: str) -> Iterator[str]:
 
 def _in_html(secret: str) -> Iterator[str]:
     named = html.escape(secret, quote=False)
-    for own in _HTML:
+    for own in _HTML_ESCAPES:
         yield "".join(own.get(one, one) for one in named)

@@ -1,4 +1,4 @@
-"""What every connection of the embedded data plane needs."""
+"""What all connections of one data plane share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ringfence.gateway.errors import AnswerVerdict
 
 @dataclass(frozen=True, slots=True)
 class DataPlaneContext:
-    """One for all listeners of a plane."""
+    """One for all listeners of a data plane."""
 
     gate: Gate
     is_target_host: Callable[[str], bool]

@@ -18,19 +18,19 @@ HIGH_WATER_BYTES: Final = 64 * 1024
 
 
 class DisconnectedError(RingfenceError):
-    """The other side of a connection is gone."""
+    """The peer has closed the connection, or it was lost."""
 
     code = "gone"
 
 
 class DeadlineError(RingfenceError):
-    """The other side of a connection did not do in time what it had to."""
+    """The peer missed a deadline."""
 
     code = "expired"
 
 
 class Stream(asyncio.Protocol):
-    """A connection. One coroutine reads, one writes; they may be the same."""
+    """A connection for one reading and one writing coroutine, which may be the same."""
 
     __slots__ = (
         "_data_unseen",
@@ -62,30 +62,31 @@ class Stream(asyncio.Protocol):
         """`on_made` and `on_lost` are each called once. `write_batcher`: see `write_at_end_of_turn`."""
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
         self.buffer = bytearray()
-        """What has come and was not taken yet."""
+        """Received data that was not taken yet."""
         self.deadline: float | None = None
-        """When patience ends, by `time.monotonic`. Whoever waits then gets DeadlineError."""
+        """When to give up, by `time.monotonic`. Whoever waits then gets DeadlineError."""
         self.blocked = False
-        """Whether the other side takes too little: wait in `drain` before you write more."""
+        """Whether the peer takes too little: await `drain` before writing more."""
         self.on_disconnect: Callable[[], None] | None = None
-        """Called once when the connection is lost, by whoever uses it now."""
+        """Called once when the connection is lost. Belongs to the current user of the connection."""
         self.data_handler: Callable[[bytes], bool] | None = None
-        """Given what came, or nothing where patience ended, before any coroutine is woken: True where it saw to that,
-        else it stays here."""
-        # Kept, as to look for it asks the kernel each time in Python 3.11.
+        """Called with received data, or with nothing at the deadline, before a coroutine is woken. It returns true if
+        it has dealt with that. Otherwise the data is buffered.
+        """
+        # Kept, since `get_running_loop` makes a system call in Python 3.11.
         self._loop = asyncio.get_running_loop()
         self._on_made = on_made
         self._on_lost = on_lost
         self._write_batcher = write_batcher if write_batcher is not None else WriteBatcher()
         self._held_data = b""
-        """What is sent once the loop has handed out all that came."""
+        """Data for the end of this turn of the event loop."""
         self._may_send: Callable[[], bool] | None = None
-        """Asked then whether it still may be."""
+        """Called then: whether it may be sent."""
         self._paused = False
         self._data_unseen = False
-        """Whether something came while nobody waited."""
+        """Whether data arrived while nobody waited."""
         self._expired = False
-        """Whether patience ended while nobody waited."""
+        """Whether the deadline passed while nobody waited."""
         self._failure: RingfenceError | None = None
         self._read_waiter: asyncio.Future[None] | None = None
         self._drain_waiter: asyncio.Future[None] | None = None
@@ -123,11 +124,11 @@ class Stream(asyncio.Protocol):
 
     @property
     def alive(self) -> bool:
-        """Whether something could still be read or written."""
+        """Whether the connection can still be read or written."""
         return self._failure is None and not self.transport.is_closing()
 
     def buffer_data(self, data: bytes) -> None:
-        """It came, and waits for who takes it."""
+        """Buffer data, and stop reading from the network above `HIGH_WATER_BYTES`."""
         self.buffer += data
         if len(self.buffer) > HIGH_WATER_BYTES and not self._paused:
             self._paused = True
@@ -151,24 +152,24 @@ class Stream(asyncio.Protocol):
         try:
             await waiter
         finally:
-            if self._read_waiter is waiter:  # who waited was cancelled, and somebody else waits already
+            if self._read_waiter is waiter:  # else the waiter was cancelled, and another one waits already
                 self._read_waiter = None
 
     def resume(self) -> None:
-        """Read on, where that was stopped because nobody took what came."""
+        """Read from the network again, if `buffer_data` stopped that."""
         if self._paused:
             self._paused = False
             self.transport.resume_reading()
 
     def wake(self) -> None:
-        """Whoever waits for more looks again, or who comes to wait next."""
+        """Wake the coroutine that waits for data, or the next one that will."""
         if self._read_waiter is not None and not self._read_waiter.done():
             self._read_waiter.set_result(None)
         else:
             self._data_unseen = True
 
     def write(self, data: bytes) -> None:
-        """Send. See `blocked`."""
+        """Send now. See `blocked`."""
         self.flush()
         self.transport.write(data)
 
@@ -186,14 +187,14 @@ class Stream(asyncio.Protocol):
             self._write_batcher.add(self)
 
     def flush(self) -> None:
-        """Send what `write_at_end_of_turn` holds."""
+        """Send now what `write_at_end_of_turn` holds."""
         if self._held_data:
             data, self._held_data, may_send, self._may_send = self._held_data, b"", self._may_send, None
             if not self.transport.is_closing() and (may_send is None or may_send()):
                 self.transport.write(data)
 
     async def drain(self) -> None:
-        """Wait until the other side has taken most of what was written. Raises as `read_more` does."""
+        """Wait until the peer has taken most of what was written. Raises what `read_more` raises."""
         if self._failure is not None:
             raise self._failure
         if not self.blocked:
@@ -206,15 +207,15 @@ class Stream(asyncio.Protocol):
                 self._drain_waiter = None
 
     def fail(self, error: RingfenceError) -> None:
-        """Drop the connection, and whatever was not sent; whoever waits gets this error, and who comes later."""
+        """Abort the connection and drop unsent data. Present and future waiters get this error."""
         self._fail(error)
         self._data_unseen = False
         self.abort()
 
     def expire(self) -> None:
-        """End the patience. The connection stays, so that it can be said.
+        """End the wait with DeadlineError. The connection stays open, so that an answer can still be sent.
 
-        Where nobody waits at this moment, as something just came, whoever waits again is told the next time.
+        If nobody waits at this moment, because data has just arrived, the next waiter gets the error.
         """
         ended, self.deadline = self.deadline, None
         if self.data_handler is not None and self.data_handler(b""):
@@ -229,13 +230,13 @@ class Stream(asyncio.Protocol):
             self.deadline = ended
 
     def close(self) -> None:
-        """Close once all is sent."""
+        """Close once everything is sent."""
         self.flush()
         if not self.transport.is_closing():
             self.transport.close()
 
     def end(self) -> None:
-        """Say that nothing more is written, where that can be said."""
+        """Close the sending direction, where the transport can."""
         self.flush()
         if self.transport.can_write_eof():
             self.transport.write_eof()
@@ -246,7 +247,9 @@ class Stream(asyncio.Protocol):
         self.transport.abort()
 
     async def open_tls(self, context: ssl.SSLContext, *, timeout_s: float) -> None:
-        """Be the server of TLS from here on. Raises DisconnectedError where the client does not agree to it in time."""
+        """Become the TLS server of this connection. Raises DisconnectedError if the handshake fails or
+        takes too long.
+        """
         loop = asyncio.get_running_loop()
         self.flush()
         try:
@@ -261,7 +264,7 @@ class Stream(asyncio.Protocol):
         self.transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
 
     def peer_certificate(self) -> Any:
-        """The verified certificate of the other side, as `ssl` gives it; None where there is none."""
+        """The peer's verified certificate, as `ssl` returns it; None where there is none."""
         return self.transport.get_extra_info("peercert")
 
     def _fail(self, error: RingfenceError) -> None:
@@ -273,7 +276,7 @@ class Stream(asyncio.Protocol):
 
 
 class WriteBatcher:
-    """The streams that send something at the end of this turn of the loop."""
+    """Collects the streams that write at the end of this turn of the event loop."""
 
     __slots__ = ("_streams",)
 
@@ -281,7 +284,7 @@ class WriteBatcher:
         self._streams: list[Stream] = []
 
     def add(self, stream: Stream) -> None:
-        """This one too."""
+        """Flush this stream at the end of the turn."""
         if not self._streams:
             asyncio.get_running_loop().call_soon(self._send)
         self._streams.append(stream)
@@ -298,7 +301,7 @@ def _wake(waiter: asyncio.Future[None] | None) -> None:
 
 
 class DeadlineTimer:
-    """Ends the patience of streams: one timer for all, as one for each wait would cost more than the wait."""
+    """Checks the deadlines of all streams with one timer: a timer for each wait would cost more than the wait."""
 
     def __init__(self, *, every_s: float = 0.25) -> None:
         self._streams: set[Stream] = set()
@@ -306,19 +309,19 @@ class DeadlineTimer:
         self._timer: asyncio.TimerHandle | None = None
 
     def watch(self, stream: Stream) -> None:
-        """Look at this stream's deadline from now on."""
+        """Check this stream's deadline from now on."""
         self._streams.add(stream)
 
     def forget(self, stream: Stream) -> None:
-        """Look at it no more."""
+        """Stop checking it."""
         self._streams.discard(stream)
 
     def start(self) -> None:
-        """Begin to look, in the running loop."""
+        """Start the timer, in the running loop."""
         self._look()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

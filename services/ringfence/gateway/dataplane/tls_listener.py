@@ -1,6 +1,6 @@
-"""Where agents come in by TLS: each handshake is counted before it begins, and ends in time.
+"""A TLS listener with limits: each handshake is counted before it begins, and has a deadline.
 
-A server of the event loop's own would begin as many as there come, and tell nobody of those that fail.
+The event loop's own TLS server would begin any number of handshakes, and not report those that fail.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 TLS_FAILED: Final = "tls_failed"
 _RETRY_DELAY_S: Final = 0.1
-"""So long nothing is accepted where no file is left for it."""
+"""The delay before the next accept when the process is out of files."""
 
 StreamCallback = Callable[[Stream], None]
 
@@ -48,7 +48,8 @@ class TlsListener:
     async def open(
         self, host: str, port: int, backlog: int, on_open: StreamCallback, on_lost: StreamCallback
     ) -> int:
-        """Listen; the port. `on_open` is told of each connection once its TLS is open, `on_lost` when it is gone.
+        """Listen. Returns the port. `on_open` is called once the TLS of a connection is open, `on_lost` when it is
+        gone.
 
         Raises OSError.
         """
@@ -67,7 +68,7 @@ class TlsListener:
         return taken
 
     async def close(self) -> None:
-        """Listen no more; handshakes that are under way end."""
+        """Stop listening, and abort handshakes in progress."""
         for task in list(self._work):
             task.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)

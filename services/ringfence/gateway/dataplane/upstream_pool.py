@@ -1,4 +1,6 @@
-"""Connections to targets: opened, verified, lent for one request at a time, kept only while they are clean."""
+"""The connection pool of upstream targets: connections are verified, used by one request at a time, and reused if
+clean.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,11 @@ from ringfence.gateway.hosts import Origin
 
 IDLE_S: Final = 15.0
 MAX_IDLE_PER_ORIGIN: Final = 128
-"""So many connections to one origin are kept open while nobody needs them."""
+"""Idle connections that are kept per origin."""
 
 
 class UpstreamPool:
-    """All connections to targets. A secret is written to one only after its TLS was verified for the target's name."""
+    """The pool. A secret is written to a connection only after its TLS was verified for the target's name."""
 
     def __init__(
         self,
@@ -28,9 +30,9 @@ class UpstreamPool:
         connect_s: float,
         write_batcher: WriteBatcher | None = None,
     ) -> None:
-        """`tls` verifies certificates and names: one that does not is refused here. Raises ValueError.
+        """Raises ValueError for a `tls` that does not verify certificates and names.
 
-        `write_batcher`: that of connections, see `Stream.write_at_end_of_turn`.
+        `write_batcher`: that of all connections, see `Stream.write_at_end_of_turn`.
         """
         if tls.verify_mode is not ssl.CERT_REQUIRED or not tls.check_hostname:
             raise ValueError("a gateway verifies the certificates of targets; this context does not")
@@ -41,10 +43,10 @@ class UpstreamPool:
         self._write_batcher = write_batcher
         self._idle: dict[Origin, deque[tuple[Stream, float]]] = {}
         self.open = 0
-        """How many connections there are."""
+        """The number of open connections."""
 
     async def acquire(self, origin: Origin, *, fresh: bool = False) -> tuple[Stream, bool]:
-        """A connection, and whether it was used before. Raises RefusedError: 502, or 504 where it took too long."""
+        """A connection, and whether it was used before. Raises RefusedError: 502, or 504 on a timeout."""
         if not fresh:
             stream = self.acquire_idle(origin)
             if stream is not None:
@@ -52,7 +54,7 @@ class UpstreamPool:
         return await self._connect(origin), False
 
     def release(self, origin: Origin, stream: Stream) -> None:
-        """Keep a connection whose last exchange ended cleanly, unless something came that nobody had asked for."""
+        """Return a connection whose last exchange ended cleanly. It is closed if unsolicited data has arrived."""
         idle = self._idle.setdefault(origin, deque())
         stream.deadline = stream.data_handler = stream.on_disconnect = None
         if not stream.alive or stream.buffer or len(idle) >= MAX_IDLE_PER_ORIGIN:
@@ -62,7 +64,7 @@ class UpstreamPool:
         idle.append((stream, time.monotonic() + IDLE_S))
 
     def sweep(self) -> None:
-        """Close what has been idle for too long, or was closed by the target."""
+        """Close connections that were idle for too long, or were closed by the target."""
         now = time.monotonic()
         for origin, idle in list(self._idle.items()):
             kept = deque(one for one in idle if one[0].alive and not one[0].buffer and one[1] > now)
@@ -75,14 +77,14 @@ class UpstreamPool:
                 del self._idle[origin]
 
     def close(self) -> None:
-        """Close what is idle."""
+        """Close all idle connections."""
         for idle in self._idle.values():
             for stream, _ in idle:
                 stream.abort()
         self._idle.clear()
 
     def acquire_idle(self, origin: Origin) -> Stream | None:
-        """A connection that was used before and is kept; None where there is none."""
+        """An idle connection; None where there is none."""
         idle = self._idle.get(origin)
         now = time.monotonic()
         while idle:

@@ -1,4 +1,4 @@
-"""WebSocket (RFC 6455): which request opens one, whether the target agreed, and the bytes both ways after that."""
+"""WebSocket (RFC 6455): recognizes the opening handshake, and relays the frames."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
 def asks_for_websocket(head: RequestHead) -> bool:
-    """Whether a request opens a WebSocket. Every other upgrade is left out, and the request is one like any other."""
+    """Whether a request opens a WebSocket. All other upgrades are dropped, and their requests are forwarded without."""
     return (
         head.method == "GET"
         and head.minor == 1
-        and b"upgrade" in head.named
-        and head.known.get(b"upgrade", b"").lower() == b"websocket"
-        and b"sec-websocket-key" in head.known
-        and head.known.get(b"sec-websocket-version") == b"13"
+        and b"upgrade" in head.connection_options
+        and head.values.get(b"upgrade", b"").lower() == b"websocket"
+        and b"sec-websocket-key" in head.values
+        and head.values.get(b"sec-websocket-version") == b"13"
         and not head.chunked
         and not head.length
     )
 
 
 def accepts_websocket(head: RequestHead, response: ResponseHead, *, plain: bool) -> bool:
-    """Whether a target that answered 101 opened the WebSocket that was asked for (RFC 6455, 4.1).
+    """Whether a target that answered 101 accepted the opening handshake (RFC 6455, 4.1).
 
-    `plain`: no extension was asked for, so none may be agreed on: compressed, the secret would not be seen.
+    `plain`: no extension was offered, so none may be accepted: in compressed frames the secret would not be found.
     """
     if plain and any(name == b"sec-websocket-extensions" for name, _ in response.fields):
         return False
-    key = head.known[b"sec-websocket-key"]
+    key = head.values[b"sec-websocket-key"]
     expected = base64.b64encode(hashlib.sha1(key + _GUID, usedforsecurity=False).digest())
     return (
-        response.known.get(b"upgrade", b"").lower() == b"websocket"
-        and b"upgrade" in response.named
-        and response.known.get(b"sec-websocket-accept") == expected
+        response.values.get(b"upgrade", b"").lower() == b"websocket"
+        and b"upgrade" in response.connection_options
+        and response.values.get(b"sec-websocket-accept") == expected
     )
 
 
 async def tunnel(
     client: Stream, upstream: Stream, redactor: Redactor, check_cut: Callable[[], None], *, idle_s: float
 ) -> None:
-    """Pass bytes both ways until one side is gone, nothing came from either for `idle_s`, or one was made to fail.
+    """Relay bytes in both directions until one side is gone, is made to fail, or neither sent anything for `idle_s`.
 
-    `check_cut` raises where what came goes nowhere any more.
-    Frames of servers are not masked and, as no extension was agreed on, not compressed: the secret would stand in them.
+    `check_cut` raises if nothing may be forwarded any more. Frames of servers are not masked, and not compressed as no
+    extension was accepted: so the redactor finds the secret in them.
     """
 
     async def pass_on(source: Stream, sink: Stream, through: Redactor | None) -> None:

@@ -1,16 +1,16 @@
-"""Ids of actions: random UUIDs (RFC 9562, 5.4), made from many random bytes at once."""
+"""Action ids: random UUIDs (RFC 9562, 5.4) from a buffer of random bytes."""
 
 from __future__ import annotations
 
 import os
 from typing import Final
 
-_BYTES: Final = 16
-_AT_ONCE: Final = 256
+_ID_BYTES: Final = 16
+_IDS_PER_READ: Final = 256
 
 
 class ActionIds:
-    """`str(uuid.uuid4())` at a third of its time: each action has one, and each by itself would ask the kernel."""
+    """`str(uuid.uuid4())` in a third of the time. Every action needs an id, and `uuid4` makes a system call."""
 
     __slots__ = ("_at", "_random")
 
@@ -18,11 +18,11 @@ class ActionIds:
         self._random = b""
         self._at = 0
 
-    def fresh(self) -> str:
-        """One that nothing else has."""
+    def new(self) -> str:
+        """A new id."""
         if self._at >= len(self._random):
-            self._random, self._at = os.urandom(_BYTES * _AT_ONCE), 0
-        text = self._random[self._at : self._at + _BYTES].hex()
-        self._at += _BYTES
+            self._random, self._at = os.urandom(_ID_BYTES * _IDS_PER_READ), 0
+        text = self._random[self._at : self._at + _ID_BYTES].hex()
+        self._at += _ID_BYTES
         variant = "89ab"[int(text[16], 16) & 3]
         return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-{variant}{text[17:20]}-{text[20:]}"

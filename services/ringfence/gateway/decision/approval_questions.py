@@ -1,7 +1,7 @@
-"""Questions to people about single actions: which stand, who waits, what was answered. Pure, and bounded.
+"""The open approval questions of this gateway: which are open, who waits for them, and their answers. Pure and bounded.
 
-A question stands until its end, answered or not: who was told no is not asked the same again, and an agent has so many
-questions and no more, whatever becomes of them. Only a yes that was used makes room.
+A question stays open until it expires, answered or not. So a denied question is not asked again, and the number of
+questions of one agent is limited. Only the use of an approval makes room.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MAX_USED = 10_000
 
 @dataclass(frozen=True, slots=True)
 class ApprovalKey:
-    """What makes two requests the same for a person: nothing of it may differ from what they signed."""
+    """What two requests must have in common so that one approval covers both."""
 
     agent_id: str
     lease_id: str
@@ -43,21 +43,21 @@ class ApprovalKey:
 
 
 def revisions_text(revisions: Revisions) -> str:
-    """Revisions as text, to compare."""
+    """Revisions as text, for comparison."""
     return revisions.model_dump_json()
 
 
 @dataclass(slots=True, eq=False)
 class Question:
-    """One question, and what became of it."""
+    """One question to a person, with its answer."""
 
     signed: Signed[ActionRequest]
     approval_key: ApprovalKey
     answer: Signed[ActionApproval] | None = None
     answered_by: str | None = None
-    """The user who answered."""
+    """The id of the user who answered."""
     closed: Refusal | None = None
-    """Why no answer will do any more."""
+    """Why no answer can count any more."""
     waiting: set[asyncio.Future[None]] = field(default_factory=set)
 
     @property
@@ -66,24 +66,24 @@ class Question:
 
     @property
     def ends_ms(self) -> int:
-        """When nothing of it counts any more: the end of the question, or of the answer."""
+        """When nothing of it counts any more: the expiry of the question or of its answer, whichever is first."""
         ends = self.signed.claims.exp
         return (min(ends, self.answer.claims.exp) if self.answer is not None else ends) * 1000
 
     @property
     def settled(self) -> bool:
-        """Whether nobody needs to wait any more."""
+        """Whether its answer is known, or can no longer count."""
         return self.answer is not None or self.closed is not None
 
     def wake(self) -> None:
-        """Tell everybody who waits."""
+        """Wake all requests that wait for it."""
         for waiter in self.waiting:
             if not waiter.done():
                 waiter.set_result(None)
 
 
 class OpenQuestions:
-    """All questions of this gateway."""
+    """All open questions of this gateway."""
 
     def __init__(self, *, per_agent: int, in_total: int) -> None:
         """`per_agent`: the most open questions of one agent, and its most waiting requests; `in_total`: of all."""
@@ -92,25 +92,25 @@ class OpenQuestions:
         self._by_key: dict[ApprovalKey, Question] = {}
         self._by_digest: dict[str, Question] = {}
         self._used: dict[str, int] = {}
-        """Digests of those whose yes was used, and until when they would have stood."""
+        """Digests of questions whose approval was used, with the time (ms) at which the question would have expired."""
         self._open: Counter[str] = Counter()
         self._waiting: Counter[str] = Counter()
 
     def approval_key(self, key: ApprovalKey, now_ms: int) -> Question | None:
-        """The question that stands about the very same request, or None."""
+        """The open question with this key, or None."""
         self.sweep(now_ms)
         return self._by_key.get(key)
 
     def by_digest(self, request_digest: str) -> Question | None:
-        """The question that an answer is over, or None."""
+        """The open question with this digest, or None."""
         return self._by_digest.get(request_digest)
 
     def was_used(self, request_digest: str) -> bool:
-        """Whether a yes to this question was used already."""
+        """Whether an approval of this question was used already."""
         return request_digest in self._used
 
     def too_many_open(self, agent_id: str) -> Refusal | None:
-        """Why no more may be asked for this agent now, or None."""
+        """Why no more questions may be asked for this agent now, or None."""
         return _too_many("questions to people", self._open, agent_id, self._per_agent, self._in_total)
 
     def too_many_waiting(self, agent_id: str) -> Refusal | None:
@@ -120,34 +120,34 @@ class OpenQuestions:
         )
 
     def add(self, question: Question) -> None:
-        """It stands from now on."""
+        """Open a question."""
         self._by_key[question.approval_key] = question
         self._by_digest[question.signed.digest] = question
         self._open[question.approval_key.agent_id] += 1
 
     def use(self, question: Question) -> None:
-        """Its yes is used: it stands no more, and is remembered as used until its end."""
+        """Close a question whose approval is used. Its digest is remembered until it would have expired."""
         self._drop(question)
         self._used[question.signed.digest] = question.signed.claims.exp * 1000
         while len(self._used) > _MAX_USED:
             del self._used[next(iter(self._used))]
 
     def drop(self, question: Question) -> None:
-        """It could not be asked, or what it was about is another thing by now: it stands no more."""
+        """Close a question that could not be asked, or whose subject has changed."""
         self._drop(question)
 
     def add_waiter(self, question: Question, waiter: asyncio.Future[None]) -> None:
-        """One more request waits for its answer."""
+        """Add a request that waits for the answer."""
         question.waiting.add(waiter)
         self._waiting[question.approval_key.agent_id] += 1
 
     def stop_waiting(self, question: Question, waiter: asyncio.Future[None]) -> None:
-        """It waits no more."""
+        """Remove a request that waited for the answer."""
         question.waiting.discard(waiter)
         _less(self._waiting, question.approval_key.agent_id)
 
     def sweep(self, now_ms: int) -> None:
-        """Let go of what is over."""
+        """Drop what has expired."""
         for question in [one for one in self if one.ends_ms <= now_ms]:
             self._drop(question)
         for digest in [digest for digest, until_ms in self._used.items() if until_ms <= now_ms]:

@@ -1,7 +1,9 @@
-"""Actions that wait for a person: the gateway asks, waits, and goes on with a signature over exactly that question.
+"""Approval of single actions: the gateway asks a person, holds the request, and forwards it only with a signed
+approval.
 
-Whatever is not a yes to this one question, by somebody who may give it, in time and for the first time, changes
-nothing. What a yes allows is weighed anew at the moment of going on: see `DecisionGate`.
+An approval counts only if it answers exactly this question, comes from somebody who may give it, in time, and for the
+first time. Everything else changes nothing. An approved request is authorized once more before it is forwarded: see
+`DecisionGate`.
 """
 
 from __future__ import annotations
@@ -55,35 +57,35 @@ log = logging.getLogger(__name__)
 MAX_URL_CHARS: Final = 8000
 MAX_ANSWER_BYTES: Final = 64 * 1024
 MAX_ANSWERS_IN_PROGRESS: Final = 1000
-"""So many answers are looked at at a time: who can write to the topic fills no memory."""
+"""So many answers are handled at a time. Otherwise anybody who can write to the topic could fill the memory."""
 _PUBLISH_TIMEOUT_S: Final = 5.0
-"""So long Kafka may take to have the question."""
+"""The timeout for publishing a question to Kafka."""
 _TYP: Final = typ_header(ActionApproval)
 
 
 @dataclass(frozen=True, slots=True)
 class PendingAction:
-    """One request that wants a person's word."""
+    """A request that needs approval."""
 
     action_id: str
     method: str
     url: str
     body: bytes
     headers: Headers
-    """All that go on but for the credential's."""
+    """All headers that are forwarded, without those of the credential."""
     chosen: ChosenLease
     action: Action
-    ask: ApprovalRequired
+    approval: ApprovalRequired
 
 
 class Approvals:
-    """Asks people about actions, and knows what they answered."""
+    """Asks people to approve actions, and takes in their answers."""
 
     def __init__(
         self, runtime: Runtime, directory: Directory, table: LeaseTable, questions: OpenQuestions,
         *, wait_s: float, life_s: int,
     ) -> None:  # fmt: skip
-        """`wait_s`: how long one request waits; `life_s`: how long a question stands."""
+        """`wait_s`: how long a request is held; `life_s`: how long a question stays open. Both in seconds."""
         self._runtime = runtime
         self._directory = directory
         self._table = table
@@ -97,7 +99,7 @@ class Approvals:
     async def wait_for_answer(
         self, pending: PendingAction, holdable: HoldableRequest | None
     ) -> tuple[Question | None, Refusal | None]:
-        """The question that this request waited for, where there is one, and why it does not go on.
+        """Ask, or join an open question, and wait. Returns the question, if any, and why the request is refused.
 
         Without a refusal there is an approval, which the request may use (`use_approval`). `holdable`: the request, as
         the data plane has it; None where the data plane cannot tell whether its client is still there.
@@ -125,11 +127,13 @@ class Approvals:
         return question, _settled_refusal(question)
 
     def approval_key(self, pending: PendingAction) -> ApprovalKey:
-        """What an approval of this would have to be over."""
+        """The key of questions whose approval would cover this request."""
         return ApprovalKey.of(self._claims(pending))
 
     def use_approval(self, question: Question) -> Refusal | None:
-        """Use the yes, once: why it cannot be used any more, or None. Nothing may be awaited after it."""
+        """Use an approval, once. Returns why it cannot be used any more, or None. The caller must not await anything
+        after it.
+        """
         claims = question.signed.claims
         if self._questions.by_digest(question.signed.digest) is not question:
             message = (
@@ -177,8 +181,8 @@ class Approvals:
             body_bytes=len(pending.body),
             headers_digest=digest_of_headers(pending.headers),
             headers=shown_to_approver(pending.headers),
-            required=pending.ask.required,
-            revisions=ground.revisions(pending.ask.policy),
+            required=pending.approval.required,
+            revisions=ground.revisions(pending.approval.policy),
         )
 
     async def _publish_question(self, question: Question, pending: PendingAction) -> Refusal | None:
@@ -205,7 +209,7 @@ class Approvals:
     async def _wait(
         self, question: Question, pending: PendingAction, holdable: HoldableRequest | None
     ) -> Refusal | None:
-        """Wait for the answer: None where there may be one; else why this request waits no longer."""
+        """Wait for an answer. Returns None where there may be one, otherwise why this request waits no longer."""
         lease, gone = pending.chosen.lease, False
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -268,14 +272,14 @@ class Approvals:
     # --- what people answer ---
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in what came on `approval.response`: what is about a question of this gateway."""
+        """Take in records of `approval.response` that concern questions of this gateway."""
         for record in records:
             jws = self._to_this_gateway(record)
             if jws is not None and len(self._tasks) < MAX_ANSWERS_IN_PROGRESS:
                 self._run_in_background(self._handle_answer(jws, record))
 
     def _to_this_gateway(self, record: Received) -> UnverifiedJws | None:
-        """The answer in a record, where it is for this gateway to say what becomes of it. Nothing of it is verified."""
+        """The answer in a record, if this gateway has to judge it. Nothing of it is verified yet."""
         try:
             if len(record.value) > MAX_ANSWER_BYTES:
                 return None
@@ -287,7 +291,7 @@ class Approvals:
                 return jws
             asked = parse(claimed.request).unverified_claims(ActionRequest)
         except InvalidMessageError:
-            return None  # no answer to anything; audit says so
+            return None  # not an answer; audit reports it
         return jws if asked.iss == self._runtime.key.id else None
 
     async def _handle_answer(self, jws: UnverifiedJws, record: Received) -> None:
@@ -303,7 +307,7 @@ class Approvals:
                 extra=rate_limited(record.topic_name, error.code),
             )
             return
-        # Whoever answers may have seen records that are not here yet.
+        # The person may have seen records that have not arrived here yet.
         await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
         problem = self._apply(answer, record)
         if problem is not None:
@@ -332,7 +336,7 @@ class Approvals:
             return opened()
 
     def _apply(self, answer: Signed[ActionApproval], record: Received) -> Reason | None:
-        """Why a verified answer changes nothing; None where it did."""
+        """Apply a verified answer to its question. Returns why it changes nothing, or None where it did."""
         claims = answer.claims
         question = self._questions.by_digest(claims.request_digest)
         if question is None and not self._questions.was_used(claims.request_digest):
@@ -372,7 +376,7 @@ class Approvals:
         )
 
     def _stale_problem(self, question: Question) -> Reason | None:
-        """Records changed since it was asked: nobody knows whether the same would be answered."""
+        """Close a question if records have changed since it was asked: the person might answer differently now."""
         claims = question.signed.claims
         try:
             ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
@@ -393,7 +397,7 @@ class Approvals:
         return _reason("not_approver", f"{user_id} cannot give what is asked for here: {claims.required}")
 
     async def _report_refused(self, answer: Signed[ActionApproval], why: Reason, record: Received) -> None:
-        """Say that a signed answer does not count: whoever gave it waits for something that will not come."""
+        """Report that a signed answer does not count, because the person who gave it expects an effect."""
         try:
             await self._runtime.event(
                 "refused",
@@ -436,7 +440,7 @@ def _unshowable_refusal(pending: PendingAction) -> Refusal | None:
 
 
 def _settled_refusal(question: Question) -> Refusal | None:
-    """Why a request does not go on whose question is settled; None where there is a yes."""
+    """Why the request of a settled question is refused; None where it was approved."""
     if question.closed is not None:
         return question.closed
     answer = question.answer

@@ -1,8 +1,8 @@
-"""The headers that a person approves with an action: exactly these go on with it, and no others.
+"""The headers that an approval covers. Exactly these are forwarded with an approved action, and no others.
 
-A header can change what the same bytes mean (`Content-Type`, `Content-Encoding`, `Destination`), so an approval is over
-all that will be forwarded, before the credential is put in. Values may be secrets, and the topic keeps a question for
-days: the person sees the values of a fixed list, and of all others the names.
+A header can change the meaning of the same bytes (`Content-Type`, `Content-Encoding`, `Destination`). So an approval
+covers all headers that will be forwarded, before the credential is added. Values may be secrets, and the topic keeps a
+question for days: the person sees the values of a fixed list, and only the names of all others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from ringfence.messages.approval import MAX_HEADER_NAME_CHARS, MAX_HEADERS, Show
 from ringfence.messages.registry import TargetState
 
 DROPPED: Final = frozenset({"traceparent", "tracestate", "baggage", "date", "x-request-id"})
-"""Clients send another value with each attempt. Neither hashed nor forwarded: an exact retry finds its question."""
+"""Clients change these with each attempt. They are neither hashed nor forwarded, so that an exact retry matches its
+question.
+"""
 SHOWN_VALUES: Final = frozenset({
     "content-type", "content-encoding", "content-language", "content-range", "content-disposition", "range",
     "if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range", "prefer", "upgrade",
@@ -27,17 +29,17 @@ SHOWN_VALUES: Final = frozenset({
     "x-original-uri", "x-rewrite-url", "soapaction", "x-amz-target", "x-amz-acl", "x-amz-copy-source", "x-goog-acl",
     "x-goog-copy-source",
 })  # fmt: skip
-"""Those whose values a person is shown: they change what a request does, and never hold secrets."""
+"""A person sees the values of these: they change what a request does, and never hold secrets."""
 MAX_VALUE_CHARS: Final = 2048
-"""Of a value that is shown."""
+"""For one value that is shown."""
 MAX_SHOWN_CHARS: Final = 8000
-"""Of all names and values that are shown: nobody reads more, and an answer embeds its question."""
+"""For all names and values together: nobody reads more, and an answer embeds its question."""
 
 
 def headers_to_approve(attempt: Attempt, target: TargetState) -> Headers | None:
-    """What goes on with an action that a person is asked about; None where not all of that was seen.
+    """The headers of an action that needs approval, as they will be forwarded; None where the gateway has not seen all.
 
-    The gateway leaves `DROPPED` out of what it forwards. A proxy that shows one of these may forward it.
+    The gateway does not forward the `DROPPED` ones. A proxy that shows one of them might, so then the result is None.
     """
     found = attempt.headers() if attempt.headers is not None else None
     if found is None or (not attempt.sent_by_gateway and any(name in DROPPED for name, _ in found)):
@@ -48,9 +50,9 @@ def headers_to_approve(attempt: Attempt, target: TargetState) -> Headers | None:
 
 
 def digest_of_headers(headers: Headers) -> str:
-    """SHA-256, in hexadecimal, over each name and each value in order, every one with its length before it.
+    """SHA-256, in hexadecimal, over names and values in order, each preceded by its length.
 
-    A length is four bytes, most significant first. Text is ISO 8859-1: each byte as it is forwarded.
+    A length is four bytes, big-endian. Text is encoded as ISO 8859-1: each byte as it is forwarded.
     """
     hashed = hashlib.sha256()
     for header in headers:
@@ -61,14 +63,14 @@ def digest_of_headers(headers: Headers) -> str:
 
 
 def shown_to_approver(headers: Headers) -> tuple[ShownHeader, ...]:
-    """What a person sees of them."""
+    """The headers as the person sees them."""
     return tuple(
         ShownHeader(name=name, value=value if name in SHOWN_VALUES else None) for name, value in headers
     )
 
 
 def unshowable_reason(headers: Headers) -> str | None:
-    """Why a person cannot be shown them, or None."""
+    """Why a person cannot be shown these headers, or None."""
     seen = [value for name, value in headers if name in SHOWN_VALUES]
     if not all(" " <= char <= "~" for value in seen for char in value):
         names = ", ".join(sorted(SHOWN_VALUES & {name for name, _ in headers}))

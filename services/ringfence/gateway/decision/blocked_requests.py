@@ -1,4 +1,4 @@
-"""What data planes refuse before anything can be decided, on `action` all the same: counted, see `counting`."""
+"""Events for requests that a data plane blocked before a decision, rate limited by `RefusalCounts`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _REPLACED_MESSAGES: Final = {
     "malformed_http": "the message cannot be understood for certain",
     "host_invalid": "it names a host that not all would read alike",
 }
-"""What the sender is told there quotes what it wrote."""
+"""The original messages quote what the sender wrote."""
 
 
 class BlockedRequests:
-    """Records them, each kind once a second at most."""
+    """Attributes blocked requests to senders and targets, and records each kind at most once a second."""
 
     def __init__(
         self,
@@ -39,22 +39,22 @@ class BlockedRequests:
         self._trust_domain = trust_domain
 
     def add(self, blocked: BlockedRequest) -> None:
-        """One more. See `Blocks`."""
+        """Record or count one blocked request. See `ReportBlocked`."""
         said = _REPLACED_MESSAGES.get(blocked.code, blocked.message[:1000])
         self.refusal_counts.add(self._kind(blocked), Reason(code=blocked.code, message=said))
 
     def flush(self) -> None:
-        """Record what came since each kind was told of last."""
+        """Record the requests that were counted since the last event of their kind."""
         self.refusal_counts.flush()
 
     async def run(self) -> None:
-        """Do so each second, for ever."""
+        """Flush once a second, forever."""
         while True:
             await asyncio.sleep(_FLUSH_EVERY_S)
             self.flush()
 
     async def close(self) -> None:
-        """Record what is left, before the recorder is closed."""
+        """Flush, before the recorder is closed."""
         self.flush()
 
     def _kind(self, blocked: BlockedRequest) -> RefusalKind:

@@ -1,4 +1,4 @@
-"""How far the decision on one attempt got: what was found of it so far, for the steps that follow and for its event."""
+"""The state of one decision in progress: what earlier steps found, for later steps and for the event."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ringfence.model.http_targets.request_map import Action
 
 @dataclass(slots=True)
 class DecisionContext:
-    """See the module."""
+    """Filled in step by step by `DecisionGate`."""
 
     id: str
     attempt: Attempt
-    """With its body, once that was seen."""
+    """With its body, once that was read."""
     holdable: HoldableRequest | None = None
     sender: Sender | None = None
     target: CompiledTarget | None = None
@@ -28,14 +28,14 @@ class DecisionContext:
     chosen: ChosenLease | None = None
     mcp_request: McpRequest | None = None
     question: Question | None = None
-    """To a person, where one was asked."""
+    """The question to a person, if one was asked."""
     waited_ns: int = 0
     injected: Mapping[str, str] | None = None
     observed: bool = False
     unexamined: bool = False
-    """Whether nothing of what it asks for was looked at: who sends it was not shown, or has too much."""
+    """Whether the request itself was not looked at: its sender was not authenticated, or exceeded a limit."""
     took_ns: int = 0
-    """What deciding took, without the credential, and without a person."""
+    """How long the decision took, without the fetch of the credential and without waiting for a person."""
 
     @property
     def lease(self) -> Lease | None:

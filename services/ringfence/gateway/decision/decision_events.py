@@ -1,4 +1,4 @@
-"""What is told of each decision: its event on `action`, and the numbers that are asked for."""
+"""The audit events of decisions, on the topic `action`, and their metrics."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from ringfence.model.http_targets.mcp import CALL
 log = logging.getLogger(__name__)
 
 _READ_VERB: Final = "read"
-"""What a target's map calls a call that changes nothing."""
+"""The verb by which a target's map marks an MCP tool call that changes nothing."""
 
 
 class DecisionEvents:
-    """See the module."""
+    """Records each decision once."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class DecisionEvents:
         self._fast_path = fast_path
 
     def count(self, context: DecisionContext, verdict: Verdict) -> tuple[Access | None, str | None, int]:
-        """Count it where numbers are asked for. Its access, its target's id, and the time."""
+        """Update metrics and the task's history. Returns access, the target's id, and the time in ms."""
         access = _access(context)
         outcome = "allowed" if verdict.allowed else "observed" if verdict.observed else "denied"
         decision_counter(outcome, access).tally()
@@ -67,7 +67,7 @@ class DecisionEvents:
     def kind(
         self, context: DecisionContext, presented: PresentedIdentity, attempt: Attempt, refusal: Refusal
     ) -> RefusalKind:
-        """Who it was, what for and why not, as far as that is shown."""
+        """The kind of a refusal, as far as sender and target are known. Refusals of one kind are counted together."""
         target = self._targets.find(attempt)
         return RefusalKind(
             context.sender.agent_id if context.sender is not None else None,
@@ -90,7 +90,10 @@ class DecisionEvents:
         verdict: Verdict,
         intended_target_id: str | None = None,
     ) -> None:
-        """`intended_target_id`: which it was for, where that was not looked at. Raises SpoolFullError."""
+        """Record a decision. Raises SpoolFullError.
+
+        `intended_target_id`: the target of a request that was refused before its target was looked at.
+        """
         access, target_id, now_ms = self.count(context, verdict)
         fast_path = self._fast_path
         if (
@@ -136,7 +139,7 @@ class DecisionEvents:
     def _record_allowed(
         self, fast_path: DecisionFastPath, context: DecisionContext, access: Access | None, now_ms: int
     ) -> None:
-        """The same event for most allowed actions, formatted from a template instead of a model."""
+        """The same event, formatted from a template instead of a model: most actions are allowed without a question."""
         sender, lease, action = context.sender, context.lease, context.action
         assert sender is not None, "it was allowed"
         assert lease is not None, "it was allowed"
@@ -156,7 +159,9 @@ class DecisionEvents:
         )
 
     def record_mcp_outcome(self, context: DecisionContext, outcome: McpOutcome) -> None:
-        """What came of it is too late to deny anything: where it cannot be kept, the decision still is."""
+        """Record the outcome of an MCP request. If there is no room for it, that is only logged: nothing can be denied
+        any more.
+        """
         metrics.MCP_ANSWERS.labels(outcome.kind).inc()
         assert context.lease is not None, "it was allowed"
         assert context.action is not None, "it was allowed"
@@ -182,7 +187,7 @@ class DecisionEvents:
             log.error("what came of an action is not recorded: %s", error)
 
     def _lease_of(self, context: DecisionContext, presented: PresentedIdentity) -> str | None:
-        """The lease that decided; else that of the handle which was shown, whoever showed it."""
+        """The lease that decided; otherwise that of the handle that was shown, whoever showed it."""
         if context.lease is not None:
             return context.lease.lease_id
         if context.sender is not None and context.sender.lease_id is not None:
@@ -192,7 +197,9 @@ class DecisionEvents:
 
 
 def _access(context: DecisionContext) -> Access | None:
-    """Whether it only reads. All messages of MCP are posted: there the message says so, and of a call its verb."""
+    """Read or write. All MCP messages are posted: there the method of the message decides, and for a tool call its
+    verb.
+    """
     message = context.mcp_request.message if context.mcp_request is not None else None
     if message is None:
         return access_of(context.attempt.method)
@@ -201,7 +208,7 @@ def _access(context: DecisionContext) -> Access | None:
 
 
 def _act_of(context: DecisionContext) -> tuple[str, ...] | None:
-    """The agents that act, where there are several."""
+    """The delegation chain of the lease; None where it was not delegated."""
     lease, sender = context.lease, context.sender
     return act_of(lease, sender.agent_id if sender is not None else None) if lease is not None else None
 

@@ -1,4 +1,4 @@
-"""What the Rego bundle says of an action: asked once, and gone by for as long as it says, 5 s at most."""
+"""Asks the Rego bundle about an action, and caches what it allows for as long as it says, at most 5 s."""
 
 from __future__ import annotations
 
@@ -23,49 +23,49 @@ from ringfence.model.requests.policy_view import WrittenRecords, revisions_of
 from ringfence.rego.engine import Answer, PolicyEngine, PolicyFailedError, PolicyResult
 
 MAX_CACHE_MS: Final = 5000
-"""No answer is gone by for longer, whatever the bundle says."""
+"""No answer is cached for longer, whatever the bundle says."""
 MAX_CACHED_ANSWERS: Final = 20_000
 _RATE: Final = "rate_exceeded"
 _MAX_REASONS: Final = 50
 
 CacheKey = tuple[object, ...]
-"""What answers are told apart by, besides the revision of the bundle."""
+"""What distinguishes cached answers, besides the revision of the bundle."""
 _ACTION_CLASSES: Final[tuple[ActionClass, ...]] = ("sponsor", "second_person", "operator")
 
 
 class CachedAnswer:
-    """An answer that allowed something as it was."""
+    """An answer of the bundle that allowed an action without approval."""
 
     __slots__ = ("revision", "until_ms")
 
     def __init__(self, revision: str, until_ms: int) -> None:
         self.revision = revision
-        """Of the bundle."""
+        """The revision of the bundle."""
         self.until_ms = until_ms
-        """So long it is gone by."""
+        """The time in ms until which the answer is valid."""
 
 
 NO_ANSWER: Final = CachedAnswer("", 0)
 
 
 class Evaluator:
-    """Asks the engine, where no answer that still holds is at hand for this lease, action and these revisions."""
+    """Asks the policy engine unless a valid answer is cached for the same lease, action and revisions of records."""
 
     def __init__(
         self, engine: PolicyEngine, capabilities_of: Callable[[TargetState], Mapping[str, str]]
     ) -> None:
-        """`capabilities_of`: what the kind of credential that a target takes says of itself."""
+        """`capabilities_of`: what the kind of credential of a target declares about itself."""
         self._capabilities_of = capabilities_of
         self._engine = engine
         self._records = WrittenRecords()
         self._answers: OrderedDict[CacheKey, CachedAnswer] = OrderedDict()
 
     def cached_answer(self, key: CacheKey) -> CachedAnswer:
-        """The last answer that allowed it, whether that holds or not. `key`: see `cache_key`."""
+        """The last answer that allowed it, valid or not. `key`: see `cache_key`."""
         return self._answers.get(key, NO_ANSWER)
 
     def is_valid(self, answer: CachedAnswer, now_ms: int) -> bool:
-        """Whether an answer is gone by at this moment."""
+        """Whether a cached answer may still be used at this moment."""
         return answer.until_ms > now_ms and answer.revision == self._engine.revision
 
     async def answer(
@@ -78,14 +78,14 @@ class Evaluator:
         task_history: Callable[[], Mapping[str, Any]],
         now_ms: int,
     ) -> Refusal | ApprovalRequired | None:
-        """Why the bundle denies it, whose word it wants, or None. An engine that gives no answer denies.
+        """Evaluate the bundle. Returns a refusal, a required approval, or None where the action is allowed.
 
-        Only what is allowed as it is, is remembered.
+        Fails closed: an engine that gives no answer denies. Only answers that allow without approval are cached.
 
         Args:
             chosen: the lease and the verified records.
             action: what the request does; `id`: its own id; `reads`: whether its method only reads.
-            earlier: tells what the task did before (`Earlier.of`), where the bundle is asked.
+            task_history: returns what the task did before (`TaskHistory.of`); called only if the bundle is asked.
         """
         key = cache_key(chosen, action, reads=reads)
         if self.is_valid(self.cached_answer(key), now_ms):
@@ -145,7 +145,7 @@ class Evaluator:
                 **self._records.of(ground.target, ground.target.state.target_id),
                 **self._capabilities_of(ground.target.state),
             },
-            # Code has checked it, and found nothing: else the bundle would not have been asked.
+            # The invariant was checked before, in code: the bundle is asked only if nothing exceeds a limit.
             "lacking": [],
             "earlier": dict(task_history),
         }
@@ -157,7 +157,7 @@ class Evaluator:
 
 
 def cache_key(chosen: ChosenLease, action: Action, *, reads: bool) -> CacheKey:
-    """The lease, what is done by it, and the revisions of the records."""
+    """The lease, the action, and the revisions of all records that the bundle sees."""
     ground, sponsor = chosen.ground, chosen.ground.sponsor
     return (
         chosen.lease.lease_id, chosen.lease.seq, action.verb, action.resource, reads,
@@ -179,13 +179,13 @@ def _refusal_of(result: PolicyResult) -> Refusal | None:
 
 
 def _required_approvals(answer: Answer, chosen: ChosenLease, action: Action) -> set[str]:
-    """Whose word is wanted: what the target's record asks for stands, whatever the bundle says."""
+    """Whose approval is required. What the target's record requires holds, whatever the bundle says."""
     asked = (verb.ask for verb in chosen.ground.target.state.verbs if verb.verb == action.verb)
     return {*answer.result.approvals, *filter(None, asked)} - {"none"}
 
 
 def _approval_required(wanted: set[str], revision: str) -> Refusal | ApprovalRequired:
-    """That of several is not asked for: nobody waits in a connection for two people."""
+    """The approval to ask for. A refusal where several are required: a connection is not held for two people."""
     for one in _ACTION_CLASSES:
         if wanted == {one}:
             return ApprovalRequired(one, revision)

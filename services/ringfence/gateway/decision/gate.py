@@ -1,4 +1,9 @@
-"""The decision core, put together: who, which target, what it does there, by which lease, what the bundle says."""
+"""The decision core: runs the steps of a decision in order, and records the result.
+
+The steps: freshness of the view, authentication of the sender, the data plane's rate limits, the target, what the
+request does there (request map), authorization by a lease, the bundle, approval by a person, the credential. The first
+step that refuses ends the decision.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +69,7 @@ _RATE_RETRY_S: Final = 5
 
 
 class DecisionGate:
-    """The `Gate` that data planes are given."""
+    """The `Gate` of this gateway. See the protocol for the contract of each method."""
 
     def __init__(
         self,
@@ -116,7 +121,6 @@ class DecisionGate:
     # --- what data planes ask ---
 
     def reads_body(self, attempt: Attempt) -> bool:
-        """See `Gate`."""
         target = self._targets.find(attempt)
         return isinstance(target, CompiledTarget) and target.map.reads_body(attempt.method, attempt.target)
 
@@ -127,11 +131,10 @@ class DecisionGate:
         rate_check: RateCheck | None = None,
         holdable: HoldableRequest | None = None,
     ) -> Verdict:
-        """See `Gate`."""
-        context = DecisionContext(self._ids.fresh(), attempt, holdable)
+        context = DecisionContext(self._ids.new(), attempt, holdable)
         try:
             refusal = await self._decide(context, presented, attempt, rate_check)
-        except Exception:  # what cannot be decided is denied, whatever it is
+        except Exception:  # fail closed
             log.exception("a request could not be decided")
             refusal = refuse("undecided", "the gateway could not decide this", status=UNAVAILABLE)
         if refusal is not None and context.unexamined and not context.observed:
@@ -150,7 +153,7 @@ class DecisionGate:
     def _record_counted(
         self, context: DecisionContext, presented: PresentedIdentity, attempt: Attempt, refusal: Refusal
     ) -> Verdict:
-        """The verdict on what was not even looked at: such a request costs its sender nothing, and no event each."""
+        """The verdict on a request that was not examined. These refusals are counted: they cost the sender nothing."""
         if refusal.reasons[0].code == NONCE_REQUIRED:
             return self._verdict(context, presented, attempt, refusal)
         kind = self._events.kind(context, presented, attempt, refusal)
@@ -170,11 +173,9 @@ class DecisionGate:
         return verdict
 
     def cached_allowance(self, presented: PresentedIdentity, attempt: Attempt) -> CachedAllowance | None:
-        """See `Gate`."""
         return self._fast_path.cached_decision(presented, attempt) if self._fast_path is not None else None
 
     async def headers_to_inject(self, verdict: Verdict) -> Mapping[str, str]:
-        """See `Gate`."""
         if not verdict.allowed or verdict.lease is None or verdict.injected is None:
             raise UnavailableError("this request was not allowed: nothing is injected")
         if (denial := self._view.denial()) is not None:
@@ -184,33 +185,27 @@ class DecisionGate:
         return verdict.injected
 
     def upstream(self, target: TargetState) -> str:
-        """See `Gate`."""
         url = self._targets.url_of(target)
         if url is None:
             raise UnavailableError(_no_url_message(target))
         return url
 
     def on_lease_end(self, lease_id: str, on_ended: Callable[[], None]) -> Callable[[], None]:
-        """See `Gate`."""
         if self._view.stale() is not None:
             on_ended()
             return lambda: None
         return self._view.table.watch(lease_id, on_ended)
 
     def watch(self, lease_id: str, on_ended: Callable[[], None]) -> None:
-        """See `Gate`."""
         self._view.table.watch_live(lease_id, on_ended)
 
     def unwatch(self, lease_id: str, on_ended: Callable[[], None]) -> None:
-        """See `Gate`."""
         self._view.table.unwatch(lease_id, on_ended)
 
     def view_problem(self) -> Reason | None:
-        """See `Gate`."""
         return self._view.view_problem()
 
     def view_expired(self) -> bool:
-        """See `Gate`."""
         return self._view.view_expired()
 
     # --- the steps, in their order ---
@@ -317,13 +312,15 @@ class DecisionGate:
     async def _fetch_credential(
         self, context: DecisionContext, lease: Lease, target: TargetState
     ) -> Refusal | None:
-        """Why it cannot be forwarded though it is allowed: what is recorded as allowed has its credential by then."""
+        """Fetch the credential of an allowed request. Returns why there is none: then the request is not recorded as
+        allowed.
+        """
         refusal = None
         try:
             context.injected = await self._injector.headers(lease, target)
         except UnavailableError as error:
             refusal = refuse(error.code, error.message[:1000], status=UNAVAILABLE)
-        # It may have been cut while others were asked; this gateway may have given its word on that.
+        # The lease may have been cut during an await, and this gateway may have acknowledged that.
         problem = self._view.table.problem(lease)
         return refuse_for(problem) if problem is not None else self._stale_refusal() or refusal
 
@@ -334,15 +331,17 @@ class DecisionGate:
     # --- a person's word, where the bundle wants it ---
 
     def _unaskable_refusal(self, context: DecisionContext, presented: PresentedIdentity) -> Refusal | None:
-        """Where it goes on all the same, in observe mode, nobody is asked."""
+        """A refusal where nobody should be asked: in observe mode the request is forwarded anyway."""
         refusal = refuse("approval_required", "a person would be asked about this action")
         observed = self._observe_mode.forward_target(refusal, context.target, presented, context.attempt)
         return refusal if observed is not None else None
 
     async def _wait_for_approval(
-        self, context: DecisionContext, sender: Sender, ask: ApprovalRequired
+        self, context: DecisionContext, sender: Sender, approval: ApprovalRequired
     ) -> Refusal | None:
-        """Wait for a yes to exactly this, and look at everything once more: it is used when nothing else lacks."""
+        """Wait for an approval, then check everything again. The approval is used only if nothing else stands against
+        it.
+        """
         if context.target is None or headers_to_approve(context.attempt, context.target.state) is None:
             message = (
                 "a person is asked about this, with its headers, and this data plane does not show all that it "
@@ -351,7 +350,7 @@ class DecisionGate:
             return refuse("headers_unseen", message)
         if (refusal := await self._read_whole_body(context)) is not None:
             return refusal
-        waiting = _pending_action(context, ask)
+        waiting = _pending_action(context, approval)
         if waiting is None:
             return refuse("action_unshowable", "the target does not say where it is, so nobody can be asked")
         began_ns = time.perf_counter_ns()
@@ -360,7 +359,7 @@ class DecisionGate:
         finally:
             context.waited_ns = time.perf_counter_ns() - began_ns
         if refusal is not None and refusal.status == UNAVAILABLE:
-            refusal = self._stale_refusal() or refusal  # which of what it knows is not to go by
+            refusal = self._stale_refusal() or refusal  # it names what is stale
         if refusal is not None or context.question is None:
             return refusal or refuse("undecided", "nobody could be asked", status=UNAVAILABLE)
         return await self._check_again(context, sender, context.question)
@@ -376,7 +375,7 @@ class DecisionGate:
     async def _check_again(
         self, context: DecisionContext, sender: Sender, question: Question
     ) -> Refusal | None:
-        """All that was decided before it waited is decided anew; what was approved has to be what goes on."""
+        """Repeat the decision after waiting. The request must still be the one that was approved."""
         if (stale := self._stale_refusal()) is not None:
             return stale
         result = await self._authorize_action(context, sender)
@@ -458,7 +457,7 @@ class DecisionGate:
         )
 
     def _rpc_error_reply(self, context: DecisionContext, attempt: Attempt) -> RpcErrorReply | None:
-        """How a refusal is told to who posted a message: it may not have come to reading that."""
+        """How to send the refusal of a posted MCP message; None for other requests. The target may not be known yet."""
         target = context.target if context.target is not None else self._targets.find(attempt)
         speaks = isinstance(target, CompiledTarget) and target.map.speaks_mcp(attempt.target)
         return rpc_error_reply(attempt) if speaks and attempt.method == "POST" else None
@@ -472,7 +471,7 @@ def _approved_headers(context: DecisionContext) -> Headers | None:
 
 
 def _no_url_refusal(target: CompiledTarget, attempt: Attempt) -> Refusal | None:
-    """Refused, so that everything which is recorded as allowed can be sent."""
+    """A refusal if the target has no URL: whatever is recorded as allowed can be sent."""
     if target.can_be_sent(attempt):
         return None
     return refuse("target_nowhere", _no_url_message(target.state), status=UNAVAILABLE)
@@ -482,12 +481,12 @@ def _no_url_message(target: TargetState) -> str:
     return f"target {target.target_id} does not say where it is: an operator adds it with --setting url=https://..."
 
 
-def _pending_action(context: DecisionContext, ask: ApprovalRequired) -> PendingAction | None:
-    """What a person is asked about: exactly what would go on. None where something of it is not known."""
+def _pending_action(context: DecisionContext, approval: ApprovalRequired) -> PendingAction | None:
+    """What a person is asked to approve: exactly what would be forwarded. None where part of it is unknown."""
     chosen, target, action, attempt = context.chosen, context.target, context.action, context.attempt
     if chosen is None or target is None or target.url is None or action is None or attempt.body is None:
         return None
     if (headers := headers_to_approve(attempt, target.state)) is None:
         return None
     url = f"{target.url}{attempt.target}"
-    return PendingAction(context.id, attempt.method, url, attempt.body, headers, chosen, action, ask)
+    return PendingAction(context.id, attempt.method, url, attempt.body, headers, chosen, action, approval)

@@ -1,7 +1,7 @@
-"""The credentials that go into requests: opened from what the issuer sealed to this gateway, kept in memory alone.
+"""Credential injection: opens credentials that the issuer sealed to this gateway, and makes headers of them.
 
-A static secret is read from its source each time, so that one that was replaced counts with the next request (from a
-file or the environment at once, from Vault within `secret_sources.KEPT_S`).
+Sealed credentials are kept in memory only. A static secret is read from its source for each request, so that a new
+value is used at once (from Vault within `secret_sources.KEPT_S`).
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ MAX_CREDENTIALS: Final = 100_000
 _TIMEOUT_S: Final = 12.0
 """The issuer reads Kafka for up to 10 s."""
 _NEGATIVE_CACHE_MS: Final = 1000
-"""So long an answer that there is none is gone by: many requests ask at once."""
+"""How long a failed fetch is remembered, since many requests ask at once."""
 
 
 class SealedCredentials:
-    """What the issuer sealed to this gateway, by lease."""
+    """The credentials that the issuer sealed to this gateway, by lease."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class SealedCredentials:
         seal: Opener | None,
         issuer_url: str,
     ) -> None:
-        """`key`: what this gateway signs its questions with, asked each time; `seal`: what opens envelopes."""
+        """`key`: returns the key that signs requests to the issuer; `seal`: opens envelopes."""
         self._table = table
         self._trust = trust
         self._clock = clock
@@ -66,7 +66,7 @@ class SealedCredentials:
         table.on_lease_end(self._forget)
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in what came on `credential.reply`: envelopes that are sealed to this gateway; the rest is others'."""
+        """Take in records of `credential.reply`. Envelopes for other gateways are ignored."""
         for record in records:
             if self._seal is None or not record.value.startswith(b"{"):
                 continue
@@ -74,7 +74,7 @@ class SealedCredentials:
                 if not self._seal.kids.isdisjoint(recipients_of(record.value)):
                     self._keep(self._open(record.value, record.appended_at_ms / 1000))
             except InvalidMessageError as error:
-                # Anybody can seal to a public key: what no issuer signed is none.
+                # Anybody can seal to a public key, so the content must be signed by an issuer.
                 log.warning(
                     "passed over a delivery at %s@%d: %s",
                     record.topic_name,
@@ -84,12 +84,14 @@ class SealedCredentials:
                 )
 
     async def get(self, lease: Lease) -> Credential:
-        """The credential of a live lease. Raises UnavailableError where it cannot be had now."""
+        """The credential of a live lease, fetched from the issuer if needed. Raises UnavailableError if there is none
+        now.
+        """
         kept = self.cached(lease)
         return kept if kept is not None else self._credential(await self._fetch_once(lease), lease)
 
     def cached(self, lease: Lease) -> Credential | None:
-        """The same where nobody has to be asked; else None. Raises UnavailableError."""
+        """The credential, if it is in memory; otherwise None. Raises UnavailableError if it cannot be used."""
         delivery = self._kept.get(lease.lease_id)
         return self._credential(delivery, lease) if delivery is not None else None
 
@@ -106,7 +108,7 @@ class SealedCredentials:
         return delivery.credential
 
     async def close(self) -> None:
-        """Forget all, and let go of connections."""
+        """Forget all credentials, and close connections."""
         self._kept.clear()
         if self._http is not None:
             await self._http.aclose()
@@ -128,7 +130,7 @@ class SealedCredentials:
             return
         self._kept[delivery.lease_id] = delivery
         if len(self._kept) > MAX_CREDENTIALS:
-            self._kept.popitem(last=False)  # it can be asked for
+            self._kept.popitem(last=False)  # it can be fetched again
 
     def _forget(self, lease_id: str) -> None:
         self._kept.pop(lease_id, None)
@@ -137,7 +139,7 @@ class SealedCredentials:
     # --- what is asked for ---
 
     async def _fetch_once(self, lease: Lease) -> CredentialDelivery:
-        """Asked of the issuer, once for all who wait for it."""
+        """Fetch from the issuer, once for all requests that wait for it."""
         if self._missing_until_ms.get(lease.lease_id, 0) > self._clock.now_ms():
             raise UnavailableError(
                 f"the issuer has no credential for lease {lease.lease_id} that it could give"
@@ -192,7 +194,7 @@ class Injector:
         self._secrets = secrets
 
     async def headers(self, lease: Lease, target: TargetState) -> Mapping[str, str]:
-        """The headers. Raises UnavailableError where there are none now, or the lease ended meanwhile."""
+        """The headers. Raises UnavailableError if there are none now, or if the lease has ended meanwhile."""
         try:
             headers = await self._headers(lease, target)
         except UnavailableError:
@@ -211,7 +213,7 @@ class Injector:
         return headers
 
     def cached_headers(self, lease: Lease, target: TargetState) -> Mapping[str, str] | None:
-        """The headers where nobody has to be asked; else None. Raises what stands against them."""
+        """The headers, if no await is needed; otherwise None. Raises an error if the credential cannot be used."""
         self._check(lease, target)
         if lease.backend == "http":
             return self._secrets.headers_at_hand(target)

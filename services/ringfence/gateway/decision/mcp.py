@@ -1,7 +1,7 @@
-"""MCP at the gateway: what a request carries is one message, in a session that is its sender's, or it is refused.
+"""MCP at the gateway: each request must carry exactly one message, in a session of its own sender.
 
-A session belongs to the lease that opened it. What goes on in it goes by that lease and by no other, and it ends with
-the lease: the same credential is injected throughout, and nobody else's request gets into it.
+A session is bound to the lease that opened it: requests in it use that lease and no other, and the session ends with
+the lease. So the same credential is injected throughout, and nobody else's request gets into the session.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from ringfence.model.scope.scope import intersect
 _JSON: Final = re.compile(r'application/json(?:[ \t]*;[ \t]*charset="?utf-8"?)?', re.IGNORECASE)
 _SESSION: Final = re.compile(r"[!-~]{1,256}")
 _MAX_SESSIONS: Final = 256
-"""Of one lease: the one that was opened first is forgotten for the next."""
+"""Per lease. The oldest session is forgotten for a new one."""
 _INITIALIZE: Final = "initialize"
 
 
 @dataclass(frozen=True, slots=True)
 class McpRequest:
-    """A request to an endpoint: what it says, and by which lease it may go."""
+    """A parsed request to an MCP endpoint, with the lease that it is bound to."""
 
     sender: Sender
     message: McpMessage | None
     """None where nothing is posted: a stream is opened, or a session ended."""
 
     def action(self, target: CompiledTarget, attempt: Attempt) -> Action | None:
-        """What it does at the target, or None where no rule says so."""
+        """What the request does at the target; None where no rule of the map says so."""
         if self.message is None:
             return target.map.action(attempt.method, attempt.target, attempt.body)
         return target.map.mcp_action(attempt.target, self.message)
@@ -52,7 +52,7 @@ class SessionTable:
         self._of: dict[str, dict[tuple[str, str], None]] = {}
 
     def open(self, target_id: str, session: str, lease_id: str) -> bool:
-        """Whether it is this lease's from now on: what is another's already stays that one's."""
+        """Bind a session to a lease. False if it is bound to another one, or if it is no valid session id."""
         if _SESSION.fullmatch(session) is None:
             return False
         key = (target_id, session)
@@ -66,17 +66,17 @@ class SessionTable:
         return True
 
     def lease_of(self, target_id: str, session: str) -> str | None:
-        """The lease that opened it, if it lives."""
+        """The live lease that a session is bound to."""
         return self._lease.get((target_id, session))
 
     def end(self, lease_id: str) -> None:
-        """The lease is over, and all its sessions are."""
+        """Forget all sessions of a lease that ended."""
         for key in self._of.pop(lease_id, {}):
             del self._lease[key]
 
 
 class McpSessions:
-    """Reads what is sent to endpoints of MCP, and keeps their sessions."""
+    """Parses requests to MCP endpoints, and binds their sessions to leases."""
 
     def __init__(self, table: LeaseTable) -> None:
         self._table = table
@@ -84,7 +84,7 @@ class McpSessions:
         table.on_lease_end(self._sessions.end)
 
     def read(self, attempt: Attempt, target: CompiledTarget, sender: Sender) -> McpRequest | Refusal:
-        """What a request to an endpoint says; a refusal where that cannot be told, or the session is not its own."""
+        """Parse a request. A refusal if it is ambiguous, or if the session belongs to somebody else."""
         carried, id = attempt.mcp_headers, target.state.target_id
         if carried is None:
             message = (
@@ -106,7 +106,7 @@ class McpSessions:
         return bound if isinstance(bound, Refusal) else McpRequest(bound, posted)
 
     def _bind(self, sender: Sender, target_id: str, session: str) -> Sender | Refusal:
-        """The sender, bound to the lease of its session."""
+        """The sender, restricted to the lease of its session."""
         lease_id = self._sessions.lease_of(target_id, session)
         lease = self._table.get(lease_id) if lease_id is not None else None
         if lease is None or self._table.problem(lease) is not None:
@@ -158,7 +158,7 @@ class McpSessions:
 
 
 def rpc_error_reply(attempt: Attempt) -> RpcErrorReply:
-    """How a refusal of what was posted to an endpoint is told: to which request, where that can be read."""
+    """How a refusal of a posted message is sent: in reply to which request id, where that can be read."""
     try:
         message = read_message(attempt.body) if attempt.body is not None else None
     except McpMessageError as error:

@@ -1,8 +1,8 @@
-"""Observe mode: what would be blocked at the targets that whoever runs this gateway named goes on as the agent sent it.
+"""Observe mode: at configured targets, a request that would be blocked is recorded and forwarded as the agent sent it.
 
-It is for finding out what agents do with credentials that they inherited, before that is ended. Nothing of Ringfence is
-injected, so that nothing becomes possible that was not possible without a gateway. What is no question of scope stays
-denied: an unknown target, a gateway that cannot decide, a handle in other hands, and whatever people ended.
+It shows what agents do with credentials that they inherited, before that is ended. Ringfence injects nothing, so
+nothing becomes possible that was not possible without a gateway. Refusals that are no question of scope remain: an
+unknown target, a gateway that cannot decide, somebody else's handle, and everything that people ended.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from ringfence.gateway.domain import UNAVAILABLE, Refusal
 from ringfence.messages.registry import TargetState
 
 NO_CREDENTIALS: Final = "no_credentials"
-"""The code of a refusal of a sender who showed nothing at all."""
+"""The refusal code for a sender who showed no credentials at all."""
 STILL_DENIED: Final = frozenset({
     "agent_registered", "agent_suspended", "agent_decommissioned", "agent_orphaned", "agent_unknown",
     "key_compromised",
     "task_ended", "task_unknown", "task_other_agent", "user_disabled", "user_unknown", "target_removed", "lease_cut",
     "handle_unknown", "handle_other_agent", "handle_other_task", "record_untrusted",
 })  # fmt: skip
-"""What people ended, and what somebody shows that is not theirs: a suspension counts, observe mode or not."""
+"""What people ended, and handles of others: a suspension counts in observe mode too."""
 _ANYWHERE: Final = frozenset({"authorization", "cookie"})
 
 
 class ObserveMode:
-    """Says which refused requests go on all the same."""
+    """Decides which refused requests are forwarded."""
 
     def __init__(self, targets: Targets, target_ids: Collection[str]) -> None:
         """`target_ids`: of the targets that are only observed."""
@@ -39,11 +39,11 @@ class ObserveMode:
     def forward_target(
         self, refusal: Refusal, target: CompiledTarget | None, presented: PresentedIdentity, attempt: Attempt
     ) -> CompiledTarget | None:
-        """The target that a refused request goes on to as it came, or None: then it is denied.
+        """The target that a refused request is forwarded to; None where it is denied.
 
         Args:
-            target: where deciding found one; it looks for none where it does not know who asks.
-            presented: only what shows a credential of its own goes on: without, there is nothing inherited.
+            target: as the decision found it; None where the sender was not authenticated.
+            presented: a request is forwarded only if it carries a credential of its own.
         """
         if not self._target_ids or refusal.status == UNAVAILABLE:
             return None
@@ -51,7 +51,7 @@ class ObserveMode:
             return None
         if target is None:
             if refusal.reasons[0].code != NO_CREDENTIALS:
-                return None  # a handle, proof or certificate was shown, and it does not hold; or there is no target
+                return None  # credentials were shown and are not valid, or there is no target
             found = self._targets.find(attempt)
             if isinstance(found, Refusal):
                 return None
@@ -68,7 +68,7 @@ def credential_headers(target: TargetState) -> frozenset[str]:
 
 
 def notice(target_ids: Collection[str]) -> str:
-    """What the gateway says of itself, wherever somebody might look."""
+    """The warning that the gateway shows wherever somebody might look."""
     names = ", ".join(sorted(target_ids))
     return (
         f"observe mode: at {names} nothing is blocked that agents can do with what they inherited, and only recorded; "

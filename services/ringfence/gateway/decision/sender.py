@@ -1,4 +1,4 @@
-"""Who sends a request: by the socket that it came through, a certificate, or a handle with a proof (RFC 9449)."""
+"""Authentication of senders: by their task's unix socket, mTLS, or a lease handle with a DPoP proof (RFC 9449)."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from ringfence.model.records.directory import Directory
 
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 NONCE_REQUIRED: Final = "use_dpop_nonce"
-"""The code of a refusal that only asks for a proof with a nonce: nothing was decided."""
+"""The code of a refusal that only asks for a proof with a nonce. It is not a decision."""
 
 
 class AgentKeys:
-    """Whose a key is: an index over records that nobody has verified yet, so what it says is verified afterwards."""
+    """An index from key thumbprints to agents. It holds unverified records: what it finds is verified afterwards."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
@@ -38,7 +38,7 @@ class AgentKeys:
         directory.on_change(self._on_change)
 
     def owner(self, trust_domain: str, kid: str, at_s: float) -> str | None:
-        """The agent of which the key with this thumbprint counts at `at_s`, or None."""
+        """The agent whose key this is and counts at `at_s`, or None."""
         agent_id = self._owners.get(kid)
         if agent_id is None:
             return None
@@ -56,7 +56,7 @@ class AgentKeys:
 
 
 class SenderAuthenticator:
-    """Says who a sender is, or why that cannot be told."""
+    """Authenticates senders of requests."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class SenderAuthenticator:
         clock: Clock,
         on_use: Callable[[str, str, str | None], None] = lambda agent_id, kid, address: None,
     ) -> None:
-        """`on_use` is told of each proof that held: by which key of which agent, and from which address it came."""
+        """`on_use` is called for each valid proof with the agent, its key's thumbprint, and the peer address."""
         self._trust_domain = trust_domain
         self._directory = directory
         self._leases = leases
@@ -77,11 +77,11 @@ class SenderAuthenticator:
         self._keys = AgentKeys(directory)
 
     def nonce(self) -> str | None:
-        """What the next proof should have."""
+        """The nonce for the next proof."""
         return self._proofs.nonce()
 
     def without_proof(self, presented: PresentedIdentity) -> Sender | None:
-        """Who it is by its socket or its certificate; None where that is not so, or not certain."""
+        """The sender, where socket or certificate shows it; None where that is not so, or not certain."""
         handle = presented.handle
         if handle is not None and not _UUID.fullmatch(handle):
             return None
@@ -94,7 +94,9 @@ class SenderAuthenticator:
         return sender if isinstance(sender, Sender) else None
 
     async def authenticate(self, presented: PresentedIdentity, attempt: Attempt) -> Sender | Refusal:
-        """Who it is. Of several ways the surest counts: the socket, then the certificate, then the handle."""
+        """Authenticate. The strongest evidence counts: the socket, then the certificate, then the handle with its
+        proof.
+        """
         handle = presented.handle
         if handle is not None and not _UUID.fullmatch(handle):
             return refuse("handle_malformed", "a handle is the id of a lease", status=UNAUTHORIZED)
@@ -142,9 +144,9 @@ class SenderAuthenticator:
             message = "not a proof: a JWT with typ dpop+jwt, alg ES256 or EdDSA and a public jwk"
             return refuse("invalid_dpop_proof", message, status=UNAUTHORIZED)
         now_s = self._clock.now_ms() / 1000
-        # First whose lease it is: a record that names an instance's key as another agent's takes nothing from it.
+        # The lease's instance first: a record that lists its key for another agent must not take the lease from it.
         owner = _agent_of_instance_key(lease, kid, now_s) or self._keys.owner(self._trust_domain, kid, now_s)
-        if owner is None:  # before it is verified and remembered: strangers take no room from agents
+        if owner is None:  # before verification, so that strangers do not fill the replay cache
             message = "the proof is by a key that is no agent's, or counts no more"
             return refuse("proof_by_stranger", message, status=UNAUTHORIZED)
         try:
@@ -169,26 +171,26 @@ class SenderAuthenticator:
 
 
 def _agent_of_instance_key(lease: Lease, kid: str, now_s: float) -> str | None:
-    """The agent of a lease that a running instance asked for, with this very key; the issuer verified its enrolment."""
+    """The agent of a lease that an enrolled instance requested with this key. The issuer verified its enrolment."""
     if lease.instance is None or lease.key_thumbprint != kid or now_s >= lease.instance.not_after:
         return None
     return lease.agent_id
 
 
 def _other_agents_handle(lease: Lease, by: str) -> Refusal:
-    """Told of whoever showed it, by a key or certificate of theirs."""
+    """A refusal that is attributed to the agent that showed another agent's handle."""
     message = f"the handle is a lease of agent {lease.agent_id}, and agent {by} showed it"
     return refuse("handle_other_agent", message, sender=Sender(by, None, lease.lease_id))
 
 
 def _unverified_thumbprint(proof: str) -> str | None:
-    """The thumbprint of the key that a proof says it is by: it is held against that key next."""
+    """The thumbprint of the key in a proof's header. The proof is verified against that key next."""
     return _thumbprint_in(proof.partition(".")[0]) if len(proof) <= MAX_PROOF_BYTES else None
 
 
 @functools.lru_cache(maxsize=1024)
 def _thumbprint_in(header: str) -> str | None:
-    """An agent's proofs all have the same header."""
+    """Cached, since all proofs of an agent have the same header."""
     try:
         jwk = orjson.loads(b64decode(header))["jwk"]
         return thumbprint(PublicJwk(**{name: jwk[name] for name in ("kty", "crv", "x", "y") if name in jwk}))

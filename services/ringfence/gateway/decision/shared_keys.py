@@ -1,4 +1,4 @@
-"""Keys of agents with which two addresses go through the gateway at once: found by proofs, told as a finding."""
+"""Detects agent keys that two addresses use at the same time, from DPoP proofs, and reports them as findings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_QUEUED = 1000
 
 
 class SharedKeys:
-    """Notices without waiting for anything, and tells in the background: no action is slower for it."""
+    """Detects without an await, and reports in the background: no request is delayed."""
 
     def __init__(self, runtime: Runtime, uses: KeyUses) -> None:
         self._runtime = runtime
@@ -26,14 +26,14 @@ class SharedKeys:
         self._found: asyncio.Queue[tuple[str, str, str, str, int]] = asyncio.Queue(_MAX_QUEUED)
 
     def used(self, agent_id: str, kid: str, address: str | None) -> None:
-        """A proof by a key held, and came from there."""
+        """Note a valid proof by a key, and the address it came from."""
         at_ms = self._runtime.clock.now_ms()
         other = self._uses.saw(agent_id, kid, address, at_ms)
         if other is not None and address is not None and not self._found.full():
             self._found.put_nowait((agent_id, kid, address, other, at_ms))
 
     async def report(self) -> None:
-        """Publish what is found. Does not end."""
+        """Publish what was found, forever."""
         while True:
             found = await self._found.get()
             try:

@@ -1,4 +1,4 @@
-"""Which target a request is for, and what it would do there: by the records, compiled once for each revision."""
+"""Finds the target of a request, with its request map compiled once for each revision."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ Endpoint = tuple[str, str, int]
 
 @dataclass(frozen=True, slots=True)
 class CompiledTarget:
-    """What a gateway needs of one revision of a target."""
+    """One revision of a target, compiled."""
 
     state: TargetState
     record: AnyRecord
     map: RequestMap
     url: str | None
-    """Where its requests go to; None where its record does not say."""
+    """Scheme and authority of the target; None where its record has none."""
 
     def can_be_sent(self, attempt: Attempt) -> bool:
-        """Whether a request can reach it: the gateway needs the record's URL, a proxy in front has its own."""
+        """Whether the request can be sent: the gateway needs the record's URL, a proxy in front has its own."""
         return self.url is not None or not attempt.sent_by_gateway
 
 
 @functools.lru_cache(maxsize=4096)
 def endpoint_of(scheme: str, authority: str) -> Endpoint | None:
-    """The one form of all spellings of an authority; None for what is none, or has a user in it."""
+    """The canonical form of an authority; None for an invalid one, or one with user information."""
     found = _AUTHORITY.fullmatch(authority)
     if found is None or scheme not in _PORTS:
         return None
@@ -50,7 +50,7 @@ def endpoint_of(scheme: str, authority: str) -> Endpoint | None:
 
 
 class Targets:
-    """Finds targets by their ids, or by where they are."""
+    """An index of targets by id and by endpoint."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
@@ -75,12 +75,14 @@ class Targets:
         return found[0]
 
     def url_of(self, target: TargetState) -> str | None:
-        """See `url_of`; of what was found last it is known. Raises TargetSettingsError."""
+        """As `url_of`, cached for the revision that was found last. Raises TargetSettingsError."""
         kept = self._compiled.get(target.target_id)
         return kept.url if kept is not None and kept.state is target else url_of(target)
 
     def is_target_host(self, authority: str) -> bool:
-        """Whether a target may be there, by http or https: what is none is denied before anything else is looked at."""
+        """Whether a target may be at this authority, by http or https. Others are denied before anything else is looked
+        at.
+        """
         for scheme in _PORTS:
             endpoint = endpoint_of(scheme, authority)
             if endpoint is not None and self._ids_by_endpoint.get(endpoint):
@@ -88,7 +90,7 @@ class Targets:
         return False
 
     def hosts(self) -> frozenset[str]:
-        """The hosts of all targets, without their ports."""
+        """The hosts of all targets, without ports."""
         return frozenset(host for (_, host, _), ids in self._ids_by_endpoint.items() if ids)
 
     def _by_id(self, target_id: str) -> CompiledTarget | Refusal:
@@ -113,7 +115,7 @@ class Targets:
         return made
 
     def _on_change(self, kind: SubjectKind, id: str) -> None:
-        """Keep the index. It is by records that nobody has verified yet: what it finds is verified then."""
+        """Update the index. It holds unverified records: whatever it finds is verified afterwards."""
         record = self._directory.unverified(kind, id) if kind == "target" else None
         if not isinstance(record, TargetRecord):
             return
@@ -131,7 +133,7 @@ class Targets:
 
 
 def url_of(target: TargetState) -> str | None:
-    """Scheme and authority of a target, where its record says so. Raises TargetSettingsError."""
+    """Scheme and authority of a target; None where its record has none. Raises TargetSettingsError."""
     if target.backend.kind == "http":
         return settings_of(target, HttpSettings).url
     if target.backend.kind == "jwt":

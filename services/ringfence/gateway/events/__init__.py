@@ -1,1 +1,1 @@
-"""What the gateway records: actions, refusals, a task's history."""
+"""Audit events of the gateway: recorder, disk spool, counts of refusals, and the history of tasks."""

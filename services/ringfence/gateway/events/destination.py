@@ -1,7 +1,7 @@
-"""Where a refused request was going, for its event: bounded, safe to print, and without query and user information.
+"""The destination of a refused request, for its event: bounded, printable, without query and user information.
 
-Whoever sent it wrote it, so nothing is decided by it. A secret does not belong in a path; one of a known form, and the
-handle that the request shows, are taken out.
+The sender wrote it, so nothing is decided by it. Secrets do not belong in a path; those of a known form, and the
+handle that the request shows, are redacted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_METHOD_CHARS: Final = 32
 _MAX_HOST_CHARS: Final = 253
 _MAX_PORT: Final = 65535
 _MAX_READ_CHARS: Final = 4096
-"""So much of what a stranger wrote is looked at."""
+"""No more of what a stranger wrote is read."""
 _ODD_IN_HOST: Final = re.compile(r"[^a-z0-9._:-]")
 _ODD: Final = re.compile(r"[^!-~]")
 _URL_IN_METHOD: Final = re.compile(r"[/\\?#@:=].*", re.DOTALL)
@@ -27,18 +27,18 @@ _ABSOLUTE: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,15})://(.*)", re.DOTAL
 _AFTER_HOST: Final = re.compile(r"[/\\?#]")
 _HOST_AND_PORT: Final = re.compile(r"(?:\[[^\]]*\]|[^:]*)(?::[0-9]*)?")
 _USER_IN_PATH: Final = re.compile(r"([/\\]{2})[^/\\]*@")
-"""Of a URL in a path, or of a path that some read as one."""
+"""User information of a URL inside a path, or of a path that some parsers read as a URL."""
 
 Scheme = Literal["http", "https"]
 
 
 def destination_of(attempt: Attempt, url: str | None, handle: str | None = None) -> Destination:
-    """Where an attempt was going.
+    """The destination of an attempt.
 
     Args:
         attempt: as it came.
         url: scheme and authority of its target, where that is known.
-        handle: what the request shows of its sender; it is not recorded.
+        handle: the handle that the request shows; it is not recorded.
     """
     path = attempt.target if attempt.target.startswith("/") else None
     if attempt.authority is not None:
@@ -50,7 +50,7 @@ def destination_of(attempt: Attempt, url: str | None, handle: str | None = None)
 
 
 def destination_of_line(method: str, target: str, host: str | None, scheme: Scheme) -> Destination:
-    """Where a request line leads, with the `Host` of the message; also one that cannot be read for certain."""
+    """The destination of a request line and the `Host` of its message, even where they cannot be parsed for certain."""
     target = target[:_MAX_READ_CHARS]
     if (absolute := _ABSOLUTE.fullmatch(target)) is not None:
         authority, path = _cut(absolute[2])
@@ -58,12 +58,12 @@ def destination_of_line(method: str, target: str, host: str | None, scheme: Sche
     if method.upper() == "CONNECT":
         return _destination("https", _cut(target)[0], None)
     if not target.startswith("/"):
-        target = target.rpartition("@")[2]  # no path: an authority, or a URL of which a slash is missing
+        target = target.rpartition("@")[2]  # no path: an authority, or a URL without a slash
     return _destination(scheme, host, target)
 
 
 def unparsed_line(head: bytes) -> tuple[str, str, str | None]:
-    """Method, target and `Host` of a head that is no valid one, as far as they can be told apart."""
+    """Method, target and `Host` of an invalid head, as far as they can be told apart."""
     first, *lines = re.split(rb"\r\n|\r|\n", head[:_MAX_READ_CHARS])
     method, *rest = re.split(rb"[ \t]+", first, maxsplit=2)
     hosts = [line.partition(b":")[2] for line in lines if line[:5].lower() == b"host:"]
@@ -72,15 +72,16 @@ def unparsed_line(head: bytes) -> tuple[str, str, str | None]:
 
 
 def printable_method(method: str) -> str | None:
-    """A method, made safe where it is none; None where there is nothing.
+    """A method in printable form; None where it is empty.
 
-    What is no part of one, but of a URL, ends it: that is recorded without its query and user information, or not.
+    It ends at the first character that belongs to a URL and not to a method, so that no query or user information of a
+    URL is recorded.
     """
     return _ODD.sub("?", _URL_IN_METHOD.sub("?", method[:MAX_METHOD_CHARS])) or None
 
 
 def _cut(rest: str) -> tuple[str, str]:
-    """An authority, and what follows it. Where it is none, what ends it may stand in a password."""
+    """Split an authority from what follows it. In an invalid authority, its end may be part of a password."""
     at = _end_of_authority(rest)
     if "@" in rest[at:] and not _HOST_AND_PORT.fullmatch(rest[:at]):
         rest = rest.rpartition("@")[2]
@@ -125,7 +126,7 @@ def _path(target: str, handle: str | None) -> str:
     path = re.split(r"[?#]", target[:_MAX_READ_CHARS], maxsplit=1)[0]
     decoded = unquote(path)
     if _scrubbed(decoded, handle) != decoded and _scrubbed(path, handle) == path:
-        return REDACTED  # it is written in percent signs, and nobody can tell where it ends
+        return REDACTED  # the secret is percent-encoded, so its end is unknown
     path = _scrubbed(path, handle)
     path = _ODD.sub("?", path)
     return path if len(path) <= MAX_PATH_CHARS and not cut else f"{path[: MAX_PATH_CHARS - 3]}..."

@@ -1,4 +1,4 @@
-"""What was decided goes onto `action`: into the spool at once, and from there to Kafka in the background."""
+"""Records decisions on the topic `action`: first in the spool on disk, then in the background on Kafka."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from ringfence.messages.topics import ACTION
 log = logging.getLogger(__name__)
 
 UNKNOWN_AGENT: Final = "unknown"
-"""The key of events of which nobody knows whose they are."""
+"""The Kafka key of events whose agent is unknown."""
 _SYNC_EVERY_S: Final = 1.0
 _BATCH_DELAY_S: Final = 0.05
-"""So long events gather: nobody waits for them, and those that travel together cost half."""
+"""Events are collected for so long: nobody waits for them, and larger batches cost half as much."""
 _RETRY_DELAY_S: Final = 0.5
 _DRAIN_TIMEOUT_S: Final = 3.0
 
 
 class Recorder:
-    """Keeps each event before its decision is told, and publishes it when Kafka takes it."""
+    """Writes each event to disk before its decision takes effect, and publishes it when Kafka is available."""
 
     def __init__(self, spool: Spool, publisher: Publisher, tracing: Tracing = NOT_TRACING) -> None:
         self._spool = spool
@@ -39,16 +39,16 @@ class Recorder:
         self._tracing = tracing
         self._appended = asyncio.Event()
         self._batch: list[tuple[bytes, Callable[[bool], None]]] = []
-        """Entries that are kept before this turn of the loop is over, and who waits for that."""
+        """Entries that are written at the end of this turn of the event loop, with their callbacks."""
 
     def record(self, event: ActionDecided | ActionAnswered) -> None:
-        """Keep one event. Raises SpoolFullError where it cannot be kept: then nothing may be forwarded."""
-        self._append_batch()  # they were decided before
+        """Write one event. Raises SpoolFullError if that is impossible: then nothing may be forwarded."""
+        self._append_batch()  # their decisions came first
         self._spool.append(self._entry(event))
         self._appended.set()
 
     def append(self, entry: bytes) -> None:
-        """The same for an `ActionDecided` that is written already, see `AllowedEvents.entry`. Raises SpoolFullError."""
+        """The same for an `ActionDecided` that is serialized already (`AllowedEvents.entry`). Raises SpoolFullError."""
         self._append_batch()
         self._spool.append(self._traced(entry))
         self._appended.set()
@@ -90,7 +90,7 @@ class Recorder:
         return self._entry(ActionDecided.model_validate_json(_parts(entry)[3]))
 
     async def publish(self) -> None:
-        """Publish what is there and what comes, for ever."""
+        """Publish events, forever."""
         last_error = ""
         while True:
             try:
@@ -110,13 +110,13 @@ class Recorder:
             await asyncio.sleep(_BATCH_DELAY_S)
 
     async def sync(self) -> None:
-        """Make what was written outlive the machine, once a second, for ever."""
+        """Sync the spool to disk once a second, forever, so that events survive a crash of the machine."""
         while True:
             await asyncio.sleep(_SYNC_EVERY_S)
             await asyncio.to_thread(self._spool.sync)
 
     async def close(self) -> None:
-        """Publish what is left, if that can be done soon; the rest waits on disk for the next start."""
+        """Publish what is left within a short time. The rest waits on disk for the next start."""
         self._append_batch()
         try:
             async with asyncio.timeout(_DRAIN_TIMEOUT_S):
@@ -135,7 +135,7 @@ class Recorder:
 
 
 def entry_head(key: str, id: str, traceparent: str | None) -> bytes:
-    """How an entry of the spool begins; then comes the event, as JSON."""
+    """The head of a spool entry. The event follows, as JSON."""
     return f"{key}\n{id}\n{traceparent or ''}\n".encode()
 
 
@@ -149,13 +149,13 @@ def _outbound(entry: bytes) -> Outbound:
     return Outbound(key.decode(), value, id.decode(), traceparent.decode() or None)
 
 
-# What the trace of a request says of the actions that its lease was used for.
+# --- spans ---
 
 
 def trace_action(tracing: Tracing, event: ActionDecided | ActionAnswered) -> str | None:
-    """Make the span of an action that was decided, or answered; returns what its event goes on from.
+    """Make the span of an action that was decided or answered. Returns the traceparent for its event.
 
-    What it was done to is not said: names at a target may tell more than whoever reads traces is to know.
+    The resource is left out of the span: names at a target may reveal more than readers of traces should know.
     """
     facts: dict[str, object] = {
         "action_id": event.action_id,

@@ -1,7 +1,7 @@
-"""Refusals that cost their sender nothing, on `action` without an event each.
+"""Rate limiting of refusal events: refusals that cost their sender nothing are counted instead of recorded one by one.
 
-The first of its kind is recorded at once, those like it within a second as one event with their count. So nothing of a
-flood is missing in the numbers, and it takes no more of the spool than a trickle does.
+The first refusal of a kind is recorded at once, further ones within a second as one event with their count. So the
+numbers miss nothing of a flood, and the spool does not fill.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from ringfence.messages.operations import ActionDecided, Destination
 log = logging.getLogger(__name__)
 
 MAX_KINDS: Final = 2000
-"""So many kinds are told apart within a second; of more, what senders choose freely is left out."""
+"""So many kinds are distinguished within a second. Beyond that, the fields that senders choose freely are left out."""
 MAX_DESTINATIONS: Final = 8
-"""So many methods and destinations of what is otherwise one kind are told apart within a second; those of more are left
-out. Who tries a million hosts gets no event for each."""
+"""So many methods and destinations of one kind are distinguished within a second. Beyond that they are left out: who
+tries a million hosts does not get an event for each.
+"""
 _METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "CONNECT"})
-"""Others are what a stranger made up."""
+"""All other methods count as free text."""
 
 
 class RefusalKind(NamedTuple):
-    """What refusals have in common that one event can tell of."""
+    """What refusals must have in common to be counted by one event."""
 
     agent_id: str | None
     task_id: str | None
@@ -48,27 +49,27 @@ class RefusalKind(NamedTuple):
 class _Repeats:
     reason: Reason
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
-    """Of the event that will tell of them."""
+    """The id of the event that will report them."""
     count: int = 0
-    """How many came that no event tells of yet."""
+    """How many no event has reported yet."""
 
 
 class RefusalCounts:
-    """What came since each kind was told of last."""
+    """Refusals since the last event of each kind."""
 
     def __init__(self, record: Callable[[ActionDecided], None], clock: Clock, *, gateway: str) -> None:
-        """`record` keeps an event. Raises SpoolFullError."""
+        """`record` writes an event, and raises SpoolFullError."""
         self._record = record
         self._clock = clock
         self._gateway = gateway
         self._kinds: dict[RefusalKind, _Repeats] = {}
         self._destinations: Counter[RefusalKind] = Counter()
-        """How many kinds differ by method and destination alone, by what they have in common."""
+        """How many kinds differ only by method and destination, by the rest of the kind."""
 
     def count(self, kind: RefusalKind, reason: Reason) -> str | None:
-        """One more: the id of the event that will tell of it, or None where it is the first of its kind.
+        """Count a refusal. Returns the id of the event that will report it, or None for the first of its kind.
 
-        The first is the caller's to record, or to be `count_unrecorded`.
+        The caller records the first, or calls `count_unrecorded` where that fails.
         """
         kind, repeats = self._bounded(kind)
         if repeats is None:
@@ -79,14 +80,16 @@ class RefusalCounts:
         return repeats.id
 
     def count_unrecorded(self, kind: RefusalKind) -> str:
-        """There was no room for the first: it is told of with those like it. The id of the event."""
+        """Count the first refusal of a kind, for which there was no room. Returns the id of the event that will report
+        it.
+        """
         _, repeats = self._bounded(kind)
         assert repeats is not None, "it was the first of its kind"
         repeats.count += 1
         return repeats.id
 
     def add(self, kind: RefusalKind, reason: Reason) -> None:
-        """One more, the first of its kind recorded at once."""
+        """Count a refusal, and record it at once if it is the first of its kind."""
         if self.count(kind, reason) is None:
             self.count_unrecorded(kind)
             kind, repeats = self._bounded(kind)
@@ -94,7 +97,7 @@ class RefusalCounts:
             self._record_repeats(kind, repeats)
 
     def flush(self) -> None:
-        """Record what came since each kind was told of last."""
+        """Record the refusals since the last event of each kind."""
         for kind, repeats in list(self._kinds.items()):
             if repeats.count == 0:
                 del self._kinds[kind]
@@ -115,7 +118,7 @@ class RefusalCounts:
         return kind, repeats
 
     def _record_repeats(self, kind: RefusalKind, repeats: _Repeats) -> bool:
-        """Whether there was room for the event: else its count goes on, until there is."""
+        """Record a count. Returns whether there was room for the event; otherwise the count goes on."""
         event = ActionDecided(
             action_id=repeats.id,
             gateway=self._gateway,
@@ -142,10 +145,10 @@ class RefusalCounts:
 
 
 def access_if_known(method: str | None) -> Access | None:
-    """The access of a method that is known; None where it was not told, or is made up."""
+    """The access of a common method; None where the method is unknown, or made up."""
     return access_of(method) if method is not None and method in _METHODS else None
 
 
 def _without_free_text(kind: RefusalKind) -> RefusalKind:
-    """A kind without what a stranger makes up: the destination, and a method that nobody knows."""
+    """A kind without its free text: the destination, and a method that is not a common one."""
     return kind._replace(method=kind.method if kind.method in _METHODS else None, destination=None)

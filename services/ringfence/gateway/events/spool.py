@@ -1,9 +1,9 @@
-"""Events on disk until Kafka has them: nothing that was decided is forgotten, and nobody waits for Kafka.
+"""A durable queue on disk for events until Kafka has them: no decision is lost, and no request waits for Kafka.
 
-A folder of numbered files, written to the end and never changed. An entry is its length and CRC-32 (4 bytes each,
-big-endian) and its bytes. Entries are in the file before `append` returns, so they outlive this process however that
-ends; `sync`, called once a second, makes what was written outlive the machine too. A file is removed when Kafka has all
-of it. What was published and not yet marked as such comes again after a crash: every event has an id of its own.
+It is a folder of numbered append-only segments. An entry is its length and CRC-32 (4 bytes each, big-endian), then its
+bytes. `append` returns after the write, so entries survive the end of the process; `sync`, called once a second, makes
+them survive a crash of the machine. A segment is deleted when Kafka has all of it. Delivery is at least once: what was
+published but not marked is published again after a crash. Each event has an id of its own.
 """
 
 from __future__ import annotations
@@ -33,27 +33,29 @@ MAX_ENTRY_BYTES: Final = 256 * 1024
 
 
 class SpoolError(RingfenceError):
-    """The folder of the spool cannot be used: others use it, or it cannot be written to. Raised at the start."""
+    """The folder of the spool cannot be used: another process uses it, or it is not writable. Raised at the start."""
 
     code = "spool_unusable"
 
 
 class SpoolFullError(RingfenceError):
-    """An event cannot be kept: the spool or the disk is full. What it is about is denied."""
+    """An event cannot be written: the spool or the disk is full. The action is denied."""
 
     code = "spool_full"
 
 
 class Spool:
-    """A queue on disk, for one process. Entries come out in the order in which they went in."""
+    """A FIFO queue on disk, for one process."""
 
     def __init__(self, folder: Path, *, max_bytes: int, segment_bytes: int = SEGMENT_BYTES) -> None:
-        """Opens it, with what an earlier process left. `max_bytes`: of all files together. Raises SpoolError."""
+        """Open it, with what an earlier process left. `max_bytes`: the size of all segments together. Raises
+        SpoolError.
+        """
         self._folder = folder
         self._max_bytes = max_bytes
         self._segment_bytes = segment_bytes
         self._total = 0
-        """Of all files; kept along, as it is asked for with each entry."""
+        """The size of all segments, kept up to date because each append asks for it."""
         try:
             make_private_folder(folder)
             self._lock = open_private(folder / "lock", os.O_RDWR)
@@ -76,7 +78,7 @@ class Spool:
     # --- in ---
 
     def append(self, *entries: bytes) -> None:
-        """Keep entries, all or none: one write for all of them. Raises SpoolFullError."""
+        """Append entries in one write, all or none. Raises SpoolFullError."""
         framed = b"".join([_framed(entry) for entry in entries])
         if self.size() + len(framed) > self._max_bytes:
             raise SpoolFullError("events are not published, and there is no room for more: is Kafka away?")
@@ -95,7 +97,7 @@ class Spool:
         self._unsynced = True
 
     def sync(self) -> None:
-        """Make what was written outlive the machine. It may take milliseconds: call it in another thread."""
+        """Flush to disk (fsync). It may take milliseconds: call it in another thread."""
         if self._unsynced:
             self._unsynced = False
             try:
@@ -106,17 +108,17 @@ class Spool:
                     log.error("events of the last second may not outlive the machine: %s", error.strerror)
 
     def size(self) -> int:
-        """The bytes that wait to be published, and those that were published and are not removed yet."""
+        """The size of all segments in bytes: unpublished entries, and published ones that are not deleted yet."""
         return self._total
 
     # --- out ---
 
     def has_unpublished(self) -> bool:
-        """Whether there is anything that has not been marked as published."""
+        """Whether any entry has not been marked as published."""
         return self._read_number < self._writing or self._read_offset < self._sizes[self._writing]
 
     def peek(self) -> tuple[Sequence[bytes], tuple[int, int]]:
-        """The next entries, and the mark that says that they are published. What was damaged is passed over."""
+        """The next entries, and the mark to pass to `mark_published`. Damaged entries are skipped."""
         while True:
             if self._read_number not in self._sizes:
                 later = [number for number in self._sizes if number > self._read_number]
@@ -130,7 +132,7 @@ class Spool:
             if entries or (self._read_number == self._writing and not data):
                 return entries, (self._read_number, self._read_offset + length)
             if self._read_number == self._writing:
-                self._rotate()  # what is damaged is passed over with its file, and nothing more goes there
+                self._rotate()  # skip the damaged segment, and write no more to it
             if length < len(data):
                 log.error(
                     "the end of %012d%s is damaged: %d bytes are lost", self._read_number, _SUFFIX, len(data)
@@ -138,15 +140,15 @@ class Spool:
             self._remove_read_segment()
 
     def mark_published(self, mark: tuple[int, int]) -> None:
-        """Kafka has what `peek` gave with this mark."""
+        """Kafka has the entries that `peek` returned with this mark."""
         self._read_number, self._read_offset = mark
         if self._read_number != self._writing and self._read_offset >= self._sizes.get(self._read_number, 0):
             self._remove_read_segment()
-        with contextlib.suppress(OSError):  # without it some are published twice after a crash
+        with contextlib.suppress(OSError):  # if this fails, entries are published again after a crash
             os.pwrite(self._mark, struct.pack(">QQ", self._read_number, self._read_offset), 0)
 
     def close(self) -> None:
-        """Sync, and let others have the folder."""
+        """Sync, and unlock the folder."""
         self._unsynced = True
         self.sync()
         for descriptor in (self._file, self._mark, self._lock):
@@ -163,7 +165,7 @@ class Spool:
         return number, offset if number in self._sizes else 0
 
     def _begin_segment(self) -> None:
-        """What an earlier process wrote last may lack its end: a new file begins."""
+        """Begin a new segment, since the last one of an earlier process may be incomplete."""
         self._writing = max([*self._sizes, self._read_number]) + 1
         self._file = self._open_segment(self._writing)
         self._sizes[self._writing] = 0
@@ -184,14 +186,14 @@ class Spool:
         return open_private(path, os.O_WRONLY | os.O_APPEND)
 
     def _truncate(self) -> None:
-        """Half an entry must not stand before the next one. Raises OSError where there is no other file either."""
+        """Remove a partial entry from the end of the segment. Raises OSError if no new segment can be opened either."""
         try:
             os.ftruncate(self._file, self._sizes[self._writing])
         except OSError:
             self._rotate()
 
     def _remove_read_segment(self) -> None:
-        """The file that is read from is done with."""
+        """Delete the segment that was read to its end."""
         self._delete_segment(self._read_number)
         self._read_number, self._read_offset = self._read_number + 1, 0
 
@@ -208,7 +210,7 @@ def _framed(entry: bytes) -> bytes:
 
 
 def _entries(data: bytes) -> tuple[list[bytes], int]:
-    """The whole entries at the start of what was read, up to about `_READ_BYTES`, and how long they are."""
+    """The complete entries at the start of `data`, up to about `_READ_BYTES`, and their total length."""
     found, at = [], 0
     while at + _HEAD.size <= len(data) and at < _READ_BYTES:
         length, checksum = _HEAD.unpack_from(data, at)

@@ -1,4 +1,4 @@
-"""What each task did through this gateway, as a rule can ask about it: counts, and how many in the last minute."""
+"""The recent actions of each task, as input for the bundle: counts, and a sliding window of one minute."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 MAX_TASKS: Final = 10_000
-"""Of so many tasks it is remembered; those that were quiet the longest are forgotten first."""
+"""Of more tasks, the ones that were idle the longest are forgotten (LRU)."""
 _MINUTE_MS: Final = 60_000
 _MAX_TARGETS: Final = 64
 _BUCKET_MS: Final = 1000
@@ -19,11 +19,13 @@ class _Task:
     allowed: dict[str, Counter[str]] = field(default_factory=dict)
     denied: int = 0
     buckets: deque[tuple[int, int]] = field(default_factory=deque)
-    """Second by second, how many there were in each."""
+    """Pairs of second (ms) and count."""
 
 
 class TaskHistory:
-    """Since the start of this process, in this replica: a limit over several is each one's share."""
+    """Counts since the start of this process, of this replica alone: a limit over several replicas is divided among
+    them.
+    """
 
     def __init__(self) -> None:
         self._tasks: OrderedDict[str, _Task] = OrderedDict()
@@ -31,7 +33,7 @@ class TaskHistory:
     def add(
         self, task_id: str, target_id: str | None, verb: str | None, *, allowed: bool, now_ms: int
     ) -> None:
-        """One action was decided."""
+        """Count one decision."""
         task = self._tasks.get(task_id)
         if task is None:
             task = self._tasks[task_id] = _Task(now_ms)
@@ -53,7 +55,7 @@ class TaskHistory:
             _forget(task, now_ms)
 
     def of(self, task_id: str, now_ms: int) -> dict[str, Any]:
-        """What the task did before: `{since_s, allowed: {target: {verb: count}}, denied, last_minute}`."""
+        """The input for the bundle: `{since_s, allowed: {target: {verb: count}}, denied, last_minute}`."""
         task = self._tasks.get(task_id)
         if task is None:
             return {"since_s": now_ms // 1000, "allowed": {}, "denied": 0, "last_minute": 0}

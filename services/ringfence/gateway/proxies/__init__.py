@@ -1,1 +1,1 @@
-"""The gateway as authorizer of other proxies: Envoy's protocol, forward auth."""
+"""External authorization for other proxies: Envoy's `ext_authz` and forward auth."""

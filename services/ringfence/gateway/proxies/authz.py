@@ -1,8 +1,8 @@
-"""The decision for proxies of others, over HTTP. They ask about each request before they let it pass.
+"""External authorization over HTTP: other proxies ask about each request before they forward it.
 
-200 comes with the headers to inject, of which `Authorization` is always one, so that none of the agent's gets through.
-Everything else is 401 or 403, whatever it is: other answers mean different things to different proxies. What is wrong
-stands in the body, and in short in a header too, for proxies that pass no body of a refusal on (nginx).
+The answer 200 carries the headers to inject. It always has `Authorization`, which replaces the agent's own. Every
+refusal is 401 or 403, since other statuses mean different things to different proxies. The problem details are in the
+body, and shortened in a header, for proxies that do not pass on the body of a refusal (nginx).
 """
 
 from __future__ import annotations
@@ -40,83 +40,84 @@ from ringfence.model.http_targets.request_map import MAX_BODY_BYTES
 
 log = logging.getLogger(__name__)
 
-NOTHING: Final = "none"
-"""What stands in `Authorization` where the credential goes elsewhere: an empty one some proxies would leave out."""
+NO_CREDENTIAL: Final = "none"
+"""The value of `Authorization` where the credential goes into another header: some proxies would drop an empty one."""
 LABEL: Final = "X-Ringfence-Label"
 HANDLE: Final = "X-Ringfence-Handle"
-"""Where an agent shows its handle that has an `Authorization` of its own to send: `X-Ringfence-Handle: LEASE`."""
+"""The header for the handle of an agent that sends an `Authorization` of its own: `X-Ringfence-Handle: LEASE`."""
 PROBLEM: Final = "X-Ringfence-Problem"
 """The problem details of a refusal, on one line."""
 _MAX_PROBLEM_CHARS: Final = 2048
-"""nginx takes 4 KiB for the whole head of an answer."""
-_CAN_BE_LEFT_OUT: Final = ("reasons", "ask", "permission", "detail")
+"""nginx accepts 4 KiB for the whole head of an answer."""
+_OPTIONAL_MEMBERS: Final = ("reasons", "ask", "permission", "detail")
 _INVALID: Final = "question_invalid"
 _UNCERTAIN: Final = (
     "the question does not say for certain which request it is about: a proxy says each thing once"
 )
-_OF_THE_QUESTION: Final = frozenset({
+_QUESTION_FIELDS: Final = frozenset({
     "host", "connection", "keep-alive", "te", "trailer", "transfer-encoding", "content-length", "expect",
     "authorization", "dpop", "proxy-authorization", "proxy-connection", "x-ringfence-handle", "x-ringfence-label",
     "x-forwarded-method", "x-forwarded-uri", "x-forwarded-host", "x-forwarded-proto",
     "x-forwarded-for", "x-forwarded-port", "x-forwarded-server",
 })  # fmt: skip
-"""Hop by hop, the answer's to replace, or the proxy's own words in the question. Everything else is hashed, also what a
-proxy has to leave out: others of a family, as `X-Forwarded-User`, may go on."""
-_OF_ENVOY: Final = re.compile(r"^/authz/envoy(-target/[^/]*)?(?=/)")
-"""What Envoy puts before the path of a request."""
+"""Hop-by-hop fields, fields that the answer replaces, and the proxy's own fields. All others are hashed, also those
+that a proxy must drop: others of a family, such as `X-Forwarded-User`, may be forwarded.
+"""
+_ENVOY_PREFIX: Final = re.compile(r"^/authz/envoy(-target/[^/]*)?(?=/)")
+"""The prefix that Envoy adds to the path of a request."""
 _NO_STORE: Final = {"Cache-Control": "no-store"}
 
-Read = Callable[[Request], Awaitable[tuple[PresentedIdentity, Attempt] | None]]
-"""What a question is about; None where it does not say for certain."""
+ReadQuestion = Callable[[Request], Awaitable[tuple[PresentedIdentity, Attempt] | None]]
+"""Reads the request that a proxy asks about; None where the question is ambiguous."""
 
 
 class ProxyAuth:
-    """The ASGI application that proxies ask. It listens on a port of its own, which they alone may reach."""
+    """The ASGI application that proxies ask. It listens on a port of its own that only proxies may reach."""
 
     def __init__(
-        self, gate: Gate, readers: Mapping[str, Read], blocked: ReportBlocked = lambda _: None
+        self, gate: Gate, readers: Mapping[str, ReadQuestion], blocked: ReportBlocked = lambda _: None
     ) -> None:
-        """`readers`: by the path that questions begin with, who reads them; `blocked`: told of what is not decided."""
+        """`readers`: by the path prefix of their questions; `blocked`: called for questions that are not decided."""
         self._gate = gate
         self._readers = readers
         self._blocked = blocked
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One question."""
+        """Answer one question."""
         if scope["type"] != "http":
             return
         try:
             response = await self._answer(Request(scope, receive))
         except Exception:
             log.exception("a proxy could not be answered")
-            response = _said("the gateway could not decide this")
+            response = _invalid_question("the gateway could not decide this")
         await response(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response:
-        path: str = request.scope["path"]  # not `request.url`, which is made of the sender's `Host` too
+        path: str = request.scope["path"]  # not `request.url`, which also depends on the sender's `Host`
         read = next((read for prefix, read in self._readers.items() if path.startswith(prefix)), None)
         if read is None:
-            return _said(f"ask {' or '.join(self._readers)}")
+            return _invalid_question(f"ask {' or '.join(self._readers)}")
         asked = await read(request)
         if asked is None:
-            method, destination = _told(request)
+            method, destination = _unverified_destination(request)
             self._blocked(BlockedRequest(_INVALID, _UNCERTAIN, method=method, destination=destination))
-            return _said(_UNCERTAIN)
-        verdict = await self._gate.decide(*asked, holdable=Asker(request.receive))
+            return _invalid_question(_UNCERTAIN)
+        verdict = await self._gate.decide(*asked, holdable=WaitingProxy(request.receive))
         if verdict.observed and verdict.target is not None:
-            return _as_it_came(request, asked[0], verdict.target)
+            return _observed_answer(request, asked[0], verdict.target)
         if not verdict.allowed:
-            return _denied(verdict)
+            return _denial(verdict)
         try:
             injected = await self._gate.headers_to_inject(verdict)
         except UnavailableError as error:
             reason = Reason(code=error.code, message=error.message[:1000])
-            return _denied(replace(verdict, allowed=False, status=403, reasons=(reason,)))
-        return Response(status_code=200, headers={"Authorization": NOTHING, **_NO_STORE, **injected})
+            return _denial(replace(verdict, allowed=False, status=403, reasons=(reason,)))
+        return Response(status_code=200, headers={"Authorization": NO_CREDENTIAL, **_NO_STORE, **injected})
 
 
-class Asker:
-    """The `Patient` of a proxy: one that does not wait for the answer any more must not use up a person's yes."""
+class WaitingProxy:
+    """The `HoldableRequest` of a proxy. A proxy that has stopped waiting must not use up an approval."""
 
     __slots__ = ("_receive",)
 
@@ -124,16 +125,16 @@ class Asker:
         self._receive = receive
 
     async def read_body(self) -> bytes | None:
-        """See `Patient`. What the question did not show of the body cannot be had."""
+        """None: a body that the question does not contain cannot be had."""
         return None
 
-    def on_disconnect(self, told: Callable[[], None]) -> Callable[[], None]:
-        """See `Patient`."""
+    def on_disconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """See `HoldableRequest`."""
 
         async def watch() -> None:
             while (await self._receive())["type"] != "http.disconnect":
                 pass
-            told()
+            callback()
 
         watching = asyncio.create_task(watch(), name="proxy that waits")
 
@@ -143,22 +144,22 @@ class Asker:
         return unsubscribe
 
 
-def handle_and_own(request: Request) -> tuple[str | None, frozenset[str]]:
-    """The handle of `Authorization: DPoP LEASE` or `HANDLE`, and the names of the agent's other headers.
+def handle_and_header_names(request: Request) -> tuple[str | None, frozenset[str]]:
+    """The handle from `Authorization: DPoP LEASE` or `HANDLE`, and the names of the agent's other headers.
 
-    Raises ValueError where it came twice.
+    Raises ValueError if the handle comes twice.
     """
-    scheme, _, handle = (only(request, "authorization") or "").partition(" ")
-    apart, names = only(request, HANDLE), frozenset(request.headers.keys())
+    scheme, _, handle = (single_header(request, "authorization") or "").partition(" ")
+    separate, names = single_header(request, HANDLE), frozenset(request.headers.keys())
     if scheme.lower() != "dpop":
-        return (apart.strip() if apart is not None else None), names
-    if apart is not None:
+        return (separate.strip() if separate is not None else None), names
+    if separate is not None:
         raise ValueError(HANDLE)
     return handle.strip(), names - {"authorization"}
 
 
-def only(request: Request, name: str) -> str | None:
-    """The value of a header that came once; None where it did not come. Raises ValueError where it came twice."""
+def single_header(request: Request, name: str) -> str | None:
+    """The value of a header; None where it did not come. Raises ValueError if it came twice."""
     values = request.headers.getlist(name)
     if len(values) > 1:
         raise ValueError(name)
@@ -166,31 +167,31 @@ def only(request: Request, name: str) -> str | None:
 
 
 def shown_headers(request: Request) -> Headers | None:
-    """All headers of a question that go on with its request: more than the proxy forwards, rather than fewer.
+    """All headers of the question that belong to its request: more than the proxy forwards, rather than fewer.
 
-    None where `Connection` names one of them: nobody knows whether the proxy shows and forwards that alike.
+    None where `Connection` names one of them: it is not certain that the proxy shows and forwards that one alike.
     """
     shown = tuple(
         (name, value.decode("latin-1").strip(" \t"))
         for given, value in request.headers.raw
-        if (name := _as_hashed(given.decode("latin-1"))) not in _OF_THE_QUESTION
+        if (name := _normalized_name(given.decode("latin-1"))) not in _QUESTION_FIELDS
     )
     options = ",".join(request.headers.getlist("connection")).split(",")
-    named = {_as_hashed(option.strip(" \t")) for option in options}
+    named = {_normalized_name(option.strip(" \t")) for option in options}
     return shown if named.isdisjoint(name for name, _ in shown) else None
 
 
-def _as_hashed(name: str) -> str:
+def _normalized_name(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
 def shows_json(request: Request) -> bool:
-    """Whether the body is said to be JSON. Raises ValueError where that is said twice."""
-    return says_json(only(request, "content-type"), only(request, "content-encoding"))
+    """Whether the body is declared as JSON. Raises ValueError if that is declared twice."""
+    return says_json(single_header(request, "content-type"), single_header(request, "content-encoding"))
 
 
 async def whole_body(request: Request) -> bytes | None:
-    """All of a question's body; None where it is more than anybody looks at."""
+    """The whole body of a question; None where it exceeds `MAX_BODY_BYTES`."""
     found = bytearray()
     async for chunk in request.stream():
         found += chunk
@@ -199,33 +200,35 @@ async def whole_body(request: Request) -> bytes | None:
     return bytes(found)
 
 
-def _told(request: Request) -> tuple[str, Destination]:
-    """Method and destination in a question that is not clear: for the record alone."""
+def _unverified_destination(request: Request) -> tuple[str, Destination]:
+    """Method and destination of an ambiguous question, for the event alone."""
     said = request.headers
     scheme: Literal["http", "https"] = "http" if said.get("x-forwarded-proto") == "http" else "https"
     host = said.get("x-forwarded-host", said.get("host"))
     method = said.get("x-forwarded-method", request.method)
-    target = said.get("x-forwarded-uri", _OF_ENVOY.sub("", request.scope["path"]))
+    target = said.get("x-forwarded-uri", _ENVOY_PREFIX.sub("", request.scope["path"]))
     return method, destination_of_line(method, target, host, scheme)
 
 
-def _denied(verdict: Verdict) -> Response:
+def _denial(verdict: Verdict) -> Response:
     sent = replace(verdict, status=401 if verdict.status == 401 else 403)
     return _refusal(sent.status, problem_details(sent), denial_headers(sent))
 
 
-def _as_it_came(request: Request, presented: PresentedIdentity, target: TargetState) -> Response:
-    """The agent's own, said in so many words: of what is not said, proxies would send nothing, or what was before."""
+def _observed_answer(request: Request, presented: PresentedIdentity, target: TargetState) -> Response:
+    """Return the agent's own headers in the answer: of headers that it lacks, proxies send none, or their earlier
+    value.
+    """
     own = {
         name.title(): value
         for name in sorted((credential_headers(target) - {"cookie"}) & presented.header_names)
         for value in request.headers.getlist(name)[:1]
     }
-    return Response(status_code=200, headers={"Authorization": NOTHING, **_NO_STORE, **own})
+    return Response(status_code=200, headers={"Authorization": NO_CREDENTIAL, **_NO_STORE, **own})
 
 
-def _said(text: str) -> Response:
-    """Nothing was decided."""
+def _invalid_question(text: str) -> Response:
+    """The answer where nothing was decided."""
     details = {"type": f"urn:ringfence:problem:{_INVALID}", "title": "Forbidden", "status": 403}
     return _refusal(
         403, {**details, "code": _INVALID, "detail": text}, {"Content-Type": MEDIA_TYPE, **_NO_STORE}
@@ -233,13 +236,15 @@ def _said(text: str) -> Response:
 
 
 def _refusal(status: int, details: dict[str, Any], headers: dict[str, str]) -> Response:
-    return Response(json.dumps(details), status_code=status, headers={**headers, PROBLEM: _in_short(details)})
+    return Response(
+        json.dumps(details), status_code=status, headers={**headers, PROBLEM: _shortened(details)}
+    )
 
 
-def _in_short(details: dict[str, Any]) -> str:
-    """In ASCII, and no longer than what proxies take."""
+def _shortened(details: dict[str, Any]) -> str:
+    """The problem details in ASCII, no longer than proxies accept."""
     kept = dict(details)
-    for name in _CAN_BE_LEFT_OUT:
+    for name in _OPTIONAL_MEMBERS:
         if len(text := json.dumps(kept)) <= _MAX_PROBLEM_CHARS:
             return text
         kept.pop(name, None)

@@ -1,9 +1,8 @@
-"""Questions as Envoy's `ext_authz` puts them over HTTP: the request itself, under a path of its own, with its body.
+"""Questions of Envoy's HTTP `ext_authz`: the request itself under a path prefix.
 
-Its `path_prefix` is `/authz/envoy`; the host of the request tells the target. With `/authz/envoy-target/TARGET` Envoy's
-configuration says which one it stands before, whatever the host is called there. With `with_request_body` the body
-comes along, and the question says whether that is all of it (`x-envoy-auth-partial-body`): a part of one decides
-nothing.
+With `path_prefix: /authz/envoy` the host of the request names the target. With `/authz/envoy-target/TARGET` Envoy's
+configuration names it, whatever the host is. With `with_request_body` the question contains the body, and says whether
+it is complete (`x-envoy-auth-partial-body`). An incomplete body is never decided on.
 """
 
 from __future__ import annotations
@@ -14,7 +13,13 @@ from typing import Final
 from starlette.requests import Request
 
 from ringfence.gateway.contract import Attempt, PresentedIdentity
-from ringfence.gateway.proxies.authz import LABEL, handle_and_own, only, shows_json, whole_body
+from ringfence.gateway.proxies.authz import (
+    LABEL,
+    handle_and_header_names,
+    shows_json,
+    single_header,
+    whole_body,
+)
 
 PREFIX: Final = "/authz/envoy"
 _BY_TARGET: Final = re.compile(rb"/authz/envoy-target/([^/]+)(/.*)", re.DOTALL)
@@ -22,13 +27,13 @@ PARTIAL: Final = "x-envoy-auth-partial-body"
 
 
 async def read(request: Request) -> tuple[PresentedIdentity, Attempt] | None:
-    """What a question is about; None where it is not the whole request."""
+    """The request that the question is about; None where it is incomplete or ambiguous."""
     query: bytes = request.scope.get("query_string") or b""
-    target_id, path = _addressed(request.scope.get("raw_path") or b"")
+    target_id, path = _target_and_path(request.scope.get("raw_path") or b"")
     try:
-        host, proto = only(request, "host"), only(request, "x-forwarded-proto")
-        (handle, own), proof = handle_and_own(request), only(request, "dpop")
-        partial, label = only(request, PARTIAL), only(request, LABEL)
+        host, proto = single_header(request, "host"), single_header(request, "x-forwarded-proto")
+        (handle, own), proof = handle_and_header_names(request), single_header(request, "dpop")
+        partial, label = single_header(request, PARTIAL), single_header(request, LABEL)
         json = shows_json(request)
         target = (path + (b"?" + query if query else b"")).decode("ascii")
     except ValueError:
@@ -53,8 +58,8 @@ async def read(request: Request) -> tuple[PresentedIdentity, Attempt] | None:
     return presented, attempt
 
 
-def _addressed(raw: bytes) -> tuple[str | None, bytes]:
-    """The target where it is said, and the path of the request; an empty path where that is not told."""
+def _target_and_path(raw: bytes) -> tuple[str | None, bytes]:
+    """The target where the path names it, and the path of the request; an empty path where there is none."""
     if (found := _BY_TARGET.fullmatch(raw)) is not None:
         return found[1].decode("latin-1"), found[2]
     by_host = f"{PREFIX}/".encode()

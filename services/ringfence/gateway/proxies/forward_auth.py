@@ -1,10 +1,10 @@
-"""Questions as nginx `auth_request`, Caddy `forward_auth`, Traefik ForwardAuth and HAProxy put them.
+"""Questions of forward auth: nginx `auth_request`, Caddy `forward_auth`, Traefik ForwardAuth and HAProxy.
 
-`X-Forwarded-Method`, `X-Forwarded-Uri`, `X-Forwarded-Host` and `X-Forwarded-Proto` say which request it is; they are
-the proxy's own words, and it has to replace whatever an agent sends under these names. `/authz/fwd` finds the target by
-the host; `/authz/fwd/TARGET` is for a proxy whose configuration says which one it is. With `?body=whole` that says as
-well that the question's body is the request's, all of it (Traefik's `forwardBody`); else no body counts as seen. With
-`?body=whole&headers=whole` it promises too that the question has every header that goes on: else no person is asked.
+`X-Forwarded-Method`, `X-Forwarded-Uri`, `X-Forwarded-Host` and `X-Forwarded-Proto` describe the request. The proxy must
+replace whatever an agent sends under these names. `/authz/fwd` finds the target by the host. `/authz/fwd/TARGET` is for
+a proxy whose configuration names the target. `?body=whole` says that the body of the question is the whole body of the
+request (Traefik's `forwardBody`); otherwise no body counts as read. `?body=whole&headers=whole` also promises that the
+question has every header that is forwarded; otherwise no person is asked for approval.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from starlette.requests import Request
 from ringfence.gateway.contract import Attempt, PresentedIdentity
 from ringfence.gateway.proxies.authz import (
     LABEL,
-    handle_and_own,
-    only,
+    handle_and_header_names,
     shown_headers,
     shows_json,
+    single_header,
     whole_body,
 )
 
@@ -30,7 +30,7 @@ _ALL_SHOWN: Final = b"body=whole&headers=whole"
 
 
 async def read(request: Request) -> tuple[PresentedIdentity, Attempt] | None:
-    """What a question is about; None where something was left out or came twice."""
+    """The request that the question is about; None where it is incomplete or ambiguous."""
     rest = request.scope["path"].removeprefix(PREFIX)
     target_id = rest.removeprefix("/") or None
     query = request.scope.get("query_string") or b""
@@ -38,10 +38,10 @@ async def read(request: Request) -> tuple[PresentedIdentity, Attempt] | None:
         return None
     try:
         method, uri, host, proto = (
-            only(request, f"x-forwarded-{name}") for name in ("method", "uri", "host", "proto")
+            single_header(request, f"x-forwarded-{name}") for name in ("method", "uri", "host", "proto")
         )
-        (handle, own), proof = handle_and_own(request), only(request, "dpop")
-        label = only(request, LABEL)
+        (handle, own), proof = handle_and_header_names(request), single_header(request, "dpop")
+        label = single_header(request, LABEL)
         json = shows_json(request)
     except ValueError:
         return None

@@ -1,7 +1,7 @@
-"""Leases and orders to end them, as they come from Kafka; and this gateway's word on each order that it has followed.
+"""Applies lease records and revocations from Kafka to the lease table, and acknowledges each revocation (a cut).
 
-The word is given once nothing more can be forwarded under what the order covers: the table has it, and every request
-that is being decided looks there once more at its end.
+A revocation is acknowledged once nothing more can be forwarded under it: the table has it, and every decision in
+progress checks the table once more at its end.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from ringfence.model.records.directory import Directory
 log = logging.getLogger(__name__)
 
 _CATCH_UP_TIMEOUT_S = 5.0
-"""How long a record is waited for that an order rests on, and that may be on its way here."""
+"""How long to wait for a record that a revocation rests on, and that may not have arrived yet."""
 
 
 class LeaseFeed:
-    """Takes in `lease`."""
+    """Applies records of the topic `lease`."""
 
     def __init__(self, runtime: Runtime, table: LeaseTable) -> None:
         self._runtime = runtime
@@ -41,7 +41,7 @@ class LeaseFeed:
         self._epochs = Epochs(runtime.trust)
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in what came; what no issuer or revoker signed, and what is void, changes nothing."""
+        """Apply records. Those that no issuer or revoker signed, and void ones, change nothing."""
         for record in records:
             if not record.value or self._epochs.took(record):
                 continue
@@ -65,17 +65,21 @@ class LeaseFeed:
             if self._epochs.is_void(record, lease.epoch):
                 continue
             if lease.epoch is not None:
-                self._epochs.begin(record, lease.epoch)  # its marker may stand before where this reader began
-            self._table.take(lease)
+                self._epochs.begin(
+                    record, lease.epoch
+                )  # its marker may be older than the first record that was read
+            self._table.apply(lease)
 
 
 class RevocationApplier:
-    """Takes in `revocation.request`: follows each order whose signer may give it, and says so."""
+    """Applies each valid revocation of the topic `revocation.request`, and publishes a `RevocationAck` for it."""
 
     def __init__(
         self, runtime: Runtime, directory: Directory, table: LeaseTable, *, acknowledges: bool = True
     ) -> None:
-        """Without `acknowledges` it follows orders and never says so: how a gateway that hangs looks to others."""
+        """Without `acknowledges` it applies revocations but publishes nothing: so a gateway that hangs
+        looks to others.
+        """
         self._runtime = runtime
         self._directory = directory
         self._table = table
@@ -85,19 +89,19 @@ class RevocationApplier:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def set_lease_follower(self, leases: Follower) -> None:
-        """What brings the leases: an order about one that is not here yet waits for it."""
+        """The reader of leases: a revocation of a lease that is not here yet waits for it."""
         self._leases = leases
 
     def start_acknowledging(self) -> None:
-        """All orders that were given before this process began have been read: nobody waits for its word on those."""
+        """Acknowledge revocations from now on: all that were published before this process began have been read."""
         self._acknowledging = True
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in what came. Most orders are in force when this returns."""
+        """Apply revocations. Most are in force when this returns."""
         for record in records:
             revocation = self._verified(record)
             if revocation is None:
-                # Its signer, or its lease, may be on its way here. Until then nobody has this gateway's word.
+                # Its signer or its lease may not have arrived yet. It is acknowledged only after that.
                 self._run_in_background(self._apply_later(record, acknowledge=self._acknowledging))
             else:
                 self._apply(revocation, acknowledge=self._acknowledging)
@@ -106,7 +110,7 @@ class RevocationApplier:
         claims = revocation.claims
         if claims.selector is not None:
             self._table.fence(
-                selector_key_of(claims.selector), revocation.at.appended_at_ms, order_id=revocation.id
+                selector_key_of(claims.selector), revocation.at.appended_at_ms, revocation_id=revocation.id
             )
         elif claims.lease_id is not None:
             self._table.revoke(claims.lease_id, revocation.at.appended_at_ms)
@@ -151,7 +155,7 @@ class RevocationApplier:
                 REVOCATION_ACK, key.id, ack, key, traceparent=revocation.traceparent
             )
         except Exception:
-            # The order is followed. Where its word does not arrive, the grace stands for it.
+            # The revocation is applied. Without the acknowledgement the revoker waits for the grace period.
             log.exception("the word on order %s was not published", revocation.id)
 
     def _run_in_background(self, work: Coroutine[Any, Any, None]) -> None:

@@ -1,7 +1,7 @@
-"""The leases that this gateway may go by: a local table, fed by `lease` and `revocation.request`.
+"""The table of leases that this gateway may use, fed from the topics `lease` and `revocation.request`.
 
-It holds every lease that lives, of all agents, so that orders about any of them can be judged; only those that were
-delivered to gateways are looked up for requests. What ends one counts from the moment that it is told to this table.
+It holds all live leases of all agents, so that revocations of any of them can be verified. Only leases that were
+delivered to gateways are looked up for requests. A lease ends here the moment that this table learns of its end.
 """
 
 from __future__ import annotations
@@ -29,37 +29,39 @@ from ringfence.model.leases.lifecycle import (
 log = logging.getLogger(__name__)
 
 ENDED_KEPT_MS = 60_000
-"""So long a lease is known after its end: orders about it may still be on their way here."""
+"""How long a lease is kept after its end: revocations of it may still arrive."""
 SLACK_MS = 60_000
-"""So long after its deadline nothing of a lease can count any more, whatever the clocks."""
-ORDERS_KEPT_MS = 3 * 24 * 3600 * 1000
-"""A day to decide on a request, a day for the lease, and one to spare: older orders cover nothing that lives."""
+"""So long after its deadline a lease cannot count any more, whatever the clocks."""
+REVOCATIONS_KEPT_MS = 3 * 24 * 3600 * 1000
+"""A day to decide on a request, a day for the lease, and one to spare: older revocations cover no live lease."""
 LEASES_SINCE_MS = 25 * 3600 * 1000
-"""No lease lives for longer than a day, so none that does has its last record from before that."""
+"""No lease lives for longer than a day, so the last record of a live lease is not older."""
 
 OnEnded = Callable[[], None]
 
 
 @dataclass(slots=True)
 class _Entry:
-    """One lease: by its highest `seq`, as long as anything may still be asked of it."""
+    """A lease, by its record with the highest `seq`."""
 
     seq: int
     lease: Lease | None
     fences_seen: int = -1
-    """How many changes of the fences there had been when it was held against them,"""
+    """The number of fence changes at the last check against the fences."""
     fenced: bool = False
-    """and what came of it."""
+    """The result of that check."""
     kept_until_ms: int = 0
     """Without a lease: until then its `seq` is remembered."""
 
 
 class LeaseTable:
-    """See the module. Look-ups take the same time however many leases there are."""
+    """A local lease table with constant-time look-ups."""
 
     def __init__(self, clock: Clock, broker_ms: Callable[[], int] | None = None) -> None:
-        """`broker_ms`: the least that the broker's clock shows by now. Deadlines are kept by our own `clock`: where
-        that is known to be ahead, what is over by it alone is denied, and not said to have ended.
+        """`broker_ms`: the least that the broker's clock can show now.
+
+        Deadlines are judged by this gateway's own `clock`. Where that clock is known to be ahead, a lease that has
+        expired by it alone is denied, but not reported as ended.
         """
         self._clock = clock
         self._broker_ms = broker_ms or clock.now_ms
@@ -67,15 +69,15 @@ class LeaseTable:
         self._usable: dict[tuple[str, str], dict[str, dict[str, Lease]]] = {}
         """By agent and target: tasks, and their leases by id."""
         self._versions: dict[tuple[str, str], int] = {}
-        """By agent and target: a number that no other state of their leases has."""
+        """By agent and target: a number that changes with each of their leases."""
         self._due: list[tuple[int, str]] = []
-        """A heap of when to look at a lease again."""
+        """A heap of times (ms) at which to check leases."""
         self._revoked: dict[str, int] = {}
-        """Leases revoked one by one, and when their orders were appended."""
+        """Revoked leases, and when their revocations were appended (ms)."""
         self._fences: dict[str, int] = {}
-        """By mark: leases that were requested until then are cut."""
-        self._orders: dict[str, dict[str, int]] = {}
-        """By mark: the orders that the fence comes of, and when the first record of each was appended."""
+        """By selector key: leases that were requested until then (ms) are cut."""
+        self._revocations: dict[str, dict[str, int]] = {}
+        """By selector key: the revocations behind the fence, and when the first record of each was appended (ms)."""
         self._fence_changes = 0
         self._watchers: dict[str, dict[OnEnded, None]] = {}
         self._numbers = itertools.count()
@@ -87,10 +89,10 @@ class LeaseTable:
 
     # --- feeding ---
 
-    def take(self, lease: Lease) -> None:
-        """One verified record. Of each lease the highest `seq` counts, in whatever order they come.
+    def apply(self, lease: Lease) -> None:
+        """Apply one verified record. The highest `seq` of a lease counts, in whatever order records come.
 
-        A record that changes the terms of a known lease, or revives one that ended, is ignored whoever signed it.
+        A record that changes the terms of a known lease, or revives one that ended, is ignored, whoever signed it.
         """
         now_ms = self._clock.now_ms()
         if lease.deadline * 1000 + SLACK_MS <= now_ms:
@@ -121,25 +123,25 @@ class LeaseTable:
             heapq.heappush(self._due, (lease.deadline * 1000, lease.lease_id))
 
     def revoke(self, lease_id: str, appended_at_ms: int) -> None:
-        """One lease is cut."""
+        """Cut one lease."""
         self._revoked[lease_id] = appended_at_ms
         self._notify_end(lease_id)
 
-    def fence(self, selector_key: str, issued_before_ms: int, *, order_id: str) -> None:
-        """Every lease that bears the mark and was requested by then is cut.
+    def fence(self, selector_key: str, issued_before_ms: int, *, revocation_id: str) -> None:
+        """Cut every lease that matches the selector key and was requested by then (a fence).
 
-        Of one order the record that was appended first counts, in whatever order they come: sent again by somebody
-        else it covers what it covered.
+        Of one revocation the record that was appended first counts, in whatever order records come: sent again by
+        somebody else, it covers no more than before.
         """
-        orders = self._orders.setdefault(selector_key, {})
-        known_ms = orders.get(order_id)
+        revocations = self._revocations.setdefault(selector_key, {})
+        known_ms = revocations.get(revocation_id)
         if known_ms is not None and known_ms <= issued_before_ms:
             return
-        orders[order_id] = issued_before_ms
+        revocations[revocation_id] = issued_before_ms
         before_ms = (
             max(self._fences.get(selector_key, -1), issued_before_ms)
             if known_ms is None
-            else max(orders.values())
+            else max(revocations.values())
         )
         if self._fences.get(selector_key) == before_ms:
             return
@@ -152,19 +154,21 @@ class LeaseTable:
                 self._notify_end(lease_id)
 
     def sweep(self) -> None:
-        """What has passed its deadline ends; what nobody can ask for any more is forgotten. Call it often."""
+        """End leases that have passed their deadline, and forget what nobody can ask for any more. Call it often."""
         now_ms = self._clock.now_ms()
         while self._due and self._due[0][0] <= now_ms:
             _, lease_id = heapq.heappop(self._due)
             self._check_due(lease_id, now_ms)
         if now_ms - self._pruned_ms >= ENDED_KEPT_MS:
             self._pruned_ms = now_ms
-            oldest_ms = now_ms - ORDERS_KEPT_MS
+            oldest_ms = now_ms - REVOCATIONS_KEPT_MS
             self._fence_changes += 1
-            for selector_key, orders in list(self._orders.items()):
-                self._orders[selector_key] = {id: at_ms for id, at_ms in orders.items() if at_ms >= oldest_ms}
-                if not self._orders[selector_key]:
-                    del self._orders[selector_key]
+            for selector_key, revocations in list(self._revocations.items()):
+                self._revocations[selector_key] = {
+                    id: at_ms for id, at_ms in revocations.items() if at_ms >= oldest_ms
+                }
+                if not self._revocations[selector_key]:
+                    del self._revocations[selector_key]
             for some in (self._revoked, self._fences):
                 for key in [key for key, at_ms in some.items() if at_ms < oldest_ms]:
                     del some[key]
@@ -182,7 +186,7 @@ class LeaseTable:
             self._notify_end(lease_id)
         if is_over(known.lease) or deadline_ms + ENDED_KEPT_MS <= now_ms:
             self._drop(known.lease)
-            # Its `seq` stays: an older record that comes late must not revive it.
+            # Its `seq` stays, so that a late older record does not revive it.
             known.lease, known.kept_until_ms = None, deadline_ms + SLACK_MS
             heapq.heappush(self._due, (known.kept_until_ms, lease_id))
         else:
@@ -202,18 +206,18 @@ class LeaseTable:
     # --- asking ---
 
     def get(self, lease_id: str) -> Lease | None:
-        """A lease as it is known last, in whatever state; None where there is none, or it ended a while ago."""
+        """The lease in its last known state; None where there is none, or it ended a while ago."""
         known = self._known.get(lease_id)
         return known.lease if known is not None else None
 
     def usable(self, agent_id: str, task_id: str | None, target_id: str) -> list[Lease]:
-        """The leases that requests of an agent at a target may go by now: of one task, or of all where None."""
+        """The leases that requests of an agent at a target may use now: of one task, or of all tasks where None."""
         tasks = self._usable.get((agent_id, target_id), {})
         some = [tasks.get(task_id, {})] if task_id is not None else list(tasks.values())
         return [lease for leases in some for lease in leases.values() if self.problem(lease) is None]
 
     def version(self, key: tuple[str, str]) -> int:
-        """Another one from each lease on that an agent gets at a target (their ids); -1 where it has none."""
+        """A number that changes with each lease of an agent at a target (`key`: their ids); -1 where it has none."""
         return self._versions.get(key, -1)
 
     def tasks(self) -> set[str]:
@@ -221,16 +225,16 @@ class LeaseTable:
         return {task_id for tasks in self._usable.values() for task_id in tasks}
 
     def problem(self, lease: Lease) -> Reason | None:
-        """Why a lease may be used no more, or None."""
+        """Why a lease can no longer be used, or None."""
         against = self._problem_code(lease.lease_id, self._clock.now_ms())
         return _reason(*against, lease) if against is not None else None
 
     def is_live(self, lease_id: str, now_ms: int) -> bool:
-        """Whether `problem` would find none at this moment of this gateway's own clock."""
+        """Whether `problem` would return None at this time of the gateway's own clock."""
         return self._problem_code(lease_id, now_ms) is None
 
     def _problem_code(self, lease_id: str, now_ms: int) -> tuple[str, str] | None:
-        """Code and words of what stands against it."""
+        """Code and message of the reason why a lease cannot be used."""
         known = self._known.get(lease_id)
         if known is None or known.lease is None or known.lease.status != "active":
             return "lease_ended", "has ended"
@@ -257,11 +261,13 @@ class LeaseTable:
     # --- telling ---
 
     def on_lease_end(self, listener: Callable[[str], None]) -> None:
-        """Call `listener` with the id of each lease that ended here, perhaps more than once."""
+        """Call `listener` with the id of each lease that ends here, perhaps more than once."""
         self._listeners.append(listener)
 
     def watch(self, lease_id: str, on_ended: OnEnded) -> Callable[[], None]:
-        """Call `on_ended` once when the lease may be used no more; at once where that is so. Returns the way back."""
+        """Call `on_ended` once when the lease can no longer be used; at once if that is so. Returns what
+        unsubscribes.
+        """
         lease = self.get(lease_id)
         if lease is None or self.problem(lease) is not None:
             on_ended()
@@ -270,14 +276,14 @@ class LeaseTable:
         return lambda: self.unwatch(lease_id, on_ended)
 
     def watch_live(self, lease_id: str, on_ended: OnEnded) -> None:
-        """The same for a lease of which the caller knows that it may be used at this moment; see `unwatch`."""
+        """The same for a lease that the caller knows to be usable at this moment; see `unwatch`."""
         watching = self._watchers.get(lease_id)
         if watching is None:
             watching = self._watchers[lease_id] = {}
         watching[on_ended] = None
 
     def unwatch(self, lease_id: str, on_ended: OnEnded) -> None:
-        """Call `on_ended` no more."""
+        """Stop calling `on_ended`."""
         watching = self._watchers.get(lease_id)
         if watching is not None:
             watching.pop(on_ended, None)
@@ -285,7 +291,7 @@ class LeaseTable:
                 del self._watchers[lease_id]
 
     def end_all_watched(self) -> None:
-        """Whoever watches a lease is told that it may be used no more: nobody knows whether it may."""
+        """Tell all watchers that their lease can no longer be used, since the view is stale."""
         for lease_id in list(self._watchers):
             self._notify_watchers(lease_id)
 

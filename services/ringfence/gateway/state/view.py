@@ -1,4 +1,7 @@
-"""How fresh this gateway's view is: held against what registry and revokers sign once a second. An old one denies."""
+"""The gateway's view of records, leases and revocations, and its freshness. A stale view denies everything.
+
+Freshness is checked against what registry and revokers sign once a second (`heartbeat`).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from aiokafka.errors import KafkaError
 
 from ringfence.gateway.domain import stale_view
 from ringfence.gateway.state.cuts import LeaseFeed, RevocationApplier
-from ringfence.gateway.state.leases import LEASES_SINCE_MS, ORDERS_KEPT_MS, LeaseTable
+from ringfence.gateway.state.leases import LEASES_SINCE_MS, REVOCATIONS_KEPT_MS, LeaseTable
 from ringfence.kernel.base.clock import RemoteClock, suspend_aware_ms
 from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
 from ringfence.kernel.base.errors import RingfenceError
@@ -32,14 +35,14 @@ BEAT_EVERY_S = 1.0
 _CHECK_EVERY_S = 0.1
 _OVERDUE_MS = 250
 _COMPARE_EVERY = 2
-"""Every second look: comparing takes a question to each follower."""
+"""Comparing asks each follower for its positions, so only every second check does it."""
 
 
 class View:
-    """Everything that decisions rest on: the records, the leases, the orders. Fed from Kafka once `runtime` runs."""
+    """Everything that decisions rest on: records, leases, revocations. Fed from Kafka once `runtime` runs."""
 
     def __init__(self, runtime: Runtime, *, acknowledges: bool = True) -> None:
-        """Registers what feeds it with `runtime`. `acknowledges`: see `RevocationApplier`."""
+        """Register all readers with `runtime`. `acknowledges`: see `RevocationApplier`."""
         self._runtime = runtime
         grace_ms = int(runtime.settings.grace_s * 1000)
         self.directory = Directory(
@@ -56,14 +59,14 @@ class View:
         now_ms = runtime.clock.now_ms()
 
         self._fresh_at_ms = 0
-        """At this moment it was not stale; nothing came since."""
+        """When it was last found not to be stale, if nothing has arrived since."""
 
         def on_leases(records: Sequence[Received]) -> None:
             self._fresh_at_ms = 0
             self._streams.on_records(records)
             take_leases(records)
 
-        def on_orders(records: Sequence[Received]) -> None:
+        def on_revocations(records: Sequence[Received]) -> None:
             self._fresh_at_ms = 0
             self._streams.on_records(records)
             self._revocations.on_records(records)
@@ -75,35 +78,36 @@ class View:
         runtime.table(TABLES, on_tables)
         runtime.table([HEARTBEAT], self._on_heartbeats)
         leases = runtime.history([LEASE], on_leases, since_ms=max(now_ms - LEASES_SINCE_MS, 1))
-        runtime.history([REVOCATION_REQUEST], on_orders, since_ms=max(now_ms - ORDERS_KEPT_MS, 1))
+        runtime.history([REVOCATION_REQUEST], on_revocations, since_ms=max(now_ms - REVOCATIONS_KEPT_MS, 1))
         self._revocations.set_lease_follower(leases)
         self._lease_follower: Follower = leases
-        """Of the orders too."""
+        """It reads revocations too."""
         runtime.background("view", self._check_periodically)
         runtime.background("heartbeat", self._send_heartbeats)
         runtime.denies_when(self.stale)
 
     def stale(self) -> str | None:
-        """Why nothing may be decided by this view, or None: it is too old, or a revoker has halted. Asked for each
-        request, several times in a millisecond.
+        """Why nothing may be decided by this view, or None: it is too old, or a revoker has halted.
+
+        It is called for each request, several times in a millisecond.
         """
         now_ms = self._runtime.clock.now_ms()
         if now_ms == self._fresh_at_ms:
             return None
         halted = self._halts.denial()
-        # While it reads nothing, ends come to it by its own clock alone.
+        # `clock_behind`: while nothing arrives, leases expire only by this gateway's own clock.
         stale = halted.message if halted else self._stale_reason()
         self._fresh_at_ms = now_ms if stale is None else 0
         return stale
 
     def denial(self) -> Reason | None:
-        """`stale`, as it is told to who is denied something."""
+        """`stale` as the reason of a denial."""
         if (stale := self.stale()) is None:
             return None
         return self._halts.denial() or stale_view(stale)
 
     def view_problem(self) -> Reason | None:
-        """Why it is not known whether a lease has ended that may be used no more here, or None."""
+        """Why it is unknown whether a lease that cannot be used here has ended, or None."""
         if (denial := self.denial()) is not None:
             return denial
         ahead_ms = self._runtime.clock.now_ms() - self._broker_clock.now_ms()
@@ -115,7 +119,7 @@ class View:
         return self.directory.stale() or self._check.stale() or self._runtime.clock_behind()
 
     def view_expired(self) -> bool:
-        """Whether looking at it is overdue, as this process stood still, and it is too old by now."""
+        """Whether the process was suspended: the periodic check is overdue, and the view has become stale."""
         return suspend_aware_ms() - self._looked_ms > _OVERDUE_MS and self.stale() is not None
 
     def _on_heartbeats(self, records: Sequence[Received]) -> None:
@@ -127,7 +131,9 @@ class View:
         self._halts.on_heartbeats(records)
 
     async def _check_periodically(self) -> None:
-        """Compare, sweep, and tell those that watch a lease where the view has got too old; for ever."""
+        """Check freshness and sweep the lease table, forever. Notify the watchers of leases when the view
+        gets stale.
+        """
         self._check.begin(await self._lease_follower.positions(CONFIRMED))
         turn = 0
         while True:
@@ -143,7 +149,7 @@ class View:
             await asyncio.sleep(_CHECK_EVERY_S)
 
     async def _send_heartbeats(self) -> None:
-        """Say that it is alive, for ever: cuts wait for its word."""
+        """Send signed heartbeats, forever: cuts wait for acknowledgements of live gateways only."""
         self._revocations.start_acknowledging()
         while True:
             try:

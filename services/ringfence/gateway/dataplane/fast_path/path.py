@@ -1,8 +1,9 @@
-"""The short way of a request: decided, sent on and answered within the calls of the loop, without a coroutine.
+"""The data plane's fast path: repeated requests are served in callbacks of the event loop, without a coroutine.
 
-It takes what comes whole, is allowed by what is at hand, goes to a target of which a connection idles, and is answered
-whole. Everything else is left to the coroutine of the connection from its first byte, or handed over to it where it is
-under way: what is refused, waited for, streamed or went wrong is told there alone.
+It is the entry point of this folder, and its only module that others import. It serves a request that arrives whole, is
+allowed by a cached decision, goes to a target with an idle connection, and gets its response whole. Everything else is
+left to the coroutine of the connection (the slow path) from its first byte, or handed over to it in progress. Refusals,
+waits, streams and errors exist only there. `FastPaths(enabled=False)` leaves everything to the slow path.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ringfence.gateway.dataplane.fast_path.plans import (
     route_key,
 )
 from ringfence.gateway.dataplane.http1_body import Body
-from ringfence.gateway.dataplane.http1_head import END, MAX_HEAD_BYTES, RequestHead, parse_request
+from ringfence.gateway.dataplane.http1_head import END_OF_HEAD, MAX_HEAD_BYTES, RequestHead, parse_request
 from ringfence.gateway.dataplane.limits import RequestSlot
 from ringfence.gateway.dataplane.request_reader import ListenerContext, read_request
 from ringfence.gateway.dataplane.secret_redaction import redact
@@ -35,25 +36,25 @@ from ringfence.kernel.base.errors import UnavailableError
 log = logging.getLogger(__name__)
 
 _PLAIN_OPTIONS: Final = frozenset({b"keep-alive"})
-"""What `Connection` may name."""
+"""Options of `Connection` that are served here."""
 _NO_HEADERS: Final[Mapping[str, str]] = {}
 
 
 class FastPaths:
-    """The fast paths of one data plane: its connections share what was read of requests before."""
+    """The fast paths of one data plane. Its connections share the cache of request plans."""
 
     def __init__(self, context: DataPlaneContext, *, enabled: bool) -> None:
-        """`enabled`: whether there is one; otherwise each request is left to the coroutine of its connection."""
+        """`enabled`: whether there is a fast path; otherwise every request takes the slow path."""
         self._context = context
         self._plans = PlanCache() if enabled else None
 
     def of_connection(self, client: Stream, listener: ListenerContext, slot: RequestSlot) -> FastPath:
-        """That of a new connection. `slot`: the connection's own, which counts its requests on both paths."""
+        """The fast path of a new connection. `slot`: the connection's own, which counts its requests on both paths."""
         return FastPath(client, listener, self._context, slot, self._plans)
 
 
 class FastPath:
-    """That of one connection."""
+    """The fast path of one connection."""
 
     __slots__ = (
         "_action_id",
@@ -87,46 +88,46 @@ class FastPath:
     ) -> None:
         """See `FastPaths`. Without `plans` it takes no request."""
         self.count = 0
-        """How many requests it took."""
+        """The number of requests that it took."""
         self.needs_slow_path = False
-        """Whether one is under way that the coroutine has to go on with."""
+        """Whether the coroutine must continue with the request in progress."""
         self.lease_ended = False
-        """Whether the lease of what is under way has ended."""
+        """Whether the lease of the request in progress has ended."""
         self._client = client
         self._shared = shared
         self._slot = slot
         self._plans = plans
         self._plan: RequestPlan | None = None
-        """Of what is under way,"""
+        """The plan of the request in progress."""
         self._received = b""
-        """which came so,"""
+        """The request in progress, as it was received."""
         self._action_id = ""
         self._injects: Mapping[str, str] = _NO_HEADERS
         self._needles: tuple[bytes, ...] = ()
-        """What its answer is searched for,"""
+        """What is redacted in the response."""
         self._upstream: Stream | None = None
-        """and where it was sent."""
-        # Made once: they are handed out with each request.
+        """The connection that it was sent on."""
+        # Bound methods are created once, as each request uses them.
         self._recorded_callback, self._lease_end_callback = self._on_recorded, self._on_lease_end
         self._response_callback, self._disconnect_callback = self._on_response, self._hand_over
         self.set_route(listener)
 
     def set_route(self, listener: ListenerContext) -> None:
-        """From here on requests come this way."""
+        """Note how requests arrive from now on: CONNECT changes that."""
         self._listener = listener
         self._key = route_key(listener)
 
     def open(self) -> None:
-        """The connection waits for a request: take it where that can be done."""
+        """Take the next request of the connection, if it can be served here."""
         if self._plans is not None:
             self._client.data_handler = self._on_data
 
     def close(self) -> None:
-        """What comes is the coroutine's."""
+        """Leave received data to the coroutine."""
         self._client.data_handler = None
 
     def handed_over(self) -> tuple[ForwardedRequest, Exchange | None]:
-        """What was handed over: a decided request, and its exchange where it was sent. Its turn is not over yet."""
+        """The decided request that is handed over, and its exchange if it was sent. Its slot is still in use."""
         plan, upstream, injects = self._plan, self._upstream, self._injects
         assert plan is not None, "something was handed over"
         body = self._received[-plan.length :] if plan.length else None
@@ -139,7 +140,7 @@ class FastPath:
         return request, exchange
 
     def abandon(self) -> None:
-        """The connection is over, and whatever is under way."""
+        """Drop the request in progress: the connection is over."""
         self.close()
         if self._plan is not None:
             upstream = self._upstream
@@ -150,16 +151,16 @@ class FastPath:
         self._slot.end()
 
     def _forget(self, plan: RequestPlan) -> None:
-        """Nothing is under way here any more."""
+        """No request is in progress any more."""
         self._shared.gate.unwatch(plan.cached_allowance.lease.lease_id, self._lease_end_callback)
         self._plan = self._upstream = None
 
     # --- a request ----------------------------------------------------------------------------------------------------
 
     def _on_data(self, data: bytes) -> bool:
-        """See `Stream.taker`."""
+        """See `Stream.data_handler`."""
         client = self._client
-        if self._plan is not None:  # one at a time: what comes meanwhile stays where it is
+        if self._plan is not None:  # one request at a time: the next one waits in the buffer
             client.buffer_data(data)
             return True
         if client.buffer or client.blocked or not client.alive:
@@ -173,13 +174,13 @@ class FastPath:
     def _try(self, data: bytes) -> bool:
         shared, slot, plans = self._shared, self._slot, self._plans
         assert plans is not None, "the fast path is enabled"
-        end = data.find(END, 0, MAX_HEAD_BYTES)
+        end = data.find(END_OF_HEAD, 0, MAX_HEAD_BYTES)
         if end < 0:
             return False
-        key = self._key + data[: end + len(END)]
+        key = self._key + data[: end + len(END_OF_HEAD)]
         kept = plans.get(key)
         plan = kept if kept is not None else self._make_plan(data, end, key, plans)
-        if plan is None or len(data) != end + len(END) + plan.length:
+        if plan is None or len(data) != end + len(END_OF_HEAD) + plan.length:
             return False
         try:
             slot.begin()
@@ -204,19 +205,19 @@ class FastPath:
         return True
 
     def _make_plan(self, data: bytes, end: int, key: bytes, plans: PlanCache) -> RequestPlan | None:
-        """How a request goes on that was not here before, or of which something changed; None where it is not plain."""
+        """The plan for a new or changed request; None where it needs the slow path."""
         shared = self._shared
         shows_proof = b"DPoP:" in data
-        if self._listener.shows_nobody and shows_proof:
-            return None  # a proof is waited for: it is read there, and not here too
+        if self._listener.is_unauthenticated and shows_proof:
+            return None  # verifying a proof needs an await
         try:
             request = parse_request(data[: end + 2])
-            if not _is_plain(request) or len(data) != end + len(END) + (request.length or 0):
+            if not _is_plain(request) or len(data) != end + len(END_OF_HEAD) + (request.length or 0):
                 return None
             presented, attempt = read_request(request, self._listener, shared.is_target_host)
             seen = request.length is not None and request.length > 0 and shared.gate.reads_body(attempt)
             if seen:
-                attempt = dataclasses.replace(attempt, body=data[end + len(END) :])
+                attempt = dataclasses.replace(attempt, body=data[end + len(END_OF_HEAD) :])
             cached = shared.gate.cached_allowance(presented, attempt)
             if cached is None:
                 return None
@@ -228,7 +229,7 @@ class FastPath:
         return plan
 
     def _on_recorded(self, kept: bool) -> None:
-        """Its event is on disk, or cannot be: send it, or leave it to the coroutine."""
+        """Send the request if its event was written, otherwise decide it anew on the slow path."""
         plan = self._plan
         if plan is None:
             return  # the connection is over
@@ -242,9 +243,8 @@ class FastPath:
 
     def _send(self, plan: RequestPlan) -> None:
         shared = self._shared
-        if (
-            self.lease_ended or shared.gate.view_expired()
-        ):  # this process may have stood still since it was decided
+        # This process may have been suspended since the decision.
+        if self.lease_ended or shared.gate.view_expired():
             self._on_lease_end()
             return
         upstream = shared.upstreams.acquire_idle(plan.origin)
@@ -258,7 +258,7 @@ class FastPath:
         upstream.write(head + self._received[-plan.length :] if plan.length else head)
 
     def _retry_on_slow_path(self, plan: RequestPlan) -> None:
-        """Nothing of it goes on: it is decided anew by the coroutine, which says what is wrong."""
+        """Let the coroutine decide the request anew, and report what is wrong. Nothing of it was sent."""
         client = self._client
         self._forget(plan)
         self.needs_slow_path = self.lease_ended = False
@@ -268,7 +268,7 @@ class FastPath:
         client.wake()
 
     def _on_lease_end(self) -> None:
-        """Nothing goes on under its lease any more, in neither direction."""
+        """Stop the request in both directions."""
         if self._plan is None:
             return
         self.lease_ended = True
@@ -281,23 +281,23 @@ class FastPath:
     # --- its answer ---------------------------------------------------------------------------------------------------
 
     def _on_response(self, data: bytes) -> bool:
-        """See `Stream.taker`: something came of the answer, or did not in time."""
+        """See `Stream.data_handler`: data of the response arrived, or its deadline has passed."""
         plan, upstream = self._plan, self._upstream
         if plan is None or upstream is None:
             return False
-        end = data.find(END, 0, MAX_HEAD_BYTES)
+        end = data.find(END_OF_HEAD, 0, MAX_HEAD_BYTES)
         response = response_plan(data[: end + 2], plan.request.method) if end >= 0 else None
         if (
             response is None
             or not response.plain
-            or len(data) != end + len(END) + response.length
+            or len(data) != end + len(END_OF_HEAD) + response.length
             or upstream.buffer
             or self._shared.gate.view_expired()
         ):
             self._hand_over()
             return not data
         client, shared = self._client, self._shared
-        client.write_at_end_of_turn(redact(response.head + data[end + len(END) :], self._needles))
+        client.write_at_end_of_turn(redact(response.head + data[end + len(END_OF_HEAD) :], self._needles))
         self._forget(plan)
         if response.reusable and not plan.no_reuse:
             shared.upstreams.release(plan.origin, upstream)
@@ -323,11 +323,11 @@ class FastPath:
 
 
 def _is_plain(request: RequestHead) -> bool:
-    """Whether it has nothing out of the ordinary."""
+    """Whether the request needs nothing that only the slow path does."""
     return (
         request.minor == 1
         and not request.chunked
-        and request.named <= _PLAIN_OPTIONS
-        and b"expect" not in request.known
+        and request.connection_options <= _PLAIN_OPTIONS
+        and b"expect" not in request.values
         and request.method != "CONNECT"
     )

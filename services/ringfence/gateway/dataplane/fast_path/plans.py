@@ -1,7 +1,7 @@
-"""What a data plane knows of a request that came before: how it is sent on, and the answers that targets begin with.
+"""Caches of parsed heads: how a repeated request is forwarded, and how the head of a repeated response is.
 
-A plan is found by the way and by every byte of the head, so whatever is read from a head is read once. Nothing is
-allowed by having one: its `CachedAllowance` is asked each time.
+A request plan is found by the route and by every byte of the head, so each head is parsed once. A plan allows nothing:
+its `CachedAllowance` is asked for each request.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ringfence.gateway.hosts import Origin
 
 MAX_PLANS: Final = 4096
 MAX_CACHED_BYTES: Final = 2048
-"""Longer heads are seldom the same again, and would fill the memory."""
+"""Longer heads are not cached: they are seldom repeated, and would fill the memory."""
 
 
 class RequestPlan:
-    """How one request is sent on."""
+    """How one request is forwarded."""
 
     __slots__ = (
         "_head",
@@ -49,15 +49,15 @@ class RequestPlan:
         self.cached_allowance = cached
         self.origin = origin
         self.length = request.length or 0
-        """Of its body."""
+        """The length of the body."""
         self.no_reuse = request.method in BODYLESS_METHODS and self.length > 0
-        """Whether its connection to the target is not used again."""
+        """Whether its upstream connection must not be reused."""
         self._needles: tuple[bytes, ...] = ()
         self._injects: Mapping[str, str] | None = None
         self._head = b""
 
     def head(self, injected: Mapping[str, str]) -> tuple[bytes, tuple[bytes, ...]]:
-        """The head that goes to the target, with what is injected now, and what is searched for in its answer."""
+        """The head for the target with the injected headers, and what to redact in the response."""
         if injected is not self._injects:
             if self._injects is None or injected != self._injects:
                 self._needles = needles_of(tuple(injected.values()))
@@ -74,7 +74,7 @@ class RequestPlan:
 
 
 class PlanCache:
-    """The latest ones of a data plane."""
+    """The latest plans of a data plane."""
 
     __slots__ = ("_limit", "_plans")
 
@@ -86,49 +86,49 @@ class PlanCache:
         return len(self._plans)
 
     def get(self, key: bytes) -> RequestPlan | None:
-        """What was kept under this key."""
+        """The plan with this key."""
         return self._plans.get(key)
 
     def put(self, key: bytes, plan: RequestPlan) -> None:
-        """Keep it, in place of what was there. `key`: the way (`route_key`) and the head."""
+        """Cache a plan. `key`: the route (`route_key`) and the head."""
         self._plans[key] = plan
         if len(self._plans) > self._limit:
             self._plans.popitem(last=False)
 
 
 def route_key(listener: ListenerContext) -> bytes:
-    """Everything about how a request came that what is read from it depends on: no other way has the same."""
-    names = sorted(listener.names) if listener.names is not None else None
+    """Everything about a connection that the parsing of its requests depends on, as an unambiguous key."""
+    names = sorted(listener.own_authorities) if listener.own_authorities is not None else None
     shown = (
         listener.scheme,
         names,
         listener.task_id,
         listener.certificate,
         listener.address,
-        listener.inside,
+        listener.connect_authority,
         listener.handle,
     )
     return repr(shown).encode() + b"\n"
 
 
 class ResponsePlan:
-    """The head of an answer that can be sent on as soon as all of it is there."""
+    """How a response head is forwarded, if the whole response has arrived."""
 
     __slots__ = ("head", "length", "plain", "reusable")
 
     def __init__(self, head: bytes, length: int, *, plain: bool, reusable: bool) -> None:
         self.head = head
-        """As it goes to the agent."""
+        """The head for the agent."""
         self.length = length
-        """Of the body."""
+        """The length of the body."""
         self.plain = plain
-        """Whether there is nothing in it, or it is not compressed."""
+        """Whether the body is empty or uncompressed."""
         self.reusable = reusable
-        """Whether the target's connection can be used again."""
+        """Whether the upstream connection can be reused."""
 
 
 def response_plan(head: bytes, method: str) -> ResponsePlan | None:
-    """That of the answer to a request of this method; None where somebody has to look at it."""
+    """The plan for a response to a request of this method; None where it needs the slow path."""
     return (
         _cached_response_plan(head, method)
         if len(head) <= MAX_CACHED_BYTES
@@ -150,9 +150,9 @@ def _make_response_plan(head: bytes, method: str) -> ResponsePlan | None:
         response_head(response, chunked=False, close=False),
         length,
         plain=length == 0 or not is_compressed(response),
-        reusable=response.minor == 1 and b"close" not in response.named,
+        reusable=response.minor == 1 and b"close" not in response.connection_options,
     )
 
 
 _cached_response_plan = functools.lru_cache(maxsize=512)(_make_response_plan)
-"""A target begins with the same within a second, where what it answers is as long."""
+"""Cached, since a target sends the same head within a second if the length is the same."""

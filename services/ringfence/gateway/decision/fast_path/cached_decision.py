@@ -1,8 +1,8 @@
-"""A cached decision: what the very same request leads to each time, and what is checked each time before it is allowed.
+"""A cached decision on a repeated request, and the checks that are repeated for each request.
 
-Decided once, for as long as `cache.CacheValidity` holds: who sends the request, which target it is for, what it does
-there, which lease allows it, and what its event says. Checked for each request, as it may change at any moment: the
-lease, the bundle's answer, the secret, how fresh the view is, and the limits of the agent.
+Cached, for as long as `cache.CacheValidity` holds: sender, target, action, the lease that allows it, and the event.
+Checked for each request, as it may change at any moment: the lease, the bundle's answer, the secret, how fresh the view
+is, and the limits of the agent.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ringfence.model.http_targets.request_map import Action
 
 
 class FastPathDependencies:
-    """What can be asked without waiting; one for all standings of a gate."""
+    """What a check may use without an await. One for all cached decisions of a gate."""
 
     __slots__ = ("clock", "evaluator", "gateway", "ids", "injector", "recorder", "task_history", "view")
 
@@ -57,7 +57,7 @@ class FastPathDependencies:
 
 
 class CachedDecision:
-    """See `attempts.Standing`."""
+    """The `CachedAllowance` of this gateway. See the protocol for the contract of each method."""
 
     __slots__ = (
         "_action",
@@ -82,7 +82,7 @@ class CachedDecision:
         attempt: Attempt,
         validity: CacheValidity,
     ) -> None:
-        """What `validity` holds for was found just now."""
+        """`validity`: taken when the decision was made, just now."""
         access = access_of(attempt.method)
         self.lease: Lease = chosen.lease
         self.target: TargetState = target
@@ -92,14 +92,13 @@ class CachedDecision:
         self._validity = validity
         self._key = cache_key(chosen, action, reads=access == "read")
         self._answer = NO_ANSWER
-        """The bundle's, as long as it holds."""
+        """The bundle's answer. It is renewed where it is no longer valid."""
         self._events = AllowedEvents(at_hand.gateway, sender.agent_id, self.lease, action, access, attempt)
         self._count = decision_counter("allowed", access)
 
     def is_valid(self) -> bool:
-        """See `attempts.Standing`."""
         now_ms = self._at_hand.clock.now_ms()
-        # Another lease may do where this one does not any more.
+        # Another lease may allow the action where this one no longer does.
         return self._validity.is_valid(now_ms / 1000) and self._at_hand.view.table.is_live(
             self.lease.lease_id, now_ms
         )
@@ -107,7 +106,6 @@ class CachedDecision:
     def allow(
         self, rate_check: RateCheck, on_recorded: Callable[[bool], None]
     ) -> tuple[str, Mapping[str, str]] | None:
-        """See `attempts.Standing`."""
         at_hand, began_ns = self._at_hand, time.perf_counter_ns()
         now_ms = at_hand.clock.now_ms()
         try:
@@ -116,7 +114,7 @@ class CachedDecision:
             return None
         if injects is None or rate_check(self._sender.agent_id) is not None:
             return None
-        id, took_ns = at_hand.ids.fresh(), time.perf_counter_ns() - began_ns
+        id, took_ns = at_hand.ids.new(), time.perf_counter_ns() - began_ns
         at_hand.recorder.append_at_end_of_turn(self._events.entry(id, took_ns // 1000, now_ms), on_recorded)
         self._count.tally()
         metrics.DECISION_TIME.tally(took_ns / 1e9)
@@ -126,14 +124,15 @@ class CachedDecision:
         return id, injects
 
     def verdict(self, action_id: str, injected: Mapping[str, str]) -> Verdict:
-        """See `attempts.Standing`."""
         return Verdict(
             action_id, allowed=True, status=200, lease=self.lease, target=self.target, action=self._action,
             task_id=self.lease.task_id, injected=injected,
         )  # fmt: skip
 
     def _injects(self, now_ms: int) -> Mapping[str, str] | None:
-        """What is injected where it is allowed now; else None. Raises what stands against it."""
+        """The headers to inject if the request is allowed now; otherwise None. Raises an error if there is no
+        credential.
+        """
         at_hand, lease = self._at_hand, self.lease
         if not self._validity.is_valid(now_ms / 1000):
             return None
@@ -142,7 +141,7 @@ class CachedDecision:
             if not at_hand.evaluator.is_valid(self._answer, now_ms):
                 return None
         injects = at_hand.injector.cached_headers(lease, self.target)
-        # Last, as in `decide`; nothing was waited for, so nothing changed meanwhile.
+        # Last, as in `decide`. There was no await, so nothing has changed since.
         if not at_hand.view.table.is_live(lease.lease_id, now_ms) or at_hand.view.stale() is not None:
             return None
         return injects

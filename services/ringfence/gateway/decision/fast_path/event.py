@@ -1,6 +1,6 @@
-"""The event of what is simply allowed, which is most: written once for a kind of action, with places for what differs.
+"""A template for the events of allowed actions, which are most: formatted once, with places for what differs.
 
-It is the JSON of an `ActionDecided`, without a model in between.
+The result is the JSON of an `ActionDecided`, without a model in between.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ringfence.messages.lease import Lease
 from ringfence.model.http_targets.request_map import Action
 
 _ID: Final = "00000000-0000-4000-8000-000000000000"
-"""Stands where the id of an action comes."""
+"""A placeholder for the action id."""
 
 
 class AllowedEvents:
-    """The events of one sender that does one thing by one lease."""
+    """The events of one sender that does one action by one lease."""
 
     __slots__ = ("_template",)
 
@@ -56,7 +56,7 @@ class AllowedEvents:
         ))  # fmt: skip
 
     def entry(self, id: str, took_us: int, at_ms: int) -> bytes:
-        """One of them, as an entry of the spool. `id`: a UUID."""
+        """One event, as an entry of the spool. `id`: a UUID."""
         raw = id.encode()
         return self._template % (raw, raw, took_us, at_ms)
 

@@ -1,12 +1,12 @@
 """The decision's fast path: its entry point, and the only module of this folder that others import.
 
-It caches what a repeated request leads to, so that the gate need not decide every step anew:
+It caches the results of repeated requests, so that the gate does not repeat every step:
 
-- `cached_decision`: the decision on the very same request, without an await (`Gate.standing`);
+- `cached_decision`: the decision on the very same request, without an await (`Gate.cached_allowance`);
 - `authorize`: the lease that allows an action, for requests that differ in other ways;
 - `allowed_entry`: the event of an allowed action, formatted from a template.
 
-The gate is right without it: `DecisionGate(fast_path=False)` makes none.
+It only saves time: `DecisionGate(fast_path=False)` decides the same without it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class DecisionFastPath:
         )
 
     def authorize(self, sender: Sender, target: TargetState, action: Action) -> ChosenLease | Refusal:
-        """What `authorize` of the constructor returns, from the cache where that still holds."""
+        """The result of the constructor's `authorize`, cached."""
         cached = self._chosen_leases.get(sender, target, action, self._clock.now_ms() / 1000)
         if cached is not None:
             return cached
@@ -83,7 +83,7 @@ class DecisionFastPath:
         return found
 
     def cached_decision(self, presented: PresentedIdentity, attempt: Attempt) -> CachedDecision | None:
-        """See `Gate.standing`. Takes the steps of `DecisionGate.decide` that need no await.
+        """See `Gate.cached_allowance`. Takes the steps of `DecisionGate.decide` that need no await.
 
         None where a step needs one, or refuses: that is left to `decide`.
         """
@@ -124,7 +124,7 @@ class DecisionFastPath:
         took_us: int,
         at_ms: int,
     ) -> bytes:
-        """The spool entry of an allowed action that nobody was asked about."""
+        """The spool entry for an action that was allowed without a question."""
         return AllowedEvents(self._gateway, agent_id, lease, action, access, attempt).entry(
             action_id, took_us, at_ms
         )
