@@ -13,12 +13,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ringfence.audit.events.break_glass import uses
-from ringfence.audit.index.action_counts import counted, unknown_destinations
-from ringfence.audit.index.coverage import behind, count_actions, count_leases, went_through
-from ringfence.audit.index.filters import WrongQueryError, limit_of, number_of, wanted_of
-from ringfence.audit.index.store import STORY_KINDS, Actions, EventIndex, Viewer
-from ringfence.audit.index.trace import tree
+from ringfence.audit.events.break_glass import collect_uses
+from ringfence.audit.index.action_counts import action_groups, unknown_destinations
+from ringfence.audit.index.coverage import count_actions, count_leases, load_basis, went_through
+from ringfence.audit.index.filters import WrongQueryError, filter_of, limit_of, number_of
+from ringfence.audit.index.store import TRACE_KINDS, ActionPage, EventIndex, Viewer
+from ringfence.audit.index.trace import trace_tree
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
@@ -69,27 +69,27 @@ class AuditApi:
             Route("/v1/events", self._events, methods=["GET"]),
             Route("/v1/actions", self._actions, methods=["GET"]),
             Route("/v1/break-glass", self._break_glass, methods=["GET"]),
-            Route("/v1/coverage/leases", self._leases_covered, methods=["GET"]),
-            Route("/v1/coverage/actions", self._actions_covered, methods=["GET"]),
+            Route("/v1/coverage/leases", self._lease_coverage, methods=["GET"]),
+            Route("/v1/coverage/actions", self._action_coverage, methods=["GET"]),
         ]
 
     async def _trace(self, request: Request) -> Response:
         viewer = self.viewer(request)
         id = request.path_params["id"]
         kind = request.query_params.get("kind")
-        if kind is not None and kind not in STORY_KINDS:
-            raise WrongQueryError(f"kind is one of {', '.join(STORY_KINDS)}")
-        story = self._index.story(id, kind, viewer, limit_of(request, 50, _MAX_REQUESTS))
-        if story is None:
+        if kind is not None and kind not in TRACE_KINDS:
+            raise WrongQueryError(f"kind is one of {', '.join(TRACE_KINDS)}")
+        trace = self._index.trace(id, kind, viewer, limit_of(request, 50, _MAX_REQUESTS))
+        if trace is None:
             raise NotFoundError(
                 f"no lease, request, task, agent or user {id[:80]} that you may see was audited"
             )
         metrics.HTTP_REQUESTS.labels("/v1/trace", "200").inc()
         return JSONResponse({
-            "id": story.id,
-            "kind": story.kind,
-            "truncated": story.truncated,
-            "roots": tree(story.events),
+            "id": trace.id,
+            "kind": trace.kind,
+            "truncated": trace.truncated,
+            "roots": trace_tree(trace.events),
         })  # fmt: skip
 
     async def _events(self, request: Request) -> Response:
@@ -98,13 +98,13 @@ class AuditApi:
             viewer,
             request.query_params.get("after"),
             limit_of(request, 100, _MAX_EVENTS),
-            wanted_of(request),
+            filter_of(request),
         )
         metrics.HTTP_REQUESTS.labels("/v1/events", "200").inc()
         return JSONResponse({"events": page.events, "after": page.cursor})
 
     async def _actions(self, request: Request) -> Response:
-        viewer, span_ms = self._counting(request)
+        viewer, span_ms = self._complete_span(request)
         query = request.query_params
         found = self._index.actions(
             viewer,
@@ -116,16 +116,16 @@ class AuditApi:
         )
         metrics.HTTP_REQUESTS.labels("/v1/actions", "200").inc()
         return JSONResponse({
-            "groups": counted(found.events),
+            "groups": action_groups(found.events),
             "unknown_destinations": unknown_destinations(found.events),
             **_report_cursor(span_ms, found),
         })  # fmt: skip
 
-    async def _leases_covered(self, request: Request) -> Response:
-        viewer, span_ms = self._counting(request)
+    async def _lease_coverage(self, request: Request) -> Response:
+        viewer, span_ms = self._complete_span(request)
         after, limit = request.query_params.get("after"), limit_of(request, _MAX_COVERED, _MAX_COVERED)
         found = self._index.issued(viewer, span_ms, after, limit)
-        rests_on = behind(self._index, {event["unmapped"].get("lease") or "" for event in found.events})
+        rests_on = load_basis(self._index, {event["unmapped"].get("lease") or "" for event in found.events})
         counts = count_leases(
             found.events,
             rests_on,
@@ -138,17 +138,17 @@ class AuditApi:
             {**counts, "agents": self._agents(found.events), **_report_cursor(span_ms, found)}
         )
 
-    async def _actions_covered(self, request: Request) -> Response:
-        viewer, span_ms = self._counting(request)
+    async def _action_coverage(self, request: Request) -> Response:
+        viewer, span_ms = self._complete_span(request)
         after, limit = request.query_params.get("after"), limit_of(request, _MAX_COVERED, _MAX_COVERED)
         found = self._index.actions(viewer, span_ms, after, limit)
         done = went_through(found.events)
-        rests_on = behind(self._index, {event["unmapped"].get("lease") or "" for event in done})
+        rests_on = load_basis(self._index, {event["unmapped"].get("lease") or "" for event in done})
         counts = count_actions(done, rests_on, self._is_user)
         metrics.HTTP_REQUESTS.labels("/v1/coverage/actions", "200").inc()
         return JSONResponse({**counts, "agents": self._agents(done), **_report_cursor(span_ms, found)})
 
-    def _counting(self, request: Request) -> tuple[Viewer | None, tuple[int, int]]:
+    def _complete_span(self, request: Request) -> tuple[Viewer | None, tuple[int, int]]:
         """For whom, and over which span, something is counted. Raises UnavailableError while not all is indexed."""
         viewer = self.viewer(request)
         if not self._complete():
@@ -173,7 +173,7 @@ class AuditApi:
             return False
 
     async def _break_glass(self, request: Request) -> Response:
-        found = uses(self._index.findings(self.viewer(request)))
+        found = collect_uses(self._index.findings(self.viewer(request)))
         if request.query_params.get("unreviewed"):
             found = [use for use in found if use["review"] is None]
         metrics.HTTP_REQUESTS.labels("/v1/break-glass", "200").inc()
@@ -189,6 +189,6 @@ class AuditApi:
         return Viewer(me, tuple(a.agent_id for a in agents if isinstance(a, AgentState) and a.sponsor == me))
 
 
-def _report_cursor(span_ms: tuple[int, int], found: Actions) -> dict[str, Any]:
+def _report_cursor(span_ms: tuple[int, int], found: ActionPage) -> dict[str, Any]:
     """How far it was counted, and where to go on."""
     return {"until_ms": span_ms[1], "looked_at_ms": found.looked_at_ms, "after": found.cursor}

@@ -8,8 +8,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ringfence.audit.index.access_report import HELD_BEFORE_MS, leases_of, who_did
-from ringfence.audit.index.filters import WrongQueryError, limit_of, number_of, wanted_of
+from ringfence.audit.index.access_report import HELD_BEFORE_MS, access_report, issued_leases
+from ringfence.audit.index.filters import WrongQueryError, filter_of, limit_of, number_of
 from ringfence.audit.index.store import EventIndex, Viewer
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
@@ -50,15 +50,15 @@ class AskingApi:
 
     async def _who(self, request: Request) -> Response:
         viewer, (since_ms, until_ms) = self._viewer_and_span(request)
-        wanted, query = _permission_of(request), request.query_params
+        permission, query = _permission_of(request), request.query_params
         span_ms = (max(since_ms - HELD_BEFORE_MS, 0), until_ms)
         limit = limit_of(request, _MAX_LOOKED_AT, _MAX_LOOKED_AT)
-        found = self._index.at_target(wanted.target, viewer, span_ms, query.get("after"), limit)
-        known = self._index.behind(leases_of(found.events), (), ())
+        found = self._index.at_target(permission.target, viewer, span_ms, query.get("after"), limit)
+        known = self._index.basis_events(issued_leases(found.events), (), ())
         metrics.HTTP_REQUESTS.labels("/v1/who", "200").inc()
         return JSONResponse(
             {
-                "lines": who_did(found.events, known, wanted, since_ms),
+                "lines": access_report(found.events, known, permission, since_ms),
                 "until_ms": until_ms,
                 "looked_at_ms": found.looked_at_ms,
                 "after": found.cursor,
@@ -67,12 +67,12 @@ class AskingApi:
 
     async def _export(self, request: Request) -> Response:
         viewer, span_ms = self._viewer_and_span(request)
-        found = self._index.copies(
+        found = self._index.export(
             viewer,
             span_ms,
             request.query_params.get("after"),
             limit_of(request, _MAX_COPIES, _MAX_COPIES),
-            wanted_of(request),
+            filter_of(request),
         )
         metrics.HTTP_REQUESTS.labels("/v1/export", "200").inc()
         return JSONResponse(

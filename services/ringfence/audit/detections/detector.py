@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
-from ringfence.audit.detections.events import found
+from ringfence.audit.detections.events import finding_event
 from ringfence.audit.detections.grants import QuickGrant
-from ringfence.audit.detections.order import QuickApproval, Sequences, Unreviewed
-from ringfence.audit.detections.reach import BeyondUser, CeilingUnused, Denials, FirstUse
-from ringfence.audit.detections.rule import CODE_PREFIX, Finding, Rule, TrailQueries, seen
+from ringfence.audit.detections.order import ImpossibleSequences, QuickApproval, UnreviewedBreakGlass
+from ringfence.audit.detections.reach import BeyondUser, DenialBurst, FirstUse, UnusedCeiling
+from ringfence.audit.detections.rule import CODE_PREFIX, Finding, Rule, TrailQueries, read_event
 from ringfence.audit.memory import Recent
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.trail.handover import Intake
@@ -48,15 +48,15 @@ def rules(own: AuditSettings, trail: TrailQueries) -> tuple[Rule, ...]:
     """Those that are not switched off."""
     every: Iterable[tuple[float, Callable[[], Rule]]] = (
         (own.detect_beyond_user, lambda: BeyondUser(_QUIET_S)),
-        (own.detect_denials, lambda: Denials(own.detect_denials, own.detect_denials_s, _QUIET_S)),
+        (own.detect_denials, lambda: DenialBurst(own.detect_denials, own.detect_denials_s, _QUIET_S)),
         (own.detect_first_use_s, lambda: FirstUse(own.detect_first_use_s)),
-        (own.detect_unused_s, lambda: CeilingUnused(own.detect_unused_s)),
-        (own.detect_unreviewed_s, lambda: Unreviewed(own.detect_unreviewed_s)),
+        (own.detect_unused_s, lambda: UnusedCeiling(own.detect_unused_s)),
+        (own.detect_unreviewed_s, lambda: UnreviewedBreakGlass(own.detect_unreviewed_s)),
         (own.detect_quick_approval_s, lambda: QuickApproval(own.detect_quick_approval_s)),
         (own.detect_quick_approval_s, lambda: QuickGrant(own.detect_quick_approval_s)),
         (
             own.detect_impossible_s,
-            lambda: Sequences(
+            lambda: ImpossibleSequences(
                 trail, settle_s=own.detect_impossible_s, late_s=own.detect_late_s, back_s=own.detect_back_s
             ),
         ),
@@ -72,7 +72,7 @@ class Detector:
     ) -> None:
         """`trail`: the index; it has taken in what `on_records` is given."""
         self._rules = rules(own, trail)
-        self._wanting = lru_cache(maxsize=1024)(self._rules_for)
+        self._rules_of = lru_cache(maxsize=1024)(self._rules_for)
         self._back_ms = own.detect_back_s * 1000
         self._trail = trail
         self._intake = intake
@@ -90,7 +90,7 @@ class Detector:
         now_ms = self._clock.now_ms()
         for record, event in zip(records, events or (loaded(one.value) for one in records), strict=True):
             try:
-                self._take(event, record.key or "", now_ms)
+                self._observe(event, record.key or "", now_ms)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 log.warning(
                     "nothing can be told of %s/%d@%d: %s",
@@ -98,21 +98,21 @@ class Detector:
                     extra=rate_limited(record.topic_name, type(error).__name__),
                 )  # fmt: skip
 
-    def _take(self, event: Any, key: str, now_ms: int) -> None:
-        one = seen(event, key)
-        if one.code.startswith(CODE_PREFIX):
-            self._open.pop(one.about.uid, None)
+    def _observe(self, event: Any, key: str, now_ms: int) -> None:
+        parsed = read_event(event, key)
+        if parsed.code.startswith(CODE_PREFIX):
+            self._open.pop(parsed.summary.uid, None)
             return
-        for rule in self._wanting(one.code, one.about.log_name):
-            for finding in rule.take(one, now_ms):
+        for rule in self._rules_of(parsed.code, parsed.summary.log_name):
+            for finding in rule.observe(parsed, now_ms):
                 # What happened long before anybody looked for it is history, and no news.
                 if finding.standing or finding.at_ms >= now_ms - self._back_ms:
-                    self._keep(finding)
+                    self._remember(finding)
 
     def _rules_for(self, code: str, log_name: str) -> tuple[Rule, ...]:
         return tuple(rule for rule in self._rules if rule.wants(code, log_name))
 
-    def _keep(self, finding: Finding) -> None:
+    def _remember(self, finding: Finding) -> None:
         self._open.setdefault(finding.uid, finding)
         if len(self._open) > _MOST_OPEN:
             _, lost = self._open.popitem(last=False)
@@ -125,10 +125,10 @@ class Detector:
         """
         for rule in self._rules:
             for finding in rule.due(self._clock.now_ms()):
-                self._keep(finding)
+                self._remember(finding)
         looked_at = dict(self._open)
         events = [
-            found(finding, self._trust_domain)
+            finding_event(finding, self._trust_domain)
             for uid, finding in looked_at.items()
             if not self._handed.get(uid) and not self._trail.has(uid)
         ]

@@ -17,7 +17,7 @@ _MORE = ("act", "verified")
 _TOPICS = frozenset(topic.what for topic in AUDITED)
 
 
-class About(NamedTuple):
+class EventSummary(NamedTuple):
     """What is kept of an event for as long as something may come of it."""
 
     uid: str
@@ -26,27 +26,27 @@ class About(NamedTuple):
     key: str
     log_name: str
     source: Source
-    words: Mapping[str, Any]
+    fields: Mapping[str, Any]
 
-    def word(self, name: str) -> str | None:
+    def field(self, name: str) -> str | None:
         """One of the words that name something."""
-        value = self.words.get(name)
+        value = self.fields.get(name)
         return value if isinstance(value, str) else None
 
 
-class Seen(NamedTuple):
+class TrailEvent(NamedTuple):
     """An event as it came from `audit`."""
 
-    about: About
-    event: Mapping[str, Any]
+    summary: EventSummary
+    body: Mapping[str, Any]
 
     @property
     def code(self) -> str:
-        return self.about.code
+        return self.summary.code
 
-    def word(self, name: str) -> Any:
+    def field(self, name: str) -> Any:
         """Any of its words."""
-        return self.event["unmapped"].get(name)
+        return self.body["unmapped"].get(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +61,12 @@ class Finding:
     subject: tuple[str | int, ...]
     at_ms: int
     message: str
-    about: About
-    """The event that completed it."""
+    trigger: EventSummary
+    """The event that completed the pattern."""
     evidence: tuple[str, ...]
     """The uids of the events that it rests on."""
     standing: bool = False
-    words: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def uid(self) -> str:
@@ -80,7 +80,7 @@ class Rule(Protocol):
         """Whether an event with this code, about a record of this topic, may mean anything to it."""
         ...
 
-    def take(self, seen: Seen, now_ms: int) -> Iterable[Finding]:
+    def observe(self, event: TrailEvent, now_ms: int) -> Iterable[Finding]:
         """An event came; what it completes. `now_ms`: when it came, for what waits for others to come."""
         ...
 
@@ -92,31 +92,31 @@ class Rule(Protocol):
 class TrailQueries(Protocol):
     """What stands on the trail, asked by what happened."""
 
-    def tells(self, kind: Literal["request", "lease"], id: str, codes: Sequence[str]) -> bool:
+    def has_event(self, kind: Literal["request", "lease"], id: str, codes: Sequence[str]) -> bool:
         """Whether there is an event with one of these codes about a `request` or a `lease`."""
         ...
 
-    def over(self, lease: str, ends: Collection[str]) -> tuple[str, int] | None:
+    def ended_at(self, lease: str, ends: Collection[str]) -> tuple[str, int] | None:
         """The earliest moment at which a lease was over, in ms: that of an event with one of the codes `ends`, or its
         deadline; with the uid of the event that says so. None where none does.
         """
         ...
 
 
-def seen(event: Mapping[str, Any], key: str) -> Seen:
+def read_event(event: Mapping[str, Any], key: str) -> TrailEvent:
     """Raises KeyError, TypeError or ValueError where audit did not write the event."""
-    words, metadata = event["unmapped"], event["metadata"]
+    fields, metadata = event["unmapped"], event["metadata"]
     if metadata["log_name"] not in _TOPICS:
         raise ValueError("no such topic is audited")
-    source = words["source"]
-    about = About(
+    source = fields["source"]
+    summary = EventSummary(
         str(metadata["uid"]),
         str(metadata["event_code"]),
         int(event["time"]),
         key,
         str(metadata["log_name"]),
         Source(str(source["topic"]), int(source["partition"]), int(source["offset"])),
-        {name: value for name in _NAMES if isinstance(value := words.get(name), str)}
-        | {name: words[name] for name in _MORE if name in words},
+        {name: value for name in _NAMES if isinstance(value := fields.get(name), str)}
+        | {name: fields[name] for name in _MORE if name in fields},
     )
-    return Seen(about, event)
+    return TrailEvent(summary, event)

@@ -97,7 +97,7 @@ class EventKind:
         return int(self.attributes["class_uid"])
 
 
-def step(
+def event_kind(
     code: str,
     class_uid: int,
     activity: int | str,
@@ -183,17 +183,17 @@ def event(
     body["message"] = _cut(message, _MAX_MESSAGE)
     body["metadata"] = metadata
     body.update(own)
-    words = {name: value for name, value in unmapped.items() if value is not None}
+    fields = {name: value for name, value in unmapped.items() if value is not None}
     if reasons:
         body["status_code"] = reasons[0].code
         body["status_detail"] = _cut("; ".join(scrubbed(reason.message) for reason in reasons), _MAX_MESSAGE)
-        words["reasons"] = [_reason(reason) for reason in reasons]
-    words["trace_id"] = trace_id(traceparent) or trace_id(record.own_traceparent)
-    words["source"] = {"topic": record.topic_name, "partition": record.partition, "offset": record.offset}
-    people = [_observable(role, words[role]) for role in _PEOPLE if role in words]
+        fields["reasons"] = [_reason_fields(reason) for reason in reasons]
+    fields["trace_id"] = trace_id(traceparent) or trace_id(record.own_traceparent)
+    fields["source"] = {"topic": record.topic_name, "partition": record.partition, "offset": record.offset}
+    people = [_observable(role, fields[role]) for role in _PEOPLE if role in fields]
     if people:
         body["observables"] = people
-    body["unmapped"] = words
+    body["unmapped"] = fields
     return OcsfEvent(_cut(key, _MAX_KEY), body)
 
 
@@ -203,17 +203,17 @@ def shortened(told: OcsfEvent) -> OcsfEvent:
     What is left out stands in the record at `unmapped.source`, and its digest, where there is one, still here.
     """
     body = {**told.body, "unmapped": {**told.body["unmapped"]}}
-    words: dict[str, Any] = body["unmapped"]
-    left_out = [name for name, value in words.items() if len(orjson.dumps(value)) > _MAX_WORD_BYTES]
+    fields: dict[str, Any] = body["unmapped"]
+    left_out = [name for name, value in fields.items() if len(orjson.dumps(value)) > _MAX_WORD_BYTES]
     for name in left_out:
-        del words[name]
+        del fields[name]
     if "data" in body.get("entity_result", {}):
         body["entity_result"] = {n: v for n, v in body["entity_result"].items() if n != "data"}
         left_out.append("entity_result.data")
     if body.get("privileges"):
         body["privileges"] = []
         left_out.append("privileges")
-    words["left_out"] = left_out
+    fields["left_out"] = left_out
     return OcsfEvent(told.key, body)
 
 
@@ -222,13 +222,13 @@ def _observable(role: str, name: str) -> dict[str, Any]:
     return {"name": f"unmapped.{role}", "type": "User Name", "type_id": 4, "value": name}
 
 
-def _reason(reason: Reason) -> dict[str, Any]:
-    said: dict[str, Any] = {"code": reason.code, "message": scrubbed(reason.message)}
+def _reason_fields(reason: Reason) -> dict[str, Any]:
+    fields: dict[str, Any] = {"code": reason.code, "message": scrubbed(reason.message)}
     if reason.permission is not None:
-        said["permission"] = permission(reason.permission)
+        fields["permission"] = permission(reason.permission)
     if reason.side is not None:
-        said["side"] = reason.side
-    return said
+        fields["side"] = reason.side
+    return fields
 
 
 # --- objects ----------------------------------------------------------------------------------------------------------
@@ -265,14 +265,14 @@ def privileges(scope: Iterable[Permission]) -> list[str]:
     return list(islice(each, _MAX_PRIVILEGES))
 
 
-def in_words(scope: Iterable[Permission]) -> str:
+def scope_text(scope: Iterable[Permission]) -> str:
     """A scope for people: `staging: deploy on env/staging/*; …`."""
-    said = [f"{one.target}: {', '.join(one.verbs)} on {', '.join(one.resources)}" for one in scope]
-    return _cut("; ".join(said) or "nothing", _MAX_TEXT)
+    texts = [f"{one.target}: {', '.join(one.verbs)} on {', '.join(one.resources)}" for one in scope]
+    return _cut("; ".join(texts) or "nothing", _MAX_TEXT)
 
 
 @lru_cache(maxsize=4096)
-def moment(at_ms: int) -> str:
+def utc_text(at_ms: int) -> str:
     """A moment for people: `2026-09-21T14:13:20Z`."""
     try:
         return datetime.fromtimestamp(at_ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -10,12 +10,12 @@ from ringfence.messages.registry import TaskState
 from ringfence.model.lifecycle import agents_of
 
 
-def of_credential(lease: LeaseFacts | None, facts: RequestFacts | None) -> dict[str, Any]:
+def credential_fields(lease: LeaseFacts | None, facts: RequestFacts | None) -> dict[str, Any]:
     """Of a lease and the request that it came of, as far as they are known; nothing where neither is."""
     known = lease or facts
     if known is None:
         return {}
-    words = {
+    fields = {
         "agent": known.agent,
         "act": list(known.act),
         "delegators": delegators_of(lease.delegators) if lease is not None else None,
@@ -27,10 +27,10 @@ def of_credential(lease: LeaseFacts | None, facts: RequestFacts | None) -> dict[
         "policy_revision": facts.policy_revision if facts is not None else None,
         "target": known.target,
     }
-    return {name: value for name, value in words.items() if value is not None}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-def of_task(task: TaskState) -> dict[str, Any]:
+def task_fields(task: TaskState) -> dict[str, Any]:
     """Of a task, by its record."""
     return {
         "agent": task.agent_id,

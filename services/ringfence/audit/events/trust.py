@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from ringfence.audit.events.ocsf import (
     ENTITY_MANAGEMENT,
@@ -12,9 +12,9 @@ from ringfence.audit.events.ocsf import (
     MEDIUM,
     OcsfEvent,
     event,
-    moment,
-    step,
+    event_kind,
     user_of,
+    utc_text,
 )
 from ringfence.audit.memory import Recent
 from ringfence.kernel.base.errors import InvalidMessageError
@@ -25,19 +25,17 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.trust import TrustBundle
 
-if TYPE_CHECKING:
-    from ringfence.kernel.kafka.record import Received
-
-_CHANGED: Final = step("trust.changed", ENTITY_MANAGEMENT, 3, severity=MEDIUM)
-_REPEATED: Final = step("trust.repeated", ENTITY_MANAGEMENT, "Repeat")
-_FELL: Final = step(
+_CHANGED: Final = event_kind("trust.changed", ENTITY_MANAGEMENT, 3, severity=MEDIUM)
+_REPEATED: Final = event_kind("trust.repeated", ENTITY_MANAGEMENT, "Repeat")
+_FELL: Final = event_kind(
     "trust.version_fell", ENTITY_MANAGEMENT, "Refuse Record", severity=HIGH, status=FAILURE, alert=True
 )
 _KEY: Final = "trust"
-_NAMED: Final = 20
+_MAX_NAMED_CHANGES: Final = 20
+_REMEMBERED_RECORDS: Final = 10_000
 
 
-def told(record: Received, seen: BundleSeen) -> OcsfEvent:
+def bundle_event(record: Received, seen: BundleRecord) -> OcsfEvent:
     """A bundle that a root signed stands on the topic."""
     bundle = seen.bundle
     who = user_of(bundle.iss)
@@ -45,29 +43,29 @@ def told(record: Received, seen: BundleSeen) -> OcsfEvent:
         "name": "trust bundle", "uid": f"spiffe://{bundle.aud}/trust", "type_id": 99, "type": "Trust Bundle",
     }  # fmt: skip
     own: dict[str, Any] = {"actor": {"user": who}, "entity": entity}
-    words: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "revision": bundle.version,
         "known_revision": seen.before.version if seen.before is not None else None,
         "verified": {"by": bundle.iss, "kid": seen.kid},
     }
-    match seen.fate:
-        case "in force":
+    match seen.status:
+        case "activated":
             own["entity_result"] = {**entity, "version": str(bundle.version), "data": _data(bundle, seen.kid)}
             message = (
                 f"trust bundle {bundle.version} by {who['name']} came into force, until "
-                f"{moment(bundle.exp * 1000)}: {_changes(seen.before, bundle)}"
+                f"{utc_text(bundle.exp * 1000)}: {_changes(seen.before, bundle)}"
             )
-            return event(record, _CHANGED, message, own, words, key=_KEY, correlation=_KEY)
-        case "again":
+            return event(record, _CHANGED, message, own, fields, key=_KEY, correlation=_KEY)
+        case "repeated":
             message = (
                 f"trust bundle {bundle.version}, which is in force, stands there again; it changes nothing"
             )
-            return event(record, _REPEATED, message, own, words, key=_KEY, correlation=_KEY)
-        case "fell":
+            return event(record, _REPEATED, message, own, fields, key=_KEY, correlation=_KEY)
+        case "outdated":
             assert seen.before is not None
             message = f"trust bundle {bundle.version} was put there after bundle {seen.before.version}; it is refused"
             why = Reason(code="version_fell", message=message)
-            return event(record, _FELL, message, own, words, key=_KEY, correlation=_KEY, reasons=(why,))
+            return event(record, _FELL, message, own, fields, key=_KEY, correlation=_KEY, reasons=(why,))
 
 
 def _data(bundle: TrustBundle, root: str) -> dict[str, Any]:
@@ -96,12 +94,15 @@ def _keys(keys: tuple[KeyRecord, ...]) -> list[dict[str, Any]]:
 def _changes(before: TrustBundle | None, now: TrustBundle) -> str:
     """What is another than before, in words: services and issuers that came, went or have other keys."""
     was, there = _bundle_fields(before), _bundle_fields(now)
-    told = [f"{name} is new" for name in there if name not in was]
-    told += [f"{name} is gone" for name in was if name not in there]
-    told += [f"{name} is changed" for name in there if name in was and was[name] != there[name]]
-    if len(told) > _NAMED:
-        told = [*told[:_NAMED], f"and {len(told) - _NAMED} more"]
-    return ", ".join(told) or "nobody is another"
+    changes = [f"{name} is new" for name in there if name not in was]
+    changes += [f"{name} is gone" for name in was if name not in there]
+    changes += [f"{name} is changed" for name in there if name in was and was[name] != there[name]]
+    if len(changes) > _MAX_NAMED_CHANGES:
+        changes = [
+            *changes[:_MAX_NAMED_CHANGES],
+            f"and {len(changes) - _MAX_NAMED_CHANGES} more",
+        ]
+    return ", ".join(changes) or "nobody is another"
 
 
 def _bundle_fields(bundle: TrustBundle | None) -> dict[str, Any]:
@@ -112,15 +113,10 @@ def _bundle_fields(bundle: TrustBundle | None) -> dict[str, Any]:
     return {str(user_of(one.id)["name"]): one for one in bundle.services} | issuers
 
 
-# What each record on `trust` was, judged in order: a bundle that came into force, the same again, or an older one.
-
-_REMEMBERED = 10_000
-
-
-class BundleSeen(NamedTuple):
+class BundleRecord(NamedTuple):
     """A bundle that a root signed whom the pinned one led to."""
 
-    fate: Literal["in force", "again", "fell"]
+    status: Literal["activated", "repeated", "outdated"]
     """`again`: the very bundle in force; `fell`: a version that is not higher than that of the bundle in force."""
     bundle: TrustBundle
     kid: str
@@ -129,7 +125,7 @@ class BundleSeen(NamedTuple):
     """What was in force until then."""
 
 
-class Bundles:
+class BundleHistory:
     """Judges every record once, in the order of its offset: `trust` has one partition.
 
     It is read from the beginning at each start, so that a bundle of before is known as one after a restart as well.
@@ -140,16 +136,16 @@ class Bundles:
         self._trust = trust
         self._in_force: TrustBundle | None = None
         self._next = 0
-        self._seen: Recent[int, BundleSeen | InvalidMessageError] = Recent(_REMEMBERED)
+        self._seen: Recent[int, BundleRecord | InvalidMessageError] = Recent(_REMEMBERED_RECORDS)
 
     def on_records(self, records: Sequence[Received]) -> None:
         """Take in what stands there."""
         for record in records:
-            self._take(record)
+            self._read(record)
 
-    def seen(self, record: Received) -> BundleSeen:
+    def record_of(self, record: Received) -> BundleRecord:
         """What a record was. Raises InvalidMessageError where it is no bundle that counts for anything."""
-        self._take(record)
+        self._read(record)
         seen = self._seen.get(record.offset)
         if seen is None:
             raise InvalidMessageError("too many bundles came after it", code="bundle_forgotten")
@@ -157,16 +153,16 @@ class Bundles:
             raise seen
         return seen
 
-    def _take(self, record: Received) -> None:
+    def _read(self, record: Received) -> None:
         if record.offset < self._next:
             return
         self._next = record.offset + 1
         try:
-            self._seen.put(record.offset, self._judged(record))
+            self._seen.put(record.offset, self._classify(record))
         except InvalidMessageError as error:
             self._seen.put(record.offset, error)
 
-    def _judged(self, record: Received) -> BundleSeen:
+    def _classify(self, record: Received) -> BundleRecord:
         if not record.value:
             raise InvalidMessageError("a bundle is never deleted", code="tombstone")
         known, before = self._trust.compact, self._in_force
@@ -175,7 +171,7 @@ class Bundles:
         bundle = jws.unverified_claims(TrustBundle)  # the store verified it
         if newer:
             self._in_force = bundle
-        fate: Literal["in force", "again", "fell"] = (
-            "in force" if newer else "again" if record.value == known else "fell"
+        fate: Literal["activated", "repeated", "outdated"] = (
+            "activated" if newer else "repeated" if record.value == known else "outdated"
         )
-        return BundleSeen(fate, bundle, jws.header.kid, before)
+        return BundleRecord(fate, bundle, jws.header.kid, before)

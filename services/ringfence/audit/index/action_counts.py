@@ -13,7 +13,7 @@ WHERE: Final = ("scheme", "host", "port", "method", "path", "target")
 """What is known of an unknown destination. Each may be None."""
 UNKNOWN: Final = frozenset({"target_unknown", "target_missing", "host_unknown", "request_unmapped"})
 """Codes of what was blocked because no target is there, or no rule of it says what the request does."""
-_UNHEARD: Final = frozenset({
+_BEFORE_DESTINATION: Final = frozenset({
     "no_credentials", "proof_missing", "handle_malformed", "handle_unknown", "handle_other_agent", "invalid_dpop_proof",
     "proof_by_stranger", "proof_other_key", "proofs_full", "certificate_unknown", "task_unknown",
 })  # fmt: skip
@@ -22,7 +22,7 @@ handle is one for any unknown host: no proof comes with it."""
 _SEGMENTS: Final = 2
 
 
-def counted(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def action_groups(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """`[{agent, target, outcome, access, reason, label, count}]` of API Activity events, in the order of their firsts.
 
     `reason` is the code of the first one: an action that several things stand against counts once. So does one of which
@@ -31,7 +31,7 @@ def counted(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     counts: Counter[tuple[str | None, ...]] = Counter()
     for event in events:
         if "answer" not in event["unmapped"]:
-            counts[_common(event)] += int(event.get("count", 1))
+            counts[_group_key(event)] += int(event.get("count", 1))
     return [{**dict(zip(BY, common, strict=True)), "count": count} for common, count in counts.items()]
 
 
@@ -42,13 +42,13 @@ def unknown_destinations(events: Iterable[Mapping[str, Any]]) -> list[dict[str, 
     """
     counts: Counter[tuple[Any, ...]] = Counter()
     for event in events:
-        words = event["unmapped"]
-        went = words.get("destination")
-        if isinstance(went, dict) and _is_unknown(event):
-            said = [went.get(name) for name in ("scheme", "host", "port")]
-            path, method, target = went.get("path"), words.get("method"), words.get("target")
+        fields = event["unmapped"]
+        destination = fields.get("destination")
+        if isinstance(destination, dict) and _is_unknown(event):
+            origin = [destination.get(name) for name in ("scheme", "host", "port")]
+            path, method, target = destination.get("path"), fields.get("method"), fields.get("target")
             prefix = path_prefix(path) if isinstance(path, str) else None
-            counts[(*said, method, prefix, target)] += int(event.get("count", 1))
+            counts[(*origin, method, prefix, target)] += int(event.get("count", 1))
     return [{**dict(zip(WHERE, where, strict=True)), "count": count} for where, count in counts.items()]
 
 
@@ -60,16 +60,16 @@ def path_prefix(path: str) -> str:
 
 def _is_unknown(event: Mapping[str, Any]) -> bool:
     """Whether it was blocked for the lack of a target, or of a rule; or nobody even looked for one."""
-    words = event["unmapped"]
-    if words.get("outcome") == "allowed":
+    fields = event["unmapped"]
+    if fields.get("outcome") == "allowed":
         return False
     code = event.get("status_code")
-    return code in UNKNOWN or (code in _UNHEARD and words.get("target") is None)
+    return code in UNKNOWN or (code in _BEFORE_DESTINATION and fields.get("target") is None)
 
 
-def _common(event: Mapping[str, Any]) -> tuple[str | None, ...]:
-    words = event["unmapped"]
-    said = {**{name: words.get(name) for name in BY}, "reason": event.get("status_code")}
-    if words.get("method") == "CONNECT":
-        said["access"] = None  # it is neither, whatever an older gateway took it for
-    return tuple(value if isinstance(value, str) else None for value in said.values())
+def _group_key(event: Mapping[str, Any]) -> tuple[str | None, ...]:
+    fields = event["unmapped"]
+    key = {**{name: fields.get(name) for name in BY}, "reason": event.get("status_code")}
+    if fields.get("method") == "CONNECT":
+        key["access"] = None  # it is neither, whatever an older gateway took it for
+    return tuple(value if isinstance(value, str) else None for value in key.values())

@@ -14,6 +14,9 @@ _EQUAL = ("agent", "task", "request", "lease", "target", "sponsor", "on_behalf_o
 _NO_OTHER_ORDER = frozenset({"agent", "task", "request", "lease", "on_behalf_of", "class_uid"})
 """Where an index gives the events in the order of their numbers, if it gives them at all."""
 _LIKE = str.maketrans({"%": r"\%", "_": r"\_", "\\": r"\\"})
+_MAX_CODES = 50
+_STATUSES = {"success": 1, "failure": 2, "other": 99}
+_SEVERITIES = {"informational": 1, "low": 2, "medium": 3, "high": 4, "critical": 5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class EventFilter:
         return conditions, values
 
     @property
-    def looks_at_all(self) -> bool:
+    def needs_scan(self) -> bool:
         """Whether no index leads to what is wanted, so that others have to be looked at on the way."""
         return any(
             getattr(self, name) is not None for name in ("target", "sponsor", "status", "severity")
@@ -71,20 +74,13 @@ def _pattern(code: str) -> str:
     return code.removesuffix("*").translate(_LIKE) + ("%" if code.endswith("*") else "")
 
 
-# What the queries of audit's HTTP say: numbers, and what events are narrowed down by.
-
-_MAX_CODES = 50
-_STATUSES = {"success": 1, "failure": 2, "other": 99}
-_SEVERITIES = {"informational": 1, "low": 2, "medium": 3, "high": 4, "critical": 5}
-
-
 class WrongQueryError(RingfenceError):
     """A parameter of the query makes no sense."""
 
     code = "query_invalid"
 
 
-def wanted_of(request: Request) -> EventFilter:
+def filter_of(request: Request) -> EventFilter:
     """What the query of a request narrows events down by. Raises WrongQueryError."""
     query = request.query_params
     class_uid = query.get("class")
