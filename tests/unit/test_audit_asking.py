@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from ringfence.audit.api.events import AuditApi
-from ringfence.audit.api.reports import AskingApi
+from ringfence.audit.api.reports import ReportApi
 from ringfence.audit.index import store
 from ringfence.audit.index.access_report import access_report, issued_leases
 from ringfence.audit.index.filters import NO_FILTER, EventFilter
@@ -305,7 +305,7 @@ class Counter:
             Authenticator(office.directory, "audit", clock),
             lambda: self.complete,
         )
-        asking = AskingApi(shelf.index, clock, base.viewer, lambda: self.complete)
+        asking = ReportApi(shelf.index, clock, base.viewer, lambda: self.complete)
         self.api = ReadApi(office.key("user", who), ClientSettings(trust_domain=TD))
         self.fail_after: int | None = None
         inner = httpx.ASGITransport(application([*base.routes(), *asking.routes()], []))

@@ -13,7 +13,7 @@ import pytest
 from ringfence.audit.events import credentials, ocsf, services
 from ringfence.audit.events.ocsf import privileges, scrubbed, utc_text
 from ringfence.audit.records import AuditHandlers
-from ringfence.audit.verification import MessageVerifier
+from ringfence.audit.verification import RecordVerifier
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.ids import derived_id, digest, message_id
 from ringfence.kernel.crypto.jws import parse, sign, sign_payload
@@ -159,8 +159,8 @@ async def test_records_of_several_topics_that_come_together_have_the_events_that
     story = office.credential()
     expected = await office.audit(*story.all)
     handlers = AuditHandlers(
-        office.published, MessageVerifier(office.trust, office.directory, office.own), SystemClock(), office.trust,
-        office.uses.get, bury=office.bury, settle_ms=0,
+        office.published, RecordVerifier(office.trust, office.directory, office.own), SystemClock(), office.trust,
+        office.uses.get, send_dead_letter=office.bury, settle_ms=0,
     )  # fmt: skip
     places = list(AUDITED)
     batch = sorted(story.all, key=lambda record: places.index(record.topic))
@@ -180,14 +180,14 @@ async def test_a_restarted_audit_says_the_same_of_a_decision_without_the_request
     *_, expected = await office.audit(
         story.request, *[r for r in story.all if "decision" in r.topic.what or "approval" in r.topic.what]
     )
-    verifier = MessageVerifier(office.trust, office.directory, office.own)
+    verifier = RecordVerifier(office.trust, office.directory, office.own)
     handlers = AuditHandlers(
         office.published,
         verifier,
         SystemClock(),
         office.trust,
         office.uses.get,
-        bury=office.bury,
+        send_dead_letter=office.bury,
         settle_ms=0,
     )
     await handlers.batches()[story.allowed.topic]([story.allowed])
@@ -281,7 +281,7 @@ async def test_a_request_that_was_verified_where_it_is_embedded_is_not_verified_
 ) -> None:
     story = office.credential(approved=False)
     expected = await office.audit(story.request)
-    office.verifier = office.handlers._verifier = MessageVerifier(office.trust, office.directory, office.own)
+    office.verifier = office.handlers._verifier = RecordVerifier(office.trust, office.directory, office.own)
     await office.audit(story.allowed)
     looked_at: list[bytes] = []
     verifies = PublicKey.verifies

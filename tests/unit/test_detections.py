@@ -466,7 +466,7 @@ async def test_what_kafka_does_not_take_is_told_later(watch: Watch) -> None:
     watch.follow(await refused(watch))
     watch.intake.fail_next = 1
     with pytest.raises(OSError, match="the broker went away"):
-        await watch.detector.tell()
+        await watch.detector.publish()
     assert await watch.rules() == ["beyond_user"]
 
 

@@ -33,7 +33,7 @@ from ringfence.audit.events.ocsf import MAX_EVENT_BYTES, OcsfEvent, shortened
 from ringfence.audit.events.trust import BundleHistory
 from ringfence.audit.memory import RequestFacts
 from ringfence.audit.trail.handover import Intake, PendingEvent
-from ringfence.audit.verification import MessageVerifier, OutdatedError, VerifiedMessage, require_trust
+from ringfence.audit.verification import OutdatedError, RecordVerifier, VerifiedMessage, require_trust
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
@@ -127,12 +127,12 @@ class AuditHandlers:
     def __init__(
         self,
         intake: Intake,
-        verifier: MessageVerifier,
+        verifier: RecordVerifier,
         clock: Clock,
         trust_store: TrustStore,
         use_of: Callable[[str], Mapping[str, Any] | None],
         *,
-        bury: SendDeadLetter,
+        send_dead_letter: SendDeadLetter,
         settle_ms: int,
     ) -> None:
         """Args:
@@ -141,7 +141,7 @@ class AuditHandlers:
             settle_ms: the age up to which a record waits for its signer, agent or task in the local tables.
         """  # fmt: skip
         self._use_of = use_of
-        self._bury = bury
+        self._send_dead_letter = send_dead_letter
         self._intake = intake
         self._verifier = verifier
         self._clock = clock
@@ -246,7 +246,7 @@ class AuditHandlers:
             for record, one in zip(batch, ready, strict=True)
         )
         await gather_all(
-            self._bury(record, one.rejection)
+            self._send_dead_letter(record, one.rejection)
             for record, one in zip(batch, ready, strict=True)
             if one.rejection is not None and record.topic in DEAD_LETTERED_HERE
         )

@@ -95,7 +95,7 @@ class VerifiedMessage(NamedTuple, Generic[C]):
         return fields
 
 
-class MessageVerifier:
+class RecordVerifier:
     """Verifies records, finds replays, and remembers facts about requests, leases, grants and revocations.
 
     The memory is bounded by the settings `remembered_messages` and `remembered_requests`.

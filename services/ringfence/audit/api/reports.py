@@ -25,7 +25,7 @@ _MAX_MS = 2**53
 _ANY_VERB = "any"
 
 
-class AskingApi:
+class ReportApi:
     """`GET /v1/who` and `GET /v1/export`. Each answers a page, after a bounded number of events was looked at."""
 
     def __init__(

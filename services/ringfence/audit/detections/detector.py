@@ -65,7 +65,7 @@ def rules(own: AuditSettings, trail: TrailQueries) -> tuple[Rule, ...]:
 
 
 class Detector:
-    """See the module. `on_records` takes what stands on `audit`, `tell` runs in the background."""
+    """See the module. `on_records` takes what stands on `audit`, `publish` runs in the background."""
 
     def __init__(
         self, own: AuditSettings, trail: DetectorTrail, intake: Intake, clock: Clock, trust_domain: str
@@ -118,7 +118,7 @@ class Detector:
             _, lost = self._open.popitem(last=False)
             log.error("more is found than can be told; left out: %s", lost.message)
 
-    async def tell(self) -> int:
+    async def publish(self) -> int:
         """Hand over what has been found and is not on the trail yet; how many. Call it once the trail has been read.
 
         Raises UnavailableError where Kafka does not take it; it is kept then.
@@ -142,12 +142,12 @@ class Detector:
         metrics.AUDIT_EVENTS.labels("2004").inc(len(events))
         return len(events)
 
-    async def tell_always(self, read: asyncio.Event, every_s: float) -> None:
+    async def publish_always(self, read: asyncio.Event, every_s: float) -> None:
         """Tell what is found, again and again, once the trail has been read. Does not end."""
         await read.wait()
         while True:
             try:
-                await self.tell()
+                await self.publish()
             except UnavailableError as error:
                 log.warning("what was found is told later: %s", error, extra=rate_limited(error.code))
             await asyncio.sleep(every_s)
