@@ -1,7 +1,7 @@
-"""HTTP of audit: traces and events, each caller sees their own.
+"""HTTP API of audit: traces, events, actions, break glass and coverage, filtered by caller.
 
-Operators and auditors see everything; a sponsor what concerns their agents; a user what is on their behalf. What a
-caller may not see is not there.
+Operators and auditors see everything; a sponsor sees events of their agents; a user sees what was done on their behalf.
+For events that a caller may not see, the API answers as if they did not exist.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from ringfence.model.records.directory import Directory
 _MAX_EVENTS = 1000
 _MAX_REQUESTS = 500
 _MAX_ACTIONS = 1000
-"""So many are counted in some 30 ms, for which everybody else waits."""
+"""Counting so many takes about 30 ms, in which the event loop serves nobody else."""
 _MAX_COVERED = 500
-"""Each is looked up with what it rests on."""
+"""Each lease is loaded with the events that it rests on."""
 _MAX_MS = 2**53
 
 
 class NotFoundError(RingfenceError):
-    """There is nothing with this id that the caller may see."""
+    """Nothing with this id is visible to the caller."""
 
     code = "not_found"
 
@@ -55,7 +55,7 @@ class AuditApi:
         authenticator: Authenticator,
         complete: Callable[[], bool],
     ) -> None:
-        """`complete`: whether the index holds all that was audited before this process began."""
+        """`complete`: whether the index holds all events from before the start of this process."""
         self._index = index
         self._complete = complete
         self._directory = directory
@@ -63,7 +63,7 @@ class AuditApi:
         self._authenticator = authenticator
 
     def routes(self) -> list[Route]:
-        """What the service adds to its HTTP."""
+        """The routes of this API."""
         return [
             Route("/v1/trace/{id}", self._trace, methods=["GET"]),
             Route("/v1/events", self._events, methods=["GET"]),
@@ -149,7 +149,7 @@ class AuditApi:
         return JSONResponse({**counts, "agents": self._agents(done), **_report_cursor(span_ms, found)})
 
     def _complete_span(self, request: Request) -> tuple[Viewer | None, tuple[int, int]]:
-        """For whom, and over which span, something is counted. Raises UnavailableError while not all is indexed."""
+        """Viewer and time span of a report. Raises UnavailableError while the index is incomplete."""
         viewer = self.viewer(request)
         if not self._complete():
             raise UnavailableError(
@@ -159,7 +159,7 @@ class AuditApi:
         return viewer, (since_ms, number_of(request, "until_ms", self._clock.now_ms(), _MAX_MS))
 
     def _agents(self, events: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
-        """The agents that events name, and whether there is a verified record of each; "" is one that none names."""
+        """The agents in events, and whether a verified record of each exists; "" stands for no agent."""
         names = {str(event["unmapped"].get("agent") or "") for event in events}
         return {name: bool(name) and self._is_known("agent", name) for name in names}
 
@@ -180,7 +180,7 @@ class AuditApi:
         return JSONResponse({"uses": found})
 
     def viewer(self, request: Request) -> Viewer | None:
-        """Whose eyes a question is for. Raises where nobody who may ask has signed it."""
+        """Authenticate the caller; None for a caller who sees everything. Raises as `Authenticator.user` does."""
         caller = self._authenticator.user(request.headers.get("authorization"))
         if caller.sees_all:
             return None
@@ -190,5 +190,5 @@ class AuditApi:
 
 
 def _report_cursor(span_ms: tuple[int, int], found: ActionPage) -> dict[str, Any]:
-    """How far it was counted, and where to go on."""
+    """The part of a report that says how far it counted, and its next cursor."""
     return {"until_ms": span_ms[1], "looked_at_ms": found.looked_at_ms, "after": found.cursor}

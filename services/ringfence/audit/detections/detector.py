@@ -1,8 +1,7 @@
-"""Follows the trail beside the index, and puts onto it what the rules find.
+"""The detector: runs the detection rules over the audit trail, beside the index, and publishes their findings.
 
-Nothing is kept but in memory: at a start the whole trail is read again, and with it what was found before. A finding
-that stands there already is not told again, and two replicas that find the same make the same uid, which is chained
-once.
+All state is in memory: at a start the whole trail is read again, and earlier findings with it. A finding that is on the
+trail already is not published again. Two replicas that find the same make the same uid, which is chained once.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _MOST_OPEN = 10_000
 
 
 class DetectorTrail(TrailQueries, Protocol):
-    """What the detector asks the index."""
+    """The queries of the detector."""
 
     def has(self, uid: str) -> bool:
         """Whether this event is there."""
@@ -45,7 +44,7 @@ class DetectorTrail(TrailQueries, Protocol):
 
 
 def rules(own: AuditSettings, trail: TrailQueries) -> tuple[Rule, ...]:
-    """Those that are not switched off."""
+    """The rules that the settings switch on."""
     every: Iterable[tuple[float, Callable[[], Rule]]] = (
         (own.detect_beyond_user, lambda: BeyondUser(_QUIET_S)),
         (own.detect_denials, lambda: DenialBurst(own.detect_denials, own.detect_denials_s, _QUIET_S)),
@@ -65,12 +64,12 @@ def rules(own: AuditSettings, trail: TrailQueries) -> tuple[Rule, ...]:
 
 
 class Detector:
-    """See the module. `on_records` takes what stands on `audit`, `publish` runs in the background."""
+    """Feeds the records of `audit` to the rules (`on_records`), and publishes findings in the background."""
 
     def __init__(
         self, own: AuditSettings, trail: DetectorTrail, intake: Intake, clock: Clock, trust_domain: str
     ) -> None:
-        """`trail`: the index; it has taken in what `on_records` is given."""
+        """`trail`: the index, which has indexed the records before `on_records` gets them."""
         self._rules = rules(own, trail)
         self._rules_of = lru_cache(maxsize=1024)(self._rules_for)
         self._back_ms = own.detect_back_s * 1000
@@ -79,13 +78,13 @@ class Detector:
         self._clock = clock
         self._trust_domain = trust_domain
         self._open: OrderedDict[str, Finding] = OrderedDict()
-        """What has been found and may not be on the trail yet, by uid."""
+        """Findings that may not be on the trail yet, by uid."""
         self._handed: Recent[str, bool] = Recent(_MOST_OPEN)
 
     def on_records(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
-        """Take in what came from `audit`. What audit did not write, or a rule cannot read, is passed over.
+        """Feed records of `audit` to the rules. Skips records that audit did not write, or that a rule cannot read.
 
-        `events`: the JSON of each, where it is parsed already.
+        `events`: the parsed JSON of each record, if the caller has it.
         """
         now_ms = self._clock.now_ms()
         for record, event in zip(records, events or (loaded(one.value) for one in records), strict=True):
@@ -93,7 +92,7 @@ class Detector:
                 self._observe(event, record.key or "", now_ms)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 log.warning(
-                    "nothing can be told of %s/%d@%d: %s",
+                    "no detection rule can read %s/%d@%d: %s",
                     record.topic_name, record.partition, record.offset, type(error).__name__,
                     extra=rate_limited(record.topic_name, type(error).__name__),
                 )  # fmt: skip
@@ -105,7 +104,7 @@ class Detector:
             return
         for rule in self._rules_of(parsed.code, parsed.summary.log_name):
             for finding in rule.observe(parsed, now_ms):
-                # What happened long before anybody looked for it is history, and no news.
+                # Events older than `detect_back_s` are history: findings about them are not published.
                 if finding.standing or finding.at_ms >= now_ms - self._back_ms:
                     self._remember(finding)
 
@@ -116,12 +115,12 @@ class Detector:
         self._open.setdefault(finding.uid, finding)
         if len(self._open) > _MOST_OPEN:
             _, lost = self._open.popitem(last=False)
-            log.error("more is found than can be told; left out: %s", lost.message)
+            log.error("too many findings wait to be published; dropped: %s", lost.message)
 
     async def publish(self) -> int:
-        """Hand over what has been found and is not on the trail yet; how many. Call it once the trail has been read.
+        """Publish findings that are not on the trail yet; returns their number. Call it once the trail has been read.
 
-        Raises UnavailableError where Kafka does not take it; it is kept then.
+        Raises UnavailableError if Kafka does not accept them; they are kept.
         """
         for rule in self._rules:
             for finding in rule.due(self._clock.now_ms()):
@@ -143,11 +142,11 @@ class Detector:
         return len(events)
 
     async def publish_always(self, read: asyncio.Event, every_s: float) -> None:
-        """Tell what is found, again and again, once the trail has been read. Does not end."""
+        """Publish findings every `every_s` seconds, once `read` is set. Never returns."""
         await read.wait()
         while True:
             try:
                 await self.publish()
             except UnavailableError as error:
-                log.warning("what was found is told later: %s", error, extra=rate_limited(error.code))
+                log.warning("findings are published later: %s", error, extra=rate_limited(error.code))
             await asyncio.sleep(every_s)

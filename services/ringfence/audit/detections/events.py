@@ -1,7 +1,7 @@
-"""What detection found, as Detection Findings (2004).
+"""Detection Findings (OCSF class 2004) of the detection rules.
 
-`unmapped.source` is the record behind the event that completed it, so a finding is about a record that exists; its uid
-is that of the finding, so it is never taken for the record's own event.
+`unmapped.source` is the record behind the event that triggered the finding, so a finding refers to a record that
+exists. The event's uid is the finding's, so it is never taken for the record's own event.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ _TECHNIQUES: Mapping[str, dict[str, Any]] = {
         "sub_technique": {"uid": "T1550.001", "name": "Application Access Token"},
     },
 }
-"""Where one of MITRE ATT&CK truly fits; the other rules tell of habits, and not of a technique."""
+"""MITRE ATT&CK techniques, for the rules that one really fits. The other rules describe habits."""
 _ATTACK_VERSION = "17.0"
 _BY_NAME = {topic.what: topic for topic in AUDITED}
 _SUBJECT_FIELDS = ("agent", "act", "task", "on_behalf_of", "sponsor", "request", "lease", "target")
 
 
 def finding_event(finding: Finding, trust_domain: str) -> OcsfEvent:
-    """The event about a finding."""
+    """Build the event of a finding."""
     summary, agent = finding.trigger, finding.trigger.field("agent")
     info: dict[str, Any] = {
         "uid": finding.uid,
@@ -101,7 +101,7 @@ def finding_event(finding: Finding, trust_domain: str) -> OcsfEvent:
 
 
 def _record(finding: Finding, summary: EventSummary) -> Received:
-    """The record behind a finding, without what was in it; the time is that of the finding."""
+    """The record behind a finding, without its value; its time is the finding's."""
     topic_name, partition, offset = summary.source
     return Received(
         _BY_NAME[summary.log_name], topic_name, partition, offset, finding.at_ms, summary.key, b""

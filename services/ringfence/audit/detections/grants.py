@@ -1,8 +1,8 @@
-"""The rule about grants that answer what already waits. Pure.
+"""Detection rule `quick_approval` for grants that answer a pending request. Pure.
 
-A grant is given ahead, and then there is no question that it could be too quick for. But one that comes after a
-question answers it (policy looks again at what waits): a script that says yes by grants would never be seen at its
-approvals.
+A grant is normally given ahead, so there is no question that it could answer too quickly. But a grant after a question
+answers it, as policy looks again at pending requests. Without this rule a script that approves by grants would pass
+unseen.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from ringfence.audit.detections.rule import EventSummary, Finding, TrailEvent
 from ringfence.audit.memory import Recent
 
 REMEMBERED = 20_000
-"""So many tasks of agents."""
+"""The most (agent, task) pairs remembered."""
 _ANSWERED = frozenset({"approval.given", "approval.denied", "request.allowed", "request.refused"})
 Task = tuple[str, str]
-"""An agent, and a task of it."""
+"""(agent id, task id)."""
 
 
 class QuickGrant:
-    """A person gives a grant faster after the first question that it could answer than anybody reads."""
+    """A person gave a grant sooner after the first question that it answers than anybody can read."""
 
     def __init__(self, least_s: float) -> None:
         self._least_ms = int(least_s * 1000)
         self._open: Recent[Task, EventSummary | None] = Recent(REMEMBERED)
-        """The first question since something was answered."""
+        """The first question since the last answer."""
         self._given: Recent[Task, EventSummary] = Recent(REMEMBERED)
 
     def wants(self, code: str, log_name: str) -> bool:
@@ -40,7 +40,9 @@ class QuickGrant:
             if self._open.get(task) is None:
                 self._open.put(task, event.summary)
                 answer = self._given.get(task)
-                if answer is not None:  # the topics are read side by side: it may be the later one
+                if (
+                    answer is not None
+                ):  # topics are read concurrently: the question may be read after the grant
                     yield from self._findings_of(event.summary, answer)
         elif event.code == "grant.given":
             answer = event.summary._replace(

@@ -1,7 +1,7 @@
-"""Rules about what must follow what, and how soon: approvals, reviews, leases and their use. Pure.
+"""Detection rules about the order and timing of events: approvals, reviews, leases and their use. Pure.
 
-The topics are read side by side, so what should come first may be seen later: either order is taken, and what did not
-come counts as missing only when audit has been up to date for a while.
+Topics are read concurrently, so an earlier event may be read later. The rules accept either order. An event counts as
+missing only after audit has been up to date for a while.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from ringfence.audit.detections.rule import EventSummary, Finding, TrailEvent, T
 V = TypeVar("V")
 
 REMEMBERED = 20_000
-"""Of each kind of thing that a rule waits with."""
+"""The most entries of each kind that a rule remembers."""
 _QUESTIONS = {"approval.requested": "request", "action.approval_requested": "question"}
 _ANSWERS = {"approval.given": "request", "action.approved": "question"}
 _ENDS = frozenset({"lease.ending", "credential.released", "credential.revoked", "lease.expired"})
 _ALLOWED = ("request.allowed", "break_glass.used")
 _ISSUED = ("credential.issued",)
 _AHEAD_MS = 60_000
-"""The question follows the decision that waits: who answers from that has not read the question. What lies further
-apart is an answer to a question of before."""
+"""An answer may precede its question by this much: the question follows the pending decision, and who answers from
+the decision has not read the question. An answer further ahead belongs to an earlier question."""
 
 
 class QuickApproval:
-    """A person approves faster than anybody reads: a script answers, or they no longer look."""
+    """A person approved faster than anybody reads: a script answers, or they no longer look."""
 
     def __init__(self, least_s: float) -> None:
         self._least_ms = int(least_s * 1000)
@@ -44,7 +44,7 @@ class QuickApproval:
         if not isinstance(id, str):
             return
         if event.code in _QUESTIONS:
-            if id in self._asked:  # several are asked; each could read from the first question on
+            if id in self._asked:  # several approvers are asked; each could read from the first question on
                 return
             _remember(self._asked, id, event.summary)
             for answer in self._given.pop(id, ()):
@@ -84,7 +84,7 @@ class QuickApproval:
 
 
 class UnreviewedBreakGlass:
-    """Break glass that nobody has looked at since."""
+    """Nobody reviewed a use of break glass within `after_s`."""
 
     def __init__(self, after_s: int) -> None:
         self._after_ms = after_s * 1000
@@ -121,34 +121,36 @@ class UnreviewedBreakGlass:
 
 @dataclass(slots=True)
 class _LeaseUse:
-    """What is known of one lease by which something was done."""
+    """The use of one lease: its last allowed action, and its end."""
 
     acted: EventSummary
-    """The last action by it that was let pass."""
+    """The last allowed action by it."""
     end_uid: str | None = None
-    """The uid of the event by which it was over."""
+    """Uid of the event that shows its end."""
     ended_at_ms: int | None = None
 
 
 @dataclass(slots=True)
 class _UnexplainedEvent:
-    """Something that lacks what should have come before it."""
+    """An event whose predecessor has not been read."""
 
     came_ms: int
     summary: EventSummary
 
 
 class ImpossibleSequences:
-    """What cannot be where every part does its work: a credential that no decision allowed, an action by a lease that
-    was never issued, or one that was over.
+    """Sequences that correct services never produce.
+
+    These are: a credential that no decision allowed, an action by a lease that was never issued, and an action by a
+    lease after its end.
     """
 
     def __init__(self, trail: TrailQueries, *, settle_s: int, late_s: int, back_s: int) -> None:
         """Args:
-            trail: what has been told of so far, whenever that was.
-            settle_s: how long something may be missing while audit is up to date.
-            late_s: how much later than the end of its lease an action may be told of.
-            back_s: what happened longer ago is not judged.
+            trail: queries over the whole trail so far.
+            settle_s: how long a predecessor may be missing while audit is up to date.
+            late_s: how much later than the end of its lease an action may be reported.
+            back_s: older events are not judged.
         """  # fmt: skip
         self._trail = trail
         self._settle_ms = settle_s * 1000
@@ -157,17 +159,17 @@ class ImpossibleSequences:
         self._behind_ms = 0
         self._lives: OrderedDict[str, _LeaseUse] = OrderedDict()
         self._allowed: OrderedDict[str, bool] = OrderedDict()
-        """Requests that were allowed lately: the trail need not be asked for them."""
+        """Requests that were allowed lately: a cache in front of `trail`."""
         self._undecided: OrderedDict[str, _UnexplainedEvent] = OrderedDict()
         self._unissued: OrderedDict[str, _UnexplainedEvent] = OrderedDict()
 
     def wants(self, code: str, log_name: str) -> bool:
-        return True  # also how old they are
+        return True  # the age of every event shows whether audit is up to date
 
     def observe(self, event: TrailEvent, now_ms: int) -> Iterator[Finding]:
         summary = event.summary
         if now_ms - summary.time_ms > self._settle_ms:
-            self._behind_ms = now_ms  # audit works off what is old: what is missing may come yet
+            self._behind_ms = now_ms  # audit is behind: a missing predecessor may still come
         if now_ms - summary.time_ms > self._back_ms:
             return
         lease, request = summary.field("lease"), summary.field("request")
@@ -210,7 +212,7 @@ class ImpossibleSequences:
     def _on_end(self, lease: str, summary: EventSummary, ended_at_ms: int) -> Iterator[Finding]:
         life = self._lives.get(lease)
         if life is None:
-            return  # the trail tells it to whoever asks when something is done by the lease
+            return  # `_on_action` asks the trail for the end of a lease
         if life.ended_at_ms is None or ended_at_ms < life.ended_at_ms:
             life.end_uid, life.ended_at_ms = summary.uid, ended_at_ms
         yield from self._after_end(lease, life)

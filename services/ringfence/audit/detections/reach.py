@@ -1,6 +1,6 @@
-"""Rules about how far agents reach: beyond their user, again and again, for the first time, or never. Pure.
+"""Detection rules about the reach of agents: beyond their user, bursts of denials, first use, unused ceiling. Pure.
 
-Each keeps so much and no more; what is forgotten is not judged.
+The state of each rule is bounded. Evicted agents and targets are not judged.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ringfence.audit.memory import Recent
 
 AGENTS = 20_000
 TARGETS = 256
-"""So many are remembered of one agent; of one that has more, no target is the first."""
+"""The most targets remembered of one agent. For an agent with more, no target counts as new."""
 MOST_WAITING = 200_000
-"""Targets of all agents that may turn out never to be used."""
+"""The most (agent, target) pairs that wait for their first use."""
 _EVIDENCE = 50
 _REFUSED = frozenset({"request.refused", "credential.refused"})
 _DENIED = _REFUSED | {"action.denied", "action.by_another"}
@@ -27,10 +27,10 @@ _CEILING_SET = frozenset({"agent.registered", "agent.ceiling_set"})
 
 
 class BeyondUser:
-    """An agent asks for what the user it acts on behalf of may not do: through it, they would."""
+    """An agent asked for something that its user may not do: through the agent, the user would do it."""
 
     def __init__(self, quiet_s: int) -> None:
-        """`quiet_s`: once in so long for an agent, user and target."""
+        """`quiet_s`: at most one finding in so many seconds for an agent, user and target."""
         self._quiet_ms = quiet_s * 1000
 
     def wants(self, code: str, log_name: str) -> bool:
@@ -64,10 +64,10 @@ def _is_beyond_entitlements(reason: Any) -> bool:
 
 
 class DenialBurst:
-    """An agent is denied one thing after the other: it tries what it can get, or somebody does with it."""
+    """A burst of denials of one agent: it, or somebody who uses it, probes what it can get."""
 
     def __init__(self, most: int, within_s: int, quiet_s: int) -> None:
-        """`most`: so many within so long are a burst; told once in `quiet_s`."""
+        """`most` denials within `within_s` seconds are a burst; at most one finding in `quiet_s` seconds."""
         self._most = most
         self._within_ms = within_s * 1000
         self._quiet_ms = quiet_s * 1000
@@ -83,9 +83,9 @@ class DenialBurst:
         lately = self._by_agent.get(agent)
         if lately is None:
             lately = deque(maxlen=self._most)
-        self._by_agent.put(agent, lately)  # who is forgotten first is who was denied nothing for longest
+        self._by_agent.put(agent, lately)  # evicts the agent without a denial for longest
         if any(uid == event.summary.uid for _, _, uid in lately):
-            return  # it stands there twice, and was denied once
+            return  # the event was published twice; the denial happened once
         lately.append((at_ms, int(event.body.get("count", 1)), event.summary.uid))
         within = [one for one in lately if abs(at_ms - one[0]) < self._within_ms]
         count = sum(one[1] for one in within)
@@ -114,10 +114,10 @@ class _TargetHistory:
 
 
 class FirstUse:
-    """An agent that has been at work for a while gets a credential for a target where it never was."""
+    """An agent with a history got its first credential for a target."""
 
     def __init__(self, known_for_s: int) -> None:
-        """`known_for_s`: how long an agent must have been at work before anything is new of it."""
+        """`known_for_s`: seconds since its first credential before a target counts as new."""
         self._known_for_ms = known_for_s * 1000
         self._by_agent: Recent[str, _TargetHistory] = Recent(AGENTS)
 
@@ -156,12 +156,12 @@ class FirstUse:
 class _Ceiling:
     status: str
     unused: dict[str, EventSummary] = field(default_factory=dict)
-    """By target: the event about the record that allowed it."""
+    """By target: the event of the record that put it into the ceiling."""
     used: set[str] = field(default_factory=set)
 
 
 class UnusedCeiling:
-    """An agent may hold what it never used: nobody would miss it, but whoever takes the agent over."""
+    """A target in an agent's ceiling was never used within `after_s`: it only serves whoever takes the agent over."""
 
     def __init__(self, after_s: int) -> None:
         self._after_ms = after_s * 1000
@@ -191,7 +191,7 @@ class UnusedCeiling:
             return
         held = self._by_agent.get(agent)
         if held is None and event.code not in _CEILING_SET:
-            return  # what it may hold, and since when, is from before this trail
+            return  # its ceiling is older than this trail
         if held is None:
             held = self._by_agent[agent] = _Ceiling(data["status"])
             if len(self._by_agent) > AGENTS:
@@ -225,7 +225,7 @@ class UnusedCeiling:
                 continue
             if held.status == "active":
                 del held.unused[target]
-                held.used.add(target)  # it is told, and not looked at again
+                held.used.add(target)  # reported once
                 yield self._found(agent, target, summary, due_ms)
             elif held.status != "decommissioned":
                 again.append((due_ms, agent, target))

@@ -1,7 +1,7 @@
-"""What agents did through gateways, as API Activity events (6003): one for each request that was decided.
+"""API Activity events (OCSF class 6003) of actions through gateways: one for each request that a gateway decided.
 
-The messages are not signed: who can write to the topic can make them up, and no more than that. Nothing is decided by
-them, and the events say that nobody vouches for them.
+The messages are unsigned: whoever can write to the topic can forge them, and nothing else. No decision depends on them,
+and the events say so: `verified.by` is None.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ringfence.kernel.kafka.record import Received
 
 _STOLEN: Final = frozenset({"handle_other_agent", "proof_by_stranger", "mcp_session_other_agent"})
-"""Why somebody should look: a handle, or a session, in other hands than it was given to."""
+"""Reason codes of a stolen handle or session: another agent than its owner presented it. They raise an alert."""
 _CREATE, _READ, _UPDATE, _DELETE = 1, 2, 3, 4
 _ACTIVITIES: Final[Mapping[str, int]] = {
     "GET": _READ, "HEAD": _READ, "OPTIONS": _READ, "TRACE": _READ,
@@ -43,9 +43,9 @@ _ACTIVITIES: Final[Mapping[str, int]] = {
 }  # fmt: skip
 _OTHER: Final = "Call"
 _HTTP_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "POST", "PUT", "DELETE", "CONNECT"})
-"""Those that OCSF knows; PATCH is none of them."""
+"""The methods that OCSF knows. PATCH is not among them."""
 _HOSTNAME: Final = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
-"""What is a `hostname_t` of OCSF."""
+"""OCSF type `hostname_t`."""
 
 
 def _kinds_by_activity(code: str, **how: Any) -> dict[int | str, EventKind]:
@@ -77,12 +77,14 @@ def acted(
     subject_fields: Mapping[str, Any],
     trust_domain: str,
 ) -> OcsfEvent:
-    """One request of an agent, let pass or not.
+    """The event of one decided request of an agent: allowed, denied, or observed only.
 
     Args:
-        lease: that it went by, or whose handle was shown, where audit has seen it.
-        about: the words of that lease where it is the agent's own; else of its task, or of the agent alone.
-        trust_domain: of the agents.
+        record: the record on the topic `action`.
+        claims: its unsigned contents.
+        lease: the lease of the request, or of the handle that was shown, if audit has seen it.
+        subject_fields: fields of that lease if it is the agent's own; otherwise of its task, or of the agent alone.
+        trust_domain: the trust domain of the agents.
     """
     agent = claims.agent_id
     own_lease = lease is not None and lease.agent == agent
@@ -132,7 +134,7 @@ def answered(
     subject_fields: Mapping[str, Any],
     trust_domain: str,
 ) -> OcsfEvent:
-    """What came of a request at an endpoint of MCP, once it was let pass. Arguments as for `acted`."""
+    """The event of the answer to an allowed request at an MCP endpoint. Arguments as for `acted`."""
     agent = claims.agent_id
     own_lease = lease if lease is not None and lease.agent == agent else None
     fields: dict[str, Any] = {
@@ -168,8 +170,9 @@ def answered(
 def _action_fields(
     claims: ActionDecided | ActionAnswered, subject_fields: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What both kinds say, over what is known of the lease, the task or the agent. The digest of the credential's
-    request is not among it: `request_digest` is that of the agent's request here.
+    """Fields that both kinds share, over the subject fields.
+
+    The digest of the credential's request is left out: here `request_digest` is the digest of the agent's request.
     """
     act = list(claims.act) if claims.act else [claims.agent_id] if claims.agent_id else None
     return {
@@ -187,12 +190,12 @@ def _action_fields(
 
 
 def _access(claims: ActionDecided) -> str | None:
-    """Older gateways took CONNECT for a write."""
+    """`read` or `write`; None for CONNECT, which older gateways reported as a write."""
     return claims.access if claims.method != "CONNECT" else None
 
 
 def _network_attributes(claims: ActionDecided) -> dict[str, Any]:
-    """What OCSF has of an HTTP request and where it was going: only what its types allow."""
+    """OCSF `http_request` and `dst_endpoint`, with only the values that their types allow."""
     destination = claims.destination
     request: dict[str, Any] = {}
     found: dict[str, Any] = {}
@@ -249,7 +252,7 @@ def _outcome(claims: ActionDecided) -> str:
 
 
 def _kind(claims: ActionDecided) -> EventKind:
-    # Without an access nobody could read what it would do, whatever method it begins with.
+    # Without `access` the gateway could not tell what the request does, whatever its method.
     activity = _ACTIVITIES.get(claims.method or "", _OTHER) if claims.access is not None else _OTHER
     if claims.allowed:
         return _ALLOWED[activity]
@@ -260,7 +263,7 @@ def _kind(claims: ActionDecided) -> EventKind:
 
 
 def _at_host(destination: Destination | None) -> str:
-    """Where it was going, where no target is there."""
+    """The destination for people, if no target is registered there."""
     if destination is None or destination.host is None:
         return ""
     return f" at {destination.host}" + (f":{destination.port}" if destination.port is not None else "")

@@ -1,4 +1,4 @@
-"""Questions about single actions, and what people answered, as Authorize Session events (3003)."""
+"""Authorize Session events (OCSF class 3003) of action approvals, and of grants: approvals given ahead."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def requested(
     subject_fields: Mapping[str, Any],
     verified: dict[str, Any],
 ) -> OcsfEvent:
-    """A gateway asked about one action. `about`: the words of the lease that it goes by, or else of its agent."""
+    """A gateway asked for approval of one action. `subject_fields`: those of its lease, or else of its agent."""
     fields = {**_action_fields(claims, subject_fields), "asked": record.key, "verified": verified}
     message = f"{record.key} was asked about {_action_text(claims)}"
     return event(
@@ -74,7 +74,10 @@ def answered(
     subject_fields: Mapping[str, Any],
     verified: dict[str, Any],
 ) -> OcsfEvent:
-    """A person said yes or no to one action. `request`: what they signed, where a gateway did; `about` as there."""
+    """A person approved or denied one action.
+
+    `request`: the embedded action request, or None if no gateway signed it. `subject_fields`: as for `requested`.
+    """
     who, comment = user_of(claims.iss), scrubbed(claims.comment) if claims.comment else None
     verb = "approved" if claims.verdict == "approved" else "denied"
     message = f"{who['name']} {verb} " + (
@@ -139,7 +142,7 @@ def _action_fields(claims: ActionRequest, subject_fields: Mapping[str, Any]) -> 
 
 
 def given(record: Received, claims: Grant, fields: dict[str, Any], verified: dict[str, Any]) -> OcsfEvent:
-    """A person approved ahead. `fields`: sponsor and user of the task, from the records."""
+    """A person gave a grant. `fields`: sponsor and user of the task, by the present records."""
     who = user_of(claims.iss)
     comment = scrubbed(claims.comment) if claims.comment else None
     message = (
@@ -176,7 +179,7 @@ def given(record: Received, claims: Grant, fields: dict[str, Any], verified: dic
 def withdrawn(
     record: Received, claims: GrantWithdraw, fields: dict[str, Any], verified: dict[str, Any]
 ) -> OcsfEvent:
-    """A person took a grant back. `fields`: what is known of the grant; empty where it was not seen."""
+    """A person withdrew a grant. `fields`: those of the grant's subject; empty if the grant was not seen."""
     who, comment = user_of(claims.iss), scrubbed(claims.reason)
     agent = fields.get("agent")
     of_whom = f" of agent {agent}" if agent else ""

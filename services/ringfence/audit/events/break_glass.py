@@ -1,7 +1,7 @@
-"""Break glass as Detection Findings (2004): one is created where a credential is allowed against policy's denial, and
-closed by the review of somebody who had no part in it.
+"""Detection Findings (OCSF class 2004) of break glass.
 
-That class knows no `user` and no `actor`: who did it stands in `evidences`.
+A finding is created when a credential is allowed against policy's denial. The review of somebody who had no part in it
+closes the finding. The class has neither `user` nor `actor`: whoever did it stands in `evidences`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REVIEWED = event_kind("break_glass.reviewed", _F, 3, severity=INFORMATIONAL, sta
 REVIEW_REFUSED = event_kind("break_glass.review_refused", _F, 2, severity=MEDIUM, status=NEW, alert=True)
 
 NO_DENIALS = frozenset({"break_glass", "ttl_shortened"})
-"""What stands among the reasons of such a decision beside the denials that were outweighed."""
+"""Reason codes of such a decision that are not overridden denials."""
 _TITLE = "Break glass: a credential that policy denied"
 _OF_USE = ("agent", "act", "task", "on_behalf_of", "sponsor", "target", "permissions")
 _OF_REQUEST = ("request_digest", "policy_revision", "instance")
@@ -46,7 +46,7 @@ _OF_REQUEST = ("request_digest", "policy_revision", "instance")
 def used(
     record: Received, claims: CredentialDecision, facts: RequestFacts, fields: Mapping[str, Any]
 ) -> OcsfEvent:
-    """Two operators allowed what policy denies. `fields`: those of a decision's event."""
+    """Two operators allowed what policy denies. `fields`: those of the decision's event."""
     approvers = " and ".join(facts.approvers) or "nobody whose signature holds"
     message = (
         f"break glass: {approvers} allowed agent {facts.agent} {facts.scope_text}, for {claims.ttl_s} s, on behalf of "
@@ -70,8 +70,9 @@ def reviewed(
     rejection: Reason | None,
     verified: dict[str, Any],
 ) -> OcsfEvent:
-    """Somebody looked at a use of break glass. `use`: the words of its event; `why_not`: why the review counts for
-    nothing, if it does.
+    """Somebody reviewed a use of break glass.
+
+    `use`: the `unmapped` fields of its event, if it was audited. `rejection`: why the review is invalid, if it is.
     """
     who, note = user_of(claims.iss), scrubbed(claims.note)
     what = f"break glass of request {claims.request_id} for agent {claims.agent_id}"
@@ -112,12 +113,13 @@ def reviewed(
 def review_problem(
     claims: BreakGlassReview, reviewer: str, roles: Iterable[str], use: Mapping[str, Any] | None
 ) -> Reason | None:
-    """Why a review counts for nothing, or None.
+    """Why a review is invalid, or None.
 
     Args:
-        reviewer: the user whose signature holds.
-        roles: theirs by the present records; none where they are disabled.
-        use: the words of the event about the use, or None where no such use was audited.
+        claims: the verified review.
+        reviewer: the user who signed it.
+        roles: their present roles; empty if they are disabled.
+        use: the `unmapped` fields of the use's event, or None if no such use was audited.
     """
     if {"operator", "auditor"}.isdisjoint(roles):
         return Reason(code="not_reviewer", message="operators and auditors review break glass")
@@ -132,9 +134,9 @@ def review_problem(
 
 
 def collect_uses(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """All uses with their reviews, from the events of the class in their order. One without a review has none (None).
+    """Collect all uses of break glass with their reviews, from Detection Findings in their order.
 
-    The first review that counts stands. Events of another shape, which audit did not write, are passed over.
+    `review` is the first valid review, or None. Events of another shape, which audit did not write, are skipped.
     """
     found: dict[str, dict[str, Any]] = {}
     add_uses(found, events)
@@ -142,7 +144,7 @@ def collect_uses(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def add_uses(found: dict[str, dict[str, Any]], events: Iterable[Mapping[str, Any]]) -> None:
-    """Add further events to what `collect_uses` makes of them, by the id of the request."""
+    """Add further events to the result of `collect_uses`, keyed by the id of the request."""
     for one in events:
         with contextlib.suppress(TypeError, KeyError, AttributeError):
             _add_event(found, one)

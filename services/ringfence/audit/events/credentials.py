@@ -1,7 +1,7 @@
-"""The life of one credential as Authorize Session events (3003): asked for, decided, approved, issued, ended.
+"""Authorize Session events (OCSF class 3003) of a credential's life: requested, decided, approved, issued, ended.
 
-`activity_id` 1 (Assign Privileges) with status Success is one issued credential, and nothing else is; with Failure it
-is one refused. OCSF has no activity for taking privileges away from a session, so ends are 99 with their own names.
+`activity_id` 1 (Assign Privileges) with status Success means one issued credential, and nothing else; with Failure, one
+refused credential. OCSF has no activity that takes privileges from a session, so ends are 99 with names of their own.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def decided(
     facts: RequestFacts | None,
     verified: dict[str, Any],
 ) -> OcsfEvent:
-    """Policy answered a request. Without `facts` the embedded request did not verify: it is named by its id alone."""
+    """Policy decided a request. `facts` is None if the embedded request did not verify: then only its id is given."""
     kind = DECISIONS[claims.outcome]
     if facts is not None and facts.break_glass and claims.outcome == "approval_required":
         kind = BREAK_GLASS_PENDING
@@ -180,7 +180,7 @@ def decided(
 def approval_requested(
     record: Received, claims: ApprovalRequest, facts: RequestFacts, verified: dict[str, Any]
 ) -> OcsfEvent:
-    """Policy asks somebody to approve."""
+    """Policy asked an approver to approve a request."""
     message = (
         f"{claims.approver} was asked for approval ({', '.join(claims.required)}) of {facts.scope_text} for agent "
         f"{facts.agent}, for {claims.ttl_s} s, {_on_behalf_text(facts.on_behalf_of)}"
@@ -215,7 +215,7 @@ def approval_requested(
 def approval_given(
     record: Received, claims: Approval, facts: RequestFacts | None, verified: dict[str, Any]
 ) -> OcsfEvent:
-    """A person said yes or no to a request. Without `facts` what they signed is no request that verifies."""
+    """A person approved or denied a request. `facts` is None if the embedded request did not verify."""
     who = user_of(claims.iss)
     what = (
         f"{facts.scope_text} for agent {facts.agent}" if facts is not None else f"request {claims.request_id}"
@@ -255,14 +255,14 @@ def approval_given(
 
 
 def replied(record: Received, request_id: str, facts: RequestFacts | None) -> OcsfEvent:
-    """A sealed reply was put out for an agent. Nobody but that agent can open it, so this says no more than that."""
+    """A sealed reply to an agent was published. Only that agent can open it, so the event says no more."""
     who = f"agent {facts.agent}" if facts is not None else "the agent that asked"
     message = f"a sealed reply to request {request_id} was sent to {who}"
     return _sealed(record, REPLIED, message, request_id, facts)
 
 
 def delivered(record: Received, request_id: str, to: Sequence[str], facts: RequestFacts | None) -> OcsfEvent:
-    """A credential was put out for gateways. `to`: the keys it says that it is sealed to; audit has none of them."""
+    """A credential sealed to gateways was published. `to`: key ids of the recipients, unverified."""
     message = f"the credential of request {request_id} was sealed to the gateways, {len(to)} keys in all"
     return _sealed(
         record, DELIVERED, message, request_id, facts, {"sealed_to": sorted(to)[:_MAX_SEALED_KEYS]}
@@ -300,7 +300,7 @@ def _sealed(
 def leased(
     record: Received, claims: Lease, lease: LeaseFacts, facts: RequestFacts | None, verified: dict[str, Any]
 ) -> OcsfEvent:
-    """A lease came to another point of its life."""
+    """A lease entered another status."""
     agent = user_of(_agent_uid(claims.aud, claims.agent_id))
     signer = user_of(claims.iss)
     cause = claims.cause
@@ -376,9 +376,9 @@ def lease_void(
     subject_fields: Mapping[str, Any],
     verified: dict[str, Any],
 ) -> OcsfEvent:
-    """A revoker's record of a lease arrived after Redis had been rebuilt without it: it ends nothing.
+    """A revoker's record of a lease is void: it arrived after Redis had been rebuilt without it, and ends nothing.
 
-    `about`: the words of the lease.
+    `subject_fields`: those of the lease.
     """
     signer = user_of(claims.iss)
     own: dict[str, Any] = {
@@ -409,38 +409,39 @@ def lease_void(
 
 
 def cut_confirmed(
-    record: Received, claims: RevocationAck, order: Mapping[str, Any], verified: dict[str, Any]
+    record: Received, claims: RevocationAck, revocation: Mapping[str, Any], verified: dict[str, Any]
 ) -> OcsfEvent:
-    """A gateway's word that it forwards nothing more of what an order covers.
+    """A gateway acknowledged a revocation: it forwards nothing more that the revocation covers.
 
-    `order`: what is known of it.
+    `revocation`: the fields known of it.
     """
     gateway = user_of(claims.iss)
-    agent = order.get("agent")
+    agent = revocation.get("agent")
     own: dict[str, Any] = {
         "user": user_of(_agent_uid(claims.aud, agent)) if agent else UNKNOWN_USER,
         "actor": {"user": gateway},
         "privileges": [],
     }
-    if order.get("lease"):
-        own["session"] = {"uid": order["lease"]}
+    if revocation.get("lease"):
+        own["session"] = {"uid": revocation["lease"]}
     fields = {
-        **order,
+        **revocation,
         "revocation_id": claims.revocation_id,
         "confirmed_by": claims.iss,
         "cut_at_ms": claims.cut_at_ms,
         "outcome": "confirmed",
         "verified": verified,
     }
-    what = f"revocation {order.get('revocation', claims.revocation_id)}"
+    what = f"revocation {revocation.get('revocation', claims.revocation_id)}"
     message = f"gateway {gateway['name']} forwards nothing more of what {what} covers"
-    key = str(agent or order.get("lease") or gateway["name"])
-    return event(record, CUT_CONFIRMED, message, own, fields, key=key, correlation=order.get("request"))
+    key = str(agent or revocation.get("lease") or gateway["name"])
+    return event(record, CUT_CONFIRMED, message, own, fields, key=key, correlation=revocation.get("request"))
 
 
 def lease_forgotten(record: Received, lease_id: str, subject_fields: Mapping[str, Any]) -> OcsfEvent:
-    """The last record of a lease gave way to a tombstone, long after its end. `about`: the words of the lease, if it is
-    known.
+    """A tombstone replaced the last record of a lease, long after its end.
+
+    `subject_fields`: those of the lease, if it is known.
     """
     own: dict[str, Any] = {
         "user": UNKNOWN_USER,
@@ -456,12 +457,12 @@ def revocation_requested(
     record: Received,
     claims: RevocationRequest,
     lease: LeaseFacts | None,
-    facts: dict[str, Any],
+    subject_fields: dict[str, Any],
     verified: dict[str, Any],
 ) -> OcsfEvent:
-    """Somebody asked to end one lease, or all that a selector covers.
+    """Somebody requested a revocation of one lease, or of all leases that a selector covers.
 
-    `facts`: the sponsor of the agent that a selector names, and the like; from the records.
+    `subject_fields`: fields of the selector's subject by the registry's records, such as the sponsor of an agent.
     """
     who = user_of(claims.iss)
     released = claims.kind == "release"
@@ -500,7 +501,7 @@ def revocation_requested(
         fields["selector"] = claims.selector.model_dump(exclude_none=True, exclude_defaults=True)
         if "agent" in selected:
             own["user"] = user_of(_agent_uid(claims.aud, selected["agent"]))
-    fields |= {name: value for name, value in facts.items() if name not in fields}
+    fields |= {name: value for name, value in subject_fields.items() if name not in fields}
     fields["verified"] = verified
     message = f"{who['name']} asked to end {what} ({claims.kind}): {fields['comment']}"
     key = fields.get("agent") or claims.lease_id or str(who["name"])
@@ -589,7 +590,7 @@ def _revisions(decision: CredentialDecision) -> dict[str, Any] | None:
 
 
 def _grants_of(decision: CredentialDecision) -> list[str] | None:
-    """The ids of the grants that a decision names; policy's word, as the decision is."""
+    """Ids of the grants in a decision, unverified: they are policy's word, as is the decision."""
     try:
         return [id_of(parse(one).unverified_claims(Grant)) for one in decision.grants or ()] or None
     except InvalidMessageError:

@@ -1,7 +1,7 @@
-"""Commands and records of users, agents, targets and tasks as Entity Management events (3004).
+"""Entity Management events (OCSF class 3004) of registry commands and records: users, agents, targets, tasks.
 
-A command is status `Requested`, whatever comes of it; the record that follows from it is status Success, and a refusal
-by the registry is status Failure. So one change is one success.
+A command has status `Requested`, whatever its result. The record that follows from it has status Success; a refusal by
+the registry has status Failure. So one change is one success.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Verb:
-    """How a command reads in the imperative and in the past, and which activity it is."""
+    """A command: its OCSF activity, its verb as a request and as a result, and the code of its record's event."""
 
     activity: int
     ask: str
@@ -117,7 +117,7 @@ _FELL = event_kind("record.revision_fell", _E, "Refuse Record", severity=HIGH, s
 
 
 def command_typs() -> frozenset[str]:
-    """The names of all commands that these events are about."""
+    """The typs of all registry commands."""
     return frozenset(_VERBS)
 
 
@@ -131,13 +131,16 @@ def commanded(
     task: TaskState | None,
     parent: TaskState | None = None,
 ) -> OcsfEvent:
-    """Somebody gave a command; what comes of it is not known yet.
+    """Somebody gave a command. Its result is not known yet.
 
     Args:
-        sponsor: the sponsor of the agent that it is about, by the records.
+        record: the record on `registry.command`.
+        claims: the verified command.
+        verified: the field `unmapped.verified`.
+        sponsor: the present sponsor of the command's agent.
         consent_by: who validly signed the embedded consent.
-        task: the task that it ends, by the records.
-        parent: the task that it hands on a part of, by the records.
+        task: the task that it ends, by the present records.
+        parent: the task of which it delegates a part, by the present records.
     """
     kind, id, fields = subject_of_command(claims)
     if task is not None:
@@ -174,12 +177,15 @@ def recorded(
     sponsor: str | None,
     sponsors: Sequence[str] | None = None,
 ) -> OcsfEvent:
-    """The registry published a record: a command was carried out.
+    """The registry published a record: it carried out a command.
 
     Args:
-        by: the last command that it embeds, verified.
-        sponsor: the sponsor of a task's agent, by the records.
-        sponsors: those of all agents that a task came through, where it was handed on.
+        record: the record.
+        claims: its verified claims.
+        by: the last command of its chain, verified.
+        verified: the field `unmapped.verified`.
+        sponsor: the present sponsor of a task's agent.
+        sponsors: the present sponsors of all agents that delegated a task, if it was delegated.
     """
     state = claims.state
     kind, id, fields = _subject_of_state(state)
@@ -189,7 +195,7 @@ def recorded(
     done = "created" if created else _VERBS[by.typ].done
     message = f"{kind} {id} was {done} by {actor['name']}{_terms_text(state, by)}"
     if isinstance(by, AgentTransfer):
-        # The chain of the record holds, and so does the consent that it embeds.
+        # The chain of the record was verified, and the embedded consent with it.
         consent_by = by.sponsor if by.consent else None
         fields |= _consent_fields(by, consent_by)
         message += _consent_text(by, consent_by)
@@ -221,7 +227,7 @@ def recorded(
 
 
 def revision_fell(record: Received, claims: AnyRecord, known: int, verified: dict[str, Any]) -> OcsfEvent:
-    """A record with a lower revision than one seen before: readers refuse it, no honest registry writes it."""
+    """A record has a lower revision than one before it. Readers refuse it; no honest registry writes it."""
     kind, id, fields = _subject_of_state(claims.state)
     message = (
         f"a record of {kind} {id} with revision {claims.revision} came after revision {known}; it is refused"
@@ -235,7 +241,7 @@ def revision_fell(record: Received, claims: AnyRecord, known: int, verified: dic
 def answered(
     record: Received, claims: ServiceEvent, subject_fields: dict[str, Any], verified: dict[str, Any]
 ) -> OcsfEvent:
-    """The registry accepted or refused a command. `about`: sponsor and the like of its agent, from the records."""
+    """The registry accepted or refused a command. `subject_fields`: those of its agent, by the present records."""
     kind = claims.subject.partition(".")[0]
     id = claims.agent_id or claims.task_id or claims.result or claims.ref or "unknown"
     who = user_of(claims.actor)["name"] if claims.actor else "nobody known"
@@ -273,7 +279,7 @@ def answered(
 
 
 def subject_of_command(claims: ExpiringClaims) -> tuple[str, str, dict[str, Any]]:
-    """(kind, id, words) of what a command is about."""
+    """(kind, id, event fields) of the subject of a command."""
     match claims:
         case UserSet() | UserDisable():
             return "user", claims.user_id, {"user": claims.user_id}
@@ -368,7 +374,7 @@ def _command_terms(claims: ExpiringClaims) -> str:
 
 
 def _consent_fields(claims: AgentTransfer, consent_by: str | None) -> dict[str, Any]:
-    """Who agreed to answer for an agent: by a consent, or by signing its transfer themself; or that nobody did."""
+    """The new sponsor, if they consented or signed the transfer themself; otherwise `without_consent`."""
     themself = claims.iss == f"spiffe://{claims.aud}/user/{claims.sponsor}"
     agreed = consent_by or (claims.sponsor if themself else None)
     return {"consent_by": agreed} if agreed else {"without_consent": True}
@@ -404,7 +410,7 @@ def _entity_object(trust_domain: str, kind: str, id: str) -> dict[str, Any]:
 
 
 def _provisioning(state: UserState) -> dict[str, Any]:
-    """Whence a user comes, or what a provisioner may do. Not how their directory names them: that is for it to say."""
+    """The provisioner of a user, or the delegation of a provisioner. The user's name in their directory is left out."""
     if state.provisioned is not None:
         return {"provisioner": state.provisioned.by, "groups": list(state.provisioned.groups)}
     if state.delegation is not None:
@@ -413,7 +419,7 @@ def _provisioning(state: UserState) -> dict[str, Any]:
 
 
 def _data(state: AnyState) -> dict[str, Any]:
-    """What a record says, for whoever investigates. Public keys by their names; backends without their settings."""
+    """The state in a record, for investigations: public keys by their ids, backends without their settings."""
     match state:
         case UserState():
             return {

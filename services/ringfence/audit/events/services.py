@@ -1,7 +1,10 @@
-"""What services say about themselves, and what nobody is believed to have said: Authentication events (3002).
+"""Authentication events (OCSF class 3002): failed verification, replays, and what services report about themselves.
 
-Every signature is a logon of sorts: somebody proves who they are, to act once. So a record whose signature does not
-hold, or that is a replay, is a failed logon of an unknown user; a service that starts or stops logs on or off.
+Every signature is a logon for one act. So a record whose signature fails, or that is a replay, is a failed logon of an
+unknown user; a service that starts or stops logs on or off. Answers to requests are Authorize Session events (3003).
+
+Findings of services about shared identity are Detection Findings (2004): a key that two use at once, a key that two
+identities own, an identity token that two instances present. One identity must have one runner.
 """
 
 from __future__ import annotations
@@ -77,7 +80,7 @@ _SHARED_IDENTITY_TITLES = {
     "token_replayed": "One identity token for two instances",
 }
 
-# The texts of errors can quote what a stranger wrote, so the events have these instead.
+# Error messages may quote text of an unverified writer, so events have these texts instead.
 _REASON_TEXTS: Mapping[str, str] = {
     "not_a_jws": "it is not a JWS in compact serialisation",
     "not_json": "it is not the JSON that belongs there",
@@ -110,7 +113,7 @@ _FORGERIES = frozenset(
 
 
 def not_believed(record: Received, code: str) -> OcsfEvent:
-    """A record that nobody is believed to have written. It is attributed to its coordinates, and to nobody else."""
+    """Verification of a record failed, with error `code`. The event names its coordinates, and no writer."""
     why = _REASON_TEXTS.get(code, "it could not be read")
     message = (
         f"a record on {record.topic.what} (partition {record.partition}, offset {record.offset}) was seen and not "
@@ -126,7 +129,7 @@ def not_believed(record: Received, code: str) -> OcsfEvent:
 def expired(
     record: Received, iss: str, code: str, fields: dict[str, Any], verified: dict[str, Any]
 ) -> OcsfEvent:
-    """A message whose signature holds, but that reached the broker outside its time."""
+    """The signature of a message holds, but it reached the broker outside its validity."""
     who = user_of(iss)
     why = Reason(code=code, message="it reached the broker outside the time that its signer gave it")
     message = f"{with_article(record.topic.what)} by {who['name']} counts for nothing: {why.message}"
@@ -144,9 +147,9 @@ def replayed(
     fields: dict[str, Any],
     verified: dict[str, Any],
 ) -> OcsfEvent:
-    """A signed message that stands at other coordinates too. Whoever put it there again is not known.
+    """A signed message stands at other coordinates as well. Who wrote it again is not known.
 
-    Services publish a record again where they do not know whether it arrived: `same` bytes by a service are no alarm.
+    Services repeat a record if they do not know whether it arrived: `same` content by a service raises no alert.
     """
     who = user_of(iss)
     by_service = who["type"] == "System"
@@ -180,11 +183,14 @@ def reported(
     verified: dict[str, Any],
     traceparent: str | None,
 ) -> OcsfEvent:
-    """What a service said, other than its answers to commands (see `registry_events.answered`).
+    """The event of a service event other than an answer to a command, which `registry.answered` builds.
 
     Args:
-        words: agent, sponsor, task, lease and the like that it is about, as far as they are known.
-        traceparent: the trace of the request that it is about, where that is known.
+        record: the record on `service.event`.
+        claims: its verified claims.
+        fields: those of its subject: agent, sponsor, task, lease and the like, as far as they are known.
+        verified: the field `unmapped.verified`.
+        traceparent: the trace of the subject's request, if known.
     """
     who = user_of(claims.iss)
     event_fields = {
@@ -236,7 +242,7 @@ def reported(
 
 
 def epoch_began(record: Received, claims: LeaseEpoch, verified: dict[str, Any]) -> OcsfEvent:
-    """Redis is being rebuilt from Kafka: what was written to the one before, and is not on Kafka yet, is void."""
+    """A rebuild of Redis from Kafka began: what the former Redis held, and Kafka does not hold yet, is void."""
     who = user_of(claims.iss)
     message = (
         f"{who['name']} rebuilds Redis from Kafka: epoch {claims.epoch} begins in partition {claims.partition} of "
@@ -248,7 +254,7 @@ def epoch_began(record: Received, claims: LeaseEpoch, verified: dict[str, Any]) 
 
 
 def dead_lettered(record: Received, claims: DeadLetter) -> OcsfEvent:
-    """A service could do nothing with a record. The letter is not signed: it says what its writer says."""
+    """A service dead-lettered a record. The letter is unsigned, so its contents are unverified."""
     source = claims.source
     message = (
         f"{claims.service} is said to have dead-lettered a record of {source.topic} (partition {source.partition}, "
@@ -274,7 +280,7 @@ def _event_key(fields: dict[str, Any], who: dict[str, Any]) -> str:
 
 
 def is_shared_identity(claims: ServiceEvent) -> bool:
-    """Whether a service's finding is one of these."""
+    """Whether a service event is a finding about shared identity."""
     return (
         claims.kind == "finding" and bool(claims.reasons) and claims.reasons[0].code in _SHARED_IDENTITY_KINDS
     )

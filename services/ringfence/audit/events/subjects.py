@@ -1,4 +1,4 @@
-"""Who and what an event is about, in the words of events, from what is known of a lease, its request and its task."""
+"""Event fields that name the subject of an event: agent, task, user, sponsor; from a lease, a request or a task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ringfence.model.lifecycle import agents_of
 
 
 def credential_fields(lease: LeaseFacts | None, facts: RequestFacts | None) -> dict[str, Any]:
-    """Of a lease and the request that it came of, as far as they are known; nothing where neither is."""
+    """Fields of a lease and its request, as far as they are known; empty if neither is."""
     known = lease or facts
     if known is None:
         return {}
@@ -31,7 +31,7 @@ def credential_fields(lease: LeaseFacts | None, facts: RequestFacts | None) -> d
 
 
 def task_fields(task: TaskState) -> dict[str, Any]:
-    """Of a task, by its record."""
+    """Fields of a task, by its record."""
     return {
         "agent": task.agent_id,
         "act": list(agents_of(task)),
@@ -41,5 +41,5 @@ def task_fields(task: TaskState) -> dict[str, Any]:
 
 
 def delegators_of(delegators: tuple[Delegator, ...] | None) -> list[dict[str, str]] | None:
-    """The agents that handed a task on, with their own tasks and who answers for them; None where there are none."""
+    """The agents that delegated a task, with their own tasks and sponsors; None if there are none."""
     return [one.model_dump() for one in delegators or ()] or None

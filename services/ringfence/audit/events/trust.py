@@ -1,4 +1,7 @@
-"""The trust bundle, which says who speaks for which service, as Entity Management events (3004)."""
+"""Entity Management events (OCSF class 3004) of the trust bundle, which lists the keys of the services.
+
+Each record on `trust` is classified once, by offset: it activated a bundle, repeated the one in force, or is outdated.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ _REMEMBERED_RECORDS: Final = 10_000
 
 
 def bundle_event(record: Received, seen: BundleRecord) -> OcsfEvent:
-    """A bundle that a root signed stands on the topic."""
+    """A bundle signed by a trusted root was published."""
     bundle = seen.bundle
     who = user_of(bundle.iss)
     entity = {
@@ -69,7 +72,7 @@ def bundle_event(record: Received, seen: BundleRecord) -> OcsfEvent:
 
 
 def _data(bundle: TrustBundle, root: str) -> dict[str, Any]:
-    """What it says, with keys by their names."""
+    """The contents of a bundle, with keys by their ids."""
     return {
         "root": root,
         "not_after": bundle.exp,
@@ -92,7 +95,7 @@ def _keys(keys: tuple[KeyRecord, ...]) -> list[dict[str, Any]]:
 
 
 def _changes(before: TrustBundle | None, now: TrustBundle) -> str:
-    """What is another than before, in words: services and issuers that came, went or have other keys."""
+    """The differences between two bundles as text: services and issuers that are new, gone or changed."""
     was, there = _bundle_fields(before), _bundle_fields(now)
     changes = [f"{name} is new" for name in there if name not in was]
     changes += [f"{name} is gone" for name in was if name not in there]
@@ -106,7 +109,7 @@ def _changes(before: TrustBundle | None, now: TrustBundle) -> str:
 
 
 def _bundle_fields(bundle: TrustBundle | None) -> dict[str, Any]:
-    """Whoever it names, and what it says of them."""
+    """The services and OIDC issuers of a bundle, by name."""
     if bundle is None:
         return {}
     issuers = {f"issuer {one.issuer}": one for one in bundle.oidc_issuers}
@@ -114,37 +117,37 @@ def _bundle_fields(bundle: TrustBundle | None) -> dict[str, Any]:
 
 
 class BundleRecord(NamedTuple):
-    """A bundle that a root signed whom the pinned one led to."""
+    """A bundle whose root is the pinned one, or descends from it."""
 
     status: Literal["activated", "repeated", "outdated"]
-    """`again`: the very bundle in force; `fell`: a version that is not higher than that of the bundle in force."""
+    """`repeated`: the very bundle in force; `outdated`: not of a higher version than the bundle in force."""
     bundle: TrustBundle
     kid: str
-    """The root that signed it."""
+    """Key id of the root that signed it."""
     before: TrustBundle | None
-    """What was in force until then."""
+    """The bundle in force until then."""
 
 
 class BundleHistory:
-    """Judges every record once, in the order of its offset: `trust` has one partition.
+    """Classifies every record on `trust` once, in offset order: the topic has one partition.
 
-    It is read from the beginning at each start, so that a bundle of before is known as one after a restart as well.
+    The topic is read from the beginning at each start, so classifications survive a restart.
     """
 
     def __init__(self, trust: TrustStore) -> None:
-        """`trust`: an empty store, which nobody else feeds."""
+        """`trust`: an empty trust store that nobody else loads."""
         self._trust = trust
         self._in_force: TrustBundle | None = None
         self._next = 0
         self._seen: Recent[int, BundleRecord | InvalidMessageError] = Recent(_REMEMBERED_RECORDS)
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in what stands there."""
+        """Classify the records of the topic."""
         for record in records:
             self._read(record)
 
     def record_of(self, record: Received) -> BundleRecord:
-        """What a record was. Raises InvalidMessageError where it is no bundle that counts for anything."""
+        """The classification of a record. Raises InvalidMessageError if it is no valid bundle."""
         self._read(record)
         seen = self._seen.get(record.offset)
         if seen is None:
@@ -168,7 +171,7 @@ class BundleHistory:
         known, before = self._trust.compact, self._in_force
         newer = self._trust.load(record.value, record.appended_at_ms / 1000)
         jws = parse(record.value)
-        bundle = jws.unverified_claims(TrustBundle)  # the store verified it
+        bundle = jws.unverified_claims(TrustBundle)  # the trust store verified it
         if newer:
             self._in_force = bundle
         fate: Literal["activated", "repeated", "outdated"] = (

@@ -1,6 +1,6 @@
-"""Who did something at a target, and who held a credential for it, by what audit read. Pure: events in, counts out.
+"""The access report: who acted at a target, and who held a credential for it. Pure: events in, counts out.
 
-Each line leads to people: the sponsor of the agent, and the user on whose behalf it was.
+Each line names people: the sponsor of the agent, and the user on whose behalf it acted.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from ringfence.model.scope.scope import intersect
 
 Event = Mapping[str, Any]
 BY: Final = ("agent", "sponsor", "on_behalf_of")
-"""What is counted together. Each may be None, where that is not known."""
+"""The grouping key of a line. A value is None if it is unknown."""
 HELD_BEFORE_MS: Final = 86_400_000
-"""Leases that were issued so long before a span may reach into it, and are looked at."""
+"""24 h: leases issued this long before a span may overlap it, and are examined."""
 _COUNTS: Final = ("allowed", "denied", "observed", "leases", "handed_out", "unverified")
 _OUTCOMES: Final = frozenset({"allowed", "denied", "observed"})
 
@@ -24,10 +24,16 @@ _OUTCOMES: Final = frozenset({"allowed", "denied", "observed"})
 def access_report(
     events: Sequence[Event], known: Iterable[Event], permission: Permission, since_ms: int
 ) -> list[dict[str, Any]]:
-    """The lines of some actions and issues, in the order of their firsts.
+    """The lines of the report, ordered by first event.
 
-    `events` are of the target that is `permission`, and of `HELD_BEFORE_MS` before `since_ms` as well; `known` are the
-    issues and ends of all leases among them. A lease counts where an issuer's signature was verified.
+    Args:
+        events: actions at the target of `permission`, and issues of credentials for it, from `HELD_BEFORE_MS` before
+            `since_ms` on.
+        known: the issues and ends of all leases among them.
+        permission: the target, verbs and resources of the query. No verbs stand for all.
+        since_ms: the start of the span, in ms since the epoch.
+
+    A lease counts in `leases` only if an issuer's signature was verified; otherwise in `unverified`.
     """
     first, ends = _lease_lifetimes(known)
     lines: dict[tuple[str | None, ...], dict[str, Any]] = {}
@@ -47,7 +53,7 @@ def access_report(
 
 
 def issued_leases(events: Iterable[Event]) -> set[str]:
-    """The leases of which some events tell the issue."""
+    """The ids of the leases that these events issue."""
     return {
         event["unmapped"]["lease"]
         for event in events
@@ -87,7 +93,7 @@ def _lease_counts(event: Event) -> dict[str, int]:
 
 
 def _lease_lifetimes(known: Iterable[Event]) -> tuple[dict[str, Event], dict[str, int]]:
-    """The first issue of each lease, as a revoker may say it again; and when leases ended."""
+    """The first issue of each lease, as a revoker may repeat it; and the end of each ended lease, in ms."""
     first: dict[str, Event] = {}
     ends: dict[str, int] = {}
     for event in known:
@@ -114,7 +120,7 @@ def _overlaps(event: Event, ends: Mapping[str, int], since_ms: int) -> bool:
 
 
 def _matches_action(fields: Mapping[str, Any], permission: Permission) -> bool:
-    """False also for what came of an action that is counted."""
+    """Whether an action matches the query. False for the answer to an action: the action itself counts."""
     if fields.get("outcome") not in _OUTCOMES or "answer" in fields:
         return False
     if permission.resources == ("**",) and not permission.verbs:
@@ -137,7 +143,7 @@ def _grants_any(fields: Mapping[str, Any], permission: Permission) -> bool:
 
 
 def _overlaps_resources(resource: str, permission: Sequence[str]) -> bool:
-    """Whether there is a name that both stand for."""
+    """Whether a resource pattern and the patterns of the query have a name in common."""
     one, other = (
         Permission.model_construct(target="t", verbs=("v",), resources=resources)
         for resources in ((resource,), tuple(permission))

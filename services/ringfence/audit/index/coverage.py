@@ -1,8 +1,8 @@
-"""How much of what was issued and done leads back to a human, by what audit verified. Pure: events in, counts out.
+"""The coverage report: how many leases and actions trace back to a human, by verified events. Pure.
 
-A lease leads back to a human where the record of its issue, the decision that it names, the agent's request in that
-decision, and the task were verified, say the same, and name a user on whose behalf it was. An action leads back where
-its lease does. What cannot be followed counts against.
+A lease traces back to a human if four records were verified and agree: its issue, the decision that it names, the
+agent's request in that decision, and the task; and if they name a user on whose behalf it was issued. An action traces
+back if its lease does. Whatever cannot be traced counts against.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ringfence.model.leases.lifecycle import CLOCKS_S, is_short_lived, is_task_b
 
 Event = Mapping[str, Any]
 WENT_THROUGH: Final = ("action.allowed", "action.observed")
-"""What had an effect. What was blocked had none, and what came of an action is told of an action that is counted."""
+"""Event codes of actions with an effect. Blocked actions had none; answers belong to an action that is counted."""
 TASK_LOG: Final = "task"
 """`metadata.log_name` of the events about records of tasks."""
 FELL: Final = "record.revision_fell"
 OUTLIVED_S: Final = 300
-"""A lease whose end is not known so long after its deadline may stand still."""
+"""A lease without a known end this long after its deadline may still exist."""
 MAX_LISTED: Final = 100
-"""So many of what counts against are listed of one page."""
+"""At most so many untraced items are listed in one page."""
 
 _FAULTS: Final[Mapping[str, str]] = {
     "unreadable": "its event is none that audit writes",
@@ -43,17 +43,17 @@ _FAULTS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class LeaseBasis:
-    """What leases rest on, by lease, request and task."""
+    """The events that leases rest on: issues and ends by lease, decisions by request, task records by task."""
 
     issued: dict[str, Event] = field(default_factory=dict)
-    """The first there is."""
+    """The first issue of each lease."""
     ended: set[str] = field(default_factory=set)
     allowed: dict[str, list[Event]] = field(default_factory=dict)
     tasks: dict[str, Event] = field(default_factory=dict)
 
 
 def load_basis(trail: ReportQueries, leases: Iterable[str]) -> LeaseBasis:
-    """All that is needed to judge these leases."""
+    """Load all events that are needed to trace these leases."""
     found = LeaseBasis()
     for event in trail.basis_events(leases, (), ()):
         _add_to_basis(found, event)
@@ -82,7 +82,7 @@ def _add_to_basis(found: LeaseBasis, event: Event) -> None:
 
 
 def lease_fault(issued: Event, found: LeaseBasis, is_user: Callable[[str], bool]) -> str | None:
-    """Why a lease does not lead back to a human, as a code, or None where it does."""
+    """Why a lease does not trace back to a human, as a code of `_FAULTS`; None if it does."""
     fields = issued["unmapped"]
     if not _is_whole(issued):
         return "unreadable"
@@ -109,7 +109,7 @@ def lease_fault(issued: Event, found: LeaseBasis, is_user: Callable[[str], bool]
 
 
 def action_fault(action: Event, found: LeaseBasis, is_user: Callable[[str], bool]) -> str | None:
-    """Why an action does not lead back to a human, as a code, or None where it does."""
+    """Why an action does not trace back to a human, as a code of `_FAULTS`; None if it does."""
     fields = action["unmapped"]
     if not fields.get("lease"):
         return "no_lease"
@@ -131,7 +131,10 @@ def count_leases(
     now_s: float,
     short_s: int,
 ) -> dict[str, Any]:
-    """The sums over leases that were issued, and those that count against."""
+    """Count issued leases: totals, those that trace back, and lists of those that do not, or that are long-lived.
+
+    `now_s`: the present, in seconds since the epoch. `short_s`: the most that a short-lived lease lasts.
+    """
     sums: dict[str, Any] = dict.fromkeys(
         ("total", "traced", "short_lived", "task_bound", "both", "standing"), 0
     )
@@ -139,7 +142,7 @@ def count_leases(
     for event in events:
         fields = event["unmapped"]
         if found.issued.get(fields.get("lease"), event)["metadata"]["uid"] != event["metadata"]["uid"]:
-            continue  # a revoker said it once more after Redis was lost
+            continue  # a revoker repeated it after Redis was lost
         fault = lease_fault(event, found, is_user)
         sums["total"] += 1
         if fault == "unreadable":
@@ -169,7 +172,7 @@ def count_leases(
 def count_actions(
     events: Sequence[Event], found: LeaseBasis, is_user: Callable[[str], bool]
 ) -> dict[str, Any]:
-    """The sums over actions that went through, and those that count against."""
+    """Count actions with an effect: the total, those that trace back, and a list of those that do not."""
     total, against = 0, []
     for event in went_through(events):
         total += 1
@@ -180,7 +183,7 @@ def count_actions(
 
 
 def went_through(events: Iterable[Event]) -> list[Event]:
-    """Those of some events that are actions which had an effect."""
+    """The actions with an effect among these events."""
     return [event for event in events if event["metadata"].get("event_code") in WENT_THROUGH]
 
 
@@ -191,7 +194,7 @@ def _list_entry(event: Event, code: str, why: str) -> dict[str, Any]:
 
 
 def _is_whole(event: Event) -> bool:
-    """False for what audit did not write: the topic is only as good as its ACL."""
+    """False for events that audit did not write: the topic is only as good as its ACL."""
     fields, ids = event["unmapped"], ("lease", "request", "task", "agent", "on_behalf_of")
     if not isinstance(fields.get("verified"), Mapping) or not all(
         isinstance(fields.get(name, ""), str) for name in ids

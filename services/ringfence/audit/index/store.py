@@ -1,4 +1,13 @@
-"""The index over the `audit` topic that traces are built from. It can be lost: the topic has everything."""
+"""The index over the `audit` topic, in SQLite. It serves traces, pages, reports and exports.
+
+The index can be lost: it is built anew from the topic at each start. Cursors of pages and reports name the *epoch* of
+one such build; cursors of exports name a time and uid, and hold in every build.
+
+The uid of an event can be predicted, so a stranger may write another event with the same uid first. The index keeps
+both: the second one's column `conflict` holds its digest (empty otherwise).
+
+Queries are bounded by the number of rows that they scan, not by the number of results, so none takes long.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +42,7 @@ TRACE_KINDS: tuple[TraceKind, ...] = get_args(TraceKind)
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """Whose eyes a query is for: those of a person, and of the sponsor of these agents. None sees everything."""
+    """The access scope of a query: a user, and the agents that they sponsor. No viewer (None) sees everything."""
 
     user_id: str
     agents: tuple[str, ...]
@@ -41,7 +50,7 @@ class Viewer:
 
 @dataclass(frozen=True, slots=True)
 class EventTrace:
-    """The events that belong to something, oldest first. `truncated`: there is more than was asked for."""
+    """The events of one lease, request, task, agent or user, oldest first. `truncated`: more exist than the limit."""
 
     kind: TraceKind
     id: str
@@ -51,7 +60,7 @@ class EventTrace:
 
 @dataclass(frozen=True, slots=True)
 class EventPage:
-    """Some events, oldest first, and the cursor to go on from."""
+    """A page of events, oldest first, and the cursor of the next page."""
 
     events: list[dict[str, Any]]
     cursor: str
@@ -59,10 +68,10 @@ class EventPage:
 
 @dataclass(frozen=True, slots=True)
 class ActionPage:
-    """Some actions, or issues, of a span of time, oldest first: the events of those that may be seen.
+    """A page of actions or issues in a span of time, oldest first: the events that the viewer may see.
 
-    `looked_at_ms` are the times of the first and last that were looked at, None where there were none; `cursor` is
-    where to go on from, None at the end.
+    `looked_at_ms`: times of the first and last event scanned, None if there were none. `cursor`: of the next page, None
+    at the end.
     """
 
     events: list[dict[str, Any]]
@@ -72,10 +81,10 @@ class ActionPage:
 
 @dataclass(frozen=True, slots=True)
 class ExportPage:
-    """Some events of a span of time as they stand on the topic, to the byte, by time and uid.
+    """A page of an export: the bytes of events as on the topic, ordered by time and uid.
 
-    `looked_at_ms` is the time of the last that was looked at, None where there was none; `cursor` is where to go on
-    from, None at the end. It holds whenever the index is built anew.
+    `looked_at_ms`: time of the last event scanned, None if there was none. `cursor`: of the next page, None at the end;
+    it stays valid when the index is built anew.
     """
 
     events: list[bytes]
@@ -84,13 +93,13 @@ class ExportPage:
 
 
 class CursorLostError(RingfenceError):
-    """The index was built anew since this cursor was given: what was counted by it cannot be gone on with."""
+    """The cursor is of an earlier build of the index, or malformed. The caller must start again."""
 
     code = "cursor_lost"
 
 
 class ReportQueries(Protocol):
-    """What actions and credentials are counted by."""
+    """The queries of the reports."""
 
     def actions(
         self,
@@ -100,50 +109,50 @@ class ReportQueries(Protocol):
         limit: int,
         **filters: str | None,
     ) -> ActionPage:
-        """Actions through gateways; `limit` are looked at. `filters`: agent, target. Raises CursorLostError."""
+        """Actions through gateways; `limit` are scanned. `filters`: agent, target. Raises CursorLostError."""
         ...
 
     def issued(
         self, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
     ) -> ActionPage:
-        """Issues of credentials, as `actions` gives actions. Raises CursorLostError."""
+        """Issues of credentials; `limit` are scanned. Raises CursorLostError."""
         ...
 
     def at_target(
         self, target: str, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
     ) -> ActionPage:
-        """Actions at a target, and issues of credentials for it, as `actions` gives them. Raises CursorLostError."""
+        """Actions at a target, and issues of credentials for it; `limit` are scanned. Raises CursorLostError."""
         ...
 
     def basis_events(
         self, leases: Iterable[str], requests: Iterable[str], tasks: Iterable[str]
     ) -> list[dict[str, Any]]:
-        """Issues and ends of these leases, what allowed these requests, and what changed these tasks."""
+        """Issues and ends of these leases, decisions that allowed these requests, and records of these tasks."""
         ...
 
 
 class EventIndex(ReportQueries, Protocol):
-    """Finds audit events again."""
+    """The index over audit events."""
 
     def add(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
-        """Take in what came from the `audit` topic. The same event twice counts once; what is no event is skipped.
+        """Index records of the `audit` topic. A repeated event counts once; a record that is no event is skipped.
 
-        Of two with one uid that say different things one was made up, as its uid can be told ahead: both are found.
+        Of two different events with one uid, one is forged, as uids can be predicted: both are indexed.
 
-        `events`: the JSON of each, where it is parsed already.
+        `events`: the parsed JSON of each record, if the caller has it.
         """
         ...
 
     def trace(self, id: str, kind: TraceKind | None, viewer: Viewer | None, limit: int) -> EventTrace | None:
-        """The events of what has this id; at most `limit` requests, the latest. None where there is nothing to see."""
+        """The events of the object with this id: its latest `limit` requests. None if the viewer may see none."""
         ...
 
     def page(
         self, viewer: Viewer | None, after: str | None, limit: int, event_filter: EventFilter = NO_FILTER
     ) -> EventPage:
-        """Events after a cursor, or the latest ones.
+        """Events after a cursor, or the latest ones; at most `limit`.
 
-        Where no index leads to what is in the filter, a bounded number is looked at: the cursor is then past those.
+        If no index serves the filter, a bounded number of events is scanned, and the cursor is past those.
         """
         ...
 
@@ -155,19 +164,19 @@ class EventIndex(ReportQueries, Protocol):
         limit: int,
         event_filter: EventFilter = NO_FILTER,
     ) -> ExportPage:
-        """Events of a span, at most `limit`, of a bounded number that are looked at. Raises CursorLostError."""
+        """At most `limit` events of a span, out of a bounded number scanned. Raises CursorLostError."""
         ...
 
     def events(self, uid: str, viewer: Viewer | None) -> list[bytes]:
-        """The event as it stands on the topic, to the byte, and whatever else stands there by its uid."""
+        """The bytes of the event with this uid as on the topic, and of others that claim the same uid."""
         ...
 
     def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
-        """All Detection Findings, oldest first: uses of break glass, and their reviews."""
+        """All Detection Findings, oldest first; uses of break glass and their reviews among them."""
         ...
 
     def use_of_break_glass(self, request_id: str) -> Mapping[str, Any] | None:
-        """The words of the event about a use of break glass, or None where there is none."""
+        """The `unmapped` fields of a use of break glass by its request's id, or None if there is none."""
         ...
 
 
@@ -200,7 +209,7 @@ INSERT OR IGNORE INTO event (
 """
 _IDS = ("request", "lease", "task", "agent", "target", "sponsor", "on_behalf_of", "revocation", "parent")
 _CACHE_KIB = 64 * 1024
-"""Of pages in memory: ids are random, so each event touches some pages of every index."""
+"""Page cache in KiB. Ids are random, so each event touches some pages of every index."""
 _OPENING = f"""
 PRAGMA page_size = 8192;
 PRAGMA locking_mode = EXCLUSIVE;
@@ -210,14 +219,14 @@ PRAGMA cache_size = {-_CACHE_KIB};
 {_SCHEMA}
 BEGIN;
 """
-"""Nobody else opens the file, and what it holds is the topic's business: a torn file is thrown away at the next start
-anyway. So all is one transaction that is never committed: pages are written when the cache is full, and not each time
-that something on them changes."""
+"""One transaction that is never committed: SQLite writes pages when the cache is full, not at each change to them.
+
+No other process opens the file, and a torn file does no harm: the next start deletes it and reads the topic again."""
 _MOST_ROWS = 20_000
 _WINDOW = 50_000
-"""So many events are looked at for those that no index leads to."""
+"""So many events are scanned for a page, if no index serves its filter."""
 _COPIED_AT_ONCE, _COPIED_BYTES = 5000, 4 * 1024 * 1024
-"""So many events are looked at, and so many bytes are given, for one page of copies."""
+"""The most events scanned, and bytes returned, for one page of an export."""
 _SEEN = (
     "(sponsor = :viewer OR on_behalf_of = :viewer OR "
     "agent IN (SELECT value FROM json_each(:agents)) OR (above IS NOT NULL AND "
@@ -226,10 +235,10 @@ _SEEN = (
 
 
 class SqliteIndex:
-    """`EventIndex` in SQLite: in memory, or in a file so that it need not fit there. Built anew at each start."""
+    """`EventIndex` in SQLite, in memory or in a file."""
 
     def __init__(self, file: Path | None) -> None:
-        """Raises OSError, NotPrivateError."""
+        """`file`: None for memory. Raises OSError, NotPrivateError."""
         self._db = new_database(file)
         self._db.executescript(_OPENING)
         self._epoch = secrets.token_hex(4)
@@ -271,7 +280,7 @@ class SqliteIndex:
             metrics.BREAK_GLASS_UNREVIEWED.set(unreviewed)
 
     def _add_conflicts(self, rows: Iterable[tuple[Any, ...]]) -> None:
-        """Of what was known by its uid, take in what says something else: a uid that was made up hides no event."""
+        """Index rows whose uid is known with other contents: a forged uid must not hide an event."""
         for row in rows:
             seq, uid, json = row[0], row[1], row[-2]
             query = "SELECT seq, json FROM event WHERE uid = ? AND conflict = ''"
@@ -279,7 +288,7 @@ class SqliteIndex:
             if first != seq and (mark := mark_of(orjson.loads(json))) != mark_of(orjson.loads(known)):
                 self._db.execute(_INSERT, (*row[:-1], mark.hex()))
 
-    # --- asking ---
+    # --- queries ---
 
     def trace(self, id: str, kind: TraceKind | None, viewer: Viewer | None, limit: int) -> EventTrace | None:
         """See `EventIndex`."""
@@ -330,7 +339,7 @@ class SqliteIndex:
         limit: int,
         **filters: str | None,
     ) -> ActionPage:
-        """See `EventIndex`. What is looked at is bounded, and not what is found: a question must not take long."""
+        """See `EventIndex`."""
         conditions, values = self._visible_to(viewer)
         for name in ("agent", "target"):
             if filters.get(name) is not None:
@@ -364,7 +373,7 @@ class SqliteIndex:
         limit: int,
         event_filter: EventFilter = NO_FILTER,
     ) -> ExportPage:
-        """See `EventIndex`. Its cursor is a place in time: it stands for the same events in every index."""
+        """See `EventIndex`."""
         where, values = self._visible_to(viewer)
         conditions, more = event_filter.where()
         time, uid, conflict = _export_position(after) if after is not None else (span_ms[0], "", "")
@@ -412,16 +421,16 @@ class SqliteIndex:
         return [bytes(row[0]) for row in self._db.execute(query, {**values, "uid": uid})]
 
     def has(self, uid: str) -> bool:
-        """Whether this event is there."""
+        """Whether an event with this uid is indexed."""
         return self._db.execute("SELECT 1 FROM event WHERE uid = ?", (uid,)).fetchone() is not None
 
     def has_event(self, kind: Literal["request", "lease"], id: str, codes: Sequence[str]) -> bool:
-        """Whether there is an event with one of these codes about a request or a lease."""
+        """See `TrailQueries` of detections."""
         query = f"SELECT 1 FROM event WHERE {kind} = ? AND code IN ({_sql_list(codes)}) LIMIT 1"  # noqa: S608 - own names
         return self._db.execute(query, (id,)).fetchone() is not None
 
     def ended_at(self, lease: str, ends: Collection[str]) -> tuple[str, int] | None:
-        """The earliest moment at which a lease was over, by an event with a code of `ends` or by its deadline."""
+        """See `TrailQueries` of detections."""
         codes = _sql_list((*ends, ISSUED))
         query = f"SELECT uid, code, time, json FROM event WHERE lease = ? AND code IN ({codes})"  # noqa: S608 - own names
         found: list[tuple[int, str]] = []
@@ -458,7 +467,7 @@ class SqliteIndex:
         after: str | None,
         limit: int,
     ) -> ActionPage:
-        """Events of a kind, by the index over their times; those that are wanted of the `limit` that are looked at."""
+        """Scan `limit` events of a kind by time, and return those that match `conditions`."""
         seq, time = self._position_of(after) if after is not None else (0, span_ms[0])
         rows = self._db.execute(
             f"SELECT seq, time, CASE WHEN {' AND '.join(conditions) or '1'} THEN json END FROM event "  # noqa: S608 - own names
@@ -471,7 +480,7 @@ class SqliteIndex:
         return ActionPage([orjson.loads(row[2]) for row in rows if row[2] is not None], looked_at_ms, cursor)
 
     def _start(self, after: str | None) -> tuple[str, dict[str, Any]]:
-        """Where a cursor points to. One from before a restart is taken by its time: some events may come again."""
+        """The SQL condition of a cursor. A cursor of an earlier build goes by its time: some events may repeat."""
         if after is None:
             return "", {}
         epoch, seq, time = [*after.split("."), "", ""][:3]
@@ -481,7 +490,7 @@ class SqliteIndex:
         return "+time >= :time", {"time": int(time) if _is_int64_text(time) else 0}
 
     def _window(self, start: str, values: Mapping[str, Any]) -> dict[str, int] | None:
-        """Which events are looked at: the latest, or those that follow; None after a restart, as that goes by time."""
+        """The events to scan: the latest, or those after the cursor; None for a cursor of an earlier build."""
         if not start:
             return {"from": self._seq - _WINDOW, "end": self._seq}
         if "seq" not in values:
@@ -489,14 +498,14 @@ class SqliteIndex:
         return {"from": values["seq"], "end": min(values["seq"] + _WINDOW, self._seq)}
 
     def _position_of(self, cursor: str) -> tuple[int, int]:
-        """Sequence number and time of the last that was looked at. Raises CursorLostError."""
+        """Sequence number and time of the last event scanned. Raises CursorLostError."""
         epoch, seq, time = [*cursor.split("."), "", ""][:3]
         if epoch != self._epoch or not (_is_int64_text(seq) and _is_int64_text(time)):
             raise CursorLostError("audit built its index anew meanwhile; ask again from the beginning")
         return int(seq), int(time)
 
     def _trace_of(self, kind: TraceKind, id: str, viewer: Viewer | None, limit: int) -> EventTrace | None:
-        # A person is the root of what was done on their behalf.
+        # A user is the root of everything that was done on their behalf.
         column = "on_behalf_of" if kind == "user" else kind
         where, values = self._visible_to(viewer)
         where.append(f"{column} = :id")
@@ -504,10 +513,10 @@ class SqliteIndex:
         condition = " AND ".join(where)
         requests = self._latest("request", condition, values)
         tasks = self._latest("task", condition, values)
-        # Neither: something that no request came of yet, such as an agent that was only registered.
+        # Neither: an object without requests yet, such as an agent that was only registered.
         if not requests and not tasks and not self._any(condition, values):
             return None
-        if kind == "task":  # and what was handed on of it
+        if kind == "task":  # and the tasks that were delegated from it
             parts = self._reachable("task", "parent", tasks)
             tasks, requests = [*tasks, *parts], [*requests, *self._values("request", "task", parts)]
         truncated = len(requests) > limit or len(tasks) > limit
@@ -519,7 +528,7 @@ class SqliteIndex:
         self._collect(found, "task", tasks, "request IS NULL")
         leases = self._values("lease", "request", requests)
         self._collect(found, "lease", leases, "request IS NULL")
-        # The orders, and what confirmed them: a switch has ended leases of others as well.
+        # Revocations and their acknowledgements: a kill switch has ended leases of others as well.
         self._collect(found, "revocation", self._values("revocation", "request", requests), "lease IS NULL")
         if kind == "agent":
             seen, seen_values = self._visible_to(viewer)
@@ -527,7 +536,7 @@ class SqliteIndex:
         rows = sorted(found.items(), key=lambda item: item[1][0])
         return EventTrace(kind, id, [orjson.loads(row[1][1]) for row in rows], truncated)
 
-    # Columns and conditions in the queries below are this file's own words; values are parameters.
+    # Columns and conditions in the queries below are constants of this file; values are parameters.
 
     def _latest(self, column: str, condition: str, values: dict[str, Any]) -> list[str]:
         query = (
@@ -556,7 +565,7 @@ class SqliteIndex:
         return [row[0] for row in self._db.execute(query, {"ids": orjson.dumps(list(ids)).decode()})]
 
     def _reachable(self, column: str, by: str, ids: Iterable[str]) -> list[str]:
-        """What is reached from these ids step by step: the tasks that tasks are parts of, or the parts of tasks."""
+        """All ids reachable from these over a task tree: the ancestors of tasks, or their delegated parts."""
         found: dict[str, None] = {}
         step = list(ids)
         while step := [id for id in self._values(column, by, step) if id not in found]:
@@ -571,7 +580,7 @@ class SqliteIndex:
 
 
 def _event_row(event: Any, value: bytes, seq: int) -> tuple[Any, ...] | None:
-    """The columns of an event, or None where the record is no event."""
+    """The columns of an event, or None if the record is no event."""
     try:
         fields = event["unmapped"]
         texts = (event["metadata"]["uid"], event["message"])
@@ -592,7 +601,7 @@ def _event_row(event: Any, value: bytes, seq: int) -> tuple[Any, ...] | None:
 
 
 def _export_position(cursor: str) -> tuple[int, str, str]:
-    """Time, uid and conflict of the last that was looked at. Raises CursorLostError."""
+    """Time, uid and conflict of the last event scanned. Raises CursorLostError."""
     time, _, rest = cursor.partition(".")
     uid, _, conflict = rest.partition("#")
     if not (_is_int64_text(time) and uid):
@@ -601,7 +610,7 @@ def _export_position(cursor: str) -> tuple[int, str, str]:
 
 
 def _is_int64_text(text: str) -> bool:
-    """Whether it is a number that SQLite can hold."""
+    """Whether a text is a number that SQLite can hold."""
     return text.isdecimal() and len(text) <= 18
 
 

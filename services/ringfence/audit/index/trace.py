@@ -1,4 +1,4 @@
-"""The story of a credential as a tree back to the human. Pure: events in, nodes out."""
+"""The trace of a credential as a tree that starts at the human. Pure: events in, nodes out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _KINDS: Mapping[str, str] = {
     "credential.aborted": "end",
     "task.ended": "end",
 }
-# Steps of one millisecond are told in the order in which one makes the other.
+# Events of one millisecond are ordered by cause and effect.
 _ORDER = {
     code: rank
     for rank, code in enumerate(
@@ -62,14 +62,13 @@ _IN_LEASE = frozenset({"lease", "cut", "end", "revocation"})
 
 
 def trace_tree(events: Iterable[dict[str, Any]]) -> list[Node]:
-    """People, on whose behalf; under each the tasks, and under those what was handed on of them; under each task the
-    requests; under each what came of it.
+    """Build the trees: users, then their tasks, then delegated tasks and requests, then the steps of each request.
 
     Args:
         events: OCSF events of audit, in any order.
 
     Returns:
-        One root for each person, and one for each agent whose events belong to no task.
+        One root for each user on whose behalf something was done, and one for each agent with events outside tasks.
     """
     ordered = sorted(
         (event for event in events if _is_readable(event)),
@@ -119,7 +118,7 @@ def trace_tree(events: Iterable[dict[str, Any]]) -> list[Node]:
     for node in lost:
         _under_user(roots, None, node)
     for agent, steps in rest.items():
-        if roots and agent == "?":  # what the selector of a revocation has no better place for
+        if roots and agent == "?":  # revocations by a selector that names no agent
             next(iter(roots.values()))["children"] += [_leaf(event, None) for event in steps]
         else:
             roots[f"agent {agent}"] = _node(
@@ -135,8 +134,9 @@ def trace_tree(events: Iterable[dict[str, Any]]) -> list[Node]:
 
 
 def _leads_to(task: str, start: str, parents: Mapping[str, str]) -> bool:
-    """Whether a task is met on the way up from another one: no registry hands on so, but the topic is only as good as
-    its ACL.
+    """Whether the ancestors of `start` include a task.
+
+    No registry delegates in a circle, but the topic is only as good as its ACL.
     """
     met: set[str] = set()
     at: str | None = start
@@ -198,7 +198,7 @@ def _request_node(request: str, steps: Sequence[dict[str, Any]]) -> Node:
             lease = {**leaf, "id": event["unmapped"]["lease"]}
             node["children"].append(lease)
         elif kind == "lease" and lease is not None and lease["at_ms"] is not None:
-            # Prepared first, then active: one lease, told as issued.
+            # First `minting`, then `active`: one lease node, shown as issued.
             lease["children"].insert(0, {**leaf, "kind": "event"})
         elif lease is not None and (kind in _IN_LEASE or kind == "delivery"):
             lease["children"].append(leaf)
@@ -244,7 +244,7 @@ def _node(
 
 
 def _fill_durations(node: Node) -> None:
-    """Fill in the durations that are still open: since the step before, or since what the step is part of."""
+    """Fill in missing durations, in ms: since the step before, or since the parent of the first step."""
     previous = node["at_ms"]
     for child in node["children"]:
         if child["duration_ms"] is None and child["at_ms"] is not None and previous is not None:
@@ -314,7 +314,7 @@ def _title(code: str, event: Mapping[str, Any]) -> str:
 
 
 def _is_readable(event: Mapping[str, Any]) -> bool:
-    """False for what is no step, and for what audit did not write: the topic is only as good as its ACL."""
+    """False for events that are no steps, and for those that audit did not write."""
     try:
         _title(_code(event), event)
         _scope_text(event["unmapped"])
@@ -338,7 +338,7 @@ def _scope_text(fields: Mapping[str, Any]) -> str:
 
 
 def _actor(event: Mapping[str, Any]) -> str | None:
-    # A finding has its actor among its evidences.
+    # A Detection Finding has its actor in `evidences`.
     holder = event if "actor" in event else next(iter(event.get("evidences", ())), {})
     name = holder.get("actor", {}).get("user", {}).get("name")
     return str(name) if name else None
