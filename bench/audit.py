@@ -23,9 +23,9 @@ import psutil
 
 from bench.machine import cpu_s
 from bench.stack import running
-from ringfence.audit.index.access_report import leases_of, who_did
+from ringfence.audit.index.access_report import access_report, issued_leases
 from ringfence.audit.index.store import SqliteIndex
-from ringfence.audit.index.trace import tree
+from ringfence.audit.index.trace import trace_tree
 from ringfence.client.reports.auditor import verify_trail
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
@@ -99,11 +99,11 @@ class _Stories:
 async def _stories() -> _Stories:
     office = AuditFixtures()
     await office.audit(*office.staff())
-    story = office.credential("released")
-    events = await office.audit(*story.all)
+    trace = office.credential("released")
+    events = await office.audit(*trace.all)
     events = [
         *events,
-        *await office.audit(*(office.action(lease_id=story.lease_id) for _ in range(_ACTIONS))),
+        *await office.audit(*(office.action(lease_id=trace.lease_id) for _ in range(_ACTIONS))),
     ]
     return _Stories(events, office.task)
 
@@ -148,9 +148,9 @@ def _ask(index: SqliteIndex, ids: list[tuple[str, str, str]]) -> None:
 
     def trace(id: str, kind: Any) -> Callable[[], Any]:
         def work() -> None:
-            story = index.story(id, kind, None, 50)
-            assert story is not None
-            tree(story.events)
+            trace = index.trace(id, kind, None, 50)
+            assert trace is not None
+            trace_tree(trace.events)
 
         return work
 
@@ -163,11 +163,11 @@ def _ask(index: SqliteIndex, ids: list[tuple[str, str, str]]) -> None:
 
 
 def _has(index: SqliteIndex, kind: Any, number: int) -> bool:
-    return index.story(f"{kind}-{number}", kind, None, 1) is not None
+    return index.trace(f"{kind}-{number}", kind, None, 1) is not None
 
 
 def _nothing(index: SqliteIndex) -> Callable[[], Any]:
-    return lambda: index.story(str(uuid.uuid4()), None, None, 50)
+    return lambda: index.trace(str(uuid.uuid4()), None, None, 50)
 
 
 def _who(index: SqliteIndex) -> None:
@@ -178,7 +178,7 @@ def _who(index: SqliteIndex) -> None:
     while True:
         began = time.perf_counter()
         page = index.at_target("target-1", None, _ALWAYS, after, 500)
-        who_did(page.events, index.behind(leases_of(page.events), (), ()), wanted, 0)
+        access_report(page.events, index.basis_events(issued_leases(page.events), (), ()), wanted, 0)
         took.append((time.perf_counter() - began) * 1000)
         looked_at += len(page.events)
         after = page.cursor
@@ -195,7 +195,7 @@ def _export(index: SqliteIndex) -> None:
     given = size = 0
     began = time.perf_counter()
     for _ in range(_PAGES):
-        page = index.copies(None, _ALWAYS, after, 1000)
+        page = index.export(None, _ALWAYS, after, 1000)
         given += len(page.events)
         size += sum(map(len, page.events))
         after = page.cursor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ringfence.audit.detections.events import STEPS
+from ringfence.audit.detections.events import EVENT_KINDS
 from ringfence.audit.settings import AuditSettings
 
 ROOT = Path(__file__).parents[2]
@@ -22,9 +22,9 @@ def test_the_page_lists_every_rule_as_it_is() -> None:
     listed = {row[0].strip("`"): row[2] for row in rows("| rule | what it finds")}
     assert listed == {
         rule: one.attributes["severity"] + ("*" if one.attributes.get("is_alert") else "")
-        for rule, one in STEPS.items()
+        for rule, one in EVENT_KINDS.items()
     }
-    for rule, one in STEPS.items():
+    for rule, one in EVENT_KINDS.items():
         assert one.code == f"detection.{rule}"
         assert f"### `{rule}`" in PAGE
 

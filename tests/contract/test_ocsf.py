@@ -19,12 +19,6 @@ from ringfence.audit.events import (
     services,
     trust,
 )
-from ringfence.audit.events import (
-    approvals as grant_events,
-)
-from ringfence.audit.events import (
-    services as sharing_events,
-)
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import OCSF_VERSION, AuditEvent
 from ringfence.messages.registry import COMMANDS
@@ -36,8 +30,8 @@ from tests.support.ocsf import LATER_VERSION, problems
 from tests.support.trail import TOKEN
 
 MODULES = (
-    actions, approvals, break_glass, credentials, grant_events, registry, services,
-    sharing_events, trust,
+    actions, approvals, break_glass, credentials, registry, services,
+    trust,
 )  # fmt: skip
 AUDITED = {
     "trust", "registry.command", "user", "agent", "target", "task", "credential.request", "credential.decision",

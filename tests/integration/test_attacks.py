@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.audit.records import BURIED_HERE
+from ringfence.audit.records import DEAD_LETTERED_HERE
 from ringfence.client.agent.agent import Agent
 from ringfence.client.errors import ApiError, RefusedError
 from ringfence.client.reports.read_api import ReadApi
@@ -641,7 +641,7 @@ EVERYWHERE = [
 FOLLOWED = {HEARTBEAT, SIGNAL_STREAM, AUDIT, AUDIT_CHECKPOINT}
 """Nothing on these becomes an event; what is invalid there goes to the dead letters, by audit."""
 CONSUMED = {REGISTRY_COMMAND, CREDENTIAL_REQUEST, CREDENTIAL_DECISION, APPROVAL_RESPONSE, REVOCATION_REQUEST}
-BURIED = CONSUMED | BURIED_HERE | FOLLOWED
+BURIED = CONSUMED | DEAD_LETTERED_HERE | FOLLOWED
 """What is invalid there goes to the dead letters, whatever it is; of records all but tombstones do."""
 
 

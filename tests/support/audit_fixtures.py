@@ -15,7 +15,7 @@ import orjson
 from ringfence.audit.records import AuditHandlers
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.trail.handover import Intake, PendingEvent
-from ringfence.audit.verification import MessageVerifier
+from ringfence.audit.verification import RecordVerifier
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id, digest, lease_id, message_id
@@ -138,7 +138,7 @@ class AuditFixtures:
         self.trust.load(sign(bundle, self.root, header_jwk=True), self.now_ms / 1000)
         self.directory = Directory(self.trust, SystemClock(), grace_ms=None)
         self.own = AuditSettings(**{"settle_ms": 0, **settings})
-        self.verifier = MessageVerifier(self.trust, self.directory, self.own)
+        self.verifier = RecordVerifier(self.trust, self.directory, self.own)
         self.published = KeptEvents()
         self.uses: dict[str, dict[str, Any]] = {}
         self.buried: list[tuple[str, str]] = []
@@ -148,7 +148,7 @@ class AuditFixtures:
             clock or SystemClock(),
             self.trust,
             self.uses.get,
-            bury=self.bury,
+            send_dead_letter=self.bury,
             settle_ms=self.own.settle_ms,
         )
         self.directory.on_change(self.handlers.on_change)

@@ -72,7 +72,7 @@ class Watch:
         """What is found now, or so much later; it stands on the trail then."""
         self.clock.at_ms += int(later_s * 1000)
         before = len(self.intake.events)
-        await self.detector.tell()
+        await self.detector.publish()
         found = self.intake.events[before:]
         for one in found:
             assert not problems(one), problems(one)

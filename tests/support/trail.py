@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ringfence.audit.records import AuditHandlers
 from ringfence.audit.settings import AuditSettings
-from ringfence.audit.verification import MessageVerifier
+from ringfence.audit.verification import RecordVerifier
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.trust_store import TrustStore
@@ -111,11 +111,11 @@ class Trail:
         own = AuditSettings(settle_ms=0)
         handlers = AuditHandlers(
             kept,
-            MessageVerifier(trust, directory, own),
+            RecordVerifier(trust, directory, own),
             SystemClock(),
             trust,
             uses.get,
-            bury=_bury_nothing,
+            send_dead_letter=_bury_nothing,
             settle_ms=0,
         )
         batches, audited = handlers.batches(), _in_order(records, _ORDER)

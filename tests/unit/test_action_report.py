@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from ringfence.audit.api.events import AuditApi
-from ringfence.audit.index.action_counts import counted, path_prefix, unknown_destinations
+from ringfence.audit.index.action_counts import action_groups, path_prefix, unknown_destinations
 from ringfence.audit.index.store import SqliteIndex, Viewer
 from ringfence.cli.commands.gateway import _print_action_report
 from ringfence.client.errors import ApiError
@@ -66,7 +66,7 @@ def whole(
     made, after = ActionReport(0, 1), None
     while True:
         page = index.actions(viewer, ALWAYS, after, limit, **filters)
-        made.add(counted(page.events))
+        made.add(action_groups(page.events))
         after = page.cursor
         if after is None:
             return made.as_json()
@@ -223,13 +223,15 @@ def test_what_came_of_an_action_is_not_another_one() -> None:
     words = {"agent": "bot", "target": "repos", "outcome": "allowed", "access": "write", "label": None}
     decided = {"unmapped": words}
     answered = {"unmapped": {"agent": "bot", "target": "repos", "answer": "tool_error"}}
-    assert counted([decided, answered, decided]) == [{**words, "reason": None, "count": 2}]
+    assert action_groups([decided, answered, decided]) == [{**words, "reason": None, "count": 2}]
 
 
 def test_an_event_that_tells_of_several_counts_as_many() -> None:
     words = {"agent": None, "target": None, "outcome": "denied", "access": None, "label": None}
     one = {"unmapped": words, "status_code": "malformed_http"}
-    assert counted([one, {**one, "count": 999}]) == [{**words, "reason": "malformed_http", "count": 1000}]
+    assert action_groups([one, {**one, "count": 999}]) == [
+        {**words, "reason": "malformed_http", "count": 1000}
+    ]
 
 
 # --- where it was going -----------------------------------------------------------------------------------------------
@@ -272,7 +274,7 @@ def test_where_nobody_knows_who_sent_it_an_unknown_destination_counts(code: str)
 def test_what_is_neither_read_nor_write_is_shown_as_that(capsys: pytest.CaptureFixture[str]) -> None:
     events = [went("api.example", method="CONNECT", agent="bot", target=None)]
     made = ActionReport(0, 1)
-    made.add(counted([{**events[0], "count": 7}]), unknown_destinations(events))
+    made.add(action_groups([{**events[0], "count": 7}]), unknown_destinations(events))
     _print_action_report(made, "7d")
     said = capsys.readouterr().out
     assert "7 (0 reads, 0 writes, 7 neither) blocked" in said
@@ -309,6 +311,6 @@ def test_a_million_destinations_fill_no_memory_and_hide_no_frequent_one() -> Non
 
 def test_a_connect_is_neither_read_nor_write() -> None:
     """Older gateways said that it was a write."""
-    (group,) = counted([went("api.example", method="CONNECT", access="write")])
+    (group,) = action_groups([went("api.example", method="CONNECT", access="write")])
     assert group["access"] is None
     assert report([group])["blocked"] == {"total": 1, "read": 0, "write": 0, "injected": 0}

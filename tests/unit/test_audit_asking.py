@@ -11,9 +11,9 @@ import orjson
 import pytest
 
 from ringfence.audit.api.events import AuditApi
-from ringfence.audit.api.reports import AskingApi
+from ringfence.audit.api.reports import ReportApi
 from ringfence.audit.index import store
-from ringfence.audit.index.access_report import leases_of, who_did
+from ringfence.audit.index.access_report import access_report, issued_leases
 from ringfence.audit.index.filters import NO_FILTER, EventFilter
 from ringfence.audit.index.store import SqliteIndex, Viewer
 from ringfence.client.errors import ApiError
@@ -74,7 +74,7 @@ class Shelf:
         found: list[bytes] = []
         after: str | None = None
         while True:
-            page = self.index.copies(viewer, ALWAYS, after, limit, wanted)
+            page = self.index.export(viewer, ALWAYS, after, limit, wanted)
             found += page.events
             after = page.cursor
             if after is None:
@@ -93,8 +93,8 @@ class Shelf:
         after: str | None = None
         while True:
             page = self.index.at_target(wanted.target, viewer, ALWAYS, after, limit)
-            known = self.index.behind(leases_of(page.events), (), ())
-            found += who_did(page.events, known, wanted, since_ms)
+            known = self.index.basis_events(issued_leases(page.events), (), ())
+            found += access_report(page.events, known, wanted, since_ms)
             after = page.cursor
             if after is None:
                 return found
@@ -143,24 +143,24 @@ async def test_a_page_is_bounded_by_what_is_looked_at_and_by_its_bytes(
 ) -> None:
     only = EventFilter(codes=("action.allowed",))
     monkeypatch.setattr(store, "_COPIED_AT_ONCE", 2)
-    page = shelf.index.copies(None, ALWAYS, None, 1000, only)
+    page = shelf.index.export(None, ALWAYS, None, 1000, only)
     assert (page.events, page.cursor is not None) == ([], True), "two others were looked at"
     assert len(shelf.copied(wanted=only)) == 1
     monkeypatch.setattr(store, "_COPIED_AT_ONCE", 5000)
     monkeypatch.setattr(store, "_COPIED_BYTES", 1)
-    assert len(shelf.index.copies(None, ALWAYS, None, 1000).events) == 1
+    assert len(shelf.index.export(None, ALWAYS, None, 1000).events) == 1
     assert shelf.copied() == ordered(shelf.lines)
 
 
 async def test_a_place_in_a_period_outlives_the_index(shelf: Shelf) -> None:
-    first = shelf.index.copies(None, ALWAYS, None, 4)
+    first = shelf.index.export(None, ALWAYS, None, 4)
     again = Shelf()
     again.put(*map(orjson.loads, reversed(shelf.lines)))
-    rest = again.index.copies(None, ALWAYS, first.cursor, 1000)
+    rest = again.index.export(None, ALWAYS, first.cursor, 1000)
     assert [*first.events, *rest.events] == ordered(shelf.lines)
     for wrong in ("", "x", "12", "x.y", "-1.u"):
         with pytest.raises(CursorLostError):
-            again.index.copies(None, ALWAYS, wrong, 1)
+            again.index.export(None, ALWAYS, wrong, 1)
 
 
 async def test_each_copies_what_concerns_them(shelf: Shelf) -> None:
@@ -306,7 +306,7 @@ class Counter:
             Authenticator(office.directory, "audit", clock),
             lambda: self.complete,
         )
-        asking = AskingApi(shelf.index, clock, base.viewer, lambda: self.complete)
+        asking = ReportApi(shelf.index, clock, base.viewer, lambda: self.complete)
         self.api = ReadApi(office.key("user", who), ClientSettings(trust_domain=TD))
         self.fail_after: int | None = None
         inner = httpx.ASGITransport(application([*base.routes(), *asking.routes()], []))
@@ -436,7 +436,7 @@ async def test_an_event_is_found_though_its_uid_was_written_before_it(shelf: She
     first, second = map(orjson.loads, shelf.index.events(uid, None))
     assert (first, second) == (made_up, true)
     assert shelf.index.events(uid, SAM) == [orjson.dumps(true)]
-    found = shelf.index.story(words["lease"], "lease", None, 10)
+    found = shelf.index.trace(words["lease"], "lease", None, 10)
     assert found is not None
     assert [event for event in found.events if event["metadata"]["uid"] == uid] == [true]
     for limit in (1, 2, 1000):

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 
-from ringfence.audit.index.coverage import behind, count_actions, count_leases, went_through
+from ringfence.audit.index.coverage import count_actions, count_leases, load_basis, went_through
 from ringfence.audit.index.store import Viewer
 from ringfence.client.reports.coverage import Coverage, Ratio
 from ringfence.kernel.base.api_errors import CursorLostError
@@ -31,13 +31,13 @@ class Counter(Desk):
         self, viewer: Viewer | None = None, *, later_s: float = 0, short_s: int = HOUR_S
     ) -> dict[str, Any]:
         events = self.index.issued(viewer, EVER, None, 100).events
-        found = behind(self.index, [event["unmapped"]["lease"] for event in events])
+        found = load_basis(self.index, [event["unmapped"]["lease"] for event in events])
         now_s = self.office.now_ms / 1000 + later_s
         return count_leases(events, found, self.is_user, now_s=now_s, short_s=short_s)
 
     def actions(self, viewer: Viewer | None = None) -> dict[str, Any]:
         events = went_through(self.index.actions(viewer, EVER, None, 100).events)
-        found = behind(self.index, [event["unmapped"].get("lease") or "" for event in events])
+        found = load_basis(self.index, [event["unmapped"].get("lease") or "" for event in events])
         return count_actions(events, found, self.is_user)
 
     def write(self, event: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ async def test_a_lease_for_another_human_than_its_task_counts_against(desk: Coun
 async def test_a_human_of_whom_there_is_no_record_is_none(desk: Counter):
     await desk.credential()
     events = desk.index.issued(None, EVER, None, 100).events
-    found = behind(desk.index, [event["unmapped"]["lease"] for event in events])
+    found = load_basis(desk.index, [event["unmapped"]["lease"] for event in events])
     counts = count_leases(events, found, lambda user: user != "maria", now_s=0, short_s=HOUR_S)
     assert why(counts) == ["human_unknown"]
 

@@ -11,9 +11,9 @@ import orjson
 import pytest
 
 from ringfence.audit.events import credentials, ocsf, services
-from ringfence.audit.events.ocsf import moment, privileges, scrubbed
+from ringfence.audit.events.ocsf import privileges, scrubbed, utc_text
 from ringfence.audit.records import AuditHandlers
-from ringfence.audit.verification import MessageVerifier
+from ringfence.audit.verification import RecordVerifier
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.ids import derived_id, digest, message_id
 from ringfence.kernel.crypto.jws import parse, sign, sign_payload
@@ -98,7 +98,7 @@ async def test_the_issue_says_it_in_one_sentence(office: AuditFixtures) -> None:
     story = office.credential("expired")
     events = {event["metadata"]["event_code"]: event for event in await office.audit(*story.all)}
     issued = events["credential.issued"]
-    until = moment(issued["session"]["expiration_time"])
+    until = utc_text(issued["session"]["expiration_time"])
     assert issued["message"] == (
         f"agent deploy-bot was issued credential lease {story.lease_id} for staging: deploy on env/staging/*, "
         f"until {until}, on behalf of maria, approved by sam"
@@ -159,8 +159,8 @@ async def test_records_of_several_topics_that_come_together_have_the_events_that
     story = office.credential()
     expected = await office.audit(*story.all)
     handlers = AuditHandlers(
-        office.published, MessageVerifier(office.trust, office.directory, office.own), SystemClock(), office.trust,
-        office.uses.get, bury=office.bury, settle_ms=0,
+        office.published, RecordVerifier(office.trust, office.directory, office.own), SystemClock(), office.trust,
+        office.uses.get, send_dead_letter=office.bury, settle_ms=0,
     )  # fmt: skip
     places = list(AUDITED)
     batch = sorted(story.all, key=lambda record: places.index(record.topic))
@@ -180,14 +180,14 @@ async def test_a_restarted_audit_says_the_same_of_a_decision_without_the_request
     *_, expected = await office.audit(
         story.request, *[r for r in story.all if "decision" in r.topic.what or "approval" in r.topic.what]
     )
-    verifier = MessageVerifier(office.trust, office.directory, office.own)
+    verifier = RecordVerifier(office.trust, office.directory, office.own)
     handlers = AuditHandlers(
         office.published,
         verifier,
         SystemClock(),
         office.trust,
         office.uses.get,
-        bury=office.bury,
+        send_dead_letter=office.bury,
         settle_ms=0,
     )
     await handlers.batches()[story.allowed.topic]([story.allowed])
@@ -281,7 +281,7 @@ async def test_a_request_that_was_verified_where_it_is_embedded_is_not_verified_
 ) -> None:
     story = office.credential(approved=False)
     expected = await office.audit(story.request)
-    office.verifier = office.handlers._verifier = MessageVerifier(office.trust, office.directory, office.own)
+    office.verifier = office.handlers._verifier = RecordVerifier(office.trust, office.directory, office.own)
     await office.audit(story.allowed)
     looked_at: list[bytes] = []
     verifies = PublicKey.verifies
@@ -878,5 +878,5 @@ def test_text_that_looks_like_a_token_is_scrubbed() -> None:
 
 
 def test_a_moment_beyond_all_calendars_is_no_error() -> None:
-    assert moment(2**53 * 1000) == "the end of time"
-    assert moment(1_790_000_000_000) == "2026-09-21T14:13:20Z"
+    assert utc_text(2**53 * 1000) == "the end of time"
+    assert utc_text(1_790_000_000_000) == "2026-09-21T14:13:20Z"

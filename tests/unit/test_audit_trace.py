@@ -10,10 +10,10 @@ from typing import Any
 import orjson
 import pytest
 
-from ringfence.audit.events.break_glass import uses
+from ringfence.audit.events.break_glass import collect_uses
 from ringfence.audit.index.filters import EventFilter
 from ringfence.audit.index.store import SqliteIndex, Viewer
-from ringfence.audit.index.trace import tree
+from ringfence.audit.index.trace import trace_tree
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.messages.lease import EndCause, RevocationRequest, Selector
@@ -50,9 +50,9 @@ class Desk:
 
     def roots(self, id: str, viewer: Viewer | None = None, kind: Any = None) -> list[dict[str, Any]]:
         """The tree of what has this id."""
-        story = self.index.story(id, kind, viewer, 50)
+        story = self.index.trace(id, kind, viewer, 50)
         assert story is not None, id
-        return tree(story.events)
+        return trace_tree(story.events)
 
 
 def as_records(events: Iterable[dict[str, Any]], offset: int = 0) -> list[Received]:
@@ -122,9 +122,9 @@ async def test_every_step_says_when_and_how_long_after_the_step_before(desk: Des
 async def test_the_order_of_arrival_does_not_matter(desk: Desk) -> None:
     story = desk.office.credential("expired")
     events = await desk.office.audit(*desk.staff, *story.all)
-    expected = tree(events)
+    expected = trace_tree(events)
     random.Random(7).shuffle(events)
-    assert tree(events) == expected
+    assert trace_tree(events) == expected
 
 
 async def test_steps_of_the_same_millisecond_are_told_in_the_order_of_cause(desk: Desk) -> None:
@@ -133,7 +133,7 @@ async def test_steps_of_the_same_millisecond_are_told_in_the_order_of_cause(desk
     for event in events:
         event["time"] = 1_790_000_000_000
     events.sort(key=lambda event: event["metadata"]["uid"])
-    (request,) = tree(events)[0]["children"][0]["children"]
+    (request,) = trace_tree(events)[0]["children"][0]["children"]
     assert kinds(request["children"]) == ["decision", "approval", "approval", "decision", "lease"]
     assert kinds(request["children"][-1]["children"]) == ["delivery", "revocation", "end"]
 
@@ -211,7 +211,7 @@ async def test_a_switch_tells_nobody_whose_other_leases_it_ended(desk: Desk) -> 
     theirs["unmapped"] |= {"request": "their-request", "lease": "their-lease", "task": "their-task"}
     desk.index.add(as_records([theirs], 100))
     for viewer in (SAM, MARIA, None):
-        found = desk.index.story(story.lease_id, None, viewer, 50)
+        found = desk.index.trace(story.lease_id, None, viewer, 50)
         assert found is not None
         assert "theirs" not in [event["metadata"]["uid"] for event in found.events]
         assert "revocation.requested" in [event["metadata"]["event_code"] for event in found.events]
@@ -241,10 +241,10 @@ async def test_an_agent_and_a_person_are_stories_too(desk: Desk) -> None:
 
 async def test_the_latest_requests_come_first_where_there_are_too_many(desk: Desk) -> None:
     stories = [await desk.credential("expired", approved=False) for _ in range(4)]
-    found = desk.index.story("deploy-bot", "agent", None, 2)
+    found = desk.index.trace("deploy-bot", "agent", None, 2)
     assert found is not None
     assert found.truncated
-    told = {node["id"] for node in flat(tree(found.events)) if node["kind"] == "request"}
+    told = {node["id"] for node in flat(trace_tree(found.events)) if node["kind"] == "request"}
     assert told == {story.request_id for story in stories[2:]}
 
 
@@ -254,11 +254,11 @@ async def test_the_latest_requests_come_first_where_there_are_too_many(desk: Des
 async def test_sponsors_and_those_on_whose_behalf_read_their_stories_and_no_others(desk: Desk) -> None:
     story = await desk.credential("released")
     for id in (story.lease_id, story.request_id, desk.office.task):
-        assert desk.index.story(id, None, SAM, 50) is not None
-        assert desk.index.story(id, None, MARIA, 50) is not None
-        assert desk.index.story(id, None, STRANGER, 50) is None
-    assert desk.index.story("deploy-bot", None, STRANGER, 50) is None
-    assert desk.index.story("no-such-thing", None, None, 50) is None
+        assert desk.index.trace(id, None, SAM, 50) is not None
+        assert desk.index.trace(id, None, MARIA, 50) is not None
+        assert desk.index.trace(id, None, STRANGER, 50) is None
+    assert desk.index.trace("deploy-bot", None, STRANGER, 50) is None
+    assert desk.index.trace("no-such-thing", None, None, 50) is None
 
 
 async def test_a_person_sees_of_an_agent_only_what_was_on_their_behalf(desk: Desk) -> None:
@@ -266,13 +266,13 @@ async def test_a_person_sees_of_an_agent_only_what_was_on_their_behalf(desk: Des
     other_task, assigned = desk.office.assign(by="olga")
     await desk.file(assigned)
     theirs = await desk.credential("released", task_id=other_task)
-    story = desk.index.story("deploy-bot", "agent", MARIA, 50)
+    story = desk.index.trace("deploy-bot", "agent", MARIA, 50)
     assert story is not None
     text = orjson.dumps(story.events).decode()
     assert mine.request_id in text
     assert other_task not in text
     assert "agent.registered" not in text
-    assert theirs.request_id in orjson.dumps(desk.index.story("deploy-bot", "agent", SAM, 50).events).decode()  # type: ignore[union-attr]
+    assert theirs.request_id in orjson.dumps(desk.index.trace("deploy-bot", "agent", SAM, 50).events).decode()  # type: ignore[union-attr]
 
 
 async def test_a_page_has_only_what_the_viewer_may_see(desk: Desk) -> None:
@@ -349,7 +349,7 @@ async def test_what_is_no_event_is_passed_over(desk: Desk, junk: bytes) -> None:
     (record,) = as_records([good])
     desk.index.add([Received(AUDIT, "a", 0, 1, 1, None, junk), record])
     assert len(desk.index.page(None, None, 1000).events) == before + 1
-    tree(desk.index.page(None, None, 1000).events)
+    trace_tree(desk.index.page(None, None, 1000).events)
 
 
 async def test_events_of_another_shape_do_not_break_a_trace(desk: Desk) -> None:
@@ -376,7 +376,7 @@ async def test_events_of_another_shape_do_not_break_a_trace(desk: Desk) -> None:
         }
         desk.index.add(as_records([{**about, **odd}]))
     assert desk.roots(story.lease_id) == before
-    assert uses(desk.index.findings(None)) == []
+    assert collect_uses(desk.index.findings(None)) == []
 
 
 async def test_an_index_in_a_file_is_built_anew(tmp_path: Path) -> None:
@@ -441,9 +441,9 @@ async def test_what_a_part_came_to_is_told_with_the_task() -> None:
 async def test_both_sponsors_see_the_part_and_stand_in_its_event() -> None:
     desk, part = await handed_on()
     for viewer in (Viewer("sam", ("deploy-bot",)), Viewer("petra", ("migrate-bot",)), MARIA):
-        assert desk.index.story(part, None, viewer, 50) is not None
-    assert desk.index.story(part, None, Viewer("eve", ("other-bot",)), 50) is None
-    story = desk.index.story(part, None, None, 50)
+        assert desk.index.trace(part, None, viewer, 50) is not None
+    assert desk.index.trace(part, None, Viewer("eve", ("other-bot",)), 50) is None
+    story = desk.index.trace(part, None, None, 50)
     assert story is not None
     (event,) = [e for e in story.events if e["metadata"]["event_code"] == "task.delegated"]
     words = event["unmapped"]
@@ -455,11 +455,11 @@ async def test_both_sponsors_see_the_part_and_stand_in_its_event() -> None:
 
 async def test_parts_that_are_said_to_be_parts_of_each_other_are_told_all_the_same() -> None:
     desk, part = await handed_on()
-    story = desk.index.story(part, None, None, 50)
+    story = desk.index.trace(part, None, None, 50)
     assert story is not None
     events = [*story.events]
     twisted = orjson.loads(orjson.dumps(next(e for e in events if e["unmapped"].get("task") == part)))
     twisted["unmapped"] |= {"task": desk.office.task, "parent": part}
     twisted["metadata"]["uid"] = "twisted"
-    roots = tree([*events, twisted])
+    roots = trace_tree([*events, twisted])
     assert {task["id"] for root in roots for task in named(root, "task")} == {desk.office.task, part}

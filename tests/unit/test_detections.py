@@ -8,8 +8,8 @@ import pytest
 
 from ringfence.audit.detections import order, reach
 from ringfence.audit.detections.detector import rules
-from ringfence.audit.detections.reach import CeilingUnused
-from ringfence.audit.detections.rule import seen
+from ringfence.audit.detections.reach import UnusedCeiling
+from ringfence.audit.detections.rule import read_event
 from ringfence.audit.index.store import SqliteIndex
 from ringfence.audit.settings import AuditSettings
 from ringfence.messages.approval import BreakGlassReview, Grant
@@ -174,13 +174,13 @@ async def test_ceilings_that_change_all_the_time_take_no_more_memory(
     monkeypatch.setattr(reach, "MOST_WAITING", 6)
     event = await registered(watch)
     event["metadata"]["event_code"] = "agent.ceiling_set"
-    rule = CeilingUnused(30 * 86_400)
+    rule = UnusedCeiling(30 * 86_400)
     for n in range(50):
         event["entity_result"]["data"]["ceiling"] = [{"target": f"target {n}"}]
-        list(rule.take(seen(other(event, event["time"] + n), "deploy-bot"), event["time"]))
+        list(rule.observe(read_event(other(event, event["time"] + n), "deploy-bot"), event["time"]))
         assert len(rule._waiting) <= 6
     (found,) = rule.due(event["time"] + 31 * DAY_MS)
-    assert found.words == {"target": "target 49"}
+    assert found.fields == {"target": "target 49"}
 
 
 async def test_what_was_set_before_the_trail_began_is_not_judged(watch: Watch) -> None:
@@ -466,7 +466,7 @@ async def test_what_kafka_does_not_take_is_told_later(watch: Watch) -> None:
     watch.follow(await refused(watch))
     watch.intake.fail_next = 1
     with pytest.raises(OSError, match="the broker went away"):
-        await watch.detector.tell()
+        await watch.detector.publish()
     assert await watch.rules() == ["beyond_user"]
 
 

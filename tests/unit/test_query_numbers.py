@@ -41,4 +41,4 @@ def test_a_cursor_beyond_all_numbers_is_none(number: str) -> None:
     with pytest.raises(CursorLostError):
         index.actions(None, (0, 1), f"{own}.{number}.{number}", 1)
     with pytest.raises(CursorLostError):
-        index.copies(None, (0, 1), f"{number}.uid", 1)
+        index.export(None, (0, 1), f"{number}.uid", 1)

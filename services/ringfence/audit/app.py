@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ringfence.audit.api.events import AuditApi
 from ringfence.audit.api.proofs import ProofApi
-from ringfence.audit.api.reports import AskingApi
+from ringfence.audit.api.reports import ReportApi
 from ringfence.audit.detections.detector import Detector
 from ringfence.audit.index.store import SqliteIndex
 from ringfence.audit.malformed_topics import MalformedRecordHandler
@@ -17,7 +17,7 @@ from ringfence.audit.trail.handover import HandoverCache, Intake
 from ringfence.audit.trail.proofs import ProofStore
 from ringfence.audit.trail.unauthorised_records import UnauthorisedRecords
 from ringfence.audit.trail.written_cache import WrittenEventCache
-from ringfence.audit.verification import MessageVerifier
+from ringfence.audit.verification import RecordVerifier
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
 from ringfence.kernel.kafka.dead_letters import DeadLetters
@@ -42,7 +42,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     runtime = Runtime("audit", settings, clock)
     # Audit denies nothing, so a table that is behind is no reason to stop: what it cannot verify it says so.
     directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=report_alarms(runtime))
-    verifier = MessageVerifier(runtime.trust, directory, own)
+    verifier = RecordVerifier(runtime.trust, directory, own)
     with of_setting("RINGFENCE_STATE_DIR"):
         index = SqliteIndex(settings.state_dir / own.index_file if settings.state_dir is not None else None)
         proofs = ProofStore(
@@ -57,7 +57,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
         runtime.trust,
         index.use_of_break_glass,
         # By itself, as it halts at nothing: audit goes on telling whatever the others halt at.
-        bury=DeadLetters(runtime.publisher, runtime.role, runtime.clock).send,
+        send_dead_letter=DeadLetters(runtime.publisher, runtime.role, runtime.clock).send,
         settle_ms=own.settle_ms,
     )
     directory.on_change(handlers.on_change)
@@ -85,7 +85,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     indexed = runtime.history([AUDIT, AUDIT_CHECKPOINT], on_trail, since_ms=0, linger_ms=own.linger_ms)
     if detector is not None:
         each_s = max(0.1, own.linger_ms / 1000)
-        runtime.background("detections", lambda: detector.tell_always(indexed.complete, each_s))
+        runtime.background("detections", lambda: detector.publish_always(indexed.complete, each_s))
     runtime.consume(
         "audit", handlers.batches(), max_records=1000, linger_ms=own.linger_ms, report_initial_gap=True
     )
@@ -94,7 +94,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     authenticator = Authenticator(directory, runtime.role, runtime.clock)
     api = AuditApi(index, directory, runtime.clock, authenticator, indexed.complete.is_set)
     runtime.routes += [*api.routes(), *ProofApi(index, proofs, api.viewer).routes()]
-    runtime.routes += AskingApi(index, runtime.clock, api.viewer, indexed.complete.is_set).routes()
+    runtime.routes += ReportApi(index, runtime.clock, api.viewer, indexed.complete.is_set).routes()
 
     async def close() -> None:
         index.close()

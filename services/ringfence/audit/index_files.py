@@ -1,4 +1,4 @@
-"""The SQLite files of audit: readable for its user alone, and new at each start, as they can be built again."""
+"""The SQLite files of audit: private to its user, and created anew at each start, as topics can rebuild them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from ringfence.kernel.base.private_files import make_private_folder, open_private
 
 _BESIDE = ("", "-journal", "-wal", "-shm")
-"""What SQLite keeps beside a file takes the mode of the file."""
+"""Suffixes of the files that SQLite keeps beside a database. They take the mode of the database file."""
 
 
 def new_database(file: Path | None) -> sqlite3.Connection:
-    """An empty database, in memory where `file` is None. Raises OSError, NotPrivateError."""
+    """Create an empty database, in memory if `file` is None. Deletes old files. Raises OSError, NotPrivateError."""
     if file is None:
         return sqlite3.connect(":memory:", isolation_level=None)
     make_private_folder(file.parent)

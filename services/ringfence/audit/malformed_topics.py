@@ -1,7 +1,8 @@
-"""Topics that services only follow, and of which nothing becomes an event: what is no message there is dead-lettered.
+"""Dead-letters malformed records on topics that no service consumes, and that yield no events themselves.
 
-What an audit service signed for `audit.checkpoint` never is. Each dead letter makes an event, each event a chain
-longer, and each longer chain a checkpoint: two versions that could not read each other's would go on for ever.
+A message that an audit service signed for `audit.checkpoint` is never dead-lettered. Each dead letter makes an event,
+each event extends the hash chain, and each longer chain gets a checkpoint: two versions that could not read each
+other's checkpoints would go on for ever.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ _ELSEWHERE = frozenset(
     for model in topic.models
     if topic is not AUDIT_CHECKPOINT and issubclass(model, Claims)
 )
-"""What belongs on other topics, whoever signed it."""
+"""Messages that belong on other topics, whoever signed them."""
 
 
 class MalformedRecordHandler:
-    """Looks at each record once, whichever replica does it. What holds changes nothing here."""
+    """Verifies heartbeats, checkpoints, witness statements and signal streams; dead-letters those that fail.
+
+    One consumer group reads each record once, whichever replica does it. Valid records have no effect here.
+    """
 
     def __init__(
         self,
@@ -47,7 +51,7 @@ class MalformedRecordHandler:
         dead_letters: DeadLetters,
         caught_up: Callable[[float], Awaitable[bool]],
     ) -> None:
-        """`caught_up`: see `Runtime.tables_caught_up`, of the tables in `directory`."""
+        """`caught_up`: `Runtime.tables_caught_up` for the tables in `directory`."""
         self._trust = trust
         self._directory = directory
         self._clock = clock
@@ -55,11 +59,11 @@ class MalformedRecordHandler:
         self._caught_up = caught_up
 
     def batches(self) -> dict[Topic[Any], BatchHandler]:
-        """The batch handler of each of these topics."""
+        """The batch handler by topic."""
         handlers: dict[Topic[Any], Handler] = {
             HEARTBEAT: self._heartbeat,
             AUDIT_CHECKPOINT: self._checkpoint,
-            SIGNAL_STREAM: self._stream,
+            SIGNAL_STREAM: self._signal_stream,
         }
         return {topic: concurrent(handle, self._dead_letters) for topic, handle in handlers.items()}
 
@@ -68,7 +72,7 @@ class MalformedRecordHandler:
         find = self._trust.finder(*Heartbeat.signed_by, at_s=record.appended_at_ms / 1000)
         verify(parse(record.value), Heartbeat, find, audience=self._trust.trust_domain)
 
-    async def _stream(self, record: Received) -> None:
+    async def _signal_stream(self, record: Received) -> None:
         self._require_trust(record)
         find = self._trust.finder(*SignalStream.signed_by, at_s=record.appended_at_ms / 1000)
         claims = verify(parse(record.value), SignalStream, find, audience=self._trust.trust_domain).claims
@@ -87,16 +91,16 @@ class MalformedRecordHandler:
 
     async def _witness(self, record: Received, jws: UnverifiedJws) -> None:
         try:
-            self._witnessed(record, jws)
+            self._verify_witness(record, jws)
         except (InvalidMessageError, ChainError):
             if not await self._caught_up(_CAUGHT_UP_S):
                 raise UnavailableError("the local tables may be behind a witness's word") from None
             try:
-                self._witnessed(record, jws)
+                self._verify_witness(record, jws)
             except ChainError as error:
                 raise InvalidMessageError(str(error), code=error.code) from None
 
-    def _witnessed(self, record: Received, jws: UnverifiedJws) -> None:
+    def _verify_witness(self, record: Received, jws: UnverifiedJws) -> None:
         at_ms, chains = record.appended_at_ms, self._directory.chains
         claims = verify(
             jws, AuditWitness, lambda iss, kid: chains.user_key(iss, kid, at_ms), audience=self._trust.trust_domain
@@ -111,6 +115,6 @@ class MalformedRecordHandler:
 
 
 def _check_place(record: Received, key: str) -> None:
-    """Compaction leaves the last record under each key: one under another's would take that one's place."""
+    """Require the record's own key. Compaction keeps the last record of a key, so a wrong key would erase another's."""
     if record.key != key:
         raise InvalidMessageError("it stands under another key than its own", code="wrong_key")

@@ -1,4 +1,4 @@
-"""What audit remembers between records, all of it bounded: what a request was about, and which messages it has seen."""
+"""Bounded in-memory state of audit between records: facts of requests and leases, and an index of seen messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """The latest entries, up to a number; the oldest go first."""
+    """A bounded dict: the latest `size` entries; the oldest are evicted first."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -35,7 +35,7 @@ class Recent(Generic[K, V]):
 
 @dataclass(slots=True)
 class RequestFacts:
-    """What is known of one request: from its own signature, from the records, and from what came after it."""
+    """Facts of one verified request: from its claims, the registry's records, and the decision that followed."""
 
     request_id: str
     compact: str
@@ -43,12 +43,12 @@ class RequestFacts:
     signer: str
     agent: str
     act: tuple[str, ...]
-    """It and those that handed the task on to it, the last to do so first."""
+    """The agent, then the agents that delegated the task to it, the nearest first."""
     task: str
     target: str
     permissions: list[dict[str, Any]]
     privileges: list[str]
-    words: str
+    scope_text: str
     ttl_s: int
     delivery: str
     reason: str
@@ -56,7 +56,7 @@ class RequestFacts:
     on_behalf_of: str | None
     break_glass: bool = False
     instance: dict[str, Any] | None = None
-    """The running instance that asked, where it was one."""
+    """The enrolled instance that asked, if any."""
     approvers: tuple[str, ...] = ()
     decision: str | None = None
     policy_revision: str | None = None
@@ -65,7 +65,7 @@ class RequestFacts:
 
 @dataclass(frozen=True, slots=True)
 class LeaseFacts:
-    """What is known of one lease, from its own records."""
+    """Facts of one lease, from its own records."""
 
     lease_id: str
     request_id: str
@@ -78,12 +78,12 @@ class LeaseFacts:
     target: str
     privileges: list[str] = field(repr=False)
     permissions: list[dict[str, Any]] = field(repr=False)
-    words: str
+    scope_text: str
     traceparent: str | None
 
 
 class Sighting(NamedTuple):
-    """Where a message was first seen, and the end of its signature, which tells two texts apart."""
+    """Coordinates of the first sighting of a message, and the mark that tells two contents with one id apart."""
 
     partition: int
     offset: int
@@ -91,17 +91,17 @@ class Sighting(NamedTuple):
 
 
 class SeenMessages:
-    """The signed messages of each topic, by (`iss`, `jti`), and where each was seen first.
+    """Replay detection: the first sighting of each signed message, by topic, `iss` and `jti`.
 
-    Bounded, and gone with the process: services that act on a message have their own way to refuse a replay, and it
-    does not rest on a memory.
+    Bounded, and lost with the process. It only serves reports: services that act on messages refuse replays by their
+    own durable means.
     """
 
     def __init__(self, size: int) -> None:
         self._seen: Recent[tuple[str, str, str], Sighting] = Recent(size)
 
     def first(self, topic: str, iss: str, jti: str, here: Sighting) -> Sighting | None:
-        """Where the message stood when it was seen first, if that was elsewhere; else None, and it is remembered."""
+        """The first sighting of a message if it was at other coordinates. Otherwise None, and `here` is remembered."""
         key = (topic, iss, jti if len(jti) <= 64 else digest(jti))
         known = self._seen.get(key)
         if known is None:

@@ -1,4 +1,12 @@
-"""Records in, OCSF events out. Nothing stops it: what cannot be believed, or not even read, is an event as well."""
+"""Turns each audited record into one OCSF event and hands it to the hash chain.
+
+No record stops the stream: one that fails verification, or cannot even be parsed, becomes an event as well.
+
+A record can arrive before the local tables, or the index, know its signer, agent or task. Its event is then *pending*:
+the batch waits for the tables until the record is `settle_ms` old, and tries again after each change.
+
+How to add a topic: a method that returns `(event, pending)`, and an entry in `_by_topic`.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +26,14 @@ from ringfence.audit.events import (
     registry,
     services,
     subjects,
-)
-from ringfence.audit.events import (
-    approvals as grant_events,
-)
-from ringfence.audit.events import (
-    services as sharing_events,
-)
-from ringfence.audit.events import (
-    trust as trust_events,
+    trust,
 )
 from ringfence.audit.events.break_glass import review_problem
 from ringfence.audit.events.ocsf import MAX_EVENT_BYTES, OcsfEvent, shortened
-from ringfence.audit.events.trust import Bundles
+from ringfence.audit.events.trust import BundleHistory
 from ringfence.audit.memory import RequestFacts
 from ringfence.audit.trail.handover import Intake, PendingEvent
-from ringfence.audit.verification import MessageVerifier, OutdatedError, VerifiedMessage, require_trust
+from ringfence.audit.verification import OutdatedError, RecordVerifier, VerifiedMessage, require_trust
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
@@ -97,60 +97,60 @@ from ringfence.model.requests.grants import kind_of
 log = logging.getLogger(__name__)
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_UNSETTLED = frozenset({"key_unknown", "chain_broken", "not_reviewer", "break_glass_unknown"})
-"""What may only mean that the local tables, or the index, are a moment behind."""
-BURIED_HERE = frozenset(
+_PENDING_CODES = frozenset({"key_unknown", "chain_broken", "not_reviewer", "break_glass_unknown"})
+"""Errors that may only mean that the local tables, or the index, are behind."""
+DEAD_LETTERED_HERE = frozenset(
     {TRUST, APPROVAL_REQUEST, LEASE, CREDENTIAL_REPLY, REVOCATION_ACK, SERVICE_EVENT, ACTION}
 )
-"""Topics that the other services follow and, as they run by default, do not consume: what is invalid there audit sends
-to the dead letters. Not what is invalid among those themselves: two versions that cannot read each other's would go on
-for ever.
+"""Topics that other services only follow, by default, and do not consume: audit dead-letters invalid records there.
+
+The dead-letter topic itself is not among them. Two versions that cannot read each other's letters would go on for ever.
 """
-Bury = Callable[[Received, InvalidMessageError], Awaitable[None]]
+SendDeadLetter = Callable[[Received, InvalidMessageError], Awaitable[None]]
 
 
-class _Ready(NamedTuple):
-    """An event as it goes out. `unsettled`: a little later the local tables may know more."""
+class _PreparedEvent(NamedTuple):
+    """An event ready for the intake. `pending`: the local tables may know more a little later."""
 
     key: str
     uid: str
     body: bytes
     event: dict[str, Any]
-    unsettled: bool
-    unbelieved: InvalidMessageError | None = None
-    """Why it says that nobody is believed to have written the record."""
+    pending: bool
+    rejection: InvalidMessageError | None = None
+    """Why verification of the record failed, if it did."""
 
 
 class AuditHandlers:
-    """Turns each record of each topic into one event, and hands it over to be chained."""
+    """The batch handler of all audited topics: one event for each record, handed to the intake of the hash chain."""
 
     def __init__(
         self,
         intake: Intake,
-        verifier: MessageVerifier,
+        verifier: RecordVerifier,
         clock: Clock,
-        trust: TrustStore,
+        trust_store: TrustStore,
         use_of: Callable[[str], Mapping[str, Any] | None],
         *,
-        bury: Bury,
+        send_dead_letter: SendDeadLetter,
         settle_ms: int,
     ) -> None:
         """Args:
-            use_of: the words of the event about a use of break glass, by the id of its request, if it is indexed.
-            bury: sends what is invalid to the dead letters; of the topics where nobody else does that.
-            settle_ms: how old a record may get while its signer, agent or task is not in the local tables yet.
+            use_of: finds the `unmapped` fields of a use of break glass by its request's id, if it is indexed.
+            bury: sends an invalid record to the dead letters, on topics where no other service does so.
+            settle_ms: the age up to which a record waits for its signer, agent or task in the local tables.
         """  # fmt: skip
         self._use_of = use_of
-        self._bury = bury
+        self._send_dead_letter = send_dead_letter
         self._intake = intake
         self._verifier = verifier
         self._clock = clock
-        self._trust_domain = trust.trust_domain
-        self._trust_store = trust
+        self._trust_domain = trust_store.trust_domain
+        self._trust_store = trust_store
         self._settle_ms = settle_ms
         self._tables_changed = asyncio.Event()
-        self._epochs = Epochs(trust)
-        self.bundles = Bundles(trust.anew())
+        self._epochs = Epochs(trust_store)
+        self.bundles = BundleHistory(trust_store.anew())
         self._by_topic: dict[Topic[Any], Callable[[Received], tuple[OcsfEvent, bool]]] = {
             TRUST: self._trust,
             REGISTRY_COMMAND: self._command,
@@ -172,26 +172,26 @@ class AuditHandlers:
         }
 
     def batches(self) -> dict[Topic[Any], BatchHandler]:
-        """The batch handler of every topic that audit reads: one, as it costs less to hand all events over at once."""
+        """The batch handler by topic: one for all, as handing all events over at once costs less."""
         return dict.fromkeys(AUDITED, self._handle)
 
     def on_change(self, kind: str, id: str) -> None:
-        """Told by the local tables: whoever was not known may be known now."""
+        """Callback of the local tables: pending events are tried again."""
         self._tables_changed.set()
 
     async def _handle(self, batch: Sequence[Received]) -> None:
-        """Records of each topic after those of topics before it."""
+        """Handle the records of one topic after those of the topic before it. Raises UnavailableError without trust."""
         require_trust(self._trust_store, batch, self._clock.now_ms())
-        ready: list[_Ready] = []
+        ready: list[_PreparedEvent] = []
         for topic, records in itertools.groupby(batch, lambda record: record.topic):
-            ready += await self._made(self._by_topic[topic], list(records))
+            ready += await self._prepare_all(self._by_topic[topic], list(records))
         await self._publish(batch, ready)
 
-    async def _made(
+    async def _prepare_all(
         self, read: Callable[[Received], tuple[OcsfEvent, bool]], records: Sequence[Received]
-    ) -> Sequence[_Ready]:
+    ) -> Sequence[_PreparedEvent]:
         ready = [self._attempt(read, record) for record in records]
-        if any(one.unsettled for one in ready):
+        if any(one.pending for one in ready):
             await self._settle(read, records, ready)
         return ready
 
@@ -199,17 +199,17 @@ class AuditHandlers:
         self,
         read: Callable[[Received], tuple[OcsfEvent, bool]],
         batch: Sequence[Received],
-        ready: list[_Ready],
+        ready: list[_PreparedEvent],
     ) -> None:
-        """Wait for the local tables where a record is so young that they may be behind it.
+        """Wait for the local tables while pending records are younger than `settle_ms`; replace their events.
 
-        A record that is older is taken as it is, so what nobody ever signs delays what comes after it only while
+        Older records are taken as they are. So a record that nobody can ever verify delays its successors only while
         audit is less than `settle_ms` behind.
         """
         waited_from_ms = self._clock.now_ms()
         while True:
             now_ms = self._clock.now_ms()
-            open_ones = [i for i, one in enumerate(ready) if one.unsettled]
+            open_ones = [i for i, one in enumerate(ready) if one.pending]
             youngest_ms = max((batch[i].appended_at_ms for i in open_ones), default=0)
             left_ms = min(youngest_ms, waited_from_ms) + self._settle_ms - now_ms
             if not open_ones or left_ms <= 0:
@@ -222,60 +222,62 @@ class AuditHandlers:
             for i in open_ones:
                 ready[i] = self._attempt(read, batch[i])
 
-    def _attempt(self, read: Callable[[Received], tuple[OcsfEvent, bool]], record: Received) -> _Ready:
-        unsettled = False
+    def _attempt(
+        self, read: Callable[[Received], tuple[OcsfEvent, bool]], record: Received
+    ) -> _PreparedEvent:
+        pending = False
         try:
-            event, unsettled = read(record)
-            return _ready(event, unsettled)
+            event, pending = read(record)
+            return _prepare(event, pending)
         except OutdatedError as error:
-            return _ready(self._expired(record, error), False)
+            return _prepare(self._expired(record, error), False)
         except (InvalidMessageError, ChainError) as error:
-            why, unsettled = InvalidMessageError(str(error), code=error.code), error.code in _UNSETTLED
+            why, pending = InvalidMessageError(str(error), code=error.code), error.code in _PENDING_CODES
         except Exception:
-            # One record that audit cannot describe must not hide all those that follow it.
+            # One record that audit cannot describe must not block those that follow it.
             where = (record.topic_name, record.partition, record.offset)
             log.exception("no event could be made of %s/%d@%d", *where, extra=rate_limited(record.topic_name))
             why = InvalidMessageError("audit could not read it", code="unreadable")
-        return _ready(services.not_believed(record, why.code), unsettled, why)
+        return _prepare(services.not_believed(record, why.code), pending, why)
 
-    async def _publish(self, batch: Sequence[Received], ready: Sequence[_Ready]) -> None:
+    async def _publish(self, batch: Sequence[Received], ready: Sequence[_PreparedEvent]) -> None:
         await self._intake.hand_over(
             PendingEvent(one.key, one.uid, one.body, record.traceparent, one.event)
             for record, one in zip(batch, ready, strict=True)
         )
         await gather_all(
-            self._bury(record, one.unbelieved)
+            self._send_dead_letter(record, one.rejection)
             for record, one in zip(batch, ready, strict=True)
-            if one.unbelieved is not None and record.topic in BURIED_HERE
+            if one.rejection is not None and record.topic in DEAD_LETTERED_HERE
         )
         for class_uid, count in Counter(one.event["class_uid"] for one in ready).items():
             metrics.AUDIT_EVENTS.labels(str(class_uid)).inc(count)
         for what, count in Counter(record.topic.what for record in batch).items():
             metrics.RECORDS.labels(what, "done").inc(count)
 
-    # --- one method a topic: the event, and whether the local tables may know more a little later ---
+    # --- one method a topic: returns (event, pending) ---
 
     def _trust(self, record: Received) -> tuple[OcsfEvent, bool]:
-        return trust_events.told(record, self.bundles.seen(record)), False
+        return trust.bundle_event(record, self.bundles.record_of(record)), False
 
     def _command(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed, consent_by = self._verifier.command(record)
-        kind, _, words = registry.subject_of_command(signed.claims)
-        replay = self._replay(record, signed, lambda: words)
+        kind, _, fields = registry.subject_of_command(signed.claims)
+        replay = self._replay(record, signed, lambda: fields)
         if replay is not None:
             return replay, False
-        task = self._verifier.task_of(words["task"]) if kind == "task" else None
-        agent = words.get("agent") or (task.agent_id if task is not None else None)
+        task = self._verifier.task_of(fields["task"]) if kind == "task" else None
+        agent = fields.get("agent") or (task.agent_id if task is not None else None)
         event = registry.commanded(
             record,
             signed.claims,
-            signed.verified(*((_consent_in(signed.claims),) if consent_by else ())),
+            signed.verified(*((_consent_typ(signed.claims),) if consent_by else ())),
             sponsor=self._verifier.sponsor_of(agent) if agent else None,
             consent_by=consent_by,
             task=task,
-            parent=self._verifier.task_of(words["parent"]) if "parent" in words else None,
+            parent=self._verifier.task_of(fields["parent"]) if "parent" in fields else None,
         )
-        return event, _lacks_people(event)
+        return event, _lacks_names(event)
 
     def _record_of(self, model: type[AnyRecord]) -> Callable[[Received], tuple[OcsfEvent, bool]]:
         def read(record: Received) -> tuple[OcsfEvent, bool]:
@@ -285,7 +287,7 @@ class AuditHandlers:
             claims = signed.claims
             agent = getattr(claims.state, "agent_id", None)
             verified = signed.verified(last.typ)
-            known = self._verifier.fell_below(record, claims)
+            known = self._verifier.newer_revision(record, claims)
             if known is not None:
                 return registry.revision_fell(record, claims, known, verified), False
             replay = self._replay(record, signed, lambda: {"agent": agent} if agent else {})
@@ -296,13 +298,13 @@ class AuditHandlers:
             event = registry.recorded(
                 record, claims, last, verified, sponsor=sponsor, sponsors=self._verifier.sponsors_of(act)
             )
-            return event, _lacks_people(event)
+            return event, _lacks_names(event)
 
         return read
 
     def _request(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed = self._verifier.request(record)
-        replay = self._replay(record, signed, lambda: self._words_of(record, signed))
+        replay = self._replay(record, signed, lambda: self._subject_fields(record, signed))
         if replay is not None:
             return replay, False
         facts = self._verifier.remember_request(signed, record.own_traceparent)
@@ -314,8 +316,8 @@ class AuditHandlers:
         facts = self._verifier.embedded_request(
             claims.request, claims.request_id, claims.source.appended_at_ms
         )
-        words = {"agent": facts.agent} if facts is not None else {}
-        replay = self._replay(record, signed, lambda: {**words, "request": claims.request_id})
+        fields = {"agent": facts.agent} if facts is not None else {}
+        replay = self._replay(record, signed, lambda: {**fields, "request": claims.request_id})
         if replay is not None:
             return replay, False
         approvers = [self._verifier.approver(one, record.appended_at_ms) for one in claims.approvals]
@@ -344,10 +346,10 @@ class AuditHandlers:
         if replay is not None:
             return replay, False
         verified = signed.verified("credential.request")
-        return credentials.approval_asked(record, claims, facts, verified), self._incomplete(facts)
+        return credentials.approval_requested(record, claims, facts, verified), self._incomplete(facts)
 
     def _response(self, record: Received) -> tuple[OcsfEvent, bool]:
-        """What a person answered, said ahead, or took back."""
+        """An approval, a grant, or the withdrawal of a grant."""
         match kind_of(record):
             case Grant.typ:
                 return self._grant(record)
@@ -359,20 +361,20 @@ class AuditHandlers:
     def _grant(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed = self._verifier.by_user(record, Grant)
         claims = signed.claims
-        words = self._verifier.remember_grant(claims)
-        replay = self._replay(record, signed, lambda: words)
+        fields = self._verifier.remember_grant(claims)
+        replay = self._replay(record, signed, lambda: fields)
         if replay is not None:
             return replay, False
-        event = grant_events.given(record, claims, words, signed.verified())
-        return event, _lacks_people(event)
+        event = approvals.given(record, claims, fields, signed.verified())
+        return event, _lacks_names(event)
 
     def _withdrawal(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed = self._verifier.by_user(record, GrantWithdraw)
-        words = self._verifier.grant(signed.claims.grant_id)
-        replay = self._replay(record, signed, lambda: words)
+        fields = self._verifier.grant(signed.claims.grant_id)
+        replay = self._replay(record, signed, lambda: fields)
         if replay is not None:
             return replay, False
-        return grant_events.withdrawn(record, signed.claims, words, signed.verified()), False
+        return approvals.withdrawn(record, signed.claims, fields, signed.verified()), False
 
     def _approval(self, record: Received) -> tuple[OcsfEvent, bool]:
         typ = parse(record.value).header.typ
@@ -383,8 +385,8 @@ class AuditHandlers:
         signed = self._verifier.by_user(record, Approval)
         claims = signed.claims
         facts = self._verifier.embedded_request(claims.request, claims.request_id, record.appended_at_ms)
-        words = {"agent": facts.agent} if facts is not None else {}
-        replay = self._replay(record, signed, lambda: {**words, "request": claims.request_id})
+        fields = {"agent": facts.agent} if facts is not None else {}
+        replay = self._replay(record, signed, lambda: {**fields, "request": claims.request_id})
         if replay is not None:
             return replay, False
         self._verifier.remember_approval(signed.compact, claims)
@@ -398,9 +400,9 @@ class AuditHandlers:
         replay = self._replay(record, signed, lambda: {"agent": claims.agent_id, "task": claims.task_id})
         if replay is not None:
             return replay, False
-        words = self._of_lease(claims.lease_id, claims.agent_id, claims.task_id)
-        event = approvals.asked(record, claims, words, signed.verified())
-        return event, _lacks_people(event)
+        fields = self._lease_fields(claims.lease_id, claims.agent_id, claims.task_id)
+        event = approvals.requested(record, claims, fields, signed.verified())
+        return event, _lacks_names(event)
 
     def _action_approval(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed = self._verifier.by_user(record, ActionApproval)
@@ -408,12 +410,12 @@ class AuditHandlers:
         replay = self._replay(record, signed, lambda: {"agent": claims.agent_id})
         if replay is not None:
             return replay, False
-        asked = self._verifier.embedded_question(claims, record.appended_at_ms)
+        asked = self._verifier.embedded_action_request(claims, record.appended_at_ms)
         embedded = ("action.request",) if asked is not None else ()
         place = (asked.lease_id, asked.agent_id, asked.task_id) if asked else (None, claims.agent_id, None)
-        words = self._of_lease(*place)
-        event = approvals.answered(record, claims, asked, words, signed.verified(*embedded))
-        return event, _lacks_people(event)
+        fields = self._lease_fields(*place)
+        event = approvals.answered(record, claims, asked, fields, signed.verified(*embedded))
+        return event, _lacks_names(event)
 
     def _review(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed = self._verifier.by_user(record, BreakGlassReview)
@@ -425,9 +427,9 @@ class AuditHandlers:
             return replay, False
         reviewer = subject_of(claims.aud, claims.iss, "user") or ""
         use = self._use_of(claims.request_id)
-        why_not = review_problem(claims, reviewer, self._verifier.roles_of(reviewer), use)
-        event = break_glass.reviewed(record, claims, use, why_not, signed.verified())
-        return event, why_not is not None and why_not.code in _UNSETTLED
+        rejection = review_problem(claims, reviewer, self._verifier.roles_of(reviewer), use)
+        event = break_glass.reviewed(record, claims, use, rejection, signed.verified())
+        return event, rejection is not None and rejection.code in _PENDING_CODES
 
     def _reply(self, record: Received) -> tuple[OcsfEvent, bool]:
         if record.value.startswith(b"{"):
@@ -447,7 +449,7 @@ class AuditHandlers:
     def _lease(self, record: Received) -> tuple[OcsfEvent, bool]:
         if not record.value:
             lease_id = record.key if record.key and _UUID.fullmatch(record.key) else "unknown"
-            return credentials.lease_forgotten(record, lease_id, self._of_lease(lease_id)), False
+            return credentials.lease_forgotten(record, lease_id, self._lease_fields(lease_id)), False
         if self._epochs.took(record):
             marker = self._verifier.by_service(record, LeaseEpoch, "revoker")
             return services.epoch_began(record, marker.claims, marker.verified()), False
@@ -455,14 +457,16 @@ class AuditHandlers:
         claims = signed.claims
         if self._epochs.is_void(record, claims.epoch):
             void = self._verifier.remember_lease(claims)
-            words = subjects.of_credential(void, self._verifier.facts(claims.request_id))
-            return credentials.lease_void(record, claims, void, words, signed.verified()), False
+            fields = subjects.credential_fields(void, self._verifier.facts(claims.request_id))
+            return credentials.lease_void(record, claims, void, fields, signed.verified()), False
         if claims.epoch is not None:
-            self._epochs.begin(record, claims.epoch)  # its marker may stand before where this reader began
+            self._epochs.begin(
+                record, claims.epoch
+            )  # its marker may be older than the first offset of this reader
         lease = self._verifier.remember_lease(claims)
         facts = self._verifier.facts(claims.request_id)
         replay = self._replay(
-            record, signed, lambda: {**subjects.of_credential(lease, facts), "lease": claims.lease_id}
+            record, signed, lambda: {**subjects.credential_fields(lease, facts), "lease": claims.lease_id}
         )
         if replay is not None:
             return replay, False
@@ -473,28 +477,28 @@ class AuditHandlers:
         claims = signed.claims
         agent = subject_of(self._trust_domain, claims.iss, "agent")
         lease = self._verifier.lease(claims.lease_id) if claims.lease_id is not None else None
-        words: dict[str, Any] = {"agent": agent} if agent else {}
+        fields: dict[str, Any] = {"agent": agent} if agent else {}
         if claims.selector is not None and claims.selector.agent_id is not None:
-            words["agent"] = claims.selector.agent_id
+            fields["agent"] = claims.selector.agent_id
         if claims.selector is not None and claims.selector.task_id is not None:
-            words |= self._of_task(claims.selector.task_id)
-        words |= self._of_lease(claims.lease_id)
-        if "agent" in words and "sponsor" not in words:
-            words["sponsor"] = self._verifier.sponsor_of(words["agent"])
-        replay = self._replay(record, signed, lambda: words)
+            fields |= self._task_fields(claims.selector.task_id)
+        fields |= self._lease_fields(claims.lease_id)
+        if "agent" in fields and "sponsor" not in fields:
+            fields["sponsor"] = self._verifier.sponsor_of(fields["agent"])
+        replay = self._replay(record, signed, lambda: fields)
         if replay is not None:
             return replay, False
-        event = credentials.revocation_asked(record, claims, lease, words, signed.verified())
-        self._verifier.remember_order(claims, event.body["unmapped"])
-        return event, _lacks_people(event)
+        event = credentials.revocation_requested(record, claims, lease, fields, signed.verified())
+        self._verifier.remember_revocation(claims, event.body["unmapped"])
+        return event, _lacks_names(event)
 
     def _ack(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed = self._verifier.by_service(record, RevocationAck, "gateway")
-        order = self._verifier.order(signed.claims.revocation_id)
-        replay = self._replay(record, signed, lambda: dict(order))
+        revocation = self._verifier.revocation(signed.claims.revocation_id)
+        replay = self._replay(record, signed, lambda: dict(revocation))
         if replay is not None:
             return replay, False
-        return credentials.cut_confirmed(record, signed.claims, order, signed.verified()), False
+        return credentials.cut_confirmed(record, signed.claims, revocation, signed.verified()), False
 
     def _service_event(self, record: Received) -> tuple[OcsfEvent, bool]:
         signed = self._verifier.by_service(record, ServiceEvent)
@@ -503,108 +507,110 @@ class AuditHandlers:
         request_id = claims.request_id or (lease.request_id if lease is not None else None)
         facts = self._verifier.facts(request_id) if request_id is not None else None
         known = lease or facts
-        words = subjects.of_credential(lease, facts) or self._of_agent(self._agent_in(claims), claims.task_id)
-        replay = self._replay(record, signed, lambda: words)
+        fields = subjects.credential_fields(lease, facts) or self._agent_fields(
+            self._agent_in(claims), claims.task_id
+        )
+        replay = self._replay(record, signed, lambda: fields)
         if replay is not None:
             return replay, False
         if claims.kind in ("accepted", "refused") and claims.subject in registry.command_typs():
-            event = registry.answered(record, claims, words, signed.verified())
-        elif sharing_events.is_one(claims):
-            event = sharing_events.found(record, claims, words, signed.verified())
+            event = registry.answered(record, claims, fields, signed.verified())
+        elif services.is_shared_identity(claims):
+            event = services.shared_identity(record, claims, fields, signed.verified())
         else:
             trace = known.traceparent if known is not None else None
-            event = services.reported(record, claims, words, signed.verified(), trace)
-        return event, _lacks_people(event)
+            event = services.reported(record, claims, fields, signed.verified(), trace)
+        return event, _lacks_names(event)
 
     def _action(self, record: Received) -> tuple[OcsfEvent, bool]:
         claims = self._action_of(record)
         lease = self._verifier.lease(claims.lease_id) if claims.lease_id is not None else None
-        words = self._of_lease(claims.lease_id, claims.agent_id, claims.task_id)
+        fields = self._lease_fields(claims.lease_id, claims.agent_id, claims.task_id)
         if isinstance(claims, ActionDecided):
-            event = actions.acted(record, claims, lease, words, self._trust_domain)
+            event = actions.acted(record, claims, lease, fields, self._trust_domain)
         else:
-            event = actions.answered(record, claims, lease, words, self._trust_domain)
-        return event, _lacks_people(event)
+            event = actions.answered(record, claims, lease, fields, self._trust_domain)
+        return event, _lacks_names(event)
 
     def _action_of(self, record: Received) -> ActionDecided | ActionAnswered:
         try:
-            return self._verifier.plain(record, ActionDecided)
+            return self._verifier.parse_unsigned(record, ActionDecided)
         except InvalidMessageError as error:
             try:
-                return self._verifier.plain(record, ActionAnswered)
+                return self._verifier.parse_unsigned(record, ActionAnswered)
             except InvalidMessageError:
                 raise error from None
 
     def _dead_letter(self, record: Received) -> tuple[OcsfEvent, bool]:
-        return services.dead_lettered(record, self._verifier.plain(record, DeadLetter)), False
+        return services.dead_lettered(record, self._verifier.parse_unsigned(record, DeadLetter)), False
 
-    # --- what several of them need ---
+    # --- shared by several topics ---
 
-    def _of_lease(
+    def _lease_fields(
         self, lease_id: str | None, agent: str | None = None, task: str | None = None
     ) -> dict[str, Any]:
-        """The words of a lease that audit has seen; where it is not the agent's, or none, those of task and agent."""
+        """Fields of a lease that audit has seen. Without one, or if it is another agent's: those of agent and task."""
         lease = self._verifier.lease(lease_id) if lease_id is not None else None
         if lease is not None and agent in (None, lease.agent):
-            return subjects.of_credential(lease, self._verifier.facts(lease.request_id))
-        return self._of_agent(agent, task)
+            return subjects.credential_fields(lease, self._verifier.facts(lease.request_id))
+        return self._agent_fields(agent, task)
 
-    def _of_agent(self, agent: str | None, task: str | None = None) -> dict[str, Any]:
-        """The words of an agent by the records, and of its task; a task of another agent says nothing of it."""
-        words: dict[str, Any] = {"agent": agent} if agent is not None else {}
+    def _agent_fields(self, agent: str | None, task: str | None = None) -> dict[str, Any]:
+        """Fields of an agent and its task, by the registry's records. A task of another agent is left out."""
+        fields: dict[str, Any] = {"agent": agent} if agent is not None else {}
         if task is not None:
-            of_task = self._of_task(task)
-            words |= of_task if agent in (None, of_task.get("agent")) else {}
-        if "agent" in words:
-            words["sponsor"] = self._verifier.sponsor_of(words["agent"])
-        return words
+            of_task = self._task_fields(task)
+            fields |= of_task if agent in (None, of_task.get("agent")) else {}
+        if "agent" in fields:
+            fields["sponsor"] = self._verifier.sponsor_of(fields["agent"])
+        return fields
 
-    def _of_task(self, task: str) -> dict[str, Any]:
+    def _task_fields(self, task: str) -> dict[str, Any]:
         state = self._verifier.task_of(task)
-        return subjects.of_task(state) if state is not None else {}
+        return subjects.task_fields(state) if state is not None else {}
 
     def _agent_in(self, claims: ServiceEvent) -> str | None:
-        """The agent that a service tells of: by its name, or by the record that it found something wrong with."""
+        """The agent of a service event: as named, or the subject of the record that the service found invalid."""
         if claims.agent_id is not None or claims.result is None:
             return claims.agent_id
         return subject_of(self._trust_domain, claims.result, "agent")
 
     def _incomplete(self, facts: RequestFacts) -> bool:
-        """Whether the local tables may know more a little later; that a task is another agent's is known for good."""
+        """Whether the local tables may know more later. That a task belongs to another agent does not change."""
         return facts.sponsor is None or (
             facts.on_behalf_of is None and self._verifier.task_of(facts.task) is None
         )
 
     def _replay(
-        self, record: Received, signed: VerifiedMessage[Any], words_of_it: Callable[[], dict[str, Any]]
+        self, record: Received, signed: VerifiedMessage[Any], fields_of: Callable[[], dict[str, Any]]
     ) -> OcsfEvent | None:
-        """The event of a message that was seen elsewhere before, or None; `words_of_it` tells what it is about."""
-        first = self._verifier.seen_before(record, signed)
+        """The event of a replay, or None at the first sighting. `fields_of` gives the fields of its subject."""
+        first = self._verifier.first_sighting(record, signed)
         if first is None:
             return None
         where, same = first
-        words = words_of_it()
-        if words.get("agent") and "sponsor" not in words:
-            words = {**words, "sponsor": self._verifier.sponsor_of(words["agent"])}
+        fields = fields_of()
+        if fields.get("agent") and "sponsor" not in fields:
+            fields = {**fields, "sponsor": self._verifier.sponsor_of(fields["agent"])}
         return services.replayed(
-            record, signed.claims.iss, where, same=same, words=words, verified=signed.verified()
+            record, signed.claims.iss, where, same=same, fields=fields, verified=signed.verified()
         )
 
     def _expired(self, record: Received, error: OutdatedError) -> OcsfEvent:
-        signed = error.believed
-        words = self._words_of(record, signed)
-        if "agent" in words and "sponsor" not in words:
-            words["sponsor"] = self._verifier.sponsor_of(words["agent"])
-        return services.expired(record, signed.claims.iss, error.code, words, signed.verified())
+        signed = error.signed
+        fields = self._subject_fields(record, signed)
+        if "agent" in fields and "sponsor" not in fields:
+            fields["sponsor"] = self._verifier.sponsor_of(fields["agent"])
+        return services.expired(record, signed.claims.iss, error.code, fields, signed.verified())
 
-    def _words_of(self, record: Received, signed: VerifiedMessage[Any]) -> dict[str, Any]:
-        """What a message is about that counts for nothing, though its signature holds."""
+    def _subject_fields(self, record: Received, signed: VerifiedMessage[Any]) -> dict[str, Any]:
+        """Fields of the subject of an expired or replayed message whose signature holds."""
         claims = signed.claims
         match claims:
             case CredentialRequest():
                 agent = subject_of(self._trust_domain, claims.iss, "agent")
-                words = {**self._of_agent(agent, claims.task_id), "task": claims.task_id}
-                return words | {
+                fields = {**self._agent_fields(agent, claims.task_id), "task": claims.task_id}
+                return fields | {
                     "request": message_id(claims.iss, claims.jti),
                     "request_digest": digest(signed.compact),
                     "target": claims.scope[0].target,
@@ -612,31 +618,33 @@ class AuditHandlers:
             case Approval():
                 at_ms = record.appended_at_ms
                 facts = self._verifier.embedded_request(claims.request, claims.request_id, at_ms)
-                return subjects.of_credential(None, facts) or {"request": claims.request_id}
+                return subjects.credential_fields(None, facts) or {"request": claims.request_id}
             case Grant() | ActionApproval() | ActionRequest():
-                return self._of_agent(claims.agent_id, getattr(claims, "task_id", None))
+                return self._agent_fields(claims.agent_id, getattr(claims, "task_id", None))
             case ExpiringClaims() if claims.typ in registry.command_typs():
                 return registry.subject_of_command(claims)[2]
             case _:
                 agent = subject_of(self._trust_domain, claims.iss, "agent")
-                return self._of_agent(agent)
+                return self._agent_fields(agent)
 
 
-def _ready(event: OcsfEvent, unsettled: bool, unbelieved: InvalidMessageError | None = None) -> _Ready:
+def _prepare(event: OcsfEvent, pending: bool, rejection: InvalidMessageError | None = None) -> _PreparedEvent:
     body = linkable(event.body)
     if len(body) > MAX_EVENT_BYTES:
         event = shortened(event)
         body = linkable(event.body)
-    return _Ready(event.key, event.uid, body, event.body, unsettled, unbelieved)
+    return _PreparedEvent(event.key, event.uid, body, event.body, pending, rejection)
 
 
-def _lacks_people(event: OcsfEvent) -> bool:
-    words = event.body["unmapped"]
-    return ("agent" in words and "sponsor" not in words) or ("task" in words and "on_behalf_of" not in words)
+def _lacks_names(event: OcsfEvent) -> bool:
+    fields = event.body["unmapped"]
+    return ("agent" in fields and "sponsor" not in fields) or (
+        "task" in fields and "on_behalf_of" not in fields
+    )
 
 
-def _consent_in(claims: ExpiringClaims) -> str:
-    """By what the user consented whom a task is on behalf of, or to whom an agent is transferred."""
+def _consent_typ(claims: ExpiringClaims) -> str:
+    """The typ of the consent that a command embeds: by the task's user, or by the new sponsor of an agent."""
     if isinstance(claims, AgentTransfer):
         return AgentTransferConsent.typ
     return "id_token" if isinstance(claims, TaskAssign) and claims.id_token else "task.consent"

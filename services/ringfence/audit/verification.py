@@ -1,7 +1,7 @@
-"""Who is believed to have said what: signatures, chains, replays, and the facts that later records are read with.
+"""Verification of audited records: signatures, command chains, replays; and a bounded memory of verified facts.
 
-Each signature is verified once: a decision embeds the request that came before it, and a lease follows from both, so
-what was verified is remembered by its exact text.
+Each signature is verified once. A decision embeds the request that came before it, and a lease follows from both; so
+verified messages are remembered by their exact text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from ringfence.audit.events.ocsf import in_words, permission, privileges, scrubbed, user_of
+from ringfence.audit.events.ocsf import permission, privileges, scope_text, scrubbed, user_of
 from ringfence.audit.memory import LeaseFacts, Recent, RequestFacts, SeenMessages, Sighting
 from ringfence.audit.settings import AuditSettings
 from ringfence.kernel.base.errors import InvalidMessageError
@@ -39,64 +39,67 @@ C = TypeVar("C", bound=Claims)
 P = TypeVar("P", bound=Message)
 
 _REMEMBERED_BYTES, _REMEMBERED_PERMISSIONS = 16 * 1024, 16
-"""What is larger is verified again where it is embedded: it must not fill the memory."""
+"""Larger messages are not remembered, and are verified again wherever they are embedded."""
 _REMEMBERED_EMBEDDED = 2000
 _ALL_ROLES: tuple[ServiceRole, ...] = get_args(ServiceRole)
 
-_OF_ORDERS = (
+_REVOCATION_FIELDS = (
     "revocation", "cause", "selector", "lease", "agent", "act", "delegators", "task", "sponsor", "on_behalf_of",
     "request", "request_digest", "policy_revision", "target",
 )  # fmt: skip
-"""What an event about an order says that is true of its confirmations too."""
+"""Fields of a revocation's event that its acknowledgements share."""
 
 
-def _mark(signed: VerifiedMessage[Any]) -> str:
-    """What tells two messages of one id apart: the signature, but for what is the same though it was signed anew."""
+def _content_mark(signed: VerifiedMessage[Any]) -> str:
+    """Tells two messages with one id apart: the signature, except for messages that may be signed again unchanged."""
     match signed.claims:
         case Lease() as lease if lease.epoch is not None:
-            return digest(statement(lease))  # a revoker says an end again in a later epoch
+            return digest(statement(lease))  # a revoker repeats an end in a later epoch
         case RevocationAck() as ack:
-            return ack.revocation_id  # a gateway confirms an order wherever it stands again
-        case RevocationRequest() as order if user_of(order.iss)["type"] == "System":
-            # A revoker that does not know whether it gave an order gives it again.
-            return digest(order.model_dump_json(exclude={"iat"}))
+            return ack.revocation_id  # a gateway acknowledges each copy of a revocation
+        case RevocationRequest() as revocation if user_of(revocation.iss)["type"] == "System":
+            # A revoker that does not know whether its revocation was written sends it again.
+            return digest(revocation.model_dump_json(exclude={"iat"}))
         case _:
             return signed.compact[-43:]
 
 
 class OutdatedError(InvalidMessageError):
-    """The signature holds, but the message reached the broker outside its time."""
+    """The signature holds, but the message reached the broker outside its validity. `signed` is the message."""
 
-    def __init__(self, believed: VerifiedMessage[Any], code: str) -> None:
+    def __init__(self, signed: VerifiedMessage[Any], code: str) -> None:
         super().__init__("outside its time", code=code)
-        self.believed = believed
+        self.signed = signed
 
 
 def require_trust(trust: TrustStore, batch: Iterable[Received], now_ms: int) -> None:
-    """While no trust bundle is in force nobody is believed, and nothing is to be held against anybody: it waits.
+    """Require a trust bundle in force for a batch. Without one no signature can be judged, so the batch waits.
 
-    What the broker stamped is judged by its clock, which may be ahead of ours. Raises UnavailableError.
+    The broker's timestamps count as well: its clock may be ahead of `now_ms`. Raises UnavailableError.
     """
     trust.require(max(now_ms, *(record.appended_at_ms for record in batch)) / 1000)
 
 
 class VerifiedMessage(NamedTuple, Generic[C]):
-    """A verified message: its claims, the exact text, and the key that signed it."""
+    """A verified message: its claims, its exact text (compact JWS), and the id of the key that signed it."""
 
     claims: C
     compact: str
     kid: str
 
     def verified(self, *embedded: str) -> dict[str, Any]:
-        """`unmapped.verified`: whose signature holds, by which key, and what embedded messages were verified too."""
-        said: dict[str, Any] = {"by": self.claims.iss, "kid": self.kid}
+        """The field `unmapped.verified`: signer, key, and the typs of the embedded messages that were verified too."""
+        fields: dict[str, Any] = {"by": self.claims.iss, "kid": self.kid}
         if embedded:
-            said["embedded"] = list(embedded)
-        return said
+            fields["embedded"] = list(embedded)
+        return fields
 
 
-class MessageVerifier:
-    """Turns records into verified messages, and remembers what they say about requests and leases."""
+class RecordVerifier:
+    """Verifies records, finds replays, and remembers facts about requests, leases, grants and revocations.
+
+    The memory is bounded by the settings `remembered_messages` and `remembered_requests`.
+    """
 
     def __init__(self, trust: TrustStore, directory: Directory, settings: AuditSettings) -> None:
         self._trust = trust
@@ -104,34 +107,34 @@ class MessageVerifier:
         self._seen = SeenMessages(settings.remembered_messages)
         self._requests: Recent[str, RequestFacts] = Recent(settings.remembered_requests)
         self._embedded: Recent[str, CredentialRequest] = Recent(_REMEMBERED_EMBEDDED)
-        """By their text: requests that were verified where they are embedded, and that may be read themselves later."""
+        """By text: requests verified while embedded, whose own records may be read later."""
         self._leases: Recent[str, LeaseFacts] = Recent(settings.remembered_requests)
-        self._orders: Recent[str, Mapping[str, Any]] = Recent(settings.remembered_requests)
+        self._revocations: Recent[str, Mapping[str, Any]] = Recent(settings.remembered_requests)
         self._approvals: Recent[str, str] = Recent(settings.remembered_requests)
         self._grants: Recent[str, dict[str, Any]] = Recent(settings.remembered_requests)
         self._revisions: dict[str, tuple[int, int, int]] = {}
 
-    # --- signatures: each raises InvalidMessageError, or ChainError, where nobody is believed ---
+    # --- signatures: each method raises InvalidMessageError or ChainError if verification fails ---
 
     def request(self, record: Received) -> VerifiedMessage[CredentialRequest]:
-        """A request, signed by an agent."""
+        """Verify a credential request, signed by an agent."""
         at_ms, jws = record.appended_at_ms, parse(record.value)
         find = self._agents(jws, CredentialRequest, at_ms)
-        return self._open(jws, CredentialRequest, find, at_ms, self._embedded.get(jws.compact))
+        return self._verify(jws, CredentialRequest, find, at_ms, self._embedded.get(jws.compact))
 
     def by_service(self, record: Received, model: type[C], *roles: ServiceRole) -> VerifiedMessage[C]:
-        """A message that services of these roles sign; of any role where none is named."""
+        """Verify a message signed by a service with one of these roles; with any role if none is given."""
         at_ms = record.appended_at_ms
         finder = self._trust.finder(*(roles or _ALL_ROLES), at_s=at_ms / 1000)
-        return self._open(parse(record.value), model, finder, at_ms)
+        return self._verify(parse(record.value), model, finder, at_ms)
 
     def by_user(self, record: Received, model: type[C]) -> VerifiedMessage[C]:
-        """A message that a person signs, with a key that counted when it was appended."""
+        """Verify a message signed by a person, with a key that was valid at the append time."""
         at_ms = record.appended_at_ms
-        return self._open(parse(record.value), model, self._users(at_ms), at_ms)
+        return self._verify(parse(record.value), model, self._users(at_ms), at_ms)
 
     def by_anyone(self, record: Received, model: type[C]) -> VerifiedMessage[C]:
-        """A message that agents, people and the services that revoke may sign."""
+        """Verify a message that agents, people, and the services in `model.signed_by` may sign."""
         at_ms, jws = record.appended_at_ms, parse(record.value)
         finders = (
             self._agents(jws, model, at_ms),
@@ -142,11 +145,12 @@ class MessageVerifier:
         def find(iss: str, kid: str) -> PublicKey | None:
             return next((key for finder in finders if (key := finder(iss, kid))), None)
 
-        return self._open(jws, model, find, at_ms)
+        return self._verify(jws, model, find, at_ms)
 
     def command(self, record: Received) -> tuple[VerifiedMessage[ExpiringClaims], str | None]:
-        """A command by whoever may give such: a person, a provisioner, the root, an agent. And who validly signed the
-        consent that it embeds.
+        """Verify a registry command, signed by a person, a provisioner, the root or an agent.
+
+        Returns it, and who validly signed the consent that it embeds, if anybody did.
         """
         at_ms = record.appended_at_ms
         jws = parse(record.value)
@@ -159,13 +163,13 @@ class MessageVerifier:
             key = self._trust.root_key(iss, kid, at_ms / 1000) or chains.command_key(iss, kid, at_ms)
             return key or (chains.agent_key(iss, kid, at_ms) if model in BY_AGENTS else None)
 
-        signed = self._open(jws, model, find, at_ms)
+        signed = self._verify(jws, model, find, at_ms)
         consent_by: str | None = None
         claims = signed.claims
         if (isinstance(claims, TaskAssign) and (claims.consent or claims.id_token)) or (
             isinstance(claims, AgentTransfer) and claims.consent
         ):
-            # Without a consent that holds it is its signer's command all the same; the registry refuses it.
+            # Without a valid consent it still is its signer's command; the registry refuses it.
             with contextlib.suppress(InvalidMessageError, ChainError):
                 consent_by = chains.authorise(jws, at_ms).consent_by
         return signed, consent_by
@@ -173,10 +177,10 @@ class MessageVerifier:
     def record(
         self, record: Received, model: type[AnyRecord]
     ) -> tuple[VerifiedMessage[AnyRecord], ExpiringClaims]:
-        """A record by the registry whose chain holds, and the command that it came from."""
+        """Verify a record of the registry and its chain of commands. Returns it, and the last command of the chain."""
         jws = parse(record.value)
         at_ms = record.appended_at_ms
-        signed: VerifiedMessage[AnyRecord] = self._open(
+        signed: VerifiedMessage[AnyRecord] = self._verify(
             jws, model, self._trust.finder(*model.signed_by, at_s=at_ms / 1000), at_ms
         )
         claims = signed.claims
@@ -186,8 +190,8 @@ class MessageVerifier:
         last = parse(claims.commands[-1].jws)
         return signed, last.unverified_claims(COMMAND_OF_TYP[last.header.typ])  # the chain verified it
 
-    def plain(self, record: Received, model: type[P]) -> P:
-        """A message that nobody signs. Nothing that it says is more than its writer's word."""
+    def parse_unsigned(self, record: Received, model: type[P]) -> P:
+        """Parse an unsigned message. Its contents are the unverified word of whoever can write to the topic."""
         try:
             return model.model_validate_json(record.value)
         except ValidationError as error:
@@ -195,7 +199,7 @@ class MessageVerifier:
             raise InvalidMessageError(f"not {with_article(model.__name__)}", code=code) from None
 
     def embedded_request(self, compact: str, request_id: str, appended_at_ms: int) -> RequestFacts | None:
-        """The facts of a request that another message embeds, or None where its signature does not hold."""
+        """Facts of a request embedded in another message, or None if its signature or its id does not match."""
         known = self.facts(request_id)
         if known is not None and known.compact == compact:
             return known
@@ -214,7 +218,7 @@ class MessageVerifier:
         return self.remember_request(VerifiedMessage(claims, compact, jws.header.kid))
 
     def approver(self, compact: str, appended_at_ms: int) -> str | None:
-        """The person who signed an embedded approval, or None where the signature does not hold."""
+        """The user who signed an embedded approval, or None if the signature fails."""
         known = self._approvals.get(digest(compact))
         if known is not None:
             return known
@@ -226,8 +230,8 @@ class MessageVerifier:
             return None
         return self.remember_approval(compact, claims)
 
-    def embedded_question(self, answer: ActionApproval, appended_at_ms: int) -> ActionRequest | None:
-        """What a gateway asked that an answer is over, or None where no gateway signed it, or it is over another."""
+    def embedded_action_request(self, answer: ActionApproval, appended_at_ms: int) -> ActionRequest | None:
+        """The gateway's action request embedded in an answer, or None if signature, digest or agent do not match."""
         find = self._trust.finder(*ActionRequest.signed_by, at_s=appended_at_ms / 1000)
         try:
             signed = verify(parse(answer.request), ActionRequest, find, audience=self._trust.trust_domain)
@@ -238,7 +242,7 @@ class MessageVerifier:
         return claims if same else None
 
     def grantor(self, compact: str, appended_at_ms: int) -> str | None:
-        """The person who signed an embedded grant, or None where the signature does not hold."""
+        """The user who signed an embedded grant, or None if the signature fails."""
         try:
             find, audience = self._users(appended_at_ms), self._trust.trust_domain
             claims = verify(parse(compact), Grant, find, audience=audience).claims
@@ -248,14 +252,14 @@ class MessageVerifier:
 
     # --- replays ---
 
-    def seen_before(self, record: Received, signed: VerifiedMessage[Any]) -> tuple[Sighting, bool] | None:
-        """Where the same message was seen first, and whether it is the same to the letter; None the first time."""
-        here = Sighting(record.partition, record.offset, _mark(signed))
+    def first_sighting(self, record: Received, signed: VerifiedMessage[Any]) -> tuple[Sighting, bool] | None:
+        """(first sighting, whether the content is identical) of a replayed message; None at its first sighting."""
+        here = Sighting(record.partition, record.offset, _content_mark(signed))
         first = self._seen.first(record.topic.what, signed.claims.iss, signed.claims.jti, here)
         return None if first is None else (first, first.signature == here.signature)
 
-    def fell_below(self, record: Received, claims: AnyRecord) -> int | None:
-        """The higher revision that was seen before this record, or None where it is as high."""
+    def newer_revision(self, record: Received, claims: AnyRecord) -> int | None:
+        """The higher revision that was published before this record, or None if there is none."""
         known = self._revisions.get(claims.sub)
         if known is None or claims.revision >= known[0]:
             self._revisions[claims.sub] = (claims.revision, record.partition, record.offset)
@@ -267,7 +271,7 @@ class MessageVerifier:
     # --- facts ---
 
     def facts(self, request_id: str) -> RequestFacts | None:
-        """What is known of a request."""
+        """Facts of a verified request by id, with sponsor and user looked up again if they were missing."""
         facts = self._requests.get(request_id)
         if facts is not None and (facts.sponsor is None or facts.on_behalf_of is None):
             facts.sponsor = self.sponsor_of(facts.agent)
@@ -275,13 +279,13 @@ class MessageVerifier:
         return facts
 
     def lease(self, lease_id: str) -> LeaseFacts | None:
-        """What is known of a lease."""
+        """Facts of a lease by id."""
         return self._leases.get(lease_id)
 
     def remember_request(
         self, signed: VerifiedMessage[CredentialRequest], traceparent: str | None = None
     ) -> RequestFacts:
-        """Take down what a verified request is about. The first request with an id stands."""
+        """Remember the facts of a verified request. The first request with an id wins."""
         claims = signed.claims
         request_id = message_id(claims.iss, claims.jti)
         known = self.facts(request_id)
@@ -300,7 +304,7 @@ class MessageVerifier:
             target=claims.scope[0].target,
             permissions=[permission(one) for one in claims.scope],
             privileges=privileges(claims.scope),
-            words=in_words(claims.scope),
+            scope_text=scope_text(claims.scope),
             ttl_s=claims.ttl_s,
             delivery=claims.delivery,
             reason=scrubbed(claims.reason),
@@ -315,7 +319,7 @@ class MessageVerifier:
         return facts
 
     def remember_approval(self, compact: str, claims: Approval) -> str | None:
-        """Take down who signed a verified approval, if it is a yes."""
+        """Remember and return the signer of a verified approval; None for a denial."""
         user = subject_of(self._trust.trust_domain, claims.iss, "user")
         if user is None or claims.verdict != "approved":
             return None
@@ -323,32 +327,32 @@ class MessageVerifier:
         return user
 
     def remember_grant(self, claims: Grant) -> dict[str, Any]:
-        """Take down whom a verified grant is about; in the words of events."""
-        words = {
+        """Remember and return the fields of a verified grant's subject."""
+        fields = {
             "agent": claims.agent_id,
             "act": list(self._act(claims.agent_id, claims.task_id)),
             "task": claims.task_id,
             "sponsor": self.sponsor_of(claims.agent_id),
             "on_behalf_of": self._on_behalf_of(claims.agent_id, claims.task_id),
         }
-        self._grants.put(id_of(claims), words)
-        return words
+        self._grants.put(id_of(claims), fields)
+        return fields
 
     def grant(self, grant_id: str) -> dict[str, Any]:
-        """What is known of a grant, in the words of events; nothing where it was not seen."""
+        """Event fields of a grant's subject; empty if the grant was not seen."""
         return self._grants.get(grant_id) or {}
 
-    def remember_order(self, claims: RevocationRequest, words: Mapping[str, Any]) -> None:
-        """Take down what a verified order is about, for the word of gateways that it is followed."""
-        about = {word: words[word] for word in _OF_ORDERS if words.get(word) is not None}
-        self._orders.put(derived_id("revocation", claims.iss, claims.jti), about)
+    def remember_revocation(self, claims: RevocationRequest, fields: Mapping[str, Any]) -> None:
+        """Remember the fields of a verified revocation, for the acknowledgements of gateways."""
+        known = {word: fields[word] for word in _REVOCATION_FIELDS if fields.get(word) is not None}
+        self._revocations.put(derived_id("revocation", claims.iss, claims.jti), known)
 
-    def order(self, revocation_id: str) -> Mapping[str, Any]:
-        """What is known of an order; nothing where it was not seen lately."""
-        return self._orders.get(revocation_id) or {}
+    def revocation(self, revocation_id: str) -> Mapping[str, Any]:
+        """Event fields of a revocation; empty if it was not seen lately."""
+        return self._revocations.get(revocation_id) or {}
 
     def remember_lease(self, claims: Lease) -> LeaseFacts:
-        """Take down what a verified lease record says. What a lease is about is the same in all of its records."""
+        """Remember and return the facts of a verified lease record. They are the same in all records of a lease."""
         known = self._leases.get(claims.lease_id)
         if known is not None:
             return known
@@ -364,7 +368,7 @@ class MessageVerifier:
             target=claims.target_id,
             privileges=privileges(claims.scope),
             permissions=[permission(one) for one in claims.scope],
-            words=in_words(claims.scope),
+            scope_text=scope_text(claims.scope),
             traceparent=claims.traceparent,
         )
         if len(claims.scope) <= _REMEMBERED_PERMISSIONS:
@@ -372,7 +376,7 @@ class MessageVerifier:
         return lease
 
     def sponsor_of(self, agent: str) -> str | None:
-        """The sponsor of an agent by the present records."""
+        """The present sponsor of an agent, or None."""
         try:
             entry = self._directory.agent(agent)
         except ChainError:
@@ -380,11 +384,11 @@ class MessageVerifier:
         return entry.state.sponsor if entry is not None else None
 
     def sponsors_of(self, agents: Sequence[str]) -> list[str]:
-        """The sponsors of agents by the present records, each once."""
+        """The present sponsors of agents, each once."""
         return list(dict.fromkeys(filter(None, map(self.sponsor_of, agents))))
 
     def roles_of(self, user: str) -> tuple[str, ...]:
-        """The roles of a user by the present records; none where there is no such user, or they are disabled."""
+        """The present roles of a user; empty if there is no such user, or they are disabled."""
         try:
             entry = self._directory.user(user)
         except ChainError:
@@ -392,7 +396,7 @@ class MessageVerifier:
         return entry.state.roles if entry is not None and entry.state.status == "active" else ()
 
     def task_of(self, task: str) -> TaskState | None:
-        """A task by the present records."""
+        """The present state of a task, or None."""
         try:
             entry = self._directory.task(task)
         except ChainError:
@@ -400,26 +404,26 @@ class MessageVerifier:
         return entry.state if entry is not None else None
 
     def _on_behalf_of(self, agent: str, task: str) -> str | None:
-        """Whom an agent acts for in a task."""
+        """The user on whose behalf an agent acts in a task, if the task is its own."""
         state = self._own_task(agent, task)
         return state.on_behalf_of if state is not None else None
 
     def _act(self, agent: str, task: str) -> tuple[str, ...]:
-        """The agents that act where an agent asks for something in a task."""
+        """All acting agents of a request: the agent, and those that delegated the task to it."""
         state = self._own_task(agent, task)
         return agents_of(state) if state is not None else (agent,)
 
     def _own_task(self, agent: str, task: str) -> TaskState | None:
-        """The task, where it is the agent's: whoever assigned one to another agent is not who this one acts for."""
+        """The task if it belongs to the agent: the user of another agent's task is not whom this agent acts for."""
         state = self.task_of(task)
         return state if state is not None and state.agent_id == agent else None
 
     # --- keys ---
 
-    def _open(
+    def _verify(
         self, jws: UnverifiedJws, model: type[C], find: KeyFinder, at_ms: int, verified: C | None = None
     ) -> VerifiedMessage[C]:
-        """`verified`: see `verify`."""
+        """Verify a JWS. `verified`: see `kernel.crypto.jws.verify`. Raises OutdatedError if only its time is wrong."""
         audience = self._trust.trust_domain
         try:
             claims = verify(

@@ -1,7 +1,7 @@
-"""HTTP of audit: traces and events, each caller sees their own.
+"""HTTP API of audit: traces, events, actions, break glass and coverage, filtered by caller.
 
-Operators and auditors see everything; a sponsor what concerns their agents; a user what is on their behalf. What a
-caller may not see is not there.
+Operators and auditors see everything; a sponsor sees events of their agents; a user sees what was done on their behalf.
+For events that a caller may not see, the API answers as if they did not exist.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ringfence.audit.events.break_glass import uses
-from ringfence.audit.index.action_counts import counted, unknown_destinations
-from ringfence.audit.index.coverage import behind, count_actions, count_leases, went_through
-from ringfence.audit.index.filters import limit_of, number_of, wanted_of
-from ringfence.audit.index.store import STORY_KINDS, Actions, EventIndex, Viewer
-from ringfence.audit.index.trace import tree
+from ringfence.audit.events.break_glass import collect_uses
+from ringfence.audit.index.action_counts import action_groups, unknown_destinations
+from ringfence.audit.index.coverage import count_actions, count_leases, load_basis, went_through
+from ringfence.audit.index.filters import filter_of, limit_of, number_of
+from ringfence.audit.index.store import TRACE_KINDS, ActionPage, EventIndex, Viewer
+from ringfence.audit.index.trace import trace_tree
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.api_errors import NotFoundError, WrongQueryError
 from ringfence.kernel.base.clock import Clock
@@ -33,9 +33,9 @@ from ringfence.model.records.directory import Directory
 _MAX_EVENTS = 1000
 _MAX_REQUESTS = 500
 _MAX_ACTIONS = 1000
-"""So many are counted in some 30 ms, for which everybody else waits."""
+"""Counting so many takes about 30 ms, in which the event loop serves nobody else."""
 _MAX_COVERED = 500
-"""Each is looked up with what it rests on."""
+"""Each lease is loaded with the events that it rests on."""
 _MAX_MS = 2**53
 
 
@@ -50,7 +50,7 @@ class AuditApi:
         authenticator: Authenticator,
         complete: Callable[[], bool],
     ) -> None:
-        """`complete`: whether the index holds all that was audited before this process began."""
+        """`complete`: whether the index holds all events from before the start of this process."""
         self._index = index
         self._complete = complete
         self._directory = directory
@@ -58,33 +58,33 @@ class AuditApi:
         self._authenticator = authenticator
 
     def routes(self) -> list[Route]:
-        """What the service adds to its HTTP."""
+        """The routes of this API."""
         return [
             Route("/v1/trace/{id}", self._trace, methods=["GET"]),
             Route("/v1/events", self._events, methods=["GET"]),
             Route("/v1/actions", self._actions, methods=["GET"]),
             Route("/v1/break-glass", self._break_glass, methods=["GET"]),
-            Route("/v1/coverage/leases", self._leases_covered, methods=["GET"]),
-            Route("/v1/coverage/actions", self._actions_covered, methods=["GET"]),
+            Route("/v1/coverage/leases", self._lease_coverage, methods=["GET"]),
+            Route("/v1/coverage/actions", self._action_coverage, methods=["GET"]),
         ]
 
     async def _trace(self, request: Request) -> Response:
         viewer = self.viewer(request)
         id = request.path_params["id"]
         kind = request.query_params.get("kind")
-        if kind is not None and kind not in STORY_KINDS:
-            raise WrongQueryError(f"kind is one of {', '.join(STORY_KINDS)}")
-        story = self._index.story(id, kind, viewer, limit_of(request, 50, _MAX_REQUESTS))
-        if story is None:
+        if kind is not None and kind not in TRACE_KINDS:
+            raise WrongQueryError(f"kind is one of {', '.join(TRACE_KINDS)}")
+        trace = self._index.trace(id, kind, viewer, limit_of(request, 50, _MAX_REQUESTS))
+        if trace is None:
             raise NotFoundError(
                 f"no lease, request, task, agent or user {id[:80]} that you may see was audited"
             )
         metrics.HTTP_REQUESTS.labels("/v1/trace", "200").inc()
         return JSONResponse({
-            "id": story.id,
-            "kind": story.kind,
-            "truncated": story.truncated,
-            "roots": tree(story.events),
+            "id": trace.id,
+            "kind": trace.kind,
+            "truncated": trace.truncated,
+            "roots": trace_tree(trace.events),
         })  # fmt: skip
 
     async def _events(self, request: Request) -> Response:
@@ -93,13 +93,13 @@ class AuditApi:
             viewer,
             request.query_params.get("after"),
             limit_of(request, 100, _MAX_EVENTS),
-            wanted_of(request),
+            filter_of(request),
         )
         metrics.HTTP_REQUESTS.labels("/v1/events", "200").inc()
         return JSONResponse({"events": page.events, "after": page.cursor})
 
     async def _actions(self, request: Request) -> Response:
-        viewer, span_ms = self._counting(request)
+        viewer, span_ms = self._complete_span(request)
         query = request.query_params
         found = self._index.actions(
             viewer,
@@ -111,16 +111,16 @@ class AuditApi:
         )
         metrics.HTTP_REQUESTS.labels("/v1/actions", "200").inc()
         return JSONResponse({
-            "groups": counted(found.events),
+            "groups": action_groups(found.events),
             "unknown_destinations": unknown_destinations(found.events),
             **_report_cursor(span_ms, found),
         })  # fmt: skip
 
-    async def _leases_covered(self, request: Request) -> Response:
-        viewer, span_ms = self._counting(request)
+    async def _lease_coverage(self, request: Request) -> Response:
+        viewer, span_ms = self._complete_span(request)
         after, limit = request.query_params.get("after"), limit_of(request, _MAX_COVERED, _MAX_COVERED)
         found = self._index.issued(viewer, span_ms, after, limit)
-        rests_on = behind(self._index, {event["unmapped"].get("lease") or "" for event in found.events})
+        rests_on = load_basis(self._index, {event["unmapped"].get("lease") or "" for event in found.events})
         counts = count_leases(
             found.events,
             rests_on,
@@ -133,18 +133,18 @@ class AuditApi:
             {**counts, "agents": self._agents(found.events), **_report_cursor(span_ms, found)}
         )
 
-    async def _actions_covered(self, request: Request) -> Response:
-        viewer, span_ms = self._counting(request)
+    async def _action_coverage(self, request: Request) -> Response:
+        viewer, span_ms = self._complete_span(request)
         after, limit = request.query_params.get("after"), limit_of(request, _MAX_COVERED, _MAX_COVERED)
         found = self._index.actions(viewer, span_ms, after, limit)
         done = went_through(found.events)
-        rests_on = behind(self._index, {event["unmapped"].get("lease") or "" for event in done})
+        rests_on = load_basis(self._index, {event["unmapped"].get("lease") or "" for event in done})
         counts = count_actions(done, rests_on, self._is_user)
         metrics.HTTP_REQUESTS.labels("/v1/coverage/actions", "200").inc()
         return JSONResponse({**counts, "agents": self._agents(done), **_report_cursor(span_ms, found)})
 
-    def _counting(self, request: Request) -> tuple[Viewer | None, tuple[int, int]]:
-        """For whom, and over which span, something is counted. Raises UnavailableError while not all is indexed."""
+    def _complete_span(self, request: Request) -> tuple[Viewer | None, tuple[int, int]]:
+        """Viewer and time span of a report. Raises UnavailableError while the index is incomplete."""
         viewer = self.viewer(request)
         if not self._complete():
             raise UnavailableError(
@@ -154,7 +154,7 @@ class AuditApi:
         return viewer, (since_ms, number_of(request, "until_ms", self._clock.now_ms(), _MAX_MS))
 
     def _agents(self, events: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
-        """The agents that events name, and whether there is a verified record of each; "" is one that none names."""
+        """The agents in events, and whether a verified record of each exists; "" stands for no agent."""
         names = {str(event["unmapped"].get("agent") or "") for event in events}
         return {name: bool(name) and self._is_known("agent", name) for name in names}
 
@@ -168,14 +168,14 @@ class AuditApi:
             return False
 
     async def _break_glass(self, request: Request) -> Response:
-        found = uses(self._index.findings(self.viewer(request)))
+        found = collect_uses(self._index.findings(self.viewer(request)))
         if request.query_params.get("unreviewed"):
             found = [use for use in found if use["review"] is None]
         metrics.HTTP_REQUESTS.labels("/v1/break-glass", "200").inc()
         return JSONResponse({"uses": found})
 
     def viewer(self, request: Request) -> Viewer | None:
-        """Whose eyes a question is for. Raises where nobody who may ask has signed it."""
+        """Authenticate the caller; None for a caller who sees everything. Raises as `Authenticator.user` does."""
         caller = self._authenticator.user(request.headers.get("authorization"))
         if caller.sees_all:
             return None
@@ -184,6 +184,6 @@ class AuditApi:
         return Viewer(me, tuple(a.agent_id for a in agents if isinstance(a, AgentState) and a.sponsor == me))
 
 
-def _report_cursor(span_ms: tuple[int, int], found: Actions) -> dict[str, Any]:
-    """How far it was counted, and where to go on."""
+def _report_cursor(span_ms: tuple[int, int], found: ActionPage) -> dict[str, Any]:
+    """The part of a report that says how far it counted, and its next cursor."""
     return {"until_ms": span_ms[1], "looked_at_ms": found.looked_at_ms, "after": found.cursor}

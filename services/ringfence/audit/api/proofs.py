@@ -1,4 +1,4 @@
-"""HTTP of audit for those who verify: checkpoints, and proofs that lead to them (RFC 9162, 2.1)."""
+"""HTTP API of audit for verifiers: signed checkpoints, inclusion and consistency proofs (RFC 9162, section 2.1)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class ProofApi:
     def __init__(
         self, index: EventIndex, proofs: ProofStore, viewer_of: Callable[[Request], Viewer | None]
     ) -> None:
-        """`viewer_of` authenticates: whose eyes a question is for."""
+        """`viewer_of`: authenticates the caller, as `AuditApi.viewer` does."""
         self._index = index
         self._proofs = proofs
         self._viewer_of = viewer_of
 
     def routes(self) -> list[Route]:
-        """What the service adds to its HTTP."""
+        """The routes of this API."""
         return [
             Route("/v1/checkpoints", self._checkpoints, methods=["GET"]),
             Route("/v1/checkpoints/{tree}/consistency", self._consistency, methods=["GET"]),
@@ -50,7 +50,7 @@ class ProofApi:
         })  # fmt: skip
 
     def _proven(self, events: Sequence[bytes]) -> tuple[bytes, Inclusion]:
-        """That of the events with one uid which is in the chain; others were made up. Raises NoProofError."""
+        """The event that is in the hash chain, of those with one uid; the others are forged. Raises NoProofError."""
         for event in events[:-1]:
             with contextlib.suppress(NoProofError):
                 return event, self._proofs.inclusion(event)

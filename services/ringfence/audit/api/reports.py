@@ -1,4 +1,4 @@
-"""HTTP of audit for what people ask of many events: who did something at a target, and copies to take away."""
+"""HTTP API of audit for reports over many events: the access report of a target, and exports."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ringfence.audit.index.access_report import HELD_BEFORE_MS, leases_of, who_did
-from ringfence.audit.index.filters import limit_of, number_of, wanted_of
+from ringfence.audit.index.access_report import HELD_BEFORE_MS, access_report, issued_leases
+from ringfence.audit.index.filters import filter_of, limit_of, number_of
 from ringfence.audit.index.store import EventIndex, Viewer
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.api_errors import WrongQueryError
@@ -19,15 +19,15 @@ from ringfence.messages.permission import Permission
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.scope import validate_scope
 
-_MAX_LOOKED_AT = 500
-"""Each lease among them is looked up with its end."""
-_MAX_COPIES = 1000
+_MAX_SCANNED = 500
+"""Each lease among them is looked up together with its end."""
+_MAX_EXPORTED = 1000
 _MAX_MS = 2**53
 _ANY_VERB = "any"
 
 
-class AskingApi:
-    """`GET /v1/who` and `GET /v1/export`. Each answers a page, after a bounded number of events was looked at."""
+class ReportApi:
+    """`GET /v1/who` and `GET /v1/export`. Each answers with a page, after a bounded number of events was scanned."""
 
     def __init__(
         self,
@@ -36,14 +36,14 @@ class AskingApi:
         viewer_of: Callable[[Request], Viewer | None],
         complete: Callable[[], bool],
     ) -> None:
-        """`viewer_of` authenticates; `complete`: whether the index holds all that was audited before."""
+        """`viewer_of`: authenticates, as `AuditApi.viewer`. `complete`: whether the index holds all earlier events."""
         self._index = index
         self._clock = clock
         self._viewer_of = viewer_of
         self._complete = complete
 
     def routes(self) -> list[Route]:
-        """What the service adds to its HTTP."""
+        """The routes of this API."""
         return [
             Route("/v1/who", self._who, methods=["GET"]),
             Route("/v1/export", self._export, methods=["GET"]),
@@ -51,15 +51,15 @@ class AskingApi:
 
     async def _who(self, request: Request) -> Response:
         viewer, (since_ms, until_ms) = self._viewer_and_span(request)
-        wanted, query = _permission_of(request), request.query_params
+        permission, query = _permission_of(request), request.query_params
         span_ms = (max(since_ms - HELD_BEFORE_MS, 0), until_ms)
-        limit = limit_of(request, _MAX_LOOKED_AT, _MAX_LOOKED_AT)
-        found = self._index.at_target(wanted.target, viewer, span_ms, query.get("after"), limit)
-        known = self._index.behind(leases_of(found.events), (), ())
+        limit = limit_of(request, _MAX_SCANNED, _MAX_SCANNED)
+        found = self._index.at_target(permission.target, viewer, span_ms, query.get("after"), limit)
+        known = self._index.basis_events(issued_leases(found.events), (), ())
         metrics.HTTP_REQUESTS.labels("/v1/who", "200").inc()
         return JSONResponse(
             {
-                "lines": who_did(found.events, known, wanted, since_ms),
+                "lines": access_report(found.events, known, permission, since_ms),
                 "until_ms": until_ms,
                 "looked_at_ms": found.looked_at_ms,
                 "after": found.cursor,
@@ -68,12 +68,12 @@ class AskingApi:
 
     async def _export(self, request: Request) -> Response:
         viewer, span_ms = self._viewer_and_span(request)
-        found = self._index.copies(
+        found = self._index.export(
             viewer,
             span_ms,
             request.query_params.get("after"),
-            limit_of(request, _MAX_COPIES, _MAX_COPIES),
-            wanted_of(request),
+            limit_of(request, _MAX_EXPORTED, _MAX_EXPORTED),
+            filter_of(request),
         )
         metrics.HTTP_REQUESTS.labels("/v1/export", "200").inc()
         return JSONResponse(
@@ -87,7 +87,7 @@ class AskingApi:
         )
 
     def _viewer_and_span(self, request: Request) -> tuple[Viewer | None, tuple[int, int]]:
-        """For whom, and over which span. Raises UnavailableError while not all is indexed."""
+        """Viewer and time span of a report. Raises UnavailableError while the index is incomplete."""
         viewer = self._viewer_of(request)
         if not self._complete():
             raise UnavailableError(
@@ -98,15 +98,15 @@ class AskingApi:
 
 
 def _permission_of(request: Request) -> Permission:
-    """The target, and what of it: no verb stands for all of them. Raises WrongQueryError."""
+    """The permission that a query is about; no verbs stand for all. Raises WrongQueryError."""
     query = request.query_params
     target, verb = query.get("target"), query.get("verb")
     if not target:
         raise WrongQueryError("target is the id of the target that is asked about")
     resource = query.get("resource") or "**"
-    asked = Permission.model_construct(target=target, verbs=(verb or _ANY_VERB,), resources=(resource,))
+    permission = Permission.model_construct(target=target, verbs=(verb or _ANY_VERB,), resources=(resource,))
     try:
-        validate_scope((asked,))
+        validate_scope((permission,))
     except ScopeError as error:
         raise WrongQueryError(str(error)) from None
-    return asked if verb else asked.model_copy(update={"verbs": ()})
+    return permission if verb else permission.model_copy(update={"verbs": ()})

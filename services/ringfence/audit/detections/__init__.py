@@ -1,1 +1,1 @@
-"""Rules over the trail, and their findings as events."""
+"""Detection rules over the audit trail, and their findings as events."""

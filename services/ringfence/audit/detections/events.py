@@ -1,7 +1,7 @@
-"""What detection found, as Detection Findings (2004).
+"""Detection Findings (OCSF class 2004) of the detection rules.
 
-`unmapped.source` is the record behind the event that completed it, so a finding is about a record that exists; its uid
-is that of the finding, so it is never taken for the record's own event.
+`unmapped.source` is the record behind the event that triggered the finding, so a finding refers to a record that
+exists. The event's uid is the finding's, so it is never taken for the record's own event.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ringfence.audit.detections.rule import About, Finding
+from ringfence.audit.detections.rule import EventSummary, Finding
 from ringfence.audit.events.ocsf import (
     DETECTION_FINDING,
     HIGH,
@@ -19,7 +19,7 @@ from ringfence.audit.events.ocsf import (
     UNKNOWN_USER,
     OcsfEvent,
     event,
-    step,
+    event_kind,
     user_of,
 )
 from ringfence.kernel.kafka.record import Received
@@ -27,14 +27,14 @@ from ringfence.messages.topics import AUDITED
 from ringfence.model.identity.spiffe_ids import spiffe_id
 
 _F = DETECTION_FINDING
-STEPS = {
-    "beyond_user": step("detection.beyond_user", _F, 1, severity=MEDIUM, status=NEW, alert=True),
-    "denials": step("detection.denials", _F, 1, severity=MEDIUM, status=NEW, alert=True),
-    "first_use": step("detection.first_use", _F, 1, severity=LOW, status=NEW),
-    "ceiling_unused": step("detection.ceiling_unused", _F, 1, severity=LOW, status=NEW),
-    "unreviewed": step("detection.unreviewed", _F, 1, severity=HIGH, status=NEW, alert=True),
-    "quick_approval": step("detection.quick_approval", _F, 1, severity=MEDIUM, status=NEW, alert=True),
-    "impossible": step("detection.impossible", _F, 1, severity=HIGH, status=NEW, alert=True),
+EVENT_KINDS = {
+    "beyond_user": event_kind("detection.beyond_user", _F, 1, severity=MEDIUM, status=NEW, alert=True),
+    "denials": event_kind("detection.denials", _F, 1, severity=MEDIUM, status=NEW, alert=True),
+    "first_use": event_kind("detection.first_use", _F, 1, severity=LOW, status=NEW),
+    "ceiling_unused": event_kind("detection.ceiling_unused", _F, 1, severity=LOW, status=NEW),
+    "unreviewed": event_kind("detection.unreviewed", _F, 1, severity=HIGH, status=NEW, alert=True),
+    "quick_approval": event_kind("detection.quick_approval", _F, 1, severity=MEDIUM, status=NEW, alert=True),
+    "impossible": event_kind("detection.impossible", _F, 1, severity=HIGH, status=NEW, alert=True),
 }
 _TITLES = {
     "beyond_user": "An agent asked for what its user may not do",
@@ -56,15 +56,15 @@ _TECHNIQUES: Mapping[str, dict[str, Any]] = {
         "sub_technique": {"uid": "T1550.001", "name": "Application Access Token"},
     },
 }
-"""Where one of MITRE ATT&CK truly fits; the other rules tell of habits, and not of a technique."""
+"""MITRE ATT&CK techniques, for the rules that one really fits. The other rules describe habits."""
 _ATTACK_VERSION = "17.0"
 _BY_NAME = {topic.what: topic for topic in AUDITED}
-_WORDS = ("agent", "act", "task", "on_behalf_of", "sponsor", "request", "lease", "target")
+_SUBJECT_FIELDS = ("agent", "act", "task", "on_behalf_of", "sponsor", "request", "lease", "target")
 
 
-def found(finding: Finding, trust_domain: str) -> OcsfEvent:
-    """The event about a finding."""
-    about, agent = finding.about, finding.about.word("agent")
+def finding_event(finding: Finding, trust_domain: str) -> OcsfEvent:
+    """Build the event of a finding."""
+    summary, agent = finding.trigger, finding.trigger.field("agent")
     info: dict[str, Any] = {
         "uid": finding.uid,
         "title": _TITLES[finding.rule],
@@ -76,31 +76,33 @@ def found(finding: Finding, trust_domain: str) -> OcsfEvent:
     if finding.rule in _TECHNIQUES:
         info["attacks"] = [{**_TECHNIQUES[finding.rule], "version": _ATTACK_VERSION}]
     who = user_of(spiffe_id(trust_domain, "agent", agent)) if agent is not None else UNKNOWN_USER
-    words = {
-        **{name: about.words.get(name) for name in _WORDS},
+    fields = {
+        **{name: summary.fields.get(name) for name in _SUBJECT_FIELDS},
         "rule": finding.rule,
         "evidence": list(finding.evidence),
         "outcome": "detected",
-        "verified": about.words.get("verified", {"by": None}),
-        **finding.words,
+        "verified": summary.fields.get("verified", {"by": None}),
+        **finding.fields,
     }
     made = event(
-        _record(finding, about),
-        STEPS[finding.rule],
+        _record(finding, summary),
+        EVENT_KINDS[finding.rule],
         finding.message,
         {"finding_info": info, "evidences": [{"actor": {"user": who}}]},
-        words,
-        key=about.key,
-        correlation=about.word("request") or about.word("task") or agent,
+        fields,
+        key=summary.key,
+        correlation=summary.field("request") or summary.field("task") or agent,
     )
     made.body["metadata"]["uid"] = finding.uid
-    trace = about.word("trace_id")
+    trace = summary.field("trace_id")
     if trace is not None:
         made.body["unmapped"]["trace_id"] = trace
     return made
 
 
-def _record(finding: Finding, about: About) -> Received:
-    """The record behind a finding, without what was in it; the time is that of the finding."""
-    topic_name, partition, offset = about.source
-    return Received(_BY_NAME[about.log_name], topic_name, partition, offset, finding.at_ms, about.key, b"")
+def _record(finding: Finding, summary: EventSummary) -> Received:
+    """The record behind a finding, without its value; its time is the finding's."""
+    topic_name, partition, offset = summary.source
+    return Received(
+        _BY_NAME[summary.log_name], topic_name, partition, offset, finding.at_ms, summary.key, b""
+    )

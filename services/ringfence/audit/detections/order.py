@@ -1,7 +1,7 @@
-"""Rules about what must follow what, and how soon: approvals, reviews, leases and their use. Pure.
+"""Detection rules about the order and timing of events: approvals, reviews, leases and their use. Pure.
 
-The topics are read side by side, so what should come first may be seen later: either order is taken, and what did not
-come counts as missing only when audit has been up to date for a while.
+Topics are read concurrently, so an earlier event may be read later. The rules accept either order. An event counts as
+missing only after audit has been up to date for a while.
 """
 
 from __future__ import annotations
@@ -11,93 +11,96 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from ringfence.audit.detections.rule import About, Finding, Seen, TrailQueries
+from ringfence.audit.detections.rule import EventSummary, Finding, TrailEvent, TrailQueries
 
 V = TypeVar("V")
 
 REMEMBERED = 20_000
-"""Of each kind of thing that a rule waits with."""
-_ASKED = {"approval.requested": "request", "action.approval_requested": "question"}
-_GIVEN = {"approval.given": "request", "action.approved": "question"}
+"""The most entries of each kind that a rule remembers."""
+_QUESTIONS = {"approval.requested": "request", "action.approval_requested": "question"}
+_ANSWERS = {"approval.given": "request", "action.approved": "question"}
 _ENDS = frozenset({"lease.ending", "credential.released", "credential.revoked", "lease.expired"})
 _ALLOWED = ("request.allowed", "break_glass.used")
 _ISSUED = ("credential.issued",)
 _AHEAD_MS = 60_000
-"""The question follows the decision that waits: who answers from that has not read the question. What lies further
-apart is an answer to a question of before."""
+"""An answer may precede its question by this much: the question follows the pending decision, and who answers from
+the decision has not read the question. An answer further ahead belongs to an earlier question."""
 
 
 class QuickApproval:
-    """A person approves faster than anybody reads: a script answers, or they no longer look."""
+    """A person approved faster than anybody reads: a script answers, or they no longer look."""
 
     def __init__(self, least_s: float) -> None:
         self._least_ms = int(least_s * 1000)
-        self._asked: OrderedDict[str, About] = OrderedDict()
-        self._given: OrderedDict[str, list[About]] = OrderedDict()
+        self._asked: OrderedDict[str, EventSummary] = OrderedDict()
+        self._given: OrderedDict[str, list[EventSummary]] = OrderedDict()
 
     def wants(self, code: str, log_name: str) -> bool:
-        return code in _ASKED or code in _GIVEN
+        return code in _QUESTIONS or code in _ANSWERS
 
-    def take(self, seen: Seen, now_ms: int) -> Iterator[Finding]:
-        word = _ASKED.get(seen.code) or _GIVEN.get(seen.code)
-        id = seen.word(word) if word else None
+    def observe(self, event: TrailEvent, now_ms: int) -> Iterator[Finding]:
+        word = _QUESTIONS.get(event.code) or _ANSWERS.get(event.code)
+        id = event.field(word) if word else None
         if not isinstance(id, str):
             return
-        if seen.code in _ASKED:
-            if id in self._asked:  # several are asked; each could read from the first question on
+        if event.code in _QUESTIONS:
+            if id in self._asked:  # several approvers are asked; each could read from the first question on
                 return
-            _keep(self._asked, id, seen.about)
-            for given in self._given.pop(id, ()):
-                yield from self._judged(id, seen.about, given)
+            _remember(self._asked, id, event.summary)
+            for answer in self._given.pop(id, ()):
+                yield from self._findings_of(id, event.summary, answer)
             return
-        given = seen.about._replace(
-            words={**seen.about.words, "approver": seen.event.get("actor", {}).get("user", {}).get("name")}
+        answer = event.summary._replace(
+            fields={
+                **event.summary.fields,
+                "approver": event.body.get("actor", {}).get("user", {}).get("name"),
+            }
         )
-        asked = self._asked.get(id)
-        if asked is not None:
-            yield from self._judged(id, asked, given)
+        question = self._asked.get(id)
+        if question is not None:
+            yield from self._findings_of(id, question, answer)
         else:
-            _keep(self._given, id, [*self._given.get(id, ()), given][:8])
+            _remember(self._given, id, [*self._given.get(id, ()), answer][:8])
 
-    def _judged(self, id: str, asked: About, given: About) -> Iterator[Finding]:
-        took_ms = given.time_ms - asked.time_ms
+    def _findings_of(self, id: str, question: EventSummary, answer: EventSummary) -> Iterator[Finding]:
+        took_ms = answer.time_ms - question.time_ms
         if not -_AHEAD_MS <= took_ms < self._least_ms:
             return
-        who = given.word("approver") or "somebody"
+        who = answer.field("approver") or "somebody"
         when = f"{took_ms} ms after" if took_ms >= 0 else f"{-took_ms} ms before"
         yield Finding(
             "quick_approval",
-            (id, given.uid),
-            given.time_ms,
-            f"{who} approved what agent {given.word('agent')} asked for {when} being asked; nobody reads "
+            (id, answer.uid),
+            answer.time_ms,
+            f"{who} approved what agent {answer.field('agent')} asked for {when} being asked; nobody reads "
             f"in less than {self._least_ms / 1000:g} s",
-            given,
-            (asked.uid, given.uid),
-            words={"waited_ms": took_ms, "approvers": [who]},
+            answer,
+            (question.uid, answer.uid),
+            fields={"waited_ms": took_ms, "approvers": [who]},
         )
 
     def due(self, now_ms: int) -> Iterable[Finding]:
         return ()
 
 
-class Unreviewed:
-    """Break glass that nobody has looked at since."""
+class UnreviewedBreakGlass:
+    """Nobody reviewed a use of break glass within `after_s`."""
 
     def __init__(self, after_s: int) -> None:
         self._after_ms = after_s * 1000
-        self._open: OrderedDict[str, About] = OrderedDict()
+        self._open: OrderedDict[str, EventSummary] = OrderedDict()
         self._reviewed: OrderedDict[str, bool] = OrderedDict()
 
     def wants(self, code: str, log_name: str) -> bool:
         return code in ("break_glass.used", "break_glass.reviewed")
 
-    def take(self, seen: Seen, now_ms: int) -> Iterator[Finding]:
-        request = seen.about.word("request")
-        if request is not None and seen.code == "break_glass.used" and request not in self._reviewed:
-            _keep(self._open, request, seen.about)
-        elif request is not None and seen.code == "break_glass.reviewed":
+    def observe(self, event: TrailEvent, now_ms: int) -> Iterator[Finding]:
+        request = event.summary.field("request")
+        if request is not None and event.code == "break_glass.used" and request not in self._reviewed:
+            _remember(self._open, request, event.summary)
+        elif request is not None and event.code == "break_glass.reviewed":
             self._open.pop(request, None)
-            _keep(self._reviewed, request, True)
+            _remember(self._reviewed, request, True)
         yield from ()
 
     def due(self, now_ms: int) -> Iterator[Finding]:
@@ -108,7 +111,7 @@ class Unreviewed:
                     "unreviewed",
                     (request,),
                     used.time_ms + self._after_ms,
-                    f"nobody reviewed the break glass of agent {used.word('agent')} (request {request}) within "
+                    f"nobody reviewed the break glass of agent {used.field('agent')} (request {request}) within "
                     f"{self._after_ms / 3_600_000:g} h",
                     used,
                     (used.uid,),
@@ -117,73 +120,75 @@ class Unreviewed:
 
 
 @dataclass(slots=True)
-class _Life:
-    """What is known of one lease by which something was done."""
+class _LeaseUse:
+    """The use of one lease: its last allowed action, and its end."""
 
-    acted: About
-    """The last action by it that was let pass."""
-    over: str | None = None
-    """The uid of the event by which it was over."""
-    over_ms: int | None = None
+    acted: EventSummary
+    """The last allowed action by it."""
+    end_uid: str | None = None
+    """Uid of the event that shows its end."""
+    ended_at_ms: int | None = None
 
 
 @dataclass(slots=True)
-class _Unpreceded:
-    """Something that lacks what should have come before it."""
+class _UnexplainedEvent:
+    """An event whose predecessor has not been read."""
 
     came_ms: int
-    about: About
+    summary: EventSummary
 
 
-class Sequences:
-    """What cannot be where every part does its work: a credential that no decision allowed, an action by a lease that
-    was never issued, or one that was over.
+class ImpossibleSequences:
+    """Sequences that correct services never produce.
+
+    These are: a credential that no decision allowed, an action by a lease that was never issued, and an action by a
+    lease after its end.
     """
 
     def __init__(self, trail: TrailQueries, *, settle_s: int, late_s: int, back_s: int) -> None:
         """Args:
-            trail: what has been told of so far, whenever that was.
-            settle_s: how long something may be missing while audit is up to date.
-            late_s: how much later than the end of its lease an action may be told of.
-            back_s: what happened longer ago is not judged.
+            trail: queries over the whole trail so far.
+            settle_s: how long a predecessor may be missing while audit is up to date.
+            late_s: how much later than the end of its lease an action may be reported.
+            back_s: older events are not judged.
         """  # fmt: skip
         self._trail = trail
         self._settle_ms = settle_s * 1000
         self._late_ms = late_s * 1000
         self._back_ms = back_s * 1000
         self._behind_ms = 0
-        self._lives: OrderedDict[str, _Life] = OrderedDict()
+        self._lives: OrderedDict[str, _LeaseUse] = OrderedDict()
         self._allowed: OrderedDict[str, bool] = OrderedDict()
-        """Requests that were allowed lately: the trail need not be asked for them."""
-        self._undecided: OrderedDict[str, _Unpreceded] = OrderedDict()
-        self._unissued: OrderedDict[str, _Unpreceded] = OrderedDict()
+        """Requests that were allowed lately: a cache in front of `trail`."""
+        self._undecided: OrderedDict[str, _UnexplainedEvent] = OrderedDict()
+        self._unissued: OrderedDict[str, _UnexplainedEvent] = OrderedDict()
 
     def wants(self, code: str, log_name: str) -> bool:
-        return True  # also how old they are
+        return True  # the age of every event shows whether audit is up to date
 
-    def take(self, seen: Seen, now_ms: int) -> Iterator[Finding]:
-        about = seen.about
-        if now_ms - about.time_ms > self._settle_ms:
-            self._behind_ms = now_ms  # audit works off what is old: what is missing may come yet
-        if now_ms - about.time_ms > self._back_ms:
+    def observe(self, event: TrailEvent, now_ms: int) -> Iterator[Finding]:
+        summary = event.summary
+        if now_ms - summary.time_ms > self._settle_ms:
+            self._behind_ms = now_ms  # audit is behind: a missing predecessor may still come
+        if now_ms - summary.time_ms > self._back_ms:
             return
-        lease, request = about.word("lease"), about.word("request")
-        if seen.code in _ALLOWED and request is not None:
-            _keep(self._allowed, request, True)
+        lease, request = summary.field("lease"), summary.field("request")
+        if event.code in _ALLOWED and request is not None:
+            _remember(self._allowed, request, True)
         if lease is None:
             return
-        if seen.code == "credential.issued" and request is not None:
-            if request not in self._allowed and not self._trail.tells("request", request, _ALLOWED):
-                _keep(self._undecided, request, _Unpreceded(now_ms, about))
-            deadline = seen.word("deadline")
+        if event.code == "credential.issued" and request is not None:
+            if request not in self._allowed and not self._trail.has_event("request", request, _ALLOWED):
+                _remember(self._undecided, request, _UnexplainedEvent(now_ms, summary))
+            deadline = event.field("deadline")
             if isinstance(deadline, int):
-                yield from self._over(lease, about, deadline * 1000)
-        elif seen.code in _ENDS:
-            yield from self._over(lease, about, about.time_ms)
-        elif seen.code == "action.allowed":
-            yield from self._acted(lease, about)
-            if not self._trail.tells("lease", lease, _ISSUED) and lease not in self._unissued:
-                _keep(self._unissued, lease, _Unpreceded(now_ms, about))
+                yield from self._on_end(lease, summary, deadline * 1000)
+        elif event.code in _ENDS:
+            yield from self._on_end(lease, summary, summary.time_ms)
+        elif event.code == "action.allowed":
+            yield from self._on_action(lease, summary)
+            if not self._trail.has_event("lease", lease, _ISSUED) and lease not in self._unissued:
+                _remember(self._unissued, lease, _UnexplainedEvent(now_ms, summary))
 
     def due(self, now_ms: int) -> Iterator[Finding]:
         yield from self._missing(now_ms, self._undecided, "request", _ALLOWED, "issued_undecided")
@@ -192,7 +197,7 @@ class Sequences:
     def _missing(
         self,
         now_ms: int,
-        waiting: OrderedDict[str, _Unpreceded],
+        waiting: OrderedDict[str, _UnexplainedEvent],
         kind: Literal["request", "lease"],
         codes: tuple[str, ...],
         what: str,
@@ -201,31 +206,31 @@ class Sequences:
             if max(one.came_ms, self._behind_ms) + self._settle_ms > now_ms:
                 continue
             del waiting[id]
-            if not self._trail.tells(kind, id, codes):
-                yield _impossible(what, id, one.about, (one.about.uid,))
+            if not self._trail.has_event(kind, id, codes):
+                yield _impossible(what, id, one.summary, (one.summary.uid,))
 
-    def _over(self, lease: str, about: About, over_ms: int) -> Iterator[Finding]:
+    def _on_end(self, lease: str, summary: EventSummary, ended_at_ms: int) -> Iterator[Finding]:
         life = self._lives.get(lease)
         if life is None:
-            return  # the trail tells it to whoever asks when something is done by the lease
-        if life.over_ms is None or over_ms < life.over_ms:
-            life.over, life.over_ms = about.uid, over_ms
+            return  # `_on_action` asks the trail for the end of a lease
+        if life.ended_at_ms is None or ended_at_ms < life.ended_at_ms:
+            life.end_uid, life.ended_at_ms = summary.uid, ended_at_ms
         yield from self._after_end(lease, life)
 
-    def _acted(self, lease: str, about: About) -> Iterator[Finding]:
+    def _on_action(self, lease: str, summary: EventSummary) -> Iterator[Finding]:
         life = self._lives.get(lease)
         if life is None:
-            life = _Life(about, *(self._trail.over(lease, _ENDS) or ()))
-        if about.time_ms > life.acted.time_ms:
-            life.acted = about
-        _keep(self._lives, lease, life)
+            life = _LeaseUse(summary, *(self._trail.ended_at(lease, _ENDS) or ()))
+        if summary.time_ms > life.acted.time_ms:
+            life.acted = summary
+        _remember(self._lives, lease, life)
         yield from self._after_end(lease, life)
 
-    def _after_end(self, lease: str, life: _Life) -> Iterator[Finding]:
-        if life.over is None or life.over_ms is None:
+    def _after_end(self, lease: str, life: _LeaseUse) -> Iterator[Finding]:
+        if life.end_uid is None or life.ended_at_ms is None:
             return
-        if life.acted.time_ms - life.over_ms > self._late_ms:
-            yield _impossible("used_ended", lease, life.acted, (life.over, life.acted.uid))
+        if life.acted.time_ms - life.ended_at_ms > self._late_ms:
+            yield _impossible("used_ended", lease, life.acted, (life.end_uid, life.acted.uid))
 
 
 _WHAT = {
@@ -235,19 +240,19 @@ _WHAT = {
 }
 
 
-def _impossible(what: str, id: str, about: About, evidence: tuple[str, ...]) -> Finding:
+def _impossible(what: str, id: str, summary: EventSummary, evidence: tuple[str, ...]) -> Finding:
     return Finding(
         "impossible",
         (what, id),
-        about.time_ms,
-        _WHAT[what].format(agent=about.word("agent") or "unknown", id=id),
-        about,
+        summary.time_ms,
+        _WHAT[what].format(agent=summary.field("agent") or "unknown", id=id),
+        summary,
         evidence,
-        words={"sequence": what},
+        fields={"sequence": what},
     )
 
 
-def _keep(kept: OrderedDict[str, V], id: str, value: V) -> None:
+def _remember(kept: OrderedDict[str, V], id: str, value: V) -> None:
     kept[id] = value
     kept.move_to_end(id)
     if len(kept) > REMEMBERED:

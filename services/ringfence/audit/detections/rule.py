@@ -1,4 +1,4 @@
-"""What the rules of detection are handed, and what they find. Pure."""
+"""Detection rules: their protocol, input (`TrailEvent`) and output (`Finding`). Pure."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ringfence.messages.topics import AUDITED
 from ringfence.model.audit_log.chain import Source
 
 CODE_PREFIX = "detection."
-"""Of the event codes of all that is found here: nothing is found about findings."""
+"""Prefix of the event codes of findings. Rules never judge findings."""
 _NAMES = ("agent", "sponsor", "on_behalf_of", "task", "request", "lease", "target", "trace_id")
 _MORE = ("act", "verified")
 _TOPICS = frozenset(topic.what for topic in AUDITED)
 
 
-class About(NamedTuple):
-    """What is kept of an event for as long as something may come of it."""
+class EventSummary(NamedTuple):
+    """The part of an event that rules keep while they wait for others."""
 
     uid: str
     code: str
@@ -26,47 +26,47 @@ class About(NamedTuple):
     key: str
     log_name: str
     source: Source
-    words: Mapping[str, Any]
+    fields: Mapping[str, Any]
 
-    def word(self, name: str) -> str | None:
-        """One of the words that name something."""
-        value = self.words.get(name)
+    def field(self, name: str) -> str | None:
+        """A field that is an id, or None."""
+        value = self.fields.get(name)
         return value if isinstance(value, str) else None
 
 
-class Seen(NamedTuple):
-    """An event as it came from `audit`."""
+class TrailEvent(NamedTuple):
+    """An event from `audit`: its summary and its whole body."""
 
-    about: About
-    event: Mapping[str, Any]
+    summary: EventSummary
+    body: Mapping[str, Any]
 
     @property
     def code(self) -> str:
-        return self.about.code
+        return self.summary.code
 
-    def word(self, name: str) -> Any:
-        """Any of its words."""
-        return self.event["unmapped"].get(name)
+    def field(self, name: str) -> Any:
+        """Any field of `unmapped`."""
+        return self.body["unmapped"].get(name)
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that somebody should know of.
+    """A finding of a rule.
 
-    `rule` and `subject` make its uid, so whoever finds the same makes the same event. `standing`: it is so until
-    somebody does something about it, however long ago it began; others are told only while they are news.
+    `rule` and `subject` make its uid, so every replica that finds the same makes the same event. `standing`: it holds
+    until somebody acts on it, and is published however old it is; others are published only within `detect_back_s`.
     """
 
     rule: str
     subject: tuple[str | int, ...]
     at_ms: int
     message: str
-    about: About
-    """The event that completed it."""
+    trigger: EventSummary
+    """The event that completed the pattern."""
     evidence: tuple[str, ...]
-    """The uids of the events that it rests on."""
+    """Uids of the events that it rests on."""
     standing: bool = False
-    words: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def uid(self) -> str:
@@ -74,49 +74,50 @@ class Finding:
 
 
 class Rule(Protocol):
-    """State in, event in, findings out."""
+    """A detection rule: keeps bounded state, gets events, returns findings."""
 
     def wants(self, code: str, log_name: str) -> bool:
-        """Whether an event with this code, about a record of this topic, may mean anything to it."""
+        """Whether the rule needs events with this code, about records of this topic."""
         ...
 
-    def take(self, seen: Seen, now_ms: int) -> Iterable[Finding]:
-        """An event came; what it completes. `now_ms`: when it came, for what waits for others to come."""
+    def observe(self, event: TrailEvent, now_ms: int) -> Iterable[Finding]:
+        """Process an event; return the findings that it completes. `now_ms`: when audit read it."""
         ...
 
     def due(self, now_ms: int) -> Iterable[Finding]:
-        """What has been found by time alone."""
+        """Findings that follow from the passing of time."""
         ...
 
 
 class TrailQueries(Protocol):
-    """What stands on the trail, asked by what happened."""
+    """The queries of rules over the trail so far."""
 
-    def tells(self, kind: Literal["request", "lease"], id: str, codes: Sequence[str]) -> bool:
-        """Whether there is an event with one of these codes about a `request` or a `lease`."""
+    def has_event(self, kind: Literal["request", "lease"], id: str, codes: Sequence[str]) -> bool:
+        """Whether an event with one of these codes exists for a request or a lease."""
         ...
 
-    def over(self, lease: str, ends: Collection[str]) -> tuple[str, int] | None:
-        """The earliest moment at which a lease was over, in ms: that of an event with one of the codes `ends`, or its
-        deadline; with the uid of the event that says so. None where none does.
+    def ended_at(self, lease: str, ends: Collection[str]) -> tuple[str, int] | None:
+        """(uid of the event that shows it, time in ms) of the earliest end of a lease, or None.
+
+        The end is an event with a code of `ends`, or the deadline in its issue.
         """
         ...
 
 
-def seen(event: Mapping[str, Any], key: str) -> Seen:
-    """Raises KeyError, TypeError or ValueError where audit did not write the event."""
-    words, metadata = event["unmapped"], event["metadata"]
+def read_event(event: Mapping[str, Any], key: str) -> TrailEvent:
+    """Parse an event. Raises KeyError, TypeError or ValueError if audit did not write it."""
+    fields, metadata = event["unmapped"], event["metadata"]
     if metadata["log_name"] not in _TOPICS:
         raise ValueError("no such topic is audited")
-    source = words["source"]
-    about = About(
+    source = fields["source"]
+    summary = EventSummary(
         str(metadata["uid"]),
         str(metadata["event_code"]),
         int(event["time"]),
         key,
         str(metadata["log_name"]),
         Source(str(source["topic"]), int(source["partition"]), int(source["offset"])),
-        {name: value for name in _NAMES if isinstance(value := words.get(name), str)}
-        | {name: words[name] for name in _MORE if name in words},
+        {name: value for name in _NAMES if isinstance(value := fields.get(name), str)}
+        | {name: fields[name] for name in _MORE if name in fields},
     )
-    return Seen(about, event)
+    return TrailEvent(summary, event)

@@ -1,1 +1,1 @@
-"""OCSF events, one module for each part of the system that they are about."""
+"""Builders of OCSF events, one module for each subject."""

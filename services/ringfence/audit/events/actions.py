@@ -1,7 +1,7 @@
-"""What agents did through gateways, as API Activity events (6003): one for each request that was decided.
+"""API Activity events (OCSF class 6003) of actions through gateways: one for each request that a gateway decided.
 
-The messages are not signed: who can write to the topic can make them up, and no more than that. Nothing is decided by
-them, and the events say that nobody vouches for them.
+The messages are unsigned: whoever can write to the topic can forge them, and nothing else. No decision depends on them,
+and the events say so: `verified.by` is None.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ringfence.audit.events.ocsf import (
     EventKind,
     OcsfEvent,
     event,
+    event_kind,
     scrubbed,
-    step,
     user_of,
 )
 from ringfence.audit.memory import LeaseFacts
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ringfence.kernel.kafka.record import Received
 
 _STOLEN: Final = frozenset({"handle_other_agent", "proof_by_stranger", "mcp_session_other_agent"})
-"""Why somebody should look: a handle, or a session, in other hands than it was given to."""
+"""Reason codes of a stolen handle or session: another agent than its owner presented it. They raise an alert."""
 _CREATE, _READ, _UPDATE, _DELETE = 1, 2, 3, 4
 _ACTIVITIES: Final[Mapping[str, int]] = {
     "GET": _READ, "HEAD": _READ, "OPTIONS": _READ, "TRACE": _READ,
@@ -43,24 +43,28 @@ _ACTIVITIES: Final[Mapping[str, int]] = {
 }  # fmt: skip
 _OTHER: Final = "Call"
 _HTTP_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "POST", "PUT", "DELETE", "CONNECT"})
-"""Those that OCSF knows; PATCH is none of them."""
+"""The methods that OCSF knows. PATCH is not among them."""
 _HOSTNAME: Final = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
-"""What is a `hostname_t` of OCSF."""
+"""OCSF type `hostname_t`."""
 
 
-def _each(code: str, **how: Any) -> dict[int | str, EventKind]:
-    return {one: step(code, API_ACTIVITY, one, **how) for one in (_CREATE, _READ, _UPDATE, _DELETE, _OTHER)}
+def _kinds_by_activity(code: str, **how: Any) -> dict[int | str, EventKind]:
+    return {
+        one: event_kind(code, API_ACTIVITY, one, **how) for one in (_CREATE, _READ, _UPDATE, _DELETE, _OTHER)
+    }
 
 
-_ALLOWED = _each("action.allowed", action=ALLOWED)
-_DENIED = _each("action.denied", severity=LOW, status=FAILURE, action=DENIED)
-_OBSERVED = _each("action.observed", severity=LOW, status=FAILURE, action=OBSERVED)
-_BY_ANOTHER = _each("action.by_another", severity=HIGH, status=FAILURE, action=DENIED, alert=True)
+_ALLOWED = _kinds_by_activity("action.allowed", action=ALLOWED)
+_DENIED = _kinds_by_activity("action.denied", severity=LOW, status=FAILURE, action=DENIED)
+_OBSERVED = _kinds_by_activity("action.observed", severity=LOW, status=FAILURE, action=OBSERVED)
+_BY_ANOTHER = _kinds_by_activity(
+    "action.by_another", severity=HIGH, status=FAILURE, action=DENIED, alert=True
+)
 
 
-_ANSWERED = step("action.answered", API_ACTIVITY, _OTHER)
-_FAILED = step("action.failed", API_ACTIVITY, _OTHER, severity=LOW, status=FAILURE)
-_SAID: Final[Mapping[str, str]] = {
+_ANSWERED = event_kind("action.answered", API_ACTIVITY, _OTHER)
+_FAILED = event_kind("action.failed", API_ACTIVITY, _OTHER, severity=LOW, status=FAILURE)
+_ANSWER_TEXTS: Final[Mapping[str, str]] = {
     "result": "got a result", "accepted": "was heard", "tool_error": "got an error of the tool",
     "rpc_error": "got a JSON-RPC error", "transport_error": "was refused by the target", "none": "got no whole answer",
 }  # fmt: skip
@@ -70,20 +74,22 @@ def acted(
     record: Received,
     claims: ActionDecided,
     lease: LeaseFacts | None,
-    about: Mapping[str, Any],
+    subject_fields: Mapping[str, Any],
     trust_domain: str,
 ) -> OcsfEvent:
-    """One request of an agent, let pass or not.
+    """The event of one decided request of an agent: allowed, denied, or observed only.
 
     Args:
-        lease: that it went by, or whose handle was shown, where audit has seen it.
-        about: the words of that lease where it is the agent's own; else of its task, or of the agent alone.
-        trust_domain: of the agents.
+        record: the record on the topic `action`.
+        claims: its unsigned contents.
+        lease: the lease of the request, or of the handle that was shown, if audit has seen it.
+        subject_fields: fields of that lease if it is the agent's own; otherwise of its task, or of the agent alone.
+        trust_domain: the trust domain of the agents.
     """
     agent = claims.agent_id
     own_lease = lease is not None and lease.agent == agent
-    words: dict[str, Any] = {
-        **_action_fields(claims, about),
+    fields: dict[str, Any] = {
+        **_action_fields(claims, subject_fields),
         "lease_agent": lease.agent if lease is not None and not own_lease else None,
         "access": _access(claims),
         "method": claims.method,
@@ -91,7 +97,7 @@ def acted(
         "request_digest": claims.request_digest,
         "latency_us": claims.latency_us,
         "label": claims.label,
-        **_asked(claims),
+        **_approval_fields(claims),
         "outcome": _outcome(claims),
         "verified": {"by": None},
     }
@@ -105,7 +111,7 @@ def acted(
         own["api"]["service"] = {"name": claims.target_id}
     if claims.resource is not None:
         own["resources"] = [{"name": claims.resource}]
-    own |= _where(claims)
+    own |= _network_attributes(claims)
     if claims.count is not None:
         own["count"] = claims.count
     return event(
@@ -113,9 +119,9 @@ def acted(
         _kind(claims),
         _message(claims),
         own,
-        words,
+        fields,
         key=agent or record.topic.what,
-        correlation=words.get("request") or claims.task_id,
+        correlation=fields.get("request") or claims.task_id,
         reasons=claims.reasons,
         traceparent=claims.traceparent or (lease.traceparent if lease is not None and own_lease else None),
     )
@@ -125,14 +131,14 @@ def answered(
     record: Received,
     claims: ActionAnswered,
     lease: LeaseFacts | None,
-    about: Mapping[str, Any],
+    subject_fields: Mapping[str, Any],
     trust_domain: str,
 ) -> OcsfEvent:
-    """What came of a request at an endpoint of MCP, once it was let pass. Arguments as for `acted`."""
+    """The event of the answer to an allowed request at an MCP endpoint. Arguments as for `acted`."""
     agent = claims.agent_id
     own_lease = lease if lease is not None and lease.agent == agent else None
-    words: dict[str, Any] = {
-        **_action_fields(claims, about),
+    fields: dict[str, Any] = {
+        **_action_fields(claims, subject_fields),
         "answer": claims.answer,
         "http_status": claims.http_status,
         "rpc_code": claims.rpc_code,
@@ -152,22 +158,25 @@ def answered(
     return event(
         record,
         _ANSWERED if claims.answer in ("result", "accepted") else _FAILED,
-        f"{agent or 'somebody'} {_SAID[claims.answer]} for {what}",
+        f"{agent or 'somebody'} {_ANSWER_TEXTS[claims.answer]} for {what}",
         own,
-        words,
+        fields,
         key=agent or record.topic.what,
-        correlation=words.get("request") or claims.task_id,
+        correlation=fields.get("request") or claims.task_id,
         traceparent=claims.traceparent or (own_lease.traceparent if own_lease is not None else None),
     )
 
 
-def _action_fields(claims: ActionDecided | ActionAnswered, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What both kinds say, over what is known of the lease, the task or the agent. The digest of the credential's
-    request is not among it: `request_digest` is that of the agent's request here.
+def _action_fields(
+    claims: ActionDecided | ActionAnswered, subject_fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fields that both kinds share, over the subject fields.
+
+    The digest of the credential's request is left out: here `request_digest` is the digest of the agent's request.
     """
     act = list(claims.act) if claims.act else [claims.agent_id] if claims.agent_id else None
     return {
-        **{name: value for name, value in about.items() if name != "request_digest"},
+        **{name: value for name, value in subject_fields.items() if name != "request_digest"},
         "agent": claims.agent_id,
         "act": act,
         "task": claims.task_id,
@@ -181,54 +190,58 @@ def _action_fields(claims: ActionDecided | ActionAnswered, about: Mapping[str, A
 
 
 def _access(claims: ActionDecided) -> str | None:
-    """Older gateways took CONNECT for a write."""
+    """`read` or `write`; None for CONNECT, which older gateways reported as a write."""
     return claims.access if claims.method != "CONNECT" else None
 
 
-def _where(claims: ActionDecided) -> dict[str, Any]:
-    """What OCSF has of an HTTP request and where it was going: only what its types allow."""
-    went = claims.destination
+def _network_attributes(claims: ActionDecided) -> dict[str, Any]:
+    """OCSF `http_request` and `dst_endpoint`, with only the values that their types allow."""
+    destination = claims.destination
     request: dict[str, Any] = {}
     found: dict[str, Any] = {}
     if claims.method in _HTTP_METHODS:
         request["http_method"] = claims.method
-    if went is not None:
-        host = went.host if went.host is not None and _HOSTNAME.fullmatch(went.host) else None
-        ip = _address(went.host)
-        path = scrubbed(went.path) if went.path else None
-        url = {"scheme": went.scheme, "hostname": host or ip, "port": went.port, "path": path}
+    if destination is not None:
+        host = (
+            destination.host
+            if destination.host is not None and _HOSTNAME.fullmatch(destination.host)
+            else None
+        )
+        ip = _ip_address(destination.host)
+        path = scrubbed(destination.path) if destination.path else None
+        url = {"scheme": destination.scheme, "hostname": host or ip, "port": destination.port, "path": path}
         if path is not None:  # OCSF has no URL without one
             request["url"] = {name: value for name, value in url.items() if value is not None}
-        end = {"hostname": host if ip is None else None, "ip": ip, "port": went.port}
+        end = {"hostname": host if ip is None else None, "ip": ip, "port": destination.port}
         if host is not None or ip is not None:
             found["dst_endpoint"] = {name: value for name, value in end.items() if value is not None}
     return {**found, **({"http_request": request} if request else {})}
 
 
-def _destination(went: Destination | None) -> dict[str, Any] | None:
-    if went is None:
+def _destination(destination: Destination | None) -> dict[str, Any] | None:
+    if destination is None:
         return None
-    found = {"scheme": went.scheme, "host": went.host, "port": went.port}
-    path = scrubbed(went.path) if went.path is not None else None
+    found = {"scheme": destination.scheme, "host": destination.host, "port": destination.port}
+    path = scrubbed(destination.path) if destination.path is not None else None
     return {name: value for name, value in {**found, "path": path}.items() if value is not None}
 
 
-def _address(host: str | None) -> str | None:
+def _ip_address(host: str | None) -> str | None:
     try:
         return str(ipaddress.ip_address(host or ""))
     except ValueError:
         return None
 
 
-def _asked(claims: ActionDecided) -> dict[str, Any]:
-    asked = claims.asked
-    if asked is None:
+def _approval_fields(claims: ActionDecided) -> dict[str, Any]:
+    answered_request = claims.asked
+    if answered_request is None:
         return {}
     return {
-        "question": asked.request_id,
-        "approvers": [asked.by] if asked.by is not None and claims.allowed else None,
-        "answered_by": asked.by,
-        "waited_ms": asked.waited_ms,
+        "question": answered_request.request_id,
+        "approvers": [answered_request.by] if answered_request.by is not None and claims.allowed else None,
+        "answered_by": answered_request.by,
+        "waited_ms": answered_request.waited_ms,
     }
 
 
@@ -239,7 +252,7 @@ def _outcome(claims: ActionDecided) -> str:
 
 
 def _kind(claims: ActionDecided) -> EventKind:
-    # Without an access nobody could read what it would do, whatever method it begins with.
+    # Without `access` the gateway could not tell what the request does, whatever its method.
     activity = _ACTIVITIES.get(claims.method or "", _OTHER) if claims.access is not None else _OTHER
     if claims.allowed:
         return _ALLOWED[activity]
@@ -249,17 +262,17 @@ def _kind(claims: ActionDecided) -> EventKind:
     return (_BY_ANOTHER if by_another else _DENIED)[activity]
 
 
-def _at(went: Destination | None) -> str:
-    """Where it was going, where no target is there."""
-    if went is None or went.host is None:
+def _at_host(destination: Destination | None) -> str:
+    """The destination for people, if no target is registered there."""
+    if destination is None or destination.host is None:
         return ""
-    return f" at {went.host}" + (f":{went.port}" if went.port is not None else "")
+    return f" at {destination.host}" + (f":{destination.port}" if destination.port is not None else "")
 
 
 def _message(claims: ActionDecided) -> str:
     who = claims.agent_id or "somebody"
     what = f"{claims.verb} on {claims.resource}" if claims.verb else with_article(claims.method or "request")
-    where = f" at {claims.target_id}" if claims.target_id else _at(claims.destination)
+    where = f" at {claims.target_id}" if claims.target_id else _at_host(claims.destination)
     if claims.allowed:
         return f"{who} did {what}{where}"
     why = scrubbed("; ".join(reason.message for reason in claims.reasons)) or "it was not allowed"

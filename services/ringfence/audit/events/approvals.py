@@ -1,4 +1,4 @@
-"""Questions about single actions, and what people answered, as Authorize Session events (3003)."""
+"""Authorize Session events (OCSF class 3003) of action approvals, and of grants: approvals given ahead."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ringfence.audit.events.ocsf import (
     EventKind,
     OcsfEvent,
     event,
-    in_words,
-    moment,
+    event_kind,
     permission,
     privileges,
+    scope_text,
     scrubbed,
-    step,
     user_of,
+    utc_text,
 )
 from ringfence.kernel.base.ids import message_id
 from ringfence.messages.approval import ActionApproval, ActionRequest, Grant, GrantWithdraw
@@ -32,56 +32,64 @@ from ringfence.model.requests.grants import id_of
 if TYPE_CHECKING:
     from ringfence.kernel.kafka.record import Received
 
-if TYPE_CHECKING:
-    from ringfence.kernel.kafka.record import Received
-
-ASKED: Final = step(
+REQUESTED: Final = event_kind(
     "action.approval_requested", AUTHORIZE_SESSION, "Ask for Approval", status="Requested", action=OBSERVED
 )
 ANSWERS: Final[Mapping[str, EventKind]] = {
-    "approved": step("action.approved", AUTHORIZE_SESSION, "Approve", severity=LOW, action=ALLOWED),
-    "denied": step(
+    "approved": event_kind("action.approved", AUTHORIZE_SESSION, "Approve", severity=LOW, action=ALLOWED),
+    "denied": event_kind(
         "action.approval_denied", AUTHORIZE_SESSION, "Approve", severity=LOW, status=FAILURE, action=DENIED
     ),
 }
+GIVEN: Final = event_kind("grant.given", AUTHORIZE_SESSION, "Approve Ahead", severity=LOW, action=ALLOWED)
+WITHDRAWN: Final = event_kind(
+    "grant.withdrawn", AUTHORIZE_SESSION, "Withdraw Approval", severity=LOW, action=DENIED
+)
 
 
-def asked(
+def requested(
     record: Received,
     claims: ActionRequest,
-    about: Mapping[str, Any],
+    subject_fields: Mapping[str, Any],
     verified: dict[str, Any],
 ) -> OcsfEvent:
-    """A gateway asked about one action. `about`: the words of the lease that it goes by, or else of its agent."""
-    words = {**_words(claims, about), "asked": record.key, "verified": verified}
-    message = f"{record.key} was asked about {_what(claims)}"
+    """A gateway asked for approval of one action. `subject_fields`: those of its lease, or else of its agent."""
+    fields = {**_action_fields(claims, subject_fields), "asked": record.key, "verified": verified}
+    message = f"{record.key} was asked about {_action_text(claims)}"
     return event(
         record,
-        ASKED,
+        REQUESTED,
         message,
-        _own(claims),
-        words,
+        _class_attributes(claims),
+        fields,
         key=claims.agent_id,
-        correlation=about.get("request") or claims.task_id,
+        correlation=subject_fields.get("request") or claims.task_id,
     )
 
 
 def answered(
     record: Received,
     claims: ActionApproval,
-    asked: ActionRequest | None,
-    about: Mapping[str, Any],
+    request: ActionRequest | None,
+    subject_fields: Mapping[str, Any],
     verified: dict[str, Any],
 ) -> OcsfEvent:
-    """A person said yes or no to one action. `asked`: what they signed, where a gateway did; `about` as there."""
+    """A person approved or denied one action.
+
+    `request`: the embedded action request, or None if no gateway signed it. `subject_fields`: as for `requested`.
+    """
     who, comment = user_of(claims.iss), scrubbed(claims.comment) if claims.comment else None
     verb = "approved" if claims.verdict == "approved" else "denied"
     message = f"{who['name']} {verb} " + (
-        _what(asked) if asked is not None else "what no gateway asked about"
+        _action_text(request) if request is not None else "what no gateway asked about"
     )
-    own = _own(asked) if asked is not None else {"user": UNKNOWN_USER, "privileges": []}
-    words = {
-        **(_words(asked, about) if asked is not None else {**about, "agent": claims.agent_id}),
+    own = _class_attributes(request) if request is not None else {"user": UNKNOWN_USER, "privileges": []}
+    fields = {
+        **(
+            _action_fields(request, subject_fields)
+            if request is not None
+            else {**subject_fields, "agent": claims.agent_id}
+        ),
         "outcome": claims.verdict,
         "approvers": [who["name"]] if claims.verdict == "approved" else None,
         "comment": comment,
@@ -92,29 +100,29 @@ def answered(
         ANSWERS[claims.verdict],
         f"{message}: {comment}" if comment else message,
         {**own, "actor": {"user": who}},
-        words,
+        fields,
         key=claims.agent_id,
-        correlation=about.get("request") or (asked.task_id if asked is not None else None),
+        correlation=subject_fields.get("request") or (request.task_id if request is not None else None),
     )
 
 
-def _what(claims: ActionRequest) -> str:
+def _action_text(claims: ActionRequest) -> str:
     return (
         f"one action of agent {claims.agent_id}: {claims.verb} on {claims.resource} at {claims.target_id} "
         f"({claims.method}, body of {claims.body_bytes} bytes)"
     )
 
 
-def _own(claims: ActionRequest) -> dict[str, Any]:
+def _class_attributes(claims: ActionRequest) -> dict[str, Any]:
     return {
         "user": user_of(spiffe_id(claims.aud, "agent", claims.agent_id)),
         "privileges": [f"{claims.target_id}:{claims.verb}:{claims.resource}"],
     }
 
 
-def _words(claims: ActionRequest, about: Mapping[str, Any]) -> dict[str, Any]:
+def _action_fields(claims: ActionRequest, subject_fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        **about,
+        **subject_fields,
         "agent": claims.agent_id,
         "task": claims.task_id,
         "lease": claims.lease_id,
@@ -133,20 +141,14 @@ def _words(claims: ActionRequest, about: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# Approvals given ahead, and taken back, as Authorize Session events (3003).
-
-GIVEN = step("grant.given", AUTHORIZE_SESSION, "Approve Ahead", severity=LOW, action=ALLOWED)
-WITHDRAWN = step("grant.withdrawn", AUTHORIZE_SESSION, "Withdraw Approval", severity=LOW, action=DENIED)
-
-
-def given(record: Received, claims: Grant, words: dict[str, Any], verified: dict[str, Any]) -> OcsfEvent:
-    """A person approved ahead. `words`: sponsor and user of the task, from the records."""
+def given(record: Received, claims: Grant, fields: dict[str, Any], verified: dict[str, Any]) -> OcsfEvent:
+    """A person gave a grant. `fields`: sponsor and user of the task, by the present records."""
     who = user_of(claims.iss)
     comment = scrubbed(claims.comment) if claims.comment else None
     message = (
-        f"{who['name']} approved ahead {claims.count} credentials for {in_words(claims.scope)} of agent "
+        f"{who['name']} approved ahead {claims.count} credentials for {scope_text(claims.scope)} of agent "
         f"{claims.agent_id} in task {claims.task_id}, each for {claims.ttl_s} s at most, until "
-        f"{moment(claims.exp * 1000)}"
+        f"{utc_text(claims.exp * 1000)}"
     )
     if comment:
         message += f": {comment}"
@@ -155,8 +157,8 @@ def given(record: Received, claims: Grant, words: dict[str, Any], verified: dict
         "actor": {"user": who, "session": {"uid": claims.task_id}},
         "privileges": privileges(claims.scope),
     }
-    said = {
-        **words,
+    event_fields = {
+        **fields,
         "agent": claims.agent_id,
         "task": claims.task_id,
         "grant": id_of(claims),
@@ -171,15 +173,15 @@ def given(record: Received, claims: Grant, words: dict[str, Any], verified: dict
         "comment": comment,
         "verified": verified,
     }
-    return event(record, GIVEN, message, own, said, key=claims.agent_id, correlation=claims.task_id)
+    return event(record, GIVEN, message, own, event_fields, key=claims.agent_id, correlation=claims.task_id)
 
 
 def withdrawn(
-    record: Received, claims: GrantWithdraw, words: dict[str, Any], verified: dict[str, Any]
+    record: Received, claims: GrantWithdraw, fields: dict[str, Any], verified: dict[str, Any]
 ) -> OcsfEvent:
-    """A person took a grant back. `words`: what is known of the grant; empty where it was not seen."""
+    """A person withdrew a grant. `fields`: those of the grant's subject; empty if the grant was not seen."""
     who, comment = user_of(claims.iss), scrubbed(claims.reason)
-    agent = words.get("agent")
+    agent = fields.get("agent")
     of_whom = f" of agent {agent}" if agent else ""
     own: dict[str, Any] = {
         "user": user_of(spiffe_id(claims.aud, "agent", agent)) if agent else UNKNOWN_USER,
@@ -191,7 +193,7 @@ def withdrawn(
         WITHDRAWN,
         f"{who['name']} took back grant {claims.grant_id}{of_whom}: {comment}",
         own,
-        {**words, "grant": claims.grant_id, "comment": comment, "verified": verified},
+        {**fields, "grant": claims.grant_id, "comment": comment, "verified": verified},
         key=agent or str(who["name"]),
-        correlation=words.get("task"),
+        correlation=fields.get("task"),
     )

@@ -1,7 +1,7 @@
-"""Break glass as Detection Findings (2004): one is created where a credential is allowed against policy's denial, and
-closed by the review of somebody who had no part in it.
+"""Detection Findings (OCSF class 2004) of break glass.
 
-That class knows no `user` and no `actor`: who did it stands in `evidences`.
+A finding is created when a credential is allowed against policy's denial. The review of somebody who had no part in it
+closes the finding. The class has neither `user` nor `actor`: whoever did it stands in `evidences`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ringfence.audit.events.ocsf import (
     RESOLVED,
     OcsfEvent,
     event,
+    event_kind,
     scrubbed,
-    step,
     user_of,
 )
 from ringfence.audit.memory import RequestFacts
@@ -32,24 +32,24 @@ if TYPE_CHECKING:
     from ringfence.kernel.kafka.record import Received
 
 _F = DETECTION_FINDING
-USED = step("break_glass.used", _F, 1, severity=HIGH, status=NEW, action=ALLOWED, alert=True)
-REVIEWED = step("break_glass.reviewed", _F, 3, severity=INFORMATIONAL, status=RESOLVED)
-REVIEW_REFUSED = step("break_glass.review_refused", _F, 2, severity=MEDIUM, status=NEW, alert=True)
+USED = event_kind("break_glass.used", _F, 1, severity=HIGH, status=NEW, action=ALLOWED, alert=True)
+REVIEWED = event_kind("break_glass.reviewed", _F, 3, severity=INFORMATIONAL, status=RESOLVED)
+REVIEW_REFUSED = event_kind("break_glass.review_refused", _F, 2, severity=MEDIUM, status=NEW, alert=True)
 
 NO_DENIALS = frozenset({"break_glass", "ttl_shortened"})
-"""What stands among the reasons of such a decision beside the denials that were outweighed."""
+"""Reason codes of such a decision that are not overridden denials."""
 _TITLE = "Break glass: a credential that policy denied"
 _OF_USE = ("agent", "act", "task", "on_behalf_of", "sponsor", "target", "permissions")
 _OF_REQUEST = ("request_digest", "policy_revision", "instance")
 
 
 def used(
-    record: Received, claims: CredentialDecision, facts: RequestFacts, words: Mapping[str, Any]
+    record: Received, claims: CredentialDecision, facts: RequestFacts, fields: Mapping[str, Any]
 ) -> OcsfEvent:
-    """Two operators allowed what policy denies. `words`: those of a decision's event."""
+    """Two operators allowed what policy denies. `fields`: those of the decision's event."""
     approvers = " and ".join(facts.approvers) or "nobody whose signature holds"
     message = (
-        f"break glass: {approvers} allowed agent {facts.agent} {facts.words}, for {claims.ttl_s} s, on behalf of "
+        f"break glass: {approvers} allowed agent {facts.agent} {facts.scope_text}, for {claims.ttl_s} s, on behalf of "
         f"{facts.on_behalf_of or 'nobody known'}, against policy ({_codes(claims.reasons)}): {facts.reason}"
     )
     own = {
@@ -58,7 +58,7 @@ def used(
         "resources": [{"uid": facts.target, "type": "Target"}],
     }
     return event(
-        record, USED, message, own, {**words, "comment": facts.reason}, key=facts.agent,
+        record, USED, message, own, {**fields, "comment": facts.reason}, key=facts.agent,
         correlation=claims.request_id, reasons=claims.reasons, traceparent=facts.traceparent,
     )  # fmt: skip
 
@@ -67,24 +67,25 @@ def reviewed(
     record: Received,
     claims: BreakGlassReview,
     use: Mapping[str, Any] | None,
-    why_not: Reason | None,
+    rejection: Reason | None,
     verified: dict[str, Any],
 ) -> OcsfEvent:
-    """Somebody looked at a use of break glass. `use`: the words of its event; `why_not`: why the review counts for
-    nothing, if it does.
+    """Somebody reviewed a use of break glass.
+
+    `use`: the `unmapped` fields of its event, if it was audited. `rejection`: why the review is invalid, if it is.
     """
     who, note = user_of(claims.iss), scrubbed(claims.note)
     what = f"break glass of request {claims.request_id} for agent {claims.agent_id}"
-    if why_not is None:
+    if rejection is None:
         message = f"{who['name']} reviewed the {what}: {note}"
     else:
-        message = f"{who['name']} cannot review the {what}: {why_not.message}"
+        message = f"{who['name']} cannot review the {what}: {rejection.message}"
     own = {
         "finding_info": _finding(claims.request_id, None),
         "evidences": [{"actor": {"user": who}}],
         "comment": note,
     }
-    words = {
+    fields = {
         **{name: (use or {}).get(name) for name in (*_OF_USE, *_OF_REQUEST)},
         "agent": claims.agent_id,
         "request": claims.request_id,
@@ -92,25 +93,33 @@ def reviewed(
         "reviewer": who["name"],
         "review": claims.jti,
         "comment": note,
-        "outcome": "reviewed" if why_not is None else "refused",
+        "outcome": "reviewed" if rejection is None else "refused",
         "verified": verified,
     }
-    kind = REVIEWED if why_not is None else REVIEW_REFUSED
-    reasons = () if why_not is None else (why_not,)
+    kind = REVIEWED if rejection is None else REVIEW_REFUSED
+    reasons = () if rejection is None else (rejection,)
     return event(
-        record, kind, message, own, words, key=claims.agent_id, correlation=claims.request_id, reasons=reasons
+        record,
+        kind,
+        message,
+        own,
+        fields,
+        key=claims.agent_id,
+        correlation=claims.request_id,
+        reasons=reasons,
     )
 
 
 def review_problem(
     claims: BreakGlassReview, reviewer: str, roles: Iterable[str], use: Mapping[str, Any] | None
 ) -> Reason | None:
-    """Why a review counts for nothing, or None.
+    """Why a review is invalid, or None.
 
     Args:
-        reviewer: the user whose signature holds.
-        roles: theirs by the present records; none where they are disabled.
-        use: the words of the event about the use, or None where no such use was audited.
+        claims: the verified review.
+        reviewer: the user who signed it.
+        roles: their present roles; empty if they are disabled.
+        use: the `unmapped` fields of the use's event, or None if no such use was audited.
     """
     if {"operator", "auditor"}.isdisjoint(roles):
         return Reason(code="not_reviewer", message="operators and auditors review break glass")
@@ -124,44 +133,47 @@ def review_problem(
     return None
 
 
-def uses(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """All uses with their reviews, from the events of the class in their order. One without a review has none (None).
+def collect_uses(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Collect all uses of break glass with their reviews, from Detection Findings in their order.
 
-    The first review that counts stands. Events of another shape, which audit did not write, are passed over.
+    `review` is the first valid review, or None. Events of another shape, which audit did not write, are skipped.
     """
     found: dict[str, dict[str, Any]] = {}
-    take_in(found, events)
+    add_uses(found, events)
     return list(found.values())
 
 
-def take_in(found: dict[str, dict[str, Any]], events: Iterable[Mapping[str, Any]]) -> None:
-    """Add further events to what `uses` makes of them, by the id of the request."""
+def add_uses(found: dict[str, dict[str, Any]], events: Iterable[Mapping[str, Any]]) -> None:
+    """Add further events to the result of `collect_uses`, keyed by the id of the request."""
     for one in events:
         with contextlib.suppress(TypeError, KeyError, AttributeError):
-            _tell(found, one)
+            _add_event(found, one)
 
 
-def _tell(found: dict[str, dict[str, Any]], one: Mapping[str, Any]) -> None:
-    words, code = one["unmapped"], one["metadata"].get("event_code")
-    request = words["request"]
+def _add_event(found: dict[str, dict[str, Any]], one: Mapping[str, Any]) -> None:
+    fields, code = one["unmapped"], one["metadata"].get("event_code")
+    request = fields["request"]
     if code == USED.code:
         found.setdefault(request, {
-            **{name: words.get(name) for name in (*_OF_USE, "ttl_s", "decision", "decision_digest")},
-            "request_id": request, "approvers": list(words.get("approvers") or ()), "at_ms": one["time"],
-            "reason": words.get("comment"), "review": None, "refused_reviews": [],
-            "denials": [r for r in words.get("reasons") or () if r["code"] not in NO_DENIALS],
+            **{name: fields.get(name) for name in (*_OF_USE, "ttl_s", "decision", "decision_digest")},
+            "request_id": request, "approvers": list(fields.get("approvers") or ()), "at_ms": one["time"],
+            "reason": fields.get("comment"), "review": None, "refused_reviews": [],
+            "denials": [r for r in fields.get("reasons") or () if r["code"] not in NO_DENIALS],
         })  # fmt: skip
         return
-    use, said = found[request], {"id": words.get("review"), "by": words.get("reviewer"), "at_ms": one["time"]}
+    use, review = (
+        found[request],
+        {"id": fields.get("review"), "by": fields.get("reviewer"), "at_ms": one["time"]},
+    )
     if code == REVIEW_REFUSED.code:
-        use["refused_reviews"].append({**said, "why": one.get("status_detail")})
-    elif use["review"] is None and words.get("decision_digest") == use["decision_digest"]:
-        use["review"] = {**said, "note": words.get("comment")}
+        use["refused_reviews"].append({**review, "why": one.get("status_detail")})
+    elif use["review"] is None and fields.get("decision_digest") == use["decision_digest"]:
+        use["review"] = {**review, "note": fields.get("comment")}
 
 
 def _finding(request_id: str, at_ms: int | None) -> dict[str, Any]:
-    about: dict[str, Any] = {"uid": request_id, "title": _TITLE, "types": ["Break Glass"]}
-    return about if at_ms is None else {**about, "created_time": at_ms}
+    info: dict[str, Any] = {"uid": request_id, "title": _TITLE, "types": ["Break Glass"]}
+    return info if at_ms is None else {**info, "created_time": at_ms}
 
 
 def _codes(reasons: Sequence[Reason]) -> str:

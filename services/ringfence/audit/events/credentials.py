@@ -1,7 +1,7 @@
-"""The life of one credential as Authorize Session events (3003): asked for, decided, approved, issued, ended.
+"""Authorize Session events (OCSF class 3003) of a credential's life: requested, decided, approved, issued, ended.
 
-`activity_id` 1 (Assign Privileges) with status Success is one issued credential, and nothing else is; with Failure it
-is one refused. OCSF has no activity for taking privileges away from a session, so ends are 99 with their own names.
+`activity_id` 1 (Assign Privileges) with status Success means one issued credential, and nothing else; with Failure, one
+refused credential. OCSF has no activity that takes privileges from a session, so ends are 99 with names of their own.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ringfence.audit.events.ocsf import (
     EventKind,
     OcsfEvent,
     event,
-    moment,
+    event_kind,
     scrubbed,
-    step,
     user_of,
+    utc_text,
 )
 from ringfence.audit.events.subjects import delegators_of
 from ringfence.audit.memory import LeaseFacts, RequestFacts
@@ -41,46 +41,50 @@ if TYPE_CHECKING:
     from ringfence.kernel.kafka.record import Received
 
 _S = AUTHORIZE_SESSION
-REQUESTED = step("credential.requested", _S, "Request Privileges", status="Requested", action=OBSERVED)
+REQUESTED = event_kind("credential.requested", _S, "Request Privileges", status="Requested", action=OBSERVED)
 DECISIONS: Mapping[str, EventKind] = {
-    "allowed": step("request.allowed", _S, "Decide", action=ALLOWED),
-    "denied": step("request.refused", _S, 1, severity=LOW, status=FAILURE, action=DENIED),
-    "approval_required": step("approval.required", _S, "Decide", status="Pending", action=OBSERVED),
+    "allowed": event_kind("request.allowed", _S, "Decide", action=ALLOWED),
+    "denied": event_kind("request.refused", _S, 1, severity=LOW, status=FAILURE, action=DENIED),
+    "approval_required": event_kind("approval.required", _S, "Decide", status="Pending", action=OBSERVED),
 }
-BREAK_GLASS_ASKED = step(
+BREAK_GLASS_PENDING = event_kind(
     "break_glass.asked", _S, "Decide", severity=MEDIUM, status="Pending", action=OBSERVED, alert=True
 )
-APPROVAL_ASKED = step("approval.requested", _S, "Ask for Approval", status="Requested", action=OBSERVED)
+APPROVAL_REQUESTED = event_kind(
+    "approval.requested", _S, "Ask for Approval", status="Requested", action=OBSERVED
+)
 APPROVALS: Mapping[str, EventKind] = {
-    "approved": step("approval.given", _S, "Approve", action=ALLOWED),
-    "denied": step("approval.denied", _S, "Approve", severity=LOW, status=FAILURE, action=DENIED),
+    "approved": event_kind("approval.given", _S, "Approve", action=ALLOWED),
+    "denied": event_kind("approval.denied", _S, "Approve", severity=LOW, status=FAILURE, action=DENIED),
 }
-REPLIED = step("reply.sent", _S, "Deliver", action=OBSERVED)
-DELIVERED = step("delivery.sent", _S, "Deliver", action=OBSERVED)
+REPLIED = event_kind("reply.sent", _S, "Deliver", action=OBSERVED)
+DELIVERED = event_kind("delivery.sent", _S, "Deliver", action=OBSERVED)
 LEASES: Mapping[LeaseStatus, EventKind] = {
-    "minting": step("credential.minting", _S, "Prepare Privileges", status="Pending", action=OBSERVED),
-    "active": step("credential.issued", _S, 1, action=ALLOWED),
-    "ending": step("lease.ending", _S, "Cut Privileges", action=DENIED),
-    "released": step("credential.released", _S, "Revoke Privileges", action=DENIED),
-    "revoked": step("credential.revoked", _S, "Revoke Privileges", severity=LOW, action=DENIED),
-    "expired": step("lease.expired", _S, "Revoke Privileges", action=DENIED),
-    "aborted": step("credential.aborted", _S, 1, severity=MEDIUM, status=FAILURE, action=DENIED),
+    "minting": event_kind("credential.minting", _S, "Prepare Privileges", status="Pending", action=OBSERVED),
+    "active": event_kind("credential.issued", _S, 1, action=ALLOWED),
+    "ending": event_kind("lease.ending", _S, "Cut Privileges", action=DENIED),
+    "released": event_kind("credential.released", _S, "Revoke Privileges", action=DENIED),
+    "revoked": event_kind("credential.revoked", _S, "Revoke Privileges", severity=LOW, action=DENIED),
+    "expired": event_kind("lease.expired", _S, "Revoke Privileges", action=DENIED),
+    "aborted": event_kind("credential.aborted", _S, 1, severity=MEDIUM, status=FAILURE, action=DENIED),
 }
-CUT_CONFIRMED = step("cut.confirmed", _S, "Cut Privileges", action=DENIED)
-LEASE_VOID = step("lease.void", _S, "Come Too Late", severity=LOW, status=FAILURE, action=OBSERVED)
-ISSUED_BY_BREAK_GLASS = step("credential.issued", _S, 1, severity=HIGH, action=ALLOWED, alert=True)
-LEASE_FORGOTTEN = step("lease.forgotten", _S, "Forget", action=OBSERVED)
-RELEASE_REQUESTED = step("release.requested", _S, "Request Revocation", status="Requested", action=OBSERVED)
-REVOCATION_REQUESTED = step(
+CUT_CONFIRMED = event_kind("cut.confirmed", _S, "Cut Privileges", action=DENIED)
+LEASE_VOID = event_kind("lease.void", _S, "Come Too Late", severity=LOW, status=FAILURE, action=OBSERVED)
+ISSUED_BY_BREAK_GLASS = event_kind("credential.issued", _S, 1, severity=HIGH, action=ALLOWED, alert=True)
+LEASE_FORGOTTEN = event_kind("lease.forgotten", _S, "Forget", action=OBSERVED)
+RELEASE_REQUESTED = event_kind(
+    "release.requested", _S, "Request Revocation", status="Requested", action=OBSERVED
+)
+REVOCATION_REQUESTED = event_kind(
     "revocation.requested", _S, "Request Revocation", severity=LOW, status="Requested", action=OBSERVED
 )
-KILL_SWITCHED = step(
+KILL_SWITCHED = event_kind(
     "revocation.requested", _S, "Request Revocation", severity=HIGH, status="Requested", action=OBSERVED, alert=True
 )  # fmt: skip
 
-_KEYS_TOLD = 256
+_MAX_SEALED_KEYS = 256
 
-_SELECTED: Mapping[str, tuple[str, str]] = {
+_SELECTOR_FIELDS: Mapping[str, tuple[str, str]] = {
     "agent_id": ("agent", "all leases of agent {}"),
     "task_id": ("task", "all leases of task {}"),
     "sponsor": ("sponsor", "all leases of the agents of sponsor {}"),
@@ -93,16 +97,16 @@ def requested(record: Received, facts: RequestFacts, verified: dict[str, Any]) -
     """An agent asked for a credential."""
     how = " by break glass" if facts.break_glass else ""
     message = (
-        f"agent {facts.agent} asked{how} for {facts.words}, for {facts.ttl_s} s, in task {facts.task}, "
-        f"{_behalf(facts.on_behalf_of)}: {facts.reason}"
+        f"agent {facts.agent} asked{how} for {facts.scope_text}, for {facts.ttl_s} s, in task {facts.task}, "
+        f"{_on_behalf_text(facts.on_behalf_of)}: {facts.reason}"
     )
     own = {
         "user": user_of(facts.signer),
         "actor": {"user": user_of(facts.signer), "session": {"uid": facts.task}},
         "privileges": facts.privileges,
     }
-    words = {**_words(facts), "ttl_s": facts.ttl_s, "verified": verified}
-    return event(record, REQUESTED, message, own, words, key=facts.agent, correlation=facts.request_id)
+    fields = {**_request_fields(facts), "ttl_s": facts.ttl_s, "verified": verified}
+    return event(record, REQUESTED, message, own, fields, key=facts.agent, correlation=facts.request_id)
 
 
 def decided(
@@ -112,24 +116,24 @@ def decided(
     facts: RequestFacts | None,
     verified: dict[str, Any],
 ) -> OcsfEvent:
-    """Policy answered a request. Without `facts` the embedded request did not verify: it is named by its id alone."""
+    """Policy decided a request. `facts` is None if the embedded request did not verify: then only its id is given."""
     kind = DECISIONS[claims.outcome]
     if facts is not None and facts.break_glass and claims.outcome == "approval_required":
-        kind = BREAK_GLASS_ASKED
+        kind = BREAK_GLASS_PENDING
     revision = claims.revisions.policy if claims.revisions is not None else None
     approvers = facts.approvers if facts is not None else ()
     what = (
-        f"agent {facts.agent}'s request for {facts.words}"
+        f"agent {facts.agent}'s request for {facts.scope_text}"
         if facts is not None
         else f"request {claims.request_id}"
     )
-    behalf = _behalf(facts.on_behalf_of) if facts is not None else "by nobody whose signature holds"
+    behalf = _on_behalf_text(facts.on_behalf_of) if facts is not None else "by nobody whose signature holds"
     if claims.outcome == "allowed":
-        message = f"policy allowed {what}, for {claims.ttl_s} s, {behalf}{_approved_by(approvers)}"
+        message = f"policy allowed {what}, for {claims.ttl_s} s, {behalf}{_approvers_text(approvers)}"
     elif claims.outcome == "denied":
-        message = f"policy refused {what}, {behalf}: {_why(claims.reasons)}"
+        message = f"policy refused {what}, {behalf}: {_reasons_text(claims.reasons)}"
     else:
-        until = f", until {moment(claims.expires_at * 1000)}" if claims.expires_at is not None else ""
+        until = f", until {utc_text(claims.expires_at * 1000)}" if claims.expires_at is not None else ""
         message = (
             f"policy wants approval ({', '.join(claims.required)}) before it allows {what}, {behalf}{until}"
         )
@@ -142,9 +146,9 @@ def decided(
     if facts is not None:
         own["actor"]["session"] = {"uid": facts.task}
     if revision is not None:
-        own["policy"] = _policy(revision)
-    words = {
-        **(_words(facts) if facts is not None else {"request": claims.request_id}),
+        own["policy"] = _policy_object(revision)
+    fields = {
+        **(_request_fields(facts) if facts is not None else {"request": claims.request_id}),
         "outcome": claims.outcome,
         "decision": claims.jti,
         "decision_digest": decision_digest,
@@ -159,13 +163,13 @@ def decided(
         "verified": verified,
     }
     if facts is not None and facts.break_glass and claims.outcome == "allowed":
-        return break_glass.used(record, claims, facts, words)
+        return break_glass.used(record, claims, facts, fields)
     return event(
         record,
         kind,
         message,
         own,
-        words,
+        fields,
         key=facts.agent if facts is not None else claims.request_id,
         correlation=claims.request_id,
         reasons=claims.reasons,
@@ -173,21 +177,21 @@ def decided(
     )
 
 
-def approval_asked(
+def approval_requested(
     record: Received, claims: ApprovalRequest, facts: RequestFacts, verified: dict[str, Any]
 ) -> OcsfEvent:
-    """Policy asks somebody to approve."""
+    """Policy asked an approver to approve a request."""
     message = (
-        f"{claims.approver} was asked for approval ({', '.join(claims.required)}) of {facts.words} for agent "
-        f"{facts.agent}, for {claims.ttl_s} s, {_behalf(facts.on_behalf_of)}"
+        f"{claims.approver} was asked for approval ({', '.join(claims.required)}) of {facts.scope_text} for agent "
+        f"{facts.agent}, for {claims.ttl_s} s, {_on_behalf_text(facts.on_behalf_of)}"
     )
     own = {
         "user": user_of(facts.signer),
         "actor": {"user": user_of(claims.iss), "session": {"uid": facts.task}},
         "privileges": facts.privileges,
     }
-    words = {
-        **_words(facts),
+    fields = {
+        **_request_fields(facts),
         "asked": claims.approver,
         "required": list(claims.required),
         "ttl_s": claims.ttl_s,
@@ -197,10 +201,10 @@ def approval_asked(
     }
     return event(
         record,
-        APPROVAL_ASKED,
+        APPROVAL_REQUESTED,
         message,
         own,
-        words,
+        fields,
         key=facts.agent,
         correlation=facts.request_id,
         reasons=claims.reasons,
@@ -211,14 +215,16 @@ def approval_asked(
 def approval_given(
     record: Received, claims: Approval, facts: RequestFacts | None, verified: dict[str, Any]
 ) -> OcsfEvent:
-    """A person said yes or no to a request. Without `facts` what they signed is no request that verifies."""
+    """A person approved or denied a request. `facts` is None if the embedded request did not verify."""
     who = user_of(claims.iss)
-    what = f"{facts.words} for agent {facts.agent}" if facts is not None else f"request {claims.request_id}"
+    what = (
+        f"{facts.scope_text} for agent {facts.agent}" if facts is not None else f"request {claims.request_id}"
+    )
     verb = "approved" if claims.verdict == "approved" else "denied"
     comment = scrubbed(claims.comment) if claims.comment else None
     message = f"{who['name']} {verb} {what}, for {claims.ttl_s} s"
     if facts is not None:
-        message += f", {_behalf(facts.on_behalf_of)}"
+        message += f", {_on_behalf_text(facts.on_behalf_of)}"
     if comment:
         message += f": {comment}"
     own: dict[str, Any] = {
@@ -226,8 +232,8 @@ def approval_given(
         "actor": {"user": who},
         "privileges": facts.privileges if facts is not None else [],
     }
-    words = {
-        **(_words(facts) if facts is not None else {"request": claims.request_id}),
+    fields = {
+        **(_request_fields(facts) if facts is not None else {"request": claims.request_id}),
         "outcome": claims.verdict,
         "approvers": [who["name"]] if claims.verdict == "approved" else None,
         "ttl_s": claims.ttl_s,
@@ -241,7 +247,7 @@ def approval_given(
         APPROVALS[claims.verdict],
         message,
         own,
-        words,
+        fields,
         key=facts.agent if facts is not None else str(who["name"]),
         correlation=claims.request_id,
         traceparent=facts.traceparent if facts is not None else None,
@@ -249,21 +255,23 @@ def approval_given(
 
 
 def replied(record: Received, request_id: str, facts: RequestFacts | None) -> OcsfEvent:
-    """A sealed reply was put out for an agent. Nobody but that agent can open it, so this says no more than that."""
+    """A sealed reply to an agent was published. Only that agent can open it, so the event says no more."""
     who = f"agent {facts.agent}" if facts is not None else "the agent that asked"
     message = f"a sealed reply to request {request_id} was sent to {who}"
     return _sealed(record, REPLIED, message, request_id, facts)
 
 
 def delivered(record: Received, request_id: str, to: Sequence[str], facts: RequestFacts | None) -> OcsfEvent:
-    """A credential was put out for gateways. `to`: the keys it says that it is sealed to; audit has none of them."""
+    """A credential sealed to gateways was published. `to`: key ids of the recipients, unverified."""
     message = f"the credential of request {request_id} was sealed to the gateways, {len(to)} keys in all"
-    return _sealed(record, DELIVERED, message, request_id, facts, {"sealed_to": sorted(to)[:_KEYS_TOLD]})
+    return _sealed(
+        record, DELIVERED, message, request_id, facts, {"sealed_to": sorted(to)[:_MAX_SEALED_KEYS]}
+    )
 
 
 def _sealed(
     record: Received,
-    step: EventKind,
+    kind: EventKind,
     message: str,
     request_id: str,
     facts: RequestFacts | None,
@@ -275,14 +283,14 @@ def _sealed(
     }
     known: dict[str, Any] = {"request": request_id}
     if facts is not None:
-        known = {**_words(facts), "policy_revision": facts.policy_revision}
-    words = {**known, **(more or {}), "verified": {"by": None}}
+        known = {**_request_fields(facts), "policy_revision": facts.policy_revision}
+    fields = {**known, **(more or {}), "verified": {"by": None}}
     return event(
         record,
-        step,
+        kind,
         message,
         own,
-        words,
+        fields,
         key=facts.agent if facts is not None else request_id,
         correlation=request_id,
         traceparent=facts.traceparent if facts is not None else None,
@@ -292,8 +300,8 @@ def _sealed(
 def leased(
     record: Received, claims: Lease, lease: LeaseFacts, facts: RequestFacts | None, verified: dict[str, Any]
 ) -> OcsfEvent:
-    """A lease came to another point of its life."""
-    agent = user_of(_agent_id(claims.aud, claims.agent_id))
+    """A lease entered another status."""
+    agent = user_of(_agent_uid(claims.aud, claims.agent_id))
     signer = user_of(claims.iss)
     cause = claims.cause
     actor = user_of(cause.by) if cause is not None and cause.by is not None else signer
@@ -311,9 +319,9 @@ def leased(
     }
     revision = facts.policy_revision if facts is not None else None
     if revision is not None and claims.status == "active":
-        own["policy"] = _policy(revision)
+        own["policy"] = _policy_object(revision)
     approvers = facts.approvers if facts is not None else ()
-    words: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "agent": claims.agent_id,
         "act": list(claims.act),
         "instance": claims.instance.model_dump() if claims.instance else None,
@@ -341,20 +349,20 @@ def leased(
         "revocation": cause.ref if cause is not None else None,
         "verified": verified,
     }
-    message = _lease_sentence(claims, lease.words, str(actor["name"]), approvers)
+    message = _lease_text(claims, lease.scope_text, str(actor["name"]), approvers)
     if cause is not None:
         # The cut was made when it was made; the record of it may have been appended later.
-        words["ended_at_ms"] = cause.at_ms
+        fields["ended_at_ms"] = cause.at_ms
         if cause.reason:
-            words["comment"] = scrubbed(cause.reason)
-            message += f": {words['comment']}"
+            fields["comment"] = scrubbed(cause.reason)
+            message += f": {fields['comment']}"
     loud = claims.break_glass and claims.status == "active"
     return event(
         record,
         ISSUED_BY_BREAK_GLASS if loud else LEASES[claims.status],
         message,
         own,
-        words,
+        fields,
         key=claims.agent_id,
         correlation=claims.request_id,
         traceparent=lease.traceparent,
@@ -362,21 +370,25 @@ def leased(
 
 
 def lease_void(
-    record: Received, claims: Lease, lease: LeaseFacts, about: Mapping[str, Any], verified: dict[str, Any]
+    record: Received,
+    claims: Lease,
+    lease: LeaseFacts,
+    subject_fields: Mapping[str, Any],
+    verified: dict[str, Any],
 ) -> OcsfEvent:
-    """A revoker's record of a lease arrived after Redis had been rebuilt without it: it ends nothing.
+    """A revoker's record of a lease is void: it arrived after Redis had been rebuilt without it, and ends nothing.
 
-    `about`: the words of the lease.
+    `subject_fields`: those of the lease.
     """
     signer = user_of(claims.iss)
     own: dict[str, Any] = {
-        "user": user_of(_agent_id(claims.aud, claims.agent_id)),
+        "user": user_of(_agent_uid(claims.aud, claims.agent_id)),
         "actor": {"user": signer, "session": {"uid": claims.task_id}},
         "session": {"uid": claims.lease_id},
         "privileges": lease.privileges,
     }
-    words: dict[str, Any] = {
-        **about,
+    fields: dict[str, Any] = {
+        **subject_fields,
         "lease": claims.lease_id,
         "seq": claims.seq,
         "epoch": claims.epoch,
@@ -391,69 +403,70 @@ def lease_void(
     )
     message = f"a record of lease {claims.lease_id} by {signer['name']} came too late and counts for nothing"
     return event(
-        record, LEASE_VOID, message, own, words, key=claims.agent_id, correlation=claims.request_id,
+        record, LEASE_VOID, message, own, fields, key=claims.agent_id, correlation=claims.request_id,
         reasons=(why,), traceparent=lease.traceparent,
     )  # fmt: skip
 
 
 def cut_confirmed(
-    record: Received, claims: RevocationAck, order: Mapping[str, Any], verified: dict[str, Any]
+    record: Received, claims: RevocationAck, revocation: Mapping[str, Any], verified: dict[str, Any]
 ) -> OcsfEvent:
-    """A gateway's word that it forwards nothing more of what an order covers.
+    """A gateway acknowledged a revocation: it forwards nothing more that the revocation covers.
 
-    `order`: what is known of it.
+    `revocation`: the fields known of it.
     """
     gateway = user_of(claims.iss)
-    agent = order.get("agent")
+    agent = revocation.get("agent")
     own: dict[str, Any] = {
-        "user": user_of(_agent_id(claims.aud, agent)) if agent else UNKNOWN_USER,
+        "user": user_of(_agent_uid(claims.aud, agent)) if agent else UNKNOWN_USER,
         "actor": {"user": gateway},
         "privileges": [],
     }
-    if order.get("lease"):
-        own["session"] = {"uid": order["lease"]}
-    words = {
-        **order,
+    if revocation.get("lease"):
+        own["session"] = {"uid": revocation["lease"]}
+    fields = {
+        **revocation,
         "revocation_id": claims.revocation_id,
         "confirmed_by": claims.iss,
         "cut_at_ms": claims.cut_at_ms,
         "outcome": "confirmed",
         "verified": verified,
     }
-    what = f"revocation {order.get('revocation', claims.revocation_id)}"
+    what = f"revocation {revocation.get('revocation', claims.revocation_id)}"
     message = f"gateway {gateway['name']} forwards nothing more of what {what} covers"
-    key = str(agent or order.get("lease") or gateway["name"])
-    return event(record, CUT_CONFIRMED, message, own, words, key=key, correlation=order.get("request"))
+    key = str(agent or revocation.get("lease") or gateway["name"])
+    return event(record, CUT_CONFIRMED, message, own, fields, key=key, correlation=revocation.get("request"))
 
 
-def lease_forgotten(record: Received, lease_id: str, about: Mapping[str, Any]) -> OcsfEvent:
-    """The last record of a lease gave way to a tombstone, long after its end. `about`: the words of the lease, if it is
-    known.
+def lease_forgotten(record: Received, lease_id: str, subject_fields: Mapping[str, Any]) -> OcsfEvent:
+    """A tombstone replaced the last record of a lease, long after its end.
+
+    `subject_fields`: those of the lease, if it is known.
     """
     own: dict[str, Any] = {
         "user": UNKNOWN_USER,
         "privileges": [],
         "session": {"uid": lease_id},
     }
-    words = {**about, "lease": lease_id, "verified": {"by": None}}
+    fields = {**subject_fields, "lease": lease_id, "verified": {"by": None}}
     message = f"the topic keeps nothing more of lease {lease_id}"
-    return event(record, LEASE_FORGOTTEN, message, own, words, key=about.get("agent") or lease_id)
+    return event(record, LEASE_FORGOTTEN, message, own, fields, key=subject_fields.get("agent") or lease_id)
 
 
-def revocation_asked(
+def revocation_requested(
     record: Received,
     claims: RevocationRequest,
     lease: LeaseFacts | None,
-    facts: dict[str, Any],
+    subject_fields: dict[str, Any],
     verified: dict[str, Any],
 ) -> OcsfEvent:
-    """Somebody asked to end one lease, or all that a selector covers.
+    """Somebody requested a revocation of one lease, or of all leases that a selector covers.
 
-    `facts`: the sponsor of the agent that a selector names, and the like; from the records.
+    `subject_fields`: fields of the selector's subject by the registry's records, such as the sponsor of an agent.
     """
     who = user_of(claims.iss)
     released = claims.kind == "release"
-    words: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "revocation": claims.jti,
         "cause": claims.kind,
         "comment": scrubbed(claims.reason),
@@ -463,13 +476,13 @@ def revocation_asked(
         kind = RELEASE_REQUESTED if released else REVOCATION_REQUESTED
         what = f"lease {claims.lease_id}"
         own["session"] = {"uid": claims.lease_id}
-        words["lease"] = claims.lease_id
+        fields["lease"] = claims.lease_id
         if lease is not None:
             what += f" of agent {lease.agent} for {lease.target}"
             own["privileges"] = lease.privileges
-            own["user"] = user_of(_agent_id(claims.aud, lease.agent))
+            own["user"] = user_of(_agent_uid(claims.aud, lease.agent))
             own["actor"]["session"] = {"uid": lease.task}
-            words |= {
+            fields |= {
                 "agent": lease.agent,
                 "act": list(lease.act),
                 "delegators": delegators_of(lease.delegators),
@@ -482,22 +495,22 @@ def revocation_asked(
             }
     else:
         assert claims.selector is not None
-        what, selected = _selected(claims.selector)
+        what, selected = _selector_fields(claims.selector)
         kind = KILL_SWITCHED if claims.selector.all else REVOCATION_REQUESTED
-        words |= selected
-        words["selector"] = claims.selector.model_dump(exclude_none=True, exclude_defaults=True)
+        fields |= selected
+        fields["selector"] = claims.selector.model_dump(exclude_none=True, exclude_defaults=True)
         if "agent" in selected:
-            own["user"] = user_of(_agent_id(claims.aud, selected["agent"]))
-    words |= {name: value for name, value in facts.items() if name not in words}
-    words["verified"] = verified
-    message = f"{who['name']} asked to end {what} ({claims.kind}): {words['comment']}"
-    key = words.get("agent") or claims.lease_id or str(who["name"])
-    correlation = words.get("request") or words.get("task") or claims.jti
+            own["user"] = user_of(_agent_uid(claims.aud, selected["agent"]))
+    fields |= {name: value for name, value in subject_fields.items() if name not in fields}
+    fields["verified"] = verified
+    message = f"{who['name']} asked to end {what} ({claims.kind}): {fields['comment']}"
+    key = fields.get("agent") or claims.lease_id or str(who["name"])
+    correlation = fields.get("request") or fields.get("task") or claims.jti
     trace = lease.traceparent if lease is not None else None
-    return event(record, kind, message, own, words, key=key, correlation=correlation, traceparent=trace)
+    return event(record, kind, message, own, fields, key=key, correlation=correlation, traceparent=trace)
 
 
-def _words(facts: RequestFacts) -> dict[str, Any]:
+def _request_fields(facts: RequestFacts) -> dict[str, Any]:
     return {
         "break_glass": True if facts.break_glass else None,
         "agent": facts.agent,
@@ -514,30 +527,32 @@ def _words(facts: RequestFacts) -> dict[str, Any]:
     }
 
 
-def _lease_sentence(claims: Lease, scope: str, by: str, approvers: tuple[str, ...]) -> str:
+def _lease_text(claims: Lease, scope: str, by: str, approvers: tuple[str, ...]) -> str:
     what = f"credential lease {claims.lease_id}"
     match claims.status:
         case "active":
             return (
-                f"agent {claims.agent_id} was issued {what} for {scope}, until {moment(claims.deadline * 1000)}, "
-                f"on behalf of {claims.on_behalf_of}{_approved_by(approvers)}"
+                f"agent {claims.agent_id} was issued {what} for {scope}, until {utc_text(claims.deadline * 1000)}, "
+                f"on behalf of {claims.on_behalf_of}{_approvers_text(approvers)}"
             )
         case "minting":
             return f"a credential is being made for agent {claims.agent_id}: {what} for {scope}"
         case "aborted":
             return f"making {what} for agent {claims.agent_id} failed; it was undone"
         case "ending":
-            return f"{what} of agent {claims.agent_id} for {scope} was cut{_by_whom(claims, by)}"
+            return f"{what} of agent {claims.agent_id} for {scope} was cut{_cause_text(claims, by)}"
         case "expired":
             return (
                 f"{what} of agent {claims.agent_id} for {scope} expired at its deadline, "
-                f"{moment(claims.deadline * 1000)}"
+                f"{utc_text(claims.deadline * 1000)}"
             )
         case _:
-            return f"{what} of agent {claims.agent_id} for {scope} was {claims.status}{_by_whom(claims, by)}"
+            return (
+                f"{what} of agent {claims.agent_id} for {scope} was {claims.status}{_cause_text(claims, by)}"
+            )
 
 
-def _by_whom(claims: Lease, by: str) -> str:
+def _cause_text(claims: Lease, by: str) -> str:
     if claims.cause is None:
         return ""
     if claims.cause.kind == "deadline":
@@ -545,27 +560,27 @@ def _by_whom(claims: Lease, by: str) -> str:
     return f" by {by} ({claims.cause.kind})"
 
 
-def _selected(selector: Selector) -> tuple[str, dict[str, Any]]:
-    for name, (word, sentence) in _SELECTED.items():
+def _selector_fields(selector: Selector) -> tuple[str, dict[str, Any]]:
+    for name, (word, sentence) in _SELECTOR_FIELDS.items():
         value = getattr(selector, name)
         if value is not None:
             return sentence.format(value), {word: value}
     return "all leases there are", {}
 
 
-def _policy(revision: str) -> dict[str, Any]:
+def _policy_object(revision: str) -> dict[str, Any]:
     return {"name": "Ringfence policy bundle", "uid": revision, "is_applied": True}
 
 
-def _behalf(user: str | None) -> str:
+def _on_behalf_text(user: str | None) -> str:
     return f"on behalf of {user}" if user else "on behalf of nobody known"
 
 
-def _approved_by(approvers: tuple[str, ...]) -> str:
+def _approvers_text(approvers: tuple[str, ...]) -> str:
     return f", approved by {' and '.join(approvers)}" if approvers else ""
 
 
-def _why(reasons: tuple[Any, ...]) -> str:
+def _reasons_text(reasons: tuple[Any, ...]) -> str:
     return scrubbed("; ".join(reason.message for reason in reasons)) or "no reason was given"
 
 
@@ -575,12 +590,12 @@ def _revisions(decision: CredentialDecision) -> dict[str, Any] | None:
 
 
 def _grants_of(decision: CredentialDecision) -> list[str] | None:
-    """The ids of the grants that a decision names; policy's word, as the decision is."""
+    """Ids of the grants in a decision, unverified: they are policy's word, as is the decision."""
     try:
         return [id_of(parse(one).unverified_claims(Grant)) for one in decision.grants or ()] or None
     except InvalidMessageError:
         return None
 
 
-def _agent_id(trust_domain: str, agent: str) -> str:
+def _agent_uid(trust_domain: str, agent: str) -> str:
     return f"spiffe://{trust_domain}/agent/{agent}"

@@ -1,9 +1,10 @@
-"""What every OCSF event has (https://schema.ocsf.io), and the objects that stand in several of them.
+"""OCSF events (https://schema.ocsf.io): the attributes that all share, and objects that several of them contain.
 
-Five classes are used: Entity Management, Authorize Session, Authentication, API Activity for what agents do through
-gateways, and Detection Finding for break glass.
-Events are plain dicts: they are written once, by the hundred a second, and the tests hold each kind against the schema
-and `AuditEvent`.
+Five classes are used: Entity Management, Authorize Session, Authentication, API Activity for actions through gateways,
+and Detection Finding for break glass and detection rules. Ringfence's own fields stand in `unmapped`.
+
+Events are plain dicts, written once and by the hundred a second. Tests validate each kind against the OCSF schema and
+against `AuditEvent`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _STATUSES = {1: "Success", 2: "Failure"}
 SUCCESS, FAILURE = _STATUSES
 _FINDING_STATUSES = {1: "New", 4: "Resolved"}
 NEW, RESOLVED = _FINDING_STATUSES
-"""The status of a finding; other classes have the two above."""
+"""Statuses of the class Detection Finding; other classes have the two above."""
 _ACTIONS = {1: "Allowed", 2: "Denied", 3: "Observed"}
 ALLOWED, DENIED, OBSERVED = _ACTIONS
 _OTHER = 99
@@ -63,18 +64,18 @@ _PRODUCT = {"name": "Ringfence", "vendor_name": "Ringfence", "version": __versio
 _PEOPLE = ("agent", "sponsor", "on_behalf_of")
 
 MAX_EVENT_BYTES = 256 * 1024
-"""Larger events are `shortened`: whoever may sign a large message must not be able to make one that Kafka refuses."""
-_MAX_WORD_BYTES = 4096
+"""Larger events are `shortened`: a large signed message must not yield an event that Kafka refuses."""
+_MAX_FIELD_BYTES = 4096
 _MAX_PRIVILEGES = 256
 _MAX_MESSAGE = 2000
 _MAX_TEXT = 500
-_MAX_KEY = 2048  # of an entry of audit.intake; of a stranger's record it may be anything
+_MAX_KEY = 2048  # of an entry of audit.intake; a stranger's record may have any key
 _MAX_LOOKED_AT = 2048
 _LAST_WORD = re.compile(r"(?<![\w.-])[\w.-]+$")
 
 
 class OcsfEvent(NamedTuple):
-    """An OCSF event, and the Kafka key that it goes out under."""
+    """An OCSF event, and the Kafka key under which it is published."""
 
     key: str
     body: dict[str, Any]
@@ -86,7 +87,7 @@ class OcsfEvent(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EventKind:
-    """What all events of one kind have in common."""
+    """A kind of event: its code, and the attributes and metadata that all events of the kind share."""
 
     code: str
     attributes: dict[str, Any]
@@ -97,7 +98,7 @@ class EventKind:
         return int(self.attributes["class_uid"])
 
 
-def step(
+def event_kind(
     code: str,
     class_uid: int,
     activity: int | str,
@@ -110,14 +111,14 @@ def step(
     """Declare one kind of event.
 
     Args:
-        code: Ringfence's own name of the step, in `metadata.event_code`.
+        code: Ringfence's own event code, in `metadata.event_code`.
         class_uid: the OCSF class.
-        activity: the class's activity; a name of our own where the class has none that fits (`activity_id` 99).
+        activity: an activity of the class, or a name of our own if none fits (`activity_id` 99).
         severity: as in OCSF.
-        status: `SUCCESS`, `FAILURE`, for a finding `NEW`, `RESOLVED`; or a name of our own (`status_id` 99) for
-            what has only been asked for.
-        action: what the control did (profile `security_control`).
-        alert: a person should look at it.
+        status: `SUCCESS` or `FAILURE`; `NEW` or `RESOLVED` for a finding; or a name of our own (`status_id` 99) for
+            something that was only requested.
+        action: the action of the control (profile `security_control`).
+        alert: whether a person should look at it (`is_alert`).
     """
     activity_id = activity if isinstance(activity, int) else _OTHER
     activity_name = activity if isinstance(activity, str) else _ACTIVITIES[class_uid][activity]
@@ -159,18 +160,18 @@ def event(
     reasons: Sequence[Reason] = (),
     traceparent: str | None = None,
 ) -> OcsfEvent:
-    """Put one event together.
+    """Build one event.
 
     Args:
-        record: what it is about; its append time is the event's, its coordinates make its uid.
-        kind: what all events of its kind have in common.
+        record: the audited record. Its append time is the event's time; its coordinates make the uid.
+        kind: the kind of event.
         message: one sentence for a person.
-        own: the attributes of the class.
-        unmapped: Ringfence's own words; those that are None are left out.
-        key: the Kafka key: the agent's id, or the subject's where there is no agent.
-        correlation: the id of the request or task that events with the same one belong to.
-        reasons: why it came to that.
-        traceparent: the trace that it belongs to, where that is known better than from the record's header.
+        own: the attributes of its OCSF class.
+        unmapped: Ringfence's own fields; those that are None are left out.
+        key: the Kafka key: the agent's id, or the subject's if there is no agent.
+        correlation: `correlation_uid`: the id of the request or task that the event belongs to.
+        reasons: why; the first one gives `status_code`.
+        traceparent: its trace, if known better than from the record's own header.
     """
     metadata = {
         **kind.metadata,
@@ -183,38 +184,38 @@ def event(
     body["message"] = _cut(message, _MAX_MESSAGE)
     body["metadata"] = metadata
     body.update(own)
-    words = {name: value for name, value in unmapped.items() if value is not None}
+    fields = {name: value for name, value in unmapped.items() if value is not None}
     if reasons:
         body["status_code"] = reasons[0].code
         body["status_detail"] = _cut("; ".join(scrubbed(reason.message) for reason in reasons), _MAX_MESSAGE)
-        words["reasons"] = [_reason(reason) for reason in reasons]
-    words["trace_id"] = trace_id(traceparent) or trace_id(record.own_traceparent)
-    words["source"] = {"topic": record.topic_name, "partition": record.partition, "offset": record.offset}
-    people = [_observable(role, words[role]) for role in _PEOPLE if role in words]
+        fields["reasons"] = [_reason_fields(reason) for reason in reasons]
+    fields["trace_id"] = trace_id(traceparent) or trace_id(record.own_traceparent)
+    fields["source"] = {"topic": record.topic_name, "partition": record.partition, "offset": record.offset}
+    people = [_observable(role, fields[role]) for role in _PEOPLE if role in fields]
     if people:
         body["observables"] = people
-    body["unmapped"] = words
+    body["unmapped"] = fields
     return OcsfEvent(_cut(key, _MAX_KEY), body)
 
 
-def shortened(told: OcsfEvent) -> OcsfEvent:
-    """The event without whatever makes it large; `unmapped.left_out` says what. No event may be too large to publish.
+def shortened(event: OcsfEvent) -> OcsfEvent:
+    """A copy of an event without its large fields, so that it can be published. `unmapped.left_out` names them.
 
-    What is left out stands in the record at `unmapped.source`, and its digest, where there is one, still here.
+    Their values are in the record at `unmapped.source`; their digests, if any, stay in the event.
     """
-    body = {**told.body, "unmapped": {**told.body["unmapped"]}}
-    words: dict[str, Any] = body["unmapped"]
-    left_out = [name for name, value in words.items() if len(orjson.dumps(value)) > _MAX_WORD_BYTES]
+    body = {**event.body, "unmapped": {**event.body["unmapped"]}}
+    fields: dict[str, Any] = body["unmapped"]
+    left_out = [name for name, value in fields.items() if len(orjson.dumps(value)) > _MAX_FIELD_BYTES]
     for name in left_out:
-        del words[name]
+        del fields[name]
     if "data" in body.get("entity_result", {}):
         body["entity_result"] = {n: v for n, v in body["entity_result"].items() if n != "data"}
         left_out.append("entity_result.data")
     if body.get("privileges"):
         body["privileges"] = []
         left_out.append("privileges")
-    words["left_out"] = left_out
-    return OcsfEvent(told.key, body)
+    fields["left_out"] = left_out
+    return OcsfEvent(event.key, body)
 
 
 @lru_cache(maxsize=65_536)
@@ -222,19 +223,19 @@ def _observable(role: str, name: str) -> dict[str, Any]:
     return {"name": f"unmapped.{role}", "type": "User Name", "type_id": 4, "value": name}
 
 
-def _reason(reason: Reason) -> dict[str, Any]:
-    said: dict[str, Any] = {"code": reason.code, "message": scrubbed(reason.message)}
+def _reason_fields(reason: Reason) -> dict[str, Any]:
+    fields: dict[str, Any] = {"code": reason.code, "message": scrubbed(reason.message)}
     if reason.permission is not None:
-        said["permission"] = permission(reason.permission)
+        fields["permission"] = permission(reason.permission)
     if reason.side is not None:
-        said["side"] = reason.side
-    return said
+        fields["side"] = reason.side
+    return fields
 
 
 # --- objects ----------------------------------------------------------------------------------------------------------
 
 UNKNOWN_USER = {"name": "unknown", "type_id": 0, "type": "Unknown"}
-"""OCSF asks for a user where nobody is known, or nobody is believed."""
+"""OCSF requires a user even if none is known or verified."""
 _USER_TYPES = {
     "user": {"type_id": 1, "type": "User"},
     "agent": {"type_id": _OTHER, "type": "Agent"},
@@ -246,7 +247,7 @@ _USER_TYPES = {
 
 @lru_cache(maxsize=65_536)
 def user_of(spiffe: str) -> dict[str, Any]:
-    """The OCSF `user` behind a SPIFFE ID: people, agents, services, the root. It is shared: do not change it."""
+    """The OCSF `user` of a SPIFFE ID: a person, agent, service, target or root. Shared: do not modify it."""
     path = spiffe.removeprefix("spiffe://").partition("/")[2]
     kind, _, name = path.partition("/")
     return {"uid": spiffe, "name": name or kind, **_USER_TYPES.get(kind, {"type_id": 0, "type": "Unknown"})}
@@ -265,15 +266,15 @@ def privileges(scope: Iterable[Permission]) -> list[str]:
     return list(islice(each, _MAX_PRIVILEGES))
 
 
-def in_words(scope: Iterable[Permission]) -> str:
-    """A scope for people: `staging: deploy on env/staging/*; …`."""
-    said = [f"{one.target}: {', '.join(one.verbs)} on {', '.join(one.resources)}" for one in scope]
-    return _cut("; ".join(said) or "nothing", _MAX_TEXT)
+def scope_text(scope: Iterable[Permission]) -> str:
+    """A scope as text for people, cut to 500 characters: `staging: deploy on env/staging/*; …`."""
+    texts = [f"{one.target}: {', '.join(one.verbs)} on {', '.join(one.resources)}" for one in scope]
+    return _cut("; ".join(texts) or "nothing", _MAX_TEXT)
 
 
 @lru_cache(maxsize=4096)
-def moment(at_ms: int) -> str:
-    """A moment for people: `2026-09-21T14:13:20Z`."""
+def utc_text(at_ms: int) -> str:
+    """Milliseconds since the epoch as UTC text: `2026-09-21T14:13:20Z`."""
     try:
         return datetime.fromtimestamp(at_ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     except (ValueError, OverflowError):
@@ -281,9 +282,9 @@ def moment(at_ms: int) -> str:
 
 
 def scrubbed(text: str) -> str:
-    """What people and agents wrote, without anything that looks like a secret, and not too long."""
+    """Text of people and agents, without anything that looks like a secret, cut to 500 characters."""
     if len(text) > _MAX_LOOKED_AT:
-        text = _LAST_WORD.sub("…", text[:_MAX_LOOKED_AT])  # what is cut there may be half a token
+        text = _LAST_WORD.sub("…", text[:_MAX_LOOKED_AT])  # the cut may leave half a token
     return _cut(without_secrets(without_tokens(text)), _MAX_TEXT)
 
 

@@ -1,7 +1,7 @@
-"""Commands and records of users, agents, targets and tasks as Entity Management events (3004).
+"""Entity Management events (OCSF class 3004) of registry commands and records: users, agents, targets, tasks.
 
-A command is status `Requested`, whatever comes of it; the record that follows from it is status Success, and a refusal
-by the registry is status Failure. So one change is one success.
+A command has status `Requested`, whatever its result. The record that follows from it has status Success; a refusal by
+the registry has status Failure. So one change is one success.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ringfence.audit.events.ocsf import (
     MEDIUM,
     OcsfEvent,
     event,
-    in_words,
-    moment,
+    event_kind,
     permission,
+    scope_text,
     scrubbed,
-    step,
     user_of,
+    utc_text,
 )
-from ringfence.audit.events.subjects import of_task
+from ringfence.audit.events.subjects import task_fields
 from ringfence.kernel.base.ids import message_id
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.credential import Reason
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Verb:
-    """How a command reads in the imperative and in the past, and which activity it is."""
+    """A command: its OCSF activity, its verb as a request and as a result, and the code of its record's event."""
 
     activity: int
     ask: str
@@ -97,25 +97,27 @@ _VERBS: Mapping[str, _Verb] = {
     "task.end": _Verb(11, "end", "ended", "task.ended"),
 }
 _E = ENTITY_MANAGEMENT
-_COMMANDED = {typ: step(typ, _E, verb.activity, status="Requested") for typ, verb in _VERBS.items()}
-_DONE = {typ: step(verb.code, _E, verb.activity, severity=verb.severity) for typ, verb in _VERBS.items()}
-_CREATED = {
-    "user.set": step("user.created", _E, 1, severity=LOW),
-    "provisioner.set": step("provisioner.created", _E, 1, severity=MEDIUM),
-    "target.set": step("target.created", _E, 1, severity=LOW),
+_COMMANDED = {typ: event_kind(typ, _E, verb.activity, status="Requested") for typ, verb in _VERBS.items()}
+_DONE = {
+    typ: event_kind(verb.code, _E, verb.activity, severity=verb.severity) for typ, verb in _VERBS.items()
 }
-_COMPROMISED = step("agent.key_compromised", _E, 3, severity=HIGH, alert=True)
+_CREATED = {
+    "user.set": event_kind("user.created", _E, 1, severity=LOW),
+    "provisioner.set": event_kind("provisioner.created", _E, 1, severity=MEDIUM),
+    "target.set": event_kind("target.created", _E, 1, severity=LOW),
+}
+_COMPROMISED = event_kind("agent.key_compromised", _E, 3, severity=HIGH, alert=True)
 _REFUSED = {
-    typ: step("command.refused", _E, verb.activity, severity=LOW, status=FAILURE)
+    typ: event_kind("command.refused", _E, verb.activity, severity=LOW, status=FAILURE)
     for typ, verb in _VERBS.items()
 }
-_REFUSED_ENTITY = step("command.refused", _E, "Refuse Command", severity=LOW, status=FAILURE)
-_ACCEPTED = step("command.accepted", _E, "Accept Command")
-_FELL = step("record.revision_fell", _E, "Refuse Record", severity=HIGH, status=FAILURE, alert=True)
+_REFUSED_ENTITY = event_kind("command.refused", _E, "Refuse Command", severity=LOW, status=FAILURE)
+_ACCEPTED = event_kind("command.accepted", _E, "Accept Command")
+_FELL = event_kind("record.revision_fell", _E, "Refuse Record", severity=HIGH, status=FAILURE, alert=True)
 
 
 def command_typs() -> frozenset[str]:
-    """The names of all commands that these events are about."""
+    """The typs of all registry commands."""
     return frozenset(_VERBS)
 
 
@@ -129,38 +131,41 @@ def commanded(
     task: TaskState | None,
     parent: TaskState | None = None,
 ) -> OcsfEvent:
-    """Somebody gave a command; what comes of it is not known yet.
+    """Somebody gave a command. Its result is not known yet.
 
     Args:
-        sponsor: the sponsor of the agent that it is about, by the records.
+        record: the record on `registry.command`.
+        claims: the verified command.
+        verified: the field `unmapped.verified`.
+        sponsor: the present sponsor of the command's agent.
         consent_by: who validly signed the embedded consent.
-        task: the task that it ends, by the records.
-        parent: the task that it hands on a part of, by the records.
+        task: the task that it ends, by the present records.
+        parent: the task of which it delegates a part, by the present records.
     """
-    kind, id, words = subject_of_command(claims)
+    kind, id, fields = subject_of_command(claims)
     if task is not None:
-        words |= of_task(task)
+        fields |= task_fields(task)
     if parent is not None:
-        words |= {"on_behalf_of": parent.on_behalf_of, "act": [words["agent"], *agents_of(parent)]}
-    words.setdefault("sponsor", sponsor)
+        fields |= {"on_behalf_of": parent.on_behalf_of, "act": [fields["agent"], *agents_of(parent)]}
+    fields.setdefault("sponsor", sponsor)
     actor = user_of(claims.iss)
-    message = f"{actor['name']} asked to {_VERBS[claims.typ].ask} {kind} {id}{_terms(claims)}"
+    message = f"{actor['name']} asked to {_VERBS[claims.typ].ask} {kind} {id}{_command_terms(claims)}"
     if isinstance(claims, AgentTransfer):
-        words |= _consent_to(claims, consent_by)
-        message += _consent_in_words(claims, consent_by)
+        fields |= _consent_fields(claims, consent_by)
+        message += _consent_text(claims, consent_by)
     own: dict[str, Any] = {
         "actor": {"user": actor},
-        "entity": _entity(claims.aud, kind, id),
+        "entity": _entity_object(claims.aud, kind, id),
     }
     reason = getattr(claims, "reason", None)
     if reason:
         own["comment"] = scrubbed(reason)
         message += f": {own['comment']}"
-    words.setdefault("consent_by", consent_by)
-    words |= {"command": claims.jti, "verified": verified}
-    key = words.get("agent") or id
-    correlation = _correlation(words, claims)
-    return event(record, _COMMANDED[claims.typ], message, own, words, key=key, correlation=correlation)
+    fields.setdefault("consent_by", consent_by)
+    fields |= {"command": claims.jti, "verified": verified}
+    key = fields.get("agent") or id
+    correlation = _correlation(fields, claims)
+    return event(record, _COMMANDED[claims.typ], message, own, fields, key=key, correlation=correlation)
 
 
 def recorded(
@@ -172,30 +177,33 @@ def recorded(
     sponsor: str | None,
     sponsors: Sequence[str] | None = None,
 ) -> OcsfEvent:
-    """The registry published a record: a command was carried out.
+    """The registry published a record: it carried out a command.
 
     Args:
-        by: the last command that it embeds, verified.
-        sponsor: the sponsor of a task's agent, by the records.
-        sponsors: those of all agents that a task came through, where it was handed on.
+        record: the record.
+        claims: its verified claims.
+        by: the last command of its chain, verified.
+        verified: the field `unmapped.verified`.
+        sponsor: the present sponsor of a task's agent.
+        sponsors: the present sponsors of all agents that delegated a task, if it was delegated.
     """
     state = claims.state
-    kind, id, words = _subject_of_state(state)
-    words.setdefault("sponsor", sponsor)
+    kind, id, fields = _subject_of_state(state)
+    fields.setdefault("sponsor", sponsor)
     actor = user_of(by.iss)
     created = claims.revision == 1 and by.typ in _CREATED
     done = "created" if created else _VERBS[by.typ].done
-    message = f"{kind} {id} was {done} by {actor['name']}{_standing(state, by)}"
+    message = f"{kind} {id} was {done} by {actor['name']}{_terms_text(state, by)}"
     if isinstance(by, AgentTransfer):
-        # The chain of the record holds, and so does the consent that it embeds.
+        # The chain of the record was verified, and the embedded consent with it.
         consent_by = by.sponsor if by.consent else None
-        words |= _consent_to(by, consent_by)
-        message += _consent_in_words(by, consent_by)
+        fields |= _consent_fields(by, consent_by)
+        message += _consent_text(by, consent_by)
     own: dict[str, Any] = {
         "actor": {"user": actor},
-        "entity": _entity(claims.aud, kind, id),
+        "entity": _entity_object(claims.aud, kind, id),
         "entity_result": {
-            **_entity(claims.aud, kind, id),
+            **_entity_object(claims.aud, kind, id),
             "version": str(claims.revision),
             "data": _data(state),
         },
@@ -204,36 +212,36 @@ def recorded(
     if reason:
         own["comment"] = scrubbed(reason)
         message += f": {own['comment']}"
-    words["sponsors"] = list(sponsors) if sponsors else None
-    words |= {"revision": claims.revision, "status": state.status, "command": by.jti, "verified": verified}
+    fields["sponsors"] = list(sponsors) if sponsors else None
+    fields |= {"revision": claims.revision, "status": state.status, "command": by.jti, "verified": verified}
     compromised = isinstance(by, AgentRotateKey) and by.compromised
     return event(
         record,
         _COMPROMISED if compromised else (_CREATED if created else _DONE)[by.typ],
         message,
         own,
-        words,
-        key=words.get("agent") or id,
-        correlation=_correlation(words, by),
+        fields,
+        key=fields.get("agent") or id,
+        correlation=_correlation(fields, by),
     )
 
 
 def revision_fell(record: Received, claims: AnyRecord, known: int, verified: dict[str, Any]) -> OcsfEvent:
-    """A record with a lower revision than one seen before: readers refuse it, no honest registry writes it."""
-    kind, id, words = _subject_of_state(claims.state)
+    """A record has a lower revision than one before it. Readers refuse it; no honest registry writes it."""
+    kind, id, fields = _subject_of_state(claims.state)
     message = (
         f"a record of {kind} {id} with revision {claims.revision} came after revision {known}; it is refused"
     )
-    own = {"entity": _entity(claims.aud, kind, id)}
-    words |= {"revision": claims.revision, "known_revision": known, "verified": verified}
+    own = {"entity": _entity_object(claims.aud, kind, id)}
+    fields |= {"revision": claims.revision, "known_revision": known, "verified": verified}
     why = Reason(code="revision_fell", message=message)
-    return event(record, _FELL, message, own, words, key=words.get("agent") or id, reasons=(why,))
+    return event(record, _FELL, message, own, fields, key=fields.get("agent") or id, reasons=(why,))
 
 
 def answered(
-    record: Received, claims: ServiceEvent, about: dict[str, Any], verified: dict[str, Any]
+    record: Received, claims: ServiceEvent, subject_fields: dict[str, Any], verified: dict[str, Any]
 ) -> OcsfEvent:
-    """The registry accepted or refused a command. `about`: sponsor and the like of its agent, from the records."""
+    """The registry accepted or refused a command. `subject_fields`: those of its agent, by the present records."""
     kind = claims.subject.partition(".")[0]
     id = claims.agent_id or claims.task_id or claims.result or claims.ref or "unknown"
     who = user_of(claims.actor)["name"] if claims.actor else "nobody known"
@@ -246,12 +254,12 @@ def answered(
         message = f"the registry accepted {claims.subject} by {who}, about {id}"
     else:
         chosen = _REFUSED.get(claims.subject, _REFUSED_ENTITY)
-        said = "; ".join(reason.message for reason in claims.reasons) or "no reason was given"
-        message = f"the registry refused {claims.subject} by {who}: {scrubbed(said)}"
-    words = {
+        text = "; ".join(reason.message for reason in claims.reasons) or "no reason was given"
+        message = f"the registry refused {claims.subject} by {who}: {scrubbed(text)}"
+    fields = {
         "agent": claims.agent_id,
         "task": claims.task_id,
-        **about,
+        **subject_fields,
         "command": claims.ref,
         "given_by": claims.actor,
         "result": claims.result,
@@ -263,7 +271,7 @@ def answered(
         chosen,
         message,
         own,
-        words,
+        fields,
         key=claims.agent_id or id,
         correlation=claims.task_id or claims.agent_id or claims.ref,
         reasons=claims.reasons,
@@ -271,7 +279,7 @@ def answered(
 
 
 def subject_of_command(claims: ExpiringClaims) -> tuple[str, str, dict[str, Any]]:
-    """(kind, id, words) of what a command is about."""
+    """(kind, id, event fields) of the subject of a command."""
     match claims:
         case UserSet() | UserDisable():
             return "user", claims.user_id, {"user": claims.user_id}
@@ -325,72 +333,73 @@ def _subject_of_state(state: AnyState) -> tuple[str, str, dict[str, Any]]:
             }  # fmt: skip
 
 
-def _correlation(words: dict[str, Any], claims: ExpiringClaims) -> str:
-    return str(words.get("task") or words.get("agent") or claims.jti)
+def _correlation(fields: dict[str, Any], claims: ExpiringClaims) -> str:
+    return str(fields.get("task") or fields.get("agent") or claims.jti)
 
 
-def _terms(claims: ExpiringClaims) -> str:
+def _command_terms(claims: ExpiringClaims) -> str:
     match claims:
         case AgentRegister() | AgentTransfer():
             return f", sponsor {claims.sponsor}"
         case AgentSetCeiling():
-            return f" to {in_words(claims.ceiling)}"
+            return f" to {scope_text(claims.ceiling)}"
         case AgentRotateKey():
             old = "all others" if claims.replaces is None else ", ".join(claims.replaces)
             how = "compromised" if claims.compromised else f"which count for {claims.overlap_s} s yet"
             return f": {claims.key.kid} in the place of {old}, {how}"
         case UserSet():
             return (
-                f", roles {', '.join(claims.roles) or 'none'}, may do {in_words(claims.entitlements.scope)}"
+                f", roles {', '.join(claims.roles) or 'none'}, may do {scope_text(claims.entitlements.scope)}"
             )
         case ProvisionerSet():
             return "".join(
-                f"; group {scrubbed(one.group)} may give roles {', '.join(one.roles) or 'none'}, {in_words(one.scope)}"
+                f"; group {scrubbed(one.group)} may give roles {', '.join(one.roles) or 'none'}, "
+                f"{scope_text(one.scope)}"
                 for one in claims.delegation.groups
             )
         case TaskAssign():
             terms = claims.terms
             return (
-                f" to agent {terms.agent_id} on behalf of {claims.on_behalf_of}, for {in_words(terms.scope)}, until "
-                f"{moment(terms.not_after * 1000)}: {scrubbed(terms.purpose)}"
+                f" to agent {terms.agent_id} on behalf of {claims.on_behalf_of}, for {scope_text(terms.scope)}, until "
+                f"{utc_text(terms.not_after * 1000)}: {scrubbed(terms.purpose)}"
             )
         case TaskDelegate():
             terms = claims.terms
             return (
-                f" as a part of task {claims.parent} to agent {terms.agent_id}, for {in_words(terms.scope)}, until "
-                f"{moment(terms.not_after * 1000)}: {scrubbed(terms.purpose)}"
+                f" as a part of task {claims.parent} to agent {terms.agent_id}, for {scope_text(terms.scope)}, until "
+                f"{utc_text(terms.not_after * 1000)}: {scrubbed(terms.purpose)}"
             )
         case _:
             return ""
 
 
-def _consent_to(claims: AgentTransfer, consent_by: str | None) -> dict[str, Any]:
-    """Who agreed to answer for an agent: by a consent, or by signing its transfer themself; or that nobody did."""
+def _consent_fields(claims: AgentTransfer, consent_by: str | None) -> dict[str, Any]:
+    """The new sponsor, if they consented or signed the transfer themself; otherwise `without_consent`."""
     themself = claims.iss == f"spiffe://{claims.aud}/user/{claims.sponsor}"
     agreed = consent_by or (claims.sponsor if themself else None)
     return {"consent_by": agreed} if agreed else {"without_consent": True}
 
 
-def _consent_in_words(claims: AgentTransfer, consent_by: str | None) -> str:
-    agreed = "consent_by" in _consent_to(claims, consent_by)
+def _consent_text(claims: AgentTransfer, consent_by: str | None) -> str:
+    agreed = "consent_by" in _consent_fields(claims, consent_by)
     return ", who consented" if agreed else ", without their consent"
 
 
-def _standing(state: AnyState, by: ExpiringClaims) -> str:
+def _terms_text(state: AnyState, by: ExpiringClaims) -> str:
     if isinstance(by, TaskDelegate) and isinstance(state, TaskState):
-        return f"{_terms(by)} (on behalf of {state.on_behalf_of})"
+        return f"{_command_terms(by)} (on behalf of {state.on_behalf_of})"
     if isinstance(state, TaskState) and isinstance(by, TaskAssign):
-        return _terms(by)
+        return _command_terms(by)
     if isinstance(by, TaskEnd) and isinstance(state, TaskState):
         return f" (agent {state.agent_id}, on behalf of {state.on_behalf_of})"
     if isinstance(
         by, AgentRegister | AgentTransfer | AgentSetCeiling | AgentRotateKey | UserSet | ProvisionerSet
     ):
-        return _terms(by)
+        return _command_terms(by)
     return ""
 
 
-def _entity(trust_domain: str, kind: str, id: str) -> dict[str, Any]:
+def _entity_object(trust_domain: str, kind: str, id: str) -> dict[str, Any]:
     spiffe = f"spiffe://{trust_domain}/{kind}/{id}"
     if kind == "user":
         return {"name": id, "uid": spiffe, "type_id": 2, "type": "User", "user": user_of(spiffe)}
@@ -401,7 +410,7 @@ def _entity(trust_domain: str, kind: str, id: str) -> dict[str, Any]:
 
 
 def _provisioning(state: UserState) -> dict[str, Any]:
-    """Whence a user comes, or what a provisioner may do. Not how their directory names them: that is for it to say."""
+    """The provisioner of a user, or the delegation of a provisioner. The user's name in their directory is left out."""
     if state.provisioned is not None:
         return {"provisioner": state.provisioned.by, "groups": list(state.provisioned.groups)}
     if state.delegation is not None:
@@ -410,7 +419,7 @@ def _provisioning(state: UserState) -> dict[str, Any]:
 
 
 def _data(state: AnyState) -> dict[str, Any]:
-    """What a record says, for whoever investigates. Public keys by their names; backends without their settings."""
+    """The state in a record, for investigations: public keys by their ids, backends without their settings."""
     match state:
         case UserState():
             return {

@@ -1,7 +1,10 @@
-"""What services say about themselves, and what nobody is believed to have said: Authentication events (3002).
+"""Authentication events (OCSF class 3002): failed verification, replays, and what services report about themselves.
 
-Every signature is a logon of sorts: somebody proves who they are, to act once. So a record whose signature does not
-hold, or that is a replay, is a failed logon of an unknown user; a service that starts or stops logs on or off.
+Every signature is a logon for one act. So a record whose signature fails, or that is a replay, is a failed logon of an
+unknown user; a service that starts or stops logs on or off. Answers to requests are Authorize Session events (3003).
+
+Findings of services about shared identity are Detection Findings (2004): a key that two use at once, a key that two
+identities own, an identity token that two instances present. One identity must have one runner.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ from ringfence.audit.events.ocsf import (
     EventKind,
     OcsfEvent,
     event,
+    event_kind,
     scrubbed,
-    step,
     user_of,
 )
 from ringfence.audit.memory import Sighting
@@ -37,35 +40,48 @@ from ringfence.messages.operations import DeadLetter, ServiceEvent
 if TYPE_CHECKING:
     from ringfence.kernel.kafka.record import Received
 
-if TYPE_CHECKING:
-    from ringfence.kernel.kafka.record import Received
-
 _A = AUTHENTICATION
-_STARTED = step("service.started", _A, 1)
-_STOPPED = step("service.stopped", _A, 2)
-_REPLAY_REPORTED = step("message.replayed", _A, 1, severity=MEDIUM, status=FAILURE, action=DENIED)
-_FINDING = step("finding", _A, "Finding", severity=HIGH, status=FAILURE, alert=True)
-_KEY_ENDING = step("key.ending", _A, "Warn", severity=MEDIUM, alert=True)
-_DEAD_LETTER = step("record.dead_lettered", _A, "Dead Letter", severity=LOW, status=FAILURE, action=DENIED)
-_MALFORMED = step("record.not_believed", _A, 1, severity=MEDIUM, status=FAILURE, action=DENIED)
-_FORGED = step("record.not_believed", _A, 1, severity=HIGH, status=FAILURE, action=DENIED, alert=True)
-_EXPIRED = step("message.expired", _A, 1, severity=LOW, status=FAILURE, action=DENIED)
-_REPLAYED = step("message.replayed", _A, 1, severity=MEDIUM, status=FAILURE, action=DENIED, alert=True)
-_EPOCH = step("lease.epoch", _A, "Rebuild", severity=LOW)
-_REPEATED = step("message.repeated", _A, "Repeat")
+_STARTED = event_kind("service.started", _A, 1)
+_STOPPED = event_kind("service.stopped", _A, 2)
+_REPLAY_REPORTED = event_kind("message.replayed", _A, 1, severity=MEDIUM, status=FAILURE, action=DENIED)
+_FINDING = event_kind("finding", _A, "Finding", severity=HIGH, status=FAILURE, alert=True)
+_KEY_ENDING = event_kind("key.ending", _A, "Warn", severity=MEDIUM, alert=True)
+_DEAD_LETTER = event_kind(
+    "record.dead_lettered", _A, "Dead Letter", severity=LOW, status=FAILURE, action=DENIED
+)
+_MALFORMED = event_kind("record.not_believed", _A, 1, severity=MEDIUM, status=FAILURE, action=DENIED)
+_FORGED = event_kind("record.not_believed", _A, 1, severity=HIGH, status=FAILURE, action=DENIED, alert=True)
+_EXPIRED = event_kind("message.expired", _A, 1, severity=LOW, status=FAILURE, action=DENIED)
+_REPLAYED = event_kind("message.replayed", _A, 1, severity=MEDIUM, status=FAILURE, action=DENIED, alert=True)
+_EPOCH = event_kind("lease.epoch", _A, "Rebuild", severity=LOW)
+_REPEATED = event_kind("message.repeated", _A, "Repeat")
 _OUTCOMES: Mapping[str, EventKind] = {
-    "accepted": step("message.accepted", AUTHORIZE_SESSION, "Accept"),
-    "refused": step(
+    "accepted": event_kind("message.accepted", AUTHORIZE_SESSION, "Accept"),
+    "refused": event_kind(
         "message.refused", AUTHORIZE_SESSION, "Refuse", severity=LOW, status=FAILURE, action=DENIED
     ),
 }
-_CREDENTIAL_REFUSED = step(
+_CREDENTIAL_REFUSED = event_kind(
     "credential.refused", AUTHORIZE_SESSION, 1, severity=LOW, status=FAILURE, action=DENIED
 )
 _ASKS_FOR_A_CREDENTIAL = frozenset({CredentialRequest.typ, CredentialDecision.typ})
 
-# The texts of errors can quote what a stranger wrote, so the events have these instead.
-_WHY: Mapping[str, str] = {
+_PROTOCOL = {"auth_protocol_id": 99, "auth_protocol": "JWS"}
+_SHARED_IDENTITY_KINDS = {
+    "key_shared": event_kind("key.shared", DETECTION_FINDING, 1, severity=HIGH, status=NEW, alert=True),
+    "key_taken": event_kind("key.taken", DETECTION_FINDING, 1, severity=MEDIUM, status=NEW, alert=True),
+    "token_replayed": event_kind(
+        "token.replayed", DETECTION_FINDING, 1, severity=HIGH, status=NEW, alert=True
+    ),
+}
+_SHARED_IDENTITY_TITLES = {
+    "key_shared": "Two use one key at once",
+    "key_taken": "One key for two identities",
+    "token_replayed": "One identity token for two instances",
+}
+
+# Error messages may quote text of an unverified writer, so events have these texts instead.
+_REASON_TEXTS: Mapping[str, str] = {
     "not_a_jws": "it is not a JWS in compact serialisation",
     "not_json": "it is not the JSON that belongs there",
     "not_a_jwe": "it is not a JWE in compact serialisation",
@@ -97,29 +113,29 @@ _FORGERIES = frozenset(
 
 
 def not_believed(record: Received, code: str) -> OcsfEvent:
-    """A record that nobody is believed to have written. It is attributed to its coordinates, and to nobody else."""
-    why = _WHY.get(code, "it could not be read")
+    """Verification of a record failed, with error `code`. The event names its coordinates, and no writer."""
+    why = _REASON_TEXTS.get(code, "it could not be read")
     message = (
         f"a record on {record.topic.what} (partition {record.partition}, offset {record.offset}) was seen and not "
         f"believed: {why}"
     )
-    own = {"user": UNKNOWN_USER, "service": _service(record), **_PROTOCOL}
-    words = {"verified": {"by": None}, "outcome": "not_believed", "size_bytes": len(record.value)}
+    own = {"user": UNKNOWN_USER, "service": _service_object(record), **_PROTOCOL}
+    fields = {"verified": {"by": None}, "outcome": "not_believed", "size_bytes": len(record.value)}
     kind = _FORGED if code in _FORGERIES else _MALFORMED
     reason = Reason(code=code, message=why)
-    return event(record, kind, message, own, words, key=record.topic.what, reasons=(reason,))
+    return event(record, kind, message, own, fields, key=record.topic.what, reasons=(reason,))
 
 
 def expired(
-    record: Received, iss: str, code: str, words: dict[str, Any], verified: dict[str, Any]
+    record: Received, iss: str, code: str, fields: dict[str, Any], verified: dict[str, Any]
 ) -> OcsfEvent:
-    """A message whose signature holds, but that reached the broker outside its time."""
+    """The signature of a message holds, but it reached the broker outside its validity."""
     who = user_of(iss)
     why = Reason(code=code, message="it reached the broker outside the time that its signer gave it")
     message = f"{with_article(record.topic.what)} by {who['name']} counts for nothing: {why.message}"
-    own = {"user": who, "actor": {"user": who}, "service": _service(record), **_PROTOCOL}
-    said = {**words, "outcome": "expired", "verified": verified}
-    return event(record, _EXPIRED, message, own, said, key=_event_key(words, who), reasons=(why,))
+    own = {"user": who, "actor": {"user": who}, "service": _service_object(record), **_PROTOCOL}
+    event_fields = {**fields, "outcome": "expired", "verified": verified}
+    return event(record, _EXPIRED, message, own, event_fields, key=_event_key(fields, who), reasons=(why,))
 
 
 def replayed(
@@ -128,18 +144,18 @@ def replayed(
     first: Sighting,
     *,
     same: bool,
-    words: dict[str, Any],
+    fields: dict[str, Any],
     verified: dict[str, Any],
 ) -> OcsfEvent:
-    """A signed message that stands at other coordinates too. Whoever put it there again is not known.
+    """A signed message stands at other coordinates as well. Who wrote it again is not known.
 
-    Services publish a record again where they do not know whether it arrived: `same` bytes by a service are no alarm.
+    Services repeat a record if they do not know whether it arrived: `same` content by a service raises no alert.
     """
     who = user_of(iss)
     by_service = who["type"] == "System"
     where = f"partition {first.partition}, offset {first.offset}"
-    words = {
-        **words,
+    fields = {
+        **fields,
         "outcome": "replayed",
         "first_seen": {"partition": first.partition, "offset": first.offset},
         "verified": verified,
@@ -149,37 +165,40 @@ def replayed(
             f"{with_article(record.topic.what)} record by {who['name']} stands there twice ({where}); "
             "it changes nothing"
         )
-        own = {"user": who, "service": _service(record), **_PROTOCOL}
-        return event(record, _REPEATED, message, own, words, key=_event_key(words, who))
+        own = {"user": who, "service": _service_object(record), **_PROTOCOL}
+        return event(record, _REPEATED, message, own, fields, key=_event_key(fields, who))
     why = Reason(code="replayed", message=f"the same message was seen before, at {where}")
     message = (
         f"{with_article(record.topic.what)} signed by {who['name']} was replayed, by whom is not known; "
         f"first at {where}"
     )
-    own = {"user": UNKNOWN_USER, "service": _service(record), **_PROTOCOL}
-    return event(record, _REPLAYED, message, own, words, key=_event_key(words, who), reasons=(why,))
+    own = {"user": UNKNOWN_USER, "service": _service_object(record), **_PROTOCOL}
+    return event(record, _REPLAYED, message, own, fields, key=_event_key(fields, who), reasons=(why,))
 
 
 def reported(
     record: Received,
     claims: ServiceEvent,
-    words: dict[str, Any],
+    fields: dict[str, Any],
     verified: dict[str, Any],
     traceparent: str | None,
 ) -> OcsfEvent:
-    """What a service said, other than its answers to commands (see `registry_events.answered`).
+    """The event of a service event other than an answer to a command, which `registry.answered` builds.
 
     Args:
-        words: agent, sponsor, task, lease and the like that it is about, as far as they are known.
-        traceparent: the trace of the request that it is about, where that is known.
+        record: the record on `service.event`.
+        claims: its verified claims.
+        fields: those of its subject: agent, sponsor, task, lease and the like, as far as they are known.
+        verified: the field `unmapped.verified`.
+        traceparent: the trace of the subject's request, if known.
     """
     who = user_of(claims.iss)
-    about = {
+    event_fields = {
         "agent": claims.agent_id,
         "task": claims.task_id,
         "request": claims.request_id,
         "lease": claims.lease_id,
-        **words,
+        **fields,
         "subject": claims.subject,
         "given_by": claims.actor,
         "result": claims.result,
@@ -188,17 +207,17 @@ def reported(
         "about": claims.source.model_dump(exclude_none=True) if claims.source is not None else None,
         "verified": verified,
     }
-    agent = about["agent"]
+    agent = event_fields["agent"]
     rest: dict[str, Any] = {
         "key": agent or str(who["name"]),
-        "correlation": about["request"] or about["task"] or claims.ref,
+        "correlation": event_fields["request"] or event_fields["task"] or claims.ref,
         "reasons": claims.reasons,
         "traceparent": traceparent,
     }
-    said = scrubbed("; ".join(reason.message for reason in claims.reasons))
+    text = scrubbed("; ".join(reason.message for reason in claims.reasons))
     by = f" by {user_of(claims.actor)['name']}" if claims.actor else ""
     if claims.kind in _OUTCOMES:
-        message = f"{who['name']} {claims.kind} {claims.subject}{by}" + (f": {said}" if said else "")
+        message = f"{who['name']} {claims.kind} {claims.subject}{by}" + (f": {text}" if text else "")
         user = user_of(f"spiffe://{claims.aud}/agent/{agent}") if agent else UNKNOWN_USER
         own: dict[str, Any] = {"user": user, "actor": {"user": who}, "privileges": []}
         if claims.lease_id:
@@ -206,8 +225,8 @@ def reported(
         kind = _OUTCOMES[claims.kind]
         if claims.kind == "refused" and claims.subject in _ASKS_FOR_A_CREDENTIAL:
             kind = _CREDENTIAL_REFUSED
-        return event(record, kind, message, own, about, **rest)
-    own = {"user": who, "actor": {"user": who}, "service": _service(record), **_PROTOCOL}
+        return event(record, kind, message, own, event_fields, **rest)
+    own = {"user": who, "actor": {"user": who}, "service": _service_object(record), **_PROTOCOL}
     match claims.kind:
         case "started" | "stopped":
             kind = _STARTED if claims.kind == "started" else _STOPPED
@@ -215,94 +234,91 @@ def reported(
             own |= {"logon_type_id": 5, "logon_type": "OS Service"}
         case "replayed":
             kind = _REPLAY_REPORTED
-            message = f"{who['name']} saw a replay of {claims.subject}{by}" + (f": {said}" if said else "")
+            message = f"{who['name']} saw a replay of {claims.subject}{by}" + (f": {text}" if text else "")
         case _:
             kind = _KEY_ENDING if {reason.code for reason in claims.reasons} == {"key_ending"} else _FINDING
-            message = f"{who['name']} found: {said or claims.subject}"
-    return event(record, kind, message, own, about, **rest)
+            message = f"{who['name']} found: {text or claims.subject}"
+    return event(record, kind, message, own, event_fields, **rest)
 
 
 def epoch_began(record: Received, claims: LeaseEpoch, verified: dict[str, Any]) -> OcsfEvent:
-    """Redis is being rebuilt from Kafka: what was written to the one before, and is not on Kafka yet, is void."""
+    """A rebuild of Redis from Kafka began: what the former Redis held, and Kafka does not hold yet, is void."""
     who = user_of(claims.iss)
     message = (
         f"{who['name']} rebuilds Redis from Kafka: epoch {claims.epoch} begins in partition {claims.partition} of "
         f"{record.topic.what}"
     )
-    own = {"user": who, "actor": {"user": who}, "service": _service(record), **_PROTOCOL}
-    words = {"epoch": claims.epoch, "outcome": "began", "verified": verified}
-    return event(record, _EPOCH, message, own, words, key=str(who["name"]))
+    own = {"user": who, "actor": {"user": who}, "service": _service_object(record), **_PROTOCOL}
+    fields = {"epoch": claims.epoch, "outcome": "began", "verified": verified}
+    return event(record, _EPOCH, message, own, fields, key=str(who["name"]))
 
 
 def dead_lettered(record: Received, claims: DeadLetter) -> OcsfEvent:
-    """A service could do nothing with a record. The letter is not signed: it says what its writer says."""
+    """A service dead-lettered a record. The letter is unsigned, so its contents are unverified."""
     source = claims.source
     message = (
         f"{claims.service} is said to have dead-lettered a record of {source.topic} (partition {source.partition}, "
         f"offset {source.offset}): {scrubbed(claims.reason)}"
     )
-    own = {"user": UNKNOWN_USER, "service": _service(record), **_PROTOCOL}
-    words = {
+    own = {"user": UNKNOWN_USER, "service": _service_object(record), **_PROTOCOL}
+    fields = {
         "about": source.model_dump(exclude_none=True),
         "said_by": claims.service,
         "outcome": "dead_lettered",
         "verified": {"by": None},
     }
     why = Reason(code=claims.code, message=claims.reason[:2048])
-    return event(record, _DEAD_LETTER, message, own, words, key=record.topic.what, reasons=(why,))
+    return event(record, _DEAD_LETTER, message, own, fields, key=record.topic.what, reasons=(why,))
 
 
-_PROTOCOL = {"auth_protocol_id": 99, "auth_protocol": "JWS"}
-
-
-def _service(record: Received) -> dict[str, Any]:
+def _service_object(record: Received) -> dict[str, Any]:
     return {"name": f"Ringfence {record.topic.what}", "uid": record.topic_name, "version": __version__}
 
 
-def _event_key(words: dict[str, Any], who: dict[str, Any]) -> str:
-    return str(words.get("agent") or who["name"])
+def _event_key(fields: dict[str, Any], who: dict[str, Any]) -> str:
+    return str(fields.get("agent") or who["name"])
 
 
-# One identity, one runner: keys that two use, or that two own, as Detection Findings (2004).
-
-_F = DETECTION_FINDING
-_KINDS = {
-    "key_shared": step("key.shared", _F, 1, severity=HIGH, status=NEW, alert=True),
-    "key_taken": step("key.taken", _F, 1, severity=MEDIUM, status=NEW, alert=True),
-    "token_replayed": step("token.replayed", _F, 1, severity=HIGH, status=NEW, alert=True),
-}
-_TITLES = {
-    "key_shared": "Two use one key at once",
-    "key_taken": "One key for two identities",
-    "token_replayed": "One identity token for two instances",
-}
+def is_shared_identity(claims: ServiceEvent) -> bool:
+    """Whether a service event is a finding about shared identity."""
+    return (
+        claims.kind == "finding" and bool(claims.reasons) and claims.reasons[0].code in _SHARED_IDENTITY_KINDS
+    )
 
 
-def is_one(claims: ServiceEvent) -> bool:
-    """Whether a service's finding is one of these."""
-    return claims.kind == "finding" and bool(claims.reasons) and claims.reasons[0].code in _KINDS
-
-
-def found(
-    record: Received, claims: ServiceEvent, words: Mapping[str, Any], verified: dict[str, Any]
+def shared_identity(
+    record: Received, claims: ServiceEvent, fields: Mapping[str, Any], verified: dict[str, Any]
 ) -> OcsfEvent:
-    """What a service noticed. `words`: agent, sponsor, task and the like that it is about, as far as they are known."""
+    """A service found keys or tokens shared between identities.
+
+    `fields`: what is known of the subject: agent, sponsor, task and the like.
+    """
     code = claims.reasons[0].code
     message = f"{user_of(claims.iss)['name']} found: {scrubbed(claims.reasons[0].message)}"
     own = {
         "finding_info": {
-            "uid": claims.jti, "title": _TITLES[code], "types": ["Shared Identity"], "created_time": claims.at_ms,
+            "uid": claims.jti, "title": _SHARED_IDENTITY_TITLES[code], "types": ["Shared Identity"],
+            "created_time": claims.at_ms,
         },
         "evidences": [{"actor": {"user": user_of(claims.actor or claims.iss)}}],
     }  # fmt: skip
-    about = {
+    event_fields = {
         "agent": claims.agent_id,
-        **words,
+        **fields,
         "subject": claims.subject,
         "given_by": claims.actor,
         "outcome": claims.kind,
         "about": claims.source.model_dump(exclude_none=True) if claims.source is not None else None,
         "verified": verified,
     }
-    key = str(about["agent"] or user_of(claims.iss)["name"])
-    return event(record, _KINDS[code], message, own, about, key=key, correlation=key, reasons=claims.reasons)
+    key = str(event_fields["agent"] or user_of(claims.iss)["name"])
+    return event(
+        record,
+        _SHARED_IDENTITY_KINDS[code],
+        message,
+        own,
+        event_fields,
+        key=key,
+        correlation=key,
+        reasons=claims.reasons,
+    )

@@ -1,4 +1,4 @@
-"""Who and what an event is about, in the words of events, from what is known of a lease, its request and its task."""
+"""Event fields that name the subject of an event: agent, task, user, sponsor; from a lease, a request or a task."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ringfence.messages.registry import TaskState
 from ringfence.model.lifecycle import agents_of
 
 
-def of_credential(lease: LeaseFacts | None, facts: RequestFacts | None) -> dict[str, Any]:
-    """Of a lease and the request that it came of, as far as they are known; nothing where neither is."""
+def credential_fields(lease: LeaseFacts | None, facts: RequestFacts | None) -> dict[str, Any]:
+    """Fields of a lease and its request, as far as they are known; empty if neither is."""
     known = lease or facts
     if known is None:
         return {}
-    words = {
+    fields = {
         "agent": known.agent,
         "act": list(known.act),
         "delegators": delegators_of(lease.delegators) if lease is not None else None,
@@ -27,11 +27,11 @@ def of_credential(lease: LeaseFacts | None, facts: RequestFacts | None) -> dict[
         "policy_revision": facts.policy_revision if facts is not None else None,
         "target": known.target,
     }
-    return {name: value for name, value in words.items() if value is not None}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-def of_task(task: TaskState) -> dict[str, Any]:
-    """Of a task, by its record."""
+def task_fields(task: TaskState) -> dict[str, Any]:
+    """Fields of a task, by its record."""
     return {
         "agent": task.agent_id,
         "act": list(agents_of(task)),
@@ -41,5 +41,5 @@ def of_task(task: TaskState) -> dict[str, Any]:
 
 
 def delegators_of(delegators: tuple[Delegator, ...] | None) -> list[dict[str, str]] | None:
-    """The agents that handed a task on, with their own tasks and who answers for them; None where there are none."""
+    """The agents that delegated a task, with their own tasks and sponsors; None if there are none."""
     return [one.model_dump() for one in delegators or ()] or None

@@ -1,9 +1,12 @@
-"""The trust bundle, which says who speaks for which service, as Entity Management events (3004)."""
+"""Entity Management events (OCSF class 3004) of the trust bundle, which lists the keys of the services.
+
+Each record on `trust` is classified once, by offset: it activated a bundle, repeated the one in force, or is outdated.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from ringfence.audit.events.ocsf import (
     ENTITY_MANAGEMENT,
@@ -12,9 +15,9 @@ from ringfence.audit.events.ocsf import (
     MEDIUM,
     OcsfEvent,
     event,
-    moment,
-    step,
+    event_kind,
     user_of,
+    utc_text,
 )
 from ringfence.audit.memory import Recent
 from ringfence.kernel.base.errors import InvalidMessageError
@@ -25,53 +28,51 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.trust import TrustBundle
 
-if TYPE_CHECKING:
-    from ringfence.kernel.kafka.record import Received
-
-_CHANGED: Final = step("trust.changed", ENTITY_MANAGEMENT, 3, severity=MEDIUM)
-_REPEATED: Final = step("trust.repeated", ENTITY_MANAGEMENT, "Repeat")
-_FELL: Final = step(
+_CHANGED: Final = event_kind("trust.changed", ENTITY_MANAGEMENT, 3, severity=MEDIUM)
+_REPEATED: Final = event_kind("trust.repeated", ENTITY_MANAGEMENT, "Repeat")
+_FELL: Final = event_kind(
     "trust.version_fell", ENTITY_MANAGEMENT, "Refuse Record", severity=HIGH, status=FAILURE, alert=True
 )
 _KEY: Final = "trust"
-_NAMED: Final = 20
+_MAX_NAMED_CHANGES: Final = 20
+_REMEMBERED_RECORDS: Final = 10_000
 
 
-def told(record: Received, seen: BundleSeen) -> OcsfEvent:
-    """A bundle that a root signed stands on the topic."""
+def bundle_event(record: Received, seen: BundleRecord) -> OcsfEvent:
+    """A bundle signed by a trusted root was published."""
     bundle = seen.bundle
     who = user_of(bundle.iss)
     entity = {
         "name": "trust bundle", "uid": f"spiffe://{bundle.aud}/trust", "type_id": 99, "type": "Trust Bundle",
     }  # fmt: skip
     own: dict[str, Any] = {"actor": {"user": who}, "entity": entity}
-    words: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "revision": bundle.version,
         "known_revision": seen.before.version if seen.before is not None else None,
         "verified": {"by": bundle.iss, "kid": seen.kid},
     }
-    match seen.fate:
-        case "in force":
+    match seen.status:
+        case "activated":
             own["entity_result"] = {**entity, "version": str(bundle.version), "data": _data(bundle, seen.kid)}
             message = (
                 f"trust bundle {bundle.version} by {who['name']} came into force, until "
-                f"{moment(bundle.exp * 1000)}: {_changes(seen.before, bundle)}"
+                f"{utc_text(bundle.exp * 1000)}: {_changes(seen.before, bundle)}"
             )
-            return event(record, _CHANGED, message, own, words, key=_KEY, correlation=_KEY)
-        case "again":
+            return event(record, _CHANGED, message, own, fields, key=_KEY, correlation=_KEY)
+        case "repeated":
             message = (
                 f"trust bundle {bundle.version}, which is in force, stands there again; it changes nothing"
             )
-            return event(record, _REPEATED, message, own, words, key=_KEY, correlation=_KEY)
-        case "fell":
+            return event(record, _REPEATED, message, own, fields, key=_KEY, correlation=_KEY)
+        case "outdated":
             assert seen.before is not None
             message = f"trust bundle {bundle.version} was put there after bundle {seen.before.version}; it is refused"
             why = Reason(code="version_fell", message=message)
-            return event(record, _FELL, message, own, words, key=_KEY, correlation=_KEY, reasons=(why,))
+            return event(record, _FELL, message, own, fields, key=_KEY, correlation=_KEY, reasons=(why,))
 
 
 def _data(bundle: TrustBundle, root: str) -> dict[str, Any]:
-    """What it says, with keys by their names."""
+    """The contents of a bundle, with keys by their ids."""
     return {
         "root": root,
         "not_after": bundle.exp,
@@ -94,62 +95,60 @@ def _keys(keys: tuple[KeyRecord, ...]) -> list[dict[str, Any]]:
 
 
 def _changes(before: TrustBundle | None, now: TrustBundle) -> str:
-    """What is another than before, in words: services and issuers that came, went or have other keys."""
+    """The differences between two bundles as text: services and issuers that are new, gone or changed."""
     was, there = _bundle_fields(before), _bundle_fields(now)
-    told = [f"{name} is new" for name in there if name not in was]
-    told += [f"{name} is gone" for name in was if name not in there]
-    told += [f"{name} is changed" for name in there if name in was and was[name] != there[name]]
-    if len(told) > _NAMED:
-        told = [*told[:_NAMED], f"and {len(told) - _NAMED} more"]
-    return ", ".join(told) or "nobody is another"
+    changes = [f"{name} is new" for name in there if name not in was]
+    changes += [f"{name} is gone" for name in was if name not in there]
+    changes += [f"{name} is changed" for name in there if name in was and was[name] != there[name]]
+    if len(changes) > _MAX_NAMED_CHANGES:
+        changes = [
+            *changes[:_MAX_NAMED_CHANGES],
+            f"and {len(changes) - _MAX_NAMED_CHANGES} more",
+        ]
+    return ", ".join(changes) or "nobody is another"
 
 
 def _bundle_fields(bundle: TrustBundle | None) -> dict[str, Any]:
-    """Whoever it names, and what it says of them."""
+    """The services and OIDC issuers of a bundle, by name."""
     if bundle is None:
         return {}
     issuers = {f"issuer {one.issuer}": one for one in bundle.oidc_issuers}
     return {str(user_of(one.id)["name"]): one for one in bundle.services} | issuers
 
 
-# What each record on `trust` was, judged in order: a bundle that came into force, the same again, or an older one.
+class BundleRecord(NamedTuple):
+    """A bundle whose root is the pinned one, or descends from it."""
 
-_REMEMBERED = 10_000
-
-
-class BundleSeen(NamedTuple):
-    """A bundle that a root signed whom the pinned one led to."""
-
-    fate: Literal["in force", "again", "fell"]
-    """`again`: the very bundle in force; `fell`: a version that is not higher than that of the bundle in force."""
+    status: Literal["activated", "repeated", "outdated"]
+    """`repeated`: the very bundle in force; `outdated`: not of a higher version than the bundle in force."""
     bundle: TrustBundle
     kid: str
-    """The root that signed it."""
+    """Key id of the root that signed it."""
     before: TrustBundle | None
-    """What was in force until then."""
+    """The bundle in force until then."""
 
 
-class Bundles:
-    """Judges every record once, in the order of its offset: `trust` has one partition.
+class BundleHistory:
+    """Classifies every record on `trust` once, in offset order: the topic has one partition.
 
-    It is read from the beginning at each start, so that a bundle of before is known as one after a restart as well.
+    The topic is read from the beginning at each start, so classifications survive a restart.
     """
 
     def __init__(self, trust: TrustStore) -> None:
-        """`trust`: an empty store, which nobody else feeds."""
+        """`trust`: an empty trust store that nobody else loads."""
         self._trust = trust
         self._in_force: TrustBundle | None = None
         self._next = 0
-        self._seen: Recent[int, BundleSeen | InvalidMessageError] = Recent(_REMEMBERED)
+        self._seen: Recent[int, BundleRecord | InvalidMessageError] = Recent(_REMEMBERED_RECORDS)
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in what stands there."""
+        """Classify the records of the topic."""
         for record in records:
-            self._take(record)
+            self._read(record)
 
-    def seen(self, record: Received) -> BundleSeen:
-        """What a record was. Raises InvalidMessageError where it is no bundle that counts for anything."""
-        self._take(record)
+    def record_of(self, record: Received) -> BundleRecord:
+        """The classification of a record. Raises InvalidMessageError if it is no valid bundle."""
+        self._read(record)
         seen = self._seen.get(record.offset)
         if seen is None:
             raise InvalidMessageError("too many bundles came after it", code="bundle_forgotten")
@@ -157,25 +156,25 @@ class Bundles:
             raise seen
         return seen
 
-    def _take(self, record: Received) -> None:
+    def _read(self, record: Received) -> None:
         if record.offset < self._next:
             return
         self._next = record.offset + 1
         try:
-            self._seen.put(record.offset, self._judged(record))
+            self._seen.put(record.offset, self._classify(record))
         except InvalidMessageError as error:
             self._seen.put(record.offset, error)
 
-    def _judged(self, record: Received) -> BundleSeen:
+    def _classify(self, record: Received) -> BundleRecord:
         if not record.value:
             raise InvalidMessageError("a bundle is never deleted", code="tombstone")
         known, before = self._trust.compact, self._in_force
         newer = self._trust.load(record.value, record.appended_at_ms / 1000)
         jws = parse(record.value)
-        bundle = jws.unverified_claims(TrustBundle)  # the store verified it
+        bundle = jws.unverified_claims(TrustBundle)  # the trust store verified it
         if newer:
             self._in_force = bundle
-        fate: Literal["in force", "again", "fell"] = (
-            "in force" if newer else "again" if record.value == known else "fell"
+        fate: Literal["activated", "repeated", "outdated"] = (
+            "activated" if newer else "repeated" if record.value == known else "outdated"
         )
-        return BundleSeen(fate, bundle, jws.header.kid, before)
+        return BundleRecord(fate, bundle, jws.header.kid, before)

@@ -1,1 +1,1 @@
-"""The SQLite index of the trail, and what is asked of it."""
+"""The SQLite index of the audit trail, and the reports made from it."""

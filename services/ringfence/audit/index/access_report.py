@@ -1,6 +1,6 @@
-"""Who did something at a target, and who held a credential for it, by what audit read. Pure: events in, counts out.
+"""The access report: who acted at a target, and who held a credential for it. Pure: events in, counts out.
 
-Each line leads to people: the sponsor of the agent, and the user on whose behalf it was.
+Each line names people: the sponsor of the agent, and the user on whose behalf it acted.
 """
 
 from __future__ import annotations
@@ -14,40 +14,46 @@ from ringfence.model.scope.scope import intersect
 
 Event = Mapping[str, Any]
 BY: Final = ("agent", "sponsor", "on_behalf_of")
-"""What is counted together. Each may be None, where that is not known."""
+"""The grouping key of a line. A value is None if it is unknown."""
 HELD_BEFORE_MS: Final = 86_400_000
-"""Leases that were issued so long before a span may reach into it, and are looked at."""
+"""24 h: leases issued this long before a span may overlap it, and are examined."""
 _COUNTS: Final = ("allowed", "denied", "observed", "leases", "handed_out", "unverified")
 _OUTCOMES: Final = frozenset({"allowed", "denied", "observed"})
 
 
-def who_did(
-    events: Sequence[Event], known: Iterable[Event], wanted: Permission, since_ms: int
+def access_report(
+    events: Sequence[Event], known: Iterable[Event], permission: Permission, since_ms: int
 ) -> list[dict[str, Any]]:
-    """The lines of some actions and issues, in the order of their firsts.
+    """The lines of the report, ordered by first event.
 
-    `events` are of the target that is `wanted`, and of `HELD_BEFORE_MS` before `since_ms` as well; `known` are the
-    issues and ends of all leases among them. A lease counts where an issuer's signature was verified.
+    Args:
+        events: actions at the target of `permission`, and issues of credentials for it, from `HELD_BEFORE_MS` before
+            `since_ms` on.
+        known: the issues and ends of all leases among them.
+        permission: the target, verbs and resources of the query. No verbs stand for all.
+        since_ms: the start of the span, in ms since the epoch.
+
+    A lease counts in `leases` only if an issuer's signature was verified; otherwise in `unverified`.
     """
-    first, ends = _lives(known)
+    first, ends = _lease_lifetimes(known)
     lines: dict[tuple[str | None, ...], dict[str, Any]] = {}
     for event in events:
-        words, code = event["unmapped"], event["metadata"].get("event_code")
+        fields, code = event["unmapped"], event["metadata"].get("event_code")
         if code == ISSUED:
-            again = first.get(words.get("lease"), event)["metadata"]["uid"] != event["metadata"]["uid"]
-            if again or not _reaches_into(event, ends, since_ms) or not _is_for(words, wanted):
+            again = first.get(fields.get("lease"), event)["metadata"]["uid"] != event["metadata"]["uid"]
+            if again or not _overlaps(event, ends, since_ms) or not _grants_any(fields, permission):
                 continue
-            counts = _lease(event)
+            counts = _lease_counts(event)
         else:
-            if event["time"] < since_ms or not _is_action_on(words, wanted):
+            if event["time"] < since_ms or not _matches_action(fields, permission):
                 continue
-            counts = {words["outcome"]: max(_number(event.get("count"), 1), 1)}
+            counts = {fields["outcome"]: max(_int_or(event.get("count"), 1), 1)}
         _add(lines, event, counts)
     return list(lines.values())
 
 
-def leases_of(events: Iterable[Event]) -> set[str]:
-    """The leases of which some events tell the issue."""
+def issued_leases(events: Iterable[Event]) -> set[str]:
+    """The ids of the leases that these events issue."""
     return {
         event["unmapped"]["lease"]
         for event in events
@@ -58,8 +64,8 @@ def leases_of(events: Iterable[Event]) -> set[str]:
 def _add(
     lines: dict[tuple[str | None, ...], dict[str, Any]], event: Event, counts: Mapping[str, int]
 ) -> None:
-    words = event["unmapped"]
-    by = tuple(value if isinstance(value := words.get(name), str) else None for name in BY)
+    fields = event["unmapped"]
+    by = tuple(value if isinstance(value := fields.get(name), str) else None for name in BY)
     line = lines.setdefault(
         by,
         {
@@ -74,25 +80,25 @@ def _add(
         line[name] += count
     line["first_ms"] = min(line["first_ms"], event["time"])
     line["last_ms"] = max(line["last_ms"], event["time"])
-    if isinstance(words.get("lease"), str):
-        line["lease"] = words["lease"]
+    if isinstance(fields.get("lease"), str):
+        line["lease"] = fields["lease"]
 
 
-def _lease(event: Event) -> dict[str, int]:
-    words = event["unmapped"]
-    verified = words.get("verified")
+def _lease_counts(event: Event) -> dict[str, int]:
+    fields = event["unmapped"]
+    verified = fields.get("verified")
     if not isinstance(verified, Mapping) or not verified.get("by"):
         return {"unverified": 1}
-    return {"leases": 1, "handed_out": int(words.get("delivery") != "gateway")}
+    return {"leases": 1, "handed_out": int(fields.get("delivery") != "gateway")}
 
 
-def _lives(known: Iterable[Event]) -> tuple[dict[str, Event], dict[str, int]]:
-    """The first issue of each lease, as a revoker may say it again; and when leases ended."""
+def _lease_lifetimes(known: Iterable[Event]) -> tuple[dict[str, Event], dict[str, int]]:
+    """The first issue of each lease, as a revoker may repeat it; and the end of each ended lease, in ms."""
     first: dict[str, Event] = {}
     ends: dict[str, int] = {}
     for event in known:
-        words, code = event["unmapped"], event["metadata"].get("event_code")
-        lease = words.get("lease")
+        fields, code = event["unmapped"], event["metadata"].get("event_code")
+        lease = fields.get("lease")
         if not isinstance(lease, str):
             continue
         if code == ISSUED:
@@ -104,48 +110,48 @@ def _lives(known: Iterable[Event]) -> tuple[dict[str, Event], dict[str, int]]:
     return first, ends
 
 
-def _reaches_into(event: Event, ends: Mapping[str, int], since_ms: int) -> bool:
+def _overlaps(event: Event, ends: Mapping[str, int], since_ms: int) -> bool:
     if event["time"] >= since_ms:
         return True
-    words = event["unmapped"]
+    fields = event["unmapped"]
     return (
-        _number(words.get("deadline"), 0) * 1000 > since_ms < ends.get(words.get("lease", ""), since_ms + 1)
+        _int_or(fields.get("deadline"), 0) * 1000 > since_ms < ends.get(fields.get("lease", ""), since_ms + 1)
     )
 
 
-def _is_action_on(words: Mapping[str, Any], wanted: Permission) -> bool:
-    """False also for what came of an action that is counted."""
-    if words.get("outcome") not in _OUTCOMES or "answer" in words:
+def _matches_action(fields: Mapping[str, Any], permission: Permission) -> bool:
+    """Whether an action matches the query. False for the answer to an action: the action itself counts."""
+    if fields.get("outcome") not in _OUTCOMES or "answer" in fields:
         return False
-    if wanted.resources == ("**",) and not wanted.verbs:
+    if permission.resources == ("**",) and not permission.verbs:
         return True
-    verb, resource = words.get("verb"), words.get("resource")
-    if wanted.verbs and verb not in wanted.verbs:
+    verb, resource = fields.get("verb"), fields.get("resource")
+    if permission.verbs and verb not in permission.verbs:
         return False
-    if wanted.resources == ("**",):
+    if permission.resources == ("**",):
         return True
-    return isinstance(resource, str) and _meets(resource, wanted.resources)
+    return isinstance(resource, str) and _overlaps_resources(resource, permission.resources)
 
 
-def _is_for(words: Mapping[str, Any], wanted: Permission) -> bool:
+def _grants_any(fields: Mapping[str, Any], permission: Permission) -> bool:
     return any(
-        (not wanted.verbs or set(wanted.verbs) & set(one["verbs"]))
-        and any(_meets(resource, wanted.resources) for resource in one["resources"])
-        for one in words.get("permissions") or ()
-        if one["target"] == wanted.target
+        (not permission.verbs or set(permission.verbs) & set(one["verbs"]))
+        and any(_overlaps_resources(resource, permission.resources) for resource in one["resources"])
+        for one in fields.get("permissions") or ()
+        if one["target"] == permission.target
     )
 
 
-def _meets(resource: str, wanted: Sequence[str]) -> bool:
-    """Whether there is a name that both stand for."""
+def _overlaps_resources(resource: str, permission: Sequence[str]) -> bool:
+    """Whether a resource pattern and the patterns of the query have a name in common."""
     one, other = (
         Permission.model_construct(target="t", verbs=("v",), resources=resources)
-        for resources in ((resource,), tuple(wanted))
+        for resources in ((resource,), tuple(permission))
     )
     return bool(intersect((one,), (other,)))
 
 
-def _number(value: Any, default: int) -> int:
+def _int_or(value: Any, default: int) -> int:
     return value if type(value) is int else default
 
 

@@ -1,4 +1,4 @@
-"""What the report on gateways counts: actions as audit told of them, added up by all that they have in common."""
+"""The gateway report: counts of audited actions, grouped by agent, target, outcome and reason; unknown destinations."""
 
 from __future__ import annotations
 
@@ -7,69 +7,69 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 BY: Final = ("agent", "target", "outcome", "access", "reason", "label")
-"""What actions that are counted together have in common. Each may be None, where that is not known."""
+"""The grouping key of actions. A value is None if it is unknown."""
 
 WHERE: Final = ("scheme", "host", "port", "method", "path", "target")
-"""What is known of an unknown destination. Each may be None."""
+"""The grouping key of unknown destinations. Each value may be None."""
 UNKNOWN: Final = frozenset({"target_unknown", "target_missing", "host_unknown", "request_unmapped"})
-"""Codes of what was blocked because no target is there, or no rule of it says what the request does."""
-_UNHEARD: Final = frozenset({
+"""Reason codes: no target is registered there, or no rule of the target maps the request."""
+_BEFORE_DESTINATION: Final = frozenset({
     "no_credentials", "proof_missing", "handle_malformed", "handle_unknown", "handle_other_agent", "invalid_dpop_proof",
     "proof_by_stranger", "proof_other_key", "proofs_full", "certificate_unknown", "task_unknown",
 })  # fmt: skip
-"""Codes of what was blocked before anybody looked where it was going: who sent it was not certain. A CONNECT with a
-handle is one for any unknown host: no proof comes with it."""
+"""Reason codes of requests that were blocked before the gateway looked at the destination: the sender was not
+authenticated. A CONNECT with a handle is one for any unknown host, as no proof comes with it."""
 _SEGMENTS: Final = 2
 
 
-def counted(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """`[{agent, target, outcome, access, reason, label, count}]` of API Activity events, in the order of their firsts.
+def action_groups(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of API Activity events, by first event: `[{agent, target, outcome, access, reason, label, count}]`.
 
-    `reason` is the code of the first one: an action that several things stand against counts once. So does one of which
-    is told what came of it, too. An event that tells of several counts as many.
+    `reason` is the first reason code: an action with several reasons counts once. The answer to an action is not
+    counted. An event that stands for several actions counts as many.
     """
     counts: Counter[tuple[str | None, ...]] = Counter()
     for event in events:
         if "answer" not in event["unmapped"]:
-            counts[_common(event)] += int(event.get("count", 1))
+            counts[_group_key(event)] += int(event.get("count", 1))
     return [{**dict(zip(BY, common, strict=True)), "count": count} for common, count in counts.items()]
 
 
 def unknown_destinations(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """`[{scheme, host, port, method, path, target, count}]` of what was blocked because nobody knows what is there.
+    """Blocked requests to unknown destinations: `[{scheme, host, port, method, path, target, count}]`.
 
-    `path` is a prefix: what differs further down is counted together. `target` is None where no target is there at all.
+    `path` is a prefix of two segments. `target` is None if no target is registered at the destination.
     """
     counts: Counter[tuple[Any, ...]] = Counter()
     for event in events:
-        words = event["unmapped"]
-        went = words.get("destination")
-        if isinstance(went, dict) and _is_unknown(event):
-            said = [went.get(name) for name in ("scheme", "host", "port")]
-            path, method, target = went.get("path"), words.get("method"), words.get("target")
+        fields = event["unmapped"]
+        destination = fields.get("destination")
+        if isinstance(destination, dict) and _is_unknown(event):
+            origin = [destination.get(name) for name in ("scheme", "host", "port")]
+            path, method, target = destination.get("path"), fields.get("method"), fields.get("target")
             prefix = path_prefix(path) if isinstance(path, str) else None
-            counts[(*said, method, prefix, target)] += int(event.get("count", 1))
+            counts[(*origin, method, prefix, target)] += int(event.get("count", 1))
     return [{**dict(zip(WHERE, where, strict=True)), "count": count} for where, count in counts.items()]
 
 
 def path_prefix(path: str) -> str:
-    """The first segments of a path: `/repos/acme/*` of `/repos/acme/shop/issues`."""
+    """The first two segments of a path: `/repos/acme/*` for `/repos/acme/shop/issues`."""
     parts = path.split("/", _SEGMENTS + 1)
     return path if len(parts) <= _SEGMENTS + 1 else "/".join((*parts[:-1], "*"))
 
 
 def _is_unknown(event: Mapping[str, Any]) -> bool:
-    """Whether it was blocked for the lack of a target, or of a rule; or nobody even looked for one."""
-    words = event["unmapped"]
-    if words.get("outcome") == "allowed":
+    """Whether a request was blocked for lack of a target or rule, or before the gateway looked for one."""
+    fields = event["unmapped"]
+    if fields.get("outcome") == "allowed":
         return False
     code = event.get("status_code")
-    return code in UNKNOWN or (code in _UNHEARD and words.get("target") is None)
+    return code in UNKNOWN or (code in _BEFORE_DESTINATION and fields.get("target") is None)
 
 
-def _common(event: Mapping[str, Any]) -> tuple[str | None, ...]:
-    words = event["unmapped"]
-    said = {**{name: words.get(name) for name in BY}, "reason": event.get("status_code")}
-    if words.get("method") == "CONNECT":
-        said["access"] = None  # it is neither, whatever an older gateway took it for
-    return tuple(value if isinstance(value, str) else None for value in said.values())
+def _group_key(event: Mapping[str, Any]) -> tuple[str | None, ...]:
+    fields = event["unmapped"]
+    key = {**{name: fields.get(name) for name in BY}, "reason": event.get("status_code")}
+    if fields.get("method") == "CONNECT":
+        key["access"] = None  # CONNECT is neither, though older gateways reported a write
+    return tuple(value if isinstance(value, str) else None for value in key.values())

@@ -1,8 +1,8 @@
-"""How much of what was issued and done leads back to a human, by what audit verified. Pure: events in, counts out.
+"""The coverage report: how many leases and actions trace back to a human, by verified events. Pure.
 
-A lease leads back to a human where the record of its issue, the decision that it names, the agent's request in that
-decision, and the task were verified, say the same, and name a user on whose behalf it was. An action leads back where
-its lease does. What cannot be followed counts against.
+A lease traces back to a human if four records were verified and agree: its issue, the decision that it names, the
+agent's request in that decision, and the task; and if they name a user on whose behalf it was issued. An action traces
+back if its lease does. Whatever cannot be traced counts against.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ringfence.audit.index.store import ALLOWED, ENDED, ISSUED, CountedTrail
+from ringfence.audit.index.store import ALLOWED, ENDED, ISSUED, ReportQueries
 from ringfence.model.leases.lifecycle import CLOCKS_S, is_short_lived, is_task_bound
 
 Event = Mapping[str, Any]
 WENT_THROUGH: Final = ("action.allowed", "action.observed")
-"""What had an effect. What was blocked had none, and what came of an action is told of an action that is counted."""
+"""Event codes of actions with an effect. Blocked actions had none; answers belong to an action that is counted."""
 TASK_LOG: Final = "task"
 """`metadata.log_name` of the events about records of tasks."""
 FELL: Final = "record.revision_fell"
 OUTLIVED_S: Final = 300
-"""A lease whose end is not known so long after its deadline may stand still."""
+"""A lease without a known end this long after its deadline may still exist."""
 MAX_LISTED: Final = 100
-"""So many of what counts against are listed of one page."""
+"""At most so many untraced items are listed in one page."""
 
 _FAULTS: Final[Mapping[str, str]] = {
     "unreadable": "its event is none that audit writes",
@@ -43,80 +43,80 @@ _FAULTS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class LeaseBasis:
-    """What leases rest on, by lease, request and task."""
+    """The events that leases rest on: issues and ends by lease, decisions by request, task records by task."""
 
     issued: dict[str, Event] = field(default_factory=dict)
-    """The first there is."""
+    """The first issue of each lease."""
     ended: set[str] = field(default_factory=set)
     allowed: dict[str, list[Event]] = field(default_factory=dict)
     tasks: dict[str, Event] = field(default_factory=dict)
 
 
-def behind(trail: CountedTrail, leases: Iterable[str]) -> LeaseBasis:
-    """All that is needed to judge these leases."""
+def load_basis(trail: ReportQueries, leases: Iterable[str]) -> LeaseBasis:
+    """Load all events that are needed to trace these leases."""
     found = LeaseBasis()
-    for event in trail.behind(leases, (), ()):
-        _file(found, event)
-    words = [event["unmapped"] for event in found.issued.values()]
-    requests = {word["request"] for word in words if word.get("request")}
-    tasks = {word["task"] for word in words if word.get("task")}
-    for event in trail.behind((), requests, tasks):
-        _file(found, event)
+    for event in trail.basis_events(leases, (), ()):
+        _add_to_basis(found, event)
+    fields = [event["unmapped"] for event in found.issued.values()]
+    requests = {word["request"] for word in fields if word.get("request")}
+    tasks = {word["task"] for word in fields if word.get("task")}
+    for event in trail.basis_events((), requests, tasks):
+        _add_to_basis(found, event)
     return found
 
 
-def _file(found: LeaseBasis, event: Event) -> None:
-    words, code = event["unmapped"], event["metadata"].get("event_code")
+def _add_to_basis(found: LeaseBasis, event: Event) -> None:
+    fields, code = event["unmapped"], event["metadata"].get("event_code")
     if not _is_whole(event):
         return
     if code == ISSUED:
-        known = found.issued.get(words["lease"])
+        known = found.issued.get(fields["lease"])
         if known is None or _event_order(event) < _event_order(known):
-            found.issued[words["lease"]] = event
+            found.issued[fields["lease"]] = event
     elif code in ENDED:
-        found.ended.add(words["lease"])
+        found.ended.add(fields["lease"])
     elif code in ALLOWED:
-        found.allowed.setdefault(words["request"], []).append(event)
+        found.allowed.setdefault(fields["request"], []).append(event)
     elif event["metadata"].get("log_name") == TASK_LOG and code != FELL:
-        found.tasks[words["task"]] = event
+        found.tasks[fields["task"]] = event
 
 
 def lease_fault(issued: Event, found: LeaseBasis, is_user: Callable[[str], bool]) -> str | None:
-    """Why a lease does not lead back to a human, as a code, or None where it does."""
-    words = issued["unmapped"]
+    """Why a lease does not trace back to a human, as a code of `_FAULTS`; None if it does."""
+    fields = issued["unmapped"]
     if not _is_whole(issued):
         return "unreadable"
-    if not _by(issued):
+    if not _verified_by(issued):
         return "lease_unverified"
-    allowed = found.allowed.get(words.get("request", ""), [])
+    allowed = found.allowed.get(fields.get("request", ""), [])
     if not allowed:
         return "decision_missing"
     named = ("decision", "decision_digest")
-    decision = next((one for one in allowed if _by(one) and _same(one, issued, named)), None)
+    decision = next((one for one in allowed if _verified_by(one) and _agree(one, issued, named)), None)
     if decision is None:
         return "decision_differs"
     if "credential.request" not in decision["unmapped"]["verified"].get("embedded", ()):
         return "request_unverified"
-    if not _same(decision, issued, ("agent", "task")):
+    if not _agree(decision, issued, ("agent", "task")):
         return "decision_differs"
-    task = found.tasks.get(words.get("task", ""))
-    if task is None or not _by(task):
+    task = found.tasks.get(fields.get("task", ""))
+    if task is None or not _verified_by(task):
         return "task_missing"
-    on_behalf_of = words.get("on_behalf_of")
-    if not _same(task, issued, ("agent", "on_behalf_of")):
+    on_behalf_of = fields.get("on_behalf_of")
+    if not _agree(task, issued, ("agent", "on_behalf_of")):
         return "task_differs"
     return None if on_behalf_of and is_user(on_behalf_of) else "human_unknown"
 
 
 def action_fault(action: Event, found: LeaseBasis, is_user: Callable[[str], bool]) -> str | None:
-    """Why an action does not lead back to a human, as a code, or None where it does."""
-    words = action["unmapped"]
-    if not words.get("lease"):
+    """Why an action does not trace back to a human, as a code of `_FAULTS`; None if it does."""
+    fields = action["unmapped"]
+    if not fields.get("lease"):
         return "no_lease"
-    issued = found.issued.get(str(words["lease"]))
+    issued = found.issued.get(str(fields["lease"]))
     if issued is None:
         return "lease_unknown"
-    if issued["unmapped"].get("agent") != words.get("agent"):
+    if issued["unmapped"].get("agent") != fields.get("agent"):
         return "other_agent"
     if action["time"] / 1000 > issued["unmapped"]["deadline"] + CLOCKS_S:
         return "after_end"
@@ -131,30 +131,33 @@ def count_leases(
     now_s: float,
     short_s: int,
 ) -> dict[str, Any]:
-    """The sums over leases that were issued, and those that count against."""
+    """Count issued leases: totals, those that trace back, and lists of those that do not, or that are long-lived.
+
+    `now_s`: the present, in seconds since the epoch. `short_s`: the most that a short-lived lease lasts.
+    """
     sums: dict[str, Any] = dict.fromkeys(
         ("total", "traced", "short_lived", "task_bound", "both", "standing"), 0
     )
     against, standing = [], []
     for event in events:
-        words = event["unmapped"]
-        if found.issued.get(words.get("lease"), event)["metadata"]["uid"] != event["metadata"]["uid"]:
-            continue  # a revoker said it once more after Redis was lost
+        fields = event["unmapped"]
+        if found.issued.get(fields.get("lease"), event)["metadata"]["uid"] != event["metadata"]["uid"]:
+            continue  # a revoker repeated it after Redis was lost
         fault = lease_fault(event, found, is_user)
         sums["total"] += 1
         if fault == "unreadable":
-            against.append(_listed(event, fault, _FAULTS[fault]))
+            against.append(_list_entry(event, fault, _FAULTS[fault]))
             continue
-        since_s, until_s = event["time"] / 1000, words["deadline"]
+        since_s, until_s = event["time"] / 1000, fields["deadline"]
         short = is_short_lived(since_s, until_s, short_s)
         bound = is_task_bound(until_s, _task_end_s(event, found))
-        outlived = words["lease"] not in found.ended and now_s > until_s + OUTLIVED_S
+        outlived = fields["lease"] not in found.ended and now_s > until_s + OUTLIVED_S
         sums["traced"] += fault is None
         sums["short_lived"] += short
         sums["task_bound"] += bound
         sums["both"] += short and bound
         if fault is not None:
-            against.append(_listed(event, fault, _FAULTS[fault]))
+            against.append(_list_entry(event, fault, _FAULTS[fault]))
         why = [
             *([] if short else [f"it lives {round(until_s - since_s)} s"]),
             *([] if bound else ["it does not end with a task that is known"]),
@@ -162,51 +165,51 @@ def count_leases(
         ]
         if why:
             sums["standing"] += 1
-            standing.append(_listed(event, "standing", "; ".join(why)))
+            standing.append(_list_entry(event, "standing", "; ".join(why)))
     return {**sums, "against": against[:MAX_LISTED], "standing_leases": standing[:MAX_LISTED]}
 
 
 def count_actions(
     events: Sequence[Event], found: LeaseBasis, is_user: Callable[[str], bool]
 ) -> dict[str, Any]:
-    """The sums over actions that went through, and those that count against."""
+    """Count actions with an effect: the total, those that trace back, and a list of those that do not."""
     total, against = 0, []
     for event in went_through(events):
         total += 1
         fault = action_fault(event, found, is_user)
         if fault is not None:
-            against.append(_listed(event, fault, _FAULTS[fault]))
+            against.append(_list_entry(event, fault, _FAULTS[fault]))
     return {"total": total, "traced": total - len(against), "against": against[:MAX_LISTED]}
 
 
 def went_through(events: Iterable[Event]) -> list[Event]:
-    """Those of some events that are actions which had an effect."""
+    """The actions with an effect among these events."""
     return [event for event in events if event["metadata"].get("event_code") in WENT_THROUGH]
 
 
-def _listed(event: Event, code: str, why: str) -> dict[str, Any]:
-    words = event["unmapped"]
+def _list_entry(event: Event, code: str, why: str) -> dict[str, Any]:
+    fields = event["unmapped"]
     named = ("agent", "sponsor", "on_behalf_of", "task", "request", "lease", "target", "action")
-    return {"at_ms": event["time"], "code": code, "why": why, **{name: words.get(name) for name in named}}
+    return {"at_ms": event["time"], "code": code, "why": why, **{name: fields.get(name) for name in named}}
 
 
 def _is_whole(event: Event) -> bool:
-    """False for what audit did not write: the topic is only as good as its ACL."""
-    words, ids = event["unmapped"], ("lease", "request", "task", "agent", "on_behalf_of")
-    if not isinstance(words.get("verified"), Mapping) or not all(
-        isinstance(words.get(name, ""), str) for name in ids
+    """False for events that audit did not write: the topic is only as good as its ACL."""
+    fields, ids = event["unmapped"], ("lease", "request", "task", "agent", "on_behalf_of")
+    if not isinstance(fields.get("verified"), Mapping) or not all(
+        isinstance(fields.get(name, ""), str) for name in ids
     ):
         return False
     code = event["metadata"].get("event_code")
     needs = "lease" if code == ISSUED or code in ENDED else "request" if code in ALLOWED else "task"
-    return needs in words and (code != ISSUED or isinstance(words.get("deadline"), int))
+    return needs in fields and (code != ISSUED or isinstance(fields.get("deadline"), int))
 
 
-def _by(event: Event) -> Any:
+def _verified_by(event: Event) -> Any:
     return event["unmapped"]["verified"].get("by")
 
 
-def _same(one: Event, other: Event, names: Iterable[str]) -> bool:
+def _agree(one: Event, other: Event, names: Iterable[str]) -> bool:
     return all(one["unmapped"].get(name) == other["unmapped"].get(name) for name in names)
 
 
@@ -214,7 +217,7 @@ def _task_end_s(issued: Event, found: LeaseBasis) -> float | None:
     task = found.tasks.get(issued["unmapped"].get("task", ""))
     end = (
         task.get("entity_result", {}).get("data", {}).get("not_after")
-        if task is not None and _by(task)
+        if task is not None and _verified_by(task)
         else None
     )
     return end if isinstance(end, int) else None

@@ -1,4 +1,4 @@
-"""What events are narrowed down by when somebody asks for them, as conditions over the index."""
+"""Filters over audit events: parsed from the query parameters of the HTTP API, rendered as SQL conditions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from ringfence.kernel.service.http import number_in
 
 _EQUAL = ("agent", "task", "request", "lease", "target", "sponsor", "on_behalf_of", "class_uid", "status")
 _NO_OTHER_ORDER = frozenset({"agent", "task", "request", "lease", "on_behalf_of", "class_uid"})
-"""Where an index gives the events in the order of their numbers, if it gives them at all."""
+"""Columns whose index returns events ordered by `seq`."""
 _LIKE = str.maketrans({"%": r"\%", "_": r"\_", "\\": r"\\"})
+_MAX_CODES = 50
+_STATUSES = {"success": 1, "failure": 2, "other": 99}
+_SEVERITIES = {"informational": 1, "low": 2, "medium": 3, "high": 4, "critical": 5}
 
 
 @dataclass(frozen=True, slots=True)
 class EventFilter:
-    """All of these have to be so; None is no condition."""
+    """Conditions on an event, all of which must hold; None is no condition."""
 
     agent: str | None = None
     task: str | None = None
@@ -33,16 +36,16 @@ class EventFilter:
     severity: int | None = None
     """At least this `severity_id`."""
     codes: tuple[str, ...] = ()
-    """One of these is its `event_code`; a `*` at the end stands for whatever follows."""
+    """One of these matches its `event_code`; a `*` at the end matches any suffix."""
 
     def where(self) -> tuple[list[str], dict[str, Any]]:
-        """Conditions in SQL, and the values of their parameters. None of them asks for an index over times."""
+        """SQL conditions and the values of their parameters. None of them uses an index over times."""
         conditions: list[str] = []
         values: dict[str, Any] = {}
         for name in _EQUAL:
             value = getattr(self, name)
             if value is not None:
-                # A plus sign keeps SQLite from an index that would give the events in another order.
+                # A plus sign keeps SQLite from an index that returns events in another order.
                 conditions.append(f"{'' if name in _NO_OTHER_ORDER else '+'}{name} = :{name}")
                 values[name] = value
         if self.severity is not None:
@@ -57,8 +60,8 @@ class EventFilter:
         return conditions, values
 
     @property
-    def looks_at_all(self) -> bool:
-        """Whether no index leads to what is wanted, so that others have to be looked at on the way."""
+    def needs_scan(self) -> bool:
+        """Whether no index serves the filter, so that events must be scanned."""
         return any(
             getattr(self, name) is not None for name in ("target", "sponsor", "status", "severity")
         ) or bool(self.codes)
@@ -71,15 +74,8 @@ def _pattern(code: str) -> str:
     return code.removesuffix("*").translate(_LIKE) + ("%" if code.endswith("*") else "")
 
 
-# What the queries of audit's HTTP say: numbers, and what events are narrowed down by.
-
-_MAX_CODES = 50
-_STATUSES = {"success": 1, "failure": 2, "other": 99}
-_SEVERITIES = {"informational": 1, "low": 2, "medium": 3, "high": 4, "critical": 5}
-
-
-def wanted_of(request: Request) -> EventFilter:
-    """What the query of a request narrows events down by. Raises WrongQueryError."""
+def filter_of(request: Request) -> EventFilter:
+    """The event filter in the query of a request. Raises WrongQueryError."""
     query = request.query_params
     class_uid = query.get("class")
     if class_uid is not None and not class_uid.isdecimal():
@@ -105,7 +101,7 @@ def wanted_of(request: Request) -> EventFilter:
 
 
 def limit_of(request: Request, default: int, most: int) -> int:
-    """The parameter `limit`. Raises WrongQueryError."""
+    """The query parameter `limit`, from 1 to `most`. Raises WrongQueryError."""
     text = request.query_params.get("limit", str(default))
     number = number_in(text, 1, most)
     if number is None:
@@ -114,7 +110,7 @@ def limit_of(request: Request, default: int, most: int) -> int:
 
 
 def number_of(request: Request, name: str, default: int, most: int) -> int:
-    """A parameter that is a number. Raises WrongQueryError."""
+    """A query parameter that is a number from 0 to `most`. Raises WrongQueryError."""
     text = request.query_params.get(name, str(default))
     number = number_in(text, 0, most)
     if number is None:

@@ -1,4 +1,13 @@
-"""The index over the `audit` topic that traces are built from. It can be lost: the topic has everything."""
+"""The index over the `audit` topic, in SQLite. It serves traces, pages, reports and exports.
+
+The index can be lost: it is built anew from the topic at each start. Cursors of pages and reports name the *epoch* of
+one such build; cursors of exports name a time and uid, and hold in every build.
+
+The uid of an event can be predicted, so a stranger may write another event with the same uid first. The index keeps
+both: the second one's column `conflict` holds its digest (empty otherwise).
+
+Queries are bounded by the number of rows that they scan, not by the number of results, so none takes long.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +20,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import orjson
 
-from ringfence.audit.events.break_glass import USED, take_in
+from ringfence.audit.events.break_glass import USED, add_uses
 from ringfence.audit.events.ocsf import DETECTION_FINDING, ENTITY_MANAGEMENT
 from ringfence.audit.index.filters import NO_FILTER, EventFilter
 from ringfence.audit.index_files import new_database
@@ -27,42 +36,42 @@ log = logging.getLogger(__name__)
 ISSUED = "credential.issued"
 ENDED = ("credential.released", "credential.revoked", "lease.expired", "credential.aborted")
 ALLOWED = ("request.allowed", "break_glass.used")
-StoryKind = Literal["lease", "request", "task", "agent", "user"]
-STORY_KINDS: tuple[StoryKind, ...] = get_args(StoryKind)
+TraceKind = Literal["lease", "request", "task", "agent", "user"]
+TRACE_KINDS: tuple[TraceKind, ...] = get_args(TraceKind)
 
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """Whose eyes a query is for: those of a person, and of the sponsor of these agents. None sees everything."""
+    """The access scope of a query: a user, and the agents that they sponsor. No viewer (None) sees everything."""
 
     user_id: str
     agents: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class EventStory:
-    """The events that belong to something, oldest first. `truncated`: there is more than was asked for."""
+class EventTrace:
+    """The events of one lease, request, task, agent or user, oldest first. `truncated`: more exist than the limit."""
 
-    kind: StoryKind
+    kind: TraceKind
     id: str
     events: list[dict[str, Any]]
     truncated: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
-    """Some events, oldest first, and the cursor to go on from."""
+class EventPage:
+    """A page of events, oldest first, and the cursor of the next page."""
 
     events: list[dict[str, Any]]
     cursor: str
 
 
 @dataclass(frozen=True, slots=True)
-class Actions:
-    """Some actions, or issues, of a span of time, oldest first: the events of those that may be seen.
+class ActionPage:
+    """A page of actions or issues in a span of time, oldest first: the events that the viewer may see.
 
-    `looked_at_ms` are the times of the first and last that were looked at, None where there were none; `cursor` is
-    where to go on from, None at the end.
+    `looked_at_ms`: times of the first and last event scanned, None if there were none. `cursor`: of the next page, None
+    at the end.
     """
 
     events: list[dict[str, Any]]
@@ -71,11 +80,11 @@ class Actions:
 
 
 @dataclass(frozen=True, slots=True)
-class Copies:
-    """Some events of a span of time as they stand on the topic, to the byte, by time and uid.
+class ExportPage:
+    """A page of an export: the bytes of events as on the topic, ordered by time and uid.
 
-    `looked_at_ms` is the time of the last that was looked at, None where there was none; `cursor` is where to go on
-    from, None at the end. It holds whenever the index is built anew.
+    `looked_at_ms`: time of the last event scanned, None if there was none. `cursor`: of the next page, None at the end;
+    it stays valid when the index is built anew.
     """
 
     events: list[bytes]
@@ -83,8 +92,8 @@ class Copies:
     cursor: str | None
 
 
-class CountedTrail(Protocol):
-    """What actions and credentials are counted by."""
+class ReportQueries(Protocol):
+    """The queries of the reports."""
 
     def actions(
         self,
@@ -93,75 +102,75 @@ class CountedTrail(Protocol):
         after: str | None,
         limit: int,
         **filters: str | None,
-    ) -> Actions:
-        """Actions through gateways; `limit` are looked at. `filters`: agent, target. Raises CursorLostError."""
+    ) -> ActionPage:
+        """Actions through gateways; `limit` are scanned. `filters`: agent, target. Raises CursorLostError."""
         ...
 
     def issued(
         self, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
-    ) -> Actions:
-        """Issues of credentials, as `actions` gives actions. Raises CursorLostError."""
+    ) -> ActionPage:
+        """Issues of credentials; `limit` are scanned. Raises CursorLostError."""
         ...
 
     def at_target(
         self, target: str, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
-    ) -> Actions:
-        """Actions at a target, and issues of credentials for it, as `actions` gives them. Raises CursorLostError."""
+    ) -> ActionPage:
+        """Actions at a target, and issues of credentials for it; `limit` are scanned. Raises CursorLostError."""
         ...
 
-    def behind(
+    def basis_events(
         self, leases: Iterable[str], requests: Iterable[str], tasks: Iterable[str]
     ) -> list[dict[str, Any]]:
-        """Issues and ends of these leases, what allowed these requests, and what changed these tasks."""
+        """Issues and ends of these leases, decisions that allowed these requests, and records of these tasks."""
         ...
 
 
-class EventIndex(CountedTrail, Protocol):
-    """Finds audit events again."""
+class EventIndex(ReportQueries, Protocol):
+    """The index over audit events."""
 
     def add(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
-        """Take in what came from the `audit` topic. The same event twice counts once; what is no event is skipped.
+        """Index records of the `audit` topic. A repeated event counts once; a record that is no event is skipped.
 
-        Of two with one uid that say different things one was made up, as its uid can be told ahead: both are found.
+        Of two different events with one uid, one is forged, as uids can be predicted: both are indexed.
 
-        `events`: the JSON of each, where it is parsed already.
+        `events`: the parsed JSON of each record, if the caller has it.
         """
         ...
 
-    def story(self, id: str, kind: StoryKind | None, viewer: Viewer | None, limit: int) -> EventStory | None:
-        """The events of what has this id; at most `limit` requests, the latest. None where there is nothing to see."""
+    def trace(self, id: str, kind: TraceKind | None, viewer: Viewer | None, limit: int) -> EventTrace | None:
+        """The events of the object with this id: its latest `limit` requests. None if the viewer may see none."""
         ...
 
     def page(
-        self, viewer: Viewer | None, after: str | None, limit: int, wanted: EventFilter = NO_FILTER
-    ) -> Page:
-        """Events after a cursor, or the latest ones.
+        self, viewer: Viewer | None, after: str | None, limit: int, event_filter: EventFilter = NO_FILTER
+    ) -> EventPage:
+        """Events after a cursor, or the latest ones; at most `limit`.
 
-        Where no index leads to what is `wanted`, a bounded number is looked at: the cursor is then past those.
+        If no index serves the filter, a bounded number of events is scanned, and the cursor is past those.
         """
         ...
 
-    def copies(
+    def export(
         self,
         viewer: Viewer | None,
         span_ms: tuple[int, int],
         after: str | None,
         limit: int,
-        wanted: EventFilter = NO_FILTER,
-    ) -> Copies:
-        """Events of a span, at most `limit`, of a bounded number that are looked at. Raises CursorLostError."""
+        event_filter: EventFilter = NO_FILTER,
+    ) -> ExportPage:
+        """At most `limit` events of a span, out of a bounded number scanned. Raises CursorLostError."""
         ...
 
     def events(self, uid: str, viewer: Viewer | None) -> list[bytes]:
-        """The event as it stands on the topic, to the byte, and whatever else stands there by its uid."""
+        """The bytes of the event with this uid as on the topic, and of others that claim the same uid."""
         ...
 
     def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
-        """All Detection Findings, oldest first: uses of break glass, and their reviews."""
+        """All Detection Findings, oldest first; uses of break glass and their reviews among them."""
         ...
 
     def use_of_break_glass(self, request_id: str) -> Mapping[str, Any] | None:
-        """The words of the event about a use of break glass, or None where there is none."""
+        """The `unmapped` fields of a use of break glass by its request's id, or None if there is none."""
         ...
 
 
@@ -170,7 +179,7 @@ CREATE TABLE event (
     seq INTEGER PRIMARY KEY, uid TEXT NOT NULL, time INTEGER NOT NULL, class_uid INTEGER NOT NULL, code TEXT,
     request TEXT, lease TEXT, task TEXT, agent TEXT, target TEXT, sponsor TEXT, on_behalf_of TEXT, revocation TEXT,
     parent TEXT, above TEXT, status INTEGER, severity INTEGER, message TEXT NOT NULL, json BLOB NOT NULL,
-    twin TEXT NOT NULL, UNIQUE (uid, twin)
+    conflict TEXT NOT NULL, UNIQUE (uid, conflict)
 );
 CREATE INDEX event_request ON event (request, code) WHERE request IS NOT NULL;
 CREATE INDEX event_lease ON event (lease, code) WHERE lease IS NOT NULL;
@@ -183,18 +192,18 @@ CREATE INDEX event_finding ON event (seq) WHERE class_uid = 2004;
 CREATE INDEX event_action ON event (time) WHERE class_uid = 6003;
 CREATE INDEX event_issued ON event (time) WHERE code = 'credential.issued';
 CREATE INDEX event_at_target ON event (target, time) WHERE code = 'credential.issued' OR class_uid = 6003;
-CREATE INDEX event_time ON event (time, uid, twin);
+CREATE INDEX event_time ON event (time, uid, conflict);
 """
 _INSERT = """
 INSERT OR IGNORE INTO event (
     seq, uid, time, class_uid, code,
     request, lease, task, agent, target, sponsor, on_behalf_of, revocation, parent, above, status, severity,
-    message, json, twin
+    message, json, conflict
 ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _IDS = ("request", "lease", "task", "agent", "target", "sponsor", "on_behalf_of", "revocation", "parent")
 _CACHE_KIB = 64 * 1024
-"""Of pages in memory: ids are random, so each event touches some pages of every index."""
+"""Page cache in KiB. Ids are random, so each event touches some pages of every index."""
 _OPENING = f"""
 PRAGMA page_size = 8192;
 PRAGMA locking_mode = EXCLUSIVE;
@@ -204,14 +213,14 @@ PRAGMA cache_size = {-_CACHE_KIB};
 {_SCHEMA}
 BEGIN;
 """
-"""Nobody else opens the file, and what it holds is the topic's business: a torn file is thrown away at the next start
-anyway. So all is one transaction that is never committed: pages are written when the cache is full, and not each time
-that something on them changes."""
+"""One transaction that is never committed: SQLite writes pages when the cache is full, not at each change to them.
+
+No other process opens the file, and a torn file does no harm: the next start deletes it and reads the topic again."""
 _MOST_ROWS = 20_000
 _WINDOW = 50_000
-"""So many events are looked at for those that no index leads to."""
+"""So many events are scanned for a page, if no index serves its filter."""
 _COPIED_AT_ONCE, _COPIED_BYTES = 5000, 4 * 1024 * 1024
-"""So many events are looked at, and so many bytes are given, for one page of copies."""
+"""The most events scanned, and bytes returned, for one page of an export."""
 _SEEN = (
     "(sponsor = :viewer OR on_behalf_of = :viewer OR "
     "agent IN (SELECT value FROM json_each(:agents)) OR (above IS NOT NULL AND "
@@ -220,10 +229,10 @@ _SEEN = (
 
 
 class SqliteIndex:
-    """`EventIndex` in SQLite: in memory, or in a file so that it need not fit there. Built anew at each start."""
+    """`EventIndex` in SQLite, in memory or in a file."""
 
     def __init__(self, file: Path | None) -> None:
-        """Raises OSError, NotPrivateError."""
+        """`file`: None for memory. Raises OSError, NotPrivateError."""
         self._db = new_database(file)
         self._db.executescript(_OPENING)
         self._epoch = secrets.token_hex(4)
@@ -243,7 +252,7 @@ class SqliteIndex:
         for record, event in zip(
             records, events or (loaded(record.value) for record in records), strict=True
         ):
-            row = _row(event, record.value, self._seq + 1)
+            row = _event_row(event, record.value, self._seq + 1)
             if row is None:
                 log.warning(
                     "no event at %s/%d@%d",
@@ -258,44 +267,44 @@ class SqliteIndex:
             if event["class_uid"] == DETECTION_FINDING:
                 findings.append(event)
         if self._db.executemany(_INSERT, rows).rowcount < len(rows):
-            self._add_twins(rows)
+            self._add_conflicts(rows)
         if findings:
-            take_in(self._uses, findings)
+            add_uses(self._uses, findings)
             unreviewed = sum(use["review"] is None for use in self._uses.values())
             metrics.BREAK_GLASS_UNREVIEWED.set(unreviewed)
 
-    def _add_twins(self, rows: Iterable[tuple[Any, ...]]) -> None:
-        """Of what was known by its uid, take in what says something else: a uid that was made up hides no event."""
+    def _add_conflicts(self, rows: Iterable[tuple[Any, ...]]) -> None:
+        """Index rows whose uid is known with other contents: a forged uid must not hide an event."""
         for row in rows:
             seq, uid, json = row[0], row[1], row[-2]
-            query = "SELECT seq, json FROM event WHERE uid = ? AND twin = ''"
+            query = "SELECT seq, json FROM event WHERE uid = ? AND conflict = ''"
             first, known = self._db.execute(query, (uid,)).fetchone()
             if first != seq and (mark := mark_of(orjson.loads(json))) != mark_of(orjson.loads(known)):
                 self._db.execute(_INSERT, (*row[:-1], mark.hex()))
 
-    # --- asking ---
+    # --- queries ---
 
-    def story(self, id: str, kind: StoryKind | None, viewer: Viewer | None, limit: int) -> EventStory | None:
+    def trace(self, id: str, kind: TraceKind | None, viewer: Viewer | None, limit: int) -> EventTrace | None:
         """See `EventIndex`."""
-        for candidate in (kind,) if kind is not None else STORY_KINDS:
-            story = self._story_of(candidate, id, viewer, limit)
-            if story is not None:
-                return story
+        for candidate in (kind,) if kind is not None else TRACE_KINDS:
+            trace = self._trace_of(candidate, id, viewer, limit)
+            if trace is not None:
+                return trace
         return None
 
     def page(
-        self, viewer: Viewer | None, after: str | None, limit: int, wanted: EventFilter = NO_FILTER
-    ) -> Page:
+        self, viewer: Viewer | None, after: str | None, limit: int, event_filter: EventFilter = NO_FILTER
+    ) -> EventPage:
         """See `EventIndex`."""
-        where, values = self._visible(viewer)
-        conditions, more = wanted.where()
+        where, values = self._visible_to(viewer)
+        conditions, more = event_filter.where()
         where += conditions
         values |= more
         start, values_of_start = self._start(after)
         if start:
             where.append(start)
             values |= values_of_start
-        end = self._window(start, values) if wanted.looks_at_all else None
+        end = self._window(start, values) if event_filter.needs_scan else None
         if end is not None:
             where.append("seq > :from AND seq <= :end")
             values |= end
@@ -312,9 +321,9 @@ class SqliteIndex:
                 "SELECT seq, time FROM event WHERE seq <= ? ORDER BY seq DESC LIMIT 1", (end["end"],)
             ).fetchone()
             if last is not None:
-                return Page([orjson.loads(row[2]) for row in rows], f"{self._epoch}.{last[0]}.{last[1]}")
+                return EventPage([orjson.loads(row[2]) for row in rows], f"{self._epoch}.{last[0]}.{last[1]}")
         cursor = f"{self._epoch}.{rows[-1][0]}.{rows[-1][1]}" if rows else after or f"{self._epoch}.0.0"
-        return Page([orjson.loads(row[2]) for row in rows], cursor)
+        return EventPage([orjson.loads(row[2]) for row in rows], cursor)
 
     def actions(
         self,
@@ -323,97 +332,100 @@ class SqliteIndex:
         after: str | None,
         limit: int,
         **filters: str | None,
-    ) -> Actions:
-        """See `EventIndex`. What is looked at is bounded, and not what is found: a question must not take long."""
-        wanted, values = self._visible(viewer)
+    ) -> ActionPage:
+        """See `EventIndex`."""
+        conditions, values = self._visible_to(viewer)
         for name in ("agent", "target"):
             if filters.get(name) is not None:
-                wanted.append(f"{name} = :{name}")
+                conditions.append(f"{name} = :{name}")
                 values[name] = filters[name]
-        return self._span("event_action", "class_uid = 6003", wanted, values, span_ms, after, limit)
+        return self._span("event_action", "class_uid = 6003", conditions, values, span_ms, after, limit)
 
     def issued(
         self, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
-    ) -> Actions:
+    ) -> ActionPage:
         """See `EventIndex`."""
-        wanted, values = self._visible(viewer)
-        return self._span("event_issued", "code = 'credential.issued'", wanted, values, span_ms, after, limit)
+        conditions, values = self._visible_to(viewer)
+        return self._span(
+            "event_issued", "code = 'credential.issued'", conditions, values, span_ms, after, limit
+        )
 
     def at_target(
         self, target: str, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
-    ) -> Actions:
+    ) -> ActionPage:
         """See `EventIndex`."""
-        wanted, values = self._visible(viewer)
+        conditions, values = self._visible_to(viewer)
         condition = "(code = 'credential.issued' OR class_uid = 6003) AND target = :target"
         values |= {"target": target}
-        return self._span("event_at_target", condition, wanted, values, span_ms, after, limit)
+        return self._span("event_at_target", condition, conditions, values, span_ms, after, limit)
 
-    def copies(
+    def export(
         self,
         viewer: Viewer | None,
         span_ms: tuple[int, int],
         after: str | None,
         limit: int,
-        wanted: EventFilter = NO_FILTER,
-    ) -> Copies:
-        """See `EventIndex`. Its cursor is a place in time: it stands for the same events in every index."""
-        where, values = self._visible(viewer)
-        conditions, more = wanted.where()
-        time, uid, twin = _moment(after) if after is not None else (span_ms[0], "", "")
+        event_filter: EventFilter = NO_FILTER,
+    ) -> ExportPage:
+        """See `EventIndex`."""
+        where, values = self._visible_to(viewer)
+        conditions, more = event_filter.where()
+        time, uid, conflict = _export_position(after) if after is not None else (span_ms[0], "", "")
+        visible = " AND ".join([*where, *conditions]) or "1"
         rows = self._db.execute(
-            f"SELECT time, uid, twin, CASE WHEN {' AND '.join([*where, *conditions]) or '1'} THEN json END FROM event "  # noqa: S608 - own names
-            "INDEXED BY event_time WHERE (time, uid, twin) > (:time, :uid, :twin) AND time <= :until "
-            "ORDER BY time, uid, twin LIMIT :most",
+            f"SELECT time, uid, conflict, CASE WHEN {visible} THEN json END FROM event "  # noqa: S608 - own names
+            "INDEXED BY event_time WHERE (time, uid, conflict) > (:time, :uid, :conflict) AND time <= :until "
+            "ORDER BY time, uid, conflict LIMIT :most",
             {
                 **values,
                 **more,
                 "time": time,
                 "uid": uid,
-                "twin": twin,
+                "conflict": conflict,
                 "until": span_ms[1],
                 "most": _COPIED_AT_ONCE,
             },
         )
         found: list[bytes] = []
         looked_at = size = 0
-        for time, uid, twin, json in rows:
+        for time, uid, conflict, json in rows:
             looked_at += 1
             if json is not None:
                 found.append(bytes(json))
                 size += len(json)
             if len(found) == limit or size > _COPIED_BYTES or looked_at == _COPIED_AT_ONCE:
-                return Copies(found, time, f"{time}.{uid}" + (f"#{twin}" if twin else ""))
-        return Copies(found, time if looked_at else None, None)
+                return ExportPage(found, time, f"{time}.{uid}" + (f"#{conflict}" if conflict else ""))
+        return ExportPage(found, time if looked_at else None, None)
 
-    def behind(
+    def basis_events(
         self, leases: Iterable[str], requests: Iterable[str], tasks: Iterable[str]
     ) -> list[dict[str, Any]]:
         """See `EventIndex`."""
         found: dict[str, tuple[int, bytes]] = {}
-        self._collect(found, "lease", leases, f"code IN ({_quoted((ISSUED, *ENDED))})")
-        self._collect(found, "request", requests, f"code IN ({_quoted(ALLOWED)})")
+        self._collect(found, "lease", leases, f"code IN ({_sql_list((ISSUED, *ENDED))})")
+        self._collect(found, "request", requests, f"code IN ({_sql_list(ALLOWED)})")
         self._collect(found, "task", tasks, "request IS NULL", f"class_uid = {ENTITY_MANAGEMENT}")
         return [orjson.loads(json) for _, json in found.values()]
 
     def events(self, uid: str, viewer: Viewer | None) -> list[bytes]:
         """See `EventIndex`."""
-        where, values = self._visible(viewer)
+        where, values = self._visible_to(viewer)
         condition = " AND ".join(("uid = :uid", *where))
         query = f"SELECT json FROM event WHERE {condition} ORDER BY seq"  # noqa: S608 - own names
         return [bytes(row[0]) for row in self._db.execute(query, {**values, "uid": uid})]
 
     def has(self, uid: str) -> bool:
-        """Whether this event is there."""
+        """Whether an event with this uid is indexed."""
         return self._db.execute("SELECT 1 FROM event WHERE uid = ?", (uid,)).fetchone() is not None
 
-    def tells(self, kind: Literal["request", "lease"], id: str, codes: Sequence[str]) -> bool:
-        """Whether there is an event with one of these codes about a request or a lease."""
-        query = f"SELECT 1 FROM event WHERE {kind} = ? AND code IN ({_quoted(codes)}) LIMIT 1"  # noqa: S608 - own names
+    def has_event(self, kind: Literal["request", "lease"], id: str, codes: Sequence[str]) -> bool:
+        """See `TrailQueries` of detections."""
+        query = f"SELECT 1 FROM event WHERE {kind} = ? AND code IN ({_sql_list(codes)}) LIMIT 1"  # noqa: S608 - own names
         return self._db.execute(query, (id,)).fetchone() is not None
 
-    def over(self, lease: str, ends: Collection[str]) -> tuple[str, int] | None:
-        """The earliest moment at which a lease was over, by an event with a code of `ends` or by its deadline."""
-        codes = _quoted((*ends, ISSUED))
+    def ended_at(self, lease: str, ends: Collection[str]) -> tuple[str, int] | None:
+        """See `TrailQueries` of detections."""
+        codes = _sql_list((*ends, ISSUED))
         query = f"SELECT uid, code, time, json FROM event WHERE lease = ? AND code IN ({codes})"  # noqa: S608 - own names
         found: list[tuple[int, str]] = []
         for uid, code, time_ms, text in self._db.execute(query, (lease,)):
@@ -424,7 +436,7 @@ class SqliteIndex:
 
     def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
         """See `EventIndex`."""
-        where, values = self._visible(viewer)
+        where, values = self._visible_to(viewer)
         condition = " AND ".join(("class_uid = 2004", *where))
         query = f"SELECT json FROM event WHERE {condition} ORDER BY seq"  # noqa: S608 - own names
         return [orjson.loads(row[0]) for row in self._db.execute(query, values)]
@@ -435,44 +447,44 @@ class SqliteIndex:
         for row in self._db.execute(query, (request_id,)):
             event: dict[str, Any] = orjson.loads(row[0])
             if event["metadata"].get("event_code") == USED.code:
-                words: dict[str, Any] = event["unmapped"]
-                return words
+                fields: dict[str, Any] = event["unmapped"]
+                return fields
         return None
 
     def _span(
         self,
         index: str,
         condition: str,
-        wanted: Sequence[str],
+        conditions: Sequence[str],
         values: dict[str, Any],
         span_ms: tuple[int, int],
         after: str | None,
         limit: int,
-    ) -> Actions:
-        """Events of a kind, by the index over their times; those that are wanted of the `limit` that are looked at."""
+    ) -> ActionPage:
+        """Scan `limit` events of a kind by time, and return those that match `conditions`."""
         seq, time = self._position_of(after) if after is not None else (0, span_ms[0])
         rows = self._db.execute(
-            f"SELECT seq, time, CASE WHEN {' AND '.join(wanted) or '1'} THEN json END FROM event "  # noqa: S608 - own names
+            f"SELECT seq, time, CASE WHEN {' AND '.join(conditions) or '1'} THEN json END FROM event "  # noqa: S608 - own names
             f"INDEXED BY {index} WHERE {condition} AND (time, seq) > (:time, :seq) AND time <= :until "
             "ORDER BY time, seq LIMIT :limit",
             {**values, "time": time, "seq": seq, "until": span_ms[1], "limit": limit},
         ).fetchall()
         cursor = f"{self._epoch}.{rows[-1][0]}.{rows[-1][1]}" if len(rows) == limit else None
         looked_at_ms = (rows[0][1], rows[-1][1]) if rows else None
-        return Actions([orjson.loads(row[2]) for row in rows if row[2] is not None], looked_at_ms, cursor)
+        return ActionPage([orjson.loads(row[2]) for row in rows if row[2] is not None], looked_at_ms, cursor)
 
     def _start(self, after: str | None) -> tuple[str, dict[str, Any]]:
-        """Where a cursor points to. One from before a restart is taken by its time: some events may come again."""
+        """The SQL condition of a cursor. A cursor of an earlier build goes by its time: some events may repeat."""
         if after is None:
             return "", {}
         epoch, seq, time = [*after.split("."), "", ""][:3]
-        if epoch == self._epoch and _is_number(seq):
+        if epoch == self._epoch and _is_int64_text(seq):
             return "seq > :seq", {"seq": int(seq)}
         # In the order of seq: a plus sign keeps SQLite from the index over times.
-        return "+time >= :time", {"time": int(time) if _is_number(time) else 0}
+        return "+time >= :time", {"time": int(time) if _is_int64_text(time) else 0}
 
     def _window(self, start: str, values: Mapping[str, Any]) -> dict[str, int] | None:
-        """Which events are looked at: the latest, or those that follow; None after a restart, as that goes by time."""
+        """The events to scan: the latest, or those after the cursor; None for a cursor of an earlier build."""
         if not start:
             return {"from": self._seq - _WINDOW, "end": self._seq}
         if "seq" not in values:
@@ -480,45 +492,45 @@ class SqliteIndex:
         return {"from": values["seq"], "end": min(values["seq"] + _WINDOW, self._seq)}
 
     def _position_of(self, cursor: str) -> tuple[int, int]:
-        """Sequence number and time of the last that was looked at. Raises CursorLostError."""
+        """Sequence number and time of the last event scanned. Raises CursorLostError."""
         epoch, seq, time = [*cursor.split("."), "", ""][:3]
-        if epoch != self._epoch or not (_is_number(seq) and _is_number(time)):
+        if epoch != self._epoch or not (_is_int64_text(seq) and _is_int64_text(time)):
             raise CursorLostError("audit built its index anew meanwhile; ask again from the beginning")
         return int(seq), int(time)
 
-    def _story_of(self, kind: StoryKind, id: str, viewer: Viewer | None, limit: int) -> EventStory | None:
-        # A person is the root of what was done on their behalf.
+    def _trace_of(self, kind: TraceKind, id: str, viewer: Viewer | None, limit: int) -> EventTrace | None:
+        # A user is the root of everything that was done on their behalf.
         column = "on_behalf_of" if kind == "user" else kind
-        where, values = self._visible(viewer)
+        where, values = self._visible_to(viewer)
         where.append(f"{column} = :id")
         values |= {"id": id, "more": limit + 1}
         condition = " AND ".join(where)
         requests = self._latest("request", condition, values)
         tasks = self._latest("task", condition, values)
-        # Neither: something that no request came of yet, such as an agent that was only registered.
+        # Neither: an object without requests yet, such as an agent that was only registered.
         if not requests and not tasks and not self._any(condition, values):
             return None
-        if kind == "task":  # and what was handed on of it
-            parts = self._all_along("task", "parent", tasks)
+        if kind == "task":  # and the tasks that were delegated from it
+            parts = self._reachable("task", "parent", tasks)
             tasks, requests = [*tasks, *parts], [*requests, *self._values("request", "task", parts)]
         truncated = len(requests) > limit or len(tasks) > limit
         requests, tasks = requests[:limit], tasks[:limit]
         found: dict[str, tuple[int, bytes]] = {}
         self._collect(found, "request", requests)
         tasks = [*tasks, *self._values("task", "request", requests)]
-        tasks = sorted({*tasks, *self._all_along("parent", "task", tasks)})
+        tasks = sorted({*tasks, *self._reachable("parent", "task", tasks)})
         self._collect(found, "task", tasks, "request IS NULL")
         leases = self._values("lease", "request", requests)
         self._collect(found, "lease", leases, "request IS NULL")
-        # The orders, and what confirmed them: a switch has ended leases of others as well.
+        # Revocations and their acknowledgements: a kill switch has ended leases of others as well.
         self._collect(found, "revocation", self._values("revocation", "request", requests), "lease IS NULL")
         if kind == "agent":
-            seen, seen_values = self._visible(viewer)
+            seen, seen_values = self._visible_to(viewer)
             self._collect(found, "agent", [id], "request IS NULL", "task IS NULL", *seen, **seen_values)
         rows = sorted(found.items(), key=lambda item: item[1][0])
-        return EventStory(kind, id, [orjson.loads(row[1][1]) for row in rows], truncated)
+        return EventTrace(kind, id, [orjson.loads(row[1][1]) for row in rows], truncated)
 
-    # Columns and conditions in the queries below are this file's own words; values are parameters.
+    # Columns and conditions in the queries below are constants of this file; values are parameters.
 
     def _latest(self, column: str, condition: str, values: dict[str, Any]) -> list[str]:
         query = (
@@ -539,37 +551,37 @@ class SqliteIndex:
         rows = self._db.execute(query, {**values, "ids": orjson.dumps(list(ids)).decode()})
         found.update({uid: (time, json) for uid, time, json in rows})
 
-    def _values(self, wanted: str, column: str, ids: Iterable[str]) -> list[str]:
+    def _values(self, column: str, by: str, ids: Iterable[str]) -> list[str]:
         query = (
-            f"SELECT DISTINCT {wanted} FROM event WHERE {column} IN (SELECT value FROM json_each(:ids)) "  # noqa: S608
-            f"AND {wanted} IS NOT NULL"
+            f"SELECT DISTINCT {column} FROM event WHERE {by} IN (SELECT value FROM json_each(:ids)) "  # noqa: S608
+            f"AND {column} IS NOT NULL"
         )
         return [row[0] for row in self._db.execute(query, {"ids": orjson.dumps(list(ids)).decode()})]
 
-    def _all_along(self, wanted: str, column: str, ids: Iterable[str]) -> list[str]:
-        """What is reached from these ids step by step: the tasks that tasks are parts of, or the parts of tasks."""
+    def _reachable(self, column: str, by: str, ids: Iterable[str]) -> list[str]:
+        """All ids reachable from these over a task tree: the ancestors of tasks, or their delegated parts."""
         found: dict[str, None] = {}
         step = list(ids)
-        while step := [id for id in self._values(wanted, column, step) if id not in found]:
+        while step := [id for id in self._values(column, by, step) if id not in found]:
             found |= dict.fromkeys(step)
         return list(found)
 
     @staticmethod
-    def _visible(viewer: Viewer | None) -> tuple[list[str], dict[str, Any]]:
+    def _visible_to(viewer: Viewer | None) -> tuple[list[str], dict[str, Any]]:
         if viewer is None:
             return [], {}
         return [_SEEN], {"viewer": viewer.user_id, "agents": orjson.dumps(viewer.agents).decode()}
 
 
-def _row(event: Any, value: bytes, seq: int) -> tuple[Any, ...] | None:
-    """The columns of an event, or None where the record is no event."""
+def _event_row(event: Any, value: bytes, seq: int) -> tuple[Any, ...] | None:
+    """The columns of an event, or None if the record is no event."""
     try:
-        words = event["unmapped"]
+        fields = event["unmapped"]
         texts = (event["metadata"]["uid"], event["message"])
-        ids = [words.get(name) for name in _IDS]
+        ids = [fields.get(name) for name in _IDS]
         numbers, code = (event["time"], event["class_uid"]), event["metadata"].get("event_code")
         weight = (event.get("status_id"), event.get("severity_id"))
-        above = [name for name in words.get("act", ())[1:] if type(name) is str]
+        above = [name for name in fields.get("act", ())[1:] if type(name) is str]
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     strings = all(type(text) is str for text in texts) and all(
@@ -582,21 +594,21 @@ def _row(event: Any, value: bytes, seq: int) -> tuple[Any, ...] | None:
     return (seq, texts[0], *numbers, code, *ids, handed_on_by, *kept, texts[1], value, "")
 
 
-def _moment(cursor: str) -> tuple[int, str, str]:
-    """Time, uid and twin of the last that was looked at. Raises CursorLostError."""
+def _export_position(cursor: str) -> tuple[int, str, str]:
+    """Time, uid and conflict of the last event scanned. Raises CursorLostError."""
     time, _, rest = cursor.partition(".")
-    uid, _, twin = rest.partition("#")
-    if not (_is_number(time) and uid):
+    uid, _, conflict = rest.partition("#")
+    if not (_is_int64_text(time) and uid):
         raise CursorLostError("this is no cursor that audit gave; ask again from the beginning")
-    return int(time), uid, twin
+    return int(time), uid, conflict
 
 
-def _is_number(text: str) -> bool:
-    """Whether it is a number that SQLite can hold."""
+def _is_int64_text(text: str) -> bool:
+    """Whether a text is a number that SQLite can hold."""
     return text.isdecimal() and len(text) <= 18
 
 
-def _quoted(codes: Iterable[str]) -> str:
+def _sql_list(codes: Iterable[str]) -> str:
     return ", ".join(f"'{code}'" for code in codes)
 
 

@@ -1,4 +1,4 @@
-"""The story of a credential as a tree back to the human. Pure: events in, nodes out."""
+"""The trace of a credential as a tree that starts at the human. Pure: events in, nodes out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _KINDS: Mapping[str, str] = {
     "credential.aborted": "end",
     "task.ended": "end",
 }
-# Steps of one millisecond are told in the order in which one makes the other.
+# Events of one millisecond are ordered by cause and effect.
 _ORDER = {
     code: rank
     for rank, code in enumerate(
@@ -56,40 +56,39 @@ _ORDER = {
         )
     )
 }  # fmt: skip
-_ASKED = ("task.assign", "task.delegate")
-_MADE = ("task.assigned", "task.delegated")
+_TASK_REQUESTED = ("task.assign", "task.delegate")
+_TASK_CREATED = ("task.assigned", "task.delegated")
 _IN_LEASE = frozenset({"lease", "cut", "end", "revocation"})
 
 
-def tree(events: Iterable[dict[str, Any]]) -> list[Node]:
-    """People, on whose behalf; under each the tasks, and under those what was handed on of them; under each task the
-    requests; under each what came of it.
+def trace_tree(events: Iterable[dict[str, Any]]) -> list[Node]:
+    """Build the trees: users, then their tasks, then delegated tasks and requests, then the steps of each request.
 
     Args:
         events: OCSF events of audit, in any order.
 
     Returns:
-        One root for each person, and one for each agent whose events belong to no task.
+        One root for each user on whose behalf something was done, and one for each agent with events outside tasks.
     """
     ordered = sorted(
-        (event for event in events if _can_be_told(event)),
+        (event for event in events if _is_readable(event)),
         key=lambda event: (event["time"], _ORDER.get(_code(event), 50), event["metadata"]["uid"]),
     )
     requests: dict[str, list[dict[str, Any]]] = {}
     tasks: dict[str, list[dict[str, Any]]] = {}
     rest: dict[str, list[dict[str, Any]]] = {}
     request_of_lease = {
-        words["lease"]: words["request"]
+        fields["lease"]: fields["request"]
         for event in ordered
-        if (words := event["unmapped"]).get("lease") and words.get("request")
+        if (fields := event["unmapped"]).get("lease") and fields.get("request")
     }
     task_of_request: dict[str, str] = {}
     users: dict[str, str] = {}
     parents: dict[str, str] = {}
     for event in ordered:
-        words = event["unmapped"]
-        request = words.get("request") or request_of_lease.get(words.get("lease"))
-        task = words.get("task")
+        fields = event["unmapped"]
+        request = fields.get("request") or request_of_lease.get(fields.get("lease"))
+        task = fields.get("task")
         if request:
             requests.setdefault(request, []).append(event)
             if task:
@@ -97,19 +96,19 @@ def tree(events: Iterable[dict[str, Any]]) -> list[Node]:
         elif task:
             tasks.setdefault(task, []).append(event)
         else:
-            rest.setdefault(words.get("agent") or "?", []).append(event)
+            rest.setdefault(fields.get("agent") or "?", []).append(event)
         if task:
             tasks.setdefault(task, [])
-            if words.get("on_behalf_of"):
-                users.setdefault(task, words["on_behalf_of"])
-            if words.get("parent"):
-                parents.setdefault(task, words["parent"])
+            if fields.get("on_behalf_of"):
+                users.setdefault(task, fields["on_behalf_of"])
+            if fields.get("parent"):
+                parents.setdefault(task, fields["parent"])
     children: dict[str, list[Node]] = {task: [] for task in tasks}
     lost: list[Node] = []
     for request, steps in requests.items():
-        children.get(task_of_request.get(request, ""), lost).append(_request(request, steps))
+        children.get(task_of_request.get(request, ""), lost).append(_request_node(request, steps))
     roots: dict[str, Node] = {}
-    nodes = {task: _task(task, steps, children[task]) for task, steps in tasks.items()}
+    nodes = {task: _task_node(task, steps, children[task]) for task, steps in tasks.items()}
     for task, node in nodes.items():
         above = nodes.get(parents.get(task, ""))
         if above is not None and not _leads_to(task, parents[task], parents):
@@ -119,7 +118,7 @@ def tree(events: Iterable[dict[str, Any]]) -> list[Node]:
     for node in lost:
         _under_user(roots, None, node)
     for agent, steps in rest.items():
-        if roots and agent == "?":  # what the selector of a revocation has no better place for
+        if roots and agent == "?":  # revocations by a selector that names no agent
             next(iter(roots.values()))["children"] += [_leaf(event, None) for event in steps]
         else:
             roots[f"agent {agent}"] = _node(
@@ -127,16 +126,17 @@ def tree(events: Iterable[dict[str, Any]]) -> list[Node]:
                 "agent",
                 f"agent {agent}" if agent != "?" else "what belongs to no agent",
                 at_ms=steps[0]["time"],
-                children=_in_line(steps, None),
+                children=_leaves(steps, None),
             )
     for root in roots.values():
-        _number(root)
+        _fill_durations(root)
     return list(roots.values())
 
 
 def _leads_to(task: str, start: str, parents: Mapping[str, str]) -> bool:
-    """Whether a task is met on the way up from another one: no registry hands on so, but the topic is only as good as
-    its ACL.
+    """Whether the ancestors of `start` include a task.
+
+    No registry delegates in a circle, but the topic is only as good as its ACL.
     """
     met: set[str] = set()
     at: str | None = start
@@ -154,38 +154,42 @@ def _under_user(roots: dict[str, Node], user: str | None, node: Node) -> None:
     root["children"].append(node)
 
 
-def _task(task: str, steps: Sequence[dict[str, Any]], requests: list[Node]) -> Node:
-    assigned = next((e for e in steps if _code(e) in _MADE), None)
-    first = assigned or next((e for e in steps if _code(e) in _ASKED), None)
+def _task_node(task: str, steps: Sequence[dict[str, Any]], requests: list[Node]) -> Node:
+    assigned = next((e for e in steps if _code(e) in _TASK_CREATED), None)
+    first = assigned or next((e for e in steps if _code(e) in _TASK_REQUESTED), None)
     node = _node(task, "task", f"task {task}", at_ms=first["time"] if first else None)
     if first is not None:
-        words = first["unmapped"]
-        asked = "" if assigned is not None else "asked for: "
-        by = f", handed on by {_actor(first)}" if words.get("parent") else ""
-        node["title"] = f"{asked}task for agent {words.get('agent')}{by}{_purpose(first)}"
+        fields = first["unmapped"]
+        request_event = "" if assigned is not None else "asked for: "
+        by = f", handed on by {_actor(first)}" if fields.get("parent") else ""
+        node["title"] = f"{request_event}task for agent {fields.get('agent')}{by}{_purpose(first)}"
         node |= {"actor": _actor(first), "detail": first["message"], "event": _uid(first)}
-    others = [e for e in steps if e is not first and _code(e) not in (*_ASKED, "command.accepted")]
+    others = [e for e in steps if e is not first and _code(e) not in (*_TASK_REQUESTED, "command.accepted")]
     node["children"] = sorted(
         [*requests, *(_leaf(event, None) for event in others)], key=lambda child: child["at_ms"] or 0
     )
     return node
 
 
-def _request(request: str, steps: Sequence[dict[str, Any]]) -> Node:
-    asked = next((e for e in steps if _code(e) == "credential.requested"), None)
-    words = (asked or steps[0])["unmapped"]
+def _request_node(request: str, steps: Sequence[dict[str, Any]]) -> Node:
+    request_event = next((e for e in steps if _code(e) == "credential.requested"), None)
+    fields = (request_event or steps[0])["unmapped"]
     node = _node(
         request,
         "request",
-        f"{words.get('agent', 'somebody')} asked for {_scope(words)}",
-        at_ms=asked["time"] if asked else None,
+        f"{fields.get('agent', 'somebody')} asked for {_scope_text(fields)}",
+        at_ms=request_event["time"] if request_event else None,
     )
-    if asked is not None:
-        node |= {"actor": _actor(asked), "detail": asked["message"], "event": _uid(asked)}
+    if request_event is not None:
+        node |= {
+            "actor": _actor(request_event),
+            "detail": request_event["message"],
+            "event": _uid(request_event),
+        }
     lease: Node | None = None
     previous = node["at_ms"]
     for event in steps:
-        if event is asked:
+        if event is request_event:
             continue
         kind = _KINDS.get(_code(event), "event")
         leaf = _leaf(event, previous)
@@ -194,7 +198,7 @@ def _request(request: str, steps: Sequence[dict[str, Any]]) -> Node:
             lease = {**leaf, "id": event["unmapped"]["lease"]}
             node["children"].append(lease)
         elif kind == "lease" and lease is not None and lease["at_ms"] is not None:
-            # Prepared first, then active: one lease, told as issued.
+            # First `minting`, then `active`: one lease node, shown as issued.
             lease["children"].insert(0, {**leaf, "kind": "event"})
         elif lease is not None and (kind in _IN_LEASE or kind == "delivery"):
             lease["children"].append(leaf)
@@ -207,7 +211,7 @@ def _request(request: str, steps: Sequence[dict[str, Any]]) -> Node:
     return node
 
 
-def _in_line(steps: Sequence[dict[str, Any]], previous: int | None) -> list[Node]:
+def _leaves(steps: Sequence[dict[str, Any]], previous: int | None) -> list[Node]:
     nodes = []
     for event in steps:
         nodes.append(_leaf(event, previous))
@@ -239,52 +243,52 @@ def _node(
     }
 
 
-def _number(node: Node) -> None:
-    """Fill in the durations that are still open: since the step before, or since what the step is part of."""
+def _fill_durations(node: Node) -> None:
+    """Fill in missing durations, in ms: since the step before, or since the parent of the first step."""
     previous = node["at_ms"]
     for child in node["children"]:
         if child["duration_ms"] is None and child["at_ms"] is not None and previous is not None:
             child["duration_ms"] = max(0, child["at_ms"] - previous)
         if child["at_ms"] is not None:
             previous = child["at_ms"]
-        _number(child)
+        _fill_durations(child)
 
 
 def _title(code: str, event: Mapping[str, Any]) -> str:
-    words = event["unmapped"]
+    fields = event["unmapped"]
     actor = _actor(event) or "somebody"
     match code:
         case "request.allowed":
-            return f"policy allowed it, for {words.get('ttl_s')} s"
+            return f"policy allowed it, for {fields.get('ttl_s')} s"
         case "request.refused":
             return f"policy refused it: {event.get('status_detail', 'no reason was given')}"
         case "credential.refused":
             return f"{actor} refused it: {event.get('status_detail', 'no reason was given')}"
         case "approval.required":
-            return f"policy wants approval: {', '.join(words.get('required', ()))}"
+            return f"policy wants approval: {', '.join(fields.get('required', ()))}"
         case "break_glass.asked":
             return "policy denies it; break glass takes two operators"
         case "break_glass.used":
-            who = " and ".join(words.get("approvers", ()))
-            return f"BREAK GLASS: {who} allowed it against policy, for {words.get('ttl_s')} s"
+            who = " and ".join(fields.get("approvers", ()))
+            return f"BREAK GLASS: {who} allowed it against policy, for {fields.get('ttl_s')} s"
         case "break_glass.reviewed":
-            return f"break glass reviewed by {words.get('reviewer')}: {words.get('comment')}"
+            return f"break glass reviewed by {fields.get('reviewer')}: {fields.get('comment')}"
         case "break_glass.review_refused":
-            return f"a review by {words.get('reviewer')} does not count: {event.get('status_detail')}"
+            return f"a review by {fields.get('reviewer')} does not count: {event.get('status_detail')}"
         case "approval.requested":
-            return f"{words.get('asked')} was asked to approve"
+            return f"{fields.get('asked')} was asked to approve"
         case "approval.given":
-            return f"{actor} approved" + (f": {words['comment']}" if words.get("comment") else "")
+            return f"{actor} approved" + (f": {fields['comment']}" if fields.get("comment") else "")
         case "grant.given":
-            return f"{actor} approved {words.get('count')} credentials ahead: {_scope(words)}"
+            return f"{actor} approved {fields.get('count')} credentials ahead: {_scope_text(fields)}"
         case "grant.withdrawn":
-            return f"{actor} took back grant {words.get('grant')}: {words.get('comment')}"
+            return f"{actor} took back grant {fields.get('grant')}: {fields.get('comment')}"
         case "approval.denied":
-            return f"{actor} denied" + (f": {words['comment']}" if words.get("comment") else "")
+            return f"{actor} denied" + (f": {fields['comment']}" if fields.get("comment") else "")
         case "credential.minting":
             return "the credential is being made"
         case "credential.issued":
-            return f"credential issued for {_scope(words)}"
+            return f"credential issued for {_scope_text(fields)}"
         case "reply.sent":
             return "sealed reply sent"
         case "delivery.sent":
@@ -292,13 +296,13 @@ def _title(code: str, event: Mapping[str, Any]) -> str:
         case "release.requested":
             return f"{actor} released it"
         case "revocation.requested":
-            return f"{actor} asked to revoke: {words.get('comment')}"
+            return f"{actor} asked to revoke: {fields.get('comment')}"
         case "lease.ending":
-            return f"cut ({words.get('cause', 'unknown cause')})"
+            return f"cut ({fields.get('cause', 'unknown cause')})"
         case "credential.released":
             return f"released by {actor}"
         case "credential.revoked":
-            return f"revoked ({words.get('cause', 'unknown cause')}) by {actor}"
+            return f"revoked ({fields.get('cause', 'unknown cause')}) by {actor}"
         case "lease.expired":
             return "expired at its deadline"
         case "credential.aborted":
@@ -309,11 +313,11 @@ def _title(code: str, event: Mapping[str, Any]) -> str:
             return str(event.get("message") or code)
 
 
-def _can_be_told(event: Mapping[str, Any]) -> bool:
-    """False for what is no step, and for what audit did not write: the topic is only as good as its ACL."""
+def _is_readable(event: Mapping[str, Any]) -> bool:
+    """False for events that are no steps, and for those that audit did not write."""
     try:
         _title(_code(event), event)
-        _scope(event["unmapped"])
+        _scope_text(event["unmapped"])
         _purpose(event)
     except (TypeError, KeyError, AttributeError):
         return False
@@ -325,16 +329,16 @@ def _purpose(event: Mapping[str, Any]) -> str:
     return f": {purpose}" if purpose else ""
 
 
-def _scope(words: Mapping[str, Any]) -> str:
-    said = [
+def _scope_text(fields: Mapping[str, Any]) -> str:
+    texts = [
         f"{one['target']}: {', '.join(one['verbs'])} on {', '.join(one['resources'])}"
-        for one in words.get("permissions", ())
+        for one in fields.get("permissions", ())
     ]
-    return "; ".join(said) or "something unknown"
+    return "; ".join(texts) or "something unknown"
 
 
 def _actor(event: Mapping[str, Any]) -> str | None:
-    # A finding has its actor among its evidences.
+    # A Detection Finding has its actor in `evidences`.
     holder = event if "actor" in event else next(iter(event.get("evidences", ())), {})
     name = holder.get("actor", {}).get("user", {}).get("name")
     return str(name) if name else None
