@@ -142,12 +142,12 @@ async def test_a_page_is_bounded_by_what_is_looked_at_and_by_its_bytes(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only = EventFilter(codes=("action.allowed",))
-    monkeypatch.setattr(store, "_COPIED_AT_ONCE", 2)
+    monkeypatch.setattr(store, "_MAX_EXPORT_SCANNED", 2)
     page = shelf.index.export(None, ALWAYS, None, 1000, only)
     assert (page.events, page.cursor is not None) == ([], True), "two others were looked at"
     assert len(shelf.copied(wanted=only)) == 1
-    monkeypatch.setattr(store, "_COPIED_AT_ONCE", 5000)
-    monkeypatch.setattr(store, "_COPIED_BYTES", 1)
+    monkeypatch.setattr(store, "_MAX_EXPORT_SCANNED", 5000)
+    monkeypatch.setattr(store, "_MAX_EXPORT_BYTES", 1)
     assert len(shelf.index.export(None, ALWAYS, None, 1000).events) == 1
     assert shelf.copied() == ordered(shelf.lines)
 
@@ -196,7 +196,7 @@ async def test_pages_and_copies_are_narrowed_down_alike(
     page = shelf.index.page(None, None, 1000, wanted)
     assert {code_of(event) for event in page.events} == codes
     # From the beginning, some at a time: a cursor goes on past what was looked at in vain.
-    monkeypatch.setattr(store, "_WINDOW", 2)
+    monkeypatch.setattr(store, "_MAX_SCANNED", 2)
     after = f"{page.cursor.partition('.')[0]}.0.0"
     found: set[str] = set()
     for _ in range(len(shelf.lines) + 1):
@@ -210,7 +210,7 @@ async def test_pages_and_copies_are_narrowed_down_alike(
 async def test_only_the_latest_are_looked_at_where_no_index_leads(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_WINDOW", 2)
+    monkeypatch.setattr(store, "_MAX_SCANNED", 2)
     wanted = EventFilter(codes=("credential.issued",))
     assert shelf.index.page(None, None, 1000, wanted).events == []
     assert len(shelf.copied(wanted=wanted)) == 1
@@ -334,7 +334,7 @@ def question(**fields: Any) -> ExportQuery:
 async def test_an_export_that_stopped_goes_on_where_it_was(
     shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_COPIED_BYTES", 1)
+    monkeypatch.setattr(store, "_MAX_EXPORT_BYTES", 1)
     counter, out = Counter(shelf), tmp_path / "trail.ndjson"
     counter.fail_after = 3
     one = begin(out, question())

@@ -171,7 +171,7 @@ async def test_one_that_is_used_is_not(watch: Watch) -> None:
 async def test_ceilings_that_change_all_the_time_take_no_more_memory(
     watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reach, "MOST_WAITING", 6)
+    monkeypatch.setattr(reach, "MAX_WAITING", 6)
     event = await registered(watch)
     event["metadata"]["event_code"] = "agent.ceiling_set"
     rule = UnusedCeiling(30 * 86_400)
@@ -328,7 +328,7 @@ async def test_denials_that_stand_there_twice_are_counted_once(watch: Watch) -> 
 async def test_a_flood_of_leases_makes_nobody_forget_when_one_was_over(
     watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(order, "REMEMBERED", 5)
+    monkeypatch.setattr(order, "MAX_REMEMBERED", 5)
     story, events = await lived(watch, approved=False)
     end = events["credential.released"]
     watch.follow(events["request.allowed"], events["credential.issued"], end)
@@ -347,7 +347,7 @@ async def test_a_flood_of_leases_makes_nobody_forget_when_one_was_over(
 async def test_who_is_at_work_is_not_forgotten_for_those_that_come_and_go(
     watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reach, "AGENTS", 5)
+    monkeypatch.setattr(reach, "MAX_AGENTS", 5)
     watch.start()
     _, events = await lived(watch, approved=False)
     issued = events["credential.issued"]
@@ -500,7 +500,7 @@ def test_each_rule_can_be_switched_off(off: str) -> None:
 
 
 async def test_what_waits_is_bounded(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(order, "REMEMBERED", 5)
+    monkeypatch.setattr(order, "MAX_REMEMBERED", 5)
     action = await watch.event(watch.office.action(lease_id="a lease"))
     for n in range(9):
         watch.follow(other(action, lease=f"lease {n}"))

@@ -191,7 +191,7 @@ class AuditHandlers:
         self, read: Callable[[Received], tuple[OcsfEvent, bool]], records: Sequence[Received]
     ) -> Sequence[_PreparedEvent]:
         ready = [self._attempt(read, record) for record in records]
-        if any(one.pending for one in ready):
+        if any(prepared.pending for prepared in ready):
             await self._settle(read, records, ready)
         return ready
 
@@ -209,17 +209,17 @@ class AuditHandlers:
         waited_from_ms = self._clock.now_ms()
         while True:
             now_ms = self._clock.now_ms()
-            open_ones = [i for i, one in enumerate(ready) if one.pending]
-            youngest_ms = max((batch[i].appended_at_ms for i in open_ones), default=0)
+            pending = [i for i, prepared in enumerate(ready) if prepared.pending]
+            youngest_ms = max((batch[i].appended_at_ms for i in pending), default=0)
             left_ms = min(youngest_ms, waited_from_ms) + self._settle_ms - now_ms
-            if not open_ones or left_ms <= 0:
+            if not pending or left_ms <= 0:
                 return
             self._tables_changed.clear()
             try:
                 await asyncio.wait_for(self._tables_changed.wait(), left_ms / 1000)
             except TimeoutError:
                 return
-            for i in open_ones:
+            for i in pending:
                 ready[i] = self._attempt(read, batch[i])
 
     def _attempt(

@@ -20,8 +20,7 @@ from ringfence.audit.detections.reach import BeyondUser, DenialBurst, FirstUse, 
 from ringfence.audit.detections.rule import CODE_PREFIX, Finding, Rule, TrailQueries, read_event
 from ringfence.audit.memory import Recent
 from ringfence.audit.settings import AuditSettings
-from ringfence.audit.trail.handover import Intake
-from ringfence.audit.trail.handover import PendingEvent as Handed
+from ringfence.audit.trail.handover import Intake, PendingEvent
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
@@ -31,23 +30,23 @@ from ringfence.model.audit_log.chain import linkable, loaded
 
 log = logging.getLogger(__name__)
 
-_QUIET_S = 3600
-_MOST_OPEN = 10_000
+_MIN_INTERVAL_S = 3600
+_MAX_PENDING = 10_000
 
 
 class DetectorTrail(TrailQueries, Protocol):
     """The queries of the detector."""
 
-    def has(self, uid: str) -> bool:
-        """Whether this event is there."""
+    def has_uid(self, uid: str) -> bool:
+        """Whether an event with this uid is on the trail."""
         ...
 
 
 def rules(own: AuditSettings, trail: TrailQueries) -> tuple[Rule, ...]:
     """The rules that the settings switch on."""
     every: Iterable[tuple[float, Callable[[], Rule]]] = (
-        (own.detect_beyond_user, lambda: BeyondUser(_QUIET_S)),
-        (own.detect_denials, lambda: DenialBurst(own.detect_denials, own.detect_denials_s, _QUIET_S)),
+        (own.detect_beyond_user, lambda: BeyondUser(_MIN_INTERVAL_S)),
+        (own.detect_denials, lambda: DenialBurst(own.detect_denials, own.detect_denials_s, _MIN_INTERVAL_S)),
         (own.detect_first_use_s, lambda: FirstUse(own.detect_first_use_s)),
         (own.detect_unused_s, lambda: UnusedCeiling(own.detect_unused_s)),
         (own.detect_unreviewed_s, lambda: UnreviewedBreakGlass(own.detect_unreviewed_s)),
@@ -77,9 +76,9 @@ class Detector:
         self._intake = intake
         self._clock = clock
         self._trust_domain = trust_domain
-        self._open: OrderedDict[str, Finding] = OrderedDict()
+        self._pending: OrderedDict[str, Finding] = OrderedDict()
         """Findings that may not be on the trail yet, by uid."""
-        self._handed: Recent[str, bool] = Recent(_MOST_OPEN)
+        self._published: Recent[str, bool] = Recent(_MAX_PENDING)
 
     def on_records(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
         """Feed records of `audit` to the rules. Skips records that audit did not write, or that a rule cannot read.
@@ -100,7 +99,7 @@ class Detector:
     def _observe(self, event: Any, key: str, now_ms: int) -> None:
         parsed = read_event(event, key)
         if parsed.code.startswith(CODE_PREFIX):
-            self._open.pop(parsed.summary.uid, None)
+            self._pending.pop(parsed.summary.uid, None)
             return
         for rule in self._rules_of(parsed.code, parsed.summary.log_name):
             for finding in rule.observe(parsed, now_ms):
@@ -112,9 +111,9 @@ class Detector:
         return tuple(rule for rule in self._rules if rule.wants(code, log_name))
 
     def _remember(self, finding: Finding) -> None:
-        self._open.setdefault(finding.uid, finding)
-        if len(self._open) > _MOST_OPEN:
-            _, lost = self._open.popitem(last=False)
+        self._pending.setdefault(finding.uid, finding)
+        if len(self._pending) > _MAX_PENDING:
+            _, lost = self._pending.popitem(last=False)
             log.error("too many findings wait to be published; dropped: %s", lost.message)
 
     async def publish(self) -> int:
@@ -125,19 +124,19 @@ class Detector:
         for rule in self._rules:
             for finding in rule.due(self._clock.now_ms()):
                 self._remember(finding)
-        looked_at = dict(self._open)
+        waiting = dict(self._pending)
         events = [
             finding_event(finding, self._trust_domain)
-            for uid, finding in looked_at.items()
-            if not self._handed.get(uid) and not self._trail.has(uid)
+            for uid, finding in waiting.items()
+            if not self._published.get(uid) and not self._trail.has_uid(uid)
         ]
         await self._intake.hand_over(
-            Handed(one.key, one.uid, linkable(one.body), None, one.body) for one in events
+            PendingEvent(one.key, one.uid, linkable(one.body), None, one.body) for one in events
         )
-        for uid in looked_at:
-            self._open.pop(uid, None)
+        for uid in waiting:
+            self._pending.pop(uid, None)
         for one in events:
-            self._handed.put(one.uid, True)
+            self._published.put(one.uid, True)
         metrics.AUDIT_EVENTS.labels("2004").inc(len(events))
         return len(events)
 

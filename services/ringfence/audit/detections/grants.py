@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from ringfence.audit.detections.rule import EventSummary, Finding, TrailEvent
 from ringfence.audit.memory import Recent
 
-REMEMBERED = 20_000
+MAX_REMEMBERED = 20_000
 """The most (agent, task) pairs remembered."""
 _ANSWERED = frozenset({"approval.given", "approval.denied", "request.allowed", "request.refused"})
 Task = tuple[str, str]
@@ -24,9 +24,9 @@ class QuickGrant:
 
     def __init__(self, least_s: float) -> None:
         self._least_ms = int(least_s * 1000)
-        self._open: Recent[Task, EventSummary | None] = Recent(REMEMBERED)
+        self._pending: Recent[Task, EventSummary | None] = Recent(MAX_REMEMBERED)
         """The first question since the last answer."""
-        self._given: Recent[Task, EventSummary] = Recent(REMEMBERED)
+        self._given: Recent[Task, EventSummary] = Recent(MAX_REMEMBERED)
 
     def wants(self, code: str, log_name: str) -> bool:
         return code in ("approval.requested", "grant.given") or code in _ANSWERED
@@ -37,8 +37,8 @@ class QuickGrant:
             return
         task = (agent, id)
         if event.code == "approval.requested":
-            if self._open.get(task) is None:
-                self._open.put(task, event.summary)
+            if self._pending.get(task) is None:
+                self._pending.put(task, event.summary)
                 answer = self._given.get(task)
                 if (
                     answer is not None
@@ -52,12 +52,12 @@ class QuickGrant:
                 }
             )
             self._given.put(task, answer)
-            question = self._open.get(task)
+            question = self._pending.get(task)
             if question is not None:
                 yield from self._findings_of(question, answer)
-                self._open.put(task, None)
-        elif event.code in _ANSWERED and self._open.get(task) is not None:
-            self._open.put(task, None)
+                self._pending.put(task, None)
+        elif event.code in _ANSWERED and self._pending.get(task) is not None:
+            self._pending.put(task, None)
 
     def _findings_of(self, question: EventSummary, answer: EventSummary) -> Iterator[Finding]:
         took_ms = answer.time_ms - question.time_ms

@@ -15,7 +15,7 @@ from ringfence.audit.detections.rule import EventSummary, Finding, TrailEvent, T
 
 V = TypeVar("V")
 
-REMEMBERED = 20_000
+MAX_REMEMBERED = 20_000
 """The most entries of each kind that a rule remembers."""
 _QUESTIONS = {"approval.requested": "request", "action.approval_requested": "question"}
 _ANSWERS = {"approval.given": "request", "action.approved": "question"}
@@ -88,7 +88,7 @@ class UnreviewedBreakGlass:
 
     def __init__(self, after_s: int) -> None:
         self._after_ms = after_s * 1000
-        self._open: OrderedDict[str, EventSummary] = OrderedDict()
+        self._pending: OrderedDict[str, EventSummary] = OrderedDict()
         self._reviewed: OrderedDict[str, bool] = OrderedDict()
 
     def wants(self, code: str, log_name: str) -> bool:
@@ -97,16 +97,16 @@ class UnreviewedBreakGlass:
     def observe(self, event: TrailEvent, now_ms: int) -> Iterator[Finding]:
         request = event.summary.field("request")
         if request is not None and event.code == "break_glass.used" and request not in self._reviewed:
-            _remember(self._open, request, event.summary)
+            _remember(self._pending, request, event.summary)
         elif request is not None and event.code == "break_glass.reviewed":
-            self._open.pop(request, None)
+            self._pending.pop(request, None)
             _remember(self._reviewed, request, True)
         yield from ()
 
     def due(self, now_ms: int) -> Iterator[Finding]:
-        for request, used in list(self._open.items()):
+        for request, used in list(self._pending.items()):
             if used.time_ms + self._after_ms <= now_ms:
-                del self._open[request]
+                del self._pending[request]
                 yield Finding(
                     "unreviewed",
                     (request,),
@@ -233,7 +233,7 @@ class ImpossibleSequences:
             yield _impossible("used_ended", lease, life.acted, (life.end_uid, life.acted.uid))
 
 
-_WHAT = {
+_SEQUENCE_TEXTS = {
     "issued_undecided": "a credential was issued to agent {agent} that no decision on the trail allowed (request {id})",
     "used_unissued": "an action of agent {agent} was let pass by lease {id}, which was never issued",
     "used_ended": "an action of agent {agent} was let pass by lease {id} after its end",
@@ -245,7 +245,7 @@ def _impossible(what: str, id: str, summary: EventSummary, evidence: tuple[str, 
         "impossible",
         (what, id),
         summary.time_ms,
-        _WHAT[what].format(agent=summary.field("agent") or "unknown", id=id),
+        _SEQUENCE_TEXTS[what].format(agent=summary.field("agent") or "unknown", id=id),
         summary,
         evidence,
         fields={"sequence": what},
@@ -255,5 +255,5 @@ def _impossible(what: str, id: str, summary: EventSummary, evidence: tuple[str, 
 def _remember(kept: OrderedDict[str, V], id: str, value: V) -> None:
     kept[id] = value
     kept.move_to_end(id)
-    if len(kept) > REMEMBERED:
+    if len(kept) > MAX_REMEMBERED:
         kept.popitem(last=False)

@@ -14,10 +14,10 @@ from typing import Any
 from ringfence.audit.detections.rule import EventSummary, Finding, TrailEvent
 from ringfence.audit.memory import Recent
 
-AGENTS = 20_000
-TARGETS = 256
+MAX_AGENTS = 20_000
+MAX_TARGETS = 256
 """The most targets remembered of one agent. For an agent with more, no target counts as new."""
-MOST_WAITING = 200_000
+MAX_WAITING = 200_000
 """The most (agent, target) pairs that wait for their first use."""
 _EVIDENCE = 50
 _REFUSED = frozenset({"request.refused", "credential.refused"})
@@ -71,7 +71,7 @@ class DenialBurst:
         self._most = most
         self._within_ms = within_s * 1000
         self._quiet_ms = quiet_s * 1000
-        self._by_agent: Recent[str, deque[tuple[int, int, str]]] = Recent(AGENTS)
+        self._by_agent: Recent[str, deque[tuple[int, int, str]]] = Recent(MAX_AGENTS)
 
     def wants(self, code: str, log_name: str) -> bool:
         return code in _DENIED
@@ -119,7 +119,7 @@ class FirstUse:
     def __init__(self, known_for_s: int) -> None:
         """`known_for_s`: seconds since its first credential before a target counts as new."""
         self._known_for_ms = known_for_s * 1000
-        self._by_agent: Recent[str, _TargetHistory] = Recent(AGENTS)
+        self._by_agent: Recent[str, _TargetHistory] = Recent(MAX_AGENTS)
 
     def wants(self, code: str, log_name: str) -> bool:
         return code == "credential.issued"
@@ -133,7 +133,7 @@ class FirstUse:
         if habits is None:
             habits = _TargetHistory(at_ms, event.summary.uid)
         self._by_agent.put(agent, habits)
-        if target in habits.targets or len(habits.targets) >= TARGETS:
+        if target in habits.targets or len(habits.targets) >= MAX_TARGETS:
             return
         habits.targets.add(target)
         days = (at_ms - habits.since_ms) // 86_400_000
@@ -194,17 +194,17 @@ class UnusedCeiling:
             return  # its ceiling is older than this trail
         if held is None:
             held = self._by_agent[agent] = _Ceiling(data["status"])
-            if len(self._by_agent) > AGENTS:
+            if len(self._by_agent) > MAX_AGENTS:
                 self._by_agent.popitem(last=False)
         held.status = data["status"]
-        allowed = sorted({one["target"] for one in data["ceiling"]})[:TARGETS]
+        allowed = sorted({one["target"] for one in data["ceiling"]})[:MAX_TARGETS]
         held.unused = {target: summary for target, summary in held.unused.items() if target in allowed}
         held.used.intersection_update(allowed)
         for target in allowed:
             if target not in held.unused and target not in held.used:
                 held.unused[target] = event.summary
                 heapq.heappush(self._waiting, (event.summary.time_ms + self._after_ms, agent, target))
-        if len(self._waiting) > MOST_WAITING:
+        if len(self._waiting) > MAX_WAITING:
             self._compact()
 
     def _compact(self) -> None:
@@ -213,7 +213,7 @@ class UnusedCeiling:
             for agent, held in self._by_agent.items()
             for target, summary in held.unused.items()
         ]
-        self._waiting = heapq.nsmallest(MOST_WAITING // 2, every)  # sorted, and so a heap
+        self._waiting = heapq.nsmallest(MAX_WAITING // 2, every)  # sorted, and so a heap
 
     def due(self, now_ms: int) -> Iterator[Finding]:
         again: list[tuple[int, str, str]] = []

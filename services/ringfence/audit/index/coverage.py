@@ -1,8 +1,8 @@
 """The coverage report: how many leases and actions trace back to a human, by verified events. Pure.
 
-A lease traces back to a human if four records were verified and agree: its issue, the decision that it names, the
-agent's request in that decision, and the task; and if they name a user on whose behalf it was issued. An action traces
-back if its lease does. Whatever cannot be traced counts against.
+A lease traces back to a human if all these were verified and agree: its issue, the decision that it names, the agent's
+request in that decision, and the task. They must also name a user on whose behalf it was issued. An action traces back
+if its lease does. Whatever cannot be traced counts against.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ INSERT OR IGNORE INTO event (
 _IDS = ("request", "lease", "task", "agent", "target", "sponsor", "on_behalf_of", "revocation", "parent")
 _CACHE_KIB = 64 * 1024
 """Page cache in KiB. Ids are random, so each event touches some pages of every index."""
-_OPENING = f"""
+_SETUP = f"""
 PRAGMA page_size = 8192;
 PRAGMA locking_mode = EXCLUSIVE;
 PRAGMA journal_mode = OFF;
@@ -216,12 +216,12 @@ BEGIN;
 """One transaction that is never committed: SQLite writes pages when the cache is full, not at each change to them.
 
 No other process opens the file, and a torn file does no harm: the next start deletes it and reads the topic again."""
-_MOST_ROWS = 20_000
-_WINDOW = 50_000
+_MAX_ROWS = 20_000
+_MAX_SCANNED = 50_000
 """So many events are scanned for a page, if no index serves its filter."""
-_COPIED_AT_ONCE, _COPIED_BYTES = 5000, 4 * 1024 * 1024
+_MAX_EXPORT_SCANNED, _MAX_EXPORT_BYTES = 5000, 4 * 1024 * 1024
 """The most events scanned, and bytes returned, for one page of an export."""
-_SEEN = (
+_VISIBLE = (
     "(sponsor = :viewer OR on_behalf_of = :viewer OR "
     "agent IN (SELECT value FROM json_each(:agents)) OR (above IS NOT NULL AND "
     "EXISTS (SELECT 1 FROM json_each(above) WHERE value IN (SELECT value FROM json_each(:agents)))))"
@@ -234,7 +234,7 @@ class SqliteIndex:
     def __init__(self, file: Path | None) -> None:
         """`file`: None for memory. Raises OSError, NotPrivateError."""
         self._db = new_database(file)
-        self._db.executescript(_OPENING)
+        self._db.executescript(_SETUP)
         self._epoch = secrets.token_hex(4)
         self._seq = 0
         self._uses: dict[str, dict[str, Any]] = {}
@@ -300,11 +300,11 @@ class SqliteIndex:
         conditions, more = event_filter.where()
         where += conditions
         values |= more
-        start, values_of_start = self._start(after)
+        start, values_of_start = self._after_cursor(after)
         if start:
             where.append(start)
             values |= values_of_start
-        end = self._window(start, values) if event_filter.needs_scan else None
+        end = self._scan_range(start, values) if event_filter.needs_scan else None
         if end is not None:
             where.append("seq > :from AND seq <= :end")
             values |= end
@@ -339,14 +339,14 @@ class SqliteIndex:
             if filters.get(name) is not None:
                 conditions.append(f"{name} = :{name}")
                 values[name] = filters[name]
-        return self._span("event_action", "class_uid = 6003", conditions, values, span_ms, after, limit)
+        return self._scan_span("event_action", "class_uid = 6003", conditions, values, span_ms, after, limit)
 
     def issued(
         self, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
     ) -> ActionPage:
         """See `EventIndex`."""
         conditions, values = self._visible_to(viewer)
-        return self._span(
+        return self._scan_span(
             "event_issued", "code = 'credential.issued'", conditions, values, span_ms, after, limit
         )
 
@@ -357,7 +357,7 @@ class SqliteIndex:
         conditions, values = self._visible_to(viewer)
         condition = "(code = 'credential.issued' OR class_uid = 6003) AND target = :target"
         values |= {"target": target}
-        return self._span("event_at_target", condition, conditions, values, span_ms, after, limit)
+        return self._scan_span("event_at_target", condition, conditions, values, span_ms, after, limit)
 
     def export(
         self,
@@ -383,7 +383,7 @@ class SqliteIndex:
                 "uid": uid,
                 "conflict": conflict,
                 "until": span_ms[1],
-                "most": _COPIED_AT_ONCE,
+                "most": _MAX_EXPORT_SCANNED,
             },
         )
         found: list[bytes] = []
@@ -393,7 +393,7 @@ class SqliteIndex:
             if json is not None:
                 found.append(bytes(json))
                 size += len(json)
-            if len(found) == limit or size > _COPIED_BYTES or looked_at == _COPIED_AT_ONCE:
+            if len(found) == limit or size > _MAX_EXPORT_BYTES or looked_at == _MAX_EXPORT_SCANNED:
                 return ExportPage(found, time, f"{time}.{uid}" + (f"#{conflict}" if conflict else ""))
         return ExportPage(found, time if looked_at else None, None)
 
@@ -414,7 +414,7 @@ class SqliteIndex:
         query = f"SELECT json FROM event WHERE {condition} ORDER BY seq"  # noqa: S608 - own names
         return [bytes(row[0]) for row in self._db.execute(query, {**values, "uid": uid})]
 
-    def has(self, uid: str) -> bool:
+    def has_uid(self, uid: str) -> bool:
         """Whether an event with this uid is indexed."""
         return self._db.execute("SELECT 1 FROM event WHERE uid = ?", (uid,)).fetchone() is not None
 
@@ -451,7 +451,7 @@ class SqliteIndex:
                 return fields
         return None
 
-    def _span(
+    def _scan_span(
         self,
         index: str,
         condition: str,
@@ -473,7 +473,7 @@ class SqliteIndex:
         looked_at_ms = (rows[0][1], rows[-1][1]) if rows else None
         return ActionPage([orjson.loads(row[2]) for row in rows if row[2] is not None], looked_at_ms, cursor)
 
-    def _start(self, after: str | None) -> tuple[str, dict[str, Any]]:
+    def _after_cursor(self, after: str | None) -> tuple[str, dict[str, Any]]:
         """The SQL condition of a cursor. A cursor of an earlier build goes by its time: some events may repeat."""
         if after is None:
             return "", {}
@@ -483,13 +483,13 @@ class SqliteIndex:
         # In the order of seq: a plus sign keeps SQLite from the index over times.
         return "+time >= :time", {"time": int(time) if _is_int64_text(time) else 0}
 
-    def _window(self, start: str, values: Mapping[str, Any]) -> dict[str, int] | None:
+    def _scan_range(self, start: str, values: Mapping[str, Any]) -> dict[str, int] | None:
         """The events to scan: the latest, or those after the cursor; None for a cursor of an earlier build."""
         if not start:
-            return {"from": self._seq - _WINDOW, "end": self._seq}
+            return {"from": self._seq - _MAX_SCANNED, "end": self._seq}
         if "seq" not in values:
             return None
-        return {"from": values["seq"], "end": min(values["seq"] + _WINDOW, self._seq)}
+        return {"from": values["seq"], "end": min(values["seq"] + _MAX_SCANNED, self._seq)}
 
     def _position_of(self, cursor: str) -> tuple[int, int]:
         """Sequence number and time of the last event scanned. Raises CursorLostError."""
@@ -547,7 +547,7 @@ class SqliteIndex:
         self, found: dict[str, tuple[int, bytes]], column: str, ids: Iterable[str], *more: str, **values: Any
     ) -> None:
         condition = " AND ".join((f"{column} IN (SELECT value FROM json_each(:ids))", *more))  # noqa: S608
-        query = f"SELECT uid, time, json FROM event WHERE {condition} ORDER BY seq LIMIT {_MOST_ROWS}"  # noqa: S608
+        query = f"SELECT uid, time, json FROM event WHERE {condition} ORDER BY seq LIMIT {_MAX_ROWS}"  # noqa: S608
         rows = self._db.execute(query, {**values, "ids": orjson.dumps(list(ids)).decode()})
         found.update({uid: (time, json) for uid, time, json in rows})
 
@@ -570,7 +570,7 @@ class SqliteIndex:
     def _visible_to(viewer: Viewer | None) -> tuple[list[str], dict[str, Any]]:
         if viewer is None:
             return [], {}
-        return [_SEEN], {"viewer": viewer.user_id, "agents": orjson.dumps(viewer.agents).decode()}
+        return [_VISIBLE], {"viewer": viewer.user_id, "agents": orjson.dumps(viewer.agents).decode()}
 
 
 def _event_row(event: Any, value: bytes, seq: int) -> tuple[Any, ...] | None:
