@@ -12,10 +12,10 @@ from typing import Any
 from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
-from ringfence.client.connected import Lifetime
 from ringfence.client.errors import IdentityError, require_understood
 from ringfence.client.instance_enrolment import Attested
 from ringfence.client.key_file import KeyFile, succeeding
+from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
@@ -149,7 +149,7 @@ class Connection(Lifetime):
         """What everything that is signed for an agent carries, where a running instance signs it."""
         self.clock: Clock = clock or SystemClock()
         self.trust = TrustStore(self.settings.trust_domain, self.settings.trust_root)
-        self.letters = DeadLetterLog()
+        self.dead_letters = DeadLetterLog()
         self.tracing = of_application()
         self._publisher = Publisher(self.settings, self.key.id, self.clock, self.tracing)
         self._followers: list[Follower] = []
@@ -222,8 +222,10 @@ class Connection(Lifetime):
         Raises UnavailableError where that cannot be known.
         """
         directory = await self.directory()
-        known = await asyncio.gather(*(follower.caught_up(READY_TIMEOUT_S) for follower in self._followers))
-        if not all(known):
+        caught_up = await asyncio.gather(
+            *(follower.caught_up(READY_TIMEOUT_S) for follower in self._followers)
+        )
+        if not all(caught_up):
             raise UnavailableError("the records could not be read to their end; run: ringfence doctor")
         return directory
 
@@ -281,10 +283,10 @@ class Connection(Lifetime):
             require_understood(claims, f"{kind} {key}" if topic is REGISTRY_COMMAND else f"the {claims.typ}")
         compact = compact or sign(claims, self.key)
         try:
-            sent: Awaitable[Any] = await self._publisher.send(
+            delivery: Awaitable[Any] = await self._publisher.send(
                 topic, key, compact, id=claims.jti, type=claims.typ, traceparent=traceparent
             )
-            at = await sent
+            at = await delivery
         except KafkaError as error:
             raise UnavailableError(
                 f"Kafka at {self.settings.kafka} did not take the {claims.typ} ({type(error).__name__}); "

@@ -41,9 +41,9 @@ class RequestDeniedError(RingfenceError):
     def __init__(
         self, request_id: str, reasons: Sequence[Reason], by: str, *, retry_after_s: int | None = None
     ) -> None:
-        said = "; ".join(reason.message for reason in reasons) or "no reason was given"
-        again = f" (ask again in {retry_after_s} s)" if retry_after_s is not None else ""
-        super().__init__(f"denied by {by}: {said}{again}", code=reasons[0].code if reasons else None)
+        reasons_text = "; ".join(reason.message for reason in reasons) or "no reason was given"
+        retry = f" (ask again in {retry_after_s} s)" if retry_after_s is not None else ""
+        super().__init__(f"denied by {by}: {reasons_text}{retry}", code=reasons[0].code if reasons else None)
         self.request_id = request_id
         self.reasons = tuple(reasons)
         self.by = by
@@ -71,9 +71,9 @@ class RefusedError(RingfenceError):
     code = "refused"
 
     def __init__(self, command: str, reasons: Sequence[Reason], by: str) -> None:
-        said = "; ".join(reason.message for reason in reasons) or "no reason was given"
+        reasons_text = "; ".join(reason.message for reason in reasons) or "no reason was given"
         super().__init__(
-            f"{command} was refused by the {by}: {said}", code=reasons[0].code if reasons else None
+            f"{command} was refused by the {by}: {reasons_text}", code=reasons[0].code if reasons else None
         )
         self.command = command
         self.reasons = tuple(reasons)

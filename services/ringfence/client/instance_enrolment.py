@@ -75,22 +75,25 @@ class Attested:
         Raises TokenSourceError, EnrolmentRefusedError, UnavailableError where there is none to be had.
         """
         async with self._lock:
-            known, now_s = self._enrolled, self._clock.now_ms() / 1000
-            if known is not None and now_s < known.begins + (known.not_after - known.begins) * _RENEWED_AFTER:
-                return known
+            enrolled, now_s = self._enrolled, self._clock.now_ms() / 1000
+            if (
+                enrolled is not None
+                and now_s < enrolled.begins + (enrolled.not_after - enrolled.begins) * _RENEWED_AFTER
+            ):
+                return enrolled
             try:
-                self._enrolled = await self._renewed(known)
+                self._enrolled = await self._renewed(enrolled)
             except RingfenceError as error:
-                if known is None or now_s >= known.not_after - _LIFE_S:
+                if enrolled is None or now_s >= enrolled.not_after - _LIFE_S:
                     raise
                 log.warning("the enrolment was not renewed yet: %s", error)
-                return known
+                return enrolled
             return self._enrolled
 
-    async def _renewed(self, known: Enrolled | None) -> Enrolled:
+    async def _renewed(self, enrolled: Enrolled | None) -> Enrolled:
         key = self._key()
         token = await self._source.token(bound_audience(self._settings.trust_domain, key.kid))
-        if known is not None and known.token == digest(token):
+        if enrolled is not None and enrolled.token == digest(token):
             raise UnavailableError("the platform has not renewed its token yet")
         enrolment = await self._ask(key, token)
         try:
@@ -120,7 +123,7 @@ class Attested:
         body, url = sign(claims, key), self._settings.registry_url.rstrip("/") + "/v1/enrol"
         answer, failed = None, ""
         async with web_client(timeout_s=_TIMEOUT_S) as http:
-            for left in reversed(range(_TRIES)):
+            for tries_left in reversed(range(_TRIES)):
                 try:
                     answer = await http.post(url, content=body, headers={"Content-Type": "application/jose"})
                 except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -129,7 +132,7 @@ class Attested:
                     failed = ""
                 if not failed and answer is not None and answer.status_code != 503:
                     return _enrolment(answer)
-                if left:  # of several registries one is at work
+                if tries_left:  # of several registries one is at work
                     await asyncio.sleep(_PAUSE_S)
         why = failed or (_error_text(answer) if answer is not None else "")
         raise UnavailableError(
@@ -140,12 +143,12 @@ class Attested:
 
 def _enrolment(answer: httpx.Response) -> str:
     try:
-        found = answer.json()
+        body = answer.json()
     except ValueError:
-        found = None
-    if answer.status_code == 200 and isinstance(found, dict) and isinstance(found.get("enrolment"), str):
-        return str(found["enrolment"])
-    code = found.get("error") if isinstance(found, dict) else None
+        body = None
+    if answer.status_code == 200 and isinstance(body, dict) and isinstance(body.get("enrolment"), str):
+        return str(body["enrolment"])
+    code = body.get("error") if isinstance(body, dict) else None
     raise EnrolmentRefusedError(
         f"the registry does not let this instance in: {_error_text(answer)}", code=code
     )

@@ -43,7 +43,7 @@ class DirectoryView:
             return None
         return cast(UserRecord, entry.record) if entry else None
 
-    def own(self, user_id: str) -> UserRecord | None:
+    def provisioned_user(self, user_id: str) -> UserRecord | None:
         """The record of a user who comes from here, and has not left for good."""
         record = self.record(user_id)
         return record if record is not None and is_of(record.state, self.id) else None

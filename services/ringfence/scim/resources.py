@@ -124,7 +124,7 @@ def group_resource(
     )
 
 
-def said_of(user: User, groups: Sequence[str]) -> Provisioning:
+def to_provisioning(user: User, groups: Sequence[str]) -> Provisioning:
     """What of a user in SCIM stands in their record. Raises ValidationError where something is too long."""
     name = user.name or FullName()
     return Provisioning(
@@ -145,10 +145,12 @@ def said_of(user: User, groups: Sequence[str]) -> Provisioning:
     )
 
 
-def name_of(said: Provisioning, user_id: str) -> str:
+def display_name_of(provisioning: Provisioning, user_id: str) -> str:
     """How people read of a user."""
-    both = " ".join(part for part in (said.given_name, said.family_name) if part)
-    return said.display_name or said.formatted_name or both or said.user_name or user_id
+    both = " ".join(part for part in (provisioning.given_name, provisioning.family_name) if part)
+    return (
+        provisioning.display_name or provisioning.formatted_name or both or provisioning.user_name or user_id
+    )
 
 
 def _meta(kind: str, location: str, record: UserRecord) -> Meta:

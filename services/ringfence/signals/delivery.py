@@ -40,7 +40,7 @@ from ringfence.signals.events import (
     sign_set,
     subject_of,
 )
-from ringfence.signals.poll import AT_A_TIME, Window
+from ringfence.signals.poll import WINDOW_SIZE, Window
 from ringfence.signals.push import Pusher
 from ringfence.signals.receivers import Receiver
 from ringfence.signals.settings import SignalsSettings
@@ -50,13 +50,13 @@ log = logging.getLogger(__name__)
 
 PUSH: DeliveryMethod = "urn:ietf:rfc:8935"
 POLL: DeliveryMethod = "urn:ietf:rfc:8936"
-_REMEMBERED = 50_000
-_PATIENCE_MS = 7 * 24 * 3600 * 1000
+_MAX_SETTLED_JTIS = 50_000
+_MAX_POLL_INTERVAL_MS = 7 * 24 * 3600 * 1000
 """How long a receiver may be away before the group takes its member for dead; then it joins anew."""
-_AGAIN_S = 1.0
-_LOOK_S = 2.0
-_ADAPTED_S = 10.0
-_CANCEL_AGAIN_S = 3.0
+_RETRY_S = 1.0
+_CHECK_S = 2.0
+_RECONCILE_TIMEOUT_S = 10.0
+_CANCEL_RETRY_S = 3.0
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Delivery:
         self._streams = streams
         self._epochs = epochs
         self._receiver = receiver
-        self._told: OrderedDict[str, None] = OrderedDict()
+        self._settled_jtis: OrderedDict[str, None] = OrderedDict()
         self._verifying: set[asyncio.Task[None]] = set()
         self.stream_id = stream.id
         self.method = stream.claims.method
@@ -101,9 +101,9 @@ class Delivery:
             runtime.settings,
             f"signals-{stream.id}",
             {LEASE: self._handle},
-            max_records=AT_A_TIME,
+            max_records=WINDOW_SIZE,
             single_active=True,
-            max_poll_interval_ms=_PATIENCE_MS,
+            max_poll_interval_ms=_MAX_POLL_INTERVAL_MS,
             on_halted=runtime.report_halted,
         )
 
@@ -122,32 +122,32 @@ class Delivery:
                     metric.remove(self.consumer.group)
 
     @property
-    def here(self) -> bool:
+    def is_owner(self) -> bool:
         """Whether it is this replica that delivers."""
         return self.consumer.owns(LEASE.name(self._runtime.settings.topic_prefix), 0)
 
-    def signed(self, event: UnsignedSet) -> str:
+    def sign(self, event: UnsignedSet) -> str:
         """The SET of an event."""
         return sign_set(event, self._runtime.key)
 
     def verify(self, event: UnsignedSet) -> None:
         """Deliver a verification event: once, and not across a restart. Who misses it asks again."""
         if self._pusher is None:
-            self.window.put([event])
+            self.window.add([event])
             return
         for task in self._verifying:  # only the last one is of interest
             task.cancel()
         pushing = asyncio.create_task(
-            self._pusher.deliver(event, lambda: self.signed(event)), name="verification"
+            self._pusher.deliver(event, lambda: self.sign(event)), name="verification"
         )
         self._verifying.add(pushing)
         pushing.add_done_callback(self._verifying.discard)
 
-    async def refused(self, event: UnsignedSet, said: str) -> None:
+    async def refused(self, event: UnsignedSet, reason: str) -> None:
         """An event that its receiver will not have: counted, and told to audit."""
         metrics.SIGNALS.labels("refused").inc()
         what = f"lease {event.lease_id}" if event.lease_id else "its stream"
-        message = f"receiver {self._receiver.name} refused the event about {what}: {visible(said)[:200]}"
+        message = f"receiver {self._receiver.name} refused the event about {what}: {visible(reason)[:200]}"
         log.error("%s", message)
         await self._runtime.event(
             "refused",
@@ -172,44 +172,44 @@ class Delivery:
         events = await self._events(batch)
         if self._pusher is not None:
             pusher = self._pusher
-            await gather_all(pusher.deliver(one, partial(self.signed, one)) for one in events.values())
+            await gather_all(pusher.deliver(one, partial(self.sign, one)) for one in events.values())
             self._remember(events)
         elif events:
-            await self._hand_over(_Outstanding.of(batch, events))
+            await self._deliver_by_poll(_Outstanding.of(batch, events))
 
-    async def _hand_over(self, first: _Outstanding) -> None:
+    async def _deliver_by_poll(self, first_batch: _Outstanding) -> None:
         """Return once the receiver has polled and settled all of these, and all that came behind them meanwhile.
 
         It reads ahead: what comes in a later batch is available as well, and `moreAvailable` has to say so. Raises
         UnavailableError where another replica has the stream by now.
         """
-        outstanding = deque([first])
-        self.window.put(first.events.values())
+        outstanding = deque([first_batch])
+        self.window.add(first_batch.events.values())
         reading: asyncio.Task[_Outstanding] | None = None
         try:
             while outstanding or reading is not None:
                 # No await between these two: what is taken after the first sets the second.
-                self._note_taken(outstanding)
-                moved = self.window.moved
+                self._remove_settled(outstanding)
+                changed = self.window.changed
                 while outstanding and not outstanding[0].events:
                     await self.consumer.settle_early(outstanding.popleft().last.values())
                 if reading is None and outstanding and not self.window.full:
                     reading = asyncio.create_task(self._read_ahead(), name="read ahead")
                 if outstanding:
-                    await _first_of(moved, reading)
+                    await _wait_for_change(changed, reading)
                 elif reading is not None:
                     await asyncio.wait([reading])  # what it brings would be committed with this batch
-                if not self.here:
+                if not self.is_owner:
                     raise UnavailableError("another replica has this stream now, or none yet")
                 if reading is not None and reading.done():
-                    self._put_behind(outstanding, reading.result())
+                    self._append_read_ahead(outstanding, reading.result())
                     reading = None
         finally:
             if reading is not None:
                 reading.cancel()
-            self._note_taken(outstanding)
+            self._remove_settled(outstanding)
             for one in outstanding:
-                self.window.drop(one.events)
+                self.window.discard(one.events)
 
     async def _read_ahead(self) -> _Outstanding:
         """What comes behind the batch under way. What cannot be judged yet holds up nothing that came before it."""
@@ -227,33 +227,33 @@ class Delivery:
                     error,
                     extra=rate_limited(self.consumer.group, type(error).__name__),
                 )
-                await asyncio.sleep(_AGAIN_S)
+                await asyncio.sleep(_RETRY_S)
 
-    def _put_behind(self, outstanding: deque[_Outstanding], read: _Outstanding) -> None:
+    def _append_read_ahead(self, outstanding: deque[_Outstanding], read: _Outstanding) -> None:
         """What was read ahead waits as well. Records that make no event are committed with those before them."""
-        self._note_taken(outstanding)
+        self._remove_settled(outstanding)
         # A lease makes one event of two records: the receiver may have settled it since the second was read.
-        read.events = {jti: event for jti, event in read.events.items() if jti not in self._told}
+        read.events = {jti: event for jti, event in read.events.items() if jti not in self._settled_jtis}
         if outstanding and not read.events:
             outstanding[-1].last |= read.last
         elif read.last:
             outstanding.append(read)
-            self.window.put(read.events.values())
+            self.window.add(read.events.values())
 
-    def _note_taken(self, outstanding: Iterable[_Outstanding]) -> None:
+    def _remove_settled(self, outstanding: Iterable[_Outstanding]) -> None:
         for one in outstanding:
-            taken = {jti: event for jti, event in one.events.items() if jti not in self.window}
-            self._remember(taken)
-            for jti in taken:
+            settled = {jti: event for jti, event in one.events.items() if jti not in self.window}
+            self._remember(settled)
+            for jti in settled:
                 del one.events[jti]
 
     async def _events(self, batch: Sequence[Received]) -> Mapping[str, UnsignedSet]:
-        found: dict[str, UnsignedSet] = {}
+        events: dict[str, UnsignedSet] = {}
         for record in batch:
             event = await self._event(record)
-            if event is not None and event.jti not in self._told:
-                found.setdefault(event.jti, event)
-        return found
+            if event is not None and event.jti not in self._settled_jtis:
+                events.setdefault(event.jti, event)
+        return events
 
     async def _event(self, record: Received) -> UnsignedSet | None:
         if self._epochs.took(record) or not record.value:
@@ -265,8 +265,8 @@ class Delivery:
             or SESSION_REVOKED not in stream.delivered
         ):
             return None
-        lease = await self._opened(record)
-        if lease is None or not has_ended(lease) or not self._receiver.may_hear(lease):
+        lease = await self._verified(record)
+        if lease is None or not has_ended(lease) or not self._receiver.accepts(lease):
             return None
         trust_domain = self._runtime.settings.trust_domain
         if is_removed(subject_of(lease, trust_domain), stream.claims.removed):
@@ -280,7 +280,7 @@ class Delivery:
             appended_at_ms=record.appended_at_ms,
         )
 
-    async def _opened(self, record: Received) -> Lease | None:
+    async def _verified(self, record: Received) -> Lease | None:
         runtime = self._runtime
         try:
             lease = verify_lease(
@@ -292,25 +292,25 @@ class Delivery:
         return None if self._epochs.is_void(record, lease.epoch) else lease
 
     def _remember(self, events: Mapping[str, UnsignedSet]) -> None:
-        self._told |= dict.fromkeys(events)
-        while len(self._told) > _REMEMBERED:
-            self._told.popitem(last=False)
+        self._settled_jtis |= dict.fromkeys(events)
+        while len(self._settled_jtis) > _MAX_SETTLED_JTIS:
+            self._settled_jtis.popitem(last=False)
 
 
-async def _first_of(moved: asyncio.Event, reading: asyncio.Task[_Outstanding] | None) -> None:
-    """Return when an event came or was taken, when something was read, or after `_LOOK_S`."""
-    moving = asyncio.create_task(moved.wait(), name="window moved")
+async def _wait_for_change(changed: asyncio.Event, reading: asyncio.Task[_Outstanding] | None) -> None:
+    """Return when an event came or was taken, when something was read, or after `_CHECK_S`."""
+    waiting = asyncio.create_task(changed.wait(), name="window moved")
     try:
         await asyncio.wait(
-            {moving} if reading is None else {moving, reading},
-            timeout=_LOOK_S,
+            {waiting} if reading is None else {waiting, reading},
+            timeout=_CHECK_S,
             return_when=asyncio.FIRST_COMPLETED,
         )
     finally:
-        moving.cancel()
+        waiting.cancel()
 
 
-class Following:
+class DeliverySupervisor:
     """Delivers each stream that is enabled, of a receiver that is declared."""
 
     def __init__(
@@ -339,23 +339,23 @@ class Following:
         running = self._running.get(stream_id)
         return running[0] if running else None
 
-    async def adapted(self) -> None:
+    async def reconciled(self) -> None:
         """Return once the deliveries are as the streams wanted them when this was called, or it takes too long."""
         next_pass = self._next_pass
         self._streams.changed.set()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(next_pass.wait(), _ADAPTED_S)
+            await asyncio.wait_for(next_pass.wait(), _RECONCILE_TIMEOUT_S)
 
     async def run(self) -> None:
         """Keep the deliveries as the streams want them, for ever."""
         try:
             while True:
                 self._streams.changed.clear()
-                adapted, self._next_pass = self._next_pass, asyncio.Event()
-                await self._adapt()
-                adapted.set()
+                reconciled, self._next_pass = self._next_pass, asyncio.Event()
+                await self._reconcile()
+                reconciled.set()
                 with contextlib.suppress(TimeoutError):  # one that ended by itself is begun again
-                    await asyncio.wait_for(self._streams.changed.wait(), _AGAIN_S)
+                    await asyncio.wait_for(self._streams.changed.wait(), _RETRY_S)
         finally:
             await gather_all(self._end(stream_id) for stream_id in tuple(self._running))
 
@@ -371,15 +371,15 @@ class Following:
         now_ms = self._runtime.clock.now_ms()
         return [stuck for one, _ in self._running.values() if (stuck := one.stuck(now_ms))]
 
-    async def _adapt(self) -> None:
-        wanted = {one.id: one for one in self._streams.all() if self._is_delivered(one)}
+    async def _reconcile(self) -> None:
+        streams = {one.id: one for one in self._streams.all() if self._is_delivered(one)}
         for stream_id, (delivery, task) in tuple(self._running.items()):
-            stream = wanted.get(stream_id)
+            stream = streams.get(stream_id)
             if stream is None or stream.claims.method != delivery.method or task.done():
                 if task.done() and not task.cancelled():
                     log.error("the delivery of stream %s ended: %r", stream_id, task.exception())
                 await self._end(stream_id)
-        for stream_id, stream in wanted.items():
+        for stream_id, stream in streams.items():
             if stream_id not in self._running:
                 self._begin(stream)
 
@@ -403,4 +403,4 @@ class Following:
         _, task = self._running.pop(stream_id)
         while not task.done():  # again where a cancellation was lost on the way
             task.cancel()
-            await asyncio.wait([task], timeout=_CANCEL_AGAIN_S)
+            await asyncio.wait([task], timeout=_CANCEL_RETRY_S)

@@ -24,7 +24,7 @@ SET_TYPE = "secevent+jwt"
 Subject = Mapping[str, Any]
 """A subject identifier (RFC 9493, SSF 1.0, 3)."""
 
-_WHY: dict[EndKind, str] = {
+_REASONS: dict[EndKind, str] = {
     "deadline": "its time was over",
     "release": "the agent gave it back",
     "revocation": "it was revoked",
@@ -39,7 +39,7 @@ _WHY: dict[EndKind, str] = {
     "mint_failed": "it was never made",
 }
 """What a person wrote as a reason stays inside."""
-_OF_THE_SYSTEM: frozenset[EndKind] = frozenset({"release", "revocation", "agent_orphaned", "mint_failed"})
+_SYSTEM_CAUSES: frozenset[EndKind] = frozenset({"release", "revocation", "agent_orphaned", "mint_failed"})
 """Where no person is named, nobody administered anything; all else follows from a record that somebody changed."""
 
 
@@ -69,7 +69,7 @@ def session_revoked(
     event = {
         "event_timestamp": cause.at_ms // 1000,
         "initiating_entity": _initiator(cause, spiffe_id(trust_domain, "user", lease.on_behalf_of)),
-        "reason_admin": {"en": _WHY[cause.kind]},
+        "reason_admin": {"en": _REASONS[cause.kind]},
     }
     claims = {
         "iss": issuer,
@@ -110,27 +110,27 @@ def subject_of(lease: Lease, trust_domain: str) -> Subject:
     }
 
 
-def is_about(subject: Subject, wanted: Subject) -> bool:
-    """Whether an event's complex subject is about `wanted`: every member of a complex one, any for a simple one."""
+def matches_subject(subject: Subject, other: Subject) -> bool:
+    """Whether an event's complex subject is about `other`: every member of a complex one, any for a simple one."""
     members = _members(subject)
-    if not _is_complex(wanted):
-        return wanted in members.values()
-    asked = _members(wanted)
-    return bool(asked) and all(members.get(name) == value for name, value in asked.items())
+    if not _is_complex(other):
+        return other in members.values()
+    other_members = _members(other)
+    return bool(other_members) and all(members.get(name) == value for name, value in other_members.items())
 
 
 def is_removed(subject: Subject, removed: Sequence[Subject]) -> bool:
     """Whether a receiver wants to hear nothing of a subject."""
-    return any(is_about(subject, one) for one in removed)
+    return any(matches_subject(subject, one) for one in removed)
 
 
-def still_removed(removed: Sequence[Subject], added: Subject) -> list[Subject]:
+def removed_without(removed: Sequence[Subject], added: Subject) -> list[Subject]:
     """What stays removed once a receiver wants to hear of `added`: all that has nothing to do with it.
 
     Every event about what was added has to go out (SSF 1.0, 8.1.3.1), also where more was removed than that; and
     receivers bear with events of what they removed (SSF 1.0, 9.3).
     """
-    return [one for one in removed if not _may_meet(one, added)]
+    return [one for one in removed if not _may_overlap(one, added)]
 
 
 def sign_set(event: UnsignedSet, key: SigningKey) -> str:
@@ -148,13 +148,13 @@ def _members(subject: Subject) -> dict[str, Any]:
     return {name: value for name, value in subject.items() if name != "format"}
 
 
-def _may_meet(one: Subject, other: Subject) -> bool:
+def _may_overlap(one: Subject, other: Subject) -> bool:
     """Whether two subjects name the same thing, and nothing in which they differ."""
     if not _is_complex(one) and not _is_complex(other):
         return one == other
     if not _is_complex(one) or not _is_complex(other):
-        whole, part = (one, other) if _is_complex(one) else (other, one)
-        return part in _members(whole).values()
+        complex_subject, simple_subject = (one, other) if _is_complex(one) else (other, one)
+        return simple_subject in _members(complex_subject).values()
     shared = _members(one).keys() & _members(other).keys()
     return bool(shared) and all(one[name] == other[name] for name in shared)
 
@@ -167,4 +167,4 @@ def _initiator(cause: EndCause, user_id: str) -> str:
         return "user"
     if cause.by is not None and "/user/" in cause.by:
         return "admin"
-    return "system" if cause.kind in _OF_THE_SYSTEM else "admin"
+    return "system" if cause.kind in _SYSTEM_CAUSES else "admin"

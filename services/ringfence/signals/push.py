@@ -23,31 +23,33 @@ from ringfence.signals.settings import SignalsSettings
 log = logging.getLogger(__name__)
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
 
-_AT_ONCE = 8
+_MAX_CONCURRENT_PUSHES = 8
 _MAX_ANSWER_BYTES = 4096
-REFUSALS = 5
+MAX_REFUSALS = 5
 """So often a receiver may say that an event is wrong, e.g. until it has read the new keys; then it is believed."""
-_NOT_OF_THE_EVENT = ("authentication_failed", "access_denied")
+_TRANSMITTER_ERRORS = ("authentication_failed", "access_denied")
 """These answers of RFC 8935, 2.4, are about who pushes: another try with the right token may do."""
 
-Refused = Callable[[UnsignedSet, str], Awaitable[None]]
+OnRefused = Callable[[UnsignedSet, str], Awaitable[None]]
 """Takes note of an event that its receiver will not have, and of what it said."""
 
 
 class Pusher:
     """Pushes to one receiver. What it waits for delays nobody else."""
 
-    def __init__(self, receiver: Receiver, settings: SignalsSettings, clock: Clock, refused: Refused) -> None:
+    def __init__(
+        self, receiver: Receiver, settings: SignalsSettings, clock: Clock, on_refused: OnRefused
+    ) -> None:
         """Raises UnavailableError where the authority of its certificate cannot be read."""
         assert receiver.push is not None
         self._url = receiver.push
         self._receiver = receiver
         self._settings = settings
         self._clock = clock
-        self._refused = refused
-        self._at_once = asyncio.Semaphore(_AT_ONCE)
+        self._on_refused = on_refused
+        self._limit = asyncio.Semaphore(_MAX_CONCURRENT_PUSHES)
         self._http = httpx.AsyncClient(
-            verify=_trusted(receiver),
+            verify=_tls_context(receiver),
             timeout=settings.push_timeout_s,
             follow_redirects=False,
             trust_env=False,
@@ -62,9 +64,9 @@ class Pusher:
     async def deliver(self, event: UnsignedSet, signed: Callable[[], str]) -> None:
         """Return once the receiver has an event, or said again and again that it is wrong.
 
-        `signed` is asked for each try: a key may have followed another.
+        `sign` is asked for each try: a key may have followed another.
         """
-        async with self._at_once:  # with the waiting between: whoever is down is asked by few
+        async with self._limit:  # with the waiting between: whoever is down is asked by few
             await self._deliver(event, signed)
 
     async def _deliver(self, event: UnsignedSet, signed: Callable[[], str]) -> None:
@@ -76,8 +78,8 @@ class Pusher:
                 metrics.SIGNALS.labels("delivered").inc()
                 return
             refusals = refusals + 1 if refusal is not None else 0
-            if refusal is not None and refusals >= REFUSALS:
-                await self._refused(event, refusal)
+            if refusal is not None and refusals >= MAX_REFUSALS:
+                await self._on_refused(event, refusal)
                 return
             self._failed(problem)
             delay_s = min(self._settings.longest_delay_s, self._settings.first_delay_s * 2 ** min(tries, 30))
@@ -103,7 +105,7 @@ class Pusher:
                 if response.status_code == httpx.codes.ACCEPTED:
                     return None, None
                 if response.status_code == httpx.codes.BAD_REQUEST:
-                    return _refusal(await _some(response))
+                    return _parse_refusal(await _read_limited(response))
                 return f"it answered {response.status_code}, where 202 was expected", None
         except PlaceError as error:
             return str(error), None
@@ -122,7 +124,7 @@ class Pusher:
         return headers
 
 
-def _trusted(receiver: Receiver) -> ssl.SSLContext:
+def _tls_context(receiver: Receiver) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=receiver.ca_file)
     except (OSError, ssl.SSLError):
@@ -131,7 +133,7 @@ def _trusted(receiver: Receiver) -> ssl.SSLContext:
         ) from None
 
 
-async def _some(response: httpx.Response) -> bytes:
+async def _read_limited(response: httpx.Response) -> bytes:
     body = b""
     async for chunk in response.aiter_bytes():
         body += chunk
@@ -140,7 +142,7 @@ async def _some(response: httpx.Response) -> bytes:
     return body
 
 
-def _refusal(body: bytes) -> tuple[str, str | None]:
+def _parse_refusal(body: bytes) -> tuple[str, str | None]:
     """What a 400 says (RFC 8935, 2.3): the problem, and the code where it is about the event itself."""
     try:
         code = json_object(body).get("err")
@@ -149,4 +151,4 @@ def _refusal(body: bytes) -> tuple[str, str | None]:
     if not isinstance(code, str):
         return "it answered 400 without a reason", None
     code = visible(code)[:64]
-    return f"it answered 400: {code}", None if code in _NOT_OF_THE_EVENT else code
+    return f"it answered 400: {code}", None if code in _TRANSMITTER_ERRORS else code

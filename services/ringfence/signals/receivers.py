@@ -46,7 +46,7 @@ class Receiver(BaseModel):
             raise ValueError("authorization and ca_file are of no use without push")
         return self
 
-    def may_hear(self, lease: Lease) -> bool:
+    def accepts(self, lease: Lease) -> bool:
         """Whether the end of a lease is its business."""
         if self.targets != (EVERY,) and lease.target_id not in self.targets:
             return False
@@ -62,14 +62,14 @@ class _File(BaseModel):
 def read_receivers(file: Path) -> Mapping[str, Receiver]:
     """The receivers in a file by their names. Raises SettingsError."""
     try:
-        found = _File.model_validate(tomllib.loads(file.read_text()))
+        declared = _File.model_validate(tomllib.loads(file.read_text()))
     except OSError as error:
         raise SettingsError(f"{_SETTING}: cannot read {file}: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{_SETTING}: {file} is no TOML: {error}") from None
     except ValidationError as error:
         raise SettingsError(f"{_SETTING}: {file}: {explain(error)}") from None
-    by_name = {receiver.name: receiver for receiver in found.receiver}
-    if len(by_name) < len(found.receiver):
+    by_name = {receiver.name: receiver for receiver in declared.receiver}
+    if len(by_name) < len(declared.receiver):
         raise SettingsError(f"{_SETTING}: {file} names a receiver twice")
     return by_name

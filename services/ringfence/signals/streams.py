@@ -56,7 +56,7 @@ class StreamTable:
     def on_records(self, records: Sequence[Received]) -> None:
         """Take in what came. What nobody signed who may changes nothing, and nor does an old record sent again."""
         for record in records:
-            claims = self._opened(record)
+            claims = self._verified(record)
             if claims is None or record.key != claims.receiver:
                 continue
             known = self._by_receiver.get(claims.receiver)
@@ -80,7 +80,7 @@ class StreamTable:
         if not await self._runtime.tables_caught_up(_CAUGHT_UP_S):
             raise UnavailableError("the table of streams is behind; ask again")
 
-    async def create(self, receiver: str, method: DeliveryMethod, **chosen: Any) -> SignalStreamState | None:
+    async def create(self, receiver: str, method: DeliveryMethod, **fields: Any) -> SignalStreamState | None:
         """A new stream; None where the receiver has one."""
         async with self._writing:
             await self.caught_up()
@@ -90,7 +90,7 @@ class StreamTable:
             revision = 1 if before is None else before.claims.revision + 1
             stream_id = str(uuid.uuid4())
             return await self._write(
-                receiver, stream_id=stream_id, revision=revision, status="enabled", method=method, **chosen
+                receiver, stream_id=stream_id, revision=revision, status="enabled", method=method, **fields
             )
 
     async def change(self, receiver: str, stream_id: str, **changed: Any) -> SignalStreamState | None:
@@ -101,11 +101,11 @@ class StreamTable:
             if stream is None or stream.id != stream_id:
                 return None
             before = stream.claims
-            again = before.status == "disabled" and changed.get("status", "disabled") != "disabled"
-            kept = {name: getattr(before, name) for name in _CHOSEN}
+            enabled_again = before.status == "disabled" and changed.get("status", "disabled") != "disabled"
+            unchanged = {name: getattr(before, name) for name in _RECEIVER_FIELDS}
             return await self._write(
                 receiver,
-                **{**kept, "since_ms": None if again else stream.since_ms, **changed},
+                **{**unchanged, "since_ms": None if enabled_again else stream.since_ms, **changed},
                 stream_id=stream_id,
                 revision=before.revision + 1,
             )
@@ -123,12 +123,12 @@ class StreamTable:
         )
         await runtime.publisher.publish_signed(SIGNAL_STREAM, receiver, claims, runtime.key)
         await self.caught_up()
-        written = self._by_receiver.get(receiver)
-        if written is None or written.claims != claims:
+        stored = self._by_receiver.get(receiver)
+        if stored is None or stored.claims != claims:
             raise UnavailableError("the stream was changed by another at the same time; ask again")
-        return written
+        return stored
 
-    def _opened(self, record: Received) -> SignalStream | None:
+    def _verified(self, record: Received) -> SignalStream | None:
         find = self._runtime.trust.finder(*SignalStream.signed_by, at_s=record.appended_at_ms / 1000)
         audience = self._runtime.settings.trust_domain
         try:
@@ -144,5 +144,5 @@ class StreamTable:
             return None
 
 
-_CHOSEN = ("status", "reason", "method", "events_requested", "description", "removed")
+_RECEIVER_FIELDS = ("status", "reason", "method", "events_requested", "description", "removed")
 """What a receiver chooses."""

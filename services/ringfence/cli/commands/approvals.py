@@ -34,12 +34,12 @@ from ringfence.cli.shared.output import (
     visible,
 )
 from ringfence.client.approvals.action_approvals import PendingAction
-from ringfence.client.approvals.grouping import AlikeKey, RequestGroup, key_of
 from ringfence.client.approvals.history_comparison import Comparison
-from ringfence.client.approvals.pending import PendingApproval
+from ringfence.client.approvals.pending_approval import PendingApproval
+from ringfence.client.approvals.request_groups import GroupKey, RequestGroup, group_key
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.id_prefix import named
+from ringfence.client.id_prefix import find_by_prefix
 
 app = typer.Typer(help="As a sponsor: see what waits, approve, deny; approve ahead.", no_args_is_help=True)
 
@@ -151,16 +151,16 @@ def watch(everyone: EveryoneOption = False, me: IdentityOption = None, as_json: 
                 both.create_task(
                     action_approvals.watch(sponsor, everyone=everyone, as_json=wants_json(as_json))
                 )
-                shown: set[tuple[str, AlikeKey]] = set()
+                shown: set[tuple[str, GroupKey]] = set()
                 async for pending in sponsor.watch(everyone=everyone):
                     group, comparison = RequestGroup(sponsor.alike(pending)), usual.compared(pending)
                     if wants_json(as_json):
                         print_json_line(approval_views.as_json(RequestGroup((pending,)), comparison))
                         continue
-                    before = [one for one in group.requests if (one.request_id, key_of(one)) in shown]
+                    before = [one for one in group.requests if (one.request_id, group_key(one)) in shown]
                     if pending in before:
                         continue  # it stood among those that were alike
-                    shown |= {(one.request_id, key_of(one)) for one in group.requests}
+                    shown |= {(one.request_id, group_key(one)) for one in group.requests}
                     if before:
                         reason = visible(pending.reason)
                         say(f"one more like {before[0].request_id}, {len(group.requests)} wait: {reason}")
@@ -225,7 +225,7 @@ def _look(
 def _find(sponsor: Sponsor, request: str) -> PendingApproval:
     pending = sponsor.find(request)
     if pending is None:
-        unshowable = named(request, sponsor.unshowable.items(), lambda one: one[0])
+        unshowable = find_by_prefix(request, sponsor.unshowable.items(), lambda one: one[0])
         why = f": {unshowable[1]}" if unshowable else ""
         raise InvalidCallError(f"no single open request {request!r}{why}; see: ringfence approvals list")
     return pending

@@ -32,7 +32,7 @@ from ringfence.cli.shared.output import (
 )
 from ringfence.client.admin.command_client import Accepted
 from ringfence.client.approvals.grants import Grantor, Proposal
-from ringfence.client.approvals.pending import PendingApproval
+from ringfence.client.approvals.pending_approval import PendingApproval
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import InvalidCallError
 from ringfence.messages.permission import Permission

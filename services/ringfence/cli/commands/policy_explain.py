@@ -21,7 +21,7 @@ from ringfence.cli.shared.output import (
     print_table,
     visible,
 )
-from ringfence.client.agent.replies import who
+from ringfence.client.agent.replies import describe_approvers
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.permission import Permission, Scope
@@ -131,7 +131,7 @@ def _print_explanation(found: Mapping[str, Any]) -> None:
         "on behalf of": given.get("task", {}).get("on_behalf_of", ""),
         "reason given": visible(asked.get("reason", "")),
         "life": f"{found['ttl_s']} s of {asked.get('ttl_s')} s" if found.get("ttl_s") else "",
-        "approvals": who(found["required"]) if found.get("required") else "",
+        "approvals": describe_approvers(found["required"]) if found.get("required") else "",
         "approved ahead": ", ".join(
             f"by {one['by']}, grant {one['grant_id']}" for one in found.get("grants", ())
         ),

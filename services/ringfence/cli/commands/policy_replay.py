@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ringfence.cli.shared.arguments import show_scope
 from ringfence.cli.shared.options import JsonOption, duration_s, run, wants_json
 from ringfence.cli.shared.output import console, note, print_json, print_table, say
-from ringfence.client.agent.replies import who
+from ringfence.client.agent.replies import describe_approvers
 from ringfence.messages.permission import Permission
 
 if TYPE_CHECKING:
@@ -153,5 +153,5 @@ def _standing(standing: RequestOutcome) -> str:
     reasons = "; ".join(f"{reason.code}: {reason.message}" for reason in standing.reasons)
     if standing.outcome == "denied":
         return f"denied ({reasons})"
-    approvals = f", with the approval of {who(standing.required)}" if standing.required else ""
+    approvals = f", with the approval of {describe_approvers(standing.required)}" if standing.required else ""
     return f"{standing.ttl_s} s{approvals}"

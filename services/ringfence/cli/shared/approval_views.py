@@ -11,10 +11,10 @@ from typing import Any
 
 from ringfence.cli.shared.arguments import show_scope
 from ringfence.cli.shared.output import print_fields, span, until, visible, visible_name
-from ringfence.client.agent.replies import who
+from ringfence.client.agent.replies import describe_approvers
 from ringfence.client.approvals.action_approvals import PendingAction
-from ringfence.client.approvals.grouping import RequestGroup
 from ringfence.client.approvals.history_comparison import DAYS, Comparison, Deviation
+from ringfence.client.approvals.request_groups import RequestGroup
 
 
 def print_question(group: RequestGroup, comparison: Comparison) -> None:
@@ -36,7 +36,7 @@ def print_question(group: RequestGroup, comparison: Comparison) -> None:
                 if one.break_glass
                 else {}
             ),
-            "needs": who(one.required) + ("" if one.mine else "  (not yours to give)"),
+            "needs": describe_approvers(one.required) + ("" if one.mine else "  (not yours to give)"),
             "asked because": "; ".join(visible(reason.message) for reason in one.why_asked),
             "answer until": until(group.expires_at, time.time()),
             "digest": "\n".join(request.digest for request in group.requests),
@@ -77,7 +77,7 @@ def print_action(one: PendingAction) -> None:
             else "nothing",
             "with headers": "\n".join(_headers(one)),
             "waits at": one.gateway,
-            "needs": who((one.required,)) + ("" if one.mine else "  (not yours to give)"),
+            "needs": describe_approvers((one.required,)) + ("" if one.mine else "  (not yours to give)"),
             "answer until": until(one.expires_at, time.time()),
             "digest": one.digest,
         },

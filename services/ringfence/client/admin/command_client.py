@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from ringfence.client.connected import Lifetime
 from ringfence.client.connection import Connection, Coordinate, subject
 from ringfence.client.errors import NotAnsweredError, RefusedError
+from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
@@ -147,7 +147,7 @@ class Outcomes:
         timeout_s: float,
         meanwhile: str,
     ) -> ServiceEvent:
-        letter = asyncio.create_task(self._connection.letters.about(at))
+        letter = asyncio.create_task(self._connection.dead_letters.about(at))
         try:
             done, _ = await asyncio.wait(
                 (answer, letter), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
@@ -173,7 +173,7 @@ class Outcomes:
 
     def _on_records(self, records: Sequence[Received]) -> None:
         if records and records[0].topic is DEAD_LETTER:
-            self._connection.letters.on_records(records)
+            self._connection.dead_letters.on_records(records)
             return
         for record in records:
             try:

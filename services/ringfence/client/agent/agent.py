@@ -13,17 +13,16 @@ from typing import Any, Self
 
 from ringfence.client.admin.command_client import Accepted, Outcomes
 from ringfence.client.agent.credentials import IssuedCredential
-from ringfence.client.agent.process_id import process_mark
+from ringfence.client.agent.process_id import process_id
 from ringfence.client.agent.replies import (
     AllowedByPolicy,
     Answer,
     Denied,
     PendingRequest,
     SentRequest,
+    describe_approvers,
     read_reply,
-    who,
 )
-from ringfence.client.connected import Lifetime
 from ringfence.client.connection import Connection, Coordinate, load_settings, subject
 from ringfence.client.errors import (
     IdentityError,
@@ -33,6 +32,7 @@ from ringfence.client.errors import (
     checked,
 )
 from ringfence.client.instance_enrolment import Attested
+from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.client.token_sources import TokenSource, source_of
 from ringfence.kernel.base.clock import Clock, SystemClock
@@ -62,7 +62,7 @@ log = logging.getLogger(__name__)
 REQUEST_LIFE_S = 120
 """`exp` of a request: how long it may take to reach the broker, clocks that differ included."""
 
-ANSWER_S = 15.0
+COMMAND_TIMEOUT_S = 15.0
 """How long the registry's word is waited for where nothing else is said."""
 _MAX_ABANDONED = 1000
 
@@ -101,8 +101,8 @@ class Agent(Lifetime):
         self.id = subject(connection.key, "agent", connection.settings)
         self.connection = connection
         self._outcomes = Outcomes(connection)
-        self._waiting: dict[str, _OpenRequest] = {}
-        self._giving_back: set[asyncio.Task[None]] = set()
+        self._open_requests: dict[str, _OpenRequest] = {}
+        self._releases: set[asyncio.Task[None]] = set()
 
     @classmethod
     def connect(
@@ -145,14 +145,16 @@ class Agent(Lifetime):
         try:
             # From the end and before the first request: every reply to come is seen, and none of those that came.
             await self.connection.follow([CREDENTIAL_REPLY], self._on_replies, since_ms=None, key=self.id)
-            await self.connection.follow([DEAD_LETTER], self.connection.letters.on_records, since_ms=None)
+            await self.connection.follow(
+                [DEAD_LETTER], self.connection.dead_letters.on_records, since_ms=None
+            )
         except BaseException:
             await self.connection.close()
             raise
 
     async def close(self) -> None:
         """Give back what came too late, then disconnect. `async with` does it."""
-        await asyncio.gather(*self._giving_back, return_exceptions=True)
+        await asyncio.gather(*self._releases, return_exceptions=True)
         await self.connection.close()
 
     def use_key(self, key: SigningKey | Path | str) -> None:
@@ -223,7 +225,7 @@ class Agent(Lifetime):
         await self.connection.renew()
         facts = {"agent_id": self.id, "task_id": task}
         with self.connection.tracing.step("request credential", Work(None, facts)) as span:
-            waiting = self._prepare(
+            open_request = self._prepare(
                 span.traceparent or new_traceparent(),
                 task_id=task,
                 scope=tuple(scope),
@@ -232,20 +234,20 @@ class Agent(Lifetime):
                 reason=reason,
                 break_glass=True if break_glass else None,
             )
-            span.note(request_id=waiting.sent.request_id)
-            return await self._answer_to(waiting, timeout_s, on_pending)
+            span.note(request_id=open_request.sent.request_id)
+            return await self._answer_to(open_request, timeout_s, on_pending)
 
     async def _answer_to(
-        self, waiting: _OpenRequest, timeout_s: float | None, on_pending: OnPending | None
+        self, open_request: _OpenRequest, timeout_s: float | None, on_pending: OnPending | None
     ) -> IssuedCredential:
-        sent = waiting.sent
-        self._waiting[sent.request_id] = waiting
-        answered = told = False
+        sent = open_request.sent
+        self._open_requests[sent.request_id] = open_request
+        answered = notified = False
         phase = "policy's decision"
         limit = asyncio.timeout(timeout_s)
         try:
             async with limit:
-                waiting.at = await self.connection.publish(
+                open_request.at = await self.connection.publish(
                     CREDENTIAL_REQUEST,
                     self.id,
                     sent.claims,
@@ -253,7 +255,7 @@ class Agent(Lifetime):
                     traceparent=sent.traceparent,
                 )
                 while True:
-                    match await waiting.answers.get():
+                    match await open_request.answers.get():
                         case IssuedCredential() as credential:
                             answered = True
                             return credential
@@ -266,9 +268,9 @@ class Agent(Lifetime):
                                 retry_after_s=denied.retry_after_s,
                             )
                         case PendingRequest() as pending:
-                            phase = f"the approval of {who(pending.required)}"
-                            if on_pending and not told:
-                                told = True
+                            phase = f"the approval of {describe_approvers(pending.required)}"
+                            if on_pending and not notified:
+                                notified = True
                                 result = on_pending(pending)
                                 if inspect.isawaitable(result):
                                     await result
@@ -277,12 +279,14 @@ class Agent(Lifetime):
         except TimeoutError:
             if not limit.expired():
                 raise  # the caller's own, out of `on_pending`
-            raise RequestTimeoutError(sent.request_id, phase, timeout_s or 0.0, self._hint(waiting)) from None
+            raise RequestTimeoutError(
+                sent.request_id, phase, timeout_s or 0.0, self._hint(open_request)
+            ) from None
         finally:
             if answered:
-                del self._waiting[sent.request_id]
+                del self._open_requests[sent.request_id]
             else:
-                self._abandon(waiting)
+                self._abandon(open_request)
 
     @asynccontextmanager
     async def credential(
@@ -361,7 +365,7 @@ class Agent(Lifetime):
         scope: Sequence[Permission],
         ends_in_s: int | None = None,
         until: int | None = None,
-        timeout_s: float = ANSWER_S,
+        timeout_s: float = COMMAND_TIMEOUT_S,
     ) -> str:
         """Hand part of a task to another agent. Returns the id of its task, which ends with this one at the latest.
 
@@ -393,7 +397,9 @@ class Agent(Lifetime):
         )
         return message_id(claims.iss, claims.jti)
 
-    async def end_delegated(self, task: str, *, reason: str, timeout_s: float = ANSWER_S) -> Accepted:
+    async def end_delegated(
+        self, task: str, *, reason: str, timeout_s: float = COMMAND_TIMEOUT_S
+    ) -> Accepted:
         """End a task that this agent handed on, or that came of one: what is held under it ends.
 
         Raises as `delegate` does.
@@ -402,18 +408,18 @@ class Agent(Lifetime):
             claims = TaskEnd(**self.connection.stamp(REQUEST_LIFE_S), task_id=task, reason=reason)
         return await self._outcomes.send(REGISTRY_COMMAND, task, claims, by="registry", timeout_s=timeout_s)
 
-    def _prepare(self, traceparent: str, *, scope: tuple[Permission, ...], **asked: Any) -> _OpenRequest:
-        """`asked`: further fields of the `CredentialRequest`."""
+    def _prepare(self, traceparent: str, *, scope: tuple[Permission, ...], **fields: Any) -> _OpenRequest:
+        """`fields`: further fields of the `CredentialRequest`."""
         validate_scope(scope)
         self.connection.renew_key()
         reply_key = ReplyKey()
         with checked("the request"):
             claims = CredentialRequest(
                 **self.connection.stamp(REQUEST_LIFE_S),
-                **asked,
+                **fields,
                 scope=scope,
                 reply_key=reply_key.public,
-                process=process_mark(),
+                process=process_id(),
                 enrolment=self.connection.enrolment,
             )
         key = self.connection.key
@@ -425,44 +431,46 @@ class Agent(Lifetime):
             )
         return _OpenRequest(SentRequest(claims, compact, reply_key, traceparent, key))
 
-    def _abandon(self, waiting: _OpenRequest) -> None:
-        waiting.abandoned = True
-        abandoned = [id for id, other in self._waiting.items() if other.abandoned]
+    def _abandon(self, open_request: _OpenRequest) -> None:
+        open_request.abandoned = True
+        abandoned = [id for id, one in self._open_requests.items() if one.abandoned]
         for id in abandoned[:-_MAX_ABANDONED]:
-            del self._waiting[id]
+            del self._open_requests[id]
 
-    def _hint(self, waiting: _OpenRequest) -> str:
-        if letter := self.connection.letters.reason(waiting.at):
+    def _hint(self, open_request: _OpenRequest) -> str:
+        if letter := self.connection.dead_letters.reason(open_request.at):
             return letter
-        if waiting.ignored:
-            return f"a reply was ignored: {waiting.ignored}"
+        if open_request.ignored:
+            return f"a reply was ignored: {open_request.ignored}"
         return ""
 
     def _on_replies(self, records: Sequence[Received]) -> None:
         for record in records:
             # Unverified: it only picks the request whose key to try; opening the seal proves the rest.
-            waiting = self._waiting.get(unverified_kid(record.value) or "")
-            if waiting is None:
+            open_request = self._open_requests.get(unverified_kid(record.value) or "")
+            if open_request is None:
                 continue
             try:
-                answer = read_reply(record.value, waiting.sent, self.connection.trust, record.appended_at_ms)
+                answer = read_reply(
+                    record.value, open_request.sent, self.connection.trust, record.appended_at_ms
+                )
             except InvalidMessageError as error:
-                waiting.ignored = str(error)
+                open_request.ignored = str(error)
                 log.warning("ignored a reply at %s@%d: %s", record.topic_name, record.offset, error)
                 continue
-            if waiting.abandoned:
-                self._on_late(waiting, answer)
+            if open_request.abandoned:
+                self._on_late_answer(open_request, answer)
             else:
-                waiting.answers.put_nowait(answer)
+                open_request.answers.put_nowait(answer)
 
-    def _on_late(self, waiting: _OpenRequest, answer: Answer) -> None:
+    def _on_late_answer(self, open_request: _OpenRequest, answer: Answer) -> None:
         if isinstance(answer, IssuedCredential):
             log.info("lease %s came after its request had timed out; it is given back", answer.lease_id)
             task = asyncio.create_task(self._release_quietly(answer))
-            self._giving_back.add(task)
-            task.add_done_callback(self._giving_back.discard)
+            self._releases.add(task)
+            task.add_done_callback(self._releases.discard)
         if isinstance(answer, IssuedCredential | Denied):
-            self._waiting.pop(waiting.sent.request_id, None)
+            self._open_requests.pop(open_request.sent.request_id, None)
 
     async def _release_quietly(self, credential: IssuedCredential) -> None:
         """What cannot be released now ends by itself at its deadline; that must not hide how the caller's work went."""

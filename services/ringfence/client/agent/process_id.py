@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import secrets
 
-_mark = secrets.token_urlsafe(12)
+_process_id = secrets.token_urlsafe(12)
 
 
-def process_mark() -> str:
+def process_id() -> str:
     """The mark of this process."""
-    return _mark
+    return _process_id
 
 
-def _another() -> None:
-    global _mark
-    _mark = secrets.token_urlsafe(12)
+def _renew_process_id() -> None:
+    global _process_id
+    _process_id = secrets.token_urlsafe(12)
 
 
-os.register_at_fork(after_in_child=_another)
+os.register_at_fork(after_in_child=_renew_process_id)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import InvalidCallError, NotAnsweredError, RefusedError, checked
-from ringfence.client.id_prefix import named
+from ringfence.client.id_prefix import find_by_prefix
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.crypto.keys import SigningKey
@@ -55,7 +55,7 @@ async def review_break_glass(
     """
     async with Connection(key, settings) as connection, ReadApi(connection.key, connection.settings) as api:
         subject(connection.key, "user", connection.settings)
-        use = named(request_id, await api.break_glass(), lambda one: str(one["request_id"]))
+        use = find_by_prefix(request_id, await api.break_glass(), lambda one: str(one["request_id"]))
         if use is None:
             raise InvalidCallError(
                 f"no single use of break glass {request_id} that you may see; see: ringfence break-glass list"

@@ -10,9 +10,9 @@ from urllib.parse import quote
 import httpx
 import orjson
 
-from ringfence.client.connected import Lifetime
 from ringfence.client.connection import load_key
 from ringfence.client.errors import ApiError
+from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.http_client import web_client

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ringfence.client.approvals.pending import PendingApproval
+from ringfence.client.approvals.pending_approval import PendingApproval
 from ringfence.messages.permission import Scope
 
-AlikeKey = tuple[object, ...]
+GroupKey = tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,34 +25,34 @@ class RequestGroup:
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why the agent wants them, in its own words, each once."""
-        return tuple(dict.fromkeys(one.reason for one in self.requests))
+        return tuple(dict.fromkeys(request.reason for request in self.requests))
 
     @property
     def expires_at(self) -> int:
         """When the first of them is denied; seconds since 1970."""
-        return min(one.expires_at for one in self.requests)
+        return min(request.expires_at for request in self.requests)
 
 
 def group_equivalent(requests: Iterable[PendingApproval]) -> list[RequestGroup]:
     """Put requests together that would come to the same, in the order of the first of each."""
-    found: dict[AlikeKey, list[PendingApproval]] = {}
-    for one in requests:
-        found.setdefault(key_of(one), []).append(one)
-    return [RequestGroup(tuple(group)) for group in found.values()]
+    groups: dict[GroupKey, list[PendingApproval]] = {}
+    for request in requests:
+        groups.setdefault(group_key(request), []).append(request)
+    return [RequestGroup(tuple(group)) for group in groups.values()]
 
 
-def key_of(one: PendingApproval) -> AlikeKey:
+def group_key(request: PendingApproval) -> GroupKey:
     """Everything that a credential, and the approval of it, depend on; not what the agent says, nor when."""
     return (
-        one.agent,
-        one.task_id,
-        _normal(one.scope),
-        one.ttl_s,
-        one.delivery,
-        one.required,
-        one.mine,
-        one.revisions.model_dump_json(),
-        one.request_id if one.break_glass else None,  # each of these is looked at by itself
+        request.agent,
+        request.task_id,
+        _normal(request.scope),
+        request.ttl_s,
+        request.delivery,
+        request.required,
+        request.mine,
+        request.revisions.model_dump_json(),
+        request.request_id if request.break_glass else None,  # each of these is looked at by itself
     )
 
 

@@ -24,7 +24,7 @@ MAX_ACKS = 10_000
 A = TypeVar("A", bound="SsfModel")
 
 
-class AskedWronglyError(RingfenceError):
+class InvalidRequestError(RingfenceError):
     """A request that is none, or wants what it cannot have; `code` is the `err` of RFC 8935 where one fits."""
 
     code = "invalid_request"
@@ -36,7 +36,7 @@ class SsfModel(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
 
-class DeliveryWanted(SsfModel):
+class DeliveryRequest(SsfModel):
     """How events are to come. The URL of polls is ours to say."""
 
     method: DeliveryMethod
@@ -44,15 +44,15 @@ class DeliveryWanted(SsfModel):
     authorization_header: Any = None
 
 
-class StreamWanted(SsfModel):
+class StreamConfiguration(SsfModel):
     """What a receiver chooses of its stream."""
 
-    delivery: DeliveryWanted | None = None
+    delivery: DeliveryRequest | None = None
     events_requested: Annotated[list[_Text], Field(max_length=100)] | None = None
     description: Annotated[str, AfterValidator(lambda text: text[:_MAX_DESCRIPTION])] | None = None
 
 
-class StreamChange(StreamWanted):
+class StreamChange(StreamConfiguration):
     """The same, of a stream that there is."""
 
     stream_id: _StreamId
@@ -74,7 +74,7 @@ class SubjectChange(SsfModel):
 
     @field_validator("subject")
     @classmethod
-    def _is_one(cls, subject: dict[str, Any]) -> dict[str, Any]:
+    def _check_format(cls, subject: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(subject.get("format"), str) or len(subject) < 2:
             raise ValueError("a subject identifier has a format and what belongs to it (RFC 9493)")
         if len(orjson.dumps(subject)) > _MAX_SUBJECT_BYTES:
@@ -82,7 +82,7 @@ class SubjectChange(SsfModel):
         return subject
 
 
-class VerificationWanted(SsfModel):
+class VerificationRequest(SsfModel):
     """An event that shows that the stream works."""
 
     stream_id: _StreamId
@@ -96,7 +96,7 @@ class SetError(SsfModel):
     description: _Text | None = None
 
 
-class Poll(SsfModel):
+class PollRequest(SsfModel):
     """Give me events; these I have, and these I will not have."""
 
     max_events: Annotated[int, Field(ge=0, alias="maxEvents")] = 100
@@ -105,11 +105,11 @@ class Poll(SsfModel):
     set_errs: Annotated[dict[_Jti, SetError], Field(alias="setErrs", max_length=MAX_ACKS)] = {}
 
 
-def understood(model: type[A], body: bytes) -> A:
-    """A request as one of these. Raises AskedWronglyError."""
+def parse_request(model: type[A], body: bytes) -> A:
+    """A request as one of these. Raises InvalidRequestError."""
     try:
         return model.model_validate(json_object(body))
     except ValidationError as error:
-        raise AskedWronglyError(explain(error)) from None
+        raise InvalidRequestError(explain(error)) from None
     except ValueError as error:
-        raise AskedWronglyError(f"the body is no JSON object: {error}") from None
+        raise InvalidRequestError(f"the body is no JSON object: {error}") from None
