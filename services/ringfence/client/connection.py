@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ringfence.client.errors import IdentityError, require_understood
 from ringfence.client.instance_enrolment import Attested
-from ringfence.client.key_file import KeyFile, succeeding
+from ringfence.client.key_file import KeyFile, successor_key
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock, SystemClock
@@ -110,7 +110,7 @@ class DeadLetterLog:
         """Why the record at these coordinates was dead-lettered, if it was."""
         return self._reasons.get(at) if at else None
 
-    async def about(self, at: Coordinate) -> str:
+    async def wait_for(self, at: Coordinate) -> str:
         """Wait until the record at these coordinates is dead-lettered; the reason."""
         if at not in self._reasons:
             event = self._waiting.setdefault(at, asyncio.Event())
@@ -248,7 +248,7 @@ class Connection(Lifetime):
 
     def use_key(self, key: SigningKey | Path | str) -> None:
         """Sign with another key of the same identity from now on. Raises IdentityError, KeyFileError."""
-        self.key = succeeding(self.key, key)
+        self.key = successor_key(self.key, key)
         self._key_file = key_file(key, self.settings)
 
     # --- writing ---

@@ -61,7 +61,7 @@ class TokenFile:
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or "it is no text"
             raise TokenSourceError(f"cannot read the platform's token in {self.path}: {why}") from None
-        return _checked(text, str(self.path))
+        return _checked_token(text, str(self.path))
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class GitHubActions:
             url, {"audience": bound_audience}, {"Authorization": f"bearer {secret}"}, "GitHub"
         )
         try:
-            return _checked(answer.json()["value"], "GitHub")
+            return _checked_token(answer.json()["value"], "GitHub")
         except (ValueError, KeyError, TypeError):
             raise TokenSourceError("GitHub answered without a token") from None
 
@@ -101,7 +101,7 @@ class GoogleMetadata:
             {"Metadata-Flavor": "Google"},
             "Google's metadata server",
         )
-        return _checked(answer.text, "Google's metadata server")
+        return _checked_token(answer.text, "Google's metadata server")
 
 
 async def _get(url: str, query: dict[str, str], headers: dict[str, str], who: str) -> httpx.Response:
@@ -116,7 +116,7 @@ async def _get(url: str, query: dict[str, str], headers: dict[str, str], who: st
     return answer
 
 
-def _checked(text: object, where: str) -> str:
+def _checked_token(text: object, where: str) -> str:
     token = text.strip() if isinstance(text, str) else ""
     if token.count(".") != 2 or len(token) > MAX_TOKEN_BYTES:
         raise TokenSourceError(f"what {where} has is no JWT")

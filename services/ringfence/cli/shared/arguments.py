@@ -21,41 +21,41 @@ from ringfence.model.scope.scope import validate_scope
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 _TARGET: TypeAdapter[str] = TypeAdapter(TargetId)
 _UUID: TypeAdapter[str] = TypeAdapter(Uuid)
-_BEGINNING = re.compile(r"[0-9a-f-]{4,36}")
+_ID_PREFIX = re.compile(r"[0-9a-f-]{4,36}")
 
 
-def a_name(said: str | None) -> str | None:
+def check_name(text: str | None) -> str | None:
     """The id of a user or an agent: every other id could be one, too. For `callback`, as all here.
 
     Raises typer.BadParameter.
     """
-    return _checked(_NAME, said)
+    return _validate_id(_NAME, text)
 
 
-def a_target(said: str | None) -> str | None:
+def check_target_id(text: str | None) -> str | None:
     """The id of a target."""
-    return _checked(_TARGET, said)
+    return _validate_id(_TARGET, text)
 
 
-def a_uuid(said: str | None) -> str | None:
+def check_uuid(text: str | None) -> str | None:
     """The id of a task, request, lease or grant."""
-    return _checked(_UUID, said)
+    return _validate_id(_UUID, text)
 
 
-def a_beginning(said: str | None) -> str | None:
+def check_id_prefix(text: str | None) -> str | None:
     """The id of a request, or how it begins."""
-    if said is not None and not _BEGINNING.fullmatch(said):
+    if text is not None and not _ID_PREFIX.fullmatch(text):
         raise typer.BadParameter(
-            f"{said!r} is no request's id, nor how one begins: four or more of 0-9, a-f, '-'"
+            f"{text!r} is no request's id, nor how one begins: four or more of 0-9, a-f, '-'"
         )
-    return said
+    return text
 
 
-def _checked(ids: TypeAdapter[str], said: str | None) -> str | None:
+def _validate_id(ids: TypeAdapter[str], text: str | None) -> str | None:
     try:
-        return None if said is None else ids.validate_python(said)
+        return None if text is None else ids.validate_python(text)
     except ValidationError as error:
-        raise typer.BadParameter(f"{said!r} {explain(error).removeprefix('it: ')}") from None
+        raise typer.BadParameter(f"{text!r} {explain(error).removeprefix('it: ')}") from None
 
 
 # Permissions as they are written on the command line, and as they are shown.
@@ -74,7 +74,7 @@ def parse_permission(text: str) -> Permission:
     Raises typer.BadParameter (exit 2), saying where it is wrong.
     """
     if text.lstrip().startswith("{"):
-        _check_names(text, text)
+        _check_duplicate_names(text, text)
         try:
             permission = _JSON.validate_json(text)
         except ValidationError as error:
@@ -90,16 +90,16 @@ def parse_permission(text: str) -> Permission:
 
 def parse_scope(texts: Sequence[str] | None, *, may_be_empty: bool = False) -> Scope:
     """A scope from repeated options; `@FILE` reads a JSON list of permissions. Raises typer.BadParameter."""
-    found: list[Permission] = []
+    permissions: list[Permission] = []
     for text in texts or ():
-        found += _read_file(text[1:]) if text.startswith("@") else [parse_permission(text)]
-    if texts and not found:
+        permissions += _read_file(text[1:]) if text.startswith("@") else [parse_permission(text)]
+    if texts and not permissions:
         raise typer.BadParameter(f"there is no permission in {', '.join(texts)}", param_hint="--allow")
     try:
-        validate_scope(tuple(found), allow_empty=may_be_empty)
+        validate_scope(tuple(permissions), allow_empty=may_be_empty)
     except ScopeError as error:
         raise typer.BadParameter(str(error)) from None
-    return tuple(found)
+    return tuple(permissions)
 
 
 def _parse_short(text: str) -> Permission:
@@ -122,7 +122,7 @@ def _parse_short(text: str) -> Permission:
         raise typer.BadParameter(f"{text!r}: {explain(error)}") from None
 
 
-def _check_names(data: str | bytes, what: str) -> None:
+def _check_duplicate_names(data: str | bytes, what: str) -> None:
     """Raises typer.BadParameter where a name comes twice in JSON: the last would count, whatever the first limits."""
     try:
         json.loads(data, object_pairs_hook=once)
@@ -135,7 +135,7 @@ def _check_names(data: str | bytes, what: str) -> None:
 def _read_file(name: str) -> tuple[Permission, ...]:
     try:
         data = Path(name).read_bytes()
-        _check_names(data, name)
+        _check_duplicate_names(data, name)
         return _JSON_FILE.validate_json(data)
     except OSError as error:
         raise typer.BadParameter(f"@{name}: {error.strerror}") from None

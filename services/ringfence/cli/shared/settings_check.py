@@ -26,9 +26,9 @@ DECLARED_IN = (
     "ringfence.audit.settings",
     "ringfence.gateway.settings",
 )
-_MEANT_ELSEWHERE = ("RINGFENCE_TEST_", "RINGFENCE_UID", "RINGFENCE_GID", "RINGFENCE_KEYS")
+_OTHER_READERS = ("RINGFENCE_TEST_", "RINGFENCE_UID", "RINGFENCE_GID", "RINGFENCE_KEYS")
 """What tests and docker-compose.yml read."""
-_OF_KUBERNETES = re.compile(r"\w+_(SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP)\w*)?)")
+_KUBERNETES_VARIABLE = re.compile(r"\w+_(SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP)\w*)?)")
 """What pods are given of each Service that there is: of one that is called ringfence-issuer, RINGFENCE_ISSUER_PORT."""
 
 
@@ -53,10 +53,12 @@ def mistyped(environment: Iterable[str], config: Mapping[str, Any]) -> list[str]
         for name in sorted(environment)
         if name.startswith(_PREFIX)
         and name not in known
-        and not name.startswith(_MEANT_ELSEWHERE)
-        and not _OF_KUBERNETES.fullmatch(name)
+        and not name.startswith(_OTHER_READERS)
+        and not _KUBERNETES_VARIABLE.fullmatch(name)
     ]
-    return found + [_sentence(said, name, known) for said, name in _flat(config, known) if name not in known]
+    return found + [
+        _sentence(written, name, known) for written, name in _flat(config, known) if name not in known
+    ]
 
 
 def _names(cls: type[RingfenceSettings]) -> Iterator[str]:
@@ -76,5 +78,5 @@ def _flat(config: Mapping[str, Any], known: frozenset[str]) -> Iterator[tuple[st
             yield name, variable
 
 
-def _sentence(said: str, name: str, known: frozenset[str]) -> str:
-    return f"{said} is no setting, and counts for nothing{did_you_mean(name, known, cutoff=0.8)}"
+def _sentence(written: str, name: str, known: frozenset[str]) -> str:
+    return f"{written} is no setting, and counts for nothing{did_you_mean(name, known, cutoff=0.8)}"

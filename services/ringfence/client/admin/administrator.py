@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ringfence.client.admin.command_client import COMMAND_LIFE_S, MEANWHILE, Accepted, Signatory
+from ringfence.client.admin.command_client import COMMAND_LIFE_S, UNKNOWN_OUTCOME, Accepted, CommandClient
 from ringfence.client.admin.preview import Preview, preview, unknown_names
 from ringfence.client.admin.target_backends import backend_problem
 from ringfence.client.connection import Connection, subject
@@ -59,14 +59,14 @@ def _by_root(connection: Connection) -> bool:
     return connection.key.id == connection.trust.root_id
 
 
-_CUT_MEANWHILE = (
+_REVOCATION_TIMEOUT_HINT = (
     "The order stands on Kafka and does not expire: what it covers is refused as soon as a revoker and the gateways "
     "have read it. The answer comes when all of that has ended, and very many leases take longer "
     "(ringfence lease list); ringfence doctor says whether the revoker runs"
 )
 
 
-class Administrator(Signatory):
+class Administrator(CommandClient):
     """A person (or the root) who gives commands, connected. Each method waits for the service's signed answer.
 
     ```python
@@ -82,7 +82,7 @@ class Administrator(Signatory):
         return _by_root(self.connection)
 
     @staticmethod
-    def _who(connection: Connection) -> str:
+    def _signer_id(connection: Connection) -> str:
         return "root" if _by_root(connection) else subject(connection.key, "user", connection.settings)
 
     # --- users ---
@@ -473,7 +473,7 @@ class Administrator(Signatory):
         key = agent_id or lease_id or task_id or sponsor or target_id or user_id or "all"
         return await self._outcomes.send(
             REVOCATION_REQUEST, key, claims, by="revoker", timeout_s=self.timeout_s,
-            meanwhile=MEANWHILE if lease_id else _CUT_MEANWHILE,
+            timeout_hint=UNKNOWN_OUTCOME if lease_id else _REVOCATION_TIMEOUT_HINT,
         )  # fmt: skip
 
     # --- ---

@@ -29,7 +29,7 @@ COMMAND_LIFE_S = 120
 TIMEOUT_S = 15.0
 
 
-class Signatory(Lifetime):
+class CommandClient(Lifetime):
     """A user's key that gives commands. Each command waits for the service's signed answer.
 
     Every command raises RefusedError (with the reasons), NotAnsweredError (nobody answered within `timeout_s`),
@@ -38,13 +38,13 @@ class Signatory(Lifetime):
 
     def __init__(self, connection: Connection, *, timeout_s: float = TIMEOUT_S) -> None:
         """Use `connect`. Raises IdentityError where the connection's key may not sign this kind of command."""
-        self.id = self._who(connection)
+        self.id = self._signer_id(connection)
         self.connection = connection
         self.timeout_s = timeout_s
-        self._outcomes = Outcomes(connection)
+        self._outcomes = CommandOutcomes(connection)
 
     @staticmethod
-    def _who(connection: Connection) -> str:
+    def _signer_id(connection: Connection) -> str:
         return subject(connection.key, "user", connection.settings)
 
     @classmethod
@@ -81,7 +81,7 @@ log = logging.getLogger(__name__)
 
 _LETTER_GRACE_S = 2.0
 """After a dead letter, how long a signed answer may still come: the letter alone is nobody's word."""
-MEANWHILE = "It may still be carried out"
+UNKNOWN_OUTCOME = "It may still be carried out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Accepted:
     at_ms: int
 
 
-class Outcomes:
+class CommandOutcomes:
     """Listens for the answers to this identity's commands, from before the first is sent."""
 
     def __init__(self, connection: Connection) -> None:
@@ -115,11 +115,11 @@ class Outcomes:
         by: ServiceRole,
         timeout_s: float,
         traceparent: str | None = None,
-        meanwhile: str = MEANWHILE,
+        timeout_hint: str = UNKNOWN_OUTCOME,
     ) -> Accepted:
         """Publish a command and wait for the answer of the service with the role `by`.
 
-        `meanwhile`: what is said of a command that nobody answered in time.
+        `timeout_hint`: what is said of a command that nobody answered in time.
 
         Raises:
             RefusedError: with the service's reasons.
@@ -131,7 +131,7 @@ class Outcomes:
         self._waiting[claims.jti] = (by, answer)
         try:
             at = await self._connection.publish(topic, key, claims, traceparent=traceparent)
-            event = await self._answer(answer, at, claims, by, timeout_s, meanwhile)
+            event = await self._answer(answer, at, claims, by, timeout_s, timeout_hint)
         finally:
             del self._waiting[claims.jti]
         if event.kind == "refused":
@@ -145,9 +145,9 @@ class Outcomes:
         claims: Claims,
         by: ServiceRole,
         timeout_s: float,
-        meanwhile: str,
+        timeout_hint: str,
     ) -> ServiceEvent:
-        letter = asyncio.create_task(self._connection.dead_letters.about(at))
+        letter = asyncio.create_task(self._connection.dead_letters.wait_for(at))
         try:
             done, _ = await asyncio.wait(
                 (answer, letter), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
@@ -162,7 +162,7 @@ class Outcomes:
             raise NotAnsweredError(f"the {claims.typ} counted for nothing: {letter.result()}")
         raise NotAnsweredError(
             f"the {by} did not answer the {claims.typ} within {timeout_s:g} s: is it running, and on the same "
-            f"Kafka ({self._connection.settings.kafka}) and topic prefix? {meanwhile}"
+            f"Kafka ({self._connection.settings.kafka}) and topic prefix? {timeout_hint}"
         )
 
     async def _listen(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ringfence.client.admin.command_client import COMMAND_LIFE_S, Accepted, Signatory
+from ringfence.client.admin.command_client import COMMAND_LIFE_S, Accepted, CommandClient
 from ringfence.client.errors import RefusedError, checked
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.registry import (
@@ -23,37 +23,37 @@ _TRIES = 3
 """A command that came in the same moment as a change of its signer is refused as `too_early`, and given once more."""
 
 
-class Provisioner(Signatory):
+class Provisioner(CommandClient):
     """The key of a directory that users come from, connected."""
 
     async def set_user(
         self,
         user_id: str,
         delegation: Delegation,
-        said: Provisioning,
+        provisioning: Provisioning,
         *,
         name: str,
         as_of: int | None = None,
     ) -> Accepted:
-        """Create or replace a user, with all that the delegation gives to the groups in `said`.
+        """Create or replace a user, with all that the delegation gives to the groups in `provisioning`.
 
         `as_of`: when the directory said so, in seconds since 1970 (now where None).
         """
-        given = given_by(delegation, said.groups)
+        granted = given_by(delegation, provisioning.groups)
         stamp = self.connection.stamp(COMMAND_LIFE_S)
         with checked("the user"):
             command = UserSet(
                 **stamp,
                 user_id=user_id,
                 name=name,
-                roles=given.roles,
+                roles=granted.roles,
                 keys=(),
                 entitlements=Entitlements(
-                    scope=given.scope,
+                    scope=granted.scope,
                     source=delegation.source,
                     as_of=stamp["iat"] if as_of is None else as_of,
                 ),
-                provisioned=said.model_copy(update={"groups": given.groups}),
+                provisioned=provisioning.model_copy(update={"groups": granted.groups}),
             )
         return await self._command(command, user_id)
 

@@ -30,12 +30,12 @@ def with_removed(held: Scope, less: Iterable[Permission]) -> Scope:
 
     Raises InvalidCallError where something is not held, naming what is; or is held only as a part of something wider.
     """
-    gone: set[tuple[str, str, str]] = set()
+    removed: set[tuple[str, str, str]] = set()
     for permission in less:
         for verb in permission.verbs:
             for resource in permission.resources:
-                gone |= _covered(held, permission.target, verb, resource)
-    return tuple(part for permission in held for part in _without(permission, gone))
+                removed |= _covered(held, permission.target, verb, resource)
+    return tuple(part for permission in held for part in _without(permission, removed))
 
 
 def _covered(held: Scope, target: str, verb: str, resource: str) -> set[tuple[str, str, str]]:
@@ -47,36 +47,38 @@ def _covered(held: Scope, target: str, verb: str, resource: str) -> set[tuple[st
         if meet(one, resource)
     }
     wider = sorted(one for _, _, one in found if not within(one, (resource,)))
-    named = f"{target}:{verb}:{resource}"
+    text = f"{target}:{verb}:{resource}"
     if wider:
         raise InvalidCallError(
-            f"{named} is only a part of what is held, {target}:{verb}:{wider[0]}, and globs know no exception: remove "
+            f"{text} is only a part of what is held, {target}:{verb}:{wider[0]}, and globs know no exception: remove "
             "that, and add what is to stay"
         )
     if not found:
         raise InvalidCallError(
-            f"{named} is not held, so it cannot be removed; held is: {_in_words(held, target)}"
+            f"{text} is not held, so it cannot be removed; held is: {_describe_held(held, target)}"
         )
     return found
 
 
-def _without(permission: Permission, gone: set[tuple[str, str, str]]) -> Iterable[Permission]:
+def _without(permission: Permission, removed: set[tuple[str, str, str]]) -> Iterable[Permission]:
     """What stays of a permission: one for each group of verbs that keep the same resources."""
-    verbs_by_rest: dict[tuple[str, ...], list[str]] = {}
+    verbs_by_resources: dict[tuple[str, ...], list[str]] = {}
     for verb in permission.verbs:
-        rest = tuple(one for one in permission.resources if (permission.target, verb, one) not in gone)
-        if rest:
-            verbs_by_rest.setdefault(rest, []).append(verb)
+        resources = tuple(
+            one for one in permission.resources if (permission.target, verb, one) not in removed
+        )
+        if resources:
+            verbs_by_resources.setdefault(resources, []).append(verb)
     return [
-        permission.model_copy(update={"verbs": tuple(verbs), "resources": rest})
-        for rest, verbs in verbs_by_rest.items()
+        permission.model_copy(update={"verbs": tuple(verbs), "resources": resources})
+        for resources, verbs in verbs_by_resources.items()
     ]
 
 
-def _in_words(held: Scope, target: str) -> str:
+def _describe_held(held: Scope, target: str) -> str:
     """What is held at a target; or, where that is nothing, at all."""
-    shown = [one for one in held if one.target == target] or held
+    listed = [one for one in held if one.target == target] or held
     return (
-        "; ".join(f"{one.target}:{','.join(one.verbs)}:{','.join(one.resources)}" for one in shown)
+        "; ".join(f"{one.target}:{','.join(one.verbs)}:{','.join(one.resources)}" for one in listed)
         or "nothing"
     )

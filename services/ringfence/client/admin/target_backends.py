@@ -15,18 +15,19 @@ def backend_problem(backend: BackendSettings, *, anyway: bool) -> str | None:
     `anyway`: the issuer has a backend of another package that is not installed here. Of such a backend, and of one that
     is installed here, the settings are not known and not checked.
     """
-    if backend.kind not in _known() and not anyway:
+    if backend.kind not in _backend_kinds() and not anyway:
         return (
-            f"{no_backend(backend.kind)}. Where only the issuer has it, by a package of its own, add --anyway"
+            f"{unknown_backend_message(backend.kind)}. Where only the issuer has it, by a package of its own, "
+            "add --anyway"
         )
     return "; ".join(problems(backend)) or None
 
 
-def no_backend(kind: str) -> str:
+def unknown_backend_message(kind: str) -> str:
     """That there is no such backend, with the nearest that there is."""
-    known, name = sorted(_known()), visible_name(kind[:64]) or "without a name"
-    return f"there is no backend {name}{did_you_mean(kind, known) or '.'} There are {', '.join(known)}"
+    kinds, name = sorted(_backend_kinds()), visible_name(kind[:64]) or "without a name"
+    return f"there is no backend {name}{did_you_mean(kind, kinds) or '.'} There are {', '.join(kinds)}"
 
 
-def _known() -> set[str]:
+def _backend_kinds() -> set[str]:
     return CREDENTIAL_KINDS.keys() | {point.name for point in entry_points(group=ENTRY_POINTS)}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from ringfence.client.admin.command_client import Accepted, Outcomes
+from ringfence.client.admin.command_client import Accepted, CommandOutcomes
 from ringfence.client.agent.credentials import IssuedCredential
 from ringfence.client.agent.process_id import process_id
 from ringfence.client.agent.replies import (
@@ -100,7 +100,7 @@ class Agent(Lifetime):
         """Use `connect`. Raises IdentityError where the connection's key is no agent's."""
         self.id = subject(connection.key, "agent", connection.settings)
         self.connection = connection
-        self._outcomes = Outcomes(connection)
+        self._outcomes = CommandOutcomes(connection)
         self._open_requests: dict[str, _OpenRequest] = {}
         self._releases: set[asyncio.Task[None]] = set()
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ringfence.client.admin.command_client import COMMAND_LIFE_S, TIMEOUT_S, Accepted, Signatory
+from ringfence.client.admin.command_client import COMMAND_LIFE_S, TIMEOUT_S, Accepted, CommandClient
 from ringfence.client.admin.preview import unknown_names
 from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError, StaleApprovalError, checked
@@ -40,7 +40,7 @@ class Proposal:
     """The classes of approval that its signer can give here. Empty: it would count for nothing."""
 
 
-class Grantor(Signatory):
+class Grantor(CommandClient):
     """A person who approves ahead, connected.
 
     ```python

@@ -76,10 +76,10 @@ class ReadApi(Lifetime):
                 status=response.status_code,
             ) from None
         if response.is_error:
-            said = answer.get("message") if isinstance(answer, dict) else None
+            message = answer.get("message") if isinstance(answer, dict) else None
             code = answer.get("error") if isinstance(answer, dict) else None
             raise ApiError(
-                str(said) if said else f"{url} answered {response.status_code}",
+                str(message) if message else f"{url} answered {response.status_code}",
                 code=code,
                 status=response.status_code,
             )
@@ -189,8 +189,8 @@ class ReadApi(Lifetime):
 
         `filters`: target, on_behalf_of, sponsor, class, status, severity; code (several with commas between).
         """
-        named = {"agent": agent, "task": task, "request": request, "lease": lease}
-        return await self.get("audit", "events", after=after, limit=limit, **{**named, **(filters or {})})
+        ids = {"agent": agent, "task": task, "request": request, "lease": lease}
+        return await self.get("audit", "events", after=after, limit=limit, **{**ids, **(filters or {})})
 
     async def export(
         self, filters: Filters | None = None, *, since_ms: int, until_ms: int, after: str | None = None

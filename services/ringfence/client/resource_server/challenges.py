@@ -36,7 +36,7 @@ class PresentedToken:
     """Its `DPoP` headers."""
 
 
-def presented(headers: Headers) -> PresentedToken:
+def read_presented_token(headers: Headers) -> PresentedToken:
     """The token of a request, and its proofs.
 
     Raises TokenRejectedError with the code `token_missing` where there is none of a scheme that is known, and
@@ -77,11 +77,11 @@ def refusal(error: RingfenceError, *, require_proof: bool = False, nonce: str | 
     if not isinstance(error, TokenRejectedError):
         # Who issues, and what does not answer, is for the operators of this server.
         message = "tokens cannot be verified now; try again"
-        return HttpRefusal(503, (*headers, ("Retry-After", "1")), _body(error.code, message))
+        return HttpRefusal(503, (*headers, ("Retry-After", "1")), _error_body(error.code, message))
     headers += [("WWW-Authenticate", challenge) for challenge in _challenges(error, require_proof)]
     if nonce is not None:
         headers.append((NONCE_HEADER, nonce))
-    return HttpRefusal(_STATUS.get(error.code, 401), tuple(headers), _body(error.code, error.message))
+    return HttpRefusal(_STATUS.get(error.code, 401), tuple(headers), _error_body(error.code, error.message))
 
 
 def _challenges(error: TokenRejectedError, require_proof: bool) -> list[str]:
@@ -97,5 +97,5 @@ def _challenges(error: TokenRejectedError, require_proof: bool) -> list[str]:
     return [f"DPoP {described}, {_ALGORITHMS}"]
 
 
-def _body(code: str, message: str) -> bytes:
+def _error_body(code: str, message: str) -> bytes:
     return orjson.dumps({"error": code, "message": message})

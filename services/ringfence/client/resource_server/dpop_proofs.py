@@ -69,8 +69,8 @@ class Nonces:
 
     def fresh(self, now_s: int) -> str:
         """The nonce of this moment."""
-        made = now_s.to_bytes(8)
-        return b64encode(made + self._seal(made))
+        issued_at = now_s.to_bytes(8)
+        return b64encode(issued_at + self._seal(issued_at))
 
     def counts(self, nonce: str, now_s: int) -> bool:
         """Whether it was made here, and lately."""
@@ -78,14 +78,14 @@ class Nonces:
             raw = b64decode(nonce)
         except ValueError:
             return False
-        made, seal = raw[:8], raw[8:]
+        issued_at, seal = raw[:8], raw[8:]
         return (
-            hmac.compare_digest(seal, self._seal(made))
-            and -LEEWAY_S <= now_s - int.from_bytes(made) < self._life_s
+            hmac.compare_digest(seal, self._seal(issued_at))
+            and -LEEWAY_S <= now_s - int.from_bytes(issued_at) < self._life_s
         )
 
-    def _seal(self, made: bytes) -> bytes:
-        return hmac.digest(self._secret, made, "sha256")[:16]
+    def _seal(self, issued_at: bytes) -> bytes:
+        return hmac.digest(self._secret, issued_at, "sha256")[:16]
 
 
 class ProofError(TokenRejectedError):
@@ -116,14 +116,17 @@ class ProofChecker:
             ProofError: it is not; code `use_dpop_nonce` where it lacks but a nonce that counts.
             UnavailableError: whether it came before, nobody can tell.
         """
-        claims = self._signed_by(proof, thumbprint)
-        self._about(claims, method, url, access_token)
+        claims = self._verify_signature(proof, thumbprint)
+        self._check_request(claims, method, url, access_token)
         now_s = self._now_s()
-        made_s = claims.get("iat")
-        if type(made_s) is not int or not -PROOF_LIFE_S < made_s - now_s <= LEEWAY_S:
+        iat_s = claims.get("iat")
+        if type(iat_s) is not int or not -PROOF_LIFE_S < iat_s - now_s <= LEEWAY_S:
             raise ProofError(f"the proof is not of the last {PROOF_LIFE_S} s; is the clock right?")
         # A proof needs neither; whoever gives one means it (RFC 7519, 4.1.4 and 4.1.5).
-        if not (_moment(claims, "nbf", 0) <= now_s + LEEWAY_S and now_s < _moment(claims, "exp", now_s + 1)):
+        if not (
+            _time_claim(claims, "nbf", 0) <= now_s + LEEWAY_S
+            and now_s < _time_claim(claims, "exp", now_s + 1)
+        ):
             raise ProofError("the proof is over, or is not to count yet")
         if self._nonces is not None and not self._nonces.counts(str(claims.get("nonce", "")), now_s):
             raise ProofError("make the proof with the nonce of this answer", code="use_dpop_nonce")
@@ -131,17 +134,17 @@ class ProofChecker:
         if not isinstance(jti, str) or not 0 < len(jti) <= _MAX_JTI:
             raise ProofError("the proof has no jti")
         id = b64encode(hashlib.sha256(f"{thumbprint} {jti}".encode()).digest())
-        if not await self._memory.remember(id, key=thumbprint, until_s=made_s + PROOF_LIFE_S, now_s=now_s):
+        if not await self._memory.remember(id, key=thumbprint, until_s=iat_s + PROOF_LIFE_S, now_s=now_s):
             raise ProofError("the proof came before; make one for each request")
 
-    def _signed_by(self, proof: str, thumbprint: str) -> dict[str, Any]:
+    def _verify_signature(self, proof: str, thumbprint: str) -> dict[str, Any]:
         """Its claims, once its signature by the key in its own header holds, and that is the token's."""
         if len(proof) > MAX_PROOF_BYTES:
             raise ProofError(f"a proof is no longer than {MAX_PROOF_BYTES} bytes")
         try:
             head, body, tail = proof.split(".")
             claims, signature = json_object(b64decode(body)), b64decode(tail)
-            key = _key_in(head)
+            key = _proof_key(head)
         except (ValueError, TypeError, KeyError):
             raise ProofError(
                 f"not a proof: a JWT with typ {PROOF_TYPE}, alg {' or '.join(PROOF_ALGORITHMS)} and a public jwk"
@@ -152,7 +155,7 @@ class ProofChecker:
             raise ProofError("the proof is by another key than the token is bound to")
         return claims
 
-    def _about(self, claims: dict[str, Any], method: str, url: str, access_token: str) -> None:
+    def _check_request(self, claims: dict[str, Any], method: str, url: str, access_token: str) -> None:
         try:
             same = _target_uri(str(claims.get("htu"))) == _target_uri(url)
         except ValueError:
@@ -166,9 +169,9 @@ class ProofChecker:
         return self._clock.now_ms() // 1000
 
 
-def _moment(claims: dict[str, Any], name: str, otherwise: int) -> float:
+def _time_claim(claims: dict[str, Any], name: str, default: int) -> float:
     """A time that a proof may have. Raises ProofError where it is none."""
-    value = claims.get(name, otherwise)
+    value = claims.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ProofError(f"the {name} of the proof is no time")
     return value
@@ -179,7 +182,7 @@ _target_uri = functools.lru_cache(maxsize=1024)(target_uri)
 
 
 @functools.lru_cache(maxsize=1024)
-def _key_in(head: str) -> PublicKey:
+def _proof_key(head: str) -> PublicKey:
     """The key in a proof's header, as it was sent: an agent's proofs all have the same one.
 
     Raises ValueError, TypeError, KeyError where the header is none of a proof.

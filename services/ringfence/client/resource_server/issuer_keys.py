@@ -53,8 +53,8 @@ class TokenIssuer:
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise _no_answer(url, error) from None
         if response.status_code != httpx.codes.OK or not isinstance(answer, dict):
-            said = answer.get("message") if isinstance(answer, dict) else ""
-            raise UnavailableError(f"introspection at {url} answered {response.status_code}: {said}")
+            message = answer.get("message") if isinstance(answer, dict) else ""
+            raise UnavailableError(f"introspection at {url} answered {response.status_code}: {message}")
         return answer.get("active") is True
 
     def _age_s(self) -> float | None:

@@ -15,7 +15,7 @@ from ringfence.client.resource_server.challenges import (
     Headers,
     HttpRefusal,
     PresentedToken,
-    presented,
+    read_presented_token,
     refusal,
 )
 from ringfence.client.resource_server.dpop_proofs import (
@@ -150,15 +150,15 @@ class TokenVerifier(Lifetime):
                 `refusal` makes the answer of it.
             UnavailableError: the issuer does not answer: nothing can be accepted now.
         """
-        shown = presented(headers)
+        token_header = read_presented_token(headers)
         try:
-            verified = await self._verified(shown.token)
-            await self._check_binding(verified, shown, method, url)
-            await self._check_active(verified, shown.token)
+            verified = await self._verified(token_header.token)
+            await self._check_binding(verified, token_header, method, url)
+            await self._check_active(verified, token_header.token)
             if verb is not None or resource is not None:
                 verified.require(verb or "", resource or "")
         except TokenRejectedError as error:
-            error.scheme = shown.scheme
+            error.scheme = token_header.scheme
             raise
         return verified
 
@@ -202,18 +202,18 @@ class TokenVerifier(Lifetime):
             )
 
     async def _check_binding(
-        self, verified: VerifiedToken, shown: PresentedToken, method: str, url: str
+        self, verified: VerifiedToken, token_header: PresentedToken, method: str, url: str
     ) -> None:
-        if shown.scheme == "Bearer":
+        if token_header.scheme == "Bearer":
             self._check_bearer(verified)
             return
         if verified.key_thumbprint is None:
             raise _rejected("the token is bound to no key: send Authorization: Bearer")
-        if len(shown.proofs) != 1:
-            raise ProofError(f"send one DPoP header with a proof; {len(shown.proofs)} came")
+        if len(token_header.proofs) != 1:
+            raise ProofError(f"send one DPoP header with a proof; {len(token_header.proofs)} came")
         await self._proofs.check(
-            shown.proofs[0], method=method, url=url,
-            access_token=shown.token, thumbprint=verified.key_thumbprint,
+            token_header.proofs[0], method=method, url=url,
+            access_token=token_header.token, thumbprint=verified.key_thumbprint,
         )  # fmt: skip
 
     async def _check_active(self, verified: VerifiedToken, token: str) -> None:
