@@ -1,4 +1,7 @@
-"""A running instance's identity: a key of its own, and the registry's enrolment of it, renewed before it ends."""
+"""Workload attestation for a running agent instance: it enrols a key of its own at the registry.
+
+The enrolment is renewed before it ends.
+"""
 
 from __future__ import annotations
 
@@ -29,22 +32,22 @@ _TIMEOUT_S = 10.0
 _TRIES = 4
 _PAUSE_S = 0.5
 _RENEWED_AFTER = 2 / 3
-"""After this part of its life an enrolment is renewed when the key is next needed."""
+"""The share of its life after which an enrolment is renewed on next use."""
 _LIFE_S = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
-    """A key that counts for now."""
+    """A key and the registry's enrolment of it."""
 
     key: SigningKey
     enrolment: str
-    """The registry's `instance.enrolment`: everything that the key signs for the agent carries it."""
+    """The registry's signed `instance.enrolment`. Every message that the key signs for the agent carries it."""
     instance_id: str
     begins: int
     not_after: int
     token: str
-    """The digest of the platform's token."""
+    """The digest of the platform token that was used."""
 
 
 class Attested:
@@ -59,8 +62,11 @@ class Attested:
         *,
         key_file: Path | None = None,
     ) -> None:
-        """`key_file`: where the key is kept, and taken up by a process that starts again while the platform's token is
-        the same (which is good for one key); on a volume in memory of this instance alone. None: in this process."""
+        """`key_file`: where the key is kept, on an in-memory volume that this instance alone can read; None: in this
+            process.
+
+        A restarted process loads the key again while the platform's token is the same: a token is good for one key.
+        """
         self.id = spiffe_id(settings.trust_domain, "agent", agent_id)
         self._source = source
         self._settings = settings
@@ -70,9 +76,10 @@ class Attested:
         self._lock = asyncio.Lock()
 
     async def current(self) -> Enrolled:
-        """An enrolled key that counts for a while yet.
+        """Return an enrolled key; enrol or renew first after two thirds of its life.
 
-        Raises TokenSourceError, EnrolmentRefusedError, UnavailableError where there is none to be had.
+        Where renewing fails, the current key is returned until shortly before its end. Raises TokenSourceError,
+        EnrolmentRefusedError or UnavailableError where no usable key can be had.
         """
         async with self._lock:
             enrolled, now_s = self._enrolled, self._clock.now_ms() / 1000

@@ -1,4 +1,4 @@
-"""The key that an agent signs with, over its changes: given anew, or found in its file, which was replaced."""
+"""An agent's signing key across its rotations: replaced by the caller, or reloaded when its file changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class _Version(NamedTuple):
-    """What tells one content of a file from another without reading it."""
+    """Identifies one content of a file by its metadata, without reading it."""
 
     device: int
     inode: int
@@ -22,16 +22,17 @@ class _Version(NamedTuple):
 
 
 class KeyFile:
-    """The file of a key, read again when another one lies there."""
+    """A key file that is reloaded when it is replaced."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._last_version = self._version()
 
     def changed(self, key: SigningKey) -> SigningKey:
-        """The key that is in the file by now, or `key` where that is the same one, or holds none for the same identity.
+        """Return the key in the file, or `key` where the file is unchanged or holds no key of the same identity.
 
-        What cannot be used is logged and passed over: the key so far counts on for the overlap of its rotation.
+        A file that cannot be used is logged and ignored: the current key stays valid during the overlap of its
+        rotation.
         """
         version = self._version()
         if version is None or version == self._last_version:
@@ -60,7 +61,10 @@ class KeyFile:
 
 
 def successor_key(key: SigningKey, new: SigningKey | Path | str) -> SigningKey:
-    """Another key of the same identity, as a key or the path of its file. Raises IdentityError, KeyFileError."""
+    """Load another key of the same identity, from a key or the path of its file.
+
+    Raises IdentityError where it belongs to another identity, KeyFileError.
+    """
     new_key = new if isinstance(new, SigningKey) else SigningKey.load(Path(new))
     if new_key.id != key.id:
         raise IdentityError(f"that is a key of {new_key.id}; this is {key.id}, and stays it")

@@ -28,11 +28,11 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class EndingLeases:
-    """Which leases would end, as far as that could be found out."""
+    """The leases that a change would end, as far as the revoker can tell."""
 
     ids: tuple[str, ...] = ()
     more: bool = False
-    """Whether there are so many that the revoker did not list all: then more may end."""
+    """Whether the revoker did not list all leases: then more may end."""
     gap: str | None = None
     """Why it is not known; `ids` is empty then."""
 
@@ -60,7 +60,7 @@ _SHOWN = 5
 
 
 async def ending_leases(api: ReadApi, losses: Iterable[Loss]) -> EndingLeases:
-    """The leases that would end. It informs: what is issued meanwhile is not in it."""
+    """The leases that would end now. A preview: leases issued later are not in it."""
     ids: dict[str, None] = {}
     more = False
     for loss in losses:

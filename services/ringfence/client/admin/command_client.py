@@ -1,4 +1,4 @@
-"""Somebody whose signed commands a service answers, connected."""
+"""Sends signed commands of one identity, and waits for the services' signed answers."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ TIMEOUT_S = 15.0
 
 
 class CommandClient(Lifetime):
-    """A user's key that gives commands. Each command waits for the service's signed answer.
+    """A user's key that signs commands, connected. Each command waits for the service's signed answer.
 
-    Every command raises RefusedError (with the reasons), NotAnsweredError (nobody answered within `timeout_s`),
+    Every command raises RefusedError (with the reasons), NotAnsweredError (no answer within `timeout_s`),
     InvalidCallError or ScopeError (nothing was sent), UnavailableError (Kafka did not take it).
     """
 
@@ -56,9 +56,9 @@ class CommandClient(Lifetime):
         timeout_s: float = TIMEOUT_S,
         clock: Clock | None = None,
     ) -> Self:
-        """To be used as an async context manager. `timeout_s`: how long each answer is waited for.
+        """Return a client, to be used as an async context manager. See `Agent.connect`.
 
-        See `Agent.connect`.
+        `timeout_s`: how long to wait for each answer.
         """
         return cls(Connection(key, settings, clock), timeout_s=timeout_s)
 
@@ -80,25 +80,25 @@ class CommandClient(Lifetime):
 log = logging.getLogger(__name__)
 
 _LETTER_GRACE_S = 2.0
-"""After a dead letter, how long a signed answer may still come: the letter alone is nobody's word."""
+"""Seconds to wait for a signed answer after a dead letter, which is unsigned."""
 UNKNOWN_OUTCOME = "It may still be carried out"
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A command that the service accepted; its effects are durable."""
+    """A command that a service accepted. Its effects are durable."""
 
     command: str
     """The message's name, e.g. `agent.register`."""
     command_id: str
     """The UUIDv5 of the command's (`iss`, `jti`)."""
     result: str | None
-    """The id of what came out of it, e.g. of the task."""
+    """The id of what the command created, e.g. of the task; None where it created nothing."""
     at_ms: int
 
 
 class CommandOutcomes:
-    """Listens for the answers to this identity's commands, from before the first is sent."""
+    """Waits for the `service.event` that answers a command, matched by the command's `jti`."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -119,11 +119,13 @@ class CommandOutcomes:
     ) -> Accepted:
         """Publish a command and wait for the answer of the service with the role `by`.
 
-        `timeout_hint`: what is said of a command that nobody answered in time.
+        Args:
+            timeout_s: how long to wait, in seconds.
+            timeout_hint: added to the error message where no answer comes in time.
 
         Raises:
             RefusedError: with the service's reasons.
-            NotAnsweredError: nothing came within `timeout_s`.
+            NotAnsweredError: no answer came within `timeout_s`.
             UnavailableError: Kafka did not take it.
         """
         await self._listen()

@@ -1,6 +1,6 @@
-"""How keys follow one another: those of services, and the root itself, each by the next version of the trust bundle.
+"""Rotates the keys of services, and the root itself, each by the next version of the trust bundle.
 
-Nothing stops meanwhile, and what was signed before stays believed: docs/trust.md tells how.
+Services keep running, and what was signed before stays valid: see docs/trust.md.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from ringfence.messages.keys import KeyRecord
 from ringfence.messages.trust import RootHandover, ServiceIdentity, TrustBundle
 
 OVERLAP_S = 48 * 3600
-"""Twice the longest life of a lease: what the old key signed is over before the key ends."""
+"""Twice the longest life of a lease, in seconds: whatever the old key signed has ended before the key ends."""
 _LONGEST_LEASE_S = OVERLAP_S // 2
 
 
 @dataclass(frozen=True, slots=True)
 class RotatedRoot:
-    """What came of a rotation of the root."""
+    """The result of a root rotation."""
 
     bundle: TrustBundle
     fingerprint: str
     former: Path
-    """Where the private key of the root before lies now."""
+    """The file that now holds the old root's private key."""
 
 
 def renew(folder: TrustFolder, *, valid_s: int = YEAR_S) -> TrustBundle:
-    """Sign the next version: the same keys, with another end. For one that has expired, too.
+    """Sign the next version of the bundle with the same keys and a new end, also where it has expired.
 
-    Returns it. Needs the root's key. Raises CeremonyError where there is no trust root.
+    Returns the bundle. Needs the root's key. Raises CeremonyError where there is no trust root.
     """
     root, bundle = load_root_and_bundle(folder)
     now_s = int(time.time())
@@ -119,7 +119,7 @@ def rotate_root(
 
 
 def _with_extended_keys(service: ServiceIdentity, old_end_s: int, end_s: int) -> ServiceIdentity:
-    """The service with those of its keys that were to last as long as the bundle lasting as long as the next one."""
+    """The service, with those keys extended that were to last as long as the old bundle."""
 
     def longer(keys: tuple[KeyRecord, ...]) -> tuple[KeyRecord, ...]:
         return tuple(
@@ -134,7 +134,7 @@ def _with_extended_keys(service: ServiceIdentity, old_end_s: int, end_s: int) ->
 def _with_new_keys(
     folder: TrustFolder, name: str, service: ServiceIdentity, now_s: int, old_ends_s: int, end_s: int
 ) -> ServiceIdentity:
-    """The service with a new key, and an end for those before."""
+    """The service with new keys, and an end for the old ones."""
     key = SigningKey.generate(service.id)
     key.save(_promote_next_key(folder.service_key(name)))
     keys = (*_with_end(service.keys, old_ends_s), key.record(end_s, now_s - 60))
@@ -151,7 +151,7 @@ def _with_new_keys(
 
 
 def _keep_former_key(file: Path, needed: Collection[str]) -> None:
-    """Save the key in `file` from what takes its place next, if it is needed; drop those aside that no more are."""
+    """Save the key in `file` before the next one replaces it, if it is needed; delete saved ones that are not."""
     for aside in files_before(file):
         if EncryptionKey.load(aside).kid not in needed:
             aside.unlink()
@@ -160,7 +160,7 @@ def _keep_former_key(file: Path, needed: Collection[str]) -> None:
 
 
 def _promote_next_key(file: Path) -> Path:
-    """Where the key goes that follows the one in `file`; what followed it until now takes its place."""
+    """Move the next key into `file` where there is one. Returns the path for the new next key."""
     following = next_file(file)
     if following.exists():
         following.replace(file)

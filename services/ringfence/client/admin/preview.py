@@ -1,4 +1,4 @@
-"""What a task will allow, shown before anything runs. Informs; policy and issuer decide for themselves."""
+"""Previews what a task will allow. It informs only: policy and issuer decide for themselves."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ringfence.model.unknown_fields import is_understood, names_of, unknown_fiel
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """The scope that task, ceiling and entitlements allow together, and what each side cuts from the task's."""
+    """The scope that task, ceiling and entitlements allow together, and what each limit removes from the task's."""
 
     effective: Scope
     cuts: tuple[Excess, ...]
-    """By side: the permissions, or parts of them, that the task names and this side does not hold."""
+    """By limit: the permissions, or parts of them, that the task names and this limit does not contain."""
     warnings: tuple[str, ...]
-    """Why requests would be denied for other reasons, as the records stand now."""
+    """Other reasons for which requests would be denied, as the records are now."""
 
 
 def preview(
     directory: Directory, terms: TaskTerms, on_behalf_of: str, *, now_s: float, entitlements_max_age_s: int
 ) -> Preview:
-    """Hold a task that is not assigned yet against the verified records.
+    """Compare a task that is not assigned yet with the verified records.
 
     Raises InvalidCallError where agent or user are unknown, ScopeError where the scope is malformed, ChainError where
-    a record does not hold.
+    a record does not verify.
     """
     validate_scope(terms.scope)
     agent, user = directory.agent(terms.agent_id), directory.user(on_behalf_of)
@@ -68,7 +68,7 @@ def preview(
 
 
 def unknown_names(directory: Directory, scope: Scope) -> list[str]:
-    """Targets and verbs in a scope that are not there now, in words, with the nearest name that is there."""
+    """A sentence for each target and verb of a scope that does not exist now, with the nearest name that does."""
     problems = []
     for permission in scope:
         target = directory.target(permission.target)

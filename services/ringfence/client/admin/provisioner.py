@@ -20,11 +20,11 @@ from ringfence.messages.topics import REGISTRY_COMMAND
 from ringfence.model.records.provisioning import given_by
 
 _TRIES = 3
-"""A command that came in the same moment as a change of its signer is refused as `too_early`, and given once more."""
+"""A command sent while its signer's record changes is refused as `too_early`, and repeated."""
 
 
 class Provisioner(CommandClient):
-    """The key of a directory that users come from, connected."""
+    """The key of an identity provider that users come from, connected."""
 
     async def set_user(
         self,
@@ -35,9 +35,9 @@ class Provisioner(CommandClient):
         name: str,
         as_of: int | None = None,
     ) -> Accepted:
-        """Create or replace a user, with all that the delegation gives to the groups in `provisioning`.
+        """Create or replace a user, with all that the delegation grants to the groups in `provisioning`.
 
-        `as_of`: when the directory said so, in seconds since 1970 (now where None).
+        `as_of`: when the directory said so, in seconds since 1970 (None: now).
         """
         granted = given_by(delegation, provisioning.groups)
         stamp = self.connection.stamp(COMMAND_LIFE_S)
@@ -58,7 +58,7 @@ class Provisioner(CommandClient):
         return await self._command(command, user_id)
 
     async def disable_user(self, user_id: str, *, reason: str, gone: bool = False) -> Accepted:
-        """The user may no longer act. `gone`: they left for good, and their keys end."""
+        """Disable a user. `gone`: they left for good, and their keys end."""
         with checked("the command"):
             command = UserDisable(
                 **self.connection.stamp(COMMAND_LIFE_S), user_id=user_id, reason=reason, gone=gone
@@ -66,7 +66,7 @@ class Provisioner(CommandClient):
         return await self._command(command, user_id)
 
     async def link_groups(self, groups: Sequence[GroupLink]) -> Accepted:
-        """Tell which of the delegated groups the directory has."""
+        """Set which of the delegated groups exist in the directory."""
         with checked("the groups"):
             command = ProvisionerLink(
                 **self.connection.stamp(COMMAND_LIFE_S), provisioner_id=self.id, groups=tuple(groups)

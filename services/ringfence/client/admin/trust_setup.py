@@ -1,4 +1,4 @@
-"""What the offline root does, once and then rarely: keys, the trust bundle, the first operator.
+"""The root ceremony: makes the root, the service keys, the trust bundle and the first operator. The root is offline.
 
 The root's private key is needed for nothing else. Keep it off the machines that run services.
 """
@@ -32,29 +32,29 @@ from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.unknown_fields import describe_unknown, unknown_fields
 
 _KEYS_BY_ROLE: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker", "audit")
-"""All replicas of these have one key. A gateway has one of its own: cuts wait for the word of each."""
+"""All replicas of a role share one key. Each gateway has its own, since cuts wait for each of them."""
 SERVICE_ROLES: tuple[ServiceRole, ...] = (*_KEYS_BY_ROLE, "gateway")
 ON_DEMAND: tuple[ServiceRole, ...] = ("scim", "signals")
-"""Services that have a key from the beginning, and that not everybody runs."""
+"""Optional services. They have a key from the beginning."""
 TOKEN_KEY = "issuer-token"  # noqa: S105 - the name of a file
-"""The key that signs tokens is not the one that signs the issuer's messages."""
+"""Signs access tokens. It is not the key that signs the issuer's messages."""
 _SEALED_TO: tuple[ServiceRole, ...] = ("issuer", "gateway")
-"""Whose services have a key that credentials are sealed to."""
+"""Roles with an encryption key, to which credentials are sealed."""
 SEAL = "-seal"
-"""How the names of their files end."""
+"""The suffix of the file names of encryption keys."""
 YEAR_S = 365 * 24 * 3600
 _NAME = TypeAdapter(Name)
 
 
 class CeremonyError(RingfenceError):
-    """The trust root cannot be made, or is not there."""
+    """The trust root cannot be made, or does not exist."""
 
     code = "ceremony_failed"
 
 
 @dataclass(frozen=True, slots=True)
 class TrustFolder:
-    """Where `ringfence init` keeps what it makes."""
+    """The folder in which `ringfence init` keeps keys and the trust bundle."""
 
     path: Path
 
@@ -178,7 +178,7 @@ def add_services(folder: TrustFolder, roles: Sequence[str]) -> TrustBundle:
 
 
 def missing_on_demand_services(bundle: TrustBundle) -> list[ServiceRole]:
-    """The services that not everybody runs and for which a trust bundle has no keys."""
+    """The optional services for which a trust bundle has no keys."""
     return [role for role in ON_DEMAND if not any(role in service.roles for service in bundle.services)]
 
 
@@ -221,7 +221,7 @@ def remove_oidc_issuer(folder: TrustFolder, issuer: str) -> TrustBundle:
 def sign_next_bundle(
     folder: TrustFolder, bundle: TrustBundle, root: SigningKey, now_s: int, **changed: Any
 ) -> TrustBundle:
-    """Sign the version after `bundle`, in which some fields are `changed`, and put it in the folder."""
+    """Sign the version after `bundle`, with the fields in `changed`, and write it to the folder."""
     following = bundle.model_copy(
         update={"iat": now_s, "jti": str(uuid.uuid4()), "version": bundle.version + 1, **changed}
     )
@@ -284,7 +284,7 @@ def _with_encryption_key(
 
 
 def load_root_and_bundle(folder: TrustFolder) -> tuple[SigningKey, TrustBundle]:
-    """The root's key, and the bundle that it signed last. Raises CeremonyError."""
+    """Load the root's key and the bundle that it signed last. Raises CeremonyError."""
     try:
         root = SigningKey.load(folder.root_key)
         jws = parse(folder.bundle.read_text().strip())

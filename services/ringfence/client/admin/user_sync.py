@@ -1,4 +1,4 @@
-"""Users as a file says that they are: what has to change for that, and its doing."""
+"""Reconciles users with a file: what has to change, and carrying it out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Kind = Literal["add", "change", "confirm", "disable"]
 
 @dataclass(frozen=True, slots=True)
 class FileUser:
-    """A user as the file has them."""
+    """A user as the file describes them."""
 
     name: str
     provisioning: Provisioning
@@ -27,7 +27,7 @@ class FileUser:
 
 @dataclass(frozen=True, slots=True)
 class UserChange:
-    """One user, and what is to be done: `confirm` where all is as it should be, and only their date is renewed."""
+    """One user, and what to do: `confirm` where all is as it should be, and only the date is renewed."""
 
     kind: Kind
     user_id: str
@@ -36,7 +36,7 @@ class UserChange:
 
 @dataclass(frozen=True, slots=True)
 class SyncPlan:
-    """What has to be done, by user id, and what stands in its way."""
+    """The changes to make, by user id, and the problems that prevent them."""
 
     differences: tuple[UserChange, ...]
     problems: tuple[str, ...]
@@ -61,7 +61,7 @@ class SyncPlan:
 
 
 async def delegation_of(provisioner: Provisioner) -> Delegation:
-    """What an operator delegated. Raises InvalidCallError where that is nothing."""
+    """What an operator delegated to this provisioner. Raises InvalidCallError where that is nothing."""
     entry = (await provisioner.directory()).user(provisioner.id)
     if entry is None or entry.state.delegation is None or entry.state.status != "active":
         raise InvalidCallError(
@@ -72,7 +72,7 @@ async def delegation_of(provisioner: Provisioner) -> Delegation:
 
 
 async def plan(provisioner: Provisioner, file_users: Mapping[str, FileUser]) -> SyncPlan:
-    """Compare the records with what is wanted. Raises InvalidCallError where nothing is delegated."""
+    """Compare the records with the file. Raises InvalidCallError where nothing is delegated."""
     delegation = await delegation_of(provisioner)
     directory = await provisioner.directory()
     users = [entry.state for entry in directory.entries("user")]
@@ -99,7 +99,10 @@ async def carry_out(
     sync_plan: SyncPlan,
     on_result: Callable[[UserChange, str | None], None],
 ) -> int:
-    """Give the commands; `on_result` hears of each what came of it (None: done). Returns how many failed."""
+    """Send the commands of a plan. Returns how many failed.
+
+    `on_result` is called for each change, with its error or None.
+    """
     delegation = await delegation_of(provisioner)
     limit, failed = asyncio.Semaphore(_MAX_CONCURRENT_COMMANDS), 0
 

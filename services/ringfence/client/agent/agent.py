@@ -1,4 +1,4 @@
-"""The agent's side: ask for a credential, use it, give it back."""
+"""The agent's side of the SDK: request a credential, use it, release it."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ REQUEST_LIFE_S = 120
 """`exp` of a request: how long it may take to reach the broker, clocks that differ included."""
 
 COMMAND_TIMEOUT_S = 15.0
-"""How long the registry's word is waited for where nothing else is said."""
+"""How long to wait for the registry's answer by default."""
 _MAX_ABANDONED = 1000
 
 OnPending = Callable[[PendingRequest], Awaitable[None] | None]
-"""Told once that approvals are waited for. May be a coroutine function."""
+"""Called once when approvals are waited for. May be a coroutine function."""
 
 
 @dataclass(slots=True)
@@ -76,16 +76,16 @@ class _OpenRequest:
     answers: asyncio.Queue[Answer] = field(default_factory=asyncio.Queue)
     at: Coordinate | None = None
     ignored: str | None = None
-    """Why the last reply that did not prove itself was ignored."""
+    """Why the last reply that did not verify was ignored."""
     abandoned: bool = False
-    """Nobody waits any more: a credential that still comes is given back."""
+    """The caller gave up waiting: a credential that still arrives is released."""
 
 
 class Agent(Lifetime):
-    """An agent's identity, connected. One reply listener serves any number of requests at the same time.
+    """An agent's identity, connected. One reply listener serves any number of concurrent requests.
 
-    Where its key came from a file, and another key of the same agent lies there now, that one signs from then on; see
-    also `use_key`. What was asked for with the old key is shown with the old key.
+    Where the key came from a file and the file is replaced by another key of the same agent, that key signs from then
+    on; see also `use_key`. A credential that was requested with the old key is still presented with the old key.
 
     ```python
     async with Agent.connect(key="deploy-bot.json") as agent:
@@ -114,14 +114,14 @@ class Agent(Lifetime):
         agent_id: str | None = None,
         clock: Clock | None = None,
     ) -> Self:
-        """An agent to be used as an async context manager: `async with Agent.connect(...) as agent`.
+        """Return an agent, to be entered: `async with Agent.connect(...) as agent`.
 
         Args:
-            key: the agent's key, or the path of its file; `RINGFENCE_IDENTITY` where None.
-            settings: where to connect to; read from `RINGFENCE_*` and the settings file where None.
-            attest: where the platform's identity token comes from, in the place of a key: a `TokenSource`, or
-                `file:PATH`, `github` or `gcp`; `RINGFENCE_ATTEST` where None and no key is given.
-            agent_id: the agent that this is an instance of, with `attest`; `RINGFENCE_AGENT` where None.
+            key: the agent's key, or the path of its file; None takes `RINGFENCE_IDENTITY`.
+            settings: where to connect to; None reads `RINGFENCE_*` and the settings file.
+            attest: where the platform's identity token comes from, instead of a key: a `TokenSource`, or `file:PATH`,
+                `github` or `gcp`. None takes `RINGFENCE_ATTEST` where no key is given.
+            agent_id: with `attest`, the agent that this process is an instance of; None takes `RINGFENCE_AGENT`.
 
         Raises:
             SettingsError, IdentityError, KeyFileError, InvalidCallError; on entering, UnavailableError, and with
@@ -140,7 +140,7 @@ class Agent(Lifetime):
         return cls(Connection(None, settings, clock, attested=attested))
 
     async def start(self) -> None:
-        """Connect and begin to listen for replies. `async with` does it."""
+        """Connect and start to listen for replies. `async with` does it."""
         await self.connection.start()
         try:
             # From the end and before the first request: every reply to come is seen, and none of those that came.
@@ -153,14 +153,14 @@ class Agent(Lifetime):
             raise
 
     async def close(self) -> None:
-        """Give back what came too late, then disconnect. `async with` does it."""
+        """Release credentials that arrived after their request timed out, then disconnect. `async with` does it."""
         await asyncio.gather(*self._releases, return_exceptions=True)
         await self.connection.close()
 
     def use_key(self, key: SigningKey | Path | str) -> None:
-        """Sign with another key of this agent from now on, one that was given to it by `ringfence agent rotate-key`.
+        """Sign with another key of this agent from now on, one registered by `ringfence agent rotate-key`.
 
-        Credentials that are held go on with the key that they were asked for with. Raises IdentityError, KeyFileError.
+        Credentials already held stay bound to the key they were requested with. Raises IdentityError, KeyFileError.
         """
         self.connection.use_key(key)
 
@@ -178,21 +178,22 @@ class Agent(Lifetime):
         break_glass: bool = False,
         delivery: Delivery = "agent",
     ) -> IssuedCredential:
-        """Ask for one credential and wait for it.
+        """Request one credential and wait for it.
 
         Args:
-            task: the id of the task that this is for.
-            target: the target's id; `verbs` and `resources` (globs) are what is needed there, no more.
+            task: the id of the task that it is for.
+            target: the target's id; `verbs` and `resources` (globs) are what is needed there.
             reason: why, in a sentence that an approver will read.
             ttl_s: how long it is needed, in seconds.
-            timeout_s: how long to wait for the final answer, approvals included; None waits until there is one.
-            on_pending: told once when a person has to approve.
-            break_glass: policy denies it, and two operators are asked to allow it once, for 15 minutes at most.
-            delivery: `gateway` where the gateway injects the credential: the agent gets a handle, and no secret.
+            timeout_s: how long to wait for the final answer, approvals included; None waits without limit.
+            on_pending: called once when a person has to approve.
+            break_glass: policy denies the request, and two operators are asked to allow it once, for 15 minutes at
+                most.
+            delivery: with `gateway` the gateway injects the credential: the agent gets a handle, and no secret.
 
         Raises:
             RequestDeniedError: with every reason of policy or issuer.
-            RequestTimeoutError: saying what is still waited for. A credential that comes later is given back.
+            RequestTimeoutError: saying what was missing. A credential that arrives later is released.
             InvalidCallError, ScopeError: the arguments make no request; nothing was sent.
             UnavailableError: Kafka did not take the request.
         """
@@ -221,7 +222,7 @@ class Agent(Lifetime):
         break_glass: bool = False,
         delivery: Delivery = "agent",
     ) -> IssuedCredential:
-        """Like `request`, with several permissions at the one target: different verbs on different resources."""
+        """Like `request`, with several permissions at one target: different verbs on different resources."""
         await self.connection.renew()
         facts = {"agent_id": self.id, "task_id": task}
         with self.connection.tracing.step("request credential", Work(None, facts)) as span:
@@ -303,7 +304,10 @@ class Agent(Lifetime):
         break_glass: bool = False,
         delivery: Delivery = "agent",
     ) -> AsyncIterator[IssuedCredential]:
-        """`request` as a context manager: however the block ends, the credential is wiped and released."""
+        """`request` as a context manager.
+
+        The credential is wiped and released at the end of the block, also after an error.
+        """
         credential = await self.request(
             task=task, target=target, verbs=verbs, resources=resources, reason=reason, ttl_s=ttl_s,
             timeout_s=timeout_s, on_pending=on_pending, break_glass=break_glass, delivery=delivery,
@@ -321,15 +325,15 @@ class Agent(Lifetime):
         reason: str = "no longer needed",
         timeout_s: float | None = None,
     ) -> None:
-        """Give a credential back before its time.
+        """Release a credential before its deadline.
 
         Args:
             credential: what `request` returned, or its lease id.
-            timeout_s: None returns as soon as Kafka holds the release, which no crash can undo then; a number waits
-                that long for the revoker's word.
+            timeout_s: how long to wait for the revoker's signed answer. None returns once Kafka holds the release,
+                which is durable then.
 
         Raises:
-            RefusedError, NotAnsweredError: by or of the revoker, where its word is waited for.
+            RefusedError, NotAnsweredError: from the revoker, where its answer is waited for.
             UnavailableError: Kafka did not take the release.
         """
         self.connection.renew_key()
@@ -400,7 +404,7 @@ class Agent(Lifetime):
     async def end_delegated(
         self, task: str, *, reason: str, timeout_s: float = COMMAND_TIMEOUT_S
     ) -> Accepted:
-        """End a task that this agent handed on, or that came of one: what is held under it ends.
+        """End a task that this agent delegated, or one delegated further from it. The leases held under it end.
 
         Raises as `delegate` does.
         """
@@ -473,7 +477,10 @@ class Agent(Lifetime):
             self._open_requests.pop(open_request.sent.request_id, None)
 
     async def _release_quietly(self, credential: IssuedCredential) -> None:
-        """What cannot be released now ends by itself at its deadline; that must not hide how the caller's work went."""
+        """Release, and only log a failure.
+
+        The lease ends at its deadline anyway, and an exception here would hide the caller's own.
+        """
         try:
             await self.release(credential)
         except RingfenceError as error:

@@ -1,4 +1,4 @@
-"""What tells this process from every other that uses the same key: random, and gone with the process."""
+"""A random id of this process, which tells processes with the same key apart. A forked child gets its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _process_id = secrets.token_urlsafe(12)
 
 
 def process_id() -> str:
-    """The mark of this process."""
+    """The id of this process."""
     return _process_id
 
 

@@ -1,7 +1,7 @@
-"""What a sealed reply says once it is opened and every signature in it holds. Pure.
+"""Decrypts and verifies sealed replies to credential requests. Pure.
 
-Anybody may write to the topic and seal to a `reply_key` that they saw: a reply that does not prove itself is ignored,
-never acted on and never an answer.
+Anybody may write to the topic and encrypt to a `reply_key` that they saw. A reply that does not verify is ignored: it
+is never acted on, and never taken as an answer.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _APPROVERS: dict[RequiredClass, str] = {
 
 
 def describe_approvers(required: tuple[RequiredClass, ...]) -> str:
-    """Whose approvals are meant, in words."""
+    """Who must give these approvals, for people."""
     return " and ".join(_APPROVERS[c] for c in dict.fromkeys(required)) or "a person"
 
 
 @dataclass(frozen=True, slots=True)
 class PendingRequest:
-    """Policy asked for approvals; they are waited for until `expires_at`."""
+    """Policy requires approvals, and waits for them until `expires_at`."""
 
     request_id: str
     required: tuple[RequiredClass, ...]
@@ -62,7 +62,7 @@ class PendingRequest:
 
 @dataclass(frozen=True, slots=True)
 class Denied:
-    """The final no: policy's, or the issuer's."""
+    """The final denial, by policy or by the issuer."""
 
     request_id: str
     by: Literal["policy", "issuer"]
@@ -82,14 +82,14 @@ Answer = PendingRequest | Denied | AllowedByPolicy | IssuedCredential
 
 @dataclass(frozen=True, slots=True)
 class SentRequest:
-    """A request that an answer is waited for."""
+    """A request that waits for its answer, with the key that opens the reply."""
 
     claims: CredentialRequest
     compact: str
     reply_key: ReplyKey = field(repr=False)
     traceparent: str
     key: SigningKey | None = field(default=None, repr=False)
-    """The agent's, with which the request was signed."""
+    """The agent's key that signed the request."""
     request_id: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class SentRequest:
 
 
 class _OpenedReply(ReplyContent):
-    """What was sealed. Its messages are read as any text: each is parsed and verified before anything is made of it."""
+    """The decrypted content. Its messages are still unverified text: each is parsed and verified before use."""
 
     decision: str
     lease: str | None = None
@@ -180,7 +180,9 @@ def _issued(
 
 
 def _delivery(content: ReplyContent, trust: TrustStore, at_ms: int) -> CredentialDelivery | None:
-    """The credential as the issuer signed it: with another the agent would act as whoever made that one."""
+    """The credential as the issuer signed it: without the signature, an attacker could have the agent act as
+    themselves.
+    """
     if content.delivery is None:
         return None
     return verify(
@@ -190,7 +192,7 @@ def _delivery(content: ReplyContent, trust: TrustStore, at_ms: int) -> Credentia
 
 
 def _lease(compact: Jws, delivery: CredentialDelivery | None, trust: TrustStore, at_ms: int) -> Lease:
-    """The lease's record: signed by the issuer, or named, to the last character, in what the issuer signed."""
+    """The lease record: signed by the issuer, or matching the digest that the issuer signed in the delivery."""
     jws = parse(compact)
     if delivery is None or delivery.lease_digest is None:
         return verify(

@@ -1,4 +1,7 @@
-"""Single actions that wait for a person: what is asked, exactly as a gateway signed it, and what is open of it."""
+"""Single actions that wait for approval at a gateway.
+
+A question is shown exactly as a gateway signed it.
+"""
 
 from __future__ import annotations
 
@@ -22,31 +25,30 @@ from ringfence.model.requests.facts import DeniedError, load_records
 log = logging.getLogger(__name__)
 
 MAX_OPEN_PER_GATEWAY = 1000
-"""So many open questions of one gateway are remembered: nobody fills the memory of people."""
+"""The most open questions of one gateway that are kept, so that no gateway can exhaust the memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class ActionHeader:
-    """A header that goes on with an action."""
+    """An HTTP header that is forwarded with an action."""
 
     name: str
     value: str | None
-    """None where the gateway does not show it: it may be a secret."""
+    """None where the gateway does not show it, since it may be a secret."""
 
 
 @dataclass(frozen=True, slots=True)
 class PendingAction:
-    """One action of an agent that waits for a person, from what a gateway signed and from verified records alone."""
+    """An action of an agent that waits for approval, built from what a gateway signed and from verified records."""
 
     request_id: str
     digest: str
-    """SHA-256 (hex) of the `action.request`: what an approval is over."""
+    """SHA-256 (hex) of the signed `action.request`. The approval signs this digest."""
     gateway: str
-    """The SPIFFE ID of the gateway where it waits."""
+    """The SPIFFE ID of the gateway that holds the request."""
     agent: str
     agent_description: str
     sponsor: str
-    """The agent's sponsor."""
     task_id: str
     purpose: str
     """What the task is for."""
@@ -58,20 +60,20 @@ class PendingAction:
     resource: str
     method: str
     url: str
-    """Where it goes, undecoded."""
+    """The destination, not percent-decoded."""
     body_digest: str
     """SHA-256 (hex) of the body."""
     body_bytes: int
     headers_digest: str | None
-    """SHA-256 (hex) over all headers; None where the gateway is an older one, and binds none."""
+    """SHA-256 (hex) over all headers; None where an older gateway binds none of them."""
     headers: tuple[ActionHeader, ...]
     required: ActionClass
     mine: bool
-    """Whether the person who asks could give it."""
+    """Whether the current person may give the approval."""
     asked_at: int
     """Seconds since 1970."""
     expires_at: int
-    """Seconds since 1970; then no answer counts."""
+    """Seconds since 1970. Later answers do not count."""
     request: Jws
 
 
@@ -79,14 +81,14 @@ class PendingAction:
 class _OpenAction:
     signed: Signed[ActionRequest]
     people: frozenset[str]
-    """Who was asked, by the keys of the records."""
+    """Who was asked, from the keys of the records."""
 
 
 class OpenActions:
-    """The questions about actions that are open. Only what a gateway of the trust bundle signed is ever in it."""
+    """The open questions about actions. It holds only what a gateway of the trust bundle signed."""
 
     def __init__(self, connection: Connection, directory: Directory, user_id: str) -> None:
-        """`user_id`: the id of the user who looks."""
+        """`user_id`: the person who looks."""
         self._connection = connection
         self._directory = directory
         self._user_id = user_id
@@ -96,7 +98,10 @@ class OpenActions:
         """By request id, why a question that a gateway signed is not shown."""
 
     def on_request(self, record: Received) -> None:
-        """Take in a question. Raises InvalidMessageError where no gateway signed it, or it came outside its time."""
+        """Take in a question.
+
+        Raises InvalidMessageError where no gateway signed it, or it arrived outside its validity.
+        """
         at_ms = record.appended_at_ms
         signed = verify(
             parse(record.value),
@@ -115,7 +120,10 @@ class OpenActions:
         self._requests[signed.digest] = _OpenAction(signed, people)
 
     def on_answer(self, record: Received) -> None:
-        """Take in an answer of somebody who may give it. Raises InvalidMessageError, ChainError where nobody did."""
+        """Take in an answer by somebody who may approve.
+
+        Raises InvalidMessageError or ChainError where it does not verify.
+        """
         jws = parse(record.value)
         open_action = self._requests.get(jws.unverified_claims(ActionApproval).request_digest)
         if open_action is None:
@@ -137,11 +145,11 @@ class OpenActions:
             self._answered.add(answer.request_digest)
 
     def answered(self, digest: str) -> None:
-        """This person answered it."""
+        """Mark an action as answered by this person."""
         self._answered.add(digest)
 
     def pending(self, *, everyone: bool = False) -> list[PendingAction]:
-        """What waits for this person, the oldest first; with `everyone` what waits for others too."""
+        """The open actions for this person, oldest first; with `everyone` also those of others."""
         self._forget()
         shown: list[PendingAction] = []
         for digest, open_action in self._requests.items():
@@ -153,7 +161,7 @@ class OpenActions:
         return sorted(shown, key=lambda one: one.asked_at)
 
     def get(self, digest: str) -> PendingAction | None:
-        """An open question as it would be shown now; None where it is not open, or not shown."""
+        """An open action as it would be shown now; None where it is not open, or cannot be shown."""
         self._forget()
         open_action = self._requests.get(digest)
         return (
@@ -215,7 +223,7 @@ class OpenActions:
 
 
 def is_action(record: Received, model: type[ActionRequest] | type[ActionApproval]) -> bool:
-    """Whether a record says that it is such a message; nothing is verified."""
+    """Whether an unverified record claims to be a message of this type."""
     try:
         return parse(record.value).header.typ == typ_header(model)
     except InvalidMessageError:

@@ -53,17 +53,20 @@ class Deviation:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A request beside what people answered before."""
+    """How a request differs from what people answered before."""
 
     approved: int
     """How often somebody approved something for the agent in the last 30 days."""
     denied: int
     differences: tuple[Deviation, ...]
-    """Empty: it is as usual."""
+    """Empty where the request is as usual."""
 
 
 def compare(scope: Scope, ttl_s: int, delivery: Delivery, past: Iterable[PastAnswer]) -> Comparison:
-    """Hold what is asked for against what was answered before."""
+    """Compare a request with past answers: which parts of it are new, wider, longer, or were denied before.
+
+    `ttl_s` is in seconds. The result has no differences where everything was approved before.
+    """
     answers = list(past)
     approved = [one for one in answers if one.verdict == "approved"]
     denied = [one for one in answers if one.verdict == "denied"]
@@ -109,7 +112,10 @@ def _times(count: int) -> str:
 
 
 class ApprovalHistory:
-    """What people answered lately, by agent. Read from `approval.response`, believed where an approver signed it."""
+    """Recent answers of people, by agent, from `approval.response`.
+
+    An answer counts if its signature verifies and its signer may approve. Signatures are verified on first use.
+    """
 
     def __init__(self, directory: Directory, trust_domain: str) -> None:
         self._directory = directory
@@ -118,13 +124,13 @@ class ApprovalHistory:
         self._past: dict[str, deque[PastAnswer]] = {}
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in answers; they are verified when somebody looks at their agent."""
+        """Take in records. They are verified when somebody asks about their agent."""
         for record in records:
             if record.key is not None:
                 self._unread.setdefault(record.key, deque(maxlen=_MAX_ANSWERS_PER_AGENT)).append(record)
 
     def compared(self, pending: PendingApproval, *, besides: Iterable[str] = ()) -> Comparison:
-        """A request beside what was answered before; `besides`: other requests (ids) that do not count, nor does it."""
+        """Compare a request with past answers. `besides`: ids of other requests that do not count."""
         left_out = {pending.request_id, *besides}
         past = [one for one in self._of(pending.agent) if one.request_id not in left_out]
         return compare(pending.scope, pending.ttl_s, pending.delivery, past)

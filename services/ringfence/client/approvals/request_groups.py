@@ -1,4 +1,7 @@
-"""Requests that would come to the same credential, shown once: who is asked the same ten times stops reading."""
+"""Groups requests that would produce the same credential, so that an approver sees each question once.
+
+Somebody who is asked the same thing ten times stops reading.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +16,28 @@ GroupKey = tuple[object, ...]
 
 @dataclass(frozen=True, slots=True)
 class RequestGroup:
-    """Requests that wait and would come to the same, at least one. Each is answered by a signature of its own."""
+    """One or more pending requests that are equivalent. Each is answered by a signature of its own."""
 
     requests: tuple[PendingApproval, ...]
 
     @property
     def first(self) -> PendingApproval:
-        """The one that is asked about, or waits the longest; what it says of the credential holds for all."""
+        """The request to show. What it says about the credential holds for the whole group."""
         return self.requests[0]
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the agent wants them, in its own words, each once."""
+        """The agent's reasons, in its own words, without duplicates."""
         return tuple(dict.fromkeys(request.reason for request in self.requests))
 
     @property
     def expires_at(self) -> int:
-        """When the first of them is denied; seconds since 1970."""
+        """When the first of them expires and is denied; seconds since 1970."""
         return min(request.expires_at for request in self.requests)
 
 
 def group_equivalent(requests: Iterable[PendingApproval]) -> list[RequestGroup]:
-    """Put requests together that would come to the same, in the order of the first of each."""
+    """Group equivalent requests. Groups, and requests in a group, keep the order of the input."""
     groups: dict[GroupKey, list[PendingApproval]] = {}
     for request in requests:
         groups.setdefault(group_key(request), []).append(request)
@@ -42,7 +45,7 @@ def group_equivalent(requests: Iterable[PendingApproval]) -> list[RequestGroup]:
 
 
 def group_key(request: PendingApproval) -> GroupKey:
-    """Everything that a credential, and the approval of it, depend on; not what the agent says, nor when."""
+    """All that a credential and its approval depend on: not the agent's reason, nor the time of the request."""
     return (
         request.agent,
         request.task_id,
@@ -57,7 +60,7 @@ def group_key(request: PendingApproval) -> GroupKey:
 
 
 def _normal(scope: Scope) -> tuple[object, ...]:
-    """A scope whatever the order in which it was written."""
+    """A scope independent of the order in which it was written."""
     parts = {
         (p.target, tuple(sorted(set(p.verbs))), tuple(sorted(set(p.resources))), repr(p.model_extra))
         for p in scope

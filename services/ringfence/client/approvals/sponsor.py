@@ -1,4 +1,4 @@
-"""The approver's side: see what is asked, exactly as the agent signed it, and answer."""
+"""The approver's side of the SDK: see pending requests exactly as the agent signed them, and answer."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ from ringfence.model.requests.facts import DeniedError, RequestContext, load_con
 log = logging.getLogger(__name__)
 
 APPROVAL_LIFE_S = 600
-"""`exp` of an answer: how long it may take to be used. One of several may wait for the others: as long as the question.
+"""Seconds until an answer expires. Where several approvals are required, an answer lives as long as the question.
 """
 LOOK_BACK_S = 24 * 3600
-"""How far back approvals that are still open are looked for."""
+"""How far back open approvals are searched, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class _OpenQuestion:
-    """One question; several people may have been asked it, each by a message of their own."""
+    """One question. Several people may be asked it, each by a message of their own."""
 
     message: ApprovalRequest
     appended_at_ms: int
@@ -89,11 +89,11 @@ class Sponsor(Lifetime):
         *,
         clock: Clock | None = None,
     ) -> Self:
-        """A sponsor to be used as an async context manager. See `Agent.connect`."""
+        """Return a sponsor, to be used as an async context manager. See `Agent.connect`."""
         return cls(Connection(key, settings, clock))
 
     async def start(self) -> None:
-        """Connect and read what is open. `async with` does it."""
+        """Connect and read the open requests. `async with` does it."""
         await self.connection.start()
         try:
             directory = self._directory = await self.connection.directory()
@@ -120,9 +120,9 @@ class Sponsor(Lifetime):
     # --- asking ---
 
     def pending(self, *, everyone: bool = False) -> list[PendingApproval]:
-        """What waits for this person now, oldest first.
+        """The requests that wait for this person now, oldest first.
 
-        `everyone`: also what others were asked and this person has no part in (for an overview).
+        `everyone`: also those that this person has no part in, for an overview.
         """
         shown = []
         for question in sorted(self._open(), key=lambda question: question.appended_at_ms):
@@ -132,7 +132,7 @@ class Sponsor(Lifetime):
         return shown
 
     async def watch(self, *, everyone: bool = False) -> AsyncIterator[PendingApproval]:
-        """Each request that waits for this person, once, those open now first; goes on for ever."""
+        """Yield each request that waits for this person, once, the ones open now first. Never ends."""
         seen: set[tuple[str, str]] = set()
         while True:
             changed = self._changed
@@ -145,11 +145,11 @@ class Sponsor(Lifetime):
             await changed.wait()
 
     def groups(self, *, everyone: bool = False) -> list[RequestGroup]:
-        """`pending`, with what would come to the same put together."""
+        """`pending`, with equivalent requests grouped."""
         return group_equivalent(self.pending(everyone=everyone))
 
     def alike(self, pending: PendingApproval) -> tuple[PendingApproval, ...]:
-        """All that waits and would come to the same as this one, with it, the oldest first."""
+        """All pending requests equivalent to this one, itself included, oldest first."""
         return tuple(
             one
             for one in self.pending(everyone=True)
@@ -157,9 +157,9 @@ class Sponsor(Lifetime):
         ) or (pending,)
 
     async def usual(self, agent: str | None = None) -> ApprovalHistory:
-        """What people answered in the last 30 days, to compare with. Read when first needed, and kept up to date.
+        """What people answered in the last 30 days, for comparison. Read on first use, then kept up to date.
 
-        For one `agent` less is read: only the partition that holds the answers to it.
+        With `agent` only the partition with the answers about that agent is read.
         """
         async with self._histories_lock:
             if agent not in self._histories:
@@ -172,22 +172,22 @@ class Sponsor(Lifetime):
         return self._histories[agent]
 
     def find(self, request_id: str) -> PendingApproval | None:
-        """The open request with this id, or the only one whose id begins so (four characters or more), or None."""
+        """The open request with this id or unique id prefix (four characters or more); None where there is none."""
         return find_by_prefix(request_id, self.pending(everyone=True), lambda one: one.request_id)
 
     @property
     def unshowable(self) -> dict[str, str]:
-        """By request id, why something that asks for an approval is not shown: it is not what an agent signed."""
+        """By request id, why a question is not shown: it does not match what an agent signed."""
         return {**self._problems, **self._require_actions().problems}
 
     # --- single actions, through a gateway ---
 
     def actions(self, *, everyone: bool = False) -> list[PendingAction]:
-        """The actions that wait for this person now, oldest first; with `everyone` those that wait for others too."""
+        """The actions that wait for this person now, oldest first; with `everyone` also those of others."""
         return self._require_actions().pending(everyone=everyone)
 
     async def watch_actions(self, *, everyone: bool = False) -> AsyncIterator[PendingAction]:
-        """Each action that waits for this person, once, those open now first; goes on for ever."""
+        """Yield each action that waits for this person, once, the ones open now first. Never ends."""
         seen: set[str] = set()
         while True:
             changed = self._changed
@@ -198,18 +198,18 @@ class Sponsor(Lifetime):
             await changed.wait()
 
     def find_action(self, request_id: str) -> PendingAction | None:
-        """The open action with this id, or the only one whose id begins so (four characters or more), or None."""
+        """The open action with this id or unique id prefix (four characters or more); None where there is none."""
         return find_by_prefix(request_id, self.actions(everyone=True), lambda one: one.request_id)
 
     async def approve_action(self, pending: PendingAction, comment: str | None = None) -> str:
-        """Sign a yes to exactly this action, once. Returns the approval's id once Kafka holds it.
+        """Sign an approval of exactly this action, once. Returns the approval's id once Kafka holds it.
 
-        Raises StaleApprovalError where it is not open any more, or not as it was shown, and NotYoursError.
+        Raises StaleApprovalError where the action is no longer open or changed since it was shown, and NotYoursError.
         """
         return await self._answer_action(pending, "approved", comment)
 
     async def deny_action(self, pending: PendingAction, comment: str | None = None) -> str:
-        """Sign a no. See `approve_action`."""
+        """Sign a denial. See `approve_action`."""
         return await self._answer_action(pending, "denied", comment)
 
     async def _answer_action(
@@ -248,26 +248,26 @@ class Sponsor(Lifetime):
     # --- answering ---
 
     async def approve(self, pending: PendingApproval, comment: str | None = None) -> str:
-        """Sign a yes to exactly this request, on these terms. Returns the approval's id once Kafka holds it.
+        """Sign an approval of exactly this request, on these terms. Returns the approval's id once Kafka holds it.
 
-        Raises StaleApprovalError where records changed since `pending` was shown, or it is no longer open, and
-        NotYoursError where what it needs is others' to give.
+        Raises StaleApprovalError where records changed since `pending` was shown, or it is no longer open;
+        NotYoursError where this person may give none of the approvals that it needs.
         """
         return await self._answer(pending, "approved", comment)
 
     async def deny(self, pending: PendingApproval, comment: str | None = None) -> str:
-        """Sign a no. See `approve`."""
+        """Sign a denial. See `approve`."""
         return await self._answer(pending, "denied", comment)
 
     async def approve_all(self, group: RequestGroup, comment: str | None = None) -> list[str]:
-        """Sign a yes to each request of a group as it was shown, and to no other. Returns the approvals' ids.
+        """Sign an approval of each request of a group, as it was shown, and of no other. Returns the approvals' ids.
 
-        Raises StaleApprovalError or NotYoursError, before anything is sent, where one of them is not as it was shown.
+        Raises StaleApprovalError or NotYoursError, before anything is sent, where a request changed since it was shown.
         """
         return await self._answer_all(group, "approved", comment)
 
     async def deny_all(self, group: RequestGroup, comment: str | None = None) -> list[str]:
-        """Sign a no to each. See `approve_all`."""
+        """Sign a denial of each request. See `approve_all`."""
         return await self._answer_all(group, "denied", comment)
 
     async def _answer_all(

@@ -1,4 +1,4 @@
-"""An export from its first page to its last, and where it stopped."""
+"""A resumable export of audit events to a file."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ STATE: Final = ".part.json"
 
 
 class ExportError(RingfenceError):
-    """An export cannot begin, or go on, with the files that are there."""
+    """An export cannot begin or resume with the files that exist."""
 
     code = "export_files"
 
 
 class ExportQuery(BaseModel):
-    """What is exported: an export is only gone on with where it is the same."""
+    """The query of an export. Only an export with the same query can be resumed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,7 +38,7 @@ class ExportQuery(BaseModel):
 
 
 class ExportProgress(BaseModel):
-    """How far an export is: what of the file stands, and from where to go on."""
+    """The saved position of an export: how much of the file is valid, and where to continue."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -50,7 +50,7 @@ class ExportProgress(BaseModel):
 
 @dataclass(slots=True)
 class ExportFile:
-    """The files of an export that is not whole yet, beside the one that it will be."""
+    """An unfinished export: its partial file and its progress file, beside the target."""
 
     target: Path
     file: BinaryIO
@@ -58,7 +58,7 @@ class ExportFile:
     state: ExportProgress
 
     def checkpoint(self) -> None:
-        """What is written so far is to be gone on with."""
+        """Save the progress, so that the export can be resumed from here."""
         self.file.flush()
         self.state.bytes = self.file.tell()
         if self.writer.resumable:
@@ -68,14 +68,14 @@ class ExportFile:
             new_file.replace(state_file)
 
     def finish(self) -> None:
-        """It is whole: it gets its name."""
+        """Close the complete file and give it its final name."""
         self.writer.close()
         self.file.close()
         _sibling(self.target, PART).rename(self.target)
         _sibling(self.target, STATE).unlink(missing_ok=True)
 
     def abort(self) -> None:
-        """It is not whole: what can be gone on with stays, else nothing does."""
+        """Close an incomplete export. Its files stay where it can be resumed, and are deleted otherwise."""
         self.file.close()
         if not self.can_be_resumed:
             for suffix in (PART, STATE):
@@ -83,12 +83,12 @@ class ExportFile:
 
     @property
     def can_be_resumed(self) -> bool:
-        """Whether a page of it stands, in a format that more can be written to."""
+        """Whether a page is complete, in a format that can be appended to."""
         return self.writer.resumable and self.state.after is not None
 
 
 def begin(target: Path, question: ExportQuery) -> ExportFile:
-    """A new export to a file. Raises ExportError where it, or a part of it, is there."""
+    """Begin a new export. Raises ExportError where the file, or a partial one, exists."""
     if target.exists():
         raise ExportError(f"{target} is there already; name another file, or delete it")
     try:
@@ -111,7 +111,7 @@ def begin(target: Path, question: ExportQuery) -> ExportFile:
 
 
 def resume(target: Path) -> ExportFile:
-    """Go on with an export that stopped. Raises ExportError where there is none."""
+    """Resume an interrupted export. Raises ExportError where there is none."""
     try:
         state = ExportProgress.model_validate_json(_sibling(target, STATE).read_bytes())
         _sibling(target, PART).stat()
@@ -134,9 +134,9 @@ async def export_pages(
     progress: Callable[[float], None],
     on_page: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write all events of a question from where its state stands, in the order of time and uid.
+    """Write all events from the saved position on, in order of time and uid.
 
-    `on_page` is told after each page. Raises ApiError; then `state` says how far it came.
+    `on_page` is called after each page. Raises ApiError; `state` then has the position reached.
     """
     question = state.question
     span_ms = max(question.until_ms - question.since_ms, 1)
@@ -160,7 +160,7 @@ def stopped_at_ms(state: ExportProgress) -> int | None:
 
 
 def set_filters(filters: Mapping[str, str | int | None]) -> dict[str, str | int]:
-    """The filters that are set."""
+    """The filters that have a value."""
     return {name: value for name, value in filters.items() if value is not None}
 
 

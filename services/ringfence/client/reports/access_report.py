@@ -1,4 +1,4 @@
-"""Who could reach a target and who did something there, put together from what policy and audit say page by page."""
+"""Access report: who could reach a target, by policy, and who acted there, by audit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COUNTS: Final = ("allowed", "denied", "observed", "leases", "handed_out", "unve
 
 @dataclass(slots=True)
 class AccessReport:
-    """The answer for one target. `docs/asking-audit.md` says what stands in each line."""
+    """The report for one target. `docs/asking-audit.md` describes its rows."""
 
     target: str
     verb: str | None
@@ -71,10 +71,10 @@ async def access_report(
     verb: str | None = None,
     resource: str | None = None,
 ) -> AccessReport:
-    """Who could and who did, as far as the caller may see.
+    """Build the report, as far as the caller may see.
 
-    `progress` is told how much has been read, from 0 to 1. A policy that does not answer is a gap. Raises ApiError
-    where audit does not, or where either finds fault with the question.
+    `progress` is called with the share read, from 0 to 1. Where policy does not answer, the report has a gap. Raises
+    ApiError where audit does not answer, or either rejects the query.
     """
     report = AccessReport(target, verb, resource, since_ms, until_ms)
     await _add_reach(api, report)

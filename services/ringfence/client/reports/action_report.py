@@ -1,4 +1,4 @@
-"""What gateways blocked and what they let pass, added up from what audit counts page by page."""
+"""Report of what gateways blocked and let pass, summed over audit's pages."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.operations import INJECTED
 
 MAX_LABELS: Final = 100
-"""Labels are what senders make up: so many are told apart."""
+"""The most labels that are counted separately: senders choose them freely."""
 OTHER_LABELS: Final = "(others)"
 MAX_DESTINATIONS: Final = 10_000
-"""So many unknown destinations are told apart at a time: agents choose them freely."""
+"""The most unknown destinations that are counted separately at a time: agents choose them freely."""
 _MOST_FREQUENT: Final = 100
 _ALLOWED, _OBSERVED = "allowed", "observed"
 K = TypeVar("K")

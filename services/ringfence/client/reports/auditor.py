@@ -1,7 +1,7 @@
-"""For auditors: is the audit trail whole? Read from Kafka itself, believing nobody but the trust root.
+"""Verifies the whole audit trail from Kafka, trusting nobody but the pinned root.
 
-The events of each partition are held against their own links, against what audit signed, against what witnesses and
-whoever asks saw before, and against the records that they are about.
+The events of each partition are checked against their own hash links, audit's signed checkpoints, the heads that
+witnesses and the caller saw before, and the records that they are about.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 
 SETTLE_S = 60.0
-"""A record that is younger may have no event yet."""
+"""Seconds that a record may be without an event: audit may not have reached it yet."""
 Heads = dict[str, tuple[int, str]]
 """By tree: how many events it had, and its root. What an auditor keeps from one time to the next."""
 HEADS = TypeAdapter(Heads)
@@ -44,7 +44,7 @@ _RETENTION_TOLERANCE = 0.99
 
 @dataclass(frozen=True, slots=True)
 class TreeReport:
-    """One chain: its first and last event, how many stand before it, how far it is signed, and who else saw that."""
+    """One hash chain: first and last event, events before the chain, how far it is signed, and its witnesses."""
 
     tree: str
     first: int
@@ -58,7 +58,7 @@ class TreeReport:
 
 @dataclass(slots=True)
 class TrailReport:
-    """What came of verifying."""
+    """The result of verifying the trail."""
 
     trees: list[TreeReport] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -67,7 +67,7 @@ class TrailReport:
 
     @property
     def heads(self) -> Heads:
-        """What was signed, to be kept: the next time it must still be so."""
+        """The signed heads, to be kept: the next verification must still find them."""
         return {one.tree: (one.signed, one.root) for one in self.trees if one.root is not None}
 
 
@@ -82,11 +82,11 @@ class _SignedHeads:
 async def verify_trail(
     settings: ClientSettings | None = None, *, earlier_heads: Heads | None = None, settle_s: float = SETTLE_S
 ) -> TrailReport:
-    """Read the whole trail, and say what is wrong with it.
+    """Read and verify the whole trail. Returns a report with its faults.
 
     Args:
-        kept: the `heads` of an earlier report.
-        settle_s: how old a record must be before it has to have an event.
+        earlier_heads: the `heads` of an earlier report.
+        settle_s: how old a record must be, in seconds, before it must have an event.
 
     Raises SettingsError where no trust root is pinned, UnavailableError where Kafka cannot be read.
     """
@@ -117,7 +117,7 @@ async def verify_trail(
 
 
 async def witness(report: TrailReport, key: SigningKey, settings: ClientSettings | None = None) -> int:
-    """Sign what a report without faults found, as a user with the role auditor. Returns how many heads.
+    """Sign the heads of a report without faults, as a user with the role auditor. Returns how many heads.
 
     Raises UnavailableError where Kafka does not take it, ValueError where the report has faults.
     """
@@ -181,13 +181,13 @@ async def _read_signed_heads(
 
 
 def _check_key(record: Received, key: str) -> None:
-    """Compaction lets the last record under each key stand: one under another's would take that one's place."""
+    """Check the record's key: compaction keeps the last record of a key, so a foreign one would replace it."""
     if record.key != key:
         raise ValueError(f"it stands under the key {record.key}")
 
 
 def _check_monotonic(before: Sequence[AuditCheckpoint], checkpoint: AuditCheckpoint) -> None:
-    """So would an earlier one that is put there again: a chain only grows."""
+    """Refuse a checkpoint that signs fewer events than the one before: a chain only grows."""
     if before and before[-1].size > checkpoint.size:
         raise ValueError(f"it signs {checkpoint.size} events, and {before[-1].size} were signed before it")
 
@@ -258,7 +258,7 @@ async def _check_against_records(
     report: TrailReport,
     span_ms: tuple[float, float],
 ) -> None:
-    """Each record of a span of time has an event, and each event a record, unless that may be gone by its age."""
+    """Check that each record in a time span has an event, and each event a record unless retention removed it."""
     audited_uids = {uid for verifier in verifiers for uid in verifier.sources}
     audited_offsets = _offsets_by_partition(
         source for verifier in verifiers for source in verifier.sources.values()
@@ -316,7 +316,7 @@ def _unaudited_records(
 
 
 def offset_gaps(offsets: Iterable[int], begin: int, until: int) -> Iterator[tuple[int, int]]:
-    """What is missing among these from `begin` up to and without `until`: the first and last of each run."""
+    """The missing runs of offsets from `begin` up to, not including, `until`: the first and last of each."""
     at = begin
     for offset in sorted(offset for offset in {*offsets, until} if begin <= offset <= until):
         if offset > at:
@@ -344,7 +344,7 @@ def _offsets_by_partition(sources: Iterable[Source]) -> dict[tuple[str, int], se
 
 
 def read_heads(text: str | bytes) -> Heads:
-    """What `heads` was written as. Raises UnavailableError where it is no such file."""
+    """Parse a heads file that `audit verify` wrote. Raises UnavailableError where it is none."""
     try:
         return HEADS.validate_json(text)
     except ValueError:

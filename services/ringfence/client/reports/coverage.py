@@ -1,4 +1,4 @@
-"""How much of what agents got and did leads back to a human: shares, added up from what audit counts page by page."""
+"""Coverage report: which share of leases and actions leads back to a human, summed over audit's pages."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ringfence.client.reports.read_api import ReadApi
 
 
 class Ratio(NamedTuple):
-    """So many of so many."""
+    """`part` of `whole`."""
 
     part: int
     whole: int
 
     def percent(self) -> float | None:
-        """Rounded down to a tenth, so that 100 is all of them; None of nothing."""
+        """Rounded down to a tenth, so that 100 means all; None where `whole` is 0."""
         return self.part * 1000 // self.whole / 10 if self.whole else None
 
     def as_json(self) -> dict[str, int | float | None]:

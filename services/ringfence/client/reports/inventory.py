@@ -1,4 +1,4 @@
-"""The inventory, put together from the pages that policy gives, with what only the revoker knows."""
+"""The agent inventory, from policy's pages, with overdue leases from the revoker."""
 
 from __future__ import annotations
 

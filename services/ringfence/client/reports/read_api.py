@@ -1,4 +1,4 @@
-"""The read APIs of registry, policy, revoker and audit: what `list`, `show`, `inventory` and `trace` print."""
+"""Client of the HTTP read APIs of registry, policy, revoker and audit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ Service = Literal["registry", "policy", "issuer", "revoker", "audit"]
 
 
 class ReadApi(Lifetime):
-    """One user's view: operators and auditors see all, sponsors their own agents. Each call bears its own token."""
+    """One user's view: operators and auditors see all, sponsors their own agents.
+
+    Each call has its own bearer token.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""How a token is presented over HTTP, and in which words a request is refused (RFC 6750, RFC 9449)."""
+"""Reads the access token of an HTTP request, and builds 401 and 403 answers with challenges (RFC 6750, RFC 9449)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _UNQUOTABLE: Final = re.compile(r"[^\x20-\x21\x23-\x5b\x5d-\x7e]")
 
 @dataclass(frozen=True, slots=True)
 class PresentedToken:
-    """What a request shows: nothing of it verified."""
+    """The unverified token and proofs of a request."""
 
     scheme: Scheme
     token: str = field(repr=False)
@@ -37,10 +37,10 @@ class PresentedToken:
 
 
 def read_presented_token(headers: Headers) -> PresentedToken:
-    """The token of a request, and its proofs.
+    """Read the token of a request and its DPoP proofs. Nothing is verified.
 
-    Raises TokenRejectedError with the code `token_missing` where there is none of a scheme that is known, and
-    `invalid_request` where there are several.
+    Raises TokenRejectedError: `token_missing` where no known scheme is used, `invalid_request` where there are several
+    Authorization headers.
     """
     pairs = list(headers.items() if isinstance(headers, Mapping) else headers)
     authorizations = [value for name, value in pairs if name.lower() == "authorization"]
@@ -58,12 +58,12 @@ def read_presented_token(headers: Headers) -> PresentedToken:
 
 @dataclass(frozen=True, slots=True)
 class HttpRefusal:
-    """An answer without any of the application's own."""
+    """A complete HTTP answer that refuses a request."""
 
     status: int
     headers: tuple[tuple[str, str], ...]
     body: bytes
-    """JSON: `error`, a word for programs, and `message`."""
+    """JSON: `error`, a code for programs, and `message`."""
 
 
 def refusal(error: RingfenceError, *, require_proof: bool = False, nonce: str | None = None) -> HttpRefusal:

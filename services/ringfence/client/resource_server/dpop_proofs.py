@@ -1,4 +1,4 @@
-"""The resource server's side of RFC 9449 (DPoP): does this request come from who has the key of its token?"""
+"""DPoP, the resource server's side (RFC 9449): does the request come from the holder of the token's key?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ringfence.messages.keys import PublicJwk
 
 PROOF_ALGORITHMS: Final = ("ES256", "EdDSA")
 PROOF_LIFE_S: Final = 60
-"""How old a proof may be. So long its id is remembered, and the time by which clocks may differ."""
+"""The maximum age of a proof in seconds: how long its id is remembered, and the clock difference that is tolerated."""
 NONCE_LIFE_S: Final = 300
 MAX_PROOFS: Final = 200_000
 MAX_PROOF_BYTES: Final = 8192
@@ -30,18 +30,22 @@ _MAX_JTI: Final = 256
 
 
 class ProofMemory(Protocol):
-    """Where the ids of proofs are remembered. Servers that share tokens share one, or a proof counts once at each."""
+    """Replay memory for the ids of proofs.
+
+    Servers that accept the same tokens share one, or each accepts a proof once.
+    """
 
     async def remember(self, id: str, *, key: str, until_s: int, now_s: int) -> bool:
-        """Keep `id` until then; False where it is there already. Raises UnavailableError where nobody can tell.
+        """Store `id` until `until_s`. Returns False where it is stored already: a replay.
 
-        `key`: the thumbprint of whose proof it is.
+        `key` is the thumbprint of the proof's key; times are in seconds since 1970. Raises UnavailableError where it
+        cannot tell.
         """
         ...
 
 
 class ProofsInMemory:
-    """The ids of one process. Full of those that still count, it takes no more: see `ReplayMemory`."""
+    """The replay memory of one process. When full of ids that still count, it refuses more: see `ReplayMemory`."""
 
     def __init__(self, limit: int = MAX_PROOFS) -> None:
         self._memory = ReplayMemory(limit)
@@ -57,23 +61,25 @@ class ProofsInMemory:
 
 
 class Nonces:
-    """Values that this server alone makes: a proof that has one was made lately, whatever the sender's clock says.
+    """DPoP nonces (RFC 9449, 9): a proof with one was made recently, whatever the sender's clock says.
 
-    Nothing is kept: a nonce is its time, sealed with a secret. Servers that share tokens share the secret.
+    Stateless: a nonce is its time with a keyed MAC. Servers that accept the same tokens share the secret.
     """
 
     def __init__(self, secret: bytes | None = None, *, life_s: int = NONCE_LIFE_S) -> None:
-        """`secret`: 32 random bytes; some of this process's own where None."""
+        """Args are `secret`, 32 random bytes (None makes one for this process), and `life_s`, the validity of a nonce
+        in seconds.
+        """
         self._secret = secret or secrets.token_bytes(32)
         self._life_s = life_s
 
     def fresh(self, now_s: int) -> str:
-        """The nonce of this moment."""
+        """A nonce for this time; `now_s` is in seconds since 1970."""
         issued_at = now_s.to_bytes(8)
         return b64encode(issued_at + self._seal(issued_at))
 
     def counts(self, nonce: str, now_s: int) -> bool:
-        """Whether it was made here, and lately."""
+        """Whether this server made the nonce, within the last `life_s` seconds."""
         try:
             raw = b64decode(nonce)
         except ValueError:
@@ -89,32 +95,32 @@ class Nonces:
 
 
 class ProofError(TokenRejectedError):
-    """A request with a bound token whose proof is missing or does not hold."""
+    """A request with a bound token has no valid proof."""
 
     code = "invalid_dpop_proof"
 
 
 class ProofChecker:
-    """Checks the proof of one request after the other (RFC 9449, 4.3)."""
+    """Verifies DPoP proofs (RFC 9449, 4.3)."""
 
     def __init__(
         self, *, memory: ProofMemory | None = None, nonces: Nonces | None = None, clock: Clock | None = None
     ) -> None:
-        """`nonces`: demanded in each proof; where None, a proof's own time is believed."""
+        """`nonces`: demand one in each proof; None trusts the proof's own time."""
         self._memory = memory or ProofsInMemory()
         self._nonces = nonces
         self._clock: Clock = clock or SystemClock()
 
     def nonce(self) -> str | None:
-        """What the next proof should have: the `DPoP-Nonce` of every answer. None where none is demanded."""
+        """The value of the `DPoP-Nonce` header of every answer; None where no nonces are demanded."""
         return None if self._nonces is None else self._nonces.fresh(self._now_s())
 
     async def check(self, proof: str, *, method: str, url: str, access_token: str, thumbprint: str) -> None:
-        """Whether the proof is by the key with this thumbprint, for this request and token, of now, and new.
+        """Verify that a proof is by the key with this thumbprint, for this request and token, recent, and not a replay.
 
         Raises:
-            ProofError: it is not; code `use_dpop_nonce` where it lacks but a nonce that counts.
-            UnavailableError: whether it came before, nobody can tell.
+            ProofError: it is not; with the code `use_dpop_nonce` where only a valid nonce is missing.
+            UnavailableError: the replay memory cannot tell whether it is a replay.
         """
         claims = self._verify_signature(proof, thumbprint)
         self._check_request(claims, method, url, access_token)
@@ -138,7 +144,7 @@ class ProofChecker:
             raise ProofError("the proof came before; make one for each request")
 
     def _verify_signature(self, proof: str, thumbprint: str) -> dict[str, Any]:
-        """Its claims, once its signature by the key in its own header holds, and that is the token's."""
+        """The claims, after the signature by the header's key verified and that key is the token's."""
         if len(proof) > MAX_PROOF_BYTES:
             raise ProofError(f"a proof is no longer than {MAX_PROOF_BYTES} bytes")
         try:
@@ -170,7 +176,7 @@ class ProofChecker:
 
 
 def _time_claim(claims: dict[str, Any], name: str, default: int) -> float:
-    """A time that a proof may have. Raises ProofError where it is none."""
+    """An optional time claim. Raises ProofError where it is no number."""
     value = claims.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ProofError(f"the {name} of the proof is no time")
@@ -183,9 +189,9 @@ _target_uri = functools.lru_cache(maxsize=1024)(target_uri)
 
 @functools.lru_cache(maxsize=1024)
 def _proof_key(head: str) -> PublicKey:
-    """The key in a proof's header, as it was sent: an agent's proofs all have the same one.
+    """The key in a proof's header, cached by the header's text: all proofs of an agent have the same one.
 
-    Raises ValueError, TypeError, KeyError where the header is none of a proof.
+    Raises ValueError, TypeError, KeyError where it is no valid proof header.
     """
     header = json_object(b64decode(head))
     if header["typ"] != PROOF_TYPE or "crit" in header or "b64" in header:
