@@ -1,4 +1,4 @@
-"""The SCIM endpoint's wiring."""
+"""Wiring of the SCIM 2.0 service provider."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def build(settings: ServiceSettings, own: ScimSettings | None = None, clock: Clo
 
 
 def _as_client(settings: ServiceSettings) -> ClientSettings:
-    """The way to the bus, as the service has it."""
+    """Client settings with the Kafka connection of the service."""
     return ClientSettings(**{name: getattr(settings, name) for name in BusSettings.model_fields})
 
 

@@ -1,4 +1,4 @@
-"""The SCIM endpoint: requests in, resources or errors of RFC 7644 out."""
+"""The SCIM 2.0 HTTP API (RFC 7644): parses requests, answers with resources or errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _TOLERANT = ScimPolicy(
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 ReportRefusal = Callable[[tuple[object, ...], Reason], Awaitable[None]]
-"""Tells audit of something, once for each mark."""
+"""Reports a refused call to audit, once for each event id."""
 
 
 class ScimApi:
@@ -72,7 +72,7 @@ class ScimApi:
         on_request: Callable[[], None],
         report_refusal: ReportRefusal,
     ) -> None:
-        """`on_request` is called with each request that is let in."""
+        """`on_request` is called with each authenticated request."""
         self._view = view
         self._writer = writer
         self._tokens = tokens
@@ -83,7 +83,7 @@ class ScimApi:
         self._wrong_tokens = WrongTokens()
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to those of the runtime."""
+        """The routes, for `Runtime.routes`."""
         found: dict[str, dict[str, Endpoint]] = {
             "/ServiceProviderConfig": {"GET": self._config},
             **self._discovery_routes("/ResourceTypes", discovery.resource_types),
@@ -231,7 +231,7 @@ class ScimApi:
         return (self._url or str(request.base_url).rstrip("/") + BASE).rstrip("/")
 
     def _guarded(self, endpoints: Mapping[str, Endpoint], path: str) -> Endpoint:
-        """Let in who has a token, and answer every failure as RFC 7644, 3.12, has it."""
+        """Authenticate the caller by its bearer token, and turn errors into answers (RFC 7644, 3.12)."""
 
         async def guarded(request: Request) -> Response:
             response = await self._authenticate(request)
@@ -249,7 +249,7 @@ class ScimApi:
         return guarded
 
     async def _authenticate(self, request: Request) -> Response | None:
-        """None where the caller's token is let in."""
+        """None where the bearer token is valid; otherwise the answer, 401 or 429."""
         if self._tokens.name_of(request.headers.get("authorization")) is not None:
             return None
         now_ms = self._clock.now_ms()
@@ -309,7 +309,7 @@ def _parameters(request: Request, model: Any) -> Any:
 
 
 async def _search(request: Request, model: Any) -> Any:
-    """What is looked for: in the query, or, with POST, in the body (RFC 7644, 3.4.3)."""
+    """The search parameters: of the query, or with POST of the body (RFC 7644, 3.4.3)."""
     if request.method == "GET":
         return _parameters(request, SearchRequest[model])
     return SearchRequest[model].model_validate_json(
@@ -318,7 +318,7 @@ async def _search(request: Request, model: Any) -> Any:
 
 
 def _page_response(search: Any, resources: Sequence[Any]) -> Response:
-    """A page of a list: filtered, sorted, from `startIndex` on."""
+    """One page of a list: filtered, sorted, from `startIndex` on."""
     found = [resource for resource in resources if search.filter is None or search.filter.match(resource)]
     if search.sort_by is not None:
         found = search.sort(found)

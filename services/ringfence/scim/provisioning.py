@@ -1,6 +1,6 @@
-"""What a directory asks for, carried out: commands of the provisioner, one request after the other.
+"""Carries out SCIM changes as signed provisioner commands, one request at a time.
 
-Every change is a command that the registry and all readers hold against the delegation; nothing is kept here.
+The registry and all readers check each command against the delegation. Nothing is kept here.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from ringfence.scim.resources import (
 )
 
 _MAX_CONCURRENT_COMMANDS = 32
-"""So many commands are under way together: those about different users do not wait for each other."""
+"""The most commands for different users that run at the same time."""
 
 
 class ProvisioningWriter:
-    """Changes users and groups. Each method raises SCIMException; RefusedError and others of the client."""
+    """Changes users and groups. Methods raise SCIMException, and RefusedError and others of the client."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class ProvisioningWriter:
         caught_up: Callable[[], Awaitable[None]],
         mail_domain: str | None,
     ) -> None:
-        """`caught_up` returns once the table holds what the registry has answered for."""
+        """`caught_up` waits until the local table has everything that the registry has accepted."""
         self._view = view
         self._provisioner = provisioner
         self._caught_up = caught_up
@@ -57,7 +57,7 @@ class ProvisioningWriter:
     # --- users ---
 
     async def create_user(self, user: User) -> UserRecord:
-        """A user who was not there."""
+        """Create a user."""
         async with self._lock:
             delegation = self._view.delegation()
             provisioning = _parse_user(user, ())
@@ -66,12 +66,12 @@ class ProvisioningWriter:
             return await self._set(user_id, delegation, provisioning)
 
     async def replace_user(self, user_id: str, user: User) -> UserRecord:
-        """A user as they are described anew; their groups stay."""
+        """Replace a user's attributes; their groups stay."""
         async with self._lock:
             return await self._change(self.user(user_id), user)
 
     async def patch_user(self, user_id: str, patch: PatchOp[User]) -> UserRecord:
-        """A user with some attributes changed."""
+        """Change some attributes of a user."""
         async with self._lock:
             record = self.user(user_id)
             user = user_resource(record, "", self._view.id)
@@ -79,21 +79,21 @@ class ProvisioningWriter:
             return await self._change(record, user)
 
     async def delete_user(self, user_id: str) -> None:
-        """A user left for good: their keys end, and nobody else is ever given their id."""
+        """Delete a user: their keys end, and nobody else ever gets their id."""
         async with self._lock:
             self.user(user_id)
             await self._provisioner.disable_user(user_id, reason="deleted by the directory", gone=True)
             await self._caught_up()
 
     def user(self, user_id: str) -> UserRecord:
-        """The record of a user who comes from here. Raises NotFoundException."""
+        """The record of a user of this provisioner. Raises NotFoundException."""
         record = self._view.provisioned_user(user_id)
         if record is None:
             raise NotFoundException(detail=f"no user {user_id[:80]} comes from here")
         return record
 
     async def reprovision(self, record: UserRecord, as_of: int | None = None) -> None:
-        """Say again what the directory said of a user, with what the delegation gives for it now."""
+        """Send a user's last provisioning again, with what the delegation grants for it now."""
         async with self._lock:
             now = self._view.provisioned_user(record.state.user_id)
             if now is None or now.revision != record.revision:
@@ -137,7 +137,7 @@ class ProvisioningWriter:
         return self.user(user_id)
 
     def _check_free(self, user_name: str, besides: str | None) -> None:
-        """RFC 7643, 4.1.1: a user name is unique, and its case does not count."""
+        """A user name is unique, case-insensitively (RFC 7643, 4.1.1)."""
         for record in self._view.all():
             provisioning = record.state.provisioned
             if (
@@ -166,7 +166,7 @@ class ProvisioningWriter:
     # --- groups ---
 
     async def create_group(self, group: Group) -> GroupLink:
-        """A delegated group that the directory now tells of."""
+        """Create a delegated group."""
         async with self._lock:
             name, links = group.display_name or "", self._view.links()
             if name not in {one.group for one in self._view.delegation().groups}:
@@ -184,12 +184,12 @@ class ProvisioningWriter:
             return link
 
     async def replace_group(self, id: str, group: Group) -> GroupLink:
-        """A group as it is described anew."""
+        """Replace a group."""
         async with self._lock:
             return await self._change_group(self.group(id), group)
 
     async def patch_group(self, id: str, patch: PatchOp[Group]) -> GroupLink:
-        """A group with some attributes or members changed."""
+        """Change some attributes or members of a group."""
         async with self._lock:
             link = self.group(id)
             members = self._view.members(link.group)
@@ -198,7 +198,7 @@ class ProvisioningWriter:
             return await self._change_group(link, group)
 
     async def delete_group(self, id: str) -> None:
-        """The group gives nobody anything any more; its members stay users."""
+        """Delete a group: it grants nothing any more. Its members stay users."""
         async with self._lock:
             link = self.group(id)
             await self._set_members(link.group, frozenset())
@@ -206,7 +206,7 @@ class ProvisioningWriter:
             await self._caught_up()
 
     def group(self, id: str) -> GroupLink:
-        """A group that the directory has told of. Raises NotFoundException."""
+        """A group that the directory has created. Raises NotFoundException."""
         link = self._view.link(id)
         if link is None:
             raise NotFoundException(detail=f"there is no group {id[:80]}")
@@ -262,7 +262,7 @@ class ProvisioningWriter:
 
 
 def differs_from_delegation(record: UserRecord, delegation: Delegation) -> bool:
-    """Whether a user has something else than the delegation now gives their groups."""
+    """Whether a user's roles or entitlements differ from what the delegation now grants their groups."""
     provisioning, state = record.state.provisioned, record.state
     granted = given_by(delegation, provisioning.groups if provisioning else ())
     return (state.roles, state.entitlements.scope) != (granted.roles, granted.scope)
@@ -276,7 +276,7 @@ def _parse_user(user: User, groups: Sequence[str]) -> Provisioning:
 
 
 def _previous_provisioning(record: UserRecord) -> Provisioning:
-    """What the directory last said of a user. Whether an operator lets them is another matter."""
+    """The last provisioning of a user by the directory. It says nothing about a block by an operator."""
     provisioned = record.state.provisioned
     fields = dict(provisioned) if isinstance(provisioned, Provisioned) else {}
     return Provisioning(**{name: fields[name] for name in Provisioning.model_fields if name in fields})
@@ -287,13 +287,14 @@ def _previous_provisioning(record: UserRecord) -> Provisioning:
 _ID_CHARACTER = re.compile(r"[a-z0-9]")
 _NON_ID_CHARACTERS = re.compile(r"[^a-z0-9._-]+")
 _MAX_ID_LENGTH = 58
-"""Of 63: there is room for a number behind it."""
+"""Of 63 characters: there is room for a number at the end."""
 
 
 def ids_for(user_name: str, mail_domain: str | None) -> Iterator[str]:
-    """Ids for a user name, the best first: `maria@example.com` is `maria-at-example.com`, or `maria` in its own domain.
+    """Candidate ids for a user name, best first: `maria@example.com` gives `maria-at-example.com`, or `maria` in its
+    own domain.
 
-    Empty where nothing of the name can be in an id.
+    Empty where no character of the name may be in an id.
     """
     text = user_name.strip().lower()
     if not _ID_CHARACTER.search(text):
@@ -307,5 +308,5 @@ def ids_for(user_name: str, mail_domain: str | None) -> Iterator[str]:
 
 
 def free_id(user_name: str, mail_domain: str | None, is_retired: Callable[[str], bool]) -> str | None:
-    """The first id that nobody had who left for good: who comes later under the same name is somebody else."""
+    """The first candidate id that no departed user had: a later user of the same name is another person."""
     return next((id for id in ids_for(user_name, mail_domain) if not is_retired(id)), None)

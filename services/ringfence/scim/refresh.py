@@ -1,8 +1,8 @@
-"""What has to be said again of users though their directory said nothing new.
+"""Reconciles users with the delegation, and confirms entitlements before they expire.
 
-An operator changed the delegation: everybody gets what it gives now. Entitlements grow old: a directory tells what
-changes, so while it calls, its silence about a user means that nothing did, and they are confirmed. Where it calls no
-more, nothing is confirmed, and they run out.
+Where an operator changed the delegation, every user gets what it grants now. Entitlements expire with age. A directory
+reports changes only, so while it calls, its silence about a user means that nothing changed, and the entitlements are
+confirmed. Where it no longer calls, nothing is confirmed, and they expire.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class EntitlementRefresh:
-    """Looks at all users now and then."""
+    """Checks all users periodically."""
 
     def __init__(
         self, view: DirectoryView, writer: ProvisioningWriter, settings: ScimSettings, clock: Clock
@@ -33,11 +33,11 @@ class EntitlementRefresh:
         self._last_request_s = 0
 
     def note_request(self) -> None:
-        """The directory called, with a token that is let in."""
+        """Record an authenticated call of the directory."""
         self._last_request_s = self._clock.now_ms() // 1000
 
     async def run(self) -> None:
-        """Every `check_s`. Does not end."""
+        """Refresh every `check_s` seconds, for ever."""
         while True:
             try:
                 await self.refresh()
@@ -46,7 +46,7 @@ class EntitlementRefresh:
             await asyncio.sleep(self._settings.check_s)
 
     async def refresh(self) -> int:
-        """Say again what has to be; of how many users."""
+        """Reprovision the users that need it. Returns how many."""
         try:
             delegation = self._view.delegation()
         except UnavailableError:
@@ -64,7 +64,7 @@ class EntitlementRefresh:
         return refreshed
 
     def _as_of(self, record: UserRecord, delegation: Delegation, now_s: int) -> int | None:
-        """As of when a user is to be said again; None where all is well, or an operator disabled them."""
+        """The `as_of` to reprovision a user with; None where nothing is due, or an operator disabled them."""
         if record.state.provisioned is not None and record.state.provisioned.blocked:
             return None
         if differs_from_delegation(record, delegation):

@@ -1,4 +1,4 @@
-"""The shared signals' wiring."""
+"""Wiring of the signals service, a Shared Signals Framework (SSF 1.0) transmitter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ringfence.signals.streams import StreamTable
 def build(
     settings: ServiceSettings, own: SignalsSettings | None = None, clock: Clock | None = None
 ) -> Runtime:
-    """A transmitter of shared signals, ready to run. Raises SettingsError, KeyFileError."""
+    """An SSF transmitter, ready to run. Raises SettingsError, KeyFileError."""
     own = own or load(SignalsSettings)
     runtime = Runtime("signals", settings, clock)
     receivers = read_receivers(own.receivers)

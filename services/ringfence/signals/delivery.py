@@ -1,7 +1,8 @@
-"""Follows `lease` for each stream: a consumer group of its own, whose offset says what its receiver has.
+"""Delivers security events to each stream by push (RFC 8935) or poll (RFC 8936).
 
-So nothing is kept here that Kafka does not have, a stream that is paused or whose receiver is away goes on where it
-was, and none waits for another (ADR 0029).
+Each stream has a consumer group of its own on `lease`. Its committed offset says what the receiver has. So nothing is
+kept here that Kafka does not have: a stream that was paused, or whose receiver was away, continues where it was, and
+no stream waits for another (ADR 0029).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ PUSH: DeliveryMethod = "urn:ietf:rfc:8935"
 POLL: DeliveryMethod = "urn:ietf:rfc:8936"
 _MAX_SETTLED_JTIS = 50_000
 _MAX_POLL_INTERVAL_MS = 7 * 24 * 3600 * 1000
-"""How long a receiver may be away before the group takes its member for dead; then it joins anew."""
+"""How long a receiver may be away before the group removes its member, which then rejoins."""
 _RETRY_S = 1.0
 _CHECK_S = 2.0
 _RECONCILE_TIMEOUT_S = 10.0
@@ -61,10 +62,10 @@ _CANCEL_RETRY_S = 3.0
 
 @dataclass
 class _Outstanding:
-    """Records that were read together, and those of their events that the receiver has not settled."""
+    """A batch of records, and those of its events that the receiver has not acknowledged or refused yet."""
 
     last: dict[tuple[str, int], Received]
-    """The last record of each partition: what is committed once all events are settled."""
+    """The last record of each partition: its offset is committed once all events are settled."""
     events: dict[str, UnsignedSet]
 
     @classmethod
@@ -73,7 +74,7 @@ class _Outstanding:
 
 
 class Delivery:
-    """One stream that is being delivered."""
+    """The delivery of one stream."""
 
     def __init__(
         self,
@@ -123,15 +124,15 @@ class Delivery:
 
     @property
     def is_owner(self) -> bool:
-        """Whether it is this replica that delivers."""
+        """Whether this replica delivers the stream."""
         return self.consumer.owns(LEASE.name(self._runtime.settings.topic_prefix), 0)
 
     def sign(self, event: UnsignedSet) -> str:
-        """The SET of an event."""
+        """The signed SET of an event."""
         return sign_set(event, self._runtime.key)
 
     def verify(self, event: UnsignedSet) -> None:
-        """Deliver a verification event: once, and not across a restart. Who misses it asks again."""
+        """Send a verification event, at most once: it does not survive a restart. The receiver can ask again."""
         if self._pusher is None:
             self.window.add([event])
             return
@@ -144,7 +145,7 @@ class Delivery:
         pushing.add_done_callback(self._verifying.discard)
 
     async def refused(self, event: UnsignedSet, reason: str) -> None:
-        """An event that its receiver will not have: counted, and told to audit."""
+        """Count an event that its receiver refused, and report it to audit."""
         metrics.SIGNALS.labels("refused").inc()
         what = f"lease {event.lease_id}" if event.lease_id else "its stream"
         message = f"receiver {self._receiver.name} refused the event about {what}: {visible(reason)[:200]}"
@@ -158,7 +159,7 @@ class Delivery:
         )
 
     def stuck(self, now_ms: int) -> str | None:
-        """What people should know of a receiver that takes nothing."""
+        """A warning about a receiver that has taken nothing for `stuck_s`; None where there is none."""
         since_ms = self._pusher.failing_since_ms if self._pusher else self.window.waiting_since_ms
         if since_ms is None or now_ms - since_ms < self._settings.stuck_s * 1000:
             return None
@@ -168,7 +169,7 @@ class Delivery:
     # --- from `lease` to the receiver ---
 
     async def _handle(self, batch: Sequence[Received]) -> None:
-        """Done when the receiver has all that is its business; then the offset is committed."""
+        """Deliver a batch. Returns once the receiver has settled all its events: then the offset is committed."""
         events = await self._events(batch)
         if self._pusher is not None:
             pusher = self._pusher
@@ -178,10 +179,10 @@ class Delivery:
             await self._deliver_by_poll(_Outstanding.of(batch, events))
 
     async def _deliver_by_poll(self, first_batch: _Outstanding) -> None:
-        """Return once the receiver has polled and settled all of these, and all that came behind them meanwhile.
+        """Return once the receiver has polled and settled these events, and all that were read ahead meanwhile.
 
-        It reads ahead: what comes in a later batch is available as well, and `moreAvailable` has to say so. Raises
-        UnavailableError where another replica has the stream by now.
+        Reads ahead so that `moreAvailable` is true while a later batch has events. Raises UnavailableError where
+        another replica has taken over the stream.
         """
         outstanding = deque([first_batch])
         self.window.add(first_batch.events.values())
@@ -212,7 +213,10 @@ class Delivery:
                 self.window.discard(one.events)
 
     async def _read_ahead(self) -> _Outstanding:
-        """What comes behind the batch under way. What cannot be judged yet holds up nothing that came before it."""
+        """Read the batch after the current one.
+
+        A record that cannot be judged yet is retried here, and does not delay the batch before it.
+        """
         records = await self.consumer.read_ahead()
         while True:
             try:
@@ -230,7 +234,7 @@ class Delivery:
                 await asyncio.sleep(_RETRY_S)
 
     def _append_read_ahead(self, outstanding: deque[_Outstanding], read: _Outstanding) -> None:
-        """What was read ahead waits as well. Records that make no event are committed with those before them."""
+        """Queue a batch that was read ahead. Records without events are committed with the batch before them."""
         self._remove_settled(outstanding)
         # A lease makes one event of two records: the receiver may have settled it since the second was read.
         read.events = {jti: event for jti, event in read.events.items() if jti not in self._settled_jtis}
@@ -298,7 +302,7 @@ class Delivery:
 
 
 async def _wait_for_change(changed: asyncio.Event, reading: asyncio.Task[_Outstanding] | None) -> None:
-    """Return when an event came or was taken, when something was read, or after `_CHECK_S`."""
+    """Wait until the window changes, the read-ahead ends, or `_CHECK_S` have passed."""
     waiting = asyncio.create_task(changed.wait(), name="window moved")
     try:
         await asyncio.wait(
@@ -311,7 +315,7 @@ async def _wait_for_change(changed: asyncio.Event, reading: asyncio.Task[_Outsta
 
 
 class DeliverySupervisor:
-    """Delivers each stream that is enabled, of a receiver that is declared."""
+    """Runs a delivery for each enabled stream whose receiver is declared, and restarts those that end."""
 
     def __init__(
         self,
@@ -330,24 +334,24 @@ class DeliverySupervisor:
         metrics.SIGNALS_STUCK.set_function(lambda: len(self._stuck()))
 
     def on_leases(self, records: Sequence[Received]) -> None:
-        """Take note of the epochs of all partitions: which records of leases count."""
+        """Record the epochs of all partitions, which say which lease records count."""
         for record in records:
             self._epochs.took(record)
 
     def of(self, stream_id: str) -> Delivery | None:
-        """The delivery of a stream, while there is one."""
+        """The running delivery of a stream; None where there is none."""
         running = self._running.get(stream_id)
         return running[0] if running else None
 
     async def reconciled(self) -> None:
-        """Return once the deliveries are as the streams wanted them when this was called, or it takes too long."""
+        """Wait until the deliveries match the streams as they are now, or `_RECONCILE_TIMEOUT_S` have passed."""
         next_pass = self._next_pass
         self._streams.changed.set()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(next_pass.wait(), _RECONCILE_TIMEOUT_S)
 
     async def run(self) -> None:
-        """Keep the deliveries as the streams want them, for ever."""
+        """Reconcile the running deliveries with the streams, for ever."""
         try:
             while True:
                 self._streams.changed.clear()
@@ -360,11 +364,11 @@ class DeliverySupervisor:
             await gather_all(self._end(stream_id) for stream_id in tuple(self._running))
 
     def unready(self) -> str | None:
-        """Why a stream goes no further, or None."""
+        """Why a stream is halted; None where none is."""
         return next((one.consumer.halted for one, _ in self._running.values() if one.consumer.halted), None)
 
     def warning(self) -> str | None:
-        """What people should know, or None."""
+        """Warnings about receivers that take nothing; None where there are none."""
         return "; ".join(self._stuck()) or None
 
     def _stuck(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What receivers call: the metadata, their streams (SSF 1.0, 7 and 8.1), and polls (RFC 8936)."""
+"""HTTP API of the transmitter: metadata and stream management (SSF 1.0, 7 and 8.1), polls (RFC 8936)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 1024 * 1024
 MAX_REMOVED = 1000
 MAX_REMOVED_BYTES = 256 * 1024
-"""They stand in one signed record, and such have at most 512 KiB, in base64url."""
+"""All removed subjects are in one signed record of at most 512 KiB, in base64url."""
 METADATA = "/.well-known/ssf-configuration"
 JWKS = "/.well-known/jwks.json"
 STREAMS, STATUS, VERIFY = "/ssf/streams", "/ssf/status", "/ssf/verify"
@@ -57,22 +57,22 @@ _TRANSMITTER_MEMBERS = (
     "min_verification_interval",
     "inactivity_timeout",
 )
-"""Members of a stream that the transmitter supplies: a receiver may send them back as they are."""
+"""Members of a stream configuration that the transmitter sets. A receiver may send them back unchanged."""
 
 _EMPTY_BODY = b"{}"
-"""All members are optional, and so is the body."""
+"""All members of the request are optional, and so is the body."""
 
 Endpoint = Callable[[Request, Receiver], Awaitable[Response]]
 
 
 class StreamNotFoundError(RingfenceError):
-    """There is no such stream, or it is another's: which of the two is nobody's business."""
+    """The receiver has no such stream. It cannot tell whether another receiver has."""
 
     code = "not_found"
 
 
 class SignalsApi:
-    """The routes."""
+    """The routes of the API."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class SignalsApi:
         self._verified_ms: dict[str, int] = {}
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to those of the runtime."""
+        """The routes, for `Runtime.routes`."""
         guarded: tuple[tuple[str, str, Endpoint], ...] = (
             ("POST", STREAMS, self._create),
             ("GET", STREAMS, self._read_stream),
@@ -135,7 +135,7 @@ class SignalsApi:
         )
 
     async def _jwks(self, _: Request) -> Response:
-        """Every key of this service that counts now: also the one that will follow."""
+        """All currently valid keys of this service, including the next one."""
         now_s = self._runtime.clock.now_ms() / 1000
         keys = [
             {**key.jwk.model_dump(exclude_none=True), "kid": key.kid, "use": "sig", "alg": _alg(key.jwk.kty)}
@@ -224,7 +224,7 @@ class SignalsApi:
         )
 
     async def _add_subject(self, request: Request, receiver: Receiver) -> Response:
-        """Hear of a subject again. What the operator did not let it hear of stays unheard, and is not told either."""
+        """Add a subject again. What the operator does not allow stays silent, and the answer does not tell."""
         asked_for = parse_request(SubjectChange, await _read_body(request))
         stream = await self._current_stream(receiver, asked_for.stream_id)
         remaining = tuple(removed_without(stream.claims.removed, asked_for.subject))
@@ -289,7 +289,7 @@ class SignalsApi:
     # --- what they share ---
 
     def _own_stream(self, receiver: Receiver, stream_id: str) -> SignalStreamState:
-        """The stream of that id, if it is the receiver's. Raises StreamNotFoundError."""
+        """The receiver's stream with this id. Raises StreamNotFoundError."""
         stream = self._streams.of(receiver.name)
         if stream is None or stream.id != stream_id:
             raise _stream_not_found()
@@ -332,7 +332,7 @@ class SignalsApi:
     # --- around each ---
 
     def _guarded(self, endpoint: Endpoint, path: str) -> Callable[[Request], Awaitable[Response]]:
-        """Let in who has a token of a receiver, and answer every failure."""
+        """Authenticate the receiver by its bearer token, and turn errors into answers."""
 
         async def guarded(request: Request) -> Response:
             name = self._tokens.name_of(request.headers.get("authorization"))
@@ -363,7 +363,7 @@ class SignalsApi:
 
 
 async def _settle(delivery: Delivery, asked_for: PollRequest, receiver: Receiver) -> None:
-    """What the receiver has, and what it will not have: neither is given again."""
+    """Settle the events that the receiver acknowledged or refused."""
     for jti in asked_for.ack:
         if delivery.window.settle(jti) is not None:
             metrics.SIGNALS.labels("delivered").inc()
@@ -385,7 +385,9 @@ async def _respond(endpoint: Endpoint, request: Request, receiver: Receiver) -> 
 
 
 def _check_delivery(asked_for: DeliveryRequest, receiver: Receiver, own_poll_url: str | None = None) -> None:
-    """Raises InvalidRequestError. Where events may go is the operator's word: nobody makes us call anything else."""
+    """Raise InvalidRequestError where the delivery differs from what the operator declared: receivers choose no URL
+    (SSRF).
+    """
     if asked_for.authorization_header is not None and not _is_declared_header(
         asked_for.authorization_header, receiver
     ):
@@ -405,7 +407,7 @@ def _check_delivery(asked_for: DeliveryRequest, receiver: Receiver, own_poll_url
 
 
 def _is_declared_header(header: object, receiver: Receiver) -> bool:
-    """Whether it is the `Authorization` header that pushes have anyway: the operator's word stays the only one."""
+    """Whether the header equals the declared `Authorization` header, in constant time."""
     if receiver.authorization is None or not isinstance(header, str):
         return False
     try:
@@ -426,7 +428,7 @@ def _configuration_fields(asked_for: StreamConfiguration) -> dict[str, Any]:
 
 
 def _status_of(stream: SignalStreamState, receiver: Receiver) -> dict[str, Any]:
-    """How a stream stands. One that may be pushed nowhere any more is held, whatever the receiver wanted."""
+    """The stream's status. A push stream whose receiver has no declared URL is reported as paused."""
     if stream.claims.status == "enabled" and stream.claims.method == PUSH and receiver.push is None:
         return {
             "stream_id": stream.id,

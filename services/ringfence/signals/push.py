@@ -1,4 +1,4 @@
-"""Push (RFC 8935): one receiver's events, each until the receiver has it."""
+"""Push delivery (RFC 8935): each event is retried until its receiver takes it, or refuses it repeatedly."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every reques
 _MAX_CONCURRENT_PUSHES = 8
 _MAX_ANSWER_BYTES = 4096
 MAX_REFUSALS = 5
-"""So often a receiver may say that an event is wrong, e.g. until it has read the new keys; then it is believed."""
+"""So many refusals of an event are retried, e.g. until the receiver has fetched new keys. Then it counts as refused."""
 _TRANSMITTER_ERRORS = ("authentication_failed", "access_denied")
-"""These answers of RFC 8935, 2.4, are about who pushes: another try with the right token may do."""
+"""Errors of RFC 8935, 2.4, about the transmitter: a retry with the right token may succeed."""
 
 OnRefused = Callable[[UnsignedSet, str], Awaitable[None]]
-"""Takes note of an event that its receiver will not have, and of what it said."""
+"""Called with an event that its receiver refused, and the error code."""
 
 
 class Pusher:
-    """Pushes to one receiver. What it waits for delays nobody else."""
+    """Pushes events to one receiver. A slow receiver delays no other."""
 
     def __init__(
         self, receiver: Receiver, settings: SignalsSettings, clock: Clock, on_refused: OnRefused
     ) -> None:
-        """Raises UnavailableError where the authority of its certificate cannot be read."""
+        """Raises UnavailableError where the receiver's CA file cannot be read."""
         assert receiver.push is not None
         self._url = receiver.push
         self._receiver = receiver
@@ -62,9 +62,9 @@ class Pusher:
         await self._http.aclose()
 
     async def deliver(self, event: UnsignedSet, signed: Callable[[], str]) -> None:
-        """Return once the receiver has an event, or said again and again that it is wrong.
+        """Return once the receiver has taken the event, or refused it `MAX_REFUSALS` times.
 
-        `sign` is asked for each try: a key may have followed another.
+        `sign` is called for each try, since the signing key may have been rotated.
         """
         async with self._limit:  # with the waiting between: whoever is down is asked by few
             await self._deliver(event, signed)
@@ -95,7 +95,10 @@ class Pusher:
             self.failing_since_ms = self._clock.now_ms()
 
     async def _post(self, compact: str) -> tuple[str | None, str | None]:
-        """One try: what was wrong, or None; and what the receiver said where it finds the event wrong."""
+        """Try once.
+
+        Returns the problem, or None; and the error code where the receiver finds the event itself wrong.
+        """
         try:
             headers = self._headers()
             async with (
@@ -143,7 +146,7 @@ async def _read_limited(response: httpx.Response) -> bytes:
 
 
 def _parse_refusal(body: bytes) -> tuple[str, str | None]:
-    """What a 400 says (RFC 8935, 2.3): the problem, and the code where it is about the event itself."""
+    """The problem in a 400 answer (RFC 8935, 2.3), and its code where it is about the event itself."""
     try:
         code = json_object(body).get("err")
     except ValueError:

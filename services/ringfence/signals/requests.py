@@ -1,4 +1,4 @@
-"""What receivers ask for: the shapes of their requests (SSF 1.0, 8.1; RFC 8936, 2.2)."""
+"""Request bodies of receivers: stream management (SSF 1.0, 8.1) and polls (RFC 8936, 2.2)."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from ringfence.messages.signals import DeliveryMethod
 _Text = Annotated[str, Field(max_length=512)]
 _Jti = Annotated[str, Field(max_length=128)]
 _StreamId = Annotated[str, Field(max_length=128)]
-"""Any text: one that is no id of ours is a stream that is not there (404), and no request that is wrong (400)."""
+"""Any text: an unknown id is a missing stream (404), not a malformed request (400)."""
 _MAX_SUBJECT_BYTES = 2048
 _MAX_DESCRIPTION = 512
-"""What goes beyond is cut off, as SSF lets us."""
+"""Longer descriptions are truncated, as SSF allows."""
 MAX_ACKS = 10_000
 
 A = TypeVar("A", bound="SsfModel")
 
 
 class InvalidRequestError(RingfenceError):
-    """A request that is none, or wants what it cannot have; `code` is the `err` of RFC 8935 where one fits."""
+    """A malformed or impossible request; `code` is the `err` of RFC 8935 where one fits."""
 
     code = "invalid_request"
 
 
 class SsfModel(BaseModel):
-    """Base of all of them. What is not known is what a later version may mean, and is passed over."""
+    """Base class. Unknown members are ignored, since later versions of SSF may add some."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
 
 class DeliveryRequest(SsfModel):
-    """How events are to come. The URL of polls is ours to say."""
+    """The delivery method that a receiver asks for. The URL of polls is chosen by the transmitter."""
 
     method: DeliveryMethod
     endpoint_url: _Text | None = None
@@ -45,7 +45,7 @@ class DeliveryRequest(SsfModel):
 
 
 class StreamConfiguration(SsfModel):
-    """What a receiver chooses of its stream."""
+    """The part of a stream's configuration that its receiver chooses."""
 
     delivery: DeliveryRequest | None = None
     events_requested: Annotated[list[_Text], Field(max_length=100)] | None = None
@@ -53,13 +53,13 @@ class StreamConfiguration(SsfModel):
 
 
 class StreamChange(StreamConfiguration):
-    """The same, of a stream that there is."""
+    """A new configuration of an existing stream."""
 
     stream_id: _StreamId
 
 
 class StatusChange(SsfModel):
-    """A stream is enabled, paused or disabled."""
+    """A stream is to be enabled, paused or disabled."""
 
     stream_id: _StreamId
     status: Annotated[str, Field(pattern=r"^(enabled|paused|disabled)$")]
@@ -67,7 +67,7 @@ class StatusChange(SsfModel):
 
 
 class SubjectChange(SsfModel):
-    """A subject (RFC 9493) to hear of, or not to."""
+    """A subject (RFC 9493) is to be added to a stream, or removed."""
 
     stream_id: _StreamId
     subject: dict[str, Any]
@@ -83,21 +83,21 @@ class SubjectChange(SsfModel):
 
 
 class VerificationRequest(SsfModel):
-    """An event that shows that the stream works."""
+    """A request for a verification event, which shows that the stream works."""
 
     stream_id: _StreamId
     state: _Text | None = None
 
 
 class SetError(SsfModel):
-    """Why a receiver will not have an event."""
+    """Why a receiver refuses an event."""
 
     err: _Text
     description: _Text | None = None
 
 
 class PollRequest(SsfModel):
-    """Give me events; these I have, and these I will not have."""
+    """A poll: how many events to return, and which ones were acknowledged or refused."""
 
     max_events: Annotated[int, Field(ge=0, alias="maxEvents")] = 100
     return_immediately: Annotated[bool, Field(alias="returnImmediately")] = False
@@ -106,7 +106,7 @@ class PollRequest(SsfModel):
 
 
 def parse_request(model: type[A], body: bytes) -> A:
-    """A request as one of these. Raises InvalidRequestError."""
+    """Parse a request body. Raises InvalidRequestError."""
     try:
         return model.model_validate(json_object(body))
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The streams as they stand on Kafka: what receivers chose, in records that the service signs. Nothing else is kept."""
+"""The table of event streams, from signed `signal.stream` records on Kafka. Nothing else is kept."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SignalStreamState:
 
     claims: SignalStream
     since_ms: int
-    """Ends that Kafka had before are not told."""
+    """Leases that ended before are not delivered. Milliseconds since 1970."""
 
     @property
     def id(self) -> str:
@@ -38,13 +38,13 @@ class SignalStreamState:
 
     @property
     def delivered(self) -> tuple[str, ...]:
-        """The event types that it carries."""
+        """The event types that the stream carries."""
         requested = self.claims.events_requested
         return SUPPORTED if requested is None else tuple(one for one in SUPPORTED if one in requested)
 
 
 class StreamTable:
-    """The table of `signal.stream`, and who writes it."""
+    """Reads and writes `signal.stream`."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -54,7 +54,7 @@ class StreamTable:
         """Set with each record that counts; whoever acts on it clears it."""
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in what came. What nobody signed who may changes nothing, and nor does an old record sent again."""
+        """Take in records. Ignores those without a valid signature of this service, and replays of older revisions."""
         for record in records:
             claims = self._verified(record)
             if claims is None or record.key != claims.receiver:
@@ -67,7 +67,7 @@ class StreamTable:
             self.changed.set()
 
     def of(self, receiver: str) -> SignalStreamState | None:
-        """The stream of a receiver, where it has one."""
+        """The stream of a receiver; None where it has none."""
         found = self._by_receiver.get(receiver)
         return None if found is None or found.claims.status == "deleted" else found
 
@@ -81,7 +81,7 @@ class StreamTable:
             raise UnavailableError("the table of streams is behind; ask again")
 
     async def create(self, receiver: str, method: DeliveryMethod, **fields: Any) -> SignalStreamState | None:
-        """A new stream; None where the receiver has one."""
+        """Create a stream; None where the receiver has one already."""
         async with self._writing:
             await self.caught_up()
             if self.of(receiver) is not None:
@@ -94,7 +94,10 @@ class StreamTable:
             )
 
     async def change(self, receiver: str, stream_id: str, **changed: Any) -> SignalStreamState | None:
-        """Change a stream; None where there is no such one any more. What is enabled again hears from then on."""
+        """Change a stream; None where it no longer exists.
+
+        A stream that is enabled again delivers events from then on.
+        """
         async with self._writing:
             await self.caught_up()
             stream = self.of(receiver)
@@ -111,7 +114,7 @@ class StreamTable:
             )
 
     async def _write(self, receiver: str, **fields: Any) -> SignalStreamState:
-        """Sign a record; it is on Kafka, and in the table, when this returns."""
+        """Sign and publish a record. Returns once it is on Kafka and in the table."""
         runtime = self._runtime
         claims = SignalStream(
             iss=runtime.key.id,
@@ -145,4 +148,4 @@ class StreamTable:
 
 
 _RECEIVER_FIELDS = ("status", "reason", "method", "events_requested", "description", "removed")
-"""What a receiver chooses."""
+"""The fields that a receiver chooses."""

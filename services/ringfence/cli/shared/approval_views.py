@@ -1,6 +1,6 @@
-"""How what waits for a person is shown: from what the agent signed and from verified records, what is alike once.
+"""Prints pending requests and actions for approvers, with equivalent requests shown once.
 
-Whatever an agent or a stranger wrote is made visible, and stays on its own line.
+Everything comes from what the agent signed and from verified records. Untrusted text is escaped, and stays on its line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ringfence.client.approvals.request_groups import RequestGroup
 
 
 def print_question(group: RequestGroup, comparison: Comparison) -> None:
-    """Show requests that are alike, and how they differ from what the agent usually gets."""
+    """Print a group of equivalent requests, and how they differ from what the agent usually gets."""
     one, count = group.first, len(group.requests)
     print_fields(
         {
@@ -46,7 +46,7 @@ def print_question(group: RequestGroup, comparison: Comparison) -> None:
 
 
 def as_json(group: RequestGroup, comparison: Comparison | None = None) -> dict[str, Any]:
-    """Requests that are alike as JSON: the first of them, `alike` with the ids and digests of all."""
+    """A group of equivalent requests as JSON: its first request, and in `alike` the ids and digests of all."""
     document = asdict(group.first)
     document["alike"] = [
         {
@@ -63,7 +63,7 @@ def as_json(group: RequestGroup, comparison: Comparison | None = None) -> dict[s
 
 
 def print_action(one: PendingAction) -> None:
-    """Show one action that waits: from what the gateway signed and from verified records alone."""
+    """Print one pending action, from what the gateway signed and from verified records."""
     print_fields(
         {
             "agent": f"{one.agent} ({visible(one.agent_description)})",
@@ -86,7 +86,7 @@ def print_action(one: PendingAction) -> None:
 
 
 def shown_headers(one: PendingAction) -> list[str]:
-    """The headers of an action whose values the gateway shows, a line each."""
+    """The headers whose values the gateway shows, one a line."""
     return [f"{visible(each.name)}: {visible(each.value)}" for each in one.headers if each.value is not None]
 
 
@@ -101,7 +101,7 @@ def _headers(one: PendingAction) -> list[str]:
 
 
 def action_as_json(one: PendingAction) -> dict[str, Any]:
-    """An action that waits as JSON; `kind` tells it from a request for a credential."""
+    """A pending action as JSON; `kind` distinguishes it from a credential request."""
     return {"kind": "action", **asdict(one)}
 
 

@@ -1,4 +1,4 @@
-"""What ids have to look like, said of the word on the command line: a wrong one is wrong use, and nothing is asked."""
+"""Validates ids and parses permissions on the command line. A wrong one is a usage error, before any request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ID_PREFIX = re.compile(r"[0-9a-f-]{4,36}")
 
 
 def check_name(text: str | None) -> str | None:
-    """The id of a user or an agent: every other id could be one, too. For `callback`, as all here.
+    """Validate the id of a user or an agent. A typer callback, as all `check_` functions here.
 
     Raises typer.BadParameter.
     """
@@ -33,17 +33,17 @@ def check_name(text: str | None) -> str | None:
 
 
 def check_target_id(text: str | None) -> str | None:
-    """The id of a target."""
+    """Validate the id of a target."""
     return _validate_id(_TARGET, text)
 
 
 def check_uuid(text: str | None) -> str | None:
-    """The id of a task, request, lease or grant."""
+    """Validate the id of a task, request, lease or grant."""
     return _validate_id(_UUID, text)
 
 
 def check_id_prefix(text: str | None) -> str | None:
-    """The id of a request, or how it begins."""
+    """Validate the id of a request, or a prefix of one."""
     if text is not None and not _ID_PREFIX.fullmatch(text):
         raise typer.BadParameter(
             f"{text!r} is no request's id, nor how one begins: four or more of 0-9, a-f, '-'"
@@ -66,10 +66,10 @@ _JSON_FILE = TypeAdapter(tuple[Permission, ...])
 
 
 def parse_permission(text: str) -> Permission:
-    """One permission, as `target:verbs:resources` or as a JSON object.
+    """Parse a permission, written as `target:verbs:resources` or as a JSON object.
 
-    The short form has exactly two colons; verbs and resources are separated by commas, without spaces. A name that
-    holds a colon or a comma itself is written as JSON.
+    The short form has exactly two colons; commas, without spaces, separate verbs and resources. A name with a colon or
+    a comma needs JSON.
 
     Raises typer.BadParameter (exit 2), saying where it is wrong.
     """
@@ -123,7 +123,7 @@ def _parse_short(text: str) -> Permission:
 
 
 def _check_duplicate_names(data: str | bytes, what: str) -> None:
-    """Raises typer.BadParameter where a name comes twice in JSON: the last would count, whatever the first limits."""
+    """Raise typer.BadParameter where JSON has a name twice: the last would count, whatever the first limits."""
     try:
         json.loads(data, object_pairs_hook=once)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
@@ -144,17 +144,17 @@ def _read_file(name: str) -> tuple[Permission, ...]:
 
 
 def show_permission(permission: Permission) -> str:
-    """One permission in the short form, for people; what is not plain ASCII is made visible."""
+    """A permission in the short form, for people. Characters beyond ASCII are made visible."""
     return show_act(permission.target, ",".join(permission.verbs), ",".join(permission.resources))
 
 
 def show_act(target: str, verb: str, resource: str) -> str:
-    """What is done to what, as permissions are shown: with every sign beyond ASCII, look-alike letters too, marked."""
+    """Target, verb and resource as one text. Characters beyond ASCII, look-alike letters too, are made visible."""
     return ":".join(map(visible_name, (target, verb, resource)))
 
 
 def write_permission(permission: Permission) -> str:
-    """One permission as `parse_permission` takes it back: in the short form where that can hold it, else as JSON."""
+    """A permission in a form that `parse_permission` accepts: the short form where possible, else JSON."""
     names = (*permission.verbs, *permission.resources)
     if all(name.isascii() and name.isprintable() and not {":", ",", " "} & set(name) for name in names):
         return show_permission(permission)

@@ -1,4 +1,4 @@
-"""Settings that nobody reads: what is mistyped counts for nothing, in silence, until `ringfence doctor` looks."""
+"""Finds misspelt settings: names that look like a setting, and that nobody reads."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ DECLARED_IN = (
     "ringfence.gateway.settings",
 )
 _OTHER_READERS = ("RINGFENCE_TEST_", "RINGFENCE_UID", "RINGFENCE_GID", "RINGFENCE_KEYS")
-"""What tests and docker-compose.yml read."""
+"""Variables that tests and docker-compose.yml read."""
 _KUBERNETES_VARIABLE = re.compile(r"\w+_(SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP)\w*)?)")
-"""What pods are given of each Service that there is: of one that is called ringfence-issuer, RINGFENCE_ISSUER_PORT."""
+"""Variables that Kubernetes sets for each Service: for one named ringfence-issuer, RINGFENCE_ISSUER_PORT."""
 
 
 def known_settings() -> frozenset[str]:
@@ -40,13 +40,13 @@ def known_settings() -> frozenset[str]:
 
 
 def unread() -> list[str]:
-    """What `mistyped` says of this process's environment and settings file. Raises as `known_settings` does."""
+    """`mistyped` for this process's environment and settings file. Raises as `known_settings` does."""
     file = read_config()
     return mistyped(os.environ, file.content if file else {})
 
 
 def mistyped(environment: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-    """A sentence for each name in the environment or in a settings file that looks like a setting and is none."""
+    """A sentence for each name in the environment or a settings file that looks like a setting and is none."""
     known = known_settings()
     found = [
         _sentence(name, name, known)
