@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ringfence.client.approvals.action_approvals import PendingAction as PendingAction
     from ringfence.client.approvals.grants import Grantor as Grantor
     from ringfence.client.approvals.grants import Proposal as Proposal
-    from ringfence.client.approvals.pending import PendingApproval as PendingApproval
+    from ringfence.client.approvals.pending_approval import PendingApproval as PendingApproval
     from ringfence.client.approvals.sponsor import Sponsor as Sponsor
     from ringfence.client.errors import TokenRejectedError as TokenRejectedError
     from ringfence.client.resource_server.asgi import Needs as Needs

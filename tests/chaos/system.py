@@ -148,7 +148,7 @@ class System:
         why += [
             f"{one.name} ended by itself: {one.crashes[-1]}" for one in self.instances.values() if one.crashes
         ]
-        raise AssertionError(f"not ready within {patience.told}: {'; '.join(why)}")
+        raise AssertionError(f"not ready within {patience.spent}: {'; '.join(why)}")
 
     def _pids(self) -> list[int]:
         children = [*self.servers().values(), *(one.child for one in self.instances.values())]

@@ -600,23 +600,23 @@ async def test_entitlements_are_confirmed_while_the_directory_calls_and_no_longe
         directory = Directory(runtime.trust, clock, grace_ms=None)
         async with _following(own, directory) as caught_up:
             people = DirectoryView(directory, "acme")
-            keeper = EntitlementRefresh(
+            refresh = EntitlementRefresh(
                 people, ProvisioningWriter(people, provisioner, caught_up, None), settings, clock
             )
             clock.ms += (settings.confirm_s + 60) * 1000
-            assert await keeper.once() == 0  # it has not called
+            assert await refresh.refresh() == 0  # it has not called
             clock.ms = (before + 1) * 1000
-            keeper.heard()
-            assert await keeper.once() == 0  # they are young
+            refresh.note_request()
+            assert await refresh.refresh() == 0  # they are young
             young = settings.model_copy(update={"confirm_s": 0})
-            keeper = EntitlementRefresh(
+            refresh = EntitlementRefresh(
                 people, ProvisioningWriter(people, provisioner, caught_up, None), young, clock
             )
-            keeper.heard()
-            assert await keeper.once() == 1
+            refresh.note_request()
+            assert await refresh.refresh() == 1
             assert (await own.state(user)).entitlements.as_of == before + 1
             clock.ms += (settings.heard_s + 60) * 1000
-            assert await keeper.once() == 0
+            assert await refresh.refresh() == 0
 
 
 def _client(company: Company) -> ClientSettings:

@@ -13,7 +13,7 @@ import pytest
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.signals import SignalStream
 from ringfence.messages.topics import LEASE, SERVICE_EVENT, SIGNAL_STREAM
-from ringfence.signals.push import REFUSALS
+from ringfence.signals.push import MAX_REFUSALS
 from tests.gateway.certificates import Certificates
 from tests.support.benches.issuer_bench import IssuerBench, another
 from tests.support.benches.signal_receivers import (
@@ -207,14 +207,14 @@ async def test_an_event_that_is_refused_again_and_again_is_told_and_passed_over(
             lost = await ended(desk)
             found = await desk.world.event_where(lambda e: e.lease_id == lost and e.iss.endswith("/signals"))
             assert found.reasons[0].code == "signal_refused"
-            assert len(endpoint.asked) == REFUSALS
+            assert len(endpoint.asked) == MAX_REFUSALS
             # A redirect is followed nowhere, and a wrong token is no matter of the event: both are tried again.
             endpoint.answer = (307, {"Location": endpoint.url + "/elsewhere"}, b"")
             kept = await ended(desk)
-            await until(lambda: len(endpoint.asked) > REFUSALS + 1)
+            await until(lambda: len(endpoint.asked) > MAX_REFUSALS + 1)
             endpoint.answer = (400, {}, b'{"err": "authentication_failed"}')
             asked = len(endpoint.asked)
-            await until(lambda: len(endpoint.asked) > asked + REFUSALS + 1)
+            await until(lambda: len(endpoint.asked) > asked + MAX_REFUSALS + 1)
             endpoint.answer = (202, {}, b"")
             assert [lease_of(one) for one in await client.pushed(endpoint, 1)] == [kept]
 

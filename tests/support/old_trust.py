@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ringfence.client.admin.trust_setup import TrustFolder, sign_following, signed_before
+from ringfence.client.admin.trust_setup import TrustFolder, load_root_and_bundle, sign_next_bundle
 
 
 def without_signals(folder: TrustFolder) -> None:
     """Take the service out of the bundle, and its key out of the folder."""
-    root, bundle = signed_before(folder)
+    root, bundle = load_root_and_bundle(folder)
     kept = tuple(service for service in bundle.services if "signals" not in service.roles)
-    sign_following(folder, bundle, root, bundle.iat, services=kept)
+    sign_next_bundle(folder, bundle, root, bundle.iat, services=kept)
     folder.service_key("signals").unlink()

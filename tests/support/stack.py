@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from ringfence.cli.commands.dev import client_settings
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.agent.agent import Agent
-from ringfence.client.approvals.pending import PendingApproval
+from ringfence.client.approvals.pending_approval import PendingApproval
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.stack import Stack

@@ -25,7 +25,7 @@ from ringfence.client.exports.export import (
     export_pages,
     resume,
 )
-from ringfence.client.reports.access_report import who_report
+from ringfence.client.reports.access_report import access_report as ask_access_report
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.api_errors import CursorLostError
@@ -339,17 +339,17 @@ async def test_an_export_that_stopped_goes_on_where_it_was(
     counter.fail_after = 3
     one = begin(out, question())
     with pytest.raises(ApiError):
-        await export_pages(counter.api, one.state, one.writer, lambda share: None, one.keep)
+        await export_pages(counter.api, one.state, one.writer, lambda share: None, one.checkpoint)
     # Killed in the middle of a page: what is written of it does not count.
     one.file.write(b"half a li")
-    one.leave()
+    one.abort()
     assert not out.exists()
     with pytest.raises(ExportError, match="--resume"):
         begin(out, question())
     counter.fail_after = None
     one = resume(out)
     assert one.state.events == 3
-    await export_pages(counter.api, one.state, one.writer, lambda share: None, one.keep)
+    await export_pages(counter.api, one.state, one.writer, lambda share: None, one.checkpoint)
     one.finish()
     assert out.read_bytes() == b"".join(line + b"\n" for line in shelf.copied(SAM))
     assert [path.name for path in tmp_path.iterdir()] == ["trail.ndjson"]
@@ -365,14 +365,14 @@ async def test_nothing_is_left_of_an_export_that_never_began(shelf: Shelf, tmp_p
     counter.fail_after = 0
     one = begin(tmp_path / "trail.csv", question(format="csv"))
     with pytest.raises(ApiError):
-        await export_pages(counter.api, one.state, one.writer, lambda share: None, one.keep)
-    one.leave()
+        await export_pages(counter.api, one.state, one.writer, lambda share: None, one.checkpoint)
+    one.abort()
     assert list(tmp_path.iterdir()) == []
 
 
 async def test_who_says_what_is_not_known(shelf: Shelf) -> None:
     async with Counter(shelf).api as api:
-        report = await who_report(api, shelf.target, 0, 2**52, lambda share: None)
+        report = await ask_access_report(api, shelf.target, 0, 2**52, lambda share: None)
     assert report.could is None
     assert report.gaps[0].startswith("who could: the policy at")
     assert any("were handed to the agents themselves" in gap for gap in report.gaps) == bool(
@@ -380,7 +380,7 @@ async def test_who_says_what_is_not_known(shelf: Shelf) -> None:
     )
     assert (report.total("allowed"), report.total("leases")) == (1, 1)
     async with Counter(shelf, "maria").api as api:
-        report = await who_report(api, shelf.target, 0, 2**52, lambda share: None, verb="fly")
+        report = await ask_access_report(api, shelf.target, 0, 2**52, lambda share: None, verb="fly")
     assert any("no gateway told of an action" in gap for gap in report.gaps)
 
 

@@ -262,5 +262,9 @@ def test_pages_add_up_and_only_so_many_are_listed():
     assert (shares["leases_traced"], shares["actions_traced"]) == (Ratio(4, 8), Ratio(1, 1))
     assert shares["leases_short_lived_and_task_bound"] == Ratio(6, 8)
     assert shares["agents_known"] == Ratio(1, 2)
-    assert (len(report.against), len(report.standing), report.as_json()["standing_privileges"]) == (3, 2, 2)
+    assert (len(report.not_traced), len(report.standing), report.as_json()["standing_privileges"]) == (
+        3,
+        2,
+        2,
+    )
     assert report.as_json()["agents_sponsored"] is None

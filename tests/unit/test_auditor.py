@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from ringfence.client.reports.auditor import holes
+from ringfence.client.reports.auditor import offset_gaps
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from ringfence.client.reports.auditor import holes
 def test_holes_are_runs_of_what_is_not_told(
     told: tuple[int, ...], begin: int, until: int, missing: list[tuple[int, int]]
 ) -> None:
-    assert list(holes(told, begin, until)) == missing
+    assert list(offset_gaps(told, begin, until)) == missing
 
 
 def test_holes_are_what_is_left() -> None:
@@ -34,9 +34,9 @@ def test_holes_are_what_is_left() -> None:
             chance.randrange(20),
             chance.randrange(40),
         )
-        found = [n for first, last in holes(told, begin, until) for n in range(first, last + 1)]
+        found = [n for first, last in offset_gaps(told, begin, until) for n in range(first, last + 1)]
         assert found == [n for n in range(begin, until) if n not in told]
 
 
 def test_a_long_hole_is_one_thing() -> None:
-    assert list(holes((), 0, 10**15)) == [(0, 10**15 - 1)]
+    assert list(offset_gaps((), 0, 10**15)) == [(0, 10**15 - 1)]

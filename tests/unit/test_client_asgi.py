@@ -11,7 +11,7 @@ import pytest
 from ringfence.client.agent.dpop import BearerAuth, DpopAuth, proof
 from ringfence.client.errors import InvalidCallError, TokenRejectedError
 from ringfence.client.resource_server.asgi import TOKEN, Needs, TokenGuard
-from ringfence.client.resource_server.challenges import presented, refusal
+from ringfence.client.resource_server.challenges import read_presented_token, refusal
 from ringfence.client.resource_server.dpop_proofs import Nonces
 from ringfence.client.resource_server.verifier import TokenVerifier, VerifiedToken
 from ringfence.kernel.crypto.keys import SigningKey
@@ -304,7 +304,7 @@ def test_a_description_has_no_characters_that_end_it() -> None:
 
 
 def test_what_a_request_shows_is_not_shown_again() -> None:
-    shown = presented({"AUTHORIZATION": "dpop  secret-token ", "dPoP": "secret-proof"})
+    shown = read_presented_token({"AUTHORIZATION": "dpop  secret-token ", "dPoP": "secret-proof"})
     assert (shown.scheme, shown.token, shown.proofs) == ("DPoP", "secret-token", ("secret-proof",))
     assert "secret" not in repr(shown)
 

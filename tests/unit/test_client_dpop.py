@@ -337,7 +337,7 @@ def test_a_p256_key_of_somebody_else_proves_nothing() -> None:
     )  # fmt: skip
     checker = ProofChecker()
     with pytest.raises(ProofError, match="does not verify"):
-        checker._signed_by(forged, KEY.kid)
+        checker._verify_signature(forged, KEY.kid)
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from ringfence.client.admin.trust_setup import (
     add_gateways,
     add_services,
     first_operator,
-    lacking,
     make_trust,
+    missing_on_demand_services,
 )
 from ringfence.kernel.base.errors import (
     InvalidMessageError,
@@ -315,7 +315,7 @@ def test_an_installation_of_before_a_service_gets_its_key(tmp_path: Path) -> Non
     without_signals(folder)
     assert store.load(folder.bundle.read_text().strip(), at_s := _iat(folder))
     before = store.require()
-    assert lacking(before) == ["signals"]
+    assert missing_on_demand_services(before) == ["signals"]
     for names, says in (
         (["signals", "scim"], "scim is in the trust bundle already; a new key for it: --rotate-service scim"),
         (["gateway"], "gateway is no service that can be added; these can: scim, signals"),
@@ -327,7 +327,11 @@ def test_an_installation_of_before_a_service_gets_its_key(tmp_path: Path) -> Non
     add_services(folder, ["signals", "signals"])
     assert store.load(folder.bundle.read_text().strip(), at_s + 1)
     after = store.require()
-    assert (after.version, after.exp, lacking(after)) == (before.version + 1, before.exp, [])
+    assert (after.version, after.exp, missing_on_demand_services(after)) == (
+        before.version + 1,
+        before.exp,
+        [],
+    )
     assert after.services[: len(before.services)] == before.services
     key = SigningKey.load(folder.service_key("signals"))
     assert store.service_key(key.id, key.kid, ("signals",), at_s + 1) is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ringfence.client.id_prefix import named
+from ringfence.client.id_prefix import find_by_prefix
 
 IDS = ["ce60feae-3234", "ce60feae-9999", "5d35cb05-b1f2"]
 
@@ -21,8 +21,8 @@ IDS = ["ce60feae-3234", "ce60feae-9999", "5d35cb05-b1f2"]
     ],
 )
 def test_an_id_or_how_it_begins_names_one_thing(written: str, found: str | None) -> None:
-    assert named(written, IDS, str) == found
+    assert find_by_prefix(written, IDS, str) == found
 
 
 def test_nothing_names_nothing_even_where_a_single_thing_is_there() -> None:
-    assert named("", IDS[:1], str) is None
+    assert find_by_prefix("", IDS[:1], str) is None

@@ -100,14 +100,14 @@ def test_an_export_that_stopped_and_goes_on(tmp_path: Path, umask: int) -> None:
     target = tmp_path / "out.ndjson"
     one = export.begin(target, export.ExportQuery(format="ocsf", since_ms=0, until_ms=1, filters={}))
     one.state.after = "here"
-    one.keep()
-    one.leave()
+    one.checkpoint()
+    one.abort()
     files = sorted(path for path in tmp_path.iterdir())
     assert [mode(path) for path in files] == [0o600, 0o600]
     for path in files:
         path.chmod(0o666)
     two = export.resume(target)
-    two.keep()
+    two.checkpoint()
     assert [mode(path) for path in files] == [0o600, 0o600]
     two.finish()
     assert mode(target) == 0o600

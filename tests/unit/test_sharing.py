@@ -7,7 +7,7 @@ import os
 from types import SimpleNamespace
 from typing import Any, cast
 
-from ringfence.client.agent.process_id import process_mark
+from ringfence.client.agent.process_id import process_id
 from ringfence.gateway.decision.shared_keys import SharedKeys
 from ringfence.model.records.key_sharing import WINDOW_MS, KeyUses
 from tests.support.in_memory_registry import TD, FixedClock
@@ -74,13 +74,13 @@ def test_memory_is_bounded() -> None:
 
 
 def test_a_process_has_one_mark_and_its_child_another() -> None:
-    assert process_mark() == process_mark()
+    assert process_id() == process_id()
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
-        os.write(writer, process_mark().encode())
+        os.write(writer, process_id().encode())
         os._exit(0)
     os.waitpid(child, 0)
-    assert os.read(reader, 100).decode() not in ("", process_mark())
+    assert os.read(reader, 100).decode() not in ("", process_id())
     os.close(reader)
     os.close(writer)
 

@@ -18,15 +18,15 @@ from ringfence.signals.events import (
     UnsignedSet,
     has_ended,
     is_removed,
+    removed_without,
     session_revoked,
     sign_set,
-    still_removed,
     subject_of,
 )
-from ringfence.signals.poll import MOST_SETS, Window
+from ringfence.signals.poll import MAX_SETS_PER_POLL, Window
 from ringfence.signals.receivers import Receiver, read_receivers
+from ringfence.signals.requests import InvalidRequestError, PollRequest, SubjectChange, parse_request
 from ringfence.signals.settings import SignalsSettings
-from ringfence.signals.subjects import AskedWronglyError, Poll, SubjectChange, understood
 from tests.support.leases import lease
 
 TD = "acme.example"
@@ -155,7 +155,7 @@ def test_what_is_heard_again_once_a_subject_is_added() -> None:
         ({"format": "complex", "user": maria}, both),
         ({"format": "complex", "user": maria, "device": bot}, both),
     ):
-        assert still_removed([other, removed], added) == [other]
+        assert removed_without([other, removed], added) == [other]
     for removed, added in (
         (maria, other),
         (maria, bot),
@@ -164,7 +164,7 @@ def test_what_is_heard_again_once_a_subject_is_added() -> None:
         ({"format": "complex", "user": maria}, {"format": "complex", "application": bot}),
         ({"format": "complex"}, {"format": "complex"}),
     ):
-        assert still_removed([removed], added) == [removed]
+        assert removed_without([removed], added) == [removed]
 
 
 def receiver(**fields: object) -> Receiver:
@@ -174,12 +174,12 @@ def receiver(**fields: object) -> Receiver:
 
 def test_who_may_hear_of_what() -> None:
     here, elsewhere = ended(target_id="billing"), ended(target_id="staging")
-    assert receiver().may_hear(here)
-    assert not receiver().may_hear(elsewhere)
-    assert receiver(targets=("*",)).may_hear(elsewhere)
+    assert receiver().accepts(here)
+    assert not receiver().accepts(elsewhere)
+    assert receiver(targets=("*",)).accepts(elsewhere)
     narrow = receiver(ends=("revocation", "agent_suspended"))
-    assert narrow.may_hear(here)
-    assert not narrow.may_hear(ended("deadline", "expired", target_id="billing"))
+    assert narrow.accepts(here)
+    assert not narrow.accepts(ended("deadline", "expired", target_id="billing"))
 
 
 GOOD = 'name = "b"\naudience = "https://b.example"\ntargets = ["*"]\n'
@@ -229,53 +229,53 @@ def test_an_issuer_that_cannot_be_one(tmp_path: Path, url: str) -> None:
 
 def test_requests_that_are_none() -> None:
     for body in (b"", b"[]", b'{"ack": 1}', b'{"ack": [], "ack": []}', b'{"setErrs": {"x": {}}}'):
-        with pytest.raises(AskedWronglyError):
-            understood(Poll, body)
+        with pytest.raises(InvalidRequestError):
+            parse_request(PollRequest, body)
     for subject in ({}, {"format": "opaque"}, {"id": "x"}, {"format": "opaque", "id": "x" * 4000}):
-        with pytest.raises(AskedWronglyError):
-            understood(SubjectChange, json.dumps({"stream_id": STREAM, "subject": subject}).encode())
+        with pytest.raises(InvalidRequestError):
+            parse_request(SubjectChange, json.dumps({"stream_id": STREAM, "subject": subject}).encode())
 
 
 async def test_a_receiver_gets_the_oldest_and_hears_whether_there_are_more() -> None:
     window = Window(SystemClock())
     first, second = event_of(ended()), event_of(ended())
-    window.put([first])
-    assert await window.some(1, 10) == ([first], False)
-    window.put([second])  # of a later batch
-    assert await window.some(1, 10) == ([first], True)
-    assert await window.some(0, 10) == ([], True)
-    assert await window.some(10, 10) == ([first, second], False)
-    assert window.take(first.jti) is first
-    assert window.take(first.jti) is None
-    assert await window.some(10, 0) == ([second], False)
-    window.take(second.jti)
-    assert await window.some(10, 0) == ([], False)
+    window.add([first])
+    assert await window.next_batch(1, 10) == ([first], False)
+    window.add([second])  # of a later batch
+    assert await window.next_batch(1, 10) == ([first], True)
+    assert await window.next_batch(0, 10) == ([], True)
+    assert await window.next_batch(10, 10) == ([first, second], False)
+    assert window.settle(first.jti) is first
+    assert window.settle(first.jti) is None
+    assert await window.next_batch(10, 0) == ([second], False)
+    window.settle(second.jti)
+    assert await window.next_batch(10, 0) == ([], False)
     assert window.waiting_since_ms is None
 
 
 async def test_a_poll_that_waits_is_woken_by_what_comes() -> None:
     window = Window(SystemClock())
-    polling = asyncio.create_task(window.some(10, 600))
+    polling = asyncio.create_task(window.next_batch(10, 600))
     await asyncio.sleep(0)
     assert not polling.done()
     event = event_of(ended())
-    window.put([event])
+    window.add([event])
     assert await asyncio.wait_for(polling, 60) == ([event], False)
 
 
 async def test_no_answer_empties_a_window_behind_which_nothing_was_looked_at() -> None:
     window = Window(SystemClock())
     while not window.full:
-        window.put([event_of(ended())])
-    events, more = await window.some(100_000, 0)
-    assert (len(events), more) == (MOST_SETS, True)
+        window.add([event_of(ended())])
+    events, more = await window.next_batch(100_000, 0)
+    assert (len(events), more) == (MAX_SETS_PER_POLL, True)
 
 
 async def test_what_another_replica_hands_over_is_dropped() -> None:
     window = Window(SystemClock())
     event, other = event_of(ended()), event_of(ended())
-    window.put([event, other])
-    window.drop([event.jti, "never put"])
-    assert await window.some(10, 0) == ([other], False)
-    window.drop([other.jti])
+    window.add([event, other])
+    window.discard([event.jti, "never put"])
+    assert await window.next_batch(10, 0) == ([other], False)
+    window.discard([other.jti])
     assert window.waiting_since_ms is None

@@ -54,7 +54,7 @@ def test_on_an_idle_machine_the_limit_is_the_clocks() -> None:
     assert not machine.over(patience)
     machine.passes(1)
     assert machine.over(patience)
-    assert patience.told == "60 s"
+    assert patience.spent == "60 s"
 
 
 def test_what_waits_for_a_processor_has_more_time() -> None:
@@ -64,7 +64,7 @@ def test_what_waits_for_a_processor_has_more_time() -> None:
     assert not machine.over(patience)
     machine.passes(51)  # nobody waits any more, and still it does not start
     assert machine.over(patience)
-    assert patience.told == "60 s, besides 290 s of waiting for a processor"
+    assert patience.spent == "60 s, besides 290 s of waiting for a processor"
 
 
 def test_waiting_that_came_before_and_of_two_at_once_counts_once() -> None:

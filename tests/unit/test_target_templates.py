@@ -11,7 +11,7 @@ import typer
 
 from ringfence.backends.postgres.privileges import RIGHTS
 from ringfence.backends.ssh.privileges import VERBS
-from ringfence.cli.commands.target import _request, _settings, _template, _verbs
+from ringfence.cli.commands.target import _merge_verbs, _parse_request_rule, _parse_settings, _template
 from ringfence.cli.commands.target_templates import TEMPLATES
 from ringfence.client.agent.credentials import IssuedCredential, Secret
 from ringfence.client.agent.environment import applied, environment
@@ -147,24 +147,24 @@ def test_a_server_of_mcp_has_its_tools_as_resources() -> None:
 
 
 def test_a_rule_for_mcp_is_written_with_its_method_and_tool() -> None:
-    one = _request(
+    one = _parse_request_rule(
         "MCP /mcp plan repo/{arguments.repo} message:tools/call=push argument:dry_run=true argument:to=a,b"
     )
     assert one.mcp is not None
     assert (one.mcp.method, one.mcp.name) == ("tools/call", "push")
     assert one.mcp.arguments == {"dry_run": ("true",), "to": ("a", "b")}
-    bare = _request("MCP /mcp connect server message:notifications/*").mcp
+    bare = _parse_request_rule("MCP /mcp connect server message:notifications/*").mcp
     assert bare is not None
     assert (bare.method, bare.name, bare.arguments) == ("notifications/*", None, None)
 
 
 def test_a_request_is_written_in_four_words_and_conditions() -> None:
-    plain = _request("GET /envs/{name} read env/{name}")
+    plain = _parse_request_rule("GET /envs/{name} read env/{name}")
     assert (plain.method, plain.path, plain.verb, plain.resource) == (
         "GET", "/envs/{name}", "read", "env/{name}",
     )  # fmt: skip
     assert (plain.query, plain.body) == (None, None)
-    conditions = _request("POST /runs dry-run runs query:dry=1,true body:kind=test body:x=y=z")
+    conditions = _parse_request_rule("POST /runs dry-run runs query:dry=1,true body:kind=test body:x=y=z")
     assert conditions.query == {"dry": ("1", "true")}
     assert conditions.body == {"kind": ("test",), "x": ("y=z",)}
 
@@ -177,29 +177,29 @@ def test_a_request_is_written_in_four_words_and_conditions() -> None:
 )  # fmt: skip
 def test_what_is_no_request(text: str) -> None:
     with pytest.raises(typer.BadParameter):
-        _request(text)
+        _parse_request_rule(text)
 
 
 def test_what_is_given_counts_instead() -> None:
-    verbs = {one.verb: one.floor for one in _verbs(TEMPLATES["redis"], ["write=operator", "incr"])}
+    verbs = {one.verb: one.floor for one in _merge_verbs(TEMPLATES["redis"], ["write=operator", "incr"])}
     assert verbs == {"read": "none", "write": "operator", "incr": "none"}
-    assert [one.verb for one in _verbs(None, ["deploy"])] == ["deploy"]
+    assert [one.verb for one in _merge_verbs(None, ["deploy"])] == ["deploy"]
 
 
 def test_settings_keep_their_type() -> None:
-    assert _settings(["connection_limit=2", "owned=keep"]) == {"connection_limit": 2, "owned": "keep"}
-    assert _settings(["username=007", "scheme=Token"]) == {"username": "007", "scheme": "Token"}
+    assert _parse_settings(["connection_limit=2", "owned=keep"]) == {"connection_limit": 2, "owned": "keep"}
+    assert _parse_settings(["username=007", "scheme=Token"]) == {"username": "007", "scheme": "Token"}
 
 
 @pytest.mark.parametrize("text", ["owned", "=x", "kind=jwt", "audience=x", "a b=1"])
 def test_what_is_no_setting(text: str) -> None:
     with pytest.raises(typer.BadParameter):
-        _settings([text])
+        _parse_settings([text])
 
 
 def test_neither_verb_nor_template() -> None:
     with pytest.raises(typer.BadParameter, match="template"):
-        _verbs(None, [])
+        _merge_verbs(None, [])
     with pytest.raises(typer.BadParameter, match="none of"):
         _template("mainframe")
 

@@ -248,7 +248,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if error.errno != errno.EPIPE:  # else nobody reads any more, and nobody asks why
             name = f"{error.filename}: " if error.filename else ""
             _say(f"error: {name}{error.strerror or str(error) or type(error).__name__}")
-        _drop_what_is_left()
+        _discard_unwritten_output()
         return 1
     return status
 
@@ -283,7 +283,7 @@ def _run(words: list[str]) -> int:
     return 0
 
 
-def _drop_what_is_left() -> None:
+def _discard_unwritten_output() -> None:
     """What could not be written would be tried again, and complained of, when the process ends."""
     try:
         sys.stdout.flush()

@@ -1,4 +1,7 @@
-"""What every part of the SDK stands on: an identity, a publisher, followers, the trust bundle, local tables."""
+"""The Kafka connection of one SDK identity: its key, publisher, topic followers, trust bundle and local tables.
+
+Agents, sponsors and administrators are built on it.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from typing import Any
 from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
-from ringfence.client.connected import Lifetime
 from ringfence.client.errors import IdentityError, require_understood
 from ringfence.client.instance_enrolment import Attested
-from ringfence.client.key_file import KeyFile, succeeding
+from ringfence.client.key_file import KeyFile, successor_key
+from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock, SystemClock
@@ -44,7 +47,10 @@ Coordinate = tuple[str, int, int]
 
 
 def load_settings(settings: ClientSettings | None = None) -> ClientSettings:
-    """The given settings, or those of the environment. Raises SettingsError where the trust root is not pinned."""
+    """Return `settings`, or read them from the environment and the settings file.
+
+    Raises SettingsError where the trust root is not pinned.
+    """
     settings = settings or load(ClientSettings)
     if not settings.trust_root:
         raise SettingsError(
@@ -55,7 +61,10 @@ def load_settings(settings: ClientSettings | None = None) -> ClientSettings:
 
 
 def load_key(key: SigningKey | Path | str | None, settings: ClientSettings) -> SigningKey:
-    """The key that was given, named by its file, or that the settings name. Raises IdentityError, KeyFileError."""
+    """Return the signing key: `key` itself, or the key in the file that `key` or `settings.identity` names.
+
+    Raises IdentityError where no key is named, KeyFileError where the file holds none.
+    """
     if isinstance(key, SigningKey):
         return key
     path = key or settings.identity
@@ -68,13 +77,13 @@ def load_key(key: SigningKey | Path | str | None, settings: ClientSettings) -> S
 
 
 def key_file(key: SigningKey | Path | str | None, settings: ClientSettings) -> KeyFile | None:
-    """The file that `load_key` reads, if it reads one."""
+    """The key file that `load_key` reads; None where the key was passed as an object or no file is named."""
     path = None if isinstance(key, SigningKey) else key or settings.identity
     return KeyFile(Path(path)) if path is not None else None
 
 
 def subject(key: SigningKey, kind: Kind, settings: ClientSettings) -> str:
-    """The id of the user or agent that the key speaks for. Raises IdentityError where it is of another kind."""
+    """The id of the user or agent in the key's SPIFFE ID. Raises IdentityError where the key is of another kind."""
     id = subject_of(settings.trust_domain, key.id, kind)
     if id is None:
         raise IdentityError(
@@ -84,9 +93,9 @@ def subject(key: SigningKey, kind: Kind, settings: ClientSettings) -> str:
 
 
 class DeadLetterLog:
-    """The dead letters since the connection was made: why something that was sent counted for nothing.
+    """The dead letters since the connection was made, by the coordinates of the rejected record.
 
-    They bear no signature: what one says may be shown to a person, and nothing is decided by it.
+    Dead letters are not signed: show them to a person, and decide nothing by them.
     """
 
     def __init__(self) -> None:
@@ -105,11 +114,11 @@ class DeadLetterLog:
                 event.set()
 
     def reason(self, at: Coordinate | None) -> str | None:
-        """Why the record at these coordinates was dead-lettered, if it was."""
+        """Why the record at these coordinates was dead-lettered; None where it was not, or `at` is None."""
         return self._reasons.get(at) if at else None
 
-    async def about(self, at: Coordinate) -> str:
-        """Wait until the record at these coordinates is dead-lettered; the reason."""
+    async def wait_for(self, at: Coordinate) -> str:
+        """Wait until the record at these coordinates is dead-lettered, and return the reason."""
         if at not in self._reasons:
             event = self._waiting.setdefault(at, asyncio.Event())
             try:
@@ -120,7 +129,7 @@ class DeadLetterLog:
 
 
 class Connection(Lifetime):
-    """One identity's connection to Ringfence. Use it as an async context manager, or `start` and `close`."""
+    """One identity's connection to Ringfence: an async context manager, or `start` and `close`."""
 
     def __init__(
         self,
@@ -131,9 +140,9 @@ class Connection(Lifetime):
         attested: Attested | None = None,
     ) -> None:
         """Args:
-            key: the identity, as a key or the path of its file; the settings' where None.
-            settings: where to connect to; read from the environment and the settings file where None.
-            attested: the identity of a running instance, in the place of a key.
+            key: the identity, as a key or the path of its file; None takes the one in the settings.
+            settings: where to connect to; None reads the environment and the settings file.
+            attested: a running instance that enrols a key of its own, instead of `key`.
 
         Raises:
             SettingsError, IdentityError, KeyFileError
@@ -147,7 +156,7 @@ class Connection(Lifetime):
         """What everything that is signed for an agent carries, where a running instance signs it."""
         self.clock: Clock = clock or SystemClock()
         self.trust = TrustStore(self.settings.trust_domain, self.settings.trust_root)
-        self.letters = DeadLetterLog()
+        self.dead_letters = DeadLetterLog()
         self.tracing = of_application()
         self._publisher = Publisher(self.settings, self.key.id, self.clock, self.tracing)
         self._followers: list[Follower] = []
@@ -157,7 +166,7 @@ class Connection(Lifetime):
     # --- life ---
 
     async def start(self) -> None:
-        """Connect, and read the trust bundle. Raises UnavailableError where Kafka or the bundle is not there."""
+        """Connect and read the trust bundle. Raises UnavailableError where Kafka or the bundle is missing."""
         try:
             await self.renew()
             await self._publisher.start()
@@ -168,13 +177,13 @@ class Connection(Lifetime):
             raise
 
     async def renew(self) -> None:
-        """See that the key of a running instance counts for a while yet. Raises as `Attested.current` does."""
+        """Renew the enrolled key of a running instance where it ends soon. Raises as `Attested.current`."""
         if self._attested is not None:
             enrolled = await self._attested.current()
             self.key, self.enrolment = enrolled.key, enrolled.enrolment
 
     async def close(self) -> None:
-        """Send what is buffered and disconnect. May be called again."""
+        """Send what is buffered and disconnect. Idempotent."""
         followers, self._followers = self._followers, []
         self._directory = None
         await asyncio.gather(*(follower.stop() for follower in followers))
@@ -190,9 +199,15 @@ class Connection(Lifetime):
         since_ms: int | None = 0,
         key: str | None = None,
     ) -> None:
-        """Read topics until `close`; returns when everything that was there has been read. See `Follower`.
+        """Read topics until `close`. Returns once all records that exist now have been read.
 
-        Raises UnavailableError where a topic is missing, or reading takes too long.
+        Args:
+            on_records: called with each batch of records.
+            since_ms: start at this append time (milliseconds since 1970); 0 starts at the first record, None after the
+                last.
+            key: read only the partition that holds the records with this key.
+
+        Raises UnavailableError where a topic is missing, or is not read to its end within `READY_TIMEOUT_S`.
         """
         follower = Follower(self.settings, topics, on_records, since_ms=since_ms, key=key)
         await follower.start()
@@ -206,7 +221,10 @@ class Connection(Lifetime):
             raise UnavailableError(f"{names}: {why}") from None
 
     async def directory(self) -> Directory:
-        """The local table of users, agents, targets and tasks, each verified up to the root. Read when first needed."""
+        """The local table of users, agents, targets and tasks, each record verified up to the root.
+
+        Read on first use, then kept up to date.
+        """
         async with self._directory_lock:
             if self._directory is None:
                 directory = Directory(self.trust, self.clock, grace_ms=None)
@@ -215,19 +233,22 @@ class Connection(Lifetime):
         return self._directory
 
     async def current_directory(self) -> Directory:
-        """The same, with everything in it that stands on its topics now: for what a person decided in the meantime.
+        """The directory, with every record that is on its topics now: for checks after a person has answered.
 
-        Raises UnavailableError where that cannot be known.
+        Raises UnavailableError where the topics cannot be read to their end.
         """
         directory = await self.directory()
-        known = await asyncio.gather(*(follower.caught_up(READY_TIMEOUT_S) for follower in self._followers))
-        if not all(known):
+        caught_up = await asyncio.gather(
+            *(follower.caught_up(READY_TIMEOUT_S) for follower in self._followers)
+        )
+        if not all(caught_up):
             raise UnavailableError("the records could not be read to their end; run: ringfence doctor")
         return directory
 
     async def targets(self) -> Directory:
-        """A table of targets alone, and of the users whom they need to be believed: of agents and tasks there may be
-        many.
+        """A table of targets and of the users who signed them, without agents and tasks, of which there may be many.
+
+        Returns the full directory where it is loaded already.
         """
         if self._directory is not None:
             return self._directory
@@ -238,13 +259,13 @@ class Connection(Lifetime):
     # --- identity ---
 
     def renew_key(self) -> None:
-        """Take up the key that its file holds by now, where the identity came from a file."""
+        """Sign with the key that the key file holds now, where the identity came from a file."""
         if self._key_file is not None:
             self.key = self._key_file.changed(self.key)
 
     def use_key(self, key: SigningKey | Path | str) -> None:
         """Sign with another key of the same identity from now on. Raises IdentityError, KeyFileError."""
-        self.key = succeeding(self.key, key)
+        self.key = successor_key(self.key, key)
         self._key_file = key_file(key, self.settings)
 
     # --- writing ---
@@ -269,20 +290,24 @@ class Connection(Lifetime):
         compact: str | None = None,
         traceparent: str | None = None,
     ) -> Coordinate:
-        """Sign and publish; returns where the record stands once all replicas have it.
+        """Sign a message and publish it. Returns its coordinates once all in-sync replicas have it.
 
-        `compact` is the signed message where the caller signed it before. Raises UnavailableError; InvalidCallError
-        where a field of it is not known, which may limit something: nothing was sent then.
+        Args:
+            compact: the message as a compact JWS, where the caller has signed it already.
+
+        Raises:
+            UnavailableError: Kafka did not take it.
+            InvalidCallError: the message has an unknown field, which may be a limit; nothing was sent.
         """
         if not isinstance(claims, RevocationRequest):  # that one stops what it can, whatever else it says
             kind = claims.typ.partition(".")[0]
             require_understood(claims, f"{kind} {key}" if topic is REGISTRY_COMMAND else f"the {claims.typ}")
         compact = compact or sign(claims, self.key)
         try:
-            sent: Awaitable[Any] = await self._publisher.send(
+            delivery: Awaitable[Any] = await self._publisher.send(
                 topic, key, compact, id=claims.jti, type=claims.typ, traceparent=traceparent
             )
-            at = await sent
+            at = await delivery
         except KafkaError as error:
             raise UnavailableError(
                 f"Kafka at {self.settings.kafka} did not take the {claims.typ} ({type(error).__name__}); "

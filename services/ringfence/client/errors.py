@@ -16,34 +16,34 @@ from ringfence.model.unknown_fields import describe_unknown, unknown_fields
 
 
 class InvalidCallError(RingfenceError):
-    """A call with arguments that no message can be made of; nothing was sent."""
+    """The arguments of a call do not make a valid message. Nothing was sent."""
 
     code = "call_invalid"
 
 
 class IdentityError(RingfenceError):
-    """No key was given, or it speaks for another kind of identity than the call needs."""
+    """No key was given, or the key belongs to another kind of identity than the call needs."""
 
     code = "identity_wrong"
 
 
 class EnrolmentRefusedError(RingfenceError):
-    """The registry does not let a running instance in; `code` says why."""
+    """The registry refused to enrol a running instance; `code` says why."""
 
     code = "enrol_refused"
 
 
 class RequestDeniedError(RingfenceError):
-    """A request for a credential was denied, by policy or by the issuer. `reasons` holds every reason."""
+    """Policy or the issuer denied a credential request. `reasons` holds every reason, `by` says who."""
 
     code = "denied"
 
     def __init__(
         self, request_id: str, reasons: Sequence[Reason], by: str, *, retry_after_s: int | None = None
     ) -> None:
-        said = "; ".join(reason.message for reason in reasons) or "no reason was given"
-        again = f" (ask again in {retry_after_s} s)" if retry_after_s is not None else ""
-        super().__init__(f"denied by {by}: {said}{again}", code=reasons[0].code if reasons else None)
+        reasons_text = "; ".join(reason.message for reason in reasons) or "no reason was given"
+        retry = f" (ask again in {retry_after_s} s)" if retry_after_s is not None else ""
+        super().__init__(f"denied by {by}: {reasons_text}{retry}", code=reasons[0].code if reasons else None)
         self.request_id = request_id
         self.reasons = tuple(reasons)
         self.by = by
@@ -52,7 +52,7 @@ class RequestDeniedError(RingfenceError):
 
 
 class RequestTimeoutError(RingfenceError):
-    """No final answer came in time. `waiting_for` says what was still missing."""
+    """No final answer to a credential request came in time. `waiting_for` says what was missing."""
 
     code = "timeout"
 
@@ -66,14 +66,14 @@ class RequestTimeoutError(RingfenceError):
 
 
 class RefusedError(RingfenceError):
-    """A command was refused by the service that decides on it. `reasons` holds every reason."""
+    """A service refused a command. `reasons` holds every reason."""
 
     code = "refused"
 
     def __init__(self, command: str, reasons: Sequence[Reason], by: str) -> None:
-        said = "; ".join(reason.message for reason in reasons) or "no reason was given"
+        reasons_text = "; ".join(reason.message for reason in reasons) or "no reason was given"
         super().__init__(
-            f"{command} was refused by the {by}: {said}", code=reasons[0].code if reasons else None
+            f"{command} was refused by the {by}: {reasons_text}", code=reasons[0].code if reasons else None
         )
         self.command = command
         self.reasons = tuple(reasons)
@@ -81,19 +81,19 @@ class RefusedError(RingfenceError):
 
 
 class NotAnsweredError(RingfenceError):
-    """The service that decides on a command did not answer in time; whether it still will is unknown."""
+    """A service did not answer a command in time. The command may still be carried out."""
 
     code = "not_answered"
 
 
 class StaleApprovalError(RingfenceError):
-    """What a person was shown is no longer what an approval would be for."""
+    """The records or the question changed after a person was shown them. Nothing was signed."""
 
     code = "approval_stale"
 
 
 class NotYoursError(RingfenceError):
-    """Somebody would answer what they have no say in. Nothing was signed."""
+    """The person may not give this approval. Nothing was signed."""
 
     code = "not_approver"
 
@@ -109,17 +109,17 @@ class ApiError(RingfenceError):
 
 
 class TokenRejectedError(RingfenceError):
-    """A token that a resource server must not accept, or a request that has none."""
+    """A resource server must refuse this request: its token is missing or invalid."""
 
     code = "token_rejected"
 
     scheme: Literal["Bearer", "DPoP"] | None = None
-    """How the token was presented, where one was: in words of the same scheme the request is refused."""
+    """How the token was presented. The refusal uses the same scheme in its challenge; None where there was no token."""
 
 
 @contextmanager
 def checked(what: str) -> Iterator[None]:
-    """Turn what pydantic says about wrong arguments into an InvalidCallError without their values."""
+    """Turn pydantic's ValidationError into an InvalidCallError that does not repeat the values."""
     try:
         yield
     except ValidationError as error:
@@ -127,18 +127,18 @@ def checked(what: str) -> Iterator[None]:
 
 
 def require_understood(message: Message, what: str) -> None:
-    """Raises InvalidCallError, with the nearest known name, where a message has a field that is not known."""
+    """Raise InvalidCallError, with the nearest known name, where a message has an unknown field."""
     if found := unknown_fields(message):
         raise InvalidCallError(describe_unknown(found, what))
 
 
 class CredentialOverError(RingfenceError):
-    """A credential was wiped, or its time is over. Nothing renews it by itself: ask for a new one."""
+    """The credential was wiped or has expired. Credentials are never renewed: request a new one."""
 
     code = "credential_over"
 
 
 class CredentialUseError(RingfenceError):
-    """A credential was to be used in a way that its kind does not have."""
+    """The credential's kind does not support this use."""
 
     code = "credential_use"

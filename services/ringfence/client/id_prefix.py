@@ -1,20 +1,23 @@
-"""Ids as people write them: whole, or how they begin."""
+"""Find an item by its id or by a unique prefix of its id."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Final, TypeVar
 
-LEAST: Final = 4
-"""With fewer characters nothing is named. Every id begins with none at all, which is what a script hands over whose
-variable was never set: of a single request that waits, it would approve that.
+MIN_PREFIX_LENGTH: Final = 4
+"""Shorter prefixes match nothing. The empty prefix would match every id: a script with an unset variable would then
+approve the only request that waits.
 """
 T = TypeVar("T")
 
 
-def named(written: str, things: Iterable[T], id_of: Callable[[T], str]) -> T | None:
-    """The one with this id, or the only one whose id begins so; None where there is none, or several."""
-    if len(written) < LEAST:
+def find_by_prefix(prefix: str, items: Iterable[T], id_of: Callable[[T], str]) -> T | None:
+    """The item whose id is `prefix`, or the only one whose id begins with it.
+
+    Returns None where no item or several items match, or `prefix` is shorter than `MIN_PREFIX_LENGTH`.
+    """
+    if len(prefix) < MIN_PREFIX_LENGTH:
         return None
-    found = [one for one in things if id_of(one).startswith(written)]
-    return found[0] if len(found) == 1 else None
+    matches = [one for one in items if id_of(one).startswith(prefix)]
+    return matches[0] if len(matches) == 1 else None

@@ -1,4 +1,7 @@
-"""A running instance's identity: a key of its own, and the registry's enrolment of it, renewed before it ends."""
+"""Workload attestation for a running agent instance: it enrols a key of its own at the registry.
+
+The enrolment is renewed before it ends.
+"""
 
 from __future__ import annotations
 
@@ -29,22 +32,22 @@ _TIMEOUT_S = 10.0
 _TRIES = 4
 _PAUSE_S = 0.5
 _RENEWED_AFTER = 2 / 3
-"""After this part of its life an enrolment is renewed when the key is next needed."""
+"""The share of its life after which an enrolment is renewed on next use."""
 _LIFE_S = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
-    """A key that counts for now."""
+    """A key and the registry's enrolment of it."""
 
     key: SigningKey
     enrolment: str
-    """The registry's `instance.enrolment`: everything that the key signs for the agent carries it."""
+    """The registry's signed `instance.enrolment`. Every message that the key signs for the agent carries it."""
     instance_id: str
     begins: int
     not_after: int
     token: str
-    """The digest of the platform's token."""
+    """The digest of the platform token that was used."""
 
 
 class Attested:
@@ -59,8 +62,11 @@ class Attested:
         *,
         key_file: Path | None = None,
     ) -> None:
-        """`key_file`: where the key is kept, and taken up by a process that starts again while the platform's token is
-        the same (which is good for one key); on a volume in memory of this instance alone. None: in this process."""
+        """`key_file`: where the key is kept, on an in-memory volume that this instance alone can read; None: in this
+            process.
+
+        A restarted process loads the key again while the platform's token is the same: a token is good for one key.
+        """
         self.id = spiffe_id(settings.trust_domain, "agent", agent_id)
         self._source = source
         self._settings = settings
@@ -70,27 +76,31 @@ class Attested:
         self._lock = asyncio.Lock()
 
     async def current(self) -> Enrolled:
-        """An enrolled key that counts for a while yet.
+        """Return an enrolled key; enrol or renew first after two thirds of its life.
 
-        Raises TokenSourceError, EnrolmentRefusedError, UnavailableError where there is none to be had.
+        Where renewing fails, the current key is returned until shortly before its end. Raises TokenSourceError,
+        EnrolmentRefusedError or UnavailableError where no usable key can be had.
         """
         async with self._lock:
-            known, now_s = self._enrolled, self._clock.now_ms() / 1000
-            if known is not None and now_s < known.begins + (known.not_after - known.begins) * _RENEWED_AFTER:
-                return known
+            enrolled, now_s = self._enrolled, self._clock.now_ms() / 1000
+            if (
+                enrolled is not None
+                and now_s < enrolled.begins + (enrolled.not_after - enrolled.begins) * _RENEWED_AFTER
+            ):
+                return enrolled
             try:
-                self._enrolled = await self._renewed(known)
+                self._enrolled = await self._renewed(enrolled)
             except RingfenceError as error:
-                if known is None or now_s >= known.not_after - _LIFE_S:
+                if enrolled is None or now_s >= enrolled.not_after - _LIFE_S:
                     raise
                 log.warning("the enrolment was not renewed yet: %s", error)
-                return known
+                return enrolled
             return self._enrolled
 
-    async def _renewed(self, known: Enrolled | None) -> Enrolled:
+    async def _renewed(self, enrolled: Enrolled | None) -> Enrolled:
         key = self._key()
         token = await self._source.token(bound_audience(self._settings.trust_domain, key.kid))
-        if known is not None and known.token == digest(token):
+        if enrolled is not None and enrolled.token == digest(token):
             raise UnavailableError("the platform has not renewed its token yet")
         enrolment = await self._ask(key, token)
         try:
@@ -120,7 +130,7 @@ class Attested:
         body, url = sign(claims, key), self._settings.registry_url.rstrip("/") + "/v1/enrol"
         answer, failed = None, ""
         async with web_client(timeout_s=_TIMEOUT_S) as http:
-            for left in reversed(range(_TRIES)):
+            for tries_left in reversed(range(_TRIES)):
                 try:
                     answer = await http.post(url, content=body, headers={"Content-Type": "application/jose"})
                 except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -129,7 +139,7 @@ class Attested:
                     failed = ""
                 if not failed and answer is not None and answer.status_code != 503:
                     return _enrolment(answer)
-                if left:  # of several registries one is at work
+                if tries_left:  # of several registries one is at work
                     await asyncio.sleep(_PAUSE_S)
         why = failed or (_error_text(answer) if answer is not None else "")
         raise UnavailableError(
@@ -140,12 +150,12 @@ class Attested:
 
 def _enrolment(answer: httpx.Response) -> str:
     try:
-        found = answer.json()
+        body = answer.json()
     except ValueError:
-        found = None
-    if answer.status_code == 200 and isinstance(found, dict) and isinstance(found.get("enrolment"), str):
-        return str(found["enrolment"])
-    code = found.get("error") if isinstance(found, dict) else None
+        body = None
+    if answer.status_code == 200 and isinstance(body, dict) and isinstance(body.get("enrolment"), str):
+        return str(body["enrolment"])
+    code = body.get("error") if isinstance(body, dict) else None
     raise EnrolmentRefusedError(
         f"the registry does not let this instance in: {_error_text(answer)}", code=code
     )

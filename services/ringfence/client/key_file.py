@@ -1,4 +1,4 @@
-"""The key that an agent signs with, over its changes: given anew, or found in its file, which was replaced."""
+"""An agent's signing key across its rotations: replaced by the caller, or reloaded when its file changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class _Version(NamedTuple):
-    """What tells one content of a file from another without reading it."""
+    """Identifies one content of a file by its metadata, without reading it."""
 
     device: int
     inode: int
@@ -22,46 +22,50 @@ class _Version(NamedTuple):
 
 
 class KeyFile:
-    """The file of a key, read again when another one lies there."""
+    """A key file that is reloaded when it is replaced."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen = self._version()
+        self._last_version = self._version()
 
     def changed(self, key: SigningKey) -> SigningKey:
-        """The key that is in the file by now, or `key` where that is the same one, or holds none for the same identity.
+        """Return the key in the file, or `key` where the file is unchanged or holds no key of the same identity.
 
-        What cannot be used is logged and passed over: the key so far counts on for the overlap of its rotation.
+        A file that cannot be used is logged and ignored: the current key stays valid during the overlap of its
+        rotation.
         """
         version = self._version()
-        if version is None or version == self._seen:
+        if version is None or version == self._last_version:
             return key
-        self._seen = version
+        self._last_version = version
         try:
-            found = SigningKey.load(self._path)
+            new_key = SigningKey.load(self._path)
         except KeyFileError as error:
             log.error("the key file was replaced by what is no key; the old one is used on: %s", error)
             return key
-        if found.id != key.id:
+        if new_key.id != key.id:
             log.error(
-                "the key file %s was replaced by a key of %s; the old one is used on", self._path, found.id
+                "the key file %s was replaced by a key of %s; the old one is used on", self._path, new_key.id
             )
             return key
-        if found.kid != key.kid:
-            log.info("signing with key %s from now on", found.kid)
-        return found
+        if new_key.kid != key.kid:
+            log.info("signing with key %s from now on", new_key.kid)
+        return new_key
 
     def _version(self) -> _Version | None:
         try:
-            found = self._path.stat()
+            new_key = self._path.stat()
         except OSError:
             return None  # between the old file and the new one
-        return _Version(found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+        return _Version(new_key.st_dev, new_key.st_ino, new_key.st_mtime_ns, new_key.st_size)
 
 
-def succeeding(key: SigningKey, new: SigningKey | Path | str) -> SigningKey:
-    """Another key of the same identity, as a key or the path of its file. Raises IdentityError, KeyFileError."""
-    found = new if isinstance(new, SigningKey) else SigningKey.load(Path(new))
-    if found.id != key.id:
-        raise IdentityError(f"that is a key of {found.id}; this is {key.id}, and stays it")
-    return found
+def successor_key(key: SigningKey, new: SigningKey | Path | str) -> SigningKey:
+    """Load another key of the same identity, from a key or the path of its file.
+
+    Raises IdentityError where it belongs to another identity, KeyFileError.
+    """
+    new_key = new if isinstance(new, SigningKey) else SigningKey.load(Path(new))
+    if new_key.id != key.id:
+        raise IdentityError(f"that is a key of {new_key.id}; this is {key.id}, and stays it")
+    return new_key

@@ -1,4 +1,4 @@
-"""What the SDK and the command line are told: `RINGFENCE_*` in the environment, or the settings file."""
+"""Settings of the SDK and the command line: `RINGFENCE_*` in the environment, or the settings file."""
 
 from __future__ import annotations
 

@@ -49,29 +49,32 @@ def source_of(text: str, environ: Mapping[str, str] = os.environ) -> TokenSource
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A file that the platform renews: a projected service account token of Kubernetes, or a JWT-SVID that a helper of
-    SPIFFE writes. Its audience was chosen where it is set up: `spiffe://TRUST-DOMAIN/enrol`."""
+    """A token file that the platform renews: a projected Kubernetes service account token, or a JWT-SVID from a SPIFFE
+    helper.
+
+    Its audience is configured at the platform: `spiffe://TRUST-DOMAIN/enrol`.
+    """
 
     path: Path
 
     async def token(self, bound_audience: str) -> str:
-        """What stands in the file now. Raises TokenSourceError."""
+        """Read the token in the file. Raises TokenSourceError."""
         try:
             text = await asyncio.to_thread(self.path.read_text)
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or "it is no text"
             raise TokenSourceError(f"cannot read the platform's token in {self.path}: {why}") from None
-        return _checked(text, str(self.path))
+        return _checked_token(text, str(self.path))
 
 
 @dataclass(frozen=True)
 class GitHubActions:
-    """A job of GitHub Actions with `permissions: id-token: write`."""
+    """The OIDC token of a GitHub Actions job, which needs `permissions: id-token: write`."""
 
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
 
     async def token(self, bound_audience: str) -> str:
-        """A token of this job for one key. Raises TokenSourceError."""
+        """Request a token of this job that is bound to one key by its audience. Raises TokenSourceError."""
         url, secret = (self.environ.get(f"ACTIONS_ID_TOKEN_REQUEST_{name}") for name in ("URL", "TOKEN"))
         if not url or not secret:
             raise TokenSourceError(
@@ -82,26 +85,26 @@ class GitHubActions:
             url, {"audience": bound_audience}, {"Authorization": f"bearer {secret}"}, "GitHub"
         )
         try:
-            return _checked(answer.json()["value"], "GitHub")
+            return _checked_token(answer.json()["value"], "GitHub")
         except (ValueError, KeyError, TypeError):
             raise TokenSourceError("GitHub answered without a token") from None
 
 
 @dataclass(frozen=True)
 class GoogleMetadata:
-    """A machine of Google Cloud, by its metadata server."""
+    """The identity token of a Google Cloud machine, from its metadata server."""
 
     url: str = _GOOGLE
 
     async def token(self, bound_audience: str) -> str:
-        """A token of this machine for one key. Raises TokenSourceError."""
+        """Request a token of this machine that is bound to one key by its audience. Raises TokenSourceError."""
         answer = await _get(
             f"{self.url}/computeMetadata/v1/instance/service-accounts/default/identity",
             {"audience": bound_audience, "format": "full"},
             {"Metadata-Flavor": "Google"},
             "Google's metadata server",
         )
-        return _checked(answer.text, "Google's metadata server")
+        return _checked_token(answer.text, "Google's metadata server")
 
 
 async def _get(url: str, query: dict[str, str], headers: dict[str, str], who: str) -> httpx.Response:
@@ -116,7 +119,7 @@ async def _get(url: str, query: dict[str, str], headers: dict[str, str], who: st
     return answer
 
 
-def _checked(text: object, where: str) -> str:
+def _checked_token(text: object, where: str) -> str:
     token = text.strip() if isinstance(text, str) else ""
     if token.count(".") != 2 or len(token) > MAX_TOKEN_BYTES:
         raise TokenSourceError(f"what {where} has is no JWT")

@@ -19,7 +19,7 @@ import httpx
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.agent.agent import Agent
 from ringfence.client.agent.credentials import IssuedCredential
-from ringfence.client.approvals.pending import PendingApproval
+from ringfence.client.approvals.pending_approval import PendingApproval
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import ApiError, RequestDeniedError
 from ringfence.client.reports.read_api import ReadApi
@@ -192,7 +192,7 @@ class DemoStory:
             task=task,
             agent="deploy-bot",
         )
-        asked = asyncio.create_task(
+        request = asyncio.create_task(
             bot.request(
                 task=task,
                 target=PLATFORM,
@@ -204,7 +204,7 @@ class DemoStory:
             )
         )
         try:
-            pending = await self._first_pending(sam, asked)
+            pending = await self._first_pending(sam, request)
             tell.step(
                 "approval.requested",
                 f"The platform wants the sponsor for 'deploy'. Sam sees what the agent signed: {pending.agent} for "
@@ -222,9 +222,9 @@ class DemoStory:
                 request=pending.request_id,
                 sponsor="sam",
             )
-            credential = await asked
+            credential = await request
         finally:
-            asked.cancel()
+            request.cancel()
         tell.step(
             "credential.issued",
             f"The issuer checked every signature and the rule itself. Lease {credential.lease_id}, sealed to the "
@@ -235,20 +235,20 @@ class DemoStory:
         )
         return credential
 
-    async def _first_pending(self, sam: Sponsor, asked: asyncio.Task[IssuedCredential]) -> PendingApproval:
+    async def _first_pending(self, sam: Sponsor, request: asyncio.Task[IssuedCredential]) -> PendingApproval:
         async def first() -> PendingApproval:
             async for pending in sam.watch():
                 return pending
             raise StoryError("the sponsor saw no request")
 
-        seen = asyncio.create_task(first())
-        await asyncio.wait({seen, asked}, return_when=asyncio.FIRST_COMPLETED, timeout=PATIENCE_S)
-        if not seen.done():
-            seen.cancel()
-            if asked.done():
-                await asked
+        pending_task = asyncio.create_task(first())
+        await asyncio.wait({pending_task, request}, return_when=asyncio.FIRST_COMPLETED, timeout=PATIENCE_S)
+        if not pending_task.done():
+            pending_task.cancel()
+            if request.done():
+                await request
             raise StoryError("no approval was asked for")
-        return await seen
+        return await pending_task
 
     async def _use(self, http: httpx.AsyncClient, credential: IssuedCredential) -> None:
         answer = await http.put("/env/staging/web", json={"build": "build-421"}, headers=credential.headers())

@@ -61,7 +61,7 @@ class Platform:
         if env not in self._builds:
             return JSONResponse({"error": f"no environment {env}"}, status_code=404)
         self._builds[env] = str((await request.json())["build"])
-        return JSONResponse({"environment": env, "build": self._builds[env], **_by(request)})
+        return JSONResponse({"environment": env, "build": self._builds[env], **_changed_by(request)})
 
     async def _withdraw(self, request: Request) -> Response:
         if not self._is_legacy(Headers(scope=request.scope)):
@@ -82,7 +82,7 @@ class Platform:
         )
 
 
-def _by(request: Request) -> dict[str, str | None]:
+def _changed_by(request: Request) -> dict[str, str | None]:
     """Who changes it, as far as anybody can say."""
     token: VerifiedToken | None = request.scope.get(TOKEN)
     if token is None:

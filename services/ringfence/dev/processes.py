@@ -107,7 +107,7 @@ class Patience:
         return passed_s - self.delayed_s > self.limit_s or passed_s > self.limit_s * MOST_PATIENCE
 
     @property
-    def told(self) -> str:
+    def spent(self) -> str:
         """The limit, for error messages."""
         waited = f", besides {self.delayed_s:.0f} s of waiting for a processor" if self.delayed_s >= 1 else ""
         return f"{self.limit_s:g} s{waited}"
@@ -165,7 +165,7 @@ class Child:
         self,
         ready: Callable[[], bool],
         timeout_s: float,
-        what: str,
+        condition: str,
         *,
         beside: Callable[[], Iterable[int]] = tuple,
         why: Callable[[], str | None] = lambda: None,
@@ -173,7 +173,7 @@ class Child:
     ) -> None:
         """Return as soon as `ready()` is true.
 
-        Raises StackError, with the end of its log, where the child ends first or `timeout_s` runs out. `what`
+        Raises StackError, with the end of its log, where the child ends first or `timeout_s` runs out. `condition`
         says what was awaited: "answers on port 9092"; `why` what is in the way, where that is known. Time in which the
         child, this process, or one of those that it waits for (`beside`) waited for a processor does not count.
         """
@@ -184,14 +184,15 @@ class Child:
             pause_s = min(pause_s * 1.5, _LONGEST_PAUSE_S)
             if status is not None:
                 raise StackError(
-                    f"{self.name} ended with status {status} before it {what}.{self._log_hint()}"
+                    f"{self.name} ended with status {status} before it {condition}.{self._log_hint()}"
                 )
             if patience.over:
                 if ready():
                     return
                 reason = f" It says: {said}." if (said := why()) else ""
                 raise StackError(
-                    f"{self.name} runs, but took more than {patience.told} until it {what}.{reason}{self._log_hint()}"
+                    f"{self.name} runs, but took more than {patience.spent} until it {condition}."
+                    f"{reason}{self._log_hint()}"
                 )
 
     def terminate(self) -> None:

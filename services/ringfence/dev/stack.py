@@ -19,10 +19,10 @@ from ringfence.client.admin.trust_setup import (
     SERVICE_ROLES,
     TrustFolder,
     add_services,
-    lacking,
+    load_root_and_bundle,
     make_trust,
+    missing_on_demand_services,
     publish_trust,
-    signed_before,
 )
 from ringfence.dev import kafka as embedded_kafka
 from ringfence.dev import redis as embedded_redis
@@ -120,8 +120,8 @@ class Stack:
     def environment(self) -> dict[str, str]:
         """`RINGFENCE_*` for a client of this stack: an agent, a sponsor, the command line."""
         shared = {f"RINGFENCE_{name.upper()}": str(value) for name, value in self._shared().items()}
-        asked = [role for role in self.options.services if role in SERVICE_ROLES]
-        urls = {f"RINGFENCE_{role.upper()}_URL": self.url(role) for role in asked}
+        chosen_roles = [role for role in self.options.services if role in SERVICE_ROLES]
+        urls = {f"RINGFENCE_{role.upper()}_URL": self.url(role) for role in chosen_roles}
         return shared | urls
 
     def child(self, role: ServiceRole) -> Child:
@@ -174,8 +174,10 @@ class Stack:
             if not self.trust.root_key.exists():
                 self._say("making the trust root, service keys and the first operator")
                 make_trust(self.trust, self.options.trust_domain, self.options.operator)
-            _, bundle = signed_before(self.trust)
-            if older := [role for role in lacking(bundle) if role in self.options.services]:
+            _, bundle = load_root_and_bundle(self.trust)
+            if older := [
+                role for role in missing_on_demand_services(bundle) if role in self.options.services
+            ]:
                 add_services(self.trust, older)
         except RingfenceError as error:
             raise StackError(
@@ -199,7 +201,7 @@ class Stack:
             "RINGFENCE_INSTANCE": role,
             "RINGFENCE_KEY_FILE": str(self.trust.service_key(role)),
             "RINGFENCE_KEY_DIR": str(self.options.state / "keys"),
-            **(self._of_gateway() if role == "gateway" else {}),
+            **(self._gateway_environment() if role == "gateway" else {}),
             **({"RINGFENCE_SIGNALS_URL": self.url(role)} if role == "signals" else {}),
             **self.options.environment,
         }
@@ -211,7 +213,7 @@ class Stack:
             umask=PRIVATE,
         )
 
-    def _of_gateway(self) -> dict[str, str]:
+    def _gateway_environment(self) -> dict[str, str]:
         return {
             "RINGFENCE_GATEWAY_LISTEN": f"{LOOPBACK}:{self._door}",
             "RINGFENCE_GATEWAY_SOCKETS": str(self.sockets),
@@ -320,11 +322,11 @@ class Stack:
             "redis_prefix": options.redis_prefix,
             "partitions": options.partitions,
             "embedded_broker": options.kafka is None or options.embedded_broker,
-            "issuer_url": self._url_or_usual("issuer"),
-            "policy_url": self._url_or_usual("policy"),
+            "issuer_url": self._service_url("issuer"),
+            "policy_url": self._service_url("policy"),
         }
 
-    def _url_or_usual(self, role: ServiceRole) -> str:
+    def _service_url(self, role: ServiceRole) -> str:
         return self.url(role) if role in self._ports else f"http://{LOOPBACK}:{PORTS[role]}"
 
 

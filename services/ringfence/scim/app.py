@@ -1,4 +1,4 @@
-"""The SCIM endpoint's wiring."""
+"""Wiring of the SCIM 2.0 service provider."""
 
 from __future__ import annotations
 
@@ -33,35 +33,41 @@ def build(settings: ServiceSettings, own: ScimSettings | None = None, clock: Clo
     )
     directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=report_alarms(runtime))
     runtime.table((USER, HEARTBEAT), directory.on_records)
-    people = DirectoryView(directory, provisioner.id)
+    view = DirectoryView(directory, provisioner.id)
 
     async def caught_up() -> None:
         if not await runtime.tables_caught_up(_CAUGHT_UP_S):
             raise UnavailableError("the table of users is behind; ask again")
 
-    async def tell(about: tuple[object, ...], reason: Reason) -> None:
-        await runtime.event("refused", "scim", about=about, reasons=(reason,))
+    async def report_refusal(event_id: tuple[object, ...], reason: Reason) -> None:
+        await runtime.event("refused", "scim", about=event_id, reasons=(reason,))
 
-    writer = ProvisioningWriter(people, provisioner, caught_up, own.mail_domain)
-    keeper = EntitlementRefresh(people, writer, own, runtime.clock)
+    writer = ProvisioningWriter(view, provisioner, caught_up, own.mail_domain)
+    refresh = EntitlementRefresh(view, writer, own, runtime.clock)
     runtime.on_start(provisioner.start)
     runtime.on_stop(provisioner.close)
-    runtime.background("confirming", keeper.keep)
-    runtime.denies_when(lambda: _undelegated(people))
+    runtime.background("confirming", refresh.run)
+    runtime.denies_when(lambda: _undelegated(view))
     runtime.routes += ScimApi(
-        people, writer, tokens, runtime.clock, url=own.url, heard=keeper.heard, tell=tell
+        view,
+        writer,
+        tokens,
+        runtime.clock,
+        url=own.url,
+        on_request=refresh.note_request,
+        report_refusal=report_refusal,
     ).routes()
     return runtime
 
 
 def _as_client(settings: ServiceSettings) -> ClientSettings:
-    """The way to the bus, as the service has it."""
+    """Client settings with the Kafka connection of the service."""
     return ClientSettings(**{name: getattr(settings, name) for name in BusSettings.model_fields})
 
 
-def _undelegated(people: DirectoryView) -> str | None:
+def _undelegated(view: DirectoryView) -> str | None:
     try:
-        people.provisioner()
+        view.provisioner()
     except UnavailableError as error:
         return str(error)
     return None

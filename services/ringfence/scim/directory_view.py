@@ -1,4 +1,4 @@
-"""The users and groups of one provisioner, as the records have them: all that this service knows."""
+"""The users and groups of one provisioner, read from the verified records. The service keeps nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ringfence.scim.resources import group_id
 
 
 class DirectoryView:
-    """Looks at a local table for one provisioner."""
+    """A view of the local directory for one provisioner."""
 
     def __init__(self, directory: Directory, provisioner_id: str) -> None:
         self._directory = directory
@@ -32,37 +32,37 @@ class DirectoryView:
         return record
 
     def delegation(self) -> Delegation:
-        """What it may do. Raises UnavailableError."""
+        """What the provisioner may grant. Raises UnavailableError."""
         return cast(Delegation, self.provisioner().state.delegation)
 
     def record(self, user_id: str) -> UserRecord | None:
-        """The verified record of whatever user."""
+        """The verified record of any user; None where there is none, or it does not verify."""
         try:
             entry = self._directory.user(user_id)
         except ChainError:
             return None
         return cast(UserRecord, entry.record) if entry else None
 
-    def own(self, user_id: str) -> UserRecord | None:
-        """The record of a user who comes from here, and has not left for good."""
+    def provisioned_user(self, user_id: str) -> UserRecord | None:
+        """The record of a user of this provisioner who has not left for good; None otherwise."""
         record = self.record(user_id)
         return record if record is not None and is_of(record.state, self.id) else None
 
     def all(self) -> Iterator[UserRecord]:
-        """The records of all users who come from here, by id."""
+        """The records of all users of this provisioner."""
         for entry in self._directory.entries("user"):
             record = cast(UserRecord, entry.record)
             if is_of(record.state, self.id):
                 yield record
 
     def members(self, group: str) -> list[UserRecord]:
-        """The users of a group."""
+        """The members of a group."""
         return [one for one in self.all() if one.state.provisioned and group in one.state.provisioned.groups]
 
     def links(self) -> tuple[GroupLink, ...]:
-        """The groups that the directory has told of. Raises UnavailableError."""
+        """The groups that the directory has created. Raises UnavailableError."""
         return self.provisioner().state.linked
 
     def link(self, id: str) -> GroupLink | None:
-        """One of them, by its id in SCIM. Raises UnavailableError."""
+        """A group by its SCIM id; None where there is none. Raises UnavailableError."""
         return next((one for one in self.links() if group_id(self.id, one.group) == id), None)

@@ -1,4 +1,4 @@
-"""What the endpoint says of itself (RFC 7644, 4)."""
+"""SCIM discovery endpoints (RFC 7644, 4): service provider configuration, resource types and schemas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The SCIM endpoint: requests in, resources or errors of RFC 7644 out."""
+"""The SCIM 2.0 HTTP API (RFC 7644): parses requests, answers with resources or errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 BASE = "/scim/v2"
 MAX_BODY_BYTES = 1024 * 1024
 MEDIA_TYPE = "application/scim+json"
-_PAGE = 100
+_DEFAULT_PAGE_SIZE = 100
 _TOLERANT = ScimPolicy(
     # What Entra ID and Okta send beside what is kept here, and how Entra ID removes members and adds addresses.
     unknown=ScimPolicy.Unknown.ignore,
@@ -54,8 +54,8 @@ _TOLERANT = ScimPolicy(
 )
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-Tell = Callable[[tuple[object, ...], Reason], Awaitable[None]]
-"""Tells audit of something, once for each mark."""
+ReportRefusal = Callable[[tuple[object, ...], Reason], Awaitable[None]]
+"""Reports a refused call to audit, once for each event id."""
 
 
 class ScimApi:
@@ -63,31 +63,31 @@ class ScimApi:
 
     def __init__(
         self,
-        people: DirectoryView,
+        view: DirectoryView,
         writer: ProvisioningWriter,
         tokens: Tokens,
         clock: Clock,
         *,
         url: str | None,
-        heard: Callable[[], None],
-        tell: Tell,
+        on_request: Callable[[], None],
+        report_refusal: ReportRefusal,
     ) -> None:
-        """`heard` is called with each request that is let in."""
-        self._people = people
+        """`on_request` is called with each authenticated request."""
+        self._view = view
         self._writer = writer
         self._tokens = tokens
         self._clock = clock
         self._url = url
-        self._heard = heard
-        self._tell = tell
-        self._wrong = WrongTokens()
+        self._on_request = on_request
+        self._report_refusal = report_refusal
+        self._wrong_tokens = WrongTokens()
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to those of the runtime."""
+        """The routes, for `Runtime.routes`."""
         found: dict[str, dict[str, Endpoint]] = {
             "/ServiceProviderConfig": {"GET": self._config},
-            **self._of_catalogue("/ResourceTypes", discovery.resource_types),
-            **self._of_catalogue("/Schemas", discovery.schemas),
+            **self._discovery_routes("/ResourceTypes", discovery.resource_types),
+            **self._discovery_routes("/Schemas", discovery.schemas),
             "/.search": {"POST": self._search_all},
             "/Users": {"GET": self._list_users, "POST": self._create_user},
             "/Users/.search": {"POST": self._list_users},
@@ -105,7 +105,7 @@ class ScimApi:
                 "PATCH": self._patch_group,
                 "DELETE": self._delete_group,
             },
-            "/{rest:path}": dict.fromkeys(_METHODS, _nothing),
+            "/{rest:path}": dict.fromkeys(_METHODS, _not_found),
         }
         return [
             Route(BASE + path, self._guarded(endpoints, path), methods=_METHODS)
@@ -117,32 +117,34 @@ class ScimApi:
     async def _config(self, request: Request) -> Response:
         return _scim_response(discovery.config(self._base(request)))
 
-    def _of_catalogue(
+    def _discovery_routes(
         self, path: str, catalogue: Callable[[str], Mapping[str, Resource[Any]]]
     ) -> dict[str, dict[str, Endpoint]]:
-        async def all_of_them(request: Request) -> Response:
+        async def list_all(request: Request) -> Response:
             if "filter" in request.query_params:  # RFC 7644, 4
                 raise ForbiddenException(detail="what the endpoint says of itself cannot be filtered")
-            return _scim_response(_listed(list(catalogue(self._base(request)).values())))
+            return _scim_response(_list_response(list(catalogue(self._base(request)).values())))
 
-        async def one(request: Request) -> Response:
+        async def resource(request: Request) -> Response:
             found = catalogue(self._base(request)).get(request.path_params["id"])
             if found is None:
                 raise NotFoundException(detail=f"there is no {path[1:-1]} of that id")
             return _scim_response(found)
 
-        return {path: {"GET": all_of_them}, path + "/{id}": {"GET": one}}
+        return {path: {"GET": list_all}, path + "/{id}": {"GET": resource}}
 
     # --- users ---
 
     async def _list_users(self, request: Request) -> Response:
         url = self._base(request)
         search = await _search(request, User)
-        return _page(search, [user_resource(one, url, self._people.id) for one in self._people.all()])
+        return _page_response(
+            search, [user_resource(resource, url, self._view.id) for resource in self._view.all()]
+        )
 
     async def _create_user(self, request: Request) -> Response:
         user = User.model_validate_json(
-            await _body(request), scim_ctx=Context.RESOURCE_CREATION_REQUEST, scim_policy=_TOLERANT
+            await _read_body(request), scim_ctx=Context.RESOURCE_CREATION_REQUEST, scim_policy=_TOLERANT
         )
         return self._user(request, await self._writer.create_user(user), Context.RESOURCE_CREATION_RESPONSE)
 
@@ -151,13 +153,13 @@ class ScimApi:
 
     async def _replace_user(self, request: Request) -> Response:
         user = User.model_validate_json(
-            await _body(request), scim_ctx=Context.RESOURCE_REPLACEMENT_REQUEST, scim_policy=_TOLERANT
+            await _read_body(request), scim_ctx=Context.RESOURCE_REPLACEMENT_REQUEST, scim_policy=_TOLERANT
         )
         return self._user(request, await self._writer.replace_user(request.path_params["id"], user))
 
     async def _patch_user(self, request: Request) -> Response:
         patch = PatchOp[User].model_validate_json(
-            await _body(request), scim_ctx=Context.RESOURCE_PATCH_REQUEST, scim_policy=_TOLERANT
+            await _read_body(request), scim_ctx=Context.RESOURCE_PATCH_REQUEST, scim_policy=_TOLERANT
         )
         return self._user(request, await self._writer.patch_user(request.path_params["id"], patch))
 
@@ -168,19 +170,19 @@ class ScimApi:
     def _user(
         self, request: Request, record: UserRecord, context: Context = Context.RESOURCE_QUERY_RESPONSE
     ) -> Response:
-        wanted = _parameters(request, ResponseParameters[User])
-        resource = user_resource(record, self._base(request), self._people.id)
-        return _scim_response(resource, context, wanted)
+        parameters = _parameters(request, ResponseParameters[User])
+        resource = user_resource(record, self._base(request), self._view.id)
+        return _scim_response(resource, context, parameters)
 
     # --- groups ---
 
     async def _list_groups(self, request: Request) -> Response:
         search = await _search(request, Group)
-        return _page(search, [self._group_of(request, link) for link in self._people.links()])
+        return _page_response(search, [self._group_of(request, link) for link in self._view.links()])
 
     async def _create_group(self, request: Request) -> Response:
         group = Group.model_validate_json(
-            await _body(request), scim_ctx=Context.RESOURCE_CREATION_REQUEST, scim_policy=_TOLERANT
+            await _read_body(request), scim_ctx=Context.RESOURCE_CREATION_REQUEST, scim_policy=_TOLERANT
         )
         link = await self._writer.create_group(group)
         return self._group(request, link, Context.RESOURCE_CREATION_RESPONSE)
@@ -190,13 +192,13 @@ class ScimApi:
 
     async def _replace_group(self, request: Request) -> Response:
         group = Group.model_validate_json(
-            await _body(request), scim_ctx=Context.RESOURCE_REPLACEMENT_REQUEST, scim_policy=_TOLERANT
+            await _read_body(request), scim_ctx=Context.RESOURCE_REPLACEMENT_REQUEST, scim_policy=_TOLERANT
         )
         return self._group(request, await self._writer.replace_group(request.path_params["id"], group))
 
     async def _patch_group(self, request: Request) -> Response:
         patch = PatchOp[Group].model_validate_json(
-            await _body(request), scim_ctx=Context.RESOURCE_PATCH_REQUEST, scim_policy=_TOLERANT
+            await _read_body(request), scim_ctx=Context.RESOURCE_PATCH_REQUEST, scim_policy=_TOLERANT
         )
         return self._group(request, await self._writer.patch_group(request.path_params["id"], patch))
 
@@ -207,19 +209,21 @@ class ScimApi:
     def _group(
         self, request: Request, link: GroupLink, context: Context = Context.RESOURCE_QUERY_RESPONSE
     ) -> Response:
-        wanted = _parameters(request, ResponseParameters[Group])
-        return _scim_response(self._group_of(request, link), context, wanted)
+        parameters = _parameters(request, ResponseParameters[Group])
+        return _scim_response(self._group_of(request, link), context, parameters)
 
     def _group_of(self, request: Request, link: GroupLink) -> Group:
-        members = self._people.members(link.group)
-        provisioner = self._people.provisioner()
+        members = self._view.members(link.group)
+        provisioner = self._view.provisioner()
         return group_resource(provisioner, link.group, link.external_id, members, self._base(request))
 
     async def _search_all(self, request: Request) -> Response:
         search = await _search(request, User | Group)
         url = self._base(request)
-        users = [user_resource(one, url, self._people.id) for one in self._people.all()]
-        return _page(search, [*users, *(self._group_of(request, link) for link in self._people.links())])
+        users = [user_resource(resource, url, self._view.id) for resource in self._view.all()]
+        return _page_response(
+            search, [*users, *(self._group_of(request, link) for link in self._view.links())]
+        )
 
     # --- around each ---
 
@@ -227,29 +231,29 @@ class ScimApi:
         return (self._url or str(request.base_url).rstrip("/") + BASE).rstrip("/")
 
     def _guarded(self, endpoints: Mapping[str, Endpoint], path: str) -> Endpoint:
-        """Let in who has a token, and answer every failure as RFC 7644, 3.12, has it."""
+        """Authenticate the caller by its bearer token, and turn errors into answers (RFC 7644, 3.12)."""
 
         async def guarded(request: Request) -> Response:
-            response = await self._let_in(request)
+            response = await self._authenticate(request)
             if response is None:
-                self._heard()
+                self._on_request()
                 endpoint = endpoints.get(request.method)
                 if endpoint is None:
                     allowed = {"Allow": ", ".join(endpoints)}
                     response = _failure(405, f"{request.method} has no meaning here", headers=allowed)
                 else:
-                    response = await self._answered(endpoint, request)
+                    response = await self._respond(endpoint, request)
             HTTP_REQUESTS.labels(f"{request.method} {BASE}{path}", response.status_code).inc()
             return response
 
         return guarded
 
-    async def _let_in(self, request: Request) -> Response | None:
-        """None where the caller's token is let in."""
+    async def _authenticate(self, request: Request) -> Response | None:
+        """None where the bearer token is valid; otherwise the answer, 401 or 429."""
         if self._tokens.name_of(request.headers.get("authorization")) is not None:
             return None
         now_ms = self._clock.now_ms()
-        if not self._wrong.add(now_ms):
+        if not self._wrong_tokens.add(now_ms):
             return _failure(
                 429,
                 "too many calls without a token that is let in",
@@ -258,14 +262,14 @@ class ScimApi:
         where = request.client.host if request.client else "unknown"
         log.warning("a call from %s without a token that is let in", where)
         reason = Reason(code="token_unknown", message=f"a call from {where} without a token that is let in")
-        await self._tell((uuid.uuid4(),), reason)
+        await self._report_refusal((uuid.uuid4(),), reason)
         return _failure(
             401,
             "this needs a bearer token that is let in",
             headers={"WWW-Authenticate": 'Bearer realm="scim"'},
         )
 
-    async def _answered(self, endpoint: Endpoint, request: Request) -> Response:
+    async def _respond(self, endpoint: Endpoint, request: Request) -> Response:
         try:
             with _TOLERANT:
                 return await endpoint(request)
@@ -285,11 +289,11 @@ class ScimApi:
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
-async def _nothing(request: Request) -> Response:
+async def _not_found(request: Request) -> Response:
     raise NotFoundException(detail="there is nothing of that name; see /ResourceTypes")
 
 
-async def _body(request: Request) -> bytes:
+async def _read_body(request: Request) -> bytes:
     body = b""
     async for chunk in request.stream():
         body += chunk
@@ -299,33 +303,35 @@ async def _body(request: Request) -> bytes:
 
 
 def _parameters(request: Request, model: Any) -> Any:
-    known = ("attributes", "excludedAttributes", "filter", "sortBy", "sortOrder", "startIndex", "count")
-    given = {name: request.query_params[name] for name in known if name in request.query_params}
-    return model.model_validate(given, scim_policy=_TOLERANT)
+    names = ("attributes", "excludedAttributes", "filter", "sortBy", "sortOrder", "startIndex", "count")
+    query = {name: request.query_params[name] for name in names if name in request.query_params}
+    return model.model_validate(query, scim_policy=_TOLERANT)
 
 
 async def _search(request: Request, model: Any) -> Any:
-    """What is looked for: in the query, or, with POST, in the body (RFC 7644, 3.4.3)."""
+    """The search parameters: of the query, or with POST of the body (RFC 7644, 3.4.3)."""
     if request.method == "GET":
         return _parameters(request, SearchRequest[model])
     return SearchRequest[model].model_validate_json(
-        await _body(request), scim_ctx=Context.SEARCH_REQUEST, scim_policy=_TOLERANT
+        await _read_body(request), scim_ctx=Context.SEARCH_REQUEST, scim_policy=_TOLERANT
     )
 
 
-def _page(search: Any, resources: Sequence[Any]) -> Response:
-    """A page of a list: filtered, sorted, from `startIndex` on."""
-    found = [one for one in resources if search.filter is None or search.filter.match(one)]
+def _page_response(search: Any, resources: Sequence[Any]) -> Response:
+    """One page of a list: filtered, sorted, from `startIndex` on."""
+    found = [resource for resource in resources if search.filter is None or search.filter.match(resource)]
     if search.sort_by is not None:
         found = search.sort(found)
-    count = min(_PAGE if search.count is None else search.count, discovery.MAX_RESULTS)
+    count = min(_DEFAULT_PAGE_SIZE if search.count is None else search.count, discovery.MAX_RESULTS)
     start = search.start_index or 1
-    return _scim_response(_listed(found[start - 1 : start - 1 + count], len(found), start), wanted=search)
+    return _scim_response(
+        _list_response(found[start - 1 : start - 1 + count], len(found), start), parameters=search
+    )
 
 
-def _listed(resources: Sequence[Any], total: int | None = None, start: int = 1) -> ListResponse[Any]:
+def _list_response(resources: Sequence[Any], total: int | None = None, start: int = 1) -> ListResponse[Any]:
     # One of the kind, or of both where both were searched.
-    models = list(dict.fromkeys(type(one) for one in resources)) or [User]
+    models = list(dict.fromkeys(type(resource) for resource in resources)) or [User]
     model: Any = ListResponse[functools.reduce(operator.or_, models)]  # type: ignore[misc]
     found: ListResponse[Any] = model(
         total_results=len(resources) if total is None else total,
@@ -337,9 +343,9 @@ def _listed(resources: Sequence[Any], total: int | None = None, start: int = 1) 
 
 
 def _scim_response(
-    resource: Any, context: Context = Context.RESOURCE_QUERY_RESPONSE, wanted: Any = None
+    resource: Any, context: Context = Context.RESOURCE_QUERY_RESPONSE, parameters: Any = None
 ) -> Response:
-    content = resource.model_dump(scim_ctx=context, response_parameters=wanted)
+    content = resource.model_dump(scim_ctx=context, response_parameters=parameters)
     created = context is Context.RESOURCE_CREATION_RESPONSE
     location = resource.meta.location if created else None
     headers = {"Location": str(location)} if location else None

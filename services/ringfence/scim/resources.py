@@ -1,4 +1,4 @@
-"""What users and groups are in SCIM, and what of it stands in records. Pure."""
+"""The SCIM schemas of users and groups (RFC 7643), and their mapping to records. Pure."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Membership(ComplexAttribute):
 
 
 class User(Resource[Any]):
-    """A human, as their directory knows them."""
+    """A human, as their directory describes them."""
 
     __schema__ = URN("urn:ietf:params:scim:schemas:core:2.0:User")
 
@@ -77,7 +77,7 @@ class Member(ComplexAttribute):
 
 
 class Group(Resource[Any]):
-    """A group that an operator delegated. By its name: it cannot become another one."""
+    """A group that an operator delegated. Its name is its identity and cannot change."""
 
     __schema__ = URN("urn:ietf:params:scim:schemas:core:2.0:Group")
 
@@ -87,12 +87,12 @@ class Group(Resource[Any]):
 
 
 def group_id(provisioner_id: str, group: str) -> str:
-    """The id of a group in SCIM: the same as long as it has its name."""
+    """The SCIM id of a group, derived from its name."""
     return derived_id("scim-group", provisioner_id, group)
 
 
 def user_resource(record: UserRecord, url: str, provisioner_id: str) -> User:
-    """A user's record in SCIM; `url` is that of the endpoint."""
+    """The SCIM resource of a user's record; `url` is that of the endpoint."""
     state, said = record.state, record.state.provisioned or Provisioning()
     name = FullName(formatted=said.formatted_name, family_name=said.family_name, given_name=said.given_name)
     return User(
@@ -112,7 +112,7 @@ def user_resource(record: UserRecord, url: str, provisioner_id: str) -> User:
 def group_resource(
     provisioner: UserRecord, group: str, external_id: str | None, members: Sequence[UserRecord], url: str
 ) -> Group:
-    """A delegated group in SCIM."""
+    """The SCIM resource of a delegated group; `url` is that of the endpoint."""
     id = group_id(provisioner.state.user_id, group)
     return Group(
         id=id,
@@ -124,8 +124,8 @@ def group_resource(
     )
 
 
-def said_of(user: User, groups: Sequence[str]) -> Provisioning:
-    """What of a user in SCIM stands in their record. Raises ValidationError where something is too long."""
+def to_provisioning(user: User, groups: Sequence[str]) -> Provisioning:
+    """The attributes of a SCIM user that are kept in the record. Raises ValidationError where one is too long."""
     name = user.name or FullName()
     return Provisioning(
         groups=tuple(groups),
@@ -145,10 +145,12 @@ def said_of(user: User, groups: Sequence[str]) -> Provisioning:
     )
 
 
-def name_of(said: Provisioning, user_id: str) -> str:
-    """How people read of a user."""
-    both = " ".join(part for part in (said.given_name, said.family_name) if part)
-    return said.display_name or said.formatted_name or both or said.user_name or user_id
+def display_name_of(provisioning: Provisioning, user_id: str) -> str:
+    """The name to show for a user."""
+    both = " ".join(part for part in (provisioning.given_name, provisioning.family_name) if part)
+    return (
+        provisioning.display_name or provisioning.formatted_name or both or provisioning.user_name or user_id
+    )
 
 
 def _meta(kind: str, location: str, record: UserRecord) -> Meta:

@@ -1,4 +1,4 @@
-"""The shared signals' wiring."""
+"""Wiring of the signals service, a Shared Signals Framework (SSF 1.0) transmitter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.service.bearer_tokens import Tokens
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import LEASE, SIGNAL_STREAM
-from ringfence.signals.delivery import Following
+from ringfence.signals.delivery import DeliverySupervisor
 from ringfence.signals.http import SignalsApi
 from ringfence.signals.receivers import read_receivers
 from ringfence.signals.settings import SignalsSettings
@@ -17,18 +17,18 @@ from ringfence.signals.streams import StreamTable
 def build(
     settings: ServiceSettings, own: SignalsSettings | None = None, clock: Clock | None = None
 ) -> Runtime:
-    """A transmitter of shared signals, ready to run. Raises SettingsError, KeyFileError."""
+    """An SSF transmitter, ready to run. Raises SettingsError, KeyFileError."""
     own = own or load(SignalsSettings)
     runtime = Runtime("signals", settings, clock)
     receivers = read_receivers(own.receivers)
     tokens = Tokens(own.tokens, "RINGFENCE_SIGNALS_TOKENS")
     streams = StreamTable(runtime)
-    following = Following(runtime, own, streams, receivers)
+    deliveries = DeliverySupervisor(runtime, own, streams, receivers)
     runtime.table((SIGNAL_STREAM,), streams.on_records)
     # Of all that stands there only the markers are kept: which records count is known before the first is told.
-    runtime.history((LEASE,), runtime.redeliver_after_rotation(following.on_leases), since_ms=0)
-    runtime.background("streams", following.run)
-    runtime.ready_when(following.unready)
-    runtime.warns_when(following.warning)
-    runtime.routes += SignalsApi(runtime, own, streams, following, receivers, tokens).routes()
+    runtime.history((LEASE,), runtime.redeliver_after_rotation(deliveries.on_leases), since_ms=0)
+    runtime.background("streams", deliveries.run)
+    runtime.ready_when(deliveries.unready)
+    runtime.warns_when(deliveries.warning)
+    runtime.routes += SignalsApi(runtime, own, streams, deliveries, receivers, tokens).routes()
     return runtime

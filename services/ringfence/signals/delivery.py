@@ -1,7 +1,8 @@
-"""Follows `lease` for each stream: a consumer group of its own, whose offset says what its receiver has.
+"""Delivers security events to each stream by push (RFC 8935) or poll (RFC 8936).
 
-So nothing is kept here that Kafka does not have, a stream that is paused or whose receiver is away goes on where it
-was, and none waits for another (ADR 0029).
+Each stream has a consumer group of its own on `lease`. Its committed offset says what the receiver has. So nothing is
+kept here that Kafka does not have: a stream that was paused, or whose receiver was away, continues where it was, and
+no stream waits for another (ADR 0029).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from ringfence.signals.events import (
     sign_set,
     subject_of,
 )
-from ringfence.signals.poll import AT_A_TIME, Window
+from ringfence.signals.poll import WINDOW_SIZE, Window
 from ringfence.signals.push import Pusher
 from ringfence.signals.receivers import Receiver
 from ringfence.signals.settings import SignalsSettings
@@ -51,21 +52,21 @@ log = logging.getLogger(__name__)
 
 PUSH: DeliveryMethod = "urn:ietf:rfc:8935"
 POLL: DeliveryMethod = "urn:ietf:rfc:8936"
-_REMEMBERED = 50_000
-_PATIENCE_MS = 7 * 24 * 3600 * 1000
-"""How long a receiver may be away before the group takes its member for dead; then it joins anew."""
-_AGAIN_S = 1.0
-_LOOK_S = 2.0
-_ADAPTED_S = 10.0
-_CANCEL_AGAIN_S = 3.0
+_MAX_SETTLED_JTIS = 50_000
+_MAX_POLL_INTERVAL_MS = 7 * 24 * 3600 * 1000
+"""How long a receiver may be away before the group removes its member, which then rejoins."""
+_RETRY_S = 1.0
+_CHECK_S = 2.0
+_RECONCILE_TIMEOUT_S = 10.0
+_CANCEL_RETRY_S = 3.0
 
 
 @dataclass
 class _Outstanding:
-    """Records that were read together, and those of their events that the receiver has not settled."""
+    """A batch of records, and those of its events that the receiver has not acknowledged or refused yet."""
 
     last: dict[tuple[str, int], Received]
-    """The last record of each partition: what is committed once all events are settled."""
+    """The last record of each partition: its offset is committed once all events are settled."""
     events: dict[str, UnsignedSet]
 
     @classmethod
@@ -74,7 +75,7 @@ class _Outstanding:
 
 
 class Delivery:
-    """One stream that is being delivered."""
+    """The delivery of one stream."""
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class Delivery:
         self._streams = streams
         self._epochs = epochs
         self._receiver = receiver
-        self._told: BoundedDict[str, None] = BoundedDict(_REMEMBERED)
+        self._settled_jtis: BoundedDict[str, None] = BoundedDict(_MAX_SETTLED_JTIS)
         self._verifying: set[asyncio.Task[None]] = set()
         self.stream_id = stream.id
         self.method = stream.claims.method
@@ -102,9 +103,9 @@ class Delivery:
             runtime.settings,
             f"signals-{stream.id}",
             {LEASE: self._handle},
-            max_records=AT_A_TIME,
+            max_records=WINDOW_SIZE,
             single_active=True,
-            max_poll_interval_ms=_PATIENCE_MS,
+            max_poll_interval_ms=_MAX_POLL_INTERVAL_MS,
             on_halted=runtime.report_halted,
         )
 
@@ -123,32 +124,32 @@ class Delivery:
                     metric.remove(self.consumer.group)
 
     @property
-    def here(self) -> bool:
-        """Whether it is this replica that delivers."""
+    def is_owner(self) -> bool:
+        """Whether this replica delivers the stream."""
         return self.consumer.owns(LEASE.name(self._runtime.settings.topic_prefix), 0)
 
-    def signed(self, event: UnsignedSet) -> str:
-        """The SET of an event."""
+    def sign(self, event: UnsignedSet) -> str:
+        """The signed SET of an event."""
         return sign_set(event, self._runtime.key)
 
     def verify(self, event: UnsignedSet) -> None:
-        """Deliver a verification event: once, and not across a restart. Who misses it asks again."""
+        """Send a verification event, at most once: it does not survive a restart. The receiver can ask again."""
         if self._pusher is None:
-            self.window.put([event])
+            self.window.add([event])
             return
         for task in self._verifying:  # only the last one is of interest
             task.cancel()
         pushing = asyncio.create_task(
-            self._pusher.deliver(event, lambda: self.signed(event)), name="verification"
+            self._pusher.deliver(event, lambda: self.sign(event)), name="verification"
         )
         self._verifying.add(pushing)
         pushing.add_done_callback(self._verifying.discard)
 
-    async def refused(self, event: UnsignedSet, said: str) -> None:
-        """An event that its receiver will not have: counted, and told to audit."""
+    async def refused(self, event: UnsignedSet, reason: str) -> None:
+        """Count an event that its receiver refused, and report it to audit."""
         metrics.SIGNALS.labels("refused").inc()
         what = f"lease {event.lease_id}" if event.lease_id else "its stream"
-        message = f"receiver {self._receiver.name} refused the event about {what}: {visible(said)[:200]}"
+        message = f"receiver {self._receiver.name} refused the event about {what}: {visible(reason)[:200]}"
         log.error("%s", message)
         await self._runtime.event(
             "refused",
@@ -159,7 +160,7 @@ class Delivery:
         )
 
     def stuck(self, now_ms: int) -> str | None:
-        """What people should know of a receiver that takes nothing."""
+        """A warning about a receiver that has taken nothing for `stuck_s`; None where there is none."""
         since_ms = self._pusher.failing_since_ms if self._pusher else self.window.waiting_since_ms
         if since_ms is None or now_ms - since_ms < self._settings.stuck_s * 1000:
             return None
@@ -169,51 +170,54 @@ class Delivery:
     # --- from `lease` to the receiver ---
 
     async def _handle(self, batch: Sequence[Received]) -> None:
-        """Done when the receiver has all that is its business; then the offset is committed."""
+        """Deliver a batch. Returns once the receiver has settled all its events: then the offset is committed."""
         events = await self._events(batch)
         if self._pusher is not None:
             pusher = self._pusher
-            await gather_all(pusher.deliver(one, partial(self.signed, one)) for one in events.values())
+            await gather_all(pusher.deliver(one, partial(self.sign, one)) for one in events.values())
             self._remember(events)
         elif events:
-            await self._hand_over(_Outstanding.of(batch, events))
+            await self._deliver_by_poll(_Outstanding.of(batch, events))
 
-    async def _hand_over(self, first: _Outstanding) -> None:
-        """Return once the receiver has polled and settled all of these, and all that came behind them meanwhile.
+    async def _deliver_by_poll(self, first_batch: _Outstanding) -> None:
+        """Return once the receiver has polled and settled these events, and all that were read ahead meanwhile.
 
-        It reads ahead: what comes in a later batch is available as well, and `moreAvailable` has to say so. Raises
-        UnavailableError where another replica has the stream by now.
+        Reads ahead so that `moreAvailable` is true while a later batch has events. Raises UnavailableError where
+        another replica has taken over the stream.
         """
-        outstanding = deque([first])
-        self.window.put(first.events.values())
+        outstanding = deque([first_batch])
+        self.window.add(first_batch.events.values())
         reading: asyncio.Task[_Outstanding] | None = None
         try:
             while outstanding or reading is not None:
                 # No await between these two: what is taken after the first sets the second.
-                self._note_taken(outstanding)
-                moved = self.window.moved
+                self._remove_settled(outstanding)
+                changed = self.window.changed
                 while outstanding and not outstanding[0].events:
                     await self.consumer.settle_early(outstanding.popleft().last.values())
                 if reading is None and outstanding and not self.window.full:
                     reading = asyncio.create_task(self._read_ahead(), name="read ahead")
                 if outstanding:
-                    await _first_of(moved, reading)
+                    await _wait_for_change(changed, reading)
                 elif reading is not None:
                     await asyncio.wait([reading])  # what it brings would be committed with this batch
-                if not self.here:
+                if not self.is_owner:
                     raise UnavailableError("another replica has this stream now, or none yet")
                 if reading is not None and reading.done():
-                    self._put_behind(outstanding, reading.result())
+                    self._append_read_ahead(outstanding, reading.result())
                     reading = None
         finally:
             if reading is not None:
                 reading.cancel()
-            self._note_taken(outstanding)
+            self._remove_settled(outstanding)
             for one in outstanding:
-                self.window.drop(one.events)
+                self.window.discard(one.events)
 
     async def _read_ahead(self) -> _Outstanding:
-        """What comes behind the batch under way. What cannot be judged yet holds up nothing that came before it."""
+        """Read the batch after the current one.
+
+        A record that cannot be judged yet is retried here, and does not delay the batch before it.
+        """
         records = await self.consumer.read_ahead()
         while True:
             try:
@@ -228,33 +232,33 @@ class Delivery:
                     error,
                     extra=rate_limited(self.consumer.group, type(error).__name__),
                 )
-                await asyncio.sleep(_AGAIN_S)
+                await asyncio.sleep(_RETRY_S)
 
-    def _put_behind(self, outstanding: deque[_Outstanding], read: _Outstanding) -> None:
-        """What was read ahead waits as well. Records that make no event are committed with those before them."""
-        self._note_taken(outstanding)
+    def _append_read_ahead(self, outstanding: deque[_Outstanding], read: _Outstanding) -> None:
+        """Queue a batch that was read ahead. Records without events are committed with the batch before them."""
+        self._remove_settled(outstanding)
         # A lease makes one event of two records: the receiver may have settled it since the second was read.
-        read.events = {jti: event for jti, event in read.events.items() if jti not in self._told}
+        read.events = {jti: event for jti, event in read.events.items() if jti not in self._settled_jtis}
         if outstanding and not read.events:
             outstanding[-1].last |= read.last
         elif read.last:
             outstanding.append(read)
-            self.window.put(read.events.values())
+            self.window.add(read.events.values())
 
-    def _note_taken(self, outstanding: Iterable[_Outstanding]) -> None:
+    def _remove_settled(self, outstanding: Iterable[_Outstanding]) -> None:
         for one in outstanding:
-            taken = {jti: event for jti, event in one.events.items() if jti not in self.window}
-            self._remember(taken)
-            for jti in taken:
+            settled = {jti: event for jti, event in one.events.items() if jti not in self.window}
+            self._remember(settled)
+            for jti in settled:
                 del one.events[jti]
 
     async def _events(self, batch: Sequence[Received]) -> Mapping[str, UnsignedSet]:
-        found: dict[str, UnsignedSet] = {}
+        events: dict[str, UnsignedSet] = {}
         for record in batch:
             event = await self._event(record)
-            if event is not None and event.jti not in self._told:
-                found.setdefault(event.jti, event)
-        return found
+            if event is not None and event.jti not in self._settled_jtis:
+                events.setdefault(event.jti, event)
+        return events
 
     async def _event(self, record: Received) -> UnsignedSet | None:
         if self._epochs.took(record) or not record.value:
@@ -266,8 +270,8 @@ class Delivery:
             or SESSION_REVOKED not in stream.delivered
         ):
             return None
-        lease = await self._opened(record)
-        if lease is None or not has_ended(lease) or not self._receiver.may_hear(lease):
+        lease = await self._verified(record)
+        if lease is None or not has_ended(lease) or not self._receiver.accepts(lease):
             return None
         trust_domain = self._runtime.settings.trust_domain
         if is_removed(subject_of(lease, trust_domain), stream.claims.removed):
@@ -281,7 +285,7 @@ class Delivery:
             appended_at_ms=record.appended_at_ms,
         )
 
-    async def _opened(self, record: Received) -> Lease | None:
+    async def _verified(self, record: Received) -> Lease | None:
         runtime = self._runtime
         try:
             lease = verify_lease(
@@ -293,24 +297,24 @@ class Delivery:
         return None if self._epochs.is_void(record, lease.epoch) else lease
 
     def _remember(self, events: Mapping[str, UnsignedSet]) -> None:
-        self._told.update(dict.fromkeys(events))
+        self._settled_jtis.update(dict.fromkeys(events))
 
 
-async def _first_of(moved: asyncio.Event, reading: asyncio.Task[_Outstanding] | None) -> None:
-    """Return when an event came or was taken, when something was read, or after `_LOOK_S`."""
-    moving = asyncio.create_task(moved.wait(), name="window moved")
+async def _wait_for_change(changed: asyncio.Event, reading: asyncio.Task[_Outstanding] | None) -> None:
+    """Wait until the window changes, the read-ahead ends, or `_CHECK_S` have passed."""
+    waiting = asyncio.create_task(changed.wait(), name="window moved")
     try:
         await asyncio.wait(
-            {moving} if reading is None else {moving, reading},
-            timeout=_LOOK_S,
+            {waiting} if reading is None else {waiting, reading},
+            timeout=_CHECK_S,
             return_when=asyncio.FIRST_COMPLETED,
         )
     finally:
-        moving.cancel()
+        waiting.cancel()
 
 
-class Following:
-    """Delivers each stream that is enabled, of a receiver that is declared."""
+class DeliverySupervisor:
+    """Runs a delivery for each enabled stream whose receiver is declared, and restarts those that end."""
 
     def __init__(
         self,
@@ -329,56 +333,56 @@ class Following:
         metrics.SIGNALS_STUCK.set_function(lambda: len(self._stuck()))
 
     def on_leases(self, records: Sequence[Received]) -> None:
-        """Take note of the epochs of all partitions: which records of leases count."""
+        """Record the epochs of all partitions, which say which lease records count."""
         for record in records:
             self._epochs.took(record)
 
     def of(self, stream_id: str) -> Delivery | None:
-        """The delivery of a stream, while there is one."""
+        """The running delivery of a stream; None where there is none."""
         running = self._running.get(stream_id)
         return running[0] if running else None
 
-    async def adapted(self) -> None:
-        """Return once the deliveries are as the streams wanted them when this was called, or it takes too long."""
+    async def reconciled(self) -> None:
+        """Wait until the deliveries match the streams as they are now, or `_RECONCILE_TIMEOUT_S` have passed."""
         next_pass = self._next_pass
         self._streams.changed.set()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(next_pass.wait(), _ADAPTED_S)
+            await asyncio.wait_for(next_pass.wait(), _RECONCILE_TIMEOUT_S)
 
     async def run(self) -> None:
-        """Keep the deliveries as the streams want them, for ever."""
+        """Reconcile the running deliveries with the streams, for ever."""
         try:
             while True:
                 self._streams.changed.clear()
-                adapted, self._next_pass = self._next_pass, asyncio.Event()
-                await self._adapt()
-                adapted.set()
+                reconciled, self._next_pass = self._next_pass, asyncio.Event()
+                await self._reconcile()
+                reconciled.set()
                 with contextlib.suppress(TimeoutError):  # one that ended by itself is begun again
-                    await asyncio.wait_for(self._streams.changed.wait(), _AGAIN_S)
+                    await asyncio.wait_for(self._streams.changed.wait(), _RETRY_S)
         finally:
             await gather_all(self._end(stream_id) for stream_id in tuple(self._running))
 
     def unready(self) -> str | None:
-        """Why a stream goes no further, or None."""
+        """Why a stream is halted; None where none is."""
         return next((one.consumer.halted for one, _ in self._running.values() if one.consumer.halted), None)
 
     def warning(self) -> str | None:
-        """What people should know, or None."""
+        """Warnings about receivers that take nothing; None where there are none."""
         return "; ".join(self._stuck()) or None
 
     def _stuck(self) -> list[str]:
         now_ms = self._runtime.clock.now_ms()
         return [stuck for one, _ in self._running.values() if (stuck := one.stuck(now_ms))]
 
-    async def _adapt(self) -> None:
-        wanted = {one.id: one for one in self._streams.all() if self._is_delivered(one)}
+    async def _reconcile(self) -> None:
+        streams = {one.id: one for one in self._streams.all() if self._is_delivered(one)}
         for stream_id, (delivery, task) in tuple(self._running.items()):
-            stream = wanted.get(stream_id)
+            stream = streams.get(stream_id)
             if stream is None or stream.claims.method != delivery.method or task.done():
                 if task.done() and not task.cancelled():
                     log.error("the delivery of stream %s ended: %r", stream_id, task.exception())
                 await self._end(stream_id)
-        for stream_id, stream in wanted.items():
+        for stream_id, stream in streams.items():
             if stream_id not in self._running:
                 self._begin(stream)
 
@@ -402,4 +406,4 @@ class Following:
         _, task = self._running.pop(stream_id)
         while not task.done():  # again where a cancellation was lost on the way
             task.cancel()
-            await asyncio.wait([task], timeout=_CANCEL_AGAIN_S)
+            await asyncio.wait([task], timeout=_CANCEL_RETRY_S)

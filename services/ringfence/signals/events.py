@@ -1,4 +1,4 @@
-"""Security Event Tokens (RFC 8417): what one says of the end of a lease, and which subjects it is about. Pure."""
+"""Builds Security Event Tokens (SET, RFC 8417) about the end of leases, and matches their subjects (RFC 9493). Pure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SET_TYPE = "secevent+jwt"
 Subject = Mapping[str, Any]
 """A subject identifier (RFC 9493, SSF 1.0, 3)."""
 
-_WHY: dict[EndKind, str] = {
+_REASONS: dict[EndKind, str] = {
     "deadline": "its time was over",
     "release": "the agent gave it back",
     "revocation": "it was revoked",
@@ -38,23 +38,23 @@ _WHY: dict[EndKind, str] = {
     "agent_orphaned": "the agent has no sponsor any more",
     "mint_failed": "it was never made",
 }
-"""What a person wrote as a reason stays inside."""
-_OF_THE_SYSTEM: frozenset[EndKind] = frozenset({"release", "revocation", "agent_orphaned", "mint_failed"})
-"""Where no person is named, nobody administered anything; all else follows from a record that somebody changed."""
+"""By cause, the text for `reason_admin`. What a person wrote as a reason is not disclosed."""
+_SYSTEM_CAUSES: frozenset[EndKind] = frozenset({"release", "revocation", "agent_orphaned", "mint_failed"})
+"""Causes without an administrator, unless a person is named. All others follow from a record that somebody changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnsignedSet:
-    """A SET before it is signed: the same end always makes the same one."""
+    """A SET before signing. Deterministic: the same lease end always makes the same one."""
 
     jti: str
     claims: Mapping[str, Any] = field(repr=False)
     lease_id: str | None = None
-    """None where it is about the stream."""
+    """None where the event is about the stream itself."""
 
 
 def has_ended(lease: Lease) -> bool:
-    """Whether a record is of an end: cut, or over. What was never made is no session that could end."""
+    """Whether the record says that a lease was cut or is over. A lease that was never issued is no session."""
     if lease.status == "aborted" or (lease.cause is not None and lease.cause.kind == "mint_failed"):
         return False
     return lease.status == "ending" or lease.status in TERMINAL
@@ -63,13 +63,13 @@ def has_ended(lease: Lease) -> bool:
 def session_revoked(
     lease: Lease, *, stream_id: str, issuer: str, audience: str, trust_domain: str, appended_at_ms: int
 ) -> UnsignedSet:
-    """The event of the end of a lease. One for each stream: the cut and what follows it have the same `jti`."""
+    """The CAEP event for the end of a lease. The cut and the later end share one `jti` in each stream."""
     jti = derived_id("signal", stream_id, lease.lease_id)
     cause = lease.cause or EndCause(kind="revocation", at_ms=appended_at_ms)
     event = {
         "event_timestamp": cause.at_ms // 1000,
         "initiating_entity": _initiator(cause, spiffe_id(trust_domain, "user", lease.on_behalf_of)),
-        "reason_admin": {"en": _WHY[cause.kind]},
+        "reason_admin": {"en": _REASONS[cause.kind]},
     }
     claims = {
         "iss": issuer,
@@ -86,7 +86,7 @@ def session_revoked(
 def verification(
     *, stream_id: str, issuer: str, audience: str, state: str | None, now_ms: int, jti: str
 ) -> UnsignedSet:
-    """What a receiver asked for to see that the stream works."""
+    """The verification event (SSF 1.0, 8.1.4) that a receiver asked for."""
     claims = {
         "iss": issuer,
         "aud": audience,
@@ -100,7 +100,7 @@ def verification(
 
 
 def subject_of(lease: Lease, trust_domain: str) -> Subject:
-    """Whose session it was, by whom it was used, and in which trust domain."""
+    """The complex subject of a lease: session, user, application (the agent) and tenant (the trust domain)."""
     return {
         "format": "complex",
         "session": {"format": "opaque", "id": lease.lease_id},
@@ -110,31 +110,31 @@ def subject_of(lease: Lease, trust_domain: str) -> Subject:
     }
 
 
-def is_about(subject: Subject, wanted: Subject) -> bool:
-    """Whether an event's complex subject is about `wanted`: every member of a complex one, any for a simple one."""
+def matches_subject(subject: Subject, other: Subject) -> bool:
+    """Whether an event's complex subject is about `other`: every member of a complex one, any for a simple one."""
     members = _members(subject)
-    if not _is_complex(wanted):
-        return wanted in members.values()
-    asked = _members(wanted)
-    return bool(asked) and all(members.get(name) == value for name, value in asked.items())
+    if not _is_complex(other):
+        return other in members.values()
+    other_members = _members(other)
+    return bool(other_members) and all(members.get(name) == value for name, value in other_members.items())
 
 
 def is_removed(subject: Subject, removed: Sequence[Subject]) -> bool:
-    """Whether a receiver wants to hear nothing of a subject."""
-    return any(is_about(subject, one) for one in removed)
+    """Whether a receiver has removed a subject from its stream."""
+    return any(matches_subject(subject, one) for one in removed)
 
 
-def still_removed(removed: Sequence[Subject], added: Subject) -> list[Subject]:
-    """What stays removed once a receiver wants to hear of `added`: all that has nothing to do with it.
+def removed_without(removed: Sequence[Subject], added: Subject) -> list[Subject]:
+    """The removed subjects that stay removed once a receiver adds `added`: those that cannot overlap with it.
 
-    Every event about what was added has to go out (SSF 1.0, 8.1.3.1), also where more was removed than that; and
-    receivers bear with events of what they removed (SSF 1.0, 9.3).
+    Every event about an added subject must be sent (SSF 1.0, 8.1.3.1), even where more had been removed. Receivers must
+    tolerate events about removed subjects (SSF 1.0, 9.3).
     """
-    return [one for one in removed if not _may_meet(one, added)]
+    return [one for one in removed if not _may_overlap(one, added)]
 
 
 def sign_set(event: UnsignedSet, key: SigningKey) -> str:
-    """The SET: explicitly typed (RFC 8417, 2.3), so that nobody takes it for another token."""
+    """Sign a SET, explicitly typed (RFC 8417, 2.3) so that it cannot be taken for another kind of token."""
     header = json.dumps({"alg": key.alg, "kid": key.kid, "typ": SET_TYPE}, separators=(",", ":"))
     text = f"{b64encode(header.encode())}.{b64encode(orjson.dumps(event.claims, option=orjson.OPT_SORT_KEYS))}".encode()
     return compact_jws(text, key.sign(text))
@@ -148,23 +148,26 @@ def _members(subject: Subject) -> dict[str, Any]:
     return {name: value for name, value in subject.items() if name != "format"}
 
 
-def _may_meet(one: Subject, other: Subject) -> bool:
-    """Whether two subjects name the same thing, and nothing in which they differ."""
+def _may_overlap(one: Subject, other: Subject) -> bool:
+    """Whether two subjects share a member, and no shared member differs."""
     if not _is_complex(one) and not _is_complex(other):
         return one == other
     if not _is_complex(one) or not _is_complex(other):
-        whole, part = (one, other) if _is_complex(one) else (other, one)
-        return part in _members(whole).values()
+        complex_subject, simple_subject = (one, other) if _is_complex(one) else (other, one)
+        return simple_subject in _members(complex_subject).values()
     shared = _members(one).keys() & _members(other).keys()
     return bool(shared) and all(one[name] == other[name] for name in shared)
 
 
 def _initiator(cause: EndCause, user_id: str) -> str:
-    """As CAEP has it: a deadline is policy's; the user is the one it was on behalf of, and other people administer."""
+    """CAEP's `initiating_entity`.
+
+    `policy` for a deadline, `user` for the lease's own user, `admin` for other people.
+    """
     if cause.kind == "deadline":
         return "policy"
     if cause.by == user_id:
         return "user"
     if cause.by is not None and "/user/" in cause.by:
         return "admin"
-    return "system" if cause.kind in _OF_THE_SYSTEM else "admin"
+    return "system" if cause.kind in _SYSTEM_CAUSES else "admin"

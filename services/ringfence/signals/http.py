@@ -1,4 +1,4 @@
-"""What receivers call: the metadata, their streams (SSF 1.0, 7 and 8.1), and polls (RFC 8936)."""
+"""HTTP API of the transmitter: metadata and stream management (SSF 1.0, 7 and 8.1), polls (RFC 8936)."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.service.bearer_tokens import WRONG_WINDOW_MS, Tokens, WrongTokens
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
-from ringfence.signals.delivery import POLL, PUSH, Delivery, Following
-from ringfence.signals.events import SUPPORTED, still_removed, verification
+from ringfence.signals.delivery import POLL, PUSH, Delivery, DeliverySupervisor
+from ringfence.signals.events import SUPPORTED, removed_without, verification
 from ringfence.signals.receivers import Receiver
-from ringfence.signals.settings import SignalsSettings
-from ringfence.signals.streams import SignalStreamState, StreamTable
-from ringfence.signals.subjects import (
-    AskedWronglyError,
-    DeliveryWanted,
-    Poll,
+from ringfence.signals.requests import (
+    DeliveryRequest,
+    InvalidRequestError,
+    PollRequest,
     StatusChange,
     StreamChange,
-    StreamWanted,
+    StreamConfiguration,
     SubjectChange,
-    VerificationWanted,
-    understood,
+    VerificationRequest,
+    parse_request,
 )
+from ringfence.signals.settings import SignalsSettings
+from ringfence.signals.streams import SignalStreamState, StreamTable
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1024 * 1024
 MAX_REMOVED = 1000
 MAX_REMOVED_BYTES = 256 * 1024
-"""They stand in one signed record, and such have at most 512 KiB, in base64url."""
+"""All removed subjects are in one signed record of at most 512 KiB, in base64url."""
 METADATA = "/.well-known/ssf-configuration"
 JWKS = "/.well-known/jwks.json"
 STREAMS, STATUS, VERIFY = "/ssf/streams", "/ssf/status", "/ssf/verify"
 ADD, REMOVE, POLLS = "/ssf/subjects/add", "/ssf/subjects/remove", "/ssf/poll"
-_CACHING = {"Cache-Control": "public, max-age=300"}
-_NOT_KEPT = {"Cache-Control": "no-store"}
-_OURS = (
+_CACHEABLE = {"Cache-Control": "public, max-age=300"}
+_NO_STORE = {"Cache-Control": "no-store"}
+_TRANSMITTER_MEMBERS = (
     "iss",
     "aud",
     "events_supported",
@@ -57,46 +57,46 @@ _OURS = (
     "min_verification_interval",
     "inactivity_timeout",
 )
-"""Members of a stream that the transmitter supplies: a receiver may send them back as they are."""
+"""Members of a stream configuration that the transmitter sets. A receiver may send them back unchanged."""
 
-_NOTHING = b"{}"
-"""All members are optional, and so is the body."""
+_EMPTY_BODY = b"{}"
+"""All members of the request are optional, and so is the body."""
 
 Endpoint = Callable[[Request, Receiver], Awaitable[Response]]
 
 
-class NotThereError(RingfenceError):
-    """There is no such stream, or it is another's: which of the two is nobody's business."""
+class StreamNotFoundError(RingfenceError):
+    """The receiver has no such stream. It cannot tell whether another receiver has."""
 
     code = "not_found"
 
 
 class SignalsApi:
-    """The routes."""
+    """The routes of the API."""
 
     def __init__(
         self,
         runtime: Runtime,
         settings: SignalsSettings,
         streams: StreamTable,
-        following: Following,
+        deliveries: DeliverySupervisor,
         receivers: Mapping[str, Receiver],
         tokens: Tokens,
     ) -> None:
         self._runtime = runtime
         self._settings = settings
         self._streams = streams
-        self._following = following
+        self._deliveries = deliveries
         self._receivers = receivers
         self._tokens = tokens
-        self._wrong = WrongTokens()
+        self._wrong_tokens = WrongTokens()
         self._verified_ms: dict[str, int] = {}
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to those of the runtime."""
+        """The routes, for `Runtime.routes`."""
         guarded: tuple[tuple[str, str, Endpoint], ...] = (
             ("POST", STREAMS, self._create),
-            ("GET", STREAMS, self._read),
+            ("GET", STREAMS, self._read_stream),
             ("PATCH", STREAMS, self._update),
             ("PUT", STREAMS, self._replace),
             ("DELETE", STREAMS, self._delete),
@@ -131,11 +131,11 @@ class SignalsApi:
                 "authorization_schemes": [{"spec_urn": "urn:ietf:rfc:6750"}],
                 "default_subjects": "ALL",
             },
-            headers=_CACHING,
+            headers=_CACHEABLE,
         )
 
     async def _jwks(self, _: Request) -> Response:
-        """Every key of this service that counts now: also the one that will follow."""
+        """All currently valid keys of this service, including the next one."""
         now_s = self._runtime.clock.now_ms() / 1000
         keys = [
             {**key.jwk.model_dump(exclude_none=True), "kid": key.kid, "use": "sig", "alg": _alg(key.jwk.kty)}
@@ -144,65 +144,67 @@ class SignalsApi:
             for key in service.keys
             if key.not_before <= now_s < key.not_after
         ]
-        return JSONResponse({"keys": keys}, headers=_CACHING)
+        return JSONResponse({"keys": keys}, headers=_CACHEABLE)
 
     # --- streams ---
 
     async def _create(self, request: Request, receiver: Receiver) -> Response:
-        wanted = understood(StreamWanted, await _body(request) or _NOTHING)
-        delivery = wanted.delivery or DeliveryWanted(method=POLL)
+        asked_for = parse_request(StreamConfiguration, await _read_body(request) or _EMPTY_BODY)
+        delivery = asked_for.delivery or DeliveryRequest(method=POLL)
         _check_delivery(delivery, receiver)
-        stream = await self._streams.create(receiver.name, delivery.method, **_chosen(wanted))
+        stream = await self._streams.create(
+            receiver.name, delivery.method, **_configuration_fields(asked_for)
+        )
         if stream is None:
             return _failure(
                 409, "invalid_request", "there is a stream of yours already; each receiver has one"
             )
-        await self._following.adapted()
+        await self._deliveries.reconciled()
         log.info("receiver %s has a stream: %s", receiver.name, stream.id)
         return JSONResponse(self._stream_view(stream, receiver), 201)
 
-    async def _read(self, request: Request, receiver: Receiver) -> Response:
+    async def _read_stream(self, request: Request, receiver: Receiver) -> Response:
         await self._streams.caught_up()
         stream_id = request.query_params.get("stream_id")
         if stream_id is None:
             stream = self._streams.of(receiver.name)
             return _json_response([] if stream is None else [self._stream_view(stream, receiver)])
-        return _json_response(self._stream_view(self._own(receiver, stream_id), receiver))
+        return _json_response(self._stream_view(self._own_stream(receiver, stream_id), receiver))
 
     async def _update(self, request: Request, receiver: Receiver) -> Response:
-        body = await _body(request)
-        wanted = understood(StreamChange, body)
-        given = json_object(body).keys() & {"events_requested", "description"}
-        changed = {name: value for name, value in _chosen(wanted).items() if name in given}
-        return await self._changed(receiver, wanted, body, changed)
+        body = await _read_body(request)
+        asked_for = parse_request(StreamChange, body)
+        members = json_object(body).keys() & {"events_requested", "description"}
+        changed = {name: value for name, value in _configuration_fields(asked_for).items() if name in members}
+        return await self._changed(receiver, asked_for, body, changed)
 
     async def _replace(self, request: Request, receiver: Receiver) -> Response:
-        body = await _body(request)
-        wanted = understood(StreamChange, body)
-        if wanted.delivery is None:
-            wanted = wanted.model_copy(update={"delivery": DeliveryWanted(method=POLL)})
-        return await self._changed(receiver, wanted, body, _chosen(wanted))
+        body = await _read_body(request)
+        asked_for = parse_request(StreamChange, body)
+        if asked_for.delivery is None:
+            asked_for = asked_for.model_copy(update={"delivery": DeliveryRequest(method=POLL)})
+        return await self._changed(receiver, asked_for, body, _configuration_fields(asked_for))
 
     async def _changed(
-        self, receiver: Receiver, wanted: StreamChange, body: bytes, changed: dict[str, Any]
+        self, receiver: Receiver, asked_for: StreamChange, body: bytes, changed: dict[str, Any]
     ) -> Response:
         await self._streams.caught_up()
-        shown = self._stream_view(self._own(receiver, wanted.stream_id), receiver)
-        given = json_object(body)
-        for name in _OURS:
-            if name in given and given[name] not in (shown.get(name), [shown.get(name)]):
-                raise AskedWronglyError(f"{name} is not the receiver's to set")
-        if wanted.delivery is not None:
-            _check_delivery(wanted.delivery, receiver, own_poll_url=self._poll_url(wanted.stream_id))
-            changed["method"] = wanted.delivery.method
+        view = self._stream_view(self._own_stream(receiver, asked_for.stream_id), receiver)
+        members = json_object(body)
+        for name in _TRANSMITTER_MEMBERS:
+            if name in members and members[name] not in (view.get(name), [view.get(name)]):
+                raise InvalidRequestError(f"{name} is not the receiver's to set")
+        if asked_for.delivery is not None:
+            _check_delivery(asked_for.delivery, receiver, own_poll_url=self._poll_url(asked_for.stream_id))
+            changed["method"] = asked_for.delivery.method
         return _json_response(
-            self._stream_view(await self._change(receiver, wanted.stream_id, **changed), receiver)
+            self._stream_view(await self._change(receiver, asked_for.stream_id, **changed), receiver)
         )
 
     async def _delete(self, request: Request, receiver: Receiver) -> Response:
         stream_id = request.query_params.get("stream_id", "")
         await self._streams.caught_up()
-        self._own(receiver, stream_id)
+        self._own_stream(receiver, stream_id)
         await self._change(receiver, stream_id, status="deleted")
         self._verified_ms.pop(stream_id, None)
         return Response(status_code=204)
@@ -211,40 +213,42 @@ class SignalsApi:
 
     async def _status(self, request: Request, receiver: Receiver) -> Response:
         await self._streams.caught_up()
-        stream = self._own(receiver, request.query_params.get("stream_id", ""))
+        stream = self._own_stream(receiver, request.query_params.get("stream_id", ""))
         return _json_response(_status_of(stream, receiver))
 
     async def _set_status(self, request: Request, receiver: Receiver) -> Response:
-        wanted = understood(StatusChange, await _body(request))
-        changed = {"status": wanted.status, "reason": wanted.reason}
-        return _json_response(_status_of(await self._change(receiver, wanted.stream_id, **changed), receiver))
+        asked_for = parse_request(StatusChange, await _read_body(request))
+        changed = {"status": asked_for.status, "reason": asked_for.reason}
+        return _json_response(
+            _status_of(await self._change(receiver, asked_for.stream_id, **changed), receiver)
+        )
 
     async def _add_subject(self, request: Request, receiver: Receiver) -> Response:
-        """Hear of a subject again. What the operator did not let it hear of stays unheard, and is not told either."""
-        wanted = understood(SubjectChange, await _body(request))
-        stream = await self._fresh(receiver, wanted.stream_id)
-        left = tuple(still_removed(stream.claims.removed, wanted.subject))
-        if len(left) < len(stream.claims.removed):
-            await self._change(receiver, wanted.stream_id, removed=left)
+        """Add a subject again. What the operator does not allow stays silent, and the answer does not tell."""
+        asked_for = parse_request(SubjectChange, await _read_body(request))
+        stream = await self._current_stream(receiver, asked_for.stream_id)
+        remaining = tuple(removed_without(stream.claims.removed, asked_for.subject))
+        if len(remaining) < len(stream.claims.removed):
+            await self._change(receiver, asked_for.stream_id, removed=remaining)
         return Response(status_code=200)
 
     async def _remove_subject(self, request: Request, receiver: Receiver) -> Response:
-        wanted = understood(SubjectChange, await _body(request))
-        removed = (await self._fresh(receiver, wanted.stream_id)).claims.removed
-        if wanted.subject not in removed:
-            more = (*removed, wanted.subject)
+        asked_for = parse_request(SubjectChange, await _read_body(request))
+        removed = (await self._current_stream(receiver, asked_for.stream_id)).claims.removed
+        if asked_for.subject not in removed:
+            more = (*removed, asked_for.subject)
             if len(more) > MAX_REMOVED or len(json.dumps(more)) > MAX_REMOVED_BYTES:
                 most = f"{MAX_REMOVED} removed subjects, of {MAX_REMOVED_BYTES} bytes together"
-                raise AskedWronglyError(f"a stream has at most {most}; add some again")
-            await self._change(receiver, wanted.stream_id, removed=more)
+                raise InvalidRequestError(f"a stream has at most {most}; add some again")
+            await self._change(receiver, asked_for.stream_id, removed=more)
         return Response(status_code=204)
 
     async def _verify(self, request: Request, receiver: Receiver) -> Response:
-        wanted = understood(VerificationWanted, await _body(request))
-        stream = await self._fresh(receiver, wanted.stream_id)
-        delivery = self._following.of(stream.id)
+        asked_for = parse_request(VerificationRequest, await _read_body(request))
+        stream = await self._current_stream(receiver, asked_for.stream_id)
+        delivery = self._deliveries.of(stream.id)
         if delivery is None:
-            raise AskedWronglyError(f"the stream is {stream.claims.status}, and carries nothing now")
+            raise InvalidRequestError(f"the stream is {stream.claims.status}, and carries nothing now")
         now_ms = self._runtime.clock.now_ms()
         wait_ms = self._settings.verification_interval_s * 1000
         if now_ms - self._verified_ms.get(stream.id, -wait_ms) < wait_ms:
@@ -257,7 +261,7 @@ class SignalsApi:
                 stream_id=stream.id,
                 issuer=self._settings.url,
                 audience=receiver.audience,
-                state=wanted.state,
+                state=asked_for.state,
                 now_ms=now_ms,
                 jti=str(uuid.uuid4()),
             )
@@ -267,39 +271,39 @@ class SignalsApi:
     # --- polls ---
 
     async def _poll(self, request: Request, receiver: Receiver) -> Response:
-        stream = self._own(receiver, request.path_params["stream_id"])
-        wanted = understood(Poll, await _body(request) or _NOTHING)
+        stream = self._own_stream(receiver, request.path_params["stream_id"])
+        asked_for = parse_request(PollRequest, await _read_body(request) or _EMPTY_BODY)
         if stream.claims.method != POLL:
-            raise AskedWronglyError("this stream is pushed; change its delivery to poll")
-        delivery = self._following.of(stream.id)
+            raise InvalidRequestError("this stream is pushed; change its delivery to poll")
+        delivery = self._deliveries.of(stream.id)
         if delivery is None:
             return _json_response({"sets": {}})
-        await _settle(delivery, wanted, receiver)
-        wait_s = 0.0 if wanted.return_immediately else self._settings.poll_s
-        events, more = await delivery.window.some(wanted.max_events, wait_s)
-        if not events and wanted.max_events and not delivery.here:
+        await _settle(delivery, asked_for, receiver)
+        wait_s = 0.0 if asked_for.return_immediately else self._settings.poll_s
+        events, more = await delivery.window.next_batch(asked_for.max_events, wait_s)
+        if not events and asked_for.max_events and not delivery.is_owner:
             raise UnavailableError("another replica has this stream, or none yet; ask again")
-        sets = {event.jti: delivery.signed(event) for event in events}
+        sets = {event.jti: delivery.sign(event) for event in events}
         return _json_response({"sets": sets, **({"moreAvailable": True} if more else {})})
 
     # --- what they share ---
 
-    def _own(self, receiver: Receiver, stream_id: str) -> SignalStreamState:
-        """The stream of that id, if it is the receiver's. Raises NotThereError."""
+    def _own_stream(self, receiver: Receiver, stream_id: str) -> SignalStreamState:
+        """The receiver's stream with this id. Raises StreamNotFoundError."""
         stream = self._streams.of(receiver.name)
         if stream is None or stream.id != stream_id:
-            raise _not_there()
+            raise _stream_not_found()
         return stream
 
-    async def _fresh(self, receiver: Receiver, stream_id: str) -> SignalStreamState:
+    async def _current_stream(self, receiver: Receiver, stream_id: str) -> SignalStreamState:
         await self._streams.caught_up()
-        return self._own(receiver, stream_id)
+        return self._own_stream(receiver, stream_id)
 
     async def _change(self, receiver: Receiver, stream_id: str, **changed: Any) -> SignalStreamState:
         stream = await self._streams.change(receiver.name, stream_id, **changed)
         if stream is None:
-            raise _not_there()
-        await self._following.adapted()  # what is paused says nothing once this is answered
+            raise _stream_not_found()
+        await self._deliveries.reconciled()  # what is paused says nothing once this is answered
         return stream
 
     def _poll_url(self, stream_id: str) -> str:
@@ -310,7 +314,7 @@ class SignalsApi:
         claims = stream.claims
         url = receiver.push if claims.method == PUSH else self._poll_url(stream.id)
         delivery = {"method": claims.method, **({} if url is None else {"endpoint_url": url})}
-        shown: dict[str, Any] = {
+        view: dict[str, Any] = {
             "stream_id": stream.id,
             "iss": self._settings.url,
             "aud": receiver.audience,
@@ -320,33 +324,33 @@ class SignalsApi:
             "min_verification_interval": self._settings.verification_interval_s,
         }
         if claims.events_requested is not None:
-            shown["events_requested"] = list(claims.events_requested)
+            view["events_requested"] = list(claims.events_requested)
         if claims.description is not None:
-            shown["description"] = claims.description
-        return shown
+            view["description"] = claims.description
+        return view
 
     # --- around each ---
 
     def _guarded(self, endpoint: Endpoint, path: str) -> Callable[[Request], Awaitable[Response]]:
-        """Let in who has a token of a receiver, and answer every failure."""
+        """Authenticate the receiver by its bearer token, and turn errors into answers."""
 
         async def guarded(request: Request) -> Response:
             name = self._tokens.name_of(request.headers.get("authorization"))
             if name is None:
-                response = await self._stranger(request)
+                response = await self._refuse_unauthenticated(request)
             elif (receiver := self._receivers.get(name)) is None:
                 response = _failure(403, "access_denied", f"the operator declared no receiver {name}")
             else:
-                response = await _answered(endpoint, request, receiver)
-            response.headers.update(_NOT_KEPT)
+                response = await _respond(endpoint, request, receiver)
+            response.headers.update(_NO_STORE)
             metrics.HTTP_REQUESTS.labels(f"{request.method} {path}", response.status_code).inc()
             return response
 
         return guarded
 
-    async def _stranger(self, request: Request) -> Response:
+    async def _refuse_unauthenticated(self, request: Request) -> Response:
         what = "this needs a bearer token of a receiver"
-        if not self._wrong.add(self._runtime.clock.now_ms()):
+        if not self._wrong_tokens.add(self._runtime.clock.now_ms()):
             wait = {"Retry-After": str(WRONG_WINDOW_MS // 1000)}
             return _failure(
                 429, "authentication_failed", "too many calls without a token that is let in", wait
@@ -358,21 +362,21 @@ class SignalsApi:
         return _failure(401, "authentication_failed", what, {"WWW-Authenticate": 'Bearer realm="signals"'})
 
 
-async def _settle(delivery: Delivery, wanted: Poll, receiver: Receiver) -> None:
-    """What the receiver has, and what it will not have: neither is given again."""
-    for jti in wanted.ack:
-        if delivery.window.take(jti) is not None:
+async def _settle(delivery: Delivery, asked_for: PollRequest, receiver: Receiver) -> None:
+    """Settle the events that the receiver acknowledged or refused."""
+    for jti in asked_for.ack:
+        if delivery.window.settle(jti) is not None:
             metrics.SIGNALS.labels("delivered").inc()
-    for jti, error in wanted.set_errs.items():
-        event = delivery.window.take(jti)
+    for jti, error in asked_for.set_errs.items():
+        event = delivery.window.settle(jti)
         if event is not None:
             await delivery.refused(event, error.err)
 
 
-async def _answered(endpoint: Endpoint, request: Request, receiver: Receiver) -> Response:
+async def _respond(endpoint: Endpoint, request: Request, receiver: Receiver) -> Response:
     try:
         return await endpoint(request, receiver)
-    except NotThereError as error:
+    except StreamNotFoundError as error:
         return _failure(404, error.code, str(error))
     except UnavailableError as error:
         return _failure(503, error.code, str(error), {"Retry-After": "1"})
@@ -380,45 +384,51 @@ async def _answered(endpoint: Endpoint, request: Request, receiver: Receiver) ->
         return _failure(400, error.code, str(error))
 
 
-def _check_delivery(wanted: DeliveryWanted, receiver: Receiver, own_poll_url: str | None = None) -> None:
-    """Raises AskedWronglyError. Where events may go is the operator's word: nobody makes us call anything else."""
-    if wanted.authorization_header is not None and not _is_known(wanted.authorization_header, receiver):
-        raise AskedWronglyError(
+def _check_delivery(asked_for: DeliveryRequest, receiver: Receiver, own_poll_url: str | None = None) -> None:
+    """Raise InvalidRequestError where the delivery differs from what the operator declared: receivers choose no URL
+    (SSRF).
+    """
+    if asked_for.authorization_header is not None and not _is_declared_header(
+        asked_for.authorization_header, receiver
+    ):
+        raise InvalidRequestError(
             "authorization_header is a secret, and kept by the operator: give it to them, and leave it out here"
             " or repeat it exactly"
         )
-    if wanted.method == POLL:
-        if wanted.endpoint_url not in (None, own_poll_url):
-            raise AskedWronglyError("the endpoint_url of polls is not the receiver's to set; leave it out")
+    if asked_for.method == POLL:
+        if asked_for.endpoint_url not in (None, own_poll_url):
+            raise InvalidRequestError("the endpoint_url of polls is not the receiver's to set; leave it out")
     elif receiver.push is None:
-        raise AskedWronglyError("the operator declared no URL to push to; poll, or ask them for it")
-    elif wanted.endpoint_url != receiver.push:
-        raise AskedWronglyError(
+        raise InvalidRequestError("the operator declared no URL to push to; poll, or ask them for it")
+    elif asked_for.endpoint_url != receiver.push:
+        raise InvalidRequestError(
             "endpoint_url is not the one that the operator declared; ask them to change it"
         )
 
 
-def _is_known(header: object, receiver: Receiver) -> bool:
-    """Whether it is the `Authorization` header that pushes have anyway: the operator's word stays the only one."""
+def _is_declared_header(header: object, receiver: Receiver) -> bool:
+    """Whether the header equals the declared `Authorization` header, in constant time."""
     if receiver.authorization is None or not isinstance(header, str):
         return False
     try:
-        known = read_secret(receiver.authorization, f"the Authorization header of receiver {receiver.name}")
+        declared = read_secret(
+            receiver.authorization, f"the Authorization header of receiver {receiver.name}"
+        )
     except PlaceError:
         return False
-    return hmac.compare_digest(header.encode(errors="replace"), known.encode())
+    return hmac.compare_digest(header.encode(errors="replace"), declared.encode())
 
 
-def _chosen(wanted: StreamWanted) -> dict[str, Any]:
-    events = wanted.events_requested
+def _configuration_fields(asked_for: StreamConfiguration) -> dict[str, Any]:
+    events = asked_for.events_requested
     return {
         "events_requested": None if events is None else tuple(events),
-        "description": wanted.description,
+        "description": asked_for.description,
     }
 
 
 def _status_of(stream: SignalStreamState, receiver: Receiver) -> dict[str, Any]:
-    """How a stream stands. One that may be pushed nowhere any more is held, whatever the receiver wanted."""
+    """The stream's status. A push stream whose receiver has no declared URL is reported as paused."""
     if stream.claims.status == "enabled" and stream.claims.method == PUSH and receiver.push is None:
         return {
             "stream_id": stream.id,
@@ -433,16 +443,16 @@ def _alg(kty: str) -> str:
     return "ES256" if kty == "EC" else "EdDSA"
 
 
-def _not_there() -> NotThereError:
-    return NotThereError("you have no stream of that id")
+def _stream_not_found() -> StreamNotFoundError:
+    return StreamNotFoundError("you have no stream of that id")
 
 
-async def _body(request: Request) -> bytes:
+async def _read_body(request: Request) -> bytes:
     body = b""
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BODY_BYTES:
-            raise AskedWronglyError(f"a request has at most {MAX_BODY_BYTES} bytes")
+            raise InvalidRequestError(f"a request has at most {MAX_BODY_BYTES} bytes")
     return body
 
 

@@ -1,4 +1,4 @@
-"""Poll (RFC 8936): the events of one stream that wait for their receiver. What is not here yet waits on Kafka."""
+"""Poll delivery (RFC 8936): the events of one stream that wait for their receiver. Further events wait on Kafka."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Iterable
 from ringfence.kernel.base.clock import Clock
 from ringfence.signals.events import UnsignedSet
 
-AT_A_TIME = 500
-"""So many records are taken from Kafka at a time. While so many events wait, no more are taken."""
-MOST_SETS = AT_A_TIME // 2
-"""So many SETs are in one answer at most. Fewer than a full window: where it is full, `moreAvailable` is true."""
+WINDOW_SIZE = 500
+"""Records taken from Kafka at a time, and the number of waiting events at which no more are taken."""
+MAX_SETS_PER_POLL = WINDOW_SIZE // 2
+"""The most SETs in one answer. Less than a full window, so that `moreAvailable` is true when it is full."""
 
 
 class Window:
-    """What a receiver can be given now: bounded by what is taken from Kafka at a time."""
+    """The events that a poll can return now. Bounded, which puts backpressure on Kafka."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._waiting: dict[str, UnsignedSet] = {}
-        self._moved = asyncio.Event()
+        self._changed = asyncio.Event()
         self.waiting_since_ms: int | None = None
         """Since when nothing was taken, though something is there."""
 
@@ -33,50 +33,50 @@ class Window:
 
     @property
     def full(self) -> bool:
-        """Whether so many wait that no more are to be put here."""
-        return len(self._waiting) >= AT_A_TIME
+        """Whether so many events wait that no more may be added."""
+        return len(self._waiting) >= WINDOW_SIZE
 
-    def put(self, events: Iterable[UnsignedSet]) -> None:
-        """These wait from now on."""
+    def add(self, events: Iterable[UnsignedSet]) -> None:
+        """Add waiting events."""
         self._waiting |= {event.jti: event for event in events}
         if self._waiting and self.waiting_since_ms is None:
             self.waiting_since_ms = self._clock.now_ms()
-        self._move()
+        self._notify()
 
-    def drop(self, jtis: Iterable[str]) -> None:
-        """These wait no longer: somebody else hands them over."""
+    def discard(self, jtis: Iterable[str]) -> None:
+        """Remove events without settling them: another replica delivers them."""
         for jti in jtis:
             self._waiting.pop(jti, None)
         if not self._waiting:
             self.waiting_since_ms = None
-        self._move()
+        self._notify()
 
     @property
-    def moved(self) -> asyncio.Event:
-        """Set when the next event comes or is taken."""
-        return self._moved
+    def changed(self) -> asyncio.Event:
+        """Set when the next event is added or settled."""
+        return self._changed
 
-    def take(self, jti: str) -> UnsignedSet | None:
-        """The receiver has this one, or will not have it. None where it did not wait."""
+    def settle(self, jti: str) -> UnsignedSet | None:
+        """Remove an event that the receiver acknowledged or refused. None where it did not wait."""
         event = self._waiting.pop(jti, None)
         if event is not None:
             self.waiting_since_ms = self._clock.now_ms() if self._waiting else None
-            self._move()
+            self._notify()
         return event
 
-    async def some(self, most: int, wait_s: float) -> tuple[list[UnsignedSet], bool]:
-        """The oldest that wait, and whether there are more; waits for the first one, and no longer than that.
+    async def next_batch(self, limit: int, wait_s: float) -> tuple[list[UnsignedSet], bool]:
+        """The oldest waiting events, and whether there are more. Waits up to `wait_s` seconds for the first one.
 
-        `most` is the receiver's own limit; no answer has more than `MOST_SETS`.
+        `limit` is the receiver's own; no answer has more than `MAX_SETS_PER_POLL`.
         """
-        most = min(most, MOST_SETS)
+        limit = min(limit, MAX_SETS_PER_POLL)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
-                while not self._waiting and most:
-                    await self._moved.wait()
+                while not self._waiting and limit:
+                    await self._changed.wait()
         events = list(self._waiting.values())
-        return events[:most], len(events) > most
+        return events[:limit], len(events) > limit
 
-    def _move(self) -> None:
-        moved, self._moved = self._moved, asyncio.Event()
-        moved.set()
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()

@@ -1,4 +1,4 @@
-"""Push (RFC 8935): one receiver's events, each until the receiver has it."""
+"""Push delivery (RFC 8935): each event is retried until its receiver takes it, or refuses it repeatedly."""
 
 from __future__ import annotations
 
@@ -23,31 +23,33 @@ from ringfence.signals.settings import SignalsSettings
 log = logging.getLogger(__name__)
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
 
-_AT_ONCE = 8
+_MAX_CONCURRENT_PUSHES = 8
 _MAX_ANSWER_BYTES = 4096
-REFUSALS = 5
-"""So often a receiver may say that an event is wrong, e.g. until it has read the new keys; then it is believed."""
-_NOT_OF_THE_EVENT = ("authentication_failed", "access_denied")
-"""These answers of RFC 8935, 2.4, are about who pushes: another try with the right token may do."""
+MAX_REFUSALS = 5
+"""So many refusals of an event are retried, e.g. until the receiver has fetched new keys. Then it counts as refused."""
+_TRANSMITTER_ERRORS = ("authentication_failed", "access_denied")
+"""Errors of RFC 8935, 2.4, about the transmitter: a retry with the right token may succeed."""
 
-Refused = Callable[[UnsignedSet, str], Awaitable[None]]
-"""Takes note of an event that its receiver will not have, and of what it said."""
+OnRefused = Callable[[UnsignedSet, str], Awaitable[None]]
+"""Called with an event that its receiver refused, and the error code."""
 
 
 class Pusher:
-    """Pushes to one receiver. What it waits for delays nobody else."""
+    """Pushes events to one receiver. A slow receiver delays no other."""
 
-    def __init__(self, receiver: Receiver, settings: SignalsSettings, clock: Clock, refused: Refused) -> None:
-        """Raises UnavailableError where the authority of its certificate cannot be read."""
+    def __init__(
+        self, receiver: Receiver, settings: SignalsSettings, clock: Clock, on_refused: OnRefused
+    ) -> None:
+        """Raises UnavailableError where the receiver's CA file cannot be read."""
         assert receiver.push is not None
         self._url = receiver.push
         self._receiver = receiver
         self._settings = settings
         self._clock = clock
-        self._refused = refused
-        self._at_once = asyncio.Semaphore(_AT_ONCE)
+        self._on_refused = on_refused
+        self._limit = asyncio.Semaphore(_MAX_CONCURRENT_PUSHES)
         self._http = httpx.AsyncClient(
-            verify=_trusted(receiver),
+            verify=_tls_context(receiver),
             timeout=settings.push_timeout_s,
             follow_redirects=False,
             trust_env=False,
@@ -60,11 +62,11 @@ class Pusher:
         await self._http.aclose()
 
     async def deliver(self, event: UnsignedSet, signed: Callable[[], str]) -> None:
-        """Return once the receiver has an event, or said again and again that it is wrong.
+        """Return once the receiver has taken the event, or refused it `MAX_REFUSALS` times.
 
-        `signed` is asked for each try: a key may have followed another.
+        `sign` is called for each try, since the signing key may have been rotated.
         """
-        async with self._at_once:  # with the waiting between: whoever is down is asked by few
+        async with self._limit:  # with the waiting between: whoever is down is asked by few
             await self._deliver(event, signed)
 
     async def _deliver(self, event: UnsignedSet, signed: Callable[[], str]) -> None:
@@ -76,8 +78,8 @@ class Pusher:
                 metrics.SIGNALS.labels("delivered").inc()
                 return
             refusals = refusals + 1 if refusal is not None else 0
-            if refusal is not None and refusals >= REFUSALS:
-                await self._refused(event, refusal)
+            if refusal is not None and refusals >= MAX_REFUSALS:
+                await self._on_refused(event, refusal)
                 return
             self._failed(problem)
             await asyncio.sleep(next(delays_s))
@@ -91,7 +93,10 @@ class Pusher:
             self.failing_since_ms = self._clock.now_ms()
 
     async def _post(self, compact: str) -> tuple[str | None, str | None]:
-        """One try: what was wrong, or None; and what the receiver said where it finds the event wrong."""
+        """Try once.
+
+        Returns the problem, or None; and the error code where the receiver finds the event itself wrong.
+        """
         try:
             headers = self._headers()
             async with (
@@ -101,7 +106,7 @@ class Pusher:
                 if response.status_code == httpx.codes.ACCEPTED:
                     return None, None
                 if response.status_code == httpx.codes.BAD_REQUEST:
-                    return _refusal(await _some(response))
+                    return _parse_refusal(await _read_limited(response))
                 return f"it answered {response.status_code}, where 202 was expected", None
         except PlaceError as error:
             return str(error), None
@@ -120,7 +125,7 @@ class Pusher:
         return headers
 
 
-def _trusted(receiver: Receiver) -> ssl.SSLContext:
+def _tls_context(receiver: Receiver) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=receiver.ca_file)
     except (OSError, ssl.SSLError):
@@ -129,7 +134,7 @@ def _trusted(receiver: Receiver) -> ssl.SSLContext:
         ) from None
 
 
-async def _some(response: httpx.Response) -> bytes:
+async def _read_limited(response: httpx.Response) -> bytes:
     body = b""
     async for chunk in response.aiter_bytes():
         body += chunk
@@ -138,8 +143,8 @@ async def _some(response: httpx.Response) -> bytes:
     return body
 
 
-def _refusal(body: bytes) -> tuple[str, str | None]:
-    """What a 400 says (RFC 8935, 2.3): the problem, and the code where it is about the event itself."""
+def _parse_refusal(body: bytes) -> tuple[str, str | None]:
+    """The problem in a 400 answer (RFC 8935, 2.3), and its code where it is about the event itself."""
     try:
         code = json_object(body).get("err")
     except ValueError:
@@ -147,4 +152,4 @@ def _refusal(body: bytes) -> tuple[str, str | None]:
     if not isinstance(code, str):
         return "it answered 400 without a reason", None
     code = visible(code)[:64]
-    return f"it answered 400: {code}", None if code in _NOT_OF_THE_EVENT else code
+    return f"it answered 400: {code}", None if code in _TRANSMITTER_ERRORS else code

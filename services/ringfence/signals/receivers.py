@@ -1,4 +1,4 @@
-"""Who may hear of what: the operator's word, in a file. A receiver chooses within it, and widens nothing."""
+"""The receivers that the operator declares in a TOML file, and what each may be told. A receiver can only narrow it."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _SETTING = "RINGFENCE_SIGNALS_RECEIVERS"
 
 
 class Receiver(BaseModel):
-    """One receiver, as the operator declares it."""
+    """One declared receiver."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-    """The name of its token."""
+    """Also the name of its bearer token."""
     audience: NonEmpty
     """The `aud` of its events."""
     targets: Annotated[tuple[TargetId, ...] | tuple[str], Field(min_length=1)]
-    """It hears of leases at these; `["*"]`: at all."""
+    """The targets whose leases it is told about; `["*"]`: all."""
     ends: tuple[EndKind, ...] | None = None
-    """It hears of ends for these causes; of all where not set."""
+    """The causes of lease ends that it is told about; None: all."""
     push: Annotated[str, AfterValidator(safe_url)] | None = None
-    """The one URL that may be pushed to. Without it, it polls."""
+    """The only URL that may be pushed to. Without it, the receiver polls."""
     authorization: SecretRef | None = None
     """Where the `Authorization` header of pushes is read."""
     ca_file: Path | None = None
-    """The authority (PEM) of its certificate, where it is none of the machine's."""
+    """The certificate authority (PEM) of its server, where the system does not trust it."""
 
     @model_validator(mode="after")
     def _fits(self) -> Receiver:
@@ -46,8 +46,8 @@ class Receiver(BaseModel):
             raise ValueError("authorization and ca_file are of no use without push")
         return self
 
-    def may_hear(self, lease: Lease) -> bool:
-        """Whether the end of a lease is its business."""
+    def accepts(self, lease: Lease) -> bool:
+        """Whether this receiver is to be told about the end of a lease."""
         if self.targets != (EVERY,) and lease.target_id not in self.targets:
             return False
         return self.ends is None or (lease.cause is not None and lease.cause.kind in self.ends)
@@ -60,16 +60,16 @@ class _File(BaseModel):
 
 
 def read_receivers(file: Path) -> Mapping[str, Receiver]:
-    """The receivers in a file by their names. Raises SettingsError."""
+    """Read the receivers from a file, by name. Raises SettingsError."""
     try:
-        found = _File.model_validate(tomllib.loads(file.read_text()))
+        declared = _File.model_validate(tomllib.loads(file.read_text()))
     except OSError as error:
         raise SettingsError(f"{_SETTING}: cannot read {file}: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{_SETTING}: {file} is no TOML: {error}") from None
     except ValidationError as error:
         raise SettingsError(f"{_SETTING}: {file}: {explain(error)}") from None
-    by_name = {receiver.name: receiver for receiver in found.receiver}
-    if len(by_name) < len(found.receiver):
+    by_name = {receiver.name: receiver for receiver in declared.receiver}
+    if len(by_name) < len(declared.receiver):
         raise SettingsError(f"{_SETTING}: {file} names a receiver twice")
     return by_name

@@ -1,4 +1,4 @@
-"""The streams as they stand on Kafka: what receivers chose, in records that the service signs. Nothing else is kept."""
+"""The table of event streams, from signed `signal.stream` records on Kafka. Nothing else is kept."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SignalStreamState:
 
     claims: SignalStream
     since_ms: int
-    """Ends that Kafka had before are not told."""
+    """Leases that ended before are not delivered. Milliseconds since 1970."""
 
     @property
     def id(self) -> str:
@@ -38,13 +38,13 @@ class SignalStreamState:
 
     @property
     def delivered(self) -> tuple[str, ...]:
-        """The event types that it carries."""
+        """The event types that the stream carries."""
         requested = self.claims.events_requested
         return SUPPORTED if requested is None else tuple(one for one in SUPPORTED if one in requested)
 
 
 class StreamTable:
-    """The table of `signal.stream`, and who writes it."""
+    """Reads and writes `signal.stream`."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -54,9 +54,9 @@ class StreamTable:
         """Set with each record that counts; whoever acts on it clears it."""
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in what came. What nobody signed who may changes nothing, and nor does an old record sent again."""
+        """Take in records. Ignores those without a valid signature of this service, and replays of older revisions."""
         for record in records:
-            claims = self._opened(record)
+            claims = self._verified(record)
             if claims is None or record.key != claims.receiver:
                 continue
             known = self._by_receiver.get(claims.receiver)
@@ -67,7 +67,7 @@ class StreamTable:
             self.changed.set()
 
     def of(self, receiver: str) -> SignalStreamState | None:
-        """The stream of a receiver, where it has one."""
+        """The stream of a receiver; None where it has none."""
         found = self._by_receiver.get(receiver)
         return None if found is None or found.claims.status == "deleted" else found
 
@@ -80,8 +80,8 @@ class StreamTable:
         if not await self._runtime.tables_caught_up(_CAUGHT_UP_S):
             raise UnavailableError("the table of streams is behind; ask again")
 
-    async def create(self, receiver: str, method: DeliveryMethod, **chosen: Any) -> SignalStreamState | None:
-        """A new stream; None where the receiver has one."""
+    async def create(self, receiver: str, method: DeliveryMethod, **fields: Any) -> SignalStreamState | None:
+        """Create a stream; None where the receiver has one already."""
         async with self._writing:
             await self.caught_up()
             if self.of(receiver) is not None:
@@ -90,28 +90,31 @@ class StreamTable:
             revision = 1 if before is None else before.claims.revision + 1
             stream_id = str(uuid.uuid4())
             return await self._write(
-                receiver, stream_id=stream_id, revision=revision, status="enabled", method=method, **chosen
+                receiver, stream_id=stream_id, revision=revision, status="enabled", method=method, **fields
             )
 
     async def change(self, receiver: str, stream_id: str, **changed: Any) -> SignalStreamState | None:
-        """Change a stream; None where there is no such one any more. What is enabled again hears from then on."""
+        """Change a stream; None where it no longer exists.
+
+        A stream that is enabled again delivers events from then on.
+        """
         async with self._writing:
             await self.caught_up()
             stream = self.of(receiver)
             if stream is None or stream.id != stream_id:
                 return None
             before = stream.claims
-            again = before.status == "disabled" and changed.get("status", "disabled") != "disabled"
-            kept = {name: getattr(before, name) for name in _CHOSEN}
+            enabled_again = before.status == "disabled" and changed.get("status", "disabled") != "disabled"
+            unchanged = {name: getattr(before, name) for name in _RECEIVER_FIELDS}
             return await self._write(
                 receiver,
-                **{**kept, "since_ms": None if again else stream.since_ms, **changed},
+                **{**unchanged, "since_ms": None if enabled_again else stream.since_ms, **changed},
                 stream_id=stream_id,
                 revision=before.revision + 1,
             )
 
     async def _write(self, receiver: str, **fields: Any) -> SignalStreamState:
-        """Sign a record; it is on Kafka, and in the table, when this returns."""
+        """Sign and publish a record. Returns once it is on Kafka and in the table."""
         runtime = self._runtime
         claims = SignalStream(
             iss=runtime.key.id,
@@ -123,12 +126,12 @@ class StreamTable:
         )
         await runtime.publisher.publish_signed(SIGNAL_STREAM, receiver, claims, runtime.key)
         await self.caught_up()
-        written = self._by_receiver.get(receiver)
-        if written is None or written.claims != claims:
+        stored = self._by_receiver.get(receiver)
+        if stored is None or stored.claims != claims:
             raise UnavailableError("the stream was changed by another at the same time; ask again")
-        return written
+        return stored
 
-    def _opened(self, record: Received) -> SignalStream | None:
+    def _verified(self, record: Received) -> SignalStream | None:
         find = self._runtime.trust.finder(*SignalStream.signed_by, at_s=record.appended_at_ms / 1000)
         audience = self._runtime.settings.trust_domain
         try:
@@ -144,5 +147,5 @@ class StreamTable:
             return None
 
 
-_CHOSEN = ("status", "reason", "method", "events_requested", "description", "removed")
-"""What a receiver chooses."""
+_RECEIVER_FIELDS = ("status", "reason", "method", "events_requested", "description", "removed")
+"""The fields that a receiver chooses."""

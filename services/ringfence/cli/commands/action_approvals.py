@@ -60,8 +60,8 @@ def answer(
     confirm(f"{verb.title()} this action?", yes)
     approval_id, verdict = run(work()), "approved" if verb == "approve" else "denied"
     if as_json:
-        said = {"approval_id": approval_id, "request_id": pending.request_id, "digest": pending.digest}
-        print_json({"kind": "action", "verdict": verdict, **said})
+        result = {"approval_id": approval_id, "request_id": pending.request_id, "digest": pending.digest}
+        print_json({"kind": "action", "verdict": verdict, **result})
     else:
         say(f"{verdict}: action {pending.request_id}")
 

@@ -12,7 +12,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ringfence.cli.shared.arguments import a_name, parse_scope, show_permission, show_scope, write_permission
+from ringfence.cli.shared.arguments import (
+    check_name,
+    parse_scope,
+    show_permission,
+    show_scope,
+    write_permission,
+)
 from ringfence.cli.shared.attestation import SelectorOption, parse_selectors, set_attestation
 from ringfence.cli.shared.changes import Replacement, check_unchanged, parse_scope_options
 from ringfence.cli.shared.command_results import print_accepted, refuse_unknown
@@ -32,7 +38,7 @@ from ringfence.cli.shared.options import (
     consent_life_s,
     duration_s,
     identity,
-    kept_if_accepted,
+    keep_key_if_accepted,
     key_records,
     run,
     settings,
@@ -57,13 +63,13 @@ app = typer.Typer(
     help="Agents: register, ceiling, sponsor, keys, suspend, decommission.", no_args_is_help=True
 )
 
-AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", callback=a_name, help="The agent's id.")]
+AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", callback=check_name, help="The agent's id.")]
 KeyFileOption = Annotated[
     Path | None,
     typer.Option("--key-file", metavar="FILE", help="The agent's key file; its public half is read."),
 ]
 SponsorOption = Annotated[
-    str | None, typer.Option("--sponsor", metavar="USER", callback=a_name, help="Who is accountable.")
+    str | None, typer.Option("--sponsor", metavar="USER", callback=check_name, help="Who is accountable.")
 ]
 
 
@@ -96,13 +102,13 @@ def register(
         raise typer.BadParameter("say the ceiling with --allow, or --allow-nothing", param_hint="--allow")
     ceiling = parse_scope(allow, may_be_empty=True)
     attestation = parse_selectors(selector)
-    named = key_file or public_key or new_key
-    if not (named or attestation):
+    key_source = key_file or public_key or new_key
+    if not (key_source or attestation):
         raise typer.BadParameter(
             "name the agent's key: --key-file, --public-key or --new-key; or say with --selector which running "
             "instances enrol one"
         )
-    keys = [_one_key(agent, key_file, public_key, new_key, key_days)] if named else []
+    keys = [_one_key(agent, key_file, public_key, new_key, key_days)] if key_source else []
 
     async def work() -> Accepted:
         async with Administrator.connect(identity(me)) as administrator:
@@ -117,10 +123,10 @@ def register(
                 inactive=inactive,
             )
 
-    with kept_if_accepted(new_key):
+    with keep_key_if_accepted(new_key):
         accepted = run(work())
-    made = {"key_file": str(new_key)} if new_key else {}
-    print_accepted(accepted, f"agent {agent} registered", wants_json(as_json), **made)
+    key_file_field = {"key_file": str(new_key)} if new_key else {}
+    print_accepted(accepted, f"agent {agent} registered", wants_json(as_json), **key_file_field)
 
 
 app.command(name="set-attestation")(set_attestation)
@@ -167,21 +173,21 @@ def set_ceiling(
             if entry is None:
                 raise InvalidCallError(f"there is no agent {agent}; see: ringfence agent list")
             held = entry.state.ceiling
-            await refuse_unknown(administrator, options.named, anyway, held)
+            await refuse_unknown(administrator, options.permissions, anyway, held)
             ceiling = options.applied(held)
-            said: dict[str, Any] = {}
+            details: dict[str, Any] = {}
             if ceiling != held and (options.whole is not None or options.remove):
                 replacement = Replacement(f"ceiling of {agent}")
                 replacement.scope("allowed", held, ceiling)
                 if missing(held, ceiling):
                     replacement.losses.append(Loss(agent=agent, fits=ceiling))
                 question = f"Set the ceiling of {agent} so?"
-                said = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
+                details = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
                 await check_unchanged(administrator, "agent", agent, entry)
-            return await administrator.set_ceiling(agent, ceiling), said
+            return await administrator.set_ceiling(agent, ceiling), details
 
-    accepted, said = run(work())
-    print_accepted(accepted, f"ceiling of {agent} set", wants_json(as_json), said)
+    accepted, details = run(work())
+    print_accepted(accepted, f"ceiling of {agent} set", wants_json(as_json), details)
 
 
 @app.command()
@@ -190,7 +196,10 @@ def transfer(
     to: Annotated[
         str | None,
         typer.Option(
-            "--to", metavar="USER", callback=a_name, help="The new sponsor. With --consent, who signed it."
+            "--to",
+            metavar="USER",
+            callback=check_name,
+            help="The new sponsor. With --consent, who signed it.",
         ),
     ] = None,
     consent: Annotated[
@@ -226,8 +235,8 @@ def transfer(
             return accepted, unasked
 
     accepted, unasked = run(work())
-    said = {"sponsor": sponsor, "without_consent": unasked}
-    print_accepted(accepted, f"{sponsor} is accountable for {agent}", wants_json(as_json), said)
+    details = {"sponsor": sponsor, "without_consent": unasked}
+    print_accepted(accepted, f"{sponsor} is accountable for {agent}", wants_json(as_json), details)
     if unasked:
         note(
             f"{sponsor} did not consent; the record of {agent} and the trail say so. {sponsor} takes it on with: "
@@ -316,12 +325,12 @@ def rotate_key(
                 agent, key, overlap_s=overlap_s, replaces=replaces, compromised=compromised, reason=reason
             )
 
-    with kept_if_accepted(new_key):
+    with keep_key_if_accepted(new_key):
         accepted = run(work())
-    made = {"key_file": str(new_key)} if new_key else {}
+    key_file_field = {"key_file": str(new_key)} if new_key else {}
     ends = "end now, and their leases too" if compromised else f"count for {overlap or '1h'} yet"
     sentence = f"agent {agent} has key {key.kid}; the keys that it replaces {ends}"
-    print_accepted(accepted, sentence, wants_json(as_json), kid=key.kid, **made)
+    print_accepted(accepted, sentence, wants_json(as_json), kid=key.kid, **key_file_field)
 
 
 @app.command()

@@ -14,7 +14,7 @@ import typer
 
 from ringfence.cli.commands import action_approvals, grants
 from ringfence.cli.shared import approval_views
-from ringfence.cli.shared.arguments import a_beginning, show_scope
+from ringfence.cli.shared.arguments import check_id_prefix, show_scope
 from ringfence.cli.shared.options import (
     IdentityOption,
     JsonOption,
@@ -34,12 +34,12 @@ from ringfence.cli.shared.output import (
     visible,
 )
 from ringfence.client.approvals.action_approvals import PendingAction
-from ringfence.client.approvals.grouping import AlikeKey, RequestGroup, key_of
 from ringfence.client.approvals.history_comparison import Comparison
-from ringfence.client.approvals.pending import PendingApproval
+from ringfence.client.approvals.pending_approval import PendingApproval
+from ringfence.client.approvals.request_groups import GroupKey, RequestGroup, group_key
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.id_prefix import named
+from ringfence.client.id_prefix import find_by_prefix
 
 app = typer.Typer(help="As a sponsor: see what waits, approve, deny; approve ahead.", no_args_is_help=True)
 
@@ -47,7 +47,7 @@ RequestArgument = Annotated[
     str,
     typer.Argument(
         metavar="REQUEST",
-        callback=a_beginning,
+        callback=check_id_prefix,
         help="The request's id, or how it begins: four characters or more.",
     ),
 ]
@@ -100,11 +100,11 @@ def show(request: RequestArgument, me: IdentityOption = None, as_json: JsonOptio
     """Show one request that waits, whole, those that are alike, and what differs from what the agent usually gets; or
     one action.
     """
-    seen = _look(request, me)
-    if isinstance(seen, PendingAction):
-        action_approvals.show(seen, wants_json(as_json))
+    question = _find_question(request, me)
+    if isinstance(question, PendingAction):
+        action_approvals.show(question, wants_json(as_json))
     else:
-        _show(*seen, as_json)
+        _show(*question, as_json)
 
 
 @app.command()
@@ -144,23 +144,23 @@ def watch(everyone: EveryoneOption = False, me: IdentityOption = None, as_json: 
 
     async def work() -> None:
         async with Sponsor.connect(identity(me)) as sponsor:
-            usual = await sponsor.usual()
+            history = await sponsor.usual()
             if not wants_json(as_json):
                 note("waiting for requests; Ctrl-C ends", "dim")
             async with asyncio.TaskGroup() as both:
                 both.create_task(
                     action_approvals.watch(sponsor, everyone=everyone, as_json=wants_json(as_json))
                 )
-                shown: set[tuple[str, AlikeKey]] = set()
+                printed: set[tuple[str, GroupKey]] = set()
                 async for pending in sponsor.watch(everyone=everyone):
-                    group, comparison = RequestGroup(sponsor.alike(pending)), usual.compared(pending)
+                    group, comparison = RequestGroup(sponsor.alike(pending)), history.compared(pending)
                     if wants_json(as_json):
                         print_json_line(approval_views.as_json(RequestGroup((pending,)), comparison))
                         continue
-                    before = [one for one in group.requests if (one.request_id, key_of(one)) in shown]
+                    before = [one for one in group.requests if (one.request_id, group_key(one)) in printed]
                     if pending in before:
                         continue  # it stood among those that were alike
-                    shown |= {(one.request_id, key_of(one)) for one in group.requests}
+                    printed |= {(one.request_id, group_key(one)) for one in group.requests}
                     if before:
                         reason = visible(pending.reason)
                         say(f"one more like {before[0].request_id}, {len(group.requests)} wait: {reason}")
@@ -185,11 +185,11 @@ def _send_answers(
         async with Sponsor.connect(identity(me)) as sponsor:
             return await (sponsor.approve_all if verb == "approve" else sponsor.deny_all)(group, comment)
 
-    seen = _look(request, me, only_one=only_one)
-    if isinstance(seen, PendingAction):
-        action_approvals.answer(seen, verb, comment, yes, me, wants_json(as_json))
+    question = _find_question(request, me, only_one=only_one)
+    if isinstance(question, PendingAction):
+        action_approvals.answer(question, verb, comment, yes, me, wants_json(as_json))
         return
-    group, comparison = seen
+    group, comparison = question
     if not wants_json(as_json):
         _show(group, comparison, as_json)
     # A person may take their time. What is signed is what they saw: where anything changed meanwhile, it is refused.
@@ -208,7 +208,7 @@ def _send_answers(
         say(f"{verdict}: request {one.request_id}")
 
 
-def _look(
+def _find_question(
     request: str, me: Path | None, *, only_one: bool = False
 ) -> tuple[RequestGroup, Comparison] | PendingAction:
     async def work() -> tuple[RequestGroup, Comparison] | PendingAction:
@@ -225,7 +225,7 @@ def _look(
 def _find(sponsor: Sponsor, request: str) -> PendingApproval:
     pending = sponsor.find(request)
     if pending is None:
-        unshowable = named(request, sponsor.unshowable.items(), lambda one: one[0])
+        unshowable = find_by_prefix(request, sponsor.unshowable.items(), lambda one: one[0])
         why = f": {unshowable[1]}" if unshowable else ""
         raise InvalidCallError(f"no single open request {request!r}{why}; see: ringfence approvals list")
     return pending

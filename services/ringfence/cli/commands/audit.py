@@ -19,7 +19,7 @@ from rich.tree import Tree
 from ringfence.cli.commands.audit_coverage import coverage
 from ringfence.cli.commands.audit_export import export
 from ringfence.cli.commands.audit_who import who
-from ringfence.cli.shared.arguments import a_name
+from ringfence.cli.shared.arguments import check_name
 from ringfence.cli.shared.audit_filters import (
     AgentFilter,
     CodeFilter,
@@ -104,7 +104,7 @@ def tail(
     Operators and auditors see all, sponsors what concerns their agents, others what is on their behalf.
     """
 
-    chosen: dict[str, str | int | None] = {
+    filters: dict[str, str | int | None] = {
         "agent": agent,
         "task": task,
         "lease": lease,
@@ -121,45 +121,45 @@ def tail(
 
     async def work() -> None:
         async with ReadApi(identity(me)) as api:
-            await _tail(api, chosen, show, lines=lines, since_ms=since_ms, follow=follow)
+            await _tail(api, filters, show, lines=lines, since_ms=since_ms, follow=follow)
 
     run(work())
 
 
 async def _tail(
     api: ReadApi,
-    chosen: Filters,
+    filters: Filters,
     show: Callable[[Mapping[str, Any]], None],
     *,
     lines: int,
     since_ms: int | None,
     follow: bool,
 ) -> None:
-    shown: deque[str] = deque(maxlen=_SHOWN)
-    page = await api.events(chosen, limit=lines if since_ms is None else 1)
+    printed: deque[str] = deque(maxlen=_SHOWN)
+    page = await api.events(filters, limit=lines if since_ms is None else 1)
     if since_ms is not None:
         page["events"] = []
-        async for text in _since(api, chosen, since_ms):
+        async for text in _since(api, filters, since_ms):
             event = json.loads(text)
-            shown.append(event["metadata"]["uid"])
+            printed.append(event["metadata"]["uid"])
             show(event)
-    known = set(shown)  # what came between the two questions is in both
+    printed_before = set(printed)  # what came between the two questions is in both
     while True:
         for event in page["events"]:
-            if event["metadata"]["uid"] not in known:
+            if event["metadata"]["uid"] not in printed_before:
                 show(event)
         if not follow:
             return
         before = page["after"]
-        page = await api.events(chosen, after=before, limit=1000)
+        page = await api.events(filters, after=before, limit=1000)
         if page["after"] == before:
             await asyncio.sleep(_POLL_S)
 
 
-async def _since(api: ReadApi, chosen: Filters, since_ms: int) -> AsyncIterator[str]:
+async def _since(api: ReadApi, filters: Filters, since_ms: int) -> AsyncIterator[str]:
     after: str | None = None
     while True:
-        page = await api.export(chosen, since_ms=since_ms, until_ms=_END_OF_TIME_MS, after=after)
+        page = await api.export(filters, since_ms=since_ms, until_ms=_END_OF_TIME_MS, after=after)
         for text in page["events"]:
             yield text
         after = page["after"]
@@ -172,7 +172,7 @@ def trace(
     id: Annotated[
         str,
         typer.Argument(
-            metavar="ID", callback=a_name, help="The id of a lease, request, task, agent or user."
+            metavar="ID", callback=check_name, help="The id of a lease, request, task, agent or user."
         ),
     ],
     kind: Annotated[
@@ -236,9 +236,9 @@ def verify(
                 raise InvalidCallError(
                     f"{who.id} is no auditor, and nobody would believe their word; name an auditor's key by --identity"
                 )
-        kept = read_heads(heads.read_bytes()) if heads is not None and heads.exists() else None
+        earlier_heads = read_heads(heads.read_bytes()) if heads is not None and heads.exists() else None
         with console(stderr=True).status("reading the trail"):
-            report = await verify_trail(kept=kept, settle_s=settle_s)
+            report = await verify_trail(earlier_heads=earlier_heads, settle_s=settle_s)
         if report.faults:
             return report, 0
         if heads is not None:

@@ -99,12 +99,12 @@ def _print_coverage(report: Coverage) -> None:
         ("standing privileges (the aim is 0)", str(standing), f"short-lived is {span(report.short_s)}")
     )
     print_table(["what", "!share", "of"], rows, empty="")
-    unknown = sorted(name or "(not named)" for name, known in report.seen.items() if not known)
+    unknown = sorted(name or "(not named)" for name, known in report.agents_seen.items() if not known)
     if unknown:
         say(f"agents that the inventory does not know: {', '.join(unknown[:20])}", "yellow")
     sums = report.sums
     missing = sum(sums.get(what, 0) - sums.get(f"{what}_traced", 0) for what in ("leases", "actions"))
-    _print_listed("does not lead back to a human:", report.against, missing)
+    _print_listed("does not lead back to a human:", report.not_traced, missing)
     _print_listed("standing privileges:", report.standing, standing)
     say(_SURVEY, "dim")
 
@@ -121,12 +121,14 @@ def _print_listed(title: str, found: Sequence[Mapping[str, Any]], total: int) ->
         return
     say(title, "bold")
     print_table(
-        ["when", "agent", "!lease or action", "target", "why"], map(_row, found), empty="(--show lists some)"
+        ["when", "agent", "!lease or action", "target", "why"],
+        map(_item_row, found),
+        empty="(--show lists some)",
     )
     if 0 < len(found) < total:
         say(f"and {total - len(found)} more: --show lists more of them")
 
 
-def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
+def _item_row(one: Mapping[str, Any]) -> tuple[str, ...]:
     what = one["action"] or one["lease"] or ""
     return moment(one["at_ms"] / 1000), one["agent"] or "unknown", what, one["target"] or "", one["why"]

@@ -24,13 +24,13 @@ from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, r
 from ringfence.cli.shared.output import escaped_json, moment, note, print_json, say, visible_lines
 from ringfence.cli.shared.progress import counting
 from ringfence.client.exports.export import (
+    ExportFile,
     ExportProgress,
     ExportQuery,
-    Unfinished,
     begin,
     export_pages,
-    given,
     resume,
+    set_filters,
     stopped_at_ms,
 )
 from ringfence.client.exports.writers import ExportWriter, Format, writer_of
@@ -83,10 +83,10 @@ def export(
     if out is None and (go_on or format == "parquet"):
         raise typer.BadParameter(f"{'--resume' if go_on else '--format parquet'} needs a file: add -o FILE")
     since_ms, until_ms = span_ms(since, until, int(time.time() * 1000))
-    chosen = filters_of(
+    filters = filters_of(
         target=target, user=user, sponsor=sponsor, codes=code, status=status, severity=severity
     )
-    filters = given({"agent": agent, "task": task, "class": class_uid, **chosen})
+    filters = set_filters({"agent": agent, "task": task, "class": class_uid, **filters})
     question = ExportQuery(format=format, since_ms=since_ms, until_ms=until_ms, filters=filters)
     if out is None:
         _to_stdout(question, me)
@@ -135,18 +135,18 @@ def _to_stdout(question: ExportQuery, me: Path | None) -> None:
     note(f"{state.events} events")
 
 
-def _to_file(one: Unfinished, out: Path, me: Path | None) -> ExportProgress:
+def _to_file(one: ExportFile, out: Path, me: Path | None) -> ExportProgress:
     try:
         run(_all(one.state, one.writer, me, one))
     except BaseException:
-        one.leave()
+        one.abort()
         note(_stopped(one.state) + _how_to_go_on(one, out), "yellow")
         raise
     one.finish()
     return one.state
 
 
-def _how_to_go_on(one: Unfinished, out: Path) -> str:
+def _how_to_go_on(one: ExportFile, out: Path) -> str:
     if one.can_be_resumed:
         return f"; go on with: ringfence audit export --resume -o {out}"
     if not one.writer.resumable:
@@ -155,11 +155,11 @@ def _how_to_go_on(one: Unfinished, out: Path) -> str:
 
 
 async def _all(
-    state: ExportProgress, writer: ExportWriter, me: Path | None, one: Unfinished | None = None
+    state: ExportProgress, writer: ExportWriter, me: Path | None, one: ExportFile | None = None
 ) -> None:
     async with ReadApi(identity(me)) as api:
         with counting() as progress:
-            await export_pages(api, state, writer, progress, one.keep if one else lambda: None)
+            await export_pages(api, state, writer, progress, one.checkpoint if one else lambda: None)
 
 
 def _stopped(state: ExportProgress) -> str:

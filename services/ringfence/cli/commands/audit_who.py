@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ringfence.cli.shared.arguments import a_target
+from ringfence.cli.shared.arguments import check_target_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, span_ms, wants_json
 from ringfence.cli.shared.output import moment, note, print_json, print_table, say
 from ringfence.cli.shared.progress import counting
-from ringfence.client.reports.access_report import Who, who_report
+from ringfence.client.reports.access_report import AccessReport, access_report
 from ringfence.client.reports.read_api import ReadApi
 
 _DID = [
@@ -23,7 +23,9 @@ _DID = [
 def who(
     target: Annotated[
         str,
-        typer.Option("--target", metavar="TARGET", callback=a_target, help="The target that it is about."),
+        typer.Option(
+            "--target", metavar="TARGET", callback=check_target_id, help="The target that it is about."
+        ),
     ],
     verb: Annotated[str | None, typer.Option("--verb", metavar="VERB", help="Only this verb.")] = None,
     resource: Annotated[
@@ -52,10 +54,10 @@ def who(
     """
     since_ms, until_ms = span_ms(since, until, int(time.time() * 1000))
 
-    async def work() -> Who:
+    async def work() -> AccessReport:
         async with ReadApi(identity(me)) as api:
             with counting() as progress:
-                return await who_report(
+                return await access_report(
                     api, target, since_ms, until_ms, progress, verb=verb, resource=resource
                 )
 
@@ -68,7 +70,7 @@ def who(
         note(f"not known: {gap}", "yellow")
 
 
-def _print_access_report(report: Who) -> None:
+def _print_access_report(report: AccessReport) -> None:
     if report.could is not None:
         say(f"could, now: {sum(agent['now'] for agent in report.could)} of these agents", "bold")
         print_table(
@@ -79,7 +81,7 @@ def _print_access_report(report: Who) -> None:
     say(f"did, from {moment(report.since_ms / 1000)} until {moment(report.until_ms / 1000)}:", "bold")
     print_table(
         _DID,
-        (_did_row(line) for line in report.lines()),
+        (_did_row(line) for line in report.rows()),
         empty="nobody, as far as you may see",
     )
 
@@ -90,10 +92,10 @@ def _could_rows(agent: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     by = agent["ceiling_by"]
     leave = f"{by['by'].rpartition('/')[2]}, {moment(by['at_ms'] / 1000)[:10]}" if by else ""
     if not agent["tasks"]:
-        yield name, sponsor, "nobody now", f"with a task: {_scope(agent['ceiling'])}", "", leave, ""
+        yield name, sponsor, "nobody now", f"with a task: {_scope_text(agent['ceiling'])}", "", leave, ""
     for task in agent["tasks"]:
         behalf = f"{task['on_behalf_of']} ({task['entitlements_by']})"
-        may = _scope(task["scope"])
+        may = _scope_text(task["scope"])
         if task["approvals"]:
             may += f"\nonce approved: {', '.join(task['approvals'])}"
         if task["against"]:
@@ -105,11 +107,11 @@ def _could_rows(agent: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _did_row(line: Mapping[str, Any]) -> tuple[str, ...]:
-    people = (line[name] or "unknown" for name in ("agent", "sponsor", "on_behalf_of"))
+    principals = (line[name] or "unknown" for name in ("agent", "sponsor", "on_behalf_of"))
     counts = (str(line[name]) if line[name] else "" for name in ("allowed", "denied", "observed", "leases"))
     times = (moment(line[name] / 1000) for name in ("first_ms", "last_ms"))
-    return (*people, *counts, *times, line["lease"] or "")
+    return (*principals, *counts, *times, line["lease"] or "")
 
 
-def _scope(scope: list[dict[str, Any]]) -> str:
+def _scope_text(scope: list[dict[str, Any]]) -> str:
     return "\n".join(f"{', '.join(one['verbs'])} on {', '.join(one['resources'])}" for one in scope)

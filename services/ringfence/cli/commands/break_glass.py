@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ringfence.cli.shared.arguments import a_beginning, show_scope
+from ringfence.cli.shared.arguments import check_id_prefix, show_scope
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.shared.output import moment, print_json, print_table, say
 from ringfence.client.approvals.break_glass_review import review_break_glass, uses_of_break_glass
@@ -56,7 +56,7 @@ def review(
         str,
         typer.Argument(
             metavar="REQUEST",
-            callback=a_beginning,
+            callback=check_id_prefix,
             help="The request's id, or how it begins: four characters or more.",
         ),
     ],

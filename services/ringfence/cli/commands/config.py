@@ -74,7 +74,7 @@ def trust(
     It says whom you trust: which broker, which trust root, which secret is read from where. So read what it sets first.
     Once it changes it is ignored until you trust it again.
     """
-    named, data = _to_be_trusted(path)
+    named, data = _read_candidate(path)
     content = config_file.parse(named, data)
     sets = {name: _without_secrets(name, value) for name, value in _flat(content)}
     resolved = config_file.allow(named, data)
@@ -83,7 +83,8 @@ def trust(
         print_json({"path": resolved, "sha256": digest, "sets": sets, "list": str(trusted)})
         return
     print_fields(
-        {visible_name(name): visible_name(_text(value)) for name, value in sets.items()}, title="it sets"
+        {visible_name(name): visible_name(_value_text(value)) for name, value in sets.items()},
+        title="it sets",
     )
     say(f"trusted: {visible_name(resolved)}")
     say(f"SHA-256: {digest}")
@@ -114,15 +115,15 @@ def show(as_json: JsonOption = False) -> None:
             }
         )
         return
-    say(_file_in_words(file, found))
+    say(_describe_file(file, found))
     print_table(
         ["!setting", "value", "!from"],
-        [(one.name, visible_name(_text(one.value)), one.source) for one in settings],
+        [(one.name, visible_name(_value_text(one.value)), one.source) for one in settings],
         empty="",
     )
 
 
-def _to_be_trusted(path: Path | None) -> tuple[str, bytes]:
+def _read_candidate(path: Path | None) -> tuple[str, bytes]:
     """The file that is meant, and what is in it, read once. Raises InvalidCallError."""
     if path is not None:
         try:
@@ -151,7 +152,7 @@ def _file_as_json(file: ConfigFile | None, found: FoundFile | None) -> dict[str,
     return {"path": file.path, "sha256": None, "counts": True, "ignored_because": None} if file else None
 
 
-def _file_in_words(file: ConfigFile | None, found: FoundFile | None) -> str:
+def _describe_file(file: ConfigFile | None, found: FoundFile | None) -> str:
     if found is not None and found.refused is not None:
         return f"settings file: none; {visible_name(found.resolved)} is ignored: {found.refused}"
     if file is None:
@@ -169,15 +170,15 @@ def _settings(file: ConfigFile | None) -> Iterator[Setting]:
             continue
     environment = {name.upper(): value for name, value in os.environ.items()}
     of_file: Source = "RINGFENCE_CONFIG" if file and file.origin == "named" else "trusted file"
-    seen = set[str]()
+    listed = set[str]()
     for cls in _classes(RingfenceSettings):
         table = {name.lower(): value for name, value in table_of(cls, file).items()}
         prefix = str(cls.model_config.get("env_prefix") or "")
         for field, info in cls.model_fields.items():
             name = f"{prefix}{field}".upper()
-            if name in seen:
+            if name in listed:
                 continue
-            seen.add(name)
+            listed.add(name)
             if name in environment:
                 yield Setting(name, _without_secrets(name, environment[name], info), "environment")
             elif field in table:
@@ -222,7 +223,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _text(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -21,7 +21,7 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import visible
 
 if TYPE_CHECKING:
-    from ringfence.client.approvals.pending import PendingApproval
+    from ringfence.client.approvals.pending_approval import PendingApproval
 
 
 def demo(

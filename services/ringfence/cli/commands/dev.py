@@ -59,7 +59,7 @@ def dev(
     out = Console()
     options = StackOptions(
         state.resolve(),
-        services=(*SERVICE_ROLES, *_wanted(besides or ())),
+        services=(*SERVICE_ROLES, *_selected_services(besides or ())),
         fixed_ports=not free_ports,
         kafka_port=0 if free_ports else 9092,
         redis_port=0 if free_ports else 6379,
@@ -75,7 +75,7 @@ def dev(
         for role in options.services:
             out.print(f"  {role:9} {stack.url(role)}", highlight=False)
         out.print(f"Agents reach their targets through {stack.door}", highlight=False)
-        if _is_found_here(config):
+        if _is_default_config(config):
             out.print(
                 f"\nSettings are in {_display_path(config)}; commands started in {_display_path(Path.cwd())} find them."
             )
@@ -87,8 +87,8 @@ def dev(
                 highlight=False,
             )
         if seed:
-            people = ", ".join(["olga", *(person.id for person in PEOPLE)])
-            out.print(f"People: {people}. Agents: deploy-bot (sponsor sam), review-bot (sponsor petra).")
+            users = ", ".join(["olga", *(person.id for person in PEOPLE)])
+            out.print(f"People: {users}. Agents: deploy-bot (sponsor sam), review-bot (sponsor petra).")
             out.print("\nTry, in another terminal:")
             out.print(
                 f"  ringfence --identity {_display_path(state)}/users/olga.json inventory",
@@ -124,7 +124,7 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wanted(besides: Sequence[str]) -> list[ServiceRole]:
+def _selected_services(besides: Sequence[str]) -> list[ServiceRole]:
     if unknown := [name for name in besides if name not in ON_DEMAND]:
         raise typer.BadParameter(
             f"unknown: {', '.join(unknown)}; known: {', '.join(ON_DEMAND)}", param_hint="--with"
@@ -137,7 +137,7 @@ def _display_path(path: Path) -> str:
     return escape(visible(str(path)))
 
 
-def _is_found_here(config: Path) -> bool:
+def _is_default_config(config: Path) -> bool:
     """Whether commands that are started in this folder read this settings file by themselves."""
     found = config_file.find()
     return found is not None and found.refused is None and Path(found.resolved) == config.resolve()
@@ -169,5 +169,5 @@ def client_settings(environment: dict[str, str]) -> ClientSettings:
     """The settings of a client of the stack whose `RINGFENCE_*` these are."""
     from ringfence.client.settings import ClientSettings
 
-    named = {name.removeprefix("RINGFENCE_").lower(): value for name, value in environment.items()}
-    return ClientSettings(**{name: named[name] for name in ClientSettings.model_fields if name in named})  # type: ignore[arg-type]
+    values = {name.removeprefix("RINGFENCE_").lower(): value for name, value in environment.items()}
+    return ClientSettings(**{name: values[name] for name in ClientSettings.model_fields if name in values})  # type: ignore[arg-type]

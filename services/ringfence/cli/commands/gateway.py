@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ringfence.cli.shared.arguments import a_name, a_target
+from ringfence.cli.shared.arguments import check_name, check_target_id
 from ringfence.cli.shared.options import (
     IdentityOption,
     JsonOption,
@@ -18,7 +18,7 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import print_json, print_table, say, visible
 from ringfence.cli.shared.progress import counting
-from ringfence.client.reports.action_report import ActionReport, Count, Sums, action_report
+from ringfence.client.reports.action_report import ActionCount, ActionReport, ActionSums, action_report
 from ringfence.client.reports.read_api import ReadApi
 
 app = typer.Typer(help="What gateways let pass, and what they blocked.", no_args_is_help=True)
@@ -38,10 +38,11 @@ def stats(
         str, typer.Option("--since", metavar="DURATION", help="How far back; audit keeps 365 days.")
     ] = "7d",
     agent: Annotated[
-        str | None, typer.Option("--agent", metavar="AGENT", callback=a_name, help="Only this agent.")
+        str | None, typer.Option("--agent", metavar="AGENT", callback=check_name, help="Only this agent.")
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--target", metavar="TARGET", callback=a_target, help="Only this target.")
+        str | None,
+        typer.Option("--target", metavar="TARGET", callback=check_target_id, help="Only this target."),
     ] = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
@@ -137,7 +138,7 @@ def _cell(part: str | int | None) -> str:
     return visible(str(part)) if part is not None else ""
 
 
-def _beside(pair: tuple[str | None, ...], sums: Sums) -> tuple[str, ...]:
+def _beside(pair: tuple[str | None, ...], sums: ActionSums) -> tuple[str, ...]:
     return (
         *map(_name_or_dash, pair),
         str(sums.allowed.read),
@@ -150,7 +151,7 @@ def _beside(pair: tuple[str | None, ...], sums: Sums) -> tuple[str, ...]:
     )
 
 
-def _count_text(count: Count) -> str:
+def _count_text(count: ActionCount) -> str:
     rest = f", {count.neither} neither" if count.neither else ""
     return f"{count.total} ({count.read} reads, {count.write} writes{rest})"
 

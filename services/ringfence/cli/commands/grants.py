@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ringfence.cli.shared.arguments import a_beginning, a_uuid, parse_scope, show_scope
+from ringfence.cli.shared.arguments import check_id_prefix, check_uuid, parse_scope, show_scope
 from ringfence.cli.shared.command_results import print_accepted
 from ringfence.cli.shared.options import (
     AllowOption,
@@ -32,17 +32,17 @@ from ringfence.cli.shared.output import (
 )
 from ringfence.client.admin.command_client import Accepted
 from ringfence.client.approvals.grants import Grantor, Proposal
-from ringfence.client.approvals.pending import PendingApproval
+from ringfence.client.approvals.pending_approval import PendingApproval
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import InvalidCallError
 from ringfence.messages.permission import Permission
 
-GrantArgument = Annotated[str, typer.Argument(metavar="GRANT", callback=a_uuid, help="The grant's id.")]
+GrantArgument = Annotated[str, typer.Argument(metavar="GRANT", callback=check_uuid, help="The grant's id.")]
 
 
 def grant(
     task: Annotated[
-        str | None, typer.Argument(metavar="[TASK]", callback=a_uuid, help="The task's id.")
+        str | None, typer.Argument(metavar="[TASK]", callback=check_uuid, help="The task's id.")
     ] = None,
     allow: AllowOption = None,
     like: Annotated[
@@ -50,7 +50,7 @@ def grant(
         typer.Option(
             "--like",
             metavar="REQUEST",
-            callback=a_beginning,
+            callback=check_id_prefix,
             help="What this request that waits is for, instead of TASK.",
         ),
     ] = None,

@@ -21,10 +21,10 @@ from ringfence.client.admin.trust_setup import (
     TrustFolder,
     add_gateways,
     add_services,
+    load_root_and_bundle,
     make_trust,
     publish_bundle,
     publish_trust,
-    signed_before,
 )
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.settings import BusSettings, load
@@ -139,44 +139,44 @@ def init(
             "one change at a time: --add-gateway, --add-service, --rotate-service, --rotate-root, --renew, "
             "--oidc-issuer or --remove-oidc-issuer"
         )
-    settings, trust, told = load(BusSettings), TrustFolder(folder), _Told(wants_json(as_json))
+    settings, trust, result = load(BusSettings), TrustFolder(folder), _Result(wants_json(as_json))
     following: Callable[[], int] | None = None
     if add_gateway:
-        following = partial(_add, trust, add_gateway, told)
+        following = partial(_add, trust, add_gateway, result)
     elif add_service:
-        following = partial(_add_services, trust, add_service, told)
+        following = partial(_add_services, trust, add_service, result)
     elif rotate_service:
         overlap_s = 0 if compromised else overlap_h * 3600
-        following = partial(_rotate_services, trust, rotate_service, told, overlap_s, compromised)
+        following = partial(_rotate_services, trust, rotate_service, result, overlap_s, compromised)
     elif rotate_root:
-        following = partial(_rotate_root, trust, told, _moment_s(compromised_since))
+        following = partial(_rotate_root, trust, result, _moment_s(compromised_since))
     elif renew:
-        following = partial(_renew, trust, told)
+        following = partial(_renew, trust, result)
     elif oidc_issuer:
         following = partial(
-            _add_issuer, trust, oidc_issuer, told, jwks, oidc_for, discovery=oidc_discovery,
+            _add_issuer, trust, oidc_issuer, result, jwks, oidc_for, discovery=oidc_discovery,
             claim=oidc_user_claim, suffix=oidc_user_suffix, external=oidc_external_id,
             emails_verified=oidc_emails_verified,
         )  # fmt: skip
     elif remove_oidc_issuer:
-        following = partial(_remove_issuer, trust, remove_oidc_issuer, told)
+        following = partial(_remove_issuer, trust, remove_oidc_issuer, result)
     try:
         if following is not None:
-            told.data["trust_bundle"] = following()
-            _next_version(trust, settings, told, publish=publish)
+            result.data["trust_bundle"] = following()
+            _next_version(trust, settings, result, publish=publish)
         else:
             first = operator or (None if trust.root_key.exists() else _OPERATOR)
             if not (publish and trust.root_key.exists()):
-                _make(trust, settings, first or _OPERATOR, gateway or ["gateway"], told)
+                _make(trust, settings, first or _OPERATOR, gateway or ["gateway"], result)
             if publish:
-                _publish(trust, settings, first, name, told)
+                _publish(trust, settings, first, name, result)
             else:
-                told.line("Next: ringfence topics apply, then ringfence init --publish")
+                result.line("Next: ringfence topics apply, then ringfence init --publish")
     finally:
-        told.end()
+        result.end()
 
 
-class _Told:
+class _Result:
     """What was done: a line at once for people, one document at the end for programs."""
 
     def __init__(self, as_json: bool) -> None:
@@ -192,9 +192,11 @@ class _Told:
             print_json({"published": False, **self.data})
 
 
-def _make(trust: TrustFolder, settings: BusSettings, operator: str, gateways: list[str], told: _Told) -> None:
+def _make(
+    trust: TrustFolder, settings: BusSettings, operator: str, gateways: list[str], result: _Result
+) -> None:
     fingerprint = make_trust(trust, settings.trust_domain, operator, gateways=gateways)
-    told.data |= {
+    result.data |= {
         "trust_bundle": 1,
         "trust_domain": settings.trust_domain,
         "trust_root": fingerprint,
@@ -202,38 +204,40 @@ def _make(trust: TrustFolder, settings: BusSettings, operator: str, gateways: li
         "service_keys": str(trust.path / "keys"),
         "operator_key": str(trust.user_key(operator)),
     }
-    told.line(f"Trust root for {settings.trust_domain}, fingerprint:")
-    told.line(f"  export RINGFENCE_TRUST_ROOT={fingerprint}")
-    told.line(f"Root key:      {trust.root_key}   move it off this machine")
-    told.line(f"Service keys:  {trust.path / 'keys'}   one file for each service, and no other")
-    told.line(f"Operator key:  {trust.user_key(operator)}")
+    result.line(f"Trust root for {settings.trust_domain}, fingerprint:")
+    result.line(f"  export RINGFENCE_TRUST_ROOT={fingerprint}")
+    result.line(f"Root key:      {trust.root_key}   move it off this machine")
+    result.line(f"Service keys:  {trust.path / 'keys'}   one file for each service, and no other")
+    result.line(f"Operator key:  {trust.user_key(operator)}")
 
 
-def _publish(trust: TrustFolder, settings: BusSettings, operator: str | None, name: str, told: _Told) -> None:
+def _publish(
+    trust: TrustFolder, settings: BusSettings, operator: str | None, name: str, result: _Result
+) -> None:
     """Put what there is on Kafka: the bundle, and the first operator where they are named, or the bundle is the first.
 
     A later bundle leaves them alone: they may have been disabled since, and have other roles and keys.
     """
-    version = signed_before(trust)[1].version
+    version = load_root_and_bundle(trust)[1].version
     if operator is None and version == 1:
-        operator = _made_operator(trust)
+        operator = _operator_of_root(trust)
     if operator is None:
         run(publish_bundle(trust, settings))
-        told.line(f"Trust bundle {version} is on Kafka at {settings.kafka}.")
-        told.line(
+        result.line(f"Trust bundle {version} is on Kafka at {settings.kafka}.")
+        result.line(
             "The first operator stays as they are; to give them their key and role anew: --operator NAME"
         )
     else:
         run(publish_trust(trust, settings, operator, name))
-        told.line(f"Trust bundle {version} and operator {operator} are on Kafka at {settings.kafka}.")
-        told.data["operator"] = operator
-    told.data |= {"trust_bundle": version, "published": True}
+        result.line(f"Trust bundle {version} and operator {operator} are on Kafka at {settings.kafka}.")
+        result.data["operator"] = operator
+    result.data |= {"trust_bundle": version, "published": True}
 
 
-def _made_operator(trust: TrustFolder) -> str:
+def _operator_of_root(trust: TrustFolder) -> str:
     """Whose key was made with the root, where it is the only one."""
-    made = sorted(file.stem for file in trust.user_key(_OPERATOR).parent.glob("*.json"))
-    return made[0] if len(made) == 1 else _OPERATOR
+    operators = sorted(file.stem for file in trust.user_key(_OPERATOR).parent.glob("*.json"))
+    return operators[0] if len(operators) == 1 else _OPERATOR
 
 
 def _moment_s(since: datetime | None) -> int | None:
@@ -248,79 +252,84 @@ def _moment_s(since: datetime | None) -> int | None:
     return int(at.timestamp())
 
 
-def _next_version(trust: TrustFolder, settings: BusSettings, told: _Told, *, publish: bool) -> None:
+def _next_version(trust: TrustFolder, settings: BusSettings, result: _Result, *, publish: bool) -> None:
     if publish:
         run(publish_bundle(trust, settings))
-        told.line(f"Trust bundle {told.data['trust_bundle']} is on Kafka at {settings.kafka}.")
-        told.data["published"] = True
+        result.line(f"Trust bundle {result.data['trust_bundle']} is on Kafka at {settings.kafka}.")
+        result.data["published"] = True
     else:
-        told.line("Next: ringfence init --publish")
+        result.line("Next: ringfence init --publish")
 
 
-def _add(trust: TrustFolder, gateways: list[str], told: _Told) -> int:
+def _add(trust: TrustFolder, gateways: list[str], result: _Result) -> int:
     version = add_gateways(trust, gateways).version
-    told.line(f"Trust bundle {version} has gateway {', '.join(gateways)} now.")
+    result.line(f"Trust bundle {version} has gateway {', '.join(gateways)} now.")
     for name in gateways:
-        told.line(f"Its keys:  {trust.service_key(name)}, {trust.encryption_key(name)}")
+        result.line(f"Its keys:  {trust.service_key(name)}, {trust.encryption_key(name)}")
     return version
 
 
-def _add_services(trust: TrustFolder, names: list[str], told: _Told) -> int:
+def _add_services(trust: TrustFolder, names: list[str], result: _Result) -> int:
     version = add_services(trust, names).version
-    told.line(f"Trust bundle {version} has {', '.join(names)} now.")
+    result.line(f"Trust bundle {version} has {', '.join(names)} now.")
     for name in names:
-        told.line(f"Its key:  {trust.service_key(name)}")
+        result.line(f"Its key:  {trust.service_key(name)}")
     return version
 
 
 def _rotate_services(
-    trust: TrustFolder, names: list[str], told: _Told, overlap_s: int, compromised: bool
+    trust: TrustFolder, names: list[str], result: _Result, overlap_s: int, compromised: bool
 ) -> int:
     version = rotate_services(trust, names, overlap_s=overlap_s, compromised=compromised).version
     for name in names:
         for file in (trust.service_key(name), trust.encryption_key(name)):
             if next_file(file).exists():
-                told.line(f"Its keys, until now and from now on:  {file}, {next_file(file)}")
+                result.line(f"Its keys, until now and from now on:  {file}, {next_file(file)}")
         for file in files_before(trust.encryption_key(name)):
-            told.line(f"Its key that leases of before may need:  {file}")
+            result.line(f"Its key that leases of before may need:  {file}")
     ends = "end at once" if compromised else f"count for {overlap_s // 3600} h more"
-    told.line(f"Trust bundle {version} has new keys of {', '.join(names)}; the old ones {ends}.")
-    told.line(
+    result.line(f"Trust bundle {version} has new keys of {', '.join(names)}; the old ones {ends}.")
+    result.line(
         "Put all files where the service runs, before the bundle is on Kafka: it reads them by itself then."
     )
     return version
 
 
-def _rotate_root(trust: TrustFolder, told: _Told, compromised_since_s: int | None) -> int:
+def _rotate_root(trust: TrustFolder, result: _Result, compromised_since_s: int | None) -> int:
     rotated = root_rotated(trust, compromised_since_s=compromised_since_s)
-    told.data |= {"trust_root": rotated.fingerprint, "root_key": str(trust.root_key)}
-    told.data["former_root_key"] = str(rotated.former)
-    told.line(
+    result.data |= {"trust_root": rotated.fingerprint, "root_key": str(trust.root_key)}
+    result.data["former_root_key"] = str(rotated.former)
+    result.line(
         f"Trust bundle {rotated.bundle.version} is signed by a new root. What runs follows it by itself."
     )
-    told.line("Whatever starts from now on should pin the new one:")
-    told.line(f"  export RINGFENCE_TRUST_ROOT={rotated.fingerprint}")
-    told.line(f"Root key:      {trust.root_key}   move it off this machine")
-    told.line(f"The one before: {rotated.former}   destroy it once that bundle is on Kafka")
+    result.line("Whatever starts from now on should pin the new one:")
+    result.line(f"  export RINGFENCE_TRUST_ROOT={rotated.fingerprint}")
+    result.line(f"Root key:      {trust.root_key}   move it off this machine")
+    result.line(f"The one before: {rotated.former}   destroy it once that bundle is on Kafka")
     return rotated.bundle.version
 
 
-def _renew(trust: TrustFolder, told: _Told) -> int:
+def _renew(trust: TrustFolder, result: _Result) -> int:
     bundle = renewed(trust)
     until = datetime.fromtimestamp(bundle.exp, UTC).date()
-    told.line(f"Trust bundle {bundle.version} holds until {until}.")
+    result.line(f"Trust bundle {bundle.version} holds until {until}.")
     return bundle.version
 
 
 def _add_issuer(
-    trust: TrustFolder, issuer: str, told: _Told, jwks: Path | None, uses: list[str] | None, **how: Any
+    trust: TrustFolder,
+    issuer: str,
+    result: _Result,
+    jwks: Path | None,
+    uses: list[str] | None,
+    **how: Any,
 ) -> int:
-    version, said = oidc_issuers.add(trust, issuer, jwks, uses, **how)
-    told.line(said)
+    version, sentence = oidc_issuers.add(trust, issuer, jwks, uses, **how)
+    result.line(sentence)
     return version
 
 
-def _remove_issuer(trust: TrustFolder, issuer: str, told: _Told) -> int:
-    version, said = oidc_issuers.remove(trust, issuer)
-    told.line(said)
+def _remove_issuer(trust: TrustFolder, issuer: str, result: _Result) -> int:
+    version, sentence = oidc_issuers.remove(trust, issuer)
+    result.line(sentence)
     return version

@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from ringfence.cli.shared.arguments import a_name, a_target
+from ringfence.cli.shared.arguments import check_name, check_target_id
 from ringfence.cli.shared.options import (
     IdentityOption,
     JsonOption,
@@ -34,16 +34,21 @@ _WHY = {"disabled": "is disabled", "no_sponsor": "is no sponsor", "unknown": "is
 
 def inventory(
     agent: Annotated[
-        str | None, typer.Option("--agent", metavar="AGENT", callback=a_name, help="Only this agent.")
+        str | None, typer.Option("--agent", metavar="AGENT", callback=check_name, help="Only this agent.")
     ] = None,
     sponsor: Annotated[
         str | None,
-        typer.Option("--sponsor", metavar="USER", callback=a_name, help="Only the agents of this sponsor."),
+        typer.Option(
+            "--sponsor", metavar="USER", callback=check_name, help="Only the agents of this sponsor."
+        ),
     ] = None,
     target: Annotated[
         str | None,
         typer.Option(
-            "--target", metavar="TARGET", callback=a_target, help="Only agents that may reach this target."
+            "--target",
+            metavar="TARGET",
+            callback=check_target_id,
+            help="Only agents that may reach this target.",
         ),
     ] = None,
     status: Annotated[
@@ -133,7 +138,7 @@ def _inventory_view(found: Inventory, keys_within: str) -> Group:
         columns = [
             "!agent", "status", "sponsor", "last seen", "tasks", "leases", "reaches", "by leave of", "keys until",
         ]  # fmt: skip
-        parts.append(table_of(columns, map(_row, found.agents)))
+        parts.append(table_of(columns, map(_agent_row, found.agents)))
     if found.more > 0:
         parts.append(Text(f"and {found.more} more: --limit lists more of them, --json all"))
     return Group(*parts)
@@ -162,7 +167,7 @@ def _count(number: int | None, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def _row(agent: Mapping[str, Any]) -> tuple[str, ...]:
+def _agent_row(agent: Mapping[str, Any]) -> tuple[str, ...]:
     sponsor = f"{agent['sponsor']} (orphan: {_WHY.get(agent['sponsor_is'], 'is none')})"
     seen, leave = agent["last_seen_ms"], agent["ceiling_by"]
     return (
@@ -180,10 +185,10 @@ def _row(agent: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _leases(agent: Mapping[str, Any]) -> str:
     standing, late = len(agent["standing_leases"]), agent.get("overdue_leases")
-    said = [str(agent["leases"] or "")]
-    said += [f"{standing} standing"] if standing else []
-    said += [f"{late} overdue"] if late else []
-    return ", ".join(filter(None, said))
+    cells = [str(agent["leases"] or "")]
+    cells += [f"{standing} standing"] if standing else []
+    cells += [f"{late} overdue"] if late else []
+    return ", ".join(filter(None, cells))
 
 
 def _reach(one: Mapping[str, Any]) -> str:
@@ -199,7 +204,7 @@ async def watch_table(
     every_s: int,
     limit: int,
     filters: Filters,
-    shown: Callable[[Inventory], RenderableType],
+    render: Callable[[Inventory], RenderableType],
 ) -> Never:
     """Draw it anew in place, until Ctrl-C. Where nobody answers, the last stays, and that is said.
 
@@ -209,7 +214,7 @@ async def watch_table(
     with Live(console=console(), auto_refresh=False, vertical_overflow="crop") as live:
         failed: str | None = None
         while True:
-            live.update(_framed(shown(found), found, failed), refresh=True)
+            live.update(_framed(render(found), found, failed), refresh=True)
             await asyncio.sleep(every_s)
             try:
                 found, failed = await read_inventory(api, limit, filters), None
@@ -277,8 +282,8 @@ class _Printed:
     def agents(self, at_ms: int, agents: Any) -> None:
         for agent in agents:
             mark = digest(orjson.dumps(agent).decode())
-            known = self._agents.get(agent["id"])
-            if known == mark or (known is None and not agent["fits"]):
+            previous = self._agents.get(agent["id"])
+            if previous == mark or (previous is None and not agent["fits"]):
                 continue
             self._agents[agent["id"]] = mark
             print_json_line({"at_ms": at_ms, "agent": agent})

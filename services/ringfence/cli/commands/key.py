@@ -48,20 +48,20 @@ def show(file: FileArgument, as_json: JsonOption = False) -> None:
 
 def _spiffe(id: str) -> str:
     if id.startswith("spiffe://"):
-        return _checked(_WHOLE, id)
+        return _validate_id(_WHOLE, id)
     kind, _, name = id.partition("/")
     if kind not in _NAMES or not name or "/" in name:
         raise typer.BadParameter(f"{id!r}: write user/NAME, agent/NAME or target/NAME", param_hint="--id")
-    return f"spiffe://{settings().trust_domain}/{kind}/{_checked(_NAMES[kind], name)}"
+    return f"spiffe://{settings().trust_domain}/{kind}/{_validate_id(_NAMES[kind], name)}"
 
 
-def _checked(names: TypeAdapter[str], said: str) -> str:
+def _validate_id(names: TypeAdapter[str], text: str) -> str:
     """A key whose name nothing can be registered under would be found out only when it is."""
     try:
-        return names.validate_python(said)
+        return names.validate_python(text)
     except ValidationError as error:
         raise typer.BadParameter(
-            f"{said!r} {explain(error).removeprefix('it: ')}", param_hint="--id"
+            f"{text!r} {explain(error).removeprefix('it: ')}", param_hint="--id"
         ) from None
 
 

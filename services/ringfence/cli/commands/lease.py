@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ringfence.cli.shared.arguments import a_name, a_target, a_uuid, show_scope
+from ringfence.cli.shared.arguments import check_name, check_target_id, check_uuid, show_scope
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.shared.output import (
     moment,
@@ -28,14 +28,14 @@ app = typer.Typer(help="The lives of issued credentials.", no_args_is_help=True)
 @app.command(name="list")
 def list_leases(
     agent: Annotated[
-        str | None, typer.Option("--agent", metavar="AGENT", callback=a_name, help="Only this agent's.")
+        str | None, typer.Option("--agent", metavar="AGENT", callback=check_name, help="Only this agent's.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", metavar="TASK", callback=a_uuid, help="Only this task's.")
+        str | None, typer.Option("--task", metavar="TASK", callback=check_uuid, help="Only this task's.")
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option("--target", metavar="TARGET", callback=a_target, help="Only for this target."),
+        typer.Option("--target", metavar="TARGET", callback=check_target_id, help="Only for this target."),
     ] = None,
     status: Annotated[
         Literal["minting", "active", "ending"] | None, typer.Option("--status", help="Only these.")
@@ -79,7 +79,7 @@ def list_leases(
 
 @app.command()
 def show(
-    lease: Annotated[str, typer.Argument(metavar="LEASE", callback=a_uuid, help="The lease's id.")],
+    lease: Annotated[str, typer.Argument(metavar="LEASE", callback=check_uuid, help="The lease's id.")],
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:

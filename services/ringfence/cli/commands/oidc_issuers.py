@@ -104,7 +104,7 @@ def add(
     if emails_verified and claim != "email":
         raise typer.BadParameter("goes with --oidc-user-claim email", param_hint="--oidc-emails-verified")
     with checked(issuer):
-        wanted = OidcIssuer(
+        oidc_issuer = OidcIssuer(
             issuer=issuer,
             uses=tuple(dict.fromkeys(_USES[use] for use in uses)),
             keys=keys,
@@ -114,9 +114,12 @@ def add(
             user_match="external_id" if external else "id",
             emails_verified=True if emails_verified else None,
         )
-    version = set_oidc_issuer(trust, wanted).version
+    version = set_oidc_issuer(trust, oidc_issuer).version
     known_by = f"{len(keys)} pinned keys" if keys else "keys that it publishes"
-    return version, f"Trust bundle {version} believes {issuer} for {', '.join(wanted.uses)}, by {known_by}."
+    return (
+        version,
+        f"Trust bundle {version} believes {issuer} for {', '.join(oidc_issuer.uses)}, by {known_by}.",
+    )
 
 
 def remove(trust: TrustFolder, issuer: str) -> tuple[int, str]:

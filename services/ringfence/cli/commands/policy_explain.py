@@ -10,7 +10,7 @@ import orjson
 import typer
 from rich.text import Text
 
-from ringfence.cli.shared.arguments import a_uuid, show_scope
+from ringfence.cli.shared.arguments import check_uuid, show_scope
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.shared.output import (
     console,
@@ -21,7 +21,7 @@ from ringfence.cli.shared.output import (
     print_table,
     visible,
 )
-from ringfence.client.agent.replies import who
+from ringfence.client.agent.replies import describe_approvers
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.permission import Permission, Scope
@@ -30,7 +30,7 @@ from ringfence.model.scope.scope import missing
 
 
 def explain(
-    request: Annotated[str, typer.Argument(metavar="REQUEST", callback=a_uuid, help="The request's id.")],
+    request: Annotated[str, typer.Argument(metavar="REQUEST", callback=check_uuid, help="The request's id.")],
     bundle: Annotated[
         Path | None,
         typer.Option(
@@ -122,20 +122,20 @@ def _value_lines(value: Any) -> list[str]:
 
 
 def _print_explanation(found: Mapping[str, Any]) -> None:
-    given = found.get("input") or {}
-    asked = given.get("request", {})
+    policy_input = found.get("input") or {}
+    request_input = policy_input.get("request", {})
     revisions = found.get("revisions") or {}
     fields = {
         "outcome": found["outcome"],
         "agent": found["agent_id"],
-        "on behalf of": given.get("task", {}).get("on_behalf_of", ""),
-        "reason given": visible(asked.get("reason", "")),
-        "life": f"{found['ttl_s']} s of {asked.get('ttl_s')} s" if found.get("ttl_s") else "",
-        "approvals": who(found["required"]) if found.get("required") else "",
+        "on behalf of": policy_input.get("task", {}).get("on_behalf_of", ""),
+        "reason given": visible(request_input.get("reason", "")),
+        "life": f"{found['ttl_s']} s of {request_input.get('ttl_s')} s" if found.get("ttl_s") else "",
+        "approvals": describe_approvers(found["required"]) if found.get("required") else "",
         "approved ahead": ", ".join(
             f"by {one['by']}, grant {one['grant_id']}" for one in found.get("grants", ())
         ),
-        "judged as of": moment(given["now_s"]) if "now_s" in given else "",
+        "judged as of": moment(policy_input["now_s"]) if "now_s" in policy_input else "",
         "policy": revisions.get("policy", ""),
         "records": ", ".join(f"{k} {v}" for k, v in revisions.items() if k != "policy"),
         "input": f"sha256 {found['input_digest']}" if found.get("input_digest") else "",
@@ -149,38 +149,38 @@ def _print_explanation(found: Mapping[str, Any]) -> None:
         side = f" [{visible(reason['side'])}]" if reason.get("side") else ""
         line.append(f"{side}  {visible(reason['message'])}", style="")
         console().print(line, soft_wrap=True)
-    if not given:
+    if not policy_input:
         note("it was decided before the rules were asked: nothing was held against any side")
         return
     print_table(
         ["asked for", "!side", "the side allows"],
         (
             (show_scope((permission,)), side, allows)
-            for permission in _scope(asked.get("scope"))
-            for side, allows in _sides(permission, given)
+            for permission in _parse_scope(request_input.get("scope"))
+            for side, allows in _sides(permission, policy_input)
         ),
         empty="",
     )
 
 
-def _sides(permission: Permission, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _sides(permission: Permission, policy_input: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Each side of the intersection, and whether it holds the permission."""
-    agent, task, user = (given.get(name, {}) for name in ("agent", "task", "user"))
+    agent, task, user = (policy_input.get(name, {}) for name in ("agent", "task", "user"))
     entitlements = user.get("entitlements", {})
     as_of = entitlements.get("as_of")
     sides = (
-        ("task", _scope(task.get("scope")), ""),
-        (f"ceiling of {agent.get('agent_id')}", _scope(agent.get("ceiling")), ""),
+        ("task", _parse_scope(task.get("scope")), ""),
+        (f"ceiling of {agent.get('agent_id')}", _parse_scope(agent.get("ceiling")), ""),
         (
             f"entitlements of {user.get('user_id')}",
-            _scope(entitlements.get("scope")),
+            _parse_scope(entitlements.get("scope")),
             f", as of {moment(as_of)}" if as_of else "",
         ),
     )
     for name, scope, note_ in sides:
-        lack = missing((permission,), scope)
-        yield name, f"{'not ' + show_scope(lack) if lack else 'all of it'}{note_}"
+        excess = missing((permission,), scope)
+        yield name, f"{'not ' + show_scope(excess) if excess else 'all of it'}{note_}"
 
 
-def _scope(items: Sequence[Any] | None) -> Scope:
+def _parse_scope(items: Sequence[Any] | None) -> Scope:
     return tuple(Permission.model_validate(item, strict=False) for item in items or ())

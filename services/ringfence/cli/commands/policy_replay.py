@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ringfence.cli.shared.arguments import show_scope
 from ringfence.cli.shared.options import JsonOption, duration_s, run, wants_json
 from ringfence.cli.shared.output import console, note, print_json, print_table, say
-from ringfence.client.agent.replies import who
+from ringfence.client.agent.replies import describe_approvers
 from ringfence.messages.permission import Permission
 
 if TYPE_CHECKING:
@@ -103,12 +103,12 @@ def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
             task = bar.add_task("", total=total)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
-    said = time.monotonic()
+    last_line_s = time.monotonic()
 
     def say_so(done: int, total: int) -> None:
-        nonlocal said
-        if time.monotonic() - said >= _SAY_EVERY_S:
-            said = time.monotonic()
+        nonlocal last_line_s
+        if time.monotonic() - last_line_s >= _SAY_EVERY_S:
+            last_line_s = time.monotonic()
             note(f"replayed {done} of {total} decisions")
 
     yield say_so
@@ -133,8 +133,8 @@ def _print_report(report: Report, since: str) -> None:
                     one.agent_id,
                     one.on_behalf_of,
                     show_scope(tuple(Permission.model_validate(p, strict=False) for p in one.scope)),
-                    _standing(one.before),
-                    _standing(one.after),
+                    _outcome_text(one.before),
+                    _outcome_text(one.after),
                 )
                 for one in examples
             ),
@@ -149,9 +149,9 @@ def _print_report(report: Report, since: str) -> None:
     say(f"revision {report.revision}")
 
 
-def _standing(standing: RequestOutcome) -> str:
-    reasons = "; ".join(f"{reason.code}: {reason.message}" for reason in standing.reasons)
-    if standing.outcome == "denied":
+def _outcome_text(outcome: RequestOutcome) -> str:
+    reasons = "; ".join(f"{reason.code}: {reason.message}" for reason in outcome.reasons)
+    if outcome.outcome == "denied":
         return f"denied ({reasons})"
-    approvals = f", with the approval of {who(standing.required)}" if standing.required else ""
-    return f"{standing.ttl_s} s{approvals}"
+    approvals = f", with the approval of {describe_approvers(outcome.required)}" if outcome.required else ""
+    return f"{outcome.ttl_s} s{approvals}"

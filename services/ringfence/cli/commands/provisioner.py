@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from ringfence.cli.shared.arguments import a_name, parse_permission, show_permission
+from ringfence.cli.shared.arguments import check_name, parse_permission, show_permission
 from ringfence.cli.shared.changes import Replacement, check_unchanged
 from ringfence.cli.shared.command_results import print_accepted, warn_of_unknown
 from ringfence.cli.shared.options import (
@@ -22,7 +22,7 @@ from ringfence.cli.shared.options import (
     YesOption,
     confirm,
     identity,
-    kept_if_accepted,
+    keep_key_if_accepted,
     key_records,
     run,
     settings,
@@ -43,7 +43,7 @@ from ringfence.model.identity.spiffe_ids import spiffe_id
 app = typer.Typer(help="Directories that users come from: what they may give.", no_args_is_help=True)
 
 ProvisionerArgument = Annotated[
-    str, typer.Argument(metavar="PROVISIONER", callback=a_name, help="Its id, among those of users.")
+    str, typer.Argument(metavar="PROVISIONER", callback=check_name, help="Its id, among those of users.")
 ]
 _ROLES: tuple[str, ...] = get_args(Role)
 
@@ -76,52 +76,56 @@ def change(
             if entry is None and not keys:
                 raise InvalidCallError("a new provisioner needs a key: --new-key FILE, or --public-key FILE")
             now_s = administrator.connection.clock.now_ms() / 1000
-            kept = [key for key in entry.state.keys if key.not_after > now_s] if entry else []
+            current_keys = [key for key in entry.state.keys if key.not_after > now_s] if entry else []
             before = entry.state.delegation if entry else None
-            held = [one for group in before.groups for one in group.scope] if before else []
-            given = [one for group in delegation.groups for one in group.scope]
-            await warn_of_unknown(administrator, given, held)
-            said: dict[str, Any] = {}
+            granted_before = [one for group in before.groups for one in group.scope] if before else []
+            granted = [one for group in delegation.groups for one in group.scope]
+            await warn_of_unknown(administrator, granted, granted_before)
+            details: dict[str, Any] = {}
             if entry is not None and before is not None:
-                shown = _replacement(provisioner, before, delegation, kept, keys)
+                replacement = _replacement(provisioner, before, delegation, current_keys, keys)
                 if entry.state.status == "disabled":
-                    shown.warnings.append(f"{provisioner} is disabled: this makes it active again")
-                if shown.lines or shown.warnings:
+                    replacement.warnings.append(f"{provisioner} is disabled: this makes it active again")
+                if replacement.lines or replacement.warnings:
                     question = f"Set provisioner {provisioner} so?"
-                    said = await shown.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
+                    details = await replacement.ask(
+                        question, identity(me), yes=yes, quiet=wants_json(as_json)
+                    )
                     await check_unchanged(administrator, "user", provisioner, entry)
             called = name or (entry.state.name if entry else provisioner)
             accepted = await administrator.set_provisioner(
-                provisioner, name=called, keys=keys or kept, delegation=delegation
+                provisioner, name=called, keys=keys or current_keys, delegation=delegation
             )
-            return accepted, said
+            return accepted, details
 
-    with kept_if_accepted(new_key):
-        accepted, said = run(work())
-    made = {"key_file": str(new_key)} if new_key else {}
-    print_accepted(accepted, f"provisioner {provisioner} set", wants_json(as_json), said, **made)
+    with keep_key_if_accepted(new_key):
+        accepted, details = run(work())
+    key_file_field = {"key_file": str(new_key)} if new_key else {}
+    print_accepted(accepted, f"provisioner {provisioner} set", wants_json(as_json), details, **key_file_field)
 
 
 def _replacement(
     provisioner: str,
     before: Delegation,
     after: Delegation,
-    kept: Sequence[KeyRecord],
+    current_keys: Sequence[KeyRecord],
     keys: Sequence[KeyRecord],
 ) -> Replacement:
-    shown = Replacement(f"provisioner {provisioner}")
+    replacement = Replacement(f"provisioner {provisioner}")
     if before.source != after.source:
-        shown.values("source", [before.source], [after.source])
+        replacement.values("source", [before.source], [after.source])
     old, new = ({one.group: one for one in delegation.groups} for delegation in (before, after))
     for group in sorted(old.keys() | new.keys()):
         if old.get(group) != new.get(group):
-            shown.values(f"group {group}", _gives(old.get(group)), _gives(new.get(group)))
-    if keys and (ended := [key.kid for key in kept if key.kid not in {one.kid for one in keys}]):
-        shown.values("keys", ended, [key.kid for key in keys])
-    return shown
+            replacement.values(
+                f"group {group}", _granted_lines(old.get(group)), _granted_lines(new.get(group))
+            )
+    if keys and (ended := [key.kid for key in current_keys if key.kid not in {one.kid for one in keys}]):
+        replacement.values("keys", ended, [key.kid for key in keys])
+    return replacement
 
 
-def _gives(group: GroupDelegation | None) -> list[str]:
+def _granted_lines(group: GroupDelegation | None) -> list[str]:
     return [*group.roles, *map(show_permission, group.scope)] if group else []
 
 
@@ -140,14 +144,16 @@ def list_provisioners(me: IdentityOption = None, as_json: JsonOption = False) ->
     print_table(
         ["!provisioner", "name", "status", "source", "groups"],
         # Not strict: JSON has no tuples.
-        (_row(UserState.model_validate(item["state"], strict=False)) for item in found),
+        (_provisioner_row(UserState.model_validate(item["state"], strict=False)) for item in found),
         empty="no provisioner that you may see",
     )
 
 
-def _row(state: UserState) -> Sequence[str]:
+def _provisioner_row(state: UserState) -> Sequence[str]:
     assert state.delegation is not None
-    groups = [f"{group.group}: {'; '.join(_gives(group)) or 'nothing'}" for group in state.delegation.groups]
+    groups = [
+        f"{group.group}: {'; '.join(_granted_lines(group)) or 'nothing'}" for group in state.delegation.groups
+    ]
     return state.user_id, state.name, state.status, state.delegation.source, "\n".join(groups) or "none"
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from ringfence.cli.shared.arguments import a_uuid, parse_scope, show_scope
+from ringfence.cli.shared.arguments import check_uuid, parse_scope, show_scope
 from ringfence.cli.shared.options import (
     AgentOption,
     AllowOption,
@@ -40,7 +40,9 @@ _DELIVERIES: tuple[Delivery, ...] = get_args(Delivery)
 def request(
     task: Annotated[
         str,
-        typer.Option("--task", metavar="TASK", callback=a_uuid, help="The id of the task that this is for."),
+        typer.Option(
+            "--task", metavar="TASK", callback=check_uuid, help="The id of the task that this is for."
+        ),
     ],
     reason: Annotated[str, typer.Option("--reason", help="Why, in a sentence that an approver reads.")],
     command: Annotated[

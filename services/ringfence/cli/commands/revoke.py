@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ringfence.cli.shared.arguments import a_name, a_target, a_uuid
+from ringfence.cli.shared.arguments import check_name, check_target_id, check_uuid
 from ringfence.cli.shared.command_results import print_accepted
 from ringfence.cli.shared.options import (
     IdentityOption,
@@ -28,14 +28,14 @@ _ENDS_WITHIN_S = 60.0
 def revoke(
     reason: ReasonOption,
     lease: Annotated[
-        str | None, typer.Option("--lease", metavar="LEASE", callback=a_uuid, help="This one lease.")
+        str | None, typer.Option("--lease", metavar="LEASE", callback=check_uuid, help="This one lease.")
     ] = None,
     task: Annotated[
         str | None,
         typer.Option(
             "--task",
             metavar="TASK",
-            callback=a_uuid,
+            callback=check_uuid,
             help="All leases of a task. More can be asked for until: ringfence task end TASK.",
         ),
     ] = None,
@@ -44,18 +44,20 @@ def revoke(
         typer.Option(
             "--agent",
             metavar="AGENT",
-            callback=a_name,
+            callback=check_name,
             help="All of an agent. It may ask again until: ringfence agent suspend AGENT.",
         ),
     ] = None,
     sponsor: Annotated[
-        str | None, typer.Option("--sponsor", metavar="USER", callback=a_name, help="All of a sponsor.")
+        str | None, typer.Option("--sponsor", metavar="USER", callback=check_name, help="All of a sponsor.")
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--target", metavar="TARGET", callback=a_target, help="All for a target.")
+        str | None,
+        typer.Option("--target", metavar="TARGET", callback=check_target_id, help="All for a target."),
     ] = None,
     user: Annotated[
-        str | None, typer.Option("--user", metavar="USER", callback=a_name, help="All on behalf of a user.")
+        str | None,
+        typer.Option("--user", metavar="USER", callback=check_name, help="All on behalf of a user."),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All leases that there are.")] = False,
     yes: YesOption = False,

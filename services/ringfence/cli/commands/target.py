@@ -12,7 +12,7 @@ import typer
 from pydantic import ValidationError
 
 from ringfence.cli.commands.target_templates import TEMPLATES, Template
-from ringfence.cli.shared.arguments import a_target
+from ringfence.cli.shared.arguments import check_target_id
 from ringfence.cli.shared.changes import Replacement, check_unchanged
 from ringfence.cli.shared.command_results import print_accepted
 from ringfence.cli.shared.options import (
@@ -26,7 +26,7 @@ from ringfence.cli.shared.options import (
     confirm,
     duration_s,
     identity,
-    kept_if_accepted,
+    keep_key_if_accepted,
     key_records,
     run,
     settings,
@@ -36,7 +36,7 @@ from ringfence.cli.shared.output import note
 from ringfence.cli.shared.records import list_records, show_record, target_fields
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.admin.command_client import Accepted
-from ringfence.client.admin.target_backends import backend_problem, no_backend
+from ringfence.client.admin.target_backends import backend_problem, unknown_backend_message
 from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.registry import (
     ActionClass,
@@ -53,7 +53,9 @@ from ringfence.model.target_settings import CREDENTIAL_KINDS
 
 app = typer.Typer(help="Systems that agents act on: verbs and approval floors.", no_args_is_help=True)
 
-TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", callback=a_target, help="The target's id.")]
+TargetArgument = Annotated[
+    str, typer.Argument(metavar="TARGET", callback=check_target_id, help="The target's id.")
+]
 _FLOORS: tuple[ApprovalClass, ...] = get_args(ApprovalClass)
 _CLASSES: tuple[ActionClass, ...] = get_args(ActionClass)
 _KINDS = " or ".join(", ".join(CREDENTIAL_KINDS).rsplit(", ", 1))
@@ -149,13 +151,13 @@ def add(
     """
     id = spiffe_id(settings().trust_domain, "target", target)
     base = _template(template)
-    verbs = _asking(_verbs(base, verb or ()), ask or ())
-    requests = [*map(_request, request or ()), *(base.requests if base else ())]
+    verbs = _with_action_approval(_merge_verbs(base, verb or ()), ask or ())
+    requests = [*map(_parse_request_rule, request or ()), *(base.requests if base else ())]
     _check_map(requests)
     kind = backend if backend is not None else base.backend if base else "jwt"
-    own = (dict(base.settings) if base and kind == base.backend else {}) | _settings(setting or ())
+    own = (dict(base.settings) if base and kind == base.backend else {}) | _parse_settings(setting or ())
     own |= {} if address is None else {"address": address}
-    made_of = _backend(kind, audience, own)
+    made_of = _backend_settings(kind, audience, own)
     _check_backend(made_of, anyway)
     max_ttl_s = duration_s(max_ttl)
     keys = key_records(public_key, new_key, id, key_days)
@@ -173,10 +175,10 @@ def add(
                 keys=keys,
                 status="active",
             )
-            said: dict[str, Any] = {}
-            if entry is not None and (shown := _replacement(entry.state, after)):
+            details: dict[str, Any] = {}
+            if entry is not None and (replacement := _replacement(entry.state, after)):
                 question = f"Replace target {target} so?"
-                said = await shown.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
+                details = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
                 await check_unchanged(administrator, "target", target, entry)
             accepted = await administrator.set_target(
                 target,
@@ -188,12 +190,12 @@ def add(
                 keys=keys,
                 anyway=anyway,
             )
-            return accepted, said
+            return accepted, details
 
-    with kept_if_accepted(new_key):
-        accepted, said = run(work())
-    made = {"key_file": str(new_key)} if new_key else {}
-    print_accepted(accepted, f"target {target} set", wants_json(as_json), said, **made)
+    with keep_key_if_accepted(new_key):
+        accepted, details = run(work())
+    key_file_field = {"key_file": str(new_key)} if new_key else {}
+    print_accepted(accepted, f"target {target} set", wants_json(as_json), details, **key_file_field)
     if _tells_address(kind) and "address" not in own:
         note(
             f"no --address: agents are told the one that Ringfence itself connects to, in RINGFENCE_BACKENDS_ACCESS of "
@@ -240,7 +242,7 @@ def ssh_helper() -> None:
     sys.stdout.write(files("ringfence").joinpath("backends", "ssh", "host_helper.py").read_text())
 
 
-def _verb(text: str) -> VerbFloor:
+def _parse_verb(text: str) -> VerbFloor:
     verb, _, floor = text.partition("=")
     if floor and floor not in _FLOORS:
         raise typer.BadParameter(f"{text!r}: {floor!r} is no floor; write one of {', '.join(_FLOORS)}")
@@ -250,7 +252,7 @@ def _verb(text: str) -> VerbFloor:
         raise typer.BadParameter(f"{text!r}: {explain(error)}") from None
 
 
-def _request(text: str) -> RequestRule:
+def _parse_request_rule(text: str) -> RequestRule:
     match = _REQUEST.fullmatch(text)
     if match is None:
         raise typer.BadParameter(
@@ -258,9 +260,9 @@ def _request(text: str) -> RequestRule:
             "body:NAME=VALUE, message:METHOD[=TOOL], argument:NAME=VALUE"
         )
     method, path, verb, resource, conditions = match.groups()
-    query, body = (_conditions(where, conditions) for where in ("query", "body"))
+    query, body = (_parse_conditions(where, conditions) for where in ("query", "body"))
     try:
-        mcp = _mcp(text, conditions)
+        mcp = _parse_mcp_rule(text, conditions)
         return RequestRule(
             method=method, path=path, query=query, body=body, mcp=mcp, verb=verb, resource=resource
         )
@@ -268,21 +270,21 @@ def _request(text: str) -> RequestRule:
         raise typer.BadParameter(f"{text!r}: {explain(error)}") from None
 
 
-def _mcp(text: str, conditions: str) -> McpRule | None:
+def _parse_mcp_rule(text: str, conditions: str) -> McpRule | None:
     """Raises ValidationError."""
-    said = [one.removeprefix("message:") for one in conditions.split() if one.startswith("message:")]
-    arguments = _conditions("argument", conditions)
-    if len(said) > 1 or (arguments and not said):
+    details = [one.removeprefix("message:") for one in conditions.split() if one.startswith("message:")]
+    arguments = _parse_conditions("argument", conditions)
+    if len(details) > 1 or (arguments and not details):
         raise typer.BadParameter(
             f"{text!r}: write one message:METHOD[=TOOL], and conditions on arguments with it"
         )
-    if not said:
+    if not details:
         return None
-    method, _, name = said[0].partition("=")
+    method, _, name = details[0].partition("=")
     return McpRule(method=method, name=name or None, arguments=arguments)
 
 
-def _conditions(where: str, text: str) -> dict[str, tuple[str, ...]] | None:
+def _parse_conditions(where: str, text: str) -> dict[str, tuple[str, ...]] | None:
     found: dict[str, tuple[str, ...]] = {}
     for condition in text.split():
         kind, _, rest = condition.partition(":")
@@ -310,45 +312,45 @@ def _template(name: str | None) -> Template | None:
     return TEMPLATES[name] if name is not None else None
 
 
-def _verbs(template: Template | None, given: Iterable[str]) -> list[VerbFloor]:
+def _merge_verbs(template: Template | None, texts: Iterable[str]) -> list[VerbFloor]:
     """Those of the template, and those given, which count instead."""
-    usual = template.verbs if template else {}
-    verbs = {verb: VerbFloor(verb=verb, floor=floor) for verb, floor in usual.items()}
-    named = [_verb(text) for text in given]
-    _check_once([floor.verb for floor in named], "--verb")
-    verbs |= {floor.verb: floor for floor in named}
+    template_verbs = template.verbs if template else {}
+    verbs = {verb: VerbFloor(verb=verb, floor=floor) for verb, floor in template_verbs.items()}
+    parsed = [_parse_verb(text) for text in texts]
+    _check_no_duplicates([floor.verb for floor in parsed], "--verb")
+    verbs |= {floor.verb: floor for floor in parsed}
     if not verbs:
         raise typer.BadParameter("name at least one verb, or a template", param_hint="--verb")
     return list(verbs.values())
 
 
-def _asking(verbs: list[VerbFloor], given: Iterable[str]) -> list[VerbFloor]:
+def _with_action_approval(verbs: list[VerbFloor], texts: Iterable[str]) -> list[VerbFloor]:
     """The verbs, those marked of which each action waits for a person."""
-    asks = [_ask(text) for text in given]
-    _check_once([verb for verb, _ in asks], "--ask")
+    asks = [_parse_action_approval(text) for text in texts]
+    _check_no_duplicates([verb for verb, _ in asks], "--ask")
     classes = dict(asks)
     if unknown := classes.keys() - {verb.verb for verb in verbs}:
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: no verb of this target", param_hint="--ask")
     return [verb.model_copy(update={"ask": classes.get(verb.verb, verb.ask)}) for verb in verbs]
 
 
-def _check_once(names: list[str], option: str) -> None:
+def _check_no_duplicates(names: list[str], option: str) -> None:
     """Of two for one verb the last would count, and might be the weaker one."""
     if twice := sorted(name for name in set(names) if names.count(name) > 1):
         raise typer.BadParameter(f"{', '.join(twice)} is there twice", param_hint=option)
 
 
-def _ask(text: str) -> tuple[str, ActionClass]:
-    verb, _, wanted = text.partition("=")
+def _parse_action_approval(text: str) -> tuple[str, ActionClass]:
+    verb, _, action_class = text.partition("=")
     for one in _CLASSES:
-        if one == (wanted or _CLASSES[0]):
+        if one == (action_class or _CLASSES[0]):
             return verb, one
     raise typer.BadParameter(f"{text!r}: write VERB=CLASS, one of {', '.join(_CLASSES)}", param_hint="--ask")
 
 
-def _settings(given: Iterable[str]) -> dict[str, str | int]:
+def _parse_settings(texts: Iterable[str]) -> dict[str, str | int]:
     settings: dict[str, str | int] = {}
-    for text in given:
+    for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not _SETTING.fullmatch(name):
             raise typer.BadParameter(f"{text[:64]!r}: write NAME=VALUE", param_hint="--setting")
@@ -363,12 +365,12 @@ def _settings(given: Iterable[str]) -> dict[str, str | int]:
     return settings
 
 
-def _backend(kind: str, audience: str | None, own: dict[str, str | int]) -> BackendSettings:
+def _backend_settings(kind: str, audience: str | None, own: dict[str, str | int]) -> BackendSettings:
     try:  # further fields belong to the kind
         return BackendSettings.model_validate({"kind": kind, "audience": audience, **own})
     except ValidationError as error:
         if any(one["loc"][:1] == ("kind",) for one in error.errors(include_url=False)):
-            raise typer.BadParameter(no_backend(kind), param_hint="--backend") from None
+            raise typer.BadParameter(unknown_backend_message(kind), param_hint="--backend") from None
         raise typer.BadParameter(f"{kind!r}: {explain(error)}", param_hint="--backend") from None
 
 
@@ -392,18 +394,18 @@ def _tells_address(kind: str) -> bool:
 
 def _replacement(before: TargetState, after: TargetState) -> Replacement | None:
     """What of a target changes; None where nothing does."""
-    shown = Replacement(f"target {after.target_id}")
+    replacement = Replacement(f"target {after.target_id}")
     old, new = target_fields(before), target_fields(after)
     for name in old.keys() | new.keys():
         if old.get(name, "") != new.get(name, ""):
-            shown.values(name, _lines(old.get(name, "")), _lines(new.get(name, "")))
+            replacement.values(name, _lines(old.get(name, "")), _lines(new.get(name, "")))
     if before.status == "removed":
-        shown.warnings.append(f"{after.target_id} was removed: this makes it active again")
+        replacement.warnings.append(f"{after.target_id} was removed: this makes it active again")
     elif gone := {one.verb for one in before.verbs} - {one.verb for one in after.verbs}:
-        shown.warnings.append(
+        replacement.warnings.append(
             f"it has no verb {', '.join(sorted(gone))} any more; what holds it keeps it until its lease ends"
         )
-    return shown if shown.lines else None
+    return replacement if replacement.lines else None
 
 
 def _lines(text: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ringfence.cli.shared.arguments import a_name, a_uuid, parse_scope, show_permission, show_scope
+from ringfence.cli.shared.arguments import check_name, check_uuid, parse_scope, show_permission, show_scope
 from ringfence.cli.shared.command_results import print_accepted
 from ringfence.cli.shared.options import (
     AllowOption,
@@ -37,8 +37,8 @@ from ringfence.model.records.consent import canonical_terms, nonce_of
 
 app = typer.Typer(help="Tasks: assign, with what all sides allow; hand on; end.", no_args_is_help=True)
 
-AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", callback=a_name, help="The agent's id.")]
-TaskArgument = Annotated[str, typer.Argument(metavar="TASK", callback=a_uuid, help="The task's id.")]
+AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", callback=check_name, help="The agent's id.")]
+TaskArgument = Annotated[str, typer.Argument(metavar="TASK", callback=check_uuid, help="The task's id.")]
 PurposeOption = Annotated[str | None, typer.Option("--purpose", help="What it is for.")]
 ForOption = Annotated[
     str | None, typer.Option("--for", metavar="DURATION", help="How long: 90s, 15m, 1h30m, 2d.")
@@ -65,7 +65,9 @@ def assign(
     ] = None,
     on_behalf_of: Annotated[
         str | None,
-        typer.Option("--on-behalf-of", metavar="USER", callback=a_name, help="With --id-token: whose it is."),
+        typer.Option(
+            "--on-behalf-of", metavar="USER", callback=check_name, help="With --id-token: whose it is."
+        ),
     ] = None,
     id_token: Annotated[
         Path | None,
@@ -84,28 +86,28 @@ def assign(
     as_json: JsonOption = False,
 ) -> None:
     """Assign a task to an agent, on your behalf. First shows what task, ceiling and entitlements allow together."""
-    given = None if consent is None else _read_consent(consent)
-    if given is not None and (purpose or allow or lasts or until):
+    consented = None if consent is None else _read_consent(consent)
+    if consented is not None and (purpose or allow or lasts or until):
         raise typer.BadParameter("the terms are in the consent; give none beside it", param_hint="--consent")
     token = _read_id_token(id_token, on_behalf_of, consent, until)
-    wanted = _wanted(purpose, allow, lasts, until) if given is None else {}
+    fields = _task_terms(purpose, allow, lasts, until) if consented is None else {}
 
     async def work() -> tuple[TaskTerms, str, Preview, str | None]:
         async with Administrator.connect(identity(me)) as administrator:
-            if given is None:
-                terms, whose, signed = administrator.terms(agent, **wanted), on_behalf_of, None
+            if consented is None:
+                terms, whose, signed = administrator.terms(agent, **fields), on_behalf_of, None
             else:
-                terms, whose, signed = given
+                terms, whose, signed = consented
                 if terms.agent_id != agent:
                     raise InvalidCallError(f"the consent is for agent {terms.agent_id}, not {agent}")
-            shown = await administrator.preview(terms, on_behalf_of=whose)
+            task_preview = await administrator.preview(terms, on_behalf_of=whose)
             if not wants_json(as_json):
-                _show_preview(shown)
+                _show_preview(task_preview)
             if dry_run:
-                return terms, whose or administrator.id, shown, None
-            if not shown.effective and not anyway:
+                return terms, whose or administrator.id, task_preview, None
+            if not task_preview.effective and not anyway:
                 if wants_json(as_json):
-                    _show_preview(shown)
+                    _show_preview(task_preview)
                 raise RingfenceError(
                     "the task was not assigned: it would allow nothing. Change task, ceiling or entitlements, or add "
                     "--anyway"
@@ -113,11 +115,11 @@ def assign(
             task_id = await administrator.assign_terms(
                 terms, on_behalf_of=whose, consent=signed, id_token=token
             )
-            return terms, whose or administrator.id, shown, task_id
+            return terms, whose or administrator.id, task_preview, task_id
 
-    terms, whose, shown, task_id = run(work())
+    terms, whose, task_preview, task_id = run(work())
     if wants_json(as_json):
-        print_json(_as_json(terms, whose, shown, task_id))
+        print_json(_as_json(terms, whose, task_preview, task_id))
     elif task_id:
         say(f"task {task_id} assigned to {agent} on behalf of {whose}, until {moment(terms.not_after)}")
 
@@ -136,11 +138,11 @@ def consent(
     as_json: JsonOption = False,
 ) -> None:
     """Sign the terms of a task that somebody else will assign on your behalf; prints the consent."""
-    wanted, life_s = _wanted(purpose, allow, lasts, until), consent_life_s(valid)
+    fields, life_s = _task_terms(purpose, allow, lasts, until), consent_life_s(valid)
 
     async def work() -> tuple[TaskTerms, str]:
         async with Administrator.connect(identity(me)) as administrator:
-            terms = administrator.terms(agent, **wanted)
+            terms = administrator.terms(agent, **fields)
             _show_preview(await administrator.preview(terms))
             return terms, administrator.sign_consent(terms, life_s=life_s)
 
@@ -166,10 +168,10 @@ def nonce(
     """
     if until is None:
         raise typer.BadParameter("say until when; a token cannot consent to a duration", param_hint="--until")
-    wanted = _wanted(purpose, allow, None, until)
+    fields = _task_terms(purpose, allow, None, until)
     with checked("the task"):
         terms = TaskTerms(
-            agent_id=agent, purpose=wanted["purpose"], scope=wanted["scope"], not_after=wanted["not_after"]
+            agent_id=agent, purpose=fields["purpose"], scope=fields["scope"], not_after=fields["not_after"]
         )
     if wants_json(as_json):
         print_json({"nonce": nonce_of(terms), "terms": canonical_terms(terms).decode()})
@@ -189,15 +191,15 @@ def delegate(
     as_json: JsonOption = False,
 ) -> None:
     """Hand part of a task to another agent: no wider, and no longer. As the agent of the task."""
-    wanted = _wanted(purpose, allow, lasts, until)
-    scope, ends_in_s, not_after = wanted["scope"], wanted["ends_in_s"], wanted["not_after"]
+    fields = _task_terms(purpose, allow, lasts, until)
+    scope, ends_in_s, not_after = fields["scope"], fields["ends_in_s"], fields["not_after"]
 
     async def work() -> str:
         async with Agent.connect(identity(me)) as delegator:
             return await delegator.delegate(
                 task=task,
                 to=agent,
-                purpose=wanted["purpose"],
+                purpose=fields["purpose"],
                 scope=scope,
                 ends_in_s=ends_in_s,
                 until=not_after,
@@ -248,11 +250,11 @@ def show(task: TaskArgument, me: IdentityOption = None, as_json: JsonOption = Fa
     if wants_json(as_json):
         print_json({**found, "parts": [part["id"] for part in parts]})
         return
-    told = [f"{part['id']} to {part['state']['agent_id']} ({part['state']['status']})" for part in parts]
-    print_record("task", found, {"parts": "\n".join(told)})
+    delegated = [f"{part['id']} to {part['state']['agent_id']} ({part['state']['status']})" for part in parts]
+    print_record("task", found, {"parts": "\n".join(delegated)})
 
 
-def _wanted(
+def _task_terms(
     purpose: str | None, allow: list[str] | None, lasts: str | None, until: str | None
 ) -> dict[str, Any]:
     """The terms as they were given, all checked. Raises typer.BadParameter."""
@@ -307,22 +309,22 @@ def _read_id_token(
         raise InvalidCallError(f"cannot read the ID token {file}: {type(error).__name__}") from None
 
 
-def _show_preview(shown: Preview) -> None:
+def _show_preview(task_preview: Preview) -> None:
     note("What all sides allow together:", "bold")
-    note(show_scope(shown.effective))
-    for cut in shown.cuts:
+    note(show_scope(task_preview.effective))
+    for cut in task_preview.cuts:
         note(f"cut: {show_permission(cut.permission)} ({cut.limit} does not allow it)", "yellow")
-    for warning in shown.warnings:
+    for warning in task_preview.warnings:
         note(f"warning: {warning}", "yellow")
 
 
-def _as_json(terms: TaskTerms, whose: str, shown: Preview, task_id: str | None) -> dict[str, Any]:
+def _as_json(terms: TaskTerms, whose: str, task_preview: Preview, task_id: str | None) -> dict[str, Any]:
     return {
         "task_id": task_id,
         "agent_id": terms.agent_id,
         "on_behalf_of": whose,
         "not_after": terms.not_after,
-        "effective": list(shown.effective),
-        "cuts": [{"permission": cut.permission, "side": cut.limit} for cut in shown.cuts],
-        "warnings": list(shown.warnings),
+        "effective": list(task_preview.effective),
+        "cuts": [{"permission": cut.permission, "side": cut.limit} for cut in task_preview.cuts],
+        "warnings": list(task_preview.warnings),
     }

@@ -27,7 +27,7 @@ def apply(as_json: JsonOption = False) -> None:
         async with TopicsAdmin(load(ServiceSettings)) as admin:
             return await admin.apply(), *await admin.set_right()
 
-    created, right, left = run(work())
+    created, unchanged, left = run(work())
     for one in left:
         note(
             f"warning: {one.what} of {one.topic} is {one.found}, not {one.expected}, and was left so; to change it is "
@@ -35,10 +35,10 @@ def apply(as_json: JsonOption = False) -> None:
             "yellow",
         )
     if wants_json(as_json):
-        print_json({"created": created, "set": list(map(asdict, right)), "left": list(map(asdict, left))})
+        print_json({"created": created, "set": list(map(asdict, unchanged)), "left": list(map(asdict, left))})
         return
     lines = [f"created {name}" for name in created]
-    lines += [f"set {one.what} of {one.topic} to {one.expected}; it was {one.found}" for one in right]
+    lines += [f"set {one.what} of {one.topic} to {one.expected}; it was {one.found}" for one in unchanged]
     say("\n".join(lines) or "all topics are there")
 
 
@@ -82,28 +82,28 @@ def show_acls(
     decide what counts, whoever may write.
     """
     settings = load(ServiceSettings)
-    wanted = acls(settings.topic_prefix)
+    required = acls(settings.topic_prefix)
     principals = _principals(principal or [], settings.topic_prefix)
     if grant:
 
         async def work() -> int:
             async with TopicsAdmin(settings) as admin:
-                return await admin.grant(wanted, principals)
+                return await admin.grant(required, principals)
 
         count = run(work())
         if not wants_json(as_json):
             say(f"{count} ACLs are there")
             return
     if wants_json(as_json):
-        print_json({"acls": [_acl(one, principals) for one in wanted]})
+        print_json({"acls": [_acl(one, principals) for one in required]})
     else:
-        for command in commands(wanted, principals):
+        for command in commands(required, principals):
             say(command)
 
 
-def _principals(named: list[str], prefix: str) -> dict[Party, str]:
+def _principals(options: list[str], prefix: str) -> dict[Party, str]:
     found: dict[Party, str] = {party: f"User:{prefix}-{party}" for party in PARTIES}
-    for one in named:
+    for one in options:
         name, _, principal = one.partition("=")
         party = next((party for party in PARTIES if party == name), None)
         if party is None or ":" not in principal:

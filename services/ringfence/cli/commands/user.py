@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from ringfence.cli.shared.arguments import a_name, parse_scope, show_scope
+from ringfence.cli.shared.arguments import check_name, parse_scope, show_scope
 from ringfence.cli.shared.changes import (
     Replacement,
     ScopeOptions,
@@ -30,7 +30,7 @@ from ringfence.cli.shared.options import (
     RemoveOption,
     YesOption,
     identity,
-    kept_if_accepted,
+    keep_key_if_accepted,
     key_records,
     run,
     settings,
@@ -52,7 +52,7 @@ app = typer.Typer(help="People: roles, keys, entitlements.", no_args_is_help=Tru
 
 _ROLES: tuple[Role, ...] = get_args(Role)
 
-UserArgument = Annotated[str, typer.Argument(metavar="USER", callback=a_name, help="The user's id.")]
+UserArgument = Annotated[str, typer.Argument(metavar="USER", callback=check_name, help="The user's id.")]
 RoleOption = Annotated[
     list[str] | None, typer.Option("--role", metavar="ROLE", help="sponsor, operator or auditor. Repeatable.")
 ]
@@ -89,9 +89,9 @@ def add(
                 user, name=name, roles=roles, keys=keys, entitlements=scope, source=source
             )
 
-    with kept_if_accepted(new_key):
+    with keep_key_if_accepted(new_key):
         accepted = run(work())
-    print_accepted(accepted, f"user {user} added", wants_json(as_json), **_made(new_key))
+    print_accepted(accepted, f"user {user} added", wants_json(as_json), **_key_file_field(new_key))
 
 
 @app.command(name="set")
@@ -147,24 +147,24 @@ def change(
             if state.status == "active" and not touched:
                 raise InvalidCallError(f"nothing of {user} would change: name what, or --refresh")
             held = state.entitlements.scope
-            await refuse_unknown(administrator, options.named, anyway, held)
+            await refuse_unknown(administrator, options.permissions, anyway, held)
             scope = options.applied(held) if options else None
-            said: dict[str, Any] = {}
+            details: dict[str, Any] = {}
             replacement, question = _replacement(state, options, scope, roles, keys)
             if question is not None:
-                said = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
+                details = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
                 await check_unchanged(administrator, "user", user, entry)
             accepted = await administrator.set_user(
                 user,
-                **_changed(state, name, roles, scope, source, confirmed=refresh or options.gives),
-                keys=keys or _current(state),
+                **_changed_fields(state, name, roles, scope, source, confirmed=refresh or options.gives),
+                keys=keys or _current_keys(state),
                 provisioned=None if take_over else _provisioning(state),
             )
-            return accepted, said
+            return accepted, details
 
-    with kept_if_accepted(new_key):
-        accepted, said = run(work())
-    print_accepted(accepted, f"user {user} set", wants_json(as_json), said, **_made(new_key))
+    with keep_key_if_accepted(new_key):
+        accepted, details = run(work())
+    print_accepted(accepted, f"user {user} set", wants_json(as_json), details, **_key_file_field(new_key))
 
 
 @app.command()
@@ -185,18 +185,18 @@ def disable(
             directory = await administrator.directory()
             if directory.user(user) is None:
                 raise InvalidCallError(f"there is no user {user}; see: ringfence user list")
-            gone = Replacement(f"user {user}", losses=[Loss(user=user), Loss(sponsor=user)])
+            replacement = Replacement(f"user {user}", losses=[Loss(user=user), Loss(sponsor=user)])
             orphans = _agents_of(directory, user)
-            gone.lines["agents that become orphans"] = ", ".join(orphans) or "none"
-            gone.document["orphans"] = orphans
+            replacement.lines["agents that become orphans"] = ", ".join(orphans) or "none"
+            replacement.document["orphans"] = orphans
             question = f"Disable {user}?"
             if user == administrator.id:
                 question = f"You are {user}, and could not take it back yourself. {question}"
-            said = await gone.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
-            return await administrator.disable_user(user, reason=reason), said
+            details = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
+            return await administrator.disable_user(user, reason=reason), details
 
-    accepted, said = run(work())
-    print_accepted(accepted, f"user {user} disabled", wants_json(as_json), said)
+    accepted, details = run(work())
+    print_accepted(accepted, f"user {user} disabled", wants_json(as_json), details)
 
 
 @app.command()
@@ -246,7 +246,7 @@ def show(user: UserArgument, me: IdentityOption = None, as_json: JsonOption = Fa
 def _roles(texts: list[str] | None) -> tuple[Role, ...]:
     found: list[Role] = []
     for text in texts or ():
-        role = next((known for known in _ROLES if known == text), None)
+        role = next((name_of_role for name_of_role in _ROLES if name_of_role == text), None)
         if role is None:
             raise typer.BadParameter(
                 f"{text!r} is no role; write one of {', '.join(_ROLES)}", param_hint="--role"
@@ -264,35 +264,35 @@ def _replacement(
 ) -> tuple[Replacement, str | None]:
     """What changes, and what to ask before it does; None where nothing is taken away or replaced."""
     user, held = state.user_id, state.entitlements.scope
-    shown = Replacement(f"user {user}")
+    replacement = Replacement(f"user {user}")
     asks = False
     if scope is not None and scope != held:
-        shown.scope("entitled to", held, scope)
+        replacement.scope("entitled to", held, scope)
         if missing(held, scope):
-            shown.losses.append(Loss(user=user, fits=scope))
+            replacement.losses.append(Loss(user=user, fits=scope))
         asks = options.whole is not None or bool(options.remove)
     if roles is not None and set(roles) != set(state.roles):
-        shown.values("roles", state.roles, roles)
+        replacement.values("roles", state.roles, roles)
         asks = asks or bool(set(state.roles) - set(roles))
         if "sponsor" in state.roles and "sponsor" not in roles:
-            shown.losses.append(Loss(sponsor=user))
-            shown.warnings.append(
+            replacement.losses.append(Loss(sponsor=user))
+            replacement.warnings.append(
                 f"without the role sponsor {user} answers for no agent: theirs become orphans"
             )
     new = {key.kid for key in keys}
-    if keys and (ended := [key.kid for key in _current(state) if key.kid not in new]):
-        shown.values("keys", ended, sorted(new))
-        shown.warnings.append("the keys before end now")
+    if keys and (ended := [key.kid for key in _current_keys(state) if key.kid not in new]):
+        replacement.values("keys", ended, sorted(new))
+        replacement.warnings.append("the keys before end now")
         asks = True
     if state.status == "disabled":
-        shown.warnings.append(
+        replacement.warnings.append(
             f"{user} is disabled: this makes them active again, with these roles and entitlements"
         )
         roles_after = state.roles if roles is None else roles
-        shown.lines.setdefault("roles", ", ".join(roles_after) or "none")
-        shown.lines.setdefault("entitled to", show_scope(held if scope is None else scope))
-        return shown, f"Set user {user}, and make them active again?"
-    return shown, f"Change user {user} so?" if asks else None
+        replacement.lines.setdefault("roles", ", ".join(roles_after) or "none")
+        replacement.lines.setdefault("entitled to", show_scope(held if scope is None else scope))
+        return replacement, f"Set user {user}, and make them active again?"
+    return replacement, f"Change user {user} so?" if asks else None
 
 
 def _agents_of(directory: Directory, user: str) -> list[str]:
@@ -305,7 +305,7 @@ def _agents_of(directory: Directory, user: str) -> list[str]:
     ]
 
 
-def _changed(
+def _changed_fields(
     state: UserState,
     name: str | None,
     roles: tuple[Role, ...] | None,
@@ -333,10 +333,10 @@ def _provisioning(state: UserState) -> Provisioning | None:
     return Provisioning(**{**fields, "active": True})
 
 
-def _current(state: UserState) -> tuple[KeyRecord, ...]:
+def _current_keys(state: UserState) -> tuple[KeyRecord, ...]:
     now_s = time.time()
     return tuple(key for key in state.keys if key.not_after > now_s)
 
 
-def _made(new_key: Path | None) -> dict[str, str]:
+def _key_file_field(new_key: Path | None) -> dict[str, str]:
     return {"key_file": str(new_key)} if new_key else {}

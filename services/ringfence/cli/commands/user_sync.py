@@ -36,26 +36,29 @@ async def sync(
     """Make the users of a provisioner what the file says. Raises RingfenceError where something failed."""
     async with Provisioner.connect(identity) as provisioner:
         delegation = await delegation_of(provisioner)
-        wanted = read_users(file, {one.group for one in delegation.groups})
-        todo = await plan(provisioner, wanted)
+        file_users = read_users(file, {one.group for one in delegation.groups})
+        sync_plan = await plan(provisioner, file_users)
         if not as_json:
-            _show(todo)
-        if todo.problems:
-            raise InvalidCallError("nothing was changed:\n  " + "\n  ".join(todo.problems))
+            _show(sync_plan)
+        if sync_plan.problems:
+            raise InvalidCallError("nothing was changed:\n  " + "\n  ".join(sync_plan.problems))
         if not force:
-            todo.check_leaving(max_leaving)
+            sync_plan.check_leaving(max_leaving)
         results: dict[str, str | None] = {}
         if not dry_run:
             await carry_out(
-                provisioner, wanted, todo, lambda one, problem: results.update({one.user_id: problem})
+                provisioner,
+                file_users,
+                sync_plan,
+                lambda one, problem: results.update({one.user_id: problem}),
             )
     if as_json:
-        print_json({"dry_run": dry_run, "users": [_as_json(one, results) for one in todo.differences]})
+        print_json({"dry_run": dry_run, "users": [_as_json(one, results) for one in sync_plan.differences]})
     failed = {user_id: problem for user_id, problem in results.items() if problem}
     if failed:
         lines = [f"{user_id}: {problem}" for user_id, problem in sorted(failed.items())]
         raise RingfenceError(
-            f"{len(failed)} of {len(todo.differences)} were refused:\n  " + "\n  ".join(lines)
+            f"{len(failed)} of {len(sync_plan.differences)} were refused:\n  " + "\n  ".join(lines)
         )
     if not as_json:
         say("nothing was changed (--dry-run)" if dry_run else f"{len(results)} users are as the file says")
@@ -65,7 +68,7 @@ def read_users(file: Path, delegated: Collection[str]) -> dict[str, FileUser]:
     """The users in a file, by id. Raises YamlFileError with everything that is wrong."""
     source = YamlFile(file)
     top = source.members(source.root, "the file", {"users"})
-    found: dict[str, FileUser] = {}
+    users: dict[str, FileUser] = {}
     if "users" not in top:
         source.problem(source.root, "the file has no `users`")
     else:
@@ -74,14 +77,14 @@ def read_users(file: Path, delegated: Collection[str]) -> dict[str, FileUser]:
                 _A_NAME.validate_python(user_id)
             except ValidationError as error:
                 source.problem(node, f"{user_id!r}: {explain(error)}")
-            user = _user(source, user_id, node, delegated)
+            user = _parse_user(source, user_id, node, delegated)
             if user is not None:
-                found[user_id] = user
+                users[user_id] = user
     source.finish()
-    return found
+    return users
 
 
-def _user(source: YamlFile, user_id: str, node: Any, delegated: Collection[str]) -> FileUser | None:
+def _parse_user(source: YamlFile, user_id: str, node: Any, delegated: Collection[str]) -> FileUser | None:
     members = source.members(node, f"user {user_id}", _MEMBERS)
     if "name" not in members:
         source.problem(node, f"user {user_id} has no `name`")
@@ -96,21 +99,21 @@ def _user(source: YamlFile, user_id: str, node: Any, delegated: Collection[str])
     active = source.flag(members["active"], "active") if "active" in members else True
     external_id = source.text(members["external_id"], "external_id") if "external_id" in members else None
     try:
-        said = Provisioning(
+        provisioning = Provisioning(
             groups=tuple(sorted(set(groups))),
             active=active,
             external_id=external_id or None,
             display_name=name or None,
         )
-        return FileUser(name, said)
+        return FileUser(name, provisioning)
     except ValidationError as error:
         source.problem(node, f"user {user_id}: {explain(error)}")
         return None
 
 
-def _show(todo: SyncPlan) -> None:
+def _show(sync_plan: SyncPlan) -> None:
     same = 0
-    for one in todo.differences:
+    for one in sync_plan.differences:
         if one.kind == "confirm":
             same += 1
             continue

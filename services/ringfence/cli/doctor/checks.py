@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ringfence.cli.doctor.finding import CheckResult, clock
-from ringfence.client.admin.trust_setup import SEAL, lacking
+from ringfence.client.admin.trust_setup import SEAL, missing_on_demand_services
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.clock_skew import SkewCheck
 from ringfence.kernel.base.errors import RingfenceError
@@ -77,31 +77,31 @@ async def redis_findings(settings: ServiceSettings) -> AsyncIterator[CheckResult
         skew = SkewCheck(name)
         skew.observe(int(seconds) * 1000 + int(micros) // 1000, now_ms)
         yield clock(name, skew)
-        said = {option: _option(answer) for option, answer in zip(_OPTIONS, answers, strict=True)}
-        for finding in (eviction(said), persistence(said)):
+        options = {option: _option(answer) for option, answer in zip(_OPTIONS, answers, strict=True)}
+        for finding in (eviction(options), persistence(options)):
             yield replace(finding, what=finding.what.replace("Redis", name))
 
 
-def eviction(said: Mapping[str, str]) -> CheckResult:
+def eviction(options: Mapping[str, str]) -> CheckResult:
     """By its options: does it keep all that it is given, and tell of what expires?"""
-    evicts = said["maxmemory-policy"]
+    evicts = options["maxmemory-policy"]
     if evicts != "noeviction":
         says = f"maxmemory-policy is {evicts}: leases could be evicted; set it to noeviction"
         return CheckResult("Redis", "bad", says)
-    if not {"E", "x"} <= set(said["notify-keyspace-events"].replace("A", "x")):
+    if not {"E", "x"} <= set(options["notify-keyspace-events"].replace("A", "x")):
         says = "notify-keyspace-events lacks Ex: leases end on time all the same, woken by the deadline set alone"
         return CheckResult("Redis", "unknown", f"{says}; set it to Ex")
     return CheckResult("Redis", "good", "answers, never evicts, tells of expired keys")
 
 
-def persistence(said: Mapping[str, str]) -> CheckResult:
+def persistence(options: Mapping[str, str]) -> CheckResult:
     """By its options: what is left after it was restarted?"""
     what = "Redis, restart"
-    if said["appendonly"] == "yes":
+    if options["appendonly"] == "yes":
         return CheckResult(what, "good", "appendonly is on: it comes back with what it had")
-    kept = f"snapshots ({said['save']})" if said["save"] else "nothing"
+    saved_by = f"snapshots ({options['save']})" if options["save"] else "nothing"
     says = (
-        f"appendonly is off, {kept} stays over a restart: no lease is lost, as all is rebuilt from Kafka, and "
+        f"appendonly is off, {saved_by} stays over a restart: no lease is lost, as all is rebuilt from Kafka, and "
         "everything denies meanwhile; to be back at once, set appendonly to yes"
     )
     return CheckResult(what, "unknown", says)
@@ -157,7 +157,7 @@ def bundle_findings(trust: TrustStore, refused: Sequence[str], now_s: float) -> 
         yield CheckResult("trust bundle", "bad", f"{says}; {remedy}")
     else:
         yield CheckResult("trust bundle", "good", says)
-    for role in lacking(bundle):
+    for role in missing_on_demand_services(bundle):
         says = (
             f"no keys in the trust bundle; where it is wanted: ringfence init --add-service {role} --publish"
         )
@@ -178,9 +178,9 @@ def _ending(service: ServiceIdentity, now_s: float) -> int | None:
 def _keys_end(service: ServiceIdentity, ending_s: int, now_s: float) -> CheckResult:
     name = service.id.rpartition("/")[2]
     day = datetime.fromtimestamp(ending_s, UTC).date()
-    said = f"its last key ended on {day}" if ending_s <= now_s else f"its last key ends on {day}"
+    options = f"its last key ended on {day}" if ending_s <= now_s else f"its last key ends on {day}"
     return CheckResult(
-        f"keys of {name}", "bad", f"{said}; run: ringfence init --rotate-service {name} --publish"
+        f"keys of {name}", "bad", f"{options}; run: ringfence init --rotate-service {name} --publish"
     )
 
 
@@ -188,9 +188,9 @@ def versions(on_kafka: int | None, in_force: Mapping[str, int | None]) -> CheckR
     """Whether the services that answered have the bundle that is on Kafka; None where nothing can be compared."""
     if not in_force or on_kafka is None:
         return None
-    if others := {role: said for role, said in in_force.items() if said != on_kafka}:
-        named = ", ".join(f"{role} has {said or 'none'}" for role, said in sorted(others.items()))
-        says = f"on Kafka is version {on_kafka}, and {named}: restart it where that stays so"
+    if others := {role: options for role, options in in_force.items() if options != on_kafka}:
+        roles_text = ", ".join(f"{role} has {options or 'none'}" for role, options in sorted(others.items()))
+        says = f"on Kafka is version {on_kafka}, and {roles_text}: restart it where that stays so"
         return CheckResult("trust bundle in force", "bad", says)
     return CheckResult(
         "trust bundle in force", "good", f"version {on_kafka}, at all {len(in_force)} that answered"

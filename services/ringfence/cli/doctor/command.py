@@ -81,7 +81,7 @@ async def examine(settings: ServiceSettings, client: ClientSettings) -> AsyncIte
         ("audit", client.audit_url),
         ("gateway", client.gateway_url),
     ):
-        yield await _service(role, url, in_force, may_be_away=role == "gateway")
+        yield await _check_service(role, url, in_force, may_be_away=role == "gateway")
     if finding_of_all := versions(trust.version, in_force):
         yield finding_of_all
     async for finding in opa_findings():
@@ -153,16 +153,16 @@ async def _on_kafka(settings: ServiceSettings, trust: TrustStore) -> AsyncIterat
         yield clock_finding("broker", skew)
 
 
-async def _service(
+async def _check_service(
     role: str, url: str, in_force: dict[str, int | None], *, may_be_away: bool = False
 ) -> CheckResult:
     """`may_be_away`: of what not every installation has. `in_force` is told which trust bundle it has."""
     try:
         async with web_client(timeout_s=3) as http:
             answer = await http.get(f"{url}/readyz")
-            said = answer.json()
-            reasons, denies = said.get("reasons", []), said.get("denies", [])
-            in_force[role] = said.get("trust_bundle")
+            body = answer.json()
+            reasons, denies = body.get("reasons", []), body.get("denies", [])
+            in_force[role] = body.get("trust_bundle")
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, AttributeError) as error:
         says = (
             f"{url} does not answer ({type(error).__name__}); start it, or set RINGFENCE_{role.upper()}_URL"
@@ -172,7 +172,7 @@ async def _service(
         return CheckResult(
             role, "bad", f"{url} answers, and denies everything: {'; '.join(map(str, denies))}"
         )
-    if answer.status_code == 200 and (warnings := said.get("warnings", [])):
+    if answer.status_code == 200 and (warnings := body.get("warnings", [])):
         return CheckResult(role, "bad", f"{url} is ready, but warns: {'; '.join(map(str, warnings))}")
     if answer.status_code == 200:
         return CheckResult(role, "good", f"{url} is ready")

@@ -1,6 +1,6 @@
-"""How what waits for a person is shown: from what the agent signed and from verified records, what is alike once.
+"""Prints pending requests and actions for approvers, with equivalent requests shown once.
 
-Whatever an agent or a stranger wrote is made visible, and stays on its own line.
+Everything comes from what the agent signed and from verified records. Untrusted text is escaped, and stays on its line.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 
 from ringfence.cli.shared.arguments import show_scope
 from ringfence.cli.shared.output import print_fields, span, until, visible, visible_name
-from ringfence.client.agent.replies import who
+from ringfence.client.agent.replies import describe_approvers
 from ringfence.client.approvals.action_approvals import PendingAction
-from ringfence.client.approvals.grouping import RequestGroup
 from ringfence.client.approvals.history_comparison import DAYS, Comparison, Deviation
+from ringfence.client.approvals.request_groups import RequestGroup
 
 
 def print_question(group: RequestGroup, comparison: Comparison) -> None:
-    """Show requests that are alike, and how they differ from what the agent usually gets."""
+    """Print a group of equivalent requests, and how they differ from what the agent usually gets."""
     one, count = group.first, len(group.requests)
     print_fields(
         {
@@ -36,7 +36,7 @@ def print_question(group: RequestGroup, comparison: Comparison) -> None:
                 if one.break_glass
                 else {}
             ),
-            "needs": who(one.required) + ("" if one.mine else "  (not yours to give)"),
+            "needs": describe_approvers(one.required) + ("" if one.mine else "  (not yours to give)"),
             "asked because": "; ".join(visible(reason.message) for reason in one.why_asked),
             "answer until": until(group.expires_at, time.time()),
             "digest": "\n".join(request.digest for request in group.requests),
@@ -46,7 +46,7 @@ def print_question(group: RequestGroup, comparison: Comparison) -> None:
 
 
 def as_json(group: RequestGroup, comparison: Comparison | None = None) -> dict[str, Any]:
-    """Requests that are alike as JSON: the first of them, `alike` with the ids and digests of all."""
+    """A group of equivalent requests as JSON: its first request, and in `alike` the ids and digests of all."""
     document = asdict(group.first)
     document["alike"] = [
         {
@@ -63,7 +63,7 @@ def as_json(group: RequestGroup, comparison: Comparison | None = None) -> dict[s
 
 
 def print_action(one: PendingAction) -> None:
-    """Show one action that waits: from what the gateway signed and from verified records alone."""
+    """Print one pending action, from what the gateway signed and from verified records."""
     print_fields(
         {
             "agent": f"{one.agent} ({visible(one.agent_description)})",
@@ -77,7 +77,7 @@ def print_action(one: PendingAction) -> None:
             else "nothing",
             "with headers": "\n".join(_headers(one)),
             "waits at": one.gateway,
-            "needs": who((one.required,)) + ("" if one.mine else "  (not yours to give)"),
+            "needs": describe_approvers((one.required,)) + ("" if one.mine else "  (not yours to give)"),
             "answer until": until(one.expires_at, time.time()),
             "digest": one.digest,
         },
@@ -86,7 +86,7 @@ def print_action(one: PendingAction) -> None:
 
 
 def shown_headers(one: PendingAction) -> list[str]:
-    """The headers of an action whose values the gateway shows, a line each."""
+    """The headers whose values the gateway shows, one a line."""
     return [f"{visible(each.name)}: {visible(each.value)}" for each in one.headers if each.value is not None]
 
 
@@ -101,7 +101,7 @@ def _headers(one: PendingAction) -> list[str]:
 
 
 def action_as_json(one: PendingAction) -> dict[str, Any]:
-    """An action that waits as JSON; `kind` tells it from a request for a credential."""
+    """A pending action as JSON; `kind` distinguishes it from a credential request."""
     return {"kind": "action", **asdict(one)}
 
 

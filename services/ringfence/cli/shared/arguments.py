@@ -1,4 +1,4 @@
-"""What ids have to look like, said of the word on the command line: a wrong one is wrong use, and nothing is asked."""
+"""Validates ids and parses permissions on the command line. A wrong one is a usage error, before any request."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ from ringfence.model.scope.scope import validate_scope
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 _TARGET: TypeAdapter[str] = TypeAdapter(TargetId)
 _UUID: TypeAdapter[str] = TypeAdapter(Uuid)
-_BEGINNING = re.compile(r"[0-9a-f-]{4,36}")
+_ID_PREFIX = re.compile(r"[0-9a-f-]{4,36}")
 
 
-def a_name(said: str | None) -> str | None:
-    """The id of a user or an agent: every other id could be one, too. For `callback`, as all here.
+def check_name(text: str | None) -> str | None:
+    """Validate the id of a user or an agent. A typer callback, as all `check_` functions here.
 
     Raises typer.BadParameter.
     """
-    return _checked(_NAME, said)
+    return _validate_id(_NAME, text)
 
 
-def a_target(said: str | None) -> str | None:
-    """The id of a target."""
-    return _checked(_TARGET, said)
+def check_target_id(text: str | None) -> str | None:
+    """Validate the id of a target."""
+    return _validate_id(_TARGET, text)
 
 
-def a_uuid(said: str | None) -> str | None:
-    """The id of a task, request, lease or grant."""
-    return _checked(_UUID, said)
+def check_uuid(text: str | None) -> str | None:
+    """Validate the id of a task, request, lease or grant."""
+    return _validate_id(_UUID, text)
 
 
-def a_beginning(said: str | None) -> str | None:
-    """The id of a request, or how it begins."""
-    if said is not None and not _BEGINNING.fullmatch(said):
+def check_id_prefix(text: str | None) -> str | None:
+    """Validate the id of a request, or a prefix of one."""
+    if text is not None and not _ID_PREFIX.fullmatch(text):
         raise typer.BadParameter(
-            f"{said!r} is no request's id, nor how one begins: four or more of 0-9, a-f, '-'"
+            f"{text!r} is no request's id, nor how one begins: four or more of 0-9, a-f, '-'"
         )
-    return said
+    return text
 
 
-def _checked(ids: TypeAdapter[str], said: str | None) -> str | None:
+def _validate_id(ids: TypeAdapter[str], text: str | None) -> str | None:
     try:
-        return None if said is None else ids.validate_python(said)
+        return None if text is None else ids.validate_python(text)
     except ValidationError as error:
-        raise typer.BadParameter(f"{said!r} {explain(error).removeprefix('it: ')}") from None
+        raise typer.BadParameter(f"{text!r} {explain(error).removeprefix('it: ')}") from None
 
 
 # Permissions as they are written on the command line, and as they are shown.
@@ -66,15 +66,15 @@ _JSON_FILE = TypeAdapter(tuple[Permission, ...])
 
 
 def parse_permission(text: str) -> Permission:
-    """One permission, as `target:verbs:resources` or as a JSON object.
+    """Parse a permission, written as `target:verbs:resources` or as a JSON object.
 
-    The short form has exactly two colons; verbs and resources are separated by commas, without spaces. A name that
-    holds a colon or a comma itself is written as JSON.
+    The short form has exactly two colons; commas, without spaces, separate verbs and resources. A name with a colon or
+    a comma needs JSON.
 
     Raises typer.BadParameter (exit 2), saying where it is wrong.
     """
     if text.lstrip().startswith("{"):
-        _check_names(text, text)
+        _check_duplicate_names(text, text)
         try:
             permission = _JSON.validate_json(text)
         except ValidationError as error:
@@ -90,16 +90,16 @@ def parse_permission(text: str) -> Permission:
 
 def parse_scope(texts: Sequence[str] | None, *, may_be_empty: bool = False) -> Scope:
     """A scope from repeated options; `@FILE` reads a JSON list of permissions. Raises typer.BadParameter."""
-    found: list[Permission] = []
+    permissions: list[Permission] = []
     for text in texts or ():
-        found += _read_file(text[1:]) if text.startswith("@") else [parse_permission(text)]
-    if texts and not found:
+        permissions += _read_file(text[1:]) if text.startswith("@") else [parse_permission(text)]
+    if texts and not permissions:
         raise typer.BadParameter(f"there is no permission in {', '.join(texts)}", param_hint="--allow")
     try:
-        validate_scope(tuple(found), allow_empty=may_be_empty)
+        validate_scope(tuple(permissions), allow_empty=may_be_empty)
     except ScopeError as error:
         raise typer.BadParameter(str(error)) from None
-    return tuple(found)
+    return tuple(permissions)
 
 
 def _parse_short(text: str) -> Permission:
@@ -122,8 +122,8 @@ def _parse_short(text: str) -> Permission:
         raise typer.BadParameter(f"{text!r}: {explain(error)}") from None
 
 
-def _check_names(data: str | bytes, what: str) -> None:
-    """Raises typer.BadParameter where a name comes twice in JSON: the last would count, whatever the first limits."""
+def _check_duplicate_names(data: str | bytes, what: str) -> None:
+    """Raise typer.BadParameter where JSON has a name twice: the last would count, whatever the first limits."""
     try:
         json.loads(data, object_pairs_hook=once)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
@@ -135,7 +135,7 @@ def _check_names(data: str | bytes, what: str) -> None:
 def _read_file(name: str) -> tuple[Permission, ...]:
     try:
         data = Path(name).read_bytes()
-        _check_names(data, name)
+        _check_duplicate_names(data, name)
         return _JSON_FILE.validate_json(data)
     except OSError as error:
         raise typer.BadParameter(f"@{name}: {error.strerror}") from None
@@ -144,17 +144,17 @@ def _read_file(name: str) -> tuple[Permission, ...]:
 
 
 def show_permission(permission: Permission) -> str:
-    """One permission in the short form, for people; what is not plain ASCII is made visible."""
+    """A permission in the short form, for people. Characters beyond ASCII are made visible."""
     return show_act(permission.target, ",".join(permission.verbs), ",".join(permission.resources))
 
 
 def show_act(target: str, verb: str, resource: str) -> str:
-    """What is done to what, as permissions are shown: with every sign beyond ASCII, look-alike letters too, marked."""
+    """Target, verb and resource as one text. Characters beyond ASCII, look-alike letters too, are made visible."""
     return ":".join(map(visible_name, (target, verb, resource)))
 
 
 def write_permission(permission: Permission) -> str:
-    """One permission as `parse_permission` takes it back: in the short form where that can hold it, else as JSON."""
+    """A permission in a form that `parse_permission` accepts: the short form where possible, else JSON."""
     names = (*permission.verbs, *permission.resources)
     if all(name.isascii() and name.isprintable() and not {":", ",", " "} & set(name) for name in names):
         return show_permission(permission)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from ringfence.cli.shared.arguments import a_name
+from ringfence.cli.shared.arguments import check_name
 from ringfence.cli.shared.changes import Replacement, check_unchanged
 from ringfence.cli.shared.command_results import print_accepted
 from ringfence.cli.shared.options import (
@@ -44,7 +44,7 @@ SelectorOption = Annotated[
 
 
 def set_attestation(
-    agent: Annotated[str, typer.Argument(metavar="AGENT", callback=a_name, help="The agent's id.")],
+    agent: Annotated[str, typer.Argument(metavar="AGENT", callback=check_name, help="The agent's id.")],
     selector: SelectorOption = None,
     none: Annotated[bool, typer.Option("--none", help="No instance may enrol any more.")] = False,
     yes: YesOption = False,
@@ -65,9 +65,9 @@ def set_attestation(
             entry = (await administrator.directory()).agent(agent)
             if entry is None:
                 raise InvalidCallError(f"there is no agent {agent}; see: ringfence agent list")
-            said: dict[str, Any] = {}
-            kept = {selector_id(one) for one in selectors}
-            if gone := {selector_id(one) for one in entry.state.attestation} - kept:
+            details: dict[str, Any] = {}
+            kept_ids = {selector_id(one) for one in selectors}
+            if gone := {selector_id(one) for one in entry.state.attestation} - kept_ids:
                 replacement = Replacement(f"selectors of {agent}")
                 replacement.values(
                     "selectors",
@@ -76,12 +76,12 @@ def set_attestation(
                 )
                 replacement.losses.append(Loss(agent=agent, selectors=frozenset(gone)))
                 question = f"Set the selectors of {agent} so?"
-                said = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
+                details = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
                 await check_unchanged(administrator, "agent", agent, entry)
-            return await administrator.set_attestation(agent, selectors), said
+            return await administrator.set_attestation(agent, selectors), details
 
-    accepted, said = run(work())
-    print_accepted(accepted, f"{len(selectors)} selectors of {agent} set", wants_json(as_json), said)
+    accepted, details = run(work())
+    print_accepted(accepted, f"{len(selectors)} selectors of {agent} set", wants_json(as_json), details)
 
 
 def parse_selectors(given: list[str] | None) -> tuple[AttestationSelector, ...]:
@@ -103,9 +103,9 @@ def show_selector(selector: AttestationSelector) -> str:
     """A selector as it is written on the command line."""
     words = [selector.issuer, *(f"{name}={value}" for name, value in selector.claims.items())]
     words += ["key-bound"] if selector.key_bound else []
-    said = shlex.join([*words, f"life={selector.max_life_s}"])
+    details = shlex.join([*words, f"life={selector.max_life_s}"])
     unknown = unknown_fields(selector)
-    return f"{said} (lets nobody in, as {names_of(unknown)} is not known here)" if unknown else said
+    return f"{details} (lets nobody in, as {names_of(unknown)} is not known here)" if unknown else details
 
 
 def _fields(text: str) -> Any:
@@ -141,6 +141,6 @@ def _selector(fields: Any, text: str) -> AttestationSelector:
     except ValidationError as error:
         raise typer.BadParameter(f"{text!r}: {explain(error)}", param_hint="--selector") from None
     if found := unknown_fields(selector):
-        said = describe_unknown(found, f"the selector for {selector.issuer}")
-        raise typer.BadParameter(f"{text!r}: {said}", param_hint="--selector")
+        details = describe_unknown(found, f"the selector for {selector.issuer}")
+        raise typer.BadParameter(f"{text!r}: {details}", param_hint="--selector")
     return selector

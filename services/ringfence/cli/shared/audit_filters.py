@@ -6,20 +6,20 @@ from typing import Annotated, Literal
 
 import typer
 
-from ringfence.cli.shared.arguments import a_name, a_target, a_uuid
+from ringfence.cli.shared.arguments import check_name, check_target_id, check_uuid
 from ringfence.client.reports.read_api import Filters
 
 AgentFilter = Annotated[
-    str | None, typer.Option("--agent", metavar="AGENT", callback=a_name, help="Only this agent.")
+    str | None, typer.Option("--agent", metavar="AGENT", callback=check_name, help="Only this agent.")
 ]
 TaskFilter = Annotated[
-    str | None, typer.Option("--task", metavar="TASK", callback=a_uuid, help="Only this task.")
+    str | None, typer.Option("--task", metavar="TASK", callback=check_uuid, help="Only this task.")
 ]
 LeaseFilter = Annotated[
-    str | None, typer.Option("--lease", metavar="LEASE", callback=a_uuid, help="Only this lease.")
+    str | None, typer.Option("--lease", metavar="LEASE", callback=check_uuid, help="Only this lease.")
 ]
 TargetFilter = Annotated[
-    str | None, typer.Option("--target", metavar="TARGET", callback=a_target, help="Only this target.")
+    str | None, typer.Option("--target", metavar="TARGET", callback=check_target_id, help="Only this target.")
 ]
 UserFilter = Annotated[
     str | None,
@@ -27,13 +27,15 @@ UserFilter = Annotated[
         "--on-behalf-of",
         "--user",
         metavar="USER",
-        callback=a_name,
+        callback=check_name,
         help="Only what was on behalf of this user.",
     ),
 ]
 SponsorFilter = Annotated[
     str | None,
-    typer.Option("--sponsor", metavar="USER", callback=a_name, help="Only what this sponsor answers for."),
+    typer.Option(
+        "--sponsor", metavar="USER", callback=check_name, help="Only what this sponsor answers for."
+    ),
 ]
 CodeFilter = Annotated[
     list[str] | None,

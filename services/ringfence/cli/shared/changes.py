@@ -39,7 +39,7 @@ class ScopeOptions:
         return self.whole is not None or bool(self.add)
 
     @property
-    def named(self) -> Scope:
+    def permissions(self) -> Scope:
         """The permissions that are to be allowed from now on, as they were written."""
         return (*(self.whole or ()), *self.add)
 
@@ -105,7 +105,7 @@ class Replacement:
             note(f"{self.what}:", "bold")
             for name, value in self.lines.items():
                 note(f"  {name}: {value}" if "\n" not in value else f"  {name}:\n" + _indented(value))
-            note(f"  leases that end: {ending.in_words()}", "yellow" if ending.ids or ending.gap else "")
+            note(f"  leases that end: {ending.describe()}", "yellow" if ending.ids or ending.gap else "")
             for warning in self.warnings:
                 note(f"  {warning}", "yellow")
         confirm(question, yes)

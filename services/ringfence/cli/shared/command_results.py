@@ -17,13 +17,13 @@ async def refuse_unknown(
     administrator: Administrator,
     scope: Sequence[Permission],
     anyway: bool = False,
-    held: Sequence[Permission] = (),
+    granted: Sequence[Permission] = (),
 ) -> None:
     """Refuse a scope that names targets or verbs that are not there; with `anyway` only warn of them.
 
-    `held`: what was allowed before, of which nothing is said again. Raises InvalidCallError.
+    `granted`: what was allowed before, of which nothing is said again. Raises InvalidCallError.
     """
-    found = await _unknown(administrator, scope, held)
+    found = await _unknown(administrator, scope, granted)
     if found and not anyway:
         raise InvalidCallError(
             f"{'; '.join(found)}. Correct it, have an operator add it first (ringfence target add), or add --anyway"
@@ -32,16 +32,16 @@ async def refuse_unknown(
 
 
 async def warn_of_unknown(
-    administrator: Administrator, scope: Sequence[Permission], held: Sequence[Permission] = ()
+    administrator: Administrator, scope: Sequence[Permission], granted: Sequence[Permission] = ()
 ) -> None:
-    """Warn of targets and verbs that are not there, where a scope may well come before them. `held`: as above."""
-    _warn(await _unknown(administrator, scope, held))
+    """Warn of targets and verbs that are not there, where a scope may well come before them. `granted`: as above."""
+    _warn(await _unknown(administrator, scope, granted))
 
 
 async def _unknown(
-    administrator: Administrator, scope: Sequence[Permission], held: Sequence[Permission]
+    administrator: Administrator, scope: Sequence[Permission], granted: Sequence[Permission]
 ) -> list[str]:
-    known = {(one.target, verb) for one in held for verb in one.verbs}
+    known = {(one.target, verb) for one in granted for verb in one.verbs}
     new = [
         one.model_copy(update={"verbs": verbs})
         for one in scope

@@ -18,7 +18,7 @@ import typer
 from pydantic import ValidationError
 
 from ringfence.cli.shared import context
-from ringfence.cli.shared.arguments import SYNTAX, a_name
+from ringfence.cli.shared.arguments import SYNTAX, check_name
 from ringfence.client.errors import NotAnsweredError
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.errors import RingfenceError
@@ -81,7 +81,7 @@ AgentOption = Annotated[
     typer.Option(
         "--agent",
         metavar="AGENT",
-        callback=a_name,
+        callback=check_name,
         help="With --attest: the agent that this is an instance of. [RINGFENCE_AGENT]",
         rich_help_panel=COMMON,
     ),
@@ -198,7 +198,7 @@ def read_public_key(path: Path) -> PublicJwk:
 
 
 @contextmanager
-def kept_if_accepted(made: Path | None) -> Iterator[None]:
+def keep_key_if_accepted(key_file: Path | None) -> Iterator[None]:
     """Delete the key file that was made for a command where the command is refused: it would stand in the way of the
     next try. Where nobody answered it stays, as the command may still be carried out.
     """
@@ -207,8 +207,8 @@ def kept_if_accepted(made: Path | None) -> Iterator[None]:
     except NotAnsweredError:
         raise
     except (RingfenceError, typer.Abort):
-        if made is not None:
-            made.unlink(missing_ok=True)
+        if key_file is not None:
+            key_file.unlink(missing_ok=True)
         raise
 
 

@@ -42,9 +42,9 @@ def console(*, stderr: bool = False) -> Console:
     """Where people read. No markup, no emoji, no guessing at colours for values."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PIPE_WIDTH
-    made = Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
-    made.width = max(made.width, _NARROWEST)
-    return made
+    console = Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+    console.width = max(console.width, _NARROWEST)
+    return console
 
 
 def print_json(document: Any) -> None:
@@ -64,7 +64,7 @@ def escaped_json(text: str) -> str:
     The text ends lines with a line feed alone.
     """
     return _NOT_PLAIN.sub(
-        lambda found: json.dumps(found[0])[1:-1] if unicodedata.category(found[0]) in _ESCAPED else found[0],
+        lambda match: json.dumps(match[0])[1:-1] if unicodedata.category(match[0]) in _ESCAPED else match[0],
         text,
     )
 
@@ -73,7 +73,7 @@ def _write(text: str) -> None:
     """JSON is UTF-8 (RFC 8259, 8.1): where stdout is something else it is written so that every reader can read it."""
     text = escaped_json(text)
     if (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8":
-        text = _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text)
+        text = _NOT_ASCII.sub(lambda match: json.dumps(match[0])[1:-1], text)
     sys.stdout.write(text + "\n")
 
 
@@ -148,10 +148,10 @@ def moment(seconds: float | None) -> str:
 
 def span(seconds: float) -> str:
     """A duration in words: `45 s`, `4 min 10 s`, `3 h 5 min`, `2 d 4 h`."""
-    left = int(abs(seconds))
+    remaining_s = int(abs(seconds))
     parts = []
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, size)
+        count, remaining_s = divmod(remaining_s, size)
         if count:
             parts.append(f"{count} {unit}")
     return " ".join(parts[:2]) or "0 s"

@@ -23,12 +23,12 @@ def counting() -> Iterator[Callable[[float], None]]:
             task = bar.add_task("", total=1.0)
             yield lambda share: bar.update(task, completed=share)
         return
-    said = time.monotonic()
+    last_line_s = time.monotonic()
 
     def say_so(share: float) -> None:
-        nonlocal said
-        if time.monotonic() - said >= _SAY_EVERY_S:
-            said = time.monotonic()
+        nonlocal last_line_s
+        if time.monotonic() - last_line_s >= _SAY_EVERY_S:
+            last_line_s = time.monotonic()
             note(f"counted {share:.0%}")
 
     yield say_so

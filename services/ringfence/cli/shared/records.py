@@ -221,19 +221,19 @@ def _verbs(target: TargetState) -> str:
 
 
 def _verb(floor: VerbFloor) -> str:
-    said: list[str] = [] if floor.floor == "none" else [floor.floor]
+    notes: list[str] = [] if floor.floor == "none" else [floor.floor]
     if found := unknown_fields(floor):
-        said.append(f"to nobody, as {names_of(found)} is not known here")
-    return f"{floor.verb} ({'; '.join(said)})" if said else floor.verb
+        notes.append(f"to nobody, as {names_of(found)} is not known here")
+    return f"{floor.verb} ({'; '.join(notes)})" if notes else floor.verb
 
 
 def _keys(keys: Sequence[KeyRecord], of: AgentState | UserState | None = None) -> str:
     now_s = time.time()
     soon = {ending.key.kid for ending in endings(of, now_s)} if of else ()
-    said = dict.fromkeys(soon, f" ({_SOON})")
+    notes = dict.fromkeys(soon, f" ({_SOON})")
     if isinstance(of, AgentState):
-        said |= dict.fromkeys(of.replaced, " (replaced)") | dict.fromkeys(of.compromised, " (compromised)")
+        notes |= dict.fromkeys(of.replaced, " (replaced)") | dict.fromkeys(of.compromised, " (compromised)")
     return "\n".join(
-        f"{key.kid}  {'until' if key.not_after > now_s else 'ended'} {moment(key.not_after)}{said.get(key.kid, '')}"
+        f"{key.kid}  {'until' if key.not_after > now_s else 'ended'} {moment(key.not_after)}{notes.get(key.kid, '')}"
         for key in keys
     )

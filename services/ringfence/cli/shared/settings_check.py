@@ -1,4 +1,4 @@
-"""Settings that nobody reads: what is mistyped counts for nothing, in silence, until `ringfence doctor` looks."""
+"""Finds misspelt settings: names that look like a setting, and that nobody reads."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ DECLARED_IN = (
     "ringfence.audit.settings",
     "ringfence.gateway.settings",
 )
-_MEANT_ELSEWHERE = ("RINGFENCE_TEST_", "RINGFENCE_UID", "RINGFENCE_GID", "RINGFENCE_KEYS")
-"""What tests and docker-compose.yml read."""
-_OF_KUBERNETES = re.compile(r"\w+_(SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP)\w*)?)")
-"""What pods are given of each Service that there is: of one that is called ringfence-issuer, RINGFENCE_ISSUER_PORT."""
+_OTHER_READERS = ("RINGFENCE_TEST_", "RINGFENCE_UID", "RINGFENCE_GID", "RINGFENCE_KEYS")
+"""Variables that tests and docker-compose.yml read."""
+_KUBERNETES_VARIABLE = re.compile(r"\w+_(SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP)\w*)?)")
+"""Variables that Kubernetes sets for each Service: for one named ringfence-issuer, RINGFENCE_ISSUER_PORT."""
 
 
 def known_settings() -> frozenset[str]:
@@ -40,23 +40,25 @@ def known_settings() -> frozenset[str]:
 
 
 def unread() -> list[str]:
-    """What `mistyped` says of this process's environment and settings file. Raises as `known_settings` does."""
+    """`mistyped` for this process's environment and settings file. Raises as `known_settings` does."""
     file = read_config()
     return mistyped(os.environ, file.content if file else {})
 
 
 def mistyped(environment: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-    """A sentence for each name in the environment or in a settings file that looks like a setting and is none."""
+    """A sentence for each name in the environment or a settings file that looks like a setting and is none."""
     known = known_settings()
     found = [
         _sentence(name, name, known)
         for name in sorted(environment)
         if name.startswith(_PREFIX)
         and name not in known
-        and not name.startswith(_MEANT_ELSEWHERE)
-        and not _OF_KUBERNETES.fullmatch(name)
+        and not name.startswith(_OTHER_READERS)
+        and not _KUBERNETES_VARIABLE.fullmatch(name)
     ]
-    return found + [_sentence(said, name, known) for said, name in _flat(config, known) if name not in known]
+    return found + [
+        _sentence(written, name, known) for written, name in _flat(config, known) if name not in known
+    ]
 
 
 def _names(cls: type[RingfenceSettings]) -> Iterator[str]:
@@ -76,5 +78,5 @@ def _flat(config: Mapping[str, Any], known: frozenset[str]) -> Iterator[tuple[st
             yield name, variable
 
 
-def _sentence(said: str, name: str, known: frozenset[str]) -> str:
-    return f"{said} is no setting, and counts for nothing{did_you_mean(name, known, cutoff=0.8)}"
+def _sentence(written: str, name: str, known: frozenset[str]) -> str:
+    return f"{written} is no setting, and counts for nothing{did_you_mean(name, known, cutoff=0.8)}"

@@ -1,4 +1,4 @@
-"""YAML files that people write: everything that is wrong is said at once, each with its line."""
+"""Reads YAML files that people write, and reports all their errors at once, each with its line."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ MAX_BYTES = 16 * 1024 * 1024
 
 
 class YamlFileError(RingfenceError):
-    """A file is not what it should be. The message has all that is wrong, a line each."""
+    """A YAML file is invalid. The message lists all errors, one a line."""
 
     code = "file_invalid"
 
 
 class YamlFile:
-    """One file being read: nodes in, values out, problems collected. `finish` raises them."""
+    """One YAML file: turns nodes into values and collects problems. `finish` raises them."""
 
     def __init__(self, path: Path) -> None:
         """Raises YamlFileError where the file cannot be read, or is no YAML."""
@@ -46,17 +46,17 @@ class YamlFile:
             raise YamlFileError(f"{path} is empty")
 
     def problem(self, node: Any, text: str) -> None:
-        """Something is wrong at a node."""
+        """Record a problem at a node."""
         self._problems.append((_line(node), text))
 
     def finish(self) -> None:
-        """Raises YamlFileError where there were problems."""
+        """Raise YamlFileError where problems were recorded."""
         if self._problems:
             lines = [f"{self._path}:{line}: {text}" for line, text in sorted(self._problems)]
             raise YamlFileError("\n".join(lines))
 
     def members(self, node: Any, what: str, known: Collection[str] | None = None) -> dict[str, Any]:
-        """The members of a mapping: name to node. Names given twice are problems, and those that are not `known`."""
+        """The members of a mapping, name to node. Duplicate names, and names that are not `known`, are problems."""
         if not isinstance(node, yaml.MappingNode):
             self.problem(node, f"{what} must be a mapping, with lines of `name: value`")
             return {}
@@ -74,7 +74,7 @@ class YamlFile:
         return found
 
     def text(self, node: Any, what: str) -> str:
-        """A text that says something; \"\" after a problem."""
+        """A text that is not empty; "" after a problem."""
         if isinstance(node, yaml.ScalarNode) and node.tag != "tag:yaml.org,2002:null" and node.value.strip():
             return str(node.value)
         self.problem(node, f"{what} must be a text")
@@ -97,7 +97,7 @@ class YamlFile:
                 yield item, text
 
     def _refuse_aliases(self, text: str) -> None:
-        """An alias can stand for ten thousand copies of what it names, and hides what a line says."""
+        """Refuse aliases: one can expand to thousands of copies, and hides what a line says."""
         try:
             events = list(yaml.parse(text, Loader=yaml.SafeLoader))
         except yaml.YAMLError:

@@ -1,10 +1,10 @@
-"""Signed commands of people: what sponsors, operators and those who assign tasks do to records and leases."""
+"""Signed commands of sponsors, operators and the root: users, agents, targets, tasks and revocations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ringfence.client.admin.command_client import COMMAND_LIFE_S, MEANWHILE, Accepted, Signatory
+from ringfence.client.admin.command_client import COMMAND_LIFE_S, UNKNOWN_OUTCOME, Accepted, CommandClient
 from ringfence.client.admin.preview import Preview, preview, unknown_names
 from ringfence.client.admin.target_backends import backend_problem
 from ringfence.client.connection import Connection, subject
@@ -50,7 +50,7 @@ from ringfence.model.http_targets.request_map import RequestMap
 from ringfence.model.scope.scope import validate_scope
 
 KEY_LIFE_S = 365 * 24 * 3600
-"""How long a key is valid where nothing else is said."""
+"""The default validity of a key, in seconds."""
 
 AnyKey = SigningKey | PublicJwk | KeyRecord
 
@@ -59,15 +59,15 @@ def _by_root(connection: Connection) -> bool:
     return connection.key.id == connection.trust.root_id
 
 
-_CUT_MEANWHILE = (
+_REVOCATION_TIMEOUT_HINT = (
     "The order stands on Kafka and does not expire: what it covers is refused as soon as a revoker and the gateways "
     "have read it. The answer comes when all of that has ended, and very many leases take longer "
     "(ringfence lease list); ringfence doctor says whether the revoker runs"
 )
 
 
-class Administrator(Signatory):
-    """A person (or the root) who gives commands, connected. Each method waits for the service's signed answer.
+class Administrator(CommandClient):
+    """A person (or the root) who sends commands, connected. Each method waits for the service's signed answer.
 
     ```python
     async with Administrator.connect(key="maria.json") as maria:
@@ -78,11 +78,11 @@ class Administrator(Signatory):
 
     @property
     def is_root(self) -> bool:
-        """Whether it is the root that speaks, and no user."""
+        """Whether the key is the root's, and no user's."""
         return _by_root(self.connection)
 
     @staticmethod
-    def _who(connection: Connection) -> str:
+    def _signer_id(connection: Connection) -> str:
         return "root" if _by_root(connection) else subject(connection.key, "user", connection.settings)
 
     # --- users ---
@@ -99,12 +99,12 @@ class Administrator(Signatory):
         as_of: int | None = None,
         provisioned: Provisioning | None = None,
     ) -> Accepted:
-        """Create or replace a user; keys that are not listed end now.
+        """Create or replace a user. Keys that are not listed end now.
 
         Args:
             entitlements: what the human may do; `source`: where that is known from; `as_of`: since when, in seconds
-                since 1970 (now where None).
-            provisioned: leaves a user who comes from a provisioner to it; without it they are taken over.
+                since 1970 (None: now).
+            provisioned: keeps a provisioned user with their provisioner; None takes them over.
         """
         validate_scope(tuple(entitlements), allow_empty=True)
         stamp = self.connection.stamp(COMMAND_LIFE_S)
@@ -123,7 +123,7 @@ class Administrator(Signatory):
         return await self._command(command, user_id)
 
     async def disable_user(self, user_id: str, *, reason: str) -> Accepted:
-        """The user may no longer act; their agents become orphans."""
+        """Disable a user: they may no longer act, and their agents become orphans."""
         with checked("the command"):
             command = UserDisable(**self.connection.stamp(COMMAND_LIFE_S), user_id=user_id, reason=reason)
         return await self._command(command, user_id)
@@ -131,7 +131,7 @@ class Administrator(Signatory):
     async def set_provisioner(
         self, provisioner_id: str, *, name: str, keys: Sequence[AnyKey], delegation: Delegation
     ) -> Accepted:
-        """Create or replace a provisioner: a key that sets users within what is delegated to named groups."""
+        """Create or replace a provisioner: a key that sets users within the groups delegated to it."""
         with checked("the provisioner"):
             command = ProvisionerSet(
                 **self.connection.stamp(COMMAND_LIFE_S),
@@ -155,10 +155,10 @@ class Administrator(Signatory):
         inactive: bool = False,
         attestation: Sequence[AttestationSelector] = (),
     ) -> Accepted:
-        """Register an agent. `sponsor` is whoever signs where None; an operator may name another.
+        """Register an agent. `sponsor` defaults to the signer; only an operator may name another.
 
-        With `inactive` nothing is issued for it before the sponsor has taken it on: `activate_agent`. With
-        `attestation` it needs no key: its running instances enrol their own.
+        With `inactive` nothing is issued before the sponsor accepts it with `activate_agent`. With `attestation` it
+        needs no key: its running instances enrol their own.
         """
         validate_scope(tuple(ceiling), allow_empty=True)
         with checked("the agent"):
@@ -175,7 +175,7 @@ class Administrator(Signatory):
         return await self._command(command, agent_id)
 
     async def set_attestation(self, agent_id: str, attestation: Sequence[AttestationSelector]) -> Accepted:
-        """Replace which running instances of an agent may enrol a key; those that fit no more hold nothing new."""
+        """Replace the selectors of instances that may enrol a key. Instances that match none get nothing new."""
         with checked("the selectors"):
             command = AgentSetAttestation(
                 **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, attestation=tuple(attestation)
@@ -183,7 +183,7 @@ class Administrator(Signatory):
         return await self._command(command, agent_id)
 
     async def activate_agent(self, agent_id: str) -> Accepted:
-        """Take on an agent that was registered as inactive. As its sponsor."""
+        """Accept, as its sponsor, an agent that was registered as inactive."""
         with checked("the command"):
             command = AgentActivate(**self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id)
         return await self._command(command, agent_id)
@@ -198,13 +198,13 @@ class Administrator(Signatory):
         compromised: bool = False,
         reason: str | None = None,
     ) -> Accepted:
-        """Give the agent another key. Nobody may have had it before.
+        """Give the agent a new key, one that was never registered before.
 
         Args:
-            overlap_s: how long, in seconds, the keys that it takes the place of count on; 7 days at most.
-            replaces: their thumbprints; all others' where None.
-            compromised: they may be in other hands: they end at once, whatever `overlap_s` says, and so does what was
-                asked for with them.
+            overlap_s: how long the replaced keys stay valid, in seconds; 7 days at most.
+            replaces: thumbprints of the replaced keys; None replaces all.
+            compromised: the replaced keys may be stolen: they end at once, whatever `overlap_s` says, and so do the
+                leases that were requested with them.
         """
         (record,) = self.key_records([key])
         with checked("the command"):
@@ -220,7 +220,7 @@ class Administrator(Signatory):
         return await self._command(command, agent_id)
 
     async def set_ceiling(self, agent_id: str, ceiling: Sequence[Permission]) -> Accepted:
-        """Replace the most that the agent may ever hold. Leases that no longer fit end."""
+        """Replace the agent's ceiling, the most that it may ever hold. Leases beyond it end."""
         validate_scope(tuple(ceiling), allow_empty=True)
         with checked("the ceiling"):
             command = AgentSetCeiling(
@@ -231,11 +231,11 @@ class Administrator(Signatory):
     async def transfer_agent(
         self, agent_id: str, *, sponsor: str, consent: str | None = None, without_consent: bool = False
     ) -> Accepted:
-        """Make another sponsor accountable.
+        """Make another user the agent's sponsor.
 
         Args:
-            consent: the new sponsor's `consent_to_transfer`. None is needed where the new sponsor is who signs here.
-            without_consent: an operator transfers without asking the new sponsor; record and trail say so.
+            consent: the new sponsor's `consent_to_transfer`; not needed where the new sponsor signs this command.
+            without_consent: an operator transfers without asking the new sponsor; record and audit trail say so.
         """
         with checked("the command"):
             command = AgentTransfer(
@@ -248,9 +248,9 @@ class Administrator(Signatory):
         return await self._command(command, agent_id)
 
     async def consent_to_transfer(self, agent_id: str, *, life_s: int = 3600) -> str:
-        """This user's signature, to become the sponsor of an agent as it is now. Its present sponsor embeds it.
+        """Sign this user's consent to become the sponsor of an agent as it is now. The present sponsor embeds it.
 
-        It counts once, within `life_s` seconds, and no more once anything of the agent's record has changed.
+        It is valid once, for `life_s` seconds, and no longer once the agent's record changes.
         Raises InvalidCallError where there is no such agent.
         """
         user = self._user_id("the root answers for no agents")
@@ -269,19 +269,19 @@ class Administrator(Signatory):
         return sign(claims, self.connection.key)
 
     async def suspend_agent(self, agent_id: str, *, reason: str) -> Accepted:
-        """Stop the agent for now; its leases end."""
+        """Suspend the agent; its leases end."""
         with checked("the command"):
             command = AgentSuspend(**self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, reason=reason)
         return await self._command(command, agent_id)
 
     async def resume_agent(self, agent_id: str, *, reason: str) -> Accepted:
-        """Let a suspended agent go on."""
+        """Resume a suspended agent."""
         with checked("the command"):
             command = AgentResume(**self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, reason=reason)
         return await self._command(command, agent_id)
 
     async def decommission_agent(self, agent_id: str, *, reason: str) -> Accepted:
-        """End the agent for good; its name is never given again."""
+        """Decommission the agent for ever. Its id is never given again."""
         with checked("the command"):
             command = AgentDecommission(
                 **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, reason=reason
@@ -304,10 +304,10 @@ class Administrator(Signatory):
     ) -> Accepted:
         """Create or replace a target. `keys`: those of its resource server, with which it calls introspection.
 
-        `anyway`: the backend comes from another package, which need not be installed here.
+        `anyway`: accept a backend of another package that is not installed here.
 
-        Raises RequestMapError where a rule of `requests` has no meaning, InvalidCallError where the backend is not
-        known or does not take these settings; nothing was sent then.
+        Raises RequestMapError where a rule of `requests` is invalid, InvalidCallError where the backend is unknown or
+        does not take these settings; nothing was sent then.
         """
         RequestMap(requests)
         if wrong := backend_problem(backend, anyway=anyway):
@@ -326,7 +326,7 @@ class Administrator(Signatory):
         return await self._command(command, target_id)
 
     async def remove_target(self, target_id: str, *, reason: str) -> Accepted:
-        """Nothing more is issued for the target, and its leases end."""
+        """Remove the target: nothing more is issued for it, and its leases end."""
         with checked("the command"):
             command = TargetRemove(
                 **self.connection.stamp(COMMAND_LIFE_S), target_id=target_id, reason=reason
@@ -344,7 +344,10 @@ class Administrator(Signatory):
         ends_in_s: int | None = None,
         not_after: int | None = None,
     ) -> TaskTerms:
-        """The terms of a task, ending in `ends_in_s` seconds or at `not_after` (seconds since 1970): give one."""
+        """Build the terms of a task.
+
+        Give its end as one of `ends_in_s` (seconds from now) and `not_after` (seconds since 1970).
+        """
         validate_scope(tuple(scope))
         if (ends_in_s is None) == (not_after is None):
             raise InvalidCallError("a task needs its end: give either ends_in_s or not_after")
@@ -355,7 +358,7 @@ class Administrator(Signatory):
             return TaskTerms(agent_id=agent_id, purpose=purpose, scope=tuple(scope), not_after=end)
 
     async def preview(self, terms: TaskTerms, *, on_behalf_of: str | None = None) -> Preview:
-        """What a task would allow, and what each side cuts from it. See `ringfence.client.admin.preview`."""
+        """What a task would allow, and what each limit removes from it. See `ringfence.client.admin.preview`."""
         return preview(
             await self.directory(),
             terms,
@@ -473,7 +476,7 @@ class Administrator(Signatory):
         key = agent_id or lease_id or task_id or sponsor or target_id or user_id or "all"
         return await self._outcomes.send(
             REVOCATION_REQUEST, key, claims, by="revoker", timeout_s=self.timeout_s,
-            meanwhile=MEANWHILE if lease_id else _CUT_MEANWHILE,
+            timeout_hint=UNKNOWN_OUTCOME if lease_id else _REVOCATION_TIMEOUT_HINT,
         )  # fmt: skip
 
     # --- ---

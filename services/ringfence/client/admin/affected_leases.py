@@ -28,28 +28,28 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class EndingLeases:
-    """Which leases would end, as far as that could be found out."""
+    """The leases that a change would end, as far as the revoker can tell."""
 
     ids: tuple[str, ...] = ()
     more: bool = False
-    """Whether there are so many that the revoker did not list all: then more may end."""
+    """Whether the revoker did not list all leases: then more may end."""
     gap: str | None = None
     """Why it is not known; `ids` is empty then."""
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """For people: `2: ID, ID`, or why it is not known."""
         if self.gap is not None:
             return f"not known: {self.gap}"
         if not self.ids and not self.more:
             return "none"
-        shown = ", ".join(self.ids[:_SHOWN]) + (", ..." if len(self.ids) > _SHOWN else "")
-        return f"{'at least ' if self.more else ''}{len(self.ids)}{': ' if shown else ''}{shown}"
+        listed = ", ".join(self.ids[:_SHOWN]) + (", ..." if len(self.ids) > _SHOWN else "")
+        return f"{'at least ' if self.more else ''}{len(self.ids)}{': ' if listed else ''}{listed}"
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`; `count` is None where it is not known."""
-        known = self.gap is None
+        is_known = self.gap is None
         return {
-            "count": len(self.ids) if known else None,
+            "count": len(self.ids) if is_known else None,
             "ids": self.ids,
             "more": self.more,
             "gap": self.gap,
@@ -60,7 +60,7 @@ _SHOWN = 5
 
 
 async def ending_leases(api: ReadApi, losses: Iterable[Loss]) -> EndingLeases:
-    """The leases that would end. It informs: what is issued meanwhile is not in it."""
+    """The leases that would end now. A preview: leases issued later are not in it."""
     ids: dict[str, None] = {}
     more = False
     for loss in losses:

@@ -1,4 +1,4 @@
-"""Somebody whose signed commands a service answers, connected."""
+"""Sends signed commands of one identity, and waits for the services' signed answers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from ringfence.client.connected import Lifetime
 from ringfence.client.connection import Connection, Coordinate, subject
 from ringfence.client.errors import NotAnsweredError, RefusedError
+from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
@@ -29,22 +29,22 @@ COMMAND_LIFE_S = 120
 TIMEOUT_S = 15.0
 
 
-class Signatory(Lifetime):
-    """A user's key that gives commands. Each command waits for the service's signed answer.
+class CommandClient(Lifetime):
+    """A user's key that signs commands, connected. Each command waits for the service's signed answer.
 
-    Every command raises RefusedError (with the reasons), NotAnsweredError (nobody answered within `timeout_s`),
+    Every command raises RefusedError (with the reasons), NotAnsweredError (no answer within `timeout_s`),
     InvalidCallError or ScopeError (nothing was sent), UnavailableError (Kafka did not take it).
     """
 
     def __init__(self, connection: Connection, *, timeout_s: float = TIMEOUT_S) -> None:
         """Use `connect`. Raises IdentityError where the connection's key may not sign this kind of command."""
-        self.id = self._who(connection)
+        self.id = self._signer_id(connection)
         self.connection = connection
         self.timeout_s = timeout_s
-        self._outcomes = Outcomes(connection)
+        self._outcomes = CommandOutcomes(connection)
 
     @staticmethod
-    def _who(connection: Connection) -> str:
+    def _signer_id(connection: Connection) -> str:
         return subject(connection.key, "user", connection.settings)
 
     @classmethod
@@ -56,9 +56,9 @@ class Signatory(Lifetime):
         timeout_s: float = TIMEOUT_S,
         clock: Clock | None = None,
     ) -> Self:
-        """To be used as an async context manager. `timeout_s`: how long each answer is waited for.
+        """Return a client, to be used as an async context manager. See `Agent.connect`.
 
-        See `Agent.connect`.
+        `timeout_s`: how long to wait for each answer.
         """
         return cls(Connection(key, settings, clock), timeout_s=timeout_s)
 
@@ -80,25 +80,25 @@ class Signatory(Lifetime):
 log = logging.getLogger(__name__)
 
 _LETTER_GRACE_S = 2.0
-"""After a dead letter, how long a signed answer may still come: the letter alone is nobody's word."""
-MEANWHILE = "It may still be carried out"
+"""Seconds to wait for a signed answer after a dead letter, which is unsigned."""
+UNKNOWN_OUTCOME = "It may still be carried out"
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A command that the service accepted; its effects are durable."""
+    """A command that a service accepted. Its effects are durable."""
 
     command: str
     """The message's name, e.g. `agent.register`."""
     command_id: str
     """The UUIDv5 of the command's (`iss`, `jti`)."""
     result: str | None
-    """The id of what came out of it, e.g. of the task."""
+    """The id of what the command created, e.g. of the task; None where it created nothing."""
     at_ms: int
 
 
-class Outcomes:
-    """Listens for the answers to this identity's commands, from before the first is sent."""
+class CommandOutcomes:
+    """Waits for the `service.event` that answers a command, matched by the command's `jti`."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -115,15 +115,17 @@ class Outcomes:
         by: ServiceRole,
         timeout_s: float,
         traceparent: str | None = None,
-        meanwhile: str = MEANWHILE,
+        timeout_hint: str = UNKNOWN_OUTCOME,
     ) -> Accepted:
         """Publish a command and wait for the answer of the service with the role `by`.
 
-        `meanwhile`: what is said of a command that nobody answered in time.
+        Args:
+            timeout_s: how long to wait, in seconds.
+            timeout_hint: added to the error message where no answer comes in time.
 
         Raises:
             RefusedError: with the service's reasons.
-            NotAnsweredError: nothing came within `timeout_s`.
+            NotAnsweredError: no answer came within `timeout_s`.
             UnavailableError: Kafka did not take it.
         """
         await self._listen()
@@ -131,7 +133,7 @@ class Outcomes:
         self._waiting[claims.jti] = (by, answer)
         try:
             at = await self._connection.publish(topic, key, claims, traceparent=traceparent)
-            event = await self._answer(answer, at, claims, by, timeout_s, meanwhile)
+            event = await self._answer(answer, at, claims, by, timeout_s, timeout_hint)
         finally:
             del self._waiting[claims.jti]
         if event.kind == "refused":
@@ -145,9 +147,9 @@ class Outcomes:
         claims: Claims,
         by: ServiceRole,
         timeout_s: float,
-        meanwhile: str,
+        timeout_hint: str,
     ) -> ServiceEvent:
-        letter = asyncio.create_task(self._connection.letters.about(at))
+        letter = asyncio.create_task(self._connection.dead_letters.wait_for(at))
         try:
             done, _ = await asyncio.wait(
                 (answer, letter), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
@@ -162,7 +164,7 @@ class Outcomes:
             raise NotAnsweredError(f"the {claims.typ} counted for nothing: {letter.result()}")
         raise NotAnsweredError(
             f"the {by} did not answer the {claims.typ} within {timeout_s:g} s: is it running, and on the same "
-            f"Kafka ({self._connection.settings.kafka}) and topic prefix? {meanwhile}"
+            f"Kafka ({self._connection.settings.kafka}) and topic prefix? {timeout_hint}"
         )
 
     async def _listen(self) -> None:
@@ -173,7 +175,7 @@ class Outcomes:
 
     def _on_records(self, records: Sequence[Received]) -> None:
         if records and records[0].topic is DEAD_LETTER:
-            self._connection.letters.on_records(records)
+            self._connection.dead_letters.on_records(records)
             return
         for record in records:
             try:

@@ -1,6 +1,6 @@
-"""How keys follow one another: those of services, and the root itself, each by the next version of the trust bundle.
+"""Rotates the keys of services, and the root itself, each by the next version of the trust bundle.
 
-Nothing stops meanwhile, and what was signed before stays believed: docs/trust.md tells how.
+Services keep running, and what was signed before stays valid: see docs/trust.md.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ringfence.client.admin.trust_setup import (
     YEAR_S,
     CeremonyError,
     TrustFolder,
-    sign_following,
-    signed_before,
+    load_root_and_bundle,
+    sign_next_bundle,
 )
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
@@ -26,29 +26,29 @@ from ringfence.messages.keys import KeyRecord
 from ringfence.messages.trust import RootHandover, ServiceIdentity, TrustBundle
 
 OVERLAP_S = 48 * 3600
-"""Twice the longest life of a lease: what the old key signed is over before the key ends."""
+"""Twice the longest life of a lease, in seconds: whatever the old key signed has ended before the key ends."""
 _LONGEST_LEASE_S = OVERLAP_S // 2
 
 
 @dataclass(frozen=True, slots=True)
 class RotatedRoot:
-    """What came of a rotation of the root."""
+    """The result of a root rotation."""
 
     bundle: TrustBundle
     fingerprint: str
     former: Path
-    """Where the private key of the root before lies now."""
+    """The file that now holds the old root's private key."""
 
 
 def renew(folder: TrustFolder, *, valid_s: int = YEAR_S) -> TrustBundle:
-    """Sign the next version: the same keys, with another end. For one that has expired, too.
+    """Sign the next version of the bundle with the same keys and a new end, also where it has expired.
 
-    Returns it. Needs the root's key. Raises CeremonyError where there is no trust root.
+    Returns the bundle. Needs the root's key. Raises CeremonyError where there is no trust root.
     """
-    root, bundle = signed_before(folder)
+    root, bundle = load_root_and_bundle(folder)
     now_s = int(time.time())
-    services = tuple(_lasting(service, bundle.exp, now_s + valid_s) for service in bundle.services)
-    return sign_following(folder, bundle, root, now_s, exp=now_s + valid_s, services=services)
+    services = tuple(_with_extended_keys(service, bundle.exp, now_s + valid_s) for service in bundle.services)
+    return sign_next_bundle(folder, bundle, root, now_s, exp=now_s + valid_s, services=services)
 
 
 def rotate_services(
@@ -68,7 +68,7 @@ def rotate_services(
     Returns the bundle. Needs the root's key. Raises CeremonyError where a name is not in the bundle, or there is no
     trust root.
     """
-    root, bundle = signed_before(folder)
+    root, bundle = load_root_and_bundle(folder)
     now_s = int(time.time())
     by_name = {service.id.rpartition("/")[2]: service for service in bundle.services}
     if unknown := [name for name in names if name not in by_name]:
@@ -78,11 +78,11 @@ def rotate_services(
     end_s = max(bundle.exp, now_s + valid_s)
     old_ends_s = now_s if compromised else now_s + overlap_s
     rotated = {
-        by_name[name].id: _followed(folder, name, by_name[name], now_s, old_ends_s, end_s)
+        by_name[name].id: _with_new_keys(folder, name, by_name[name], now_s, old_ends_s, end_s)
         for name in dict.fromkeys(names)
     }
     services = tuple(rotated.get(service.id, service) for service in bundle.services)
-    return sign_following(folder, bundle, root, now_s, exp=end_s, services=services)
+    return sign_next_bundle(folder, bundle, root, now_s, exp=end_s, services=services)
 
 
 def rotate_root(
@@ -95,7 +95,7 @@ def rotate_root(
 
     Raises CeremonyError where there is no trust root.
     """
-    old, bundle = signed_before(folder)
+    old, bundle = load_root_and_bundle(folder)
     now_s = int(time.time())
     new = SigningKey.generate(old.id)
     handover = RootHandover(
@@ -104,22 +104,22 @@ def rotate_root(
     began_s = max((former.not_after for former in bundle.former_roots), default=0)
     ended_s = now_s if compromised_since_s is None else min(now_s, compromised_since_s)
     former = folder.root_key.with_name(f"root-{old.kid[:8]}.json")
-    fresh = folder.root_key.with_suffix(".new")
-    fresh.unlink(missing_ok=True)
-    new.save(fresh)
-    following = sign_following(
+    new_file = folder.root_key.with_suffix(".new")
+    new_file.unlink(missing_ok=True)
+    new.save(new_file)
+    following = sign_next_bundle(
         folder, bundle, new, now_s,
         exp=max(bundle.exp, now_s + valid_s),
         former_roots=(*bundle.former_roots, old.record(ended_s, began_s)),
         handovers=(*bundle.handovers, sign(handover, old, header_jwk=True)),
     )  # fmt: skip
     folder.root_key.replace(former)
-    fresh.replace(folder.root_key)
+    new_file.replace(folder.root_key)
     return RotatedRoot(following, new.kid, former)
 
 
-def _lasting(service: ServiceIdentity, old_end_s: int, end_s: int) -> ServiceIdentity:
-    """The service with those of its keys that were to last as long as the bundle lasting as long as the next one."""
+def _with_extended_keys(service: ServiceIdentity, old_end_s: int, end_s: int) -> ServiceIdentity:
+    """The service, with those keys extended that were to last as long as the old bundle."""
 
     def longer(keys: tuple[KeyRecord, ...]) -> tuple[KeyRecord, ...]:
         return tuple(
@@ -131,27 +131,27 @@ def _lasting(service: ServiceIdentity, old_end_s: int, end_s: int) -> ServiceIde
     )
 
 
-def _followed(
+def _with_new_keys(
     folder: TrustFolder, name: str, service: ServiceIdentity, now_s: int, old_ends_s: int, end_s: int
 ) -> ServiceIdentity:
-    """The service with a new key, and an end for those before."""
+    """The service with new keys, and an end for the old ones."""
     key = SigningKey.generate(service.id)
-    key.save(_made_way(folder.service_key(name)))
-    keys = (*_ending(service.keys, old_ends_s), key.record(end_s, now_s - 60))
+    key.save(_promote_next_key(folder.service_key(name)))
+    keys = (*_with_end(service.keys, old_ends_s), key.record(end_s, now_s - 60))
     if not service.encryption_keys:
         return service.model_copy(update={"keys": keys})
     # One that has ended is sealed to by nobody, but what was sealed to it is opened for as long as a lease lives.
-    ending = _ending(service.encryption_keys, old_ends_s)
+    ending = _with_end(service.encryption_keys, old_ends_s)
     before = tuple(one for one in ending if one.not_after + _LONGEST_LEASE_S > now_s)
-    _keep_aside(folder.encryption_key(name), {one.kid for one in before})
+    _keep_former_key(folder.encryption_key(name), {one.kid for one in before})
     seal = EncryptionKey.generate(service.id)
-    seal.save(_made_way(folder.encryption_key(name)))
+    seal.save(_promote_next_key(folder.encryption_key(name)))
     sealed_to = (*before, seal.record(end_s, now_s - 60))
     return service.model_copy(update={"keys": keys, "encryption_keys": sealed_to})
 
 
-def _keep_aside(file: Path, needed: Collection[str]) -> None:
-    """Save the key in `file` from what takes its place next, if it is needed; drop those aside that no more are."""
+def _keep_former_key(file: Path, needed: Collection[str]) -> None:
+    """Save the key in `file` before the next one replaces it, if it is needed; delete saved ones that are not."""
     for aside in files_before(file):
         if EncryptionKey.load(aside).kid not in needed:
             aside.unlink()
@@ -159,13 +159,13 @@ def _keep_aside(file: Path, needed: Collection[str]) -> None:
         file.replace(file_before(file, kid))
 
 
-def _made_way(file: Path) -> Path:
-    """Where the key goes that follows the one in `file`; what followed it until now takes its place."""
+def _promote_next_key(file: Path) -> Path:
+    """Move the next key into `file` where there is one. Returns the path for the new next key."""
     following = next_file(file)
     if following.exists():
         following.replace(file)
     return following
 
 
-def _ending(keys: Sequence[KeyRecord], end_s: int) -> tuple[KeyRecord, ...]:
+def _with_end(keys: Sequence[KeyRecord], end_s: int) -> tuple[KeyRecord, ...]:
     return tuple(key.model_copy(update={"not_after": min(key.not_after, end_s)}) for key in keys)

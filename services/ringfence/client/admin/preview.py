@@ -1,4 +1,4 @@
-"""What a task will allow, shown before anything runs. Informs; policy and issuer decide for themselves."""
+"""Previews what a task will allow. It informs only: policy and issuer decide for themselves."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ringfence.model.unknown_fields import is_understood, names_of, unknown_fiel
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """The scope that task, ceiling and entitlements allow together, and what each side cuts from the task's."""
+    """The scope that task, ceiling and entitlements allow together, and what each limit removes from the task's."""
 
     effective: Scope
     cuts: tuple[Excess, ...]
-    """By side: the permissions, or parts of them, that the task names and this side does not hold."""
+    """By limit: the permissions, or parts of them, that the task names and this limit does not contain."""
     warnings: tuple[str, ...]
-    """Why requests would be denied for other reasons, as the records stand now."""
+    """Other reasons for which requests would be denied, as the records are now."""
 
 
 def preview(
     directory: Directory, terms: TaskTerms, on_behalf_of: str, *, now_s: float, entitlements_max_age_s: int
 ) -> Preview:
-    """Hold a task that is not assigned yet against the verified records.
+    """Compare a task that is not assigned yet with the verified records.
 
     Raises InvalidCallError where agent or user are unknown, ScopeError where the scope is malformed, ChainError where
-    a record does not hold.
+    a record does not verify.
     """
     validate_scope(terms.scope)
     agent, user = directory.agent(terms.agent_id), directory.user(on_behalf_of)
@@ -44,13 +44,13 @@ def preview(
             f"there is no user {on_behalf_of}; an operator adds one with: ringfence user add"
         )
     entitlements = user.state.entitlements
-    fresh = are_in_force(entitlements, now_s, entitlements_max_age_s)
+    in_force = are_in_force(entitlements, now_s, entitlements_max_age_s)
     warnings = []
     if agent.state.status != "active":
         warnings.append(f"agent {terms.agent_id} is {agent.state.status}")
     if user.state.status != "active":
         warnings.append(f"user {on_behalf_of} is {user.state.status}")
-    if not fresh:
+    if not in_force:
         warnings.append(
             f"the entitlements of {on_behalf_of} are too old, or have a field that is not known here, and count for "
             "nothing until they are set anew"
@@ -62,39 +62,39 @@ def preview(
         terms.scope,
         [(terms.agent_id, agent.state.ceiling)],
         on_behalf_of,
-        entitlements.scope if fresh else (),
+        entitlements.scope if in_force else (),
     )
     return Preview(effective(sides), exceeding(terms.scope, sides), tuple(warnings))
 
 
 def unknown_names(directory: Directory, scope: Scope) -> list[str]:
-    """Targets and verbs in a scope that are not there now, in words, with the nearest name that is there."""
-    found = []
+    """A sentence for each target and verb of a scope that does not exist now, with the nearest name that does."""
+    problems = []
     for permission in scope:
         target = directory.target(permission.target)
         if target is None or target.state.status != "active":
-            there = [
+            target_ids = [
                 entry.state.target_id
                 for entry in directory.entries("target")
                 if isinstance(entry.state, TargetState) and entry.state.status == "active"
             ]
-            found.append(
-                f"there is no target {permission.target}{did_you_mean(permission.target, there)}"
+            problems.append(
+                f"there is no target {permission.target}{did_you_mean(permission.target, target_ids)}"
                 if target is None
                 else f"target {permission.target} was removed"
             )
             continue
-        known = {floor.verb for floor in target.state.verbs}
-        found += [
+        verbs = {floor.verb for floor in target.state.verbs}
+        problems += [
             f"the floor of {floor.verb} at {permission.target} has a field that is not known here: "
             f"{names_of(unknown_fields(floor))}; nobody is given that verb"
             for floor in target.state.verbs
             if floor.verb in permission.verbs and not is_understood(floor)
         ]
-        unknown = [verb for verb in permission.verbs if verb not in known]
+        unknown = [verb for verb in permission.verbs if verb not in verbs]
         if unknown:
-            found.append(
-                f"{permission.target} has no verb {', '.join(unknown)}; it has {', '.join(sorted(known))}"
-                + (did_you_mean(unknown[0], known) if len(unknown) == 1 else "")
+            problems.append(
+                f"{permission.target} has no verb {', '.join(unknown)}; it has {', '.join(sorted(verbs))}"
+                + (did_you_mean(unknown[0], verbs) if len(unknown) == 1 else "")
             )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(problems))

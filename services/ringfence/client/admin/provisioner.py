@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ringfence.client.admin.command_client import COMMAND_LIFE_S, Accepted, Signatory
+from ringfence.client.admin.command_client import COMMAND_LIFE_S, Accepted, CommandClient
 from ringfence.client.errors import RefusedError, checked
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.registry import (
@@ -20,45 +20,45 @@ from ringfence.messages.topics import REGISTRY_COMMAND
 from ringfence.model.records.provisioning import given_by
 
 _TRIES = 3
-"""A command that came in the same moment as a change of its signer is refused as `too_early`, and given once more."""
+"""A command sent while its signer's record changes is refused as `too_early`, and repeated."""
 
 
-class Provisioner(Signatory):
-    """The key of a directory that users come from, connected."""
+class Provisioner(CommandClient):
+    """The key of an identity provider that users come from, connected."""
 
     async def set_user(
         self,
         user_id: str,
         delegation: Delegation,
-        said: Provisioning,
+        provisioning: Provisioning,
         *,
         name: str,
         as_of: int | None = None,
     ) -> Accepted:
-        """Create or replace a user, with all that the delegation gives to the groups in `said`.
+        """Create or replace a user, with all that the delegation grants to the groups in `provisioning`.
 
-        `as_of`: when the directory said so, in seconds since 1970 (now where None).
+        `as_of`: when the directory said so, in seconds since 1970 (None: now).
         """
-        given = given_by(delegation, said.groups)
+        granted = given_by(delegation, provisioning.groups)
         stamp = self.connection.stamp(COMMAND_LIFE_S)
         with checked("the user"):
             command = UserSet(
                 **stamp,
                 user_id=user_id,
                 name=name,
-                roles=given.roles,
+                roles=granted.roles,
                 keys=(),
                 entitlements=Entitlements(
-                    scope=given.scope,
+                    scope=granted.scope,
                     source=delegation.source,
                     as_of=stamp["iat"] if as_of is None else as_of,
                 ),
-                provisioned=said.model_copy(update={"groups": given.groups}),
+                provisioned=provisioning.model_copy(update={"groups": granted.groups}),
             )
         return await self._command(command, user_id)
 
     async def disable_user(self, user_id: str, *, reason: str, gone: bool = False) -> Accepted:
-        """The user may no longer act. `gone`: they left for good, and their keys end."""
+        """Disable a user. `gone`: they left for good, and their keys end."""
         with checked("the command"):
             command = UserDisable(
                 **self.connection.stamp(COMMAND_LIFE_S), user_id=user_id, reason=reason, gone=gone
@@ -66,7 +66,7 @@ class Provisioner(Signatory):
         return await self._command(command, user_id)
 
     async def link_groups(self, groups: Sequence[GroupLink]) -> Accepted:
-        """Tell which of the delegated groups the directory has."""
+        """Set which of the delegated groups exist in the directory."""
         with checked("the groups"):
             command = ProvisionerLink(
                 **self.connection.stamp(COMMAND_LIFE_S), provisioner_id=self.id, groups=tuple(groups)

@@ -1,4 +1,4 @@
-"""What is added to a scope, and taken from one: entitlements and ceilings are replaced whole by a command."""
+"""Adds permissions to a scope and removes them: commands replace entitlements and ceilings as a whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ringfence.model.scope.scope import missing, validate_scope
 
 
 def with_added(held: Scope, more: Iterable[Permission]) -> Scope:
-    """`held` and `more` together. A permission that is wholly held already, or that `more` wholly contains, is dropped.
+    """The union of `held` and `more`, without permissions that the other side contains.
 
     Raises ScopeError where the result is too large.
     """
@@ -23,19 +23,19 @@ def with_added(held: Scope, more: Iterable[Permission]) -> Scope:
 
 
 def with_removed(held: Scope, less: Iterable[Permission]) -> Scope:
-    """`held` without `less`, which is taken away verb by verb and resource by resource.
+    """`held` without `less`, verb by verb and resource by resource.
 
-    Of each verb that is named, every held resource goes that is within a named one. A held resource that reaches beyond
-    the named one stops the whole: globs know no exception, so what would stay cannot be written down.
+    For each named verb, every held resource within a named one is removed. A held resource that only overlaps a named
+    one stops the whole change: globs have no exceptions, so the remainder cannot be written down.
 
-    Raises InvalidCallError where something is not held, naming what is; or is held only as a part of something wider.
+    Raises InvalidCallError where something is not held, naming what is; or is held only as part of something wider.
     """
-    gone: set[tuple[str, str, str]] = set()
+    removed: set[tuple[str, str, str]] = set()
     for permission in less:
         for verb in permission.verbs:
             for resource in permission.resources:
-                gone |= _covered(held, permission.target, verb, resource)
-    return tuple(part for permission in held for part in _without(permission, gone))
+                removed |= _covered(held, permission.target, verb, resource)
+    return tuple(part for permission in held for part in _without(permission, removed))
 
 
 def _covered(held: Scope, target: str, verb: str, resource: str) -> set[tuple[str, str, str]]:
@@ -47,36 +47,38 @@ def _covered(held: Scope, target: str, verb: str, resource: str) -> set[tuple[st
         if meet(one, resource)
     }
     wider = sorted(one for _, _, one in found if not within(one, (resource,)))
-    named = f"{target}:{verb}:{resource}"
+    text = f"{target}:{verb}:{resource}"
     if wider:
         raise InvalidCallError(
-            f"{named} is only a part of what is held, {target}:{verb}:{wider[0]}, and globs know no exception: remove "
+            f"{text} is only a part of what is held, {target}:{verb}:{wider[0]}, and globs know no exception: remove "
             "that, and add what is to stay"
         )
     if not found:
         raise InvalidCallError(
-            f"{named} is not held, so it cannot be removed; held is: {_in_words(held, target)}"
+            f"{text} is not held, so it cannot be removed; held is: {_describe_held(held, target)}"
         )
     return found
 
 
-def _without(permission: Permission, gone: set[tuple[str, str, str]]) -> Iterable[Permission]:
-    """What stays of a permission: one for each group of verbs that keep the same resources."""
-    verbs_by_rest: dict[tuple[str, ...], list[str]] = {}
+def _without(permission: Permission, removed: set[tuple[str, str, str]]) -> Iterable[Permission]:
+    """The remainder of a permission: one for each group of verbs that keep the same resources."""
+    verbs_by_resources: dict[tuple[str, ...], list[str]] = {}
     for verb in permission.verbs:
-        rest = tuple(one for one in permission.resources if (permission.target, verb, one) not in gone)
-        if rest:
-            verbs_by_rest.setdefault(rest, []).append(verb)
+        resources = tuple(
+            one for one in permission.resources if (permission.target, verb, one) not in removed
+        )
+        if resources:
+            verbs_by_resources.setdefault(resources, []).append(verb)
     return [
-        permission.model_copy(update={"verbs": tuple(verbs), "resources": rest})
-        for rest, verbs in verbs_by_rest.items()
+        permission.model_copy(update={"verbs": tuple(verbs), "resources": resources})
+        for resources, verbs in verbs_by_resources.items()
     ]
 
 
-def _in_words(held: Scope, target: str) -> str:
-    """What is held at a target; or, where that is nothing, at all."""
-    shown = [one for one in held if one.target == target] or held
+def _describe_held(held: Scope, target: str) -> str:
+    """What is held at a target; where that is nothing, all that is held."""
+    listed = [one for one in held if one.target == target] or held
     return (
-        "; ".join(f"{one.target}:{','.join(one.verbs)}:{','.join(one.resources)}" for one in shown)
+        "; ".join(f"{one.target}:{','.join(one.verbs)}:{','.join(one.resources)}" for one in listed)
         or "nothing"
     )

@@ -1,4 +1,4 @@
-"""Which backends and settings a target can name, as far as that is known where the SDK runs."""
+"""Validates a target's backend and its settings, as far as they are known where the SDK runs."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from ringfence.model.target_settings import CREDENTIAL_KINDS, ENTRY_POINTS, prob
 
 
 def backend_problem(backend: BackendSettings, *, anyway: bool) -> str | None:
-    """Why a target with this backend would not work, or None.
+    """Why a target with this backend would not work; None where nothing is wrong.
 
-    `anyway`: the issuer has a backend of another package that is not installed here. Of such a backend, and of one that
-    is installed here, the settings are not known and not checked.
+    `anyway`: the issuer has a backend of another package. The settings of third-party backends are not checked.
     """
-    if backend.kind not in _known() and not anyway:
+    if backend.kind not in _backend_kinds() and not anyway:
         return (
-            f"{no_backend(backend.kind)}. Where only the issuer has it, by a package of its own, add --anyway"
+            f"{unknown_backend_message(backend.kind)}. Where only the issuer has it, by a package of its own, "
+            "add --anyway"
         )
     return "; ".join(problems(backend)) or None
 
 
-def no_backend(kind: str) -> str:
-    """That there is no such backend, with the nearest that there is."""
-    known, name = sorted(_known()), visible_name(kind[:64]) or "without a name"
-    return f"there is no backend {name}{did_you_mean(kind, known) or '.'} There are {', '.join(known)}"
+def unknown_backend_message(kind: str) -> str:
+    """Says that there is no such backend, with the nearest name."""
+    kinds, name = sorted(_backend_kinds()), visible_name(kind[:64]) or "without a name"
+    return f"there is no backend {name}{did_you_mean(kind, kinds) or '.'} There are {', '.join(kinds)}"
 
 
-def _known() -> set[str]:
+def _backend_kinds() -> set[str]:
     return CREDENTIAL_KINDS.keys() | {point.name for point in entry_points(group=ENTRY_POINTS)}

@@ -1,4 +1,4 @@
-"""What the offline root does, once and then rarely: keys, the trust bundle, the first operator.
+"""The root ceremony: makes the root, the service keys, the trust bundle and the first operator. The root is offline.
 
 The root's private key is needed for nothing else. Keep it off the machines that run services.
 """
@@ -32,29 +32,29 @@ from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.unknown_fields import describe_unknown, unknown_fields
 
 _KEYS_BY_ROLE: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker", "audit")
-"""All replicas of these have one key. A gateway has one of its own: cuts wait for the word of each."""
+"""All replicas of a role share one key. Each gateway has its own, since cuts wait for each of them."""
 SERVICE_ROLES: tuple[ServiceRole, ...] = (*_KEYS_BY_ROLE, "gateway")
 ON_DEMAND: tuple[ServiceRole, ...] = ("scim", "signals")
-"""Services that have a key from the beginning, and that not everybody runs."""
+"""Optional services. They have a key from the beginning."""
 TOKEN_KEY = "issuer-token"  # noqa: S105 - the name of a file
-"""The key that signs tokens is not the one that signs the issuer's messages."""
+"""Signs access tokens. It is not the key that signs the issuer's messages."""
 _SEALED_TO: tuple[ServiceRole, ...] = ("issuer", "gateway")
-"""Whose services have a key that credentials are sealed to."""
+"""Roles with an encryption key, to which credentials are sealed."""
 SEAL = "-seal"
-"""How the names of their files end."""
+"""The suffix of the file names of encryption keys."""
 YEAR_S = 365 * 24 * 3600
-_A_NAME = TypeAdapter(Name)
+_NAME = TypeAdapter(Name)
 
 
 class CeremonyError(RingfenceError):
-    """The trust root cannot be made, or is not there."""
+    """The trust root cannot be made, or does not exist."""
 
     code = "ceremony_failed"
 
 
 @dataclass(frozen=True, slots=True)
 class TrustFolder:
-    """Where `ringfence init` keeps what it makes."""
+    """The folder in which `ringfence init` keeps keys and the trust bundle."""
 
     path: Path
 
@@ -122,9 +122,11 @@ def _make_trust(
 ) -> str:
     root = SigningKey.generate(f"spiffe://{trust_domain}/root")
     now_s = int(time.time())
-    named: list[tuple[str, ServiceRole]] = [(role, role) for role in (*_KEYS_BY_ROLE, *ON_DEMAND)]
-    named += [(name, "gateway") for name in dict.fromkeys(gateways)]
-    services = [_service(folder, trust_domain, name, role, now_s, now_s + valid_s) for name, role in named]
+    service_roles: list[tuple[str, ServiceRole]] = [(role, role) for role in (*_KEYS_BY_ROLE, *ON_DEMAND)]
+    service_roles += [(name, "gateway") for name in dict.fromkeys(gateways)]
+    services = [
+        _new_service(folder, trust_domain, name, role, now_s, now_s + valid_s) for name, role in service_roles
+    ]
     SigningKey.generate(spiffe_id(trust_domain, "service", "issuer")).save(folder.service_key(TOKEN_KEY))
     SigningKey.generate(spiffe_id(trust_domain, "user", operator)).save(folder.user_key(operator))
     bundle = TrustBundle(
@@ -149,11 +151,11 @@ def add_gateways(folder: TrustFolder, gateways: Sequence[str]) -> TrustBundle:
     Returns the bundle. Needs the root's key. Raises InvalidCallError where a name cannot be one; CeremonyError where it
     is taken, or there is no trust root, or its bundle has expired (see `ringfence.client.admin.key_rotation`).
     """
-    root, bundle = signed_before(folder)
+    root, bundle = load_root_and_bundle(folder)
     _check_names(gateways=gateways)
-    if taken := _taken(bundle, gateways):
+    if taken := _first_taken(bundle, gateways):
         raise CeremonyError(f"{taken} is in the trust bundle already; give the gateway another name")
-    return _with_more(folder, bundle, root, [(name, "gateway") for name in dict.fromkeys(gateways)])
+    return _with_services(folder, bundle, root, [(name, "gateway") for name in dict.fromkeys(gateways)])
 
 
 def add_services(folder: TrustFolder, roles: Sequence[str]) -> TrustBundle:
@@ -163,20 +165,20 @@ def add_services(folder: TrustFolder, roles: Sequence[str]) -> TrustBundle:
     Returns the bundle. Needs the root's key. Raises CeremonyError where there is no such service, it is in the bundle
     already, or there is no trust root, or its bundle has expired.
     """
-    root, bundle = signed_before(folder)
+    root, bundle = load_root_and_bundle(folder)
     if unknown := [role for role in roles if role not in ON_DEMAND]:
         raise CeremonyError(
             f"{unknown[0]} is no service that can be added; these can: {', '.join(ON_DEMAND)}"
         )
-    if taken := _taken(bundle, roles):
+    if taken := _first_taken(bundle, roles):
         raise CeremonyError(
             f"{taken} is in the trust bundle already; a new key for it: --rotate-service {taken}"
         )
-    return _with_more(folder, bundle, root, [(role, role) for role in ON_DEMAND if role in roles])
+    return _with_services(folder, bundle, root, [(role, role) for role in ON_DEMAND if role in roles])
 
 
-def lacking(bundle: TrustBundle) -> list[ServiceRole]:
-    """The services that not everybody runs and for which a trust bundle has no keys."""
+def missing_on_demand_services(bundle: TrustBundle) -> list[ServiceRole]:
+    """The optional services for which a trust bundle has no keys."""
     return [role for role in ON_DEMAND if not any(role in service.roles for service in bundle.services)]
 
 
@@ -198,9 +200,9 @@ def set_oidc_issuer(folder: TrustFolder, issuer: OidcIssuer) -> TrustBundle:
         raise CeremonyError(
             f"discovery goes by HTTPS, and the issuer is {issuer.issuer}; pin its keys (--jwks)"
         )
-    root, bundle = signed_before(folder)
+    root, bundle = load_root_and_bundle(folder)
     others = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer.issuer)
-    return sign_following(folder, bundle, root, int(time.time()), oidc_issuers=(*others, issuer))
+    return sign_next_bundle(folder, bundle, root, int(time.time()), oidc_issuers=(*others, issuer))
 
 
 def remove_oidc_issuer(folder: TrustFolder, issuer: str) -> TrustBundle:
@@ -208,47 +210,47 @@ def remove_oidc_issuer(folder: TrustFolder, issuer: str) -> TrustBundle:
 
     Returns the bundle. Needs the root's key. Raises CeremonyError where it is not there, or there is no trust root.
     """
-    root, bundle = signed_before(folder)
+    root, bundle = load_root_and_bundle(folder)
     others = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer)
     if len(others) == len(bundle.oidc_issuers):
-        known = ", ".join(one.issuer for one in others) or "none"
-        raise CeremonyError(f"the trust bundle has no issuer {issuer}; it has {known}")
-    return sign_following(folder, bundle, root, int(time.time()), oidc_issuers=others)
+        names_text = ", ".join(one.issuer for one in others) or "none"
+        raise CeremonyError(f"the trust bundle has no issuer {issuer}; it has {names_text}")
+    return sign_next_bundle(folder, bundle, root, int(time.time()), oidc_issuers=others)
 
 
-def sign_following(
+def sign_next_bundle(
     folder: TrustFolder, bundle: TrustBundle, root: SigningKey, now_s: int, **changed: Any
 ) -> TrustBundle:
-    """Sign the version after `bundle`, in which some fields are `changed`, and put it in the folder."""
+    """Sign the version after `bundle`, with the fields in `changed`, and write it to the folder."""
     following = bundle.model_copy(
         update={"iat": now_s, "jti": str(uuid.uuid4()), "version": bundle.version + 1, **changed}
     )
-    fresh = folder.bundle.with_suffix(".new")
-    write_private(fresh, sign(following, root, header_jwk=True) + "\n")
-    fresh.replace(folder.bundle)
+    new_file = folder.bundle.with_suffix(".new")
+    write_private(new_file, sign(following, root, header_jwk=True) + "\n")
+    new_file.replace(folder.bundle)
     return following
 
 
 def _check_names(*names: str, gateways: Sequence[str]) -> None:
     for name in (*names, *gateways):
         with checked(repr(name)):
-            _A_NAME.validate_python(name)
+            _NAME.validate_python(name)
     if taken := sorted({*_KEYS_BY_ROLE, *ON_DEMAND, TOKEN_KEY} & set(gateways)):
         raise CeremonyError(f"{taken[0]} is the name of a service; give the gateway another")
-    if like := [name for name in gateways if name.endswith((SEAL, NEXT)) or SEAL + BEFORE in name]:
+    if reserved := [name for name in gateways if name.endswith((SEAL, NEXT)) or SEAL + BEFORE in name]:
         raise CeremonyError(
-            f"{like[0]} ends in {SEAL} or {NEXT}, or has {SEAL}{BEFORE} in it, as the files of other keys do; "
+            f"{reserved[0]} ends in {SEAL} or {NEXT}, or has {SEAL}{BEFORE} in it, as the files of other keys do; "
             "give the gateway another"
         )
 
 
-def _taken(bundle: TrustBundle, names: Sequence[str]) -> str | None:
+def _first_taken(bundle: TrustBundle, names: Sequence[str]) -> str | None:
     """The first of these names that a service of the bundle has."""
     ids = {service.id for service in bundle.services}
     return next((name for name in names if spiffe_id(bundle.aud, "service", name) in ids), None)
 
 
-def _with_more(
+def _with_services(
     folder: TrustFolder, bundle: TrustBundle, root: SigningKey, more: Sequence[tuple[str, ServiceRole]]
 ) -> TrustBundle:
     """Sign the next version of a bundle: with these services beside all that is there. Raises CeremonyError."""
@@ -256,11 +258,11 @@ def _with_more(
     if bundle.exp <= now_s:
         raise CeremonyError(f"the trust bundle in {folder.bundle} has expired; first sign it anew: --renew")
     services = [_with_encryption_key(folder, service, now_s, bundle.exp) for service in bundle.services]
-    services += [_service(folder, bundle.aud, name, role, now_s, bundle.exp) for name, role in more]
-    return sign_following(folder, bundle, root, now_s, services=tuple(services))
+    services += [_new_service(folder, bundle.aud, name, role, now_s, bundle.exp) for name, role in more]
+    return sign_next_bundle(folder, bundle, root, now_s, services=tuple(services))
 
 
-def _service(
+def _new_service(
     folder: TrustFolder, trust_domain: str, name: str, role: ServiceRole, now_s: int, end_s: int
 ) -> ServiceIdentity:
     """A service with fresh keys, the private halves of which are in the folder."""
@@ -281,8 +283,8 @@ def _with_encryption_key(
     return service.model_copy(update={"encryption_keys": (key.record(end_s, now_s - 60),)})
 
 
-def signed_before(folder: TrustFolder) -> tuple[SigningKey, TrustBundle]:
-    """The root's key, and the bundle that it signed last. Raises CeremonyError."""
+def load_root_and_bundle(folder: TrustFolder) -> tuple[SigningKey, TrustBundle]:
+    """Load the root's key and the bundle that it signed last. Raises CeremonyError."""
     try:
         root = SigningKey.load(folder.root_key)
         jws = parse(folder.bundle.read_text().strip())
@@ -329,7 +331,7 @@ async def publish_trust(folder: TrustFolder, settings: BusSettings, operator: st
     Raises CeremonyError where `make_trust` has not run, or for another operator; UnavailableError where Kafka does not
     answer.
     """
-    root, _ = signed_before(folder)
+    root, _ = load_root_and_bundle(folder)
     command = first_operator(folder, settings.trust_domain, operator, name)
     async with Publisher(settings, root.id) as publisher:
         await publisher.require(TRUST, REGISTRY_COMMAND)
@@ -339,7 +341,7 @@ async def publish_trust(folder: TrustFolder, settings: BusSettings, operator: st
 
 async def publish_bundle(folder: TrustFolder, settings: BusSettings) -> None:
     """Put the trust bundle on Kafka. Raises CeremonyError where there is none, UnavailableError where Kafka is not."""
-    root, bundle = signed_before(folder)
+    root, bundle = load_root_and_bundle(folder)
     compact, version = folder.bundle.read_text().strip(), str(bundle.version)
     async with Publisher(settings, root.id) as publisher:
         await publisher.require(TRUST)

@@ -1,4 +1,4 @@
-"""Users as a file says that they are: what has to change for that, and its doing."""
+"""Reconciles users with a file: what has to change, and carrying it out."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.registry import Delegation, Provisioning, UserState
 from ringfence.model.records.provisioning import given_by, is_of
 
-_AT_ONCE = 32
+_MAX_CONCURRENT_COMMANDS = 32
 Kind = Literal["add", "change", "confirm", "disable"]
 
 
 @dataclass(frozen=True, slots=True)
 class FileUser:
-    """A user as the file has them."""
+    """A user as the file describes them."""
 
     name: str
-    said: Provisioning
+    provisioning: Provisioning
 
 
 @dataclass(frozen=True, slots=True)
 class UserChange:
-    """One user, and what is to be done: `confirm` where all is as it should be, and only their date is renewed."""
+    """One user, and what to do: `confirm` where all is as it should be, and only the date is renewed."""
 
     kind: Kind
     user_id: str
@@ -36,7 +36,7 @@ class UserChange:
 
 @dataclass(frozen=True, slots=True)
 class SyncPlan:
-    """What has to be done, by user id, and what stands in its way."""
+    """The changes to make, by user id, and the problems that prevent them."""
 
     differences: tuple[UserChange, ...]
     problems: tuple[str, ...]
@@ -61,7 +61,7 @@ class SyncPlan:
 
 
 async def delegation_of(provisioner: Provisioner) -> Delegation:
-    """What an operator delegated. Raises InvalidCallError where that is nothing."""
+    """What an operator delegated to this provisioner. Raises InvalidCallError where that is nothing."""
     entry = (await provisioner.directory()).user(provisioner.id)
     if entry is None or entry.state.delegation is None or entry.state.status != "active":
         raise InvalidCallError(
@@ -71,54 +71,59 @@ async def delegation_of(provisioner: Provisioner) -> Delegation:
     return entry.state.delegation
 
 
-async def plan(provisioner: Provisioner, wanted: Mapping[str, FileUser]) -> SyncPlan:
-    """Compare the records with what is wanted. Raises InvalidCallError where nothing is delegated."""
+async def plan(provisioner: Provisioner, file_users: Mapping[str, FileUser]) -> SyncPlan:
+    """Compare the records with the file. Raises InvalidCallError where nothing is delegated."""
     delegation = await delegation_of(provisioner)
     directory = await provisioner.directory()
     users = [entry.state for entry in directory.entries("user")]
     states = {state.user_id: state for state in users if isinstance(state, UserState)}
     own = {id: state for id, state in states.items() if is_of(state, provisioner.id)}
     problems: list[str] = []
-    found: list[UserChange] = []
-    for user_id, one in sorted(wanted.items()):
+    changes: list[UserChange] = []
+    for user_id, one in sorted(file_users.items()):
         state = states.get(user_id)
         if problem := _problem(user_id, one, state, provisioner.id):
             problems.append(problem)
         else:
-            found.append(_difference(user_id, one, state, delegation))
+            changes.append(_difference(user_id, one, state, delegation))
     for user_id, state in sorted(own.items()):
-        if user_id not in wanted and state.status == "active":
-            found.append(UserChange("disable", user_id, ("not in the file",)))
+        if user_id not in file_users and state.status == "active":
+            changes.append(UserChange("disable", user_id, ("not in the file",)))
     active = sum(state.status == "active" for state in own.values())
-    return SyncPlan(tuple(found), tuple(problems), active)
+    return SyncPlan(tuple(changes), tuple(problems), active)
 
 
 async def carry_out(
     provisioner: Provisioner,
-    wanted: Mapping[str, FileUser],
-    todo: SyncPlan,
-    told: Callable[[UserChange, str | None], None],
+    file_users: Mapping[str, FileUser],
+    sync_plan: SyncPlan,
+    on_result: Callable[[UserChange, str | None], None],
 ) -> int:
-    """Give the commands; `told` hears of each what came of it (None: done). Returns how many failed."""
+    """Send the commands of a plan. Returns how many failed.
+
+    `on_result` is called for each change, with its error or None.
+    """
     delegation = await delegation_of(provisioner)
-    at_once, failed = asyncio.Semaphore(_AT_ONCE), 0
+    limit, failed = asyncio.Semaphore(_MAX_CONCURRENT_COMMANDS), 0
 
     async def one(difference: UserChange) -> None:
         nonlocal failed
-        async with at_once:
+        async with limit:
             try:
                 if difference.kind == "disable":
                     await provisioner.disable_user(difference.user_id, reason="not in the file any more")
                 else:
-                    user = wanted[difference.user_id]
-                    await provisioner.set_user(difference.user_id, delegation, user.said, name=user.name)
+                    user = file_users[difference.user_id]
+                    await provisioner.set_user(
+                        difference.user_id, delegation, user.provisioning, name=user.name
+                    )
             except RingfenceError as error:
                 failed += 1
-                told(difference, f"{error.code}: {error}")
+                on_result(difference, f"{error.code}: {error}")
             else:
-                told(difference, None)
+                on_result(difference, None)
 
-    await asyncio.gather(*(one(difference) for difference in todo.differences))
+    await asyncio.gather(*(one(difference) for difference in sync_plan.differences))
     return failed
 
 
@@ -129,7 +134,7 @@ def _problem(user_id: str, one: FileUser, state: UserState | None, provisioner_i
         return f"{user_id} does not come from {provisioner_id}: an operator made them, or they come from elsewhere"
     if state.provisioned.gone:
         return f"{user_id} left for good; whoever comes now is somebody else, and needs another id"
-    if state.provisioned.blocked and one.said.active:
+    if state.provisioned.blocked and one.provisioning.active:
         return (
             f"{user_id} was disabled by an operator; until an operator sets them again, write active: false"
         )
@@ -137,24 +142,24 @@ def _problem(user_id: str, one: FileUser, state: UserState | None, provisioner_i
 
 
 def _difference(user_id: str, one: FileUser, state: UserState | None, delegation: Delegation) -> UserChange:
-    given = given_by(delegation, one.said.groups)
+    granted = given_by(delegation, one.provisioning.groups)
     if state is None:
         return UserChange(
-            "add", user_id, (f"groups: {_words(given.groups)}", f"roles: {_words(given.roles)}")
+            "add", user_id, (f"groups: {_comma_list(granted.groups)}", f"roles: {_comma_list(granted.roles)}")
         )
     before = state.provisioned or Provisioning()
     pairs: Sequence[tuple[str, str, str]] = (
         ("name", state.name, one.name),
-        ("groups", _words(before.groups), _words(given.groups)),
-        ("roles", _words(state.roles), _words(given.roles)),
-        ("external_id", before.external_id or "none", one.said.external_id or "none"),
-        ("active", str(state.status == "active").lower(), str(one.said.active).lower()),
+        ("groups", _comma_list(before.groups), _comma_list(granted.groups)),
+        ("roles", _comma_list(state.roles), _comma_list(granted.roles)),
+        ("external_id", before.external_id or "none", one.provisioning.external_id or "none"),
+        ("active", str(state.status == "active").lower(), str(one.provisioning.active).lower()),
     )
     details = [f"{what}: {old} -> {new}" for what, old, new in pairs if old != new]
-    if state.entitlements.scope != given.scope:
+    if state.entitlements.scope != granted.scope:
         details.append("entitlements: as the delegation has them now")
     return UserChange("change" if details else "confirm", user_id, tuple(details))
 
 
-def _words(words: Sequence[str]) -> str:
+def _comma_list(words: Sequence[str]) -> str:
     return ", ".join(words) or "none"

@@ -1,4 +1,4 @@
-"""The agent's side: ask for a credential, use it, give it back."""
+"""The agent's side of the SDK: request a credential, use it, release it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from ringfence.client.admin.command_client import Accepted, Outcomes
+from ringfence.client.admin.command_client import Accepted, CommandOutcomes
 from ringfence.client.agent.credentials import IssuedCredential
-from ringfence.client.agent.process_id import process_mark
+from ringfence.client.agent.process_id import process_id
 from ringfence.client.agent.replies import (
     AllowedByPolicy,
     Answer,
     Denied,
     PendingRequest,
     SentRequest,
+    describe_approvers,
     read_reply,
-    who,
 )
-from ringfence.client.connected import Lifetime
 from ringfence.client.connection import Connection, Coordinate, load_settings, subject
 from ringfence.client.errors import (
     IdentityError,
@@ -33,6 +32,7 @@ from ringfence.client.errors import (
     checked,
 )
 from ringfence.client.instance_enrolment import Attested
+from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.client.token_sources import TokenSource, source_of
 from ringfence.kernel.base.clock import Clock, SystemClock
@@ -62,12 +62,12 @@ log = logging.getLogger(__name__)
 REQUEST_LIFE_S = 120
 """`exp` of a request: how long it may take to reach the broker, clocks that differ included."""
 
-ANSWER_S = 15.0
-"""How long the registry's word is waited for where nothing else is said."""
+COMMAND_TIMEOUT_S = 15.0
+"""How long to wait for the registry's answer by default."""
 _MAX_ABANDONED = 1000
 
 OnPending = Callable[[PendingRequest], Awaitable[None] | None]
-"""Told once that approvals are waited for. May be a coroutine function."""
+"""Called once when approvals are waited for. May be a coroutine function."""
 
 
 @dataclass(slots=True)
@@ -76,16 +76,16 @@ class _OpenRequest:
     answers: asyncio.Queue[Answer] = field(default_factory=asyncio.Queue)
     at: Coordinate | None = None
     ignored: str | None = None
-    """Why the last reply that did not prove itself was ignored."""
+    """Why the last reply that did not verify was ignored."""
     abandoned: bool = False
-    """Nobody waits any more: a credential that still comes is given back."""
+    """The caller gave up waiting: a credential that still arrives is released."""
 
 
 class Agent(Lifetime):
-    """An agent's identity, connected. One reply listener serves any number of requests at the same time.
+    """An agent's identity, connected. One reply listener serves any number of concurrent requests.
 
-    Where its key came from a file, and another key of the same agent lies there now, that one signs from then on; see
-    also `use_key`. What was asked for with the old key is shown with the old key.
+    Where the key came from a file and the file is replaced by another key of the same agent, that key signs from then
+    on; see also `use_key`. A credential that was requested with the old key is still presented with the old key.
 
     ```python
     async with Agent.connect(key="deploy-bot.json") as agent:
@@ -100,9 +100,9 @@ class Agent(Lifetime):
         """Use `connect`. Raises IdentityError where the connection's key is no agent's."""
         self.id = subject(connection.key, "agent", connection.settings)
         self.connection = connection
-        self._outcomes = Outcomes(connection)
-        self._waiting: dict[str, _OpenRequest] = {}
-        self._giving_back: set[asyncio.Task[None]] = set()
+        self._outcomes = CommandOutcomes(connection)
+        self._open_requests: dict[str, _OpenRequest] = {}
+        self._releases: set[asyncio.Task[None]] = set()
 
     @classmethod
     def connect(
@@ -114,14 +114,14 @@ class Agent(Lifetime):
         agent_id: str | None = None,
         clock: Clock | None = None,
     ) -> Self:
-        """An agent to be used as an async context manager: `async with Agent.connect(...) as agent`.
+        """Return an agent, to be entered: `async with Agent.connect(...) as agent`.
 
         Args:
-            key: the agent's key, or the path of its file; `RINGFENCE_IDENTITY` where None.
-            settings: where to connect to; read from `RINGFENCE_*` and the settings file where None.
-            attest: where the platform's identity token comes from, in the place of a key: a `TokenSource`, or
-                `file:PATH`, `github` or `gcp`; `RINGFENCE_ATTEST` where None and no key is given.
-            agent_id: the agent that this is an instance of, with `attest`; `RINGFENCE_AGENT` where None.
+            key: the agent's key, or the path of its file; None takes `RINGFENCE_IDENTITY`.
+            settings: where to connect to; None reads `RINGFENCE_*` and the settings file.
+            attest: where the platform's identity token comes from, instead of a key: a `TokenSource`, or `file:PATH`,
+                `github` or `gcp`. None takes `RINGFENCE_ATTEST` where no key is given.
+            agent_id: with `attest`, the agent that this process is an instance of; None takes `RINGFENCE_AGENT`.
 
         Raises:
             SettingsError, IdentityError, KeyFileError, InvalidCallError; on entering, UnavailableError, and with
@@ -140,25 +140,27 @@ class Agent(Lifetime):
         return cls(Connection(None, settings, clock, attested=attested))
 
     async def start(self) -> None:
-        """Connect and begin to listen for replies. `async with` does it."""
+        """Connect and start to listen for replies. `async with` does it."""
         await self.connection.start()
         try:
             # From the end and before the first request: every reply to come is seen, and none of those that came.
             await self.connection.follow([CREDENTIAL_REPLY], self._on_replies, since_ms=None, key=self.id)
-            await self.connection.follow([DEAD_LETTER], self.connection.letters.on_records, since_ms=None)
+            await self.connection.follow(
+                [DEAD_LETTER], self.connection.dead_letters.on_records, since_ms=None
+            )
         except BaseException:
             await self.connection.close()
             raise
 
     async def close(self) -> None:
-        """Give back what came too late, then disconnect. `async with` does it."""
-        await asyncio.gather(*self._giving_back, return_exceptions=True)
+        """Release credentials that arrived after their request timed out, then disconnect. `async with` does it."""
+        await asyncio.gather(*self._releases, return_exceptions=True)
         await self.connection.close()
 
     def use_key(self, key: SigningKey | Path | str) -> None:
-        """Sign with another key of this agent from now on, one that was given to it by `ringfence agent rotate-key`.
+        """Sign with another key of this agent from now on, one registered by `ringfence agent rotate-key`.
 
-        Credentials that are held go on with the key that they were asked for with. Raises IdentityError, KeyFileError.
+        Credentials already held stay bound to the key they were requested with. Raises IdentityError, KeyFileError.
         """
         self.connection.use_key(key)
 
@@ -176,21 +178,22 @@ class Agent(Lifetime):
         break_glass: bool = False,
         delivery: Delivery = "agent",
     ) -> IssuedCredential:
-        """Ask for one credential and wait for it.
+        """Request one credential and wait for it.
 
         Args:
-            task: the id of the task that this is for.
-            target: the target's id; `verbs` and `resources` (globs) are what is needed there, no more.
+            task: the id of the task that it is for.
+            target: the target's id; `verbs` and `resources` (globs) are what is needed there.
             reason: why, in a sentence that an approver will read.
             ttl_s: how long it is needed, in seconds.
-            timeout_s: how long to wait for the final answer, approvals included; None waits until there is one.
-            on_pending: told once when a person has to approve.
-            break_glass: policy denies it, and two operators are asked to allow it once, for 15 minutes at most.
-            delivery: `gateway` where the gateway injects the credential: the agent gets a handle, and no secret.
+            timeout_s: how long to wait for the final answer, approvals included; None waits without limit.
+            on_pending: called once when a person has to approve.
+            break_glass: policy denies the request, and two operators are asked to allow it once, for 15 minutes at
+                most.
+            delivery: with `gateway` the gateway injects the credential: the agent gets a handle, and no secret.
 
         Raises:
             RequestDeniedError: with every reason of policy or issuer.
-            RequestTimeoutError: saying what is still waited for. A credential that comes later is given back.
+            RequestTimeoutError: saying what was missing. A credential that arrives later is released.
             InvalidCallError, ScopeError: the arguments make no request; nothing was sent.
             UnavailableError: Kafka did not take the request.
         """
@@ -219,11 +222,11 @@ class Agent(Lifetime):
         break_glass: bool = False,
         delivery: Delivery = "agent",
     ) -> IssuedCredential:
-        """Like `request`, with several permissions at the one target: different verbs on different resources."""
+        """Like `request`, with several permissions at one target: different verbs on different resources."""
         await self.connection.renew()
         facts = {"agent_id": self.id, "task_id": task}
         with self.connection.tracing.step("request credential", Work(None, facts)) as span:
-            waiting = self._prepare(
+            open_request = self._prepare(
                 span.traceparent or new_traceparent(),
                 task_id=task,
                 scope=tuple(scope),
@@ -232,20 +235,20 @@ class Agent(Lifetime):
                 reason=reason,
                 break_glass=True if break_glass else None,
             )
-            span.note(request_id=waiting.sent.request_id)
-            return await self._answer_to(waiting, timeout_s, on_pending)
+            span.note(request_id=open_request.sent.request_id)
+            return await self._answer_to(open_request, timeout_s, on_pending)
 
     async def _answer_to(
-        self, waiting: _OpenRequest, timeout_s: float | None, on_pending: OnPending | None
+        self, open_request: _OpenRequest, timeout_s: float | None, on_pending: OnPending | None
     ) -> IssuedCredential:
-        sent = waiting.sent
-        self._waiting[sent.request_id] = waiting
-        answered = told = False
+        sent = open_request.sent
+        self._open_requests[sent.request_id] = open_request
+        answered = notified = False
         phase = "policy's decision"
         limit = asyncio.timeout(timeout_s)
         try:
             async with limit:
-                waiting.at = await self.connection.publish(
+                open_request.at = await self.connection.publish(
                     CREDENTIAL_REQUEST,
                     self.id,
                     sent.claims,
@@ -253,7 +256,7 @@ class Agent(Lifetime):
                     traceparent=sent.traceparent,
                 )
                 while True:
-                    match await waiting.answers.get():
+                    match await open_request.answers.get():
                         case IssuedCredential() as credential:
                             answered = True
                             return credential
@@ -266,9 +269,9 @@ class Agent(Lifetime):
                                 retry_after_s=denied.retry_after_s,
                             )
                         case PendingRequest() as pending:
-                            phase = f"the approval of {who(pending.required)}"
-                            if on_pending and not told:
-                                told = True
+                            phase = f"the approval of {describe_approvers(pending.required)}"
+                            if on_pending and not notified:
+                                notified = True
                                 result = on_pending(pending)
                                 if inspect.isawaitable(result):
                                     await result
@@ -277,12 +280,14 @@ class Agent(Lifetime):
         except TimeoutError:
             if not limit.expired():
                 raise  # the caller's own, out of `on_pending`
-            raise RequestTimeoutError(sent.request_id, phase, timeout_s or 0.0, self._hint(waiting)) from None
+            raise RequestTimeoutError(
+                sent.request_id, phase, timeout_s or 0.0, self._hint(open_request)
+            ) from None
         finally:
             if answered:
-                del self._waiting[sent.request_id]
+                del self._open_requests[sent.request_id]
             else:
-                self._abandon(waiting)
+                self._abandon(open_request)
 
     @asynccontextmanager
     async def credential(
@@ -299,7 +304,10 @@ class Agent(Lifetime):
         break_glass: bool = False,
         delivery: Delivery = "agent",
     ) -> AsyncIterator[IssuedCredential]:
-        """`request` as a context manager: however the block ends, the credential is wiped and released."""
+        """`request` as a context manager.
+
+        The credential is wiped and released at the end of the block, also after an error.
+        """
         credential = await self.request(
             task=task, target=target, verbs=verbs, resources=resources, reason=reason, ttl_s=ttl_s,
             timeout_s=timeout_s, on_pending=on_pending, break_glass=break_glass, delivery=delivery,
@@ -317,15 +325,15 @@ class Agent(Lifetime):
         reason: str = "no longer needed",
         timeout_s: float | None = None,
     ) -> None:
-        """Give a credential back before its time.
+        """Release a credential before its deadline.
 
         Args:
             credential: what `request` returned, or its lease id.
-            timeout_s: None returns as soon as Kafka holds the release, which no crash can undo then; a number waits
-                that long for the revoker's word.
+            timeout_s: how long to wait for the revoker's signed answer. None returns once Kafka holds the release,
+                which is durable then.
 
         Raises:
-            RefusedError, NotAnsweredError: by or of the revoker, where its word is waited for.
+            RefusedError, NotAnsweredError: from the revoker, where its answer is waited for.
             UnavailableError: Kafka did not take the release.
         """
         self.connection.renew_key()
@@ -361,7 +369,7 @@ class Agent(Lifetime):
         scope: Sequence[Permission],
         ends_in_s: int | None = None,
         until: int | None = None,
-        timeout_s: float = ANSWER_S,
+        timeout_s: float = COMMAND_TIMEOUT_S,
     ) -> str:
         """Hand part of a task to another agent. Returns the id of its task, which ends with this one at the latest.
 
@@ -393,8 +401,10 @@ class Agent(Lifetime):
         )
         return message_id(claims.iss, claims.jti)
 
-    async def end_delegated(self, task: str, *, reason: str, timeout_s: float = ANSWER_S) -> Accepted:
-        """End a task that this agent handed on, or that came of one: what is held under it ends.
+    async def end_delegated(
+        self, task: str, *, reason: str, timeout_s: float = COMMAND_TIMEOUT_S
+    ) -> Accepted:
+        """End a task that this agent delegated, or one delegated further from it. The leases held under it end.
 
         Raises as `delegate` does.
         """
@@ -402,18 +412,18 @@ class Agent(Lifetime):
             claims = TaskEnd(**self.connection.stamp(REQUEST_LIFE_S), task_id=task, reason=reason)
         return await self._outcomes.send(REGISTRY_COMMAND, task, claims, by="registry", timeout_s=timeout_s)
 
-    def _prepare(self, traceparent: str, *, scope: tuple[Permission, ...], **asked: Any) -> _OpenRequest:
-        """`asked`: further fields of the `CredentialRequest`."""
+    def _prepare(self, traceparent: str, *, scope: tuple[Permission, ...], **fields: Any) -> _OpenRequest:
+        """`fields`: further fields of the `CredentialRequest`."""
         validate_scope(scope)
         self.connection.renew_key()
         reply_key = ReplyKey()
         with checked("the request"):
             claims = CredentialRequest(
                 **self.connection.stamp(REQUEST_LIFE_S),
-                **asked,
+                **fields,
                 scope=scope,
                 reply_key=reply_key.public,
-                process=process_mark(),
+                process=process_id(),
                 enrolment=self.connection.enrolment,
             )
         key = self.connection.key
@@ -425,47 +435,52 @@ class Agent(Lifetime):
             )
         return _OpenRequest(SentRequest(claims, compact, reply_key, traceparent, key))
 
-    def _abandon(self, waiting: _OpenRequest) -> None:
-        waiting.abandoned = True
-        abandoned = [id for id, other in self._waiting.items() if other.abandoned]
+    def _abandon(self, open_request: _OpenRequest) -> None:
+        open_request.abandoned = True
+        abandoned = [id for id, one in self._open_requests.items() if one.abandoned]
         for id in abandoned[:-_MAX_ABANDONED]:
-            del self._waiting[id]
+            del self._open_requests[id]
 
-    def _hint(self, waiting: _OpenRequest) -> str:
-        if letter := self.connection.letters.reason(waiting.at):
+    def _hint(self, open_request: _OpenRequest) -> str:
+        if letter := self.connection.dead_letters.reason(open_request.at):
             return letter
-        if waiting.ignored:
-            return f"a reply was ignored: {waiting.ignored}"
+        if open_request.ignored:
+            return f"a reply was ignored: {open_request.ignored}"
         return ""
 
     def _on_replies(self, records: Sequence[Received]) -> None:
         for record in records:
             # Unverified: it only picks the request whose key to try; opening the seal proves the rest.
-            waiting = self._waiting.get(unverified_kid(record.value) or "")
-            if waiting is None:
+            open_request = self._open_requests.get(unverified_kid(record.value) or "")
+            if open_request is None:
                 continue
             try:
-                answer = read_reply(record.value, waiting.sent, self.connection.trust, record.appended_at_ms)
+                answer = read_reply(
+                    record.value, open_request.sent, self.connection.trust, record.appended_at_ms
+                )
             except InvalidMessageError as error:
-                waiting.ignored = str(error)
+                open_request.ignored = str(error)
                 log.warning("ignored a reply at %s@%d: %s", record.topic_name, record.offset, error)
                 continue
-            if waiting.abandoned:
-                self._on_late(waiting, answer)
+            if open_request.abandoned:
+                self._on_late_answer(open_request, answer)
             else:
-                waiting.answers.put_nowait(answer)
+                open_request.answers.put_nowait(answer)
 
-    def _on_late(self, waiting: _OpenRequest, answer: Answer) -> None:
+    def _on_late_answer(self, open_request: _OpenRequest, answer: Answer) -> None:
         if isinstance(answer, IssuedCredential):
             log.info("lease %s came after its request had timed out; it is given back", answer.lease_id)
             task = asyncio.create_task(self._release_quietly(answer))
-            self._giving_back.add(task)
-            task.add_done_callback(self._giving_back.discard)
+            self._releases.add(task)
+            task.add_done_callback(self._releases.discard)
         if isinstance(answer, IssuedCredential | Denied):
-            self._waiting.pop(waiting.sent.request_id, None)
+            self._open_requests.pop(open_request.sent.request_id, None)
 
     async def _release_quietly(self, credential: IssuedCredential) -> None:
-        """What cannot be released now ends by itself at its deadline; that must not hide how the caller's work went."""
+        """Release, and only log a failure.
+
+        The lease ends at its deadline anyway, and an exception here would hide the caller's own.
+        """
         try:
             await self.release(credential)
         except RingfenceError as error:

@@ -1,7 +1,7 @@
-"""What an agent gets: a credential of its kind, which says how it is used, renews nothing, and can be wiped.
+"""Credential classes of the SDK, one for each kind: how it is used, and how it is wiped. None renews itself.
 
-`apply()` gives what the usual library for its kind takes. A kind that has no class here is one that another package
-brought: its value is all that is known of it.
+`apply()` returns what the usual client library of the kind takes. A kind of a third-party backend has no class here:
+only its value is known.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ringfence.messages.permission import Scope
 
 
 class Secret:
-    """A text that can be wiped. What was read from it meanwhile, Python keeps for as long as somebody refers to it."""
+    """A text that can be wiped. Copies that were read from it stay in memory as long as somebody refers to them."""
 
     __slots__ = ("_data",)
 
@@ -44,7 +44,7 @@ class Secret:
         return self._data.decode("utf-8")
 
     def wipe(self) -> None:
-        """Overwrite it. Again does nothing."""
+        """Overwrite it. Idempotent."""
         if self._data is not None:
             self._data[:] = bytes(len(self._data))
             self._data = None
@@ -55,9 +55,9 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class IssuedCredential:
-    """A credential that policy allowed and the issuer made. Its value is not shown by `repr`.
+    """A credential that policy allowed and the issuer made. `repr` does not show its value.
 
-    As a context manager it is wiped at the end of the block, and not released: `Agent.credential` does both.
+    As a context manager it is wiped at the end of the block, but not released: `Agent.credential` does both.
     """
 
     lease_id: str
@@ -67,7 +67,7 @@ class IssuedCredential:
     secret: Secret = field(repr=False)
     token_type: str | None
     expires_at: int
-    """Seconds since 1970, UTC: from then on nobody accepts it."""
+    """Seconds since 1970, UTC. From then on its target refuses it."""
     target: str
     scope: Scope
     task_id: str
@@ -76,13 +76,13 @@ class IssuedCredential:
     on_behalf_of: str
     delivery: Delivery
     traceparent: str | None = field(default=None, repr=False)
-    """The W3C trace that request, decision, issue and end belong to, and where in it the request was made."""
+    """The W3C trace context of the request, to which decision, issue and end belong, too."""
     key: SigningKey | None = field(default=None, repr=False)
-    """The agent's own: a credential that is bound to it (`token_type` is DPoP) is good only with proofs of it."""
+    """The agent's key. A DPoP-bound credential (`token_type` is DPoP) is valid only with proofs by it."""
 
     @property
     def trace_id(self) -> str | None:
-        """The id of that trace."""
+        """The W3C trace id of the request; None where there is no trace."""
         return trace_id(self.traceparent)
 
     @property
@@ -91,24 +91,25 @@ class IssuedCredential:
         return self.secret.reveal()
 
     def apply(self) -> Any:
-        """What the usual library for its kind takes; of an unknown kind the value.
+        """What the usual library of its kind takes; the value where the kind is unknown.
 
-        Raises CredentialOverError where it was wiped, or its time is over: nothing is renewed behind the caller's back.
+        Raises CredentialOverError where it was wiped or has expired: it is not renewed implicitly.
         """
         return self.usable()
 
     def usable(self) -> str:
-        """The value, while it is good. Raises CredentialOverError."""
+        """The value. Raises CredentialOverError where it was wiped or has expired."""
         if time.time() >= self.expires_at:
             raise CredentialOverError(f"the time of lease {self.lease_id} is over; ask for a new credential")
         return self.value
 
     def headers(self, method: str | None = None, url: str | None = None) -> dict[str, str]:
-        """The HTTP headers that present it: `Authorization` (RFC 6750), and with a bound one `DPoP` (RFC 9449).
+        """The HTTP headers that present it: `Authorization` (RFC 6750), and `DPoP` (RFC 9449) where it is bound to a
+        key.
 
-        A proof is for one request: `method` and `url` say which. Where the server demands nonces, use `auth`.
+        A proof is for one request, the one that `method` and `url` name. Use `auth` for servers that demand nonces.
 
-        Raises InvalidCallError where they are missing and a proof is needed, CredentialOverError once it was wiped.
+        Raises InvalidCallError where a proof is needed and they are missing, CredentialOverError once it was wiped.
         """
         headers = {"Authorization": f"{self.token_type or 'Bearer'} {self.value}"}
         if self.token_type == "DPoP":  # noqa: S105 - RFC 9449
@@ -124,9 +125,9 @@ class IssuedCredential:
         return headers
 
     def auth(self) -> httpx.Auth:
-        """For httpx: `client.put(url, auth=credential.auth())`. Keep it for all requests: it remembers nonces.
+        """For httpx: `client.put(url, auth=credential.auth())`. Reuse the object for all requests: it remembers nonces.
 
-        A request after the end raises CredentialOverError and is not sent. A refusal (401) is the caller's to see.
+        A request after expiry raises CredentialOverError and is not sent. A 401 is passed to the caller.
         """
         if self.token_type == "DPoP":  # noqa: S105 - RFC 9449
             return _WhileUsable(self, DpopAuth(self.value, self._bound_to()))
@@ -138,7 +139,7 @@ class IssuedCredential:
         return self.key
 
     def wipe(self) -> None:
-        """Forget the value. It stays good at its target until it is released or its time is over."""
+        """Forget the value. It stays valid at its target until it is released or expires."""
         self.secret.wipe()
 
     def __enter__(self) -> Self:
@@ -161,7 +162,7 @@ class TokenCredential(IssuedCredential):
 
 
 class PostgresCredential(IssuedCredential):
-    """A login of its own at a PostgreSQL server, kind `postgres`."""
+    """A temporary login at a PostgreSQL server, kind `postgres`."""
 
     __slots__ = ()
 
@@ -177,7 +178,7 @@ class PostgresCredential(IssuedCredential):
 
 
 class RedisCredential(IssuedCredential):
-    """A user of its own at a Valkey or Redis server, kind `redis`."""
+    """A temporary user at a Valkey or Redis server, kind `redis`."""
 
     __slots__ = ()
 
@@ -193,12 +194,12 @@ class RedisCredential(IssuedCredential):
 
 
 class SshCredential(IssuedCredential):
-    """A key and a certificate of its own for a host with an OpenSSH server, kind `ssh`."""
+    """A temporary key and certificate for a host with an OpenSSH server, kind `ssh`."""
 
     __slots__ = ()
 
     def apply(self) -> AbstractContextManager[list[str]]:
-        """The beginning of a command that knows the host by the target's id, in a block that its files last for.
+        """`ssh -F FILE` as a list, in a block that the files last for. The host has the target's id.
 
         `with credential.apply() as ssh: subprocess.run([*ssh, credential.target, "uptime"])`
         """
@@ -212,13 +213,13 @@ class SshCredential(IssuedCredential):
 
 
 class GatewayCredential(IssuedCredential):
-    """A lease whose credential the gateway injects, whatever its kind. The agent has its handle, which is no secret."""
+    """A lease of any kind whose credential the gateway injects. The agent holds its handle, which is no secret."""
 
     __slots__ = ()
 
     @property
     def handle(self) -> str:
-        """What names the lease to the gateway."""
+        """The lease id, by which the gateway finds the credential."""
         return self.lease_id
 
     @property
@@ -228,13 +229,13 @@ class GatewayCredential(IssuedCredential):
         )
 
     def usable(self) -> str:
-        """The handle, while the lease lives. Raises CredentialOverError."""
+        """The handle. Raises CredentialOverError where the lease has expired."""
         if time.time() >= self.expires_at:
             raise CredentialOverError(f"the time of lease {self.lease_id} is over; ask for a new one")
         return self.handle
 
     def apply(self) -> httpx.Auth:
-        """What `auth` gives. Through its task's socket a request needs none of it. Raises CredentialOverError."""
+        """The same as `auth`. Requests through the task's socket do not need it. Raises CredentialOverError."""
         self.usable()
         return self.auth()
 
@@ -244,7 +245,7 @@ class GatewayCredential(IssuedCredential):
         )
 
     def auth(self) -> httpx.Auth:
-        """For httpx, with the gateway's URL: shows the handle, with a proof by the agent's key."""
+        """For httpx, with the gateway's URL: sends the handle with a DPoP proof by the agent's key."""
         return _WhileUsable(self, DpopAuth(self.handle, self._bound_to()))
 
 
@@ -254,16 +255,16 @@ CLASSES: Mapping[str, type[IssuedCredential]] = {
     "redis": RedisCredential,
     "ssh": SshCredential,
 }
-"""By kind: every kind of `CREDENTIAL_KINDS` that is handed out."""
+"""By kind: every kind in `CREDENTIAL_KINDS` that is delivered to agents."""
 
 
 def class_of(kind: str, delivery: Delivery) -> type[IssuedCredential]:
-    """The class of a credential of this kind, delivered so."""
+    """The SDK class for a credential of this kind and delivery."""
     return GatewayCredential if delivery == "gateway" else CLASSES.get(kind, IssuedCredential)
 
 
 class _WhileUsable(httpx.Auth):
-    """Presents a credential for as long as it is good: what is wiped or over is not sent."""
+    """An httpx.Auth that refuses to send a credential once it was wiped or has expired."""
 
     def __init__(self, credential: IssuedCredential, auth: httpx.Auth) -> None:
         self._credential, self._auth = credential, auth

@@ -1,6 +1,6 @@
-"""The agent's side of RFC 9449 (DPoP): each request carries a proof that its sender has the key of the token.
+"""DPoP, the client side (RFC 9449): each request carries a proof that its sender holds the key the token is bound to.
 
-Whoever finds the token alone, in a log or a cache, can do nothing with it.
+A stolen token alone, from a log or a cache, is useless.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _ESCAPE: Final = re.compile(r"%([0-9A-Fa-f]{2})")
 
 
 def access_token_hash(token: str) -> str:
-    """`ath` (RFC 9449, 4.2)."""
+    """The `ath` claim: the base64url SHA-256 of the access token (RFC 9449, 4.2)."""
     return b64encode(hashlib.sha256(token.encode()).digest())
 
 
 def target_uri(url: str) -> str:
-    """`htu`: a URL without query and fragment, in the one form that all its spellings have (RFC 3986, 6.2.2 and 6.2.3).
+    """The `htu` claim: the URL without query and fragment, normalised as in RFC 3986, 6.2.2 and 6.2.3.
 
-    Raises ValueError where it is no absolute http(s) URL, or goes by way of `.` or `..`.
+    Raises ValueError where it is no absolute http(s) URL, or its path contains `.` or `..`.
     """
     if _NOT_OF_A_URL.search(url):  # `urlsplit` would drop it
         raise ValueError("white space, or a control character")
@@ -55,16 +55,16 @@ def target_uri(url: str) -> str:
 def proof(
     key: SigningKey, method: str, url: str, *, access_token: str, now_s: int, nonce: str | None = None
 ) -> str:
-    """The `DPoP` header of one request. Each has an id of its own, and counts once.
+    """Make the `DPoP` header of one request. Each proof has a unique `jti` and is accepted once.
 
     Args:
-        key: the agent's, to which the token is bound.
+        key: the agent's key, to which the token is bound.
         method, url: of the request.
-        access_token: what the request presents.
+        access_token: the token that the request presents.
         now_s: seconds since 1970, UTC.
-        nonce: what the resource server gave last, where it gave any.
+        nonce: the last nonce of the resource server, if it sent one.
 
-    Raises ValueError where the URL is none that a proof can be for.
+    Raises ValueError where `url` is no absolute http(s) URL.
     """
     jwk = key.public.model_dump(exclude_none=True)
     claims: dict[str, Any] = {
@@ -82,10 +82,10 @@ def proof(
 
 
 class DpopAuth(httpx.Auth):
-    """Presents a bound token with httpx: `httpx.AsyncClient(auth=DpopAuth(token, key))`, also without async.
+    """Presents a DPoP-bound token with httpx: `httpx.AsyncClient(auth=DpopAuth(token, key))`, also without async.
 
-    Makes a proof for each request, and for each anew that the server wants a nonce in. The body of a request is read
-    whole, since it may have to be sent again.
+    Makes a new proof for each request, and retries once with the nonce that the server demands. The request body is
+    buffered, since it may have to be sent twice.
     """
 
     requires_request_body = True
@@ -96,7 +96,7 @@ class DpopAuth(httpx.Auth):
         self._nonces: dict[str, str] = {}
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        """What httpx calls for each request."""
+        """See httpx.Auth."""
         origin = f"{request.url.scheme}://{request.url.netloc.decode()}"
         request.headers["Authorization"] = f"DPoP {self._token}"
         request.headers["DPoP"] = self._proof(request, origin)
@@ -124,7 +124,7 @@ class BearerAuth(httpx.Auth):
         self._token = token
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        """What httpx calls for each request."""
+        """See httpx.Auth."""
         request.headers["Authorization"] = f"Bearer {self._token}"
         yield request
 

@@ -1,6 +1,6 @@
-"""How a credential is given to a program: in its environment, by the names that programs of its kind read.
+"""Passes a credential to a program in environment variables that programs of its kind read.
 
-What a program can only read from files is in files of mode 0600, in a folder that is there as long as the program.
+What a program only reads from files is written with mode 0600 to a folder that is deleted when the program ends.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ringfence.client.agent.ssh_files import ssh_client
 
 @contextlib.contextmanager
 def applied(credential: IssuedCredential) -> Iterator[dict[str, str]]:
-    """Variables for one command, which are good for anything only inside the block.
+    """Environment variables for one command, valid inside the block.
 
-    `ssh`: `RINGFENCE_SSH_CONFIG`, a file for `ssh -F` that knows the host by the target's id, and what makes git and
-    rsync use it. Any other kind: as `environment` has it.
+    `ssh`: `RINGFENCE_SSH_CONFIG`, a file for `ssh -F` in which the host has the target's id, and variables that make
+        git and rsync use it. Any other kind: see `environment`.
     """
     if credential.kind != "ssh" or isinstance(credential, GatewayCredential):
         yield environment(credential)
@@ -30,11 +30,11 @@ def applied(credential: IssuedCredential) -> Iterator[dict[str, str]]:
 
 
 def environment(credential: IssuedCredential) -> dict[str, str]:
-    """Variables for one command.
+    """Environment variables for one command, by the credential's kind.
 
     `postgres`: what libpq reads (psql, psycopg, asyncpg, JDBC wrappers and others), and `DATABASE_URL`. `redis`:
-    `REDIS_URL`. Any other kind: the value as it is, in `RINGFENCE_CREDENTIAL`; of an access token that is the token. A
-    lease for the gateway: its handle in `RINGFENCE_LEASE`, whatever its kind.
+        `REDIS_URL`. Any other kind: the value, e.g. the access token, in `RINGFENCE_CREDENTIAL`. A gateway lease of any
+        kind: its handle in `RINGFENCE_LEASE`.
     """
     if isinstance(credential, GatewayCredential):
         return {"RINGFENCE_LEASE": credential.handle}
@@ -69,4 +69,4 @@ VARIABLES: Mapping[str, Callable[[str], dict[str, str]]] = {
     "redis": _redis,
     "ssh": _value,
 }
-"""By kind, the variables that a value is given in: every kind of `CREDENTIAL_KINDS` that is handed out."""
+"""By kind, the function that makes the variables: every kind in `CREDENTIAL_KINDS` that is delivered to agents."""

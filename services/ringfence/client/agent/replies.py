@@ -1,7 +1,7 @@
-"""What a sealed reply says once it is opened and every signature in it holds. Pure.
+"""Decrypts and verifies sealed replies to credential requests. Pure.
 
-Anybody may write to the topic and seal to a `reply_key` that they saw: a reply that does not prove itself is ignored,
-never acted on and never an answer.
+Anybody may write to the topic and encrypt to a `reply_key` that they saw. A reply that does not verify is ignored: it
+is never acted on, and never taken as an answer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ringfence.messages.credential import (
 from ringfence.messages.lease import Lease
 from ringfence.model.identity.spiffe_ids import subject_of
 
-_WHO: dict[RequiredClass, str] = {
+_APPROVERS: dict[RequiredClass, str] = {
     "none": "nobody",
     "sponsor": "the agent's sponsor",
     "second_person": "a second person (a sponsor who is neither the agent's nor the user it acts for)",
@@ -41,14 +41,14 @@ _WHO: dict[RequiredClass, str] = {
 }
 
 
-def who(required: tuple[RequiredClass, ...]) -> str:
-    """Whose approvals are meant, in words."""
-    return " and ".join(_WHO[c] for c in dict.fromkeys(required)) or "a person"
+def describe_approvers(required: tuple[RequiredClass, ...]) -> str:
+    """Who must give these approvals, for people."""
+    return " and ".join(_APPROVERS[c] for c in dict.fromkeys(required)) or "a person"
 
 
 @dataclass(frozen=True, slots=True)
 class PendingRequest:
-    """Policy asked for approvals; they are waited for until `expires_at`."""
+    """Policy requires approvals, and waits for them until `expires_at`."""
 
     request_id: str
     required: tuple[RequiredClass, ...]
@@ -57,12 +57,12 @@ class PendingRequest:
     """Seconds since 1970, UTC."""
 
     def __str__(self) -> str:
-        return f"waiting for the approval of {who(self.required)}"
+        return f"waiting for the approval of {describe_approvers(self.required)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Denied:
-    """The final no: policy's, or the issuer's."""
+    """The final denial, by policy or by the issuer."""
 
     request_id: str
     by: Literal["policy", "issuer"]
@@ -82,22 +82,22 @@ Answer = PendingRequest | Denied | AllowedByPolicy | IssuedCredential
 
 @dataclass(frozen=True, slots=True)
 class SentRequest:
-    """A request that an answer is waited for."""
+    """A request that waits for its answer, with the key that opens the reply."""
 
     claims: CredentialRequest
     compact: str
     reply_key: ReplyKey = field(repr=False)
     traceparent: str
     key: SigningKey | None = field(default=None, repr=False)
-    """The agent's, with which the request was signed."""
+    """The agent's key that signed the request."""
     request_id: str = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "request_id", message_id(self.claims.iss, self.claims.jti))
 
 
-class _Opened(ReplyContent):
-    """What was sealed. Its messages are read as any text: each is parsed and verified before anything is made of it."""
+class _OpenedReply(ReplyContent):
+    """The decrypted content. Its messages are still unverified text: each is parsed and verified before use."""
 
     decision: str
     lease: str | None = None
@@ -119,7 +119,7 @@ def read_reply(value: bytes, sent: SentRequest, trust: TrustStore, at_ms: int) -
             request.
     """
     try:
-        content = _Opened.model_validate_json(sent.reply_key.open(value))
+        content = _OpenedReply.model_validate_json(sent.reply_key.open(value))
     except ValidationError as error:
         raise InvalidMessageError(
             f"not the content of a reply: {explain(error)}", code="claims_invalid"
@@ -129,7 +129,7 @@ def read_reply(value: bytes, sent: SentRequest, trust: TrustStore, at_ms: int) -
         audience=trust.trust_domain,
     ).claims  # fmt: skip
     if decision.request != sent.compact or decision.request_id != sent.request_id:
-        raise _wrong("the decision is about another request")
+        raise _mismatch("the decision is about another request")
     if content.refusal is not None:
         return _refused(content.refusal, sent, trust, at_ms)
     if decision.outcome == "denied":
@@ -146,7 +146,7 @@ def _refused(compact: Jws, sent: SentRequest, trust: TrustStore, at_ms: int) -> 
         parse(compact), IssuerRefusal, trust.finder("issuer", at_s=at_ms / 1000), audience=trust.trust_domain
     ).claims
     if refusal.request_id != sent.request_id:
-        raise _wrong("the issuer's refusal is about another request")
+        raise _mismatch("the issuer's refusal is about another request")
     return Denied(sent.request_id, "issuer", refusal.reasons, refusal.retry_after_s)
 
 
@@ -155,32 +155,34 @@ def _issued(
 ) -> IssuedCredential:
     delivery = _delivery(content, trust, at_ms)
     lease = _lease(compact, delivery, trust, at_ms)
-    wanted = sent.claims
-    agent_id = subject_of(wanted.aud, wanted.iss, "agent")
+    request = sent.claims
+    agent_id = subject_of(request.aud, request.iss, "agent")
     if (lease.request_id, lease.lease_id) != (sent.request_id, lease_id(sent.request_id)):
-        raise _wrong("the lease belongs to another request")
+        raise _mismatch("the lease belongs to another request")
     if lease.decision_digest != digest(content.decision):
-        raise _wrong("the lease was given on another decision")
-    if (lease.agent_id, lease.task_id, lease.delivery) != (agent_id, wanted.task_id, wanted.delivery):
-        raise _wrong("the lease is for another agent, task or delivery")
-    if lease.scope != wanted.scope:
-        raise _wrong("the lease has another scope than what was asked for")
+        raise _mismatch("the lease was given on another decision")
+    if (lease.agent_id, lease.task_id, lease.delivery) != (agent_id, request.task_id, request.delivery):
+        raise _mismatch("the lease is for another agent, task or delivery")
+    if lease.scope != request.scope:
+        raise _mismatch("the lease has another scope than what was asked for")
     if lease.status != "active":
-        raise _wrong(f"the lease is {lease.status}")
+        raise _mismatch(f"the lease is {lease.status}")
     if lease.delivery == "gateway":
         if delivery is not None or content.credential is not None:
-            raise _wrong("the reply holds a credential that was to go to the gateway")
-        return _typed(lease, None, sent)
+            raise _mismatch("the reply holds a credential that was to go to the gateway")
+        return _credential_of_kind(lease, None, sent)
     if delivery is None:
-        raise _wrong("the reply holds a lease and no credential")
+        raise _mismatch("the reply holds a lease and no credential")
     _check_delivered(delivery, lease)
     if content.credential not in (None, delivery.credential):
-        raise _wrong("the reply holds another credential than the one that the issuer signed")
-    return _typed(lease, delivery.credential, sent)
+        raise _mismatch("the reply holds another credential than the one that the issuer signed")
+    return _credential_of_kind(lease, delivery.credential, sent)
 
 
 def _delivery(content: ReplyContent, trust: TrustStore, at_ms: int) -> CredentialDelivery | None:
-    """The credential as the issuer signed it: with another the agent would act as whoever made that one."""
+    """The credential as the issuer signed it: without the signature, an attacker could have the agent act as
+    themselves.
+    """
     if content.delivery is None:
         return None
     return verify(
@@ -190,29 +192,29 @@ def _delivery(content: ReplyContent, trust: TrustStore, at_ms: int) -> Credentia
 
 
 def _lease(compact: Jws, delivery: CredentialDelivery | None, trust: TrustStore, at_ms: int) -> Lease:
-    """The lease's record: signed by the issuer, or named, to the last character, in what the issuer signed."""
+    """The lease record: signed by the issuer, or matching the digest that the issuer signed in the delivery."""
     jws = parse(compact)
     if delivery is None or delivery.lease_digest is None:
         return verify(
             jws, Lease, trust.finder("issuer", at_s=at_ms / 1000), audience=trust.trust_domain
         ).claims
     if delivery.lease_digest != digest(compact):
-        raise _wrong("the credential was delivered with another lease")
+        raise _mismatch("the credential was delivered with another lease")
     lease = jws.unverified_claims(Lease)  # the issuer's word by its digest
     if (lease.iss, lease.aud) != (delivery.iss, delivery.aud):
-        raise _wrong("the lease is another issuer's")
+        raise _mismatch("the lease is another issuer's")
     return lease
 
 
 def _check_delivered(delivery: CredentialDelivery, lease: Lease) -> None:
-    about = (delivery.request_id, delivery.lease_id, delivery.target_id, delivery.credential.kind)
-    if about != (lease.request_id, lease.lease_id, lease.target_id, lease.backend):
-        raise _wrong("the credential is that of another lease")
+    delivered = (delivery.request_id, delivery.lease_id, delivery.target_id, delivery.credential.kind)
+    if delivered != (lease.request_id, lease.lease_id, lease.target_id, lease.backend):
+        raise _mismatch("the credential is that of another lease")
     if delivery.credential.expires_at > lease.deadline:
-        raise _wrong("the credential claims to outlive its lease")
+        raise _mismatch("the credential claims to outlive its lease")
 
 
-def _typed(lease: Lease, credential: Credential | None, sent: SentRequest) -> IssuedCredential:
+def _credential_of_kind(lease: Lease, credential: Credential | None, sent: SentRequest) -> IssuedCredential:
     kind = credential.kind if credential else lease.backend
     return class_of(kind, lease.delivery)(
         lease_id=lease.lease_id,
@@ -233,5 +235,5 @@ def _typed(lease: Lease, credential: Credential | None, sent: SentRequest) -> Is
     )
 
 
-def _wrong(message: str) -> InvalidMessageError:
+def _mismatch(message: str) -> InvalidMessageError:
     return InvalidMessageError(message, code="reply_unfit")

@@ -1,4 +1,4 @@
-"""What OpenSSH's client only reads from files: a key, its certificate, the host's keys, in a folder that goes away."""
+"""The files that OpenSSH's client needs: key, certificate and host keys, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Host {target}
 
 @contextlib.contextmanager
 def ssh_client(value: str, target: str) -> Iterator[list[str]]:
-    """The beginning of a command, `ssh -F FILE`, that knows the host by the target's id. Good only inside the block."""
+    """Yield `ssh -F FILE`, in which the host has the target's id. The files are deleted at the end of the block."""
     # In memory where the machine offers that: the key is never on a disk then.
     memory = os.environ.get("XDG_RUNTIME_DIR", "")
     folder_of = memory if os.access(memory, os.W_OK) else None
@@ -41,7 +41,7 @@ def ssh_client(value: str, target: str) -> Iterator[list[str]]:
 
 
 def ssh_files(value: str, target: str, folder: Path) -> Path:
-    """Write what OpenSSH's client reads into a folder. Returns the file for `ssh -F`, which knows the target's id."""
+    """Write the files of an SSH credential to `folder`. Returns the config file for `ssh -F`."""
     given = json.loads(value)
     url = urlsplit(given["url"])
     known = "".join(f"{target} {key}\n" for key in given["host_keys"])

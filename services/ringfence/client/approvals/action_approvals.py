@@ -1,4 +1,7 @@
-"""Single actions that wait for a person: what is asked, exactly as a gateway signed it, and what is open of it."""
+"""Single actions that wait for approval at a gateway.
+
+A question is shown exactly as a gateway signed it.
+"""
 
 from __future__ import annotations
 
@@ -21,32 +24,31 @@ from ringfence.model.requests.facts import DeniedError, load_records
 
 log = logging.getLogger(__name__)
 
-MOST_OF_ONE = 1000
-"""So many open questions of one gateway are remembered: nobody fills the memory of people."""
+MAX_OPEN_PER_GATEWAY = 1000
+"""The most open questions of one gateway that are kept, so that no gateway can exhaust the memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class ActionHeader:
-    """A header that goes on with an action."""
+    """An HTTP header that is forwarded with an action."""
 
     name: str
     value: str | None
-    """None where the gateway does not show it: it may be a secret."""
+    """None where the gateway does not show it, since it may be a secret."""
 
 
 @dataclass(frozen=True, slots=True)
 class PendingAction:
-    """One action of an agent that waits for a person, from what a gateway signed and from verified records alone."""
+    """An action of an agent that waits for approval, built from what a gateway signed and from verified records."""
 
     request_id: str
     digest: str
-    """SHA-256 (hex) of the `action.request`: what an approval is over."""
+    """SHA-256 (hex) of the signed `action.request`. The approval signs this digest."""
     gateway: str
-    """The SPIFFE ID of the gateway where it waits."""
+    """The SPIFFE ID of the gateway that holds the request."""
     agent: str
     agent_description: str
     sponsor: str
-    """The agent's sponsor."""
     task_id: str
     purpose: str
     """What the task is for."""
@@ -58,20 +60,20 @@ class PendingAction:
     resource: str
     method: str
     url: str
-    """Where it goes, undecoded."""
+    """The destination, not percent-decoded."""
     body_digest: str
     """SHA-256 (hex) of the body."""
     body_bytes: int
     headers_digest: str | None
-    """SHA-256 (hex) over all headers; None where the gateway is an older one, and binds none."""
+    """SHA-256 (hex) over all headers; None where an older gateway binds none of them."""
     headers: tuple[ActionHeader, ...]
     required: ActionClass
     mine: bool
-    """Whether the person who asks could give it."""
+    """Whether the current person may give the approval."""
     asked_at: int
     """Seconds since 1970."""
     expires_at: int
-    """Seconds since 1970; then no answer counts."""
+    """Seconds since 1970. Later answers do not count."""
     request: Jws
 
 
@@ -79,24 +81,27 @@ class PendingAction:
 class _OpenAction:
     signed: Signed[ActionRequest]
     people: frozenset[str]
-    """Who was asked, by the keys of the records."""
+    """Who was asked, from the keys of the records."""
 
 
 class OpenActions:
-    """The questions about actions that are open. Only what a gateway of the trust bundle signed is ever in it."""
+    """The open questions about actions. It holds only what a gateway of the trust bundle signed."""
 
-    def __init__(self, connection: Connection, directory: Directory, me: str) -> None:
-        """`me`: the id of the user who looks."""
+    def __init__(self, connection: Connection, directory: Directory, user_id: str) -> None:
+        """`user_id`: the person who looks."""
         self._connection = connection
         self._directory = directory
-        self._me = me
-        self._asked: dict[str, _OpenAction] = {}
+        self._user_id = user_id
+        self._requests: dict[str, _OpenAction] = {}
         self._answered: set[str] = set()
         self.problems: dict[str, str] = {}
         """By request id, why a question that a gateway signed is not shown."""
 
-    def on_asked(self, record: Received) -> None:
-        """Take in a question. Raises InvalidMessageError where no gateway signed it, or it came outside its time."""
+    def on_request(self, record: Received) -> None:
+        """Take in a question.
+
+        Raises InvalidMessageError where no gateway signed it, or it arrived outside its validity.
+        """
         at_ms = record.appended_at_ms
         signed = verify(
             parse(record.value),
@@ -106,19 +111,22 @@ class OpenActions:
             appended_at_ms=at_ms,
         )
         self._forget()
-        before = self._asked.get(signed.digest)
-        of_one = sum(one.signed.claims.iss == signed.claims.iss for one in self._asked.values())
-        if before is None and of_one >= MOST_OF_ONE:
-            log.warning("ignored a question of %s: %d are open already", signed.claims.iss, of_one)
+        before = self._requests.get(signed.digest)
+        open_of_gateway = sum(one.signed.claims.iss == signed.claims.iss for one in self._requests.values())
+        if before is None and open_of_gateway >= MAX_OPEN_PER_GATEWAY:
+            log.warning("ignored a question of %s: %d are open already", signed.claims.iss, open_of_gateway)
             return
         people = (before.people if before else frozenset()) | {record.key or ""}
-        self._asked[signed.digest] = _OpenAction(signed, people)
+        self._requests[signed.digest] = _OpenAction(signed, people)
 
     def on_answer(self, record: Received) -> None:
-        """Take in an answer of somebody who may give it. Raises InvalidMessageError, ChainError where nobody did."""
+        """Take in an answer by somebody who may approve.
+
+        Raises InvalidMessageError or ChainError where it does not verify.
+        """
         jws = parse(record.value)
-        asked = self._asked.get(jws.unverified_claims(ActionApproval).request_digest)
-        if asked is None:
+        open_action = self._requests.get(jws.unverified_claims(ActionApproval).request_digest)
+        if open_action is None:
             return  # skipped before its signature costs anything; nothing is believed by skipping
         at_s = record.appended_at_ms / 1000
         answer = verify(
@@ -128,50 +136,52 @@ class OpenActions:
             audience=self._connection.settings.trust_domain,
             appended_at_ms=record.appended_at_ms,
         ).claims
-        user_id, claims = subject_of(answer.aud, answer.iss, "user") or "", asked.signed.claims
+        user_id, claims = subject_of(answer.aud, answer.iss, "user") or "", open_action.signed.claims
         try:
-            ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
+            records = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
         except DeniedError:
             return
-        if may_approve(self._directory, user_id, claims.required, ground):
+        if may_approve(self._directory, user_id, claims.required, records):
             self._answered.add(answer.request_digest)
 
     def answered(self, digest: str) -> None:
-        """This person answered it."""
+        """Mark an action as answered by this person."""
         self._answered.add(digest)
 
     def pending(self, *, everyone: bool = False) -> list[PendingAction]:
-        """What waits for this person, the oldest first; with `everyone` what waits for others too."""
+        """The open actions for this person, oldest first; with `everyone` also those of others."""
         self._forget()
         shown: list[PendingAction] = []
-        for digest, asked in self._asked.items():
+        for digest, open_action in self._requests.items():
             if digest in self._answered:
                 continue
-            pending = self._pending_action(asked.signed)
-            if pending is not None and (everyone or pending.mine or self._me in asked.people):
+            pending = self._pending_action(open_action.signed)
+            if pending is not None and (everyone or pending.mine or self._user_id in open_action.people):
                 shown.append(pending)
         return sorted(shown, key=lambda one: one.asked_at)
 
     def get(self, digest: str) -> PendingAction | None:
-        """An open question as it would be shown now; None where it is not open, or not shown."""
+        """An open action as it would be shown now; None where it is not open, or cannot be shown."""
         self._forget()
-        asked = self._asked.get(digest)
+        open_action = self._requests.get(digest)
         return (
-            self._pending_action(asked.signed) if asked is not None and digest not in self._answered else None
+            self._pending_action(open_action.signed)
+            if open_action is not None and digest not in self._answered
+            else None
         )
 
     def _pending_action(self, signed: Signed[ActionRequest]) -> PendingAction | None:
         claims = signed.claims
         id = message_id(claims.iss, claims.jti)
         try:
-            ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
-            if ground.revisions(claims.revisions.policy) != claims.revisions:
+            records = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
+            if records.revisions(claims.revisions.policy) != claims.revisions:
                 raise InvalidMessageError(
                     "agent, user, task or target changed since it was asked, or the change has not arrived here yet"
                 )
-            if ground.task.state.agent_id != claims.agent_id:
+            if records.task.state.agent_id != claims.agent_id:
                 raise InvalidMessageError("its task is another agent's")
-            mine = may_approve(self._directory, self._me, claims.required, ground)
+            mine = may_approve(self._directory, self._user_id, claims.required, records)
         except (InvalidMessageError, DeniedError, ChainError) as error:
             self.problems[id] = str(error)
             return None
@@ -181,13 +191,13 @@ class OpenActions:
             digest=signed.digest,
             gateway=claims.iss,
             agent=claims.agent_id,
-            agent_description=ground.agent.state.description,
-            sponsor=ground.agent.state.sponsor,
+            agent_description=records.agent.state.description,
+            sponsor=records.agent.state.sponsor,
             task_id=claims.task_id,
-            purpose=ground.task.state.purpose,
-            on_behalf_of=ground.task.state.on_behalf_of,
+            purpose=records.task.state.purpose,
+            on_behalf_of=records.task.state.on_behalf_of,
             target=claims.target_id,
-            target_description=ground.target.state.description,
+            target_description=records.target.state.description,
             lease_id=claims.lease_id,
             verb=claims.verb,
             resource=claims.resource,
@@ -206,14 +216,14 @@ class OpenActions:
 
     def _forget(self) -> None:
         now_s = self._connection.clock.now_ms() / 1000
-        for digest in [digest for digest, one in self._asked.items() if one.signed.claims.exp <= now_s]:
-            claims = self._asked.pop(digest).signed.claims
+        for digest in [digest for digest, one in self._requests.items() if one.signed.claims.exp <= now_s]:
+            claims = self._requests.pop(digest).signed.claims
             self._answered.discard(digest)
             self.problems.pop(message_id(claims.iss, claims.jti), None)
 
 
 def is_action(record: Received, model: type[ActionRequest] | type[ActionApproval]) -> bool:
-    """Whether a record says that it is such a message; nothing is verified."""
+    """Whether an unverified record claims to be a message of this type."""
     try:
         return parse(record.value).header.typ == typ_header(model)
     except InvalidMessageError:

@@ -1,4 +1,4 @@
-"""The reviewer's side of break glass: which uses there are, and a signed review of one."""
+"""The reviewer's side of break glass: list its uses, and sign a review of one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import InvalidCallError, NotAnsweredError, RefusedError, checked
-from ringfence.client.id_prefix import named
+from ringfence.client.id_prefix import find_by_prefix
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.crypto.keys import SigningKey
@@ -44,18 +44,19 @@ async def review_break_glass(
     """Sign a review of one use, and wait until audit shows it. Returns the use with its review.
 
     Args:
-        request_id: the id of the request that was allowed by break glass, or how it begins: four characters or more.
-        note: what was found.
+        request_id: the id, or an id prefix of four characters or more, of the request that break glass allowed.
+        note: the reviewer's findings.
+        timeout_s: how long to wait for audit, in seconds.
 
     Raises:
-        RefusedError: the review does not count: by somebody who had a part in it, or who is no operator or auditor.
-        InvalidCallError: there is no single such use; it is reviewed already.
-        NotAnsweredError: audit does not show it in time; it stands on Kafka and will count.
+        RefusedError: the reviewer took part in the use, or is neither operator nor auditor.
+        InvalidCallError: there is no single such use, or it is reviewed already.
+        NotAnsweredError: audit does not show the review in time. It is on Kafka and will count.
         ApiError, UnavailableError: audit or Kafka do not answer.
     """
     async with Connection(key, settings) as connection, ReadApi(connection.key, connection.settings) as api:
         subject(connection.key, "user", connection.settings)
-        use = named(request_id, await api.break_glass(), lambda one: str(one["request_id"]))
+        use = find_by_prefix(request_id, await api.break_glass(), lambda one: str(one["request_id"]))
         if use is None:
             raise InvalidCallError(
                 f"no single use of break glass {request_id} that you may see; see: ringfence break-glass list"

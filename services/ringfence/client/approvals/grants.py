@@ -1,4 +1,4 @@
-"""Approving ahead: so many credentials of an agent, within one task, at one target, until a moment."""
+"""Grants: approvals in advance, for a number of credentials of one agent, in one task, at one target, until a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ringfence.client.admin.command_client import COMMAND_LIFE_S, TIMEOUT_S, Accepted, Signatory
+from ringfence.client.admin.command_client import COMMAND_LIFE_S, TIMEOUT_S, Accepted, CommandClient
 from ringfence.client.admin.preview import unknown_names
 from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError, StaleApprovalError, checked
@@ -26,7 +26,7 @@ _CLASSES: tuple[ApprovalClass, ...] = ("sponsor", "second_person", "operator")
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A grant as it would be signed, and what it comes to, from verified records."""
+    """A grant as it would be signed, with its effect according to verified records."""
 
     grant: Grant
     agent_description: str
@@ -35,13 +35,13 @@ class Proposal:
     on_behalf_of: str
     target_description: str
     effective: Scope
-    """What of its scope task, ceiling and entitlements allow now. Nothing beyond is ever issued."""
+    """The part of its scope that task, ceiling and entitlements allow now. Nothing beyond is ever issued."""
     mine: tuple[ApprovalClass, ...]
-    """The classes of approval that its signer can give here. Empty: it would count for nothing."""
+    """The approval classes that its signer can give. Empty: the grant would have no effect."""
 
 
-class Grantor(Signatory):
-    """A person who approves ahead, connected.
+class Grantor(CommandClient):
+    """A person who approves in advance, connected.
 
     ```python
     async with Grantor.connect(key="sam.json") as sam:
@@ -72,13 +72,13 @@ class Grantor(Signatory):
         delivery: Delivery = "agent",
         comment: str | None = None,
     ) -> Proposal:
-        """What `give` would sign, for being looked at. Nothing is sent.
+        """Build the grant that `give` would sign, to be looked at. Nothing is sent.
 
         Args:
-            scope: what each credential may be for, all at one target.
-            count: for how many credentials.
-            lasts_s: until when, from now; never past the end of the task.
-            ttl_s: how long each may live; the target's longest life where None.
+            scope: what each credential may allow, all at one target.
+            count: the number of credentials.
+            lasts_s: for how many seconds from now, but never past the end of the task.
+            ttl_s: how long each credential may live, in seconds; None takes the target's maximum.
 
         Raises InvalidCallError, ScopeError; ApiError where policy does not say which bundle is in force.
         """
@@ -132,7 +132,7 @@ class Grantor(Signatory):
         )
 
     async def give(self, proposal: Proposal) -> Accepted:
-        """Sign and send a grant as it was proposed; `result` of what comes back is its id.
+        """Sign and send a proposed grant. The `result` of the returned answer is the grant's id.
 
         Raises RefusedError with policy's reasons, NotAnsweredError; StaleApprovalError where records changed since.
         """
@@ -149,9 +149,10 @@ class Grantor(Signatory):
         return await self._send(grant.agent_id, grant)
 
     async def withdraw(self, grant_id: str, *, reason: str) -> Accepted:
-        """Take a grant back: nothing more is issued on it. What was issued goes on; `revoke` ends it.
+        """Withdraw a grant: nothing more is issued on it. Credentials already issued stay valid until `revoke` ends
+        them.
 
-        Raises RefusedError, NotAnsweredError; ApiError where policy knows no such grant that one could see.
+        Raises RefusedError, NotAnsweredError; ApiError where policy knows no such grant that this person may see.
         """
         grant: dict[str, Any] = await self._api.get("policy", "grants", grant_id)
         with checked("the withdrawal"):
@@ -161,7 +162,7 @@ class Grantor(Signatory):
         return await self._send(grant["agent_id"], claims)
 
     async def grants(self) -> list[dict[str, Any]]:
-        """All grants that one may see, as policy knows them, the one that ends first first."""
+        """All grants that this person may see, as policy knows them, by their end."""
         found: list[dict[str, Any]] = (await self._api.get("policy", "grants"))["grants"]
         return found
 

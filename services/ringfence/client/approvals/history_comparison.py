@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ringfence.client.approvals.pending import PendingApproval
+from ringfence.client.approvals.pending_approval import PendingApproval
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import PublicKey
@@ -26,7 +26,7 @@ from ringfence.model.scope.scope import missing
 log = logging.getLogger(__name__)
 
 DAYS = 30
-_MOST_OF_AN_AGENT = 500
+_MAX_ANSWERS_PER_AGENT = 500
 _APPROVERS = {"sponsor", "operator"}
 
 
@@ -53,53 +53,58 @@ class Deviation:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A request beside what people answered before."""
+    """How a request differs from what people answered before."""
 
     approved: int
     """How often somebody approved something for the agent in the last 30 days."""
     denied: int
     differences: tuple[Deviation, ...]
-    """Empty: it is as usual."""
+    """Empty where the request is as usual."""
 
 
-def compare(wanted: Scope, ttl_s: int, delivery: Delivery, past: Iterable[PastAnswer]) -> Comparison:
-    """Hold what is asked for against what was answered before."""
-    known = list(past)
-    approved = [one for one in known if one.verdict == "approved"]
-    denied = [one for one in known if one.verdict == "denied"]
-    found = _new(wanted, approved)
+def compare(scope: Scope, ttl_s: int, delivery: Delivery, past: Iterable[PastAnswer]) -> Comparison:
+    """Compare a request with past answers: which parts of it are new, wider, longer, or were denied before.
+
+    `ttl_s` is in seconds. The result has no differences where everything was approved before.
+    """
+    answers = list(past)
+    approved = [one for one in answers if one.verdict == "approved"]
+    denied = [one for one in answers if one.verdict == "denied"]
+    deviations = _deviations(scope, approved)
     if approved and ttl_s > (longest := max(one.ttl_s for one in approved)):
-        found.append(Deviation("ttl", f"for {ttl_s} s, and at most {longest} s was approved before"))
+        deviations.append(Deviation("ttl", f"for {ttl_s} s, and at most {longest} s was approved before"))
     if approved and delivery not in {one.delivery for one in approved}:
-        found.append(Deviation("delivery", f"delivered to the {delivery}, and never was before"))
+        deviations.append(Deviation("delivery", f"delivered to the {delivery}, and never was before"))
     # Of what was refused, that which overlaps as a whole: the same again, or a part of it.
-    again = sum(not missing(wanted, one.scope) for one in denied)
-    if again:
-        found.append(Deviation("denied", f"this was denied before, {_times(again)}"))
-    return Comparison(len(approved), len(denied), tuple(found))
+    denied_before = sum(not missing(scope, one.scope) for one in denied)
+    if denied_before:
+        deviations.append(Deviation("denied", f"this was denied before, {_times(denied_before)}"))
+    return Comparison(len(approved), len(denied), tuple(deviations))
 
 
-def _new(wanted: Scope, approved: Sequence[PastAnswer]) -> list[Deviation]:
+def _deviations(scope: Scope, approved: Sequence[PastAnswer]) -> list[Deviation]:
     if not approved:
-        return [Deviation("first", f"nothing was approved for this agent in {DAYS} days", wanted)]
+        return [Deviation("first", f"nothing was approved for this agent in {DAYS} days", scope)]
     before = tuple(permission for one in approved for permission in one.scope)
-    found: list[Deviation] = []
-    for lack in missing(wanted, before):
-        there = [permission for permission in before if permission.target == lack.target]
-        if not there:
-            found.append(Deviation("target", f"never approved before: anything at {lack.target}", (lack,)))
-            continue
-        verbs = {verb for permission in there for verb in permission.verbs}
-        new = tuple(verb for verb in lack.verbs if verb not in verbs)
-        if new:
-            part = lack.model_copy(update={"verbs": new})
-            found.append(
-                Deviation("verbs", f"never approved before: {', '.join(new)} at {lack.target}", (part,))
+    deviations: list[Deviation] = []
+    for excess in missing(scope, before):
+        at_target = [permission for permission in before if permission.target == excess.target]
+        if not at_target:
+            deviations.append(
+                Deviation("target", f"never approved before: anything at {excess.target}", (excess,))
             )
-        if old := tuple(verb for verb in lack.verbs if verb in verbs):
-            part = lack.model_copy(update={"verbs": old})
-            found.append(Deviation("resources", "wider than what was approved before", (part,)))
-    return found
+            continue
+        verbs = {verb for permission in at_target for verb in permission.verbs}
+        new = tuple(verb for verb in excess.verbs if verb not in verbs)
+        if new:
+            part = excess.model_copy(update={"verbs": new})
+            deviations.append(
+                Deviation("verbs", f"never approved before: {', '.join(new)} at {excess.target}", (part,))
+            )
+        if old := tuple(verb for verb in excess.verbs if verb in verbs):
+            part = excess.model_copy(update={"verbs": old})
+            deviations.append(Deviation("resources", "wider than what was approved before", (part,)))
+    return deviations
 
 
 def _times(count: int) -> str:
@@ -107,7 +112,10 @@ def _times(count: int) -> str:
 
 
 class ApprovalHistory:
-    """What people answered lately, by agent. Read from `approval.response`, believed where an approver signed it."""
+    """Recent answers of people, by agent, from `approval.response`.
+
+    An answer counts if its signature verifies and its signer may approve. Signatures are verified on first use.
+    """
 
     def __init__(self, directory: Directory, trust_domain: str) -> None:
         self._directory = directory
@@ -116,22 +124,22 @@ class ApprovalHistory:
         self._past: dict[str, deque[PastAnswer]] = {}
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in answers; they are verified when somebody looks at their agent."""
+        """Take in records. They are verified when somebody asks about their agent."""
         for record in records:
             if record.key is not None:
-                self._unread.setdefault(record.key, deque(maxlen=_MOST_OF_AN_AGENT)).append(record)
+                self._unread.setdefault(record.key, deque(maxlen=_MAX_ANSWERS_PER_AGENT)).append(record)
 
     def compared(self, pending: PendingApproval, *, besides: Iterable[str] = ()) -> Comparison:
-        """A request beside what was answered before; `besides`: other requests (ids) that do not count, nor does it."""
+        """Compare a request with past answers. `besides`: ids of other requests that do not count."""
         left_out = {pending.request_id, *besides}
         past = [one for one in self._of(pending.agent) if one.request_id not in left_out]
         return compare(pending.scope, pending.ttl_s, pending.delivery, past)
 
     def _of(self, agent: str) -> Iterable[PastAnswer]:
-        past = self._past.setdefault(agent, deque(maxlen=_MOST_OF_AN_AGENT))
+        past = self._past.setdefault(agent, deque(maxlen=_MAX_ANSWERS_PER_AGENT))
         for record in self._unread.pop(agent, ()):
             try:
-                one = self._believed(record, agent)
+                one = self._verify_answer(record, agent)
             except (InvalidMessageError, ChainError) as error:
                 log.info("ignored an answer at %s@%d: %s", record.topic_name, record.offset, error)
                 continue
@@ -139,7 +147,7 @@ class ApprovalHistory:
                 past.append(one)
         return past
 
-    def _believed(self, record: Received, agent: str) -> PastAnswer | None:
+    def _verify_answer(self, record: Received, agent: str) -> PastAnswer | None:
         at_ms = record.appended_at_ms
         audience = self._trust_domain
 
@@ -155,11 +163,11 @@ class ApprovalHistory:
         if jws.header.typ != typ_header(Approval):
             return None
         approval = verify(jws, Approval, person, audience=audience).claims
-        asked = parse(approval.request)
+        request_jws = parse(approval.request)
         request = verify(
-            asked,
+            request_jws,
             CredentialRequest,
-            keys_of_agents(self._directory, asked, CredentialRequest, at_ms / 1000),
+            keys_of_agents(self._directory, request_jws, CredentialRequest, at_ms / 1000),
             audience=audience,
         ).claims
         if subject_of(audience, request.iss, "agent") != agent or not self._is_approver(approval.iss):

@@ -1,4 +1,4 @@
-"""The approver's side: see what is asked, exactly as the agent signed it, and answer."""
+"""The approver's side of the SDK: see pending requests exactly as the agent signed them, and answer."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from ringfence.client.agent.replies import who
+from ringfence.client.agent.replies import describe_approvers
 from ringfence.client.approvals.action_approvals import OpenActions, PendingAction, is_action
-from ringfence.client.approvals.grouping import RequestGroup, group_equivalent, key_of
 from ringfence.client.approvals.history_comparison import DAYS, ApprovalHistory
-from ringfence.client.approvals.pending import PendingApproval
-from ringfence.client.connected import Lifetime
+from ringfence.client.approvals.pending_approval import PendingApproval
+from ringfence.client.approvals.request_groups import RequestGroup, group_equivalent, group_key
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import NotYoursError, StaleApprovalError, checked
-from ringfence.client.id_prefix import named
+from ringfence.client.id_prefix import find_by_prefix
+from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
@@ -41,15 +41,15 @@ from ringfence.model.requests.facts import DeniedError, RequestContext, load_con
 log = logging.getLogger(__name__)
 
 APPROVAL_LIFE_S = 600
-"""`exp` of an answer: how long it may take to be used. One of several may wait for the others: as long as the question.
+"""Seconds until an answer expires. Where several approvals are required, an answer lives as long as the question.
 """
 LOOK_BACK_S = 24 * 3600
-"""How far back approvals that are still open are looked for."""
+"""How far back open approvals are searched, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class _OpenQuestion:
-    """One question; several people may have been asked it, each by a message of their own."""
+    """One question. Several people may be asked it, each by a message of their own."""
 
     message: ApprovalRequest
     appended_at_ms: int
@@ -74,12 +74,12 @@ class Sponsor(Lifetime):
         self.connection = connection
         self._directory: Directory | None = None
         self._actions: OpenActions | None = None
-        self._asked: dict[str, _OpenQuestion] = {}
+        self._questions: dict[str, _OpenQuestion] = {}
         self._answered: set[str] = set()
         self._problems: dict[str, str] = {}
         self._changed = asyncio.Event()
-        self._usual: dict[str | None, ApprovalHistory] = {}
-        self._usual_lock = asyncio.Lock()
+        self._histories: dict[str | None, ApprovalHistory] = {}
+        self._histories_lock = asyncio.Lock()
 
     @classmethod
     def connect(
@@ -89,20 +89,20 @@ class Sponsor(Lifetime):
         *,
         clock: Clock | None = None,
     ) -> Self:
-        """A sponsor to be used as an async context manager. See `Agent.connect`."""
+        """Return a sponsor, to be used as an async context manager. See `Agent.connect`."""
         return cls(Connection(key, settings, clock))
 
     async def start(self) -> None:
-        """Connect and read what is open. `async with` does it."""
+        """Connect and read the open requests. `async with` does it."""
         await self.connection.start()
         try:
             directory = self._directory = await self.connection.directory()
             self._actions = OpenActions(self.connection, directory, self.id)
             directory.on_change(lambda *_: self._notify())
             since_ms = max(self.connection.clock.now_ms() - LOOK_BACK_S * 1000, 1)
-            await self.connection.follow([APPROVAL_REQUEST], self._on_asked, since_ms=since_ms)
+            await self.connection.follow([APPROVAL_REQUEST], self._on_requests, since_ms=since_ms)
             # Answers come after the question: those before the oldest open one need not be read.
-            open_since = [asked.appended_at_ms for asked in self._open()]
+            open_since = [question.appended_at_ms for question in self._open()]
             open_since += [one.asked_at * 1000 for one in self._actions.pending(everyone=True)]
             await self.connection.follow(
                 [CREDENTIAL_DECISION, APPROVAL_RESPONSE],
@@ -120,19 +120,19 @@ class Sponsor(Lifetime):
     # --- asking ---
 
     def pending(self, *, everyone: bool = False) -> list[PendingApproval]:
-        """What waits for this person now, oldest first.
+        """The requests that wait for this person now, oldest first.
 
-        `everyone`: also what others were asked and this person has no part in (for an overview).
+        `everyone`: also those that this person has no part in, for an overview.
         """
         shown = []
-        for asked in sorted(self._open(), key=lambda asked: asked.appended_at_ms):
-            pending = self._show(asked)
-            if pending and (everyone or pending.mine or self.id in asked.people):
+        for question in sorted(self._open(), key=lambda question: question.appended_at_ms):
+            pending = self._show(question)
+            if pending and (everyone or pending.mine or self.id in question.people):
                 shown.append(pending)
         return shown
 
     async def watch(self, *, everyone: bool = False) -> AsyncIterator[PendingApproval]:
-        """Each request that waits for this person, once, those open now first; goes on for ever."""
+        """Yield each request that waits for this person, once, the ones open now first. Never ends."""
         seen: set[tuple[str, str]] = set()
         while True:
             changed = self._changed
@@ -145,49 +145,49 @@ class Sponsor(Lifetime):
             await changed.wait()
 
     def groups(self, *, everyone: bool = False) -> list[RequestGroup]:
-        """`pending`, with what would come to the same put together."""
+        """`pending`, with equivalent requests grouped."""
         return group_equivalent(self.pending(everyone=everyone))
 
     def alike(self, pending: PendingApproval) -> tuple[PendingApproval, ...]:
-        """All that waits and would come to the same as this one, with it, the oldest first."""
+        """All pending requests equivalent to this one, itself included, oldest first."""
         return tuple(
             one
             for one in self.pending(everyone=True)
-            if one.request_id == pending.request_id or key_of(one) == key_of(pending)
+            if one.request_id == pending.request_id or group_key(one) == group_key(pending)
         ) or (pending,)
 
     async def usual(self, agent: str | None = None) -> ApprovalHistory:
-        """What people answered in the last 30 days, to compare with. Read when first needed, and kept up to date.
+        """What people answered in the last 30 days, for comparison. Read on first use, then kept up to date.
 
-        For one `agent` less is read: only the partition that holds the answers to it.
+        With `agent` only the partition with the answers about that agent is read.
         """
-        async with self._usual_lock:
-            if agent not in self._usual:
-                usual = ApprovalHistory(self._known_directory(), self.connection.settings.trust_domain)
+        async with self._histories_lock:
+            if agent not in self._histories:
+                history = ApprovalHistory(self._require_directory(), self.connection.settings.trust_domain)
                 since_ms = max(self.connection.clock.now_ms() - DAYS * 86_400_000, 1)
                 await self.connection.follow(
-                    [APPROVAL_RESPONSE], usual.on_records, since_ms=since_ms, key=agent
+                    [APPROVAL_RESPONSE], history.on_records, since_ms=since_ms, key=agent
                 )
-                self._usual[agent] = usual
-        return self._usual[agent]
+                self._histories[agent] = history
+        return self._histories[agent]
 
     def find(self, request_id: str) -> PendingApproval | None:
-        """The open request with this id, or the only one whose id begins so (four characters or more), or None."""
-        return named(request_id, self.pending(everyone=True), lambda one: one.request_id)
+        """The open request with this id or unique id prefix (four characters or more); None where there is none."""
+        return find_by_prefix(request_id, self.pending(everyone=True), lambda one: one.request_id)
 
     @property
     def unshowable(self) -> dict[str, str]:
-        """By request id, why something that asks for an approval is not shown: it is not what an agent signed."""
-        return {**self._problems, **self._known_actions().problems}
+        """By request id, why a question is not shown: it does not match what an agent signed."""
+        return {**self._problems, **self._require_actions().problems}
 
     # --- single actions, through a gateway ---
 
     def actions(self, *, everyone: bool = False) -> list[PendingAction]:
-        """The actions that wait for this person now, oldest first; with `everyone` those that wait for others too."""
-        return self._known_actions().pending(everyone=everyone)
+        """The actions that wait for this person now, oldest first; with `everyone` also those of others."""
+        return self._require_actions().pending(everyone=everyone)
 
     async def watch_actions(self, *, everyone: bool = False) -> AsyncIterator[PendingAction]:
-        """Each action that waits for this person, once, those open now first; goes on for ever."""
+        """Yield each action that waits for this person, once, the ones open now first. Never ends."""
         seen: set[str] = set()
         while True:
             changed = self._changed
@@ -198,32 +198,32 @@ class Sponsor(Lifetime):
             await changed.wait()
 
     def find_action(self, request_id: str) -> PendingAction | None:
-        """The open action with this id, or the only one whose id begins so (four characters or more), or None."""
-        return named(request_id, self.actions(everyone=True), lambda one: one.request_id)
+        """The open action with this id or unique id prefix (four characters or more); None where there is none."""
+        return find_by_prefix(request_id, self.actions(everyone=True), lambda one: one.request_id)
 
     async def approve_action(self, pending: PendingAction, comment: str | None = None) -> str:
-        """Sign a yes to exactly this action, once. Returns the approval's id once Kafka holds it.
+        """Sign an approval of exactly this action, once. Returns the approval's id once Kafka holds it.
 
-        Raises StaleApprovalError where it is not open any more, or not as it was shown, and NotYoursError.
+        Raises StaleApprovalError where the action is no longer open or changed since it was shown, and NotYoursError.
         """
         return await self._answer_action(pending, "approved", comment)
 
     async def deny_action(self, pending: PendingAction, comment: str | None = None) -> str:
-        """Sign a no. See `approve_action`."""
+        """Sign a denial. See `approve_action`."""
         return await self._answer_action(pending, "denied", comment)
 
     async def _answer_action(
         self, pending: PendingAction, verdict: Literal["approved", "denied"], comment: str | None
     ) -> str:
-        now = self._known_actions().get(pending.digest)
+        now = self._require_actions().get(pending.digest)
         if now != pending:
-            why = self._known_actions().problems.get(
+            why = self._require_actions().problems.get(
                 pending.request_id, "it was answered or its time is over"
             )
             raise StaleApprovalError(f"action {pending.request_id} is no longer open as it was shown: {why}")
         if not pending.mine:
             raise NotYoursError(
-                f"action {pending.request_id} needs {who((pending.required,))}, not {self.id}"
+                f"action {pending.request_id} needs {describe_approvers((pending.required,))}, not {self.id}"
             )
         claims = self.connection.stamp(APPROVAL_LIFE_S)
         with checked("the approval"):
@@ -236,11 +236,11 @@ class Sponsor(Lifetime):
                 comment=comment,
             )
         await self.connection.publish(APPROVAL_RESPONSE, pending.agent, answer)
-        self._known_actions().answered(pending.digest)
+        self._require_actions().answered(pending.digest)
         self._notify()
         return message_id(answer.iss, answer.jti)
 
-    def _known_actions(self) -> OpenActions:
+    def _require_actions(self) -> OpenActions:
         if self._actions is None:
             raise RuntimeError("not connected: use Sponsor as an async context manager")
         return self._actions
@@ -248,26 +248,26 @@ class Sponsor(Lifetime):
     # --- answering ---
 
     async def approve(self, pending: PendingApproval, comment: str | None = None) -> str:
-        """Sign a yes to exactly this request, on these terms. Returns the approval's id once Kafka holds it.
+        """Sign an approval of exactly this request, on these terms. Returns the approval's id once Kafka holds it.
 
-        Raises StaleApprovalError where records changed since `pending` was shown, or it is no longer open, and
-        NotYoursError where what it needs is others' to give.
+        Raises StaleApprovalError where records changed since `pending` was shown, or it is no longer open;
+        NotYoursError where this person may give none of the approvals that it needs.
         """
         return await self._answer(pending, "approved", comment)
 
     async def deny(self, pending: PendingApproval, comment: str | None = None) -> str:
-        """Sign a no. See `approve`."""
+        """Sign a denial. See `approve`."""
         return await self._answer(pending, "denied", comment)
 
     async def approve_all(self, group: RequestGroup, comment: str | None = None) -> list[str]:
-        """Sign a yes to each request of a group as it was shown, and to no other. Returns the approvals' ids.
+        """Sign an approval of each request of a group, as it was shown, and of no other. Returns the approvals' ids.
 
-        Raises StaleApprovalError or NotYoursError, before anything is sent, where one of them is not as it was shown.
+        Raises StaleApprovalError or NotYoursError, before anything is sent, where a request changed since it was shown.
         """
         return await self._answer_all(group, "approved", comment)
 
     async def deny_all(self, group: RequestGroup, comment: str | None = None) -> list[str]:
-        """Sign a no to each. See `approve_all`."""
+        """Sign a denial of each request. See `approve_all`."""
         return await self._answer_all(group, "denied", comment)
 
     async def _answer_all(
@@ -294,9 +294,9 @@ class Sponsor(Lifetime):
                 revisions=pending.revisions,
                 comment=comment,
             )
-        asked = self._asked.get(pending.request_id)
+        question = self._questions.get(pending.request_id)
         await self.connection.publish(
-            APPROVAL_RESPONSE, pending.agent, approval, traceparent=asked.traceparent if asked else None
+            APPROVAL_RESPONSE, pending.agent, approval, traceparent=question.traceparent if question else None
         )
         self._answered.add(pending.request_id)
         self._notify()
@@ -304,13 +304,13 @@ class Sponsor(Lifetime):
 
     def _check(self, pending: PendingApproval) -> None:
         """Raises StaleApprovalError where a request is not open any more, or not as it was shown, and NotYoursError."""
-        asked = self._asked.get(pending.request_id)
-        over = asked is None or asked.message.expires_at <= self.connection.clock.now_ms() // 1000
-        if asked is None or over or pending.request_id in self._answered:
+        question = self._questions.get(pending.request_id)
+        over = question is None or question.message.expires_at <= self.connection.clock.now_ms() // 1000
+        if question is None or over or pending.request_id in self._answered:
             raise StaleApprovalError(
                 f"request {pending.request_id} is no longer open: it was answered or its time is over"
             )
-        now = self._show(asked)
+        now = self._show(question)
         if now is None:
             raise StaleApprovalError(
                 f"request {pending.request_id}: {self._problems.get(pending.request_id)}; look at it again"
@@ -321,7 +321,8 @@ class Sponsor(Lifetime):
             )
         if not now.mine:
             raise NotYoursError(
-                f"request {pending.request_id} needs {who(now.required)}, and {self.id} can give nothing of that"
+                f"request {pending.request_id} needs {describe_approvers(now.required)}, "
+                f"and {self.id} can give nothing of that"
             )
 
     # --- what is open, and what may be shown of it ---
@@ -329,22 +330,24 @@ class Sponsor(Lifetime):
     def _open(self) -> list[_OpenQuestion]:
         now_s = self.connection.clock.now_ms() / 1000
         return [
-            asked
-            for id, asked in self._asked.items()
-            if id not in self._answered and asked.message.expires_at > now_s
+            question
+            for id, question in self._questions.items()
+            if id not in self._answered and question.message.expires_at > now_s
         ]
 
     def _show(self, item: _OpenQuestion) -> PendingApproval | None:
-        asked = item.message
+        question = item.message
         try:
-            facts = self._facts(asked, item.appended_at_ms)
-            mine = tuple(c for c in asked.required if may_approve(self._known_directory(), self.id, c, facts))
+            facts = self._facts(question, item.appended_at_ms)
+            mine = tuple(
+                c for c in question.required if may_approve(self._require_directory(), self.id, c, facts)
+            )
         except (InvalidMessageError, DeniedError, ChainError) as error:
-            if self._problems.get(asked.request_id) != str(error):
-                self._problems[asked.request_id] = str(error)
-                log.warning("the approval asked for request %s is not shown: %s", asked.request_id, error)
+            if self._problems.get(question.request_id) != str(error):
+                self._problems[question.request_id] = str(error)
+                log.warning("the approval asked for request %s is not shown: %s", question.request_id, error)
             return None
-        self._problems.pop(asked.request_id, None)
+        self._problems.pop(question.request_id, None)
         request = facts.request.claims
         return PendingApproval(
             request_id=facts.request_id,
@@ -361,22 +364,22 @@ class Sponsor(Lifetime):
             reason=request.reason,
             requested_ttl_s=request.ttl_s,
             requested_at=request.iat,
-            ttl_s=asked.ttl_s,
+            ttl_s=question.ttl_s,
             delivery=request.delivery,
-            required=asked.required,
+            required=question.required,
             mine=mine,
-            expires_at=asked.expires_at,
-            revisions=facts.revisions(asked.revisions.policy),
-            why_asked=asked.reasons,
-            request=asked.request,
+            expires_at=question.expires_at,
+            revisions=facts.revisions(question.revisions.policy),
+            why_asked=question.reasons,
+            request=question.request,
             break_glass=facts.break_glass,
             delegators=facts.act[1:],
         )
 
-    def _facts(self, asked: ApprovalRequest, at_ms: int) -> RequestContext:
+    def _facts(self, question: ApprovalRequest, at_ms: int) -> RequestContext:
         """What the agent signed, held against the verified records. Raises where the asking does not agree with it."""
-        directory = self._known_directory()
-        jws = parse(asked.request)
+        directory = self._require_directory()
+        jws = parse(question.request)
         request = verify(
             jws,
             CredentialRequest,
@@ -385,25 +388,25 @@ class Sponsor(Lifetime):
         )
         jws.check_one_reading()
         claims = request.claims
-        if message_id(claims.iss, claims.jti) != asked.request_id:
+        if message_id(claims.iss, claims.jti) != question.request_id:
             raise InvalidMessageError("it names another request than the one that it embeds")
-        if asked.ttl_s > claims.ttl_s or asked.delivery != claims.delivery:
+        if question.ttl_s > claims.ttl_s or question.delivery != claims.delivery:
             raise InvalidMessageError("its terms go beyond what the agent asked for")
         facts = load_context(directory, request)
-        if facts.revisions(asked.revisions.policy) != asked.revisions:
+        if facts.revisions(question.revisions.policy) != question.revisions:
             raise InvalidMessageError(
                 "agent, user, task or target changed since it was asked, or the change has not arrived here yet"
             )
         return facts
 
-    def _known_directory(self) -> Directory:
+    def _require_directory(self) -> Directory:
         if self._directory is None:
             raise RuntimeError("not connected: use Sponsor as an async context manager")
         return self._directory
 
     # --- what comes in ---
 
-    def _on_asked(self, records: Sequence[Received]) -> None:
+    def _on_requests(self, records: Sequence[Received]) -> None:
         for record in records:
             if is_action(record, ActionRequest):
                 self._on_action(record)
@@ -411,23 +414,23 @@ class Sponsor(Lifetime):
             find = self.connection.trust.finder("policy", at_s=record.appended_at_ms / 1000)
             audience = self.connection.settings.trust_domain
             try:
-                asked = verify(parse(record.value), ApprovalRequest, find, audience=audience).claims
+                question = verify(parse(record.value), ApprovalRequest, find, audience=audience).claims
             except InvalidMessageError as error:
                 log.warning("ignored an approval request at %d: %s", record.offset, error)
                 continue
-            before = self._asked.get(asked.request_id)
-            if before is not None and asked.iat < before.message.iat:
+            before = self._questions.get(question.request_id)
+            if before is not None and question.iat < before.message.iat:
                 continue  # what was asked before it was asked anew, sent again by somebody
-            people = (before.people if before else frozenset()) | {asked.approver}
-            self._asked[asked.request_id] = _OpenQuestion(
-                asked, record.appended_at_ms, people, record.traceparent
+            people = (before.people if before else frozenset()) | {question.approver}
+            self._questions[question.request_id] = _OpenQuestion(
+                question, record.appended_at_ms, people, record.traceparent
             )
         self._forget_expired()
         self._notify()
 
     def _on_action(self, record: Received) -> None:
         try:
-            self._known_actions().on_asked(record)
+            self._require_actions().on_request(record)
         except InvalidMessageError as error:
             log.warning("ignored a question about an action at %d: %s", record.offset, error)
 
@@ -437,7 +440,7 @@ class Sponsor(Lifetime):
                 if record.topic is CREDENTIAL_DECISION:
                     self._on_decision(record)
                 elif is_action(record, ActionApproval):
-                    self._known_actions().on_answer(record)
+                    self._require_actions().on_answer(record)
                 else:
                     self._on_response(record)
             except (InvalidMessageError, ChainError) as error:
@@ -447,7 +450,7 @@ class Sponsor(Lifetime):
     def _on_decision(self, record: Received) -> None:
         jws = parse(record.value)
         unverified = jws.unverified_claims(CredentialDecision)
-        if unverified.outcome == "approval_required" or unverified.request_id not in self._asked:
+        if unverified.outcome == "approval_required" or unverified.request_id not in self._questions:
             return  # skipped before its signature costs anything; nothing is believed by skipping
         find = self.connection.trust.finder("policy", at_s=record.appended_at_ms / 1000)
         decision = verify(
@@ -461,7 +464,7 @@ class Sponsor(Lifetime):
             return  # grants and reviews: policy says what becomes of what they are about
         if jws.unverified_claims(Approval).iss != self.connection.key.id:
             return  # skipped before its signature costs anything; nothing is believed by skipping
-        directory = self._known_directory()
+        directory = self._require_directory()
         approval = verify(
             jws,
             Approval,
@@ -477,7 +480,7 @@ class Sponsor(Lifetime):
 
     def _forget_expired(self) -> None:
         now_s = self.connection.clock.now_ms() / 1000
-        for id in [id for id, asked in self._asked.items() if asked.message.expires_at <= now_s]:
-            del self._asked[id]
+        for id in [id for id, question in self._questions.items() if question.message.expires_at <= now_s]:
+            del self._questions[id]
             self._answered.discard(id)
             self._problems.pop(id, None)

@@ -43,7 +43,7 @@ _OWN: Final = (
 
 def ecs_of(event: Mapping[str, Any]) -> dict[str, Any]:
     """One OCSF event of audit as an ECS document."""
-    words: Mapping[str, Any] = event.get("unmapped", {})
+    unmapped: Mapping[str, Any] = event.get("unmapped", {})
     metadata: Mapping[str, Any] = event.get("metadata", {})
     actor = actor_of(event)
     category, types = _kinds(event)
@@ -67,13 +67,13 @@ def ecs_of(event: Mapping[str, Any]) -> dict[str, Any]:
             provider=metadata.get("log_name"),
         ),
         "observer": {"vendor": "Ringfence", "product": "Ringfence", "type": "credential-broker"},
-        "user": _user(event, actor, words),
+        "user": _ecs_user(event, actor, unmapped),
         "organization": _filled(id=_domain(actor.get("uid"))),
-        "related": _filled(user=_related(actor, words)),
-        "trace": _filled(id=words.get("trace_id")),
+        "related": _filled(user=_related(actor, unmapped)),
+        "trace": _filled(id=unmapped.get("trace_id")),
         "error": _filled(code=event.get("status_code") if event.get("status_id") == 2 else None),
         "http": {"request": _filled(method=event.get("http_request", {}).get("http_method"))},
-        "ringfence": {name: words[name] for name in _OWN if name in words},
+        "ringfence": {name: unmapped[name] for name in _OWN if name in unmapped},
     }
     if not document["http"]["request"]:
         del document["http"]
@@ -109,14 +109,16 @@ def _kinds(event: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     return category, ["info"]
 
 
-def _user(event: Mapping[str, Any], actor: Mapping[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:
+def _ecs_user(
+    event: Mapping[str, Any], actor: Mapping[str, Any], unmapped: Mapping[str, Any]
+) -> dict[str, Any]:
     """Who did it; `effective`: with whose rights; `target`: whose credential, or which user, it is about."""
     about = event.get("user", {}) if event.get("class_uid") == _SESSION else {}
-    name = words.get("user") if event.get("class_uid") == _ENTITY else about.get("name")
+    name = unmapped.get("user") if event.get("class_uid") == _ENTITY else about.get("name")
     return _filled(
         id=actor.get("uid"),
         name=actor.get("name"),
-        effective=_filled(name=words.get("on_behalf_of")),
+        effective=_filled(name=unmapped.get("on_behalf_of")),
         target=_filled(id=about.get("uid"), name=name),
     )
 
@@ -128,10 +130,10 @@ def actor_of(event: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def _related(actor: Mapping[str, Any], words: Mapping[str, Any]) -> list[str]:
+def _related(actor: Mapping[str, Any], unmapped: Mapping[str, Any]) -> list[str]:
     names: Iterable[Any] = (
-        actor.get("name"), words.get("agent"), words.get("sponsor"), words.get("on_behalf_of"),
-        *(words.get("approvers") or ()), *(words.get("act") or ()),
+        actor.get("name"), unmapped.get("agent"), unmapped.get("sponsor"), unmapped.get("on_behalf_of"),
+        *(unmapped.get("approvers") or ()), *(unmapped.get("act") or ()),
     )  # fmt: skip
     return list(dict.fromkeys(name for name in names if isinstance(name, str)))
 

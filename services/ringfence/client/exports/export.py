@@ -1,4 +1,4 @@
-"""An export from its first page to its last, and where it stopped."""
+"""A resumable export of audit events to a file."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ STATE: Final = ".part.json"
 
 
 class ExportError(RingfenceError):
-    """An export cannot begin, or go on, with the files that are there."""
+    """An export cannot begin or resume with the files that exist."""
 
     code = "export_files"
 
 
 class ExportQuery(BaseModel):
-    """What is exported: an export is only gone on with where it is the same."""
+    """The query of an export. Only an export with the same query can be resumed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,7 +38,7 @@ class ExportQuery(BaseModel):
 
 
 class ExportProgress(BaseModel):
-    """How far an export is: what of the file stands, and from where to go on."""
+    """The saved position of an export: how much of the file is valid, and where to continue."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,73 +49,73 @@ class ExportProgress(BaseModel):
 
 
 @dataclass(slots=True)
-class Unfinished:
-    """The files of an export that is not whole yet, beside the one that it will be."""
+class ExportFile:
+    """An unfinished export: its partial file and its progress file, beside the target."""
 
     target: Path
     file: BinaryIO
     writer: ExportWriter
     state: ExportProgress
 
-    def keep(self) -> None:
-        """What is written so far is to be gone on with."""
+    def checkpoint(self) -> None:
+        """Save the progress, so that the export can be resumed from here."""
         self.file.flush()
         self.state.bytes = self.file.tell()
         if self.writer.resumable:
-            saved = _beside(self.target, STATE)
-            fresh = saved.with_name(f"{saved.name}.new")
-            write_private(fresh, self.state.model_dump_json())
-            fresh.replace(saved)
+            state_file = _sibling(self.target, STATE)
+            new_file = state_file.with_name(f"{state_file.name}.new")
+            write_private(new_file, self.state.model_dump_json())
+            new_file.replace(state_file)
 
     def finish(self) -> None:
-        """It is whole: it gets its name."""
+        """Close the complete file and give it its final name."""
         self.writer.close()
         self.file.close()
-        _beside(self.target, PART).rename(self.target)
-        _beside(self.target, STATE).unlink(missing_ok=True)
+        _sibling(self.target, PART).rename(self.target)
+        _sibling(self.target, STATE).unlink(missing_ok=True)
 
-    def leave(self) -> None:
-        """It is not whole: what can be gone on with stays, else nothing does."""
+    def abort(self) -> None:
+        """Close an incomplete export. Its files stay where it can be resumed, and are deleted otherwise."""
         self.file.close()
         if not self.can_be_resumed:
             for suffix in (PART, STATE):
-                _beside(self.target, suffix).unlink(missing_ok=True)
+                _sibling(self.target, suffix).unlink(missing_ok=True)
 
     @property
     def can_be_resumed(self) -> bool:
-        """Whether a page of it stands, in a format that more can be written to."""
+        """Whether a page is complete, in a format that can be appended to."""
         return self.writer.resumable and self.state.after is not None
 
 
-def begin(target: Path, question: ExportQuery) -> Unfinished:
-    """A new export to a file. Raises ExportError where it, or a part of it, is there."""
+def begin(target: Path, question: ExportQuery) -> ExportFile:
+    """Begin a new export. Raises ExportError where the file, or a partial one, exists."""
     if target.exists():
         raise ExportError(f"{target} is there already; name another file, or delete it")
     try:
-        number = open_private(_beside(target, PART), os.O_WRONLY | os.O_EXCL)
+        number = open_private(_sibling(target, PART), os.O_WRONLY | os.O_EXCL)
     except FileExistsError:
         raise ExportError(
-            f"an export that stopped stands in {_beside(target, PART)}; go on with --resume, or delete it"
+            f"an export that stopped stands in {_sibling(target, PART)}; go on with --resume, or delete it"
         ) from None
     except OSError as error:
-        raise ExportError(f"cannot write {_beside(target, PART)}: {error.strerror}") from None
+        raise ExportError(f"cannot write {_sibling(target, PART)}: {error.strerror}") from None
     file = os.fdopen(number, "wb")
     try:
-        one = Unfinished(target, file, writer_of(question.format, file), ExportProgress(question=question))
+        one = ExportFile(target, file, writer_of(question.format, file), ExportProgress(question=question))
     except ModuleNotFoundError:
         file.close()
-        _beside(target, PART).unlink()
+        _sibling(target, PART).unlink()
         raise
-    one.keep()
+    one.checkpoint()
     return one
 
 
-def resume(target: Path) -> Unfinished:
-    """Go on with an export that stopped. Raises ExportError where there is none."""
+def resume(target: Path) -> ExportFile:
+    """Resume an interrupted export. Raises ExportError where there is none."""
     try:
-        state = ExportProgress.model_validate_json(_beside(target, STATE).read_bytes())
-        _beside(target, PART).stat()
-        number = open_private(_beside(target, PART), os.O_WRONLY)
+        state = ExportProgress.model_validate_json(_sibling(target, STATE).read_bytes())
+        _sibling(target, PART).stat()
+        number = open_private(_sibling(target, PART), os.O_WRONLY)
     except (OSError, ValidationError):
         raise ExportError(
             f"no export that stopped, and can be gone on with, stands beside {target}; begin anew without --resume"
@@ -124,7 +124,7 @@ def resume(target: Path) -> Unfinished:
     # What was written of a page after the last that counts is written again.
     file.truncate(state.bytes)
     file.seek(state.bytes)
-    return Unfinished(target, file, writer_of(state.question.format, file, resumed=True), state)
+    return ExportFile(target, file, writer_of(state.question.format, file, resumed=True), state)
 
 
 async def export_pages(
@@ -132,11 +132,11 @@ async def export_pages(
     state: ExportProgress,
     writer: ExportWriter,
     progress: Callable[[float], None],
-    kept: Callable[[], None] = lambda: None,
+    on_page: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write all events of a question from where its state stands, in the order of time and uid.
+    """Write all events from the saved position on, in order of time and uid.
 
-    `kept` is told after each page. Raises ApiError; then `state` says how far it came.
+    `on_page` is called after each page. Raises ApiError; `state` then has the position reached.
     """
     question = state.question
     span_ms = max(question.until_ms - question.since_ms, 1)
@@ -150,7 +150,7 @@ async def export_pages(
             progress(1.0)
             return
         state.after = page["after"]
-        kept()
+        on_page()
         progress((page["looked_at_ms"] - question.since_ms) / span_ms)
 
 
@@ -159,10 +159,10 @@ def stopped_at_ms(state: ExportProgress) -> int | None:
     return int(state.after.partition(".")[0]) if state.after else None
 
 
-def given(filters: Mapping[str, str | int | None]) -> dict[str, str | int]:
-    """The filters that are set."""
+def set_filters(filters: Mapping[str, str | int | None]) -> dict[str, str | int]:
+    """The filters that have a value."""
     return {name: value for name, value in filters.items() if value is not None}
 
 
-def _beside(target: Path, suffix: str) -> Path:
+def _sibling(target: Path, suffix: str) -> Path:
     return target.with_name(target.name + suffix)

@@ -1,4 +1,4 @@
-"""Who could reach a target and who did something there, put together from what policy and audit say page by page."""
+"""Access report: who could reach a target, by policy, and who acted there, by audit."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _COUNTS: Final = ("allowed", "denied", "observed", "leases", "handed_out", "unve
 
 
 @dataclass(slots=True)
-class Who:
-    """The answer for one target. `docs/asking-audit.md` says what stands in each line."""
+class AccessReport:
+    """The report for one target. `docs/asking-audit.md` describes its rows."""
 
     target: str
     verb: str | None
@@ -30,16 +30,16 @@ class Who:
     def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Take in what audit counted together, in the order of time."""
         for line in lines:
-            known = self.did.setdefault(
+            row = self.did.setdefault(
                 tuple(line[name] for name in _BY), {**line, **dict.fromkeys(_COUNTS, 0)}
             )
             for name in _COUNTS:
-                known[name] += line[name]
-            known["first_ms"] = min(known["first_ms"], line["first_ms"])
-            known["last_ms"] = max(known["last_ms"], line["last_ms"])
-            known["lease"] = line["lease"] or known["lease"]
+                row[name] += line[name]
+            row["first_ms"] = min(row["first_ms"], line["first_ms"])
+            row["last_ms"] = max(row["last_ms"], line["last_ms"])
+            row["lease"] = line["lease"] or row["lease"]
 
-    def lines(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Any]]:
         """Who did, those last that did so last."""
         return sorted(self.did.values(), key=lambda line: (line["last_ms"], *map(str, map(line.get, _BY))))
 
@@ -56,12 +56,12 @@ class Who:
             "since_ms": self.since_ms,
             "until_ms": self.until_ms,
             "could": self.could,
-            "did": self.lines(),
+            "did": self.rows(),
             "gaps": self.gaps,
         }
 
 
-async def who_report(
+async def access_report(
     api: ReadApi,
     target: str,
     since_ms: int,
@@ -70,65 +70,70 @@ async def who_report(
     *,
     verb: str | None = None,
     resource: str | None = None,
-) -> Who:
-    """Who could and who did, as far as the caller may see.
+) -> AccessReport:
+    """Build the report, as far as the caller may see.
 
-    `progress` is told how much has been read, from 0 to 1. A policy that does not answer is a gap. Raises ApiError
-    where audit does not, or where either finds fault with the question.
+    `progress` is called with the share read, from 0 to 1. Where policy does not answer, the report has a gap. Raises
+    ApiError where audit does not answer, or either rejects the query.
     """
-    who = Who(target, verb, resource, since_ms, until_ms)
-    await _could(api, who)
-    asked: dict[str, str | int | None] = {
+    report = AccessReport(target, verb, resource, since_ms, until_ms)
+    await _add_reach(api, report)
+    query: dict[str, str | int | None] = {
         "target": target, "verb": verb, "resource": resource, "since_ms": since_ms, "until_ms": until_ms
     }  # fmt: skip
     after: str | None = None
     while True:
-        page = await api.get("audit", "who", **asked, after=after)
-        who.add(page["lines"])
+        page = await api.get("audit", "who", **query, after=after)
+        report.add(page["lines"])
         after = page["after"]
         if after is None:
             break
         progress(max(page["looked_at_ms"][1] - since_ms, 0) / max(until_ms - since_ms, 1))
     progress(1.0)
-    who.gaps += _blind_spots(who)
-    return who
+    report.gaps += _blind_spots(report)
+    return report
 
 
-async def _could(api: ReadApi, who: Who) -> None:
+async def _add_reach(api: ReadApi, report: AccessReport) -> None:
     found: list[dict[str, Any]] = []
     after: str | None = None
     try:
         while True:
             page = await api.get(
-                "policy", "reach", target=who.target, verb=who.verb, resource=who.resource, after=after
+                "policy",
+                "reach",
+                target=report.target,
+                verb=report.verb,
+                resource=report.resource,
+                after=after,
             )
             found += page["agents"]
-            who.gaps += [gap for gap in page["gaps"] if gap not in who.gaps]
+            report.gaps += [gap for gap in page["gaps"] if gap not in report.gaps]
             after = page["after"]
             if after is None:
                 break
     except ApiError as error:
         if error.status is not None and 400 <= error.status < 500:
             raise
-        who.gaps.append(f"who could: {error}")
+        report.gaps.append(f"who could: {error}")
         return
     if not page["exists"]:
-        who.gaps.append(f"there is no target {who.target} now: nobody can be given anything for it")
-    who.could = found
+        report.gaps.append(f"there is no target {report.target} now: nobody can be given anything for it")
+    report.could = found
 
 
-def _blind_spots(who: Who) -> list[str]:
+def _blind_spots(report: AccessReport) -> list[str]:
     """What neither gateways nor records can say."""
     found = []
-    handed_out, unverified = who.total("handed_out"), who.total("unverified")
+    handed_out, unverified = report.total("handed_out"), report.total("unverified")
     if handed_out:
         found.append(
             f"{handed_out} of the credentials were handed to the agents themselves: what they did with these past "
-            f"gateways, only the logs of {who.target} say"
+            f"gateways, only the logs of {report.target} say"
         )
-    if not who.total("allowed") + who.total("denied") + who.total("observed"):
+    if not report.total("allowed") + report.total("denied") + report.total("observed"):
         found.append(
-            f"no gateway told of an action at {who.target} that fits: nobody did anything through one, or none "
+            f"no gateway told of an action at {report.target} that fits: nobody did anything through one, or none "
             "stands before it"
         )
     if unverified:

@@ -1,4 +1,4 @@
-"""What gateways blocked and what they let pass, added up from what audit counts page by page."""
+"""Report of what gateways blocked and let pass, summed over audit's pages."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.operations import INJECTED
 
 MAX_LABELS: Final = 100
-"""Labels are what senders make up: so many are told apart."""
+"""The most labels that are counted separately: senders choose them freely."""
 OTHER_LABELS: Final = "(others)"
 MAX_DESTINATIONS: Final = 10_000
-"""So many unknown destinations are told apart at a time: agents choose them freely."""
+"""The most unknown destinations that are counted separately at a time: agents choose them freely."""
 _MOST_FREQUENT: Final = 100
 _ALLOWED, _OBSERVED = "allowed", "observed"
 K = TypeVar("K")
 
 
-class Row(NamedTuple):
+class ActionRow(NamedTuple):
     """What is counted together. None where that is not known, as the reason also where it was allowed."""
 
     agent: str | None
@@ -29,7 +29,7 @@ class Row(NamedTuple):
     reason: str | None
 
 
-class Unknown(NamedTuple):
+class UnknownDestination(NamedTuple):
     """Where requests were going, and nobody knows what is there; `path` is a prefix. None where that is not known."""
 
     scheme: str | None
@@ -42,7 +42,7 @@ class Unknown(NamedTuple):
 
 
 @dataclass(slots=True)
-class Count:
+class ActionCount:
     """How many actions there were of one kind. `total` may be more than reads and writes, where that is not known."""
 
     total: int = 0
@@ -63,7 +63,7 @@ class Count:
         self.write += count if access == "write" else 0
         self.injected += count if injected else 0
 
-    def merge(self, other: Count) -> None:
+    def merge(self, other: ActionCount) -> None:
         """And all of those."""
         self.total += other.total
         self.read += other.read
@@ -76,12 +76,12 @@ class Count:
 
 
 @dataclass(slots=True)
-class Sums:
+class ActionSums:
     """What was let pass, and what was blocked; `observed` are those of the blocked that went through all the same."""
 
-    allowed: Count = field(default_factory=Count)
-    blocked: Count = field(default_factory=Count)
-    observed: Count = field(default_factory=Count)
+    allowed: ActionCount = field(default_factory=ActionCount)
+    blocked: ActionCount = field(default_factory=ActionCount)
+    observed: ActionCount = field(default_factory=ActionCount)
 
     def add(self, outcome: str | None, count: int, access: str | None, *, injected: bool) -> None:
         """So many more. Of what is not known to be allowed it is taken that it was blocked."""
@@ -92,7 +92,7 @@ class Sums:
         if outcome == _OBSERVED:
             self.observed.add(count, access, injected=injected)
 
-    def merge(self, other: Sums) -> None:
+    def merge(self, other: ActionSums) -> None:
         """And all of those."""
         self.allowed.merge(other.allowed)
         self.blocked.merge(other.blocked)
@@ -113,10 +113,10 @@ class ActionReport:
 
     since_ms: int
     until_ms: int
-    sums: Sums = field(default_factory=Sums)
-    rows: dict[Row, Sums] = field(default_factory=dict)
-    labels: dict[str, Sums] = field(default_factory=dict)
-    destinations: Counter[Unknown] = field(default_factory=Counter)
+    sums: ActionSums = field(default_factory=ActionSums)
+    rows: dict[ActionRow, ActionSums] = field(default_factory=dict)
+    labels: dict[str, ActionSums] = field(default_factory=dict)
+    destinations: Counter[UnknownDestination] = field(default_factory=Counter)
     destinations_left_out: int = 0
     """How many requests to seldom destinations are not told apart: the counts of the others are not too high."""
 
@@ -127,18 +127,18 @@ class ActionReport:
         for one in unknown:
             self._add_unknown(one)
 
-    def unknown(self, most: int = _MOST_FREQUENT) -> list[tuple[Unknown, int]]:
+    def unknown(self, most: int = _MOST_FREQUENT) -> list[tuple[UnknownDestination, int]]:
         """The most frequent unknown destinations."""
         return sorted(self.destinations.items(), key=lambda one: (-one[1], str(one[0])))[:most]
 
-    def by(self, part: Callable[[Row], K]) -> dict[K, Sums]:
+    def by(self, part: Callable[[ActionRow], K]) -> dict[K, ActionSums]:
         """The sums by a part of the rows, those of which the most was blocked first."""
-        found: dict[K, Sums] = {}
+        found: dict[K, ActionSums] = {}
         for row, sums in self.rows.items():
-            found.setdefault(part(row), Sums()).merge(sums)
+            found.setdefault(part(row), ActionSums()).merge(sums)
         return dict(sorted(found.items(), key=lambda one: (-one[1].blocked.total, str(one[0]))))
 
-    def blocked(self) -> dict[Row, Sums]:
+    def blocked(self) -> dict[ActionRow, ActionSums]:
         """The rows in which something was blocked, the most first."""
         return {row: sums for row, sums in self.by(lambda row: row).items() if sums.blocked.total}
 
@@ -173,23 +173,23 @@ class ActionReport:
         }
 
     def _add_unknown(self, one: Mapping[str, Any]) -> None:
-        where = Unknown(*(one[name] for name in Unknown._fields))
+        where = UnknownDestination(*(one[name] for name in UnknownDestination._fields))
         self.destinations[where] += one["count"]
         if len(self.destinations) > MAX_DESTINATIONS:
-            kept = Counter(dict(self.destinations.most_common(MAX_DESTINATIONS // 2)))
-            self.destinations_left_out += self.destinations.total() - kept.total()
-            self.destinations = kept
+            most_common = Counter(dict(self.destinations.most_common(MAX_DESTINATIONS // 2)))
+            self.destinations_left_out += self.destinations.total() - most_common.total()
+            self.destinations = most_common
 
     def _add(self, group: Mapping[str, Any]) -> None:
         outcome, access, label, count = (group[name] for name in ("outcome", "access", "label", "count"))
         reason = None if outcome == _ALLOWED else group["reason"]
         where = [
             self.sums,
-            self.rows.setdefault(Row(group["agent"], group["target"], access, reason), Sums()),
+            self.rows.setdefault(ActionRow(group["agent"], group["target"], access, reason), ActionSums()),
         ]
         if label is not None:
-            known = label in self.labels or len(self.labels) < MAX_LABELS
-            where.append(self.labels.setdefault(label if known else OTHER_LABELS, Sums()))
+            is_listed = label in self.labels or len(self.labels) < MAX_LABELS
+            where.append(self.labels.setdefault(label if is_listed else OTHER_LABELS, ActionSums()))
         for sums in where:
             sums.add(outcome, count, access, injected=is_injected(label))
 

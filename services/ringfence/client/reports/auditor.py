@@ -1,7 +1,7 @@
-"""For auditors: is the audit trail whole? Read from Kafka itself, believing nobody but the trust root.
+"""Verifies the whole audit trail from Kafka, trusting nobody but the pinned root.
 
-The events of each partition are held against their own links, against what audit signed, against what witnesses and
-whoever asks saw before, and against the records that they are about.
+The events of each partition are checked against their own hash links, audit's signed checkpoints, the heads that
+witnesses and the caller saw before, and the records that they are about.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 
 SETTLE_S = 60.0
-"""A record that is younger may have no event yet."""
+"""Seconds that a record may be without an event: audit may not have reached it yet."""
 Heads = dict[str, tuple[int, str]]
 """By tree: how many events it had, and its root. What an auditor keeps from one time to the next."""
 HEADS = TypeAdapter(Heads)
 """Reads and writes them as JSON."""
-_GONE_BY_AGE = 0.99
+_RETENTION_TOLERANCE = 0.99
 """Brokers remove whole segments: some of the oldest events may be gone a little early."""
 
 
 @dataclass(frozen=True, slots=True)
 class TreeReport:
-    """One chain: its first and last event, how many stand before it, how far it is signed, and who else saw that."""
+    """One hash chain: first and last event, events before the chain, how far it is signed, and its witnesses."""
 
     tree: str
     first: int
@@ -58,7 +58,7 @@ class TreeReport:
 
 @dataclass(slots=True)
 class TrailReport:
-    """What came of verifying."""
+    """The result of verifying the trail."""
 
     trees: list[TreeReport] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -67,12 +67,12 @@ class TrailReport:
 
     @property
     def heads(self) -> Heads:
-        """What was signed, to be kept: the next time it must still be so."""
+        """The signed heads, to be kept: the next verification must still find them."""
         return {one.tree: (one.signed, one.root) for one in self.trees if one.root is not None}
 
 
 @dataclass(slots=True)
-class _Signed:
+class _SignedHeads:
     """What stands on `audit.checkpoint` about one tree."""
 
     checkpoints: list[AuditCheckpoint] = field(default_factory=list)
@@ -80,42 +80,44 @@ class _Signed:
 
 
 async def verify_trail(
-    settings: ClientSettings | None = None, *, kept: Heads | None = None, settle_s: float = SETTLE_S
+    settings: ClientSettings | None = None, *, earlier_heads: Heads | None = None, settle_s: float = SETTLE_S
 ) -> TrailReport:
-    """Read the whole trail, and say what is wrong with it.
+    """Read and verify the whole trail. Returns a report with its faults.
 
     Args:
-        kept: the `heads` of an earlier report.
-        settle_s: how old a record must be before it has to have an event.
+        earlier_heads: the `heads` of an earlier report.
+        settle_s: how old a record must be, in seconds, before it must have an event.
 
     Raises SettingsError where no trust root is pinned, UnavailableError where Kafka cannot be read.
     """
     settings = load_settings(settings)
     report = TrailReport()
     async with Stretches(settings) as kafka:
-        trust, directory = await _believable(kafka, settings)
-        signed = await _signed(kafka, trust, directory, report)
+        trust, directory = await _load_trust(kafka, settings)
+        signed = await _read_signed_heads(kafka, trust, directory, report)
         verifiers = []
-        told_from_ms = 0.0
+        audited_from_ms = 0.0
         for partition in await kafka.partitions(AUDIT):
             tree = str(partition)
-            seen = [(one.size, one.root) for one in signed.setdefault(tree, _Signed()).witnessed]
-            seen += [kept[tree]] if kept and tree in kept else []
-            verifier = ChainVerifier(tree, signed[tree].checkpoints, seen)
-            began_ms = await _take_all(kafka, partition, verifier)
+            witnessed_heads = [
+                (one.size, one.root) for one in signed.setdefault(tree, _SignedHeads()).witnessed
+            ]
+            witnessed_heads += [earlier_heads[tree]] if earlier_heads and tree in earlier_heads else []
+            verifier = ChainVerifier(tree, signed[tree].checkpoints, witnessed_heads)
+            began_ms = await _verify_partition(kafka, partition, verifier)
             # What is older may have had an event that is gone by its own age.
-            told_from_ms = max(told_from_ms, began_ms if verifier.first > 1 else 0)
+            audited_from_ms = max(audited_from_ms, began_ms if verifier.first > 1 else 0)
             verifiers.append(verifier)
         for verifier in verifiers:
             report.faults += verifier.faults
             report.trees.append(_tree_report(verifier, signed[verifier.tree], settings.trust_domain))
-        span_ms = (told_from_ms, (time.time() - settle_s) * 1000)
-        await _hold_against_records(kafka, settings, verifiers, report, span_ms)
+        span_ms = (audited_from_ms, (time.time() - settle_s) * 1000)
+        await _check_against_records(kafka, settings, verifiers, report, span_ms)
     return report
 
 
 async def witness(report: TrailReport, key: SigningKey, settings: ClientSettings | None = None) -> int:
-    """Sign what a report without faults found, as a user with the role auditor. Returns how many heads.
+    """Sign the heads of a report without faults, as a user with the role auditor. Returns how many heads.
 
     Raises UnavailableError where Kafka does not take it, ValueError where the report has faults.
     """
@@ -133,15 +135,15 @@ async def witness(report: TrailReport, key: SigningKey, settings: ClientSettings
                 size=size,
                 root=root,
             )
-            who = subject_of(settings.trust_domain, key.id, "user")
-            await publisher.publish_signed(AUDIT_CHECKPOINT, f"{tree}/{who}", claims, key)
+            user_id = subject_of(settings.trust_domain, key.id, "user")
+            await publisher.publish_signed(AUDIT_CHECKPOINT, f"{tree}/{user_id}", claims, key)
     return len(report.heads)
 
 
 # --- what is signed -------------------------------------------------------------------------------------------------
 
 
-async def _believable(kafka: Stretches, settings: ClientSettings) -> tuple[TrustStore, Directory]:
+async def _load_trust(kafka: Stretches, settings: ClientSettings) -> tuple[TrustStore, Directory]:
     trust = TrustStore(settings.trust_domain, settings.trust_root)
     async for record in kafka.whole(TRUST):
         try:
@@ -155,22 +157,22 @@ async def _believable(kafka: Stretches, settings: ClientSettings) -> tuple[Trust
     return trust, directory
 
 
-async def _signed(
+async def _read_signed_heads(
     kafka: Stretches, trust: TrustStore, directory: Directory, report: TrailReport
-) -> dict[str, _Signed]:
-    found: dict[str, _Signed] = {}
+) -> dict[str, _SignedHeads]:
+    found: dict[str, _SignedHeads] = {}
     async for record in kafka.whole(AUDIT_CHECKPOINT):
         try:
             jws = parse(record.value)
             if jws.header.typ == typ_header(AuditWitness):
-                one = _witnessed(jws, record, directory, trust)
-                _check_place(record, f"{one.tree}/{subject_of(trust.trust_domain, one.iss, 'user')}")
-                found.setdefault(one.tree, _Signed()).witnessed.append(one)
+                one = _verify_witness(jws, record, directory, trust)
+                _check_key(record, f"{one.tree}/{subject_of(trust.trust_domain, one.iss, 'user')}")
+                found.setdefault(one.tree, _SignedHeads()).witnessed.append(one)
             else:
-                checkpoint = _checkpoint(jws, record, trust)
-                _check_place(record, checkpoint.tree)
-                before = found.setdefault(checkpoint.tree, _Signed()).checkpoints
-                _check_goes_on(before, checkpoint)
+                checkpoint = _verify_checkpoint(jws, record, trust)
+                _check_key(record, checkpoint.tree)
+                before = found.setdefault(checkpoint.tree, _SignedHeads()).checkpoints
+                _check_monotonic(before, checkpoint)
                 before.append(checkpoint)
         except (InvalidMessageError, ChainError, ValueError) as error:
             what = f"what stands on audit.checkpoint at offset {record.offset} is not believed: {error}"
@@ -178,19 +180,19 @@ async def _signed(
     return found
 
 
-def _check_place(record: Received, key: str) -> None:
-    """Compaction lets the last record under each key stand: one under another's would take that one's place."""
+def _check_key(record: Received, key: str) -> None:
+    """Check the record's key: compaction keeps the last record of a key, so a foreign one would replace it."""
     if record.key != key:
         raise ValueError(f"it stands under the key {record.key}")
 
 
-def _check_goes_on(before: Sequence[AuditCheckpoint], checkpoint: AuditCheckpoint) -> None:
-    """So would an earlier one that is put there again: a chain only grows."""
+def _check_monotonic(before: Sequence[AuditCheckpoint], checkpoint: AuditCheckpoint) -> None:
+    """Refuse a checkpoint that signs fewer events than the one before: a chain only grows."""
     if before and before[-1].size > checkpoint.size:
         raise ValueError(f"it signs {checkpoint.size} events, and {before[-1].size} were signed before it")
 
 
-def _checkpoint(jws: UnverifiedJws, record: Received, trust: TrustStore) -> AuditCheckpoint:
+def _verify_checkpoint(jws: UnverifiedJws, record: Received, trust: TrustStore) -> AuditCheckpoint:
     claims = verify(
         jws, AuditCheckpoint, trust.finder("audit", at_s=record.appended_at_ms / 1000),
         audience=trust.trust_domain,
@@ -199,30 +201,32 @@ def _checkpoint(jws: UnverifiedJws, record: Received, trust: TrustStore) -> Audi
     return claims
 
 
-def _witnessed(jws: UnverifiedJws, record: Received, directory: Directory, trust: TrustStore) -> AuditWitness:
+def _verify_witness(
+    jws: UnverifiedJws, record: Received, directory: Directory, trust: TrustStore
+) -> AuditWitness:
     at_ms = record.appended_at_ms
     claims = verify(
         jws, AuditWitness, lambda iss, kid: directory.chains.user_key(iss, kid, at_ms),
         audience=trust.trust_domain,
     ).claims  # fmt: skip
-    who = subject_of(trust.trust_domain, claims.iss, "user") or ""
-    if "auditor" not in directory.chains.roles_at(who, at_ms):
-        raise InvalidMessageError(f"{who} is no auditor", code="not_auditor")
+    user_id = subject_of(trust.trust_domain, claims.iss, "user") or ""
+    if "auditor" not in directory.chains.roles_at(user_id, at_ms):
+        raise InvalidMessageError(f"{user_id} is no auditor", code="not_auditor")
     return claims
 
 
 # --- the events -----------------------------------------------------------------------------------------------------
 
 
-async def _take_all(kafka: Stretches, partition: int, verifier: ChainVerifier) -> int:
+async def _verify_partition(kafka: Stretches, partition: int, verifier: ChainVerifier) -> int:
     """Returns when the first event that is there came, 0 where none is."""
     began_ms: int | None = None
     async for record in kafka.records(AUDIT, partition, *await kafka.bounds(AUDIT, partition)):
         began_ms = began_ms if began_ms is not None else record.appended_at_ms
         verifier.take(record.value, record.offset)
     verifier.finish()
-    kept_ms = (AUDIT.retention_s or 0) * 1000 * _GONE_BY_AGE
-    if verifier.first > 1 and began_ms is not None and began_ms > time.time() * 1000 - kept_ms:
+    retention_ms = (AUDIT.retention_s or 0) * 1000 * _RETENTION_TOLERANCE
+    if verifier.first > 1 and began_ms is not None and began_ms > time.time() * 1000 - retention_ms:
         what = (
             f"the events before event {verifier.first} are not there, and were not old enough to be removed"
         )
@@ -230,7 +234,7 @@ async def _take_all(kafka: Stretches, partition: int, verifier: ChainVerifier) -
     return began_ms or 0
 
 
-def _tree_report(verifier: ChainVerifier, signed: _Signed, trust_domain: str) -> TreeReport:
+def _tree_report(verifier: ChainVerifier, signed: _SignedHeads, trust_domain: str) -> TreeReport:
     last = max(signed.checkpoints, key=lambda one: one.size, default=None)
     witnesses = {subject_of(trust_domain, one.iss, "user") or "" for one in signed.witnessed}
     return TreeReport(
@@ -247,56 +251,72 @@ def _tree_report(verifier: ChainVerifier, signed: _Signed, trust_domain: str) ->
 # --- the records that they are about --------------------------------------------------------------------------------
 
 
-async def _hold_against_records(
+async def _check_against_records(
     kafka: Stretches,
     settings: ClientSettings,
     verifiers: Sequence[ChainVerifier],
     report: TrailReport,
     span_ms: tuple[float, float],
 ) -> None:
-    """Each record of a span of time has an event, and each event a record, unless that may be gone by its age."""
-    known = {uid for verifier in verifiers for uid in verifier.sources}
-    claimed = _by_place(source for verifier in verifiers for source in verifier.sources.values())
-    begun = [_firsts(verifier.sources.values()) for verifier in verifiers if verifier.first > 1]
+    """Check that each record in a time span has an event, and each event a record unless retention removed it."""
+    audited_uids = {uid for verifier in verifiers for uid in verifier.sources}
+    audited_offsets = _offsets_by_partition(
+        source for verifier in verifiers for source in verifier.sources.values()
+    )
+    first_offsets = [
+        _first_offsets(verifier.sources.values()) for verifier in verifiers if verifier.first > 1
+    ]
     for topic in AUDITED:
         for partition in await kafka.partitions(topic):
-            place = (topic.name(settings.topic_prefix), partition)
+            source_partition = (topic.name(settings.topic_prefix), partition)
             start, end = await kafka.bounds(topic, partition)
-            there: set[int] = set()
+            present: set[int] = set()
             async for record in kafka.records(topic, partition, start, end):
-                there.add(record.offset)
-                source = Source(*place, record.offset)
-                if span_ms[0] <= record.appended_at_ms < span_ms[1] and source.uid not in known:
-                    report.faults.append(_about(source, "missing", "no event is about"))
-            report.records += len(there)
-            told = claimed.pop(place, set())
+                present.add(record.offset)
+                source = Source(*source_partition, record.offset)
+                if span_ms[0] <= record.appended_at_ms < span_ms[1] and source.uid not in audited_uids:
+                    report.faults.append(_record_fault(source, "missing", "no event is about"))
+            report.records += len(present)
+            audited = audited_offsets.pop(source_partition, set())
             if not topic.compacted:
-                report.faults += _never_told(place, told, _begin(place, begun, start), start)
-            for offset in sorted(told - there):
+                report.faults += _unaudited_records(
+                    source_partition, audited, _expected_from(source_partition, first_offsets, start), start
+                )
+            for offset in sorted(audited - present):
                 # Of a compacted topic a record may be gone; what is beyond the end never was.
                 if offset >= end or (offset >= start and not topic.compacted):
-                    report.faults.append(_about(Source(*place, offset), "invented", "no record stands at"))
-    for place, offsets in claimed.items():
+                    report.faults.append(
+                        _record_fault(Source(*source_partition, offset), "invented", "no record stands at")
+                    )
+    for source_partition, offsets in audited_offsets.items():
         for offset in sorted(offsets):
-            report.faults.append(_about(Source(*place, offset), "invented", "nothing is audited at"))
+            report.faults.append(
+                _record_fault(Source(*source_partition, offset), "invented", "nothing is audited at")
+            )
 
 
-def _begin(place: tuple[str, int], begun: Sequence[dict[tuple[str, int], int]], start: int) -> int:
-    """From which record on each must have an event that is still there. `begun`: of chains whose first events are gone,
-    the first record at each place that they tell of; where one tells of none, nobody knows.
+def _expected_from(
+    source_partition: tuple[str, int], first_offsets: Sequence[dict[tuple[str, int], int]], start: int
+) -> int:
+    """The first offset of a partition whose record must still have an event.
+
+    `first_offsets`: of each chain whose first events were removed, the lowest audited offset of each partition. A chain
+    that names no record of this partition says nothing about it: then only records from `start` on can be checked.
     """
-    return max((firsts.get(place, start) for firsts in begun), default=0)
+    return max((firsts.get(source_partition, start) for firsts in first_offsets), default=0)
 
 
-def _never_told(place: tuple[str, int], told: set[int], begin: int, start: int) -> Iterator[Fault]:
+def _unaudited_records(
+    source_partition: tuple[str, int], audited: set[int], begin: int, start: int
+) -> Iterator[Fault]:
     """Records that went before they were audited: offsets leave no holes, so those without an event are missing."""
-    for first, last in holes(told, begin, start):
+    for first, last in offset_gaps(audited, begin, start):
         which = f" to {last}" if last > first else ""
-        yield _about(Source(*place, first), "missing", "gone without an event:", which)
+        yield _record_fault(Source(*source_partition, first), "missing", "gone without an event:", which)
 
 
-def holes(offsets: Iterable[int], begin: int, until: int) -> Iterator[tuple[int, int]]:
-    """What is missing among these from `begin` up to and without `until`: the first and last of each run."""
+def offset_gaps(offsets: Iterable[int], begin: int, until: int) -> Iterator[tuple[int, int]]:
+    """The missing runs of offsets from `begin` up to, not including, `until`: the first and last of each."""
     at = begin
     for offset in sorted(offset for offset in {*offsets, until} if begin <= offset <= until):
         if offset > at:
@@ -304,17 +324,19 @@ def holes(offsets: Iterable[int], begin: int, until: int) -> Iterator[tuple[int,
         at = offset + 1
 
 
-def _about(source: Source, kind: FaultKind, what: str, which: str = "") -> Fault:
+def _record_fault(source: Source, kind: FaultKind, what: str, which: str = "") -> Fault:
     where = f"{source.topic_name}/{source.partition}@{source.offset}{which}"
     return Fault(kind, "", f"{what} {where}", None, source.uid, source.offset)
 
 
-def _firsts(sources: Iterable[Source]) -> dict[tuple[str, int], int]:
+def _first_offsets(sources: Iterable[Source]) -> dict[tuple[str, int], int]:
     """The first record at each place."""
-    return {place: min(offsets) for place, offsets in _by_place(sources).items()}
+    return {
+        source_partition: min(offsets) for source_partition, offsets in _offsets_by_partition(sources).items()
+    }
 
 
-def _by_place(sources: Iterable[Source]) -> dict[tuple[str, int], set[int]]:
+def _offsets_by_partition(sources: Iterable[Source]) -> dict[tuple[str, int], set[int]]:
     found: dict[tuple[str, int], set[int]] = {}
     for source in sources:
         found.setdefault((source.topic_name, source.partition), set()).add(source.offset)
@@ -322,7 +344,7 @@ def _by_place(sources: Iterable[Source]) -> dict[tuple[str, int], set[int]]:
 
 
 def read_heads(text: str | bytes) -> Heads:
-    """What `heads` was written as. Raises UnavailableError where it is no such file."""
+    """Parse a heads file that `audit verify` wrote. Raises UnavailableError where it is none."""
     try:
         return HEADS.validate_json(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""How much of what agents got and did leads back to a human: shares, added up from what audit counts page by page."""
+"""Coverage report: which share of leases and actions leads back to a human, summed over audit's pages."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ringfence.client.reports.read_api import ReadApi
 
 
 class Ratio(NamedTuple):
-    """So many of so many."""
+    """`part` of `whole`."""
 
     part: int
     whole: int
 
     def percent(self) -> float | None:
-        """Rounded down to a tenth, so that 100 is all of them; None of nothing."""
+        """Rounded down to a tenth, so that 100 means all; None where `whole` is 0."""
         return self.part * 1000 // self.whole / 10 if self.whole else None
 
     def as_json(self) -> dict[str, int | float | None]:
@@ -34,11 +34,11 @@ class Coverage:
     short_s: int
     sponsored: Ratio | None = None
     """Agents with a live sponsor, now; None where policy does not say."""
-    seen: dict[str, bool] = field(default_factory=dict)
+    agents_seen: dict[str, bool] = field(default_factory=dict)
     """The agents that got or did something, and whether there is a record of each; "" is one that nobody named."""
     sums: dict[str, int] = field(default_factory=dict)
     standing: list[dict[str, Any]] = field(default_factory=list)
-    against: list[dict[str, Any]] = field(default_factory=list)
+    not_traced: list[dict[str, Any]] = field(default_factory=list)
     gaps: list[str] = field(default_factory=list)
 
     @property
@@ -47,7 +47,7 @@ class Coverage:
         sums, leases = self.sums, self.sums.get("leases", 0)
         return {
             "agents_sponsored": self.sponsored,
-            "agents_known": Ratio(sum(self.seen.values()), len(self.seen)),
+            "agents_known": Ratio(sum(self.agents_seen.values()), len(self.agents_seen)),
             "leases_traced": Ratio(sums.get("leases_traced", 0), leases),
             "actions_traced": Ratio(sums.get("actions_traced", 0), sums.get("actions", 0)),
             "leases_short_lived": Ratio(sums.get("short_lived", 0), leases),
@@ -63,20 +63,20 @@ class Coverage:
             "short_lived_s": self.short_s,
             **{name: share.as_json() if share else None for name, share in self.shares.items()},
             "standing_privileges": self.sums.get("standing", 0),
-            "agents_unknown": sorted(name for name, known in self.seen.items() if not known),
+            "agents_unknown": sorted(name for name, known in self.agents_seen.items() if not known),
             "standing": self.standing,
-            "not_traced": self.against,
+            "not_traced": self.not_traced,
             "gaps": self.gaps,
         }
 
-    def add(self, what: Literal["leases", "actions"], page: dict[str, Any], show: int) -> None:
+    def add(self, kind: Literal["leases", "actions"], page: dict[str, Any], show: int) -> None:
         """Take in a page of audit; `show`: so many are listed of each kind."""
-        names = {"total": what, "traced": f"{what}_traced"}
+        names = {"total": kind, "traced": f"{kind}_traced"}
         for name in ("total", "traced", "short_lived", "task_bound", "both", "standing"):
             into = names.get(name, name)
             self.sums[into] = self.sums.get(into, 0) + page.get(name, 0)
-        self.seen |= page["agents"]
-        self.against += page["against"][: max(show - len(self.against), 0)]
+        self.agents_seen |= page["agents"]
+        self.not_traced += page["against"][: max(show - len(self.not_traced), 0)]
         self.standing += page.get("standing_leases", [])[: max(show - len(self.standing), 0)]
 
 
@@ -96,23 +96,23 @@ async def coverage_report(
     """
     report = Coverage(since_ms, until_ms, short_s)
     kinds: tuple[Literal["leases", "actions"], ...] = ("leases", "actions")
-    for done, what in enumerate(kinds):
+    for index, kind in enumerate(kinds):
         after: str | None = None
         while True:
             page = await api.coverage(
-                what, since_ms=since_ms, until_ms=until_ms, after=after, short_s=short_s
+                kind, since_ms=since_ms, until_ms=until_ms, after=after, short_s=short_s
             )
-            report.add(what, page, show)
+            report.add(kind, page, show)
             after = page["after"]
             if after is None:
                 break
-            read = (page["looked_at_ms"][1] - since_ms) / max(until_ms - since_ms, 1)
-            progress((done + read) / 2)
+            share_read = (page["looked_at_ms"][1] - since_ms) / max(until_ms - since_ms, 1)
+            progress((index + share_read) / 2)
     progress(1.0)
     try:
-        found = await api.inventory(limit=0)
-        report.sponsored = Ratio(found["totals"]["live_sponsor"], found["totals"]["agents"])
-        report.gaps += found["gaps"]
+        inventory = await api.inventory(limit=0)
+        report.sponsored = Ratio(inventory["totals"]["live_sponsor"], inventory["totals"]["agents"])
+        report.gaps += inventory["gaps"]
     except ApiError as error:
         report.gaps.append(f"which agents have a live sponsor: {error}")
     return report

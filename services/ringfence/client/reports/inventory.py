@@ -1,4 +1,4 @@
-"""The inventory, put together from the pages that policy gives, with what only the revoker knows."""
+"""The agent inventory, from policy's pages, with overdue leases from the revoker."""
 
 from __future__ import annotations
 
@@ -31,19 +31,21 @@ class Inventory:
         return {"at_ms": self.at_ms, "totals": self.totals, "agents": self.agents, "gaps": self.gaps}
 
 
-async def read_inventory(api: ReadApi, most: int | None = None, filters: Filters | None = None) -> Inventory:
-    """The inventory of the agents that the caller may see, `most` of them in detail and all in the sums.
+async def read_inventory(
+    api: ReadApi, max_agents: int | None = None, filters: Filters | None = None
+) -> Inventory:
+    """The inventory of the agents that the caller may see, `max_agents` of them in detail and all in the sums.
 
     `filters` as for `ReadApi.inventory`. A revoker that does not answer is a gap; where policy does not, that is an
     ApiError.
     """
-    page = await api.inventory(filters, limit=PAGE_ROWS if most is None else min(most, PAGE_ROWS))
+    page = await api.inventory(filters, limit=PAGE_ROWS if max_agents is None else min(max_agents, PAGE_ROWS))
     totals, gaps, agents = page["totals"], page["gaps"], page["agents"]
     cursor: str = page["cursor"]
     count = totals["agents"] + totals["decommissioned"]
-    while page["after"] is not None and (most is None or len(agents) < most):
-        left = PAGE_ROWS if most is None else min(most - len(agents), PAGE_ROWS)
-        page = await api.inventory(filters, after=page["after"], limit=left)
+    while page["after"] is not None and (max_agents is None or len(agents) < max_agents):
+        limit = PAGE_ROWS if max_agents is None else min(max_agents - len(agents), PAGE_ROWS)
+        page = await api.inventory(filters, after=page["after"], limit=limit)
         agents += page["agents"]
         gaps += [gap for gap in page["gaps"] if gap not in gaps]
     try:
@@ -57,10 +59,10 @@ async def read_inventory(api: ReadApi, most: int | None = None, filters: Filters
 async def _add_overdue(
     api: ReadApi, totals: dict[str, int | None], agents: list[dict[str, Any]], gaps: list[str]
 ) -> None:
-    found = await api.leases(overdue=True)
-    late = Counter(lease["agent_id"] for lease in found["leases"])
-    totals["overdue_leases"] = late.total()
+    leases = await api.leases(overdue=True)
+    overdue = Counter(lease["agent_id"] for lease in leases["leases"])
+    totals["overdue_leases"] = overdue.total()
     for agent in agents:
-        agent["overdue_leases"] = late[agent["id"]]
-    if found.get("more"):
+        agent["overdue_leases"] = overdue[agent["id"]]
+    if leases.get("more"):
         gaps.append("more leases are overdue than the revoker lists at once; their number is too low")

@@ -1,4 +1,4 @@
-"""The read APIs of registry, policy, revoker and audit: what `list`, `show`, `inventory` and `trace` print."""
+"""Client of the HTTP read APIs of registry, policy, revoker and audit."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from urllib.parse import quote
 import httpx
 import orjson
 
-from ringfence.client.connected import Lifetime
 from ringfence.client.connection import load_key
 from ringfence.client.errors import ApiError
+from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.http_client import web_client
@@ -27,7 +27,10 @@ Service = Literal["registry", "policy", "issuer", "revoker", "audit"]
 
 
 class ReadApi(Lifetime):
-    """One user's view: operators and auditors see all, sponsors their own agents. Each call bears its own token."""
+    """One user's view: operators and auditors see all, sponsors their own agents.
+
+    Each call has its own bearer token.
+    """
 
     def __init__(
         self,
@@ -76,10 +79,10 @@ class ReadApi(Lifetime):
                 status=response.status_code,
             ) from None
         if response.is_error:
-            said = answer.get("message") if isinstance(answer, dict) else None
+            message = answer.get("message") if isinstance(answer, dict) else None
             code = answer.get("error") if isinstance(answer, dict) else None
             raise ApiError(
-                str(said) if said else f"{url} answered {response.status_code}",
+                str(message) if message else f"{url} answered {response.status_code}",
                 code=code,
                 status=response.status_code,
             )
@@ -189,8 +192,8 @@ class ReadApi(Lifetime):
 
         `filters`: target, on_behalf_of, sponsor, class, status, severity; code (several with commas between).
         """
-        named = {"agent": agent, "task": task, "request": request, "lease": lease}
-        return await self.get("audit", "events", after=after, limit=limit, **{**named, **(filters or {})})
+        ids = {"agent": agent, "task": task, "request": request, "lease": lease}
+        return await self.get("audit", "events", after=after, limit=limit, **{**ids, **(filters or {})})
 
     async def export(
         self, filters: Filters | None = None, *, since_ms: int, until_ms: int, after: str | None = None

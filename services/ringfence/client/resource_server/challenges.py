@@ -1,4 +1,4 @@
-"""How a token is presented over HTTP, and in which words a request is refused (RFC 6750, RFC 9449)."""
+"""Reads the access token of an HTTP request, and builds 401 and 403 answers with challenges (RFC 6750, RFC 9449)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _UNQUOTABLE: Final = re.compile(r"[^\x20-\x21\x23-\x5b\x5d-\x7e]")
 
 @dataclass(frozen=True, slots=True)
 class PresentedToken:
-    """What a request shows: nothing of it verified."""
+    """The unverified token and proofs of a request."""
 
     scheme: Scheme
     token: str = field(repr=False)
@@ -36,11 +36,11 @@ class PresentedToken:
     """Its `DPoP` headers."""
 
 
-def presented(headers: Headers) -> PresentedToken:
-    """The token of a request, and its proofs.
+def read_presented_token(headers: Headers) -> PresentedToken:
+    """Read the token of a request and its DPoP proofs. Nothing is verified.
 
-    Raises TokenRejectedError with the code `token_missing` where there is none of a scheme that is known, and
-    `invalid_request` where there are several.
+    Raises TokenRejectedError: `token_missing` where no known scheme is used, `invalid_request` where there are several
+    Authorization headers.
     """
     pairs = list(headers.items() if isinstance(headers, Mapping) else headers)
     authorizations = [value for name, value in pairs if name.lower() == "authorization"]
@@ -58,12 +58,12 @@ def presented(headers: Headers) -> PresentedToken:
 
 @dataclass(frozen=True, slots=True)
 class HttpRefusal:
-    """An answer without any of the application's own."""
+    """A complete HTTP answer that refuses a request."""
 
     status: int
     headers: tuple[tuple[str, str], ...]
     body: bytes
-    """JSON: `error`, a word for programs, and `message`."""
+    """JSON: `error`, a code for programs, and `message`."""
 
 
 def refusal(error: RingfenceError, *, require_proof: bool = False, nonce: str | None = None) -> HttpRefusal:
@@ -77,11 +77,11 @@ def refusal(error: RingfenceError, *, require_proof: bool = False, nonce: str | 
     if not isinstance(error, TokenRejectedError):
         # Who issues, and what does not answer, is for the operators of this server.
         message = "tokens cannot be verified now; try again"
-        return HttpRefusal(503, (*headers, ("Retry-After", "1")), _body(error.code, message))
+        return HttpRefusal(503, (*headers, ("Retry-After", "1")), _error_body(error.code, message))
     headers += [("WWW-Authenticate", challenge) for challenge in _challenges(error, require_proof)]
     if nonce is not None:
         headers.append((NONCE_HEADER, nonce))
-    return HttpRefusal(_STATUS.get(error.code, 401), tuple(headers), _body(error.code, error.message))
+    return HttpRefusal(_STATUS.get(error.code, 401), tuple(headers), _error_body(error.code, error.message))
 
 
 def _challenges(error: TokenRejectedError, require_proof: bool) -> list[str]:
@@ -97,5 +97,5 @@ def _challenges(error: TokenRejectedError, require_proof: bool) -> list[str]:
     return [f"DPoP {described}, {_ALGORITHMS}"]
 
 
-def _body(code: str, message: str) -> bytes:
+def _error_body(code: str, message: str) -> bytes:
     return orjson.dumps({"error": code, "message": message})

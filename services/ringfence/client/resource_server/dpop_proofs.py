@@ -1,4 +1,4 @@
-"""The resource server's side of RFC 9449 (DPoP): does this request come from who has the key of its token?"""
+"""DPoP, the resource server's side (RFC 9449): does the request come from the holder of the token's key?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ringfence.messages.keys import PublicJwk
 
 PROOF_ALGORITHMS: Final = ("ES256", "EdDSA")
 PROOF_LIFE_S: Final = 60
-"""How old a proof may be. So long its id is remembered, and the time by which clocks may differ."""
+"""The maximum age of a proof in seconds: how long its id is remembered, and the clock difference that is tolerated."""
 NONCE_LIFE_S: Final = 300
 MAX_PROOFS: Final = 200_000
 MAX_PROOF_BYTES: Final = 8192
@@ -30,18 +30,22 @@ _MAX_JTI: Final = 256
 
 
 class ProofMemory(Protocol):
-    """Where the ids of proofs are remembered. Servers that share tokens share one, or a proof counts once at each."""
+    """Replay memory for the ids of proofs.
+
+    Servers that accept the same tokens share one, or each accepts a proof once.
+    """
 
     async def remember(self, id: str, *, key: str, until_s: int, now_s: int) -> bool:
-        """Keep `id` until then; False where it is there already. Raises UnavailableError where nobody can tell.
+        """Store `id` until `until_s`. Returns False where it is stored already: a replay.
 
-        `key`: the thumbprint of whose proof it is.
+        `key` is the thumbprint of the proof's key; times are in seconds since 1970. Raises UnavailableError where it
+        cannot tell.
         """
         ...
 
 
 class ProofsInMemory:
-    """The ids of one process. Full of those that still count, it takes no more: see `ReplayMemory`."""
+    """The replay memory of one process. When full of ids that still count, it refuses more: see `ReplayMemory`."""
 
     def __init__(self, limit: int = MAX_PROOFS) -> None:
         self._memory = ReplayMemory(limit)
@@ -57,73 +61,78 @@ class ProofsInMemory:
 
 
 class Nonces:
-    """Values that this server alone makes: a proof that has one was made lately, whatever the sender's clock says.
+    """DPoP nonces (RFC 9449, 9): a proof with one was made recently, whatever the sender's clock says.
 
-    Nothing is kept: a nonce is its time, sealed with a secret. Servers that share tokens share the secret.
+    Stateless: a nonce is its time with a keyed MAC. Servers that accept the same tokens share the secret.
     """
 
     def __init__(self, secret: bytes | None = None, *, life_s: int = NONCE_LIFE_S) -> None:
-        """`secret`: 32 random bytes; some of this process's own where None."""
+        """Args are `secret`, 32 random bytes (None makes one for this process), and `life_s`, the validity of a nonce
+        in seconds.
+        """
         self._secret = secret or secrets.token_bytes(32)
         self._life_s = life_s
 
     def fresh(self, now_s: int) -> str:
-        """The nonce of this moment."""
-        made = now_s.to_bytes(8)
-        return b64encode(made + self._seal(made))
+        """A nonce for this time; `now_s` is in seconds since 1970."""
+        issued_at = now_s.to_bytes(8)
+        return b64encode(issued_at + self._seal(issued_at))
 
     def counts(self, nonce: str, now_s: int) -> bool:
-        """Whether it was made here, and lately."""
+        """Whether this server made the nonce, within the last `life_s` seconds."""
         try:
             raw = b64decode(nonce)
         except ValueError:
             return False
-        made, seal = raw[:8], raw[8:]
+        issued_at, seal = raw[:8], raw[8:]
         return (
-            hmac.compare_digest(seal, self._seal(made))
-            and -LEEWAY_S <= now_s - int.from_bytes(made) < self._life_s
+            hmac.compare_digest(seal, self._seal(issued_at))
+            and -LEEWAY_S <= now_s - int.from_bytes(issued_at) < self._life_s
         )
 
-    def _seal(self, made: bytes) -> bytes:
-        return hmac.digest(self._secret, made, "sha256")[:16]
+    def _seal(self, issued_at: bytes) -> bytes:
+        return hmac.digest(self._secret, issued_at, "sha256")[:16]
 
 
 class ProofError(TokenRejectedError):
-    """A request with a bound token whose proof is missing or does not hold."""
+    """A request with a bound token has no valid proof."""
 
     code = "invalid_dpop_proof"
 
 
 class ProofChecker:
-    """Checks the proof of one request after the other (RFC 9449, 4.3)."""
+    """Verifies DPoP proofs (RFC 9449, 4.3)."""
 
     def __init__(
         self, *, memory: ProofMemory | None = None, nonces: Nonces | None = None, clock: Clock | None = None
     ) -> None:
-        """`nonces`: demanded in each proof; where None, a proof's own time is believed."""
+        """`nonces`: demand one in each proof; None trusts the proof's own time."""
         self._memory = memory or ProofsInMemory()
         self._nonces = nonces
         self._clock: Clock = clock or SystemClock()
 
     def nonce(self) -> str | None:
-        """What the next proof should have: the `DPoP-Nonce` of every answer. None where none is demanded."""
+        """The value of the `DPoP-Nonce` header of every answer; None where no nonces are demanded."""
         return None if self._nonces is None else self._nonces.fresh(self._now_s())
 
     async def check(self, proof: str, *, method: str, url: str, access_token: str, thumbprint: str) -> None:
-        """Whether the proof is by the key with this thumbprint, for this request and token, of now, and new.
+        """Verify that a proof is by the key with this thumbprint, for this request and token, recent, and not a replay.
 
         Raises:
-            ProofError: it is not; code `use_dpop_nonce` where it lacks but a nonce that counts.
-            UnavailableError: whether it came before, nobody can tell.
+            ProofError: it is not; with the code `use_dpop_nonce` where only a valid nonce is missing.
+            UnavailableError: the replay memory cannot tell whether it is a replay.
         """
-        claims = self._signed_by(proof, thumbprint)
-        self._about(claims, method, url, access_token)
+        claims = self._verify_signature(proof, thumbprint)
+        self._check_request(claims, method, url, access_token)
         now_s = self._now_s()
-        made_s = claims.get("iat")
-        if type(made_s) is not int or not -PROOF_LIFE_S < made_s - now_s <= LEEWAY_S:
+        iat_s = claims.get("iat")
+        if type(iat_s) is not int or not -PROOF_LIFE_S < iat_s - now_s <= LEEWAY_S:
             raise ProofError(f"the proof is not of the last {PROOF_LIFE_S} s; is the clock right?")
         # A proof needs neither; whoever gives one means it (RFC 7519, 4.1.4 and 4.1.5).
-        if not (_moment(claims, "nbf", 0) <= now_s + LEEWAY_S and now_s < _moment(claims, "exp", now_s + 1)):
+        if not (
+            _time_claim(claims, "nbf", 0) <= now_s + LEEWAY_S
+            and now_s < _time_claim(claims, "exp", now_s + 1)
+        ):
             raise ProofError("the proof is over, or is not to count yet")
         if self._nonces is not None and not self._nonces.counts(str(claims.get("nonce", "")), now_s):
             raise ProofError("make the proof with the nonce of this answer", code="use_dpop_nonce")
@@ -131,17 +140,17 @@ class ProofChecker:
         if not isinstance(jti, str) or not 0 < len(jti) <= _MAX_JTI:
             raise ProofError("the proof has no jti")
         id = b64encode(hashlib.sha256(f"{thumbprint} {jti}".encode()).digest())
-        if not await self._memory.remember(id, key=thumbprint, until_s=made_s + PROOF_LIFE_S, now_s=now_s):
+        if not await self._memory.remember(id, key=thumbprint, until_s=iat_s + PROOF_LIFE_S, now_s=now_s):
             raise ProofError("the proof came before; make one for each request")
 
-    def _signed_by(self, proof: str, thumbprint: str) -> dict[str, Any]:
-        """Its claims, once its signature by the key in its own header holds, and that is the token's."""
+    def _verify_signature(self, proof: str, thumbprint: str) -> dict[str, Any]:
+        """The claims, after the signature by the header's key verified and that key is the token's."""
         if len(proof) > MAX_PROOF_BYTES:
             raise ProofError(f"a proof is no longer than {MAX_PROOF_BYTES} bytes")
         try:
             head, body, tail = proof.split(".")
             claims, signature = json_object(b64decode(body)), b64decode(tail)
-            key = _key_in(head)
+            key = _proof_key(head)
         except (ValueError, TypeError, KeyError):
             raise ProofError(
                 f"not a proof: a JWT with typ {PROOF_TYPE}, alg {' or '.join(PROOF_ALGORITHMS)} and a public jwk"
@@ -152,7 +161,7 @@ class ProofChecker:
             raise ProofError("the proof is by another key than the token is bound to")
         return claims
 
-    def _about(self, claims: dict[str, Any], method: str, url: str, access_token: str) -> None:
+    def _check_request(self, claims: dict[str, Any], method: str, url: str, access_token: str) -> None:
         try:
             same = _target_uri(str(claims.get("htu"))) == _target_uri(url)
         except ValueError:
@@ -166,9 +175,9 @@ class ProofChecker:
         return self._clock.now_ms() // 1000
 
 
-def _moment(claims: dict[str, Any], name: str, otherwise: int) -> float:
-    """A time that a proof may have. Raises ProofError where it is none."""
-    value = claims.get(name, otherwise)
+def _time_claim(claims: dict[str, Any], name: str, default: int) -> float:
+    """An optional time claim. Raises ProofError where it is no number."""
+    value = claims.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ProofError(f"the {name} of the proof is no time")
     return value
@@ -179,10 +188,10 @@ _target_uri = functools.lru_cache(maxsize=1024)(target_uri)
 
 
 @functools.lru_cache(maxsize=1024)
-def _key_in(head: str) -> PublicKey:
-    """The key in a proof's header, as it was sent: an agent's proofs all have the same one.
+def _proof_key(head: str) -> PublicKey:
+    """The key in a proof's header, cached by the header's text: all proofs of an agent have the same one.
 
-    Raises ValueError, TypeError, KeyError where the header is none of a proof.
+    Raises ValueError, TypeError, KeyError where it is no valid proof header.
     """
     header = json_object(b64decode(head))
     if header["typ"] != PROOF_TYPE or "crit" in header or "b64" in header:

@@ -1,4 +1,4 @@
-"""The issuer as resource servers see it: who it is, with which keys it signs, and whether a token is still good."""
+"""The token issuer, seen by a resource server: discovery document, published keys (JWKS), introspection (RFC 7662)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.model.identity.api_tokens import api_token
 
 ALGORITHMS: Final = ("ES256", "RS256")
-"""What tokens can be signed with; each key with its own alone."""
+"""Signature algorithms of tokens. Each key is used with its own algorithm only."""
 KEYS_LIFE_S: Final = 300
-"""How old the issuer's keys may be before they are fetched again."""
+"""Seconds after which the issuer's keys are fetched again."""
 KEYS_RETRY_S: Final = 10
-"""How often an unknown `kid` may make them be fetched again."""
+"""Seconds between fetches that an unknown `kid` may cause."""
 
 
 class TokenIssuer:
-    """One issuer, asked when it is needed; its keys are kept for `KEYS_LIFE_S`."""
+    """One issuer, contacted on demand. Its keys are cached for `KEYS_LIFE_S`."""
 
     def __init__(self, url: str, http: httpx.AsyncClient, clock: Clock) -> None:
         self.url = url.rstrip("/")
@@ -34,7 +34,7 @@ class TokenIssuer:
         self._lock = asyncio.Lock()
 
     async def key(self, kid: str) -> jwt.PyJWK | None:
-        """The key of this name, if the issuer publishes it. Raises UnavailableError."""
+        """The key with this `kid`; None where the issuer does not publish it. Raises UnavailableError."""
         async with self._lock:
             age_s = self._age_s()
             if age_s is None or age_s > KEYS_LIFE_S or (kid not in self._keys and age_s > KEYS_RETRY_S):
@@ -42,7 +42,7 @@ class TokenIssuer:
         return self._keys.get(kid)
 
     async def is_active(self, token: str, key: SigningKey) -> bool:
-        """What introspection (RFC 7662) says now, asked with the key of the target. Raises UnavailableError."""
+        """Whether introspection (RFC 7662) says the token is active; `key` is the target's. Raises UnavailableError."""
         own = api_token(key, "issuer", now_ms=self._clock.now_ms())
         url = str(self._discovery.get("introspection_endpoint"))
         try:
@@ -53,8 +53,8 @@ class TokenIssuer:
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise _no_answer(url, error) from None
         if response.status_code != httpx.codes.OK or not isinstance(answer, dict):
-            said = answer.get("message") if isinstance(answer, dict) else ""
-            raise UnavailableError(f"introspection at {url} answered {response.status_code}: {said}")
+            message = answer.get("message") if isinstance(answer, dict) else ""
+            raise UnavailableError(f"introspection at {url} answered {response.status_code}: {message}")
         return answer.get("active") is True
 
     def _age_s(self) -> float | None:

@@ -1,4 +1,4 @@
-"""For resource servers: is the token of this request good, whose is it, and what does it allow?"""
+"""Access token verification for resource servers: JWT (RFC 9068), DPoP binding (RFC 9449), introspection (RFC 7662)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import httpx
 import jwt
 from pydantic import TypeAdapter, ValidationError
 
-from ringfence.client.connected import Lifetime
 from ringfence.client.errors import TokenRejectedError
+from ringfence.client.lifetime import Lifetime
 from ringfence.client.resource_server.challenges import (
     Headers,
     HttpRefusal,
     PresentedToken,
-    presented,
+    read_presented_token,
     refusal,
 )
 from ringfence.client.resource_server.dpop_proofs import (
@@ -52,7 +52,7 @@ class VerifiedToken:
     on_behalf_of: str
     """The user for whom the agent acts."""
     lease_id: str
-    """`jti`: with it the credential's story is found (`ringfence audit trace`)."""
+    """`jti`: the id of the lease, for `ringfence audit trace`."""
     permissions: Scope
     expires_at: int
     """Seconds since 1970, UTC."""
@@ -63,7 +63,7 @@ class VerifiedToken:
     """The agents that act, by their SPIFFE IDs: `agent` first, then those that handed the task on (RFC 8693, 4.1)."""
 
     def allows(self, verb: str, resource: str) -> bool:
-        """Whether the token allows this verb on this one resource, named in full. What is no legal name is not."""
+        """Whether the token allows `verb` on one fully named resource. False where the resource is no legal name."""
         try:
             parse_name(resource)
             wanted = [
@@ -83,10 +83,11 @@ class VerifiedToken:
 
 
 class TokenVerifier(Lifetime):
-    """Verifies tokens of one issuer for one audience: by its published keys, and by introspection where a key is given.
+    """Verifies tokens of one issuer for one audience by the issuer's published keys, and by introspection where a key
+    is given.
 
-    Without introspection a token is good until its `exp`; with it, from the cut on it is refused. A token that is bound
-    to the agent's key (RFC 9449) counts with a proof of that key alone, so only in `verify_request`.
+    Without introspection a token is valid until its `exp`. With it, a token is refused as soon as its lease is cut.
+    A DPoP-bound token is valid only with a proof by its key, so only in `verify_request`.
     """
 
     def __init__(
@@ -134,31 +135,30 @@ class TokenVerifier(Lifetime):
         verb: str | None = None,
         resource: str | None = None,
     ) -> VerifiedToken:
-        """All that a resource server has to ask of one request.
+        """Verify all that a resource server must check of one request.
 
-        Its token: signature, issuer, audience, time; the proof of the agent's key, where the token is bound to one;
-        what introspection says, where a key for it was given; and whether it allows `verb` on `resource`, where they
-        are given.
+        Checks the token's signature, issuer, audience and times; the DPoP proof where the token is bound to a key;
+        introspection where a key for it was given; and that the token allows `verb` on `resource` where they are given.
 
         Args:
-            method, url: of the request, the URL as the agent wrote it: what a proxy made of it is no longer that.
-            headers: all of them; pairs, where a name can come twice.
+            method, url: of the request. The URL as the agent wrote it, before any proxy rewrote it.
+            headers: all headers; as pairs, where a name can occur twice.
 
         Raises:
             TokenRejectedError: the request must be refused. `code` is `token_missing`, `invalid_request`,
-                `invalid_token`, `inactive`, `invalid_dpop_proof`, `use_dpop_nonce` or `insufficient_scope`;
-                `refusal` makes the answer of it.
+                `invalid_token`, `inactive`, `invalid_dpop_proof`, `use_dpop_nonce` or `insufficient_scope`; `refusal`
+                makes the HTTP answer.
             UnavailableError: the issuer does not answer: nothing can be accepted now.
         """
-        shown = presented(headers)
+        token_header = read_presented_token(headers)
         try:
-            verified = await self._verified(shown.token)
-            await self._check_binding(verified, shown, method, url)
-            await self._check_active(verified, shown.token)
+            verified = await self._verified(token_header.token)
+            await self._check_binding(verified, token_header, method, url)
+            await self._check_active(verified, token_header.token)
             if verb is not None or resource is not None:
                 verified.require(verb or "", resource or "")
         except TokenRejectedError as error:
-            error.scheme = shown.scheme
+            error.scheme = token_header.scheme
             raise
         return verified
 
@@ -176,18 +176,18 @@ class TokenVerifier(Lifetime):
         return verified
 
     async def verify_header(self, authorization: str | None) -> VerifiedToken:
-        """Verify what stands in an `Authorization` header (`Bearer ...`, RFC 6750). Raises as `verify`."""
+        """Verify the value of an `Authorization` header (`Bearer ...`, RFC 6750). Raises as `verify`."""
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             raise _rejected("send Authorization: Bearer with a token of Ringfence")
         return await self.verify(token.strip())
 
     def refusal(self, error: RingfenceError) -> HttpRefusal:
-        """The answer to a request that `verify_request` raised this for."""
+        """The HTTP answer to a request for which `verify_request` raised `error`."""
         return refusal(error, require_proof=self.require_proof, nonce=self.nonce())
 
     def nonce(self) -> str | None:
-        """What belongs into the `DPoP-Nonce` of every answer; None where no nonces are demanded."""
+        """The value of the `DPoP-Nonce` header of every answer; None where no nonces are demanded."""
         return self._proofs.nonce()
 
     async def _verified(self, token: str) -> VerifiedToken:
@@ -202,18 +202,18 @@ class TokenVerifier(Lifetime):
             )
 
     async def _check_binding(
-        self, verified: VerifiedToken, shown: PresentedToken, method: str, url: str
+        self, verified: VerifiedToken, token_header: PresentedToken, method: str, url: str
     ) -> None:
-        if shown.scheme == "Bearer":
+        if token_header.scheme == "Bearer":
             self._check_bearer(verified)
             return
         if verified.key_thumbprint is None:
             raise _rejected("the token is bound to no key: send Authorization: Bearer")
-        if len(shown.proofs) != 1:
-            raise ProofError(f"send one DPoP header with a proof; {len(shown.proofs)} came")
+        if len(token_header.proofs) != 1:
+            raise ProofError(f"send one DPoP header with a proof; {len(token_header.proofs)} came")
         await self._proofs.check(
-            shown.proofs[0], method=method, url=url,
-            access_token=shown.token, thumbprint=verified.key_thumbprint,
+            token_header.proofs[0], method=method, url=url,
+            access_token=token_header.token, thumbprint=verified.key_thumbprint,
         )  # fmt: skip
 
     async def _check_active(self, verified: VerifiedToken, token: str) -> None:
@@ -298,9 +298,9 @@ class TokenVerifier(Lifetime):
 
 
 def _bound_to(cnf: Any) -> str | None:
-    """The key of which a proof is to be shown. None where `cnf` (RFC 7800) only says by its `kid` whose token it is.
+    """The thumbprint of the key that a proof must be by. None where `cnf` (RFC 7800) only has a `kid`.
 
-    Raises KeyError, TypeError where it asks for a confirmation of another kind.
+    Raises KeyError or TypeError where it demands another kind of confirmation.
     """
     if "jkt" not in cnf and cnf.keys() == {"kid"}:
         _text(cnf, "kid")

@@ -1,4 +1,4 @@
-"""A request that waits for a person, as it is shown to them."""
+"""A credential request that waits for approval, as it is shown to a person."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from ringfence.messages.permission import Scope
 
 @dataclass(frozen=True, slots=True)
 class PendingApproval:
-    """One request that waits for a person.
+    """A credential request that waits for approval.
 
-    Everything that describes it comes from the request as the agent signed it and from verified records; from the
-    message that asks for the approval, which policy signed, come only its terms, which the approval repeats, and why.
+    What describes it comes from the request as the agent signed it and from verified records. The message that asks for
+    the approval, signed by policy, adds only its terms, which the approval repeats, and the reasons for asking.
     """
 
     request_id: str
     digest: str
-    """SHA-256 (hex) of the request's compact JWS: what an approval is over."""
+    """SHA-256 (hex) of the request's compact JWS. The approval signs this digest."""
     agent: str
     agent_description: str
     sponsor: str
-    """The agent's sponsor."""
     task_id: str
     purpose: str
     """What the task is for."""
@@ -37,7 +36,7 @@ class PendingApproval:
     target_description: str
     scope: Scope
     reason: str
-    """Why the agent wants it, in its own words."""
+    """The agent's reason, in its own words: untrusted text."""
     requested_ttl_s: int
     requested_at: int
     """`iat` of the request, seconds since 1970."""
@@ -46,14 +45,14 @@ class PendingApproval:
     delivery: Delivery
     required: tuple[RequiredClass, ...]
     mine: tuple[RequiredClass, ...]
-    """Those of `required` that the person who asks could give. Empty: pass it on."""
+    """The classes of `required` that the current person may give. Empty: somebody else has to answer."""
     expires_at: int
-    """Seconds since 1970; then it is denied."""
+    """Seconds since 1970. Without an answer the request is denied then."""
     revisions: Revisions
     why_asked: tuple[Reason, ...]
-    """Why policy wants an approval, and what break glass outweighs."""
+    """Why policy requires an approval, and what a break-glass approval would override."""
     request: Jws
     break_glass: bool = False
-    """Two operators are asked to allow once what policy denies."""
+    """Two operators are asked to allow, once, what policy denies."""
     delegators: tuple[str, ...] = ()
-    """The agents that handed the task on, the last to do so first."""
+    """The agents that delegated the task, the most recent first."""

@@ -1,4 +1,4 @@
-"""What is connected with `async with`, or by `start` and `close`."""
+"""Base class of everything in the SDK that connects: `async with`, or `start` and `close`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Self
 
 
 class Lifetime:
-    """`async with` starts it and closes it."""
+    """An async context manager: entering calls `start`, leaving calls `close`."""
 
     async def start(self) -> None:
-        """Connect, where there is something to connect."""
+        """Connect. Does nothing where there is nothing to connect."""
 
     async def close(self) -> None:
-        """Disconnect. May be called again."""
+        """Disconnect. Idempotent."""
 
     async def __aenter__(self) -> Self:
         await self.start()

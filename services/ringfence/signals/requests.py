@@ -1,4 +1,4 @@
-"""What receivers ask for: the shapes of their requests (SSF 1.0, 8.1; RFC 8936, 2.2)."""
+"""Request bodies of receivers: stream management (SSF 1.0, 8.1) and polls (RFC 8936, 2.2)."""
 
 from __future__ import annotations
 
@@ -15,51 +15,51 @@ from ringfence.messages.signals import DeliveryMethod
 _Text = Annotated[str, Field(max_length=512)]
 _Jti = Annotated[str, Field(max_length=128)]
 _StreamId = Annotated[str, Field(max_length=128)]
-"""Any text: one that is no id of ours is a stream that is not there (404), and no request that is wrong (400)."""
+"""Any text: an unknown id is a missing stream (404), not a malformed request (400)."""
 _MAX_SUBJECT_BYTES = 2048
 _MAX_DESCRIPTION = 512
-"""What goes beyond is cut off, as SSF lets us."""
+"""Longer descriptions are truncated, as SSF allows."""
 MAX_ACKS = 10_000
 
 A = TypeVar("A", bound="SsfModel")
 
 
-class AskedWronglyError(RingfenceError):
-    """A request that is none, or wants what it cannot have; `code` is the `err` of RFC 8935 where one fits."""
+class InvalidRequestError(RingfenceError):
+    """A malformed or impossible request; `code` is the `err` of RFC 8935 where one fits."""
 
     code = "invalid_request"
 
 
 class SsfModel(BaseModel):
-    """Base of all of them. What is not known is what a later version may mean, and is passed over."""
+    """Base class. Unknown members are ignored, since later versions of SSF may add some."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
 
-class DeliveryWanted(SsfModel):
-    """How events are to come. The URL of polls is ours to say."""
+class DeliveryRequest(SsfModel):
+    """The delivery method that a receiver asks for. The URL of polls is chosen by the transmitter."""
 
     method: DeliveryMethod
     endpoint_url: _Text | None = None
     authorization_header: Any = None
 
 
-class StreamWanted(SsfModel):
-    """What a receiver chooses of its stream."""
+class StreamConfiguration(SsfModel):
+    """The part of a stream's configuration that its receiver chooses."""
 
-    delivery: DeliveryWanted | None = None
+    delivery: DeliveryRequest | None = None
     events_requested: Annotated[list[_Text], Field(max_length=100)] | None = None
     description: Annotated[str, AfterValidator(lambda text: text[:_MAX_DESCRIPTION])] | None = None
 
 
-class StreamChange(StreamWanted):
-    """The same, of a stream that there is."""
+class StreamChange(StreamConfiguration):
+    """A new configuration of an existing stream."""
 
     stream_id: _StreamId
 
 
 class StatusChange(SsfModel):
-    """A stream is enabled, paused or disabled."""
+    """A stream is to be enabled, paused or disabled."""
 
     stream_id: _StreamId
     status: Annotated[str, Field(pattern=r"^(enabled|paused|disabled)$")]
@@ -67,14 +67,14 @@ class StatusChange(SsfModel):
 
 
 class SubjectChange(SsfModel):
-    """A subject (RFC 9493) to hear of, or not to."""
+    """A subject (RFC 9493) is to be added to a stream, or removed."""
 
     stream_id: _StreamId
     subject: dict[str, Any]
 
     @field_validator("subject")
     @classmethod
-    def _is_one(cls, subject: dict[str, Any]) -> dict[str, Any]:
+    def _check_format(cls, subject: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(subject.get("format"), str) or len(subject) < 2:
             raise ValueError("a subject identifier has a format and what belongs to it (RFC 9493)")
         if len(orjson.dumps(subject)) > _MAX_SUBJECT_BYTES:
@@ -82,22 +82,22 @@ class SubjectChange(SsfModel):
         return subject
 
 
-class VerificationWanted(SsfModel):
-    """An event that shows that the stream works."""
+class VerificationRequest(SsfModel):
+    """A request for a verification event, which shows that the stream works."""
 
     stream_id: _StreamId
     state: _Text | None = None
 
 
 class SetError(SsfModel):
-    """Why a receiver will not have an event."""
+    """Why a receiver refuses an event."""
 
     err: _Text
     description: _Text | None = None
 
 
-class Poll(SsfModel):
-    """Give me events; these I have, and these I will not have."""
+class PollRequest(SsfModel):
+    """A poll: how many events to return, and which ones were acknowledged or refused."""
 
     max_events: Annotated[int, Field(ge=0, alias="maxEvents")] = 100
     return_immediately: Annotated[bool, Field(alias="returnImmediately")] = False
@@ -105,11 +105,11 @@ class Poll(SsfModel):
     set_errs: Annotated[dict[_Jti, SetError], Field(alias="setErrs", max_length=MAX_ACKS)] = {}
 
 
-def understood(model: type[A], body: bytes) -> A:
-    """A request as one of these. Raises AskedWronglyError."""
+def parse_request(model: type[A], body: bytes) -> A:
+    """Parse a request body. Raises InvalidRequestError."""
     try:
         return model.model_validate(json_object(body))
     except ValidationError as error:
-        raise AskedWronglyError(explain(error)) from None
+        raise InvalidRequestError(explain(error)) from None
     except ValueError as error:
-        raise AskedWronglyError(f"the body is no JSON object: {error}") from None
+        raise InvalidRequestError(f"the body is no JSON object: {error}") from None
