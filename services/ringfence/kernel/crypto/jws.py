@@ -19,25 +19,15 @@ from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.base.text import visible, visible_name, with_article
+from ringfence.kernel.crypto.claims import check_audience, check_times
 from ringfence.kernel.crypto.keys import PublicKey, SigningKey, b64decode, b64encode
-from ringfence.messages.base import WORDS_FOR_PATTERNS, Claims, ExpiringClaims, typ_header
+from ringfence.messages.base import WORDS_FOR_PATTERNS, Claims, typ_header
 
 C = TypeVar("C", bound=Claims)
 
 MAX_JWS_BYTES = 512 * 1024
-MAX_LIFE_S = 24 * 3600
-"""The longest `exp` - `iat` of a command or an approval."""
-LEEWAY_S = 30
-"""How far a writer's clock may be ahead of the broker's."""
-
 KeyFinder = Callable[[str, str], PublicKey | None]
 """(`iss`, `kid`) to the key that may speak for that signer now, or None."""
-
-
-class ExpiredError(InvalidMessageError):
-    """A message reached the broker after its `exp`, or claims a longer life than is allowed."""
-
-    code = "expired"
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +236,7 @@ def verify(
     if verified is None:
         _check_signature(jws, model, claims.iss, key)
     if appended_at_ms is not None:
-        _check_times(claims, appended_at_ms)
+        check_times(claims, appended_at_ms)
     return Signed(claims, jws.compact)
 
 
@@ -273,10 +263,7 @@ def _signing_key(
     jws: UnverifiedJws, model: type[Claims], iss: str, aud: str, find_key: KeyFinder, audience: str
 ) -> PublicKey:
     """The key that may sign this and says that it did."""
-    if aud != audience:
-        raise InvalidMessageError(
-            f"aud is {aud[:80]!r}; this trust domain is {audience!r}", code="aud_unexpected"
-        )
+    check_audience(aud, audience)
     key = find_key(iss, jws.header.kid)
     if key is None:
         raise SignatureError(
@@ -293,21 +280,3 @@ def _check_signature(jws: UnverifiedJws, model: type[Claims], iss: str, key: Pub
         raise SignatureError(
             f"the signature of this {model.typ} by {visible_name(iss[:512])} does not verify"
         )
-
-
-def _check_times(claims: Claims, appended_at_ms: int) -> None:
-    at_s = appended_at_ms / 1000
-    nbf = claims.model_extra.get("nbf") if claims.model_extra else None
-    if nbf is not None and not (isinstance(nbf, int | float) and nbf <= at_s + LEEWAY_S):
-        raise ExpiredError("nbf lies ahead of the broker; send it once it counts", code="not_yet")
-    if claims.iat > at_s + LEEWAY_S:
-        raise ExpiredError(
-            f"iat lies {claims.iat - at_s:.0f} s ahead of the broker; set the clock", code="iat_in_future"
-        )
-    if isinstance(claims, ExpiringClaims):
-        if claims.exp - claims.iat > MAX_LIFE_S:
-            raise ExpiredError(
-                f"exp lies more than {MAX_LIFE_S} s after iat; sign it shorter", code="life_too_long"
-            )
-        if at_s >= claims.exp:
-            raise ExpiredError(f"reached the broker {at_s - claims.exp:.1f} s after its exp; sign it anew")
