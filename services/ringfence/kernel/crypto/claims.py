@@ -6,13 +6,15 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.messages.base import Claims, ExpiringClaims
 
 MAX_LIFE_S = 24 * 3600
-"""The longest `exp` - `iat` of a command or an approval."""
+"""The longest life (`exp` - `iat`, in seconds) of a command or an approval."""
 LEEWAY_S = 30
-"""How far a writer's clock may be ahead of the broker's."""
+"""How many seconds a signer's clock may be ahead of the broker's."""
 
 
 class ExpiredError(InvalidMessageError):
-    """A message reached the broker after its `exp`, or claims a longer life than is allowed."""
+    """A message reached the broker after its `exp`, is dated in the broker's future, or has a longer life than is
+    allowed.
+    """
 
     code = "expired"
 
