@@ -92,13 +92,13 @@ class RepeatCounter:
 
     def __init__(self, now_s: float, *, first: int, every_s: float) -> None:
         """Args:
-            first: so many are told each.
-            every_s: so often it is time to tell how many were not.
+            first: so many events are logged each.
+            every_s: how often to report the number of those left out.
         """  # fmt: skip
         self._first = first
         self._every_s = every_s
         self.reported_s = self.latest_s = now_s
-        """When anything was told last, and when the last of them came."""
+        """When something was last logged, and when the last event came."""
         self.left_out = 0
         """The number since the last report."""
         self.last = ""

@@ -53,9 +53,9 @@ class LossAwareReader:
 
     def __init__(self, by: str, on_data_loss: OnDataLoss | None, *, report_initial_gap: bool = False) -> None:
         """Args:
-            by: who reads.
-            on_data_loss: told first; while it raises, the reader stays where it is.
-            report_initial_gap: whether what was gone before a group read its first record counts.
+            by: the name of the reader.
+            on_data_loss: called with each lost range; while it raises, the reader does not go on.
+            report_initial_gap: whether to report records that were removed before a group's first read.
         """  # fmt: skip
         self._by = by
         self._on_data_loss = on_data_loss

@@ -66,7 +66,7 @@ class Follower:
         """Args:
             since_ms: where to start: 0 at the beginning, a time at the first record appended then or later, None at
                 the present end.
-            linger_ms: let records gather for so long, where nobody waits for them.
+            linger_ms: let records gather for so long, if nobody waits for them.
             key: read only the partitions that records with this key go to (by Kafka's default partitioner).
             reader: the name of the reader, for reports to `on_data_loss` of records that Kafka removed unread.
         """  # fmt: skip
