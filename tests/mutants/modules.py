@@ -18,6 +18,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "model/http_targets/request_map.py": (
         "test_request_map.py", "test_mcp_rules.py", "test_target_templates.py", "test_limiting_fields.py",
     ),
+    "kernel/crypto/claims.py": ("test_jws.py", "test_opening.py"),
     "kernel/crypto/jws.py": ("test_jws.py", "test_keys_and_seals.py", "test_opening.py"),
     "kernel/crypto/trust_store.py": (
         "test_trust_root.py", "test_keys_and_seals.py", "test_service_keys.py", "test_seal_keys.py",

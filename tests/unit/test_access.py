@@ -13,7 +13,8 @@ import pytest
 import ringfence
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import UnavailableError
-from ringfence.kernel.crypto.jws import LEEWAY_S, sign
+from ringfence.kernel.crypto.claims import LEEWAY_S
+from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.api import (
     MAX_API_TOKEN_S,

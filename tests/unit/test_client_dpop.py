@@ -26,7 +26,7 @@ from ringfence.client.resource_server.dpop_proofs import (
 )
 from ringfence.client.resource_server.verifier import TokenVerifier
 from ringfence.kernel.base.errors import UnavailableError
-from ringfence.kernel.crypto.jws import LEEWAY_S
+from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
 from tests.unit.test_client_verify import AUDIENCE, ISSUER, Clock, Issuer
 

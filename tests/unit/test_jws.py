@@ -15,9 +15,8 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.crypto import jws
+from ringfence.kernel.crypto.claims import MAX_LIFE_S, ExpiredError
 from ringfence.kernel.crypto.jws import (
-    MAX_LIFE_S,
-    ExpiredError,
     explain,
     kid_of,
     parse,

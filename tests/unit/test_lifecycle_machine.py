@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.crypto.jws import LEEWAY_S, parse
+from ringfence.kernel.crypto.claims import LEEWAY_S
+from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope

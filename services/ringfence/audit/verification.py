@@ -18,7 +18,8 @@ from ringfence.audit.settings import AuditSettings
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id, digest, message_id
 from ringfence.kernel.base.text import with_article
-from ringfence.kernel.crypto.jws import ExpiredError, KeyFinder, UnverifiedJws, parse, verify
+from ringfence.kernel.crypto.claims import ExpiredError
+from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received

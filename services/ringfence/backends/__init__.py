@@ -1,4 +1,6 @@
-"""Kinds of credentials, one file each: the issuer makes them, the revoker undoes them at their target."""
+"""Backends: one for each kind of credential. The issuer mints credentials with them, and the revoker removes them at
+their targets.
+"""
 
 from __future__ import annotations
 
@@ -34,46 +36,52 @@ Caller = CircuitBreaker
 TargetShutError = CircuitOpenError
 
 Revocability = Literal["instant", "session", "ttl"]
-"""How far a credential can be recalled before its end. `instant`: the target asks introspection, or only the gateway
-can use it. `session`: live sessions are ended too. `ttl`: not at all."""
+"""How a credential can be revoked before its end. `instant`: the target introspects it, or only the gateway can use it.
+`session`: live sessions are ended too. `ttl`: not at all.
+"""
 
 OwnExpiry = Literal["all", "logins", "none"]
-"""What ends at the deadline by the target itself, were Ringfence gone. `all`: the credential is good for nothing more.
-`logins`: nobody can log in any more, and sessions last. `none`: nothing, until the lease is undone."""
+"""What the target itself ends at the deadline, even if Ringfence were down. `all`: the credential allows nothing any
+more. `logins`: no new logins, but sessions go on. `none`: nothing, until the lease is undone.
+"""
 
 
 EnforcedBy = Literal["target", "gateway"]
-"""Who refuses what is beyond the scope. `target`: it does, as the credential is good for no more. `gateway`: the target
-knows no scopes, so nothing is made or handed out: the lease is the right to have the gateway inject the secret."""
+"""Who refuses requests beyond the scope. `target`: the target, because the credential allows no more. `gateway`: the
+target knows no scopes, so nothing is minted or handed out: the lease is the right to have the gateway inject the
+secret.
+"""
 
 
 class Backend(Protocol):
-    """One kind of credential."""
+    """The interface of a backend, for one kind of credential. Other packages may implement it."""
 
     kind: ClassVar[str]
-    """What `backend.kind` of a target says, and `kind` of the credential."""
+    """The `backend.kind` of targets, and the `kind` of credentials."""
     enforced_by: ClassVar[EnforcedBy]
     own_expiry: ClassVar[OwnExpiry]
     stateless: ClassVar[bool]
-    """A pure token: making it leaves nothing at the target, so nothing is there to undo when its time is over."""
+    """A pure token: minting it leaves nothing at the target, so nothing has to be undone at its end."""
 
     def revocability(self, target: TargetState) -> Revocability:
-        """How far a credential for this target can be recalled: policy is told, and decides who may hold it."""
+        """How a credential for this target can be revoked. Policy gets it as input, and decides who may hold one."""
         ...
 
     def problem(self, lease: Lease, target: TargetState) -> str | None:
-        """Why a credential that allows exactly what the lease says cannot be made, or None. No I/O over a network."""
+        """The reason if no credential can allow exactly what the lease says, else None. No network I/O."""
         ...
 
     async def mint(self, lease: Lease, target: TargetState) -> Credential:
-        """The credential of a lease. Again for the same lease: one that means the same, and the others stay good."""
+        """Mint the credential of a lease. A second call for the same lease returns an equivalent one, and the first
+        stays valid.
+        """
         ...
 
     async def undo(self, lease_id: str, *, target_id: str) -> None:
-        """Take everything back that was made for a lease at its target, live sessions too, as far as it can be.
+        """Remove everything that was made for a lease at its target, live sessions included, as far as possible.
 
-        The two ids are all that it is given: a lease that nobody remembers must be undone as well. Undoing what is gone
-        is success; what fails is tried again.
+        It gets only the two ids, because a lease that nobody remembers has to be undone too. If nothing is there, it
+        succeeds. A failure is retried.
         """
         ...
 
@@ -86,7 +94,7 @@ class Backend(Protocol):
         ...
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close all connections."""
         ...
 
 
@@ -101,7 +109,9 @@ _DECLARED = ("kind", "revocability", "enforced_by", "own_expiry", "stateless")
 
 @dataclass(frozen=True, slots=True)
 class BackendContext:
-    """What backends are made of. Only the issuer has keys: a revoker undoes, and policy asks what can be recalled."""
+    """What backends are created from. Only the issuer has token keys: the revoker only undoes, and policy only asks for
+    revocability.
+    """
 
     trust_domain: str
     issuer_url: str
@@ -113,7 +123,7 @@ Material = BackendContext  # its name in 0.1, which backends of others import
 
 
 def built_in(material: BackendContext) -> dict[str, Backend]:
-    """Those that come with Ringfence, by name."""
+    """The backends that come with Ringfence, by kind."""
     backends: tuple[Backend, ...] = (
         HttpBackend(),
         JwtBackend(material.trust_domain, material.issuer_url, material.token_keys),
@@ -125,10 +135,10 @@ def built_in(material: BackendContext) -> dict[str, Backend]:
 
 
 def all_backends(material: BackendContext) -> dict[str, Backend]:
-    """All kinds that there are, by name: the built-in ones, and those that other installed packages bring.
+    """All backends, by kind: the built-in ones, and those of other installed packages.
 
-    Raises BackendError for one that cannot be loaded, or has a name that is taken: what made credentials must be there
-    to undo them, so nothing starts without it.
+    Raises BackendError for a backend that cannot be loaded, or whose kind is taken. Nothing starts without it: what
+    minted a credential has to be there to undo it.
     """
     backends = built_in(material)
     for point in entry_points(group=ENTRY_POINTS):

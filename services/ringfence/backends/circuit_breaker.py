@@ -1,4 +1,6 @@
-"""Calls to targets, so that one that is dead or hangs delays no other: a bound, a deadline and a breaker for each."""
+"""Circuit breaker, bulkhead and deadline for calls to targets: a target that is down or hangs delays no other
+target.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from ringfence.backends.target_settings import CircuitOpenError, TargetError, Ta
 T = TypeVar("T")
 
 FAILURES_TO_OPEN = 5
-"""So many failures one after the other shut a target."""
+"""So many failures in a row open the circuit of a target."""
 FIRST_OPEN_S = 0.5
 _MOST_DOUBLINGS = 16
 
@@ -25,11 +27,11 @@ class _Target:
     failures: int = 0
     open_until: float = 0.0
     probing: bool = field(default=False)
-    """After it was shut, one call at a time finds out whether the target is there again."""
+    """In a half-open circuit, one call at a time probes whether the target is back."""
 
 
 class CircuitBreaker:
-    """One process's calls to all targets."""
+    """The calls of one process to all targets, with a circuit for each target."""
 
     def __init__(
         self,
@@ -40,10 +42,10 @@ class CircuitBreaker:
         seconds: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args:
-            concurrency: so many calls to one target at a time.
-            deadline_s: how long one call may take, its wait for a place not counted.
-            longest_shut_s: the longest time that a target is left alone.
-            seconds: a clock that only goes forward.
+            concurrency: the most calls to one target at a time (bulkhead).
+            deadline_s: how long one call may take, without its wait for a free slot.
+            longest_shut_s: the longest time that a circuit stays open.
+            seconds: a monotonic clock.
         """  # fmt: skip
         self._seconds = seconds
         self.concurrency = concurrency
@@ -52,9 +54,9 @@ class CircuitBreaker:
         self._targets: dict[str, _Target] = {}
 
     async def call(self, target_id: str, work: Callable[[], Awaitable[T]]) -> T:
-        """What `work` returns.
+        """Call a target, and return the result of `work`.
 
-        Raises CircuitOpenError at once while the target is left alone, TargetError past the deadline, and what `work`
+        Raises CircuitOpenError at once while the circuit is open, TargetError after the deadline, and what `work`
         raises.
         """
         target = self._of(target_id)
@@ -83,7 +85,7 @@ class CircuitBreaker:
             return answer
 
     def open_for_ms(self, target_id: str) -> int:
-        """How long the target is still left alone; 0 where it is not."""
+        """How long the circuit of a target stays open, in ms; 0 if it is not open."""
         target = self._of(target_id)
         return max(0, int((target.open_until - self._seconds()) * 1000))
 
@@ -95,7 +97,7 @@ class CircuitBreaker:
         return self._targets[target_id]
 
     def _check_open(self, target: _Target, target_id: str) -> bool:
-        """Raises CircuitOpenError where the call must not go out; whether it is the one that tries again."""
+        """Raises CircuitOpenError if the circuit is open. True if this call is the probe of a half-open circuit."""
         if target.failures < FAILURES_TO_OPEN:
             return False
         left_s = target.open_until - self._seconds()

@@ -1,4 +1,8 @@
-"""What a target's record says to its backend, read as `model/target_settings.py` declares it; none unknown."""
+"""A target's settings for its backend, parsed strictly, and the errors of targets.
+
+`model/target_settings.py` declares the settings; unknown ones are refused. No error message holds a credential, nor
+Ringfence's own access to a target.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class TargetSettingsError(RingfenceError):
-    """The record of a target says something to its backend that it does not understand."""
+    """The record of a target has settings that its backend does not understand."""
 
     code = "target_settings_invalid"
 
@@ -28,7 +32,7 @@ S = TypeVar("S", bound=TargetSettings)
 
 
 def settings_of(target: TargetState, kind: type[S]) -> S:
-    """What the record of a target says to its backend. Raises TargetSettingsError."""
+    """The settings that a target's record gives to its backend. Raises TargetSettingsError."""
     try:
         return kind.model_validate(target.backend.model_extra or {})
     except ValidationError as error:
@@ -66,9 +70,6 @@ def problem_of(
     return None
 
 
-# What goes wrong at targets. No message holds a credential, nor the broker's own rights.
-
-
 class BackendError(RingfenceError):
     """A backend of another package cannot be used. Raised at start."""
 
@@ -76,19 +77,19 @@ class BackendError(RingfenceError):
 
 
 class TargetError(RingfenceError):
-    """A target does not answer, or does not let Ringfence work there; the same call may work later."""
+    """A target does not answer, or does not let Ringfence work there. The same call may succeed later."""
 
     code = "target_unavailable"
 
 
 class TargetRefusedError(RingfenceError):
-    """A target answered, and refused this one credential. Says nothing about the target's health."""
+    """A target answered, and refused this one credential. It says nothing about the target's health."""
 
     code = "target_refused"
 
 
 class CircuitOpenError(TargetError):
-    """A target failed again and again, and is left alone for `retry_ms` more."""
+    """The circuit breaker of a target is open, after repeated failures; try again in `retry_ms`."""
 
     code = "target_shut"
 
@@ -98,4 +99,4 @@ class CircuitOpenError(TargetError):
 
 
 class InexactError(ValueError):
-    """A scope that the rights of a target cannot say exactly."""
+    """The rights of a target cannot express a scope exactly."""

@@ -1,1 +1,1 @@
-"""Every message and topic of Ringfence, declared once: the contract between the parts."""
+"""The contract between all parts of Ringfence: every message and every Kafka topic, declared once."""

@@ -1,4 +1,4 @@
-"""How callers of the HTTP APIs say who they are."""
+"""Authentication of HTTP API callers: the API token, and the ports of the services."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Approvals: what a person is asked, and what they sign."""
+"""Approvals and grants: the questions that people are asked, and the answers that they sign."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Audit events: OCSF, plain JSON, for the SIEM; and the chains that they stand in, with their signed heads."""
+"""Audit events (OCSF, plain JSON, for the SIEM), the hash chains that hold them, and the signed heads of these
+chains.
+"""
 
 from __future__ import annotations
 

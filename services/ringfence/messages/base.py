@@ -1,4 +1,4 @@
-"""What every message is made of: the base classes, and `Topic`, which binds messages to a Kafka topic."""
+"""Base classes and field types of all messages, and `Topic`, which binds messages to a Kafka topic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests for credentials, policy's decisions on them, and the sealed replies."""
+"""Credential requests, policy's decisions on them, and the encrypted replies."""
 
 from __future__ import annotations
 

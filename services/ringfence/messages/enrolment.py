@@ -1,4 +1,4 @@
-"""Running instances of agents: which of them an agent's record lets in, how they enrol a key, what they hold then."""
+"""Enrolment of running instances of agents: attestation selectors, the request to enrol a key, and the enrolment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leases, and what ends them."""
+"""Lease records, revocation requests, and their acknowledgements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Issuers of identity tokens outside (OpenID Connect): of people, and of running instances of agents."""
+"""External OpenID Connect issuers, whose identity tokens are accepted for people or for running instances of agents."""
 
 from __future__ import annotations
 

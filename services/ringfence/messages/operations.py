@@ -1,4 +1,4 @@
-"""What services say about themselves: events, heartbeats, dead letters."""
+"""Operational messages: service events, actions, heartbeats, and dead letters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Permissions and scopes as they stand in messages. What they mean is in `ringfence.model.scope.scope`."""
+"""Permissions and scopes in messages. `ringfence.model.scope.scope` defines their meaning."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Commands that change users, agents, targets and tasks, and the records that hold what they came to.
+"""Registry commands, which change users, agents, targets and tasks, and the records of the resulting states.
 
-A command is signed by the person who gives it. A record is signed by the registry and embeds every command that its
-state follows from, so that a reader can fold them again and believe the people, not the registry.
+The person who gives a command signs it. The registry signs records, and embeds in each record all commands that its
+state follows from. So a reader can fold the commands again, and trusts the people instead of the registry.
 """
 
 from __future__ import annotations

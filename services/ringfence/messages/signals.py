@@ -1,4 +1,4 @@
-"""What receivers of shared signals chose, as their streams stand."""
+"""The state of shared-signals streams: what each receiver chose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every topic of Ringfence, once. The names on the broker are `<prefix>.<what>.v1`."""
+"""The catalogue of Kafka topics, each declared once. Their names on the broker are `<prefix>.<what>.v1`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trust bundle: which keys speak for which service. Signed by the offline root."""
+"""The trust bundle, signed by the offline root: which keys speak for which service."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Unknown fields of messages: where one that may limit something stands, and what is said of it. Pure.
+"""Unknown fields of messages: finds fields that this version does not know, and describes them. Pure.
 
-A message keeps the fields that this version does not know, for readers that know them. In a message that limits
-something, such a field may be a limit: it is refused where it is set, and read for the narrower meaning where it stands
-in a record already. What each reader makes of one is in ADR 0060.
+A message keeps unknown fields, for readers that know them. In a message that limits something, an unknown field may be
+a limit. There it is refused when it is set, and read with the narrower meaning if a record already has it. ADR 0060
+lists what each reader does.
 """
 
 from __future__ import annotations
@@ -15,53 +15,51 @@ from ringfence.messages.base import Claims, Message
 from ringfence.messages.registry import BackendSettings, GroupDelegation, RequestRule, VerbFloor
 
 _OPEN: Final = (BackendSettings,)
-"""Messages whose further fields belong to somebody else, who refuses those that it does not know."""
+"""Messages whose further fields belong to another component, which refuses those that it does not know."""
 _OF_ALL_CLAIMS: Final = frozenset({"nbf"})
-"""What no model declares and every reader of a signed message holds to all the same (RFC 7519, 4.1.5)."""
+"""Claims that no model declares, and that every reader of a signed message checks (RFC 7519, 4.1.5)."""
 _LONGEST_NAME: Final = 80
 _MOST_TOLD: Final = 5
-
-
 NOT_UNDERSTOOD: Final = frozenset({"verb_not_understood", "grant_not_understood", "approval_not_understood"})
-"""Codes of what is denied for an unknown field alone: an honest service of another version may know the field."""
+"""Codes of denials that are due to an unknown field alone: an honest service of another version may know the field."""
 
 
 class UnknownField(NamedTuple):
-    """One field that this version does not know."""
+    """A field that this version does not know."""
 
     path: tuple[str, ...]
-    """Where it stands: fields, and members of lists by their names or their places, counted from 1."""
+    """The path to the message with the field: field names, and members of lists by name or by number from 1."""
     name: str
     nearest: str | None
-    """The known field there that is spelled most like it."""
+    """The known field with the most similar spelling."""
 
 
 def is_understood(message: Message) -> bool:
-    """Whether this version knows every field of a message, and of the messages in it."""
+    """Whether this version knows all fields of a message and of the messages in it."""
     if message.model_extra and _extra(message):
         return False
     return _are_understood(message.__dict__.values())
 
 
 def unknown_fields(message: Message) -> tuple[UnknownField, ...]:
-    """All fields of a message, and of the messages in it, that this version does not know."""
+    """All unknown fields of a message and of the messages in it."""
     return tuple(_found(message, ()))
 
 
 def describe_unknown(found: Sequence[UnknownField], what: str) -> str:
-    """A sentence on unknown fields of `what` (`target platform`), at least one."""
+    """A sentence about at least one unknown field of `what`, for example `target platform`."""
     said = "; ".join(_describe(one, what) for one in found[:_MOST_TOLD])
     more = len(found) - _MOST_TOLD
     return f"{said}; and {more} more" if more > 0 else said
 
 
 def names_of(found: Sequence[UnknownField]) -> str:
-    """Only where they stand and how they are called, for a sentence that says the rest."""
+    """Paths and names of unknown fields, to be part of a sentence."""
     return ", ".join(_path_text((*one.path, one.name)) for one in found[:_MOST_TOLD])
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is spelled most like `name`, where one is."""
+    """The known name with the most similar spelling, if one is similar."""
     return nearest_name(name.replace("-", "_")[:_LONGEST_NAME], known)
 
 

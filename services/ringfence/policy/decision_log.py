@@ -19,7 +19,8 @@ import orjson
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.base.log_limiter import rate_limited
-from ringfence.kernel.crypto.jws import MAX_LIFE_S, Signed, parse, verify
+from ringfence.kernel.crypto.claims import MAX_LIFE_S
+from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Approval

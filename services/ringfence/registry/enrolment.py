@@ -17,7 +17,8 @@ from starlette.routing import BaseRoute, Route
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.crypto.jws import LEEWAY_S, Signed, parse, sign, verify
+from ringfence.kernel.crypto.claims import LEEWAY_S
+from ringfence.kernel.crypto.jws import Signed, parse, sign, verify
 from ringfence.kernel.crypto.keys import PublicKey, public_key
 from ringfence.kernel.crypto.oidc import (
     IdentityToken,

@@ -10,7 +10,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.crypto.jws import LEEWAY_S, MAX_LIFE_S, parse
+from ringfence.kernel.crypto.claims import LEEWAY_S, MAX_LIFE_S
+from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.oidc import TokenError, unverified_issuer
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Coordinates

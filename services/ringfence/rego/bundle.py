@@ -1,4 +1,4 @@
-"""The Rego bundle: a folder of `.rego` files, and the revision that names exactly what they say."""
+"""The Rego policy bundle: a folder of `.rego` files, and a revision that is the hash of their content."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ OWN_BUNDLE = _INSTALLED if _INSTALLED.is_dir() else _IN_CLONE
 """The bundle that comes with Ringfence: beside this file in a wheel, `deploy/policy` in a clone."""
 
 Module = tuple[str, str]
-"""File name and text."""
+"""File name and text of a `.rego` file."""
 
 
 class BundleError(RingfenceError):
-    """The bundle is missing, does not compile or fails its tests. The message names file and line if there is one."""
+    """The bundle is missing, does not compile, or fails its tests. The message names file and line if there is one."""
 
     code = "bundle_invalid"
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """The modules of a bundle, by name."""
+    """The modules of a policy bundle."""
 
     folder: Path
     modules: tuple[Module, ...]
-    """The rules: what is evaluated."""
+    """The rules, which are evaluated."""
     tests: tuple[Module, ...]
-    """The files `*_test.rego`: what has to hold of the rules before they are evaluated."""
+    """The `*_test.rego` files. They have to pass before the rules are put in force."""
     revision: str
-    """SHA-256 (hex) over names and contents of the rules: two bundles with one revision decide alike."""
+    """SHA-256 (hex) over names and contents of the rules: bundles with the same revision decide alike."""
 
 
 def load_bundle(folder: Path | None = None) -> Bundle:
-    """Read the bundle in a folder; None reads the one that comes with Ringfence. Raises BundleError."""
+    """Read the bundle in a folder; None is the one that comes with Ringfence. Raises BundleError."""
     folder = folder or OWN_BUNDLE
     revision = hashlib.sha256()
     modules: list[Module] = []
@@ -67,7 +67,9 @@ def load_bundle(folder: Path | None = None) -> Bundle:
 
 
 def bundle_files(folder: Path) -> list[Path]:
-    """The files of a bundle, sorted. What is hidden is left out: there Kubernetes keeps the copies behind its links."""
+    """The `.rego` files of a bundle, sorted. Hidden folders are left out: Kubernetes keeps copies there, behind its
+    links.
+    """
 
     def visible() -> Iterator[Path]:
         for path in folder.rglob("*.rego"):
@@ -78,7 +80,7 @@ def bundle_files(folder: Path) -> list[Path]:
 
 
 def archive(bundle: Bundle) -> bytes:
-    """The bundle as an OPA server takes it (`.tar.gz`), without its tests. Its manifest names the revision."""
+    """The bundle without its tests, as an OPA server takes it (`.tar.gz`). The manifest names the revision."""
     manifest = {"revision": bundle.revision, "rego_version": 1}
     packed = io.BytesIO()
     # No times: the same bundle is the same bytes.

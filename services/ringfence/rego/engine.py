@@ -1,4 +1,4 @@
-"""What every engine that evaluates the Rego bundle has in common: its shape, its errors, and how its answer is read."""
+"""The interface of engines that evaluate the Rego bundle, their errors, and the strict parser of their results."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ from ringfence.messages.registry import ApprovalClass
 from ringfence.rego.bundle import Bundle
 
 ISSUANCE = "data.ringfence.issuance.decision"
-"""The entry point that decides on requests for credentials."""
+"""The entry point that decides on credential requests."""
 ACTION = "data.ringfence.action.decision"
-"""The entry point that decides on one action of an agent."""
+"""The entry point that decides on a single action of an agent."""
 
 _FIELDS = frozenset({"allow", "deny", "approvals", "max_ttl_s", "notes"})
 _CLASSES = frozenset(get_args(ApprovalClass))
 
 
 class PolicyFailedError(RingfenceError):
-    """The bundle gave no answer, or one that cannot be understood. What asked for it is denied."""
+    """The bundle gave no result, or an invalid one. The request is denied."""
 
     code = "policy_invalid"
 
 
 class PolicyTimeoutError(PolicyFailedError):
-    """The answer did not come in time."""
+    """The result did not come in time."""
 
     code = "policy_timeout"
 
 
 class PolicyUnavailableError(PolicyFailedError):
-    """There is no engine that evaluates this bundle now."""
+    """No engine can evaluate the bundle now."""
 
     code = "policy_unavailable"
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyResult:
-    """What the bundle says. It can deny, ask for approvals and shorten; it can never widen."""
+    """The result of the bundle. It can deny, ask for approvals, and shorten the TTL; it can never widen anything."""
 
     allow: bool
     deny: tuple[Reason, ...]
     approvals: tuple[ApprovalClass, ...]
     max_ttl_s: int
     notes: tuple[Reason, ...] = ()
-    """What people should know who approve; nothing follows from it."""
+    """Remarks for the people who approve; they do not affect the decision."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the bundle says, and the revision of the bundle that said it."""
+    """The result of the bundle, and the revision of the bundle that gave it."""
 
     result: PolicyResult
     revision: str
@@ -70,28 +70,28 @@ class PolicyEngine(Protocol):
         ...
 
     async def start(self) -> None:
-        """Be ready to evaluate. Raises BundleError where the bundle does not compile or fails its tests."""
+        """Get ready to evaluate. Raises BundleError if the bundle does not compile or fails its tests."""
         ...
 
     async def use(self, bundle: Bundle) -> None:
-        """Put another bundle in force. Raises BundleError as `start` does; then the old one stays."""
+        """Put another bundle in force. Raises BundleError as `start` does; the old bundle then stays in force."""
         ...
 
     async def evaluate(self, input_json: bytes) -> Answer:
-        """The bundle's answer to an input (JSON). Raises PolicyFailedError where there is none: deny then."""
+        """Evaluate an input (JSON). Raises PolicyFailedError if there is no valid result: the caller has to deny."""
         ...
 
     async def close(self) -> None:
-        """Let go of what it holds. Nothing is evaluated afterwards."""
+        """Release all resources. Nothing can be evaluated afterwards."""
         ...
 
 
 @lru_cache(maxsize=1024)
 def read_result(answer: str | bytes) -> PolicyResult:
-    """An engine's answer (JSON), taken apart strictly. Raises PolicyFailedError for anything of another shape.
+    """Parse an engine's result (JSON) strictly. Raises PolicyFailedError if it has any other shape.
 
-    Nothing is filled in: an approval that got lost on the way must not be one that nobody asked for. Most answers have
-    been given before, and are remembered.
+    No field has a default: a list of approvals that got lost must not read as "no approval needed". Most results
+    repeat, so they are cached.
     """
     try:
         value = orjson.loads(answer)
@@ -101,7 +101,7 @@ def read_result(answer: str | bytes) -> PolicyResult:
 
 
 def result_of(value: object) -> PolicyResult:
-    """`read_result` of what is parsed already."""
+    """`read_result` for a result that is already parsed."""
     if not isinstance(value, dict):
         raise PolicyFailedError(f"the policy bundle's decision is {_kind(value)}, not an object")
     if unknown := sorted(value.keys() - _FIELDS):

@@ -24,7 +24,7 @@ from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import load
 from ringfence.kernel.base.text import visible_lines
-from ringfence.kernel.crypto.jws import MAX_LIFE_S
+from ringfence.kernel.crypto.claims import MAX_LIFE_S
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, public_key, thumbprint
 from ringfence.messages.keys import KeyRecord, PublicJwk
 

@@ -10,7 +10,8 @@ from ringfence.client.admin.target_backends import backend_problem
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import IdentityError, InvalidCallError, checked, require_understood
 from ringfence.kernel.base.ids import message_id
-from ringfence.kernel.crypto.jws import MAX_LIFE_S, sign
+from ringfence.kernel.crypto.claims import MAX_LIFE_S
+from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey, thumbprint
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.enrolment import AttestationSelector

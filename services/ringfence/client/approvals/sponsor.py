@@ -22,7 +22,8 @@ from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
-from ringfence.kernel.crypto.jws import MAX_LIFE_S, parse, verify
+from ringfence.kernel.crypto.claims import MAX_LIFE_S
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, ApprovalRequest

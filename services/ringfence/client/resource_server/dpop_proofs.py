@@ -16,7 +16,7 @@ from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.replay_memory import ReplayMemory, ReplayMemoryFullError
 from ringfence.kernel.base.strict_json import json_object
-from ringfence.kernel.crypto.jws import LEEWAY_S
+from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.keys import PublicKey, b64decode, b64encode, public_key
 from ringfence.messages.keys import PublicJwk
 

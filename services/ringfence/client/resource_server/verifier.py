@@ -28,7 +28,7 @@ from ringfence.client.resource_server.issuer_keys import ALGORITHMS, TokenIssuer
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.http_client import web_client
-from ringfence.kernel.crypto.jws import LEEWAY_S
+from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.permission import PERMISSION_TYPE, Permission, Scope
 from ringfence.model.scope.globs import ScopeError, parse_name

@@ -30,14 +30,8 @@ from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, SignatureError
 from ringfence.kernel.base.log_limiter import rate_limited
-from ringfence.kernel.crypto.jws import (
-    ExpiredError,
-    Signed,
-    UnverifiedJws,
-    parse,
-    sign,
-    verify,
-)
+from ringfence.kernel.crypto.claims import ExpiredError
+from ringfence.kernel.crypto.jws import Signed, UnverifiedJws, parse, sign, verify
 from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime

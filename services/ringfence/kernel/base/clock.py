@@ -1,4 +1,4 @@
-"""Time is UTC and handed in, never read inside a rule."""
+"""Clocks. Rules do not read a clock: callers pass the time in, in UTC."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Where the present comes from."""
+    """A source of the current time."""
 
     def now_ms(self) -> int:
         """Milliseconds since 1970-01-01 UTC."""
@@ -17,22 +17,25 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """The machine's clock."""
+    """The clock of this machine."""
 
     def now_ms(self) -> int:
         return time.time_ns() // 1_000_000
 
 
 def suspend_aware_ms() -> int:
-    """Milliseconds on a clock that never jumps and goes on while the machine sleeps: for ages, never for dates."""
+    """A monotonic clock in milliseconds, which also runs while the machine sleeps (CLOCK_BOOTTIME). For ages, not
+    dates.
+    """
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
 class RemoteClock:
-    """The time of another machine, by what it stamped, carried on by a clock that never jumps.
+    """A monotonic estimate of another machine's clock, from timestamps of that machine.
 
-    It is at least as late there: what was stamped was on its way for a while. Ours may be set back meanwhile, or stand
-    anywhere: what is old by this time is old.
+    Between timestamps the estimate advances with the local monotonic clock, so that setting the local clock back makes
+    nothing look fresh. The true remote time is never earlier than the estimate, because every timestamp was under way
+    for a while. The estimate is based on the last 60 timestamps.
     """
 
     _REMEMBERED = 60
@@ -43,10 +46,12 @@ class RemoteClock:
         self._most_ahead_ms = 0
 
     def observe(self, stamped_ms: int) -> None:
-        """Something that was stamped there arrived now. Of several, the one that was under way for the least counts."""
+        """Record that a timestamp of the remote machine (ms since 1970) arrived now. The one with the shortest delay
+        counts.
+        """
         self._ahead_ms.append(stamped_ms - self._never_jumps_ms())
         self._most_ahead_ms = max(self._ahead_ms)
 
     def now_ms(self) -> int:
-        """Milliseconds since 1970-01-01 UTC, there; 0 before anything was heard."""
+        """Milliseconds since 1970-01-01 UTC on the remote machine; 0 before the first timestamp."""
         return self._never_jumps_ms() + self._most_ahead_ms if self._ahead_ms else 0

@@ -1,45 +1,49 @@
-"""Whether this process's clock can be trusted: held against those of the broker and of Redis, once a second."""
+"""Detection of clock skew: compares this machine's clock with those of the broker and of Redis."""
 
 from __future__ import annotations
 
 from collections import deque
 
 MAX_SKEW_MS = 1000
-"""A clock that is further off than this says so. Deadlines are Redis's time, expiry is judged by the broker's: being
-off delays and denies, and never lets anything live longer. Who goes by this clock alone denies while it is `behind`."""
+"""A clock that is further off makes the service not ready. Deadlines follow the clock of Redis, and expiry that of the
+broker: skew of this clock delays or denies, but never lets anything live longer. Code that relies on this clock alone
+has to deny while it is `behind`.
+"""
 _REMEMBERED = 10
 
 
 class SkewCheck:
-    """Compares moments that another clock stamped with ours when they arrived."""
+    """Estimates how far this clock differs from another, by comparing timestamps of the other with their arrival."""
 
     def __init__(self, whose: str) -> None:
-        """`whose` is the other clock, for people: `the broker`."""
+        """`whose` names the other clock in messages, for example `the broker`."""
         self._whose = whose
         self._ahead_ms: deque[int] = deque(maxlen=_REMEMBERED)
 
     def observe(self, stamped_ms: int, now_ms: int) -> None:
-        """Something that the other clock stamped arrived now. However long it was under way, the least of several
-        differences is close to that of the clocks.
+        """Record that a timestamp `stamped_ms` of the other clock arrived at `now_ms` of this one, both in ms.
+
+        A timestamp is under way for an unknown time. The smallest of the last ten differences is close to the true
+        skew.
         """
         self._ahead_ms.append(now_ms - stamped_ms)
 
     def ahead_ms(self) -> int | None:
-        """How far our clock is ahead (below 0: behind), at most; None before anything was heard."""
+        """How many ms this clock is ahead, at most; negative if it is behind; None before the first timestamp."""
         return min(self._ahead_ms, default=None)
 
     def past_ms(self, now_ms: int) -> int | None:
-        """A moment of the other clock's that is over, however far ours is ahead; None before anything was heard."""
+        """A time in ms that has passed on the other clock, whatever the skew; None before the first timestamp."""
         ahead_ms = self.ahead_ms()
         return None if ahead_ms is None else now_ms - max(ahead_ms, 0) - MAX_SKEW_MS
 
     def behind(self) -> str | None:
-        """Why what this clock says is over may be over for longer, or None."""
+        """The reason if this clock is behind by more than the allowed skew, else None."""
         ahead_ms = self.ahead_ms()
         return self.unready() if ahead_ms is not None and ahead_ms < 0 else None
 
     def unready(self) -> str | None:
-        """Why the clock cannot be trusted, or None."""
+        """The reason if the skew is larger than `MAX_SKEW_MS` in either direction, else None."""
         ahead_ms = self.ahead_ms()
         if ahead_ms is None or abs(ahead_ms) <= MAX_SKEW_MS:
             return None

@@ -1,8 +1,8 @@
-"""The one root error. Every error that Ringfence raises on purpose derives from it.
+"""The hierarchy of errors that Ringfence raises on purpose. All derive from `RingfenceError`.
 
-A message says what was wrong and what to do next; it never holds a secret. Much of what was wrong was written by
-strangers, and messages end on terminals, in logs and in traces of programs that use the SDK: nothing in them is
-invisible or moves a cursor.
+A message says what was wrong and what to do next. It never holds a secret. Messages may quote text that strangers
+wrote, and end on terminals, in logs and in traces of programs that use the SDK. So invisible characters and characters
+that move the cursor are made visible.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from ringfence.kernel.base.text import visible_lines
 
 
 class RingfenceError(Exception):
-    """Root of all errors raised on purpose. `code` is stable and may be shown to a machine."""
+    """Root of all errors raised on purpose. `code` is stable: programs may act on it."""
 
     code: str = "error"
 
@@ -24,27 +24,29 @@ class RingfenceError(Exception):
 
 
 class SettingsError(RingfenceError):
-    """A setting is missing or malformed; raised at start, naming each one and its remedy."""
+    """Settings are missing or malformed. Raised at start; the message names each of them and its remedy."""
 
     code = "settings_invalid"
 
 
 class InvalidMessageError(RingfenceError):
-    """A record that no retry can make valid: malformed, wrongly typed, or not signed by who it claims.
+    """A record that no retry can make valid: malformed, of an unexpected type, or not signed by whom it names.
 
-    The bus dead-letters it with coordinates and this reason.
+    The consumer writes it to the dead-letter topic, with its coordinates and this reason.
     """
 
     code = "message_invalid"
 
 
 class SignatureError(InvalidMessageError):
-    """A JWS does not verify: unknown key, wrong algorithm, wrong `typ` or `aud`, or a bad signature."""
+    """A JWS does not verify: its key is unknown, its algorithm is not the key's, or the signature is wrong."""
 
     code = "signature_invalid"
 
 
 class UnavailableError(RingfenceError):
-    """Something needed is not there right now (broker, Redis, a stale local table); the same call may work later."""
+    """A dependency is not available now: the broker, Redis, or an up-to-date local table. The same call may succeed
+    later.
+    """
 
     code = "unavailable"

@@ -1,4 +1,4 @@
-"""Ids are derived from what they stand for, so that a repeat has the same one (UUIDv5, RFC 9562)."""
+"""Deterministic ids: UUIDv5 (RFC 9562) derived from what they identify, so that a retry produces the same id."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ import hashlib
 import uuid
 
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "urn:ringfence")
-"""The namespace of every id that Ringfence derives."""
+"""The UUIDv5 namespace of every derived id."""
 _NAMESPACE = NAMESPACE.bytes
 _VARIANT = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
-"""What becomes of a digit whose first two bits say the variant (RFC 9562, 4.1)."""
+"""Maps a hexadecimal digit to the digit with the variant bits set (RFC 9562, 4.1)."""
 
 
 def derived_id(*parts: str | int) -> str:
-    """The UUIDv5 of the parts, joined by single spaces (no part that comes first may hold one)."""
+    """The UUIDv5 of the parts, joined by single spaces. Only the last part may contain a space."""
     return _uuid5(_NAMESPACE, " ".join(map(str, parts)))
 
 
 def message_id(iss: str, jti: str) -> str:
-    """The id of what a signed message starts (a request, a task): the UUIDv5 of its signer and its `jti`."""
+    """The id of what a signed message starts (a request, a task): the UUIDv5 of its issuer and its `jti`."""
     return derived_id(iss, jti)
 
 
 def lease_id(request_id: str) -> str:
-    """The one lease that a request can ever have."""
+    """The lease id of a request: a request has at most one lease."""
     return _uuid5(bytes.fromhex(request_id.replace("-", "")), "lease")
 
 
 def digest(data: str | bytes) -> str:
-    """SHA-256 in lower-case hexadecimal; of a message: of its compact JWS."""
+    """SHA-256 in lower-case hexadecimal. The digest of a message is that of its compact JWS."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
 def _uuid5(namespace: bytes, name: str) -> str:
-    """`str(uuid.uuid5(...))` at a fifth of its time: several ids are derived for every message."""
+    """`str(uuid.uuid5(...))` in a fifth of the time: every message needs several derived ids."""
     text = hashlib.sha1(namespace + name.encode(), usedforsecurity=False).hexdigest()
     return f"{text[:8]}-{text[8:12]}-5{text[13:16]}-{_VARIANT[text[16]]}{text[17:20]}-{text[20:32]}"

@@ -1,7 +1,8 @@
-"""Whoever may write to a topic may write garbage, hundreds of records a second, and each would be a line in the log of
-each service that reads it. Of each kind the first few are, and then one line now and then says how many there were.
+"""Rate limiting of repeated log lines.
 
-Nothing else is held back: metrics and dead letters count each.
+Whoever may write to a topic can write hundreds of invalid records a second. Each would be a log line in every service
+that reads the topic. Of each kind of line, the first `FIRST` are logged. After that, one line every `EVERY_S` seconds
+says how many were left out. Metrics and dead letters still count every record.
 """
 
 from __future__ import annotations
@@ -19,34 +20,38 @@ log = logging.getLogger(__name__)
 FIRST = 5
 EVERY_S = 60.0
 QUIET_S = 600.0
-"""A kind of which none came for so long is new again."""
+"""After so many seconds without a line of a kind, its first lines are logged again."""
 _MOST_KINDS = 1000
-"""Topics and codes are our own words, and few. What is beyond that is of one kind."""
+"""Kinds are topics and codes of our own, so there are few. Beyond this number, all further kinds are treated as one."""
 _CHECK_EVERY_S = 1.0
+_MOST_CHARS = 500
+"""Of a quoted message, which a stranger may make long."""
 _KIND = "flood_kind"
 
 _Kind = tuple[object, ...]
 
 
 def rate_limited(*kind: str) -> dict[str, Any]:
-    """The `extra` of a log line of which there may be a flood: the same words from the same place, and these, are one
-    kind. Give the topic and the reason's code; nothing that a stranger chooses.
+    """The `extra` of a log call that may be repeated very often.
+
+    Lines with the same logger, the same message template and the same `kind` count together. `kind` is the topic and
+    the code of the reason: nothing that a stranger can choose.
     """
     return {_KIND: kind}
 
 
 class LogLimiter(logging.Filter):
-    """Holds back what comes too often. `watch` tells how many there were."""
+    """A logging filter that drops lines of a kind once there were too many. `watch` reports how many were dropped."""
 
     def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._now_s = now_s
         self._lock = threading.Lock()
         self._counters: dict[_Kind, tuple[RepeatCounter, str, int]] = {}
-        """With each the name and the level that the last of its lines had."""
+        """For each kind: its counter, and the logger name and level of its last line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record is to be written."""
+        """Whether the record is to be logged."""
         own = record.__dict__.pop(_KIND, None)  # else it would be written as well
         if own is None:
             return True
@@ -59,14 +64,14 @@ class LogLimiter(logging.Filter):
             return counter.should_log(record.getMessage(), now_s)
 
     async def watch(self) -> None:
-        """Tell how many there were, now and then, for ever."""
+        """Report dropped lines once a second, for those kinds that are due. Runs for ever."""
         await run_periodically(_CHECK_EVERY_S, self._report_due, "not told how many lines were left out", log)
 
     async def _report_due(self) -> None:
         self.report()
 
     def report(self, *, all: bool = False) -> None:
-        """Tell what was left out of each kind: where it is time, or of all."""
+        """Log how many lines were dropped, for each kind that is due, or for `all`."""
         now_s = self._now_s()
         lines: list[tuple[str, int, int, float, str]] = []
         with self._lock:
@@ -82,31 +87,25 @@ class LogLimiter(logging.Filter):
             )
 
 
-# What happens again and again is told the first few times, and then how often it did, now and then.
-
-_MOST_CHARS = 500
-"""Of a message that is quoted: strangers may make it long."""
-
-
 class RepeatCounter:
-    """Counts what is left out of what is told. The time is handed in, in seconds of a clock that never jumps."""
+    """Counts repetitions of an event, and says which to log. Callers pass the time, in seconds of a monotonic clock."""
 
     def __init__(self, now_s: float, *, first: int, every_s: float) -> None:
         """Args:
-            first: so many are told each.
-            every_s: so often it is time to tell how many were not.
+            first: so many events are logged each.
+            every_s: how often to report the number of those left out.
         """  # fmt: skip
         self._first = first
         self._every_s = every_s
         self.reported_s = self.latest_s = now_s
-        """When anything was told last, and when the last of them came."""
+        """When something was last logged, and when the last event came."""
         self.left_out = 0
-        """Since then."""
+        """The number since the last report."""
         self.last = ""
-        """What the last that was left out said."""
+        """The message of the last event that was left out, cut to 500 characters."""
 
     def should_log(self, message: str, now_s: float) -> bool:
-        """Take down one more. Whether it is to be told; else it is left out."""
+        """Count one more event. True if it is one of the first, which are logged; otherwise it counts as left out."""
         if self._first <= 0:
             self.leave_out(message, now_s)
             return False
@@ -115,16 +114,16 @@ class RepeatCounter:
         return True
 
     def leave_out(self, message: str, now_s: float) -> None:
-        """Take down one more that is not told, even if it is one of the first."""
+        """Count one more event that is not logged, even if it is one of the first."""
         self.latest_s = now_s
         self.left_out += 1
         self.last = message[:_MOST_CHARS]
 
     def due(self, now_s: float) -> bool:
-        """Whether it is time to tell how many were left out, if any were."""
+        """Whether it is time to report how many were left out."""
         return now_s - self.reported_s >= self._every_s
 
     def take_left_out(self, now_s: float) -> int:
-        """How many were left out: told now, and counted anew."""
+        """The number of events left out since the last report. Resets the counter: the caller reports it now."""
         count, self.left_out, self.reported_s = self.left_out, 0, now_s
         return count

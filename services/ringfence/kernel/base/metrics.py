@@ -1,4 +1,8 @@
-"""Every metric, once. Prometheus names; labels never hold ids of agents or leases (they would grow without bound)."""
+"""Every Prometheus metric, declared once. Labels never hold ids of agents or leases, which would grow without bound.
+
+`TalliedCounter` and `TalliedHistogram` are for events that happen thousands of times a second. They count without a
+lock, and pass their totals on when they are scraped. Only the event loop's thread may count with them.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,14 @@ from collections.abc import Iterable
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.samples import Sample
 
-# Metrics of what happens for each request of thousands a second: counted without a lock, and told when asked for.
-#
-# Only one thread may count, that of the event loop.
-
 
 class TalliedCounter(Counter):
-    """A counter with `tally` besides `inc`."""
+    """A Counter with a fast, lock-free `tally`."""
 
     tallied = 0
 
     def tally(self) -> None:
-        """One more."""
+        """Count one event."""
         self.tallied += 1
 
     def _child_samples(self) -> Iterable[Sample]:
@@ -29,7 +29,7 @@ class TalliedCounter(Counter):
 
 
 class TalliedHistogram(Histogram):
-    """A histogram with `tally` besides `observe`."""
+    """A Histogram with a fast, lock-free `tally`."""
 
     def _metric_init(self) -> None:
         super()._metric_init()
@@ -37,7 +37,7 @@ class TalliedHistogram(Histogram):
         self._tallied_sum = 0.0
 
     def tally(self, amount: float) -> None:
-        """One more, of this much."""
+        """Count one observation of `amount`."""
         self._tallied[bisect_left(self._upper_bounds, amount)] += 1
         self._tallied_sum += amount
 

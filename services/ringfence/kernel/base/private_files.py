@@ -1,4 +1,4 @@
-"""Files (0600) and folders (0700) for their owner alone, whatever the umask is and whatever modes they had before."""
+"""Private files (mode 0600) and directories (0700), whatever the umask and whatever mode they had before."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _FILE, _FOLDER = 0o600, 0o700
 
 
 class NotPrivateError(RingfenceError):
-    """Others have access to a file or folder that is for its owner alone, and this user may not change that."""
+    """Others can access a private file or directory, and this user may not change its mode."""
 
     code = "not_private"
 
 
 def make_folders(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, for this user alone. One that is there stays as it is.
+    """Create a directory and its missing parents with mode 0700. Existing directories stay as they are.
 
     Raises OSError.
     """
@@ -37,9 +37,9 @@ def make_folders(folder: Path) -> None:
 
 
 def make_private_folder(folder: Path) -> None:
-    """`make_folders`, for a folder that is Ringfence's own: one that is there is closed to others.
+    """As `make_folders`, for a directory that Ringfence owns: an existing one is closed to others.
 
-    Raises OSError; NotPrivateError where it belongs to somebody else.
+    Raises OSError, and NotPrivateError if the directory belongs to somebody else.
     """
     make_folders(folder)
     if stat.S_IMODE(folder.stat().st_mode) & 0o077:
@@ -52,9 +52,10 @@ def make_private_folder(folder: Path) -> None:
 
 
 def open_private(path: Path, flags: int) -> int:
-    """The descriptor of a file, made where it is missing and closed to others where it is there.
+    """Open a file with these flags, and return the descriptor. A missing file is created; an existing one is closed to
+    others.
 
-    Raises OSError; NotPrivateError where it belongs to somebody else.
+    Raises OSError, and NotPrivateError if the file belongs to somebody else.
     """
     descriptor = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, _FILE)
     try:
@@ -73,7 +74,7 @@ def open_private(path: Path, flags: int) -> int:
 
 
 def write_private(path: Path, content: str | bytes) -> None:
-    """Write a whole file. Raises as `open_private`."""
+    """Write a whole private file. Raises as `open_private`."""
     data = content.encode() if isinstance(content, str) else content
     with os.fdopen(open_private(path, os.O_WRONLY | os.O_TRUNC), "wb") as file:
         file.write(data)

@@ -1,4 +1,7 @@
-"""Settings: `RINGFENCE_*` in the environment, or the settings file (`config_file`); the environment wins."""
+"""Settings of services and clients, from `RINGFENCE_*` environment variables and from the settings file.
+
+The environment wins over the file. `config_file` says which file counts.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ S = TypeVar("S", bound=BaseSettings)
 
 
 def _bootstrap(servers: str) -> str:
-    """`host:port[,host:port]`; what Kafka's clients would stumble over is said here."""
+    """Validate `host:port[,host:port]`, so that a mistake is reported here and not by the Kafka client."""
     for server in servers.split(","):
         host, colon, port = server.strip().rpartition(":")
         if not (host if colon else port) or (colon and not _is_port(port)) or "/" in server:
@@ -54,7 +57,7 @@ Url = Annotated[str, Field(pattern=r"^https?://[^\s/]\S*$")]
 
 
 class RingfenceSettings(BaseSettings):
-    """Base of all settings classes: reads the environment, then the settings file that counts."""
+    """Base of all settings classes: reads the environment first, then the settings file."""
 
     model_config = SettingsConfigDict(
         env_prefix="RINGFENCE_", extra="ignore", frozen=True, use_attribute_docstrings=True
@@ -83,7 +86,7 @@ class _TomlTable(InitSettingsSource):
 
 
 def table_of(settings_cls: type[BaseSettings], file: ConfigFile | None) -> dict[str, Any]:
-    """What a settings file says to a settings class. Raises SettingsError."""
+    """The table of the settings file that belongs to a settings class. Raises SettingsError."""
     table: Any = file.content if file else {}
     prefix = str(settings_cls.model_config.get("env_prefix") or "")
     for part in prefix.lower().removeprefix("ringfence_").strip("_").split("_"):
@@ -94,7 +97,7 @@ def table_of(settings_cls: type[BaseSettings], file: ConfigFile | None) -> dict[
 
 
 class BusSettings(RingfenceSettings):
-    """What anybody needs who talks to Ringfence, agents and sponsors included."""
+    """Settings of everyone who connects to Kafka: services, agents and sponsors."""
 
     kafka: Annotated[str, AfterValidator(_bootstrap)] = "127.0.0.1:9092"
     """Bootstrap servers, `host:port[,host:port]`."""
@@ -137,7 +140,7 @@ class BusSettings(RingfenceSettings):
 
 
 class ServiceSettings(BusSettings):
-    """What every service needs."""
+    """Settings that all services share."""
 
     redis_url: str = "redis://127.0.0.1:6379/0"
     redis_prefix: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]+$")] = "rf"
@@ -179,7 +182,7 @@ class ServiceSettings(BusSettings):
 
 
 def load(cls: type[S], **overrides: Any) -> S:
-    """Read settings. Raises SettingsError that names everything that is wrong, all at once."""
+    """Read the settings of a class. Raises SettingsError, which lists every mistake."""
     try:
         return cls(**overrides)
     except ValidationError as error:
@@ -189,7 +192,7 @@ def load(cls: type[S], **overrides: Any) -> S:
 
 
 def problems(cls: type[BaseSettings]) -> list[str]:
-    """What is wrong with settings, a line for each, and what is meant instead; empty where nothing is."""
+    """Every mistake in the settings of a class, one line each, with the expected value; empty if there is none."""
     try:
         cls()
     except ValidationError as error:
@@ -203,7 +206,7 @@ def problems(cls: type[BaseSettings]) -> list[str]:
 
 @contextlib.contextmanager
 def of_setting(name: str) -> Iterator[None]:
-    """What goes wrong in here is told as being of this setting. Raises SettingsError."""
+    """Context manager: errors raised inside become SettingsErrors that name this setting."""
     try:
         yield
     except RingfenceError as error:
@@ -213,14 +216,14 @@ def of_setting(name: str) -> Iterator[None]:
 
 
 def wrong(lines: Sequence[str]) -> SettingsError:
-    """The error that says all of this."""
+    """The SettingsError for a list of mistakes."""
     return SettingsError(
         "settings are wrong; correct them in the environment or in ringfence.toml:\n  " + "\n  ".join(lines)
     )
 
 
 def _no_json(cls: type[BaseSettings], error: UnreadableError) -> str:
-    """What is to be JSON in the environment and is none; the error names the field, and nothing of its value."""
+    """The message for a value that has to be JSON and is not. It names the field, and quotes nothing of the value."""
     field = next((name for name in cls.model_fields if f'"{name}"' in str(error)), "")
     return f"{cls.model_config.get('env_prefix') or ''}{field}".upper() + ": not JSON, which it has to be"
 

@@ -1,4 +1,4 @@
-"""JSON of others that can be read in one way only (I-JSON, RFC 7493, 2.1 and 2.3)."""
+"""Strict parser for untrusted JSON: accepts only what all readers understand alike (I-JSON, RFC 7493, 2.1 and 2.3)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import orjson
 
 
 def json_object(body: bytes) -> dict[str, Any]:
-    """The members of a JSON object in UTF-8.
+    """Parse a JSON object in UTF-8, and return its members.
 
-    Raises ValueError where it is anything else, is nested too deeply, has half of a surrogate pair in a text, or a name
-    twice in an object: one reader would take the first, another the last.
+    Raises ValueError for any other value, for too deep nesting, for half a surrogate pair in a string, and for
+    duplicate names. Of duplicates, one reader would take the first and another the last.
     """
     try:
         found = orjson.loads(body)  # the strict one, which does not say what comes twice
@@ -25,7 +25,7 @@ def json_object(body: bytes) -> dict[str, Any]:
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `object_pairs_hook` of `json`: raises ValueError where a name comes twice in an object."""
+    """An `object_pairs_hook` for `json` that refuses duplicate names with ValueError."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name comes twice")

@@ -1,5 +1,7 @@
-"""Text for people: what agents and strangers wrote, with nothing in it that is invisible or moves a cursor; and
-sentences with a word that is filled in.
+"""Safe display of untrusted text, and helpers for sentences with words filled in.
+
+Text of agents and strangers may contain invisible characters or characters that move the cursor. These functions
+replace them by their code points.
 """
 
 from __future__ import annotations
@@ -12,25 +14,26 @@ _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Me"})
 _HIDDEN = frozenset(
     map(chr, (0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x2800, 0x3164, 0xFFA0))
 ) | frozenset(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
-"""Letters and marks that are drawn as nothing (Unicode's `Default_Ignorable_Code_Point`, and the blank of Braille)."""
+"""Letters and marks that are drawn as nothing: Unicode's `Default_Ignorable_Code_Point`, and the blank Braille pattern.
+"""
 
 
 def visible(text: str) -> str:
-    """Prose as it may be shown: what is invisible, or moves the cursor, stands as its code point."""
+    """Untrusted prose on one line: invisible characters become `‹U+XXXX›`, line breaks become spaces."""
     return "".join(
         f"‹U+{ord(char):04X}›" if _is_hidden(char) and char != "\n" else char for char in text
     ).replace("\n", " ")
 
 
 def visible_lines(text: str) -> str:
-    """Prose of several lines: each as `visible` shows it."""
+    """As `visible`, but line breaks stay."""
     if text.isascii() and text.isprintable():  # nearly always
         return text
     return "\n".join(map(visible, text.split("\n")))
 
 
 def visible_name(text: str) -> str:
-    """A name that is compared code point by code point: every sign beyond ASCII carries its code point."""
+    """A name that is compared by code points: every character beyond ASCII is shown with its code point."""
     return "".join(
         char if " " <= char <= "~"
         else f"{'' if _is_hidden(char) else char}‹U+{ord(char):04X}›"
@@ -39,14 +42,14 @@ def visible_name(text: str) -> str:
 
 
 def with_article(word: str) -> str:
-    """A word of ours with its article: `an agent`, `a user`, `an OPTIONS`."""
+    """An English word with its article: `an agent`, `a user`, `an OPTIONS`."""
     return f"an {word}" if word[:1].lower() in set("aeio") else f"a {word}"
 
 
 def nearest_name(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """The known name that is spelled most like `name`, whatever the case; None where none is near.
+    """The name in `known` whose spelling is closest to `name`, without regard to case; None if none is close.
 
-    `cutoff`: how alike they must be, from 0 to 1 (names that begin alike need more).
+    `cutoff` is the least similarity, from 0 to 1. The metric favours names with a common beginning.
     """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
@@ -58,7 +61,7 @@ def nearest_name(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str
 
 
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """`; did you mean NAME?`, of the nearest known name; nothing where none is near. See `nearest_name`."""
+    """`; did you mean NAME?` for the closest known name, or an empty string. See `nearest_name`."""
     near = nearest_name(name, known, cutoff=cutoff)
     return f"; did you mean {near}?" if near else ""
 

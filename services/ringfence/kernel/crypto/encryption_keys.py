@@ -1,7 +1,7 @@
-"""The private keys of a service that credentials are sealed to: the one in its file, the one that follows it, and those
-before that are still needed.
+"""The encryption keys of a service: the current one, the next one, and former ones that are still needed.
 
-While two of them count, whoever seals seals to both, so nobody has to wait for anybody: a process opens by either.
+Credentials are encrypted to these keys. While two keys are valid, senders encrypt to both, so that rotation needs no
+coordination: a process decrypts with whichever it has.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from ringfence.messages.keys import KeyRecord
 
 
 class EncryptionKeys:
-    """Opens what was sealed to any of the keys that are here."""
+    """Decrypts envelopes with any of the private keys on this machine."""
 
     def __init__(self, file: Path) -> None:
-        """Raises KeyFileError where there is no usable key in `file`, or another service's in the file beside it."""
+        """Raises KeyFileError if `file` holds no usable key, or if the next key's file belongs to another service."""
         self._file = file
         self._held: dict[str, EncryptionKey] = {}
         self.reload()
 
     def reload(self) -> None:
-        """Read the files again: a key that follows may have come. Raises KeyFileError, and keeps those it had."""
+        """Read the key files again, because the next key may have been added. On KeyFileError the former keys stay
+        loaded.
+        """
         own, following = EncryptionKey.load(self._file), next_file(self._file)
         held = {}
         for file in (*files_before(self._file), self._file, *([following] if following.exists() else ())):
@@ -39,13 +41,13 @@ class EncryptionKeys:
 
     @property
     def kids(self) -> frozenset[str]:
-        """The names of the keys that are here."""
+        """The `kid`s of the loaded keys."""
         return frozenset(self._held)
 
     def open(self, envelope: str | bytes) -> bytes:
-        """The plaintext of an envelope that has one of these keys among its recipients.
+        """Decrypt an envelope that has one of these keys among its recipients, and return the plaintext.
 
-        Raises InvalidMessageError where it is no envelope, or none for these keys.
+        Raises InvalidMessageError if it is not an envelope, or not one for these keys.
         """
         key = next((self._held[kid] for kid in recipients_of(envelope) if kid in self._held), None)
         if key is None:
@@ -53,14 +55,16 @@ class EncryptionKeys:
         return key.open(envelope)
 
     def records(self, trust: TrustStore, role: ServiceRole, at_s: float, end_s: int) -> tuple[KeyRecord, ...]:
-        """What to seal to for this service itself: its keys in the trust bundle, also one whose file is with another
-        replica only; the youngest that is here, up to `end_s`, where the bundle has none.
+        """The public keys to encrypt to for this service itself at `at_s`.
+
+        These are the service's keys in the trust bundle, also those whose file only another replica has. If the bundle
+        has none, it is the newest loaded key, valid until `end_s`.
         """
         *_, youngest = self._held.values()
         return trust.encryption_keys(role, at_s, of=youngest.id) or (youngest.record(end_s),)
 
     def missing_key(self, trust: TrustStore, role: ServiceRole, clock: Clock) -> str | None:
-        """Which key is sealed to and not here, or None."""
+        """The reason if the trust bundle names an encryption key that is not loaded here, else None."""
         *_, youngest = self._held.values()
         named = trust.encryption_keys(role, clock.now_ms() / 1000, of=youngest.id)
         missing = [record.kid for record in named if record.kid not in self._held]

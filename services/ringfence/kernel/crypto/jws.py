@@ -1,7 +1,8 @@
-"""Signed messages: JWTs whose `typ` names the message, in compact serialisation (RFC 7515, 7519, 8725).
+"""Signed messages: JWTs in JWS compact serialisation, whose `typ` header names the message (RFC 7515, 7519, 8725).
 
-Signing and verifying go straight to `cryptography`: PyJWT's path costs nearly twice the time, and this is the hottest
-code there is. A test holds both against each other.
+`parse` takes a JWS apart, and `verify` checks its type, issuer, audience, key, signature and times. Signing and
+verifying call `cryptography` directly: PyJWT takes nearly twice the time, and this is the hottest code of the services.
+A test compares the two. The checks of single claims are in `claims.py`.
 """
 
 from __future__ import annotations
@@ -19,25 +20,20 @@ from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.base.text import visible, visible_name, with_article
+from ringfence.kernel.crypto.claims import check_audience, check_times
 from ringfence.kernel.crypto.keys import PublicKey, SigningKey, b64decode, b64encode
-from ringfence.messages.base import WORDS_FOR_PATTERNS, Claims, ExpiringClaims, typ_header
+from ringfence.messages.base import WORDS_FOR_PATTERNS, Claims, typ_header
 
 C = TypeVar("C", bound=Claims)
 
 MAX_JWS_BYTES = 512 * 1024
-MAX_LIFE_S = 24 * 3600
-"""The longest `exp` - `iat` of a command or an approval."""
-LEEWAY_S = 30
-"""How far a writer's clock may be ahead of the broker's."""
+_MAX_REMEMBERED = 512
+"""Only headers up to this length are cached. Those of Ringfence are shorter, also with the root's key; a stranger's may
+have any length.
+"""
 
 KeyFinder = Callable[[str, str], PublicKey | None]
-"""(`iss`, `kid`) to the key that may speak for that signer now, or None."""
-
-
-class ExpiredError(InvalidMessageError):
-    """A message reached the broker after its `exp`, or claims a longer life than is allowed."""
-
-    code = "expired"
+"""Finds a verification key: takes `iss` and `kid`, returns the key if it may sign for that issuer now, else None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +45,7 @@ class _Header:
 
 
 class UnverifiedJws(NamedTuple):
-    """A JWS taken apart, nothing of it verified. Good for one thing: to find out whose key to verify it with."""
+    """A parsed JWS of which nothing is verified. Use it only to find out which key may verify it."""
 
     compact: str
     header: _Header
@@ -58,9 +54,9 @@ class UnverifiedJws(NamedTuple):
     signature: bytes
 
     def unverified_claims(self, model: type[C]) -> C:
-        """The claims as `model`, before verification: use them to look up keys, never to decide.
+        """The claims as `model`, before verification. Use them to look up keys, never to decide.
 
-        Raises InvalidMessageError where `typ` names another message, or the claims are not of its shape.
+        Raises InvalidMessageError if `typ` names another message, or if the claims do not have the shape of `model`.
         """
         if self.header.typ != typ_header(model):
             raise InvalidMessageError(
@@ -74,10 +70,11 @@ class UnverifiedJws(NamedTuple):
             ) from None
 
     def check_one_reading(self) -> None:
-        """For what a person is shown, perhaps by a program of another make: what is signed says one thing to everybody.
+        """Check that every JSON parser reads the claims alike. For claims that a person is shown, perhaps by another
+        program.
 
-        Raises InvalidMessageError where the claims are no I-JSON (RFC 7493): a name twice, of which one reader takes
-        the first and another the last.
+        Raises InvalidMessageError if the claims are not I-JSON (RFC 7493). With a duplicate name, for example, one
+        reader would take the first value and another the last.
         """
         try:
             json_object(self.payload)
@@ -100,7 +97,7 @@ class Signed(NamedTuple, Generic[C]):
 
 
 def explain(error: ValidationError) -> str:
-    """What pydantic found wrong, by field, without the values (they could be secret)."""
+    """The validation errors of pydantic as one sentence, by field, without the values, which could be secret."""
     items = error.errors(include_url=False)
     # A list all of whose members are wrong is said to be too short as well.
     around = {item["loc"][:depth] for item in items for depth in range(1, len(item["loc"]))}
@@ -123,7 +120,10 @@ def _encoded_header(alg: str, kid: str, typ: str) -> bytes:
 
 
 def sign(claims: Claims, key: SigningKey, *, header_jwk: bool = False) -> str:
-    """The compact JWS of `claims` by `key`. `header_jwk` adds the public key to the header (for the root alone)."""
+    """Sign `claims` with `key`, and return the compact JWS.
+
+    `header_jwk` adds the public key to the header. Only the root signs like that.
+    """
     if header_jwk:
         jwk = key.public.model_dump(exclude_none=True)
         fields = {"alg": key.alg, "kid": key.kid, "typ": typ_header(type(claims)), "jwk": jwk}
@@ -135,27 +135,23 @@ def sign(claims: Claims, key: SigningKey, *, header_jwk: bool = False) -> str:
 
 
 def sign_payload(model: type[Claims], payload: bytes, key: SigningKey) -> str:
-    """The compact JWS of claims that are JSON already, of the shape of `model`."""
+    """Sign claims that are already JSON and have the shape of `model`. Returns the compact JWS."""
     text = _encoded_header(key.alg, key.kid, typ_header(model)) + b64encode(payload).encode()
     return compact_jws(text, key.sign(text))
 
 
 def signing_input(claims: Claims, key: SigningKey) -> bytes:
-    """What `key` signs of `claims`: with `compact_jws`, `sign` in two steps."""
+    """The bytes that `key` has to sign. `signing_input` and `compact_jws` together are `sign` in two steps."""
     return _encoded_header(key.alg, key.kid, typ_header(type(claims))) + _payload(claims)
 
 
 def compact_jws(signing_input: bytes, signature: bytes) -> str:
-    """The compact JWS of what was signed and its signature."""
+    """The compact JWS of a signing input and its signature."""
     return f"{signing_input.decode()}.{b64encode(signature)}"
 
 
 def _payload(claims: Claims) -> bytes:
     return b64encode(claims.model_dump_json(exclude_none=True).encode()).encode()
-
-
-_MAX_REMEMBERED = 512
-"""A header of Ringfence is shorter, also one with the root's key: strangers' are not kept, of whatever length."""
 
 
 def _header(segment: str) -> _Header:
@@ -176,7 +172,7 @@ _remembered_header = lru_cache(maxsize=4096)(_decoded_header)
 
 
 def unverified_time(jws: UnverifiedJws) -> int | None:
-    """When a message of whatever shape says that it was signed (`iat`), before verification; None where it does not."""
+    """The signing time (`iat`) that a message of any shape claims, before verification; None if it has none."""
     try:
         iat = orjson.loads(jws.payload)["iat"]
     except (ValueError, KeyError, TypeError):
@@ -185,9 +181,9 @@ def unverified_time(jws: UnverifiedJws) -> int | None:
 
 
 def kid_of(compact: str) -> str:
-    """The `kid` of a JWS that was verified before, without taking it apart once more.
+    """The `kid` of a compact JWS that was verified before; only the header is parsed.
 
-    Raises InvalidMessageError where its header is none.
+    Raises InvalidMessageError if the header is malformed.
     """
     try:
         return _header(compact.partition(".")[0]).kid
@@ -196,7 +192,7 @@ def kid_of(compact: str) -> str:
 
 
 def parse(compact: str | bytes) -> UnverifiedJws:
-    """Take a compact JWS apart. Raises InvalidMessageError where it is none, or is over 512 KiB."""
+    """Parse a compact JWS; nothing is verified. Raises InvalidMessageError if it is malformed or over 512 KiB."""
     if len(compact) > MAX_JWS_BYTES:
         raise InvalidMessageError(
             f"a JWS of {len(compact)} bytes; the limit is {MAX_JWS_BYTES}", code="too_large"
@@ -224,39 +220,38 @@ def verify(
     appended_at_ms: int | None = None,
     verified: C | None = None,
 ) -> Signed[C]:
-    """Verify a message and return its claims.
+    """Verify a message, and return its claims.
 
     Args:
         jws: what `parse` returned.
-        model: the message that is expected here; its `typ` must stand in the header.
-        find_key: says which key may sign for an `iss` (this is where authority and key validity are decided).
+        model: the expected message; its `typ` must be in the header.
+        find_key: returns the key that may sign for an `iss`. Authority and validity of keys are decided there.
         audience: the trust domain.
-        appended_at_ms: the broker's append time of the record; `exp` and `iat` are judged against it. None where the
-            message does not expire, or where its expiry was judged when it was first read.
-        verified: what this returned for the same text before. A signature that held goes on holding; whether its key
-            may sign, and the times, are looked at anew.
+        appended_at_ms: the broker's append time of the record, against which `iat`, `nbf` and `exp` are checked. None
+            if the message does not expire, or if its times were checked when it was first read.
+        verified: the claims that this function returned for the same text before. The signature is not verified again;
+            the key's authority and the times are.
 
     Raises:
-        SignatureError: unknown key, other algorithm than the key's, or a bad signature.
-        ExpiredError: appended after `exp`, or `exp` too far from `iat`, or `iat` or `nbf` in the broker's future.
-        InvalidMessageError: another `typ` or `aud`, or claims not of the message's shape.
+        SignatureError: the key is unknown, the algorithm is not the key's, or the signature is wrong.
+        ExpiredError: appended after `exp`, `exp` too far from `iat`, or `iat` or `nbf` in the broker's future.
+        InvalidMessageError: unexpected `typ` or `aud`, or claims that do not have the shape of the message.
     """
     claims = verified or jws.unverified_claims(model)
     key = _signing_key(jws, model, claims.iss, claims.aud, find_key, audience)
     if verified is None:
         _check_signature(jws, model, claims.iss, key)
     if appended_at_ms is not None:
-        _check_times(claims, appended_at_ms)
+        check_times(claims, appended_at_ms)
     return Signed(claims, jws.compact)
 
 
 def verify_payload(
     jws: UnverifiedJws, model: type[Claims], find_key: KeyFinder, *, audience: str
 ) -> dict[str, Any]:
-    """Verify a message as `verify` does, and return its claims as the JSON that they are, unlooked at.
+    """Verify a message as `verify` does, and return its claims as plain JSON, without validating their shape.
 
-    For what is large and whose signer is this service itself: the shape is the caller's to judge. Raises as
-    `verify` does.
+    For large messages that this service itself signed: the caller checks what it needs. Raises as `verify` does.
     """
     if jws.header.typ != typ_header(model):
         raise InvalidMessageError(f"not {with_article(model.typ)}", code="typ_unexpected")
@@ -272,11 +267,8 @@ def verify_payload(
 def _signing_key(
     jws: UnverifiedJws, model: type[Claims], iss: str, aud: str, find_key: KeyFinder, audience: str
 ) -> PublicKey:
-    """The key that may sign this and says that it did."""
-    if aud != audience:
-        raise InvalidMessageError(
-            f"aud is {aud[:80]!r}; this trust domain is {audience!r}", code="aud_unexpected"
-        )
+    """The key that may have signed this message, by its issuer, `kid` and `alg`. Raises as `verify` does."""
+    check_audience(aud, audience)
     key = find_key(iss, jws.header.kid)
     if key is None:
         raise SignatureError(
@@ -293,21 +285,3 @@ def _check_signature(jws: UnverifiedJws, model: type[Claims], iss: str, key: Pub
         raise SignatureError(
             f"the signature of this {model.typ} by {visible_name(iss[:512])} does not verify"
         )
-
-
-def _check_times(claims: Claims, appended_at_ms: int) -> None:
-    at_s = appended_at_ms / 1000
-    nbf = claims.model_extra.get("nbf") if claims.model_extra else None
-    if nbf is not None and not (isinstance(nbf, int | float) and nbf <= at_s + LEEWAY_S):
-        raise ExpiredError("nbf lies ahead of the broker; send it once it counts", code="not_yet")
-    if claims.iat > at_s + LEEWAY_S:
-        raise ExpiredError(
-            f"iat lies {claims.iat - at_s:.0f} s ahead of the broker; set the clock", code="iat_in_future"
-        )
-    if isinstance(claims, ExpiringClaims):
-        if claims.exp - claims.iat > MAX_LIFE_S:
-            raise ExpiredError(
-                f"exp lies more than {MAX_LIFE_S} s after iat; sign it shorter", code="life_too_long"
-            )
-        if at_s >= claims.exp:
-            raise ExpiredError(f"reached the broker {at_s - claims.exp:.1f} s after its exp; sign it anew")

@@ -1,4 +1,7 @@
-"""Keys: private ones as files of mode 0600, public ones as JWKs named by their RFC 7638 thumbprint."""
+"""Signing keys (ECDSA P-256, Ed25519): private keys in files of mode 0600, public keys as JWKs.
+
+Every key is named by its RFC 7638 thumbprint. A key works with one algorithm only.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,15 @@ from ringfence.messages.keys import KeyRecord, PublicJwk
 
 _ECDSA = ec.ECDSA(hashes.SHA256())
 _ECDSA_REPEATABLE = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
-"""RFC 6979: the same message by the same key has the same signature, so that whatever is said twice is one text."""
+"""Deterministic ECDSA (RFC 6979): the same message signed by the same key is the same text."""
 _URL_SAFE = b"-_"
 _PADDING = (b"", b"===", b"==", b"=")
 _LAST = (b"", b"", b"AQgw", b"AEIMQUYcgkosw048")
-"""By length modulo 4: the last characters whose unused bits are zero."""
+"""By length modulo 4: the last characters of base64url text whose unused bits are zero."""
 
 
 class KeyFileError(RingfenceError):
-    """A key file is missing, unreadable by design (not 0600), or does not hold a usable key."""
+    """A key file is missing, readable by others, or does not hold a usable key."""
 
     code = "key_file_invalid"
 
@@ -41,7 +44,11 @@ def b64encode(data: bytes) -> str:
 
 
 def b64decode(text: str | bytes) -> bytes:
-    """Decode strict base64url without padding. Raises ValueError for anything that `b64encode` would not write."""
+    """Decode strict base64url without padding.
+
+    Raises ValueError for everything that `b64encode` would not write: padding, other alphabets, and unused bits that
+    are set.
+    """
     raw = text.encode("ascii") if isinstance(text, str) else text
     # The decoder lets these pass: what base64 without `url` uses, and padding.
     if b"=" in raw or b"+" in raw or b"/" in raw:
@@ -54,7 +61,7 @@ def b64decode(text: str | bytes) -> bytes:
 
 
 def thumbprint(jwk: PublicJwk) -> str:
-    """The RFC 7638 thumbprint (SHA-256, base64url): the `kid` of every key in Ringfence."""
+    """The RFC 7638 thumbprint of a key (SHA-256, base64url), which is its `kid`."""
     members = {"crv": jwk.crv, "kty": jwk.kty, "x": jwk.x}
     if jwk.kty == "EC":
         members["y"] = jwk.y or ""
@@ -64,14 +71,14 @@ def thumbprint(jwk: PublicJwk) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PublicKey:
-    """A key that verifies signatures with the one algorithm that belongs to its curve."""
+    """A public key, which verifies signatures with the one algorithm of its curve."""
 
     kid: str
     alg: str
     _key: ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey = field(repr=False)
 
     def verifies(self, signature: bytes, data: bytes) -> bool:
-        """True where `signature` (JWS form: raw R||S for ES256) is this key's over `data`."""
+        """Whether `signature` is this key's over `data`. The signature has the JWS form: raw R||S for ES256."""
         # By `alg`, not by class: the classes of `cryptography` are abstract, and asking them costs as much as a hash.
         try:
             if self.alg == "EdDSA":
@@ -104,12 +111,12 @@ def _public_key(kty: str, crv: str, x: str, y: str | None) -> PublicKey:
 
 
 def public_key(jwk: PublicJwk) -> PublicKey:
-    """The verifying key of a JWK. Raises ValueError where it is no P-256 or Ed25519 key."""
+    """The public key of a JWK. Raises ValueError if it is not a P-256 or Ed25519 key."""
     return _public_key(jwk.kty, jwk.crv, jwk.x, jwk.y)
 
 
 def valid_key(keys: tuple[KeyRecord, ...], kid: str, at_s: float) -> PublicKey | None:
-    """The key named `kid` among `keys` if it counts at `at_s`, and its name is indeed its thumbprint."""
+    """The key `kid` of `keys`, if it is valid at `at_s` (seconds) and `kid` is its thumbprint; else None."""
     for record in keys:
         if record.kid == kid and record.not_before <= at_s < record.not_after:
             try:
@@ -122,7 +129,7 @@ def valid_key(keys: tuple[KeyRecord, ...], kid: str, at_s: float) -> PublicKey |
 
 @dataclass(frozen=True, slots=True)
 class SigningKey:
-    """A private key, and the SPIFFE ID that it speaks for."""
+    """A private key, and the SPIFFE ID of its owner."""
 
     id: str
     public: PublicJwk
@@ -132,7 +139,7 @@ class SigningKey:
 
     @classmethod
     def generate(cls, id: str, alg: str = "ES256") -> SigningKey:
-        """A fresh key for `id`; `alg` is ES256 or EdDSA."""
+        """Generate a key for the SPIFFE ID `id`; `alg` is ES256 or EdDSA, otherwise it raises ValueError."""
         if alg == "ES256":
             return cls._of(id, ec.generate_private_key(ec.SECP256R1()))
         if alg == "EdDSA":
@@ -151,9 +158,9 @@ class SigningKey:
         return cls(id, jwk, thumbprint(jwk), "ES256", key)
 
     def sign(self, data: bytes, *, repeatable: bool = True) -> bytes:
-        """The signature in JWS form (RFC 7518, 3.4: raw R||S for ES256).
+        """Sign `data`. Returns the signature in JWS form (RFC 7518, 3.4): raw R||S for ES256.
 
-        `repeatable`: the same data always has the same one. What need not be, costs a little less.
+        With `repeatable`, the same data always has the same signature. Without, ES256 is a little faster.
         """
         if self.alg == "EdDSA":
             return cast(ed25519.Ed25519PrivateKey, self._key).sign(data)
@@ -162,11 +169,11 @@ class SigningKey:
         return r.to_bytes(32) + s.to_bytes(32)
 
     def record(self, not_after: int, not_before: int = 0) -> KeyRecord:
-        """The public half, valid in `[not_before, not_after)`, as it stands in messages."""
+        """The public key as messages have it, valid in `[not_before, not_after)` (seconds)."""
         return KeyRecord(kid=self.kid, jwk=self.public, not_before=not_before, not_after=not_after)
 
     def save(self, path: Path) -> None:
-        """Write the private key to a new file of mode 0600. Raises KeyFileError where a file is there already."""
+        """Write the private key to a new file of mode 0600. Raises KeyFileError if the file exists."""
         if isinstance(self._key, ed25519.Ed25519PrivateKey):
             d = self._key.private_bytes_raw()
         else:
@@ -175,7 +182,7 @@ class SigningKey:
 
     @classmethod
     def load(cls, path: Path) -> SigningKey:
-        """Read a private key. Raises KeyFileError where others may read the file, or it holds no usable key."""
+        """Read a private key. Raises KeyFileError if others can read the file, or if it does not hold a usable key."""
         id, crv, d = load_private(path)
         try:
             if crv == "Ed25519":
@@ -188,7 +195,7 @@ class SigningKey:
 
 
 def save_private(path: Path, id: str, public: PublicJwk, d: bytes) -> None:
-    """Write a private key to a new file of mode 0600. Raises KeyFileError where a file is there already."""
+    """Write a private key to a new file of mode 0600. Raises KeyFileError if the file exists."""
     make_folders(path.parent)
     text = json.dumps(
         {"id": id, "jwk": {**public.model_dump(exclude_none=True), "d": b64encode(d)}}, indent=1
@@ -202,7 +209,7 @@ def save_private(path: Path, id: str, public: PublicJwk, d: bytes) -> None:
 
 
 def load_private(path: Path) -> tuple[str, str, bytes]:
-    """What stands in the file of a private key: whose it is, its curve, its secret. Raises KeyFileError."""
+    """Read a key file. Returns the owner's SPIFFE ID, the curve, and the secret bytes. Raises KeyFileError."""
     try:
         mode = path.stat().st_mode & 0o777
         text = path.read_bytes()
@@ -223,7 +230,7 @@ def load_private(path: Path) -> tuple[str, str, bytes]:
 
 
 def unusable(path: Path) -> KeyFileError:
-    """What is said of a file that holds no private key of the kind that is needed."""
+    """The error for a file without a private key of the expected kind."""
     return KeyFileError(
         f"{path} does not hold a private key of Ringfence; make one with: ringfence key new "
         "(for services: ringfence init)"

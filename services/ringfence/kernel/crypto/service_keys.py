@@ -1,7 +1,7 @@
-"""The private keys of a service: the one that it signs by now, and the one that follows it.
+"""The signing keys of a service, and their rotation without a restart.
 
-A new key is put beside the old one before the trust bundle names it, and signs a little after that: by then everybody
-has read the bundle, and nobody meets a signature by a key that is not known yet. Nothing has to be restarted.
+An operator puts the next key beside the current one before the trust bundle names it. The service signs with it
+`SETTLE_S` after the bundle: by then all readers have the bundle, and nobody meets a signature by an unknown key.
 """
 
 from __future__ import annotations
@@ -19,48 +19,53 @@ from ringfence.messages.keys import KeyRecord
 log = logging.getLogger(__name__)
 
 NEXT = "-next"
-"""How the name of the file of the key that follows ends: `issuer-next.json` beside `issuer.json`."""
+"""Suffix of the file name of the next key: `issuer-next.json` beside `issuer.json`."""
 BEFORE = "-before-"
-"""In the name of the file of a key that others have followed, and that still opens what was sealed to it."""
+"""Infix of the file name of a former key, which still decrypts what was encrypted to it."""
 SETTLE_S = 10
-"""For so long after a bundle a key that is new in it signs nothing: twice the grace after which a process that is
-behind denies by itself."""
+"""A key that is new in the bundle signs nothing for so many seconds. It is twice the grace after which a process that
+is behind denies by itself.
+"""
 _UNDER_WAY_S = 5
-"""What is signed now may be appended so much later, by a broker's clock that may be ahead: it is judged by that."""
+"""A message may be appended so many seconds after it was signed, by the clock of the broker, which may be ahead. The
+append time is what counts.
+"""
 
 
 def next_file(file: Path) -> Path:
-    """Where the key lies that follows the one in `file`."""
+    """The file of the key that follows the one in `file`."""
     return file.with_name(f"{file.stem}{NEXT}{file.suffix}")
 
 
 def file_before(file: Path, kid: str) -> Path:
-    """Where the key `kid` lies that was in `file` and is still needed: `issuer-seal-before-1aB2cD3e.json`."""
+    """The file of the former key `kid` of `file`, for example `issuer-seal-before-1aB2cD3e.json`."""
     return file.with_name(f"{file.stem}{BEFORE}{kid[:8]}{file.suffix}")
 
 
 def files_before(file: Path) -> list[Path]:
-    """The files of the keys that were in `file` and are still here."""
+    """The files of former keys of `file` that exist."""
     return sorted(file.parent.glob(f"{glob.escape(file.stem + BEFORE)}*{glob.escape(file.suffix)}"))
 
 
 class ServiceKeys:
-    """Chooses the key to sign by: the youngest that is here and has counted for a while."""
+    """Chooses the signing key: the newest one on this machine that has been valid for `SETTLE_S`."""
 
     def __init__(self, file: Path, trust: TrustStore, clock: Clock) -> None:
-        """Raises KeyFileError where there is no usable key in `file`, or another service's in the file beside it."""
+        """Raises KeyFileError if `file` holds no usable key, or if the next key's file belongs to another service."""
         self._file = file
         self._trust = trust
         self._clock = clock
         self._held: tuple[SigningKey, ...] = ()
         self._current = SigningKey.load(file)
         self._settled_s: dict[str, int] = {}
-        """From when on the bundles that were seen let a key sign, by its name."""
+        """By `kid`: from when on the bundles seen so far let a key sign, in seconds."""
         self._choose_at_s = float("inf")
         self.reload()
 
     def reload(self) -> None:
-        """Read the files again: a key that follows may have come. Raises KeyFileError, and keeps those it had."""
+        """Read the key files again, because the next key may have been added. On KeyFileError the former keys stay
+        loaded.
+        """
         held = [SigningKey.load(self._file)]
         following = next_file(self._file)
         if following.exists():
@@ -71,7 +76,7 @@ class ServiceKeys:
         self._choose()
 
     def on_bundle(self, appended_at_ms: int) -> None:
-        """Take note of the bundle that has just come into force, and look for the keys that it names."""
+        """A trust bundle came into force (append time in ms): note its keys, and read the key files again."""
         for record in self._records():
             begins = max(record.not_before, appended_at_ms // 1000) + SETTLE_S
             self._settled_s.setdefault(record.kid, begins)
@@ -83,15 +88,15 @@ class ServiceKeys:
 
     @property
     def current(self) -> SigningKey:
-        """The key to sign by now."""
+        """The key to sign with now."""
         if self._clock.now_ms() >= self._choose_at_s * 1000:
             self._choose()
         return self._current
 
     def unknown(self, role: ServiceRole) -> str | None:
-        """Why nobody would believe what this service signs: the bundle in force names none of its keys for its role.
+        """The reason if the bundle in force names none of the loaded keys for this service and `role`, else None.
 
-        Not asked is whether they count by now: one that ended is another matter.
+        Whether the keys are valid now is not checked here; see `uncounted`.
         """
         services = self._trust.require().services if self._trust.version is not None else ()
         held = {key.kid for key in self._held}
@@ -109,8 +114,10 @@ class ServiceKeys:
         )
 
     def uncounted(self, role: ServiceRole) -> str | None:
-        """Why nobody believes what this service signs now, or will when it is appended: the bundle in force names no
-        key of it that counts. None where one does; and where there is no bundle in force, which is another matter.
+        """The reason if nobody would accept a signature made now: no loaded key is valid by the bundle in force.
+
+        Also checks a few seconds ahead, when the message may be appended. None if a key is valid, and if there is no
+        bundle in force, which `TrustStore` reports.
         """
         now_s = self._clock.now_ms() / 1000
         if self._trust.version is None or self._trust.expired(now_s):
@@ -143,7 +150,7 @@ class ServiceKeys:
         self._choose_at_s = self._next_change(records, now_s)
 
     def _next_change(self, records: tuple[KeyRecord, ...], now_s: float) -> float:
-        """When the choice may be another: a key settles, begins, or ends."""
+        """When the choice of the key may change: a key settles, begins or ends."""
         held = {key.kid for key in self._held}
         moments = [self._settled_s.get(kid, 0) for kid in held]
         for record in records:

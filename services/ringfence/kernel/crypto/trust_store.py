@@ -1,4 +1,8 @@
-"""Who may speak as which service: the trust bundle, verified against the pinned root."""
+"""The trust store: which keys speak for which service, by a trust bundle that the pinned root signed.
+
+The root is offline. It may hand over to another root: the bundle then has a chain of handovers, each signed by the root
+before, which leads from the pinned root to the one that signed the bundle.
+"""
 
 from __future__ import annotations
 
@@ -31,43 +35,46 @@ class _Service:
 
 
 class TrustStore:
-    """The highest trust bundle seen. It starts empty: nothing is trusted until a bundle signed by the root came."""
+    """The trust bundle in force: the one with the highest version that was loaded.
+
+    Without a bundle, and after the bundle's `exp`, no key of a service is trusted.
+    """
 
     def __init__(self, trust_domain: str, root_fingerprint: str) -> None:
-        """`root_fingerprint` is the root key's RFC 7638 thumbprint (`RINGFENCE_TRUST_ROOT`)."""
+        """`root_fingerprint` is the RFC 7638 thumbprint of the root key (`RINGFENCE_TRUST_ROOT`)."""
         self.trust_domain = trust_domain
         self.root_id = f"spiffe://{trust_domain}/root"
         self._fingerprint = root_fingerprint
         self._root: PublicKey | None = None
-        """The root of the bundle in force: the pinned one, or one to which it handed over."""
+        """The root of the bundle in force: the pinned one, or one that it handed over to."""
         self._bundle: TrustBundle | None = None
         self._compact = b""
         self._other_root: str | None = None
-        """The root that signed a bundle which was refused for it."""
+        """The root that signed a bundle which was refused for that root."""
         self._services: dict[str, list[_Service]] = {}
-        """Of the bundle, by their ids: they are looked up for every message."""
+        """The services of the bundle by id, because every message needs a lookup."""
 
     def anew(self) -> TrustStore:
-        """One with the same pin that has seen nothing yet."""
+        """An empty trust store with the same pinned root."""
         return TrustStore(self.trust_domain, self._fingerprint)
 
     @property
     def version(self) -> int | None:
-        """The version of the bundle in force."""
+        """The version of the bundle in force; None if there is none."""
         return self._bundle.version if self._bundle else None
 
     @property
     def compact(self) -> bytes:
-        """The bundle in force as the root signed it; empty where there is none."""
+        """The bundle in force as the root signed it; empty if there is none."""
         return self._compact
 
     def load(self, compact: str | bytes, now_s: float) -> bool:
-        """Take in a bundle. False where it is not newer than the one in force.
+        """Verify a trust bundle, and put it in force. False if it is not newer than the bundle in force.
 
-        One that has expired is taken in too, and denies everything: it is the root's last word all the same.
+        An expired bundle is put in force too, and denies everything: it is still the root's last word.
 
-        Raises SignatureError where it is not signed by the pinned root or one that this led to, InvalidMessageError
-        where it is malformed.
+        Raises SignatureError if it is signed neither by the pinned root nor by one that this root handed over to, and
+        InvalidMessageError if it is malformed.
         """
         root, bundle = self._by_any_root(compact, TrustBundle)
         believed = self._root.kid if self._root else self._fingerprint
@@ -89,7 +96,7 @@ class TrustStore:
         return True
 
     def _leads(self, believed: str, wanted: str, handovers: Sequence[str]) -> bool:
-        """Whether the roots, each by its own signature, hand over from the one that is believed to the one wanted."""
+        """Whether signed handovers lead from the root `believed` to the root `wanted`, both given by thumbprint."""
         at = believed
         for handover in handovers:
             root, claims = self._by_any_root(handover, RootHandover)
@@ -98,9 +105,10 @@ class TrustStore:
         return at == wanted
 
     def _by_any_root(self, compact: str | bytes, model: type[C]) -> tuple[PublicKey, C]:
-        """What the key in its own header signed, and that key: nothing before the pin, or a root, vouches for the key.
+        """Verify a message with the key in its own header. Returns that key and the claims.
 
-        Raises InvalidMessageError.
+        Nothing vouches for the key: the caller compares it with the pinned root, or with a handover. Raises
+        InvalidMessageError.
         """
         jws = parse(compact)
         try:
@@ -116,9 +124,10 @@ class TrustStore:
         return root, signed.claims
 
     def root_key(self, iss: str, kid: str, at_s: float | None = None) -> PublicKey | None:
-        """The root's key `kid`, for what only the root signs: today's, or one that was the root's at `at_s`.
+        """The root key `kid`: the current root, or a former root that was in office at `at_s` (seconds).
 
-        At any time where `at_s` is None: to know whose a key is, never to believe what it signs.
+        With `at_s` None, a former root at any time. Use this only to find out whose a key is, never to believe what it
+        signed.
         """
         if self._root is None or self._bundle is None or iss != self.root_id:
             return None
@@ -132,7 +141,9 @@ class TrustStore:
     def service_key(
         self, iss: str, kid: str, roles: tuple[ServiceRole, ...], at_s: float
     ) -> PublicKey | None:
-        """The key `kid` of service `iss` if it has one of `roles` and the key counts at `at_s`."""
+        """The key `kid` of the service `iss`, if the service has one of `roles` and the key is valid at `at_s`; else
+        None.
+        """
         if self._bundle is None or at_s >= self._bundle.exp:
             return None
         for service in self._services.get(iss, ()):
@@ -141,9 +152,7 @@ class TrustStore:
         return None
 
     def signed_by_service(self, jws: UnverifiedJws, at_s: float, roles: tuple[ServiceRole, ...]) -> bool:
-        """Whether a service of one of these roles signed this, whatever it says: it may be of no shape that anybody
-        knows.
-        """
+        """Whether a service with one of `roles` signed this message. The message may have any shape."""
         if not roles:
             return False
         try:
@@ -159,9 +168,11 @@ class TrustStore:
         )
 
     def may_be_vouched_for(self, topic: Topic[Any], compact: str | bytes, at_s: float) -> bool:
-        """Whether a service that may write this message on this topic signed it after the end of the bundle in force,
-        by a key that counted up to that: nobody is believed now, and the next bundle may say that this was one to
-        believe. What a stranger writes never is, nor what another service does: it could hold up everybody who reads.
+        """Whether a message that is not trusted now may become trusted with the next bundle.
+
+        That is so if the bundle has expired, and a service that may write this message on this topic signed it with a
+        key that was valid up to the bundle's end. Messages of strangers and of other services never qualify: they could
+        hold up all readers.
         """
         if self._bundle is None or at_s < self._bundle.exp:
             return False
@@ -172,7 +183,7 @@ class TrustStore:
         return self.signed_by_service(jws, self.no_later_s(at_s), topic.signed_by(jws.header.typ))
 
     def require_judgeable(self, topic: Topic[Any], compact: str | bytes, at_s: float) -> None:
-        """Raises UnavailableError where `may_be_vouched_for`."""
+        """Raises UnavailableError if `may_be_vouched_for`: the message has to wait for the next bundle."""
         if self.may_be_vouched_for(topic, compact, at_s):
             raise UnavailableError(
                 f"a service signed this after the end of the bundle: {self.expired(at_s)}",
@@ -180,33 +191,36 @@ class TrustStore:
             )
 
     def no_later_s(self, at_s: float) -> float:
-        """`at_s`, or the last moment of the bundle in force where that is over by then. By this only an end is judged,
-        and what waits for the next bundle: never what anybody is given.
+        """`at_s`, but at most the last second of the bundle in force.
+
+        Use it only to judge an end, or a message that waits for the next bundle, never to grant anything.
         """
         return at_s if self._bundle is None else min(at_s, self._bundle.exp - 1)
 
     def encryption_keys(
         self, role: ServiceRole, at_s: float, *, of: str | None = None
     ) -> tuple[KeyRecord, ...]:
-        """What may be sealed to at `at_s`: the keys of all services of a role, or of the one with the id `of`."""
+        """The public keys to encrypt to at `at_s`: those of all services with `role`, or only those of the service
+        `of`.
+        """
         if self._bundle is None or at_s >= self._bundle.exp:
             return ()
         every = (one for id, some in self._services.items() if of in (None, id) for one in some)
         return usable((key for one in every if role in one.roles for key in one.encryption_keys), at_s)
 
     def finder(self, *roles: ServiceRole, at_s: float) -> KeyFinder:
-        """A `KeyFinder` for messages that only services of these roles may sign."""
+        """A `KeyFinder` for messages that only services with these roles may sign, at `at_s`."""
         return lambda iss, kid: self.service_key(iss, kid, roles, at_s)
 
     def oidc_issuer(self, issuer: str, use: OidcUse, at_s: float) -> OidcIssuer | None:
-        """The issuer of that name, if its tokens count for `use` at `at_s`."""
+        """The OIDC issuer with this name, if its tokens are accepted for `use` at `at_s`; else None."""
         if self._bundle is None or at_s >= self._bundle.exp:
             return None
         fitting = (one for one in self._bundle.oidc_issuers if one.issuer == issuer and use in one.uses)
         return next(fitting, None)
 
     def unready(self) -> str | None:
-        """Why nothing can be trusted yet, or None."""
+        """The reason if no bundle is in force, else None."""
         if self._bundle:
             return None
         if self._other_root:
@@ -217,7 +231,7 @@ class TrustStore:
         return "no trust bundle on the trust topic; run: ringfence init --publish"
 
     def expired(self, now_s: float) -> str | None:
-        """Why nothing can be trusted any more, or None: the bundle in force has come to its end."""
+        """The reason if the bundle in force has expired at `now_s`, else None."""
         if self._bundle is None or now_s < self._bundle.exp:
             return None
         ended = datetime.fromtimestamp(self._bundle.exp, UTC).isoformat(timespec="seconds")
@@ -227,7 +241,7 @@ class TrustStore:
         )
 
     def require(self, now_s: float | None = None) -> TrustBundle:
-        """The bundle in force. Raises UnavailableError where there is none, or it has expired at `now_s`."""
+        """The bundle in force. Raises UnavailableError if there is none, or if it has expired at `now_s`."""
         if self._bundle is None:
             raise UnavailableError(str(self.unready()))
         if now_s is not None and (reason := self.expired(now_s)):

@@ -1,4 +1,4 @@
-"""Handlers of batches, made from handlers of single records: sequential or concurrent."""
+"""Batch handlers, made from handlers of single records: sequential or concurrent."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
 
 BatchHandler = Callable[[Sequence[Received]], Awaitable[None]]
-"""Takes a batch to its durable effects. Raises only for what may work later; the same batch comes again then."""
+"""Handles a batch until its effects are durable. Raises only if a retry may succeed: then the same batch comes again.
+"""
 
 
 Handler = Callable[[Received], Awaitable[Awaitable[object] | None]]
-"""Takes one record to its durable effects, but for what it returns: that is awaited before its batch counts as done.
-InvalidMessageError sends it to the dead letters."""
+"""Handles one record until its effects are durable, except for the awaitable that it may return: that is awaited before
+the batch counts as done. If it raises InvalidMessageError, the record goes to the dead-letter topic.
+"""
 
 
 def sequential(handle: Handler, dead_letters: DeadLetters) -> BatchHandler:
-    """A batch handler that takes records in order, each after the one before.
+    """A batch handler that handles records in order, one after the other.
 
-    What is invalid holds up nothing: its dead letters are waited for together, at the end, with what `handle` returned.
+    Invalid records hold up nothing: their dead letters are awaited at the end, together with what `handle` returned.
     """
 
     async def handle_batch(batch: Sequence[Received]) -> None:
@@ -44,7 +46,7 @@ def sequential(handle: Handler, dead_letters: DeadLetters) -> BatchHandler:
 
 
 def concurrent(handle: Handler, dead_letters: DeadLetters) -> BatchHandler:
-    """A batch handler that takes all records of a batch at once. For handlers to which order means nothing."""
+    """A batch handler that handles all records of a batch at once. For handlers that do not depend on the order."""
 
     async def settle(record: Received) -> bool:
         try:
@@ -65,7 +67,7 @@ def concurrent(handle: Handler, dead_letters: DeadLetters) -> BatchHandler:
 
 
 async def gather_all(work: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Run all to their ends, then raise the first failure, if any: nothing is left running behind a raised error."""
+    """Await all, then raise the first failure, if any. Nothing is left running when it raises."""
     results = await asyncio.gather(*work, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):

@@ -1,7 +1,12 @@
-"""Consumer groups: batches in, effects, then the commit. At least once, and never past what failed.
+"""Consumer groups: read a batch, apply its effects, then commit. Delivery is at least once; no failed record is
+skipped.
 
-A batch that fails is tried again, for ever, with backoff; only what is *invalid* is dead-lettered. The consumer reads
-aiokafka directly (ADR 0001).
+A batch that fails is retried for ever, with exponential backoff. Only *invalid* records go to the dead-letter topic.
+The consumer uses aiokafka directly (ADR 0001).
+
+`OffsetCommitter` commits a few times a second, not after each batch: a commit is a round trip, and costs as much as
+handling a record. Records that are done but not committed come again after a crash. Nothing is committed before it is
+done. The assignors at the end replace those of Kafka where these do not fit.
 """
 
 from __future__ import annotations
@@ -38,14 +43,15 @@ from ringfence.messages.base import Topic
 
 log = logging.getLogger(__name__)
 
-
+COMMIT_MS = 200
+"""The longest time from the end of a batch to the commit of its offsets, together with those of later batches."""
 _LEAVE_S = 2.0
 _IDLE_MS = 1000
 _AWAY_S = 0.5
 
 
 def _records_before(batch: Sequence[Received], halting: Received) -> list[Received]:
-    """The records of a batch that stand before this one; none where it is not in the batch."""
+    """The records of a batch before `halting`; none if `halting` is not in the batch."""
     place = (halting.topic_name, halting.partition, halting.offset)
     for i, record in enumerate(batch):
         if (record.topic_name, record.partition, record.offset) == place:
@@ -60,7 +66,7 @@ async def _leave_group(consumer: AIOKafkaConsumer, commits: OffsetCommitter) -> 
 
 
 class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
-    """One member of a consumer group over some topics, each with its batch handler."""
+    """A member of a consumer group over some topics, each with its batch handler."""
 
     def __init__(
         self,
@@ -81,19 +87,19 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
     ) -> None:
         """Args:
             group: the name of the group, without the topic prefix.
-            handlers: topics of one partition count are assigned together (range assignor), so that whatever is keyed
-                alike comes to the same member. Of what came together, earlier topics are handled before later ones; in
-                one batch, where topics that follow each other have the same handler.
-            max_records: small batches keep latency even; 32 was the best of those measured.
-            linger_ms: let records gather for so long, where nobody waits for what comes of them: few large batches
-                take far less CPU than many small ones.
+            handlers: by topic. Topics with the same partition count are assigned together (range assignor), so that
+                records with the same key come to the same member. Of records that came together, those of earlier
+                topics are handled first. Neighbouring topics with the same handler share a batch.
+            max_records: the largest batch. Small batches keep latency even; 32 was the best measured.
+            linger_ms: let records gather for so long, if nobody waits for the results: few large batches take far
+                less CPU than many small ones.
             on_assigned: awaited before the first record after each assignment, e.g. until a local table is complete.
-            alone: one member has all partitions, the others stand by.
-            max_poll_interval_ms: after so long over one batch a member counts as dead.
-            on_data_loss: told of records that Kafka removed before this group had read them.
-            on_halted: told once where this member has halted.
-            report_initial_gap: whether that counts as well of what was gone before the group read its first record.
-            uncommitted: read also what no transaction has committed, for whoever looks for what should not be there.
+            single_active: one member has all partitions, the others stand by.
+            max_poll_interval_ms: a member that handles one batch for longer counts as dead.
+            on_data_loss: called for records that Kafka removed before this group had read them.
+            on_halted: called once, when this member halts.
+            report_initial_gap: whether `on_data_loss` also reports records removed before the group's first read.
+            read_uncommitted: read records of open and aborted transactions too, to find what should not be there.
         """  # fmt: skip
         self._read_uncommitted = read_uncommitted
         self._on_halted = on_halted
@@ -116,18 +122,18 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._commits: OffsetCommitter | None = None
         self._fetches: FetchControl | None = None
         self._ahead: dict[TopicPartition, tuple[int, Received]] = {}
-        """What was read ahead of each partition, behind the batch under way: the first offset and the last record."""
+        """By partition: the first offset and the last record of what was read ahead, behind the batch under way."""
         self._draining = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._reader = LossAwareReader(self.group, on_data_loss, report_initial_gap=report_initial_gap)
         self.lost_ranges = self._reader.lost_ranges
-        """What Kafka removed, or lost."""
+        """The last lost range of each partition; see `LossAwareReader`."""
         self.halted: str | None = None
         self.running = False
 
     def owns(self, topic_name: str, partition: int) -> bool:
-        """Whether this member has this partition now: for background work that one member of the group does."""
+        """Whether this member has the partition now. For background work that one member of the group does."""
         if self._consumer is None:
             return False
         return TopicPartition(topic_name, partition) in self._consumer.assignment()
@@ -168,9 +174,10 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 raise
 
     async def read_ahead(self) -> list[Received]:
-        """What comes behind the batch under way, within a second. For a handler whose batch waits for somebody else.
+        """Read records behind the batch under way, for up to a second. For a handler whose batch waits for somebody
+        else.
 
-        The batch is done only when these records are as well: where the handler raises, they come again.
+        The batch is done only when these records are done too: if the handler raises, they come again.
         """
         consumer, fetches, commits = self._consumer, self._fetches, self._commits
         ends = self._draining.is_set() or self.halted is not None
@@ -192,13 +199,17 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         return found
 
     async def settle_early(self, records: Iterable[Received]) -> None:
-        """Commit these, though what was read behind them is not done yet. All that came before them must be done."""
+        """Commit these records, although records that were read behind them are not done. All earlier ones must be
+        done.
+        """
         if self._commits is not None:
             self._commits.done(records)
             await self._commits.flush()
 
     async def drain(self) -> None:
-        """Take nothing new, and return once what was taken is done and committed. It may never be: bound the wait."""
+        """Take no new records, and return when those taken are done and committed. That may never happen: set a time
+        limit.
+        """
         self._draining.set()
         if self.halted is None:
             await self._idle.wait()
@@ -247,7 +258,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
     async def _next(
         self, consumer: AIOKafkaConsumer, fetches: FetchControl, commits: OffsetCommitter
     ) -> dict[TopicPartition, list[Any]]:
-        """What is left of what came before; then what comes. Raises KafkaError."""
+        """Records left from the last fetch; if there are none, the next ones. Raises KafkaError."""
         if fetches.held:
             batches = await self._reader.next(consumer, timeout_ms=0, max_records=self._max_records)
             if not batches:
@@ -287,9 +298,10 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         handler: BatchHandler,
         batch: list[Received],
     ) -> bool:
-        """Handle a batch until it is done and may be committed. What was assigned away meanwhile is somebody else's.
+        """Handle a batch until it is done and may be committed. Records of partitions that were assigned away are
+        dropped from it, because another member handles them.
 
-        False where it failed and the consumer is to end: it is not committed, and comes again.
+        False if the batch failed and the consumer is draining: it is not committed, and comes again.
         """
         delays_s = backoff(0.05, 5.0)
         while True:
@@ -346,7 +358,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         return True
 
     async def _wait_forever(self, commits: OffsetCommitter) -> None:
-        """Until a person restarts the service."""
+        """Wait until a person restarts the service."""
         await commits.flush()
         await asyncio.Event().wait()
 
@@ -363,35 +375,25 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         return first is not None and first <= record.offset
 
     def _rewind(self, consumer: AIOKafkaConsumer) -> None:
-        """What was read ahead of a batch that failed comes again."""
+        """Seek back, so that records read ahead of a failed batch come again."""
         for partition, (first, _) in self._ahead.items():
             if partition in consumer.assignment():
                 consumer.seek(partition, first)
         self._ahead.clear()
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        """Called by aiokafka before a rebalance: the batch under way goes on, and comes again if its commit fails."""
+        """aiokafka calls this before a rebalance. The batch under way goes on, and comes again if its commit fails."""
         # Not beside a batch, which may commit by itself, in a transaction: the group would be set back behind that.
         if self._commits is not None and self._idle.is_set():
             await self._commits.flush()
 
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
-        """Called by aiokafka after a rebalance."""
+        """aiokafka calls this after a rebalance."""
         self._assigned_anew = True
 
 
-# How far a member of a consumer group has come, as it tells the broker: a few times a second, not after each batch.
-#
-# A commit is a round trip, which would cost as much as handling a record where they come one by one. What is
-# done and not
-# committed yet comes again after a crash; nothing is committed before it is done.
-
-COMMIT_MS = 200
-"""So long after a batch its offsets are committed at the latest, together with those of the batches that followed."""
-
-
 class OffsetCommitter:
-    """The offsets of one member that are not committed yet."""
+    """The offsets of one member that are done and not committed yet."""
 
     def __init__(self, consumer: AIOKafkaConsumer) -> None:
         self._consumer = consumer
@@ -400,7 +402,7 @@ class OffsetCommitter:
         """When the first of them was done."""
 
     def done(self, records: Iterable[Received]) -> None:
-        """The effects of these are durable."""
+        """Mark records as done: their effects are durable."""
         if not self._ends:
             self._since_s = asyncio.get_running_loop().time()
         for record in records:
@@ -409,7 +411,7 @@ class OffsetCommitter:
 
     @property
     def waiting(self) -> bool:
-        """Whether anything is done and not committed."""
+        """Whether any offset is done and not committed."""
         return bool(self._ends)
 
     @property
@@ -418,7 +420,7 @@ class OffsetCommitter:
         return self.waiting and asyncio.get_running_loop().time() >= self._since_s + COMMIT_MS / 1000
 
     async def flush(self) -> None:
-        """Commit what is done. Where that is refused, it comes again, to whoever has the partition then."""
+        """Commit what is done. If Kafka refuses, the records come again, to the member that has the partition then."""
         held = self._consumer.assignment()
         ends = {partition: end for partition, end in self._ends.items() if partition in held}
         self._ends = {}
@@ -432,11 +434,8 @@ class OffsetCommitter:
             log.warning("committing failed, what was done may come again: %s", error)
 
 
-# Which member of a consumer group has which partitions, where Kafka's own ways do not do.
-
-
 class AllToOneAssignor(RangePartitionAssignor):  # type: ignore[misc]
-    """All partitions to the first member by name, none to the others, who stand by."""
+    """Assigns all partitions to the first member by name. The others have none, and stand by."""
 
     name = "all-to-one"
 
@@ -444,37 +443,37 @@ class AllToOneAssignor(RangePartitionAssignor):  # type: ignore[misc]
     def assign(
         cls, cluster: ClusterMetadata, members: Mapping[str, ConsumerProtocolMemberMetadata]
     ) -> dict[str, ConsumerProtocolMemberAssignment]:
-        """aiokafka calls it at the member that leads the group. Returns what each member is to have."""
+        """The assignment of each member, by member id. aiokafka calls this at the leader of the group."""
         first = min(members)
         nothing = {member: ConsumerProtocolMemberAssignment(cls.version, [], b"") for member in members}
         return {**nothing, **super().assign(cluster, {first: members[first]})}
 
 
 class InstanceOrderedAssignor:
-    """Another assignor, to which members go by the names of their instances, and not by ids that brokers make up.
+    """Wraps another assignor, and orders members by their instance names instead of the ids that the broker makes up.
 
-    So who comes back under its name has what it had. The embedded broker has a leader that comes back assign anew and
-    asks nobody else to join: by the new id another order came of it, and then some partitions had two readers, and
-    others none for ever.
+    So a member that comes back under its name gets the partitions that it had. With the embedded broker this is needed
+    for correctness: a leader that comes back there assigns anew, and the broker asks nobody else to join. Ordered by
+    the new id, some partitions had two readers, and others none for ever.
     """
 
     def __init__(self, way: type[RangePartitionAssignor], instance: str | None) -> None:
-        """`instance`: the `group_instance_id` of this member, which the others are told."""
+        """`instance` is the `group_instance_id` of this member, which the other members are told."""
         self.name = way.name
         self._way = way
         self._instance = (instance or "").encode()
 
     def metadata(self, topics: Iterable[str]) -> ConsumerProtocolMemberMetadata:
-        """What this member says of itself as it joins."""
+        """What this member sends when it joins."""
         return ConsumerProtocolMemberMetadata(self._way.version, list(topics), self._instance)
 
     def assign(
         self, cluster: ClusterMetadata, members: Mapping[str, ConsumerProtocolMemberMetadata]
     ) -> dict[str, ConsumerProtocolMemberAssignment]:
-        """aiokafka calls it at the member that leads the group. Returns what each member is to have, by its id."""
+        """The assignment of each member, by member id. aiokafka calls this at the leader of the group."""
         ids = {f"{(said.user_data or b'').decode(errors='replace')} {id}": id for id, said in members.items()}
         given = self._way.assign(cluster, {name: members[id] for name, id in ids.items()})
         return {ids[name]: what for name, what in given.items()}
 
     def on_assignment(self, assignment: ConsumerProtocolMemberAssignment) -> None:
-        """Called by aiokafka with what this member has been given."""
+        """aiokafka calls this with the assignment of this member."""

@@ -1,8 +1,7 @@
-"""Records that Kafka removed, by age or by size, before they were read, or lost afterwards: to be told, and never
-passed over in silence.
+"""Detection of data loss: records that Kafka removed before they were read, or lost afterwards.
 
-A client that resets its position by itself says nothing of it, so readers are told not to (`NO_RESET`), and read by
-`LossAwareReader`, which goes on once what is gone is told.
+A Kafka client that resets its position by itself hides the loss. Readers therefore set `NO_RESET`, and read through
+`LossAwareReader`, which reports the lost range and then goes on with what is left.
 """
 
 from __future__ import annotations
@@ -18,26 +17,28 @@ from aiokafka.errors import NoOffsetForPartitionError, OffsetOutOfRangeError
 log = logging.getLogger(__name__)
 
 NO_RESET: Final = "none"
-"""The `auto_offset_reset` of whoever reads by `LossAwareReader`."""
+"""The `auto_offset_reset` of every consumer that `LossAwareReader` reads from."""
 _NO_POSITION = (OffsetOutOfRangeError, NoOffsetForPartitionError)
-"""What a reader raises whose place in a partition is not there."""
+"""What aiokafka raises if the position of a reader does not exist."""
 
 
 class LostRange(NamedTuple):
-    """Records of one partition, `first` up to and without `until`, that nobody can read any more."""
+    """Records of one partition, from offset `first` up to but excluding `until`, that nobody can read any more."""
 
     topic_name: str
     partition: int
     first: int
     until: int
     by: str
-    """Who was to read them: a consumer group, or a service."""
+    """The reader that needed them: a consumer group or a service."""
     read: bool = False
-    """Whether they had been read, and the broker lost them afterwards: what takes their places is read as well."""
+    """True if the reader had read them, and the broker lost them later. Records that take their offsets are read as
+    well.
+    """
 
     @property
     def message(self) -> str:
-        """For people."""
+        """A sentence for people."""
         last = self.until - 1
         which = f"record {self.first}" if last == self.first else f"records {self.first} to {last}"
         when = "after" if self.read else "before"
@@ -48,24 +49,24 @@ OnDataLoss = Callable[[LostRange], Awaitable[None]]
 
 
 class LossAwareReader:
-    """How one reader reads on."""
+    """Reads batches from one aiokafka consumer, and reports lost ranges before it skips them."""
 
     def __init__(self, by: str, on_data_loss: OnDataLoss | None, *, report_initial_gap: bool = False) -> None:
         """Args:
-            by: who reads.
-            on_data_loss: told first; while it raises, the reader stays where it is.
-            report_initial_gap: whether what was gone before a group read its first record counts.
+            by: the name of the reader.
+            on_data_loss: called with each lost range; while it raises, the reader does not go on.
+            report_initial_gap: whether to report records that were removed before a group's first read.
         """  # fmt: skip
         self._by = by
         self._on_data_loss = on_data_loss
         self._report_initial_gap = report_initial_gap
         self.lost_ranges: dict[tuple[str, int], LostRange] = {}
-        """By topic's name and partition: what was gone last."""
+        """The last lost range, by topic name and partition."""
 
     async def next(
         self, consumer: AIOKafkaConsumer, *, timeout_ms: int, max_records: int
     ) -> dict[TopicPartition, list[Any]]:
-        """What comes next; nothing after `timeout_ms`, or where something was gone. Raises KafkaError."""
+        """The next batch; empty after `timeout_ms`, and after a lost range. Raises KafkaError."""
         try:
             found: dict[TopicPartition, list[Any]] = await consumer.getmany(
                 timeout_ms=timeout_ms, max_records=max_records
@@ -85,7 +86,7 @@ class LossAwareReader:
             await asyncio.sleep(0.5)
 
     async def _skip_lost(self, consumer: AIOKafkaConsumer, at: TopicPartition, wanted: int | None) -> None:
-        """Tell what is gone of one partition, then go on with what is there."""
+        """Report the lost range of one partition, then seek to the first record that exists."""
         if wanted is not None and await consumer.position(at) != wanted:
             return  # of before it was assigned, or sought, anew
         start = (await consumer.beginning_offsets([at]))[at]
@@ -105,7 +106,7 @@ class LossAwareReader:
 
 
 def _positions_wanted(error: Exception) -> dict[TopicPartition, int | None]:
-    """Where the reader wanted to go on; None where nothing was committed."""
+    """The positions that the reader wanted; None for a partition without a committed offset."""
     (place,) = error.args
     return place if isinstance(place, dict) else {place: None}
 

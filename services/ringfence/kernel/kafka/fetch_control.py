@@ -1,8 +1,9 @@
-"""When a consumer asks the broker for more: not while it is told to wait, and no sooner than is worth a request.
+"""Flow control of fetches: a consumer fetches no records while it is paused, and none before a fetch is worth a
+request.
 
-aiokafka asks again as soon as it has handed out what came. This stands around `AIOKafkaConsumer._client.send`, the
-one way of all requests of a consumer; only fetches wait: heartbeats, commits, joins and metadata pass. Stopping it
-or a rebalance cancels the wait.
+aiokafka fetches again as soon as it has handed out records. This module wraps `AIOKafkaConsumer._client.send`, through
+which all requests of a consumer go. Only fetches wait: heartbeats, commits, joins and metadata pass. Stopping the
+consumer, or a rebalance, cancels the wait.
 """
 
 from __future__ import annotations
@@ -23,18 +24,23 @@ from ringfence.messages.base import Topic
 log = logging.getLogger(__name__)
 
 _FETCH = 1
-"""Its key in the Kafka protocol."""
+"""The API key of a fetch in the Kafka protocol."""
 MUCH_BYTES = 256 * 1024
-"""What brings so much is followed by the next fetch at once: more is there."""
+"""After a response of this size the next fetch goes out at once, because more records are waiting."""
 WAIT_MS = 500
-"""So long a broker holds a fetch that finds nothing. What is asked meanwhile on the same connection waits behind it."""
+"""How long a broker holds a fetch that finds nothing. Other requests on the same connection wait behind it."""
+_AFTER_FAILURE_S = 0.1
+_GATHER_MS = 2
+_GATHER_AT_MOST_MS = 12
+_NOTHING = SimpleNamespace(topics=())
 
 
 def fetch_options(topics: Iterable[Topic[Any]], *, read_uncommitted: bool = False) -> dict[str, Any]:
-    """How a reader of these topics fetches: of those that are written in transactions, what is committed.
+    """The fetch options for readers of these topics.
 
-    And of no others: whoever may write could leave a transaction open there, and readers of what is committed would
-    come to nothing behind it for a quarter of an hour. `read_uncommitted`: all that stands there, of those as well.
+    If a topic is written in transactions, only committed records are read, unless `read_uncommitted`. On other topics
+    all records are read: whoever may write there could leave a transaction open, and block readers of committed records
+    for a quarter of an hour.
     """
     committed = not read_uncommitted and any(topic.in_transactions for topic in topics)
     return {
@@ -43,30 +49,22 @@ def fetch_options(topics: Iterable[Topic[Any]], *, read_uncommitted: bool = Fals
     }
 
 
-_AFTER_FAILURE_S = 0.1
-_GATHER_MS = 2
-_GATHER_AT_MOST_MS = 12
-
-
-_NOTHING = SimpleNamespace(topics=())
-
-
 class BatchDelay:
-    """How long to let records gather between batches, where somebody waits for what comes of them.
+    """How long to let records gather between batches, if somebody waits for the results.
 
-    Where many come at once, more are on their way, and a batch costs little more than one record.
+    If many records come at once, more are on their way, and a batch costs little more than one record.
     """
 
     def __init__(self, full: int) -> None:
-        """`full`: how many records a batch has at most."""
+        """`full` is the largest number of records in a batch."""
         self._full = full
         self._before = 1
 
     def after(self, handled: int) -> float:
-        """In seconds, after a batch of so many records.
+        """The delay in seconds after a batch of `handled` records.
 
-        Where they come one by one none waits, nor after a moment in which several had to; where a batch was full, the
-        next are here already.
+        There is no delay if records come one by one, also once after several came together. After a full batch there is
+        none either, because the next records are already here.
         """
         fewer = min(self._before, handled)
         self._before = handled
@@ -74,16 +72,16 @@ class BatchDelay:
 
 
 class FetchControl:
-    """The fetches of one consumer. Make it once, before `consumer.start()`."""
+    """The fetches of one consumer. Create it once, before `consumer.start()`."""
 
     def __init__(self, consumer: AIOKafkaConsumer, *, linger_ms: int = 0) -> None:
-        """`linger_ms`: so long after an answer of a broker that brought something, but not much, records gather there.
+        """`linger_ms`: after a response with few records, let more gather at the broker for so long.
 
         The first record after a silence is read at once all the same.
         """
         self._linger_s = linger_ms / 1000
         self.held = False
-        """Whether it is told to ask for nothing more."""
+        """Whether fetches are paused."""
         self._open = asyncio.Event()
         self._open.set()
         self._not_before_s = 0.0
@@ -95,12 +93,12 @@ class FetchControl:
         _end_each_read(consumer)
 
     def pause(self) -> None:
-        """Ask for nothing more until `resume`. A fetch under way still comes."""
+        """Send no more fetches until `resume`. A fetch under way still completes."""
         self.held = True
         self._open.clear()
 
     def resume(self, after_s: float = 0) -> None:
-        """Ask for more, in so many seconds. Only when all that came was taken: see `_spaced`."""
+        """Fetch again after `after_s` seconds. Call it only when all received records were taken; see `_spaced`."""
         self.held = False
         self._not_before_s = asyncio.get_running_loop().time() + after_s
         self._open.set()
@@ -132,8 +130,10 @@ class FetchControl:
 
 
 def _end_each_read(consumer: AIOKafkaConsumer) -> None:
-    """Let aiokafka (0.14) know of the end of a read that raised, too. It would count it as being under way for ever: a
-    member that hangs later would never be idle, and its partitions would come to nobody else.
+    """Make aiokafka (0.14) notice the end of a read that raised.
+
+    Otherwise it counts that read as under way for ever. A member that hangs later would never count as idle, and would
+    keep its partitions.
     """
     reads = consumer._subscription
     begun = reads.fetch_context
@@ -151,5 +151,5 @@ def _end_each_read(consumer: AIOKafkaConsumer) -> None:
 
 
 def _size(response: Any) -> int:
-    """Bytes of records in a fetch response: they come last of what is told of each partition."""
+    """Bytes of records in a fetch response. They are the last item of each partition."""
     return sum(len(partition[-1] or b"") for _, partitions in response.topics for partition in partitions)

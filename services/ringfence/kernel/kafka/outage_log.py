@@ -1,5 +1,7 @@
-"""While Kafka is away its clients say so hundreds of times a second: here that is one line, one now and then, and one
-when it is back.
+"""One log line instead of hundreds while Kafka is unreachable.
+
+Clients of Kafka log every failed attempt. This filter logs the first, then one line every `REPORT_EVERY_S` seconds, and
+one when Kafka is back.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ log = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 30.0
 _QUIET_S = 2.0
-"""So long nobody complained before it counts as back: clients try again several times a second."""
+"""Kafka counts as back after so many seconds without a complaint: clients retry several times a second."""
 _CHECK_EVERY_S = 0.5
 _CLIENTS = (
     "aiokafka",
@@ -31,15 +33,15 @@ _CLIENTS = (
 )
 _NO_CONNECTION = (KafkaConnectionError, NodeNotReadyError, RequestTimedOutError, OSError)
 _WHATEVER_WHY = ("Unable connect to ", "Unable to update metadata ", "Unable to request metadata ")
-"""So begins what aiokafka says of it, if perhaps without such an error."""
+"""Beginnings of aiokafka's messages about connections, which may come without such an error."""
 _COMES_OF_IT = ("Marking the coordinator dead ", "not known to be caught up with ", "not known where ")
-"""Meanwhile, what is no more than to be expected."""
+"""Beginnings of messages that are only to be expected during an outage."""
 _FIRST_TIME = 'Unable connect to "'
-"""A client that is only being made: whoever makes it is told by an error, and says so."""
+"""A client that is being created: its creator gets an error, and reports it."""
 
 
 class OutageLog(logging.Filter):
-    """Holds back what is said of connections that do not come about. `watch` says how it goes on."""
+    """A logging filter that drops messages about connections that fail. `watch` reports the outage instead."""
 
     def __init__(self, settings: BusSettings, now_s: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ class OutageLog(logging.Filter):
         self._counter = self._new_counter(0.0)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record is to be written. The first of many is, in words that say what it is about."""
+        """Whether to log a record. The first one of an outage is logged, reworded to name Kafka."""
         if not _is_of_a_client(record.name) or record.levelno < logging.WARNING:
             return True
         trouble, message = _is_outage(record), record.getMessage()
@@ -71,12 +73,12 @@ class OutageLog(logging.Filter):
             return should_log
 
     async def watch(self) -> None:
-        """Say how it goes on, for ever."""
+        """Report the state of an outage, for ever."""
         # Did it end, everything was held back from then on, and nobody said so.
         await run_periodically(_CHECK_EVERY_S, self.report_state, "not known whether Kafka is back", log)
 
     async def report_state(self) -> None:
-        """Say what there is to say now: that it is back, or that it is still away."""
+        """Log that Kafka is back, or still unreachable, if it is time to."""
         since_s = self._since_s
         if since_s is None:
             return

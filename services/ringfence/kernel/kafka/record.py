@@ -1,4 +1,4 @@
-"""Records of Kafka: as they arrive, with nothing of them verified, and as they are sent."""
+"""Kafka records: as received, with nothing verified, and as they are to be sent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ringfence.messages.credential import Coordinates
 
 
 class Received(NamedTuple):
-    """One Kafka record as it arrived, nothing of it verified."""
+    """A received Kafka record, of which nothing is verified."""
 
     topic: Topic[Any]
     topic_name: str
@@ -24,27 +24,27 @@ class Received(NamedTuple):
     appended_at_ms: int
     key: str | None
     value: bytes
-    """Empty for a tombstone. Of what is signed in the clear the compact JWS, as of everything that is signed."""
+    """Empty for a tombstone. The compact JWS of a signed message, also if it was signed with a detached signature."""
     raw_headers: Sequence[tuple[str, bytes | None]] = ()
     span: Span = NO_SPAN
-    """What this process does for it."""
+    """The tracing span of this process's work on the record."""
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers as text; what is not UTF-8 is replaced, as nothing is decided by it."""
+        """The headers as text. Bytes that are not UTF-8 are replaced, because no decision uses headers."""
         return {
             name: value.decode("utf-8", "replace") for name, value in self.raw_headers if value is not None
         }
 
     @property
     def traceparent(self) -> str:
-        """What comes of this record goes on from here."""
+        """The W3C trace context for whatever this record causes."""
         return self.span.traceparent or self.own_traceparent
 
     @property
     def own_traceparent(self) -> str:
-        """As it was sent; where it was not, or is malformed, it follows from the record's place: every reader finds
-        the same, so that what they make of the record is one trace.
+        """The `traceparent` header of the record. If it is missing or malformed, one is derived from the record's
+        coordinates: all readers derive the same, so that their work is one trace.
         """
         for name, value in self.raw_headers:
             if name == "traceparent" and value is not None:
@@ -56,7 +56,7 @@ class Received(NamedTuple):
         )
 
     def with_span(self, span: Span) -> Self:
-        """See `TraceableRecord`."""
+        """The same record with another span; see `TraceableRecord`."""
         return self._replace(span=span)
 
     @property
@@ -70,23 +70,23 @@ class Received(NamedTuple):
 
 
 class Outbound(NamedTuple):
-    """One of many messages for a topic: see `Publisher.send` for what they are."""
+    """One of many records to send to a topic; see `Publisher.send` for the fields."""
 
     key: str
     value: bytes
     id: str
     traceparent: str | None = None
     key_number: int | None = None
-    """That of the key (`partitioning.key_number`), where it was counted before."""
+    """The hash of the key (`partitioning.key_number`), if it was computed before."""
 
 
 def missing_topics(names: Sequence[str]) -> UnavailableError:
-    """What is said of topics that are not there."""
+    """The error for topics that do not exist."""
     return UnavailableError(f"missing on Kafka: {', '.join(names)}; run: ringfence topics apply")
 
 
 def received(record: Any, topics: dict[str, Topic[Any]]) -> Received:
-    """aiokafka's record as ours; a key that is not UTF-8 is replaced, as nothing is decided by it."""
+    """Convert a record of aiokafka. No decision uses the key, so bytes of it that are not UTF-8 are replaced."""
     topic, value = topics[record.topic], record.value or b""
     return Received(
         topic,

@@ -1,4 +1,4 @@
-"""Reads whole topics, without a consumer group: for tables, and for histories."""
+"""Readers of whole topics, without a consumer group: for local tables, and for histories."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 def paced(
     consumer: AIOKafkaConsumer, settings: BusSettings, linger_ms: int = 0, *, quick_ms: int = QUICK_MS
 ) -> FetchControl:
-    """See that `consumer` asks for records when it should. Call it once, before `consumer.start()`.
+    """Control when `consumer` fetches. Call it once, before `consumer.start()`.
 
     Args:
-        linger_ms: let records gather for so long after others came, where nobody waits for them.
-        quick_ms: where somebody does: from fetch to fetch of the embedded broker, which holds none.
+        linger_ms: let records gather for so long after others came, if nobody waits for them.
+        quick_ms: if somebody waits: the time between fetches from the embedded broker, which holds no fetch.
     """
     if settings.embedded_broker:
         adapt_to_embedded_broker(consumer, linger_ms=linger_ms or quick_ms)
@@ -40,7 +40,7 @@ def paced(
 
 
 Reader = Callable[[Sequence[Received]], None]
-"""Takes what came of one partition, in its order. Must not block, must not raise."""
+"""Takes records of one partition, in order. Must not block, must not raise."""
 
 
 class _Followed(NamedTuple):
@@ -49,7 +49,7 @@ class _Followed(NamedTuple):
 
 
 class Follower:
-    """Reads whole topics, every partition, from a starting point on and for ever. No group, nothing committed."""
+    """Reads all partitions of topics from a starting point, and goes on for ever. No group, no commits."""
 
     def __init__(
         self,
@@ -66,14 +66,14 @@ class Follower:
         """Args:
             since_ms: where to start: 0 at the beginning, a time at the first record appended then or later, None at
                 the present end.
-            linger_ms: let records gather for so long, where nobody waits for them.
+            linger_ms: let records gather for so long, if nobody waits for them.
             key: read only the partitions that records with this key go to (by Kafka's default partitioner).
             reader: the name of the reader, for reports to `on_data_loss` of records that Kafka removed unread.
         """  # fmt: skip
         self._key = key.encode() if key is not None else None
         self._reader = LossAwareReader(reader, on_data_loss)
         self.lost_ranges = self._reader.lost_ranges
-        """What Kafka removed, or lost."""
+        """The last lost range of each partition; see `LossAwareReader`."""
         self._settings = settings
         self._topics: dict[str, Topic[Any]] = {}
         self._followed: dict[str, _Followed] = {}
@@ -87,11 +87,11 @@ class Follower:
         self._questions: set[asyncio.Task[bool]] = set()
         self._advanced = asyncio.Event()
         self.complete = asyncio.Event()
-        """Set once everything has been read that was there at the start."""
+        """Set once everything was read that was on the topics at the start."""
         self.also(topics, on_records, since_ms=since_ms)
 
     def also(self, topics: Sequence[Topic[Any]], on_records: Reader, *, since_ms: int | None) -> None:
-        """Read these too, to be said before `start`. A fetch costs little more for many topics than for one."""
+        """Read these topics too. Call it before `start`. A fetch costs little more for many topics than for one."""
         for topic in topics:
             name = topic.name(self._settings.topic_prefix)
             if name in self._topics:
@@ -100,7 +100,7 @@ class Follower:
             self._followed[name] = _Followed(on_records, since_ms)
 
     async def start(self) -> None:
-        """Connect, find the starting points, begin to read. Raises UnavailableError where topics are missing."""
+        """Connect, seek to the starting points, and begin to read. Raises UnavailableError if a topic is missing."""
         consumer = AIOKafkaConsumer(
             **connection(self._settings),
             enable_auto_commit=False,
@@ -125,7 +125,7 @@ class Follower:
         self._task = asyncio.create_task(self._run(consumer), name="follower")
 
     async def _partitions(self, consumer: AIOKafkaConsumer) -> list[TopicPartition]:
-        """Of all topics. Raises UnavailableError where one is missing."""
+        """The partitions of all topics. Raises UnavailableError if a topic does not exist."""
         # `consumer.partitions_for_topic` knows nothing yet: Apache Kafka, unlike the embedded broker, tells a client
         # that has just started of no topics. An answer that was on its way before it named any may come first.
         client = consumer._client
@@ -181,9 +181,7 @@ class Follower:
                 behind = {p for p in behind if await consumer.position(p) < self._goal[p]}
 
     async def positions(self, topics: Iterable[Topic[Any]]) -> dict[tuple[str, int], int]:
-        """By the name and partition of these topics: the offset after the last record that was handed on, or passed
-        over.
-        """
+        """The next offset to be read, by topic name and partition, for these topics."""
         consumer = self._consumer
         if consumer is None:
             return {}
@@ -195,11 +193,11 @@ class Follower:
         }
 
     async def caught_up(self, timeout_s: float) -> bool:
-        """Wait until everything is taken in that stood on the topics when this was called.
+        """Wait until all records are read that were on the topics when this was called.
 
-        So that nobody is refused for what a table did not hold *yet*: whoever saw a record acknowledged and then sent a
-        message is judged with that record. Costs one round trip where nothing is outstanding. False where `timeout_s`
-        passed before, or Kafka did not answer.
+        A table may simply not hold a record *yet*. After this wait, nobody is refused for that: whoever saw a record
+        acknowledged, and then sent a message, is judged with that record. Costs one round trip if nothing is
+        outstanding. False if `timeout_s` passed first, or if Kafka did not answer.
         """
         if self._consumer is None:
             return False
@@ -215,7 +213,9 @@ class Follower:
         return False
 
     async def _read_to_the_end(self, consumer: AIOKafkaConsumer) -> bool:
-        """One question to Kafka answers all who asked before it was sent: a batch of refusals costs one."""
+        """Ask Kafka for the end offsets, and wait until they are read. One request serves all callers that waited for
+        it.
+        """
         async with self._asking_lock:
             self._next_question = None
             try:
@@ -231,7 +231,7 @@ class Follower:
             await advanced.wait()
 
     async def _asking_consumer(self) -> AIOKafkaConsumer:
-        """A connection of its own: on the reading one, a question waits behind the fetch that waits for records."""
+        """A second connection: on the reading one, a request waits behind the fetch that waits for records."""
         if self._asking is None:
             asking = AIOKafkaConsumer(**connection(self._settings), enable_auto_commit=False)
             try:
@@ -243,7 +243,7 @@ class Follower:
         return self._asking
 
     async def stop(self) -> None:
-        """Stop reading and disconnect."""
+        """Stop reading, and disconnect."""
         for question in tuple(self._questions):
             question.cancel()
         if self._asking is not None:
@@ -260,7 +260,7 @@ class Follower:
 
     @property
     def failed(self) -> str | None:
-        """Why reading has ended, or None while it goes on."""
+        """The reason why reading has ended; None while it goes on."""
         if self._task is None or not self._task.done() or self._task.cancelled():
             return None
         return f"the follower ended: {self._task.exception()!r}"

@@ -1,4 +1,8 @@
-"""The life of a service process: start, work, drain, stop. What a service *does* is handed in by its `app.py`."""
+"""The life cycle of a service process: start, work, drain, stop.
+
+`app.py` of each service registers its tables, consumers, HTTP routes and background jobs here; `run` then starts them
+in order. Tables are complete before any work is taken.
+"""
 
 from __future__ import annotations
 
@@ -40,16 +44,16 @@ log = logging.getLogger(__name__)
 
 _CANCEL_AGAIN_S = 3.0
 _TRUST_MS = 200
-"""A new trust bundle comes once in months."""
+"""A new trust bundle comes once in months, so its reader lingers."""
 _CATCH_UP_S = 2.0
 DRAIN_S = 10.0
-"""What a batch under way is given to end once the service is told to stop."""
+"""How long a batch under way may take to finish once the service has to stop."""
 FAREWELL_S = 5.0
-"""So long is waited for Kafka to hear of the end of a service, and then for what else was sent to it."""
+"""How long to wait for Kafka to acknowledge the event "stopped", and then once more for all other messages."""
 
 
 class Runtime:
-    """One service in a process: identity, trust, publisher, tables, consumers, HTTP, background work."""
+    """One service in a process: identity, trust, publisher, tables, consumers, HTTP, and background jobs."""
 
     def __init__(self, role: ServiceRole, settings: ServiceSettings, clock: Clock | None = None) -> None:
         """Reads the service's key. Raises KeyFileError, SettingsError."""
@@ -69,16 +73,18 @@ class Runtime:
         self._table_follower: Follower | None = None
         self._trust_follower: Follower | None = None
         self.bundle_overwritten = False
-        """Whether the last record under the key of the bundle in force is another: compaction would let it vanish."""
+        """Whether the last record under the key of the bundle in force is a different record. Then compaction would
+        delete the bundle from the topic.
+        """
         self._followers: list[Follower] = []
         self._postponed: list[DeferredRecords] = []
         self._histories: dict[int, Follower] = {}
-        """By how long they linger."""
+        """By `linger_ms`: followers are shared by histories that linger alike."""
         self._consumers: list[Consumer] = []
         self._started = False
         """Whether all tables are complete, and work is taken."""
         self._waits_for: str | None = None
-        """What was told already, of what it waits for before it begins."""
+        """The last reason for waiting that was logged."""
         self._background: list[tuple[str, Callable[[], Awaitable[None]]]] = []
         self._skew = SkewCheck("the broker")
         self._checks: list[ReadyCheck] = [
@@ -98,18 +104,22 @@ class Runtime:
 
     @property
     def key(self) -> SigningKey:
-        """The key to sign by now: ask for it each time, as another one may follow it. Its `id` stays the same."""
+        """The key to sign with now. Ask each time, because rotation replaces it. Its `id` stays the same."""
         return self._keys.current
 
     def believed_key(self) -> SigningKey:
-        """`key`, for what is of no use unless it is believed. Raises UnavailableError where nobody would believe it."""
+        """`key`, for a message that is useless if nobody trusts it. Raises UnavailableError if nobody would trust it
+        now.
+        """
         self.trust.require(self.clock.now_ms() / 1000)
         if (reason := self._keys.uncounted(self.role)) is not None:
             raise UnavailableError(reason, code="key_uncounted")
         return self.key
 
     def reload_keys(self) -> None:
-        """Read the key files again: one that follows may have been put beside. What is wrong with them is logged."""
+        """Read the key files again, because the next key may have been added. Errors are logged, and the former keys
+        stay.
+        """
         for reread in (self._keys.reload, *self._rereading):
             self._reread(reread)
 
@@ -122,15 +132,15 @@ class Runtime:
     # --- what `app.py` says before the start ---
 
     def table(self, topics: Sequence[Topic[Any]], reader: Reader) -> None:
-        """Read these topics whole, from their beginnings, and go on reading; complete before any work is taken."""
+        """Read these topics from the beginning, and go on reading. They are complete before any work is taken."""
         self._tables |= dict.fromkeys(topics, reader)
 
     def history(
         self, topics: Sequence[Topic[Any]], reader: Reader, *, since_ms: int, linger_ms: int = 0
     ) -> Follower:
-        """Read these topics from a moment on, and go on reading; complete before any work is taken.
+        """Read these topics from `since_ms` on, and go on reading. They are complete before any work is taken.
 
-        Those that linger alike are read by one follower, so that each fetch is for all of them.
+        Histories with the same `linger_ms` share a follower, so that each fetch serves all of them.
         """
         if (shared := self._histories.get(linger_ms)) is not None:
             shared.also(topics, reader, since_ms=since_ms)
@@ -148,8 +158,8 @@ class Runtime:
         return follower
 
     def redeliver_after_rotation(self, reader: Reader) -> Reader:
-        """A reader for `table` or `history` that gives `reader` what comes, and, once another trust bundle is in force,
-        what services signed after the end of the one before once more: it must not mind to see what it has seen.
+        """Wrap `reader` so that records signed after the end of the current bundle are delivered again when the next
+        bundle arrives. `reader` must be idempotent.
         """
         postponed = DeferredRecords(self.trust, reader)
         self._postponed.append(postponed)
@@ -168,7 +178,7 @@ class Runtime:
         read_uncommitted: bool = False,
         audit_data_loss: bool = True,
     ) -> Consumer:
-        """Take work from these topics as a member of a group. See `Consumer` for what it is given and what it tells.
+        """Take work from these topics as a member of a consumer group. See `Consumer` for the parameters.
 
         `audit_data_loss`: whether lost records are also reported to the audit trail and to the metric that alerts use.
         The log and `/readyz` report them in any case.
@@ -191,29 +201,31 @@ class Runtime:
         return consumer
 
     def background(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
-        """Run this beside the consumers. When it ends or raises, the process ends with an error."""
+        """Run `work` beside the consumers. If it returns or raises, the process ends with an error."""
         self._background.append((name, work))
 
     def ready_when(self, check: ReadyCheck) -> None:
-        """Add a reason why the service may not be ready."""
+        """Add a readiness check: a reason why the service is not ready, or None."""
         self._checks.append(check)
 
     def denies_when(self, check: ReadyCheck) -> None:
-        """Add a reason why the service may deny what it is asked. `/readyz` says it, and the service stays ready: being
-        taken out of use would help nobody, and end what it still can do.
+        """Add a reason why the service may deny requests, or None. `/readyz` reports it, but the service stays ready:
+        taking it out of use would help nobody, and would stop what it still can do.
         """
         self._denials.append(check)
 
     def warns_when(self, check: ReadyCheck) -> None:
-        """Add what people should know of the service, though it does what it was told. `/readyz` says it."""
+        """Add a warning that people should see, although the service works. `/readyz` reports it."""
         self._warnings.append(check)
 
     def on_keys(self, reread: Callable[[], None]) -> None:
-        """Call this when key files may have changed: at each trust bundle, and at SIGHUP. It may raise KeyFileError."""
+        """Call `reread` when key files may have changed: at each trust bundle, and at SIGHUP. It may raise
+        KeyFileError.
+        """
         self._rereading.append(reread)
 
     def on_start(self, opening: Callable[[], Awaitable[None]]) -> None:
-        """Await this before any work is taken, e.g. to connect to a store."""
+        """Await this before any work is taken, for example to connect to a store."""
         self._opening.append(opening)
 
     def on_stop(self, closing: Callable[[], Awaitable[None]]) -> None:
@@ -223,26 +235,28 @@ class Runtime:
     # --- what handlers use ---
 
     def clock_behind(self) -> str | None:
-        """Why this process's clock holds for young, and for still to come, what is not; or None."""
+        """The reason if this process's clock is behind the broker's, so that ended things look valid; else None."""
         return self._skew.behind()
 
     def broker_now_ms(self) -> int:
-        """What the broker's clock says by now, where this process's is known to be off; else what this one says."""
+        """The broker's time, if this process's clock is known to be off; else this process's time. In ms."""
         now_ms = self.clock.now_ms()
         return now_ms - (self._skew.ahead_ms() or 0) if self._skew.unready() else now_ms
 
     def broker_past_ms(self) -> int | None:
-        """A moment that is over by each broker's clock: what was appended by then is on Kafka now. None where no
+        """A time in ms that has passed on every broker's clock: records appended by then are on Kafka now. None if no
         broker's time is known yet.
         """
         return self._skew.past_ms(self.clock.now_ms())
 
     async def tables_caught_up(self, timeout_s: float) -> bool:
-        """Wait until the tables hold what stood on their topics when this was called. See `Follower.caught_up`."""
+        """Wait until the tables hold all records that were on their topics when this was called. See
+        `Follower.caught_up`.
+        """
         return self._table_follower is not None and await self._table_follower.caught_up(timeout_s)
 
     async def trust_moved(self) -> bool:
-        """Whether a trust bundle came that was not known when this was called."""
+        """Read the trust topic to its end. True if that put another trust bundle in force."""
         version = self.trust.version
         if self._trust_follower is not None:
             await self._trust_follower.caught_up(_CATCH_UP_S)
@@ -260,7 +274,7 @@ class Runtime:
         at_ms: int | None = None,
         **fields: Any,
     ) -> None:
-        """`event_soon`, acknowledged when this returns."""
+        """`event_soon`, and wait for the broker's acknowledgement."""
         await (
             await self.event_soon(
                 kind,
@@ -286,10 +300,10 @@ class Runtime:
         at_ms: int | None = None,
         **fields: Any,
     ) -> Awaitable[object]:
-        """Publish a signed `service.event`. Await what this returns for the broker's acknowledgement.
+        """Publish a signed `service.event`. Returns an awaitable of the broker's acknowledgement.
 
-        `about` makes its id: the same event said twice has the same one. With `at_ms`, where it is not of now, it is
-        the same text each time.
+        The id is derived from `kind`, `subject` and `about`, so that a retry has the same id. With `at_ms` given, the
+        whole text is the same each time.
         """
         now_ms = self.clock.now_ms() if at_ms is None else at_ms
         event = ServiceEvent(
@@ -315,23 +329,23 @@ class Runtime:
         return acknowledged
 
     def halted(self) -> tuple[str, ...]:
-        """The consumer groups of this service that have halted here."""
+        """The consumer groups of this service that have halted in this process."""
         return tuple(sorted(consumer.group for consumer in self._consumers if consumer.halted is not None))
 
     # --- the life ---
 
     def unready(self) -> list[str]:
-        """Why the service is not ready; empty where it is."""
+        """The reasons why the service is not ready; empty if it is."""
         return [reason for check in self._checks if (reason := check())]
 
     def _facts(self) -> dict[str, object]:
-        """What `/readyz` tells besides: all services should have one trust bundle in force."""
+        """Further fields of `/readyz`: all services should have the same trust bundle in force."""
         return {"trust_bundle": self.trust.version, "signs_by": self.key.kid}
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Run until `stop` is set, then drain: the batches under way end, nothing new is taken.
+        """Run until `stop` is set, then drain: batches under way finish, and nothing new is taken.
 
-        Raises RingfenceError where something needed cannot be had, or background work ended.
+        Raises RingfenceError if a dependency cannot be had, or if a background job ended.
         """
         host, _, port = self.settings.http.partition(":")
         server = HttpServer(
@@ -383,7 +397,7 @@ class Runtime:
             )
 
     async def _drain(self) -> None:
-        """Let the batches under way come to their ends, and their offsets be committed, within `DRAIN_S`."""
+        """Let the batches under way finish, and their offsets be committed, within `DRAIN_S`."""
         try:
             async with asyncio.timeout(DRAIN_S):
                 await asyncio.gather(*(consumer.drain() for consumer in self._consumers))
@@ -391,7 +405,7 @@ class Runtime:
             log.warning("%s goes without what it began: it comes again, to whoever is there then", self.role)
 
     async def _start(self, stop: asyncio.Event, http: asyncio.Task[None]) -> bool:
-        """Start everything that is needed before work is taken; False where the service was stopped meanwhile."""
+        """Start everything that has to be there before work is taken. False if the service was stopped meanwhile."""
         await _until_available(self.publisher.start, stop, http)
         # Trust comes first: a record that arrived before the bundle would be refused as signed by nobody.
         trust = self._trust_follower = Follower(self.settings, [TRUST], self._on_trust, linger_ms=_TRUST_MS)
@@ -416,8 +430,9 @@ class Runtime:
         return not stop.is_set()
 
     def _untrusted(self) -> str | None:
-        """Why this service believes nobody, or, before it begins, nobody would believe it: the records of a registry
-        with another's key would stand in the place of those that count.
+        """The reason if this service trusts nobody, or, before it starts, if nobody would trust it.
+
+        A registry with a wrong key, for example, would put its records in the place of valid ones.
         """
         return self.trust.unready() or (None if self._started else self._keys.unknown(self.role))
 
@@ -453,7 +468,7 @@ class Runtime:
             postponed.again()
 
     async def _report_data_loss(self, gone: LostRange) -> None:
-        """A service that loses work says so where people look: it must not be found out by what never happened."""
+        """Report lost records as a finding in the audit trail and as a metric, so that people learn of them."""
         await self.event(
             "finding",
             "records gone",
@@ -463,7 +478,7 @@ class Runtime:
         metrics.RECORDS_GONE.labels(gone.topic_name, gone.by).inc(gone.until - gone.first)
 
     async def report_halted(self, error: HaltedError) -> None:
-        """A service that stopped working says so where people look."""
+        """Report a halted consumer as a finding in the audit trail."""
         at = error.record
         await self.event(
             "finding",
@@ -473,7 +488,7 @@ class Runtime:
         )
 
     def _data_loss_warning(self) -> str | None:
-        """One of those that were gone; the log and the metric have all."""
+        """One of the lost ranges; the log and the metric have all."""
         readers: list[Consumer | Follower] = [*self._consumers, *self._followers]
         return next(
             (gone.message for reader in readers for gone in reversed(reader.lost_ranges.values())), None
@@ -496,7 +511,7 @@ class Runtime:
 
 
 async def _until(ready: Callable[[], bool], stop: asyncio.Event, http: asyncio.Task[None]) -> None:
-    """Return once `ready()` or `stop`. Raises what ended the HTTP server, where it ended."""
+    """Wait for `ready()` or `stop`. If the HTTP server ends meanwhile, raises its error."""
     while not (ready() or stop.is_set()):
         if http.done():
             http.result()
@@ -508,8 +523,8 @@ async def _forever(job: Callable[[], Awaitable[None]]) -> None:
 
 
 async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel tasks, and again where one goes on: `asyncio.wait_for` of Python 3.11, which redis and aiokafka use, loses
-    a cancellation that comes together with its result.
+    """Cancel tasks, again and again if one goes on: `asyncio.wait_for` of Python 3.11, which redis and aiokafka use,
+    loses a cancellation that comes together with its result.
     """
     left = set(tasks)
     while left:
@@ -522,7 +537,7 @@ async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
 async def _until_available(
     start: Callable[[], Awaitable[None]], stop: asyncio.Event, http: asyncio.Task[None]
 ) -> None:
-    """Try again each half second while a dependency is away: services may start in any order."""
+    """Call `start` until it succeeds, every half second: services may start in any order."""
     said = ""
     while not stop.is_set():
         try:

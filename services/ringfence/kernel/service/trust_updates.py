@@ -1,4 +1,4 @@
-"""Takes in trust bundles as they come on `trust`."""
+"""Updates of the trust bundle from the topic `trust`, and records that have to wait for the next bundle."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from ringfence.kernel.kafka.record import Received
 
 log = logging.getLogger(__name__)
 
+_MOST = 50_000
+
 
 def apply_bundle(trust: TrustStore, record: Received, clock: Clock) -> bool:
-    """Put a bundle in force. True where it is another than before; what is none that counts is logged."""
+    """Load a trust bundle from a record. True if it came into force. An invalid bundle is logged and ignored."""
     try:
         return trust.load(record.value, clock.now_ms() / 1000)
     except InvalidMessageError as error:
@@ -31,16 +33,13 @@ def apply_bundle(trust: TrustStore, record: Received, clock: Clock) -> bool:
         return False
 
 
-# What services signed after the end of the trust bundle in force: readers see it again once the next bundle is here.
-#
-# For those that look at each record once and pass over what nobody vouches for, and that may be given it twice. A
-# consumer's batch waits instead (`DeadLetters`).
-
-_MOST = 50_000
-
-
 class DeferredRecords:
-    """Stands before one reader."""
+    """Delivers records again when the next trust bundle arrives.
+
+    It wraps a reader that sees each record once and ignores what nobody vouches for. Records that services signed after
+    the end of the bundle in force are kept, up to 50,000, and delivered to the reader a second time. A consumer's batch
+    waits instead (`DeadLetters`).
+    """
 
     def __init__(self, trust: TrustStore, reader: Callable[[Sequence[Received]], None]) -> None:
         self._trust = trust
@@ -48,7 +47,7 @@ class DeferredRecords:
         self._kept: deque[Received] = deque(maxlen=_MOST)
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Hand on what came, and keep what may be vouched for later: garbage is not."""
+        """Pass records on, and keep those that the next bundle may vouch for. Garbage is not kept."""
         for record in records:
             if self._trust.may_be_vouched_for(record.topic, record.value, record.appended_at_ms / 1000):
                 if len(self._kept) == _MOST:
@@ -61,7 +60,7 @@ class DeferredRecords:
         self._reader(records)
 
     def again(self) -> None:
-        """Another bundle is in force: hand on once more what was kept, topic by topic, in its order."""
+        """Another bundle is in force: deliver the kept records again, topic by topic, in order."""
         kept, self._kept = self._kept, deque(maxlen=_MOST)
         for _, some in itertools.groupby(kept, key=lambda record: record.topic_name):
             self.on_records(list(some))

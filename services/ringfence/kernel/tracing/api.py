@@ -1,8 +1,8 @@
-"""Spans: what one process did for one message, in the trace that the message belongs to.
+"""Tracing: spans for what one process did for one message, in the trace of that message.
 
-Unless somebody asked for them none are made, and everything here does nothing. There is no ambient context: a span's
-`traceparent` goes along with the work as a message's own does, so what is done for many messages at once is never mixed
-up. Spans say ids, outcomes and codes; never what a message holds.
+Without a tracing backend nothing is recorded, and every method here does nothing. There is no ambient context: a span's
+`traceparent` is passed along with the work, as a message's is, so that work for many messages at once is never mixed
+up. Spans hold ids, outcomes and codes, never the content of messages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ringfence.kernel.tracing.traceparent import well_formed
 
 
 class Span:
-    """One that is not made: it only hands on the `traceparent` that it would have been under."""
+    """A span that is not recorded. It only passes on the `traceparent` of its parent."""
 
     __slots__ = ("traceparent",)
 
@@ -28,16 +28,18 @@ class Span:
         """What comes of this work goes on from here."""
 
     def note(self, **facts: object) -> None:
-        """Say more: `agent_id` is the attribute `ringfence.agent.id`. What is None is left out."""
+        """Add attributes: `agent_id` becomes `ringfence.agent.id`. Values of None are left out."""
 
     def refused(self, *codes: str) -> None:
-        """The work ended in a no, and why: codes alone, as messages may hold what somebody else wrote."""
+        """Mark the work as refused, with the codes of the reasons. Messages of reasons may quote others, so
+        only codes.
+        """
 
     def end(self, error: BaseException | None = None) -> None:
-        """The work is over, and perhaps failed. A span ends once, whoever says it first."""
+        """End the span, with an error if the work failed. Only the first call counts."""
 
     def end_when(self, acknowledged: asyncio.Future[Any], index: int = 0) -> None:
-        """End once Kafka has the record, the `index`th of those that were sent together."""
+        """End the span when Kafka has acknowledged the record, the `index`th of those sent together."""
 
     def __enter__(self) -> Self:
         return self
@@ -52,7 +54,7 @@ NO_SPAN = Span()
 
 
 class TraceableRecord(Protocol):
-    """A record as it arrived from Kafka, as far as its span needs it."""
+    """A received Kafka record, as far as tracing needs it."""
 
     @property
     def topic_name(self) -> str: ...
@@ -72,7 +74,7 @@ class TraceableRecord(Protocol):
     def span(self) -> Span: ...
 
     def with_span(self, span: Span) -> Self:
-        """The same record with the span that is about it."""
+        """The same record with this span."""
         ...
 
 
@@ -80,49 +82,51 @@ Record = TypeVar("Record", bound=TraceableRecord)
 
 
 class Work(NamedTuple):
-    """What a span may be made of."""
+    """What a span is made from."""
 
     traceparent: str | None
-    """What it is done for; without it no service makes a span."""
+    """The trace context of the message; without it no span is made."""
     facts: Mapping[str, object]
-    """See `Span.note`."""
+    """Attributes; see `Span.note`."""
     because_of: str | None = None
-    """The `traceparent` of what set it off: where that is of another trace, it is linked."""
+    """The `traceparent` of the cause. If it belongs to another trace, it becomes a link."""
     took_ns: int = 0
-    """How long it has been going on already."""
+    """How long the work has been going on already, in ns."""
 
 
 class Tracing:
-    """Makes the spans of one service, or of the application that an agent's SDK is in. This one makes none."""
+    """Makes the spans of one service, or of the application that uses the SDK. This base class makes none."""
 
     def received(self, batch: Sequence[Record], group: str) -> AbstractContextManager[Sequence[Record]]:
-        """While a batch is handled: the batch to hand over, each record with the span that is about it."""
+        """Context manager around the handling of a batch. Yields the records, each with its span."""
         return contextlib.nullcontext(batch)
 
     def sending(self, topic: str, id: str, key: str, traceparent: str | None) -> Span:
-        """A record on its way to Kafka; the `traceparent` of what is returned, if it has one, goes into its headers."""
+        """The span of a record on its way to Kafka. If it has a `traceparent`, that goes into the record's headers."""
         return Span(well_formed(traceparent))
 
     def step(self, name: str, work: Work) -> Span:
-        """Something that is done on the way; use it as a context manager. `name` is one of few: what differs from case
-        to case are facts.
+        """The span of one step of the work; use it as a context manager. `name` must be one of few: put details into
+        facts.
         """
         return Span(work.traceparent)
 
     @contextlib.contextmanager
     def steps(self, name: str, work: Iterable[Work]) -> Iterator[Sequence[Span]]:
-        """`step` for many that are done together. Yields a span for each, or nothing where none are made."""
+        """`step` for many messages that are handled together. Yields a span for each, or nothing if none are
+        recorded.
+        """
         yield ()
 
     async def close(self) -> None:
-        """Send what is left, within a bound. Nothing can be made after."""
+        """Send what is left, within a time limit. No spans can be made afterwards."""
 
 
 NOT_TRACING = Tracing()
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be imported: what makes spans is an extra."""
+    """Whether a module can be imported. OpenTelemetry is an optional extra."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:

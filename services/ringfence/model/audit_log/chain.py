@@ -1,5 +1,5 @@
-"""The chain of audit events: each names the hash of the one before, and a signed checkpoint the head of the tree over
-all of them. Pure; for who writes it and for whoever verifies it.
+"""The hash chain of audit events. Each event names the hash of the one before it, and signed checkpoints name the head
+of the Merkle tree over all events. Pure; used by the chain writer and by verifiers.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from ringfence.messages.audit import AuditCheckpoint, ChainLink
 from ringfence.model.audit_log.merkle import Hash, TreeHead, leaf_hash
 
 NOTHING: Hash = bytes(32)
-"""What stands for the hash of the event before the first."""
+"""The previous hash of the first event."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tip:
-    """How far a chain has come: its tree, and the hash of its last event."""
+    """The end of a chain: the head of its tree, and the hash of its last event."""
 
     head: TreeHead = field(default_factory=TreeHead)
     last: Hash = NOTHING
 
     @classmethod
     def of(cls, checkpoint: AuditCheckpoint) -> Tip:
-        """What a checkpoint says. Raises ValueError where its parts contradict each other."""
+        """The tip that a checkpoint names. Raises ValueError if its parts contradict each other."""
         head = TreeHead(checkpoint.size, tuple(bytes.fromhex(peak) for peak in checkpoint.peaks))
         if head.root.hex() != checkpoint.root:
             raise ValueError("the root of a checkpoint is not that of its peaks")
@@ -43,12 +43,12 @@ class Tip:
         return Tip(self.head.grown(leaves), leaves[-1]) if leaves else self
 
     def fits(self, link: ChainLink, tree: str) -> bool:
-        """Whether an event with this link is the one that comes next."""
+        """Whether an event with this link is the next one."""
         return (link.tree, link.seq, link.prev) == (tree, self.head.size + 1, self.last.hex())
 
 
 def linkable(event: dict[str, Any]) -> bytes:
-    """The JSON of an event without its link: its words, of which there are some, stand last. `event` is changed."""
+    """The JSON of an event without its link, with `unmapped` last. Changes `event`."""
     words = event.pop("unmapped")
     words.pop("chain", None)
     event["unmapped"] = words
@@ -56,14 +56,16 @@ def linkable(event: dict[str, Any]) -> bytes:
 
 
 def linked(body: bytes, tree: str, seq: int, prev: Hash) -> bytes:
-    """The JSON of an event with its link, as it is published. `body` is what `linkable` made: the link is put behind
-    the last of its words, as taking it apart for that would cost more than all the rest of chaining it.
+    """Add the link to the JSON of an event. `body` is the result of `linkable`.
+
+    The link is inserted behind the last member of `unmapped`: parsing the JSON would cost more than the rest of
+    chaining.
     """
     return b'%b,"chain":%b}}' % (body[:-2], orjson.dumps(_link(tree, seq, prev)))
 
 
 def linked_event(event: Mapping[str, Any], tree: str, seq: int, prev: Hash) -> dict[str, Any]:
-    """What `linked` makes of an event, not as bytes: what `loaded` would make of those. `event` is not changed."""
+    """As `linked`, for a parsed event: the result is what `loaded` would return. Does not change `event`."""
     return {**event, "unmapped": {**event["unmapped"], "chain": _link(tree, seq, prev)}}
 
 
@@ -72,7 +74,7 @@ def _link(tree: str, seq: int, prev: Hash) -> dict[str, Any]:
 
 
 class Source(NamedTuple):
-    """The record that an event is about."""
+    """The coordinates of the record that an event is about."""
 
     topic_name: str
     partition: int
@@ -80,12 +82,12 @@ class Source(NamedTuple):
 
     @property
     def uid(self) -> str:
-        """The uid of the event about it: a repeat of the work makes the same event."""
+        """The uid of the event about this record. A retry produces the same event."""
         return derived_id(self.topic_name, self.partition, self.offset)
 
 
 class Chained(NamedTuple):
-    """What the chain needs of a published event. `link` is None where it has none: it is from before there was one."""
+    """What the chain needs of a published event. `link` is None for events from before there was a chain."""
 
     uid: str
     source: Source
@@ -93,7 +95,7 @@ class Chained(NamedTuple):
 
 
 def event_of(value: bytes) -> Chained | None:
-    """What stands on `audit`, or None where it is no event."""
+    """Parse a record of `audit`; None if it is not an event."""
     event = loaded(value)
     try:
         words = event["unmapped"]
@@ -109,7 +111,7 @@ def event_of(value: bytes) -> Chained | None:
 
 
 def loaded(value: bytes) -> Any:
-    """The JSON of an event, or None where it is none: whoever needs more than one thing of it parses it once."""
+    """The parsed JSON of an event; None if it is not JSON."""
     try:
         return orjson.loads(value)
     except ValueError:
@@ -117,7 +119,7 @@ def loaded(value: bytes) -> Any:
 
 
 def claimed_link(event: Any) -> tuple[Any, Any, Any] | None:
-    """The link that an event names, given its JSON: tree, number, hash; for who knows what they must be."""
+    """The link that an event claims, unverified, from its parsed JSON: tree, number, hash; None if it has none."""
     try:
         link = event["unmapped"]["chain"]
         return link["tree"], link["seq"], link["prev"]

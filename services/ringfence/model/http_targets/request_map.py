@@ -1,7 +1,7 @@
-"""Which HTTP request is which verb on which resource: the ordered map of a target, evaluated. Pure.
+"""The request map of an HTTP target: says which HTTP request means which verb on which resource. Pure.
 
-The first rule that matches counts; what matches none, or cannot be told for certain, is no verb at all, and nothing
-allows it. A request that two readers could understand differently is such a one.
+The rules are ordered, and the first that matches counts. A request that matches no rule, or whose meaning is uncertain,
+has no verb, and nothing allows it. A request that two readers could understand differently is uncertain.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from ringfence.model.unknown_fields import names_of, unknown_fields
 
 MAX_TARGET_CHARS: Final = 8192
 MAX_BODY_BYTES: Final = 1024 * 1024
-"""So much of a body is looked at: a rule with conditions on the body of a larger one matches nothing."""
+"""The longest body that rules inspect. A rule with conditions on a longer body does not match."""
 
 _MAX_SEGMENTS: Final = 256
-"""More would only cost time: no resource has as many."""
+"""No resource has more segments; more would only cost time."""
 
 _MCP: Final = "MCP"
-"""The method of rules that mean messages, and of no request."""
+"""The method of rules for MCP messages; no HTTP request has it."""
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _LITERAL: Final = re.compile(r"[A-Za-z0-9._~!$&'()+,=:@-]+")
 _RAW_SEGMENT: Final = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,=:@-]|%[0-9A-Fa-f]{2})+")
@@ -46,11 +46,11 @@ _PLAIN_PATH: Final = re.compile(r"(?:/[A-Za-z0-9_~!$&'()*+,=:@-][A-Za-z0-9._~!$&
 _NOT_IN_A_SEGMENT: Final = re.compile(r"[/\\%;\x00-\x1f\x7f]")
 _NOT_OF_A_NAME: Final = re.compile(r"[\[\]_. \t-]")
 _OVERRIDES: Final = frozenset({"_method", "x-http-method-override", "x-http-method", "x-method-override"})
-"""Parameters by which servers take a POST for another method."""
+"""Parameters that make servers treat a POST as another method."""
 
 
 class RequestMapError(RingfenceError):
-    """A rule of a target's map cannot be used. The message names it, and says what to write."""
+    """A rule of the map is invalid. The message names the rule, and says what to write."""
 
     code = "request_map_invalid"
 
@@ -66,23 +66,23 @@ class Action:
 @dataclass(frozen=True, slots=True)
 class _Rule:
     segments: tuple[str | None, ...]
-    """The literals; None where one is captured."""
+    """Literal segments; None for a captured one."""
     names: tuple[str | None, ...]
     rest: str | None
-    """The name of what captures one segment or more, at the end."""
+    """The name of the capture at the end that takes one segment or more."""
     rule: RequestRule = field(repr=False)
     mcp: CompiledMcpRule | None
     unknown: str
     """The names of fields of it that this version does not know."""
 
     def folded(self) -> _Rule:
-        """The same for paths in lower case."""
+        """The same rule for paths in lower case."""
         return replace(
             self, segments=tuple(one.casefold() if one is not None else None for one in self.segments)
         )
 
     def captures(self, segments: Sequence[str]) -> dict[str, str] | None:
-        """What the template captures of a path, or None where it does not match."""
+        """The captures of a path; None if it does not match."""
         known = len(self.segments)
         if len(segments) < known + 1 if self.rest else len(segments) != known:
             return None
@@ -98,10 +98,10 @@ class _Rule:
 
 
 class RequestMap:
-    """The map of one target, compiled once."""
+    """The compiled request map of one target."""
 
     def __init__(self, rules: Sequence[RequestRule]) -> None:
-        """Raises RequestMapError where a rule says something that has no meaning."""
+        """Raises RequestMapError if a rule is invalid."""
         self._by_method: dict[str, list[_Rule]] = {}
         self._mcp: list[_Rule] = []
         for rule in map(_compiled, rules):
@@ -110,27 +110,27 @@ class RequestMap:
         self._looked_at = {
             method for method, some in self._by_method.items() if any(one.rule.body for one in some)
         }
-        """Methods of which some rule has conditions on the body."""
+        """The methods with a rule that has conditions on the body."""
         self._nearly = [rule.folded() for rule in self._mcp]
 
     def speaks_mcp(self, target: str) -> bool:
-        """Whether an endpoint of the Model Context Protocol is there. `target` as in `action`."""
+        """Whether `target` is an endpoint of the Model Context Protocol. `target` as in `action`."""
         return bool(self._mcp) and self._endpoint(target) is not None
 
     def _is_nearly_endpoint(self, segments: Sequence[str]) -> bool:
-        """Whether some servers would take a path for that of an endpoint: they do not tell upper from lower case."""
+        """Whether a path differs from an MCP endpoint only in case. Some servers would take it for the endpoint."""
         folded = [segment.casefold() for segment in segments]
         return any(rule.captures(folded) is not None for rule in self._nearly)
 
     def _endpoint(self, target: str) -> tuple[str, ...] | None:
-        """The segments of the path where it is such an endpoint."""
+        """The segments of the path if it is an MCP endpoint, else None."""
         segments = _decoded(target.partition("?")[0]) if len(target) <= MAX_TARGET_CHARS else None
         if segments is None or not any(rule.captures(segments) is not None for rule in self._mcp):
             return None
         return segments
 
     def reads_body(self, method: str, target: str) -> bool:
-        """Whether a rule that may come to apply to such a request looks at its body: then it must be seen whole first.
+        """Whether a rule that may apply to the request inspects the body: then the caller has to buffer the body first.
 
         `method` and `target` as in `action`.
         """
@@ -154,21 +154,21 @@ class RequestMap:
         return False
 
     def action(self, method: str, target: str, body: bytes | None = None) -> Action | None:
-        """What a request does, or None where no rule says so, or where the one that it comes under is not understood.
+        """The action of a request; None if no rule gives one, or if the rule that applies has an unknown field.
 
         Args:
             method: as it was sent; case matters.
             target: path and query as they were sent (origin-form, RFC 9112, 3.2.1), nothing decoded.
-            body: as it was sent, or None where it was not seen, or is not said to be JSON.
+            body: as it was sent; None if it was not buffered, or is not declared as JSON.
         """
         found = self._found(method, target, body)
         return found if isinstance(found, Action) else None
 
     def not_understood(self, method: str, target: str, body: bytes | None = None) -> str | None:
-        """Why a request is nothing that anybody is allowed, where that is for a field of its rule; else None.
+        """The reason if a request has no action because the rule that applies has an unknown field, else None.
 
-        The rule that it comes under has a field that this version does not know. Nobody can say what the request does
-        then, and the rules after it are for what does not come under it. Arguments as for `action`.
+        With an unknown field, nobody can say what the request does. Later rules do not apply either: they are for
+        requests that this rule does not match. Arguments as for `action`.
         """
         found = self._found(method, target, body)
         if not isinstance(found, _Rule):
@@ -179,7 +179,7 @@ class RequestMap:
         )
 
     def _found(self, method: str, target: str, body: bytes | None) -> Action | _Rule | None:
-        """What a request does; the rule that it comes under, where that is not understood; or None."""
+        """The action of a request; the rule that applies, if it has an unknown field; or None."""
         if len(target) > MAX_TARGET_CHARS:
             return None
         if method == "POST" and self.speaks_mcp(target):
@@ -205,7 +205,7 @@ class RequestMap:
         return None
 
     def mcp_action(self, target: str, message: McpMessage) -> Action | None:
-        """What a message that is posted to an endpoint does, or None, as `action` has it. `target` as there."""
+        """The action of an MCP message posted to an endpoint, or None, as for `action`."""
         found = self._found_of_message(target, message)
         return found if isinstance(found, Action) else None
 
@@ -230,7 +230,7 @@ class RequestMap:
         return None
 
     def mcp_offers(self, target: str, method: str, name: str) -> tuple[Action, ...]:
-        """What using a tool, a prompt or a resource may come to, whatever its arguments: their resources are globs."""
+        """The actions that a tool, prompt or resource may come to, for any arguments. Their resources are globs."""
         segments = self._endpoint(target)
         found: list[Action] = []
         if segments is None:
@@ -327,7 +327,7 @@ def _check_resource(rule: RequestRule, known: set[str], wrong: Any) -> None:
 def _captured_of(
     rule: RequestRule, of_path: Mapping[str, str], of_name: Mapping[str, str], message: McpMessage
 ) -> dict[str, str]:
-    """All that the resource of a rule for messages is made of. Raises CannotTellError."""
+    """All captures for the resource of an MCP rule. Raises CannotTellError."""
     of_arguments = {
         hole: captured(message, hole) for hole in HOLE.findall(rule.resource) if ARGUMENT.fullmatch(hole)
     }
@@ -342,7 +342,7 @@ def _checked(of_name: Mapping[str, str]) -> dict[str, str]:
 
 
 def _offered(rule: RequestRule, captures: Mapping[str, str]) -> Action:
-    """Raises ScopeError where it can be no resource, whatever the arguments."""
+    """Raises ScopeError if the result is no resource, whatever the arguments."""
 
     def filled(hole: re.Match[str]) -> str:
         return captures[hole[1]] if hole[1] in captures else "**" if hole[1].endswith("*") else "*"
@@ -355,7 +355,7 @@ def _is_seen(body: bytes | None) -> bool:
 
 
 def _action(rule: RequestRule, captures: Mapping[str, str]) -> Action | None:
-    """None where what was captured is no resource: nobody could have been allowed it."""
+    """None if the captures do not form a valid resource name: nobody could have been allowed it."""
     resource = HOLE.sub(lambda hole: captures[hole[1]], rule.resource)
     try:
         parse_name(resource)
@@ -368,7 +368,7 @@ def _action(rule: RequestRule, captures: Mapping[str, str]) -> Action | None:
 
 
 def _decoded(path: str) -> tuple[str, ...] | None:
-    """The segments of a path, each decoded once; None for every path that others might read otherwise."""
+    """The segments of a path, each decoded once; None if other readers might read the path differently."""
     if path == "/":
         return ()
     if not path.startswith("/") or path.count("/") > _MAX_SEGMENTS:
@@ -396,9 +396,10 @@ def _query_fits(conditions: Mapping[str, tuple[str, ...]] | None, query: str) ->
 
 
 def _fit(conditions: Mapping[str, tuple[str, ...]], given: Mapping[str, Any]) -> bool:
-    """Whether all are met. Raises CannotTellError where others might read one of the names in another of those given.
+    """Whether all conditions are met. Raises CannotTellError if other readers might take one of the given names for the
+    name of a condition.
 
-    What is not met needs no certainty: the rule after it is the stronger.
+    A condition that is not met needs no such certainty: the next rule is the stronger one.
     """
     if not all(given.get(name) in values for name, values in conditions.items()):
         return False
@@ -409,13 +410,15 @@ def _fit(conditions: Mapping[str, tuple[str, ...]], given: Mapping[str, Any]) ->
 
 
 def _plainly(name: str) -> set[str]:
-    """How lax readers take a name: without case, what joins its words, or an index (`mode[]` is `mode` to some)."""
+    """The names that lenient readers might take a name for: without case, without separators, without an index
+    (`mode[]` is `mode` to some).
+    """
     name = name.partition("\x00")[0].casefold()
     return {_NOT_OF_A_NAME.sub("", one) for one in (name, name.partition("[")[0])}
 
 
 def _overrides(query: str) -> bool:
-    """Whether a parameter may make it another request than its method says (`_method=DELETE`)."""
+    """Whether a parameter may change the method of the request (`_method=DELETE`)."""
     if "ethod" not in query.lower() and "%" not in query:
         return False
     for pair in re.split("[&;]", query):
@@ -426,7 +429,7 @@ def _overrides(query: str) -> bool:
 
 
 def _query(query: str) -> dict[str, str]:
-    """The parameters, decoded. Raises CannotTellError where one comes twice, or cannot be decoded."""
+    """The decoded parameters. Raises CannotTellError if one comes twice, or cannot be decoded."""
     found: dict[str, str] = {}
     for pair in query.split("&") if query else ():
         name, _, value = (_word(part) for part in pair.partition("="))
@@ -453,7 +456,7 @@ def _body_fits(conditions: Mapping[str, tuple[str, ...]] | None, body: bytes | N
 
 
 def _json_object(body: bytes | None) -> dict[str, Any]:
-    """The members of a JSON object. Raises CannotTellError for anything else, and where a name comes twice."""
+    """The members of a JSON object. Raises CannotTellError for anything else, and for duplicate names."""
     if body is None or len(body) > MAX_BODY_BYTES:
         raise CannotTellError
     try:

@@ -6,7 +6,7 @@ from typing import Literal
 
 Kind = Literal["user", "agent", "target", "task", "service"]
 SubjectKind = Literal["user", "agent", "target", "task"]
-"""What the registry keeps records of."""
+"""The kinds of subjects that the registry keeps records of."""
 
 
 def spiffe_id(trust_domain: str, kind: Kind, id: str) -> str:
@@ -15,7 +15,7 @@ def spiffe_id(trust_domain: str, kind: Kind, id: str) -> str:
 
 
 def subject_of(trust_domain: str, spiffe: str, kind: Kind) -> str | None:
-    """The id inside a SPIFFE ID of this kind and trust domain, or None where it is another one."""
+    """The id in a SPIFFE ID of this kind and trust domain; None for any other SPIFFE ID."""
     prefix = f"spiffe://{trust_domain}/{kind}/"
     id = spiffe.removeprefix(prefix)
     return id if spiffe.startswith(prefix) and id and "/" not in id else None

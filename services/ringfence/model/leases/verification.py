@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import SignatureError
-from ringfence.kernel.crypto.jws import LEEWAY_S, parse, unverified_time, verify
+from ringfence.kernel.crypto.claims import LEEWAY_S
+from ringfence.kernel.crypto.jws import parse, unverified_time, verify
 from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.lease import Lease

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ringfence.kernel.crypto.jws import LEEWAY_S
+from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.messages.registry import (
     Delegation,
     Entitlements,

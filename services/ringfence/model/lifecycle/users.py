@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ringfence.kernel.crypto.jws import LEEWAY_S
+from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.messages.registry import (
     Provisioned,
     UserDisable,

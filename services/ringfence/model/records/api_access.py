@@ -1,4 +1,4 @@
-"""Who calls an HTTP API, and what they may see."""
+"""Authentication and access rules of the HTTP APIs: who calls, and what they may see."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from ringfence.model.records.directory import Directory
 log = logging.getLogger(__name__)
 
 MAX_REMEMBERED: Final = 200_000
-"""So many API tokens of the last minute a replica remembers, some 40 MB."""
+"""How many API tokens of the last minute a replica remembers against replay; about 40 MB."""
 
 
 class UnauthenticatedError(RingfenceError):
-    """The call bears no valid token."""
+    """The call has no valid bearer token (status 401)."""
 
     code = "unauthenticated"
 
 
 class ForbiddenError(RingfenceError):
-    """The caller is known and may not see this."""
+    """The caller is authenticated, and may not see this (status 403)."""
 
     code = "forbidden"
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """An authenticated user and what they may see: operators and auditors all, sponsors their own agents."""
+    """An authenticated user. Operators and auditors see everything, sponsors their own agents."""
 
     user: UserState
 
@@ -52,7 +52,7 @@ class Caller:
         return bool({"operator", "auditor"} & set(self.user.roles))
 
     def may_see_agent_of(self, sponsor: str) -> bool:
-        """True where the caller may see an agent with this sponsor."""
+        """Whether the caller may see agents of this sponsor."""
         return self.sees_all or self.user.user_id == sponsor
 
 
@@ -66,9 +66,9 @@ class HasHeaders(Protocol):
 
 
 class Authenticator:
-    """Says who calls one service, by the API token of the call: one for this service, which counts once.
+    """Authenticates calls of one service's HTTP API by API tokens. A token is for this service, and can be used once.
 
-    What it remembers is this replica's: another one, or this one once it was started again, may take a token once more.
+    The memory of used tokens is this replica's. Another replica, or this one after a restart, may accept a token again.
     """
 
     def __init__(self, directory: Directory, service: ServiceRole, clock: Clock) -> None:
@@ -85,7 +85,7 @@ class Authenticator:
         return self.user(request.headers.get("authorization"))
 
     def user(self, authorization: str | None) -> Caller:
-        """The user who signed the bearer token of a call. Raises UnauthenticatedError, UnavailableError."""
+        """The user who signed the bearer token. Raises UnauthenticatedError, UnavailableError."""
         at_s = self._now_s()
         inactive = _InactiveKeyFinder(self._directory, at_s)
         iss = self._verified_iss(
@@ -97,7 +97,7 @@ class Authenticator:
         return Caller(entry.state)
 
     def target(self, authorization: str | None) -> str:
-        """The target whose resource server signed the bearer token of a call.
+        """The id of the target whose resource server signed the bearer token.
 
         Raises UnauthenticatedError, UnavailableError.
         """
@@ -106,7 +106,7 @@ class Authenticator:
         return subject_of(self._trust_domain, iss, "target") or ""
 
     def gateway(self, authorization: str | None) -> str:
-        """The SPIFFE ID of the gateway that signed the bearer token of a call.
+        """The SPIFFE ID of the gateway that signed the bearer token.
 
         Raises UnauthenticatedError, UnavailableError.
         """
@@ -144,7 +144,9 @@ class Authenticator:
         return claims.iss
 
     def _audience_of(self, jws: UnverifiedJws) -> str:
-        """Which of the two audiences that are taken here an unverified token names. Raises InvalidMessageError."""
+        """Which of the two accepted audiences an unverified token names. Raises InvalidMessageError if it names
+        another.
+        """
         aud = jws.unverified_claims(ApiToken).aud
         if aud not in (self._audience, self._trust_domain):
             raise InvalidMessageError(
@@ -154,7 +156,7 @@ class Authenticator:
         return aud
 
     def _use(self, claims: ApiToken, now_s: float) -> None:
-        """The one use of a token whose signature holds. Raises UnauthenticatedError where it was used before."""
+        """Mark a verified token as used. Raises UnauthenticatedError if it was used before."""
         id = digest(f"{claims.iss} {claims.jti}")
         if not self._used.remember(id, sender=claims.iss, until_s=claims.exp, now_s=now_s):
             raise _refused("it was used before, and counts once; sign one for each call")
@@ -171,7 +173,7 @@ class Authenticator:
 
 
 class _InactiveKeyFinder:
-    """Finds a user's key that does not count now, only for whoever signs by it to be told why."""
+    """Finds a user's key that is not valid now, only to tell its holder why."""
 
     def __init__(self, directory: Directory, at_s: float) -> None:
         self._directory = directory
@@ -198,7 +200,7 @@ class _InactiveKeyFinder:
         return valid_key((record,), kid, record.not_before)
 
     def no_user(self, jws: UnverifiedJws) -> str | None:
-        """What is said to who signs as somebody else than a user: no more than they said themselves."""
+        """The message for a signer that is not a user. It repeats only what the signer said."""
         iss = jws.unverified_claims(ApiToken).iss
         if subject_of(self._directory.trust.trust_domain, iss, "user") is not None:
             return None
@@ -218,7 +220,7 @@ def _refused(why: object) -> UnauthenticatedError:
 def _reason_for_holder(
     jws: UnverifiedJws, audience: str, now_ms: int, inactive: _InactiveKeyFinder
 ) -> str | None:
-    """Why a key does not count, where the token is one that its holder signed just now. Strangers learn nothing."""
+    """The reason why a key is not valid, if its holder has just signed the token. Strangers learn nothing."""
     try:
         verify(jws, ApiToken, inactive, audience=audience, appended_at_ms=now_ms)
     except InvalidMessageError:

@@ -1,10 +1,10 @@
-"""Record chains: a record counts only when the commands that it embeds, folded again, give its state, and each is
-signed by someone who was entitled to it, up to the root.
+"""Verification of command chains. A record counts only if folding its commands gives its state, and if each command is
+signed by someone who was entitled to give it, up to the root.
 
-Looking up a signer means folding *their* commands up to just before the moment in question, so every step back is a
-step back in time, and the chain ends at the root or not at all. Commands of one millisecond do not see each other.
+Verifying a signer means folding *their* commands up to just before the command in question. Every step goes back in
+time, so a chain ends at the root or fails. Commands with the same millisecond do not see each other.
 
-What a chain cannot show is what a registry left out: a directory holds each record against the one before it.
+A chain cannot show what a registry left out. For that, the directory compares each record with the one before.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ from ringfence.model.lifecycle import MAX_DEPTH, Actor, CommandRefusedError, Con
 from ringfence.model.records.consent import Consent, verified_consent
 
 COMMAND_OF_TYP: dict[str, type[ExpiringClaims]] = {typ_header(command): command for command in COMMANDS}
-"""The `typ` header to the command's class."""
+"""The class of a command, by its `typ` header."""
 
 
 class ChainError(RingfenceError):
-    """A record whose chain of commands does not hold: it counts for nothing, and whoever signed it lied."""
+    """The command chain of a record does not verify. The record counts for nothing, and its signer lied."""
 
     code = "chain_broken"
 
 
 @dataclass(frozen=True, slots=True)
 class Authorised:
-    """A command whose signature is verified, and who gave it."""
+    """A command with a verified signature, and who gave it."""
 
     signed: Signed[ExpiringClaims]
     actor: Actor
@@ -84,18 +84,18 @@ class Authorised:
 
 
 UserLookup = Callable[[str], UserRecord | None]
-"""A user id to the record that the local table holds, its chain not yet verified."""
+"""Returns the record of a user id in the local table. Its chain is not verified yet."""
 RecordLookup = Callable[[SubjectKind, str], AnyRecord | None]
-"""The same for the record of anything."""
+"""The same for records of any kind."""
 BY_AGENTS = (TaskDelegate, TaskEnd)
-"""The commands that agents give too."""
+"""Commands that agents may give too."""
 INCOMPLETE = "chain_incomplete"
-"""The code of a chain that rests on a record which is not there, and may be on its way: nobody need have lied."""
+"""The code of a chain that needs a record which is missing, and may be on its way: nobody need have lied."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """What a fold has come to after one command."""
+    """The result of folding the commands up to one of them."""
 
     state: AnyState
     command_id: str
@@ -107,8 +107,8 @@ class _Step:
 
 @dataclass(slots=True)
 class _History:
-    """The commands of a user, or of an agent or a task that others rest on, and what folding them has come to so far:
-    one step for each command, from the first on.
+    """The commands of a subject that others depend on, and the results of folding them: one step for each command, from
+    the first on.
     """
 
     record: AnyRecord
@@ -117,7 +117,7 @@ class _History:
 
 
 class Chains:
-    """Verifies commands and records against the root and the user records of a local table."""
+    """Verifies commands and records, from the root and the records of a local table."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class Chains:
         unverified_user: UserLookup,
         unverified: RecordLookup = lambda *_: None,
     ) -> None:
-        """`unverified`: agents and tasks, which commands of agents rest on."""
+        """`unverified` looks up agents and tasks, which commands of agents depend on."""
         self._trust = trust
         self._unverified_user = unverified_user
         self._unverified = unverified
@@ -134,12 +134,12 @@ class Chains:
         self._depth = 0
 
     def authorise(self, jws: UnverifiedJws, appended_at_ms: int, own: UserState | None = None) -> Authorised:
-        """Verify the signature of a command as of its append time.
+        """Verify the signature of a command, as of its append time.
 
-        `own` is the state, up to then, of the user whose own record is being folded.
+        `own` is the state so far of the user whose own record is being folded.
 
-        Raises InvalidMessageError where it is malformed, expired, or not signed by a user (or the root) of this domain,
-        and ChainError where the record of its signer does not hold.
+        Raises InvalidMessageError if the command is malformed, expired, or not signed by a user or the root of this
+        trust domain, and ChainError if the signer's record does not verify.
         """
         model = COMMAND_OF_TYP.get(jws.header.typ)
         if model is None:
@@ -163,18 +163,18 @@ class Chains:
     def user_key(self, iss: str, kid: str, at_ms: int) -> PublicKey | None:
         """The key `kid` of the user `iss` if it counted at `at_ms`, by a chain that ends at the root; else None.
 
-        For whatever a human says. A provisioner is none.
+        For whatever a human signs. A provisioner is not a human.
         """
         user = self._user_of(iss, at_ms, None)
         return valid_key(user.keys, kid, at_ms / 1000) if user and user.delegation is None else None
 
     def command_key(self, iss: str, kid: str, at_ms: int, own: UserState | None = None) -> PublicKey | None:
-        """As `user_key`, for a command: a provisioner gives some too."""
+        """As `user_key`, but for commands: provisioners give some too."""
         user = self._user_of(iss, at_ms, own)
         return valid_key(user.keys, kid, at_ms / 1000) if user else None
 
     def agent_key(self, iss: str, kid: str, at_ms: int) -> PublicKey | None:
-        """The key `kid` of the agent `iss` if it counted at `at_ms`, whatever the agent's status."""
+        """The key `kid` of the agent `iss` if it was valid at `at_ms`, whatever the agent's status; else None."""
         agent_id = subject_of(self._trust.trust_domain, iss, "agent")
         agent = self.agent_at(agent_id, at_ms) if agent_id else None
         return valid_key(agent.keys, kid, at_ms / 1000) if agent else None
@@ -185,9 +185,9 @@ class Chains:
         return frozenset(user.roles) if user and user.status == "active" else frozenset()
 
     def user_at(self, user_id: str, at_ms: int, own: UserState | None = None) -> UserState | None:
-        """A user as of just before `at_ms`, folded from their commands; None where there was none.
+        """The state of a user just before `at_ms`, folded from their commands; None if there was none.
 
-        Raises ChainError where the user's record does not hold.
+        Raises ChainError if the user's record does not verify.
         """
         if own is not None and own.user_id == user_id:
             return own
@@ -200,15 +200,15 @@ class Chains:
         return cast(UserState, history.steps[wanted - 1].state) if wanted else None
 
     def agent_at(self, agent_id: str, at_ms: int) -> AgentState | None:
-        """An agent as of just before `at_ms`, folded from its commands. Raises ChainError."""
+        """The state of an agent just before `at_ms`, folded from its commands. Raises ChainError."""
         return cast("AgentState | None", self._other_at("agent", agent_id, at_ms))
 
     def task_at(self, task_id: str, at_ms: int) -> TaskState | None:
-        """A task as of just before `at_ms`, folded from its commands. Raises ChainError."""
+        """The state of a task just before `at_ms`, folded from its commands. Raises ChainError."""
         return cast("TaskState | None", self._other_at("task", task_id, at_ms))
 
     def verify(self, record: AnyRecord) -> None:
-        """Raises ChainError where the record's commands do not give its state, or one was not authorised."""
+        """Raises ChainError if folding the record's commands does not give its state, or if one was not authorised."""
         state = self._folded(record)
         if state != record.state:
             raise ChainError(f"the state of {record.sub} is not what its commands say")
@@ -216,7 +216,7 @@ class Chains:
             raise ChainError(f"the record of {record.sub} is about another subject")
 
     def forget(self) -> None:
-        """Fold everything anew when it is next looked at: another trust bundle may say otherwise."""
+        """Drop all results, because another trust bundle may give others."""
         self._histories.clear()
         self._others.clear()
 
@@ -252,10 +252,10 @@ class Chains:
         return history
 
     def _fold_users(self, user_id: str, before_ms: int) -> None:
-        """Fold a user's commands that came before a moment; those of the signers first, whose own signers before them.
+        """Fold a user's commands before a time, and first those of the signers, and of their signers before that.
 
-        A list takes the place of recursion, so that no length of chain exhausts the stack. It ends, as whatever is put
-        on top lies earlier than what it is for.
+        A stack replaces recursion, so that no length of chain exhausts Python's. It ends, because everything pushed
+        lies earlier than what it is for.
         """
         todo = [(user_id, before_ms)]
         while todo:
@@ -307,7 +307,7 @@ class Chains:
         return history is None or len(history.steps) >= bisect_left(history.appended_ms, before_ms)
 
     def _unverified_signer(self, embedded: EmbeddedCommand, user_id: str) -> str:
-        """Who a command in a user's record says it is from: good to know whom to fold first, `_next` verifies it."""
+        """The signer that a command in a user's record claims: only to know whom to fold first. `_next` verifies it."""
         try:
             jws = parse(embedded.jws)
             model = COMMAND_OF_TYP.get(jws.header.typ)
@@ -319,7 +319,7 @@ class Chains:
         return subject_of(self._trust.trust_domain, iss, "user") or ""
 
     def _next(self, steps: Sequence[_Step], embedded: EmbeddedCommand) -> _Step:
-        """The step after `steps`, by one embedded command. Raises ChainError."""
+        """Fold one embedded command onto `steps`. Raises ChainError."""
         at_ms = embedded.appended_at_ms
         state = steps[-1].state if steps else None
         signed_s = steps[-1].last_signed_s if steps else 0
@@ -364,13 +364,13 @@ class Chains:
         return Actor(user.user_id, frozenset(user.roles), user.delegation, by)
 
     def _user_of(self, iss: str, at_ms: int, own: UserState | None) -> UserState | None:
-        """The active user, or provisioner, that a signer was."""
+        """The active user, or provisioner, that a signer was at `at_ms`."""
         user_id = subject_of(self._trust.trust_domain, iss, "user")
         user = self.user_at(user_id, at_ms, own) if user_id else None
         return user if user and user.status == "active" else None
 
     def _consent(self, command: ExpiringClaims, at_ms: int) -> Consent | None:
-        """The consent that a command embeds, None where it embeds none. Raises InvalidMessageError, ChainError."""
+        """The consent that a command embeds; None if it embeds none. Raises InvalidMessageError, ChainError."""
         if isinstance(command, AgentTransfer):
             return self._transfer_consent(command, at_ms)
         if not isinstance(command, TaskAssign):
@@ -392,7 +392,7 @@ class Chains:
         return Consent(user_id, (claims.iss, claims.jti))
 
     def _transfer_consent(self, command: AgentTransfer, at_ms: int) -> Consent | None:
-        """As `_consent`. Whose the agent was is for the fold to compare, which knows it."""
+        """As `_consent`, for transfers. The fold compares whose the agent was, because it knows that."""
         if command.consent is None:
             return None
         claims = verify(
@@ -408,13 +408,13 @@ class Chains:
 
 
 def subject_spiffe(trust_domain: str, state: AnyState) -> str:
-    """The SPIFFE ID of what a state is about: `sub` of its record."""
+    """The SPIFFE ID of the subject of a state, which is the `sub` of its record."""
     kind, id = subject_key(state)
     return f"spiffe://{trust_domain}/{kind}/{id}"
 
 
 def unverified_command(embedded: EmbeddedCommand) -> Command:
-    """The claims of an embedded command, not verified here: for records whose chain is verified, or indexes over them.
+    """The claims of an embedded command, without verification. For records with a verified chain, or indexes over them.
 
     Raises InvalidMessageError.
     """
@@ -432,7 +432,7 @@ def _check_order(record: AnyRecord) -> None:
 
 
 def _common(old: Sequence[EmbeddedCommand], new: Sequence[EmbeddedCommand]) -> int:
-    """How many commands two histories have in common from the first on."""
+    """The length of the common beginning of two histories."""
     for index, (a, b) in enumerate(zip(old, new, strict=False)):
         if (a.jws, a.appended_at_ms) != (b.jws, b.appended_at_ms):
             return index

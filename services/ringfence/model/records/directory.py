@@ -1,8 +1,9 @@
-"""The local table of users, agents, targets and tasks that every service holds: complete, verified, fresh.
+"""The directory: a verified local table of users, agents, targets and tasks, which every service holds.
 
-A record is taken in when the registry's signature holds and its revision is not lower than the one known; its chain of
-commands is verified when it is first looked at, so that starting up costs one signature a record and records may
-arrive in any order. What does not verify is not there: asking for it says why.
+A record is admitted if the registry's signature holds and its revision is not lower than the known one. Its command
+chain is verified on first use: start-up then costs one signature per record, and records may arrive in any order. A
+record that does not verify counts as missing, and looking it up says why. Heartbeats of the registry with digests of
+its tables show whether the directory is complete and fresh.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ if TYPE_CHECKING:  # rules look things up here, and import nothing that does I/O
 log = logging.getLogger(__name__)
 
 TABLES = (USER, AGENT, TARGET, TASK, HEARTBEAT)
-"""The topics that a directory is fed from."""
+"""The topics that feed a directory."""
 
 S = TypeVar("S", bound=AnyState)
 _RECORDS: dict[SubjectKind, type[AnyRecord]] = {
@@ -58,14 +59,14 @@ _RECORDS: dict[SubjectKind, type[AnyRecord]] = {
 _REMEMBERED_DIGESTS = 10_000
 _MAX_AWAITING_TRUST = 1_000
 _CLOCKS_DIFFER_MS = 60_000
-"""How far the registry's clock may be from the broker's before its heartbeats count as old ones, sent again."""
+"""A heartbeat whose time differs more than this from its append time counts as an old one that was replayed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VerifiedRecord(Generic[S]):
-    """A verified record: its state, revision, and the record as it was signed.
+    """A verified record: its state, its revision, and the record as it was signed.
 
-    Equal to itself alone, so that what follows from it can be remembered by it.
+    It equals only itself, so that results can be cached by it.
     """
 
     state: S
@@ -81,7 +82,7 @@ class Alarm:
     code: str
     message: str
     subject: str
-    """The SPIFFE ID of what the record is about, or the key that it stands under."""
+    """The SPIFFE ID of the record's subject, or the key of the Kafka record."""
     source: Coordinates | None
 
 
@@ -93,10 +94,9 @@ class _Slot:
     verified: bool = False
     broken: ChainError | None = None
     broken_as_of: int = -1
-    """How many records had been taken in when it was found broken: a signer, or a parent, may have been still to come.
-    """
+    """The number of admitted records when the chain was found broken: a signer or a parent may have come since."""
     entry: VerifiedRecord[AnyState] = field(init=False)
-    """What is handed out of it: the same each time, once it is verified."""
+    """What callers get: always the same object, once the record is verified."""
 
     def __post_init__(self) -> None:
         self.entry = VerifiedRecord(self.record.state, self.record.revision, self.record, self.compact)
@@ -104,7 +104,7 @@ class _Slot:
 
 @dataclass(slots=True)
 class _Part:
-    """The digest over one partition, and those it had lately: a heartbeat may be a little older than the table."""
+    """The digest of one partition, and its recent digests: a heartbeat may be a little older than the table."""
 
     count: int = 0
     value: int = 0
@@ -129,7 +129,7 @@ class _Part:
 
 
 class Directory:
-    """Users, agents, targets and tasks, as the registry's records and their chains say."""
+    """Users, agents, targets and tasks, as the registry's records and their command chains say."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class Directory:
         grace_ms: int | None,
         on_alarm: Callable[[Alarm], None] = lambda alarm: None,
     ) -> None:
-        """`grace_ms` is how old the last matching heartbeat may be before the table denies; None never asks."""
+        """`grace_ms` is how old the last matching heartbeat may be before the table denies; None disables the check."""
         self._trust = trust
         self._clock = clock
         self._grace_ms = grace_ms
@@ -148,42 +148,44 @@ class Directory:
         self._parts: dict[tuple[str, int], _Part] = {}
         self._listeners: list[Callable[[SubjectKind, str], None]] = []
         self.version = 0
-        """Another one after each record that was taken in."""
+        """Changes with each admitted record."""
         self._admitted_count = 0
         self._displaced: set[tuple[SubjectKind, str]] = set()
         self._own: set[tuple[str, int, int]] = set()
-        """Where records stand that this registry has taken in, and that their topics have not brought back yet."""
+        """Positions of records that this registry published and admitted, and that it has not read back yet."""
         self._read_to: dict[tuple[str, int], int] = {}
         self._last_beat_ms = 0
         self._last_beat_appended_ms = 0
         self._broker = RemoteClock()
         self._oldest: tuple[int, str] | None = None
-        """When, and of which topic, what was confirmed longest ago; None where that has to be looked for."""
+        """Append time and topic of the partition confirmed longest ago; None if it has to be computed."""
         self._trust_version = trust.version
         self._awaiting_trust: deque[Received] = deque(maxlen=_MAX_AWAITING_TRUST)
-        """Records by keys that the trust bundle did not have: the next one may, and may come a moment later."""
+        """Records signed by keys that the trust bundle does not have: the next bundle may have them."""
         self._chains = Chains(trust, self._unverified_user, self.unverified)
 
     @property
     def trust(self) -> TrustStore:
-        """The trust bundle that the registry's signatures are verified by."""
+        """The trust store that verifies the registry's signatures."""
         return self._trust
 
     @property
     def versions(self) -> tuple[int, int | None]:
-        """Another pair after each record that was taken in, and with each trust bundle: what rests on both is anew."""
+        """Changes with each admitted record and each trust bundle. Caches that depend on both use it as their
+        version.
+        """
         return self.version, self._trust.version
 
     @property
     def chains(self) -> Chains:
-        """What verifies commands, by the trust bundle that is in force now."""
+        """The verifier of commands, with the trust bundle in force now."""
         self._apply_trust_changes()
         return self._chains
 
     # --- feeding ---
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in what came from the topics in `TABLES`."""
+        """Admit records from the topics in `TABLES`."""
         self._apply_trust_changes()
         for record in records:
             if record.topic is HEARTBEAT:
@@ -192,7 +194,7 @@ class Directory:
                 self._on_record(record)
 
     def _apply_trust_changes(self) -> None:
-        """Where another trust bundle is in force, what was verified by the one before is verified anew."""
+        """If another trust bundle is in force, verify again what the former one verified."""
         if self._trust_version == self._trust.version:
             return
         self._trust_version = self._trust.version
@@ -205,7 +207,7 @@ class Directory:
             self._on_record(record)
 
     def on_change(self, listener: Callable[[SubjectKind, str], None]) -> None:
-        """Call `listener` with (kind, id) after each record that was taken in."""
+        """Call `listener` with (kind, id) after each admitted record."""
         self._listeners.append(listener)
 
     def admit(
@@ -218,9 +220,10 @@ class Directory:
         source: Coordinates | None = None,
         key: str | None = None,
     ) -> str | None:
-        """Take in one record. Returns why not, or None.
+        """Admit one record. Returns None, or the reason for refusing it, as `code: message`.
 
-        `key` is the Kafka key, where it must be the id: compaction would else let the record stand in another's place.
+        `key` is the Kafka key, if it has to equal the id. Otherwise compaction would let a record replace another
+        subject's.
         """
         try:
             record: AnyRecord = verify(
@@ -259,10 +262,10 @@ class Directory:
         return None
 
     def take_own(self, kind: SubjectKind, compact: bytes, at: Coordinates) -> str | None:
-        """Take in what this registry has just published. Returns why not, or None.
+        """Admit a record that this registry has just published. Returns None, or the reason for refusing it.
 
-        It may publish more on the same subject before the topic brings this back: then this is the older one, and
-        still nothing that somebody put there again.
+        The registry may publish a newer record of the subject before it reads this one back. The older record then is
+        not a replay by somebody else.
         """
         problem = self.admit(kind, at.topic, at.partition, compact, at.appended_at_ms, at)
         if problem is None and at.offset > self._read_to.get((at.topic, at.partition), -1):
@@ -293,7 +296,7 @@ class Directory:
         self._on_alarm(Alarm(code, message, subject, record.coordinates))
 
     def _is_own(self, record: Received) -> bool:
-        """Whether this brings back what was taken in when it was published: once each."""
+        """Whether this record was admitted when it was published. True once for each."""
         position = (record.topic_name, record.partition, record.offset)
         self._read_to[position[:2]] = record.offset
         if position not in self._own:
@@ -341,27 +344,27 @@ class Directory:
     # --- asking ---
 
     def entry(self, kind: SubjectKind, id: str) -> VerifiedRecord[AnyState] | None:
-        """The verified record of one subject, or None where there is none. Raises ChainError."""
+        """The verified record of a subject; None if there is none. Raises ChainError if its chain is broken."""
         return self._entry(kind, id)
 
     def user(self, user_id: str) -> VerifiedRecord[UserState] | None:
-        """The verified record of a user, or None where there is none. Raises ChainError."""
+        """The verified record of a user; None if there is none. Raises ChainError."""
         return cast("VerifiedRecord[UserState] | None", self._entry("user", user_id))
 
     def agent(self, agent_id: str) -> VerifiedRecord[AgentState] | None:
-        """The verified record of an agent, or None where there is none. Raises ChainError."""
+        """The verified record of an agent; None if there is none. Raises ChainError."""
         return cast("VerifiedRecord[AgentState] | None", self._entry("agent", agent_id))
 
     def target(self, target_id: str) -> VerifiedRecord[TargetState] | None:
-        """The verified record of a target, or None where there is none. Raises ChainError."""
+        """The verified record of a target; None if there is none. Raises ChainError."""
         return cast("VerifiedRecord[TargetState] | None", self._entry("target", target_id))
 
     def task(self, task_id: str) -> VerifiedRecord[TaskState] | None:
-        """The verified record of a task, or None where there is none. Raises ChainError."""
+        """The verified record of a task; None if there is none. Raises ChainError."""
         return cast("VerifiedRecord[TaskState] | None", self._entry("task", task_id))
 
     def entries(self, kind: SubjectKind) -> Iterator[VerifiedRecord[AnyState]]:
-        """All verified records of a kind, by id; those whose chain does not hold are left out."""
+        """All verified records of a kind, sorted by id. Records with a broken chain are left out."""
         for id in sorted(self._slots[kind]):
             try:
                 entry = self._entry(kind, id)
@@ -371,14 +374,18 @@ class Directory:
                 yield entry
 
     def agent_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
-        """The key `kid` of the agent `iss` if it counts at `at_s`, whatever the agent's status."""
+        """The key `kid` of the agent `iss` if it is valid at `at_s` (seconds), whatever the agent's status. Raises
+        ChainError.
+        """
         agent_id = subject_of(self._trust.trust_domain, iss, "agent")
         entry = self.agent(agent_id) if agent_id else None
         return valid_key(entry.state.keys, kid, at_s) if entry else None
 
     def user_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
-        """The key `kid` of the active user `iss` if it counts at `at_s`, as of the present record. A provisioner is no
-        user: what it signs are commands, which the registry verifies.
+        """The key `kid` of the active user `iss` if it is valid at `at_s` (seconds), by the present record. Raises
+        ChainError.
+
+        A provisioner is not a user: it only signs commands, which the registry verifies.
         """
         user_id = subject_of(self._trust.trust_domain, iss, "user")
         entry = self.user(user_id) if user_id else None
@@ -387,22 +394,24 @@ class Directory:
         return valid_key(entry.state.keys, kid, at_s)
 
     def target_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
-        """The key `kid` of the resource server of target `iss` if it counts at `at_s`."""
+        """The key `kid` of the resource server of target `iss` if it is valid at `at_s` (seconds). Raises
+        ChainError.
+        """
         target_id = subject_of(self._trust.trust_domain, iss, "target")
         entry = self.target(target_id) if target_id else None
         return valid_key(entry.state.keys, kid, at_s) if entry else None
 
     def unverified(self, kind: SubjectKind, id: str) -> AnyRecord | None:
-        """A record whose chain was perhaps not verified yet: for indexes that can only refuse, never to allow."""
+        """A record whose chain may not be verified yet. Use it for indexes that can only refuse, never to allow."""
         slot = self._slots[kind].get(id)
         return slot.record if slot else None
 
     def displaced(self) -> list[tuple[SubjectKind, str]]:
-        """Ids whose own record is not the last on its topic under its key, so that compaction would let it vanish."""
+        """Subjects whose record is not the last one under its key on the topic, so that compaction would delete it."""
         return sorted(self._displaced)
 
     def unmatched(self) -> list[str]:
-        """Topics that do not hold what the last heartbeat said of them, with what was found instead."""
+        """Partitions that differ from the digest in the last heartbeat, with their own digest."""
         return [
             f"{topic}/{partition} holds {part.count} ids, digest {part.value:064x}"
             for (topic, partition), part in sorted(self._parts.items())
@@ -410,7 +419,7 @@ class Directory:
         ]
 
     def stale(self) -> str | None:
-        """Why this table must deny, or None: no matching heartbeat of the registry within the grace."""
+        """The reason if this table must deny, else None: no heartbeat of the registry matched it within the grace."""
         if self._grace_ms is None:
             return None
         if expired := self._trust.expired(self._clock.now_ms() / 1000):
@@ -431,7 +440,7 @@ class Directory:
         return f"the local table of {name} was last confirmed by the registry {age_ms} ms ago"
 
     def digests(self) -> tuple[PartitionDigest, ...]:
-        """What the registry's heartbeat says of its tables."""
+        """The digests of all partitions, for the registry's heartbeat."""
         return tuple(
             PartitionDigest(topic=topic, partition=partition, count=part.count, digest=f"{part.value:064x}")
             for (topic, partition), part in sorted(self._parts.items())
@@ -467,10 +476,10 @@ class Directory:
 
 
 def _history_problem(known: Sequence[EmbeddedCommand], new: Sequence[EmbeddedCommand]) -> str | None:
-    """Why commands of a newer record do not go on from those of the one before, or None.
+    """The reason if the commands of a newer record do not continue those of the known one, else None.
 
-    A registry may drop what later commands made irrelevant (`still_needed`) and add to the end, nothing else: it cannot
-    leave out a suspension, register a name once more, or slip a command in between.
+    A registry may append commands, and drop commands that later ones made irrelevant (`may_be_dropped`); nothing else.
+    So it can leave out no suspension, register no name a second time, and slip in no command.
     """
     there = {(command.jws, command.appended_at_ms) for command in new}
     kept: list[EmbeddedCommand] = []

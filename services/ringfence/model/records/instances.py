@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.crypto.jws import LEEWAY_S, KeyFinder, UnverifiedJws, parse, verify
+from ringfence.kernel.crypto.claims import LEEWAY_S
+from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.crypto.oidc import TokenError, verify_token
 from ringfence.kernel.crypto.trust_store import TrustStore

@@ -1,4 +1,4 @@
-"""One request held against the verified records: the rule of the design, as policy and issuer both check it. Pure."""
+"""Checks a request against the verified records: the invariant of the design, for policy and issuer. Pure."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from ringfence.model.scope.scope import validate_scope
 from ringfence.model.unknown_fields import is_understood, names_of, unknown_fields
 
 _CACHED_SCOPES = 512
-"""Each keeps the records that it was held against from being let go of, though others may have followed."""
+"""Each cache entry keeps the records that it was computed from in memory, though newer ones may have followed."""
 
 
 class DeniedError(RingfenceError):
-    """A request that cannot be weighed: something that it names is not there. `reason` says what."""
+    """A request that cannot be evaluated, because something that it names does not exist. `reason` says what."""
 
     code = "denied"
 
@@ -47,18 +47,18 @@ class DeniedError(RingfenceError):
 
 @dataclass(frozen=True, slots=True)
 class DelegationStep:
-    """One step of a chain: an agent that handed its task on, who answers for it, and the task."""
+    """One step of a delegation chain: an agent that handed on its task, its sponsor, and the task."""
 
     agent: VerifiedRecord[AgentState]
     sponsor: VerifiedRecord[UserState] | None
     task: VerifiedRecord[TaskState]
     kid: str
-    """The key with which it handed the task on."""
+    """The key that signed the delegation."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordContext:
-    """The verified records that a request, or a grant, is held against."""
+    """The verified records that a request, or a grant, is checked against."""
 
     agent: VerifiedRecord[AgentState]
     sponsor: VerifiedRecord[UserState] | None
@@ -66,20 +66,20 @@ class RecordContext:
     user: VerifiedRecord[UserState]
     target: VerifiedRecord[TargetState]
     delegations: tuple[DelegationStep, ...] = field(default=(), kw_only=True)
-    """How the task came to its agent, where that was by other agents: the last step first."""
+    """How the task was delegated to its agent, if it was; the last step first."""
 
     @property
     def act(self) -> tuple[str, ...]:
-        """The agents that act: the one that asks first, then those that handed the task on."""
+        """The ids of the acting agents: first the one that asks, then those that delegated the task."""
         return (self.agent.state.agent_id, *(step.agent.state.agent_id for step in self.delegations))
 
     @property
     def sponsors(self) -> frozenset[str]:
-        """Everybody who answers, or ever answered, for one of these agents: who handed one over may have its key."""
+        """The present and former sponsors of the acting agents. A former sponsor may still have the agent's key."""
         return frozenset().union(*map(_sponsors_of, self._agents))
 
     def delegators(self) -> tuple[Delegator, ...] | None:
-        """The agents that handed the task on, as a lease names them; None where nobody did."""
+        """The agents that delegated the task, as a lease names them; None if nobody did."""
         found = tuple(
             Delegator(
                 agent_id=step.agent.state.agent_id,
@@ -92,13 +92,13 @@ class RecordContext:
         return found or None
 
     def limits(self, now_s: float, entitlements_max_age_s: int) -> tuple[Limit, ...]:
-        """The sides that whatever is asked must be within. Entitlements past their age count for nothing."""
+        """All limits that a request must be within. Entitlements that are too old count for nothing."""
         return _limits_of(
             self.task, self._agents, self.user, entitled=self._entitled(now_s, entitlements_max_age_s)
         )
 
     def beyond(self, wanted: Scope, now_s: float, entitlements_max_age_s: int) -> tuple[Reason, ...]:
-        """What of the wish is not within every side."""
+        """A reason for each part of `wanted` that exceeds a limit."""
         return _beyond(
             wanted,
             self.task,
@@ -115,7 +115,7 @@ class RecordContext:
         return are_in_force(self.user.state.entitlements, now_s, entitlements_max_age_s)
 
     def revisions(self, policy: str) -> Revisions:
-        """What an approval, or a decision, was made on."""
+        """The revisions of the records and of the policy bundle that an approval or a decision is based on."""
         return Revisions(
             agent=self.agent.revision,
             user=self.user.revision,
@@ -132,26 +132,26 @@ class RecordContext:
 
 @dataclass(frozen=True, slots=True)
 class RequestContext(RecordContext):
-    """A request and the records that it is held against."""
+    """A request, and the verified records that it is checked against."""
 
     request: Signed[CredentialRequest]
     request_id: str
     instance: InstanceEnrolment | None = None
-    """The running instance that asks, where it is one."""
+    """The running instance that asks, if it is one."""
 
     @property
     def not_after(self) -> int:
-        """The latest end of what is issued: that of the task, or of the instance's key."""
+        """The latest end of the credential, in seconds: the end of the task, or of the instance's key."""
         task_end: int = self.task.state.not_after
         return min(task_end, self.instance.key.not_after) if self.instance else task_end
 
     @property
     def break_glass(self) -> bool:
-        """Whether the agent asked for what policy denies, and for two operators to allow it once."""
+        """Whether the agent asks for an exception that policy denies, and that two operators may allow once."""
         return self.request.claims.break_glass is True
 
     def floors(self) -> frozenset[ApprovalClass]:
-        """The approvals that the target wants for the requested verbs, whatever policy says."""
+        """The approval classes that the target demands for the requested verbs, whatever policy says."""
         wanted = {verb for permission in self.request.claims.scope for verb in permission.verbs}
         return frozenset(v.floor for v in self.target.state.verbs if v.verb in wanted and v.floor != "none")
 
@@ -159,9 +159,9 @@ class RequestContext(RecordContext):
 def load_context(
     directory: Directory, request: Signed[CredentialRequest], request_id: str | None = None
 ) -> RequestContext:
-    """Look up what a verified request names. Its id is derived where it is not given.
+    """Load the records that a verified request names. Its id is derived if it is not given.
 
-    Raises DeniedError where a record is missing or its chain is broken: there is nothing to weigh then.
+    Raises DeniedError if a record is missing, or if its chain is broken.
     """
     claims = request.claims
     targets = {permission.target for permission in claims.scope}
@@ -180,7 +180,10 @@ def load_context(
 
 
 def load_records(directory: Directory, agent_id: str, task_id: str, target_id: str) -> RecordContext:
-    """Look up the records. Raises DeniedError where one is missing or its chain is broken."""
+    """Load the records for an agent, a task and a target.
+
+    Raises DeniedError if a record is missing, or if its chain is broken.
+    """
     try:
         agent = directory.agent(agent_id)
         if agent is None:
@@ -202,7 +205,7 @@ def load_records(directory: Directory, agent_id: str, task_id: str, target_id: s
 
 
 def _delegations(directory: Directory, task: VerifiedRecord[TaskState]) -> Iterator[DelegationStep]:
-    """How a task came to its agent. It ends: who verified a task has verified that its chain is no longer than may be.
+    """The delegation chain of a task, the last step first. Verified tasks have chains of bounded length, so this ends.
 
     Raises DeniedError, ChainError.
     """
@@ -221,9 +224,9 @@ def _delegations(directory: Directory, task: VerifiedRecord[TaskState]) -> Itera
 
 
 def violations(facts: RequestContext, now_s: float, entitlements_max_age_s: int) -> tuple[Reason, ...]:
-    """Everything that stands against the request, whatever policy says. Empty means that the rule holds.
+    """All violations of the invariant by a request, whatever policy says. Empty if there is none.
 
-    `now_s` is a time on the broker's clock: an append time, so that a repeat gives the same answer.
+    `now_s` is a time on the broker's clock, an append time, so that a retry gives the same result.
     """
     void_reason = void(facts.instance, facts.agent.state) if facts.instance else None
     return (
@@ -236,7 +239,7 @@ def violations(facts: RequestContext, now_s: float, entitlements_max_age_s: int)
 def violations_of(
     records: RecordContext, wanted: Scope, now_s: float, entitlements_max_age_s: int
 ) -> tuple[Reason, ...]:
-    """Everything that these records say against what is wanted: the whole of a request, or one action."""
+    """All violations by `wanted`: the scope of a request, or a single action."""
     return (
         *_status_violations(records, wanted, now_s),
         *records.beyond(wanted, now_s, entitlements_max_age_s),
@@ -244,7 +247,9 @@ def violations_of(
 
 
 def _signature(facts: RequestContext) -> tuple[Reason, ...]:
-    """Whoever had the key may have made the request, though it counted when it was appended."""
+    """A violation if the request is signed with a compromised key. Whoever had the key may have made the request,
+    though the key was valid when it was appended.
+    """
     agent, compact = facts.agent.state, facts.request.compact
     if not agent.compromised or not compact:  # what an enforcement point asks is signed by nobody
         return ()
@@ -252,7 +257,7 @@ def _signature(facts: RequestContext) -> tuple[Reason, ...]:
 
 
 def key_compromised(agent_id: str) -> Reason:
-    """What is said of whatever rests on a key that may be in other hands."""
+    """The reason for refusing what rests on a compromised key."""
     message = (
         f"it was asked for with a key of agent {agent_id} that is compromised; ask anew with the new one"
     )
@@ -311,7 +316,7 @@ def _status_violations(records: RecordContext, wanted: Scope, now_s: float) -> l
 
 
 def _agent_violations(agent: AgentState, sponsored_by: VerifiedRecord[UserState] | None) -> Iterator[Reason]:
-    """What stands against one agent of the chain, whatever is wanted."""
+    """Violations that concern one agent of the chain, whatever is wanted."""
     if agent.status != "active":
         yield _reason(f"agent_{agent.status}", f"agent {agent.agent_id} is {agent.status}")
     sponsor = sponsored_by.state if sponsored_by else None
@@ -324,7 +329,7 @@ def _agent_violations(agent: AgentState, sponsored_by: VerifiedRecord[UserState]
 
 @lru_cache(maxsize=_CACHED_SCOPES)
 def _sponsors_of(agent: VerifiedRecord[AgentState]) -> frozenset[str]:
-    """An agent's sponsors, the former ones too: no record of an agent leaves out who handed it over."""
+    """The present and former sponsors of an agent: its record keeps every transfer."""
     commands = map(unverified_command, agent.record.commands)
     named = (one.sponsor for one in commands if isinstance(one, AgentRegister | AgentTransfer))
     return frozenset((agent.state.sponsor, *named))
@@ -354,7 +359,7 @@ def _beyond(
     *,
     entitled: bool,
 ) -> tuple[Reason, ...]:
-    """Remembered by all that it follows from: agents ask for the same again and again, on the very same records."""
+    """Cached by all that the result depends on: agents repeat the same requests on the same records."""
     try:
         validate_scope(wanted)
     except ScopeError as error:

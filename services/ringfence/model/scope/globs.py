@@ -43,7 +43,7 @@ from ringfence.kernel.base.errors import RingfenceError
 MAX_GLOB_CHARS: Final = 512
 MAX_WILDCARDS: Final = 8
 STEP_LIMIT: Final = 4096
-"""The most states that one inclusion check visits; beyond, its answer is False."""
+"""The most states that one inclusion check visits. Beyond that the result is False, which denies."""
 
 _REFUSED: Final = {
     "%": "names are compared decoded: decode it",
@@ -83,15 +83,14 @@ _REFUSED_CATEGORIES: Final = frozenset(["Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl"
 
 
 class ScopeError(RingfenceError):
-    """A glob, verb, target id or scope is outside the grammar. The message says where, and what to write
-    instead."""
+    """A glob, verb, target id or scope is outside the grammar. The message says where, and what to write instead."""
 
     code = "scope_invalid"
 
 
 @dataclass(frozen=True, slots=True)
 class Glob:
-    """One resource glob that obeys the grammar; making one from any other text raises `ScopeError`."""
+    """A resource glob within the grammar. Creating one from any other text raises `ScopeError`."""
 
     text: str
     segments: tuple[str, ...] = field(init=False, repr=False, compare=False)
@@ -104,17 +103,17 @@ class Glob:
 
     @property
     def is_name(self) -> bool:
-        """True if it has no wildcard, and so stands for one name: itself."""
+        """Whether it has no wildcard, and so matches only itself."""
         return "*" not in self.text
 
     def reaches(self, depth: int) -> bool:
-        """Whether it can stand for a name of so many segments."""
+        """Whether it can match a name with `depth` segments."""
         loops = self.segments.count("**")
         fixed = len(self.segments) - loops
         return depth == fixed if not loops else depth >= fixed
 
     def matches(self, name: str) -> bool:
-        """Whether `name` is one of the names that this glob stands for. What is not a legal name never is."""
+        """Whether the glob matches `name`. A text that is not a valid name never matches."""
         try:
             return is_within(parse_name(name), (self,))
         except ScopeError:
@@ -123,13 +122,13 @@ class Glob:
 
 @lru_cache(maxsize=4096)
 def parse_glob(text: str) -> Glob:
-    """The glob that `text` spells. Raises `ScopeError` if it is outside the grammar."""
+    """Parse a glob. Raises `ScopeError` if the text is outside the grammar."""
     return Glob(text)
 
 
 @lru_cache(maxsize=16384)
 def is_glob(text: str) -> bool:
-    """Whether `text` is inside the grammar."""
+    """Whether the text is within the grammar."""
     try:
         parse_glob(text)
     except ScopeError:
@@ -138,7 +137,7 @@ def is_glob(text: str) -> bool:
 
 
 def parse_name(text: str) -> Glob:
-    """Like `parse_glob` for the name of one resource: raises `ScopeError` for wildcards too."""
+    """Parse the name of one resource. Raises `ScopeError` as `parse_glob` does, and for wildcards."""
     glob = parse_glob(text)
     if not glob.is_name:
         raise ScopeError(
@@ -218,7 +217,7 @@ def _nfkc(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """`text` as a message shows it, in ASCII: it must not hide or reorder anything in a terminal or a log."""
+    """`text` in ASCII and shortened, for messages: it must not hide or reorder anything in a terminal or a log."""
     return ascii(text if len(text) <= 80 else text[:77] + "...")
 
 

@@ -1,9 +1,8 @@
-"""The rule that nothing may break: what a credential allows is within *every* side, and it ends no later than
-the task.
+"""The invariant: a credential never allows more than *every* limit allows, and never outlives its task.
 
-The sides are the task, the ceiling of every agent in the `act` chain, and the entitlements of the user on
-whose behalf the task runs. Policy and issuer both ask this code, each from records that it verified itself. A
-wish that reaches beyond one side is denied whole; nothing here narrows a wish to what would fit.
+The limits are the task's scope, the ceiling of every agent in the `act` chain, and the entitlements of the user on
+whose behalf the task runs. Policy and issuer both call this code, each with records that it verified itself. A request
+that exceeds one limit is denied as a whole: nothing here narrows a request to what would fit.
 """
 
 from __future__ import annotations
@@ -19,22 +18,24 @@ from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.scope import intersect, missing
 
 NO_LIMIT: Final = "none"
-"""Stands as the lacking side where no side was given at all."""
+"""The name of the exceeded limit if no limit was given at all."""
 MIN_LIFE_MS: Final = 1000
 
 
 class DeadlineError(RingfenceError):
-    """No whole second is left before the deadline; the message says whether TTL or task is to blame."""
+    """Less than a whole second is left before the deadline. The message says whether the TTL or the task is
+    the cause.
+    """
 
     code = "deadline_too_close"
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """One of the scopes that a credential must be within, under the name by which refusals call it.
+    """A scope that a credential must be within, with the name that refusals use for it.
 
-    The scopes come from verified records. Entitlements past their age count for nothing: give them as an
-    empty scope, do not leave the side out.
+    The scopes come from verified records. Entitlements that are too old count for nothing: pass them as an empty scope,
+    do not leave out the limit.
     """
 
     name: str
@@ -47,25 +48,25 @@ class Limit:
 
     @classmethod
     def ceiling(cls, agent_id: str, scope: Scope) -> Limit:
-        """The most that one agent may ever hold; one side for every agent in the `act` chain."""
+        """The most that one agent may ever hold; one limit for each agent in the `act` chain."""
         return cls(f"ceiling:{agent_id}", scope)
 
     @classmethod
     def entitlements(cls, user_id: str, scope: Scope) -> Limit:
-        """What the user whom the task is on behalf of may do."""
+        """What the user may do on whose behalf the task runs."""
         return cls(f"entitlements:{user_id}", scope)
 
 
 def are_in_force(entitlements: Entitlements, now_s: float, max_age_s: int) -> bool:
-    """Whether entitlements count. Past their age they do not, nor with an unknown field, which may limit them. Those of
-    a permission are for `missing` to find.
+    """Whether entitlements count at `now_s`: they are not older than `max_age_s`, and have no unknown field, which
+    might limit them. Unknown fields of a permission are checked by `missing`.
     """
     return entitlements.as_of + max_age_s > now_s and not entitlements.model_extra
 
 
 @dataclass(frozen=True, slots=True)
 class Excess:
-    """A permission, or the part of one, that a side does not hold."""
+    """A permission, or a part of one, that exceeds a limit. `limit` is the name of the limit."""
 
     permission: Permission
     limit: str
@@ -74,21 +75,20 @@ class Excess:
 def limits_of(
     task: Scope, ceilings: Iterable[tuple[str, Scope]], user_id: str, entitlements: Scope
 ) -> tuple[Limit, ...]:
-    """All sides of one wish, so that no caller forgets one.
+    """All limits of one request, so that no caller forgets one.
 
-    `ceilings`: the id and ceiling of every agent in the `act` chain. If there is none, a ceiling that holds
-    nothing stands in.
+    `ceilings`: id and ceiling of every agent in the `act` chain. If there is none, an empty ceiling stands in.
     """
     held = tuple(Limit.ceiling(agent_id, scope) for agent_id, scope in ceilings)
     return (Limit.task(task), *(held or (Limit("ceiling", ()),)), Limit.entitlements(user_id, entitlements))
 
 
 def exceeding(wanted: Scope, limits: Iterable[Limit]) -> tuple[Excess, ...]:
-    """Everything that stands against the wish: by side, in the order given, then in the order of `wanted`.
+    """What the request has beyond the limits: by limit in the given order, then in the order of `wanted`.
 
-    Empty means that the wish is within every side; anything else denies it whole. Without sides everything is
-    lacking. Raises `ScopeError` if nothing is wanted: a credential without permissions would mean whatever
-    its reader thinks.
+    Empty means that the request is within every limit; anything else denies it as a whole. Without any limit,
+    everything exceeds. Raises `ScopeError` if `wanted` is empty: readers could take a credential without permissions
+    for anything.
     """
     if not wanted:
         raise ScopeError("the request is empty: name at least one permission")
@@ -102,9 +102,9 @@ def exceeding(wanted: Scope, limits: Iterable[Limit]) -> tuple[Excess, ...]:
 
 
 def effective(limits: Iterable[Limit]) -> Scope:
-    """What all sides allow together (see `intersect`), for showing it before anything runs.
+    """The intersection of all limits (see `intersect`), for a preview. Empty without limits.
 
-    Nothing without sides. Never used to decide: a wish is compared with each side by `exceeding`.
+    Never use it to decide: `exceeding` compares a request with each limit.
     """
     given = tuple(limits)
     if not given:
@@ -117,11 +117,11 @@ def effective(limits: Iterable[Limit]) -> Scope:
 
 
 def deadline_ms(appended_ms: int, ttl_s: int, task_end_ms: int) -> int:
-    """When a lease ends, in ms: the decision's append time plus the TTL, never beyond the task's end.
+    """The end of a lease in ms: the decision's append time plus the TTL, at most the end of the task.
 
-    A whole second, rounded down, so that tokens (`exp`, in seconds), Redis and the target's own expiry agree.
-    It depends on recorded values only and is the same on every redelivery. Raises `DeadlineError` if less
-    than one second would be left after the append time.
+    Rounded down to a whole second, so that tokens (`exp` in seconds), Redis and the target agree. It depends on
+    recorded values only, and is the same on every redelivery. Raises `DeadlineError` if less than one second is left
+    after the append time.
     """
     end_ms = min(appended_ms + ttl_s * 1000, task_end_ms)
     deadline = end_ms - end_ms % 1000

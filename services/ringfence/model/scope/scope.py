@@ -1,4 +1,4 @@
-"""Scopes: what is one, what one lacks of another, and what two share. How resources are spelled is in `globs`."""
+"""Scopes: validation, difference and intersection. The grammar of resources is in `globs`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from ringfence.model.scope.globs import ScopeError, is_glob, parse_glob, quoted,
 from ringfence.model.unknown_fields import describe_unknown, unknown_fields
 
 MAX_PAIRS: Final = 4096
-"""The most verb-resource pairs in one scope, so that comparing it is bounded work."""
+"""The most pairs of verb and resource in one scope, so that comparing it is bounded work."""
 _MEET_PAIRS: Final = 16384
-"""The most pairs of globs that `intersect`, which only informs, looks at; what lies beyond is left out."""
+"""The most pairs of globs that `intersect` compares. It only informs, so pairs beyond that are left out."""
 _TARGET_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _VERB: Final = re.compile(r"[a-z][a-z0-9_.:-]{0,63}")
 
 
 def validate_scope(scope: Scope, *, allow_empty: bool = False) -> None:
-    """Check every permission of a scope. Raises `ScopeError` naming the place of the first offending one.
+    """Validate every permission of a scope. Raises `ScopeError`, which names the first invalid one.
 
-    `allow_empty` is for ceilings and entitlements, which may allow nothing; a task or a request asks for
-    something.
+    `allow_empty` is for ceilings and entitlements, which may allow nothing. Tasks and requests need a permission.
     """
     if not scope and not allow_empty:
         raise ScopeError("the scope is empty: name at least one permission")
@@ -58,13 +57,13 @@ def validate_scope(scope: Scope, *, allow_empty: bool = False) -> None:
 
 
 def missing(wanted: Scope, allowed: Scope) -> tuple[Permission, ...]:
-    """What `allowed` lacks of `wanted`, in the order of `wanted`; empty exactly if nothing is lacking.
+    """What `wanted` has and `allowed` does not, in the order of `wanted`; empty exactly if `allowed` covers all.
 
-    A permission that is lacking in part is given with only its lacking verbs and resources: as one permission
-    if these form a product, and otherwise as one for each group of verbs that lack the same resources.
+    Of a permission that is covered in part, the result has only the verbs and resources that are not covered. If these
+    form a product, that is one permission, otherwise one for each group of verbs with the same resources.
 
-    Raises nothing. What breaks the grammar, or has a field that this version does not know (it may limit the
-    permission), is lacking where it is wanted and counts for nothing where it is allowed.
+    Raises nothing. A permission outside the grammar, or with an unknown field (which may limit it), is not covered if
+    it is wanted, and covers nothing if it is allowed.
     """
     found: list[Permission] = []
     for permission in wanted:
@@ -91,13 +90,13 @@ def _uncovered_part(permission: Permission, allowed: Scope) -> Iterable[Permissi
 
 @lru_cache(maxsize=4096)
 def _uncovered(wanted: tuple[str, ...], granted: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
-    """The globs of `wanted` that are not within all of `granted` together."""
+    """The globs of `wanted` that are not within the union of all of `granted`."""
     globs = tuple(text for texts in granted for text in texts if is_glob(text))
     return tuple(text for text in dict.fromkeys(wanted) if not (is_glob(text) and within(text, globs)))
 
 
 def _is_plain(permission: Permission) -> bool:
-    """Whether this version knows all that the permission says, and its target id is one."""
+    """Whether this version knows all fields of the permission, it is not empty, and its target id is valid."""
     return (
         not permission.model_extra
         and bool(permission.verbs and permission.resources)
@@ -116,14 +115,13 @@ def _is_verb(text: str) -> bool:
 
 
 def intersect(a: Scope, b: Scope) -> Scope:
-    """The permissions that both scopes hold, for showing what will be possible before anything runs.
+    """The permissions that both scopes have, for a preview.
 
-    Every name in the result is in both. The result is the whole intersection, unless two globs overlap in so
-    many ways that naming them all exceeds the limits of globs or of this function: what exceeds them is left
-    out. One permission for each target and set of resources, sorted; no resource that the others contain.
+    Every name in the result is in both scopes. The result is the whole intersection, unless two globs overlap in more
+    ways than the limits of globs or of this function allow: these are left out. It has one permission for each target
+    and set of resources, sorted, without redundant resources.
 
-    Raises nothing; what breaks the grammar, or has a field that this version does not know, counts for
-    nothing.
+    Raises nothing. Permissions outside the grammar, or with an unknown field, count for nothing.
     """
     pairs = _MEET_PAIRS
     shared: dict[tuple[str, str], dict[str, None]] = {}

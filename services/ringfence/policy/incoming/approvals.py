@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.ids import message_id
-from ringfence.kernel.crypto.jws import ExpiredError, Signed, parse
+from ringfence.kernel.crypto.claims import ExpiredError
+from ringfence.kernel.crypto.jws import Signed, parse
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.tracing.traceparent import nearest

@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.crypto.jws import ExpiredError, parse
+from ringfence.kernel.crypto.claims import ExpiredError
+from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import CredentialRequest, Reason

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from ringfence.kernel.crypto.jws import ExpiredError
+from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw

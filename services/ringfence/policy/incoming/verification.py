@@ -8,8 +8,9 @@ from typing import TypeVar
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.base.text import with_article
+from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jwe import check_reply_key
-from ringfence.kernel.crypto.jws import ExpiredError, KeyFinder, Signed, parse, verify
+from ringfence.kernel.crypto.jws import KeyFinder, Signed, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.kafka.partitioning import partition_of
 from ringfence.kernel.kafka.record import Received

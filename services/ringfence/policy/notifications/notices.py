@@ -19,7 +19,8 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.base.secret_refs import PlaceError, read_secret
-from ringfence.kernel.crypto.jws import ExpiredError, Signed, parse, verify
+from ringfence.kernel.crypto.claims import ExpiredError
+from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionRequest, ApprovalRequest
