@@ -275,7 +275,7 @@ class Survey:
                 continue
             if shard >= len(self._keys):
                 if name not in (SPREAD.encode(), REBUILDING.encode()):
-                    about = f"{_text(name)} in shard {shard}"
+                    about = f"{_readable(name)} in shard {shard}"
                     yield Stray(about, "stray", "", "of a shard that there is not", (("UNLINK", key),))
                 continue
             at = self._keys[shard]
@@ -314,7 +314,7 @@ class Survey:
                 id
                 for id in ids
                 if id != THUMBPRINT.encode()
-                and not (self._is_alive(id, at) and self._alive[uuid_text(id)].agent_id == _text(agent))
+                and not (self._is_alive(id, at) and self._alive[uuid_text(id)].agent_id == _readable(agent))
             ]
             is_empty = not set(ids) - set(others) - {THUMBPRINT.encode()}
             for id in others or ([THUMBPRINT.encode()] if ids and is_empty else []):
@@ -332,11 +332,11 @@ class Survey:
             # Count and leases are read at one moment: leases come and go.
             now = await self._link.pipeline([count_and_leases(at, key, agent) for at, key, _, agent in some])
             for (at, key, selector_key, agent), (count, ids) in zip(some, now, strict=True):
-                wanted = await self._bearing(at, ids, _text(selector_key))
+                wanted = await self._bearing(at, ids, _readable(selector_key))
                 if count is not None and count != b"%d" % wanted:
                     repair = ("HSET", key, agent, wanted) if wanted else ("HDEL", key, agent)
-                    about = f"{_text(agent)} of {_text(selector_key)} in shard {at.shard}"
-                    yield Stray(about, "miscounted", str(wanted), _text(count), (repair,))
+                    about = f"{_readable(agent)} of {_readable(selector_key)} in shard {at.shard}"
+                    yield Stray(about, "miscounted", str(wanted), _readable(count), (repair,))
 
     async def _bearing(self, at: Keys, ids: Sequence[bytes], selector_key: str) -> int:
         """How many of an agent's leases have this selector key. Redis is asked for leases newer than this check."""
@@ -364,7 +364,7 @@ class Survey:
             left_ms, place = next(answers), next(answers)
             if place is None:
                 continue
-            if not self._belongs(_text(id), at) or not (
+            if not self._belongs(_readable(id), at) or not (
                 self._is_seen(id, place) or self._is_outlived(place, left_ms)
             ):
                 yield _stray(at, key, b"", ("UNLINK", key))
@@ -379,12 +379,14 @@ class Survey:
         )
         for at, key, grant_id in found:
             left_ms, ids = next(answers), next(answers)
-            if not self._belongs(_text(grant_id), at):
+            if not self._belongs(_readable(grant_id), at):
                 yield _stray(at, key, b"", ("UNLINK", key))
                 continue
             for id in ids:
                 # A use that was counted and not issued stays counted. So a lease that Kafka does not know may be right.
-                named = len(id) == ID_BYTES and self._knowledge.names_grant(uuid_text(id), _text(grant_id))
+                named = len(id) == ID_BYTES and self._knowledge.names_grant(
+                    uuid_text(id), _readable(grant_id)
+                )
                 if named is False:
                     yield _stray(at, key, id, ("SREM", key, id))
             if ids and (left_ms == -1 or left_ms > GRANT_KEEP_MS + SLACK_MS):
@@ -399,7 +401,7 @@ class Survey:
     def _is_seen(self, id: bytes, place: bytes) -> bool:
         """Whether Kafka has the revocation that was seen first at this position; True for other selectors."""
         return b".revocation.request." not in place.partition(b" ")[0] or self._knowledge.has_revocation(
-            _text(id)
+            _readable(id)
         )
 
     def _is_outlived(self, place: bytes, left_ms: int) -> bool:
@@ -449,9 +451,9 @@ def _about(at: Keys, key: str | bytes, member: bytes | str = b"") -> str:
         lease_id, seq = lease_of_field(raw)
         inner = f"{lease_id}:{seq}"
     else:
-        inner = uuid_text(raw) if len(raw) == ID_BYTES else _text(raw)
-    return f"{inner + ' in ' if inner else ''}{_text(name)} in shard {at.shard}"
+        inner = uuid_text(raw) if len(raw) == ID_BYTES else _readable(raw)
+    return f"{inner + ' in ' if inner else ''}{_readable(name)} in shard {at.shard}"
 
 
-def _text(value: bytes) -> str:
+def _readable(value: bytes) -> str:
     return value.decode("ascii", "backslashreplace")
