@@ -157,12 +157,12 @@ class LeaseStore(Shards):
 
         Raises LostError if a server is another one than before, even though no connection was lost.
         """
-        epoch, said, servers = self.epoch, {}, set()
+        epoch, answers_of, servers = self.epoch, {}, set()
         async for name, (who, *answers) in self.link.ask_each((WHO, *HEALTH_COMMANDS)):
-            said[name] = (self._clock.now_ms(), answers)
+            answers_of[name] = (self._clock.now_ms(), answers)
             servers.add(server_id(who))
         self.require_servers(servers)
-        evicted = self._servers.update(said, epoch=epoch)
+        evicted = self._servers.update(answers_of, epoch=epoch)
         metrics.CLOCK_AHEAD.labels("redis").set(self._servers.ahead_ms() / 1000)
         if evicted:
             log.error("Redis evicted keys at %s, and is rebuilt: it must never do that", ", ".join(evicted))

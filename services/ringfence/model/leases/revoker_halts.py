@@ -71,12 +71,12 @@ class RevokerHalts:
             if not jws.unverified_claims(Heartbeat).halted:
                 return ()
             find = self._trust.finder("revoker", at_s=record.appended_at_ms / 1000)
-            beat = verify(jws, Heartbeat, find, audience=self._trust.trust_domain).claims
+            heartbeat = verify(jws, Heartbeat, find, audience=self._trust.trust_domain).claims
         except InvalidMessageError:
             return ()
-        if abs(beat.at_ms - record.appended_at_ms) > _CLOCKS_DIFFER_MS or self._is_repeated(record):
+        if abs(heartbeat.at_ms - record.appended_at_ms) > _CLOCKS_DIFFER_MS or self._is_repeated(record):
             return ()
-        return beat.halted
+        return heartbeat.halted
 
     def _is_repeated(self, record: Received) -> bool:
         since_ms = record.appended_at_ms - 2 * _CLOCKS_DIFFER_MS

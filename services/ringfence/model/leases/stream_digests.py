@@ -108,15 +108,17 @@ class StreamCheck:
         for record in records:
             find = self._trust.finder("revoker", at_s=record.appended_at_ms / 1000)
             try:
-                beat = verify(parse(record.value), Heartbeat, find, audience=self._trust.trust_domain).claims
+                heartbeat = verify(
+                    parse(record.value), Heartbeat, find, audience=self._trust.trust_domain
+                ).claims
             except InvalidMessageError:
                 continue
             # A replayed heartbeat must not make a stale view look fresh.
-            if abs(beat.at_ms - record.appended_at_ms) <= _CLOCKS_DIFFER_MS:
+            if abs(heartbeat.at_ms - record.appended_at_ms) <= _CLOCKS_DIFFER_MS:
                 self._broker.heard(record.appended_at_ms)
-                for stream in beat.streams:
+                for stream in heartbeat.streams:
                     waiting = self._waiting.setdefault((stream.topic, stream.partition), deque(maxlen=100))
-                    waiting.append((stream, min(beat.at_ms, record.appended_at_ms)))
+                    waiting.append((stream, min(heartbeat.at_ms, record.appended_at_ms)))
 
     def compare(self, positions: Mapping[Partition, int]) -> None:
         """Compare signed digests with what has been read up to these offsets."""
