@@ -185,13 +185,13 @@ async def test_a_grant_counts_each_lease_that_names_it_once_and_no_more_than_it_
     await other.connect()
     grant, leases = str(uuid.uuid4()), [str(uuid.uuid4()) for _ in range(40)]
     # Two issuers at once, each with every lease.
-    uses = [one.use_grant(grant, lease_id, most=7) for lease_id in leases for one in (store, other)]
+    uses = [one.use_grant(grant, lease_id, limit=7) for lease_id in leases for one in (store, other)]
     counted = await asyncio.gather(*uses)
     await other.close()
     assert counted[::2] == counted[1::2]
     assert sum(counted[::2]) == 7
-    assert await asyncio.gather(*(store.use_grant(grant, id, most=7) for id in leases)) == counted[::2]
-    assert await store.use_grant(str(uuid.uuid4()), leases[-1], most=1)  # another grant
+    assert await asyncio.gather(*(store.use_grant(grant, id, limit=7) for id in leases)) == counted[::2]
+    assert await store.use_grant(str(uuid.uuid4()), leases[-1], limit=1)  # another grant
 
 
 async def test_a_batch_larger_than_one_round_trip_keeps_its_order(store: LeaseStore) -> None:

@@ -114,7 +114,7 @@ async def test_leases_live_and_end_on_all_nodes(store: LeaseStore) -> None:
 async def test_grants_are_counted_on_all_nodes(store: LeaseStore) -> None:
     grants, leases = [str(uuid.uuid4()) for _ in range(32)], [str(uuid.uuid4()) for _ in range(4)]
     for grant in grants:  # each on a shard of its own, whatever the shards of the leases
-        counted = await asyncio.gather(*(store.use_grant(grant, lease_id, most=3) for lease_id in leases))
+        counted = await asyncio.gather(*(store.use_grant(grant, lease_id, limit=3) for lease_id in leases))
         assert sum(counted) == 3
 
 

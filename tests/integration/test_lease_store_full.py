@@ -56,7 +56,7 @@ async def test_nothing_is_issued(store: LeaseStore, settings: ServiceSettings) -
     assert [a.outcome for a in await store.activate([minted(started)], token="a")] == ["full"]
     assert [p.outcome for p in await store.prepare([other], token="a", mint_ms=1)] == ["full"]
     with pytest.raises(FullError):
-        await store.use_grant(grant, one.claims.lease_id, most=1)
+        await store.use_grant(grant, one.claims.lease_id, limit=1)
     assert await store.find(ALL_LEASES) == [started.claims.lease_id]
     assert await store.get([one.claims.lease_id, other.claims.lease_id]) == {}
 

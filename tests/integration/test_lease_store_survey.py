@@ -45,7 +45,7 @@ class Known(Knowledge):
     def knows(self, lease_id: str) -> bool:
         return lease_id in self.leases
 
-    def is_order(self, id: str) -> bool:
+    def has_revocation(self, id: str) -> bool:
         return id in self.orders
 
     def names_grant(self, lease_id: str, grant_id: str) -> bool | None:
@@ -88,7 +88,7 @@ class Stock:
         store.published([(self.ended.claims.lease_id, 2)])
         await store.flush_outbox()  # the cut stays: it waits to be published
         self.ending = cut.lease
-        await store.use_grant(self.grant_id, self.active.claims.lease_id, most=3)
+        await store.use_grant(self.grant_id, self.active.claims.lease_id, limit=3)
         at = Coordinates(
             topic="ringfence.revocation.request.v1", partition=0, offset=1, appended_at_ms=1_700_000_000_000
         )

@@ -11,7 +11,7 @@ import pytest
 
 from ringfence.kernel.crypto.keys import b64encode
 from ringfence.kernel.kafka.record import Received
-from ringfence.model.leases.unverified import summarise
+from ringfence.model.leases.unverified_records import summarise
 from ringfence.revoker.consistency.kafka_view import LeaseFold
 from tests.unit.test_lease_epochs import Markers
 

@@ -14,7 +14,7 @@ from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import LostError, SignedLease
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import follow
-from ringfence.model.leases.unverified import summary_of
+from ringfence.model.leases.unverified_records import summary_of
 from ringfence.revoker.consistency.lease_watch import LeaseWatch
 from ringfence.revoker.mass_expiry import OwnRecordCache
 from tests.support.leases import REVOKER, lease, signed

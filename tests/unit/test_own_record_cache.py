@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ringfence.model.leases.unverified import summarise, summary_of
+from ringfence.model.leases.unverified_records import summarise, summary_of
 from ringfence.revoker.mass_expiry import OwnRecordCache
 from tests.support.leases import lease, signed, step
 

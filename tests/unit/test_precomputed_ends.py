@@ -7,7 +7,7 @@ from typing import Any
 
 from ringfence.kernel.kafka.record import Outbound
 from ringfence.model.lease_store import prepare_step
-from ringfence.model.leases.unverified import summary_of
+from ringfence.model.leases.unverified_records import summary_of
 from ringfence.revoker.mass_expiry.precomputed_ends import PrecomputedEnd, PrecomputedEnds, digest_of
 from tests.support.leases import lease, step
 

@@ -64,7 +64,7 @@ class GrantKeeper:
         return one
 
     async def _use(self, grant: Grant, issue: Issue) -> bool:
-        return await self._store.use_grant(id_of(grant), issue.lease.lease_id, most=grant.count)
+        return await self._store.use_grant(id_of(grant), issue.lease.lease_id, limit=grant.count)
 
 
 def _refusal(code: str, message: str, issue: Issue) -> Refusal:

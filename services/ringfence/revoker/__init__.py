@@ -1,1 +1,1 @@
-"""revoker: ends leases when their time is over, or somebody entitled says so; never gives up, never ends one twice."""
+"""Revoker: ends each lease once, at its deadline or by revocation, and retries until its credential is removed."""

@@ -1,4 +1,4 @@
-"""Redis or Valkey, alone or as a cluster, as the lease store talks to it: pipelines in, answers out."""
+"""Connection to Redis or Valkey, standalone or a cluster: pipelines and scripts, and errors translated to ours."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from ringfence.model.lease_store.scripts import LOST, Argument, Command, Script
 log = logging.getLogger(__name__)
 
 _PIPELINE = 500
-"""The most commands in one round trip: others must get their turn."""
+"""The most commands in one round trip: other tasks must run in between."""
 _ANSWERS_WITHIN_S = 5
 _ALL_WITHIN_S = 15
-"""All that is sent at once to a Redis that stands alone: as long as three tries for one answer. A timer for each, as
-redis-py sets it, costs as much as all else that it does."""
+"""The limit for one round trip to a standalone Redis: as long as three tries for one answer. A timer for each answer,
+as redis-py sets it, costs as much as all else that redis-py does."""
 _CONNECTS_WITHIN_S = 2
 WHO = ("INFO", "server", "replication")
-"""What tells which server it is, to be read by `server_id`. A server that followed another one and leads again has the
-`run_id` that it had, and what the other had; the replication id is a new one then."""
+"""The command that identifies a server; `server_id` reads the answer. A server that was a replica for a while and leads
+again has its old `run_id` and the data of the other server, but a new replication id."""
 _CLUSTER_SCHEMES = {"redis+cluster": False, "rediss+cluster": True}
 """Schemes of the URL of a cluster, and whether they speak TLS."""
 _MAX_QUEUED_KEYS = 50
-"""So many expired keys are read before anybody asks for them: who has heard enough of them stops listening."""
+"""How many expired keys are queued for a slow reader."""
 _LOOK_FOR_NODES_S = 10.0
 
 
@@ -57,13 +57,13 @@ class LostError(UnavailableError):
 
 
 class FullError(UnavailableError):
-    """Redis has no memory left for more. What ends leases it does all the same."""
+    """Redis is out of memory. Scripts that end leases work all the same."""
 
     code = "overloaded"
 
 
 class _WrongServerError(RedisError):
-    """A new connection reached another server than those that are known to hold the leases."""
+    """A new connection reached a server that is not known to hold the leases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Call:
 
 
 class _FastPacking:
-    """A connection that writes pipelines in C: redis-py's own way takes longer than all the rest of a call."""
+    """A connection that serialises pipelines in C: redis-py's own way takes longer than all the rest of a call."""
 
     def pack_commands(self, commands: Iterable[Command]) -> list[bytes]:
         return [b"".join([hiredis.pack_command(command) for command in commands])]  # type: ignore[arg-type]
@@ -88,15 +88,15 @@ class _FastPacking:
 class RedisConnection:
     """Connections to one Redis, or to all nodes of a cluster.
 
-    Each connection, when it is made, asks the server who it is (`run_id`), and is given up where `knows` says no: so
-    that nothing is read from, or written to, a server that came in the place of another.
+    Each new connection asks the server for its id (`server_id`), and is closed if `knows` returns False. So nothing is
+    read from, or written to, a server that has replaced another one.
     """
 
     def __init__(self, url: str, knows: Callable[[str], bool]) -> None:
         """`url`: `redis://`, `rediss://`, `unix://`, or `redis+cluster://host:port,host:port`. Raises SettingsError."""
         self._knows = knows
         self._servers: dict[tuple[str, int], str] = {}
-        """Of a cluster: the `run_id` that stands behind each node's host and port."""
+        """Of a cluster: the server id behind each node's host and port."""
         try:
             self._address = _Address.parse(url)
             self._client = self._address.client(self._check_server)
@@ -109,8 +109,8 @@ class RedisConnection:
     async def pipeline(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands, many in each round trip, and return their answers.
 
-        Raises LostError where a script or a new connection says so, UnavailableError where Redis does not answer or
-        refuses.
+        Raises LostError if a script, or the check of a new connection, finds that Redis may have lost leases, and
+        UnavailableError if Redis does not answer or refuses.
         """
         answers = await self._send(commands)
         for answer in answers:
@@ -120,9 +120,9 @@ class RedisConnection:
         return answers
 
     async def scripts(self, calls: Sequence[Call], *, full: Any = None) -> list[Any]:
-        """`pipeline`, of scripts; what Redis does not know of them is loaded.
+        """Run scripts, as `pipeline`. Scripts that Redis does not have are loaded.
 
-        `full` stands for the answer of one for which there is no memory; FullError is raised where it is None.
+        `full`: the answer for a script that Redis has no memory for. If it is None, FullError is raised.
         """
         commands = [call.command() for call in calls]
         answers = await self._send(commands)
@@ -141,13 +141,13 @@ class RedisConnection:
         return answers
 
     async def load(self, scripts: Iterable[Script]) -> None:
-        """Make every server know these scripts."""
+        """Load these scripts on every server."""
         async with self._in_time():
             for script in scripts:
                 await self._client.script_load(script.text)
 
     async def keys(self, pattern: str) -> AsyncIterator[bytes]:
-        """The keys of all servers that match a pattern. What comes and goes meanwhile may be left out."""
+        """The keys of all servers that match a pattern. Keys that are created or deleted meanwhile may be missing."""
         with self._translated():
             async for key in self._client.scan_iter(match=pattern, count=_PIPELINE):
                 yield key
@@ -162,12 +162,12 @@ class RedisConnection:
                 answers += await pipeline.execute(raise_on_error=False)
         return answers
 
-    # --- who is there ---
+    # --- identity of servers ---
 
     async def ask_each(self, commands: Sequence[Command]) -> AsyncIterator[tuple[str, list[Any]]]:
-        """What each server answers that holds keys, and its address: several where Redis is a cluster.
+        """The address of each server that holds keys, and its answers: several servers if Redis is a cluster.
 
-        One after the other, as soon as it has answered the last command. Raises as `pipeline`.
+        Each comes as soon as it has answered its last command. Raises as `pipeline`.
         """
         if isinstance(self._client, Redis):
             yield str(self._address), await self.pipeline(commands)
@@ -181,7 +181,7 @@ class RedisConnection:
                 yield node.name, answers
 
     async def inspect(self, keys: Sequence[str]) -> list[tuple[str, bytes | None]]:
-        """For each key: the `run_id` of the server that holds it now, whoever that is, and its value."""
+        """For each key: the id of the server that holds it now, known or not, and the key's value."""
         with self._translated():
             client = self._address.client(None)
             try:
@@ -202,14 +202,14 @@ class RedisConnection:
             return
         run_ids: dict[str, str] = {}
         for key in keys:
-            # First, so that in a cluster the node below is the one that answered.
+            # GET comes first, so that in a cluster the node below is the one that answered.
             value = await client.execute_command("GET", key)
             node = _node_of(client, key)
             name = node.name if node else ""
             if name not in run_ids:
                 info = await client.execute_command(*WHO, **({"target_nodes": node} if node else {}))
                 run_ids[name] = server_id(info)
-                if node:  # it may have another history since connections to it were made
+                if node:  # its id may have changed since connections to it were made
                     self._servers[node.host, int(node.port)] = run_ids[name]
             yield run_ids[name], value
 
@@ -227,22 +227,22 @@ class RedisConnection:
             self._servers[to.host, int(to.port)] = run_id
 
     def server_of(self, key: str) -> str | None:
-        """The `run_id` of the node of a cluster that holds a key now; None where that is not known, or Redis is alone.
+        """The id of the cluster node that holds a key now; None if it is unknown, or Redis is standalone.
 
-        A connection that was made before its server became a replica is as good as ever when it leads again: so to have
-        been known when it was made is not enough.
+        A connection survives a time in which its server was a replica. So it is not enough that the server was known
+        when the connection was made.
         """
         with contextlib.suppress(RedisClusterException):
             if node := _node_of(self._client, key):
                 return self._servers.get((node.host, int(node.port)))
         return None
 
-    # --- what Redis tells by itself ---
+    # --- notifications ---
 
     async def expired_keys(self) -> AsyncGenerator[bytes, None]:
-        """Keys as they expire, as far as Redis tells of it (`notify-keyspace-events Ex`, on each node), for ever."""
+        """Keys as they expire, for ever, as far as Redis notifies (`notify-keyspace-events Ex`, on each node)."""
         loop = asyncio.get_running_loop()
-        told: asyncio.Queue[bytes] = asyncio.Queue(_MAX_QUEUED_KEYS)
+        expired: asyncio.Queue[bytes] = asyncio.Queue(_MAX_QUEUED_KEYS)
         listening: dict[str, asyncio.Task[None]] = {}
         try:
             while True:
@@ -251,12 +251,12 @@ class RedisConnection:
                     listening.pop(name).cancel()
                 for name in nodes.keys() - listening.keys():
                     listening[name] = asyncio.create_task(
-                        self._listen(nodes[name], told), name="expired events"
+                        self._listen(nodes[name], expired), name="expired events"
                     )
                 look_again_at = loop.time() + _LOOK_FOR_NODES_S
                 while (left_s := look_again_at - loop.time()) > 0:
                     try:
-                        key = await asyncio.wait_for(told.get(), left_s)
+                        key = await asyncio.wait_for(expired.get(), left_s)
                     except TimeoutError:
                         break
                     yield key
@@ -265,14 +265,14 @@ class RedisConnection:
                 task.cancel()
             await asyncio.gather(*listening.values(), return_exceptions=True)
 
-    async def _listen(self, connect: Callable[[], Redis], told: asyncio.Queue[bytes]) -> None:
+    async def _listen(self, connect: Callable[[], Redis], expired: asyncio.Queue[bytes]) -> None:
         while True:
             client = connect()
             try:
                 async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
                     await pubsub.subscribe(f"__keyevent@{self._address.db}__:expired")
                     async for message in pubsub.listen():
-                        await told.put(message["data"])
+                        await expired.put(message["data"])
             except (RedisError, OSError) as error:
                 log.info("not told of expired keys for now (%s)", type(error).__name__)
                 await asyncio.sleep(1)
@@ -280,14 +280,14 @@ class RedisConnection:
                 await client.aclose()
 
     async def _nodes(self) -> dict[str, Callable[[], Redis]]:
-        """How to connect to each server that holds keys, by its name."""
+        """By server name, how to connect to each server that holds keys."""
         if isinstance(self._client, Redis):
             return {"": lambda: cast(Redis, self._address.client(None))}
         with contextlib.suppress(RedisError, OSError):
             await self._client.initialize()
         return {node.name: partial(self._address.node_client, node) for node in self._client.get_primaries()}
 
-    # --- the rest ---
+    # --- closing, errors ---
 
     async def close(self) -> None:
         """Disconnect."""
@@ -295,7 +295,7 @@ class RedisConnection:
 
     @contextlib.asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
-        """`_translated`, and within a bound: a connection that is cut off in between is not used again."""
+        """`_translated`, with a time limit. A connection that is interrupted is not used again."""
         with self._translated():
             async with asyncio.timeout(self._within_s):
                 yield
@@ -335,11 +335,11 @@ Greeting = Callable[[AbstractConnection], Any] | None
 
 @dataclass(frozen=True, slots=True)
 class _Address:
-    """Where Redis is, and how clients are made for it. As text it holds no password."""
+    """Redis's address, and clients for it. Its text has no password."""
 
     url: str = field(repr=False)
     nodes: tuple[tuple[str, int], ...] = ()
-    """The nodes of a cluster that are asked for the others; empty where Redis stands alone."""
+    """The nodes of a cluster that are asked for the others; empty for a standalone Redis."""
     tls: bool = False
     username: str | None = None
     password: str | None = field(default=None, repr=False)
@@ -371,7 +371,7 @@ class _Address:
         return int(ConnectionPool.from_url(self.url).connection_kwargs.get("db") or 0)
 
     def client(self, greet: Greeting) -> Redis | RedisCluster:
-        """A client; `greet` is awaited with each of its connections before that is used."""
+        """A client. `greet` is awaited with each new connection before it is used."""
         return self._cluster(greet) if self.nodes else self._alone(greet)
 
     def _alone(self, greet: Greeting) -> Redis:
@@ -380,7 +380,7 @@ class _Address:
             decode_responses=False,
             socket_connect_timeout=_CONNECTS_WITHIN_S,
             socket_timeout=_ANSWERS_WITHIN_S if greet is None else None,  # else see `_in_time`
-            # Repeating is harmless here; waiting long is not: somebody asks whether a credential is still good.
+            # Retries are harmless, a long wait is not: introspection of a credential may wait for the answer.
             retry=_retry(),
             **({"redis_connect_func": greet} if greet else {}),
         )
@@ -398,8 +398,7 @@ class _Address:
             retry=_retry(),
             dynamic_startup_nodes=False,
         )
-        # No parameters of it say this: what connections to the nodes that it finds are made with. Those that were named
-        # are only asked which there are.
+        # No parameter sets how connections to discovered nodes are made. The named nodes are only asked for the others.
         kwargs = client.connection_kwargs
         kwargs["connection_class"] = _with_fast_packing(kwargs.get("connection_class", Connection))
         if greet:
@@ -425,7 +424,7 @@ class _Address:
 
 
 async def _close(client: Redis | RedisCluster) -> None:
-    """Disconnect, also from nodes that a cluster's client has forgotten about: one that failed to start closes none."""
+    """Disconnect, also from nodes that a cluster client does not close: one that failed to start closes none."""
     await client.aclose()
     if isinstance(client, RedisCluster):
         manager = client.nodes_manager
@@ -456,5 +455,5 @@ def _node_of(client: Redis | RedisCluster, key: str) -> ClusterNode | None:
 
 
 def server_id(info: Mapping[str, Any]) -> str:
-    """Which server it is, from its answer to `WHO`: its `run_id`, and which history of writes it goes on with."""
+    """The id of a server, from its answer to `WHO`: its `run_id`, and the id of its replication history."""
     return f"{info['run_id']}-{info['master_replid']}"

@@ -1,4 +1,4 @@
-"""Redis while it is made complete again: by one at a time, and nobody else does anything until that is done."""
+"""Rebuild of Redis after data loss, by one revoker at a time. Meanwhile every other use of Redis fails."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ from ringfence.model.lease_store.types import SignedLease, StoredLease
 log = logging.getLogger(__name__)
 
 CLAIM_MS = 15_000
-"""How long who rebuilds may give no sign of life before another may begin."""
+"""How long a rebuild's claim lasts unless it is renewed; then another rebuild may begin."""
 _BATCH_SIZE = 500
 
 
 @dataclass(frozen=True, slots=True)
 class RecordVersion:
-    """Which record Redis has of a lease: none is 0. Of one epoch there is one record of each `seq`."""
+    """Which record of a lease Redis has: `seq` 0 for none. Within an epoch, a lease has one record of each `seq`."""
 
     seq: int = 0
     epoch: str | None = None
@@ -83,28 +83,28 @@ class RecordVersion:
 
 @dataclass(frozen=True, slots=True)
 class LeaseKeys:
-    """Everything that Redis holds of one lease."""
+    """The state of one lease in all keys of Redis."""
 
     stored: StoredLease | None
     live_until_ms: int | None
-    """When its live key goes, -1 for never; None where there is none."""
+    """When its live key expires, -1 for never; None if there is none."""
     deadline_ms: int | None
-    """Its place among the deadlines, or the minutes."""
+    """Its deadline in the sorted set or a minute's set; None if it is in neither."""
     claimed: bool
     kept_until_ms: int | None
-    """When its record goes, of one that has ended, -1 for never; None where none stands among those."""
+    """When the record of an ended lease expires, -1 for never; None if it has no such record."""
     selector_keys: frozenset[str]
-    """Those that it is found by."""
+    """The selector keys that it is found by."""
 
 
 class Restoration:
-    """One rebuild of Redis.
+    """One rebuild of Redis; also reads Redis as it is, for a comparison with Kafka.
 
-    Raises LostError where Redis was lost again meanwhile, or another has taken the rebuild over.
+    Every method raises LostError if Redis was lost again meanwhile, or another revoker has taken the rebuild over.
     """
 
     def __init__(self, settings: ServiceSettings, *, record_keep_ms: int = RECORD_KEEP_MS) -> None:
-        """Raises SettingsError where the URL is none of Redis."""
+        """Raises SettingsError if the URL is not one of Redis."""
         self._prefix = settings.redis_prefix
         self._keys = [Keys(self._prefix, shard) for shard in range(settings.redis_shards)]
         self._record_keep_ms = record_keep_ms
@@ -113,15 +113,15 @@ class Restoration:
         self._link = RedisConnection(settings.redis_url, lambda run_id: run_id in self._run_ids)
         self._nonce = secrets.token_hex(8)
         self.epochs: set[str] = set()
-        """Those that the shards had; known from `look`."""
+        """The epochs of the shards; set by `look`."""
         self._claim = ""
-        """What stands for this rebuild while it lasts: the server of the first shard, and a nonce."""
+        """The value of this rebuild's claim: the server of the first shard, a dot, a nonce."""
         self.complete = False
-        """Whether each shard has an epoch, of the server that holds it; known from `look`."""
+        """Whether each shard has an epoch that is bound to its present server; set by `look`."""
         self._spread: set[int] = set()
-        """Over how many shards leases were spread when these were last rebuilt; known from `look`."""
+        """The numbers of shards at the last rebuild, as the shards say; set by `look`."""
         self.rebuild_all = False
-        """Whether all leases are to be written again, also those that Redis has; known from `begin`."""
+        """Whether all leases are to be written again, also those that Redis has; set by `begin`."""
 
     async def close(self) -> None:
         """Disconnect."""
@@ -130,7 +130,7 @@ class Restoration:
     # --- the rebuild ---
 
     async def look(self) -> None:
-        """Take the servers for what they are now. Before anything else, where `begin` is not called."""
+        """Read which servers there are, and their epochs. Comes first, unless `begin` is called."""
         size = len(self._keys)
         asked = [*(at.epoch for at in self._keys), *(at.spread for at in self._keys)]
         answers = await self._link.inspect(asked)
@@ -145,9 +145,9 @@ class Restoration:
         self.epochs = {epoch_name(epoch) for _, epoch in found if epoch and epoch != REBUILD_ALL}
 
     async def begin(self, *, anyway: bool = False) -> bool:
-        """Stop all use of Redis. False where another is at it, or Redis is complete: then nothing is done.
+        """Stop all other use of Redis. False if another rebuild is running, or Redis is complete: then nothing is done.
 
-        `anyway`: also where it is complete.
+        `anyway`: also if Redis is complete.
         """
         await self.look()
         first, *others = self._keys
@@ -155,7 +155,7 @@ class Restoration:
         lock = always("SET", first.rebuilding, self._claim, "NX", "PX", CLAIM_MS)
         if not (await self._link.pipeline([lock]))[0]:
             return False
-        await self.look()  # whoever had the claim before may have finished
+        await self.look()  # the holder of the claim before may have finished
         if self.complete and not anyway:
             await self._link.scripts([self._call(GIVE_UP, first, (), ())])
             return False
@@ -171,9 +171,9 @@ class Restoration:
         return True
 
     async def _empty(self) -> None:
-        """Throw away what shards hold of which there were more or fewer: none of it stands where it belongs.
+        """Delete what shards hold if their number has changed: leases are in the wrong shards then.
 
-        Those that are none any more are stopped first, whoever still uses them.
+        Shards that no longer exist are stopped first, in case some service still uses them.
         """
         former = max(self._spread)
         log.warning(
@@ -182,28 +182,27 @@ class Restoration:
             len(self._keys),
         )
         await self._link.pipeline([("DEL", Keys(self._prefix, shard).epoch) for shard in range(former)])
-        gone: list[Command] = []
+        deletions: list[Command] = []
         async for key in self._link.keys(f"{self._prefix}{{*}}:*"):
-            gone += [] if is_kept(key) else [("UNLINK", key)]
-            if len(gone) == _BATCH_SIZE:
-                await self._link.pipeline(gone)
+            deletions += [] if is_kept(key) else [("UNLINK", key)]
+            if len(deletions) == _BATCH_SIZE:
+                await self._link.pipeline(deletions)
                 await self.keep()
-                gone = []
-        await self._link.pipeline(gone)
+                deletions = []
+        await self._link.pipeline(deletions)
 
     async def _void_claim(self, first: Keys) -> None:
-        """Take away the claim of a rebuild that another server saw begin, which this one only remembers, and one that
-        has no end: nobody gives it signs of life."""
+        """Delete a stale claim: one made on another server, of which this one has a copy, or one without an expiry."""
         claim, left_ms = await self._link.pipeline([("GET", first.rebuilding), ("PTTL", first.rebuilding)])
         if claim is not None and (left_ms == -1 or epoch_server(claim) != self._run_ids[0]):
             await self._link.scripts([Call(GIVE_UP, (first.rebuilding,), (claim,))])
 
     async def keep(self) -> None:
-        """Give a sign of life."""
+        """Renew the claim."""
         await self.compare([])
 
     def epoch(self, number: int) -> str:
-        """The epoch of this number that this rebuild would begin: nobody else would name it so."""
+        """The name of the epoch with this number that this rebuild would begin: no other rebuild uses the same."""
         return f"{number}.{self._nonce[:8]}"
 
     async def compare(self, lease_ids: Sequence[str]) -> dict[str, RecordVersion]:
@@ -222,15 +221,15 @@ class Restoration:
     async def restore(
         self, leases: Sequence[SignedLease], over: Mapping[str, int] = MappingProxyType({})
     ) -> None:
-        """Write these records, verified ones, where Redis has none or a lower one; with `rebuild_all`, or the same.
+        """Write these verified records where Redis has none or a lower `seq`; with `rebuild_all`, also the same `seq`.
 
-        `over`: leases of which Redis has a record of up to this `seq` that counts for nothing. With it goes what was to
-        be published of them.
+        `over`: leases whose record in Redis, up to this `seq`, does not count. Its copies in the outbox are removed
+        too.
         """
         await self._link.scripts([self._restore(one, over.get(one.claims.lease_id, 0)) for one in leases])
 
     async def count_grants(self, leases: Sequence[SignedLease]) -> None:
-        """Count these leases, verified ones, among those that name the grants that they name."""
+        """Count these verified leases for the grants that they name."""
         calls = []
         for grant_id, lease_id in (use for one in leases for use in uses_of(one.claims)):
             at = self._at(grant_id)
@@ -244,9 +243,9 @@ class Restoration:
         return self._call(RESTORE, at, *restore_args(at, lease, self._record_keep_ms, over_seq=over_seq))
 
     async def queue(self, leases: Sequence[SignedLease], *, instead: bool = False) -> None:
-        """Have these records published that Redis has and Kafka has not. Those that wait for it already, wait.
+        """Put records that only Redis has into the outbox, unless they are there.
 
-        `instead`: in the place of what waits under their names.
+        `instead`: replace what is in the outbox under the same lease and `seq`.
         """
         if instead:
             fields = [
@@ -268,22 +267,22 @@ class Restoration:
         )
 
     async def fence(self, fences: Mapping[str, int]) -> None:
-        """Put fences (mark: `issued_before` in ms) back; higher ones stay."""
+        """Restore fences (`issued_before` in ms, by selector key); higher ones stay."""
         await self._link.pipeline(
             [one for at in self._keys for one in fencing(at.fences, fences, FENCE_KEEP_MS)]
         )
 
-    async def first_seen(self, places: Mapping[str, Coordinates], now_ms: int) -> None:
-        """Put back where selectors (derived ids) were seen first, until when that would have been remembered."""
+    async def first_seen(self, positions: Mapping[str, Coordinates], now_ms: int) -> None:
+        """Restore where selectors (derived ids) were seen first, with the expiry that this would have had."""
         commands = []
-        for id, at in places.items():
+        for id, at in positions.items():
             left_ms = at.appended_at_ms + SELECTOR_KEEP_MS - now_ms
             keep_ms = min(max(left_ms, DAY_MS), SELECTOR_KEEP_MS)
             commands.append(always("SET", self._at(id).selector(id), position_text(at), "PX", keep_ms))
         await self._link.pipeline(commands)
 
     async def resume(self, epoch: str) -> None:
-        """All is there: let everybody go on, in this epoch."""
+        """Redis is complete: all services may use it again, in this epoch."""
         await self._link.scripts(
             [
                 self._call(RESUME, at, (at.epoch, at.spread), (f"{run_id}.{epoch}", len(self._keys)))
@@ -292,24 +291,24 @@ class Restoration:
         )
 
     async def give_up(self) -> None:
-        """Let another begin: this one failed."""
+        """This rebuild failed: give up the claim."""
         await self._link.scripts([self._call(GIVE_UP, at, (), ()) for at in self._keys])
 
     async def declare_lost(self) -> None:
-        """Stop all use of Redis until a revoker has rebuilt it, from top to bottom."""
+        """Stop all use of Redis until a revoker has rebuilt it completely."""
         await self.look()
         await self._link.pipeline([always("SET", at.epoch, REBUILD_ALL) for at in self._keys])
 
     async def is_under_way(self) -> bool:
-        """Whether somebody is rebuilding now."""
+        """Whether a rebuild is running now."""
         return bool((await self._link.pipeline([("EXISTS", self._keys[0].rebuilding)]))[0])
 
     # --- what there is, as it is ---
 
     async def ids(self) -> list[str]:
-        """All leases that Redis thinks have not ended: those that somebody will come to, and those that nobody will.
+        """All leases that have not ended by Redis's keys, including those that no revoker would claim.
 
-        What stands in a shard that is not its own is none.
+        An id in the wrong shard is no lease.
         """
         commands = [one for at in self._keys for one in (all_ids(at), ("HKEYS", at.leases))]
         answers = iter(await self._link.pipeline(commands))
@@ -324,7 +323,7 @@ class Restoration:
         )
 
     async def records(self, lease_ids: Sequence[str]) -> dict[str, StoredLease]:
-        """The records of these leases, as far as there are any. In a rebuild."""
+        """The records of these leases; those without one are omitted. During a rebuild only."""
         calls = [self._call(GET, self._at(id), (), (uuid_bytes(id),)) for id in lease_ids]
         answers = await self._link.scripts(calls)
         return {
@@ -332,7 +331,8 @@ class Restoration:
         }
 
     async def held(self, selector_keys: Mapping[str, Sequence[str]]) -> dict[str, LeaseKeys]:
-        """What Redis holds of leases; with each are given the marks that it should be found by, its agent's first."""
+        """The state of leases in Redis. `selector_keys`: by lease, the keys it should be found by, its agent's
+        first."""
         commands: list[Command] = []
         for lease_id, some in selector_keys.items():
             at, id = self._at(lease_id), uuid_bytes(lease_id)
@@ -344,23 +344,23 @@ class Restoration:
         return {lease_id: _held(answers, some) for lease_id, some in selector_keys.items()}
 
     async def waiting(self) -> set[tuple[str, int]]:
-        """The records (lease id, `seq`) that Kafka has not acknowledged, as far as Redis knows."""
+        """The records (lease id, `seq`) in the outbox."""
         answers = await self._link.pipeline([("HKEYS", at.outbox) for at in self._keys])
         return {lease_of_field(field) for fields in answers for field in fields if is_outbox_field(field)}
 
     async def queued(self, records: Sequence[tuple[str, int]]) -> list[bytes | None]:
-        """Of each record (lease id, `seq`): what waits to be published under its name, as JWS."""
+        """The JWS of each record (lease id, `seq`) in the outbox, or None."""
         commands: list[Command] = [
             ("HGET", self._at(id).outbox, outbox_field(id, seq)) for id, seq in records
         ]
         return [unpack(one) if one is not None else None for one in await self._link.pipeline(commands)]
 
     def survey(self, alive: Mapping[str, LiveLease], knowledge: Knowledge, now_ms: int) -> Survey:
-        """A look at every key, held against the records that Redis has."""
+        """An integrity check of every key against the records that Redis has."""
         return Survey(self._link, self._prefix, self._keys, alive, knowledge, now_ms)
 
     async def alive(self) -> dict[str, LiveLease]:
-        """What Redis has of each lease that has not ended. Of all that it holds nothing else is needed at once."""
+        """What the integrity check needs of each lease that has not ended."""
         ids, alive = await self.ids(), dict[str, LiveLease]()
         for start in range(0, len(ids), _BATCH_SIZE):
             for id, one in (await self.held(dict.fromkeys(ids[start : start + _BATCH_SIZE], ()))).items():
@@ -369,14 +369,14 @@ class Restoration:
         return alive
 
     async def ended(self) -> AsyncIterator[str]:
-        """The ids of all leases that have ended, as far as Redis knows them still."""
+        """The ids of all ended leases of which Redis still has records."""
         async for key in self._link.keys(f"{self._prefix}{{*}}:{ENDED}*"):
             id = key.partition(f"}}:{ENDED}".encode())[2]
             if len(id) == ID_BYTES:
                 yield uuid_text(id)
 
     async def repair(self, strays: AsyncIterator[Stray]) -> int:
-        """Put right what does not follow from the records. In a rebuild. Returns how much that was."""
+        """Repair stray entries. During a rebuild only. Returns how many there were."""
         count, commands = 0, list[Command]()
         async for one in strays:
             count += 1
@@ -388,7 +388,7 @@ class Restoration:
         return count
 
     async def _repair(self, commands: Sequence[Command]) -> None:
-        """Raises LostError where another is at it: what he and others wrote since is none of ours to change."""
+        """Run repairing commands. Raises LostError if the claim is lost: others may have written since."""
         calls, others = list[Call](), list[Command]()
         for command in commands:
             name, named, *args = command
@@ -396,14 +396,14 @@ class Restoration:
             shard = shard_of_key(self._prefix, key)
             if shard is not None and shard < len(self._keys):
                 calls.append(self._call(REPAIR, self._keys[shard], (key,), (name, *args)))
-            else:  # of a shard that there is not, which nobody uses
+            else:  # of a shard that does not exist: nobody uses it
                 others.append(command)
         await self.keep()
         await self._link.scripts(calls)
         await self._link.pipeline(others)
 
     async def drop(self, lease_ids: Sequence[str]) -> None:
-        """Take away the records of leases that are none. In a rebuild: what else there is of them is mended after."""
+        """Delete records that are of no lease. During a rebuild only: their other keys are repaired afterwards."""
         commands: list[Command] = []
         for lease_id in lease_ids:
             at, id = self._at(lease_id), uuid_bytes(lease_id)
@@ -411,9 +411,9 @@ class Restoration:
         await self._repair(commands)
 
     async def rewrite(self, leases: Sequence[SignedLease], published: Mapping[str, int]) -> None:
-        """Write everything again that follows from these records, which Redis has and Kafka has not. In a rebuild.
+        """Write all keys again that follow from these records, which only Redis has. During a rebuild only.
 
-        `published`: the `seq` that Kafka has of them, none is 0.
+        `published`: the `seq` that Kafka has of each lease, 0 for none.
         """
         calls = []
         for one in leases:
@@ -425,12 +425,12 @@ class Restoration:
         await self._link.scripts(calls)
 
     async def fences(self) -> list[dict[str, int]]:
-        """The fences of each shard: mark and `issued_before` in ms."""
+        """The fences of each shard: `issued_before` in ms, by selector key."""
         answers = await self._link.pipeline([("ZRANGE", at.fences, 0, -1, "WITHSCORES") for at in self._keys])
         return [{selector_key.decode(): int(before) for selector_key, before in found} for found in answers]
 
     async def counted(self, uses: Sequence[tuple[str, str]]) -> list[bool]:
-        """Of each use of a grant (its id, the lease's): whether it is counted."""
+        """Whether each use of a grant (grant id, lease id) is counted."""
         commands: list[Command] = [
             ("SISMEMBER", self._at(grant_id).grant(grant_id), uuid_bytes(lease_id))
             for grant_id, lease_id in uses
@@ -438,7 +438,7 @@ class Restoration:
         return [bool(answer) for answer in await self._link.pipeline(commands)]
 
     async def first_seen_positions(self, ids: Sequence[str]) -> dict[str, Coordinates]:
-        """Where selectors (derived ids) were seen first, as far as that is known."""
+        """Where selectors (derived ids) were seen first; unknown ones are omitted."""
         answers = await self._link.pipeline([("GET", self._at(id).selector(id)) for id in ids])
         return {id: parse_position(text) for id, text in zip(ids, answers, strict=True) if text is not None}
 
@@ -464,7 +464,7 @@ def _held(answers: Iterator[Any], selector_keys: Sequence[str]) -> LeaseKeys:
 
 
 def _found_by(at: Keys, id: bytes, selector_key: str, agent: str) -> Command:
-    """What asks whether a lease is found by a mark, provided that it is by its agent's."""
+    """A command that tells whether a lease is found by a selector key, provided that its agent's finds it."""
     agent_id = agent.partition(":")[2]
     if selector_key.startswith(("agent:", "task:", "target:")):
         return ("HEXISTS", at.index(agent_id), id)

@@ -1,4 +1,4 @@
-"""What scripts are told of leases, and what their answers mean."""
+"""Arguments of the scripts, and what their answers mean."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from ringfence.model.lease_store.types import (
 from ringfence.model.leases.lifecycle import shared_selector_keys
 
 MINTING_MS = 10_000
-"""How long a lease that is restored while it was being minted is left to its issuer."""
+"""How long a restored lease that is still minting is left to its issuer."""
 BATCH_SIZE = 64
-"""So many leases go through one run of a script: less than a millisecond, in which Redis serves nobody else."""
+"""The most leases in one run of a script: it takes less than a millisecond, in which Redis serves nobody else."""
 NO_LIMIT = 2**31
-"""So many leases may name a grant where they do already: they are counted again."""
+"""The limit when leases that named a grant already are counted again."""
 
 
 def position_text(at: Coordinates) -> str:
-    """Where on Kafka something stands, as Redis holds it."""
+    """A position on Kafka, as Redis holds it."""
     return f"{at.topic} {at.partition} {at.offset} {at.appended_at_ms}"
 
 
 def parse_position(text: bytes) -> Coordinates:
-    """What `position_text` wrote."""
+    """A position that `position_text` wrote. Raises ValueError."""
     topic, partition, offset, appended_at_ms = text_of(text).split(" ")
     return Coordinates(
         topic=topic, partition=int(partition), offset=int(offset), appended_at_ms=int(appended_at_ms)
@@ -44,12 +44,14 @@ def parse_position(text: bytes) -> Coordinates:
 def restore_args(
     at: Keys, lease: SignedLease, record_keep_ms: int, *, over_seq: int = 0, published: int | None = None
 ) -> tuple[tuple[str | bytes, ...], tuple[Argument, ...]]:
-    """The keys and arguments of RESTORE, of a lease of this shard. Also where Redis has `over_seq`, or a lower one.
+    """Keys and arguments of RESTORE, of a lease of this shard.
 
-    `published`: the `seq` that Kafka has, where that is not the record's; whoever has claimed the lease keeps it then.
-    """
+    Args:
+        over_seq: a record in Redis up to this `seq` is overwritten.
+        published: the `seq` that Kafka has, if not the record's. Then whoever has claimed the lease keeps it.
+    """  # fmt: skip
     claims, id = lease.claims, uuid_bytes(lease.claims.lease_id)
-    # Nobody has the token of a lease that was being minted: its issuer takes it over, or a revoker aborts it.
+    # A restored lease that is minting has no token: its issuer takes it over, or a revoker aborts it.
     head = head_of(claims) + (" -" if claims.status == "minting" else "")
     return (
         (
@@ -83,17 +85,17 @@ def uses_of(claims: Lease) -> list[tuple[str, str]]:
 def use_grant_args(
     at: Keys, grant_id: str, lease_id: str, most: int
 ) -> tuple[tuple[str | bytes, ...], tuple[Argument, ...]]:
-    """The keys and arguments of USE_GRANT, of a grant of this shard."""
+    """Keys and arguments of USE_GRANT, of a grant of this shard."""
     return (at.grant(grant_id),), (uuid_bytes(lease_id), most, GRANT_KEEP_MS)
 
 
 def head_of(claims: Lease) -> str:
-    """What scripts read of a record: it stands before the signed one."""
+    """The head of a record: what scripts read. It is stored before the signed record."""
     return f"{_state_of(claims)} {claims.deadline}" + (f" {claims.epoch}" if claims.epoch else "")
 
 
 def expected_state(claims: Lease) -> str:
-    """What a record must be for another to follow it."""
+    """The status, `seq` and epoch that a record must have for the next one to follow it."""
     return f"{_state_of(claims)} {claims.epoch or ''}"
 
 
@@ -102,7 +104,7 @@ def _state_of(claims: Lease) -> str:
 
 
 def issue_args(id: bytes, lease: SignedLease) -> tuple[Argument, ...]:
-    """What the scripts that issue a lease are told of it."""
+    """The first arguments of the scripts that issue a lease."""
     claims = lease.claims
     return (
         id,
@@ -116,7 +118,7 @@ def issue_args(id: bytes, lease: SignedLease) -> tuple[Argument, ...]:
 
 
 def prepare_step(step: Step) -> PreparedStep:
-    """What TRANSITION is told of a step."""
+    """A step, serialised as arguments of TRANSITION."""
     claims = step.lease.claims
     over: tuple[Argument, ...] = ("",)
     if claims.status in TERMINAL:
@@ -136,15 +138,15 @@ def prepare_step(step: Step) -> PreparedStep:
 
 
 def in_batches(numbers: Sequence[int], lease_ids: Sequence[str]) -> list[list[int]]:
-    """Numbers of steps in parts for one run of a script each. Steps of one lease that come together stay together."""
-    parts: list[list[int]] = []
+    """Numbers of steps in batches for one run of a script each. Adjacent steps of one lease stay in one batch."""
+    batches: list[list[int]] = []
     last = None
     for number, lease_id in zip(numbers, lease_ids, strict=True):
-        if not parts or (len(parts[-1]) >= BATCH_SIZE and lease_id != last):
-            parts.append([])
-        parts[-1].append(number)
+        if not batches or (len(batches[-1]) >= BATCH_SIZE and lease_id != last):
+            batches.append([])
+        batches[-1].append(number)
         last = lease_id
-    return parts
+    return batches
 
 
 DONE = StepResult("done")
@@ -152,29 +154,29 @@ FULL = (b"full",)
 
 
 def step_result(outcome: bytes, *rest: bytes) -> StepResult:
-    """What TRANSITION answers for one lease."""
+    """TRANSITION's answer for one lease."""
     return StepResult(text_of(outcome), stored_of(*rest))  # type: ignore[arg-type]
 
 
 def text_of(value: bytes) -> str:
-    """A word, a name or a mark."""
+    """An ASCII answer as text."""
     return value.decode("ascii")
 
 
 def stored_of(record: bytes | None = None) -> StoredLease | None:
-    """A record, where there is one."""
+    """A record in an answer, if there is one."""
     return StoredLease.parse(record) if record else None
 
 
 def preparation_of(outcome: bytes, *rest: bytes) -> Preparation:
-    """What PREPARE answers."""
+    """PREPARE's answer."""
     if outcome == b"fenced":
         return Preparation("fenced", selector_key=text_of(rest[0]))
     return Preparation(text_of(outcome), stored=stored_of(*rest))  # type: ignore[arg-type]
 
 
 def activation_of(outcome: bytes, *rest: bytes) -> Activation:
-    """What ACTIVATE answers."""
+    """ACTIVATE's answer."""
     if outcome == b"fenced":
         return Activation("fenced", selector_key=text_of(rest[0]))
     return Activation(text_of(outcome), stored=stored_of(*rest))  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""The Lua scripts of the lease store: each is one step, whole or not at all, by Redis's own clock.
+"""The Lua scripts of the lease store: each is one atomic step, by Redis's clock.
 
-The last key of each is the epoch of the shard, the last argument what it must be: on a Redis that has forgotten leases,
-or may have, nothing is done. In the scripts of a rebuild it is the claim of who rebuilds instead. From that key they
-know the others of the shard that they need for many leases.
+The guard: the last key of each script is the epoch key of the shard, the last argument the value that it must have. So
+a script does nothing on a Redis that may have lost leases. In the scripts of a rebuild, the guard is the rebuild's
+claim instead. From the guard's name, scripts derive the other keys of the shard that they need for many leases.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Argument = str | bytes | int
 Command = tuple[Argument, ...]
 
 LOST = "LOST"
-"""How the error begins that a script answers with where the epoch is another."""
+"""How the error of a script begins if the guard has another value."""
 
 _ALWAYS = "#!lua flags=allow-oom\n"
 _COMMAND = f"{_ALWAYS}return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))"
@@ -38,10 +38,10 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 
-# Deadlines. What is due in a later minute waits in a set with all that is: an id there weighs a quarter of what it does
-# with a deadline of its own. `open` takes some to the deadlines, of the minutes that have nearly come. What goes from
-# one place to another is in the new one first: while a cluster moves a slot key by key, a script breaks off at a key
-# that is gone already, and what it has done by then stays done.
+# Deadlines. Leases that are due in a later minute wait in one set for that minute: an id there takes a quarter of the
+# memory of one with its own deadline. `open` moves some of them to the deadlines when their minute has nearly come.
+# An id is added to its new key before it is removed from the old one: while a cluster moves a slot key by key, a script
+# fails at a key that has moved already, and what it has done by then stays done.
 _DEADLINES = f"""
 local deadlines, minutes, due = base .. '{DEADLINES}', base .. '{MINUTES}', base .. '{DUE}'
 local function await(id, deadline)
@@ -75,7 +75,7 @@ local function open(limit)
     local ids, scored = redis.call('SRANDMEMBER', due .. minute, limit), {{}}
     for _, id in ipairs(ids) do
         local status, _, deadline_s = head_of(id)
-        -- Without a record it comes to whoever claims it, who sees what is wrong.
+        -- Without a record it is moved too: whoever claims it reports what is wrong.
         if status == 'a' or not status then
             scored[#scored + 1] = (deadline_s or minute * 60) * 1000
             scored[#scored + 1] = id
@@ -87,9 +87,9 @@ local function open(limit)
 end
 """
 
-# Leases among those of their agent (keys[1], a hash), and the agent among those of their sponsor and user (the others),
-# by the number of its leases there. The thumbprint of the agent's key goes with the last of all, which is the last of
-# its sponsor too.
+# Indexes: the leases of an agent (keys[1], a hash); the agents of a sponsor and of a user (the other keys), with the
+# number of leases of each. The thumbprint of the agent's key is deleted with the agent's last lease, which is its last
+# with a sponsor too.
 _INDEXES = f"""
 local function enter(keys, id, agent)
     if redis.call('HSETNX', keys[1], id, '') == 0 then return end
@@ -109,10 +109,10 @@ end
 
 
 class Script:
-    """One script, and the name that Redis knows it by.
+    """One script, and its SHA-1, by which Redis knows it.
 
-    Redis that is full (`maxmemory`, `noeviction`) refuses scripts that write. Those that end leases, and by that make
-    room, it does `always`.
+    A full Redis (`maxmemory`, `noeviction`) refuses scripts that write. Those that end leases, which frees memory, run
+    `always`.
     """
 
     def __init__(self, text: str, *, always: bool = False) -> None:
@@ -121,11 +121,11 @@ class Script:
 
 
 def always(name: str, key: str | bytes, *args: Argument) -> Command:
-    """A command on one key that Redis carries out even where it is full."""
+    """A command on one key that also a full Redis runs."""
     return ("EVAL", _COMMAND, 1, key, name, *args)
 
 
-# Of a fence that stands for a time that has not come, as a broker's clock that is wrong gives it, no other grows old.
+# Fences are pruned by Redis's clock: one with a time in the future, from a broker with a wrong clock, ages no other.
 _FENCE = f"""{_ALWAYS}{_NOW}
 redis.call('ZADD', KEYS[1], 'GT', unpack(ARGV, 3))
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', math.min(now, ARGV[1]) - ARGV[2])
@@ -133,14 +133,14 @@ return now
 """
 
 
-def fencing(fences: str, selector_keys: Mapping[str, int], keep_ms: int) -> list[Command]:
-    """What puts fences (mark: `issued_before` in ms) into a shard, even where Redis is full. It answers when, in ms.
+def fencing(fences: str, wanted: Mapping[str, int], keep_ms: int) -> list[Command]:
+    """Commands that write fences (`issued_before` in ms by selector key) to a shard, also to a full Redis.
 
-    Those that can cover nothing more, `keep_ms` older than the newest, go. Each command takes some: after a week there
-    are as many fences as tasks were ended.
+    Each answers Redis's time, in ms. Fences that are `keep_ms` older than the newest can cover nothing more, and are
+    deleted. Each command writes some: after a week there are as many fences as tasks were ended.
     """
-    newest_ms = max(selector_keys.values(), default=0)
-    scored = [(before_ms, selector_key) for selector_key, before_ms in selector_keys.items()]
+    newest_ms = max(wanted.values(), default=0)
+    scored = [(before_ms, key) for key, before_ms in wanted.items()]
     parts = [scored[start : start + MAX_LUA_ARGUMENTS] for start in range(0, len(scored), MAX_LUA_ARGUMENTS)]
     return [
         ("EVAL", _FENCE, 1, fences, newest_ms, keep_ms, *(one for pair in part for one in pair))
@@ -150,13 +150,13 @@ def fencing(fences: str, selector_keys: Mapping[str, int], keep_ms: int) -> list
 
 # --- issuing ----------------------------------------------------------------------------------------------------------
 
-# Whether fences or time forbid to issue what the script is about. Of ARGV: 2 deadline, 3 requested at,
-# 7 least time left, 11... marks.
+# Whether a fence or the deadline forbids issuing the lease. Of ARGV: 2 deadline, 3 requested at, 7 least time left,
+# 11... selector keys.
 _FORBIDDEN = """
 local function forbidden(fences)
-    local marks = {unpack(ARGV, 11)}
-    for i, before in ipairs(redis.call('ZMSCORE', fences, unpack(marks))) do
-        if before and tonumber(before) >= tonumber(ARGV[3]) then return {'fenced', marks[i]} end
+    local selector_keys = {unpack(ARGV, 11)}
+    for i, before in ipairs(redis.call('ZMSCORE', fences, unpack(selector_keys))) do
+        if before and tonumber(before) >= tonumber(ARGV[3]) then return {'fenced', selector_keys[i]} end
     end
     if ARGV[2] - now < tonumber(ARGV[7]) then return {'late'} end
 end
@@ -164,7 +164,7 @@ end
 
 # KEYS: claimed, outbox, outbox times, fences, index...
 # ARGV: id, deadline, requested at, head of the record, record, outbox field, least time left, token, time to mint,
-#       agent, mark...
+#       agent, selector key...
 _PREPARE = (
     RECORDS_LUA
     + _INDEXES
@@ -190,11 +190,11 @@ return {'prepared'}
 )
 PREPARE = Script(_PREPARE)
 CLOSE = Script(_PREPARE, always=True)
-"""The same by a revoker that shuts the issuer out."""
+"""The same by a revoker that keeps the issuer from activating the lease."""
 
 # KEYS: live, claimed, outbox, outbox times, fences, index...
 # ARGV: id, deadline, requested at, head of the record, record, outbox field, least time left,
-#       token that the `minting` record must bear, else '', seq of that, agent, mark...
+#       token that the `minting` record must have, else '', seq of that record, agent, selector key...
 ACTIVATE = Script(
     RECORDS_LUA
     + _DEADLINES
@@ -223,7 +223,7 @@ return {'activated'}
 """
 )
 
-# KEYS: uses of a grant. ARGV: id of the lease that names it, how many may, how long that is remembered.
+# KEYS: uses of a grant. ARGV: id of the lease that names it, the limit, how long the uses are remembered.
 _USE_GRANT = """
 if redis.call('SISMEMBER', KEYS[1], ARGV[1]) == 0 then
     if redis.call('SCARD', KEYS[1]) >= tonumber(ARGV[2]) then return 0 end
@@ -234,15 +234,15 @@ return 1
 """
 USE_GRANT = Script(_USE_GRANT)
 RECOUNT = Script(_USE_GRANT, always=True)
-"""The same for what is issued already."""
+"""The same for leases that are issued already."""
 
-# KEYS: live, fences. ARGV: id, mark...
+# KEYS: live, fences. ARGV: id, selector key...
 LOOK = Script(
     RECORDS_LUA
     + """
-local before, marks = -1, {unpack(ARGV, 2)}
-if #marks > 0 then
-    for _, at in ipairs(redis.call('ZMSCORE', KEYS[2], unpack(marks))) do
+local before, selector_keys = -1, {unpack(ARGV, 2)}
+if #selector_keys > 0 then
+    for _, at in ipairs(redis.call('ZMSCORE', KEYS[2], unpack(selector_keys))) do
         if at then before = math.max(before, tonumber(at)) end
     end
 end
@@ -260,7 +260,7 @@ return found
 """
 )
 
-# KEYS: epoch, which is not looked at here, live, claimed. ARGV: id.
+# KEYS: epoch, not checked here, live, claimed. ARGV: id.
 _HELD = f"""
 local guard, id = KEYS[1], ARGV[1]
 {RECORDS_LUA}{_DEADLINES}
@@ -268,14 +268,14 @@ local _, _, deadline_s = head_of(id)
 local due_at = redis.call('ZSCORE', deadlines, id)
 local minute = deadline_s and math.floor(deadline_s / 60)
 if not due_at and minute and redis.call('SISMEMBER', due .. minute, id) == 1 then
-    -- Whoever claims comes to a minute by `minutes` alone.
+    -- A claim finds a minute only through `minutes`.
     local open_at = redis.call('ZSCORE', minutes, minute)
     if open_at and tonumber(open_at) <= minute * 60000 - {AHEAD_MS} then due_at = deadline_s * 1000 end
 end
 return {{record_of(id), redis.call('PEXPIRETIME', KEYS[2]), tonumber(due_at or 0), redis.call('ZSCORE', KEYS[3], id),
     redis.call('PEXPIRETIME', ended .. id)}}
 """
-# The records of leases. KEYS: epoch, which is not looked at here. ARGV: id...
+# The records of leases. KEYS: epoch, not checked here. ARGV: id...
 _RECORDS_OF = f"""
 local guard = KEYS[1]
 {RECORDS_LUA}
@@ -283,7 +283,7 @@ local found = {{}}
 for i, id in ipairs(ARGV) do found[i] = record_of(id) end
 return found
 """
-# KEYS: the agents of a mark, the leases of an agent. ARGV: the agent.
+# KEYS: the agents of a sponsor or user, the leases of an agent. ARGV: the agent.
 _COUNTED_WITH = """
 return {redis.call('HGET', KEYS[1], ARGV[1]), redis.call('HKEYS', KEYS[2])}
 """
@@ -300,28 +300,31 @@ return found
 
 
 def keys_of_lease(at: Keys, id: bytes) -> Command:
-    """What tells of one lease: its record, until when its live key is there (-2: it is not, -1: for ever), its deadline
-    or 0, until when it is claimed, and until when its record is kept where it has ended."""
+    """A command for the state of one lease.
+
+    It answers the record, when the live key expires (-2: there is none, -1: never), the deadline or 0, until when the
+    lease is claimed, and when the record of an ended lease expires.
+    """
     return ("EVAL", _HELD, 3, at.epoch, at.live(id), at.claimed, id)
 
 
 def records_of(at: Keys, ids: Sequence[bytes]) -> Command:
-    """A command for the records of leases of a shard, whoever uses Redis now."""
+    """A command for the records of leases of a shard, without a check of the epoch."""
     return ("EVAL", _RECORDS_OF, 1, at.epoch, *ids)
 
 
-def count_and_leases(at: Keys, mark_key: bytes, agent: bytes) -> Command:
-    """What tells how many leases an agent has with a mark, as it is counted, and all leases of the agent."""
-    return ("EVAL", _COUNTED_WITH, 2, mark_key, at.index_prefix.encode() + agent, agent)
+def count_and_leases(at: Keys, agents_key: bytes, agent: bytes) -> Command:
+    """A command for the count of an agent's leases with a sponsor or user, and the ids of all its leases."""
+    return ("EVAL", _COUNTED_WITH, 2, agents_key, at.index_prefix.encode() + agent, agent)
 
 
 def count_of_agent(at: Keys, agent_id: str) -> Command:
-    """What tells how many leases of an agent have not ended."""
+    """A command for the number of an agent's leases that have not ended."""
     return ("EVAL", _COUNTED, 1, at.index(agent_id))
 
 
 def all_ids(at: Keys) -> Command:
-    """What tells the ids of all leases of a shard that have not ended: of one moment, as they wander."""
+    """A command for the ids of all leases of a shard that have not ended. It is atomic, as leases move between keys."""
     return ("EVAL", _IDS, 3, at.deadlines, at.claimed, at.minutes, at.due_prefix)
 
 
@@ -371,13 +374,13 @@ return {}
     always=True,
 )
 
-# The next records of many leases of a shard. Where one of a lease does not follow, none that come after it do.
+# The next records of many leases of a shard. If one record of a lease does not follow, the later ones of it fail too.
 # KEYS: claimed, outbox, outbox times.
-# ARGV: prefixes of live keys, leases of agents and agents of marks (same slot), how long a lease that has not
-#       ended is claimed, how long the record of one that has is kept, `due` if only leases that are due and that
-#       nobody has claimed, else '',
-#       (id, status, seq and epoch of the record that is expected there, head of the record, record, outbox field,
-#       deadline, agent and two marks if terminal, else '' and nothing more)...
+# ARGV: prefixes of live keys, of leases of agents, and of agents of sponsors and users (same slot), how long a lease
+#       that has not ended is claimed, how long the record of an ended one is kept, `due` for only leases that are due
+#       and unclaimed (the mass-expiry path of the revoker), else '',
+#       (id, status, seq and epoch of the record that must be there, head of the record, record, outbox field,
+#       deadline, agent and two selector keys if terminal, else '' and nothing more)...
 TRANSITION = Script(
     RECORDS_LUA
     + _DEADLINES
@@ -488,7 +491,7 @@ return found
 )
 
 
-# --- restoring: in a rebuild, the guard is the claim of who rebuilds --------------------------------------------------
+# --- rebuild: the guard is the rebuild's claim ------------------------------------------------------------------------
 
 # KEYS: epoch, spread. ARGV: epoch, number of shards. The claim is given up.
 RESUME = Script(
@@ -501,7 +504,7 @@ return {}
     always=True,
 )
 
-# KEYS: none. ARGV: none. The claim is given up, and nothing is said of the shard.
+# KEYS: none. ARGV: none. Deletes the guard: gives up a claim, or has Redis rebuilt if the guard is the epoch.
 GIVE_UP = Script(
     """
 redis.call('DEL', guard)
@@ -510,7 +513,7 @@ return {}
     always=True,
 )
 
-# As GIVE_UP of an epoch, and no key is trusted that stands there. KEYS: none. ARGV: none.
+# Has Redis rebuilt completely, including keys that exist. The guard is the epoch. KEYS: none. ARGV: none.
 REQUEST_FULL_REBUILD = Script(
     f"""
 redis.call('SET', guard, '{REBUILD_ALL.decode()}')
@@ -519,7 +522,7 @@ return {{}}
     always=True,
 )
 
-# One command, by whoever has the claim and nobody else: also where it was long on its way. KEYS: key. ARGV: name, rest.
+# One command by the holder of the claim, even if it arrives late. KEYS: key. ARGV: name, rest.
 REPAIR = Script(
     """
 redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))
@@ -544,11 +547,11 @@ return held
     always=True,
 )
 
-# What lies in the outbox up to `done` is on Kafka, or counts for nothing.
+# Records in the outbox up to `done` are on Kafka, or do not count: they are removed.
 # KEYS: live, claimed, outbox, outbox times, index...
 # ARGV: id, done, status, deadline, head of the record, record, how long a terminal record is kept, else '',
-#       when a claimed one is due, from now, the seq from which on what is there stays as it is, agent,
-#       how it is claimed (`NX`: who has it keeps it, else `CH`)
+#       how long from now it is claimed if not active, the seq from which on the record there stays, agent,
+#       how it is claimed (`NX`: its present claim stays, else `CH`)
 RESTORE = Script(
     RECORDS_LUA
     + _DEADLINES
@@ -586,7 +589,7 @@ return 1
     always=True,
 )
 
-# Have these records published, where they do not wait for it already. KEYS: outbox, outbox times.
+# Put these records into the outbox, unless they are there. KEYS: outbox, outbox times.
 # ARGV: (outbox field, record)...
 QUEUE = Script(
     """
@@ -603,4 +606,4 @@ SCRIPTS = (
     PREPARE, CLOSE, ACTIVATE, USE_GRANT, RECOUNT, LOOK, GET, CLAIM, COUNT_DUE, DUE_SOON, POSTPONE, TRANSITION, SEQS,
     STALE, RESTORE,
 )  # fmt: skip
-"""What every service runs."""
+"""The scripts that services load when they connect."""

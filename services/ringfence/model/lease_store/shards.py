@@ -1,4 +1,8 @@
-"""The shards of Redis, for as long as they hold what they held: everything that is sent goes through here."""
+"""The shards of Redis, and the check that they have not lost leases. Every command and script goes through here.
+
+A shard's epoch key names the server that it was last rebuilt on. If the key is missing or names another server than the
+present one, the shard may have lost leases. Scripts check it first, and other commands are followed by a check.
+"""
 
 from __future__ import annotations
 
@@ -16,31 +20,31 @@ from ringfence.model.lease_store.keys import Keys, shard_of
 from ringfence.model.lease_store.scripts import GIVE_UP, REQUEST_FULL_REBUILD, Argument, Command, Script
 
 _SLOW_MS = 1_000
-"""After an answer that took longer, the epochs are looked at once more before anybody acts on it."""
+"""After an answer that took longer, the epochs are checked once more before anybody acts on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardCall:
-    """A run of a script on one shard, before it is known what its epoch must be."""
+    """A run of a script on one shard. Its epoch is added when it is sent."""
 
     script: Script
     at: Keys
     keys: tuple[str | bytes, ...]
     args: tuple[Argument, ...] = ()
     epoch: str | None = None
-    """The one in which the record was signed that it writes, where it bears one: in another it must not be written."""
+    """The epoch of the record that it writes, if any: the script fails if the shard is in another one."""
 
     def guard(self, expected: bytes) -> Argument:
         return expected if self.epoch is None else f"{epoch_server(expected)}.{self.epoch}"
 
 
 def epoch_server(epoch: bytes) -> str:
-    """The server that the epoch of a shard is bound to."""
+    """The server in the value of an epoch key."""
     return epoch.partition(b".")[0].decode("ascii", "replace")
 
 
 def epoch_name(epoch: bytes) -> str:
-    """The epoch of a shard as records bear it."""
+    """The epoch in the value of an epoch key, as records have it."""
     return epoch.partition(b".")[2].decode("ascii", "replace")
 
 
@@ -58,51 +62,51 @@ def _why_lost(strange: int, shards: int, spread: Collection[bytes | None]) -> st
 
 
 class Shards:
-    """All shards, and the epochs that they must be of.
+    """All shards, and the epochs that they must have.
 
-    Raises UnavailableError from every method where Redis does not answer, or refuses to work, and LostError, which is
-    one of them, where it may have forgotten leases.
+    Every method raises UnavailableError if Redis does not answer or refuses to work. It raises LostError, a subclass,
+    if Redis may have forgotten leases.
     """
 
     def __init__(self, settings: ServiceSettings) -> None:
-        """Raises SettingsError where the URL is none of Redis."""
+        """Raises SettingsError if the URL is not one of Redis."""
         self.keys = [Keys(settings.redis_prefix, shard) for shard in range(settings.redis_shards)]
         self.link = RedisConnection(settings.redis_url, lambda run_id: run_id in self._run_ids)
         self._epochs: list[bytes] | None = None
-        """What the epoch of each shard must be; None where that is not known, or they were found to differ."""
+        """The value that each shard's epoch key must have; None if it is unknown, or was found to differ."""
         self._run_ids: frozenset[str] = frozenset()
         self._lost = asyncio.Event()
         self._checking = asyncio.Lock()
 
-    # --- places ---
+    # --- shards ---
 
     @property
     def shards(self) -> range:
         return range(len(self.keys))
 
     def shard_of(self, id: str) -> int:
-        """The shard of a lease, or of any derived id: those are evenly spread."""
+        """The shard of a lease, or of any other derived id."""
         return shard_of(id, len(self.keys))
 
     def at(self, id: str) -> Keys:
-        """The keys of the shard of a lease, or of any derived id."""
+        """The keys of the shard of a lease, or of any other derived id."""
         return self.keys[self.shard_of(id)]
 
     def _by_shard(self, lease_ids: Sequence[str]) -> dict[Keys, list[int]]:
-        """Which of these leases are in which shard, by their places in the sequence."""
+        """By shard, the positions of its leases in the sequence."""
         by_shard: dict[Keys, list[int]] = {}
         for number, id in enumerate(lease_ids):
             by_shard.setdefault(self.at(id), []).append(number)
         return by_shard
 
-    # --- whether Redis holds what it held ---
+    # --- detecting data loss ---
 
     async def until_lost(self) -> None:
-        """Return once Redis answers and was found not to be complete."""
+        """Return once Redis answers and is found to have lost leases."""
         await self._lost.wait()
 
     async def _check(self) -> list[bytes]:
-        """The epochs, where each is of the server that holds its shard now. Raises LostError else."""
+        """The values of the epoch keys, each bound to the present server of its shard. Raises LostError otherwise."""
         async with self._checking:
             if self._epochs is None:
                 size = len(self.keys)
@@ -122,7 +126,8 @@ class Shards:
 
     @contextlib.asynccontextmanager
     async def _expecting(self) -> AsyncIterator[list[bytes]]:
-        """What the epochs must be. Where they prove to be others, they are looked at anew before the next call."""
+        """The values that the epoch keys must have. If a call finds others, they are read again before the next
+        call."""
         epochs = self._epochs or await self._check()
         try:
             yield epochs
@@ -132,7 +137,7 @@ class Shards:
             raise
 
     async def _run(self, calls: Sequence[ShardCall], *, full: Any = None) -> list[Any]:
-        """Run scripts; each checks the epoch of its shard first. `full`: see `RedisConnection.scripts`."""
+        """Run scripts. Each checks the epoch of its shard first. `full`: see `RedisConnection.scripts`."""
         async with self._expecting() as epochs:
             start_ms = suspend_aware_ms()
             answers = await self.link.scripts(
@@ -144,14 +149,14 @@ class Shards:
             )
             self._look_where([one.at for one in calls], epochs)
         if suspend_aware_ms() - start_ms > _SLOW_MS:
-            # This process stood still, or Redis did: what was done there may have been lost meanwhile.
+            # This process or Redis was suspended: the writes may have been lost meanwhile.
             await self._guarded([], [one.at for one in calls])
         return answers
 
     async def _guarded(self, commands: Sequence[Command], at: Iterable[Keys]) -> list[Any]:
-        """Send commands to these shards, whose epochs are looked at after: what they answered counts only then.
+        """Send commands to these shards, and check their epochs after: only then the answers count.
 
-        For what only reads, and for what is harmless on a Redis that has forgotten everything.
+        For commands that only read, or are harmless on a Redis that has lost everything.
         """
         shards = list(dict.fromkeys(at))
         async with self._expecting() as epochs:
@@ -162,83 +167,84 @@ class Shards:
         return answers[: len(commands)]
 
     def require_servers(self, servers: Collection[str]) -> None:
-        """Raises LostError where the epochs are bound to other servers than there are. They are looked at anew then."""
+        """Raises LostError unless all servers that the epochs are bound to are among these; then they are read
+        again."""
         if not self._run_ids <= set(servers):
             self._epochs = None
             raise LostError("Redis is not the server that it was, or has followed another one")
 
     def _look_where(self, shards: Iterable[Keys], epochs: Sequence[bytes]) -> None:
-        """Raises LostError where a cluster has given one of these shards to another node than its epoch is bound to."""
+        """Raises LostError if a cluster has moved one of these shards to another node than its epoch is bound to."""
         for keys in dict.fromkeys(shards):
             if self.link.server_of(keys.epoch) not in (None, epoch_server(epochs[keys.shard])):
                 raise LostError(f"shard {keys.shard} is on another node of the cluster than it was")
 
     @property
     def epoch(self) -> str:
-        """What records of revokers must bear that are written to Redis now. Raises LostError where nobody knows."""
+        """The epoch that a revoker's record must have to be written now. Raises LostError while it is unknown."""
         if self._epochs is None:
             raise LostError("Redis is not known to hold what it held")
         return epoch_name(self._epochs[0])
 
     async def confirm(self, epoch: str) -> None:
-        """Return where Redis has been of this epoch until now: what was acknowledged by Kafka before counts.
+        """Return if Redis is still in this epoch: then records that Kafka has acknowledged before are not void.
 
-        A rebuild takes the epoch away before it writes its markers. Raises LostError where one began.
+        A rebuild deletes the epoch key before it writes its markers. Raises LostError if one began.
         """
         await self._guarded([], self.keys)
         if self.epoch != epoch:
             raise LostError("Redis was rebuilt meanwhile")
 
     async def request_rebuild(self) -> None:
-        """Have Redis rebuilt: Kafka says that its epoch is over. Nothing is done where it is another already."""
+        """Have Redis rebuilt, as Kafka has a newer epoch. Raises LostError if Redis is in another epoch already."""
         await self._run([ShardCall(GIVE_UP, at, (), ()) for at in self.keys])
 
     async def request_full_rebuild(self) -> None:
-        """Have Redis rebuilt from top to bottom: single keys are gone, and nobody knows which."""
+        """Have Redis rebuilt completely: some keys are lost, and nobody knows which."""
         await self._run([ShardCall(REQUEST_FULL_REBUILD, at, (), ()) for at in self.keys])
 
 
-# What the servers behind Redis say of themselves: what time it is there, and whether they evict what they hold.
+# Health of the servers behind Redis: their clocks, and whether they evict keys.
 
 HEALTH_COMMANDS = (("INFO", "memory"), ("INFO", "stats"), ("TIME",))
-"""The time last: it is held against ours when the answer comes."""
+"""TIME comes last: it is compared with our clock when the answer arrives."""
 NOEVICTION = "noeviction"
 
 
 class ServerHealth:
-    """What was heard of each: one where Redis stands alone, every node that holds keys where it is a cluster."""
+    """Clock skew and eviction of each server: one for a standalone Redis, every primary node of a cluster."""
 
     def __init__(self) -> None:
         self._skews: dict[str, SkewCheck] = {}
         self._evicting: dict[str, str] = {}
-        """The policies by which some may evict."""
+        """By server: the eviction policy, if it may evict."""
         self._epoch = ""
         self._evicted: dict[str, int] = {}
-        """In this epoch: how many keys each had evicted when that was asked first."""
+        """By server: how many keys it had evicted at the first check in this epoch."""
 
-    def update(self, said: Mapping[str, tuple[int, Sequence[Any]]], *, epoch: str) -> list[str]:
-        """Take in answers to `HEALTH_COMMANDS`, by the server's name, each with when it came, in ms.
+    def update(self, answers: Mapping[str, tuple[int, Sequence[Any]]], *, epoch: str) -> list[str]:
+        """Take in answers to `HEALTH_COMMANDS`, by server name, each with its time of arrival in ms.
 
-        Returns those that have evicted keys in this epoch.
+        Returns the servers that have evicted keys in this epoch.
         """
-        whose = {name: "Redis" if len(said) == 1 else f"Redis at {name}" for name in said}
-        self._skews = {name: self._skews.get(name) or SkewCheck(whose[name]) for name in said}
+        whose = {name: "Redis" if len(answers) == 1 else f"Redis at {name}" for name in answers}
+        self._skews = {name: self._skews.get(name) or SkewCheck(whose[name]) for name in answers}
         self._evicting = {}
         if epoch != self._epoch:
             self._epoch, self._evicted = epoch, {}
         forgetful = []
-        for name, (now_ms, (memory, stats, (seconds, micros))) in said.items():
+        for name, (now_ms, (memory, stats, (seconds, micros))) in answers.items():
             self._skews[name].observe(int(seconds) * 1000 + int(micros) // 1000, now_ms)
             if int(memory["maxmemory"]) and memory["maxmemory_policy"] != NOEVICTION:
                 self._evicting[name] = memory["maxmemory_policy"]
             evicted = int(stats["evicted_keys"])
-            # Fewer than before: it was started anew, and its epoch is over anyway.
+            # If there are fewer than before, the server was restarted, and its epoch is over anyway.
             if evicted > self._evicted.setdefault(name, evicted):
                 forgetful.append(name)
         return forgetful
 
     def ahead_ms(self) -> int:
-        """How far our clock is ahead of that from which it differs most (below 0: behind)."""
+        """How far our clock is ahead of the server's from which it differs most; negative if behind."""
         return max((skew.ahead_ms() or 0 for skew in self._skews.values()), key=abs, default=0)
 
     def unready(self) -> str | None:
@@ -246,7 +252,7 @@ class ServerHealth:
         return next((reason for skew in self._skews.values() if (reason := skew.unready())), None)
 
     def warning(self) -> str | None:
-        """That leases may be evicted, or None."""
+        """A warning that leases may be evicted, or None."""
         if not self._evicting:
             return None
         which = ", ".join(f"{name} ({policy})" for name, policy in self._evicting.items())

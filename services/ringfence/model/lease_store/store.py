@@ -1,4 +1,4 @@
-"""The lease store itself: one method for each thing that happens to leases."""
+"""The lease store: one method for each operation on leases in Redis."""
 
 from __future__ import annotations
 
@@ -86,23 +86,26 @@ from ringfence.model.leases.lifecycle import ALL_LEASES, cut_key, selector_keys
 log = logging.getLogger(__name__)
 
 _GATHER_S = 0.3
-"""How long acknowledgements gather before they are cleared, by two commands a shard. A sweeper takes none so young."""
+"""How long acknowledgements gather before their records are cleared, by two commands a shard. It is shorter than
+any sweeper's age limit."""
 _WATCH_EVERY_S = 1.0
 _LOST_LOOK_S = 0.1
-"""How often it is looked whether a lost Redis has been rebuilt."""
+"""How often a lost Redis is checked for a rebuild."""
 
 
 class LeaseStore(Shards):
-    """Raises UnavailableError from every method where Redis does not answer, or refuses to work.
+    """The leases in Redis.
 
-    Raises LostError, which is one of them, where Redis may have forgotten leases: it was emptied, restarted, restored
-    from old or replaced by another server. That is over when a revoker has rebuilt it from Kafka.
+    Every method raises UnavailableError if Redis does not answer or refuses to work. It raises LostError, a subclass,
+    if Redis may have forgotten leases: it was emptied, restarted, restored from an old snapshot, or replaced by another
+    server. That ends when a revoker has rebuilt it from Kafka.
     """
 
     def __init__(
         self, settings: ServiceSettings, clock: Clock | None = None, *, record_keep_ms: int = RECORD_KEEP_MS
     ) -> None:
-        """Raises SettingsError where the URL is none of Redis."""
+        """`record_keep_ms`: how long records of ended leases stay. Raises SettingsError if the URL is not one of
+        Redis."""
         super().__init__(settings)
         self.record_keep_ms = record_keep_ms
         self._down: str | None = "Redis was not asked yet"
@@ -114,7 +117,7 @@ class LeaseStore(Shards):
     # --- life ---
 
     async def connect(self) -> None:
-        """Find out whether Redis holds what it held, and load the scripts."""
+        """Check that Redis has not lost leases, and load the scripts."""
         try:
             async with self._expecting():
                 await self.link.load(SCRIPTS)
@@ -125,21 +128,21 @@ class LeaseStore(Shards):
         self._down = None
 
     async def close(self) -> None:
-        """Clear the outbox of what was published, and disconnect."""
+        """Clear published records from the outbox, and disconnect."""
         with contextlib.suppress(UnavailableError):
             await self.flush_outbox()
         await self.link.close()
 
     def unready(self) -> str | None:
-        """Why leases cannot be read or written now, or this clock cannot be trusted, or None; known from `watch`."""
+        """Why leases cannot be read or written now, or this clock cannot be trusted; or None. `watch` finds it out."""
         return self._down or self._servers.unready()
 
     def warning(self) -> str | None:
-        """What people should know of how Redis is set up, or None; known from `watch`."""
+        """A warning about Redis's configuration, or None. `watch` finds it out."""
         return self._servers.warning()
 
     async def watch(self) -> None:
-        """Ask Redis each second whether it is there and holds what it held, for ever; more often while it is lost."""
+        """Check once a second that Redis answers and has not lost leases, for ever; more often while it is lost."""
         while True:
             try:
                 await self._guarded([], self.keys)
@@ -150,16 +153,16 @@ class LeaseStore(Shards):
             await asyncio.sleep(_LOST_LOOK_S if self._lost.is_set() else _WATCH_EVERY_S)
 
     async def _ask_servers(self) -> None:
-        """What has evicted keys has forgotten something, nobody knows what: it is rebuilt.
+        """Check clocks, eviction and identity of the servers. If one has evicted keys, Redis is rebuilt.
 
-        Raises LostError where one is not what it was: no connection needs to have ended for that.
+        Raises LostError if a server is another one than before, even though no connection was lost.
         """
-        epoch, said, servers = self.epoch, {}, set()
+        epoch, answers_of, servers = self.epoch, {}, set()
         async for name, (who, *answers) in self.link.ask_each((WHO, *HEALTH_COMMANDS)):
-            said[name] = (self._clock.now_ms(), answers)
+            answers_of[name] = (self._clock.now_ms(), answers)
             servers.add(server_id(who))
         self.require_servers(servers)
-        evicted = self._servers.update(said, epoch=epoch)
+        evicted = self._servers.update(answers_of, epoch=epoch)
         metrics.CLOCK_AHEAD.labels("redis").set(self._servers.ahead_ms() / 1000)
         if evicted:
             log.error("Redis evicted keys at %s, and is rebuilt: it must never do that", ", ".join(evicted))
@@ -168,11 +171,11 @@ class LeaseStore(Shards):
     # --- issuing ---
 
     async def prepare(self, leases: Sequence[SignedLease], *, token: str, mint_ms: int) -> list[Preparation]:
-        """Announce, by their `minting` records, leases whose credentials will leave something at their targets.
+        """Announce leases whose credentials will leave something at their targets, by their `minting` records.
 
-        A revoker that finds one still minting after `mint_ms` aborts it. Only who has the `token`, a name of this
-        attempt without blanks, can activate it: whoever prepares a lease after a crash takes it over, but from revokers
-        (`CLOSING_TOKEN`) nobody does.
+        A revoker that finds one still minting after `mint_ms` aborts it. `token` names this attempt, without blanks,
+        and is needed to activate the lease. Preparing a lease again, after a crash, takes it over. Nobody takes it over
+        from a revoker (`CLOSING_TOKEN`).
         """
         calls = [self._prepare(one, token, mint_ms) for one in leases]
         return [preparation_of(*answer) for answer in await self._run(calls, full=FULL)]
@@ -187,9 +190,9 @@ class LeaseStore(Shards):
         )
 
     async def activate(self, leases: Sequence[SignedLease], *, token: str | None = None) -> list[Activation]:
-        """Make leases live, each by one script, all in one round trip. Their records go to the outbox.
+        """Make leases live: one script each, all in one round trip. Their records go to the outbox.
 
-        With the `token` of `prepare`: leases that were prepared with it, by the records after their `minting` ones.
+        `token`: the one of `prepare`, for leases that were prepared with it. Their records follow the `minting` ones.
         """
         calls = [self._activate(one, token) for one in leases]
         return [activation_of(*answer) for answer in await self._run(calls, full=FULL)]
@@ -218,33 +221,33 @@ class LeaseStore(Shards):
             claims.epoch,
         )
 
-    async def use_grant(self, grant_id: str, lease_id: str, *, most: int) -> bool:
-        """Count a lease among those that name a grant, before it is activated; False where there are `most` others.
+    async def use_grant(self, grant_id: str, lease_id: str, *, limit: int) -> bool:
+        """Count a lease for a grant before it is activated. False if `limit` other leases are counted.
 
-        A lease counts once, however often it is counted, and for good, whatever becomes of it.
+        Counting is idempotent. A lease stays counted, whatever becomes of it.
         """
-        return bool((await self._run([self._use_grant(grant_id, lease_id, most)]))[0])
+        return bool((await self._run([self._use_grant(grant_id, lease_id, limit)]))[0])
 
-    def _use_grant(self, grant_id: str, lease_id: str, most: int) -> ShardCall:
+    def _use_grant(self, grant_id: str, lease_id: str, limit: int) -> ShardCall:
         at = self.at(grant_id)
-        return ShardCall(USE_GRANT, at, *use_grant_args(at, grant_id, lease_id, most))
+        return ShardCall(USE_GRANT, at, *use_grant_args(at, grant_id, lease_id, limit))
 
     # --- ending ---
 
     async def step(self, steps: Sequence[Step], *, visibility_ms: int) -> list[StepResult]:
-        """Write the next records of leases, each only if it follows the one that is there, and bears `epoch` or none.
+        """Write the next records of leases, each only if it follows the record in Redis, and has `epoch` or none.
 
         From `ending` on the credential is refused, and the lease counts as claimed for `visibility_ms`: if it has not
-        ended then, it is claimed again. A terminal record takes the lease from all indexes.
+        ended by then, it is claimed again. A terminal record removes the lease from all indexes.
         """
         return await self.write(list(map(prepare_step, steps)), visibility_ms=visibility_ms)
 
     async def write(
         self, steps: Sequence[PreparedStep], *, visibility_ms: int, only_due: bool = False
     ) -> list[StepResult]:
-        """`step`, of what was put together before.
+        """`step`, for steps that were serialised before.
 
-        `only_due`: of leases that `claim` would give to whoever asks now, and no others: that need not be asked first.
+        `only_due`: only for leases that `claim` would return now; so they need not be claimed first.
         """
         together: dict[tuple[Keys, str | None], list[int]] = {}
         for number, step in enumerate(steps):
@@ -282,9 +285,9 @@ class LeaseStore(Shards):
         return ShardCall(TRANSITION, at, (at.claimed, at.outbox, at.outbox_times), tuple(args), epoch)
 
     async def claim(self, shards: Iterable[int], *, limit: int, visibility_ms: int) -> list[ClaimedLeases]:
-        """Take what is due in these shards, `limit` each, for `visibility_ms`: nobody else gets it until then.
+        """Claim due leases in these shards, at most `limit` each: nobody else gets them for `visibility_ms`.
 
-        Due are leases whose deadline has come, and those that were claimed and not ended in time.
+        A lease is due if its deadline has come, or if it was claimed and did not end in time.
         """
         wanted = [self.keys[shard] for shard in shards]
         calls = [
@@ -299,18 +302,18 @@ class LeaseStore(Shards):
         return found
 
     async def count_due(self, *, within_ms: int) -> list[int]:
-        """How many leases of each shard have their deadlines within so long, at most `AHEAD_MS`."""
+        """How many leases of each shard have their deadlines within `within_ms`, at most `AHEAD_MS`, from now."""
         calls = [ShardCall(COUNT_DUE, at, (at.deadlines,), (within_ms,)) for at in self.keys]
         return await self._run(calls)
 
     async def due_soon(self, shard: int, *, within_ms: int, limit: int) -> list[str]:
-        """Leases of a shard that are due within so long, at most `AHEAD_MS`, by deadline, at most `limit`."""
+        """Leases of a shard with deadlines within `within_ms`, at most `AHEAD_MS`, the first `limit` by deadline."""
         at = self.keys[shard]
         (ids,) = await self._run([ShardCall(DUE_SOON, at, (at.deadlines,), (within_ms, limit))])
         return list(map(uuid_text, ids))
 
     async def postpone(self, delays_ms: Mapping[str, int]) -> None:
-        """Leave claimed leases alone for so long, each from now on; what is not claimed any more stays as it is."""
+        """Extend claims, each by its delay from now. Leases that are not claimed any more are left unchanged."""
         by_shard: dict[Keys, list[Argument]] = {}
         for id, delay_ms in delays_ms.items():
             by_shard.setdefault(self.at(id), []).extend((uuid_bytes(id), delay_ms))
@@ -319,9 +322,10 @@ class LeaseStore(Shards):
         )
 
     async def expirations(self) -> AsyncGenerator[int, None]:
-        """The shard of each lease whose live key has just expired, as far as Redis tells: a hint, never the record.
+        """The shard of each lease whose live key has just expired, as far as Redis notifies: only a hint.
 
-        Nothing comes where Redis is not told to (`notify-keyspace-events Ex`), or while the connection is gone.
+        Nothing comes unless Redis is configured to notify (`notify-keyspace-events Ex`), or while the connection is
+        lost.
         """
         shard_by_prefix = {at.live_prefix: at.shard for at in self.keys}
         async with contextlib.aclosing(self.link.expired_keys()) as expired:
@@ -333,16 +337,17 @@ class LeaseStore(Shards):
     # --- the outbox ---
 
     def published(self, records: Iterable[tuple[str, int]]) -> None:
-        """Kafka has these (lease id, seq): `clear_outbox` takes them out, many at a time.
+        """Kafka has these records (lease id, seq): `clear_outbox` removes them, many at a time.
 
-        What is lost on the way is published once more, as it was, by whoever sweeps the outbox.
+        If this process dies before, a sweeper of the outbox publishes them once more, unchanged.
         """
         self._acknowledged.extend(records)
         if self._acknowledged:
             self._to_clear.set()
 
     async def clear_outbox(self) -> None:
-        """Take out what was published, for ever. A background job of whoever calls `published`."""
+        """Remove published records from the outbox, for ever. A background job of every process that calls
+        `published`."""
         while True:
             await self._to_clear.wait()
             await asyncio.sleep(_GATHER_S)
@@ -355,7 +360,7 @@ class LeaseStore(Shards):
                 await asyncio.sleep(1)
 
     async def flush_outbox(self) -> None:
-        """Take out now what was published."""
+        """Remove published records from the outbox now."""
         self._to_clear.clear()
         records, self._acknowledged = self._acknowledged, []
         fields: dict[Keys, list[bytes]] = {}
@@ -367,14 +372,14 @@ class LeaseStore(Shards):
         try:
             await self._guarded(commands, [])
         except LostError:
-            raise  # who rebuilds takes out what Kafka has
+            raise  # the rebuild removes what Kafka has
         except UnavailableError:
             self._acknowledged += records
             self._to_clear.set()
             raise
 
     async def unpublished(self, *, older_than_ms: int, limit: int = 100) -> list[OutboxRecord]:
-        """Records that have been in the outbox for so long, `limit` of each shard. They count as new from now on."""
+        """Records older than `older_than_ms` in the outbox, at most `limit` of each shard. Their age starts anew."""
         calls = [
             ShardCall(STALE, at, (at.outbox, at.outbox_times), (older_than_ms, limit)) for at in self.keys
         ]
@@ -387,7 +392,7 @@ class LeaseStore(Shards):
     # --- what Kafka has and Redis has not ---
 
     async def seqs(self, lease_ids: Sequence[str]) -> dict[str, int]:
-        """The `seq` of the record of each lease, 0 where there is none."""
+        """The `seq` of each lease's record, 0 if there is none."""
         by_shard = self._by_shard(lease_ids)
         answers = await self._run(
             [
@@ -399,9 +404,9 @@ class LeaseStore(Shards):
         return {lease_ids[n]: seq for numbers, seqs in found for n, seq in zip(numbers, seqs, strict=True)}
 
     async def restore(self, leases: Sequence[SignedLease]) -> int:
-        """Write these records, verified ones that Kafka has, where Redis has none or a lower one. Returns how many.
+        """Write verified records that Kafka has, where Redis has none or a lower one. Returns how many were written.
 
-        Raises LostError where one bears another epoch than `epoch`.
+        Raises LostError if one has another epoch than `epoch`.
         """
         calls = [
             ShardCall(
@@ -421,7 +426,7 @@ class LeaseStore(Shards):
         return sum((await self._run([*calls, *count_of_agent]))[: len(calls)])
 
     async def is_waiting(self, records: Sequence[tuple[str, int]]) -> list[bool]:
-        """Of each record (lease id, `seq`): whether it is in the outbox."""
+        """Whether each record (lease id, `seq`) is in the outbox."""
         at = [self.at(id) for id, _ in records]
         commands = [
             ("HEXISTS", keys.outbox, outbox_field(*record)) for keys, record in zip(at, records, strict=True)
@@ -430,41 +435,44 @@ class LeaseStore(Shards):
 
     # --- fences and selectors ---
 
-    async def fence(self, selector_keys: Mapping[str, int], *, cut: bool = False) -> int:
-        """From the return of this on, nothing is activated that bears one of the marks and was requested by its time.
+    async def fence(self, fences: Mapping[str, int], *, cut: bool = False) -> int:
+        """Fence off requests: once this returns, no lease is activated that a fence covers.
 
-        With `cut`, nothing that there is counts as active either: `look` says so before a revoker has found it. Returns
-        since when all shards have it, by Redis's clock, in ms.
+        A fence covers leases that match its selector key and were requested by its time.
 
         Args:
-            marks: with the times, in ms, up to which requests are covered.
+            fences: by selector key, the time in ms up to which requests are covered.
+            cut: existing leases are covered too: `look` says so before a revoker has found them.
+
+        Returns:
+            Since when all shards have the fences, in ms by Redis's clock.
         """  # fmt: skip
-        fences = dict(selector_keys)
-        if cut:
-            fences |= {cut_key(selector_key): before_ms for selector_key, before_ms in selector_keys.items()}
-        commands = [one for at in self.keys for one in fencing(at.fences, fences, FENCE_KEEP_MS)]
+        cuts = {cut_key(key): before_ms for key, before_ms in fences.items()} if cut else {}
+        commands = [one for at in self.keys for one in fencing(at.fences, {**fences, **cuts}, FENCE_KEEP_MS)]
         return max(await self._guarded(commands, self.keys), default=0)
 
-    async def first_seen(self, places: Mapping[str, Coordinates], *, keep_ms: int) -> dict[str, Coordinates]:
-        """Where selectors (derived ids) were seen first: at these places, unless they were seen before."""
+    async def first_seen(
+        self, positions: Mapping[str, Coordinates], *, keep_ms: int
+    ) -> dict[str, Coordinates]:
+        """Where selectors (derived ids) were seen first: at these positions, unless they were seen before."""
         commands: list[Command] = []
-        for id, place in places.items():
+        for id, position in positions.items():
             key = self.at(id).selector(id)
-            commands += [always("SET", key, position_text(place), "NX", "PX", keep_ms), ("GET", key)]
-        answers = await self._guarded(commands, map(self.at, places))
-        return {id: parse_position(text) for id, text in zip(places, answers[1::2], strict=True)}
+            commands += [always("SET", key, position_text(position), "NX", "PX", keep_ms), ("GET", key)]
+        answers = await self._guarded(commands, map(self.at, positions))
+        return {id: parse_position(text) for id, text in zip(positions, answers[1::2], strict=True)}
 
     # --- asking ---
 
     async def look(self, lease_id: str, selector_keys: Iterable[str] = ()) -> LeaseLookup:
-        """One lease and Redis's time, in one round trip; and up to when selectors have cut what bears these marks."""
+        """A lease and Redis's time, in one round trip; also up to when cuts cover leases with these selector keys."""
         at, id = self.at(lease_id), uuid_bytes(lease_id)
         call = ShardCall(LOOK, at, (at.live(id), at.fences), (id, *map(cut_key, selector_keys)))
         ((now_ms, record, live, before_ms),) = await self._run([call])
         return LeaseLookup(now_ms, stored_of(record), bool(live), before_ms)
 
     async def get(self, lease_ids: Sequence[str]) -> dict[str, StoredLease]:
-        """The latest records of leases; ids that are not known are left out."""
+        """The latest records of leases; unknown ids are omitted."""
         by_shard = self._by_shard(lease_ids)
         parts = [
             (at, numbers[start : start + BATCH_SIZE])
@@ -510,7 +518,7 @@ class LeaseStore(Shards):
         return list(dict.fromkeys(uuid_text(id) for ids in answers for id in ids if len(id) == ID_BYTES))
 
     async def _agents(self, selector_key: str, agent_id: str | None) -> list[list[str]] | None:
-        """Of each shard: the agents that have leases with a mark there. None where that would be all."""
+        """By shard, the agents whose leases match a selector key there. None if no index tells them from others."""
         kind, _, id = selector_key.partition(":")
         if kind == "agent":
             agent_id = id
@@ -522,7 +530,7 @@ class LeaseStore(Shards):
         return [list(map(text_of, agents)) for agents in answers]
 
     async def count(self, selector_keys: Sequence[str]) -> dict[str, int]:
-        """How many leases of each of these agents and sponsors have not ended."""
+        """How many leases of each agent or sponsor, given by selector key, have not ended."""
         commands: list[Command] = []
         for selector_key in selector_keys:
             kind, _, id = selector_key.partition(":")

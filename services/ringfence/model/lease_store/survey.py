@@ -1,7 +1,7 @@
-"""Every key of the lease store that follows from records that stand there, held against those.
+"""Integrity check of Redis: every key that follows from lease records, compared with the records that Redis has.
 
-Kafka says which record a lease must have; here it is only asked whether everything else in Redis goes with the records
-that it has. One pass over all keys, some at a time; what is remembered is one entry for each lease that has not ended.
+Whether those are the right records, only Kafka can say (`revoker.consistency.compare`). The check is one pass over all
+keys, in batches. It keeps one entry in memory for each lease that has not ended.
 """
 
 from __future__ import annotations
@@ -49,45 +49,45 @@ from ringfence.model.leases.lifecycle import statement
 
 _BATCH_SIZE = 500
 SLACK_MS = 60_000
-"""So far apart the clocks of Redis and of who looks at it may be. Records wait no longer for whoever sweeps them."""
+"""How far Redis's clock may be from ours. It is also longer than records wait in the outbox for a sweeper."""
 CLAIMED_AT_MOST_MS = 3_600_000
-"""No setting leaves a lease to one revoker, or to one issuer, for longer."""
+"""The longest claim of a lease by a revoker or an issuer that settings allow."""
 
-_ORDERS_STAY_MS = (REVOCATION_REQUEST.retention_s or 0) * 1000
-"""So long Kafka has an order at least."""
+_REVOCATIONS_STAY_MS = (REVOCATION_REQUEST.retention_s or 0) * 1000
+"""How long Kafka keeps a revocation at least."""
 
 What = Literal["stray", "miscounted", "mistimed", "stuck", "unknown"]
-"""`stray`: it stands where nothing should. `miscounted`: leases of an agent are counted wrongly. `mistimed`: a key goes
-at another time than it should, or never. `stuck`: a record waits to be published, and nobody comes to it. `unknown`: it
-is of a lease that has ended, and that Kafka does not know.
+"""`stray`: it follows from no record. `miscounted`: leases of an agent are counted wrongly. `mistimed`: a key expires
+at another time than it should, or never. `stuck`: a record waits to be published, and no sweeper comes to it.
+`unknown`: it is of an ended lease that Kafka does not know.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Stray:
-    """Something that does not follow from any record, and what puts it right while nobody else works with Redis."""
+    """An entry that follows from no record, and the commands that repair it while nobody else uses Redis."""
 
     about: str
     what: What
     wanted: str
     found: str
     repair: tuple[Command, ...] = ()
-    """Each on one key, which comes first."""
+    """Each on one key, its first argument."""
 
 
 @dataclass(frozen=True, slots=True)
 class LiveLease:
-    """What the keys of a lease that has not ended follow from."""
+    """The fields of a lease that has not ended from which its keys follow."""
 
     status: str
     deadline_ms: int
     agent_id: str | None
     wide: tuple[str, ...]
-    """The marks of its sponsor and its user."""
+    """The selector keys of its sponsor and its user."""
 
     @classmethod
     def of(cls, stored: StoredLease) -> LiveLease:
-        """From its record, which nobody has verified: it is compared with what stands beside it, not believed."""
+        """From its unverified record: it is compared with other keys, and nobody acts on it."""
         names = [unverified_names(stored.record, kind) for kind in ("agent", "sponsor", "user")]
         if None in names and (lease := _unverified(stored.record)) is not None:
             names = [(lease.agent_id,), (lease.sponsor,), (lease.on_behalf_of,)]
@@ -98,28 +98,28 @@ class LiveLease:
 
 @lru_cache(maxsize=4096)
 def _wide(sponsor: str, user: str) -> tuple[str, ...]:
-    """The same for all leases of which it is the same."""
+    """Cached, so that leases share the tuple."""
     return f"sponsor:{sponsor}", f"user:{user}"
 
 
 class Knowledge:
-    """What Kafka knows, as far as Redis's own records do not say it."""
+    """What Kafka knows and Redis's records do not say. This one knows nothing, and finds nothing wrong."""
 
     def knows(self, lease_id: str) -> bool:
-        """Whether there is such a lease, ended or not."""
+        """Whether Kafka has such a lease, ended or not."""
         return True
 
     def has_revocation(self, id: str) -> bool:
-        """Whether there is such an order on `revocation.request`, followed or not."""
+        """Whether `revocation.request` has such a revocation, followed or not."""
         return True
 
     def names_grant(self, lease_id: str, grant_id: str) -> bool | None:
-        """Whether a lease names a grant; None where that is not known."""
+        """Whether a lease names a grant; None if that is not known."""
         return None
 
 
 class Survey:
-    """One look at all keys of all shards."""
+    """One check of all keys of all shards."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class Survey:
         knowledge: Knowledge,
         now_ms: int,
     ) -> None:
-        """`alive`: the leases that Redis has, each by its record there."""
+        """`alive`: the leases in Redis that have not ended, by their records there."""
         self._link = link
         self._prefix = prefix
         self._keys = keys
@@ -139,7 +139,7 @@ class Survey:
         self._now_ms = now_ms
 
     async def outbox_and_signers(self) -> AsyncIterator[Stray]:
-        """What records are read and published by. A rebuild puts it right before it reads what Redis has."""
+        """Stray entries in what is needed to read and publish records. A rebuild repairs them first."""
         for at in self._keys:
             async for one in self._outbox(at):
                 yield one
@@ -147,7 +147,7 @@ class Survey:
                 yield one
 
     async def strays(self) -> AsyncIterator[Stray]:
-        """Everything that does not follow from the records."""
+        """All stray entries."""
         async for one in self.outbox_and_signers():
             yield one
         for at in self._keys:
@@ -199,7 +199,9 @@ class Survey:
                 about = _about(at, at.minutes, minute)
                 yield Stray(about, "mistimed", str(wanted_ms), f"{open_ms:.0f}", (repair,))
         if claim_ms == -1:
-            yield Stray(_about(at, at.rebuilding), "mistimed", "an end", "none")  # the next rebuild takes it
+            yield Stray(
+                _about(at, at.rebuilding), "mistimed", "an end", "none"
+            )  # the next rebuild deletes it
 
     async def _outbox(self, at: Keys) -> AsyncIterator[Stray]:
         fields, times = await self._link.pipeline(
@@ -211,14 +213,14 @@ class Survey:
         for start in range(0, len(fields), _BATCH_SIZE):
             some = fields[start : start + _BATCH_SIZE]
             (records,) = await self._link.pipeline([("HMGET", at.outbox, *some)])
-            others = await self._saying_otherwise(at, dict(zip(some, records, strict=True)))
+            contradicting = await self._contradicting(at, dict(zip(some, records, strict=True)))
             for field, record in zip(some, records, strict=True):
                 if record is not None and not self._is_of(field, record, at):
                     gone = (("HDEL", at.outbox, field), ("ZREM", at.outbox_times, field))
                     yield _stray(at, at.outbox, field, *gone)
                     continue
-                if field in others:
-                    yield _stray(at, at.outbox, field)  # which of the two counts, their signatures say
+                if field in contradicting:
+                    yield _stray(at, at.outbox, field)  # only the signatures tell which of the two counts
                 since_ms = by_field.get(field)
                 if since_ms is None or abs(since_ms - self._now_ms) > SLACK_MS:
                     about = _about(at, at.outbox, field)
@@ -227,14 +229,14 @@ class Survey:
                     yield Stray(about, "stuck", f"about {self._now_ms}", found, (repair,))
 
     def _is_of(self, field: bytes, record: bytes, at: Keys) -> bool:
-        """Whether a record stands under its own name, in the shard of its lease."""
+        """Whether a record is under its own lease and `seq`, in the shard of its lease."""
         if not is_outbox_field(field) or not self._is_here(field[:ID_BYTES], at):
             return False
         lease = _unverified(record)
         return lease is not None and (lease.lease_id, lease.seq) == lease_of_field(field)
 
-    async def _saying_otherwise(self, at: Keys, waiting: Mapping[bytes, bytes | None]) -> set[bytes]:
-        """Which of these records say something else than Redis has of the same `seq` of their leases."""
+    async def _contradicting(self, at: Keys, waiting: Mapping[bytes, bytes | None]) -> set[bytes]:
+        """Which of these records contradict Redis's record of the same lease and `seq`."""
         fields = [field for field in waiting if is_outbox_field(field)]
         if not fields:
             return set()
@@ -244,14 +246,14 @@ class Survey:
             now, record = StoredLease.parse(kept) if kept else None, waiting[field]
             if now is None or record is None or now.record == record or now.seq != lease_of_field(field)[1]:
                 continue
-            # What a rebuild restated says the same in another epoch.
+            # A record that a rebuild signed again says the same in another epoch.
             one, other = _unverified(record), _unverified(now.record)
             if one is None or other is None or statement(one) != statement(other):
                 found.add(field)
         return found
 
     async def _signers(self, at: Keys) -> AsyncIterator[Stray]:
-        """Who signed records stands there twice: by the number, and by the name. The number decides."""
+        """Signers are stored by number and by name. The entry by number decides."""
         (flat,) = await self._link.pipeline([("HGETALL", at.signers)])
         signers = dict(flat)
         for field, value in signers.items():
@@ -273,7 +275,7 @@ class Survey:
                 continue
             if shard >= len(self._keys):
                 if name not in (SPREAD.encode(), REBUILDING.encode()):
-                    about = f"{_text(name)} in shard {shard}"
+                    about = f"{_readable(name)} in shard {shard}"
                     yield Stray(about, "stray", "", "of a shard that there is not", (("UNLINK", key),))
                 continue
             at = self._keys[shard]
@@ -300,7 +302,7 @@ class Survey:
                 yield _stray(at, key, b"", ("UNLINK", key))
                 continue
             if left_ms == -1:
-                # Of one that Redis need have, its record decides: that is put back with its end before.
+                # If Redis still needs the record, the rebuild has restored it with its expiry before.
                 yield Stray(uuid_text(id), "mistimed", "an end", "none", (("PEXPIRE", key, DAY_MS),))
             if left_ms != -2 and not self._knowledge.knows(uuid_text(id)):
                 yield Stray(uuid_text(id), "unknown", "", "ended")
@@ -312,7 +314,7 @@ class Survey:
                 id
                 for id in ids
                 if id != THUMBPRINT.encode()
-                and not (self._is_alive(id, at) and self._alive[uuid_text(id)].agent_id == _text(agent))
+                and not (self._is_alive(id, at) and self._alive[uuid_text(id)].agent_id == _readable(agent))
             ]
             is_empty = not set(ids) - set(others) - {THUMBPRINT.encode()}
             for id in others or ([THUMBPRINT.encode()] if ids and is_empty else []):
@@ -327,17 +329,17 @@ class Survey:
         ]
         for start in range(0, len(asked), _BATCH_SIZE):
             some = asked[start : start + _BATCH_SIZE]
-            # Both of one moment: leases come and go, and what is counted goes with what it counts.
+            # Count and leases are read at one moment: leases come and go.
             now = await self._link.pipeline([count_and_leases(at, key, agent) for at, key, _, agent in some])
             for (at, key, selector_key, agent), (count, ids) in zip(some, now, strict=True):
-                wanted = await self._bearing(at, ids, _text(selector_key))
+                wanted = await self._bearing(at, ids, _readable(selector_key))
                 if count is not None and count != b"%d" % wanted:
                     repair = ("HSET", key, agent, wanted) if wanted else ("HDEL", key, agent)
-                    about = f"{_text(agent)} of {_text(selector_key)} in shard {at.shard}"
-                    yield Stray(about, "miscounted", str(wanted), _text(count), (repair,))
+                    about = f"{_readable(agent)} of {_readable(selector_key)} in shard {at.shard}"
+                    yield Stray(about, "miscounted", str(wanted), _readable(count), (repair,))
 
     async def _bearing(self, at: Keys, ids: Sequence[bytes], selector_key: str) -> int:
-        """How many of the leases of an agent bear a mark. Of those that came a moment ago Redis tells."""
+        """How many of an agent's leases have this selector key. Redis is asked for leases newer than this check."""
         here = [id for id in ids if self._is_here(id, at)]
         known = [one for id in here if (one := self._alive.get(uuid_text(id))) is not None]
         others = [id for id in here if uuid_text(id) not in self._alive]
@@ -362,7 +364,7 @@ class Survey:
             left_ms, place = next(answers), next(answers)
             if place is None:
                 continue
-            if not self._belongs(_text(id), at) or not (
+            if not self._belongs(_readable(id), at) or not (
                 self._is_seen(id, place) or self._is_outlived(place, left_ms)
             ):
                 yield _stray(at, key, b"", ("UNLINK", key))
@@ -377,12 +379,14 @@ class Survey:
         )
         for at, key, grant_id in found:
             left_ms, ids = next(answers), next(answers)
-            if not self._belongs(_text(grant_id), at):
+            if not self._belongs(_readable(grant_id), at):
                 yield _stray(at, key, b"", ("UNLINK", key))
                 continue
             for id in ids:
-                # What was counted and then not issued stays counted: leases that Kafka does not know may be right.
-                named = len(id) == ID_BYTES and self._knowledge.names_grant(uuid_text(id), _text(grant_id))
+                # A use that was counted and not issued stays counted. So a lease that Kafka does not know may be right.
+                named = len(id) == ID_BYTES and self._knowledge.names_grant(
+                    uuid_text(id), _readable(grant_id)
+                )
                 if named is False:
                     yield _stray(at, key, id, ("SREM", key, id))
             if ids and (left_ms == -1 or left_ms > GRANT_KEEP_MS + SLACK_MS):
@@ -392,32 +396,32 @@ class Survey:
         found = "none" if left_ms == -1 else f"in {left_ms} ms"
         return Stray(_about(at, key), "mistimed", f"within {keep_ms} ms", found, (("PEXPIRE", key, keep_ms),))
 
-    # --- what belongs where ---
+    # --- where entries belong ---
 
     def _is_seen(self, id: bytes, place: bytes) -> bool:
-        """Whether what was seen somewhere is there, as far as Kafka is asked."""
+        """Whether Kafka has the revocation that was seen first at this position; True for other selectors."""
         return b".revocation.request." not in place.partition(b" ")[0] or self._knowledge.has_revocation(
-            _text(id)
+            _readable(id)
         )
 
     def _is_outlived(self, place: bytes, left_ms: int) -> bool:
-        """Whether it may be gone from Kafka by its age: it is remembered for longer, and not for long any more."""
+        """Whether Kafka may have deleted the revocation by its age: Redis remembers it a little longer."""
         try:
             age_ms = self._now_ms - parse_position(place).appended_at_ms
         except ValueError:
             return False
         at_most_ms = max(SELECTOR_KEEP_MS - age_ms, 0) + DAY_MS
-        return _ORDERS_STAY_MS - SLACK_MS < age_ms < 2 * SELECTOR_KEEP_MS and 0 <= left_ms <= at_most_ms
+        return _REVOCATIONS_STAY_MS - SLACK_MS < age_ms < 2 * SELECTOR_KEEP_MS and 0 <= left_ms <= at_most_ms
 
     def _is_here(self, id: bytes, at: Keys) -> bool:
-        """Whether this is the id of a lease of this shard."""
+        """Whether this is a lease id of this shard."""
         return len(id) == ID_BYTES and shard_of(uuid_text(id), len(self._keys)) == at.shard
 
     def _is_alive(self, id: bytes, at: Keys) -> bool:
         return self._is_here(id, at) and uuid_text(id) in self._alive
 
     def _belongs(self, id: str, at: Keys) -> bool:
-        """Whether a derived id is one of this shard."""
+        """Whether a derived id belongs to this shard."""
         try:
             return uuid_text(uuid_bytes(id)) == id and shard_of(id, len(self._keys)) == at.shard
         except ValueError:
@@ -425,7 +429,7 @@ class Survey:
 
 
 def _unverified(record: bytes) -> Lease | None:
-    """The claims of a record as it stands in Redis, which nobody has verified: they are compared, not believed."""
+    """The unverified claims of a packed record: they are compared, and nobody acts on them."""
     try:
         return parse(unpack(record)).unverified_claims(Lease)
     except InvalidMessageError:
@@ -437,7 +441,7 @@ def _stray(at: Keys, key: str | bytes, member: bytes | str, *repair: Command) ->
 
 
 def _about(at: Keys, key: str | bytes, member: bytes | str = b"") -> str:
-    """A key, without what all begin with, and what stands in it, for people to read: raw ids as leases are named."""
+    """A key and a member for people to read: without the prefix, and with raw ids as text."""
     name = (key if isinstance(key, bytes) else key.encode()).partition(b"}:")[2]
     kind, colon, rest = name.partition(b":")
     if colon and len(rest) == ID_BYTES and kind + colon in (LIVE.encode(), ENDED.encode()):
@@ -447,9 +451,9 @@ def _about(at: Keys, key: str | bytes, member: bytes | str = b"") -> str:
         lease_id, seq = lease_of_field(raw)
         inner = f"{lease_id}:{seq}"
     else:
-        inner = uuid_text(raw) if len(raw) == ID_BYTES else _text(raw)
-    return f"{inner + ' in ' if inner else ''}{_text(name)} in shard {at.shard}"
+        inner = uuid_text(raw) if len(raw) == ID_BYTES else _readable(raw)
+    return f"{inner + ' in ' if inner else ''}{_readable(name)} in shard {at.shard}"
 
 
-def _text(value: bytes) -> str:
+def _readable(value: bytes) -> str:
     return value.decode("ascii", "backslashreplace")

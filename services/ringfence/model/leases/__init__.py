@@ -1,1 +1,1 @@
-"""Leases: life cycle, verification, epochs and revocations."""
+"""Leases: life cycle, verification, unverified looks, epochs, revocations, and the freshness of their topics."""

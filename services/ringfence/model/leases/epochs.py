@@ -1,7 +1,7 @@
-"""Which records of leases count. The order of Kafka decides it, so every reader of `lease` comes to the same.
+"""Epochs decide which lease records count. They follow from Kafka's order, so every reader of `lease` agrees.
 
-Whoever rebuilds Redis writes a marker with a new epoch into every partition, and then reads what stands before it. A
-record that bears the epoch of the Redis before, and that arrives only after the marker, is void (ADR 0006).
+A rebuild of Redis writes a marker with a new epoch to every partition, and then reads what was appended before it. A
+record with the epoch of the Redis before the rebuild that is appended after the marker is void (ADR 0006).
 """
 
 from __future__ import annotations
@@ -21,50 +21,50 @@ _KEY = "epoch."
 
 
 def marker_key(epoch: str) -> str:
-    """The Kafka key of a marker: its own, so that compaction keeps each."""
+    """The Kafka key of a marker: each has its own, so that compaction keeps it."""
     return _KEY + epoch
 
 
 def number_of(epoch: str | None) -> int:
-    """By which epochs are compared; 0 for none."""
+    """The number of an epoch, by which epochs are compared; 0 for none."""
     return int(epoch.partition(".")[0]) if epoch else 0
 
 
 class Epochs:
-    """The epochs of each partition, as far as it was read. What is read once more is judged as the first time."""
+    """The epochs of each partition, as far as it was read. A record that is read again gets the same judgement."""
 
     def __init__(self, trust: TrustStore) -> None:
         self._trust = trust
         self._begun: dict[int, list[tuple[int, str]]] = {}
-        """By partition: at which offset which epoch began."""
+        """By partition: the offset at which each epoch began, and its name."""
 
     def took(self, record: Received) -> bool:
-        """Whether a record is a marker, and no lease. One that nobody signed who may changes nothing."""
+        """Whether a record has the key of a marker, and is no lease. A marker that verifies begins its epoch."""
         if record.key is None or not record.key.startswith(_KEY):
             return False
-        epoch = self._opened(record)
+        epoch = self._verified_epoch(record)
         if epoch is not None:
             self.begin(record, epoch)
         return True
 
     def begin(self, record: Received, epoch: str) -> None:
-        """An epoch begins here. Only a higher number than all before counts: of two equal ones the first does."""
+        """An epoch begins at this record, unless its number is not higher than all before."""
         if number_of(epoch) > number_of(self.of(record.partition)):
             self._begun.setdefault(record.partition, []).append((record.offset, epoch))
 
     def of(self, partition: int) -> str | None:
-        """The epoch of a partition now; None before its first marker."""
+        """The present epoch of a partition; None before its first marker."""
         begun = self._begun.get(partition)
         return begun[-1][1] if begun else None
 
     def highest(self) -> int:
-        """The highest number of all partitions, 0 where there is no marker."""
+        """The highest epoch number of all partitions, 0 without any marker."""
         return max((number_of(begun[-1][1]) for begun in self._begun.values()), default=0)
 
     def is_void(self, record: Received, epoch: str | None) -> bool:
-        """Whether a record of a lease counts for nothing where it stands. `epoch` is what it bears; None always counts.
+        """Whether a lease record with this epoch is void at its offset. A record without an epoch is never void.
 
-        A higher one than is known counts: its marker stands before where this reader began.
+        A record with a higher epoch than is known is not void: its marker is before the offset where this reader began.
         """
         if epoch is None:
             return False
@@ -73,7 +73,7 @@ class Epochs:
                 return epoch != current and number_of(epoch) <= number_of(current)
         return False
 
-    def _opened(self, record: Received) -> str | None:
+    def _verified_epoch(self, record: Received) -> str | None:
         find = self._trust.finder(*LeaseEpoch.signed_by, at_s=record.appended_at_ms / 1000)
         try:
             marker = verify(parse(record.value), LeaseEpoch, find, audience=self._trust.trust_domain).claims

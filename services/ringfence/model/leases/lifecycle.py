@@ -1,4 +1,8 @@
-"""The life of a lease: which record may follow which, what ends it, and what covers it. Pure."""
+"""Life cycle of a lease: the state machine of its records, its selector keys, and what a revocation covers. Pure.
+
+A selector key (`agent:<id>`, `task:<id>`, `target:<id>`, `sponsor:<id>`, `user:<id>`, or `all`) says which leases a
+selector or a fence is about. A lease matches a key if the key is among its own (`selector_keys`).
+"""
 
 from __future__ import annotations
 
@@ -19,24 +23,23 @@ FOLLOWING: dict[LeaseStatus, frozenset[LeaseStatus]] = {
     "expired": frozenset(),
     "aborted": frozenset(),
 }
-"""What may come after each status. Only a pure token, which leaves nothing behind at its target, expires straight away.
-"""
+"""Which statuses may follow each status. Only a lease that leaves nothing at its target goes from active to expired."""
 
 ALL_LEASES = "all"
-"""The mark that every lease bears."""
+"""The selector key of all leases."""
 
 
 class LeaseStateError(RingfenceError):
-    """A step that the life of a lease does not have."""
+    """A transition that the life cycle of a lease does not have."""
 
     code = "lease_state"
 
 
 def origin_of(lease_id: str, decision: Coordinates) -> str:
-    """What a lease springs from: its id and the one record of the decision that it was issued on.
+    """The origin of a lease: an id of the lease and of the one decision record that it was issued on.
 
-    It begins the `jti` of each of its records, so that a stored lease tells a redelivery of its decision from the same
-    decision at another place of the topic, which is a replay.
+    The `jti` of each of its records begins with it. So a stored lease tells a redelivery of its decision from the same
+    decision at another offset, which is a replay.
     """
     return derived_id("lease", lease_id, decision.topic, decision.partition, decision.offset)
 
@@ -52,7 +55,7 @@ def has_origin(lease: Lease, origin: str) -> bool:
 
 
 def end_status(kind: EndKind) -> LeaseStatus:
-    """The terminal status that a cause leads to."""
+    """The terminal status for a kind of end."""
     match kind:
         case "deadline":
             return "expired"
@@ -69,8 +72,8 @@ def follow(
 ) -> Lease:
     """The record after `lease`, unsigned: `seq` one higher, written by the service `by` in this epoch of Redis.
 
-    It bears the time of its cause, not of its writing: whoever writes it once more, having seen nothing of the first
-    time, writes the same. Raises LeaseStateError where `status` may not come next.
+    Its time is that of its cause, not of its writing: so a writer that repeats it, without having seen the first,
+    writes the same. Raises LeaseStateError if `status` may not come next.
     """
     if status not in FOLLOWING[lease.status]:
         raise LeaseStateError(f"lease {lease.lease_id} is {lease.status}: {status} does not follow")
@@ -89,17 +92,17 @@ def follow(
 
 
 def restated(lease: Lease, *, by: SpiffeId, epoch: str) -> Lease:
-    """The same record, unsigned, said once more in another epoch of Redis."""
+    """The same record, unsigned, for another epoch of Redis."""
     return lease.model_copy(update={"iss": by, "epoch": epoch})
 
 
 def statement(lease: Lease) -> str:
-    """What a record says, whoever signed it in whichever epoch: two that are the same in this are one."""
+    """A record without signer and epoch: records with the same statement are the same record, restated."""
     return restated(lease, by="", epoch="").model_dump_json(exclude_none=True)
 
 
 def cut_before(end: Lease) -> Lease | None:
-    """The `ending` record that comes before a terminal one, as it must have been; None where none does."""
+    """The `ending` record that must have come before a terminal one; None if none did."""
     if end.status not in TERMINAL or end.status == "aborted" or end.seq < 3:
         return None
     return end.model_copy(
@@ -112,7 +115,7 @@ def cut_before(end: Lease) -> Lease | None:
 
 
 def comes_after(before: Lease | None, after: Lease) -> bool:
-    """Whether `after` can be a later record of the life of which `before` is the latest one known."""
+    """Whether `after` can be a later record of a lease whose latest known record is `before`."""
     if before is None:
         return True
     if before.seq >= after.seq or before.status in TERMINAL:
@@ -122,7 +125,7 @@ def comes_after(before: Lease | None, after: Lease) -> bool:
 
 _OF_ONE_RECORD = frozenset({"iss", "iat", "jti", "seq", "status", "cause", "epoch", "traceparent"})
 _TERMS = tuple(field for field in Lease.model_fields if field not in _OF_ONE_RECORD)
-"""What a lease is about. No later record of it says anything else of these."""
+"""The terms of a lease: fields that no later record may change."""
 
 
 def has_terms_of(before: Lease, after: Lease) -> bool:
@@ -135,14 +138,14 @@ def has_terms_of(before: Lease, after: Lease) -> bool:
 
 
 def before_minting(lease: Lease) -> Lease:
-    """The record that announces a lease whose credential will leave something at its target, unsigned."""
+    """The record, unsigned, that announces a lease whose credential will leave something at its target."""
     return lease.model_copy(update={"status": "minting"})
 
 
 def after_minting(minting: Lease, *, epoch: str | None = None) -> Lease:
-    """The record after that, unsigned: the credential is there. The same at every time, by every issuer of an epoch.
+    """The record after that, unsigned: the credential exists. Every issuer writes the same, at any time in an epoch.
 
-    It competes with the record of a revoker that aborts the lease, so it bears the `epoch` of Redis as that one does.
+    It competes with a revoker's record that aborts the lease, so it has the `epoch` of Redis, as that one does.
     """
     origin, seq = minting.jti.rpartition(".")[0], minting.seq + 1
     return minting.model_copy(
@@ -156,26 +159,26 @@ def is_over(lease: Lease) -> bool:
 
 
 def agent_selector_key(agent_id: str) -> str:
-    """What all leases of an agent bear."""
+    """The selector key of an agent's leases."""
     return f"agent:{agent_id}"
 
 
 def sponsor_selector_key(user_id: str) -> str:
-    """What all leases bear whose agent had this sponsor when they were issued."""
+    """The selector key of leases whose agent had this sponsor when they were issued."""
     return f"sponsor:{user_id}"
 
 
 def selector_keys(lease: Lease) -> tuple[str, ...]:
-    """What the lease is fenced by besides `ALL_LEASES`, and ended with: each as `<kind>:<id>`.
+    """The selector keys that a lease matches, besides `ALL_LEASES`.
 
-    Those of the agents that handed its task on are among them: a fence on one of them, or on its task, stops the lease
-    as well, in the same moment.
+    Those of the agents that delegated its task are among them: a fence on one of them, or on its task, covers the lease
+    as well, at the same moment.
     """
     return (*own_selector_keys(lease), *delegator_selector_keys(lease))
 
 
 def own_selector_keys(lease: Lease) -> tuple[str, ...]:
-    """What the lease is found by in Redis."""
+    """The selector keys by which Redis finds the lease."""
     return (
         agent_selector_key(lease.agent_id),
         f"task:{lease.task_id}",
@@ -185,7 +188,7 @@ def own_selector_keys(lease: Lease) -> tuple[str, ...]:
 
 
 def delegator_selector_keys(lease: Lease) -> tuple[str, ...]:
-    """Those of its marks that it bears as what came of other agents' tasks; each is found by the lease's own agent."""
+    """The selector keys of the agents that delegated the task. Redis finds the lease by its own agent instead."""
     return tuple(
         selector_key
         for one in lease.delegators or ()
@@ -198,27 +201,27 @@ def delegator_selector_keys(lease: Lease) -> tuple[str, ...]:
 
 
 def shared_selector_keys(lease: Lease) -> tuple[str, ...]:
-    """Those of its marks that the leases of several agents bear, and that they are found by: sponsor and user."""
+    """The selector keys that leases of several agents share, and that Redis indexes: sponsor and user."""
     return (sponsor_selector_key(lease.sponsor), f"user:{lease.on_behalf_of}")
 
 
 def matches(lease: Lease, selector_key: str) -> bool:
-    """Whether the lease bears a mark."""
+    """Whether the lease matches a selector key."""
     return selector_key == ALL_LEASES or selector_key in selector_keys(lease)
 
 
 def is_cut_key(selector_key: str) -> bool:
-    """Whether a fence is one of those that cut."""
+    """Whether this is the key of a cut (`cut_key`)."""
     return selector_key.startswith("cut:")
 
 
 def cut_key(selector_key: str) -> str:
-    """The fence of a selector alone: what it covers is not only not issued any more, it is cut, found or not."""
+    """The key of a cut: leases that it covers are refused at once, also those that no revoker has found yet."""
     return f"cut:{selector_key}"
 
 
 def selector_key_of(selector: Selector) -> str:
-    """The mark that all leases bear which the selector is about."""
+    """The selector key of the leases that a selector is about."""
     named = {
         "agent": selector.agent_id,
         "task": selector.task_id,
@@ -230,26 +233,24 @@ def selector_key_of(selector: Selector) -> str:
 
 
 def is_covered(lease: Lease, issued_before_ms: int) -> bool:
-    """Whether a selector of which the first record was appended then covers a lease that bears its mark."""
+    """Whether a lease that matches a selector is covered: if it was requested before the selector was appended."""
     return lease.requested_at_ms <= issued_before_ms
 
 
-# What a standing privilege is: a credential that is not short-lived, or that its task does not bound. Pure.
-#
-# Nothing stands where the answer is "none": that is the aim, and `inventory` and `audit coverage` count what
-# falls short.
+# A standing privilege is a credential that is not short-lived, or that outlives its task. The aim is to have none.
+# `inventory` and `audit coverage` count them.
 
 SHORT_LIVED_S: Final = 3600
-"""What lives no longer than this is short-lived, where nobody says otherwise."""
+"""The default limit of a short-lived credential."""
 CLOCKS_S: Final = 60
-"""So far the clocks may differ that the two ends of a life were measured by."""
+"""How far the clocks may differ that measured the two ends of a life."""
 
 
 def is_short_lived(since_s: float, until_s: float, most_s: int = SHORT_LIVED_S) -> bool:
-    """Whether what may be used from `since_s` until `until_s` lives no longer than `most_s`."""
+    """Whether a credential that is valid from `since_s` until `until_s` lives no longer than `most_s`."""
     return until_s - since_s <= most_s + CLOCKS_S
 
 
 def is_task_bound(until_s: float, task_end_s: float | None) -> bool:
-    """Whether it ends no later than its task; `task_end_s` is None where no task is known that it is of."""
+    """Whether a credential ends no later than its task; `task_end_s` is None if its task is not known."""
     return task_end_s is not None and until_s <= task_end_s + CLOCKS_S

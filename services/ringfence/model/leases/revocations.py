@@ -1,4 +1,4 @@
-"""Revocations: whose word each is, and whether they have a say. Revokers follow them, and gateways refuse by them."""
+"""Revocations: verifies who signed one, and judges whether they may. Revokers and gateways act on them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BY_SERVICES: frozenset[EndKind] = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
-    """A revocation of which the signature holds, and where it stands."""
+    """A verified revocation, and its position on Kafka."""
 
     signed: Signed[RevocationRequest]
     at: Coordinates
@@ -50,11 +50,11 @@ class Revocation:
 
     @property
     def id(self) -> str:
-        """The same for the same message wherever it stands."""
+        """The same for the same message at any position."""
         return derived_id("revocation", self.claims.iss, self.claims.jti)
 
     def cause(self) -> EndCause:
-        """What the records of the leases that it ends say."""
+        """The cause in the records of the leases that it ends."""
         claims = self.claims
         return EndCause(
             kind=claims.kind,
@@ -65,9 +65,9 @@ class Revocation:
         )
 
 
-def objection(order: Revocation, lease: Lease | None, directory: Directory) -> Reason | None:
-    """Why an order is not followed, or None. `lease` is the one that it names, where Redis knows it."""
-    claims = order.claims
+def objection(revocation: Revocation, lease: Lease | None, directory: Directory) -> Reason | None:
+    """Why a revocation is not followed, or None. `lease`: the one that it names, if Redis knows it."""
+    claims = revocation.claims
     agent_id = subject_of(claims.aud, claims.iss, "agent")
     user_id = subject_of(claims.aud, claims.iss, "user")
     kinds = BY_AGENTS if agent_id else BY_USERS if user_id else BY_SERVICES
@@ -117,7 +117,7 @@ def _user_may(user_id: str, selector: Selector | None, lease: Lease | None, dire
 
 
 def _answers_for(user_id: str, directory: Directory, *, agent_id: str | None, task_id: str | None) -> bool:
-    """Whether the user sponsors the agent, or one of the task's, or assigned the task, or is who it is on behalf of."""
+    """Whether the user sponsors the agent (or the task's), assigned the task, or it is on their behalf."""
     task = directory.task(task_id) if task_id is not None else None
     if task is not None and user_id in (task.state.assigned_by, task.state.on_behalf_of):
         return True
@@ -126,9 +126,9 @@ def _answers_for(user_id: str, directory: Directory, *, agent_id: str | None, ta
 
 
 def agent_of_task(task_id: str, directory: Directory) -> str | None:
-    """The only agent that has leases of a task itself; None where it is not known.
+    """The only agent that has leases of a task; None if it is not known.
 
-    A task is one agent's for good, and no other is issued a credential for it; of its parts see `Delegations`.
+    A task belongs to one agent for good, and no other gets a credential for it. For delegated parts see `Delegations`.
     """
     try:
         task = directory.task(task_id)
@@ -138,10 +138,10 @@ def agent_of_task(task_id: str, directory: Directory) -> str | None:
 
 
 def verify_revocation(record: Received, directory: Directory, trust: TrustStore) -> Revocation:
-    """A revocation with the signature of somebody who may have a say. Raises InvalidMessageError.
+    """A revocation that a known agent, user or service signed. Raises InvalidMessageError.
 
-    After the end of the trust bundle a service still has its say: behind an order of one that waits for the next bundle
-    those of people would wait as well, and an end gives nobody anything.
+    A service's signature also counts after the trust bundle has expired. Otherwise its revocation would wait for the
+    next bundle, and people's revocations behind it; and ending a lease gives nobody anything.
     """
     at_s, jws = record.appended_at_ms / 1000, parse(record.value)
     agents = keys_of_agents(directory, jws, RevocationRequest, at_s)

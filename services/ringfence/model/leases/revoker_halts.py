@@ -1,8 +1,8 @@
-"""Whether a revoker has halted, by what revokers sign once a second: then orders to end leases may go unanswered.
+"""Halted revokers: heartbeats name consumer groups that have halted. Then revocations may go unanswered.
 
-Replicas of the revoker sign with one key, so a heartbeat that names nothing takes nothing back: it may be another
-replica's. What was named counts until nobody has named it for the grace. One that died is heard no more and counts no
-longer; what it left undone is then done by the others, or nobody confirms what stands on Kafka (`streams.py`).
+Replicas of the revoker sign with one key. So a heartbeat without halts takes nothing back: it may be another replica's.
+A named group counts until no heartbeat has named it for the grace. A revoker that died sends no heartbeats, and its
+halt ends after the grace: other revokers do its work, or nobody confirms what is on Kafka (`stream_digests`).
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ if TYPE_CHECKING:  # rules use what stands here, and import nothing that does I/
     from ringfence.kernel.kafka.record import Received
 
 HALTED: Final = "revoker_halted"
-"""The code of a denial for it."""
+"""The code of a denial because of a halt."""
 RETRY_AFTER_S = 30
-"""When to ask again: a person has to look first."""
+"""When a denied agent may ask again: a person has to act first."""
 _CLOCKS_DIFFER_MS = 60_000
-"""How far a revoker's clock may be from the broker's before its heartbeats count as old ones, sent again."""
+"""How far a revoker's clock may be from the broker's before its heartbeats count as replays of old ones."""
 
 
 class RevokerHalts:
-    """The consumer groups that revokers name as halted."""
+    """The consumer groups that revokers' heartbeats name as halted."""
 
     def __init__(self, trust: TrustStore, *, grace_ms: int, broker: RemoteClock | None = None) -> None:
-        """`broker`: the broker's time; by it alone the grace runs, whatever this machine's clock says."""
+        """`broker`: the broker's time. The grace is measured by it, not by this machine's clock."""
         self._trust = trust
         self._grace_ms = grace_ms
         self._broker = broker or RemoteClock()
         self._named: dict[str, int] = {}
-        """By group: when the broker had the last heartbeat that names it."""
+        """By group: append time of the last heartbeat that names it, in ms."""
         self._seen: dict[str, int] = {}
-        """When the broker first had each of these heartbeats: one that is sent again must not keep a halt alive."""
+        """By digest of a heartbeat: its first append time, in ms. A replayed heartbeat must not keep a halt alive."""
 
     def on_heartbeats(self, records: Iterable[Received]) -> None:
-        """Take in what came on `heartbeat`; those that name nothing, and those of others, are passed over."""
+        """Take in records of `heartbeat`; those that name no halt, and those of other services, are ignored."""
         for record in records:
             self._broker.observe(record.appended_at_ms)
             for group in self._groups(record):
@@ -67,19 +67,19 @@ class RevokerHalts:
     def _groups(self, record: Received) -> tuple[str, ...]:
         try:
             jws = parse(record.value)
-            # Unverified claims can only pass over what names nothing.
+            # Unverified claims only decide that a heartbeat without halts is ignored.
             if not jws.unverified_claims(Heartbeat).halted:
                 return ()
             find = self._trust.finder("revoker", at_s=record.appended_at_ms / 1000)
-            beat = verify(jws, Heartbeat, find, audience=self._trust.trust_domain).claims
+            heartbeat = verify(jws, Heartbeat, find, audience=self._trust.trust_domain).claims
         except InvalidMessageError:
             return ()
-        if abs(beat.at_ms - record.appended_at_ms) > _CLOCKS_DIFFER_MS or self._is_repeated(record):
+        if abs(heartbeat.at_ms - record.appended_at_ms) > _CLOCKS_DIFFER_MS or self._is_repeated(record):
             return ()
-        return beat.halted
+        return heartbeat.halted
 
     def _is_repeated(self, record: Received) -> bool:
         since_ms = record.appended_at_ms - 2 * _CLOCKS_DIFFER_MS
-        self._seen = {mark: at_ms for mark, at_ms in self._seen.items() if at_ms >= since_ms}
-        mark = digest(record.value)
-        return self._seen.setdefault(mark, record.appended_at_ms) != record.appended_at_ms
+        self._seen = {key: at_ms for key, at_ms in self._seen.items() if at_ms >= since_ms}
+        key = digest(record.value)
+        return self._seen.setdefault(key, record.appended_at_ms) != record.appended_at_ms

@@ -1,11 +1,12 @@
-"""Whether what has been read of a topic is all that there is: held against what revokers sign once a second.
+"""Stream digests: readers of `lease` and `revocation.request` check that they have read everything, and how fresh it
+is.
 
-A reader of `lease` or `revocation.request` that is cut off, or from which records are kept back, does not notice it by
-itself. Revokers sign, for each partition, up to where it goes and a digest of what came since their heartbeat before.
-A reader that has got as far and saw the same is as fresh as that heartbeat.
+A reader that is cut off, or from which records are withheld, does not notice it by itself. So revokers sign, once a
+second and for each partition, its end offset and a digest of the records since their heartbeat before. A reader that
+has read as far, with the same digest, is as fresh as that heartbeat.
 
-No digest over all that lives (as the registry's): a revoker would have to hold every lease in memory for that. What a
-reader missed it has missed for good, so one difference counts until it reads everything anew.
+Unlike the registry's, the digest does not cover all live leases: a revoker would have to hold them in memory. A record
+that a reader missed is missed for good. So one difference counts until the reader starts anew.
 """
 
 from __future__ import annotations
@@ -28,53 +29,53 @@ from ringfence.messages.topics import LEASE, REVOCATION_REQUEST
 log = logging.getLogger(__name__)
 
 CONFIRMED: Final[tuple[Topic[Any], ...]] = (LEASE, REVOCATION_REQUEST)
-"""What revokers sign about."""
+"""The topics that revokers sign digests of."""
 Partition = tuple[str, int]
-"""Topic's name and number."""
+"""Name of the topic, and number."""
 REMEMBERED = 10_000
-"""So many records of each partition are kept for comparison, by 32 bytes of each."""
+"""How many records of each partition are kept for comparison: 32 bytes of each."""
 _CLOCKS_DIFFER_MS = 60_000
-"""How far a revoker's clock may be from the broker's before its heartbeats count as old ones, sent again."""
+"""How far a revoker's clock may be from the broker's before its heartbeats count as replays of old ones."""
 
 
 class StreamDigests:
-    """What came, by partition and offset."""
+    """Hashes of the latest records of each partition, by offset."""
 
     def __init__(self) -> None:
-        self._marks: dict[Partition, deque[tuple[int, int]]] = {}
-        self._said: dict[Partition, int] = {}
+        self._hashes: dict[Partition, deque[tuple[int, int]]] = {}
+        self._signed_to: dict[Partition, int] = {}
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in what came, in the order of each partition."""
+        """Take records in, in the order of each partition."""
         for record in records:
-            marks = self._marks.setdefault((record.topic_name, record.partition), deque(maxlen=REMEMBERED))
-            marks.append((record.offset, _mark(record)))
+            hashes = self._hashes.setdefault((record.topic_name, record.partition), deque(maxlen=REMEMBERED))
+            hashes.append((record.offset, _hash_of(record)))
 
     def digest(self, partition: Partition, start: int, end: int) -> int | None:
-        """The digest over a part of a partition; None where not all of that is remembered."""
-        marks = self._marks.get(partition, ())
-        if marks and len(marks) == REMEMBERED and marks[0][0] > start:
+        """The digest of the records from `start` to before `end`; None if not all of them are remembered."""
+        hashes = self._hashes.get(partition, ())
+        if hashes and len(hashes) == REMEMBERED and hashes[0][0] > start:
             return None
         value = 0
-        for offset, mark in reversed(marks):
+        for offset, hash in reversed(hashes):
             if offset < start:
                 break
             if offset < end:
-                value ^= mark
+                value ^= hash
         return value
 
     def digests(self, positions: Mapping[Partition, int]) -> tuple[StreamDigest, ...]:
-        """What came since this was called last, up to these positions; it is not remembered any more then."""
+        """The digests of what came since the last call, up to these positions; those records are forgotten."""
         found = []
         for partition, end in sorted(positions.items()):
-            start = min(self._said.get(partition, end), end)
+            start = min(self._signed_to.get(partition, end), end)
             value = self.digest(partition, start, end)
             if value is None:
                 start, value = end, 0
-            self._said[partition] = end
-            marks = self._marks.get(partition, deque())
-            while marks and marks[0][0] < end:
-                marks.popleft()
+            self._signed_to[partition] = end
+            hashes = self._hashes.get(partition, deque())
+            while hashes and hashes[0][0] < end:
+                hashes.popleft()
             found.append(
                 StreamDigest(
                     topic=partition[0], partition=partition[1], start=start, end=end, digest=f"{value:064x}"
@@ -84,7 +85,7 @@ class StreamDigests:
 
 
 class StreamCheck:
-    """Says whether a reader's view is as revokers sign it. It has read these partitions since `since`."""
+    """Compares a reader's view with the digests that revokers sign."""
 
     def __init__(self, streams: StreamDigests, trust: TrustStore, clock: Clock, *, grace_ms: int) -> None:
         self._streams = streams
@@ -98,27 +99,29 @@ class StreamCheck:
         self._broken: str | None = None
 
     def begin(self, positions: Mapping[Partition, int]) -> None:
-        """From these offsets on everything was read: what a revoker says of before is not compared."""
+        """Everything from these offsets on was read: digests of earlier records are not compared."""
         self._since = dict(positions)
         self._confirmed_ms = dict.fromkeys(positions, 0)
 
     def on_heartbeats(self, records: Iterable[Received]) -> None:
-        """Take in what came on `heartbeat`; those of other services are passed over."""
+        """Take in records of `heartbeat`; those of other services are ignored."""
         for record in records:
             find = self._trust.finder("revoker", at_s=record.appended_at_ms / 1000)
             try:
-                beat = verify(parse(record.value), Heartbeat, find, audience=self._trust.trust_domain).claims
+                heartbeat = verify(
+                    parse(record.value), Heartbeat, find, audience=self._trust.trust_domain
+                ).claims
             except InvalidMessageError:
                 continue
-            # One that was sent before must not make an old view young.
-            if abs(beat.at_ms - record.appended_at_ms) <= _CLOCKS_DIFFER_MS:
+            # A replayed heartbeat must not make a stale view look fresh.
+            if abs(heartbeat.at_ms - record.appended_at_ms) <= _CLOCKS_DIFFER_MS:
                 self._broker.observe(record.appended_at_ms)
-                for stream in beat.streams:
+                for stream in heartbeat.streams:
                     waiting = self._waiting.setdefault((stream.topic, stream.partition), deque(maxlen=100))
-                    waiting.append((stream, min(beat.at_ms, record.appended_at_ms)))
+                    waiting.append((stream, min(heartbeat.at_ms, record.appended_at_ms)))
 
     def compare(self, positions: Mapping[Partition, int]) -> None:
-        """Hold what was signed against what has been read up to these offsets."""
+        """Compare signed digests with what has been read up to these offsets."""
         for partition, position in positions.items():
             waiting = self._waiting.get(partition, deque())
             for stream, at_ms in [one for one in waiting if one[0].end <= position]:
@@ -135,18 +138,18 @@ class StreamCheck:
         self._confirmed_ms[partition] = max(at_ms, self._confirmed_ms.get(partition, 0))
 
     def stale(self) -> str | None:
-        """Why this view must deny, or None: one partition was not confirmed within the grace, or differs."""
+        """Why this view is stale, or None: a partition was not confirmed within the grace, or differs."""
         if self._broken is not None:
             return f"{self._broken}: read everything anew"
         if not self._confirmed_ms:
             return "nothing has been read yet"
         oldest_ms, partition = min((at_ms, one) for one, at_ms in self._confirmed_ms.items())
-        # Our own clock may be set back, and then an old view is none the younger.
+        # Our own clock may be set back: the broker's time counts too.
         age_ms = max(self._clock.now_ms(), self._broker.now_ms()) - oldest_ms
         if age_ms <= self._grace_ms:
             return None
         return f"{partition[0]}/{partition[1]} was not confirmed by a revoker within the grace"
 
 
-def _mark(record: Received) -> int:
+def _hash_of(record: Received) -> int:
     return int.from_bytes(hashlib.sha256(b"%d@%b" % (record.offset, record.value)).digest())

@@ -1,4 +1,4 @@
-"""What the trace of a request says of its lease."""
+"""Trace spans about leases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ringfence.messages.lease import Lease
 
 
 def ids_of(lease: Lease) -> dict[str, str]:
-    """What a span about a lease notes: whose it is."""
+    """The attributes of a span about a lease."""
     return {
         "agent_id": lease.agent_id,
         "task_id": lease.task_id,
@@ -20,11 +20,11 @@ def ids_of(lease: Lease) -> dict[str, str]:
 
 
 def step_of(lease: Lease, name: str, tracing: Tracing) -> Span:
-    """Something that is done for one lease, in the trace of its request."""
+    """A span for one step of a lease, in the trace of its request."""
     return tracing.step(name, work_on(lease))
 
 
-def work_on(lease: Lease, order: str | None = None) -> Work:
-    """The same, for one of many leases. `order`: the `traceparent` of what was said about it, where something was."""
-    parent = nearest(order, lease.traceparent) if order is not None else lease.traceparent
-    return Work(parent, ids_of(lease), because_of=order)
+def work_on(lease: Lease, cause: str | None = None) -> Work:
+    """The same, for one of many leases. `cause`: the `traceparent` of the message that caused the step, if any."""
+    parent = nearest(cause, lease.traceparent) if cause is not None else lease.traceparent
+    return Work(parent, ids_of(lease), because_of=cause)

@@ -1,4 +1,4 @@
-"""Records of leases, opened: whose word they are is verified every time."""
+"""Verification of lease records. Every reader verifies every record that it acts on."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.lease import Lease
 
 _LONGEST_S = 86_400
-"""The longest that any lease lives."""
+"""The longest life of any lease."""
 
 
 def verify_lease(
     jws: str | bytes, trust: TrustStore, clock: Clock, *, appended_at_ms: int | None = None
 ) -> Lease:
-    """The claims of a lease's record that an issuer or a revoker signed. Raises InvalidMessageError.
+    """The claims of a lease record that an issuer or a revoker signed. Raises InvalidMessageError.
 
-    `appended_at_ms`: when Kafka had it; its key must have counted then. None for what has no such time, in Redis: its
-    key must count now, or have counted when the record says that it was signed. Whoever stole a key that has ended
-    could say anything of that: so whatever lives by such a key ends, at the latest, one longest life of a lease later.
+    Args:
+        appended_at_ms: when Kafka had the record: its key must have been valid then. None for a record in Redis, which
+            has no such time: its key must be valid now, or have been valid at the time that the record claims.
+
+    A thief of an expired key can claim any time. So a lease that is verified by an expired key must end within the
+    longest life of a lease after its claimed time.
     """
     parsed = parse(jws)
     now_s = clock.now_ms() / 1000 if appended_at_ms is None else appended_at_ms / 1000
@@ -31,7 +34,7 @@ def verify_lease(
         nonlocal by_former_key
         key = trust.finder(*Lease.signed_by, at_s=now_s)(iss, kid)
         if key is None and appended_at_ms is None:
-            # Its key must have counted then. What names no time fails after.
+            # A record that claims no time finds no key.
             key = trust.finder(*Lease.signed_by, at_s=unverified_time(parsed) or 0)(iss, kid)
             by_former_key = True
         return key

@@ -36,7 +36,7 @@ from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentState
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import is_short_lived
-from ringfence.model.leases.unverified import unverified_claims
+from ringfence.model.leases.unverified_records import unverified_claims
 from ringfence.model.leases.verification import verify_lease
 from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS, Usage, Used, Verb, summary, verbs_of
 from ringfence.policy.domain import Case, Evaluation

@@ -32,7 +32,7 @@ from ringfence.model.lease_store import (
 )
 from ringfence.model.leases.epochs import number_of
 from ringfence.model.leases.lifecycle import is_cut_key, is_over, own_selector_keys, statement
-from ringfence.model.leases.unverified import summarise
+from ringfence.model.leases.unverified_records import summarise
 from ringfence.model.records.directory import TABLES, Directory
 from ringfence.revoker.consistency.kafka_view import (
     HighestRecord,

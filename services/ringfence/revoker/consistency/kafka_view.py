@@ -21,7 +21,7 @@ from ringfence.model.lease_store import Knowledge, SignedLease
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import ALL_LEASES, cut_key, is_covered, selector_key_of, selector_keys
 from ringfence.model.leases.revocations import Revocation, objection, verify_revocation
-from ringfence.model.leases.unverified import (
+from ringfence.model.leases.unverified_records import (
     may_have_selector,
     summarise,
     unverified_lease,

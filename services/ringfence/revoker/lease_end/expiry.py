@@ -179,18 +179,18 @@ class Expiry:
     async def _wake(self, expired: AsyncIterator[int]) -> None:
         """Take hints until too many came within too short a time."""
         loop = asyncio.get_running_loop()
-        since, heard = loop.time(), 0
+        since, hints = loop.time(), 0
         async for shard in expired:
             soon = self._looked_at[shard] + _HINT_INTERVAL_S
             if soon < self._look_at[shard]:
                 self._look_at[shard] = soon
                 self._hinted.set()
-            heard += 1
-            if heard >= _MANY_HINTS:
+            hints += 1
+            if hints >= _MANY_HINTS:
                 now = loop.time()
                 if now - since < _MANY_HINTS_WITHIN_S:
                     return
-                since, heard = now, 0
+                since, hints = now, 0
 
     async def sweep(self) -> None:
         """Publish what has waited in the outbox for too long, for ever."""

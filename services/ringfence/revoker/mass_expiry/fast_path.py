@@ -15,7 +15,7 @@ from ringfence.kernel.tracing.api import Span
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import LeaseStore, StepResult, StoredLease, prepare_step
 from ringfence.model.leases.tracing import work_on
-from ringfence.model.leases.unverified import summary_of
+from ringfence.model.leases.unverified_records import summary_of
 from ringfence.revoker.domain import deadline_cause
 from ringfence.revoker.lease_end.expiry import ExpiryFastPath
 from ringfence.revoker.lease_end.lease_ender import LeaseEnder, outbound

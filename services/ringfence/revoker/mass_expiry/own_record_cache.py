@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from ringfence.model.leases.unverified import LeaseSummary, summarise
+from ringfence.model.leases.unverified_records import LeaseSummary, summarise
 
 MAX_RECORDS = 10_000
 """How many records are cached, some 1.5 kB each: more than are on their way to Kafka and back."""
@@ -29,5 +29,5 @@ class OwnRecordCache:
         return record in self._summaries
 
     def summarise(self, record: bytes) -> LeaseSummary | None:
-        """The summary of any lease record, whoever wrote it: as `unverified.summarise`."""
+        """The summary of any lease record, whoever wrote it: as `unverified_records.summarise`."""
         return self._summaries.get(record) or summarise(record)

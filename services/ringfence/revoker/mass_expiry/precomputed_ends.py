@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ringfence.kernel.kafka.record import Outbound
 from ringfence.model.lease_store import PreparedStep
-from ringfence.model.leases.unverified import LeaseSummary
+from ringfence.model.leases.unverified_records import LeaseSummary
 
 MAX_ENDS = 100_000
 """How many ends are kept: some 3 kB each, as much as the end of a lease takes on its way to Redis and Kafka."""

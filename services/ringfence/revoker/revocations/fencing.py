@@ -13,7 +13,7 @@ from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import SELECTOR_KEEP_MS, LeaseStore
 from ringfence.model.leases.lifecycle import selector_key_of
 from ringfence.model.leases.revocations import Revocation
-from ringfence.model.leases.unverified import may_have_selector
+from ringfence.model.leases.unverified_records import may_have_selector
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.verification import RevocationVerifier
 

@@ -93,7 +93,7 @@ local function head_of(id) return head_in(stored(id)) end
 local function number_of(signer)
     local number = numbers[signer] or redis.call('HGET', signers, signer)
     if not number then
-        -- Where some were taken away, none of the numbers that are left is given to another.
+        -- Some signers may have been deleted: no number in use is given to another signer.
         local free = math.floor(redis.call('HLEN', signers) / 2) + 1
         while free <= {_MAX_SIGNERS} and redis.call('HEXISTS', signers, string.char(free)) == 1 do free = free + 1 end
         if free > {_MAX_SIGNERS} then return end
