@@ -32,6 +32,7 @@ from ringfence.gateway.decision.gate import DecisionGate
 from ringfence.gateway.decision.injection import Injector
 from ringfence.gateway.decision.sender import SenderAuthenticator
 from ringfence.gateway.decision.targets import Targets
+from ringfence.gateway.domain import stale_view
 from ringfence.gateway.events.recorder import Recorder
 from ringfence.gateway.events.refusal_counts import RefusalCounts
 from ringfence.gateway.events.spool import Spool
@@ -40,6 +41,7 @@ from ringfence.gateway.proxies.authz import ProxyAuth
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.service.http import HttpServer
 from ringfence.kernel.service.process import search_seldom_for_cycles
+from ringfence.messages.credential import Reason
 from ringfence.messages.registry import BackendSettings, RequestRule
 from ringfence.rego.bundle import OWN_BUNDLE, load_bundle
 from ringfence.rego.embedded import EmbeddedEngine
@@ -107,6 +109,12 @@ class _View:
 
     def stale(self) -> str | None:
         return self.directory.stale()
+
+    def denial(self) -> Reason | None:
+        stale = self.stale()
+        return stale_view(stale) if stale is not None else None
+
+    view_problem = denial
 
 
 class _World:
