@@ -13,6 +13,9 @@ ARGS   ?=
 JOBS   ?= 3
 SHARED := -n $(JOBS) --dist loadfile --max-worker-restart 3
 
+# The tests start hundreds of Python processes: each would compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 SUITES := tests/unit tests/contract tests/gateway tests/policy tests/flows tests/integration tests/chaos tests/e2e
 # What the gateway's fast path takes part in.
 SLOW_PATH := tests/gateway $(wildcard tests/flows/test_gateway*.py) tests/flows/test_observe.py tests/flows/test_cuts.py \

@@ -187,6 +187,7 @@ class _Mutating(_Quick):
             raise session.Failed("the tests cannot be collected")
         names = [name for name in sys.modules if name.partition(".")[0] not in ("ringfence", "tests")]
         self._tell({"modules": names})
+        gc.unfreeze()  # tests/conftest.py hides from `get_objects` what was there after the collection
         self._caches = [
             found
             for found in gc.get_objects()
