@@ -37,7 +37,7 @@ class Lines:
         self.out.truncate()
         return [json.loads(line) for line in text.splitlines()]
 
-    def said(self) -> list[str]:
+    def provisioning(self) -> list[str]:
         return [line["event"] for line in self.new()]
 
 
@@ -60,10 +60,10 @@ def complain(times: int, code: str = "not_a_jws", topic: str = "commands") -> No
 
 def test_the_first_few_are_told_each_and_then_how_many_there_were(lines: Lines) -> None:
     complain(100)
-    assert lines.said() == [f"ignored {number} of commands (not_a_jws)" for number in range(FIRST)]
+    assert lines.provisioning() == [f"ignored {number} of commands (not_a_jws)" for number in range(FIRST)]
     lines.now_s += EVERY_S - 1
     lines.floods.tell()
-    assert lines.said() == []
+    assert lines.provisioning() == []
     lines.now_s += 1
     lines.floods.tell()
     (told,) = lines.new()
@@ -73,14 +73,14 @@ def test_the_first_few_are_told_each_and_then_how_many_there_were(lines: Lines) 
     assert told["level"] == "warning"
     lines.floods.tell()
     complain(10)
-    assert lines.said() == []
+    assert lines.provisioning() == []
     lines.now_s += EVERY_S
     lines.floods.tell()
-    (again,) = lines.said()
+    (again,) = lines.provisioning()
     assert again.startswith("left out 10 like these")
     lines.now_s += EVERY_S
     lines.floods.tell()
-    assert lines.said() == [], "there is nothing to say"
+    assert lines.provisioning() == [], "there is nothing to say"
 
 
 def test_each_topic_and_each_reason_is_a_kind_of_its_own(lines: Lines) -> None:
@@ -89,7 +89,7 @@ def test_each_topic_and_each_reason_is_a_kind_of_its_own(lines: Lines) -> None:
     complain(1, topic="heartbeat")
     LOG.warning("another line, about the same", extra=rate_limited("commands", "not_a_jws"))
     LOG.warning("a line of no kind")
-    assert lines.said()[FIRST:] == [
+    assert lines.provisioning()[FIRST:] == [
         "ignored 0 of commands (key_unknown)",
         "ignored 0 of heartbeat (not_a_jws)",
         "another line, about the same",
@@ -101,24 +101,24 @@ def test_what_has_not_come_for_long_is_new_again(lines: Lines) -> None:
     complain(FIRST + 1)
     lines.now_s += QUIET_S
     lines.floods.tell()
-    assert len(lines.said()) == FIRST + 1
+    assert len(lines.provisioning()) == FIRST + 1
     lines.floods.tell()
     complain(1)
-    assert lines.said() == ["ignored 0 of commands (not_a_jws)"]
+    assert lines.provisioning() == ["ignored 0 of commands (not_a_jws)"]
 
 
 def test_what_was_left_out_is_told_when_the_process_ends(lines: Lines) -> None:
     complain(FIRST + 2)
     lines.new()
     lines.floods.tell(all=True)
-    (told,) = lines.said()
+    (told,) = lines.provisioning()
     assert told.startswith("left out 2 like these in the last 0 s")
 
 
 def test_kinds_beyond_all_that_there_are_take_no_memory(lines: Lines) -> None:
     for number in range(3000):
         complain(1, code=str(number))
-    assert len(lines.said()) == 1000 + FIRST
+    assert len(lines.provisioning()) == 1000 + FIRST
     assert len(lines.floods._tallies) == 1001
 
 
@@ -127,7 +127,7 @@ def test_what_is_said_last_is_not_quoted_at_length(lines: Lines) -> None:
         LOG.warning("ignored: %s", "x" * 100_000, extra=rate_limited("commands"))
     lines.new()
     lines.floods.tell(all=True)
-    (told,) = lines.said()
+    (told,) = lines.provisioning()
     assert len(told) < 600
 
 
@@ -184,6 +184,6 @@ async def test_the_reason_is_not_logged_at_length_and_the_letter_has_it(lines: L
     letters = DeadLetters(cast(Any, broker), "test", SystemClock())
     record = Received(REGISTRY_COMMAND, "commands", 0, 0, 0, "key", b"x", ())
     await letters.send(record, InvalidMessageError("y" * 1500, code="key_unknown"))
-    (told,) = lines.said()
+    (told,) = lines.provisioning()
     assert len(told) < 600
     assert "y" * 1500 in broker.values[0]
