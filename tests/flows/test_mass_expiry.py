@@ -25,7 +25,7 @@ pytestmark = pytest.mark.mass_expiry_only("it is about mass expiry")
 
 
 @pytest.fixture(scope="module")
-async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[IssuerBench]:
+async def issuer_bench(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[IssuerBench]:
     """Registry, issuer and revoker, once for all tests here."""
     async with opened_office(kafka, redis_server, "issuer", "revoker", own=QUICK) as desk:
         yield desk

@@ -220,7 +220,7 @@ async def test_what_breaks_is_no_yes_and_is_told_under_the_id_of_the_request(
 
     async with world.running("registry", "policy"):
         desk = await Desk.open(world)
-        monkeypatch.setattr(RequestEvaluator, "judge", broken)
+        monkeypatch.setattr(RequestEvaluator, "evaluate", broken)
         for path in ("evaluation", "evaluations"):
             question = desk.question(evaluations=[{}])
             answered = await desk.post(path, question, headers={"X-Request-ID": "r-2"})

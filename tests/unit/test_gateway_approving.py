@@ -176,7 +176,7 @@ class Gateway(PlayedRecorder):
             "request_digest": digest(compact), **fields,
         })  # fmt: skip
 
-    async def provisioning(
+    async def said(
         self, claims: ActionApproval | None = None, by: SigningKey | None = None, key: str = "bot",
         at_ms: int | None = None,
     ) -> None:  # fmt: skip
@@ -216,7 +216,7 @@ async def test_exactly_what_would_go_on_is_asked_and_goes_on_with_a_yes(gateway:
         assert (asked.required, asked.revisions.policy) == ("sponsor", BUNDLE)
         assert len(asked.jti) >= 43
         assert await gateway.still_waits(decided)
-        await gateway.provisioning()
+        await gateway.said()
         verdict = await decided
     assert verdict.allowed
     assert verdict.lease == gateway.place.lease
@@ -244,10 +244,10 @@ async def test_what_is_no_answer_to_it_changes_nothing(
 ) -> None:
     async with gateway.waiting() as decided:
         signer = gateway.ledger.key(by)
-        await gateway.provisioning(gateway.claims(**{"iss": signer.id, **fields}), signer, key)
+        await gateway.said(gateway.claims(**{"iss": signer.id, **fields}), signer, key)
         assert await gateway.still_waits(decided)
         assert gateway.refused == ([why] if why else [])
-        await gateway.provisioning()
+        await gateway.said()
         assert (await decided).allowed, "and the right one counts all the same"
 
 
@@ -255,8 +255,8 @@ async def test_neither_the_agent_nor_a_stranger_nor_a_service_can_say_yes(gatewa
     ledger = gateway.ledger
     async with gateway.waiting() as decided:
         for by in (ledger.key("bot", "agent"), gateway.key, SigningKey.generate(ledger.key("sam").id)):
-            await gateway.provisioning(gateway.claims(iss=by.id), by)
-            await gateway.provisioning(gateway.claims(iss=ledger.key("sam").id), by)
+            await gateway.said(gateway.claims(iss=by.id), by)
+            await gateway.said(gateway.claims(iss=ledger.key("sam").id), by)
         assert await gateway.still_waits(decided)
 
 
@@ -264,7 +264,7 @@ async def test_neither_the_agent_nor_a_stranger_nor_a_service_can_say_yes(gatewa
 async def test_an_answer_after_the_end_counts_for_nothing(gateway: Gateway, late_ms: int) -> None:
     async with gateway.waiting() as decided:
         gateway.ledger.clock.ms += late_ms
-        await gateway.provisioning()
+        await gateway.said()
         assert gateway.refused == ["approval_expired"]
         assert await gateway.still_waits(decided)
 
@@ -272,7 +272,7 @@ async def test_an_answer_after_the_end_counts_for_nothing(gateway: Gateway, late
 async def test_an_answer_whose_own_time_is_over_counts_for_nothing(gateway: Gateway) -> None:
     async with gateway.waiting() as decided:
         claims = gateway.claims(exp=gateway.ledger.clock.ms // 1000 + 5)
-        await gateway.provisioning(claims, at_ms=gateway.ledger.clock.ms + 5000)
+        await gateway.said(claims, at_ms=gateway.ledger.clock.ms + 5000)
         assert await gateway.still_waits(decided)
 
 
@@ -281,19 +281,19 @@ async def test_a_yes_counts_once_and_for_the_very_same_request_alone() -> None:
     async with gateway.waiting(sent=Sent(b"one")) as first:
         yes = gateway.claims()
         async with gateway.waiting(sent=Sent(b"two")) as other:
-            await gateway.provisioning(yes)
+            await gateway.said(yes)
             assert (await first).allowed
             assert await gateway.still_waits(other)
-            await gateway.provisioning(yes)
+            await gateway.said(yes)
             assert gateway.refused == ["approval_replayed"]
             assert await gateway.still_waits(other)
         async with gateway.waiting(sent=Sent(b"one")) as again:
             assert len(gateway.sent) == 3, "the same again is asked anew"
-            await gateway.provisioning(yes)
+            await gateway.said(yes)
             assert await gateway.still_waits(again)
         for url in ("/env/staging/api", "/env/staging/web?x=1"):
             async with gateway.waiting(gateway.attempt(target=url), Sent(b"one")) as elsewhere:
-                await gateway.provisioning(yes)
+                await gateway.said(yes)
                 assert await gateway.still_waits(elsewhere)
 
 
@@ -301,23 +301,23 @@ async def test_another_gateways_question_is_not_this_ones(gateway: Gateway) -> N
     other = Gateway()
     async with gateway.waiting() as decided, other.waiting():
         (_, compact), by = other.sent[-1], gateway.ledger.key("sam")
-        await gateway.provisioning(gateway.claims(compact), by)
+        await gateway.said(gateway.claims(compact), by)
         ours = parse(gateway.sent[-1][1]).unverified_claims(ActionRequest)
         theirs = sign(ours.model_copy(update={"jti": "x" * 43}), gateway.key)
-        await gateway.provisioning(gateway.claims(theirs), by)
+        await gateway.said(gateway.claims(theirs), by)
         assert gateway.refused == ["request_unknown"] * 2, "whoever answered is told"
         assert await gateway.still_waits(decided)
 
 
 async def test_a_no_is_the_answer_to_the_same_request_until_its_end(gateway: Gateway) -> None:
     async with gateway.waiting() as decided:
-        await gateway.provisioning(gateway.claims(verdict="denied", comment="not on a Friday"))
+        await gateway.said(gateway.claims(verdict="denied", comment="not on a Friday"))
         assert await code(decided) == "approval_denied"
     verdict = await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent())
     assert (verdict.status, verdict.reasons[0].code) == (403, "approval_denied")
     assert "not on a Friday" in verdict.reasons[0].message
     assert len(gateway.sent) == 1, "who said no is not asked the same again"
-    await gateway.provisioning()
+    await gateway.said()
     assert gateway.refused == ["already_decided"]
     assert gateway.events[-1].asked is not None
     assert gateway.events[-1].asked.by == "sam"
@@ -328,7 +328,7 @@ async def test_who_waited_too_long_sends_the_same_again_and_finds_the_answer() -
     verdict = await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent())
     assert (verdict.status, verdict.reasons[0].code) == (403, "approval_pending")
     assert "send exactly the same request again" in verdict.reasons[0].message
-    await gateway.provisioning()
+    await gateway.said()
     other = await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent(b"another body"))
     assert other.reasons[0].code == "approval_pending"
     assert (await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent())).allowed
@@ -342,7 +342,7 @@ async def test_who_waited_too_long_sends_the_same_again_and_finds_the_answer() -
 async def test_a_yes_that_nobody_fetched_in_time_is_worth_nothing() -> None:
     gateway = Gateway(wait_s=0.01)
     await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent())
-    await gateway.provisioning(gateway.claims(exp=gateway.ledger.clock.ms // 1000 + 10))
+    await gateway.said(gateway.claims(exp=gateway.ledger.clock.ms // 1000 + 10))
     gateway.ledger.clock.ms += 10_000
     assert not (await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent())).allowed
 
@@ -387,7 +387,7 @@ async def test_everything_is_weighed_once_more_when_it_goes_on(gateway: Gateway,
 
     gateway.when_it_goes_on = change
     async with gateway.waiting() as decided:
-        await gateway.provisioning()
+        await gateway.said()
         assert await code(decided) == why
     assert [event.allowed for event in gateway.events] == [False]
 
@@ -396,15 +396,15 @@ async def test_a_sponsor_who_is_replaced_while_it_waits_cannot_say_yes(gateway: 
     ledger = gateway.ledger
     async with gateway.waiting() as decided:
         ledger.give(ledger.transfer("olga", "bot", "suzy"))
-        await gateway.provisioning()
+        await gateway.said()
         assert gateway.refused == ["approval_stale"]
         assert await code(decided) == "approval_stale"
     async with gateway.waiting() as decided:
         assert gateway.sent[-1][0] == "suzy"
-        await gateway.provisioning()
+        await gateway.said()
         assert gateway.refused[-1] == "not_approver"
         suzy = ledger.key("suzy")
-        await gateway.provisioning(gateway.claims(iss=suzy.id), suzy)
+        await gateway.said(gateway.claims(iss=suzy.id), suzy)
         assert (await decided).allowed
 
 
@@ -412,7 +412,7 @@ async def test_a_yes_over_older_records_counts_for_nothing(gateway: Gateway) -> 
     ledger = gateway.ledger
     async with gateway.waiting() as decided:
         ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(WIDE, WIDE)))
-        await gateway.provisioning()
+        await gateway.said()
         assert await code(decided) == "approval_stale"
 
 
@@ -422,7 +422,7 @@ async def test_who_was_disabled_after_the_yes_is_no_approver(gateway: Gateway) -
     disable = ledger.claims(UserDisable, "olga", user_id="otto", reason="left")
     gateway.when_it_goes_on = lambda: cast(None, ledger.give(disable))
     async with gateway.waiting() as decided:
-        await gateway.provisioning(gateway.claims(iss=otto.id), otto)
+        await gateway.said(gateway.claims(iss=otto.id), otto)
         assert await code(decided) == "approval_stale"
 
 
@@ -431,7 +431,7 @@ async def test_what_changes_while_the_credential_is_fetched_counts_too(gateway: 
     change = ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(WIDE, WIDE))
     gateway.equips = lambda: cast(None, ledger.give(change))
     async with gateway.waiting() as decided:
-        await gateway.provisioning()
+        await gateway.said()
         assert await code(decided) == "approval_stale"
 
 
@@ -443,7 +443,7 @@ async def test_a_yes_whose_time_ends_while_the_credential_is_fetched_is_worth_no
 
     gateway.equips = later
     async with gateway.waiting() as decided:
-        await gateway.provisioning()
+        await gateway.said()
         assert await code(decided) == "approval_timeout"
 
 
@@ -453,7 +453,7 @@ async def test_a_yes_is_not_used_up_by_what_cannot_go_on(gateway: Gateway) -> No
 
     gateway.equips = away
     async with gateway.waiting() as decided:
-        await gateway.provisioning()
+        await gateway.said()
         assert await code(decided) == "unavailable"
     gateway.equips = lambda: None
     assert (await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent())).allowed
@@ -467,7 +467,7 @@ async def test_the_same_is_shown_once_and_a_yes_lets_one_of_them_go_on(gateway: 
         )
         assert await gateway.still_waits(second)
         assert len(gateway.sent) == 1
-        await gateway.provisioning()
+        await gateway.said()
         async with asyncio.timeout(WITHIN_S):
             verdicts = [await first, await second]
     assert sorted(verdict.allowed for verdict in verdicts) == [False, True]
@@ -486,7 +486,7 @@ async def test_one_agent_floods_nobody() -> None:
     assert codes == [(403, "approval_pending")] * 3 + [(429, "approvals_pending_limit")] * 2
     assert len(gateway.sent) == 3
     for _, compact in gateway.sent:
-        await gateway.provisioning(gateway.claims(compact, verdict="denied"))
+        await gateway.said(gateway.claims(compact, verdict="denied"))
     more = await gateway.gate.decide(
         PresentedIdentity(), gateway.attempt(target="/env/staging/9"), holdable=Sent()
     )
@@ -506,7 +506,7 @@ async def test_and_so_many_may_wait_and_no_more(gateway: Gateway) -> None:
         ]
         assert await gateway.still_waits(first)
         assert [one.result().status for one in others if one.done()] == [429, 429]
-        await gateway.provisioning()
+        await gateway.said()
         async with asyncio.timeout(WITHIN_S):
             verdicts = [await one for one in (first, *others)]
     assert sum(verdict.allowed for verdict in verdicts) == 1
@@ -517,7 +517,7 @@ async def test_who_shows_the_whole_body_can_wait_without_a_connection_of_its_own
         gateway.gate.decide(PresentedIdentity(), gateway.attempt("POST", body=b"all of it"))
     )
     assert await gateway.still_waits(decided)
-    await gateway.provisioning()
+    await gateway.said()
     async with asyncio.timeout(WITHIN_S):
         assert (await decided).allowed
 
@@ -554,7 +554,7 @@ async def test_a_yes_lets_no_other_headers_go_on(others: Headers) -> None:
         return await gateway.gate.decide(PresentedIdentity(), put, holdable=Sent(body))
 
     assert not (await decide(HEADERS)).allowed
-    await gateway.provisioning()
+    await gateway.said()
     verdict = await decide(others)
     assert verdict.reasons[0].code == "approval_pending"
     assert len(gateway.sent) == 2, "it is another question"
@@ -575,7 +575,7 @@ async def test_an_exact_retry_finds_its_question_whatever_traces_it() -> None:
         return await gateway.gate.decide(PresentedIdentity(), sent, holdable=Sent())
 
     assert (await decide(1)).reasons[0].code == "approval_pending"
-    await gateway.provisioning()
+    await gateway.said()
     verdict = await decide(2)
     assert verdict.allowed
     assert verdict.headers == HEADERS
@@ -614,7 +614,7 @@ async def test_a_question_of_an_older_gateway_lets_nothing_through(gateway: Gate
     async with gateway.waiting() as decided:
         ours = parse(gateway.sent[-1][1]).unverified_claims(ActionRequest)
         before = ours.model_copy(update={"headers_digest": None, "headers": None, "jti": "x" * 43})
-        await gateway.provisioning(gateway.claims(sign(before, gateway.key)))
+        await gateway.said(gateway.claims(sign(before, gateway.key)))
         assert gateway.refused == ["request_unknown"]
         assert await gateway.still_waits(decided)
 
@@ -634,7 +634,7 @@ async def test_without_kafka_nobody_is_asked_and_nothing_is_left(gateway: Gatewa
     assert len(gateway.questions) == 0
     gateway.kafka = True
     async with gateway.waiting() as decided:
-        await gateway.provisioning()
+        await gateway.said()
         assert (await decided).allowed
 
 
@@ -643,5 +643,5 @@ async def test_what_cannot_be_read_is_passed_over(gateway: Gateway) -> None:
         for value in (b"", b"{}", b"a.b.c", b"x" * 70_000, b"\xff"):
             record = gateway.ledger.received(APPROVAL_RESPONSE, "bot", value)
             gateway.approvals.on_records([record])
-        await gateway.provisioning()
+        await gateway.said()
         assert (await decided).allowed
