@@ -71,7 +71,7 @@ def of_the_revoker(broker: Broker) -> BatchHandler:
 
     settings = SimpleNamespace(trust_domain="test.example")
     runtime = SimpleNamespace(dead_letters=letters(broker), settings=settings, clock=SystemClock())
-    orders = SimpleNamespace(open=opened, objections=nothing)
+    orders = SimpleNamespace(verify=opened, objections=nothing)
     store, ender = SimpleNamespace(epoch=None, confirm=nothing), SimpleNamespace(end=nothing)
     return RevocationHandler(*cast(Any, (runtime, orders, store, ender, None)))
 
