@@ -26,10 +26,7 @@ _QUIET_S = 2.0
 _CHECK_EVERY_S = 0.5
 _CLIENTS = (
     "aiokafka",
-    *(
-        f"ringfence.kernel.kafka.producer.{name}"
-        for name in ("consumer", "fetch_control", "producer", "table_reader")
-    ),
+    *(f"ringfence.kernel.kafka.{name}" for name in ("consumer", "fetch_control", "producer", "table_reader")),
 )
 _NO_CONNECTION = (KafkaConnectionError, NodeNotReadyError, RequestTimedOutError, OSError)
 _WHATEVER_WHY = ("Unable connect to ", "Unable to update metadata ", "Unable to request metadata ")
