@@ -295,7 +295,7 @@ from ringfence.cli.shared import output
 from ringfence.cli.main import main
 import ringfence.cli.commands.key as key
 text = "d\\u00e9ploie \\u2713 \\U0001f916 \\u202e"
-key._print = lambda *_: (output.print_json({"says": text}), output.print_json_line([text]), output.say(text))
+key._print_key = lambda *_: (output.print_json({"says": text}), output.print_json_line([text]), output.say(text))
 sys.exit(main(["key", "show", sys.argv[1]]))
 """
 
