@@ -33,7 +33,7 @@ from ringfence.kernel.kafka.table_reader import Follower, Reader
 from ringfence.kernel.service.http import HttpServer, ReadyCheck, application
 from ringfence.kernel.service.trust_updates import DeferredRecords, apply_bundle
 from ringfence.kernel.tracing.api import Work
-from ringfence.kernel.tracing.export import of_service
+from ringfence.kernel.tracing.settings import of_service
 from ringfence.messages.api import PORTS
 from ringfence.messages.base import ServiceRole, Topic
 from ringfence.messages.credential import Coordinates, Reason
