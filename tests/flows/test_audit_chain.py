@@ -224,11 +224,11 @@ async def test_a_forged_checkpoint_moves_nothing_and_is_found(world: World, sam:
 
 async def test_what_an_auditor_kept_or_a_witness_signed_must_still_be_so(world: World, sam: Party) -> None:
     report = await verified(world)
-    assert (await verified(world, kept=report.heads)).faults == []
+    assert (await verified(world, earlier_heads=report.heads)).faults == []
     tree, (size, root) = next(iter(report.heads.items()))
     other = {tree: (size, root[::-1])}
-    assert kinds(await verified(world, kept=other)) == ["rewritten"]
-    assert kinds(await verified(world, kept={tree: (size + 5, root)})) == ["truncated"]
+    assert kinds(await verified(world, earlier_heads=other)) == ["rewritten"]
+    assert kinds(await verified(world, earlier_heads={tree: (size + 5, root)})) == ["truncated"]
 
     ali = world.party("user", "vera")
     await world.accepted(world.user_set(world.operator, ali, roles=("auditor",)), world.operator)
