@@ -93,7 +93,7 @@ mutants: $(STAMP) ## mistakes put into the modules that decide, one at a time: u
 
 lint: $(STAMP) ## ruff, mypy, import-linter
 	@status=0; for check in "ruff check ." "ruff format --check ." mypy \
-		lint-imports "lint-imports --no-cache --config tools/import_cycles.toml"; do \
+		lint-imports "lint-imports --no-cache tools/import_cycles.toml"; do \
 		echo "$(BIN)/$$check"; $(BIN)/$$check || status=1; \
 	done; exit $$status
 
