@@ -65,7 +65,7 @@ class AuditIntake(Claims):
     entries: Annotated[tuple[IntakeEntry, ...], Field(min_length=1)]
 
 
-# Only versions before ADR 0063 write it. 0.2 still reads it, or the trail of 0.1 would fork; the release after it drops it.
+# Only versions before ADR 0063 write it. 0.2 still reads it, or a trail of 0.1 would fork. The release after drops it.
 class AuditChained(Claims):
     """Events that the writer of `audit` made and chained by itself: what it vouches for until a checkpoint does."""
 

@@ -126,7 +126,7 @@ class RevocationApplier:
             self._apply(revocation, acknowledge=acknowledge)
         elif not caught_up:
             log.warning(
-                "an order at %s@%d could not be judged",
+                "a revocation at %s@%d could not be verified",
                 record.topic_name,
                 record.offset,
                 extra=rate_limited(record.topic_name),
@@ -156,7 +156,7 @@ class RevocationApplier:
             )
         except Exception:
             # The revocation is applied. Without the acknowledgement the revoker waits for the grace period.
-            log.exception("the word on order %s was not published", revocation.id)
+            log.exception("the acknowledgement of revocation %s was not published", revocation.id)
 
     def _run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name="order")
