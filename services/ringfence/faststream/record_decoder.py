@@ -33,8 +33,8 @@ class UnknownMessage:
     """The record's value as it stands on the topic; empty for a tombstone."""
     headers: Mapping[str, str]
     code: str
-    """Why it is unknown: `tombstone`, `typ_unexpected`, `claims_invalid`, `key_unknown`, `signature_invalid`, or another
-    code of an invalid message."""
+    """Why: `tombstone`, `typ_unexpected`, `claims_invalid`, `key_unknown`, `signature_invalid`, or another code of an
+    invalid message."""
     reason: str
     """The same as a sentence, without values of the record."""
 
