@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Final, TypeVar
+from typing import Final, TypeVar, cast
 
 from pydantic import BaseModel
 
 from ringfence.client.errors import InvalidCallError
 from ringfence.messages.permission import Permission
+from ringfence.messages.registry import Role
 
 T = TypeVar("T")
 
@@ -20,6 +21,11 @@ def texts(name: str, value: Iterable[str]) -> tuple[str, ...]:
     if isinstance(value, str):
         raise InvalidCallError(f"{name} is a list of strings: write {name}=[{value[:100]!r}]")
     return instances(name, value, str, f'["{name}"]')
+
+
+def roles_of(value: Iterable[Role]) -> tuple[Role, ...]:
+    """The roles of an argument `roles`; which names are roles, the message says. Raises InvalidCallError."""
+    return cast("tuple[Role, ...]", texts("roles", value))
 
 
 def permissions(name: str, value: Iterable[Permission]) -> tuple[Permission, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ringfence.client.admin.command_client import COMMAND_LIFE_S, UNKNOWN_OUTCOME, Accepted, CommandClient
 from ringfence.client.admin.preview import Preview, preview, unknown_names
 from ringfence.client.admin.target_backends import backend_problem
-from ringfence.client.arguments import instances, permissions, texts
+from ringfence.client.arguments import instances, permissions, roles_of, texts
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import IdentityError, InvalidCallError, checked, require_understood
 from ringfence.kernel.base.ids import message_id
@@ -108,7 +108,7 @@ class Administrator(CommandClient):
                 since 1970 (None: now).
             provisioned: keeps a provisioned user with their provisioner; None takes them over.
         """
-        roles, entitlements = texts("roles", roles), permissions("entitlements", entitlements)
+        roles, entitlements = roles_of(roles), permissions("entitlements", entitlements)
         validate_scope(entitlements, allow_empty=True)
         stamp = self.connection.stamp(COMMAND_LIFE_S)
         with checked("the user"):

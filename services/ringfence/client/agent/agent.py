@@ -437,7 +437,7 @@ class Agent(Lifetime):
                 f"the request has {len(compact)} bytes, and policy weighs no more than {MAX_REQUEST_BYTES}: name fewer "
                 "resources, or what they have in common"
             )
-        return _OpenRequest(SentRequest(claims, compact, reply_key, traceparent, key))
+        return _OpenRequest(SentRequest(claims, compact, reply_key, traceparent, key, self.connection.clock))
 
     def _abandon(self, open_request: _OpenRequest) -> None:
         open_request.abandoned = True
