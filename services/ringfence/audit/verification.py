@@ -13,8 +13,9 @@ from typing import Any, Generic, NamedTuple, TypeVar, get_args
 from pydantic import ValidationError
 
 from ringfence.audit.events.ocsf import permission, privileges, scope_text, scrubbed, user_of
-from ringfence.audit.memory import LeaseFacts, Recent, RequestFacts, SeenMessages, Sighting
+from ringfence.audit.memory import LeaseFacts, RequestFacts, SeenMessages, Sighting
 from ringfence.audit.settings import AuditSettings
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id, digest, message_id
 from ringfence.kernel.base.text import with_article
@@ -106,13 +107,13 @@ class RecordVerifier:
         self._trust = trust
         self._directory = directory
         self._seen = SeenMessages(settings.remembered_messages)
-        self._requests: Recent[str, RequestFacts] = Recent(settings.remembered_requests)
-        self._embedded: Recent[str, CredentialRequest] = Recent(_REMEMBERED_EMBEDDED)
+        self._requests: BoundedDict[str, RequestFacts] = BoundedDict(settings.remembered_requests)
+        self._embedded: BoundedDict[str, CredentialRequest] = BoundedDict(_REMEMBERED_EMBEDDED)
         """By text: requests verified while embedded, whose own records may be read later."""
-        self._leases: Recent[str, LeaseFacts] = Recent(settings.remembered_requests)
-        self._revocations: Recent[str, Mapping[str, Any]] = Recent(settings.remembered_requests)
-        self._approvals: Recent[str, str] = Recent(settings.remembered_requests)
-        self._grants: Recent[str, dict[str, Any]] = Recent(settings.remembered_requests)
+        self._leases: BoundedDict[str, LeaseFacts] = BoundedDict(settings.remembered_requests)
+        self._revocations: BoundedDict[str, Mapping[str, Any]] = BoundedDict(settings.remembered_requests)
+        self._approvals: BoundedDict[str, str] = BoundedDict(settings.remembered_requests)
+        self._grants: BoundedDict[str, dict[str, Any]] = BoundedDict(settings.remembered_requests)
         self._revisions: dict[str, tuple[int, int, int]] = {}
 
     # --- signatures: each method raises InvalidMessageError or ChainError if verification fails ---
@@ -215,7 +216,7 @@ class RecordVerifier:
         if message_id(claims.iss, claims.jti) != request_id:
             return None
         if len(compact) <= _REMEMBERED_BYTES:
-            self._embedded.put(compact, claims)
+            self._embedded[compact] = claims
         return self.remember_request(VerifiedMessage(claims, compact, jws.header.kid))
 
     def approver(self, compact: str, appended_at_ms: int) -> str | None:
@@ -316,7 +317,7 @@ class RecordVerifier:
             traceparent=traceparent,
         )
         if known is None and len(signed.compact) <= _REMEMBERED_BYTES:
-            self._requests.put(request_id, facts)
+            self._requests[request_id] = facts
         return facts
 
     def remember_approval(self, compact: str, claims: Approval) -> str | None:
@@ -324,7 +325,7 @@ class RecordVerifier:
         user = subject_of(self._trust.trust_domain, claims.iss, "user")
         if user is None or claims.verdict != "approved":
             return None
-        self._approvals.put(digest(compact), user)
+        self._approvals[digest(compact)] = user
         return user
 
     def remember_grant(self, claims: Grant) -> dict[str, Any]:
@@ -336,7 +337,7 @@ class RecordVerifier:
             "sponsor": self.sponsor_of(claims.agent_id),
             "on_behalf_of": self._on_behalf_of(claims.agent_id, claims.task_id),
         }
-        self._grants.put(id_of(claims), fields)
+        self._grants[id_of(claims)] = fields
         return fields
 
     def grant(self, grant_id: str) -> dict[str, Any]:
@@ -346,7 +347,7 @@ class RecordVerifier:
     def remember_revocation(self, claims: RevocationRequest, fields: Mapping[str, Any]) -> None:
         """Remember the fields of a verified revocation, for the acknowledgements of gateways."""
         known = {word: fields[word] for word in _REVOCATION_FIELDS if fields.get(word) is not None}
-        self._revocations.put(derived_id("revocation", claims.iss, claims.jti), known)
+        self._revocations[derived_id("revocation", claims.iss, claims.jti)] = known
 
     def revocation(self, revocation_id: str) -> Mapping[str, Any]:
         """Event fields of a revocation; empty if it was not seen lately."""
@@ -373,7 +374,7 @@ class RecordVerifier:
             traceparent=claims.traceparent,
         )
         if len(claims.scope) <= _REMEMBERED_PERMISSIONS:
-            self._leases.put(claims.lease_id, lease)
+            self._leases[claims.lease_id] = lease
         return lease
 
     def sponsor_of(self, agent: str) -> str | None:

@@ -18,10 +18,10 @@ from ringfence.audit.detections.grants import QuickGrant
 from ringfence.audit.detections.order import ImpossibleSequences, QuickApproval, UnreviewedBreakGlass
 from ringfence.audit.detections.reach import BeyondUser, DenialBurst, FirstUse, UnusedCeiling
 from ringfence.audit.detections.rule import CODE_PREFIX, Finding, Rule, TrailQueries, read_event
-from ringfence.audit.memory import Recent
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.trail.handover import Intake, PendingEvent
 from ringfence.kernel.base import metrics
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.log_limiter import rate_limited
@@ -78,7 +78,7 @@ class Detector:
         self._trust_domain = trust_domain
         self._pending: OrderedDict[str, Finding] = OrderedDict()
         """Findings that may not be on the trail yet, by uid."""
-        self._published: Recent[str, bool] = Recent(_MAX_PENDING)
+        self._published: BoundedDict[str, bool] = BoundedDict(_MAX_PENDING)
 
     def on_records(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
         """Feed records of `audit` to the rules. Skips records that audit did not write, or that a rule cannot read.
@@ -136,7 +136,7 @@ class Detector:
         for uid in waiting:
             self._pending.pop(uid, None)
         for one in events:
-            self._published.put(one.uid, True)
+            self._published[one.uid] = True
         metrics.AUDIT_EVENTS.labels("2004").inc(len(events))
         return len(events)
 

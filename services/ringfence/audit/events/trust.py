@@ -19,7 +19,7 @@ from ringfence.audit.events.ocsf import (
     user_of,
     utc_text,
 )
-from ringfence.audit.memory import Recent
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.trust_store import TrustStore
@@ -139,7 +139,7 @@ class BundleHistory:
         self._trust = trust
         self._in_force: TrustBundle | None = None
         self._next = 0
-        self._seen: Recent[int, BundleRecord | InvalidMessageError] = Recent(_REMEMBERED_RECORDS)
+        self._seen: BoundedDict[int, BundleRecord | InvalidMessageError] = BoundedDict(_REMEMBERED_RECORDS)
 
     def on_records(self, records: Sequence[Received]) -> None:
         """Classify the records of the topic."""
@@ -161,9 +161,9 @@ class BundleHistory:
             return
         self._next = record.offset + 1
         try:
-            self._seen.put(record.offset, self._classify(record))
+            self._seen[record.offset] = self._classify(record)
         except InvalidMessageError as error:
-            self._seen.put(record.offset, error)
+            self._seen[record.offset] = error
 
     def _classify(self, record: Received) -> BundleRecord:
         if not record.value:
