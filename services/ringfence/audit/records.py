@@ -140,7 +140,7 @@ class AuditHandlers:
     ) -> None:
         """Wait for the local tables while pending records are younger than `settle_ms`; replace their events.
 
-        Older records are taken as they are. So a record that nobody can ever verify delays its successors only while
+        Older records are taken as they are. So a record that can never be verified delays its successors only while
         audit is less than `settle_ms` behind.
         """
         waited_from_ms = self._clock.now_ms()

@@ -193,7 +193,7 @@ class RecordVerifier:
         return signed, last.unverified_claims(COMMAND_OF_TYP[last.header.typ])  # the chain verified it
 
     def parse_unsigned(self, record: Received, model: type[P]) -> P:
-        """Parse an unsigned message. Its contents are the unverified word of whoever can write to the topic."""
+        """Parse an unsigned message. Its contents are unverified: anybody who can write to the topic can forge them."""
         try:
             return model.model_validate_json(record.value)
         except ValidationError as error:
@@ -202,9 +202,9 @@ class RecordVerifier:
 
     def embedded_request(self, compact: str, request_id: str, appended_at_ms: int) -> RequestFacts | None:
         """Facts of a request embedded in another message, or None if its signature or its id does not match."""
-        known = self.facts(request_id)
-        if known is not None and known.compact == compact:
-            return known
+        facts = self.facts(request_id)
+        if facts is not None and facts.compact == compact:
+            return facts
         try:
             jws = parse(compact)
             claims = verify(
@@ -221,9 +221,9 @@ class RecordVerifier:
 
     def approver(self, compact: str, appended_at_ms: int) -> str | None:
         """The user who signed an embedded approval, or None if the signature fails."""
-        known = self._approvals.get(digest(compact))
-        if known is not None:
-            return known
+        user = self._approvals.get(digest(compact))
+        if user is not None:
+            return user
         try:
             claims = verify(
                 parse(compact), Approval, self._users(appended_at_ms), audience=self._trust.trust_domain
@@ -256,17 +256,17 @@ class RecordVerifier:
 
     def first_sighting(self, record: Received, signed: VerifiedMessage[Any]) -> tuple[Sighting, bool] | None:
         """(first sighting, whether the content is identical) of a replayed message; None at its first sighting."""
-        here = Sighting(record.partition, record.offset, _content_mark(signed))
-        first = self._seen.first(record.topic.what, signed.claims.iss, signed.claims.jti, here)
-        return None if first is None else (first, first.signature == here.signature)
+        sighting = Sighting(record.partition, record.offset, _content_mark(signed))
+        first = self._seen.first(record.topic.what, signed.claims.iss, signed.claims.jti, sighting)
+        return None if first is None else (first, first.signature == sighting.signature)
 
     def newer_revision(self, record: Received, claims: AnyRecord) -> int | None:
         """The higher revision that was published before this record, or None if there is none."""
-        known = self._revisions.get(claims.sub)
-        if known is None or claims.revision >= known[0]:
+        last = self._revisions.get(claims.sub)
+        if last is None or claims.revision >= last[0]:
             self._revisions[claims.sub] = (claims.revision, record.partition, record.offset)
             return None
-        revision, partition, offset = known
+        revision, partition, offset = last
         later = record.partition != partition or record.offset > offset
         return revision if later else None
 
@@ -290,9 +290,9 @@ class RecordVerifier:
         """Remember the facts of a verified request. The first request with an id wins."""
         claims = signed.claims
         request_id = message_id(claims.iss, claims.jti)
-        known = self.facts(request_id)
-        if known is not None and known.compact == signed.compact:
-            return known
+        first = self.facts(request_id)
+        if first is not None and first.compact == signed.compact:
+            return first
         agent = subject_of(self._trust.trust_domain, claims.iss, "agent") or ""
         enrolment = enrolment_of(claims)
         facts = RequestFacts(
@@ -316,7 +316,7 @@ class RecordVerifier:
             instance=ref_of(enrolment).model_dump() if enrolment else None,
             traceparent=traceparent,
         )
-        if known is None and len(signed.compact) <= _REMEMBERED_BYTES:
+        if first is None and len(signed.compact) <= _REMEMBERED_BYTES:
             self._requests[request_id] = facts
         return facts
 
@@ -346,8 +346,8 @@ class RecordVerifier:
 
     def remember_revocation(self, claims: RevocationRequest, fields: Mapping[str, Any]) -> None:
         """Remember the fields of a verified revocation, for the acknowledgements of gateways."""
-        known = {word: fields[word] for word in _REVOCATION_FIELDS if fields.get(word) is not None}
-        self._revocations[derived_id("revocation", claims.iss, claims.jti)] = known
+        shared_fields = {name: fields[name] for name in _REVOCATION_FIELDS if fields.get(name) is not None}
+        self._revocations[derived_id("revocation", claims.iss, claims.jti)] = shared_fields
 
     def revocation(self, revocation_id: str) -> Mapping[str, Any]:
         """Event fields of a revocation; empty if it was not seen lately."""
@@ -355,9 +355,9 @@ class RecordVerifier:
 
     def remember_lease(self, claims: Lease) -> LeaseFacts:
         """Remember and return the facts of a verified lease record. They are the same in all records of a lease."""
-        known = self._leases.get(claims.lease_id)
-        if known is not None:
-            return known
+        first = self._leases.get(claims.lease_id)
+        if first is not None:
+            return first
         lease = LeaseFacts(
             lease_id=claims.lease_id,
             request_id=claims.request_id,

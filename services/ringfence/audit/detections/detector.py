@@ -44,7 +44,7 @@ class DetectorTrail(TrailQueries, Protocol):
 
 def rules(own: AuditSettings, trail: TrailQueries) -> tuple[Rule, ...]:
     """The rules that the settings switch on."""
-    every: Iterable[tuple[float, Callable[[], Rule]]] = (
+    optional_rules: Iterable[tuple[float, Callable[[], Rule]]] = (
         (own.detect_beyond_user, lambda: BeyondUser(_MIN_INTERVAL_S)),
         (own.detect_denials, lambda: DenialBurst(own.detect_denials, own.detect_denials_s, _MIN_INTERVAL_S)),
         (own.detect_first_use_s, lambda: FirstUse(own.detect_first_use_s)),
@@ -59,19 +59,19 @@ def rules(own: AuditSettings, trail: TrailQueries) -> tuple[Rule, ...]:
             ),
         ),
     )
-    return tuple(make() for wanted, make in every if wanted)
+    return tuple(make() for is_on, make in optional_rules if is_on)
 
 
 class Detector:
     """Feeds the records of `audit` to the rules (`on_records`), and publishes findings in the background."""
 
     def __init__(
-        self, own: AuditSettings, trail: DetectorTrail, intake: Intake, clock: Clock, trust_domain: str
+        self, settings: AuditSettings, trail: DetectorTrail, intake: Intake, clock: Clock, trust_domain: str
     ) -> None:
         """`trail`: the index, which has indexed the records before `on_records` gets them."""
-        self._rules = rules(own, trail)
+        self._rules = rules(settings, trail)
         self._rules_of = lru_cache(maxsize=1024)(self._rules_for)
-        self._back_ms = own.detect_back_s * 1000
+        self._back_ms = settings.detect_back_s * 1000
         self._trail = trail
         self._intake = intake
         self._clock = clock
@@ -86,7 +86,9 @@ class Detector:
         `events`: the parsed JSON of each record, if the caller has it.
         """
         now_ms = self._clock.now_ms()
-        for record, event in zip(records, events or (loaded(one.value) for one in records), strict=True):
+        for record, event in zip(
+            records, events or (loaded(record.value) for record in records), strict=True
+        ):
             try:
                 self._observe(event, record.key or "", now_ms)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -131,12 +133,12 @@ class Detector:
             if not self._published.get(uid) and not self._trail.has_uid(uid)
         ]
         await self._intake.hand_over(
-            PendingEvent(one.key, one.uid, linkable(one.body), None, one.body) for one in events
+            PendingEvent(event.key, event.uid, linkable(event.body), None, event.body) for event in events
         )
         for uid in waiting:
             self._pending.pop(uid, None)
-        for one in events:
-            self._published[one.uid] = True
+        for event in events:
+            self._published[event.uid] = True
         metrics.AUDIT_EVENTS.labels("2004").inc(len(events))
         return len(events)
 

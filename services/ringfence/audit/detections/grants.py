@@ -62,16 +62,16 @@ class QuickGrant:
         took_ms = answer.time_ms - question.time_ms
         if not 0 <= took_ms < self._least_ms:
             return
-        who = answer.field("approver") or "somebody"
+        grantor = answer.field("approver") or "somebody"
         yield Finding(
             "quick_approval",
             (question.field("request") or question.uid, answer.uid),
             answer.time_ms,
-            f"{who} gave a grant {took_ms} ms after being asked for what agent {answer.field('agent')} wanted; "
+            f"{grantor} gave a grant {took_ms} ms after being asked for what agent {answer.field('agent')} wanted; "
             f"nobody reads in less than {self._least_ms / 1000:g} s",
             answer,
             (question.uid, answer.uid),
-            fields={"waited_ms": took_ms, "approvers": [who], "request": question.field("request")},
+            fields={"waited_ms": took_ms, "approvers": [grantor], "request": question.field("request")},
         )
 
     def due(self, now_ms: int) -> Iterable[Finding]:

@@ -64,17 +64,17 @@ class QuickApproval:
         took_ms = answer.time_ms - question.time_ms
         if not -_AHEAD_MS <= took_ms < self._least_ms:
             return
-        who = answer.field("approver") or "somebody"
+        approver = answer.field("approver") or "somebody"
         when = f"{took_ms} ms after" if took_ms >= 0 else f"{-took_ms} ms before"
         yield Finding(
             "quick_approval",
             (id, answer.uid),
             answer.time_ms,
-            f"{who} approved what agent {answer.field('agent')} asked for {when} being asked; nobody reads "
+            f"{approver} approved what agent {answer.field('agent')} asked for {when} being asked; nobody reads "
             f"in less than {self._least_ms / 1000:g} s",
             answer,
             (question.uid, answer.uid),
-            fields={"waited_ms": took_ms, "approvers": [who]},
+            fields={"waited_ms": took_ms, "approvers": [approver]},
         )
 
     def due(self, now_ms: int) -> Iterable[Finding]:
@@ -197,14 +197,14 @@ class ImpossibleSequences:
         waiting: BoundedDict[str, _UnexplainedEvent],
         kind: Literal["request", "lease"],
         codes: tuple[str, ...],
-        what: str,
+        sequence: str,
     ) -> Iterator[Finding]:
         for id, waiting_event in list(waiting.items()):
             if max(waiting_event.read_at_ms, self._behind_ms) + self._settle_ms > now_ms:
                 continue
             del waiting[id]
             if not self._trail.has_event(kind, id, codes):
-                yield _impossible(what, id, waiting_event.summary, (waiting_event.summary.uid,))
+                yield _impossible(sequence, id, waiting_event.summary, (waiting_event.summary.uid,))
 
     def _on_end(self, lease: str, summary: EventSummary, ended_at_ms: int) -> Iterator[Finding]:
         use = self._uses.get(lease)
@@ -237,13 +237,13 @@ _SEQUENCE_TEXTS = {
 }
 
 
-def _impossible(what: str, id: str, summary: EventSummary, evidence: tuple[str, ...]) -> Finding:
+def _impossible(sequence: str, id: str, summary: EventSummary, evidence: tuple[str, ...]) -> Finding:
     return Finding(
         "impossible",
-        (what, id),
+        (sequence, id),
         summary.time_ms,
-        _SEQUENCE_TEXTS[what].format(agent=summary.field("agent") or "unknown", id=id),
+        _SEQUENCE_TEXTS[sequence].format(agent=summary.field("agent") or "unknown", id=id),
         summary,
         evidence,
-        fields={"sequence": what},
+        fields={"sequence": sequence},
     )

@@ -30,7 +30,7 @@ class BeyondUser:
     """An agent asked for something that its user may not do: through the agent, the user would do it."""
 
     def __init__(self, quiet_s: int) -> None:
-        """`quiet_s`: at most one finding in so many seconds for an agent, user and target."""
+        """`quiet_s`: the interval of findings about one agent, user and target, in seconds."""
         self._quiet_ms = quiet_s * 1000
 
     def wants(self, code: str, log_name: str) -> bool:
@@ -45,12 +45,12 @@ class BeyondUser:
             return
         user = str(lacking[0]["side"]).partition(":")[2]
         target = event.summary.field("target") or "unknown"
-        what = lacking[0].get("message", "the request is beyond the user")
+        text = lacking[0].get("message", "the request is beyond the user")
         yield Finding(
             "beyond_user",
             (agent, user, target, event.summary.time_ms // self._quiet_ms),
             event.summary.time_ms,
-            f"agent {agent} asked for what {user}, on whose behalf it acts, may not do: {what}",
+            f"agent {agent} asked for what {user}, on whose behalf it acts, may not do: {text}",
             event.summary,
             (event.summary.uid,),
         )
@@ -161,7 +161,7 @@ class _Ceiling:
 
 
 class UnusedCeiling:
-    """A target in an agent's ceiling was never used within `after_s`: it only serves whoever takes the agent over."""
+    """A target in an agent's ceiling was never used within `after_s`: it only serves whoever takes over the agent."""
 
     def __init__(self, after_s: int) -> None:
         self._after_ms = after_s * 1000
@@ -206,15 +206,15 @@ class UnusedCeiling:
             self._compact()
 
     def _compact(self) -> None:
-        every = [
+        entries = [
             (summary.time_ms + self._after_ms, agent, target)
             for agent, ceiling in self._by_agent.items()
             for target, summary in ceiling.unused.items()
         ]
-        self._waiting = heapq.nsmallest(MAX_WAITING // 2, every)  # sorted, and so a heap
+        self._waiting = heapq.nsmallest(MAX_WAITING // 2, entries)  # sorted, and so a heap
 
     def due(self, now_ms: int) -> Iterator[Finding]:
-        again: list[tuple[int, str, str]] = []
+        deferred: list[tuple[int, str, str]] = []
         while self._waiting and self._waiting[0][0] <= now_ms:
             due_ms, agent, target = heapq.heappop(self._waiting)
             ceiling = self._by_agent.get(agent)
@@ -226,8 +226,8 @@ class UnusedCeiling:
                 ceiling.used.add(target)  # reported once
                 yield self._finding(agent, target, summary, due_ms)
             elif ceiling.status != "decommissioned":
-                again.append((due_ms, agent, target))
-        for one in again:
+                deferred.append((due_ms, agent, target))
+        for one in deferred:
             heapq.heappush(self._waiting, one)
 
     def _finding(self, agent: str, target: str, summary: EventSummary, due_ms: int) -> Finding:
