@@ -28,7 +28,7 @@ class GatewayApi:
 
     async def lease(self, request: Request) -> Response:
         """Report whether a lease can be used here now, and if not, why. For callers who may see its agent."""
-        caller = self._authenticator.user(request.headers.get("authorization"))
+        caller = self._authenticator.authenticate(request)
         lease_id = request.path_params["lease_id"]
         lease = self._view.table.get(lease_id) if _UUID.fullmatch(lease_id) else None
         agent = self._view.directory.agent(lease.agent_id) if lease is not None else None

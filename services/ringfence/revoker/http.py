@@ -55,7 +55,7 @@ class LeasesApi:
 
     async def _list(self, request: Request) -> Response:
         """Leases that have not ended. `?status=`, each of `_FILTERS`; `?overdue=1`: cut, credential not removed yet."""
-        caller = self._caller(request)
+        caller = self._authenticator.authenticate(request)
         wanted = {kind: value for kind in _FILTERS if (value := request.query_params.get(kind))}
         status = request.query_params.get("status")
         late = request.query_params.get("overdue") == "1"
@@ -84,7 +84,7 @@ class LeasesApi:
 
     async def _one(self, request: Request) -> Response:
         """One lease, as long as Redis keeps it after its end. `?records=1` adds the signed record."""
-        caller, id = self._caller(request), request.path_params["id"]
+        caller, id = self._authenticator.authenticate(request), request.path_params["id"]
         stored = await self._store.get([id]) if _is_uuid(id) else {}
         lease = (await self._ender.read(stored)).get(id)
         if lease is None or not self._may_see(caller, lease):
@@ -96,9 +96,6 @@ class LeasesApi:
         if request.query_params.get("records") == "1":
             answer["record"] = stored[id].jws.decode("ascii")
         return JSONResponse(answer)
-
-    def _caller(self, request: Request) -> Caller:
-        return self._authenticator.user(request.headers.get("authorization"))
 
     def _json(self, lease: Lease) -> dict[str, Any]:
         claims = lease.model_dump(

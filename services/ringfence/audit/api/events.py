@@ -173,8 +173,8 @@ class AuditApi:
         return JSONResponse({"uses": uses})
 
     def viewer(self, request: Request) -> Viewer | None:
-        """Authenticate the caller; None for a caller who sees everything. Raises as `Authenticator.user` does."""
-        caller = self._authenticator.user(request.headers.get("authorization"))
+        """Authenticate the caller; None for one who sees everything. Raises as `Authenticator.authenticate` does."""
+        caller = self._authenticator.authenticate(request)
         if caller.sees_all:
             return None
         me = caller.user.user_id

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -15,6 +14,7 @@ from ringfence.gateway.domain import (
     refuse,
 )
 from ringfence.kernel.base import metrics
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.kafka.producer import to_json
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass, TargetState
@@ -58,7 +58,7 @@ class Evaluator:
         self._capabilities_of = capabilities_of
         self._engine = engine
         self._records = WrittenRecords()
-        self._answers: OrderedDict[CacheKey, CachedAnswer] = OrderedDict()
+        self._answers: BoundedDict[CacheKey, CachedAnswer] = BoundedDict(MAX_CACHED_ANSWERS)
 
     def cached_answer(self, key: CacheKey) -> CachedAnswer:
         """The last answer that allowed it, valid or not. `key`: see `cache_key`."""
@@ -102,14 +102,8 @@ class Evaluator:
             return _approval_required(wanted, answer.revision)
         for_ms = min(answer.result.max_ttl_s * 1000, MAX_CACHE_MS)
         if for_ms > 0 and answer.revision == self._engine.revision:
-            self._cache(key, CachedAnswer(answer.revision, now_ms + for_ms))
+            self._answers[key] = CachedAnswer(answer.revision, now_ms + for_ms)
         return None
-
-    def _cache(self, key: CacheKey, answer: CachedAnswer) -> None:
-        self._answers[key] = answer
-        self._answers.move_to_end(key)
-        if len(self._answers) > MAX_CACHED_ANSWERS:
-            self._answers.popitem(last=False)
 
     def _input(
         self,

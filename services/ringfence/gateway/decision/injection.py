@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -17,6 +16,7 @@ import httpx
 from ringfence.backends.http import StaticSecrets
 from ringfence.backends.target_settings import TargetSettingsError
 from ringfence.gateway.state.leases import LeaseTable
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.log_limiter import rate_limited
@@ -33,6 +33,7 @@ from ringfence.model.identity.api_tokens import api_token
 log = logging.getLogger(__name__)
 
 MAX_CREDENTIALS: Final = 100_000
+"""An evicted credential can be fetched again."""
 _TIMEOUT_S: Final = 12.0
 """The issuer reads Kafka for up to 10 s."""
 _NEGATIVE_CACHE_MS: Final = 1000
@@ -59,7 +60,7 @@ class SealedCredentials:
         self._key = key
         self._seal = seal
         self._issuer_url = issuer_url.rstrip("/")
-        self._kept: OrderedDict[str, CredentialDelivery] = OrderedDict()
+        self._deliveries: BoundedDict[str, CredentialDelivery] = BoundedDict(MAX_CREDENTIALS)
         self._fetches: dict[str, asyncio.Task[CredentialDelivery]] = {}
         self._missing_until_ms: dict[str, int] = {}
         self._http: httpx.AsyncClient | None = None
@@ -92,7 +93,7 @@ class SealedCredentials:
 
     def cached(self, lease: Lease) -> Credential | None:
         """The credential, if it is in memory; otherwise None. Raises UnavailableError if it cannot be used."""
-        delivery = self._kept.get(lease.lease_id)
+        delivery = self._deliveries.get(lease.lease_id)
         return self._credential(delivery, lease) if delivery is not None else None
 
     def _credential(self, delivery: CredentialDelivery, lease: Lease) -> Credential:
@@ -109,7 +110,7 @@ class SealedCredentials:
 
     async def close(self) -> None:
         """Forget all credentials, and close connections."""
-        self._kept.clear()
+        self._deliveries.clear()
         if self._http is not None:
             await self._http.aclose()
 
@@ -128,12 +129,10 @@ class SealedCredentials:
         lease = self._table.get(delivery.lease_id)
         if lease is not None and self._table.problem(lease) is not None and lease.status != "minting":
             return
-        self._kept[delivery.lease_id] = delivery
-        if len(self._kept) > MAX_CREDENTIALS:
-            self._kept.popitem(last=False)  # it can be fetched again
+        self._deliveries[delivery.lease_id] = delivery
 
     def _forget(self, lease_id: str) -> None:
-        self._kept.pop(lease_id, None)
+        self._deliveries.pop(lease_id, None)
         self._missing_until_ms.pop(lease_id, None)
 
     # --- what is asked for ---

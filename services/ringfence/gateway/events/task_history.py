@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 MAX_TASKS: Final = 10_000
-"""Of more tasks, the ones that were idle the longest are forgotten (LRU)."""
+"""The most tasks that are remembered. Those that were idle the longest are evicted (LRU)."""
 _MINUTE_MS: Final = 60_000
 _MAX_TARGETS: Final = 64
 _BUCKET_MS: Final = 1000

@@ -6,7 +6,6 @@ it stopped, up to the first record that is not old enough.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
@@ -15,6 +14,7 @@ from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.retry import run_periodically
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.kernel.kafka.record import Received
@@ -51,13 +51,14 @@ class LeaseTombstoner:
 
     async def run(self) -> None:
         """Delete old leases, for ever."""
-        while True:
-            try:
-                if self._is_leader():
-                    await self.delete_old()
-            except (KafkaError, RingfenceError, OSError) as error:
-                log.warning("old leases are deleted later: %s", str(error) or type(error).__name__)
-            await asyncio.sleep(self._every_s)
+        await run_periodically(
+            self._every_s, self._delete_if_leader, "old leases are deleted later", log,
+            expected=(KafkaError, RingfenceError, OSError), at_once=True,
+        )  # fmt: skip
+
+    async def _delete_if_leader(self) -> None:
+        if self._is_leader():
+            await self.delete_old()
 
     async def delete_old(self) -> int:
         """Delete what is old enough now. Returns how many leases. Raises KafkaError, UnavailableError."""

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from ringfence.kernel.base import metrics
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.log_limiter import rate_limited
@@ -63,7 +63,7 @@ class CutTracker:
         self._clock = clock
         self._grace_ms = grace_ms
         self._heartbeats: dict[str, _LastHeartbeat] = {}
-        self._acks: OrderedDict[str, dict[str, int]] = OrderedDict()
+        self._acks: BoundedDict[str, dict[str, int]] = BoundedDict(_MAX_ACKS)
         """By revocation: gateways, and when the broker had their acknowledgement, in ms."""
         self._open: dict[str, _Cut] = {}
         """By revocation."""
@@ -109,8 +109,6 @@ class CutTracker:
                 )
                 continue
             self._acks.setdefault(ack.revocation_id, {}).setdefault(ack.iss, record.appended_at_ms)
-            while len(self._acks) > _MAX_ACKS:
-                self._acks.popitem(last=False)
             self._complete_if_acknowledged(ack.revocation_id)
 
     def live(self, revoked_at_ms: int | None = None) -> frozenset[str]:
