@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.private_files import write_private
 
@@ -81,9 +81,9 @@ class CertificateAuthority:
         fresh.replace(path)
 
     def context(self, host: str) -> ssl.SSLContext:
-        """The TLS context for this host. Raises RefusedError for a host that is not certified."""
+        """The TLS context for this host. Raises RequestRefusedError for a host that is not certified."""
         if host not in self._hosts:
-            raise RefusedError(403, "host_unknown", "this host is no target")
+            raise RequestRefusedError(403, "host_unknown", "this host is no target")
         kept = self._contexts.get(host)
         now_ms = self._clock.now_ms()
         if kept is None or now_ms - kept[1] > _RENEW_AFTER_MS:

@@ -8,7 +8,7 @@
 - 7.1.1: chunk extensions are refused, although a recipient may ignore them. Two readers could disagree on their end.
 - 7.1.2: trailers may have 8 KiB. They must be valid field lines, and are dropped.
 
-A violation raises RefusedError (400). Bodies are forwarded with new chunks, never with the received framing.
+A violation raises RequestRefusedError (400). Bodies are forwarded with new chunks, never with the received framing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import re
 from typing import Final
 
 from ringfence.gateway.dataplane.http1_head import RequestHead, ResponseHead, check_trailers
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 
 MAX_TRAILER_BYTES: Final = 8 * 1024
 LAST_CHUNK: Final = b"0\r\n\r\n"
@@ -38,7 +38,7 @@ class Body:
     def take(self, buffer: bytearray) -> bytes:
         """Take what has arrived of the content out of the buffer, and nothing that follows the body.
 
-        Raises RefusedError where the framing is wrong.
+        Raises RequestRefusedError where the framing is wrong.
         """
         return b""
 
@@ -183,5 +183,5 @@ def chunk(piece: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(piece), piece)
 
 
-def _malformed(what: str) -> RefusedError:
-    return RefusedError(400, "malformed_http", f"the body cannot be understood for certain: {what}")
+def _malformed(what: str) -> RequestRefusedError:
+    return RequestRefusedError(400, "malformed_http", f"the body cannot be understood for certain: {what}")

@@ -30,7 +30,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 
 MAX_HEAD_BYTES: Final = 32 * 1024
 MAX_FIELDS: Final = 100
@@ -121,14 +121,14 @@ def take_head(buffer: bytearray, seen: int = 0) -> bytes | None:
     """Take a head out of the buffer, without its empty line. None where more has to arrive.
 
     `seen`: how much of the buffer was searched before, so that a head which arrives byte by byte costs no more than
-    others. Raises RefusedError for a head that is too long, or that cannot become valid.
+    others. Raises RequestRefusedError for a head that is too long, or that cannot become valid.
     """
     if not buffer:
         return None
     end = buffer.find(END_OF_HEAD, max(0, seen - len(END_OF_HEAD) + 1), MAX_HEAD_BYTES)
     if end < 0:
         if len(buffer) >= MAX_HEAD_BYTES:
-            raise RefusedError(
+            raise RequestRefusedError(
                 431, "head_too_large", f"the head of a message may have {MAX_HEAD_BYTES} bytes"
             )
         if _BARE_CR_LF_OR_NUL.search(buffer, max(0, seen - 1)):
@@ -140,7 +140,7 @@ def take_head(buffer: bytearray, seen: int = 0) -> bytes | None:
 
 
 def parse_request(head: bytes) -> RequestHead:
-    """Parse the head of a request, as `take_head` returns it. Raises RefusedError."""
+    """Parse the head of a request, as `take_head` returns it. Raises RequestRefusedError."""
     line = _REQUEST_LINE.match(head)
     if line is None:
         raise _malformed("its first line is not METHOD TARGET HTTP/1.1")
@@ -158,7 +158,7 @@ def parse_request(head: bytes) -> RequestHead:
 
 
 def parse_response(head: bytes) -> ResponseHead:
-    """Parse the head of a response. Raises RefusedError."""
+    """Parse the head of a response. Raises RequestRefusedError."""
     line = _STATUS_LINE.match(head)
     if line is None:
         raise _malformed("its first line is not HTTP/1.1 STATUS")
@@ -173,19 +173,19 @@ def parse_response(head: bytes) -> ResponseHead:
 
 
 def check_trailers(lines: bytes) -> None:
-    """Check the trailers of a chunked body. Raises RefusedError."""
+    """Check the trailers of a chunked body. Raises RequestRefusedError."""
     if _FIELDS.fullmatch(lines) is None:
         raise _malformed("its trailers are no field lines")
 
 
 def _request_fields(section: bytes) -> FieldSection:
-    """Parse and check the fields of a request. Raises RefusedError."""
+    """Parse and check the fields of a request. Raises RequestRefusedError."""
     found = _parse_fields(section)
     if not found.connection_options.isdisjoint(_BODY_FIELDS):
         raise _malformed("Connection names what says how its body is to be read")
     if not OVERRIDE_FIELDS.isdisjoint(dict(found.lines)):
         name = next(name for name, _ in found.lines if name in OVERRIDE_FIELDS)
-        raise RefusedError(
+        raise RequestRefusedError(
             400,
             "override_refused",
             f"{name.decode()} would make the target do another thing than what is decided on; leave it out",
@@ -203,7 +203,7 @@ def _parse_fields(section: bytes) -> FieldSection:
     lines = section.split(b"\r\n")
     lines.pop()
     if len(lines) > MAX_FIELDS:
-        raise RefusedError(431, "too_many_fields", f"a message may have {MAX_FIELDS} header fields")
+        raise RequestRefusedError(431, "too_many_fields", f"a message may have {MAX_FIELDS} header fields")
     fields: list[tuple[bytes, bytes]] = []
     values: dict[bytes, bytes] = {}
     for line in lines:
@@ -222,7 +222,7 @@ def _parse_fields(section: bytes) -> FieldSection:
 
 @functools.lru_cache(maxsize=1024)
 def _field_name(given: bytes) -> tuple[bytes, bool]:
-    """A name in lower case, and whether its value is kept. Raises RefusedError."""
+    """A name in lower case, and whether its value is kept. Raises RequestRefusedError."""
     name = given.lower()
     if b"_" in name and _is_read_as_another(name):
         raise _malformed(f"{name.decode()} is read as another name by some; write it with hyphens")
@@ -287,9 +287,9 @@ def _syntax_error(section: bytes) -> str:
     return "a header field that is none"
 
 
-def _chunked_in_http_1_0() -> RefusedError:
+def _chunked_in_http_1_0() -> RequestRefusedError:
     return _malformed("a Transfer-Encoding in HTTP/1.0")
 
 
-def _malformed(what: str) -> RefusedError:
-    return RefusedError(400, "malformed_http", f"the message cannot be understood for certain: {what}")
+def _malformed(what: str) -> RequestRefusedError:
+    return RequestRefusedError(400, "malformed_http", f"the message cannot be understood for certain: {what}")

@@ -9,7 +9,7 @@ import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 from ringfence.messages.credential import Reason
 
 TOO_MANY_CONNECTIONS = "too_many_connections"
@@ -105,7 +105,7 @@ class SenderLimits:
             return False
         try:
             self.charge(address, HANDSHAKE_COST)
-        except RefusedError:
+        except RequestRefusedError:
             self.close_connection(address)
             return False
         self.handshakes += 1
@@ -119,7 +119,7 @@ class SenderLimits:
         self.close_connection(address)
 
     def charge(self, sender: str, cost: float = 1) -> None:
-        """Take tokens from the sender's bucket. Raises RefusedError (429), and takes none then.
+        """Take tokens from the sender's bucket. Raises RequestRefusedError (429), and takes none then.
 
         `cost`: the number of tokens, for more work than most requests; at most what the bucket holds.
         """
@@ -127,11 +127,11 @@ class SenderLimits:
         self._charge(self._usage(sender, now), now, cost)
 
     def begin(self, sender: str) -> SenderUsage:
-        """Count a request in progress, until `SenderUsage.end`. Raises RefusedError (429)."""
+        """Count a request in progress, until `SenderUsage.end`. Raises RequestRefusedError (429)."""
         return self._begin(self._usage(sender, self._seconds()))
 
     def charge_and_begin(self, sender: str) -> SenderUsage:
-        """Take one token, and count a request in progress. Raises RefusedError (429)."""
+        """Take one token, and count a request in progress. Raises RequestRefusedError (429)."""
         now = self._seconds()
         usage = self._usages.get(sender)
         if usage is None:
@@ -212,7 +212,7 @@ class RequestSlot:
         """Whether the next request has paid its token already."""
 
     def begin(self) -> None:
-        """Begin a request. Raises RefusedError (429)."""
+        """Begin a request. Raises RequestRefusedError (429)."""
         take = self._limits.begin if self._charged else self._limits.charge_and_begin
         self._charged = False
         self._sender_usage = take(self._sender)
@@ -223,7 +223,7 @@ class RequestSlot:
             self._agent = agent_id, f"agent:{agent_id}"
         try:
             self._agent_usage = self._limits.charge_and_begin(self._agent[1])
-        except RefusedError as error:
+        except RequestRefusedError as error:
             return Reason(code=error.code, message=error.message)
         return None
 
@@ -248,8 +248,8 @@ def _decrement(counts: dict[str, int], sender: str) -> None:
         del counts[sender]
 
 
-def _too_many(what: str, wait_s: float) -> RefusedError:
-    return RefusedError(
+def _too_many(what: str, wait_s: float) -> RequestRefusedError:
+    return RequestRefusedError(
         429,
         "too_many_requests",
         f"too many {what} from this sender; wait and try again",

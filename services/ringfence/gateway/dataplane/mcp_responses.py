@@ -13,7 +13,7 @@ import orjson
 
 from ringfence.gateway.contract import McpExchange, McpOutcome
 from ringfence.gateway.dataplane.http1_head import ResponseHead
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.model.http_targets.mcp import LISTED
 
@@ -40,7 +40,7 @@ class McpResponseFilter:
         self.outcome = McpOutcome()
 
     def on_response_head(self, response: ResponseHead) -> None:
-        """Note the status and the session. Raises RefusedError where the session belongs to another lease."""
+        """Note the status and the session. Raises RequestRefusedError where the session belongs to another lease."""
         self.outcome.status = response.status
         if response.status >= 300:
             self.outcome.kind = "transport_error"
@@ -51,14 +51,14 @@ class McpResponseFilter:
             return
         if not self._mcp.bind_session(session.decode("latin-1")):
             text = "the target gives out a session that is another lease's already, or none that can be one"
-            raise RefusedError(502, "mcp_session_taken", text)
+            raise RequestRefusedError(502, "mcp_session_taken", text)
 
     def finish(self) -> None:
         """Record the outcome: nothing more comes."""
         self._mcp.record_outcome(self.outcome)
 
     def message(self, data: bytes) -> bytes:
-        """Filter one message. Raises RefusedError where it cannot be parsed for certain."""
+        """Filter one message. Raises RequestRefusedError where it cannot be parsed for certain."""
         try:
             message = json_object(data)
         except ValueError:
@@ -113,7 +113,7 @@ class EventStreamFilter:
         self._begun = False
 
     def feed(self, piece: bytes) -> bytes:
-        """The filtered events that are complete now. Raises RefusedError."""
+        """The filtered events that are complete now. Raises RequestRefusedError."""
         self._buffer += piece
         if not self._begun and self._buffer:
             if _BOM.startswith(bytes(self._buffer[:3])) and len(self._buffer) < len(_BOM):
@@ -169,10 +169,10 @@ def _value(line: bytes) -> bytes:
     return line.partition(b":")[2].removeprefix(b" ")
 
 
-def _unreadable(what: str) -> RefusedError:
-    return RefusedError(502, "target_unreadable", f"the target's answer is not forwarded: {what}")
+def _unreadable(what: str) -> RequestRefusedError:
+    return RequestRefusedError(502, "target_unreadable", f"the target's answer is not forwarded: {what}")
 
 
-def too_large(text: str = f"a message of a target may have {MAX_MESSAGE_BYTES} bytes") -> RefusedError:
+def too_large(text: str = f"a message of a target may have {MAX_MESSAGE_BYTES} bytes") -> RequestRefusedError:
     """The refusal of a message that is too large to be buffered, or has too many entries."""
-    return RefusedError(502, "target_too_large", text)
+    return RequestRefusedError(502, "target_too_large", text)

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from ringfence.gateway.contract import BlockedRequest, Gate, PresentedIdentity, ReportBlocked
 from ringfence.gateway.dataplane.certificate_authority import CertificateAuthority
-from ringfence.gateway.dataplane.connection import Connection
+from ringfence.gateway.dataplane.connection import AgentConnection
 from ringfence.gateway.dataplane.denials import denial_answer
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.fast_path.path import FastPaths
@@ -237,7 +237,7 @@ class DataPlane:
             return
         self._deadline_timer.watch(stream)
         task = asyncio.get_running_loop().create_task(
-            Connection(stream, listener, self._shared, self._fast_paths).run()
+            AgentConnection(stream, listener, self._shared, self._fast_paths).run()
         )
         self._running.add(task)
         metrics.GATEWAY_CONNECTIONS.inc()

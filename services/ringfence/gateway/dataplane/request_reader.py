@@ -20,7 +20,7 @@ from ringfence.gateway.dataplane.headers import (
 )
 from ringfence.gateway.dataplane.http1_head import FieldSection, RequestHead
 from ringfence.gateway.dataplane.websockets import asks_for_websocket
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Scheme, canonical
 
 _HANDLED_MCP_FIELDS: Final = frozenset({b"mcp-session-id", b"mcp-protocol-version"})
@@ -59,19 +59,19 @@ class ListenerContext:
 def read_request(
     request: RequestHead, listener: ListenerContext, is_target_host: Callable[[str], bool]
 ) -> tuple[PresentedIdentity, Attempt]:
-    """The evidence of the sender, and the attempt. Raises RefusedError."""
+    """The evidence of the sender, and the attempt. Raises RequestRefusedError."""
     facts = _field_facts(request.section)
     host = facts.host
     scheme, authority, target = _split_target(request.target, listener)
     if authority is None:
         authority = canonical(host, scheme)
     elif canonical(host, scheme) != authority:
-        raise RefusedError(400, "host_disagrees", "Host names another host than the request line")
+        raise RequestRefusedError(400, "host_disagrees", "Host names another host than the request line")
     if listener.connect_authority is not None and (scheme, authority) != (
         "https",
         listener.connect_authority,
     ):
-        raise RefusedError(
+        raise RequestRefusedError(
             400, "host_disagrees", "the request is for another host than the CONNECT that it came through"
         )
     target_id = None
@@ -148,7 +148,7 @@ def _mcp_headers(section: FieldSection) -> McpHeaders:
 def presented_by(
     request: RequestHead, listener: ListenerContext, *, htu: str | None = None
 ) -> PresentedIdentity:
-    """The evidence of the sender in a request. Raises RefusedError where it is ambiguous."""
+    """The evidence of the sender in a request. Raises RequestRefusedError where it is ambiguous."""
     proof = request.values.get(b"dpop")
     return PresentedIdentity(
         listener.task_id,
@@ -168,7 +168,7 @@ def _handle(request: RequestHead, listener: ListenerContext) -> str | None:
     authorization, separate = values.get(b"authorization", b""), values.get(HANDLE)
     if is_handle(authorization):
         if separate is not None:
-            raise RefusedError(
+            raise RequestRefusedError(
                 400, "handle_twice", "show one handle: in Authorization or in X-Ringfence-Handle"
             )
         return authorization.partition(b" ")[2].strip(b" ").decode("latin-1")
@@ -188,7 +188,9 @@ def _split_target(target: str, listener: ListenerContext) -> tuple[Scheme, str |
         if target.startswith(prefix):
             authority, rest = _split_authority(target[len(prefix) :])
             return scheme, canonical(authority, scheme), rest if rest.startswith("/") else f"/{rest}"
-    raise RefusedError(400, "malformed_http", "the target of a request is a path, or an http or https URL")
+    raise RequestRefusedError(
+        400, "malformed_http", "the target of a request is a path, or an http or https URL"
+    )
 
 
 def _split_authority(rest: str) -> tuple[str, str]:
@@ -199,10 +201,10 @@ def _split_authority(rest: str) -> tuple[str, str]:
 def _target_by_path(authority: str, target: str, listener: ListenerContext) -> tuple[str, str]:
     """The target id in the first segment of the path, and the rest of the path as it was sent."""
     if listener.own_authorities is not None and authority not in listener.own_authorities:
-        raise RefusedError(421, "host_unknown", "Host is neither this gateway nor a target of it")
+        raise RequestRefusedError(421, "host_unknown", "Host is neither this gateway nor a target of it")
     target_id, slash, rest = target[1:].partition("/")
     if not target_id or not slash or "?" in target_id:
-        raise RefusedError(404, "target_missing", "a path through the gateway is /TARGET/...")
+        raise RequestRefusedError(404, "target_missing", "a path through the gateway is /TARGET/...")
     return target_id, f"/{rest}"
 
 
@@ -219,7 +221,7 @@ def _basic_user(value: bytes) -> str:
     except (binascii.Error, ValueError):
         user = ""
     if scheme.lower() != b"basic" or not user:
-        raise RefusedError(
+        raise RequestRefusedError(
             400, "proxy_authorization_invalid", "write the handle as the user of the proxy URL"
         )
     return user

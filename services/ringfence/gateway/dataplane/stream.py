@@ -23,7 +23,7 @@ class DisconnectedError(RingfenceError):
     code = "gone"
 
 
-class DeadlineError(RingfenceError):
+class PeerTimeoutError(RingfenceError):
     """The peer missed a deadline."""
 
     code = "expired"
@@ -64,7 +64,7 @@ class Stream(asyncio.Protocol):
         self.buffer = bytearray()
         """Received data that was not taken yet."""
         self.deadline: float | None = None
-        """When to give up, by `time.monotonic`. Whoever waits then gets DeadlineError."""
+        """When to give up, by `time.monotonic`. Whoever waits then gets PeerTimeoutError."""
         self.blocked = False
         """Whether the peer takes too little: await `drain` before writing more."""
         self.on_disconnect: Callable[[], None] | None = None
@@ -137,7 +137,7 @@ class Stream(asyncio.Protocol):
     async def read_more(self) -> None:
         """Wait for data that came since the last call returned.
 
-        Raises DisconnectedError, DeadlineError, or the error that `fail` was given.
+        Raises DisconnectedError, PeerTimeoutError, or the error that `fail` was given.
         """
         if self._data_unseen:
             self._data_unseen = False
@@ -146,7 +146,7 @@ class Stream(asyncio.Protocol):
             raise self._failure
         if self._expired:
             self._expired = False
-            raise DeadlineError("the other side took too long")
+            raise PeerTimeoutError("the other side took too long")
         self.resume()
         waiter = self._read_waiter = self._loop.create_future()
         try:
@@ -213,7 +213,7 @@ class Stream(asyncio.Protocol):
         self.abort()
 
     def expire(self) -> None:
-        """End the wait with DeadlineError. The connection stays open, so that an answer can still be sent.
+        """End the wait with PeerTimeoutError. The connection stays open, so that an answer can still be sent.
 
         If nobody waits at this moment, because data has just arrived, the next waiter gets the error.
         """
@@ -221,7 +221,7 @@ class Stream(asyncio.Protocol):
         if self.data_handler is not None and self.data_handler(b""):
             self._expired = True
             return
-        error, told = DeadlineError("the other side took too long"), False
+        error, told = PeerTimeoutError("the other side took too long"), False
         for waiter in (self._read_waiter, self._drain_waiter):
             if waiter is not None and not waiter.done():
                 told = True

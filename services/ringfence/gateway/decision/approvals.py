@@ -58,7 +58,7 @@ _TYP: Final = typ_header(ActionApproval)
 
 
 @dataclass(frozen=True, slots=True)
-class PendingAction:
+class ActionToApprove:
     """A request that needs approval."""
 
     action_id: str
@@ -91,7 +91,7 @@ class Approvals:
     # --- asking ---
 
     async def wait_for_answer(
-        self, pending: PendingAction, holdable: HoldableRequest | None
+        self, pending: ActionToApprove, holdable: HoldableRequest | None
     ) -> tuple[Question | None, Refusal | None]:
         """Ask, or join an open question, and wait. Returns the question, if any, and why the request is refused.
 
@@ -120,7 +120,7 @@ class Approvals:
                 return question, refusal
         return question, _settled_refusal(question)
 
-    def approval_key(self, pending: PendingAction) -> ApprovalKey:
+    def approval_key(self, pending: ActionToApprove) -> ApprovalKey:
         """The key of questions whose approval would cover this request."""
         return ApprovalKey.of(self._claims(pending))
 
@@ -150,7 +150,7 @@ class Approvals:
         self._questions.use(question)
         return None
 
-    def _claims(self, pending: PendingAction) -> ActionRequest:
+    def _claims(self, pending: ActionToApprove) -> ActionRequest:
         lease, ground, now_s = (
             pending.chosen.lease,
             pending.chosen.ground,
@@ -179,7 +179,7 @@ class Approvals:
             revisions=ground.revisions(pending.approval.policy),
         )
 
-    async def _publish_question(self, question: Question, pending: PendingAction) -> Refusal | None:
+    async def _publish_question(self, question: Question, pending: ActionToApprove) -> Refusal | None:
         claims = question.signed.claims
         try:
             async with asyncio.timeout(_PUBLISH_TIMEOUT_S):
@@ -201,7 +201,7 @@ class Approvals:
         return None
 
     async def _wait(
-        self, question: Question, pending: PendingAction, holdable: HoldableRequest | None
+        self, question: Question, pending: ActionToApprove, holdable: HoldableRequest | None
     ) -> Refusal | None:
         """Wait for an answer. Returns None where there may be one, otherwise why this request waits no longer."""
         lease, gone = pending.chosen.lease, False
@@ -420,7 +420,7 @@ _APPROVERS: Final = {
 }
 
 
-def _unshowable_refusal(pending: PendingAction) -> Refusal | None:
+def _unshowable_refusal(pending: ActionToApprove) -> Refusal | None:
     if len(pending.body) > MAX_BODY_BYTES:
         return refuse(
             "body_unseen", f"a request that waits for a person may have {MAX_BODY_BYTES} bytes", status=413

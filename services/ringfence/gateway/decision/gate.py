@@ -26,7 +26,7 @@ from ringfence.gateway.contract import (
 )
 from ringfence.gateway.decision.action_ids import ActionIds
 from ringfence.gateway.decision.approval_questions import Question
-from ringfence.gateway.decision.approvals import Approvals, PendingAction
+from ringfence.gateway.decision.approvals import ActionToApprove, Approvals
 from ringfence.gateway.decision.approved_headers import headers_to_approve
 from ringfence.gateway.decision.context import DecisionContext
 from ringfence.gateway.decision.decision_events import DecisionEvents
@@ -481,7 +481,7 @@ def _no_url_message(target: TargetState) -> str:
     return f"target {target.target_id} does not say where it is: an operator adds it with --setting url=https://..."
 
 
-def _pending_action(context: DecisionContext, approval: ApprovalRequired) -> PendingAction | None:
+def _pending_action(context: DecisionContext, approval: ApprovalRequired) -> ActionToApprove | None:
     """What a person is asked to approve: exactly what would be forwarded. None where part of it is unknown."""
     chosen, target, action, attempt = context.chosen, context.target, context.action, context.attempt
     if chosen is None or target is None or target.url is None or action is None or attempt.body is None:
@@ -489,4 +489,4 @@ def _pending_action(context: DecisionContext, approval: ApprovalRequired) -> Pen
     if (headers := headers_to_approve(attempt, target.state)) is None:
         return None
     url = f"{target.url}{attempt.target}"
-    return PendingAction(context.id, attempt.method, url, attempt.body, headers, chosen, action, approval)
+    return ActionToApprove(context.id, attempt.method, url, attempt.body, headers, chosen, action, approval)

@@ -29,7 +29,7 @@ from ringfence.gateway.dataplane.request_reader import ListenerContext, read_req
 from ringfence.gateway.dataplane.secret_redaction import redact
 from ringfence.gateway.dataplane.shared import DataPlaneContext
 from ringfence.gateway.dataplane.stream import Stream
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import origin_of
 from ringfence.kernel.base.errors import UnavailableError
 
@@ -184,7 +184,7 @@ class FastPath:
             return False
         try:
             slot.begin()
-        except RefusedError:
+        except RequestRefusedError:
             return False
         allowed = plan.cached_allowance.allow(slot.check_agent, self._recorded_callback)
         if allowed is None and kept is not None and not kept.cached_allowance.is_valid():
@@ -222,7 +222,7 @@ class FastPath:
             if cached is None:
                 return None
             plan = RequestPlan(request, attempt, cached, origin_of(shared.gate.upstream(cached.target)))
-        except (RefusedError, UnavailableError):
+        except (RequestRefusedError, UnavailableError):
             return None
         if not seen and not shows_proof and end <= MAX_CACHED_BYTES:
             plans.put(key, plan)

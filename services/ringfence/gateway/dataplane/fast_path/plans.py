@@ -18,7 +18,7 @@ from ringfence.gateway.dataplane.http1_body import Body, SizedBody, response_bod
 from ringfence.gateway.dataplane.http1_head import RequestHead, parse_response
 from ringfence.gateway.dataplane.request_reader import ListenerContext
 from ringfence.gateway.dataplane.secret_redaction import needles_of
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Origin
 
 MAX_PLANS: Final = 4096
@@ -139,7 +139,7 @@ def response_plan(head: bytes, method: str) -> ResponsePlan | None:
 def _make_response_plan(head: bytes, method: str) -> ResponsePlan | None:
     try:
         response = parse_response(head)
-    except RefusedError:
+    except RequestRefusedError:
         return None
     body = response_body(response, method)
     sized = isinstance(body, SizedBody)
