@@ -21,7 +21,7 @@ _NUMBER: Final = re.compile(r"[0-9]+|0[xX][0-9a-fA-F]*")
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where requests are sent: scheme, host without brackets, port, and the authority for the `Host` field."""
+    """A destination of requests: scheme, host without brackets, port, and the authority for the `Host` field."""
 
     scheme: Scheme
     host: str
@@ -43,13 +43,13 @@ def canonical(authority: str, scheme: Scheme) -> str:
 
 def split_host_and_port(authority: str, scheme: Scheme) -> tuple[str, int]:
     """Host, without brackets, and port. Raises RequestRefusedError as `canonical` does."""
-    found = _AUTHORITY.fullmatch(authority)
-    if found is None:
+    match = _AUTHORITY.fullmatch(authority)
+    if match is None:
         raise _invalid(authority)
-    port = int(found[2]) if found[2] else PORTS[scheme]
+    port = int(match[2]) if match[2] else PORTS[scheme]
     if port > 65535:
         raise _invalid(authority)
-    return _host(found[1].lower(), authority), port
+    return _host(match[1].lower(), authority), port
 
 
 @functools.lru_cache(maxsize=1024)

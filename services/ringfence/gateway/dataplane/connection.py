@@ -31,7 +31,7 @@ from ringfence.gateway.hosts import canonical, split_host_and_port
 from ringfence.kernel.base import metrics
 
 MAX_READ_BYTES: Final = 1024 * 1024
-"""No more of a body is read before the decision."""
+"""The most bytes of a body that are read before the decision."""
 _PROXY_AUTHENTICATION_REQUIRED: Final = 407
 _LINGER_S: Final = 1.0
 _LINGER_BYTES: Final = 256 * 1024
@@ -356,22 +356,20 @@ class ReceivedRequest:
         self._read_body = read
         self._max_bytes = max_bytes
         self.body: bytes | None = None
-        """What was read before the decision. These bytes are forwarded first."""
+        """The bytes that were read before the decision. They are forwarded first."""
 
     async def read(self) -> bytes | None:
-        """The whole body; None where it is too long, which counts as not read. Raises what `read` raises."""
+        """The whole body; None if it is too long, which counts as not read. Raises what the callback raises."""
         self.body = await self._read_body()
         return self.body if len(self.body) <= self._max_bytes else None
 
     async def read_body(self) -> bytes | None:
-        """See `HoldableRequest`."""
         try:
             return await self.read() if self.body is None else None
         except (RequestRefusedError, DisconnectedError, PeerTimeoutError):
             return None
 
     def on_disconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """See `HoldableRequest`."""
         if not self._client.alive:
             callback()
             return lambda: None

@@ -78,14 +78,14 @@ class Timeouts:
 
 @dataclass(slots=True)
 class ForwardedRequest:
-    """A request that is forwarded, and what is still to come of its body."""
+    """A request that is forwarded, and the rest of its body."""
 
     head: RequestHead
     attempt: Attempt
     verdict: Verdict
     body: Body
     body_read: bytes | None
-    """What was read of the body for the decision: all of it if `body` is done, else too much to be decided on."""
+    """The part of the body that was read for the decision: all of it if `body` is done, else too much to decide on."""
 
 
 def is_observed(verdict: Verdict) -> bool:
@@ -93,7 +93,7 @@ def is_observed(verdict: Verdict) -> bool:
 
 
 def never_expired() -> bool:
-    return False  # it uses no lease
+    return False  # an observed request uses no lease
 
 
 class StaleConnectionError(RingfenceError):
@@ -194,7 +194,7 @@ class Exchange:
         return self._refused is None
 
     def finish(self) -> None:
-        """Release what the exchange holds."""
+        """Release the resources of the exchange."""
         self.unsubscribe()
         self._client.on_disconnect = None
         if self._uploading is not None:
@@ -406,7 +406,7 @@ class Exchange:
                 self._abort_response(client, error)
 
     def _last_event(self, event_filter: EventStreamFilter | None) -> bytes:
-        """What is left in the filter when the connection ends."""
+        """The rest of the data in the filter, at the end of the connection."""
         try:
             return event_filter.last(b"") if event_filter is not None else b""
         except RequestRefusedError as error:
@@ -437,7 +437,7 @@ class Exchange:
             self._client, upstream, Redactor(self._needles), self._check_cut, idle_s=self._timeouts.stream_s
         )
 
-    # --- what goes wrong ----------------------------------------------------------------------------------------------
+    # --- faults -------------------------------------------------------------------------------------------------------
 
     async def _read_more(self, upstream: Stream, timeout_s: float, *, began: bool) -> None:
         upstream.deadline = time.monotonic() + timeout_s if self._uploaded() else None
@@ -456,7 +456,7 @@ class Exchange:
             upstream.deadline = None
 
     def on_client_disconnect(self) -> None:
-        """Abort the request: nobody waits for its response."""
+        """Abort the request: no client waits for its response any more."""
         if self.upstream is not None:
             self.upstream.abort()
 
@@ -489,7 +489,7 @@ def do_nothing() -> None:
 
 
 async def _drain(upstream: Stream) -> bool:
-    """Whether the target took what was written. If it did not in time, the reader of its response reports that."""
+    """Whether the target took the written data. If it did not in time, the reader of its response reports that."""
     try:
         await upstream.drain()
     except PeerTimeoutError:

@@ -74,7 +74,7 @@ class Forwarder:
         return exchange
 
     async def resume(self, exchange: Exchange) -> bool:
-        """Wait for the response to a request that was taken over. See `forward`."""
+        """Wait for the response to a request that was taken over. Returns and raises as `forward`."""
         assert exchange.upstream is not None, "it was sent"
         try:
             return await self._run(exchange, exchange.upstream, reused=True, begun=True)

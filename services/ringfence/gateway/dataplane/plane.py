@@ -306,5 +306,5 @@ def _remove(path: Path) -> None:
 def _spiffe_id(certificate: Any) -> str | None:
     """The SPIFFE ID in a verified certificate: its only URI (X.509-SVID, 2)."""
     names = certificate.get("subjectAltName", ()) if certificate else ()
-    found = [value for kind, value in names if kind == "URI"]
-    return found[0] if len(found) == 1 and found[0].startswith("spiffe://") else None
+    uris = [value for kind, value in names if kind == "URI"]
+    return uris[0] if len(uris) == 1 and uris[0].startswith("spiffe://") else None

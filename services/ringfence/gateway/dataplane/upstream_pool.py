@@ -67,12 +67,14 @@ class UpstreamPool:
         """Close connections that were idle for too long, or were closed by the target."""
         now = time.monotonic()
         for origin, idle in list(self._idle.items()):
-            kept = deque(one for one in idle if one[0].alive and not one[0].buffer and one[1] > now)
+            usable = deque(
+                entry for entry in idle if entry[0].alive and not entry[0].buffer and entry[1] > now
+            )
             for stream, until in idle:
                 if until <= now or stream.buffer:
                     stream.abort()
-            if kept:
-                self._idle[origin] = kept
+            if usable:
+                self._idle[origin] = usable
             else:
                 del self._idle[origin]
 
@@ -84,7 +86,7 @@ class UpstreamPool:
         self._idle.clear()
 
     def acquire_idle(self, origin: Origin) -> Stream | None:
-        """An idle connection; None where there is none."""
+        """An idle connection, or None."""
         idle = self._idle.get(origin)
         now = time.monotonic()
         while idle:

@@ -37,7 +37,7 @@ MAX_CREDENTIALS: Final = 100_000
 _TIMEOUT_S: Final = 12.0
 """The issuer reads Kafka for up to 10 s."""
 _NEGATIVE_CACHE_MS: Final = 1000
-"""How long a failed fetch is remembered, since many requests ask at once."""
+"""The time for which a failed fetch is remembered, since many requests ask at once."""
 
 
 class SealedCredentials:
@@ -67,7 +67,7 @@ class SealedCredentials:
         table.on_lease_end(self._forget)
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in records of `credential.reply`. Envelopes for other gateways are ignored."""
+        """Process records of `credential.reply`. Ignores envelopes for other gateways."""
         for record in records:
             if self._seal is None or not record.value.startswith(b"{"):
                 continue
@@ -85,11 +85,9 @@ class SealedCredentials:
                 )
 
     async def get(self, lease: Lease) -> Credential:
-        """The credential of a live lease, fetched from the issuer if needed. Raises UnavailableError if there is none
-        now.
-        """
-        kept = self.cached(lease)
-        return kept if kept is not None else self._credential(await self._fetch_once(lease), lease)
+        """The credential of a live lease, fetched from the issuer if needed. Raises UnavailableError if it has none."""
+        cached = self.cached(lease)
+        return cached if cached is not None else self._credential(await self._fetch_once(lease), lease)
 
     def cached(self, lease: Lease) -> Credential | None:
         """The credential, if it is in memory; otherwise None. Raises UnavailableError if it cannot be used."""
@@ -114,7 +112,7 @@ class SealedCredentials:
         if self._http is not None:
             await self._http.aclose()
 
-    # --- what came ---
+    # --- deliveries ---
 
     def _open(self, envelope: bytes, at_s: float) -> CredentialDelivery:
         assert self._seal is not None
@@ -135,7 +133,7 @@ class SealedCredentials:
         self._deliveries.pop(lease_id, None)
         self._missing_until_ms.pop(lease_id, None)
 
-    # --- what is asked for ---
+    # --- fetches ---
 
     async def _fetch_once(self, lease: Lease) -> CredentialDelivery:
         """Fetch from the issuer, once for all requests that wait for it."""

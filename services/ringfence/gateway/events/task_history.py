@@ -23,9 +23,7 @@ class _Task:
 
 
 class TaskHistory:
-    """Counts since the start of this process, of this replica alone: a limit over several replicas is divided among
-    them.
-    """
+    """Counts of this replica since its start. A limit over several replicas has to be divided among them."""
 
     def __init__(self) -> None:
         self._tasks: OrderedDict[str, _Task] = OrderedDict()

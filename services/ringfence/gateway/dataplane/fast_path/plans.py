@@ -27,7 +27,7 @@ MAX_CACHED_BYTES: Final = 2048
 
 
 class RequestPlan:
-    """How one request is forwarded."""
+    """The plan by which one request is forwarded."""
 
     __slots__ = (
         "_head",
@@ -112,7 +112,7 @@ def route_key(listener: ListenerContext) -> bytes:
 
 
 class ResponsePlan:
-    """How a response head is forwarded, if the whole response has arrived."""
+    """The plan by which a response head is forwarded, if the whole response has arrived."""
 
     __slots__ = ("head", "length", "plain", "reusable")
 
@@ -128,7 +128,7 @@ class ResponsePlan:
 
 
 def response_plan(head: bytes, method: str) -> ResponsePlan | None:
-    """The plan for a response to a request of this method; None where it needs the slow path."""
+    """The plan for a response to a request of this method; None if it needs the slow path."""
     return (
         _cached_response_plan(head, method)
         if len(head) <= MAX_CACHED_BYTES
