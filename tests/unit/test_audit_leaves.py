@@ -42,7 +42,7 @@ def fed(tree: Leaves, *ways: Way) -> None:
 
 def candidates(db: sqlite3.Connection, tree: Leaves) -> int:
     (count,) = db.execute("SELECT count(*) FROM candidates").fetchone()
-    assert count == tree._candidates
+    assert count == tree._candidate_count
     return int(count)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.audit.trail.chain_recovery import _Entry, _find_unauthorised, _PartitionEnd
+from ringfence.audit.trail.chain_recovery import _find_unauthorised, _PartitionEnd, _TrailEntry
 from ringfence.audit.trail.unauthorised_records import UnauthorisedOffsets, UnauthorisedRecords
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.topics import AUDIT
@@ -173,7 +173,7 @@ def strays_of(values: Sequence[bytes], tip: Tip, mark: int | None, *, start: int
         if told is None or link is None:
             stretch.add_unlinked(offset, is_event=told is not None)
             continue
-        stretch.entries.append(_Entry(range(offset, offset + 1), True, link, hashed))
+        stretch.entries.append(_TrailEntry(range(offset, offset + 1), True, link, hashed))
         stretch.predecessors[hashed] = told.uid, bytes.fromhex(link.prev)
     return [offset for places in _find_unauthorised(stretch, "0", tip, mark) for offset in places]
 

@@ -59,7 +59,6 @@ class MalformedRecordHandler:
         self._caught_up = caught_up
 
     def batches(self) -> dict[Topic[Any], BatchHandler]:
-        """The batch handler by topic."""
         handlers: dict[Topic[Any], Handler] = {
             HEARTBEAT: self._heartbeat,
             AUDIT_CHECKPOINT: self._checkpoint,

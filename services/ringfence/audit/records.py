@@ -90,7 +90,7 @@ class AuditHandlers:
     ) -> None:
         """Args:
             use_of: finds the `unmapped` fields of a use of break glass by its request's id, if it is indexed.
-            send_dead_letter: sends an invalid record to the dead letters, on topics where no other service does so.
+            send_dead_letter: sends an invalid record to the dead letters, on topics that no other service dead-letters.
             settle_ms: the age up to which a record waits for its signer, agent or task in the local tables.
         """  # fmt: skip
         self._send_dead_letter = send_dead_letter

@@ -68,7 +68,7 @@ class Attempt:
     """One request, undecoded. The bytes that are decided on are the bytes that are sent."""
 
     authority: str | None
-    """Host and port that the request is for, where the target is found by host; None where `target_id` names it."""
+    """Host and port that the request is for, if the target is found by host; None if `target_id` names it."""
     scheme: Literal["http", "https"]
     method: str
     target: str
@@ -164,9 +164,9 @@ class Verdict:
     task_id: str | None = None
     """The task that the request counted for, if known."""
     mcp: McpExchange | None = None
-    """Set where the request was allowed at an MCP endpoint."""
+    """Set if the request was allowed at an MCP endpoint."""
     rpc: RpcErrorReply | None = None
-    """Set where the request was posted to an MCP endpoint and refused."""
+    """Set if the request was posted to an MCP endpoint and refused."""
     observed: bool = False
     """It is not allowed, but forwarded to `target` as the agent sent it (observe mode): with its own `Authorization`,
     without the headers of its handle and proof. Nothing is injected, and no lease is involved.

@@ -58,7 +58,6 @@ class AuditApi:
         self._authenticator = authenticator
 
     def routes(self) -> list[Route]:
-        """The routes of this API."""
         return [
             Route("/v1/trace/{id}", self._trace, methods=["GET"]),
             Route("/v1/events", self._events, methods=["GET"]),

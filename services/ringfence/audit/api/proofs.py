@@ -27,7 +27,6 @@ class ProofApi:
         self._viewer_of = viewer_of
 
     def routes(self) -> list[Route]:
-        """The routes of this API."""
         return [
             Route("/v1/checkpoints", self._checkpoints, methods=["GET"]),
             Route("/v1/checkpoints/{tree}/consistency", self._consistency, methods=["GET"]),

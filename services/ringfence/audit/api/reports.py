@@ -43,7 +43,6 @@ class ReportApi:
         self._complete = complete
 
     def routes(self) -> list[Route]:
-        """The routes of this API."""
         return [
             Route("/v1/who", self._who, methods=["GET"]),
             Route("/v1/export", self._export, methods=["GET"]),

@@ -240,7 +240,6 @@ class SqliteIndex:
         self._uses: dict[str, dict[str, Any]] = {}
 
     def close(self) -> None:
-        """Close the database."""
         self._db.close()
 
     # --- input ---

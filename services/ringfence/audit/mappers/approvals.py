@@ -41,7 +41,6 @@ class ApprovalMapper(RecordMapper):
         self._use_of = use_of
 
     def by_topic(self) -> dict[Topic[Any], Mapper]:
-        """The mapper of each topic."""
         return {
             APPROVAL_REQUEST: self._approval_request,
             APPROVAL_RESPONSE: self._response,

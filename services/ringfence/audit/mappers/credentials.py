@@ -21,7 +21,6 @@ class CredentialMapper(RecordMapper):
     """Maps `credential.request`, `credential.decision` and `credential.reply`."""
 
     def by_topic(self) -> dict[Topic[Any], Mapper]:
-        """The mapper of each topic."""
         return {
             CREDENTIAL_REQUEST: self._request,
             CREDENTIAL_DECISION: self._decision,

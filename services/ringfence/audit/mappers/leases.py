@@ -24,7 +24,6 @@ class LeaseMapper(RecordMapper):
         self._epochs = epochs
 
     def by_topic(self) -> dict[Topic[Any], Mapper]:
-        """The mapper of each topic."""
         return {
             LEASE: self._lease,
             REVOCATION_REQUEST: self._revocation,

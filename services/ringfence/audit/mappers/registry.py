@@ -33,7 +33,6 @@ class RegistryMapper(RecordMapper):
         self._bundles = bundles
 
     def by_topic(self) -> dict[Topic[Any], Mapper]:
-        """The mapper of each topic."""
         return {
             TRUST: self._trust,
             REGISTRY_COMMAND: self._command,

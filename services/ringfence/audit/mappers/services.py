@@ -18,7 +18,6 @@ class ServiceMapper(RecordMapper):
     """Maps `service.event`, `action` and `dead.letter`."""
 
     def by_topic(self) -> dict[Topic[Any], Mapper]:
-        """The mapper of each topic."""
         return {
             SERVICE_EVENT: self._service_event,
             ACTION: self._action,

@@ -54,7 +54,7 @@ class _UnsignedEvent:
     """Whether `audit.intake` must still keep its handover, if there was one."""
 
 
-class _Entry(NamedTuple):
+class _TrailEntry(NamedTuple):
     """A record with a link, or consecutive records without one."""
 
     offsets: range
@@ -72,7 +72,7 @@ class _PartitionEnd:
     start: int
     """The first offset that the whole partition still keeps."""
     end: int
-    entries: list[_Entry] = field(default_factory=list)
+    entries: list[_TrailEntry] = field(default_factory=list)
     unsigned: list[_UnsignedEvent] = field(default_factory=list)
     predecessors: dict[Hash, tuple[str, Hash]] = field(default_factory=dict)
     """By the leaf hash of each event: its uid, and the leaf hash that it names as its predecessor's."""
@@ -82,7 +82,7 @@ class _PartitionEnd:
         first = offset
         if self.entries and self.entries[-1].link is None and self.entries[-1].is_event == is_event:
             first = self.entries.pop().offsets.start
-        self.entries.append(_Entry(range(first, offset + 1), is_event))
+        self.entries.append(_TrailEntry(range(first, offset + 1), is_event))
 
 
 async def recover_chains(
@@ -166,7 +166,7 @@ async def _read_end(
                 tail.add_unlinked(record.offset, is_event=event is not None)
                 continue
             leaf, first_seq = leaf_hash(record.value), first_seq or link.seq
-            tail.entries.append(_Entry(range(record.offset, record.offset + 1), True, link, leaf))
+            tail.entries.append(_TrailEntry(range(record.offset, record.offset + 1), True, link, leaf))
             tail.predecessors[leaf] = event.uid, bytes.fromhex(link.prev)
             if link.seq > signed.head.size:
                 digest, has_handover = (

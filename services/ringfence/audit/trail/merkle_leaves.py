@@ -42,8 +42,7 @@ class Leaves:
         self._signed: tuple[int, Hash] = 0, NOTHING
         self._awaited = 0
         """The number of the last signed event while it is missing, else 0."""
-        self._candidates = 0
-        """The number of candidates."""
+        self._candidate_count = 0
         self._highest = 0
         """No candidate has a higher number than this."""
 
@@ -90,7 +89,7 @@ class Leaves:
         # The main branch may have continued from a forged event, so that all true ones are candidates. It is not
         # switched each time that a candidate is ahead: a switch moves fewer events than came since the last one,
         # whatever an attacker writes.
-        if number - self.main_branch.size >= max(ROW, self._candidates // 2):
+        if number - self.main_branch.size >= max(ROW, self._candidate_count // 2):
             with self._transaction():
                 self._switch_to(number, leaf, keep=True)
         return True
@@ -130,15 +129,15 @@ class Leaves:
                 self._awaited = size
                 return
             self.settled, self._awaited = size, 0
-            if self._candidates:
-                self._candidates -= self._db.execute(
+            if self._candidate_count:
+                self._candidate_count -= self._db.execute(
                     "DELETE FROM candidates WHERE tree = ? AND number <= ?", (self._tree, size)
                 ).rowcount
                 self._extend_by_candidates()
 
     def _extend_by_candidates(self) -> None:
         """Extend the main branch by candidates: after a switch, its next events may be among them."""
-        while self._candidates:
+        while self._candidate_count:
             number, tip = self.main_branch.size + 1, bytes.fromhex(self._tip)
             row = self._db.execute(
                 "SELECT leaf FROM candidates WHERE tree = ? AND number = ? AND prev = ? LIMIT 1",
@@ -167,7 +166,7 @@ class Leaves:
 
     def _candidate_prev(self, number: int, leaf: Hash) -> Hash | None:
         """The leaf hash of a candidate's predecessor; None if there is no such candidate."""
-        if not self._candidates or number > self._highest:
+        if not self._candidate_count or number > self._highest:
             return None
         row = self._db.execute(
             "SELECT prev FROM candidates WHERE tree = ? AND number = ? AND leaf = ?",
@@ -180,7 +179,7 @@ class Leaves:
         added = self._db.execute(
             "INSERT OR IGNORE INTO candidates VALUES (?, ?, ?, ?)", (self._tree, number, leaf, prev)
         ).rowcount
-        self._candidates += added
+        self._candidate_count += added
         return added == 1
 
     def _delete_candidates(self, first_number: int, *leaves: Hash) -> None:
@@ -189,7 +188,7 @@ class Leaves:
             "DELETE FROM candidates WHERE tree = ? AND number = ? AND leaf = ?",
             ((self._tree, number, leaf) for number, leaf in enumerate(leaves, first_number)),
         )
-        self._candidates -= len(leaves)
+        self._candidate_count -= len(leaves)
 
 
 def _parse_hash(text: Any) -> Hash | None:

@@ -79,7 +79,6 @@ class ProofStore:
         """By tree: the last head whose root was compared with the root of the leaves."""
 
     def close(self) -> None:
-        """Close the database."""
         self._db.close()
 
     def heads(self) -> list[SignedHead]:

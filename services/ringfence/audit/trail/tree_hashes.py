@@ -29,7 +29,6 @@ class TreeHashes:
         """By stored level: the last row, which is not full yet."""
 
     def append(self, leaf: Hash) -> None:
-        """Add a leaf."""
         self.size += 1
         self._leaves += leaf
         if not self.size % ROW:

@@ -103,7 +103,7 @@ class AgentConnection:
             self._slot.end()
 
     async def _read_head(self) -> bytes | None:
-        """Read the next head. None where the fast path handed a request over instead, see `FastPath`."""
+        """Read the next head. None if the fast path handed a request over instead, see `FastPath`."""
         client, timeouts, fast_path = self._client, self._shared.timeouts, self._fast_path
         client.deadline = time.monotonic() + (timeouts.head_s if client.buffer else timeouts.idle_s)
         begun, seen = fast_path.count if client.buffer else None, 0

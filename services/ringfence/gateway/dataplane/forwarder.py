@@ -82,7 +82,7 @@ class Forwarder:
             exchange.finish()
 
     async def _credential_and_origin(self, verdict: Verdict) -> tuple[Mapping[str, str] | None, Origin]:
-        """The headers to inject, None where the request is forwarded unchanged; and the origin of the target."""
+        """The headers to inject, None if the request is forwarded unchanged; and the origin of the target."""
         as_it_came = is_observed(verdict)
         if verdict.target is None or (verdict.lease is None and not as_it_came):
             raise RequestRefusedError(503, "undecided", "the decision names no lease; try again")

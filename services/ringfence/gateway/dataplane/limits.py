@@ -228,7 +228,6 @@ class RequestSlot:
         return None
 
     def end(self) -> None:
-        """End the request."""
         if self._sender_usage is not None:
             self._sender_usage.end()
             self._sender_usage = None

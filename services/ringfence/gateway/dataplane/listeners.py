@@ -166,9 +166,7 @@ def _pem_error(error: OSError) -> str:
 
 
 def _raise_file_limit(count: int) -> None:
-    """Raise the limit of open files. Each connection takes one; where the machine allows fewer, further ones are
-    dropped.
-    """
+    """Raise the limit of open files: each connection takes one. Connections beyond the limit are dropped."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     new_limit = count if hard == resource.RLIM_INFINITY else min(count, hard)
     if soft != resource.RLIM_INFINITY and soft < new_limit:

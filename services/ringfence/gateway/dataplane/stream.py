@@ -321,7 +321,6 @@ class DeadlineTimer:
         self._look()
 
     def stop(self) -> None:
-        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -41,7 +41,7 @@ from ringfence.model.http_targets.request_map import MAX_BODY_BYTES
 log = logging.getLogger(__name__)
 
 NO_CREDENTIAL: Final = "none"
-"""The value of `Authorization` where the credential goes into another header: some proxies would drop an empty one."""
+"""The value of `Authorization` if the credential goes into another header: some proxies would drop an empty one."""
 LABEL: Final = "X-Ringfence-Label"
 HANDLE: Final = "X-Ringfence-Handle"
 """The header for the handle of an agent that sends an `Authorization` of its own: `X-Ringfence-Handle: LEASE`."""
@@ -68,7 +68,7 @@ _ENVOY_PREFIX: Final = re.compile(r"^/authz/envoy(-target/[^/]*)?(?=/)")
 _NO_STORE: Final = {"Cache-Control": "no-store"}
 
 ReadQuestion = Callable[[Request], Awaitable[tuple[PresentedIdentity, Attempt] | None]]
-"""Reads the request that a proxy asks about; None where the question is ambiguous."""
+"""Reads the request that a proxy asks about; None if the question is ambiguous."""
 
 
 class ProxyAuth:

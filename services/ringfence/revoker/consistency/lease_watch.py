@@ -180,7 +180,7 @@ class LeaseWatch:
         raise LostError("Redis is of an older epoch than Kafka")
 
     def _mark_void(self, records: Sequence[_ArrivedRecord]) -> list[_ArrivedRecord]:
-        """Mark records of earlier epochs than Redis's as void, where no marker came before them."""
+        """Mark records of earlier epochs than Redis's as void, if no marker came before them."""
         epoch = number_of(self._store.epoch)
 
         def mark(record: _ArrivedRecord) -> _ArrivedRecord:

@@ -86,7 +86,6 @@ class PlanCache:
         return len(self._plans)
 
     def get(self, key: bytes) -> RequestPlan | None:
-        """The plan with this key."""
         return self._plans.get(key)
 
     def put(self, key: bytes, plan: RequestPlan) -> None:
