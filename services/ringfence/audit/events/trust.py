@@ -150,7 +150,9 @@ class BundleHistory:
         self._trust = trust
         self._in_force: TrustBundle | None = None
         self._next = 0
-        self._seen: BoundedDict[int, BundleRecord | InvalidMessageError] = BoundedDict(_REMEMBERED_RECORDS)
+        self._classified: BoundedDict[int, BundleRecord | InvalidMessageError] = BoundedDict(
+            _REMEMBERED_RECORDS
+        )
 
     def on_records(self, records: Sequence[Received]) -> None:
         """Classify the records of the topic."""
@@ -160,7 +162,7 @@ class BundleHistory:
     def record_of(self, record: Received) -> BundleRecord:
         """The classification of a record. Raises InvalidMessageError if it is no valid bundle."""
         self._read(record)
-        classified = self._seen.get(record.offset)
+        classified = self._classified.get(record.offset)
         if classified is None:
             raise InvalidMessageError("too many bundles came after it", code="bundle_forgotten")
         if isinstance(classified, InvalidMessageError):
@@ -172,9 +174,9 @@ class BundleHistory:
             return
         self._next = record.offset + 1
         try:
-            self._seen[record.offset] = self._classify(record)
+            self._classified[record.offset] = self._classify(record)
         except InvalidMessageError as error:
-            self._seen[record.offset] = error
+            self._classified[record.offset] = error
 
     def _classify(self, record: Received) -> BundleRecord:
         if not record.value:

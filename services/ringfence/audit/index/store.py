@@ -516,8 +516,10 @@ class SqliteIndex:
             collected, "revocation", self._values("revocation", "request", requests), "lease IS NULL"
         )
         if kind == "agent":
-            seen, seen_values = self._visible_to(viewer)
-            self._collect(collected, "agent", [id], "request IS NULL", "task IS NULL", *seen, **seen_values)
+            visible, visible_values = self._visible_to(viewer)
+            self._collect(
+                collected, "agent", [id], "request IS NULL", "task IS NULL", *visible, **visible_values
+            )
         rows = sorted(collected.items(), key=lambda item: item[1][0])
         return EventTrace(kind, id, [orjson.loads(row[1][1]) for row in rows], truncated)
 

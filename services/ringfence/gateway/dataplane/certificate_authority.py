@@ -63,11 +63,11 @@ class CertificateAuthority:
         """Certify exactly these hosts from now on. Returns whether agents that trust an older certificate lack one of
         them.
         """
-        wanted = frozenset(hosts)
-        added = wanted - self._hosts
-        if wanted != self._hosts:
-            self._certificate = self._sign_own(wanted)
-            self._contexts = {host: context for host, context in self._contexts.items() if host in wanted}
+        new_hosts = frozenset(hosts)
+        added = new_hosts - self._hosts
+        if new_hosts != self._hosts:
+            self._certificate = self._sign_own(new_hosts)
+            self._contexts = {host: context for host, context in self._contexts.items() if host in new_hosts}
         return bool(added)
 
     def write(self, path: Path) -> None:

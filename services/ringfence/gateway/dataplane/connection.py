@@ -106,11 +106,11 @@ class AgentConnection:
         """Read the next head. None if the fast path handed a request over instead, see `FastPath`."""
         client, timeouts, fast_path = self._client, self._shared.timeouts, self._fast_path
         client.deadline = time.monotonic() + (timeouts.head_s if client.buffer else timeouts.idle_s)
-        begun, seen = fast_path.count if client.buffer else None, 0
+        begun, searched = fast_path.count if client.buffer else None, 0
         fast_path.open()
         try:
-            while (head_bytes := take_head(client.buffer, seen)) is None:
-                seen = len(client.buffer)
+            while (head_bytes := take_head(client.buffer, searched)) is None:
+                searched = len(client.buffer)
                 try:
                     await client.read_more()
                 except PeerTimeoutError:
@@ -122,7 +122,7 @@ class AgentConnection:
                 if fast_path.needs_slow_path:
                     return None
                 if begun != fast_path.count:
-                    seen = 0
+                    searched = 0
                 if client.buffer and begun != fast_path.count:
                     begun = fast_path.count
                     client.deadline = time.monotonic() + timeouts.head_s
@@ -298,10 +298,10 @@ class AgentConnection:
         if not unread or not client.alive:
             return
         client.end()
-        left, client.deadline = _LINGER_BYTES, time.monotonic() + _LINGER_S
+        remaining, client.deadline = _LINGER_BYTES, time.monotonic() + _LINGER_S
         try:
-            while left > 0:
-                left -= len(client.buffer)
+            while remaining > 0:
+                remaining -= len(client.buffer)
                 client.buffer.clear()
                 await client.read_more()
         except (DisconnectedError, PeerTimeoutError):

@@ -117,21 +117,21 @@ class ResponseHead(Head):
     line: bytes
 
 
-def take_head(buffer: bytearray, seen: int = 0) -> bytes | None:
+def take_head(buffer: bytearray, searched: int = 0) -> bytes | None:
     """Take a head out of the buffer, without its empty line. None if more has to arrive.
 
-    `seen`: the length of the buffer that was searched before, so that a head which arrives byte by byte costs no more
-    than others. Raises RequestRefusedError for a head that is too long, or that cannot become valid.
+    `searched`: the length of the buffer that was searched before, so that a head which arrives byte by byte costs no
+    more than others. Raises RequestRefusedError for a head that is too long, or that cannot become valid.
     """
     if not buffer:
         return None
-    end = buffer.find(END_OF_HEAD, max(0, seen - len(END_OF_HEAD) + 1), MAX_HEAD_BYTES)
+    end = buffer.find(END_OF_HEAD, max(0, searched - len(END_OF_HEAD) + 1), MAX_HEAD_BYTES)
     if end < 0:
         if len(buffer) >= MAX_HEAD_BYTES:
             raise RequestRefusedError(
                 431, "head_too_large", f"the head of a message may have {MAX_HEAD_BYTES} bytes"
             )
-        if _BARE_CR_LF_OR_NUL.search(buffer, max(0, seen - 1)):
+        if _BARE_CR_LF_OR_NUL.search(buffer, max(0, searched - 1)):
             raise _malformed("a bare CR or LF, or a NUL, in its head")
         return None
     head = bytes(buffer[: end + 2])
@@ -208,9 +208,9 @@ def _parse_fields(section: bytes) -> FieldSection:
     values: dict[bytes, bytes] = {}
     for line in lines:
         raw_name, _, value = line.partition(b":")
-        name, kept = _field_name(raw_name)
+        name, has_meaning = _field_name(raw_name)
         fields.append((name, line))
-        if kept:
+        if has_meaning:
             if name not in values:
                 values[name] = value.strip(b" \t")
             elif name in _SINGLETON_FIELDS:

@@ -122,9 +122,9 @@ def _prepare_socket_folder(folder: Path) -> None:
         make_folders(folder)
         if folder.stat().st_mode & 0o022:
             raise SettingsError(f"RINGFENCE_GATEWAY_SOCKETS: others can write to {folder}; chmod go-w it")
-        for left in folder.iterdir():
-            if left.suffix in (".sock", ".new") and left.is_socket():
-                left.unlink()
+        for path in folder.iterdir():
+            if path.suffix in (".sock", ".new") and path.is_socket():
+                path.unlink()
     except OSError as error:
         raise SettingsError(f"RINGFENCE_GATEWAY_SOCKETS: {folder}: {error.strerror}") from None
 

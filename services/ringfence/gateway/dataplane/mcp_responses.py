@@ -107,7 +107,7 @@ class EventStreamFilter:
         self._answers = answers
         self._buffer = bytearray()
         self._lines: list[bytes] = []
-        self._held = 0
+        self._held_bytes = 0
         self._begun = False
 
     def feed(self, piece: bytes) -> bytes:
@@ -125,7 +125,7 @@ class EventStreamFilter:
             self._line(bytes(self._buffer[at : end.start()]), out)
             at = end.end()
         del self._buffer[:at]
-        if self._held + len(self._buffer) > MAX_MESSAGE_BYTES:
+        if self._held_bytes + len(self._buffer) > MAX_MESSAGE_BYTES:
             raise too_large()
         return b"".join(out)
 
@@ -140,9 +140,9 @@ class EventStreamFilter:
     def _line(self, line: bytes, out: list[bytes]) -> None:
         if line:
             self._lines.append(line)
-            self._held += len(line) + _LINE_COSTS
+            self._held_bytes += len(line) + _LINE_COSTS
             return
-        lines, self._lines, self._held = self._lines, [], 0
+        lines, self._lines, self._held_bytes = self._lines, [], 0
         out.append(self._event(lines))
 
     def _event(self, lines: list[bytes]) -> bytes:

@@ -142,8 +142,8 @@ class DataPlane:
             scheme: as agents see it, if a proxy before the gateway terminates their TLS.
             challenge: whether a CONNECT without evidence of its sender is asked for `Proxy-Authorization`.
         """  # fmt: skip
-        seen: Scheme = scheme or ("https" if tls is not None else "http")
-        known = frozenset(canonical(name, seen) for name in names)
+        agent_scheme: Scheme = scheme or ("https" if tls is not None else "http")
+        own_authorities = frozenset(canonical(name, agent_scheme) for name in names)
 
         def context_of(stream: Stream) -> ListenerContext:
             peer = stream.transport.get_extra_info("peername")
@@ -151,7 +151,12 @@ class DataPlane:
             address = (peer[0] if peer else "") if certificate is None else None
             sender = certificate if certificate is not None else sender_at(address or "")
             return ListenerContext(
-                sender, seen, known, certificate=certificate, challenge=challenge, address=address
+                sender,
+                agent_scheme,
+                own_authorities,
+                certificate=certificate,
+                challenge=challenge,
+                address=address,
             )
 
         def serve(stream: Stream) -> None:
@@ -166,9 +171,9 @@ class DataPlane:
                     self._write_batcher,
                     handshake_s=self._shared.timeouts.head_s,
                 )
-                taken_port = await tls_listener.open(host, port, _BACKLOG, serve, self._lost)
+                bound_port = await tls_listener.open(host, port, _BACKLOG, serve, self._lost)
                 self._tls_listeners.append(tls_listener)
-                return taken_port
+                return bound_port
             server = await asyncio.get_running_loop().create_server(
                 lambda: Stream(serve, self._lost, self._write_batcher), host, port, backlog=_BACKLOG
             )
@@ -177,8 +182,7 @@ class DataPlane:
                 f"cannot listen on {host}:{port}: it is in use, or not this machine's"
             ) from None
         self._servers.append(server)
-        taken: int = server.sockets[0].getsockname()[1]
-        return taken
+        return int(server.sockets[0].getsockname()[1])
 
     async def listen_for_task(self, path: Path, task_id: str) -> None:
         """Listen on a unix socket for one task (mode 0600). Raises ListenError."""

@@ -166,9 +166,9 @@ def _merge_redacted(data: bytes, redacted: Sequence[bytes]) -> bytes:
 def _secrets(value: str) -> set[str]:
     scheme = _SCHEME.match(value)
     bare = value[scheme.end() :] if scheme else value
-    word = scheme[0].strip().lower() if scheme else ""
-    whole = {bare} if word in _SCHEMES else {value, bare}
-    if word == "basic":
+    scheme_name = scheme[0].strip().lower() if scheme else ""
+    whole = {bare} if scheme_name in _SCHEMES else {value, bare}
+    if scheme_name == "basic":
         with contextlib.suppress(binascii.Error, UnicodeDecodeError):
             pair = base64.b64decode(bare, validate=True).decode("utf-8")
             whole = {bare, pair, pair.partition(":")[2]}

@@ -65,7 +65,7 @@ class LeaseTable:
         """
         self._clock = clock
         self._broker_ms = broker_ms or clock.now_ms
-        self._known: dict[str, _Entry] = {}
+        self._entries: dict[str, _Entry] = {}
         self._usable: dict[tuple[str, str], dict[str, dict[str, Lease]]] = {}
         """By agent and target: tasks, and their leases by id."""
         self._versions: dict[tuple[str, str], int] = {}
@@ -85,7 +85,7 @@ class LeaseTable:
         self._pruned_ms = 0
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._entries)
 
     # --- input ---
 
@@ -97,7 +97,7 @@ class LeaseTable:
         now_ms = self._clock.now_ms()
         if lease.deadline * 1000 + SLACK_MS <= now_ms:
             return
-        entry = self._known.get(lease.lease_id)
+        entry = self._entries.get(lease.lease_id)
         if entry is not None:
             if lease.seq <= entry.seq or entry.lease is None:
                 return
@@ -107,7 +107,7 @@ class LeaseTable:
                 )
                 return
             self._drop(entry.lease)
-        self._known[lease.lease_id] = _Entry(lease.seq, lease)
+        self._entries[lease.lease_id] = _Entry(lease.seq, lease)
         if lease.status == "active":
             if lease.delivery == "gateway":
                 key = (lease.agent_id, lease.target_id)
@@ -148,7 +148,7 @@ class LeaseTable:
         self._fences[selector_key] = issued_before_ms = before_ms
         self._fence_changes += 1
         for lease_id in list(self._watchers):
-            entry = self._known.get(lease_id)
+            entry = self._entries.get(lease_id)
             lease = entry.lease if entry is not None else None
             if lease is not None and matches(lease, selector_key) and is_covered(lease, issued_before_ms):
                 self._notify_end(lease_id)
@@ -174,12 +174,12 @@ class LeaseTable:
                     del times_ms[key]
 
     def _check_due(self, lease_id: str, now_ms: int) -> None:
-        entry = self._known.get(lease_id)
+        entry = self._entries.get(lease_id)
         if entry is None:
             return
         if entry.lease is None:
             if entry.kept_until_ms <= now_ms:
-                del self._known[lease_id]
+                del self._entries[lease_id]
             return
         deadline_ms = entry.lease.deadline * 1000
         if deadline_ms <= now_ms:
@@ -207,7 +207,7 @@ class LeaseTable:
 
     def get(self, lease_id: str) -> Lease | None:
         """The lease in its last known state; None if there is none, or if it ended a while ago."""
-        entry = self._known.get(lease_id)
+        entry = self._entries.get(lease_id)
         return entry.lease if entry is not None else None
 
     def usable(self, agent_id: str, task_id: str | None, target_id: str) -> list[Lease]:
@@ -235,7 +235,7 @@ class LeaseTable:
 
     def _problem_code(self, lease_id: str, now_ms: int) -> tuple[str, str] | None:
         """Code and message of the reason why a lease cannot be used."""
-        entry = self._known.get(lease_id)
+        entry = self._entries.get(lease_id)
         if entry is None or entry.lease is None or entry.lease.status != "active":
             return "lease_ended", "has ended"
         if entry.lease.deadline * 1000 <= now_ms:

@@ -53,7 +53,7 @@ class _ArrivedRecord:
     summary: LeaseSummary
     jws: bytes
     void: bool
-    known: bool
+    void_is_certain: bool
     """Whether a marker was seen before it. Otherwise Redis's epoch decides, which repairs too much at worst."""
 
     @property
@@ -111,8 +111,8 @@ class LeaseWatch:
             by_itself = not void and summary.lease_id not in self._undecided
             if by_itself and self._ended_here(summary, record.value, epoch):
                 continue  # like most ends, it agrees with Redis, and no other record of the lease is being checked
-            known = self._epochs.of(record.partition) is not None
-            self._take(_ArrivedRecord(summary, record.value, void, known))
+            void_is_certain = self._epochs.of(record.partition) is not None
+            self._take(_ArrivedRecord(summary, record.value, void, void_is_certain))
         self._news.set()
 
     def _take(self, record: _ArrivedRecord) -> None:
@@ -136,7 +136,7 @@ class LeaseWatch:
             return
         # A revoker that published a record too late checks it itself when it wakes.
         for summary, jws in summaries:
-            self._take(_ArrivedRecord(summary, jws, void=False, known=True))
+            self._take(_ArrivedRecord(summary, jws, void=False, void_is_certain=True))
         waiter = _Waiter(frozenset(summary.lease_id for summary, _ in summaries))
         self._waiting.append(waiter)
         self._news.set()
@@ -185,7 +185,7 @@ class LeaseWatch:
 
         def mark(record: _ArrivedRecord) -> _ArrivedRecord:
             void = record.summary.epoch is not None and number_of(record.summary.epoch) < epoch
-            return record if record.known or record.void == void else replace(record, void=void)
+            return record if record.void_is_certain or record.void == void else replace(record, void=void)
 
         return list(map(mark, records))
 

@@ -144,9 +144,9 @@ class Rebuilder:
         needed = missing | self._live_and_revoked(behind, revocations)
         granted = {id: record for id, record in fold.highest.items() if record.granted}
         only_counted = granted.keys() - needed.keys() - fold.contested
-        wanted, restored = granted | needed, 0
+        to_verify, restored = granted | needed, 0
         async for leases in verify_records(
-            self._settings, self._runtime.trust, self._runtime.clock, wanted, fold.contested, new_fold
+            self._settings, self._runtime.trust, self._runtime.clock, to_verify, fold.contested, new_fold
         ):
             await restoration.count_grants(leases)
             # If Kafka's highest record does not verify, Redis may have that one as well.

@@ -81,8 +81,8 @@ class Expiry:
         self._limit = settings.claim_limit
         self._visibility_ms = settings.visibility_ms
         self._outbox_age_ms = settings.outbox_age_ms
-        self._look_at = [0.0] * len(store.shards)
-        self._looked_at = [0.0] * len(store.shards)
+        self._next_look = [0.0] * len(store.shards)
+        self._last_look = [0.0] * len(store.shards)
         self._hinted = asyncio.Event()
         self._slots = asyncio.Semaphore(CONCURRENT_BATCHES)
         self._running = 0
@@ -93,12 +93,12 @@ class Expiry:
         async with asyncio.TaskGroup() as tasks:
             while True:
                 now = asyncio.get_running_loop().time()
-                due = [shard for shard in self._store.shards if self._look_at[shard] <= now]
+                due = [shard for shard in self._store.shards if self._next_look[shard] <= now]
                 try:
                     if due:
                         await self._end_due(due, now, tasks)
                     else:
-                        await self._wait(min(self._look_at) - now)
+                        await self._wait(min(self._next_look) - now)
                     failure, self._failure = self._failure, None
                 except Exception as error:  # noqa: BLE001 - logged below
                     failure = error
@@ -128,8 +128,8 @@ class Expiry:
             return
         claimed = await self._store.claim(shards, limit=self._limit, visibility_ms=self._visibility_ms)
         for shard_claim in claimed:
-            self._looked_at[shard_claim.shard] = now
-            self._look_at[shard_claim.shard] = now + self._pause_s(shard_claim, now)
+            self._last_look[shard_claim.shard] = now
+            self._next_look[shard_claim.shard] = now + self._pause_s(shard_claim, now)
             if len(shard_claim.leases) >= self._limit:
                 self._fast_path.on_full_claim(shard_claim.shard, shard_claim.now_ms)
         due = [(id, lease) for shard_claim in claimed for id, lease in shard_claim.leases.items()]
@@ -181,9 +181,9 @@ class Expiry:
         loop = asyncio.get_running_loop()
         since, hints = loop.time(), 0
         async for shard in expired:
-            soon = self._looked_at[shard] + _HINT_INTERVAL_S
-            if soon < self._look_at[shard]:
-                self._look_at[shard] = soon
+            soon = self._last_look[shard] + _HINT_INTERVAL_S
+            if soon < self._next_look[shard]:
+                self._next_look[shard] = soon
                 self._hinted.set()
             hints += 1
             if hints >= _MANY_HINTS:

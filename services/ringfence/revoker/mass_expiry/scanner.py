@@ -45,7 +45,7 @@ class ExpiryScanner:
         self._precompute = precompute
         self._clock = clock
         self._is_busy = is_busy
-        self._seen: list[Collection[str]] = [()] * len(store.shards)
+        self._last_due: list[Collection[str]] = [()] * len(store.shards)
         """By shard: the leases that were due soon at the last scan."""
 
     async def run(self) -> None:
@@ -65,8 +65,10 @@ class ExpiryScanner:
 
         New leases do not arrive in order of deadlines: Redis moves those of a later minute to the deadlines bit by bit.
         """
-        seen_before = self._seen[shard]
-        due = await self._store.due_soon(shard, within_ms=WITHIN_MS, limit=2 * MAX_ENDS // len(self._seen))
+        seen_before = self._last_due[shard]
+        due = await self._store.due_soon(
+            shard, within_ms=WITHIN_MS, limit=2 * MAX_ENDS // len(self._last_due)
+        )
         new = [id for id in due if id not in seen_before]
         while new:
             if self._is_busy():
@@ -77,4 +79,4 @@ class ExpiryScanner:
                 end = self._precompute(lease.record) if lease.status == "active" else None
                 if end is not None:
                     self._ends.add(end)
-        self._seen[shard] = frozenset(due)
+        self._last_due[shard] = frozenset(due)
