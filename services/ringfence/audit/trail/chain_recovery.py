@@ -209,9 +209,11 @@ def _recent_uids(tail: _PartitionEnd, last: Hash, max_uids: int) -> list[str]:
 def _find_unauthorised(tail: _PartitionEnd, tree: str, tip: Tip, judged_to: int | None) -> list[range]:
     """Offsets of the records that are not on the path from the tip of the chain back, from event to predecessor.
 
-    Some records are not judged: events before the first one on the path, as the path may be interrupted by lost or
-    unread events; without `judged_to`, records before the tip; and events without a link before the first event of the
-    chain, as they are older than the chain.
+    Not judged are:
+
+    - events before the first one on the path, as lost or unread events may interrupt the path;
+    - without `judged_to`, records before the tip;
+    - events without a link before the first event of the chain, as they are older than the chain.
     """
     path: set[Hash] = set()
     last = tip.last
