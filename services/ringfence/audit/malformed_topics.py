@@ -34,7 +34,7 @@ _ELSEWHERE = frozenset(
     for model in topic.models
     if topic is not AUDIT_CHECKPOINT and issubclass(model, Claims)
 )
-"""Messages that belong on other topics, whoever signed them."""
+"""The typs of messages that belong on other topics. Here they are invalid, whoever signed them."""
 
 
 class MalformedRecordHandler:
@@ -59,7 +59,6 @@ class MalformedRecordHandler:
         self._caught_up = caught_up
 
     def batches(self) -> dict[Topic[Any], BatchHandler]:
-        """The batch handler by topic."""
         handlers: dict[Topic[Any], Handler] = {
             HEARTBEAT: self._heartbeat,
             AUDIT_CHECKPOINT: self._checkpoint,
@@ -105,10 +104,10 @@ class MalformedRecordHandler:
         claims = verify(
             jws, AuditWitness, lambda iss, kid: chains.user_key(iss, kid, at_ms), audience=self._trust.trust_domain
         ).claims  # fmt: skip
-        who = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
-        if "auditor" not in chains.roles_at(who, at_ms):
+        auditor = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
+        if "auditor" not in chains.roles_at(auditor, at_ms):
             raise InvalidMessageError("whoever signed it is no auditor", code="not_auditor")
-        _check_place(record, f"{claims.tree}/{who}")
+        _check_place(record, f"{claims.tree}/{auditor}")
 
     def _require_trust(self, record: Received) -> None:
         require_trust(self._trust, [record], self._clock.now_ms())
