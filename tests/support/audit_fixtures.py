@@ -152,7 +152,6 @@ class AuditFixtures:
             settle_ms=self.own.settle_ms,
         )
         self.directory.on_change(self.handlers.on_change)
-        self.batches = self.handlers.batches()
         self.states: dict[tuple[Topic[Any], str], tuple[int, AnyState, tuple[EmbeddedCommand, ...]]] = {}
         self.scope = (Permission(target="staging", verbs=("deploy",), resources=("env/staging/*",)),)
         self.task = ""
@@ -229,7 +228,7 @@ class AuditFixtures:
         """The events that audit makes of records, in order."""
         before = len(self.published.events)
         for record in records:
-            await self.batches[record.topic]([record])
+            await self.handlers.handle_batch([record])
         return self.published.events[before:]
 
     async def event(self, record: Received) -> dict[str, Any]:

@@ -115,8 +115,10 @@ def test_a_subscriber_without_a_group_is_refused() -> None:
 def test_single_records_need_dead_letters(order: Any) -> None:
     async def handle(record: Received) -> None: ...
 
+    router = GroupRouter()
+    router.subscriber(LEASE, group=ConsumerGroup("g"), order=order)(handle)
     with pytest.raises(SetupError, match="group g needs dead letters"):
-        GroupRouter().subscriber(LEASE, group=ConsumerGroup("g"), order=order)(handle)
+        GroupBroker(SETTINGS).include(router)
 
 
 async def test_a_batch_comes_whole_and_what_it_raises_is_raised() -> None:

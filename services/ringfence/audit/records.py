@@ -43,7 +43,7 @@ from ringfence.kernel.crypto.jwe import unverified_kid
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.multi_recipient_jwe import recipients_of, unverified_about
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.batch_handlers import BatchHandler, gather_all
+from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import (
     ActionApproval,
@@ -73,7 +73,6 @@ from ringfence.messages.topics import (
     AGENT,
     APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
-    AUDITED,
     CREDENTIAL_DECISION,
     CREDENTIAL_REPLY,
     CREDENTIAL_REQUEST,
@@ -171,15 +170,11 @@ class AuditHandlers:
             DEAD_LETTER: self._dead_letter,
         }
 
-    def batches(self) -> dict[Topic[Any], BatchHandler]:
-        """The batch handler by topic: one for all, as handing all events over at once costs less."""
-        return dict.fromkeys(AUDITED, self._handle)
-
     def on_change(self, kind: str, id: str) -> None:
         """Callback of the local tables: pending events are tried again."""
         self._tables_changed.set()
 
-    async def _handle(self, batch: Sequence[Received]) -> None:
+    async def handle_batch(self, batch: Sequence[Received]) -> None:
         """Handle the records of one topic after those of the topic before it. Raises UnavailableError without trust."""
         require_trust(self._trust_store, batch, self._clock.now_ms())
         ready: list[_PreparedEvent] = []

@@ -23,12 +23,13 @@ from ringfence.issuer.limits import LeaseLimits, LeaseLimitValues
 from ringfence.issuer.minting import Minter
 from ringfence.issuer.resealing import GatewayHttp, Resealer
 from ringfence.issuer.settings import IssuerSettings
+from ringfence.issuer.subscribers import router
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
 from ringfence.kernel.crypto.encryption_keys import EncryptionKeys
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, HEARTBEAT
+from ringfence.messages.topics import APPROVAL_RESPONSE, HEARTBEAT
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.revoker_halts import RevokerHalts
 from ringfence.model.records.alarms import report_alarms
@@ -120,7 +121,7 @@ def build(
     async def settle() -> None:
         granted.settle()
 
-    runtime.consume("issuer", {CREDENTIAL_DECISION: handler}, on_assigned=settle)
+    runtime.consume(router(decisions=handler, on_assigned=settle))
     authenticator = Authenticator(directory, runtime.role, runtime.clock)
     runtime.routes += IssuerHttp(
         issuer_url=settings.issuer_url,

@@ -53,7 +53,7 @@ class ConsumerGroup:
     name: str
     """Without the topic prefix."""
     dead_letters: DeadLetters | None = None
-    """Where invalid records go. Groups whose subscribers take single records need it."""
+    """Where invalid records go. A group whose subscribers take single records is not read without."""
     max_records: int = 32
     linger_ms: int = 0
     on_assigned: Callable[[], Awaitable[None]] | None = None
@@ -73,6 +73,9 @@ class GroupSubscriber(BatchSubscriber):
 
     group: ConsumerGroup
     reads: tuple[Topic[Any], ...]
+    order: Order
+    function: Callable[[Any], Awaitable[Any]]
+    """As it was declared."""
 
     async def start(self) -> None:
         """Get ready to be handed batches. Upstream would start a consumer here."""
@@ -147,10 +150,11 @@ class GroupRegistrator(KafkaRegistrator):
                 ack_policy=AckPolicy.MANUAL,
                 no_reply=True,
                 auto_offset_reset="none",
-                description=inspect.getdoc(handler),
+                description=f"{inspect.getdoc(handler)}\n\nConsumer group: {group.name}.",
             )
             subscriber.__class__ = GroupSubscriber  # upstream makes its subscribers in a function of its own
             subscriber.group, subscriber.reads = group, topics
+            subscriber.order, subscriber.function = order, handler
             subscriber(_declared_function(handler, _batch_handler(handler, order, group)))
             group.subscribers.append(subscriber)
             if group not in self.groups:
@@ -215,6 +219,8 @@ class GroupBroker(GroupRegistrator, KafkaBroker):
         return added
 
     def _consumer(self, group: ConsumerGroup) -> Consumer:
+        if group.dead_letters is None and any(one.order != "batch" for one in group.subscribers):
+            raise SetupError(f"the group {group.name} needs dead letters: it handles records one by one")
         return Consumer(
             self._settings,
             group.name,
@@ -339,8 +345,12 @@ def _batch_handler(handler: Any, order: Order, group: ConsumerGroup) -> BatchHan
         whole: BatchHandler = handler
         return whole
     if group.dead_letters is None:
-        raise SetupError(f"the group {group.name} needs dead letters: it handles records one by one")
+        return _not_read  # declared to be described
     return (sequential if order == "sequential" else concurrent)(handler, group.dead_letters)
+
+
+async def _not_read(batch: Sequence[Received]) -> None:
+    raise SetupError("a group without dead letters handles no single records")
 
 
 def _declared_function(handler: Callable[..., Any], handle_batch: BatchHandler) -> Callable[[_Batch], Any]:
