@@ -11,9 +11,11 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import httpx
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from faststream import BaseMiddleware
 
+from ringfence.dev.stack import Stack
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings
@@ -21,6 +23,7 @@ from ringfence.kernel.kafka.dead_letters import DeadLetters, HaltedError
 from ringfence.kernel.kafka.faststream_adapter import ConsumerGroup, GroupBroker, GroupRouter
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import SERVICE_ROLES
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 
 WITHIN_S = 60
@@ -232,6 +235,26 @@ async def test_a_rebalance_in_the_middle_of_a_batch_loses_nothing(
             await two.drain()
     assert second, "the member that joined took over a partition"
     assert await committed(settings) == len(keys)
+
+
+PAGES = (
+    "", "/", "/docs", "/docs/asyncapi", "/docs/asyncapi/try", "/asyncapi", "/asyncapi/try", "/asyncapi.json",
+    "/asyncapi.yaml", "/schema", "/try", "/redoc", "/openapi.json",
+)  # fmt: skip
+"""Where FastStream, and what is like it, serves its pages."""
+
+
+def test_no_service_serves_a_page_of_its_description_or_lets_anybody_try_it(stack: Stack) -> None:
+    """FastStream's page loads scripts from elsewhere, and its route `/try` publishes for whoever asks."""
+    roles = [role for role in stack.options.services if role in SERVICE_ROLES and role != "gateway"]
+    assert {"registry", "policy", "issuer", "revoker", "audit"} <= set(roles)
+    for role in roles:
+        assert httpx.get(f"{stack.url(role)}/healthz").status_code == 200
+        for page in PAGES:
+            for method in ("GET", "POST"):
+                answer = httpx.request(method, f"{stack.url(role)}{page}", json={})
+                assert answer.status_code in (404, 405), (role, method, page)
+                assert "asyncapi" not in answer.text.lower(), (role, method, page)
 
 
 async def test_single_records_that_are_invalid_are_dead_lettered_and_committed(

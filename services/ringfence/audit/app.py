@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from faststream import FastStream
+
 from ringfence.audit.api.events import AuditApi
 from ringfence.audit.api.proofs import ProofApi
 from ringfence.audit.api.reports import ReportApi
@@ -24,6 +26,7 @@ from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.kernel.service.service_description import describe, placeholder
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, TRUST
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
@@ -115,3 +118,20 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
 
     runtime.on_stop(close)
     return runtime
+
+
+def described() -> FastStream:
+    """What the service consumes and publishes, for AsyncAPI. Needs no settings, keys or broker."""
+    return describe(
+        "audit",
+        router(
+            audited=placeholder,
+            heartbeat=placeholder,
+            checkpoint=placeholder,
+            signal_stream=placeholder,
+            intake=placeholder,
+            on_intake_assigned=placeholder,
+            dead_letters=None,
+            linger_ms=0,
+        ),
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from faststream import FastStream
+
 from ringfence.backends import (
     BackendContext,
     BackendSettings,
@@ -29,6 +31,7 @@ from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
 from ringfence.kernel.crypto.encryption_keys import EncryptionKeys
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.kernel.service.service_description import describe, placeholder
 from ringfence.messages.topics import APPROVAL_RESPONSE, HEARTBEAT
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.revoker_halts import RevokerHalts
@@ -133,6 +136,17 @@ def build(
     resealer = Resealer(settings, runtime.trust, store, seal_keys, runtime.clock)
     runtime.routes += GatewayHttp(resealer, authenticator).routes()
     return runtime
+
+
+def described() -> FastStream:
+    """What the service consumes and publishes, for AsyncAPI. Needs no settings, keys or broker."""
+    return describe(
+        "issuer",
+        router(
+            decisions=placeholder,
+            on_assigned=placeholder,
+        ),
+    )
 
 
 def _token_keys(settings: ServiceSettings, own: IssuerSettings) -> TokenKeys:

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from faststream import FastStream
+
 from ringfence.backends import BackendContext, all_backends
 from ringfence.backends.capabilities import BackendCapabilities
 from ringfence.kernel.base.clock import Clock
@@ -17,6 +19,7 @@ from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.kernel.service.service_description import describe, placeholder
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import CredentialDecision, Reason
 from ringfence.messages.topics import (
@@ -213,3 +216,18 @@ def build(
     ).routes()
     runtime.routes += AuthZen(runtime, authenticator, judge).routes()
     return runtime
+
+
+def described() -> FastStream:
+    """What the service consumes and publishes, for AsyncAPI. Needs no settings, keys or broker."""
+    return describe(
+        "policy",
+        router(
+            request=placeholder,
+            responses=placeholder,
+            notice=placeholder,
+            on_assigned=placeholder,
+            dead_letters=None,
+            notice_dead_letters=None,
+        ),
+    )

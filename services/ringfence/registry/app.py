@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
+from faststream import FastStream
+
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.kernel.service.service_description import describe, placeholder
 from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
@@ -70,3 +73,15 @@ def build(
         directory, Authenticator(directory, runtime.role, runtime.clock), runtime.clock
     ).routes()
     return runtime
+
+
+def described() -> FastStream:
+    """What the service consumes and publishes, for AsyncAPI. Needs no settings, keys or broker."""
+    return describe(
+        "registry",
+        router(
+            command=placeholder,
+            on_assigned=placeholder,
+            dead_letters=None,
+        ),
+    )

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from faststream import FastStream
+
 from ringfence.backends import BackendContext, BackendSettings, CircuitBreaker, TargetAccess, all_backends
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.kernel.service.service_description import describe, placeholder
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK, REVOCATION_REQUEST
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.stream_digests import StreamDigests
@@ -153,3 +156,17 @@ def build(
         store, ender, overdue, directory, verifier, runtime.clock, authenticator
     ).routes()
     return runtime
+
+
+def described() -> FastStream:
+    """What the service consumes and publishes, for AsyncAPI. Needs no settings, keys or broker."""
+    return describe(
+        "revoker",
+        router(
+            revocations=placeholder,
+            fences=placeholder,
+            record_change=placeholder,
+            issued=placeholder,
+            dead_letters=None,
+        ),
+    )

@@ -66,6 +66,8 @@ class ConsumerGroup:
     `/readyz` report them in any case."""
     subscribers: list[GroupSubscriber] = field(default_factory=list, init=False)
     """In the order of declaration: of records that came together, those of earlier subscribers are handled first."""
+    is_read: bool = field(default=False, init=False)
+    """Whether there is a consumer for it."""
 
 
 class GroupSubscriber(BatchSubscriber):
@@ -78,7 +80,12 @@ class GroupSubscriber(BatchSubscriber):
     """As it was declared."""
 
     async def start(self) -> None:
-        """Get ready to be handed batches. Upstream would start a consumer here."""
+        """Get ready to be handed batches. Upstream would start a consumer here.
+
+        Raises SetupError for a group that no `GroupBroker` reads, as in an application that only describes a service.
+        """
+        if not self.group.is_read:
+            raise SetupError(f"nothing reads the group {self.group.name} here; run: ringfence serve")
         await super(LogicSubscriber, self).start()
         self._post_start()
 
@@ -221,6 +228,7 @@ class GroupBroker(GroupRegistrator, KafkaBroker):
     def _consumer(self, group: ConsumerGroup) -> Consumer:
         if group.dead_letters is None and any(one.order != "batch" for one in group.subscribers):
             raise SetupError(f"the group {group.name} needs dead letters: it handles records one by one")
+        group.is_read = True
         return Consumer(
             self._settings,
             group.name,
