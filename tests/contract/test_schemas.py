@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import yaml
 from jsonschema.validators import Draft202012Validator
+from pydantic import TypeAdapter, ValidationError
 
+from ringfence.messages.lease import Lease
 from ringfence.messages.topics import ALL
 from tools.schemas.generate import models, renew_table
 
@@ -31,6 +33,30 @@ def test_an_example_is_what_its_schema_describes(name: str) -> None:
     for field in schema["required"]:
         without = {key: value for key, value in example.items() if key != field}
         assert not validator.is_valid(without), f"{field} is required"
+
+
+@pytest.mark.parametrize("name", sorted(models()))
+def test_a_model_accepts_its_example_as_json_and_as_objects(name: str) -> None:
+    model, text = models()[name], (SCHEMAS / f"{name}.example.json").read_text()
+    message = model.model_validate_json(text)
+    assert model.model_validate(json.loads(text)) == message
+    assert TypeAdapter(model).validate_python(json.loads(text)) == message
+    assert json.loads(message.model_dump_json(exclude_none=True)).items() <= json.loads(text).items()
+
+
+def test_objects_are_validated_as_strictly_as_json() -> None:
+    lease = read("lease.example.json")
+    for changes in (
+        {"seq": "1"},
+        {"seq": 1.0},
+        {"act": "bot"},
+        {"act": [1]},
+        {"scope": [{**lease["scope"][0], "verbs": "read"}]},
+    ):
+        with pytest.raises(ValidationError):
+            Lease.model_validate({**lease, **changes})
+        with pytest.raises(ValidationError):
+            Lease.model_validate_json(json.dumps({**lease, **changes}))
 
 
 def test_asyncapi_names_every_topic_and_every_message() -> None:

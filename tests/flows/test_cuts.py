@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ import httpx
 import pytest
 
 from ringfence.dev.processes import Child, free_port, spawn
+from ringfence.gateway.state.cuts import RevocationApplier
 from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.ids import lease_id
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import Lease, RevocationAck, Selector
 from ringfence.messages.operations import Heartbeat
@@ -98,6 +101,28 @@ async def test_a_gateway_whose_view_no_revoker_confirms_forwards_nothing(world: 
         await world.until(lambda: not gateway.forwards(asked.lease_id) or None, "the end of the grace")
         async with world.running("revoker"):
             await world.until(lambda: gateway.forwards(asked.lease_id) or None, "another confirmation")
+
+
+async def test_a_gateway_that_has_not_verified_every_earlier_revocation_forwards_nothing(
+    desk: IssuerBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kafka does not tell it whether it has read all leases: one may be among them that is revoked."""
+    world = desk.world
+    answered = asyncio.Event()
+
+    async def caught_up(self: RevocationApplier) -> bool:
+        await answered.wait()
+        return True
+
+    monkeypatch.setattr(RevocationApplier, "_caught_up", caught_up)
+    await desk.revoke(desk.sam, lease_id=lease_id(str(uuid.uuid4())))
+    async with listening(world) as gateway:
+        asked, _ = await desk.issued("read")
+        await world.until(lambda: gateway.knows(asked.lease_id) or None, "the lease at the gateway")
+        await world.until(lambda: "not verified" in (gateway.stale() or "") or None, "the reason")
+        assert not gateway.forwards(asked.lease_id)
+        answered.set()
+        await world.until(lambda: gateway.forwards(asked.lease_id) or None, "the end of the backlog")
 
 
 @dataclass

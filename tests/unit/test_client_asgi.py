@@ -113,6 +113,42 @@ async def test_what_needs_no_token_passes_as_it_is(place: Place) -> None:
     assert place.application.types[-1] == "lifespan"
 
 
+VERBS = {"GET": "read", "PUT": "deploy"}
+
+
+def by_table(scope: Any) -> tuple[str, str]:
+    return VERBS[scope["method"]], scope["path"][1:]
+
+
+def by_path(scope: Any) -> tuple[str, str] | None:
+    return ("read", "all") if scope["path"] == "/all" else None
+
+
+@pytest.mark.parametrize(
+    ("table", "method", "status", "code", "allow"),
+    [
+        (by_table, "DELETE", 405, "method_unmapped", "GET, PUT"),
+        (by_table, "PROPFIND", 405, "method_unmapped", "GET, PUT"),
+        (by_path, "PUT", 403, "path_unmapped", None),
+    ],
+)
+async def test_a_request_without_an_entry_passes_with_no_token(
+    place: Place, table: Any, method: str, status: int, code: str, allow: str | None
+) -> None:
+    place.guard = TokenGuard(place.application, place.verifier, base_url=BASE, needs=table)
+    for auth in (None, BearerAuth(place.token())):
+        answer = await place.ask(auth, method=method)
+        assert (answer.status_code, answer.json()["error"]) == (status, code)
+        assert answer.headers.get("allow") == allow
+    assert place.application.tokens == []
+
+
+async def test_a_websocket_without_an_entry_does_not_open(place: Place) -> None:
+    place.guard = TokenGuard(place.application, place.verifier, base_url=BASE, needs=by_path)
+    sent = await _sent(place, {"type": "websocket", "path": "/other", "headers": [], "extensions": {}})
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
 async def test_any_token_is_enough_where_the_application_asks_by_itself(place: Place) -> None:
     token = place.token(authorization_details=[])
     assert (await place.ask(BearerAuth(token), f"{BASE}/whoami")).status_code == 200

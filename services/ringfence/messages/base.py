@@ -7,7 +7,8 @@ from functools import lru_cache
 from math import isfinite
 from typing import Annotated, Any, ClassVar, Final, Generic, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema
 
 ServiceRole = Literal[
     "registry", "policy", "issuer", "revoker", "gateway", "audit", "scim", "signals", "runner", "console"
@@ -76,6 +77,18 @@ Json = Annotated[Any, AfterValidator(_writable)]
 """Whatever others write, with numbers that stay what they are (RFC 7493, 2.2)."""
 
 
+def _take_lists_for_tuples(schema: Any) -> None:
+    """Let a schema accept a list in the place of each of its tuples; what they contain stays strict."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "tuple":
+            schema["strict"] = False
+        for part in schema.values():
+            _take_lists_for_tuples(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            _take_lists_for_tuples(part)
+
+
 class Message(BaseModel):
     """Immutable, strictly typed; unknown fields from newer writers are kept and written out again.
 
@@ -85,6 +98,13 @@ class Message(BaseModel):
     __pydantic_extra__: dict[str, Json]
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Let tuples be lists, as `json.loads` gives them; strict validation of JSON takes them anyway."""
+        schema = handler(source)
+        _take_lists_for_tuples(schema)
+        return schema
 
 
 class Claims(Message):

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from ringfence.client.agent.dpop import NONCE_HEADER, target_uri
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.resource_server.challenges import HttpRefusal
+from ringfence.client.resource_server.challenges import HttpRefusal, not_mapped
 from ringfence.client.resource_server.verifier import TokenVerifier, VerifiedToken
 from ringfence.kernel.base.errors import RingfenceError
 
@@ -27,6 +27,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 TOKEN: Final = "ringfence.token"  # noqa: S105 - a name
 """Where the application finds the `VerifiedToken` of a request: `scope[TOKEN]`, in Starlette `request.scope[TOKEN]`."""
+_METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _SAFE: Final = "/:@!$&'()*+,;=~"
 """What may stand in a path as it is (RFC 3986, 3.3)."""
 
@@ -46,9 +47,10 @@ def any_token(_: Scope) -> Needs:
 
 
 class TokenGuard:
-    """Answers 401 or 403 where the token of a request is missing, not good or not enough; 503 where nobody can tell.
+    """Answers 401 or 403 where the token of a request is missing, invalid or not enough; 503 where nobody can tell.
 
-    What passes has its token in `scope["ringfence.token"]`. WebSockets are held against the same, before they open.
+    A request for which `needs` has no entry passes with no token: 405 where other methods have an entry, else 403.
+    What passes has its token in `scope["ringfence.token"]`. WebSockets are checked in the same way before they open.
     """
 
     def __init__(
@@ -57,12 +59,13 @@ class TokenGuard:
         verifier: TokenVerifier,
         *,
         base_url: str,
-        needs: Callable[[Scope], tuple[str, str] | Needs] = any_token,
+        needs: Callable[[Scope], tuple[str, str] | Needs | None] = any_token,
     ) -> None:
         """Args:
             base_url: what agents write before the path. A proof is for one URL, and the Host header of a request says
                 whatever its sender likes.
-            needs: the verb and the resource that a request needs, from its scope.
+            needs: the verb and the resource that a request needs, from its scope. None or a LookupError where there is
+                no entry for it. It is also called with other methods of the same request, to tell which are allowed.
 
         Raises InvalidCallError where `base_url` is no absolute URL.
         """  # fmt: skip
@@ -77,7 +80,10 @@ class TokenGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
-        needed = self._needs(scope) if scope["type"] in ("http", "websocket") else Needs.NO_TOKEN
+        needed = self._entry(scope) if scope["type"] in ("http", "websocket") else Needs.NO_TOKEN
+        if needed is None:
+            await _refuse(not_mapped(self._allowed_methods(scope)), scope, receive, send)
+            return
         if needed is Needs.NO_TOKEN:
             await self._app(scope, receive, send)
             return
@@ -87,6 +93,18 @@ class TokenGuard:
             await _refuse(self._verifier.refusal(error), scope, receive, send)
             return
         await self._app({**scope, TOKEN: token}, receive, self._with_nonce(send))
+
+    def _entry(self, scope: Scope) -> tuple[str, str] | Needs | None:
+        try:
+            return self._needs(scope)
+        except LookupError:
+            return None
+
+    def _allowed_methods(self, scope: Scope) -> list[str]:
+        """The methods that have an entry for this path; none for a WebSocket, which opens with a GET alone."""
+        if scope["type"] == "websocket":
+            return []
+        return [method for method in _METHODS if self._entry({**scope, "method": method}) is not None]
 
     async def _verified(self, scope: Scope, needed: tuple[str, str] | Needs) -> VerifiedToken:
         verb, resource = (None, None) if isinstance(needed, Needs) else needed

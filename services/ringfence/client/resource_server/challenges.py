@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -82,6 +82,18 @@ def refusal(error: RingfenceError, *, require_proof: bool = False, nonce: str | 
     if nonce is not None:
         headers.append((NONCE_HEADER, nonce))
     return HttpRefusal(_STATUS.get(error.code, 401), tuple(headers), _error_body(error.code, error.message))
+
+
+def not_mapped(allowed_methods: Sequence[str]) -> HttpRefusal:
+    """405 with the methods that are allowed at this path (RFC 9110, 15.5.6), or 403 where there are none."""
+    headers = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
+    if not allowed_methods:
+        return HttpRefusal(
+            403, tuple(headers), _error_body("path_unmapped", "no access is defined for this path")
+        )
+    headers.append(("Allow", ", ".join(allowed_methods)))
+    message = f"this path takes {', '.join(allowed_methods)}"
+    return HttpRefusal(405, tuple(headers), _error_body("method_unmapped", message))
 
 
 def _challenges(error: TokenRejectedError, require_proof: bool) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ringfence.gateway.state.leases import LeaseTable
@@ -29,7 +30,8 @@ from ringfence.model.records.directory import Directory
 log = logging.getLogger(__name__)
 
 _CATCH_UP_TIMEOUT_S = 5.0
-"""How long to wait for a record that a revocation rests on, and that may not have arrived yet."""
+"""How long to wait for one answer about the records that a revocation rests on, and that may not have arrived yet."""
+_RETRY_S = 0.2
 
 
 class LeaseFeed:
@@ -71,8 +73,20 @@ class LeaseFeed:
             self._table.apply(lease)
 
 
+@dataclass(frozen=True, slots=True)
+class _Unverified:
+    """A revocation whose signer or lease is not known here yet."""
+
+    record: Received
+    acknowledge: bool
+
+
 class RevocationApplier:
-    """Applies each valid revocation of the topic `revocation.request`, and publishes a `RevocationAck` for it."""
+    """Applies each valid revocation of the topic `revocation.request`, and publishes a `RevocationAck` for it.
+
+    Topics have no common order: a revocation may be read before its signer's key, or before the lease that it names.
+    Such a one is kept as unverified until all those records have been read. See `backlog`.
+    """
 
     def __init__(
         self, runtime: Runtime, directory: Directory, table: LeaseTable, *, acknowledges: bool = True
@@ -86,6 +100,10 @@ class RevocationApplier:
         self._acknowledges = acknowledges
         self._leases: Follower | None = None
         self._acknowledging = False
+        self._unverified: list[_Unverified] = []
+        self._backlog = 0
+        """How many of the unverified were published before this process began."""
+        self._verifying = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def set_lease_follower(self, leases: Follower) -> None:
@@ -96,15 +114,30 @@ class RevocationApplier:
         """Acknowledge revocations from now on: all that were published before this process began have been read."""
         self._acknowledging = True
 
+    def backlog(self) -> str | None:
+        """Why the lease table may lack a revocation that was published before this process began; None once it has all.
+
+        The process before this one may have acknowledged such a revocation, which promised that nothing more is
+        forwarded under it. So nothing may be decided until each is applied or refused. Revocations that arrive later
+        make nobody wait: they are acknowledged only once they are applied.
+        """
+        if not self._backlog:
+            return None
+        return f"{self._backlog} revocations from before the start are not verified yet"
+
     def on_records(self, records: Sequence[Received]) -> None:
         """Apply revocations. Most are in force when this returns."""
         for record in records:
             revocation = self._verified(record)
-            if revocation is None:
-                # Its signer or its lease may not have arrived yet. It is acknowledged only after that.
-                self._run_in_background(self._apply_later(record, acknowledge=self._acknowledging))
-            else:
+            if revocation is not None:
                 self._apply(revocation, acknowledge=self._acknowledging)
+                continue
+            # Its signer or its lease may not have arrived yet. It is acknowledged only after that.
+            self._unverified.append(_Unverified(record, acknowledge=self._acknowledging))
+            self._backlog += not self._acknowledging
+            if not self._verifying:
+                self._verifying = True
+                self._run_in_background(self._verify_later())
 
     def _apply(self, revocation: Revocation, *, acknowledge: bool) -> None:
         claims = revocation.claims
@@ -117,20 +150,29 @@ class RevocationApplier:
         if self._acknowledges and acknowledge:
             self._run_in_background(self._acknowledge(revocation, self._runtime.clock.now_ms()))
 
-    async def _apply_later(self, record: Received, *, acknowledge: bool) -> None:
-        caught_up = await self._runtime.tables_caught_up(_CATCH_UP_TIMEOUT_S)
-        if self._leases is not None:
-            caught_up &= await self._leases.caught_up(_CATCH_UP_TIMEOUT_S)
-        revocation = self._verified(record)
-        if revocation is not None:
-            self._apply(revocation, acknowledge=acknowledge)
-        elif not caught_up:
-            log.warning(
-                "a revocation at %s@%d could not be verified",
-                record.topic_name,
-                record.offset,
-                extra=rate_limited(record.topic_name),
-            )
+    async def _verify_later(self) -> None:
+        """Verify the unverified once everything is read that they may rest on. Those that are still invalid then
+        count for nothing, as anybody who may write to the topic can send such.
+        """
+        try:
+            while self._unverified:
+                count = len(self._unverified)
+                if not await self._caught_up():
+                    await asyncio.sleep(_RETRY_S)
+                    continue
+                for unverified in self._unverified[:count]:
+                    revocation = self._verified(unverified.record)
+                    if revocation is not None:
+                        self._apply(revocation, acknowledge=unverified.acknowledge)
+                    self._backlog -= not unverified.acknowledge
+                del self._unverified[:count]
+        finally:
+            self._verifying = False
+
+    async def _caught_up(self) -> bool:
+        if not await self._runtime.tables_caught_up(_CATCH_UP_TIMEOUT_S):
+            return False
+        return self._leases is None or await self._leases.caught_up(_CATCH_UP_TIMEOUT_S)
 
     def _verified(self, record: Received) -> Revocation | None:
         try:

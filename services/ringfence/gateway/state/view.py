@@ -116,7 +116,12 @@ class View:
         return stale_view(f"the clock of this gateway is {ahead_ms / 1000:.1f} s ahead of the broker's")
 
     def _stale_reason(self) -> str | None:
-        return self.directory.stale() or self._check.stale() or self._runtime.clock_behind()
+        return (
+            self.directory.stale()
+            or self._check.stale()
+            or self._revocations.backlog()
+            or self._runtime.clock_behind()
+        )
 
     def view_expired(self) -> bool:
         """Whether the process was suspended: the periodic check is overdue, and the view has become stale."""

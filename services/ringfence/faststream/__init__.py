@@ -1,0 +1,33 @@
+"""FastStream subscribers for those who consume Ringfence's topics: SIEMs, tools of sponsors, platforms.
+
+Needs the extra `faststream`: `pip install 'ringfence[faststream]'`. See `docs/how-to/consume.md`.
+"""
+
+from __future__ import annotations
+
+try:
+    import faststream.kafka  # noqa: F401 - only to say which extra is missing
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "ringfence.faststream needs FastStream; run: pip install 'ringfence[faststream]'", name=error.name
+    ) from None
+
+from ringfence.faststream.record_decoder import UnknownMessage
+from ringfence.faststream.router import RingfenceRouter, Subscription
+from ringfence.messages.approval import ActionRequest, ApprovalRequest
+from ringfence.messages.audit import AuditEvent
+from ringfence.messages.lease import Lease, LeaseEpoch
+from ringfence.messages.operations import ActionAnswered, ActionDecided
+
+__all__ = [
+    "ActionAnswered",
+    "ActionDecided",
+    "ActionRequest",
+    "ApprovalRequest",
+    "AuditEvent",
+    "Lease",
+    "LeaseEpoch",
+    "RingfenceRouter",
+    "Subscription",
+    "UnknownMessage",
+]

@@ -1,0 +1,112 @@
+"""Decodes Kafka records of one topic into its messages, and verifies the signatures of those that are signed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from ringfence.faststream.trust_reader import TrustReader
+from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
+from ringfence.kernel.crypto.jws import explain, parse, verify
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import Claims, ExpiringClaims, Message, Topic, typ_header
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownMessage:
+    """A record that is no message which this version knows, or whose signature does not verify: believe none of it.
+
+    A newer Ringfence may have written it, and so may anybody else who may write to the topic.
+    """
+
+    topic: str
+    partition: int
+    offset: int
+    appended_at_ms: int
+    """When the broker appended the record, in milliseconds since 1970."""
+    key: str | None
+    value: bytes
+    """The record's value as it stands on the topic; empty for a tombstone."""
+    headers: Mapping[str, str]
+    code: str
+    """Why: `tombstone`, `typ_unexpected`, `claims_invalid`, `key_unknown`, `signature_invalid`, or another code of an
+    invalid message."""
+    reason: str
+    """The same as a sentence, without values of the record."""
+
+
+class RecordDecoder:
+    """Turns records of one topic into messages. It never raises for what a record contains."""
+
+    def __init__(self, topic: Topic[Any], trust: TrustReader) -> None:
+        """`trust`: the keys of the services. It connects only if the topic's messages are signed."""
+        self._topic = topic
+        self._trust = trust
+        self._signed = {typ_header(model): model for model in topic.models if issubclass(model, Claims)}
+
+    async def decode(self, record: Received, value: bytes) -> Message | UnknownMessage:
+        """The record's message.
+
+        Args:
+            record: the record, with its detached signature attached where it has one.
+            value: the value as it stands on the topic.
+
+        Raises UnavailableError where the trust bundle cannot be read: deliver the record again.
+        """
+        try:
+            if not record.value:
+                raise InvalidMessageError("the record deletes what its key names", code="tombstone")
+            return await self._verified(record) if self._signed else self._unsigned(record)
+        except InvalidMessageError as error:
+            return UnknownMessage(
+                topic=record.topic_name,
+                partition=record.partition,
+                offset=record.offset,
+                appended_at_ms=record.appended_at_ms,
+                key=record.key,
+                value=value,
+                headers=record.headers,
+                code=error.code,
+                reason=str(error),
+            )
+
+    async def _verified(self, record: Received) -> Message:
+        trust = await self._trust.store()
+        try:
+            return self._verify(record, trust)
+        except SignatureError as error:
+            # The bundle that has this key may have been published just before the record.
+            if error.code != "key_unknown" or not await self._trust.moved():
+                raise
+            return self._verify(record, trust)
+
+    def _verify(self, record: Received, trust: TrustStore) -> Message:
+        jws = parse(record.value)
+        model = self._signed.get(jws.header.typ)
+        if model is None:
+            raise InvalidMessageError(
+                f"the type {jws.header.typ[:80]!r} is not known here", code="typ_unexpected"
+            )
+        return verify(
+            jws,
+            model,
+            trust.finder(*model.signed_by, at_s=record.appended_at_ms / 1000),
+            audience=trust.trust_domain,
+            appended_at_ms=record.appended_at_ms if issubclass(model, ExpiringClaims) else None,
+        ).claims
+
+    def _unsigned(self, record: Received) -> Message:
+        problem = ""
+        for model in self._topic.models:
+            try:
+                message: Message = model.model_validate_json(record.value)
+                return message
+            except ValidationError as error:
+                problem = problem or explain(error)
+        raise InvalidMessageError(
+            f"none of the messages of {self._topic.what}: {problem}", code="claims_invalid"
+        )

@@ -1,0 +1,287 @@
+"""A FastStream router whose subscribers receive Ringfence's messages: typed, verified, at least once."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any
+
+from aiokafka import ConsumerRecord
+from faststream import AckPolicy, BaseMiddleware
+from faststream.exceptions import IgnoredException, SetupError
+from faststream.kafka import KafkaBroker, KafkaMessage, KafkaRouter
+from faststream.kafka.schemas import Topic as KafkaTopic
+from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
+
+from ringfence.client.settings import ClientSettings
+from ringfence.faststream.record_decoder import RecordDecoder, UnknownMessage
+from ringfence.faststream.trust_reader import TrustReader
+from ringfence.kernel.base.retry import backoff
+from ringfence.kernel.base.settings import load
+from ringfence.kernel.kafka.connection import connection
+from ringfence.kernel.kafka.fetch_control import fetch_options
+from ringfence.kernel.kafka.record import received
+from ringfence.messages.audit import AuditEvent
+from ringfence.messages.base import Message, Topic
+from ringfence.messages.topics import ACTION, APPROVAL_REQUEST, AUDIT, LEASE
+
+Kind = type[Message] | type[UnknownMessage] | str
+"""A class of messages, or the code of audit events."""
+
+_FIRST_RETRY_S = 0.2
+_LONGEST_RETRY_S = 5.0
+
+
+class RingfenceRouter(KafkaRouter):
+    """Declares subscribers of Ringfence's topics.
+
+    ```python
+    router = RingfenceRouter()
+    audit = router.audit_events(group="siem")
+
+    @audit("credential.issued", "credential.revoked")
+    async def on_credential(event: AuditEvent) -> None: ...
+
+    app = FastStream(router.broker(), lifespan=router.lifespan)
+    ```
+
+    Each message is delivered at least once: if a handler raises, the same message comes again, after a pause that grows
+    to five seconds, and nothing behind it in its partition is delivered before.
+    """
+
+    def __init__(
+        self, settings: ClientSettings | None = None, *, middlewares: Sequence[Any] = (), **options: Any
+    ) -> None:
+        """Args:
+            settings: topic prefix, trust root, and how this process reaches Kafka to read the trust bundle. None reads
+                the environment and the settings file, as all of the SDK does.
+            middlewares: FastStream's, around all handlers of this router.
+            options: passed to FastStream's `KafkaRouter`.
+
+        Raises SettingsError where the settings are invalid.
+        """  # fmt: skip
+        pause = functools.partial(_PauseAfterFailure, {})
+        super().__init__(middlewares=(pause, *middlewares), **options)
+        self._settings = settings or load(ClientSettings)
+        self._trust = TrustReader(self._settings)
+
+    def audit_events(self, *, group: str, **options: Any) -> Subscription:
+        """Subscribe to audit events (OCSF): select by event code, such as `credential.issued` or `credential.*`.
+
+        Handlers receive `AuditEvent`. Events are not signed: `ringfence audit verify` shows whether any is missing.
+
+        Args:
+            group: the Kafka consumer group; its members share the work.
+            options: passed to FastStream's `subscriber`.
+        """
+        return self._subscription(AUDIT, group, options)
+
+    def questions(self, *, group: str, **options: Any) -> Subscription:
+        """Subscribe to the questions that sponsors are asked: select `ApprovalRequest` or `ActionRequest`.
+
+        A question is delivered as such only if policy (`ApprovalRequest`) or a gateway (`ActionRequest`) signed it. It
+        may be delivered once for each person who is asked. Answer with `ringfence.Sponsor`, which also verifies what
+        the agent itself signed.
+
+        Args: as for `audit_events`.
+        """
+        return self._subscription(APPROVAL_REQUEST, group, options)
+
+    def leases(self, *, group: str, **options: Any) -> Subscription:
+        """Subscribe to the states of leases: select `Lease` or `LeaseEpoch`. Only those that issuer or revoker signed.
+
+        The highest `seq` of a lease counts; records of one lease arrive in order, and may repeat.
+
+        Args: as for `audit_events`.
+        """
+        return self._subscription(LEASE, group, options)
+
+    def actions(self, *, group: str, **options: Any) -> Subscription:
+        """Subscribe to what agents did through gateways: select `ActionDecided` or `ActionAnswered`. Not signed.
+
+        Args: as for `audit_events`.
+        """
+        return self._subscription(ACTION, group, options)
+
+    def broker(self, **options: Any) -> KafkaBroker:
+        """A broker with this router, which connects as Ringfence's settings say (TLS and SASL included).
+
+        Any other `KafkaBroker` will do as well: `KafkaBroker(...).include_router(router)`.
+
+        Args:
+            options: passed to FastStream's `KafkaBroker`.
+
+        Raises SettingsError where a certificate or password is not where the settings say.
+        """
+        options = {"allow_auto_create_topics": False, "security": _security(self._settings), **options}
+        return KafkaBroker(self._settings.kafka, routers=[self], **options)
+
+    @asynccontextmanager
+    async def lifespan(self, *_: Any, **__: Any) -> AsyncIterator[None]:
+        """Pass it as `FastStream(broker, lifespan=router.lifespan)`: it disconnects the reader of the trust bundle."""
+        try:
+            yield
+        finally:
+            await self._trust.close()
+
+    def _subscription(self, topic: Topic[Any], group: str, options: dict[str, Any]) -> Subscription:
+        if not group:
+            raise SetupError("group is empty: name a consumer group, whose offsets say what was handled")
+        if unfit := {"batch", "max_workers", "parser", "decoder", "codec"} & options.keys():
+            raise SetupError(
+                f"{', '.join(sorted(unfit))}: a subscription decodes one record at a time, in order"
+            )
+        name = topic.name(self._settings.topic_prefix)
+        return Subscription(self, topic, name, group, options, RecordDecoder(topic, self._trust))
+
+
+class Subscription:
+    """One consumer of one topic in one group. Call it to declare a handler for some kinds of its messages.
+
+    Declare all handlers of a group on one subscription. Two subscriptions with one group would share the partitions,
+    and each handler would see only some of the messages.
+    """
+
+    def __init__(
+        self,
+        router: KafkaRouter,
+        topic: Topic[Any],
+        topic_name: str,
+        group: str,
+        options: dict[str, Any],
+        decoder: RecordDecoder,
+    ) -> None:
+        """Use the methods of `RingfenceRouter`."""
+        self._topic = topic
+        self._topics = {topic_name: topic}
+        self._decoder = decoder
+        self._kinds: set[Kind] = set()
+        self._takes_the_rest = False
+        defaults = {
+            "group_id": group,
+            "ack_policy": AckPolicy.NACK_ON_ERROR,
+            "auto_offset_reset": "earliest",
+            "no_reply": True,  # whoever may write to the topic chooses a record's `reply_to`
+            **fetch_options([topic]),
+        }
+        self._subscriber = router.subscriber(
+            KafkaTopic(topic_name, declare=False),
+            parser=self._parse,
+            decoder=self._decode,
+            **{**defaults, **options},
+        )
+        self._subscriber(filter=self._has_no_handler)(_ignore)
+
+    def __call__(self, *kinds: Kind) -> Callable[[Callable[..., Any]], Any]:
+        """Declare the handler of these kinds of messages; FastStream calls the first that takes a message.
+
+        Args:
+            kinds: of audit events their codes, where a `*` at the end stands for any suffix; of other topics the
+                classes of their messages. `UnknownMessage` is what this version does not know, or what nobody vouches
+                for. Without kinds: everything that no other handler takes.
+
+        Raises SetupError where the topic carries no such message, or another handler takes it already.
+        """
+        for kind in kinds:
+            if not self._carries(kind):
+                raise SetupError(
+                    f"{self._topic.what} carries no {_kind_name(kind)}; select by {self._choice()} or UnknownMessage"
+                )
+            if kind in self._kinds:
+                raise SetupError(f"another handler takes {_kind_name(kind)} already")
+            self._kinds.add(kind)
+        if not kinds and self._takes_the_rest:
+            raise SetupError("another handler takes the rest already")
+        self._takes_the_rest |= not kinds
+
+        async def takes(message: KafkaMessage) -> bool:
+            decoded = await message.decode()
+            return any(_is_of(decoded, kind) for kind in kinds) if kinds else not self._is_selected(decoded)
+
+        declare: Callable[[Callable[..., Any]], Any] = self._subscriber(filter=takes)
+        return declare
+
+    def _carries(self, kind: Kind) -> bool:
+        if isinstance(kind, str):
+            return self._topic is AUDIT
+        return kind is UnknownMessage or (kind in self._topic.models and self._topic is not AUDIT)
+
+    def _choice(self) -> str:
+        if self._topic is AUDIT:
+            return "event codes"
+        return ", ".join(model.__name__ for model in self._topic.models)
+
+    def _is_selected(self, decoded: Any) -> bool:
+        return any(_is_of(decoded, kind) for kind in self._kinds)
+
+    async def _has_no_handler(self, message: KafkaMessage) -> bool:
+        return not self._takes_the_rest and not self._is_selected(await message.decode())
+
+    async def _parse(self, record: ConsumerRecord[Any, Any], parse: Callable[[Any], Any]) -> Any:
+        """FastStream's own parsing, which fails at headers that are not UTF-8 and follows those that name a reply."""
+        headers = tuple(
+            (name, value.decode("utf-8", "replace").encode())
+            for name, value in record.headers
+            if value is not None and name != "reply_to"
+        )
+        return await parse(dataclasses.replace(record, headers=headers))
+
+    async def _decode(self, message: KafkaMessage) -> Message | UnknownMessage:
+        record = message.raw_message
+        assert not isinstance(record, tuple), "subscriptions take one record at a time"
+        return await self._decoder.decode(received(record, self._topics), record.value or b"")
+
+
+class _PauseAfterFailure(BaseMiddleware):
+    """Waits before a message that failed is delivered again; FastStream would try it hundreds of times a second."""
+
+    def __init__(self, delays: dict[tuple[str, int], Iterator[float]], msg: Any, *, context: Any) -> None:
+        """`delays`: in seconds, by topic and partition, of those whose last message failed."""
+        super().__init__(msg, context=context)
+        self._delays = delays
+
+    async def after_processed(
+        self,
+        exc_type: type[BaseException] | None = None,
+        exc_val: BaseException | None = None,
+        exc_tb: TracebackType | None = None,
+    ) -> bool | None:
+        record: ConsumerRecord[Any, Any] = self.msg
+        at = (record.topic, record.partition)
+        if exc_type is None:
+            self._delays.pop(at, None)
+        elif issubclass(exc_type, Exception) and not issubclass(exc_type, IgnoredException):
+            await asyncio.sleep(next(self._delays.setdefault(at, backoff(_FIRST_RETRY_S, _LONGEST_RETRY_S))))
+        return await super().after_processed(exc_type, exc_val, exc_tb)
+
+
+def _security(settings: ClientSettings) -> BaseSecurity:
+    options = connection(settings)
+    tls: dict[str, Any] = {"ssl_context": options.get("ssl_context"), "use_ssl": "ssl_context" in options}
+    if "sasl_mechanism" not in options:
+        return BaseSecurity(**tls)
+    mechanism = {"PLAIN": SASLPlaintext, "SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
+    return mechanism[options["sasl_mechanism"]](
+        username=options["sasl_plain_username"], password=options["sasl_plain_password"], **tls
+    )
+
+
+async def _ignore(message: Any) -> None:
+    """The handler of what nobody selected: it is handled by that."""
+
+
+def _is_of(decoded: Any, kind: Kind) -> bool:
+    if not isinstance(kind, str):
+        return isinstance(decoded, kind)
+    if not isinstance(decoded, AuditEvent):
+        return False
+    code = str(decoded.metadata.get("event_code", ""))
+    return code.startswith(kind[:-1]) if kind.endswith("*") else code == kind
+
+
+def _kind_name(kind: Kind) -> str:
+    return repr(kind) if isinstance(kind, str) else kind.__name__
