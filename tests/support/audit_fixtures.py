@@ -160,7 +160,6 @@ class AuditFixtures:
             settle_ms=self.own.settle_ms,
         )
         self.directory.on_change(self.handlers.on_change)
-        self.batches = self.handlers.batches()
 
     async def bury(self, record: Received, error: InvalidMessageError) -> None:
         """Keeps what audit sent to the dead letters."""
@@ -234,7 +233,7 @@ class AuditFixtures:
         """The events that audit makes of records, in order."""
         before = len(self.published.events)
         for record in records:
-            await self.batches[record.topic]([record])
+            await self.handlers.handle_batch([record])
         return self.published.events[before:]
 
     async def event(self, record: Received) -> dict[str, Any]:

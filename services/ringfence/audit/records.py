@@ -33,13 +33,12 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.batch_handlers import BatchHandler, gather_all
+from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import (
     ACTION,
     APPROVAL_REQUEST,
-    AUDITED,
     CREDENTIAL_REPLY,
     LEASE,
     REVOCATION_ACK,
@@ -110,15 +109,11 @@ class AuditHandlers:
             **ServiceMapper(verifier, trust_domain).by_topic(),
         }
 
-    def batches(self) -> dict[Topic[Any], BatchHandler]:
-        """The batch handler by topic: one for all, as handing all events over at once costs less."""
-        return dict.fromkeys(AUDITED, self._handle)
-
     def on_change(self, kind: str, id: str) -> None:
         """Callback of the local tables: pending events are tried again."""
         self._tables_changed.set()
 
-    async def _handle(self, batch: Sequence[Received]) -> None:
+    async def handle_batch(self, batch: Sequence[Received]) -> None:
         """Handle the records of one topic after those of the topic before it. Raises UnavailableError without trust."""
         require_trust(self._trust_store, batch, self._clock.now_ms())
         ready: list[_PreparedEvent] = []
