@@ -285,13 +285,16 @@ async def test_a_halted_revoker_whose_clock_is_wrong_denies_as_well(world: World
 
 
 async def heard(world: World, groups: tuple[str, ...]) -> None:
-    """Return once a revoker's heartbeat that names these groups has come after all that stand there now."""
+    """Return once a revoker's heartbeat that names these groups has come after all that stand there now, and the issuer
+    has read it.
+    """
     since = {place(record) for record in await world.records(HEARTBEAT)}
 
     def is_it(record: Received) -> bool:
         return place(record) not in since and world.opened(record, Heartbeat, "revoker").halted == groups
 
     await world.consume_until(HEARTBEAT, is_it)
+    assert await world.runtimes["issuer"].tables_caught_up(30)
 
 
 def place(record: Received) -> tuple[int, int]:

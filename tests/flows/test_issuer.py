@@ -59,7 +59,7 @@ async def redeliver(
     # The consumer's own way in: what stands before it is Kafka's, and tested elsewhere.
     (handler,) = [
         consumer._handlers[topic.name(desk.world.prefix)]
-        for consumer in desk.world.runtimes[role]._consumers
+        for consumer in desk.world.runtimes[role].consumers
         if topic.name(desk.world.prefix) in consumer._handlers
     ]
     await handler(records)

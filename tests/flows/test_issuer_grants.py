@@ -200,5 +200,5 @@ def _payload(record: Received) -> bytes:
 
 
 async def handled(by: Runtime, world: World, records: Sequence[Received]) -> None:
-    (handler,) = (consumer._handlers[CREDENTIAL_DECISION.name(world.prefix)] for consumer in by._consumers)
+    (handler,) = (consumer._handlers[CREDENTIAL_DECISION.name(world.prefix)] for consumer in by.consumers)
     await handler(records)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
 import sys
@@ -438,14 +439,16 @@ def _handler(desk: IssuerBench) -> Any:
     name = CREDENTIAL_DECISION.name(desk.world.prefix)
     (handler,) = [
         consumer._handlers[name]
-        for consumer in desk.world.runtimes["issuer"]._consumers
+        for consumer in desk.world.runtimes["issuer"].consumers
         if name in consumer._handlers
     ]
     return handler
 
 
 def _caller(desk: IssuerBench) -> Any:
-    return _handler(desk)._minter._caller
+    (group,) = desk.world.runtimes["issuer"]._groups.groups
+    declared = inspect.getclosurevars(group.subscribers[0].function)
+    return declared.nonlocals["decisions"]._minter._caller
 
 
 async def test_a_mint_that_takes_too_long_is_aborted_and_what_it_made_is_taken_back(
@@ -609,7 +612,7 @@ async def test_an_order_that_was_accepted_holds_though_the_revoker_died_then(
             await try_it(self, request)
         else:  # what was in its memory is gone with it
             dropped.append(asked.lease_id)
-            self._held.discard(asked.lease_id)
+            self._in_progress.discard(asked.lease_id)
 
     monkeypatch.setattr(CredentialRemover, "_try", dying)
     async with held_mint(monkeypatch, desk, asked):

@@ -16,6 +16,7 @@ from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.messages.topics import ALL
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
+from tests.support.declared_consumer import MAKERS, MakeConsumer
 from tests.support.stack import RunningStack, realm_in
 
 
@@ -51,6 +52,12 @@ async def realm(stack: Stack) -> AsyncIterator[RunningStack]:
     """A small organisation of this test's own."""
     async with realm_in(stack) as made:
         yield made
+
+
+@pytest.fixture(params=MAKERS)
+def make_consumer(request: pytest.FixtureRequest) -> MakeConsumer:
+    """A `Consumer` alone, and one that is declared on a FastStream router: nobody can tell them apart."""
+    return MAKERS[request.param]
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ from ringfence.messages.topics import (
     LEASE,
     TRUST,
 )
+from tests.support.declared_consumer import MakeConsumer
 from tests.support.malformed_records import Services, malformed
 
 WITHIN_S = 60
@@ -224,7 +225,7 @@ async def test_records_carry_cloudevents_headers_and_the_append_time(
 
 
 async def test_a_batch_that_waits_for_longer_than_a_member_may_is_handled_all_the_same(
-    settings: ServiceSettings, publisher: Publisher
+    settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     """The group goes on without it meanwhile: so it is where audit waits for a trust bundle, for days perhaps.
 
@@ -238,7 +239,7 @@ async def test_a_batch_that_waits_for_longer_than_a_member_may_is_handled_all_th
         await seen.add(record)
 
     handlers = {CREDENTIAL_REQUEST: sequential(handle, letters(publisher))}
-    consumer = Consumer(settings, "g", handlers, max_poll_interval_ms=1000)
+    consumer = make_consumer(settings, "g", handlers, max_poll_interval_ms=1000)
     async with consuming(consumer), asyncio.timeout(WITHIN_S):
         await send(publisher, "one", "two")
         while consumer._consumer is None or not consumer._consumer.assignment():
@@ -253,7 +254,7 @@ async def test_a_batch_that_waits_for_longer_than_a_member_may_is_handled_all_th
 
 
 async def test_a_batch_that_failed_comes_again_and_is_not_lost(
-    settings: ServiceSettings, publisher: Publisher
+    settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     done, failures = Seen(), 0
     behind_s: list[float] = []
@@ -268,7 +269,7 @@ async def test_a_batch_that_failed_comes_again_and_is_not_lost(
 
     await send(publisher, "a", "b", "c")
     async with consuming(
-        Consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(handle, letters(publisher))})
+        make_consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(handle, letters(publisher))})
     ):
         await done.until(6)
     assert failures == 3
@@ -279,7 +280,7 @@ async def test_a_batch_that_failed_comes_again_and_is_not_lost(
 
 
 async def test_what_one_handler_takes_comes_in_one_batch_topic_after_topic(
-    settings: ServiceSettings, publisher: Publisher
+    settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     mixed, batches = asyncio.Event(), list[list[str]]()
 
@@ -296,7 +297,7 @@ async def test_what_one_handler_takes_comes_in_one_batch_topic_after_topic(
         CREDENTIAL_REQUEST: together,
         DEAD_LETTER: apart,
     }
-    async with consuming(Consumer(settings, "g", handlers, linger_ms=100)), asyncio.timeout(WITHIN_S):
+    async with consuming(make_consumer(settings, "g", handlers, linger_ms=100)), asyncio.timeout(WITHIN_S):
         while not mixed.is_set():  # what is sent together may still be read apart
             for topic in (DEAD_LETTER, CREDENTIAL_REQUEST, LEASE):
                 await (await publisher.send(topic, "bot", "x", id="x", type="test"))
@@ -305,17 +306,17 @@ async def test_what_one_handler_takes_comes_in_one_batch_topic_after_topic(
 
 
 async def test_what_was_committed_does_not_come_again(
-    settings: ServiceSettings, publisher: Publisher
+    settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     first, second = Seen(), Seen()
     await send(publisher, "a", "b")
     async with consuming(
-        Consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(first.add, letters(publisher))})
+        make_consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(first.add, letters(publisher))})
     ):
         await first.until(2)
     await send(publisher, "c")
     async with consuming(
-        Consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(second.add, letters(publisher))})
+        make_consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(second.add, letters(publisher))})
     ):
         await second.until(1)
     assert second.values[-1] == "c"
@@ -323,7 +324,7 @@ async def test_what_was_committed_does_not_come_again(
 
 
 async def test_what_was_read_ahead_comes_again_where_its_batch_fails_and_is_committed_where_it_is_done(
-    settings: ServiceSettings, publisher: Publisher
+    settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     """Two tries, then a member that comes after: what was read ahead counts only as far as it was done."""
     tries = list[list[str]]()
@@ -340,7 +341,7 @@ async def test_what_was_read_ahead_comes_again_where_its_batch_fails_and_is_comm
         succeeded.set()
 
     await send(publisher, "a")
-    consumer = Consumer(settings, "g", {CREDENTIAL_REQUEST: handle})
+    consumer = make_consumer(settings, "g", {CREDENTIAL_REQUEST: handle})
     async with consuming(consumer), asyncio.timeout(WITHIN_S):
         await begun.wait()
         await send(publisher, "b", "c")
@@ -349,14 +350,14 @@ async def test_what_was_read_ahead_comes_again_where_its_batch_fails_and_is_comm
     assert tries == [["a", "b", "c"], ["a", "b", "c"]]
     await send(publisher, "d")
     async with consuming(
-        Consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(after.add, letters(publisher))})
+        make_consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(after.add, letters(publisher))})
     ):
         await after.until(1)
     assert after.values == ["d"]
 
 
 async def test_a_halt_at_what_was_read_ahead_takes_the_batch_before_it_to_its_end(
-    settings: ServiceSettings, publisher: Publisher
+    settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     """It reads nothing more ahead, commits the batch, and leaves the halting record to who is started again."""
     begun, done, after = asyncio.Event(), asyncio.Event(), Seen()
@@ -371,21 +372,21 @@ async def test_a_halt_at_what_was_read_ahead_takes_the_batch_before_it_to_its_en
         done.set()
 
     await send(publisher, "a")
-    consumer = Consumer(settings, "g", {CREDENTIAL_REQUEST: handle})
+    consumer = make_consumer(settings, "g", {CREDENTIAL_REQUEST: handle})
     async with consuming(consumer), asyncio.timeout(WITHIN_S):
         await begun.wait()
         await send(publisher, "halts")
         await done.wait()
         await committed(settings, 1)
     async with consuming(
-        Consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(after.add, letters(publisher))})
+        make_consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(after.add, letters(publisher))})
     ):
         await after.until(1)
     assert after.values == ["halts"]
 
 
 async def test_what_was_not_finished_comes_to_the_next_member(
-    settings: ServiceSettings, publisher: Publisher
+    settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     reached, second = asyncio.Event(), Seen()
 
@@ -394,10 +395,12 @@ async def test_what_was_not_finished_comes_to_the_next_member(
         await asyncio.Event().wait()
 
     await send(publisher, "a")
-    async with consuming(Consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(hang, letters(publisher))})):
+    async with consuming(
+        make_consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(hang, letters(publisher))})
+    ):
         await asyncio.wait_for(reached.wait(), WITHIN_S)
     async with consuming(
-        Consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(second.add, letters(publisher))})
+        make_consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(second.add, letters(publisher))})
     ):
         await second.until(1)
     assert second.values == ["a"]
@@ -405,7 +408,7 @@ async def test_what_was_not_finished_comes_to_the_next_member(
 
 @pytest.mark.parametrize("order", [sequential, concurrent])
 async def test_invalid_records_are_dead_lettered_and_stop_nobody(
-    settings: ServiceSettings, publisher: Publisher, order: type[object]
+    settings: ServiceSettings, publisher: Publisher, order: type[object], make_consumer: MakeConsumer
 ) -> None:
     done = Seen()
 
@@ -417,7 +420,7 @@ async def test_invalid_records_are_dead_lettered_and_stop_nobody(
     bad = [f"bad secret {n}" for n in range(MAX_INVALID_SIGNED + 10)]
     await send(publisher, *bad, "good")
     async with (
-        consuming(Consumer(settings, "g", {CREDENTIAL_REQUEST: order(handle, letters(publisher))})),  # type: ignore[call-arg,dict-item]
+        consuming(make_consumer(settings, "g", {CREDENTIAL_REQUEST: order(handle, letters(publisher))})),  # type: ignore[call-arg,dict-item]
         following(settings, DEAD_LETTER) as dead,
     ):
         await done.until(1)
@@ -446,11 +449,13 @@ async def committed(settings: ServiceSettings, offset: int) -> None:
 class Decisions:
     """A consumer of decisions that can read some, and its dead letters."""
 
-    def __init__(self, settings: ServiceSettings, publisher: Publisher, services: Services) -> None:
+    def __init__(
+        self, settings: ServiceSettings, publisher: Publisher, services: Services, make_consumer: MakeConsumer
+    ) -> None:
         self.done = Seen()
         counting = DeadLetters(publisher, "test", SystemClock(), services.trust)
         handler = sequential(self._handle, counting)
-        self.consumer = Consumer(settings, "g", {CREDENTIAL_DECISION: handler}, linger_ms=500)
+        self.consumer = make_consumer(settings, "g", {CREDENTIAL_DECISION: handler}, linger_ms=500)
 
     async def _handle(self, record: Received) -> None:
         if not record.value.startswith(b"good"):
@@ -465,19 +470,19 @@ class Decisions:
 
 
 async def test_a_bad_deploy_halts_the_consumer_and_each_restart_gets_further(
-    settings: ServiceSettings, publisher: Publisher
+    settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     """All of them come in one batch: what stands before the one that halts is done, else no restart would ever help."""
     services, typ = Services(), typ_header(CredentialDecision)
     bad = [malformed(services.keys["policy"], typ, services.td) for _ in range(MAX_INVALID_SIGNED + 5)]
     for value in ["good 1", *bad, "good 2"]:
         await (await publisher.send(CREDENTIAL_DECISION, "bot", value, id=value[:99], type="test"))
-    first = Decisions(settings, publisher, services)
+    first = Decisions(settings, publisher, services, make_consumer)
     async with consuming(first.consumer):
         assert "look at its dead letters" in await first.until_halted()
         await committed(settings, 1 + MAX_INVALID_SIGNED)
         assert set(first.done.values) == {"good 1"}
-    again = Decisions(settings, publisher, services)
+    again = Decisions(settings, publisher, services, make_consumer)
     async with consuming(again.consumer), following(settings, DEAD_LETTER) as dead:
         await again.done.until(1)
         await dead.until(len(bad))
@@ -574,10 +579,12 @@ async def test_a_follower_of_several_topics_reads_each_from_its_own_start_for_it
         assert sum(positions.values()) == 3
 
 
-async def test_two_members_share_the_partitions(settings: ServiceSettings, publisher: Publisher) -> None:
+async def test_two_members_share_the_partitions(
+    settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
+) -> None:
     done = Seen()
     members = [
-        Consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(done.add, letters(publisher))})
+        make_consumer(settings, "g", {CREDENTIAL_REQUEST: sequential(done.add, letters(publisher))})
         for _ in range(2)
     ]
     async with consuming(members[0]), consuming(members[1]):
@@ -588,7 +595,7 @@ async def test_two_members_share_the_partitions(settings: ServiceSettings, publi
 
 
 async def test_a_leader_that_comes_back_under_its_name_leaves_no_partition_without_a_reader(
-    settings: ServiceSettings, publisher: Publisher
+    settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     done = Seen()
     handler = sequential(done.add, letters(publisher))
@@ -596,7 +603,7 @@ async def test_a_leader_that_comes_back_under_its_name_leaves_no_partition_witho
 
     def member(instance: str) -> Consumer:
         own = settings.model_copy(update={"instance": instance})
-        return Consumer(own, "g", {CREDENTIAL_REQUEST: handler})
+        return make_consumer(own, "g", {CREDENTIAL_REQUEST: handler})
 
     async def shared_by(*members: Consumer) -> None:
         partitions = await publisher.partitions(CREDENTIAL_REQUEST)

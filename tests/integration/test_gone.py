@@ -11,12 +11,12 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from ringfence.kernel.base.settings import ServiceSettings
-from ringfence.kernel.kafka.consumer import Consumer
 from ringfence.kernel.kafka.data_loss import LostRange
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.topics import CREDENTIAL_REQUEST
+from tests.support.declared_consumer import MakeConsumer
 
 WITHIN_S = 60
 
@@ -45,12 +45,14 @@ async def remove(settings: ServiceSettings, until: int) -> None:
 class Reading:
     """A member of a group, what it was given and told, and a way to wait for that."""
 
-    def __init__(self, settings: ServiceSettings, *, report_initial_gap: bool = False) -> None:
+    def __init__(
+        self, settings: ServiceSettings, make_consumer: MakeConsumer, *, report_initial_gap: bool = False
+    ) -> None:
         self.values: list[str] = []
         self.told: list[LostRange] = []
         self.fails = 0
         self._changed = asyncio.Event()
-        self.consumer = Consumer(
+        self.consumer = make_consumer(
             settings,
             "readers",
             {CREDENTIAL_REQUEST: self._on_batch},
@@ -89,15 +91,15 @@ def span(told: Sequence[LostRange]) -> list[tuple[int, int]]:
 
 
 async def test_a_group_whose_next_records_are_gone_says_which(
-    settings: ServiceSettings, publisher: Publisher
+    settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
-    first = Reading(settings)
+    first = Reading(settings, make_consumer)
     await send(publisher, "0", "1")
     async with first.going_on():
         await first.until("1")
     await send(publisher, "2", "3", "4", "5")
     await remove(settings, 5)
-    second = Reading(settings)
+    second = Reading(settings, make_consumer)
     async with second.going_on():
         await second.until("5")
     assert (first.told, span(second.told), second.values) == ([], [(2, 5)], ["5"])
@@ -109,11 +111,11 @@ async def test_a_group_whose_next_records_are_gone_says_which(
 
 
 async def test_it_does_not_go_on_before_somebody_was_told(
-    settings: ServiceSettings, publisher: Publisher
+    settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     await send(publisher, "0", "1", "2")
     await remove(settings, 2)
-    reading = Reading(settings, report_initial_gap=True)
+    reading = Reading(settings, make_consumer, report_initial_gap=True)
     reading.fails = 2
     async with reading.going_on():
         await reading.until("2")
@@ -121,18 +123,18 @@ async def test_it_does_not_go_on_before_somebody_was_told(
 
 
 async def test_what_was_gone_before_a_group_began_is_no_loss_of_its_own(
-    settings: ServiceSettings, publisher: Publisher
+    settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     await send(publisher, "0", "1", "2")
     await remove(settings, 2)
-    reading = Reading(settings)
+    reading = Reading(settings, make_consumer)
     async with reading.going_on():
         await reading.until("2")
     assert (reading.told, reading.values) == ([], ["2"])
 
 
 async def test_records_that_were_read_and_are_lost_afterwards_are_told_as_such(
-    settings: ServiceSettings, publisher: Publisher
+    settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     await send(publisher, "0", "1")
     at = TopicPartition(CREDENTIAL_REQUEST.name(settings.topic_prefix), 0)
@@ -149,7 +151,7 @@ async def test_records_that_were_read_and_are_lost_afterwards_are_told_as_such(
         )  # as if a broker that had five of them was replaced by one that was behind
     finally:
         await committed.stop()
-    reading = Reading(settings)
+    reading = Reading(settings, make_consumer)
     async with reading.going_on():
         await reading.until("1")
     assert (span(reading.told), reading.values) == ([(2, 5)], ["0", "1"])

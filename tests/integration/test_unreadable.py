@@ -18,7 +18,6 @@ from aiokafka.record.util import calc_crc32c
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.batch_handlers import sequential
-from ringfence.kernel.kafka.consumer import Consumer
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.fetch_control import fetch_options
 from ringfence.kernel.kafka.producer import Publisher
@@ -29,6 +28,7 @@ from ringfence.kernel.kafka.unreadable_batches import UNREADABLE
 from ringfence.messages.topics import ALL, AUDIT, CREDENTIAL_REQUEST, LEASE
 from tests.conftest import Kafka
 from tests.integration.test_bus import Seen, consuming
+from tests.support.declared_consumer import MakeConsumer
 
 NOBODYS = b"\xff\xfe"
 """No UTF-8."""
@@ -118,12 +118,14 @@ def of(seen: Sequence[Received], partition: int) -> list[str]:
     return [record.value.decode() for record in seen if record.partition == partition]
 
 
-async def test_whoever_works_reads_on(settings: ServiceSettings, producer: AIOKafkaProducer) -> None:
+async def test_whoever_works_reads_on(
+    settings: ServiceSettings, producer: AIOKafkaProducer, make_consumer: MakeConsumer
+) -> None:
     await put_all(producer, settings)
     wanted = expected(settings)
     async with Publisher(settings, "spiffe://acme.example/service/test") as publisher:
         letters, seen = DeadLetters(publisher, "test", SystemClock()), Seen()
-        consumer = Consumer(
+        consumer = make_consumer(
             settings, "test", {CREDENTIAL_REQUEST: sequential(seen.add, letters)}, max_records=32
         )
         async with consuming(consumer):
@@ -134,7 +136,7 @@ async def test_whoever_works_reads_on(settings: ServiceSettings, producer: AIOKa
         # Committed past it: the next of the group begins behind.
         await put(producer, settings, batch_of("later"))
         again = Seen()
-        consumer = Consumer(
+        consumer = make_consumer(
             settings, "test", {CREDENTIAL_REQUEST: sequential(again.add, letters)}, max_records=32
         )
         async with consuming(consumer):
@@ -158,7 +160,7 @@ async def test_whoever_follows_reads_on(settings: ServiceSettings, producer: AIO
 
 
 async def test_a_transaction_that_is_left_open_holds_up_nobody(
-    settings: ServiceSettings, producer: AIOKafkaProducer
+    settings: ServiceSettings, producer: AIOKafkaProducer, make_consumer: MakeConsumer
 ) -> None:
     name = CREDENTIAL_REQUEST.name(settings.topic_prefix)
     leaves_open = AIOKafkaProducer(
@@ -173,7 +175,7 @@ async def test_a_transaction_that_is_left_open_holds_up_nobody(
         works = Seen()
         handler = sequential(works.add, DeadLetters(publisher, "test", SystemClock()))
         async with (
-            consuming(Consumer(settings, "test", {CREDENTIAL_REQUEST: handler})),
+            consuming(make_consumer(settings, "test", {CREDENTIAL_REQUEST: handler})),
             Follower(settings, [CREDENTIAL_REQUEST], seen.extend) as follower,
         ):
             await works.until(2)

@@ -48,6 +48,7 @@ from ringfence.messages.topics import (
     AGENT,
     APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
+    AUDITED,
     CREDENTIAL_REPLY,
     CREDENTIAL_REQUEST,
     LEASE,
@@ -346,7 +347,7 @@ def unbelievable(office: AuditFixtures) -> dict[str, Received]:
     thief = SigningKey.generate(f"spiffe://{TD}/agent/deploy-bot")
     stolen = SigningKey.generate(f"spiffe://{TD}/service/registry")
     found: dict[str, Received] = {
-        f"garbage on {topic.what}": office.received(topic, b"\x00\xffno message") for topic in office.batches
+        f"garbage on {topic.what}": office.received(topic, b"\x00\xffno message") for topic in AUDITED
     }
     request = office.request()
     found["forged request"] = office.signed(CREDENTIAL_REQUEST, request, thief)

@@ -9,7 +9,7 @@ import asyncio
 import sys
 
 from ringfence.kernel.base.settings import ServiceSettings, load
-from ringfence.kernel.kafka.batch_handlers import sequential
+from ringfence.kernel.kafka.faststream_adapter import ConsumerGroup, GroupRouter
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
@@ -27,7 +27,10 @@ def main(work_s: float) -> int:
         await asyncio.sleep(work_s)
         await runtime.event("finding", "done", about=(record.offset,))
 
-    runtime.consume(GROUP, {CREDENTIAL_REQUEST: sequential(handle, runtime.dead_letters)})
+    router = GroupRouter()
+    group = ConsumerGroup(GROUP, runtime.dead_letters)
+    router.subscriber(CREDENTIAL_REQUEST, group=group, order="sequential")(handle)
+    runtime.consume(router)
     return run([runtime], settings)
 
 

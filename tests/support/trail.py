@@ -118,7 +118,7 @@ class Trail:
             send_dead_letter=_bury_nothing,
             settle_ms=0,
         )
-        batches, audited = handlers.batches(), _in_order(records, _ORDER)
+        audited = _in_order(records, _ORDER)
         ahead = iter([record for record in audited if record.topic in _RECORDS])
         coming = next(ahead, None)
         for record in audited:
@@ -127,7 +127,7 @@ class Trail:
                 directory.admit(coming.topic.what, *place)  # type: ignore[arg-type]
                 coming = next(ahead, None)
             try:
-                await batches[record.topic]([record])
+                await handlers.handle_batch([record])
             except UnavailableError:
                 break
             last = kept.events[-1]

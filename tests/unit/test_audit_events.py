@@ -148,8 +148,8 @@ async def test_a_batch_that_could_not_be_published_comes_again_and_makes_the_sam
     batch = [story.request, replay]
     office.published.fail_next = 1
     with pytest.raises(OSError, match="went away"):
-        await office.batches[CREDENTIAL_REQUEST](batch)
-    await office.batches[CREDENTIAL_REQUEST](batch)
+        await office.handlers.handle_batch(batch)
+    await office.handlers.handle_batch(batch)
     assert steps(office.published.events) == ["credential.requested", "message.replayed"]
 
 
@@ -164,7 +164,7 @@ async def test_records_of_several_topics_that_come_together_have_the_events_that
     )  # fmt: skip
     places = list(AUDITED)
     batch = sorted(story.all, key=lambda record: places.index(record.topic))
-    await handlers.batches()[batch[0].topic](batch)
+    await handlers.handle_batch(batch)
     told = office.published.events[-len(batch) :]
     assert [one["metadata"]["uid"] for one in told] == [
         Source(r.topic_name, r.partition, r.offset).uid for r in batch
@@ -190,7 +190,7 @@ async def test_a_restarted_audit_says_the_same_of_a_decision_without_the_request
         send_dead_letter=office.bury,
         settle_ms=0,
     )
-    await handlers.batches()[story.allowed.topic]([story.allowed])
+    await handlers.handle_batch([story.allowed])
     assert office.published.events[-1] == expected
     assert expected["unmapped"]["approvers"] == ["sam"]
     assert "credential.request" in expected["unmapped"]["verified"]["embedded"]
@@ -281,7 +281,7 @@ async def test_a_request_that_was_verified_where_it_is_embedded_is_not_verified_
 ) -> None:
     story = office.credential(approved=False)
     expected = await office.audit(story.request)
-    office.verifier = office.handlers._verifier = RecordVerifier(office.trust, office.directory, office.own)
+    office.restart()
     await office.audit(story.allowed)
     looked_at: list[bytes] = []
     verifies = PublicKey.verifies

@@ -10,6 +10,7 @@ from ringfence.audit.malformed_topics import MalformedRecordHandler
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.kafka.batch_handlers import concurrent
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditWitness
@@ -30,10 +31,12 @@ class Desk:
         self.buried: list[str] = []
         self.reachable = True
         self.clock = FixedClock(self.office.now_ms)
-        followed = MalformedRecordHandler(
-            self.office.trust, self.directory, self.clock, cast(DeadLetters, self), self._caught_up
-        )
-        self._batches = followed.batches()
+        followed = MalformedRecordHandler(self.office.trust, self.directory, self.clock, self._caught_up)
+        letters = cast(DeadLetters, self)
+        self._batches = {
+            HEARTBEAT: concurrent(followed.heartbeat, letters),
+            AUDIT_CHECKPOINT: concurrent(followed.checkpoint, letters),
+        }
 
     async def _caught_up(self, timeout_s: float) -> bool:
         if self.reachable:

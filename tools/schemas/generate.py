@@ -1,12 +1,16 @@
 """Writes the published contract into `schemas/`: AsyncAPI 3, a JSON Schema and a golden example for each message.
 
+`schemas/services/` describes each service: what it consumes in consumer groups, and what it publishes.
+
 python -m tools.schemas.generate schemas docs/topics.md
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,10 @@ from ringfence.messages.base import Claims, Message, Topic, typ_header
 from ringfence.messages.credential import SealedDelivery
 from tools.schemas.examples import EXAMPLES
 from ringfence.messages.topics import ALL
+
+
+SERVICES = ("registry", "policy", "issuer", "revoker", "audit", "signals")
+"""Those that consume in consumer groups."""
 
 
 def message_name(model: type[Message]) -> str:
@@ -102,7 +110,6 @@ def models() -> dict[str, type[Message]]:
 
 def write(folder: Path) -> None:
     """Write all files, and delete those of messages that are gone."""
-    folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, str] = {
         "asyncapi.yaml": yaml.safe_dump(asyncapi(), sort_keys=False, width=120, allow_unicode=True)
     }
@@ -110,6 +117,18 @@ def write(folder: Path) -> None:
         files[f"{name}.schema.json"] = json.dumps(json_schema(model), indent=1, ensure_ascii=False) + "\n"
         example = EXAMPLES[model].model_dump(mode="json", exclude_none=True)
         files[f"{name}.example.json"] = json.dumps(example, indent=1, ensure_ascii=False) + "\n"
+    _replace_files(folder, files)
+    _replace_files(folder / "services", {f"{role}.yaml": service_description(role) for role in SERVICES})
+
+
+def service_description(role: str) -> str:
+    """The AsyncAPI document of a service, as `faststream docs gen` makes it."""
+    application = importlib.import_module(f"ringfence.{role}.app").described()
+    return str(application.schema.to_specification().to_yaml())
+
+
+def _replace_files(folder: Path, files: Mapping[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         if old.name not in files and old.suffix in {".json", ".yaml"}:
             old.unlink()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from faststream import FastStream
+
 from ringfence.audit.api.events import AuditApi
 from ringfence.audit.api.proofs import ProofApi
 from ringfence.audit.api.reports import ReportApi
@@ -12,7 +14,8 @@ from ringfence.audit.index.store import SqliteIndex
 from ringfence.audit.malformed_topics import MalformedRecordHandler
 from ringfence.audit.records import AuditHandlers
 from ringfence.audit.settings import AuditSettings
-from ringfence.audit.trail.chain_writer import GROUP, STRAYS_GROUP, ChainWriter
+from ringfence.audit.subscribers import router
+from ringfence.audit.trail.chain_writer import ChainWriter
 from ringfence.audit.trail.handover import HandoverCache, Intake
 from ringfence.audit.trail.proofs import ProofStore
 from ringfence.audit.trail.unauthorised_records import UnauthorisedRecords
@@ -23,7 +26,8 @@ from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, TRUST
+from ringfence.kernel.service.service_description import describe, placeholder
+from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, TRUST
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import TABLES, Directory
@@ -31,9 +35,6 @@ from ringfence.model.records.directory import TABLES, Directory
 _AT_ONCE = 32
 """Events of the trail that are parsed and then taken in: more of them do not stay in the caches of a core, and parsing
 alone takes twice as long."""
-
-_PATIENTLY = 10
-"""So many times as long do heartbeats and the like gather: nothing is made of those that hold."""
 
 
 def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Clock | None = None) -> Runtime:
@@ -86,11 +87,26 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     if detector is not None:
         each_s = max(0.1, own.linger_ms / 1000)
         runtime.background("detections", lambda: detector.publish_always(indexed.complete, each_s))
+    followed = MalformedRecordHandler(runtime.trust, directory, runtime.clock, runtime.tables_caught_up)
+    chain = ChainWriter(runtime, own.checkpoint_s, lately, read_back, strays)
     runtime.consume(
-        "audit", handlers.batches(), max_records=1000, linger_ms=own.linger_ms, report_initial_gap=True
+        router(
+            audited=handlers.handle_batch,
+            heartbeat=followed.heartbeat,
+            checkpoint=followed.checkpoint,
+            signal_stream=followed.signal_stream,
+            intake=chain.on_batch,
+            on_intake_assigned=chain.on_assigned,
+            # By itself, as above: it halts at nothing.
+            dead_letters=DeadLetters(
+                runtime.publisher, runtime.role, runtime.clock, trust_moved=runtime.trust_moved
+            ),
+            linger_ms=own.linger_ms,
+        )
     )
-    _look_at_what_is_followed(runtime, own, directory)
-    _chain(runtime, own, ChainWriter(runtime, own.checkpoint_s, lately, read_back, strays))
+    runtime.background("checkpoints", chain.sign_now_and_then)
+    runtime.background("strays", chain.bury_strays)
+    runtime.on_stop(chain.close)
     authenticator = Authenticator(directory, runtime.role, runtime.clock)
     api = AuditApi(index, directory, runtime.clock, authenticator, indexed.complete.is_set)
     runtime.routes += [*api.routes(), *ProofApi(index, proofs, api.viewer).routes()]
@@ -104,34 +120,18 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     return runtime
 
 
-def _look_at_what_is_followed(runtime: Runtime, own: AuditSettings, directory: Directory) -> None:
-    # By itself, as above: it halts at nothing.
-    letters = DeadLetters(runtime.publisher, runtime.role, runtime.clock, trust_moved=runtime.trust_moved)
-    followed = MalformedRecordHandler(
-        runtime.trust, directory, runtime.clock, letters, runtime.tables_caught_up
+def described() -> FastStream:
+    """What the service consumes and publishes, for AsyncAPI. Needs no settings, keys or broker."""
+    return describe(
+        "audit",
+        router(
+            audited=placeholder,
+            heartbeat=placeholder,
+            checkpoint=placeholder,
+            signal_stream=placeholder,
+            intake=placeholder,
+            on_intake_assigned=placeholder,
+            dead_letters=None,
+            linger_ms=0,
+        ),
     )
-    runtime.consume(
-        STRAYS_GROUP,
-        followed.batches(),
-        max_records=100,
-        linger_ms=_PATIENTLY * own.linger_ms,
-        # Strangers may leave transactions open anywhere.
-        read_uncommitted=True,
-        # Heartbeats go after an hour, and nothing that is true is lost with them here.
-        audit_data_loss=False,
-    )
-
-
-def _chain(runtime: Runtime, own: AuditSettings, chain: ChainWriter) -> None:
-    runtime.consume(
-        GROUP,
-        {AUDIT_INTAKE: chain.on_batch},
-        max_records=1000,
-        linger_ms=own.linger_ms,
-        on_assigned=chain.on_assigned,
-        single_active=True,
-        report_initial_gap=True,
-    )
-    runtime.background("checkpoints", chain.sign_now_and_then)
-    runtime.background("strays", chain.bury_strays)
-    runtime.on_stop(chain.close)

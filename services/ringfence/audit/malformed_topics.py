@@ -8,21 +8,18 @@ other's checkpoints would go on for ever.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from ringfence.audit.verification import require_trust
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.batch_handlers import BatchHandler, Handler, concurrent
-from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
-from ringfence.messages.base import Claims, Topic, typ_header
+from ringfence.messages.base import Claims, typ_header
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.signals import SignalStream
-from ringfence.messages.topics import ALL, AUDIT_CHECKPOINT, HEARTBEAT, SIGNAL_STREAM
+from ringfence.messages.topics import ALL, AUDIT_CHECKPOINT
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
@@ -34,11 +31,11 @@ _ELSEWHERE = frozenset(
     for model in topic.models
     if topic is not AUDIT_CHECKPOINT and issubclass(model, Claims)
 )
-"""Messages that belong on other topics, whoever signed them."""
+"""The typs of messages that belong on other topics. Here they are invalid, whoever signed them."""
 
 
 class MalformedRecordHandler:
-    """Verifies heartbeats, checkpoints, witness statements and signal streams; dead-letters those that fail.
+    """Verifies heartbeats, checkpoints, witness statements and signal streams. Those that fail are dead-lettered.
 
     One consumer group reads each record once, whichever replica does it. Valid records have no effect here.
     """
@@ -48,37 +45,29 @@ class MalformedRecordHandler:
         trust: TrustStore,
         directory: Directory,
         clock: Clock,
-        dead_letters: DeadLetters,
         caught_up: Callable[[float], Awaitable[bool]],
     ) -> None:
         """`caught_up`: `Runtime.tables_caught_up` for the tables in `directory`."""
         self._trust = trust
         self._directory = directory
         self._clock = clock
-        self._dead_letters = dead_letters
         self._caught_up = caught_up
 
-    def batches(self) -> dict[Topic[Any], BatchHandler]:
-        """The batch handler by topic."""
-        handlers: dict[Topic[Any], Handler] = {
-            HEARTBEAT: self._heartbeat,
-            AUDIT_CHECKPOINT: self._checkpoint,
-            SIGNAL_STREAM: self._signal_stream,
-        }
-        return {topic: concurrent(handle, self._dead_letters) for topic, handle in handlers.items()}
-
-    async def _heartbeat(self, record: Received) -> None:
+    async def heartbeat(self, record: Received) -> None:
+        """Verify a record of `heartbeat`. Raises InvalidMessageError if it fails, UnavailableError without trust."""
         self._require_trust(record)
         find = self._trust.finder(*Heartbeat.signed_by, at_s=record.appended_at_ms / 1000)
         verify(parse(record.value), Heartbeat, find, audience=self._trust.trust_domain)
 
-    async def _signal_stream(self, record: Received) -> None:
+    async def signal_stream(self, record: Received) -> None:
+        """Likewise for `signal.stream`."""
         self._require_trust(record)
         find = self._trust.finder(*SignalStream.signed_by, at_s=record.appended_at_ms / 1000)
         claims = verify(parse(record.value), SignalStream, find, audience=self._trust.trust_domain).claims
         _check_place(record, claims.receiver)
 
-    async def _checkpoint(self, record: Received) -> None:
+    async def checkpoint(self, record: Received) -> None:
+        """Likewise for `audit.checkpoint`."""
         self._require_trust(record)
         jws, at_s = parse(record.value), record.appended_at_ms / 1000
         if jws.header.typ == typ_header(AuditWitness):
@@ -105,10 +94,10 @@ class MalformedRecordHandler:
         claims = verify(
             jws, AuditWitness, lambda iss, kid: chains.user_key(iss, kid, at_ms), audience=self._trust.trust_domain
         ).claims  # fmt: skip
-        who = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
-        if "auditor" not in chains.roles_at(who, at_ms):
+        auditor = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
+        if "auditor" not in chains.roles_at(auditor, at_ms):
             raise InvalidMessageError("whoever signed it is no auditor", code="not_auditor")
-        _check_place(record, f"{claims.tree}/{who}")
+        _check_place(record, f"{claims.tree}/{auditor}")
 
     def _require_trust(self, record: Received) -> None:
         require_trust(self._trust, [record], self._clock.now_ms())

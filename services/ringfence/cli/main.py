@@ -28,6 +28,7 @@ from ringfence.kernel.base.text import visible_lines
 EXTRAS = {
     "asyncpg": "server",
     "asyncssh": "server",
+    "faststream": "server",
     "hiredis": "server",
     "httptools": "server",
     "prometheus_client": "server",

@@ -189,10 +189,10 @@ class Subscription:
         for kind in kinds:
             if not self._carries(kind):
                 raise SetupError(
-                    f"{self._topic.what} carries no {_name(kind)}; select by {self._choice()} or UnknownMessage"
+                    f"{self._topic.what} carries no {_kind_name(kind)}; select by {self._choice()} or UnknownMessage"
                 )
             if kind in self._kinds:
-                raise SetupError(f"another handler takes {_name(kind)} already")
+                raise SetupError(f"another handler takes {_kind_name(kind)} already")
             self._kinds.add(kind)
         if not kinds and self._takes_the_rest:
             raise SetupError("another handler takes the rest already")
@@ -283,5 +283,5 @@ def _is_of(decoded: Any, kind: Kind) -> bool:
     return code.startswith(kind[:-1]) if kind.endswith("*") else code == kind
 
 
-def _name(kind: Kind) -> str:
+def _kind_name(kind: Kind) -> str:
     return repr(kind) if isinstance(kind, str) else kind.__name__

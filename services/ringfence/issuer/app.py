@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from faststream import FastStream
+
 from ringfence.backends import (
     BackendContext,
     BackendSettings,
@@ -23,12 +25,14 @@ from ringfence.issuer.limits import LeaseLimits, LeaseLimitValues
 from ringfence.issuer.minting import Minter
 from ringfence.issuer.resealing import GatewayHttp, Resealer
 from ringfence.issuer.settings import IssuerSettings
+from ringfence.issuer.subscribers import router
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
 from ringfence.kernel.crypto.encryption_keys import EncryptionKeys
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, HEARTBEAT
+from ringfence.kernel.service.service_description import describe, placeholder
+from ringfence.messages.topics import APPROVAL_RESPONSE, HEARTBEAT
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.revoker_halts import RevokerHalts
 from ringfence.model.records.alarms import report_alarms
@@ -120,7 +124,7 @@ def build(
     async def settle() -> None:
         granted.settle()
 
-    runtime.consume("issuer", {CREDENTIAL_DECISION: handler}, on_assigned=settle)
+    runtime.consume(router(decisions=handler, on_assigned=settle))
     authenticator = Authenticator(directory, runtime.role, runtime.clock)
     runtime.routes += IssuerHttp(
         issuer_url=settings.issuer_url,
@@ -132,6 +136,17 @@ def build(
     resealer = Resealer(settings, runtime.trust, store, seal_keys, runtime.clock)
     runtime.routes += GatewayHttp(resealer, authenticator).routes()
     return runtime
+
+
+def described() -> FastStream:
+    """What the service consumes and publishes, for AsyncAPI. Needs no settings, keys or broker."""
+    return describe(
+        "issuer",
+        router(
+            decisions=placeholder,
+            on_assigned=placeholder,
+        ),
+    )
 
 
 def _token_keys(settings: ServiceSettings, own: IssuerSettings) -> TokenKeys:

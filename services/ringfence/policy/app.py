@@ -7,23 +7,24 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from faststream import FastStream
+
 from ringfence.backends import BackendContext, all_backends
 from ringfence.backends.capabilities import BackendCapabilities
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
-from ringfence.kernel.kafka.batch_handlers import concurrent, sequential
+from ringfence.kernel.kafka.batch_handlers import sequential
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.kernel.service.service_description import describe, placeholder
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import CredentialDecision, Reason
 from ringfence.messages.topics import (
-    APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
     CREDENTIAL_DECISION,
-    CREDENTIAL_REQUEST,
     LEASE,
     SERVICE_EVENT,
 )
@@ -60,6 +61,7 @@ from ringfence.policy.incoming.load_shedding import ShedRequests
 from ringfence.policy.incoming.verification import MessageVerifier
 from ringfence.policy.notifications.notices import Notices, notice_sender
 from ringfence.policy.settings import PolicySettings
+from ringfence.policy.subscribers import router
 from ringfence.rego.bundle import load_bundle
 from ringfence.rego.bundle_watch import BundleWatch
 from ringfence.rego.engine import ISSUANCE
@@ -165,26 +167,28 @@ def build(
         await responses(batch)
 
     runtime.table(TABLES, directory.on_records)
-    consumer = runtime.consume(
-        "policy",
-        {
-            CREDENTIAL_REQUEST: concurrent(requests.handle, runtime.dead_letters),
-            APPROVAL_RESPONSE: respond_to_all,
-        },
-        on_assigned=load_before_assignment,
-    )
-
-    if own.webhooks:
-        tell = notice_sender(runtime, directory, notices)
-        # A gateway that is taken over must not take policy out of use: hints are lost at most.
-        letters = DeadLetters(
-            runtime.publisher, runtime.role, runtime.clock, runtime.trust, runtime.trust_moved, halts=False
+    consumers = runtime.consume(
+        router(
+            request=requests.handle,
+            responses=respond_to_all,
+            notice=notice_sender(runtime, directory, notices) if own.webhooks else None,
+            on_assigned=load_before_assignment,
+            dead_letters=runtime.dead_letters,
+            # A gateway that is taken over must not take policy out of use: hints are lost at most.
+            notice_dead_letters=DeadLetters(
+                runtime.publisher,
+                runtime.role,
+                runtime.clock,
+                runtime.trust,
+                runtime.trust_moved,
+                halts=False,
+            ),
         )
-        runtime.consume("policy-notices", {APPROVAL_REQUEST: sequential(tell, letters)})
+    )
 
     async def close_overdue() -> None:
         await decisions.settle()
-        await approvals.close_overdue(consumer.owns)
+        await approvals.close_overdue(consumers["policy"].owns)
 
     async def bundle_refused(mark: str, why: str) -> None:
         reason = Reason(code="bundle_refused", message=why[:2000])
@@ -212,3 +216,18 @@ def build(
     ).routes()
     runtime.routes += AuthZen(runtime, authenticator, judge).routes()
     return runtime
+
+
+def described() -> FastStream:
+    """What the service consumes and publishes, for AsyncAPI. Needs no settings, keys or broker."""
+    return describe(
+        "policy",
+        router(
+            request=placeholder,
+            responses=placeholder,
+            notice=placeholder,
+            on_assigned=placeholder,
+            dead_letters=None,
+            notice_dead_letters=None,
+        ),
+    )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
+from faststream import FastStream
+
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load
-from ringfence.kernel.kafka.batch_handlers import sequential
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.kernel.service.service_description import describe, placeholder
 from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
@@ -19,6 +21,7 @@ from ringfence.registry.key_expiry_warnings import KeyWarnings
 from ringfence.registry.oidc_discovery import Discovery
 from ringfence.registry.settings import RegistrySettings
 from ringfence.registry.store import REMEMBERED_MS, Memory
+from ringfence.registry.subscribers import GROUP, router
 
 RECALL_S = 5.0
 """How long an instance that enrols waits for the registry's memory."""
@@ -40,11 +43,10 @@ def build(
     runtime.table(TABLES, directory.on_records)
     on_events = runtime.redeliver_after_rotation(registry.on_events)
     registry.history = runtime.history((SERVICE_EVENT,), on_events, since_ms=since_ms)
-    commands = runtime.consume(
-        "registry",
-        {REGISTRY_COMMAND: sequential(registry.on_command, runtime.dead_letters)},
-        on_assigned=registry.catch_up,
+    consumers = runtime.consume(
+        router(command=registry.on_command, on_assigned=registry.catch_up, dead_letters=runtime.dead_letters)
     )
+    commands = consumers[GROUP]
     command_topic = REGISTRY_COMMAND.name(settings.topic_prefix)
 
     def mine() -> bool:
@@ -71,3 +73,15 @@ def build(
         directory, Authenticator(directory, runtime.role, runtime.clock), runtime.clock
     ).routes()
     return runtime
+
+
+def described() -> FastStream:
+    """What the service consumes and publishes, for AsyncAPI. Needs no settings, keys or broker."""
+    return describe(
+        "registry",
+        router(
+            command=placeholder,
+            on_assigned=placeholder,
+            dead_letters=None,
+        ),
+    )

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from faststream import FastStream
+
 from ringfence.backends import BackendContext, BackendSettings, CircuitBreaker, TargetAccess, all_backends
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load
-from ringfence.kernel.kafka.batch_handlers import sequential
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.kernel.service.service_description import describe, placeholder
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK, REVOCATION_REQUEST
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.stream_digests import StreamDigests
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import TABLES, Directory
-from ringfence.revoker.consistency.issued_lease_recheck import BATCH_SIZE as ISSUED_BATCH_SIZE
-from ringfence.revoker.consistency.issued_lease_recheck import LINGER_MS as ISSUED_LINGER_MS
 from ringfence.revoker.consistency.issued_lease_recheck import IssuedLeaseRecheck
 from ringfence.revoker.consistency.lease_watch import BACK_MS, LINGER_MS, LeaseWatch
 from ringfence.revoker.consistency.rebuild import Rebuilder
@@ -33,17 +33,15 @@ from ringfence.revoker.maintenance.tombstones import LeaseTombstoner
 from ringfence.revoker.mass_expiry import MassExpiry, OwnRecordCache
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.fencing import FenceHandler
-from ringfence.revoker.revocations.record_changes import RECORD_TOPICS, RecordHandler
+from ringfence.revoker.revocations.record_changes import RecordHandler
 from ringfence.revoker.revocations.revocations import RevocationHandler
 from ringfence.revoker.revocations.verification import RevocationVerifier
 from ringfence.revoker.settings import RevokerSettings
+from ringfence.revoker.subscribers import GROUP, router
 
 _ACKS_BACK_MS = 10 * 60 * 1000
 """How far back acknowledgements of gateways are read at the start: revocations that waited for this revoker may have
 them already."""
-
-_FENCES_TOGETHER = 256
-"""The most revocations whose fences are written at once, to every shard."""
 
 
 def build(
@@ -126,13 +124,25 @@ def build(
         runtime.background("mass-expiry", partial(fast_path.run, expiry.is_busy))
     runtime.background("expired-events", expiry.listen)
     runtime.background("outbox", expiry.sweep)
-    consumer = runtime.consume("revoker", {REVOCATION_REQUEST: revocations})
-    fences = FenceHandler(verifier, store, cuts)
-    runtime.consume("revoker-fences", {REVOCATION_REQUEST: fences}, max_records=_FENCES_TOGETHER)
+    issued = IssuedLeaseRecheck(runtime, directory, store, own_records, patience_s=own.patience_s)
+
+    async def on_issued(batch: Sequence[Received]) -> None:
+        await issued(batch)
+        await watch.catch_up(batch)
+
+    consumers = runtime.consume(
+        router(
+            revocations=revocations,
+            fences=FenceHandler(verifier, store, cuts),
+            record_change=records,
+            issued=on_issued,
+            dead_letters=runtime.dead_letters,
+        )
+    )
 
     def is_leader() -> bool:
         """Periodic work is done by one revoker: the one that has the first partition of `revocation.request`."""
-        return consumer.owns(REVOCATION_REQUEST.name(settings.topic_prefix), 0)
+        return consumers[GROUP].owns(REVOCATION_REQUEST.name(settings.topic_prefix), 0)
 
     sweeper = OrphanSweeper(
         runtime, store, directory, backends, breaker, is_leader,
@@ -141,20 +151,22 @@ def build(
     tombstoner = LeaseTombstoner(runtime, is_leader, after_s=own.forget_after_s, every_s=own.forget_every_s)
     runtime.background("orphan-sweep", sweeper.run)
     runtime.background("retention", tombstoner.run)
-    runtime.consume(
-        "revoker-records", dict.fromkeys(RECORD_TOPICS, sequential(records, runtime.dead_letters))
-    )
-    issued = IssuedLeaseRecheck(runtime, directory, store, own_records, patience_s=own.patience_s)
-
-    async def on_issued(batch: Sequence[Received]) -> None:
-        await issued(batch)
-        await watch.catch_up(batch)
-
-    runtime.consume(
-        "revoker-issued", {LEASE: on_issued}, max_records=ISSUED_BATCH_SIZE, linger_ms=ISSUED_LINGER_MS
-    )
     authenticator = Authenticator(directory, runtime.role, runtime.clock)
     runtime.routes += LeasesApi(
         store, ender, overdue, directory, verifier, runtime.clock, authenticator
     ).routes()
     return runtime
+
+
+def described() -> FastStream:
+    """What the service consumes and publishes, for AsyncAPI. Needs no settings, keys or broker."""
+    return describe(
+        "revoker",
+        router(
+            revocations=placeholder,
+            fences=placeholder,
+            record_change=placeholder,
+            issued=placeholder,
+            dead_letters=None,
+        ),
+    )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from faststream import FastStream
+
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.service.bearer_tokens import Tokens
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.kernel.service.service_description import describe, placeholder
 from ringfence.messages.topics import LEASE, SIGNAL_STREAM
 from ringfence.signals.delivery import DeliverySupervisor
 from ringfence.signals.http import SignalsApi
 from ringfence.signals.receivers import read_receivers
 from ringfence.signals.settings import SignalsSettings
 from ringfence.signals.streams import StreamTable
+from ringfence.signals.subscribers import router
 
 
 def build(
@@ -32,3 +36,14 @@ def build(
     runtime.warns_when(deliveries.warning)
     runtime.routes += SignalsApi(runtime, own, streams, deliveries, receivers, tokens).routes()
     return runtime
+
+
+def described() -> FastStream:
+    """What the service consumes and publishes, for AsyncAPI. Needs no settings, keys or broker."""
+    return describe(
+        "signals",
+        router(
+            stream_id="ID",
+            leases=placeholder,
+        ),
+    )

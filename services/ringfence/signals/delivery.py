@@ -23,8 +23,8 @@ from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, Un
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.text import visible
 from ringfence.kernel.kafka.batch_handlers import gather_all
-from ringfence.kernel.kafka.consumer import Consumer
 from ringfence.kernel.kafka.dead_letters import HaltedError
+from ringfence.kernel.kafka.faststream_adapter import GroupBroker
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
@@ -42,19 +42,18 @@ from ringfence.signals.events import (
     sign_set,
     subject_of,
 )
-from ringfence.signals.poll import WINDOW_SIZE, Window
+from ringfence.signals.poll import Window
 from ringfence.signals.push import Pusher
 from ringfence.signals.receivers import Receiver
 from ringfence.signals.settings import SignalsSettings
 from ringfence.signals.streams import SignalStreamState, StreamTable
+from ringfence.signals.subscribers import group_name, router
 
 log = logging.getLogger(__name__)
 
 PUSH: DeliveryMethod = "urn:ietf:rfc:8935"
 POLL: DeliveryMethod = "urn:ietf:rfc:8936"
 _MAX_SETTLED_JTIS = 50_000
-_MAX_POLL_INTERVAL_MS = 7 * 24 * 3600 * 1000
-"""How long a receiver may be away before the group removes its member, which then rejoins."""
 _RETRY_S = 1.0
 _CHECK_S = 2.0
 _RECONCILE_TIMEOUT_S = 10.0
@@ -99,19 +98,14 @@ class Delivery:
         self._pusher = (
             Pusher(receiver, settings, runtime.clock, self.refused) if self.method == PUSH else None
         )
-        self.consumer = Consumer(
-            runtime.settings,
-            f"signals-{stream.id}",
-            {LEASE: self._handle},
-            max_records=WINDOW_SIZE,
-            single_active=True,
-            max_poll_interval_ms=_MAX_POLL_INTERVAL_MS,
-            on_halted=runtime.report_halted,
-        )
+        self._groups = GroupBroker(runtime.settings, on_halted=runtime.report_halted)
+        consumers = self._groups.include(router(stream_id=stream.id, leases=self._handle))
+        self.consumer = consumers[group_name(stream.id)]
 
     async def run(self) -> None:
         """Deliver until cancelled."""
         try:
+            await self._groups.prepare()
             await self.consumer.run()
         finally:
             for task in self._verifying:

@@ -63,7 +63,7 @@ async def redeliver(desk: IssuerBench, topic: Topic[Any], at: Coordinates) -> No
     """Hand a record that was handled once to the revoker again, as a broker does after a crash before the commit."""
     name = topic.name(desk.world.prefix)
     record = await desk.world.record_at(topic, at)
-    for consumer in desk.world.runtimes["revoker"]._consumers:
+    for consumer in desk.world.runtimes["revoker"].consumers:
         if name in consumer._handlers:
             await consumer._handlers[name]([record])
 

@@ -1,6 +1,6 @@
 """The life cycle of a service process: start, work, drain, stop.
 
-`app.py` of each service registers its tables, consumers, HTTP routes and background jobs here; `run` then starts them
+`app.py` of each service registers its tables, subscribers, HTTP routes and background jobs here; `run` then starts them
 in order. Tables are complete before any work is taken.
 """
 
@@ -23,10 +23,10 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey
 from ringfence.kernel.crypto.service_keys import ServiceKeys
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.batch_handlers import BatchHandler
 from ringfence.kernel.kafka.consumer import Consumer
 from ringfence.kernel.kafka.data_loss import LostRange
 from ringfence.kernel.kafka.dead_letters import DeadLetters, HaltedError
+from ringfence.kernel.kafka.faststream_adapter import GroupBroker, GroupRouter
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower, Reader
@@ -80,7 +80,12 @@ class Runtime:
         self._postponed: list[DeferredRecords] = []
         self._histories: dict[int, Follower] = {}
         """By `linger_ms`: followers are shared by histories that linger alike."""
-        self._consumers: list[Consumer] = []
+        self._groups = GroupBroker(
+            settings,
+            on_data_loss=self._report_data_loss,
+            on_halted=self.report_halted,
+            tracing=self.tracing,
+        )
         self._started = False
         """Whether all tables are complete, and work is taken."""
         self._waits_for: str | None = None
@@ -90,7 +95,7 @@ class Runtime:
         self._checks: list[ReadyCheck] = [
             self._untrusted,
             self._follower_check,
-            self._consumer_check,
+            self._groups.unready,
             self._skew.unready,
         ]
         self._denials: list[ReadyCheck] = [
@@ -165,40 +170,17 @@ class Runtime:
         self._postponed.append(postponed)
         return postponed.on_records
 
-    def consume(
-        self,
-        group: str,
-        handlers: dict[Topic[Any], BatchHandler],
-        *,
-        max_records: int = 32,
-        linger_ms: int = 0,
-        on_assigned: Callable[[], Awaitable[None]] | None = None,
-        single_active: bool = False,
-        report_initial_gap: bool = False,
-        read_uncommitted: bool = False,
-        audit_data_loss: bool = True,
-    ) -> Consumer:
-        """Take work from these topics as a member of a consumer group. See `Consumer` for the parameters.
+    def consume(self, router: GroupRouter) -> dict[str, Consumer]:
+        """Take work from the topics of a router's subscribers, as a member of their consumer groups.
 
-        `audit_data_loss`: whether lost records are also reported to the audit trail and to the metric that alerts use.
-        The log and `/readyz` report them in any case.
+        Returns the consumer of each group by the group's name. Raises SetupError; see `GroupBroker.include`.
         """
-        consumer = Consumer(
-            self.settings,
-            group,
-            handlers,
-            max_records=max_records,
-            linger_ms=linger_ms,
-            on_assigned=on_assigned,
-            single_active=single_active,
-            on_data_loss=self._report_data_loss if audit_data_loss else None,
-            on_halted=self.report_halted,
-            report_initial_gap=report_initial_gap,
-            read_uncommitted=read_uncommitted,
-            tracing=self.tracing,
-        )
-        self._consumers.append(consumer)
-        return consumer
+        return self._groups.include(router)
+
+    @property
+    def consumers(self) -> Sequence[Consumer]:
+        """One for each consumer group."""
+        return self._groups.consumers
 
     def background(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         """Run `work` beside the consumers. If it returns or raises, the process ends with an error."""
@@ -330,7 +312,7 @@ class Runtime:
 
     def halted(self) -> tuple[str, ...]:
         """The consumer groups of this service that have halted in this process."""
-        return tuple(sorted(consumer.group for consumer in self._consumers if consumer.halted is not None))
+        return self._groups.halted()
 
     # --- the life ---
 
@@ -361,7 +343,8 @@ class Runtime:
             started = await self._start(stop, work[0])
             if started:
                 work += [asyncio.create_task(_forever(job), name=name) for name, job in self._background]
-                work += [asyncio.create_task(c.run(), name=c.group) for c in self._consumers]
+                await self._groups.start()
+                work += self._groups.reading
                 self._started = True
                 log.info("%s ready", self.role)
                 await self.event("started", self.role, about=(self._instance,))
@@ -374,6 +357,7 @@ class Runtime:
             stopping.cancel()
             await self._drain()
             await _end(work[1:])
+            await self._groups.stop()
             if started:
                 await self._heard(self.event("stopped", self.role, about=(self._instance,)))
             server.should_exit = True
@@ -400,7 +384,7 @@ class Runtime:
         """Let the batches under way finish, and their offsets be committed, within `DRAIN_S`."""
         try:
             async with asyncio.timeout(DRAIN_S):
-                await asyncio.gather(*(consumer.drain() for consumer in self._consumers))
+                await self._groups.drain()
         except TimeoutError:
             log.warning("%s goes without what it began: it comes again, to whoever is there then", self.role)
 
@@ -489,7 +473,7 @@ class Runtime:
 
     def _data_loss_warning(self) -> str | None:
         """One of the lost ranges; the log and the metric have all."""
-        readers: list[Consumer | Follower] = [*self._consumers, *self._followers]
+        readers: list[Consumer | Follower] = [*self.consumers, *self._followers]
         return next(
             (gone.message for reader in readers for gone in reversed(reader.lost_ranges.values())), None
         )
@@ -500,14 +484,6 @@ class Runtime:
                 return follower.failed
         # Before the start is over not even all followers are there, and those that are there may be complete.
         return None if self._started else "local tables are not complete yet"
-
-    def _consumer_check(self) -> str | None:
-        for consumer in self._consumers:
-            if consumer.halted:
-                return consumer.halted
-            if not consumer.running:
-                return f"the consumer {consumer.group} has not started"
-        return None
 
 
 async def _until(ready: Callable[[], bool], stop: asyncio.Event, http: asyncio.Task[None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Coordinates, Reason
-from ringfence.messages.lease import EndCause, EndKind, Lease, RevocationRequest, Selector
+from ringfence.messages.lease import EndCause, EndKind, Lease, RevocationRequest
+from ringfence.messages.registry import AgentState, AnyRecord, UserState
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
@@ -66,7 +68,12 @@ class Revocation:
 
 
 def objection(revocation: Revocation, lease: Lease | None, directory: Directory) -> Reason | None:
-    """Why a revocation is not followed, or None. `lease`: the one that it names, if Redis knows it."""
+    """Why a revocation is not followed, or None. `lease`: the one that it names, if Redis knows it.
+
+    A person must be entitled when Kafka appends the revocation, or later. So a revocation that was valid once stays
+    valid for every reader, whatever the registry accepts after it. A gateway that acknowledged it may start again, and
+    a slow revoker may read it after a transfer.
+    """
     claims = revocation.claims
     agent_id = subject_of(claims.aud, claims.iss, "agent")
     user_id = subject_of(claims.aud, claims.iss, "user")
@@ -85,7 +92,7 @@ def objection(revocation: Revocation, lease: Lease | None, directory: Directory)
         entitled = lease is not None and lease.agent_id == agent_id
         who = "an agent gives back its own leases only"
     else:
-        entitled = _user_may(user_id or "", claims.selector, lease, directory)
+        entitled = _user_may(user_id or "", revocation, lease, directory)
         who = (
             "leases are revoked by the sponsor of an agent that acts, the task's assigner, the user they are on "
             "behalf of, or an operator"
@@ -93,36 +100,71 @@ def objection(revocation: Revocation, lease: Lease | None, directory: Directory)
     return None if entitled else Reason(code="not_entitled", message=who)
 
 
-def _user_may(user_id: str, selector: Selector | None, lease: Lease | None, directory: Directory) -> bool:
+def _user_may(user_id: str, revocation: Revocation, lease: Lease | None, directory: Directory) -> bool:
+    selector, since_ms = revocation.claims.selector, revocation.at.appended_at_ms
     try:
-        user = directory.user(user_id)
-        if user is None or user.state.status != "active":
+        active = [user for user in _users_since(user_id, since_ms, directory) if user.status == "active"]
+        if not active:
             return False
-        if "operator" in user.state.roles:
+        if any("operator" in user.roles for user in active):
             return True
         if lease is not None:
             held = [(lease.agent_id, lease.task_id)]
             held += [(one.agent_id, one.task_id) for one in lease.delegators or ()]
             return user_id == lease.on_behalf_of or any(
-                _answers_for(user_id, directory, agent_id=agent_id, task_id=task_id)
+                _answers_for(user_id, since_ms, directory, agent_id=agent_id, task_id=task_id)
                 for agent_id, task_id in held
             )
         if selector is None:
             return False
         return user_id in (selector.sponsor, selector.user_id) or _answers_for(
-            user_id, directory, agent_id=selector.agent_id, task_id=selector.task_id
+            user_id, since_ms, directory, agent_id=selector.agent_id, task_id=selector.task_id
         )
     except ChainError:
         return False
 
 
-def _answers_for(user_id: str, directory: Directory, *, agent_id: str | None, task_id: str | None) -> bool:
-    """Whether the user sponsors the agent (or the task's), assigned the task, or it is on their behalf."""
+def _answers_for(
+    user_id: str, since_ms: int, directory: Directory, *, agent_id: str | None, task_id: str | None
+) -> bool:
+    """Whether the user sponsors the agent (or the task's), or did since then, or the task is theirs.
+
+    A task is theirs if they assigned it, or if it is on their behalf; neither ever changes.
+    """
     task = directory.task(task_id) if task_id is not None else None
     if task is not None and user_id in (task.state.assigned_by, task.state.on_behalf_of):
         return True
-    agent = directory.agent(agent_id or (task.state.agent_id if task else ""))
-    return agent is not None and agent.state.sponsor == user_id
+    agent_id = agent_id or (task.state.agent_id if task else "")
+    return any(agent.sponsor == user_id for agent in _agents_since(agent_id, since_ms, directory))
+
+
+def _users_since(user_id: str, since_ms: int, directory: Directory) -> Iterator[UserState]:
+    """The states of a user from then on, the present one first: nearly always it decides."""
+    user = directory.user(user_id)
+    if user is None:
+        return
+    yield user.state
+    for at_ms in _changes_since(user.record, since_ms):
+        state = directory.chains.user_at(user_id, at_ms)
+        if state is not None:
+            yield state
+
+
+def _agents_since(agent_id: str, since_ms: int, directory: Directory) -> Iterator[AgentState]:
+    """The states of an agent from then on, the present one first."""
+    agent = directory.agent(agent_id)
+    if agent is None:
+        return
+    yield agent.state
+    for at_ms in _changes_since(agent.record, since_ms):
+        state = directory.chains.agent_at(agent_id, at_ms)
+        if state is not None:
+            yield state
+
+
+def _changes_since(record: AnyRecord, since_ms: int) -> Iterator[int]:
+    """Moments (ms) just after which each state since `since_ms` can be looked up, but for the present one."""
+    return (command.appended_at_ms for command in record.commands if command.appended_at_ms >= since_ms)
 
 
 def agent_of_task(task_id: str, directory: Directory) -> str | None:
@@ -140,8 +182,9 @@ def agent_of_task(task_id: str, directory: Directory) -> str | None:
 def verify_revocation(record: Received, directory: Directory, trust: TrustStore) -> Revocation:
     """A revocation that a known agent, user or service signed. Raises InvalidMessageError.
 
-    A service's signature also counts after the trust bundle has expired. Otherwise its revocation would wait for the
-    next bundle, and people's revocations behind it; and ending a lease gives nobody anything.
+    The key of a user who was disabled after that counts as well. A service's signature also counts after the trust
+    bundle has expired. Otherwise its revocation would wait for the next bundle, and people's revocations behind it; and
+    ending a lease gives nobody anything.
     """
     at_s, jws = record.appended_at_ms / 1000, parse(record.value)
     agents = keys_of_agents(directory, jws, RevocationRequest, at_s)
@@ -151,6 +194,7 @@ def verify_revocation(record: Received, directory: Directory, trust: TrustStore)
             return (
                 agents(iss, kid)
                 or directory.user_key(iss, kid, at_s)
+                or directory.chains.user_key(iss, kid, record.appended_at_ms)
                 or trust.service_key(iss, kid, RevocationRequest.signed_by, trust.no_later_s(at_s))
             )
         except ChainError:

@@ -1,0 +1,69 @@
+"""What policy consumes and publishes."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from ringfence.kernel.kafka.batch_handlers import BatchHandler, Handler
+from ringfence.kernel.kafka.dead_letters import DeadLetters
+from ringfence.kernel.kafka.faststream_adapter import ConsumerGroup, GroupRouter
+from ringfence.kernel.kafka.record import Received
+from ringfence.messages.approval import ApprovalRequest
+from ringfence.messages.credential import SealedReply
+from ringfence.messages.topics import (
+    APPROVAL_REQUEST,
+    APPROVAL_RESPONSE,
+    CREDENTIAL_DECISION,
+    CREDENTIAL_REPLY,
+    CREDENTIAL_REQUEST,
+    DEAD_LETTER,
+    SERVICE_EVENT,
+)
+
+
+def router(
+    *,
+    request: Handler,
+    responses: BatchHandler,
+    notice: Handler | None,
+    on_assigned: Callable[[], Awaitable[None]],
+    dead_letters: DeadLetters | None,
+    notice_dead_letters: DeadLetters | None,
+) -> GroupRouter:
+    """Args:
+        notice: tells people of questions, by webhooks; None where there are none, and then no group reads for it.
+        on_assigned: awaited before the first record of `policy` after each assignment.
+        notice_dead_letters: those of the notices, which halt at nothing.
+    """  # fmt: skip
+    router = GroupRouter(
+        {
+            CREDENTIAL_DECISION: CREDENTIAL_DECISION.models,
+            APPROVAL_REQUEST: (ApprovalRequest,),
+            CREDENTIAL_REPLY: (SealedReply,),
+            SERVICE_EVENT: SERVICE_EVENT.models,
+            DEAD_LETTER: DEAD_LETTER.models,
+        }
+    )
+    # One group, so that one member has an agent's requests and the answers about them.
+    policy = ConsumerGroup("policy", dead_letters, on_assigned=on_assigned)
+
+    @router.subscriber(CREDENTIAL_REQUEST, group=policy, order="concurrent")
+    async def on_request(record: Received) -> Awaitable[object] | None:
+        """Decide a credential request: allowed, denied, or only once people have approved it."""
+        return await request(record)
+
+    @router.subscriber(APPROVAL_RESPONSE, group=policy)
+    async def on_responses(batch: Sequence[Received]) -> None:
+        """Take what people sign: approvals and grants, in their order. Each may decide requests that waited."""
+        await responses(batch)
+
+    if notice is not None:
+        tell = notice
+        notices = ConsumerGroup("policy-notices", notice_dead_letters)
+
+        @router.subscriber(APPROVAL_REQUEST, group=notices, order="sequential")
+        async def on_question(record: Received) -> Awaitable[object] | None:
+            """Tell a person by webhook that a question of policy or a gateway waits."""
+            return await tell(record)
+
+    return router
