@@ -37,7 +37,7 @@ from pydantic import BaseModel
 
 import ringfence
 import ringfence.testing
-from ringfence import backends
+from ringfence import backends, integrations
 from ringfence.audit.events.ocsf import EventKind
 from ringfence.cli.commands.serve import _classes as settings_of
 from ringfence.cli.main import COMMANDS, app, load
@@ -93,6 +93,7 @@ def collect() -> Names:
         ("exit status", _exit_statuses()),
         ("sdk", _sdk()),
         ("testing", _names_of(ringfence.testing)),
+        *(("integration", _names_of(module)) for module in _adapters()),
         ("plugin", _plugin_api()),
         ("cli", _commands()),
     ):
@@ -234,10 +235,19 @@ def _errors() -> Iterator[tuple[str, type[RingfenceError]]]:
                     yield alias, value
 
 
+def _adapters() -> Iterator[ModuleType]:
+    yield integrations
+    for module in pkgutil.iter_modules(integrations.__path__, f"{integrations.__name__}."):
+        loaded = importlib.import_module(module.name)
+        if hasattr(loaded, "__all__"):
+            yield loaded
+
+
 def _names_of(module: ModuleType) -> Iterator[tuple[str, str]]:
     """What a public module beside the SDK offers."""
     for name in sorted(module.__all__):
-        yield from _public(name, getattr(module, name))
+        prefix = module.__name__.removeprefix(f"{_PACKAGE}.").partition(".")[2]
+        yield from _public(f"{prefix}.{name}" if prefix else name, getattr(module, name))
 
 
 def _plugin_api() -> Iterator[tuple[str, str]]:

@@ -13,8 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = frozenset({
-    "ringfence", "ringfence.backends", "ringfence.faststream", "ringfence.testing", "ringfence.integrations.asyncpg",
-    "ringfence.integrations.httpx", "ringfence.integrations.requests", "ringfence.integrations.sqlalchemy",
+    "ringfence", "ringfence.backends", "ringfence.faststream", "ringfence.testing", "ringfence.integrations",
+    "ringfence.integrations.asyncpg", "ringfence.integrations.httpx", "ringfence.integrations.requests",
+    "ringfence.integrations.sqlalchemy",
 })  # fmt: skip
 FOR_CONTRIBUTORS = frozenset({
     "docs/how-to/cli-command.md", "docs/development.md", "CONTRIBUTING.md",
@@ -82,9 +83,14 @@ def test_documentation_imports_only_public_names() -> None:
 
 def test_pages_with_imports_are_found() -> None:
     importing = [page for page in _pages() if any(map(list, map(_imports, _snippets(page))))]
-    assert {"tutorial.md", "jwt.md", "consume.md", "consume_faststream.py"} <= {
-        page.name for page in importing
-    }
+    assert {
+        "tutorial.md",
+        "testing-agents.md",
+        "integrations.md",
+        "jwt.md",
+        "consume.md",
+        "consume_faststream.py",
+    } <= {page.name for page in importing}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import subprocess
 import sys
@@ -395,6 +396,7 @@ async def test_delegated_tasks_work_as_they_do(broker: InMemoryRingfence, agent:
 
 
 def test_the_fixture_comes_with_the_plugin(pytester: pytest.Pytester) -> None:
+    pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function")
     pytester.makeconftest('pytest_plugins = ["ringfence.testing"]')
     pytester.makepyfile(
         """
@@ -409,6 +411,24 @@ def test_the_fixture_comes_with_the_plugin(pytester: pytest.Pytester) -> None:
         """
     )
     pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(passed=2)
+
+
+CODE_UNDER_TEST = """
+async def deploy(agent, task):
+    async with agent.credential(
+        task=task, target="staging", verbs=["deploy"], resources=["env/staging/web"], reason="release 41"
+    ) as credential:
+        assert credential.value
+"""
+
+
+def test_the_page_for_users_shows_tests_that_pass(pytester: pytest.Pytester) -> None:
+    page = (Path(__file__).parents[2] / "docs/testing-agents.md").read_text()
+    conftest, tests, *_ = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    pytester.makeini("[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function")
+    pytester.makeconftest(conftest)
+    pytester.makepyfile(f"{tests}\n{CODE_UNDER_TEST}")
+    pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=2)
 
 
 @pytest.mark.parametrize("lacking", ["regorus", "starlette", "prometheus_client", "redis"])
