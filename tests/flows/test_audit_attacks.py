@@ -37,7 +37,7 @@ async def chained_by_somebody(world: World, *, sign: bool) -> None:
     load_trust(runtime, world)
     writer = ChainWriter(runtime, 60)
     await writer.on_batch(list(await world.records(AUDIT_INTAKE)))
-    await (writer.close() if sign else writer._let_go())
+    await (writer.close() if sign else writer._release())
 
 
 async def put_next(world: World, event: dict[str, Any]) -> Received:

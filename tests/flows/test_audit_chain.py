@@ -438,7 +438,7 @@ def test_the_nodes_that_are_kept_give_the_roots_of_all_subtrees() -> None:
     for level in range(10):
         for index in range(700 >> level):
             expected = TreeHead().grown(leaves[index << level : (index + 1) << level]).root
-            assert store._leaves["0"].trunk.subtree(level, index) == expected
+            assert store._leaves["0"].main_branch.subtree(level, index) == expected
 
 
 @pytest.mark.parametrize("place", ["taken", "next", "of another chain"])

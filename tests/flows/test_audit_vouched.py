@@ -55,7 +55,7 @@ async def writing(world: World, *sources: Source) -> ChainWriter:
 
 async def killed(writer: ChainWriter) -> None:
     """It signs nothing more."""
-    await writer._let_go()
+    await writer._release()
     await writer._runtime.publisher.stop()
 
 

@@ -326,7 +326,7 @@ async def test_an_old_record_that_comes_after_a_newer_one_is_followed_by_the_new
 async def test_a_lease_that_is_published_while_an_older_record_is_gone_beyond_is_given_to_redis_too(
     place: LostRedisBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    desk, look, arrive = place.desk, LeaseWatch._look, LeaseWatch.on_records
+    desk, look, arrive = place.desk, LeaseWatch._check, LeaseWatch.on_records
     asked, _ = await desk.issued("read")
     first = (await desk.issued_records(asked.lease_id))[0]
     await place.release(asked)
@@ -355,7 +355,7 @@ async def test_a_lease_that_is_published_while_an_older_record_is_gone_beyond_is
             has_come.set()
 
     monkeypatch.setattr(LeaseWatch, "on_records", arriving)
-    monkeypatch.setattr(LeaseWatch, "_look", looking)
+    monkeypatch.setattr(LeaseWatch, "_check", looking)
     await publish(place, SignedLease(first.claims, first.compact))
     await asyncio.wait_for(at_it.wait(), 60)
     await publish(place, one)

@@ -122,7 +122,7 @@ async def test_what_comes_after_an_end_that_has_not_left_the_outbox_yet_is_gone_
     desk: IssuerBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, _ = await desk.issued("read")
-    look, waits = LeaseWatch._look, LeaseStore.is_waiting
+    look, waits = LeaseWatch._check, LeaseStore.is_waiting
     seen: list[tuple[str, str]] = []
     cleared, asked_for = asyncio.Event(), asyncio.Event()
 
@@ -143,7 +143,7 @@ async def test_what_comes_after_an_end_that_has_not_left_the_outbox_yet_is_gone_
             while [one.claims.status for one in await desk.records(asked.lease_id)][count:] != [status]:
                 await asyncio.sleep(0.05)
 
-    monkeypatch.setattr(LeaseWatch, "_look", looking)
+    monkeypatch.setattr(LeaseWatch, "_check", looking)
     await accepted(desk, desk.bot, kind="release", lease_id=asked.lease_id)
     async with asyncio.timeout(WITHIN_S):
         while (asked.lease_id, "released") not in seen:

@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaProducer
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.trail.chain_writer import ChainWriter
 from ringfence.audit.trail.handover import Intake, PendingEvent
-from ringfence.audit.trail.unauthorised_records import Found, UnauthorisedRecords
+from ringfence.audit.trail.unauthorised_records import UnauthorisedOffsets, UnauthorisedRecords
 from ringfence.client.reports.auditor import witness
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import UnavailableError
@@ -207,8 +207,8 @@ async def two_writers(
         load_trust(runtime, world)
         await runtime.publisher.start()
     first, second = (
-        ChainWriter(runtimes[0], 60, strays=of_first),
-        ChainWriter(runtimes[1], 60, strays=of_second),
+        ChainWriter(runtimes[0], 60, unauthorised=of_first),
+        ChainWriter(runtimes[1], 60, unauthorised=of_second),
     )
     yield first, second
     for writer, runtime in zip((first, second), runtimes, strict=True):
@@ -241,7 +241,7 @@ async def test_who_was_paused_dead_letters_nothing_that_its_successor_wrote(worl
         found = strays.next(500)
         assert found is not None
         with pytest.raises(FencedError):
-            await first._bury(found)
+            await first._dead_letter(found)
         assert strays.next(500) is None
         assert await letters(world) == []
 
@@ -254,19 +254,19 @@ async def test_who_was_paused_and_writes_again_dead_letters_nothing_that_was_wri
     async with two_writers(world, strays) as (first, second):
         await replaced(world, first, second)
         await read_by(strays, world)
-        read = first._stray
+        read = first._read_unauthorised
 
-        async def woken(found: Found) -> list[Received]:
-            records = await read(found)
+        async def woken(offsets: UnauthorisedOffsets) -> list[Received]:
+            records = await read(offsets)
             await first.on_assigned()
             await hand_over(world, Source("x", 0, 6))
             await first.on_batch(list(await world.records(AUDIT_INTAKE)))
             return records
 
-        first._stray = woken  # type: ignore[method-assign]
+        first._read_unauthorised = woken  # type: ignore[method-assign]
         found = strays.next(500)
         assert found is not None
-        await first._bury(found)
+        await first._dead_letter(found)
         assert await letters(world) == []
 
 

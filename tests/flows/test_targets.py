@@ -612,7 +612,7 @@ async def test_an_order_that_was_accepted_holds_though_the_revoker_died_then(
             await try_it(self, request)
         else:  # what was in its memory is gone with it
             dropped.append(asked.lease_id)
-            self._held.discard(asked.lease_id)
+            self._in_progress.discard(asked.lease_id)
 
     monkeypatch.setattr(CredentialRemover, "_try", dying)
     async with held_mint(monkeypatch, desk, asked):

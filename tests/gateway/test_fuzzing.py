@@ -14,7 +14,7 @@ from ringfence.gateway.dataplane.headers import request_head
 from ringfence.gateway.dataplane.http1_body import ChunkedBody, chunk
 from ringfence.gateway.dataplane.http1_head import parse_request, take_head
 from ringfence.gateway.dataplane.secret_redaction import Redactor, needles_of, redact
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 from ringfence.model.http_targets.request_map import RequestMap
 from tests.gateway.conftest import Place, placed
 from tests.gateway.table_gate import RULES, SECRET
@@ -160,7 +160,7 @@ def test_a_head_that_is_accepted_means_the_same_to_another_parser(data: bytes) -
         if head is None:
             return
         request = parse_request(head)
-    except RefusedError:
+    except RequestRefusedError:
         return
     machine = h11.Connection(h11.SERVER)
     machine.receive_data(head + b"\r\n")
@@ -186,7 +186,7 @@ def test_a_head_is_the_same_however_it_is_cut(data: bytes, cuts: list[int]) -> N
             buffer += piece
             try:
                 head = take_head(buffer, seen)
-            except RefusedError as error:
+            except RequestRefusedError as error:
                 return error.code
             if head is not None:
                 return head
@@ -206,7 +206,7 @@ def test_a_head_is_the_same_however_it_is_cut(data: bytes, cuts: list[int]) -> N
 def refuses(head: bytes) -> bool:
     try:
         parse_request(head)
-    except RefusedError:
+    except RequestRefusedError:
         return True
     return False
 
@@ -238,7 +238,7 @@ def test_what_is_no_body_in_chunks_never_ends_as_one(data: bytes) -> None:
     body, buffer = ChunkedBody(), bytearray(data)
     try:
         got = body.take(buffer)
-    except RefusedError:
+    except RequestRefusedError:
         return
     if not body.done:
         return

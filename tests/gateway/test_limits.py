@@ -12,8 +12,8 @@ import pytest
 
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.limits import Allowance, SenderLimits, sender_at
-from ringfence.gateway.dataplane.stream import DeadlineError, DeadlineTimer, Stream
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.dataplane.stream import DeadlineTimer, PeerTimeoutError, Stream
+from ringfence.gateway.errors import RequestRefusedError
 from tests.gateway.conftest import placed
 from tests.gateway.raw import Raw, connected, connected_unix
 from tests.gateway.target import OK, Reader, Target, Writer
@@ -36,18 +36,18 @@ def test_a_rate_fills_up_again() -> None:
     limits = SenderLimits(Allowance(per_second_each=2, burst_each=3), seconds)
     for _ in range(3):
         limits.charge("a")
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(RequestRefusedError) as refused:
         limits.charge("a")
     assert (refused.value.status, refused.value.headers["Retry-After"]) == (429, "1")
     limits.charge("b")
     seconds.now += 0.5
     limits.charge("a")
-    with pytest.raises(RefusedError):
+    with pytest.raises(RequestRefusedError):
         limits.charge("a")
     seconds.now += 100
     for _ in range(3):
         limits.charge("a")
-    with pytest.raises(RefusedError):
+    with pytest.raises(RequestRefusedError):
         limits.charge("a")
 
 
@@ -57,7 +57,7 @@ def test_to_open_tls_counts_for_more() -> None:
     assert [limits.begin_handshake("address:a") for _ in range(3)] == [True, True, False]
     assert (limits.connections, limits.handshakes) == (2, 2)
     limits.charge("address:b", 20)
-    with pytest.raises(RefusedError):
+    with pytest.raises(RequestRefusedError):
         limits.charge("address:b", 20)
     limits.charge("address:b")
     seconds.now += 1
@@ -97,7 +97,7 @@ def test_requests_at_a_time_are_counted_by_sender() -> None:
     limits = SenderLimits(Allowance(concurrent_each=2), Seconds())
     limits.begin("a")
     second = limits.begin("a")
-    with pytest.raises(RefusedError):
+    with pytest.raises(RequestRefusedError):
         limits.begin("a")
     limits.begin("b")
     second.end()
@@ -277,7 +277,7 @@ async def test_what_comes_at_the_very_end_of_patience_is_no_way_around_it() -> N
     patience = DeadlineTimer(every_s=0.01)
     patience.watch(stream)
     patience.start()
-    with pytest.raises(DeadlineError):
+    with pytest.raises(PeerTimeoutError):
         await stream.read_more()
     patience.stop()
 

@@ -22,7 +22,7 @@ from ringfence.gateway.dataplane.certificate_authority import CertificateAuthori
 from ringfence.gateway.dataplane.plane import DataPlane, ListenError
 from ringfence.gateway.dataplane.stream import DeadlineTimer
 from ringfence.gateway.dataplane.upstream_pool import UpstreamPool
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.clock import SystemClock
 from tests.gateway.certificates import Certificates
 from tests.gateway.conftest import Place
@@ -232,7 +232,7 @@ def test_the_authority_can_stand_for_its_hosts_alone() -> None:
         "api.test",
     ]
     assert [str(name.value) for name in constraints.value.excluded_subtrees or ()] == ["::/0"]
-    with pytest.raises(RefusedError):
+    with pytest.raises(RequestRefusedError):
         authority.context("elsewhere.test")
     assert authority.context("api.test") is authority.context("api.test")
 

@@ -138,23 +138,28 @@ class AuditFixtures:
         self.trust.load(sign(bundle, self.root, header_jwk=True), self.now_ms / 1000)
         self.directory = Directory(self.trust, SystemClock(), grace_ms=None)
         self.own = AuditSettings(**{"settle_ms": 0, **settings})
-        self.verifier = RecordVerifier(self.trust, self.directory, self.own)
         self.published = KeptEvents()
         self.uses: dict[str, dict[str, Any]] = {}
         self.buried: list[tuple[str, str]] = []
+        self._clock = clock or SystemClock()
+        self.restart()
+        self.states: dict[tuple[Topic[Any], str], tuple[int, AnyState, tuple[EmbeddedCommand, ...]]] = {}
+        self.scope = (Permission(target="staging", verbs=("deploy",), resources=("env/staging/*",)),)
+        self.task = ""
+
+    def restart(self) -> None:
+        """Audit starts anew: what it remembered of earlier records is lost."""
+        self.verifier = RecordVerifier(self.trust, self.directory, self.own)
         self.handlers = AuditHandlers(
             self.published,
             self.verifier,
-            clock or SystemClock(),
+            self._clock,
             self.trust,
             self.uses.get,
             send_dead_letter=self.bury,
             settle_ms=self.own.settle_ms,
         )
         self.directory.on_change(self.handlers.on_change)
-        self.states: dict[tuple[Topic[Any], str], tuple[int, AnyState, tuple[EmbeddedCommand, ...]]] = {}
-        self.scope = (Permission(target="staging", verbs=("deploy",), resources=("env/staging/*",)),)
-        self.task = ""
 
     async def bury(self, record: Received, error: InvalidMessageError) -> None:
         """Keeps what audit sent to the dead letters."""

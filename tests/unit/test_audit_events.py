@@ -281,7 +281,7 @@ async def test_a_request_that_was_verified_where_it_is_embedded_is_not_verified_
 ) -> None:
     story = office.credential(approved=False)
     expected = await office.audit(story.request)
-    office.verifier = office.handlers._verifier = RecordVerifier(office.trust, office.directory, office.own)
+    office.restart()
     await office.audit(story.allowed)
     looked_at: list[bytes] = []
     verifies = PublicKey.verifies

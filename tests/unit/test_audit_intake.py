@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from ringfence.audit.trail.handover import HandoverCache, Intake, PendingEvent, opened_intake
+from ringfence.audit.trail.handover import HandoverCache, Intake, PendingEvent, parse_intake
 from ringfence.audit.trail.written_cache import WrittenEventCache
 from ringfence.audit.verification import require_trust
 from ringfence.kernel.base.clock import SystemClock
@@ -70,7 +70,7 @@ def came_back(office: AuditFixtures, message: Outbound) -> Received:
 async def test_what_comes_back_is_what_others_read_of_it() -> None:
     office, lately = AuditFixtures(), HandoverCache()
     record = await handed_over(office, lately, 1, 2, 3)
-    assert lately.events(record, office.trust) == opened_intake(record, office.trust).events
+    assert lately.events(record, office.trust) == parse_intake(record, office.trust).events
     assert lately.events(record, office.trust) is None, "it is kept for the once that it is chained"
 
 
@@ -88,7 +88,7 @@ async def test_what_was_signed_by_a_key_that_no_longer_may_is_not_believed() -> 
     office.trust.load(office.trust_bundle(2, services=others).value, office.now_ms / 1000)
     assert lately.events(record, office.trust) is None
     with pytest.raises(InvalidMessageError, match="no valid key"):
-        opened_intake(record, office.trust)
+        parse_intake(record, office.trust)
 
 
 async def test_nothing_is_handed_over_that_nobody_would_believe() -> None:
@@ -156,7 +156,7 @@ async def test_nothing_is_judged_by_a_bundle_that_had_ended_when_it_was_appended
 async def test_the_oldest_are_forgotten_and_not_the_latest() -> None:
     office = AuditFixtures()
     size = len((await handed_over(office, HandoverCache(), 10)).value)
-    lately = HandoverCache(most_bytes=2 * size)
+    lately = HandoverCache(max_bytes=2 * size)
     records = [await handed_over(office, lately, number) for number in (10, 20, 30)]
     known = [lately.events(record, office.trust) is not None for record in records]
     assert known == [False, True, True]
@@ -215,7 +215,7 @@ def test_other_bytes_of_the_same_event_are_looked_at() -> None:
 def test_what_is_never_read_back_goes_at_last_and_counts_once() -> None:
     office = AuditFixtures()
     every = [trailed(office, number) for number in range(1, 6)]
-    read_back = WrittenEventCache(most_bytes=2 * len(every[0][0].value))
+    read_back = WrittenEventCache(max_bytes=2 * len(every[0][0].value))
 
     def known() -> list[bool]:
         return [found.event is words for record, words in every for found in read_back.of([record])]

@@ -40,9 +40,9 @@ def fed(tree: Leaves, *ways: Way) -> None:
             tree.add(*event)
 
 
-def aside(db: sqlite3.Connection, tree: Leaves) -> int:
-    (count,) = db.execute("SELECT count(*) FROM aside").fetchone()
-    assert count == tree._aside
+def candidates(db: sqlite3.Connection, tree: Leaves) -> int:
+    (count,) = db.execute("SELECT count(*) FROM candidates").fetchone()
+    assert count == tree._candidate_count
     return int(count)
 
 
@@ -52,12 +52,12 @@ def test_what_is_linked_to_nothing_or_there_already_is_not_kept(db: sqlite3.Conn
     fed(
         tree, true, true, [(5, "ab" * 32, NOTHING), (2**70, true[-1][1], NOTHING)], way("far", 3, way("?", 9))
     )
-    assert (tree.trunk.size, aside(db, tree)) == (9, 0)
+    assert (tree.main_branch.size, candidates(db, tree)) == (9, 0)
     fed(tree, way("forged", 3, true[:5]), way("forged", 3, true[:5]))
-    assert (tree.trunk.size, aside(db, tree)) == (9, 3)
+    assert (tree.main_branch.size, candidates(db, tree)) == (9, 3)
     assert not tree.holds(2**70, true[-1][2])
     tree.sign(9, true[-1][2])
-    assert aside(db, tree) == 0
+    assert candidates(db, tree) == 0
 
 
 def test_the_trunk_does_not_stay_on_a_forged_event_for_want_of_a_checkpoint(db: sqlite3.Connection) -> None:
@@ -65,19 +65,19 @@ def test_the_trunk_does_not_stay_on_a_forged_event_for_want_of_a_checkpoint(db: 
     tree = Leaves(db, "0")
     true = way("true", 3)
     fed(tree, true, way("forged", 1, true), more := way("true", 1000, true))
-    assert (tree.trunk.size, aside(db, tree)) == (1003, 1)
+    assert (tree.main_branch.size, candidates(db, tree)) == (1003, 1)
     tree.sign(*more[-1][::2])
-    assert (tree.settled, aside(db, tree)) == (1003, 0)
+    assert (tree.settled, candidates(db, tree)) == (1003, 0)
 
 
 def test_what_was_on_the_trunk_can_still_be_signed(db: sqlite3.Connection) -> None:
     tree = Leaves(db, "0")
     true = way("true", 300)
     fed(tree, true, way("forged", 1500, true[:10]))
-    assert tree.trunk.size > 1000
+    assert tree.main_branch.size > 1000
     tree.sign(*true[-1][::2])
-    assert (tree.settled, tree.trunk.size) == (300, 300)
-    assert tree.trunk.leaf(299) == true[-1][2]
+    assert (tree.settled, tree.main_branch.size) == (300, 300)
+    assert tree.main_branch.leaf(299) == true[-1][2]
 
 
 def test_what_came_beyond_what_is_signed_goes_on_from_it(db: sqlite3.Connection) -> None:
@@ -85,7 +85,7 @@ def test_what_came_beyond_what_is_signed_goes_on_from_it(db: sqlite3.Connection)
     true = way("true", 90)
     fed(tree, way("forged", 1), true)
     tree.sign(*true[39][::2])
-    assert (tree.settled, tree.trunk.size, aside(db, tree)) == (40, 90, 0)
+    assert (tree.settled, tree.main_branch.size, candidates(db, tree)) == (40, 90, 0)
 
 
 def test_a_way_that_leads_nowhere_any_more_goes(db: sqlite3.Connection) -> None:
@@ -93,13 +93,13 @@ def test_a_way_that_leads_nowhere_any_more_goes(db: sqlite3.Connection) -> None:
     true = way("true", 20)
     fed(tree, true, forged := way("forged", 200, true[:10]))
     tree.sign(*true[-1][::2])
-    assert aside(db, tree) == 190, "that much has a place which is not settled"
+    assert candidates(db, tree) == 190, "that much has a place which is not settled"
     fed(tree, more := way("forged", 500, forged))
-    assert aside(db, tree) == 0
+    assert candidates(db, tree) == 0
     assert not tree.holds(*more[-1][::2])
     fed(tree, on := way("true", 5, true))
     tree.sign(*on[-1][::2])
-    assert (tree.settled, tree.trunk.size) == (25, 25)
+    assert (tree.settled, tree.main_branch.size) == (25, 25)
 
 
 @pytest.mark.parametrize("size", [0, 1, 255, 256, 257, 511, 65_535, 65_536, 65_537, 66_000])

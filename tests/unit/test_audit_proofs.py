@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from ringfence.audit.trail.proofs import NoProofError, ProofStore
-from ringfence.audit.trail.written_cache import Trailed, WrittenEventCache
+from ringfence.audit.trail.written_cache import ParsedRecord, WrittenEventCache
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
@@ -236,7 +236,7 @@ def test_what_comes_again_changes_nothing(trail: Trail) -> None:
 def test_what_is_read_back_is_held_against_the_chain_as_well(trail: Trail) -> None:
     values = [*trail.forged(0), *trail.chained(3)]
     records = [trail.office.received(AUDIT, value) for value in values]
-    trail.store.add_events(records, [Trailed(loaded(value), leaf_hash(value)) for value in values])
+    trail.store.add_events(records, [ParsedRecord(loaded(value), leaf_hash(value)) for value in values])
     trail.store.add_events(records, WrittenEventCache().of(records))
     trail.comes_signed()
     trail.is_proved(3)

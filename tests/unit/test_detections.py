@@ -499,8 +499,9 @@ def test_each_rule_can_be_switched_off(off: str) -> None:
     assert len(left) == (6 if off == "quick_approval_s" else 7)
 
 
-async def test_what_waits_is_bounded(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "MAX_REMEMBERED", 5)
+    watch = Watch()
     action = await watch.event(watch.office.action(lease_id="a lease"))
     for n in range(9):
         watch.follow(other(action, lease=f"lease {n}"))

@@ -142,9 +142,9 @@ async def test_what_is_for_something_else_is_not_injected(memory: Memory, wrong:
 async def test_it_goes_with_its_lease(memory: Memory) -> None:
     memory.comes(memory.envelope(memory.delivery()))
     memory.table.revoke(memory.lease.lease_id, START_MS)
-    assert memory.sealed._kept == {}
+    assert memory.sealed._deliveries == {}
     memory.comes(memory.envelope(memory.delivery()))
-    assert memory.sealed._kept == {}, "what came after the end was kept"
+    assert memory.sealed._deliveries == {}, "what came after the end was kept"
 
 
 async def test_one_that_is_not_sealed_to_it_is_asked_for_once_for_all(memory: Memory) -> None:
@@ -200,7 +200,7 @@ async def test_a_cut_while_the_credential_is_fetched_lets_nothing_out(memory: Me
     memory.issuer(answer)
     with pytest.raises(UnavailableError, match="revoked"):
         await _injector(memory).headers(memory.lease, _target())
-    assert memory.sealed._kept == {}
+    assert memory.sealed._deliveries == {}
 
 
 async def test_headers_are_those_of_the_kind(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:

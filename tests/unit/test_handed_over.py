@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.audit.trail.handover_lookup import HandoverLookup, Mark, mark_of
+from ringfence.audit.trail.handover_lookup import ContentDigest, HandoverLookup, content_digest
 from ringfence.kernel.crypto.jws import sign, sign_payload
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
@@ -31,8 +31,8 @@ def hash_of(number: int) -> Hash:
     return number.to_bytes(32)
 
 
-def asked(*numbers: int) -> dict[Hash, Mark]:
-    return {hash_of(number): mark_of(event(number)) for number in numbers}
+def asked(*numbers: int) -> dict[Hash, ContentDigest]:
+    return {hash_of(number): content_digest(event(number)) for number in numbers}
 
 
 def hashes(*numbers: int) -> frozenset[Hash]:
@@ -86,7 +86,7 @@ def intake() -> Intake:
 
 
 def handed_over(intake: Intake, taken: int, enough: int) -> HandoverLookup:
-    return HandoverLookup(intake, intake._office.trust, {0: taken}, enough=enough)  # type: ignore[arg-type]
+    return HandoverLookup(intake, intake._office.trust, {0: taken}, max_others=enough)  # type: ignore[arg-type]
 
 
 async def test_what_was_chained_last_is_found_and_the_rest_is_not_read(intake: Intake) -> None:
@@ -172,8 +172,8 @@ async def test_nobody_else_vouches_for_anything(intake: Intake, stranger: tuple[
 async def test_an_event_that_stands_twice_was_handed_over_twice(intake: Intake) -> None:
     """By what it says; who vouches for one in its place says nothing of another."""
     intake.messages(1)
-    twice = {hash_of(5): mark_of(event(5)), b"elsewhere": mark_of(event(5))}
+    twice = {hash_of(5): content_digest(event(5)), b"elsewhere": content_digest(event(5))}
     assert await handed_over(intake, 1, 100).find(0, twice) == frozenset(twice)
     intake.vouch(700)
-    twice = {hash_of(700): mark_of(event(700)), b"elsewhere": mark_of(event(700))}
+    twice = {hash_of(700): content_digest(event(700)), b"elsewhere": content_digest(event(700))}
     assert await handed_over(intake, 2, 100).find(0, twice) == hashes(700)

@@ -93,7 +93,7 @@ def test_what_ended_long_ago_is_not_needed() -> None:
 
 def test_what_ended_long_ago_is_needed_where_redis_thinks_it_alive() -> None:
     gone = record(seq=2, status="expired", deadline=999)
-    assert highest(folded(gone, held={ONE})) == {ONE: 2}
+    assert highest(folded(gone, needed={ONE})) == {ONE: 2}
 
 
 def test_an_end_that_nobody_verified_hides_no_lease() -> None:

@@ -18,7 +18,7 @@ from ringfence.gateway.dataplane.mcp_responses import (
     McpResponseFilter,
     media_type,
 )
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 
 LIST = {
     "jsonrpc": "2.0",
@@ -87,7 +87,7 @@ def test_what_is_not_cut_down_passes_byte_by_byte(message: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("wrong", [b"[]", b"{", b'{"id":1,"id":2}', b"", b"null"])
 def test_what_is_not_one_message_goes_no_further(wrong: bytes) -> None:
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(RequestRefusedError) as refused:
         answers().message(wrong)
     assert refused.value.status == 502
 
@@ -132,7 +132,7 @@ def test_where_nothing_is_to_be_answered_it_is_enough_that_the_server_took_it() 
 def test_a_session_that_is_anothers_is_not_given_out() -> None:
     answers(opens_session=True).on_response_head(head(mcp_session_id=b"s"))
     answers(bind_session=False).on_response_head(head(mcp_session_id=b"s"))
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(RequestRefusedError) as refused:
         answers(opens_session=True, bind_session=False).on_response_head(head(mcp_session_id=b"s"))
     assert refused.value.code == "mcp_session_taken"
 
@@ -173,20 +173,20 @@ def test_an_event_goes_on_when_it_is_complete() -> None:
 
 @pytest.mark.parametrize("wrong", [b"data: x\n\n", b"data: []\n\n", b"\xef\xbb\xbfdata: {}\n\n"])
 def test_a_stream_that_says_something_else_is_broken_off(wrong: bytes) -> None:
-    with pytest.raises(RefusedError):
+    with pytest.raises(RequestRefusedError):
         EventStreamFilter(answers()).feed(wrong)
 
 
 def test_a_list_that_is_too_long_to_be_held_against_the_map_goes_no_further() -> None:
     given = {"jsonrpc": "2.0", "id": 1, "result": {"tools": [{"name": "mine"}] * (MAX_LISTED + 1)}}
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(RequestRefusedError) as refused:
         answers().message(data(given))
     assert refused.value.code == "target_too_large"
 
 
 def test_a_message_that_does_not_end_is_not_held_for_ever() -> None:
     sieve = EventStreamFilter(answers())
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(RequestRefusedError) as refused:
         for _ in range(MAX_MESSAGE_BYTES // 65536 + 2):
             sieve.feed(b"data: " + b"x" * 65536 + b"\n")
     assert refused.value.code == "target_too_large"
@@ -198,7 +198,7 @@ def test_whatever_comes_passes_or_is_refused(stream: bytes, size: int) -> None:
     try:
         out = b"".join(sieve.feed(stream[at : at + size]) for at in range(0, len(stream), size))
         out += sieve.last(b"")
-    except RefusedError:
+    except RequestRefusedError:
         return
     assert b"other" not in out
 

@@ -12,7 +12,7 @@ import pytest
 
 from ringfence.audit.trail import chain_recovery
 from ringfence.audit.trail.chain_recovery import RecoveredChain, recover_chains
-from ringfence.audit.trail.handover import opened_intake
+from ringfence.audit.trail.handover import parse_intake
 from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
@@ -51,8 +51,8 @@ class OldTrail:
             BusSettings(trust_domain=self.trust.trust_domain),
             self.trust,
             remember=1000,
-            taken=taken,
-            marks=marks,
+            chained=taken,
+            checked=marks,
             now_ms=now_ms,
         )
 
@@ -104,7 +104,7 @@ def trail() -> OldTrail:
 
 
 def vouches(trail: OldTrail, record: Received) -> bool:
-    return bool(opened_intake(record, trail.trust).chained)
+    return bool(parse_intake(record, trail.trust).chained)
 
 
 async def test_who_takes_over_an_old_trail_goes_on_behind_its_last_event(
@@ -117,8 +117,8 @@ async def test_who_takes_over_an_old_trail_goes_on_behind_its_last_event(
         leaves = [leaf_hash(record.value) for record in records]
         assert (one.tip.head, one.tip.last) == (TreeHead().grown(leaves), leaves[-1])
         events = [event_of(record.value) for record in records]
-        assert one.recent == [event.uid for event in events if event is not None]
-        assert (one.faults, one.strays) == ([], [])
+        assert one.recent_uids == [event.uid for event in events if event is not None]
+        assert (one.faults, one.unauthorised) == ([], [])
         assert one.signed_size < one.tip.head.size, "or the signed head alone tells it"
 
 
@@ -146,4 +146,4 @@ async def test_what_a_stranger_put_behind_an_old_trail_is_passed_over(
     trail.kept[AUDIT].append(last._replace(offset=last.offset + 1, value=json.dumps(forged).encode()))
     found = await trail.recovered(monkeypatch)
     assert found[0].tip == honest
-    assert found[0].strays == [range(last.offset + 1, last.offset + 2)]
+    assert found[0].unauthorised == [range(last.offset + 1, last.offset + 2)]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.audit.trail.chain_recovery import _Stood, _strays, _Stretch
-from ringfence.audit.trail.unauthorised_records import Found, UnauthorisedRecords
+from ringfence.audit.trail.chain_recovery import _find_unauthorised, _PartitionEnd, _TrailEntry
+from ringfence.audit.trail.unauthorised_records import UnauthorisedOffsets, UnauthorisedRecords
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.topics import AUDIT
 from ringfence.model.audit_log.chain import Tip, event_of, linkable, linked
@@ -26,44 +26,44 @@ def waiting(strays: UnauthorisedRecords) -> set[tuple[int, int]]:
     """All of them, partition and offset, dead-lettered as they come."""
     found = set()
     while (some := strays.next(500)) is not None:
-        found |= {(some.partition, offset) for places in some.places for offset in places}
-        strays.settled(some)
-    assert not strays.some.is_set()
+        found |= {(some.partition, offset) for places in some.ranges for offset in places}
+        strays.dead_lettered(some)
+    assert not strays.waiting.is_set()
     return found
 
 
 def taken_over(end: int = 10, *found: int) -> UnauthorisedRecords:
     strays = UnauthorisedRecords()
-    strays.took_over({0: end, 1: end}, {0: [range(one, one + 1) for one in found], 1: ()})
+    strays.start_writing({0: end, 1: end}, {0: [range(one, one + 1) for one in found], 1: ()})
     return strays
 
 
 def test_whoever_stands_by_finds_nothing() -> None:
     strays = UnauthorisedRecords()
     strays.read(records(0, 1))
-    strays.wrote(0, range(2, 3))
-    assert not strays.some.is_set()
+    strays.add_written(0, range(2, 3))
+    assert not strays.waiting.is_set()
     assert strays.next(9) is None
-    assert strays.marks() == {}
+    assert strays.checked_offsets() == {}
 
 
 def test_what_the_writer_wrote_is_none_and_what_else_comes_is() -> None:
     strays = taken_over()
-    strays.wrote(0, range(10, 13))
-    strays.wrote(0, range(14, 16))
+    strays.add_written(0, range(10, 13))
+    strays.add_written(0, range(14, 16))
     strays.read(records(10, 11, 12, 14))
-    assert not strays.some.is_set()
+    assert not strays.waiting.is_set()
     strays.read(records(15, 16, 18))
-    assert strays.some.is_set()
-    assert strays.marks() == {0: 16, 1: 10}
+    assert strays.waiting.is_set()
+    assert strays.checked_offsets() == {0: 16, 1: 10}
     assert waiting(strays) == {(0, 16), (0, 18)}
-    assert strays.marks() == {0: 19, 1: 10}
+    assert strays.checked_offsets() == {0: 19, 1: 10}
 
 
 def test_what_was_read_before_it_was_acknowledged_is_the_writers_all_the_same() -> None:
     strays = taken_over()
     strays.read(records(10, 11, 12, 13))
-    strays.wrote(0, range(11, 13))
+    strays.add_written(0, range(11, 13))
     assert waiting(strays) == {(0, 10), (0, 13)}
 
 
@@ -72,19 +72,19 @@ def test_what_is_acknowledged_after_it_was_found_is_none_any_more() -> None:
     strays.read(records(10, 11, 12, 13, 14))
     found = strays.next(4)
     assert found is not None
-    strays.wrote(0, range(11, 13))
-    assert strays.left_of(found) == Found(0, [range(10, 11), range(13, 14)])
-    strays.wrote(0, range(10, 11))
-    strays.wrote(0, range(13, 14))
-    assert strays.left_of(found) is None
-    strays.let_go()
-    assert strays.left_of(found) is None
+    strays.add_written(0, range(11, 13))
+    assert strays.still_unauthorised(found) == UnauthorisedOffsets(0, [range(10, 11), range(13, 14)])
+    strays.add_written(0, range(10, 11))
+    strays.add_written(0, range(13, 14))
+    assert strays.still_unauthorised(found) is None
+    strays.stop_writing()
+    assert strays.still_unauthorised(found) is None
 
 
 def test_what_was_read_while_the_writer_took_over_is_nobodys() -> None:
     strays = UnauthorisedRecords()
     strays.read(records(8, 9, 10, 11))
-    strays.took_over({0: 10}, {0: [range(3, 5), range(7, 8)]})
+    strays.start_writing({0: 10}, {0: [range(3, 5), range(7, 8)]})
     assert waiting(strays) == {(0, 3), (0, 4), (0, 7), (0, 10), (0, 11)}
 
 
@@ -96,7 +96,7 @@ def test_what_stands_before_the_end_of_then_was_looked_at_then() -> None:
 
 def test_what_comes_once_more_is_judged_once() -> None:
     strays = taken_over()
-    strays.wrote(0, range(10, 12))
+    strays.add_written(0, range(10, 12))
     strays.read(records(10, 11, 12))
     strays.read(records(11, 12, 13))
     assert waiting(strays) == {(0, 12), (0, 13)}
@@ -104,7 +104,7 @@ def test_what_comes_once_more_is_judged_once() -> None:
 
 def test_who_lets_go_has_nothing_left_to_say() -> None:
     strays = taken_over(10, 1)
-    strays.let_go()
+    strays.stop_writing()
     assert waiting(strays) == set()
 
 
@@ -113,10 +113,10 @@ def test_partitions_take_turns_and_no_span_is_longer_than_asked_for() -> None:
     strays.read(records(*range(10, 1000)))
     strays.read(records(10, partition=1))
     first, second = strays.next(100), strays.next(100)
-    assert first == Found(0, [range(10, 110)])
-    assert second == Found(1, [range(10, 11)])
-    strays.settled(first)
-    assert strays.next(100) == Found(0, [range(110, 210)])
+    assert first == UnauthorisedOffsets(0, [range(10, 110)])
+    assert second == UnauthorisedOffsets(1, [range(10, 11)])
+    strays.dead_lettered(first)
+    assert strays.next(100) == UnauthorisedOffsets(0, [range(110, 210)])
 
 
 @given(st.lists(st.sampled_from(["own", "stray", "marker", "read"]), max_size=60), st.integers(1, 9))
@@ -126,7 +126,7 @@ def test_whatever_comes_in_between_the_strays_are_those_that_are_not_the_writers
     strays, expected, unread = taken_over(0), set(), []
     for offset, step in enumerate(steps):
         if step == "own":
-            strays.wrote(0, range(offset, offset + 1))
+            strays.add_written(0, range(offset, offset + 1))
         if step == "stray":
             expected.add((0, offset))
         if step in ("own", "stray"):
@@ -135,11 +135,11 @@ def test_whatever_comes_in_between_the_strays_are_those_that_are_not_the_writers
             strays.read(records(*unread))
             unread = []
             if (some := strays.next(most)) is not None:
-                assert strays.marks()[0] == some.start
-                found = {(0, one) for places in some.places for one in places}
+                assert strays.checked_offsets()[0] == some.start
+                found = {(0, one) for places in some.ranges for one in places}
                 assert found <= expected
                 expected -= found
-                strays.settled(some)
+                strays.dead_lettered(some)
     if unread:
         strays.read(records(*unread))
     assert waiting(strays) == expected
@@ -166,16 +166,16 @@ def tip_of(values: Sequence[bytes]) -> Tip:
 
 
 def strays_of(values: Sequence[bytes], tip: Tip, mark: int | None, *, start: int = 0) -> list[int]:
-    stretch = _Stretch(Tip(), start, start + len(values))
+    stretch = _PartitionEnd(Tip(), start, start + len(values))
     for offset, value in enumerate(values, start):
         told, hashed = event_of(value), leaf_hash(value)
         link = told.link if told is not None else None
         if told is None or link is None:
-            stretch.unlinked(offset, is_event=told is not None)
+            stretch.add_unlinked(offset, is_event=told is not None)
             continue
-        stretch.stood.append(_Stood(range(offset, offset + 1), True, link, hashed))
-        stretch.before[hashed] = told.uid, bytes.fromhex(link.prev)
-    return [offset for places in _strays(stretch, "0", tip, mark) for offset in places]
+        stretch.entries.append(_TrailEntry(range(offset, offset + 1), True, link, hashed))
+        stretch.predecessors[hashed] = told.uid, bytes.fromhex(link.prev)
+    return [offset for places in _find_unauthorised(stretch, "0", tip, mark) for offset in places]
 
 
 TRUE = chain(6)
@@ -200,11 +200,11 @@ def test_what_is_not_on_the_way_back_is_one(stray: bytes) -> None:
 
 
 def test_a_flood_of_what_has_no_link_takes_no_memory_at_a_take_over() -> None:
-    stretch = _Stretch(Tip(), 0, 100_000)
+    stretch = _PartitionEnd(Tip(), 0, 100_000)
     for offset in range(100_000):
-        stretch.unlinked(offset, is_event=False)
-    assert len(stretch.stood) == 1
-    assert _strays(stretch, "0", Tip(), 40_000) == [range(40_000, 100_000)]
+        stretch.add_unlinked(offset, is_event=False)
+    assert len(stretch.entries) == 1
+    assert _find_unauthorised(stretch, "0", Tip(), 40_000) == [range(40_000, 100_000)]
 
 
 def test_without_a_mark_only_what_stands_behind_the_tip_is_judged() -> None:

@@ -31,7 +31,7 @@ _ELSEWHERE = frozenset(
     for model in topic.models
     if topic is not AUDIT_CHECKPOINT and issubclass(model, Claims)
 )
-"""Messages that belong on other topics, whoever signed them."""
+"""The typs of messages that belong on other topics. Here they are invalid, whoever signed them."""
 
 
 class MalformedRecordHandler:
@@ -94,10 +94,10 @@ class MalformedRecordHandler:
         claims = verify(
             jws, AuditWitness, lambda iss, kid: chains.user_key(iss, kid, at_ms), audience=self._trust.trust_domain
         ).claims  # fmt: skip
-        who = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
-        if "auditor" not in chains.roles_at(who, at_ms):
+        auditor = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
+        if "auditor" not in chains.roles_at(auditor, at_ms):
             raise InvalidMessageError("whoever signed it is no auditor", code="not_auditor")
-        _check_place(record, f"{claims.tree}/{who}")
+        _check_place(record, f"{claims.tree}/{auditor}")
 
     def _require_trust(self, record: Received) -> None:
         require_trust(self._trust, [record], self._clock.now_ms())

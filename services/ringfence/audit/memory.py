@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.ids import digest
 from ringfence.messages.lease import Delegator
-
-K = TypeVar("K")
-V = TypeVar("V")
-
-
-class Recent(Generic[K, V]):
-    """A bounded dict: the latest `size` entries; the oldest are evicted first."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._entries: OrderedDict[K, V] = OrderedDict()
-
-    def get(self, key: K) -> V | None:
-        return self._entries.get(key)
-
-    def put(self, key: K, value: V) -> None:
-        self._entries[key] = value
-        self._entries.move_to_end(key)
-        if len(self._entries) > self._size:
-            self._entries.popitem(last=False)
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
 
 @dataclass(slots=True)
@@ -98,13 +75,13 @@ class SeenMessages:
     """
 
     def __init__(self, size: int) -> None:
-        self._seen: Recent[tuple[str, str, str], Sighting] = Recent(size)
+        self._seen: BoundedDict[tuple[str, str, str], Sighting] = BoundedDict(size)
 
-    def first(self, topic: str, iss: str, jti: str, here: Sighting) -> Sighting | None:
-        """The first sighting of a message if it was at other coordinates. Otherwise None, and `here` is remembered."""
+    def first(self, topic: str, iss: str, jti: str, sighting: Sighting) -> Sighting | None:
+        """The first sighting of a message if it was at other coordinates. Otherwise None, and `sighting` is kept."""
         key = (topic, iss, jti if len(jti) <= 64 else digest(jti))
-        known = self._seen.get(key)
-        if known is None:
-            self._seen.put(key, here)
+        first = self._seen.get(key)
+        if first is None:
+            self._seen[key] = sighting
             return None
-        return None if (known.partition, known.offset) == (here.partition, here.offset) else known
+        return None if (first.partition, first.offset) == (sighting.partition, sighting.offset) else first

@@ -16,39 +16,39 @@ class AuditSettings(RingfenceSettings):
     model_config = SettingsConfigDict(env_prefix="RINGFENCE_AUDIT_", extra="ignore", frozen=True)
 
     settle_ms: Annotated[int, Field(ge=0, le=60_000)] = 1000
-    """How old a record may get while the local tables do not know its signer, before its verification fails."""
+    """The age that a record may reach while the local tables do not know its signer, before its verification fails."""
     linger_ms: Annotated[int, Field(ge=0, le=10_000)] = 100
-    """How long batches gather: of records before they are read, of events before they are indexed."""
+    """The linger of batches: of records before they are read, and of events before they are indexed."""
     checkpoint_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
     """The interval of signed checkpoints of a hash chain that has grown."""
     remembered_messages: Annotated[int, Field(ge=1000)] = 200_000
-    """How many (`iss`, `jti`) are remembered for replay detection; about 300 bytes each."""
+    """The number of (`iss`, `jti`) that are remembered for replay detection; about 300 bytes each."""
     remembered_requests: Annotated[int, Field(ge=100)] = 20_000
-    """How many requests and leases are remembered, to name agent, task and people in later events."""
+    """The number of requests and leases that are remembered, to name agent, task and people in later events."""
     index_file: str = "audit.sqlite"
     """The file of the index in `RINGFENCE_STATE_DIR`. It is rebuilt from the topic at each start."""
     tree_file: str = "audit-tree.sqlite"
     """The file of the Merkle tree hashes for proofs, rebuilt likewise; about 150 bytes an event."""
     detect: bool = True
-    """Whether detection rules run over the trail: `docs/detections.md`. In the settings below, 0 or false switches a
+    """Run detection rules over the trail: `docs/detections.md`. In the settings below, 0 or false switches a
     rule off."""
     detect_beyond_user: bool = True
-    """Whether to report agents that ask for something that their user may not do."""
+    """Report agents that ask for something that their user may not do."""
     detect_denials: Annotated[int, Field(ge=0, le=1000)] = 20
-    """So many denials of an agent within `detect_denials_s` are a burst."""
+    """The number of denials of an agent within `detect_denials_s` that is a burst."""
     detect_denials_s: Annotated[int, Field(ge=1, le=3600)] = 60
     """The window of a burst of denials."""
     detect_first_use_s: Annotated[int, Field(ge=0)] = 7 * 86_400
-    """How long after its first credential a target of an agent counts as new."""
+    """The time after an agent's first credential from which a new target is reported."""
     detect_unused_s: Annotated[int, Field(ge=0)] = 30 * 86_400
-    """After how long an unused target in a ceiling is reported."""
+    """The time after which an unused target in a ceiling is reported."""
     detect_unreviewed_s: Annotated[int, Field(ge=0)] = 86_400
-    """How long a use of break glass may go without a review."""
+    """The time within which a use of break glass must be reviewed."""
     detect_quick_approval_s: Annotated[float, Field(ge=0, le=3600)] = 3.0
     """The shortest time in which a person can read what they approve."""
     detect_impossible_s: Annotated[int, Field(ge=0, le=86_400)] = 300
-    """How long the predecessor of an event may be missing, while audit is up to date."""
+    """The time for which the predecessor of an event may be missing, while audit is up to date."""
     detect_late_s: Annotated[int, Field(ge=0, le=86_400)] = 60
-    """How long after the end of its lease an action may be reported."""
+    """The time after the end of its lease within which an action may be reported."""
     detect_back_s: Annotated[int, Field(ge=60)] = 86_400
     """Findings about older events are not published, except standing ones."""

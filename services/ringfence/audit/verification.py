@@ -13,8 +13,9 @@ from typing import Any, Generic, NamedTuple, TypeVar, get_args
 from pydantic import ValidationError
 
 from ringfence.audit.events.ocsf import permission, privileges, scope_text, scrubbed, user_of
-from ringfence.audit.memory import LeaseFacts, Recent, RequestFacts, SeenMessages, Sighting
+from ringfence.audit.memory import LeaseFacts, RequestFacts, SeenMessages, Sighting
 from ringfence.audit.settings import AuditSettings
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id, digest, message_id
 from ringfence.kernel.base.text import with_article
@@ -106,13 +107,13 @@ class RecordVerifier:
         self._trust = trust
         self._directory = directory
         self._seen = SeenMessages(settings.remembered_messages)
-        self._requests: Recent[str, RequestFacts] = Recent(settings.remembered_requests)
-        self._embedded: Recent[str, CredentialRequest] = Recent(_REMEMBERED_EMBEDDED)
+        self._requests: BoundedDict[str, RequestFacts] = BoundedDict(settings.remembered_requests)
+        self._embedded: BoundedDict[str, CredentialRequest] = BoundedDict(_REMEMBERED_EMBEDDED)
         """By text: requests verified while embedded, whose own records may be read later."""
-        self._leases: Recent[str, LeaseFacts] = Recent(settings.remembered_requests)
-        self._revocations: Recent[str, Mapping[str, Any]] = Recent(settings.remembered_requests)
-        self._approvals: Recent[str, str] = Recent(settings.remembered_requests)
-        self._grants: Recent[str, dict[str, Any]] = Recent(settings.remembered_requests)
+        self._leases: BoundedDict[str, LeaseFacts] = BoundedDict(settings.remembered_requests)
+        self._revocations: BoundedDict[str, Mapping[str, Any]] = BoundedDict(settings.remembered_requests)
+        self._approvals: BoundedDict[str, str] = BoundedDict(settings.remembered_requests)
+        self._grants: BoundedDict[str, dict[str, Any]] = BoundedDict(settings.remembered_requests)
         self._revisions: dict[str, tuple[int, int, int]] = {}
 
     # --- signatures: each method raises InvalidMessageError or ChainError if verification fails ---
@@ -192,7 +193,7 @@ class RecordVerifier:
         return signed, last.unverified_claims(COMMAND_OF_TYP[last.header.typ])  # the chain verified it
 
     def parse_unsigned(self, record: Received, model: type[P]) -> P:
-        """Parse an unsigned message. Its contents are the unverified word of whoever can write to the topic."""
+        """Parse an unsigned message. Its contents are unverified: anybody who can write to the topic can forge them."""
         try:
             return model.model_validate_json(record.value)
         except ValidationError as error:
@@ -201,9 +202,9 @@ class RecordVerifier:
 
     def embedded_request(self, compact: str, request_id: str, appended_at_ms: int) -> RequestFacts | None:
         """Facts of a request embedded in another message, or None if its signature or its id does not match."""
-        known = self.facts(request_id)
-        if known is not None and known.compact == compact:
-            return known
+        facts = self.facts(request_id)
+        if facts is not None and facts.compact == compact:
+            return facts
         try:
             jws = parse(compact)
             claims = verify(
@@ -215,14 +216,14 @@ class RecordVerifier:
         if message_id(claims.iss, claims.jti) != request_id:
             return None
         if len(compact) <= _REMEMBERED_BYTES:
-            self._embedded.put(compact, claims)
+            self._embedded[compact] = claims
         return self.remember_request(VerifiedMessage(claims, compact, jws.header.kid))
 
     def approver(self, compact: str, appended_at_ms: int) -> str | None:
         """The user who signed an embedded approval, or None if the signature fails."""
-        known = self._approvals.get(digest(compact))
-        if known is not None:
-            return known
+        user = self._approvals.get(digest(compact))
+        if user is not None:
+            return user
         try:
             claims = verify(
                 parse(compact), Approval, self._users(appended_at_ms), audience=self._trust.trust_domain
@@ -255,17 +256,17 @@ class RecordVerifier:
 
     def first_sighting(self, record: Received, signed: VerifiedMessage[Any]) -> tuple[Sighting, bool] | None:
         """(first sighting, whether the content is identical) of a replayed message; None at its first sighting."""
-        here = Sighting(record.partition, record.offset, _content_mark(signed))
-        first = self._seen.first(record.topic.what, signed.claims.iss, signed.claims.jti, here)
-        return None if first is None else (first, first.signature == here.signature)
+        sighting = Sighting(record.partition, record.offset, _content_mark(signed))
+        first = self._seen.first(record.topic.what, signed.claims.iss, signed.claims.jti, sighting)
+        return None if first is None else (first, first.signature == sighting.signature)
 
     def newer_revision(self, record: Received, claims: AnyRecord) -> int | None:
         """The higher revision that was published before this record, or None if there is none."""
-        known = self._revisions.get(claims.sub)
-        if known is None or claims.revision >= known[0]:
+        last = self._revisions.get(claims.sub)
+        if last is None or claims.revision >= last[0]:
             self._revisions[claims.sub] = (claims.revision, record.partition, record.offset)
             return None
-        revision, partition, offset = known
+        revision, partition, offset = last
         later = record.partition != partition or record.offset > offset
         return revision if later else None
 
@@ -289,9 +290,9 @@ class RecordVerifier:
         """Remember the facts of a verified request. The first request with an id wins."""
         claims = signed.claims
         request_id = message_id(claims.iss, claims.jti)
-        known = self.facts(request_id)
-        if known is not None and known.compact == signed.compact:
-            return known
+        first = self.facts(request_id)
+        if first is not None and first.compact == signed.compact:
+            return first
         agent = subject_of(self._trust.trust_domain, claims.iss, "agent") or ""
         enrolment = enrolment_of(claims)
         facts = RequestFacts(
@@ -315,8 +316,8 @@ class RecordVerifier:
             instance=ref_of(enrolment).model_dump() if enrolment else None,
             traceparent=traceparent,
         )
-        if known is None and len(signed.compact) <= _REMEMBERED_BYTES:
-            self._requests.put(request_id, facts)
+        if first is None and len(signed.compact) <= _REMEMBERED_BYTES:
+            self._requests[request_id] = facts
         return facts
 
     def remember_approval(self, compact: str, claims: Approval) -> str | None:
@@ -324,7 +325,7 @@ class RecordVerifier:
         user = subject_of(self._trust.trust_domain, claims.iss, "user")
         if user is None or claims.verdict != "approved":
             return None
-        self._approvals.put(digest(compact), user)
+        self._approvals[digest(compact)] = user
         return user
 
     def remember_grant(self, claims: Grant) -> dict[str, Any]:
@@ -336,7 +337,7 @@ class RecordVerifier:
             "sponsor": self.sponsor_of(claims.agent_id),
             "on_behalf_of": self._on_behalf_of(claims.agent_id, claims.task_id),
         }
-        self._grants.put(id_of(claims), fields)
+        self._grants[id_of(claims)] = fields
         return fields
 
     def grant(self, grant_id: str) -> dict[str, Any]:
@@ -345,8 +346,8 @@ class RecordVerifier:
 
     def remember_revocation(self, claims: RevocationRequest, fields: Mapping[str, Any]) -> None:
         """Remember the fields of a verified revocation, for the acknowledgements of gateways."""
-        known = {word: fields[word] for word in _REVOCATION_FIELDS if fields.get(word) is not None}
-        self._revocations.put(derived_id("revocation", claims.iss, claims.jti), known)
+        shared_fields = {name: fields[name] for name in _REVOCATION_FIELDS if fields.get(name) is not None}
+        self._revocations[derived_id("revocation", claims.iss, claims.jti)] = shared_fields
 
     def revocation(self, revocation_id: str) -> Mapping[str, Any]:
         """Event fields of a revocation; empty if it was not seen lately."""
@@ -354,9 +355,9 @@ class RecordVerifier:
 
     def remember_lease(self, claims: Lease) -> LeaseFacts:
         """Remember and return the facts of a verified lease record. They are the same in all records of a lease."""
-        known = self._leases.get(claims.lease_id)
-        if known is not None:
-            return known
+        first = self._leases.get(claims.lease_id)
+        if first is not None:
+            return first
         lease = LeaseFacts(
             lease_id=claims.lease_id,
             request_id=claims.request_id,
@@ -373,7 +374,7 @@ class RecordVerifier:
             traceparent=claims.traceparent,
         )
         if len(claims.scope) <= _REMEMBERED_PERMISSIONS:
-            self._leases.put(claims.lease_id, lease)
+            self._leases[claims.lease_id] = lease
         return lease
 
     def sponsor_of(self, agent: str) -> str | None:

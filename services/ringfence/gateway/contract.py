@@ -25,9 +25,7 @@ Headers = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class PresentedIdentity:
-    """The evidence of who sends a request. The gate believes exactly one of these, and nothing that an agent only
-    claims.
-    """
+    """The evidence of the sender of a request. The gate trusts exactly one of these, and no mere claim of an agent."""
 
     task_id: str | None = None
     """The task of the unix socket that the request came through. Only that task can open the socket."""
@@ -70,7 +68,7 @@ class Attempt:
     """One request, undecoded. The bytes that are decided on are the bytes that are sent."""
 
     authority: str | None
-    """Host and port that the request is for, where the target is found by host; None where `target_id` names it."""
+    """Host and port that the request is for, if the target is found by host; None if `target_id` names it."""
     scheme: Literal["http", "https"]
     method: str
     target: str
@@ -78,18 +76,18 @@ class Attempt:
     target_id: str | None = None
     """The target of a reverse-proxy request, `/<target>/...`."""
     body: bytes | None = None
-    """The whole body; None where it was not read. See `Gate.reads_body`."""
+    """The whole body; None if it was not read. See `Gate.reads_body`."""
     json: bool = False
     """Whether the head says that the body is JSON (`request_reader.says_json`). Otherwise no rule looks into it."""
     label: str | None = None
-    """What the sender's tooling says about the origin of the request. It is used only in reports."""
+    """The origin of the request, as the sender's tooling names it. Used only in reports."""
     mcp_headers: McpHeaders | None = None
     """None from data planes that cannot filter the target's responses: MCP is refused there."""
     sent_by_gateway: bool = False
     """Whether the gateway forwards the request itself. Then it needs the target's URL."""
     headers: Callable[[], Headers | None] | None = field(default=None, repr=False, compare=False)
     """All headers that are forwarded, in order, without those of the credential. None, or a call that returns None,
-    where a data plane cannot list them all. Then no person is asked for approval.
+    if a data plane cannot list them all. Then no person is asked for approval.
     """
 
 
@@ -100,12 +98,12 @@ class BlockedRequest:
     code: str
     message: str
     presented: PresentedIdentity = PresentedIdentity()
-    """What the connection alone shows."""
+    """The evidence of the connection alone."""
     attempt: Attempt | None = None
     """The request, as far as it could be parsed."""
     method: str | None = None
     destination: Destination | None = None
-    """Where the request was going, if there is no attempt."""
+    """The destination of the request, if there is no attempt."""
     unparsed: bool = False
     """Whether the head could not be parsed for certain: then its effect is unknown."""
 
@@ -115,7 +113,7 @@ class RpcErrorReply:
     """The refusal is sent as a JSON-RPC error."""
 
     id: str | int | None
-    """The id of the refused request; None where it has none, or none that could be read."""
+    """The id of the refused request; None if it has none that could be read."""
 
 
 @dataclass(slots=True)
@@ -134,7 +132,7 @@ class McpExchange:
     """An allowed request to an MCP endpoint, for the data plane that forwards it."""
 
     method: str | None
-    """The method of the posted message; None where a stream is opened, or a session ended."""
+    """The method of the posted message; None if the request opens a stream, or ends a session."""
     id: str | int | None
     """The id of the posted request."""
     opens_session: bool
@@ -142,7 +140,7 @@ class McpExchange:
     is_visible: Callable[[str, str], bool]
     """Whether a lease may allow a use, given its MCP method and the name of the tool, prompt or resource."""
     bind_session: Callable[[str], bool]
-    """Bind a session to this lease. False where it is another lease's, and must not reach the agent."""
+    """Bind a session to this lease. False if it is another lease's, and must not reach the agent."""
     record_outcome: Callable[[McpOutcome], None]
     """Record the outcome, once, at the end."""
 
@@ -166,15 +164,15 @@ class Verdict:
     task_id: str | None = None
     """The task that the request counted for, if known."""
     mcp: McpExchange | None = None
-    """Set where the request was allowed at an MCP endpoint."""
+    """Set if the request was allowed at an MCP endpoint."""
     rpc: RpcErrorReply | None = None
-    """Set where the request was posted to an MCP endpoint and refused."""
+    """Set if the request was posted to an MCP endpoint and refused."""
     observed: bool = False
     """It is not allowed, but forwarded to `target` as the agent sent it (observe mode): with its own `Authorization`,
     without the headers of its handle and proof. Nothing is injected, and no lease is involved.
     """
     headers: Headers | None = field(default=None, repr=False, compare=False)
-    """Set where a person approved the request: only these headers and the credential are forwarded."""
+    """Set if a person approved the request: only these headers and the credential are forwarded."""
     injected: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
     """For the core alone: data planes call `Gate.headers_to_inject`."""
 
@@ -192,7 +190,7 @@ class HoldableRequest(Protocol):
     """A request that can be held while a person is asked for approval. A data plane passes it with the attempt."""
 
     async def read_body(self) -> bytes | None:
-        """Read the whole body, bounded. None where it is not available. Called at most once, and only if no body was
+        """Read the whole body, bounded. None if it is not available. Called at most once, and only if no body was
         read.
         """
         ...
@@ -299,7 +297,7 @@ class Gate(Protocol):
         ...
 
     def view_expired(self) -> bool:
-        """Whether this process was suspended for so long that its view is stale, and nobody has been notified yet.
+        """Whether this process was suspended for so long that its view is stale, and no watcher has been notified yet.
 
         Data that arrived meanwhile waits in the sockets, so ask this before forwarding any. The call is cheap.
         """

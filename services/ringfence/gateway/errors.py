@@ -17,7 +17,7 @@ AnswerVerdict = Callable[[Verdict], tuple[int, Mapping[str, str], bytes]]
 _PROBLEM: Final = "application/problem+json"
 
 
-class RefusedError(RingfenceError):
+class RequestRefusedError(RingfenceError):
     """A request or its response is not forwarded. `status` is the HTTP status for the client (RFC 9110, 15)."""
 
     def __init__(
@@ -28,7 +28,7 @@ class RefusedError(RingfenceError):
         self.headers = headers or {}
 
 
-def problem_answer(error: RefusedError) -> tuple[int, Mapping[str, str], bytes]:
+def problem_answer(error: RequestRefusedError) -> tuple[int, Mapping[str, str], bytes]:
     """Status, headers and body of the answer: problem details (RFC 9457)."""
     return (
         error.status,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 
 Scheme = Literal["http", "https"]
 PORTS: Final[dict[str, int]] = {"http": 80, "https": 443}
@@ -21,7 +21,7 @@ _NUMBER: Final = re.compile(r"[0-9]+|0[xX][0-9a-fA-F]*")
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where requests are sent: scheme, host without brackets, port, and the authority for the `Host` field."""
+    """A destination of requests: scheme, host without brackets, port, and the authority for the `Host` field."""
 
     scheme: Scheme
     host: str
@@ -33,8 +33,8 @@ class Origin:
 def canonical(authority: str, scheme: Scheme) -> str:
     """`host[:port]` in lower case, without the scheme's default port, IPv6 in its short form.
 
-    Raises RefusedError for user information, an empty or invalid port, a trailing dot, an address that parsers read
-    differently (`127.1`, `0x7f.1`, `010.0.0.1`), a zone id, and everything else that is no host.
+    Raises RequestRefusedError for user information, an empty or invalid port, a trailing dot, an address that parsers
+    read differently (`127.1`, `0x7f.1`, `010.0.0.1`), a zone id, and everything else that is no host.
     """
     host, port = split_host_and_port(authority, scheme)
     shown = f"[{host}]" if ":" in host else host
@@ -42,22 +42,24 @@ def canonical(authority: str, scheme: Scheme) -> str:
 
 
 def split_host_and_port(authority: str, scheme: Scheme) -> tuple[str, int]:
-    """Host, without brackets, and port. Raises RefusedError as `canonical` does."""
-    found = _AUTHORITY.fullmatch(authority)
-    if found is None:
+    """Host, without brackets, and port. Raises RequestRefusedError as `canonical` does."""
+    match = _AUTHORITY.fullmatch(authority)
+    if match is None:
         raise _invalid(authority)
-    port = int(found[2]) if found[2] else PORTS[scheme]
+    port = int(match[2]) if match[2] else PORTS[scheme]
     if port > 65535:
         raise _invalid(authority)
-    return _host(found[1].lower(), authority), port
+    return _host(match[1].lower(), authority), port
 
 
 @functools.lru_cache(maxsize=1024)
 def origin_of(url: str) -> Origin:
-    """The origin of `https://host[:port]`. Raises RefusedError (502) if it is not one."""
+    """The origin of `https://host[:port]`. Raises RequestRefusedError (502) if it is not one."""
     parts = urlsplit(url)
     if parts.scheme not in PORTS or parts.path not in ("", "/") or parts.query or parts.fragment:
-        raise RefusedError(502, "target_misconfigured", "the target says no usable URL; ask an operator")
+        raise RequestRefusedError(
+            502, "target_misconfigured", "the target says no usable URL; ask an operator"
+        )
     scheme: Scheme = "https" if parts.scheme == "https" else "http"
     host, port = split_host_and_port(parts.netloc, scheme)
     return Origin(scheme, host, port, canonical(parts.netloc, scheme))
@@ -80,7 +82,7 @@ def _host(host: str, authority: str) -> str:
     return host
 
 
-def _invalid(authority: str) -> RefusedError:
-    return RefusedError(
+def _invalid(authority: str) -> RequestRefusedError:
+    return RequestRefusedError(
         400, "host_invalid", f"{authority[:80]!r} is no host[:port] that all would read alike"
     )

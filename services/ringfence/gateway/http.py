@@ -28,17 +28,17 @@ class GatewayApi:
 
     async def lease(self, request: Request) -> Response:
         """Report whether a lease can be used here now, and if not, why. For callers who may see its agent."""
-        caller = self._authenticator.user(request.headers.get("authorization"))
+        caller = self._authenticator.authenticate(request)
         lease_id = request.path_params["lease_id"]
         lease = self._view.table.get(lease_id) if _UUID.fullmatch(lease_id) else None
         agent = self._view.directory.agent(lease.agent_id) if lease is not None else None
         if lease is None or agent is None or not caller.may_see_agent_of(agent.state.sponsor):
             raise NotFoundError(f"this gateway knows no lease {lease_id[:64]} that you may see")
         stale, problem = self._view.stale(), self._view.table.problem(lease)
-        why = stale or (problem.message if problem is not None else None)
-        if why is None and lease.delivery != "gateway":
-            why = "its credential was delivered to the agent itself"
+        reason = stale or (problem.message if problem is not None else None)
+        if reason is None and lease.delivery != "gateway":
+            reason = "its credential was delivered to the agent itself"
         metrics.HTTP_REQUESTS.labels(_LEASE_PATH, "200").inc()
         return JSONResponse(
-            {"lease_id": lease_id, "status": lease.status, "usable": why is None, "reason": why}
+            {"lease_id": lease_id, "status": lease.status, "usable": reason is None, "reason": reason}
         )

@@ -24,74 +24,74 @@ def _check_port(text: str) -> str:
 Listen = Annotated[
     str, Field(pattern=r"^(([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):)?\d{1,5}$"), AfterValidator(_check_port)
 ]
-"""`port` of this machine's loopback alone, or `host:port`."""
+"""A port of the loopback interface, or `host:port`."""
 
 
 LOOPBACK = "127.0.0.1"
 
 
 def host_and_port(listen: str) -> tuple[str, int]:
-    """The two parts of a `Listen`, IPv6 without brackets."""
+    """Host and port of a `Listen`, IPv6 without brackets."""
     host, _, port = listen.rpartition(":")
     return host.strip("[]") or LOOPBACK, int(port)
 
 
 def _split_list(value: Any) -> Any:
-    """`a,b` of the environment; a list in `ringfence.toml` is one already."""
+    """Split `a,b` of the environment. A list in `ringfence.toml` needs no splitting."""
     return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
 
 class GatewaySettings(RingfenceSettings):
-    """What the gateway needs besides what every service needs."""
+    """Settings that only the gateway has."""
 
     model_config = SettingsConfigDict(env_prefix="RINGFENCE_GATEWAY_", extra="ignore", frozen=True)
 
     listen: Listen | None = None
-    """Where agents come in over TCP: `8707` is that port of the loopback interface; nowhere where not set. Elsewhere it
-    takes TLS."""
+    """The TCP address at which the gateway listens for agents; none if not set. `8707` is that port of the loopback
+    interface. Other interfaces require TLS."""
     names: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)] = ()
-    """The `host[:port]` by which agents know it there: `gateway.example:8443`. Its address where none is given."""
+    """The `host[:port]` by which agents reach that listener, such as `gateway.example:8443`; by default its address."""
     tls_cert_file: Path | None = None
-    """The certificate (PEM) that it shows agents at `listen`."""
+    """The certificate (PEM) that the gateway presents to agents at `listen`."""
     tls_key_file: Path | None = None
-    """Its private key (PEM); in the file of the certificate where not set."""
+    """The private key of that certificate (PEM); if not set, it is in the file of the certificate."""
     tls_client_ca_file: Path | None = None
-    """The authority (PEM) of certificates that say who an agent is: their one URI is its SPIFFE ID."""
+    """The CA (PEM) of agents' client certificates. The only URI in such a certificate is the agent's SPIFFE ID."""
     sockets: Path | None = None
-    """A folder in which each task with leases for gateways has a unix socket of its own, `TASK.sock`."""
+    """The folder in which each task with leases for gateways has a unix socket of its own, `TASK.sock`."""
     ca_file: Path | None = None
-    """Where the certificate is written by which agents that use the gateway as a proxy trust it for its targets."""
+    """The file to which the gateway writes its CA certificate, which agents that use it as a proxy must trust."""
     targets_ca_file: Path | None = None
-    """Authorities (PEM) that targets are verified by, besides the machine's own."""
+    """CAs (PEM) by which targets are verified, besides those of the machine."""
     connections: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
-    """How many connections of agents there may be."""
+    """The most connections of agents."""
     authz: Listen | None = None
-    """Where proxies ask (`/authz/`): `8716` is that port of the loopback interface; nowhere where not set. An agent
-    that reaches it gets its credentials in clear: proxies alone may."""
+    """The address at which proxies ask for authorization (`/authz/`); none if not set. `8716` is that port of the
+    loopback interface. Only proxies may reach it: an agent that does gets its credentials in clear."""
     bundle: Path | None = None
-    """The folder of the Rego bundle; the one that comes with Ringfence where not set."""
+    """The folder of the Rego bundle; by default the one that comes with Ringfence."""
     evaluation_timeout_ms: Annotated[int, Field(ge=10, le=60_000)] = TIMEOUT_MS
-    """What one evaluation of the bundle may take. Then the request is denied."""
+    """The timeout of one evaluation of the bundle. After it the request is denied."""
     observe: Annotated[tuple[TargetId, ...], NoDecode, BeforeValidator(_split_list)] = ()
     """The targets at which this gateway blocks nothing that agents can do with credentials of their own, and only
-    records what it would have blocked: `partner,hub`. There is no word for all of them."""
+    records what it would have blocked: `partner,hub`. No value stands for all targets."""
     seal_key_file: Path | None = None
-    """The private key that credentials are sealed to; `<gateway>-seal.json` in `RINGFENCE_KEY_DIR` where not set."""
+    """The private key that credentials are sealed to; by default `<gateway>-seal.json` in `RINGFENCE_KEY_DIR`."""
     issuer: Annotated[str | None, Field(pattern=r"^https?://[^/?#]+$")] = None
-    """Where this gateway reaches the issuer, where that is not `RINGFENCE_ISSUER_URL`."""
+    """The URL of the issuer, if this gateway does not reach it at `RINGFENCE_ISSUER_URL`."""
     spool: Path | None = None
-    """The folder where events wait for Kafka: on a disk that outlives the process. `spool/<gateway>` beside
-    `RINGFENCE_KEY_DIR` where not set."""
+    """The folder where events wait for Kafka, on a disk that outlives the process; by default `spool/<gateway>` beside
+    `RINGFENCE_KEY_DIR`."""
     spool_max_bytes: Annotated[int, Field(ge=1024 * 1024)] = 256 * 1024 * 1024
-    """How large that may become. Then everything is denied."""
+    """The largest size of the spool. When it is reached, every request is denied."""
     approval_wait_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
-    """How long a request waits for the person whose word the bundle wants. Then it is denied, and may be sent again."""
+    """The longest time for which a request waits for a required approval. Then it is denied, and may be sent again."""
     approval_life_s: Annotated[int, Field(ge=5, le=3600)] = 300
-    """How long such a question stands, and its answer counts, once: for the very same request alone."""
+    """The time for which the question stays open and its answer counts: once, and only for exactly the same request."""
     agent_pending_approvals: Annotated[int, Field(ge=1, le=1000)] = 5
-    """So many questions of one agent may stand, and so many of its requests may wait. Beyond that they are denied."""
+    """The most open questions of one agent, and its most waiting requests. Beyond that requests are denied."""
     pending_approvals: Annotated[int, Field(ge=1, le=10_000)] = 200
-    """The same for all agents together."""
+    """The same limit for all agents together."""
 
     @model_validator(mode="after")
     def _not_in_clear(self) -> Self:

@@ -63,10 +63,10 @@ def build_core(
     clock, view = runtime.clock, View(runtime)
     targets = Targets(view.directory)
     proofs = ProofChecker(nonces=Nonces(), clock=clock)
-    shared = SharedKeys(runtime, KeyUses())
-    runtime.background("shared keys", shared.report)
+    shared_keys = SharedKeys(runtime, KeyUses())
+    runtime.background("shared keys", shared_keys.report)
     authenticator = SenderAuthenticator(
-        settings.trust_domain, view.directory, view.table, proofs, clock, shared.used
+        settings.trust_domain, view.directory, view.table, proofs, clock, shared_keys.used
     )
     with of_setting("RINGFENCE_GATEWAY_BUNDLE"):
         bundle = load_bundle(own.bundle)
@@ -92,8 +92,8 @@ def build_core(
         observe=own.observe, fast_path=fast_path,
     )  # fmt: skip
 
-    async def bundle_refused(mark: str, why: str) -> None:
-        reason = Reason(code="bundle_refused", message=why[:2000])
+    async def bundle_refused(mark: str, message: str) -> None:
+        reason = Reason(code="bundle_refused", message=message[:2000])
         await runtime.event("finding", "policy bundle", about=("bundle_refused", mark), reasons=(reason,))
 
     runtime.history([CREDENTIAL_REPLY], sealed.on_records, since_ms=max(clock.now_ms() - LEASES_SINCE_MS, 1))
@@ -113,16 +113,16 @@ def build_core(
 
 
 def _announce_observe_mode(runtime: Runtime, own: GatewaySettings) -> None:
-    """Announce observe mode at each start, before anything is forwarded: nobody should discover it by chance."""
-    said = notice(own.observe)
+    """Announce observe mode at each start, before any request is forwarded: it must not go unnoticed."""
+    warning = notice(own.observe)
     metrics.OBSERVED_TARGETS.set(len(own.observe))
 
     async def announce() -> None:
-        log.warning("%s", said)
-        reason = Reason(code="observe_mode", message=said)
+        log.warning("%s", warning)
+        reason = Reason(code="observe_mode", message=warning)
         await runtime.event("finding", "observe mode", about=(uuid.uuid4(),), reasons=(reason,))
 
-    runtime.warns_when(lambda: said)
+    runtime.warns_when(lambda: warning)
     runtime.on_start(announce)
 
 

@@ -65,9 +65,9 @@ class Narrowing:
             reason = f"{how} with a key of agent {self.agent.agent_id} that is compromised"
             return EndReason("key_compromised", reason)
         if self.agent is not None and lease.instance is not None:
-            gone = ref_void(lease.instance, self.agent)
-            if gone is not None:
-                return EndReason("scope_narrowed", gone.message)
+            void_reason = ref_void(lease.instance, self.agent)
+            if void_reason is not None:
+                return EndReason("scope_narrowed", void_reason.message)
         return self.beyond if missing(lease.scope, self.scope) else None
 
 
@@ -79,9 +79,9 @@ def consequences(
     *,
     ever_sponsor: bool = True,
 ) -> tuple[SelectorEnd | Narrowing, ...]:
-    """What a record, as it is now, means for existing leases.
+    """The consequences of a record, as it is now, for existing leases.
 
-    `ever_sponsor`: whether a user may have been a sponsor. If not, no agent becomes an orphan by this record.
+    `ever_sponsor`: whether a user may have been a sponsor. If not, this record makes no agent an orphan.
     """
     match state:
         case AgentState():
@@ -128,12 +128,12 @@ def _of_user(
     if revision == 1:
         return ()
     reason = f"beyond the entitlements of user {state.user_id} as they are now"
-    own = Narrowing(f"user:{state.user_id}", entitled, EndReason("scope_narrowed", reason))
+    user_narrowing = Narrowing(f"user:{state.user_id}", entitled, EndReason("scope_narrowed", reason))
     if "sponsor" in state.roles or not ever_sponsor:
-        return (own,)
+        return (user_narrowing,)
     orphaned = orphan_reason(state)
     assert orphaned is not None
-    return own, Narrowing(f"sponsor:{state.user_id}", (), EndReason(*orphaned))
+    return user_narrowing, Narrowing(f"sponsor:{state.user_id}", (), EndReason(*orphaned))
 
 
 def orphan_reason(state: UserState) -> tuple[EndKind, str] | None:
@@ -175,18 +175,22 @@ def stale_basis(lease: Lease, directory: Directory, entitlements_max_age_s: int)
         directory.user(lease.on_behalf_of),
         directory.user(lease.sponsor),
     ]
-    for one in lease.delegators or ():
-        entries += [directory.agent(one.agent_id), directory.task(one.task_id), directory.user(one.sponsor)]
+    for delegator in lease.delegators or ():
+        entries += [
+            directory.agent(delegator.agent_id),
+            directory.task(delegator.task_id),
+            directory.user(delegator.sponsor),
+        ]
     for entry in entries:
         if entry is None:
             continue
         record = (entry.record.sub, entry.revision)
-        for found in consequences(entry.state, entry.revision, lease.iat, entitlements_max_age_s):
-            if isinstance(found, SelectorEnd):
-                if matches(lease, selector_key_of(found.selector)):
-                    return StaleBasis(found.kind, found.reason, record)
-            elif matches(lease, found.selector_key) and (why := found.unfit(lease)):
-                return StaleBasis(why.kind, why.reason, record)
+        for consequence in consequences(entry.state, entry.revision, lease.iat, entitlements_max_age_s):
+            if isinstance(consequence, SelectorEnd):
+                if matches(lease, selector_key_of(consequence.selector)):
+                    return StaleBasis(consequence.kind, consequence.reason, record)
+            elif matches(lease, consequence.selector_key) and (reason := consequence.unfit(lease)):
+                return StaleBasis(reason.kind, reason.reason, record)
     return None
 
 
@@ -202,12 +206,12 @@ def derived_revocation(
     selector: Selector | None = None,
 ) -> RevocationRequest:
     """The revocation that follows from a record (subject, revision). The same record gives the same `jti`."""
-    what = lease_id or (selector.model_dump_json(exclude_defaults=True) if selector else "")
+    covered = lease_id or (selector.model_dump_json(exclude_defaults=True) if selector else "")
     return RevocationRequest(
         iss=by,
         aud=trust_domain,
         iat=at_ms // 1000,
-        jti=derived_id("revocation.request", *record, what),
+        jti=derived_id("revocation.request", *record, covered),
         kind=kind,
         lease_id=lease_id,
         selector=selector,
@@ -221,8 +225,8 @@ def derived_revocation(
 def next_status(lease: Lease, cause: EndCause, stateless: Collection[str]) -> LeaseStatus | None:
     """The next status of a lease that ends; None if it has ended.
 
-    The cut comes first, except at the deadline of a lease that leaves nothing at its target: its credential has expired
-    then, and nobody accepts it.
+    The cut comes first, except at the deadline of a lease that leaves nothing at its target: its credential expires at
+    the same moment, and no target accepts it.
     """
     if is_over(lease):
         return None

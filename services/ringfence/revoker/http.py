@@ -55,36 +55,36 @@ class LeasesApi:
 
     async def _list(self, request: Request) -> Response:
         """Leases that have not ended. `?status=`, each of `_FILTERS`; `?overdue=1`: cut, credential not removed yet."""
-        caller = self._caller(request)
-        wanted = {kind: value for kind in _FILTERS if (value := request.query_params.get(kind))}
+        caller = self._authenticator.authenticate(request)
+        filters = {kind: value for kind in _FILTERS if (value := request.query_params.get(kind))}
         status = request.query_params.get("status")
         late = request.query_params.get("overdue") == "1"
         statuses = _UNFINISHED if late else None
         # Any one filter will do to find candidates: every lease that passes all of them matches its selector key.
-        selector_key = next((f"{kind}:{value}" for kind, value in wanted.items()), ALL_LEASES)
-        agent_id = agent_of_task(wanted["task"], self._directory) if "task" in wanted else None
-        shown: list[Lease] = []
+        selector_key = next((f"{kind}:{value}" for kind, value in filters.items()), ALL_LEASES)
+        agent_id = agent_of_task(filters["task"], self._directory) if "task" in filters else None
+        found_leases: list[Lease] = []
         holders = self._verifier.known_holders(selector_key)
         async for leases in self._ender.find(selector_key, statuses, agent_id=agent_id, holders=holders):
-            shown += [
+            found_leases += [
                 lease
                 for lease in leases.values()
-                if all(matches(lease, f"{kind}:{value}") for kind, value in wanted.items())
+                if all(matches(lease, f"{kind}:{value}") for kind, value in filters.items())
                 and status in (None, lease.status)
                 and not (late and self._overdue.since_ms(lease, self._clock.now_ms()) is None)
                 and self._may_see(caller, lease)
             ]
-            if len(shown) > MAX_LISTED:
+            if len(found_leases) > MAX_LISTED:
                 break
             await asyncio.sleep(0)  # let other tasks run
-        listed = sorted(shown[:MAX_LISTED], key=lambda lease: (lease.deadline, lease.lease_id))
+        listed = sorted(found_leases[:MAX_LISTED], key=lambda lease: (lease.deadline, lease.lease_id))
         return JSONResponse(
-            {"leases": [self._json(lease) for lease in listed], "more": len(shown) > MAX_LISTED}
+            {"leases": [self._json(lease) for lease in listed], "more": len(found_leases) > MAX_LISTED}
         )
 
     async def _one(self, request: Request) -> Response:
         """One lease, as long as Redis keeps it after its end. `?records=1` adds the signed record."""
-        caller, id = self._caller(request), request.path_params["id"]
+        caller, id = self._authenticator.authenticate(request), request.path_params["id"]
         stored = await self._store.get([id]) if _is_uuid(id) else {}
         lease = (await self._ender.read(stored)).get(id)
         if lease is None or not self._may_see(caller, lease):
@@ -96,9 +96,6 @@ class LeasesApi:
         if request.query_params.get("records") == "1":
             answer["record"] = stored[id].jws.decode("ascii")
         return JSONResponse(answer)
-
-    def _caller(self, request: Request) -> Caller:
-        return self._authenticator.user(request.headers.get("authorization"))
 
     def _json(self, lease: Lease) -> dict[str, Any]:
         claims = lease.model_dump(

@@ -58,7 +58,6 @@ class AuditApi:
         self._authenticator = authenticator
 
     def routes(self) -> list[Route]:
-        """The routes of this API."""
         return [
             Route("/v1/trace/{id}", self._trace, methods=["GET"]),
             Route("/v1/events", self._events, methods=["GET"]),
@@ -101,7 +100,7 @@ class AuditApi:
     async def _actions(self, request: Request) -> Response:
         viewer, span_ms = self._complete_span(request)
         query = request.query_params
-        found = self._index.actions(
+        page = self._index.actions(
             viewer,
             span_ms,
             query.get("after"),
@@ -111,37 +110,35 @@ class AuditApi:
         )
         metrics.HTTP_REQUESTS.labels("/v1/actions", "200").inc()
         return JSONResponse({
-            "groups": action_groups(found.events),
-            "unknown_destinations": unknown_destinations(found.events),
-            **_report_cursor(span_ms, found),
+            "groups": action_groups(page.events),
+            "unknown_destinations": unknown_destinations(page.events),
+            **_report_cursor(span_ms, page),
         })  # fmt: skip
 
     async def _lease_coverage(self, request: Request) -> Response:
         viewer, span_ms = self._complete_span(request)
         after, limit = request.query_params.get("after"), limit_of(request, _MAX_COVERED, _MAX_COVERED)
-        found = self._index.issued(viewer, span_ms, after, limit)
-        rests_on = load_basis(self._index, {event["unmapped"].get("lease") or "" for event in found.events})
+        page = self._index.issued(viewer, span_ms, after, limit)
+        basis = load_basis(self._index, {event["unmapped"].get("lease") or "" for event in page.events})
         counts = count_leases(
-            found.events,
-            rests_on,
+            page.events,
+            basis,
             self._is_user,
             now_s=self._clock.now_ms() / 1000,
             short_s=number_of(request, "short_s", SHORT_LIVED_S, 86_400),
         )
         metrics.HTTP_REQUESTS.labels("/v1/coverage/leases", "200").inc()
-        return JSONResponse(
-            {**counts, "agents": self._agents(found.events), **_report_cursor(span_ms, found)}
-        )
+        return JSONResponse({**counts, "agents": self._agents(page.events), **_report_cursor(span_ms, page)})
 
     async def _action_coverage(self, request: Request) -> Response:
         viewer, span_ms = self._complete_span(request)
         after, limit = request.query_params.get("after"), limit_of(request, _MAX_COVERED, _MAX_COVERED)
-        found = self._index.actions(viewer, span_ms, after, limit)
-        done = went_through(found.events)
-        rests_on = load_basis(self._index, {event["unmapped"].get("lease") or "" for event in done})
-        counts = count_actions(done, rests_on, self._is_user)
+        page = self._index.actions(viewer, span_ms, after, limit)
+        actions = went_through(page.events)
+        basis = load_basis(self._index, {event["unmapped"].get("lease") or "" for event in actions})
+        counts = count_actions(actions, basis, self._is_user)
         metrics.HTTP_REQUESTS.labels("/v1/coverage/actions", "200").inc()
-        return JSONResponse({**counts, "agents": self._agents(done), **_report_cursor(span_ms, found)})
+        return JSONResponse({**counts, "agents": self._agents(actions), **_report_cursor(span_ms, page)})
 
     def _complete_span(self, request: Request) -> tuple[Viewer | None, tuple[int, int]]:
         """Viewer and time span of a report. Raises UnavailableError while the index is incomplete."""
@@ -168,15 +165,15 @@ class AuditApi:
             return False
 
     async def _break_glass(self, request: Request) -> Response:
-        found = collect_uses(self._index.findings(self.viewer(request)))
+        uses = collect_uses(self._index.findings(self.viewer(request)))
         if request.query_params.get("unreviewed"):
-            found = [use for use in found if use["review"] is None]
+            uses = [use for use in uses if use["review"] is None]
         metrics.HTTP_REQUESTS.labels("/v1/break-glass", "200").inc()
-        return JSONResponse({"uses": found})
+        return JSONResponse({"uses": uses})
 
     def viewer(self, request: Request) -> Viewer | None:
-        """Authenticate the caller; None for a caller who sees everything. Raises as `Authenticator.user` does."""
-        caller = self._authenticator.user(request.headers.get("authorization"))
+        """Authenticate the caller; None for one who sees everything. Raises as `Authenticator.authenticate` does."""
+        caller = self._authenticator.authenticate(request)
         if caller.sees_all:
             return None
         me = caller.user.user_id
@@ -184,6 +181,6 @@ class AuditApi:
         return Viewer(me, tuple(a.agent_id for a in agents if isinstance(a, AgentState) and a.sponsor == me))
 
 
-def _report_cursor(span_ms: tuple[int, int], found: ActionPage) -> dict[str, Any]:
+def _report_cursor(span_ms: tuple[int, int], page: ActionPage) -> dict[str, Any]:
     """The part of a report that says how far it counted, and its next cursor."""
-    return {"until_ms": span_ms[1], "looked_at_ms": found.looked_at_ms, "after": found.cursor}
+    return {"until_ms": span_ms[1], "looked_at_ms": page.looked_at_ms, "after": page.cursor}

@@ -27,7 +27,6 @@ class ProofApi:
         self._viewer_of = viewer_of
 
     def routes(self) -> list[Route]:
-        """The routes of this API."""
         return [
             Route("/v1/checkpoints", self._checkpoints, methods=["GET"]),
             Route("/v1/checkpoints/{tree}/consistency", self._consistency, methods=["GET"]),
@@ -39,14 +38,14 @@ class ProofApi:
         events = self._index.events(uid, self._viewer_of(request))
         if not events:
             raise NotFoundError(f"no event {uid[:80]} that you may see was audited")
-        event, found = self._proven(events)
+        event, inclusion = self._proven(events)
         metrics.HTTP_REQUESTS.labels("/v1/events/proof", "200").inc()
         return JSONResponse({
             "event": event.decode(),
-            "leaf_index": found.index,
-            "leaf_hash": found.leaf.hex(),
-            "proof": [step.hex() for step in found.proof],
-            "checkpoint": found.head.jws,
+            "leaf_index": inclusion.index,
+            "leaf_hash": inclusion.leaf.hex(),
+            "proof": [step.hex() for step in inclusion.proof],
+            "checkpoint": inclusion.head.jws,
         })  # fmt: skip
 
     def _proven(self, events: Sequence[bytes]) -> tuple[bytes, Inclusion]:

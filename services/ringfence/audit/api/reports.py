@@ -43,7 +43,6 @@ class ReportApi:
         self._complete = complete
 
     def routes(self) -> list[Route]:
-        """The routes of this API."""
         return [
             Route("/v1/who", self._who, methods=["GET"]),
             Route("/v1/export", self._export, methods=["GET"]),
@@ -54,21 +53,21 @@ class ReportApi:
         permission, query = _permission_of(request), request.query_params
         span_ms = (max(since_ms - HELD_BEFORE_MS, 0), until_ms)
         limit = limit_of(request, _MAX_SCANNED, _MAX_SCANNED)
-        found = self._index.at_target(permission.target, viewer, span_ms, query.get("after"), limit)
-        known = self._index.basis_events(issued_leases(found.events), (), ())
+        page = self._index.at_target(permission.target, viewer, span_ms, query.get("after"), limit)
+        lease_events = self._index.basis_events(issued_leases(page.events), (), ())
         metrics.HTTP_REQUESTS.labels("/v1/who", "200").inc()
         return JSONResponse(
             {
-                "lines": access_report(found.events, known, permission, since_ms),
+                "lines": access_report(page.events, lease_events, permission, since_ms),
                 "until_ms": until_ms,
-                "looked_at_ms": found.looked_at_ms,
-                "after": found.cursor,
+                "looked_at_ms": page.looked_at_ms,
+                "after": page.cursor,
             }
         )
 
     async def _export(self, request: Request) -> Response:
         viewer, span_ms = self._viewer_and_span(request)
-        found = self._index.export(
+        page = self._index.export(
             viewer,
             span_ms,
             request.query_params.get("after"),
@@ -79,10 +78,10 @@ class ReportApi:
         return JSONResponse(
             {
                 # As text: a reader would not give a JSON object back to the byte.
-                "events": [event.decode() for event in found.events],
+                "events": [event.decode() for event in page.events],
                 "until_ms": span_ms[1],
-                "looked_at_ms": found.looked_at_ms,
-                "after": found.cursor,
+                "looked_at_ms": page.looked_at_ms,
+                "after": page.cursor,
             }
         )
 

@@ -18,10 +18,10 @@ from ringfence.audit.detections.grants import QuickGrant
 from ringfence.audit.detections.order import ImpossibleSequences, QuickApproval, UnreviewedBreakGlass
 from ringfence.audit.detections.reach import BeyondUser, DenialBurst, FirstUse, UnusedCeiling
 from ringfence.audit.detections.rule import CODE_PREFIX, Finding, Rule, TrailQueries, read_event
-from ringfence.audit.memory import Recent
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.trail.handover import Intake, PendingEvent
 from ringfence.kernel.base import metrics
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.log_limiter import rate_limited
@@ -35,7 +35,7 @@ _MAX_PENDING = 10_000
 
 
 class DetectorTrail(TrailQueries, Protocol):
-    """The queries of the detector."""
+    """The queries of the detector and its rules over the trail."""
 
     def has_uid(self, uid: str) -> bool:
         """Whether an event with this uid is on the trail."""
@@ -44,7 +44,7 @@ class DetectorTrail(TrailQueries, Protocol):
 
 def rules(own: AuditSettings, trail: TrailQueries) -> tuple[Rule, ...]:
     """The rules that the settings switch on."""
-    every: Iterable[tuple[float, Callable[[], Rule]]] = (
+    optional_rules: Iterable[tuple[float, Callable[[], Rule]]] = (
         (own.detect_beyond_user, lambda: BeyondUser(_MIN_INTERVAL_S)),
         (own.detect_denials, lambda: DenialBurst(own.detect_denials, own.detect_denials_s, _MIN_INTERVAL_S)),
         (own.detect_first_use_s, lambda: FirstUse(own.detect_first_use_s)),
@@ -59,26 +59,26 @@ def rules(own: AuditSettings, trail: TrailQueries) -> tuple[Rule, ...]:
             ),
         ),
     )
-    return tuple(make() for wanted, make in every if wanted)
+    return tuple(make() for is_on, make in optional_rules if is_on)
 
 
 class Detector:
     """Feeds the records of `audit` to the rules (`on_records`), and publishes findings in the background."""
 
     def __init__(
-        self, own: AuditSettings, trail: DetectorTrail, intake: Intake, clock: Clock, trust_domain: str
+        self, settings: AuditSettings, trail: DetectorTrail, intake: Intake, clock: Clock, trust_domain: str
     ) -> None:
         """`trail`: the index, which has indexed the records before `on_records` gets them."""
-        self._rules = rules(own, trail)
+        self._rules = rules(settings, trail)
         self._rules_of = lru_cache(maxsize=1024)(self._rules_for)
-        self._back_ms = own.detect_back_s * 1000
+        self._back_ms = settings.detect_back_s * 1000
         self._trail = trail
         self._intake = intake
         self._clock = clock
         self._trust_domain = trust_domain
         self._pending: OrderedDict[str, Finding] = OrderedDict()
         """Findings that may not be on the trail yet, by uid."""
-        self._published: Recent[str, bool] = Recent(_MAX_PENDING)
+        self._published: BoundedDict[str, bool] = BoundedDict(_MAX_PENDING)
 
     def on_records(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
         """Feed records of `audit` to the rules. Skips records that audit did not write, or that a rule cannot read.
@@ -86,7 +86,9 @@ class Detector:
         `events`: the parsed JSON of each record, if the caller has it.
         """
         now_ms = self._clock.now_ms()
-        for record, event in zip(records, events or (loaded(one.value) for one in records), strict=True):
+        for record, event in zip(
+            records, events or (loaded(record.value) for record in records), strict=True
+        ):
             try:
                 self._observe(event, record.key or "", now_ms)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -131,12 +133,12 @@ class Detector:
             if not self._published.get(uid) and not self._trail.has_uid(uid)
         ]
         await self._intake.hand_over(
-            PendingEvent(one.key, one.uid, linkable(one.body), None, one.body) for one in events
+            PendingEvent(event.key, event.uid, linkable(event.body), None, event.body) for event in events
         )
         for uid in waiting:
             self._pending.pop(uid, None)
-        for one in events:
-            self._published.put(one.uid, True)
+        for event in events:
+            self._published[event.uid] = True
         metrics.AUDIT_EVENTS.labels("2004").inc(len(events))
         return len(events)
 

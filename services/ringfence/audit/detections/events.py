@@ -75,7 +75,7 @@ def finding_event(finding: Finding, trust_domain: str) -> OcsfEvent:
     }
     if finding.rule in _TECHNIQUES:
         info["attacks"] = [{**_TECHNIQUES[finding.rule], "version": _ATTACK_VERSION}]
-    who = user_of(spiffe_id(trust_domain, "agent", agent)) if agent is not None else UNKNOWN_USER
+    user = user_of(spiffe_id(trust_domain, "agent", agent)) if agent is not None else UNKNOWN_USER
     fields = {
         **{name: summary.fields.get(name) for name in _SUBJECT_FIELDS},
         "rule": finding.rule,
@@ -84,20 +84,20 @@ def finding_event(finding: Finding, trust_domain: str) -> OcsfEvent:
         "verified": summary.fields.get("verified", {"by": None}),
         **finding.fields,
     }
-    made = event(
+    built = event(
         _record(finding, summary),
         EVENT_KINDS[finding.rule],
         finding.message,
-        {"finding_info": info, "evidences": [{"actor": {"user": who}}]},
+        {"finding_info": info, "evidences": [{"actor": {"user": user}}]},
         fields,
         key=summary.key,
         correlation=summary.field("request") or summary.field("task") or agent,
     )
-    made.body["metadata"]["uid"] = finding.uid
+    built.body["metadata"]["uid"] = finding.uid
     trace = summary.field("trace_id")
     if trace is not None:
-        made.body["unmapped"]["trace_id"] = trace
-    return made
+        built.body["unmapped"]["trace_id"] = trace
+    return built
 
 
 def _record(finding: Finding, summary: EventSummary) -> Received:

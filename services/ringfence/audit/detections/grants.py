@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ringfence.audit.detections.rule import EventSummary, Finding, TrailEvent
-from ringfence.audit.memory import Recent
+from ringfence.kernel.base.bounded_dict import BoundedDict
 
 MAX_REMEMBERED = 20_000
 """The most (agent, task) pairs remembered."""
@@ -24,9 +24,9 @@ class QuickGrant:
 
     def __init__(self, least_s: float) -> None:
         self._least_ms = int(least_s * 1000)
-        self._pending: Recent[Task, EventSummary | None] = Recent(MAX_REMEMBERED)
-        """The first question since the last answer."""
-        self._given: Recent[Task, EventSummary] = Recent(MAX_REMEMBERED)
+        self._questions: BoundedDict[Task, EventSummary | None] = BoundedDict(MAX_REMEMBERED)
+        """The first question since the last answer. None after an answer."""
+        self._grants: BoundedDict[Task, EventSummary] = BoundedDict(MAX_REMEMBERED)
 
     def wants(self, code: str, log_name: str) -> bool:
         return code in ("approval.requested", "grant.given") or code in _ANSWERED
@@ -37,12 +37,11 @@ class QuickGrant:
             return
         task = (agent, id)
         if event.code == "approval.requested":
-            if self._pending.get(task) is None:
-                self._pending.put(task, event.summary)
-                answer = self._given.get(task)
-                if (
-                    answer is not None
-                ):  # topics are read concurrently: the question may be read after the grant
+            if self._questions.get(task) is None:
+                self._questions[task] = event.summary
+                answer = self._grants.get(task)
+                # Topics are read concurrently: the question may be read after the grant.
+                if answer is not None:
                     yield from self._findings_of(event.summary, answer)
         elif event.code == "grant.given":
             answer = event.summary._replace(
@@ -51,28 +50,28 @@ class QuickGrant:
                     "approver": event.body.get("actor", {}).get("user", {}).get("name"),
                 }
             )
-            self._given.put(task, answer)
-            question = self._pending.get(task)
+            self._grants[task] = answer
+            question = self._questions.get(task)
             if question is not None:
                 yield from self._findings_of(question, answer)
-                self._pending.put(task, None)
-        elif event.code in _ANSWERED and self._pending.get(task) is not None:
-            self._pending.put(task, None)
+                self._questions[task] = None
+        elif event.code in _ANSWERED and self._questions.get(task) is not None:
+            self._questions[task] = None
 
     def _findings_of(self, question: EventSummary, answer: EventSummary) -> Iterator[Finding]:
         took_ms = answer.time_ms - question.time_ms
         if not 0 <= took_ms < self._least_ms:
             return
-        who = answer.field("approver") or "somebody"
+        grantor = answer.field("approver") or "somebody"
         yield Finding(
             "quick_approval",
             (question.field("request") or question.uid, answer.uid),
             answer.time_ms,
-            f"{who} gave a grant {took_ms} ms after being asked for what agent {answer.field('agent')} wanted; "
+            f"{grantor} gave a grant {took_ms} ms after being asked for what agent {answer.field('agent')} wanted; "
             f"nobody reads in less than {self._least_ms / 1000:g} s",
             answer,
             (question.uid, answer.uid),
-            fields={"waited_ms": took_ms, "approvers": [who], "request": question.field("request")},
+            fields={"waited_ms": took_ms, "approvers": [grantor], "request": question.field("request")},
         )
 
     def due(self, now_ms: int) -> Iterable[Finding]:

@@ -6,14 +6,12 @@ missing only after audit has been up to date for a while.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 from ringfence.audit.detections.rule import EventSummary, Finding, TrailEvent, TrailQueries
-
-V = TypeVar("V")
+from ringfence.kernel.base.bounded_dict import BoundedDict
 
 MAX_REMEMBERED = 20_000
 """The most entries of each kind that a rule remembers."""
@@ -23,8 +21,8 @@ _ENDS = frozenset({"lease.ending", "credential.released", "credential.revoked", 
 _ALLOWED = ("request.allowed", "break_glass.used")
 _ISSUED = ("credential.issued",)
 _AHEAD_MS = 60_000
-"""An answer may precede its question by this much: the question follows the pending decision, and who answers from
-the decision has not read the question. An answer further ahead belongs to an earlier question."""
+"""An answer may precede its question by this much: the question follows the pending decision, and a person may answer
+from the decision. An answer further ahead belongs to an earlier question."""
 
 
 class QuickApproval:
@@ -32,22 +30,22 @@ class QuickApproval:
 
     def __init__(self, least_s: float) -> None:
         self._least_ms = int(least_s * 1000)
-        self._asked: OrderedDict[str, EventSummary] = OrderedDict()
-        self._given: OrderedDict[str, list[EventSummary]] = OrderedDict()
+        self._questions: BoundedDict[str, EventSummary] = BoundedDict(MAX_REMEMBERED)
+        self._answers: BoundedDict[str, list[EventSummary]] = BoundedDict(MAX_REMEMBERED)
 
     def wants(self, code: str, log_name: str) -> bool:
         return code in _QUESTIONS or code in _ANSWERS
 
     def observe(self, event: TrailEvent, now_ms: int) -> Iterator[Finding]:
-        word = _QUESTIONS.get(event.code) or _ANSWERS.get(event.code)
-        id = event.field(word) if word else None
+        id_field = _QUESTIONS.get(event.code) or _ANSWERS.get(event.code)
+        id = event.field(id_field) if id_field else None
         if not isinstance(id, str):
             return
         if event.code in _QUESTIONS:
-            if id in self._asked:  # several approvers are asked; each could read from the first question on
-                return
-            _remember(self._asked, id, event.summary)
-            for answer in self._given.pop(id, ()):
+            if id in self._questions:
+                return  # several approvers are asked; each could read from the first question on
+            self._questions[id] = event.summary
+            for answer in self._answers.pop(id, ()):
                 yield from self._findings_of(id, event.summary, answer)
             return
         answer = event.summary._replace(
@@ -56,27 +54,27 @@ class QuickApproval:
                 "approver": event.body.get("actor", {}).get("user", {}).get("name"),
             }
         )
-        question = self._asked.get(id)
+        question = self._questions.get(id)
         if question is not None:
             yield from self._findings_of(id, question, answer)
         else:
-            _remember(self._given, id, [*self._given.get(id, ()), answer][:8])
+            self._answers[id] = [*self._answers.get(id, ()), answer][:8]
 
     def _findings_of(self, id: str, question: EventSummary, answer: EventSummary) -> Iterator[Finding]:
         took_ms = answer.time_ms - question.time_ms
         if not -_AHEAD_MS <= took_ms < self._least_ms:
             return
-        who = answer.field("approver") or "somebody"
+        approver = answer.field("approver") or "somebody"
         when = f"{took_ms} ms after" if took_ms >= 0 else f"{-took_ms} ms before"
         yield Finding(
             "quick_approval",
             (id, answer.uid),
             answer.time_ms,
-            f"{who} approved what agent {answer.field('agent')} asked for {when} being asked; nobody reads "
+            f"{approver} approved what agent {answer.field('agent')} asked for {when} being asked; nobody reads "
             f"in less than {self._least_ms / 1000:g} s",
             answer,
             (question.uid, answer.uid),
-            fields={"waited_ms": took_ms, "approvers": [who]},
+            fields={"waited_ms": took_ms, "approvers": [approver]},
         )
 
     def due(self, now_ms: int) -> Iterable[Finding]:
@@ -88,8 +86,8 @@ class UnreviewedBreakGlass:
 
     def __init__(self, after_s: int) -> None:
         self._after_ms = after_s * 1000
-        self._pending: OrderedDict[str, EventSummary] = OrderedDict()
-        self._reviewed: OrderedDict[str, bool] = OrderedDict()
+        self._pending: BoundedDict[str, EventSummary] = BoundedDict(MAX_REMEMBERED)
+        self._reviewed: BoundedDict[str, bool] = BoundedDict(MAX_REMEMBERED)
 
     def wants(self, code: str, log_name: str) -> bool:
         return code in ("break_glass.used", "break_glass.reviewed")
@@ -97,10 +95,10 @@ class UnreviewedBreakGlass:
     def observe(self, event: TrailEvent, now_ms: int) -> Iterator[Finding]:
         request = event.summary.field("request")
         if request is not None and event.code == "break_glass.used" and request not in self._reviewed:
-            _remember(self._pending, request, event.summary)
+            self._pending[request] = event.summary
         elif request is not None and event.code == "break_glass.reviewed":
             self._pending.pop(request, None)
-            _remember(self._reviewed, request, True)
+            self._reviewed[request] = True
         yield from ()
 
     def due(self, now_ms: int) -> Iterator[Finding]:
@@ -123,8 +121,7 @@ class UnreviewedBreakGlass:
 class _LeaseUse:
     """The use of one lease: its last allowed action, and its end."""
 
-    acted: EventSummary
-    """The last allowed action by it."""
+    last_action: EventSummary
     end_uid: str | None = None
     """Uid of the event that shows its end."""
     ended_at_ms: int | None = None
@@ -134,7 +131,7 @@ class _LeaseUse:
 class _UnexplainedEvent:
     """An event whose predecessor has not been read."""
 
-    came_ms: int
+    read_at_ms: int
     summary: EventSummary
 
 
@@ -157,11 +154,11 @@ class ImpossibleSequences:
         self._late_ms = late_s * 1000
         self._back_ms = back_s * 1000
         self._behind_ms = 0
-        self._lives: OrderedDict[str, _LeaseUse] = OrderedDict()
-        self._allowed: OrderedDict[str, bool] = OrderedDict()
+        self._uses: BoundedDict[str, _LeaseUse] = BoundedDict(MAX_REMEMBERED)
+        self._allowed: BoundedDict[str, bool] = BoundedDict(MAX_REMEMBERED)
         """Requests that were allowed lately: a cache in front of `trail`."""
-        self._undecided: OrderedDict[str, _UnexplainedEvent] = OrderedDict()
-        self._unissued: OrderedDict[str, _UnexplainedEvent] = OrderedDict()
+        self._undecided: BoundedDict[str, _UnexplainedEvent] = BoundedDict(MAX_REMEMBERED)
+        self._unissued: BoundedDict[str, _UnexplainedEvent] = BoundedDict(MAX_REMEMBERED)
 
     def wants(self, code: str, log_name: str) -> bool:
         return True  # the age of every event shows whether audit is up to date
@@ -174,12 +171,12 @@ class ImpossibleSequences:
             return
         lease, request = summary.field("lease"), summary.field("request")
         if event.code in _ALLOWED and request is not None:
-            _remember(self._allowed, request, True)
+            self._allowed[request] = True
         if lease is None:
             return
         if event.code == "credential.issued" and request is not None:
             if request not in self._allowed and not self._trail.has_event("request", request, _ALLOWED):
-                _remember(self._undecided, request, _UnexplainedEvent(now_ms, summary))
+                self._undecided[request] = _UnexplainedEvent(now_ms, summary)
             deadline = event.field("deadline")
             if isinstance(deadline, int):
                 yield from self._on_end(lease, summary, deadline * 1000)
@@ -188,7 +185,7 @@ class ImpossibleSequences:
         elif event.code == "action.allowed":
             yield from self._on_action(lease, summary)
             if not self._trail.has_event("lease", lease, _ISSUED) and lease not in self._unissued:
-                _remember(self._unissued, lease, _UnexplainedEvent(now_ms, summary))
+                self._unissued[lease] = _UnexplainedEvent(now_ms, summary)
 
     def due(self, now_ms: int) -> Iterator[Finding]:
         yield from self._missing(now_ms, self._undecided, "request", _ALLOWED, "issued_undecided")
@@ -197,40 +194,40 @@ class ImpossibleSequences:
     def _missing(
         self,
         now_ms: int,
-        waiting: OrderedDict[str, _UnexplainedEvent],
+        waiting: BoundedDict[str, _UnexplainedEvent],
         kind: Literal["request", "lease"],
         codes: tuple[str, ...],
-        what: str,
+        sequence: str,
     ) -> Iterator[Finding]:
-        for id, one in list(waiting.items()):
-            if max(one.came_ms, self._behind_ms) + self._settle_ms > now_ms:
+        for id, waiting_event in list(waiting.items()):
+            if max(waiting_event.read_at_ms, self._behind_ms) + self._settle_ms > now_ms:
                 continue
             del waiting[id]
             if not self._trail.has_event(kind, id, codes):
-                yield _impossible(what, id, one.summary, (one.summary.uid,))
+                yield _impossible(sequence, id, waiting_event.summary, (waiting_event.summary.uid,))
 
     def _on_end(self, lease: str, summary: EventSummary, ended_at_ms: int) -> Iterator[Finding]:
-        life = self._lives.get(lease)
-        if life is None:
+        use = self._uses.get(lease)
+        if use is None:
             return  # `_on_action` asks the trail for the end of a lease
-        if life.ended_at_ms is None or ended_at_ms < life.ended_at_ms:
-            life.end_uid, life.ended_at_ms = summary.uid, ended_at_ms
-        yield from self._after_end(lease, life)
+        if use.ended_at_ms is None or ended_at_ms < use.ended_at_ms:
+            use.end_uid, use.ended_at_ms = summary.uid, ended_at_ms
+        yield from self._after_end(lease, use)
 
     def _on_action(self, lease: str, summary: EventSummary) -> Iterator[Finding]:
-        life = self._lives.get(lease)
-        if life is None:
-            life = _LeaseUse(summary, *(self._trail.ended_at(lease, _ENDS) or ()))
-        if summary.time_ms > life.acted.time_ms:
-            life.acted = summary
-        _remember(self._lives, lease, life)
-        yield from self._after_end(lease, life)
+        use = self._uses.get(lease)
+        if use is None:
+            use = _LeaseUse(summary, *(self._trail.ended_at(lease, _ENDS) or ()))
+        if summary.time_ms > use.last_action.time_ms:
+            use.last_action = summary
+        self._uses[lease] = use
+        yield from self._after_end(lease, use)
 
-    def _after_end(self, lease: str, life: _LeaseUse) -> Iterator[Finding]:
-        if life.end_uid is None or life.ended_at_ms is None:
+    def _after_end(self, lease: str, use: _LeaseUse) -> Iterator[Finding]:
+        if use.end_uid is None or use.ended_at_ms is None:
             return
-        if life.acted.time_ms - life.ended_at_ms > self._late_ms:
-            yield _impossible("used_ended", lease, life.acted, (life.end_uid, life.acted.uid))
+        if use.last_action.time_ms - use.ended_at_ms > self._late_ms:
+            yield _impossible("used_ended", lease, use.last_action, (use.end_uid, use.last_action.uid))
 
 
 _SEQUENCE_TEXTS = {
@@ -240,20 +237,13 @@ _SEQUENCE_TEXTS = {
 }
 
 
-def _impossible(what: str, id: str, summary: EventSummary, evidence: tuple[str, ...]) -> Finding:
+def _impossible(sequence: str, id: str, summary: EventSummary, evidence: tuple[str, ...]) -> Finding:
     return Finding(
         "impossible",
-        (what, id),
+        (sequence, id),
         summary.time_ms,
-        _SEQUENCE_TEXTS[what].format(agent=summary.field("agent") or "unknown", id=id),
+        _SEQUENCE_TEXTS[sequence].format(agent=summary.field("agent") or "unknown", id=id),
         summary,
         evidence,
-        fields={"sequence": what},
+        fields={"sequence": sequence},
     )
-
-
-def _remember(kept: OrderedDict[str, V], id: str, value: V) -> None:
-    kept[id] = value
-    kept.move_to_end(id)
-    if len(kept) > MAX_REMEMBERED:
-        kept.popitem(last=False)

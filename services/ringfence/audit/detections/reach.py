@@ -6,13 +6,13 @@ The state of each rule is bounded. Evicted agents and targets are not judged.
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from ringfence.audit.detections.rule import EventSummary, Finding, TrailEvent
-from ringfence.audit.memory import Recent
+from ringfence.kernel.base.bounded_dict import BoundedDict
 
 MAX_AGENTS = 20_000
 MAX_TARGETS = 256
@@ -30,7 +30,7 @@ class BeyondUser:
     """An agent asked for something that its user may not do: through the agent, the user would do it."""
 
     def __init__(self, quiet_s: int) -> None:
-        """`quiet_s`: at most one finding in so many seconds for an agent, user and target."""
+        """`quiet_s`: the interval of findings about one agent, user and target, in seconds."""
         self._quiet_ms = quiet_s * 1000
 
     def wants(self, code: str, log_name: str) -> bool:
@@ -45,12 +45,12 @@ class BeyondUser:
             return
         user = str(lacking[0]["side"]).partition(":")[2]
         target = event.summary.field("target") or "unknown"
-        what = lacking[0].get("message", "the request is beyond the user")
+        text = lacking[0].get("message", "the request is beyond the user")
         yield Finding(
             "beyond_user",
             (agent, user, target, event.summary.time_ms // self._quiet_ms),
             event.summary.time_ms,
-            f"agent {agent} asked for what {user}, on whose behalf it acts, may not do: {what}",
+            f"agent {agent} asked for what {user}, on whose behalf it acts, may not do: {text}",
             event.summary,
             (event.summary.uid,),
         )
@@ -71,7 +71,7 @@ class DenialBurst:
         self._most = most
         self._within_ms = within_s * 1000
         self._quiet_ms = quiet_s * 1000
-        self._by_agent: Recent[str, deque[tuple[int, int, str]]] = Recent(MAX_AGENTS)
+        self._by_agent: BoundedDict[str, deque[tuple[int, int, str]]] = BoundedDict(MAX_AGENTS)
 
     def wants(self, code: str, log_name: str) -> bool:
         return code in _DENIED
@@ -80,15 +80,15 @@ class DenialBurst:
         agent, at_ms = event.summary.field("agent"), event.summary.time_ms
         if event.code not in _DENIED or agent is None:
             return
-        lately = self._by_agent.get(agent)
-        if lately is None:
-            lately = deque(maxlen=self._most)
-        self._by_agent.put(agent, lately)  # evicts the agent without a denial for longest
-        if any(uid == event.summary.uid for _, _, uid in lately):
+        denials = self._by_agent.get(agent)
+        if denials is None:
+            denials = deque(maxlen=self._most)
+        self._by_agent[agent] = denials  # evicts the agent without a denial for longest
+        if any(uid == event.summary.uid for _, _, uid in denials):
             return  # the event was published twice; the denial happened once
-        lately.append((at_ms, int(event.body.get("count", 1)), event.summary.uid))
-        within = [one for one in lately if abs(at_ms - one[0]) < self._within_ms]
-        count = sum(one[1] for one in within)
+        denials.append((at_ms, int(event.body.get("count", 1)), event.summary.uid))
+        within = [denial for denial in denials if abs(at_ms - denial[0]) < self._within_ms]
+        count = sum(number for _, number, _ in within)
         if count < self._most:
             return
         yield Finding(
@@ -98,7 +98,7 @@ class DenialBurst:
             f"agent {agent} was denied {count} times within {self._within_ms // 1000} s, the last time: "
             f"{event.body['message']}",
             event.summary,
-            tuple(one[2] for one in within)[-_EVIDENCE:],
+            tuple(uid for _, _, uid in within)[-_EVIDENCE:],
             fields={"count": count},
         )
 
@@ -119,7 +119,7 @@ class FirstUse:
     def __init__(self, known_for_s: int) -> None:
         """`known_for_s`: seconds since its first credential before a target counts as new."""
         self._known_for_ms = known_for_s * 1000
-        self._by_agent: Recent[str, _TargetHistory] = Recent(MAX_AGENTS)
+        self._by_agent: BoundedDict[str, _TargetHistory] = BoundedDict(MAX_AGENTS)
 
     def wants(self, code: str, log_name: str) -> bool:
         return code == "credential.issued"
@@ -129,15 +129,15 @@ class FirstUse:
         if event.code != "credential.issued" or agent is None or target is None:
             return
         at_ms = event.summary.time_ms
-        habits = self._by_agent.get(agent)
-        if habits is None:
-            habits = _TargetHistory(at_ms, event.summary.uid)
-        self._by_agent.put(agent, habits)
-        if target in habits.targets or len(habits.targets) >= MAX_TARGETS:
+        history = self._by_agent.get(agent)
+        if history is None:
+            history = _TargetHistory(at_ms, event.summary.uid)
+        self._by_agent[agent] = history
+        if target in history.targets or len(history.targets) >= MAX_TARGETS:
             return
-        habits.targets.add(target)
-        days = (at_ms - habits.since_ms) // 86_400_000
-        if at_ms - habits.since_ms < self._known_for_ms:
+        history.targets.add(target)
+        days = (at_ms - history.since_ms) // 86_400_000
+        if at_ms - history.since_ms < self._known_for_ms:
             return
         yield Finding(
             "first_use",
@@ -145,7 +145,7 @@ class FirstUse:
             at_ms,
             f"agent {agent} got a credential for target {target} for the first time, after {days} days without",
             event.summary,
-            (habits.first_uid, event.summary.uid),
+            (history.first_uid, event.summary.uid),
         )
 
     def due(self, now_ms: int) -> Iterable[Finding]:
@@ -161,11 +161,11 @@ class _Ceiling:
 
 
 class UnusedCeiling:
-    """A target in an agent's ceiling was never used within `after_s`: it only serves whoever takes the agent over."""
+    """A target in an agent's ceiling was never used within `after_s`: it only serves whoever takes over the agent."""
 
     def __init__(self, after_s: int) -> None:
         self._after_ms = after_s * 1000
-        self._by_agent: OrderedDict[str, _Ceiling] = OrderedDict()
+        self._by_agent: BoundedDict[str, _Ceiling] = BoundedDict(MAX_AGENTS)
         self._waiting: list[tuple[int, str, str]] = []
 
     def wants(self, code: str, log_name: str) -> bool:
@@ -180,59 +180,57 @@ class UnusedCeiling:
         yield from ()
 
     def _use(self, agent: str, target: str | None) -> None:
-        held = self._by_agent.get(agent)
-        if held is not None and target in held.unused:
-            del held.unused[target]
-            held.used.add(target)
+        ceiling = self._by_agent.get(agent)
+        if ceiling is not None and target in ceiling.unused:
+            del ceiling.unused[target]
+            ceiling.used.add(target)
 
     def _record(self, agent: str, event: TrailEvent) -> None:
         data = event.body.get("entity_result", {}).get("data")
         if data is None or event.body.get("status") != "Success":
             return
-        held = self._by_agent.get(agent)
-        if held is None and event.code not in _CEILING_SET:
+        ceiling = self._by_agent.get(agent)
+        if ceiling is None and event.code not in _CEILING_SET:
             return  # its ceiling is older than this trail
-        if held is None:
-            held = self._by_agent[agent] = _Ceiling(data["status"])
-            if len(self._by_agent) > MAX_AGENTS:
-                self._by_agent.popitem(last=False)
-        held.status = data["status"]
+        if ceiling is None:
+            ceiling = self._by_agent[agent] = _Ceiling(data["status"])
+        ceiling.status = data["status"]
         allowed = sorted({one["target"] for one in data["ceiling"]})[:MAX_TARGETS]
-        held.unused = {target: summary for target, summary in held.unused.items() if target in allowed}
-        held.used.intersection_update(allowed)
+        ceiling.unused = {target: summary for target, summary in ceiling.unused.items() if target in allowed}
+        ceiling.used.intersection_update(allowed)
         for target in allowed:
-            if target not in held.unused and target not in held.used:
-                held.unused[target] = event.summary
+            if target not in ceiling.unused and target not in ceiling.used:
+                ceiling.unused[target] = event.summary
                 heapq.heappush(self._waiting, (event.summary.time_ms + self._after_ms, agent, target))
         if len(self._waiting) > MAX_WAITING:
             self._compact()
 
     def _compact(self) -> None:
-        every = [
+        entries = [
             (summary.time_ms + self._after_ms, agent, target)
-            for agent, held in self._by_agent.items()
-            for target, summary in held.unused.items()
+            for agent, ceiling in self._by_agent.items()
+            for target, summary in ceiling.unused.items()
         ]
-        self._waiting = heapq.nsmallest(MAX_WAITING // 2, every)  # sorted, and so a heap
+        self._waiting = heapq.nsmallest(MAX_WAITING // 2, entries)  # sorted, and so a heap
 
     def due(self, now_ms: int) -> Iterator[Finding]:
-        again: list[tuple[int, str, str]] = []
+        deferred: list[tuple[int, str, str]] = []
         while self._waiting and self._waiting[0][0] <= now_ms:
             due_ms, agent, target = heapq.heappop(self._waiting)
-            held = self._by_agent.get(agent)
-            summary = held.unused.get(target) if held is not None else None
-            if held is None or summary is None or summary.time_ms + self._after_ms != due_ms:
+            ceiling = self._by_agent.get(agent)
+            summary = ceiling.unused.get(target) if ceiling is not None else None
+            if ceiling is None or summary is None or summary.time_ms + self._after_ms != due_ms:
                 continue
-            if held.status == "active":
-                del held.unused[target]
-                held.used.add(target)  # reported once
-                yield self._found(agent, target, summary, due_ms)
-            elif held.status != "decommissioned":
-                again.append((due_ms, agent, target))
-        for one in again:
+            if ceiling.status == "active":
+                del ceiling.unused[target]
+                ceiling.used.add(target)  # reported once
+                yield self._finding(agent, target, summary, due_ms)
+            elif ceiling.status != "decommissioned":
+                deferred.append((due_ms, agent, target))
+        for one in deferred:
             heapq.heappush(self._waiting, one)
 
-    def _found(self, agent: str, target: str, summary: EventSummary, due_ms: int) -> Finding:
+    def _finding(self, agent: str, target: str, summary: EventSummary, due_ms: int) -> Finding:
         return Finding(
             "ceiling_unused",
             (agent, target, summary.time_ms),

@@ -1,7 +1,7 @@
 """API Activity events (OCSF class 6003) of actions through gateways: one for each request that a gateway decided.
 
-The messages are unsigned: whoever can write to the topic can forge them, and nothing else. No decision depends on them,
-and the events say so: `verified.by` is None.
+The messages are unsigned, so anybody who can write to the topic can forge them. No decision depends on them, and the
+events say so: `verified.by` is None.
 """
 
 from __future__ import annotations
@@ -101,24 +101,24 @@ def acted(
         "outcome": _outcome(claims),
         "verified": {"by": None},
     }
-    who = user_of(f"spiffe://{trust_domain}/agent/{agent}") if agent is not None else UNKNOWN_USER
-    own: dict[str, Any] = {
-        "actor": {"user": who},
+    user = user_of(f"spiffe://{trust_domain}/agent/{agent}") if agent is not None else UNKNOWN_USER
+    attributes: dict[str, Any] = {
+        "actor": {"user": user},
         "api": {"operation": claims.verb or claims.method or "unknown", "request": {"uid": claims.action_id}},
         "src_endpoint": {"name": agent or "unknown"},
     }
     if claims.target_id is not None:
-        own["api"]["service"] = {"name": claims.target_id}
+        attributes["api"]["service"] = {"name": claims.target_id}
     if claims.resource is not None:
-        own["resources"] = [{"name": claims.resource}]
-    own |= _network_attributes(claims)
+        attributes["resources"] = [{"name": claims.resource}]
+    attributes |= _network_attributes(claims)
     if claims.count is not None:
-        own["count"] = claims.count
+        attributes["count"] = claims.count
     return event(
         record,
         _kind(claims),
         _message(claims),
-        own,
+        attributes,
         fields,
         key=agent or record.topic.what,
         correlation=fields.get("request") or claims.task_id,
@@ -144,22 +144,22 @@ def answered(
         "rpc_code": claims.rpc_code,
         "verified": {"by": None},
     }
-    who = user_of(f"spiffe://{trust_domain}/agent/{agent}") if agent is not None else UNKNOWN_USER
-    own: dict[str, Any] = {
-        "actor": {"user": who},
+    user = user_of(f"spiffe://{trust_domain}/agent/{agent}") if agent is not None else UNKNOWN_USER
+    attributes: dict[str, Any] = {
+        "actor": {"user": user},
         "api": {"operation": claims.verb or "unknown", "request": {"uid": claims.action_id}},
         "src_endpoint": {"name": agent or "unknown"},
     }
     if claims.target_id is not None:
-        own["api"]["service"] = {"name": claims.target_id}
+        attributes["api"]["service"] = {"name": claims.target_id}
     if claims.resource is not None:
-        own["resources"] = [{"name": claims.resource}]
-    what = f"{claims.verb} on {claims.resource} at {claims.target_id}"
+        attributes["resources"] = [{"name": claims.resource}]
+    request = f"{claims.verb} on {claims.resource} at {claims.target_id}"
     return event(
         record,
         _ANSWERED if claims.answer in ("result", "accepted") else _FAILED,
-        f"{agent or 'somebody'} {_ANSWER_TEXTS[claims.answer]} for {what}",
-        own,
+        f"{agent or 'somebody'} {_ANSWER_TEXTS[claims.answer]} for {request}",
+        attributes,
         fields,
         key=agent or record.topic.what,
         correlation=fields.get("request") or claims.task_id,
@@ -198,7 +198,7 @@ def _network_attributes(claims: ActionDecided) -> dict[str, Any]:
     """OCSF `http_request` and `dst_endpoint`, with only the values that their types allow."""
     destination = claims.destination
     request: dict[str, Any] = {}
-    found: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
     if claims.method in _HTTP_METHODS:
         request["http_method"] = claims.method
     if destination is not None:
@@ -214,16 +214,16 @@ def _network_attributes(claims: ActionDecided) -> dict[str, Any]:
             request["url"] = {name: value for name, value in url.items() if value is not None}
         end = {"hostname": host if ip is None else None, "ip": ip, "port": destination.port}
         if host is not None or ip is not None:
-            found["dst_endpoint"] = {name: value for name, value in end.items() if value is not None}
-    return {**found, **({"http_request": request} if request else {})}
+            attributes["dst_endpoint"] = {name: value for name, value in end.items() if value is not None}
+    return {**attributes, **({"http_request": request} if request else {})}
 
 
 def _destination(destination: Destination | None) -> dict[str, Any] | None:
     if destination is None:
         return None
-    found = {"scheme": destination.scheme, "host": destination.host, "port": destination.port}
+    origin = {"scheme": destination.scheme, "host": destination.host, "port": destination.port}
     path = scrubbed(destination.path) if destination.path is not None else None
-    return {name: value for name, value in {**found, "path": path}.items() if value is not None}
+    return {name: value for name, value in {**origin, "path": path}.items() if value is not None}
 
 
 def _ip_address(host: str | None) -> str | None:
@@ -270,14 +270,16 @@ def _at_host(destination: Destination | None) -> str:
 
 
 def _message(claims: ActionDecided) -> str:
-    who = claims.agent_id or "somebody"
-    what = f"{claims.verb} on {claims.resource}" if claims.verb else with_article(claims.method or "request")
-    where = f" at {claims.target_id}" if claims.target_id else _at_host(claims.destination)
+    agent = claims.agent_id or "somebody"
+    request = (
+        f"{claims.verb} on {claims.resource}" if claims.verb else with_article(claims.method or "request")
+    )
+    place = f" at {claims.target_id}" if claims.target_id else _at_host(claims.destination)
     if claims.allowed:
-        return f"{who} did {what}{where}"
-    why = scrubbed("; ".join(reason.message for reason in claims.reasons)) or "it was not allowed"
+        return f"{agent} did {request}{place}"
+    reason_text = scrubbed("; ".join(reason.message for reason in claims.reasons)) or "it was not allowed"
     if claims.count is not None and claims.count > 1:
-        what = f"{claims.count} requests"
+        request = f"{claims.count} requests"
     if claims.observed:
-        return f"{who} did {what}{where}, which would have been blocked: {why}"
-    return f"{who} was kept from {what}{where}: {why}"
+        return f"{agent} did {request}{place}, which would have been blocked: {reason_text}"
+    return f"{agent} was kept from {request}{place}: {reason_text}"

@@ -78,12 +78,14 @@ def answered(
 
     `request`: the embedded action request, or None if no gateway signed it. `subject_fields`: as for `requested`.
     """
-    who, comment = user_of(claims.iss), scrubbed(claims.comment) if claims.comment else None
+    approver, comment = user_of(claims.iss), scrubbed(claims.comment) if claims.comment else None
     verb = "approved" if claims.verdict == "approved" else "denied"
-    message = f"{who['name']} {verb} " + (
+    message = f"{approver['name']} {verb} " + (
         _action_text(request) if request is not None else "what no gateway asked about"
     )
-    own = _class_attributes(request) if request is not None else {"user": UNKNOWN_USER, "privileges": []}
+    attributes = (
+        _class_attributes(request) if request is not None else {"user": UNKNOWN_USER, "privileges": []}
+    )
     fields = {
         **(
             _action_fields(request, subject_fields)
@@ -91,7 +93,7 @@ def answered(
             else {**subject_fields, "agent": claims.agent_id}
         ),
         "outcome": claims.verdict,
-        "approvers": [who["name"]] if claims.verdict == "approved" else None,
+        "approvers": [approver["name"]] if claims.verdict == "approved" else None,
         "comment": comment,
         "verified": verified,
     }
@@ -99,7 +101,7 @@ def answered(
         record,
         ANSWERS[claims.verdict],
         f"{message}: {comment}" if comment else message,
-        {**own, "actor": {"user": who}},
+        {**attributes, "actor": {"user": approver}},
         fields,
         key=claims.agent_id,
         correlation=subject_fields.get("request") or (request.task_id if request is not None else None),
@@ -143,18 +145,18 @@ def _action_fields(claims: ActionRequest, subject_fields: Mapping[str, Any]) -> 
 
 def given(record: Received, claims: Grant, fields: dict[str, Any], verified: dict[str, Any]) -> OcsfEvent:
     """A person gave a grant. `fields`: sponsor and user of the task, by the present records."""
-    who = user_of(claims.iss)
+    grantor = user_of(claims.iss)
     comment = scrubbed(claims.comment) if claims.comment else None
     message = (
-        f"{who['name']} approved ahead {claims.count} credentials for {scope_text(claims.scope)} of agent "
+        f"{grantor['name']} approved ahead {claims.count} credentials for {scope_text(claims.scope)} of agent "
         f"{claims.agent_id} in task {claims.task_id}, each for {claims.ttl_s} s at most, until "
         f"{utc_text(claims.exp * 1000)}"
     )
     if comment:
         message += f": {comment}"
-    own: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "user": user_of(spiffe_id(claims.aud, "agent", claims.agent_id)),
-        "actor": {"user": who, "session": {"uid": claims.task_id}},
+        "actor": {"user": grantor, "session": {"uid": claims.task_id}},
         "privileges": privileges(claims.scope),
     }
     event_fields = {
@@ -168,32 +170,34 @@ def given(record: Received, claims: Grant, fields: dict[str, Any], verified: dic
         "ttl_s": claims.ttl_s,
         "delivery": claims.delivery,
         "deadline": claims.exp,
-        "approvers": [who["name"]],
+        "approvers": [grantor["name"]],
         "policy_revision": claims.revisions.policy,
         "comment": comment,
         "verified": verified,
     }
-    return event(record, GIVEN, message, own, event_fields, key=claims.agent_id, correlation=claims.task_id)
+    return event(
+        record, GIVEN, message, attributes, event_fields, key=claims.agent_id, correlation=claims.task_id
+    )
 
 
 def withdrawn(
     record: Received, claims: GrantWithdraw, fields: dict[str, Any], verified: dict[str, Any]
 ) -> OcsfEvent:
     """A person withdrew a grant. `fields`: those of the grant's subject; empty if the grant was not seen."""
-    who, comment = user_of(claims.iss), scrubbed(claims.reason)
+    grantor, comment = user_of(claims.iss), scrubbed(claims.reason)
     agent = fields.get("agent")
     of_whom = f" of agent {agent}" if agent else ""
-    own: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "user": user_of(spiffe_id(claims.aud, "agent", agent)) if agent else UNKNOWN_USER,
-        "actor": {"user": who},
+        "actor": {"user": grantor},
         "privileges": [],
     }
     return event(
         record,
         WITHDRAWN,
-        f"{who['name']} took back grant {claims.grant_id}{of_whom}: {comment}",
-        own,
+        f"{grantor['name']} took back grant {claims.grant_id}{of_whom}: {comment}",
+        attributes,
         {**fields, "grant": claims.grant_id, "comment": comment, "verified": verified},
-        key=agent or str(who["name"]),
+        key=agent or str(grantor["name"]),
         correlation=fields.get("task"),
     )

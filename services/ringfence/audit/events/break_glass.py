@@ -1,7 +1,7 @@
 """Detection Findings (OCSF class 2004) of break glass.
 
 A finding is created when a credential is allowed against policy's denial. The review of somebody who had no part in it
-closes the finding. The class has neither `user` nor `actor`: whoever did it stands in `evidences`.
+closes the finding. The class has neither `user` nor `actor`: `evidences` names the person.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def used(
         f"break glass: {approvers} allowed agent {facts.agent} {facts.scope_text}, for {claims.ttl_s} s, on behalf of "
         f"{facts.on_behalf_of or 'nobody known'}, against policy ({_codes(claims.reasons)}): {facts.reason}"
     )
-    own = {
+    attributes = {
         "finding_info": _finding(claims.request_id, record.appended_at_ms),
         "evidences": [{"actor": {"user": user_of(facts.signer), "session": {"uid": facts.task}}}],
         "resources": [{"uid": facts.target, "type": "Target"}],
     }
     return event(
-        record, USED, message, own, {**fields, "comment": facts.reason}, key=facts.agent,
+        record, USED, message, attributes, {**fields, "comment": facts.reason}, key=facts.agent,
         correlation=claims.request_id, reasons=claims.reasons, traceparent=facts.traceparent,
     )  # fmt: skip
 
@@ -70,19 +70,19 @@ def reviewed(
     rejection: Reason | None,
     verified: dict[str, Any],
 ) -> OcsfEvent:
-    """Somebody reviewed a use of break glass.
+    """A person reviewed a use of break glass.
 
     `use`: the `unmapped` fields of its event, if it was audited. `rejection`: why the review is invalid, if it is.
     """
-    who, note = user_of(claims.iss), scrubbed(claims.note)
-    what = f"break glass of request {claims.request_id} for agent {claims.agent_id}"
+    reviewer, note = user_of(claims.iss), scrubbed(claims.note)
+    subject = f"break glass of request {claims.request_id} for agent {claims.agent_id}"
     if rejection is None:
-        message = f"{who['name']} reviewed the {what}: {note}"
+        message = f"{reviewer['name']} reviewed the {subject}: {note}"
     else:
-        message = f"{who['name']} cannot review the {what}: {rejection.message}"
-    own = {
+        message = f"{reviewer['name']} cannot review the {subject}: {rejection.message}"
+    attributes = {
         "finding_info": _finding(claims.request_id, None),
-        "evidences": [{"actor": {"user": who}}],
+        "evidences": [{"actor": {"user": reviewer}}],
         "comment": note,
     }
     fields = {
@@ -90,7 +90,7 @@ def reviewed(
         "agent": claims.agent_id,
         "request": claims.request_id,
         "decision_digest": claims.decision_digest,
-        "reviewer": who["name"],
+        "reviewer": reviewer["name"],
         "review": claims.jti,
         "comment": note,
         "outcome": "reviewed" if rejection is None else "refused",
@@ -102,7 +102,7 @@ def reviewed(
         record,
         kind,
         message,
-        own,
+        attributes,
         fields,
         key=claims.agent_id,
         correlation=claims.request_id,
@@ -138,35 +138,35 @@ def collect_uses(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     `review` is the first valid review, or None. Events of another shape, which audit did not write, are skipped.
     """
-    found: dict[str, dict[str, Any]] = {}
-    add_uses(found, events)
-    return list(found.values())
+    uses: dict[str, dict[str, Any]] = {}
+    add_uses(uses, events)
+    return list(uses.values())
 
 
-def add_uses(found: dict[str, dict[str, Any]], events: Iterable[Mapping[str, Any]]) -> None:
+def add_uses(uses: dict[str, dict[str, Any]], events: Iterable[Mapping[str, Any]]) -> None:
     """Add further events to the result of `collect_uses`, keyed by the id of the request."""
-    for one in events:
+    for finding in events:
         with contextlib.suppress(TypeError, KeyError, AttributeError):
-            _add_event(found, one)
+            _add_event(uses, finding)
 
 
-def _add_event(found: dict[str, dict[str, Any]], one: Mapping[str, Any]) -> None:
-    fields, code = one["unmapped"], one["metadata"].get("event_code")
+def _add_event(uses: dict[str, dict[str, Any]], finding: Mapping[str, Any]) -> None:
+    fields, code = finding["unmapped"], finding["metadata"].get("event_code")
     request = fields["request"]
     if code == USED.code:
-        found.setdefault(request, {
+        uses.setdefault(request, {
             **{name: fields.get(name) for name in (*_OF_USE, "ttl_s", "decision", "decision_digest")},
-            "request_id": request, "approvers": list(fields.get("approvers") or ()), "at_ms": one["time"],
+            "request_id": request, "approvers": list(fields.get("approvers") or ()), "at_ms": finding["time"],
             "reason": fields.get("comment"), "review": None, "refused_reviews": [],
             "denials": [r for r in fields.get("reasons") or () if r["code"] not in NO_DENIALS],
         })  # fmt: skip
         return
     use, review = (
-        found[request],
-        {"id": fields.get("review"), "by": fields.get("reviewer"), "at_ms": one["time"]},
+        uses[request],
+        {"id": fields.get("review"), "by": fields.get("reviewer"), "at_ms": finding["time"]},
     )
     if code == REVIEW_REFUSED.code:
-        use["refused_reviews"].append({**review, "why": one.get("status_detail")})
+        use["refused_reviews"].append({**review, "why": finding.get("status_detail")})
     elif use["review"] is None and fields.get("decision_digest") == use["decision_digest"]:
         use["review"] = {**review, "note": fields.get("comment")}
 

@@ -100,13 +100,15 @@ def requested(record: Received, facts: RequestFacts, verified: dict[str, Any]) -
         f"agent {facts.agent} asked{how} for {facts.scope_text}, for {facts.ttl_s} s, in task {facts.task}, "
         f"{_on_behalf_text(facts.on_behalf_of)}: {facts.reason}"
     )
-    own = {
+    attributes = {
         "user": user_of(facts.signer),
         "actor": {"user": user_of(facts.signer), "session": {"uid": facts.task}},
         "privileges": facts.privileges,
     }
     fields = {**_request_fields(facts), "ttl_s": facts.ttl_s, "verified": verified}
-    return event(record, REQUESTED, message, own, fields, key=facts.agent, correlation=facts.request_id)
+    return event(
+        record, REQUESTED, message, attributes, fields, key=facts.agent, correlation=facts.request_id
+    )
 
 
 def decided(
@@ -122,31 +124,29 @@ def decided(
         kind = BREAK_GLASS_PENDING
     revision = claims.revisions.policy if claims.revisions is not None else None
     approvers = facts.approvers if facts is not None else ()
-    what = (
+    subject = (
         f"agent {facts.agent}'s request for {facts.scope_text}"
         if facts is not None
         else f"request {claims.request_id}"
     )
     behalf = _on_behalf_text(facts.on_behalf_of) if facts is not None else "by nobody whose signature holds"
     if claims.outcome == "allowed":
-        message = f"policy allowed {what}, for {claims.ttl_s} s, {behalf}{_approvers_text(approvers)}"
+        message = f"policy allowed {subject}, for {claims.ttl_s} s, {behalf}{_approvers_text(approvers)}"
     elif claims.outcome == "denied":
-        message = f"policy refused {what}, {behalf}: {_reasons_text(claims.reasons)}"
+        message = f"policy refused {subject}, {behalf}: {_reasons_text(claims.reasons)}"
     else:
         until = f", until {utc_text(claims.expires_at * 1000)}" if claims.expires_at is not None else ""
-        message = (
-            f"policy wants approval ({', '.join(claims.required)}) before it allows {what}, {behalf}{until}"
-        )
-    own: dict[str, Any] = {
+        message = f"policy wants approval ({', '.join(claims.required)}) before it allows {subject}, {behalf}{until}"
+    attributes: dict[str, Any] = {
         "user": user_of(facts.signer) if facts is not None else UNKNOWN_USER,
         "actor": {"user": user_of(claims.iss)},
         "privileges": facts.privileges if facts is not None else [],
         "authorizations": [{"decision": claims.outcome}],
     }
     if facts is not None:
-        own["actor"]["session"] = {"uid": facts.task}
+        attributes["actor"]["session"] = {"uid": facts.task}
     if revision is not None:
-        own["policy"] = _policy_object(revision)
+        attributes["policy"] = _policy_object(revision)
     fields = {
         **(_request_fields(facts) if facts is not None else {"request": claims.request_id}),
         "outcome": claims.outcome,
@@ -168,7 +168,7 @@ def decided(
         record,
         kind,
         message,
-        own,
+        attributes,
         fields,
         key=facts.agent if facts is not None else claims.request_id,
         correlation=claims.request_id,
@@ -185,7 +185,7 @@ def approval_requested(
         f"{claims.approver} was asked for approval ({', '.join(claims.required)}) of {facts.scope_text} for agent "
         f"{facts.agent}, for {claims.ttl_s} s, {_on_behalf_text(facts.on_behalf_of)}"
     )
-    own = {
+    attributes = {
         "user": user_of(facts.signer),
         "actor": {"user": user_of(claims.iss), "session": {"uid": facts.task}},
         "privileges": facts.privileges,
@@ -203,7 +203,7 @@ def approval_requested(
         record,
         APPROVAL_REQUESTED,
         message,
-        own,
+        attributes,
         fields,
         key=facts.agent,
         correlation=facts.request_id,
@@ -216,26 +216,26 @@ def approval_given(
     record: Received, claims: Approval, facts: RequestFacts | None, verified: dict[str, Any]
 ) -> OcsfEvent:
     """A person approved or denied a request. `facts` is None if the embedded request did not verify."""
-    who = user_of(claims.iss)
-    what = (
+    approver = user_of(claims.iss)
+    subject = (
         f"{facts.scope_text} for agent {facts.agent}" if facts is not None else f"request {claims.request_id}"
     )
     verb = "approved" if claims.verdict == "approved" else "denied"
     comment = scrubbed(claims.comment) if claims.comment else None
-    message = f"{who['name']} {verb} {what}, for {claims.ttl_s} s"
+    message = f"{approver['name']} {verb} {subject}, for {claims.ttl_s} s"
     if facts is not None:
         message += f", {_on_behalf_text(facts.on_behalf_of)}"
     if comment:
         message += f": {comment}"
-    own: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "user": user_of(facts.signer) if facts is not None else UNKNOWN_USER,
-        "actor": {"user": who},
+        "actor": {"user": approver},
         "privileges": facts.privileges if facts is not None else [],
     }
     fields = {
         **(_request_fields(facts) if facts is not None else {"request": claims.request_id}),
         "outcome": claims.verdict,
-        "approvers": [who["name"]] if claims.verdict == "approved" else None,
+        "approvers": [approver["name"]] if claims.verdict == "approved" else None,
         "ttl_s": claims.ttl_s,
         "delivery": claims.delivery,
         "policy_revision": claims.revisions.policy,
@@ -246,9 +246,9 @@ def approval_given(
         record,
         APPROVALS[claims.verdict],
         message,
-        own,
+        attributes,
         fields,
-        key=facts.agent if facts is not None else str(who["name"]),
+        key=facts.agent if facts is not None else str(approver["name"]),
         correlation=claims.request_id,
         traceparent=facts.traceparent if facts is not None else None,
     )
@@ -256,8 +256,8 @@ def approval_given(
 
 def replied(record: Received, request_id: str, facts: RequestFacts | None) -> OcsfEvent:
     """A sealed reply to an agent was published. Only that agent can open it, so the event says no more."""
-    who = f"agent {facts.agent}" if facts is not None else "the agent that asked"
-    message = f"a sealed reply to request {request_id} was sent to {who}"
+    agent = f"agent {facts.agent}" if facts is not None else "the agent that asked"
+    message = f"a sealed reply to request {request_id} was sent to {agent}"
     return _sealed(record, REPLIED, message, request_id, facts)
 
 
@@ -275,21 +275,21 @@ def _sealed(
     message: str,
     request_id: str,
     facts: RequestFacts | None,
-    more: Mapping[str, Any] | None = None,
+    extra_fields: Mapping[str, Any] | None = None,
 ) -> OcsfEvent:
-    own: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "user": user_of(facts.signer) if facts is not None else UNKNOWN_USER,
         "privileges": facts.privileges if facts is not None else [],
     }
-    known: dict[str, Any] = {"request": request_id}
+    request_fields: dict[str, Any] = {"request": request_id}
     if facts is not None:
-        known = {**_request_fields(facts), "policy_revision": facts.policy_revision}
-    fields = {**known, **(more or {}), "verified": {"by": None}}
+        request_fields = {**_request_fields(facts), "policy_revision": facts.policy_revision}
+    fields = {**request_fields, **(extra_fields or {}), "verified": {"by": None}}
     return event(
         record,
         kind,
         message,
-        own,
+        attributes,
         fields,
         key=facts.agent if facts is not None else request_id,
         correlation=request_id,
@@ -311,7 +311,7 @@ def leased(
         session["issuer"] = claims.iss
     if cause is not None:
         session["expiration_reason"] = cause.kind
-    own: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "user": agent,
         "actor": {"user": actor, "session": {"uid": claims.task_id}},
         "session": session,
@@ -319,7 +319,7 @@ def leased(
     }
     revision = facts.policy_revision if facts is not None else None
     if revision is not None and claims.status == "active":
-        own["policy"] = _policy_object(revision)
+        attributes["policy"] = _policy_object(revision)
     approvers = facts.approvers if facts is not None else ()
     fields: dict[str, Any] = {
         "agent": claims.agent_id,
@@ -361,7 +361,7 @@ def leased(
         record,
         ISSUED_BY_BREAK_GLASS if loud else LEASES[claims.status],
         message,
-        own,
+        attributes,
         fields,
         key=claims.agent_id,
         correlation=claims.request_id,
@@ -381,7 +381,7 @@ def lease_void(
     `subject_fields`: those of the lease.
     """
     signer = user_of(claims.iss)
-    own: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "user": user_of(_agent_uid(claims.aud, claims.agent_id)),
         "actor": {"user": signer, "session": {"uid": claims.task_id}},
         "session": {"uid": claims.lease_id},
@@ -397,14 +397,14 @@ def lease_void(
         "outcome": "void",
         "verified": verified,
     }
-    why = Reason(
+    reason = Reason(
         code="epoch_over",
         message=f"it was written to Redis in epoch {claims.epoch}, and Redis was rebuilt before it arrived",
     )
     message = f"a record of lease {claims.lease_id} by {signer['name']} came too late and counts for nothing"
     return event(
-        record, LEASE_VOID, message, own, fields, key=claims.agent_id, correlation=claims.request_id,
-        reasons=(why,), traceparent=lease.traceparent,
+        record, LEASE_VOID, message, attributes, fields, key=claims.agent_id, correlation=claims.request_id,
+        reasons=(reason,), traceparent=lease.traceparent,
     )  # fmt: skip
 
 
@@ -417,13 +417,13 @@ def cut_confirmed(
     """
     gateway = user_of(claims.iss)
     agent = revocation.get("agent")
-    own: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "user": user_of(_agent_uid(claims.aud, agent)) if agent else UNKNOWN_USER,
         "actor": {"user": gateway},
         "privileges": [],
     }
     if revocation.get("lease"):
-        own["session"] = {"uid": revocation["lease"]}
+        attributes["session"] = {"uid": revocation["lease"]}
     fields = {
         **revocation,
         "revocation_id": claims.revocation_id,
@@ -432,10 +432,12 @@ def cut_confirmed(
         "outcome": "confirmed",
         "verified": verified,
     }
-    what = f"revocation {revocation.get('revocation', claims.revocation_id)}"
-    message = f"gateway {gateway['name']} forwards nothing more of what {what} covers"
+    subject = f"revocation {revocation.get('revocation', claims.revocation_id)}"
+    message = f"gateway {gateway['name']} forwards nothing more of what {subject} covers"
     key = str(agent or revocation.get("lease") or gateway["name"])
-    return event(record, CUT_CONFIRMED, message, own, fields, key=key, correlation=revocation.get("request"))
+    return event(
+        record, CUT_CONFIRMED, message, attributes, fields, key=key, correlation=revocation.get("request")
+    )
 
 
 def lease_forgotten(record: Received, lease_id: str, subject_fields: Mapping[str, Any]) -> OcsfEvent:
@@ -443,14 +445,16 @@ def lease_forgotten(record: Received, lease_id: str, subject_fields: Mapping[str
 
     `subject_fields`: those of the lease, if it is known.
     """
-    own: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "user": UNKNOWN_USER,
         "privileges": [],
         "session": {"uid": lease_id},
     }
     fields = {**subject_fields, "lease": lease_id, "verified": {"by": None}}
     message = f"the topic keeps nothing more of lease {lease_id}"
-    return event(record, LEASE_FORGOTTEN, message, own, fields, key=subject_fields.get("agent") or lease_id)
+    return event(
+        record, LEASE_FORGOTTEN, message, attributes, fields, key=subject_fields.get("agent") or lease_id
+    )
 
 
 def revocation_requested(
@@ -460,28 +464,28 @@ def revocation_requested(
     subject_fields: dict[str, Any],
     verified: dict[str, Any],
 ) -> OcsfEvent:
-    """Somebody requested a revocation of one lease, or of all leases that a selector covers.
+    """A revocation was requested of one lease, or of all leases that a selector covers.
 
     `subject_fields`: fields of the selector's subject by the registry's records, such as the sponsor of an agent.
     """
-    who = user_of(claims.iss)
+    requester = user_of(claims.iss)
     released = claims.kind == "release"
     fields: dict[str, Any] = {
         "revocation": claims.jti,
         "cause": claims.kind,
         "comment": scrubbed(claims.reason),
     }
-    own: dict[str, Any] = {"actor": {"user": who}, "user": UNKNOWN_USER, "privileges": []}
+    attributes: dict[str, Any] = {"actor": {"user": requester}, "user": UNKNOWN_USER, "privileges": []}
     if claims.lease_id is not None:
         kind = RELEASE_REQUESTED if released else REVOCATION_REQUESTED
-        what = f"lease {claims.lease_id}"
-        own["session"] = {"uid": claims.lease_id}
+        subject = f"lease {claims.lease_id}"
+        attributes["session"] = {"uid": claims.lease_id}
         fields["lease"] = claims.lease_id
         if lease is not None:
-            what += f" of agent {lease.agent} for {lease.target}"
-            own["privileges"] = lease.privileges
-            own["user"] = user_of(_agent_uid(claims.aud, lease.agent))
-            own["actor"]["session"] = {"uid": lease.task}
+            subject += f" of agent {lease.agent} for {lease.target}"
+            attributes["privileges"] = lease.privileges
+            attributes["user"] = user_of(_agent_uid(claims.aud, lease.agent))
+            attributes["actor"]["session"] = {"uid": lease.task}
             fields |= {
                 "agent": lease.agent,
                 "act": list(lease.act),
@@ -495,19 +499,21 @@ def revocation_requested(
             }
     else:
         assert claims.selector is not None
-        what, selected = _selector_fields(claims.selector)
+        subject, selected = _selector_fields(claims.selector)
         kind = KILL_SWITCHED if claims.selector.all else REVOCATION_REQUESTED
         fields |= selected
         fields["selector"] = claims.selector.model_dump(exclude_none=True, exclude_defaults=True)
         if "agent" in selected:
-            own["user"] = user_of(_agent_uid(claims.aud, selected["agent"]))
+            attributes["user"] = user_of(_agent_uid(claims.aud, selected["agent"]))
     fields |= {name: value for name, value in subject_fields.items() if name not in fields}
     fields["verified"] = verified
-    message = f"{who['name']} asked to end {what} ({claims.kind}): {fields['comment']}"
-    key = fields.get("agent") or claims.lease_id or str(who["name"])
+    message = f"{requester['name']} asked to end {subject} ({claims.kind}): {fields['comment']}"
+    key = fields.get("agent") or claims.lease_id or str(requester["name"])
     correlation = fields.get("request") or fields.get("task") or claims.jti
     trace = lease.traceparent if lease is not None else None
-    return event(record, kind, message, own, fields, key=key, correlation=correlation, traceparent=trace)
+    return event(
+        record, kind, message, attributes, fields, key=key, correlation=correlation, traceparent=trace
+    )
 
 
 def _request_fields(facts: RequestFacts) -> dict[str, Any]:
@@ -528,27 +534,27 @@ def _request_fields(facts: RequestFacts) -> dict[str, Any]:
 
 
 def _lease_text(claims: Lease, scope: str, by: str, approvers: tuple[str, ...]) -> str:
-    what = f"credential lease {claims.lease_id}"
+    lease = f"credential lease {claims.lease_id}"
     match claims.status:
         case "active":
             return (
-                f"agent {claims.agent_id} was issued {what} for {scope}, until {utc_text(claims.deadline * 1000)}, "
+                f"agent {claims.agent_id} was issued {lease} for {scope}, until {utc_text(claims.deadline * 1000)}, "
                 f"on behalf of {claims.on_behalf_of}{_approvers_text(approvers)}"
             )
         case "minting":
-            return f"a credential is being made for agent {claims.agent_id}: {what} for {scope}"
+            return f"a credential is being made for agent {claims.agent_id}: {lease} for {scope}"
         case "aborted":
-            return f"making {what} for agent {claims.agent_id} failed; it was undone"
+            return f"making {lease} for agent {claims.agent_id} failed; it was undone"
         case "ending":
-            return f"{what} of agent {claims.agent_id} for {scope} was cut{_cause_text(claims, by)}"
+            return f"{lease} of agent {claims.agent_id} for {scope} was cut{_cause_text(claims, by)}"
         case "expired":
             return (
-                f"{what} of agent {claims.agent_id} for {scope} expired at its deadline, "
+                f"{lease} of agent {claims.agent_id} for {scope} expired at its deadline, "
                 f"{utc_text(claims.deadline * 1000)}"
             )
         case _:
             return (
-                f"{what} of agent {claims.agent_id} for {scope} was {claims.status}{_cause_text(claims, by)}"
+                f"{lease} of agent {claims.agent_id} for {scope} was {claims.status}{_cause_text(claims, by)}"
             )
 
 
@@ -561,10 +567,10 @@ def _cause_text(claims: Lease, by: str) -> str:
 
 
 def _selector_fields(selector: Selector) -> tuple[str, dict[str, Any]]:
-    for name, (word, sentence) in _SELECTOR_FIELDS.items():
+    for name, (field_name, sentence) in _SELECTOR_FIELDS.items():
         value = getattr(selector, name)
         if value is not None:
-            return sentence.format(value), {word: value}
+            return sentence.format(value), {field_name: value}
     return "all leases there are", {}
 
 
@@ -585,14 +591,14 @@ def _reasons_text(reasons: tuple[Any, ...]) -> str:
 
 
 def _revisions(decision: CredentialDecision) -> dict[str, Any] | None:
-    seen = decision.revisions
-    return seen.model_dump(mode="json", exclude_none=True) if seen is not None else None
+    revisions = decision.revisions
+    return revisions.model_dump(mode="json", exclude_none=True) if revisions is not None else None
 
 
 def _grants_of(decision: CredentialDecision) -> list[str] | None:
     """Ids of the grants in a decision, unverified: they are policy's word, as is the decision."""
     try:
-        return [id_of(parse(one).unverified_claims(Grant)) for one in decision.grants or ()] or None
+        return [id_of(parse(grant).unverified_claims(Grant)) for grant in decision.grants or ()] or None
     except InvalidMessageError:
         return None
 

@@ -1,7 +1,7 @@
 """OCSF events (https://schema.ocsf.io): the attributes that all share, and objects that several of them contain.
 
 Five classes are used: Entity Management, Authorize Session, Authentication, API Activity for actions through gateways,
-and Detection Finding for break glass and detection rules. Ringfence's own fields stand in `unmapped`.
+and Detection Finding for break glass and detection rules. Ringfence's own fields are in `unmapped`.
 
 Events are plain dicts, written once and by the hundred a second. Tests validate each kind against the OCSF schema and
 against `AuditEvent`.
@@ -152,7 +152,7 @@ def event(
     record: Received,
     kind: EventKind,
     message: str,
-    own: dict[str, Any],
+    attributes: dict[str, Any],
     unmapped: dict[str, Any],
     *,
     key: str,
@@ -166,7 +166,7 @@ def event(
         record: the audited record. Its append time is the event's time; its coordinates make the uid.
         kind: the kind of event.
         message: one sentence for a person.
-        own: the attributes of its OCSF class.
+        attributes: the attributes of its OCSF class.
         unmapped: Ringfence's own fields; those that are None are left out.
         key: the Kafka key: the agent's id, or the subject's if there is no agent.
         correlation: `correlation_uid`: the id of the request or task that the event belongs to.
@@ -183,7 +183,7 @@ def event(
     body: dict[str, Any] = {**kind.attributes, "time": record.appended_at_ms}
     body["message"] = _cut(message, _MAX_MESSAGE)
     body["metadata"] = metadata
-    body.update(own)
+    body.update(attributes)
     fields = {name: value for name, value in unmapped.items() if value is not None}
     if reasons:
         body["status_code"] = reasons[0].code

@@ -131,7 +131,7 @@ def commanded(
     task: TaskState | None,
     parent: TaskState | None = None,
 ) -> OcsfEvent:
-    """Somebody gave a command. Its result is not known yet.
+    """A command was given. Its result is not known yet.
 
     Args:
         record: the record on `registry.command`.
@@ -153,19 +153,21 @@ def commanded(
     if isinstance(claims, AgentTransfer):
         fields |= _consent_fields(claims, consent_by)
         message += _consent_text(claims, consent_by)
-    own: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "actor": {"user": actor},
         "entity": _entity_object(claims.aud, kind, id),
     }
     reason = getattr(claims, "reason", None)
     if reason:
-        own["comment"] = scrubbed(reason)
-        message += f": {own['comment']}"
+        attributes["comment"] = scrubbed(reason)
+        message += f": {attributes['comment']}"
     fields.setdefault("consent_by", consent_by)
     fields |= {"command": claims.jti, "verified": verified}
     key = fields.get("agent") or id
     correlation = _correlation(fields, claims)
-    return event(record, _COMMANDED[claims.typ], message, own, fields, key=key, correlation=correlation)
+    return event(
+        record, _COMMANDED[claims.typ], message, attributes, fields, key=key, correlation=correlation
+    )
 
 
 def recorded(
@@ -199,7 +201,7 @@ def recorded(
         consent_by = by.sponsor if by.consent else None
         fields |= _consent_fields(by, consent_by)
         message += _consent_text(by, consent_by)
-    own: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "actor": {"user": actor},
         "entity": _entity_object(claims.aud, kind, id),
         "entity_result": {
@@ -210,8 +212,8 @@ def recorded(
     }
     reason = getattr(by, "reason", None)
     if reason:
-        own["comment"] = scrubbed(reason)
-        message += f": {own['comment']}"
+        attributes["comment"] = scrubbed(reason)
+        message += f": {attributes['comment']}"
     fields["sponsors"] = list(sponsors) if sponsors else None
     fields |= {"revision": claims.revision, "status": state.status, "command": by.jti, "verified": verified}
     compromised = isinstance(by, AgentRotateKey) and by.compromised
@@ -219,23 +221,23 @@ def recorded(
         record,
         _COMPROMISED if compromised else (_CREATED if created else _DONE)[by.typ],
         message,
-        own,
+        attributes,
         fields,
         key=fields.get("agent") or id,
         correlation=_correlation(fields, by),
     )
 
 
-def revision_fell(record: Received, claims: AnyRecord, known: int, verified: dict[str, Any]) -> OcsfEvent:
+def revision_fell(record: Received, claims: AnyRecord, newer: int, verified: dict[str, Any]) -> OcsfEvent:
     """A record has a lower revision than one before it. Readers refuse it; no honest registry writes it."""
     kind, id, fields = _subject_of_state(claims.state)
     message = (
-        f"a record of {kind} {id} with revision {claims.revision} came after revision {known}; it is refused"
+        f"a record of {kind} {id} with revision {claims.revision} came after revision {newer}; it is refused"
     )
-    own = {"entity": _entity_object(claims.aud, kind, id)}
-    fields |= {"revision": claims.revision, "known_revision": known, "verified": verified}
-    why = Reason(code="revision_fell", message=message)
-    return event(record, _FELL, message, own, fields, key=fields.get("agent") or id, reasons=(why,))
+    attributes = {"entity": _entity_object(claims.aud, kind, id)}
+    fields |= {"revision": claims.revision, "known_revision": newer, "verified": verified}
+    reason = Reason(code="revision_fell", message=message)
+    return event(record, _FELL, message, attributes, fields, key=fields.get("agent") or id, reasons=(reason,))
 
 
 def answered(
@@ -244,18 +246,18 @@ def answered(
     """The registry accepted or refused a command. `subject_fields`: those of its agent, by the present records."""
     kind = claims.subject.partition(".")[0]
     id = claims.agent_id or claims.task_id or claims.result or claims.ref or "unknown"
-    who = user_of(claims.actor)["name"] if claims.actor else "nobody known"
-    own: dict[str, Any] = {
+    commander = user_of(claims.actor)["name"] if claims.actor else "nobody known"
+    attributes: dict[str, Any] = {
         "actor": {"user": user_of(claims.iss)},
         "entity": {"name": id, "type_id": 99, "type": kind.capitalize() or "Command"},
     }
     if claims.kind == "accepted":
         chosen = _ACCEPTED
-        message = f"the registry accepted {claims.subject} by {who}, about {id}"
+        message = f"the registry accepted {claims.subject} by {commander}, about {id}"
     else:
         chosen = _REFUSED.get(claims.subject, _REFUSED_ENTITY)
         text = "; ".join(reason.message for reason in claims.reasons) or "no reason was given"
-        message = f"the registry refused {claims.subject} by {who}: {scrubbed(text)}"
+        message = f"the registry refused {claims.subject} by {commander}: {scrubbed(text)}"
     fields = {
         "agent": claims.agent_id,
         "task": claims.task_id,
@@ -270,7 +272,7 @@ def answered(
         record,
         chosen,
         message,
-        own,
+        attributes,
         fields,
         key=claims.agent_id or id,
         correlation=claims.task_id or claims.agent_id or claims.ref,

@@ -114,28 +114,30 @@ _FORGERIES = frozenset(
 
 def not_believed(record: Received, code: str) -> OcsfEvent:
     """Verification of a record failed, with error `code`. The event names its coordinates, and no writer."""
-    why = _REASON_TEXTS.get(code, "it could not be read")
+    reason_text = _REASON_TEXTS.get(code, "it could not be read")
     message = (
         f"a record on {record.topic.what} (partition {record.partition}, offset {record.offset}) was seen and not "
-        f"believed: {why}"
+        f"believed: {reason_text}"
     )
-    own = {"user": UNKNOWN_USER, "service": _service_object(record), **_PROTOCOL}
+    attributes = {"user": UNKNOWN_USER, "service": _service_object(record), **_PROTOCOL}
     fields = {"verified": {"by": None}, "outcome": "not_believed", "size_bytes": len(record.value)}
     kind = _FORGED if code in _FORGERIES else _MALFORMED
-    reason = Reason(code=code, message=why)
-    return event(record, kind, message, own, fields, key=record.topic.what, reasons=(reason,))
+    reason = Reason(code=code, message=reason_text)
+    return event(record, kind, message, attributes, fields, key=record.topic.what, reasons=(reason,))
 
 
 def expired(
     record: Received, iss: str, code: str, fields: dict[str, Any], verified: dict[str, Any]
 ) -> OcsfEvent:
     """The signature of a message holds, but it reached the broker outside its validity."""
-    who = user_of(iss)
-    why = Reason(code=code, message="it reached the broker outside the time that its signer gave it")
-    message = f"{with_article(record.topic.what)} by {who['name']} counts for nothing: {why.message}"
-    own = {"user": who, "actor": {"user": who}, "service": _service_object(record), **_PROTOCOL}
+    signer = user_of(iss)
+    reason = Reason(code=code, message="it reached the broker outside the time that its signer gave it")
+    message = f"{with_article(record.topic.what)} by {signer['name']} counts for nothing: {reason.message}"
+    attributes = {"user": signer, "actor": {"user": signer}, "service": _service_object(record), **_PROTOCOL}
     event_fields = {**fields, "outcome": "expired", "verified": verified}
-    return event(record, _EXPIRED, message, own, event_fields, key=_event_key(fields, who), reasons=(why,))
+    return event(
+        record, _EXPIRED, message, attributes, event_fields, key=_event_key(fields, signer), reasons=(reason,)
+    )
 
 
 def replayed(
@@ -147,13 +149,13 @@ def replayed(
     fields: dict[str, Any],
     verified: dict[str, Any],
 ) -> OcsfEvent:
-    """A signed message stands at other coordinates as well. Who wrote it again is not known.
+    """A signed message is at other coordinates as well. It is not known who wrote it again.
 
     Services repeat a record if they do not know whether it arrived: `same` content by a service raises no alert.
     """
-    who = user_of(iss)
-    by_service = who["type"] == "System"
-    where = f"partition {first.partition}, offset {first.offset}"
+    signer = user_of(iss)
+    by_service = signer["type"] == "System"
+    place = f"partition {first.partition}, offset {first.offset}"
     fields = {
         **fields,
         "outcome": "replayed",
@@ -162,18 +164,20 @@ def replayed(
     }
     if by_service and same:
         message = (
-            f"{with_article(record.topic.what)} record by {who['name']} stands there twice ({where}); "
+            f"{with_article(record.topic.what)} record by {signer['name']} stands there twice ({place}); "
             "it changes nothing"
         )
-        own = {"user": who, "service": _service_object(record), **_PROTOCOL}
-        return event(record, _REPEATED, message, own, fields, key=_event_key(fields, who))
-    why = Reason(code="replayed", message=f"the same message was seen before, at {where}")
+        attributes = {"user": signer, "service": _service_object(record), **_PROTOCOL}
+        return event(record, _REPEATED, message, attributes, fields, key=_event_key(fields, signer))
+    reason = Reason(code="replayed", message=f"the same message was seen before, at {place}")
     message = (
-        f"{with_article(record.topic.what)} signed by {who['name']} was replayed, by whom is not known; "
-        f"first at {where}"
+        f"{with_article(record.topic.what)} signed by {signer['name']} was replayed, by whom is not known; "
+        f"first at {place}"
     )
-    own = {"user": UNKNOWN_USER, "service": _service_object(record), **_PROTOCOL}
-    return event(record, _REPLAYED, message, own, fields, key=_event_key(fields, who), reasons=(why,))
+    attributes = {"user": UNKNOWN_USER, "service": _service_object(record), **_PROTOCOL}
+    return event(
+        record, _REPLAYED, message, attributes, fields, key=_event_key(fields, signer), reasons=(reason,)
+    )
 
 
 def reported(
@@ -192,7 +196,7 @@ def reported(
         verified: the field `unmapped.verified`.
         traceparent: the trace of the subject's request, if known.
     """
-    who = user_of(claims.iss)
+    service = user_of(claims.iss)
     event_fields = {
         "agent": claims.agent_id,
         "task": claims.task_id,
@@ -209,7 +213,7 @@ def reported(
     }
     agent = event_fields["agent"]
     rest: dict[str, Any] = {
-        "key": agent or str(who["name"]),
+        "key": agent or str(service["name"]),
         "correlation": event_fields["request"] or event_fields["task"] or claims.ref,
         "reasons": claims.reasons,
         "traceparent": traceparent,
@@ -217,40 +221,52 @@ def reported(
     text = scrubbed("; ".join(reason.message for reason in claims.reasons))
     by = f" by {user_of(claims.actor)['name']}" if claims.actor else ""
     if claims.kind in _OUTCOMES:
-        message = f"{who['name']} {claims.kind} {claims.subject}{by}" + (f": {text}" if text else "")
+        message = f"{service['name']} {claims.kind} {claims.subject}{by}" + (f": {text}" if text else "")
         user = user_of(f"spiffe://{claims.aud}/agent/{agent}") if agent else UNKNOWN_USER
-        own: dict[str, Any] = {"user": user, "actor": {"user": who}, "privileges": []}
+        attributes: dict[str, Any] = {"user": user, "actor": {"user": service}, "privileges": []}
         if claims.lease_id:
-            own["session"] = {"uid": claims.lease_id}
+            attributes["session"] = {"uid": claims.lease_id}
         kind = _OUTCOMES[claims.kind]
         if claims.kind == "refused" and claims.subject in _ASKS_FOR_A_CREDENTIAL:
             kind = _CREDENTIAL_REFUSED
-        return event(record, kind, message, own, event_fields, **rest)
-    own = {"user": who, "actor": {"user": who}, "service": _service_object(record), **_PROTOCOL}
+        return event(record, kind, message, attributes, event_fields, **rest)
+    attributes = {
+        "user": service,
+        "actor": {"user": service},
+        "service": _service_object(record),
+        **_PROTOCOL,
+    }
     match claims.kind:
         case "started" | "stopped":
             kind = _STARTED if claims.kind == "started" else _STOPPED
-            message = f"service {who['name']} {claims.kind}"
-            own |= {"logon_type_id": 5, "logon_type": "OS Service"}
+            message = f"service {service['name']} {claims.kind}"
+            attributes |= {"logon_type_id": 5, "logon_type": "OS Service"}
         case "replayed":
             kind = _REPLAY_REPORTED
-            message = f"{who['name']} saw a replay of {claims.subject}{by}" + (f": {text}" if text else "")
+            message = f"{service['name']} saw a replay of {claims.subject}{by}" + (
+                f": {text}" if text else ""
+            )
         case _:
             kind = _KEY_ENDING if {reason.code for reason in claims.reasons} == {"key_ending"} else _FINDING
-            message = f"{who['name']} found: {text or claims.subject}"
-    return event(record, kind, message, own, event_fields, **rest)
+            message = f"{service['name']} found: {text or claims.subject}"
+    return event(record, kind, message, attributes, event_fields, **rest)
 
 
 def epoch_began(record: Received, claims: LeaseEpoch, verified: dict[str, Any]) -> OcsfEvent:
     """A rebuild of Redis from Kafka began: what the former Redis held, and Kafka does not hold yet, is void."""
-    who = user_of(claims.iss)
+    revoker = user_of(claims.iss)
     message = (
-        f"{who['name']} rebuilds Redis from Kafka: epoch {claims.epoch} begins in partition {claims.partition} of "
+        f"{revoker['name']} rebuilds Redis from Kafka: epoch {claims.epoch} begins in partition {claims.partition} of "
         f"{record.topic.what}"
     )
-    own = {"user": who, "actor": {"user": who}, "service": _service_object(record), **_PROTOCOL}
+    attributes = {
+        "user": revoker,
+        "actor": {"user": revoker},
+        "service": _service_object(record),
+        **_PROTOCOL,
+    }
     fields = {"epoch": claims.epoch, "outcome": "began", "verified": verified}
-    return event(record, _EPOCH, message, own, fields, key=str(who["name"]))
+    return event(record, _EPOCH, message, attributes, fields, key=str(revoker["name"]))
 
 
 def dead_lettered(record: Received, claims: DeadLetter) -> OcsfEvent:
@@ -260,23 +276,23 @@ def dead_lettered(record: Received, claims: DeadLetter) -> OcsfEvent:
         f"{claims.service} is said to have dead-lettered a record of {source.topic} (partition {source.partition}, "
         f"offset {source.offset}): {scrubbed(claims.reason)}"
     )
-    own = {"user": UNKNOWN_USER, "service": _service_object(record), **_PROTOCOL}
+    attributes = {"user": UNKNOWN_USER, "service": _service_object(record), **_PROTOCOL}
     fields = {
         "about": source.model_dump(exclude_none=True),
         "said_by": claims.service,
         "outcome": "dead_lettered",
         "verified": {"by": None},
     }
-    why = Reason(code=claims.code, message=claims.reason[:2048])
-    return event(record, _DEAD_LETTER, message, own, fields, key=record.topic.what, reasons=(why,))
+    reason = Reason(code=claims.code, message=claims.reason[:2048])
+    return event(record, _DEAD_LETTER, message, attributes, fields, key=record.topic.what, reasons=(reason,))
 
 
 def _service_object(record: Received) -> dict[str, Any]:
     return {"name": f"Ringfence {record.topic.what}", "uid": record.topic_name, "version": __version__}
 
 
-def _event_key(fields: dict[str, Any], who: dict[str, Any]) -> str:
-    return str(fields.get("agent") or who["name"])
+def _event_key(fields: dict[str, Any], signer: dict[str, Any]) -> str:
+    return str(fields.get("agent") or signer["name"])
 
 
 def is_shared_identity(claims: ServiceEvent) -> bool:
@@ -295,7 +311,7 @@ def shared_identity(
     """
     code = claims.reasons[0].code
     message = f"{user_of(claims.iss)['name']} found: {scrubbed(claims.reasons[0].message)}"
-    own = {
+    attributes = {
         "finding_info": {
             "uid": claims.jti, "title": _SHARED_IDENTITY_TITLES[code], "types": ["Shared Identity"],
             "created_time": claims.at_ms,
@@ -316,7 +332,7 @@ def shared_identity(
         record,
         _SHARED_IDENTITY_KINDS[code],
         message,
-        own,
+        attributes,
         event_fields,
         key=key,
         correlation=key,

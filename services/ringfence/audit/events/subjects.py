@@ -12,20 +12,20 @@ from ringfence.model.lifecycle import agents_of
 
 def credential_fields(lease: LeaseFacts | None, facts: RequestFacts | None) -> dict[str, Any]:
     """Fields of a lease and its request, as far as they are known; empty if neither is."""
-    known = lease or facts
-    if known is None:
+    source = lease or facts
+    if source is None:
         return {}
     fields = {
-        "agent": known.agent,
-        "act": list(known.act),
+        "agent": source.agent,
+        "act": list(source.act),
         "delegators": delegators_of(lease.delegators) if lease is not None else None,
-        "task": known.task,
-        "sponsor": known.sponsor,
-        "on_behalf_of": known.on_behalf_of,
-        "request": known.request_id,
+        "task": source.task,
+        "sponsor": source.sponsor,
+        "on_behalf_of": source.on_behalf_of,
+        "request": source.request_id,
         "request_digest": facts.digest if facts is not None else None,
         "policy_revision": facts.policy_revision if facts is not None else None,
-        "target": known.target,
+        "target": source.target,
     }
     return {name: value for name, value in fields.items() if value is not None}
 

@@ -19,7 +19,7 @@ from ringfence.audit.events.ocsf import (
     user_of,
     utc_text,
 )
-from ringfence.audit.memory import Recent
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.trust_store import TrustStore
@@ -38,37 +38,44 @@ _MAX_NAMED_CHANGES: Final = 20
 _REMEMBERED_RECORDS: Final = 10_000
 
 
-def bundle_event(record: Received, seen: BundleRecord) -> OcsfEvent:
+def bundle_event(record: Received, classified: BundleRecord) -> OcsfEvent:
     """A bundle signed by a trusted root was published."""
-    bundle = seen.bundle
-    who = user_of(bundle.iss)
+    bundle = classified.bundle
+    root = user_of(bundle.iss)
     entity = {
         "name": "trust bundle", "uid": f"spiffe://{bundle.aud}/trust", "type_id": 99, "type": "Trust Bundle",
     }  # fmt: skip
-    own: dict[str, Any] = {"actor": {"user": who}, "entity": entity}
+    attributes: dict[str, Any] = {"actor": {"user": root}, "entity": entity}
     fields: dict[str, Any] = {
         "revision": bundle.version,
-        "known_revision": seen.before.version if seen.before is not None else None,
-        "verified": {"by": bundle.iss, "kid": seen.kid},
+        "known_revision": classified.before.version if classified.before is not None else None,
+        "verified": {"by": bundle.iss, "kid": classified.kid},
     }
-    match seen.status:
+    match classified.status:
         case "activated":
-            own["entity_result"] = {**entity, "version": str(bundle.version), "data": _data(bundle, seen.kid)}
+            attributes["entity_result"] = {
+                **entity,
+                "version": str(bundle.version),
+                "data": _data(bundle, classified.kid),
+            }
             message = (
-                f"trust bundle {bundle.version} by {who['name']} came into force, until "
-                f"{utc_text(bundle.exp * 1000)}: {_changes(seen.before, bundle)}"
+                f"trust bundle {bundle.version} by {root['name']} came into force, until "
+                f"{utc_text(bundle.exp * 1000)}: {_changes(classified.before, bundle)}"
             )
-            return event(record, _CHANGED, message, own, fields, key=_KEY, correlation=_KEY)
+            return event(record, _CHANGED, message, attributes, fields, key=_KEY, correlation=_KEY)
         case "repeated":
             message = (
                 f"trust bundle {bundle.version}, which is in force, stands there again; it changes nothing"
             )
-            return event(record, _REPEATED, message, own, fields, key=_KEY, correlation=_KEY)
+            return event(record, _REPEATED, message, attributes, fields, key=_KEY, correlation=_KEY)
         case "outdated":
-            assert seen.before is not None
-            message = f"trust bundle {bundle.version} was put there after bundle {seen.before.version}; it is refused"
-            why = Reason(code="version_fell", message=message)
-            return event(record, _FELL, message, own, fields, key=_KEY, correlation=_KEY, reasons=(why,))
+            assert classified.before is not None
+            newer = classified.before.version
+            message = f"trust bundle {bundle.version} was put there after bundle {newer}; it is refused"
+            reason = Reason(code="version_fell", message=message)
+            return event(
+                record, _FELL, message, attributes, fields, key=_KEY, correlation=_KEY, reasons=(reason,)
+            )
 
 
 def _data(bundle: TrustBundle, root: str) -> dict[str, Any]:
@@ -96,10 +103,14 @@ def _keys(keys: tuple[KeyRecord, ...]) -> list[dict[str, Any]]:
 
 def _changes(before: TrustBundle | None, now: TrustBundle) -> str:
     """The differences between two bundles as text: services and issuers that are new, gone or changed."""
-    was, there = _bundle_fields(before), _bundle_fields(now)
-    changes = [f"{name} is new" for name in there if name not in was]
-    changes += [f"{name} is gone" for name in was if name not in there]
-    changes += [f"{name} is changed" for name in there if name in was and was[name] != there[name]]
+    fields_before, fields_now = _bundle_fields(before), _bundle_fields(now)
+    changes = [f"{name} is new" for name in fields_now if name not in fields_before]
+    changes += [f"{name} is gone" for name in fields_before if name not in fields_now]
+    changes += [
+        f"{name} is changed"
+        for name in fields_now
+        if name in fields_before and fields_before[name] != fields_now[name]
+    ]
     if len(changes) > _MAX_NAMED_CHANGES:
         changes = [
             *changes[:_MAX_NAMED_CHANGES],
@@ -139,7 +150,9 @@ class BundleHistory:
         self._trust = trust
         self._in_force: TrustBundle | None = None
         self._next = 0
-        self._seen: Recent[int, BundleRecord | InvalidMessageError] = Recent(_REMEMBERED_RECORDS)
+        self._classified: BoundedDict[int, BundleRecord | InvalidMessageError] = BoundedDict(
+            _REMEMBERED_RECORDS
+        )
 
     def on_records(self, records: Sequence[Received]) -> None:
         """Classify the records of the topic."""
@@ -149,32 +162,32 @@ class BundleHistory:
     def record_of(self, record: Received) -> BundleRecord:
         """The classification of a record. Raises InvalidMessageError if it is no valid bundle."""
         self._read(record)
-        seen = self._seen.get(record.offset)
-        if seen is None:
+        classified = self._classified.get(record.offset)
+        if classified is None:
             raise InvalidMessageError("too many bundles came after it", code="bundle_forgotten")
-        if isinstance(seen, InvalidMessageError):
-            raise seen
-        return seen
+        if isinstance(classified, InvalidMessageError):
+            raise classified
+        return classified
 
     def _read(self, record: Received) -> None:
         if record.offset < self._next:
             return
         self._next = record.offset + 1
         try:
-            self._seen.put(record.offset, self._classify(record))
+            self._classified[record.offset] = self._classify(record)
         except InvalidMessageError as error:
-            self._seen.put(record.offset, error)
+            self._classified[record.offset] = error
 
     def _classify(self, record: Received) -> BundleRecord:
         if not record.value:
             raise InvalidMessageError("a bundle is never deleted", code="tombstone")
-        known, before = self._trust.compact, self._in_force
+        current, before = self._trust.compact, self._in_force
         newer = self._trust.load(record.value, record.appended_at_ms / 1000)
         jws = parse(record.value)
         bundle = jws.unverified_claims(TrustBundle)  # the trust store verified it
         if newer:
             self._in_force = bundle
-        fate: Literal["activated", "repeated", "outdated"] = (
-            "activated" if newer else "repeated" if record.value == known else "outdated"
+        status: Literal["activated", "repeated", "outdated"] = (
+            "activated" if newer else "repeated" if record.value == current else "outdated"
         )
-        return BundleRecord(fate, bundle, jws.header.kid, before)
+        return BundleRecord(status, bundle, jws.header.kid, before)

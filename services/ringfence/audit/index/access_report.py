@@ -22,26 +22,26 @@ _OUTCOMES: Final = frozenset({"allowed", "denied", "observed"})
 
 
 def access_report(
-    events: Sequence[Event], known: Iterable[Event], permission: Permission, since_ms: int
+    events: Sequence[Event], lease_events: Iterable[Event], permission: Permission, since_ms: int
 ) -> list[dict[str, Any]]:
     """The lines of the report, ordered by first event.
 
     Args:
         events: actions at the target of `permission`, and issues of credentials for it, from `HELD_BEFORE_MS` before
             `since_ms` on.
-        known: the issues and ends of all leases among them.
+        lease_events: the issues and ends of all leases among them.
         permission: the target, verbs and resources of the query. No verbs stand for all.
         since_ms: the start of the span, in ms since the epoch.
 
     A lease counts in `leases` only if an issuer's signature was verified; otherwise in `unverified`.
     """
-    first, ends = _lease_lifetimes(known)
+    first, ends = _lease_lifetimes(lease_events)
     lines: dict[tuple[str | None, ...], dict[str, Any]] = {}
     for event in events:
         fields, code = event["unmapped"], event["metadata"].get("event_code")
         if code == ISSUED:
-            again = first.get(fields.get("lease"), event)["metadata"]["uid"] != event["metadata"]["uid"]
-            if again or not _overlaps(event, ends, since_ms) or not _grants_any(fields, permission):
+            is_repeated = first.get(fields.get("lease"), event)["metadata"]["uid"] != event["metadata"]["uid"]
+            if is_repeated or not _overlaps(event, ends, since_ms) or not _grants_any(fields, permission):
                 continue
             counts = _lease_counts(event)
         else:
@@ -92,11 +92,11 @@ def _lease_counts(event: Event) -> dict[str, int]:
     return {"leases": 1, "handed_out": int(fields.get("delivery") != "gateway")}
 
 
-def _lease_lifetimes(known: Iterable[Event]) -> tuple[dict[str, Event], dict[str, int]]:
+def _lease_lifetimes(lease_events: Iterable[Event]) -> tuple[dict[str, Event], dict[str, int]]:
     """The first issue of each lease, as a revoker may repeat it; and the end of each ended lease, in ms."""
     first: dict[str, Event] = {}
     ends: dict[str, int] = {}
-    for event in known:
+    for event in lease_events:
         fields, code = event["unmapped"], event["metadata"].get("event_code")
         lease = fields.get("lease")
         if not isinstance(lease, str):

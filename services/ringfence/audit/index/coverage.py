@@ -23,7 +23,7 @@ FELL: Final = "record.revision_fell"
 OUTLIVED_S: Final = 300
 """A lease without a known end this long after its deadline may still exist."""
 MAX_LISTED: Final = 100
-"""At most so many untraced items are listed in one page."""
+"""The most untraced items listed in one page."""
 
 _FAULTS: Final[Mapping[str, str]] = {
     "unreadable": "its event is none that audit writes",
@@ -54,41 +54,41 @@ class LeaseBasis:
 
 def load_basis(trail: ReportQueries, leases: Iterable[str]) -> LeaseBasis:
     """Load all events that are needed to trace these leases."""
-    found = LeaseBasis()
+    basis = LeaseBasis()
     for event in trail.basis_events(leases, (), ()):
-        _add_to_basis(found, event)
-    fields = [event["unmapped"] for event in found.issued.values()]
-    requests = {word["request"] for word in fields if word.get("request")}
-    tasks = {word["task"] for word in fields if word.get("task")}
+        _add_to_basis(basis, event)
+    fields = [event["unmapped"] for event in basis.issued.values()]
+    requests = {lease_fields["request"] for lease_fields in fields if lease_fields.get("request")}
+    tasks = {lease_fields["task"] for lease_fields in fields if lease_fields.get("task")}
     for event in trail.basis_events((), requests, tasks):
-        _add_to_basis(found, event)
-    return found
+        _add_to_basis(basis, event)
+    return basis
 
 
-def _add_to_basis(found: LeaseBasis, event: Event) -> None:
+def _add_to_basis(basis: LeaseBasis, event: Event) -> None:
     fields, code = event["unmapped"], event["metadata"].get("event_code")
     if not _is_whole(event):
         return
     if code == ISSUED:
-        known = found.issued.get(fields["lease"])
-        if known is None or _event_order(event) < _event_order(known):
-            found.issued[fields["lease"]] = event
+        first = basis.issued.get(fields["lease"])
+        if first is None or _event_order(event) < _event_order(first):
+            basis.issued[fields["lease"]] = event
     elif code in ENDED:
-        found.ended.add(fields["lease"])
+        basis.ended.add(fields["lease"])
     elif code in ALLOWED:
-        found.allowed.setdefault(fields["request"], []).append(event)
+        basis.allowed.setdefault(fields["request"], []).append(event)
     elif event["metadata"].get("log_name") == TASK_LOG and code != FELL:
-        found.tasks[fields["task"]] = event
+        basis.tasks[fields["task"]] = event
 
 
-def lease_fault(issued: Event, found: LeaseBasis, is_user: Callable[[str], bool]) -> str | None:
+def lease_fault(issued: Event, basis: LeaseBasis, is_user: Callable[[str], bool]) -> str | None:
     """Why a lease does not trace back to a human, as a code of `_FAULTS`; None if it does."""
     fields = issued["unmapped"]
     if not _is_whole(issued):
         return "unreadable"
     if not _verified_by(issued):
         return "lease_unverified"
-    allowed = found.allowed.get(fields.get("request", ""), [])
+    allowed = basis.allowed.get(fields.get("request", ""), [])
     if not allowed:
         return "decision_missing"
     named = ("decision", "decision_digest")
@@ -99,7 +99,7 @@ def lease_fault(issued: Event, found: LeaseBasis, is_user: Callable[[str], bool]
         return "request_unverified"
     if not _agree(decision, issued, ("agent", "task")):
         return "decision_differs"
-    task = found.tasks.get(fields.get("task", ""))
+    task = basis.tasks.get(fields.get("task", ""))
     if task is None or not _verified_by(task):
         return "task_missing"
     on_behalf_of = fields.get("on_behalf_of")
@@ -108,24 +108,24 @@ def lease_fault(issued: Event, found: LeaseBasis, is_user: Callable[[str], bool]
     return None if on_behalf_of and is_user(on_behalf_of) else "human_unknown"
 
 
-def action_fault(action: Event, found: LeaseBasis, is_user: Callable[[str], bool]) -> str | None:
+def action_fault(action: Event, basis: LeaseBasis, is_user: Callable[[str], bool]) -> str | None:
     """Why an action does not trace back to a human, as a code of `_FAULTS`; None if it does."""
     fields = action["unmapped"]
     if not fields.get("lease"):
         return "no_lease"
-    issued = found.issued.get(str(fields["lease"]))
+    issued = basis.issued.get(str(fields["lease"]))
     if issued is None:
         return "lease_unknown"
     if issued["unmapped"].get("agent") != fields.get("agent"):
         return "other_agent"
     if action["time"] / 1000 > issued["unmapped"]["deadline"] + CLOCKS_S:
         return "after_end"
-    return lease_fault(issued, found, is_user)
+    return lease_fault(issued, basis, is_user)
 
 
 def count_leases(
     events: Sequence[Event],
-    found: LeaseBasis,
+    basis: LeaseBasis,
     is_user: Callable[[str], bool],
     *,
     now_s: float,
@@ -138,48 +138,48 @@ def count_leases(
     sums: dict[str, Any] = dict.fromkeys(
         ("total", "traced", "short_lived", "task_bound", "both", "standing"), 0
     )
-    against, standing = [], []
+    untraced, standing = [], []
     for event in events:
         fields = event["unmapped"]
-        if found.issued.get(fields.get("lease"), event)["metadata"]["uid"] != event["metadata"]["uid"]:
+        if basis.issued.get(fields.get("lease"), event)["metadata"]["uid"] != event["metadata"]["uid"]:
             continue  # a revoker repeated it after Redis was lost
-        fault = lease_fault(event, found, is_user)
+        fault = lease_fault(event, basis, is_user)
         sums["total"] += 1
         if fault == "unreadable":
-            against.append(_list_entry(event, fault, _FAULTS[fault]))
+            untraced.append(_list_entry(event, fault, _FAULTS[fault]))
             continue
         since_s, until_s = event["time"] / 1000, fields["deadline"]
         short = is_short_lived(since_s, until_s, short_s)
-        bound = is_task_bound(until_s, _task_end_s(event, found))
-        outlived = fields["lease"] not in found.ended and now_s > until_s + OUTLIVED_S
+        bound = is_task_bound(until_s, _task_end_s(event, basis))
+        outlived = fields["lease"] not in basis.ended and now_s > until_s + OUTLIVED_S
         sums["traced"] += fault is None
         sums["short_lived"] += short
         sums["task_bound"] += bound
         sums["both"] += short and bound
         if fault is not None:
-            against.append(_list_entry(event, fault, _FAULTS[fault]))
-        why = [
+            untraced.append(_list_entry(event, fault, _FAULTS[fault]))
+        standing_reasons = [
             *([] if short else [f"it lives {round(until_s - since_s)} s"]),
             *([] if bound else ["it does not end with a task that is known"]),
             *(["its end is not known"] if outlived else []),
         ]
-        if why:
+        if standing_reasons:
             sums["standing"] += 1
-            standing.append(_list_entry(event, "standing", "; ".join(why)))
-    return {**sums, "against": against[:MAX_LISTED], "standing_leases": standing[:MAX_LISTED]}
+            standing.append(_list_entry(event, "standing", "; ".join(standing_reasons)))
+    return {**sums, "against": untraced[:MAX_LISTED], "standing_leases": standing[:MAX_LISTED]}
 
 
 def count_actions(
-    events: Sequence[Event], found: LeaseBasis, is_user: Callable[[str], bool]
+    events: Sequence[Event], basis: LeaseBasis, is_user: Callable[[str], bool]
 ) -> dict[str, Any]:
     """Count actions with an effect: the total, those that trace back, and a list of those that do not."""
-    total, against = 0, []
+    total, untraced = 0, []
     for event in went_through(events):
         total += 1
-        fault = action_fault(event, found, is_user)
+        fault = action_fault(event, basis, is_user)
         if fault is not None:
-            against.append(_list_entry(event, fault, _FAULTS[fault]))
-    return {"total": total, "traced": total - len(against), "against": against[:MAX_LISTED]}
+            untraced.append(_list_entry(event, fault, _FAULTS[fault]))
+    return {"total": total, "traced": total - len(untraced), "against": untraced[:MAX_LISTED]}
 
 
 def went_through(events: Iterable[Event]) -> list[Event]:
@@ -187,10 +187,10 @@ def went_through(events: Iterable[Event]) -> list[Event]:
     return [event for event in events if event["metadata"].get("event_code") in WENT_THROUGH]
 
 
-def _list_entry(event: Event, code: str, why: str) -> dict[str, Any]:
+def _list_entry(event: Event, code: str, reason: str) -> dict[str, Any]:
     fields = event["unmapped"]
     named = ("agent", "sponsor", "on_behalf_of", "task", "request", "lease", "target", "action")
-    return {"at_ms": event["time"], "code": code, "why": why, **{name: fields.get(name) for name in named}}
+    return {"at_ms": event["time"], "code": code, "why": reason, **{name: fields.get(name) for name in named}}
 
 
 def _is_whole(event: Event) -> bool:
@@ -213,8 +213,8 @@ def _agree(one: Event, other: Event, names: Iterable[str]) -> bool:
     return all(one["unmapped"].get(name) == other["unmapped"].get(name) for name in names)
 
 
-def _task_end_s(issued: Event, found: LeaseBasis) -> float | None:
-    task = found.tasks.get(issued["unmapped"].get("task", ""))
+def _task_end_s(issued: Event, basis: LeaseBasis) -> float | None:
+    task = basis.tasks.get(issued["unmapped"].get("task", ""))
     end = (
         task.get("entity_result", {}).get("data", {}).get("not_after")
         if task is not None and _verified_by(task)

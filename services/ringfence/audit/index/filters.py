@@ -118,10 +118,10 @@ def number_of(request: Request, name: str, default: int, most: int) -> int:
     return number
 
 
-def _one_of(request: Request, name: str, known: dict[str, int]) -> int | None:
+def _one_of(request: Request, name: str, choices: dict[str, int]) -> int | None:
     text = request.query_params.get(name)
     if text is None:
         return None
-    if text not in known:
-        raise WrongQueryError(f"{name} is one of {', '.join(known)}")
-    return known[text]
+    if text not in choices:
+        raise WrongQueryError(f"{name} is one of {', '.join(choices)}")
+    return choices[text]

@@ -24,7 +24,7 @@ from ringfence.audit.events.break_glass import USED, add_uses
 from ringfence.audit.events.ocsf import DETECTION_FINDING, ENTITY_MANAGEMENT
 from ringfence.audit.index.filters import NO_FILTER, EventFilter
 from ringfence.audit.index_files import new_database
-from ringfence.audit.trail.handover_lookup import mark_of
+from ringfence.audit.trail.handover_lookup import content_digest
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.api_errors import CursorLostError
 from ringfence.kernel.base.log_limiter import rate_limited
@@ -218,7 +218,7 @@ BEGIN;
 No other process opens the file, and a torn file does no harm: the next start deletes it and reads the topic again."""
 _MAX_ROWS = 20_000
 _MAX_SCANNED = 50_000
-"""So many events are scanned for a page, if no index serves its filter."""
+"""The most events scanned for a page, if no index serves its filter."""
 _MAX_EXPORT_SCANNED, _MAX_EXPORT_BYTES = 5000, 4 * 1024 * 1024
 """The most events scanned, and bytes returned, for one page of an export."""
 _VISIBLE = (
@@ -240,13 +240,11 @@ class SqliteIndex:
         self._uses: dict[str, dict[str, Any]] = {}
 
     def close(self) -> None:
-        """Close the database."""
         self._db.close()
 
-    # --- feeding ---
+    # --- input ---
 
     def add(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
-        """See `EventIndex`."""
         rows: list[tuple[Any, ...]] = []
         findings: list[dict[str, Any]] = []
         for record, event in zip(
@@ -278,14 +276,16 @@ class SqliteIndex:
         for row in rows:
             seq, uid, json = row[0], row[1], row[-2]
             query = "SELECT seq, json FROM event WHERE uid = ? AND conflict = ''"
-            first, known = self._db.execute(query, (uid,)).fetchone()
-            if first != seq and (mark := mark_of(orjson.loads(json))) != mark_of(orjson.loads(known)):
-                self._db.execute(_INSERT, (*row[:-1], mark.hex()))
+            first_seq, first_json = self._db.execute(query, (uid,)).fetchone()
+            if first_seq == seq:
+                continue
+            digest = content_digest(orjson.loads(json))
+            if digest != content_digest(orjson.loads(first_json)):
+                self._db.execute(_INSERT, (*row[:-1], digest.hex()))
 
     # --- queries ---
 
     def trace(self, id: str, kind: TraceKind | None, viewer: Viewer | None, limit: int) -> EventTrace | None:
-        """See `EventIndex`."""
         for candidate in (kind,) if kind is not None else TRACE_KINDS:
             trace = self._trace_of(candidate, id, viewer, limit)
             if trace is not None:
@@ -295,7 +295,6 @@ class SqliteIndex:
     def page(
         self, viewer: Viewer | None, after: str | None, limit: int, event_filter: EventFilter = NO_FILTER
     ) -> EventPage:
-        """See `EventIndex`."""
         where, values = self._visible_to(viewer)
         conditions, more = event_filter.where()
         where += conditions
@@ -333,7 +332,6 @@ class SqliteIndex:
         limit: int,
         **filters: str | None,
     ) -> ActionPage:
-        """See `EventIndex`."""
         conditions, values = self._visible_to(viewer)
         for name in ("agent", "target"):
             if filters.get(name) is not None:
@@ -344,7 +342,6 @@ class SqliteIndex:
     def issued(
         self, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
     ) -> ActionPage:
-        """See `EventIndex`."""
         conditions, values = self._visible_to(viewer)
         return self._scan_span(
             "event_issued", "code = 'credential.issued'", conditions, values, span_ms, after, limit
@@ -353,7 +350,6 @@ class SqliteIndex:
     def at_target(
         self, target: str, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
     ) -> ActionPage:
-        """See `EventIndex`."""
         conditions, values = self._visible_to(viewer)
         condition = "(code = 'credential.issued' OR class_uid = 6003) AND target = :target"
         values |= {"target": target}
@@ -367,7 +363,6 @@ class SqliteIndex:
         limit: int,
         event_filter: EventFilter = NO_FILTER,
     ) -> ExportPage:
-        """See `EventIndex`."""
         where, values = self._visible_to(viewer)
         conditions, more = event_filter.where()
         time, uid, conflict = _export_position(after) if after is not None else (span_ms[0], "", "")
@@ -386,29 +381,27 @@ class SqliteIndex:
                 "most": _MAX_EXPORT_SCANNED,
             },
         )
-        found: list[bytes] = []
-        looked_at = size = 0
+        events: list[bytes] = []
+        scanned = size = 0
         for time, uid, conflict, json in rows:
-            looked_at += 1
+            scanned += 1
             if json is not None:
-                found.append(bytes(json))
+                events.append(bytes(json))
                 size += len(json)
-            if len(found) == limit or size > _MAX_EXPORT_BYTES or looked_at == _MAX_EXPORT_SCANNED:
-                return ExportPage(found, time, f"{time}.{uid}" + (f"#{conflict}" if conflict else ""))
-        return ExportPage(found, time if looked_at else None, None)
+            if len(events) == limit or size > _MAX_EXPORT_BYTES or scanned == _MAX_EXPORT_SCANNED:
+                return ExportPage(events, time, f"{time}.{uid}" + (f"#{conflict}" if conflict else ""))
+        return ExportPage(events, time if scanned else None, None)
 
     def basis_events(
         self, leases: Iterable[str], requests: Iterable[str], tasks: Iterable[str]
     ) -> list[dict[str, Any]]:
-        """See `EventIndex`."""
-        found: dict[str, tuple[int, bytes]] = {}
-        self._collect(found, "lease", leases, f"code IN ({_sql_list((ISSUED, *ENDED))})")
-        self._collect(found, "request", requests, f"code IN ({_sql_list(ALLOWED)})")
-        self._collect(found, "task", tasks, "request IS NULL", f"class_uid = {ENTITY_MANAGEMENT}")
-        return [orjson.loads(json) for _, json in found.values()]
+        collected: dict[str, tuple[int, bytes]] = {}
+        self._collect(collected, "lease", leases, f"code IN ({_sql_list((ISSUED, *ENDED))})")
+        self._collect(collected, "request", requests, f"code IN ({_sql_list(ALLOWED)})")
+        self._collect(collected, "task", tasks, "request IS NULL", f"class_uid = {ENTITY_MANAGEMENT}")
+        return [orjson.loads(json) for _, json in collected.values()]
 
     def events(self, uid: str, viewer: Viewer | None) -> list[bytes]:
-        """See `EventIndex`."""
         where, values = self._visible_to(viewer)
         condition = " AND ".join(("uid = :uid", *where))
         query = f"SELECT json FROM event WHERE {condition} ORDER BY seq"  # noqa: S608 - own names
@@ -419,30 +412,26 @@ class SqliteIndex:
         return self._db.execute("SELECT 1 FROM event WHERE uid = ?", (uid,)).fetchone() is not None
 
     def has_event(self, kind: Literal["request", "lease"], id: str, codes: Sequence[str]) -> bool:
-        """See `TrailQueries` of detections."""
         query = f"SELECT 1 FROM event WHERE {kind} = ? AND code IN ({_sql_list(codes)}) LIMIT 1"  # noqa: S608 - own names
         return self._db.execute(query, (id,)).fetchone() is not None
 
     def ended_at(self, lease: str, ends: Collection[str]) -> tuple[str, int] | None:
-        """See `TrailQueries` of detections."""
         codes = _sql_list((*ends, ISSUED))
         query = f"SELECT uid, code, time, json FROM event WHERE lease = ? AND code IN ({codes})"  # noqa: S608 - own names
-        found: list[tuple[int, str]] = []
+        end_times: list[tuple[int, str]] = []
         for uid, code, time_ms, text in self._db.execute(query, (lease,)):
             deadline_s = orjson.loads(text)["unmapped"].get("deadline") if code == ISSUED else None
             if code != ISSUED or isinstance(deadline_s, int):
-                found.append((time_ms if deadline_s is None else deadline_s * 1000, uid))
-        return (min(found)[1], min(found)[0]) if found else None
+                end_times.append((time_ms if deadline_s is None else deadline_s * 1000, uid))
+        return (min(end_times)[1], min(end_times)[0]) if end_times else None
 
     def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
-        """See `EventIndex`."""
         where, values = self._visible_to(viewer)
         condition = " AND ".join(("class_uid = 2004", *where))
         query = f"SELECT json FROM event WHERE {condition} ORDER BY seq"  # noqa: S608 - own names
         return [orjson.loads(row[0]) for row in self._db.execute(query, values)]
 
     def use_of_break_glass(self, request_id: str) -> Mapping[str, Any] | None:
-        """See `EventIndex`."""
         query = "SELECT json FROM event WHERE request = ? AND class_uid = 2004 ORDER BY seq"
         for row in self._db.execute(query, (request_id,)):
             event: dict[str, Any] = orjson.loads(row[0])
@@ -515,19 +504,23 @@ class SqliteIndex:
             tasks, requests = [*tasks, *parts], [*requests, *self._values("request", "task", parts)]
         truncated = len(requests) > limit or len(tasks) > limit
         requests, tasks = requests[:limit], tasks[:limit]
-        found: dict[str, tuple[int, bytes]] = {}
-        self._collect(found, "request", requests)
+        collected: dict[str, tuple[int, bytes]] = {}
+        self._collect(collected, "request", requests)
         tasks = [*tasks, *self._values("task", "request", requests)]
         tasks = sorted({*tasks, *self._reachable("parent", "task", tasks)})
-        self._collect(found, "task", tasks, "request IS NULL")
+        self._collect(collected, "task", tasks, "request IS NULL")
         leases = self._values("lease", "request", requests)
-        self._collect(found, "lease", leases, "request IS NULL")
+        self._collect(collected, "lease", leases, "request IS NULL")
         # Revocations and their acknowledgements: a kill switch has ended leases of others as well.
-        self._collect(found, "revocation", self._values("revocation", "request", requests), "lease IS NULL")
+        self._collect(
+            collected, "revocation", self._values("revocation", "request", requests), "lease IS NULL"
+        )
         if kind == "agent":
-            seen, seen_values = self._visible_to(viewer)
-            self._collect(found, "agent", [id], "request IS NULL", "task IS NULL", *seen, **seen_values)
-        rows = sorted(found.items(), key=lambda item: item[1][0])
+            visible, visible_values = self._visible_to(viewer)
+            self._collect(
+                collected, "agent", [id], "request IS NULL", "task IS NULL", *visible, **visible_values
+            )
+        rows = sorted(collected.items(), key=lambda item: item[1][0])
         return EventTrace(kind, id, [orjson.loads(row[1][1]) for row in rows], truncated)
 
     # Columns and conditions in the queries below are constants of this file; values are parameters.
@@ -544,12 +537,17 @@ class SqliteIndex:
         return self._db.execute(query, values).fetchone() is not None
 
     def _collect(
-        self, found: dict[str, tuple[int, bytes]], column: str, ids: Iterable[str], *more: str, **values: Any
+        self,
+        collected: dict[str, tuple[int, bytes]],
+        column: str,
+        ids: Iterable[str],
+        *more: str,
+        **values: Any,
     ) -> None:
         condition = " AND ".join((f"{column} IN (SELECT value FROM json_each(:ids))", *more))  # noqa: S608
         query = f"SELECT uid, time, json FROM event WHERE {condition} ORDER BY seq LIMIT {_MAX_ROWS}"  # noqa: S608
         rows = self._db.execute(query, {**values, "ids": orjson.dumps(list(ids)).decode()})
-        found.update({uid: (time, json) for uid, time, json in rows})
+        collected.update({uid: (time, json) for uid, time, json in rows})
 
     def _values(self, column: str, by: str, ids: Iterable[str]) -> list[str]:
         query = (
@@ -560,11 +558,11 @@ class SqliteIndex:
 
     def _reachable(self, column: str, by: str, ids: Iterable[str]) -> list[str]:
         """All ids reachable from these over a task tree: the ancestors of tasks, or their delegated parts."""
-        found: dict[str, None] = {}
+        reached: dict[str, None] = {}
         step = list(ids)
-        while step := [id for id in self._values(column, by, step) if id not in found]:
-            found |= dict.fromkeys(step)
-        return list(found)
+        while step := [id for id in self._values(column, by, step) if id not in reached]:
+            reached |= dict.fromkeys(step)
+        return list(reached)
 
     @staticmethod
     def _visible_to(viewer: Viewer | None) -> tuple[list[str], dict[str, Any]]:
@@ -589,9 +587,9 @@ def _event_row(event: Any, value: bytes, seq: int) -> tuple[Any, ...] | None:
     )
     if not (strings and all(map(_is_int64, numbers))):
         return None
-    handed_on_by = orjson.dumps(above).decode() if above else None
-    kept = [number if _is_int64(number) else None for number in weight]
-    return (seq, texts[0], *numbers, code, *ids, handed_on_by, *kept, texts[1], value, "")
+    above_json = orjson.dumps(above).decode() if above else None
+    weights = [number if _is_int64(number) else None for number in weight]
+    return (seq, texts[0], *numbers, code, *ids, above_json, *weights, texts[1], value, "")
 
 
 def _export_position(cursor: str) -> tuple[int, str, str]:

@@ -160,13 +160,13 @@ def _task_node(task: str, steps: Sequence[dict[str, Any]], requests: list[Node])
     node = _node(task, "task", f"task {task}", at_ms=first["time"] if first else None)
     if first is not None:
         fields = first["unmapped"]
-        request_event = "" if assigned is not None else "asked for: "
+        prefix = "" if assigned is not None else "asked for: "
         by = f", handed on by {_actor(first)}" if fields.get("parent") else ""
-        node["title"] = f"{request_event}task for agent {fields.get('agent')}{by}{_purpose(first)}"
+        node["title"] = f"{prefix}task for agent {fields.get('agent')}{by}{_purpose(first)}"
         node |= {"actor": _actor(first), "detail": first["message"], "event": _uid(first)}
-    others = [e for e in steps if e is not first and _code(e) not in (*_TASK_REQUESTED, "command.accepted")]
+    parts = [e for e in steps if e is not first and _code(e) not in (*_TASK_REQUESTED, "command.accepted")]
     node["children"] = sorted(
-        [*requests, *(_leaf(event, None) for event in others)], key=lambda child: child["at_ms"] or 0
+        [*requests, *(_leaf(event, None) for event in parts)], key=lambda child: child["at_ms"] or 0
     )
     return node
 
@@ -269,8 +269,8 @@ def _title(code: str, event: Mapping[str, Any]) -> str:
         case "break_glass.asked":
             return "policy denies it; break glass takes two operators"
         case "break_glass.used":
-            who = " and ".join(fields.get("approvers", ()))
-            return f"BREAK GLASS: {who} allowed it against policy, for {fields.get('ttl_s')} s"
+            approvers = " and ".join(fields.get("approvers", ()))
+            return f"BREAK GLASS: {approvers} allowed it against policy, for {fields.get('ttl_s')} s"
         case "break_glass.reviewed":
             return f"break glass reviewed by {fields.get('reviewer')}: {fields.get('comment')}"
         case "break_glass.review_refused":

@@ -1,4 +1,4 @@
-"""How far the chains on `audit` have come: from their last checkpoints on, what follows is read and counted."""
+"""Recovers the chains on `audit` at take-over: verifies and counts what follows their last checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import NamedTuple
 
 import orjson
 
-from ringfence.audit.trail.handover_lookup import HandoverLookup, Mark, is_kept_for, mark_of
+from ringfence.audit.trail.handover_lookup import (
+    ContentDigest,
+    HandoverLookup,
+    content_digest,
+    is_handover_retained,
+)
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.crypto.jws import parse, verify
@@ -23,59 +28,61 @@ from ringfence.model.audit_log.merkle import Hash, leaf_hash
 
 @dataclass(slots=True)
 class RecoveredChain:
-    """One chain: how far it has come, how far that is signed, and the uids of its last events; of its partition where
-    it ended, and where there is what is none of the chain.
-    """
+    """The chain of one partition, and the state of the partition."""
 
     tip: Tip
     signed_size: int
-    recent: Sequence[str] = ()
+    """The number of events that the last checkpoint covers."""
+    recent_uids: Sequence[str] = ()
+    """The uids of the last events, the oldest first."""
     end: int = 0
-    strays: Sequence[range] = ()
+    """The end offset of the partition."""
+    unauthorised: Sequence[range] = ()
+    """Offsets of records that do not belong to the chain."""
     faults: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
-class _Unsigned:
+class _UnsignedEvent:
     """An event that no checkpoint covers."""
 
     link: ChainLink
-    hashed: Hash
-    mark: Mark
+    leaf: Hash
+    digest: ContentDigest
     offset: int
-    judged: bool
-    """Whether it can be told that somebody handed it over."""
+    has_handover: bool
+    """Whether `audit.intake` must still keep its handover, if there was one."""
 
 
-class _Stood(NamedTuple):
-    """A record, or several in a row that have no link."""
+class _TrailEntry(NamedTuple):
+    """A record with a link, or consecutive records without one."""
 
-    places: range
+    offsets: range
     is_event: bool
     link: ChainLink | None = None
-    hashed: Hash = b""
-    """Of one with a link."""
+    leaf: Hash = b""
+    """Empty without a link."""
 
 
 @dataclass(slots=True)
-class _Stretch:
-    """The end of one partition."""
+class _PartitionEnd:
+    """The records at the end of one partition."""
 
     signed: Tip
     start: int
-    """The first offset that is still there in all of the partition."""
+    """The first offset that the whole partition still keeps."""
     end: int
-    stood: list[_Stood] = field(default_factory=list)
-    unsigned: list[_Unsigned] = field(default_factory=list)
-    before: dict[Hash, tuple[str, Hash]] = field(default_factory=dict)
-    """By the hash of each event: its uid, and the hash that it names as that of the event before."""
+    entries: list[_TrailEntry] = field(default_factory=list)
+    unsigned: list[_UnsignedEvent] = field(default_factory=list)
+    predecessors: dict[Hash, tuple[str, Hash]] = field(default_factory=dict)
+    """By the leaf hash of each event: its uid, and the leaf hash that it names as its predecessor's."""
 
-    def unlinked(self, offset: int, *, is_event: bool) -> None:
-        """Take note of a record without a link. However many a stranger writes there, they take no memory."""
+    def add_unlinked(self, offset: int, *, is_event: bool) -> None:
+        """Add a record without a link. Consecutive ones share an entry, so a flood of them takes no memory."""
         first = offset
-        if self.stood and self.stood[-1].link is None and self.stood[-1].is_event == is_event:
-            first = self.stood.pop().places.start
-        self.stood.append(_Stood(range(first, offset + 1), is_event))
+        if self.entries and self.entries[-1].link is None and self.entries[-1].is_event == is_event:
+            first = self.entries.pop().offsets.start
+        self.entries.append(_TrailEntry(range(first, offset + 1), is_event))
 
 
 async def recover_chains(
@@ -83,45 +90,49 @@ async def recover_chains(
     trust: TrustStore,
     *,
     remember: int,
-    taken: Mapping[int, int],
-    marks: Mapping[int, int],
+    chained: Mapping[int, int],
+    checked: Mapping[int, int],
     now_ms: int,
 ) -> dict[int, RecoveredChain]:
-    """By partition of `audit`. Raises UnavailableError.
+    """Recover the chain of each partition of `audit`.
+
+    An event after a checkpoint is skipped, and is a fault, if it does not follow the chain or no audit service handed
+    it over. The chain continues with the next event that fits. `ringfence audit verify` reports the faults as well.
+
+    The chain never falls back behind a checkpoint: if signed events are lost, later ones do not take their numbers.
 
     Args:
-        remember: how many uids of the last events to bring along, of each chain.
-        taken: by partition of `audit.intake`, the offset after the last message whose events are chained.
-        marks: by partition of `audit`, the offset before which no stray is looked for.
+        remember: how many uids of the last events of each chain to return.
+        chained: by partition of `audit.intake`, the offset after the last message whose events are chained.
+        checked: by partition of `audit`, the offset before which all records are judged already.
         now_ms: the time.
 
-    What follows a checkpoint and does not fit, or was handed over by no audit service, is passed over: it is a fault,
-    told to whoever verifies, and the chain goes on from what fits. It never goes back behind a checkpoint: where events
-    are gone, those that come do not take their places. While somebody has a transaction open there nothing is taken for
-    the end of a chain: what was chained behind that is not read yet.
+    Raises UnavailableError, also while a transaction is open on a partition: events behind it cannot be read yet, so
+    the end of the chain is not known.
     """
     async with Stretches(settings) as kafka:
-        signed, handed_over = await _last_checkpoints(kafka, trust), HandoverLookup(kafka, trust, taken)
-        found: dict[int, RecoveredChain] = {}
+        signed, lookup = await _last_checkpoints(kafka, trust), HandoverLookup(kafka, trust, chained)
+        recovered: dict[int, RecoveredChain] = {}
         for partition in await kafka.partitions(AUDIT):
             if not await kafka.is_settled(AUDIT, partition):
                 raise UnavailableError(
                     f"somebody left a transaction open on partition {partition} of {AUDIT.what}: how far its chain has "
                     "come is not seen before that ends, which the broker sees to; nobody but audit should write there"
                 )
-            tip, mark = signed.get(str(partition), Tip()), marks.get(partition)
-            stretch = await _read(kafka, partition, tip, remember, mark, now_ms)
-            judged = {one.hashed: one.mark for one in stretch.unsigned if one.judged}
-            one = _followed(stretch, str(partition), await handed_over.find(partition, judged))
-            one.recent = _recent(stretch, one.tip.last, remember)
-            one.end, one.strays = stretch.end, _strays(stretch, str(partition), one.tip, mark)
-            found[partition] = one
-        return found
+            tip, judged_to = signed.get(str(partition), Tip()), checked.get(partition)
+            tail = await _read_end(kafka, partition, tip, remember, judged_to, now_ms)
+            questionable = {event.leaf: event.digest for event in tail.unsigned if event.has_handover}
+            chain = _extend_chain(tail, str(partition), await lookup.find(partition, questionable))
+            chain.recent_uids = _recent_uids(tail, chain.tip.last, remember)
+            chain.end = tail.end
+            chain.unauthorised = _find_unauthorised(tail, str(partition), chain.tip, judged_to)
+            recovered[partition] = chain
+        return recovered
 
 
 async def _last_checkpoints(kafka: Stretches, trust: TrustStore) -> Mapping[str, Tip]:
     """The largest checkpoint of each tree that an audit service signed."""
-    found: dict[str, Tip] = {}
+    tips: dict[str, Tip] = {}
     async for record in kafka.whole(AUDIT_CHECKPOINT):
         try:
             jws = parse(record.value)
@@ -133,92 +144,98 @@ async def _last_checkpoints(kafka: Stretches, trust: TrustStore) -> Mapping[str,
             ).claims  # fmt: skip
             tip = Tip.of(claims)
         except (InvalidMessageError, ValueError):
-            continue  # somebody else wrote it; whoever verifies the trail says so
-        if claims.tree not in found or found[claims.tree].head.size < tip.head.size:
-            found[claims.tree] = tip
-    return found
+            continue  # no audit service wrote it; `ringfence audit verify` reports it
+        if claims.tree not in tips or tips[claims.tree].head.size < tip.head.size:
+            tips[claims.tree] = tip
+    return tips
 
 
-async def _read(
-    kafka: Stretches, partition: int, signed: Tip, remember: int, mark: int | None, now_ms: int
-) -> _Stretch:
-    """The last events, all that are not signed, and all that stands from `mark` on."""
+async def _read_end(
+    kafka: Stretches, partition: int, signed: Tip, remember: int, judged_to: int | None, now_ms: int
+) -> _PartitionEnd:
+    """Read the last `remember` records, all events after the checkpoint `signed`, and all records from `judged_to`."""
     start, end = await kafka.bounds(AUDIT, partition)
     look_back = remember
     while True:
         begin = max(start, end - look_back)
-        found, first = _Stretch(signed, start, end), None
+        tail, first_seq = _PartitionEnd(signed, start, end), None
         async for record in kafka.records(AUDIT, partition, begin, end):
             event = event_of(record.value)
             link = event.link if event is not None else None
             if event is None or link is None:
-                found.unlinked(record.offset, is_event=event is not None)
+                tail.add_unlinked(record.offset, is_event=event is not None)
                 continue
-            hashed, first = leaf_hash(record.value), first or link.seq
-            found.stood.append(_Stood(range(record.offset, record.offset + 1), True, link, hashed))
-            found.before[hashed] = event.uid, bytes.fromhex(link.prev)
+            leaf, first_seq = leaf_hash(record.value), first_seq or link.seq
+            tail.entries.append(_TrailEntry(range(record.offset, record.offset + 1), True, link, leaf))
+            tail.predecessors[leaf] = event.uid, bytes.fromhex(link.prev)
             if link.seq > signed.head.size:
-                known_by, judged = mark_of(orjson.loads(record.value)), is_kept_for(record, now_ms)
-                found.unsigned.append(_Unsigned(link, hashed, known_by, record.offset, judged))
-        # What is not signed yet may be more than is looked at.
-        if begin == start or (
-            first is not None and first <= signed.head.size + 1 and (mark is None or begin <= mark)
-        ):
-            return found
+                digest, has_handover = (
+                    content_digest(orjson.loads(record.value)),
+                    is_handover_retained(record, now_ms),
+                )
+                tail.unsigned.append(_UnsignedEvent(link, leaf, digest, record.offset, has_handover))
+        reaches_signed = first_seq is not None and first_seq <= signed.head.size + 1
+        if begin == start or (reaches_signed and (judged_to is None or begin <= judged_to)):
+            return tail
         look_back *= 8
 
 
-def _followed(stretch: _Stretch, tree: str, handed_over: frozenset[Hash]) -> RecoveredChain:
-    """How far it goes on from what is signed."""
-    found = RecoveredChain(stretch.signed, stretch.signed.head.size)
-    for one in stretch.unsigned:
-        where = f"event {one.link.seq} at offset {one.offset}"
-        if one.judged and one.hashed not in handed_over:
-            found.faults.append(f"no audit service handed over {where}")
-        elif not found.tip.fits(one.link, tree):
-            found.faults.append(f"{where} does not follow event {found.tip.head.size}")
+def _extend_chain(tail: _PartitionEnd, tree: str, handed_over: frozenset[Hash]) -> RecoveredChain:
+    """Extend the signed chain by the events that follow it."""
+    chain = RecoveredChain(tail.signed, tail.signed.head.size)
+    for event in tail.unsigned:
+        place = f"event {event.link.seq} at offset {event.offset}"
+        if event.has_handover and event.leaf not in handed_over:
+            chain.faults.append(f"no audit service handed over {place}")
+        elif not chain.tip.fits(event.link, tree):
+            chain.faults.append(f"{place} does not follow event {chain.tip.head.size}")
         else:
-            found.tip = found.tip.grown(one.hashed)
-    return found
+            chain.tip = chain.tip.grown(event.leaf)
+    return chain
 
 
-def _recent(stretch: _Stretch, last: Hash, most: int) -> list[str]:
-    """The uids of the last events of the chain, as each names the one before: others that stand there are none of it,
-    and nothing is taken for chained because of them.
+def _recent_uids(tail: _PartitionEnd, last: Hash, max_uids: int) -> list[str]:
+    """The uids of the last events of the chain, the oldest first, found from each event to its predecessor.
+
+    Other records at the end of the partition are not part of the chain, and do not count as chained.
     """
     uids: list[str] = []
-    while last in stretch.before and len(uids) < most:
-        uid, last = stretch.before[last]
+    while last in tail.predecessors and len(uids) < max_uids:
+        uid, last = tail.predecessors[last]
         uids.append(uid)
     return uids[::-1]
 
 
-def _strays(stretch: _Stretch, tree: str, tip: Tip, mark: int | None) -> list[range]:
-    """What is not on the way from the tip of the chain back, from event to event.
+def _find_unauthorised(tail: _PartitionEnd, tree: str, tip: Tip, judged_to: int | None) -> list[range]:
+    """Offsets of the records that are not on the path from the tip of the chain back, from event to predecessor.
 
-    Places that this does not lead to are not judged, as events of before are gone or were not read; nor is, where no
-    mark is known, what stands before the tip. And what has no link, ahead of the first event that has one, is from
-    before there were chains.
+    Not judged are:
+
+    - events before the first one on the path, as lost or unread events may interrupt the path;
+    - without `judged_to`, records before the tip;
+    - events without a link before the first event of the chain, as they are older than the chain.
     """
     path: set[Hash] = set()
     last = tip.last
-    while last in stretch.before and last not in path:
+    while last in tail.predecessors and last not in path:
         path.add(last)
-        last = stretch.before[last][1]
-    first = tip.head.size - len(path) + 1
-    if mark is None:
-        behind = [one.places.stop for one in stretch.stood if one.hashed == tip.last]
-        mark = behind[0] if behind else stretch.end if tip.head.size else stretch.start
-    found: list[range] = []
-    chained = len(path)
-    for one in stretch.stood:
-        if one.hashed in path:  # what comes again is a copy
-            path.remove(one.hashed)
+        last = tail.predecessors[last][1]
+    first_seq = tip.head.size - len(path) + 1
+    if judged_to is None:
+        after_tip = [entry.offsets.stop for entry in tail.entries if entry.leaf == tip.last]
+        judged_to = after_tip[0] if after_tip else tail.end if tip.head.size else tail.start
+    unauthorised: list[range] = []
+    path_length = len(path)
+    for entry in tail.entries:
+        if entry.leaf in path:  # the first copy is the chain's, any other is unauthorised
+            path.remove(entry.leaf)
             continue
-        ahead = len(path) == chained  # of all events on the way: those that are not led to stand there
-        elsewhere = ahead and one.link is not None and one.link.tree == tree and one.link.seq < first
-        unchained = ahead and one.is_event and one.link is None and first == 1
-        places = range(max(one.places.start, mark), one.places.stop)
-        if places and not elsewhere and not unchained:
-            found.append(places)
-    return found
+        before_path = len(path) == path_length  # the path does not lead to events that stand before it
+        is_earlier = (
+            before_path and entry.link is not None and entry.link.tree == tree and entry.link.seq < first_seq
+        )
+        is_unchained = before_path and entry.is_event and entry.link is None and first_seq == 1
+        offsets = range(max(entry.offsets.start, judged_to), entry.offsets.stop)
+        if offsets and not is_earlier and not is_unchained:
+            unauthorised.append(offsets)
+    return unauthorised

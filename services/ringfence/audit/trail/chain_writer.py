@@ -1,8 +1,9 @@
-"""Chains the events of `audit.intake` onto `audit`, and signs how far that has come.
+"""The chain writer: appends the events of `audit.intake` to the hash chains on `audit`, and signs checkpoints.
 
-One process does it for all partitions, the others stand by. Each batch is one Kafka transaction: its events, the
-offsets that were read for them, and now and then the checkpoints. Whoever takes over fences whoever chained before, and
-goes on from what is committed: so a process that was killed, or paused and wakes, never leaves two events in one place.
+One process writes all partitions, the others are on standby. Each batch is one Kafka transaction: its events, and the
+offsets that were read for them. Checkpoints are transactions of their own. A process that takes over fences the writer
+before it, and continues from what is committed. So a process that was killed, or paused and resumed, never leaves two
+events with one number.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from ringfence.audit.trail.chain_recovery import RecoveredChain, recover_chains
-from ringfence.audit.trail.handover import HandoverCache, PendingEvent, opened_intake
-from ringfence.audit.trail.unauthorised_records import Found, UnauthorisedRecords, why_not
+from ringfence.audit.trail.handover import HandoverCache, PendingEvent, parse_intake
+from ringfence.audit.trail.unauthorised_records import UnauthorisedOffsets, UnauthorisedRecords, rejection_of
 from ringfence.audit.trail.written_cache import WrittenEventCache
 from ringfence.audit.verification import require_trust
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
@@ -43,86 +44,92 @@ from ringfence.model.audit_log.merkle import Hash, leaf_hash
 log = logging.getLogger(__name__)
 
 GROUP = "audit-chain"
-"""Of consumers, and the `transactional.id`: both without the topic prefix."""
+"""The consumer group, and the `transactional.id`: both without the topic prefix."""
 STRAYS_GROUP = "audit-strays"
-"""Of consumers of what services only follow. For `audit`, which is followed as well, the writer commits in its name
-before which offset no stray is left.
-"""
-_REMEMBERED = 50_000
-_REMEMBERED_AT_FIRST = 5_000
-"""So many are read again by whoever takes over."""
-_STRAYS_AT_ONCE, _STRAYS_EACH_S = 500, 0.5
-"""So many places are looked at for strays, so often at most: a flood of them takes little from what is true."""
+"""The consumer group of `MalformedRecordHandler`. In its name the chain writer commits for `audit` the offsets before
+which no unauthorised record is left."""
+_MAX_RECENT_UIDS = 50_000
+_RECOVERED_UIDS = 5_000
+"""How many uids a process that takes over reads again."""
+_DEAD_LETTER_SPAN, _DEAD_LETTER_INTERVAL_S = 500, 0.5
+"""The offsets that are searched for unauthorised records at a time, and how often at most. A flood of them costs the
+chain little."""
 
 
 @dataclass(slots=True)
 class _Chain:
-    """One partition of `audit` as it is continued."""
+    """The chain of one partition of `audit`."""
 
     tip: Tip
     signed_size: int
-    recent: OrderedDict[str, None] = field(default_factory=OrderedDict)
-    """The uids of the last events: what is handed over twice, after a crash, is chained once."""
+    """The number of events that the last checkpoint covers."""
+    recent_uids: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    """The uids of the last events, for deduplication: an event handed over again after a crash is chained once."""
+
+    @classmethod
+    def of(cls, recovered: RecoveredChain) -> _Chain:
+        chain = cls(recovered.tip, recovered.signed_size)
+        for uid in recovered.recent_uids:
+            chain.remember(uid)
+        return chain
 
     def remember(self, uid: str) -> None:
-        self.recent[uid] = None
-        if len(self.recent) > _REMEMBERED:
-            self.recent.popitem(last=False)
+        self.recent_uids[uid] = None
+        if len(self.recent_uids) > _MAX_RECENT_UIDS:
+            self.recent_uids.popitem(last=False)
 
 
 class ChainWriter:
-    """See the module. `on_batch` is the handler of `audit.intake`; `sign_now_and_then` and `bury_strays` run in the
-    background.
-    """
+    """`on_batch` is the handler of `audit.intake`; `sign_now_and_then` and `bury_strays` run in the background."""
 
     def __init__(
         self,
         runtime: Runtime,
         checkpoint_s: float,
-        lately: HandoverCache | None = None,
-        read_back: WrittenEventCache | None = None,
-        strays: UnauthorisedRecords | None = None,
+        handover_cache: HandoverCache | None = None,
+        written_cache: WrittenEventCache | None = None,
+        unauthorised: UnauthorisedRecords | None = None,
     ) -> None:
         """Args:
-            lately: what this process handed over itself.
-            read_back: keeps what is chained, where this process reads the trail as well.
-            strays: the same, of what stands there besides.
+            handover_cache: the messages that this process handed over itself.
+            written_cache: keeps the events that are chained, if this process reads the trail as well.
+            unauthorised: judges the records on `audit`, if this process reads the trail as well.
         """  # fmt: skip
-        self._strays = strays or UnauthorisedRecords()
-        self._lately = lately or HandoverCache()
-        self._read_back = read_back
+        self._unauthorised = unauthorised or UnauthorisedRecords()
+        self._handover_cache = handover_cache or HandoverCache()
+        self._written_cache = written_cache
         self._runtime = runtime
         self._checkpoint_s = checkpoint_s
-        self._one_at_a_time = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._publisher: TransactionalPublisher | None = None
         self._chains: dict[int, _Chain] = {}
-        self._taken: dict[int, int] = {}
-        """By partition of `audit.intake`: the offset after the last that is chained."""
+        self._chained_to: dict[int, int] = {}
+        """By partition of `audit.intake`: the offset after the last message whose events are chained."""
 
     async def on_assigned(self) -> None:
-        """Somebody else may have chained meanwhile: begin by looking."""
-        async with self._one_at_a_time:
-            await self._let_go()
+        """Another process may have written meanwhile: the next batch takes over anew."""
+        async with self._lock:
+            await self._release()
 
     async def on_batch(self, batch: Sequence[Received]) -> None:
-        """Chain what came. Raises UnavailableError where it was not committed; it comes again then."""
+        """Chain the events of a batch. Raises UnavailableError if they were not committed: the batch is redelivered."""
         require_trust(self._runtime.trust, batch, self._runtime.clock.now_ms())
-        async with self._one_at_a_time, self._transacting() as publisher:
-            new = [record for record in batch if record.offset >= self._taken.get(record.partition, 0)]
+        async with self._lock, self._writing() as publisher:
+            new = [record for record in batch if record.offset >= self._chained_to.get(record.partition, 0)]
             ends = {
                 (record.topic_name, record.partition): record.offset + 1
                 for record in sorted(new, key=lambda record: record.offset)
             }
             events: dict[int, list[PendingEvent]] = {}
             for record in new:
-                events.setdefault(record.partition, []).extend(await self._handed(record))
+                events.setdefault(record.partition, []).extend(await self._events_of(record))
             if any(events.values()):
                 async with publisher.transaction(self._group, ends):
                     await self._chain(publisher, events)
-            self._taken |= {partition: end for (_, partition), end in ends.items()}
+            self._chained_to |= {partition: end for (_, partition), end in ends.items()}
 
     async def sign_now_and_then(self) -> None:
-        """Publish a checkpoint of each chain that has grown, every few seconds. Does not end."""
+        """Publish a checkpoint of each chain that has grown, every `checkpoint_s` seconds. Never returns."""
         while True:
             await asyncio.sleep(self._checkpoint_s)
             try:
@@ -131,13 +138,13 @@ class ChainWriter:
                 log.warning("no checkpoint this time: %s", error, extra=rate_limited(error.code))
 
     async def bury_strays(self) -> None:
-        """Dead-letter what stands on `audit` and this writer did not write, as it comes. Does not end."""
+        """Dead-letter the records on `audit` that this writer did not write. Never returns."""
         while True:
-            await self._strays.some.wait()
-            await asyncio.sleep(_STRAYS_EACH_S)
+            await self._unauthorised.waiting.wait()
+            await asyncio.sleep(_DEAD_LETTER_INTERVAL_S)
             try:
-                if (found := self._strays.next(_STRAYS_AT_ONCE)) is not None:
-                    await self._bury(found)
+                if (offsets := self._unauthorised.next(_DEAD_LETTER_SPAN)) is not None:
+                    await self._dead_letter(offsets)
             except (RingfenceError, KafkaError, OSError) as error:
                 log.warning(
                     "what nobody chained is not dead-lettered yet: %r",
@@ -146,10 +153,10 @@ class ChainWriter:
                 )
 
     async def close(self) -> None:
-        """Sign how far it has come, and disconnect."""
+        """Sign the last checkpoints, and disconnect."""
         with contextlib.suppress(UnavailableError):
             await self._sign()
-        await self._let_go()
+        await self._release()
 
     @property
     def _group(self) -> str:
@@ -161,48 +168,52 @@ class ChainWriter:
     # --- chaining ---
 
     def _link(self, partition: int, events: Iterable[PendingEvent]) -> list[Outbound]:
-        """Put events behind the last of a chain: those that are not there already."""
+        """Append events to a chain; returns their messages. Events that are in the chain already are left out."""
         chain, tree = self._chains[partition], str(partition)
         start, last = chain.tip.head.size, chain.tip.last
         messages: list[Outbound] = []
         hashes: list[Hash] = []
-        for one in events:
-            if one.uid in chain.recent:
+        for event in events:
+            if event.uid in chain.recent_uids:
                 continue
             link = (tree, start + len(hashes) + 1, last)
-            body = linked(one.body, *link)
+            body = linked(event.body, *link)
             last = leaf_hash(body)
-            if self._read_back is not None and one.event is not None:
-                self._read_back.put(body, linked_event(one.event, *link), last)
+            if self._written_cache is not None and event.event is not None:
+                self._written_cache.put(body, linked_event(event.event, *link), last)
             hashes.append(last)
-            chain.remember(one.uid)
-            messages.append(Outbound(one.key, body, one.uid, one.traceparent))
+            chain.remember(event.uid)
+            messages.append(Outbound(event.key, body, event.uid, event.traceparent))
         chain.tip = chain.tip.grown(*hashes)
         return messages
 
     async def _chain(
         self, publisher: TransactionalPublisher, events: Mapping[int, Iterable[PendingEvent]]
     ) -> None:
-        """By partition. All are sent at once: each request of a transaction costs as much as some events."""
+        """Chain and send events, by partition. All at once, as each request of a transaction has a cost."""
         messages = {partition: self._link(partition, some) for partition, some in events.items()}
-        await gather_all(self._send(publisher, at, some) for at, some in messages.items() if some)
+        await gather_all(
+            self._send(publisher, partition, some) for partition, some in messages.items() if some
+        )
 
     async def _send(
         self, publisher: TransactionalPublisher, partition: int, messages: Sequence[Outbound]
     ) -> None:
-        for places in await publisher.send_to(partition, AUDIT, "audit", messages):
-            if places.start < 0:  # it was sent twice, and the broker has forgotten where the first stands
+        for offsets in await publisher.send_to(partition, AUDIT, "audit", messages):
+            if (
+                offsets.start < 0
+            ):  # it was sent twice, and the broker has forgotten the offsets of the first copy
                 raise UnavailableError(f"Kafka did not say where events of partition {partition} stand")
-            self._strays.wrote(partition, places)
+            self._unauthorised.add_written(partition, offsets)
         log.debug("chained %d events of partition %d", len(messages), partition)
 
-    async def _handed(self, record: Received) -> Sequence[PendingEvent]:
-        """What a message holds. What no audit service signed is dead-lettered."""
-        known = self._lately.events(record, self._runtime.trust)
-        if known is not None:
-            return known
+    async def _events_of(self, record: Received) -> Sequence[PendingEvent]:
+        """The events of a message of `audit.intake`. Dead-letters it if no audit service signed it."""
+        cached = self._handover_cache.events(record, self._runtime.trust)
+        if cached is not None:
+            return cached
         try:
-            return opened_intake(record, self._runtime.trust).events
+            return parse_intake(record, self._runtime.trust).events
         except InvalidMessageError as error:
             await self._runtime.dead_letters.send(record, error)
             return ()
@@ -210,13 +221,13 @@ class ChainWriter:
     # --- checkpoints ---
 
     async def _sign(self) -> None:
-        async with self._one_at_a_time:
+        async with self._lock:
             grown = [(p, c) for p, c in self._chains.items() if c.tip.head.size > c.signed_size]
             if self._publisher is None or not grown:
                 return
-            # One that nobody believes would be dead-lettered, and that make the chain longer, and so on.
+            # Without a trusted key each checkpoint would be dead-lettered, which extends the chain, and so on.
             key = self._runtime.believed_key()
-            async with self._transacting() as publisher, publisher.transaction(*self._looked_at()):
+            async with self._writing() as publisher, publisher.transaction(*self._checked_offsets()):
                 await publisher.send_to(
                     0,
                     AUDIT_CHECKPOINT,
@@ -240,112 +251,119 @@ class ChainWriter:
         )
         return Outbound(claims.tree, sign(claims, key).encode(), claims.jti)
 
-    # --- strays ---
+    # --- unauthorised records ---
 
-    async def _bury(self, found: Found) -> None:
-        """Each letter has the same id whoever sends it: what is not committed then is sent again."""
-        publisher = self._publisher
-        records = await self._stray(found)
-        # Whoever may still commit after these were read is the only one who wrote there until then: else they may be
-        # another's, who took over from a process that was paused. So they may where this one took over again meanwhile:
-        # it has found out anew then what are strays.
-        if not await self._commit_looked_at() or self._publisher is not publisher:
-            return
-        left = self._strays.left_of(found)
-        if left is not None:
-            strays = [record for record in records if left.has(record.offset)]
-            await gather_all(self._runtime.dead_letters.send(record, why_not(record)) for record in strays)
-        self._strays.settled(found)
-        await self._commit_looked_at()
+    async def _dead_letter(self, offsets: UnauthorisedOffsets) -> None:
+        """Dead-letter unauthorised records.
 
-    async def _stray(self, found: Found) -> list[Received]:
-        async with Stretches(self._runtime.settings) as kafka:
-            _, end = await kafka.bounds(AUDIT, found.partition)
-            stretch = kafka.records(AUDIT, found.partition, found.start, min(found.stop, end))
-            return [record async for record in stretch if found.has(record.offset)]
-
-    async def _commit_looked_at(self) -> bool:
-        """Commit before which offsets no stray is left. False where this process does not write; raises
-        UnavailableError where that turns out.
+        Each dead letter has the same id whoever sends it, so it is safe to send them again if the commit fails.
         """
-        async with self._one_at_a_time:
+        publisher = self._publisher
+        records = await self._read_unauthorised(offsets)
+        # Only a successful commit proves that no other process wrote these records: a process that was paused may not
+        # know that another one has taken over. If this process took over again meanwhile, chain recovery has judged
+        # these records anew.
+        if not await self._commit_checked_offsets() or self._publisher is not publisher:
+            return
+        remaining = self._unauthorised.still_unauthorised(offsets)
+        if remaining is not None:
+            await gather_all(
+                self._runtime.dead_letters.send(record, rejection_of(record))
+                for record in records
+                if remaining.has(record.offset)
+            )
+        self._unauthorised.dead_lettered(offsets)
+        await self._commit_checked_offsets()
+
+    async def _read_unauthorised(self, offsets: UnauthorisedOffsets) -> list[Received]:
+        async with Stretches(self._runtime.settings) as kafka:
+            _, end = await kafka.bounds(AUDIT, offsets.partition)
+            stretch = kafka.records(AUDIT, offsets.partition, offsets.start, min(offsets.stop, end))
+            return [record async for record in stretch if offsets.has(record.offset)]
+
+    async def _commit_checked_offsets(self) -> bool:
+        """Commit the offsets before which no unauthorised record is left.
+
+        Returns False if this process is not the writer. Raises UnavailableError if it finds out that it is no longer.
+        """
+        async with self._lock:
             if self._publisher is None:
                 return False
-            async with self._transacting() as publisher, publisher.transaction(*self._looked_at()):
+            async with self._writing() as publisher, publisher.transaction(*self._checked_offsets()):
                 return True
 
-    def _looked_at(self) -> tuple[str, dict[tuple[str, int], int]]:
+    def _checked_offsets(self) -> tuple[str, dict[tuple[str, int], int]]:
+        """The consumer group and the offsets, as `TransactionalPublisher.transaction` takes them."""
         name = AUDIT.name(self._runtime.settings.topic_prefix)
-        return self._group_of(STRAYS_GROUP), {(name, p): mark for p, mark in self._strays.marks().items()}
+        checked = self._unauthorised.checked_offsets()
+        return self._group_of(STRAYS_GROUP), {
+            (name, partition): offset for partition, offset in checked.items()
+        }
 
-    # --- taking over ---
+    # --- take-over ---
 
     @contextlib.asynccontextmanager
-    async def _transacting(self) -> AsyncIterator[TransactionalPublisher]:
-        """The publisher, taken over first where it has to be. Where something fails inside it is let go, and with it
-        what was added to the chains."""
+    async def _writing(self) -> AsyncIterator[TransactionalPublisher]:
+        """The publisher, after a take-over if necessary. An error releases it, and forgets what the chains grew by."""
         try:
             yield self._publisher or await self._take_over()
         except BaseException:
-            await self._let_go()
+            await self._release()
             raise
 
     async def _take_over(self) -> TransactionalPublisher:
-        """Fence whoever chained before, then look how far they came."""
+        """Fence the writer before this one, then recover the chains."""
         runtime = self._runtime
         publisher = TransactionalPublisher(
             runtime.settings, runtime.key.id, GROUP, runtime.clock, runtime.tracing
         )
         await publisher.start()
         try:
-            self._taken = await self._offsets(self._group, AUDIT_INTAKE)
-            found = await recover_chains(
+            self._chained_to = await self._offsets(self._group, AUDIT_INTAKE)
+            recovered = await recover_chains(
                 runtime.settings,
                 runtime.trust,
-                remember=_REMEMBERED_AT_FIRST,
-                taken=self._taken,
-                marks=await self._offsets(self._group_of(STRAYS_GROUP), AUDIT),
+                remember=_RECOVERED_UIDS,
+                chained=self._chained_to,
+                checked=await self._offsets(self._group_of(STRAYS_GROUP), AUDIT),
                 now_ms=runtime.clock.now_ms(),
             )
         except BaseException:
             await publisher.abandon()
             raise
-        self._chains = {partition: _chain_of(one) for partition, one in found.items()}
-        for partition, one in found.items():
-            for fault in one.faults:
+        self._chains = {partition: _Chain.of(chain) for partition, chain in recovered.items()}
+        for partition, chain in recovered.items():
+            for fault in chain.faults:
                 log.error("partition %d of the audit trail: %s", partition, fault)
-        self._strays.took_over(
-            {partition: one.end for partition, one in found.items()},
-            {partition: one.strays for partition, one in found.items()},
+        self._unauthorised.start_writing(
+            {partition: chain.end for partition, chain in recovered.items()},
+            {partition: chain.unauthorised for partition, chain in recovered.items()},
         )
         self._publisher = publisher
         log.info("chaining from %s on", {p: c.tip.head.size for p, c in self._chains.items()})
         return publisher
 
     async def _offsets(self, group: str, topic: Topic[Any]) -> dict[int, int]:
-        """What is committed for a group by now; a consumer may have been told before the last transaction ended."""
+        """The committed offsets of a group, read now: a consumer's may be from before the last transaction ended."""
         settings = self._runtime.settings
         admin = AIOKafkaAdminClient(**connection(settings))
         try:
             await admin.start()
-            found = await admin.list_consumer_group_offsets(group)
+            committed = await admin.list_consumer_group_offsets(group)
         except KafkaError as error:
             raise await no_answer(settings, error) from None
         finally:
             await admin.close()
         name = topic.name(settings.topic_prefix)
-        return {at.partition: one.offset for at, one in found.items() if at.topic == name and one.offset >= 0}
+        return {
+            at.partition: position.offset
+            for at, position in committed.items()
+            if at.topic == name and position.offset >= 0
+        }
 
-    async def _let_go(self) -> None:
+    async def _release(self) -> None:
         publisher, self._publisher = self._publisher, None
         self._chains = {}
-        self._strays.let_go()
+        self._unauthorised.stop_writing()
         if publisher is not None:
             await publisher.abandon()
-
-
-def _chain_of(found: RecoveredChain) -> _Chain:
-    chain = _Chain(found.tip, found.signed_size)
-    for uid in found.recent:
-        chain.remember(uid)
-    return chain

@@ -1,7 +1,8 @@
-"""How events get from whoever made them to whoever chains them: signed, many at a time, on `audit.intake`.
+"""The handover of events to the chain writer: signed messages on `audit.intake`, many events in each.
 
-Versions before ADR 0063 also put `audit.chained` there: the hashes of events that they chained without a hand-over.
-It is read for as long as `audit.intake` keeps it, 7 days, so that a trail of theirs does not fork.
+Versions before ADR 0063 also put `audit.chained` there: the hashes of events that they chained without a handover.
+Audit reads those messages for as long as `audit.intake` keeps them, 7 days, so that a trail of such a version does not
+fork.
 """
 
 from __future__ import annotations
@@ -28,60 +29,60 @@ from ringfence.messages.topics import AUDIT, AUDIT_INTAKE
 from ringfence.model.audit_log.chain import linkable
 from ringfence.model.audit_log.merkle import Hash
 
-MOST_BYTES = 320 * 1024
-"""Of events in one message: as a JWS it is a third longer, and no message may be over 512 KiB."""
+_MAX_CHUNK_BYTES = 320 * 1024
+"""The most bytes of events in one message. As a JWS they are a third longer, and a message has at most 512 KiB."""
 
 
 class PendingEvent(NamedTuple):
-    """One event that is to be chained: its Kafka key, its uid, its JSON as `linkable` makes it, the trace that it
-    belongs to; and what that is the JSON of, where it is at hand.
-    """
+    """An event that is to be chained."""
 
     key: str
+    """The Kafka key."""
     uid: str
     body: bytes
+    """Its JSON, as `linkable` returns it."""
     traceparent: str | None
     event: Mapping[str, Any] | None = None
+    """The parsed `body`, if it is at hand."""
 
 
-class Opened(NamedTuple):
-    """What an audit service says by a message of `audit.intake`."""
+class IntakeContent(NamedTuple):
+    """The verified content of a message of `audit.intake`."""
 
     events: Sequence[PendingEvent] = ()
-    """That are to be chained."""
+    """Events that are to be chained."""
     chained: Sequence[Hash] = ()
-    """The hashes of events that it chained without a hand-over: of versions before ADR 0063."""
+    """The hashes of events that a version before ADR 0063 chained without a handover."""
 
 
 class HandoverCache:
-    """What this process signed and handed over lately: when it comes back to the letter, it need not be taken apart.
+    """A cache of the messages that this process handed over lately: read back byte by byte, they need no parsing.
 
-    What stands on the topic is still what counts: another text, or a key that no longer may, is looked at as all
-    others are.
+    The topic stays authoritative. A message with other bytes, or whose key is no longer trusted, is verified as usual.
     """
 
-    def __init__(self, most_bytes: int = 16 * 1024 * 1024) -> None:
-        """`most_bytes` of messages are kept, and some three times as much of what is in them; the oldest go first."""
-        self._left = most_bytes
-        self._kept: OrderedDict[str, tuple[bytes, SigningKey, Sequence[PendingEvent]]] = OrderedDict()
+    def __init__(self, max_bytes: int = 16 * 1024 * 1024) -> None:
+        """Keeps `max_bytes` of messages, and about three times as much of their events. Evicts the oldest first."""
+        self._free_bytes = max_bytes
+        self._entries: OrderedDict[str, tuple[bytes, SigningKey, Sequence[PendingEvent]]] = OrderedDict()
 
     def put(self, message: Outbound, key: SigningKey, events: Sequence[PendingEvent]) -> None:
-        """Keep a message that `key` has signed, and what is in it."""
+        """Keep a message that `key` has signed, and its events."""
         self.take(message.id)
-        self._kept[message.id] = (message.value, key, events)
-        self._left -= len(message.value)
-        while self._left < 0:
-            self.take(next(iter(self._kept)))
+        self._entries[message.id] = (message.value, key, events)
+        self._free_bytes -= len(message.value)
+        while self._free_bytes < 0:
+            self.take(next(iter(self._entries)))
 
     def take(self, id: str) -> tuple[bytes, SigningKey, Sequence[PendingEvent]] | None:
-        """What is kept under an id; it is kept no longer."""
-        known = self._kept.pop(id, None)
-        if known is not None:
-            self._left += len(known[0])
-        return known
+        """Remove and return the entry with this id, or None."""
+        entry = self._entries.pop(id, None)
+        if entry is not None:
+            self._free_bytes += len(entry[0])
+        return entry
 
     def events(self, record: Received, trust: TrustStore) -> Sequence[PendingEvent] | None:
-        """The events in a message of `audit.intake`, or None where it is not known to the letter."""
+        """The events of a message of `audit.intake`, or None if its exact bytes are not in the cache. Removes it."""
         value, key, events = self.take(record.headers.get("ce_id", "")) or (None, None, ())
         if key is None or value != record.value:
             return None
@@ -98,73 +99,80 @@ class Intake:
         key: Callable[[], SigningKey],
         trust_domain: str,
         clock: Clock,
-        lately: HandoverCache | None = None,
+        cache: HandoverCache | None = None,
     ) -> None:
         """Args:
-            key: what to sign by, asked each time. It raises UnavailableError where nobody would believe it: handed over
-                all the same, an event would be lost, and its dead letter be the next one.
-            lately: keeps what is handed over, where this process may be the one that chains it.
+            key: returns the signing key; called for each handover. Raises UnavailableError while no reader would trust
+                the key: otherwise the event would be lost, and its dead letter would be the next event.
+            cache: keeps what is handed over, if this process may also be the chain writer.
         """  # fmt: skip
-        self._lately = lately
+        self._cache = cache
         self._publisher = publisher
         self._key = key
         self._trust_domain = trust_domain
         self._clock = clock
 
     async def hand_over(self, events: Iterable[PendingEvent]) -> None:
-        """Acknowledged by Kafka when this returns. Raises UnavailableError where it is to be handed over again."""
-        every = await self._publisher.partitions(AUDIT)
+        """Hand events over; returns after Kafka acknowledged them. Raises UnavailableError: hand them over again."""
+        partitions = await self._publisher.partitions(AUDIT)
         by_partition: dict[int, list[PendingEvent]] = {}
-        for told in events:
-            by_partition.setdefault(partition_of(told.key, every), []).append(told)
+        for event in events:
+            by_partition.setdefault(partition_of(event.key, partitions), []).append(event)
         if not by_partition:
             return
         key = self._key()
         await gather_all(
             self._publisher.send_to(
-                partition, AUDIT_INTAKE, AuditIntake.typ, (self._signed(one, key) for one in _portions(some))
+                partition,
+                AUDIT_INTAKE,
+                AuditIntake.typ,
+                (self._signed(chunk, key) for chunk in _chunks(some)),
             )
             for partition, some in by_partition.items()
         )
-        _require_still(key, self._key())
+        _require_same_key(key, self._key())
 
-    def _signed(self, some: Sequence[PendingEvent], key: SigningKey) -> Outbound:
-        jti = derived_id(AuditIntake.typ, *(told.uid for told in some))
+    def _signed(self, events: Sequence[PendingEvent], key: SigningKey) -> Outbound:
+        jti = derived_id(AuditIntake.typ, *(event.uid for event in events))
         claims = {
             "iss": key.id,
             "aud": self._trust_domain,
             "iat": self._clock.now_ms() // 1000,
             "jti": jti,
-            "entries": [_entry(told) for told in some],
+            "entries": [_entry(event) for event in events],
         }
         compact = sign_payload(AuditIntake, orjson.dumps(claims), key)
-        message = Outbound(some[0].key, compact.encode(), jti)
-        if self._lately is not None:
-            self._lately.put(message, key, some)
+        message = Outbound(events[0].key, compact.encode(), jti)
+        if self._cache is not None:
+            self._cache.put(message, key, events)
         return message
 
 
-def _require_still(key: SigningKey, now: SigningKey) -> None:
-    """Once what `key` signed is acknowledged: raises UnavailableError where another key signs by now. One that a bundle
-    has ended meanwhile signed what was appended too late, perhaps; what comes twice is chained once.
+def _require_same_key(signed_by: SigningKey, current: SigningKey) -> None:
+    """Require, after Kafka's acknowledgement, that the signing key is still the same. Raises UnavailableError.
+
+    A trust bundle may have ended the old key before the messages were appended, so the events are handed over again.
+    An event that comes twice is chained once.
     """
-    if now.kid != key.kid:
-        raise UnavailableError(f"{key.id} signs by another key now: once more", code="key_changed")
+    if current.kid != signed_by.kid:
+        raise UnavailableError(f"{signed_by.id} signs by another key now: once more", code="key_changed")
 
 
-def opened_intake(record: Received, trust: TrustStore) -> Opened:
-    """What a message of `audit.intake` says. Raises InvalidMessageError where no audit service signed it, or it has
-    not that shape: looked at no further than the chain needs, as each event has its shape by what made it.
+def parse_intake(record: Received, trust: TrustStore) -> IntakeContent:
+    """Verify and parse a message of `audit.intake`.
+
+    Raises InvalidMessageError if no audit service signed it or its shape is wrong. The shape is checked only as far as
+    the chain needs it: the service that made an event is responsible for the rest.
     """
     jws, at_s = parse(record.value), record.appended_at_ms / 1000
     if jws.header.typ == typ_header(AuditChained):
         find = trust.finder(*AuditChained.signed_by, at_s=at_s)
         chained = verify(jws, AuditChained, find, audience=trust.trust_domain).claims
-        return Opened(chained=[bytes.fromhex(one) for one in chained.hashes])
+        return IntakeContent(chained=[bytes.fromhex(text) for text in chained.hashes])
     find = trust.finder(*AuditIntake.signed_by, at_s=at_s)
     claims = verify_payload(jws, AuditIntake, find, audience=trust.trust_domain)
     try:
-        return Opened([_pending_event(entry) for entry in claims["entries"]])
+        return IntakeContent([_pending_event(entry) for entry in claims["entries"]])
     except (KeyError, TypeError, ValueError):
         raise InvalidMessageError("not an audit.intake: entries", code="claims_invalid") from None
 
@@ -181,19 +189,19 @@ def _pending_event(entry: dict[str, Any]) -> PendingEvent:
     return PendingEvent(key, uid, linkable(event), traceparent, event)
 
 
-def _entry(told: PendingEvent) -> dict[str, object]:
-    entry: dict[str, object] = {"key": told.key, "event": orjson.Fragment(told.body)}
-    if told.traceparent is not None:
-        entry["traceparent"] = told.traceparent
+def _entry(event: PendingEvent) -> dict[str, object]:
+    entry: dict[str, object] = {"key": event.key, "event": orjson.Fragment(event.body)}
+    if event.traceparent is not None:
+        entry["traceparent"] = event.traceparent
     return entry
 
 
-def _portions(events: Sequence[PendingEvent]) -> Iterator[Sequence[PendingEvent]]:
-    """As many at a time as one message holds."""
+def _chunks(events: Sequence[PendingEvent]) -> Iterator[Sequence[PendingEvent]]:
+    """Split events into chunks that fit into one message each."""
     start = size = 0
-    for index, told in enumerate(events):
-        if index > start and size + len(told.body) > MOST_BYTES:
+    for index, event in enumerate(events):
+        if index > start and size + len(event.body) > _MAX_CHUNK_BYTES:
             yield events[start:index]
             start, size = index, 0
-        size += len(told.body)
+        size += len(event.body)
     yield events[start:]

@@ -1,13 +1,15 @@
-"""Which events on `audit` an audit service handed over: of what stands there unsigned, anybody may have written some.
+"""Looks up which events on `audit` an audit service handed over. Without a checkpoint, anybody may have written others.
 
-What was handed over stands on `audit.intake`, signed. Versions before ADR 0063 also chained events without a hand-over,
-and put their hashes there, signed (`audit.chained`): those count as well, for as long as the topic keeps them.
+Handed-over events are on `audit.intake`, signed. Versions before ADR 0063 also chained events without a handover, and
+put their hashes there, signed (`audit.chained`). Those count as well, for as long as the topic keeps them.
 
-The topic is read from where the chains have read to, in turns on and back, until nothing is missing. Back stands what
-was handed over and chained last, which is all that is ever asked for; on, the last hashes of an earlier version, and
-all that others handed over since. As events are chained in the order in which they were handed over, none of it stands
-before many that are not asked for. So whoever makes events up, which are never found, or repeats old ones, makes nobody
-read all that is kept.
+The search starts at the offset up to which events are chained, and alternates between later and earlier ranges until
+no event is missing. Earlier ranges hold what was handed over and chained last, which is all that callers look up.
+Later ranges hold the last hashes of an earlier version, and what others handed over since.
+
+The cost is bounded. Events are chained in the order of their handover, so few other events lie between those that are
+looked up. An attacker who forges events, which are never found, or repeats old ones, cannot cause the whole topic to be
+read.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any, Final
 
 import orjson
 
-from ringfence.audit.trail.handover import Opened, opened_intake
+from ringfence.audit.trail.handover import IntakeContent, parse_intake
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.range_reader import Stretches
@@ -28,104 +30,113 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.messages.topics import AUDIT_INTAKE
 from ringfence.model.audit_log.merkle import Hash
 
-_AT_FIRST, _MOST = 50, 3200
-"""Messages, read at a time."""
-ENOUGH: Final = 50_000
-"""Past so many events that an audit service handed over, and that are not asked for, none is looked at. Some stand
-among those that are, as they were handed over twice and chained once: no more than a chain remembers.
+_FIRST_RANGE, _MAX_RANGE = 50, 3200
+"""Messages in the first and in the largest range that is read at a time."""
+MAX_OTHERS: Final = 50_000
+"""The search in earlier ranges ends after this many handed-over events that are not looked up.
+
+Some are expected between those that are: events that were handed over twice and chained once. They are at most as many
+as a chain remembers.
 """
-_HASHES = 30
-"""So many hashes take as many bytes as one event that was handed over: they count as one."""
-_NOTHING = 0, 0
-_KEPT_MS = (AUDIT_INTAKE.retention_s or 0) * 1000
-Mark = bytes
-"""What an event is known by, whatever its place in a chain."""
+_HASHES_PER_EVENT = 30
+"""This many hashes take as many bytes as one handed-over event, and count as one."""
+_EMPTY_RANGE = 0, 0
+_RETENTION_MS = (AUDIT_INTAKE.retention_s or 0) * 1000
+ContentDigest = bytes
+"""SHA-256 of an event without its chain link: identifies it before and after it is chained."""
 
 
 class HandoverLookup:
     """Looks for events on `audit.intake`."""
 
     def __init__(
-        self, kafka: Stretches, trust: TrustStore, taken: Mapping[int, int], *, enough: int = ENOUGH
+        self,
+        kafka: Stretches,
+        trust: TrustStore,
+        chained: Mapping[int, int],
+        *,
+        max_others: int = MAX_OTHERS,
     ) -> None:
-        """`taken`: by partition, the offset after the last message whose events are chained."""
+        """`chained`: by partition, the offset after the last message whose events are chained."""
         self._kafka = kafka
         self._trust = trust
-        self._taken = taken
-        self._enough = enough
+        self._chained = chained
+        self._max_others = max_others
 
-    async def find(self, partition: int, events: Mapping[Hash, Mark]) -> frozenset[Hash]:
-        """Those of these, by their hashes in the tree, that an audit service handed over, or of which it signed the
-        hash, as far as the messages are still kept.
+    async def find(self, partition: int, events: Mapping[Hash, ContentDigest]) -> frozenset[Hash]:
+        """The events, by their leaf hashes, that an audit service handed over or whose hash it signed.
+
+        Only messages that the topic still keeps count.
         """
         start, end = await self._kafka.bounds(AUDIT_INTAKE, partition)
-        taken = min(max(self._taken.get(partition, start), start), end)
+        chained = min(max(self._chained.get(partition, start), start), end)
         missing, others = _Missing(events), 0
-        ahead, back = _forwards(taken, end), _backwards(start, taken)
-        for (begin, until), (earlier, later) in zip_longest(ahead, back, fillvalue=_NOTHING):
+        later, earlier = _forward_ranges(chained, end), _backward_ranges(start, chained)
+        for forward, backward in zip_longest(later, earlier, fillvalue=_EMPTY_RANGE):
             if missing:
-                await self._look(partition, begin, until, missing)
-            if missing and others < self._enough:
-                others += await self._look(partition, earlier, later, missing)
-        return frozenset(events) - missing.left
+                await self._search(partition, *forward, missing)
+            if missing and others < self._max_others:
+                others += await self._search(partition, *backward, missing)
+        return frozenset(events) - missing.hashes
 
-    async def _look(self, partition: int, begin: int, until: int, missing: _Missing) -> int:
-        """Take out of `missing` what these messages tell of. Returns how many events they tell of besides."""
+    async def _search(self, partition: int, start: int, end: int, missing: _Missing) -> int:
+        """Remove from `missing` the events in these messages. Returns how many other events they contain."""
         others = 0
-        async for record in self._kafka.records(AUDIT_INTAKE, partition, begin, until):
-            opened, before = _opened(record, self._trust), len(missing.left)
-            missing.left.difference_update(opened.chained)
-            for one in opened.events:
-                missing.left.difference_update(missing.by_mark.get(mark_of(orjson.loads(one.body)), ()))
-            told = len(opened.events) + math.ceil(len(opened.chained) / _HASHES)
-            others += max(0, told - (before - len(missing.left)))
+        async for record in self._kafka.records(AUDIT_INTAKE, partition, start, end):
+            content, missing_before = _content_of(record, self._trust), len(missing.hashes)
+            missing.hashes.difference_update(content.chained)
+            for event in content.events:
+                digest = content_digest(orjson.loads(event.body))
+                missing.hashes.difference_update(missing.by_digest.get(digest, ()))
+            contained = len(content.events) + math.ceil(len(content.chained) / _HASHES_PER_EVENT)
+            others += max(0, contained - (missing_before - len(missing.hashes)))
         return others
 
 
 class _Missing:
-    """Events that were not found yet."""
+    """The events that were not found yet."""
 
-    def __init__(self, events: Mapping[Hash, Mark]) -> None:
-        self.left = set(events)
-        self.by_mark: dict[Mark, list[Hash]] = {}
-        for hashed, mark in events.items():
-            self.by_mark.setdefault(mark, []).append(hashed)
+    def __init__(self, events: Mapping[Hash, ContentDigest]) -> None:
+        self.hashes = set(events)
+        self.by_digest: dict[ContentDigest, list[Hash]] = {}
+        for leaf, digest in events.items():
+            self.by_digest.setdefault(digest, []).append(leaf)
 
     def __bool__(self) -> bool:
-        return bool(self.left)
+        return bool(self.hashes)
 
 
-def _forwards(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The same stretches, the other way."""
-    for begin, until in _backwards(-end, -start):
-        yield -until, -begin
+def _forward_ranges(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """As `_backward_ranges`, from `start` on."""
+    for first, last in _backward_ranges(-end, -start):
+        yield -last, -first
 
 
-def _backwards(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Stretches from the end on, growing as nothing is found."""
-    at, count = end, _AT_FIRST
-    while at > start:
-        begin = max(start, at - count)
-        yield begin, at
-        at, count = begin, min(count * 4, _MOST)
+def _backward_ranges(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Ranges of offsets from `end` back to `start`, each four times as long as the one before."""
+    stop, count = end, _FIRST_RANGE
+    while stop > start:
+        first = max(start, stop - count)
+        yield first, stop
+        stop, count = first, min(count * 4, _MAX_RANGE)
 
 
-def _opened(record: Received, trust: TrustStore) -> Opened:
-    """What a message says that an audit service signed; nothing where none did."""
+def _content_of(record: Received, trust: TrustStore) -> IntakeContent:
+    """The verified content of a message; empty if no audit service signed it."""
     try:
-        return opened_intake(record, trust)
+        return parse_intake(record, trust)
     except InvalidMessageError:
-        return Opened()
+        return IntakeContent()
 
 
-def is_kept_for(record: Received, now_ms: int) -> bool:
-    """Whether what an event was handed over with must still be there: it is not, long after the event."""
-    return now_ms - record.appended_at_ms < _KEPT_MS / 2
+def is_handover_retained(record: Received, now_ms: int) -> bool:
+    """Whether the topic must still keep the handover of this event. For old events it does not."""
+    return now_ms - record.appended_at_ms < _RETENTION_MS / 2
 
 
-def mark_of(event: Mapping[str, Any]) -> Mark:
-    """The mark of an event, be it chained or not."""
-    words = event.get("unmapped")
-    if isinstance(words, dict):
-        words = {name: value for name, value in words.items() if name != "chain"}
-    return hashlib.sha256(orjson.dumps({**event, "unmapped": words}, option=orjson.OPT_SORT_KEYS)).digest()
+def content_digest(event: Mapping[str, Any]) -> ContentDigest:
+    """The digest of an event, chained or not."""
+    fields = event.get("unmapped")
+    if isinstance(fields, dict):
+        fields = {name: value for name, value in fields.items() if name != "chain"}
+    return hashlib.sha256(orjson.dumps({**event, "unmapped": fields}, option=orjson.OPT_SORT_KEYS)).digest()

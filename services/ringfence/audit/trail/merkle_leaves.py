@@ -1,9 +1,9 @@
-"""Which events are the leaves of a tree: those that the hash in a signed checkpoint leads back to, and no others.
+"""Fork choice for the leaves of a Merkle tree: only events that a signed checkpoint leads back to are leaves.
 
-Anybody who may write to `audit` can put an event there in the place that comes next, and link it to the one before. So
-an event is no leaf because it came first. Whatever is linked to what is held is held as well, several in one place
-where there are; a checkpoint names the hash of the last event that it covers, that event the hash of the one before,
-and so on. What is on that path is settled, and the rest of those places goes.
+Anybody who may write to `audit` can put an event there with the next number, and link it to the one before. So being
+first does not make an event a leaf. Every event that is linked to a known one is kept, several with one number if need
+be. A checkpoint names the leaf hash of the last event that it covers, that event the hash of its predecessor, and so
+on. The events on that path are settled, and all others with their numbers are deleted.
 """
 
 from __future__ import annotations
@@ -18,173 +18,181 @@ from ringfence.model.audit_log.chain import NOTHING
 from ringfence.model.audit_log.merkle import Hash
 
 TABLE = """
-CREATE TABLE aside (tree TEXT, place INTEGER, leaf BLOB, prev BLOB, PRIMARY KEY (tree, place, leaf)) WITHOUT ROWID;
+CREATE TABLE candidates (
+    tree TEXT, number INTEGER, leaf BLOB, prev BLOB, PRIMARY KEY (tree, number, leaf)
+) WITHOUT ROWID;
 """
 
 
 class Leaves:
-    """Those of one tree. Places count from 1 on.
+    """The leaves of one tree. Numbers of events start at 1.
 
-    What comes is put on the trunk as long as it goes on from its tip: mostly nobody forges anything, and what is signed
-    later is there already. What goes on from elsewhere is put aside, in the database, as it may be much. `settled`: so
-    many leaves of the trunk are signed for, and stay.
+    The main branch is a guess: an event that follows its tip extends it. Most of the time nobody forges anything, so a
+    later checkpoint confirms what is there already. Events that follow others are candidates, kept in the database, as
+    there may be many. The first `settled` leaves of the main branch are signed, and stay.
     """
 
     def __init__(self, db: sqlite3.Connection, tree: str) -> None:
-        """`db` has the tables that are named here and in `tree_hashes`."""
+        """`db` has the tables of this module and of `tree_hashes`."""
         self._db = db
         self._tree = tree
-        self.trunk = TreeHashes(db, tree)
+        self.main_branch = TreeHashes(db, tree)
         self.settled = 0
         self._tip = NOTHING.hex()
         self._signed: tuple[int, Hash] = 0, NOTHING
         self._awaited = 0
-        """The place of the event that is signed for and did not come yet."""
-        self._aside = 0
-        """So many are put aside."""
+        """The number of the last signed event while it is missing, else 0."""
+        self._candidate_count = 0
         self._highest = 0
-        """None of them has a higher place; there may be none so high any more."""
+        """No candidate has a higher number than this."""
 
-    def add(self, place: Any, prev: Any, leaf: Hash) -> None:
-        """An event that says of itself that this is its place, and this the hash before it, in hexadecimal."""
-        if prev == self._tip and place == self.trunk.size + 1:
-            self._grow(leaf)
-        elif not self._put_aside(place, prev, leaf):
+    def add(self, number: Any, prev: Any, leaf: Hash) -> None:
+        """Add an event by its own claims: its number, and the leaf hash of its predecessor in hexadecimal."""
+        if prev == self._tip and number == self.main_branch.size + 1:
+            self._extend(leaf)
+        elif not self._add_if_linked(number, prev, leaf):
             return
-        if place == self._awaited:
+        if number == self._awaited:
             self._settle()
 
     def sign(self, size: int, last: Hash) -> None:
-        """So many leaves are signed for, more than before, and the last of them is this."""
+        """A checkpoint covers `size` leaves, more than before; `last` is the hash of the last one."""
         self._signed = size, last
         self._settle()
 
-    def holds(self, place: int, leaf: Hash) -> bool:
-        """Whether this event is in the tree, or may turn out to be."""
-        return self._on_trunk(place, leaf) or self._prev(place, leaf) is not None
+    def holds(self, number: int, leaf: Hash) -> bool:
+        """Whether this event is in the tree, or may be after the next checkpoint."""
+        return self._on_main_branch(number, leaf) or self._candidate_prev(number, leaf) is not None
 
-    # --- what is not settled ---
+    # --- events that are not settled ---
 
-    def _grow(self, leaf: Hash) -> None:
-        self.trunk.append(leaf)
+    def _extend(self, leaf: Hash) -> None:
+        self.main_branch.append(leaf)
         self._tip = leaf.hex()
 
-    def _put_aside(self, place: Any, prev: Any, leaf: Hash) -> bool:
-        """Whether it is held now and was not before. What is linked to nothing is not."""
-        if type(place) is not int or not self.settled < place <= max(self._highest, self.trunk.size) + 1:
+    def _add_if_linked(self, number: Any, prev: Any, leaf: Hash) -> bool:
+        """Add a candidate. False if it is known already, or linked to no known event."""
+        if type(number) is not int:
             return False
-        before = _hash(prev)
-        if before is None or self._on_trunk(place, leaf):
+        if not self.settled < number <= max(self._highest, self.main_branch.size) + 1:
             return False
-        if not (self._on_trunk(place - 1, before) or self._prev(place - 1, before) is not None):
+        prev_leaf = _parse_hash(prev)
+        if prev_leaf is None or self._on_main_branch(number, leaf):
             return False
-        if not self._keep(place, leaf, before):
+        is_linked = (
+            self._on_main_branch(number - 1, prev_leaf)
+            or self._candidate_prev(number - 1, prev_leaf) is not None
+        )
+        if not is_linked or not self._add_candidate(number, leaf, prev_leaf):
             return False
-        self._highest = max(self._highest, place)
-        # The trunk may have gone on from a forged event, and the true ones all come aside. Not each time that one is
-        # longer: what is moved is less than what came meanwhile, whatever anybody puts there.
-        if place - self.trunk.size >= max(ROW, self._aside // 2):
-            with self._at_once():
-                self._turn(place, leaf, keep=True)
+        self._highest = max(self._highest, number)
+        # The main branch may have continued from a forged event, so that all true ones are candidates. It is not
+        # switched each time that a candidate is ahead: a switch moves fewer events than came since the last one,
+        # whatever an attacker writes.
+        if number - self.main_branch.size >= max(ROW, self._candidate_count // 2):
+            with self._transaction():
+                self._switch_to(number, leaf, keep=True)
         return True
 
-    def _turn(self, place: int, leaf: Hash, *, keep: bool) -> bool:
-        """Let the trunk be what leads to this event, which is aside. Where nothing leads there from what is settled, it
-        goes, and False is returned. `keep`: put aside what was on the trunk instead.
+    def _switch_to(self, number: int, leaf: Hash, *, keep: bool) -> bool:
+        """Make the main branch end with this candidate. `keep`: what leaves the main branch becomes a candidate.
+
+        Deletes the candidate and returns False if no path leads to it from the settled leaves.
         """
         path: list[Hash] = []
-        while not self._on_trunk(place, leaf):
-            prev = self._prev(place, leaf)
+        while not self._on_main_branch(number, leaf):
+            prev = self._candidate_prev(number, leaf)
             if prev is None:
-                self._drop(place + 1, *reversed(path))
+                self._delete_candidates(number + 1, *reversed(path))
                 return False
             path.append(leaf)
-            place, leaf = place - 1, prev
-        self._drop(place + 1, *reversed(path))
+            number, leaf = number - 1, prev
+        self._delete_candidates(number + 1, *reversed(path))
         if keep:
-            before = leaf
-            for index in range(place, self.trunk.size):
-                other = self.trunk.leaf(index)
-                self._keep(index + 1, other, before)
-                before = other
-        self.trunk.cut(place)
+            prev = leaf
+            for index in range(number, self.main_branch.size):
+                other = self.main_branch.leaf(index)
+                self._add_candidate(index + 1, other, prev)
+                prev = other
+        self.main_branch.cut(number)
         for one in reversed(path):
-            self._grow(one)
+            self._extend(one)
         return True
 
-    # --- what is settled ---
+    # --- settled events ---
 
     def _settle(self) -> None:
-        """As far as it is signed, if what is signed has come."""
+        """Settle the leaves that the last checkpoint covers, if its last event is known."""
         size, last = self._signed
-        with self._at_once():
-            if not self._on_trunk(size, last) and not self._turn(size, last, keep=False):
+        with self._transaction():
+            if not self._on_main_branch(size, last) and not self._switch_to(size, last, keep=False):
                 self._awaited = size
                 return
             self.settled, self._awaited = size, 0
-            if self._aside:
-                self._aside -= self._db.execute(
-                    "DELETE FROM aside WHERE tree = ? AND place <= ?", (self._tree, size)
+            if self._candidate_count:
+                self._candidate_count -= self._db.execute(
+                    "DELETE FROM candidates WHERE tree = ? AND number <= ?", (self._tree, size)
                 ).rowcount
-                self._go_on()
+                self._extend_by_candidates()
 
-    def _go_on(self) -> None:
-        """The trunk was turned, and what came after that may be aside."""
-        while self._aside:
-            place, tip = self.trunk.size + 1, bytes.fromhex(self._tip)
-            found = self._db.execute(
-                "SELECT leaf FROM aside WHERE tree = ? AND place = ? AND prev = ? LIMIT 1",
-                (self._tree, place, tip),
+    def _extend_by_candidates(self) -> None:
+        """Extend the main branch by candidates: after a switch, its next events may be among them."""
+        while self._candidate_count:
+            number, tip = self.main_branch.size + 1, bytes.fromhex(self._tip)
+            row = self._db.execute(
+                "SELECT leaf FROM candidates WHERE tree = ? AND number = ? AND prev = ? LIMIT 1",
+                (self._tree, number, tip),
             ).fetchone()
-            if found is None:
+            if row is None:
                 return
-            self._drop(place, found[0])
-            self._grow(found[0])
+            self._delete_candidates(number, row[0])
+            self._extend(row[0])
 
     @contextlib.contextmanager
-    def _at_once(self) -> Iterator[None]:
-        """Many statements: written to the file each by itself, they take three times as long."""
+    def _transaction(self) -> Iterator[None]:
+        """One transaction for many statements: written one by one, they take three times as long."""
         self._db.execute("BEGIN")
         try:
             yield
         finally:
             self._db.execute("COMMIT")
 
-    # --- what is held ---
+    # --- known events ---
 
-    def _on_trunk(self, place: int, leaf: Hash) -> bool:
-        if place == 0:
+    def _on_main_branch(self, number: int, leaf: Hash) -> bool:
+        if number == 0:
             return leaf == NOTHING
-        return place <= self.trunk.size and self.trunk.leaf(place - 1) == leaf
+        return number <= self.main_branch.size and self.main_branch.leaf(number - 1) == leaf
 
-    def _prev(self, place: int, leaf: Hash) -> Hash | None:
-        """Of one that is aside: the hash of the event before."""
-        if not self._aside or place > self._highest:
+    def _candidate_prev(self, number: int, leaf: Hash) -> Hash | None:
+        """The leaf hash of a candidate's predecessor; None if there is no such candidate."""
+        if not self._candidate_count or number > self._highest:
             return None
-        found = self._db.execute(
-            "SELECT prev FROM aside WHERE tree = ? AND place = ? AND leaf = ?", (self._tree, place, leaf)
+        row = self._db.execute(
+            "SELECT prev FROM candidates WHERE tree = ? AND number = ? AND leaf = ?",
+            (self._tree, number, leaf),
         ).fetchone()
-        return found[0] if found is not None else None
+        return row[0] if row is not None else None
 
-    def _keep(self, place: int, leaf: Hash, prev: Hash) -> bool:
-        """Put it aside; False where it is there already."""
-        new = self._db.execute(
-            "INSERT OR IGNORE INTO aside VALUES (?, ?, ?, ?)", (self._tree, place, leaf, prev)
+    def _add_candidate(self, number: int, leaf: Hash, prev: Hash) -> bool:
+        """Add a candidate. False if it is one already."""
+        added = self._db.execute(
+            "INSERT OR IGNORE INTO candidates VALUES (?, ?, ?, ?)", (self._tree, number, leaf, prev)
         ).rowcount
-        self._aside += new
-        return new == 1
+        self._candidate_count += added
+        return added == 1
 
-    def _drop(self, place: int, *leaves: Hash) -> None:
-        """One in this place, and those that go on from it."""
+    def _delete_candidates(self, first_number: int, *leaves: Hash) -> None:
+        """Delete candidates that follow one another."""
         self._db.executemany(
-            "DELETE FROM aside WHERE tree = ? AND place = ? AND leaf = ?",
-            ((self._tree, at, leaf) for at, leaf in enumerate(leaves, place)),
+            "DELETE FROM candidates WHERE tree = ? AND number = ? AND leaf = ?",
+            ((self._tree, number, leaf) for number, leaf in enumerate(leaves, first_number)),
         )
-        self._aside -= len(leaves)
+        self._candidate_count -= len(leaves)
 
 
-def _hash(text: Any) -> Hash | None:
-    """What is written in hexadecimal; None where nothing is."""
+def _parse_hash(text: Any) -> Hash | None:
+    """Parse hexadecimal text; None if it is none."""
     try:
         return bytes.fromhex(text)
     except (TypeError, ValueError):

@@ -1,6 +1,6 @@
-"""What proofs are made of: the hashes of the trees over the audit events, and the last checkpoints.
+"""Inclusion and consistency proofs (RFC 9162) over the audit events, from tree hashes and the last checkpoints.
 
-Both can be lost: the topics have everything.
+Both are rebuilt from the topics at each start.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from ringfence.audit.index_files import new_database
 from ringfence.audit.trail import merkle_leaves, tree_hashes
 from ringfence.audit.trail.merkle_leaves import Leaves
-from ringfence.audit.trail.written_cache import Trailed, WrittenEventCache
+from ringfence.audit.trail.written_cache import ParsedRecord, WrittenEventCache
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.jws import parse, verify
@@ -33,7 +33,7 @@ from ringfence.model.audit_log.merkle import (
 
 log = logging.getLogger(__name__)
 
-_OPENING = f"""
+_SCHEMA = f"""
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 {tree_hashes.TABLE}
@@ -42,14 +42,14 @@ PRAGMA synchronous = OFF;
 
 
 class NoProofError(RingfenceError):
-    """A proof that cannot be given, and why."""
+    """Raised if a proof cannot be given; the message says why."""
 
     code = "no_proof"
 
 
 @dataclass(frozen=True, slots=True)
 class SignedHead:
-    """A checkpoint, and what it says."""
+    """A checkpoint: its claims, and its JWS."""
 
     claims: AuditCheckpoint
     jws: str
@@ -57,7 +57,7 @@ class SignedHead:
 
 @dataclass(frozen=True, slots=True)
 class Inclusion:
-    """That an event is leaf `index` of the tree whose head is signed."""
+    """Proof that an event is leaf `index` of a tree with a signed head."""
 
     index: int
     leaf: Hash
@@ -66,40 +66,39 @@ class Inclusion:
 
 
 class ProofStore:
-    """Follows `audit` and `audit.checkpoint`. In memory, or in a file; built anew at each start."""
+    """Gives proofs over `audit` and `audit.checkpoint`, which it is fed with."""
 
     def __init__(self, trust: TrustStore, file: Path | None) -> None:
+        """`file`: the database, created anew; in memory if None. Raises OSError, NotPrivateError."""
         self._trust = trust
-        """Raises OSError, NotPrivateError."""
         self._db = new_database(file)
-        self._db.executescript(_OPENING)
+        self._db.executescript(_SCHEMA)
         self._leaves: dict[str, Leaves] = {}
         self._heads: dict[str, SignedHead] = {}
-        self._sound: dict[str, SignedHead] = {}
-        """By tree: what was found to be signed over the leaves that are here."""
+        self._verified_heads: dict[str, SignedHead] = {}
+        """By tree: the last head whose root was compared with the root of the leaves."""
 
     def close(self) -> None:
-        """Close the database."""
         self._db.close()
 
     def heads(self) -> list[SignedHead]:
         """The last checkpoint of each tree."""
         return [self._heads[tree] for tree in sorted(self._heads)]
 
-    # --- feeding ---
+    # --- input ---
 
-    def add_events(self, records: Sequence[Received], trailed: Sequence[Trailed] | None = None) -> None:
-        """Take in what came on `audit`. What is linked to nothing is passed over: whoever verifies the trail says so.
+    def add_events(self, records: Sequence[Received], parsed: Sequence[ParsedRecord] | None = None) -> None:
+        """Add records of `audit`. Skips events that are linked to no known one; `ringfence audit verify` reports them.
 
-        `trailed`: what each is, where that is known already.
+        `parsed`: the records, parsed and hashed, if the caller has them.
         """
-        for record, (parsed, leaf) in zip(records, trailed or WrittenEventCache().of(records), strict=True):
-            link, tree = claimed_link(parsed), str(record.partition)
+        for record, (event, leaf) in zip(records, parsed or WrittenEventCache().of(records), strict=True):
+            link, tree = claimed_link(event), str(record.partition)
             if link is not None and link[0] == tree:
                 self._leaves_of(tree).add(link[1], link[2], leaf)
 
     def add_checkpoints(self, records: Sequence[Received]) -> None:
-        """Take in what came on `audit.checkpoint`; only what an audit service signed counts."""
+        """Add records of `audit.checkpoint`. Skips those that no audit service signed."""
         for record in records:
             try:
                 jws = parse(record.value)
@@ -116,22 +115,22 @@ class ProofStore:
                     extra=rate_limited(record.topic_name, getattr(error, "code", "")),
                 )
                 continue
-            known = self._heads.get(signed.claims.tree)
-            if known is None or known.claims.size < signed.claims.size:
+            last = self._heads.get(signed.claims.tree)
+            if last is None or last.claims.size < signed.claims.size:
                 self._heads[signed.claims.tree] = SignedHead(signed.claims, signed.compact)
                 self._leaves_of(signed.claims.tree).sign(tip.head.size, tip.last)
 
-    # --- asking ---
+    # --- proofs ---
 
     def inclusion(self, value: bytes) -> Inclusion:
-        """Proof that an event, as it stands on the topic, is in the tree whose head was signed last.
+        """Proof that the event in a record with this value is in the tree whose head was signed last.
 
         Raises NoProofError.
         """
         event, leaf = event_of(value), leaf_hash(value)
         link = event.link if event is not None else None
-        known = self._leaves.get(link.tree) if link is not None else None
-        if link is None or known is None or not known.holds(link.seq, leaf):
+        leaves = self._leaves.get(link.tree) if link is not None else None
+        if link is None or leaves is None or not leaves.holds(link.seq, leaf):
             raise NoProofError(
                 "there is no such event in a chain, or events before it are gone by their age, without which nothing "
                 "can be proved"
@@ -143,7 +142,7 @@ class ProofStore:
         return Inclusion(link.seq - 1, leaf, proof, head)
 
     def consistency(self, tree: str, old: int) -> tuple[list[Hash], SignedHead]:
-        """Proof that the tree whose head was signed last goes on from what it was with `old` leaves.
+        """Proof that the tree whose head was signed last extends the tree of its first `old` leaves.
 
         Raises NoProofError.
         """
@@ -155,24 +154,24 @@ class ProofStore:
         return consistency_proof(old, head.claims.size, subtree), head
 
     def _head(self, tree: str) -> tuple[SignedHead, Subtree]:
-        """What was signed last, and what it was signed over."""
-        head, known = self._heads.get(tree), self._leaves.get(tree)
-        if head is None or known is None or known.settled < head.claims.size:
+        """The last signed head of a tree, after its root was verified, and the subtrees that it covers."""
+        head, leaves = self._heads.get(tree), self._leaves.get(tree)
+        if head is None or leaves is None or leaves.settled < head.claims.size:
             raise NoProofError(
                 f"chain {tree} is not signed yet, or audit has not read all of it, or its first events are gone"
             )
-        size, subtree = head.claims.size, known.trunk.subtree
-        if self._sound.get(tree) is not head:
+        size, subtree = head.claims.size, leaves.main_branch.subtree
+        if self._verified_heads.get(tree) is not head:
             root = root_by_inclusion(subtree(0, 0), 0, size, inclusion_proof(0, size, subtree))
             if root.hex() != head.claims.root:
                 raise NoProofError(
                     f"what is signed for chain {tree} is not what stands there; run: ringfence audit verify"
                 )
-            self._sound[tree] = head
+            self._verified_heads[tree] = head
         return head, subtree
 
     def _leaves_of(self, tree: str) -> Leaves:
-        known = self._leaves.get(tree)
-        if known is None:
-            known = self._leaves[tree] = Leaves(self._db, tree)
-        return known
+        leaves = self._leaves.get(tree)
+        if leaves is None:
+            leaves = self._leaves[tree] = Leaves(self._db, tree)
+        return leaves

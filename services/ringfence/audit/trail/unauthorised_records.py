@@ -1,8 +1,8 @@
-"""What stands on `audit` and audit's writer did not put there: known by its place alone.
+"""Unauthorised records: those on `audit` that the chain writer did not write, found by their offsets alone.
 
-Kafka names the places of what the writer sent when it acknowledges that. Whatever else comes, as long as nobody took
-over, is nobody's, be it garbage, a forged event or a copy to the letter: so no event of audit's own is looked at anew,
-and none, whatever is in it, is ever taken for a stray.
+Kafka returns the offsets of what the writer sent when it acknowledges it. As long as no other process takes over, every
+other record is unauthorised: garbage, a forged event, or an exact copy. So the writer need not parse its own events
+again, and no event of its own counts as unauthorised, whatever it contains.
 """
 
 from __future__ import annotations
@@ -18,151 +18,157 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.model.audit_log.chain import event_of, loaded
 
 
-class Found(NamedTuple):
-    """Where strays stand in one partition."""
+class UnauthorisedOffsets(NamedTuple):
+    """Offsets of unauthorised records in one partition."""
 
     partition: int
-    places: Sequence[range]
+    ranges: Sequence[range]
+    """Not empty, in ascending order."""
 
     @property
     def start(self) -> int:
-        return self.places[0].start
+        return self.ranges[0].start
 
     @property
     def stop(self) -> int:
-        return self.places[-1].stop
+        return self.ranges[-1].stop
 
     def has(self, offset: int) -> bool:
-        return any(offset in some for some in self.places)
+        return any(offset in offsets for offsets in self.ranges)
 
 
 @dataclass(slots=True)
 class _Partition:
     begin: int
-    """Where the writer took over: what stands before was looked at then."""
-    strays: list[range] = field(default_factory=list)
-    """In their order."""
-    own: deque[range] = field(default_factory=deque)
-    """What the writer wrote and was not read yet."""
+    """The end of the partition when the writer took over. Chain recovery judged everything before it."""
+    unauthorised: list[range] = field(default_factory=list)
+    """In ascending order."""
+    written: deque[range] = field(default_factory=deque)
+    """Offsets that the writer wrote and that were not read yet."""
 
-    def add(self, some: range) -> None:
-        if self.strays and self.strays[-1].stop == some.start:
-            some = range(self.strays.pop().start, some.stop)
-        self.strays.append(some)
+    def add(self, offsets: range) -> None:
+        if self.unauthorised and self.unauthorised[-1].stop == offsets.start:
+            offsets = range(self.unauthorised.pop().start, offsets.stop)
+        self.unauthorised.append(offsets)
 
-    def take_out(self, some: range) -> None:
-        left = list[range]()
-        for one in self.strays:
-            parts = range(one.start, min(one.stop, some.start)), range(max(one.start, some.stop), one.stop)
-            left += [part for part in parts if part]
-        self.strays = left
+    def remove(self, offsets: range) -> None:
+        remaining = list[range]()
+        for one in self.unauthorised:
+            before = range(one.start, min(one.stop, offsets.start))
+            after = range(max(one.start, offsets.stop), one.stop)
+            remaining += [part for part in (before, after) if part]
+        self.unauthorised = remaining
 
 
 class UnauthorisedRecords:
-    """Those that wait to be dead-lettered, while this process writes the trail; nothing in one that stands by."""
+    """The unauthorised records that wait to be dead-lettered. Empty while this process does not write the trail."""
 
     def __init__(self) -> None:
         self._partitions: dict[int, _Partition] = {}
         self._read_to: dict[int, int] = {}
-        self.some = asyncio.Event()
+        self.waiting = asyncio.Event()
         """Set while there are any."""
 
-    # --- told by the writer ---
+    # --- called by the chain writer ---
 
-    def took_over(self, ends: Mapping[int, int], found: Mapping[int, Iterable[range]]) -> None:
-        """By partition: where it ended when nobody else could write any more, and where strays are before that."""
+    def start_writing(self, ends: Mapping[int, int], unauthorised: Mapping[int, Iterable[range]]) -> None:
+        """This process took over. By partition: its end after all other writers were fenced, and the unauthorised
+        offsets before that end.
+        """
         self._partitions = {}
         for partition, end in ends.items():
-            here = self._partitions[partition] = _Partition(end)
-            for places in found[partition]:
-                here.add(places)
-            # Read meanwhile, and nobody has written yet.
+            state = self._partitions[partition] = _Partition(end)
+            for offsets in unauthorised[partition]:
+                state.add(offsets)
+            # What was read meanwhile is unauthorised: this process has not written yet, and no other can.
             if (read_to := self._read_to.get(partition, 0)) > end:
-                here.add(range(end, read_to))
-        self._tell()
+                state.add(range(end, read_to))
+        self._update_waiting()
 
-    def let_go(self) -> None:
-        """Somebody else may write now."""
+    def stop_writing(self) -> None:
+        """Another process may write from now on: forget everything."""
         self._partitions = {}
-        self._tell()
+        self._update_waiting()
 
-    def wrote(self, partition: int, places: range) -> None:
-        """What stands there is the writer's."""
-        here = self._partitions.get(partition)
-        if here is None:
+    def add_written(self, partition: int, offsets: range) -> None:
+        """Kafka acknowledged these offsets to the writer."""
+        state = self._partitions.get(partition)
+        if state is None:
             return
-        here.own.append(places)
-        # The embedded broker shows it before it is committed.
-        if places.start < self._read_to.get(partition, 0):
-            here.take_out(places)
-            self._tell()
+        state.written.append(offsets)
+        # The embedded broker shows records before they are committed, so they may have been read already.
+        if offsets.start < self._read_to.get(partition, 0):
+            state.remove(offsets)
+            self._update_waiting()
 
-    # --- told by the reader ---
+    # --- called by the reader of the trail ---
 
     def read(self, records: Sequence[Received]) -> None:
-        """What came of one partition of `audit`, in its order."""
+        """Judge records of one partition of `audit`, in ascending order of their offsets."""
         partition = records[0].partition
         before, self._read_to[partition] = self._read_to.get(partition, 0), records[-1].offset + 1
-        here = self._partitions.get(partition)
-        if here is None:
+        state = self._partitions.get(partition)
+        if state is None:
             return
-        begin, own = max(here.begin, before), here.own
+        begin, written = max(state.begin, before), state.written
         for record in records:
             offset = record.offset
-            while own and own[0].stop <= offset:
-                own.popleft()
-            if offset >= begin and not (own and offset in own[0]):
-                here.add(range(offset, offset + 1))
-        if here.strays:
-            self.some.set()
+            while written and written[0].stop <= offset:
+                written.popleft()
+            if offset >= begin and not (written and offset in written[0]):
+                state.add(range(offset, offset + 1))
+        if state.unauthorised:
+            self.waiting.set()
 
-    # --- asked by who dead-letters them ---
+    # --- called to dead-letter them ---
 
-    def next(self, most: int) -> Found | None:
-        """Some of one partition, at most so many offsets from the first to the last; of another one each time."""
-        for partition, here in self._partitions.items():
-            if here.strays:
+    def next(self, max_span: int) -> UnauthorisedOffsets | None:
+        """Unauthorised offsets of one partition, within `max_span` offsets of the first. Partitions take turns."""
+        for partition, state in self._partitions.items():
+            if state.unauthorised:
                 self._partitions[partition] = self._partitions.pop(partition)
-                end = here.strays[0].start + most
-                cut = [range(one.start, min(one.stop, end)) for one in here.strays if one.start < end]
-                return Found(partition, cut)
+                end = state.unauthorised[0].start + max_span
+                ranges = [
+                    range(one.start, min(one.stop, end)) for one in state.unauthorised if one.start < end
+                ]
+                return UnauthorisedOffsets(partition, ranges)
         return None
 
-    def left_of(self, found: Found) -> Found | None:
-        """What of these is one still: some may have been acknowledged as the writer's since."""
-        here = self._partitions.get(found.partition)
-        near = [
-            range(max(one.start, found.start), min(one.stop, found.stop))
-            for one in (here.strays if here else ())
+    def still_unauthorised(self, offsets: UnauthorisedOffsets) -> UnauthorisedOffsets | None:
+        """Those offsets without what Kafka acknowledged to the writer since; None if nothing is left."""
+        state = self._partitions.get(offsets.partition)
+        clipped = [
+            range(max(one.start, offsets.start), min(one.stop, offsets.stop))
+            for one in (state.unauthorised if state else ())
         ]
-        places = [one for one in near if one]
-        return Found(found.partition, places) if places else None
+        ranges = [one for one in clipped if one]
+        return UnauthorisedOffsets(offsets.partition, ranges) if ranges else None
 
-    def settled(self, found: Found) -> None:
-        """These are dead-lettered."""
-        here = self._partitions.get(found.partition)
-        if here is not None:
-            here.take_out(range(found.start, found.stop))
-        self._tell()
+    def dead_lettered(self, offsets: UnauthorisedOffsets) -> None:
+        """Remove offsets whose records are dead-lettered."""
+        state = self._partitions.get(offsets.partition)
+        if state is not None:
+            state.remove(range(offsets.start, offsets.stop))
+        self._update_waiting()
 
-    def marks(self) -> dict[int, int]:
-        """By partition: the offset before which no stray is left."""
+    def checked_offsets(self) -> dict[int, int]:
+        """By partition: the offset before which no unauthorised record waits."""
         return {
-            partition: here.strays[0].start
-            if here.strays
-            else max(here.begin, self._read_to.get(partition, 0))
-            for partition, here in self._partitions.items()
+            partition: state.unauthorised[0].start
+            if state.unauthorised
+            else max(state.begin, self._read_to.get(partition, 0))
+            for partition, state in self._partitions.items()
         }
 
-    def _tell(self) -> None:
-        if any(here.strays for here in self._partitions.values()):
-            self.some.set()
+    def _update_waiting(self) -> None:
+        if any(state.unauthorised for state in self._partitions.values()):
+            self.waiting.set()
         else:
-            self.some.clear()
+            self.waiting.clear()
 
 
-def why_not(record: Received) -> InvalidMessageError:
-    """What to say of a stray; nothing of what is in it."""
+def rejection_of(record: Received) -> InvalidMessageError:
+    """The error of the dead letter of an unauthorised record. It repeats nothing of the record's contents."""
     event = loaded(record.value)
     if event is None:
         return InvalidMessageError("not the JSON of an event", code="not_json")

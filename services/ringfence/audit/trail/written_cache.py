@@ -1,4 +1,4 @@
-"""What stands on `audit` by this very process: read back to the letter, it need not be taken apart or hashed again."""
+"""A cache of the events that this process wrote to `audit`: read back byte by byte, they need no parsing or hashing."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from ringfence.model.audit_log.chain import loaded
 from ringfence.model.audit_log.merkle import Hash, leaf_hash
 
 
-class Trailed(NamedTuple):
-    """A record of the trail: the JSON of its event, None where it is none, and its hash in the tree."""
+class ParsedRecord(NamedTuple):
+    """A record of the trail: the parsed JSON of its event, None if it is not JSON, and its leaf hash in the tree."""
 
     event: Any
     leaf: Hash
 
 
 class WrittenEventCache:
-    """What this process chained lately, by its bytes: other bytes are other events, and are looked at as all are.
+    """The events that this process chained lately, by their exact bytes. Any other bytes are parsed as usual.
 
-    What is not read back goes at last: where the transaction that it was written in failed, it stands nowhere.
+    An event whose transaction failed is never read back; it is evicted in the end.
     """
 
-    def __init__(self, most_bytes: int = 8 * 1024 * 1024) -> None:
-        """`most_bytes` of events are kept, and some three times as much of their JSON; the oldest go first."""
-        self._left = most_bytes
-        self._kept: dict[bytes, Trailed] = {}
+    def __init__(self, max_bytes: int = 8 * 1024 * 1024) -> None:
+        """Keeps `max_bytes` of events, and about three times as much parsed JSON. The oldest are evicted first."""
+        self._free_bytes = max_bytes
+        self._entries: dict[bytes, ParsedRecord] = {}
 
     def put(self, value: bytes, event: Mapping[str, Any], leaf: Hash) -> None:
-        """Keep an event that is written. `event` must be what the JSON says."""
+        """Keep an event that is written. `event` must be the parsed `value`."""
         self._take(value)
-        self._kept[value] = Trailed(event, leaf)
-        self._left -= len(value)
-        while self._left < 0:
-            self._take(next(iter(self._kept)))
+        self._entries[value] = ParsedRecord(event, leaf)
+        self._free_bytes -= len(value)
+        while self._free_bytes < 0:
+            self._take(next(iter(self._entries)))
 
-    def of(self, records: Sequence[Received]) -> list[Trailed]:
-        """What these are. Each is kept no longer."""
+    def of(self, records: Sequence[Received]) -> list[ParsedRecord]:
+        """The records, parsed and hashed. Removes them from the cache, as each is read back once."""
         return [
-            self._take(record.value) or Trailed(loaded(record.value), leaf_hash(record.value))
+            self._take(record.value) or ParsedRecord(loaded(record.value), leaf_hash(record.value))
             for record in records
         ]
 
-    def _take(self, value: bytes) -> Trailed | None:
-        known = self._kept.pop(value, None)
-        if known is not None:
-            self._left += len(value)
-        return known
+    def _take(self, value: bytes) -> ParsedRecord | None:
+        entry = self._entries.pop(value, None)
+        if entry is not None:
+            self._free_bytes += len(value)
+        return entry

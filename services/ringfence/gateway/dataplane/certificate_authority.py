@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.private_files import write_private
 
@@ -63,11 +63,11 @@ class CertificateAuthority:
         """Certify exactly these hosts from now on. Returns whether agents that trust an older certificate lack one of
         them.
         """
-        wanted = frozenset(hosts)
-        added = wanted - self._hosts
-        if wanted != self._hosts:
-            self._certificate = self._sign_own(wanted)
-            self._contexts = {host: kept for host, kept in self._contexts.items() if host in wanted}
+        new_hosts = frozenset(hosts)
+        added = new_hosts - self._hosts
+        if new_hosts != self._hosts:
+            self._certificate = self._sign_own(new_hosts)
+            self._contexts = {host: context for host, context in self._contexts.items() if host in new_hosts}
         return bool(added)
 
     def write(self, path: Path) -> None:
@@ -81,15 +81,15 @@ class CertificateAuthority:
         fresh.replace(path)
 
     def context(self, host: str) -> ssl.SSLContext:
-        """The TLS context for this host. Raises RefusedError for a host that is not certified."""
+        """The TLS context for this host. Raises RequestRefusedError for a host that is not certified."""
         if host not in self._hosts:
-            raise RefusedError(403, "host_unknown", "this host is no target")
-        kept = self._contexts.get(host)
+            raise RequestRefusedError(403, "host_unknown", "this host is no target")
+        cached = self._contexts.get(host)
         now_ms = self._clock.now_ms()
-        if kept is None or now_ms - kept[1] > _RENEW_AFTER_MS:
-            kept = (self._make_context(host), now_ms)
-            self._contexts[host] = kept
-        return kept[0]
+        if cached is None or now_ms - cached[1] > _RENEW_AFTER_MS:
+            cached = (self._make_context(host), now_ms)
+            self._contexts[host] = cached
+        return cached[0]
 
     def _make_context(self, host: str) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -147,7 +147,7 @@ def _name_constraints(hosts: frozenset[str]) -> x509.NameConstraints:
     """Permit these hosts and exclude all others: a type of name that is not mentioned would be unconstrained."""
     permitted: list[x509.GeneralName] = []
     for host in sorted(hosts):
-        address = _address(host)
+        address = _ip_address(host)
         permitted.append(
             x509.DNSName(host) if address is None else x509.IPAddress(ipaddress.ip_network(address))
         )
@@ -166,11 +166,11 @@ def _is_network_of(name: x509.GeneralName, version: int) -> bool:
 
 
 def _general_name(host: str) -> x509.GeneralName:
-    address = _address(host)
+    address = _ip_address(host)
     return x509.DNSName(host) if address is None else x509.IPAddress(address)
 
 
-def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
         return ipaddress.ip_address(host)
     except ValueError:
@@ -195,9 +195,9 @@ def _load_key_and_certificate(
 def _require_server_name(host: str) -> Callable[[ssl.SSLObject, str | None, ssl.SSLContext], int | None]:
     """An SNI callback that refuses a handshake for another host than the CONNECT named."""
 
-    def named(_: ssl.SSLObject, given: str | None, __: ssl.SSLContext) -> int | None:
-        if given is not None and given.lower() != host:
+    def check(_: ssl.SSLObject, server_name: str | None, __: ssl.SSLContext) -> int | None:
+        if server_name is not None and server_name.lower() != host:
             return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
         return None
 
-    return named
+    return check

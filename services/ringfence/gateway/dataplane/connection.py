@@ -23,22 +23,22 @@ from ringfence.gateway.dataplane.http1_head import (
 from ringfence.gateway.dataplane.limits import HANDSHAKE_COST
 from ringfence.gateway.dataplane.request_reader import ListenerContext, presented_by, read_request
 from ringfence.gateway.dataplane.shared import DataPlaneContext
-from ringfence.gateway.dataplane.stream import DeadlineError, DisconnectedError, Stream
+from ringfence.gateway.dataplane.stream import DisconnectedError, PeerTimeoutError, Stream
 from ringfence.gateway.dataplane.tls_listener import TLS_FAILED
-from ringfence.gateway.errors import RefusedError, answer_head, problem_answer
+from ringfence.gateway.errors import RequestRefusedError, answer_head, problem_answer
 from ringfence.gateway.events.destination import destination_of_line, unparsed_line
 from ringfence.gateway.hosts import canonical, split_host_and_port
 from ringfence.kernel.base import metrics
 
 MAX_READ_BYTES: Final = 1024 * 1024
-"""No more of a body is read before the decision."""
+"""The most bytes of a body that are read before the decision."""
 _PROXY_AUTHENTICATION_REQUIRED: Final = 407
 _LINGER_S: Final = 1.0
 _LINGER_BYTES: Final = 256 * 1024
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-class Connection:
+class AgentConnection:
     """Serves one connection. CONNECT turns it into TLS, which the gateway terminates."""
 
     def __init__(
@@ -60,7 +60,7 @@ class Connection:
             while await self._serve_one():
                 pass
             self._client.close()
-        except (DisconnectedError, DeadlineError):
+        except (DisconnectedError, PeerTimeoutError):
             self._client.abort()
         except BaseException:
             self._client.abort()
@@ -76,7 +76,7 @@ class Connection:
             if head_bytes is None:
                 return await self._continue_handed_over()
             request = parse_request(head_bytes)
-        except RefusedError as error:
+        except RequestRefusedError as error:
             self._unparsed_head = (
                 head_bytes if head_bytes is not None else bytes(self._client.buffer[:MAX_HEAD_BYTES])
             )
@@ -86,7 +86,7 @@ class Connection:
         body = request_body(request)
         try:
             return await self._decide_and_forward(request, body)
-        except RefusedError as error:
+        except RequestRefusedError as error:
             return await self._refuse(error, request, close=not body.done or error.status == 400)
 
     async def _continue_handed_over(self) -> bool:
@@ -103,24 +103,26 @@ class Connection:
             self._slot.end()
 
     async def _read_head(self) -> bytes | None:
-        """Read the next head. None where the fast path handed a request over instead, see `FastPath`."""
+        """Read the next head. None if the fast path handed a request over instead, see `FastPath`."""
         client, timeouts, fast_path = self._client, self._shared.timeouts, self._fast_path
         client.deadline = time.monotonic() + (timeouts.head_s if client.buffer else timeouts.idle_s)
-        begun, seen = fast_path.count if client.buffer else None, 0
+        begun, searched = fast_path.count if client.buffer else None, 0
         fast_path.open()
         try:
-            while (head_bytes := take_head(client.buffer, seen)) is None:
-                seen = len(client.buffer)
+            while (head_bytes := take_head(client.buffer, searched)) is None:
+                searched = len(client.buffer)
                 try:
                     await client.read_more()
-                except DeadlineError:
+                except PeerTimeoutError:
                     if not client.buffer:
                         raise
-                    raise RefusedError(408, "head_timeout", "the head of the request does not come") from None
+                    raise RequestRefusedError(
+                        408, "head_timeout", "the head of the request does not come"
+                    ) from None
                 if fast_path.needs_slow_path:
                     return None
                 if begun != fast_path.count:
-                    seen = 0
+                    searched = 0
                 if client.buffer and begun != fast_path.count:
                     begun = fast_path.count
                     client.deadline = time.monotonic() + timeouts.head_s
@@ -160,7 +162,7 @@ class Connection:
     async def _finish_forwarding(self, forwarded: ForwardedRequest, forwarding: Awaitable[bool]) -> bool:
         try:
             keep = await forwarding
-        except RefusedError as error:
+        except RequestRefusedError as error:
             close = not forwarded.body.done or error.status == 400
             return await self._send_refusal(error, forwarded.head, close=close)
         if not keep:
@@ -168,8 +170,9 @@ class Connection:
         return keep
 
     async def _read_body(self, body: Body, *, expects_continue: bool) -> bytes:
-        """Read the body, up to a little more than the limit. Raises RefusedError: 408, or 400 where its framing is
-        wrong.
+        """Read the body, up to a little more than the limit.
+
+        Raises RequestRefusedError: 408 on a timeout, 400 if its framing is wrong.
         """
         client = self._client
         if expects_continue and not body.done and not client.buffer:
@@ -179,8 +182,10 @@ class Connection:
         while not body.done and len(pieces) <= MAX_READ_BYTES:
             try:
                 await client.read_more()
-            except DeadlineError:
-                raise RefusedError(408, "body_timeout", "the body of the request does not come") from None
+            except PeerTimeoutError:
+                raise RequestRefusedError(
+                    408, "body_timeout", "the body of the request does not come"
+                ) from None
             pieces += body.take(client.buffer)
         client.deadline = None
         return bytes(pieces)
@@ -194,7 +199,7 @@ class Connection:
             authority = connect_authority(request, self._listener, self._client)
             presented = presented_by(request, self._listener)
             if self._listener.challenge and presented == PresentedIdentity():
-                raise RefusedError(
+                raise RequestRefusedError(
                     407,
                     "proxy_authorization_missing",
                     "write the handle as the user of the proxy URL",
@@ -206,7 +211,7 @@ class Connection:
                 )
                 return await self._send_answer(self._unknown_host_answer(verdict), request, close=True)
             context = shared.authority.context(split_host_and_port(authority, "https")[0])
-        except RefusedError as error:
+        except RequestRefusedError as error:
             return await self._refuse(error, request, close=True)
         self._client.write(CONNECT_ESTABLISHED)
         try:
@@ -222,12 +227,14 @@ class Connection:
 
     def _unknown_host_answer(self, verdict: Verdict) -> tuple[int, Mapping[str, str], bytes]:
         if verdict.allowed:
-            return problem_answer(RefusedError(403, "host_unknown", "this host is no target of the gateway"))
+            return problem_answer(
+                RequestRefusedError(403, "host_unknown", "this host is no target of the gateway")
+            )
         return self._shared.answer(verdict)
 
     # --- answers of the gateway's own ---------------------------------------------------------------------------------
 
-    async def _refuse(self, error: RefusedError, request: RequestHead | None, *, close: bool) -> bool:
+    async def _refuse(self, error: RequestRefusedError, request: RequestHead | None, *, close: bool) -> bool:
         """Refuse a request before its decision. A challenge (407) is not reported as blocked."""
         if error.status != _PROXY_AUTHENTICATION_REQUIRED:
             self._report_blocked(error.code, error.message, request)
@@ -248,7 +255,9 @@ class Connection:
             )
         )
 
-    async def _send_refusal(self, error: RefusedError, request: RequestHead | None, *, close: bool) -> bool:
+    async def _send_refusal(
+        self, error: RequestRefusedError, request: RequestHead | None, *, close: bool
+    ) -> bool:
         metrics.GATEWAY_REFUSED.labels(error.code).inc()
         return await self._send_answer(problem_answer(error), request, close=close)
 
@@ -289,13 +298,13 @@ class Connection:
         if not unread or not client.alive:
             return
         client.end()
-        left, client.deadline = _LINGER_BYTES, time.monotonic() + _LINGER_S
+        remaining, client.deadline = _LINGER_BYTES, time.monotonic() + _LINGER_S
         try:
-            while left > 0:
-                left -= len(client.buffer)
+            while remaining > 0:
+                remaining -= len(client.buffer)
                 client.buffer.clear()
                 await client.read_more()
-        except (DisconnectedError, DeadlineError):
+        except (DisconnectedError, PeerTimeoutError):
             return
 
 
@@ -304,7 +313,7 @@ def _expects_continue(request: RequestHead) -> bool:
     if expected is None:
         return False
     if expected.lower() != b"100-continue":
-        raise RefusedError(417, "expectation_failed", "nothing but 100-continue can be expected")
+        raise RequestRefusedError(417, "expectation_failed", "nothing but 100-continue can be expected")
     return request.minor == 1
 
 
@@ -314,17 +323,19 @@ CONNECT_ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 
 def connect_authority(request: RequestHead, listener: ListenerContext, client: Stream) -> str:
-    """The canonical authority of a CONNECT (RFC 9110, 9.3.6). Raises RefusedError."""
+    """The canonical authority of a CONNECT (RFC 9110, 9.3.6). Raises RequestRefusedError."""
     if listener.connect_authority is not None:
-        raise RefusedError(400, "connect_refused", "there is no CONNECT inside another")
+        raise RequestRefusedError(400, "connect_refused", "there is no CONNECT inside another")
     if request.chunked or request.length or client.buffer:
-        raise RefusedError(400, "connect_refused", "nothing may follow a CONNECT before it is answered")
+        raise RequestRefusedError(
+            400, "connect_refused", "nothing may follow a CONNECT before it is answered"
+        )
     if ":" not in request.target.rpartition("]")[2]:
-        raise RefusedError(400, "connect_refused", "CONNECT names a host and a port")
+        raise RequestRefusedError(400, "connect_refused", "CONNECT names a host and a port")
     authority = canonical(request.target, "https")
     host = request.values.get(b"host")
     if host is not None and canonical(host.decode("latin-1"), "https") != authority:
-        raise RefusedError(400, "host_disagrees", "Host names another host than the CONNECT")
+        raise RequestRefusedError(400, "host_disagrees", "Host names another host than the CONNECT")
     return authority
 
 
@@ -339,28 +350,26 @@ class ReceivedRequest:
     def __init__(self, client: Stream, read: Callable[[], Awaitable[bytes]], *, max_bytes: int) -> None:
         """`read` returns all of the body, or more than `max_bytes` of it.
 
-        It raises RefusedError, DisconnectedError and DeadlineError.
+        It raises RequestRefusedError, DisconnectedError and PeerTimeoutError.
         """
         self._client = client
         self._read_body = read
         self._max_bytes = max_bytes
         self.body: bytes | None = None
-        """What was read before the decision. These bytes are forwarded first."""
+        """The bytes that were read before the decision. They are forwarded first."""
 
     async def read(self) -> bytes | None:
-        """The whole body; None where it is too long, which counts as not read. Raises what `read` raises."""
+        """The whole body; None if it is too long, which counts as not read. Raises what the callback raises."""
         self.body = await self._read_body()
         return self.body if len(self.body) <= self._max_bytes else None
 
     async def read_body(self) -> bytes | None:
-        """See `HoldableRequest`."""
         try:
             return await self.read() if self.body is None else None
-        except (RefusedError, DisconnectedError, DeadlineError):
+        except (RequestRefusedError, DisconnectedError, PeerTimeoutError):
             return None
 
     def on_disconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """See `HoldableRequest`."""
         if not self._client.alive:
             callback()
             return lambda: None

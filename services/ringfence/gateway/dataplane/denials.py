@@ -48,7 +48,7 @@ def problem_body(verdict: Verdict) -> bytes:
 
 
 def how_to_ask(verdict: Verdict) -> str | None:
-    """The command that asks for the missing credential; None where a credential would not resolve every reason."""
+    """The command that asks for the missing credential; None if a credential would not resolve every reason."""
     target, action = verdict.target, verdict.action
     if (
         target is None
@@ -58,8 +58,8 @@ def how_to_ask(verdict: Verdict) -> str | None:
         return None  # a credential would not resolve every reason
     permission = f"{target.target_id}:{action.verb}:{action.resource}"
     if "," in action.resource or ":" in action.resource:
-        wanted = {"target": target.target_id, "verbs": [action.verb], "resources": [action.resource]}
-        permission = orjson.dumps(wanted).decode()
+        permission_json = {"target": target.target_id, "verbs": [action.verb], "resources": [action.resource]}
+        permission = orjson.dumps(permission_json).decode()
     return (
         f"ringfence request --task {verdict.task_id or 'TASK'} --delivery gateway "
         f"--allow {shlex.quote(permission)} --reason WHY"
@@ -68,11 +68,11 @@ def how_to_ask(verdict: Verdict) -> str | None:
 
 def denial_answer(verdict: Verdict) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of the answer. The data plane adds `Cache-Control`."""
-    said = {name: value for name, value in denial_headers(verdict).items() if name != "Cache-Control"}
+    headers = {name: value for name, value in denial_headers(verdict).items() if name != "Cache-Control"}
     if verdict.rpc is None or verdict.status in _HTTP_STATUSES:
-        return verdict.status, said, problem_body(verdict)
+        return verdict.status, headers, problem_body(verdict)
     status = verdict.status if verdict.rpc.id is None else HTTPStatus.OK.value
-    return status, {**said, "Content-Type": _JSON}, rpc_error(verdict, verdict.rpc)
+    return status, {**headers, "Content-Type": _JSON}, rpc_error(verdict, verdict.rpc)
 
 
 def rpc_error(verdict: Verdict, rpc: RpcErrorReply) -> bytes:
@@ -80,29 +80,29 @@ def rpc_error(verdict: Verdict, rpc: RpcErrorReply) -> bytes:
 
     Codes outside the range that JSON-RPC reserves are the application's (JSON-RPC 2.0, 5.1).
     """
-    said = problem_details(verdict)
-    error = {"code": verdict.status, "message": f"{said['code']}: {said['detail']}", "data": said}
+    details = problem_details(verdict)
+    error = {"code": verdict.status, "message": f"{details['code']}: {details['detail']}", "data": details}
     return orjson.dumps({"jsonrpc": "2.0", "id": rpc.id, "error": error})
 
 
 def denial_headers(verdict: Verdict) -> dict[str, str]:
-    """The headers of such an answer, without its length."""
-    found = {"Content-Type": MEDIA_TYPE, "Cache-Control": "no-store"}
+    """The headers of the answer to a denial, without its length."""
+    headers = {"Content-Type": MEDIA_TYPE, "Cache-Control": "no-store"}
     if verdict.nonce is not None:
-        found["DPoP-Nonce"] = verdict.nonce
+        headers["DPoP-Nonce"] = verdict.nonce
     if verdict.status == HTTPStatus.UNAUTHORIZED:
         code = verdict.reasons[0].code if verdict.reasons else ""
         error = code if code in ("use_dpop_nonce", "invalid_dpop_proof") else "invalid_token"
-        found["WWW-Authenticate"] = f'DPoP error="{error}", algs="ES256 EdDSA"'
+        headers["WWW-Authenticate"] = f'DPoP error="{error}", algs="ES256 EdDSA"'
     if verdict.retry_after_s is not None:
-        found["Retry-After"] = str(verdict.retry_after_s)
-    return found
+        headers["Retry-After"] = str(verdict.retry_after_s)
+    return headers
 
 
 def _reason_details(reason: Reason) -> dict[str, Any]:
-    said: dict[str, Any] = {"code": reason.code, "detail": reason.message}
+    details: dict[str, Any] = {"code": reason.code, "detail": reason.message}
     if reason.permission is not None:
-        said["permission"] = reason.permission.model_dump(mode="json")
+        details["permission"] = reason.permission.model_dump(mode="json")
     if reason.side is not None:
-        said["side"] = reason.side
-    return said
+        details["side"] = reason.side
+    return details

@@ -37,9 +37,9 @@ from ringfence.gateway.dataplane.mcp_responses import (
     too_large,
 )
 from ringfence.gateway.dataplane.secret_redaction import Redactor, needles_of, redact
-from ringfence.gateway.dataplane.stream import DeadlineError, DisconnectedError, Stream
+from ringfence.gateway.dataplane.stream import DisconnectedError, PeerTimeoutError, Stream
 from ringfence.gateway.dataplane.websockets import accepts_websocket, asks_for_websocket, tunnel
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Origin
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.credential import Reason
@@ -78,14 +78,14 @@ class Timeouts:
 
 @dataclass(slots=True)
 class ForwardedRequest:
-    """A request that is forwarded, and what is still to come of its body."""
+    """A request that is forwarded, and the rest of its body."""
 
     head: RequestHead
     attempt: Attempt
     verdict: Verdict
     body: Body
     body_read: bytes | None
-    """What was read of the body for the decision: all of it if `body` is done, else too much to be decided on."""
+    """The part of the body that was read for the decision: all of it if `body` is done, else too much to decide on."""
 
 
 def is_observed(verdict: Verdict) -> bool:
@@ -93,7 +93,7 @@ def is_observed(verdict: Verdict) -> bool:
 
 
 def never_expired() -> bool:
-    return False  # it uses no lease
+    return False  # an observed request uses no lease
 
 
 class StaleConnectionError(RingfenceError):
@@ -149,7 +149,7 @@ class Exchange:
         self._injects = injected is not None
         self._needles = needles_of(tuple(injected.values())) if injected is not None else ()
         self._uploading: asyncio.Task[None] | None = None
-        self._refused: RefusedError | None = None
+        self._refused: RequestRefusedError | None = None
         self._answering = False
         self._mcp_filter = McpResponseFilter(request.verdict.mcp) if request.verdict.mcp is not None else None
         self._upgrade = self._mcp_filter is None and asks_for_websocket(request.head)
@@ -181,7 +181,7 @@ class Exchange:
         self._cut(cut_error(self._view_problem()))
 
     def _check_cut(self) -> None:
-        """Raise RefusedError if the lease has ended, also while this process was suspended."""
+        """Raise RequestRefusedError if the lease has ended, also while this process was suspended."""
         if self._refused is None and self._view_expired():
             self.on_lease_end()
         if self._refused is not None:
@@ -194,7 +194,7 @@ class Exchange:
         return self._refused is None
 
     def finish(self) -> None:
-        """Release what the exchange holds."""
+        """Release the resources of the exchange."""
         self.unsubscribe()
         self._client.on_disconnect = None
         if self._uploading is not None:
@@ -203,7 +203,7 @@ class Exchange:
             self._mcp_filter.finish()
 
     def send_request(self, upstream: Stream) -> None:
-        """Send the request. Raises RefusedError if the lease has ended, DisconnectedError if the client left."""
+        """Send the request. Raises RequestRefusedError if the lease has ended, DisconnectedError if the client left."""
         self.upstream = upstream
         self._check_cut()
         if not self._client.alive:
@@ -214,15 +214,15 @@ class Exchange:
     async def read_response_head(self, upstream: Stream) -> ResponseHead:
         """Read the head of the response: a final one, or one that opens a WebSocket.
 
-        Raises StaleConnectionError if the target closed the connection before it sent anything, RefusedError for every
-        other fault.
+        Raises StaleConnectionError if the target closed the connection before it sent anything, RequestRefusedError for
+        every other fault.
         """
         self._check_cut()
         for interim in range(_MAX_INTERIM_RESPONSES):
             response = await self._next_response_head(upstream, began=interim > 0)
             if response.status >= 200 or response.status == 101:
                 return response
-        raise RefusedError(502, "target_unreadable", "the target sends nothing but interim responses")
+        raise RequestRefusedError(502, "target_unreadable", "the target sends nothing but interim responses")
 
     async def _next_response_head(self, upstream: Stream, *, began: bool) -> ResponseHead:
         while True:
@@ -230,7 +230,7 @@ class Exchange:
                 head = take_head(upstream.buffer)
                 if head is not None:
                     return parse_response(head)
-            except RefusedError as error:
+            except RequestRefusedError as error:
                 raise _unreadable(error) from None
             await self._read_more(upstream, self._timeouts.response_s, began=began or bool(upstream.buffer))
 
@@ -241,7 +241,7 @@ class Exchange:
             return False, False
         body = response_body(response, self._request.head.method)
         if self._injects and not body.done and is_compressed(response):
-            raise RefusedError(
+            raise RequestRefusedError(
                 502,
                 "target_compresses",
                 "the target compressed its response though it was asked not to; nobody could see what it says",
@@ -317,9 +317,9 @@ class Exchange:
                 upstream.deadline = time.monotonic() + self._timeouts.response_s
                 if upstream.blocked and not await _drain(upstream):
                     return
-        except DeadlineError:
-            self._cut(RefusedError(408, "body_timeout", "the body of the request does not come"))
-        except RefusedError as error:
+        except PeerTimeoutError:
+            self._cut(RequestRefusedError(408, "body_timeout", "the body of the request does not come"))
+        except RequestRefusedError as error:
             self._cut(error)
         except DisconnectedError:
             upstream.abort()
@@ -343,7 +343,7 @@ class Exchange:
             return None, EventStreamFilter(self._mcp_filter)
         if media == JSON:
             return self._mcp_filter.message(await self._read_whole_body(upstream, body)), None
-        raise RefusedError(
+        raise RequestRefusedError(
             502, "target_unreadable", "the target answers a message of MCP with something else"
         )
 
@@ -353,7 +353,7 @@ class Exchange:
         while True:
             try:
                 pieces += body.take(upstream.buffer)
-            except RefusedError as error:
+            except RequestRefusedError as error:
                 raise _unreadable(error) from None
             if len(pieces) > MAX_MESSAGE_BYTES:
                 raise too_large()
@@ -361,7 +361,7 @@ class Exchange:
                 return bytes(pieces)
             try:
                 await self._read_more(upstream, self._timeouts.stream_s, began=True)
-            except RefusedError as error:
+            except RequestRefusedError as error:
                 if isinstance(body, CloseDelimitedBody) and error.code == "target_gone":
                     return bytes(pieces)
                 raise
@@ -382,7 +382,7 @@ class Exchange:
                 piece = body.take(upstream.buffer)
                 if event_filter is not None:
                     piece = event_filter.last(piece) if body.done else event_filter.feed(piece)
-            except RefusedError as error:
+            except RequestRefusedError as error:
                 self._abort_response(client, _unreadable(error))
             if piece or body.done:
                 piece = redactor.last(piece) if body.done else redactor.feed(piece)
@@ -399,17 +399,17 @@ class Exchange:
                 return
             try:
                 await self._read_more(upstream, self._timeouts.stream_s, began=True)
-            except RefusedError as error:
+            except RequestRefusedError as error:
                 if isinstance(body, CloseDelimitedBody) and error.code == "target_gone":
                     client.write(redactor.last(self._last_event(event_filter)))
                     return
                 self._abort_response(client, error)
 
     def _last_event(self, event_filter: EventStreamFilter | None) -> bytes:
-        """What is left in the filter when the connection ends."""
+        """The rest of the data in the filter, at the end of the connection."""
         try:
             return event_filter.last(b"") if event_filter is not None else b""
-        except RefusedError as error:
+        except RequestRefusedError as error:
             self._abort_response(self._client, error)
 
     async def _drain_client(self) -> None:
@@ -420,7 +420,7 @@ class Exchange:
         if self._uploaded():
             client.deadline = None
 
-    def _abort_response(self, client: Stream, error: RefusedError) -> NoReturn:
+    def _abort_response(self, client: Stream, error: RequestRefusedError) -> NoReturn:
         """Break off a response that was begun, so that the client sees that it is incomplete."""
         client.fail(DisconnectedError(error.message))
         raise DisconnectedError(error.message)
@@ -428,37 +428,39 @@ class Exchange:
     async def _open_websocket(self, upstream: Stream, response: ResponseHead) -> None:
         """Relay a WebSocket until it or the lease ends."""
         if not self._upgrade or not accepts_websocket(self._request.head, response, plain=self._injects):
-            raise RefusedError(502, "target_unreadable", "the target switches to what nobody asked it for")
+            raise RequestRefusedError(
+                502, "target_unreadable", "the target switches to what nobody asked it for"
+            )
         self._answering = True
         self._client.write(redact(switching_head(response), self._needles))
         await tunnel(
             self._client, upstream, Redactor(self._needles), self._check_cut, idle_s=self._timeouts.stream_s
         )
 
-    # --- what goes wrong ----------------------------------------------------------------------------------------------
+    # --- faults -------------------------------------------------------------------------------------------------------
 
     async def _read_more(self, upstream: Stream, timeout_s: float, *, began: bool) -> None:
         upstream.deadline = time.monotonic() + timeout_s if self._uploaded() else None
         try:
             await upstream.read_more()
             self._check_cut()
-        except DeadlineError:
-            raise RefusedError(504, "target_timeout", "the target does not answer in time") from None
+        except PeerTimeoutError:
+            raise RequestRefusedError(504, "target_timeout", "the target does not answer in time") from None
         except DisconnectedError:
             if not self._client.alive:
                 raise DisconnectedError("the client left") from None
             if not began:
                 raise StaleConnectionError("the target closed the connection") from None
-            raise RefusedError(502, "target_gone", "the target closed the connection") from None
+            raise RequestRefusedError(502, "target_gone", "the target closed the connection") from None
         finally:
             upstream.deadline = None
 
     def on_client_disconnect(self) -> None:
-        """Abort the request: nobody waits for its response."""
+        """Abort the request: no client waits for its response any more."""
         if self.upstream is not None:
             self.upstream.abort()
 
-    def _cut(self, error: RefusedError) -> None:
+    def _cut(self, error: RequestRefusedError) -> None:
         """Cut the target off, and the client too if a response has begun."""
         self._refused = error
         if self.upstream is not None:
@@ -467,14 +469,14 @@ class Exchange:
             self._client.fail(DisconnectedError(error.message))
 
 
-def cut_error(view_problem: Reason | None) -> RefusedError:
+def cut_error(view_problem: Reason | None) -> RequestRefusedError:
     """The refusal of an exchange that was cut. `view_problem`: why it is unknown whether the lease has ended, or None.
 
     Told that its lease has ended, an agent would ask for a new one, which does not help against a stale view.
     """
     if view_problem is not None:
-        return RefusedError(503, view_problem.code, view_problem.message, headers={"Retry-After": "1"})
-    return RefusedError(403, "lease_ended", "the lease that allowed this has ended")
+        return RequestRefusedError(503, view_problem.code, view_problem.message, headers={"Retry-After": "1"})
+    return RequestRefusedError(403, "lease_ended", "the lease that allowed this has ended")
 
 
 def is_compressed(response: ResponseHead) -> bool:
@@ -487,13 +489,15 @@ def do_nothing() -> None:
 
 
 async def _drain(upstream: Stream) -> bool:
-    """Whether the target took what was written. If it did not in time, the reader of its response reports that."""
+    """Whether the target took the written data. If it did not in time, the reader of its response reports that."""
     try:
         await upstream.drain()
-    except DeadlineError:
+    except PeerTimeoutError:
         return False
     return True
 
 
-def _unreadable(error: RefusedError) -> RefusedError:
-    return RefusedError(502, "target_unreadable", f"the target's response is not forwarded: {error.message}")
+def _unreadable(error: RequestRefusedError) -> RequestRefusedError:
+    return RequestRefusedError(
+        502, "target_unreadable", f"the target's response is not forwarded: {error.message}"
+    )

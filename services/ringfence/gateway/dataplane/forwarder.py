@@ -16,7 +16,7 @@ from ringfence.gateway.dataplane.exchange import (
 )
 from ringfence.gateway.dataplane.stream import Stream
 from ringfence.gateway.dataplane.upstream_pool import UpstreamPool
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Origin, origin_of
 from ringfence.kernel.base.errors import UnavailableError
 
@@ -38,8 +38,8 @@ class Forwarder:
         """Forward a request, and send the response to the client. Returns whether the client's connection can be
         reused.
 
-        Raises RefusedError as long as nothing of a response was sent, and DisconnectedError or DeadlineError if the
-        client fails.
+        Raises RequestRefusedError as long as nothing of a response was sent, and DisconnectedError or PeerTimeoutError
+        if the client fails.
         """
         injected, origin = await self._credential_and_origin(request.verdict)
         view_expired = never_expired if is_observed(request.verdict) else self._gate.view_expired
@@ -74,7 +74,7 @@ class Forwarder:
         return exchange
 
     async def resume(self, exchange: Exchange) -> bool:
-        """Wait for the response to a request that was taken over. See `forward`."""
+        """Wait for the response to a request that was taken over. Returns and raises as `forward`."""
         assert exchange.upstream is not None, "it was sent"
         try:
             return await self._run(exchange, exchange.upstream, reused=True, begun=True)
@@ -82,15 +82,15 @@ class Forwarder:
             exchange.finish()
 
     async def _credential_and_origin(self, verdict: Verdict) -> tuple[Mapping[str, str] | None, Origin]:
-        """The headers to inject, None where the request is forwarded unchanged; and the origin of the target."""
+        """The headers to inject, None if the request is forwarded unchanged; and the origin of the target."""
         as_it_came = is_observed(verdict)
         if verdict.target is None or (verdict.lease is None and not as_it_came):
-            raise RefusedError(503, "undecided", "the decision names no lease; try again")
+            raise RequestRefusedError(503, "undecided", "the decision names no lease; try again")
         try:
             injected = None if as_it_came else await self._gate.headers_to_inject(verdict)
             return injected, origin_of(self._gate.upstream(verdict.target))
         except UnavailableError as error:
-            raise RefusedError(503, error.code, error.message, headers={"Retry-After": "1"}) from None
+            raise RequestRefusedError(503, error.code, error.message, headers={"Retry-After": "1"}) from None
 
     def _on_lease_end(self, verdict: Verdict, ended: Callable[[], None]) -> Callable[[], None]:
         if verdict.lease is None or is_observed(verdict):
@@ -106,7 +106,9 @@ class Forwarder:
             except StaleConnectionError:
                 upstream.abort()
                 if not reused or not exchange.can_repeat:
-                    raise RefusedError(502, "target_gone", "the target closed the connection") from None
+                    raise RequestRefusedError(
+                        502, "target_gone", "the target closed the connection"
+                    ) from None
                 upstream, reused = await self._upstreams.acquire(exchange.origin, fresh=True)
                 begun = False
                 continue

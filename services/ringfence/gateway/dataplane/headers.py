@@ -1,6 +1,4 @@
-"""The heads of forwarded messages: which fields are dropped, which are added. All other lines are forwarded as they
-came.
-"""
+"""The heads of forwarded messages: drops some fields and adds others. All other lines are forwarded unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from ringfence.gateway.contract import Headers
 from ringfence.gateway.dataplane.http1_head import PROXY_FIELDS, FieldSection, RequestHead, ResponseHead
 
 LABEL: Final = b"x-ringfence-label"
-"""The header in which the sender's tooling says where a request came from. It is used only in reports."""
+"""The header in which the sender's tooling names the origin of a request. Used only in reports."""
 HANDLE: Final = b"x-ringfence-handle"
 """The header for the handle of an agent that sends an `Authorization` of its own: `X-Ringfence-Handle: LEASE`."""
 
@@ -64,7 +62,7 @@ def forwarded_headers(request: RequestHead, *, upgrade: bool) -> Headers:
     WebSocket.
     """
     named = request.section.connection_options
-    kept = tuple(
+    forwarded = tuple(
         (spelled.decode("ascii"), line.partition(b":")[2].strip(b" \t").decode("latin-1"))
         for name, line in request.section.lines
         if (spelled := _forwarded_name(name)) is not None
@@ -72,7 +70,7 @@ def forwarded_headers(request: RequestHead, *, upgrade: bool) -> Headers:
         is not None  # the forwarded spelling counts: `keep_alive` must not become `keep-alive`
         and named.isdisjoint((name, spelled))
     )
-    return (*kept, ("upgrade", "websocket")) if upgrade else kept
+    return (*forwarded, ("upgrade", "websocket")) if upgrade else forwarded
 
 
 def request_head(
@@ -91,11 +89,11 @@ def request_head(
         request: as the agent sent it.
         target: path and query, as they were decided on.
         authority: of the target, for `Host`.
-        injected: the headers of the credential. They replace the agent's headers of these names. None where the request
-            is forwarded unchanged.
-        length: of the body, where it is known; a body of unknown length is sent in chunks.
+        injected: the headers of the credential. They replace the agent's headers of these names. None if the request is
+            forwarded unchanged.
+        length: of the body, if known; a body of unknown length is sent in chunks.
         upgrade: whether it asks for a WebSocket.
-        approved: where a person approved the action, its headers: nothing else of the agent's is forwarded.
+        approved: the headers that a person approved, if one did: no other header of the agent's is forwarded.
     """
     first = f"{request.method} {target} HTTP/1.1\r\nHost: {authority}\r\n".encode("ascii")
     if injected is None:
@@ -145,7 +143,7 @@ def _lines_with_credential(
 
 @functools.lru_cache(maxsize=1024)
 def _forwarded_name(name: bytes) -> bytes | None:
-    """The name as it is compared with injected names; None where it is not forwarded with a credential."""
+    """The name as it is compared with injected names; None if it is not forwarded with a credential."""
     return None if _is_always_dropped(name) or name in _DROPPED_WITH_CREDENTIAL else name.replace(b"_", b"-")
 
 
@@ -161,8 +159,8 @@ def _credential_lines(injected: tuple[tuple[str, str], ...]) -> tuple[frozenset[
 
 
 def _unchanged_lines(request: RequestHead) -> bytes:
-    own = agent_header_names(request.section)
-    return b"".join(line + b"\r\n" for name, line in request.fields if name.decode("ascii") in own)
+    names = agent_header_names(request.section)
+    return b"".join(line + b"\r\n" for name, line in request.fields if name.decode("ascii") in names)
 
 
 def response_head(response: ResponseHead, *, chunked: bool, close: bool) -> bytes:

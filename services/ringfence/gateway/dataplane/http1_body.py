@@ -8,7 +8,7 @@
 - 7.1.1: chunk extensions are refused, although a recipient may ignore them. Two readers could disagree on their end.
 - 7.1.2: trailers may have 8 KiB. They must be valid field lines, and are dropped.
 
-A violation raises RefusedError (400). Bodies are forwarded with new chunks, never with the received framing.
+A violation raises RequestRefusedError (400). Bodies are forwarded with new chunks, never with the received framing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import re
 from typing import Final
 
 from ringfence.gateway.dataplane.http1_head import RequestHead, ResponseHead, check_trailers
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 
 MAX_TRAILER_BYTES: Final = 8 * 1024
 LAST_CHUNK: Final = b"0\r\n\r\n"
@@ -36,9 +36,9 @@ class Body:
         self.done = True
 
     def take(self, buffer: bytearray) -> bytes:
-        """Take what has arrived of the content out of the buffer, and nothing that follows the body.
+        """Take the content that has arrived out of the buffer, and nothing that follows the body.
 
-        Raises RefusedError where the framing is wrong.
+        Raises RequestRefusedError if the framing is wrong.
         """
         return b""
 
@@ -133,18 +133,18 @@ def _take_complete_chunks(buffer: bytearray, pieces: list[bytes]) -> None:
 
     The first chunk that is incomplete, last, or not plain stays, with all behind it, for the state machine.
     """
-    found = _CHUNK_HEADER.match(buffer)
-    if found is None:
+    header = _CHUNK_HEADER.match(buffer)
+    if header is None:
         return
-    came, at = bytes(buffer), 0
-    while found is not None:
-        begins = found.end()
-        ends = begins + int(found[1], 16)
-        if ends == begins or came[ends : ends + 2] != b"\r\n":
+    data, at = bytes(buffer), 0
+    while header is not None:
+        begins = header.end()
+        ends = begins + int(header[1], 16)
+        if ends == begins or data[ends : ends + 2] != b"\r\n":
             break
-        pieces.append(came[begins:ends])
+        pieces.append(data[begins:ends])
         at = ends + 2
-        found = _CHUNK_HEADER.match(came, at)
+        header = _CHUNK_HEADER.match(data, at)
     del buffer[:at]
 
 
@@ -183,5 +183,5 @@ def chunk(piece: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(piece), piece)
 
 
-def _malformed(what: str) -> RefusedError:
-    return RefusedError(400, "malformed_http", f"the body cannot be understood for certain: {what}")
+def _malformed(problem: str) -> RequestRefusedError:
+    return RequestRefusedError(400, "malformed_http", f"the body cannot be understood for certain: {problem}")

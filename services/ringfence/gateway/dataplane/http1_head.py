@@ -30,7 +30,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 
 MAX_HEAD_BYTES: Final = 32 * 1024
 MAX_FIELDS: Final = 100
@@ -59,7 +59,7 @@ OVERRIDE_FIELDS: Final = frozenset({
     b"x-http-method-override", b"x-http-method", b"x-method-override", b"x-original-url", b"x-rewrite-url",
     b"x-original-uri", b"x-original-method",
 })  # fmt: skip
-"""By these a target may act on another method or path than the request line says, which is what is decided on."""
+"""By these a target may act on another method or path than the request line, which the decision is about."""
 
 PROXY_FIELDS: Final = frozenset({
     b"forwarded", b"x-real-ip", b"client-ip", b"x-client-ip", b"true-client-ip", b"x-cluster-client-ip",
@@ -117,21 +117,21 @@ class ResponseHead(Head):
     line: bytes
 
 
-def take_head(buffer: bytearray, seen: int = 0) -> bytes | None:
-    """Take a head out of the buffer, without its empty line. None where more has to arrive.
+def take_head(buffer: bytearray, searched: int = 0) -> bytes | None:
+    """Take a head out of the buffer, without its empty line. None if more has to arrive.
 
-    `seen`: how much of the buffer was searched before, so that a head which arrives byte by byte costs no more than
-    others. Raises RefusedError for a head that is too long, or that cannot become valid.
+    `searched`: the length of the buffer that was searched before, so that a head which arrives byte by byte costs no
+    more than others. Raises RequestRefusedError for a head that is too long, or that cannot become valid.
     """
     if not buffer:
         return None
-    end = buffer.find(END_OF_HEAD, max(0, seen - len(END_OF_HEAD) + 1), MAX_HEAD_BYTES)
+    end = buffer.find(END_OF_HEAD, max(0, searched - len(END_OF_HEAD) + 1), MAX_HEAD_BYTES)
     if end < 0:
         if len(buffer) >= MAX_HEAD_BYTES:
-            raise RefusedError(
+            raise RequestRefusedError(
                 431, "head_too_large", f"the head of a message may have {MAX_HEAD_BYTES} bytes"
             )
-        if _BARE_CR_LF_OR_NUL.search(buffer, max(0, seen - 1)):
+        if _BARE_CR_LF_OR_NUL.search(buffer, max(0, searched - 1)):
             raise _malformed("a bare CR or LF, or a NUL, in its head")
         return None
     head = bytes(buffer[: end + 2])
@@ -140,7 +140,7 @@ def take_head(buffer: bytearray, seen: int = 0) -> bytes | None:
 
 
 def parse_request(head: bytes) -> RequestHead:
-    """Parse the head of a request, as `take_head` returns it. Raises RefusedError."""
+    """Parse the head of a request, as `take_head` returns it. Raises RequestRefusedError."""
     line = _REQUEST_LINE.match(head)
     if line is None:
         raise _malformed("its first line is not METHOD TARGET HTTP/1.1")
@@ -158,7 +158,7 @@ def parse_request(head: bytes) -> RequestHead:
 
 
 def parse_response(head: bytes) -> ResponseHead:
-    """Parse the head of a response. Raises RefusedError."""
+    """Parse the head of a response. Raises RequestRefusedError."""
     line = _STATUS_LINE.match(head)
     if line is None:
         raise _malformed("its first line is not HTTP/1.1 STATUS")
@@ -173,24 +173,24 @@ def parse_response(head: bytes) -> ResponseHead:
 
 
 def check_trailers(lines: bytes) -> None:
-    """Check the trailers of a chunked body. Raises RefusedError."""
+    """Check the trailers of a chunked body. Raises RequestRefusedError."""
     if _FIELDS.fullmatch(lines) is None:
         raise _malformed("its trailers are no field lines")
 
 
 def _request_fields(section: bytes) -> FieldSection:
-    """Parse and check the fields of a request. Raises RefusedError."""
-    found = _parse_fields(section)
-    if not found.connection_options.isdisjoint(_BODY_FIELDS):
+    """Parse and check the fields of a request. Raises RequestRefusedError."""
+    parsed = _parse_fields(section)
+    if not parsed.connection_options.isdisjoint(_BODY_FIELDS):
         raise _malformed("Connection names what says how its body is to be read")
-    if not OVERRIDE_FIELDS.isdisjoint(dict(found.lines)):
-        name = next(name for name, _ in found.lines if name in OVERRIDE_FIELDS)
-        raise RefusedError(
+    if not OVERRIDE_FIELDS.isdisjoint(dict(parsed.lines)):
+        name = next(name for name, _ in parsed.lines if name in OVERRIDE_FIELDS)
+        raise RequestRefusedError(
             400,
             "override_refused",
             f"{name.decode()} would make the target do another thing than what is decided on; leave it out",
         )
-    return found
+    return parsed
 
 
 _cached_request_fields = functools.lru_cache(maxsize=1024)(_request_fields)
@@ -203,14 +203,14 @@ def _parse_fields(section: bytes) -> FieldSection:
     lines = section.split(b"\r\n")
     lines.pop()
     if len(lines) > MAX_FIELDS:
-        raise RefusedError(431, "too_many_fields", f"a message may have {MAX_FIELDS} header fields")
+        raise RequestRefusedError(431, "too_many_fields", f"a message may have {MAX_FIELDS} header fields")
     fields: list[tuple[bytes, bytes]] = []
     values: dict[bytes, bytes] = {}
     for line in lines:
-        given, _, value = line.partition(b":")
-        name, kept = _field_name(given)
+        raw_name, _, value = line.partition(b":")
+        name, has_meaning = _field_name(raw_name)
         fields.append((name, line))
-        if kept:
+        if has_meaning:
             if name not in values:
                 values[name] = value.strip(b" \t")
             elif name in _SINGLETON_FIELDS:
@@ -221,9 +221,9 @@ def _parse_fields(section: bytes) -> FieldSection:
 
 
 @functools.lru_cache(maxsize=1024)
-def _field_name(given: bytes) -> tuple[bytes, bool]:
-    """A name in lower case, and whether its value is kept. Raises RefusedError."""
-    name = given.lower()
+def _field_name(raw_name: bytes) -> tuple[bytes, bool]:
+    """A name in lower case, and whether its value is kept. Raises RequestRefusedError."""
+    name = raw_name.lower()
     if b"_" in name and _is_read_as_another(name):
         raise _malformed(f"{name.decode()} is read as another name by some; write it with hyphens")
     return name, name in _KEPT_FIELDS
@@ -234,15 +234,15 @@ _cached_response_fields = functools.lru_cache(maxsize=256)(_parse_fields)
 
 
 def _framing(values: dict[bytes, bytes]) -> tuple[int | None, bool, frozenset[bytes]]:
-    coding, given = values.get(b"transfer-encoding"), values.get(b"content-length")
+    coding, length_text = values.get(b"transfer-encoding"), values.get(b"content-length")
     if coding is not None:
         if coding != b"chunked":
             raise _malformed("a Transfer-Encoding other than 'chunked'")
-        if given is not None:
+        if length_text is not None:
             raise _malformed("both Transfer-Encoding and Content-Length")
     length = None
-    if given is not None:
-        length = _length(given)
+    if length_text is not None:
+        length = _length(length_text)
     connection = values.get(b"connection")
     if connection is not None and connection.count(b",") > MAX_FIELDS:
         raise _malformed("Connection names more than there can be")
@@ -254,10 +254,10 @@ def _connection_options(connection: bytes) -> frozenset[bytes]:
     return frozenset(option.strip(b" \t") for option in connection.lower().split(b","))
 
 
-def _length(given: bytes) -> int:
-    if _LENGTH.fullmatch(given) is None or int(given) > MAX_LENGTH:
+def _length(text: bytes) -> int:
+    if _LENGTH.fullmatch(text) is None or int(text) > MAX_LENGTH:
         raise _malformed("a Content-Length that is no number")
-    return int(given)
+    return int(text)
 
 
 def _is_read_as_another(name: bytes) -> bool:
@@ -273,7 +273,7 @@ def _is_read_as_another(name: bytes) -> bool:
 
 
 def _syntax_error(section: bytes) -> str:
-    """What is wrong with invalid field lines."""
+    """The error in invalid field lines."""
     if b"\x00" in section:
         return "a NUL in its head"
     for line in section.split(b"\r\n")[:-1]:
@@ -287,9 +287,11 @@ def _syntax_error(section: bytes) -> str:
     return "a header field that is none"
 
 
-def _chunked_in_http_1_0() -> RefusedError:
+def _chunked_in_http_1_0() -> RequestRefusedError:
     return _malformed("a Transfer-Encoding in HTTP/1.0")
 
 
-def _malformed(what: str) -> RefusedError:
-    return RefusedError(400, "malformed_http", f"the message cannot be understood for certain: {what}")
+def _malformed(problem: str) -> RequestRefusedError:
+    return RequestRefusedError(
+        400, "malformed_http", f"the message cannot be understood for certain: {problem}"
+    )

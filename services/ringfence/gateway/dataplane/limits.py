@@ -9,19 +9,19 @@ import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 from ringfence.messages.credential import Reason
 
 TOO_MANY_CONNECTIONS = "too_many_connections"
 HANDSHAKE_COST = 10
-"""How many requests a TLS handshake costs: it takes as long as some of them."""
+"""The cost of a TLS handshake in requests: it takes as long as some of them."""
 _MAX_SENDERS = 10_000
 _RESERVED_SHARE = 4
-"""One in so many connections is reserved for senders with a task's socket or a certificate: a client with many
-addresses cannot keep them out.
+"""One of this many connections is reserved for senders with a task's socket or a certificate, so that a client with
+many addresses cannot keep them out.
 """
 _HANDSHAKE_SHARE = 4
-"""One in so many connections may be in its TLS handshake: clients that never finish it stop nobody who has."""
+"""One of this many connections may be in its TLS handshake, so that clients that never finish it block no others."""
 
 
 ADDRESS = "address:"
@@ -29,16 +29,16 @@ ADDRESS = "address:"
 
 
 def sender_at(address: str) -> str:
-    """The sender behind an address. An IPv6 /64 counts as one: whoever has an address has one (RFC 6177)."""
+    """The sender behind an address. An IPv6 /64 counts as one sender: each site gets at least that (RFC 6177)."""
     try:
-        found = ipaddress.ip_address(address.partition("%")[0])
+        ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return f"{ADDRESS}{address}"
-    if isinstance(found, ipaddress.IPv6Address):
-        if found.ipv4_mapped is not None:
-            return f"{ADDRESS}{found.ipv4_mapped}"
-        found = ipaddress.IPv6Address(int(found) >> 64 << 64)
-    return f"{ADDRESS}{found}"
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            return f"{ADDRESS}{ip.ipv4_mapped}"
+        ip = ipaddress.IPv6Address(int(ip) >> 64 << 64)
+    return f"{ADDRESS}{ip}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class SenderLimits:
         self._seconds = seconds
         self.connections = 0
         self.of_addresses = 0
-        """How many connections belong to senders that are known only by their address."""
+        """The connections of senders that are known only by their address."""
         self.handshakes = 0
         self._connections: dict[str, int] = {}
         self._handshakes: dict[str, int] = {}
@@ -74,7 +74,7 @@ class SenderLimits:
         self._forget_after_s = 0.0
 
     def open_connection(self, sender: str) -> bool:
-        """Count a new connection of this sender. False where it may not have one more."""
+        """Count a new connection of this sender. False if it may not have one more."""
         having = self._connections.get(sender, 0)
         if self.connections >= self._allowed.connections or having >= self._allowed.connections_each:
             return False
@@ -94,7 +94,7 @@ class SenderLimits:
         _decrement(self._connections, sender)
 
     def begin_handshake(self, address: str) -> bool:
-        """Count a new connection of this address that begins a TLS handshake. False where it may not have one more."""
+        """Count a new connection of this address that begins a TLS handshake. False if it may not have one more."""
         having = self._handshakes.get(address, 0)
         most = max(1, self._allowed.connections // _HANDSHAKE_SHARE)
         if (
@@ -105,7 +105,7 @@ class SenderLimits:
             return False
         try:
             self.charge(address, HANDSHAKE_COST)
-        except RefusedError:
+        except RequestRefusedError:
             self.close_connection(address)
             return False
         self.handshakes += 1
@@ -119,7 +119,7 @@ class SenderLimits:
         self.close_connection(address)
 
     def charge(self, sender: str, cost: float = 1) -> None:
-        """Take tokens from the sender's bucket. Raises RefusedError (429), and takes none then.
+        """Take tokens from the sender's bucket. Raises RequestRefusedError (429), and takes none then.
 
         `cost`: the number of tokens, for more work than most requests; at most what the bucket holds.
         """
@@ -127,11 +127,11 @@ class SenderLimits:
         self._charge(self._usage(sender, now), now, cost)
 
     def begin(self, sender: str) -> SenderUsage:
-        """Count a request in progress, until `SenderUsage.end`. Raises RefusedError (429)."""
+        """Count a request in progress, until `SenderUsage.end`. Raises RequestRefusedError (429)."""
         return self._begin(self._usage(sender, self._seconds()))
 
     def charge_and_begin(self, sender: str) -> SenderUsage:
-        """Take one token, and count a request in progress. Raises RefusedError (429)."""
+        """Take one token, and count a request in progress. Raises RequestRefusedError (429)."""
         now = self._seconds()
         usage = self._usages.get(sender)
         if usage is None:
@@ -151,12 +151,12 @@ class SenderLimits:
         burst = self._allowed.burst_each
         if cost > burst:
             cost = burst
-        left = usage.tokens + (now - usage.updated_s) * self._allowed.per_second_each
-        if left > burst:
-            left = burst
-        if left < cost:
-            raise _too_many("requests a second", (cost - left) / self._allowed.per_second_each)
-        usage.tokens, usage.updated_s = left - cost, now
+        tokens = usage.tokens + (now - usage.updated_s) * self._allowed.per_second_each
+        if tokens > burst:
+            tokens = burst
+        if tokens < cost:
+            raise _too_many("requests a second", (cost - tokens) / self._allowed.per_second_each)
+        usage.tokens, usage.updated_s = tokens - cost, now
 
     def _begin(self, usage: SenderUsage) -> SenderUsage:
         if usage.running >= self._allowed.concurrent_each:
@@ -212,7 +212,7 @@ class RequestSlot:
         """Whether the next request has paid its token already."""
 
     def begin(self) -> None:
-        """Begin a request. Raises RefusedError (429)."""
+        """Begin a request. Raises RequestRefusedError (429)."""
         take = self._limits.begin if self._charged else self._limits.charge_and_begin
         self._charged = False
         self._sender_usage = take(self._sender)
@@ -223,12 +223,11 @@ class RequestSlot:
             self._agent = agent_id, f"agent:{agent_id}"
         try:
             self._agent_usage = self._limits.charge_and_begin(self._agent[1])
-        except RefusedError as error:
+        except RequestRefusedError as error:
             return Reason(code=error.code, message=error.message)
         return None
 
     def end(self) -> None:
-        """End the request."""
         if self._sender_usage is not None:
             self._sender_usage.end()
             self._sender_usage = None
@@ -248,10 +247,10 @@ def _decrement(counts: dict[str, int], sender: str) -> None:
         del counts[sender]
 
 
-def _too_many(what: str, wait_s: float) -> RefusedError:
-    return RefusedError(
+def _too_many(exceeded: str, wait_s: float) -> RequestRefusedError:
+    return RequestRefusedError(
         429,
         "too_many_requests",
-        f"too many {what} from this sender; wait and try again",
+        f"too many {exceeded} from this sender; wait and try again",
         headers={"Retry-After": str(max(1, round(wait_s)))},
     )

@@ -30,7 +30,7 @@ class Listeners:
     """The listeners of the embedded data plane, opened once the tables are complete."""
 
     def __init__(self, runtime: Runtime, core: Core, own: GatewaySettings, *, fast_path: bool = True) -> None:
-        """`fast_path`: see `DataPlane`. Raises SettingsError where a certificate or a key cannot be used."""
+        """`fast_path`: see `DataPlane`. Raises SettingsError if a certificate or a key cannot be used."""
         self._runtime = runtime
         self._core = core
         self._own = own
@@ -53,7 +53,7 @@ class Listeners:
         self._open = False
 
     async def run(self) -> None:
-        """Listen, forever. Raises ListenError, and SettingsError where a file cannot be written."""
+        """Listen, forever. Raises ListenError, and SettingsError if a file cannot be written."""
         await self._plane.start()
         self._update_ca()
         if self._own.sockets is not None:
@@ -61,8 +61,8 @@ class Listeners:
         if self._own.listen is not None:
             host, port = host_and_port(self._own.listen)
             names = self._own.names or (f"{host}:{port}", f"localhost:{port}")
-            taken = await self._plane.listen(host, port, names=names, tls=self._tls, challenge=True)
-            log.info("agents come in at %s:%d", host, taken)
+            bound_port = await self._plane.listen(host, port, names=names, tls=self._tls, challenge=True)
+            log.info("agents come in at %s:%d", host, bound_port)
         while True:
             self._update_ca()
             await self._update_task_sockets()
@@ -117,14 +117,14 @@ class Listeners:
 
 
 def _prepare_socket_folder(folder: Path) -> None:
-    """Prepare a folder for sockets that nobody else can write to, and remove sockets that a gateway left there."""
+    """Prepare a folder for sockets that other users cannot write to, and remove sockets that a gateway left there."""
     try:
         make_folders(folder)
         if folder.stat().st_mode & 0o022:
             raise SettingsError(f"RINGFENCE_GATEWAY_SOCKETS: others can write to {folder}; chmod go-w it")
-        for left in folder.iterdir():
-            if left.suffix in (".sock", ".new") and left.is_socket():
-                left.unlink()
+        for path in folder.iterdir():
+            if path.suffix in (".sock", ".new") and path.is_socket():
+                path.unlink()
     except OSError as error:
         raise SettingsError(f"RINGFENCE_GATEWAY_SOCKETS: {folder}: {error.strerror}") from None
 
@@ -159,19 +159,17 @@ def _trust(context: ssl.SSLContext, path: Path, setting: str) -> None:
 
 
 def _pem_error(error: OSError) -> str:
-    """What is wrong with a PEM file, without any of its contents."""
+    """The error of a PEM file, without any of its contents."""
     if isinstance(error, ssl.SSLError):
         return f"no usable PEM ({error.reason or 'unreadable'})"
     return f"cannot be read: {error.strerror}"
 
 
 def _raise_file_limit(count: int) -> None:
-    """Raise the limit of open files. Each connection takes one; where the machine allows fewer, further ones are
-    dropped.
-    """
+    """Raise the limit of open files: each connection takes one. Connections beyond the limit are dropped."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    if wanted < count:
-        log.warning("%d open files are allowed, %d would be needed: raise ulimit -n", wanted, count)
+    new_limit = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < new_limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (new_limit, hard))
+    if new_limit < count:
+        log.warning("%d open files are allowed, %d would be needed: raise ulimit -n", new_limit, count)

@@ -13,12 +13,12 @@ import orjson
 
 from ringfence.gateway.contract import McpExchange, McpOutcome
 from ringfence.gateway.dataplane.http1_head import ResponseHead
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.model.http_targets.mcp import LISTED
 
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
-"""A message of a target is buffered until it is complete, up to so many bytes."""
+"""The most bytes of a message of a target, which is buffered until it is complete."""
 MAX_LISTED: Final = 1000
 """The most entries of one page of a list: each is matched with the request map."""
 JSON: Final = b"application/json"
@@ -40,7 +40,7 @@ class McpResponseFilter:
         self.outcome = McpOutcome()
 
     def on_response_head(self, response: ResponseHead) -> None:
-        """Note the status and the session. Raises RefusedError where the session belongs to another lease."""
+        """Note the status and the session. Raises RequestRefusedError if the session belongs to another lease."""
         self.outcome.status = response.status
         if response.status >= 300:
             self.outcome.kind = "transport_error"
@@ -51,14 +51,14 @@ class McpResponseFilter:
             return
         if not self._mcp.bind_session(session.decode("latin-1")):
             text = "the target gives out a session that is another lease's already, or none that can be one"
-            raise RefusedError(502, "mcp_session_taken", text)
+            raise RequestRefusedError(502, "mcp_session_taken", text)
 
     def finish(self) -> None:
-        """Record the outcome: nothing more comes."""
+        """Record the outcome, at the end of the response."""
         self._mcp.record_outcome(self.outcome)
 
     def message(self, data: bytes) -> bytes:
-        """Filter one message. Raises RefusedError where it cannot be parsed for certain."""
+        """Filter one message. Raises RequestRefusedError if it cannot be parsed for certain."""
         try:
             message = json_object(data)
         except ValueError:
@@ -77,9 +77,9 @@ class McpResponseFilter:
                 continue
             if len(listed) > MAX_LISTED:
                 raise too_large(f"a page of a list may have {MAX_LISTED} entries")
-            kept = [one for one in listed if self._is_visible(one, method, key)]
-            changed |= len(kept) != len(listed)
-            result[member] = kept
+            visible = [entry for entry in listed if self._is_visible(entry, method, key)]
+            changed |= len(visible) != len(listed)
+            result[member] = visible
         return changed
 
     def _is_visible(self, listed: Any, method: str, key: str) -> bool:
@@ -101,19 +101,17 @@ class McpResponseFilter:
 
 
 class EventStreamFilter:
-    """Filters server-sent events. Each is held until it is complete; lines other than data are forwarded as
-    they came.
-    """
+    """Filters server-sent events. Each is held until it is complete. Lines other than data are forwarded unchanged."""
 
     def __init__(self, answers: McpResponseFilter) -> None:
         self._answers = answers
         self._buffer = bytearray()
         self._lines: list[bytes] = []
-        self._held = 0
+        self._held_bytes = 0
         self._begun = False
 
     def feed(self, piece: bytes) -> bytes:
-        """The filtered events that are complete now. Raises RefusedError."""
+        """The filtered events that are complete now. Raises RequestRefusedError."""
         self._buffer += piece
         if not self._begun and self._buffer:
             if _BOM.startswith(bytes(self._buffer[:3])) and len(self._buffer) < len(_BOM):
@@ -127,12 +125,12 @@ class EventStreamFilter:
             self._line(bytes(self._buffer[at : end.start()]), out)
             at = end.end()
         del self._buffer[:at]
-        if self._held + len(self._buffer) > MAX_MESSAGE_BYTES:
+        if self._held_bytes + len(self._buffer) > MAX_MESSAGE_BYTES:
             raise too_large()
         return b"".join(out)
 
     def last(self, piece: bytes) -> bytes:
-        """The same at the end of the stream: an incomplete event is none (HTML, 9.2.6)."""
+        """As `feed`, at the end of the stream. An incomplete event is dropped (HTML, 9.2.6)."""
         return self.feed(piece + b"\n") if self._ends_with_return(piece) else self.feed(piece)
 
     def _ends_with_return(self, piece: bytes) -> bool:
@@ -142,17 +140,17 @@ class EventStreamFilter:
     def _line(self, line: bytes, out: list[bytes]) -> None:
         if line:
             self._lines.append(line)
-            self._held += len(line) + _LINE_COSTS
+            self._held_bytes += len(line) + _LINE_COSTS
             return
-        lines, self._lines, self._held = self._lines, [], 0
+        lines, self._lines, self._held_bytes = self._lines, [], 0
         out.append(self._event(lines))
 
     def _event(self, lines: list[bytes]) -> bytes:
         data = b"\n".join(_value(line) for line in lines if _name(line) == b"data")
         if data:
-            said = self._answers.message(data)
-            if said != data:
-                lines = [*(line for line in lines if _name(line) != b"data"), b"data: " + said]
+            filtered = self._answers.message(data)
+            if filtered != data:
+                lines = [*(line for line in lines if _name(line) != b"data"), b"data: " + filtered]
         return b"".join(line + b"\n" for line in lines) + b"\n"
 
 
@@ -169,10 +167,10 @@ def _value(line: bytes) -> bytes:
     return line.partition(b":")[2].removeprefix(b" ")
 
 
-def _unreadable(what: str) -> RefusedError:
-    return RefusedError(502, "target_unreadable", f"the target's answer is not forwarded: {what}")
+def _unreadable(problem: str) -> RequestRefusedError:
+    return RequestRefusedError(502, "target_unreadable", f"the target's answer is not forwarded: {problem}")
 
 
-def too_large(text: str = f"a message of a target may have {MAX_MESSAGE_BYTES} bytes") -> RefusedError:
+def too_large(text: str = f"a message of a target may have {MAX_MESSAGE_BYTES} bytes") -> RequestRefusedError:
     """The refusal of a message that is too large to be buffered, or has too many entries."""
-    return RefusedError(502, "target_too_large", text)
+    return RequestRefusedError(502, "target_too_large", text)

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from ringfence.gateway.contract import BlockedRequest, Gate, PresentedIdentity, ReportBlocked
 from ringfence.gateway.dataplane.certificate_authority import CertificateAuthority
-from ringfence.gateway.dataplane.connection import Connection
+from ringfence.gateway.dataplane.connection import AgentConnection
 from ringfence.gateway.dataplane.denials import denial_answer
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.fast_path.path import FastPaths
@@ -142,8 +142,8 @@ class DataPlane:
             scheme: as agents see it, if a proxy before the gateway terminates their TLS.
             challenge: whether a CONNECT without evidence of its sender is asked for `Proxy-Authorization`.
         """  # fmt: skip
-        seen: Scheme = scheme or ("https" if tls is not None else "http")
-        known = frozenset(canonical(name, seen) for name in names)
+        agent_scheme: Scheme = scheme or ("https" if tls is not None else "http")
+        own_authorities = frozenset(canonical(name, agent_scheme) for name in names)
 
         def context_of(stream: Stream) -> ListenerContext:
             peer = stream.transport.get_extra_info("peername")
@@ -151,7 +151,12 @@ class DataPlane:
             address = (peer[0] if peer else "") if certificate is None else None
             sender = certificate if certificate is not None else sender_at(address or "")
             return ListenerContext(
-                sender, seen, known, certificate=certificate, challenge=challenge, address=address
+                sender,
+                agent_scheme,
+                own_authorities,
+                certificate=certificate,
+                challenge=challenge,
+                address=address,
             )
 
         def serve(stream: Stream) -> None:
@@ -166,9 +171,9 @@ class DataPlane:
                     self._write_batcher,
                     handshake_s=self._shared.timeouts.head_s,
                 )
-                taken_port = await tls_listener.open(host, port, _BACKLOG, serve, self._lost)
+                bound_port = await tls_listener.open(host, port, _BACKLOG, serve, self._lost)
                 self._tls_listeners.append(tls_listener)
-                return taken_port
+                return bound_port
             server = await asyncio.get_running_loop().create_server(
                 lambda: Stream(serve, self._lost, self._write_batcher), host, port, backlog=_BACKLOG
             )
@@ -177,8 +182,7 @@ class DataPlane:
                 f"cannot listen on {host}:{port}: it is in use, or not this machine's"
             ) from None
         self._servers.append(server)
-        taken: int = server.sockets[0].getsockname()[1]
-        return taken
+        return int(server.sockets[0].getsockname()[1])
 
     async def listen_for_task(self, path: Path, task_id: str) -> None:
         """Listen on a unix socket for one task (mode 0600). Raises ListenError."""
@@ -237,7 +241,7 @@ class DataPlane:
             return
         self._deadline_timer.watch(stream)
         task = asyncio.get_running_loop().create_task(
-            Connection(stream, listener, self._shared, self._fast_paths).run()
+            AgentConnection(stream, listener, self._shared, self._fast_paths).run()
         )
         self._running.add(task)
         metrics.GATEWAY_CONNECTIONS.inc()
@@ -306,5 +310,5 @@ def _remove(path: Path) -> None:
 def _spiffe_id(certificate: Any) -> str | None:
     """The SPIFFE ID in a verified certificate: its only URI (X.509-SVID, 2)."""
     names = certificate.get("subjectAltName", ()) if certificate else ()
-    found = [value for kind, value in names if kind == "URI"]
-    return found[0] if len(found) == 1 and found[0].startswith("spiffe://") else None
+    uris = [value for kind, value in names if kind == "URI"]
+    return uris[0] if len(uris) == 1 and uris[0].startswith("spiffe://") else None

@@ -20,7 +20,7 @@ from ringfence.gateway.dataplane.headers import (
 )
 from ringfence.gateway.dataplane.http1_head import FieldSection, RequestHead
 from ringfence.gateway.dataplane.websockets import asks_for_websocket
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Scheme, canonical
 
 _HANDLED_MCP_FIELDS: Final = frozenset({b"mcp-session-id", b"mcp-protocol-version"})
@@ -31,20 +31,20 @@ _SCHEMES: Final[tuple[Scheme, ...]] = ("http", "https")
 
 @dataclass(frozen=True, slots=True)
 class ListenerContext:
-    """How a request reached the gateway: its listener, its connection, and the CONNECT around it."""
+    """The listener, connection and CONNECT that a request came through."""
 
     sender: str
-    """Whose limits count: a task, a client certificate, or an address."""
+    """The sender whose limits count: a task, a client certificate, or an address."""
     scheme: Scheme
     """As the agent sees it."""
     own_authorities: frozenset[str] | None = None
-    """The gateway's own `host[:port]`, in canonical form; None where any will do (a task's own socket)."""
+    """The gateway's own `host[:port]`, in canonical form; None if any is accepted (a task's own socket)."""
     task_id: str | None = None
     certificate: str | None = None
     challenge: bool = False
-    """Whether to ask for `Proxy-Authorization` where nothing else shows the sender."""
+    """Whether to ask for `Proxy-Authorization` if nothing else shows the sender."""
     address: str | None = None
-    """The peer address, where nothing else shows the sender."""
+    """The peer address, if nothing else shows the sender."""
     connect_authority: str | None = None
     """The authority of the CONNECT that the request came through."""
     handle: str | None = None
@@ -59,19 +59,19 @@ class ListenerContext:
 def read_request(
     request: RequestHead, listener: ListenerContext, is_target_host: Callable[[str], bool]
 ) -> tuple[PresentedIdentity, Attempt]:
-    """The evidence of the sender, and the attempt. Raises RefusedError."""
+    """The evidence of the sender, and the attempt. Raises RequestRefusedError."""
     facts = _field_facts(request.section)
     host = facts.host
     scheme, authority, target = _split_target(request.target, listener)
     if authority is None:
         authority = canonical(host, scheme)
     elif canonical(host, scheme) != authority:
-        raise RefusedError(400, "host_disagrees", "Host names another host than the request line")
+        raise RequestRefusedError(400, "host_disagrees", "Host names another host than the request line")
     if listener.connect_authority is not None and (scheme, authority) != (
         "https",
         listener.connect_authority,
     ):
-        raise RefusedError(
+        raise RequestRefusedError(
             400, "host_disagrees", "the request is for another host than the CONNECT that it came through"
         )
     target_id = None
@@ -81,7 +81,7 @@ def read_request(
         and not is_target_host(authority)
     ):
         target_id, target = _target_by_path(authority, target, listener)
-    presented = presented_by(request, listener, htu=f"{scheme}://{host}{_path(request.target, target)}")
+    presented = presented_by(request, listener, htu=f"{scheme}://{host}{_htu_path(request.target, target)}")
     return presented, Attempt(
         authority=None if target_id is not None else authority,
         scheme=scheme,
@@ -98,7 +98,7 @@ def read_request(
 
 @dataclass(frozen=True, slots=True)
 class _FieldFacts:
-    """What depends on the fields of a request alone."""
+    """Facts that depend on the fields of a request alone."""
 
     host: str
     label: str | None
@@ -122,12 +122,12 @@ def _field_facts(section: FieldSection) -> _FieldFacts:
 def _mcp_headers(section: FieldSection) -> McpHeaders:
     """The headers that belong to an MCP message."""
     values = section.values
-    others = [
+    mcp_fields = [
         (name, line)
         for name, line in section.lines
         if name[:4] == b"mcp-" and name not in _HANDLED_MCP_FIELDS
     ]
-    if not others and _MCP_FIELDS.isdisjoint(values):
+    if not mcp_fields and _MCP_FIELDS.isdisjoint(values):
         return _NO_MCP_HEADERS
     media, coding, session = (
         value.decode("latin-1") if (value := values.get(name)) is not None else None
@@ -140,7 +140,7 @@ def _mcp_headers(section: FieldSection) -> McpHeaders:
         b"last-event-id" in values,
         tuple(
             (name.decode("latin-1"), line.partition(b":")[2].strip(b" \t").decode("latin-1"))
-            for name, line in others
+            for name, line in mcp_fields
         ),
     )
 
@@ -148,7 +148,7 @@ def _mcp_headers(section: FieldSection) -> McpHeaders:
 def presented_by(
     request: RequestHead, listener: ListenerContext, *, htu: str | None = None
 ) -> PresentedIdentity:
-    """The evidence of the sender in a request. Raises RefusedError where it is ambiguous."""
+    """The evidence of the sender in a request. Raises RequestRefusedError if it is ambiguous."""
     proof = request.values.get(b"dpop")
     return PresentedIdentity(
         listener.task_id,
@@ -168,7 +168,7 @@ def _handle(request: RequestHead, listener: ListenerContext) -> str | None:
     authorization, separate = values.get(b"authorization", b""), values.get(HANDLE)
     if is_handle(authorization):
         if separate is not None:
-            raise RefusedError(
+            raise RequestRefusedError(
                 400, "handle_twice", "show one handle: in Authorization or in X-Ringfence-Handle"
             )
         return authorization.partition(b" ")[2].strip(b" ").decode("latin-1")
@@ -180,7 +180,7 @@ def _handle(request: RequestHead, listener: ListenerContext) -> str | None:
 
 
 def _split_target(target: str, listener: ListenerContext) -> tuple[Scheme, str | None, str]:
-    """Scheme, canonical authority where the request line has one, and the target in origin-form (RFC 9112, 3.2)."""
+    """Scheme, canonical authority if the request line has one, and the target in origin-form (RFC 9112, 3.2)."""
     if target.startswith("/"):
         return listener.scheme, None, target
     for scheme in _SCHEMES:
@@ -188,7 +188,9 @@ def _split_target(target: str, listener: ListenerContext) -> tuple[Scheme, str |
         if target.startswith(prefix):
             authority, rest = _split_authority(target[len(prefix) :])
             return scheme, canonical(authority, scheme), rest if rest.startswith("/") else f"/{rest}"
-    raise RefusedError(400, "malformed_http", "the target of a request is a path, or an http or https URL")
+    raise RequestRefusedError(
+        400, "malformed_http", "the target of a request is a path, or an http or https URL"
+    )
 
 
 def _split_authority(rest: str) -> tuple[str, str]:
@@ -199,16 +201,16 @@ def _split_authority(rest: str) -> tuple[str, str]:
 def _target_by_path(authority: str, target: str, listener: ListenerContext) -> tuple[str, str]:
     """The target id in the first segment of the path, and the rest of the path as it was sent."""
     if listener.own_authorities is not None and authority not in listener.own_authorities:
-        raise RefusedError(421, "host_unknown", "Host is neither this gateway nor a target of it")
+        raise RequestRefusedError(421, "host_unknown", "Host is neither this gateway nor a target of it")
     target_id, slash, rest = target[1:].partition("/")
     if not target_id or not slash or "?" in target_id:
-        raise RefusedError(404, "target_missing", "a path through the gateway is /TARGET/...")
+        raise RequestRefusedError(404, "target_missing", "a path through the gateway is /TARGET/...")
     return target_id, f"/{rest}"
 
 
-def _path(given: str, target: str) -> str:
-    """The path as the agent wrote it, without the query: what a proof is for (RFC 9449, 4.2)."""
-    return (given if given.startswith("/") else target).partition("?")[0]
+def _htu_path(request_target: str, target: str) -> str:
+    """The path as the agent wrote it, without the query: the `htu` of a proof (RFC 9449, 4.2)."""
+    return (request_target if request_target.startswith("/") else target).partition("?")[0]
 
 
 def _basic_user(value: bytes) -> str:
@@ -219,7 +221,7 @@ def _basic_user(value: bytes) -> str:
     except (binascii.Error, ValueError):
         user = ""
     if scheme.lower() != b"basic" or not user:
-        raise RefusedError(
+        raise RequestRefusedError(
             400, "proxy_authorization_invalid", "write the handle as the user of the proxy URL"
         )
     return user
@@ -241,8 +243,8 @@ def says_json(media: str | None, coding: str | None) -> bool:
     With another type, charset or encoding the same bytes can mean something else: JSON text can also be a valid form.
     Some servers take a body without a type for a form.
     """
-    found = _JSON.fullmatch(media) if media is not None else None
-    if found is None or (coding or "").strip().lower() not in ("", "identity"):
+    match = _JSON.fullmatch(media) if media is not None else None
+    if match is None or (coding or "").strip().lower() not in ("", "identity"):
         return False
-    charsets = _CHARSET.findall(found[1])
+    charsets = _CHARSET.findall(match[1])
     return not charsets or (len(charsets) == 1 and charsets[0].strip().lower() in ("utf-8", "utf8"))

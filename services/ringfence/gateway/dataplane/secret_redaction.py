@@ -35,7 +35,7 @@ _HTML_ESCAPES: Final[tuple[dict[str, str], ...]] = (
 )
 """The escapes of characters besides `&`, `<` and `>`: by PHP, Go, Python, and template engines of JavaScript."""
 MAX_PARTS: Final = 32
-"""So many parts of a secret with spaces are searched for, besides the whole."""
+"""The most parts of a secret with spaces that are searched for, besides the whole."""
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,31} +(?=\S)")
 _SCHEMES: Final = frozenset({
     "apikey", "api-key", "basic", "bearer", "digest", "dpop", "hoba", "key", "mutual", "negotiate", "ntlm", "oauth",
@@ -46,17 +46,21 @@ _SCHEMES: Final = frozenset({
 
 @functools.lru_cache(maxsize=256)
 def needles_of(values: tuple[str, ...]) -> tuple[bytes, ...]:
-    """What to search for, the longest first, given the values of the injected headers."""
-    found: set[bytes] = set()
+    """The byte strings to search for, the longest first, given the values of the injected headers."""
+    needles: set[bytes] = set()
     for value in values:
         for secret in _secrets(value):
-            found.update(_encodings(secret))
-    return tuple(sorted((one for one in found if len(one) >= MIN_NEEDLE_BYTES), key=len, reverse=True))
+            needles.update(_encodings(secret))
+    return tuple(
+        sorted((needle for needle in needles if len(needle) >= MIN_NEEDLE_BYTES), key=len, reverse=True)
+    )
 
 
 def redact(data: bytes, needles: Iterable[bytes]) -> bytes:
     """The data with the secret redacted."""
-    return _merge_redacted(data, [data.replace(one, b"*" * len(one)) for one in needles if one in data])
+    return _merge_redacted(
+        data, [data.replace(needle, b"*" * len(needle)) for needle in needles if needle in data]
+    )
 
 
 class Redactor:
@@ -72,11 +76,11 @@ class Redactor:
         self._needles = needles
         self._matchers = [PrefixMatcher(needle) for needle in needles]
         self._held = b""
-        """The end of the data so far, where it may be the beginning of the secret."""
+        """The end of the data so far, if it may be the beginning of the secret."""
         self._redacted = b""
-        """The same, redacted. What one needle hides may be the beginning of another."""
+        """`_held`, redacted. Bytes that one needle hides may be the beginning of another."""
         self._sent = 0
-        """How many bytes of `_redacted` were returned already."""
+        """The number of bytes of `_redacted` that were returned already."""
 
     def feed(self, piece: bytes) -> bytes:
         """The data that may be sent now."""
@@ -140,13 +144,13 @@ class PrefixMatcher:
 @functools.lru_cache(maxsize=1024)
 def _failure_table(needle: bytes) -> list[int]:
     """By each length of a prefix of the needle: the length of the longest shorter prefix that it ends with."""
-    found = [0, 0]
+    table = [0, 0]
     for at in range(1, len(needle)):
-        length = found[at]
+        length = table[at]
         while length and needle[length] != needle[at]:
-            length = found[length]
-        found.append(length + 1 if needle[length] == needle[at] else 0)
-    return found
+            length = table[length]
+        table.append(length + 1 if needle[length] == needle[at] else 0)
+    return table
 
 
 def _merge_redacted(data: bytes, redacted: Sequence[bytes]) -> bytes:
@@ -154,17 +158,17 @@ def _merge_redacted(data: bytes, redacted: Sequence[bytes]) -> bytes:
     if len(redacted) < 2:
         return redacted[0] if redacted else data
     plain, hidden = int.from_bytes(data), 0
-    for one in redacted:
-        hidden |= plain ^ int.from_bytes(one)
+    for form in redacted:
+        hidden |= plain ^ int.from_bytes(form)
     return (plain ^ hidden).to_bytes(len(data))
 
 
 def _secrets(value: str) -> set[str]:
     scheme = _SCHEME.match(value)
     bare = value[scheme.end() :] if scheme else value
-    word = scheme[0].strip().lower() if scheme else ""
-    whole = {bare} if word in _SCHEMES else {value, bare}
-    if word == "basic":
+    scheme_name = scheme[0].strip().lower() if scheme else ""
+    whole = {bare} if scheme_name in _SCHEMES else {value, bare}
+    if scheme_name == "basic":
         with contextlib.suppress(binascii.Error, UnicodeDecodeError):
             pair = base64.b64decode(bare, validate=True).decode("utf-8")
             whole = {bare, pair, pair.partition(":")[2]}
@@ -189,16 +193,18 @@ def _parts(secret: str) -> Iterator[str]:
 
 def _encodings(secret: str) -> set[bytes]:
     raw = secret.encode("utf-8")
-    found = {raw, raw.hex().encode(), raw.hex().upper().encode()}
-    found.update(one.encode() for one in (*_percent_encoded(secret), *_in_json(secret), *_in_html(secret)))
+    encodings = {raw, raw.hex().encode(), raw.hex().upper().encode()}
+    encodings.update(
+        one.encode() for one in (*_percent_encoded(secret), *_in_json(secret), *_in_html(secret))
+    )
     for before in range(3):
         # Only the characters that depend on the secret alone, not on its neighbours in the encoded text.
         shown = base64.b64encode(b"\x00" * before + raw).rstrip(b"=")
         first = (0, 2, 3)[before]
         last = len(shown) if (before + len(raw)) % 3 == 0 else len(shown) - 1
-        found.add(shown[first:last])
-        found.add(shown[first:last].translate(bytes.maketrans(b"+/", b"-_")))
-    return found
+        encodings.add(shown[first:last])
+        encodings.add(shown[first:last].translate(bytes.maketrans(b"+/", b"-_")))
+    return encodings
 
 
 def _percent_encoded(secret: str) -> Iterator[str]:
@@ -208,7 +214,7 @@ def _percent_encoded(secret: str) -> Iterator[str]:
     for safe in ("", "/", "!~*'()", ";,/?:@&=+$!~*'()#"):
         for spaced in (quote(secret, safe=safe), quote(secret, safe=safe + " ").replace(" ", "+")):
             yield spaced
-            yield re.sub(r"%[0-9A-F]{2}", lambda one: one[0].lower(), spaced)
+            yield re.sub(r"%[0-9A-F]{2}", lambda match: match[0].lower(), spaced)
 
 
 def _in_json(secret: str) -> Iterator[str]:
@@ -218,12 +224,12 @@ def _in_json(secret: str) -> Iterator[str]:
     yield plain.replace("/", "\\/")
     for special in ("<>&", "<>&+'`", "<>&+'`/="):
         for digits in ("04x", "04X"):
-            escaped = {ord(one): f"\\u{ord(one):{digits}}" for one in special}
+            escaped = {ord(char): f"\\u{ord(char):{digits}}" for char in special}
             yield plain.translate(escaped)
             yield secret.replace("\\", "\\\\").translate({**escaped, 0x22: f"\\u{0x22:{digits}}"})
 
 
 def _in_html(secret: str) -> Iterator[str]:
     named = html.escape(secret, quote=False)
-    for own in _HTML_ESCAPES:
-        yield "".join(own.get(one, one) for one in named)
+    for escapes in _HTML_ESCAPES:
+        yield "".join(escapes.get(char, char) for char in named)

@@ -1,4 +1,4 @@
-"""What all connections of one data plane share."""
+"""State that all connections of one data plane share."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class DisconnectedError(RingfenceError):
     code = "gone"
 
 
-class DeadlineError(RingfenceError):
+class PeerTimeoutError(RingfenceError):
     """The peer missed a deadline."""
 
     code = "expired"
@@ -64,7 +64,7 @@ class Stream(asyncio.Protocol):
         self.buffer = bytearray()
         """Received data that was not taken yet."""
         self.deadline: float | None = None
-        """When to give up, by `time.monotonic`. Whoever waits then gets DeadlineError."""
+        """The time of the timeout, by `time.monotonic`. A coroutine that waits then gets PeerTimeoutError."""
         self.blocked = False
         """Whether the peer takes too little: await `drain` before writing more."""
         self.on_disconnect: Callable[[], None] | None = None
@@ -81,17 +81,17 @@ class Stream(asyncio.Protocol):
         self._held_data = b""
         """Data for the end of this turn of the event loop."""
         self._may_send: Callable[[], bool] | None = None
-        """Called then: whether it may be sent."""
+        """Called at the end of the turn: whether `_held_data` may be sent."""
         self._paused = False
         self._data_unseen = False
-        """Whether data arrived while nobody waited."""
+        """Whether data arrived while no coroutine waited."""
         self._expired = False
-        """Whether the deadline passed while nobody waited."""
+        """Whether the deadline passed while no coroutine waited."""
         self._failure: RingfenceError | None = None
         self._read_waiter: asyncio.Future[None] | None = None
         self._drain_waiter: asyncio.Future[None] | None = None
 
-    # --- what the loop calls ------------------------------------------------------------------------------------------
+    # --- called by the loop -------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -120,7 +120,7 @@ class Stream(asyncio.Protocol):
             self._on_lost(self)
             self._on_lost = None
 
-    # --- what a coroutine calls ---------------------------------------------------------------------------------------
+    # --- called by coroutines -----------------------------------------------------------------------------------------
 
     @property
     def alive(self) -> bool:
@@ -137,7 +137,7 @@ class Stream(asyncio.Protocol):
     async def read_more(self) -> None:
         """Wait for data that came since the last call returned.
 
-        Raises DisconnectedError, DeadlineError, or the error that `fail` was given.
+        Raises DisconnectedError, PeerTimeoutError, or the error that `fail` was given.
         """
         if self._data_unseen:
             self._data_unseen = False
@@ -146,7 +146,7 @@ class Stream(asyncio.Protocol):
             raise self._failure
         if self._expired:
             self._expired = False
-            raise DeadlineError("the other side took too long")
+            raise PeerTimeoutError("the other side took too long")
         self.resume()
         waiter = self._read_waiter = self._loop.create_future()
         try:
@@ -169,7 +169,7 @@ class Stream(asyncio.Protocol):
             self._data_unseen = True
 
     def write(self, data: bytes) -> None:
-        """Send now. See `blocked`."""
+        """Send now. If `blocked` is set then, await `drain`."""
         self.flush()
         self.transport.write(data)
 
@@ -194,7 +194,7 @@ class Stream(asyncio.Protocol):
                 self.transport.write(data)
 
     async def drain(self) -> None:
-        """Wait until the peer has taken most of what was written. Raises what `read_more` raises."""
+        """Wait until the peer has taken most of the written data. Raises what `read_more` raises."""
         if self._failure is not None:
             raise self._failure
         if not self.blocked:
@@ -213,20 +213,20 @@ class Stream(asyncio.Protocol):
         self.abort()
 
     def expire(self) -> None:
-        """End the wait with DeadlineError. The connection stays open, so that an answer can still be sent.
+        """End the wait with PeerTimeoutError. The connection stays open, so that an answer can still be sent.
 
-        If nobody waits at this moment, because data has just arrived, the next waiter gets the error.
+        If no coroutine waits at this moment, because data has just arrived, the next waiter gets the error.
         """
         ended, self.deadline = self.deadline, None
         if self.data_handler is not None and self.data_handler(b""):
             self._expired = True
             return
-        error, told = DeadlineError("the other side took too long"), False
+        error, notified = PeerTimeoutError("the other side took too long"), False
         for waiter in (self._read_waiter, self._drain_waiter):
             if waiter is not None and not waiter.done():
-                told = True
+                notified = True
                 waiter.set_exception(error)
-        if not told:
+        if not notified:
             self.deadline = ended
 
     def close(self) -> None:
@@ -236,7 +236,7 @@ class Stream(asyncio.Protocol):
             self.transport.close()
 
     def end(self) -> None:
-        """Close the sending direction, where the transport can."""
+        """Close the sending direction, if the transport can."""
         self.flush()
         if self.transport.can_write_eof():
             self.transport.write_eof()
@@ -264,7 +264,7 @@ class Stream(asyncio.Protocol):
         self.transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
 
     def peer_certificate(self) -> Any:
-        """The peer's verified certificate, as `ssl` returns it; None where there is none."""
+        """The peer's verified certificate, as `ssl` returns it; None if there is none."""
         return self.transport.get_extra_info("peercert")
 
     def _fail(self, error: RingfenceError) -> None:
@@ -321,7 +321,6 @@ class DeadlineTimer:
         self._look()
 
     def stop(self) -> None:
-        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

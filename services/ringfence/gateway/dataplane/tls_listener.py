@@ -54,9 +54,9 @@ class TlsListener:
         Raises OSError.
         """
         loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         try:
-            for family, address in dict.fromkeys((one[0], one[4]) for one in found):
+            for family, address in dict.fromkeys((info[0], info[4]) for info in addresses):
                 self._listening.append(socket.create_server(address, family=family, backlog=backlog))
         except OSError:
             await self.close()
@@ -64,8 +64,8 @@ class TlsListener:
         for listening in self._listening:
             listening.setblocking(False)
             self._start(self._accept(listening, on_open, on_lost))
-        taken: int = self._listening[0].getsockname()[1]
-        return taken
+        bound_port: int = self._listening[0].getsockname()[1]
+        return bound_port
 
     async def close(self) -> None:
         """Stop listening, and abort handshakes in progress."""

@@ -11,7 +11,7 @@ from collections import deque
 from typing import Final
 
 from ringfence.gateway.dataplane.stream import DeadlineTimer, Stream, WriteBatcher
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Origin
 
 IDLE_S: Final = 15.0
@@ -46,7 +46,7 @@ class UpstreamPool:
         """The number of open connections."""
 
     async def acquire(self, origin: Origin, *, fresh: bool = False) -> tuple[Stream, bool]:
-        """A connection, and whether it was used before. Raises RefusedError: 502, or 504 on a timeout."""
+        """A connection, and whether it was used before. Raises RequestRefusedError: 502, or 504 on a timeout."""
         if not fresh:
             stream = self.acquire_idle(origin)
             if stream is not None:
@@ -67,12 +67,14 @@ class UpstreamPool:
         """Close connections that were idle for too long, or were closed by the target."""
         now = time.monotonic()
         for origin, idle in list(self._idle.items()):
-            kept = deque(one for one in idle if one[0].alive and not one[0].buffer and one[1] > now)
+            usable = deque(
+                entry for entry in idle if entry[0].alive and not entry[0].buffer and entry[1] > now
+            )
             for stream, until in idle:
                 if until <= now or stream.buffer:
                     stream.abort()
-            if kept:
-                self._idle[origin] = kept
+            if usable:
+                self._idle[origin] = usable
             else:
                 del self._idle[origin]
 
@@ -84,7 +86,7 @@ class UpstreamPool:
         self._idle.clear()
 
     def acquire_idle(self, origin: Origin) -> Stream | None:
-        """An idle connection; None where there is none."""
+        """An idle connection, or None."""
         idle = self._idle.get(origin)
         now = time.monotonic()
         while idle:
@@ -106,13 +108,17 @@ class UpstreamPool:
                     server_hostname=origin.host if tls else None,
                 )
         except TimeoutError:
-            raise RefusedError(504, "target_timeout", "the target accepts no connection in time") from None
+            raise RequestRefusedError(
+                504, "target_timeout", "the target accepts no connection in time"
+            ) from None
         except ssl.SSLError:
-            raise RefusedError(
+            raise RequestRefusedError(
                 502, "target_not_verified", "the target's certificate does not stand for its name"
             ) from None
         except OSError:
-            raise RefusedError(502, "target_unreachable", "no connection to the target can be had") from None
+            raise RequestRefusedError(
+                502, "target_unreachable", "no connection to the target can be had"
+            ) from None
         return stream
 
     def _opened(self, stream: Stream) -> None:

@@ -11,7 +11,7 @@ from typing import Final
 
 from ringfence.gateway.dataplane.http1_head import RequestHead, ResponseHead
 from ringfence.gateway.dataplane.secret_redaction import Redactor
-from ringfence.gateway.dataplane.stream import DeadlineError, DisconnectedError, Stream
+from ringfence.gateway.dataplane.stream import DisconnectedError, PeerTimeoutError, Stream
 from ringfence.kernel.base.errors import RingfenceError
 
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -72,7 +72,7 @@ async def tunnel(
     async def until_gone(source: Stream, sink: Stream, through: Redactor | None = None) -> None:
         try:
             await pass_on(source, sink, through)
-        except (DisconnectedError, DeadlineError, RingfenceError):
+        except (DisconnectedError, PeerTimeoutError, RingfenceError):
             if through is not None and sink.alive:
                 sink.write(through.last(b""))
             sink.close()

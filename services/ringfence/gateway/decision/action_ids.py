@@ -19,7 +19,6 @@ class ActionIds:
         self._at = 0
 
     def new(self) -> str:
-        """A new id."""
         if self._at >= len(self._random):
             self._random, self._at = os.urandom(_ID_BYTES * _IDS_PER_READ), 0
         text = self._random[self._at : self._at + _ID_BYTES].hex()

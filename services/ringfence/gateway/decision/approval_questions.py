@@ -23,7 +23,7 @@ _MAX_USED = 10_000
 
 @dataclass(frozen=True, slots=True)
 class ApprovalKey:
-    """What two requests must have in common so that one approval covers both."""
+    """The properties that two requests must share so that one approval covers both."""
 
     agent_id: str
     lease_id: str
@@ -57,7 +57,7 @@ class Question:
     answered_by: str | None = None
     """The id of the user who answered."""
     closed: Refusal | None = None
-    """Why no answer can count any more."""
+    """The refusal, if no answer can count any more."""
     waiting: set[asyncio.Future[None]] = field(default_factory=set)
 
     @property
@@ -66,7 +66,7 @@ class Question:
 
     @property
     def ends_ms(self) -> int:
-        """When nothing of it counts any more: the expiry of the question or of its answer, whichever is first."""
+        """The expiry in ms: of the question or of its answer, whichever is first."""
         ends = self.signed.claims.exp
         return (min(ends, self.answer.claims.exp) if self.answer is not None else ends) * 1000
 
@@ -147,8 +147,8 @@ class OpenQuestions:
         _less(self._waiting, question.approval_key.agent_id)
 
     def sweep(self, now_ms: int) -> None:
-        """Drop what has expired."""
-        for question in [one for one in self if one.ends_ms <= now_ms]:
+        """Drop expired questions and digests."""
+        for question in [open_question for open_question in self if open_question.ends_ms <= now_ms]:
             self._drop(question)
         for digest in [digest for digest, until_ms in self._used.items() if until_ms <= now_ms]:
             del self._used[digest]
@@ -168,12 +168,12 @@ class OpenQuestions:
 
 
 def _too_many(
-    what: str, counts: Counter[str], agent_id: str, per_agent: int, in_total: int
+    counted: str, counts: Counter[str], agent_id: str, per_agent: int, in_total: int
 ) -> Refusal | None:
     if counts[agent_id] >= per_agent:
-        message = f"agent {agent_id} has {per_agent} {what}; wait until they are answered, or over"
+        message = f"agent {agent_id} has {per_agent} {counted}; wait until they are answered, or over"
     elif counts.total() >= in_total:
-        message = f"there are {in_total} {what} here; ask again later"
+        message = f"there are {in_total} {counted} here; ask again later"
     else:
         return None
     return refuse("approvals_pending_limit", message, status=TOO_MANY_REQUESTS)

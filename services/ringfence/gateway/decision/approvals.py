@@ -1,8 +1,7 @@
-"""Approval of single actions: the gateway asks a person, holds the request, and forwards it only with a signed
-approval.
+"""Approval of single actions: the gateway asks a person, and holds the request until there is a signed approval.
 
-An approval counts only if it answers exactly this question, comes from somebody who may give it, in time, and for the
-first time. Everything else changes nothing. An approved request is authorized once more before it is forwarded: see
+An approval counts only if it answers exactly this question, in time, for the first time, and by a person who may give
+it. All other answers have no effect. An approved request is authorized once more before it is forwarded: see
 `DecisionGate`.
 """
 
@@ -51,14 +50,14 @@ log = logging.getLogger(__name__)
 MAX_URL_CHARS: Final = 8000
 MAX_ANSWER_BYTES: Final = 64 * 1024
 MAX_ANSWERS_IN_PROGRESS: Final = 1000
-"""So many answers are handled at a time. Otherwise anybody who can write to the topic could fill the memory."""
+"""The most answers that are handled at a time. Otherwise anybody who can write to the topic could fill the memory."""
 _PUBLISH_TIMEOUT_S: Final = 5.0
 """The timeout for publishing a question to Kafka."""
 _TYP: Final = typ_header(ActionApproval)
 
 
 @dataclass(frozen=True, slots=True)
-class PendingAction:
+class ActionToApprove:
     """A request that needs approval."""
 
     action_id: str
@@ -79,7 +78,7 @@ class Approvals:
         self, runtime: Runtime, directory: Directory, table: LeaseTable, questions: OpenQuestions,
         *, wait_s: float, life_s: int,
     ) -> None:  # fmt: skip
-        """`wait_s`: how long a request is held; `life_s`: how long a question stays open. Both in seconds."""
+        """`wait_s`: the longest time for which a request is held; `life_s`: the life of a question. In seconds."""
         self._runtime = runtime
         self._directory = directory
         self._table = table
@@ -88,15 +87,15 @@ class Approvals:
         self._life_s = life_s
         self._tasks: set[asyncio.Task[None]] = set()
 
-    # --- asking ---
+    # --- questions ---
 
     async def wait_for_answer(
-        self, pending: PendingAction, holdable: HoldableRequest | None
+        self, pending: ActionToApprove, holdable: HoldableRequest | None
     ) -> tuple[Question | None, Refusal | None]:
         """Ask, or join an open question, and wait. Returns the question, if any, and why the request is refused.
 
         Without a refusal there is an approval, which the request may use (`use_approval`). `holdable`: the request, as
-        the data plane has it; None where the data plane cannot tell whether its client is still there.
+        the data plane has it; None if the data plane cannot tell whether its client is still there.
         """
         if (refusal := _unshowable_refusal(pending)) is not None:
             return None, refusal
@@ -120,14 +119,12 @@ class Approvals:
                 return question, refusal
         return question, _settled_refusal(question)
 
-    def approval_key(self, pending: PendingAction) -> ApprovalKey:
+    def approval_key(self, pending: ActionToApprove) -> ApprovalKey:
         """The key of questions whose approval would cover this request."""
         return ApprovalKey.of(self._claims(pending))
 
     def use_approval(self, question: Question) -> Refusal | None:
-        """Use an approval, once. Returns why it cannot be used any more, or None. The caller must not await anything
-        after it.
-        """
+        """Use an approval, once. Returns why it cannot be used, or None. The caller must await nothing after it."""
         claims = question.signed.claims
         if self._questions.by_digest(question.signed.digest) is not question:
             message = (
@@ -150,7 +147,7 @@ class Approvals:
         self._questions.use(question)
         return None
 
-    def _claims(self, pending: PendingAction) -> ActionRequest:
+    def _claims(self, pending: ActionToApprove) -> ActionRequest:
         lease, ground, now_s = (
             pending.chosen.lease,
             pending.chosen.ground,
@@ -179,7 +176,7 @@ class Approvals:
             revisions=ground.revisions(pending.approval.policy),
         )
 
-    async def _publish_question(self, question: Question, pending: PendingAction) -> Refusal | None:
+    async def _publish_question(self, question: Question, pending: ActionToApprove) -> Refusal | None:
         claims = question.signed.claims
         try:
             async with asyncio.timeout(_PUBLISH_TIMEOUT_S):
@@ -201,26 +198,26 @@ class Approvals:
         return None
 
     async def _wait(
-        self, question: Question, pending: PendingAction, holdable: HoldableRequest | None
+        self, question: Question, pending: ActionToApprove, holdable: HoldableRequest | None
     ) -> Refusal | None:
-        """Wait for an answer. Returns None where there may be one, otherwise why this request waits no longer."""
-        lease, gone = pending.chosen.lease, False
+        """Wait for an answer. Returns None if there may be one, otherwise why this request waits no longer."""
+        lease, has_left = pending.chosen.lease, False
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def wake() -> None:
             if not waiter.done():
                 waiter.set_result(None)
 
-        def left() -> None:
-            nonlocal gone
-            gone = True
+        def on_left() -> None:
+            nonlocal has_left
+            has_left = True
             wake()
 
         now_s = self._runtime.clock.now_ms() / 1000
         self._questions.add_waiter(question, waiter)
         metrics.ACTIONS_WAITING.inc()
         unwatch = self._table.watch(lease.lease_id, wake)
-        stay = holdable.on_disconnect(left) if holdable is not None else None
+        stay = holdable.on_disconnect(on_left) if holdable is not None else None
         try:
             async with asyncio.timeout(max(0.0, min(self._wait_s, question.signed.claims.exp - now_s))):
                 await waiter
@@ -232,7 +229,7 @@ class Approvals:
             unwatch()
             if stay is not None:
                 stay()
-        if gone:
+        if has_left:
             return refuse("client_gone", "whoever sent this did not wait for the answer")
         if question.settled:
             return None
@@ -258,22 +255,22 @@ class Approvals:
         )
         return refuse("approval_pending", message)
 
-    def _close(self, question: Question, why: Refusal) -> None:
-        question.closed = why
+    def _close(self, question: Question, refusal: Refusal) -> None:
+        question.closed = refusal
         self._questions.drop(question)
         question.wake()
 
-    # --- what people answer ---
+    # --- answers ---
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in records of `approval.response` that concern questions of this gateway."""
+        """Process records of `approval.response` that concern questions of this gateway."""
         for record in records:
             jws = self._to_this_gateway(record)
             if jws is not None and len(self._tasks) < MAX_ANSWERS_IN_PROGRESS:
                 self._run_in_background(self._handle_answer(jws, record))
 
     def _to_this_gateway(self, record: Received) -> UnverifiedJws | None:
-        """The answer in a record, if this gateway has to judge it. Nothing of it is verified yet."""
+        """The unverified answer in a record, if this gateway has to handle it."""
         try:
             if len(record.value) > MAX_ANSWER_BYTES:
                 return None
@@ -283,10 +280,10 @@ class Approvals:
             claimed = jws.unverified_claims(ActionApproval)
             if self._questions.by_digest(claimed.request_digest) is not None:
                 return jws
-            asked = parse(claimed.request).unverified_claims(ActionRequest)
+            request = parse(claimed.request).unverified_claims(ActionRequest)
         except InvalidMessageError:
             return None  # not an answer; audit reports it
-        return jws if asked.iss == self._runtime.key.id else None
+        return jws if request.iss == self._runtime.key.id else None
 
     async def _handle_answer(self, jws: UnverifiedJws, record: Received) -> None:
         try:
@@ -330,13 +327,13 @@ class Approvals:
             return opened()
 
     def _apply(self, answer: Signed[ActionApproval], record: Received) -> Reason | None:
-        """Apply a verified answer to its question. Returns why it changes nothing, or None where it did."""
+        """Apply a verified answer to its question. Returns why it has no effect, or None if it has."""
         claims = answer.claims
         question = self._questions.by_digest(claims.request_digest)
         if question is None and not self._questions.was_used(claims.request_digest):
-            return _reason("request_unknown", "no such question stands here: it is over, or was never asked")
+            return _problem("request_unknown", "no such question stands here: it is over, or was never asked")
         if question is None:
-            return _reason(
+            return _problem(
                 "approval_replayed", "this question was answered, and the answer used; each counts once"
             )
         problem = self._answer_problem(question, answer, record)
@@ -349,20 +346,20 @@ class Approvals:
     def _answer_problem(
         self, question: Question, answer: Signed[ActionApproval], record: Received
     ) -> Reason | None:
-        claims, asked = answer.claims, question.signed
-        if (claims.request, claims.request_digest) != (asked.compact, asked.digest):
-            return _reason("approval_other_request", "the answer is a signature over another question")
-        if (record.key, claims.agent_id) != (asked.claims.agent_id, asked.claims.agent_id):
-            return _reason(
-                "key_unexpected", f"the Kafka key of an answer is the agent's id, {asked.claims.agent_id}"
+        claims, request = answer.claims, question.signed
+        if (claims.request, claims.request_digest) != (request.compact, request.digest):
+            return _problem("approval_other_request", "the answer is a signature over another question")
+        if (record.key, claims.agent_id) != (request.claims.agent_id, request.claims.agent_id):
+            return _problem(
+                "key_unexpected", f"the Kafka key of an answer is the agent's id, {request.claims.agent_id}"
             )
         user_id = subject_of(claims.aud, claims.iss, "user")
         if user_id is None:
-            return _reason("not_a_person", f"{claims.iss} is no user; only people approve")
+            return _problem("not_a_person", f"{claims.iss} is no user; only people approve")
         if question.answer is not None:
-            return _reason("already_decided", f"{question.answered_by} answered before, and that stands")
-        if record.appended_at_ms >= asked.claims.exp * 1000:
-            return _reason("approval_expired", "the time in which answers counted is over")
+            return _problem("already_decided", f"{question.answered_by} answered before, and that stands")
+        if record.appended_at_ms >= request.claims.exp * 1000:
+            return _problem("approval_expired", "the time in which answers counted is over")
         return (
             not_understood(claims)
             or self._stale_problem(question)
@@ -379,7 +376,9 @@ class Approvals:
             return error.reason
         if revisions_text(ground.revisions(claims.revisions.policy)) == revisions_text(claims.revisions):
             return None
-        reason = _reason("approval_stale", "agent, user, task or target changed since it was asked; ask anew")
+        reason = _problem(
+            "approval_stale", "agent, user, task or target changed since it was asked; ask anew"
+        )
         self._close(question, Refusal(403, (reason,)))
         return reason
 
@@ -388,9 +387,9 @@ class Approvals:
         ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
         if may_approve(self._directory, user_id, claims.required, ground):
             return None
-        return _reason("not_approver", f"{user_id} cannot give what is asked for here: {claims.required}")
+        return _problem("not_approver", f"{user_id} cannot give what is asked for here: {claims.required}")
 
-    async def _report_refused(self, answer: Signed[ActionApproval], why: Reason, record: Received) -> None:
+    async def _report_refused(self, answer: Signed[ActionApproval], reason: Reason, record: Received) -> None:
         """Report that a signed answer does not count, because the person who gave it expects an effect."""
         try:
             await self._runtime.event(
@@ -399,7 +398,7 @@ class Approvals:
                 about=(record.topic_name, record.partition, record.offset),
                 actor=answer.claims.iss,
                 ref=answer.claims.jti,
-                reasons=(why,),
+                reasons=(reason,),
                 source=record.coordinates,
                 traceparent=record.traceparent,
                 agent_id=answer.claims.agent_id,
@@ -420,7 +419,7 @@ _APPROVERS: Final = {
 }
 
 
-def _unshowable_refusal(pending: PendingAction) -> Refusal | None:
+def _unshowable_refusal(pending: ActionToApprove) -> Refusal | None:
     if len(pending.body) > MAX_BODY_BYTES:
         return refuse(
             "body_unseen", f"a request that waits for a person may have {MAX_BODY_BYTES} bytes", status=413
@@ -428,13 +427,13 @@ def _unshowable_refusal(pending: PendingAction) -> Refusal | None:
     if len(pending.url) > MAX_URL_CHARS or not all("!" <= one <= "~" for one in pending.url):
         message = f"nobody can be shown this URL: it has to be ASCII, {MAX_URL_CHARS} characters at most"
         return refuse("action_unshowable", message)
-    if (why := unshowable_reason(pending.headers)) is not None:
-        return refuse("action_unshowable", f"nobody can be shown this request: {why}")
+    if (reason := unshowable_reason(pending.headers)) is not None:
+        return refuse("action_unshowable", f"nobody can be shown this request: {reason}")
     return None
 
 
 def _settled_refusal(question: Question) -> Refusal | None:
-    """Why the request of a settled question is refused; None where it was approved."""
+    """Why the request of a settled question is refused; None if it was approved."""
     if question.closed is not None:
         return question.closed
     answer = question.answer
@@ -444,5 +443,5 @@ def _settled_refusal(question: Question) -> Refusal | None:
     return None
 
 
-def _reason(code: str, message: str) -> Reason:
+def _problem(code: str, message: str) -> Reason:
     return Reason(code=code, message=message[:1000])

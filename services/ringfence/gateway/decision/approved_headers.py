@@ -33,20 +33,20 @@ SHOWN_VALUES: Final = frozenset({
 MAX_VALUE_CHARS: Final = 2048
 """For one value that is shown."""
 MAX_SHOWN_CHARS: Final = 8000
-"""For all names and values together: nobody reads more, and an answer embeds its question."""
+"""For all names and values together: a person reads no more, and an answer embeds its question."""
 
 
 def headers_to_approve(attempt: Attempt, target: TargetState) -> Headers | None:
-    """The headers of an action that needs approval, as they will be forwarded; None where the gateway has not seen all.
+    """The headers of an action that needs approval, as they will be forwarded; None if the gateway has not seen all.
 
     The gateway does not forward the `DROPPED` ones. A proxy that shows one of them might, so then the result is None.
     """
-    found = attempt.headers() if attempt.headers is not None else None
-    if found is None or (not attempt.sent_by_gateway and any(name in DROPPED for name, _ in found)):
+    headers = attempt.headers() if attempt.headers is not None else None
+    if headers is None or (not attempt.sent_by_gateway and any(name in DROPPED for name, _ in headers)):
         return None
     injected = secret_header(target)
     replaced = injected.replace("_", "-") if injected is not None else None
-    return tuple(one for one in found if one[0] not in DROPPED and one[0] != replaced)
+    return tuple(header for header in headers if header[0] not in DROPPED and header[0] != replaced)
 
 
 def digest_of_headers(headers: Headers) -> str:
@@ -71,14 +71,14 @@ def shown_to_approver(headers: Headers) -> tuple[ShownHeader, ...]:
 
 def unshowable_reason(headers: Headers) -> str | None:
     """Why a person cannot be shown these headers, or None."""
-    seen = [value for name, value in headers if name in SHOWN_VALUES]
-    if not all(" " <= char <= "~" for value in seen for char in value):
+    shown_values = [value for name, value in headers if name in SHOWN_VALUES]
+    if not all(" " <= char <= "~" for value in shown_values for char in value):
         names = ", ".join(sorted(SHOWN_VALUES & {name for name, _ in headers}))
         return f"the values of {names} have to be printable ASCII"
     if len(headers) > MAX_HEADERS or any(len(name) > MAX_HEADER_NAME_CHARS for name, _ in headers):
         return f"it may have {MAX_HEADERS} headers, with names of {MAX_HEADER_NAME_CHARS} characters"
-    if max(map(len, seen), default=0) > MAX_VALUE_CHARS:
+    if max(map(len, shown_values), default=0) > MAX_VALUE_CHARS:
         return f"a header whose value is shown may have {MAX_VALUE_CHARS} characters"
-    if sum(len(name) for name, _ in headers) + sum(map(len, seen)) > MAX_SHOWN_CHARS:
+    if sum(len(name) for name, _ in headers) + sum(map(len, shown_values)) > MAX_SHOWN_CHARS:
         return f"its headers are more than the {MAX_SHOWN_CHARS} characters that a person is shown"
     return None

@@ -39,9 +39,9 @@ class BlockedRequests:
         self._trust_domain = trust_domain
 
     def add(self, blocked: BlockedRequest) -> None:
-        """Record or count one blocked request. See `ReportBlocked`."""
-        said = _REPLACED_MESSAGES.get(blocked.code, blocked.message[:1000])
-        self.refusal_counts.add(self._kind(blocked), Reason(code=blocked.code, message=said))
+        """Record or count one blocked request (the `ReportBlocked` of data planes)."""
+        message = _REPLACED_MESSAGES.get(blocked.code, blocked.message[:1000])
+        self.refusal_counts.add(self._kind(blocked), Reason(code=blocked.code, message=message))
 
     def flush(self) -> None:
         """Record the requests that were counted since the last event of their kind."""

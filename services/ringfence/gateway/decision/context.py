@@ -20,7 +20,7 @@ class DecisionContext:
 
     id: str
     attempt: Attempt
-    """With its body, once that was read."""
+    """With its body, once the body was read."""
     holdable: HoldableRequest | None = None
     sender: Sender | None = None
     target: CompiledTarget | None = None
@@ -33,9 +33,9 @@ class DecisionContext:
     injected: Mapping[str, str] | None = None
     observed: bool = False
     unexamined: bool = False
-    """Whether the request itself was not looked at: its sender was not authenticated, or exceeded a limit."""
+    """Whether the request itself was not examined: its sender was not authenticated, or exceeded a limit."""
     took_ns: int = 0
-    """How long the decision took, without the fetch of the credential and without waiting for a person."""
+    """The duration of the decision, without the fetch of the credential and without waiting for a person."""
 
     @property
     def lease(self) -> Lease | None:

@@ -159,9 +159,7 @@ class DecisionEvents:
         )
 
     def record_mcp_outcome(self, context: DecisionContext, outcome: McpOutcome) -> None:
-        """Record the outcome of an MCP request. If there is no room for it, that is only logged: nothing can be denied
-        any more.
-        """
+        """Record the outcome of an MCP request. A full spool is only logged: it is too late to deny the request."""
         metrics.MCP_ANSWERS.labels(outcome.kind).inc()
         assert context.lease is not None, "it was allowed"
         assert context.action is not None, "it was allowed"
@@ -187,7 +185,7 @@ class DecisionEvents:
             log.error("what came of an action is not recorded: %s", error)
 
     def _lease_of(self, context: DecisionContext, presented: PresentedIdentity) -> str | None:
-        """The lease that decided; otherwise that of the handle that was shown, whoever showed it."""
+        """The lease that decided; otherwise the lease of the shown handle, even if it is another sender's."""
         if context.lease is not None:
             return context.lease.lease_id
         if context.sender is not None and context.sender.lease_id is not None:
@@ -208,7 +206,7 @@ def _access(context: DecisionContext) -> Access | None:
 
 
 def _act_of(context: DecisionContext) -> tuple[str, ...] | None:
-    """The delegation chain of the lease; None where it was not delegated."""
+    """The delegation chain of the lease; None if it was not delegated."""
     lease, sender = context.lease, context.sender
     return act_of(lease, sender.agent_id if sender is not None else None) if lease is not None else None
 

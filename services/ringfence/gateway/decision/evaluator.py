@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -15,6 +14,7 @@ from ringfence.gateway.domain import (
     refuse,
 )
 from ringfence.kernel.base import metrics
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.kafka.producer import to_json
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass, TargetState
@@ -29,7 +29,7 @@ _RATE: Final = "rate_exceeded"
 _MAX_REASONS: Final = 50
 
 CacheKey = tuple[object, ...]
-"""What distinguishes cached answers, besides the revision of the bundle."""
+"""The key of cached answers, which also hold the revision of the bundle."""
 _ACTION_CLASSES: Final[tuple[ActionClass, ...]] = ("sponsor", "second_person", "operator")
 
 
@@ -58,7 +58,7 @@ class Evaluator:
         self._capabilities_of = capabilities_of
         self._engine = engine
         self._records = WrittenRecords()
-        self._answers: OrderedDict[CacheKey, CachedAnswer] = OrderedDict()
+        self._answers: BoundedDict[CacheKey, CachedAnswer] = BoundedDict(MAX_CACHED_ANSWERS)
 
     def cached_answer(self, key: CacheKey) -> CachedAnswer:
         """The last answer that allowed it, valid or not. `key`: see `cache_key`."""
@@ -78,7 +78,7 @@ class Evaluator:
         task_history: Callable[[], Mapping[str, Any]],
         now_ms: int,
     ) -> Refusal | ApprovalRequired | None:
-        """Evaluate the bundle. Returns a refusal, a required approval, or None where the action is allowed.
+        """Evaluate the bundle. Returns a refusal, a required approval, or None if the action is allowed.
 
         Fails closed: an engine that gives no answer denies. Only answers that allow without approval are cached.
 
@@ -98,18 +98,12 @@ class Evaluator:
             return Refusal(UNAVAILABLE, (Reason(code=error.code, message=str(error)[:1000]),))
         if (denied := _refusal_of(answer.result)) is not None:
             return denied
-        if wanted := _required_approvals(answer, chosen, action):
-            return _approval_required(wanted, answer.revision)
+        if required := _required_approvals(answer, chosen, action):
+            return _approval_required(required, answer.revision)
         for_ms = min(answer.result.max_ttl_s * 1000, MAX_CACHE_MS)
         if for_ms > 0 and answer.revision == self._engine.revision:
-            self._cache(key, CachedAnswer(answer.revision, now_ms + for_ms))
+            self._answers[key] = CachedAnswer(answer.revision, now_ms + for_ms)
         return None
-
-    def _cache(self, key: CacheKey, answer: CachedAnswer) -> None:
-        self._answers[key] = answer
-        self._answers.move_to_end(key)
-        if len(self._answers) > MAX_CACHED_ANSWERS:
-            self._answers.popitem(last=False)
 
     def _input(
         self,
@@ -179,17 +173,17 @@ def _refusal_of(result: PolicyResult) -> Refusal | None:
 
 
 def _required_approvals(answer: Answer, chosen: ChosenLease, action: Action) -> set[str]:
-    """Whose approval is required. What the target's record requires holds, whatever the bundle says."""
-    asked = (verb.ask for verb in chosen.ground.target.state.verbs if verb.verb == action.verb)
-    return {*answer.result.approvals, *filter(None, asked)} - {"none"}
+    """The required approvals: those of the bundle, and those that the target's record requires in any case."""
+    asked_by_verb = (verb.ask for verb in chosen.ground.target.state.verbs if verb.verb == action.verb)
+    return {*answer.result.approvals, *filter(None, asked_by_verb)} - {"none"}
 
 
-def _approval_required(wanted: set[str], revision: str) -> Refusal | ApprovalRequired:
-    """The approval to ask for. A refusal where several are required: a connection is not held for two people."""
-    for one in _ACTION_CLASSES:
-        if wanted == {one}:
-            return ApprovalRequired(one, revision)
-    names = " and ".join(sorted(wanted))
+def _approval_required(required: set[str], revision: str) -> Refusal | ApprovalRequired:
+    """The approval to ask for; a refusal if several are required, as a connection is not held for two people."""
+    for action_class in _ACTION_CLASSES:
+        if required == {action_class}:
+            return ApprovalRequired(action_class, revision)
+    names = " and ".join(sorted(required))
     message = (
         f"the word of {names} is wanted, and one person is asked about an action: ask for another credential"
     )

@@ -26,7 +26,7 @@ from ringfence.gateway.contract import (
 )
 from ringfence.gateway.decision.action_ids import ActionIds
 from ringfence.gateway.decision.approval_questions import Question
-from ringfence.gateway.decision.approvals import Approvals, PendingAction
+from ringfence.gateway.decision.approvals import ActionToApprove, Approvals
 from ringfence.gateway.decision.approved_headers import headers_to_approve
 from ringfence.gateway.decision.context import DecisionContext
 from ringfence.gateway.decision.decision_events import DecisionEvents
@@ -118,7 +118,7 @@ class DecisionGate:
         self._observe_mode = ObserveMode(targets, observe)
         self._mcp_sessions = McpSessions(view.table)
 
-    # --- what data planes ask ---
+    # --- interface of data planes ---
 
     def reads_body(self, attempt: Attempt) -> bool:
         target = self._targets.find(attempt)
@@ -312,9 +312,7 @@ class DecisionGate:
     async def _fetch_credential(
         self, context: DecisionContext, lease: Lease, target: TargetState
     ) -> Refusal | None:
-        """Fetch the credential of an allowed request. Returns why there is none: then the request is not recorded as
-        allowed.
-        """
+        """Fetch the credential of an allowed request. Returns a refusal if there is none, which is recorded as such."""
         refusal = None
         try:
             context.injected = await self._injector.headers(lease, target)
@@ -328,10 +326,10 @@ class DecisionGate:
         denial = self._view.denial()
         return Refusal(UNAVAILABLE, (denial,)) if denial is not None else None
 
-    # --- a person's word, where the bundle wants it ---
+    # --- approval by a person, if the bundle requires it ---
 
     def _unaskable_refusal(self, context: DecisionContext, presented: PresentedIdentity) -> Refusal | None:
-        """A refusal where nobody should be asked: in observe mode the request is forwarded anyway."""
+        """A refusal if no person should be asked: in observe mode the request is forwarded anyway."""
         refusal = refuse("approval_required", "a person would be asked about this action")
         observed = self._observe_mode.forward_target(refusal, context.target, presented, context.attempt)
         return refusal if observed is not None else None
@@ -339,9 +337,7 @@ class DecisionGate:
     async def _wait_for_approval(
         self, context: DecisionContext, sender: Sender, approval: ApprovalRequired
     ) -> Refusal | None:
-        """Wait for an approval, then check everything again. The approval is used only if nothing else stands against
-        it.
-        """
+        """Wait for an approval, then check everything again. The approval is used only if no other check refuses."""
         if context.target is None or headers_to_approve(context.attempt, context.target.state) is None:
             message = (
                 "a person is asked about this, with its headers, and this data plane does not show all that it "
@@ -359,7 +355,7 @@ class DecisionGate:
         finally:
             context.waited_ns = time.perf_counter_ns() - began_ns
         if refusal is not None and refusal.status == UNAVAILABLE:
-            refusal = self._stale_refusal() or refusal  # it names what is stale
+            refusal = self._stale_refusal() or refusal  # the stale refusal names what is stale
         if refusal is not None or context.question is None:
             return refusal or refuse("undecided", "nobody could be asked", status=UNAVAILABLE)
         return await self._check_again(context, sender, context.question)
@@ -381,9 +377,9 @@ class DecisionGate:
         result = await self._authorize_action(context, sender)
         if isinstance(result, Refusal):
             return result
-        going_on = _pending_action(context, result) if result is not None else None
+        repeated = _pending_action(context, result) if result is not None else None
         if result is not None and (
-            going_on is None or self._approvals.approval_key(going_on) != question.approval_key
+            repeated is None or self._approvals.approval_key(repeated) != question.approval_key
         ):
             return refuse(
                 "approval_stale", "what was approved is another thing by now; send it again to ask anew"
@@ -457,14 +453,14 @@ class DecisionGate:
         )
 
     def _rpc_error_reply(self, context: DecisionContext, attempt: Attempt) -> RpcErrorReply | None:
-        """How to send the refusal of a posted MCP message; None for other requests. The target may not be known yet."""
+        """The reply that carries the refusal of a posted MCP message; None for other requests."""
         target = context.target if context.target is not None else self._targets.find(attempt)
         speaks = isinstance(target, CompiledTarget) and target.map.speaks_mcp(attempt.target)
         return rpc_error_reply(attempt) if speaks and attempt.method == "POST" else None
 
 
 def _approved_headers(context: DecisionContext) -> Headers | None:
-    """The headers that a person approved; None where nobody was asked."""
+    """The headers that a person approved; None if no person was asked."""
     if context.question is None or context.target is None:
         return None
     return headers_to_approve(context.attempt, context.target.state)
@@ -481,12 +477,12 @@ def _no_url_message(target: TargetState) -> str:
     return f"target {target.target_id} does not say where it is: an operator adds it with --setting url=https://..."
 
 
-def _pending_action(context: DecisionContext, approval: ApprovalRequired) -> PendingAction | None:
-    """What a person is asked to approve: exactly what would be forwarded. None where part of it is unknown."""
+def _pending_action(context: DecisionContext, approval: ApprovalRequired) -> ActionToApprove | None:
+    """The action that a person is asked to approve: exactly what would be forwarded. None if part of it is unknown."""
     chosen, target, action, attempt = context.chosen, context.target, context.action, context.attempt
     if chosen is None or target is None or target.url is None or action is None or attempt.body is None:
         return None
     if (headers := headers_to_approve(attempt, target.state)) is None:
         return None
     url = f"{target.url}{attempt.target}"
-    return PendingAction(context.id, attempt.method, url, attempt.body, headers, chosen, action, approval)
+    return ActionToApprove(context.id, attempt.method, url, attempt.body, headers, chosen, action, approval)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -17,6 +16,7 @@ import httpx
 from ringfence.backends.http import StaticSecrets
 from ringfence.backends.target_settings import TargetSettingsError
 from ringfence.gateway.state.leases import LeaseTable
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.log_limiter import rate_limited
@@ -33,10 +33,11 @@ from ringfence.model.identity.api_tokens import api_token
 log = logging.getLogger(__name__)
 
 MAX_CREDENTIALS: Final = 100_000
+"""An evicted credential can be fetched again."""
 _TIMEOUT_S: Final = 12.0
 """The issuer reads Kafka for up to 10 s."""
 _NEGATIVE_CACHE_MS: Final = 1000
-"""How long a failed fetch is remembered, since many requests ask at once."""
+"""The time for which a failed fetch is remembered, since many requests ask at once."""
 
 
 class SealedCredentials:
@@ -59,14 +60,14 @@ class SealedCredentials:
         self._key = key
         self._seal = seal
         self._issuer_url = issuer_url.rstrip("/")
-        self._kept: OrderedDict[str, CredentialDelivery] = OrderedDict()
+        self._deliveries: BoundedDict[str, CredentialDelivery] = BoundedDict(MAX_CREDENTIALS)
         self._fetches: dict[str, asyncio.Task[CredentialDelivery]] = {}
         self._missing_until_ms: dict[str, int] = {}
         self._http: httpx.AsyncClient | None = None
         table.on_lease_end(self._forget)
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in records of `credential.reply`. Envelopes for other gateways are ignored."""
+        """Process records of `credential.reply`. Ignores envelopes for other gateways."""
         for record in records:
             if self._seal is None or not record.value.startswith(b"{"):
                 continue
@@ -84,15 +85,13 @@ class SealedCredentials:
                 )
 
     async def get(self, lease: Lease) -> Credential:
-        """The credential of a live lease, fetched from the issuer if needed. Raises UnavailableError if there is none
-        now.
-        """
-        kept = self.cached(lease)
-        return kept if kept is not None else self._credential(await self._fetch_once(lease), lease)
+        """The credential of a live lease, fetched from the issuer if needed. Raises UnavailableError if it has none."""
+        cached = self.cached(lease)
+        return cached if cached is not None else self._credential(await self._fetch_once(lease), lease)
 
     def cached(self, lease: Lease) -> Credential | None:
         """The credential, if it is in memory; otherwise None. Raises UnavailableError if it cannot be used."""
-        delivery = self._kept.get(lease.lease_id)
+        delivery = self._deliveries.get(lease.lease_id)
         return self._credential(delivery, lease) if delivery is not None else None
 
     def _credential(self, delivery: CredentialDelivery, lease: Lease) -> Credential:
@@ -109,11 +108,11 @@ class SealedCredentials:
 
     async def close(self) -> None:
         """Forget all credentials, and close connections."""
-        self._kept.clear()
+        self._deliveries.clear()
         if self._http is not None:
             await self._http.aclose()
 
-    # --- what came ---
+    # --- deliveries ---
 
     def _open(self, envelope: bytes, at_s: float) -> CredentialDelivery:
         assert self._seal is not None
@@ -128,15 +127,13 @@ class SealedCredentials:
         lease = self._table.get(delivery.lease_id)
         if lease is not None and self._table.problem(lease) is not None and lease.status != "minting":
             return
-        self._kept[delivery.lease_id] = delivery
-        if len(self._kept) > MAX_CREDENTIALS:
-            self._kept.popitem(last=False)  # it can be fetched again
+        self._deliveries[delivery.lease_id] = delivery
 
     def _forget(self, lease_id: str) -> None:
-        self._kept.pop(lease_id, None)
+        self._deliveries.pop(lease_id, None)
         self._missing_until_ms.pop(lease_id, None)
 
-    # --- what is asked for ---
+    # --- fetches ---
 
     async def _fetch_once(self, lease: Lease) -> CredentialDelivery:
         """Fetch from the issuer, once for all requests that wait for it."""

@@ -1,7 +1,7 @@
 """MCP at the gateway: each request must carry exactly one message, in a session of its own sender.
 
 A session is bound to the lease that opened it: requests in it use that lease and no other, and the session ends with
-the lease. So the same credential is injected throughout, and nobody else's request gets into the session.
+the lease. So all its requests carry the same credential, and no request of another sender gets into the session.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ringfence.model.scope.scope import intersect
 _JSON: Final = re.compile(r'application/json(?:[ \t]*;[ \t]*charset="?utf-8"?)?', re.IGNORECASE)
 _SESSION: Final = re.compile(r"[!-~]{1,256}")
 _MAX_SESSIONS: Final = 256
-"""Per lease. The oldest session is forgotten for a new one."""
+"""Per lease. A new session evicts the oldest."""
 _INITIALIZE: Final = "initialize"
 
 
@@ -35,17 +35,17 @@ class McpRequest:
 
     sender: Sender
     message: McpMessage | None
-    """None where nothing is posted: a stream is opened, or a session ended."""
+    """None if nothing is posted: the request opens a stream, or ends a session."""
 
     def action(self, target: CompiledTarget, attempt: Attempt) -> Action | None:
-        """What the request does at the target; None where no rule of the map says so."""
+        """The action of the request at the target; None if no rule of the map covers it."""
         if self.message is None:
             return target.map.action(attempt.method, attempt.target, attempt.body)
         return target.map.mcp_action(attempt.target, self.message)
 
 
 class SessionTable:
-    """Which lease opened which session at which target."""
+    """Maps the sessions at each target to the leases that opened them."""
 
     def __init__(self) -> None:
         self._lease: dict[tuple[str, str], str] = {}
@@ -58,11 +58,11 @@ class SessionTable:
         key = (target_id, session)
         if self._lease.setdefault(key, lease_id) != lease_id:
             return False
-        own = self._of.setdefault(lease_id, {})
-        own[key] = None
-        if len(own) > _MAX_SESSIONS:
-            oldest = next(iter(own))
-            del own[oldest], self._lease[oldest]
+        sessions = self._of.setdefault(lease_id, {})
+        sessions[key] = None
+        if len(sessions) > _MAX_SESSIONS:
+            oldest = next(iter(sessions))
+            del sessions[oldest], self._lease[oldest]
         return True
 
     def lease_of(self, target_id: str, session: str) -> str | None:
@@ -84,7 +84,7 @@ class McpSessions:
         table.on_lease_end(self._sessions.end)
 
     def read(self, attempt: Attempt, target: CompiledTarget, sender: Sender) -> McpRequest | Refusal:
-        """Parse a request. A refusal if it is ambiguous, or if the session belongs to somebody else."""
+        """Parse a request. Refuses it if it is ambiguous, or if the session belongs to another sender."""
         carried, id = attempt.mcp_headers, target.state.target_id
         if carried is None:
             message = (
@@ -138,9 +138,9 @@ class McpSessions:
             named = [lease] if mcp_request.sender.lease_id is not None else None
             leases = named or self._table.usable(lease.agent_id, lease.task_id, target_id)
             return any(
-                intersect((_permission(target_id, offer),), one.scope)
+                intersect((_permission(target_id, offer),), usable_lease.scope)
                 for offer in target.map.mcp_offers(attempt.target, method, name)
-                for one in leases
+                for usable_lease in leases
             )
 
         def opened(session: str) -> bool:
@@ -158,7 +158,7 @@ class McpSessions:
 
 
 def rpc_error_reply(attempt: Attempt) -> RpcErrorReply:
-    """How a refusal of a posted message is sent: in reply to which request id, where that can be read."""
+    """The JSON-RPC error reply to a refused message: it names the id of the request, if that can be read."""
     try:
         message = read_message(attempt.body) if attempt.body is not None else None
     except McpMessageError as error:
@@ -177,9 +177,9 @@ def _message(attempt: Attempt, mcp_headers: McpHeaders) -> McpMessage:
             "body_unseen", "what this request does stands in its body, which was not seen whole"
         )
     message = read_message(attempt.body)
-    said = {"mcp-method": message.method, "mcp-name": message.name}
+    expected = {"mcp-method": message.method, "mcp-name": message.name}
     for name, value in mcp_headers.mcp_fields:
-        if said.get(name) != value:
+        if expected.get(name) != value:
             text = f"the header {name} is not known here, or says another thing than the message does"
             raise McpMessageError("mcp_header", text, id=message.id)
     return message

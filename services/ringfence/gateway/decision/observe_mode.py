@@ -1,8 +1,8 @@
 """Observe mode: at configured targets, a request that would be blocked is recorded and forwarded as the agent sent it.
 
-It shows what agents do with credentials that they inherited, before that is ended. Ringfence injects nothing, so
-nothing becomes possible that was not possible without a gateway. Refusals that are no question of scope remain: an
-unknown target, a gateway that cannot decide, somebody else's handle, and everything that people ended.
+It shows what agents do with inherited credentials, before those are withdrawn. Ringfence injects nothing, so agents can
+do nothing that they could not do without a gateway. Refusals that do not concern scope remain: an unknown target, a
+gateway that cannot decide, another agent's handle, and everything that people ended.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STILL_DENIED: Final = frozenset({
     "task_ended", "task_unknown", "task_other_agent", "user_disabled", "user_unknown", "target_removed", "lease_cut",
     "handle_unknown", "handle_other_agent", "handle_other_task", "record_untrusted",
 })  # fmt: skip
-"""What people ended, and handles of others: a suspension counts in observe mode too."""
+"""Refusal codes that deny in observe mode too: what people ended, such as a suspended agent, and others' handles."""
 _ANYWHERE: Final = frozenset({"authorization", "cookie"})
 
 
@@ -39,10 +39,10 @@ class ObserveMode:
     def forward_target(
         self, refusal: Refusal, target: CompiledTarget | None, presented: PresentedIdentity, attempt: Attempt
     ) -> CompiledTarget | None:
-        """The target that a refused request is forwarded to; None where it is denied.
+        """The target that a refused request is forwarded to; None if it is denied.
 
         Args:
-            target: as the decision found it; None where the sender was not authenticated.
+            target: as the decision found it; None if the sender was not authenticated.
             presented: a request is forwarded only if it carries a credential of its own.
         """
         if not self._target_ids or refusal.status == UNAVAILABLE:
@@ -52,10 +52,10 @@ class ObserveMode:
         if target is None:
             if refusal.reasons[0].code != NO_CREDENTIALS:
                 return None  # credentials were shown and are not valid, or there is no target
-            found = self._targets.find(attempt)
-            if isinstance(found, Refusal):
+            found_target = self._targets.find(attempt)
+            if isinstance(found_target, Refusal):
                 return None
-            target = found
+            target = found_target
         if target.state.target_id not in self._target_ids:
             return None
         return target if presented.header_names & credential_headers(target.state) else None
@@ -68,7 +68,7 @@ def credential_headers(target: TargetState) -> frozenset[str]:
 
 
 def notice(target_ids: Collection[str]) -> str:
-    """The warning that the gateway shows wherever somebody might look."""
+    """The warning of the gateway, for its log, its health and the audit trail."""
     names = ", ".join(sorted(target_ids))
     return (
         f"observe mode: at {names} nothing is blocked that agents can do with what they inherited, and only recorded; "

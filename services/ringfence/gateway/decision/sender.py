@@ -81,7 +81,7 @@ class SenderAuthenticator:
         return self._proofs.nonce()
 
     def without_proof(self, presented: PresentedIdentity) -> Sender | None:
-        """The sender, where socket or certificate shows it; None where that is not so, or not certain."""
+        """The sender, if socket or certificate shows it; None otherwise, or if that is not certain."""
         handle = presented.handle
         if handle is not None and not _UUID.fullmatch(handle):
             return None

@@ -23,28 +23,28 @@ class SharedKeys:
     def __init__(self, runtime: Runtime, uses: KeyUses) -> None:
         self._runtime = runtime
         self._uses = uses
-        self._found: asyncio.Queue[tuple[str, str, str, str, int]] = asyncio.Queue(_MAX_QUEUED)
+        self._findings: asyncio.Queue[tuple[str, str, str, str, int]] = asyncio.Queue(_MAX_QUEUED)
 
     def used(self, agent_id: str, kid: str, address: str | None) -> None:
-        """Note a valid proof by a key, and the address it came from."""
+        """Note a valid proof by a key, and the sender's address."""
         at_ms = self._runtime.clock.now_ms()
-        other = self._uses.saw(agent_id, kid, address, at_ms)
-        if other is not None and address is not None and not self._found.full():
-            self._found.put_nowait((agent_id, kid, address, other, at_ms))
+        other_address = self._uses.saw(agent_id, kid, address, at_ms)
+        if other_address is not None and address is not None and not self._findings.full():
+            self._findings.put_nowait((agent_id, kid, address, other_address, at_ms))
 
     async def report(self) -> None:
-        """Publish what was found, forever."""
+        """Publish findings, forever."""
         while True:
-            found = await self._found.get()
+            sharing = await self._findings.get()
             try:
-                await self._report(*found)
+                await self._report(*sharing)
             except (RingfenceError, OSError) as error:
-                log.warning("a shared key of agent %s was not reported: %s", found[0], error)
+                log.warning("a shared key of agent %s was not reported: %s", sharing[0], error)
 
-    async def _report(self, agent_id: str, kid: str, address: str, other: str, at_ms: int) -> None:
+    async def _report(self, agent_id: str, kid: str, address: str, other_address: str, at_ms: int) -> None:
         message = (
-            f"the key {kid} of agent {agent_id} is used from {address} and {other} at once, so that nobody can tell "
-            "what which of them did; give each a key of its own, or let instances enrol theirs"
+            f"the key {kid} of agent {agent_id} is used from {address} and {other_address} at once, so that nobody can "
+            "tell what which of them did; give each a key of its own, or let instances enrol theirs"
         )
         await self._runtime.event(
             "finding",

@@ -32,7 +32,7 @@ class CompiledTarget:
     record: AnyRecord
     map: RequestMap
     url: str | None
-    """Scheme and authority of the target; None where its record has none."""
+    """Scheme and authority of the target; None if its record has none."""
 
     def can_be_sent(self, attempt: Attempt) -> bool:
         """Whether the request can be sent: the gateway needs the record's URL, a proxy in front has its own."""
@@ -42,11 +42,11 @@ class CompiledTarget:
 @functools.lru_cache(maxsize=4096)
 def endpoint_of(scheme: str, authority: str) -> Endpoint | None:
     """The canonical form of an authority; None for an invalid one, or one with user information."""
-    found = _AUTHORITY.fullmatch(authority)
-    if found is None or scheme not in _PORTS:
+    match = _AUTHORITY.fullmatch(authority)
+    if match is None or scheme not in _PORTS:
         return None
-    port = int(found[2]) if found[2] is not None else _PORTS[scheme]
-    return (scheme, found[1].lower(), port) if 0 < port < 65536 else None
+    port = int(match[2]) if match[2] is not None else _PORTS[scheme]
+    return (scheme, match[1].lower(), port) if 0 < port < 65536 else None
 
 
 class Targets:
@@ -65,24 +65,26 @@ class Targets:
             return self._by_id(attempt.target_id)
         endpoint = endpoint_of(attempt.scheme, attempt.authority or "")
         ids = self._ids_by_endpoint.get(endpoint, set()) if endpoint is not None else set()
-        found = [one for id in sorted(ids) if isinstance(one := self._by_id(id), CompiledTarget)]
-        found = [one for one in found if one.url is not None and _endpoint_of_url(one.url) == endpoint]
-        if not found:
+        candidates = [target for id in sorted(ids) if isinstance(target := self._by_id(id), CompiledTarget)]
+        candidates = [
+            target
+            for target in candidates
+            if target.url is not None and _endpoint_of_url(target.url) == endpoint
+        ]
+        if not candidates:
             return refuse("target_unknown", "no target is there: have an operator add it, or ask for another")
-        if len(found) > 1:
-            names = ", ".join(one.state.target_id for one in found)
+        if len(candidates) > 1:
+            names = ", ".join(target.state.target_id for target in candidates)
             return refuse("target_ambiguous", f"several targets are there ({names}): go by /<target>/...")
-        return found[0]
+        return candidates[0]
 
     def url_of(self, target: TargetState) -> str | None:
-        """As `url_of`, cached for the revision that was found last. Raises TargetSettingsError."""
-        kept = self._compiled.get(target.target_id)
-        return kept.url if kept is not None and kept.state is target else url_of(target)
+        """As the function `url_of`, cached for the last revision. Raises TargetSettingsError."""
+        compiled = self._compiled.get(target.target_id)
+        return compiled.url if compiled is not None and compiled.state is target else url_of(target)
 
     def is_target_host(self, authority: str) -> bool:
-        """Whether a target may be at this authority, by http or https. Others are denied before anything else is looked
-        at.
-        """
+        """Whether a target may be at this authority, by http or https. Others are denied before any other check."""
         for scheme in _PORTS:
             endpoint = endpoint_of(scheme, authority)
             if endpoint is not None and self._ids_by_endpoint.get(endpoint):
@@ -102,20 +104,20 @@ class Targets:
             return refuse("target_unknown", f"there is no target {target_id[:64]}")
         if entry.state.status != "active":
             return refuse("target_removed", f"target {target_id} was removed")
-        kept = self._compiled.get(target_id)
-        if kept is not None and kept.record is entry.record:
-            return kept
+        compiled = self._compiled.get(target_id)
+        if compiled is not None and compiled.record is entry.record:
+            return compiled
         try:
-            made = CompiledTarget(
+            compiled = CompiledTarget(
                 entry.state, entry.record, RequestMap(entry.state.requests), url_of(entry.state)
             )
         except (RequestMapError, TargetSettingsError) as error:
             return refuse("target_invalid", f"the record of target {target_id} cannot be used: {error}")
-        self._compiled[target_id] = made
-        return made
+        self._compiled[target_id] = compiled
+        return compiled
 
     def _on_change(self, kind: SubjectKind, id: str) -> None:
-        """Update the index. It holds unverified records: whatever it finds is verified afterwards."""
+        """Update the index. It holds unverified records, so its results are verified afterwards."""
         record = self._directory.unverified(kind, id) if kind == "target" else None
         if not isinstance(record, TargetRecord):
             return
@@ -133,7 +135,7 @@ class Targets:
 
 
 def url_of(target: TargetState) -> str | None:
-    """Scheme and authority of a target; None where its record has none. Raises TargetSettingsError."""
+    """Scheme and authority of a target; None if its record has none. Raises TargetSettingsError."""
     if target.backend.kind == "http":
         return settings_of(target, HttpSettings).url
     if target.backend.kind == "jwt":

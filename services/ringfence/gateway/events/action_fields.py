@@ -18,25 +18,25 @@ _METHOD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
 
 
 def act_of(lease: Lease, sender: str | None) -> tuple[str, ...] | None:
-    """The delegation chain, from the first agent to the one that acts; None where the lease was not delegated."""
+    """The delegation chain, from the first agent to the one that acts; None if the lease was not delegated."""
     return lease.act if lease.delegators and lease.agent_id == sender else None
 
 
 def method_of(attempt: Attempt) -> str | None:
-    """The HTTP method; None where it is no valid one (RFC 9110, 9.1) or has more than 32 characters."""
+    """The HTTP method; None if it is not valid (RFC 9110, 9.1) or has more than 32 characters."""
     return attempt.method if _METHOD.fullmatch(attempt.method) else None
 
 
 def label_of(attempt: Attempt) -> str | None:
-    """The label; None where it has characters or a length that an event may not have."""
+    """The label; None if an event may not have its characters or its length."""
     return attempt.label if attempt.label and _LABEL.fullmatch(attempt.label) else None
 
 
 def digest_of(attempt: Attempt) -> str:
-    """SHA-256, in hexadecimal, over method, scheme, place, target and the digest of the body, where that was read."""
+    """SHA-256, in hexadecimal, over method, scheme, place, target and the digest of the body, if it was read."""
     body = hashlib.sha256(attempt.body).hexdigest() if attempt.body is not None else "-"
-    where = attempt.target_id if attempt.target_id is not None else attempt.authority
-    text = f"{attempt.method}\n{attempt.scheme}\n{where}\n{attempt.target}\n{body}"
+    place = attempt.target_id if attempt.target_id is not None else attempt.authority
+    text = f"{attempt.method}\n{attempt.scheme}\n{place}\n{attempt.target}\n{body}"
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 

@@ -1,6 +1,6 @@
 """The destination of a refused request, for its event: bounded, printable, without query and user information.
 
-The sender wrote it, so nothing is decided by it. Secrets do not belong in a path; those of a known form, and the
+The sender chose it, so no decision depends on it. Secrets do not belong in a path. Those of a known form, and the
 handle that the request shows, are redacted.
 """
 
@@ -19,7 +19,7 @@ MAX_METHOD_CHARS: Final = 32
 _MAX_HOST_CHARS: Final = 253
 _MAX_PORT: Final = 65535
 _MAX_READ_CHARS: Final = 4096
-"""No more of what a stranger wrote is read."""
+"""The most characters of a stranger's text that are read."""
 _ODD_IN_HOST: Final = re.compile(r"[^a-z0-9._:-]")
 _ODD: Final = re.compile(r"[^!-~]")
 _URL_IN_METHOD: Final = re.compile(r"[/\\?#@:=].*", re.DOTALL)
@@ -36,8 +36,8 @@ def destination_of(attempt: Attempt, url: str | None, handle: str | None = None)
     """The destination of an attempt.
 
     Args:
-        attempt: as it came.
-        url: scheme and authority of its target, where that is known.
+        attempt: as it was received.
+        url: scheme and authority of its target, if known.
         handle: the handle that the request shows; it is not recorded.
     """
     path = attempt.target if attempt.target.startswith("/") else None
@@ -50,7 +50,7 @@ def destination_of(attempt: Attempt, url: str | None, handle: str | None = None)
 
 
 def destination_of_line(method: str, target: str, host: str | None, scheme: Scheme) -> Destination:
-    """The destination of a request line and the `Host` of its message, even where they cannot be parsed for certain."""
+    """The destination of a request line and the `Host` of its message, even if they cannot be parsed for certain."""
     target = target[:_MAX_READ_CHARS]
     if (absolute := _ABSOLUTE.fullmatch(target)) is not None:
         authority, path = _cut(absolute[2])
@@ -72,7 +72,7 @@ def unparsed_line(head: bytes) -> tuple[str, str, str | None]:
 
 
 def printable_method(method: str) -> str | None:
-    """A method in printable form; None where it is empty.
+    """A method in printable form; None if it is empty.
 
     It ends at the first character that belongs to a URL and not to a method, so that no query or user information of a
     URL is recorded.
@@ -90,17 +90,17 @@ def _cut(rest: str) -> tuple[str, str]:
 
 
 def _end_of_authority(rest: str) -> int:
-    found = _AFTER_HOST.search(rest)
-    return found.start() if found is not None else len(rest)
+    match = _AFTER_HOST.search(rest)
+    return match.start() if match is not None else len(rest)
 
 
 def _destination(
     scheme: str, authority: str | None, path: str | None, handle: str | None = None
 ) -> Destination:
-    known: Scheme | None = "https" if scheme == "https" else "http" if scheme == "http" else None
+    known_scheme: Scheme | None = "https" if scheme == "https" else "http" if scheme == "http" else None
     host, port = _host_and_port(authority, scheme) if authority else (None, None)
     return Destination(
-        scheme=known, host=host, port=port, path=_path(path, handle) if path is not None else None
+        scheme=known_scheme, host=host, port=port, path=_recorded_path(path, handle) if path is not None else None
     )  # fmt: skip
 
 
@@ -109,19 +109,19 @@ def _host_and_port(authority: str, scheme: str) -> tuple[str | None, int | None]
     rest = rest[: _end_of_authority(rest)]
     if rest.startswith("["):
         host, _, after = rest[1:].partition("]")
-        given = after.removeprefix(":")
+        port_text = after.removeprefix(":")
     elif rest.count(":") > 1:
-        host, given = rest, "?"  # IPv6 without brackets: nobody can tell a port from it
+        host, port_text = rest, "?"  # IPv6 without brackets: a port cannot be told from it
     else:
-        host, _, given = rest.partition(":")
+        host, _, port_text = rest.partition(":")
     host = _ODD_IN_HOST.sub("?", host.lower()[:_MAX_HOST_CHARS])
-    if not given:
+    if not port_text:
         return host or None, PORTS.get(scheme)
-    port = int(given) if re.fullmatch(r"[0-9]{1,5}", given) else 0
+    port = int(port_text) if re.fullmatch(r"[0-9]{1,5}", port_text) else 0
     return host or None, port if 0 < port <= _MAX_PORT else None
 
 
-def _path(target: str, handle: str | None) -> str:
+def _recorded_path(target: str, handle: str | None) -> str:
     cut = len(target) > _MAX_READ_CHARS
     path = re.split(r"[?#]", target[:_MAX_READ_CHARS], maxsplit=1)[0]
     decoded = unquote(path)

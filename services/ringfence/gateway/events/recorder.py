@@ -25,7 +25,7 @@ UNKNOWN_AGENT: Final = "unknown"
 """The Kafka key of events whose agent is unknown."""
 _SYNC_EVERY_S: Final = 1.0
 _BATCH_DELAY_S: Final = 0.05
-"""Events are collected for so long: nobody waits for them, and larger batches cost half as much."""
+"""The linger of batches of events: no request waits for them, and larger batches cost half as much."""
 _RETRY_DELAY_S: Final = 0.5
 _DRAIN_TIMEOUT_S: Final = 3.0
 
@@ -48,7 +48,7 @@ class Recorder:
         self._appended.set()
 
     def append(self, entry: bytes) -> None:
-        """The same for an `ActionDecided` that is serialized already (`AllowedEvents.entry`). Raises SpoolFullError."""
+        """As `record`, for a serialized `ActionDecided` (`AllowedEvents.entry`). Raises SpoolFullError."""
         self._append_batch()
         self._spool.append(self._traced(entry))
         self._appended.set()
@@ -69,13 +69,13 @@ class Recorder:
         batch, self._batch = self._batch, []
         try:
             self._spool.append(*[entry for entry, _ in batch])
-            kept = True
+            written = True
             self._appended.set()
         except SpoolFullError as error:
             log.error("nothing is let pass: %s", error)
-            kept = False
-        for _, then in batch:
-            then(kept)
+            written = False
+        for _, on_recorded in batch:
+            on_recorded(written)
 
     def _entry(self, event: ActionDecided | ActionAnswered) -> bytes:
         if self._tracing is not NOT_TRACING:
@@ -116,7 +116,7 @@ class Recorder:
             await asyncio.to_thread(self._spool.sync)
 
     async def close(self) -> None:
-        """Publish what is left within a short time. The rest waits on disk for the next start."""
+        """Publish remaining events within `_DRAIN_TIMEOUT_S`. The rest waits on disk for the next start."""
         self._append_batch()
         try:
             async with asyncio.timeout(_DRAIN_TIMEOUT_S):

@@ -22,17 +22,17 @@ from ringfence.messages.operations import ActionDecided, Destination
 log = logging.getLogger(__name__)
 
 MAX_KINDS: Final = 2000
-"""So many kinds are distinguished within a second. Beyond that, the fields that senders choose freely are left out."""
+"""The most kinds that are distinguished within a second. Beyond that, fields that senders choose freely are dropped."""
 MAX_DESTINATIONS: Final = 8
-"""So many methods and destinations of one kind are distinguished within a second. Beyond that they are left out: who
-tries a million hosts does not get an event for each.
+"""The most methods and destinations of one kind that are distinguished within a second. Beyond that they are dropped: a
+sender that tries a million hosts does not get an event for each.
 """
 _METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "CONNECT"})
 """All other methods count as free text."""
 
 
 class RefusalKind(NamedTuple):
-    """What refusals must have in common to be counted by one event."""
+    """The properties that refusals must share to be counted by one event."""
 
     agent_id: str | None
     task_id: str | None
@@ -51,7 +51,7 @@ class _Repeats:
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
     """The id of the event that will report them."""
     count: int = 0
-    """How many no event has reported yet."""
+    """The number that no event has reported yet."""
 
 
 class RefusalCounts:
@@ -64,12 +64,12 @@ class RefusalCounts:
         self._gateway = gateway
         self._kinds: dict[RefusalKind, _Repeats] = {}
         self._destinations: Counter[RefusalKind] = Counter()
-        """How many kinds differ only by method and destination, by the rest of the kind."""
+        """By a kind without free text: the number of kinds that differ from it only by method and destination."""
 
     def count(self, kind: RefusalKind, reason: Reason) -> str | None:
         """Count a refusal. Returns the id of the event that will report it, or None for the first of its kind.
 
-        The caller records the first, or calls `count_unrecorded` where that fails.
+        The caller records the first, or calls `count_unrecorded` if that fails.
         """
         kind, repeats = self._bounded(kind)
         if repeats is None:
@@ -80,9 +80,7 @@ class RefusalCounts:
         return repeats.id
 
     def count_unrecorded(self, kind: RefusalKind) -> str:
-        """Count the first refusal of a kind, for which there was no room. Returns the id of the event that will report
-        it.
-        """
+        """Count the first refusal of a kind if the spool is full. Returns the id of the event that will report it."""
         _, repeats = self._bounded(kind)
         assert repeats is not None, "it was the first of its kind"
         repeats.count += 1
@@ -118,7 +116,7 @@ class RefusalCounts:
         return kind, repeats
 
     def _record_repeats(self, kind: RefusalKind, repeats: _Repeats) -> bool:
-        """Record a count. Returns whether there was room for the event; otherwise the count goes on."""
+        """Record a count. Returns whether there was room for the event; otherwise counting continues."""
         event = ActionDecided(
             action_id=repeats.id,
             gateway=self._gateway,
@@ -145,7 +143,7 @@ class RefusalCounts:
 
 
 def access_if_known(method: str | None) -> Access | None:
-    """The access of a common method; None where the method is unknown, or made up."""
+    """The access of a common method; None if the method is unknown, or made up."""
     return access_of(method) if method is not None and method in _METHODS else None
 
 

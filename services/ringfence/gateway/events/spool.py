@@ -3,7 +3,7 @@
 It is a folder of numbered append-only segments. An entry is its length and CRC-32 (4 bytes each, big-endian), then its
 bytes. `append` returns after the write, so entries survive the end of the process; `sync`, called once a second, makes
 them survive a crash of the machine. A segment is deleted when Kafka has all of it. Delivery is at least once: what was
-published but not marked is published again after a crash. Each event has an id of its own.
+published but not marked is published again after a crash. The id of each event allows deduplication.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class Spool:
     """A FIFO queue on disk, for one process."""
 
     def __init__(self, folder: Path, *, max_bytes: int, segment_bytes: int = SEGMENT_BYTES) -> None:
-        """Open it, with what an earlier process left. `max_bytes`: the size of all segments together. Raises
-        SpoolError.
+        """Open the queue, with the entries of an earlier process. Raises SpoolError.
+
+        `max_bytes`: the size of all segments together.
         """
         self._folder = folder
         self._max_bytes = max_bytes
@@ -68,9 +69,9 @@ class Spool:
                 f"another gateway uses {folder}: set RINGFENCE_GATEWAY_SPOOL to another folder"
             ) from None
         except (OSError, ValueError, NotPrivateError) as error:
-            why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             raise SpoolError(
-                f"the spool {folder} cannot be used: {why}; set RINGFENCE_GATEWAY_SPOOL to another folder"
+                f"the spool {folder} cannot be used: {reason}; set RINGFENCE_GATEWAY_SPOOL to another folder"
             ) from None
         self._unsynced = False
         self._total = sum(self._sizes.values())
@@ -160,7 +161,7 @@ class Spool:
         self._mark = open_private(self._folder / _MARK, os.O_RDWR)
         marked = os.pread(self._mark, 16, 0)
         number, offset = struct.unpack(">QQ", marked) if len(marked) == 16 else (0, 0)
-        for old in [one for one in self._sizes if one < number]:
+        for old in [segment for segment in self._sizes if segment < number]:
             self._delete_segment(old)
         return number, offset if number in self._sizes else 0
 
@@ -211,12 +212,12 @@ def _framed(entry: bytes) -> bytes:
 
 def _entries(data: bytes) -> tuple[list[bytes], int]:
     """The complete entries at the start of `data`, up to about `_READ_BYTES`, and their total length."""
-    found, at = [], 0
+    entries, at = [], 0
     while at + _HEAD.size <= len(data) and at < _READ_BYTES:
         length, checksum = _HEAD.unpack_from(data, at)
         entry = data[at + _HEAD.size : at + _HEAD.size + length]
         if len(entry) != length or zlib.crc32(entry) != checksum:
             break
-        found.append(entry)
+        entries.append(entry)
         at += _HEAD.size + length
-    return found, at
+    return entries, at

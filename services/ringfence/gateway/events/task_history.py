@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 MAX_TASKS: Final = 10_000
-"""Of more tasks, the ones that were idle the longest are forgotten (LRU)."""
+"""The most tasks that are remembered. Those that were idle the longest are evicted (LRU)."""
 _MINUTE_MS: Final = 60_000
 _MAX_TARGETS: Final = 64
 _BUCKET_MS: Final = 1000
@@ -23,9 +23,7 @@ class _Task:
 
 
 class TaskHistory:
-    """Counts since the start of this process, of this replica alone: a limit over several replicas is divided among
-    them.
-    """
+    """Counts of this replica since its start. A limit over several replicas has to be divided among them."""
 
     def __init__(self) -> None:
         self._tasks: OrderedDict[str, _Task] = OrderedDict()

@@ -41,7 +41,7 @@ from ringfence.model.http_targets.request_map import MAX_BODY_BYTES
 log = logging.getLogger(__name__)
 
 NO_CREDENTIAL: Final = "none"
-"""The value of `Authorization` where the credential goes into another header: some proxies would drop an empty one."""
+"""The value of `Authorization` if the credential goes into another header: some proxies would drop an empty one."""
 LABEL: Final = "X-Ringfence-Label"
 HANDLE: Final = "X-Ringfence-Handle"
 """The header for the handle of an agent that sends an `Authorization` of its own: `X-Ringfence-Handle: LEASE`."""
@@ -68,7 +68,7 @@ _ENVOY_PREFIX: Final = re.compile(r"^/authz/envoy(-target/[^/]*)?(?=/)")
 _NO_STORE: Final = {"Cache-Control": "no-store"}
 
 ReadQuestion = Callable[[Request], Awaitable[tuple[PresentedIdentity, Attempt] | None]]
-"""Reads the request that a proxy asks about; None where the question is ambiguous."""
+"""Reads the request that a proxy asks about; None if the question is ambiguous."""
 
 
 class ProxyAuth:
@@ -98,14 +98,14 @@ class ProxyAuth:
         read = next((read for prefix, read in self._readers.items() if path.startswith(prefix)), None)
         if read is None:
             return _invalid_question(f"ask {' or '.join(self._readers)}")
-        asked = await read(request)
-        if asked is None:
+        question = await read(request)
+        if question is None:
             method, destination = _unverified_destination(request)
             self._blocked(BlockedRequest(_INVALID, _UNCERTAIN, method=method, destination=destination))
             return _invalid_question(_UNCERTAIN)
-        verdict = await self._gate.decide(*asked, holdable=WaitingProxy(request.receive))
+        verdict = await self._gate.decide(*question, holdable=WaitingProxy(request.receive))
         if verdict.observed and verdict.target is not None:
-            return _observed_answer(request, asked[0], verdict.target)
+            return _observed_answer(request, question[0], verdict.target)
         if not verdict.allowed:
             return _denial(verdict)
         try:
@@ -125,12 +125,10 @@ class WaitingProxy:
         self._receive = receive
 
     async def read_body(self) -> bytes | None:
-        """None: a body that the question does not contain cannot be had."""
+        """None: the body cannot be read if the question does not contain it."""
         return None
 
     def on_disconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """See `HoldableRequest`."""
-
         async def watch() -> None:
             while (await self._receive())["type"] != "http.disconnect":
                 pass
@@ -159,7 +157,7 @@ def handle_and_header_names(request: Request) -> tuple[str | None, frozenset[str
 
 
 def single_header(request: Request, name: str) -> str | None:
-    """The value of a header; None where it did not come. Raises ValueError if it came twice."""
+    """The value of a header; None if it is missing. Raises ValueError if it is there twice."""
     values = request.headers.getlist(name)
     if len(values) > 1:
         raise ValueError(name)
@@ -169,12 +167,12 @@ def single_header(request: Request, name: str) -> str | None:
 def shown_headers(request: Request) -> Headers | None:
     """All headers of the question that belong to its request: more than the proxy forwards, rather than fewer.
 
-    None where `Connection` names one of them: it is not certain that the proxy shows and forwards that one alike.
+    None if `Connection` names one of them: the proxy may show it and not forward it, or the other way round.
     """
     shown = tuple(
         (name, value.decode("latin-1").strip(" \t"))
-        for given, value in request.headers.raw
-        if (name := _normalized_name(given.decode("latin-1"))) not in _QUESTION_FIELDS
+        for raw_name, value in request.headers.raw
+        if (name := _normalized_name(raw_name.decode("latin-1"))) not in _QUESTION_FIELDS
     )
     options = ",".join(request.headers.getlist("connection")).split(",")
     named = {_normalized_name(option.strip(" \t")) for option in options}
@@ -191,22 +189,22 @@ def shows_json(request: Request) -> bool:
 
 
 async def whole_body(request: Request) -> bytes | None:
-    """The whole body of a question; None where it exceeds `MAX_BODY_BYTES`."""
-    found = bytearray()
+    """The whole body of a question; None if it exceeds `MAX_BODY_BYTES`."""
+    body = bytearray()
     async for chunk in request.stream():
-        found += chunk
-        if len(found) > MAX_BODY_BYTES:
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
             return None
-    return bytes(found)
+    return bytes(body)
 
 
 def _unverified_destination(request: Request) -> tuple[str, Destination]:
     """Method and destination of an ambiguous question, for the event alone."""
-    said = request.headers
-    scheme: Literal["http", "https"] = "http" if said.get("x-forwarded-proto") == "http" else "https"
-    host = said.get("x-forwarded-host", said.get("host"))
-    method = said.get("x-forwarded-method", request.method)
-    target = said.get("x-forwarded-uri", _ENVOY_PREFIX.sub("", request.scope["path"]))
+    headers = request.headers
+    scheme: Literal["http", "https"] = "http" if headers.get("x-forwarded-proto") == "http" else "https"
+    host = headers.get("x-forwarded-host", headers.get("host"))
+    method = headers.get("x-forwarded-method", request.method)
+    target = headers.get("x-forwarded-uri", _ENVOY_PREFIX.sub("", request.scope["path"]))
     return method, destination_of_line(method, target, host, scheme)
 
 
@@ -216,19 +214,17 @@ def _denial(verdict: Verdict) -> Response:
 
 
 def _observed_answer(request: Request, presented: PresentedIdentity, target: TargetState) -> Response:
-    """Return the agent's own headers in the answer: of headers that it lacks, proxies send none, or their earlier
-    value.
-    """
-    own = {
+    """Return the agent's own headers in the answer: without them, proxies would send none, or an earlier value."""
+    own_headers = {
         name.title(): value
         for name in sorted((credential_headers(target) - {"cookie"}) & presented.header_names)
         for value in request.headers.getlist(name)[:1]
     }
-    return Response(status_code=200, headers={"Authorization": NO_CREDENTIAL, **_NO_STORE, **own})
+    return Response(status_code=200, headers={"Authorization": NO_CREDENTIAL, **_NO_STORE, **own_headers})
 
 
 def _invalid_question(text: str) -> Response:
-    """The answer where nothing was decided."""
+    """The answer if there was no decision."""
     details = {"type": f"urn:ringfence:problem:{_INVALID}", "title": "Forbidden", "status": 403}
     return _refusal(
         403, {**details, "code": _INVALID, "detail": text}, {"Content-Type": MEDIA_TYPE, **_NO_STORE}
@@ -243,9 +239,9 @@ def _refusal(status: int, details: dict[str, Any], headers: dict[str, str]) -> R
 
 def _shortened(details: dict[str, Any]) -> str:
     """The problem details in ASCII, no longer than proxies accept."""
-    kept = dict(details)
+    members = dict(details)
     for name in _OPTIONAL_MEMBERS:
-        if len(text := json.dumps(kept)) <= _MAX_PROBLEM_CHARS:
+        if len(text := json.dumps(members)) <= _MAX_PROBLEM_CHARS:
             return text
-        kept.pop(name, None)
-    return json.dumps(kept)
+        members.pop(name, None)
+    return json.dumps(members)

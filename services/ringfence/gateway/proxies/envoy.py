@@ -27,12 +27,12 @@ PARTIAL: Final = "x-envoy-auth-partial-body"
 
 
 async def read(request: Request) -> tuple[PresentedIdentity, Attempt] | None:
-    """The request that the question is about; None where it is incomplete or ambiguous."""
+    """The request that the proxy asks about; None if it is incomplete or ambiguous."""
     query: bytes = request.scope.get("query_string") or b""
     target_id, path = _target_and_path(request.scope.get("raw_path") or b"")
     try:
         host, proto = single_header(request, "host"), single_header(request, "x-forwarded-proto")
-        (handle, own), proof = handle_and_header_names(request), single_header(request, "dpop")
+        (handle, header_names), proof = handle_and_header_names(request), single_header(request, "dpop")
         partial, label = single_header(request, PARTIAL), single_header(request, LABEL)
         json = shows_json(request)
         target = (path + (b"?" + query if query else b"")).decode("ascii")
@@ -44,7 +44,7 @@ async def read(request: Request) -> tuple[PresentedIdentity, Attempt] | None:
         return None
     body = await whole_body(request) if partial is not None else None
     htu = f"{proto}://{host}{target.partition('?')[0]}"
-    presented = PresentedIdentity(handle=handle, proof=proof, htu=htu, header_names=own)
+    presented = PresentedIdentity(handle=handle, proof=proof, htu=htu, header_names=header_names)
     attempt = Attempt(
         authority=host if target_id is None else None,
         scheme="http" if proto == "http" else "https",
@@ -59,8 +59,8 @@ async def read(request: Request) -> tuple[PresentedIdentity, Attempt] | None:
 
 
 def _target_and_path(raw: bytes) -> tuple[str | None, bytes]:
-    """The target where the path names it, and the path of the request; an empty path where there is none."""
-    if (found := _BY_TARGET.fullmatch(raw)) is not None:
-        return found[1].decode("latin-1"), found[2]
+    """The target if the path names it, and the path of the request; an empty path if there is none."""
+    if (match := _BY_TARGET.fullmatch(raw)) is not None:
+        return match[1].decode("latin-1"), match[2]
     by_host = f"{PREFIX}/".encode()
     return None, raw[len(PREFIX) :] if raw.startswith(by_host) else b""

@@ -30,7 +30,7 @@ _ALL_SHOWN: Final = b"body=whole&headers=whole"
 
 
 async def read(request: Request) -> tuple[PresentedIdentity, Attempt] | None:
-    """The request that the question is about; None where it is incomplete or ambiguous."""
+    """The request that the proxy asks about; None if it is incomplete or ambiguous."""
     rest = request.scope["path"].removeprefix(PREFIX)
     target_id = rest.removeprefix("/") or None
     query = request.scope.get("query_string") or b""
@@ -40,7 +40,7 @@ async def read(request: Request) -> tuple[PresentedIdentity, Attempt] | None:
         method, uri, host, proto = (
             single_header(request, f"x-forwarded-{name}") for name in ("method", "uri", "host", "proto")
         )
-        (handle, own), proof = handle_and_header_names(request), single_header(request, "dpop")
+        (handle, header_names), proof = handle_and_header_names(request), single_header(request, "dpop")
         label = single_header(request, LABEL)
         json = shows_json(request)
     except ValueError:
@@ -48,7 +48,7 @@ async def read(request: Request) -> tuple[PresentedIdentity, Attempt] | None:
     if not (method and uri and host) or proto not in ("http", "https") or not uri.startswith("/"):
         return None
     htu = f"{proto}://{host}{uri.partition('?')[0]}"
-    presented = PresentedIdentity(handle=handle, proof=proof, htu=htu, header_names=own)
+    presented = PresentedIdentity(handle=handle, proof=proof, htu=htu, header_names=header_names)
     attempt = Attempt(
         authority=host if target_id is None else None,
         scheme="http" if proto == "http" else "https",

@@ -1,1 +1,1 @@
-"""What the gateway knows: live leases, revocations, and how fresh its view is."""
+"""The state of the gateway: live leases, revocations, and how fresh its view is."""

@@ -29,9 +29,9 @@ from ringfence.model.leases.lifecycle import (
 log = logging.getLogger(__name__)
 
 ENDED_KEPT_MS = 60_000
-"""How long a lease is kept after its end: revocations of it may still arrive."""
+"""The time for which a lease is kept after its end: revocations of it may still arrive."""
 SLACK_MS = 60_000
-"""So long after its deadline a lease cannot count any more, whatever the clocks."""
+"""This long after its deadline a lease cannot count any more, by any clock."""
 REVOCATIONS_KEPT_MS = 3 * 24 * 3600 * 1000
 """A day to decide on a request, a day for the lease, and one to spare: older revocations cover no live lease."""
 LEASES_SINCE_MS = 25 * 3600 * 1000
@@ -60,12 +60,12 @@ class LeaseTable:
     def __init__(self, clock: Clock, broker_ms: Callable[[], int] | None = None) -> None:
         """`broker_ms`: the least that the broker's clock can show now.
 
-        Deadlines are judged by this gateway's own `clock`. Where that clock is known to be ahead, a lease that has
+        Deadlines are judged by this gateway's own `clock`. If that clock is known to be ahead, a lease that has
         expired by it alone is denied, but not reported as ended.
         """
         self._clock = clock
         self._broker_ms = broker_ms or clock.now_ms
-        self._known: dict[str, _Entry] = {}
+        self._entries: dict[str, _Entry] = {}
         self._usable: dict[tuple[str, str], dict[str, dict[str, Lease]]] = {}
         """By agent and target: tasks, and their leases by id."""
         self._versions: dict[tuple[str, str], int] = {}
@@ -85,36 +85,36 @@ class LeaseTable:
         self._pruned_ms = 0
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._entries)
 
-    # --- feeding ---
+    # --- input ---
 
     def apply(self, lease: Lease) -> None:
-        """Apply one verified record. The highest `seq` of a lease counts, in whatever order records come.
+        """Apply one verified record. The highest `seq` of a lease counts, in whatever order records arrive.
 
         A record that changes the terms of a known lease, or revives one that ended, is ignored, whoever signed it.
         """
         now_ms = self._clock.now_ms()
         if lease.deadline * 1000 + SLACK_MS <= now_ms:
             return
-        known = self._known.get(lease.lease_id)
-        if known is not None:
-            if lease.seq <= known.seq or known.lease is None:
+        entry = self._entries.get(lease.lease_id)
+        if entry is not None:
+            if lease.seq <= entry.seq or entry.lease is None:
                 return
-            if not (comes_after(known.lease, lease) and has_terms_of(known.lease, lease)):
+            if not (comes_after(entry.lease, lease) and has_terms_of(entry.lease, lease)):
                 log.warning(
-                    "ignored record %s of a lease: it does not follow record %d", lease.jti, known.seq
+                    "ignored record %s of a lease: it does not follow record %d", lease.jti, entry.seq
                 )
                 return
-            self._drop(known.lease)
-        self._known[lease.lease_id] = _Entry(lease.seq, lease)
+            self._drop(entry.lease)
+        self._entries[lease.lease_id] = _Entry(lease.seq, lease)
         if lease.status == "active":
             if lease.delivery == "gateway":
                 key = (lease.agent_id, lease.target_id)
                 self._versions[key] = next(self._numbers)
                 tasks = self._usable.setdefault(key, {})
                 tasks.setdefault(lease.task_id, {})[lease.lease_id] = lease
-            if known is None:
+            if entry is None:
                 heapq.heappush(self._due, (lease.deadline * 1000, lease.lease_id))
         elif lease.status != "minting":
             heapq.heappush(self._due, (now_ms + ENDED_KEPT_MS, lease.lease_id))
@@ -128,10 +128,10 @@ class LeaseTable:
         self._notify_end(lease_id)
 
     def fence(self, selector_key: str, issued_before_ms: int, *, revocation_id: str) -> None:
-        """Cut every lease that matches the selector key and was requested by then (a fence).
+        """Cut every lease that matches the selector key and was requested by `issued_before_ms` (a fence).
 
-        Of one revocation the record that was appended first counts, in whatever order records come: sent again by
-        somebody else, it covers no more than before.
+        Of the records of one revocation, the one appended first counts, in whatever order they arrive. A replay by
+        another sender covers no more than the original.
         """
         revocations = self._revocations.setdefault(selector_key, {})
         known_ms = revocations.get(revocation_id)
@@ -148,13 +148,13 @@ class LeaseTable:
         self._fences[selector_key] = issued_before_ms = before_ms
         self._fence_changes += 1
         for lease_id in list(self._watchers):
-            known = self._known.get(lease_id)
-            lease = known.lease if known is not None else None
+            entry = self._entries.get(lease_id)
+            lease = entry.lease if entry is not None else None
             if lease is not None and matches(lease, selector_key) and is_covered(lease, issued_before_ms):
                 self._notify_end(lease_id)
 
     def sweep(self) -> None:
-        """End leases that have passed their deadline, and forget what nobody can ask for any more. Call it often."""
+        """End leases that have passed their deadline, and drop outdated leases and revocations. Call it often."""
         now_ms = self._clock.now_ms()
         while self._due and self._due[0][0] <= now_ms:
             _, lease_id = heapq.heappop(self._due)
@@ -169,26 +169,26 @@ class LeaseTable:
                 }
                 if not self._revocations[selector_key]:
                     del self._revocations[selector_key]
-            for some in (self._revoked, self._fences):
-                for key in [key for key, at_ms in some.items() if at_ms < oldest_ms]:
-                    del some[key]
+            for times_ms in (self._revoked, self._fences):
+                for key in [key for key, at_ms in times_ms.items() if at_ms < oldest_ms]:
+                    del times_ms[key]
 
     def _check_due(self, lease_id: str, now_ms: int) -> None:
-        known = self._known.get(lease_id)
-        if known is None:
+        entry = self._entries.get(lease_id)
+        if entry is None:
             return
-        if known.lease is None:
-            if known.kept_until_ms <= now_ms:
-                del self._known[lease_id]
+        if entry.lease is None:
+            if entry.kept_until_ms <= now_ms:
+                del self._entries[lease_id]
             return
-        deadline_ms = known.lease.deadline * 1000
+        deadline_ms = entry.lease.deadline * 1000
         if deadline_ms <= now_ms:
             self._notify_end(lease_id)
-        if is_over(known.lease) or deadline_ms + ENDED_KEPT_MS <= now_ms:
-            self._drop(known.lease)
+        if is_over(entry.lease) or deadline_ms + ENDED_KEPT_MS <= now_ms:
+            self._drop(entry.lease)
             # Its `seq` stays, so that a late older record does not revive it.
-            known.lease, known.kept_until_ms = None, deadline_ms + SLACK_MS
-            heapq.heappush(self._due, (known.kept_until_ms, lease_id))
+            entry.lease, entry.kept_until_ms = None, deadline_ms + SLACK_MS
+            heapq.heappush(self._due, (entry.kept_until_ms, lease_id))
         else:
             heapq.heappush(self._due, (max(deadline_ms, now_ms) + ENDED_KEPT_MS, lease_id))
 
@@ -203,21 +203,21 @@ class LeaseTable:
             self._usable.pop(key, None)
             self._versions.pop(key, None)
 
-    # --- asking ---
+    # --- queries ---
 
     def get(self, lease_id: str) -> Lease | None:
-        """The lease in its last known state; None where there is none, or it ended a while ago."""
-        known = self._known.get(lease_id)
-        return known.lease if known is not None else None
+        """The lease in its last known state; None if there is none, or if it ended a while ago."""
+        entry = self._entries.get(lease_id)
+        return entry.lease if entry is not None else None
 
     def usable(self, agent_id: str, task_id: str | None, target_id: str) -> list[Lease]:
-        """The leases that requests of an agent at a target may use now: of one task, or of all tasks where None."""
+        """The leases that requests of an agent at a target may use now: of one task, or of all tasks if None."""
         tasks = self._usable.get((agent_id, target_id), {})
-        some = [tasks.get(task_id, {})] if task_id is not None else list(tasks.values())
-        return [lease for leases in some for lease in leases.values() if self.problem(lease) is None]
+        by_task = [tasks.get(task_id, {})] if task_id is not None else list(tasks.values())
+        return [lease for leases in by_task for lease in leases.values() if self.problem(lease) is None]
 
     def version(self, key: tuple[str, str]) -> int:
-        """A number that changes with each lease of an agent at a target (`key`: their ids); -1 where it has none."""
+        """A number that changes with each lease of an agent at a target (`key`: their ids); -1 if it has none."""
         return self._versions.get(key, -1)
 
     def tasks(self) -> set[str]:
@@ -226,8 +226,8 @@ class LeaseTable:
 
     def problem(self, lease: Lease) -> Reason | None:
         """Why a lease can no longer be used, or None."""
-        against = self._problem_code(lease.lease_id, self._clock.now_ms())
-        return _reason(*against, lease) if against is not None else None
+        problem_code = self._problem_code(lease.lease_id, self._clock.now_ms())
+        return _lease_problem(*problem_code, lease) if problem_code is not None else None
 
     def is_live(self, lease_id: str, now_ms: int) -> bool:
         """Whether `problem` would return None at this time of the gateway's own clock."""
@@ -235,16 +235,16 @@ class LeaseTable:
 
     def _problem_code(self, lease_id: str, now_ms: int) -> tuple[str, str] | None:
         """Code and message of the reason why a lease cannot be used."""
-        known = self._known.get(lease_id)
-        if known is None or known.lease is None or known.lease.status != "active":
+        entry = self._entries.get(lease_id)
+        if entry is None or entry.lease is None or entry.lease.status != "active":
             return "lease_ended", "has ended"
-        if known.lease.deadline * 1000 <= now_ms:
-            return self._deadline_problem(known.lease.deadline * 1000, now_ms)
+        if entry.lease.deadline * 1000 <= now_ms:
+            return self._deadline_problem(entry.lease.deadline * 1000, now_ms)
         if lease_id in self._revoked:
             return "lease_cut", "was revoked"
-        if known.fences_seen != self._fence_changes:
-            known.fenced, known.fences_seen = self._is_fenced(known.lease), self._fence_changes
-        return ("lease_cut", "was revoked together with others") if known.fenced else None
+        if entry.fences_seen != self._fence_changes:
+            entry.fenced, entry.fences_seen = self._is_fenced(entry.lease), self._fence_changes
+        return ("lease_cut", "was revoked together with others") if entry.fenced else None
 
     def _deadline_problem(self, deadline_ms: int, now_ms: int) -> tuple[str, str]:
         broker_ms = self._broker_ms()
@@ -258,16 +258,14 @@ class LeaseTable:
             for selector_key in (*selector_keys(lease), ALL_LEASES)
         )
 
-    # --- telling ---
+    # --- notifications ---
 
     def on_lease_end(self, listener: Callable[[str], None]) -> None:
         """Call `listener` with the id of each lease that ends here, perhaps more than once."""
         self._listeners.append(listener)
 
     def watch(self, lease_id: str, on_ended: OnEnded) -> Callable[[], None]:
-        """Call `on_ended` once when the lease can no longer be used; at once if that is so. Returns what
-        unsubscribes.
-        """
+        """Call `on_ended` once when the lease can no longer be used, maybe now. Returns a function to unsubscribe."""
         lease = self.get(lease_id)
         if lease is None or self.problem(lease) is not None:
             on_ended()
@@ -276,7 +274,7 @@ class LeaseTable:
         return lambda: self.unwatch(lease_id, on_ended)
 
     def watch_live(self, lease_id: str, on_ended: OnEnded) -> None:
-        """The same for a lease that the caller knows to be usable at this moment; see `unwatch`."""
+        """As `watch`, for a lease that the caller knows to be usable at this moment; see `unwatch`."""
         watching = self._watchers.get(lease_id)
         if watching is None:
             watching = self._watchers[lease_id] = {}
@@ -291,7 +289,7 @@ class LeaseTable:
                 del self._watchers[lease_id]
 
     def end_all_watched(self) -> None:
-        """Tell all watchers that their lease can no longer be used, since the view is stale."""
+        """Notify all watchers that their lease can no longer be used, since the view is stale."""
         for lease_id in list(self._watchers):
             self._notify_watchers(lease_id)
 
@@ -305,6 +303,6 @@ class LeaseTable:
             ended()
 
 
-def _reason(code: str, what: str, lease: Lease) -> Reason:
+def _lease_problem(code: str, problem: str, lease: Lease) -> Reason:
     remedy = "try again" if code == "stale_view" else "ask for a new credential"
-    return Reason(code=code, message=f"lease {lease.lease_id} {what}; {remedy}", side="lease")
+    return Reason(code=code, message=f"lease {lease.lease_id} {problem}; {remedy}", side="lease")

@@ -1,9 +1,9 @@
 """Rechecks issued leases against the present records, and revokes those that were issued on stale ones.
 
 Policy and issuer may use records that are stale within the grace. When a record changes, a revoker fences off what was
-asked for before the change, and ends what exists (`record_changes`). That misses a lease that was asked for after the
-change, of services that had not read it yet. Such leases are found here: a lease record is on Kafka, so every record
-that its issue can have missed is on the tables' topics by now, and those are read to their ends first.
+asked for before the change, and ends existing leases (`record_changes`). That misses a lease that was requested after
+the change from services that had not read it yet. This recheck finds such leases: when a lease record is on Kafka, the
+tables' topics have every change that its issue can have missed. So the revoker reads those topics to their ends first.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 
 BATCH_SIZE = 256
 LINGER_MS = 250
-"""How many leases are checked together, and how long they gather: the tables are read to their ends once per batch."""
+"""The most leases in a batch, and its linger: the tables are read to their ends once per batch."""
 
 
 _LONG_AGO_S = 24 * 3600
-"""How long after its deadline a lease is skipped: enough for a clock of ours that is hours ahead of Redis's."""
+"""A lease is skipped this long after its deadline: enough even if our clock is hours ahead of Redis's."""
 
 
 class IssuedLeaseRecheck:
-    """The batch handler of `lease`. It has a consumer group of its own: each lease is checked though revokers die."""
+    """The batch handler of `lease`. It has its own consumer group, so each lease is checked even if revokers die."""
 
     def __init__(
         self,
@@ -57,24 +57,24 @@ class IssuedLeaseRecheck:
     async def __call__(self, batch: Sequence[Received]) -> None:
         """Revoke the leases that do not fit the present records.
 
-        Raises UnavailableError where the records, or the keys that signed a lease, are not known yet.
+        Raises UnavailableError while the records, or the keys that signed a lease, are not known yet.
         """
         active = list(filter(self._is_active, batch))
         if not active:
             return
         if not await self._runtime.tables_caught_up(self._patience_s):
             raise UnavailableError("leases are looked at once the local tables have caught up")
-        found = list(self._stale(active))
-        stored = await self._store.get([lease.lease_id for lease, _ in found]) if found else {}
+        stale = list(self._stale(active))
+        stored = await self._store.get([lease.lease_id for lease, _ in stale]) if stale else {}
         acknowledged = []
-        for lease, why in found:
+        for lease, basis in stale:
             if lease.lease_id in stored and stored[lease.lease_id].status == "active":
-                log.warning("lease %s was issued behind a change of %s", lease.lease_id, why.record[0])
-                acknowledged.append(await self._revoke(lease, why))
+                log.warning("lease %s was issued behind a change of %s", lease.lease_id, basis.record[0])
+                acknowledged.append(await self._revoke(lease, basis))
         await gather_all(acknowledged)
 
     def _is_active(self, record: Received) -> bool:
-        """Whether this may be the record of a live lease, by its own word. Redis is asked later."""
+        """Whether this may be the record of a live lease, by its unverified claims. Redis decides later."""
         summary = self._own_records.summarise(record.value)
         if summary is None or summary.lease_id != record.key:
             return False
@@ -87,7 +87,7 @@ class IssuedLeaseRecheck:
         max_age_s = self._runtime.settings.entitlements_max_age_s
         for record in records:
             try:
-                # Most leases fit: only of the others is the signature verified.
+                # Most leases fit, so signatures are verified only for the others.
                 if stale_basis(parse(record.value).unverified_claims(Lease), self._directory, max_age_s):
                     lease = verify_lease(
                         record.value,
@@ -95,8 +95,8 @@ class IssuedLeaseRecheck:
                         self._runtime.clock,
                         appended_at_ms=record.appended_at_ms,
                     )
-                    if why := stale_basis(lease, self._directory, max_age_s):
-                        yield lease, why
+                    if basis := stale_basis(lease, self._directory, max_age_s):
+                        yield lease, basis
             except InvalidMessageError:
                 self._runtime.trust.require_judgeable(
                     record.topic, record.value, record.appended_at_ms / 1000
@@ -104,14 +104,14 @@ class IssuedLeaseRecheck:
             except ChainError as error:
                 log.error("lease %s is not held against a record: %s", record.key, error)
 
-    async def _revoke(self, lease: Lease, why: StaleBasis) -> Awaitable[object]:
+    async def _revoke(self, lease: Lease, basis: StaleBasis) -> Awaitable[object]:
         revocation = derived_revocation(
-            why.kind,
-            why.reason,
+            basis.kind,
+            basis.reason,
             by=self._runtime.key.id,
             trust_domain=self._runtime.settings.trust_domain,
             at_ms=self._runtime.clock.now_ms(),
-            record=why.record,
+            record=basis.record,
             lease_id=lease.lease_id,
         )
         _, ack = await self._runtime.publisher.send_signed(

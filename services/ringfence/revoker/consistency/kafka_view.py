@@ -50,7 +50,7 @@ class HighestRecord:
 class LeaseFold:
     """Folds the records of `lease`: the highest `seq` of each counts, of equal ones the first. Void ones do not count.
 
-    Of a lease that ended so long ago that Redis need not hold it, only the id is remembered, unless it is in `held`.
+    Of a lease that ended so long ago that Redis need not hold it, only the id is remembered, unless it is in `needed`.
     """
 
     def __init__(
@@ -58,21 +58,21 @@ class LeaseFold:
         *,
         trust: TrustStore,
         over_before_s: float,
-        held: Collection[str] = (),
+        needed: Collection[str] = (),
         counts: Callable[[str, bytes], bool] = lambda lease_id, jws: True,
     ) -> None:
         """Args:
             trust: verifies the markers of epochs.
             over_before_s: leases that have ended, with deadlines before then, are not needed any more.
-            held: leases that Redis holds as alive, or whose records are wanted for another reason.
+            needed: leases that Redis holds as alive, or whose records are needed for another reason.
             counts: whether a record of a lease counts at all.
         """  # fmt: skip
         self.highest: dict[str, HighestRecord] = {}
         self.contested: set[str] = set()
-        """Leases with an end that nobody has verified, and a later record that contradicts it."""
+        """Leases with an unverified end, and a later record that contradicts it."""
         self.epochs = Epochs(trust)
         self._over_before_s = over_before_s
-        self._held = held
+        self._needed = needed
         self._counts = counts
         self._over: set[bytes] = set()
 
@@ -81,7 +81,7 @@ class LeaseFold:
         return lease_id in self.highest or bytes.fromhex(lease_id.replace("-", "")) in self._over
 
     def add(self, records: Iterable[Received]) -> None:
-        """Take records in, in any order."""
+        """Add records, in any order."""
         for record in records:
             self._add(record)
 
@@ -89,14 +89,14 @@ class LeaseFold:
         if self.epochs.took(record):
             return
         summary = summarise(record.value)
-        # Tombstones are skipped too: nobody signs them, and they follow the end of a lease.
+        # Tombstones are skipped too: they are unsigned, and follow the end of a lease.
         if summary is None or summary.lease_id != record.key:
             return
         if self.epochs.is_void(record, summary.epoch):
             return
         lease_id = summary.lease_id
-        known = self.highest.get(lease_id)
-        if (known is not None and known.seq >= summary.seq) or not self._counts(lease_id, record.value):
+        highest = self.highest.get(lease_id)
+        if (highest is not None and highest.seq >= summary.seq) or not self._counts(lease_id, record.value):
             return
         ended = summary.status in TERMINAL
         raw = bytes.fromhex(lease_id.replace("-", ""))
@@ -104,7 +104,10 @@ class LeaseFold:
             if not ended:
                 self.contested.add(lease_id)
         elif (
-            ended and known is None and summary.deadline < self._over_before_s and lease_id not in self._held
+            ended
+            and highest is None
+            and summary.deadline < self._over_before_s
+            and lease_id not in self._needed
         ):
             self._over.add(raw)
         else:
@@ -139,7 +142,8 @@ class RevocationIndex:
     def fences(self, since_ms: int) -> dict[str, int]:
         """The fences of selectors first seen since `since_ms`: `issued_before` in ms by selector key."""
         last = {
-            selector_key: some[-1].at.appended_at_ms for selector_key, some in self._by_selector_key.items()
+            selector_key: revocations[-1].at.appended_at_ms
+            for selector_key, revocations in self._by_selector_key.items()
         }
         fences = {
             selector_key: before_ms for selector_key, before_ms in last.items() if before_ms >= since_ms
@@ -148,17 +152,17 @@ class RevocationIndex:
 
     def covering(self, lease: Lease) -> Revocation | None:
         """The first revocation that covers a lease, or None."""
-        found = [
+        revocations = [
             revocation
             for selector_key in (*selector_keys(lease), ALL_LEASES)
             for revocation in self._by_selector_key.get(selector_key, ())
             if is_covered(lease, revocation.at.appended_at_ms)
         ]
-        return min(found, key=lambda revocation: revocation.at.appended_at_ms, default=None)
+        return min(revocations, key=lambda revocation: revocation.at.appended_at_ms, default=None)
 
 
 class KafkaKnowledge(Knowledge):
-    """What Kafka knows and Redis's own records do not say."""
+    """Kafka's knowledge of leases, grants and revocations, for the survey of Redis."""
 
     def __init__(
         self, fold: LeaseFold, records: Mapping[str, HighestRecord], revocations: RevocationIndex
@@ -183,22 +187,24 @@ class KafkaKnowledge(Knowledge):
 
 
 async def read_leases(
-    settings: ServiceSettings, fold: LeaseFold, then: Callable[[Follower], Awaitable[None]] | None = None
+    settings: ServiceSettings,
+    fold: LeaseFold,
+    while_following: Callable[[Follower], Awaitable[None]] | None = None,
 ) -> None:
-    """Read `lease` from its beginning to its present end, and on while `then` works with its follower.
+    """Read `lease` from its beginning to its present end, and go on reading during `while_following`.
 
     Raises UnavailableError.
     """
     async with Follower(settings, [LEASE], fold.add) as follower:
         await wait_complete(follower)
-        if then is not None:
-            await then(follower)
+        if while_following is not None:
+            await while_following(follower)
 
 
 async def read_revocations(
     settings: ServiceSettings, directory: Directory, trust: TrustStore
 ) -> RevocationIndex:
-    """All revocations with selectors that count, from all of `revocation.request`. Raises UnavailableError."""
+    """All valid revocations with selectors, from the whole of `revocation.request`. Raises UnavailableError."""
     selectors: list[Received] = []
     await _read_whole(
         settings, REVOCATION_REQUEST, lambda records: selectors.extend(filter(may_have_selector, records))
@@ -227,24 +233,23 @@ async def verify_records(
     contested: Collection[str],
     new_fold: Callable[..., LeaseFold],
 ) -> AsyncIterator[list[SignedLease]]:
-    """These leases, in batches, with their records verified.
+    """Verify the records of leases; yields them in batches.
 
-    If a record does not verify, or a lease is contested, the topic is read again for that lease's highest record that
-    does.
+    If a record does not verify, or a lease is contested, the topic is read again for that lease's highest valid record.
     """
-    wanted = set(contested)
+    unverified = set(contested)
     async for leases, broken in _verified(trust, clock, records):
-        wanted |= broken
+        unverified |= broken
         yield leases
-    if not wanted:
+    if not unverified:
         return
     log.error(
         "%d leases have records on their topic that are signed by nobody who may: those do not count",
-        len(wanted),
+        len(unverified),
     )
     fold = new_fold(
-        held=wanted,
-        counts=lambda lease_id, jws: lease_id in wanted and _verifies(lease_id, jws, trust, clock),
+        needed=unverified,
+        counts=lambda lease_id, jws: lease_id in unverified and _verifies(lease_id, jws, trust, clock),
     )
     await read_leases(settings, fold)
     async for leases, _ in _verified(trust, clock, fold.highest):
@@ -289,7 +294,7 @@ async def _read_whole(
 
 
 async def wait_complete(follower: Follower) -> None:
-    """Wait until a follower has read what there was when it started. Raises UnavailableError if it cannot."""
+    """Wait until a follower has read all records from before its start. Raises UnavailableError if it cannot."""
     complete = asyncio.create_task(follower.complete.wait())
     try:
         while not complete.done():

@@ -38,9 +38,9 @@ from ringfence.revoker.mass_expiry import OwnRecordCache
 log = logging.getLogger(__name__)
 
 LINGER_MS = 250
-"""How long records gather to be checked together: nobody waits for the result."""
+"""The linger of batches that are checked together."""
 BACK_MS = 15_000
-"""How far back a revoker begins to read: one that was killed may have read records and not checked them."""
+"""The age of the first record that a revoker reads: one that was killed may have read records and not checked them."""
 _CAUGHT_UP_WITHIN_S = 5.0
 _FAILED_S = 1.0
 _BATCH_SIZE = 500
@@ -53,8 +53,8 @@ class _ArrivedRecord:
     summary: LeaseSummary
     jws: bytes
     void: bool
-    known: bool
-    """Whether a marker was seen before it. Otherwise Redis's epoch decides, which at most repairs too much."""
+    void_is_certain: bool
+    """Whether a marker was seen before it. Otherwise Redis's epoch decides, which repairs too much at worst."""
 
     @property
     def id(self) -> str:
@@ -93,13 +93,13 @@ class LeaseWatch:
         self._epochs = Epochs(trust)
         self._since_ms = since_ms
         self._unchecked: list[_ArrivedRecord] = []
-        self._looked_at: set[str] = set()
+        self._undecided: set[str] = set()
         """Leases with records that have arrived and are not decided yet, including those being checked."""
         self._waiting: list[_Waiter] = []
         self._news = asyncio.Event()
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take records in. Never blocks, never raises."""
+        """Queue records to be checked. Never blocks, never raises."""
         epoch = self._epoch()
         for record in records:
             if self._epochs.took(record):
@@ -108,21 +108,21 @@ class LeaseWatch:
             if summary is None or summary.lease_id != record.key:
                 continue
             void = self._epochs.is_void(record, summary.epoch)
-            by_itself = not void and summary.lease_id not in self._looked_at
+            by_itself = not void and summary.lease_id not in self._undecided
             if by_itself and self._ended_here(summary, record.value, epoch):
                 continue  # like most ends, it agrees with Redis, and no other record of the lease is being checked
-            known = self._epochs.of(record.partition) is not None
-            self._take(_ArrivedRecord(summary, record.value, void, known))
+            void_is_certain = self._epochs.of(record.partition) is not None
+            self._take(_ArrivedRecord(summary, record.value, void, void_is_certain))
         self._news.set()
 
     def _take(self, record: _ArrivedRecord) -> None:
         self._unchecked.append(record)
-        self._looked_at.add(record.id)
+        self._undecided.add(record.id)
 
     async def catch_up(self, records: Sequence[Received]) -> None:
-        """Check those of these records that are older than what `on_records` is given. Returns when that is done.
+        """Check the records that are too old for `on_records`. Returns when that is done.
 
-        Records of leases that Redis need not hold any more are skipped.
+        Skips records of leases that Redis need not hold any more.
         """
         known_since_s = (self._clock.now_ms() - self._store.record_keep_ms) / 1000
         summaries = [
@@ -136,26 +136,26 @@ class LeaseWatch:
             return
         # A revoker that published a record too late checks it itself when it wakes.
         for summary, jws in summaries:
-            self._take(_ArrivedRecord(summary, jws, void=False, known=True))
-        waiting = _Waiter(frozenset(summary.lease_id for summary, _ in summaries))
-        self._waiting.append(waiting)
+            self._take(_ArrivedRecord(summary, jws, void=False, void_is_certain=True))
+        waiter = _Waiter(frozenset(summary.lease_id for summary, _ in summaries))
+        self._waiting.append(waiter)
         self._news.set()
-        await waiting.done.wait()
+        await waiter.done.wait()
 
     async def run(self, follower: Follower) -> None:
-        """Check what `follower` brings, for ever."""
+        """Check the records that `follower` reads, for ever."""
         while True:
             await self._news.wait()
             self._news.clear()
             records, self._unchecked = self._unchecked, []
-            waiting = list(self._waiting)
+            waiters = list(self._waiting)
             try:
                 await self._check_epochs()
-                records = self._judged(records)
-                undecided = await self._look(records, follower)
-                self._release(waiting, {one.id for one in undecided})
+                records = self._mark_void(records)
+                undecided = await self._check(records, follower)
+                self._release(waiters, {record.id for record in undecided})
                 self._unchecked = undecided + self._unchecked
-                self._looked_at = {one.id for one in self._unchecked}
+                self._undecided = {record.id for record in self._unchecked}
                 if undecided:
                     self._news.set()
                     await asyncio.sleep(LINGER_MS / 1000)
@@ -165,11 +165,11 @@ class LeaseWatch:
                 self._news.set()
                 await asyncio.sleep(_FAILED_S)
 
-    def _release(self, waiting: Iterable[_Waiter], undecided: Collection[str]) -> None:
-        for one in waiting:
-            if one.ids.isdisjoint(undecided):
-                one.done.set()
-                self._waiting.remove(one)
+    def _release(self, waiters: Iterable[_Waiter], undecided: Collection[str]) -> None:
+        for waiter in waiters:
+            if waiter.ids.isdisjoint(undecided):
+                waiter.done.set()
+                self._waiting.remove(waiter)
 
     async def _check_epochs(self) -> None:
         """If Kafka is in a newer epoch, have Redis rebuilt, and raise LostError: records of the old epoch are void."""
@@ -179,20 +179,21 @@ class LeaseWatch:
         await self._store.request_rebuild()
         raise LostError("Redis is of an older epoch than Kafka")
 
-    def _judged(self, records: Sequence[_ArrivedRecord]) -> list[_ArrivedRecord]:
+    def _mark_void(self, records: Sequence[_ArrivedRecord]) -> list[_ArrivedRecord]:
+        """Mark records of earlier epochs than Redis's as void, if no marker came before them."""
         epoch = number_of(self._store.epoch)
 
-        def judged(one: _ArrivedRecord) -> _ArrivedRecord:
-            void = one.summary.epoch is not None and number_of(one.summary.epoch) < epoch
-            return one if one.known or one.void == void else replace(one, void=void)
+        def mark(record: _ArrivedRecord) -> _ArrivedRecord:
+            void = record.summary.epoch is not None and number_of(record.summary.epoch) < epoch
+            return record if record.void_is_certain or record.void == void else replace(record, void=void)
 
-        return list(map(judged, records))
+        return list(map(mark, records))
 
-    async def _look(self, records: list[_ArrivedRecord], follower: Follower) -> list[_ArrivedRecord]:
-        """Compare records with Redis, and repair what differs.
+    async def _check(self, records: list[_ArrivedRecord], follower: Follower) -> list[_ArrivedRecord]:
+        """Compare records with Redis, and repair differences.
 
-        Returns those to check once more: what came meanwhile, and records of leases with a later record in the outbox.
-        That record may be on its way, or on Kafka already: the outbox is cleared a moment after the acknowledgement.
+        Returns those to check once more: records that arrived meanwhile, and those of leases with a later record in the
+        outbox. That record may be on its way, or on Kafka already: the outbox is cleared after the acknowledgement.
         """
         epoch = self._epoch()
         at_their_ends = {one.id for one in records if self._ended_here(one.summary, one.jws, epoch)}
@@ -205,7 +206,7 @@ class LeaseWatch:
             return undecided
         if not await follower.caught_up(_CAUGHT_UP_WITHIN_S):
             raise UnavailableError("Kafka does not say what else there is")
-        arrived, self._unchecked = self._judged(self._unchecked), []
+        arrived, self._unchecked = self._mark_void(self._unchecked), []
         records += arrived
         outdated, later, compared = _outdated(records), _highest(records), {*behind, *acknowledged}
         behind, ahead = await self._compare({id: later[id] for id in compared})
@@ -214,7 +215,7 @@ class LeaseWatch:
         return [one for one in (*undecided, *arrived) if one.id not in outdated | compared]
 
     def _ended_here(self, summary: LeaseSummary, jws: bytes, epoch: str | None) -> bool:
-        """Whether Redis need not be asked about the lease: it took this end from this very process, in this epoch."""
+        """Whether Redis has this end of a lease for certain: it took it from this process, in this epoch."""
         return (
             epoch is not None
             and summary.status in TERMINAL
@@ -234,23 +235,23 @@ class LeaseWatch:
 
         Returns the leases of which Redis has a lower one, and those of which it has a higher one, each with Redis's.
         """
-        held: dict[str, int] = {}
+        in_redis: dict[str, int] = {}
         ids = list(seqs)
         for start in range(0, len(ids), _BATCH_SIZE):
-            held |= await self._store.seqs(ids[start : start + _BATCH_SIZE])
-        behind = {id: seq for id, seq in held.items() if seq < seqs[id]}
-        return behind, {id: seq for id, seq in held.items() if seq > seqs[id]}
+            in_redis |= await self._store.seqs(ids[start : start + _BATCH_SIZE])
+        behind = {id: seq for id, seq in in_redis.items() if seq < seqs[id]}
+        return behind, {id: seq for id, seq in in_redis.items() if seq > seqs[id]}
 
     async def _restore(self, records: Iterable[_ArrivedRecord]) -> None:
-        """Restore what issuers published late. A revoker's record is in Redis, or of another epoch."""
+        """Restore leases that issuers published late. A revoker's record is in Redis, or of another epoch."""
         epoch = self._store.epoch
         leases: dict[str, SignedLease] = {}
         for record in records:
             lease = self._verify(record)
             if lease is None or lease.epoch not in (None, epoch):
                 continue
-            known = leases.get(lease.lease_id)
-            if known is None or lease.seq > known.claims.seq:
+            highest = leases.get(lease.lease_id)
+            if highest is None or lease.seq > highest.claims.seq:
                 leases[lease.lease_id] = SignedLease(lease, record.jws.decode("ascii"))
         if leases:
             log.warning("restoring %d leases that were published after Redis had been rebuilt", len(leases))
@@ -260,7 +261,7 @@ class LeaseWatch:
             )
 
     async def _republish(self, ids: Collection[str], records: Sequence[_ArrivedRecord]) -> None:
-        """Publish again what Redis has of these leases, if a verified older record came after it on Kafka."""
+        """Republish Redis's records of these leases, if a verified older record came after them on Kafka."""
         last = {one.id: one for one in records if one.id in ids}
         old = [id for id, one in last.items() if self._verify(one) is not None]
         if not old:
@@ -268,19 +269,23 @@ class LeaseWatch:
         log.warning("publishing the latest records of %d leases again: older ones came after them", len(old))
         stored = await self._store.get(old)
         cuts = [one for one in records if one.void and one.id in stored and one.summary.status == "ending"]
-        again = {(one.id, one.summary.seq): one.jws for one in cuts if self._leads_to(one, stored[one.id])}
-        again |= {(id, one.seq): one.jws for id, one in stored.items()}
-        await self._ender.republish([OutboxRecord(id, seq, jws) for (id, seq), jws in sorted(again.items())])
+        to_publish = {
+            (one.id, one.summary.seq): one.jws for one in cuts if self._leads_to(one, stored[one.id])
+        }
+        to_publish |= {(id, one.seq): one.jws for id, one in stored.items()}
+        await self._ender.republish(
+            [OutboxRecord(id, seq, jws) for (id, seq), jws in sorted(to_publish.items())]
+        )
 
     def _leads_to(self, cut: _ArrivedRecord, stored: StoredLease) -> bool:
-        """Whether a void cut is the record before the end that Redis has: then it has to be published before that."""
+        """Whether a void cut precedes the end that Redis has, so that it has to be published before that end."""
         if stored.seq <= cut.summary.seq:
             return False
         before, after = self._verify(cut), self._verify(stored)
         return before is not None and after is not None and comes_after(before, after)
 
     def _verify(self, record: _ArrivedRecord | StoredLease) -> Lease | None:
-        """The claims of a record, or None if it does not verify: nobody acts on such a record."""
+        """The claims of a record, or None if it does not verify: such a record has no effect."""
         try:
             lease = verify_lease(record.jws, self._trust, self._clock)
         except InvalidMessageError:
@@ -291,14 +296,14 @@ class LeaseWatch:
 def _highest(records: Iterable[_ArrivedRecord]) -> dict[str, int]:
     """The highest `seq` of each lease, not verified. Void records do not count."""
     highest: dict[str, int] = {}
-    for one in records:
-        if not one.void:
-            highest[one.id] = max(highest.get(one.id, 0), one.summary.seq)
+    for record in records:
+        if not record.void:
+            highest[record.id] = max(highest.get(record.id, 0), record.summary.seq)
     return highest
 
 
 def _outdated(records: Iterable[_ArrivedRecord]) -> set[str]:
     """Leases whose last record is void, or not the highest."""
-    last = {one.id: one for one in records}
+    last = {record.id: record for record in records}
     highest = _highest(records)
-    return {id for id, one in last.items() if one.void or one.summary.seq < highest[id]}
+    return {id for id, record in last.items() if record.void or record.summary.seq < highest[id]}

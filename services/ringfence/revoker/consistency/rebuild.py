@@ -1,11 +1,11 @@
 """Rebuilds Redis from Kafka after data loss: when Redis may have forgotten leases.
 
 Redis was emptied, restarted, restored from an old snapshot, or replaced by a replica that lagged behind. Each service
-notices, and stops. One revoker then writes what is missing in Redis, or has a lower `seq` there. A record that only
-Redis has stays if it continues what Kafka has; otherwise Kafka has gone another way, and Kafka counts. Deadlines that
-passed meanwhile are due at once, like any others.
+notices, and stops. One revoker then writes the records that are missing in Redis, or have a lower `seq` there. A record
+that only Redis has stays if it continues Kafka's; otherwise Kafka's records replace it. Deadlines that passed meanwhile
+are due at once, like any others.
 
-Before anything counts as read, a marker of the new epoch stands in every partition (ADR 0006). Records that were
+Before the reading ends, the revoker writes a marker of the new epoch to every partition (ADR 0006). Records that were
 written to the lost Redis and appended after the marker are void.
 """
 
@@ -98,15 +98,15 @@ class Rebuilder:
             log.warning("Redis is not known to hold all leases: rebuilding it from Kafka")
             start = asyncio.get_running_loop().time()
             try:
-                async with _claim_kept(restoration):
-                    known, restored = await self._rebuild(restoration)
+                async with _keep_claim(restoration):
+                    lease_count, restored = await self._rebuild(restoration)
             except BaseException:
                 with contextlib.suppress(UnavailableError):
                     await restoration.give_up()
                 raise
             took_s = asyncio.get_running_loop().time() - start
             log.warning(
-                "Redis holds all %d leases again: %d were restored, in %.1f s", known, restored, took_s
+                "Redis holds all %d leases again: %d were restored, in %.1f s", lease_count, restored, took_s
             )
             return True
         finally:
@@ -121,47 +121,54 @@ class Rebuilder:
             broken = restoration.survey(await restoration.alive(), Knowledge(), now_ms).outbox_and_signers()
             if repaired := await restoration.repair(broken):
                 log.warning("%d entries of outboxes and signers were wrong, and are mended", repaired)
-        alive = await restoration.ids()
-        fold = new_fold(held=frozenset(alive))
+        live_ids = await restoration.ids()
+        fold = new_fold(needed=frozenset(live_ids))
         epoch = await self._read(restoration, fold)
         revocations = await self.revocations()
-        waiting = {id for id, _ in await restoration.waiting()}
-        had = await self._compare(restoration, dict.fromkeys([*fold.highest, *alive, *waiting]))
-        over = await self._reconcile_ahead(restoration, fold.highest, had, epoch)
+        unpublished = {id for id, _ in await restoration.waiting()}
+        in_redis = await self._compare(restoration, dict.fromkeys([*fold.highest, *live_ids, *unpublished]))
+        superseded = await self._reconcile_ahead(restoration, fold.highest, in_redis, epoch)
         await self._count_unpublished(
-            restoration, [id for id, one in had.items() if one.seq and id not in fold.highest]
+            restoration, [id for id, record in in_redis.items() if record.seq and id not in fold.highest]
         )
-        behind = {id: one for id, one in fold.highest.items() if had[id].seq <= one.seq or id in over}
+        behind = {
+            id: record
+            for id, record in fold.highest.items()
+            if in_redis[id].seq <= record.seq or id in superseded
+        }
         missing = {
-            id: one
-            for id, one in behind.items()
-            if restoration.rebuild_all or had[id].seq != one.seq or had[id].epoch != one.epoch
+            id: record
+            for id, record in behind.items()
+            if restoration.rebuild_all or in_redis[id].seq != record.seq or in_redis[id].epoch != record.epoch
         }
         needed = missing | self._live_and_revoked(behind, revocations)
-        granted = {id: one for id, one in fold.highest.items() if one.granted}
+        granted = {id: record for id, record in fold.highest.items() if record.granted}
         only_counted = granted.keys() - needed.keys() - fold.contested
-        wanted, restored = granted | needed, 0
+        to_verify, restored = granted | needed, 0
         async for leases in verify_records(
-            self._settings, self._runtime.trust, self._runtime.clock, wanted, fold.contested, new_fold
+            self._settings, self._runtime.trust, self._runtime.clock, to_verify, fold.contested, new_fold
         ):
             await restoration.count_grants(leases)
             # If Kafka's highest record does not verify, Redis may have that one as well.
             doubtful = [
-                id for one in leases if one.claims.seq < had.get(id := one.claims.lease_id, _NONE).seq
+                id
+                for lease in leases
+                if lease.claims.seq < in_redis.get(id := lease.claims.lease_id, _NONE).seq
             ]
-            over |= await self._unverifiable(restoration, doubtful, had)
+            superseded |= await self._unverifiable(restoration, doubtful, in_redis)
             leases = [
-                one for one in leases
-                if one.claims.lease_id not in only_counted
-                if one.claims.lease_id in over or had.get(one.claims.lease_id, _NONE).seq <= one.claims.seq
-            ]  # fmt: skip
-            await restoration.restore(await self.cut_revoked(leases, revocations, epoch), over)
+                lease
+                for lease in leases
+                if (id := lease.claims.lease_id) not in only_counted
+                and (id in superseded or in_redis.get(id, _NONE).seq <= lease.claims.seq)
+            ]
+            await restoration.restore(await self.cut_revoked(leases, revocations, epoch), superseded)
             restored += len(leases)
         if restoration.rebuild_all:
             ahead = [
                 id
-                for id, one in had.items()
-                if id not in over and one.seq > (fold.highest[id].seq if id in fold.highest else 0)
+                for id, record in in_redis.items()
+                if id not in superseded and record.seq > (fold.highest[id].seq if id in fold.highest else 0)
             ]
             await self._rewrite_unpublished(restoration, fold, ahead)
             knowledge = KafkaKnowledge(fold, fold.highest, revocations)
@@ -177,7 +184,7 @@ class Rebuilder:
 
     async def _read(self, restoration: Restoration, fold: LeaseFold) -> str:
         """Read `lease` beyond a marker of this rebuild in each partition. Returns the epoch that the markers begin."""
-        begun: list[str] = []
+        epochs: list[str] = []
 
         async def write_markers(follower: Follower) -> None:
             partitions = await self._runtime.publisher.partitions(LEASE)
@@ -189,12 +196,12 @@ class Rebuilder:
                 if not await follower.caught_up(_CAUGHT_UP_WITHIN_S):
                     raise UnavailableError("Kafka does not give back the markers of the rebuild")
                 if all(fold.epochs.of(partition) == epoch for partition in partitions):
-                    begun.append(epoch)
+                    epochs.append(epoch)
                     return
             raise UnavailableError("others begin to rebuild Redis at the same time")
 
         await read_leases(self._settings, fold, write_markers)
-        return begun[0]
+        return epochs[0]
 
     async def _send_marker(self, epoch: str, partition: int) -> Awaitable[object]:
         key, settings = self._runtime.key, self._settings
@@ -211,33 +218,33 @@ class Rebuilder:
         )
 
     async def _compare(self, restoration: Restoration, lease_ids: Iterable[str]) -> dict[str, RecordVersion]:
-        """Which record Redis has of each lease."""
+        """The version of the record that Redis has of each lease."""
         ids = list(lease_ids)
-        had: dict[str, RecordVersion] = {}
+        versions: dict[str, RecordVersion] = {}
         for start in range(0, len(ids), _BATCH_SIZE):
-            had |= await restoration.compare(ids[start : start + _BATCH_SIZE])
-        return had
+            versions |= await restoration.compare(ids[start : start + _BATCH_SIZE])
+        return versions
 
     async def _reconcile_ahead(
         self,
         restoration: Restoration,
         highest: Mapping[str, HighestRecord],
-        had: Mapping[str, RecordVersion],
+        in_redis: Mapping[str, RecordVersion],
         epoch: str,
     ) -> dict[str, int]:
         """Reconcile leases of which Redis has a record that Kafka does not have.
 
         A record that continues Kafka's is queued for publication, signed for the new epoch. Returns the other leases,
-        with the `seq` that Redis has: somebody else continued them meanwhile, in another epoch, and Kafka has that.
+        with the `seq` that Redis has: another process continued them meanwhile in another epoch, and Kafka has that.
         """
-        over = {
-            id: had[id].seq
+        superseded = {
+            id: in_redis[id].seq
             for id, one in highest.items()
-            if had[id].epoch != one.epoch and had[id].seq == one.seq
+            if in_redis[id].epoch != one.epoch and in_redis[id].seq == one.seq
         }
         ahead = [
             id
-            for id, one in had.items()
+            for id, one in in_redis.items()
             if (one.epoch is not None or id in highest)
             and one.seq > (highest[id].seq if id in highest else 0)
         ]
@@ -246,8 +253,8 @@ class Rebuilder:
                 lease, before = self._verify(id, stored.jws), None
                 if lease is None:
                     if id in highest:  # it does not verify: Kafka's record replaces it
-                        over[id] = had[id].seq
-                    continue  # reported by whoever reads it
+                        superseded[id] = in_redis[id].seq
+                    continue  # the next reader reports it
                 if lease.epoch is None:
                     continue
                 if id in highest:
@@ -255,7 +262,7 @@ class Rebuilder:
                     if before is None:
                         continue
                 if not comes_after(before, lease):
-                    over[id] = lease.seq
+                    superseded[id] = lease.seq
                     continue
                 cut = cut_before(lease)
                 missing = [cut] if cut is not None and (before is None or before.seq < cut.seq) else []
@@ -263,33 +270,35 @@ class Rebuilder:
                 await restoration.queue(
                     [
                         SignedLease(one, sign(one, key))
-                        for one in (restated(each, by=key.id, epoch=epoch) for each in [*missing, lease])
+                        for one in (restated(claims, by=key.id, epoch=epoch) for claims in [*missing, lease])
                     ]
                 )
-        return over
+        return superseded
 
     async def _unverifiable(
-        self, restoration: Restoration, ids: Sequence[str], had: Mapping[str, RecordVersion]
+        self, restoration: Restoration, ids: Sequence[str], in_redis: Mapping[str, RecordVersion]
     ) -> dict[str, int]:
-        """Those of these leases whose record in Redis does not verify, with its `seq`."""
+        """The leases whose record in Redis does not verify, with its `seq`."""
         if not ids:
             return {}
         stored = await restoration.records(ids)
-        return {id: had[id].seq for id in ids if id in stored and self._verify(id, stored[id].jws) is None}
+        return {
+            id: in_redis[id].seq for id in ids if id in stored and self._verify(id, stored[id].jws) is None
+        }
 
     async def _rewrite_unpublished(
         self, restoration: Restoration, fold: LeaseFold, ahead: Iterable[str]
     ) -> None:
-        """Write the keys of leases again of which only Redis has the latest record, and queue those records.
+        """Rewrite the keys of leases whose latest record only Redis has, and queue those records for publication.
 
-        A record that does not verify is no lease: it is removed, unless Kafka knows the lease.
+        A record that does not verify is removed, unless Kafka knows the lease.
         """
         unknown = [id async for id in restoration.ended() if not fold.knows(id)]
-        wanted = list(dict.fromkeys([*ahead, *unknown]))
-        for start in range(0, len(wanted), _BATCH_SIZE):
+        lease_ids = list(dict.fromkeys([*ahead, *unknown]))
+        for start in range(0, len(lease_ids), _BATCH_SIZE):
             valid: list[SignedLease] = []
             unverifiable: list[str] = []
-            for id, stored in (await restoration.records(wanted[start : start + _BATCH_SIZE])).items():
+            for id, stored in (await restoration.records(lease_ids[start : start + _BATCH_SIZE])).items():
                 lease = self._verify(id, stored.jws)
                 if lease is not None:
                     valid.append(SignedLease(lease, stored.jws.decode("ascii")))
@@ -302,16 +311,16 @@ class Rebuilder:
                     unverifiable[:10],
                 )
                 await restoration.drop(unverifiable)
-            ids = [one.claims.lease_id for one in valid]
+            ids = [lease.claims.lease_id for lease in valid]
             published = {id: fold.highest[id].seq if id in fold.highest else 0 for id in ids}
             await restoration.rewrite(valid, published)
-            waiting = await restoration.queued([(one.claims.lease_id, one.claims.seq) for one in valid])
+            waiting = await restoration.queued([(lease.claims.lease_id, lease.claims.seq) for lease in valid])
             # A record that was signed again for the new epoch replaces its former version in the outbox.
             await restoration.queue(
                 [
-                    one
-                    for one, jws in zip(valid, waiting, strict=True)
-                    if jws is None or self._verify(one.claims.lease_id, jws) is None
+                    lease
+                    for lease, jws in zip(valid, waiting, strict=True)
+                    if jws is None or self._verify(lease.claims.lease_id, jws) is None
                 ],
                 instead=True,
             )
@@ -320,7 +329,7 @@ class Rebuilder:
         """Count leases that only Redis has for the grants that they name: a lost shard may have held the counts."""
         for start in range(0, len(ids), _BATCH_SIZE):
             stored = await restoration.records(ids[start : start + _BATCH_SIZE])
-            leases = ((self._verify(id, one.jws), one.jws) for id, one in stored.items())
+            leases = ((self._verify(id, record.jws), record.jws) for id, record in stored.items())
             await restoration.count_grants(
                 [SignedLease(lease, jws.decode("ascii")) for lease, jws in leases if lease is not None]
             )
@@ -335,7 +344,7 @@ class Rebuilder:
     def _live_and_revoked(
         self, highest: Mapping[str, HighestRecord], revocations: RevocationIndex
     ) -> dict[str, HighestRecord]:
-        """The active leases that a selector seems to cover, by their own word."""
+        """The active leases that a selector seems to cover, by their unverified claims."""
         if not revocations.by_id:
             return {}
         live = ((id, record) for id, record in highest.items() if record.status == "active")
@@ -345,7 +354,7 @@ class Rebuilder:
             if (lease := unverified_lease(record.jws)) is not None and revocations.covering(lease)
         }
 
-    # --- what was revoked while Redis did not have it ---
+    # --- leases that were revoked while Redis did not have them ---
 
     async def revocations(self) -> RevocationIndex:
         """The revocations with selectors that count. Raises UnavailableError."""
@@ -354,20 +363,20 @@ class Rebuilder:
     async def cut_revoked(
         self, leases: Sequence[SignedLease], revocations: RevocationIndex, epoch: str
     ) -> list[SignedLease]:
-        """These leases; active ones that were revoked are cut in this epoch, and the cut is published.
+        """Cut the active leases that were revoked, in this epoch, and publish the cuts. Returns all leases.
 
-        When they were revoked, nobody found them, as Redis did not have them. Leases that are being minted need no cut:
-        the fence keeps them from being activated.
+        When they were revoked, no revoker found them, as Redis did not have them. Leases that are being minted need no
+        cut: the fence keeps them from being activated.
         """
         cut: list[SignedLease] = []
         acknowledged = []
-        for one in leases:
-            revocation = revocations.covering(one.claims) if one.claims.status == "active" else None
+        for lease in leases:
+            revocation = revocations.covering(lease.claims) if lease.claims.status == "active" else None
             if revocation is None:
-                cut.append(one)
+                cut.append(lease)
                 continue
             key = self._runtime.key
-            ending = follow(one.claims, "ending", by=key.id, cause=revocation.cause(), epoch=epoch)
+            ending = follow(lease.claims, "ending", by=key.id, cause=revocation.cause(), epoch=epoch)
             cut.append(SignedLease(ending, sign(ending, key)))
             acknowledged.append(await self._send(cut[-1]))
         if acknowledged:
@@ -383,8 +392,8 @@ class Rebuilder:
 
 
 @contextlib.asynccontextmanager
-async def _claim_kept(restoration: Restoration) -> AsyncIterator[None]:
-    """Keep the rebuild's claim alive meanwhile. If that fails, the rebuild fails at its next step."""
+async def _keep_claim(restoration: Restoration) -> AsyncIterator[None]:
+    """Renew the claim on the rebuild in the background. If that fails, the rebuild fails at its next step."""
 
     async def keep() -> None:
         while True:

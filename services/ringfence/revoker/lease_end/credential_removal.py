@@ -1,8 +1,8 @@
 """Removes credentials at their targets, in the background, for ever. A target that fails does not delay another.
 
-Only leases come here that are cut already, or closed before they became active. A lease is reported as over only when
-its credential is removed. Retries use exponential backoff: the next try comes after as long again as the lease has
-failed so far, up to a limit. So nothing has to be remembered, and whichever revoker finds the lease continues.
+Its leases are cut already, or were closed before they became active. A lease is reported as over only when its
+credential is removed. Retries use exponential backoff: the delay equals the time for which the lease has failed so far,
+up to a limit. So the delay needs no state, and any revoker that finds the lease continues.
 
 While a target's circuit breaker is open, one lease is tried as a probe when the breaker may close. When a credential
 was removed at the target, all its postponed leases are tried at once.
@@ -34,7 +34,7 @@ EndRemoved = Callable[[Sequence[EndRequest]], Awaitable[object]]
 """Writes the terminal records of leases whose credentials are removed."""
 
 MAX_QUEUED = 20_000
-"""How many leases wait for one target at most. The others stay in Redis, and come again."""
+"""The most leases that wait for one target. The others stay in Redis, and are claimed again later."""
 _BATCH_SIZE = 500
 _FIRST_DELAY_MS = 200
 
@@ -45,14 +45,14 @@ class NoBackendError(LookupError):
 
 @dataclass(slots=True)
 class _TargetQueue:
-    """What waits for one target."""
+    """The leases that wait for one target."""
 
     waiting: deque[EndRequest] = field(default_factory=deque)
     workers: int = 0
     postponed: set[str] = field(default_factory=set)
-    """Leases that come again later because the target's circuit breaker is open."""
+    """Leases that are tried later because the target's circuit breaker is open."""
     probe_at: float = 0.0
-    """When the first of them does, by the event loop's clock."""
+    """The time of the first of those tries, by the event loop's clock."""
 
 
 @dataclass(slots=True)
@@ -61,9 +61,9 @@ class _Results:
 
     removed: list[EndRequest] = field(default_factory=list)
     failed: list[tuple[Lease, int]] = field(default_factory=list)
-    """With the time, in ms, that the target's breaker stays open at least."""
+    """With the least time, in ms, for which the target's breaker stays open."""
     probes: dict[str, int] = field(default_factory=dict)
-    """Leases among the failed ones that are tried when that time is over, with it."""
+    """Failed leases that are tried when that time is over, with that time in ms."""
 
 
 class CredentialRemover:
@@ -88,8 +88,8 @@ class CredentialRemover:
         self._tracing = tracing
         self._longest_delay_ms = longest_delay_ms
         self._queues: dict[str, _TargetQueue] = {}
-        self._held: set[str] = set()
-        """Leases that are queued, tried, or not written down yet."""
+        self._in_progress: set[str] = set()
+        """Leases that are queued, being tried, or whose result is not written yet."""
         self._workers: set[asyncio.Task[None]] = set()
         self._results = _Results()
         self._has_results = asyncio.Event()
@@ -97,14 +97,14 @@ class CredentialRemover:
     def enqueue(self, requests: Iterable[EndRequest]) -> None:
         """Remove the credentials of leases that are cut, or were never active.
 
-        Returns at once. A lease that is under way is not taken twice.
+        Returns at once. Ignores leases that are in progress.
         """
         for request in requests:
             lease = request.lease
             queue = self._queues.setdefault(lease.target_id, _TargetQueue())
-            if lease.lease_id in self._held or len(queue.waiting) >= MAX_QUEUED:
+            if lease.lease_id in self._in_progress or len(queue.waiting) >= MAX_QUEUED:
                 continue
-            self._held.add(lease.lease_id)
+            self._in_progress.add(lease.lease_id)
             queue.waiting.append(request)
             if queue.workers < self._breaker.concurrency:
                 queue.workers += 1
@@ -113,19 +113,19 @@ class CredentialRemover:
                 worker.add_done_callback(self._workers.discard)
 
     async def run(self, end_removed: EndRemoved) -> None:
-        """Write down the results of tries, many at a time, for ever. `end_removed` ends leases that are removed."""
+        """Write the results of tries in batches, for ever. `end_removed` ends leases whose credentials are removed."""
         try:
             while True:
                 await self._has_results.wait()
                 self._has_results.clear()
                 results, self._results = self._results, _Results()
-                await self._write_down(results, end_removed)
+                await self._write_results(results, end_removed)
         finally:
             for worker in self._workers:
                 worker.cancel()
             await asyncio.gather(*self._workers, return_exceptions=True)
 
-    # --- trying ---
+    # --- tries ---
 
     async def _work(self, queue: _TargetQueue) -> None:
         try:
@@ -175,9 +175,9 @@ class CredentialRemover:
                 lease.target_id, lambda: backend.undo(lease.lease_id, target_id=lease.target_id)
             )
 
-    # --- writing down results ---
+    # --- results ---
 
-    async def _write_down(self, results: _Results, end_removed: EndRemoved) -> None:
+    async def _write_results(self, results: _Results, end_removed: EndRemoved) -> None:
         for start in range(0, len(results.removed), _BATCH_SIZE):
             batch = results.removed[start : start + _BATCH_SIZE]
             await self._release_after(end_removed(batch), [request.lease.lease_id for request in batch])
@@ -198,28 +198,30 @@ class CredentialRemover:
         await self._overdue.failed([lease for lease, _ in failed], now_ms)
 
     async def _retry_postponed(self, target_ids: Iterable[str]) -> None:
-        """These targets work again: try at once what was postponed because they did not."""
+        """Try the postponed leases of these targets at once, as the targets work again."""
         for target_id in target_ids:
             queue = self._queues[target_id]
-            ids, queue.postponed = list(queue.postponed - self._held), set()
+            ids, queue.postponed = list(queue.postponed - self._in_progress), set()
             for start in range(0, len(ids), _BATCH_SIZE):
                 batch = ids[start : start + _BATCH_SIZE]
                 await self._release_after(self._store.postpone(dict.fromkeys(batch, 0)), ())
 
     async def _release_after(self, work: Awaitable[object], ids: Iterable[str]) -> None:
-        """Await `work`, then let these leases be taken again. A failure is logged: what it left undone comes again."""
+        """Await `work`, then accept these leases again. A failure is logged; the leases are claimed again later."""
         try:
             await work
         except Exception as error:
-            known = isinstance(error, UnavailableError)
+            is_expected = isinstance(error, UnavailableError)
             log.error(
-                "what came of undoing is not written down yet: %s", error, exc_info=None if known else error
+                "what came of undoing is not written down yet: %s",
+                error,
+                exc_info=None if is_expected else error,
             )
         finally:
-            self._held.difference_update(ids)
+            self._in_progress.difference_update(ids)
 
     def _delay_ms(self, lease: Lease, now_ms: int, open_ms: int) -> int:
-        """Backoff: as long again as the lease has failed so far, with jitter."""
+        """Exponential backoff with jitter: as long as the lease has failed so far."""
         failed_for_ms = now_ms - lease.iat * 1000
         delay_ms = min(self._longest_delay_ms, max(_FIRST_DELAY_MS, failed_for_ms, open_ms))
         return int(delay_ms * random.uniform(0.5, 1.0)) + 1  # noqa: S311 - jitter, not a secret

@@ -1,7 +1,7 @@
-"""Background work: ends leases at their deadlines, takes over what other revokers left unfinished, sweeps the outbox.
+"""Ends leases at their deadlines, takes over unfinished work of other revokers, and sweeps the outbox.
 
-The sorted sets of deadlines in Redis decide what is due. Redis's expired-key notifications only wake a look early: they
-come late on big keyspaces, and are lost while nobody listens.
+The sorted sets of deadlines in Redis decide which leases are due. Redis's expired-key notifications only trigger a look
+early: they are late on big keyspaces, and are lost while no revoker listens.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from ringfence.revoker.settings import RevokerSettings
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = (MIN_LEFT_MS - 50) / 1000
-"""How often a shard without a due lease is looked at: a lease that is activated after a look ends no sooner than the
-next one, so every deadline is known before it comes."""
+"""The interval of looks at a shard without a due lease. A lease that is activated after a look ends no sooner than the
+next look, so every deadline is known in time."""
 _AFTER_MS = 1
-"""A claim comes just after a deadline, not just before it."""
+"""A claim is made just after a deadline, not just before it."""
 _HINT_INTERVAL_S = 0.025
-"""How soon after a look an expired-key notification may cause the next one."""
+"""The least time between two looks because of expired-key notifications."""
 _MANY_HINTS, _MANY_HINTS_WITHIN_S = 100, 1.0
 _IGNORE_HINTS_S = 1.0
-"""How long notifications are ignored after `_MANY_HINTS` came within `_MANY_HINTS_WITHIN_S`."""
+"""The time for which notifications are ignored after `_MANY_HINTS` arrived within `_MANY_HINTS_WITHIN_S`."""
 _FAILED_S = 0.5
 _SWEEP_EVERY_S = 1.0
 
@@ -41,25 +41,25 @@ _SWEEP_EVERY_S = 1.0
 class ExpiryFastPath:
     """Hooks for a faster way to end due leases. As defined here they do nothing: every due lease is claimed.
 
-    `MassExpiry` implements them. Expiry is right without it.
+    `MassExpiry` implements them. Expiry is correct without it.
     """
 
     def next_batch(self, shards: Sequence[int]) -> Callable[[], Awaitable[None]] | None:
-        """Work that ends due leases of one of these shards without a claim; None where there is none."""
+        """Work that ends due leases of one of these shards without a claim, or None."""
         return None
 
     def to_claim(self, shards: Sequence[int]) -> list[int]:
-        """Those of these shards from which leases have to be claimed now."""
+        """The shards, of these, from which leases have to be claimed now."""
         return list(shards)
 
     def on_full_claim(self, shard: int, now_ms: int) -> None:
-        """A claim of this shard reached its limit: by Redis's clock, more was due at `now_ms`."""
+        """Called if a claim of this shard reached its limit: by Redis's clock, more leases were due at `now_ms`."""
 
     def on_failure(self) -> None:
-        """Redis or Kafka failed: what is known of due leases may not hold any more."""
+        """Called if Redis or Kafka failed: what is known of due leases may be outdated."""
 
     async def end_claimed(self, due: Mapping[str, StoredLease | None]) -> dict[str, StoredLease | None]:
-        """End those of these claimed leases that this path can end. Returns the others, as Redis has them then."""
+        """End the claimed leases that this path can end. Returns the others, as Redis has them then."""
         return dict(due)
 
 
@@ -81,24 +81,24 @@ class Expiry:
         self._limit = settings.claim_limit
         self._visibility_ms = settings.visibility_ms
         self._outbox_age_ms = settings.outbox_age_ms
-        self._look_at = [0.0] * len(store.shards)
-        self._looked_at = [0.0] * len(store.shards)
+        self._next_look = [0.0] * len(store.shards)
+        self._last_look = [0.0] * len(store.shards)
         self._hinted = asyncio.Event()
         self._slots = asyncio.Semaphore(CONCURRENT_BATCHES)
-        self._under_way = 0
+        self._running = 0
         self._failure: Exception | None = None
 
     async def run(self) -> None:
-        """End what is due, for ever."""
+        """End due leases, for ever."""
         async with asyncio.TaskGroup() as tasks:
             while True:
                 now = asyncio.get_running_loop().time()
-                due = [shard for shard in self._store.shards if self._look_at[shard] <= now]
+                due = [shard for shard in self._store.shards if self._next_look[shard] <= now]
                 try:
                     if due:
                         await self._end_due(due, now, tasks)
                     else:
-                        await self._wait(min(self._look_at) - now)
+                        await self._wait(min(self._next_look) - now)
                     failure, self._failure = self._failure, None
                 except Exception as error:  # noqa: BLE001 - logged below
                     failure = error
@@ -120,35 +120,35 @@ class Expiry:
         self._hinted.clear()
 
     async def _end_due(self, shards: Sequence[int], now: float, tasks: asyncio.TaskGroup) -> None:
-        """Claim what is due, and start to end all of it: the next claim overlaps with the ends of the last."""
+        """Claim due leases, and start to end them all: the next claim overlaps with the ends of the last."""
         if (work := self._fast_path.next_batch(shards)) is not None:
             await self._start(tasks, work)
         shards = self._fast_path.to_claim(shards)
         if not shards:
             return
         claimed = await self._store.claim(shards, limit=self._limit, visibility_ms=self._visibility_ms)
-        for one in claimed:
-            self._looked_at[one.shard] = now
-            self._look_at[one.shard] = now + self._pause_s(one, now)
-            if len(one.leases) >= self._limit:
-                self._fast_path.on_full_claim(one.shard, one.now_ms)
-        due = [(id, lease) for one in claimed for id, lease in one.leases.items()]
+        for shard_claim in claimed:
+            self._last_look[shard_claim.shard] = now
+            self._next_look[shard_claim.shard] = now + self._pause_s(shard_claim, now)
+            if len(shard_claim.leases) >= self._limit:
+                self._fast_path.on_full_claim(shard_claim.shard, shard_claim.now_ms)
+        due = [(id, lease) for shard_claim in claimed for id, lease in shard_claim.leases.items()]
         for start in range(0, len(due), BATCH_SIZE):
             await self._start(tasks, partial(self._end_claimed, dict(due[start : start + BATCH_SIZE])))
 
     async def _start(self, tasks: asyncio.TaskGroup, work: Callable[[], Awaitable[None]]) -> None:
         await self._slots.acquire()
-        self._under_way += 1
+        self._running += 1
         tasks.create_task(self._in_slot(work))
 
     async def _in_slot(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
             await work()
-        except Exception as error:  # noqa: BLE001 - `run` logs it; what did not end comes again
+        except Exception as error:  # noqa: BLE001 - `run` logs it; leases that did not end are claimed again
             self._failure = error
         finally:
             self._slots.release()
-            self._under_way -= 1
+            self._running -= 1
 
     async def _end_claimed(self, due: Mapping[str, StoredLease | None]) -> None:
         leases = await self._ender.read(await self._fast_path.end_claimed(due))
@@ -157,10 +157,10 @@ class Expiry:
 
     def is_busy(self) -> bool:
         """Whether leases are being ended now."""
-        return self._under_way > 0
+        return self._running > 0
 
     def _pause_s(self, claimed: ClaimedLeases, now: float) -> float:
-        """How long the shard can be left alone."""
+        """The time in seconds until the next look at the shard."""
         if len(claimed.leases) >= self._limit:
             return 0.0
         # On a grid, so that idle shards are looked at together, in one round trip.
@@ -170,20 +170,20 @@ class Expiry:
         return pause_s
 
     async def listen(self) -> None:
-        """Be woken by expired-key notifications, for ever. If very many come, looking costs less than listening."""
+        """Look early at each expired-key notification, for ever. After very many, it stops listening for a while."""
         while True:
             async with contextlib.aclosing(self._store.expirations()) as expired:
                 await self._wake(expired)
             await asyncio.sleep(_IGNORE_HINTS_S)
 
     async def _wake(self, expired: AsyncIterator[int]) -> None:
-        """Take hints until too many came within too short a time."""
+        """Process notifications until too many arrive within too short a time."""
         loop = asyncio.get_running_loop()
         since, hints = loop.time(), 0
         async for shard in expired:
-            soon = self._looked_at[shard] + _HINT_INTERVAL_S
-            if soon < self._look_at[shard]:
-                self._look_at[shard] = soon
+            soon = self._last_look[shard] + _HINT_INTERVAL_S
+            if soon < self._next_look[shard]:
+                self._next_look[shard] = soon
                 self._hinted.set()
             hints += 1
             if hints >= _MANY_HINTS:
@@ -193,7 +193,7 @@ class Expiry:
                 since, hints = now, 0
 
     async def sweep(self) -> None:
-        """Publish what has waited in the outbox for too long, for ever."""
+        """Publish records that have waited in the outbox for too long, for ever."""
         while True:
             try:
                 stale = await self._store.unpublished(older_than_ms=self._outbox_age_ms)
@@ -208,10 +208,10 @@ class Expiry:
 
 
 def _level(error: Exception) -> int:
-    """A lost Redis, as at every first start, is no failure: the rebuild logs for itself."""
+    """The log level. A lost Redis, as at every first start, is no failure: the rebuild logs for itself."""
     return logging.INFO if isinstance(error, LostError) else logging.ERROR
 
 
 def _trace(error: Exception) -> Exception | None:
-    """A traceback is logged for failures only that are not expected of networks."""
+    """The error, if its traceback is to be logged: not for failures that are expected of networks."""
     return None if isinstance(error, RingfenceError | KafkaError | OSError) else error

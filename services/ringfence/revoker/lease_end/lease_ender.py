@@ -43,22 +43,22 @@ log = logging.getLogger(__name__)
 BATCH_SIZE = 250
 """The most leases that go through their end together."""
 CONCURRENT_BATCHES = 3
-"""How many such batches are under way at a time: while Redis and Kafka take some, others are read and signed."""
+"""The batches in progress at a time: while Redis and Kafka take some, others are read and signed."""
 _PAUSE_EVERY = 25
 _ROUNDS = 8
-"""More records than a lease's end has: enough rounds to meet others that end the same lease at the same time."""
+"""More than the records that a lease's end has, as other revokers may end the same lease at the same time."""
 
 _REPAIR = "it is not ended by that: ringfence rebuild"
 
 
 @dataclass(frozen=True, slots=True)
 class EndRequest:
-    """A lease that is to end, and why. A lease whose end has begun keeps the cause that it has."""
+    """A lease that is to end, and the cause. A lease whose end has begun keeps its cause."""
 
     lease: Lease
     cause: EndCause
     traceparent: str | None = None
-    """Of the revocation that ends it, if one does."""
+    """The trace of the revocation that ends it, if one does."""
 
 
 Traces = Mapping[str, str | None]
@@ -81,8 +81,8 @@ class LeaseEnder:
         """Args:
             stateless: the kinds of backends that leave nothing at a target.
             hand_over: takes leases whose credentials are to be removed at their targets, and returns at once.
-            on_publish: is given every record just before it is published, with its summary.
-            visibility_ms: how long other revokers leave a lease alone that this one has cut.
+            on_publish: called with every record and its summary, just before it is published.
+            visibility_ms: the time for which other revokers leave a lease alone that this one has cut.
         """  # fmt: skip
         self._runtime = runtime
         self._store = store
@@ -95,20 +95,20 @@ class LeaseEnder:
 
     async def read(self, stored: Mapping[str, StoredLease | None]) -> dict[str, Lease]:
         """The claims of stored records whose signatures hold. Others are reported as findings, and left unchanged."""
-        found: dict[str, Lease] = {}
-        for number, (lease_id, one) in enumerate(stored.items(), start=1):
+        leases: dict[str, Lease] = {}
+        for number, (lease_id, stored_lease) in enumerate(stored.items(), start=1):
             if number % _PAUSE_EVERY == 0:
                 await asyncio.sleep(0)  # let other tasks run
             try:
-                lease = self.verify(one.record) if one else None
+                lease = self.verify(stored_lease.record) if stored_lease else None
             except InvalidMessageError as error:
                 await self._report(lease_id, f"the record in Redis does not hold: {error}; {_REPAIR}")
                 continue
             if lease is None or lease.lease_id != lease_id:
                 await self._report(lease_id, f"Redis holds the lease and not its record; {_REPAIR}")
             else:
-                found[lease_id] = lease
-        return found
+                leases[lease_id] = lease
+        return leases
 
     def verify(self, record: bytes) -> Lease:
         """The claims of a record in Redis's form, signed by an issuer or a revoker. Raises InvalidMessageError."""
@@ -125,7 +125,7 @@ class LeaseEnder:
         """Leases that match a selector key and have not ended, in batches: a caller can end one before all are read.
 
         Args:
-            statuses: only these, by Redis's word.
+            statuses: only leases with these statuses in Redis.
             agent_id: see `LeaseStore.find`.
             holders: see `LeaseStore.find`.
         """  # fmt: skip
@@ -136,11 +136,11 @@ class LeaseEnder:
     async def _read_matching(
         self, selector_key: str, ids: Sequence[str], statuses: Collection[LeaseStatus] | None = None
     ) -> dict[str, Lease]:
-        """Those of these leases that match a selector key. A record that names others is not even verified."""
+        """The leases, of these, that match a selector key. A record that cannot match is not even verified."""
         stored = {
-            id: one
-            for id, one in (await self._store.get(ids)).items()
-            if (statuses is None or one.status in statuses) and one.may_match(selector_key)
+            id: record
+            for id, record in (await self._store.get(ids)).items()
+            if (statuses is None or record.status in statuses) and record.may_match(selector_key)
         }
         return {id: lease for id, lease in (await self.read(stored)).items() if matches(lease, selector_key)}
 
@@ -154,17 +154,19 @@ class LeaseEnder:
         agent_id: str | None = None,
         holders: Collection[str] | None = (),
     ) -> list[Lease]:
-        """End those leases that match a selector key and for which `request_for` returns a request.
+        """End the leases that match a selector key and for which `request_for` returns a request.
 
         Returns each as it is then, as `end` does. `agent_id`, `holders`: see `LeaseStore.find`.
         """
         ids = await self._store.find(selector_key, agent_id=agent_id, holders=holders)
         slots = asyncio.Semaphore(CONCURRENT_BATCHES)
 
-        async def end_batch(some: Sequence[str]) -> list[Lease]:
+        async def end_batch(batch_ids: Sequence[str]) -> list[Lease]:
             async with slots:
-                leases = await self._read_matching(selector_key, some)
-                requests = [found for lease in leases.values() if (found := request_for(lease)) is not None]
+                leases = await self._read_matching(selector_key, batch_ids)
+                requests = [
+                    request for lease in leases.values() if (request := request_for(lease)) is not None
+                ]
                 return list((await self.end(requests)).values())
 
         batches = await gather_all(
@@ -175,8 +177,8 @@ class LeaseEnder:
     async def end(self, requests: Sequence[EndRequest]) -> dict[str, Lease]:
         """End leases. Returns each as it is then: over, or cut while its credential is being removed at its target.
 
-        If a lease is requested more than once, the first cause counts. Raises what Redis or Kafka raise; some ends are
-        under way then, and calling again continues them.
+        If a lease is requested more than once, the first cause counts. Raises what Redis or Kafka raise. Some
+        ends are in progress then, and another call continues them.
         """
         leases = {request.lease.lease_id: request.lease for request in requests}
         causes = {request.lease.lease_id: request.cause for request in reversed(requests)}
@@ -218,7 +220,7 @@ class LeaseEnder:
         """End these leases; `leases` is updated to what each became."""
         unfinished = [id for id in ids if not is_over(leases[id])]
         for round in range(_ROUNDS):
-            # A removal is known to cover the lease as it was at first only; what it became since is looked at again.
+            # A removal covers the lease only as it was at first. If it changed since, it is examined again.
             if not (removed and round == 0):
                 unfinished = await self._lock_out_issuer(unfinished, leases, causes)
                 to_remove = [id for id in unfinished if self._needs_removal(leases[id])]
@@ -232,7 +234,10 @@ class LeaseEnder:
                 step.lease for step, result in zip(steps, results, strict=True) if result.outcome == "done"
             ]
             await self.publish(
-                [(summary_of(one.claims), outbound(one, traces.get(one.claims.lease_id))) for one in done]
+                [
+                    (summary_of(lease.claims), outbound(lease, traces.get(lease.claims.lease_id)))
+                    for lease in done
+                ]
             )
             leases |= {lease.claims.lease_id: lease.claims for lease in done}
             unknown = set()
@@ -260,19 +265,23 @@ class LeaseEnder:
             token=CLOSING_TOKEN,
             mint_ms=self._visibility_ms,
         )
-        now: dict[str, StoredLease | None] = {id: stored[id] for id in stored if id not in still_minting}
-        now |= {
-            id: one.stored for id, one in zip(still_minting, answers, strict=True) if one.outcome == "known"
+        moved_records: dict[str, StoredLease | None] = {
+            id: stored[id] for id in stored if id not in still_minting
         }
-        moved = await self.read(now)
+        moved_records |= {
+            id: result.stored
+            for id, result in zip(still_minting, answers, strict=True)
+            if result.outcome == "known"
+        }
+        moved = await self.read(moved_records)
         leases |= moved
         left_alone = {id for id in moved if causes[id].kind == "mint_failed" or is_over(moved[id])}
-        left_alone |= now.keys() - moved.keys()  # `read` has reported these
+        left_alone |= moved_records.keys() - moved.keys()  # `read` has reported these
         left_alone |= set(minting) - stored.keys()
         return [id for id in ids if id not in left_alone]
 
     def _needs_removal(self, lease: Lease) -> bool:
-        """Whether something of it may be at its target, so that only its removal stands before the terminal record."""
+        """Whether its target may have a credential of it, so that the terminal record has to wait for the removal."""
         return lease.status in ("minting", "ending") and lease.backend not in self._stateless
 
     def ends_in_one_step(self, lease: Lease, cause: EndCause) -> bool:
@@ -280,7 +289,7 @@ class LeaseEnder:
         return next_status(lease, cause, self._stateless) in TERMINAL
 
     async def _steps(self, ends: Sequence[tuple[Lease, EndCause]]) -> list[Step]:
-        """The next steps of leases; those of one lease follow one another, up to its end or to the removal."""
+        """The next steps of leases. Those of one lease are consecutive, up to its end or to the removal."""
         steps: list[Step] = []
         for number, (lease, cause) in enumerate(ends, start=1):
             if number % _PAUSE_EVERY == 0:
@@ -313,18 +322,18 @@ class LeaseEnder:
     async def _read_moved(
         self, steps: Sequence[Step], results: Sequence[StepResult], leases: dict[str, Lease]
     ) -> set[str]:
-        """Update `leases` where another record came first. Returns those of which Redis has no record."""
+        """Update the leases that another process changed first. Returns those of which Redis has no record."""
         tried = {step.lease.claims.lease_id: result for step, result in zip(steps, results, strict=True)}
         unknown = {id for id, result in tried.items() if result.outcome == "unknown"}
         for id in unknown:
             await self._report(id, "Redis lost the record of a lease while it was ending")
-        leases |= await self.read({id: one.stored for id, one in tried.items() if one.stored})
+        leases |= await self.read({id: result.stored for id, result in tried.items() if result.stored})
         return unknown
 
     # --- publishing ---
 
     async def publish(self, records: Sequence[tuple[LeaseSummary, Outbound]]) -> None:
-        """Publish records that Redis has taken, and count those that are ends. Raises what Kafka raises."""
+        """Publish records that Redis has taken, and count the ends among them. Raises what Kafka raises."""
         for summary, record in records:
             self._on_publish(record.value, summary)
         await self._send([record for _, record in records])
@@ -332,20 +341,20 @@ class LeaseEnder:
         self._count(summary for summary, _ in records)
 
     async def republish(self, records: Sequence[OutboxRecord]) -> None:
-        """Publish what somebody wrote to Redis and did not live to publish: the same bytes, if they still count.
+        """Publish records that another process wrote to Redis and did not publish: the same bytes, if they still count.
 
         A record of an earlier epoch is signed again for the present one, so that it has a place in Kafka's order.
         """
         sent = []
-        for one in records:
+        for record in records:
             try:
-                lease = self._current(one.jws)
+                lease = self._current(record.jws)
             except InvalidMessageError as error:
-                await self._report(one.lease_id, f"the outbox holds something else than a record: {error}")
+                await self._report(record.lease_id, f"the outbox holds something else than a record: {error}")
                 continue
-            sent.append((one, outbound(lease)))
+            sent.append((record, outbound(lease)))
         await self._send([record for _, record in sent])
-        self._store.published((one.lease_id, one.seq) for one, _ in sent)
+        self._store.published((record.lease_id, record.seq) for record, _ in sent)
 
     def _current(self, jws: bytes) -> SignedLease:
         """A record as it counts in the present epoch. Raises InvalidMessageError."""
@@ -360,13 +369,13 @@ class LeaseEnder:
         await gather_all(await self._runtime.publisher.send_many(LEASE, Lease.typ, records))
 
     def _count(self, records: Iterable[LeaseSummary]) -> None:
-        """Count ends by status, and measure how late those are that end at their deadlines."""
+        """Count ends by status, and measure the lag of expiries."""
         counts, now_s = Counter[str](), self._runtime.clock.now_ms() / 1000
-        for one in records:
-            if one.status in TERMINAL:
-                counts[one.status] += 1
-            if one.status == "expired":
-                metrics.EXPIRY_LAG.observe(max(0.0, now_s - one.deadline))
+        for summary in records:
+            if summary.status in TERMINAL:
+                counts[summary.status] += 1
+            if summary.status == "expired":
+                metrics.EXPIRY_LAG.observe(max(0.0, now_s - summary.deadline))
         for status, count in counts.items():
             metrics.LEASES_ENDED.labels(status).inc(count)
 
@@ -382,6 +391,6 @@ class LeaseEnder:
 
 
 def outbound(lease: SignedLease, traceparent: str | None = None) -> Outbound:
-    """A lease record as it goes to Kafka; `traceparent`: the trace that it continues, if that is not its own."""
+    """The Kafka message of a lease record; `traceparent`: the trace that it continues, if that is not its own."""
     claims = lease.claims
     return Outbound(claims.lease_id, lease.jws.encode("ascii"), claims.jti, traceparent or claims.traceparent)

@@ -27,27 +27,28 @@ class Overdue:
 
     def __init__(self, runtime: Runtime, store: LeaseStore, *, after_ms: int, forget_ms: int) -> None:
         """Args:
-            after_ms: how long after its cut a lease is overdue.
-            forget_ms: how long it counts without another failure: then another revoker has removed its credential.
+            after_ms: the time after its cut at which a lease is overdue.
+            forget_ms: the time after its last failure at which it no longer counts: another revoker has removed its
+                credential.
         """  # fmt: skip
         self._runtime = runtime
         self._store = store
         self._after_ms = after_ms
         self._forget_s = forget_ms / 1000
         self._failed_at: dict[str, float] = {}
-        """By lease, the latest failure last."""
+        """By lease: the monotonic time of its last failure, in ascending order."""
         self._reported: set[str] = set()
         self._to_report: set[str] = set()
         """Leases that this revoker has to report: it was the first to find them."""
         metrics.REVOCATIONS_OVERDUE.set_function(self._count)
 
     def since_ms(self, lease: Lease, now_ms: int) -> int | None:
-        """How long a lease has been overdue, or None if it is not."""
+        """The time in ms for which a lease has been overdue, or None if it is not."""
         late_ms = now_ms - lease.iat * 1000 - self._after_ms
         return late_ms if lease.status in ("ending", "minting") and late_ms >= 0 else None
 
     async def failed(self, leases: Iterable[Lease], now_ms: int) -> None:
-        """The removal failed for these leases. Reports those that are overdue and were not reported before."""
+        """Note a failed removal for these leases. Reports those that are overdue and were not reported before."""
         late = [lease for lease in leases if self.since_ms(lease, now_ms) is not None]
         for lease in late:
             self._failed_at.pop(lease.lease_id, None)
@@ -56,7 +57,7 @@ class Overdue:
         await self._report([lease for lease in late if lease.lease_id not in self._reported])
 
     def done(self, lease_ids: Iterable[str]) -> None:
-        """The credentials of these leases are removed."""
+        """Note that the credentials of these leases are removed."""
         for id in lease_ids:
             self._failed_at.pop(id, None)
             self._reported.discard(id)
@@ -68,12 +69,12 @@ class Overdue:
                 self._reported.add(lease.lease_id)
 
     async def _report_once(self, lease: Lease) -> bool:
-        """Report one lease unless a revoker has already. False if that has to be tried again."""
+        """Report one lease unless a revoker has already. False if the report has to be tried again."""
         now_ms = self._runtime.clock.now_ms()
-        here = Coordinates(topic=SERVICE_EVENT.what, partition=0, offset=0, appended_at_ms=now_ms)
+        position = Coordinates(topic=SERVICE_EVENT.what, partition=0, offset=0, appended_at_ms=now_ms)
         try:
             id = derived_id("overdue", lease.lease_id)
-            if (await self._store.first_seen({id: here}, keep_ms=SELECTOR_KEEP_MS))[id] == here:
+            if (await self._store.first_seen({id: position}, keep_ms=SELECTOR_KEEP_MS))[id] == position:
                 self._to_report.add(lease.lease_id)
             if lease.lease_id in self._to_report:
                 await self._event(lease)
@@ -89,9 +90,9 @@ class Overdue:
         return True
 
     async def _event(self, lease: Lease) -> None:
-        what = "revoked" if lease.status == "ending" else "refused"
+        outcome = "revoked" if lease.status == "ending" else "refused"
         message = (
-            f"for {lease.sponsor}, the sponsor: lease {lease.lease_id} of agent {lease.agent_id} was {what}, and "
+            f"for {lease.sponsor}, the sponsor: lease {lease.lease_id} of agent {lease.agent_id} was {outcome}, and "
             f"target {lease.target_id} has not taken its credential back yet; it is tried again and again"
         )
         log.error("revocation overdue: %s", message, extra=rate_limited(lease.target_id))

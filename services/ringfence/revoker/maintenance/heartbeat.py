@@ -1,18 +1,18 @@
-"""Heartbeat of the revoker: signs once a second what stands on `lease` and `revocation.request`.
+"""Heartbeat of the revoker: signs once a second the digests of `lease` and `revocation.request`.
 
-Readers of those topics compare what they have read with it (`stream_digests`). A heartbeat also names consumer groups
-that have halted. It goes on after consumers have halted, so that issuers and gateways know it (`revoker_halts`).
+Readers of those topics compare the digests with what they have read (`stream_digests`). A heartbeat also names consumer
+groups that have halted. It continues after a halt, so that issuers and gateways learn of it (`revoker_halts`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.base.retry import run_periodically
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.operations import Heartbeat
@@ -34,15 +34,13 @@ class HeartbeatSender:
 
     async def run(self) -> None:
         """Send heartbeats, for ever."""
-        while True:
-            try:
-                await self.send()
-            except (RingfenceError, KafkaError, OSError) as error:
-                log.warning("a heartbeat is left out: %s", error)
-            await asyncio.sleep(_EVERY_S)
+        await run_periodically(
+            _EVERY_S, self.send, "a heartbeat is left out", log,
+            expected=(RingfenceError, KafkaError, OSError), at_once=True,
+        )  # fmt: skip
 
     async def send(self) -> None:
-        """Sign what has come since the last heartbeat."""
+        """Sign the digests of what was read so far, and the halted consumer groups."""
         positions = await self._follower.positions(CONFIRMED)
         key, now_ms, halted = self._runtime.key, self._runtime.clock.now_ms(), self._runtime.halted()
         heartbeat = Heartbeat(
@@ -50,7 +48,7 @@ class HeartbeatSender:
             aud=self._runtime.settings.trust_domain,
             iat=now_ms // 1000,
             jti=derived_id("heartbeat", key.id, now_ms),
-            # A halt must be heard however wrong our clock is: by the broker's clock it is no old heartbeat.
+            # A halt must count even if our clock is wrong. By the broker's clock it is not taken for an old heartbeat.
             at_ms=self._runtime.broker_now_ms() if halted else now_ms,
             streams=self._streams.digests(positions),
             halted=halted,

@@ -1,7 +1,7 @@
-"""Orphaned credentials: reconciles what exists at targets with the leases, and removes what has none.
+"""Orphaned credentials: reconciles the credentials at targets with the leases, and removes those without a lease.
 
-A lease is announced before anything is made at its target. So what exists there has a record, unless it was made after
-the lease's end, by an issuer that died or was delayed. Such an orphan is removed once it has been seen for a while.
+A lease is announced before a credential is made at its target. So each credential there has a record, unless an issuer
+that died or was delayed made it after the lease's end. Such an orphan is removed once it has been seen for a while.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class OrphanSweeper:
-    """Sweeps all targets whose backends leave something there."""
+    """Sweeps all targets whose backends leave credentials there."""
 
     def __init__(
         self,
@@ -41,9 +41,9 @@ class OrphanSweeper:
         min_age_s: float,
     ) -> None:
         """Args:
-            is_leader: whether this revoker does it now, of several.
-            every_s: how often each target is swept.
-            min_age_s: how long an orphan must have been seen before it is removed.
+            is_leader: whether this revoker, of several, does it now.
+            every_s: the interval of sweeps of each target.
+            min_age_s: the time for which an orphan must have been seen before it is removed.
         """  # fmt: skip
         self._runtime = runtime
         self._store = store
@@ -87,15 +87,15 @@ class OrphanSweeper:
         """
         backend = self._backends[kind]
         existing = await self._breaker.call(target_id, lambda: existing_of(backend, target_id))
-        # Redis is asked after the target: whatever existed there had a record by then.
+        # Redis is read after the target: each credential that existed there had a record before.
         stored = await self._store.get(sorted(existing))
         orphans = [id for id in sorted(existing) if id not in stored or stored[id].status in TERMINAL]
         now, before = time.monotonic(), self._seen_at.get((kind, target_id), {})
-        seen = self._seen_at[kind, target_id] = {id: before.get(id, now) for id in orphans}
-        old = [id for id, at in seen.items() if now - at >= self._min_age_s]
+        seen_at = self._seen_at[kind, target_id] = {id: before.get(id, now) for id in orphans}
+        old = [id for id, at in seen_at.items() if now - at >= self._min_age_s]
         for id in old:
             await self._remove(backend, id, target_id)
-            del seen[id]
+            del seen_at[id]
         return old
 
     async def _remove(self, backend: Backend, lease_id: str, target_id: str) -> None:

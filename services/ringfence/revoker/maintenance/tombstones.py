@@ -1,12 +1,11 @@
 """Retention of `lease`: writes tombstones for leases that ended long ago, so that the topic does not grow for ever.
 
-The topic is compacted: the last record of a key stays until a tombstone comes. One revoker reads the topic from where
+The topic is compacted: the last record of a key stays until a tombstone follows. One revoker reads the topic from where
 it stopped, up to the first record that is not old enough.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
@@ -15,6 +14,7 @@ from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.retry import run_periodically
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.kernel.kafka.record import Received
@@ -37,9 +37,9 @@ class LeaseTombstoner:
         self, runtime: Runtime, is_leader: Callable[[], bool], *, after_s: int, every_s: float
     ) -> None:
         """Args:
-            is_leader: whether this revoker does it now, of several.
-            after_s: how long after the broker took its last record a lease is deleted.
-            every_s: how often the topic is read for such leases.
+            is_leader: whether this revoker, of several, does it now.
+            after_s: the age of its last record, by append time, at which a lease is deleted.
+            every_s: the interval at which the topic is read for such leases.
         """  # fmt: skip
         self._runtime = runtime
         self._is_leader = is_leader
@@ -47,20 +47,21 @@ class LeaseTombstoner:
         self._every_s = every_s
         self._epochs = Epochs(runtime.trust)
         self._read_to: dict[int, int] = {}
-        """By partition: the offset before which all was read. After a restart all is read once more."""
+        """By partition: the offset to continue at. A restart reads the whole topic once more."""
 
     async def run(self) -> None:
         """Delete old leases, for ever."""
-        while True:
-            try:
-                if self._is_leader():
-                    await self.delete_old()
-            except (KafkaError, RingfenceError, OSError) as error:
-                log.warning("old leases are deleted later: %s", str(error) or type(error).__name__)
-            await asyncio.sleep(self._every_s)
+        await run_periodically(
+            self._every_s, self._delete_if_leader, "old leases are deleted later", log,
+            expected=(KafkaError, RingfenceError, OSError), at_once=True,
+        )  # fmt: skip
+
+    async def _delete_if_leader(self) -> None:
+        if self._is_leader():
+            await self.delete_old()
 
     async def delete_old(self) -> int:
-        """Delete what is old enough now. Returns how many leases. Raises KafkaError, UnavailableError."""
+        """Delete leases that are old enough; returns their number. Raises KafkaError, UnavailableError."""
         before_ms = self._runtime.clock.now_ms() - self._after_ms
         async with Stretches(self._runtime.settings) as reader:
             partitions = await reader.partitions(LEASE)
@@ -81,7 +82,7 @@ class LeaseTombstoner:
         return deleted + await self._delete(old)
 
     async def _delete(self, old: list[Received]) -> int:
-        """Write tombstones for the leases whose ends are among these records of one partition, and go on after them."""
+        """Write tombstones for leases that end in these records of one partition; the next read starts after them."""
         if not old:
             return 0
         sent = [
@@ -96,7 +97,7 @@ class LeaseTombstoner:
         return len(sent)
 
     def _verify(self, record: Received) -> Lease | None:
-        """The lease of a record; None where it does not verify, or was void when it was appended."""
+        """The lease of a record; None if it does not verify, or was void when it was appended."""
         if self._epochs.took(record):
             return None
         try:

@@ -23,8 +23,8 @@ from ringfence.revoker.mass_expiry.precomputed_ends import PrecomputedEnd, Preco
 from ringfence.revoker.mass_expiry.scanner import ExpiryScanner
 
 _BATCH_SIZE = 1500
-"""How many precomputed ends go together: little is left to do for each. Those of one partition of Kafka fill a batch of
-up to 512 KiB: three batches would cost the broker, and all who read them, more."""
+"""The precomputed ends in a batch: little is left to do for each. Those of one partition fill one producer batch, up to
+512 KiB; three batches would cost the broker and all readers more."""
 
 
 class MassExpiry(ExpiryFastPath):
@@ -41,19 +41,18 @@ class MassExpiry(ExpiryFastPath):
         self._visibility_ms = visibility_ms
         self.ends = PrecomputedEnds(lambda: (runtime.trust.version, runtime.key.kid), store.shard_of)
         self._more_due_ms = [0] * len(store.shards)
-        """By shard: when, by Redis's clock, a claim was full; 0 where claims take all."""
+        """By shard: the time, by Redis's clock, at which a claim was full; 0 if claims take all due leases."""
         self._shard_order = random.sample(store.shards, len(store.shards))
-        """Full shards are worked off one after the other; of several revokers each begins at another one."""
+        """Full shards are processed one after the other. Each of several revokers begins at another one."""
 
     async def run(self, is_busy: Callable[[], bool]) -> None:
         """Precompute ends, for ever. `is_busy`: whether leases are being ended now; then this waits."""
         await ExpiryScanner(self._store, self.ends, self.precompute, is_busy, self._runtime.clock).run()
 
     def precompute(self, record: bytes) -> PrecomputedEnd | None:
-        """The end of an active lease at its deadline, by its record as Redis holds it.
+        """The end of an active lease at its deadline, given its record as Redis holds it.
 
-        None where the record does not hold, which is reported when the lease is due; and where its end takes more than
-        one record.
+        None if the record does not verify (reported when the lease is due), or if its end takes several records.
         """
         try:
             lease = self._ender.verify(record)
@@ -89,16 +88,16 @@ class MassExpiry(ExpiryFastPath):
 
     async def end_claimed(self, due: Mapping[str, StoredLease | None]) -> dict[str, StoredLease | None]:
         """Raises as `LeaseEnder.end`."""
-        left, ends = dict(due), list[PrecomputedEnd]()
-        for id, one in due.items():
-            end = self.ends.take(id, one.record) if one else None
+        remaining, ends = dict(due), list[PrecomputedEnd]()
+        for id, stored in due.items():
+            end = self.ends.take(id, stored.record) if stored else None
             if end is not None and end.step.epoch == self._store.epoch:
                 ends.append(end)
         for id, result in (await self._write(ends)).items():
-            left[id] = result.stored
+            remaining[id] = result.stored
             if result.outcome == "done":
-                del left[id]
-        return left
+                del remaining[id]
+        return remaining
 
     # --- ends without a claim ---
 
@@ -111,9 +110,9 @@ class MassExpiry(ExpiryFastPath):
             self._more_due_ms[shard] = 0  # another revoker works on this shard: claims show what is left
 
     async def end_due(self, ends: Sequence[PrecomputedEnd]) -> int:
-        """End those of these leases that are due and that nobody has claimed. Returns how many.
+        """End the leases that are due and not claimed; returns their number. Raises as `LeaseEnder.end`.
 
-        The others are left to whoever claims them. Raises as `LeaseEnder.end`.
+        Claimed leases are left to the revoker that claimed them.
         """
         results = await self._write(ends, only_due=True)
         return sum(result.outcome == "done" for result in results.values())

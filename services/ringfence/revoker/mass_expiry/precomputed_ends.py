@@ -13,7 +13,7 @@ from ringfence.model.lease_store import PreparedStep
 from ringfence.model.leases.unverified_records import LeaseSummary
 
 MAX_ENDS = 100_000
-"""How many ends are kept: some 3 kB each, as much as the end of a lease takes on its way to Redis and Kafka."""
+"""The most ends that are kept, about 3 kB each: as much as the end of a lease takes on its way to Redis and Kafka."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class PrecomputedEnd:
     """The one record with which an active lease ends at its deadline: signed, and serialised for Redis and Kafka."""
 
     follows: bytes
-    """`digest_of` the lease's record in Redis that was verified."""
+    """`digest_of` the verified record in Redis that this end follows."""
     summary: LeaseSummary
     agent_id: str
     step: PreparedStep
@@ -29,15 +29,15 @@ class PrecomputedEnd:
 
 
 class PrecomputedEnds:
-    """Precomputed ends, each of a lease whose record was verified by then. Each is given out once."""
+    """Precomputed ends of leases whose records were verified. Each is given out once."""
 
     def __init__(
         self, basis: Callable[[], object], shard_of: Callable[[str], int], max_ends: int = MAX_ENDS
     ) -> None:
         """Args:
-            basis: what the verification and the signatures rest on. When its value changes, all ends are forgotten.
+            basis: returns the state that verification and signatures depend on. When it changes, all ends are dropped.
             shard_of: the shard of a lease.
-            max_ends: the newest ones of the shard that grows beyond it are forgotten.
+            max_ends: beyond it, the newest ends of the shard that grows are dropped.
         """  # fmt: skip
         self._basis = basis
         self._known_basis = basis()
@@ -46,7 +46,7 @@ class PrecomputedEnds:
         self._ends: dict[int, OrderedDict[str, PrecomputedEnd]] = {}
         """By shard and lease, roughly in order of deadlines."""
         self._due: dict[int, deque[str]] = {}
-        """By shard: the leases of these that were found to be due, grouped by agent."""
+        """By shard: the leases that were found to be due, grouped by agent."""
 
     def add(self, end: PrecomputedEnd) -> None:
         """Keep the end of a lease whose record has just been verified."""
@@ -57,7 +57,7 @@ class PrecomputedEnds:
             ends.popitem(last=False)
 
     def take(self, lease_id: str, record: bytes) -> PrecomputedEnd | None:
-        """Take the end of a lease; None where none is known, or where `record` is not the one that was verified.
+        """Take the end of a lease; None if there is none, or if `record` is not the one that was verified.
 
         `record`: as Redis holds it.
         """
@@ -68,28 +68,28 @@ class PrecomputedEnds:
         return end if end is not None and end.follows == digest_of(record) else None
 
     def take_due(self, shard: int, by_ms: int, limit: int) -> list[PrecomputedEnd]:
-        """Take at most `limit` ends of leases of a shard that are due by then; not always all that are.
+        """Take at most `limit` ends of leases of a shard that are due at `by_ms`. It may return fewer than are due.
 
-        Leases of one agent with the same deadline come together: Redis takes them from the indexes at once.
+        Leases of one agent with the same deadline stay together: Redis removes them from the indexes at once.
         """
         self._forget_if_changed()
-        ends, found = self._ends.get(shard, OrderedDict()), list[PrecomputedEnd]()
+        ends, taken_ends = self._ends.get(shard, OrderedDict()), list[PrecomputedEnd]()
         due = self._due.setdefault(shard, deque())
         if not due:
-            some = itertools.takewhile(lambda end: end.summary.deadline * 1000 <= by_ms, ends.values())
+            due_ends = itertools.takewhile(lambda end: end.summary.deadline * 1000 <= by_ms, ends.values())
             due.extend(
                 end.step.lease_id
-                for end in sorted(some, key=lambda end: (end.summary.deadline, end.agent_id))
+                for end in sorted(due_ends, key=lambda end: (end.summary.deadline, end.agent_id))
             )
-        while due and len(found) < limit:
+        while due and len(taken_ends) < limit:
             end = ends.get(due.popleft())
             if end is not None and end.summary.deadline * 1000 <= by_ms:
                 del ends[end.step.lease_id]
-                found.append(end)
-        return found
+                taken_ends.append(end)
+        return taken_ends
 
     def forget(self, due_before_s: float) -> None:
-        """Forget ends of leases that were due before then; one that was added out of order may stay for a while."""
+        """Drop ends of leases that were due before `due_before_s`. One added out of order may stay for a while."""
         for ends in self._ends.values():
             while ends and next(iter(ends.values())).summary.deadline < due_before_s:
                 ends.popitem(last=False)

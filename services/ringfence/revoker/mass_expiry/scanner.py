@@ -1,4 +1,4 @@
-"""Background work: looks for leases that are due soon, and has their ends precomputed while the revoker is idle."""
+"""Scans for leases that are due soon, and precomputes their ends while the revoker is idle."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ringfence.revoker.mass_expiry.precomputed_ends import MAX_ENDS, Precomputed
 log = logging.getLogger(__name__)
 
 WITHIN_MS = AHEAD_MS
-"""How far ahead is looked: as far as Redis has deadlines in order. It is time enough for 100,000 ends."""
+"""The horizon of a scan: as far as Redis has deadlines in order. It is time enough for 100,000 ends."""
 MIN_DUE = 3_000
-"""How many leases must be due within that time for the path to pay: fewer end as quickly without it."""
+"""The least number of leases due within the horizon. With fewer, the fast path saves no time."""
 _LATE_S = 60
-"""So long after its deadline a lease has ended otherwise, and its precomputed end is forgotten."""
+"""This long after its deadline a lease has ended otherwise, and its precomputed end is dropped."""
 _BATCH_SIZE = 20
 _LOOK_EVERY_S = 1.0
 _BUSY_S = 0.02
@@ -36,8 +36,8 @@ class ExpiryScanner:
         clock: Clock,
     ) -> None:
         """Args:
-            ends: where precomputed ends are kept.
-            precompute: the end of an active lease, by its record in Redis's form; None where it cannot be known yet.
+            ends: stores precomputed ends.
+            precompute: returns the end of an active lease, given its record in Redis's form; None if not known yet.
             is_busy: whether leases are being ended now.
         """  # fmt: skip
         self._store = store
@@ -45,8 +45,8 @@ class ExpiryScanner:
         self._precompute = precompute
         self._clock = clock
         self._is_busy = is_busy
-        self._seen: list[Collection[str]] = [()] * len(store.shards)
-        """By shard: what was due soon at the last scan."""
+        self._last_due: list[Collection[str]] = [()] * len(store.shards)
+        """By shard: the leases that were due soon at the last scan."""
 
     async def run(self) -> None:
         """Scan, for ever."""
@@ -61,21 +61,22 @@ class ExpiryScanner:
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _scan(self, shard: int) -> None:
-        """Look at what is due soon and was not seen before.
+        """Precompute the ends of leases that are due soon and were not in the last scan.
 
-        New leases do not come in order of deadlines: Redis moves what waited for its minute to the deadlines little by
-        little.
+        New leases do not arrive in order of deadlines: Redis moves those of a later minute to the deadlines bit by bit.
         """
-        seen = self._seen[shard]
-        due = await self._store.due_soon(shard, within_ms=WITHIN_MS, limit=2 * MAX_ENDS // len(self._seen))
-        new = [id for id in due if id not in seen]
+        seen_before = self._last_due[shard]
+        due = await self._store.due_soon(
+            shard, within_ms=WITHIN_MS, limit=2 * MAX_ENDS // len(self._last_due)
+        )
+        new = [id for id in due if id not in seen_before]
         while new:
             if self._is_busy():
                 await asyncio.sleep(_BUSY_S)
                 continue
-            some, new = new[:_BATCH_SIZE], new[_BATCH_SIZE:]
-            for lease in (await self._store.get(some)).values():
+            batch, new = new[:_BATCH_SIZE], new[_BATCH_SIZE:]
+            for lease in (await self._store.get(batch)).values():
                 end = self._precompute(lease.record) if lease.status == "active" else None
                 if end is not None:
                     self._ends.add(end)
-        self._seen[shard] = frozenset(due)
+        self._last_due[shard] = frozenset(due)

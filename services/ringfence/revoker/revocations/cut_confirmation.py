@@ -4,19 +4,19 @@ A cut is complete once Redis refuses what the revocation covers, and every live 
 whose view is older than the grace denies by itself. So a gateway that does not acknowledge counts as complete when the
 grace after the revocation is over. A gateway is live while its heartbeats come.
 
-Only the append times on Kafka count, and Redis's time of refusal. When this process reads an acknowledgement does not:
-it may be busy ending what was cut.
+Only the append times on Kafka and Redis's time of refusal count. The time at which this process reads an
+acknowledgement does not count: it may be busy ending leases.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from ringfence.kernel.base import metrics
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.log_limiter import rate_limited
@@ -30,11 +30,11 @@ from ringfence.model.leases.revocations import Revocation
 log = logging.getLogger(__name__)
 
 _MAX_ACKS = 10_000
-"""How many revocations' acknowledgements are remembered."""
+"""The most revocations whose acknowledgements are remembered."""
 _CAUGHT_UP_WITHIN_S = 30.0
-"""How long acknowledgements on Kafka are waited for; what is not read by then counts as not given."""
+"""The longest wait for acknowledgements on Kafka. Those not read within it count as not given."""
 _CLOCKS_DIFFER_MS = 60_000
-"""How far a gateway's clock may be from the broker's before its heartbeats count as replays of old ones."""
+"""The most by which a gateway's clock may differ from the broker's. Beyond it, its heartbeats count as replays."""
 
 
 @dataclass(slots=True)
@@ -56,25 +56,25 @@ class _Cut:
 
 
 class CutTracker:
-    """Listens to gateways, and measures cuts."""
+    """Measures cuts, by heartbeats and acknowledgements of gateways."""
 
     def __init__(self, trust: TrustStore, clock: Clock, *, grace_ms: int) -> None:
         self._trust = trust
         self._clock = clock
         self._grace_ms = grace_ms
         self._heartbeats: dict[str, _LastHeartbeat] = {}
-        self._acks: OrderedDict[str, dict[str, int]] = OrderedDict()
-        """By revocation: gateways, and when the broker had their acknowledgement, in ms."""
+        self._acks: BoundedDict[str, dict[str, int]] = BoundedDict(_MAX_ACKS)
+        """By revocation: gateways, and the append times of their acknowledgements, in ms."""
         self._open: dict[str, _Cut] = {}
-        """By revocation."""
+        """By id of the revocation."""
         self._expired: list[str] = []
-        """Revocations of which the grace is over, while acknowledgements given within it may not be read yet."""
+        """Revocations whose grace is over, while acknowledgements given within it may not be read yet."""
         self._has_expired = asyncio.Event()
 
     # --- messages of gateways ---
 
     def on_heartbeats(self, records: Sequence[Received]) -> None:
-        """Take in records of `heartbeat`; those of other services are ignored."""
+        """Process records of `heartbeat`; ignores those of other services."""
         for record in records:
             try:
                 heartbeat = verify(
@@ -90,7 +90,7 @@ class CutTracker:
                 self._heartbeats[heartbeat.iss] = _LastHeartbeat(heartbeat.at_ms, record.appended_at_ms)
 
     def on_acks(self, records: Sequence[Received]) -> None:
-        """Take in records of `revocation.ack`."""
+        """Process records of `revocation.ack`."""
         for record in records:
             try:
                 ack = verify(
@@ -109,8 +109,6 @@ class CutTracker:
                 )
                 continue
             self._acks.setdefault(ack.revocation_id, {}).setdefault(ack.iss, record.appended_at_ms)
-            while len(self._acks) > _MAX_ACKS:
-                self._acks.popitem(last=False)
             self._complete_if_acknowledged(ack.revocation_id)
 
     def live(self, revoked_at_ms: int | None = None) -> frozenset[str]:
@@ -132,7 +130,7 @@ class CutTracker:
             self._complete(revocation.id, cut)
             return
         self._open[revocation.id] = cut
-        # However wrong our own clock is, the wait is no longer than the grace.
+        # Even if our own clock is wrong, the wait is no longer than the grace.
         left_ms = min(self._grace_ms, max(0, revoked_at_ms + self._grace_ms - self._clock.now_ms()))
         cut.timer = asyncio.get_running_loop().call_later(left_ms / 1000, self._grace_over, revocation.id)
 
@@ -140,7 +138,7 @@ class CutTracker:
         """Judge cuts whose grace is over, for ever.
 
         Args:
-            caught_up: waits so many seconds at most until `revocation.ack` is read to its end.
+            caught_up: waits until `revocation.ack` is read to its end, at most the given number of seconds.
         """  # fmt: skip
         while True:
             await self._has_expired.wait()

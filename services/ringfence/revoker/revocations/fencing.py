@@ -19,26 +19,29 @@ from ringfence.revoker.revocations.verification import RevocationVerifier
 
 
 async def fence(store: LeaseStore, revocations: Sequence[Revocation]) -> tuple[list[Coordinates], int]:
-    """Fence off, and cut, what the selectors of these revocations cover.
+    """Fence off and cut the leases that the selectors of these revocations cover.
 
-    A repeated revocation, by anybody, covers what it covered the first time.
+    A repeated revocation, whoever repeats it, covers what it covered the first time.
 
     Returns:
-        Where each revocation was seen first, and since when all shards of Redis refuse, in ms by Redis's clock.
+        The coordinates at which each revocation was seen first, and the time from which all shards of Redis refuse, in
+        ms by Redis's clock.
     """
-    positions = {one.id: one.at for one in reversed(revocations)}  # of repeats, the first counts
-    seen = await store.first_seen(positions, keep_ms=SELECTOR_KEEP_MS)
-    first = [seen[one.id] for one in revocations]
+    positions = {
+        revocation.id: revocation.at for revocation in reversed(revocations)
+    }  # of repeats, the first counts
+    first_positions = await store.first_seen(positions, keep_ms=SELECTOR_KEEP_MS)
+    first = [first_positions[revocation.id] for revocation in revocations]
     fences: dict[str, int] = {}
-    for one, at in zip(revocations, first, strict=True):
-        assert one.claims.selector is not None
-        key = selector_key_of(one.claims.selector)
+    for revocation, at in zip(revocations, first, strict=True):
+        assert revocation.claims.selector is not None
+        key = selector_key_of(revocation.claims.selector)
         fences[key] = max(fences.get(key, 0), at.appended_at_ms)
     return first, await store.fence(fences, cut=True)
 
 
 class FenceHandler:
-    """Batch handler of `revocation.request` that only fences. `RevocationHandler` answers what is not followed."""
+    """Batch handler of `revocation.request` that only fences. `RevocationHandler` answers those that are refused."""
 
     def __init__(self, verifier: RevocationVerifier, store: LeaseStore, cuts: CutTracker) -> None:
         self._verifier = verifier
@@ -46,14 +49,18 @@ class FenceHandler:
         self._cuts = cuts
 
     async def __call__(self, batch: Sequence[Received]) -> None:
-        """Fence off what the selectors of the batch cover."""
+        """Fence off the leases that the selectors of the batch cover."""
         verified, _ = await self._verifier.verify(list(filter(may_have_selector, batch)))
-        selecting = [one for one in verified if one.claims.selector is not None]
+        selecting = [revocation for revocation in verified if revocation.claims.selector is not None]
         if not selecting:
             return
         objections = await self._verifier.objections(selecting, {})
-        followed = [one for one, objection in zip(selecting, objections, strict=True) if objection is None]
-        seen, at_ms = await fence(self._store, followed)
-        for one, first in zip(followed, seen, strict=True):
-            if one.at == first:
-                self._cuts.refused(one, at_ms)
+        followed = [
+            revocation
+            for revocation, objection in zip(selecting, objections, strict=True)
+            if objection is None
+        ]
+        first_positions, at_ms = await fence(self._store, followed)
+        for revocation, first in zip(followed, first_positions, strict=True):
+            if revocation.at == first:
+                self._cuts.refused(revocation, at_ms)

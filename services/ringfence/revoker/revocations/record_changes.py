@@ -56,7 +56,7 @@ RECORD_TOPICS = tuple(_RECORDS)
 
 
 class RecordHandler:
-    """The handler of `user`, `agent`, `target` and `task`: it sends revocations of what their changes end."""
+    """The handler of `user`, `agent`, `target` and `task`: it sends revocations of the leases that changes end."""
 
     def __init__(
         self,
@@ -77,9 +77,9 @@ class RecordHandler:
         self._td = runtime.settings.trust_domain
 
     async def __call__(self, received: Received) -> None:
-        """Revoke what one record ends.
+        """Revoke the leases that one record ends.
 
-        Raises InvalidMessageError where the record does not count, UnavailableError where that is not known yet.
+        Raises InvalidMessageError if the record does not count, UnavailableError if that is not known yet.
         """
         now_ms = self._runtime.clock.now_ms()
         if not received.value or received.appended_at_ms < now_ms - RECORD_AGE_MS:
@@ -104,9 +104,9 @@ class RecordHandler:
             ever_sponsor=was_sponsor(record),
         ):
             if isinstance(consequence, SelectorEnd):
-                # An agent that was suspended and resumed since was to lose its leases all the same.
+                # An agent that was suspended loses its leases even if it was resumed since.
                 await self._revoke_all(consequence, record, received.traceparent)
-            elif not superseded:  # otherwise the later record says what still fits
+            elif not superseded:  # otherwise the later record decides
                 await self._fence(consequence, record, received)
                 await self._revoke_unfit(consequence, record.sub, entry, received.traceparent)
         if not superseded and isinstance(record, UserRecord) and was_sponsor(record):
@@ -117,10 +117,10 @@ class RecordHandler:
 
         By agent, not by sponsor: a lease may have been issued under another sponsor.
         """
-        found = orphan_reason(record.state)
-        if found is None:
+        orphaned = orphan_reason(record.state)
+        if orphaned is None:
             return
-        kind, reason = found
+        kind, reason = orphaned
         for number, agent in enumerate(self._directory.entries("agent"), start=1):
             if number % _PAUSE_EVERY == 0:
                 await asyncio.sleep(0)  # let other tasks run
@@ -130,7 +130,7 @@ class RecordHandler:
                 await self._revoke_all(end, record, traceparent)
 
     def _was_in_force(self, record: AnyRecord, now_ms: int) -> bool:
-        """Whether a superseded record counted, not long ago: if not, somebody has put an old one on the topic again."""
+        """Whether a superseded record was in force lately. If not, an old record was replayed on the topic."""
         if record.commands[-1].appended_at_ms < now_ms - RECORD_AGE_MS:
             return False
         try:
@@ -174,9 +174,9 @@ class RecordHandler:
         )
 
     async def _fence(self, narrowing: Narrowing, record: AnyRecord, received: Received) -> None:
-        """Fence off what is being issued at this moment on the former record; agents ask for it anew.
+        """Fence off leases that are being issued on the former record; agents request them again.
 
-        A record that appears once more, as the registry repeats one over a forged one, covers what it covered first.
+        The registry may repeat a record to replace a forged one. A repeated record covers what it covered first.
         """
         id = derived_id("record", record.sub, record.revision)
         first = await self._store.first_seen({id: received.coordinates}, keep_ms=RECORD_AGE_MS)
@@ -188,15 +188,15 @@ class RecordHandler:
         acknowledged = []
         holders = await self._verifier.holders(narrowing.selector_key)
         unfit = [
-            (lease, why)
+            (lease, reason)
             async for leases in self._ender.find(narrowing.selector_key, holders=holders)
             for lease in leases.values()
-            if (why := narrowing.unfit(lease))
+            if (reason := narrowing.unfit(lease))
         ]
-        for lease, why in unfit:
+        for lease, reason in unfit:
             revocation = derived_revocation(
-                why.kind,
-                why.reason,
+                reason.kind,
+                reason.reason,
                 by=self._runtime.key.id,
                 trust_domain=self._td,
                 at_ms=self._runtime.clock.now_ms(),

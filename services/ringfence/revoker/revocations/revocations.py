@@ -31,13 +31,13 @@ _CUT = TERMINAL | {"ending"}
 
 @dataclass(slots=True)
 class _Case:
-    """One revocation of a batch, and what came of it."""
+    """One revocation of a batch, and its result."""
 
     revocation: Revocation
     objection: Reason | None = None
     replayed: bool = False
     ended: int = 0
-    """How many leases it ended: their credentials are refused from now on."""
+    """The number of leases that it ended: their credentials are refused from now on."""
 
 
 class RevocationHandler:
@@ -59,9 +59,12 @@ class RevocationHandler:
         self._td = runtime.settings.trust_domain
 
     async def __call__(self, batch: Sequence[Received]) -> None:
-        """End what the batch revokes, and answer. Raises what Redis or Kafka raise; the batch comes again then."""
+        """End the leases that the batch revokes, and answer.
+
+        Raises what Redis or Kafka raise: the batch is redelivered.
+        """
         epoch = self._store.epoch
-        cases = [_Case(one) for one in await self._verify(batch)]
+        cases = [_Case(revocation) for revocation in await self._verify(batch)]
         named = await self._named_leases(cases)
         await self._judge(cases, named)
         followed = [case for case in cases if case.objection is None]
@@ -77,7 +80,7 @@ class RevocationHandler:
     # --- verification ---
 
     async def _verify(self, batch: Sequence[Received]) -> list[Revocation]:
-        """Those that a known signer signed; the others go to the dead letters."""
+        """The revocations that a known signer signed. Dead-letters the others."""
         verified, failed = await self._verifier.verify(batch)
         await gather_all(self._runtime.dead_letters.send(record, problem) for record, problem in failed)
         return verified
@@ -88,8 +91,8 @@ class RevocationHandler:
         return await self._ender.read(await self._store.get(ids)) if ids else {}
 
     async def _judge(self, cases: Sequence[_Case], leases: dict[str, Lease]) -> None:
-        found = await self._verifier.objections([case.revocation for case in cases], leases)
-        for case, objection in zip(cases, found, strict=True):
+        objections = await self._verifier.objections([case.revocation for case in cases], leases)
+        for case, objection in zip(cases, objections, strict=True):
             case.objection = objection
 
     # --- ending leases ---
@@ -104,7 +107,7 @@ class RevocationHandler:
             self._cuts.refused(case.revocation, now_ms)
 
     async def _end_selected(self, case: _Case, selector: Selector) -> None:
-        """Fence first, then find leases: whatever is activated after the fence was asked for after the revocation."""
+        """Fence first, then find leases: any lease activated after the fence was requested after the revocation."""
         revocation = case.revocation
         (first,), _ = await fence(self._store, [revocation])
         case.replayed = first != revocation.at
@@ -119,7 +122,7 @@ class RevocationHandler:
         )
         case.ended = _count(ended, revocation)
         if not case.ended and holders is not None and subject_of(self._td, revocation.claims.iss, "user"):
-            # The fence stays. But whoever mistyped a name must not think that they stopped somebody.
+            # The fence stays. But a person who mistyped a name must not think that they stopped an agent.
             case.objection = self._verifier.unknown_subject(selector)
 
     def _is_own(self, revocation: Revocation) -> bool:
@@ -161,7 +164,7 @@ def _end_request(lease: Lease, revocation: Revocation) -> EndRequest:
 
 
 def _count(leases: Iterable[Lease], revocation: Revocation) -> int:
-    """How many of these leases a revocation has cut or ended, or keeps from ever becoming active."""
+    """The number of leases that a revocation has cut or ended, or keeps from ever becoming active."""
     ref = revocation.claims.jti
     return sum(
         lease.status == "minting"

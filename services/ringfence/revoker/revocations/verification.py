@@ -17,10 +17,10 @@ from ringfence.model.records.directory import Directory
 
 
 class RevocationVerifier:
-    """Verifies revocations and judges them. It waits for records that have not arrived here before it refuses."""
+    """Verifies revocations, and decides whether to follow them. Before it refuses one, it waits for missing records."""
 
     def __init__(self, runtime: Runtime, directory: Directory, *, patience_s: float) -> None:
-        """`patience_s`: how long it waits for the local tables to catch up."""
+        """`patience_s`: the longest wait for the local tables to catch up."""
         self._runtime = runtime
         self._directory = directory
         self._patience_s = patience_s
@@ -29,7 +29,7 @@ class RevocationVerifier:
     async def verify(
         self, batch: Sequence[Received]
     ) -> tuple[list[Revocation], list[tuple[Received, InvalidMessageError]]]:
-        """Those revocations that a known signer signed, and the other records with what is wrong with each."""
+        """Verify signatures. Returns the revocations by known signers, and the other records with their errors."""
         verified: dict[int, Revocation] = {}
         failed: dict[int, InvalidMessageError] = {}
         for caught_up in (False, True):
@@ -51,13 +51,13 @@ class RevocationVerifier:
         self, revocations: Sequence[Revocation], leases: Mapping[str, Lease]
     ) -> list[Reason | None]:
         """Why each revocation is not followed, or None. `leases`: those that revocations name, by their ids."""
-        found = [self._objection(one, leases) for one in revocations]
-        if any(found) and await self._runtime.tables_caught_up(self._patience_s):
-            found = [
-                reason and self._objection(one, leases)
-                for one, reason in zip(revocations, found, strict=True)
+        reasons = [self._objection(revocation, leases) for revocation in revocations]
+        if any(reasons) and await self._runtime.tables_caught_up(self._patience_s):
+            reasons = [
+                reason and self._objection(revocation, leases)
+                for revocation, reason in zip(revocations, reasons, strict=True)
             ]
-        return found
+        return reasons
 
     def _objection(self, revocation: Revocation, leases: Mapping[str, Lease]) -> Reason | None:
         return objection(revocation, leases.get(revocation.claims.lease_id or ""), self._directory)
@@ -69,7 +69,7 @@ class RevocationVerifier:
         return selector.agent_id
 
     def unknown_subject(self, selector: Selector) -> Reason | None:
-        """That nothing has the name that a selector gives, or None. To be called once the tables have caught up."""
+        """The reason if nothing has the name that a selector gives, or None. Call it once the tables have caught up."""
         named: dict[SubjectKind, str | None] = {
             "agent": selector.agent_id,
             "task": selector.task_id,
@@ -95,8 +95,8 @@ class RevocationVerifier:
     async def holders(self, selector_key: str) -> frozenset[str] | None:
         """All agents that hold delegated parts of what a selector key names; None if the tables do not catch up.
 
-        Call it after fencing. Leases that enter Redis after the fence were asked for later; those that are there rest
-        on tasks that were on Kafka by then.
+        Call it after fencing. Leases that enter Redis after the fence were requested later. Those in Redis rest on
+        tasks that were on Kafka before.
         """
         if not await self._runtime.tables_caught_up(self._patience_s):
             return None

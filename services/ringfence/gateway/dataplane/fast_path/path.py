@@ -29,7 +29,7 @@ from ringfence.gateway.dataplane.request_reader import ListenerContext, read_req
 from ringfence.gateway.dataplane.secret_redaction import redact
 from ringfence.gateway.dataplane.shared import DataPlaneContext
 from ringfence.gateway.dataplane.stream import Stream
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import origin_of
 from ringfence.kernel.base.errors import UnavailableError
 
@@ -86,7 +86,7 @@ class FastPath:
         slot: RequestSlot,
         plans: PlanCache | None,
     ) -> None:
-        """See `FastPaths`. Without `plans` it takes no request."""
+        """The fast path of one connection. Without `plans` it takes no request."""
         self.count = 0
         """The number of requests that it took."""
         self.needs_slow_path = False
@@ -104,7 +104,7 @@ class FastPath:
         self._action_id = ""
         self._injects: Mapping[str, str] = _NO_HEADERS
         self._needles: tuple[bytes, ...] = ()
-        """What is redacted in the response."""
+        """The byte strings that are redacted in the response."""
         self._upstream: Stream | None = None
         """The connection that it was sent on."""
         # Bound methods are created once, as each request uses them.
@@ -158,7 +158,7 @@ class FastPath:
     # --- a request ----------------------------------------------------------------------------------------------------
 
     def _on_data(self, data: bytes) -> bool:
-        """See `Stream.data_handler`."""
+        """The `Stream.data_handler` of the client."""
         client = self._client
         if self._plan is not None:  # one request at a time: the next one waits in the buffer
             client.buffer_data(data)
@@ -167,7 +167,7 @@ class FastPath:
             return False
         try:
             return self._try(data)
-        except Exception as error:  # noqa: BLE001 - not told: what it was raised on may hold what an agent sent
+        except Exception as error:  # noqa: BLE001 - its text is not logged: it may contain data of an agent
             self._fail(error)
             return True
 
@@ -178,16 +178,16 @@ class FastPath:
         if end < 0:
             return False
         key = self._key + data[: end + len(END_OF_HEAD)]
-        kept = plans.get(key)
-        plan = kept if kept is not None else self._make_plan(data, end, key, plans)
+        cached_plan = plans.get(key)
+        plan = cached_plan if cached_plan is not None else self._make_plan(data, end, key, plans)
         if plan is None or len(data) != end + len(END_OF_HEAD) + plan.length:
             return False
         try:
             slot.begin()
-        except RefusedError:
+        except RequestRefusedError:
             return False
         allowed = plan.cached_allowance.allow(slot.check_agent, self._recorded_callback)
-        if allowed is None and kept is not None and not kept.cached_allowance.is_valid():
+        if allowed is None and cached_plan is not None and not cached_plan.cached_allowance.is_valid():
             plan = self._make_plan(data, end, key, plans)
             allowed = (
                 plan.cached_allowance.allow(slot.check_agent, self._recorded_callback)
@@ -205,7 +205,7 @@ class FastPath:
         return True
 
     def _make_plan(self, data: bytes, end: int, key: bytes, plans: PlanCache) -> RequestPlan | None:
-        """The plan for a new or changed request; None where it needs the slow path."""
+        """The plan for a new or changed request; None if it needs the slow path."""
         shared = self._shared
         shows_proof = b"DPoP:" in data
         if self._listener.is_unauthenticated and shows_proof:
@@ -215,26 +215,26 @@ class FastPath:
             if not _is_plain(request) or len(data) != end + len(END_OF_HEAD) + (request.length or 0):
                 return None
             presented, attempt = read_request(request, self._listener, shared.is_target_host)
-            seen = request.length is not None and request.length > 0 and shared.gate.reads_body(attempt)
-            if seen:
+            reads_body = request.length is not None and request.length > 0 and shared.gate.reads_body(attempt)
+            if reads_body:
                 attempt = dataclasses.replace(attempt, body=data[end + len(END_OF_HEAD) :])
             cached = shared.gate.cached_allowance(presented, attempt)
             if cached is None:
                 return None
             plan = RequestPlan(request, attempt, cached, origin_of(shared.gate.upstream(cached.target)))
-        except (RefusedError, UnavailableError):
+        except (RequestRefusedError, UnavailableError):
             return None
-        if not seen and not shows_proof and end <= MAX_CACHED_BYTES:
+        if not reads_body and not shows_proof and end <= MAX_CACHED_BYTES:
             plans.put(key, plan)
         return plan
 
-    def _on_recorded(self, kept: bool) -> None:
+    def _on_recorded(self, written: bool) -> None:
         """Send the request if its event was written, otherwise decide it anew on the slow path."""
         plan = self._plan
         if plan is None:
             return  # the connection is over
         try:
-            if kept:
+            if written:
                 self._send(plan)
             else:
                 self._retry_on_slow_path(plan)
@@ -258,7 +258,7 @@ class FastPath:
         upstream.write(head + self._received[-plan.length :] if plan.length else head)
 
     def _retry_on_slow_path(self, plan: RequestPlan) -> None:
-        """Let the coroutine decide the request anew, and report what is wrong. Nothing of it was sent."""
+        """Let the coroutine decide the request anew, and report the error. Nothing of it was sent."""
         client = self._client
         self._forget(plan)
         self.needs_slow_path = self.lease_ended = False
@@ -281,7 +281,7 @@ class FastPath:
     # --- its answer ---------------------------------------------------------------------------------------------------
 
     def _on_response(self, data: bytes) -> bool:
-        """See `Stream.data_handler`: data of the response arrived, or its deadline has passed."""
+        """The `Stream.data_handler` of the upstream: data of the response arrived, or its deadline has passed."""
         plan, upstream = self._plan, self._upstream
         if plan is None or upstream is None:
             return False

@@ -18,7 +18,7 @@ from ringfence.gateway.dataplane.http1_body import Body, SizedBody, response_bod
 from ringfence.gateway.dataplane.http1_head import RequestHead, parse_response
 from ringfence.gateway.dataplane.request_reader import ListenerContext
 from ringfence.gateway.dataplane.secret_redaction import needles_of
-from ringfence.gateway.errors import RefusedError
+from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Origin
 
 MAX_PLANS: Final = 4096
@@ -27,7 +27,7 @@ MAX_CACHED_BYTES: Final = 2048
 
 
 class RequestPlan:
-    """How one request is forwarded."""
+    """The plan by which one request is forwarded."""
 
     __slots__ = (
         "_head",
@@ -86,7 +86,6 @@ class PlanCache:
         return len(self._plans)
 
     def get(self, key: bytes) -> RequestPlan | None:
-        """The plan with this key."""
         return self._plans.get(key)
 
     def put(self, key: bytes, plan: RequestPlan) -> None:
@@ -112,7 +111,7 @@ def route_key(listener: ListenerContext) -> bytes:
 
 
 class ResponsePlan:
-    """How a response head is forwarded, if the whole response has arrived."""
+    """The plan by which a response head is forwarded, if the whole response has arrived."""
 
     __slots__ = ("head", "length", "plain", "reusable")
 
@@ -128,7 +127,7 @@ class ResponsePlan:
 
 
 def response_plan(head: bytes, method: str) -> ResponsePlan | None:
-    """The plan for a response to a request of this method; None where it needs the slow path."""
+    """The plan for a response to a request of this method; None if it needs the slow path."""
     return (
         _cached_response_plan(head, method)
         if len(head) <= MAX_CACHED_BYTES
@@ -139,7 +138,7 @@ def response_plan(head: bytes, method: str) -> ResponsePlan | None:
 def _make_response_plan(head: bytes, method: str) -> ResponsePlan | None:
     try:
         response = parse_response(head)
-    except RefusedError:
+    except RequestRefusedError:
         return None
     body = response_body(response, method)
     sized = isinstance(body, SizedBody)

@@ -1,14 +1,14 @@
-"""Caches of decisions, with their invalidation: an entry counts only while nothing that it rests on can have changed.
+"""Caches of decisions, with their invalidation: an entry is valid while nothing that it depends on can have changed.
 
-It rests on records, on the trust bundle, on the leases of one agent at one target, and on time. The first three have
+It depends on records, on the trust bundle, on the leases of one agent at one target, and on time. The first three have
 versions, time has an end. Two caches use that:
 
-- `ChosenLeaseCache`: which lease allows an action, by sender and action;
-- `RequestCache`: what a request led to, by how its sender was shown and what it asks for.
+- `ChosenLeaseCache`: the lease that allows an action, by sender and action;
+- `RequestCache`: the result of a request, by the evidence of its sender and its contents.
 
-Only what was allowed is cached. A denied request is decided anew, so that its reasons are those of now. An entry alone
-allows nothing: what may change at any moment (the lease, the bundle's answer, the secret, how fresh the view is) is
-checked for each request (`cached_decision`).
+Only allowed requests are cached. A denied request is decided anew, so that its reasons are current. An entry alone
+allows nothing: the gate checks for each request what may change at any moment: the lease, the bundle's answer, the
+secret, the freshness of the view (`cached_decision`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ValidatedCache(Generic[K, V]):
         self._entries: OrderedDict[K, tuple[V, CacheValidity]] = OrderedDict()
 
     def get(self, key: K, now_s: float) -> V | None:
-        """The value; None where there is none, or it may be another by now."""
+        """The value; None if there is none, or if it may have changed."""
         entry = self._entries.get(key)
         if entry is None:
             return None
@@ -93,14 +93,14 @@ _LeaseKey = tuple[str, str | None, str | None, str, str, str]
 
 
 class ChosenLeaseCache:
-    """Which lease allows an action, by sender and action."""
+    """The lease that allows an action, by sender and action."""
 
     def __init__(self, table: LeaseTable, directory: Directory, *, limit: int = MAX_CHOSEN_LEASES) -> None:
         self._table = table
         self._cache: ValidatedCache[_LeaseKey, ChosenLease] = ValidatedCache(table, directory, limit=limit)
 
     def get(self, sender: Sender, target: TargetState, action: Action, now_s: float) -> ChosenLease | None:
-        """The lease that would be chosen now; None where that is not certain."""
+        """The lease that would be chosen now; None if that is not certain."""
         cached = self._cache.get(_lease_key(sender, target.target_id, action), now_s)
         # Another lease may allow the action where this one no longer does.
         return cached if cached is not None and self._table.problem(cached.lease) is None else None
@@ -119,13 +119,13 @@ _RequestKey = tuple[str | None, ...]
 
 
 class RequestCache(Generic[V]):
-    """What a request led to, by all of it but its body: a request whose body was read is not cached."""
+    """The results of requests, by all of a request but its body: a request whose body was read is not cached."""
 
     def __init__(self, table: LeaseTable, directory: Directory, *, limit: int = MAX_REQUESTS) -> None:
         self._cache: ValidatedCache[_RequestKey, V] = ValidatedCache(table, directory, limit=limit)
 
     def get(self, presented: PresentedIdentity, attempt: Attempt, now_s: float) -> V | None:
-        """What the request would lead to now; None where that is not certain."""
+        """The result that the request would have now; None if that is not certain."""
         return self._cache.get(_request_key(presented, attempt), now_s) if attempt.body is None else None
 
     def put(

@@ -29,7 +29,7 @@ from ringfence.model.http_targets.request_map import Action
 
 
 class FastPathDependencies:
-    """What a check may use without an await. One for all cached decisions of a gate."""
+    """The parts of the gate that a check uses without an await. One for all cached decisions of a gate."""
 
     __slots__ = ("clock", "evaluator", "gateway", "ids", "injector", "recorder", "task_history", "view")
 
@@ -92,7 +92,7 @@ class CachedDecision:
         self._validity = validity
         self._key = cache_key(chosen, action, reads=access == "read")
         self._answer = NO_ANSWER
-        """The bundle's answer. It is renewed where it is no longer valid."""
+        """The bundle's answer. It is renewed when it is no longer valid."""
         self._events = AllowedEvents(at_hand.gateway, sender.agent_id, self.lease, action, access, attempt)
         self._count = decision_counter("allowed", access)
 

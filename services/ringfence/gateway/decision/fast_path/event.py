@@ -61,8 +61,8 @@ class AllowedEvents:
         return self._template % (raw, raw, took_us, at_ms)
 
 
-def _members(some: dict[str, object] | dict[str, str]) -> bytes:
-    return _literal(orjson.dumps(some)[1:-1])
+def _members(members: dict[str, object] | dict[str, str]) -> bytes:
+    return _literal(orjson.dumps(members)[1:-1])
 
 
 def _literal(text: bytes) -> bytes:

@@ -77,15 +77,15 @@ class DecisionFastPath:
         cached = self._chosen_leases.get(sender, target, action, self._clock.now_ms() / 1000)
         if cached is not None:
             return cached
-        found = self._authorize(sender, target, action)
-        if isinstance(found, ChosenLease):
-            self._chosen_leases.put(sender, action, found, self._entitlements_max_age_s)
-        return found
+        chosen = self._authorize(sender, target, action)
+        if isinstance(chosen, ChosenLease):
+            self._chosen_leases.put(sender, action, chosen, self._entitlements_max_age_s)
+        return chosen
 
     def cached_decision(self, presented: PresentedIdentity, attempt: Attempt) -> CachedDecision | None:
-        """See `Gate.cached_allowance`. Takes the steps of `DecisionGate.decide` that need no await.
+        """The `Gate.cached_allowance` of the gate. Takes the steps of `DecisionGate.decide` that need no await.
 
-        None where a step needs one, or refuses: that is left to `decide`.
+        None if a step needs one, or refuses: that is left to `decide`.
         """
         try:
             return self._cached_decision(presented, attempt)

@@ -1,0 +1,73 @@
+"""Maps credential requests, decisions, and sealed replies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ringfence.audit.events import credentials
+from ringfence.audit.events.ocsf import OcsfEvent
+from ringfence.audit.mappers.mapper import UUID, MappedEvent, Mapper, RecordMapper
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.crypto.jwe import unverified_kid
+from ringfence.kernel.crypto.multi_recipient_jwe import recipients_of, unverified_about
+from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import Topic
+from ringfence.messages.credential import DecidedTerms
+from ringfence.messages.topics import CREDENTIAL_DECISION, CREDENTIAL_REPLY, CREDENTIAL_REQUEST
+
+
+class CredentialMapper(RecordMapper):
+    """Maps `credential.request`, `credential.decision` and `credential.reply`."""
+
+    def by_topic(self) -> dict[Topic[Any], Mapper]:
+        return {
+            CREDENTIAL_REQUEST: self._request,
+            CREDENTIAL_DECISION: self._decision,
+            CREDENTIAL_REPLY: self._reply,
+        }
+
+    def _request(self, record: Received) -> MappedEvent:
+        signed = self._verifier.request(record)
+        replay = self._replay(record, signed, lambda: self._subject_fields(record, signed))
+        if replay is not None:
+            return MappedEvent(replay)
+        facts = self._verifier.remember_request(signed, record.own_traceparent)
+        return MappedEvent(credentials.requested(record, facts, signed.verified()), self._incomplete(facts))
+
+    def _decision(self, record: Received) -> MappedEvent:
+        signed = self._verifier.by_service(record, DecidedTerms, "policy")
+        claims = signed.claims
+        facts = self._verifier.embedded_request(
+            claims.request, claims.request_id, claims.source.appended_at_ms
+        )
+        fields = {"agent": facts.agent} if facts is not None else {}
+        replay = self._replay(record, signed, lambda: {**fields, "request": claims.request_id})
+        if replay is not None:
+            return MappedEvent(replay)
+        approvers = [self._verifier.approver(one, record.appended_at_ms) for one in claims.approvals]
+        grantors = [self._verifier.grantor(one, record.appended_at_ms) for one in claims.grants or ()]
+        embedded = ["approval"] * sum(one is not None for one in approvers)
+        embedded += ["grant"] * sum(one is not None for one in grantors)
+        if facts is not None:
+            embedded.append("credential.request")
+            facts.decision = claims.jti
+            facts.policy_revision = claims.revisions.policy if claims.revisions is not None else None
+            facts.approvers = tuple(one for one in [*approvers, *grantors] if one is not None)
+        event = credentials.decided(record, claims, digest(signed.compact), facts, signed.verified(*embedded))
+        return MappedEvent(event, facts is None or self._incomplete(facts))
+
+    def _reply(self, record: Received) -> MappedEvent:
+        if record.value.startswith(b"{"):
+            return MappedEvent(self._delivery(record))
+        request_id = unverified_kid(record.value) if record.value.count(b".") == 4 else None
+        if request_id is None or not UUID.fullmatch(request_id):
+            raise InvalidMessageError("not a sealed reply", code="not_a_jwe")
+        return MappedEvent(credentials.replied(record, request_id, self._verifier.facts(request_id)))
+
+    def _delivery(self, record: Received) -> OcsfEvent:
+        request_id = unverified_about(record.value)
+        if request_id is None or not UUID.fullmatch(request_id):
+            raise InvalidMessageError("not an envelope for gateways", code="not_an_envelope")
+        to = recipients_of(record.value)
+        return credentials.delivered(record, request_id, to, self._verifier.facts(request_id))
