@@ -123,7 +123,10 @@ async def _measure(name: str, settings: ServiceSettings, kind: Any) -> None:
             await counter.until(1)
             latencies = []
             for _ in range(PROBES):
-                start, goal = time.perf_counter(), counter.count + 1  # it may arrive before its acknowledgement
+                start, goal = (
+                    time.perf_counter(),
+                    counter.count + 1,
+                )  # it may arrive before its acknowledgement
                 await (await publisher.send(CREDENTIAL_REQUEST, "a", PAYLOAD, id="0", type="bench"))
                 await counter.until(goal)
                 latencies.append((time.perf_counter() - start) * 1000)
