@@ -1,7 +1,7 @@
-"""What the issuer turns away: more leases than an agent or a sponsor may hold, and decisions that waited for too long.
+"""Admission control of the issuer: limits on leases per agent and per sponsor, and on how long a decision waited.
 
-Counts are read from Redis now and then and added to in between, so that the hot path costs no round trip: several
-issuers together may let a few more through.
+Lease counts are read from Redis at intervals and incremented locally in between, so that the hot path costs no round
+trip. Several issuers together may therefore exceed a limit by a few leases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.lifecycle import agent_selector_key, sponsor_selector_key
 
 RETRY_AFTER_S = 10
-"""When to ask again where too many leases live: some end by themselves."""
+"""When to ask again after "too many leases". Some leases end by themselves."""
 _COUNT_AGAIN_S = 2.0
 _COUNT_AGAIN_AT_LIMIT_S = 0.25
 _MOST_REMEMBERED = 20_000
@@ -25,12 +25,12 @@ _MOST_REMEMBERED = 20_000
 
 @dataclass(frozen=True, slots=True)
 class LeaseLimitValues:
-    """How much the issuer takes; 0 is without limit."""
+    """Limits of the issuer. 0 means no limit."""
 
     agent_leases: int
     sponsor_leases: int
     wait_s: int
-    """How old a decision may be when its turn comes."""
+    """The greatest age of a decision when its turn comes."""
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class _Count:
 
 
 class LeaseLimits:
-    """Looks at what has been weighed and would be issued next."""
+    """Admission control by lease counts and by the age of decisions."""
 
     def __init__(self, store: LeaseStore, clock: Clock, limits: LeaseLimitValues) -> None:
         self._store = store
@@ -51,7 +51,7 @@ class LeaseLimits:
     async def admit(
         self, decisions: Sequence[Decision], weighed: Sequence[Issue | Refusal]
     ) -> list[Issue | Refusal]:
-        """The same, with refusals in place of what is beyond a limit. Raises UnavailableError."""
+        """Return `weighed`, with a refusal in place of each issue beyond a limit. Raises UnavailableError."""
         await self._count(one for one in weighed if isinstance(one, Issue))
         now_ms = self._clock.now_ms()
         return [
@@ -85,7 +85,7 @@ class LeaseLimits:
         return {mark: limit for mark, limit in both.items() if limit}
 
     async def _count(self, issues: Iterable[Issue]) -> None:
-        """Read anew what is not known, or not any more."""
+        """Read from Redis the counts that are unknown or too old."""
         now_s = asyncio.get_running_loop().time()
         wanted: dict[str, int] = {}
         for issue in issues:

@@ -1,8 +1,9 @@
-"""Credentials that leave something at their target: announced on Kafka before they are made, alive only after that.
+"""Minting of credentials that leave something at their target: announced on Kafka first, active only at the end.
 
-`minting` record acknowledged -> made at the target -> activated, conditionally. Whatever happens in between, wherever
-this process dies, the announcement is there: who gets the decision again goes on with it, and a revoker that finds it
-unfinished takes back what there is. What is here is for one target at a time, so that none waits for another.
+The steps: Kafka acknowledges the `minting` record. The backend makes the credential at the target. Redis activates the
+lease conditionally. If the process dies in between, the announcement remains: whoever receives the decision again
+resumes, and a revoker that finds a lease unfinished removes what exists at the target. One call handles one target, so
+that no target waits for another.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from ringfence.model.leases.tracing import step_of
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 5
-"""When to ask again where a target does not answer, and nothing else is known."""
+"""When to ask again after a target did not answer, if nothing better is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Minted:
-    """A credential that is there, and its active lease."""
+    """A credential that was made, and its active lease."""
 
     issue: Issue
     jws: str
@@ -42,7 +43,7 @@ class Minted:
 
 
 class Replayed:
-    """The decision of a lease that was issued on another record."""
+    """Outcome: the lease was issued for the same decision at another record."""
 
 
 REPLAYED = Replayed()
@@ -51,7 +52,7 @@ Outcome = Minted | Refusal | Replayed
 
 @dataclass(slots=True)
 class _Attempt:
-    """One issue on its way. `outcome` is set once nothing more happens to it."""
+    """One credential being minted. `outcome` is set once nothing more happens to it."""
 
     issue: Issue
     minting: SignedLease
@@ -61,7 +62,7 @@ class _Attempt:
 
 
 class Minter:
-    """Takes issues to their credentials and active leases."""
+    """Mints credentials at targets and activates their leases."""
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class Minter:
         *,
         mint_ms: int,
     ) -> None:
-        """`mint_ms`: how long after its announcement a revoker leaves a lease to this issuer."""
+        """`mint_ms`: how long after the announcement a revoker leaves the lease to this issuer."""
         self._runtime = runtime
         self._store = store
         self._backends = backends
@@ -80,10 +81,10 @@ class Minter:
         self._mint_ms = mint_ms
 
     async def mint(self, issues: Sequence[Issue]) -> list[Outcome]:
-        """What came of issues for one target, in their order. Kafka has their `minting` records then.
+        """Mint credentials for one target. Returns their outcomes in the order of `issues`.
 
-        Raises UnavailableError where Redis or Kafka does not answer, or another issuer took one over: then the same
-        decisions come again.
+        When it returns, Kafka has the `minting` records. Raises UnavailableError if Redis or Kafka does not answer, or
+        if another issuer took one lease over. The same decisions are delivered again then.
         """
         attempts = [self._attempt(issue) for issue in issues]
         token = secrets.token_hex(8)
@@ -93,9 +94,10 @@ class Minter:
         return [_settled(one) for one in attempts]
 
     async def again(self, issue: Issue, jws: str) -> Minted | Refusal:
-        """The credential of a lease that is active: who had it first may have died before it was told.
+        """Mint the credential of an active lease once more: the issuer that made it may have died before it replied.
 
-        The lease may end while this is at work; a revoker undoes only what it finds. So it is looked at after.
+        The lease may end during the call, and a revoker undoes only what it finds. So the lease is looked up
+        afterwards.
         """
         try:
             credential = await self._called(issue)
@@ -107,7 +109,10 @@ class Minter:
         return Refusal(OVER, issue.request)
 
     def _current(self, issue: Issue, jws: str, credential: Credential) -> Minted:
-        """What Kafka is told, and was perhaps told before: in this epoch of Redis, as it may be void in another."""
+        """Return the lease to publish, which may have been published before, restated in the current epoch of Redis.
+
+        A lease of another epoch may be void.
+        """
         key, lease = self._runtime.key, issue.lease
         if lease.epoch in (None, self._store.epoch):
             return Minted(issue, jws, credential)
@@ -151,7 +156,10 @@ class Minter:
                 attempt.outcome = await self._known(issue, stored)
 
     def _taken_over(self, attempt: _Attempt, stored: StoredLease) -> Outcome | None:
-        """Go on with what somebody announced and did not finish: the record that is there is the one that counts."""
+        """Resume a lease that another process announced and did not finish.
+
+        Its stored record counts, not the new one.
+        """
         lease = self._believed(attempt.issue, stored)
         if lease is None:
             return REPLAYED
@@ -222,7 +230,7 @@ class Minter:
             return await self._caller.call(lease.target_id, lambda: backend.mint(lease, issue.target))
 
     async def _undo(self, issue: Issue) -> None:
-        """Take back what nobody was given. Where that fails a revoker does it, which finds it by itself."""
+        """Remove a credential that nobody received. If that fails, a revoker finds it by itself and removes it."""
         lease, backend = issue.lease, self._backends[issue.lease.backend]
         try:
             with step_of(lease, "undo", self._runtime.tracing):
@@ -233,7 +241,7 @@ class Minter:
             log.warning("lease %s was refused and is not undone yet: %s", lease.lease_id, error)
 
     async def _give_up(self, attempt: _Attempt) -> None:
-        """Let a revoker have the lease now, not when its time to be made is over."""
+        """Hand the lease to a revoker now, before its minting deadline."""
         try:
             await self._store.postpone({attempt.issue.lease.lease_id: 0})
         except UnavailableError as error:
@@ -246,7 +254,7 @@ class Minter:
         )
 
     def _believed(self, issue: Issue, stored: StoredLease) -> Lease | None:
-        """A stored record of this very issue, signed by an issuer or revoker; else None."""
+        """Return the stored lease if an issuer or revoker signed it for this very issue, else None."""
         try:
             parsed = parse(stored.jws)
             at_s = parsed.unverified_claims(Lease).iat

@@ -1,4 +1,4 @@
-"""What a gateway asks for that came later than a lease: the credential once more, sealed to it."""
+"""Re-encryption of a credential for a gateway that started after the lease was issued."""
 
 from __future__ import annotations
 
@@ -35,14 +35,16 @@ from ringfence.model.records.api_access import Authenticator, ForbiddenError
 log = logging.getLogger(__name__)
 
 CLOCKS_MS = 5000
-"""How far the clocks of the brokers that stamped a decision and its delivery may be apart."""
+"""The greatest clock difference between the brokers that stamped a decision and its delivery."""
 _AT_ONCE = 4
-"""So many look-ups at a time: each reads a piece of a partition."""
+"""Concurrent look-ups. Each reads part of a partition."""
 _WITHIN_S = 10.0
 
 
 class Resealer:
-    """Finds the sealed credential of a live lease on Kafka, by the time of its decision, and seals it again."""
+    """Finds the encrypted credential of a live lease on Kafka, from the time of its decision on, and encrypts it
+    again.
+    """
 
     def __init__(
         self,
@@ -60,10 +62,10 @@ class Resealer:
         self._slots = asyncio.Semaphore(_AT_ONCE)
 
     async def reseal(self, lease_id: str, gateway: str) -> str:
-        """The envelope for one gateway (its SPIFFE ID).
+        """Return the envelope (JWE) of a live lease for one gateway, given by its SPIFFE ID.
 
-        Raises ForbiddenError where the gateway has no key that could be sealed to, NotFoundError where the lease is
-        not live or not for gateways, UnavailableError where Redis or Kafka does not answer in time.
+        Raises ForbiddenError if the trust bundle has no encryption key of the gateway, NotFoundError if the lease is
+        not live or not for gateways, and UnavailableError if Redis or Kafka does not answer in time.
         """
         keys = self._trust.encryption_keys("gateway", self._clock.now_ms() / 1000, of=gateway)
         if not keys:
@@ -90,7 +92,7 @@ class Resealer:
         return lease
 
     async def _found(self, lease: Lease) -> bytes:
-        """The signed delivery of a lease: the topic is read from the time of its decision on."""
+        """Return the signed delivery of a lease. Reads the topic from the time of the lease's decision on."""
         found: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
         def take_in(records: Sequence[Received]) -> None:
@@ -117,7 +119,7 @@ class Resealer:
         return found.result()
 
     def _delivery(self, record: Received, lease: Lease) -> bytes | None:
-        """The signed delivery in a record, if it is this lease's and an issuer's word."""
+        """Return the signed delivery in a record, if it is this lease's and an issuer signed it, else None."""
         # Unverified: it only spares opening the others.
         if self._own is None or unverified_about(record.value) != lease.request_id:
             return None
@@ -161,7 +163,7 @@ _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12
 
 
 class GatewayHttp:
-    """The routes for gateways."""
+    """HTTP routes for gateways."""
 
     def __init__(self, resealer: Resealer, authenticator: Authenticator) -> None:
         self._resealer = resealer
@@ -171,7 +173,7 @@ class GatewayHttp:
         return [Route(SEALED_PATH, self.sealed)]
 
     async def sealed(self, request: Request) -> Response:
-        """The credential of a live lease, sealed to the gateway that asks, and to nobody else."""
+        """Serve the credential of a live lease, encrypted to the calling gateway alone."""
         gateway = self._authenticator.gateway(request.headers.get("authorization"))
         lease_id = request.path_params["lease_id"]
         if not _UUID.fullmatch(lease_id):
