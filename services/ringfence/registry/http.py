@@ -1,9 +1,8 @@
-"""What people read of the registry: users, agents, targets, tasks.
+"""HTTP API to read users, agents, targets and tasks.
 
-Operators and auditors see all; sponsors their own agents, the tasks of those, and what they handed on; everybody
-themself, the targets, and the tasks that they assigned or that are on behalf of them. What somebody may not see is not
-found, as what is not there. `?records=1` adds the signed
-records, to be verified.
+Operators and auditors see everything. Sponsors see their own agents, the tasks of those agents, and the parts that
+those handed on. Every user sees themself, the targets, and the tasks that they assigned or that are on their behalf. An
+entry that the caller may not see is answered like a missing one. `?records=1` adds the signed records for verification.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory, VerifiedRecord
 
 _PAUSE_EVERY = 50
-"""So many entries are looked at before the rest of the process gets its turn: the first look verifies each chain."""
+"""After so many entries the loop yields to the rest of the process: the first look verifies each chain."""
 
 Filter = Callable[[AnyState, Request], bool]
 
 
 class RegistryApi:
-    """The routes over one directory."""
+    """HTTP routes over one directory."""
 
     def __init__(self, directory: Directory, authenticator: Authenticator, clock: Clock) -> None:
         self._directory = directory
@@ -40,7 +39,7 @@ class RegistryApi:
         self._clock = clock
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to those of the runtime."""
+        """Return the routes to add to those of the runtime."""
         return [
             *self._of("user"),
             *self._of("agent"),
@@ -100,8 +99,9 @@ class RegistryApi:
                 return True
 
     def _is_wanted_task(self, task: AnyState, request: Request) -> bool:
-        """`?agent=`, `?parent=` and `?status=`: a task past its end has ended, whether or not somebody said so, and so
-        have its parts.
+        """Apply the filters `?agent=`, `?parent=` and `?status=`.
+
+        A task past its end counts as ended, and so do its parts, even if nobody published that.
         """
         if not isinstance(task, TaskState):
             return False

@@ -1,7 +1,7 @@
-"""Keys of issuers that publish them: OpenID Connect Discovery 1.0 over HTTPS. Only the registry asks.
+"""OpenID Connect Discovery 1.0: reads the public keys of token issuers over HTTPS. Only the registry does this.
 
-What is read is kept, and read anew when a token names a key that is not known: but not more often than once in a while,
-whatever tokens come, or strangers could make the registry ask as often as they like.
+Keys are cached, and read again when a token names an unknown key. A minimum interval applies whatever tokens arrive.
+Otherwise strangers could make the registry send requests as often as they like.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ MAX_DOCUMENT_BYTES = 256 * 1024
 _TIMEOUT_S = 5.0
 _IN_ALL_S = 10.0
 _KEPT_MS = 3_600_000
-"""How long keys count without a look: an issuer that takes one back has its way within the hour."""
+"""How long cached keys count. An issuer that withdraws a key is obeyed within the hour."""
 _AGAIN_MS = 30_000
-"""How soon the same issuer is asked again."""
+"""The minimum interval between two reads from one issuer."""
 
 
 @dataclass(slots=True)
@@ -49,10 +49,13 @@ class _CachedKeys:
 
 
 class Discovery:
-    """Reads the keys of issuers, and keeps them."""
+    """Reads and caches the keys of issuers."""
 
     def __init__(self, clock: Clock, ca_file: Path | None = None) -> None:
-        """`ca_file`: authorities (PEM) besides the machine's own, for issuers inside. Raises SettingsError."""
+        """`ca_file` has certificate authorities (PEM) besides the machine's own, for internal issuers.
+
+        Raises SettingsError.
+        """
         self._clock = clock
         # To read all authorities of the machine takes a while: not before an issuer is asked.
         self._tls = _tls(ca_file) if ca_file is not None else None
@@ -60,9 +63,9 @@ class Discovery:
         self._http: httpx.AsyncClient | None = None
 
     async def keys(self, issuer: str, kid: str) -> Sequence[OidcKey]:
-        """The issuer's keys; read anew where `kid` is not known, or the hour is over.
+        """Return the issuer's keys, read again if `kid` is unknown or the cached keys are older than an hour.
 
-        Raises UnavailableError where the issuer did not answer, or with something else than keys.
+        Raises UnavailableError if the issuer did not answer, or answered with something other than keys.
         """
         known = self._known.setdefault(issuer, _CachedKeys())
         async with known.lock:
@@ -75,7 +78,7 @@ class Discovery:
         return known.keys
 
     async def close(self) -> None:
-        """Disconnect."""
+        """Close the HTTP client."""
         if self._http is not None:
             await self._http.aclose()
 
@@ -98,7 +101,10 @@ class Discovery:
             ) from None
 
     async def _get(self, url: str) -> bytes:
-        """One document. What is behind a redirect, too large or not there raises ValueError."""
+        """Return one document.
+
+        Raises ValueError for a redirect, a missing document, or one over `MAX_DOCUMENT_BYTES`.
+        """
         if self._http is None:
             self._http = httpx.AsyncClient(
                 verify=self._tls or _tls(), timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False
