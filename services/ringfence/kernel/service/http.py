@@ -1,4 +1,4 @@
-"""HTTP of every service: `/healthz`, `/readyz`, `/metrics`, and whatever routes the service adds."""
+"""HTTP server of every service: `/healthz`, `/readyz`, `/metrics`, and the service's own routes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ringfence.kernel.base.errors import RingfenceError
 log = logging.getLogger(__name__)
 
 ReadyCheck = Callable[[], str | None]
-"""Says why a service is not ready, or None."""
+"""Returns why a service is not ready, or None."""
 
 
 class HttpListenError(RingfenceError):
-    """The HTTP port is taken, or the address is not this machine's."""
+    """Raised when the HTTP port is in use, or when the address is not this machine's."""
 
     code = "cannot_listen"
 
@@ -37,10 +37,13 @@ def application(
     warnings: Sequence[ReadyCheck] = (),
     facts: Callable[[], Mapping[str, object]] = dict,
 ) -> Starlette:
-    """The ASGI application of a service.
+    """Return the ASGI application of a service.
 
-    `checks` say why it is not ready; `denials` why it denies, though it is ready to say so and to answer what it can;
-    `warnings` what people should know though it works; `facts` are for comparing services with each other.
+    Args:
+        checks: return why the service is not ready.
+        denials: return why the service denies requests although it is ready and answers what it can.
+        warnings: return what people should know although the service works.
+        facts: values for comparing services with each other.
     """
 
     async def healthz(_: Request) -> Response:
@@ -79,7 +82,10 @@ def application(
 
 
 def number_in(text: str, least: int, most: int) -> int | None:
-    """A whole number of a query, or None where it is none, or not from `least` to `most`. No zeros fill it up."""
+    """Parse a whole number of a query.
+
+    Returns None if it is malformed, has leading zeros, or is not in [`least`, `most`].
+    """
     if not text.isdecimal() or len(text) > len(str(most)):
         return None
     number = int(text)
@@ -87,12 +93,13 @@ def number_in(text: str, least: int, most: int) -> int | None:
 
 
 MAX_HEAD_BYTES = 64 * 1024
-"""Of a request's line and headers, besides what the read brought that they began in."""
+"""The limit for request line and headers, not counting the read in which the request began."""
 READING_S = 30.0
-"""So long a request may take to arrive, its body with it, and so long a connection may wait to bring one. So long, too,
-nothing of an answer may be taken."""
+"""The time limit for a whole request to arrive, for an idle connection, and for a client that accepts nothing of a
+response.
+"""
 STALL_S = 2.0
-"""Of whom nothing of an answer was taken for so long, nobody thinks that they want it."""
+"""After this time without progress of a response, the client is assumed not to want it."""
 _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -102,11 +109,11 @@ _NO_ROOM = (
 
 
 class ConnectionLimit:
-    """How many connections are open at once (admission control), and which of them goes where another one comes.
+    """Admission control for connections: limits how many are open, and selects which one to close for a new one.
 
-    A connection that brings no whole request, or takes no answer, makes room, the one first that has waited longest:
-    who opens very many and says little shuts out nobody. One whose request is being answered is never closed. Of one
-    address there are half as many, at most.
+    It closes a connection without a whole request, or whose client accepts no response; the longest waiting goes first.
+    So a client that opens many idle connections cannot shut others out. A connection whose request is being answered is
+    never closed. One address may hold at most half of the connections.
     """
 
     def __init__(self, most: int) -> None:
@@ -118,7 +125,10 @@ class ConnectionLimit:
         return len(self._addresses)
 
     def admit(self, connection: Requests, address: str) -> bool:
-        """Whether there is room for it, where others have been closed for that if need be."""
+        """Admit a connection if there is room, or if another one can be closed for it.
+
+        Returns whether it is admitted.
+        """
         same = [one for one, other in self._addresses.items() if other == address]
         if len(same) >= self._most_of_one and not self._close_one(set(same)):
             return False
@@ -128,17 +138,17 @@ class ConnectionLimit:
         return True
 
     def waits(self, connection: Requests) -> None:
-        """It has no request under way: the latest of those."""
+        """Note that the connection has no request under way. It becomes the last to be closed."""
         if connection in self._addresses:
             self._waiting.pop(connection, None)
             self._waiting[connection] = None
 
     def works(self, connection: Requests) -> None:
-        """A whole request came."""
+        """Note that a whole request came: the connection is not closed now."""
         self._waiting.pop(connection, None)
 
     def leave(self, connection: Requests) -> None:
-        """It is closed."""
+        """Note that the connection is closed."""
         self._addresses.pop(connection, None)
         self._waiting.pop(connection, None)
 
@@ -152,21 +162,24 @@ class ConnectionLimit:
 
 
 class Requests(HttpToolsProtocol):
-    """Reads requests within bounds: the parser by itself keeps headers without an end, and waits for them for ever."""
+    """HTTP protocol with limits on size and time. The parser by itself stores endless headers and waits for ever."""
 
     limit: ConnectionLimit | None = None
     reading_s = READING_S
     stall_s = STALL_S
     _in_head = False
     _begun = 0
-    """How many requests began: one that did in the present read is not counted by its bytes."""
+    """The number of requests that began.
+
+    If one began in the current read, that read does not count for `_head_bytes`.
+    """
     _head_bytes = 0
     _too_late: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
-    """Set while something of an answer has not been taken."""
+    """Set while the client has not accepted part of a response."""
     _untaken = 0
     _stalls = 0
-    """How many times in a row nothing more had been taken of it."""
+    """Consecutive checks without progress."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -236,12 +249,12 @@ class Requests(HttpToolsProtocol):
             self.limit.waits(self)
 
     def _answered(self) -> bool:
-        """Whether nothing that came is being answered, also of what was sent along."""
+        """Return whether no request of this connection is being answered, pipelined ones included."""
         cycle = getattr(self, "cycle", None)  # before the first head was read whole there is none
         return cycle is None or bool(cycle.response_complete)
 
     def _look(self) -> None:
-        """Whether more of the answer has been taken."""
+        """Check whether the client has accepted more of the response."""
         untaken = self.transport.get_write_buffer_size()
         self._stalls = self._stalls + 1 if untaken >= self._untaken else 0
         self._untaken = untaken
@@ -270,7 +283,7 @@ class Requests(HttpToolsProtocol):
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn inside a loop that somebody else runs; signals are that somebody's."""
+    """uvicorn inside a loop that the caller runs. The caller handles signals."""
 
     def __init__(
         self,
@@ -281,7 +294,10 @@ class HttpServer(uvicorn.Server):
         setting: str = "RINGFENCE_HTTP",
         connections: int | None = None,
     ) -> None:
-        """`setting`: by which it was told where to listen, for errors. `connections`: so many are open at once."""
+        """`setting` names, in errors, the setting of the address.
+
+        `connections` is the most connections that are open at once.
+        """
         self._setting = setting
         limit = ConnectionLimit(connections) if connections is not None else None
         super().__init__(
@@ -296,7 +312,7 @@ class HttpServer(uvicorn.Server):
         yield
 
     async def run_until_stopped(self) -> None:
-        """Serve until `should_exit` is set. Raises HttpListenError where the address cannot be had."""
+        """Serve until `should_exit` is set. Raises HttpListenError if the address is not available."""
         try:
             await self.serve()
         except SystemExit:  # uvicorn's way to say that it could not bind

@@ -25,7 +25,7 @@ class Span:
 
     def __init__(self, traceparent: str | None = None) -> None:
         self.traceparent = traceparent
-        """What comes of this work goes on from here."""
+        """Trace context for what follows from this work."""
 
     def note(self, **facts: object) -> None:
         """Add attributes: `agent_id` becomes `ringfence.agent.id`. Values of None are left out."""
