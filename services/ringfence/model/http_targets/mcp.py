@@ -1,8 +1,9 @@
-"""Messages of the Model Context Protocol (2025-06-18 and later), read so that nobody can read them otherwise. Pure.
+"""Strict parser of Model Context Protocol messages (2025-06-18 and later): no other reader can read them differently.
 
-A message is one JSON-RPC 2.0 object: a batch, which the protocol no longer has, is refused. So are names that differ
-from others, or from those that mean something, by nothing but upper and lower case: some readers of JSON take
-`Name` for `name`.
+Pure.
+
+A message is one JSON-RPC 2.0 object. A batch, which the protocol no longer has, is refused. Names that differ only in
+case from others, or from meaningful ones, are refused too: some JSON readers take `Name` for `name`.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.strict_json import json_object
 
 RESPONSE: Final = "response"
-"""Stands for the method of what answers a request of the server's, which has none."""
+"""Stands for the method of a response to a request of the server. A response has no method."""
 NAMED_BY: Final[Mapping[str, str]] = {
     "tools/call": "name", "prompts/get": "name",
     "resources/read": "uri", "resources/subscribe": "uri", "resources/unsubscribe": "uri",
 }  # fmt: skip
-"""The member of `params` that says which one is meant, by method."""
+"""By method: the member of `params` that names the tool, prompt or resource."""
 CALL: Final = "tools/call"
 _ASKS: Final = frozenset({
     "initialize", "ping", "tools/list", "prompts/list", "prompts/get", "resources/list", "resources/templates/list",
     "resources/read", "completion/complete",
 })  # fmt: skip
-"""What changes nothing at the server, as the protocol has it."""
+"""Methods that change nothing at the server, according to the protocol."""
 _NOTIFIES: Final = "notifications/"
 WITH_ARGUMENTS: Final = frozenset({"tools/call", "prompts/get"})
 LISTED: Final[Mapping[str, tuple[str, str]]] = {
     "tools": ("tools/call", "name"), "prompts": ("prompts/get", "name"), "resources": ("resources/read", "uri"),
 }  # fmt: skip
-"""The members of a result that list things, by what they are called there: how one is used, and what names it."""
+"""By member of a list result: the method that uses an entry, and the member that names the entry."""
 
 _TOP: Final = frozenset({"jsonrpc", "id", "method", "params", "result", "error"})
 _MEANT: Final = frozenset({"name", "uri", "arguments", "_meta"})
@@ -42,12 +43,12 @@ _MAX_ID: Final = 2**53 - 1
 
 
 class McpMessageError(RingfenceError):
-    """What was posted is no single message that can be understood for certain. The message says what is wrong."""
+    """Raised when a body is not exactly one message that can be read unambiguously. The message says what is wrong."""
 
     def __init__(self, code: str, message: str, *, id: str | int | None = None) -> None:
         super().__init__(message, code=code)
         self.id = id
-        """Of the request, where that much could be read."""
+        """The id of the request, if that could be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +57,20 @@ class McpMessage:
 
     kind: Literal["request", "notification", "response"]
     method: str
-    """`RESPONSE` where it is one."""
+    """The JSON-RPC method; `RESPONSE` for a response."""
     id: str | int | None = None
     name: str | None = None
-    """Of the tool or prompt, or the URI of the resource."""
+    """The name of the tool or prompt, or the URI of the resource."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def only_asks(self) -> bool:
-        """Whether it changes nothing, whatever the server is. Of a call that cannot be said."""
+        """Return whether the message changes nothing at any server. For a tool call that is unknown, so it is False."""
         return self.method in _ASKS or self.method.startswith(_NOTIFIES)
 
 
 def read_message(body: bytes) -> McpMessage:
-    """The message that a body is. Raises McpMessageError."""
+    """Parse a body into one message. Raises McpMessageError."""
     if body.lstrip(b" \t\r\n")[:1] == b"[":
         raise McpMessageError("mcp_batch", "several messages at once are not taken: post each by itself")
     try:
@@ -108,7 +109,7 @@ def _response(given: Mapping[str, Any], id: str | int | None) -> McpMessage:
 def _meant(
     method: str, params: Mapping[str, Any], id: str | int | None
 ) -> tuple[str | None, Mapping[str, Any]]:
-    """What a request names, and with which arguments."""
+    """Return what a request names, and its arguments. Raises McpMessageError."""
     if clash(params) or any(name.casefold() in _MEANT and name not in _MEANT for name in params):
         raise _invalid("names in its params differ by upper and lower case alone", id)
     name = params.get(NAMED_BY[method]) if method in NAMED_BY else None
@@ -123,7 +124,7 @@ def _meant(
 
 
 def clash(names: Iterable[str]) -> bool:
-    """Whether two names are the same but for upper and lower case."""
+    """Return whether two of the names differ only in case."""
     given = list(names)
     return len({name.casefold() for name in given}) != len(given)
 
@@ -139,6 +140,6 @@ def _invalid(what: str, id: str | int | None = None) -> McpMessageError:
 
 
 def _short(error: ValueError) -> str:
-    """Without what the parser quotes of the text, which may be a secret."""
+    """Return the error's text without what the parser quotes: that may be a secret."""
     known = ("nested too deeply", "no JSON object", "a name comes twice")
     return str(error) if str(error) in known else "it cannot be parsed"

@@ -1,4 +1,4 @@
-"""Which message of the Model Context Protocol a rule of a target's map means, and what it captures. Pure."""
+"""Matching of Model Context Protocol messages against the rules of a target's request map, and captures. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ringfence.messages.registry import McpRule
 from ringfence.model.http_targets.mcp import NAMED_BY, WITH_ARGUMENTS, McpMessage
 
 ARGUMENT: Final = re.compile(r"arguments\.([A-Za-z0-9_.$-]{1,64}?)(\*?)")
-"""What stands in the braces of a resource for an argument: its name, and whether it may be several segments."""
+"""A placeholder for an argument in a resource: its name, and whether it may hold several segments."""
 HOLE: Final = re.compile(r"\{([^{}]*)\}")
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -22,20 +22,20 @@ _NOT_IN_A_SEGMENT: Final = re.compile(r"[/\\%;\x00-\x1f\x7f]")
 
 
 class McpRuleError(ValueError):
-    """A rule has no meaning. The message says what is wrong."""
+    """Raised when a rule has no meaning. The message says what is wrong."""
 
 
 class CannotTellError(Exception):
-    """A condition or a capture that cannot be judged: falling through to a weaker rule would be a guess."""
+    """Raised when a condition or capture cannot be evaluated. Falling through to a weaker rule would be a guess."""
 
 
 class CompiledMcpRule:
-    """One rule, ready to be held against messages."""
+    """One rule, ready to match messages."""
 
     __slots__ = ("_conditions", "_method", "_name", "captures", "conditional")
 
     def __init__(self, rule: McpRule) -> None:
-        """Raises McpRuleError."""
+        """Raises McpRuleError if the rule has no meaning."""
         self._method = rule.method
         if rule.name is not None and rule.method not in NAMED_BY:
             raise McpRuleError(f"a message {rule.method} names nothing: leave the name out")
@@ -49,7 +49,7 @@ class CompiledMcpRule:
         self.conditional = bool(self._conditions)
 
     def named(self, method: str, name: str | None) -> dict[str, str] | None:
-        """What the template captures of a name, or None where it is another method or name."""
+        """Return what the template captures of a name, or None if method or name do not match."""
         if self._method != method and not (
             self._method == _ANY_NOTIFICATION and method.startswith("notifications/")
         ):
@@ -60,7 +60,7 @@ class CompiledMcpRule:
         return dict(zip(self.captures, found.groups(), strict=True)) if found is not None else None
 
     def fits(self, message: McpMessage) -> bool:
-        """Whether the arguments are as the rule wants them. Raises CannotTellError."""
+        """Return whether the arguments meet the rule's conditions. Raises CannotTellError."""
         return all(
             any(_same(argument(message, name), value) for value in values)
             for name, values in self._conditions.items()
@@ -68,12 +68,12 @@ class CompiledMcpRule:
 
 
 def takes_arguments(method: str) -> bool:
-    """Whether a resource can be made of the arguments of such a message."""
+    """Return whether a resource can be built from the arguments of such a message."""
     return method in WITH_ARGUMENTS
 
 
 def argument(message: McpMessage, name: str) -> Any:
-    """One argument, or None where it is not there. Raises CannotTellError where another is spelled almost so."""
+    """Return one argument, or None if it is missing. Raises CannotTellError if another name differs only in case."""
     if name not in message.arguments and any(
         given.casefold() == name.casefold() for given in message.arguments
     ):
@@ -82,7 +82,10 @@ def argument(message: McpMessage, name: str) -> Any:
 
 
 def captured(message: McpMessage, hole: str) -> str:
-    """What an argument puts into a resource. Raises CannotTellError where it is missing, or not what a name is of."""
+    """Return what an argument puts into a resource.
+
+    Raises CannotTellError if it is missing or has an unusable value.
+    """
     found = ARGUMENT.fullmatch(hole)
     assert found is not None, "checked when the rule was compiled"
     value = argument(message, found[1])
@@ -95,7 +98,7 @@ def captured(message: McpMessage, hole: str) -> str:
 
 
 def check_segments(value: str, *, several: bool) -> None:
-    """Raises CannotTellError where a text is not one segment of a name, or `several`."""
+    """Raise CannotTellError unless a text is one valid segment of a name, or with `several` a path of them."""
     for segment in value.split("/") if several else [value]:
         if segment in ("", ".", "..") or _NOT_IN_A_SEGMENT.search(segment):
             raise CannotTellError
@@ -129,5 +132,5 @@ def _literal(text: str) -> Any:
 
 
 def _same(given: Any, wanted: Any) -> bool:
-    """As JSON has it: 1 is not true, and an argument that is not there is null."""
+    """Compare as JSON does: 1 is not true, and a missing argument equals null."""
     return type(given) is type(wanted) and bool(given == wanted)

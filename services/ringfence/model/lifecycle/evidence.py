@@ -1,4 +1,4 @@
-"""Which of the commands that led to a state a record keeps, and which an honest registry may have dropped."""
+"""Pruning of a record's embedded commands: which ones it must keep, and which an honest registry may have dropped."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def still_needed(commands: Sequence[tuple[Command, T]], latest: Command) -> list
         latest: the command that was just accepted and comes after them.
 
     Returns:
-        The second elements of those to keep. Folding them and the latest gives the same state as folding all, and what
-        a user could sign, or was, at any time stays known. So do all keys that an agent ever had: of one that nobody
-        knew of any more it could not be said that it has ended, or whose it was.
+        The second elements of those to keep. Applying them and the latest gives the same state as applying all. What a
+        user could sign, or was, at any time stays known. So do all keys that an agent ever had: otherwise nobody could
+        say that a key has ended, or whose it was.
     """
     superseded: tuple[type[Any], ...] = ()
     if isinstance(latest, AgentSetCeiling):
@@ -56,7 +56,7 @@ def still_needed(commands: Sequence[tuple[Command, T]], latest: Command) -> list
 
 
 def _without_stops_of(iss: str, commands: Sequence[tuple[Command, T]]) -> list[T]:
-    """Drop suspensions by one person that are over, and what only they were resumed from."""
+    """Drop suspensions by one person that are over, and the resumptions from only those."""
     kept: list[T] = []
     stopped = False
     for command, item in commands:
@@ -73,10 +73,10 @@ def _without_stops_of(iss: str, commands: Sequence[tuple[Command, T]]) -> list[T
 
 
 def may_be_dropped(command: Command, before: Command | None, after: Sequence[Command]) -> bool:
-    """Whether an honest registry may have dropped `command` from a record that now holds others.
+    """Return whether an honest registry may have dropped `command` from a record that now holds others.
 
     Args:
-        before: the last of the commands that are still there and came before it.
+        before: the last remaining command that came before it.
         after: those that came after it, oldest first.
     """
     # What replaces something was signed after it: an order is not taken out of the past to undo a newer one.
@@ -103,8 +103,9 @@ def may_be_dropped(command: Command, before: Command | None, after: Sequence[Com
 
 
 def _same_standing(*commands: Command) -> bool:
-    """Whether these all set a user to the same roles and keys, and leave them in the same hands: only name or
-    entitlements may differ.
+    """Return whether all commands give a user the same roles and keys, and the same owner.
+
+    Only name or entitlements may differ.
     """
     first = commands[0]
     return isinstance(first, UserSet) and all(
@@ -113,7 +114,9 @@ def _same_standing(*commands: Command) -> bool:
 
 
 def _hands(command: UserSet) -> tuple[object, ...]:
-    """What of a user's standing a command settles, and who gave it: a provisioner's word replaces no operator's."""
+    """Return what a command settles besides entitlements, and who gave it: a provisioner's command replaces no
+    operator's.
+    """
     provisioned = command.provisioned
     active = provisioned.active if provisioned else None
     return command.roles, command.keys, active, command.iss if provisioned else None

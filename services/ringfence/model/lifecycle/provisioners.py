@@ -1,7 +1,7 @@
-"""Provisioners: what an operator delegates to the key of a directory, and what that key then does to users.
+"""Provisioners: what an operator delegates to the key of a directory, and what that key may do to users.
 
-A provisioner makes users and changes those that it made, each within what an operator's command says that the user's
-groups may give. It never touches keys, nor anybody whom an operator made or took over.
+A provisioner creates users and changes the ones that it created. Each change stays within what the operator's command
+allows for the user's groups. It never changes keys, nor users whom an operator created or took over.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from ringfence.model.lifecycle.context import (
 from ringfence.model.scope.scope import missing
 
 BY_PROVISIONERS: tuple[type[Any], ...] = (UserSet, UserDisable, ProvisionerLink)
-"""All that a provisioner may sign."""
+"""All commands that a provisioner may sign."""
 
 
 def apply_to_provisioner(
     state: UserState | None, command: ProvisionerSet | ProvisionerLink, context: Context
 ) -> UserState:
-    """The provisioner after `command`; `state` is None where there was none. Raises CommandRefusedError."""
+    """Return the provisioner after `command`. `state` is None if there was none. Raises CommandRefusedError."""
     if isinstance(command, ProvisionerLink):
         return _link(state, command, context)
     if not context.actor.is_root:
@@ -69,7 +69,7 @@ def apply_to_provisioner(
 
 
 def set_by_provisioner(state: UserState | None, command: UserSet, context: Context) -> UserState:
-    """The user after a provisioner's command. Raises CommandRefusedError where it reaches beyond its delegation."""
+    """Return the user after a provisioner's command. Raises CommandRefusedError if it exceeds the delegation."""
     delegation, said = context.actor.delegation, command.provisioned
     if delegation is None or context.actor.user_id is None or said is None:
         raise CommandRefusedError("a provisioner says which groups the user is in", code="groups_missing")
@@ -102,7 +102,7 @@ def set_by_provisioner(state: UserState | None, command: UserSet, context: Conte
 
 
 def disable_by_provisioner(state: UserState, command: UserDisable, context: Context) -> UserState:
-    """The user after a provisioner disabled them; their keys end where they left for good."""
+    """Return the user after a provisioner disabled them. Their keys end if they left for good."""
     before = _own(state, command.user_id, context)
     if before is None:
         raise CommandRefusedError(f"there is no user {command.user_id}", code="unknown_user")
@@ -112,14 +112,14 @@ def disable_by_provisioner(state: UserState, command: UserDisable, context: Cont
 
 
 def provisioned_of(said: Provisioning, by: str, *, blocked: bool = False) -> Provisioned:
-    """What a record holds of what a command says."""
+    """Return what a record holds of a command's provisioning data."""
     # By name: what a writer adds under the names that only a record has must not get there.
     fields = {name: getattr(said, name) for name in Provisioning.model_fields}
     return Provisioned(**fields, by=by, blocked=blocked)
 
 
 def _own(state: UserState | None, user_id: str, context: Context) -> Provisioned | None:
-    """What is known of a user whom the signing provisioner made; None where there is no user yet."""
+    """Return the provisioning data of a user whom the signing provisioner created; None if there is no user yet."""
     if state is None:
         return None
     if state.provisioned is None or state.provisioned.by != context.actor.user_id:

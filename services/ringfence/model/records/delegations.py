@@ -1,7 +1,7 @@
-"""Which agents hold parts of other agents' tasks: whoever ends what was handed on looks for leases there as well.
+"""Index of delegated tasks: which agents hold parts of other agents' tasks, so that revocation finds their leases too.
 
-Leases in Redis are found by the agents that hold them. One that came of another agent's task ends with that task, and
-with that agent; who holds such, the records of the tasks say. Nothing is let in by this: it only says where to look.
+Redis finds leases by the agent that holds them. A lease of a delegated task ends with the original task and with the
+original agent. The task records say who holds such parts. The index grants nothing: it only says where to look.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from ringfence.model.records.directory import Directory
 
 
 class Delegations:
-    """An index over the tasks of a directory. What was handed on once stays in it, whatever a later record says."""
+    """An index over the tasks of a directory. A delegation stays in it, whatever a later record says."""
 
     def __init__(self, directory: Directory) -> None:
-        """To be made before the directory is fed."""
+        """Create it before the directory receives records."""
         self._directory = directory
         self._parts: dict[str, dict[str, str]] = {}
-        """By task: its parts, and the agents that hold them."""
+        """By task: its parts, and the agent of each."""
         self._holders: dict[str, set[str]] = {}
-        """By agent: those that hold parts of its tasks, or parts of these."""
+        """By agent: the agents of parts of its tasks, at any depth."""
         directory.on_change(self._on_change)
 
     def holders(self, mark: str) -> frozenset[str]:
-        """The agents whose leases may bear a mark as what came of tasks that were handed on to them."""
+        """Return the agents whose leases of delegated tasks may match a selector key."""
         kind, _, id = mark.partition(":")
         match kind:
             case "agent":

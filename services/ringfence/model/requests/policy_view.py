@@ -1,4 +1,7 @@
-"""Records as the Rego bundle sees them: what no rule needs is left out, and each is written out once."""
+"""Policy input from records, as the Rego bundle sees them.
+
+Fields that no rule needs are left out, and each record is converted once.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ _OF_SPONSOR: Final = {"user_id", "status", "roles"}
 
 
 class WrittenRecords:
-    """Remembers what it wrote: agents ask again and again with the same records."""
+    """Cache of converted records: agents send many requests that rest on the same records."""
 
     def __init__(self) -> None:
         self._written: dict[tuple[type[AnyState], str], tuple[Any, dict[str, Any]]] = {}
         self._sponsors: dict[str, tuple[Any, dict[str, Any]]] = {}
 
     def of(self, entry: VerifiedRecord[Any], id: str) -> dict[str, Any]:
-        """The state of a record as JSON, to be shared and not to be changed."""
+        """Return the state of a record as JSON. It is shared: do not change it."""
         key = (type(entry.state), id)
         kept = self._written.get(key)
         if kept is not None and kept[0] is entry.record:
@@ -35,7 +38,7 @@ class WrittenRecords:
         return document
 
     def of_sponsor(self, entry: VerifiedRecord[UserState]) -> dict[str, Any]:
-        """What rules see of an agent's sponsor, to be shared and not to be changed."""
+        """Return what rules see of an agent's sponsor. It is shared: do not change it."""
         id = entry.state.user_id
         kept = self._sponsors.get(id)
         if kept is None or kept[0] is not entry.record:
@@ -44,7 +47,7 @@ class WrittenRecords:
         return kept[1]
 
     def of_delegations(self, steps: Sequence[DelegationStep]) -> list[dict[str, Any]]:
-        """How a task came to its agent, the last step first: who handed it on, their own task, who answers for them."""
+        """Return how a task came to its agent, the last step first: the delegating agent, its task, and its sponsor."""
         return [
             {
                 "agent": self.of(step.agent, step.agent.state.agent_id),
@@ -56,7 +59,7 @@ class WrittenRecords:
 
 
 def revisions_of(step: DelegationStep) -> tuple[object, ...]:
-    """What tells the records of one step of a chain from later ones."""
+    """Return the revisions that distinguish the records of one delegation step from later ones."""
     sponsor = step.sponsor
     return (
         step.agent.revision,

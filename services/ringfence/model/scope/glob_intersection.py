@@ -1,4 +1,4 @@
-"""The names that two globs share, as globs again. It only informs: what lies beyond its limits is left out."""
+"""Intersection of two globs, as a set of globs. It is for information only: results beyond its limits are left out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Cell = tuple[int, int]
 
 @lru_cache(maxsize=4096)
 def meet(left: str, right: str) -> tuple[str, ...]:
-    """Globs that together stand for the names that two globs share."""
+    """Return globs that together match the names that both globs match."""
     if within(left, (right,)):
         return (left,)
     if within(right, (left,)):
@@ -45,15 +45,15 @@ def _meet_segments(left: str, right: str) -> tuple[str, ...]:
 def _meet_tokens(
     left: Sequence[str], right: Sequence[str], loop: str, both: Callable[[str, str], Iterable[str]]
 ) -> set[_Tokens]:
-    """The token sequences that two patterns share, `loop` being the token that stands for any run of tokens.
+    """Return the token sequences that two patterns share. `loop` is the token that stands for any run of tokens.
 
-    A path through the product of the two chains loops only where both stand at `loop`, so the paths are
-    finitely many and each is again a pattern. `both` gives what two other tokens share. Beyond the limits the
-    result is a part of it.
+    The search walks the product of the two patterns. A path repeats only where both are at `loop`. So the paths are
+    finitely many, and each is a pattern again. `both` returns what two other tokens share. Beyond the limits the result
+    is incomplete.
     """
 
     def ways(i: int, j: int) -> list[tuple[_Tokens, _Cell]]:
-        """The tokens that may come next (none where a loop ends), and the cell that each leads to."""
+        """Return the tokens that may come next (none where a loop ends), each with the cell that it leads to."""
         left_loops = i < len(left) and left[i] == loop
         right_loops = j < len(right) and right[j] == loop
         if left_loops and right_loops:
@@ -91,7 +91,7 @@ def _meet_tokens(
 
 @lru_cache(maxsize=4096)
 def without_contained(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """The same names without the globs that the others contain; of very many, only names are dropped."""
+    """Return the globs without those that others contain. Of very many globs, only plain names are dropped."""
     wild = tuple(text for text in texts if "*" in text)
     kept = [text for text in texts if "*" in text or not within(text, wild)]
     if len(wild) <= _TIDY_GLOBS:
