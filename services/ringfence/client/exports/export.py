@@ -20,7 +20,7 @@ STATE: Final = ".part.json"
 
 
 class ExportError(RingfenceError):
-    """An export cannot begin or resume with the files that exist."""
+    """Raised when an export cannot begin or resume with the files that exist."""
 
     code = "export_files"
 
@@ -33,7 +33,7 @@ class ExportQuery(BaseModel):
     format: Format
     since_ms: int
     until_ms: int
-    """Not included."""
+    """Exclusive."""
     filters: dict[str, str | int]
 
 
@@ -155,7 +155,7 @@ async def export_pages(
 
 
 def stopped_at_ms(state: ExportProgress) -> int | None:
-    """The time of the last event that was looked at; None before the first page."""
+    """Return the time of the last event that was read; None before the first page."""
     return int(state.after.partition(".")[0]) if state.after else None
 
 

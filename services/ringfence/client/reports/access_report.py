@@ -23,12 +23,12 @@ class AccessReport:
     since_ms: int
     until_ms: int
     could: list[dict[str, Any]] | None = None
-    """None where policy does not say."""
+    """None if policy does not answer."""
     did: dict[tuple[str | None, ...], dict[str, Any]] = field(default_factory=dict)
     gaps: list[str] = field(default_factory=list)
 
     def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Take in what audit counted together, in the order of time."""
+        """Add groups that audit counted, in the order of time."""
         for line in lines:
             row = self.did.setdefault(
                 tuple(line[name] for name in _BY), {**line, **dict.fromkeys(_COUNTS, 0)}
@@ -40,15 +40,14 @@ class AccessReport:
             row["lease"] = line["lease"] or row["lease"]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Who did, those last that did so last."""
+        """Return who acted, by the time of their last action."""
         return sorted(self.did.values(), key=lambda line: (line["last_ms"], *map(str, map(line.get, _BY))))
 
     def total(self, name: str) -> int:
-        """The sum of one count."""
+        """Return the sum of one count over all rows."""
         return sum(line[name] for line in self.did.values())
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
         return {
             "target": self.target,
             "verb": self.verb,
@@ -123,7 +122,7 @@ async def _add_reach(api: ReadApi, report: AccessReport) -> None:
 
 
 def _blind_spots(report: AccessReport) -> list[str]:
-    """What neither gateways nor records can say."""
+    """Return sentences about what neither gateways nor records can show."""
     found = []
     handed_out, unverified = report.total("handed_out"), report.total("unverified")
     if handed_out:

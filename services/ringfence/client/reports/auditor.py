@@ -35,11 +35,11 @@ from ringfence.model.records.directory import Directory
 SETTLE_S = 60.0
 """Seconds that a record may be without an event: audit may not have reached it yet."""
 Heads = dict[str, tuple[int, str]]
-"""By tree: how many events it had, and its root. What an auditor keeps from one time to the next."""
+"""By tree: its number of events, and its root. An auditor keeps them from one verification to the next."""
 HEADS = TypeAdapter(Heads)
-"""Reads and writes them as JSON."""
+"""Parses and formats heads as JSON."""
 _RETENTION_TOLERANCE = 0.99
-"""Brokers remove whole segments: some of the oldest events may be gone a little early."""
+"""Brokers delete whole segments, so some of the oldest events may be gone a little early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,28 +52,28 @@ class TreeReport:
     unchained: int
     signed: int
     root: str | None
-    """The signed one; None where nothing is signed."""
+    """The signed root; None if nothing is signed."""
     witnesses: tuple[str, ...]
 
 
 @dataclass(slots=True)
 class TrailReport:
-    """The result of verifying the trail."""
+    """Result of verifying the trail."""
 
     trees: list[TreeReport] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     records: int = 0
-    """How many records on other topics were held against the events."""
+    """How many records on other topics were compared with the events."""
 
     @property
     def heads(self) -> Heads:
-        """The signed heads, to be kept: the next verification must still find them."""
+        """Return the signed heads to keep. The next verification must find them again."""
         return {one.tree: (one.signed, one.root) for one in self.trees if one.root is not None}
 
 
 @dataclass(slots=True)
 class _SignedHeads:
-    """What stands on `audit.checkpoint` about one tree."""
+    """Signed heads of one tree on `audit.checkpoint`."""
 
     checkpoints: list[AuditCheckpoint] = field(default_factory=list)
     witnessed: list[AuditWitness] = field(default_factory=list)
@@ -219,7 +219,7 @@ def _verify_witness(
 
 
 async def _verify_partition(kafka: Stretches, partition: int, verifier: ChainVerifier) -> int:
-    """Returns when the first event that is there came, 0 where none is."""
+    """Verify one partition. Returns the time of its first event in ms, or 0 if it has none."""
     began_ms: int | None = None
     async for record in kafka.records(AUDIT, partition, *await kafka.bounds(AUDIT, partition)):
         began_ms = began_ms if began_ms is not None else record.appended_at_ms
@@ -309,14 +309,17 @@ def _expected_from(
 def _unaudited_records(
     source_partition: tuple[str, int], audited: set[int], begin: int, start: int
 ) -> Iterator[Fault]:
-    """Records that went before they were audited: offsets leave no holes, so those without an event are missing."""
+    """Yield faults for records that were deleted before they were audited.
+
+    Offsets have no gaps, so missing ones show.
+    """
     for first, last in offset_gaps(audited, begin, start):
         which = f" to {last}" if last > first else ""
         yield _record_fault(Source(*source_partition, first), "missing", "gone without an event:", which)
 
 
 def offset_gaps(offsets: Iterable[int], begin: int, until: int) -> Iterator[tuple[int, int]]:
-    """The missing runs of offsets from `begin` up to, not including, `until`: the first and last of each."""
+    """Yield the first and last of each run of missing offsets from `begin` to before `until`."""
     at = begin
     for offset in sorted(offset for offset in {*offsets, until} if begin <= offset <= until):
         if offset > at:
@@ -330,7 +333,7 @@ def _record_fault(source: Source, kind: FaultKind, what: str, which: str = "") -
 
 
 def _first_offsets(sources: Iterable[Source]) -> dict[tuple[str, int], int]:
-    """The first record at each place."""
+    """Return the lowest offset of each partition among the sources."""
     return {
         source_partition: min(offsets) for source_partition, offsets in _offsets_by_partition(sources).items()
     }

@@ -51,7 +51,7 @@ class ProofsInMemory:
         self._memory = ReplayMemory(limit)
 
     async def remember(self, id: str, *, key: str, until_s: int, now_s: int) -> bool:
-        """See `ProofMemory`."""
+        """Raises UnavailableError where the memory is full. For the rest see `ProofMemory`."""
         try:
             return self._memory.remember(id, sender=key, until_s=until_s, now_s=now_s)
         except ReplayMemoryFullError:
@@ -184,7 +184,7 @@ def _time_claim(claims: dict[str, Any], name: str, default: int) -> float:
 
 
 _target_uri = functools.lru_cache(maxsize=1024)(target_uri)
-"""A proof names the URL as the request does, and agents ask for the same again."""
+"""Cached: a proof repeats the URL of the request, and agents request the same URLs again."""
 
 
 @functools.lru_cache(maxsize=1024)
