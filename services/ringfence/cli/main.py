@@ -1,6 +1,6 @@
-"""`ringfence`: finds the command, imports it, and says clearly what went wrong.
+"""Entry point of `ringfence`: finds the command, imports it, and reports errors clearly.
 
-Nothing is imported at the start but typer: `--help` must come at once, and a command must not need what others need.
+At start it imports only typer: `--help` must be instant, and a command must not need the packages of another.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ EXTRAS = {
     "pyarrow": "parquet",
     "yaml": "yaml",
 }
-"""The import names that only an extra installs."""
+"""The extra that installs each import name."""
 
 _FEW_SEARCHES = 100_000
-"""New objects between two searches for unreachable cycles: loading a service took a sixth longer with Python's 700."""
+"""New objects between two searches for cycles. With Python's 700, loading a service took a sixth longer."""
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it (128 + SIGINT)."""
@@ -55,7 +55,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True, slots=True)
 class CommandEntry:
-    """One command or group: where it is, under which heading it is listed, and what it is for."""
+    """One command or group: its module, the heading of its list, and its help."""
 
     module: str
     attribute: str
@@ -138,7 +138,7 @@ COMMANDS: dict[str, CommandEntry] = {
 
 @contextlib.contextmanager
 def _visible_usage_errors() -> Iterator[None]:
-    """What typer says of wrong use has words of the command line in it, which somebody may have pasted."""
+    """Make typer's usage errors safe to print: they quote the command line, which somebody may have pasted."""
     try:
         yield
     except Exception as error:
@@ -153,11 +153,11 @@ class LazyGroup(TyperGroup):
     _listing = False
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """All names, in the order of `COMMANDS`."""
+        """Return all names in the order of `COMMANDS`."""
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command itself, or a stand-in with its help where all are only being listed."""
+        """Return the command, or while listing a stand-in with its help."""
         entry = COMMANDS.get(cmd_name)
         if entry is None:
             return None
@@ -166,17 +166,14 @@ class LazyGroup(TyperGroup):
         return load(cmd_name, entry)
 
     def make_context(self, *args: Any, **more: Any) -> Any:
-        """See `click.Command.make_context`."""
         with _visible_usage_errors():
             return super().make_context(*args, **more)
 
     def invoke(self, ctx: Any) -> Any:
-        """See `click.Command.invoke`."""
         with _visible_usage_errors():
             return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help."""
         self._listing = True
         try:
             super().format_help(ctx, formatter)
@@ -185,7 +182,6 @@ class LazyGroup(TyperGroup):
 
 
 def load(name: str, entry: CommandEntry) -> Any:
-    """Import a command or group."""
     found = getattr(importlib.import_module(f"ringfence.cli.{entry.module}"), entry.attribute)
     if isinstance(found, typer.Typer):
         # As a group, without options of its own to install completion: those are of `ringfence` as a whole.
@@ -289,7 +285,7 @@ def _run(words: list[str]) -> int:
 
 
 def _discard_unwritten_output() -> None:
-    """What could not be written would be tried again, and complained of, when the process ends."""
+    """Drop output that could not be written. Otherwise Python would try again at exit, and complain."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -297,7 +293,10 @@ def _discard_unwritten_output() -> None:
 
 
 def _streams_are_open() -> bool:
-    """Whether there is a stdout. What was closed becomes the null device, lest a file or connection take its number."""
+    """Return whether stdout is open.
+
+    A closed stream becomes the null device, so that no file or connection takes its number.
+    """
     if sys.stdin is None:
         sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115 - as long as the process lives
     there = sys.stdout is not None
@@ -317,9 +316,9 @@ def _is_unicode(word: str) -> bool:
 
 
 def _say(message: str) -> None:
-    """To people, on stderr, in one piece: no wrapping, so that what is copied out of it is whole.
+    """Print a message for people on stderr, without wrapping, so that copied text is whole.
 
-    There may be words of strangers in it: nothing that moves a cursor reaches the terminal.
+    It may quote strangers, so no character that moves the cursor reaches the terminal.
     """
     sys.stderr.write(visible_lines(message) + "\n")
 

@@ -1,4 +1,4 @@
-"""`ringfence agent`: agents from registration to their end."""
+"""`ringfence agent`: commands for agents, from registration to decommissioning."""
 
 from __future__ import annotations
 
@@ -412,7 +412,10 @@ def show(agent: AgentArgument, me: IdentityOption = None, as_json: JsonOption = 
 
 
 def _read_transfer_consent(file: Path, agent: str) -> tuple[str, str]:
-    """The text of a consent, and whose it says it is. Unverified: the registry verifies it, nothing is decided here."""
+    """Return the text of a consent, and its claimed author.
+
+    It is unverified: the registry verifies it, nothing is decided here.
+    """
     try:
         text = (sys.stdin.read() if str(file) == "-" else file.read_text()).strip()
         claims = parse(text).unverified_claims(AgentTransferConsent)
@@ -438,7 +441,10 @@ async def _is_operator(administrator: Administrator) -> bool:
 def _one_key(
     agent: str, key_file: Path | None, public_key: Path | None, new_key: Path | None, days: int
 ) -> KeyRecord:
-    """The one key that is named, or made. Raises KeyFileError; typer.BadParameter where none or several are named."""
+    """Return the one key that is named, or made.
+
+    Raises KeyFileError; typer.BadParameter where none or several are named.
+    """
     if key_file and (public_key or new_key):
         raise typer.BadParameter("name one key: --key-file, --public-key or --new-key")
     id = spiffe_id(settings().trust_domain, "agent", agent)
@@ -456,11 +462,11 @@ _MONTH_S = 30 * 86_400
 def set_ceiling_command(
     agent_id: str, narrower: Sequence[Mapping[str, Any]] | None, me: Path | None
 ) -> str | None:
-    """The command line that narrows the agent's ceiling to what it used, for a shell; None where it used all of it.
+    """Return the shell command that narrows the agent's ceiling to what it used; None where it used all of it.
 
     Args:
-        narrower: what policy says would do.
-        me: the key file that was named on this command line, and has to be on that one.
+        narrower: the ceiling that policy proposes.
+        me: the key file named on this command line, to be repeated in the returned one.
     """
     if narrower is None:
         return None
@@ -471,7 +477,7 @@ def set_ceiling_command(
 
 
 def print_usage(usage: Mapping[str, Any], command: str | None) -> None:
-    """What was used of what is granted, what is held now, and the narrower ceiling, for people."""
+    """Print what was used of what is granted, what is held now, and the narrower ceiling, for people."""
     now_s = time.time()
     print_table(
         ["!target", "!verb", "in its ceiling", "used on", "first", "last"],

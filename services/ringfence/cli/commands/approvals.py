@@ -1,6 +1,6 @@
-"""`ringfence approvals`: as a sponsor, see what waits, approve, deny.
+"""`ringfence approvals`: a sponsor lists pending requests, approves and denies.
 
-What is shown comes from the request as the agent signed it and from verified records, never from who asks.
+What is shown comes from the request as the agent signed it and from verified records, never from the service that asks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`ringfence audit`: follow the trail; trace one credential back to the human."""
+"""`ringfence audit`: follow the audit trail, and trace one credential to the human."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ app.command()(export)
 
 _POLL_S = 0.5
 _SHOWN = 10_000
-"""So many events are remembered as shown, where two questions may give the same."""
+"""The number of shown events that are remembered, because two queries may return the same event."""
 _END_OF_TIME_MS = 2**53
 _STYLES = {"user": "bold", "task": "bold", "lease": "green", "decision": "cyan", "approval": "magenta"}
 _ENDS = {"cut": "yellow", "end": "yellow", "revocation": "yellow"}
@@ -280,7 +280,7 @@ def _print_report(report: TrailReport, witnessed: int) -> None:
 
 
 def trace_tree(story: Mapping[str, Any]) -> Tree:
-    """The answer of `GET /v1/trace/{id}` as a tree for people: who, for whom, why, and when each step was."""
+    """Return the answer of `GET /v1/trace/{id}` as a tree for people: who, for whom, why, and when each step was."""
     trunk = Tree(Text(visible(f"{story['kind']} {story['id']}"), style="bold"), guide_style="dim")
     for root in story["roots"]:
         _grow(trunk, root, None)

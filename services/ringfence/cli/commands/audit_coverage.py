@@ -1,4 +1,4 @@
-"""`ringfence audit coverage`: how much of what agents got and did leads back to a human."""
+"""`ringfence audit coverage`: how much of what agents received and did can be traced to a human."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ringfence break-glass`: what was allowed against policy, and the review of it."""
+"""`ringfence break-glass`: uses of break glass, and their reviews."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ringfence config`: which settings count and where each comes from; trust a settings file that was found."""
+"""`ringfence config`: show the effective settings and their sources; trust a settings file that was found."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ Source = Literal["environment", "RINGFENCE_CONFIG", "trusted file", "default"]
 _HOLDS_SECRETS: Final = re.compile(
     r"password|passphrase|secret|token|webhook|access|credential", re.IGNORECASE
 )
-"""Names of settings beside which a secret could stand, rightly or not."""
+"""Names of settings whose values may contain a secret, rightly or not."""
 _PLACE: Final = re.compile(r"(?:env|file|vault):\S+")
-"""Where a secret is, which is none itself."""
+"""A secret reference, which is no secret itself."""
 _USER_IN_URL: Final = re.compile(r"(?<=://)[^\r\n]+(?=@)")
-"""Up to the last `@`: a password that nobody encoded can have any sign."""
+"""Up to the last `@`: an unencoded password can contain any character."""
 _NAMES_A_PATH: Final = re.compile(r"(?:^|_)(?:file|files|dir|path|identity|tokens|bundle)$")
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting as it counts now."""
+    """One effective setting."""
 
     name: str
-    """As in the environment."""
+    """The name of its environment variable."""
     value: Any
-    """What it is set to, without secrets."""
+    """The value, without secrets."""
     source: Source
 
 
@@ -124,7 +124,7 @@ def show(as_json: JsonOption = False) -> None:
 
 
 def _read_candidate(path: Path | None) -> tuple[str, bytes]:
-    """The file that is meant, and what is in it, read once. Raises InvalidCallError."""
+    """Return path and content of the file that the command means, read once. Raises InvalidCallError."""
     if path is not None:
         try:
             return str(path), config_file.read_once(str(path))
@@ -162,7 +162,7 @@ def _describe_file(file: ConfigFile | None, found: FoundFile | None) -> str:
 
 
 def _settings(file: ConfigFile | None) -> Iterator[Setting]:
-    """Every setting that what is installed knows, each once."""
+    """Yield every setting of the installed packages, each once."""
     for module in DECLARED_IN:
         try:
             importlib.import_module(module)
@@ -195,7 +195,7 @@ def _classes(cls: type[RingfenceSettings]) -> Iterator[type[RingfenceSettings]]:
 
 
 def _without_secrets(name: str, value: Any, info: FieldInfo | None = None) -> Any:
-    """A value as it may be shown. What is not where it should be (a password instead of its place) is not shown."""
+    """Return a value for display. A secret in the wrong place (a password instead of its reference) is not shown."""
     if isinstance(value, Mapping):
         return {str(key): _without_secrets(f"{name}.{key}", inner, info) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -230,7 +230,7 @@ def _value_text(value: Any) -> str:
 
 
 def _flat(content: Mapping[str, Any], around: str = "") -> Iterator[tuple[str, Any]]:
-    """Each value in a settings file under the name that it has there."""
+    """Yield each value of a settings file under its name there."""
     for name, value in content.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{around}{name}.")

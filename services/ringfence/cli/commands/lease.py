@@ -1,4 +1,4 @@
-"""`ringfence lease`: the lives of issued credentials."""
+"""`ringfence lease`: show leases."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def show(
 
 
 def scope_of(lease: Mapping[str, Any]) -> Scope:
-    """The scope of a lease, or of a ceiling, as an API gives it."""
+    """Return the scope of a lease, or of a ceiling, from an API's JSON."""
     return tuple(Permission.model_validate(item, strict=False) for item in lease["scope"])
 
 

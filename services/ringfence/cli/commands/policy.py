@@ -1,4 +1,4 @@
-"""`ringfence policy`: the rules; their tests, what OPA is given, and why a request was decided as it was."""
+"""`ringfence policy`: test the rules, show OPA's input, explain a decision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ringfence policy explain`: why a request was decided as it was."""
+"""`ringfence policy explain`: why policy decided a request as it did."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def explain(
 
 
 async def _decision_position(api: ReadApi, request: str) -> dict[str, int] | None:
-    """Where the latest decision on a request stands, by audit; None where audit knows of none, or does not answer."""
+    """Return the position of the latest decision on a request, from audit; None where audit knows none or does not
+    answer.
+    """
     try:
         events = (await api.events(request=request, limit=100))["events"]
     except ApiError:
@@ -91,7 +93,7 @@ async def _decision_position(api: ReadApi, request: str) -> dict[str, int] | Non
 
 
 def _fired(found: Mapping[str, Any], folder: Path | None) -> list[tuple[str, Any]] | None:
-    """The rules that fired; None where they were not asked, or are not here."""
+    """Return the rules that fired; None where they were not evaluated or are not here."""
     revision = (found.get("revisions") or {}).get("policy")
     if not found.get("input") or revision is None:
         return None
@@ -110,7 +112,7 @@ def _fired(found: Mapping[str, Any], folder: Path | None) -> list[tuple[str, Any
 
 
 def _value_lines(value: Any) -> list[str]:
-    """What a rule says, an entry a line."""
+    """Return the value of a rule, one entry per line."""
     if value is True:
         return ["holds"]
     entries = value if isinstance(value, list) else [value]
@@ -164,7 +166,7 @@ def _print_explanation(found: Mapping[str, Any]) -> None:
 
 
 def _sides(permission: Permission, policy_input: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each side of the intersection, and whether it holds the permission."""
+    """Yield each side of the intersection, and whether it contains the permission."""
     agent, task, user = (policy_input.get(name, {}) for name in ("agent", "task", "user"))
     entitlements = user.get("entitlements", {})
     as_of = entitlements.get("as_of")

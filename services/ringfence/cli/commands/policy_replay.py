@@ -96,7 +96,7 @@ async def _replayed(folder: Path, since_s: int) -> Report:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar where somebody looks at a terminal; else a line now and then. On stderr."""
+    """Show progress on stderr: a bar on a terminal, else a line at intervals."""
     if sys.stderr.isatty():
         columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console(stderr=True), transient=True) as bar:

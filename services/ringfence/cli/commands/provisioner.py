@@ -1,4 +1,4 @@
-"""`ringfence provisioner`: keys of directories, and what an operator delegates to them."""
+"""`ringfence provisioner`: keys of directories, and the rights that an operator delegates to them."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def make_token(
 
 
 def read_delegation(file: Path) -> Delegation:
-    """What stands in a file. Raises YamlFileError with everything that is wrong."""
+    """Read a delegation from a file. Raises YamlFileError with all mistakes."""
     source = YamlFile(file)
     top = source.members(source.root, "the file", {"source", "groups"})
     groups: list[GroupDelegation] = []

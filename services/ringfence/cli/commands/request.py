@@ -1,4 +1,4 @@
-"""`ringfence request`: as an agent, ask for a credential."""
+"""`ringfence request`: an agent requests a credential."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def request(
 
 @contextlib.contextmanager
 def _signals_for_a_command() -> Iterator[Callable[[asyncio.subprocess.Process], None]]:
-    """From now on signals are for a command: the one that what is given is called with, be it after they came."""
+    """Redirect signals to a command: yield a function that takes the command's process, even if signals came before."""
     command: asyncio.subprocess.Process | None = None
     early: list[signal.Signals] = []
 
@@ -207,9 +207,10 @@ def _in_foreground() -> bool:
 
 
 async def _executed(argv: list[str], variables: Mapping[str, str]) -> int:
-    """Run a command to its end; its exit status, 128 and more for a signal, as shells have it.
+    """Run a command to its end. Returns its exit status; 128 plus the number for a signal, as shells do.
 
-    What would end us is for the command, which decides what it means: the credential is released after it.
+    A signal that would end this process goes to the command, which decides what it means. The credential is released
+    afterwards.
     """
     with _signals_for_a_command() as name:
         process = await asyncio.create_subprocess_exec(*argv, env=dict(variables))

@@ -77,11 +77,11 @@ _BESIDES = {
     "revoker": ("ringfence.backends.access",),
     "gateway": ("ringfence.rego.settings", "ringfence.backends.access"),
 }
-"""Where the settings are declared that a service reads besides its own."""
+"""Modules with further settings that a service reads."""
 
 
 def check(services: Sequence[str]) -> None:
-    """Raises SettingsError where these services could not start."""
+    """Raise SettingsError where these services could not start."""
     found = problems(ServiceSettings)
     if not found:
         settings = ServiceSettings()
@@ -108,7 +108,7 @@ def _key_path(name: str, settings: ServiceSettings) -> str | None:
 
 
 def _classes(services: Sequence[str]) -> Iterator[type[RingfenceSettings]]:
-    """The settings of these services, each once."""
+    """Yield the settings classes of these services, each once."""
     modules = [
         module for name in services for module in (f"ringfence.{name}.settings", *_BESIDES.get(name, ()))
     ]

@@ -1,4 +1,4 @@
-"""`ringfence target`: systems that agents act on."""
+"""`ringfence target`: the systems that agents act on."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _FLOORS: tuple[ApprovalClass, ...] = get_args(ApprovalClass)
 _CLASSES: tuple[ActionClass, ...] = get_args(ActionClass)
 _KINDS = " or ".join(", ".join(CREDENTIAL_KINDS).rsplit(", ", 1))
 _SETTING = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-"""What may be meant as the name of a setting; those that there are, the backends say."""
+"""A valid setting name. The backends define which settings exist."""
 _REQUEST = re.compile(
     r"(\S+) (\S+) (\S+) (\S+)((?: (?:(?:query|body|argument):[^\s=]+=\S+|message:[^\s=]+(?:=\S+)?))*)"
 )
@@ -271,7 +271,7 @@ def _parse_request_rule(text: str) -> RequestRule:
 
 
 def _parse_mcp_rule(text: str, conditions: str) -> McpRule | None:
-    """Raises ValidationError."""
+    """Parse a rule for MCP messages. Raises ValidationError."""
     details = [one.removeprefix("message:") for one in conditions.split() if one.startswith("message:")]
     arguments = _parse_conditions("argument", conditions)
     if len(details) > 1 or (arguments and not details):
@@ -313,7 +313,7 @@ def _template(name: str | None) -> Template | None:
 
 
 def _merge_verbs(template: Template | None, texts: Iterable[str]) -> list[VerbFloor]:
-    """Those of the template, and those given, which count instead."""
+    """Return the verbs of the template and those given. A given one replaces the template's."""
     template_verbs = template.verbs if template else {}
     verbs = {verb: VerbFloor(verb=verb, floor=floor) for verb, floor in template_verbs.items()}
     parsed = [_parse_verb(text) for text in texts]
@@ -325,7 +325,7 @@ def _merge_verbs(template: Template | None, texts: Iterable[str]) -> list[VerbFl
 
 
 def _with_action_approval(verbs: list[VerbFloor], texts: Iterable[str]) -> list[VerbFloor]:
-    """The verbs, those marked of which each action waits for a person."""
+    """Return the verbs, and mark those whose every action needs approval by a person."""
     asks = [_parse_action_approval(text) for text in texts]
     _check_no_duplicates([verb for verb, _ in asks], "--ask")
     classes = dict(asks)
@@ -335,7 +335,7 @@ def _with_action_approval(verbs: list[VerbFloor], texts: Iterable[str]) -> list[
 
 
 def _check_no_duplicates(names: list[str], option: str) -> None:
-    """Of two for one verb the last would count, and might be the weaker one."""
+    """Refuse duplicate verbs: the last would count, and might be the weaker one."""
     if twice := sorted(name for name in set(names) if names.count(name) > 1):
         raise typer.BadParameter(f"{', '.join(twice)} is there twice", param_hint=option)
 
@@ -375,7 +375,7 @@ def _backend_settings(kind: str, audience: str | None, own: dict[str, str | int]
 
 
 def _check_backend(backend: BackendSettings, anyway: bool) -> None:
-    """Raises typer.BadParameter where no issuer could make credentials by these settings."""
+    """Raise typer.BadParameter where no issuer could make credentials with these settings."""
     if wrong := backend_problem(backend, anyway=anyway):
         hint = "--backend" if backend.kind not in CREDENTIAL_KINDS else "--setting"
         raise typer.BadParameter(wrong, param_hint=hint)
@@ -388,12 +388,12 @@ def _check_backend(backend: BackendSettings, anyway: bool) -> None:
 
 
 def _tells_address(kind: str) -> bool:
-    """Whether credentials of a kind tell agents where the target is; not known of kinds of other packages."""
+    """Return whether credentials of a kind tell agents the target's address. Unknown for kinds of other packages."""
     return kind in CREDENTIAL_KINDS and CREDENTIAL_KINDS[kind].tells_address
 
 
 def _replacement(before: TargetState, after: TargetState) -> Replacement | None:
-    """What of a target changes; None where nothing does."""
+    """Return what changes in a target; None where nothing does."""
     replacement = Replacement(f"target {after.target_id}")
     old, new = target_fields(before), target_fields(after)
     for name in old.keys() | new.keys():

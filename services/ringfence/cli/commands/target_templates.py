@@ -1,4 +1,6 @@
-"""`ringfence target add --template`: kinds of targets with their verbs filled in, each with a floor to start from."""
+"""`ringfence target add --template`: templates for kinds of targets: verbs, each with an approval floor to start
+from.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,17 @@ from ringfence.messages.registry import ApprovalClass, McpRule, RequestRule
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """What a target of one kind is made from. What the command names itself counts instead."""
+    """Defaults for a target of one kind. Options of the command replace them."""
 
     backend: str
     verbs: dict[str, ApprovalClass]
-    """With the approval that no policy goes below: what changes something needs a person, what cannot be undone an
-    operator."""
+    """With the approval floor, which no policy may go below. A verb that changes something needs a person, an
+    irreversible one an operator.
+    """
     requests: tuple[RequestRule, ...] = ()
-    """Which requests are which verb, for the gateway; the first that matches counts."""
+    """The gateway's map from requests to verbs; the first match counts."""
     settings: Mapping[str, str | int] = field(default_factory=dict)
-    """What the backend is told."""
+    """The backend's settings."""
 
 
 # --- an HTTP API of which nothing more is known -----------------------------------------------------------------------
@@ -121,7 +124,10 @@ _GITHUB_CHANGES: tuple[tuple[str, str, str, dict[str, tuple[str, ...]] | None], 
 
 
 def _github() -> Iterator[RequestRule]:
-    """A resource is named like its path: `repos/OWNER/REPO/contents/src/main.py`."""
+    """Yield the request rules of GitHub's API.
+
+    A resource is named like its path: `repos/OWNER/REPO/contents/src/main.py`.
+    """
     for verb, path in _GITHUB_READS:
         for method in ("GET", "HEAD"):
             yield _github_rule(verb, method, path, None)

@@ -1,4 +1,6 @@
-"""`ringfence topics`: create them, check that they are what the contract says, and who needs which rights to them."""
+"""`ringfence topics`: create topics, check them against the contract, show the access rights that each service
+needs.
+"""
 
 from __future__ import annotations
 

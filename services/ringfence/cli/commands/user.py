@@ -262,7 +262,7 @@ def _replacement(
     roles: tuple[Role, ...] | None,
     keys: Sequence[KeyRecord],
 ) -> tuple[Replacement, str | None]:
-    """What changes, and what to ask before it does; None where nothing is taken away or replaced."""
+    """Return what changes, and the question to ask first; None where nothing is removed or replaced."""
     user, held = state.user_id, state.entitlements.scope
     replacement = Replacement(f"user {user}")
     asks = False
@@ -326,7 +326,7 @@ def _changed_fields(
 
 
 def _provisioning(state: UserState) -> Provisioning | None:
-    """Whence they come, and that they may act."""
+    """Return the user's provisioning data, with the statement that they may act."""
     if state.provisioned is None:
         return None
     fields = {name: getattr(state.provisioned, name) for name in Provisioning.model_fields}

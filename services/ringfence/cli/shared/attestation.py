@@ -1,4 +1,4 @@
-"""`ringfence agent set-attestation`, and how selectors of running instances are written."""
+"""`ringfence agent set-attestation`, and the notation of instance selectors."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def set_attestation(
 
 
 def parse_selectors(given: list[str] | None) -> tuple[AttestationSelector, ...]:
-    """Selectors from repeated options. Raises typer.BadParameter, saying where one is wrong."""
+    """Parse selectors from repeated options. Raises typer.BadParameter, saying where one is wrong."""
     found: list[AttestationSelector] = []
     for text in given or ():
         if text.startswith("@"):
@@ -100,7 +100,7 @@ def parse_selectors(given: list[str] | None) -> tuple[AttestationSelector, ...]:
 
 
 def show_selector(selector: AttestationSelector) -> str:
-    """A selector as it is written on the command line."""
+    """Return a selector in the notation of the command line."""
     words = [selector.issuer, *(f"{name}={value}" for name, value in selector.claims.items())]
     words += ["key-bound"] if selector.key_bound else []
     details = shlex.join([*words, f"life={selector.max_life_s}"])

@@ -1,4 +1,4 @@
-"""`list` and `show` of users, agents, targets and tasks: what the registry's API lets the caller see."""
+"""`list` and `show` for users, agents, targets and tasks, as far as the registry's API lets the caller see them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def show_record(kind: SubjectKind, id: str, key: Path | None, as_json: bool) -> 
 def print_record(
     kind: SubjectKind, found: Mapping[str, Any], more: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Print one record, `{id, revision, state}`, for people, and what else there is to say."""
+    """Print one record, `{id, revision, state}`, for people, with additional fields."""
     state = _state(kind, found)
     title = f"{kind} {found['id']}, revision {found['revision']}"
     fields = {**_FIELDS[kind](state), **more}
@@ -138,7 +138,7 @@ def _agent_fields(agent: AgentState) -> dict[str, str]:
 
 
 def target_fields(target: TargetState) -> dict[str, str]:
-    """Names and values of a target, for people. Empty values are those that it has not."""
+    """Return names and values of a target for people. An empty value means that the target has none."""
     requests = [f"{r.method} {r.path} is {_does(r)}" for r in target.requests]
     asks = [f"{v.verb} ({v.ask})" for v in target.verbs if v.ask]
     settings = sorted((target.backend.model_extra or {}).items())
@@ -164,7 +164,7 @@ def _does(rule: RequestRule) -> str:
 
 
 def _conditions(rule: RequestRule) -> str:
-    """What else a request must have, written as for `target add --request`."""
+    """Return the further conditions of a rule, in the notation of `target add --request`."""
     found = [
         f"{where}:{name}={','.join(values)}"
         for where, conditions in (("query", rule.query), ("body", rule.body))
@@ -206,7 +206,7 @@ def _status(agent: AgentState) -> str:
 
 
 def _key_ends(state: AgentState | UserState) -> str:
-    """Said of whoever has a key that ends soon, with nothing in its place."""
+    """Return a note about a key that ends soon without a successor."""
     now_s = time.time()
     ends = endings(state, now_s)
     return f", a key ends in {span(ends[0].key.not_after - now_s)}" if ends else ""

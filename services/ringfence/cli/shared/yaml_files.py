@@ -21,7 +21,7 @@ class YamlFileError(RingfenceError):
 
 
 class YamlFile:
-    """One YAML file: turns nodes into values and collects problems. `finish` raises them."""
+    """One YAML file: converts nodes to values and collects problems. `finish` raises them."""
 
     def __init__(self, path: Path) -> None:
         """Raises YamlFileError where the file cannot be read, or is no YAML."""
@@ -81,7 +81,7 @@ class YamlFile:
         return ""
 
     def flag(self, node: Any, what: str) -> bool:
-        """`true` or `false`."""
+        """Return `true` or `false`; False after a problem."""
         if isinstance(node, yaml.ScalarNode) and node.value in ("true", "false"):
             return bool(node.value == "true")
         self.problem(node, f"{what} must be true or false")
@@ -110,5 +110,5 @@ class YamlFile:
 
 
 def _line(what: Any) -> int:
-    """Where a node or an event begins, as people count."""
+    """Return the line of a node or an event, counted from 1."""
     return int(what.start_mark.line) + 1
