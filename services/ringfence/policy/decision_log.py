@@ -1,7 +1,7 @@
-"""What policy knows about requests that were decided, or are being decided: rebuilt from its own decisions.
+"""Decision log: the state of requests that were decided or are being decided, rebuilt from policy's own decisions.
 
-Nothing here is stored anywhere else. A decision names the place of its request, so that reading back a day of
-`credential.decision` tells a redelivery from a replay, and a pending approval from a final answer.
+Nothing here is stored anywhere else. A decision names the position of its request. So a day of `credential.decision`,
+read back, tells a redelivery from a replay, and a pending approval from a final answer.
 """
 
 from __future__ import annotations
@@ -32,22 +32,26 @@ from ringfence.model.records.directory import Directory
 log = logging.getLogger(__name__)
 
 MOST_DENIALS = 2000
-"""The text of so many denials is kept for each partition: more than could come again after a failure or a crash."""
+"""The most denials of each partition whose text is kept: more than could be delivered again after a failure or a
+crash.
+"""
 ANSWER_EXPIRED_WITHIN_MS = 5 * 60 * 1000
-"""A request that reached the broker so long after its `exp` is answered with a denial; later, it is dead-lettered."""
+"""A request that was appended up to this long after its `exp` is answered with a denial. A later one is
+dead-lettered.
+"""
 KEEP_MS = 15 * 60 * 1000
 """How long a final decision is remembered after its request has expired.
 
-Longer than `ANSWER_EXPIRED_WITHIN_MS`: what is forgotten is so old that it cannot be decided a second time.
+It is longer than `ANSWER_EXPIRED_WITHIN_MS`, so a forgotten request is too old to be decided a second time.
 """
 MAX_AGE_MS = MAX_LIFE_S * 1000
-"""The longest life of a request, and the longest that approvals are waited for."""
+"""The longest life of a request, and the longest wait for approvals."""
 HISTORY_MS = MAX_AGE_MS + 60 * 60 * 1000
-"""How far back decisions are read at the start."""
+"""How far back decisions are read at start."""
 
 
 class RecordPosition(NamedTuple):
-    """Where a record stands in its topic."""
+    """The position of a record in its topic."""
 
     partition: int
     offset: int
@@ -55,80 +59,80 @@ class RecordPosition(NamedTuple):
 
 @dataclass(slots=True)
 class RequestState:
-    """What is known about one request."""
+    """The state of one request."""
 
     request_id: str
     agent_id: str
     at: RecordPosition
-    """Where the request stands. The same id elsewhere is a replay."""
+    """The position of the request. The same id at another position is a replay."""
     exp: int
-    """The request's end, in seconds since 1970."""
+    """The request's `exp`, in seconds since 1970."""
     outcome: Outcome | None = None
     """None while it is being decided for the first time."""
     tried: bool = False
-    """Whether this process has set out to decide on it: a decision may stand on Kafka without its being told."""
+    """Whether this process has begun to publish a decision. One may be on Kafka without an acknowledgement."""
     ttl_s: int | None = None
     decision_id: str | None = None
     decided_at: RecordPosition | None = None
     jws: str | None = None
-    """The decision, where it may be needed again: while approvals are waited for, and of a denial lately."""
+    """The decision, where it may be needed again: while approvals are pending, and for recent denials."""
     pending: CredentialDecision | None = None
     """The decision that waits for approvals."""
     traceparent: str | None = None
     forget_at_ms: int = 0
     approvals: dict[str, tuple[str, RecordPosition | None]] = field(default_factory=dict)
-    """The approvals in the decision by id: digest, and where it stands if this process has seen it."""
+    """The approvals in the decision by id: digest, and position if this process has seen it."""
 
     @property
     def is_final(self) -> bool:
         return self.outcome in ("allowed", "denied")
 
     def saw(self, approval: Signed[Approval], at: RecordPosition) -> None:
-        """Remember where an approval stands that this process has taken in."""
+        """Remember the position of an approval that this process has processed."""
         id = message_id(approval.claims.iss, approval.claims.jti)
         self.approvals[id] = (approval.digest, at)
 
 
 class Decisions(Protocol):
-    """The memory of policy."""
+    """Interface of the decision log."""
 
     def claim(
         self, request_id: str, agent_id: str, at: RecordPosition, *, at_ms: int, exp: int
     ) -> RequestState:
-        """What is known about a verified request; what was not known before is known from now on.
+        """Return the state of a verified request. An unknown request is added.
 
-        `at_ms` is its append time, `exp` its own, in seconds since 1970.
+        `at_ms` is its append time, `exp` its expiry in seconds since 1970.
         """
         ...
 
     def get(self, request_id: str) -> RequestState | None:
-        """What is known about a request, or None."""
+        """Return the state of a request, or None."""
         ...
 
     def keep(
         self, decision: CredentialDecision, jws: str, at: RecordPosition, at_ms: int, traceparent: str | None
     ) -> RequestState:
-        """Take in a decision of this service that stands at `at`, appended at `at_ms`. The first final one counts."""
+        """Add a decision of this service at position `at`, appended at `at_ms`. The first final one counts."""
         ...
 
     def reached(self, partition: int) -> int:
-        """The offset of the last request in a partition of which something is known; -1 where there is none."""
+        """Return the offset of the last known request in a partition; -1 if there is none."""
         ...
 
     def pending(self) -> Iterator[RequestState]:
-        """All requests that wait for approvals."""
+        """Yield all requests that wait for approvals."""
         ...
 
     def waiting(self) -> Mapping[str, int]:
-        """How many requests wait for approvals, by agent; not to be changed."""
+        """Return the number of requests that wait for approvals, by agent. Do not change the mapping."""
         ...
 
 
 class InMemoryDecisionLog:
     """`Decisions` in this process, fed by what it publishes and by what it reads back.
 
-    Time goes by the append times of the decisions in each partition, not by the clock: whatever could come again after
-    a crash is then remembered however long the service was down.
+    Its time is the append time of the decisions in each partition, not the clock. So it remembers whatever could be
+    delivered again after a crash, however long the service was down.
     """
 
     def __init__(
@@ -137,9 +141,9 @@ class InMemoryDecisionLog:
         on_allowed: Callable[[CredentialDecision, str, int], None] = lambda decision, agent_id, at_ms: None,
         on_decision: Callable[[CredentialDecision, str], None] = lambda decision, agent_id: None,
     ) -> None:
-        """`on_allowed` is told of every `allowed` decision that stands: with the agent's id and the append time.
+        """`on_allowed` receives every valid `allowed` decision, with the agent's id and the append time.
 
-        `on_decision` is told of every decision that is taken in, and may be told of one twice.
+        `on_decision` receives every added decision, perhaps twice.
         """
         self._on_decision = on_decision
         self._trust = trust
@@ -189,7 +193,7 @@ class InMemoryDecisionLog:
     # --- reading back ---
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in decisions from the topic, in the order of each partition."""
+        """Add decisions from the topic, in the order of each partition."""
         for record in records:
             place = RecordPosition(record.partition, record.offset)
             if place in self._published:
@@ -201,9 +205,9 @@ class InMemoryDecisionLog:
                 self._put_aside(record)
 
     async def settle(self) -> None:
-        """Believe what was read back at the start: awaited before the first request is taken.
+        """Verify what was read back at start. Await it before the first request is processed.
 
-        Until then only what could still matter is kept, and none of it verified: most of a day's decisions are over.
+        Until then only decisions that could still matter are kept, unverified: most decisions of a day are over.
         """
         async with self._settling:
             while self._unread:
@@ -216,7 +220,7 @@ class InMemoryDecisionLog:
             self._unread = None
 
     def unready(self) -> str | None:
-        """Why nothing can be decided yet, or None."""
+        """Return the reason why nothing can be decided yet, or None."""
         return None if self._unread is None else "what was decided before is not known yet"
 
     def _put_aside(self, record: Received) -> None:
@@ -332,7 +336,7 @@ class InMemoryDecisionLog:
                 self._waits_no_more(id)
 
     def _keep_text(self, denied: RequestState, partition: int) -> None:
-        """Keep a denial as a text, and that of an older one no longer: it is most of what is remembered of it."""
+        """Keep the text of a denial, and drop that of an older one: the text is most of its memory."""
         denials = self._denials.setdefault(partition, deque())
         denials.append(denied)
         if len(denials) > MOST_DENIALS:
@@ -347,7 +351,7 @@ class InMemoryDecisionLog:
 
 
 class Approvers:
-    """The users who may approve something at all: those with the role sponsor or operator."""
+    """The users who may approve anything at all: those with the role sponsor or operator."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
@@ -355,7 +359,7 @@ class Approvers:
         directory.on_change(self._on_change)
 
     def ids(self) -> tuple[str, ...]:
-        """Their ids, sorted."""
+        """Return their ids, sorted."""
         if self._ids is None:
             users = (cast(UserState, entry.state) for entry in self._directory.entries("user"))
             self._ids = tuple(
@@ -371,12 +375,12 @@ class Approvers:
 
 
 def _end_ms(exp: int, at_ms: int) -> int:
-    """Until when a request is remembered that expires at `exp` (seconds) and was taken in or decided at `at_ms`."""
+    """Return until when a request is remembered that expires at `exp` (seconds) and was added or decided at `at_ms`."""
     return max(min(exp * 1000, at_ms + MAX_AGE_MS), at_ms) + KEEP_MS
 
 
 def _approvals_of(decision: CredentialDecision) -> Iterator[tuple[str, str]]:
-    """(id, digest) of each approval in a decision of this service, which verified them before it signed."""
+    """Yield (id, digest) of each approval in a decision of this service, which verified them before it signed."""
     for jws in decision.approvals:
         claims = parse(jws).unverified_claims(Approval)
         yield message_id(claims.iss, claims.jti), digest(jws)

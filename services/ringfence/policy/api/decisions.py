@@ -1,7 +1,7 @@
-"""What people read of policy: what waits for an approval, and what was decided lately.
+"""HTTP API to read pending approvals and recent decisions.
 
-Operators and auditors see all; sponsors what their own agents asked for; everybody what they could approve. What
-somebody may not see is not found: whether it is there is not for them to know.
+Operators and auditors see everything. Sponsors see their own agents' requests. Everybody sees what they could approve.
+Other requests are answered as not found, so that nobody learns whether they exist.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ringfence.policy.domain import may_approve_any
 
 
 class DecisionsApi:
-    """The routes over the memory of this replica. Every replica remembers the decisions of all."""
+    """HTTP routes over the decision log of this replica. Every replica knows the decisions of all."""
 
     def __init__(
         self, runtime: Runtime, directory: Directory, authenticator: Authenticator, decisions: Decisions
@@ -37,7 +37,7 @@ class DecisionsApi:
         self._explainer = Explainer(runtime)
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to those of the runtime."""
+        """Return the routes to add to those of the runtime."""
         return [
             Route("/v1/approvals", self._approvals),
             Route("/v1/approvals/{request_id}", self._approval),
@@ -70,7 +70,7 @@ class DecisionsApi:
         return JSONResponse(view)
 
     async def _explanation(self, request: Request) -> Response:
-        """Of a decision that is remembered; or of the one that stands at `partition` and `offset`, as audit tells."""
+        """Explain a remembered decision, or the one at the query's `partition` and `offset`, which audit knows."""
         place = _cursor(request)
         if place is None:
             return JSONResponse(await self._explainer.explain(self._known(request)))
@@ -101,7 +101,9 @@ class DecisionsApi:
         return caller.may_see_agent_of(agent.state.sponsor) if agent else caller.sees_all
 
     def _waiting(self, known: RequestState, caller: Caller) -> dict[str, Any] | None:
-        """A pending request as the caller sees it; None where it is none, or they may neither see nor approve it."""
+        """Return a pending request as the caller sees it; None if it is not pending, or they may neither see nor
+        approve it.
+        """
         decision = known.pending
         if decision is None:
             return None
@@ -139,7 +141,7 @@ class DecisionsApi:
 
 
 def _cursor(request: Request) -> RecordPosition | None:
-    """Where the caller says that the decision stands, if they do."""
+    """Return the position of the decision that the query names, or None."""
     numbers = [request.query_params.get(name, "") for name in ("partition", "offset")]
     if not all(number.isdecimal() for number in numbers):
         return None

@@ -1,6 +1,6 @@
-"""What people read of the inventory: sums over agents, and the agents, a page at a time; or those that changed.
+"""HTTP API of the inventory: sums over agents, the agents page by page, and those that changed.
 
-Operators and auditors see all agents, sponsors their own, others none. What is not known is said in `gaps`.
+Operators and auditors see all agents, sponsors their own, others none. `gaps` says what is not known.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from ringfence.policy.agents.inventory import InventoryRow, row_of, totals
 from ringfence.policy.api.agents import AgentsApi, answered
 
 KEYS_WITHIN_S: Final = WARN_BEFORE_S[0]
-"""How near the end of an agent's last key is that is about to end, where nobody says."""
+"""The default of how near the end of an agent's last key counts as "about to end"."""
 MAX_ROWS: Final = 5000
 _ROWS: Final = 100
 _LINES_A_TURN, _ROWS_A_TURN = 1000, 20
 
 
 Condition = Callable[[str, InventoryRow], bool]
-"""Of the id and the line of an agent."""
+"""A predicate on the id and the row of an agent."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """Which agents: all of these have to be so. None is no condition."""
+    """The query's filters, which must all hold. None means no filter."""
 
     caller: Caller
     agent: str | None
@@ -50,14 +50,14 @@ class _Wanted:
     keys_by_s: int
 
     def sights(self) -> list[Condition]:
-        """What decides whether the caller may see an agent: nothing where they see all."""
+        """Return the conditions under which the caller may see an agent: none where they see all."""
         if self.caller.sees_all:
             return []
         me = self.caller.user.user_id
         return [lambda agent_id, line: line.sponsor == me]
 
     def filters(self) -> list[Condition]:
-        """What was asked for: only what narrows it down, as there are many agents to hold against it."""
+        """Return the requested filters only, because there are many agents to test."""
         agent, sponsor, status, target = self.agent, self.sponsor, self.status, self.target
         found: list[tuple[object, Condition]] = [
             (agent, lambda agent_id, line: agent_id == agent),
@@ -76,14 +76,17 @@ class InventoryApi(AgentsApi):
     """`GET /v1/inventory` and `GET /v1/inventory/changes`."""
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to those of the runtime."""
+        """Return the routes to add to those of the runtime."""
         return [
             Route("/v1/inventory", self._inventory),
             Route("/v1/inventory/changes", self._changes),
         ]
 
     async def _inventory(self, request: Request) -> Response:
-        """A page of agents by id, after the one that `after` names; with the first, the sums over all that fit."""
+        """Serve a page of agents by id, after the one in `after`.
+
+        The first page has the sums over all matching agents.
+        """
         wanted, gaps = await self._asked(request)
         limit = _number(request, "limit", _ROWS, 0, MAX_ROWS)
         after, cursor = request.query_params.get("after"), self._agent_index.cursor
@@ -105,7 +108,10 @@ class InventoryApi(AgentsApi):
         return answered(answer)
 
     async def _changes(self, request: Request) -> Response:
-        """The agents that the caller may see and that changed after a cursor; `fits` says whether they are wanted."""
+        """Serve the agents that the caller may see and that changed after a cursor.
+
+        `fits` says whether they match the filters.
+        """
         wanted, gaps = await self._asked(request)
         after = request.query_params.get("after")
         if not after:
@@ -127,7 +133,7 @@ class InventoryApi(AgentsApi):
         )
 
     async def _asked(self, request: Request) -> tuple[_Wanted, list[str]]:
-        """What is asked for, and what will be missing in the answer."""
+        """Return the filters, and what will be missing in the answer."""
         now_ms, query = self._runtime.clock.now_ms(), request.query_params
         caller = self._caller(request)
         wanted = _Wanted(
@@ -145,7 +151,7 @@ class InventoryApi(AgentsApi):
         return wanted, await self._gaps(caller)
 
     def _among(self, wanted: _Wanted) -> list[str]:
-        """The agents, sorted, among which those that are wanted are. Most people's questions look at few."""
+        """Return sorted agents that include all matching ones. Most queries need to look at few."""
         if wanted.agent is not None:
             return [wanted.agent]
         sponsor = wanted.sponsor if wanted.caller.sees_all else wanted.caller.user.user_id

@@ -1,4 +1,4 @@
-"""What people read of a target: who could reach it now, a page of agents at a time.
+"""HTTP API of reach: which agents could act at a target now, page by page.
 
 Operators and auditors see all agents, sponsors their own, others none.
 """
@@ -28,9 +28,9 @@ from ringfence.policy.api.agents import AgentsApi, answered
 
 _ROWS: Final = 500
 _LOOKED_AT: Final = 5000
-"""So many agents' lines are gone through for one page."""
+"""The most agent rows that are examined for one page."""
 MAX_TASKS: Final = 20
-"""So many running tasks of an agent are looked at; where there are more, that is said."""
+"""The most running tasks of an agent that are examined. The answer says so where there are more."""
 _A_TURN, _LINES_A_TURN = 5, 500
 
 
@@ -38,7 +38,7 @@ class ReachApi(AgentsApi):
     """`GET /v1/reach`."""
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to those of the runtime."""
+        """Return the routes to add to those of the runtime."""
         return [Route("/v1/reach", self._reach)]
 
     async def _reach(self, request: Request) -> Response:
@@ -66,7 +66,7 @@ class ReachApi(AgentsApi):
     async def _page(
         self, caller: Caller, asked: Scope, target_id: str, after: str, gaps: list[str]
     ) -> tuple[list[Any], str | None]:
-        """Agents by id, after one; and the last that was looked at, where there may be more."""
+        """Return agents by id after one, and the last that was examined, if there may be more."""
         ids = (
             list(self._agent_index.ids())
             if caller.sees_all
@@ -125,7 +125,7 @@ def _asked(target: TargetState, verb: str | None, resource: str | None) -> Scope
 
 
 def asked_for(target: TargetState, verb: str | None, resource: str | None) -> Scope:
-    """What is asked about: where none is named, all verbs that this version understands, and all resources."""
+    """Return the scope in question: by default all verbs that this version understands, and all resources."""
     verbs = (verb,) if verb else tuple(one.verb for one in target.verbs if is_understood(one))
     if not verbs:
         return ()
@@ -134,16 +134,16 @@ def asked_for(target: TargetState, verb: str | None, resource: str | None) -> Sc
 
 
 def by_ceiling(facts: AgentFacts, asked: Scope) -> Scope:
-    """What of it an agent may ever hold."""
+    """Return the part of the scope that an agent's ceiling allows."""
     return effective((Limit("asked", asked), Limit.ceiling(facts.agent.agent_id, facts.agent.ceiling)))
 
 
 def by_task(
     ground: RecordContext, asked: Scope, now_s: int, entitlements_max_age_s: int
 ) -> dict[str, Any] | None:
-    """What of it an agent can be given in a task, or None where that is nothing.
+    """Return the part of the scope that an agent can receive in a task, or None.
 
-    `violations_of` is what stands in the way all the same, such as an agent that is suspended.
+    `violations_of` lists what would still prevent it, such as a suspended agent.
     """
     scope = effective((Limit("asked", asked), *ground.limits(now_s, entitlements_max_age_s)))
     if not scope:
@@ -167,7 +167,7 @@ def by_task(
 
 
 def line_of(facts: AgentFacts, ceiling: Scope, tasks: list[dict[str, Any]]) -> Mapping[str, Any]:
-    """An agent that could: `now` where it has a task for it that nothing stands against."""
+    """Return an agent that could act: `now` if it has a task for it that nothing prevents."""
     row = row_of(facts, frozenset())
     return {
         **{name: row[name] for name in ("id", "status", "sponsor", "sponsor_is", "ceiling_by")},
@@ -178,5 +178,5 @@ def line_of(facts: AgentFacts, ceiling: Scope, tasks: list[dict[str, Any]]) -> M
 
 
 def plain(scope: Scope) -> list[dict[str, Any]]:
-    """A scope as JSON."""
+    """Return a scope as JSON."""
     return [permission.model_dump(mode="json") for permission in scope]

@@ -1,7 +1,8 @@
-"""What another bundle would have said to the requests that were decided: held against the recorded decisions.
+"""Policy replay: evaluates recorded requests with another bundle, and compares the outcomes with the recorded
+decisions.
 
-Compared is what policy itself said of a request when it first judged it. What people answered later, and what never got
-as far as the bundle, is counted and not compared.
+It compares policy's own first evaluation of each request. Later answers of people, and requests that never reached the
+bundle, are counted and not compared.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ Change = Literal[
     "allowed_to_denied", "approval_added", "ttl_shorter",
 ]  # fmt: skip
 WIDENS: frozenset[Change] = frozenset({"denied_to_allowed", "denied_to_approval", "approval_removed"})
-"""What `--fail-on-widen` fails on."""
+"""The changes that `--fail-on-widen` fails on."""
 Skipped = Literal[
     "later_decision", "answered_by_people", "without_input", "engine_failed", "break_glass_not_needed",
     "input_incomplete", "input_unreadable", "signature_not_policys",
@@ -61,7 +62,7 @@ PER_KIND = 5
 
 @dataclass(frozen=True, slots=True)
 class RequestOutcome:
-    """What policy says of one request."""
+    """Policy's outcome for one request."""
 
     outcome: Literal["allowed", "denied", "approval_required"]
     required: tuple[RequiredClass, ...]
@@ -72,7 +73,7 @@ class RequestOutcome:
     def of(
         cls, required: Sequence[RequiredClass], ttl_s: int | None, reasons: Sequence[Reason], *, denied: bool
     ) -> RequestOutcome:
-        """Before anybody has approved: an approval that was given says nothing of what was asked for."""
+        """Return the outcome before any approval: a given approval says nothing about what was required."""
         if denied:
             return cls("denied", tuple(required), None, tuple(reasons))
         return cls("approval_required" if required else "allowed", tuple(required), ttl_s, tuple(reasons))
@@ -80,7 +81,7 @@ class RequestOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A request that would be decided otherwise."""
+    """A request that would be decided differently."""
 
     request_id: str
     agent_id: str
@@ -93,7 +94,7 @@ class Example:
 
 @dataclass(slots=True)
 class Report:
-    """What a replay found. `skipped` are decisions that were not compared, by why."""
+    """The result of a replay. `skipped` counts the decisions that were not compared, by reason."""
 
     revision: str
     read: int = 0
@@ -102,18 +103,17 @@ class Report:
     changes: Counter[Change] = field(default_factory=Counter)
     skipped: Counter[Skipped] = field(default_factory=Counter)
     missing_fields: Counter[str] = field(default_factory=Counter)
-    """The fields that the bundle looks at and recorded inputs do not have."""
+    """The fields that the bundle reads and recorded inputs lack."""
     revisions: Counter[str] = field(default_factory=Counter)
-    """The revisions that the compared decisions were made by."""
+    """The bundle revisions of the compared decisions."""
     examples: dict[Change, list[Example]] = field(default_factory=dict)
 
     @property
     def widens(self) -> bool:
-        """Whether anything that was denied would be allowed, or an approval fall away."""
+        """Return whether anything that was denied would be allowed, or an approval would be dropped."""
         return any(self.changes[kind] for kind in WIDENS)
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
         return {
             "revision": self.revision,
             "read": self.read,
@@ -143,7 +143,7 @@ class _ComparableDecision:
 
 
 def fields_of(bundle: Bundle) -> frozenset[str]:
-    """The parts of the input that the rules of a bundle name: `agent`, and `agent.ceiling` where they name that."""
+    """Return the parts of the input that a bundle's rules name: `agent`, or `agent.ceiling` where they name that."""
     found: set[str] = set()
     for _, text in bundle.modules:
         for match in _INPUT_OF_RULES.finditer(text):
@@ -153,7 +153,7 @@ def fields_of(bundle: Bundle) -> frozenset[str]:
 
 
 def changes_between(before: RequestOutcome, after: RequestOutcome) -> tuple[Change, ...]:
-    """What the difference comes to; nothing where a program would notice none."""
+    """Return the changes between two outcomes; empty where a program would notice none."""
     if before.outcome == "denied" or after.outcome == "denied":
         if before.outcome == after.outcome:
             return ()
@@ -172,10 +172,10 @@ def changes_between(before: RequestOutcome, after: RequestOutcome) -> tuple[Chan
 
 
 class Replay:
-    """Asks an engine with another bundle about recorded decisions."""
+    """Evaluates recorded decisions with another bundle."""
 
     def __init__(self, bundle: Bundle, engine: PolicyEngine, trust: TrustStore) -> None:
-        """`engine` has the bundle in force, and is started."""
+        """`engine` has that bundle in force, and is started."""
         self._engine = engine
         self._trust = trust
         self._needed = fields_of(bundle) & INPUT_FIELDS
@@ -183,14 +183,14 @@ class Replay:
         self.report = Report(bundle.revision)
 
     async def run(self, recorded: Recorded, progress: Callable[[int, int], None]) -> Report:
-        """Compare all. `progress` is told how many of how many records have been read."""
+        """Compare all recorded decisions. `progress` receives the number of records read, and of all records."""
         async for batch in recorded.batches():
             await self.compare(batch)
             progress(self.report.read, recorded.total)
         return self.report
 
     async def compare(self, records: Sequence[Received]) -> None:
-        """Take in some records of `credential.decision`, in the order of each partition."""
+        """Compare some records of `credential.decision`, in the order of each partition."""
         self.report.read += len(records)
         questions = []
         for record in records:
@@ -204,7 +204,7 @@ class Replay:
             self._count(question, new)
 
     def _question(self, record: Received) -> _ComparableDecision | Skipped:
-        """What a record asks of the other bundle, or why it is not compared."""
+        """Return what to evaluate for a record, or why it is not compared."""
         try:
             decision = verify(
                 parse(record.value), CredentialDecision,
@@ -310,7 +310,7 @@ _BATCH = 500
 
 
 class Recorded:
-    """The decisions since a time. `total` is how many records that are; some may be no decision at all."""
+    """The decisions since a time. `total` is the number of records; some may be no decision."""
 
     def __init__(
         self, consumer: AIOKafkaConsumer, name: str, start: dict[TopicPartition, int], end: dict[TopicPartition, int]
@@ -321,7 +321,7 @@ class Recorded:
         self.total = sum(end[partition] - offset for partition, offset in start.items())
 
     async def batches(self) -> AsyncIterator[list[Received]]:
-        """At most 500 at a time, in the order of each partition. No more is read than is asked for."""
+        """Yield batches of at most 500 records, in the order of each partition. Nothing is read ahead."""
         behind = {p for p, end in self._end.items() if await self._consumer.position(p) < end}
         while behind:
             fetched = await self._consumer.getmany(*behind, timeout_ms=500, max_records=_BATCH)
@@ -334,9 +334,9 @@ class Recorded:
 
 @asynccontextmanager
 async def recorded_decisions(settings: BusSettings, since_ms: int) -> AsyncIterator[Recorded]:
-    """The decisions that were appended since `since_ms` (milliseconds since 1970) and until now.
+    """Yield the decisions appended from `since_ms` (ms since 1970) until now.
 
-    Raises UnavailableError where Kafka or the topic is not there, or stops answering.
+    Raises UnavailableError where Kafka or the topic is missing, or stops answering.
     """
     name = CREDENTIAL_DECISION.name(settings.topic_prefix)
     consumer = AIOKafkaConsumer(
@@ -366,7 +366,7 @@ async def recorded_decisions(settings: BusSettings, since_ms: int) -> AsyncItera
 
 
 async def trust_of(settings: BusSettings, clock: Clock) -> TrustStore:
-    """Who may speak as what, by the trust bundle on Kafka. Raises UnavailableError where there is none."""
+    """Return the trust bundle from Kafka, which says who may sign what. Raises UnavailableError where there is none."""
     trust = TrustStore(settings.trust_domain, settings.trust_root)
 
     def take_in(records: Sequence[Received]) -> None:

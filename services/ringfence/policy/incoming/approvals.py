@@ -1,4 +1,4 @@
-"""Approvals of people in; decisions out. Also what becomes of those that never came."""
+"""Handler of people's approvals: evaluates pending requests again, and closes those that nobody approved in time."""
 
 from __future__ import annotations
 
@@ -29,40 +29,40 @@ from ringfence.policy.incoming.verification import MISPLACED, MessageVerifier, i
 log = logging.getLogger(__name__)
 
 OVERDUE_MS = 2_000
-"""So long after their end, pending requests are closed: what was appended in time should have been read by then."""
+"""How long after their end pending requests are closed: answers appended in time should have been read by then."""
 _CLOSE_EVERY_S = 0.5
 
 
 class ReadBarrier:
-    """What stood on Kafka at a moment is known here.
+    """Read barrier: waits until this process knows everything that was on Kafka at a moment.
 
-    To ask for its end may take a tenth of a second: one question is the answer for all that was appended before it was
-    put, else whoever signs ten answers a second holds up everybody.
+    Reading the end offset may take a tenth of a second. So one read serves all messages that were appended before it.
+    Otherwise a person who signs ten answers a second would delay everybody.
     """
 
     def __init__(self, runtime: Runtime, ask: Callable[[], Awaitable[bool | None]]) -> None:
-        """`ask` returns when all is known that is there; False where it is not known whether that is so."""
+        """`ask` reads up to the present end of the topics; it returns False if that is uncertain."""
         self._runtime = runtime
         self._ask = ask
         self._known_to_ms = -1
         self._here_to_ms = -1
         self._came = 0
         self._past_ms = -1
-        """Over, for every broker, when Kafka was asked last."""
+        """A time that had passed on every broker's clock when Kafka was last asked."""
 
     def received(self, to_ms: int) -> None:
-        """The records that are looked at next are here, and were appended by then, by the brokers' clocks."""
+        """Note that the next records are here, and were appended by `to_ms` on the brokers' clocks."""
         # That those of before were here says nothing of these: another broker's clock may be slower.
         self._known_to_ms = self._past_ms
         self._here_to_ms = to_ms
         self._came += 1
 
     def invalidate(self) -> None:
-        """What was known may be so no more."""
+        """Note that what was known may no longer be true."""
         self._known_to_ms = self._past_ms = -1
 
     async def known(self, at_ms: int | None) -> None:
-        """Return once all is known that stood there at `at_ms`, by the broker's clock, or now."""
+        """Return once everything is known that was on Kafka at `at_ms` (the broker's clock), or now."""
         if at_ms is not None and at_ms <= self._known_to_ms:
             return
         came, past_ms = self._came, self._runtime.broker_past_ms()
@@ -73,7 +73,7 @@ class ReadBarrier:
 
 
 class ApprovalHandler:
-    """Takes in what people answer. One at a time: a yes and the end of its time must not both count."""
+    """Processes people's answers one at a time: an approval and the end of its request must not both count."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class ApprovalHandler:
         publisher: DecisionPublisher,
         recall: Callable[[], Awaitable[None]],
     ) -> None:
-        """`recall` returns when every decision that stands on Kafka is known. Raises UnavailableError."""
+        """`recall` returns when every decision on Kafka is known. Raises UnavailableError."""
         self._runtime = runtime
         self._directory = directory
         self._verifier = verifier
@@ -95,20 +95,23 @@ class ApprovalHandler:
         self._one_at_a_time = asyncio.Lock()
         self._decided = ReadBarrier(runtime, recall)
         self.records = ReadBarrier(runtime, evaluator.caught_up)
-        """Of users, agents, tasks and targets: whoever answers may have seen some that are not here yet."""
+        """For users, agents, tasks and targets: a person who answers may have seen newer records than this process."""
         self._held_against: dict[str, tuple[int, int | None]] = {}
-        """By request that waits, the version of the records that it was last held against."""
+        """By waiting request: the version of the records at its last check."""
 
     def received(self, batch: Sequence[Received]) -> None:
-        """Told of what comes to `handle` next, all of which is on Kafka: what is asked from now on is asked for all."""
+        """Note the batch whose records come to `handle` next.
+
+        All are on Kafka, so one read barrier serves the batch.
+        """
         for one in (self._decided, self.records):
             one.received(max(record.appended_at_ms for record in batch))
 
     async def handle(self, record: Received) -> Awaitable[object] | None:
-        """Take in one answer. Raises InvalidMessageError where it is none, or nobody known signed it.
+        """Process one answer. Raises InvalidMessageError if it is malformed, or if nobody known signed it.
 
-        What is signed and does not count is refused by a `service.event`; the request goes on waiting. Await what this
-        returns, if anything, for the broker's acknowledgement of that.
+        A signed answer that does not count is refused by a `service.event`, and the request keeps waiting. Await the
+        result, if any, for the broker's acknowledgement of that event.
         """
         if is_for_others(record):
             return None
@@ -119,9 +122,9 @@ class ApprovalHandler:
 
     @contextlib.asynccontextmanager
     async def _alone(self, at_ms: int | None = None) -> AsyncIterator[None]:
-        """One at a time, and with every decision known that stood on Kafka at `at_ms`, or now.
+        """Hold the lock, with every decision known that was on Kafka at `at_ms`, or now.
 
-        What was published before a failure counts, also where its acknowledgement was lost on the way.
+        A decision that was published before a failure counts, even if its acknowledgement was lost.
         """
         async with self._one_at_a_time:
             try:
@@ -134,7 +137,7 @@ class ApprovalHandler:
     async def _take(
         self, approval: Signed[Approval], late: ExpiredError | None, record: Received
     ) -> Reason | None:
-        """Why an answer changes nothing; None where it did its work."""
+        """Apply an answer. Returns the reason why it changes nothing, or None."""
         claims, place = approval.claims, RecordPosition(record.partition, record.offset)
         known = self._decisions.get(claims.request_id)
         if known is None or known.outcome is None:
@@ -220,7 +223,7 @@ class ApprovalHandler:
         place: RecordPosition,
         at_ms: int,
     ) -> None:
-        """Judge again with one approval more: allowed, denied after all, or still waiting for somebody else."""
+        """Evaluate again with one more approval: allowed, denied after all, or still waiting for somebody else."""
         approvals = [*given, approval]
         evaluation = await self._evaluator.evaluate(case, at_ms, approvals)
         outcome = evaluation.ruling.outcome
@@ -243,7 +246,9 @@ class ApprovalHandler:
         approval: Signed[Approval] | None = None,
         place: RecordPosition | None = None,
     ) -> None:
-        """Deny a request that waited, on what it waited on, and for a person's answer if that is why."""
+        """Deny a waiting request, on the evaluation that it waited with, and by a person's answer if that is the
+        reason.
+        """
         case = _case(known, pending)
         evaluation = Evaluation(
             Ruling("denied", why, None, pending.required),
@@ -260,7 +265,7 @@ class ApprovalHandler:
         await self._publisher.notify(known, case)
 
     async def _finish(self, known: RequestState) -> None:
-        """An answer that was taken in comes again after a crash: the reply may not have gone out."""
+        """Complete an answer that is redelivered after a crash: the reply may not have been sent."""
         if known.outcome == "denied" and known.jws is not None:
             decision = parse(known.jws).unverified_claims(CredentialDecision)
             await self._publisher.notify(known, _case(known, decision))
@@ -283,7 +288,7 @@ class ApprovalHandler:
     # --- what a grant answers that already waits ---
 
     async def reconsider(self, grant: Grant, at_ms: int) -> None:
-        """Look again at what waits in the task of a grant that was appended at `at_ms`: what fits need not wait on."""
+        """Evaluate again the waiting requests in the task of a grant that was appended at `at_ms`."""
         for known in list(self._decisions.pending()):
             if known.agent_id != grant.agent_id:
                 continue
@@ -302,15 +307,17 @@ class ApprovalHandler:
     # --- those that never came, and those that are of no use any more ---
 
     async def close_overdue(self, owns: Callable[[str, int], bool]) -> None:
-        """For ever: deny what nobody approved in its time, and what the rule stands against by now.
+        """Deny, for ever, requests that nobody approved in time, and those that the invariant forbids by now.
 
-        Whoever approves what is of a suspended agent, or of a task that has ended, approves nothing: they are not left
-        to find that out, and the agent is not left to wait.
+        An approval for a suspended agent, or for an ended task, would have no effect. So approvers need not find that
+        out, and the agent need not wait.
 
         Args:
-            owns: whether this replica takes in the requests of a partition (topic name, number). Only it closes them,
-                so that its lock keeps a late approval and the end of the time apart; where two replicas both believe
-                to own it for a moment, the final decision that stands first on Kafka counts for every reader.
+            owns: returns whether this replica processes the requests of a partition (topic name, number). Only that
+                replica
+                closes them, so that its lock separates a late approval from the end of the time. If two replicas both
+                believe
+                to own it for a moment, the first final decision on Kafka counts for every reader.
         """
         while True:
             await asyncio.sleep(_CLOSE_EVERY_S)
@@ -350,7 +357,7 @@ class ApprovalHandler:
         return self._runtime.clock.now_ms() >= (end_s or 0) * 1000 + OVERDUE_MS
 
     def _against(self, known: RequestState) -> tuple[Reason, ...]:
-        """What the rule has against a request that waits, by the records of now."""
+        """Return how a waiting request violates the invariant with the present records."""
         if known.pending is None:
             return ()
         try:
@@ -362,18 +369,18 @@ class ApprovalHandler:
 
 
 def _case(known: RequestState, decision: CredentialDecision) -> Case:
-    """The case that a decision of this service is about; what it holds was verified before it was signed."""
+    """Return the case that a decision of this service is about. Its content was verified before it was signed."""
     request = Signed(parse(decision.request).unverified_claims(CredentialRequest), decision.request)
     return Case(request, known.request_id, known.agent_id, decision.source, known.traceparent)
 
 
 def _collected(jws: str) -> Signed[Approval]:
-    """An approval out of a decision of this service, which verified it before it signed."""
+    """Return an approval in a decision of this service, which verified it before it signed."""
     return Signed(parse(jws).unverified_claims(Approval), jws)
 
 
 def _all_stand(approvals: Iterable[Signed[Approval]], at_ms: int) -> bool:
-    """Whether none of these has come to its end by the append time `at_ms`: the issuer would refuse it."""
+    """Return whether none of these has expired at the append time `at_ms`. The issuer would refuse an expired one."""
     return all(at_ms < approval.claims.exp * 1000 for approval in approvals)
 
 
@@ -397,12 +404,12 @@ def _stale() -> Reason:
 
 
 def register_pending_gauges(decisions: Decisions, clock: Clock) -> None:
-    """Have Prometheus see the requests that wait for approvals, when it asks. All replicas know all of them."""
+    """Register the Prometheus gauges of pending approvals, read on scrape. All replicas know all of them."""
     metrics.APPROVALS_WAITING.set_function(lambda: len(list(decisions.pending())))
     metrics.APPROVALS_OLDEST.set_function(lambda: _oldest_s(decisions, clock.now_ms()))
 
 
 def _oldest_s(decisions: Decisions, now_ms: int) -> float:
-    """How long the oldest of them has waited, by the time at which the broker appended it; 0 where none does."""
+    """Return the longest wait in seconds since the broker's append time; 0 if nothing waits."""
     appended = [one.pending.source.appended_at_ms for one in decisions.pending() if one.pending]
     return max(0, now_ms - min(appended)) / 1000 if appended else 0

@@ -1,4 +1,4 @@
-"""Requests of agents in; decisions, questions and replies out."""
+"""Handler of agents' credential requests: publishes decisions, approval requests and replies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ringfence.policy.incoming.verification import MessageVerifier
 
 
 class RequestHandler:
-    """Decides on requests. Those of one batch may run side by side: each is claimed before anything is awaited for."""
+    """Decides requests. Those of one batch may run concurrently: each is claimed before anything is awaited."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class RequestHandler:
         *,
         approval_timeout_s: int,
     ) -> None:
-        """`recall` returns when every decision that stands on Kafka is known. Raises UnavailableError."""
+        """`recall` returns when every decision on Kafka is known. Raises UnavailableError."""
         self._runtime = runtime
         self._verifier = verifier
         self._admission = admission
@@ -53,7 +53,7 @@ class RequestHandler:
         self._approval_timeout_s = approval_timeout_s
 
     async def handle(self, record: Received) -> None:
-        """Take one request to its decision. Raises InvalidMessageError where it is none, or not signed by an agent."""
+        """Decide one request. Raises InvalidMessageError if it is malformed, or if no agent signed it."""
         if self._admission.should_shed(record, self._runtime.clock.now_ms()) and not self._shed.is_known(
             record
         ):
@@ -78,7 +78,7 @@ class RequestHandler:
             await self._publisher.notify(known, case)
 
     def _refused(self, case: Case, late: ExpiredError | None, *, first: bool) -> Evaluation | None:
-        """Why a request is not even weighed, or None."""
+        """Return the denial of a request that is not evaluated, or None."""
         if late is not None:
             return denied(late.code, str(late))
         return self._admission.refusal(case, self._runtime.clock.now_ms()) if first else None
@@ -114,7 +114,9 @@ class RequestHandler:
 
 
 def _ambiguous(case: Case) -> Evaluation | None:
-    """Why nobody can be asked about a request that does not say the same to every reader, or None."""
+    """Return the denial of a request that readers could read differently, so that nobody can be asked about it; or
+    None.
+    """
     try:
         parse(case.request.compact).check_one_reading()
     except InvalidMessageError as error:

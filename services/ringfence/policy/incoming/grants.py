@@ -1,4 +1,4 @@
-"""Grants as they arrive: verified, kept, and told to whom they concern."""
+"""Handler of grants and withdrawals: verifies them, keeps them, and reports to those concerned."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ringfence.policy.incoming.verification import MessageVerifier
 
 
 class GrantHandler:
-    """Takes in grants and withdrawals, each answered by a `service.event`."""
+    """Processes grants and withdrawals. Each is answered by a `service.event`."""
 
     def __init__(
         self,
@@ -40,9 +40,9 @@ class GrantHandler:
         reconsider: Callable[[Grant, int], Awaitable[None]],
     ) -> None:
         """Args:
-            policy_revision: the revision of the bundle in force.
-            records: returns when those are known that stood on Kafka at an append time.
-            reconsider: looks again at what waits, now (an append time) that a grant was given.
+            policy_revision: returns the revision of the bundle in force.
+            records: returns when the records are known that were on Kafka at an append time.
+            reconsider: evaluates waiting requests again after a grant was given (at an append time).
         """  # fmt: skip
         self._runtime = runtime
         self._directory = directory
@@ -53,7 +53,7 @@ class GrantHandler:
         self._reconsider = reconsider
 
     async def handle(self, record: Received) -> None:
-        """Take in one record. Raises InvalidMessageError where it is neither, or nobody known signed it."""
+        """Process one record. Raises InvalidMessageError if it is neither, or if nobody known signed it."""
         if kind_of(record) == Grant.typ:
             await self._grant(record)
         else:
@@ -78,7 +78,7 @@ class GrantHandler:
         await self._answer(grant.claims, why, record)
 
     def _objection(self, grant: Grant, late: ExpiredError | None, record: Received) -> Reason | None:
-        """Why a grant would count for nothing as things are; its signer is told at once."""
+        """Return the reason why a grant would have no effect now, or None. Its signer learns it at once."""
         user_id = signer_of(grant)
         if user_id is None:
             return _reason("not_a_person", f"{grant.iss} is no user; only people approve")
@@ -128,7 +128,7 @@ class GrantHandler:
         await self._answer(claims, why, record)
 
     def _no_say(self, claims: GrantWithdraw) -> Reason | None:
-        """Why somebody cannot take a grant back, or None."""
+        """Return the reason why a person cannot withdraw a grant, or None."""
         given = self._table.get(claims.grant_id)
         user_id = subject_of(claims.aud, claims.iss, "user")
         if given is None:

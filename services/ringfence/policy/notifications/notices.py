@@ -1,5 +1,6 @@
-"""Tells people by webhook that something waits for them. A hint and no more: what decides is a signature, and nothing
-that a webhook's receiver says is even read.
+"""Webhook notices: inform people that a question waits for them.
+
+A notice is only a hint. Decisions need a signature, and the response of a webhook's receiver is not even read.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ log = logging.getLogger(__name__)
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
 MOST_UNDER_WAY = 1000
-"""So many notices wait to be delivered at most; what comes beyond is dropped: the question itself stands on Kafka."""
+"""The most notices being delivered. Further ones are dropped, because the question itself is on Kafka."""
 MOST_OF_ONE = 100
-"""Of these, so many for one person: an endpoint that is down is nobody else's trouble."""
+"""The share of one person, so that an endpoint that is down affects nobody else."""
 _AT_ONCE = 8
 _TIMEOUT_S = 10.0
 _ATTEMPTS = 10
@@ -54,30 +55,30 @@ _REMEMBERED = 10_000
 
 
 class GaveUpError(RingfenceError):
-    """A webhook that is not tried again."""
+    """Raised when a webhook is not tried again."""
 
     code = "webhook_failed"
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """What one person is told."""
+    """A notice to one person."""
 
     id: str
-    """Of the question: a repeat has the same one, so that its receiver can tell."""
+    """The question's id. A repetition has the same one, so that its receiver can recognise it."""
     user_id: str
     about: str
-    """What it is about, for the log."""
+    """A description for the log."""
     expires_at: int
-    """Seconds since 1970; then it is of no use."""
+    """Seconds since 1970. Afterwards the notice is of no use."""
     waits: Callable[[], bool]
-    """Whether it still waits for somebody, as far as this process knows."""
+    """Returns whether the question still waits for somebody, as far as this process knows."""
     body: Callable[[], bytes]
-    """What is sent. Raises DeniedError where records do not say what it is about."""
+    """Returns the body to send. Raises DeniedError if the records do not say what it is about."""
 
 
 class Notices:
-    """Delivers in the background, at least once, each under an id of its own; `tell` never waits and never raises."""
+    """Delivers notices in the background, at least once, each with its own id. `tell` never waits and never raises."""
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class Notices:
         *,
         first_delay_s: float = _FIRST_DELAY_S,
     ) -> None:
-        """`places`: by user id, where the webhook of somebody stands; read anew for each notice."""
+        """`places`: by user id, the secret reference of their webhook. It is read again for each notice."""
         self._places = dict(places)
         self._directory = directory
         self._decisions = decisions
@@ -103,7 +104,7 @@ class Notices:
         self._at_once = asyncio.Semaphore(_AT_ONCE)
 
     async def start(self) -> None:
-        """Say which webhooks cannot be used as they are."""
+        """Log which webhooks are unusable."""
         for user_id in self._places:
             try:
                 self._webhook(user_id)
@@ -111,7 +112,7 @@ class Notices:
                 log.error("%s is not told of what waits: %s", user_id, error)
 
     async def close(self) -> None:
-        """Drop what is under way."""
+        """Drop the notices being delivered."""
         tasks = list(self._under_way.values())
         for task in tasks:
             task.cancel()
@@ -120,9 +121,10 @@ class Notices:
             await self._http.aclose()
 
     def tell(self, message: ApprovalRequest, request: Signed[CredentialRequest]) -> None:
-        """Tell somebody, if they want to be told, and have not been told of this, or of one that is alike and waits.
+        """Notify a person who wants it, unless they were notified of this question or of an equivalent one that still
+        waits.
 
-        A repeat of the question has the same `jti`, so that its receiver can tell.
+        A repetition of the question has the same `jti`, so that the receiver can recognise it.
         """
         user_id, id = message.approver, message.jti
         if user_id not in self._places or id in self._told or self._is_known(message, request.claims):
@@ -136,11 +138,11 @@ class Notices:
         )  # fmt: skip
 
     def wants(self, user_id: str, id: str) -> bool:
-        """Whether somebody wants to be told, and has not been told of this."""
+        """Return whether a person wants notices, and has not been notified of this one."""
         return user_id in self._places and id not in self._told
 
     def deliver(self, notice: Notice) -> None:
-        """Deliver one in the background, where not too many are under way."""
+        """Deliver one notice in the background, unless too many are being delivered."""
         id, user_id = notice.id, notice.user_id
         if len(self._under_way) >= MOST_UNDER_WAY or self._of[user_id] >= MOST_OF_ONE:
             metrics.NOTICES.labels("dropped").inc()
@@ -157,7 +159,7 @@ class Notices:
         self._of[user_id] -= 1
 
     def _is_known(self, message: ApprovalRequest, request: CredentialRequest) -> bool:
-        """Whether the person was told of another request that would come to the same and still waits."""
+        """Return whether the person was notified of an equivalent request that still waits."""
         scope = sorted((p.target, sorted(p.verbs), sorted(p.resources)) for p in request.scope)
         if request.break_glass:
             return False  # each of these is told
@@ -201,7 +203,7 @@ class Notices:
             delay_s = min(delay_s * 2, _LONGEST_DELAY_S)
 
     async def _post(self, webhook: Webhook, id: str, body: bytes) -> str | None:
-        """One attempt: what was wrong, or None. Raises GaveUpError where trying again is of no use."""
+        """Make one attempt. Returns the failure, or None. Raises GaveUpError where another attempt is pointless."""
         if self._http is None:
             self._http = httpx.AsyncClient(timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False)
         headers = signed_headers(webhook, id, self._clock.now_ms() // 1000, body)
@@ -227,7 +229,10 @@ class Notices:
 def notice_sender(
     runtime: Runtime, directory: Directory, notices: Notices
 ) -> Callable[[Received], Awaitable[None]]:
-    """A handler of `approval.request`: what policy itself asks is told where it is asked, and passed over here."""
+    """Return a handler of `approval.request` for questions of gateways.
+
+    Policy sends notices of its own questions itself, so they are skipped here.
+    """
 
     async def tell(record: Received) -> None:
         """Raises InvalidMessageError where no gateway signed it."""
