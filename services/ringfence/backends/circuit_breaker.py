@@ -16,7 +16,6 @@ from ringfence.backends.target_settings import CircuitOpenError, TargetError, Ta
 T = TypeVar("T")
 
 FAILURES_TO_OPEN = 5
-"""Consecutive failures that open the circuit of a target."""
 FIRST_OPEN_S = 0.5
 _MOST_DOUBLINGS = 16
 

@@ -29,7 +29,6 @@ _START_TIMEOUT_S = 20.0
 _KEEPING_GRACE_S = 30.0
 
 _WRITER = "autosave"
-"""The name of the writing thread."""
 _METADATA, _ALTER_CONFIGS = 3, 33  # api keys of the Kafka protocol
 _BROKER_RESOURCE = 4
 _NODE_ID = "1"

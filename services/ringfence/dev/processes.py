@@ -98,7 +98,6 @@ class Patience:
         self._begun_s = clock()
         self._before = self._delays(pids())
         self.delayed_s = 0.0
-        """The longest wait of a thread."""
 
     @property
     def over(self) -> bool:

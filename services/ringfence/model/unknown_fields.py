@@ -31,7 +31,6 @@ class UnknownField(NamedTuple):
     """The path to the message with the field: field names, and members of lists by name or by number from 1."""
     name: str
     nearest: str | None
-    """The known field with the most similar spelling."""
 
 
 def is_understood(message: Message) -> bool:

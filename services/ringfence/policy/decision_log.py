@@ -77,7 +77,6 @@ class RequestState:
     jws: str | None = None
     """The decision, where it may be needed again: while approvals are pending, and for recent denials."""
     pending: CredentialDecision | None = None
-    """The decision that waits for approvals."""
     traceparent: str | None = None
     forget_at_ms: int = 0
     approvals: dict[str, tuple[str, RecordPosition | None]] = field(default_factory=dict)

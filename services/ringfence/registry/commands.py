@@ -71,7 +71,6 @@ class Registry:
         self.history: Follower | None = None
         """The reader of this registry's own events. The wiring sets it."""
         self.on_own_event: Callable[[ServiceEvent], None] = lambda event: None
-        """Called with each own event that was read back."""
 
     # --- commands ---
 

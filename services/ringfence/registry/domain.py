@@ -55,7 +55,6 @@ MAX_PARTS = 32
 The limit keeps an agent from filling the tables.
 """
 MAX_NARROWING_BYTES = 8 * 1024
-"""The longest command that only takes rights away."""
 MAX_RECORD_BYTES = MAX_JWS_BYTES * 3 // 4
 """The longest record after a command that grants something.
 

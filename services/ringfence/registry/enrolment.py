@@ -121,11 +121,9 @@ class Enroller:
         self._ready = ready
         self._recalled = recalled
         self._spent: dict[str, _Spent] = {}
-        """The agent and key that each token was used for, by the token's digest."""
         self._unconfirmed: set[str] = set()
         """Tokens whose use Kafka has not confirmed yet. The caller gets no answer before."""
         self._reported_refusals: BoundedDict[str, None] = BoundedDict(_MOST_REFUSALS)
-        """Refusals that an event was published for."""
 
     async def enrol(self, compact: str | bytes) -> str:
         """Enrol the key that signed an `instance.enrol` message. Returns the signed enrolment as a compact JWS.

@@ -30,7 +30,6 @@ _IN_ALL_S = 10.0
 _KEPT_MS = 3_600_000
 """How long cached keys count. An issuer that withdraws a key is obeyed within the hour."""
 _AGAIN_MS = 30_000
-"""The minimum interval between two reads from one issuer."""
 
 
 @dataclass(slots=True)

@@ -52,7 +52,6 @@ class Setting:
     """One effective setting."""
 
     name: str
-    """The name of its environment variable."""
     value: Any
     """The value, without secrets."""
     source: Source

@@ -22,7 +22,6 @@ class Template:
     requests: tuple[RequestRule, ...] = ()
     """The gateway's map from requests to verbs; the first match counts."""
     settings: Mapping[str, str | int] = field(default_factory=dict)
-    """The backend's settings."""
 
 
 # --- an HTTP API of which nothing more is known -----------------------------------------------------------------------

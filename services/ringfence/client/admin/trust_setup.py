@@ -41,7 +41,6 @@ TOKEN_KEY = "issuer-token"  # noqa: S105 - the name of a file
 _SEALED_TO: tuple[ServiceRole, ...] = ("issuer", "gateway")
 """Roles with an encryption key, to which credentials are encrypted."""
 SEAL = "-seal"
-"""The suffix of the file names of encryption keys."""
 YEAR_S = 365 * 24 * 3600
 _NAME = TypeAdapter(Name)
 

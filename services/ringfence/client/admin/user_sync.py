@@ -41,7 +41,6 @@ class SyncPlan:
     differences: tuple[UserChange, ...]
     problems: tuple[str, ...]
     active: int
-    """How many users of this provisioner are active now."""
 
     @property
     def leaving(self) -> int:

@@ -63,7 +63,6 @@ REQUEST_LIFE_S = 120
 """`exp` of a request: how long it may take to reach the broker, clocks that differ included."""
 
 COMMAND_TIMEOUT_S = 15.0
-"""How long to wait for the registry's answer by default."""
 _MAX_ABANDONED = 1000
 
 OnPending = Callable[[PendingRequest], Awaitable[None] | None]

@@ -89,7 +89,6 @@ class SentRequest:
     reply_key: ReplyKey = field(repr=False)
     traceparent: str
     key: SigningKey | None = field(default=None, repr=False)
-    """The agent's key that signed the request."""
     request_id: str = field(init=False)
 
     def __post_init__(self) -> None:

@@ -48,7 +48,6 @@ class Deviation:
     code: Literal["first", "target", "verbs", "resources", "ttl", "delivery", "denied"]
     message: str
     scope: Scope = ()
-    """The part of the request that it is about."""
 
 
 @dataclass(frozen=True, slots=True)

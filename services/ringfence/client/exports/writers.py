@@ -33,7 +33,6 @@ class ExportWriter(Protocol):
     """Writes events to a file, page by page."""
 
     resumable: bool
-    """Whether the file can be continued after a page."""
 
     def page(self, events: Sequence[str]) -> None:
         """Write a page of events completely."""

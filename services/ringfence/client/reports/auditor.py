@@ -37,7 +37,6 @@ SETTLE_S = 60.0
 Heads = dict[str, tuple[int, str]]
 """By tree: its number of events, and its root. An auditor keeps them from one verification to the next."""
 HEADS = TypeAdapter(Heads)
-"""Parses and formats heads as JSON."""
 _RETENTION_TOLERANCE = 0.99
 """Brokers delete whole segments, so some of the oldest events may be gone a little early."""
 

@@ -10,7 +10,6 @@ from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import Filters, ReadApi
 
 PAGE_ROWS: Final = 5000
-"""Agents per page."""
 
 
 @dataclass(frozen=True, slots=True)

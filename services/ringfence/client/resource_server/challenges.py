@@ -33,7 +33,6 @@ class PresentedToken:
     scheme: Scheme
     token: str = field(repr=False)
     proofs: tuple[str, ...] = field(repr=False)
-    """The `DPoP` headers."""
 
 
 def read_presented_token(headers: Headers) -> PresentedToken:

@@ -100,7 +100,6 @@ class RepeatCounter:
         self.reported_s = self.latest_s = now_s
         """Times of the last log line and of the last event."""
         self.left_out = 0
-        """The number of events left out since the last report."""
         self.last = ""
         """The message of the last event that was left out, cut to 500 characters."""
 

@@ -27,7 +27,6 @@ _CHANGE_THE_MEANING = frozenset({"crit", "zip", "apu", "apv"})
 A reader that does not understand them must refuse; `seal` never writes them.
 """
 _MALFORMED = (ValueError, TypeError, LookupError, AttributeError)
-"""Errors that malformed headers and keys raise."""
 
 
 class ReplyKey:

@@ -20,7 +20,6 @@ from ringfence.kernel.tracing.api import NO_SPAN, Record, Span, TraceableRecord,
 from ringfence.kernel.tracing.traceparent import new_traceparent, parsed, trace_id, written
 
 SCOPE = "ringfence"
-"""The instrumentation scope."""
 VERSION = version("ringfence")
 LONGEST = 256
 """The longest text of an attribute. Whoever writes a record chooses keys and ids, of any length."""

@@ -18,7 +18,6 @@ level`.
 """
 
 EMPTY_ROOT: Hash = hashlib.sha256().digest()
-"""The root of a tree without leaves."""
 
 
 def leaf_hash(entry: bytes) -> Hash:

@@ -48,7 +48,6 @@ again has its old `run_id` and the data of the other server, but a new replicati
 _CLUSTER_SCHEMES = {"redis+cluster": False, "rediss+cluster": True}
 """Schemes of the URL of a cluster, and whether they speak TLS."""
 _MAX_QUEUED_KEYS = 50
-"""How many expired keys are queued for a slow reader."""
 _LOOK_FOR_NODES_S = 10.0
 
 

@@ -94,7 +94,6 @@ class LeaseKeys:
     kept_until_ms: int | None
     """When the record of an ended lease expires, -1 for never; None if it has no such record."""
     selector_keys: frozenset[str]
-    """The selector keys that it is found by."""
 
 
 class Restoration:

@@ -606,4 +606,3 @@ SCRIPTS = (
     PREPARE, CLOSE, ACTIVATE, USE_GRANT, RECOUNT, LOOK, GET, CLAIM, COUNT_DUE, DUE_SOON, POSTPONE, TRANSITION, SEQS,
     STALE, RESTORE,
 )  # fmt: skip
-"""The scripts that services load when they connect."""

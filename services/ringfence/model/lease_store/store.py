@@ -90,7 +90,6 @@ _GATHER_S = 0.3
 any sweeper's age limit."""
 _WATCH_EVERY_S = 1.0
 _LOST_LOOK_S = 0.1
-"""How often a lost Redis is checked for a rebuild."""
 
 
 class LeaseStore(Shards):

@@ -41,7 +41,6 @@ class StoredLease:
     record: bytes
     """The signed record in packed form."""
     epoch: str | None = None
-    """The epoch in the record, if any."""
 
     @classmethod
     def parse(cls, text: bytes) -> StoredLease:

@@ -26,7 +26,6 @@ FOLLOWING: dict[LeaseStatus, frozenset[LeaseStatus]] = {
 """Which statuses may follow each status. Only a lease that leaves nothing at its target goes from active to expired."""
 
 ALL_LEASES = "all"
-"""The selector key of all leases."""
 
 
 class LeaseStateError(RingfenceError):

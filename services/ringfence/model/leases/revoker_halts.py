@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # rules use what stands here, and import nothing that does I/
     from ringfence.kernel.kafka.record import Received
 
 HALTED: Final = "revoker_halted"
-"""The code of a denial because of a halt."""
 RETRY_AFTER_S = 30
 """When a denied agent may ask again: a person has to act first."""
 _CLOCKS_DIFFER_MS = 60_000

@@ -38,7 +38,6 @@ class LeaseSummary:
     """In seconds since 1970."""
     epoch: str | None = None
     granted: bool = False
-    """Whether the lease was issued on a grant."""
 
 
 def unverified_claims(jws: bytes) -> dict[str, Any] | None:

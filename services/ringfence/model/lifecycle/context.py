@@ -71,11 +71,9 @@ class Context:
     transfer_consent: AgentTransferConsent | None = None
     """The new sponsor's consent, if it is to the transfer of the same agent."""
     consent_problem: str | None = None
-    """Why an embedded consent is invalid."""
     sponsor_of: Callable[[str], str | None] | None = None
     """Returns the sponsor of an agent at that time. None for a reader of records, which no longer knows it."""
     task_at: Callable[[str], TaskState | None] = lambda task_id: None
-    """Returns a task as it was at that time."""
 
 
 # What commands about different subjects have in common: each raises CommandRefusedError where it does not hold.

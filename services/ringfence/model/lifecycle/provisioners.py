@@ -31,7 +31,6 @@ from ringfence.model.lifecycle.context import (
 from ringfence.model.scope.scope import missing
 
 BY_PROVISIONERS: tuple[type[Any], ...] = (UserSet, UserDisable, ProvisionerLink)
-"""All commands that a provisioner may sign."""
 
 
 def apply_to_provisioner(

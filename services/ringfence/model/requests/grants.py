@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEEP_MS = (MAX_GRANT_LIFE_S + 3600) * 1000
-"""How long a grant and its withdrawal are remembered."""
 _FORGET_EVERY_MS = 60_000
 MOST_OF_ONE = 1000
 """The most remembered grants of one person, and the most withdrawals by one person of unknown grants.

@@ -67,7 +67,6 @@ class LeaseGroup(NamedTuple):
     short_lived: bool
     until_s: int
     leases: int
-    """Their number."""
 
 
 class Live(NamedTuple):
@@ -146,7 +145,6 @@ class _Holder:
     kinds: int = 0
     """Grows with each new kind of holding."""
     uses: int = 0
-    """Grows with each change of the usage."""
     asked_ms: int = 0
     """Append time of the latest request whose lease record was verified."""
     told: tuple[object, dict[str, Any]] | None = None

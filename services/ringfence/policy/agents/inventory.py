@@ -34,7 +34,6 @@ class AgentFacts:
     tasks: Sequence[TaskState]
     """Its running tasks."""
     endings: Sequence[LeaseGroup]
-    """When its live leases end, in groups."""
     live: Callable[[], Sequence[Live]]
     """Returns each of these leases. There may be very many."""
     used: AbstractSet[Verb]

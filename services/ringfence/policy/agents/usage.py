@@ -39,7 +39,6 @@ class Used:
     first_s: int
     last_s: int
     days: int
-    """The number of different days."""
 
 
 class Usage:

@@ -31,7 +31,6 @@ _LINES_A_TURN, _ROWS_A_TURN = 1000, 20
 
 
 Condition = Callable[[str, InventoryRow], bool]
-"""A predicate on the id and the row of an agent."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,6 @@ from ringfence.policy.api.agents import AgentsApi, answered
 
 _ROWS: Final = 500
 _LOOKED_AT: Final = 5000
-"""The most agent rows that are examined for one page."""
 MAX_TASKS: Final = 20
 """The most running tasks of an agent that are examined. The answer says so where there are more."""
 _A_TURN, _LINES_A_TURN = 5, 500

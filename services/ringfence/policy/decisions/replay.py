@@ -41,7 +41,6 @@ Change = Literal[
     "allowed_to_denied", "approval_added", "ttl_shorter",
 ]  # fmt: skip
 WIDENS: frozenset[Change] = frozenset({"denied_to_allowed", "denied_to_approval", "approval_removed"})
-"""The changes that `--fail-on-widen` fails on."""
 Skipped = Literal[
     "later_decision", "answered_by_people", "without_input", "engine_failed", "break_glass_not_needed",
     "input_incomplete", "input_unreadable", "signature_not_policys",

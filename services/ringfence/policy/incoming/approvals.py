@@ -97,7 +97,6 @@ class ApprovalHandler:
         self.records = ReadBarrier(runtime, evaluator.caught_up)
         """For users, agents, tasks and targets: a person who answers may have seen newer records than this process."""
         self._held_against: dict[str, tuple[int, int | None]] = {}
-        """By waiting request: the version of the records at its last check."""
 
     def received(self, batch: Sequence[Received]) -> None:
         """Note the batch whose records come to `handle` next.

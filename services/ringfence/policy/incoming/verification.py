@@ -29,7 +29,6 @@ C = TypeVar("C", bound=ExpiringClaims)
 
 MAX_APPROVAL_BYTES = 192 * 1024
 MISPLACED = "partition_unexpected"
-"""The code of what `MessageVerifier.misplaced` reports."""
 
 
 FindKey = Callable[[str, str, float, KeyFinder], PublicKey | None]

@@ -68,7 +68,6 @@ class Notice:
     """The question's id. A repetition has the same one, so that its receiver can recognise it."""
     user_id: str
     about: str
-    """A description for the log."""
     expires_at: int
     """Seconds since 1970. Afterwards the notice is of no use."""
     waits: Callable[[], bool]
