@@ -90,18 +90,18 @@ class TargetAccess:
 
     async def read(self, target_id: str) -> str:
         """Return the URL for a target, with the broker's credentials. Raises AccessError."""
-        source, where, what = self._source_of(target_id)
-        return await source.read(where, what)
+        source, location, name = self._source_of(target_id)
+        return await source.read(location, name)
 
     def at_hand(self, target_id: str) -> str | None:
         """Return the same as `read` if that needs no I/O to another service, else None. Raises AccessError."""
-        source, where, what = self._read_at.get(target_id) or self._source_of(target_id)
-        return source.at_hand(where, what)
+        source, location, name = self._read_at.get(target_id) or self._source_of(target_id)
+        return source.at_hand(location, name)
 
     def _source_of(self, target_id: str) -> tuple[SecretSource, str, str]:
         self.check(target_id)
-        kind, _, where = self._places[target_id].partition(":")
-        found = self._read_at[target_id] = self._sources[kind], where, f"the rights at target {target_id}"
+        kind, _, location = self._places[target_id].partition(":")
+        found = self._read_at[target_id] = self._sources[kind], location, f"the rights at target {target_id}"
         return found
 
     async def close(self) -> None:

@@ -37,13 +37,13 @@ class ConnectionCache(Generic[S]):
     async def at(self, target_id: str) -> S:
         """Return the server object of a target. Raises AccessError."""
         rights = await self._access.read(target_id)
-        known = self._known.get(target_id)
-        if known is not None and known[0] == rights:
-            return known[1]
+        cached = self._known.get(target_id)
+        if cached is not None and cached[0] == rights:
+            return cached[1]
         server = self._make(target_id, rights)
         self._known[target_id] = (rights, server)
-        if known is not None:
-            await known[1].close()
+        if cached is not None:
+            await cached[1].close()
         return server
 
     async def close(self) -> None:

@@ -112,21 +112,21 @@ class StaticSecrets:
         settings, secret = self._settings_of(target), self._access.at_hand(target.target_id)
         if secret is None:
             return None
-        known = self._made.get(target.target_id)
-        if known is None or known[0] is not settings or known[1] != secret:
+        cached = self._made.get(target.target_id)
+        if cached is None or cached[0] is not settings or cached[1] != secret:
             made = _headers(target, settings, secret)
-            known = self._made[target.target_id] = settings, secret, made
-        return known[2]
+            cached = self._made[target.target_id] = settings, secret, made
+        return cached[2]
 
     async def close(self) -> None:
         """Close all connections."""
         await self._access.close()
 
     def _settings_of(self, target: TargetState) -> HttpSettings:
-        known = self._settings.get(target.target_id)
-        if known is None or known[0] is not target:
-            known = self._settings[target.target_id] = target, settings_of(target, HttpSettings)
-        return known[1]
+        cached = self._settings.get(target.target_id)
+        if cached is None or cached[0] is not target:
+            cached = self._settings[target.target_id] = target, settings_of(target, HttpSettings)
+        return cached[1]
 
 
 def _headers(target: TargetState, settings: HttpSettings, secret: str) -> dict[str, str]:

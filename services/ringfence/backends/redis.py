@@ -99,22 +99,22 @@ def rules(scope: Iterable[Permission]) -> list[str]:
 
 def _kinds(verbs: Iterable[str]) -> list[tuple[frozenset[str], str]]:
     """Return groups of commands, each with the access to its keys. Raises InexactError."""
-    wanted = set(verbs)
-    found: list[tuple[frozenset[str], str]] = []
-    if {"read", "write"} <= wanted:
-        found.append((READ | WRITE, "RW"))
-    elif "read" in wanted:
-        found.append((READ, "R"))
-    elif "write" in wanted:
-        found.append((WRITE, "W"))
-    for verb in sorted(wanted - {"read", "write"}):
+    remaining = set(verbs)
+    kinds: list[tuple[frozenset[str], str]] = []
+    if {"read", "write"} <= remaining:
+        kinds.append((READ | WRITE, "RW"))
+    elif "read" in remaining:
+        kinds.append((READ, "R"))
+    elif "write" in remaining:
+        kinds.append((WRITE, "W"))
+    for verb in sorted(remaining - {"read", "write"}):
         if verb in WRITE:
-            found.append((frozenset({verb}), "RW"))
+            kinds.append((frozenset({verb}), "RW"))
         elif verb in READ:
-            found.append((frozenset({verb}), "R"))
+            kinds.append((frozenset({verb}), "R"))
         else:
             raise InexactError(f"the verb {verb} is none: read, write, or one command that names its keys")
-    return found
+    return kinds
 
 
 def _patterns(glob: str) -> list[str]:
@@ -219,8 +219,8 @@ class RedisBackend:
         """Return the leases that have a user at the target. Raises TargetError, AccessError."""
         users = await self._run(target_id, "ACL", "USERS")
         names = (name.decode("utf-8", "replace") for name in users)
-        found = (name.removeprefix(self._prefix) for name in names if name.startswith(self._prefix))
-        return frozenset(id for id in found if _UUID.fullmatch(id))
+        lease_ids = (name.removeprefix(self._prefix) for name in names if name.startswith(self._prefix))
+        return frozenset(id for id in lease_ids if _UUID.fullmatch(id))
 
     standing = existing
 
@@ -234,14 +234,14 @@ class RedisBackend:
         """Return the scheme and `host:port` for agents: from the target's record, else where Ringfence itself
         connects.
         """
-        where = (await self._servers.at(target.target_id)).client.connection_pool.connection_kwargs
-        if where.get("db"):
+        connected_to = (await self._servers.at(target.target_id)).client.connection_pool.connection_kwargs
+        if connected_to.get("db"):
             raise AccessError(
-                f"target {target.target_id} names database {where['db']}: only 0 can be kept to"
+                f"target {target.target_id} names database {connected_to['db']}: only 0 can be kept to"
             )
-        given = settings_of(target, TargetSettings).address
-        scheme = "rediss" if "ssl_cert_reqs" in where else "redis"
-        return scheme, given or f"{where.get('host')}:{where.get('port', 6379)}"
+        address = settings_of(target, TargetSettings).address
+        scheme = "rediss" if "ssl_cert_reqs" in connected_to else "redis"
+        return scheme, address or f"{connected_to.get('host')}:{connected_to.get('port', 6379)}"
 
     async def _run(self, target_id: str, *command: str) -> Any:
         try:
@@ -259,5 +259,5 @@ class RedisBackend:
 
 
 def _kind(error: ResponseError) -> str:
-    word = str(error).partition(" ")[0]
-    return word if re.fullmatch(r"[A-Z]{2,20}", word) else type(error).__name__
+    error_code = str(error).partition(" ")[0]
+    return error_code if re.fullmatch(r"[A-Z]{2,20}", error_code) else type(error).__name__

@@ -95,9 +95,9 @@ class VaultSource:
 
     async def read(self, where: str, what: str) -> str:
         """Return the field of the newest version. Raises AccessError."""
-        kept = self.at_hand(where, what)
-        if kept is not None:
-            return kept
+        cached = self.at_hand(where, what)
+        if cached is not None:
+            return cached
         value = await self._asked(where, await self._token.read(self._token_file, "Vault's token"))
         self._kept[where] = (self._seconds(), value)
         return value

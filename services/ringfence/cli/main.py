@@ -182,13 +182,13 @@ class LazyGroup(TyperGroup):
 
 
 def load(name: str, entry: CommandEntry) -> Any:
-    found = getattr(importlib.import_module(f"ringfence.cli.{entry.module}"), entry.attribute)
-    if isinstance(found, typer.Typer):
+    attribute = getattr(importlib.import_module(f"ringfence.cli.{entry.module}"), entry.attribute)
+    if isinstance(attribute, typer.Typer):
         # As a group, without options of its own to install completion: those are of `ringfence` as a whole.
-        command: Any = typer.main.get_group(found)
+        command: Any = typer.main.get_group(attribute)
     else:
         single = typer.Typer(add_completion=False)
-        single.command(name)(found)
+        single.command(name)(attribute)
         command = typer.main.get_command(single)
     command.name = name
     return command
@@ -235,15 +235,15 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1
     gc.set_threshold(_FEW_SEARCHES)
     filter_stderr()
-    words = list(sys.argv[1:] if args is None else args)
-    if unreadable := [word for word in words if not _is_unicode(word)]:
+    arguments = list(sys.argv[1:] if args is None else args)
+    if unreadable := [word for word in arguments if not _is_unicode(word)]:
         _say(f"error: {unreadable[0]!r} is not UTF-8; write it so that everybody can read it")
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         # What others wrote may have signs that this terminal has not.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = _run(words)
+        status = _run(arguments)
         sys.stdout.flush()
     except OSError as error:
         if error.errno != errno.EPIPE:  # else nobody reads any more, and nobody asks why
@@ -299,12 +299,12 @@ def _streams_are_open() -> bool:
     """
     if sys.stdin is None:
         sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115 - as long as the process lives
-    there = sys.stdout is not None
-    if not there:
+    is_open = sys.stdout is not None
+    if not is_open:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-    return there
+    return is_open
 
 
 def _is_unicode(word: str) -> bool:

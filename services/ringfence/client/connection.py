@@ -217,8 +217,8 @@ class Connection(Lifetime):
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await follower.complete.wait()
         except TimeoutError:
-            why = follower.failed or f"not read to the end within {READY_TIMEOUT_S:g} s"
-            raise UnavailableError(f"{names}: {why}") from None
+            reason = follower.failed or f"not read to the end within {READY_TIMEOUT_S:g} s"
+            raise UnavailableError(f"{names}: {reason}") from None
 
     async def directory(self) -> Directory:
         """The local table of users, agents, targets and tasks, each record verified up to the root.

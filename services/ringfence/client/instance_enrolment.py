@@ -141,9 +141,9 @@ class Attested:
                     return _enrolment(answer)
                 if tries_left:  # of several registries one is at work
                     await asyncio.sleep(_PAUSE_S)
-        why = failed or (_error_text(answer) if answer is not None else "")
+        cause = failed or (_error_text(answer) if answer is not None else "")
         raise UnavailableError(
-            f"the registry at {self._settings.registry_url} enrols nobody now ({why}); is it running? Its address is "
+            f"the registry at {self._settings.registry_url} enrols nobody now ({cause}); is it running? Its address is "
             "RINGFENCE_REGISTRY_URL"
         )
 

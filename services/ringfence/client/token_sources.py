@@ -65,8 +65,8 @@ class TokenFile:
         try:
             text = await asyncio.to_thread(self.path.read_text)
         except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or "it is no text"
-            raise TokenSourceError(f"cannot read the platform's token in {self.path}: {why}") from None
+            reason = getattr(error, "strerror", None) or "it is no text"
+            raise TokenSourceError(f"cannot read the platform's token in {self.path}: {reason}") from None
         return _checked_token(text, str(self.path))
 
 

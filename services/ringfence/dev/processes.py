@@ -117,12 +117,12 @@ class Patience:
 
 def run_delays(pids: Iterable[int]) -> dict[int, float]:
     """Return how long each thread of these processes was ready to run and waited for a processor, in seconds."""
-    found: dict[int, float] = {}
+    delays: dict[int, float] = {}
     for pid in pids:
         for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
             with contextlib.suppress(OSError, IndexError, ValueError):
-                found[int(task.parent.name)] = int(task.read_text().split()[1]) / 1e9
-    return found
+                delays[int(task.parent.name)] = int(task.read_text().split()[1]) / 1e9
+    return delays
 
 
 class Child:
@@ -191,7 +191,7 @@ class Child:
             if patience.over:
                 if ready():
                     return
-                reason = f" It says: {said}." if (said := why()) else ""
+                reason = f" It says: {obstacle}." if (obstacle := why()) else ""
                 raise StackError(
                     f"{self.name} runs, but took more than {patience.spent} until it {condition}."
                     f"{reason}{self._log_hint()}"

@@ -142,16 +142,16 @@ class DecisionHandler:
         again.
         """
         decisions = await self._verified(batch)
-        lasting: dict[str, list[tuple[Decision, Issue]]] = {}
+        by_target: dict[str, list[tuple[Decision, Issue]]] = {}
         others: list[tuple[Decision, Issue | Refusal]] = []
         admitted = await self._admitted(decisions)
         for decision, one in zip(decisions, admitted, strict=True):
             if isinstance(one, Issue) and not self._backends[one.lease.backend].stateless:
-                lasting.setdefault(one.lease.target_id, []).append((decision, one))
+                by_target.setdefault(one.lease.target_id, []).append((decision, one))
             else:
                 others.append((decision, one))
         # No target holds up another's credentials, nor tokens, which need none.
-        await gather_all([self._issue(others), *map(self._mint, lasting.values())])
+        await gather_all([self._issue(others), *map(self._mint, by_target.values())])
         metrics.RECORDS.labels("credential.decision", "done").inc(len(decisions))
 
     async def _admitted(self, decisions: Sequence[Decision]) -> list[Issue | Refusal]:
@@ -360,14 +360,14 @@ class DecisionHandler:
     async def _credential(self, decision: Decision, live: _Live | Minted) -> _Reply:
         issue = live.issue
         credential, to_gateway = await self._credential_of(live), issue.lease.delivery == "gateway"
-        given = None if to_gateway else credential
+        for_agent = None if to_gateway else credential
         # Of what was verified, or made, here: to look at it all once more costs as much as to write it.
         content = ReplyContent.model_construct(
             request_id=issue.lease.request_id,
             decision=decision.signed.compact,
             lease=live.jws,
-            credential=given,
-            delivery=self._signed(live, given) if given else None,
+            credential=for_agent,
+            delivery=self._signed(live, for_agent) if for_agent else None,
         )
         reply = self._sealed(decision, content, issue.request)
         if credential is None or not to_gateway:

@@ -113,8 +113,8 @@ class IssuerHttp:
         claims = self._keys.verified(token)
         if claims is None or not _is_for(claims, target_id):
             return {"active": False}
-        looked = await self._store.look(claims["jti"], _marks(claims))
-        if not looked.active or looked.is_cut:
+        lookup = await self._store.look(claims["jti"], _marks(claims))
+        if not lookup.active or lookup.is_cut:
             return {"active": False}
         return {
             "active": True,

@@ -70,8 +70,10 @@ class LeaseLimits:
         limits = self._limits_of(issue)
         for mark, limit in limits.items():
             if self._counts[mark].leases >= limit:
-                who = mark.replace(":", " ", 1)
-                message = f"{who} holds {limit} leases, and may hold no more at once; release some, or wait"
+                holder = mark.replace(":", " ", 1)
+                message = (
+                    f"{holder} holds {limit} leases, and may hold no more at once; release some, or wait"
+                )
                 return _refusal("too_many_leases", message, issue, RETRY_AFTER_S)
         for mark in limits:
             self._counts[mark].leases += 1
@@ -87,23 +89,23 @@ class LeaseLimits:
     async def _count(self, issues: Iterable[Issue]) -> None:
         """Read from Redis the counts that are unknown or too old."""
         now_s = asyncio.get_running_loop().time()
-        wanted: dict[str, int] = {}
+        limits: dict[str, int] = {}
         for issue in issues:
-            wanted |= self._limits_of(issue)
-        unknown = [mark for mark, limit in wanted.items() if self._is_old(mark, limit, now_s)]
+            limits |= self._limits_of(issue)
+        unknown = [mark for mark, limit in limits.items() if self._is_old(mark, limit, now_s)]
         if not unknown:
             return
         if len(self._counts) > _MOST_REMEMBERED:
-            self._counts = {mark: self._counts[mark] for mark in wanted if mark in self._counts}
+            self._counts = {mark: self._counts[mark] for mark in limits if mark in self._counts}
         for mark, leases in (await self._store.count(unknown)).items():
             self._counts[mark] = _Count(leases, now_s)
 
     def _is_old(self, mark: str, limit: int, now_s: float) -> bool:
-        known = self._counts.get(mark)
-        if known is None:
+        cached = self._counts.get(mark)
+        if cached is None:
             return True
-        good_for_s = _COUNT_AGAIN_AT_LIMIT_S if known.leases >= limit else _COUNT_AGAIN_S
-        return now_s - known.read_at_s > good_for_s
+        good_for_s = _COUNT_AGAIN_AT_LIMIT_S if cached.leases >= limit else _COUNT_AGAIN_S
+        return now_s - cached.read_at_s > good_for_s
 
 
 def _refusal(code: str, message: str, issue: Issue, retry_after_s: int) -> Refusal:

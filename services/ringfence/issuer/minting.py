@@ -219,8 +219,8 @@ class Minter:
             case "fenced" | "late":
                 await self._undo(issue)
                 await self._give_up(attempt)
-                why = LATE if activation.outcome == "late" else fenced(activation.selector_key or "")
-                attempt.outcome = Refusal(why, issue.request)
+                reasons = LATE if activation.outcome == "late" else fenced(activation.selector_key or "")
+                attempt.outcome = Refusal(reasons, issue.request)
 
     # --- what they need ---
 

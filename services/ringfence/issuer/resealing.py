@@ -86,19 +86,19 @@ class Resealer:
         except InvalidMessageError as error:
             log.error("the record of lease %s in Redis does not hold: %s", lease_id, error)
             raise _not_live(lease_id) from None
-        looked = await self._store.look(lease_id, (*selector_keys(lease), ALL_LEASES))
-        if not looked.active or looked.is_cut or lease.delivery != "gateway":
+        lookup = await self._store.look(lease_id, (*selector_keys(lease), ALL_LEASES))
+        if not lookup.active or lookup.is_cut or lease.delivery != "gateway":
             raise _not_live(lease_id)
         return lease
 
     async def _found(self, lease: Lease) -> bytes:
         """Return the signed delivery of a lease. Reads the topic from the time of the lease's decision on."""
-        found: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        delivery_found: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
         def take_in(records: Sequence[Received]) -> None:
             for record in records:
-                if not found.done() and (delivery := self._delivery(record, lease)) is not None:
-                    found.set_result(delivery)
+                if not delivery_found.done() and (delivery := self._delivery(record, lease)) is not None:
+                    delivery_found.set_result(delivery)
 
         since_ms = max(lease.iat * 1000 - CLOCKS_MS, 1)
         try:
@@ -108,15 +108,15 @@ class Resealer:
                     self._settings, [CREDENTIAL_REPLY], take_in, since_ms=since_ms, key=lease.agent_id
                 ) as follower,
             ):
-                await _either(found, follower.complete)
+                await _either(delivery_found, follower.complete)
         except TimeoutError:
             raise UnavailableError("the sealed credential was not found in time; ask again") from None
-        if not found.done():
+        if not delivery_found.done():
             raise NotFoundError(
                 f"nothing was sealed for lease {lease.lease_id}: a static secret is read by the gateway from its own "
                 "source; for anything else the agent has to ask anew"
             )
-        return found.result()
+        return delivery_found.result()
 
     def _delivery(self, record: Received, lease: Lease) -> bytes | None:
         """Return the signed delivery in a record, if it is this lease's and an issuer signed it, else None."""
@@ -148,8 +148,8 @@ def _not_live(lease_id: str) -> NotFoundError:
     return NotFoundError(f"there is no live lease {lease_id} that is for gateways")
 
 
-async def _either(found: asyncio.Future[bytes], complete: asyncio.Event) -> None:
-    both: list[asyncio.Future[Any]] = [found, asyncio.ensure_future(complete.wait())]
+async def _either(delivery_found: asyncio.Future[bytes], complete: asyncio.Event) -> None:
+    both: list[asyncio.Future[Any]] = [delivery_found, asyncio.ensure_future(complete.wait())]
     try:
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
     finally:

@@ -163,41 +163,43 @@ def problems(backend: BackendSettings) -> list[str]:
     if kind is None:
         return []
     declared = kind.settings
-    given: dict[str, Any] = backend.model_extra or {}
+    settings: dict[str, Any] = backend.model_extra or {}
     names = sorted(declared.model_fields)
-    found = [_unknown(backend.kind, name, names) for name in sorted(given.keys() - set(names))]
+    sentences = [_unknown(backend.kind, name, names) for name in sorted(settings.keys() - set(names))]
     if backend.audience is not None and not kind.takes_audience:
-        found.append(f"an audience is for tokens, and backend {backend.kind} makes none: leave it out")
+        sentences.append(f"an audience is for tokens, and backend {backend.kind} makes none: leave it out")
     elif backend.audience is not None and not (backend.audience.strip() and backend.audience.isprintable()):
-        found.append("the audience is empty, or has characters that nobody sees: write it, or leave it out")
-    malformed = {name for name in _WRITE if name in given and not _may_be_reached(given[name])}
+        sentences.append(
+            "the audience is empty, or has characters that nobody sees: write it, or leave it out"
+        )
+    malformed = {name for name in _WRITE if name in settings and not _may_be_reached(settings[name])}
     try:
-        declared.model_validate({name: value for name, value in given.items() if name in names})
+        declared.model_validate({name: value for name, value in settings.items() if name in names})
     except ValidationError as error:
         for one in error.errors(include_url=False, include_input=False):
             name = str(one["loc"][0]) if one["loc"] else ""
-            if name in _WRITE and name in given:
+            if name in _WRITE and name in settings:
                 malformed.add(name)
             elif one["type"] == "missing":
-                found.append(
+                sentences.append(
                     f"backend {backend.kind} needs the setting {name}: {_WRITE.get(name, 'give it')}"
                 )
             else:
-                found.append(f"{name or 'the settings'}: {one['msg'].removeprefix('Value error, ')}")
-    return found + [f"{name} is malformed: {_WRITE[name]}" for name in sorted(malformed)]
+                sentences.append(f"{name or 'the settings'}: {one['msg'].removeprefix('Value error, ')}")
+    return sentences + [f"{name} is malformed: {_WRITE[name]}" for name in sorted(malformed)]
 
 
 def _unknown(kind: str, name: str, names: Sequence[str]) -> str:
-    said = f"backend {kind} has no setting {visible_name(name[:64])}"
-    return f"{said}{did_you_mean(name, names) or '; it has ' + ', '.join(names)}"
+    sentence = f"backend {kind} has no setting {visible_name(name[:64])}"
+    return f"{sentence}{did_you_mean(name, names) or '; it has ' + ', '.join(names)}"
 
 
 def _may_be_reached(place: Any) -> bool:
     """Return whether a `host:port` or URL has a plausible host and port. True for any other form."""
-    found = _PLACE.fullmatch(str(place).rpartition("://")[2])
-    if found is None:
+    match = _PLACE.fullmatch(str(place).rpartition("://")[2])
+    if match is None:
         return True  # what is wrong with its form is said by its pattern
-    host, port = found.groups()
+    host, port = match.groups()
     return _host_is_one(host) and (port is None or 1 <= int(port) <= 65_535)
 
 

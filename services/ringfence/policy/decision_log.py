@@ -162,12 +162,12 @@ class InMemoryDecisionLog:
     def claim(
         self, request_id: str, agent_id: str, at: RecordPosition, *, at_ms: int, exp: int
     ) -> RequestState:
-        known = self._known.get(request_id)
-        if known is None:
-            known = self._known[request_id] = RequestState(request_id, agent_id, at, exp)
-            self._forget_at(at.partition, _end_ms(exp, at_ms), known)
+        state = self._known.get(request_id)
+        if state is None:
+            state = self._known[request_id] = RequestState(request_id, agent_id, at, exp)
+            self._forget_at(at.partition, _end_ms(exp, at_ms), state)
             self._reach(at)
-        return known
+        return state
 
     def get(self, request_id: str) -> RequestState | None:
         return self._known.get(request_id)
@@ -244,10 +244,10 @@ class InMemoryDecisionLog:
                 extra=rate_limited(record.topic_name, type(error).__name__),
             )
             return
-        kept = self._unread.setdefault(record.partition, [])
-        heapq.heappush(kept, (end_ms, record.offset, record))
-        while kept[0][0] < record.appended_at_ms:
-            heapq.heappop(kept)
+        unread = self._unread.setdefault(record.partition, [])
+        heapq.heappush(unread, (end_ms, record.offset, record))
+        while unread[0][0] < record.appended_at_ms:
+            heapq.heappop(unread)
 
     def _read(self, record: Received) -> None:
         try:
@@ -273,64 +273,64 @@ class InMemoryDecisionLog:
         self, decision: CredentialDecision, jws: str, at: RecordPosition, at_ms: int, traceparent: str | None
     ) -> RequestState:
         id, source = decision.request_id, RecordPosition(decision.source.partition, decision.source.offset)
-        known = self._known.get(id)
-        if known is None:
+        state = self._known.get(id)
+        if state is None:
             # The request stands inside a decision that this service signed: it was verified before that.
             request = parse(decision.request).unverified_claims(CredentialRequest)
             agent_id = subject_of(decision.aud, request.iss, "agent") or ""
-            known = self._known[id] = RequestState(id, agent_id, source, request.exp)
+            state = self._known[id] = RequestState(id, agent_id, source, request.exp)
         self._reach(source)
-        self._on_decision(decision, known.agent_id)
+        self._on_decision(decision, state.agent_id)
         final = decision.outcome != "approval_required"
-        if known.decided_at is None or self._replaces(known, final, at):
-            known.at, known.outcome, known.ttl_s = source, decision.outcome, decision.ttl_s
-            known.decision_id, known.decided_at = decision.jti, at
-            known.traceparent = traceparent or known.traceparent
-            known.jws = None if decision.outcome == "allowed" else jws
-            known.pending = None if final else decision
+        if state.decided_at is None or self._replaces(state, final, at):
+            state.at, state.outcome, state.ttl_s = source, decision.outcome, decision.ttl_s
+            state.decision_id, state.decided_at = decision.jti, at
+            state.traceparent = traceparent or state.traceparent
+            state.jws = None if decision.outcome == "allowed" else jws
+            state.pending = None if final else decision
             if decision.outcome == "denied":
-                self._keep_text(known, at.partition)
-            known.approvals = {
-                id: (approval, known.approvals.get(id, (approval, None))[1])
+                self._keep_text(state, at.partition)
+            state.approvals = {
+                id: (approval, state.approvals.get(id, (approval, None))[1])
                 for id, approval in _approvals_of(decision)
             }
             if final:
                 self._waits_no_more(id)
                 if decision.outcome == "allowed":
-                    self._on_allowed(decision, known.agent_id, at_ms)
+                    self._on_allowed(decision, state.agent_id, at_ms)
             else:
                 if id not in self._pending:
-                    self._waiting[known.agent_id] += 1
-                self._pending[id] = known
-        end_ms = _end_ms(known.exp, at_ms)
+                    self._waiting[state.agent_id] += 1
+                self._pending[id] = state
+        end_ms = _end_ms(state.exp, at_ms)
         if decision.expires_at is not None:
             end_ms = max(end_ms, decision.expires_at * 1000 + MAX_AGE_MS)
-        self._forget_at(at.partition, end_ms, known)
+        self._forget_at(at.partition, end_ms, state)
         self._forget_until(at.partition, at_ms)
-        return known
+        return state
 
     def _reach(self, at: RecordPosition) -> None:
         self._reached[at.partition] = max(self._reached.get(at.partition, -1), at.offset)
 
-    def _replaces(self, known: RequestState, final: bool, at: RecordPosition) -> bool:
-        assert known.decided_at is not None
-        if known.is_final:
-            return final and at.offset < known.decided_at.offset
-        return final or at.offset > known.decided_at.offset
+    def _replaces(self, state: RequestState, final: bool, at: RecordPosition) -> bool:
+        assert state.decided_at is not None
+        if state.is_final:
+            return final and at.offset < state.decided_at.offset
+        return final or at.offset > state.decided_at.offset
 
     # --- forgetting ---
 
-    def _forget_at(self, partition: int, end_ms: int, known: RequestState) -> None:
-        if end_ms > known.forget_at_ms:
-            known.forget_at_ms = end_ms
-            heapq.heappush(self._ends.setdefault(partition, []), (end_ms, known.request_id))
+    def _forget_at(self, partition: int, end_ms: int, state: RequestState) -> None:
+        if end_ms > state.forget_at_ms:
+            state.forget_at_ms = end_ms
+            heapq.heappush(self._ends.setdefault(partition, []), (end_ms, state.request_id))
 
     def _forget_until(self, partition: int, at_ms: int) -> None:
         ends = self._ends.get(partition, [])
         while ends and ends[0][0] < at_ms:
             _, id = heapq.heappop(ends)
-            known = self._known.get(id)
-            if known is not None and known.forget_at_ms < at_ms:
+            state = self._known.get(id)
+            if state is not None and state.forget_at_ms < at_ms:
                 del self._known[id]
                 self._waits_no_more(id)
 
@@ -342,11 +342,11 @@ class InMemoryDecisionLog:
             denials.popleft().jws = None
 
     def _waits_no_more(self, id: str) -> None:
-        known = self._pending.pop(id, None)
-        if known is not None:
-            self._waiting[known.agent_id] -= 1
-            if not self._waiting[known.agent_id]:
-                del self._waiting[known.agent_id]
+        state = self._pending.pop(id, None)
+        if state is not None:
+            self._waiting[state.agent_id] -= 1
+            if not self._waiting[state.agent_id]:
+                del self._waiting[state.agent_id]
 
 
 class Approvers:

@@ -52,10 +52,10 @@ class GrantBook:
                 or not self._is_left(grant, case.request_id)
             ):
                 continue
-            left = unmet(ruling.required, [*approvals, *chosen, grant], self._directory, facts)
-            if len(left) < len(lacking):
+            still_unmet = unmet(ruling.required, [*approvals, *chosen, grant], self._directory, facts)
+            if len(still_unmet) < len(lacking):
                 chosen.append(grant)
-                lacking = left
+                lacking = still_unmet
             if not lacking:
                 return tuple(chosen)
         return ()

@@ -82,40 +82,40 @@ class Registry:
         """
         self._require_own_key()
         try:
-            given = self._directory.chains.authorise(parse(record.value), record.appended_at_ms)
+            authorised = self._directory.chains.authorise(parse(record.value), record.appended_at_ms)
         except ChainError as error:
             raise InvalidMessageError(f"its signer cannot be believed: {error}", code=error.code) from None
-        iss, jti = given.claims.iss, given.claims.jti
+        iss, jti = authorised.claims.iss, authorised.claims.jti
         handled = self._memory.place(iss, jti)
         if handled is not None:
             if not _same_place(handled, record.coordinates):
-                await self._answer("replayed", given, record, _first_at(handled))
+                await self._answer("replayed", authorised, record, _first_at(handled))
             return
         embedded = self._memory.embedded(iss, jti)
         if embedded is not None:
-            if (embedded.jws, embedded.appended_at_ms) != (given.signed.compact, record.appended_at_ms):
+            if (embedded.jws, embedded.appended_at_ms) != (authorised.signed.compact, record.appended_at_ms):
                 await self._answer(
-                    "replayed", given, record, f"handled before, at {embedded.appended_at_ms} ms"
+                    "replayed", authorised, record, f"handled before, at {embedded.appended_at_ms} ms"
                 )
                 return
             # The process ended after the record and before the answer.
-            await self._answer("accepted", given, record)
+            await self._answer("accepted", authorised, record)
         else:
-            await self._handle(given, record)
+            await self._handle(authorised, record)
         self._memory.remember(iss, jti, record.coordinates)
 
-    async def _handle(self, given: Authorised, record: Received) -> None:
-        subject = command_subject(given.claims, given.command_id)
+    async def _handle(self, authorised: Authorised, record: Received) -> None:
+        subject = command_subject(authorised.claims, authorised.command_id)
         try:
-            change = decide(self._current(subject), given, self._memory)
+            change = decide(self._current(subject), authorised, self._memory)
             if change is not None:
-                await self._publish(subject, change, given, record.traceparent)
+                await self._publish(subject, change, authorised, record.traceparent)
         except (CommandRefusedError, ChainError) as error:
-            await self._answer("refused", given, record, str(error), error.code)
+            await self._answer("refused", authorised, record, str(error), error.code)
             if error.code == "key_taken":
-                await self._tell_key_taken(given, record, error)
+                await self._tell_key_taken(authorised, record, error)
             return
-        await self._answer("accepted", given, record)
+        await self._answer("accepted", authorised, record)
 
     def _current(self, subject: Subject) -> Current | None:
         entry = self._directory.entry(*subject)
@@ -125,7 +125,7 @@ class Registry:
         return Current(entry.state, entry.revision, commands)
 
     async def _publish(
-        self, subject: Subject, change: Change, given: Authorised, traceparent: str | None
+        self, subject: Subject, change: Change, authorised: Authorised, traceparent: str | None
     ) -> None:
         """Publish a record and apply it to the directory at once, because the next command is decided on it."""
         kind, id = subject
@@ -134,7 +134,7 @@ class Registry:
             iss=key.id,
             aud=self._runtime.settings.trust_domain,
             # Nothing of this process is in a record: whoever handles the command again writes the very same claims.
-            iat=given.appended_at_ms // 1000,
+            iat=authorised.appended_at_ms // 1000,
             jti=derived_id(kind, id, change.revision),
             sub=f"spiffe://{self._runtime.settings.trust_domain}/{kind}/{id}",
             revision=change.revision,
@@ -142,7 +142,7 @@ class Registry:
             state=change.state,
         )
         compact = sign(claims, key)
-        check_size(given.claims, len(compact))
+        check_size(authorised.claims, len(compact))
         await self._append(kind, id, compact, claims.jti, traceparent)
 
     async def _append(
@@ -165,54 +165,54 @@ class Registry:
     async def _answer(
         self,
         kind: EventKind,
-        given: Authorised,
+        authorised: Authorised,
         record: Received,
         message: str | None = None,
         code: str | None = None,
     ) -> None:
         """Publish the signed result of a command."""
-        command = given.claims
-        subject_kind, id = command_subject(command, given.command_id)
+        command = authorised.claims
+        subject_kind, id = command_subject(command, authorised.command_id)
         at = record.coordinates
-        about: tuple[object, ...] = (command.iss, command.jti)
+        id_parts: tuple[object, ...] = (command.iss, command.jti)
         if kind == "replayed":
-            about = (*about, at.topic, at.partition, at.offset)
+            id_parts = (*id_parts, at.topic, at.partition, at.offset)
         reasons = (Reason(code=code or kind, message=message[:2048]),) if message else ()
         await self._runtime.event(
             kind,
             command.typ,
-            about=about,
+            about=id_parts,
             reasons=reasons,
             source=at,
             traceparent=record.traceparent,
             actor=command.iss,
             ref=command.jti,
             result=id if kind == "accepted" else None,
-            agent_id=self._agent_id(given),
+            agent_id=self._agent_id(authorised),
             task_id=id if subject_kind == "task" else None,
         )
 
-    async def _tell_key_taken(self, given: Authorised, record: Received, error: RingfenceError) -> None:
+    async def _tell_key_taken(self, authorised: Authorised, record: Received, error: RingfenceError) -> None:
         """Publish a finding: two subjects use one key.
 
         Whoever holds it could pass as either, so somebody should look at it.
         """
         await self._runtime.event(
             "finding",
-            given.claims.typ,
-            about=("key_taken", given.claims.iss, given.claims.jti),
+            authorised.claims.typ,
+            about=("key_taken", authorised.claims.iss, authorised.claims.jti),
             reasons=(Reason(code="key_taken", message=str(error)[:2048]),),
             source=record.coordinates,
             traceparent=record.traceparent,
-            agent_id=self._agent_id(given),
+            agent_id=self._agent_id(authorised),
         )
 
-    def _agent_id(self, given: Authorised) -> str | None:
-        kind, id = command_subject(given.claims, given.command_id)
+    def _agent_id(self, authorised: Authorised) -> str | None:
+        kind, id = command_subject(authorised.claims, authorised.command_id)
         if kind == "agent":
             return id
-        if isinstance(given.claims, TaskAssign | TaskDelegate):
-            return given.claims.terms.agent_id
+        if isinstance(authorised.claims, TaskAssign | TaskDelegate):
+            return authorised.claims.terms.agent_id
         task = self._directory.unverified("task", id) if kind == "task" else None
         return task.state.agent_id if task and isinstance(task.state, TaskState) else None
 

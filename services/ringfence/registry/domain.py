@@ -133,40 +133,40 @@ class Change:
     commands: tuple[EmbeddedCommand, ...]
 
 
-def decide(current: Current | None, given: Authorised, around: Surroundings) -> Change | None:
+def decide(current: Current | None, authorised: Authorised, around: Surroundings) -> Change | None:
     """Decide a command: return the changed record, or None if what the command asks for is already so.
 
     Raises CommandRefusedError with the reason. A refused command changes nothing.
     """
-    command, at_ms = given.claims, given.appended_at_ms
-    _check_time(given, around)
-    compact = given.signed.compact
+    command, at_ms = authorised.claims, authorised.appended_at_ms
+    _check_time(authorised, around)
+    compact = authorised.signed.compact
     if takes_away(command) and len(compact) > MAX_NARROWING_BYTES:
         raise CommandRefusedError(
             f"{with_article(command.typ)} of {len(compact)} bytes; the limit is {MAX_NARROWING_BYTES}",
             code="too_large",
         )
     context = Context(
-        actor=given.actor,
+        actor=authorised.actor,
         at_s=at_ms // 1000,
-        command_id=given.command_id,
+        command_id=authorised.command_id,
         roles_of=lambda user_id: around.roles_at(user_id, at_ms),
         task_at=lambda task_id: around.task_at(task_id, at_ms),
         last_signed_s=max((e.claims.iat for e in current.commands), default=0) if current else 0,
-        consent_by=given.consent_by,
-        consent_problem=given.consent_problem,
-        transfer_consent=given.consent.transfer if given.consent else None,
+        consent_by=authorised.consent_by,
+        consent_problem=authorised.consent_problem,
+        transfer_consent=authorised.consent.transfer if authorised.consent else None,
         sponsor_of=lambda agent_id: agent.sponsor if (agent := around.agent(agent_id)) else None,
     )
     state = apply(current.state if current else None, command, context)
-    _check_fields(command, command_subject(command, given.command_id), given, around)
-    _check_keys(command, command_subject(command, given.command_id), around)
+    _check_fields(command, command_subject(command, authorised.command_id), authorised, around)
+    _check_keys(command, command_subject(command, authorised.command_id), around)
     if isinstance(command, TargetSet):
         _check_target(command)
     if isinstance(command, AgentTransfer) and current is not None:
-        _check_transfer(command, given, current.revision)
+        _check_transfer(command, authorised, current.revision)
     if isinstance(command, TaskAssign):
-        _check_task(command, given, around)
+        _check_task(command, authorised, around)
     if isinstance(command, TaskDelegate) and isinstance(state, TaskState):
         _check_part(state, around)
     embedded = EmbeddedCommand(jws=compact, appended_at_ms=at_ms)
@@ -174,8 +174,8 @@ def decide(current: Current | None, given: Authorised, around: Surroundings) -> 
         return Change(state, 1, (embedded,))
     if state == current.state:
         return None
-    kept = still_needed([(e.claims, e.embedded) for e in current.commands], command)
-    return Change(state, current.revision + 1, (*kept, embedded))
+    remaining = still_needed([(e.claims, e.embedded) for e in current.commands], command)
+    return Change(state, current.revision + 1, (*remaining, embedded))
 
 
 def takes_away(command: Command) -> bool:
@@ -193,27 +193,27 @@ def check_size(command: Command, size: int) -> None:
         )
 
 
-def _check_time(given: Authorised, around: Surroundings) -> None:
+def _check_time(command: Authorised, around: Surroundings) -> None:
     """Refuse a command that was not appended after the last one: every reader resolves a signer as of just before
     the append time.
     """
-    if given.appended_at_ms < around.latest_ms:
+    if command.appended_at_ms < around.latest_ms:
         raise CommandRefusedError(
-            f"appended {around.latest_ms - given.appended_at_ms} ms before a command that was accepted earlier: the "
+            f"appended {around.latest_ms - command.appended_at_ms} ms before a command that was accepted earlier: the "
             "broker's clock went back; sign and send it again",
             code="too_early",
         )
-    user_id, agent = given.actor.user_id, given.actor.agent
+    user_id, agent = command.actor.user_id, command.actor.agent
     signer = agent.agent_id if agent else user_id
     kind: SubjectKind = "agent" if agent else "user"
-    if signer is not None and given.appended_at_ms <= around.changed_ms(kind, signer):
+    if signer is not None and command.appended_at_ms <= around.changed_ms(kind, signer):
         raise CommandRefusedError(
             f"appended in the same moment as a change of its signer, {signer}; sign and send it again",
             code="too_early",
         )
 
 
-def _check_fields(command: Command, subject: Subject, given: Authorised, around: Surroundings) -> None:
+def _check_fields(command: Command, subject: Subject, authorised: Authorised, around: Surroundings) -> None:
     """Refuse a granting command with an unknown field, because the field could limit what is granted.
 
     A command that takes away is accepted and stops as much as it can. The check is for new commands alone: every reader
@@ -222,24 +222,24 @@ def _check_fields(command: Command, subject: Subject, given: Authorised, around:
     if takes_away(command):
         return
     _require_understood(command, " ".join(subject))
-    if isinstance(command, TaskAssign) and given.consent is not None:  # it was verified with the command
+    if isinstance(command, TaskAssign) and authorised.consent is not None:  # it was verified with the command
         if command.consent is not None:
             _require_understood(parse(command.consent).unverified_claims(TaskConsent), "the consent")
         elif command.id_token is not None:
-            issuer = around.issuer_of(command.id_token, given.appended_at_ms)
+            issuer = around.issuer_of(command.id_token, authorised.appended_at_ms)
             if issuer is not None:
                 _require_understood(issuer, f"issuer {issuer.issuer} in the trust bundle")
-    delegation = given.actor.delegation
+    delegation = authorised.actor.delegation
     if isinstance(command, UserSet) and delegation is not None and command.provisioned is not None:
         groups = command.provisioned.groups
         gives = bool(command.roles or command.entitlements.scope)
         if gives and set(given_by(delegation, groups).groups) != set(groups):
-            _require_understood(delegation, f"what is delegated to {given.actor.user_id}")
+            _require_understood(delegation, f"what is delegated to {authorised.actor.user_id}")
 
 
 def _require_understood(message: Message, what: str) -> None:
-    if found := unknown_fields(message):
-        raise CommandRefusedError(describe_unknown(found, what)[:2048], code="unknown_field")
+    if unknown := unknown_fields(message):
+        raise CommandRefusedError(describe_unknown(unknown, what)[:2048], code="unknown_field")
 
 
 def _check_keys(command: Command, subject: Subject, around: Surroundings) -> None:
@@ -251,8 +251,8 @@ def _check_keys(command: Command, subject: Subject, around: Surroundings) -> Non
         case _:
             return
     for key in keys:
-        if others := [holder for holder in around.holders(key.kid) if holder != subject]:
-            kind, id = min(others)
+        if other_holders := [holder for holder in around.holders(key.kid) if holder != subject]:
+            kind, id = min(other_holders)
             raise CommandRefusedError(
                 f"key {key.kid} belongs to {kind} {id}; a key has one owner: make another", code="key_taken"
             )
@@ -263,19 +263,19 @@ def _check_target(command: TargetSet) -> None:
 
     Only the issuer knows the backends of other packages.
     """
-    if found := problems(command.backend):
+    if mistakes := problems(command.backend):
         raise CommandRefusedError(
-            f"the settings of target {command.target_id} are wrong: {'; '.join(found)}",
+            f"the settings of target {command.target_id} are wrong: {'; '.join(mistakes)}",
             code="target_settings_invalid",
         )
 
 
-def _check_transfer(command: AgentTransfer, given: Authorised, revision: int) -> None:
+def _check_transfer(command: AgentTransfer, authorised: Authorised, revision: int) -> None:
     """Refuse a transfer that makes somebody accountable for an agent without consent.
 
     An operator may do so explicitly.
     """
-    consent = given.consent.transfer if given.consent else None
+    consent = authorised.consent.transfer if authorised.consent else None
     if consent is not None:
         _require_understood(consent, "the consent")
         if consent.revision != revision:
@@ -285,9 +285,9 @@ def _check_transfer(command: AgentTransfer, given: Authorised, revision: int) ->
                 code="consent_stale",
             )
         return
-    if given.actor.user_id == command.sponsor or command.without_consent:
+    if authorised.actor.user_id == command.sponsor or command.without_consent:
         return
-    if given.actor.is_operator:
+    if authorised.actor.is_operator:
         raise CommandRefusedError(
             f"the transfer has no consent of {command.sponsor}; an operator may do without, and has to sign so: "
             "`without_consent`",
@@ -300,9 +300,9 @@ def _check_transfer(command: AgentTransfer, given: Authorised, revision: int) ->
     )
 
 
-def _check_task(command: TaskAssign, given: Authorised, around: Surroundings) -> None:
+def _check_task(command: TaskAssign, authorised: Authorised, around: Surroundings) -> None:
     _check_people((command.terms.agent_id,), command.on_behalf_of, around)
-    used = given.consent if uses_consent(command, given.actor.user_id) else None
+    used = authorised.consent if uses_consent(command, authorised.actor.user_id) else None
     if used is not None and used.address_unverified:
         raise CommandRefusedError(
             "the ID token does not say that its email was verified (email_verified): take another claim, or let the "

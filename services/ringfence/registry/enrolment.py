@@ -202,14 +202,14 @@ class Enroller:
         selectors = agent.attestation
         if not self._is_bound(token, kid):
             selectors = tuple(selector for selector in selectors if not selector.key_bound)
-        found = matching(selectors, issuer.issuer, token.claims)
-        if found is None:
+        match = matching(selectors, issuer.issuer, token.claims)
+        if match is None:
             raise EnrolRefusedError(
                 f"no selector of agent {agent.agent_id} lets in {token.subject[:200]} of {issuer.issuer}; compare "
                 "with: ringfence agent show",
                 code="instance_unmatched",
             )
-        return _Admission(agent, revision, *found, token, not issuer.discovery)
+        return _Admission(agent, revision, *match, token, not issuer.discovery)
 
     def _is_bound(self, token: IdentityToken, kid: str) -> bool:
         """Return whether a token is for this key and for no other."""
@@ -252,14 +252,14 @@ class Enroller:
         """
         kid, digest = public_key(signed.claims.key).kid, admission.token.digest
         now_s = self._runtime.clock.now_ms() // 1000
-        known = self._spent.get(digest)
-        if known is not None and (known.agent_id, known.enrolled.kid) != (admission.agent.agent_id, kid):
+        spent = self._spent.get(digest)
+        if spent is not None and (spent.agent_id, spent.enrolled.kid) != (admission.agent.agent_id, kid):
             raise EnrolRefusedError(
                 "another key, or the same for another agent, was enrolled with this token; get a new token for each",
                 code="token_replayed",
             )
-        if known is not None:
-            return known.enrolled, False
+        if spent is not None:
+            return spent.enrolled, False
         if self._memory.enrolled_by(kid) not in (None, admission.agent.agent_id):
             raise _key_in_use()
         ref = EnrolledInstance(

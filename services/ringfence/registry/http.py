@@ -50,12 +50,12 @@ class RegistryApi:
     def _of(self, kind: SubjectKind, wanted: Filter = lambda state, request: True) -> list[BaseRoute]:
         async def all_of_them(request: Request) -> Response:
             caller = self._authenticator.authenticate(request)
-            found = [
+            entries = [
                 _json(entry, request)
                 async for entry in self._visible(kind, caller)
                 if wanted(entry.state, request)
             ]
-            return JSONResponse({f"{kind}s": found})
+            return JSONResponse({f"{kind}s": entries})
 
         async def one(request: Request) -> Response:
             caller, id = self._authenticator.authenticate(request), request.path_params["id"]

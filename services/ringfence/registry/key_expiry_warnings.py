@@ -90,17 +90,17 @@ class KeyWarnings:
             return 0
         if entry is None:
             return 0
-        whose = subject_spiffe(self._runtime.settings.trust_domain, entry.state)
+        owner = subject_spiffe(self._runtime.settings.trust_domain, entry.state)
         ending_soon = list(endings(entry.state, now_s))
         for ending in ending_soon:
-            warning = (whose, ending.key.kid, ending.since_s * 1000)
+            warning = (owner, ending.key.kid, ending.since_s * 1000)
             if warning not in self._reported:
                 await self._report(warning, entry.state, ending)
                 self._reported.add(warning)
         return len(ending_soon)
 
     async def _report(self, warning: _Warning, state: AnyState, ending: KeyEnding) -> None:
-        whose, kid, at_ms = warning
+        owner, kid, at_ms = warning
         message = _message(state, ending)
         log.warning("%s", message)
         await self._runtime.event(
@@ -111,7 +111,7 @@ class KeyWarnings:
             reasons=(Reason(code=CODE, message=message),),
             at_ms=at_ms,
             ref=kid,
-            result=whose,
+            result=owner,
             agent_id=state.agent_id if isinstance(state, AgentState) else None,
             sponsor=state.sponsor if isinstance(state, AgentState) else None,
         )
@@ -124,14 +124,14 @@ class KeyWarnings:
 
 def _message(state: AnyState, ending: KeyEnding) -> str:
     days = ending.warn_before_s // DAY_S
-    left = f"in {days} days or less" if days > 1 else "within a day"
+    when = f"in {days} days or less" if days > 1 else "within a day"
     kid = ending.key.kid
     if isinstance(state, AgentState):
         return (
-            f"for {state.sponsor}, the sponsor: key {kid} of agent {state.agent_id} ends {left}, and nothing is issued "
+            f"for {state.sponsor}, the sponsor: key {kid} of agent {state.agent_id} ends {when}, and nothing is issued "
             f"for it then; give another with: ringfence agent rotate-key {state.agent_id}"
         )
     assert isinstance(state, UserState)
     return (
-        f"key {kid} of user {state.user_id} ends {left}; an operator gives another with: ringfence user set"
+        f"key {kid} of user {state.user_id} ends {when}; an operator gives another with: ringfence user set"
     )

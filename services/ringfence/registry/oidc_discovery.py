@@ -66,15 +66,15 @@ class Discovery:
 
         Raises UnavailableError if the issuer did not answer, or answered with something other than keys.
         """
-        known = self._known.setdefault(issuer, _CachedKeys())
-        async with known.lock:
+        cached = self._known.setdefault(issuer, _CachedKeys())
+        async with cached.lock:
             now_ms = self._clock.now_ms()
-            if not known.has(kid, now_ms) and known.may_ask(now_ms):
-                known.asked_ms = now_ms
-                known.keys, known.read_ms = await self._read(issuer), now_ms
-            if known.read_ms is None or self._clock.now_ms() - known.read_ms >= _KEPT_MS:
+            if not cached.has(kid, now_ms) and cached.may_ask(now_ms):
+                cached.asked_ms = now_ms
+                cached.keys, cached.read_ms = await self._read(issuer), now_ms
+            if cached.read_ms is None or self._clock.now_ms() - cached.read_ms >= _KEPT_MS:
                 raise UnavailableError(f"the keys of {issuer} could not be read; ask again later")
-        return known.keys
+        return cached.keys
 
     async def close(self) -> None:
         """Close the HTTP client."""
@@ -84,19 +84,21 @@ class Discovery:
     async def _read(self, issuer: str) -> tuple[OidcKey, ...]:
         try:
             async with asyncio.timeout(_IN_ALL_S):
-                about = json_object(await self._get(issuer.rstrip("/") + "/.well-known/openid-configuration"))
+                configuration = json_object(
+                    await self._get(issuer.rstrip("/") + "/.well-known/openid-configuration")
+                )
                 # OpenID Connect Discovery, 4.3: else one issuer could speak for another.
-                if about.get("issuer") != issuer:
-                    raise ValueError(f"its configuration is of {str(about.get('issuer'))[:200]!r}")
-                place = about.get("jwks_uri")
+                if configuration.get("issuer") != issuer:
+                    raise ValueError(f"its configuration is of {str(configuration.get('issuer'))[:200]!r}")
+                place = configuration.get("jwks_uri")
                 if not isinstance(place, str) or urlsplit(place).scheme != "https":
                     raise ValueError("its jwks_uri is no https address")
                 return read_jwks(await self._get(place))
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError, JwksError) as error:
-            why = str(error)[:300] or type(error).__name__
-            log.warning("the keys of %s were not read: %s", issuer, why)
+            reason = str(error)[:300] or type(error).__name__
+            log.warning("the keys of %s were not read: %s", issuer, reason)
             raise UnavailableError(
-                f"the keys of {issuer} could not be read ({why}); ask again later"
+                f"the keys of {issuer} could not be read ({reason}); ask again later"
             ) from None
 
     async def _get(self, url: str) -> bytes:

@@ -84,8 +84,8 @@ class Memory:
 
     def enrol(self, kid: str, agent_id: str, until_s: int) -> None:
         """Note that a running instance of an agent has this key until `until_s`."""
-        known = self._enrolled.get(kid)
-        self._enrolled[kid] = (known[0] if known else agent_id, max(until_s, known[1] if known else 0))
+        former = self._enrolled.get(kid)
+        self._enrolled[kid] = (former[0] if former else agent_id, max(until_s, former[1] if former else 0))
 
     def forget_enrolled(self, now_s: int) -> None:
         """Drop the keys of instances whose enrolment has expired."""
@@ -130,18 +130,18 @@ class Memory:
 
     def enrolled_by(self, kid: str) -> str | None:
         """Return the agent whose running instance has this key, or None."""
-        found = self._enrolled.get(kid)
-        return found[0] if found else None
+        enrolled = self._enrolled.get(kid)
+        return enrolled[0] if enrolled else None
 
     def registered_by(self, kid: str) -> Collection[tuple[str, str]]:
         """Return (kind, id) of all that have or had this key by a record or by the trust bundle."""
-        found: set[tuple[str, str]] = set(self._holders.get(kid, ()))
+        holders: set[tuple[str, str]] = set(self._holders.get(kid, ()))
         if self._trust.root_key(self._trust.root_id, kid):
-            found.add(("root", self._trust.root_id))
+            holders.add(("root", self._trust.root_id))
         for service in self._trust.require().services:
             if any(key.kid == kid for key in service.keys):
-                found.add(("service", service.id))
-        return found
+                holders.add(("service", service.id))
+        return holders
 
     def issuer_of(self, id_token: str, at_ms: int) -> OidcIssuer | None:
         """Return the issuer of a user's ID token from the trust bundle, or None."""

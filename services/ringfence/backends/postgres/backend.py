@@ -190,8 +190,8 @@ async def _resolved(connection: Connection, privileges: PrivilegePlan, database_
     }
     columns: list[RelationColumn] = []
     if any(request.wants_columns for request in privileges.requests):
-        found = await connection.fetch(queries.COLUMNS, list(relations))
-        columns = [RelationColumn(relations[row["relation"]], row["number"], row["name"]) for row in found]
+        fetched = await connection.fetch(queries.COLUMNS, list(relations))
+        columns = [RelationColumn(relations[row["relation"]], row["number"], row["name"]) for row in fetched]
     return rights(privileges, database_oid, schemas, list(relations.values()), columns)
 
 
@@ -199,20 +199,20 @@ async def _check(
     connection: Connection, role: str, granted: Sequence[Right], settings: PostgresSettings
 ) -> None:
     """Raise InexactError if the role has fewer rights than granted, or more through PUBLIC."""
-    asked = (
+    arguments = (
         [right.level for right in granted],
         [right.oid for right in granted],
         [right.column for right in granted],
         [right.right for right in granted],
     )
     # GRANT gives what the grantor may give, and only warns of the rest.
-    missing_right = await connection.fetchval(queries.LACKING, role, *asked)
+    missing_right = await connection.fetchval(queries.LACKING, role, *arguments)
     if missing_right is not None:
         right = granted[missing_right - 1]
         what = "/".join(filter(None, (right.schema, right.table, right.column_name))) or "the database"
         raise InexactError(f"Ringfence's own role may not give {right.right} on {what!a}; ask an operator")
     if settings.public == "refuse":
-        beyond = await connection.fetchrow(queries.BEYOND, *asked)
+        beyond = await connection.fetchrow(queries.BEYOND, *arguments)
         if beyond is not None:
             raise InexactError(
                 f"every role may {beyond['may']} {beyond['what']!a}, which is beyond the scope; ask an operator "

@@ -187,14 +187,14 @@ def rights(
     """
     database = wanted.database
     oids = {name: oid for oid, name in schemas}
-    found: dict[Right, None] = {}
+    resolved: dict[Right, None] = {}
 
     def add(right: Right) -> None:
-        found[Right("database", database_oid, 0, "CONNECT", "", "", "")] = None
+        resolved[Right("database", database_oid, 0, "CONNECT", "", "", "")] = None
         if right.schema:
-            found[Right("schema", oids[right.schema], 0, "USAGE", right.schema, "", "")] = None
-        found[right] = None
-        if len(found) > MAX_RIGHTS:
+            resolved[Right("schema", oids[right.schema], 0, "USAGE", right.schema, "", "")] = None
+        resolved[right] = None
+        if len(resolved) > MAX_RIGHTS:
             raise InexactError(f"the scope means more than {MAX_RIGHTS} rights: ask for less at a time")
 
     for request in wanted.requests:
@@ -203,7 +203,7 @@ def rights(
             raise InexactError(f"{request} means nothing that is in database {database!a} now")
         for right in matching:
             add(right)
-    return list(found)
+    return list(resolved)
 
 
 def _rights_of(
@@ -250,16 +250,16 @@ def grants(role: str, database: str, wanted: Iterable[Right]) -> Iterator[str]:
     for right in wanted:
         match right.level:
             case "database":
-                where = quoted(database)
+                object_name = quoted(database)
             case "schema":
-                where = quoted(right.schema)
+                object_name = quoted(right.schema)
             case _:
-                where = f"{quoted(right.schema)}.{quoted(right.table)}"
+                object_name = f"{quoted(right.schema)}.{quoted(right.table)}"
         kind = "TABLE" if right.level == "column" else right.level.upper()
-        what = f"{right.right} ({quoted(right.column_name)})" if right.level == "column" else right.right
-        by_object.setdefault((kind, where), []).append(what)
+        privilege = f"{right.right} ({quoted(right.column_name)})" if right.level == "column" else right.right
+        by_object.setdefault((kind, object_name), []).append(privilege)
     by_right: dict[tuple[str, str], list[str]] = {}
-    for (kind, where), whats in by_object.items():
-        by_right.setdefault((kind, ", ".join(whats)), []).append(where)
+    for (kind, object_name), whats in by_object.items():
+        by_right.setdefault((kind, ", ".join(whats)), []).append(object_name)
     for (kind, whats_text), wheres in by_right.items():
         yield f"GRANT {whats_text} ON {kind} {', '.join(wheres)} TO {quoted(role)}"

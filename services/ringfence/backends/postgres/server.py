@@ -75,8 +75,8 @@ class PostgresLogin:
         if unknown := set(query) - _PARAMETERS:
             raise ValueError(f"it has {', '.join(sorted(map(ascii, unknown)))}, which is not known here")
         # Whoever is in between could talk a connection out of TLS, and then out of the password.
-        asked = query.get("sslmode") or ("prefer" if _is_local(host) else "verify-full")
-        sslmode = next((mode for mode in _MODES if mode == asked), None)
+        ssl_mode = query.get("sslmode") or ("prefer" if _is_local(host) else "verify-full")
+        sslmode = next((mode for mode in _MODES if mode == ssl_mode), None)
         if sslmode is None:
             raise ValueError(f"its sslmode is none of {', '.join(_MODES)}")
         return cls(
@@ -112,8 +112,8 @@ class PostgresServer:
             self.login = PostgresLogin.parse(url)
             self._tls = self.login.tls()
         except (ValueError, OSError) as error:
-            said = str(error) if type(error) is ValueError else "its root certificate cannot be read"
-            raise AccessError(f"the rights at target {target_id} are wrong: {said}") from None
+            reason = str(error) if type(error) is ValueError else "its root certificate cannot be read"
+            raise AccessError(f"the rights at target {target_id} are wrong: {reason}") from None
         self._pools: dict[str, Any] = {}
 
     async def run(self, database: str, work: Callable[[Connection], Awaitable[T]]) -> T:
@@ -169,11 +169,11 @@ class PostgresServer:
 
     def _meant(self, error: asyncpg.PostgresError, database: str) -> TargetError | TargetRefusedError:
         state = str(error.sqlstate)
-        why = _NOT_THIS.get(state)
+        reason = _NOT_THIS.get(state)
         if state.startswith("28") and database != self.login.database:  # which agents choose
-            why = "its role for Ringfence may not log in to this database"
-        if why is not None:
-            return TargetRefusedError(f"target {self.target_id} refuses: {why} ({state})")
+            reason = "its role for Ringfence may not log in to this database"
+        if reason is not None:
+            return TargetRefusedError(f"target {self.target_id} refuses: {reason} ({state})")
         return TargetError(f"target {self.target_id} refuses ({state} {type(error).__name__})")
 
 

@@ -64,9 +64,9 @@ class SshBackend:
         settings = settings_of(target, SshSettings)
         server = await self._servers.at(lease.target_id)
         try:
-            wanted = plan(lease.scope)
-            there = await server.ask("rights", domain=self._domain)
-            granted = allowed(wanted, there["users"])
+            command_plan = plan(lease.scope)
+            host_rights = await server.ask("rights", domain=self._domain)
+            granted = allowed(command_plan, host_rights["users"])
         except InexactError as error:
             raise TargetRefusedError(str(error)) from None
         await server.ask(
@@ -78,7 +78,7 @@ class SshBackend:
             key.public_key(),
             self.name_of(lease.lease_id),
             granted,
-            run=there["run"],
+            run=host_rights["run"],
             source_addresses=settings.source_address,
             began_s=lease.iat,
             deadline_s=lease.deadline,

@@ -81,26 +81,26 @@ class Config:
     def __init__(self, path: str) -> None:
         """Raises FailedError if the file is missing or wrong."""
         self.path = path
-        given = _trusted_json(Path(path))
+        document = _trusted_json(Path(path))
         try:
-            self.authorities = [base64.b64decode(line.split()[1]) for line in given["authorities"]]
-            self.state = Path(given.get("state", "/var/lib/ringfence-ssh"))
-            self.broker = given.get("broker", "ringfence-broker")
-            self.users = {name: _user(name, of, self.broker) for name, of in given["users"].items()}
+            self.authorities = [base64.b64decode(line.split()[1]) for line in document["authorities"]]
+            self.state = Path(document.get("state", "/var/lib/ringfence-ssh"))
+            self.broker = document.get("broker", "ringfence-broker")
+            self.users = {name: _user(name, of, self.broker) for name, of in document["users"].items()}
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise FailedError(f"{path} is wrong: {type(error).__name__} {error}") from None
 
     def is_authority(self, fingerprint: str) -> bool:
         """Return whether this is the fingerprint (in the format of `%F`) of one of Ringfence's authorities."""
-        known = (base64.b64encode(hashlib.sha256(blob).digest()) for blob in self.authorities)
-        return any(fingerprint == "SHA256:" + digest.decode().rstrip("=") for digest in known)
+        fingerprints = (base64.b64encode(hashlib.sha256(blob).digest()) for blob in self.authorities)
+        return any(fingerprint == "SHA256:" + digest.decode().rstrip("=") for digest in fingerprints)
 
 
 def _trusted_json(path: Path) -> Any:
     try:
         with path.open() as file:
-            found = os.fstat(file.fileno())
-            if found.st_uid not in (0, os.geteuid()) or stat.S_IMODE(found.st_mode) & 0o022:
+            status = os.fstat(file.fileno())
+            if status.st_uid not in (0, os.geteuid()) or stat.S_IMODE(status.st_mode) & 0o022:
                 raise FailedError(f"{path} can be changed by others: it must be root's, mode 0644")
             return json.load(file)
     except (OSError, ValueError) as error:
@@ -176,8 +176,8 @@ class State:
     def announce(self, name: str, user: str, deadline_s: int) -> None:
         """Accept certificates of a lease for this user until the deadline. Raises RefusedError."""
         with self._locked():
-            known = self._read(name)
-            if known is not None and known["user"] != user:
+            announced = self._read(name)
+            if announced is not None and announced["user"] != user:
                 raise RefusedError("the lease is for another user")
             if any(serial_of(other) == serial_of(name) for other in _names(self._open) if other != name):
                 raise RefusedError("another lease has the same serial: ask again")
@@ -206,8 +206,8 @@ class State:
     def login(self, name: str, user: str, session: Session) -> bool:
         """Return whether a certificate of this lease may log in as this user. If so, the session is recorded."""
         with self._locked():
-            known = self._read(name)
-            if known is None or known["user"] != user or known["deadline"] <= time.time():
+            announced = self._read(name)
+            if announced is None or announced["user"] != user or announced["deadline"] <= time.time():
                 return False
             self._forget(name)
             (self._sessions / name).mkdir(exist_ok=True)
@@ -236,10 +236,10 @@ class State:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            found: dict[str, Any] = json.loads((self._open / name).read_bytes())
+            content: dict[str, Any] = json.loads((self._open / name).read_bytes())
         except (FileNotFoundError, ValueError):
             return None
-        return found
+        return content
 
     def _publish(self) -> None:
         """Write the KRL for the open leases and rename it into place. The server reads it whole at every login."""
@@ -298,10 +298,10 @@ class Session:
     @classmethod
     def of(cls, pid: int) -> Session:
         """Return the session of a running process. Raises FailedError if there is none."""
-        found = _process(pid)
-        if found is None:
+        process = _process(pid)
+        if process is None:
             raise FailedError(f"no process {pid}")
-        return cls(pid, found[1], _boot())
+        return cls(pid, process[1], _boot())
 
     @classmethod
     def parse(cls, text: str) -> Session:
@@ -314,17 +314,17 @@ class Session:
 
 def end_all(sessions: Iterable[Session]) -> None:
     """Kill connections with all their processes. Returns once they are gone. Raises FailedError."""
-    told: dict[int, int] = {}
+    signalled: dict[int, int] = {}
     for session in sessions:
         if session.lives():
-            told.update(_stopped(session))
-    for pid, started in told.items():
+            signalled.update(_stopped(session))
+    for pid, started in signalled.items():
         _signal(pid, started, signal.SIGKILL)
     until = time.monotonic() + _END_WITHIN_S
     delay_s = 0.001
-    while left := [pid for pid, started in told.items() if _is(pid, started)]:
+    while running := [pid for pid, started in signalled.items() if _is(pid, started)]:
         if time.monotonic() > until:
-            raise FailedError(f"processes {left} do not end")
+            raise FailedError(f"processes {running} do not end")
         time.sleep(delay_s)
         delay_s = min(2 * delay_s, 0.05)
 
@@ -338,12 +338,12 @@ def end_users(users: Iterable[str]) -> None:
     if 0 in numbers:
         raise FailedError("root is no user for agents only")
     until = time.monotonic() + _END_WITHIN_S
-    while left := [pid for pid in _pids() if _owner(pid) in numbers and _process(pid)]:
+    while running := [pid for pid in _pids() if _owner(pid) in numbers and _process(pid)]:
         if time.monotonic() > until:
-            raise FailedError(f"processes {left} do not end")
-        for pid in left:  # until there are none: what is not stopped may start others meanwhile
-            if (found := _process(pid)) is not None and _owner(pid) in numbers:
-                _signal(pid, found[1], signal.SIGKILL)
+            raise FailedError(f"processes {running} do not end")
+        for pid in running:  # until there are none: what is not stopped may start others meanwhile
+            if (process := _process(pid)) is not None and _owner(pid) in numbers:
+                _signal(pid, process[1], signal.SIGKILL)
         time.sleep(0.002)
 
 
@@ -358,29 +358,29 @@ def _owner(pid: int) -> int | None:
 
 def _stopped(session: Session) -> dict[int, int]:
     """Stop all processes of a connection and return them. A stopped process cannot start others during the search."""
-    found: dict[int, int] = {}
+    stopped: dict[int, int] = {}
     while True:
-        new = {pid: started for pid, started in _tree(session).items() if pid not in found}
+        new = {pid: started for pid, started in _tree(session).items() if pid not in stopped}
         if not new:
-            return found
+            return stopped
         for pid, started in new.items():
             _signal(pid, started, signal.SIGSTOP)
-        found.update(new)
+        stopped.update(new)
 
 
 def _tree(session: Session) -> dict[int, int]:
     """Return the process, its descendants, and all others in the scope that systemd gave to its session."""
-    processes = {pid: found for pid in _pids() if (found := _process(pid)) is not None}
-    wanted = [session.pid, *_scope(session.pid)]
+    processes = {pid: process for pid in _pids() if (process := _process(pid)) is not None}
+    queue = [session.pid, *_scope(session.pid)]
     tree: dict[int, int] = {}
     children: dict[int, list[int]] = {}
     for pid, (parent, _) in processes.items():
         children.setdefault(parent, []).append(pid)
-    while wanted:
-        pid = wanted.pop()
+    while queue:
+        pid = queue.pop()
         if pid in processes and pid not in tree:
             tree[pid] = processes[pid][1]
-            wanted += children.get(pid, [])
+            queue += children.get(pid, [])
     return tree
 
 
@@ -409,8 +409,8 @@ def _process(pid: int) -> tuple[int, int] | None:
 
 
 def _is(pid: int, started: int) -> bool:
-    found = _process(pid)
-    return found is not None and found[1] == started
+    process = _process(pid)
+    return process is not None and process[1] == started
 
 
 def _signal(pid: int, started: int, what: signal.Signals) -> None:

@@ -99,23 +99,23 @@ def _resource_glob(text: str) -> Glob:
     return glob
 
 
-def allowed(wanted: CommandPlan, there: Rights) -> AllowedCommands:
+def allowed(command_plan: CommandPlan, host_rights: Rights) -> AllowedCommands:
     """Return what a plan means at a host with these rights. Raises InexactError if a request matches nothing there."""
-    if wanted.user not in there:
-        raise InexactError(f"no certificate can be for user {wanted.user!a} there")
-    has = there[wanted.user]
+    if command_plan.user not in host_rights:
+        raise InexactError(f"no certificate can be for user {command_plan.user!a} there")
+    has = host_rights[command_plan.user]
     commands: dict[tuple[str, str], None] = {}
     login_kinds: set[str] = set()
-    for request in wanted.requests:
+    for request in command_plan.requests:
         if request.verb in WAYS:
             if request.verb not in has["may"]:
                 raise InexactError(f"{request}: the host does not allow it")
             login_kinds.add(request.verb)
             continue
-        matching = [name for name in has[request.verb] if request.glob.matches(f"{wanted.user}/{name}")]
+        matching = [name for name in has[request.verb] if request.glob.matches(f"{command_plan.user}/{name}")]
         if not matching:
             raise InexactError(f"{request} means no command that the host has now")
         commands.update({(request.verb, name): None for name in matching})
     if len(commands) > MAX_COMMANDS:
         raise InexactError(f"the scope means more than {MAX_COMMANDS} commands: ask for less at a time")
-    return AllowedCommands(wanted.user, tuple(commands), frozenset(login_kinds))
+    return AllowedCommands(command_plan.user, tuple(commands), frozenset(login_kinds))

@@ -194,8 +194,8 @@ class SshServer:
                 async with asyncio.timeout(_CONNECT_S):
                     self._link = await self._connect()
             except (OSError, ConnectionLostError, ValueError) as error:  # a TimeoutError too
-                why = str(error) if isinstance(error, ConnectionLostError) else type(error).__name__
-                raise TargetError(f"target {self._target_id} does not answer ({why})") from None
+                reason = str(error) if isinstance(error, ConnectionLostError) else type(error).__name__
+                raise TargetError(f"target {self._target_id} does not answer ({reason})") from None
             return self._link, True
 
     async def _connect(self) -> SshConnection:

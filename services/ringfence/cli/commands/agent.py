@@ -172,14 +172,14 @@ def set_ceiling(
             entry = (await administrator.directory()).agent(agent)
             if entry is None:
                 raise InvalidCallError(f"there is no agent {agent}; see: ringfence agent list")
-            held = entry.state.ceiling
-            await refuse_unknown(administrator, options.permissions, anyway, held)
-            ceiling = options.applied(held)
+            former = entry.state.ceiling
+            await refuse_unknown(administrator, options.permissions, anyway, former)
+            ceiling = options.applied(former)
             details: dict[str, Any] = {}
-            if ceiling != held and (options.whole is not None or options.remove):
+            if ceiling != former and (options.whole is not None or options.remove):
                 replacement = Replacement(f"ceiling of {agent}")
-                replacement.scope("allowed", held, ceiling)
-                if missing(held, ceiling):
+                replacement.scope("allowed", former, ceiling)
+                if missing(former, ceiling):
                     replacement.losses.append(Loss(agent=agent, fits=ceiling))
                 question = f"Set the ceiling of {agent} so?"
                 details = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
@@ -470,10 +470,10 @@ def set_ceiling_command(
     """
     if narrower is None:
         return None
-    words = ["ringfence", *(["--identity", str(me)] if me else []), "agent", "set-ceiling", agent_id]
+    arguments = ["ringfence", *(["--identity", str(me)] if me else []), "agent", "set-ceiling", agent_id]
     for permission in map(_permission, narrower):
-        words += ["--allow", write_permission(permission)]
-    return shlex.join(words if narrower else [*words, "--allow-nothing"])
+        arguments += ["--allow", write_permission(permission)]
+    return shlex.join(arguments if narrower else [*arguments, "--allow-nothing"])
 
 
 def print_usage(usage: Mapping[str, Any], command: str | None) -> None:
@@ -485,8 +485,8 @@ def print_usage(usage: Mapping[str, Any], command: str | None) -> None:
         empty="it may hold nothing, and used nothing",
     )
     for lease in usage["held"]:
-        what = "; ".join(show_permission(_permission(permission)) for permission in lease["scope"])
-        say(f"holds {what} by lease {lease['lease_id']}, until {until(lease['deadline'], now_s)}")
+        permissions = "; ".join(show_permission(_permission(permission)) for permission in lease["scope"])
+        say(f"holds {permissions} by lease {lease['lease_id']}, until {until(lease['deadline'], now_s)}")
     if command is None:
         return
     count = len(usage["never_used"])

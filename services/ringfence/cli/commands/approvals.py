@@ -193,8 +193,8 @@ def _send_answers(
     if not wants_json(as_json):
         _show(group, comparison, as_json)
     # A person may take their time. What is signed is what they saw: where anything changed meanwhile, it is refused.
-    what = "this" if len(group.requests) == 1 else f"all {len(group.requests)}"
-    confirm(f"{verb.title()} {what}?", yes)
+    which = "this" if len(group.requests) == 1 else f"all {len(group.requests)}"
+    confirm(f"{verb.title()} {which}?", yes)
     approval_ids = run(answer(group))
     verdict = "approved" if verb == "approve" else "denied"
     answers = [
@@ -216,8 +216,10 @@ def _find_question(
             if sponsor.find(request) is None and (action := sponsor.find_action(request)) is not None:
                 return action
             pending = _find(sponsor, request)
-            others = [] if only_one else [one for one in sponsor.alike(pending) if one != pending]
-            return RequestGroup((pending, *others)), (await sponsor.usual(pending.agent)).compared(pending)
+            equivalent = [] if only_one else [one for one in sponsor.alike(pending) if one != pending]
+            return RequestGroup((pending, *equivalent)), (await sponsor.usual(pending.agent)).compared(
+                pending
+            )
 
     return run(work())
 
@@ -226,8 +228,8 @@ def _find(sponsor: Sponsor, request: str) -> PendingApproval:
     pending = sponsor.find(request)
     if pending is None:
         unshowable = find_by_prefix(request, sponsor.unshowable.items(), lambda one: one[0])
-        why = f": {unshowable[1]}" if unshowable else ""
-        raise InvalidCallError(f"no single open request {request!r}{why}; see: ringfence approvals list")
+        reason = f": {unshowable[1]}" if unshowable else ""
+        raise InvalidCallError(f"no single open request {request!r}{reason}; see: ringfence approvals list")
     return pending
 
 

@@ -270,9 +270,9 @@ def _print_report(report: TrailReport, witnessed: int) -> None:
         empty="there are no chains",
     )
     for fault in report.faults:
-        where = f"chain {fault.tree}: " if fault.tree else ""
-        what = f"  event {fault.uid}" if fault.uid else ""
-        note(f"{fault.kind.upper()}  {where}{fault.message}{what}", "red")
+        chain = f"chain {fault.tree}: " if fault.tree else ""
+        event = f"  event {fault.uid}" if fault.uid else ""
+        note(f"{fault.kind.upper()}  {chain}{fault.message}{event}", "red")
     if not report.faults:
         say(f"no fault; {report.records} records on other topics have their events")
     if witnessed:

@@ -130,5 +130,5 @@ def _print_listed(title: str, found: Sequence[Mapping[str, Any]], total: int) ->
 
 
 def _item_row(one: Mapping[str, Any]) -> tuple[str, ...]:
-    what = one["action"] or one["lease"] or ""
-    return moment(one["at_ms"] / 1000), one["agent"] or "unknown", what, one["target"] or "", one["why"]
+    item_id = one["action"] or one["lease"] or ""
+    return moment(one["at_ms"] / 1000), one["agent"] or "unknown", item_id, one["target"] or "", one["why"]

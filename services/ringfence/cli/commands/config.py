@@ -102,19 +102,19 @@ def show(as_json: JsonOption = False) -> None:
     """Print each setting, its value without secrets, and where it comes from."""
     file = config_file.read_config()
     # Where a file is named, none is looked for.
-    found = None if os.environ.get(CONFIG_FILE_ENV) else config_file.find()
+    candidate = None if os.environ.get(CONFIG_FILE_ENV) else config_file.find()
     settings = sorted(_settings(file), key=lambda setting: setting.name)
     if wants_json(as_json):
         print_json(
             {
-                "file": _file_as_json(file, found),
+                "file": _file_as_json(file, candidate),
                 "settings": [
                     {"name": one.name, "value": one.value, "source": one.source} for one in settings
                 ],
             }
         )
         return
-    say(_describe_file(file, found))
+    say(_describe_file(file, candidate))
     print_table(
         ["!setting", "value", "!from"],
         [(one.name, visible_name(_value_text(one.value)), one.source) for one in settings],
@@ -128,20 +128,20 @@ def _read_candidate(path: Path | None) -> tuple[str, bytes]:
         try:
             return str(path), config_file.read_once(str(path))
         except OSError as error:
-            why = (
+            reason = (
                 "it is a symbolic link; name the file itself"
                 if error.errno == errno.ELOOP
                 else error.strerror
             )
-            raise InvalidCallError(f"cannot trust {path}: {why}") from None
-    found = config_file.find()
-    if found is None:
+            raise InvalidCallError(f"cannot trust {path}: {reason}") from None
+    candidate = config_file.find()
+    if candidate is None:
         raise InvalidCallError(f"there is no {' and no '.join(config_file.CANDIDATES)} here; name a file")
-    if found.data is None:
+    if candidate.data is None:
         raise InvalidCallError(
-            f"cannot trust {found.path}: {found.refused}; name it by {CONFIG_FILE_ENV} instead"
+            f"cannot trust {candidate.path}: {candidate.refused}; name it by {CONFIG_FILE_ENV} instead"
         )
-    return found.path, found.data
+    return candidate.path, candidate.data
 
 
 def _file_as_json(file: ConfigFile | None, found: FoundFile | None) -> dict[str, Any] | None:

@@ -139,8 +139,10 @@ def _display_path(path: Path) -> str:
 
 def _is_default_config(config: Path) -> bool:
     """Return whether commands started in this folder read this settings file by default."""
-    found = config_file.find()
-    return found is not None and found.refused is None and Path(found.resolved) == config.resolve()
+    candidate = config_file.find()
+    return (
+        candidate is not None and candidate.refused is None and Path(candidate.resolved) == config.resolve()
+    )
 
 
 def write_config(environment: dict[str, str], path: Path) -> Path:

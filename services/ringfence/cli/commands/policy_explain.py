@@ -61,19 +61,19 @@ def explain(
                     raise
             return await api.get("policy", "decisions", request, "explanation", **place)
 
-    found = run(work())
-    rules = _fired(found, bundle)
+    explanation = run(work())
+    rules = _fired(explanation, bundle)
     if wants_json(as_json):
-        print_json({**found, "rules": None if rules is None else dict(rules)})
+        print_json({**explanation, "rules": None if rules is None else dict(rules)})
         return
-    _print_explanation(found)
+    _print_explanation(explanation)
     if rules is not None:
         print_table(
             ["!rule that fired", "says"],
             ((name, line) for name, value in rules for line in _value_lines(value)),
             empty="",
         )
-    elif found.get("input"):
+    elif explanation.get("input"):
         note(
             "the rules that decided are not here: name their folder with --bundle to see which of them fired"
         )
@@ -87,8 +87,8 @@ async def _decision_position(api: ReadApi, request: str) -> dict[str, int] | Non
         events = (await api.events(request=request, limit=100))["events"]
     except ApiError:
         return None
-    about = [one for one in events if one["metadata"].get("log_name") == CREDENTIAL_DECISION.what]
-    source = about[-1]["unmapped"]["source"] if about else None
+    decision_events = [one for one in events if one["metadata"].get("log_name") == CREDENTIAL_DECISION.what]
+    source = decision_events[-1]["unmapped"]["source"] if decision_events else None
     return source and {name: int(source[name]) for name in ("partition", "offset")}
 
 

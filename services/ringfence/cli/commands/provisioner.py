@@ -137,14 +137,14 @@ def list_provisioners(me: IdentityOption = None, as_json: JsonOption = False) ->
         async with ReadApi(identity(me)) as api:
             return await api.records("user")
 
-    found = [item for item in run(work()) if item["state"].get("delegation")]
+    provisioners = [item for item in run(work()) if item["state"].get("delegation")]
     if wants_json(as_json):
-        print_json(found)
+        print_json(provisioners)
         return
     print_table(
         ["!provisioner", "name", "status", "source", "groups"],
         # Not strict: JSON has no tuples.
-        (_provisioner_row(UserState.model_validate(item["state"], strict=False)) for item in found),
+        (_provisioner_row(UserState.model_validate(item["state"], strict=False)) for item in provisioners),
         empty="no provisioner that you may see",
     )
 

@@ -82,18 +82,18 @@ _BESIDES = {
 
 def check(services: Sequence[str]) -> None:
     """Raise SettingsError where these services could not start."""
-    found = problems(ServiceSettings)
-    if not found:
+    mistakes = problems(ServiceSettings)
+    if not mistakes:
         settings = ServiceSettings()
         if not settings.trust_root:
-            found.append(
+            mistakes.append(
                 "RINGFENCE_TRUST_ROOT: not set, so nobody would be believed. It is: what ringfence init printed"
             )
-        found += [problem for name in services if (problem := _key_path(name, settings))]
+        mistakes += [problem for name in services if (problem := _key_path(name, settings))]
     for cls in _classes(services):
-        found += problems(cls)
-    if found:
-        raise wrong(list(dict.fromkeys(found)))
+        mistakes += problems(cls)
+    if mistakes:
+        raise wrong(list(dict.fromkeys(mistakes)))
 
 
 def _key_path(name: str, settings: ServiceSettings) -> str | None:

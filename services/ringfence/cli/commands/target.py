@@ -285,18 +285,18 @@ def _parse_mcp_rule(text: str, conditions: str) -> McpRule | None:
 
 
 def _parse_conditions(where: str, text: str) -> dict[str, tuple[str, ...]] | None:
-    found: dict[str, tuple[str, ...]] = {}
+    conditions: dict[str, tuple[str, ...]] = {}
     for condition in text.split():
         kind, _, rest = condition.partition(":")
         if kind == where:
             name, _, values = rest.partition("=")
-            if name in found:
+            if name in conditions:
                 raise typer.BadParameter(
                     f"{kind}:{name} is there twice; write {kind}:{name}=VALUE,VALUE for either",
                     param_hint="--request",
                 )
-            found[name] = tuple(values.split(","))
-    return found or None
+            conditions[name] = tuple(values.split(","))
+    return conditions or None
 
 
 def _check_map(requests: list[RequestRule]) -> None:

@@ -246,12 +246,12 @@ def show(task: TaskArgument, me: IdentityOption = None, as_json: JsonOption = Fa
         async with ReadApi(identity(me)) as api:
             return await api.record("task", task), await api.records("task", parent=task)
 
-    found, parts = run(work())
+    record, parts = run(work())
     if wants_json(as_json):
-        print_json({**found, "parts": [part["id"] for part in parts]})
+        print_json({**record, "parts": [part["id"] for part in parts]})
         return
     delegated = [f"{part['id']} to {part['state']['agent_id']} ({part['state']['status']})" for part in parts]
-    print_record("task", found, {"parts": "\n".join(delegated)})
+    print_record("task", record, {"parts": "\n".join(delegated)})
 
 
 def _task_terms(

@@ -99,15 +99,15 @@ def eviction(options: Mapping[str, str]) -> CheckResult:
 
 def persistence(options: Mapping[str, str]) -> CheckResult:
     """Check by its options what remains after a restart of Redis."""
-    what = "Redis, restart"
+    check = "Redis, restart"
     if options["appendonly"] == "yes":
-        return CheckResult(what, "good", "appendonly is on: it comes back with what it had")
+        return CheckResult(check, "good", "appendonly is on: it comes back with what it had")
     saved_by = f"snapshots ({options['save']})" if options["save"] else "nothing"
     says = (
         f"appendonly is off, {saved_by} stays over a restart: no lease is lost, as all is rebuilt from Kafka, and "
         "everything denies meanwhile; to be back at once, set appendonly to yes"
     )
-    return CheckResult(what, "unknown", says)
+    return CheckResult(check, "unknown", says)
 
 
 def _option(answer: object) -> str:
@@ -146,8 +146,8 @@ def _key_file(file: Path) -> CheckResult:
 def bundle_findings(trust: TrustStore, refused: Sequence[str], now_s: float) -> Iterator[CheckResult]:
     """Check the bundle in force on Kafka, and the services' keys that end soon."""
     if trust.version is None:
-        why = refused[-1] if refused else "there is none; run: ringfence init --publish"
-        yield CheckResult("trust bundle", "bad", f"no bundle on Kafka counts: {why}")
+        reason = refused[-1] if refused else "there is none; run: ringfence init --publish"
+        yield CheckResult("trust bundle", "bad", f"no bundle on Kafka counts: {reason}")
         return
     if expired := trust.expired(now_s):
         yield CheckResult("trust bundle", "bad", expired)
@@ -191,8 +191,10 @@ def versions(on_kafka: int | None, in_force: Mapping[str, int | None]) -> CheckR
     """Check whether the services that answered have the bundle that is on Kafka; None where nothing can be compared."""
     if not in_force or on_kafka is None:
         return None
-    if others := {role: options for role, options in in_force.items() if options != on_kafka}:
-        roles_text = ", ".join(f"{role} has {options or 'none'}" for role, options in sorted(others.items()))
+    if differing := {role: options for role, options in in_force.items() if options != on_kafka}:
+        roles_text = ", ".join(
+            f"{role} has {options or 'none'}" for role, options in sorted(differing.items())
+        )
         says = f"on Kafka is version {on_kafka}, and {roles_text}: restart it where that stays so"
         return CheckResult("trust bundle in force", "bad", says)
     return CheckResult(

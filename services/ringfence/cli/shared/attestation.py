@@ -86,17 +86,17 @@ def set_attestation(
 
 def parse_selectors(given: list[str] | None) -> tuple[AttestationSelector, ...]:
     """Parse selectors from repeated options. Raises typer.BadParameter, saying where one is wrong."""
-    found: list[AttestationSelector] = []
+    selectors: list[AttestationSelector] = []
     for text in given or ():
         if text.startswith("@"):
             try:
                 listed = json.loads(Path(text[1:]).read_text(), object_pairs_hook=once)
             except (OSError, ValueError) as error:
                 raise typer.BadParameter(f"{text}: {error}", param_hint="--selector") from None
-            found += [_selector(one, text) for one in (listed if isinstance(listed, list) else [listed])]
+            selectors += [_selector(one, text) for one in (listed if isinstance(listed, list) else [listed])]
         else:
-            found.append(_selector(_fields(text), text))
-    return tuple(found)
+            selectors.append(_selector(_fields(text), text))
+    return tuple(selectors)
 
 
 def show_selector(selector: AttestationSelector) -> str:
@@ -118,15 +118,15 @@ def _fields(text: str) -> Any:
     fields: dict[str, Any] = {"issuer": issuer, "claims": {}}
     given_names: set[str] = set()
     for word in words:
-        name, given, value = word.partition("=")
+        name, equals, value = word.partition("=")
         if name in given_names:  # the last would count, and what the others limit would be lost
             raise typer.BadParameter(f"{text!r}: {name} is there twice", param_hint="--selector")
         given_names.add(name)
         if word == "key-bound":
             fields["key_bound"] = True
-        elif name == "life" and given:
+        elif name == "life" and equals:
             fields["max_life_s"] = duration_s(value)
-        elif name and given:
+        elif name and equals:
             fields["claims"][name] = value
         else:
             raise typer.BadParameter(
@@ -140,7 +140,7 @@ def _selector(fields: Any, text: str) -> AttestationSelector:
         selector = AttestationSelector.model_validate(fields)
     except ValidationError as error:
         raise typer.BadParameter(f"{text!r}: {explain(error)}", param_hint="--selector") from None
-    if found := unknown_fields(selector):
-        details = describe_unknown(found, f"the selector for {selector.issuer}")
+    if unknown := unknown_fields(selector):
+        details = describe_unknown(unknown, f"the selector for {selector.issuer}")
         raise typer.BadParameter(f"{text!r}: {details}", param_hint="--selector")
     return selector

@@ -23,12 +23,12 @@ async def refuse_unknown(
 
     `granted`: what was allowed before, about which nothing is repeated. Raises InvalidCallError.
     """
-    found = await _unknown(administrator, scope, granted)
-    if found and not anyway:
+    problems = await _unknown(administrator, scope, granted)
+    if problems and not anyway:
         raise InvalidCallError(
-            f"{'; '.join(found)}. Correct it, have an operator add it first (ringfence target add), or add --anyway"
+            f"{'; '.join(problems)}. Correct it, have an operator add it first (ringfence target add), or add --anyway"
         )
-    _warn(found)
+    _warn(problems)
 
 
 async def warn_of_unknown(

@@ -44,12 +44,12 @@ def list_records(kind: SubjectKind, key: Path | None, as_json: bool, **query: st
         async with ReadApi(key) as api:
             return await api.records(kind, **query)
 
-    found = run(work())
+    records = run(work())
     if as_json:
-        print_json(found)
+        print_json(records)
         return
     columns, row = _ROWS[kind]
-    print_table(columns, (row(_state(kind, item)) for item in found), empty=f"no {kind} that you may see")
+    print_table(columns, (row(_state(kind, item)) for item in records), empty=f"no {kind} that you may see")
 
 
 def show_record(kind: SubjectKind, id: str, key: Path | None, as_json: bool) -> None:
@@ -59,11 +59,11 @@ def show_record(kind: SubjectKind, id: str, key: Path | None, as_json: bool) -> 
         async with ReadApi(key) as api:
             return await api.record(kind, id)
 
-    found = run(work())
+    record = run(work())
     if as_json:
-        print_json(found)
+        print_json(record)
     else:
-        print_record(kind, found)
+        print_record(kind, record)
 
 
 def print_record(
@@ -158,24 +158,24 @@ def target_fields(target: TargetState) -> dict[str, str]:
 
 
 def _does(rule: RequestRule) -> str:
-    if found := unknown_fields(rule):
-        return f"denied, as {names_of(found)} is not known here"
+    if unknown := unknown_fields(rule):
+        return f"denied, as {names_of(unknown)} is not known here"
     return f"{rule.verb} on {rule.resource}{_conditions(rule)}"
 
 
 def _conditions(rule: RequestRule) -> str:
     """Return the further conditions of a rule, in the notation of `target add --request`."""
-    found = [
+    texts = [
         f"{where}:{name}={','.join(values)}"
         for where, conditions in (("query", rule.query), ("body", rule.body))
         for name, values in (conditions or {}).items()
     ]
     if rule.mcp is not None:
-        found.append(f"message:{rule.mcp.method}" + (f"={rule.mcp.name}" if rule.mcp.name else ""))
-        found += [
+        texts.append(f"message:{rule.mcp.method}" + (f"={rule.mcp.name}" if rule.mcp.name else ""))
+        texts += [
             f"argument:{name}={','.join(values)}" for name, values in (rule.mcp.arguments or {}).items()
         ]
-    return "".join(f" {condition}" for condition in found)
+    return "".join(f" {condition}" for condition in texts)
 
 
 def _task_fields(task: TaskState) -> dict[str, str]:
@@ -222,8 +222,8 @@ def _verbs(target: TargetState) -> str:
 
 def _verb(floor: VerbFloor) -> str:
     notes: list[str] = [] if floor.floor == "none" else [floor.floor]
-    if found := unknown_fields(floor):
-        notes.append(f"to nobody, as {names_of(found)} is not known here")
+    if unknown := unknown_fields(floor):
+        notes.append(f"to nobody, as {names_of(unknown)} is not known here")
     return f"{floor.verb} ({'; '.join(notes)})" if notes else floor.verb
 
 

@@ -50,7 +50,7 @@ def mistyped(environment: Iterable[str], config: Mapping[str, Any]) -> list[str]
     unknown.
     """
     known = known_settings()
-    found = [
+    sentences = [
         _sentence(name, name, known)
         for name in sorted(environment)
         if name.startswith(_PREFIX)
@@ -58,7 +58,7 @@ def mistyped(environment: Iterable[str], config: Mapping[str, Any]) -> list[str]
         and not name.startswith(_OTHER_READERS)
         and not _KUBERNETES_VARIABLE.fullmatch(name)
     ]
-    return found + [
+    return sentences + [
         _sentence(written, name, known) for written, name in _flat(config, known) if name not in known
     ]
 

@@ -60,18 +60,18 @@ class YamlFile:
         if not isinstance(node, yaml.MappingNode):
             self.problem(node, f"{what} must be a mapping, with lines of `name: value`")
             return {}
-        found: dict[str, Any] = {}
+        nodes: dict[str, Any] = {}
         for key, value in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else ""
             if not name or (known is not None and name not in known):
                 near = nearest(name, known or ())
                 hint = f": did you mean {near!r}?" if near else ""
                 self.problem(key, f"{what} has no {name or 'such name'!r}{hint}")
-            elif name in found:
+            elif name in nodes:
                 self.problem(key, f"{name!r} is there twice")
             else:
-                found[name] = value
-        return found
+                nodes[name] = value
+        return nodes
 
     def text(self, node: Any, what: str) -> str:
         """A text that is not empty; "" after a problem."""

@@ -64,13 +64,13 @@ async def ending_leases(api: ReadApi, losses: Iterable[Loss]) -> EndingLeases:
     more = False
     for loss in losses:
         try:
-            found = await api.leases(
+            page = await api.leases(
                 agent=loss.agent, sponsor=loss.sponsor, target=loss.target, user=loss.user
             )
         except ApiError as error:
             return EndingLeases(gap=str(error))
-        ids |= dict.fromkeys(lease["id"] for lease in found["leases"] if _ends(lease, loss))
-        more = more or bool(found["more"])
+        ids |= dict.fromkeys(lease["id"] for lease in page["leases"] if _ends(lease, loss))
+        more = more or bool(page["more"])
     return EndingLeases(tuple(ids), more)
 
 

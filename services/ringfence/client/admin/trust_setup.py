@@ -188,8 +188,8 @@ def set_oidc_issuer(folder: TrustFolder, issuer: OidcIssuer) -> TrustBundle:
     Returns the bundle. Needs the root's key. Raises CeremonyError where the issuer lacks what its use needs, or there
     is no trust root.
     """
-    if found := unknown_fields(issuer):
-        raise CeremonyError(describe_unknown(found, f"issuer {issuer.issuer}"))
+    if unknown := unknown_fields(issuer):
+        raise CeremonyError(describe_unknown(unknown, f"issuer {issuer.issuer}"))
     if issuer.discovery == bool(issuer.keys):
         raise CeremonyError(
             f"{issuer.issuer} needs either pinned keys (--jwks) or discovery (--oidc-discovery)"
@@ -201,8 +201,8 @@ def set_oidc_issuer(folder: TrustFolder, issuer: OidcIssuer) -> TrustBundle:
             f"discovery goes by HTTPS, and the issuer is {issuer.issuer}; pin its keys (--jwks)"
         )
     root, bundle = load_root_and_bundle(folder)
-    others = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer.issuer)
-    return sign_next_bundle(folder, bundle, root, int(time.time()), oidc_issuers=(*others, issuer))
+    remaining = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer.issuer)
+    return sign_next_bundle(folder, bundle, root, int(time.time()), oidc_issuers=(*remaining, issuer))
 
 
 def remove_oidc_issuer(folder: TrustFolder, issuer: str) -> TrustBundle:
@@ -212,11 +212,11 @@ def remove_oidc_issuer(folder: TrustFolder, issuer: str) -> TrustBundle:
     root.
     """
     root, bundle = load_root_and_bundle(folder)
-    others = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer)
-    if len(others) == len(bundle.oidc_issuers):
-        names_text = ", ".join(one.issuer for one in others) or "none"
+    remaining = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer)
+    if len(remaining) == len(bundle.oidc_issuers):
+        names_text = ", ".join(one.issuer for one in remaining) or "none"
         raise CeremonyError(f"the trust bundle has no issuer {issuer}; it has {names_text}")
-    return sign_next_bundle(folder, bundle, root, int(time.time()), oidc_issuers=others)
+    return sign_next_bundle(folder, bundle, root, int(time.time()), oidc_issuers=remaining)
 
 
 def sign_next_bundle(

@@ -42,9 +42,9 @@ def ssh_client(value: str, target: str) -> Iterator[list[str]]:
 
 def ssh_files(value: str, target: str, folder: Path) -> Path:
     """Write the files of an SSH credential to `folder`. Returns the config file for `ssh -F`."""
-    given = json.loads(value)
-    url = urlsplit(given["url"])
-    known = "".join(f"{target} {key}\n" for key in given["host_keys"])
+    credential = json.loads(value)
+    url = urlsplit(credential["url"])
+    known_hosts = "".join(f"{target} {key}\n" for key in credential["host_keys"])
     config = _SSH_CONFIG.format(
         target=target,
         host=url.hostname,
@@ -53,9 +53,9 @@ def ssh_files(value: str, target: str, folder: Path) -> Path:
         folder=str(folder).replace("%", "%%"),
     )
     for name, text in (
-        ("key", given["private_key"]),
-        ("key-cert.pub", given["certificate"] + "\n"),
-        ("known_hosts", known),
+        ("key", credential["private_key"]),
+        ("key-cert.pub", credential["certificate"] + "\n"),
+        ("known_hosts", known_hosts),
         ("config", config),
     ):
         with os.fdopen(open_private(folder / name, os.O_WRONLY | os.O_EXCL), "w") as file:

@@ -218,10 +218,12 @@ class Sponsor(Lifetime):
     ) -> str:
         now = self._require_actions().get(pending.digest)
         if now != pending:
-            why = self._require_actions().problems.get(
+            reason = self._require_actions().problems.get(
                 pending.request_id, "it was answered or its time is over"
             )
-            raise StaleApprovalError(f"action {pending.request_id} is no longer open as it was shown: {why}")
+            raise StaleApprovalError(
+                f"action {pending.request_id} is no longer open as it was shown: {reason}"
+            )
         if not pending.mine:
             raise NotYoursError(
                 f"action {pending.request_id} needs {describe_approvers((pending.required,))}, not {self.id}"

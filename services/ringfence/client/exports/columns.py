@@ -25,10 +25,10 @@ def _at(path: str, kind: Kind = "text", name: str | None = None) -> ExportColumn
     parts = path.split(".")
 
     def value(event: Mapping[str, Any]) -> Any:
-        found: Any = event
+        member: Any = event
         for part in parts:
-            found = found.get(part) if isinstance(found, Mapping) else None
-        return found
+            member = member.get(part) if isinstance(member, Mapping) else None
+        return member
 
     return ExportColumn(name or parts[-1], kind, path, value)
 

@@ -115,21 +115,21 @@ def _ecs_user(
     """Return the ECS user: the actor; `effective`, whose rights it used; `target`, whose credential or which user it
     is about.
     """
-    about = event.get("user", {}) if event.get("class_uid") == _SESSION else {}
-    name = unmapped.get("user") if event.get("class_uid") == _ENTITY else about.get("name")
+    subject = event.get("user", {}) if event.get("class_uid") == _SESSION else {}
+    name = unmapped.get("user") if event.get("class_uid") == _ENTITY else subject.get("name")
     return _filled(
         id=actor.get("uid"),
         name=actor.get("name"),
         effective=_filled(name=unmapped.get("on_behalf_of")),
-        target=_filled(id=about.get("uid"), name=name),
+        target=_filled(id=subject.get("uid"), name=name),
     )
 
 
 def actor_of(event: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the actor of an event. A finding has it among its evidences; a logon is by its user."""
     holder = event if "actor" in event else next(iter(event.get("evidences", ())), {})
-    found: Mapping[str, Any] = holder.get("actor", {}).get("user") or event.get("user") or {}
-    return found
+    actor: Mapping[str, Any] = holder.get("actor", {}).get("user") or event.get("user") or {}
+    return actor
 
 
 def _related(actor: Mapping[str, Any], unmapped: Mapping[str, Any]) -> list[str]:

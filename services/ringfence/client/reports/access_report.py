@@ -94,7 +94,7 @@ async def access_report(
 
 
 async def _add_reach(api: ReadApi, report: AccessReport) -> None:
-    found: list[dict[str, Any]] = []
+    agents: list[dict[str, Any]] = []
     after: str | None = None
     try:
         while True:
@@ -106,7 +106,7 @@ async def _add_reach(api: ReadApi, report: AccessReport) -> None:
                 resource=report.resource,
                 after=after,
             )
-            found += page["agents"]
+            agents += page["agents"]
             report.gaps += [gap for gap in page["gaps"] if gap not in report.gaps]
             after = page["after"]
             if after is None:
@@ -118,23 +118,23 @@ async def _add_reach(api: ReadApi, report: AccessReport) -> None:
         return
     if not page["exists"]:
         report.gaps.append(f"there is no target {report.target} now: nobody can be given anything for it")
-    report.could = found
+    report.could = agents
 
 
 def _blind_spots(report: AccessReport) -> list[str]:
     """Return sentences about what neither gateways nor records can show."""
-    found = []
+    sentences = []
     handed_out, unverified = report.total("handed_out"), report.total("unverified")
     if handed_out:
-        found.append(
+        sentences.append(
             f"{handed_out} of the credentials were handed to the agents themselves: what they did with these past "
             f"gateways, only the logs of {report.target} say"
         )
     if not report.total("allowed") + report.total("denied") + report.total("observed"):
-        found.append(
+        sentences.append(
             f"no gateway told of an action at {report.target} that fits: nobody did anything through one, or none "
             "stands before it"
         )
     if unverified:
-        found.append(f"{unverified} leases were not signed by an issuer, and are not counted as issued")
-    return found
+        sentences.append(f"{unverified} leases were not signed by an issuer, and are not counted as issued")
+    return sentences

@@ -131,10 +131,10 @@ class ActionReport:
 
     def by(self, part: Callable[[ActionRow], K]) -> dict[K, ActionSums]:
         """Return the sums by a part of the row key, most blocked first."""
-        found: dict[K, ActionSums] = {}
+        groups: dict[K, ActionSums] = {}
         for row, sums in self.rows.items():
-            found.setdefault(part(row), ActionSums()).merge(sums)
-        return dict(sorted(found.items(), key=lambda one: (-one[1].blocked.total, str(one[0]))))
+            groups.setdefault(part(row), ActionSums()).merge(sums)
+        return dict(sorted(groups.items(), key=lambda one: (-one[1].blocked.total, str(one[0]))))
 
     def blocked(self) -> dict[ActionRow, ActionSums]:
         """Return the rows with blocked actions, most blocked first."""
@@ -170,8 +170,8 @@ class ActionReport:
         }
 
     def _add_unknown(self, one: Mapping[str, Any]) -> None:
-        where = UnknownDestination(*(one[name] for name in UnknownDestination._fields))
-        self.destinations[where] += one["count"]
+        destination = UnknownDestination(*(one[name] for name in UnknownDestination._fields))
+        self.destinations[destination] += one["count"]
         if len(self.destinations) > MAX_DESTINATIONS:
             most_common = Counter(dict(self.destinations.most_common(MAX_DESTINATIONS // 2)))
             self.destinations_left_out += self.destinations.total() - most_common.total()
@@ -180,14 +180,14 @@ class ActionReport:
     def _add(self, group: Mapping[str, Any]) -> None:
         outcome, access, label, count = (group[name] for name in ("outcome", "access", "label", "count"))
         reason = None if outcome == _ALLOWED else group["reason"]
-        where = [
+        sums_to_add = [
             self.sums,
             self.rows.setdefault(ActionRow(group["agent"], group["target"], access, reason), ActionSums()),
         ]
         if label is not None:
             is_listed = label in self.labels or len(self.labels) < MAX_LABELS
-            where.append(self.labels.setdefault(label if is_listed else OTHER_LABELS, ActionSums()))
-        for sums in where:
+            sums_to_add.append(self.labels.setdefault(label if is_listed else OTHER_LABELS, ActionSums()))
+        for sums in sums_to_add:
             sums.add(outcome, count, access, injected=is_injected(label))
 
 

@@ -159,24 +159,24 @@ async def _load_trust(kafka: Stretches, settings: ClientSettings) -> tuple[Trust
 async def _read_signed_heads(
     kafka: Stretches, trust: TrustStore, directory: Directory, report: TrailReport
 ) -> dict[str, _SignedHeads]:
-    found: dict[str, _SignedHeads] = {}
+    heads: dict[str, _SignedHeads] = {}
     async for record in kafka.whole(AUDIT_CHECKPOINT):
         try:
             jws = parse(record.value)
             if jws.header.typ == typ_header(AuditWitness):
                 one = _verify_witness(jws, record, directory, trust)
                 _check_key(record, f"{one.tree}/{subject_of(trust.trust_domain, one.iss, 'user')}")
-                found.setdefault(one.tree, _SignedHeads()).witnessed.append(one)
+                heads.setdefault(one.tree, _SignedHeads()).witnessed.append(one)
             else:
                 checkpoint = _verify_checkpoint(jws, record, trust)
                 _check_key(record, checkpoint.tree)
-                before = found.setdefault(checkpoint.tree, _SignedHeads()).checkpoints
+                before = heads.setdefault(checkpoint.tree, _SignedHeads()).checkpoints
                 _check_monotonic(before, checkpoint)
                 before.append(checkpoint)
         except (InvalidMessageError, ChainError, ValueError) as error:
             what = f"what stands on audit.checkpoint at offset {record.offset} is not believed: {error}"
             report.faults.append(Fault("foreign", record.key or "", what, None, None, record.offset))
-    return found
+    return heads
 
 
 def _check_key(record: Received, key: str) -> None:
@@ -327,8 +327,8 @@ def offset_gaps(offsets: Iterable[int], begin: int, until: int) -> Iterator[tupl
 
 
 def _record_fault(source: Source, kind: FaultKind, what: str, which: str = "") -> Fault:
-    where = f"{source.topic_name}/{source.partition}@{source.offset}{which}"
-    return Fault(kind, "", f"{what} {where}", None, source.uid, source.offset)
+    position = f"{source.topic_name}/{source.partition}@{source.offset}{which}"
+    return Fault(kind, "", f"{what} {position}", None, source.uid, source.offset)
 
 
 def _first_offsets(sources: Iterable[Source]) -> dict[tuple[str, int], int]:
@@ -339,10 +339,10 @@ def _first_offsets(sources: Iterable[Source]) -> dict[tuple[str, int], int]:
 
 
 def _offsets_by_partition(sources: Iterable[Source]) -> dict[tuple[str, int], set[int]]:
-    found: dict[tuple[str, int], set[int]] = {}
+    offsets: dict[tuple[str, int], set[int]] = {}
     for source in sources:
-        found.setdefault((source.topic_name, source.partition), set()).add(source.offset)
-    return found
+        offsets.setdefault((source.topic_name, source.partition), set()).add(source.offset)
+    return offsets
 
 
 def read_heads(text: str | bytes) -> Heads:

@@ -92,8 +92,8 @@ class ReadApi(Lifetime):
 
     async def records(self, kind: SubjectKind, **query: str | None) -> list[Any]:
         """All users, agents, targets or tasks that the caller may see: `[{id, revision, state}]`."""
-        found: list[Any] = (await self.get("registry", f"{kind}s", **query))[f"{kind}s"]
-        return found
+        listed: list[Any] = (await self.get("registry", f"{kind}s", **query))[f"{kind}s"]
+        return listed
 
     async def record(self, kind: SubjectKind, id: str) -> Any:
         """One user, agent, target or task: `{id, revision, state}`. Raises ApiError (404) where there is none."""
@@ -173,10 +173,10 @@ class ReadApi(Lifetime):
 
     async def break_glass(self, *, unreviewed: bool = False) -> list[Any]:
         """The uses of break glass, oldest first, each with its `review` or None."""
-        found: list[Any] = (await self.get("audit", "break-glass", unreviewed=1 if unreviewed else None))[
+        uses: list[Any] = (await self.get("audit", "break-glass", unreviewed=1 if unreviewed else None))[
             "uses"
         ]
-        return found
+        return uses
 
     async def events(
         self,

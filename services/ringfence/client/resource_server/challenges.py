@@ -88,8 +88,8 @@ def _challenges(error: TokenRejectedError, require_proof: bool) -> list[str]:
     """Return challenges of the scheme that was used, else of each accepted scheme."""
     if error.code == "token_missing":  # RFC 6750, 3.1: whoever shows nothing is told of no error
         return [f"DPoP {_ALGORITHMS}"] if require_proof else ["Bearer", f"DPoP {_ALGORITHMS}"]
-    word = _WORDS.get(error.code, error.code)
-    described = f'error="{word}", error_description="{_UNQUOTABLE.sub("?", error.message)}"'
+    error_code = _WORDS.get(error.code, error.code)
+    described = f'error="{error_code}", error_description="{_UNQUOTABLE.sub("?", error.message)}"'
     if error.scheme == "DPoP":
         return [f"DPoP {described}, {_ALGORITHMS}"]
     if error.scheme is None or not require_proof:

@@ -86,13 +86,13 @@ def read_config() -> ConfigFile | None:
     named = os.environ.get(CONFIG_FILE_ENV)
     if named:
         return _named_file(named)
-    found = find()
-    if found is None:
+    candidate = find()
+    if candidate is None:
         return None
-    if found.refused is not None or found.data is None:
-        _tell_ignored(found)
+    if candidate.refused is not None or candidate.data is None:
+        _tell_ignored(candidate)
         return None
-    return ConfigFile(found.path, "trusted", parse(found.path, found.data))
+    return ConfigFile(candidate.path, "trusted", parse(candidate.path, candidate.data))
 
 
 def parse(path: str, data: bytes) -> dict[str, Any]:
@@ -186,16 +186,16 @@ def _absolute(candidate: str) -> str:
     return os.path.join(os.path.realpath(os.curdir), candidate)  # noqa: PTH118 - not to be normalised
 
 
-def _tell_ignored(found: FoundFile) -> None:
+def _tell_ignored(candidate: FoundFile) -> None:
     """Report a file that does not count, once per process, and the command that would allow it.
 
     Strangers chose the path, so the terminal never gets its raw text. The command uses the candidate's name.
     """
-    why = found.refused or "it cannot be read"
-    if (found.resolved, why) in _told or sys.stderr is None:
+    reason = candidate.refused or "it cannot be read"
+    if (candidate.resolved, reason) in _told or sys.stderr is None:
         return
-    _told.add((found.resolved, why))
+    _told.add((candidate.resolved, reason))
     sys.stderr.write(
-        f"warning: ignored the settings file {visible_name(found.resolved)}: {visible_name(why)}. "
-        f"To allow it, once you have read it: ringfence config trust {found.path}\n"
+        f"warning: ignored the settings file {visible_name(candidate.resolved)}: {visible_name(reason)}. "
+        f"To allow it, once you have read it: ringfence config trust {candidate.path}\n"
     )

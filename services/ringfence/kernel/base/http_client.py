@@ -19,11 +19,11 @@ def web_client(*, timeout_s: float) -> httpx.AsyncClient:
     try:
         return httpx.AsyncClient(timeout=timeout_s, mounts=dict.fromkeys(_HERE))
     except (ImportError, ValueError, httpx.InvalidURL) as error:
-        why = (
+        reason = (
             "SOCKS needs another package: pip install 'httpx[socks]'"
             if isinstance(error, ImportError)
             else error
         )
         raise SettingsError(
-            f"the proxy in HTTP_PROXY, HTTPS_PROXY or ALL_PROXY cannot be used ({why}); correct it or unset it"
+            f"the proxy in HTTP_PROXY, HTTPS_PROXY or ALL_PROXY cannot be used ({reason}); correct it or unset it"
         ) from None

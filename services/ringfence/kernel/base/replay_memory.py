@@ -39,11 +39,11 @@ class ReplayMemory:
         self._forget(now_s)
         if id in self._until_s or until_s <= self._forgotten_s:
             return False
-        kept = self._of_sender.get(sender, 0)
-        if kept >= self._limit - len(self._until_s):
+        of_sender = self._of_sender.get(sender, 0)
+        if of_sender >= self._limit - len(self._until_s):
             raise ReplayMemoryFullError("more came in a minute than can be remembered; ask again later")
         self._until_s[id] = until_s, sender
-        self._of_sender[sender] = kept + 1
+        self._of_sender[sender] = of_sender + 1
         return True
 
     def _forget(self, now_s: float) -> None:

@@ -21,10 +21,10 @@ class PlaceError(RingfenceError):
 
 def read_secret(place: str, what: str) -> str:
     """Return the secret at a reference, without surrounding blanks. `what` names it in errors. Raises PlaceError."""
-    kind, _, where = place.partition(":")
+    kind, _, location = place.partition(":")
     if kind == "file":
-        return _file(Path(where), what)
-    return read_variable(where, what)
+        return _file(Path(location), what)
+    return read_variable(location, what)
 
 
 def read_variable(name: str, what: str) -> str:

@@ -230,14 +230,14 @@ def _no_json(cls: type[BaseSettings], error: UnreadableError) -> str:
 
 def _lines(cls: type[BaseSettings], error: ValidationError) -> list[str]:
     prefix = cls.model_config.get("env_prefix") or ""
-    found = []
+    lines = []
     for item in error.errors(include_url=False):
         if not item["loc"]:  # it is about several, and names them
-            found.append(item["msg"].removeprefix("Value error, "))
+            lines.append(item["msg"].removeprefix("Value error, "))
             continue
         field = cls.model_fields.get(str(item["loc"][0]))
-        meant = " ".join((field.description or "").split()) if field else ""
+        description = " ".join((field.description or "").split()) if field else ""
         name = f"{prefix}{item['loc'][0]}".upper() + "".join(f" ({part})" for part in item["loc"][1:])
-        said = item["msg"].removeprefix("Value error, ")
-        found.append(f"{name}: {said}" + (f". It is: {meant}" if meant else ""))
-    return found
+        message = item["msg"].removeprefix("Value error, ")
+        lines.append(f"{name}: {message}" + (f". It is: {description}" if description else ""))
+    return lines

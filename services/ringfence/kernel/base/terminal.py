@@ -66,10 +66,10 @@ def filter_tracebacks() -> None:
 
 
 def _visible_traceback(
-    kind: type[BaseException], error: BaseException, where: TracebackType | None, said: str = ""
+    kind: type[BaseException], error: BaseException, where: TracebackType | None, heading: str = ""
 ) -> None:
     if sys.stderr is not None:
-        sys.stderr.write(visible_lines(said) + visible_traceback(kind, error, where))
+        sys.stderr.write(visible_lines(heading) + visible_traceback(kind, error, where))
 
 
 def visible_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> str:
@@ -97,5 +97,5 @@ def _of_thread_shown(args: threading.ExceptHookArgs) -> None:
 
 
 def _unraisable_shown(args: Any) -> None:
-    said = f"{args.err_msg or 'exception ignored in'}: {args.object!r}\n"
-    _visible_traceback(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback, said)
+    heading = f"{args.err_msg or 'exception ignored in'}: {args.object!r}\n"
+    _visible_traceback(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback, heading)

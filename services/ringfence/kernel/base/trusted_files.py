@@ -140,8 +140,8 @@ class TrustedFiles:
         except FileNotFoundError:
             return {}
         except OSError as error:
-            why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
-            raise self._unbelievable(f"it cannot be opened ({why})") from None
+            reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+            raise self._unbelievable(f"it cannot be opened ({reason})") from None
         with os.fdopen(file, "rb") as opened:
             self._check_owner(os.fstat(opened.fileno()), "it", self.path, "600")
             try:
@@ -171,10 +171,10 @@ class TrustedFiles:
         if folder is not None:
             os.fsync(folder)
 
-    def _check_owner(self, found: os.stat_result, what: str, path: Path, mode: str) -> None:
-        if found.st_uid != os.geteuid():
+    def _check_owner(self, status: os.stat_result, what: str, path: Path, mode: str) -> None:
+        if status.st_uid != os.geteuid():
             raise self._unbelievable(f"{what} belongs to another user")
-        if found.st_mode & _OTHERS_WRITE:
+        if status.st_mode & _OTHERS_WRITE:
             raise self._unbelievable(
                 f"others can write {what}; look what is in it, then run: chmod {mode} {path}"
             )

@@ -58,10 +58,10 @@ class ReplyKey:
         ):
             raise ValueError("sealed in another way")
         secret = self._key.exchange(x25519.X25519PublicKey.from_public_bytes(b64decode(epk["x"])))
-        nonce, mark = b64decode(iv), b64decode(tag)
-        if (len(nonce), len(mark)) != (_IV_BYTES, _TAG_BYTES):
+        nonce, auth_tag = b64decode(iv), b64decode(tag)
+        if (len(nonce), len(auth_tag)) != (_IV_BYTES, _TAG_BYTES):
             raise ValueError("not the lengths of A256GCM")
-        return AESGCM(_derived(secret)).decrypt(nonce, b64decode(ciphertext) + mark, head)
+        return AESGCM(_derived(secret)).decrypt(nonce, b64decode(ciphertext) + auth_tag, head)
 
 
 def seal(plaintext: bytes, to: PublicJwk, *, kid: str) -> str:

@@ -131,7 +131,7 @@ def usable(keys: Iterable[KeyRecord], at_s: float) -> tuple[KeyRecord, ...]:
 
     A malformed key must not stop the others.
     """
-    found = {}
+    keys_by_kid = {}
     for record in keys:
         if not record.not_before <= at_s < record.not_after or record.kid != thumbprint(record.jwk):
             continue
@@ -139,8 +139,8 @@ def usable(keys: Iterable[KeyRecord], at_s: float) -> tuple[KeyRecord, ...]:
             check_reply_key(record.jwk)
         except InvalidMessageError:
             continue
-        found[record.kid] = record
-    return tuple(found.values())
+        keys_by_kid[record.kid] = record
+    return tuple(keys_by_kid.values())
 
 
 def enclose(plaintext: bytes, to: Iterable[KeyRecord], *, about: str) -> str:

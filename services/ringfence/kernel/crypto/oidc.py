@@ -149,13 +149,14 @@ def _judged(
         raise TokenError(
             f"iss is {str(claims.get('iss'))[:200]!r}, expected {issuer!r}", code="iss_unexpected"
         )
-    wanted = (audience,) if isinstance(audience, str) else audience
-    given = claims.get("aud")
-    if isinstance(given, list) and len(given) == 1:
-        (given,) = given
-    if not isinstance(given, str) or given not in wanted:
+    accepted = (audience,) if isinstance(audience, str) else audience
+    presented = claims.get("aud")
+    if isinstance(presented, list) and len(presented) == 1:
+        (presented,) = presented
+    if not isinstance(presented, str) or presented not in accepted:
         raise TokenError(
-            f"aud is {str(given)[:200]!r}; ask for a token for {wanted[0]!r} alone", code="aud_unexpected"
+            f"aud is {str(presented)[:200]!r}; ask for a token for {accepted[0]!r} alone",
+            code="aud_unexpected",
         )
     issued, ends = _moment(claims, "iat"), _moment(claims, "exp")
     if at_s >= ends + leeway_s:
@@ -225,18 +226,18 @@ def read_jwks(text: str | bytes) -> tuple[OidcKey, ...]:
     """
     try:
         listed = json_object(text.encode() if isinstance(text, str) else text)["keys"]
-        found = [key for each in listed if (key := _usable(each)) is not None]
+        usable = [key for each in listed if (key := _usable(each)) is not None]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise JwksError('not a JWKS: it has no list "keys" of JWKs (RFC 7517, 5)') from None
-    if not found:
+    if not usable:
         raise JwksError(f"the JWKS has no key for {', '.join(ALGORITHMS)}")
-    if len(found) > MAX_KEYS:
-        raise JwksError(f"the JWKS has {len(found)} keys; the limit is {MAX_KEYS}")
-    if len({key.kid for key in found}) < len(found):
+    if len(usable) > MAX_KEYS:
+        raise JwksError(f"the JWKS has {len(usable)} keys; the limit is {MAX_KEYS}")
+    if len({key.kid for key in usable}) < len(usable):
         raise JwksError("two keys of the JWKS have one name (kid)")
-    for key in found:
+    for key in usable:
         _public_key(key)
-    return tuple(found)
+    return tuple(usable)
 
 
 def _usable(jwk: dict[str, Any]) -> OidcKey | None:
@@ -259,11 +260,11 @@ def _usable(jwk: dict[str, Any]) -> OidcKey | None:
 
 def _public_key(key: OidcKey) -> jwt.PyJWK:
     try:
-        found = jwt.PyJWK(json.loads(key.model_dump_json(exclude_none=True)), algorithm=key.alg)
+        jwk = jwt.PyJWK(json.loads(key.model_dump_json(exclude_none=True)), algorithm=key.alg)
     except (jwt.PyJWTError, ValueError):
         raise JwksError(f"key {visible_name(key.kid[:80])} of the JWKS is malformed") from None
-    if isinstance(found.key, RSAPublicKey) and found.key.key_size < _MIN_RSA_BITS:
+    if isinstance(jwk.key, RSAPublicKey) and jwk.key.key_size < _MIN_RSA_BITS:
         raise JwksError(
-            f"key {visible_name(key.kid[:80])} of the JWKS has {found.key.key_size} bits; it must have {_MIN_RSA_BITS}"
+            f"key {visible_name(key.kid[:80])} of the JWKS has {jwk.key.key_size} bits; it must have {_MIN_RSA_BITS}"
         )
-    return found
+    return jwk

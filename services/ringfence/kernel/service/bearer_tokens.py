@@ -38,7 +38,7 @@ def read_tokens(file: Path, setting: str) -> Mapping[str, str]:
         lines = read_secret(f"file:{file}", "the bearer tokens").splitlines()
     except PlaceError as error:
         raise SettingsError(f"{setting}: {error}") from None
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
@@ -48,8 +48,8 @@ def read_tokens(file: Path, setting: str) -> Mapping[str, str]:
                 f"{setting}: line {number} of {file} is not NAME sha256:HASH; make one with: "
                 "ringfence provisioner new-token"
             )
-        found[match["hash"]] = match["name"]
-    return found
+        names[match["hash"]] = match["name"]
+    return names
 
 
 class Tokens:
@@ -71,11 +71,11 @@ class Tokens:
         if scheme.lower() != "bearer":
             return None
         presented = _hash(token.strip())
-        found = None
+        matched = None
         for known, name in self._current().items():  # all of them, so that the time tells nothing
             if hmac.compare_digest(known, presented):
-                found = name
-        return found
+                matched = name
+        return matched
 
     def _current(self) -> Mapping[str, str]:
         try:

@@ -90,8 +90,8 @@ def _end_within(held_s: float, error: BaseException | None) -> None:
     def end(*_: object) -> None:
         if error is not None:
             # Not by `sys.stderr`: a thread that hangs may have its lock.
-            told = visible_traceback(type(error), error, error.__traceback__)
-            os.write(2, told.encode(errors="replace"))
+            message = visible_traceback(type(error), error, error.__traceback__)
+            os.write(2, message.encode(errors="replace"))
         os._exit(0 if error is None else 1)
 
     for signum in (signal.SIGTERM, signal.SIGINT):

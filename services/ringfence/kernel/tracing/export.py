@@ -32,8 +32,8 @@ class _Once(logging.Filter):
     failing = False
 
     def filter(self, record: logging.LogRecord) -> bool:
-        said, self.failing = self.failing, True
-        return not said
+        was_failing, self.failing = self.failing, True
+        return not was_failing
 
 
 _once = _Once()
@@ -90,9 +90,9 @@ class _Queue(BatchSpanProcessor):
         if span.context is None or not span.context.trace_flags.sampled:
             return
         with self._lock:
-            taken = not self._over and self._waiting < MOST_WAITING
-            self._waiting += taken
-        if taken:
+            admitted = not self._over and self._waiting < MOST_WAITING
+            self._waiting += admitted
+        if admitted:
             super().on_end(span)
         else:
             metrics.SPANS.labels("dropped").inc()

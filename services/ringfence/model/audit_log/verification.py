@@ -86,12 +86,12 @@ class ChainVerifier:
 
     def take(self, value: bytes, offset: int) -> None:
         """Verify the next record of the partition."""
-        found = event_of(value)
-        if found is None or found.link is None:
-            self._unlinked(found, offset)
+        event = event_of(value)
+        if event is None or event.link is None:
+            self._unlinked(event, offset)
             return
-        link, uid = found.link, found.uid
-        self.sources[uid] = found.source
+        link, uid = event.link, event.uid
+        self.sources[uid] = event.source
         if link.tree != self.tree:
             self._fault("foreign", f"an event of chain {link.tree} stands there", link.seq, uid, offset)
             return
@@ -132,10 +132,10 @@ class ChainVerifier:
 
     # --- one record ---
 
-    def _unlinked(self, found: Chained | None, offset: int) -> None:
-        if found is not None and not self.first:
+    def _unlinked(self, event: Chained | None, offset: int) -> None:
+        if event is not None and not self.first:
             self.unchained += 1
-            self.sources[found.uid] = found.source
+            self.sources[event.uid] = event.source
         else:
             self._fault("foreign", "what stands there is no event of the chain", None, None, offset)
 
@@ -145,9 +145,9 @@ class ChainVerifier:
         if link.seq == 1:
             return
         self._next, self._last = link.seq, None
-        known = self._checkpoints.get(link.seq - 1)
-        if known is not None:
-            self._tip = Tip.of(known)
+        checkpoint = self._checkpoints.get(link.seq - 1)
+        if checkpoint is not None:
+            self._tip = Tip.of(checkpoint)
             self._last = self._tip.last
         else:
             self._whole = False
@@ -172,8 +172,8 @@ class ChainVerifier:
             return
         gap = next((gap for gap in self._gaps if gap.first <= link.seq <= gap.last), None)
         if gap is None:
-            known = self._seqs.get(uid)
-            twice = f"event {link.seq} stands there twice" if known == link.seq else (
+            first_seq = self._seqs.get(uid)
+            twice = f"event {link.seq} stands there twice" if first_seq == link.seq else (
                 f"another event {link.seq} stands there as well"
             )  # fmt: skip
             self._fault("duplicated", twice, link.seq, uid, offset)
@@ -194,10 +194,10 @@ class ChainVerifier:
             self._gaps.append(_Gap(seq + 1, gap.last, hashed))
 
     def _know(self, link: ChainLink, uid: str, offset: int) -> None:
-        known = self._seqs.setdefault(uid, link.seq)
-        if known != link.seq:
+        first_seq = self._seqs.setdefault(uid, link.seq)
+        if first_seq != link.seq:
             self._fault(
-                "duplicated", f"event {known} is there again as event {link.seq}", link.seq, uid, offset
+                "duplicated", f"event {first_seq} is there again as event {link.seq}", link.seq, uid, offset
             )
 
     def _compare(self, seq: int, hashed: Hash, offset: int) -> None:

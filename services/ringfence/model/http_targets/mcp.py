@@ -74,27 +74,27 @@ def read_message(body: bytes) -> McpMessage:
     if body.lstrip(b" \t\r\n")[:1] == b"[":
         raise McpMessageError("mcp_batch", "several messages at once are not taken: post each by itself")
     try:
-        given = json_object(body)
+        document = json_object(body)
     except ValueError as error:
         raise McpMessageError(
             "mcp_unreadable", f"the message is not one JSON object: {_short(error)}"
         ) from None
-    if not given.keys() <= _TOP or given.get("jsonrpc") != "2.0":
+    if not document.keys() <= _TOP or document.get("jsonrpc") != "2.0":
         raise _invalid("it is not JSON-RPC 2.0, or has members that JSON-RPC does not know")
-    id = given.get("id")
-    if "id" in given and not _is_id(id):
+    id = document.get("id")
+    if "id" in document and not _is_id(id):
         raise _invalid("its id is neither a text nor a whole number")
-    if "method" not in given:
-        return _response(given, id)
-    if "result" in given or "error" in given:
+    if "method" not in document:
+        return _response(document, id)
+    if "result" in document or "error" in document:
         raise _invalid("it is a request and a response", id)
-    method, params = given["method"], given.get("params", {})
+    method, params = document["method"], document.get("params", {})
     if not isinstance(method, str) or method == RESPONSE:
         raise _invalid("its method is none", id)
     if not isinstance(params, dict):
         raise _invalid("its params are no object", id)
     name, arguments = _meant(method, params, id)
-    kind: Literal["request", "notification"] = "request" if "id" in given else "notification"
+    kind: Literal["request", "notification"] = "request" if "id" in document else "notification"
     if (kind == "notification") != method.startswith("notifications/"):
         raise _invalid("a notification has no id and a method notifications/..., a request has an id", id)
     return McpMessage(kind, method, id, name, arguments)
@@ -125,8 +125,8 @@ def _meant(
 
 def clash(names: Iterable[str]) -> bool:
     """Return whether two of the names differ only in case."""
-    given = list(names)
-    return len({name.casefold() for name in given}) != len(given)
+    listed = list(names)
+    return len({name.casefold() for name in listed}) != len(listed)
 
 
 def _is_id(id: Any) -> bool:
@@ -141,5 +141,5 @@ def _invalid(what: str, id: str | int | None = None) -> McpMessageError:
 
 def _short(error: ValueError) -> str:
     """Return the error's text without what the parser quotes: that may be a secret."""
-    known = ("nested too deeply", "no JSON object", "a name comes twice")
-    return str(error) if str(error) in known else "it cannot be parsed"
+    quotable = ("nested too deeply", "no JSON object", "a name comes twice")
+    return str(error) if str(error) in quotable else "it cannot be parsed"

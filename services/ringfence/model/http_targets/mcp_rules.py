@@ -56,8 +56,8 @@ class CompiledMcpRule:
             return None
         if self._name is None:
             return {}
-        found = self._name.fullmatch(name or "")
-        return dict(zip(self.captures, found.groups(), strict=True)) if found is not None else None
+        match = self._name.fullmatch(name or "")
+        return dict(zip(self.captures, match.groups(), strict=True)) if match is not None else None
 
     def fits(self, message: McpMessage) -> bool:
         """Return whether the arguments meet the rule's conditions. Raises CannotTellError."""
@@ -86,14 +86,14 @@ def captured(message: McpMessage, hole: str) -> str:
 
     Raises CannotTellError if it is missing or has an unusable value.
     """
-    found = ARGUMENT.fullmatch(hole)
-    assert found is not None, "checked when the rule was compiled"
-    value = argument(message, found[1])
+    match = ARGUMENT.fullmatch(hole)
+    assert match is not None, "checked when the rule was compiled"
+    value = argument(message, match[1])
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
         raise CannotTellError
-    check_segments(value, several=bool(found[2]))
+    check_segments(value, several=bool(match[2]))
     return value
 
 

@@ -61,9 +61,11 @@ def matching(
     """Return the first selector that the claims of a verified token match, and the claims that it checks; or None."""
     for selector in selectors:
         if selector.issuer == issuer:
-            found = {name: value for name in selector.claims if (value := claim(claims, name)) is not None}
-            if fits(selector, issuer, found):
-                return selector, found
+            matched_claims = {
+                name: value for name in selector.claims if (value := claim(claims, name)) is not None
+            }
+            if fits(selector, issuer, matched_claims):
+                return selector, matched_claims
     return None
 
 
@@ -102,16 +104,16 @@ def _steps(name: str) -> list[str]:
 
 def matches(pattern: str, value: str) -> bool:
     """Return whether `value` matches `pattern`, in which `*` stands for any characters. Linear time for each `*`."""
-    first, *others = pattern.split("*")
-    if not others:
+    first, *rest = pattern.split("*")
+    if not rest:
         return pattern == value
-    *between, last = others
+    *between, last = rest
     if not value.startswith(first) or len(value) < len(first) + len(last) or not value.endswith(last):
         return False
     at, end = len(first), len(value) - len(last)
     for part in between:
-        found = value.find(part, at, end)
-        if found < 0:
+        position = value.find(part, at, end)
+        if position < 0:
             return False
-        at = found + len(part)
+        at = position + len(part)
     return True

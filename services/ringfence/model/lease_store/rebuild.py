@@ -131,17 +131,17 @@ class Restoration:
     async def look(self) -> None:
         """Read which servers there are, and their epochs. Comes first, unless `begin` is called."""
         size = len(self._keys)
-        asked = [*(at.epoch for at in self._keys), *(at.spread for at in self._keys)]
-        answers = await self._link.inspect(asked)
-        found, spread = answers[:size], [count for _, count in answers[size:]]
-        self._run_ids = [run_id for run_id, _ in found]
+        guard_keys = [*(at.epoch for at in self._keys), *(at.spread for at in self._keys)]
+        answers = await self._link.inspect(guard_keys)
+        epochs, spread = answers[:size], [count for _, count in answers[size:]]
+        self._run_ids = [run_id for run_id, _ in epochs]
         self._claim = f"{self._run_ids[0]}.{self._nonce}"
         self._spread = {int(count) for count in spread if count is not None}
         self.complete = set(spread) == {b"%d" % size} and all(
-            epoch is not None and epoch_server(epoch) == run_id for run_id, epoch in found
+            epoch is not None and epoch_server(epoch) == run_id for run_id, epoch in epochs
         )
-        self.rebuild_all = any(epoch == REBUILD_ALL for _, epoch in found)
-        self.epochs = {epoch_name(epoch) for _, epoch in found if epoch and epoch != REBUILD_ALL}
+        self.rebuild_all = any(epoch == REBUILD_ALL for _, epoch in epochs)
+        self.epochs = {epoch_name(epoch) for _, epoch in epochs if epoch and epoch != REBUILD_ALL}
 
     async def begin(self, *, anyway: bool = False) -> bool:
         """Stop all other use of Redis. False if another rebuild is running, or Redis is complete: then nothing is done.

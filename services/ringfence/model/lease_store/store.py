@@ -262,11 +262,11 @@ class LeaseStore(Shards):
                 for at, epoch, numbers in parts
             ]
         )
-        found: dict[int, StepResult] = {}
+        results: dict[int, StepResult] = {}
         for (*_, numbers), some in zip(parts, answers, strict=True):
             for number, answer in zip(numbers, some, strict=True):
-                found[number] = DONE if answer == [b"done"] else step_result(*answer)
-        return [found[number] for number in range(len(steps))]
+                results[number] = DONE if answer == [b"done"] else step_result(*answer)
+        return [results[number] for number in range(len(steps))]
 
     def _write(
         self, at: Keys, epoch: str | None, steps: Sequence[PreparedStep], visibility_ms: int, only_due: bool
@@ -288,17 +288,17 @@ class LeaseStore(Shards):
 
         A lease is due if its deadline has come, or if it was claimed and did not end in time.
         """
-        wanted = [self.keys[shard] for shard in shards]
+        shard_keys = [self.keys[shard] for shard in shards]
         calls = [
             ShardCall(CLAIM, at, (at.deadlines, at.claimed, at.minutes), (limit, visibility_ms))
-            for at in wanted
+            for at in shard_keys
         ]
-        found = []
-        for at, (now_ms, next_ms, flat) in zip(wanted, await self._run(calls), strict=True):
+        claimed = []
+        for at, (now_ms, next_ms, flat) in zip(shard_keys, await self._run(calls), strict=True):
             pairs = zip(flat[::2], flat[1::2], strict=True)
             leases = {uuid_text(id): stored_of(record) for id, record in pairs}
-            found.append(ClaimedLeases(at.shard, now_ms, next_ms, leases))
-        return found
+            claimed.append(ClaimedLeases(at.shard, now_ms, next_ms, leases))
+        return claimed
 
     async def count_due(self, *, within_ms: int) -> list[int]:
         """How many leases of each shard have their deadlines within `within_ms`, at most `AHEAD_MS`, from now."""

@@ -186,18 +186,18 @@ class Survey:
             if not self._is_alive(id, at):
                 yield _stray(at, at.claimed, id, ("ZREM", at.claimed, id))
             elif until_ms > latest_ms:
-                wanted = f"at most {latest_ms}"
-                about = _about(at, at.claimed, id)
+                expected = f"at most {latest_ms}"
+                subject = _about(at, at.claimed, id)
                 repair: Command = ("ZADD", at.claimed, "XX", self._now_ms, id)
-                yield Stray(about, "mistimed", wanted, f"{until_ms:.0f}", (repair,))
+                yield Stray(subject, "mistimed", expected, f"{until_ms:.0f}", (repair,))
         for minute, open_ms in minutes:
             wanted_ms = int(minute) * 60_000 - AHEAD_MS if minute.isdigit() else None
             if wanted_ms is None:
                 yield _stray(at, at.minutes, minute, ("ZREM", at.minutes, minute))
             elif open_ms != wanted_ms:
                 repair = ("ZADD", at.minutes, wanted_ms, minute)
-                about = _about(at, at.minutes, minute)
-                yield Stray(about, "mistimed", str(wanted_ms), f"{open_ms:.0f}", (repair,))
+                subject = _about(at, at.minutes, minute)
+                yield Stray(subject, "mistimed", str(wanted_ms), f"{open_ms:.0f}", (repair,))
         if claim_ms == -1:
             yield Stray(
                 _about(at, at.rebuilding), "mistimed", "an end", "none"
@@ -223,10 +223,10 @@ class Survey:
                     yield _stray(at, at.outbox, field)  # only the signatures tell which of the two counts
                 since_ms = by_field.get(field)
                 if since_ms is None or abs(since_ms - self._now_ms) > SLACK_MS:
-                    about = _about(at, at.outbox, field)
+                    subject = _about(at, at.outbox, field)
                     found = "" if since_ms is None else f"{since_ms:.0f}"
                     repair = ("ZADD", at.outbox_times, self._now_ms, field)
-                    yield Stray(about, "stuck", f"about {self._now_ms}", found, (repair,))
+                    yield Stray(subject, "stuck", f"about {self._now_ms}", found, (repair,))
 
     def _is_of(self, field: bytes, record: bytes, at: Keys) -> bool:
         """Whether a record is under its own lease and `seq`, in the shard of its lease."""
@@ -241,7 +241,7 @@ class Survey:
         if not fields:
             return set()
         (stored,) = await self._link.pipeline([records_of(at, [field[:ID_BYTES] for field in fields])])
-        found = set()
+        contradicting = set()
         for field, kept in zip(fields, stored, strict=True):
             now, record = StoredLease.parse(kept) if kept else None, waiting[field]
             if now is None or record is None or now.record == record or now.seq != lease_of_field(field)[1]:
@@ -249,8 +249,8 @@ class Survey:
             # A record that a rebuild signed again says the same in another epoch.
             one, other = _unverified(record), _unverified(now.record)
             if one is None or other is None or statement(one) != statement(other):
-                found.add(field)
-        return found
+                contradicting.add(field)
+        return contradicting
 
     async def _signers(self, at: Keys) -> AsyncIterator[Stray]:
         """Signers are stored by number and by name. The entry by number decides."""
@@ -259,9 +259,9 @@ class Survey:
         for field, value in signers.items():
             if len(field) == 1:
                 if value not in signers:
-                    about = _about(at, at.signers, field)
+                    subject = _about(at, at.signers, field)
                     repair = ("HSET", at.signers, value, field)
-                    yield Stray(about, "stray", "the number by the name", "", (repair,))
+                    yield Stray(subject, "stray", "the number by the name", "", (repair,))
             elif signers.get(value) != field:
                 yield _stray(at, at.signers, field, ("HDEL", at.signers, field))
 
@@ -275,8 +275,8 @@ class Survey:
                 continue
             if shard >= len(self._keys):
                 if name not in (SPREAD.encode(), REBUILDING.encode()):
-                    about = f"{_readable(name)} in shard {shard}"
-                    yield Stray(about, "stray", "", "of a shard that there is not", (("UNLINK", key),))
+                    subject = f"{_readable(name)} in shard {shard}"
+                    yield Stray(subject, "stray", "", "of a shard that there is not", (("UNLINK", key),))
                 continue
             at = self._keys[shard]
             for kind in (LIVE, ENDED, BY_AGENT, AGENTS, DUE, SELECTOR, GRANT):
@@ -290,14 +290,14 @@ class Survey:
                 async for one in looked(by_kind[kind]):
                     yield one
 
-    async def _live(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
-        for at, key, id in found:
+    async def _live(self, entries: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+        for at, key, id in entries:
             if not self._is_alive(id, at):
                 yield _stray(at, key, b"", ("UNLINK", key))
 
-    async def _ended(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
-        untils = await self._link.pipeline([("PTTL", key) for _, key, _ in found])
-        for (at, key, id), left_ms in zip(found, untils, strict=True):
+    async def _ended(self, entries: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+        untils = await self._link.pipeline([("PTTL", key) for _, key, _ in entries])
+        for (at, key, id), left_ms in zip(entries, untils, strict=True):
             if not self._is_here(id, at) or uuid_text(id) in self._alive:
                 yield _stray(at, key, b"", ("UNLINK", key))
                 continue
@@ -307,24 +307,24 @@ class Survey:
             if left_ms != -2 and not self._knowledge.knows(uuid_text(id)):
                 yield Stray(uuid_text(id), "unknown", "", "ended")
 
-    async def _by_agent(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
-        answers = await self._link.pipeline([("HKEYS", key) for _, key, _ in found])
-        for (at, key, agent), ids in zip(found, answers, strict=True):
-            others = [
+    async def _by_agent(self, entries: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+        answers = await self._link.pipeline([("HKEYS", key) for _, key, _ in entries])
+        for (at, key, agent), ids in zip(entries, answers, strict=True):
+            stray_ids = [
                 id
                 for id in ids
                 if id != THUMBPRINT.encode()
                 and not (self._is_alive(id, at) and self._alive[uuid_text(id)].agent_id == _readable(agent))
             ]
-            is_empty = not set(ids) - set(others) - {THUMBPRINT.encode()}
-            for id in others or ([THUMBPRINT.encode()] if ids and is_empty else []):
+            is_empty = not set(ids) - set(stray_ids) - {THUMBPRINT.encode()}
+            for id in stray_ids or ([THUMBPRINT.encode()] if ids and is_empty else []):
                 yield _stray(at, key, id, ("UNLINK", key) if is_empty else ("HDEL", key, id))
 
-    async def _agents(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
-        answers = await self._link.pipeline([("HKEYS", key) for _, key, _ in found])
+    async def _agents(self, entries: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+        answers = await self._link.pipeline([("HKEYS", key) for _, key, _ in entries])
         asked = [
             (at, key, selector_key, agent)
-            for (at, key, selector_key), agents in zip(found, answers, strict=True)
+            for (at, key, selector_key), agents in zip(entries, answers, strict=True)
             for agent in agents
         ]
         for start in range(0, len(asked), _BATCH_SIZE):
@@ -332,35 +332,35 @@ class Survey:
             # Count and leases are read at one moment: leases come and go.
             now = await self._link.pipeline([count_and_leases(at, key, agent) for at, key, _, agent in some])
             for (at, key, selector_key, agent), (count, ids) in zip(some, now, strict=True):
-                wanted = await self._bearing(at, ids, _readable(selector_key))
-                if count is not None and count != b"%d" % wanted:
-                    repair = ("HSET", key, agent, wanted) if wanted else ("HDEL", key, agent)
-                    about = f"{_readable(agent)} of {_readable(selector_key)} in shard {at.shard}"
-                    yield Stray(about, "miscounted", str(wanted), _readable(count), (repair,))
+                expected = await self._bearing(at, ids, _readable(selector_key))
+                if count is not None and count != b"%d" % expected:
+                    repair = ("HSET", key, agent, expected) if expected else ("HDEL", key, agent)
+                    subject = f"{_readable(agent)} of {_readable(selector_key)} in shard {at.shard}"
+                    yield Stray(subject, "miscounted", str(expected), _readable(count), (repair,))
 
     async def _bearing(self, at: Keys, ids: Sequence[bytes], selector_key: str) -> int:
         """How many of an agent's leases have this selector key. Redis is asked for leases newer than this check."""
         here = [id for id in ids if self._is_here(id, at)]
-        known = [one for id in here if (one := self._alive.get(uuid_text(id))) is not None]
-        others = [id for id in here if uuid_text(id) not in self._alive]
-        for start in range(0, len(others), _BATCH_SIZE):
-            (records,) = await self._link.pipeline([records_of(at, others[start : start + _BATCH_SIZE])])
-            known += [LiveLease.of(StoredLease.parse(one)) for one in records if one]
-        return sum(selector_key in one.wide for one in known)
+        known_leases = [one for id in here if (one := self._alive.get(uuid_text(id))) is not None]
+        newer_ids = [id for id in here if uuid_text(id) not in self._alive]
+        for start in range(0, len(newer_ids), _BATCH_SIZE):
+            (records,) = await self._link.pipeline([records_of(at, newer_ids[start : start + _BATCH_SIZE])])
+            known_leases += [LiveLease.of(StoredLease.parse(one)) for one in records if one]
+        return sum(selector_key in one.wide for one in known_leases)
 
-    async def _due(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
-        answers = await self._link.pipeline([("SMEMBERS", key) for _, key, _ in found])
-        for (at, key, minute), ids in zip(found, answers, strict=True):
+    async def _due(self, entries: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+        answers = await self._link.pipeline([("SMEMBERS", key) for _, key, _ in entries])
+        for (at, key, minute), ids in zip(entries, answers, strict=True):
             for id in ids:
                 lease = self._alive.get(uuid_text(id)) if self._is_here(id, at) else None
                 if lease is None or b"%d" % (lease.deadline_ms // 60_000) != minute:
                     yield _stray(at, key, id, ("SREM", key, id))
 
-    async def _selectors(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+    async def _selectors(self, entries: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
         answers = iter(
-            await self._link.pipeline([one for _, key, _ in found for one in (("PTTL", key), ("GET", key))])
+            await self._link.pipeline([one for _, key, _ in entries for one in (("PTTL", key), ("GET", key))])
         )
-        for at, key, id in found:
+        for at, key, id in entries:
             left_ms, place = next(answers), next(answers)
             if place is None:
                 continue
@@ -371,13 +371,13 @@ class Survey:
             elif left_ms == -1 or left_ms > SELECTOR_KEEP_MS + SLACK_MS:
                 yield self._mistimed(at, key, left_ms, SELECTOR_KEEP_MS)
 
-    async def _grants(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+    async def _grants(self, entries: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
         answers = iter(
             await self._link.pipeline(
-                [one for _, key, _ in found for one in (("PTTL", key), ("SMEMBERS", key))]
+                [one for _, key, _ in entries for one in (("PTTL", key), ("SMEMBERS", key))]
             )
         )
-        for at, key, grant_id in found:
+        for at, key, grant_id in entries:
             left_ms, ids = next(answers), next(answers)
             if not self._belongs(_readable(grant_id), at):
                 yield _stray(at, key, b"", ("UNLINK", key))
@@ -393,8 +393,10 @@ class Survey:
                 yield self._mistimed(at, key, left_ms, GRANT_KEEP_MS)
 
     def _mistimed(self, at: Keys, key: bytes, left_ms: int, keep_ms: int) -> Stray:
-        found = "none" if left_ms == -1 else f"in {left_ms} ms"
-        return Stray(_about(at, key), "mistimed", f"within {keep_ms} ms", found, (("PEXPIRE", key, keep_ms),))
+        expiry = "none" if left_ms == -1 else f"in {left_ms} ms"
+        return Stray(
+            _about(at, key), "mistimed", f"within {keep_ms} ms", expiry, (("PEXPIRE", key, keep_ms),)
+        )
 
     # --- where entries belong ---
 

@@ -83,14 +83,14 @@ def objection(revocation: Revocation, lease: Lease | None, directory: Directory)
         return None  # a service: its signature was accepted for its role
     if agent_id is not None:
         entitled = lease is not None and lease.agent_id == agent_id
-        who = "an agent gives back its own leases only"
+        rule = "an agent gives back its own leases only"
     else:
         entitled = _user_may(user_id or "", claims.selector, lease, directory)
-        who = (
+        rule = (
             "leases are revoked by the sponsor of an agent that acts, the task's assigner, the user they are on "
             "behalf of, or an operator"
         )
-    return None if entitled else Reason(code="not_entitled", message=who)
+    return None if entitled else Reason(code="not_entitled", message=rule)
 
 
 def _user_may(user_id: str, selector: Selector | None, lease: Lease | None, directory: Directory) -> bool:

@@ -66,7 +66,7 @@ class StreamDigests:
 
     def digests(self, positions: Mapping[Partition, int]) -> tuple[StreamDigest, ...]:
         """The digests of what came since the last call, up to these positions; those records are forgotten."""
-        found = []
+        results = []
         for partition, end in sorted(positions.items()):
             start = min(self._signed_to.get(partition, end), end)
             value = self.digest(partition, start, end)
@@ -76,12 +76,12 @@ class StreamDigests:
             hashes = self._hashes.get(partition, deque())
             while hashes and hashes[0][0] < end:
                 hashes.popleft()
-            found.append(
+            results.append(
                 StreamDigest(
                     topic=partition[0], partition=partition[1], start=start, end=end, digest=f"{value:064x}"
                 )
             )
-        return tuple(found)
+        return tuple(results)
 
 
 class StreamCheck:

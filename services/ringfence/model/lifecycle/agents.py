@@ -162,16 +162,16 @@ def _check_consent(state: AgentState, command: AgentTransfer, context: Context) 
 def _rotate_key(state: AgentState, command: AgentRotateKey, context: Context) -> AgentState:
     """Add a key, or bring a key's end nearer. An end never moves later, and a former key never returns."""
     check_keys((command.key,), context.at_s, at_least=1)
-    known = {key.kid for key in state.keys}
-    if command.key.kid in known:
+    known_kids = {key.kid for key in state.keys}
+    if command.key.kid in known_kids:
         raise CommandRefusedError(
             f"key {command.key.kid} is, or was, one of {state.agent_id}: make another with: ringfence key new",
             code="key_known",
         )
-    replaced = known if command.replaces is None else set(command.replaces)
-    if replaced - known:
+    replaced = known_kids if command.replaces is None else set(command.replaces)
+    if replaced - known_kids:
         raise CommandRefusedError(
-            f"{state.agent_id} has no key {min(replaced - known)}; see: ringfence agent show {state.agent_id}",
+            f"{state.agent_id} has no key {min(replaced - known_kids)}; see: ringfence agent show {state.agent_id}",
             code="unknown_key",
         )
     end_s = context.at_s + command.overlap_s

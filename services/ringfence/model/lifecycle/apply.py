@@ -126,10 +126,10 @@ def apply_to_target(
         if state is None:
             raise CommandRefusedError(f"there is no target {command.target_id}", code="unknown_target")
         return state.model_copy(update={"status": "removed"})
-    known = {floor.verb for floor in command.verbs}
-    if len(known) != len(command.verbs):
+    verbs = {floor.verb for floor in command.verbs}
+    if len(verbs) != len(command.verbs):
         raise CommandRefusedError("one verb is listed twice", code="verb_twice")
-    unknown = {rule.verb for rule in command.requests} - known
+    unknown = {rule.verb for rule in command.requests} - verbs
     if unknown:
         raise CommandRefusedError(
             f"requests name verbs that are not listed: {sorted(unknown)}", code="unknown_verb"

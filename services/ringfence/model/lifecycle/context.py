@@ -126,15 +126,15 @@ def check_attestation(selectors: Sequence[AttestationSelector]) -> None:
     if len({selector_id(selector) for selector in selectors}) != len(selectors):
         raise CommandRefusedError("one selector is listed twice", code="selector_twice")
     for selector in selectors:
-        if found := problem(selector):
-            raise CommandRefusedError(found, code="selector_too_wide")
+        if reason := problem(selector):
+            raise CommandRefusedError(reason, code="selector_too_wide")
 
 
 def ended_keys(state: UserState | None, new: Sequence[KeyRecord], at_s: int) -> tuple[KeyRecord, ...]:
     """Return the user's former keys that are not among the new ones. They end at `at_s`, and stay known."""
     listed = {key.kid for key in new}
-    kept = [key for key in (state.keys if state else ()) if key.kid not in listed]
-    return tuple(key.model_copy(update={"not_after": min(key.not_after, at_s)}) for key in kept)
+    unlisted = [key for key in (state.keys if state else ()) if key.kid not in listed]
+    return tuple(key.model_copy(update={"not_after": min(key.not_after, at_s)}) for key in unlisted)
 
 
 def check_scope(scope: Scope, *, allow_empty: bool = False) -> None:

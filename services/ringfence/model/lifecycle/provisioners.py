@@ -69,8 +69,8 @@ def apply_to_provisioner(
 
 def set_by_provisioner(state: UserState | None, command: UserSet, context: Context) -> UserState:
     """Return the user after a provisioner's command. Raises CommandRefusedError if it exceeds the delegation."""
-    delegation, said = context.actor.delegation, command.provisioned
-    if delegation is None or context.actor.user_id is None or said is None:
+    delegation, provisioning = context.actor.delegation, command.provisioned
+    if delegation is None or context.actor.user_id is None or provisioning is None:
         raise CommandRefusedError("a provisioner says which groups the user is in", code="groups_missing")
     before = _own(state, command.user_id, context)
     if before is not None and before.gone:
@@ -78,7 +78,7 @@ def set_by_provisioner(state: UserState | None, command: UserSet, context: Conte
             f"{command.user_id} left for good; whoever comes now is somebody else: choose another id",
             code="user_gone",
         )
-    if before is not None and before.blocked and said.active:
+    if before is not None and before.blocked and provisioning.active:
         raise CommandRefusedError(
             f"an operator disabled {command.user_id}; only an operator lets them act again",
             code="disabled_by_operator",
@@ -87,15 +87,17 @@ def set_by_provisioner(state: UserState | None, command: UserSet, context: Conte
         raise CommandRefusedError("a provisioner sets no keys; an operator does", code="keys_not_delegated")
     if command.entitlements.as_of > context.at_s + LEEWAY_S:
         raise CommandRefusedError("entitlements are as of a moment to come", code="as_of_in_future")
-    _check_within(command, said, delegation)
-    provisioned = provisioned_of(said, context.actor.user_id, blocked=before is not None and before.blocked)
+    _check_within(command, provisioning, delegation)
+    provisioned = provisioned_of(
+        provisioning, context.actor.user_id, blocked=before is not None and before.blocked
+    )
     return UserState(
         user_id=command.user_id,
         name=command.name,
         roles=command.roles,
         keys=state.keys if state else (),
         entitlements=command.entitlements,
-        status="active" if said.active else "disabled",
+        status="active" if provisioning.active else "disabled",
         provisioned=provisioned,
     )
 
@@ -133,18 +135,18 @@ def _check_within(command: UserSet, said: Provisioning, delegation: Delegation) 
     by_group = {one.group: one for one in delegation.groups}
     if unknown := sorted(set(said.groups) - by_group.keys()):
         raise CommandRefusedError(f"the group {unknown[0]} is not delegated", code="group_not_delegated")
-    given = [by_group[group] for group in said.groups]
+    entitlements = [by_group[group] for group in said.groups]
     if command.entitlements.source != delegation.source:
         raise CommandRefusedError(
             f"entitlements from here have the source {delegation.source}", code="source_not_delegated"
         )
-    if roles := sorted(set(command.roles) - {role for one in given for role in one.roles}):
+    if roles := sorted(set(command.roles) - {role for one in entitlements for role in one.roles}):
         raise CommandRefusedError(
             f"the role {roles[0]} is not delegated to the groups of {command.user_id}",
             code="beyond_delegation",
         )
     check_scope(command.entitlements.scope, allow_empty=True)
-    if missing(command.entitlements.scope, tuple(p for one in given for p in one.scope)):
+    if missing(command.entitlements.scope, tuple(p for one in entitlements for p in one.scope)):
         raise CommandRefusedError(
             f"the entitlements reach beyond what is delegated to the groups of {command.user_id}",
             code="beyond_delegation",

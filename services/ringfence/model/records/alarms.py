@@ -48,13 +48,13 @@ def report_alarms(runtime: Runtime) -> Callable[[Alarm], None]:
 
 async def _published(runtime: Runtime, alarm: Alarm) -> None:
     source = alarm.source
-    where = (source.topic, source.partition, source.offset) if source else (alarm.subject, alarm.message)
+    subject = (source.topic, source.partition, source.offset) if source else (alarm.subject, alarm.message)
     while True:
         try:
             await runtime.event(
                 "finding",
                 "record",
-                about=(alarm.code, *where),
+                about=(alarm.code, *subject),
                 reasons=(Reason(code=alarm.code, message=alarm.message[:2048]),),
                 source=source,
                 result=alarm.subject,

@@ -132,10 +132,10 @@ class Authenticator:
         try:
             claims = verify(jws, ApiToken, find_key, audience=audience, appended_at_ms=now_ms).claims
         except InvalidMessageError as error:
-            why = None
+            reason = None
             if error.code == "key_unknown" and inactive is not None:
-                why = _reason_for_holder(jws, audience, now_ms, inactive)
-            raise _refused(why or error) from None
+                reason = _reason_for_holder(jws, audience, now_ms, inactive)
+            raise _refused(reason or error) from None
         if claims.exp - claims.iat > MAX_API_TOKEN_S:
             raise _refused(f"it lives longer than {MAX_API_TOKEN_S} s; sign it shorter")
         self._use(claims, now_ms / 1000)

@@ -237,13 +237,13 @@ class Directory:
             return f"wrong_subject: {record.sub} is no {kind}"
         if key is not None and key != id:
             return f"wrong_key: the record of {record.sub} stands under the key {key}"
-        known = self._slots[kind].get(id)
-        if known is not None:
-            if record == known.record:
+        slot = self._slots[kind].get(id)
+        if slot is not None:
+            if record == slot.record:
                 return None  # the same record, perhaps signed once more
-            if record.revision <= known.record.revision:
-                return f"revision_fell: {record.sub} has revision {known.record.revision}, this says {record.revision}"
-            if problem := _history_problem(known.record.commands, record.commands):
+            if record.revision <= slot.record.revision:
+                return f"revision_fell: {record.sub} has revision {slot.record.revision}, this says {record.revision}"
+            if problem := _history_problem(slot.record.commands, record.commands):
                 return f"history_changed: revision {record.revision} of {record.sub} {problem}"
         self._slots[kind][id] = _Slot(record, compact, source)
         self.version += 1
@@ -253,9 +253,7 @@ class Directory:
         part = self._parts.setdefault(
             (topic_name, partition), _Part(confirmed_at_ms=self._last_beat_appended_ms)
         )
-        part.change(
-            _record_hash(id, record.revision), _record_hash(id, known.record.revision) if known else 0
-        )
+        part.change(_record_hash(id, record.revision), _record_hash(id, slot.record.revision) if slot else 0)
         self._oldest = None
         for listener in self._listeners:
             listener(kind, id)
@@ -481,11 +479,11 @@ def _history_problem(known: Sequence[EmbeddedCommand], new: Sequence[EmbeddedCom
     A registry may append commands, and drop commands that later ones made irrelevant (`may_be_dropped`); nothing else.
     So it can leave out no suspension, register no name a second time, and slip in no command.
     """
-    there = {(command.jws, command.appended_at_ms) for command in new}
+    new_commands = {(command.jws, command.appended_at_ms) for command in new}
     kept: list[EmbeddedCommand] = []
     try:
         for command in known:
-            if (command.jws, command.appended_at_ms) in there:
+            if (command.jws, command.appended_at_ms) in new_commands:
                 kept.append(command)
                 continue
             before = unverified_command(kept[-1]) if kept else None

@@ -48,9 +48,9 @@ def _endings(state: AnyState, now_s: float) -> Iterator[KeyEnding]:
         if left_s <= 0 or key.kid in replaced:
             continue
         life_s = key.not_after - key.not_before
-        come = [before_s for before_s in WARN_BEFORE_S if left_s <= before_s and life_s >= 2 * before_s]
-        if come:
-            yield KeyEnding(key, min(come))
+        steps = [before_s for before_s in WARN_BEFORE_S if left_s <= before_s and life_s >= 2 * before_s]
+        if steps:
+            yield KeyEnding(key, min(steps))
 
 
 def is_lost(lease: Lease, agent: AgentState) -> bool:

@@ -25,8 +25,8 @@ def given_by(delegation: Delegation, groups: Iterable[str]) -> GroupEntitlements
     A group that is not delegated (any more) gives nothing. A group whose entry has an unknown field gives nothing
     either: the field may limit the delegation.
     """
-    wanted = set(groups) if not delegation.model_extra else set()
-    delegated = [one for one in delegation.groups if one.group in wanted and is_understood(one)]
+    understood_groups = set(groups) if not delegation.model_extra else set()
+    delegated = [one for one in delegation.groups if one.group in understood_groups and is_understood(one)]
     return GroupEntitlements(
         tuple(sorted(one.group for one in delegated)),
         tuple(sorted({role for one in delegated for role in one.roles})),

@@ -133,12 +133,12 @@ class GrantTable:
     def keep(self, grant: Signed[Grant], partition: int, offset: int) -> SignedGrant | None:
         """Add a verified grant. Returns the first grant with that id, or None if its signer gave too many."""
         id, signer = id_of(grant.claims), grant.claims.iss
-        given = self._grants.get(id)
-        if given is None and self._given_by[signer] < MOST_OF_ONE:
-            given = self._grants[id] = SignedGrant(grant, partition, offset)
+        first = self._grants.get(id)
+        if first is None and self._given_by[signer] < MOST_OF_ONE:
+            first = self._grants[id] = SignedGrant(grant, partition, offset)
             self._by_task.setdefault(grant.claims.task_id, []).append(id)
             self._given_by[signer] += 1
-        return given
+        return first
 
     def take_back(self, grant_id: str, user_id: str, at_ms: int) -> None:
         """Note that a user withdrew a grant, at an append time (ms)."""
@@ -157,8 +157,8 @@ class GrantTable:
 
     def of_task(self, task_id: str) -> list[Signed[Grant]]:
         """Return all grants for a task, withdrawn ones included, the one that ends first at the front."""
-        found = (self._grants[id].signed for id in self._by_task.get(task_id, ()))
-        return sorted(found, key=lambda signed: signed.claims.exp)
+        grants = (self._grants[id].signed for id in self._by_task.get(task_id, ()))
+        return sorted(grants, key=lambda signed: signed.claims.exp)
 
     def all(self) -> Iterable[Signed[Grant]]:
         """Return all remembered grants."""

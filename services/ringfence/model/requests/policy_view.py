@@ -27,9 +27,9 @@ class WrittenRecords:
     def of(self, entry: VerifiedRecord[Any], id: str) -> dict[str, Any]:
         """Return the state of a record as JSON. It is shared: do not change it."""
         key = (type(entry.state), id)
-        kept = self._written.get(key)
-        if kept is not None and kept[0] is entry.record:
-            return kept[1]
+        cached = self._written.get(key)
+        if cached is not None and cached[0] is entry.record:
+            return cached[1]
         document: dict[str, Any] = entry.state.model_dump(mode="json", exclude=_LEFT_OUT, exclude_none=True)
         if isinstance(entry.record, AgentRecord):
             # No command is dropped that registers an agent: it is the first for ever.
@@ -40,11 +40,11 @@ class WrittenRecords:
     def of_sponsor(self, entry: VerifiedRecord[UserState]) -> dict[str, Any]:
         """Return what rules see of an agent's sponsor. It is shared: do not change it."""
         id = entry.state.user_id
-        kept = self._sponsors.get(id)
-        if kept is None or kept[0] is not entry.record:
+        cached = self._sponsors.get(id)
+        if cached is None or cached[0] is not entry.record:
             document = entry.state.model_dump(mode="json", include=_OF_SPONSOR)
-            kept = self._sponsors[id] = (entry.record, document)
-        return kept[1]
+            cached = self._sponsors[id] = (entry.record, document)
+        return cached[1]
 
     def of_delegations(self, steps: Sequence[DelegationStep]) -> list[dict[str, Any]]:
         """Return how a task came to its agent, the last step first: the delegating agent, its task, and its sponsor."""

@@ -23,9 +23,9 @@ def meet(left: str, right: str) -> tuple[str, ...]:
         return (left,)
     if within(right, (left,)):
         return (right,)
-    found = _meet_tokens(parse_glob(left).segments, parse_glob(right).segments, "**", _meet_segments)
+    sequences = _meet_tokens(parse_glob(left).segments, parse_glob(right).segments, "**", _meet_segments)
     # What breaks the grammar is no name at all (`.`) or too long to be written down: left out either way.
-    return without_contained(tuple(sorted(filter(is_glob, map("/".join, found)))))
+    return without_contained(tuple(sorted(filter(is_glob, map("/".join, sequences)))))
 
 
 @lru_cache(maxsize=4096)
@@ -38,8 +38,8 @@ def _meet_segments(left: str, right: str) -> tuple[str, ...]:
         return (left,) if "*" in right and accepts(tuple(right.split("*")), left) else ()
     if "*" not in right:
         return _meet_segments(right, left)
-    found = _meet_tokens(left, right, "*", lambda one, other: (one,) if one == other else ())
-    return tuple(sorted(map("".join, found)))
+    segments = _meet_tokens(left, right, "*", lambda one, other: (one,) if one == other else ())
+    return tuple(sorted(map("".join, segments)))
 
 
 def _meet_tokens(
@@ -82,10 +82,10 @@ def _meet_tokens(
     shared: dict[_Cell, set[_Tokens]] = {}
     # Every way leads to a cell further down or right: from the end backwards, what follows is known.
     for cell in sorted(reached, key=sum, reverse=True):
-        found: set[_Tokens] = {()} if cell == end else set()
+        sequences: set[_Tokens] = {()} if cell == end else set()
         for tokens, following in reached[cell]:
-            found.update(tokens + rest for rest in shared.get(following, ()))
-        shared[cell] = found if len(found) <= _MEET_GLOBS else set(sorted(found)[:_MEET_GLOBS])
+            sequences.update(tokens + rest for rest in shared.get(following, ()))
+        shared[cell] = sequences if len(sequences) <= _MEET_GLOBS else set(sorted(sequences)[:_MEET_GLOBS])
     return shared.get((0, 0), set())
 
 

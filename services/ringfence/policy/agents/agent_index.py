@@ -142,12 +142,12 @@ class AgentIndex:
         self.complete = True
         while True:
             self._mark_due()
-            left = len(self._marked)
-            while left > AT_ONCE:
+            marked = len(self._marked)
+            while marked > AT_ONCE:
                 self.refresh(AT_ONCE)
-                left -= AT_ONCE
+                marked -= AT_ONCE
                 await asyncio.sleep(_PAUSE_S)
-            self.refresh(left)
+            self.refresh(marked)
             await asyncio.sleep(_IDLE_S)
 
     async def settle(self, most: int) -> None:
@@ -193,7 +193,7 @@ class AgentIndex:
             del self._ids[bisect_left(self._ids, agent_id)]
 
     def _running(self, agent_id: str, now_s: int) -> list[TaskState]:
-        found: list[TaskState] = []
+        running: list[TaskState] = []
         tasks = self._tasks.get(agent_id, set())
         for task_id in list(tasks):
             try:
@@ -201,12 +201,12 @@ class AgentIndex:
             except ChainError:
                 continue  # its signer may still come
             if entry is not None and entry.state.status == "active" and entry.state.not_after > now_s:
-                found.append(entry.state)
+                running.append(entry.state)
             else:
                 tasks.discard(task_id)
         if not tasks:
             self._tasks.pop(agent_id, None)
-        return found
+        return running
 
     # --- being told ---
 

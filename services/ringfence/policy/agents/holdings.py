@@ -105,29 +105,29 @@ class _EquivalentLeases:
     endings: dict[tuple[bool, int], int] = field(default_factory=dict)
     """Number of leases by (short-lived, deadline). It avoids a pass over very many leases."""
 
-    def put(self, id: str, known: _HeldLease) -> None:
-        self.leases[id] = known.deadline_s
-        ending = (is_short_lived(known.since_s, known.deadline_s), known.deadline_s)
+    def put(self, id: str, lease: _HeldLease) -> None:
+        self.leases[id] = lease.deadline_s
+        ending = (is_short_lived(lease.since_s, lease.deadline_s), lease.deadline_s)
         self.endings[ending] = self.endings.get(ending, 0) + 1
 
-    def drop(self, id: str, known: _HeldLease) -> bool:
-        """Remove a lease, and return whether it was there. `known` must be as it was put."""
+    def drop(self, id: str, lease: _HeldLease) -> bool:
+        """Remove a lease, and return whether it was there. `lease` must be as it was put."""
         if self.leases.pop(id, None) is None:
             return False
-        self._uncount(known)
+        self._uncount(lease)
         return True
 
-    def change(self, id: str, known: _HeldLease, since_s: int, until_s: int) -> None:
+    def change(self, id: str, lease: _HeldLease, since_s: int, until_s: int) -> None:
         """Change start and deadline of a lease, whether or not it is in this group."""
         counted = id in self.leases
         if counted:
-            self._uncount(known)
-        known.since_s, known.deadline_s = since_s, until_s
+            self._uncount(lease)
+        lease.since_s, lease.deadline_s = since_s, until_s
         if counted:
-            self.put(id, known)
+            self.put(id, lease)
 
-    def _uncount(self, known: _HeldLease) -> None:
-        ending = (is_short_lived(known.since_s, known.deadline_s), known.deadline_s)
+    def _uncount(self, lease: _HeldLease) -> None:
+        ending = (is_short_lived(lease.since_s, lease.deadline_s), lease.deadline_s)
         self.endings[ending] -= 1
         if not self.endings[ending]:
             del self.endings[ending]
@@ -200,11 +200,11 @@ class Holdings:
         if holder is None or not holder.held:
             return []
         own = _lease_id(but_for) if but_for else None
-        found = []
+        entries = []
         for alike in holder.held.values():
             for id, deadline_s in reversed(alike.leases.items()):
                 if deadline_s > now_s and id != own:
-                    found.append(
+                    entries.append(
                         {
                             "lease_id": id,
                             "task_id": alike.task_id,
@@ -213,7 +213,7 @@ class Holdings:
                         }
                     )
                     break
-        return found
+        return entries
 
     def live(self, agent_id: str, now_s: int) -> list[Live]:
         """Return every lease of an agent that is live or about to be. There may be very many."""
@@ -269,9 +269,9 @@ class Holdings:
         """Record an evaluation before anybody learns of it: the agent holds what was allowed from now on."""
         id, document = _lease_id(case.request_id), evaluation.input
         if evaluation.ruling.outcome != "allowed" or document is None:
-            known = self._leases.get(id)
-            if known is not None and not known.decided:
-                self._shed(id, known)
+            lease = self._leases.get(id)
+            if lease is not None and not lease.decided:
+                self._shed(id, lease)
                 del self._leases[id]
             return
         now_s, request = self._now_s(), document["request"]
@@ -284,17 +284,17 @@ class Holdings:
         if end_s <= self._now_s() - SLACK_S:
             return
         id = _lease_id(decision.request_id)
-        known = self._leases.get(id)
-        if known is None:
+        lease = self._leases.get(id)
+        if lease is None:
             # The request stands inside a decision of this service: it was verified before that was signed.
             request = parse(decision.request).unverified_claims(CredentialRequest)
             scope = [permission.model_dump(mode="json") for permission in request.scope]
-            known = self._hold(id, agent_id, request.task_id, scope, at_ms // 1000, end_s)
+            lease = self._hold(id, agent_id, request.task_id, scope, at_ms // 1000, end_s)
             if self._refused.pop(id, True) is None:
-                self._shed(id, known)
-        elif not known.decided:
-            self._lives(id, known, at_ms // 1000, end_s)
-        known.decided = True
+                self._shed(id, lease)
+        elif not lease.decided:
+            self._lives(id, lease, at_ms // 1000, end_s)
+        lease.decided = True
 
     # --- what becomes of it ---
 
@@ -329,11 +329,11 @@ class Holdings:
                 extra=rate_limited(record.topic_name, type(error).__name__),
             )
             return
-        known = self._leases.get(id)
-        if known is None:
+        lease = self._leases.get(id)
+        if lease is None:
             self._refused[id] = None
-        elif not known.seq:  # else it was issued after all, at another time that the decision came
-            self._shed(id, known)
+        elif not lease.seq:  # else it was issued after all, at another time that the decision came
+            self._shed(id, lease)
 
     def _matters(self, unverified: dict[str, Any], key: str | None) -> bool:
         """Return whether an unverified record would change anything if it is valid."""
@@ -341,13 +341,13 @@ class Holdings:
             id, seq, status = unverified["lease_id"], unverified["seq"], unverified["status"]
             if id != key or seq < 1:
                 return False
-            known, now_s, deadline_s = self._leases.get(id), self._now_s(), unverified["deadline"]
+            lease, now_s, deadline_s = self._leases.get(id), self._now_s(), unverified["deadline"]
             # What is past its deadline is held no more, whether or not it is known to have ended.
-            in_time = status in TERMINAL and max(deadline_s, known.deadline_s if known else 0) <= now_s
+            in_time = status in TERMINAL and max(deadline_s, lease.deadline_s if lease else 0) <= now_s
             if deadline_s > now_s - SLACK_S and not in_time:
-                if known is None:
+                if lease is None:
                     return True
-                if seq > known.seq and known.over != (status in TERMINAL):
+                if seq > lease.seq and lease.over != (status in TERMINAL):
                     return True
             return status not in _NEVER_ISSUED and not self._knows(unverified)
         except (KeyError, TypeError, AttributeError):
@@ -383,20 +383,20 @@ class Holdings:
             self._use(lease)
         if lease.deadline <= self._now_s() - SLACK_S:
             return
-        known = self._leases.get(lease.lease_id)
-        if known is not None and lease.seq <= known.seq:
+        held_lease = self._leases.get(lease.lease_id)
+        if held_lease is not None and lease.seq <= held_lease.seq:
             return
         if lease.status in TERMINAL:
-            if known is None:
-                known = _HeldLease(lease.agent_id, b"", lease.iat, lease.deadline)
-                self._remember(lease.lease_id, known)
-            self._shed(lease.lease_id, known)
+            if held_lease is None:
+                held_lease = _HeldLease(lease.agent_id, b"", lease.iat, lease.deadline)
+                self._remember(lease.lease_id, held_lease)
+            self._shed(lease.lease_id, held_lease)
         else:
             scope = [permission.model_dump(mode="json") for permission in lease.scope]
-            known = self._hold(
+            held_lease = self._hold(
                 lease.lease_id, lease.agent_id, lease.task_id, scope, lease.iat, lease.deadline
             )
-        known.seq, known.decided = lease.seq, True
+        held_lease.seq, held_lease.decided = lease.seq, True
 
     def _use(self, lease: Lease) -> None:
         holder = self._holder(lease.agent_id)
@@ -412,51 +412,51 @@ class Holdings:
         self, id: str, agent_id: str, task_id: str, scope: list[dict[str, Any]], since_s: int, until_s: int
     ) -> _HeldLease:
         """Add a lease. `since_s` counts only if the lease was unknown before."""
-        what = _what(task_id, scope)
-        known = self._leases.get(id)
-        if known is None:
-            known = _HeldLease(agent_id, what, since_s, until_s)
-            self._remember(id, known)
-        elif known.what != what:
-            self._shed(id, known)
+        group_key = _what(task_id, scope)
+        lease = self._leases.get(id)
+        if lease is None:
+            lease = _HeldLease(agent_id, group_key, since_s, until_s)
+            self._remember(id, lease)
+        elif lease.what != group_key:
+            self._shed(id, lease)
         holder = self._holder(agent_id)
-        alike = holder.held.get(what)
+        alike = holder.held.get(group_key)
         if alike is None:
-            alike = holder.held[what] = _EquivalentLeases(task_id, scope)
+            alike = holder.held[group_key] = _EquivalentLeases(task_id, scope)
         if not alike.leases or next(reversed(alike.leases.values())) <= self._now_s() + SLACK_S:
             holder.kinds += (
                 1  # also where all that it had of this kind may be over by the clock of the broker
             )
-        known.what, known.over = what, False
-        self._lives(id, known, known.since_s, until_s)
+        lease.what, lease.over = group_key, False
+        self._lives(id, lease, lease.since_s, until_s)
         if id not in alike.leases:
-            alike.put(id, known)
+            alike.put(id, lease)
         self._changed(agent_id, holder)
-        return known
+        return lease
 
-    def _lives(self, id: str, known: _HeldLease, since_s: int, until_s: int) -> None:
-        if until_s != known.deadline_s:
+    def _lives(self, id: str, lease: _HeldLease, since_s: int, until_s: int) -> None:
+        if until_s != lease.deadline_s:
             heapq.heappush(self._ends, (until_s, id))
-        alike = self._holder(known.agent_id).held.get(known.what)
+        alike = self._holder(lease.agent_id).held.get(lease.what)
         if alike is not None:
-            alike.change(id, known, since_s, until_s)
+            alike.change(id, lease, since_s, until_s)
         else:
-            known.since_s, known.deadline_s = since_s, until_s
+            lease.since_s, lease.deadline_s = since_s, until_s
 
-    def _remember(self, id: str, known: _HeldLease) -> None:
-        self._leases[id] = known
-        heapq.heappush(self._ends, (known.deadline_s, id))
+    def _remember(self, id: str, lease: _HeldLease) -> None:
+        self._leases[id] = lease
+        heapq.heappush(self._ends, (lease.deadline_s, id))
 
-    def _shed(self, id: str, known: _HeldLease) -> None:
+    def _shed(self, id: str, lease: _HeldLease) -> None:
         """Remove a lease that ended. It stays known, so that no older record restores it."""
-        known.over = True
-        holder = self._holders.get(known.agent_id)
-        alike = holder.held.get(known.what) if holder else None
-        if holder is None or alike is None or not alike.drop(id, known):
+        lease.over = True
+        holder = self._holders.get(lease.agent_id)
+        alike = holder.held.get(lease.what) if holder else None
+        if holder is None or alike is None or not alike.drop(id, lease):
             return
         if not alike.leases:
-            del holder.held[known.what]
-        self._changed(known.agent_id, holder)
+            del holder.held[lease.what]
+        self._changed(lease.agent_id, holder)
 
     def _changed(self, agent_id: str, holder: _Holder) -> None:
         holder.version += 1
@@ -469,9 +469,9 @@ class Holdings:
         now_s = self._now_s()
         while self._ends and self._ends[0][0] <= now_s - SLACK_S:
             _, id = heapq.heappop(self._ends)
-            known = self._leases.get(id)
-            if known is not None and known.deadline_s <= now_s - SLACK_S:
-                self._shed(id, known)
+            lease = self._leases.get(id)
+            if lease is not None and lease.deadline_s <= now_s - SLACK_S:
+                self._shed(id, lease)
                 del self._leases[id]
         if now_s // DAY_S != self._swept_on:
             self._swept_on = now_s // DAY_S

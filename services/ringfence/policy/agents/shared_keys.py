@@ -20,8 +20,8 @@ class SharedKeyDetector:
         """Record who signed a request, and publish a finding if somebody else uses the key at the same time."""
         claims, at_ms = case.request.claims, case.source.appended_at_ms
         kid = kid_of(case.request.compact)
-        other = self._uses.saw(case.agent_id, kid, claims.process, at_ms)
-        if other is None:
+        other_mark = self._uses.saw(case.agent_id, kid, claims.process, at_ms)
+        if other_mark is None:
             return
         message = (
             f"two processes use the key {kid} of agent {case.agent_id} at once, so that nobody can tell what which "

@@ -139,8 +139,8 @@ class AuthZen:
             try:
                 answers.append(await self._answered(_parsed(_AuthzenRequest, {**defaults, **one}), target_id))
             except RingfenceError as error:
-                said = {"status": _status(error), "message": str(error)}
-                answers.append({"decision": False, "context": {"error": said}})
+                problem = {"status": _status(error), "message": str(error)}
+                answers.append({"decision": False, "context": {"error": problem}})
             if answers[-1]["decision"] is stops_at:
                 break
         return {"evaluations": answers}

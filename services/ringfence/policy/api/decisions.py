@@ -52,8 +52,8 @@ class DecisionsApi:
 
     async def _approval(self, request: Request) -> Response:
         caller = self._caller(request)
-        known = self._decisions.get(request.path_params["request_id"])
-        view = self._waiting(known, caller) if known else None
+        state = self._decisions.get(request.path_params["request_id"])
+        view = self._waiting(state, caller) if state else None
         if view is None:
             raise NotFoundError(
                 "no request with this id waits for an approval that you could see; it may be decided: "
@@ -62,11 +62,11 @@ class DecisionsApi:
         return JSONResponse(view)
 
     async def _decision(self, request: Request) -> Response:
-        known = self._known(request)
-        view = _decided(known)
-        if known.outcome == "denied" and known.jws is None:
-            told = await self._explainer.explain(known)
-            view |= {name: told[name] for name in ("reasons", "required") if name in told}
+        state = self._known(request)
+        view = _decided(state)
+        if state.outcome == "denied" and state.jws is None:
+            explanation = await self._explainer.explain(state)
+            view |= {name: explanation[name] for name in ("reasons", "required") if name in explanation}
         return JSONResponse(view)
 
     async def _explanation(self, request: Request) -> Response:
@@ -75,23 +75,23 @@ class DecisionsApi:
         if place is None:
             return JSONResponse(await self._explainer.explain(self._known(request)))
         caller = self._caller(request)
-        told = await self._explainer.explain_recorded(request.path_params["request_id"], place)
-        if not self._may_see_agent(caller, told["agent_id"]):
+        explanation = await self._explainer.explain_recorded(request.path_params["request_id"], place)
+        if not self._may_see_agent(caller, explanation["agent_id"]):
             raise NotFoundError(NOT_SEEN)
-        return JSONResponse(told)
+        return JSONResponse(explanation)
 
     def _known(self, request: Request) -> RequestState:
         caller = self._caller(request)
-        known = self._decisions.get(request.path_params["request_id"])
-        if known is None or known.outcome is None or not self._may_see(caller, known):
+        state = self._decisions.get(request.path_params["request_id"])
+        if state is None or state.outcome is None or not self._may_see(caller, state):
             raise NotFoundError(NOT_SEEN)
-        return known
+        return state
 
     def _caller(self, request: Request) -> Caller:
         return self._authenticator.user(request.headers.get("authorization"))
 
-    def _may_see(self, caller: Caller, known: RequestState) -> bool:
-        return self._may_see_agent(caller, known.agent_id)
+    def _may_see(self, caller: Caller, state: RequestState) -> bool:
+        return self._may_see_agent(caller, state.agent_id)
 
     def _may_see_agent(self, caller: Caller, agent_id: str) -> bool:
         try:
@@ -100,18 +100,18 @@ class DecisionsApi:
             agent = None
         return caller.may_see_agent_of(agent.state.sponsor) if agent else caller.sees_all
 
-    def _waiting(self, known: RequestState, caller: Caller) -> dict[str, Any] | None:
+    def _waiting(self, state: RequestState, caller: Caller) -> dict[str, Any] | None:
         """Return a pending request as the caller sees it; None if it is not pending, or they may neither see nor
         approve it.
         """
-        decision = known.pending
+        decision = state.pending
         if decision is None:
             return None
         facts = self._facts(decision)
         yours = (
             may_approve_any(self._directory, caller.user.user_id, decision.required, facts) if facts else ()
         )
-        if not yours and not self._may_see(caller, known):
+        if not yours and not self._may_see(caller, state):
             return None
         view = decision.model_dump(
             mode="json",
@@ -129,7 +129,7 @@ class DecisionsApi:
             },
             exclude_none=True,
         )
-        return {**view, "agent_id": known.agent_id, "you_can_give": list(yours)}
+        return {**view, "agent_id": state.agent_id, "you_can_give": list(yours)}
 
     def _facts(self, decision: CredentialDecision) -> RequestContext | None:
         # The request stands inside a decision of this service, which verified it before it signed.
@@ -148,18 +148,18 @@ def _cursor(request: Request) -> RecordPosition | None:
     return RecordPosition(int(numbers[0][:9]), int(numbers[1][:18]))
 
 
-def _decided(known: RequestState) -> dict[str, Any]:
+def _decided(state: RequestState) -> dict[str, Any]:
     view: dict[str, Any] = {
-        "request_id": known.request_id,
-        "agent_id": known.agent_id,
-        "decision_id": known.decision_id,
-        "outcome": known.outcome,
-        "ttl_s": known.ttl_s,
-        "source": known.at._asdict(),
+        "request_id": state.request_id,
+        "agent_id": state.agent_id,
+        "decision_id": state.decision_id,
+        "outcome": state.outcome,
+        "ttl_s": state.ttl_s,
+        "source": state.at._asdict(),
         "reasons": [],
     }
-    if known.jws is not None:
-        decision = parse(known.jws).unverified_claims(CredentialDecision)
+    if state.jws is not None:
+        decision = parse(state.jws).unverified_claims(CredentialDecision)
         view |= decision.model_dump(
             mode="json", include={"reasons", "required", "expires_at"}, exclude_none=True
         )

@@ -57,8 +57,8 @@ class GrantApi:
 
     async def _grant(self, request: Request) -> Response:
         caller = self._caller(request)
-        given = self._table.get(request.path_params["grant_id"])
-        view = self._view(given.signed.claims, caller) if given else None
+        entry = self._table.get(request.path_params["grant_id"])
+        view = self._view(entry.signed.claims, caller) if entry else None
         if view is None:
             raise NotFoundError("no grant with this id that you could see is remembered here")
         return JSONResponse(view)

@@ -58,7 +58,7 @@ class _Wanted:
     def filters(self) -> list[Condition]:
         """Return the requested filters only, because there are many agents to test."""
         agent, sponsor, status, target = self.agent, self.sponsor, self.status, self.target
-        found: list[tuple[object, Condition]] = [
+        conditions: list[tuple[object, Condition]] = [
             (agent, lambda agent_id, line: agent_id == agent),
             (sponsor, lambda agent_id, line: line.sponsor == sponsor),
             (status, lambda agent_id, line: line.status == status),
@@ -68,7 +68,7 @@ class _Wanted:
             (self.standing, lambda agent_id, line: line.standing > 0),
             (self.keys_ending, lambda agent_id, line: line.key_ends_by(self.keys_by_s)),
         ]
-        return [condition for asked, condition in found if asked not in (None, False)]
+        return [condition for asked, condition in conditions if asked not in (None, False)]
 
 
 class InventoryApi(AgentsApi):
@@ -86,14 +86,14 @@ class InventoryApi(AgentsApi):
 
         The first page has the sums over all matching agents.
         """
-        wanted, gaps = await self._asked(request)
+        filters, gaps = await self._asked(request)
         limit = _number(request, "limit", _ROWS, 0, MAX_ROWS)
         after, cursor = request.query_params.get("after"), self._agent_index.cursor
-        ids = self._among(wanted)
+        ids = self._among(filters)
         if after:
-            fitting = await self._fitting(wanted, ids[bisect_right(ids, after) :], limit + 1)
+            fitting = await self._fitting(filters, ids[bisect_right(ids, after) :], limit + 1)
         else:
-            fitting = await self._fitting(wanted, ids, len(ids))
+            fitting = await self._fitting(filters, ids, len(ids))
         page = fitting[:limit]
         answer = {
             "at_ms": self._runtime.clock.now_ms(),
@@ -103,7 +103,7 @@ class InventoryApi(AgentsApi):
             "gaps": gaps,
         }
         if not after:
-            answer["totals"] = await self._totals(fitting, wanted)
+            answer["totals"] = await self._totals(fitting, filters)
         return answered(answer)
 
     async def _changes(self, request: Request) -> Response:
@@ -111,7 +111,7 @@ class InventoryApi(AgentsApi):
 
         `fits` says whether they match the filters.
         """
-        wanted, gaps = await self._asked(request)
+        filters, gaps = await self._asked(request)
         after = request.query_params.get("after")
         if not after:
             raise WrongQueryError("after is a cursor that /v1/inventory gave")
@@ -119,8 +119,8 @@ class InventoryApi(AgentsApi):
         changed = list(islice(self._agent_index.changed(after), MAX_ROWS + 1))
         if len(changed) > MAX_ROWS:
             raise CursorLostError("too much has changed since; begin anew")
-        visible = self._those(changed, wanted.sights())
-        fitting = set(self._those(visible, wanted.filters()))
+        visible = self._those(changed, filters.sights())
+        fitting = set(self._those(visible, filters.filters()))
         rows = [{**row, "fits": row["id"] in fitting} async for row in self._rows(visible)]
         return answered(
             {
@@ -135,7 +135,7 @@ class InventoryApi(AgentsApi):
         """Return the filters, and what will be missing in the answer."""
         now_ms, query = self._runtime.clock.now_ms(), request.query_params
         caller = self._caller(request)
-        wanted = _Wanted(
+        filters = _Wanted(
             caller,
             agent=query.get("agent"),
             sponsor=query.get("sponsor"),
@@ -147,25 +147,25 @@ class InventoryApi(AgentsApi):
             keys_ending=query.get("keys_ending") == "1",
             keys_by_s=now_ms // 1000 + _number(request, "keys_within_s", KEYS_WITHIN_S, 0, 10**9),
         )
-        return wanted, await self._gaps(caller)
+        return filters, await self._gaps(caller)
 
-    def _among(self, wanted: _Wanted) -> list[str]:
+    def _among(self, filters: _Wanted) -> list[str]:
         """Return sorted agents that include all matching ones. Most queries need to look at few."""
-        if wanted.agent is not None:
-            return [wanted.agent]
-        sponsor = wanted.sponsor if wanted.caller.sees_all else wanted.caller.user.user_id
+        if filters.agent is not None:
+            return [filters.agent]
+        sponsor = filters.sponsor if filters.caller.sees_all else filters.caller.user.user_id
         # A copy: agents come while others have their turn.
         return list(self._agent_index.ids()) if sponsor is None else self._agent_index.ids_of(sponsor)
 
-    async def _fitting(self, wanted: _Wanted, ids: list[str], most: int) -> list[str]:
-        conditions = wanted.sights() + wanted.filters()
-        found: list[str] = []
+    async def _fitting(self, filters: _Wanted, ids: list[str], most: int) -> list[str]:
+        conditions = filters.sights() + filters.filters()
+        matching: list[str] = []
         for start in range(0, len(ids), _LINES_A_TURN):
-            if len(found) >= most:
+            if len(matching) >= most:
                 break
-            found += self._those(ids[start : start + _LINES_A_TURN], conditions)
+            matching += self._those(ids[start : start + _LINES_A_TURN], conditions)
             await asyncio.sleep(0)
-        return found
+        return matching
 
     def _those(self, ids: list[str], conditions: list[Condition]) -> list[str]:
         lines = ((id, line) for id in ids if (line := self._agent_index.line(id)))
@@ -176,12 +176,12 @@ class InventoryApi(AgentsApi):
             return [id for id, line in lines if holds(id, line)]
         return [id for id, line in lines if all(holds(id, line) for holds in conditions)]
 
-    async def _totals(self, ids: list[str], wanted: _Wanted) -> dict[str, int]:
+    async def _totals(self, ids: list[str], filters: _Wanted) -> dict[str, int]:
         now_s = self._runtime.clock.now_ms() // 1000
-        sums = totals([], now_s, wanted.keys_by_s)
+        sums = totals([], now_s, filters.keys_by_s)
         for start in range(0, len(ids), _LINES_A_TURN):
-            some = (self._agent_index.line(id) for id in ids[start : start + _LINES_A_TURN])
-            for name, count in totals(filter(None, some), now_s, wanted.keys_by_s).items():
+            rows = (self._agent_index.line(id) for id in ids[start : start + _LINES_A_TURN])
+            for name, count in totals(filter(None, rows), now_s, filters.keys_by_s).items():
                 sums[name] += count
             await asyncio.sleep(0)
         return sums
@@ -190,8 +190,8 @@ class InventoryApi(AgentsApi):
         for seen, agent_id in enumerate(ids, start=1):
             facts = self._agent_index.facts(agent_id)
             if facts is not None:
-                there = {p.target for p in facts.agent.ceiling if self._target(p.target)}
-                yield row_of(facts, there)
+                existing_targets = {p.target for p in facts.agent.ceiling if self._target(p.target)}
+                yield row_of(facts, existing_targets)
             if seen % _ROWS_A_TURN == 0:
                 await asyncio.sleep(0)
 

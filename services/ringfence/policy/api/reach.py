@@ -51,8 +51,8 @@ class ReachApi(AgentsApi):
         agents: list[Any] = []
         after = None
         if target is not None:
-            asked = _asked(target, query.get("verb"), query.get("resource"))
-            agents, after = await self._page(caller, asked, target_id, query.get("after") or "", gaps)
+            scope = _asked(target, query.get("verb"), query.get("resource"))
+            agents, after = await self._page(caller, scope, target_id, query.get("after") or "", gaps)
         document = {
             "at_ms": now_ms,
             "exists": target is not None,
@@ -71,20 +71,20 @@ class ReachApi(AgentsApi):
             if caller.sees_all
             else self._agent_index.ids_of(caller.user.user_id)
         )
-        found: list[Any] = []
-        left = ids[bisect_right(ids, after) :]
-        for number, agent_id in enumerate(left[:_LOOKED_AT], start=1):
+        agents: list[Any] = []
+        remaining_ids = ids[bisect_right(ids, after) :]
+        for number, agent_id in enumerate(remaining_ids[:_LOOKED_AT], start=1):
             line = self._agent_index.line(agent_id)
             if line is not None and caller.may_see_agent_of(line.sponsor) and target_id in line.targets:
                 if row := self._row(agent_id, asked, target_id, gaps):
-                    found.append(row)
-                if len(found) == _ROWS:
-                    return found, agent_id if len(left) > number else None
+                    agents.append(row)
+                if len(agents) == _ROWS:
+                    return agents, agent_id if len(remaining_ids) > number else None
                 if number % _A_TURN == 0:
                     await asyncio.sleep(0)
             elif number % _LINES_A_TURN == 0:
                 await asyncio.sleep(0)
-        return found, left[_LOOKED_AT - 1] if len(left) > _LOOKED_AT else None
+        return agents, remaining_ids[_LOOKED_AT - 1] if len(remaining_ids) > _LOOKED_AT else None
 
     def _row(self, agent_id: str, asked: Scope, target_id: str, gaps: list[str]) -> Any:
         facts = self._agent_index.facts(agent_id)
@@ -103,21 +103,21 @@ class ReachApi(AgentsApi):
                 ground = load_records(self._directory, agent_id, task.task_id, target_id)
             except DeniedError:
                 continue  # a record of it does not hold: nothing is issued in it
-            if told := by_task(ground, asked, facts.now_s, max_age_s):
-                tasks.append(told)
+            if by_this_task := by_task(ground, asked, facts.now_s, max_age_s):
+                tasks.append(by_this_task)
         return line_of(facts, ceiling, tasks)
 
 
 def _asked(target: TargetState, verb: str | None, resource: str | None) -> Scope:
     if verb is not None and verb not in {one.verb for one in target.verbs}:
-        known = ", ".join(one.verb for one in target.verbs)
-        raise WrongQueryError(f"{target.target_id} has no verb {verb[:64]}; it has {known or 'none'}")
+        verbs = ", ".join(one.verb for one in target.verbs)
+        raise WrongQueryError(f"{target.target_id} has no verb {verb[:64]}; it has {verbs or 'none'}")
     try:
-        asked = asked_for(target, verb, resource)
-        validate_scope(asked, allow_empty=True)
+        scope = asked_for(target, verb, resource)
+        validate_scope(scope, allow_empty=True)
     except ScopeError as error:
         raise WrongQueryError(str(error)) from None
-    return asked
+    return scope
 
 
 # Who could reach a target now: an agent in a running task, on behalf of a user, as far as all sides allow. Pure.
@@ -148,7 +148,7 @@ def by_task(
     if not scope:
         return None
     task = ground.task.state
-    wanted = {verb for permission in scope for verb in permission.verbs}
+    verbs = {verb for permission in scope for verb in permission.verbs}
     return {
         "id": task.task_id,
         "purpose": task.purpose,
@@ -159,7 +159,7 @@ def by_task(
         "entitlements_by": ground.user.state.entitlements.source,
         "scope": plain(scope),
         "approvals": sorted(
-            {one.floor for one in ground.target.state.verbs if one.verb in wanted and one.floor != "none"}
+            {one.floor for one in ground.target.state.verbs if one.verb in verbs and one.floor != "none"}
         ),
         "against": [reason.message for reason in violations_of(ground, scope, now_s, entitlements_max_age_s)],
     }

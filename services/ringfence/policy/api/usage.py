@@ -47,10 +47,10 @@ class UsageApi:
         agent, now_s = entry.state, self._clock.now_ms() // 1000
         used = self._holdings.used(agent.agent_id, now_s)
         held = self._holdings.held(agent.agent_id, now_s)
-        kept = {(one.target, one.verb) for one in used}
-        kept |= {(p["target"], verb) for lease in held for p in lease["scope"] for verb in p["verbs"]}
-        unused = sorted(verbs_of(agent.ceiling) - kept)
-        narrowed = narrower(agent.ceiling, kept)
+        used_verbs = {(one.target, one.verb) for one in used}
+        used_verbs |= {(p["target"], verb) for lease in held for p in lease["scope"] for verb in p["verbs"]}
+        unused = sorted(verbs_of(agent.ceiling) - used_verbs)
+        narrowed = narrower(agent.ceiling, used_verbs)
         return JSONResponse(
             {
                 "agent_id": agent.agent_id,

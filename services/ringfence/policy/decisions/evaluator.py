@@ -93,9 +93,9 @@ class RequestEvaluator:
     ) -> Evaluation:
         if stale := await self.stale():
             return denied("stale_view", stale)
-        left = _WEIGHINGS
+        tries_left = _WEIGHINGS
         while True:
-            left -= 1
+            tries_left -= 1
             # What arrives while the bundle is evaluated counts as well.
             before = self._changes, self._holdings.version(case.agent_id)
             evaluation = await self._query_with_all_held(case, at_ms, approvals)
@@ -108,7 +108,7 @@ class RequestEvaluator:
             if evaluation.input and evaluation.input["held"]:  # some of it may have ended
                 grace_s = self._runtime.settings.grace_s
                 await asyncio.gather(*(feed.caught_up(grace_s) for feed in self._feeds))
-            if (self._changes, self._holdings.version(case.agent_id)) == before or not left:
+            if (self._changes, self._holdings.version(case.agent_id)) == before or not tries_left:
                 return evaluation
 
     async def _granted(
@@ -118,12 +118,15 @@ class RequestEvaluator:
         if evaluation.ruling.outcome != "approval_required":
             return evaluation
         while chosen := self._grants.fitting(case, evaluation, approvals, at_ms):
-            anew = await self._query_with_all_held(case, at_ms, [*approvals, *chosen])
-            same = (anew.revisions, anew.ruling.ttl_s) == (evaluation.revisions, evaluation.ruling.ttl_s)
-            if not same or anew.ruling.outcome != "allowed":
+            with_grants = await self._query_with_all_held(case, at_ms, [*approvals, *chosen])
+            same = (with_grants.revisions, with_grants.ruling.ttl_s) == (
+                evaluation.revisions,
+                evaluation.ruling.ttl_s,
+            )
+            if not same or with_grants.ruling.outcome != "allowed":
                 break
             if self._grants.use(chosen, case.request_id):
-                return replace(anew, grants=chosen)
+                return replace(with_grants, grants=chosen)
         return evaluation
 
     async def stale(self) -> str | None:
@@ -194,15 +197,15 @@ class RequestEvaluator:
         return Evaluation(ruling, facts, facts.revisions(revision), document, digest(input_json), input_json)
 
     def _approvers(self, approvals: Sequence[Signed[Approval] | Signed[Grant]]) -> list[dict[str, object]]:
-        found = []
+        approvers = []
         for user_id in sorted(set(filter(None, map(signer, approvals)))):
             try:
                 entry = self._directory.user(user_id)
             except ChainError:
                 entry = None
             if entry is not None:
-                found.append(approver(entry.state))
-        return found
+                approvers.append(approver(entry.state))
+        return approvers
 
     def _on_change(self, kind: SubjectKind, id: str) -> None:
         self._changes += 1

@@ -37,12 +37,12 @@ class Explainer:
         self._runtime = runtime
         self._one_at_a_time = asyncio.Lock()
 
-    async def explain(self, known: RequestState) -> dict[str, Any]:
+    async def explain(self, state: RequestState) -> dict[str, Any]:
         """Return the decision on a decided request as JSON, with its JWS (`decision`). Raises UnavailableError."""
-        at = known.decided_at
+        at = state.decided_at
         if at is None:
             raise UnavailableError("the decision is being made; ask again in a moment")
-        jws = known.jws or (await self._read(at)).value
+        jws = state.jws or (await self._read(at)).value
         return self._verified_fields(jws, self._runtime.clock.now_ms())
 
     async def explain_recorded(self, request_id: str, at: RecordPosition) -> dict[str, Any]:
@@ -52,12 +52,12 @@ class Explainer:
         """
         record = await self._read(at)
         try:
-            told = self._verified_fields(record.value, record.timestamp)
+            fields = self._verified_fields(record.value, record.timestamp)
         except InvalidMessageError:
-            told = {}
-        if told.get("request_id") != request_id:
+            fields = {}
+        if fields.get("request_id") != request_id:
             raise NotFoundError(NOT_SEEN)
-        return told
+        return fields
 
     def _verified_fields(self, compact: str | bytes, at_ms: int) -> dict[str, Any]:
         jws, trust = parse(compact), self._runtime.trust
@@ -68,8 +68,8 @@ class Explainer:
         request = parse(decision.request).unverified_claims(CredentialRequest)
         view = decision.model_dump(mode="json", include=_SHOWN, exclude_none=True)
         if decision.grants:
-            given = [parse(one).unverified_claims(Grant) for one in decision.grants]
-            view["grants"] = [{"grant_id": id_of(one), "by": signer_of(one)} for one in given]
+            grants = [parse(one).unverified_claims(Grant) for one in decision.grants]
+            view["grants"] = [{"grant_id": id_of(one), "by": signer_of(one)} for one in grants]
         agent_id = subject_of(decision.aud, request.iss, "agent") or ""
         return {**view, "decision_id": decision.jti, "agent_id": agent_id, "decision": jws.compact}
 

@@ -143,12 +143,12 @@ class _ComparableDecision:
 
 def fields_of(bundle: Bundle) -> frozenset[str]:
     """Return the parts of the input that a bundle's rules name: `agent`, or `agent.ceiling` where they name that."""
-    found: set[str] = set()
+    fields: set[str] = set()
     for _, text in bundle.modules:
         for match in _INPUT_OF_RULES.finditer(text):
             names = [name for name in match.groups() if name]
-            found |= {".".join(names[:depth]) for depth in range(1, len(names) + 1)}
-    return frozenset(found)
+            fields |= {".".join(names[:depth]) for depth in range(1, len(names) + 1)}
+    return frozenset(fields)
 
 
 def changes_between(before: RequestOutcome, after: RequestOutcome) -> tuple[Change, ...]:
@@ -159,15 +159,15 @@ def changes_between(before: RequestOutcome, after: RequestOutcome) -> tuple[Chan
         if after.outcome == "denied":
             return ("allowed_to_denied",)
         return ("denied_to_approval" if after.required else "denied_to_allowed",)
-    found: list[Change] = []
+    changes: list[Change] = []
     if set(before.required) - set(after.required):
-        found.append("approval_removed")
+        changes.append("approval_removed")
     if set(after.required) - set(before.required):
-        found.append("approval_added")
+        changes.append("approval_added")
     old, new = before.ttl_s or 0, after.ttl_s or 0
     if old != new:
-        found.append("ttl_longer" if new > old else "ttl_shorter")
-    return tuple(found)
+        changes.append("ttl_longer" if new > old else "ttl_shorter")
+    return tuple(changes)
 
 
 class Replay:
@@ -193,11 +193,11 @@ class Replay:
         self.report.read += len(records)
         questions = []
         for record in records:
-            found = self._question(record)
-            if isinstance(found, _ComparableDecision):
-                questions.append(found)
+            comparable = self._question(record)
+            if isinstance(comparable, _ComparableDecision):
+                questions.append(comparable)
             else:
-                self.report.skipped[found] += 1
+                self.report.skipped[comparable] += 1
         after = await asyncio.gather(*map(self._after, questions))
         for question, new in zip(questions, after, strict=True):
             self._count(question, new)
@@ -229,11 +229,11 @@ class Replay:
             self.report.missing_fields.update(missing)
             return "input_incomplete"
         try:
-            given = decision.input
+            recorded_input = decision.input
             return _ComparableDecision(
-                decision, given, _REASONS.validate_json(orjson.dumps(given["lacking"])),
-                _FLOORS.validate_python(tuple(given["floors"])), int(given["request"]["ttl_s"]),
-                int(given["target"]["max_ttl_s"]),
+                decision, recorded_input, _REASONS.validate_json(orjson.dumps(recorded_input["lacking"])),
+                _FLOORS.validate_python(tuple(recorded_input["floors"])), int(recorded_input["request"]["ttl_s"]),
+                int(recorded_input["target"]["max_ttl_s"]),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, ValidationError):
             return "input_unreadable"
@@ -274,16 +274,16 @@ class Replay:
             changes, before, after,
         )  # fmt: skip
         for kind in changes:
-            found = report.examples.setdefault(kind, [])
-            if len(found) < PER_KIND:
-                found.append(example)
+            examples = report.examples.setdefault(kind, [])
+            if len(examples) < PER_KIND:
+                examples.append(example)
 
 
-def _has(given: Any, field: str) -> bool:
+def _has(document: Any, field: str) -> bool:
     for name in field.split("."):
-        if not isinstance(given, dict) or name not in given:
+        if not isinstance(document, dict) or name not in document:
             return False
-        given = given[name]
+        document = document[name]
     return True
 
 
@@ -353,8 +353,8 @@ async def recorded_decisions(settings: BusSettings, since_ms: int) -> AsyncItera
         partitions = [TopicPartition(name, number) for number in sorted(numbers)]
         consumer.assign(partitions)
         end = dict(await consumer.end_offsets(partitions))
-        found = await consumer.offsets_for_times(dict.fromkeys(partitions, since_ms))
-        start = {p: at.offset if (at := found.get(p)) else end[p] for p in partitions}
+        offsets = await consumer.offsets_for_times(dict.fromkeys(partitions, since_ms))
+        start = {p: at.offset if (at := offsets.get(p)) else end[p] for p in partitions}
         for partition, offset in start.items():
             consumer.seek(partition, offset)
         yield Recorded(consumer, name, start, end)

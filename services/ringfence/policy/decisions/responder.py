@@ -107,17 +107,17 @@ class DecisionPublisher:
         place = RecordPosition(at.partition, at.offset)
         return self._decisions.keep(decision, jws, place, at.timestamp, case.traceparent)
 
-    async def notify(self, known: RequestState, case: Case) -> None:
+    async def notify(self, state: RequestState, case: Case) -> None:
         """Publish what follows a decision: requests to approvers, and to the agent a denial or a notice that it must
         wait.
 
         The issuer answers an `allowed` decision, with the credential.
         """
-        if known.pending is not None:
-            decision, asked = known.pending, self._people(known.pending, case)
-            await gather_all([*(self._ask(decision, id, case) for id in asked), self._reply(known, case)])
-        elif known.outcome == "denied":
-            await self._reply(known, case)
+        if state.pending is not None:
+            decision, people = state.pending, self._people(state.pending, case)
+            await gather_all([*(self._ask(decision, id, case) for id in people), self._reply(state, case)])
+        elif state.outcome == "denied":
+            await self._reply(state, case)
 
     def _people(self, decision: CredentialDecision, case: Case) -> tuple[str, ...]:
         try:
@@ -153,24 +153,24 @@ class DecisionPublisher:
         )
         self._notices.tell(message, case.request)
 
-    async def _reply(self, known: RequestState, case: Case) -> None:
-        if known.jws is None:
+    async def _reply(self, state: RequestState, case: Case) -> None:
+        if state.jws is None:
             return
-        content = ReplyContent(request_id=known.request_id, decision=known.jws)
+        content = ReplyContent(request_id=state.request_id, decision=state.jws)
         try:
             sealed = seal(
                 content.model_dump_json(exclude_none=True).encode(),
                 case.request.claims.reply_key,
-                kid=known.request_id,
+                kid=state.request_id,
             )
         except InvalidMessageError as error:
-            log.warning("nobody can be told of decision %s: %s", known.decision_id, error)
+            log.warning("nobody can be told of decision %s: %s", state.decision_id, error)
             return
         acknowledged = await self._runtime.publisher.send(
             CREDENTIAL_REPLY,
-            known.agent_id,
+            state.agent_id,
             sealed,
-            id=derived_id("reply", known.decision_id or ""),
+            id=derived_id("reply", state.decision_id or ""),
             type=CREDENTIAL_REPLY.what,
             traceparent=case.traceparent,
         )
@@ -181,8 +181,8 @@ def _signed(decision: CredentialDecision, input_json: bytes | None, key: Signing
     """Return the decision as a compact JWS. The input, half of it, is inserted as the JSON that was evaluated."""
     if input_json is None:
         return sign(decision, key)
-    said = decision.model_dump(mode="json", exclude={"input"}, exclude_none=True)
-    payload = orjson.dumps({**said, "input": orjson.Fragment(input_json)})
+    claims = decision.model_dump(mode="json", exclude={"input"}, exclude_none=True)
+    payload = orjson.dumps({**claims, "input": orjson.Fragment(input_json)})
     return sign_payload(CredentialDecision, payload, key)
 
 

@@ -80,10 +80,10 @@ class AdmissionControl:
 
     def refusal(self, case: Case, now_ms: int) -> Evaluation | None:
         """Count a new request. Returns the reason why it is not evaluated, or None."""
-        found = self._late(case, now_ms) or self._too_many(case)
-        if found is not None:
+        refused = self._late(case, now_ms) or self._too_many(case)
+        if refused is not None:
             self._refusals[case.agent_id] += 1
-        return found
+        return refused
 
     def behind(self, now_ms: int) -> str | None:
         """Return a warning that requests are refused because policy is behind, or None."""
@@ -146,22 +146,22 @@ class PendingApprovalLimit:
         asking = self._about_to_wait(but_for=case.request_id)
         waiting = self._decisions.waiting()
         count = waiting.get(case.agent_id, 0) + asking[case.agent_id]
-        found = self._reached(f"agent {case.agent_id}", count, self._limits.agent)
-        if found is None and self._limits.sponsor:
+        refused = self._reached(f"agent {case.agent_id}", count, self._limits.agent)
+        if refused is None and self._limits.sponsor:
             theirs = [
                 agent for agent in {*waiting, *asking} if _sponsor_of(self._directory, agent) == sponsor
             ]
             count = sum(waiting.get(agent, 0) + asking[agent] for agent in theirs)
-            found = self._reached(f"the agents of {sponsor}", count, self._limits.sponsor)
-        if found is None:
+            refused = self._reached(f"the agents of {sponsor}", count, self._limits.sponsor)
+        if refused is None:
             self._asking[case.request_id] = case.agent_id
-        return found
+        return refused
 
     def _about_to_wait(self, *, but_for: str) -> Counter[str]:
         """Return, by agent, how many requests were admitted and are not among the waiting ones yet."""
         for id in list(self._asking):
-            known = self._decisions.get(id)
-            if known is None or known.outcome is not None:
+            state = self._decisions.get(id)
+            if state is None or state.outcome is not None:
                 del self._asking[id]
         return Counter(agent for id, agent in self._asking.items() if id != but_for)
 

@@ -65,10 +65,10 @@ class ReadBarrier:
         """Return once everything is known that was on Kafka at `at_ms` (the broker's clock), or now."""
         if at_ms is not None and at_ms <= self._known_to_ms:
             return
-        came, past_ms = self._came, self._runtime.broker_past_ms()
+        batches, past_ms = self._came, self._runtime.broker_past_ms()
         if await self._ask() is not False:
             self._past_ms = -1 if past_ms is None else past_ms
-            here_to_ms = self._here_to_ms if came == self._came else -1
+            here_to_ms = self._here_to_ms if batches == self._came else -1
             self._known_to_ms = max(here_to_ms, self._past_ms)
 
 
@@ -138,41 +138,41 @@ class ApprovalHandler:
     ) -> Reason | None:
         """Apply an answer. Returns the reason why it changes nothing, or None."""
         claims, place = approval.claims, RecordPosition(record.partition, record.offset)
-        known = self._decisions.get(claims.request_id)
-        if known is None or known.outcome is None:
+        state = self._decisions.get(claims.request_id)
+        if state is None or state.outcome is None:
             return _reason("request_unknown", "no request with this id waits for an approval")
-        if record.key != known.agent_id:
+        if record.key != state.agent_id:
             return _reason(
-                "key_unexpected", f"the Kafka key of an approval is the agent's id, {known.agent_id}"
+                "key_unexpected", f"the Kafka key of an approval is the agent's id, {state.agent_id}"
             )
-        if problem := await self._verifier.misplaced(record, known.agent_id):
+        if problem := await self._verifier.misplaced(record, state.agent_id):
             return _reason(MISPLACED, problem)
-        known.traceparent = nearest(record.traceparent, known.traceparent)
-        seen = known.approvals.get(message_id(claims.iss, claims.jti))
+        state.traceparent = nearest(record.traceparent, state.traceparent)
+        seen = state.approvals.get(message_id(claims.iss, claims.jti))
         if seen is not None:
             if seen[0] != approval.digest or seen[1] not in (None, place):
                 return _reason("approval_replayed", "this approval was given before; each counts once")
-            await self._finish(known)
+            await self._finish(state)
             return None
-        if known.pending is None:
-            return _reason("already_decided", f"the request is {known.outcome} already, and that stands")
+        if state.pending is None:
+            return _reason("already_decided", f"the request is {state.outcome} already, and that stands")
         if late is not None:
             return _reason(late.code, str(late))
-        pending = known.pending
+        pending = state.pending
         if record.appended_at_ms >= (pending.expires_at or 0) * 1000:
-            await self._close(known, pending, (_over(pending),))
+            await self._close(state, pending, (_over(pending),))
             return _reason("approval_expired", "the time in which approvals counted is over")
-        return await self._evaluate(approval, place, record.appended_at_ms, known, pending)
+        return await self._evaluate(approval, place, record.appended_at_ms, state, pending)
 
     async def _evaluate(
         self,
         approval: Signed[Approval],
         place: RecordPosition,
         at_ms: int,
-        known: RequestState,
+        state: RequestState,
         pending: CredentialDecision,
     ) -> Reason | None:
-        claims, case, user_id = approval.claims, _case(known, pending), signer(approval)
+        claims, case, user_id = approval.claims, _case(state, pending), signer(approval)
         if user_id is None:
             return _reason("not_a_person", f"{claims.iss} is no user; only people approve")
         if (claims.request, claims.request_digest) != (case.request.compact, case.request.digest):
@@ -183,19 +183,19 @@ class ApprovalHandler:
         try:
             facts = load_context(self._directory, case.request)
         except DeniedError as error:
-            await self._close(known, pending, (error.reason,))
+            await self._close(state, pending, (error.reason,))
             return None
         if not may_approve_any(self._directory, user_id, pending.required, facts):
-            wanted = ", ".join(pending.required)
-            return _reason("not_approver", f"{user_id} cannot give what is asked for here: {wanted}")
+            required = ", ".join(pending.required)
+            return _reason("not_approver", f"{user_id} cannot give what is asked for here: {required}")
         if claims.verdict == "denied":
             comment = (claims.comment or "no comment")[:500]
             no = _reason("approval_denied", f"{user_id} denied it: {comment}")
-            await self._close(known, pending, (no,), approval, place)
+            await self._close(state, pending, (no,), approval, place)
             return None
         present = facts.revisions(self._evaluator.policy_revision)
         if present != pending.revisions:
-            await self._close(known, pending, (_stale(),))
+            await self._close(state, pending, (_stale(),))
             return None
         problem = approval_problem(
             approval, facts,
@@ -203,43 +203,43 @@ class ApprovalHandler:
         )  # fmt: skip
         if problem is not None:
             return problem
-        given = [_collected(jws) for jws in pending.approvals]
-        if not _all_stand(given, at_ms):
-            await self._close(known, pending, (_over(pending),))
+        collected = [_collected(jws) for jws in pending.approvals]
+        if not _all_stand(collected, at_ms):
+            await self._close(state, pending, (_over(pending),))
             return _reason("approval_expired", "the time of an approval that was given before is over")
-        if user_id in map(signer, given):
+        if user_id in map(signer, collected):
             return _reason("approved_already", f"{user_id} approved this before; nobody counts twice")
-        await self._count(known, pending, case, given, approval, place, at_ms)
+        await self._count(state, pending, case, collected, approval, place, at_ms)
         return None
 
     async def _count(
         self,
-        known: RequestState,
+        state: RequestState,
         pending: CredentialDecision,
         case: Case,
-        given: list[Signed[Approval]],
+        collected: list[Signed[Approval]],
         approval: Signed[Approval],
         place: RecordPosition,
         at_ms: int,
     ) -> None:
         """Evaluate again with one more approval: allowed, denied after all, or still waiting for somebody else."""
-        approvals = [*given, approval]
+        approvals = [*collected, approval]
         evaluation = await self._evaluator.evaluate(case, at_ms, approvals)
         outcome = evaluation.ruling.outcome
         if outcome != "denied" and evaluation.ruling.ttl_s != pending.ttl_s:
-            await self._close(known, pending, (_stale(),), approval, place)
+            await self._close(state, pending, (_stale(),), approval, place)
             return
         waiting = outcome == "approval_required"
-        known = await self._publisher.decide(
+        state = await self._publisher.decide(
             case, evaluation, approvals=approvals, expires_at=pending.expires_at if waiting else None
         )
-        known.saw(approval, place)
+        state.saw(approval, place)
         if not waiting or evaluation.ruling.required != pending.required:
-            await self._publisher.notify(known, case)
+            await self._publisher.notify(state, case)
 
     async def _close(
         self,
-        known: RequestState,
+        state: RequestState,
         pending: CredentialDecision,
         why: tuple[Reason, ...],
         approval: Signed[Approval] | None = None,
@@ -248,7 +248,7 @@ class ApprovalHandler:
         """Deny a waiting request, on the evaluation that it waited with, and by a person's answer if that is the
         reason.
         """
-        case = _case(known, pending)
+        case = _case(state, pending)
         evaluation = Evaluation(
             Ruling("denied", why, None, pending.required),
             revisions=pending.revisions,
@@ -256,21 +256,21 @@ class ApprovalHandler:
             input_digest=pending.input_digest,
         )
         approvals = [_collected(jws) for jws in pending.approvals]
-        known = await self._publisher.decide(
+        state = await self._publisher.decide(
             case, evaluation, approvals=[*approvals, approval] if approval else approvals
         )
         if approval is not None and place is not None:
-            known.saw(approval, place)
-        await self._publisher.notify(known, case)
+            state.saw(approval, place)
+        await self._publisher.notify(state, case)
 
-    async def _finish(self, known: RequestState) -> None:
+    async def _finish(self, state: RequestState) -> None:
         """Complete an answer that is redelivered after a crash: the reply may not have been sent."""
-        if known.outcome == "denied" and known.jws is not None:
-            decision = parse(known.jws).unverified_claims(CredentialDecision)
-            await self._publisher.notify(known, _case(known, decision))
+        if state.outcome == "denied" and state.jws is not None:
+            decision = parse(state.jws).unverified_claims(CredentialDecision)
+            await self._publisher.notify(state, _case(state, decision))
 
     async def _refuse(self, approval: Signed[Approval], why: Reason, record: Received) -> Awaitable[object]:
-        known = self._decisions.get(approval.claims.request_id)
+        state = self._decisions.get(approval.claims.request_id)
         return await self._runtime.event_soon(
             "refused",
             Approval.typ,
@@ -280,7 +280,7 @@ class ApprovalHandler:
             reasons=(why,),
             source=record.coordinates,
             traceparent=record.traceparent,
-            agent_id=known.agent_id if known else None,
+            agent_id=state.agent_id if state else None,
             request_id=approval.claims.request_id,
         )
 
@@ -295,13 +295,13 @@ class ApprovalHandler:
                 pending = known.pending
                 if pending is None or at_ms >= (pending.expires_at or 0) * 1000:
                     continue
-                case, given = _case(known, pending), [_collected(jws) for jws in pending.approvals]
-                if case.request.claims.task_id != grant.task_id or not _all_stand(given, at_ms):
+                case, collected = _case(known, pending), [_collected(jws) for jws in pending.approvals]
+                if case.request.claims.task_id != grant.task_id or not _all_stand(collected, at_ms):
                     continue
-                evaluation = await self._evaluator.evaluate(case, at_ms, given)
+                evaluation = await self._evaluator.evaluate(case, at_ms, collected)
                 same = (evaluation.revisions, evaluation.ruling.ttl_s) == (pending.revisions, pending.ttl_s)
                 if same and evaluation.ruling.outcome == "allowed":
-                    await self._publisher.decide(case, evaluation, approvals=given)
+                    await self._publisher.decide(case, evaluation, approvals=collected)
 
     # --- those that never came, and those that are of no use any more ---
 
@@ -326,7 +326,7 @@ class ApprovalHandler:
                 log.exception("what nobody approved could not be closed yet; it is tried again")
 
     async def _close_what_is_over(self, owns: Callable[[str, int], bool]) -> None:
-        now, held = self._directory.versions, dict[str, tuple[int, int | None]]()
+        now, still_waiting = self._directory.versions, dict[str, tuple[int, int | None]]()
         for known in self._decisions.pending():
             if not self._is_own(known, owns):
                 continue
@@ -334,43 +334,43 @@ class ApprovalHandler:
                 self._held_against.get(known.request_id) != now and self._against(known)
             ):
                 await self._close_one(known, owns)
-            held[known.request_id] = now
+            still_waiting[known.request_id] = now
             await asyncio.sleep(0)  # many may wait
-        self._held_against = held
+        self._held_against = still_waiting
 
-    async def _close_one(self, known: RequestState, owns: Callable[[str, int], bool]) -> None:
+    async def _close_one(self, state: RequestState, owns: Callable[[str, int], bool]) -> None:
         async with self._alone():
-            if known.pending is None or not self._is_own(known, owns):
+            if state.pending is None or not self._is_own(state, owns):
                 return
-            if self._is_overdue(known):
-                await self._close(known, known.pending, (_over(known.pending),))
-            elif found := self._against(known):
-                await self._close(known, known.pending, found)
+            if self._is_overdue(state):
+                await self._close(state, state.pending, (_over(state.pending),))
+            elif reasons := self._against(state):
+                await self._close(state, state.pending, reasons)
 
-    def _is_own(self, known: RequestState, owns: Callable[[str, int], bool]) -> bool:
-        pending = known.pending
+    def _is_own(self, state: RequestState, owns: Callable[[str, int], bool]) -> bool:
+        pending = state.pending
         return pending is not None and owns(pending.source.topic, pending.source.partition)
 
-    def _is_overdue(self, known: RequestState) -> bool:
-        end_s = known.pending.expires_at if known.pending else None
+    def _is_overdue(self, state: RequestState) -> bool:
+        end_s = state.pending.expires_at if state.pending else None
         return self._runtime.clock.now_ms() >= (end_s or 0) * 1000 + OVERDUE_MS
 
-    def _against(self, known: RequestState) -> tuple[Reason, ...]:
+    def _against(self, state: RequestState) -> tuple[Reason, ...]:
         """Return how a waiting request violates the invariant with the present records."""
-        if known.pending is None:
+        if state.pending is None:
             return ()
         try:
-            facts = load_context(self._directory, _case(known, known.pending).request)
+            facts = load_context(self._directory, _case(state, state.pending).request)
         except DeniedError:
             return ()  # a record may be on its way; an answer is weighed once it is here
         now_s = self._runtime.clock.now_ms() / 1000
         return violations(facts, now_s, self._runtime.settings.entitlements_max_age_s)[:MAX_REASONS]
 
 
-def _case(known: RequestState, decision: CredentialDecision) -> Case:
+def _case(state: RequestState, decision: CredentialDecision) -> Case:
     """Return the case that a decision of this service is about. Its content was verified before it was signed."""
     request = Signed(parse(decision.request).unverified_claims(CredentialRequest), decision.request)
-    return Case(request, known.request_id, known.agent_id, decision.source, known.traceparent)
+    return Case(request, state.request_id, state.agent_id, decision.source, state.traceparent)
 
 
 def _collected(jws: str) -> Signed[Approval]:
@@ -388,8 +388,8 @@ def _reason(code: str, message: str) -> Reason:
 
 
 def _over(pending: CredentialDecision) -> Reason:
-    wanted = ", ".join(pending.required)
-    return _reason("approval_expired", f"nobody gave the approval in time ({wanted}); ask anew")
+    required = ", ".join(pending.required)
+    return _reason("approval_expired", f"nobody gave the approval in time ({required}); ask anew")
 
 
 def _stale() -> Reason:

@@ -61,21 +61,21 @@ class RequestHandler:
             return
         case, late = await self._verifier.request(record)
         place = RecordPosition(record.partition, record.offset)
-        known = self._decisions.claim(
+        state = self._decisions.claim(
             case.request_id, case.agent_id, place, at_ms=record.appended_at_ms, exp=case.request.claims.exp
         )
-        if known.at == place and known.outcome is None and known.tried:
+        if state.at == place and state.outcome is None and state.tried:
             await self._recall()  # it failed before: perhaps only in hearing that its decision was published
-        if known.at != place:
+        if state.at != place:
             await self._replayed(case)
-        elif known.outcome is None:
-            refused = self._refused(case, late, first=not known.tried)
-            if late is None and not known.tried:
+        elif state.outcome is None:
+            refused = self._refused(case, late, first=not state.tried)
+            if late is None and not state.tried:
                 await self._shared.observe(case)
-            known.tried = True
+            state.tried = True
             await self._decide(case, refused)
         else:  # it comes again, after a crash or a failure: what is missing is finished
-            await self._publisher.notify(known, case)
+            await self._publisher.notify(state, case)
 
     def _refused(self, case: Case, late: ExpiredError | None, *, first: bool) -> Evaluation | None:
         """Return the denial of a request that is not evaluated, or None."""
@@ -92,8 +92,8 @@ class RequestHandler:
             not_asked = _ambiguous(case) or self._doorkeeper.refusal(case, facts.agent.state.sponsor)
             if not_asked is not None:
                 evaluation, expires_at = replace(evaluation, ruling=not_asked.ruling), None
-        known = await self._publisher.decide(case, evaluation, expires_at=expires_at)
-        await self._publisher.notify(known, case)
+        state = await self._publisher.decide(case, evaluation, expires_at=expires_at)
+        await self._publisher.notify(state, case)
 
     async def _replayed(self, case: Case) -> None:
         claims, source = case.request.claims, case.source

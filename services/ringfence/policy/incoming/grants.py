@@ -63,19 +63,19 @@ class GrantHandler:
         grant, late = await self._verifier.grant(record)
         # Whoever grants may have seen records that are not here yet.
         await self._records(record.appended_at_ms)
-        why = self._objection(grant.claims, late, record)
-        if why is None:
-            given = self._table.keep(grant, record.partition, record.offset)
-            if given is None:
+        reason = self._objection(grant.claims, late, record)
+        if reason is None:
+            entry = self._table.keep(grant, record.partition, record.offset)
+            if entry is None:
                 message = f"{grant.claims.iss} has given {MOST_OF_ONE} grants already; let some end"
-                why = _reason("grants_too_many", message)
-            elif (given.partition, given.offset) != (record.partition, record.offset):
-                why = _reason(
+                reason = _reason("grants_too_many", message)
+            elif (entry.partition, entry.offset) != (record.partition, record.offset):
+                reason = _reason(
                     "grant_replayed", "this grant was given before; given again it counts for nothing more"
                 )
-        if why is None:  # whoever hears that it was accepted sees what became of what waited
+        if reason is None:  # whoever hears that it was accepted sees what became of what waited
             await self._reconsider(grant.claims, record.appended_at_ms)
-        await self._answer(grant.claims, why, record)
+        await self._answer(grant.claims, reason, record)
 
     def _objection(self, grant: Grant, late: ExpiredError | None, record: Received) -> Reason | None:
         """Return the reason why a grant would have no effect now, or None. Its signer learns it at once."""
@@ -121,19 +121,19 @@ class GrantHandler:
         claims = signed.claims
         if late is None and self._no_say(claims) is not None:
             await self._records(record.appended_at_ms)  # nobody is refused for what has not arrived here yet
-        why = _reason(late.code, str(late)) if late else self._no_say(claims)
-        if why is None:
+        reason = _reason(late.code, str(late)) if late else self._no_say(claims)
+        if reason is None:
             user_id = subject_of(claims.aud, claims.iss, "user") or ""
             self._table.take_back(claims.grant_id, user_id, record.appended_at_ms)
-        await self._answer(claims, why, record)
+        await self._answer(claims, reason, record)
 
     def _no_say(self, claims: GrantWithdraw) -> Reason | None:
         """Return the reason why a person cannot withdraw a grant, or None."""
-        given = self._table.get(claims.grant_id)
+        entry = self._table.get(claims.grant_id)
         user_id = subject_of(claims.aud, claims.iss, "user")
-        if given is None:
+        if entry is None:
             return _reason("grant_unknown", "no grant with this id is remembered: it may have ended long ago")
-        grant = given.signed.claims
+        grant = entry.signed.claims
         try:
             ground = load_records(self._directory, grant.agent_id, grant.task_id, grant.scope[0].target)
         except DeniedError as error:
@@ -149,8 +149,8 @@ class GrantHandler:
 
     async def _answer(self, claims: Grant | GrantWithdraw, why: Reason | None, record: Received) -> None:
         grant_id = id_of(claims) if isinstance(claims, Grant) else claims.grant_id
-        given = self._table.get(grant_id)
-        grant = claims if isinstance(claims, Grant) else given.signed.claims if given else None
+        entry = self._table.get(grant_id)
+        grant = claims if isinstance(claims, Grant) else entry.signed.claims if entry else None
         replayed = why is not None and why.code == "grant_replayed"
         await self._runtime.event(
             "accepted" if why is None else "replayed" if replayed else "refused",

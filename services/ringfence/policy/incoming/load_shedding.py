@@ -121,8 +121,8 @@ class ShedRequests:
             return False
         try:
             # Unverified: nothing is believed by it but that an id is worth looking up.
-            said = orjson.loads(parse(record.value).payload)
-            id = message_id(str(said["iss"]), str(said["jti"]))
+            payload = orjson.loads(parse(record.value).payload)
+            id = message_id(str(payload["iss"]), str(payload["jti"]))
         except (InvalidMessageError, ValueError, TypeError, KeyError):
             return False
         return self._decisions.get(id) is not None

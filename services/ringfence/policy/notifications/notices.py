@@ -164,15 +164,15 @@ class Notices:
             return False  # each of these is told
         terms = (message.ttl_s, message.delivery, message.required, message.revisions.model_dump_json())
         key = (message.approver, request.iss, request.task_id, repr(scope), *terms)
-        known = self._alike.get(key)
-        if known is not None and known != message.request_id and self._waits(known):
+        noticed = self._alike.get(key)
+        if noticed is not None and noticed != message.request_id and self._waits(noticed):
             return True
         self._alike[key] = message.request_id
         return False
 
     def _waits(self, request_id: str) -> bool:
-        known = self._decisions.get(request_id)
-        return known is not None and known.pending is not None
+        state = self._decisions.get(request_id)
+        return state is not None and state.pending is not None
 
     async def _deliver(self, notice: Notice) -> None:
         try:
