@@ -153,7 +153,7 @@ class Connection(Lifetime):
         # Enrolled before it is first used.
         self.key = SigningKey.generate(attested.id) if attested else load_key(key, self.settings)
         self.enrolment: str | None = None
-        """What everything that is signed for an agent carries, where a running instance signs it."""
+        """The enrolment of a running instance, which every message signed for its agent carries."""
         self.clock: Clock = clock or SystemClock()
         self.trust = TrustStore(self.settings.trust_domain, self.settings.trust_root)
         self.dead_letters = DeadLetterLog()

@@ -76,7 +76,7 @@ def _without(permission: Permission, removed: set[tuple[str, str, str]]) -> Iter
 
 
 def _describe_held(held: Scope, target: str) -> str:
-    """What is held at a target; where that is nothing, all that is held."""
+    """Describe what is held at a target, or everything held if that is nothing."""
     listed = [one for one in held if one.target == target] or held
     return (
         "; ".join(f"{one.target}:{','.join(one.verbs)}:{','.join(one.resources)}" for one in listed)

@@ -60,7 +60,7 @@ class SyncPlan:
 
 
 async def delegation_of(provisioner: Provisioner) -> Delegation:
-    """What an operator delegated to this provisioner. Raises InvalidCallError where that is nothing."""
+    """Return the delegation of this provisioner. Raises InvalidCallError where nothing is delegated."""
     entry = (await provisioner.directory()).user(provisioner.id)
     if entry is None or entry.state.delegation is None or entry.state.status != "active":
         raise InvalidCallError(

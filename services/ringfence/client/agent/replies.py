@@ -42,7 +42,7 @@ _APPROVERS: dict[RequiredClass, str] = {
 
 
 def describe_approvers(required: tuple[RequiredClass, ...]) -> str:
-    """Who must give these approvals, for people."""
+    """Return a text for people: who must give these approvals."""
     return " and ".join(_APPROVERS[c] for c in dict.fromkeys(required)) or "a person"
 
 

@@ -31,7 +31,7 @@ class Proposal:
     grant: Grant
     agent_description: str
     purpose: str
-    """What the task is for."""
+    """The purpose of the task."""
     on_behalf_of: str
     target_description: str
     effective: Scope

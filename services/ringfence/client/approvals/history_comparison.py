@@ -123,7 +123,7 @@ class ApprovalHistory:
         self._past: dict[str, deque[PastAnswer]] = {}
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in records. They are verified when somebody asks about their agent."""
+        """Add records. They are verified when the history of their agent is first read."""
         for record in records:
             if record.key is not None:
                 self._unread.setdefault(record.key, deque(maxlen=_MAX_ANSWERS_PER_AGENT)).append(record)

@@ -158,7 +158,9 @@ class Sponsor(Lifetime):
         ) or (pending,)
 
     async def usual(self, agent: str | None = None) -> ApprovalHistory:
-        """What people answered in the last 30 days, for comparison. Read on first use, then kept up to date.
+        """Return people's answers of the last 30 days, for comparison.
+
+        They are read on first use, then kept up to date.
 
         With `agent` only the partition with the answers about that agent is read.
         """
@@ -306,7 +308,9 @@ class Sponsor(Lifetime):
         return message_id(approval.iss, approval.jti)
 
     def _check(self, pending: PendingApproval) -> None:
-        """Raises StaleApprovalError where a request is not open any more, or not as it was shown, and NotYoursError."""
+        """Raise StaleApprovalError where a request is no longer open, or changed since it was shown; and
+        NotYoursError.
+        """
         question = self._questions.get(pending.request_id)
         over = question is None or question.message.expires_at <= self.connection.clock.now_ms() // 1000
         if question is None or over or pending.request_id in self._answered:
@@ -380,7 +384,10 @@ class Sponsor(Lifetime):
         )
 
     def _facts(self, question: ApprovalRequest, at_ms: int) -> RequestContext:
-        """What the agent signed, held against the verified records. Raises where the asking does not agree with it."""
+        """Load the context of a question: the request as the agent signed it, and the verified records.
+
+        Raises InvalidMessageError where the question contradicts them.
+        """
         directory = self._require_directory()
         jws = parse(question.request)
         request = verify(

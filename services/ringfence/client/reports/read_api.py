@@ -102,10 +102,12 @@ class ReadApi(Lifetime):
     # --- policy ---
 
     async def usage(self, agent_id: str) -> Any:
-        """What an agent holds now and used in 30 days, against its ceiling. Raises ApiError (404) where there is none.
+        """Return what an agent holds now and used in 30 days, against its ceiling.
+
+        Raises ApiError (404) where there is none.
 
         `{agent_id, registered_at, since, ceiling, used: [{target, verb, first_used, last_used, days}], never_used,
-        held, narrower}`; `narrower` is a ceiling that would have done, or None where all was used.
+        held, narrower}`; `narrower` is a ceiling that would have sufficed, or None where all was used.
         """
         return await self.get("policy", "agents", agent_id, "usage")
 

@@ -12,7 +12,7 @@ _FILE, _FOLDER = 0o600, 0o700
 
 
 class NotPrivateError(RingfenceError):
-    """Others can access a private file or directory, and this user may not change its mode."""
+    """Raised when others can access a private file or directory, and this user may not change its mode."""
 
     code = "not_private"
 

@@ -33,7 +33,7 @@ _LAST = (b"", b"", b"AQgw", b"AEIMQUYcgkosw048")
 
 
 class KeyFileError(RingfenceError):
-    """A key file is missing, readable by others, or does not hold a usable key."""
+    """Raised when a key file is missing, readable by others, or does not hold a usable key."""
 
     code = "key_file_invalid"
 

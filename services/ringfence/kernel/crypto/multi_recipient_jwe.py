@@ -48,7 +48,7 @@ _REGISTRY.max_ciphertext_length = MAX_ENVELOPE_BYTES
 _MALFORMED = (
     JoseError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError
 )  # fmt: skip
-"""What joserfc raises for malformed headers and keys: not only its own errors."""
+"""Errors that joserfc raises for malformed headers and keys: not only its own."""
 
 
 class Opener(Protocol):

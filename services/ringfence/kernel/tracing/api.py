@@ -74,7 +74,7 @@ class TraceableRecord(Protocol):
     def span(self) -> Span: ...
 
     def with_span(self, span: Span) -> Self:
-        """The same record with this span."""
+        """Return the same record with this span."""
         ...
 
 
@@ -82,7 +82,7 @@ Record = TypeVar("Record", bound=TraceableRecord)
 
 
 class Work(NamedTuple):
-    """What a span is made from."""
+    """The input of a span."""
 
     traceparent: str | None
     """The trace context of the message; without it no span is made."""

@@ -87,7 +87,7 @@ class Source(NamedTuple):
 
 
 class Chained(NamedTuple):
-    """What the chain needs of a published event. `link` is None for events from before there was a chain."""
+    """The fields of a published event that the chain needs. `link` is None for events from before there was a chain."""
 
     uid: str
     source: Source

@@ -52,17 +52,19 @@ _LOOK_FOR_NODES_S = 10.0
 
 
 class LostError(UnavailableError):
-    """Redis may have forgotten leases: it was restarted, wiped, restored or replaced, and is not rebuilt yet."""
+    """Raised when Redis may have forgotten leases: it was restarted, wiped, restored or replaced, and is not rebuilt
+    yet.
+    """
 
 
 class FullError(UnavailableError):
-    """Redis is out of memory. Scripts that end leases work all the same."""
+    """Raised when Redis is out of memory. Scripts that end leases work all the same."""
 
     code = "overloaded"
 
 
 class _WrongServerError(RedisError):
-    """A new connection reached a server that is not known to hold the leases."""
+    """Raised when a new connection reached a server that is not known to hold the leases."""
 
 
 @dataclass(frozen=True, slots=True)

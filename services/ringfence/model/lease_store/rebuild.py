@@ -359,7 +359,7 @@ class Restoration:
         return Survey(self._link, self._prefix, self._keys, alive, knowledge, now_ms)
 
     async def alive(self) -> dict[str, LiveLease]:
-        """What the integrity check needs of each lease that has not ended."""
+        """Return the fields of each live lease that the integrity check needs."""
         ids, alive = await self.ids(), dict[str, LiveLease]()
         for start in range(0, len(ids), _BATCH_SIZE):
             for id, one in (await self.held(dict.fromkeys(ids[start : start + _BATCH_SIZE], ()))).items():
@@ -437,7 +437,7 @@ class Restoration:
         return [bool(answer) for answer in await self._link.pipeline(commands)]
 
     async def first_seen_positions(self, ids: Sequence[str]) -> dict[str, Coordinates]:
-        """Where selectors (derived ids) were seen first; unknown ones are omitted."""
+        """Return the positions at which selectors (derived ids) were first seen; unknown ones are omitted."""
         answers = await self._link.pipeline([("GET", self._at(id).selector(id)) for id in ids])
         return {id: parse_position(text) for id, text in zip(ids, answers, strict=True) if text is not None}
 

@@ -225,7 +225,7 @@ class ServerHealth:
         """By server: how many keys it had evicted at the first check in this epoch."""
 
     def update(self, answers: Mapping[str, tuple[int, Sequence[Any]]], *, epoch: str) -> list[str]:
-        """Take in answers to `HEALTH_COMMANDS`, by server name, each with its time of arrival in ms.
+        """Process answers to `HEALTH_COMMANDS`, by server name, each with its time of arrival in ms.
 
         Returns the servers that have evicted keys in this epoch.
         """

@@ -336,7 +336,7 @@ class LeaseStore(Shards):
     # --- the outbox ---
 
     def published(self, records: Iterable[tuple[str, int]]) -> None:
-        """Kafka has these records (lease id, seq): `clear_outbox` removes them, many at a time.
+        """Note that Kafka has these records (lease id, seq): `clear_outbox` removes them, many at a time.
 
         If this process dies before, a sweeper of the outbox publishes them once more, unchanged.
         """
@@ -453,7 +453,10 @@ class LeaseStore(Shards):
     async def first_seen(
         self, positions: Mapping[str, Coordinates], *, keep_ms: int
     ) -> dict[str, Coordinates]:
-        """Where selectors (derived ids) were seen first: at these positions, unless they were seen before."""
+        """Record where selectors (derived ids) were first seen: at these positions, unless they were seen before.
+
+        Returns the first positions.
+        """
         commands: list[Command] = []
         for id, position in positions.items():
             key = self.at(id).selector(id)
@@ -464,7 +467,9 @@ class LeaseStore(Shards):
     # --- asking ---
 
     async def look(self, lease_id: str, selector_keys: Iterable[str] = ()) -> LeaseLookup:
-        """A lease and Redis's time, in one round trip; also up to when cuts cover leases with these selector keys."""
+        """Look up a lease and Redis's time in one round trip; also up to when cuts cover leases with these selector
+        keys.
+        """
         at, id = self.at(lease_id), uuid_bytes(lease_id)
         call = ShardCall(LOOK, at, (at.live(id), at.fences), (id, *map(cut_key, selector_keys)))
         ((now_ms, record, live, before_ms),) = await self._run([call])

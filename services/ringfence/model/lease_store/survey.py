@@ -87,7 +87,10 @@ class LiveLease:
 
     @classmethod
     def of(cls, stored: StoredLease) -> LiveLease:
-        """From its unverified record: it is compared with other keys, and nobody acts on it."""
+        """Return the fields from the lease's unverified record.
+
+        They are compared with other keys, and nobody acts on them.
+        """
         names = [unverified_names(stored.record, kind) for kind in ("agent", "sponsor", "user")]
         if None in names and (lease := _unverified(stored.record)) is not None:
             names = [(lease.agent_id,), (lease.sponsor,), (lease.on_behalf_of,)]
@@ -103,7 +106,10 @@ def _wide(sponsor: str, user: str) -> tuple[str, ...]:
 
 
 class Knowledge:
-    """What Kafka knows and Redis's records do not say. This one knows nothing, and finds nothing wrong."""
+    """Facts that Kafka knows and Redis's records do not contain.
+
+    This default knows nothing, and finds nothing wrong.
+    """
 
     def knows(self, lease_id: str) -> bool:
         """Whether Kafka has such a lease, ended or not."""
@@ -339,7 +345,7 @@ class Survey:
                     yield Stray(subject, "miscounted", str(expected), _readable(count), (repair,))
 
     async def _bearing(self, at: Keys, ids: Sequence[bytes], selector_key: str) -> int:
-        """How many of an agent's leases have this selector key. Redis is asked for leases newer than this check."""
+        """Count an agent's leases with this selector key. Redis is asked for leases newer than this check."""
         here = [id for id in ids if self._is_here(id, at)]
         known_leases = [one for id in here if (one := self._alive.get(uuid_text(id))) is not None]
         newer_ids = [id for id in here if uuid_text(id) not in self._alive]

@@ -44,7 +44,7 @@ class StoredLease:
 
     @classmethod
     def parse(cls, text: bytes) -> StoredLease:
-        """From head and packed record, as scripts return them."""
+        """Parse head and packed record, as scripts return them."""
         head, _, record = text.partition(b"\n")
         state, deadline_s, *more = head.decode("ascii").split(" ")
         status = _STATUSES[state[0]]

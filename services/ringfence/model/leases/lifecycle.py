@@ -29,7 +29,7 @@ ALL_LEASES = "all"
 
 
 class LeaseStateError(RingfenceError):
-    """A transition that the life cycle of a lease does not have."""
+    """Raised for a transition that the life cycle of a lease does not have."""
 
     code = "lease_state"
 
@@ -91,7 +91,7 @@ def follow(
 
 
 def restated(lease: Lease, *, by: SpiffeId, epoch: str) -> Lease:
-    """The same record, unsigned, for another epoch of Redis."""
+    """Return the same record, unsigned, for another epoch of Redis."""
     return lease.model_copy(update={"iss": by, "epoch": epoch})
 
 

@@ -50,7 +50,7 @@ class Revocation:
 
     @property
     def id(self) -> str:
-        """The same for the same message at any position."""
+        """Return the id of the revocation: the same for the same message at any position."""
         return derived_id("revocation", self.claims.iss, self.claims.jti)
 
     def cause(self) -> EndCause:
@@ -138,10 +138,10 @@ def agent_of_task(task_id: str, directory: Directory) -> str | None:
 
 
 def verify_revocation(record: Received, directory: Directory, trust: TrustStore) -> Revocation:
-    """A revocation that a known agent, user or service signed. Raises InvalidMessageError.
+    """Verify that a known agent, user or service signed a revocation, and return it. Raises InvalidMessageError.
 
     A service's signature also counts after the trust bundle has expired. Otherwise its revocation would wait for the
-    next bundle, and people's revocations behind it; and ending a lease gives nobody anything.
+    next bundle, and people's revocations behind it. Ending a lease gives nobody anything.
     """
     at_s, jws = record.appended_at_ms / 1000, parse(record.value)
     agents = keys_of_agents(directory, jws, RevocationRequest, at_s)

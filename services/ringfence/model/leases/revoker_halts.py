@@ -42,7 +42,7 @@ class RevokerHalts:
         """By digest of a heartbeat: its first append time, in ms. A replayed heartbeat must not keep a halt alive."""
 
     def on_heartbeats(self, records: Iterable[Received]) -> None:
-        """Take in records of `heartbeat`; those that name no halt, and those of other services, are ignored."""
+        """Process records of `heartbeat`. Those that name no halt, and those of other services, are ignored."""
         for record in records:
             self._broker.observe(record.appended_at_ms)
             for group in self._groups(record):

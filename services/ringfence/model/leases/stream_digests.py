@@ -46,7 +46,7 @@ class StreamDigests:
         self._signed_to: dict[Partition, int] = {}
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take records in, in the order of each partition."""
+        """Add records, in the order of each partition."""
         for record in records:
             hashes = self._hashes.setdefault((record.topic_name, record.partition), deque(maxlen=REMEMBERED))
             hashes.append((record.offset, _hash_of(record)))
@@ -104,7 +104,7 @@ class StreamCheck:
         self._confirmed_ms = dict.fromkeys(positions, 0)
 
     def on_heartbeats(self, records: Iterable[Received]) -> None:
-        """Take in records of `heartbeat`; those of other services are ignored."""
+        """Process records of `heartbeat`. Those of other services are ignored."""
         for record in records:
             find = self._trust.finder("revoker", at_s=record.appended_at_ms / 1000)
             try:

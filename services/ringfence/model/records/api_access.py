@@ -30,13 +30,13 @@ MAX_REMEMBERED: Final = 200_000
 
 
 class UnauthenticatedError(RingfenceError):
-    """The call has no valid bearer token (status 401)."""
+    """Raised when a call has no valid bearer token (status 401)."""
 
     code = "unauthenticated"
 
 
 class ForbiddenError(RingfenceError):
-    """The caller is authenticated, and may not see this (status 403)."""
+    """Raised when the caller is authenticated, and may not see this (status 403)."""
 
     code = "forbidden"
 
@@ -144,8 +144,9 @@ class Authenticator:
         return claims.iss
 
     def _audience_of(self, jws: UnverifiedJws) -> str:
-        """Which of the two accepted audiences an unverified token names. Raises InvalidMessageError if it names
-        another.
+        """Return which of the two accepted audiences an unverified token names.
+
+        Raises InvalidMessageError if it names another.
         """
         aud = jws.unverified_claims(ApiToken).aud
         if aud not in (self._audience, self._trust_domain):

@@ -96,7 +96,7 @@ class _Slot:
     broken_as_of: int = -1
     """The number of admitted records when the chain was found broken: a signer or a parent may have come since."""
     entry: VerifiedRecord[AnyState] = field(init=False)
-    """What callers get: always the same object, once the record is verified."""
+    """The entry that callers get: always the same object, once the record is verified."""
 
     def __post_init__(self) -> None:
         self.entry = VerifiedRecord(self.record.state, self.record.revision, self.record, self.compact)
