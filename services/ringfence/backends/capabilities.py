@@ -36,7 +36,7 @@ class BackendCapabilities:
             return {"revocability": "ttl", "enforced_by": "target"}
         try:
             revocability = backend.revocability(target)
-        except Exception:  # of another package: a mistake in it must not stop every request
+        except Exception:  # a backend of another package: its mistakes must not stop every request
             log.exception(
                 "backend %s does not say how far %s can be recalled", backend.kind, target.target_id
             )

@@ -61,7 +61,7 @@ class CircuitBreaker:
         target = self._of(target_id)
         self._check_open(target, target_id)
         async with target.slots:
-            probe = self._check_open(target, target_id)  # others may have failed while this one waited
+            probe = self._check_open(target, target_id)  # other calls may have failed while this one waited
             target.probing = target.probing or probe
             try:
                 async with asyncio.timeout(self._deadline_s):

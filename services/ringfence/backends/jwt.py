@@ -123,7 +123,7 @@ class JwtBackend:
                 for one in lease.delegators
             ]
         if lease.key_thumbprint is not None and lease.delivery == "agent":  # no gateway has the agent's key
-            # By `jkt` only where a proof is demanded: with it, RFC 9449, 7.2, refuses the token as a bearer token.
+            # `cnf.jkt` only where a proof is demanded: with it, RFC 9449 7.2 refuses the token as a bearer token.
             member = "jkt" if settings_of(target, JwtSettings).dpop == "required" else "kid"
             claims["cnf"] = {member: lease.key_thumbprint}
         return claims

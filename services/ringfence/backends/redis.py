@@ -73,7 +73,7 @@ _EVERYBODY: Final = ("ping", "hello", "quit", "multi", "exec", "discard", "clien
 """Commands that clients need and that touch no key."""
 MAX_PATTERNS: Final = 256
 
-# Signs, besides letters, digits and marks, that stand for themselves in Redis's globs and in the text of a selector.
+# Characters, besides letters, digits and marks, that stand for themselves in Redis's globs and in a selector.
 _PLAIN_SIGNS: Final = frozenset("/-_.:,=@+~!$&|<>")
 _UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _CONNECT_S: Final = 2.0
@@ -248,7 +248,7 @@ class RedisBackend:
             server = await self._servers.at(target_id)
             return await server.client.execute_command(*command)
         except ResponseError as error:
-            # The text of an error can quote what was sent: only its kind goes on.
+            # An error's text can quote what was sent: only its kind is passed on.
             if str(error).startswith(_NOT_THIS_CREDENTIAL):
                 raise TargetRefusedError(
                     f"target {target_id} does not know all commands of this scope: name them one by one"

@@ -71,7 +71,7 @@ class _RsaPair:
         self._key, self._public = key, key.public_key()
         numbers = self._public.public_numbers()
         self._jwk = {"e": _number(numbers.e), "kty": "RSA", "n": _number(numbers.n)}
-        # RFC 7638: these members, in this order, and nothing between them.
+        # RFC 7638: these members in this order, without blanks.
         self.kid = b64encode(hashlib.sha256(orjson.dumps(self._jwk)).digest())
 
     def jwk(self) -> dict[str, Any]:

@@ -184,7 +184,7 @@ class LazyGroup(TyperGroup):
 def load(name: str, entry: CommandEntry) -> Any:
     attribute = getattr(importlib.import_module(f"ringfence.cli.{entry.module}"), entry.attribute)
     if isinstance(attribute, typer.Typer):
-        # As a group, without options of its own to install completion: those are of `ringfence` as a whole.
+        # As a group without options of its own for shell completion: those belong to `ringfence` as a whole.
         command: Any = typer.main.get_group(attribute)
     else:
         single = typer.Typer(add_completion=False)
@@ -240,13 +240,13 @@ def main(args: Sequence[str] | None = None) -> int:
         _say(f"error: {unreadable[0]!r} is not UTF-8; write it so that everybody can read it")
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # What others wrote may have signs that this terminal has not.
+        # Text of others may have characters that this terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = _run(arguments)
         sys.stdout.flush()
     except OSError as error:
-        if error.errno != errno.EPIPE:  # else nobody reads any more, and nobody asks why
+        if error.errno != errno.EPIPE:  # otherwise the reader has closed the pipe, which is no error
             name = f"{error.filename}: " if error.filename else ""
             _say(f"error: {name}{error.strerror or str(error) or type(error).__name__}")
         _discard_unwritten_output()
@@ -274,7 +274,7 @@ def _run(words: list[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
-        # Not imported for this: most commands need no Kafka to begin with.
+        # Not imported for this check: most commands need no Kafka.
         if type(error).__module__ != "aiokafka.errors":
             raise
         _say(

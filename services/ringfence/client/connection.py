@@ -299,7 +299,7 @@ class Connection(Lifetime):
             UnavailableError: Kafka did not take it.
             InvalidCallError: the message has an unknown field, which may be a limit; nothing was sent.
         """
-        if not isinstance(claims, RevocationRequest):  # that one stops what it can, whatever else it says
+        if not isinstance(claims, RevocationRequest):  # a revocation stops what it can, whatever else it says
             kind = claims.typ.partition(".")[0]
             require_understood(claims, f"{kind} {key}" if topic is REGISTRY_COMMAND else f"the {claims.typ}")
         compact = compact or sign(claims, self.key)

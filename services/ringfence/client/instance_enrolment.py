@@ -104,7 +104,7 @@ class Attested:
             raise UnavailableError("the platform has not renewed its token yet")
         enrolment = await self._ask(key, token)
         try:
-            # Verified by those who act on it; here it only says how long it counts.
+            # Verified by those who act on it; here it only says how long it is valid.
             claims = parse(enrolment).unverified_claims(InstanceEnrolment)
         except InvalidMessageError as error:
             raise EnrolmentRefusedError(f"the registry answered without an enrolment: {error}") from None
@@ -139,7 +139,7 @@ class Attested:
                     failed = ""
                 if not failed and answer is not None and answer.status_code != 503:
                     return _enrolment(answer)
-                if tries_left:  # of several registries one is at work
+                if tries_left:  # of several registry replicas one is active
                     await asyncio.sleep(_PAUSE_S)
         cause = failed or (_error_text(answer) if answer is not None else "")
         raise UnavailableError(

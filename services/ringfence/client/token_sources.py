@@ -113,7 +113,7 @@ class GoogleMetadata:
 async def _get(url: str, query: dict[str, str], headers: dict[str, str], who: str) -> httpx.Response:
     try:
         async with httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False) as http:
-            # What is in the address already stays there.
+            # Existing parts of the URL stay.
             answer = await http.get(httpx.URL(url).copy_merge_params(query), headers=headers)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise TokenSourceError(f"{who} does not answer ({type(error).__name__})") from None

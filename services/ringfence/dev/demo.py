@@ -384,7 +384,7 @@ class _Ends:
                 find = self._trust.finder("revoker", at_s=record.appended_at_ms / 1000)
                 claims = verify(parse(record.value), Lease, find, audience=self._domain).claims
             except InvalidMessageError:
-                continue  # the issuer's records, which are no ends
+                continue  # the issuer's records, which end no lease
             if claims.status in ("released", "revoked", "expired"):
                 self._ends[claims.lease_id] = _End(claims, record.appended_at_ms)
                 self._changed.set()

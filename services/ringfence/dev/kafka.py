@@ -25,7 +25,7 @@ from ringfence.kernel.base.private_files import make_private_folder
 
 _ANSWER_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 20.0
-# With its data kept, it writes all of it before it ends.
+# With `keep`, it writes all data before it ends.
 _KEEPING_GRACE_S = 30.0
 
 _WRITER = "autosave"
@@ -68,7 +68,7 @@ class EmbeddedKafka:
     def stop(self) -> None:
         """Stop the broker and, unless `keep`, delete its data."""
         if self.child is not None:
-            # Without the data there is nothing to write, and the last snapshot can take seconds.
+            # Without the data there is nothing to write; the last snapshot can take seconds.
             self.child.stop(_KEEPING_GRACE_S) if self._keep else self.child.kill()
             self.child = None
         self._clear()

@@ -41,8 +41,8 @@ _reservations: int | None = None
 """A file whose byte N is locked by the process that was given port N."""
 _next_port = itertools.count(random.randrange(_PORTS))  # noqa: S311 - so that processes do not begin with the same
 
-# How long a condition is left alone between two looks: longer and longer, or looking takes what the start needs. The
-# pause itself waits for the end of the child.
+# How long to wait between two checks of a condition: longer and longer, or the checks take what the start needs.
+# The pause itself waits for the end of the child.
 _LOOK_AGAIN_S, _LONGEST_PAUSE_S = 0.01, 0.25
 
 # Runs in the child, before its program, in place of Popen's `preexec_fn`, which may deadlock in a parent that
@@ -304,7 +304,7 @@ class _Forker:
                 result.set_exception(error)
 
         with self._lock:
-            # Not alive in a process that was itself forked: threads do not come along.
+            # Dead in a process that was itself forked: threads are not inherited.
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._work, name="ringfence-forker", daemon=True)
                 self._thread.start()

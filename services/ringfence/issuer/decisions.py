@@ -150,7 +150,7 @@ class DecisionHandler:
                 by_target.setdefault(one.lease.target_id, []).append((decision, one))
             else:
                 others.append((decision, one))
-        # No target holds up another's credentials, nor tokens, which need none.
+        # No target delays another's credentials, nor tokens, which need no target.
         await gather_all([self._issue(others), *map(self._mint, by_target.values())])
         metrics.RECORDS.labels("credential.decision", "done").inc(len(decisions))
 
@@ -196,7 +196,7 @@ class DecisionHandler:
         replies: list[_Reply] = []
         try:
             for decision, one in live:
-                await asyncio.sleep(0)  # Kafka is sent the leases, and writes them, meanwhile
+                await asyncio.sleep(0)  # meanwhile the leases are sent to Kafka, and written there
                 replies.append(await self._credential(decision, one))
         finally:
             await gather_all(leases)
@@ -205,7 +205,7 @@ class DecisionHandler:
             epochs.add(written_in)
         for epoch in epochs:
             await self._store.confirm(epoch)
-        # Who has the handle of a lease may use it at once: gateways have what they inject before.
+        # An agent may use the handle of a lease at once: gateways must have the credential before.
         await gather_all([await self._send_envelope(reply) for reply in replies if reply.envelope])
         sent = await self._runtime.publisher.send_many(
             CREDENTIAL_REPLY, CREDENTIAL_REPLY.what, [reply.outbound() for reply in replies]
@@ -213,7 +213,7 @@ class DecisionHandler:
         no = [(decision, one) for decision, one in done if isinstance(one, Refusal | Replayed)]
         await gather_all([*sent, *(self._reject(decision, one) for decision, one in no)])
 
-    # --- 1: what policy said, and whether it holds ---
+    # --- 1: verify and check decisions ---
 
     async def _verified(self, batch: Sequence[Received]) -> list[Decision]:
         """Return the allowed decisions that policy signed.
@@ -294,16 +294,16 @@ class DecisionHandler:
                 return Refusal(LATE, issue.request)
             case "full":
                 return Refusal(FULL, issue.request, retry_after_s=FULL_RETRY_S)
-            case "known" | "lost":  # lost are only leases that were prepared
+            case "known" | "lost":  # only prepared leases can be lost
                 assert activation.stored is not None
                 return self._existing(issue, activation.stored)
 
     def _existing(self, issue: Issue, stored: StoredLease) -> _Outcome:
         try:
-            # Verified: whoever can write to Redis must not have this issuer publish a record of their own.
+            # Verified: a writer to Redis must not make this issuer publish a record of their own.
             lease = verify_lease(stored.jws, self._runtime.trust, self._runtime.clock)
         except InvalidMessageError as error:
-            # The same batch again would find the same: all others wait behind it.
+            # The same batch would fail again, and block all others behind it.
             log.error("the record of lease %s in Redis does not hold: %s", issue.lease.lease_id, error)
             return REPLAYED
         if not has_origin(lease, issue.origin):
@@ -342,7 +342,7 @@ class DecisionHandler:
             return None
         return _Live(issue, stored.jws.decode("ascii"))
 
-    # --- 3: Kafka has the lease ---
+    # --- 3: publish leases ---
 
     async def _publish(self, live: Sequence[_Live | Minted]) -> list[asyncio.Task[None]]:
         records = [
@@ -355,13 +355,13 @@ class DecisionHandler:
             for sending in await self._runtime.publisher.send_many(LEASE, Lease.typ, records)
         ]
 
-    # --- 4: the agent has its answer, and audit the reasons ---
+    # --- 4: reply to agents, report refusals to audit ---
 
     async def _credential(self, decision: Decision, live: _Live | Minted) -> _Reply:
         issue = live.issue
         credential, to_gateway = await self._credential_of(live), issue.lease.delivery == "gateway"
         for_agent = None if to_gateway else credential
-        # Of what was verified, or made, here: to look at it all once more costs as much as to write it.
+        # Built from verified values without validation, which would cost as much as serialising.
         content = ReplyContent.model_construct(
             request_id=issue.lease.request_id,
             decision=decision.signed.compact,
@@ -428,7 +428,7 @@ class DecisionHandler:
         try:
             await (await self._send(self._sealed(decision, content, request)))
         except InvalidMessageError as error:
-            log.warning("a refusal cannot be delivered: %s", error)  # the event says it anyway
+            log.warning("a refusal cannot be delivered: %s", error)  # the event reports it anyway
 
     def _sealed(self, decision: Decision, content: ReplyContent, request: CredentialRequest) -> _Reply:
         """Encrypt a reply to the key `reply_key` of the request.
@@ -436,7 +436,7 @@ class DecisionHandler:
         Raises InvalidMessageError if `reply_key` is no valid key. Requests that lead to a credential were checked for
         that.
         """
-        # orjson looks for what is to be escaped in a third of the time, and nearly all of it is a few long texts.
+        # orjson escapes in a third of the time, and nearly all of the content is a few long texts.
         text = orjson.dumps(content.model_dump(exclude_none=True))
         sealed = seal(text, request.reply_key, kid=content.request_id)
         return _Reply(
@@ -498,7 +498,7 @@ def _decision_order(decision: Decision) -> tuple[str, int, int]:
     return decision.at.topic, decision.at.partition, decision.at.offset
 
 
-# What the trace of a request says of the issuer's part in it.
+# The issuer's outcome in the trace of a request.
 
 
 def note_outcome(span: Span, outcome: Issue | Refusal) -> None:

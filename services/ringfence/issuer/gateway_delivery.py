@@ -47,7 +47,7 @@ def signed_delivery(
         lease_digest=lease_digest,
     )
     text = signing_input(claims, key)
-    # What it is sealed in is another each time as well.
+    # The encrypted envelope differs each time as well.
     return compact_jws(text, key.sign(text, repeatable=False))
 
 

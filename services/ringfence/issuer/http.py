@@ -55,7 +55,7 @@ class IssuerHttp:
         return JSONResponse(
             {
                 **self._metadata(),
-                # Required, and others look for them; of ID tokens there are none.
+                # Required, and clients look for them; there are no ID tokens.
                 "response_types_supported": ["id_token"],
                 "subject_types_supported": ["public"],
                 "id_token_signing_alg_values_supported": list(self._keys.algorithms),

@@ -179,7 +179,7 @@ class Minter:
             attempt.credential = await self._called(attempt.issue)
         except RingfenceError as error:
             log.warning("lease %s is not made: %s", attempt.issue.lease.lease_id, error)
-            await self._give_up(attempt)  # something may be there all the same: a revoker takes it back
+            await self._give_up(attempt)  # something may exist all the same: a revoker removes it
             attempt.outcome = Refusal(
                 (_reason(error),), attempt.issue.request, retry_after_s=_retry_after_s(error)
             )
@@ -208,7 +208,7 @@ class Minter:
                 attempt.outcome = Minted(active, attempt.active.jws, attempt.credential)
             case "lost" | "known":
                 if stored is not None and stored.status not in TERMINAL:
-                    # Another issuer goes on with it, or a revoker aborts it: what is at the target is theirs.
+                    # Another issuer resumes it, or a revoker aborts it: the credential at the target is theirs.
                     raise UnavailableError(f"lease {issue.lease.lease_id} was taken over by another process")
                 await self._undo(issue)
                 attempt.outcome = Refusal(TOO_SLOW, issue.request, retry_after_s=RETRY_AFTER_S)
@@ -222,7 +222,7 @@ class Minter:
                 reasons = LATE if activation.outcome == "late" else fenced(activation.selector_key or "")
                 attempt.outcome = Refusal(reasons, issue.request)
 
-    # --- what they need ---
+    # --- helpers ---
 
     async def _called(self, issue: Issue) -> Credential:
         lease, backend = issue.lease, self._backends[issue.lease.backend]
@@ -279,14 +279,14 @@ def _settled(attempt: _Attempt) -> Outcome:
 
 
 def _reason(error: RingfenceError) -> Reason:
-    # What is wrong with the broker's own rights is for its operators, and in the log.
+    # Problems with the broker's own rights are for its operators, and in the log.
     message = "Ringfence cannot work at the target now" if isinstance(error, AccessError) else str(error)
     return Reason(code=error.code, message=message[:2048])
 
 
 def _retry_after_s(error: RingfenceError) -> int | None:
     if isinstance(error, TargetRefusedError):
-        return None  # the same again is refused again
+        return None  # the same request would be refused again
     if isinstance(error, CircuitOpenError):
         return max(RETRY_AFTER_S, error.retry_ms // 1000)
     return RETRY_AFTER_S

@@ -120,7 +120,7 @@ class Resealer:
 
     def _delivery(self, record: Received, lease: Lease) -> bytes | None:
         """Return the signed delivery in a record, if it is this lease's and an issuer signed it, else None."""
-        # Unverified: it only spares opening the others.
+        # Unverified: it only saves decrypting the others.
         if self._own is None or unverified_about(record.value) != lease.request_id:
             return None
         try:
@@ -156,7 +156,7 @@ async def _either(delivery_found: asyncio.Future[bytes], complete: asyncio.Event
         both[1].cancel()
 
 
-# What gateways ask the issuer: the credential of a lease that is older than they are.
+# HTTP API for gateways that are younger than a lease.
 
 SEALED_PATH = "/v1/leases/{lease_id}/sealed-credential"
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")

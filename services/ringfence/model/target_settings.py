@@ -105,7 +105,7 @@ class PostgresSettings(TargetSettings):
 
 
 def _networks(text: str) -> str:
-    # What the server cannot read it may take for anything: strict, and written the one way.
+    # The server may misread what it cannot parse: only valid networks, in the canonical form.
     try:
         return ",".join(str(ipaddress.ip_network(part.strip())) for part in text.split(","))
     except ValueError:
@@ -198,7 +198,7 @@ def _may_be_reached(place: Any) -> bool:
     """Return whether a `host:port` or URL has a plausible host and port. True for any other form."""
     match = _PLACE.fullmatch(str(place).rpartition("://")[2])
     if match is None:
-        return True  # what is wrong with its form is said by its pattern
+        return True  # its pattern reports a malformed one
     host, port = match.groups()
     return _host_is_one(host) and (port is None or 1 <= int(port) <= 65_535)
 

@@ -65,9 +65,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def _are_understood(values: Iterable[Any]) -> bool:
     for value in values:
         kind = type(value)
-        if (
-            kind is str or kind is int or value is None
-        ):  # most are: nothing else is asked of them, on hot paths
+        if kind is str or kind is int or value is None:  # most are: the fast exit on hot paths
             continue
         if isinstance(value, Message):
             if not is_understood(value):

@@ -176,7 +176,7 @@ class InMemoryDecisionLog:
         self, decision: CredentialDecision, jws: str, at: RecordPosition, at_ms: int, traceparent: str | None
     ) -> RequestState:
         before = self._known.get(decision.request_id)
-        if before is None or before.decided_at != at:  # else it was read back before it was acknowledged
+        if before is None or before.decided_at != at:  # otherwise it was read back before it was acknowledged
             self._published.add(at)
         return self._take(decision, jws, at, at_ms, traceparent)
 
@@ -227,7 +227,7 @@ class InMemoryDecisionLog:
         try:
             unverified = orjson.loads(parse(record.value).payload)
             request = orjson.loads(parse(unverified["request"]).payload)
-            # Only to let go, unverified, of what is over; nothing is believed by that.
+            # Unverified, only to drop expired decisions; dropping trusts nothing.
             end_ms = _end_ms(request["exp"], record.appended_at_ms)
             if unverified["outcome"] == "approval_required":
                 end_ms = max(end_ms, unverified["expires_at"] * 1000 + MAX_AGE_MS)
@@ -267,7 +267,7 @@ class InMemoryDecisionLog:
                 extra=rate_limited(record.topic_name, error.code),
             )
 
-    # --- what both lead to ---
+    # --- shared steps ---
 
     def _take(
         self, decision: CredentialDecision, jws: str, at: RecordPosition, at_ms: int, traceparent: str | None
@@ -275,7 +275,7 @@ class InMemoryDecisionLog:
         id, source = decision.request_id, RecordPosition(decision.source.partition, decision.source.offset)
         state = self._known.get(id)
         if state is None:
-            # The request stands inside a decision that this service signed: it was verified before that.
+            # The request is inside a decision that this service signed, and was verified before.
             request = parse(decision.request).unverified_claims(CredentialRequest)
             agent_id = subject_of(decision.aud, request.iss, "agent") or ""
             state = self._known[id] = RequestState(id, agent_id, source, request.exp)
@@ -318,7 +318,7 @@ class InMemoryDecisionLog:
             return final and at.offset < state.decided_at.offset
         return final or at.offset > state.decided_at.offset
 
-    # --- forgetting ---
+    # --- removal ---
 
     def _forget_at(self, partition: int, end_ms: int, state: RequestState) -> None:
         if end_ms > state.forget_at_ms:

@@ -133,7 +133,7 @@ class Registry:
         claims: AnyRecord = RECORDS[kind](
             iss=key.id,
             aud=self._runtime.settings.trust_domain,
-            # Nothing of this process is in a record: whoever handles the command again writes the very same claims.
+            # A record contains nothing of this process: whoever handles the command again writes the very same claims.
             iat=authorised.appended_at_ms // 1000,
             jti=derived_id(kind, id, change.revision),
             sub=f"spiffe://{self._runtime.settings.trust_domain}/{kind}/{id}",
@@ -244,7 +244,7 @@ class Registry:
                     audience=self._runtime.settings.trust_domain,
                 ).claims
             except InvalidMessageError:
-                continue  # whoever wrote that is not the registry
+                continue  # its writer is not the registry
             if event.kind in ("accepted", "refused") and event.actor and event.ref and event.source:
                 self._memory.remember(event.actor, event.ref, event.source)
             elif event.kind == "finding":

@@ -158,7 +158,7 @@ class Enroller:
         log.info("instance %s of agent %s enrolled", enrolled.instance_id, admission.agent.agent_id)
         return self._certificate(signed, admission, enrolled)
 
-    # --- who asks ---
+    # --- the requesting agent ---
 
     def _verified_request(self, compact: str | bytes) -> Signed[InstanceEnrol]:
         """Verify the request and the proof that its sender holds the key that it names."""
@@ -243,7 +243,7 @@ class Enroller:
             )
         return entry.state, entry.revision
 
-    # --- a token is good for one key ---
+    # --- a token is valid for one key ---
 
     def _spend(self, admission: _Admission, signed: Signed[InstanceEnrol]) -> tuple[EnrolledInstance, bool]:
         """Mark a token as spent. Returns the instance that it was spent on, and whether this call spent it.
@@ -289,7 +289,7 @@ class Enroller:
         if event.kind == "accepted" and event.enrolled is not None:
             self._remember(_Spent(event.agent_id or "", event.enrolled))
 
-    # --- what is said ---
+    # --- events ---
 
     def _certificate(
         self, signed: Signed[InstanceEnrol], admission: _Admission, enrolled: EnrolledInstance
@@ -356,7 +356,7 @@ def _key_in_use() -> EnrolRefusedError:
     return EnrolRefusedError("that key belongs to somebody already; make a fresh one", code="key_taken")
 
 
-# `POST /v1/enrol`: a running instance asks to be let in. The body proves who sends it, and nothing else does.
+# `POST /v1/enrol`: a running instance enrols. The signed body authenticates its sender, and nothing else does.
 
 
 class EnrolApi:

@@ -65,14 +65,14 @@ class RegistryApi:
                 if caller.sees_all:
                     raise NotFoundError(f"the record of {kind} {id} counts for nothing: {error}") from None
                 entry = None
-            # Who may not see it learns no more than that: whether there is one is not for them to know.
+            # A caller who may not see it learns nothing, not even whether it exists.
             if entry is None or not self._may_see(caller, entry.state):
                 raise NotFoundError(f"there is no {kind} {id} that {caller.user.user_id} may see")
             return JSONResponse(_json(entry, request))
 
         return [Route(f"/v1/{kind}s", all_of_them), Route(f"/v1/{kind}s/{{id}}", one)]
 
-    # --- who sees what ---
+    # --- access rules ---
 
     async def _visible(self, kind: SubjectKind, caller: Caller) -> AsyncIterator[VerifiedRecord[AnyState]]:
         for seen, entry in enumerate(self._directory.entries(kind), start=1):
@@ -123,7 +123,7 @@ class RegistryApi:
             above = self._state("task", above.parent)
         return True
 
-    # --- looking up ---
+    # --- look-up ---
 
     def _state(self, kind: SubjectKind, id: str) -> AnyState | None:
         try:

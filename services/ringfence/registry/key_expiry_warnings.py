@@ -106,7 +106,7 @@ class KeyWarnings:
         await self._runtime.event(
             "finding",
             SUBJECT,
-            # The key that signs makes the text: another one may say the same anew.
+            # The text depends on the signing key: another one may repeat the same warning.
             about=(*warning, self._runtime.key.kid),
             reasons=(Reason(code=CODE, message=message),),
             at_ms=at_ms,

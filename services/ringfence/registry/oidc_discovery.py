@@ -56,7 +56,7 @@ class Discovery:
         Raises SettingsError.
         """
         self._clock = clock
-        # To read all authorities of the machine takes a while: not before an issuer is asked.
+        # Loading all authorities of the machine takes a while: not before the first request to an issuer.
         self._tls = _tls(ca_file) if ca_file is not None else None
         self._known: dict[str, _CachedKeys] = {}
         self._http: httpx.AsyncClient | None = None
@@ -87,7 +87,7 @@ class Discovery:
                 configuration = json_object(
                     await self._get(issuer.rstrip("/") + "/.well-known/openid-configuration")
                 )
-                # OpenID Connect Discovery, 4.3: else one issuer could speak for another.
+                # OpenID Connect Discovery 4.3: otherwise one issuer could speak for another.
                 if configuration.get("issuer") != issuer:
                     raise ValueError(f"its configuration is of {str(configuration.get('issuer'))[:200]!r}")
                 place = configuration.get("jwks_uri")

@@ -151,7 +151,7 @@ class Memory:
         consent = self._consents.get((iss, mark))
         return consent.task_id if consent else None
 
-    # --- keeping up ---
+    # --- updates ---
 
     def _on_change(self, kind: SubjectKind, id: str) -> None:
         record = self._directory.unverified(kind, id)
@@ -181,7 +181,7 @@ class Memory:
             ):
                 self._consents[_mark_of(claims)] = _Consent(id, embedded.appended_at_ms)
         except (InvalidMessageError, TokenError):
-            return  # a record that embeds what is no command counts for nothing
+            return  # a record with an invalid embedded command counts for nothing
 
     def _sweep(self) -> None:
         horizon_ms = self._latest_ms - REMEMBERED_MS

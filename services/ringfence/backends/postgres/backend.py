@@ -65,7 +65,7 @@ class PostgresBackend:
     stateless: ClassVar[bool] = False
 
     def __init__(self, trust_domain: str, access: TargetAccess) -> None:
-        # At most 63 bytes with all that follows, and of characters that mean nothing in any pattern.
+        # At most 63 bytes with the suffix, and only characters without a meaning in any pattern.
         self._prefix = f"ringfence_{hashlib.sha256(trust_domain.encode()).hexdigest()[:10]}_"
         self._access = access
         self._servers = ConnectionCache(access, PostgresServer)
@@ -164,7 +164,7 @@ async def _make(
     Returns whether the connection is encrypted. Raises InexactError.
     """
     here = await connection.fetchrow(queries.HERE, LOCK)
-    if here["name"] != privileges.database:  # something in between gives databases other names
+    if here["name"] != privileges.database:  # a proxy in between may rename databases
         raise InexactError(f"there is no database {privileges.database!a}")
     granted = await _resolved(connection, privileges, here["oid"])
     until = datetime.fromtimestamp(deadline_s, UTC).strftime("%Y-%m-%d %H:%M:%S+00")
@@ -205,7 +205,7 @@ async def _check(
         [right.column for right in granted],
         [right.right for right in granted],
     )
-    # GRANT gives what the grantor may give, and only warns of the rest.
+    # GRANT gives what the grantor may give, and only warns about the rest.
     missing_right = await connection.fetchval(queries.LACKING, role, *arguments)
     if missing_right is not None:
         right = granted[missing_right - 1]
@@ -241,8 +241,8 @@ async def _roles_after_lock(connection: Connection, prefix: str) -> list[tuple[i
 
 async def _lock_out(connection: Connection, role: str, oid: int) -> None:
     try:
-        # Only now is Ringfence's own role part of it, to end its sessions and to drop what it owns: part of every
-        # live role, it would make the server look at each of them at every GRANT.
+        # Only now does Ringfence's own role become a member of it, to end its sessions and to drop what it owns.
+        # As a member of every live role, it would make the server check each of them at every GRANT.
         await connection.execute(f"ALTER ROLE {quoted(role)} NOLOGIN; GRANT {quoted(role)} TO CURRENT_USER")
     except Exception as error:
         if not _is_gone(error):
@@ -252,7 +252,7 @@ async def _lock_out(connection: Connection, role: str, oid: int) -> None:
 
 async def _end_sessions(connection: Connection, oid: int) -> None:
     """Wait for a short time until the sessions are gone. A stuck session keeps no rights once the role is dropped."""
-    # Not by the server's own waiting, which looks once in 100 ms.
+    # The server's own wait checks only once in 100 ms.
     delay_s = 0.001
     while delay_s < _END_WITHIN_S and await connection.fetch(queries.TERMINATE, oid):
         await asyncio.sleep(delay_s)
@@ -273,7 +273,7 @@ async def _disown(connection: Connection, role: str) -> None:
         except Exception as error:
             if getattr(error, "sqlstate", "") != _DEPENDENT:
                 raise
-            # Somebody else built on it: what is theirs is not taken from them.
+            # Another role's objects depend on it: they are not taken away.
             log.warning("what role %s made is kept: others depend on it", role)
             await _locked(connection, keep)
     except Exception as error:
@@ -287,11 +287,12 @@ async def _locked(connection: Connection, statements: str) -> None:
 
 async def _drop(connection: Connection, role: str, oid: int) -> None:
     await connection.execute(f"DROP ROLE IF EXISTS {quoted(role)}")
-    await _end_sessions(connection, oid)  # one that was logging in while it was locked out
+    await _end_sessions(connection, oid)  # a session that was logging in during the lockout
 
 
 def _is_gone(error: Exception) -> bool:
-    return getattr(error, "sqlstate", "") == "42704"  # undefined_object: somebody else undoes it as well
+    # undefined_object: another process undoes it concurrently
+    return getattr(error, "sqlstate", "") == "42704"
 
 
 # --- what agents are told ---------------------------------------------------------------------------------------------

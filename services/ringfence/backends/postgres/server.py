@@ -32,9 +32,9 @@ _IDLE_S: Final = 60.0
 _POOL: Final = 8
 _TRIES: Final = 5
 _LIMITS: Final = {
-    "lock_timeout": "2s",  # a statement that waits for a table lets everybody else wait behind it
+    "lock_timeout": "2s",  # a statement that waits for a table makes everybody else wait behind it
     "statement_timeout": "10s",
-    "idle_in_transaction_session_timeout": "5s",  # of a process that died, on a machine that did not answer any more
+    "idle_in_transaction_session_timeout": "5s",  # locks of a process that died, on a machine that no longer answers
 }
 
 _AGAIN: Final = frozenset({"XX000", "40001", "40P01", "55P03"})
@@ -74,7 +74,7 @@ class PostgresLogin:
             raise ValueError("it is no postgresql://user:password@host:port/database")
         if unknown := set(query) - _PARAMETERS:
             raise ValueError(f"it has {', '.join(sorted(map(ascii, unknown)))}, which is not known here")
-        # Whoever is in between could talk a connection out of TLS, and then out of the password.
+        # An attacker in between could downgrade a connection from TLS, and then obtain the password.
         ssl_mode = query.get("sslmode") or ("prefer" if _is_local(host) else "verify-full")
         sslmode = next((mode for mode in _MODES if mode == ssl_mode), None)
         if sslmode is None:
@@ -136,7 +136,7 @@ class PostgresServer:
                 problem = self._silent(error)
             if lost > 1:
                 raise problem from None
-            await self._pools[database].expire_connections()  # the others have died with it, likely
+            await self._pools[database].expire_connections()  # the others have probably died with it
 
     async def close(self) -> None:
         """Disconnect after running calls have ended."""
@@ -159,7 +159,7 @@ class PostgresServer:
                 max_size=_POOL,
                 max_inactive_connection_lifetime=_IDLE_S,
                 reset=_keep,
-                # Nothing that an agent may have made is ever found by its bare name.
+                # No object that an agent may have made is found by its unqualified name.
                 server_settings={"search_path": "", "application_name": "ringfence", **_LIMITS},
             )
         return self._pools[database]
@@ -170,7 +170,7 @@ class PostgresServer:
     def _meant(self, error: asyncpg.PostgresError, database: str) -> TargetError | TargetRefusedError:
         state = str(error.sqlstate)
         reason = _NOT_THIS.get(state)
-        if state.startswith("28") and database != self.login.database:  # which agents choose
+        if state.startswith("28") and database != self.login.database:  # agents choose them
             reason = "its role for Ringfence may not log in to this database"
         if reason is not None:
             return TargetRefusedError(f"target {self.target_id} refuses: {reason} ({state})")
@@ -186,7 +186,7 @@ def _is_local(host: str) -> bool:
     return host.startswith("/") or host in ("localhost", "127.0.0.1", "::1")
 
 
-# SCRAM-SHA-256 (RFC 5802, RFC 7677), the part of it that a server keeps.
+# SCRAM-SHA-256 (RFC 5802, RFC 7677): the part that a server stores.
 
 ITERATIONS = 4096
 """The minimum of RFC 7677. Passwords here are random, so more iterations would only cost time."""

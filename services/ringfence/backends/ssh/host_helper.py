@@ -169,7 +169,7 @@ class State:
         """Create the missing files and folders."""
         for folder in (self._config.state, self._open, self._sessions):
             folder.mkdir(parents=True, exist_ok=True)
-            folder.chmod(0o700)  # one that was there before may be open to others
+            folder.chmod(0o700)  # an existing one may be open to others
         with self._locked():
             self._publish()
 
@@ -182,7 +182,7 @@ class State:
             if any(serial_of(other) == serial_of(name) for other in _names(self._open) if other != name):
                 raise RefusedError("another lease has the same serial: ask again")
             _write(self._open / name, json.dumps({"user": user, "deadline": deadline_s}).encode())
-            self._publish()  # what a power cut takes of both is not let in
+            self._publish()  # if a power cut removes either, the lease is refused
 
     def undo(self, name: str) -> None:
         """Refuse logins for a lease and end its sessions. Returns once they have ended. Raises FailedError."""
@@ -341,7 +341,7 @@ def end_users(users: Iterable[str]) -> None:
     while running := [pid for pid in _pids() if _owner(pid) in numbers and _process(pid)]:
         if time.monotonic() > until:
             raise FailedError(f"processes {running} do not end")
-        for pid in running:  # until there are none: what is not stopped may start others meanwhile
+        for pid in running:  # until there are none: a running one may start others meanwhile
             if (process := _process(pid)) is not None and _owner(pid) in numbers:
                 _signal(pid, process[1], signal.SIGKILL)
         time.sleep(0.002)
@@ -455,7 +455,7 @@ def serve(config_path: str) -> None:
 
 
 def _answer(config_path: str, request: dict[str, Any]) -> Any:
-    config = Config(config_path)  # read each time: what the administrator changes counts at once
+    config = Config(config_path)  # read each time: the administrator's changes take effect at once
     state, domain = State(config), request["domain"]
     if not _DOMAIN.fullmatch(domain):
         raise ValueError("no trust domain")

@@ -117,7 +117,7 @@ class SshConnection:
         finally:
             self._waiting.pop(id, None)
             if not waiting.done() or waiting.cancelled():
-                self.abort()  # it hangs: whoever comes next shall not wait for it
+                self.abort()  # it hangs: the next caller must not wait for it
 
     def abort(self) -> None:
         """Close the connection at once."""
@@ -199,7 +199,7 @@ class SshServer:
             return self._link, True
 
     async def _connect(self) -> SshConnection:
-        # Half a second and 16 MB that only those pay who have such targets.
+        # Half a second and 16 MB, spent only with such targets.
         asyncssh: Any = await asyncio.to_thread(importlib.import_module, "asyncssh")
         login, key = self.login, Ed25519PrivateKey.generate()
         certificate = for_ringfence(login.authority, key.public_key(), login.user, int(time.time()))

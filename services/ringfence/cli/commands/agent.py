@@ -454,7 +454,7 @@ def _one_key(
     return keys[0]
 
 
-# What an agent used of what it may hold, for `ringfence agent show`, and a ceiling that would do.
+# Usage of an agent against its ceiling, for `ringfence agent show`, and a narrower ceiling.
 
 _MONTH_S = 30 * 86_400
 

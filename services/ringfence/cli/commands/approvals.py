@@ -159,7 +159,7 @@ def watch(everyone: EveryoneOption = False, me: IdentityOption = None, as_json: 
                         continue
                     before = [one for one in group.requests if (one.request_id, group_key(one)) in printed]
                     if pending in before:
-                        continue  # it stood among those that were alike
+                        continue  # it was among the equivalent ones
                     printed |= {(one.request_id, group_key(one)) for one in group.requests}
                     if before:
                         reason = visible(pending.reason)
@@ -192,7 +192,7 @@ def _send_answers(
     group, comparison = question
     if not wants_json(as_json):
         _show(group, comparison, as_json)
-    # A person may take their time. What is signed is what they saw: where anything changed meanwhile, it is refused.
+    # A person may take their time. The signature covers what they saw: after any change it is refused.
     which = "this" if len(group.requests) == 1 else f"all {len(group.requests)}"
     confirm(f"{verb.title()} {which}?", yes)
     approval_ids = run(answer(group))

@@ -143,7 +143,7 @@ async def _tail(
             event = json.loads(text)
             printed.append(event["metadata"]["uid"])
             show(event)
-    printed_before = set(printed)  # what came between the two questions is in both
+    printed_before = set(printed)  # an event between the two queries is in both
     while True:
         for event in page["events"]:
             if event["metadata"]["uid"] not in printed_before:
@@ -302,7 +302,7 @@ def _grow(parent: Tree, node: Mapping[str, Any], day: str | None) -> None:
     here = _clock(at_ms, date=True)[:10] if at_ms is not None else day
     label = Text()
     if at_ms is not None:
-        # The date stands where it changes: within a story it rarely does.
+        # The date is printed where it changes, which is rare within one trace.
         label.append(f"{_clock(at_ms, date=here != day)} ", style="dim")
     title = visible(str(node["title"]))
     refused = node["kind"] == "decision" and "refused" in title

@@ -121,7 +121,7 @@ def _visible_rows(text: str) -> str:
 def _to_stdout(question: ExportQuery, me: Path | None) -> None:
     state = ExportProgress(question=question)
     sys.stdout.flush()
-    # To the byte for programs. On a terminal somebody looks at it, and what strangers wrote acts upon that.
+    # Byte for byte for programs. On a terminal, text of strangers could act on it.
     file = _Terminal(question.format) if sys.stdout.isatty() else sys.stdout.buffer
     writer = writer_of(question.format, cast("BinaryIO", file))
     try:

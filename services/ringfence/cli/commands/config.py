@@ -101,7 +101,7 @@ def trust(
 def show(as_json: JsonOption = False) -> None:
     """Print each setting, its value without secrets, and where it comes from."""
     file = config_file.read_config()
-    # Where a file is named, none is looked for.
+    # If a file is named, no other is searched.
     candidate = None if os.environ.get(CONFIG_FILE_ENV) else config_file.find()
     settings = sorted(_settings(file), key=lambda setting: setting.name)
     if wants_json(as_json):

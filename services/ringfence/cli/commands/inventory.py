@@ -196,7 +196,7 @@ def _reach(one: Mapping[str, Any]) -> str:
     return f"{one['target']}: {verbs}" + ("" if one["exists"] else " (no such target)")
 
 
-# `ringfence inventory --watch`: the agents as they change, in place on a terminal, or a line for each change.
+# `ringfence inventory --watch`: redraws the table on a terminal, or prints a line for each change.
 
 
 async def watch_table(

@@ -191,7 +191,7 @@ def make_token(
     descriptor = open_private(file, os.O_RDWR | os.O_APPEND)
     with os.fdopen(descriptor, "ab+") as tokens:
         size = tokens.seek(0, os.SEEK_END)
-        # A line that somebody left open would swallow this one.
+        # An unterminated last line would swallow this one.
         ended = not size or os.pread(descriptor, 1, size - 1) == b"\n"
         tokens.write(("" if ended else "\n").encode() + line.encode() + b"\n")
     note("This is shown once; the file has only its hash:")

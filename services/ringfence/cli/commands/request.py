@@ -152,7 +152,7 @@ def request(
     note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "bold")
     note(show_scope(credential.scope))
     value = credential.handle if isinstance(credential, GatewayCredential) else credential.value
-    # To the byte for programs; what a target made it of moves nobody's cursor.
+    # Byte for byte for programs. On a terminal, a target's text must not move the cursor.
     sys.stdout.write((visible_lines(value) if sys.stdout.isatty() else value) + "\n")
 
 
@@ -170,7 +170,7 @@ def _signals_for_a_command() -> Iterator[Callable[[asyncio.subprocess.Process], 
     def hand_on(number: signal.Signals) -> None:
         if command is None:
             early.append(number)
-        # Ctrl-C reaches all that run in the terminal's foreground, the command as well.
+        # Ctrl-C reaches every process in the terminal's foreground, the command as well.
         elif number is not signal.SIGINT or not _in_foreground():
             deliver(number)
 

@@ -69,7 +69,7 @@ def _built(name: str, settings: ServiceSettings, observe: list[str]) -> Runtime:
     return built
 
 
-# Before services start: all that is wrong with their settings and keys, at once, each with what to do.
+# Before services start: report all mistakes in their settings and keys at once, each with its remedy.
 
 _BESIDES = {
     "policy": ("ringfence.rego.settings",),

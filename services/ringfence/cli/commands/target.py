@@ -238,7 +238,7 @@ def show(target: TargetArgument, me: IdentityOption = None, as_json: JsonOption 
 @app.command(name="ssh-helper")
 def ssh_helper() -> None:
     """Print the program for hosts that agents reach by ssh. docs/targets/ssh.md says where it goes."""
-    # Not imported: what runs on such a host needs nothing of Ringfence's, nor does it need what services need.
+    # Not imported: the helper on such a host needs nothing of Ringfence, nor does the host need the services' packages.
     sys.stdout.write(files("ringfence").joinpath("backends", "ssh", "host_helper.py").read_text())
 
 
@@ -359,7 +359,7 @@ def _parse_settings(texts: Iterable[str]) -> dict[str, str | int]:
             raise typer.BadParameter(f"{name} is not given so: write {option} VALUE", param_hint="--setting")
         if name in settings:
             raise typer.BadParameter(f"{name} is there twice: say which counts", param_hint="--setting")
-        # What would not be written so again is a word that looks like a number. No setting is a longer one.
+        # A value that would be written differently is a word that looks like a number. No setting is a longer one.
         is_number = len(value) < 20 and value.isdecimal() and str(int(value)) == value
         settings[name] = int(value) if is_number else value
     return settings

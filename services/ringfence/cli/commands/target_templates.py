@@ -24,7 +24,7 @@ class Template:
     settings: Mapping[str, str | int] = field(default_factory=dict)
 
 
-# --- an HTTP API of which nothing more is known -----------------------------------------------------------------------
+# --- an unknown HTTP API ----------------------------------------------------------------------------------------------
 
 _HTTP_VERBS: Mapping[str, tuple[str, ...]] = {
     "read": ("GET", "HEAD"),
@@ -40,7 +40,7 @@ def _http() -> Iterator[RequestRule]:
             yield RequestRule(method=method, path="/{path*}", verb=verb, resource="path/{path*}")
 
 
-# --- a server of the Model Context Protocol, of whose tools nothing is known ------------------------------------------
+# --- a Model Context Protocol server with unknown tools ---------------------------------------------------------------
 
 _MCP_CONNECTS = ("initialize", "ping", "notifications/*", "logging/setLevel", "tools/list")
 
@@ -84,14 +84,14 @@ _GITHUB_READS: tuple[tuple[str, str], ...] = (
     ("actions:read", "/actions/workflows/{workflow*}"),
 )
 _GITHUB_CHANGES: tuple[tuple[str, str, str, dict[str, tuple[str, ...]] | None], ...] = (
-    # What CI runs, and who has to review what, is no content like any other although the API is the same.
+    # CI configuration and review rules are no content like any other, although the API is the same.
     ("workflows:write", "PUT", "/contents/.github", None),
     ("workflows:write", "DELETE", "/contents/.github", None),
     ("workflows:write", "PUT", "/contents/.github/{path*}", None),
     ("workflows:write", "DELETE", "/contents/.github/{path*}", None),
     ("contents:write", "PUT", "/contents/{path*}", None),
     ("contents:write", "DELETE", "/contents/{path*}", None),
-    # Objects, references and merges bring in whole trees, workflows among them: nobody sees from the request which.
+    # Objects, references and merges bring in whole trees, workflows among them; the request does not show which.
     ("git:write", "POST", "/git/{object*}", None),
     ("git:write", "PATCH", "/git/{object*}", None),
     ("git:write", "DELETE", "/git/{object*}", None),
@@ -166,7 +166,7 @@ TEMPLATES: dict[str, Template] = {
             "forward": "operator",
         },
     ),
-    # What is entered with a token: a role in a cloud, a cluster. Who may, may all that the role can.
+    # A token leads to a role in a cloud or a cluster. Its holder may do everything that the role may.
     "federation": Template("jwt", {"assume": "sponsor"}),
     "http": Template(
         "http", {"read": "none", "write": "sponsor", "delete": "operator"}, requests=tuple(_http())

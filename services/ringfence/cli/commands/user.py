@@ -314,8 +314,8 @@ def _changed_fields(
     *,
     confirmed: bool,
 ) -> dict[str, Any]:
-    # What is not touched keeps its date too: a new date would say that somebody has looked at it again. So does what is
-    # left when something is removed: else that would give back what had grown too old.
+    # Unchanged entitlements keep their date: a new date would say that somebody has reviewed them again. The rest after
+    # a removal keeps it too: otherwise a removal would renew entitlements that had become too old.
     return {
         "name": name or state.name,
         "roles": state.roles if roles is None else roles,

@@ -44,7 +44,7 @@ async def opa_findings() -> AsyncIterator[CheckResult]:
         try:
             await opa.evaluate(b"{}")
         except PolicyFailedError:
-            pass  # no answer to an empty question is one by the right bundle all the same
+            pass  # an answer to an empty input also shows that the bundle is the right one
         finally:
             await opa.close()
     except RingfenceError as error:
@@ -53,7 +53,7 @@ async def opa_findings() -> AsyncIterator[CheckResult]:
     yield CheckResult("OPA", "good", f"{url} answers by bundle {bundle.revision[:12]}, which is the one here")
 
 
-# What `ringfence doctor` says of Redis: does it evict, what is left over a restart, and what time is it there?
+# Checks of Redis for `ringfence doctor`: eviction, persistence, and clock.
 
 _OPTIONS = ("maxmemory-policy", "notify-keyspace-events", "appendonly", "save")
 
@@ -116,7 +116,7 @@ def _option(answer: object) -> str:
     return values[0].decode() if values and isinstance(values[0], bytes) else str(values[0] if values else "")
 
 
-# What `ringfence doctor` says of keys and trust: files, the bundle on Kafka, the keys in it, who goes by which.
+# Checks of keys and trust for `ringfence doctor`: files, the bundle on Kafka, its keys, and which bundle services have.
 
 SOON_S = 14 * 86_400
 """A key that ends within this time is reported."""

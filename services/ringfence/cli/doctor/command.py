@@ -48,8 +48,8 @@ def doctor(as_json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
-# The examinations of `ringfence doctor`: each looks at one thing that must be right, and says what to do where it is
-# not. They change nothing.
+# The checks of `ringfence doctor`: each examines one precondition, and says what to do if it fails.
+# They change nothing.
 
 _READ_WITHIN_S = 10.0
 _LISTEN_S = 2.5
@@ -137,7 +137,7 @@ async def _on_kafka(settings: ServiceSettings, trust: TrustStore) -> AsyncIterat
 
     def on_heartbeat(records: Sequence[Received]) -> None:
         for record in records:
-            if record.key == "registry":  # revokers and gateways are heard there, too
+            if record.key == "registry":  # heartbeats of revokers and gateways are on that topic, too
                 skew.observe(record.appended_at_ms, clock.now_ms())
 
     async with Follower(settings, [TRUST], on_trust) as follower, asyncio.timeout(_READ_WITHIN_S):

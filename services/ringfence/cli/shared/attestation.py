@@ -119,7 +119,7 @@ def _fields(text: str) -> Any:
     given_names: set[str] = set()
     for word in words:
         name, equals, value = word.partition("=")
-        if name in given_names:  # the last would count, and what the others limit would be lost
+        if name in given_names:  # the last would count, and the limits of the others would be lost
             raise typer.BadParameter(f"{text!r}: {name} is there twice", param_hint="--selector")
         given_names.add(name)
         if word == "key-bound":

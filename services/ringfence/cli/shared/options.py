@@ -126,7 +126,7 @@ def wants_json(option: bool) -> bool:
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Run a command's coroutine. Ctrl-C cancels it, and everything is closed before the program ends."""
-    # What it has to say of a broker that does not answer we say ourselves, in one line and with what to do.
+    # For a broker that does not answer, our own error is one line with a remedy.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     return asyncio.run(work)
 
@@ -238,7 +238,7 @@ def key_records(public: Path | None, new: Path | None, id: str, days: int) -> tu
     return ()
 
 
-# The period that a question is about: `--since` and `--until`.
+# The period of a query: `--since` and `--until`.
 
 
 def span_ms(since: str, until: str | None, now_ms: int) -> tuple[int, int]:

@@ -85,7 +85,7 @@ def _json_of(document: Any, option: int) -> str:
     try:
         return orjson.dumps(document, option=option, default=_plain).decode()
     except TypeError:
-        # Names of files and the environment can have bytes that are no UTF-8, which Python has as lone surrogates.
+        # File names and the environment can have bytes that are not UTF-8, which Python represents as lone surrogates.
         indent = 2 if option & orjson.OPT_INDENT_2 else None
         return json.dumps(document, indent=indent, default=_plain)
 

@@ -146,7 +146,7 @@ def target_fields(target: TargetState) -> dict[str, str]:
         "what it is": target.description,
         "status": target.status,
         "backend": target.backend.kind,
-        # No backend is told a secret, only where one is; but what a package's own backend is told nobody knows.
+        # Built-in backends are given references, never secrets. What another package's backend is given is unknown.
         "settings": "\n".join(without_secrets(f"{name}={value}") for name, value in settings),
         "audience": target.backend.audience or "",
         "verbs": _verbs(target),

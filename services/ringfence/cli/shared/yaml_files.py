@@ -101,7 +101,7 @@ class YamlFile:
         try:
             events = list(yaml.parse(text, Loader=yaml.SafeLoader))
         except yaml.YAMLError:
-            return  # said below, with its line
+            return  # reported below, with its line
         for event in events:
             if isinstance(event, yaml.AliasEvent):
                 raise YamlFileError(

@@ -76,7 +76,7 @@ async def ending_leases(api: ReadApi, losses: Iterable[Loss]) -> EndingLeases:
 
 def _ends(lease: Mapping[str, Any], loss: Loss) -> bool:
     if lease["status"] == "ending":
-        return False  # it does already
+        return False  # it is ending already
     if loss.selectors is not None:
         return (lease.get("instance") or {}).get("selector") in loss.selectors
     # Not strict: JSON has no tuples.

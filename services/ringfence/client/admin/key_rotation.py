@@ -140,7 +140,7 @@ def _with_new_keys(
     keys = (*_with_end(service.keys, old_ends_s), key.record(end_s, now_s - 60))
     if not service.encryption_keys:
         return service.model_copy(update={"keys": keys})
-    # One that has ended is sealed to by nobody, but what was sealed to it is opened for as long as a lease lives.
+    # Nobody encrypts to an ended key, but what was encrypted to it must be readable for as long as a lease lives.
     ending = _with_end(service.encryption_keys, old_ends_s)
     before = tuple(one for one in ending if one.not_after + _LONGEST_LEASE_S > now_s)
     _keep_former_key(folder.encryption_key(name), {one.kid for one in before})

@@ -111,7 +111,7 @@ def make_trust(
     try:
         return _make_trust(folder, trust_domain, operator, gateways, valid_s)
     except BaseException:
-        # Keys without a root are of no use, and would stand in the way of the next try.
+        # Keys without a root are useless, and would stand in the way of the next try.
         for made in set(folder.path.rglob("*.j*")) - before:
             made.unlink(missing_ok=True)
         raise

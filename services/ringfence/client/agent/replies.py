@@ -199,7 +199,7 @@ def _lease(compact: Jws, delivery: CredentialDelivery | None, trust: TrustStore,
         ).claims
     if delivery.lease_digest != digest(compact):
         raise _mismatch("the credential was delivered with another lease")
-    lease = jws.unverified_claims(Lease)  # the issuer's word by its digest
+    lease = jws.unverified_claims(Lease)  # the issuer signed its digest
     if (lease.iss, lease.aud) != (delivery.iss, delivery.aud):
         raise _mismatch("the lease is another issuer's")
     return lease

@@ -33,7 +33,7 @@ Host {target}
 @contextlib.contextmanager
 def ssh_client(value: str, target: str) -> Iterator[list[str]]:
     """Yield `ssh -F FILE`, in which the host has the target's id. The files are deleted at the end of the block."""
-    # In memory where the machine offers that: the key is never on a disk then.
+    # In memory where the machine offers that, so that the key is never on a disk.
     memory = os.environ.get("XDG_RUNTIME_DIR", "")
     folder_of = memory if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="ringfence-", dir=folder_of) as folder:

@@ -127,7 +127,7 @@ class OpenActions:
         jws = parse(record.value)
         open_action = self._requests.get(jws.unverified_claims(ActionApproval).request_digest)
         if open_action is None:
-            return  # skipped before its signature costs anything; nothing is believed by skipping
+            return  # skipped before its signature costs anything; skipping trusts nothing
         at_s = record.appended_at_ms / 1000
         answer = verify(
             jws,

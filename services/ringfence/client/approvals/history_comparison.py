@@ -74,7 +74,7 @@ def compare(scope: Scope, ttl_s: int, delivery: Delivery, past: Iterable[PastAns
         deviations.append(Deviation("ttl", f"for {ttl_s} s, and at most {longest} s was approved before"))
     if approved and delivery not in {one.delivery for one in approved}:
         deviations.append(Deviation("delivery", f"delivered to the {delivery}, and never was before"))
-    # Of what was refused, that which overlaps as a whole: the same again, or a part of it.
+    # Of the denied parts, those that overlap as a whole: the same again, or a part of it.
     denied_before = sum(not missing(scope, one.scope) for one in denied)
     if denied_before:
         deviations.append(Deviation("denied", f"this was denied before, {_times(denied_before)}"))

@@ -85,7 +85,7 @@ def timestamp(at_ms: int) -> str:
     try:
         at = datetime.fromtimestamp(at_ms / 1000, UTC)
     except (ValueError, OverflowError, OSError):
-        return "9999-12-31T23:59:59.999Z"  # what audit did not write may say so
+        return "9999-12-31T23:59:59.999Z"  # an event that audit did not write may say so
     return at.strftime("%Y-%m-%dT%H:%M:%S.") + f"{at_ms % 1000:03}Z"
 
 

@@ -121,7 +121,7 @@ def resume(target: Path) -> ExportFile:
             f"no export that stopped, and can be gone on with, stands beside {target}; begin anew without --resume"
         ) from None
     file = os.fdopen(number, "wb")
-    # What was written of a page after the last that counts is written again.
+    # A partly written page after the last complete one is written again.
     file.truncate(state.bytes)
     file.seek(state.bytes)
     return ExportFile(target, file, writer_of(state.question.format, file, resumed=True), state)

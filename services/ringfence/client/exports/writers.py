@@ -16,13 +16,13 @@ from ringfence.client.exports.ecs import ecs_of
 Format = Literal["ocsf", "ecs", "csv", "parquet"]
 
 _FORMULA: Final = re.compile(
-    # Where a cell may begin: also behind a separator of another locale, or of a program's import, and on the next line
-    # of a cell whose quotes such a program does not take for quotes.
+    # Where a cell may begin: also after a separator of another locale or import program, and on the next line of a cell
+    # whose quotes such a program does not recognise.
     r"(^|[,;|\t\v\f\r\n\x1c-\x1e\x85\u2028\u2029])"
-    # What programs pass over at the beginning of a cell.
+    # Characters that programs skip at the beginning of a cell.
     "(?=(?:(?![\t\v\f\r\n\x1c-\x1e\x85\u2028\u2029])"
     '[\\s"\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff])*'
-    # What makes a formula of it, with the forms that some take for the same letters (Unicode, NFKC).
+    # Characters that start a formula, with the variants that some programs treat as the same (Unicode, NFKC).
     r"[=+\-@＝＋－＠﹦﹢﹣﹫⁼⁺⁻₌₊₋−])"
 )
 """Where a spreadsheet takes a cell for a formula (OWASP, CSV Injection)."""

@@ -208,7 +208,7 @@ async def action_report(
     report = ActionReport(since_ms, page["until_ms"])
     began_ms = page["looked_at_ms"][0] if page["looked_at_ms"] else since_ms
     while True:
-        report.add(page["groups"], page.get("unknown_destinations", ()))  # an older audit counts none
+        report.add(page["groups"], page.get("unknown_destinations", ()))  # an older audit does not count them
         if page["after"] is None:
             progress(1.0)
             return report

@@ -104,7 +104,7 @@ async def verify_trail(
             witnessed_heads += [earlier_heads[tree]] if earlier_heads and tree in earlier_heads else []
             verifier = ChainVerifier(tree, signed[tree].checkpoints, witnessed_heads)
             began_ms = await _verify_partition(kafka, partition, verifier)
-            # What is older may have had an event that is gone by its own age.
+            # The event of an older record may have been removed by its age.
             audited_from_ms = max(audited_from_ms, began_ms if verifier.first > 1 else 0)
             verifiers.append(verifier)
         for verifier in verifiers:
@@ -139,7 +139,7 @@ async def witness(report: TrailReport, key: SigningKey, settings: ClientSettings
     return len(report.heads)
 
 
-# --- what is signed -------------------------------------------------------------------------------------------------
+# --- signed heads ---------------------------------------------------------------------------------------------------
 
 
 async def _load_trust(kafka: Stretches, settings: ClientSettings) -> tuple[TrustStore, Directory]:
@@ -148,7 +148,7 @@ async def _load_trust(kafka: Stretches, settings: ClientSettings) -> tuple[Trust
         try:
             trust.load(record.value, time.time())
         except InvalidMessageError:
-            continue  # not by the pinned root, or over
+            continue  # not by the pinned root, or expired
     trust.require()
     directory = Directory(trust, SystemClock(), grace_ms=None)
     async for record in kafka.whole(USER):
@@ -247,7 +247,7 @@ def _tree_report(verifier: ChainVerifier, signed: _SignedHeads, trust_domain: st
     )
 
 
-# --- the records that they are about --------------------------------------------------------------------------------
+# --- the audited records --------------------------------------------------------------------------------------------
 
 
 async def _check_against_records(
@@ -282,7 +282,7 @@ async def _check_against_records(
                     source_partition, audited, _expected_from(source_partition, first_offsets, start), start
                 )
             for offset in sorted(audited - present):
-                # Of a compacted topic a record may be gone; what is beyond the end never was.
+                # On a compacted topic a record may be gone; one beyond the end never existed.
                 if offset >= end or (offset >= start and not topic.compacted):
                     report.faults.append(
                         _record_fault(Source(*source_partition, offset), "invented", "no record stands at")

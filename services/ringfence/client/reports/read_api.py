@@ -56,7 +56,7 @@ class ReadApi(Lifetime):
         Raises ApiError with the service's own message; its `status` is None where the service did not answer.
         """
         if nothing := [part for part in path if not part or "/" in part]:
-            # It would be another path, of which the service says nothing.
+            # It would be another path, and the service's answer would be about something else.
             raise ApiError(f"there is no {nothing[0]!r}: what has an id has one without a slash", status=404)
         base = str(getattr(self.settings, f"{service}_url")).rstrip("/")
         url = "/".join([base, "v1", *(quote(part, safe="") for part in path)])

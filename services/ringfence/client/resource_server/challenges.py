@@ -75,7 +75,7 @@ def refusal(error: RingfenceError, *, require_proof: bool = False, nonce: str | 
     """
     headers = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
     if not isinstance(error, TokenRejectedError):
-        # Who issues, and what does not answer, is for the operators of this server.
+        # The issuer's name, and which service does not answer, are for the operators of this server.
         message = "tokens cannot be verified now; try again"
         return HttpRefusal(503, (*headers, ("Retry-After", "1")), _error_body(error.code, message))
     headers += [("WWW-Authenticate", challenge) for challenge in _challenges(error, require_proof)]
@@ -86,7 +86,7 @@ def refusal(error: RingfenceError, *, require_proof: bool = False, nonce: str | 
 
 def _challenges(error: TokenRejectedError, require_proof: bool) -> list[str]:
     """Return challenges of the scheme that was used, else of each accepted scheme."""
-    if error.code == "token_missing":  # RFC 6750, 3.1: whoever shows nothing is told of no error
+    if error.code == "token_missing":  # RFC 6750 3.1: a request without authentication gets no error code
         return [f"DPoP {_ALGORITHMS}"] if require_proof else ["Bearer", f"DPoP {_ALGORITHMS}"]
     error_code = _WORDS.get(error.code, error.code)
     described = f'error="{error_code}", error_description="{_UNQUOTABLE.sub("?", error.message)}"'

@@ -128,7 +128,7 @@ class ProofChecker:
         iat_s = claims.get("iat")
         if type(iat_s) is not int or not -PROOF_LIFE_S < iat_s - now_s <= LEEWAY_S:
             raise ProofError(f"the proof is not of the last {PROOF_LIFE_S} s; is the clock right?")
-        # A proof needs neither; whoever gives one means it (RFC 7519, 4.1.4 and 4.1.5).
+        # A proof needs neither; a sender who includes one means it (RFC 7519 4.1.4 and 4.1.5).
         if not (
             _time_claim(claims, "nbf", 0) <= now_s + LEEWAY_S
             and now_s < _time_claim(claims, "exp", now_s + 1)

@@ -131,7 +131,7 @@ def allow(path: str, data: bytes) -> str:
 
 def read_once(path: str) -> bytes:
     """Return the content of a regular file that a stranger may own. Raises OSError; ELOOP for a symbolic link."""
-    # Where a flag is missing (Windows), nothing that is found is trusted.
+    # Where a flag is missing (Windows), no found file is trusted.
     flags = (getattr(os, flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))
     file = os.open(path, functools.reduce(operator.or_, flags, os.O_RDONLY))
     with os.fdopen(file, "rb") as opened:

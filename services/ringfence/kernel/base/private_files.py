@@ -29,7 +29,7 @@ def make_folders(folder: Path) -> None:
             continue
         except OSError:
             if one.is_dir():
-                continue  # "/", or on a disk that is read alone
+                continue  # "/", or on a read-only file system
             raise
         one.chmod(_FOLDER)  # a umask may have taken the owner's own access
     if not folder.is_dir():

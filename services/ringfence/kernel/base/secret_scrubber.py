@@ -33,7 +33,7 @@ _NAMED: Final = re.compile(
     rf"((?:token|api[_-]?key|access[_-]?key){_IS})(?:{_QUOTED}|[^\s\"'&;,]{{4,}})", re.IGNORECASE
 )
 _PHRASE: Final = re.compile(
-    # Without quotes it ends with its line, at what separates settings, or before the next one of them.
+    # Without quotes it ends with its line, at a separator of settings, or before the next setting.
     rf"((?:passw(?:or)?d|pass_?phrase|secret){_IS})"
     rf"(?:{_QUOTED}|(?:(?!\s+(?:--?)?[\w.-]{{1,40}}=)[^\r\n\"'&;,]){{4,}}+)",
     re.IGNORECASE | re.DOTALL,

@@ -232,7 +232,7 @@ def _lines(cls: type[BaseSettings], error: ValidationError) -> list[str]:
     prefix = cls.model_config.get("env_prefix") or ""
     lines = []
     for item in error.errors(include_url=False):
-        if not item["loc"]:  # it is about several, and names them
+        if not item["loc"]:  # it concerns several settings, and names them
             lines.append(item["msg"].removeprefix("Value error, "))
             continue
         field = cls.model_fields.get(str(item["loc"][0]))

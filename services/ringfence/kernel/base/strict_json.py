@@ -15,7 +15,7 @@ def json_object(body: bytes) -> dict[str, Any]:
     duplicate names. Of duplicates, one reader would take the first and another the last.
     """
     try:
-        document = orjson.loads(body)  # the strict one, which does not say what comes twice
+        document = orjson.loads(body)  # the strict parser, which does not report duplicates
         json.loads(body.decode("utf-8"), object_pairs_hook=once)
     except RecursionError:
         raise ValueError("nested too deeply") from None

@@ -156,7 +156,7 @@ def check_reply_key(to: PublicJwk) -> None:
             if len(x) != 32 or len(y) != 32 or not _on_p256(int.from_bytes(x), int.from_bytes(y)):
                 raise ValueError("not a point of P-256")
         elif (to.kty, to.crv) == ("OKP", "X25519"):
-            # RFC 7748, 5: the top bit is ignored, and what is not below the prime is reduced.
+            # RFC 7748 5: the top bit is ignored, and a value not below the prime is reduced.
             if len(x) != 32 or (int.from_bytes(x, "little") & _25519_MASK) % _25519_P in _25519_LOW_ORDER:
                 raise ValueError("not a point of X25519 whose secret only two can know")
         else:

@@ -72,7 +72,7 @@ class Tokens:
             return None
         presented = _hash(token.strip())
         matched = None
-        for known, name in self._current().items():  # all of them, so that the time tells nothing
+        for known, name in self._current().items():  # all of them, so that the time reveals nothing
             if hmac.compare_digest(known, presented):
                 matched = name
         return matched
@@ -83,7 +83,7 @@ class Tokens:
             if seen != self._seen:
                 self._names, self._seen = read_tokens(self._file, self._setting), seen
         except (OSError, SettingsError):
-            return {}  # whoever takes the file away lets nobody in
+            return {}  # removing the file removes all access
         return self._names
 
 

@@ -76,7 +76,7 @@ def application(
 
     own = [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", metrics)]
     made = Starlette(routes=[*own, *routes], exception_handlers={RingfenceError: refused})
-    # To whatever host the request names, it would send the token that is in its body.
+    # A redirect would send the token in the body to whatever host the request names.
     made.router.redirect_slashes = False
     return made
 
@@ -183,7 +183,8 @@ class Requests(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(0)  # `pause_writing` and `resume_writing` tell what has been taken
+        # `pause_writing` and `resume_writing` then show what the client has accepted.
+        transport.set_write_buffer_limits(0)
         if self.limit is not None:
             if not self.limit.admit(self, self.client[0] if self.client else ""):
                 transport.write(_NO_ROOM)
@@ -219,7 +220,7 @@ class Requests(HttpToolsProtocol):
                 self.transport.write(_TOO_LARGE)
                 self.transport.close()
         elif self._begun and self.cycle.response_complete and self.timeout_keep_alive_task is None:
-            self._expect()  # what came is not the beginning of a request, and uvicorn waits no longer
+            self._expect()  # the data is not the beginning of a request, and uvicorn waits no longer
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -228,7 +229,7 @@ class Requests(HttpToolsProtocol):
         self._expect()
 
     def on_url(self, url: bytes) -> None:
-        # A `#`, behind which the target would be dropped unseen, is no part of one (RFC 9112, 3.2).
+        # A `#`, after which the target would be cut off silently, is not allowed in one (RFC 9112 3.2).
         if b"#" in url:
             raise ValueError("a fragment in the target of a request")
         super().on_url(url)
@@ -250,7 +251,7 @@ class Requests(HttpToolsProtocol):
 
     def _answered(self) -> bool:
         """Return whether no request of this connection is being answered, pipelined ones included."""
-        cycle = getattr(self, "cycle", None)  # before the first head was read whole there is none
+        cycle = getattr(self, "cycle", None)  # there is none before the first head is complete
         return cycle is None or bool(cycle.response_complete)
 
     def _look(self) -> None:
@@ -315,7 +316,7 @@ class HttpServer(uvicorn.Server):
         """Serve until `should_exit` is set. Raises HttpListenError if the address is not available."""
         try:
             await self.serve()
-        except SystemExit:  # uvicorn's way to say that it could not bind
+        except SystemExit:  # uvicorn's signal that it could not bind
             raise HttpListenError(
                 f"cannot listen on {self.config.host}:{self.config.port}: it is in use, or no address of this machine; "
                 f"set {self._setting}"

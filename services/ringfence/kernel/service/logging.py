@@ -60,7 +60,7 @@ def configure(
         structlog.stdlib.PositionalArgumentsFormatter(),
         structlog.processors.format_exc_info,
     ]
-    # What is no text is written as its repr in the one and with escapes in the other.
+    # A value that is no text is written as its repr in one format and with escapes in the other.
     renderers: list[Any] = (
         [structlog.processors.JSONRenderer()]
         if format == "json"

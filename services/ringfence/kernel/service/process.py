@@ -37,8 +37,8 @@ def run(runtimes: Sequence[Runtime], settings: ServiceSettings) -> int:
         level=settings.log_level,
         filters=(trouble, floods),
     )
-    os.umask(0o077)  # what it writes, also by libraries, is for its user alone
-    # The memory of a service holds its private key: no crash leaves a copy on a disk.
+    os.umask(0o077)  # files written here, also by libraries, are for this user alone
+    # The memory of a service holds its private key: a crash must not leave a copy on a disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     search_seldom_for_cycles()
     try:

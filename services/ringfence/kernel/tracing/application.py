@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def of_application() -> Tracing:
     """Return the application's tracing, or one that records nothing if the application has set up no tracer."""
-    if "opentelemetry.trace" not in sys.modules:  # nobody can have set one
+    if "opentelemetry.trace" not in sys.modules:  # then no tracer can be set
         return NOT_TRACING
     from ringfence.kernel.tracing.otel import in_application
 

@@ -67,7 +67,7 @@ class Exporting(SpanTracing):
         return cls(role, instance, OTLPSpanExporter(endpoint=url))
 
     async def close(self) -> None:
-        # In a thread that nobody has to wait for: it may hang in a connection.
+        # In a daemon thread: it may hang in a connection.
         closing = threading.Thread(target=self._provider.shutdown, name="spans", daemon=True)
         closing.start()
         loop = asyncio.get_running_loop()

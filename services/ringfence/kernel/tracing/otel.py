@@ -137,7 +137,7 @@ class SpanTracing(Tracing):
         else:
             context = None if self._in_application else Context()
         span = self._tracer.start_span(name, context, kind, attributes, links, began_ns)
-        if not span.get_span_context().is_valid:  # the application's tracer makes none
+        if not span.get_span_context().is_valid:  # the application's tracer records none
             return Span(traceparent if parent is not None else new_traceparent())
         return TracedSpan(span)
 

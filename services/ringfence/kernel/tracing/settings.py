@@ -32,7 +32,7 @@ def of_service(role: str, instance: str, settings: ServiceSettings) -> Tracing:
         missing = "that needs the extra `otel` (ringfence[otel]): pip install '.[otel]'"
         if settings.otlp_endpoint:
             raise SettingsError(f"RINGFENCE_OTLP_ENDPOINT is set, and {missing}, or unset it")
-        # Set for everything that runs there, perhaps: no reason not to work.
+        # It may be set for everything on this machine, which is no reason to fail.
         log.warning("OTEL_EXPORTER_OTLP_ENDPOINT is set, and %s", missing)
         return NOT_TRACING
     from ringfence.kernel.tracing.export import Exporting  # it needs the extra

@@ -36,7 +36,7 @@ def written(trace: str, span: str, *, sampled: bool) -> str:
 
 def new_traceparent(*, sampled: bool = True) -> str:
     """Return a `traceparent` that starts a trace."""
-    # A span is told from others, not kept from anybody.
+    # The id distinguishes spans; it is not secret.
     return written(secrets.token_hex(16), f"{random.getrandbits(63) + 1:016x}", sampled=sampled)
 
 

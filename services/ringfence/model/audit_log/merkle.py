@@ -47,7 +47,7 @@ class TreeHead:
         size, peaks = self.size, list(self.peaks)
         for leaf in leaves:
             carried = leaf
-            # As in counting: each bit that was set merges with what is carried, until one was not.
+            # As in counting: each set bit merges with the carry, until one was not set.
             for _ in range((~size & (size + 1)).bit_length() - 1):
                 carried = node_hash(peaks.pop(), carried)
             peaks.append(carried)

@@ -302,7 +302,7 @@ class Restoration:
         """Whether a rebuild is running now."""
         return bool((await self._link.pipeline([("EXISTS", self._keys[0].rebuilding)]))[0])
 
-    # --- what there is, as it is ---
+    # --- reading Redis as it is ---
 
     async def ids(self) -> list[str]:
         """All leases that have not ended by Redis's keys, including those that no revoker would claim.

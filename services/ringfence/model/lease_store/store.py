@@ -388,7 +388,7 @@ class LeaseStore(Shards):
             for field, record in zip(flat[::2], flat[1::2], strict=True)
         ]
 
-    # --- what Kafka has and Redis has not ---
+    # --- records that Kafka has and Redis lacks ---
 
     async def seqs(self, lease_ids: Sequence[str]) -> dict[str, int]:
         """The `seq` of each lease's record, 0 if there is none."""
@@ -464,7 +464,7 @@ class LeaseStore(Shards):
         answers = await self._guarded(commands, map(self.at, positions))
         return {id: parse_position(text) for id, text in zip(positions, answers[1::2], strict=True)}
 
-    # --- asking ---
+    # --- look-up ---
 
     async def look(self, lease_id: str, selector_keys: Iterable[str] = ()) -> LeaseLookup:
         """Look up a lease and Redis's time in one round trip; also up to when cuts cover leases with these selector

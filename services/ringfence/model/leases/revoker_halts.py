@@ -18,7 +18,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Heartbeat
 
-if TYPE_CHECKING:  # rules use what stands here, and import nothing that does I/O
+if TYPE_CHECKING:  # rules use this module, and import nothing that does I/O
     from ringfence.kernel.kafka.record import Received
 
 HALTED: Final = "revoker_halted"

@@ -19,7 +19,7 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.keys import b64decode
 from ringfence.messages.lease import Delegator, Lease
 
-if TYPE_CHECKING:  # rules use what stands here, and import nothing that does I/O
+if TYPE_CHECKING:  # rules use this module, and import nothing that does I/O
     from ringfence.kernel.kafka.record import Received
 
 MAX_SEQ = 100

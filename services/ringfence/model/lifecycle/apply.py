@@ -66,7 +66,7 @@ def apply(state: AnyState | None, command: Command, context: Context) -> AnyStat
             f"{context.actor.user_id} is a provisioner, which only sets and disables users",
             code="provisioner_only",
         )
-    # What the state is of follows from its kind, which was just compared.
+    # The type of the state follows from its kind, which was just compared.
     held: Any = state
     match command:
         case UserSet() | UserDisable():
@@ -114,7 +114,7 @@ def command_subject(command: Command, command_id: str) -> tuple[SubjectKind, str
             return "agent", command.agent_id
 
 
-# What a command does to a target.
+# Commands that change a target.
 
 
 def apply_to_target(

@@ -76,7 +76,7 @@ class Context:
     task_at: Callable[[str], TaskState | None] = lambda task_id: None
 
 
-# What commands about different subjects have in common: each raises CommandRefusedError where it does not hold.
+# Checks that commands about different subjects share. Each raises CommandRefusedError.
 
 
 def operator_only(context: Context, what: str) -> None:

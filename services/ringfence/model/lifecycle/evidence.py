@@ -44,11 +44,11 @@ def still_needed(commands: Sequence[tuple[Command, T]], latest: Command) -> list
         superseded = (ProvisionerLink,)
     elif isinstance(latest, AgentSuspend):
         stops = [command for command, _ in commands if isinstance(command, AgentSuspend | AgentResume)]
-        # Not while it is suspended: by whom counts for who may resume it.
+        # Not while it is suspended: who suspended it decides who may resume it.
         if stops and isinstance(stops[-1], AgentResume):
             return _without_stops_of(latest.iss, commands)
     elif isinstance(latest, UserSet) and len(commands) > 1:
-        # Only the entitlements (or the name) changed, and changed again: the one between is not needed.
+        # Only the entitlements (or the name) changed, and changed again: the command in between is not needed.
         (first, _), (between, _) = commands[-2:]
         if _same_standing(first, between, latest) and not _by_oneself(latest):
             return [item for _, item in commands[:-1]]
@@ -79,14 +79,14 @@ def may_be_dropped(command: Command, before: Command | None, after: Sequence[Com
         before: the last remaining command that came before it.
         after: those that came after it, oldest first.
     """
-    # What replaces something was signed after it: an order is not taken out of the past to undo a newer one.
+    # A replacement was signed later: an old command must not be replayed to undo a newer one.
     newer = [later for later in after if later.iat >= command.iat]
     match command:
         case AgentSetCeiling():
             return any(isinstance(later, AgentSetCeiling) for later in newer)
         case AgentSetAttestation():
             return any(isinstance(later, AgentSetAttestation) for later in newer)
-        case AgentSuspend():  # no sponsor's takes the place of an operator's
+        case AgentSuspend():  # no sponsor's command replaces an operator's
             return any(isinstance(later, AgentSuspend) and later.iss == command.iss for later in after)
         case AgentResume():
             return any(isinstance(later, AgentSuspend) for later in after)
@@ -95,7 +95,7 @@ def may_be_dropped(command: Command, before: Command | None, after: Sequence[Com
         case TargetSet() | TargetRemove():
             return any(isinstance(later, TargetSet) for later in newer)
         case UserSet():
-            # What somebody set of themselves was held against what it follows: that stays, as `still_needed` has it.
+            # A user's change of themself was checked against earlier commands. Those stay, as in `still_needed`.
             follows = bool(after) and after[0] in newer and not _by_oneself(after[0])
             return before is not None and follows and _same_standing(before, command, after[0])
         case _:

@@ -114,7 +114,7 @@ def disable_by_provisioner(state: UserState, command: UserDisable, context: Cont
 
 def provisioned_of(said: Provisioning, by: str, *, blocked: bool = False) -> Provisioned:
     """Return what a record holds of a command's provisioning data."""
-    # By name: what a writer adds under the names that only a record has must not get there.
+    # Field by field: values that a writer adds under names that only a record has must not be copied.
     fields = {name: getattr(said, name) for name in Provisioning.model_fields}
     return Provisioned(**fields, by=by, blocked=blocked)
 

@@ -56,7 +56,7 @@ def _end_task(state: TaskState | None, command: TaskEnd, context: Context) -> Ta
     actor = context.actor
     if actor.agent is not None:
         return _end_handed_on(state, context)
-    # An end only narrows, so a reader, who cannot know the sponsor of that day, takes the registry's word for it.
+    # An end only narrows. So a reader, who cannot know the sponsor of that day, trusts the registry here.
     is_sponsor = context.sponsor_of is None or context.sponsor_of(state.agent_id) == actor.user_id
     if not (actor.is_operator or is_sponsor or actor.user_id in (state.assigned_by, state.on_behalf_of)):
         raise CommandRefusedError(
@@ -78,10 +78,10 @@ def _end_handed_on(state: TaskState, context: Context) -> TaskState:
     return state.model_copy(update={"status": "ended"})
 
 
-# An agent hands part of its task to another: when it may, and what comes of it.
+# Delegation of a part of a task to another agent.
 #
-# Everything here is asked by every reader again, as of the moment that the command was appended: a registry can neither
-# invent such a task nor widen one.
+# Every reader checks all of this again, as of the append time of the command: a registry can neither invent such a task
+# nor widen one.
 
 MAX_DEPTH: Final = 3
 """The most delegations of one task in a row. The longest chain has one agent more."""

@@ -105,7 +105,7 @@ def _is_theirs(token: IdentityToken, issuer: OidcIssuer, user: UserState) -> boo
     claim = token.claims.get(issuer.user_claim)
     if not isinstance(claim, str) or not claim:
         return False
-    # OpenID Connect Core, 5.1: an address that the issuer has not seen to be theirs is what they say of themselves.
+    # OpenID Connect Core 5.1: an address that the issuer has not verified is the user's own claim.
     if issuer.user_claim == "email" and token.claims.get("email_verified", True) not in (True, "true"):
         return False
     if issuer.user_match == "id":

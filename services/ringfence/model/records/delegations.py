@@ -33,7 +33,7 @@ class Delegations:
                 return frozenset(self._holders.get(id, ()))
             case "task":
                 return frozenset(self._under(id))
-            case "sponsor":  # of whom in the chain at the time of issue, is not known any more
+            case "sponsor":  # the sponsors in the chain at the time of issue are no longer known
                 return frozenset(agent for some in self._holders.values() for agent in some)
             case _:
                 return frozenset()

@@ -53,7 +53,7 @@ def keys_of_agents(directory: Directory, jws: UnverifiedJws, model: type[Claims]
 
 
 def _unverified_enrolment(jws: UnverifiedJws, model: type[Claims]) -> str | None:
-    # Nearly no message has one: those that could not even spell it are not parsed for it.
+    # Hardly any message has one: those without the field's name are not parsed for it.
     may_have = "enrolment" in model.model_fields and (b"enrolment" in jws.payload or b"\\" in jws.payload)
     enrolment: str | None = getattr(jws.unverified_claims(model), "enrolment", None) if may_have else None
     return enrolment

@@ -65,9 +65,7 @@ def grant_problem(
         return _reason("grant_other_task", "the grant was given for another task or agent")
     if facts.break_glass:
         return _reason("grant_breaks_no_glass", "break glass takes signatures over the very request")
-    one_target = (
-        len({permission.target for permission in grant.scope}) == 1
-    )  # as it has one target's revision
+    one_target = len({permission.target for permission in grant.scope}) == 1  # it has one target's revision
     if not one_target or missing(facts.request.claims.scope, grant.scope):
         return _reason("grant_other_scope", "the request reaches beyond the scope of the grant")
     if ttl_s > grant.ttl_s or delivery != grant.delivery:
@@ -145,7 +143,7 @@ class GrantTable:
         _, users = self._withdrawn.get(grant_id, (0, frozenset()))
         if user_id in users:
             return
-        if grant_id not in self._grants:  # else there is no more of it than of grants
+        if grant_id not in self._grants:  # withdrawals of known grants are as few as those
             if self._withdrawn_unheard[user_id] >= MOST_OF_ONE:
                 return
             self._withdrawn_unheard[user_id] += 1

@@ -12,7 +12,7 @@ from ringfence.messages.registry import AgentRecord, AnyState, UserState
 from ringfence.model.records.directory import VerifiedRecord
 from ringfence.model.requests.facts import DelegationStep
 
-# What no rule needs: keys and who may enrol some, names of people, and what only the gateway reads.
+# Fields that no rule needs: keys and who may enrol some, names of people, and what only the gateway reads.
 _LEFT_OUT: Final = {"keys", "name", "requests", "attestation"}
 _OF_SPONSOR: Final = {"user_id", "status", "roles"}
 
@@ -32,7 +32,7 @@ class WrittenRecords:
             return cached[1]
         document: dict[str, Any] = entry.state.model_dump(mode="json", exclude=_LEFT_OUT, exclude_none=True)
         if isinstance(entry.record, AgentRecord):
-            # No command is dropped that registers an agent: it is the first for ever.
+            # The command that registers an agent is never dropped, so it is always the first.
             document["registered_at_s"] = entry.record.commands[0].appended_at_ms // 1000
         self._written[key] = (entry.record, document)
         return document

@@ -24,7 +24,7 @@ def meet(left: str, right: str) -> tuple[str, ...]:
     if within(right, (left,)):
         return (right,)
     sequences = _meet_tokens(parse_glob(left).segments, parse_glob(right).segments, "**", _meet_segments)
-    # What breaks the grammar is no name at all (`.`) or too long to be written down: left out either way.
+    # A result that breaks the grammar (`.`) or is too long is no valid name, and is left out.
     return without_contained(tuple(sorted(filter(is_glob, map("/".join, sequences)))))
 
 
@@ -80,7 +80,7 @@ def _meet_tokens(
         todo.extend(following for _, following in reached[cell])
     end = (len(left), len(right))
     shared: dict[_Cell, set[_Tokens]] = {}
-    # Every way leads to a cell further down or right: from the end backwards, what follows is known.
+    # Every step leads to a cell further down or right. So from the end backwards, all successors are known.
     for cell in sorted(reached, key=sum, reverse=True):
         sequences: set[_Tokens] = {()} if cell == end else set()
         for tokens, following in reached[cell]:

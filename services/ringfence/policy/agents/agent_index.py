@@ -63,7 +63,7 @@ class AgentIndex:
         holdings.on_change(self._mark)
         key_last_seen.on_change(self._mark)
 
-    # --- asking ---
+    # --- look-up ---
 
     @property
     def behind(self) -> int:
@@ -165,7 +165,7 @@ class AgentIndex:
             try:
                 self._refresh(agent_id)
             except Exception:
-                # One agent that cannot be told of must not end what others wait for.
+                # An error about one agent must not end the job for all others.
                 log.exception("agent %s cannot be taken into the inventory", agent_id)
                 self._leave_out(agent_id)
 
@@ -199,7 +199,7 @@ class AgentIndex:
             try:
                 entry = self._directory.task(task_id)
             except ChainError:
-                continue  # its signer may still come
+                continue  # its signer's record may still arrive
             if entry is not None and entry.state.status == "active" and entry.state.not_after > now_s:
                 running.append(entry.state)
             else:
@@ -208,7 +208,7 @@ class AgentIndex:
             self._tasks.pop(agent_id, None)
         return running
 
-    # --- being told ---
+    # --- change notifications ---
 
     def _mark(self, agent_id: str) -> None:
         self._marked[agent_id] = None
@@ -225,7 +225,7 @@ class AgentIndex:
         record = self._directory.unverified(kind, id)
         if record is None:
             return
-        # Nothing is believed here: who is marked is looked at, and that verifies.
+        # Nothing is trusted here: a marked agent is refreshed, and that verifies its record.
         if isinstance(record.state, AgentState):
             self._answers_for(id, record.state.sponsor)
             self._mark(id)
@@ -237,7 +237,7 @@ class AgentIndex:
         elif kind == "user":
             for agent_id in self._of_sponsor.get(id, ()):
                 self._mark(agent_id)
-            for agent_id in self._broken:  # whose record may hold, now that this user is known
+            for agent_id in self._broken:  # their records may be valid, now that this user is known
                 self._mark(agent_id)
 
     def _answers_for(self, agent_id: str, sponsor: str) -> None:

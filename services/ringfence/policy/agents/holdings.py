@@ -172,7 +172,7 @@ class Holdings:
         """Call `listener` with the id of each agent whose state changed."""
         self._listeners.append(listener)
 
-    # --- asking ---
+    # --- look-up ---
 
     def turn(self, agent_id: str) -> AbstractAsyncContextManager[None]:
         """Return a lock for work that must not run for two requests of an agent concurrently."""
@@ -263,7 +263,7 @@ class Holdings:
             holder.told = made_of, summary(list(holder.usage.within(now_s)), agent.ceiling, target_id, now_s)
         return holder.told[1]
 
-    # --- what policy itself decides ---
+    # --- policy's own decisions ---
 
     def judged(self, case: Case, evaluation: Evaluation) -> None:
         """Record an evaluation before anybody learns of it: the agent holds what was allowed from now on."""
@@ -296,7 +296,7 @@ class Holdings:
             self._lives(id, lease, at_ms // 1000, end_s)
         lease.decided = True
 
-    # --- what becomes of it ---
+    # --- later events ---
 
     def on_leases(self, records: Sequence[Received]) -> None:
         """Process records of `lease`, in the order of each partition."""
@@ -332,7 +332,7 @@ class Holdings:
         lease = self._leases.get(id)
         if lease is None:
             self._refused[id] = None
-        elif not lease.seq:  # else it was issued after all, at another time that the decision came
+        elif not lease.seq:  # otherwise it was issued after all, at another delivery of the decision
             self._shed(id, lease)
 
     def _matters(self, unverified: dict[str, Any], key: str | None) -> bool:
@@ -342,7 +342,7 @@ class Holdings:
             if id != key or seq < 1:
                 return False
             lease, now_s, deadline_s = self._leases.get(id), self._now_s(), unverified["deadline"]
-            # What is past its deadline is held no more, whether or not it is known to have ended.
+            # A lease past its deadline is no longer held, whether or not its end is known.
             in_time = status in TERMINAL and max(deadline_s, lease.deadline_s if lease else 0) <= now_s
             if deadline_s > now_s - SLACK_S and not in_time:
                 if lease is None:
@@ -424,9 +424,7 @@ class Holdings:
         if alike is None:
             alike = holder.held[group_key] = _EquivalentLeases(task_id, scope)
         if not alike.leases or next(reversed(alike.leases.values())) <= self._now_s() + SLACK_S:
-            holder.kinds += (
-                1  # also where all that it had of this kind may be over by the clock of the broker
-            )
+            holder.kinds += 1  # also if everything it had of this kind may have ended by the broker's clock
         lease.what, lease.over = group_key, False
         self._lives(id, lease, lease.since_s, until_s)
         if id not in alike.leases:
@@ -463,7 +461,7 @@ class Holdings:
         for listener in self._listeners:
             listener(agent_id)
 
-    # --- forgetting ---
+    # --- removal ---
 
     def _expire(self) -> None:
         now_s = self._now_s()

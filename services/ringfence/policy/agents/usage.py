@@ -47,7 +47,7 @@ class Usage:
     __slots__ = ("_days",)
 
     def __init__(self) -> None:
-        # The last day and, below it, a bit for each day of the window that ends with it: one number a verb.
+        # The last day and, below it, a bit for each day of the window that ends with it: one number per verb.
         self._days: dict[Verb, int] = {}
 
     def __bool__(self) -> bool:
@@ -75,7 +75,7 @@ class Usage:
         today = now_s // DAY_S
         for (target, verb), packed in self._days.items():
             last, mask = packed >> WINDOW_DAYS, packed & _MASK
-            # Whoever judges a request of yesterday does not see what came today.
+            # An evaluation of yesterday's request does not see today's usage.
             mask = _moved(mask, today - last)
             if mask:
                 newest, oldest = today - _lowest(mask), today - mask.bit_length() + 1
@@ -156,7 +156,7 @@ def narrower(ceiling: Sequence[Permission], kept: set[Verb]) -> tuple[Permission
     return tuple(narrowed)
 
 
-# When each agent last asked, by the key that it asked with: from the decisions on its requests.
+# When each agent last sent a request, by signing key: from the decisions on its requests.
 
 MAX_KEYS: Final = 32
 """The most keys remembered of an agent. Beyond, the one seen longest ago is forgotten."""

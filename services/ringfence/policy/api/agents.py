@@ -51,7 +51,7 @@ class AgentsApi:
         await self._agent_index.settle(_SETTLED_AT_ONCE)
         gaps: list[str] = []
         if not (caller.sees_all or "sponsor" in caller.user.roles):
-            return gaps  # they see no agent, and not how many there are
+            return gaps  # they may see no agent, and not the number of agents
         if behind := self._agent_index.behind:
             gaps.append(
                 f"agents that changed, or came, and are not in it as they are now: {behind}; ask again"

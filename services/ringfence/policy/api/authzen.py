@@ -174,7 +174,7 @@ class AuthZen:
             "task_id": question.context.task_id,
             "scope": (permission,),
             "ttl_s": 1,
-            "delivery": "gateway",  # nothing is handed out
+            "delivery": "gateway",  # no credential is handed out
             "reason": "asked by an enforcement point",
         }
         unsigned = CredentialRequest.model_construct(**fields)

@@ -154,7 +154,7 @@ class InventoryApi(AgentsApi):
         if filters.agent is not None:
             return [filters.agent]
         sponsor = filters.sponsor if filters.caller.sees_all else filters.caller.user.user_id
-        # A copy: agents come while others have their turn.
+        # A copy: agents may be added while other tasks run.
         return list(self._agent_index.ids()) if sponsor is None else self._agent_index.ids_of(sponsor)
 
     async def _fitting(self, filters: _Wanted, ids: list[str], most: int) -> list[str]:

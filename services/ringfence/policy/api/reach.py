@@ -102,7 +102,7 @@ class ReachApi(AgentsApi):
             try:
                 ground = load_records(self._directory, agent_id, task.task_id, target_id)
             except DeniedError:
-                continue  # a record of it does not hold: nothing is issued in it
+                continue  # a record of the task is invalid: nothing is issued in it
             if by_this_task := by_task(ground, asked, facts.now_s, max_age_s):
                 tasks.append(by_this_task)
         return line_of(facts, ceiling, tasks)
@@ -120,7 +120,7 @@ def _asked(target: TargetState, verb: str | None, resource: str | None) -> Scope
     return scope
 
 
-# Who could reach a target now: an agent in a running task, on behalf of a user, as far as all sides allow. Pure.
+# Reach of a target: agents in running tasks, on behalf of a user, as far as all limits allow. Pure.
 
 
 def asked_for(target: TargetState, verb: str | None, resource: str | None) -> Scope:

@@ -242,7 +242,7 @@ class Replay:
         try:
             result = (await self._engine.evaluate(to_json(question.input))).result
         except PolicyFailedError as error:
-            # As in service: no answer is a no.
+            # As in the service: no answer is a denial.
             result = PolicyResult(False, (Reason(code=error.code, message=str(error)),), (), 0)
         verdict = verdict_of(
             question.against, result, question.floors, question.asked_s, question.target_max_ttl_s
@@ -253,7 +253,7 @@ class Replay:
 
     def _count(self, question: _ComparableDecision, after: RequestOutcome) -> None:
         report, decision = self.report, question.decision
-        # What two operators allowed was denied by the bundle; what they outweighed is among the reasons.
+        # A break-glass request was denied by the bundle; what the two operators overrode is among the reasons.
         broken = "break_glass" in decision.required
         before = RequestOutcome.of(
             [c for c in decision.required if c != "break_glass"], decision.ttl_s, decision.reasons,
@@ -303,7 +303,7 @@ def _example_fields(example: Example) -> dict[str, Any]:
     }
 
 
-# Decisions as they stand on Kafka, read from a time up to now: for what asks about the past, not for serving.
+# Recorded decisions on Kafka, from a time up to now: for queries about the past, not for serving.
 
 _BATCH = 500
 
@@ -373,7 +373,7 @@ async def trust_of(settings: BusSettings, clock: Clock) -> TrustStore:
             try:
                 trust.load(record.value, clock.now_ms() / 1000)
             except InvalidMessageError:
-                continue  # whoever can write to the topic can write anything; what the root signed counts
+                continue  # a writer to the topic can write anything; only what the root signed counts
 
     async with Follower(settings, [TRUST], take_in) as follower:
         await follower.complete.wait()

@@ -123,7 +123,7 @@ class DecisionPublisher:
         try:
             facts = load_context(self._directory, case.request)
         except DeniedError:
-            return ()  # what it names is gone: nobody can approve it any more
+            return ()  # its subject is gone: nobody can approve it any more
         only_sponsor = decision.required == ("sponsor",)
         candidates = (facts.agent.state.sponsor,) if only_sponsor else self._approvers.ids()
         return people_to_ask(self._directory, facts, decision.required, candidates)
@@ -217,7 +217,7 @@ def _too_large(decision: CredentialDecision) -> CredentialDecision:
     )
 
 
-# What the trace of a request says of policy's part in it.
+# Policy's outcome in the trace of a request.
 
 
 def step_of(case: Case, name: str, tracing: Tracing) -> Span:

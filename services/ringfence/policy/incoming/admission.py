@@ -112,7 +112,7 @@ class AdmissionControl:
         return None
 
     def _begin(self, at_ms: int) -> None:
-        # The partitions are not read in step: what is a little older counts here as well.
+        # Partitions are not read in step: slightly older requests count in this window as well.
         if (window := at_ms // _WINDOW_MS) > self._window:
             self._window = window
             self._counts.clear()
@@ -179,5 +179,5 @@ def _sponsor_of(directory: Directory, agent_id: str) -> str | None:
     try:
         agent = directory.agent(agent_id)
     except ChainError:
-        return None  # weighing says what is wrong
+        return None  # the evaluation reports the problem
     return agent.state.sponsor if agent else None

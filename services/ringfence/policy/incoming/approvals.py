@@ -52,7 +52,7 @@ class ReadBarrier:
 
     def received(self, to_ms: int) -> None:
         """Note that the next records are here, and were appended by `to_ms` on the brokers' clocks."""
-        # That those of before were here says nothing of these: another broker's clock may be slower.
+        # Earlier records being here proves nothing about these: another broker's clock may be slower.
         self._known_to_ms = self._past_ms
         self._here_to_ms = to_ms
         self._came += 1
@@ -284,7 +284,7 @@ class ApprovalHandler:
             request_id=approval.claims.request_id,
         )
 
-    # --- what a grant answers that already waits ---
+    # --- requests that a new grant answers ---
 
     async def reconsider(self, grant: Grant, at_ms: int) -> None:
         """Evaluate again the waiting requests in the task of a grant that was appended at `at_ms`."""
@@ -303,7 +303,7 @@ class ApprovalHandler:
                 if same and evaluation.ruling.outcome == "allowed":
                     await self._publisher.decide(case, evaluation, approvals=collected)
 
-    # --- those that never came, and those that are of no use any more ---
+    # --- expired and forbidden requests ---
 
     async def close_overdue(self, owns: Callable[[str, int], bool]) -> None:
         """Deny, for ever, requests that nobody approved in time, and those that the invariant forbids by now.
@@ -362,7 +362,7 @@ class ApprovalHandler:
         try:
             facts = load_context(self._directory, _case(state, state.pending).request)
         except DeniedError:
-            return ()  # a record may be on its way; an answer is weighed once it is here
+            return ()  # a record may be on its way; an answer is evaluated once it is here
         now_s = self._runtime.clock.now_ms() / 1000
         return violations(facts, now_s, self._runtime.settings.entitlements_max_age_s)[:MAX_REASONS]
 
@@ -399,7 +399,7 @@ def _stale() -> Reason:
     )
 
 
-# What waits for people: how much, and since when. An alert goes by it, as nobody else notices what nobody answers.
+# Gauges of pending approvals: how many, and since when. An alert uses them, as nobody else notices unanswered ones.
 
 
 def register_pending_gauges(decisions: Decisions, clock: Clock) -> None:

@@ -65,7 +65,8 @@ class RequestHandler:
             case.request_id, case.agent_id, place, at_ms=record.appended_at_ms, exp=case.request.claims.exp
         )
         if state.at == place and state.outcome is None and state.tried:
-            await self._recall()  # it failed before: perhaps only in hearing that its decision was published
+            # It failed before: perhaps only the acknowledgement of its decision was lost.
+            await self._recall()
         if state.at != place:
             await self._replayed(case)
         elif state.outcome is None:
@@ -74,7 +75,7 @@ class RequestHandler:
                 await self._shared.observe(case)
             state.tried = True
             await self._decide(case, refused)
-        else:  # it comes again, after a crash or a failure: what is missing is finished
+        else:  # it is delivered again, after a crash or a failure: the missing messages are published
             await self._publisher.notify(state, case)
 
     def _refused(self, case: Case, late: ExpiredError | None, *, first: bool) -> Evaluation | None:

@@ -61,7 +61,7 @@ class GrantHandler:
 
     async def _grant(self, record: Received) -> None:
         grant, late = await self._verifier.grant(record)
-        # Whoever grants may have seen records that are not here yet.
+        # The person may have seen records that have not arrived here yet.
         await self._records(record.appended_at_ms)
         reason = self._objection(grant.claims, late, record)
         if reason is None:
@@ -73,7 +73,7 @@ class GrantHandler:
                 reason = _reason(
                     "grant_replayed", "this grant was given before; given again it counts for nothing more"
                 )
-        if reason is None:  # whoever hears that it was accepted sees what became of what waited
+        if reason is None:  # whoever reads the acceptance sees its effects on waiting requests
             await self._reconsider(grant.claims, record.appended_at_ms)
         await self._answer(grant.claims, reason, record)
 
@@ -120,7 +120,8 @@ class GrantHandler:
         signed, late = await self._verifier.withdrawal(record)
         claims = signed.claims
         if late is None and self._no_say(claims) is not None:
-            await self._records(record.appended_at_ms)  # nobody is refused for what has not arrived here yet
+            # Nobody is refused for a record that has not arrived here yet.
+            await self._records(record.appended_at_ms)
         reason = _reason(late.code, str(late)) if late else self._no_say(claims)
         if reason is None:
             user_id = subject_of(claims.aud, claims.iss, "user") or ""

@@ -120,7 +120,7 @@ class ShedRequests:
         if record.offset > self._decisions.reached(record.partition):
             return False
         try:
-            # Unverified: nothing is believed by it but that an id is worth looking up.
+            # Unverified: it only says that an id is worth looking up.
             payload = orjson.loads(parse(record.value).payload)
             id = message_id(str(payload["iss"]), str(payload["jti"]))
         except (InvalidMessageError, ValueError, TypeError, KeyError):

@@ -129,12 +129,12 @@ class MessageVerifier:
                     audience=audience, appended_at_ms=record.appended_at_ms,
                 )  # fmt: skip
             except ExpiredError as error:
-                # Judged after the signature: these claims are verified.
+                # Decided after the signature check: these claims are verified.
                 return Signed(jws.unverified_claims(model), jws.compact), error
             except SignatureError as error:
                 if known_here or error.code != "key_unknown":
                     raise
-                # Whoever was registered a moment ago is not turned away because word of it is still on its way.
+                # A recently registered signer is not refused while their record is on its way.
                 await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
             else:
                 return signed, None

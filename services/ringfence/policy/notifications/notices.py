@@ -40,7 +40,7 @@ from ringfence.policy.notifications.webhook import (
 )
 
 log = logging.getLogger(__name__)
-# It tells of every request with its URL, and these URLs are secrets.
+# It logs every request with its URL, and these URLs are secrets.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
 MOST_UNDER_WAY = 1000
@@ -161,7 +161,7 @@ class Notices:
         """Return whether the person was notified of an equivalent request that still waits."""
         scope = sorted((p.target, sorted(p.verbs), sorted(p.resources)) for p in request.scope)
         if request.break_glass:
-            return False  # each of these is told
+            return False  # each of these is a notice of its own
         terms = (message.ttl_s, message.delivery, message.required, message.revisions.model_dump_json())
         key = (message.approver, request.iss, request.task_id, repr(scope), *terms)
         noticed = self._alike.get(key)
@@ -211,7 +211,7 @@ class Notices:
                 asyncio.timeout(_TIMEOUT_S),
                 self._http.stream("POST", webhook.url, content=body, headers=headers) as response,
             ):
-                status = response.status_code  # and nothing more of it is read
+                status = response.status_code  # nothing more of the response is read
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, OSError) as error:
             return type(error).__name__
         if status == httpx.codes.GONE:
@@ -222,7 +222,7 @@ class Notices:
         return parse_webhook(read_secret(self._places[user_id], f"the webhook of {user_id}"))
 
 
-# Sponsors are told of single actions that wait: from what a gateway signed and from verified records. Hints alone.
+# Notices to sponsors about single actions that wait, from what a gateway signed and from verified records. Only hints.
 
 
 def notice_sender(
