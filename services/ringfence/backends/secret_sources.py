@@ -98,7 +98,7 @@ class VaultSource:
         cached = self.at_hand(where, what)
         if cached is not None:
             return cached
-        value = await self._asked(where, await self._token.read(self._token_file, "Vault's token"))
+        value = await self._fetch(where, await self._token.read(self._token_file, "Vault's token"))
         self._kept[where] = (self._seconds(), value)
         return value
 
@@ -112,7 +112,7 @@ class VaultSource:
         self._kept.clear()
         await self._client.aclose()
 
-    async def _asked(self, where: str, token: str) -> str:
+    async def _fetch(self, where: str, token: str) -> str:
         path, _, field = where.partition("#")
         headers = {**self._headers, "X-Vault-Token": token}
         try:

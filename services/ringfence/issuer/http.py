@@ -113,7 +113,7 @@ class IssuerHttp:
         claims = self._keys.verified(token)
         if claims is None or not _is_for(claims, target_id):
             return {"active": False}
-        lookup = await self._store.look(claims["jti"], _marks(claims))
+        lookup = await self._store.look(claims["jti"], _selector_keys(claims))
         if not lookup.active or lookup.is_cut:
             return {"active": False}
         return {
@@ -123,7 +123,7 @@ class IssuerHttp:
         }
 
 
-def _marks(claims: dict[str, Any]) -> tuple[str, ...]:
+def _selector_keys(claims: dict[str, Any]) -> tuple[str, ...]:
     """Return the selector keys of a token's lease, read from the token itself."""
     return (
         f"agent:{claims['client_id']}",

@@ -52,21 +52,23 @@ class LeaseLimits:
         self, decisions: Sequence[Decision], weighed: Sequence[Issue | Refusal]
     ) -> list[Issue | Refusal]:
         """Return `weighed`, with a refusal in place of each issue beyond a limit. Raises UnavailableError."""
-        await self._count(one for one in weighed if isinstance(one, Issue))
+        await self._refresh_counts(one for one in weighed if isinstance(one, Issue))
         now_ms = self._clock.now_ms()
         return [
-            (self._late(decision, one, now_ms) or self._beyond(one) or one) if isinstance(one, Issue) else one
+            (self._late_refusal(decision, one, now_ms) or self._limit_refusal(one) or one)
+            if isinstance(one, Issue)
+            else one
             for decision, one in zip(decisions, weighed, strict=True)
         ]
 
-    def _late(self, decision: Decision, issue: Issue, now_ms: int) -> Refusal | None:
+    def _late_refusal(self, decision: Decision, issue: Issue, now_ms: int) -> Refusal | None:
         waited_s = (now_ms - decision.at.appended_at_ms) / 1000
         if not self._limits.wait_s or waited_s <= self._limits.wait_s:
             return None
         message = f"the issuer is behind: the decision waited for {waited_s:.0f} s; ask again later"
         return _refusal("overloaded", message, issue, self._limits.wait_s)
 
-    def _beyond(self, issue: Issue) -> Refusal | None:
+    def _limit_refusal(self, issue: Issue) -> Refusal | None:
         limits = self._limits_of(issue)
         for mark, limit in limits.items():
             if self._counts[mark].leases >= limit:
@@ -86,7 +88,7 @@ class LeaseLimits:
         }
         return {mark: limit for mark, limit in both.items() if limit}
 
-    async def _count(self, issues: Iterable[Issue]) -> None:
+    async def _refresh_counts(self, issues: Iterable[Issue]) -> None:
         """Read from Redis the counts that are unknown or too old."""
         now_s = asyncio.get_running_loop().time()
         limits: dict[str, int] = {}

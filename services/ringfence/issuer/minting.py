@@ -91,7 +91,7 @@ class Minter:
         await self._announce([one for one in attempts if one.outcome is None], token)
         await gather_all(self._make(one) for one in attempts if one.outcome is None)
         await self._activate([one for one in attempts if one.outcome is None], token)
-        return [_settled(one) for one in attempts]
+        return [_outcome_of(one) for one in attempts]
 
     async def again(self, issue: Issue, jws: str) -> Minted | Refusal:
         """Mint the credential of an active lease once more: the issuer that made it may have died before it replied.
@@ -100,7 +100,7 @@ class Minter:
         afterwards.
         """
         try:
-            credential = await self._called(issue)
+            credential = await self._call_backend(issue)
         except RingfenceError as error:
             return Refusal((_reason(error),), issue.request, retry_after_s=_retry_after_s(error))
         if (await self._store.look(issue.lease.lease_id)).active:
@@ -153,21 +153,21 @@ class Minter:
                 attempt.outcome = self._taken_over(attempt, stored)
             case "known":
                 assert stored is not None
-                attempt.outcome = await self._known(issue, stored)
+                attempt.outcome = await self._outcome_of_known(issue, stored)
 
     def _taken_over(self, attempt: _Attempt, stored: StoredLease) -> Outcome | None:
         """Resume a lease that another process announced and did not finish.
 
         Its stored record counts, not the new one.
         """
-        lease = self._believed(attempt.issue, stored)
+        lease = self._verified_lease(attempt.issue, stored)
         if lease is None:
             return REPLAYED
         attempt.minting = SignedLease(lease, stored.jws.decode("ascii"))
         return None
 
-    async def _known(self, issue: Issue, stored: StoredLease) -> Outcome:
-        lease = self._believed(issue, stored)
+    async def _outcome_of_known(self, issue: Issue, stored: StoredLease) -> Outcome:
+        lease = self._verified_lease(issue, stored)
         if lease is None:
             return REPLAYED
         if stored.status != "active" or lease.backend != issue.lease.backend:
@@ -176,7 +176,7 @@ class Minter:
 
     async def _make(self, attempt: _Attempt) -> None:
         try:
-            attempt.credential = await self._called(attempt.issue)
+            attempt.credential = await self._call_backend(attempt.issue)
         except RingfenceError as error:
             log.warning("lease %s is not made: %s", attempt.issue.lease.lease_id, error)
             await self._give_up(attempt)  # something may exist all the same: a revoker removes it
@@ -224,7 +224,7 @@ class Minter:
 
     # --- helpers ---
 
-    async def _called(self, issue: Issue) -> Credential:
+    async def _call_backend(self, issue: Issue) -> Credential:
         lease, backend = issue.lease, self._backends[issue.lease.backend]
         with step_of(lease, "mint", self._runtime.tracing):
             return await self._caller.call(lease.target_id, lambda: backend.mint(lease, issue.target))
@@ -253,7 +253,7 @@ class Minter:
             LEASE, claims.lease_id, record.jws, id=claims.jti, type=Lease.typ, traceparent=claims.traceparent
         )
 
-    def _believed(self, issue: Issue, stored: StoredLease) -> Lease | None:
+    def _verified_lease(self, issue: Issue, stored: StoredLease) -> Lease | None:
         """Return the stored lease if an issuer or revoker signed it for this very issue, else None."""
         try:
             parsed = parse(stored.jws)
@@ -273,7 +273,7 @@ TOO_SLOW = (
 )
 
 
-def _settled(attempt: _Attempt) -> Outcome:
+def _outcome_of(attempt: _Attempt) -> Outcome:
     assert attempt.outcome is not None
     return attempt.outcome
 

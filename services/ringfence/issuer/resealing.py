@@ -72,7 +72,7 @@ class Resealer:
             raise ForbiddenError(f"{gateway} has no key to seal to in the trust bundle; sign one that has it")
         lease = await self._live(lease_id)
         async with self._slots:
-            delivery = await self._found(lease)
+            delivery = await self._find_delivery(lease)
         # It may have ended while Kafka was read.
         await self._live(lease_id)
         return enclose(delivery, keys, about=lease.request_id)
@@ -91,7 +91,7 @@ class Resealer:
             raise _not_live(lease_id)
         return lease
 
-    async def _found(self, lease: Lease) -> bytes:
+    async def _find_delivery(self, lease: Lease) -> bytes:
         """Return the signed delivery of a lease. Reads the topic from the time of the lease's decision on."""
         delivery_found: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
@@ -108,7 +108,7 @@ class Resealer:
                     self._settings, [CREDENTIAL_REPLY], take_in, since_ms=since_ms, key=lease.agent_id
                 ) as follower,
             ):
-                await _either(delivery_found, follower.complete)
+                await _wait_for_either(delivery_found, follower.complete)
         except TimeoutError:
             raise UnavailableError("the sealed credential was not found in time; ask again") from None
         if not delivery_found.done():
@@ -148,7 +148,7 @@ def _not_live(lease_id: str) -> NotFoundError:
     return NotFoundError(f"there is no live lease {lease_id} that is for gateways")
 
 
-async def _either(delivery_found: asyncio.Future[bytes], complete: asyncio.Event) -> None:
+async def _wait_for_either(delivery_found: asyncio.Future[bytes], complete: asyncio.Event) -> None:
     both: list[asyncio.Future[Any]] = [delivery_found, asyncio.ensure_future(complete.wait())]
     try:
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)

@@ -201,7 +201,7 @@ class InMemoryDecisionLog:
             if self._unread is None:
                 self._read(record)
             else:
-                self._put_aside(record)
+                self._keep_unread(record)
 
     async def settle(self) -> None:
         """Verify what was read back at start. Await it before the first request is processed.
@@ -222,7 +222,7 @@ class InMemoryDecisionLog:
         """Return the reason why nothing can be decided yet, or None."""
         return None if self._unread is None else "what was decided before is not known yet"
 
-    def _put_aside(self, record: Received) -> None:
+    def _keep_unread(self, record: Received) -> None:
         assert self._unread is not None
         try:
             unverified = orjson.loads(parse(record.value).payload)

@@ -113,7 +113,7 @@ class Registry:
         except (CommandRefusedError, ChainError) as error:
             await self._answer("refused", authorised, record, str(error), error.code)
             if error.code == "key_taken":
-                await self._tell_key_taken(authorised, record, error)
+                await self._report_key_taken(authorised, record, error)
             return
         await self._answer("accepted", authorised, record)
 
@@ -192,7 +192,9 @@ class Registry:
             task_id=id if subject_kind == "task" else None,
         )
 
-    async def _tell_key_taken(self, authorised: Authorised, record: Received, error: RingfenceError) -> None:
+    async def _report_key_taken(
+        self, authorised: Authorised, record: Received, error: RingfenceError
+    ) -> None:
         """Publish a finding: two subjects use one key.
 
         Whoever holds it could pass as either, so somebody should look at it.

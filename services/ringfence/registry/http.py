@@ -41,13 +41,13 @@ class RegistryApi:
     def routes(self) -> list[BaseRoute]:
         """Return the routes to add to those of the runtime."""
         return [
-            *self._of("user"),
-            *self._of("agent"),
-            *self._of("target"),
-            *self._of("task", self._is_wanted_task),
+            *self._routes_of("user"),
+            *self._routes_of("agent"),
+            *self._routes_of("target"),
+            *self._routes_of("task", self._is_wanted_task),
         ]
 
-    def _of(self, kind: SubjectKind, wanted: Filter = lambda state, request: True) -> list[BaseRoute]:
+    def _routes_of(self, kind: SubjectKind, wanted: Filter = lambda state, request: True) -> list[BaseRoute]:
         async def all_of_them(request: Request) -> Response:
             caller = self._authenticator.authenticate(request)
             entries = [

@@ -179,7 +179,7 @@ class Memory:
             if isinstance(claims, TaskAssign) and uses_consent(
                 claims, subject_of(claims.aud, claims.iss, "user")
             ):
-                self._consents[_mark_of(claims)] = _Consent(id, embedded.appended_at_ms)
+                self._consents[_memory_key(claims)] = _Consent(id, embedded.appended_at_ms)
         except (InvalidMessageError, TokenError):
             return  # a record with an invalid embedded command counts for nothing
 
@@ -193,7 +193,7 @@ class Memory:
         self._consents = {k: v for k, v in self._consents.items() if v.at_ms >= horizon_ms}
 
 
-def _mark_of(claims: TaskAssign) -> MessageKey:
+def _memory_key(claims: TaskAssign) -> MessageKey:
     """Return the key under which an embedded consent is remembered. Raises InvalidMessageError, TokenError."""
     if claims.id_token is not None:
         return unverified_mark(claims.id_token)

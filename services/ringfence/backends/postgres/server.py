@@ -129,7 +129,7 @@ class PostgresServer:
             except asyncpg.PostgresError as error:
                 conflicts += 1
                 if error.sqlstate not in _AGAIN or conflicts == _TRIES:
-                    raise self._meant(error, database) from None
+                    raise self._translate_error(error, database) from None
                 continue
             except (OSError, asyncpg.InterfaceError) as error:  # a TimeoutError too
                 lost += 1
@@ -167,7 +167,9 @@ class PostgresServer:
     def _silent(self, error: Exception) -> TargetError:
         return TargetError(f"target {self.target_id} does not answer ({type(error).__name__})")
 
-    def _meant(self, error: asyncpg.PostgresError, database: str) -> TargetError | TargetRefusedError:
+    def _translate_error(
+        self, error: asyncpg.PostgresError, database: str
+    ) -> TargetError | TargetRefusedError:
         state = str(error.sqlstate)
         reason = _NOT_THIS.get(state)
         if state.startswith("28") and database != self.login.database:  # agents choose them

@@ -131,14 +131,14 @@ def krl(authorities: Iterable[bytes], serials: Iterable[int], version: int, now_
     `serials`.
     """
     ranges = b"".join(
-        b"\x21" + _string(struct.pack(">QQ", first, last)) for first, last in _between(sorted(set(serials)))
+        b"\x21" + _string(struct.pack(">QQ", first, last)) for first, last in _gaps(sorted(set(serials)))
     )
     sections = (b"\x01" + _string(_string(ca) + _string(b"") + ranges) for ca in authorities)
     head = struct.pack(">8sIQQQ", b"SSHKRL\n\0", 1, version, now_s, 0) + _string(b"") + _string(b"")
     return head + b"".join(sections)
 
 
-def _between(serials: Iterable[int]) -> Iterator[tuple[int, int]]:
+def _gaps(serials: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Yield the ranges between these serials, which are in order. No range contains 0: no KRL can name it."""
     first = 1
     for serial in serials:

@@ -163,7 +163,7 @@ class SshServer:
         The request may be sent twice. Raises TargetError, TargetRefusedError.
         """
         for _ in range(2):
-            link, is_new = await self._linked()
+            link, is_new = await self._connect_once()
             try:
                 answer = await link.ask({"do": what, **more})
             except ConnectionLostError:
@@ -186,7 +186,7 @@ class SshServer:
             link.abort()
             await link.closed()
 
-    async def _linked(self) -> tuple[SshConnection, bool]:
+    async def _connect_once(self) -> tuple[SshConnection, bool]:
         async with self._connecting:
             if self._link is not None and self._link.is_open:
                 return self._link, False

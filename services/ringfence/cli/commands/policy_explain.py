@@ -62,7 +62,7 @@ def explain(
             return await api.get("policy", "decisions", request, "explanation", **place)
 
     explanation = run(work())
-    rules = _fired(explanation, bundle)
+    rules = _fired_rules(explanation, bundle)
     if wants_json(as_json):
         print_json({**explanation, "rules": None if rules is None else dict(rules)})
         return
@@ -92,7 +92,7 @@ async def _decision_position(api: ReadApi, request: str) -> dict[str, int] | Non
     return source and {name: int(source[name]) for name in ("partition", "offset")}
 
 
-def _fired(found: Mapping[str, Any], folder: Path | None) -> list[tuple[str, Any]] | None:
+def _fired_rules(found: Mapping[str, Any], folder: Path | None) -> list[tuple[str, Any]] | None:
     """Return the rules that fired; None where they were not evaluated or are not here."""
     revision = (found.get("revisions") or {}).get("policy")
     if not found.get("input") or revision is None:
@@ -159,13 +159,13 @@ def _print_explanation(found: Mapping[str, Any]) -> None:
         (
             (show_scope((permission,)), side, allows)
             for permission in _parse_scope(request_input.get("scope"))
-            for side, allows in _sides(permission, policy_input)
+            for side, allows in _limits(permission, policy_input)
         ),
         empty="",
     )
 
 
-def _sides(permission: Permission, policy_input: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _limits(permission: Permission, policy_input: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield each side of the intersection, and whether it contains the permission."""
     agent, task, user = (policy_input.get(name, {}) for name in ("agent", "task", "user"))
     entitlements = user.get("entitlements", {})

@@ -100,7 +100,7 @@ def revoke(
 
     accepted = run(work())
     count = accepted.result or "?"
-    again, stop = _stop(lease, task, agent, sponsor, target, user)
+    again, stop = _stop_command(lease, task, agent, sponsor, target, user)
     print_accepted(
         accepted,
         f"revoked: {count} lease{'' if count == '1' else 's'} ended; {again}. To stop that: {stop}",
@@ -109,7 +109,7 @@ def revoke(
     )
 
 
-def _stop(
+def _stop_command(
     lease: str | None,
     task: str | None,
     agent: str | None,

@@ -39,7 +39,7 @@ wanted ones.
 MAX_FOUND_BYTES: Final = 1024 * 1024
 """A larger file that was merely found is not read."""
 
-_told: set[tuple[str, str]] = set()
+_reported: set[tuple[str, str]] = set()
 """(path, reason) of each ignored file that this process has reported."""
 
 
@@ -90,7 +90,7 @@ def read_config() -> ConfigFile | None:
     if candidate is None:
         return None
     if candidate.refused is not None or candidate.data is None:
-        _tell_ignored(candidate)
+        _report_ignored(candidate)
         return None
     return ConfigFile(candidate.path, "trusted", parse(candidate.path, candidate.data))
 
@@ -115,7 +115,7 @@ def find() -> FoundFile | None:
             return FoundFile(candidate, _absolute(candidate), None, f"it cannot be read ({error.strerror})")
         except OSError:
             continue
-        return _looked_at(candidate)
+        return _examine(candidate)
     return None
 
 
@@ -160,7 +160,7 @@ def _unreadable(path: str, why: str) -> SettingsError:
     return SettingsError(f"cannot read {path}: {why}; correct it, or name another with {CONFIG_FILE_ENV}")
 
 
-def _looked_at(candidate: str) -> FoundFile:
+def _examine(candidate: str) -> FoundFile:
     absolute, resolved = _absolute(candidate), os.path.realpath(candidate)
     if resolved != absolute:
         # Relative paths in a settings file start in the working directory. A link in a stranger's folder to a file that
@@ -186,15 +186,15 @@ def _absolute(candidate: str) -> str:
     return os.path.join(os.path.realpath(os.curdir), candidate)  # noqa: PTH118 - not to be normalised
 
 
-def _tell_ignored(candidate: FoundFile) -> None:
+def _report_ignored(candidate: FoundFile) -> None:
     """Report a file that does not count, once per process, and the command that would allow it.
 
     Strangers chose the path, so the terminal never gets its raw text. The command uses the candidate's name.
     """
     reason = candidate.refused or "it cannot be read"
-    if (candidate.resolved, reason) in _told or sys.stderr is None:
+    if (candidate.resolved, reason) in _reported or sys.stderr is None:
         return
-    _told.add((candidate.resolved, reason))
+    _reported.add((candidate.resolved, reason))
     sys.stderr.write(
         f"warning: ignored the settings file {visible_name(candidate.resolved)}: {visible_name(reason)}. "
         f"To allow it, once you have read it: ringfence config trust {candidate.path}\n"

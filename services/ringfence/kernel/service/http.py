@@ -174,8 +174,8 @@ class Requests(HttpToolsProtocol):
     If one began in the current read, that read does not count for `_head_bytes`.
     """
     _head_bytes = 0
-    _too_late: asyncio.TimerHandle | None = None
-    _stalled: asyncio.TimerHandle | None = None
+    _read_timer: asyncio.TimerHandle | None = None
+    _stall_timer: asyncio.TimerHandle | None = None
     """Set while the client has not accepted part of a response."""
     _untaken = 0
     _stalls = 0
@@ -191,11 +191,11 @@ class Requests(HttpToolsProtocol):
                 transport.close()
                 return
             self.limit.waits(self)
-        self._expect()
+        self._start_read_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._has_come()
-        self._taken()
+        self._stop_read_timer()
+        self._stop_stall_timer()
         if self.limit is not None:
             self.limit.leave(self)
         super().connection_lost(exc)
@@ -203,13 +203,13 @@ class Requests(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._untaken, self._stalls = self.transport.get_write_buffer_size(), 0
-        self._stalled = self.loop.call_later(self.stall_s, self._look)
+        self._stall_timer = self.loop.call_later(self.stall_s, self._check_progress)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._taken()
+        self._stop_stall_timer()
         if self.limit is not None:
-            (self.limit.waits if self._answered() or self._too_late else self.limit.works)(self)
+            (self.limit.waits if self._is_idle() or self._read_timer else self.limit.works)(self)
 
     def data_received(self, data: bytes) -> None:
         begun = self._begun
@@ -220,13 +220,13 @@ class Requests(HttpToolsProtocol):
                 self.transport.write(_TOO_LARGE)
                 self.transport.close()
         elif self._begun and self.cycle.response_complete and self.timeout_keep_alive_task is None:
-            self._expect()  # the data is not the beginning of a request, and uvicorn waits no longer
+            self._start_read_timer()  # the data is not the beginning of a request, and uvicorn waits no longer
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head, self._head_bytes = True, 0
         self._begun += 1
-        self._expect()
+        self._start_read_timer()
 
     def on_url(self, url: bytes) -> None:
         # A `#`, after which the target would be cut off silently, is not allowed in one (RFC 9112 3.2).
@@ -239,22 +239,22 @@ class Requests(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        self._has_come()
+        self._stop_read_timer()
         if self.limit is not None:
             self.limit.works(self)
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.limit is not None and self._answered() and self._stalled is None:
+        if self.limit is not None and self._is_idle() and self._stall_timer is None:
             self.limit.waits(self)
 
-    def _answered(self) -> bool:
+    def _is_idle(self) -> bool:
         """Return whether no request of this connection is being answered, pipelined ones included."""
         cycle = getattr(self, "cycle", None)  # there is none before the first head is complete
         return cycle is None or bool(cycle.response_complete)
 
-    def _look(self) -> None:
+    def _check_progress(self) -> None:
         """Check whether the client has accepted more of the response."""
         untaken = self.transport.get_write_buffer_size()
         self._stalls = self._stalls + 1 if untaken >= self._untaken else 0
@@ -262,25 +262,25 @@ class Requests(HttpToolsProtocol):
         if self._stalls * self.stall_s >= self.reading_s:
             self.transport.abort()
             return
-        self._stalled = self.loop.call_later(self.stall_s, self._look)
-        if self.limit is not None and self._stalls == 0 and self._too_late is None:
+        self._stall_timer = self.loop.call_later(self.stall_s, self._check_progress)
+        if self.limit is not None and self._stalls == 0 and self._read_timer is None:
             self.limit.works(self)
         elif self.limit is not None and self._stalls == 1:
             self.limit.waits(self)
 
-    def _taken(self) -> None:
-        if self._stalled is not None:
-            self._stalled.cancel()
-            self._stalled = None
+    def _stop_stall_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
-    def _expect(self) -> None:
-        if self._too_late is None and not self.transport.is_closing():
-            self._too_late = self.loop.call_later(self.reading_s, self.transport.close)
+    def _start_read_timer(self) -> None:
+        if self._read_timer is None and not self.transport.is_closing():
+            self._read_timer = self.loop.call_later(self.reading_s, self.transport.close)
 
-    def _has_come(self) -> None:
-        if self._too_late is not None:
-            self._too_late.cancel()
-            self._too_late = None
+    def _stop_read_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
 
 
 class HttpServer(uvicorn.Server):

@@ -26,7 +26,7 @@ CLOSE_S = 2.0
 """How long a stopping service waits for the remaining spans."""
 
 
-class _Once(logging.Filter):
+class _FirstFailureFilter(logging.Filter):
     """Logs the first failure of an export, and nothing more until an export succeeds."""
 
     failing = False
@@ -36,8 +36,8 @@ class _Once(logging.Filter):
         return not was_failing
 
 
-_once = _Once()
-logging.getLogger(OTLPSpanExporter.__module__).addFilter(_once)
+_first_failure = _FirstFailureFilter()
+logging.getLogger(OTLPSpanExporter.__module__).addFilter(_first_failure)
 
 
 class Exporting(SpanTracing):
@@ -84,7 +84,7 @@ class _Queue(BatchSpanProcessor):
         self._lock = threading.Lock()
         self._waiting = 0
         self._over = False
-        super().__init__(_Telling(exporter, self._settled), max_queue_size=MOST_WAITING)
+        super().__init__(_CountingExporter(exporter, self._count_exported), max_queue_size=MOST_WAITING)
 
     def on_end(self, span: ReadableSpan) -> None:
         if span.context is None or not span.context.trace_flags.sampled:
@@ -103,7 +103,7 @@ class _Queue(BatchSpanProcessor):
             self._over = True
         metrics.SPANS.labels("dropped").inc(self._waiting)
 
-    def _settled(self, count: int, outcome: str) -> None:
+    def _count_exported(self, count: int, outcome: str) -> None:
         with self._lock:
             if self._over:
                 return
@@ -111,12 +111,12 @@ class _Queue(BatchSpanProcessor):
         metrics.SPANS.labels(outcome).inc(count)
 
 
-class _Telling(SpanExporter):
+class _CountingExporter(SpanExporter):
     """Exporter that reports the result of another exporter."""
 
     def __init__(self, exporter: SpanExporter, settled: Callable[[int, str], None]) -> None:
         self._exporter = exporter
-        self._settled = settled
+        self._count_exported = settled
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         result = SpanExportResult.FAILURE
@@ -124,9 +124,9 @@ class _Telling(SpanExporter):
             result = self._exporter.export(spans)
         finally:
             arrived = result is SpanExportResult.SUCCESS
-            self._settled(len(spans), "sent" if arrived else "failed")
+            self._count_exported(len(spans), "sent" if arrived else "failed")
             if arrived:
-                _once.failing = False
+                _first_failure.failing = False
         return result
 
     def shutdown(self) -> None:

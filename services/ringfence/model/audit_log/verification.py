@@ -105,7 +105,7 @@ class ChainVerifier:
             self._whole, self._last = False, None
             self._follow(link, uid, offset, hashed)
         else:
-            self._again(link, uid, offset, hashed)
+            self._take_repeated(link, uid, offset, hashed)
 
     def finish(self) -> None:
         """Report as missing everything that has not come. Call it after the last record."""
@@ -163,7 +163,7 @@ class ChainVerifier:
             self._tip = Tip(self._tip.head.grown((hashed,)), hashed)
         self._compare(link.seq, hashed, offset)
 
-    def _again(self, link: ChainLink, uid: str, offset: int, hashed: Hash) -> None:
+    def _take_repeated(self, link: ChainLink, uid: str, offset: int, hashed: Hash) -> None:
         """Classify an event that should have come before: late, duplicated, or in the place of another."""
         if link.seq < self.first:
             self._fault(

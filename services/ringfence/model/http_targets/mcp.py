@@ -23,7 +23,7 @@ NAMED_BY: Final[Mapping[str, str]] = {
 }  # fmt: skip
 """By method: the member of `params` that names the tool, prompt or resource."""
 CALL: Final = "tools/call"
-_ASKS: Final = frozenset({
+_READ_METHODS: Final = frozenset({
     "initialize", "ping", "tools/list", "prompts/list", "prompts/get", "resources/list", "resources/templates/list",
     "resources/read", "completion/complete",
 })  # fmt: skip
@@ -66,7 +66,7 @@ class McpMessage:
     @property
     def only_asks(self) -> bool:
         """Return whether the message changes nothing at any server. For a tool call that is unknown, so it is False."""
-        return self.method in _ASKS or self.method.startswith(_NOTIFIES)
+        return self.method in _READ_METHODS or self.method.startswith(_NOTIFIES)
 
 
 def read_message(body: bytes) -> McpMessage:
@@ -77,7 +77,7 @@ def read_message(body: bytes) -> McpMessage:
         document = json_object(body)
     except ValueError as error:
         raise McpMessageError(
-            "mcp_unreadable", f"the message is not one JSON object: {_short(error)}"
+            "mcp_unreadable", f"the message is not one JSON object: {_without_quotation(error)}"
         ) from None
     if not document.keys() <= _TOP or document.get("jsonrpc") != "2.0":
         raise _invalid("it is not JSON-RPC 2.0, or has members that JSON-RPC does not know")
@@ -93,7 +93,7 @@ def read_message(body: bytes) -> McpMessage:
         raise _invalid("its method is none", id)
     if not isinstance(params, dict):
         raise _invalid("its params are no object", id)
-    name, arguments = _meant(method, params, id)
+    name, arguments = _name_and_arguments(method, params, id)
     kind: Literal["request", "notification"] = "request" if "id" in document else "notification"
     if (kind == "notification") != method.startswith("notifications/"):
         raise _invalid("a notification has no id and a method notifications/..., a request has an id", id)
@@ -106,7 +106,7 @@ def _response(given: Mapping[str, Any], id: str | int | None) -> McpMessage:
     return McpMessage("response", RESPONSE, id)
 
 
-def _meant(
+def _name_and_arguments(
     method: str, params: Mapping[str, Any], id: str | int | None
 ) -> tuple[str | None, Mapping[str, Any]]:
     """Return what a request names, and its arguments. Raises McpMessageError."""
@@ -139,7 +139,7 @@ def _invalid(what: str, id: str | int | None = None) -> McpMessageError:
     return McpMessageError("mcp_invalid", f"the message is refused: {what}", id=id)
 
 
-def _short(error: ValueError) -> str:
+def _without_quotation(error: ValueError) -> str:
     """Return the error's text without what the parser quotes: that may be a secret."""
     quotable = ("nested too deeply", "no JSON object", "a name comes twice")
     return str(error) if str(error) in quotable else "it cannot be parsed"

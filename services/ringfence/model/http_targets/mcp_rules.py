@@ -62,7 +62,7 @@ class CompiledMcpRule:
     def fits(self, message: McpMessage) -> bool:
         """Return whether the arguments meet the rule's conditions. Raises CannotTellError."""
         return all(
-            any(_same(argument(message, name), value) for value in values)
+            any(_equal_json(argument(message, name), value) for value in values)
             for name, values in self._conditions.items()
         )
 
@@ -131,6 +131,6 @@ def _literal(text: str) -> Any:
     return int(text) if _WHOLE.fullmatch(text) else text
 
 
-def _same(given: Any, wanted: Any) -> bool:
+def _equal_json(given: Any, wanted: Any) -> bool:
     """Compare as JSON does: 1 is not true, and a missing argument equals null."""
     return type(given) is type(wanted) and bool(given == wanted)

@@ -373,9 +373,9 @@ class _Address:
 
     def client(self, greet: Greeting) -> Redis | RedisCluster:
         """A client. `greet` is awaited with each new connection before it is used."""
-        return self._cluster(greet) if self.nodes else self._alone(greet)
+        return self._cluster(greet) if self.nodes else self._standalone_client(greet)
 
-    def _alone(self, greet: Greeting) -> Redis:
+    def _standalone_client(self, greet: Greeting) -> Redis:
         pool = ConnectionPool.from_url(
             self.url,
             decode_responses=False,

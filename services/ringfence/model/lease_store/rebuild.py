@@ -340,7 +340,7 @@ class Restoration:
                 *(_found_by(at, id, selector_key, some[0]) for selector_key in some),
             ]
         answers = iter(await self._link.pipeline(commands))
-        return {lease_id: _held(answers, some) for lease_id, some in selector_keys.items()}
+        return {lease_id: _lease_keys(answers, some) for lease_id, some in selector_keys.items()}
 
     async def waiting(self) -> set[tuple[str, int]]:
         """The records (lease id, `seq`) in the outbox."""
@@ -450,7 +450,7 @@ class Restoration:
         return Call(script, (*keys, at.rebuilding), (*args, self._claim))
 
 
-def _held(answers: Iterator[Any], selector_keys: Sequence[str]) -> LeaseKeys:
+def _lease_keys(answers: Iterator[Any], selector_keys: Sequence[str]) -> LeaseKeys:
     record, live_until_ms, deadline_ms, claimed, kept_until_ms = next(answers)
     return LeaseKeys(
         StoredLease.parse(record) if record else None,

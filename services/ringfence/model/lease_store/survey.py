@@ -163,10 +163,10 @@ class Survey:
         async for key in self._link.keys(f"{self._prefix}{{*}}:*"):
             some.append(key)
             if len(some) == _BATCH_SIZE:
-                async for one in self._looked_at(some):
+                async for one in self._examine(some):
                     yield one
                 some = []
-        async for one in self._looked_at(some):
+        async for one in self._examine(some):
             yield one
 
     # --- keys of which each shard has one ---
@@ -182,7 +182,7 @@ class Survey:
             ]
         )
         for id in leases:
-            if not self._is_here(id, at):
+            if not self._is_of_shard(id, at):
                 yield _stray(at, at.leases, id, ("HDEL", at.leases, id))
         for id in deadlines:
             if not self._is_alive(id, at):
@@ -193,7 +193,7 @@ class Survey:
                 yield _stray(at, at.claimed, id, ("ZREM", at.claimed, id))
             elif until_ms > latest_ms:
                 expected = f"at most {latest_ms}"
-                subject = _about(at, at.claimed, id)
+                subject = _entry_name(at, at.claimed, id)
                 repair: Command = ("ZADD", at.claimed, "XX", self._now_ms, id)
                 yield Stray(subject, "mistimed", expected, f"{until_ms:.0f}", (repair,))
         for minute, open_ms in minutes:
@@ -202,11 +202,11 @@ class Survey:
                 yield _stray(at, at.minutes, minute, ("ZREM", at.minutes, minute))
             elif open_ms != wanted_ms:
                 repair = ("ZADD", at.minutes, wanted_ms, minute)
-                subject = _about(at, at.minutes, minute)
+                subject = _entry_name(at, at.minutes, minute)
                 yield Stray(subject, "mistimed", str(wanted_ms), f"{open_ms:.0f}", (repair,))
         if claim_ms == -1:
             yield Stray(
-                _about(at, at.rebuilding), "mistimed", "an end", "none"
+                _entry_name(at, at.rebuilding), "mistimed", "an end", "none"
             )  # the next rebuild deletes it
 
     async def _outbox(self, at: Keys) -> AsyncIterator[Stray]:
@@ -229,14 +229,14 @@ class Survey:
                     yield _stray(at, at.outbox, field)  # only the signatures tell which of the two counts
                 since_ms = by_field.get(field)
                 if since_ms is None or abs(since_ms - self._now_ms) > SLACK_MS:
-                    subject = _about(at, at.outbox, field)
+                    subject = _entry_name(at, at.outbox, field)
                     found = "" if since_ms is None else f"{since_ms:.0f}"
                     repair = ("ZADD", at.outbox_times, self._now_ms, field)
                     yield Stray(subject, "stuck", f"about {self._now_ms}", found, (repair,))
 
     def _is_of(self, field: bytes, record: bytes, at: Keys) -> bool:
         """Whether a record is under its own lease and `seq`, in the shard of its lease."""
-        if not is_outbox_field(field) or not self._is_here(field[:ID_BYTES], at):
+        if not is_outbox_field(field) or not self._is_of_shard(field[:ID_BYTES], at):
             return False
         lease = _unverified(record)
         return lease is not None and (lease.lease_id, lease.seq) == lease_of_field(field)
@@ -265,7 +265,7 @@ class Survey:
         for field, value in signers.items():
             if len(field) == 1:
                 if value not in signers:
-                    subject = _about(at, at.signers, field)
+                    subject = _entry_name(at, at.signers, field)
                     repair = ("HSET", at.signers, value, field)
                     yield Stray(subject, "stray", "the number by the name", "", (repair,))
             elif signers.get(value) != field:
@@ -273,7 +273,7 @@ class Survey:
 
     # --- keys of which there are many ---
 
-    async def _looked_at(self, keys: Sequence[bytes]) -> AsyncIterator[Stray]:
+    async def _examine(self, keys: Sequence[bytes]) -> AsyncIterator[Stray]:
         by_kind: dict[str, list[tuple[Keys, bytes, bytes]]] = {}
         for key in keys:
             shard, name = shard_of_key(self._prefix, key), key.partition(b"}:")[2]
@@ -304,7 +304,7 @@ class Survey:
     async def _ended(self, entries: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
         untils = await self._link.pipeline([("PTTL", key) for _, key, _ in entries])
         for (at, key, id), left_ms in zip(entries, untils, strict=True):
-            if not self._is_here(id, at) or uuid_text(id) in self._alive:
+            if not self._is_of_shard(id, at) or uuid_text(id) in self._alive:
                 yield _stray(at, key, b"", ("UNLINK", key))
                 continue
             if left_ms == -1:
@@ -338,15 +338,15 @@ class Survey:
             # Count and leases are read at one moment: leases come and go.
             now = await self._link.pipeline([count_and_leases(at, key, agent) for at, key, _, agent in some])
             for (at, key, selector_key, agent), (count, ids) in zip(some, now, strict=True):
-                expected = await self._bearing(at, ids, _readable(selector_key))
+                expected = await self._count_matching(at, ids, _readable(selector_key))
                 if count is not None and count != b"%d" % expected:
                     repair = ("HSET", key, agent, expected) if expected else ("HDEL", key, agent)
                     subject = f"{_readable(agent)} of {_readable(selector_key)} in shard {at.shard}"
                     yield Stray(subject, "miscounted", str(expected), _readable(count), (repair,))
 
-    async def _bearing(self, at: Keys, ids: Sequence[bytes], selector_key: str) -> int:
+    async def _count_matching(self, at: Keys, ids: Sequence[bytes], selector_key: str) -> int:
         """Count an agent's leases with this selector key. Redis is asked for leases newer than this check."""
-        here = [id for id in ids if self._is_here(id, at)]
+        here = [id for id in ids if self._is_of_shard(id, at)]
         known_leases = [one for id in here if (one := self._alive.get(uuid_text(id))) is not None]
         newer_ids = [id for id in here if uuid_text(id) not in self._alive]
         for start in range(0, len(newer_ids), _BATCH_SIZE):
@@ -358,7 +358,7 @@ class Survey:
         answers = await self._link.pipeline([("SMEMBERS", key) for _, key, _ in entries])
         for (at, key, minute), ids in zip(entries, answers, strict=True):
             for id in ids:
-                lease = self._alive.get(uuid_text(id)) if self._is_here(id, at) else None
+                lease = self._alive.get(uuid_text(id)) if self._is_of_shard(id, at) else None
                 if lease is None or b"%d" % (lease.deadline_ms // 60_000) != minute:
                     yield _stray(at, key, id, ("SREM", key, id))
 
@@ -401,7 +401,7 @@ class Survey:
     def _mistimed(self, at: Keys, key: bytes, left_ms: int, keep_ms: int) -> Stray:
         expiry = "none" if left_ms == -1 else f"in {left_ms} ms"
         return Stray(
-            _about(at, key), "mistimed", f"within {keep_ms} ms", expiry, (("PEXPIRE", key, keep_ms),)
+            _entry_name(at, key), "mistimed", f"within {keep_ms} ms", expiry, (("PEXPIRE", key, keep_ms),)
         )
 
     # --- where entries belong ---
@@ -421,12 +421,12 @@ class Survey:
         at_most_ms = max(SELECTOR_KEEP_MS - age_ms, 0) + DAY_MS
         return _REVOCATIONS_STAY_MS - SLACK_MS < age_ms < 2 * SELECTOR_KEEP_MS and 0 <= left_ms <= at_most_ms
 
-    def _is_here(self, id: bytes, at: Keys) -> bool:
+    def _is_of_shard(self, id: bytes, at: Keys) -> bool:
         """Whether this is a lease id of this shard."""
         return len(id) == ID_BYTES and shard_of(uuid_text(id), len(self._keys)) == at.shard
 
     def _is_alive(self, id: bytes, at: Keys) -> bool:
-        return self._is_here(id, at) and uuid_text(id) in self._alive
+        return self._is_of_shard(id, at) and uuid_text(id) in self._alive
 
     def _belongs(self, id: str, at: Keys) -> bool:
         """Whether a derived id belongs to this shard."""
@@ -445,10 +445,10 @@ def _unverified(record: bytes) -> Lease | None:
 
 
 def _stray(at: Keys, key: str | bytes, member: bytes | str, *repair: Command) -> Stray:
-    return Stray(_about(at, key, member), "stray", "", "it is there", repair)
+    return Stray(_entry_name(at, key, member), "stray", "", "it is there", repair)
 
 
-def _about(at: Keys, key: str | bytes, member: bytes | str = b"") -> str:
+def _entry_name(at: Keys, key: str | bytes, member: bytes | str = b"") -> str:
     """A key and a member for people to read: without the prefix, and with raw ids as text."""
     name = (key if isinstance(key, bytes) else key.encode()).partition(b"}:")[2]
     kind, colon, rest = name.partition(b":")

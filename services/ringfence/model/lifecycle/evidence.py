@@ -109,11 +109,11 @@ def _same_standing(*commands: Command) -> bool:
     """
     first = commands[0]
     return isinstance(first, UserSet) and all(
-        isinstance(c, UserSet) and _hands(c) == _hands(first) for c in commands
+        isinstance(c, UserSet) and _ownership(c) == _ownership(first) for c in commands
     )
 
 
-def _hands(command: UserSet) -> tuple[object, ...]:
+def _ownership(command: UserSet) -> tuple[object, ...]:
     """Return what a command settles besides entitlements, and who gave it: a provisioner's command replaces no
     operator's.
     """

@@ -32,13 +32,13 @@ class Delegations:
             case "agent":
                 return frozenset(self._holders.get(id, ()))
             case "task":
-                return frozenset(self._under(id))
+                return frozenset(self._holders_under(id))
             case "sponsor":  # the sponsors in the chain at the time of issue are no longer known
                 return frozenset(agent for some in self._holders.values() for agent in some)
             case _:
                 return frozenset()
 
-    def _under(self, task_id: str) -> Iterator[str]:
+    def _holders_under(self, task_id: str) -> Iterator[str]:
         todo, seen = [task_id], {task_id}
         while todo:
             for part, agent_id in self._parts.get(todo.pop(), {}).items():

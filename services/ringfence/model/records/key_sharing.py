@@ -43,14 +43,14 @@ class KeyUses:
         uses.latest_ms = at_ms
         if mark is None:
             return None
-        other_mark = self._between(uses, mark, at_ms)
+        other_mark = self._mark_between(uses, mark, at_ms)
         uses.seen[mark] = at_ms
         if other_mark is None or (uses.told_ms is not None and at_ms - uses.told_ms < self._window_ms):
             return None
         uses.told_ms = at_ms
         return other_mark
 
-    def _between(self, uses: _Uses, mark: str, at_ms: int) -> str | None:
+    def _mark_between(self, uses: _Uses, mark: str, at_ms: int) -> str | None:
         """Return the mark whose use came between this use and the previous one of the same mark, or None."""
         before_ms = uses.seen.get(mark)
         if before_ms is None or at_ms - before_ms > self._window_ms:

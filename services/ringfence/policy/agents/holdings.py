@@ -138,7 +138,7 @@ class _Holder:
     """State of one agent."""
 
     held: dict[bytes, _EquivalentLeases] = field(default_factory=dict)
-    """Its live leases, by what they allow in which task (`_what`)."""
+    """Its live leases, by what they allow in which task (`_group_key`)."""
     usage: Usage = field(default_factory=Usage)
     version: int = 0
     """Grows with each change of `held` or `usage`."""
@@ -412,7 +412,7 @@ class Holdings:
         self, id: str, agent_id: str, task_id: str, scope: list[dict[str, Any]], since_s: int, until_s: int
     ) -> _HeldLease:
         """Add a lease. `since_s` counts only if the lease was unknown before."""
-        group_key = _what(task_id, scope)
+        group_key = _group_key(task_id, scope)
         lease = self._leases.get(id)
         if lease is None:
             lease = _HeldLease(agent_id, group_key, since_s, until_s)
@@ -497,5 +497,5 @@ class Holdings:
         return self._clock.now_ms() // 1000
 
 
-def _what(task_id: str, scope: list[dict[str, Any]]) -> bytes:
+def _group_key(task_id: str, scope: list[dict[str, Any]]) -> bytes:
     return task_id.encode() + b" " + orjson.dumps(scope)

@@ -62,7 +62,7 @@ class DecisionsApi:
         return JSONResponse(view)
 
     async def _decision(self, request: Request) -> Response:
-        state = self._known(request)
+        state = self._state_of(request)
         view = _decided(state)
         if state.outcome == "denied" and state.jws is None:
             explanation = await self._explainer.explain(state)
@@ -73,14 +73,14 @@ class DecisionsApi:
         """Explain a remembered decision, or the one at the query's `partition` and `offset`, which audit knows."""
         place = _cursor(request)
         if place is None:
-            return JSONResponse(await self._explainer.explain(self._known(request)))
+            return JSONResponse(await self._explainer.explain(self._state_of(request)))
         caller = self._caller(request)
         explanation = await self._explainer.explain_recorded(request.path_params["request_id"], place)
         if not self._may_see_agent(caller, explanation["agent_id"]):
             raise NotFoundError(NOT_SEEN)
         return JSONResponse(explanation)
 
-    def _known(self, request: Request) -> RequestState:
+    def _state_of(self, request: Request) -> RequestState:
         caller = self._caller(request)
         state = self._decisions.get(request.path_params["request_id"])
         if state is None or state.outcome is None or not self._may_see(caller, state):

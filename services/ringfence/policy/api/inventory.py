@@ -34,7 +34,7 @@ Condition = Callable[[str, InventoryRow], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class _AgentFilters:
     """The query's filters, which must all hold. None means no filter."""
 
     caller: Caller
@@ -86,10 +86,10 @@ class InventoryApi(AgentsApi):
 
         The first page has the sums over all matching agents.
         """
-        filters, gaps = await self._asked(request)
+        filters, gaps = await self._parse_query(request)
         limit = _number(request, "limit", _ROWS, 0, MAX_ROWS)
         after, cursor = request.query_params.get("after"), self._agent_index.cursor
-        ids = self._among(filters)
+        ids = self._candidate_ids(filters)
         if after:
             fitting = await self._fitting(filters, ids[bisect_right(ids, after) :], limit + 1)
         else:
@@ -111,7 +111,7 @@ class InventoryApi(AgentsApi):
 
         `fits` says whether they match the filters.
         """
-        filters, gaps = await self._asked(request)
+        filters, gaps = await self._parse_query(request)
         after = request.query_params.get("after")
         if not after:
             raise WrongQueryError("after is a cursor that /v1/inventory gave")
@@ -119,8 +119,8 @@ class InventoryApi(AgentsApi):
         changed = list(islice(self._agent_index.changed(after), MAX_ROWS + 1))
         if len(changed) > MAX_ROWS:
             raise CursorLostError("too much has changed since; begin anew")
-        visible = self._those(changed, filters.sights())
-        fitting = set(self._those(visible, filters.filters()))
+        visible = self._matching_ids(changed, filters.sights())
+        fitting = set(self._matching_ids(visible, filters.filters()))
         rows = [{**row, "fits": row["id"] in fitting} async for row in self._rows(visible)]
         return answered(
             {
@@ -131,11 +131,11 @@ class InventoryApi(AgentsApi):
             }
         )
 
-    async def _asked(self, request: Request) -> tuple[_Wanted, list[str]]:
+    async def _parse_query(self, request: Request) -> tuple[_AgentFilters, list[str]]:
         """Return the filters, and what will be missing in the answer."""
         now_ms, query = self._runtime.clock.now_ms(), request.query_params
         caller = self._caller(request)
-        filters = _Wanted(
+        filters = _AgentFilters(
             caller,
             agent=query.get("agent"),
             sponsor=query.get("sponsor"),
@@ -149,7 +149,7 @@ class InventoryApi(AgentsApi):
         )
         return filters, await self._gaps(caller)
 
-    def _among(self, filters: _Wanted) -> list[str]:
+    def _candidate_ids(self, filters: _AgentFilters) -> list[str]:
         """Return sorted agents that include all matching ones. Most queries need to look at few."""
         if filters.agent is not None:
             return [filters.agent]
@@ -157,17 +157,17 @@ class InventoryApi(AgentsApi):
         # A copy: agents may be added while other tasks run.
         return list(self._agent_index.ids()) if sponsor is None else self._agent_index.ids_of(sponsor)
 
-    async def _fitting(self, filters: _Wanted, ids: list[str], most: int) -> list[str]:
+    async def _fitting(self, filters: _AgentFilters, ids: list[str], most: int) -> list[str]:
         conditions = filters.sights() + filters.filters()
         matching: list[str] = []
         for start in range(0, len(ids), _LINES_A_TURN):
             if len(matching) >= most:
                 break
-            matching += self._those(ids[start : start + _LINES_A_TURN], conditions)
+            matching += self._matching_ids(ids[start : start + _LINES_A_TURN], conditions)
             await asyncio.sleep(0)
         return matching
 
-    def _those(self, ids: list[str], conditions: list[Condition]) -> list[str]:
+    def _matching_ids(self, ids: list[str], conditions: list[Condition]) -> list[str]:
         lines = ((id, line) for id in ids if (line := self._agent_index.line(id)))
         if not conditions:
             return [id for id, _ in lines]
@@ -176,7 +176,7 @@ class InventoryApi(AgentsApi):
             return [id for id, line in lines if holds(id, line)]
         return [id for id, line in lines if all(holds(id, line) for holds in conditions)]
 
-    async def _totals(self, ids: list[str], filters: _Wanted) -> dict[str, int]:
+    async def _totals(self, ids: list[str], filters: _AgentFilters) -> dict[str, int]:
         now_s = self._runtime.clock.now_ms() // 1000
         sums = totals([], now_s, filters.keys_by_s)
         for start in range(0, len(ids), _LINES_A_TURN):

@@ -51,7 +51,7 @@ class ReachApi(AgentsApi):
         agents: list[Any] = []
         after = None
         if target is not None:
-            scope = _asked(target, query.get("verb"), query.get("resource"))
+            scope = _queried_scope(target, query.get("verb"), query.get("resource"))
             agents, after = await self._page(caller, scope, target_id, query.get("after") or "", gaps)
         document = {
             "at_ms": now_ms,
@@ -108,7 +108,7 @@ class ReachApi(AgentsApi):
         return line_of(facts, ceiling, tasks)
 
 
-def _asked(target: TargetState, verb: str | None, resource: str | None) -> Scope:
+def _queried_scope(target: TargetState, verb: str | None, resource: str | None) -> Scope:
     if verb is not None and verb not in {one.verb for one in target.verbs}:
         verbs = ", ".join(one.verb for one in target.verbs)
         raise WrongQueryError(f"{target.target_id} has no verb {verb[:64]}; it has {verbs or 'none'}")

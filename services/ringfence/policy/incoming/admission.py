@@ -80,7 +80,7 @@ class AdmissionControl:
 
     def refusal(self, case: Case, now_ms: int) -> Evaluation | None:
         """Count a new request. Returns the reason why it is not evaluated, or None."""
-        refused = self._late(case, now_ms) or self._too_many(case)
+        refused = self._late_refusal(case, now_ms) or self._too_many(case)
         if refused is not None:
             self._refusals[case.agent_id] += 1
         return refused
@@ -89,7 +89,7 @@ class AdmissionControl:
         """Return a warning that requests are refused because policy is behind, or None."""
         return self._backlog.warning(now_ms)
 
-    def _late(self, case: Case, now_ms: int) -> Evaluation | None:
+    def _late_refusal(self, case: Case, now_ms: int) -> Evaluation | None:
         waited_ms, wait_s = now_ms - case.source.appended_at_ms, self._limits.wait_s
         if not wait_s or waited_ms <= wait_s * 1000:
             return None

@@ -96,7 +96,7 @@ class ApprovalHandler:
         self._decided = ReadBarrier(runtime, recall)
         self.records = ReadBarrier(runtime, evaluator.caught_up)
         """For users, agents, tasks and targets: a person who answers may have seen newer records than this process."""
-        self._held_against: dict[str, tuple[int, int | None]] = {}
+        self._checked_versions: dict[str, tuple[int, int | None]] = {}
 
     def received(self, batch: Sequence[Received]) -> None:
         """Note the batch whose records come to `handle` next.
@@ -115,12 +115,12 @@ class ApprovalHandler:
         if is_for_others(record):
             return None
         approval, late = await self._verifier.approval(record)
-        async with self._alone(record.appended_at_ms):
-            problem = await self._take(approval, late, record)
+        async with self._locked(record.appended_at_ms):
+            problem = await self._apply(approval, late, record)
         return await self._refuse(approval, problem, record) if problem is not None else None
 
     @contextlib.asynccontextmanager
-    async def _alone(self, at_ms: int | None = None) -> AsyncIterator[None]:
+    async def _locked(self, at_ms: int | None = None) -> AsyncIterator[None]:
         """Hold the lock, with every decision known that was on Kafka at `at_ms`, or now.
 
         A decision that was published before a failure counts, even if its acknowledgement was lost.
@@ -133,7 +133,7 @@ class ApprovalHandler:
                 self._decided.invalidate()
                 raise
 
-    async def _take(
+    async def _apply(
         self, approval: Signed[Approval], late: ExpiredError | None, record: Received
     ) -> Reason | None:
         """Apply an answer. Returns the reason why it changes nothing, or None."""
@@ -160,7 +160,7 @@ class ApprovalHandler:
             return _reason(late.code, str(late))
         pending = state.pending
         if record.appended_at_ms >= (pending.expires_at or 0) * 1000:
-            await self._close(state, pending, (_over(pending),))
+            await self._close(state, pending, (_expired_reason(pending),))
             return _reason("approval_expired", "the time in which approvals counted is over")
         return await self._evaluate(approval, place, record.appended_at_ms, state, pending)
 
@@ -204,15 +204,15 @@ class ApprovalHandler:
         if problem is not None:
             return problem
         collected = [_collected(jws) for jws in pending.approvals]
-        if not _all_stand(collected, at_ms):
-            await self._close(state, pending, (_over(pending),))
+        if not _all_valid(collected, at_ms):
+            await self._close(state, pending, (_expired_reason(pending),))
             return _reason("approval_expired", "the time of an approval that was given before is over")
         if user_id in map(signer, collected):
             return _reason("approved_already", f"{user_id} approved this before; nobody counts twice")
-        await self._count(state, pending, case, collected, approval, place, at_ms)
+        await self._count_approval(state, pending, case, collected, approval, place, at_ms)
         return None
 
-    async def _count(
+    async def _count_approval(
         self,
         state: RequestState,
         pending: CredentialDecision,
@@ -291,12 +291,12 @@ class ApprovalHandler:
         for known in list(self._decisions.pending()):
             if known.agent_id != grant.agent_id:
                 continue
-            async with self._alone(at_ms):
+            async with self._locked(at_ms):
                 pending = known.pending
                 if pending is None or at_ms >= (pending.expires_at or 0) * 1000:
                     continue
                 case, collected = _case(known, pending), [_collected(jws) for jws in pending.approvals]
-                if case.request.claims.task_id != grant.task_id or not _all_stand(collected, at_ms):
+                if case.request.claims.task_id != grant.task_id or not _all_valid(collected, at_ms):
                     continue
                 evaluation = await self._evaluator.evaluate(case, at_ms, collected)
                 same = (evaluation.revisions, evaluation.ruling.ttl_s) == (pending.revisions, pending.ttl_s)
@@ -331,20 +331,20 @@ class ApprovalHandler:
             if not self._is_own(known, owns):
                 continue
             if self._is_overdue(known) or (
-                self._held_against.get(known.request_id) != now and self._against(known)
+                self._checked_versions.get(known.request_id) != now and self._violations(known)
             ):
                 await self._close_one(known, owns)
             still_waiting[known.request_id] = now
             await asyncio.sleep(0)  # many may wait
-        self._held_against = still_waiting
+        self._checked_versions = still_waiting
 
     async def _close_one(self, state: RequestState, owns: Callable[[str, int], bool]) -> None:
-        async with self._alone():
+        async with self._locked():
             if state.pending is None or not self._is_own(state, owns):
                 return
             if self._is_overdue(state):
-                await self._close(state, state.pending, (_over(state.pending),))
-            elif reasons := self._against(state):
+                await self._close(state, state.pending, (_expired_reason(state.pending),))
+            elif reasons := self._violations(state):
                 await self._close(state, state.pending, reasons)
 
     def _is_own(self, state: RequestState, owns: Callable[[str, int], bool]) -> bool:
@@ -355,7 +355,7 @@ class ApprovalHandler:
         end_s = state.pending.expires_at if state.pending else None
         return self._runtime.clock.now_ms() >= (end_s or 0) * 1000 + OVERDUE_MS
 
-    def _against(self, state: RequestState) -> tuple[Reason, ...]:
+    def _violations(self, state: RequestState) -> tuple[Reason, ...]:
         """Return how a waiting request violates the invariant with the present records."""
         if state.pending is None:
             return ()
@@ -378,7 +378,7 @@ def _collected(jws: str) -> Signed[Approval]:
     return Signed(parse(jws).unverified_claims(Approval), jws)
 
 
-def _all_stand(approvals: Iterable[Signed[Approval]], at_ms: int) -> bool:
+def _all_valid(approvals: Iterable[Signed[Approval]], at_ms: int) -> bool:
     """Return whether none of these has expired at the append time `at_ms`. The issuer would refuse an expired one."""
     return all(at_ms < approval.claims.exp * 1000 for approval in approvals)
 
@@ -387,7 +387,7 @@ def _reason(code: str, message: str) -> Reason:
     return Reason(code=code, message=message)
 
 
-def _over(pending: CredentialDecision) -> Reason:
+def _expired_reason(pending: CredentialDecision) -> Reason:
     required = ", ".join(pending.required)
     return _reason("approval_expired", f"nobody gave the approval in time ({required}); ask anew")
 

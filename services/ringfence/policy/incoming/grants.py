@@ -119,16 +119,16 @@ class GrantHandler:
     async def _withdraw(self, record: Received) -> None:
         signed, late = await self._verifier.withdrawal(record)
         claims = signed.claims
-        if late is None and self._no_say(claims) is not None:
+        if late is None and self._withdrawal_objection(claims) is not None:
             # Nobody is refused for a record that has not arrived here yet.
             await self._records(record.appended_at_ms)
-        reason = _reason(late.code, str(late)) if late else self._no_say(claims)
+        reason = _reason(late.code, str(late)) if late else self._withdrawal_objection(claims)
         if reason is None:
             user_id = subject_of(claims.aud, claims.iss, "user") or ""
             self._table.take_back(claims.grant_id, user_id, record.appended_at_ms)
         await self._answer(claims, reason, record)
 
-    def _no_say(self, claims: GrantWithdraw) -> Reason | None:
+    def _withdrawal_objection(self, claims: GrantWithdraw) -> Reason | None:
         """Return the reason why a person cannot withdraw a grant, or None."""
         entry = self._table.get(claims.grant_id)
         user_id = subject_of(claims.aud, claims.iss, "user")
