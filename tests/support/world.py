@@ -144,6 +144,8 @@ class World:
         self._watched: dict[Topic[Any], _Watch] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._news = asyncio.Event()
+        self._opened: dict[tuple[bytes, int, type[Claims], tuple[ServiceRole, ...], bytes], Any] = {}
+        """What was verified once: the same record under the same trust bundle is as good the second time."""
         self.trail = Trail(self)
 
     @classmethod
@@ -429,8 +431,12 @@ class World:
 
     def opened(self, record: Received, model: type[C], *roles: ServiceRole) -> C:
         """The claims in a record, signed by a service with one of the roles. Raises InvalidMessageError."""
-        find = self.trust.finder(*roles, at_s=record.appended_at_ms / 1000)
-        return verify(parse(record.value), model, find, audience=self.td).claims
+        # Whoever waits for a record asks for all before it again, with each that comes.
+        key = (record.value, record.appended_at_ms, model, roles, self.trust.compact)
+        if (claims := self._opened.get(key)) is None:
+            find = self.trust.finder(*roles, at_s=record.appended_at_ms / 1000)
+            claims = self._opened[key] = verify(parse(record.value), model, find, audience=self.td).claims
+        return claims
 
     async def event_where(self, predicate: Callable[[ServiceEvent], Any]) -> ServiceEvent:
         """The first `service.event` that satisfies the predicate."""
