@@ -63,6 +63,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import ALL, DEAD_LETTER, REGISTRY_COMMAND, SERVICE_EVENT, TRUST
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
+from tests.support.http_client import plain_client
 from tests.support.lost_redis import declare_complete
 from tests.support.switches import build_options
 from tests.support.trail import Trail
@@ -541,9 +542,7 @@ class World:
     ) -> httpx.Response:
         """GET from the HTTP API of a running service."""
         headers = self.bearer(who, role) if who else {}
-        async with httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{self.ports[role]}", timeout=WITHIN_S
-        ) as client:
+        async with plain_client(base_url=f"http://127.0.0.1:{self.ports[role]}", timeout=WITHIN_S) as client:
             return await client.get(path, headers=headers, params=params)
 
 

@@ -12,15 +12,17 @@ import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
-
-import httpx
 
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.crypto.oidc import JwksError, read_jwks
 from ringfence.messages.oidc import OidcKey
+
+if TYPE_CHECKING:
+    import httpx
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +82,8 @@ class Discovery:
             await self._http.aclose()
 
     async def _read(self, issuer: str) -> tuple[OidcKey, ...]:
+        import httpx
+
         try:
             async with asyncio.timeout(_IN_ALL_S):
                 about = json_object(await self._get(issuer.rstrip("/") + "/.well-known/openid-configuration"))
@@ -99,6 +103,8 @@ class Discovery:
 
     async def _get(self, url: str) -> bytes:
         """One document. What is behind a redirect, too large or not there raises ValueError."""
+        import httpx
+
         if self._http is None:
             self._http = httpx.AsyncClient(
                 verify=self._tls or _tls(), timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False

@@ -10,8 +10,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-
-import httpx
+from typing import TYPE_CHECKING
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.bounded_dict import BoundedDict
@@ -37,6 +36,9 @@ from ringfence.policy.notifications.webhook import (
     parse_webhook,
     signed_headers,
 )
+
+if TYPE_CHECKING:
+    import httpx
 
 log = logging.getLogger(__name__)
 # It tells of every request with its URL, and these URLs are secrets.
@@ -202,6 +204,8 @@ class Notices:
 
     async def _post(self, webhook: Webhook, id: str, body: bytes) -> str | None:
         """One attempt: what was wrong, or None. Raises GaveUpError where trying again is of no use."""
+        import httpx
+
         if self._http is None:
             self._http = httpx.AsyncClient(timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False)
         headers = signed_headers(webhook, id, self._clock.now_ms() // 1000, body)
