@@ -84,7 +84,7 @@ class Message(BaseModel):
 
     __pydantic_extra__: dict[str, Json]
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True, defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
 
 class Claims(Message):
