@@ -22,13 +22,8 @@ import re
 import secrets
 import unicodedata
 from collections.abc import Iterable
-from typing import Any, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 from urllib.parse import quote
-
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
 
 from ringfence.backends.access import TargetAccess
 from ringfence.backends.connection_pool import ConnectionCache
@@ -46,6 +41,9 @@ from ringfence.messages.permission import Permission
 from ringfence.messages.registry import TargetState
 from ringfence.model.scope.globs import ScopeError, parse_glob
 from ringfence.model.target_settings import TargetSettings
+
+if TYPE_CHECKING:
+    from redis.exceptions import ResponseError
 
 
 def _words(text: str) -> frozenset[str]:
@@ -147,6 +145,11 @@ class _Server:
 
     def __init__(self, target_id: str, url: str) -> None:
         """Raises AccessError if the URL is unusable."""
+        # Policy and gateway know the backend, and never come here.
+        from redis.asyncio import Redis
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
         try:
             self.client: Any = Redis.from_url(
                 url,
@@ -244,6 +247,8 @@ class RedisBackend:
         return scheme, address or f"{connected_to.get('host')}:{connected_to.get('port', 6379)}"
 
     async def _run(self, target_id: str, *command: str) -> Any:
+        from redis.exceptions import RedisError, ResponseError
+
         try:
             server = await self._servers.at(target_id)
             return await server.client.execute_command(*command)

@@ -6,12 +6,13 @@ import ssl
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
-
-import httpx
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.secret_refs import PlaceError, read_secret, read_variable
+
+if TYPE_CHECKING:
+    import httpx
 
 KEPT_S: Final = 10.0
 """How long a secret from Vault is cached, which is the longest delay until a replaced secret is used."""
@@ -88,6 +89,8 @@ class VaultSource:
             verify = ssl.create_default_context(cafile=ca_file)
         except OSError:
             raise AccessError(f"cannot read {ca_file}, the certificate of Vault's authority") from None
+        import httpx
+
         self._client = httpx.AsyncClient(
             base_url=url.rstrip("/") + "/v1/", verify=verify, timeout=_ANSWER_S, trust_env=False
         )
@@ -113,6 +116,8 @@ class VaultSource:
         await self._client.aclose()
 
     async def _fetch(self, where: str, token: str) -> str:
+        import httpx
+
         path, _, field = where.partition("#")
         headers = {**self._headers, "X-Vault-Token": token}
         try:

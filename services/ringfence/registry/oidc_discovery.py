@@ -12,15 +12,17 @@ import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
-
-import httpx
 
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.crypto.oidc import JwksError, read_jwks
 from ringfence.messages.oidc import OidcKey
+
+if TYPE_CHECKING:
+    import httpx
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +84,8 @@ class Discovery:
             await self._http.aclose()
 
     async def _read(self, issuer: str) -> tuple[OidcKey, ...]:
+        import httpx
+
         try:
             async with asyncio.timeout(_IN_ALL_S):
                 configuration = json_object(
@@ -106,6 +110,8 @@ class Discovery:
 
         Raises ValueError for a redirect, a missing document, or one over `MAX_DOCUMENT_BYTES`.
         """
+        import httpx
+
         if self._http is None:
             self._http = httpx.AsyncClient(
                 verify=self._tls or _tls(), timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False

@@ -12,14 +12,15 @@ import secrets
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
-
-import asyncpg
 
 from ringfence.backends.secret_sources import AccessError
 from ringfence.backends.target_settings import TargetError, TargetRefusedError
 from ringfence.model.target_settings import SslMode
+
+if TYPE_CHECKING:
+    import asyncpg
 
 T = TypeVar("T")
 Connection = Any
@@ -118,6 +119,8 @@ class PostgresServer:
 
     async def run(self, database: str, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Run `work` and return its result. `work` may run more than once. Raises TargetError, TargetRefusedError."""
+        import asyncpg
+
         conflicts = lost = 0
         while True:
             try:
@@ -145,6 +148,8 @@ class PostgresServer:
             await pool.close()
 
     async def _pool(self, database: str) -> Any:
+        import asyncpg
+
         if database not in self._pools:
             login = self.login
             self._pools[database] = await asyncpg.create_pool(

@@ -11,8 +11,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-
-import httpx
+from typing import TYPE_CHECKING
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.bounded_dict import BoundedDict
@@ -38,6 +37,9 @@ from ringfence.policy.notifications.webhook import (
     parse_webhook,
     signed_headers,
 )
+
+if TYPE_CHECKING:
+    import httpx
 
 log = logging.getLogger(__name__)
 # It logs every request with its URL, and these URLs are secrets.
@@ -203,6 +205,8 @@ class Notices:
 
     async def _post(self, webhook: Webhook, id: str, body: bytes) -> str | None:
         """Make one attempt. Returns the failure, or None. Raises GaveUpError where another attempt is pointless."""
+        import httpx
+
         if self._http is None:
             self._http = httpx.AsyncClient(timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False)
         headers = signed_headers(webhook, id, self._clock.now_ms() // 1000, body)
