@@ -28,6 +28,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path, PurePath
+from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 from unittest import mock
 
@@ -35,6 +36,7 @@ import typer
 from pydantic import BaseModel
 
 import ringfence
+import ringfence.testing
 from ringfence import backends
 from ringfence.audit.events.ocsf import EventKind
 from ringfence.cli.commands.serve import _classes as settings_of
@@ -90,6 +92,7 @@ def collect() -> Names:
         ("service event", _service_events(source)),
         ("exit status", _exit_statuses()),
         ("sdk", _sdk()),
+        ("testing", _names_of(ringfence.testing)),
         ("plugin", _plugin_api()),
         ("cli", _commands()),
     ):
@@ -229,6 +232,12 @@ def _errors() -> Iterator[tuple[str, type[RingfenceError]]]:
             for alias, value in vars(module).items():
                 if inspect.isclass(value) and issubclass(value, RingfenceError) and value.__module__ == name:
                     yield alias, value
+
+
+def _names_of(module: ModuleType) -> Iterator[tuple[str, str]]:
+    """What a public module beside the SDK offers."""
+    for name in sorted(module.__all__):
+        yield from _public(name, getattr(module, name))
 
 
 def _plugin_api() -> Iterator[tuple[str, str]]:

@@ -1,4 +1,9 @@
-"""Ringfence: a credential broker for AI agents."""
+"""Ringfence: a credential broker for AI agents.
+
+What an agent, a sponsor or a resource server needs is imported from here. Further public modules: `ringfence.testing`
+for the test suites of agents, `ringfence.faststream` for consumers of topics, `ringfence.backends` for authors of
+backends. All other modules may change with any release.
+"""
 
 from __future__ import annotations
 
@@ -7,78 +12,237 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ringfence.client.admin.administrator import Administrator as Administrator
+    from ringfence.client.admin.administrator import AnyKey as AnyKey
+    from ringfence.client.admin.command_client import Accepted as Accepted
+    from ringfence.client.admin.preview import Preview as Preview
     from ringfence.client.agent.agent import Agent as Agent
+    from ringfence.client.agent.agent import OnPending as OnPending
     from ringfence.client.agent.credentials import GatewayCredential as GatewayCredential
     from ringfence.client.agent.credentials import IssuedCredential as IssuedCredential
     from ringfence.client.agent.credentials import PostgresCredential as PostgresCredential
     from ringfence.client.agent.credentials import RedisCredential as RedisCredential
     from ringfence.client.agent.credentials import SshCredential as SshCredential
     from ringfence.client.agent.credentials import TokenCredential as TokenCredential
+    from ringfence.client.agent.replies import PendingRequest as PendingRequest
     from ringfence.client.approvals.action_approvals import PendingAction as PendingAction
     from ringfence.client.approvals.grants import Grantor as Grantor
     from ringfence.client.approvals.grants import Proposal as Proposal
     from ringfence.client.approvals.pending_approval import PendingApproval as PendingApproval
+    from ringfence.client.approvals.request_groups import RequestGroup as RequestGroup
     from ringfence.client.approvals.sponsor import Sponsor as Sponsor
+    from ringfence.client.errors import ApiError as ApiError
+    from ringfence.client.errors import CredentialOverError as CredentialOverError
+    from ringfence.client.errors import CredentialUseError as CredentialUseError
+    from ringfence.client.errors import EnrolmentRefusedError as EnrolmentRefusedError
+    from ringfence.client.errors import IdentityError as IdentityError
+    from ringfence.client.errors import InvalidCallError as InvalidCallError
+    from ringfence.client.errors import NotAnsweredError as NotAnsweredError
+    from ringfence.client.errors import NotYoursError as NotYoursError
+    from ringfence.client.errors import RefusedError as RefusedError
+    from ringfence.client.errors import RequestDeniedError as RequestDeniedError
+    from ringfence.client.errors import RequestTimeoutError as RequestTimeoutError
+    from ringfence.client.errors import StaleApprovalError as StaleApprovalError
     from ringfence.client.errors import TokenRejectedError as TokenRejectedError
     from ringfence.client.resource_server.asgi import Needs as Needs
     from ringfence.client.resource_server.asgi import TokenGuard as TokenGuard
+    from ringfence.client.resource_server.asgi import any_token as any_token
+    from ringfence.client.resource_server.challenges import HttpRefusal as HttpRefusal
     from ringfence.client.resource_server.dpop_proofs import Nonces as Nonces
+    from ringfence.client.resource_server.dpop_proofs import ProofError as ProofError
+    from ringfence.client.resource_server.dpop_proofs import ProofMemory as ProofMemory
     from ringfence.client.resource_server.verifier import TokenVerifier as TokenVerifier
     from ringfence.client.resource_server.verifier import VerifiedToken as VerifiedToken
     from ringfence.client.settings import ClientSettings as ClientSettings
+    from ringfence.client.token_sources import GitHubActions as GitHubActions
+    from ringfence.client.token_sources import GoogleMetadata as GoogleMetadata
+    from ringfence.client.token_sources import TokenFile as TokenFile
+    from ringfence.client.token_sources import TokenSource as TokenSource
+    from ringfence.client.token_sources import TokenSourceError as TokenSourceError
+    from ringfence.kernel.base.clock import Clock as Clock
+    from ringfence.kernel.base.errors import InvalidMessageError as InvalidMessageError
+    from ringfence.kernel.base.errors import RingfenceError as RingfenceError
+    from ringfence.kernel.base.errors import SettingsError as SettingsError
     from ringfence.kernel.base.errors import UnavailableError as UnavailableError
+    from ringfence.kernel.crypto.keys import KeyFileError as KeyFileError
     from ringfence.kernel.crypto.keys import SigningKey as SigningKey
+    from ringfence.messages.approval import Grant as Grant
+    from ringfence.messages.credential import Delivery as Delivery
+    from ringfence.messages.credential import Reason as Reason
+    from ringfence.messages.credential import RequiredClass as RequiredClass
+    from ringfence.messages.credential import Revisions as Revisions
+    from ringfence.messages.enrolment import AttestationSelector as AttestationSelector
+    from ringfence.messages.keys import KeyRecord as KeyRecord
+    from ringfence.messages.keys import PublicJwk as PublicJwk
+    from ringfence.messages.permission import Permission as Permission
+    from ringfence.messages.permission import Scope as Scope
+    from ringfence.messages.registry import BackendSettings as BackendSettings
+    from ringfence.messages.registry import Delegation as Delegation
+    from ringfence.messages.registry import Provisioning as Provisioning
+    from ringfence.messages.registry import RequestRule as RequestRule
+    from ringfence.messages.registry import Role as Role
+    from ringfence.messages.registry import TaskTerms as TaskTerms
+    from ringfence.messages.registry import VerbFloor as VerbFloor
+    from ringfence.model.http_targets.request_map import RequestMapError as RequestMapError
+    from ringfence.model.records.command_chain import ChainError as ChainError
+    from ringfence.model.records.consent import nonce_of as nonce_of
+    from ringfence.model.scope.globs import ScopeError as ScopeError
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accepted",
     "Administrator",
     "Agent",
+    "AnyKey",
+    "ApiError",
+    "AttestationSelector",
+    "BackendSettings",
+    "ChainError",
     "ClientSettings",
+    "Clock",
+    "CredentialOverError",
+    "CredentialUseError",
+    "Delegation",
+    "Delivery",
+    "EnrolmentRefusedError",
     "GatewayCredential",
+    "GitHubActions",
+    "GoogleMetadata",
+    "Grant",
     "Grantor",
+    "HttpRefusal",
+    "IdentityError",
+    "InvalidCallError",
+    "InvalidMessageError",
     "IssuedCredential",
+    "KeyFileError",
+    "KeyRecord",
     "Needs",
     "Nonces",
+    "NotAnsweredError",
+    "NotYoursError",
+    "OnPending",
     "PendingAction",
     "PendingApproval",
+    "PendingRequest",
+    "Permission",
     "PostgresCredential",
+    "Preview",
+    "ProofError",
+    "ProofMemory",
     "Proposal",
+    "Provisioning",
+    "PublicJwk",
+    "Reason",
     "RedisCredential",
+    "RefusedError",
+    "RequestDeniedError",
+    "RequestGroup",
+    "RequestMapError",
+    "RequestRule",
+    "RequestTimeoutError",
+    "RequiredClass",
+    "Revisions",
+    "RingfenceError",
+    "Role",
+    "Scope",
+    "ScopeError",
+    "SettingsError",
     "SigningKey",
     "Sponsor",
     "SshCredential",
+    "StaleApprovalError",
+    "TaskTerms",
     "TokenCredential",
+    "TokenFile",
     "TokenGuard",
     "TokenRejectedError",
+    "TokenSource",
+    "TokenSourceError",
     "TokenVerifier",
     "UnavailableError",
+    "VerbFloor",
     "VerifiedToken",
+    "any_token",
+    "nonce_of",
 ]
 
 _MODULES = {
+    "Accepted": "ringfence.client.admin.command_client",
     "Administrator": "ringfence.client.admin.administrator",
     "Agent": "ringfence.client.agent.agent",
+    "AnyKey": "ringfence.client.admin.administrator",
+    "ApiError": "ringfence.client.errors",
+    "AttestationSelector": "ringfence.messages.enrolment",
+    "BackendSettings": "ringfence.messages.registry",
+    "ChainError": "ringfence.model.records.command_chain",
     "ClientSettings": "ringfence.client.settings",
+    "Clock": "ringfence.kernel.base.clock",
+    "CredentialOverError": "ringfence.client.errors",
+    "CredentialUseError": "ringfence.client.errors",
+    "Delegation": "ringfence.messages.registry",
+    "Delivery": "ringfence.messages.credential",
+    "EnrolmentRefusedError": "ringfence.client.errors",
+    "GatewayCredential": "ringfence.client.agent.credentials",
+    "GitHubActions": "ringfence.client.token_sources",
+    "GoogleMetadata": "ringfence.client.token_sources",
+    "Grant": "ringfence.messages.approval",
     "Grantor": "ringfence.client.approvals.grants",
+    "HttpRefusal": "ringfence.client.resource_server.challenges",
+    "IdentityError": "ringfence.client.errors",
+    "InvalidCallError": "ringfence.client.errors",
+    "InvalidMessageError": "ringfence.kernel.base.errors",
+    "IssuedCredential": "ringfence.client.agent.credentials",
+    "KeyFileError": "ringfence.kernel.crypto.keys",
+    "KeyRecord": "ringfence.messages.keys",
     "Needs": "ringfence.client.resource_server.asgi",
     "Nonces": "ringfence.client.resource_server.dpop_proofs",
-    "GatewayCredential": "ringfence.client.agent.credentials",
-    "IssuedCredential": "ringfence.client.agent.credentials",
+    "NotAnsweredError": "ringfence.client.errors",
+    "NotYoursError": "ringfence.client.errors",
+    "OnPending": "ringfence.client.agent.agent",
     "PendingAction": "ringfence.client.approvals.action_approvals",
-    "PendingApproval": "ringfence.client.approvals.sponsor",
+    "PendingApproval": "ringfence.client.approvals.pending_approval",
+    "PendingRequest": "ringfence.client.agent.replies",
+    "Permission": "ringfence.messages.permission",
     "PostgresCredential": "ringfence.client.agent.credentials",
+    "Preview": "ringfence.client.admin.preview",
+    "ProofError": "ringfence.client.resource_server.dpop_proofs",
+    "ProofMemory": "ringfence.client.resource_server.dpop_proofs",
     "Proposal": "ringfence.client.approvals.grants",
+    "Provisioning": "ringfence.messages.registry",
+    "PublicJwk": "ringfence.messages.keys",
+    "Reason": "ringfence.messages.credential",
     "RedisCredential": "ringfence.client.agent.credentials",
-    "Sponsor": "ringfence.client.approvals.sponsor",
-    "TokenGuard": "ringfence.client.resource_server.asgi",
-    "SshCredential": "ringfence.client.agent.credentials",
-    "TokenCredential": "ringfence.client.agent.credentials",
+    "RefusedError": "ringfence.client.errors",
+    "RequestDeniedError": "ringfence.client.errors",
+    "RequestGroup": "ringfence.client.approvals.request_groups",
+    "RequestMapError": "ringfence.model.http_targets.request_map",
+    "RequestRule": "ringfence.messages.registry",
+    "RequestTimeoutError": "ringfence.client.errors",
+    "RequiredClass": "ringfence.messages.credential",
+    "Revisions": "ringfence.messages.credential",
+    "RingfenceError": "ringfence.kernel.base.errors",
+    "Role": "ringfence.messages.registry",
+    "Scope": "ringfence.messages.permission",
+    "ScopeError": "ringfence.model.scope.globs",
+    "SettingsError": "ringfence.kernel.base.errors",
     "SigningKey": "ringfence.kernel.crypto.keys",
+    "Sponsor": "ringfence.client.approvals.sponsor",
+    "SshCredential": "ringfence.client.agent.credentials",
+    "StaleApprovalError": "ringfence.client.errors",
+    "TaskTerms": "ringfence.messages.registry",
+    "TokenCredential": "ringfence.client.agent.credentials",
+    "TokenFile": "ringfence.client.token_sources",
+    "TokenGuard": "ringfence.client.resource_server.asgi",
     "TokenRejectedError": "ringfence.client.errors",
-    "UnavailableError": "ringfence.kernel.base.errors",
+    "TokenSource": "ringfence.client.token_sources",
+    "TokenSourceError": "ringfence.client.token_sources",
     "TokenVerifier": "ringfence.client.resource_server.verifier",
+    "UnavailableError": "ringfence.kernel.base.errors",
+    "VerbFloor": "ringfence.messages.registry",
     "VerifiedToken": "ringfence.client.resource_server.verifier",
+    "any_token": "ringfence.client.resource_server.asgi",
+    "nonce_of": "ringfence.model.records.consent",
 }
 
 
@@ -86,4 +250,9 @@ def __getattr__(name: str) -> Any:
     """The SDK's names, imported when asked for (PEP 562): a service that imports messages loads none of it."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__", "__version__"])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ringfence.client.admin.command_client import COMMAND_LIFE_S, UNKNOWN_OUTCOME, Accepted, CommandClient
 from ringfence.client.admin.preview import Preview, preview, unknown_names
 from ringfence.client.admin.target_backends import backend_problem
+from ringfence.client.arguments import instances, permissions, roles_of, texts
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import IdentityError, InvalidCallError, checked, require_understood
 from ringfence.kernel.base.ids import message_id
@@ -107,17 +108,18 @@ class Administrator(CommandClient):
                 since 1970 (None: now).
             provisioned: keeps a provisioned user with their provisioner; None takes them over.
         """
-        validate_scope(tuple(entitlements), allow_empty=True)
+        roles, entitlements = roles_of(roles), permissions("entitlements", entitlements)
+        validate_scope(entitlements, allow_empty=True)
         stamp = self.connection.stamp(COMMAND_LIFE_S)
         with checked("the user"):
             command = UserSet(
                 **stamp,
                 user_id=user_id,
                 name=name,
-                roles=tuple(roles),
+                roles=roles,
                 keys=self.key_records(keys),
                 entitlements=Entitlements(
-                    scope=tuple(entitlements), source=source, as_of=stamp["iat"] if as_of is None else as_of
+                    scope=entitlements, source=source, as_of=stamp["iat"] if as_of is None else as_of
                 ),
                 provisioned=provisioned,
             )
@@ -161,7 +163,8 @@ class Administrator(CommandClient):
         With `inactive` nothing is issued before the sponsor accepts it with `activate_agent`. With `attestation` it
         needs no key: its running instances enrol their own.
         """
-        validate_scope(tuple(ceiling), allow_empty=True)
+        ceiling, attestation = permissions("ceiling", ceiling), _selectors(attestation)
+        validate_scope(ceiling, allow_empty=True)
         with checked("the agent"):
             command = AgentRegister(
                 **self.connection.stamp(COMMAND_LIFE_S),
@@ -169,17 +172,18 @@ class Administrator(CommandClient):
                 sponsor=sponsor or self._user_id("name the sponsor"),
                 description=description,
                 keys=self.key_records(keys),
-                ceiling=tuple(ceiling),
-                attestation=tuple(attestation),
+                ceiling=ceiling,
+                attestation=attestation,
                 inactive=True if inactive else None,
             )
         return await self._command(command, agent_id)
 
     async def set_attestation(self, agent_id: str, attestation: Sequence[AttestationSelector]) -> Accepted:
         """Replace the selectors of instances that may enrol a key. Instances that match none get nothing new."""
+        attestation = _selectors(attestation)
         with checked("the selectors"):
             command = AgentSetAttestation(
-                **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, attestation=tuple(attestation)
+                **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, attestation=attestation
             )
         return await self._command(command, agent_id)
 
@@ -208,12 +212,13 @@ class Administrator(CommandClient):
                 leases that were requested with them.
         """
         (record,) = self.key_records([key])
+        replaced = None if replaces is None else texts("replaces", replaces)
         with checked("the command"):
             command = AgentRotateKey(
                 **self.connection.stamp(COMMAND_LIFE_S),
                 agent_id=agent_id,
                 key=record,
-                replaces=None if replaces is None else tuple(replaces),
+                replaces=replaced,
                 overlap_s=0 if compromised else overlap_s,
                 compromised=True if compromised else None,
                 reason=reason,
@@ -222,10 +227,11 @@ class Administrator(CommandClient):
 
     async def set_ceiling(self, agent_id: str, ceiling: Sequence[Permission]) -> Accepted:
         """Replace the agent's ceiling, the most that it may ever hold. Leases beyond it end."""
-        validate_scope(tuple(ceiling), allow_empty=True)
+        ceiling = permissions("ceiling", ceiling)
+        validate_scope(ceiling, allow_empty=True)
         with checked("the ceiling"):
             command = AgentSetCeiling(
-                **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, ceiling=tuple(ceiling)
+                **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, ceiling=ceiling
             )
         return await self._command(command, agent_id)
 
@@ -310,6 +316,8 @@ class Administrator(CommandClient):
         Raises RequestMapError where a rule of `requests` is invalid, InvalidCallError where the backend is unknown or
         does not take these settings; nothing was sent then.
         """
+        verbs = instances("verbs", verbs, VerbFloor, '[VerbFloor(verb="read")]')
+        requests = instances("requests", requests, RequestRule, "[RequestRule(...)]")
         RequestMap(requests)
         if wrong := backend_problem(backend, anyway=anyway):
             raise InvalidCallError(wrong)
@@ -319,8 +327,8 @@ class Administrator(CommandClient):
                 target_id=target_id,
                 description=description,
                 backend=backend,
-                verbs=tuple(verbs),
-                requests=tuple(requests),
+                verbs=verbs,
+                requests=requests,
                 max_ttl_s=max_ttl_s,
                 keys=self.key_records(keys),
             )
@@ -349,14 +357,15 @@ class Administrator(CommandClient):
 
         Give its end as one of `ends_in_s` (seconds from now) and `not_after` (seconds since 1970).
         """
-        validate_scope(tuple(scope))
+        scope = permissions("scope", scope)
+        validate_scope(scope)
         if (ends_in_s is None) == (not_after is None):
             raise InvalidCallError("a task needs its end: give either ends_in_s or not_after")
         end = (
             not_after if not_after is not None else self.connection.clock.now_ms() // 1000 + (ends_in_s or 0)
         )
         with checked("the task"):
-            return TaskTerms(agent_id=agent_id, purpose=purpose, scope=tuple(scope), not_after=end)
+            return TaskTerms(agent_id=agent_id, purpose=purpose, scope=scope, not_after=end)
 
     async def preview(self, terms: TaskTerms, *, on_behalf_of: str | None = None) -> Preview:
         """Preview what a task would allow, and what each limit removes from it.
@@ -375,7 +384,8 @@ class Administrator(CommandClient):
         """Return sentences about targets, and verbs of targets, in a ceiling or an entitlement that do not exist
         now.
         """
-        return unknown_names(await self.connection.targets(), tuple(scope)) if scope else []
+        scope = permissions("scope", scope)
+        return unknown_names(await self.connection.targets(), scope) if scope else []
 
     def sign_consent(self, terms: TaskTerms, *, life_s: int = 3600) -> str:
         """This user's signature over the terms of a task that somebody else assigns on their behalf.
@@ -420,7 +430,7 @@ class Administrator(CommandClient):
         """Assign a task of these terms; returns its id. See `assign_task`.
 
         `id_token`, in place of `consent`: an OIDC ID token of the user, with the nonce of the terms
-        (`ringfence.model.records.consent.nonce_of`).
+        (`ringfence.nonce_of`).
         """
         with checked("the task"):
             command = TaskAssign(
@@ -490,7 +500,10 @@ class Administrator(CommandClient):
     def key_records(self, keys: Sequence[AnyKey]) -> tuple[KeyRecord, ...]:
         """Return keys in the form of commands. A key without an end is valid for a year."""
         end = self.connection.clock.now_ms() // 1000 + KEY_LIFE_S
-        return tuple(_record(key, end) for key in keys)
+        given = instances(
+            "keys", keys, (SigningKey, PublicJwk, KeyRecord), '[SigningKey.load(Path("agent.json"))]'
+        )
+        return tuple(_record(key, end) for key in given)
 
     async def _command(self, command: ExpiringClaims, subject_id: str) -> Accepted:
         return await self._outcomes.send(
@@ -501,6 +514,10 @@ class Administrator(CommandClient):
         if self.is_root:
             raise IdentityError(f"the root is no user: {remedy}")
         return self.id
+
+
+def _selectors(attestation: Sequence[AttestationSelector]) -> tuple[AttestationSelector, ...]:
+    return instances("attestation", attestation, AttestationSelector, "[AttestationSelector(...)]")
 
 
 def _record(key: AnyKey, end: int) -> KeyRecord:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ringfence.client.admin.command_client import COMMAND_LIFE_S, Accepted, CommandClient
+from ringfence.client.arguments import instances
 from ringfence.client.errors import RefusedError, checked
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.registry import (
@@ -67,9 +68,10 @@ class Provisioner(CommandClient):
 
     async def link_groups(self, groups: Sequence[GroupLink]) -> Accepted:
         """Set which of the delegated groups exist in the directory."""
+        groups = instances("groups", groups, GroupLink, "[GroupLink(...)]")
         with checked("the groups"):
             command = ProvisionerLink(
-                **self.connection.stamp(COMMAND_LIFE_S), provisioner_id=self.id, groups=tuple(groups)
+                **self.connection.stamp(COMMAND_LIFE_S), provisioner_id=self.id, groups=groups
             )
         return await self._command(command, self.id)
 

@@ -23,6 +23,7 @@ from ringfence.client.agent.replies import (
     describe_approvers,
     read_reply,
 )
+from ringfence.client.arguments import permissions, texts
 from ringfence.client.connection import Connection, Coordinate, load_settings, subject
 from ringfence.client.errors import (
     IdentityError,
@@ -196,8 +197,9 @@ class Agent(Lifetime):
             InvalidCallError, ScopeError: the arguments make no request; nothing was sent.
             UnavailableError: Kafka did not take the request.
         """
+        verbs, resources = texts("verbs", verbs), texts("resources", resources)
         with checked("the permission"):
-            permission = Permission(target=target, verbs=tuple(verbs), resources=tuple(resources))
+            permission = Permission(target=target, verbs=verbs, resources=resources)
         return await self.request_scope(
             task=task,
             scope=[permission],
@@ -222,13 +224,14 @@ class Agent(Lifetime):
         delivery: Delivery = "agent",
     ) -> IssuedCredential:
         """Like `request`, with several permissions at one target: different verbs on different resources."""
+        scope = permissions("scope", scope)
         await self.connection.renew()
         facts = {"agent_id": self.id, "task_id": task}
         with self.connection.tracing.step("request credential", Work(None, facts)) as span:
             open_request = self._prepare(
                 span.traceparent or new_traceparent(),
                 task_id=task,
-                scope=tuple(scope),
+                scope=scope,
                 ttl_s=ttl_s,
                 delivery=delivery,
                 reason=reason,
@@ -385,13 +388,14 @@ class Agent(Lifetime):
         """
         if (ends_in_s is None) == (until is None):
             raise InvalidCallError("say when the task ends: ends_in_s or until")
-        validate_scope(tuple(scope))
+        scope = permissions("scope", scope)
+        validate_scope(scope)
         stamp = self.connection.stamp(REQUEST_LIFE_S)
         with checked("the task"):
             terms = TaskTerms(
                 agent_id=to,
                 purpose=purpose,
-                scope=tuple(scope),
+                scope=scope,
                 not_after=until if until is not None else stamp["iat"] + (ends_in_s or 0),
             )
             claims = TaskDelegate(**stamp, parent=task, terms=terms)
@@ -432,7 +436,7 @@ class Agent(Lifetime):
                 f"the request has {len(compact)} bytes, and policy weighs no more than {MAX_REQUEST_BYTES}: name fewer "
                 "resources, or what they have in common"
             )
-        return _OpenRequest(SentRequest(claims, compact, reply_key, traceparent, key))
+        return _OpenRequest(SentRequest(claims, compact, reply_key, traceparent, key, self.connection.clock))
 
     def _abandon(self, open_request: _OpenRequest) -> None:
         open_request.abandoned = True

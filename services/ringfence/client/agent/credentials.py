@@ -6,7 +6,6 @@ only its value is known.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import httpx
 from ringfence.client.agent.dpop import BearerAuth, DpopAuth, proof
 from ringfence.client.agent.ssh_files import ssh_client
 from ringfence.client.errors import CredentialOverError, CredentialUseError, InvalidCallError
-from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.tracing.traceparent import trace_id
 from ringfence.messages.credential import Delivery
@@ -79,6 +78,8 @@ class IssuedCredential:
     """The W3C trace context of the request, to which decision, issue and end belong, too."""
     key: SigningKey | None = field(default=None, repr=False)
     """The agent's key. A DPoP-bound credential (`token_type` is DPoP) is valid only with proofs by it."""
+    clock: Clock = field(default=SystemClock(), repr=False, compare=False)
+    """What tells whether it has expired, and dates proofs."""
 
     @property
     def trace_id(self) -> str | None:
@@ -99,7 +100,7 @@ class IssuedCredential:
 
     def usable(self) -> str:
         """The value. Raises CredentialOverError where it was wiped or has expired."""
-        if time.time() >= self.expires_at:
+        if self.clock.now_ms() >= self.expires_at * 1000:
             raise CredentialOverError(f"the time of lease {self.lease_id} is over; ask for a new credential")
         return self.value
 
@@ -120,7 +121,7 @@ class IssuedCredential:
                 )
             headers["DPoP"] = proof(
                 self._bound_to(), method, url,
-                access_token=self.value, now_s=SystemClock().now_ms() // 1000,
+                access_token=self.value, now_s=self.clock.now_ms() // 1000,
             )  # fmt: skip
         return headers
 
@@ -130,7 +131,7 @@ class IssuedCredential:
         A request after expiry raises CredentialOverError and is not sent. A 401 is passed to the caller.
         """
         if self.token_type == "DPoP":  # noqa: S105 - RFC 9449
-            return _WhileUsable(self, DpopAuth(self.value, self._bound_to()))
+            return _WhileUsable(self, DpopAuth(self.value, self._bound_to(), clock=self.clock))
         return _WhileUsable(self, BearerAuth(self.value))
 
     def _bound_to(self) -> SigningKey:
@@ -230,7 +231,7 @@ class GatewayCredential(IssuedCredential):
 
     def usable(self) -> str:
         """The handle. Raises CredentialOverError where the lease has expired."""
-        if time.time() >= self.expires_at:
+        if self.clock.now_ms() >= self.expires_at * 1000:
             raise CredentialOverError(f"the time of lease {self.lease_id} is over; ask for a new one")
         return self.handle
 
@@ -246,7 +247,7 @@ class GatewayCredential(IssuedCredential):
 
     def auth(self) -> httpx.Auth:
         """For httpx, with the gateway's URL: sends the handle with a DPoP proof by the agent's key."""
-        return _WhileUsable(self, DpopAuth(self.handle, self._bound_to()))
+        return _WhileUsable(self, DpopAuth(self.handle, self._bound_to(), clock=self.clock))
 
 
 CLASSES: Mapping[str, type[IssuedCredential]] = {

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from ringfence.client.agent.credentials import IssuedCredential, Secret, class_of
+from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import digest, lease_id, message_id
 from ringfence.kernel.crypto.jwe import ReplyKey
@@ -89,6 +90,8 @@ class SentRequest:
     reply_key: ReplyKey = field(repr=False)
     traceparent: str
     key: SigningKey | None = field(default=None, repr=False)
+    """The agent's key that signed the request."""
+    clock: Clock = field(default=SystemClock(), repr=False)
     request_id: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -231,6 +234,7 @@ def _credential_of_kind(lease: Lease, credential: Credential | None, sent: SentR
         delivery=lease.delivery,
         traceparent=sent.traceparent,
         key=sent.key,
+        clock=sent.clock,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ringfence.client.admin.command_client import COMMAND_LIFE_S, TIMEOUT_S, Accepted, CommandClient
 from ringfence.client.admin.preview import unknown_names
+from ringfence.client.arguments import permissions
 from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError, StaleApprovalError, checked
 from ringfence.client.reports.read_api import ReadApi
@@ -82,7 +83,8 @@ class Grantor(CommandClient):
 
         Raises InvalidCallError, ScopeError; ApiError where policy does not say which bundle is in force.
         """
-        validate_scope(tuple(scope))
+        scope = permissions("scope", scope)
+        validate_scope(scope)
         targets = {permission.target for permission in scope}
         if len(targets) != 1:
             raise InvalidCallError("a grant is for one target; give one for each")
@@ -98,7 +100,7 @@ class Grantor(CommandClient):
             ground = load_records(directory, task.state.agent_id, task_id, targets.pop())
         except DeniedError as error:
             raise InvalidCallError(str(error)) from None
-        if unknown := unknown_names(directory, tuple(scope)):
+        if unknown := unknown_names(directory, scope):
             raise InvalidCallError("; ".join(unknown))
         revision = (await self._api.get("policy", "bundle"))["revision"]
         stamp = self.connection.stamp(lasts_s)
@@ -107,7 +109,7 @@ class Grantor(CommandClient):
                 **{**stamp, "exp": min(stamp["exp"], task.state.not_after)},
                 agent_id=task.state.agent_id,
                 task_id=task_id,
-                scope=tuple(scope),
+                scope=scope,
                 count=count,
                 ttl_s=ttl_s or ground.target.state.max_ttl_s,
                 delivery=delivery,

@@ -321,11 +321,12 @@ class ApprovalHandler:
         while True:
             await asyncio.sleep(_CLOSE_EVERY_S)
             try:
-                await self._close_what_is_over(owns)
+                await self.close_what_is_over(owns)
             except Exception:
                 log.exception("what nobody approved could not be closed yet; it is tried again")
 
-    async def _close_what_is_over(self, owns: Callable[[str, int], bool]) -> None:
+    async def close_what_is_over(self, owns: Callable[[str, int], bool]) -> None:
+        """Run one round of `close_overdue`."""
         now, still_waiting = self._directory.versions, dict[str, tuple[int, int | None]]()
         for known in self._decisions.pending():
             if not self._is_own(known, owns):

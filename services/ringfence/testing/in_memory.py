@@ -1,0 +1,579 @@
+"""`InMemoryRingfence`: people, agents, targets and tasks for a test; approvals, revocations and time at its command."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import httpx
+
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.agent.agent import Agent
+from ringfence.client.approvals.pending_approval import PendingApproval
+from ringfence.client.approvals.sponsor import Sponsor
+from ringfence.client.arguments import permissions, roles_of, texts
+from ringfence.client.errors import InvalidCallError, RefusedError, StaleApprovalError
+from ringfence.client.resource_server.dpop_proofs import Nonces
+from ringfence.client.resource_server.verifier import TokenVerifier
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.keys import KeyRecord
+from ringfence.messages.lease import Lease
+from ringfence.messages.operations import ServiceEvent
+from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.registry import (
+    AgentRegister,
+    AgentSetCeiling,
+    ApprovalClass,
+    BackendSettings,
+    Entitlements,
+    RequestRule,
+    Role,
+    TargetSet,
+    TaskAssign,
+    TaskConsent,
+    TaskTerms,
+    UserSet,
+    UserState,
+    VerbFloor,
+)
+from ringfence.messages.topics import APPROVAL_REQUEST, REGISTRY_COMMAND, SERVICE_EVENT
+from ringfence.model.scope.scope import missing, validate_scope
+from ringfence.rego.bundle import load_bundle
+from ringfence.testing.clock import MovableClock
+from ringfence.testing.connection import InMemoryConnection, run_at_once
+from ringfence.testing.services import Services, lay_foundation
+
+Verdict = Literal["approved", "denied"]
+
+TRUST_DOMAIN: Final = "ringfence.test"
+ISSUER_URL: Final = "https://issuer.ringfence.test"
+_COMMAND_LIFE_S: Final = 120
+_KEY_LIFE_S: Final = 10 * 365 * 86_400
+_TOPIC_PREFIX: Final = "ringfence"
+
+
+class NothingPendingError(RingfenceError):
+    """No request came to wait for an approval within the time that the test gave."""
+
+    code = "nothing_pending"
+
+
+class Setup:
+    """Names of the people whom every in-memory Ringfence has."""
+
+    OPERATOR: Final = "olga"
+    SECOND_OPERATOR: Final = "otto"
+    SPONSOR: Final = "sam"
+    SECOND_SPONSOR: Final = "suzy"
+    USER: Final = "uma"
+
+
+@dataclass(slots=True)
+class _Person:
+    roles: tuple[Role, ...]
+    entitlements: Scope = ()
+    fixed: bool = False
+    """The test said what they are entitled to: tasks do not add to it."""
+
+
+@dataclass(slots=True)
+class _Registered:
+    sponsor: str
+    ceiling: Scope
+    fixed: bool
+    """The test gave the ceiling: tasks do not add to it."""
+    agent: Agent = field(repr=False)
+
+
+class InMemoryRingfence:
+    """A Ringfence of one test: real rules, real signatures and tokens, no Kafka, no Redis, no network.
+
+    `user`, `target`, `agent` and `task` set it up, and need no event loop. What is set up is what a person would have
+    signed: a scope that the rules do not allow is refused here, too.
+
+    Unless the test says otherwise, the ceiling of an agent and the entitlements of a user grow with the tasks that are
+    made for them, so that the task's scope alone is the limit.
+    """
+
+    def __init__(self, *, policy: Path | str | None = None) -> None:
+        """`policy`: the folder of a Rego bundle; None takes the one that comes with Ringfence. Raises BundleError."""
+        self.clock = MovableClock()
+        self._root = SigningKey.generate(f"spiffe://{TRUST_DOMAIN}/root")
+        common: dict[str, Any] = {
+            "trust_domain": TRUST_DOMAIN,
+            "trust_root": self._root.kid,
+            "topic_prefix": _TOPIC_PREFIX,
+            "issuer_url": ISSUER_URL,
+        }
+        # Constructed, not read: nothing in the environment of a test run changes what is decided.
+        self.settings: ClientSettings = ClientSettings.model_construct(**common)
+        service_settings = ServiceSettings.model_construct(**common)
+        self._foundation = lay_foundation(self._root, service_settings, self.clock)
+        self._bus = self._foundation.bus
+        self._credentials: dict[str, str] = {}
+        bundle = None if policy is None else load_bundle(Path(policy))
+        self._services = Services(self._foundation, bundle, self._credentials.get)
+        self._keys: dict[str, SigningKey] = {}
+        self._people: dict[str, _Person] = {}
+        self._agents: dict[str, _Registered] = {}
+        self._sponsors: dict[str, Sponsor] = {}
+        self._verdict: tuple[Verdict, str | None] | None = None
+        self._answered: set[str] = set()
+        self._bus.consume({APPROVAL_REQUEST: self._on_question})
+        self._organise()
+
+    # --- who and what there is ---
+
+    def user(
+        self,
+        user_id: str,
+        *,
+        roles: Sequence[Role] = (),
+        entitlements: Sequence[Permission] | None = None,
+    ) -> None:
+        """Add a user, or replace what is known of one.
+
+        Args:
+            roles: of "sponsor", "operator" and "auditor".
+            entitlements: what they may do; None has them grow with their tasks.
+
+        Raises InvalidCallError, ScopeError; RefusedError by the registry.
+        """
+        given = None if entitlements is None else permissions("entitlements", entitlements)
+        person = _Person(roles_of(roles), given or (), given is not None)
+        self._set_user(user_id, person, by=Setup.OPERATOR)
+
+    def target(
+        self,
+        target_id: str,
+        *,
+        verbs: Sequence[str] | Mapping[str, ApprovalClass],
+        kind: str = "jwt",
+        max_ttl_s: int = 3600,
+        audience: str | None = None,
+        dpop: bool = False,
+        credential: str | None = None,
+        requests: Sequence[RequestRule] = (),
+        **settings: Any,
+    ) -> None:
+        """Add a target, or replace it.
+
+        Args:
+            verbs: the verbs; as a mapping, with the approval that each needs at least ("none", "sponsor",
+                "second_person" or "operator").
+            kind: of its credentials. Tokens ("jwt") are real; of all other kinds `credential` is what agents get.
+            audience: the `aud` of its tokens; None takes its SPIFFE ID.
+            dpop: tokens are bound to the agent's key (RFC 9449).
+            settings: further fields of the backend's settings, e.g. `host` of a PostgreSQL server.
+
+        Raises InvalidCallError; RefusedError by the registry.
+        """
+        floors: Mapping[str, ApprovalClass] = (
+            verbs if isinstance(verbs, Mapping) else dict.fromkeys(texts("verbs", verbs), "none")
+        )
+        if dpop:
+            settings["dpop"] = "required"
+        if credential is not None:
+            self._credentials[target_id] = credential
+        self._command(
+            TargetSet,
+            by=f"user/{Setup.OPERATOR}",
+            key=target_id,
+            target_id=target_id,
+            description=f"target {target_id} of a test",
+            backend=BackendSettings(kind=kind, audience=audience, **settings),
+            verbs=tuple(VerbFloor(verb=verb, floor=floor) for verb, floor in floors.items()),
+            requests=tuple(requests),
+            max_ttl_s=max_ttl_s,
+            keys=(self._key_record(self.key(f"target/{target_id}")),),
+        )
+
+    def agent(
+        self,
+        agent_id: str,
+        *,
+        ceiling: Sequence[Permission] | None = None,
+        sponsor: str = Setup.SPONSOR,
+    ) -> Agent:
+        """The agent with this id, registered when it is first asked for. It is connected, and may be entered as well.
+
+        Args:
+            ceiling: the most that it may ever hold; None has it grow with its tasks.
+            sponsor: who answers for it, where it is registered.
+
+        Raises InvalidCallError, ScopeError; RefusedError by the registry.
+        """
+        given = None if ceiling is None else permissions("ceiling", ceiling)
+        known = self._agents.get(agent_id) or self._registered(agent_id)
+        if known is None:
+            self._command(
+                AgentRegister,
+                by=f"user/{sponsor}",
+                key=agent_id,
+                agent_id=agent_id,
+                sponsor=sponsor,
+                description=f"agent {agent_id} of a test",
+                keys=(self._key_record(self.key(f"agent/{agent_id}")),),
+                ceiling=given or (),
+            )
+            known = _Registered(sponsor, given or (), given is not None, self._connected(agent_id))
+            self._agents[agent_id] = known
+        elif given is not None:
+            known.fixed = True
+            self._set_ceiling(agent_id, known, given)
+        return known.agent
+
+    def task(
+        self,
+        agent_id: str,
+        scope: Sequence[Permission],
+        *,
+        purpose: str = "made for a test",
+        on_behalf_of: str = Setup.USER,
+        ends_in_s: int = 3600,
+    ) -> str:
+        """Assign a task to an agent, by its sponsor and with the user's consent. Returns the task's id.
+
+        Raises InvalidCallError, ScopeError; RefusedError by the registry.
+        """
+        scope = permissions("scope", scope)
+        validate_scope(scope)
+        self.agent(agent_id)
+        known, person = self._agents[agent_id], self._person(on_behalf_of)
+        if not known.fixed and missing(scope, known.ceiling):
+            self._set_ceiling(agent_id, known, (*known.ceiling, *missing(scope, known.ceiling)))
+        if not person.fixed and missing(scope, person.entitlements):
+            person.entitlements = (*person.entitlements, *missing(scope, person.entitlements))
+            self._set_user(on_behalf_of, person, by=Setup.OPERATOR)
+        terms = TaskTerms(
+            agent_id=agent_id,
+            purpose=purpose,
+            scope=scope,
+            not_after=self.clock.now_ms() // 1000 + ends_in_s,
+        )
+        user_key = self.key(f"user/{on_behalf_of}")
+        consent = None
+        if on_behalf_of != known.sponsor:
+            consent = sign(TaskConsent(**self._stamp(user_key), terms=terms), user_key)
+        return self._command(
+            TaskAssign,
+            by=f"user/{known.sponsor}",
+            terms=terms,
+            on_behalf_of=on_behalf_of,
+            consent=consent,
+        )
+
+    def key(self, whose: str) -> SigningKey:
+        """The private key of somebody: "user/sam", "agent/deploy-bot", "target/staging". The same each time."""
+        if whose not in self._keys:
+            self._keys[whose] = SigningKey.generate(f"spiffe://{TRUST_DOMAIN}/{whose}")
+        return self._keys[whose]
+
+    # --- people at work ---
+
+    def sponsor(self, user_id: str = Setup.SPONSOR) -> Sponsor:
+        """A person who approves, connected: for tests of what approves by program."""
+        if user_id not in self._sponsors:
+            self._person(user_id)
+            sponsor = Sponsor(self._connection(self.key(f"user/{user_id}")))
+            run_at_once(sponsor.start())
+            self._sponsors[user_id] = sponsor
+        return self._sponsors[user_id]
+
+    def administrator(self, user_id: str = Setup.OPERATOR) -> Administrator:
+        """A person who sends commands, connected: suspends agents, ends tasks, narrows ceilings."""
+        self._person(user_id)
+        administrator = Administrator(self._connection(self.key(f"user/{user_id}")))
+        run_at_once(administrator.start())
+        return administrator
+
+    def pending(self) -> list[PendingApproval]:
+        """The requests that wait for people now, oldest first."""
+        return self.sponsor(Setup.OPERATOR).pending(everyone=True)
+
+    async def approve(
+        self,
+        request: PendingApproval | str | None = None,
+        *,
+        by: str | None = None,
+        comment: str | None = None,
+        within_s: float = 5.0,
+    ) -> PendingApproval:
+        """Approve a request that waits. Returns it as it waited.
+
+        Args:
+            request: which one, or its id; None takes the only one, and waits until one waits.
+            by: who approves; None has whoever may give each approval that is needed.
+            within_s: how long to wait for a request, in seconds of real time.
+
+        Raises NothingPendingError; InvalidCallError where several wait; NotYoursError where `by` may not approve it;
+        StaleApprovalError where it is no longer open.
+        """
+        return await self._answer(request, "approved", by, comment, within_s)
+
+    async def deny(
+        self,
+        request: PendingApproval | str | None = None,
+        *,
+        by: str | None = None,
+        comment: str | None = None,
+        within_s: float = 5.0,
+    ) -> PendingApproval:
+        """Deny a request that waits. See `approve`."""
+        return await self._answer(request, "denied", by, comment, within_s)
+
+    def answer_all(self, verdict: Verdict | None, *, comment: str | None = None) -> None:
+        """Answer each request that comes to wait from now on, at once; None leaves them to wait again."""
+        self._verdict = None if verdict is None else (verdict, comment)
+
+    async def revoke(
+        self,
+        *,
+        lease: str | None = None,
+        agent: str | None = None,
+        task: str | None = None,
+        target: str | None = None,
+        user: str | None = None,
+        everything: bool = False,
+        reason: str = "revoked by a test",
+    ) -> int:
+        """End what one condition covers, as an operator (the kill switch). Returns how many leases were ended.
+
+        Raises InvalidCallError where not exactly one condition is given; RefusedError by the revoker.
+        """
+        accepted = await self.administrator().revoke(
+            reason=reason,
+            lease_id=lease,
+            agent_id=agent,
+            task_id=task,
+            target_id=target,
+            user_id=user,
+            all=everything,
+        )
+        return int(accepted.result or 0)
+
+    # --- time ---
+
+    async def advance(self, seconds: float) -> None:
+        """Move the clock forward: leases end, tasks end, and questions that nobody answered are denied."""
+        self.clock.advance(seconds)
+        await self._bus.settle()
+        await self._services.end_due_leases()
+        await self._bus.settle()
+
+    # --- what there is ---
+
+    def leases(self, *, agent: str | None = None) -> list[Lease]:
+        """The latest record of each lease, the oldest lease first; `status` says what became of it."""
+        return [one for one in self._services.store.latest() if agent in (None, one.agent_id)]
+
+    # --- resource servers ---
+
+    @property
+    def issuer_url(self) -> str:
+        """The `iss` of tokens; reached through `transport`."""
+        return ISSUER_URL
+
+    def transport(self) -> httpx.AsyncBaseTransport:
+        """Where the issuer's HTTP is: discovery, published keys and introspection."""
+        return httpx.ASGITransport(app=self._services.issuer_http)
+
+    def verifier(
+        self,
+        target_id: str,
+        *,
+        introspect: bool = True,
+        require_proof: bool = False,
+        nonces: Nonces | None = None,
+    ) -> TokenVerifier:
+        """The verifier of a resource server that has this target's key; see `ringfence.TokenVerifier`.
+
+        `introspect`: ask about each token, so that it is refused as soon as its lease is cut.
+        """
+        entry = self._services.directory.target(target_id)
+        if entry is None:
+            raise InvalidCallError(f'there is no target {target_id}: target("{target_id}", verbs=[...])')
+        audience = entry.state.backend.audience or f"spiffe://{TRUST_DOMAIN}/target/{target_id}"
+        return TokenVerifier(
+            ISSUER_URL,
+            audience,
+            self.key(f"target/{target_id}") if introspect else None,
+            require_proof=require_proof,
+            nonces=nonces,
+            http=httpx.AsyncClient(transport=self.transport()),
+            clock=self.clock,
+        )
+
+    # --- how ---
+
+    def _organise(self) -> None:
+        self._set_user(Setup.OPERATOR, _Person(("operator",)), by=None)
+        self._set_user(Setup.SECOND_OPERATOR, _Person(("operator",)), by=None)
+        for sponsor in (Setup.SPONSOR, Setup.SECOND_SPONSOR):
+            self._set_user(sponsor, _Person(("sponsor",)), by=Setup.OPERATOR)
+        self._set_user(Setup.USER, _Person(()), by=Setup.OPERATOR)
+
+    def _set_user(self, user_id: str, person: _Person, *, by: str | None) -> None:
+        validate_scope(person.entitlements, allow_empty=True)
+        self._command(
+            UserSet,
+            by=None if by is None else f"user/{by}",
+            key=user_id,
+            user_id=user_id,
+            name=user_id.title(),
+            roles=person.roles,
+            keys=(self._key_record(self.key(f"user/{user_id}")),),
+            entitlements=Entitlements(
+                scope=person.entitlements, source="a test", as_of=self.clock.now_ms() // 1000
+            ),
+        )
+        self._people[user_id] = person
+
+    def _set_ceiling(self, agent_id: str, known: _Registered, ceiling: Scope) -> None:
+        validate_scope(ceiling, allow_empty=True)
+        by = f"user/{known.sponsor}"
+        self._command(AgentSetCeiling, by=by, key=agent_id, agent_id=agent_id, ceiling=ceiling)
+        known.ceiling = ceiling
+
+    def _registered(self, agent_id: str) -> _Registered | None:
+        """An agent that an `Administrator` registered."""
+        entry = self._services.directory.agent(agent_id)
+        if entry is None:
+            return None
+        known = _Registered(entry.state.sponsor, entry.state.ceiling, True, self._connected(agent_id))
+        self._agents[agent_id] = known
+        return known
+
+    def _connected(self, agent_id: str) -> Agent:
+        agent = Agent(self._connection(self.key(f"agent/{agent_id}")))
+        run_at_once(agent.start())
+        return agent
+
+    def _person(self, user_id: str) -> _Person:
+        """Somebody whom `user` added, or an `Administrator`."""
+        if user_id in self._people:
+            return self._people[user_id]
+        entry = self._services.directory.user(user_id)
+        if entry is None:
+            raise InvalidCallError(f'there is no user {user_id}: user("{user_id}")')
+        return _Person(entry.state.roles, entry.state.entitlements.scope, fixed=True)
+
+    def _connection(self, key: SigningKey) -> InMemoryConnection:
+        return InMemoryConnection(self._bus, key, self.settings, self.clock)
+
+    def _key_record(self, key: SigningKey) -> KeyRecord:
+        return key.record(self.clock.now_ms() // 1000 + _KEY_LIFE_S)
+
+    def _stamp(self, key: SigningKey) -> dict[str, Any]:
+        now_s = self.clock.now_ms() // 1000
+        return {
+            "iss": key.id,
+            "aud": TRUST_DOMAIN,
+            "iat": now_s,
+            "exp": now_s + _COMMAND_LIFE_S,
+            "jti": str(uuid.uuid4()),
+        }
+
+    def _command(
+        self, model: type[ExpiringClaims], *, by: str | None, key: str | None = None, **fields: Any
+    ) -> str:
+        """Have the registry carry out a command at once. Returns its id. Raises RefusedError, InvalidCallError."""
+        signer = self._root if by is None else self.key(by)
+        claims = model(**self._stamp(signer), **fields)
+        id = message_id(claims.iss, claims.jti)
+        at = self._bus.append_unconsumed(REGISTRY_COMMAND, key or id, sign(claims, signer).encode())
+        run_at_once(self._services.registry.on_command(at))
+        for event in _events(reversed(self._bus.of(SERVICE_EVENT))):
+            if event.ref == claims.jti and event.kind == "refused":
+                raise RefusedError(claims.typ, event.reasons, "registry")
+            if event.ref == claims.jti:
+                break
+        return id
+
+    async def _answer(
+        self,
+        request: PendingApproval | str | None,
+        verdict: Verdict,
+        by: str | None,
+        comment: str | None,
+        within_s: float,
+    ) -> PendingApproval:
+        pending = await self._wanted(request, within_s)
+        await self._give(pending, verdict, by, comment)
+        return pending
+
+    async def _wanted(self, request: PendingApproval | str | None, within_s: float) -> PendingApproval:
+        if isinstance(request, PendingApproval):
+            return request
+        await self._bus.settle()
+        try:
+            async with asyncio.timeout(within_s):
+                async for pending in self.sponsor(Setup.OPERATOR).watch(everyone=True):
+                    if request is None:
+                        self._require_one()
+                    if request in (None, pending.request_id):
+                        return pending
+        except TimeoutError:
+            pass
+        which = "no request" if request is None else f"no request {request}"
+        raise NothingPendingError(f"{which} came to wait for an approval within {within_s:g} s")
+
+    def _require_one(self) -> None:
+        if len(waiting := self.pending()) > 1:
+            ids = ", ".join(one.request_id for one in waiting)
+            raise InvalidCallError(f"{len(waiting)} requests wait; say which: {ids}")
+
+    async def _give(
+        self, pending: PendingApproval, verdict: Verdict, by: str | None, comment: str | None
+    ) -> None:
+        users = self._services.directory.entries("user")
+        people = (
+            [by]
+            if by is not None
+            else [one.state.user_id for one in users if isinstance(one.state, UserState)]
+        )
+        lacking = list(pending.required)
+        for user_id in people:
+            sponsor = self.sponsor(user_id)
+            theirs = sponsor.find(pending.request_id)
+            mine = theirs.mine if theirs is not None else ()
+            if by is None and not set(mine) & set(lacking):
+                continue
+            if verdict == "denied":
+                await sponsor.deny(theirs or pending, comment)
+                return
+            await sponsor.approve(theirs or pending, comment)
+            # A person counts once, for one of the classes.
+            counted = next((one for one in lacking if one in mine), None)
+            if counted is not None:
+                lacking.remove(counted)
+            if by is not None or not lacking:
+                return
+        raise StaleApprovalError(
+            f"request {pending.request_id} is no longer open, or nobody may give it: {', '.join(lacking)}"
+        )
+
+    async def _on_question(self, batch: Sequence[Received]) -> None:
+        if self._verdict is None:
+            return
+        verdict, comment = self._verdict
+        for pending in self.pending():
+            if pending.request_id not in self._answered:
+                self._answered.add(pending.request_id)
+                await self._give(pending, verdict, None, comment)
+
+
+def _events(records: Iterable[Received]) -> Iterable[ServiceEvent]:
+    for record in records:
+        yield parse(record.value).unverified_claims(ServiceEvent)

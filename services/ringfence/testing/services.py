@@ -1,0 +1,304 @@
+"""Registry, policy, issuer and revoker over an in-memory bus: the handlers of the services themselves, wired once more.
+
+What is left out is what only a cluster needs: heartbeats, rebuilds, outboxes, sweeps, minting at targets, gateways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from starlette.applications import Starlette
+
+from ringfence.backends import Backend, BackendContext, CircuitBreaker, TokenKey, TokenKeys, built_in
+from ringfence.backends.capabilities import BackendCapabilities
+from ringfence.issuer.decisions import DecisionHandler
+from ringfence.issuer.domain import Terms
+from ringfence.issuer.gateway_delivery import GatewayDelivery
+from ringfence.issuer.grant_use import GrantKeeper
+from ringfence.issuer.http import IssuerHttp
+from ringfence.issuer.limits import LeaseLimits, LeaseLimitValues
+from ringfence.issuer.minting import Minter
+from ringfence.issuer.settings import IssuerSettings
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.batch_handlers import concurrent, sequential
+from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import ServiceRole
+from ringfence.messages.credential import CredentialDecision
+from ringfence.messages.topics import (
+    APPROVAL_RESPONSE,
+    CREDENTIAL_DECISION,
+    CREDENTIAL_REQUEST,
+    LEASE,
+    REGISTRY_COMMAND,
+    REVOCATION_REQUEST,
+    SERVICE_EVENT,
+    TRUST,
+)
+from ringfence.messages.trust import ServiceIdentity, TrustBundle
+from ringfence.model.records.api_access import Authenticator
+from ringfence.model.records.directory import TABLES, Directory
+from ringfence.model.records.key_sharing import KeyUses
+from ringfence.model.requests.grants import GrantTable, kind_of
+from ringfence.policy.agents.holdings import Holdings
+from ringfence.policy.agents.shared_keys import SharedKeyDetector
+from ringfence.policy.decision_log import Approvers, InMemoryDecisionLog
+from ringfence.policy.decisions.evaluator import RequestEvaluator
+from ringfence.policy.decisions.responder import DecisionPublisher
+from ringfence.policy.grants import GrantBook
+from ringfence.policy.incoming.admission import (
+    AdmissionControl,
+    AdmissionLimits,
+    PendingApprovalLimit,
+    PendingLimits,
+)
+from ringfence.policy.incoming.approvals import ApprovalHandler
+from ringfence.policy.incoming.credential_requests import RequestHandler
+from ringfence.policy.incoming.grants import GrantHandler
+from ringfence.policy.incoming.load_shedding import ShedRequests
+from ringfence.policy.incoming.verification import MessageVerifier
+from ringfence.policy.notifications.notices import Notices
+from ringfence.policy.settings import PolicySettings
+from ringfence.registry.commands import Registry
+from ringfence.registry.store import Memory
+from ringfence.rego.bundle import Bundle
+from ringfence.revoker.domain import deadline_cause
+from ringfence.revoker.lease_end.lease_ender import EndRequest, LeaseEnder
+from ringfence.revoker.revocations.cut_confirmation import CutTracker
+from ringfence.revoker.revocations.record_changes import RECORD_TOPICS, RecordHandler
+from ringfence.revoker.revocations.revocations import RevocationHandler
+from ringfence.revoker.revocations.verification import RevocationVerifier
+from ringfence.revoker.settings import RevokerSettings
+from ringfence.testing.backend import CredentialOf, GivenCredentials, NoRightsNeeded
+from ringfence.testing.bus import InMemoryBus
+from ringfence.testing.clock import MovableClock
+from ringfence.testing.lease_store import InMemoryLeaseStore
+from ringfence.testing.policy_engine import InProcessEngine
+from ringfence.testing.runtime import CaughtUpFollower, InMemoryRuntime
+
+_ROLES: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker")
+_TRUST_S = 10 * 365 * 86_400
+_VISIBILITY_MS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Foundation:
+    """What all services share."""
+
+    bus: InMemoryBus
+    clock: MovableClock
+    settings: ServiceSettings
+    trust: TrustStore
+    keys: Mapping[ServiceRole, SigningKey]
+
+    def runtime(self, role: ServiceRole) -> InMemoryRuntime:
+        """The runtime of one service."""
+        return InMemoryRuntime(role, self.settings, self.clock, self.keys[role], self.trust, self.bus)
+
+
+def lay_foundation(root: SigningKey, settings: ServiceSettings, clock: MovableClock) -> Foundation:
+    """A bus with a trust bundle on it, in which every service has a key."""
+    bus = InMemoryBus(clock, settings.topic_prefix)
+    td, now_s = settings.trust_domain, clock.now_ms() // 1000
+    keys = {role: SigningKey.generate(f"spiffe://{td}/service/{role}") for role in _ROLES}
+    bundle = TrustBundle(
+        iss=root.id,
+        aud=td,
+        iat=now_s,
+        exp=now_s + _TRUST_S,
+        jti="bundle-1",
+        version=1,
+        services=tuple(
+            ServiceIdentity(id=key.id, roles=(role,), keys=(key.record(now_s + _TRUST_S),))
+            for role, key in keys.items()
+        ),
+    )
+    compact = sign(bundle, root, header_jwk=True)
+    trust = TrustStore(td, root.kid)
+    trust.load(compact, now_s)
+    bus.append(TRUST, "1", compact.encode(), ())
+    return Foundation(bus, clock, settings, trust, keys)
+
+
+class Services:
+    """The four services that decide, at work on one bus."""
+
+    def __init__(self, foundation: Foundation, bundle: Bundle | None, credential_of: CredentialOf) -> None:
+        """`bundle`: the Rego bundle; None is the one that comes with Ringfence. Raises BundleError."""
+        self._foundation = foundation
+        settings, clock = foundation.settings, foundation.clock
+        # One table for all: each would hold the same, as every reader has each record at once.
+        self.directory = Directory(foundation.trust, clock, grace_ms=None)
+        foundation.bus.read(TABLES, self.directory.on_records)
+        self.store = InMemoryLeaseStore(clock)
+        token_keys = TokenKeys([TokenKey(SigningKey.generate(foundation.keys["issuer"].id))])
+        context = BackendContext(settings.trust_domain, settings.issuer_url, token_keys, NoRightsNeeded())
+        real = built_in(context)
+        self._declared = BackendCapabilities(real)
+        self._backends: dict[str, Backend] = {
+            kind: one if one.stateless else cast("Backend", GivenCredentials(one, credential_of))
+            for kind, one in real.items()
+        }
+        self.registry = self._build_registry()
+        self.approvals = self._build_policy(bundle)
+        self._build_issuer()
+        self._ender = self._build_revoker()
+        authenticator = Authenticator(self.directory, "issuer", clock)
+        self.issuer_http = Starlette(
+            routes=IssuerHttp(
+                issuer_url=settings.issuer_url,
+                authenticator=authenticator,
+                keys=token_keys,
+                store=self.store,
+                jwks_max_age_s=300,
+            ).routes()
+        )
+        foundation.bus.when_idle(self._close_what_is_over)
+
+    async def end_due_leases(self) -> None:
+        """End the leases whose deadline has come."""
+        now_ms = self._foundation.clock.now_ms()
+        await self._ender.end([EndRequest(one, deadline_cause(one, now_ms)) for one in self.store.due()])
+
+    async def _close_what_is_over(self) -> None:
+        await self.approvals.close_what_is_over(lambda topic, partition: True)
+
+    def _build_registry(self) -> Registry:
+        runtime = self._foundation.runtime("registry")
+        registry = Registry(runtime, self.directory, Memory(self.directory, runtime.trust, 0))
+        handler = sequential(registry.on_command, runtime.dead_letters)
+        self._foundation.bus.consume({REGISTRY_COMMAND: handler})
+        return registry
+
+    def _build_policy(self, bundle: Bundle | None) -> ApprovalHandler:
+        foundation, directory, declared = self._foundation, self.directory, self._declared
+        runtime, bus = foundation.runtime("policy"), foundation.bus
+        own = PolicySettings.model_construct()
+        holdings = Holdings(runtime.trust, runtime.clock)
+        grant_table = GrantTable(directory, runtime.settings.trust_domain)
+        grants = GrantBook(grant_table, directory)
+
+        def on_allowed(decision: CredentialDecision, agent_id: str, at_ms: int) -> None:
+            holdings.decided(decision, agent_id, at_ms)
+            grants.on_allowed(decision)
+
+        decisions = InMemoryDecisionLog(runtime.trust, on_allowed)
+        bus.read([LEASE], holdings.on_leases)
+        bus.read([SERVICE_EVENT], holdings.on_events)
+        bus.read([CREDENTIAL_DECISION], decisions.on_records)
+        bus.read([APPROVAL_RESPONSE], grant_table.on_records)
+        grant_table.settle()
+
+        async def recall() -> None:
+            await decisions.settle()
+
+        notices = Notices({}, directory, decisions, runtime.clock)
+        publisher = DecisionPublisher(runtime, directory, decisions, Approvers(directory), notices)
+        verifier = MessageVerifier(runtime, directory)
+        feed = CaughtUpFollower(runtime.settings, [CREDENTIAL_DECISION])
+        judge = RequestEvaluator(
+            runtime, directory, InProcessEngine(bundle), holdings, (feed,), grants, declared
+        )
+        limits = AdmissionLimits(own.agent_requests_per_minute, own.sponsor_requests_per_minute, own.wait_s)
+        pending = PendingLimits(own.agent_pending_approvals, own.sponsor_pending_approvals)
+        requests = RequestHandler(
+            runtime,
+            verifier,
+            AdmissionControl(directory, limits),
+            judge,
+            decisions,
+            publisher,
+            PendingApprovalLimit(directory, decisions, pending),
+            recall,
+            SharedKeyDetector(runtime, KeyUses()),
+            ShedRequests(runtime, decisions),
+            approval_timeout_s=own.approval_timeout_s,
+        )
+        approvals = ApprovalHandler(runtime, directory, verifier, judge, decisions, publisher, recall)
+        granting = GrantHandler(
+            runtime,
+            directory,
+            verifier,
+            grant_table,
+            lambda: judge.policy_revision,
+            approvals.records.known,
+            approvals.reconsider,
+        )
+
+        async def respond(record: Received) -> Awaitable[object] | None:
+            if kind_of(record) is None:
+                return await approvals.handle(record)
+            await granting.handle(record)
+            return None
+
+        bus.consume({
+            CREDENTIAL_REQUEST: concurrent(requests.handle, runtime.dead_letters),
+            APPROVAL_RESPONSE: sequential(respond, runtime.dead_letters),
+        })  # fmt: skip
+        return approvals
+
+    def _build_issuer(self) -> None:
+        foundation, directory, store = self._foundation, self.directory, self.store
+        runtime, backends = foundation.runtime("issuer"), self._backends
+        own = IssuerSettings.model_construct()
+        minter = Minter(
+            runtime,
+            store,
+            backends,
+            CircuitBreaker(concurrency=1, deadline_s=1.0, longest_shut_s=1.0),
+            mint_ms=0,
+        )
+        values = LeaseLimitValues(own.agent_leases, own.sponsor_leases, own.wait_s)
+        granted = GrantTable(directory, runtime.settings.trust_domain)
+        foundation.bus.read([APPROVAL_RESPONSE], granted.on_records)
+        granted.settle()
+
+        async def caught_up(within_s: float) -> bool:
+            return True
+
+        handler = DecisionHandler(
+            runtime,
+            directory,
+            store,
+            backends,
+            minter,
+            LeaseLimits(store, runtime.clock, values),
+            GrantKeeper(granted, store, caught_up, own.patience_s),
+            GatewayDelivery(
+                runtime.trust, lambda: runtime.key, None, runtime.clock, runtime.settings.trust_domain
+            ),
+            Terms(
+                id=runtime.key.id,
+                trust_domain=runtime.settings.trust_domain,
+                entitlements_max_age_s=runtime.settings.entitlements_max_age_s,
+                backends=frozenset(backends),
+                injected=frozenset(kind for kind, one in backends.items() if one.enforced_by == "gateway"),
+            ),
+            patience_s=0.0,
+            halted=lambda: None,
+        )
+        foundation.bus.consume({CREDENTIAL_DECISION: handler})
+
+    def _build_revoker(self) -> LeaseEnder:
+        foundation, directory, store = self._foundation, self.directory, self.store
+        runtime = foundation.runtime("revoker")
+        own = RevokerSettings.model_construct()
+        ender = LeaseEnder(
+            runtime,
+            store,
+            list(self._backends),
+            lambda ends: None,
+            lambda record, summary: None,
+            visibility_ms=_VISIBILITY_MS,
+        )
+        verifier = RevocationVerifier(runtime, directory, patience_s=0.0)
+        cuts = CutTracker(runtime.trust, runtime.clock, grace_ms=0)
+        revocations = RevocationHandler(runtime, verifier, store, ender, cuts)
+        records = RecordHandler(runtime, directory, verifier, store, ender, patience_s=own.patience_s)
+        foundation.bus.consume({REVOCATION_REQUEST: revocations})
+        foundation.bus.consume(dict.fromkeys(RECORD_TOPICS, sequential(records, runtime.dead_letters)))
+        return ender
