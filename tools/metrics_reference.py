@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -93,10 +94,17 @@ def _writers(constant: str) -> list[str]:
 
 
 def _packages_with(pattern: re.Pattern[str]) -> Iterator[str]:
+    for package, text in _sources():
+        if pattern.search(text):
+            yield package
+
+
+@cache
+def _sources() -> list[tuple[str, str]]:
+    """The package and the text of each file that uses metrics."""
     root = Path(metrics.__file__).parents[2]
-    for file in root.rglob("*.py"):
-        if pattern.search(file.read_text()):
-            yield file.relative_to(root).parts[0]
+    texts = [(file.relative_to(root).parts[0], file.read_text()) for file in root.rglob("*.py")]
+    return [(package, text) for package, text in texts if "metrics." in text]
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from tests.chaos.service import set_ahead
 from tests.chaos.target import TARGET, target_behind
 from tests.chaos.upstream import upstream
 from tests.chaos.valkey import ChaosValkey, join
+from tests.support.http_client import plain_client
 from tests.support.servers.redis_target import ValkeyTarget
 
 Way = Literal["redis", "kafka", "target"]
@@ -107,7 +108,7 @@ class Instance:
         if self.child is not None and not self.child.alive:
             return f"{self.name} ended with status {self.child.returncode}: {self.child.log_tail(3)}"
         try:
-            async with httpx.AsyncClient(timeout=3) as http:
+            async with plain_client(timeout=3) as http:
                 answer = await http.get(f"{self.url}/readyz")
         except httpx.HTTPError as error:
             return f"{self.name} does not answer ({type(error).__name__})"

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from ringfence.dev.processes import Child, free_port, spawn
@@ -30,6 +29,7 @@ from ringfence.revoker.settings import RevokerSettings
 from tests.support import cut_listener
 from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
 from tests.support.cut_listener import CutListener
+from tests.support.http_client import plain_client
 from tests.support.world import WITHIN_S, World
 
 
@@ -313,7 +313,7 @@ async def test_a_selector_cuts_while_another_one_is_still_ending_leases(
 async def introspected(desk: IssuerBench, token: str) -> bool:
     """Whether the target is told that a token is good."""
     url = f"http://127.0.0.1:{desk.world.ports['issuer']}"
-    async with httpx.AsyncClient(base_url=url, timeout=WITHIN_S) as http:
+    async with plain_client(base_url=url, timeout=WITHIN_S) as http:
         answer = await http.post(
             "/oauth2/introspect", data={"token": token}, headers=desk.world.bearer(desk.target, "issuer")
         )

@@ -9,7 +9,6 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
 import jwt
 import pytest
 
@@ -45,6 +44,7 @@ from tests.support.audit_stories import (
 )
 from tests.support.benches.issuer_bench import Asked, IssuerBench, another, opened_office
 from tests.support.benches.lost_redis_bench import LostRedisBench
+from tests.support.http_client import plain_client
 from tests.support.stack import WITHIN_S
 from tests.support.world import DeadLetteredError, Party, Scope
 
@@ -113,7 +113,7 @@ async def still_lives(desk: IssuerBench, *leases: Asked) -> None:
 async def is_active(desk: IssuerBench, content: ReplyContent) -> bool:
     """What the issuer's introspection says of a token."""
     assert content.credential is not None
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{desk.world.ports['issuer']}") as http:
+    async with plain_client(base_url=f"http://127.0.0.1:{desk.world.ports['issuer']}") as http:
         answer = await http.post(
             "/oauth2/introspect",
             data={"token": content.credential.value},

@@ -37,6 +37,7 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support import secret_canary
 from tests.support.benches.issuer_bench import Asked, IssuerBench, another, opened_desks
+from tests.support.http_client import plain_client
 from tests.support.world import DAY_S, Party, World, scope
 
 
@@ -222,7 +223,7 @@ async def test_a_token_of_a_gateway_lives_for_a_minute(desk: IssuerBench) -> Non
     now = int(time.time())
     for wrong in ({"exp": now + 300}, {"exp": now - 1, "iat": now - 60}, {"aud": "other.example"}):
         headers = desk.world.bearer(gateway(desk), "issuer", **wrong)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{desk.world.ports['issuer']}") as http:
+        async with plain_client(base_url=f"http://127.0.0.1:{desk.world.ports['issuer']}") as http:
             assert (await http.get(path, headers=headers)).status_code == 401, wrong
 
 

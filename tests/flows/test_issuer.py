@@ -36,6 +36,7 @@ from ringfence.model.leases.lifecycle import follow
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks, opened_office
+from tests.support.http_client import plain_client
 from tests.support.world import WITHIN_S, Party, World, scope
 
 
@@ -77,7 +78,7 @@ def delivered(content: ReplyContent) -> CredentialDelivery:
 
 async def token_claims(desk: IssuerBench, token: str) -> dict[str, Any]:
     """The claims, verified by a stranger's tools: discovery, JWKS, PyJWT."""
-    async with httpx.AsyncClient(base_url=url(desk), timeout=WITHIN_S) as http:
+    async with plain_client(base_url=url(desk), timeout=WITHIN_S) as http:
         discovery = (await http.get("/.well-known/openid-configuration")).json()
         keys = jwt.PyJWKSet.from_dict((await http.get(discovery["jwks_uri"])).json())
     header = jwt.get_unverified_header(token)
@@ -90,7 +91,7 @@ async def token_claims(desk: IssuerBench, token: str) -> dict[str, Any]:
 
 async def introspect(desk: IssuerBench, token: str, by: Party | None = None) -> httpx.Response:
     headers = desk.world.bearer(by, "issuer") if by else {}
-    async with httpx.AsyncClient(base_url=url(desk), timeout=WITHIN_S) as http:
+    async with plain_client(base_url=url(desk), timeout=WITHIN_S) as http:
         return await http.post("/oauth2/introspect", data={"token": token}, headers=headers)
 
 
@@ -682,7 +683,7 @@ async def test_introspection_of_what_this_issuer_did_not_sign(desk: IssuerBench)
 
 
 async def test_introspection_wants_a_token(desk: IssuerBench) -> None:
-    async with httpx.AsyncClient(base_url=url(desk), timeout=WITHIN_S) as http:
+    async with plain_client(base_url=url(desk), timeout=WITHIN_S) as http:
         for body in ("", "tok=x", "token=a&token=b", "token=" + "x" * 70_000, "\xff"):
             headers = desk.world.bearer(desk.target, "issuer")
             response = await http.post("/oauth2/introspect", content=body, headers=headers)
@@ -692,7 +693,7 @@ async def test_introspection_wants_a_token(desk: IssuerBench) -> None:
 
 
 async def test_discovery_names_everything(desk: IssuerBench) -> None:
-    async with httpx.AsyncClient(base_url=url(desk), timeout=WITHIN_S) as http:
+    async with plain_client(base_url=url(desk), timeout=WITHIN_S) as http:
         openid = await http.get("/.well-known/openid-configuration")
         oauth = await http.get("/.well-known/oauth-authorization-server")
         keys = await http.get("/.well-known/jwks.json")

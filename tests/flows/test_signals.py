@@ -7,7 +7,6 @@ import json
 import uuid
 from pathlib import Path
 
-import httpx
 import pytest
 
 from ringfence.kernel.crypto.jws import sign
@@ -26,6 +25,7 @@ from tests.support.benches.signal_receivers import (
     lease_of,
     until,
 )
+from tests.support.http_client import plain_client
 
 CAEP = "https://schemas.openid.net/secevent/caep/event-type/session-revoked"
 
@@ -304,7 +304,7 @@ async def test_strangers_are_turned_away(desk: IssuerBench, office: Office) -> N
 
 async def test_what_anybody_may_read(desk: IssuerBench, office: Office) -> None:
     office.declare("reader")
-    async with office.running(), httpx.AsyncClient(base_url=office.url, timeout=60) as http:
+    async with office.running(), plain_client(base_url=office.url, timeout=60) as http:
         about = (await http.get("/.well-known/ssf-configuration")).json()
         assert about["spec_version"] == "1_0"
         assert about["issuer"] == office.url

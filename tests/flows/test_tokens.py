@@ -34,6 +34,7 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
 from tests.support.benches.sdk_clients import READ, Elsewhere, client
+from tests.support.http_client import plain_client
 from tests.support.token_keys import rsa_key_file
 from tests.support.world import WITHIN_S, Party, World
 
@@ -116,7 +117,7 @@ async def test_a_token_that_was_found_opens_nothing_where_a_proof_is_demanded(wo
         async with (
             there.verifier(staging, nonces=Nonces()) as verifier,
             resource_server(verifier) as server,
-            httpx.AsyncClient(base_url=server, timeout=WITHIN_S) as http,
+            plain_client(base_url=server, timeout=WITHIN_S) as http,
         ):
 
             async def read(auth: httpx.Auth, path: str = "/env/staging/web?full=1") -> int:
@@ -144,7 +145,7 @@ async def test_a_token_that_was_found_opens_nothing_where_a_proof_is_demanded(wo
             resource_server(unasking) as server,
         ):
             headers = credential.headers("GET", f"{server}/env/staging/web")
-            async with httpx.AsyncClient(base_url=server, timeout=WITHIN_S) as http:
+            async with plain_client(base_url=server, timeout=WITHIN_S) as http:
                 statuses = [(await http.get("/env/staging/web", headers=headers)).status_code for _ in "12"]
             assert statuses == [200, 401], "a proof counts once, wherever nonces are not demanded"
 
@@ -193,7 +194,7 @@ async def test_a_target_that_verifies_nothing_but_rs256_gets_it(world: World, tm
         async with (
             there.verifier(staging) as verifier,
             resource_server(verifier) as server,
-            httpx.AsyncClient(base_url=server, auth=credential.auth(), timeout=WITHIN_S) as http,
+            plain_client(base_url=server, auth=credential.auth(), timeout=WITHIN_S) as http,
         ):
             assert (await http.get("/env/staging/web")).status_code == 200
 

@@ -16,6 +16,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.api import api_audience
 from ringfence.messages.base import ServiceRole
 from ringfence.model.identity.api_tokens import api_token
+from tests.support.http_client import plain_client
 from tests.support.stack import WITHIN_S, RunningStack
 
 PATHS: dict[ServiceRole, str] = {
@@ -37,7 +38,7 @@ def signed(key: SigningKey, service: ServiceRole) -> dict[str, str]:
 
 
 def client(realm: RunningStack, service: ServiceRole) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=realm.stack.url(service), timeout=WITHIN_S, trust_env=False)
+    return plain_client(base_url=realm.stack.url(service), timeout=WITHIN_S, trust_env=False)
 
 
 async def known(realm: RunningStack, key: SigningKey, service: ServiceRole) -> None:

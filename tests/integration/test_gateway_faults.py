@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
 import pytest
 
 from ringfence.cli.commands.dev import client_settings
@@ -25,6 +24,7 @@ from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.messages.topics import ACTION, LEASE
 from tests.gateway.raw import Raw, connected_unix
+from tests.support.http_client import plain_client
 from tests.support.stack import WITHIN_S, RunningStack, Seen
 
 GRACE_S = 3.0
@@ -166,7 +166,7 @@ class Place:
 
     async def unconfirmed(self) -> float:
         """How many cuts the revoker counts that a live gateway gave no word on within its grace."""
-        async with httpx.AsyncClient(trust_env=False, timeout=WITHIN_S) as http:
+        async with plain_client(trust_env=False, timeout=WITHIN_S) as http:
             said = (await http.get(f"{self.realm.stack.url('revoker')}/metrics")).text
         (line,) = [one for one in said.splitlines() if one.startswith("ringfence_cuts_unconfirmed_total ")]
         return float(line.split()[1])

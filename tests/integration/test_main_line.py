@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 
-import httpx
 import jwt
 import pytest
 from jsonschema.validators import Draft202012Validator
@@ -20,6 +19,7 @@ from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.audit import AuditEvent
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import APPROVAL_REQUEST, AUDIT, CREDENTIAL_DECISION, CREDENTIAL_REPLY, LEASE
+from tests.support.http_client import plain_client
 from tests.support.stack import WITHIN_S, RunningStack, Seen, first_pending, now_s
 from tools.schemas.generate import json_schema
 
@@ -256,7 +256,7 @@ async def test_introspection_tells_nothing_to_others(realm: RunningStack, stack)
     async with realm.as_agent() as agent:
         credential = await realm.read(agent)
     url = f"{realm.settings.issuer_url}/oauth2/introspect"
-    async with httpx.AsyncClient(timeout=WITHIN_S) as http:
+    async with plain_client(timeout=WITHIN_S) as http:
         assert (await http.post(url, data={"token": credential.value})).status_code == 401
     stranger = TokenVerifier(
         realm.settings.issuer_url, audience(realm), introspection_key=other.key("target", other.target)
@@ -282,7 +282,7 @@ async def test_the_lease_record_has_what_later_readers_need(realm: RunningStack)
 
 @pytest.mark.parametrize("role", ["registry", "policy", "issuer", "revoker", "audit"])
 async def test_every_service_tells_how_it_is(stack, role) -> None:
-    async with httpx.AsyncClient(base_url=stack.url(role), timeout=WITHIN_S) as http:
+    async with plain_client(base_url=stack.url(role), timeout=WITHIN_S) as http:
         assert (await http.get("/healthz")).json() == {"status": "ok"}
         said = (await http.get("/readyz")).json()
         assert (said["status"], said["reasons"], said["denies"]) == ("ready", [], [])

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from ringfence.client.admin.key_rotation import rotate_root, rotate_services
@@ -40,6 +39,7 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.integration.test_attacks import buried, put
 from tests.integration.test_gateway_faults import place_in
+from tests.support.http_client import plain_client
 from tests.support.stack import WITHIN_S, RunningStack, Seen, realm_in
 
 pytestmark = pytest.mark.timeout(300)
@@ -93,7 +93,7 @@ async def under_load(realm: RunningStack, agent: Agent) -> AsyncIterator[Load]:
 
 async def said_by(stack: Stack, what: str) -> dict[str, Any]:
     """What `/readyz` of each service tells of its trust."""
-    async with httpx.AsyncClient(timeout=5) as http:
+    async with plain_client(timeout=5) as http:
         answers = [await http.get(f"{stack.url(role)}/readyz") for role in SERVICE_ROLES]
     assert all(answer.status_code == 200 for answer in answers), [answer.text for answer in answers]
     return {role: answer.json()[what] for role, answer in zip(SERVICE_ROLES, answers, strict=True)}
@@ -207,7 +207,7 @@ async def test_the_keys_that_credentials_are_sealed_to_follow_without_a_restart(
         stack.start_service("gateway")
         await asyncio.to_thread(stack.wait_ready, ["gateway"])
         await place.until(200)
-        async with httpx.AsyncClient(timeout=5) as http:
+        async with plain_client(timeout=5) as http:
             for role in ("gateway", "issuer"):
                 said = (await http.get(f"{stack.url(role)}/readyz")).json()
                 assert not [one for one in said.get("warnings", []) if "sealed" in one]

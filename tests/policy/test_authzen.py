@@ -10,6 +10,7 @@ import pytest
 
 from ringfence.messages.registry import AgentRotateKey, AgentSuspend, VerbFloor
 from ringfence.policy.decisions.evaluator import RequestEvaluator
+from tests.support.http_client import plain_client
 from tests.support.world import WITHIN_S, Party, World, scope
 
 
@@ -52,7 +53,7 @@ class Desk:
         self, path: str, body: Any, who: Party | None = None, headers: dict[str, str] | None = None
     ) -> httpx.Response:
         url = f"http://127.0.0.1:{self.world.ports['policy']}/access/v1/{path}"
-        async with httpx.AsyncClient(timeout=WITHIN_S, trust_env=False) as http:
+        async with plain_client(timeout=WITHIN_S, trust_env=False) as http:
             bearer = self.world.bearer(who or self.server, "policy")
             return await http.post(url, json=body, headers={**bearer, **(headers or {})})
 
@@ -165,7 +166,7 @@ async def test_who_may_ask_and_what_is_no_question(world: World):
         good = desk.question()
         assert (await desk.post("evaluation", good, other)).status_code == 403
         assert (await desk.post("evaluation", good, world.operator)).status_code == 401
-        async with httpx.AsyncClient(timeout=WITHIN_S, trust_env=False) as http:
+        async with plain_client(timeout=WITHIN_S, trust_env=False) as http:
             url = f"http://127.0.0.1:{world.ports['policy']}/access/v1/evaluation"
             assert (await http.post(url, json=good)).status_code == 401
 
@@ -176,7 +177,7 @@ async def test_who_may_ask_and_what_is_no_question(world: World):
         ]  # fmt: skip
         for body in bad:
             assert (await desk.post("evaluation", body)).status_code == 400, body
-        async with httpx.AsyncClient(timeout=WITHIN_S, trust_env=False) as http:
+        async with plain_client(timeout=WITHIN_S, trust_env=False) as http:
             for type, status in (
                 ("text/plain", 400), ("", 400), ("application/json; charset=utf-8", 200),
             ):  # fmt: skip
@@ -231,7 +232,7 @@ async def test_what_breaks_is_no_yes_and_is_told_under_the_id_of_the_request(
 async def test_where_to_ask(world: World):
     async with world.running("registry", "policy", policy_url="https://pdp.example.com/"):
         url = f"http://127.0.0.1:{world.ports['policy']}"
-        async with httpx.AsyncClient(timeout=WITHIN_S, trust_env=False) as http:
+        async with plain_client(timeout=WITHIN_S, trust_env=False) as http:
             found = await http.get(f"{url}/.well-known/authzen-configuration")
             search = await http.post(f"{url}/access/v1/search/subject", json={})
         assert found.headers["content-type"] == "application/json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from jsonschema.validators import Draft202012Validator
+from jsonschema_rs import Draft202012Validator
 from ocsf_json_schema import OcsfJsonSchemaEmbedded, get_ocsf_schema
 
 from ringfence.messages.audit import OCSF_VERSION
@@ -22,7 +22,7 @@ def schema_of(version: str) -> OcsfJsonSchemaEmbedded:
 
 @cache
 def validator(version: str, class_uid: int, profiles: tuple[str, ...]) -> Draft202012Validator:
-    """Of one class, with its profiles."""
+    """Of one class, with its profiles. In Rust: the one in Python took a sixth of the processor time of a flow."""
     schema = schema_of(version)
     name = schema.lookup_class_name_from_uid(class_uid)
     return Draft202012Validator(schema.get_class_schema(name, list(profiles)))
@@ -32,7 +32,7 @@ def problems(event: dict[str, Any], version: str = OCSF_VERSION) -> list[str]:
     """What is wrong with an event; nothing where it is valid."""
     profiles = tuple(event["metadata"].get("profiles", ()))
     found = validator(version, event["class_uid"], profiles).iter_errors(event)
-    return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in found]
+    return [f"{'.'.join(map(str, error.instance_path))}: {error.message}" for error in found]
 
 
 def check_ocsf(event: dict[str, Any]) -> None:

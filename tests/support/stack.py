@@ -88,6 +88,10 @@ class RunningStack:
     mark: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     keys: dict[str, SigningKey] = field(default_factory=dict)
     task: str = ""
+    _verified: dict[tuple[bytes, int, type[Claims], tuple[ServiceRole, ...], bytes], Any] = field(
+        default_factory=dict
+    )
+    """What was verified once: the same record under the same trust bundle is as good the second time."""
 
     @property
     def target(self) -> str:
@@ -172,11 +176,17 @@ class RunningStack:
 
     def verified(self, agent: Agent, record: Received, model: type[C], *roles: ServiceRole) -> C | None:
         """The claims of a record that a service with one of the roles signed, else None."""
-        find = agent.connection.trust.finder(*roles, at_s=record.appended_at_ms / 1000)
-        try:
-            return verify(parse(record.value), model, find, audience=self.settings.trust_domain).claims
-        except InvalidMessageError:
-            return None
+        trust = agent.connection.trust
+        # Whoever waits for a record asks for all before it again, with each that comes.
+        key = (record.value, record.appended_at_ms, model, roles, trust.compact)
+        if (claims := self._verified.get(key)) is None:
+            find = trust.finder(*roles, at_s=record.appended_at_ms / 1000)
+            try:
+                claims = verify(parse(record.value), model, find, audience=self.settings.trust_domain).claims
+            except InvalidMessageError:
+                return None
+            self._verified[key] = claims
+        return claims
 
     def leases(self, agent: Agent, seen: Seen, lease_id: str) -> list[Lease]:
         """Every verified record of a lease that came, in order."""

@@ -47,6 +47,7 @@ class Trail:
         self._records: list[Received] = []
         self._events: list[dict[str, Any]] = []
         self._told_of = -1
+        self._telling: _Telling | None = None
         self._follower = Follower(world.settings("audit"), _READ, self._take)
         self._started = False
         self._news = asyncio.Event()
@@ -102,38 +103,69 @@ class Trail:
                     yield event
 
     async def _tell(self, records: Sequence[Received]) -> list[dict[str, Any]]:
-        trust = TrustStore(self._world.td, self._world.fingerprint)
-        for record in records:
-            if record.topic is TRUST:
-                _load(trust, record)
-        directory = Directory(trust, SystemClock(), grace_ms=None)
-        kept, uses = KeptEvents(), dict[str, dict[str, Any]]()
+        trusted = [record for record in records if record.topic is TRUST]
+        audited = _in_order(records, _ORDER)
+        if self._telling is None or not self._telling.goes_on_with(trusted, audited):
+            self._telling = _Telling(self._world, trusted)
+        return await self._telling.tell(audited)
+
+
+class _Telling:
+    """Audit's code, and how far it has come. What comes later is told by the same, where all of it is new to it."""
+
+    def __init__(self, world: World, trusted: Sequence[Received]) -> None:
+        trust = TrustStore(world.td, world.fingerprint)
+        for record in trusted:
+            _load(trust, record)
+        self._trusted = len(trusted)
+        self._directory = Directory(trust, SystemClock(), grace_ms=None)
+        self._kept, self._uses = KeptEvents(), dict[str, dict[str, Any]]()
         own = AuditSettings(settle_ms=0)
         handlers = AuditHandlers(
-            kept,
-            RecordVerifier(trust, directory, own),
+            self._kept,
+            RecordVerifier(trust, self._directory, own),
             SystemClock(),
             trust,
-            uses.get,
+            self._uses.get,
             send_dead_letter=_bury_nothing,
             settle_ms=0,
         )
-        audited = _in_order(records, _ORDER)
-        ahead = iter([record for record in audited if record.topic in _RECORDS])
-        coming = next(ahead, None)
-        for record in audited:
-            while coming is not None and coming.appended_at_ms <= record.appended_at_ms + _AHEAD_MS:
+        self._handlers = handlers
+        self._told: list[Received] = []
+        self._admitted = 0
+        """How many of the records of the local tables the directory has."""
+        self._waits = False
+
+    def goes_on_with(self, trusted: Sequence[Received], audited: Sequence[Received]) -> bool:
+        """Whether to tell these from the beginning would tell first what was told, by the same tables and trust."""
+        done = len(self._told)
+        if self._waits or len(trusted) != self._trusted or list(audited[:done]) != self._told:
+            return False
+        seen_until_ms = self._told[-1].appended_at_ms + _AHEAD_MS if self._told else 0
+        return all(record.appended_at_ms > seen_until_ms for record in audited[done:])
+
+    async def tell(self, audited: Sequence[Received]) -> list[dict[str, Any]]:
+        """One event for each of these records, of which those that were told before come first."""
+        ahead = [record for record in audited if record.topic in _RECORDS]
+        for record in audited[len(self._told) :]:
+            while (
+                self._admitted < len(ahead)
+                and ahead[self._admitted].appended_at_ms <= record.appended_at_ms + _AHEAD_MS
+            ):
+                coming = ahead[self._admitted]
                 place = (coming.topic_name, coming.partition, coming.value, coming.appended_at_ms)
-                directory.admit(coming.topic.what, *place)  # type: ignore[arg-type]
-                coming = next(ahead, None)
+                self._directory.admit(coming.topic.what, *place)  # type: ignore[arg-type]
+                self._admitted += 1
             try:
-                await handlers.handle_batch([record])
+                await self._handlers.handle_batch([record])
             except UnavailableError:
+                self._waits = True
                 break
-            last = kept.events[-1]
+            self._told.append(record)
+            last = self._kept.events[-1]
             if last["metadata"]["event_code"] == "break_glass.used":
-                uses.setdefault(last["unmapped"]["request"], last["unmapped"])
-        return kept.events
+                self._uses.setdefault(last["unmapped"]["request"], last["unmapped"])
+        return list(self._kept.events)
 
 
 def faults(event: dict[str, Any]) -> list[str]:

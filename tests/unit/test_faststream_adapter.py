@@ -128,6 +128,31 @@ def test_single_records_need_dead_letters(order: Any) -> None:
         GroupBroker(SETTINGS).include(router)
 
 
+async def handle_nothing(batch: Sequence[Received]) -> None: ...
+
+
+def test_what_is_declared_twice_is_refused() -> None:
+    """One of the two would never get a record, and nobody would be told."""
+    two_groups = GroupRouter()
+    two_groups.subscriber(LEASE, group=ConsumerGroup("g"))(handle_nothing)
+    two_groups.subscriber(CREDENTIAL_REQUEST, group=ConsumerGroup("g"))(handle_nothing)
+    one_topic, group = GroupRouter(), ConsumerGroup("g")
+    one_topic.subscriber(LEASE, group=group)(handle_nothing)
+    one_topic.subscriber(CREDENTIAL_REQUEST, LEASE, group=group)(handle_nothing)
+    for router, twice in ((two_groups, "g"), (one_topic, "lease")):
+        with pytest.raises(SetupError, match=f"declared twice: {twice}"):
+            GroupBroker(SETTINGS).include(router)
+
+
+async def test_an_application_that_only_describes_a_service_does_not_start() -> None:
+    router = GroupRouter()
+    router.subscriber(LEASE, group=ConsumerGroup("g"))(handle_nothing)
+    broker = KafkaBroker("localhost:1", consumer_only=True, logger=None)
+    broker.include_router(router)
+    with pytest.raises(SetupError, match="nothing reads the group g here"):
+        await broker.start()
+
+
 async def test_a_batch_comes_whole_and_what_it_raises_is_raised() -> None:
     router, seen = GroupRouter(), list[Sequence[Received]]()
 
@@ -138,6 +163,7 @@ async def test_a_batch_comes_whole_and_what_it_raises_is_raised() -> None:
             raise UnavailableError("Redis is away")
 
     subscriber = await subscriber_of(router)
+    assert subscriber.call_name == "Handle"
     batch = [record(), record(b"y", offset=1, raw_headers=(("h", b"\xff"), ("n", None)), key=None)]
     await subscriber.handle(batch)
     assert seen == [tuple(batch)]

@@ -411,7 +411,7 @@ async def test_what_is_left_is_sent_at_the_end() -> None:
 async def test_nobody_there_is_counted_as_well_and_said_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracing_export._once, "failing", False)
+    monkeypatch.setattr(tracing_export._first_failure, "failing", False)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.1")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and nobody listens
@@ -429,7 +429,7 @@ async def test_nobody_there_is_counted_as_well_and_said_once(
 async def test_where_they_arrive_again_the_next_failure_is_said(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracing_export._once, "failing", False)
+    monkeypatch.setattr(tracing_export._first_failure, "failing", False)
 
     class Wavering(InMemorySpanExporter):
         """Fails, and says so as the real one does, every other time."""

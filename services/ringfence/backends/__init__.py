@@ -86,7 +86,7 @@ class Backend(Protocol):
         ...
 
     async def existing(self, target_id: str) -> frozenset[str]:
-        """The leases for which something exists at the target now, whoever made it and whenever."""
+        """Return the ids of the leases for which something exists at the target now, whoever made it and whenever."""
         ...
 
     async def standing(self, target_id: str) -> frozenset[str]:
@@ -99,7 +99,9 @@ class Backend(Protocol):
 
 
 async def existing_of(backend: Backend, target_id: str) -> frozenset[str]:
-    """The leases for which something exists at the target now, from a backend that defines `existing` or `standing`."""
+    """Return the leases for which something exists at the target now, from a backend that defines `existing` or
+    `standing`.
+    """
     existing = backend.existing if hasattr(backend, "existing") else backend.standing
     return await existing(target_id)
 
@@ -109,8 +111,9 @@ _DECLARED = ("kind", "revocability", "enforced_by", "own_expiry", "stateless")
 
 @dataclass(frozen=True, slots=True)
 class BackendContext:
-    """What backends are created from. Only the issuer has token keys: the revoker only undoes, and policy only asks for
-    revocability.
+    """Context from which backends are created.
+
+    Only the issuer has token keys: the revoker only undoes, and policy only asks for revocability.
     """
 
     trust_domain: str

@@ -1,4 +1,7 @@
-"""The broker's own rights at targets: where they are kept, and how they are read. Never on Kafka, never in Redis."""
+"""Secret references: where the broker's own credentials for targets are stored, and how they are read.
+
+These credentials never appear on Kafka or in Redis.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _LOCAL: Mapping[str, SecretSource] = {"env": LocalSource("env"), "file": LocalSo
 
 
 class BackendSettings(RingfenceSettings):
-    """Settings of issuer and revoker alike: `RINGFENCE_BACKENDS_*`, or the table `[backends]`."""
+    """Settings shared by issuer and revoker: `RINGFENCE_BACKENDS_*`, or the table `[backends]`."""
 
     model_config = SettingsConfigDict(env_prefix="RINGFENCE_BACKENDS_", extra="ignore", frozen=True)
 
@@ -35,18 +38,27 @@ class BackendSettings(RingfenceSettings):
 
 
 class TargetAccess:
-    """Reads what the settings name, when it is needed: a secret that was replaced counts without a restart."""
+    """Reads the secrets that the settings name, each time it needs one.
+
+    A replaced secret takes effect without a restart.
+    """
 
     def __init__(self, places: Mapping[str, str], sources: Mapping[str, SecretSource] | None = None) -> None:
-        """`places` by target; `sources` by what stands before the colon: `env` and `file`, if not given."""
+        """`places` maps a target to its secret reference.
+
+        `sources` maps the prefix before the colon to a source; by default `env` and `file`.
+        """
         self._places = dict(places)
         self._sources = sources or _LOCAL
         self._read_at: dict[str, tuple[SecretSource, str, str]] = {}
-        """By target: what reads its secret, where, and how that is called."""
+        """By target: the source of its secret, the location, and what messages call it."""
 
     @classmethod
     def of(cls, settings: BackendSettings) -> TargetAccess:
-        """As the settings say. Raises AccessError where a place is in Vault, and no Vault is named."""
+        """Return an instance from the settings.
+
+        Raises AccessError if a reference points to Vault and no Vault is configured.
+        """
         sources = dict(_LOCAL)
         if settings.vault_url is not None and settings.vault_token_file is not None:
             sources["vault"] = VaultSource(
@@ -61,7 +73,10 @@ class TargetAccess:
         return access
 
     def check(self, target_id: str) -> None:
-        """Raises AccessError where no rights at this target are named, or none that can be read here. Reads nothing."""
+        """Raise AccessError if no secret reference for this target is set, or none that this process can read.
+
+        Reads no secret.
+        """
         if target_id not in self._places:
             raise AccessError(
                 f"no rights at target {target_id} are named; name where they are in RINGFENCE_BACKENDS_ACCESS"
@@ -74,22 +89,22 @@ class TargetAccess:
             )
 
     async def read(self, target_id: str) -> str:
-        """The URL for a target. Raises AccessError."""
-        source, where, what = self._source_of(target_id)
-        return await source.read(where, what)
+        """Return the URL for a target, with the broker's credentials. Raises AccessError."""
+        source, location, name = self._source_of(target_id)
+        return await source.read(location, name)
 
     def at_hand(self, target_id: str) -> str | None:
-        """The same where nobody has to be asked; else None. Raises AccessError."""
-        source, where, what = self._read_at.get(target_id) or self._source_of(target_id)
-        return source.at_hand(where, what)
+        """Return the same as `read` if that needs no I/O to another service, else None. Raises AccessError."""
+        source, location, name = self._read_at.get(target_id) or self._source_of(target_id)
+        return source.at_hand(location, name)
 
     def _source_of(self, target_id: str) -> tuple[SecretSource, str, str]:
         self.check(target_id)
-        kind, _, where = self._places[target_id].partition(":")
-        found = self._read_at[target_id] = self._sources[kind], where, f"the rights at target {target_id}"
+        kind, _, location = self._places[target_id].partition(":")
+        found = self._read_at[target_id] = self._sources[kind], location, f"the rights at target {target_id}"
         return found
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close all connections."""
         for source in self._sources.values():
             await source.close()

@@ -1,4 +1,4 @@
-"""What each kind of credential declares of itself, for the bundle: how far it can be recalled, who enforces it."""
+"""Capabilities of each kind of credential, as policy input: how it can be revoked, and who enforces its scope."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ log = logging.getLogger(__name__)
 
 
 class BackendCapabilities:
-    """Asks the backends; of those that are not installed here the least is taken to be true."""
+    """Asks the backends. For a backend that is not installed here it assumes the weakest capabilities."""
 
     def __init__(self, backends: Mapping[str, Backend]) -> None:
         self._backends = backends
 
     def never_handed_out(self, target: TargetState, delivery: Delivery) -> tuple[Reason, ...]:
-        """Why a request cannot be for the agent, whatever a bundle or two operators say; empty where it can."""
+        """Return the reasons why a credential must not go to the agent, whatever the policy or two operators decide.
+
+        Returns an empty tuple if it may.
+        """
         if delivery != "agent" or self(target)["enforced_by"] == "target":
             return ()
         ask = "ask for delivery to the gateway (--delivery gateway)"
@@ -27,13 +30,13 @@ class BackendCapabilities:
         return (Reason(code="delivery_gateway_only", message=message),)
 
     def __call__(self, target: TargetState) -> dict[str, str]:
-        """`revocability` and `enforced_by` of credentials for a target."""
+        """Return `revocability` and `enforced_by` of credentials for a target."""
         backend = self._backends.get(target.backend.kind)
         if backend is None:
             return {"revocability": "ttl", "enforced_by": "target"}
         try:
             revocability = backend.revocability(target)
-        except Exception:  # of another package: a mistake in it must not stop every request
+        except Exception:  # a backend of another package: its mistakes must not stop every request
             log.exception(
                 "backend %s does not say how far %s can be recalled", backend.kind, target.target_id
             )

@@ -16,7 +16,6 @@ from ringfence.backends.target_settings import CircuitOpenError, TargetError, Ta
 T = TypeVar("T")
 
 FAILURES_TO_OPEN = 5
-"""So many failures in a row open the circuit of a target."""
 FIRST_OPEN_S = 0.5
 _MOST_DOUBLINGS = 16
 
@@ -62,7 +61,7 @@ class CircuitBreaker:
         target = self._of(target_id)
         self._check_open(target, target_id)
         async with target.slots:
-            probe = self._check_open(target, target_id)  # others may have failed while this one waited
+            probe = self._check_open(target, target_id)  # other calls may have failed while this one waited
             target.probing = target.probing or probe
             try:
                 async with asyncio.timeout(self._deadline_s):

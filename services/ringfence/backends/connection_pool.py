@@ -1,4 +1,4 @@
-"""The servers that a backend works at: one for each target, as the broker's rights name it now."""
+"""Cache of a backend's connections: one server object for each target, as the current secret names it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ringfence.backends.access import TargetAccess
 
 
 class Connected(Protocol):
-    """What is kept for a target."""
+    """What the cache keeps for a target."""
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close all connections."""
         ...
 
 
@@ -20,28 +20,34 @@ S = TypeVar("S", bound=Connected)
 
 
 class ConnectionCache(Generic[S]):
-    """Made when first asked for, and again where the rights are others now: replaced rights count at once."""
+    """Creates the server object of a target on first use, and again if the target's secret has changed.
+
+    A new secret takes effect at once.
+    """
 
     def __init__(self, access: TargetAccess, make: Callable[[str, str], S]) -> None:
-        """`make`: from a target's id and the rights there. Raises AccessError where those are wrong."""
+        """`make` creates a server object from a target's id and secret.
+
+        It raises AccessError if the secret is unusable.
+        """
         self._access = access
         self._make = make
         self._known: dict[str, tuple[str, S]] = {}
 
     async def at(self, target_id: str) -> S:
-        """The server of a target. Raises AccessError."""
+        """Return the server object of a target. Raises AccessError."""
         rights = await self._access.read(target_id)
-        known = self._known.get(target_id)
-        if known is not None and known[0] == rights:
-            return known[1]
+        cached = self._known.get(target_id)
+        if cached is not None and cached[0] == rights:
+            return cached[1]
         server = self._make(target_id, rights)
         self._known[target_id] = (rights, server)
-        if known is not None:
-            await known[1].close()
+        if cached is not None:
+            await cached[1].close()
         return server
 
     async def close(self) -> None:
-        """Disconnect from all of them."""
+        """Close all connections."""
         servers = [server for _, server in self._known.values()]
         self._known.clear()
         for server in servers:

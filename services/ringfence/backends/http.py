@@ -1,7 +1,8 @@
-"""Static secrets of HTTP APIs that know nothing better: an API key, a password, a bearer token.
+"""Backend for static secrets of HTTP APIs: an API key, a password, a bearer token.
 
-Nothing is made and nothing is handed out. A lease is the right to have the gateway inject the secret, which the gateway
-reads from a source of its own, each time: a secret that is replaced at its source counts at once, and no agent notices.
+Nothing is minted and nothing is handed out. A lease is the right to have the gateway inject the secret. The gateway
+reads the secret from a source of its own for each request. A secret that is replaced at its source takes effect at
+once, and no agent notices.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _SENDABLE: Final = re.compile(r"[!-~]([ -~]*[!-~])?")
 
 
 def secret_header(target: TargetState) -> str | None:
-    """The name, in lower case, of the header of its own that a target takes its secret in; None where it has none.
+    """Return the lower-case name of the target's own header for its secret, or None if it has none.
 
     Raises TargetSettingsError.
     """
@@ -35,7 +36,7 @@ def secret_header(target: TargetState) -> str | None:
 
 
 class HttpBackend:
-    """Leases for targets whose static secret only the gateway has."""
+    """Issues leases for targets whose static secret only the gateway knows."""
 
     kind: ClassVar[str] = "http"
     enforced_by: ClassVar[Literal["target", "gateway"]] = "gateway"
@@ -43,11 +44,14 @@ class HttpBackend:
     stateless: ClassVar[bool] = True
 
     def revocability(self, target: TargetState) -> Literal["instant", "session", "ttl"]:
-        """From the cut on the gateway injects nothing."""
+        """Return `instant`: after a revocation the gateway injects nothing."""
         return "instant"
 
     def problem(self, lease: Lease, target: TargetState) -> str | None:
-        """What an agent is told where the gateway could not enforce the lease. What it is, is logged."""
+        """Return a sentence for the agent if the gateway could not enforce the lease, else None.
+
+        The cause is logged.
+        """
         try:
             settings_of(target, HttpSettings)
         except TargetSettingsError as error:
@@ -61,63 +65,68 @@ class HttpBackend:
         return None
 
     async def mint(self, lease: Lease, target: TargetState) -> Credential:
-        """Always raises TargetRefusedError: there is nothing that could be handed out."""
+        """Raise TargetRefusedError, always: there is no credential to hand out."""
         raise TargetRefusedError(
             f"the secret that {target.target_id} takes is never handed out: the gateway injects it"
         )
 
     async def undo(self, lease_id: str, *, target_id: str) -> None:
-        """Nothing: the gateway injects nothing from the cut on."""
+        """Do nothing: after a revocation the gateway injects nothing."""
 
     async def existing(self, target_id: str) -> frozenset[str]:
-        """Nothing: there is never anything at a target."""
+        """Return an empty set: nothing is ever made at a target."""
         return frozenset()
 
     standing = existing
 
     async def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: there is no connection."""
 
 
 class StaticSecrets:
-    """What the gateway injects, read when it is needed. No other process has these sources."""
+    """Static secrets that the gateway injects, read when needed. No other process can read these sources."""
 
     def __init__(self, access: TargetAccess) -> None:
-        """`access`: the gateway's own; of its `RINGFENCE_BACKENDS_ACCESS` each place holds a secret, not a URL."""
+        """`access` is the gateway's own. Each entry of its `RINGFENCE_BACKENDS_ACCESS` holds a secret, not a URL."""
         self._access = access
         self._settings: dict[str, tuple[TargetState, HttpSettings]] = {}
-        """By target: what its record says, as long as it is the same one."""
+        """By target: its parsed settings, valid while its record is the same."""
         self._made: dict[str, tuple[HttpSettings, str, Mapping[str, str]]] = {}
-        """By target: what was made of it and the secret, as long as both are the same."""
+        """By target: the headers, valid while settings and secret are the same."""
 
     async def headers(self, target: TargetState) -> dict[str, str]:
-        """The headers that carry the secret that is there now. None of the agent's of these names may stay.
+        """Return the headers that carry the current secret.
 
-        Raises TargetSettingsError where the target's record is wrong, AccessError where there is no secret, or one
-        that cannot stand in a header; neither quotes it.
+        The caller must drop headers of these names that the agent sent.
+
+        Raises TargetSettingsError if the target's record is wrong, and AccessError if the secret is missing or cannot
+        stand in a header. Neither message quotes the secret.
         """
         return _headers(target, self._settings_of(target), await self._access.read(target.target_id))
 
     def headers_at_hand(self, target: TargetState) -> Mapping[str, str] | None:
-        """The same where nobody has to be asked for the secret; else None. Raises as `headers` does."""
+        """Return the same as `headers` if the secret needs no I/O to another service, else None.
+
+        Raises as `headers` does.
+        """
         settings, secret = self._settings_of(target), self._access.at_hand(target.target_id)
         if secret is None:
             return None
-        known = self._made.get(target.target_id)
-        if known is None or known[0] is not settings or known[1] != secret:
+        cached = self._made.get(target.target_id)
+        if cached is None or cached[0] is not settings or cached[1] != secret:
             made = _headers(target, settings, secret)
-            known = self._made[target.target_id] = settings, secret, made
-        return known[2]
+            cached = self._made[target.target_id] = settings, secret, made
+        return cached[2]
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close all connections."""
         await self._access.close()
 
     def _settings_of(self, target: TargetState) -> HttpSettings:
-        known = self._settings.get(target.target_id)
-        if known is None or known[0] is not target:
-            known = self._settings[target.target_id] = target, settings_of(target, HttpSettings)
-        return known[1]
+        cached = self._settings.get(target.target_id)
+        if cached is None or cached[0] is not target:
+            cached = self._settings[target.target_id] = target, settings_of(target, HttpSettings)
+        return cached[1]
 
 
 def _headers(target: TargetState, settings: HttpSettings, secret: str) -> dict[str, str]:

@@ -1,4 +1,6 @@
-"""Access tokens: a JWT (RFC 9068) that a resource server verifies by the issuer's published keys and introspection."""
+"""Backend for access tokens: a JWT (RFC 9068) that a resource server verifies with the issuer's public keys and by
+introspection.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class JwtBackend:
-    """Tokens of which `jti` is the lease: refused from the cut on by whoever asks introspection."""
+    """Mints tokens whose `jti` is the lease id. After a revocation, introspection reports them as inactive."""
 
     kind: ClassVar[str] = "jwt"
     enforced_by: ClassVar[Literal["target", "gateway"]] = "target"
@@ -31,13 +33,15 @@ class JwtBackend:
         self._keys = keys
 
     def revocability(self, target: TargetState) -> Literal["instant", "session", "ttl"]:
-        """`instant` where the target has a key of its own, with which it asks introspection; else nobody tells it."""
+        """Return `instant` if the target has a key for introspection, else `ttl`: the target would not learn of a
+        revocation.
+        """
         return "instant" if target.keys else "ttl"
 
     async def mint(self, lease: Lease, target: TargetState) -> Credential:
-        """A token that says what the lease says.
+        """Return a token with the lease's permissions.
 
-        Raises TokenKeyError where this process has no key for it, TargetSettingsError.
+        Raises TokenKeyError if this process has no key for it, and TargetSettingsError.
         """
         if self._keys is None:
             raise TokenKeyError("this process has no key for tokens: only the issuer makes them")
@@ -50,7 +54,10 @@ class JwtBackend:
         )
 
     def problem(self, lease: Lease, target: TargetState) -> str | None:
-        """A token can say every scope; the target's record may say what there is no key for."""
+        """Return the reason if no token can be signed, else None.
+
+        A token can express every scope, but the target's record may ask for an algorithm without a key.
+        """
         try:
             settings = settings_of(target, JwtSettings)
             if self._keys is not None:
@@ -65,19 +72,21 @@ class JwtBackend:
         return None
 
     async def undo(self, lease_id: str, *, target_id: str) -> None:
-        """Nothing: a token leaves nothing behind, and introspection refused it from the cut on."""
+        """Do nothing: a token leaves nothing behind, and introspection refuses it from the revocation on."""
 
     async def existing(self, target_id: str) -> frozenset[str]:
-        """Nothing: there is never anything at a target."""
+        """Return an empty set: nothing is ever made at a target."""
         return frozenset()
 
     standing = existing
 
     async def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: there is no connection."""
 
     def claims(self, lease: Lease, target: TargetState) -> dict[str, Any]:
-        """RFC 9068, with the actors of RFC 8693, 4.1, the permissions of RFC 9396 and the key of RFC 9449, 6.1."""
+        """Return the claims of RFC 9068, with the actors of RFC 8693 4.1, the permissions of RFC 9396 and the key of
+        RFC 9449 6.1.
+        """
         claims: dict[str, Any] = {
             "iss": self._issuer,
             "sub": self._id("agent", lease.agent_id),
@@ -114,13 +123,13 @@ class JwtBackend:
                 for one in lease.delegators
             ]
         if lease.key_thumbprint is not None and lease.delivery == "agent":  # no gateway has the agent's key
-            # By `jkt` only where a proof is demanded: with it, RFC 9449, 7.2, refuses the token as a bearer token.
+            # `cnf.jkt` only where a proof is demanded: with it, RFC 9449 7.2 refuses the token as a bearer token.
             member = "jkt" if settings_of(target, JwtSettings).dpop == "required" else "kid"
             claims["cnf"] = {member: lease.key_thumbprint}
         return claims
 
     def _actors(self, act: tuple[str, ...]) -> dict[str, Any]:
-        """The acting agents, nested: the one that holds the credential outermost."""
+        """Return the acting agents, nested: the agent that holds the credential is outermost."""
         nested: dict[str, Any] = {}
         for agent_id in reversed(act):
             nested = {"sub": self._id("agent", agent_id), **({"act": nested} if nested else {})}

@@ -1,16 +1,17 @@
-"""Users of a Valkey or Redis (7 or newer) server: one for each lease, gone with it, its live connections with it.
+"""Backend for Valkey and Redis (7 or newer): an ACL user for each lease, deleted with it, together with its
+connections.
 
-The server's ACL says exactly what the lease's scope says, or the credential is not made:
+The ACL allows exactly what the lease's scope says, or no credential is made:
 
-- Verbs: `read` is every command that only reads the keys that it names, with the right to read them (`%R~`); `write`
-  every command that changes keys that it names, with the right to write them (`%W~`), so that those of them that also
-  return what was there (GETDEL, INCR) need `read` in the same permission. A command of either list is also a verb of
-  its own. The lists are closed: what a newer server adds is in no lease.
-- Resources: a resource is a key. Redis's `*` also matches `/`, so the only wildcard that can be said is `**`: a whole
-  segment that stands for any number of segments. `*` inside a segment is refused.
-- Each permission becomes selectors of its own: they allow what any of them allows, and no more.
+- Verbs: `read` is every command that only reads the keys that it names, with read access to them (`%R~`). `write` is
+every command that changes keys that it names, with write access to them (`%W~`). Commands that also return the old
+value (GETDEL, INCR) need `read` in the same permission. Each command of the two lists is also a verb of its own. The
+lists are closed: no lease allows a command that a newer server adds.
+- Resources: a resource is a key. Redis's `*` also matches `/`, so the only wildcard that can be expressed is `**`: a
+whole segment that stands for any number of segments. `*` inside a segment is refused.
+- Each permission becomes ACL selectors of its own. Together they allow what any of them allows, and no more.
 
-Keys of which the name is none in Ringfence's grammar can be named by nobody; they lie below the `**` of their prefix.
+A key whose name is not valid in Ringfence's grammar cannot be named. It is covered by the `**` of its prefix.
 """
 
 from __future__ import annotations
@@ -21,13 +22,8 @@ import re
 import secrets
 import unicodedata
 from collections.abc import Iterable
-from typing import Any, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 from urllib.parse import quote
-
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
 
 from ringfence.backends.access import TargetAccess
 from ringfence.backends.connection_pool import ConnectionCache
@@ -46,6 +42,9 @@ from ringfence.messages.registry import TargetState
 from ringfence.model.scope.globs import ScopeError, parse_glob
 from ringfence.model.target_settings import TargetSettings
 
+if TYPE_CHECKING:
+    from redis.exceptions import ResponseError
+
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -58,7 +57,7 @@ READ: Final = _words("""
     smismember srandmember sscan strlen sunion ttl type xlen xpending xrange xread xrevrange zcard zcount
     zdiff zinter zintercard zlexcount zmscore zrandmember zrange zrank zrevrank zscan zscore zunion
 """)
-"""What `read` allows: commands that name all their keys and change nothing."""
+"""Commands of `read`: they name all their keys and change nothing."""
 WRITE: Final = _words("""
     append bitfield bitop decr decrby del expire expireat geoadd geosearchstore getdel getex getset hdel
     hincrby hincrbyfloat hset hsetnx incr incrby incrbyfloat linsert lmove lmpop lpop lpush lpushx lrem lset
@@ -67,13 +66,12 @@ WRITE: Final = _words("""
     xautoclaim xclaim xdel xreadgroup xtrim zadd zdiffstore zincrby zinterstore zmpop zpopmax zpopmin
     zrangestore zrem zremrangebylex zremrangebyrank zremrangebyscore zunionstore
 """)
-"""What `write` allows: commands that name all their keys and stay in their database."""
+"""Commands of `write`: they name all their keys and stay in their database."""
 _EVERYBODY: Final = ("ping", "hello", "quit", "multi", "exec", "discard", "client|setinfo")
-"""What clients need and what touches no key."""
+"""Commands that clients need and that touch no key."""
 MAX_PATTERNS: Final = 256
-"""The most key patterns of one user."""
 
-# Signs, besides letters, digits and marks, that stand for themselves in Redis's globs and in the text of a selector.
+# Characters, besides letters, digits and marks, that stand for themselves in Redis's globs and in a selector.
 _PLAIN_SIGNS: Final = frozenset("/-_.:,=@+~!$&|<>")
 _UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _CONNECT_S: Final = 2.0
@@ -82,7 +80,7 @@ _NOT_THIS_CREDENTIAL: Final = "Error in ACL SETUSER"
 
 
 def rules(scope: Iterable[Permission]) -> list[str]:
-    """The rules of `ACL SETUSER` that say what a scope says, no more. Raises InexactError."""
+    """Return the rules for `ACL SETUSER` that allow exactly a scope. Raises InexactError."""
     selectors: list[str] = []
     for permission in scope:
         keys = [pattern for glob in permission.resources for pattern in _patterns(glob)]
@@ -98,27 +96,27 @@ def rules(scope: Iterable[Permission]) -> list[str]:
 
 
 def _kinds(verbs: Iterable[str]) -> list[tuple[frozenset[str], str]]:
-    """Which commands, each with what access to its keys."""
-    wanted = set(verbs)
-    found: list[tuple[frozenset[str], str]] = []
-    if {"read", "write"} <= wanted:
-        found.append((READ | WRITE, "RW"))
-    elif "read" in wanted:
-        found.append((READ, "R"))
-    elif "write" in wanted:
-        found.append((WRITE, "W"))
-    for verb in sorted(wanted - {"read", "write"}):
+    """Return groups of commands, each with the access to its keys. Raises InexactError."""
+    remaining = set(verbs)
+    kinds: list[tuple[frozenset[str], str]] = []
+    if {"read", "write"} <= remaining:
+        kinds.append((READ | WRITE, "RW"))
+    elif "read" in remaining:
+        kinds.append((READ, "R"))
+    elif "write" in remaining:
+        kinds.append((WRITE, "W"))
+    for verb in sorted(remaining - {"read", "write"}):
         if verb in WRITE:
-            found.append((frozenset({verb}), "RW"))
+            kinds.append((frozenset({verb}), "RW"))
         elif verb in READ:
-            found.append((frozenset({verb}), "R"))
+            kinds.append((frozenset({verb}), "R"))
         else:
             raise InexactError(f"the verb {verb} is none: read, write, or one command that names its keys")
-    return found
+    return kinds
 
 
 def _patterns(glob: str) -> list[str]:
-    """The Redis globs that together match the names of one of ours."""
+    """Return the Redis patterns that together match the same names as one of Ringfence's globs. Raises InexactError."""
     try:
         segments = parse_glob(glob).segments
     except ScopeError as error:
@@ -143,10 +141,15 @@ def _check(glob: str, segment: str) -> None:
 
 
 class _Server:
-    """One server, as the broker's rights name it."""
+    """One server and its connection."""
 
     def __init__(self, target_id: str, url: str) -> None:
-        """Raises AccessError."""
+        """Raises AccessError if the URL is unusable."""
+        # Policy and gateway know the backend, and never come here.
+        from redis.asyncio import Redis
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
         try:
             self.client: Any = Redis.from_url(
                 url,
@@ -163,7 +166,7 @@ class _Server:
 
 
 class RedisBackend:
-    """Makes ACL users of which the password is known to the agent alone: the server is sent its SHA-256."""
+    """Mints ACL users whose password only the agent knows: the server receives its SHA-256."""
 
     kind: ClassVar[str] = "redis"
     enforced_by: ClassVar[Literal["target", "gateway"]] = "target"
@@ -176,19 +179,19 @@ class RedisBackend:
         self._servers = ConnectionCache(access, _Server)
 
     def user_of(self, lease_id: str) -> str:
-        """The name of a lease's user. It tells one trust domain's users from another's at the same server."""
+        """Return the name of a lease's user. It also separates trust domains that share a server."""
         return self._prefix + lease_id
 
     def revocability(self, target: TargetState) -> Literal["instant", "session", "ttl"]:
-        """Sessions that are open are ended too."""
+        """Return `session`: open sessions are ended too."""
         return "session"
 
     def problem(self, lease: Lease, target: TargetState) -> str | None:
-        """Why exactly this credential cannot be made, or None."""
+        """Return the reason why exactly this credential cannot be made, or None."""
         return problem_of(rules, lease.scope, target, TargetSettings, self._access)
 
     async def mint(self, lease: Lease, target: TargetState) -> Credential:
-        """A user with a new password. Again for the same lease: one more password for the same user.
+        """Create a user with a new password. A second call for the same lease adds one more password to the same user.
 
         Raises TargetError, TargetRefusedError, AccessError.
         """
@@ -216,11 +219,11 @@ class RedisBackend:
         await self._run(target_id, "ACL", "DELUSER", self.user_of(lease_id))
 
     async def existing(self, target_id: str) -> frozenset[str]:
-        """The leases that have a user at the target. Raises TargetError, AccessError."""
+        """Return the leases that have a user at the target. Raises TargetError, AccessError."""
         users = await self._run(target_id, "ACL", "USERS")
         names = (name.decode("utf-8", "replace") for name in users)
-        found = (name.removeprefix(self._prefix) for name in names if name.startswith(self._prefix))
-        return frozenset(id for id in found if _UUID.fullmatch(id))
+        lease_ids = (name.removeprefix(self._prefix) for name in names if name.startswith(self._prefix))
+        return frozenset(id for id in lease_ids if _UUID.fullmatch(id))
 
     standing = existing
 
@@ -231,22 +234,26 @@ class RedisBackend:
     # --- the server ---
 
     async def _address(self, target: TargetState) -> tuple[str, str]:
-        """Scheme, and `host:port` for agents: as the target's record says, else where Ringfence itself connects."""
-        where = (await self._servers.at(target.target_id)).client.connection_pool.connection_kwargs
-        if where.get("db"):
+        """Return the scheme and `host:port` for agents: from the target's record, else where Ringfence itself
+        connects.
+        """
+        connected_to = (await self._servers.at(target.target_id)).client.connection_pool.connection_kwargs
+        if connected_to.get("db"):
             raise AccessError(
-                f"target {target.target_id} names database {where['db']}: only 0 can be kept to"
+                f"target {target.target_id} names database {connected_to['db']}: only 0 can be kept to"
             )
-        given = settings_of(target, TargetSettings).address
-        scheme = "rediss" if "ssl_cert_reqs" in where else "redis"
-        return scheme, given or f"{where.get('host')}:{where.get('port', 6379)}"
+        address = settings_of(target, TargetSettings).address
+        scheme = "rediss" if "ssl_cert_reqs" in connected_to else "redis"
+        return scheme, address or f"{connected_to.get('host')}:{connected_to.get('port', 6379)}"
 
     async def _run(self, target_id: str, *command: str) -> Any:
+        from redis.exceptions import RedisError, ResponseError
+
         try:
             server = await self._servers.at(target_id)
             return await server.client.execute_command(*command)
         except ResponseError as error:
-            # The text of an error can quote what was sent: only its kind goes on.
+            # An error's text can quote what was sent: only its kind is passed on.
             if str(error).startswith(_NOT_THIS_CREDENTIAL):
                 raise TargetRefusedError(
                     f"target {target_id} does not know all commands of this scope: name them one by one"
@@ -257,5 +264,5 @@ class RedisBackend:
 
 
 def _kind(error: ResponseError) -> str:
-    word = str(error).partition(" ")[0]
-    return word if re.fullmatch(r"[A-Z]{2,20}", word) else type(error).__name__
+    error_code = str(error).partition(" ")[0]
+    return error_code if re.fullmatch(r"[A-Z]{2,20}", error_code) else type(error).__name__

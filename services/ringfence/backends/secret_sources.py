@@ -1,4 +1,4 @@
-"""Where secrets are read from: the environment, files, and the KV engine of Vault or OpenBao."""
+"""Sources of secrets: the environment, files, and the KV engine of Vault or OpenBao."""
 
 from __future__ import annotations
 
@@ -6,63 +6,69 @@ import ssl
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
-
-import httpx
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.secret_refs import PlaceError, read_secret, read_variable
 
+if TYPE_CHECKING:
+    import httpx
+
 KEPT_S: Final = 10.0
-"""How long a secret of Vault's is kept: so late at most is a replaced one seen."""
+"""How long a secret from Vault is cached, which is the longest delay until a replaced secret is used."""
 _ANSWER_S: Final = 3.0
 
 
 class AccessError(RingfenceError):
-    """The broker's own rights at a target are not named, or not where they are said to be. Never quotes them."""
+    """Raised when the broker's own credentials for a target are not configured, or not where the reference says.
+
+    Never quotes them.
+    """
 
     code = "access_missing"
 
 
 class SecretSource(Protocol):
-    """One kind of place."""
+    """Interface of one kind of source."""
 
     async def read(self, where: str, what: str) -> str:
-        """The secret that is there now; `what` it is, for messages. Raises AccessError."""
+        """Return the current secret at `where`. `what` names it in messages. Raises AccessError."""
         ...
 
     def at_hand(self, where: str, what: str) -> str | None:
-        """The same where nobody has to be asked; else None. Raises AccessError."""
+        """Return the same as `read` if that needs no I/O to another service, else None. Raises AccessError."""
         ...
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close all connections."""
         ...
 
 
 class LocalSource:
-    """What is on this machine: the environment of this process, and files that nobody else can read."""
+    """Source on this machine: the environment of this process, and files that nobody else can read."""
 
     def __init__(self, kind: Literal["env", "file"]) -> None:
         self._kind = kind
 
     async def read(self, where: str, what: str) -> str:
-        """What the variable or the file of this name holds. Raises AccessError."""
+        """Return the value of the variable or file of this name. Raises AccessError."""
         return self.at_hand(where, what)
 
     def at_hand(self, where: str, what: str) -> str:
-        """See `SecretSource`."""
         try:
             return read_variable(where, what) if self._kind == "env" else read_secret(f"file:{where}", what)
         except PlaceError as error:
             raise AccessError(str(error)) from None
 
     async def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: there is no connection."""
 
 
 class VaultSource:
-    """The KV engine, version 2, of Vault or OpenBao. `where` is `MOUNT/data/PATH#FIELD`, the path as its API has it."""
+    """Source in the KV engine, version 2, of Vault or OpenBao.
+
+    `where` is `MOUNT/data/PATH#FIELD`, the path as in its API.
+    """
 
     def __init__(
         self,
@@ -73,7 +79,7 @@ class VaultSource:
         namespace: str | None = None,
         seconds: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`seconds`: a clock that only goes forward. Raises AccessError where the CA file cannot be read."""
+        """`seconds` is a monotonic clock. Raises AccessError if the CA file cannot be read."""
         self._token, self._token_file = LocalSource("file"), str(token_file)
         self._seconds = seconds
         self._headers = {"X-Vault-Request": "true"} | (
@@ -83,31 +89,35 @@ class VaultSource:
             verify = ssl.create_default_context(cafile=ca_file)
         except OSError:
             raise AccessError(f"cannot read {ca_file}, the certificate of Vault's authority") from None
+        import httpx
+
         self._client = httpx.AsyncClient(
             base_url=url.rstrip("/") + "/v1/", verify=verify, timeout=_ANSWER_S, trust_env=False
         )
         self._kept: dict[str, tuple[float, str]] = {}
 
     async def read(self, where: str, what: str) -> str:
-        """The field of the newest version. Raises AccessError."""
-        kept = self.at_hand(where, what)
-        if kept is not None:
-            return kept
-        value = await self._asked(where, await self._token.read(self._token_file, "Vault's token"))
+        """Return the field of the newest version. Raises AccessError."""
+        cached = self.at_hand(where, what)
+        if cached is not None:
+            return cached
+        value = await self._fetch(where, await self._token.read(self._token_file, "Vault's token"))
         self._kept[where] = (self._seconds(), value)
         return value
 
     def at_hand(self, where: str, what: str) -> str | None:
-        """What was read lately."""
+        """Return the cached secret if it is recent enough, else None."""
         at, value = self._kept.get(where, (0.0, ""))
         return value if value and self._seconds() - at < KEPT_S else None
 
     async def close(self) -> None:
-        """Disconnect."""
+        """Close the HTTP client."""
         self._kept.clear()
         await self._client.aclose()
 
-    async def _asked(self, where: str, token: str) -> str:
+    async def _fetch(self, where: str, token: str) -> str:
+        import httpx
+
         path, _, field = where.partition("#")
         headers = {**self._headers, "X-Vault-Token": token}
         try:

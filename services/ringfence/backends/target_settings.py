@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class TargetSettingsError(RingfenceError):
-    """The record of a target has settings that its backend does not understand."""
+    """Raised when a target's record has settings that its backend does not understand."""
 
     code = "target_settings_invalid"
 
@@ -32,7 +32,7 @@ S = TypeVar("S", bound=TargetSettings)
 
 
 def settings_of(target: TargetState, kind: type[S]) -> S:
-    """The settings that a target's record gives to its backend. Raises TargetSettingsError."""
+    """Return the settings in a target's record for its backend. Raises TargetSettingsError."""
     try:
         return kind.model_validate(target.backend.model_extra or {})
     except ValidationError as error:
@@ -71,25 +71,25 @@ def problem_of(
 
 
 class BackendError(RingfenceError):
-    """A backend of another package cannot be used. Raised at start."""
+    """Raised at start when a backend of another package cannot be used."""
 
     code = "backend_invalid"
 
 
 class TargetError(RingfenceError):
-    """A target does not answer, or does not let Ringfence work there. The same call may succeed later."""
+    """Raised when a target does not answer, or does not let Ringfence work there. The same call may succeed later."""
 
     code = "target_unavailable"
 
 
 class TargetRefusedError(RingfenceError):
-    """A target answered, and refused this one credential. It says nothing about the target's health."""
+    """Raised when a target answered and refused this one credential. It says nothing about the target's health."""
 
     code = "target_refused"
 
 
 class CircuitOpenError(TargetError):
-    """The circuit breaker of a target is open, after repeated failures; try again in `retry_ms`."""
+    """Raised while the circuit breaker of a target is open after repeated failures. Try again in `retry_ms`."""
 
     code = "target_shut"
 
@@ -99,4 +99,4 @@ class CircuitOpenError(TargetError):
 
 
 class InexactError(ValueError):
-    """The rights of a target cannot express a scope exactly."""
+    """Raised when the rights of a target cannot express a scope exactly."""

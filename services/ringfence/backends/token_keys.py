@@ -1,6 +1,6 @@
-"""The keys that sign tokens, and how one follows the other: all are published, one of each algorithm signs.
+"""Signing keys of access tokens, and their rotation: all keys are published, one of each algorithm signs.
 
-They are none of the keys that sign messages: whoever verifies tokens knows these alone.
+They never sign messages. A verifier of tokens knows these keys alone.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ringfence.model.target_settings import TokenAlgorithm
 TOKEN_TYPE: Final = "at+jwt"  # noqa: S105 - a media type
 """The `typ` of an access token (RFC 9068, 2.1)."""
 SMALLEST_RSA_BITS: Final = 2048
-"""RFC 7518, 3.3."""
+"""The minimum of RFC 7518 3.3."""
 
 
 class TokenKeyError(RingfenceError):
-    """A key for tokens is missing or cannot be used, or this process has none: only the issuer signs them."""
+    """Raised when a token key is missing or unusable, or when this process has none: only the issuer signs tokens."""
 
     code = "token_key_invalid"
 
@@ -71,7 +71,7 @@ class _RsaPair:
         self._key, self._public = key, key.public_key()
         numbers = self._public.public_numbers()
         self._jwk = {"e": _number(numbers.e), "kty": "RSA", "n": _number(numbers.n)}
-        # RFC 7638: these members, in this order, and nothing between them.
+        # RFC 7638: these members in this order, without blanks.
         self.kid = b64encode(hashlib.sha256(orjson.dumps(self._jwk)).digest())
 
     def jwk(self) -> dict[str, Any]:
@@ -89,10 +89,8 @@ class _RsaPair:
 
 
 class TokenKey:
-    """One key that signs tokens."""
-
     def __init__(self, key: SigningKey | rsa.RSAPrivateKey) -> None:
-        """Raises TokenKeyError where it is neither an ES256 key nor an RSA key of 2048 bits or more."""
+        """Raises TokenKeyError if the key is neither ES256 nor RSA with at least 2048 bits."""
         self._pair: _Pair
         if isinstance(key, SigningKey):
             if key.alg != "ES256":
@@ -112,7 +110,8 @@ class TokenKey:
 
     @classmethod
     def load(cls, path: Path) -> TokenKey:
-        """The key in a file of mode 0600: one of `ringfence key new` or `ringfence init` (ES256), or an RSA key as PEM.
+        """Load a key from a file of mode 0600: from `ringfence key new` or `ringfence init` (ES256), or an RSA key as
+        PEM.
 
         Raises TokenKeyError, KeyFileError.
         """
@@ -131,27 +130,29 @@ class TokenKey:
         return cls(key)
 
     def jwk(self) -> dict[str, Any]:
-        """The public half (RFC 7517)."""
+        """Return the public key (RFC 7517)."""
         return {**self._pair.jwk(), "kid": self.kid, "use": "sig", "alg": self.alg}
 
     def sign(self, claims: dict[str, Any]) -> str:
-        """A token with these claims."""
+        """Return a signed token with these claims."""
         signing_input = self._head + b64encode(orjson.dumps(claims)).encode()
         return f"{signing_input.decode()}.{b64encode(self._pair.sign(signing_input))}"
 
     def verifies(self, signature: bytes, data: bytes) -> bool:
-        """Whether a signature over this is the key's."""
+        """Return whether this key made the signature over `data`."""
         return self._pair.verifies(signature, data)
 
 
 class TokenKeys:
-    """All keys for tokens that the issuer knows: those that sign, and those that are published beside them."""
+    """All token keys of the issuer: those that sign, and those that are only published."""
 
     def __init__(self, signing: Sequence[TokenKey], published: Sequence[TokenKey] = ()) -> None:
-        """`signing`: one for each algorithm. `published`: the next, so that everybody knows it before it signs, and the
-        previous, until its last token has expired.
+        """`signing`: one key for each algorithm.
 
-        Raises TokenKeyError where two would sign with the same algorithm, or one key is named twice.
+        `published`: the next keys, so that verifiers know them before they sign, and the previous ones, until their
+        last token has expired.
+
+        Raises TokenKeyError if two keys would sign with the same algorithm, or if one key is given twice.
         """
         self._signing = {key.alg: key for key in signing}
         if len(self._signing) != len(signing):
@@ -162,21 +163,21 @@ class TokenKeys:
 
     @property
     def algorithms(self) -> tuple[TokenAlgorithm, ...]:
-        """What tokens can be signed with."""
+        """Return the algorithms that tokens can be signed with."""
         return tuple(alg for alg in get_args(TokenAlgorithm) if alg in self._signing)
 
     def signer(self, alg: TokenAlgorithm) -> TokenKey:
-        """The key that signs with this algorithm. Raises TokenKeyError where there is none."""
+        """Return the key that signs with this algorithm. Raises TokenKeyError if there is none."""
         if alg not in self._signing:
             raise TokenKeyError(f"there is no key that signs tokens with {alg}")
         return self._signing[alg]
 
     def jwks(self) -> dict[str, Any]:
-        """The public halves as a JWK set (RFC 7517)."""
+        """Return the public keys as a JWK set (RFC 7517)."""
         return {"keys": [key.jwk() for key in self._known.values()]}
 
     def verified(self, token: str) -> dict[str, Any] | None:
-        """The claims of a token that one of these keys signed, whatever its time; None for anything else."""
+        """Return the claims of a token that one of these keys signed, whatever its times; None for anything else."""
         try:
             jws = parse(token)
             claims = orjson.loads(jws.payload)
@@ -192,5 +193,5 @@ class TokenKeys:
 
 
 def _number(value: int) -> str:
-    """RFC 7518, 2: Base64urlUInt."""
+    """Encode an integer as Base64urlUInt (RFC 7518 2)."""
     return b64encode(value.to_bytes((value.bit_length() + 7) // 8))

@@ -1,1 +1,1 @@
-"""The command line: `ringfence`. One file per command group; `main` imports each when it is asked for."""
+"""The command line `ringfence`. Each command group has a file, which `main` imports on demand."""

@@ -1,6 +1,6 @@
-"""`ringfence`: finds the command, imports it, and says clearly what went wrong.
+"""Entry point of `ringfence`: finds the command, imports it, and reports errors clearly.
 
-Nothing is imported at the start but typer: `--help` must come at once, and a command must not need what others need.
+At start it imports only typer: `--help` must be instant, and a command must not need the packages of another.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ EXTRAS = {
     "pyarrow": "parquet",
     "yaml": "yaml",
 }
-"""The import names that only an extra installs."""
+"""The extra that installs each import name."""
 
 _FEW_SEARCHES = 100_000
-"""New objects between two searches for unreachable cycles: loading a service took a sixth longer with Python's 700."""
+"""New objects between two searches for cycles. With Python's 700, loading a service took a sixth longer."""
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it (128 + SIGINT)."""
@@ -56,7 +56,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True, slots=True)
 class CommandEntry:
-    """One command or group: where it is, under which heading it is listed, and what it is for."""
+    """One command or group: its module, the heading of its list, and its help."""
 
     module: str
     attribute: str
@@ -139,7 +139,7 @@ COMMANDS: dict[str, CommandEntry] = {
 
 @contextlib.contextmanager
 def _visible_usage_errors() -> Iterator[None]:
-    """What typer says of wrong use has words of the command line in it, which somebody may have pasted."""
+    """Make typer's usage errors safe to print: they quote the command line, which somebody may have pasted."""
     try:
         yield
     except Exception as error:
@@ -154,11 +154,11 @@ class LazyGroup(TyperGroup):
     _listing = False
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """All names, in the order of `COMMANDS`."""
+        """Return all names in the order of `COMMANDS`."""
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command itself, or a stand-in with its help where all are only being listed."""
+        """Return the command, or while listing a stand-in with its help."""
         entry = COMMANDS.get(cmd_name)
         if entry is None:
             return None
@@ -167,17 +167,14 @@ class LazyGroup(TyperGroup):
         return load(cmd_name, entry)
 
     def make_context(self, *args: Any, **more: Any) -> Any:
-        """See `click.Command.make_context`."""
         with _visible_usage_errors():
             return super().make_context(*args, **more)
 
     def invoke(self, ctx: Any) -> Any:
-        """See `click.Command.invoke`."""
         with _visible_usage_errors():
             return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help."""
         self._listing = True
         try:
             super().format_help(ctx, formatter)
@@ -186,14 +183,13 @@ class LazyGroup(TyperGroup):
 
 
 def load(name: str, entry: CommandEntry) -> Any:
-    """Import a command or group."""
-    found = getattr(importlib.import_module(f"ringfence.cli.{entry.module}"), entry.attribute)
-    if isinstance(found, typer.Typer):
-        # As a group, without options of its own to install completion: those are of `ringfence` as a whole.
-        command: Any = typer.main.get_group(found)
+    attribute = getattr(importlib.import_module(f"ringfence.cli.{entry.module}"), entry.attribute)
+    if isinstance(attribute, typer.Typer):
+        # As a group without options of its own for shell completion: those belong to `ringfence` as a whole.
+        command: Any = typer.main.get_group(attribute)
     else:
         single = typer.Typer(add_completion=False)
-        single.command(name)(found)
+        single.command(name)(attribute)
         command = typer.main.get_command(single)
     command.name = name
     return command
@@ -240,18 +236,18 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1
     gc.set_threshold(_FEW_SEARCHES)
     filter_stderr()
-    words = list(sys.argv[1:] if args is None else args)
-    if unreadable := [word for word in words if not _is_unicode(word)]:
+    arguments = list(sys.argv[1:] if args is None else args)
+    if unreadable := [word for word in arguments if not _is_unicode(word)]:
         _say(f"error: {unreadable[0]!r} is not UTF-8; write it so that everybody can read it")
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # What others wrote may have signs that this terminal has not.
+        # Text of others may have characters that this terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = _run(words)
+        status = _run(arguments)
         sys.stdout.flush()
     except OSError as error:
-        if error.errno != errno.EPIPE:  # else nobody reads any more, and nobody asks why
+        if error.errno != errno.EPIPE:  # otherwise the reader has closed the pipe, which is no error
             name = f"{error.filename}: " if error.filename else ""
             _say(f"error: {name}{error.strerror or str(error) or type(error).__name__}")
         _discard_unwritten_output()
@@ -279,7 +275,7 @@ def _run(words: list[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
-        # Not imported for this: most commands need no Kafka to begin with.
+        # Not imported for this check: most commands need no Kafka.
         if type(error).__module__ != "aiokafka.errors":
             raise
         _say(
@@ -290,7 +286,7 @@ def _run(words: list[str]) -> int:
 
 
 def _discard_unwritten_output() -> None:
-    """What could not be written would be tried again, and complained of, when the process ends."""
+    """Drop output that could not be written. Otherwise Python would try again at exit, and complain."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -298,15 +294,18 @@ def _discard_unwritten_output() -> None:
 
 
 def _streams_are_open() -> bool:
-    """Whether there is a stdout. What was closed becomes the null device, lest a file or connection take its number."""
+    """Return whether stdout is open.
+
+    A closed stream becomes the null device, so that no file or connection takes its number.
+    """
     if sys.stdin is None:
         sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115 - as long as the process lives
-    there = sys.stdout is not None
-    if not there:
+    is_open = sys.stdout is not None
+    if not is_open:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-    return there
+    return is_open
 
 
 def _is_unicode(word: str) -> bool:
@@ -318,9 +317,9 @@ def _is_unicode(word: str) -> bool:
 
 
 def _say(message: str) -> None:
-    """To people, on stderr, in one piece: no wrapping, so that what is copied out of it is whole.
+    """Print a message for people on stderr, without wrapping, so that copied text is whole.
 
-    There may be words of strangers in it: nothing that moves a cursor reaches the terminal.
+    It may quote strangers, so no character that moves the cursor reaches the terminal.
     """
     sys.stderr.write(visible_lines(message) + "\n")
 

@@ -1,4 +1,5 @@
-"""The SDK: agents ask for credentials, people decide and command, resource servers verify. None of the server's needs.
+"""The SDK: agents request credentials, people approve and command, resource servers verify tokens.
 
-`from ringfence import Agent, Sponsor, Administrator, TokenVerifier` is the short way in.
+It needs no package that only the server needs. Import it as `from ringfence import Agent, Sponsor, Administrator,
+TokenVerifier`.
 """

@@ -153,7 +153,7 @@ class Connection(Lifetime):
         # Enrolled before it is first used.
         self.key = SigningKey.generate(attested.id) if attested else load_key(key, self.settings)
         self.enrolment: str | None = None
-        """What everything that is signed for an agent carries, where a running instance signs it."""
+        """The enrolment of a running instance, which every message signed for its agent carries."""
         self.clock: Clock = clock or SystemClock()
         self.trust = TrustStore(self.settings.trust_domain, self.settings.trust_root)
         self.dead_letters = DeadLetterLog()
@@ -217,8 +217,8 @@ class Connection(Lifetime):
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await follower.complete.wait()
         except TimeoutError:
-            why = follower.failed or f"not read to the end within {READY_TIMEOUT_S:g} s"
-            raise UnavailableError(f"{names}: {why}") from None
+            reason = follower.failed or f"not read to the end within {READY_TIMEOUT_S:g} s"
+            raise UnavailableError(f"{names}: {reason}") from None
 
     async def directory(self) -> Directory:
         """The local table of users, agents, targets and tasks, each record verified up to the root.
@@ -299,7 +299,7 @@ class Connection(Lifetime):
             UnavailableError: Kafka did not take it.
             InvalidCallError: the message has an unknown field, which may be a limit; nothing was sent.
         """
-        if not isinstance(claims, RevocationRequest):  # that one stops what it can, whatever else it says
+        if not isinstance(claims, RevocationRequest):  # a revocation stops what it can, whatever else it says
             kind = claims.typ.partition(".")[0]
             require_understood(claims, f"{kind} {key}" if topic is REGISTRY_COMMAND else f"the {claims.typ}")
         compact = compact or sign(claims, self.key)

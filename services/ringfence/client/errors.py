@@ -128,8 +128,8 @@ def checked(what: str) -> Iterator[None]:
 
 def require_understood(message: Message, what: str) -> None:
     """Raise InvalidCallError, with the nearest known name, where a message has an unknown field."""
-    if found := unknown_fields(message):
-        raise InvalidCallError(describe_unknown(found, what))
+    if unknown := unknown_fields(message):
+        raise InvalidCallError(describe_unknown(unknown, what))
 
 
 class CredentialOverError(RingfenceError):

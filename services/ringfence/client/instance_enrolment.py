@@ -102,9 +102,9 @@ class Attested:
         token = await self._source.token(bound_audience(self._settings.trust_domain, key.kid))
         if enrolled is not None and enrolled.token == digest(token):
             raise UnavailableError("the platform has not renewed its token yet")
-        enrolment = await self._ask(key, token)
+        enrolment = await self._request_enrolment(key, token)
         try:
-            # Verified by those who act on it; here it only says how long it counts.
+            # Verified by those who act on it; here it only says how long it is valid.
             claims = parse(enrolment).unverified_claims(InstanceEnrolment)
         except InvalidMessageError as error:
             raise EnrolmentRefusedError(f"the registry answered without an enrolment: {error}") from None
@@ -121,7 +121,7 @@ class Attested:
             raise EnrolmentRefusedError(f"{self._key_file} holds a key of {key.id}; name another file")
         return key
 
-    async def _ask(self, key: SigningKey, token: str) -> str:
+    async def _request_enrolment(self, key: SigningKey, token: str) -> str:
         now_s = self._clock.now_ms() // 1000
         claims = InstanceEnrol(
             iss=self.id, aud=self._settings.trust_domain, iat=now_s, exp=now_s + _LIFE_S, jti=str(uuid.uuid4()),
@@ -139,11 +139,11 @@ class Attested:
                     failed = ""
                 if not failed and answer is not None and answer.status_code != 503:
                     return _enrolment(answer)
-                if tries_left:  # of several registries one is at work
+                if tries_left:  # of several registry replicas one is active
                     await asyncio.sleep(_PAUSE_S)
-        why = failed or (_error_text(answer) if answer is not None else "")
+        cause = failed or (_error_text(answer) if answer is not None else "")
         raise UnavailableError(
-            f"the registry at {self._settings.registry_url} enrols nobody now ({why}); is it running? Its address is "
+            f"the registry at {self._settings.registry_url} enrols nobody now ({cause}); is it running? Its address is "
             "RINGFENCE_REGISTRY_URL"
         )
 

@@ -17,7 +17,7 @@ def _path_of(value: Any) -> Any:
 
 
 class ClientSettings(BusSettings):
-    """Settings of whoever talks to Ringfence from outside: where Kafka is, who they are, where to ask."""
+    """Settings of clients: where Kafka is, which identity to use, and the URLs of the services."""
 
     identity: Annotated[Path | None, BeforeValidator(_path_of)] = None
     """The key file (JSON, mode 0600) that says who is calling; `RINGFENCE_IDENTITY`."""

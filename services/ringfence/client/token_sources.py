@@ -1,4 +1,4 @@
-"""Where a running instance gets its platform's identity token: a file, GitHub Actions, Google's metadata server."""
+"""Sources of a platform's identity token for a running instance: a file, GitHub Actions, Google's metadata server."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ SYNTAX = "file:PATH, github or gcp"
 
 
 class TokenSourceError(RingfenceError):
-    """The platform gave no identity token; the message says what to set up there."""
+    """Raised when the platform gave no identity token. The message says what to set up there."""
 
     code = "no_platform_token"
 
 
 class TokenSource(Protocol):
-    """Gives identity tokens of the platform that this process runs on."""
+    """Returns identity tokens of the platform that this process runs on."""
 
     async def token(self, bound_audience: str) -> str:
-        """A token. `bound_audience` is what it should be for, where the platform lets its caller say so: it is good
-        then for one key alone. Raises TokenSourceError."""
+        """Return a token. Raises TokenSourceError.
+
+        `bound_audience`: the audience to request where the platform lets its caller choose. The token is then valid for
+        one key alone.
+        """
         ...
 
 
 def source_of(text: str, environ: Mapping[str, str] = os.environ) -> TokenSource:
-    """The source that `file:PATH`, `github` or `gcp` names. Raises InvalidCallError."""
+    """Return the source that `file:PATH`, `github` or `gcp` names. Raises InvalidCallError."""
     kind, _, rest = text.partition(":")
     if kind == "file" and rest:
         return TokenFile(Path(rest))
@@ -62,8 +65,8 @@ class TokenFile:
         try:
             text = await asyncio.to_thread(self.path.read_text)
         except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or "it is no text"
-            raise TokenSourceError(f"cannot read the platform's token in {self.path}: {why}") from None
+            reason = getattr(error, "strerror", None) or "it is no text"
+            raise TokenSourceError(f"cannot read the platform's token in {self.path}: {reason}") from None
         return _checked_token(text, str(self.path))
 
 
@@ -110,7 +113,7 @@ class GoogleMetadata:
 async def _get(url: str, query: dict[str, str], headers: dict[str, str], who: str) -> httpx.Response:
     try:
         async with httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False) as http:
-            # What is in the address already stays there.
+            # Existing parts of the URL stay.
             answer = await http.get(httpx.URL(url).copy_merge_params(query), headers=headers)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise TokenSourceError(f"{who} does not answer ({type(error).__name__})") from None

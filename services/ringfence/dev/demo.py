@@ -1,6 +1,6 @@
-"""The story of Ringfence in a minute, on real parts: what agents can do today, and the same with Ringfence.
+"""`ringfence demo`: what agents can do today, and the same with Ringfence, in a minute and on real services.
 
-Each step is told as it happens, by a `Narrator`; a step that does not go as it should raises `StoryError`.
+A `Narrator` reports each step as it happens. A step that fails raises `StoryError`.
 """
 
 from __future__ import annotations
@@ -36,44 +36,44 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE
 
 PATIENCE_S = 120.0
-"""For one step of the story. It takes a moment, but on a busy machine everything takes ten times as long."""
+"""The limit for one step. It takes a moment, but on a busy machine everything takes ten times as long."""
 SHORT_TTL_S = 5
 
 
 class StoryError(RingfenceError):
-    """A step of the demo did not go as it should."""
+    """Raised when a step of the demo fails."""
 
     code = "story_broken"
 
 
 class Narrator(Protocol):
-    """Whoever tells the story."""
+    """Prints the demo's steps."""
 
     def act(self, title: str) -> None:
-        """A new act begins."""
+        """Begin a new act."""
         ...
 
     def step(self, step: str, text: str, **ids: Any) -> None:
-        """Something happened. `step` is a stable name; `ids` are what it is about."""
+        """Report a step. `step` is a stable name; `ids` are the ids of what it is about."""
         ...
 
     def waiting(self, text: str) -> None:
-        """Something is waited for; called again and again, the last text counts."""
+        """Report what is being waited for. It is called again and again; the last text counts."""
         ...
 
 
 @dataclass(slots=True)
 class DemoStory:
-    """Everybody who takes part, connected."""
+    """The connected clients of everybody in the demo."""
 
     stack: Stack
     settings: ClientSettings
     narrator: Narrator
     ask: Callable[[PendingApproval], Awaitable[None]] | None
-    """Interactive: returns when a person at the keyboard said yes."""
+    """Interactive mode: returns when the person at the keyboard approved."""
 
     async def tell(self) -> None:
-        """Act 0 and act 1. Raises StoryError, or the error of the part that failed."""
+        """Run act 0 and act 1. Raises StoryError, or the error of the part that failed."""
         folder, settings, domain = self.stack.trust, self.settings, self.settings.trust_domain
         legacy_token = secrets.token_urlsafe(24)
         server = self._start_platform(legacy_token)
@@ -351,7 +351,7 @@ class _End:
 
 
 class _Ends:
-    """Terminal lease records as they come, verified."""
+    """Verified terminal lease records, as they arrive."""
 
     def __init__(self, settings: ClientSettings, bot: Agent) -> None:
         self._trust = bot.connection.trust
@@ -368,7 +368,7 @@ class _Ends:
         await self._follower.stop()
 
     async def of(self, lease_id: str) -> _End:
-        """The terminal record of a lease. Raises StoryError where none comes."""
+        """Wait for the terminal record of a lease. Raises StoryError if none arrives."""
         try:
             async with asyncio.timeout(PATIENCE_S):
                 while lease_id not in self._ends:
@@ -384,7 +384,7 @@ class _Ends:
                 find = self._trust.finder("revoker", at_s=record.appended_at_ms / 1000)
                 claims = verify(parse(record.value), Lease, find, audience=self._domain).claims
             except InvalidMessageError:
-                continue  # the issuer's records, which are no ends
+                continue  # the issuer's records, which end no lease
             if claims.status in ("released", "revoked", "expired"):
                 self._ends[claims.lease_id] = _End(claims, record.appended_at_ms)
                 self._changed.set()
@@ -398,7 +398,7 @@ def _answers(url: str) -> bool:
 
 
 async def _trace_of(api: ReadApi, lease_id: str) -> Any:
-    """The trail of a lease so far; None where audit has not come to it yet."""
+    """Return the audit trail of a lease so far; None if audit has not reached it yet."""
     try:
         return await api.get("audit", "trace", lease_id)
     except ApiError as error:

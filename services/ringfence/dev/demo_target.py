@@ -28,14 +28,14 @@ ENVIRONMENTS = ("staging", "production")
 
 
 class Platform:
-    """What is deployed where, and who may change it."""
+    """State of the deployments, and who may change them."""
 
     def __init__(self, legacy_token: str) -> None:
         self._builds = dict.fromkeys(ENVIRONMENTS, "build-420")
         self._legacy_token: str | None = legacy_token
 
     def application(self, verifier: TokenVerifier, base_url: str) -> App:
-        """`GET` and `PUT /env/{env}/web`, `DELETE /legacy-token`, `GET /healthz`."""
+        """Return the ASGI application: `GET` and `PUT /env/{env}/web`, `DELETE /legacy-token`, `GET /healthz`."""
         routes = Starlette(
             routes=[
                 Route("/healthz", self._healthz),
@@ -50,7 +50,7 @@ class Platform:
         return JSONResponse({"status": "ok"})
 
     async def _show(self, request: Request) -> Response:
-        """Anybody may look: the demo reads back over this what really happened."""
+        """Serve the state to anybody. The demo reads it to see what really happened."""
         env = request.path_params["env"]
         if env not in self._builds:
             return JSONResponse({"error": f"no environment {env}"}, status_code=404)
@@ -70,7 +70,9 @@ class Platform:
         return JSONResponse({"withdrawn": True})
 
     def _needs(self, scope: Scope) -> tuple[str, str] | Needs:
-        """Whoever changes a deployment needs a token of Ringfence for it, or the admin token while there is one."""
+        """Return what a request needs: a Ringfence token to change a deployment, or the admin token while there is
+        one.
+        """
         if scope.get("method") != "PUT" or self._is_legacy(Headers(scope=scope)):
             return Needs.NO_TOKEN
         return "deploy", scope["path"].removeprefix("/")
@@ -83,7 +85,7 @@ class Platform:
 
 
 def _changed_by(request: Request) -> dict[str, str | None]:
-    """Who changes it, as far as anybody can say."""
+    """Return who made a change, as far as it is known."""
     token: VerifiedToken | None = request.scope.get(TOKEN)
     if token is None:
         return {"by": "admin", "on_behalf_of": None}
@@ -107,7 +109,7 @@ async def _serve(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Run the platform until it is told to stop."""
+    """Run the platform until it is stopped."""
     parser = argparse.ArgumentParser(prog="python -m ringfence.dev.demo_target", description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--issuer-url", required=True)

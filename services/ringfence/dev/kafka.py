@@ -1,15 +1,14 @@
-"""A Kafka broker for development and tests, from the `noida-db` wheel, on loopback only.
+"""Embedded Kafka broker for development and tests, from the `noida-db` wheel, on loopback only.
 
-What differs from Apache Kafka, as measured with 0.2.3:
-- It answers a fetch that finds nothing at once, whatever the consumer asked for: pace consumers of it with
+Differences from Apache Kafka, measured with 0.2.3:
+- It answers a fetch without data at once, whatever the consumer requested. Pace its consumers with
   `ringfence.kernel.kafka.embedded_broker`.
 - All data is in memory. About every two seconds in which something changed it writes all of it as one JSON
-  file, so records acknowledged since then are lost where it is killed, and every megabyte it holds costs CPU:
-  bound topics by `retention.ms` and `retention.bytes`, which it honours. It accepts `cleanup.policy=compact`
-  but does not compact. The thread that writes stands back for all others here: under load it took a sixth of two
-  cores, and what waits for an answer waited for it.
-- It writes no log of its requests, and its wrapper script leaves the server behind when killed: the binary
-  inside the package is started here instead.
+  file. So a kill loses the records acknowledged since then, and every megabyte it holds costs CPU. Bound topics by
+  `retention.ms` and `retention.bytes`, which it honours. It accepts `cleanup.policy=compact` but does not compact.
+  Here its writing thread yields to all others: under load it took a sixth of two cores, and delayed every answer.
+- It writes no request log, and its wrapper script leaves the server behind when killed. So the binary
+  inside the package is started directly.
 """
 
 from __future__ import annotations
@@ -26,11 +25,10 @@ from ringfence.kernel.base.private_files import make_private_folder
 
 _ANSWER_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 20.0
-# With its data kept, it writes all of it before it ends.
+# With `keep`, it writes all data before it ends.
 _KEEPING_GRACE_S = 30.0
 
 _WRITER = "autosave"
-"""The name of the thread that writes."""
 _METADATA, _ALTER_CONFIGS = 3, 33  # api keys of the Kafka protocol
 _BROKER_RESOURCE = 4
 _NODE_ID = "1"
@@ -39,9 +37,8 @@ _NODE_ID = "1"
 class EmbeddedKafka:
     """One embedded broker. `start` and `stop` block; both may be called again.
 
-    Its data are in a folder of its own inside `data_dir`, emptied at start and at stop unless `keep`. `port`
-    0 takes a free one, once, for the life of this object. Its output is appended to `log_path`
-    (`data_dir/kafka.log`).
+    Its data is in a folder of its own inside `data_dir`, emptied at start and at stop unless `keep`. `port` 0 takes a
+    free port, once, for the life of this object. Its output is appended to `log_path` (`data_dir/kafka.log`).
     """
 
     def __init__(
@@ -59,9 +56,9 @@ class EmbeddedKafka:
         return f"{LOOPBACK}:{self.port}"
 
     def start(self) -> None:
-        """Return once the broker answers Kafka requests. Topics are not created by merely naming them.
+        """Start the broker. Returns once it answers Kafka requests. Naming a topic does not create it.
 
-        Raises StackError where the package is missing, the port is in use or the broker does not come up.
+        Raises StackError where the package is missing, the port is in use or the broker does not start.
         """
         if self.child is not None and self.child.alive:
             return
@@ -69,16 +66,15 @@ class EmbeddedKafka:
         self._launch()
 
     def stop(self) -> None:
-        """End the broker and, unless `keep`, delete its data."""
+        """Stop the broker and, unless `keep`, delete its data."""
         if self.child is not None:
-            # Without the data there is nothing to write, and the last snapshot can take seconds.
+            # Without the data there is nothing to write; the last snapshot can take seconds.
             self.child.stop(_KEEPING_GRACE_S) if self._keep else self.child.kill()
             self.child = None
         self._clear()
 
     def restart(self) -> None:
-        """End the broker in good order and start it again on the same port with the same topics and
-        records."""
+        """Shut down the broker and start it again on the same port, with the same topics and records."""
         if self.child is not None:
             self.child.stop(_KEEPING_GRACE_S)
         self._launch()
@@ -120,7 +116,7 @@ def kafka_answers(port: int, host: str = LOOPBACK) -> bool:
 def _refuses_unknown_topics(port: int) -> bool:
     """Turn off `auto.create.topics.enable`, which this broker has on and offers no option for. False without an answer.
 
-    Raises StackError where it refuses.
+    Raises StackError where the broker refuses.
     """
     resource = struct.pack(">b", _BROKER_RESOURCE) + _string(_NODE_ID)
     configs = struct.pack(">i", 1) + _string("auto.create.topics.enable") + _string("false")
@@ -139,7 +135,7 @@ def _refuses_unknown_topics(port: int) -> bool:
 
 
 def _call(address: tuple[str, int], api_key: int, version: int, body: bytes) -> bytes:
-    """One request of the Kafka protocol; its answer without the header. Raises OSError or StackError."""
+    """Send one request of the Kafka protocol, and return the answer without header. Raises OSError or StackError."""
     correlation_id = 7
     header = struct.pack(">hhi", api_key, version, correlation_id) + _string("ringfence")
     with socket.create_connection(address, _ANSWER_TIMEOUT_S) as connection:
@@ -162,7 +158,7 @@ def _string(text: str) -> bytes:
 
 
 def program() -> Path:
-    """The broker's own binary. Raises StackError with a remedy where it is not installed."""
+    """Return the path of the broker's binary. Raises StackError with a remedy where it is not installed."""
     package = importlib.util.find_spec("noida_db")
     if package is None or package.origin is None:
         raise StackError(

@@ -21,7 +21,7 @@ from ringfence.messages.registry import BackendSettings, RequestRule, Role, Verb
 from ringfence.model.identity.spiffe_ids import Kind, spiffe_id
 
 PLATFORM = "platform"
-"""The target: the deployment platform of `ringfence.dev.demo_target`."""
+"""The id of the target `ringfence.dev.demo_target`."""
 
 READ_ALL = Permission(target=PLATFORM, verbs=("read",), resources=("env/**",))
 DEPLOY_STAGING = Permission(target=PLATFORM, verbs=("deploy",), resources=("env/staging/*",))
@@ -30,7 +30,7 @@ DEPLOY_ALL = Permission(target=PLATFORM, verbs=("deploy",), resources=("env/**",
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """Somebody of the organisation."""
+    """A member of the organisation."""
 
     id: str
     name: str
@@ -47,7 +47,7 @@ PEOPLE = (
 
 
 def key_of(folder: TrustFolder, trust_domain: str, kind: Kind, id: str) -> SigningKey:
-    """The key of a user, agent or target of the organisation; made where it is not there yet."""
+    """Return the key of a user, agent or target of the organisation. A missing key is made."""
     path: Path = folder.path / f"{kind}s" / f"{id}.json"
     if not path.exists():
         SigningKey.generate(spiffe_id(trust_domain, kind, id)).save(path)
@@ -55,7 +55,7 @@ def key_of(folder: TrustFolder, trust_domain: str, kind: Kind, id: str) -> Signi
 
 
 async def seed(folder: TrustFolder, settings: ClientSettings, operator: str = "olga") -> None:
-    """Make people, target and agents by signed commands. Raises RefusedError, UnavailableError."""
+    """Create people, target and agents by signed commands. Raises RefusedError, UnavailableError."""
     domain = settings.trust_domain
     async with Administrator.connect(folder.user_key(operator), settings) as olga:
         for person in PEOPLE:

@@ -1,9 +1,9 @@
 """Child processes that cannot outlive the stack that started them.
 
-`spawn` gives a `Child`. It runs in a process group of its own, so Ctrl-C in a terminal reaches the parent alone and
-the parent ends its children in the order it wants. Not in a session of its own: Linux shares the processors out among
-sessions (autogroup, sched(7)), and what stands back (`stand_back`) does so only within one. On Linux the kernel kills
-it when the parent dies, however the parent dies. Elsewhere a parent ended by SIGKILL leaves its children behind.
+`spawn` returns a `Child` in a process group of its own. So Ctrl-C in a terminal reaches the parent alone, and the
+parent ends its children in the order it wants. The child stays in the parent's session: Linux shares processors out
+among sessions (autogroup, sched(7)), and `stand_back` works only within one. On Linux the kernel kills the child when
+the parent dies, however it dies. Elsewhere a parent ended by SIGKILL leaves its children behind.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from ringfence.kernel.base.private_files import make_folders, open_private
 
 LOOPBACK = "127.0.0.1"
 MOST_PATIENCE = 10
-"""So many times its limit a start may take, however busy the machine is."""
+"""The most times its limit that a start may take, however busy the machine is."""
 _LOWEST_PORT, _PORTS = 20_000, 12_000
 _RESERVED_AT_MOST = 200
 _reserved: deque[int] = deque()
 _reservations: int | None = None
-"""A file of which byte N is locked by who was given port N."""
+"""A file whose byte N is locked by the process that was given port N."""
 _next_port = itertools.count(random.randrange(_PORTS))  # noqa: S311 - so that processes do not begin with the same
 
-# How long a condition is left alone between two looks: longer and longer, or looking takes what the start needs. The
-# pause itself waits for the end of the child.
+# How long to wait between two checks of a condition: longer and longer, or the checks take what the start needs.
+# The pause itself waits for the end of the child.
 _LOOK_AGAIN_S, _LONGEST_PAUSE_S = 0.01, 0.25
 
 # Runs in the child, before its program, in place of Popen's `preexec_fn`, which may deadlock in a parent that
@@ -62,16 +62,19 @@ except OSError as error:
 
 
 class StackError(RingfenceError):
-    """A part of the local stack is missing, cannot start or ended by itself; the message names the remedy."""
+    """Raised when a part of the local stack is missing, cannot start, or ended by itself.
+
+    The message names the remedy.
+    """
 
     code = "stack_failed"
 
 
 class Patience:
-    """A limit on how long processes may take to start. Time that they spend waiting for a processor does not count.
+    """A time limit for the start of processes that excludes their wait for a processor.
 
-    So it holds on a machine that has ten times more to do than it can, and still ends a start that hangs. That time is
-    known on Linux (run delay, schedstat of proc(5)); elsewhere all time counts.
+    So the limit holds on a machine with ten times more work than it can do, and still ends a start that hangs. That
+    wait is known on Linux (run delay, schedstat of proc(5)); elsewhere all time counts.
     """
 
     def __init__(
@@ -83,10 +86,10 @@ class Patience:
         delays: Callable[[Iterable[int]], Mapping[int, float]] | None = None,
     ) -> None:
         """Args:
-            limit_s: how much time they have.
-            pids: whose waiting does not count.
-            clock: seconds.
-            delays: how long each thread of some processes has waited for a processor so far, in seconds.
+            limit_s: the time limit.
+            pids: the processes whose wait does not count.
+            clock: a monotonic clock in seconds.
+            delays: returns how long each thread of some processes has waited for a processor so far, in seconds.
         """  # fmt: skip
         self.limit_s = limit_s
         self._pids = pids
@@ -95,11 +98,10 @@ class Patience:
         self._begun_s = clock()
         self._before = self._delays(pids())
         self.delayed_s = 0.0
-        """How long the thread that waited most has waited."""
 
     @property
     def over(self) -> bool:
-        """Whether they had their time: `limit_s` without waiting, and `MOST_PATIENCE` times as long in any case."""
+        """Return whether the time is over: `limit_s` without waits, or in any case `MOST_PATIENCE` times as long."""
         now = self._delays(self._pids())
         waited = [delay_s - self._before.get(thread, 0.0) for thread, delay_s in now.items()]
         self.delayed_s = max(self.delayed_s, *waited, 0.0)
@@ -108,23 +110,23 @@ class Patience:
 
     @property
     def spent(self) -> str:
-        """The limit, for error messages."""
+        """Return the limit as text for error messages."""
         waited = f", besides {self.delayed_s:.0f} s of waiting for a processor" if self.delayed_s >= 1 else ""
         return f"{self.limit_s:g} s{waited}"
 
 
 def run_delays(pids: Iterable[int]) -> dict[int, float]:
-    """For how long each thread of these processes was ready to run and waited for a processor, in seconds."""
-    found: dict[int, float] = {}
+    """Return how long each thread of these processes was ready to run and waited for a processor, in seconds."""
+    delays: dict[int, float] = {}
     for pid in pids:
         for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
             with contextlib.suppress(OSError, IndexError, ValueError):
-                found[int(task.parent.name)] = int(task.read_text().split()[1]) / 1e9
-    return found
+                delays[int(task.parent.name)] = int(task.read_text().split()[1]) / 1e9
+    return delays
 
 
 class Child:
-    """One running child process. Made by `spawn`; not shared between threads."""
+    """One child process, made by `spawn`. Do not share it between threads."""
 
     def __init__(self, name: str, popen: subprocess.Popen[bytes], log_path: Path) -> None:
         self.name = name
@@ -141,11 +143,11 @@ class Child:
 
     @property
     def returncode(self) -> int | None:
-        """None while it runs; otherwise its exit status, negative for the signal that ended it."""
+        """Return the exit status, negative for the signal that ended it; None while it runs."""
         return self._popen.poll()
 
     def log_tail(self, lines: int = 10) -> str:
-        """The last lines that it wrote, for error messages. Empty where it wrote none."""
+        """Return the last lines of its output, for error messages."""
         try:
             with self.log_path.open("rb") as log:
                 log.seek(max(0, log.seek(0, os.SEEK_END) - 16_384))
@@ -155,7 +157,7 @@ class Child:
         return "\n".join(text.splitlines()[-lines:])
 
     def wait(self, timeout_s: float | None = None) -> int | None:
-        """Its exit status, or None where it still runs after `timeout_s`."""
+        """Wait for its end, and return the exit status; None if it still runs after `timeout_s`."""
         try:
             return self._popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -174,8 +176,8 @@ class Child:
         """Return as soon as `ready()` is true.
 
         Raises StackError, with the end of its log, where the child ends first or `timeout_s` runs out. `condition`
-        says what was awaited: "answers on port 9092"; `why` what is in the way, where that is known. Time in which the
-        child, this process, or one of those that it waits for (`beside`) waited for a processor does not count.
+        names in the message what was awaited ("answers on port 9092"); `why` returns the known obstacle. Waits for a
+        processor by the child, this process, or the processes in `beside` do not count.
         """
         patience = patience or Patience(timeout_s, lambda: (self.pid, os.getpid(), *beside()))
         pause_s = _LOOK_AGAIN_S
@@ -189,21 +191,21 @@ class Child:
             if patience.over:
                 if ready():
                     return
-                reason = f" It says: {said}." if (said := why()) else ""
+                reason = f" It says: {obstacle}." if (obstacle := why()) else ""
                 raise StackError(
                     f"{self.name} runs, but took more than {patience.spent} until it {condition}."
                     f"{reason}{self._log_hint()}"
                 )
 
     def terminate(self) -> None:
-        """Ask it to end (SIGTERM) without waiting, e.g. to let several end side by side before `stop`."""
+        """Send SIGTERM without waiting, e.g. so that several children end concurrently before `stop`."""
         if self.alive:
             self._popen.terminate()
 
     def stop(self, grace_s: float = 5.0) -> int:
-        """Ask it to end (SIGTERM); after `grace_s` seconds end it and all in its process group (SIGKILL).
+        """Send SIGTERM; after `grace_s` seconds send SIGKILL to its whole process group.
 
-        Returns its exit status. Stopping what has ended already only returns that.
+        Returns its exit status. For a process that has ended already it only returns that.
         """
         if self.alive:
             self._popen.terminate()
@@ -212,9 +214,10 @@ class Child:
         return self._popen.wait()
 
     def stand_back(self, thread: str) -> None:
-        """Give this thread of it only what the other processes leave of the processors.
+        """Give one of its threads only the processor time that the other processes leave.
 
-        For Linux, where threads have names and may go without (SCHED_IDLE, sched(7)); nothing happens elsewhere.
+        It works on Linux, where threads have names and an idle scheduling class (SCHED_IDLE, sched(7)); elsewhere it
+        does nothing.
         """
         for comm in Path(f"/proc/{self.pid}/task").glob("*/comm"):
             with contextlib.suppress(OSError):
@@ -222,7 +225,7 @@ class Child:
                     os.sched_setscheduler(int(comm.parent.name), os.SCHED_IDLE, os.sched_param(0))
 
     def kill(self) -> int:
-        """SIGKILL at once, to it and to all in its process group. Returns its exit status."""
+        """Send SIGKILL at once to its whole process group. Returns its exit status."""
         if self.alive:  # not reaped yet, so the number of the group cannot belong to anyone else
             os.killpg(self._popen.pid, signal.SIGKILL)
         return self._popen.wait()
@@ -245,10 +248,10 @@ def spawn(
     cwd: Path | None = None,
     umask: int = -1,
 ) -> Child:
-    """Start `argv` in its own process group, with no input and all output appended to `log_path` (mode 0600).
+    """Start `argv` in its own process group, without input, and append all output to `log_path` (mode 0600).
 
-    `env` is the whole environment of the child; None hands on the parent's, as -1 does with `umask`. May be called
-    from any thread. Raises StackError where the program is not there.
+    `env` is the whole environment of the child. None passes the parent's on, and `umask` -1 the parent's umask. Any
+    thread may call it. Raises StackError where the program is missing.
     """
     path = env.get("PATH") if env is not None else None
     if shutil.which(argv[0], path=path) is None:
@@ -301,7 +304,7 @@ class _Forker:
                 result.set_exception(error)
 
         with self._lock:
-            # Not alive in a process that was itself forked: threads do not come along.
+            # Dead in a process that was itself forked: threads are not inherited.
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._work, name="ringfence-forker", daemon=True)
                 self._thread.start()
@@ -317,7 +320,7 @@ _forker = _Forker()
 
 
 def port_is_free(port: int) -> bool:
-    """Whether a server could listen on this loopback port now."""
+    """Return whether a server could listen on this loopback port now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -328,12 +331,11 @@ def port_is_free(port: int) -> bool:
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on.
+    """Return a loopback port that nobody listens on.
 
-    Taken from below the range that systems give to outgoing connections (32768 and up on Linux): there, a
-    client that keeps trying to reach a server which is just restarting may be given the server's own port and
-    take it. Who was given one before may not listen on it yet: here the next is given, and other processes of this
-    user pass over what is reserved.
+    It is below the range for outgoing connections (32768 and up on Linux). There, a client that keeps trying to reach a
+    restarting server could be given the server's own port and take it. Whoever was given a port may not listen on it
+    yet. So each call returns the next one, and other processes of this user skip reserved ports.
     """
     for _ in range(_PORTS):
         port = _LOWEST_PORT + next(_next_port) % _PORTS
@@ -346,7 +348,9 @@ def free_port() -> int:
 
 
 def _reserve(port: int) -> bool:
-    """Keep a port from the other processes of this user until enough others were given after it, or this one ends."""
+    """Reserve a port against other processes of this user, until enough others were given after it, or this process
+    ends.
+    """
     global _reservations
     if _reservations is None:
         path = Path(tempfile.gettempdir(), f"ringfence-ports-{os.getuid()}")
@@ -362,9 +366,9 @@ def _reserve(port: int) -> bool:
 
 
 def claim_port(port: int, server: str, option: str) -> int:
-    """`port` where it is free, or any free one where it is 0.
+    """Return `port` where it is free, or any free port where it is 0.
 
-    Raises StackError naming `server` and the `option` that picks another port.
+    Raises StackError, which names `server` and the `option` that selects another port.
     """
     if port == 0:
         return free_port()

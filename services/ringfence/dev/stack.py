@@ -1,4 +1,4 @@
-"""The whole of Ringfence on this machine: broker, Valkey, topics, trust, and each service as a process of its own."""
+"""The local stack of `ringfence dev`: broker, Valkey, topics, trust, and each service as a process of its own."""
 
 from __future__ import annotations
 
@@ -37,45 +37,46 @@ from ringfence.messages.api import GATEWAY_PORT, PORTS
 from ringfence.messages.base import ServiceRole
 
 READY_WITHIN_S = 60.0
-"""Without the time in which a process of the stack waited for a processor (`Patience`)."""
+"""Excludes the time in which a process of the stack waited for a processor (`Patience`)."""
 _ANSWER_TIMEOUT_S = 10.0
 _GRACE_S = 5.0
-"""What all services together are given to end in good order: without a broker none of them does."""
+"""The time for all services together to shut down. Without a broker none of them can."""
 
 
 @dataclass
 class StackOptions:
-    """What a stack is made of. Ports of 0 are chosen freely."""
+    """Options of a stack. Ports of 0 are chosen freely."""
 
     state: Path
     trust_domain: str = "ringfence.local"
     operator: str = "olga"
     kafka: str | None = None
-    """Bootstrap servers of a broker that runs already; None starts the embedded one."""
+    """Bootstrap servers of a running broker; None starts the embedded one."""
     embedded_broker: bool = False
     """Whether the broker given as `kafka` is the embedded one."""
     redis_url: str | None = None
-    """A Redis that runs already; None starts the embedded one."""
+    """The URL of a running Redis; None starts the embedded one."""
     topic_prefix: str = "ringfence"
     redis_prefix: str = "rf"
     services: Sequence[ServiceRole] = SERVICE_ROLES
     fixed_ports: bool = False
-    """Use the services' own ports, so that other programs find them; else free ones."""
+    """Use the services' default ports, so that other programs find them; else free ports."""
     kafka_port: int = 0
     redis_port: int = 0
     partitions: int = 4
     keep_bytes: int = 4 * 1024 * 1024
-    """What the embedded broker keeps of each partition that is not compacted. It holds all in memory, some three times,
-    and writes all of it again every other second, on an idle stack too: heartbeats come."""
+    """The size limit of each partition that is not compacted, on the embedded broker. The broker holds all data in
+    memory, some three times, and writes all of it every other second, on an idle stack too, because of heartbeats.
+    """
     environment: dict[str, str] = field(default_factory=dict)
-    """More `RINGFENCE_*` for the services."""
+    """Further `RINGFENCE_*` for the services."""
 
 
 class Stack:
-    """Starts everything in order and ends it in reverse. Children die with this process, however it dies."""
+    """Starts everything in order and stops it in reverse. Children die with this process, however it dies."""
 
     def __init__(self, options: StackOptions, say: Callable[[str], None] = lambda text: None) -> None:
-        """`say` is told of each step, for people."""
+        """`say` receives a line about each step, for people."""
         self.options = options
         self.trust = TrustFolder(options.state)
         self._say = say
@@ -84,52 +85,52 @@ class Stack:
         self._children: dict[ServiceRole, Child] = {}
         self._ports: dict[str, int] = {}
         self._unready: dict[ServiceRole, str] = {}
-        """Why a service that is waited for is not ready, as it said last."""
+        """By service that is waited for: the last reason why it is not ready."""
         self._door = 0
-        """Where agents come in at the gateway."""
+        """The gateway's port for agents."""
         self._claim: int | None = None
-        """The open file that is locked while this stack has its state folder."""
+        """The open file whose lock protects the state folder."""
         self.kafka = options.kafka or ""
         self.redis_url = options.redis_url or ""
 
     # --- what others need to connect ---
 
     def url(self, role: ServiceRole) -> str:
-        """The base URL of a service's HTTP."""
+        """Return the base URL of a service's HTTP API."""
         return f"http://{LOOPBACK}:{self._ports[role]}"
 
     @property
     def door(self) -> str | None:
-        """The URL by which agents know the gateway; None where there is none."""
+        """Return the gateway's URL for agents; None where there is no gateway."""
         return f"http://{LOOPBACK}:{self._door}" if self._door else None
 
     @property
     def sockets(self) -> Path:
-        """The folder in which each task has its socket of the gateway's."""
+        """Return the folder with the gateway's socket for each task."""
         return self.options.state / "tasks"
 
     @property
     def gateway_ca(self) -> Path:
-        """The certificate that agents trust the gateway by, where it is their proxy."""
+        """Return the certificate by which agents trust the gateway as their proxy."""
         return self.options.state / "gateway-ca.pem"
 
     def settings(self) -> ServiceSettings:
-        """The settings that this stack's services share."""
+        """Return the settings that this stack's services share."""
         return ServiceSettings(**self._shared())  # type: ignore[arg-type]
 
     def environment(self) -> dict[str, str]:
-        """`RINGFENCE_*` for a client of this stack: an agent, a sponsor, the command line."""
+        """Return `RINGFENCE_*` for a client of this stack: an agent, a sponsor, the command line."""
         shared = {f"RINGFENCE_{name.upper()}": str(value) for name, value in self._shared().items()}
         chosen_roles = [role for role in self.options.services if role in SERVICE_ROLES]
         urls = {f"RINGFENCE_{role.upper()}_URL": self.url(role) for role in chosen_roles}
         return shared | urls
 
     def child(self, role: ServiceRole) -> Child:
-        """The process of a service."""
+        """Return the process of a service."""
         return self._children[role]
 
     def children(self) -> dict[str, int]:
-        """Every process of the stack by name, with its pid."""
+        """Return the pid of every process of the stack, by name."""
         own: dict[str, int] = {role: child.pid for role, child in self._children.items()}
         servers = {"kafka": self._broker, "redis": self._valkey}
         return own | {name: server.child.pid for name, server in servers.items() if server and server.child}
@@ -137,8 +138,8 @@ class Stack:
     # --- life ---
 
     def start(self) -> None:
-        """Start all, and return when every service is ready. Raises StackError with a remedy."""
-        # First: what cannot start leaves no keys behind.
+        """Start everything. Returns when every service is ready. Raises StackError with a remedy."""
+        # First: a stack that cannot start leaves no keys behind.
         if not self.kafka:
             embedded_kafka.program()
         if not self.redis_url:
@@ -169,7 +170,7 @@ class Stack:
         self.wait_ready()
 
     def _make_trust(self) -> None:
-        """The trust that is in the state folder, or a new one."""
+        """Use the trust root in the state folder, or make one."""
         try:
             if not self.trust.root_key.exists():
                 self._say("making the trust root, service keys and the first operator")
@@ -192,7 +193,7 @@ class Stack:
         await publish_trust(self.trust, settings, self.options.operator, self.options.operator.title())
 
     def start_service(self, role: ServiceRole) -> None:
-        """Start one service (again). Does not wait until it is ready."""
+        """Start a service, or start it again. Does not wait until it is ready."""
         environment = {
             **os.environ,
             **self.environment(),
@@ -221,8 +222,9 @@ class Stack:
         }
 
     def wait_ready(self, roles: Sequence[ServiceRole] | None = None) -> None:
-        """Return when these services (all where None) are ready. Raises StackError, which names the first that is not,
-        says why, and shows the end of its log.
+        """Wait until these services (all where None) are ready.
+
+        Raises StackError, which names the first service that is not, says why, and shows the end of its log.
         """
         for role in roles or self.options.services:
             self._children[role].wait_until(
@@ -240,7 +242,7 @@ class Stack:
         return reason is None
 
     def ended(self) -> str | None:
-        """Which process ended by itself and why, or None."""
+        """Return which process ended by itself and why, or None."""
         servers = [server.child for server in (self._broker, self._valkey) if server and server.child]
         for child in [*servers, *self._children.values()]:
             if not child.alive:
@@ -248,8 +250,9 @@ class Stack:
         return None
 
     def stop(self, grace_s: float = _GRACE_S) -> list[str]:
-        """End all, services first. Safe to call more than once. Returns which services did not end well, within
-        `grace_s` for all together.
+        """Stop everything, services first. It may be called more than once.
+
+        Returns the services that did not shut down cleanly within `grace_s` for all together.
         """
         for child in self._children.values():
             child.terminate()
@@ -290,7 +293,10 @@ class Stack:
         self.stop()
 
     def _claim_state(self) -> None:
-        """Two stacks in one folder would delete each other's data. The lock goes with this process, however it ends."""
+        """Lock the state folder: two stacks in one folder would delete each other's data.
+
+        The lock ends with this process.
+        """
         claim = open_private(self.options.state / "lock", os.O_RDWR)
         try:
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -331,7 +337,7 @@ class Stack:
 
 
 def readiness(port: int) -> str | None:
-    """None where the service on this port is ready; otherwise why not, as far as it says so."""
+    """Return None if the service on this port is ready, else the reason, as far as the service gives one."""
     connection = http.client.HTTPConnection(LOOPBACK, port, timeout=_ANSWER_TIMEOUT_S)
     try:
         connection.request("GET", "/readyz")

@@ -1,1 +1,3 @@
-"""issuer: checks the rule for itself, makes credentials and leases them, and says which are still good."""
+"""The issuer: checks each allowed decision again, mints the credential, records its lease, and answers token
+introspection.
+"""

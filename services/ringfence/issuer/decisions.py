@@ -1,8 +1,10 @@
-"""Decisions in; leases, sealed replies and refusals out.
+"""Handler of `credential.decision`: turns allowed decisions into leases and sealed replies, or into refusals.
 
-A batch goes through its phases together, so that each costs one round trip: weigh, activate, lease records, replies.
-Credentials that leave something at their target take a longer way beside it (`minting.py`). Nobody gets a credential
-before Kafka has its lease; nothing is issued twice, however often a decision comes.
+A batch goes through four phases together, so that each phase costs one round trip: check, activate in Redis, publish
+lease records, reply. Credentials that leave something at their target take a longer way (`minting.py`).
+
+Invariants: no agent gets a credential before Kafka has its lease record. A decision that is delivered several times
+issues one lease.
 """
 
 from __future__ import annotations
@@ -67,32 +69,31 @@ log = logging.getLogger(__name__)
 
 _RECHECK_EVERY_S = 0.02
 _PROMPT_S = 0.1
-"""Redis is asked whether it was lost meanwhile where Kafka takes longer to have a lease."""
+"""When Kafka takes longer than this to store a lease, the issuer asks Redis whether its data was lost meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Live:
-    """A lease of a pure token that is active in Redis, and answers its decision."""
+    """A lease of a stateless token that is active in Redis and belongs to the decision."""
 
     issue: Issue
     jws: str
     fresh: bool = False
-    """This issuer has just signed its record; else that was found in Redis."""
+    """True if this issuer has just signed the record, false if the record was found in Redis."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Reply:
-    """What goes back to the agent."""
+    """The encrypted reply to the agent."""
 
     agent_id: str
     id: str
     jwe: str
     traceparent: str | None
     envelope: str | None = None
-    """The credential, where it goes to gateways and not to the agent."""
+    """The credential as a JWE for the gateways. None if the credential goes to the agent."""
 
     def outbound(self) -> Outbound:
-        """The record of `credential.reply`."""
         return Outbound(self.agent_id, self.jwe.encode(), self.id, self.traceparent)
 
 
@@ -119,7 +120,7 @@ class DecisionHandler:
     ) -> None:
         """Args:
             patience_s: how long a decision waits for records that policy has seen and this issuer has not.
-            halted: why nothing may be issued now, whatever was decided.
+            halted: returns the reason why the issuer may issue nothing now, or None.
         """  # fmt: skip
         self._runtime = runtime
         self._directory = directory
@@ -134,22 +135,23 @@ class DecisionHandler:
         self._halted = halted
 
     async def __call__(self, batch: Sequence[Received]) -> None:
-        """Take a batch of decisions to their durable effects.
+        """Handle a batch of decisions until every effect is durable.
 
-        Raises LostError where Redis was rebuilt before Kafka had a lease: it does not know of that, and what was made
-        at a target may be void there, or aborted by a revoker. The same decisions come again.
+        Raises LostError if Redis was rebuilt before Kafka had a lease. The rebuilt Redis does not know that lease. What
+        was made at a target may be void there, or a revoker may have aborted it. The same decisions are delivered
+        again.
         """
         decisions = await self._verified(batch)
-        lasting: dict[str, list[tuple[Decision, Issue]]] = {}
+        by_target: dict[str, list[tuple[Decision, Issue]]] = {}
         others: list[tuple[Decision, Issue | Refusal]] = []
         admitted = await self._admitted(decisions)
         for decision, one in zip(decisions, admitted, strict=True):
             if isinstance(one, Issue) and not self._backends[one.lease.backend].stateless:
-                lasting.setdefault(one.lease.target_id, []).append((decision, one))
+                by_target.setdefault(one.lease.target_id, []).append((decision, one))
             else:
                 others.append((decision, one))
-        # No target holds up another's credentials, nor tokens, which need none.
-        await gather_all([self._issue(others), *map(self._mint, lasting.values())])
+        # No target delays another's credentials, nor tokens, which need no target.
+        await gather_all([self._issue(others), *map(self._mint, by_target.values())])
         metrics.RECORDS.labels("credential.decision", "done").inc(len(decisions))
 
     async def _admitted(self, decisions: Sequence[Decision]) -> list[Issue | Refusal]:
@@ -170,7 +172,10 @@ class DecisionHandler:
         await self._answer(decisions, outcomes)
 
     def _checked(self, one: Issue | Refusal) -> Issue | Refusal:
-        """A pure token is made when its lease is there already, so what stands against it is asked before."""
+        """Refuse what the backend cannot mint.
+
+        A stateless token is made after its lease is active, so the check comes before.
+        """
         if isinstance(one, Refusal) or not self._backends[one.lease.backend].stateless:
             return one
         problem = self._backends[one.lease.backend].problem(one.lease, one.target)
@@ -191,7 +196,7 @@ class DecisionHandler:
         replies: list[_Reply] = []
         try:
             for decision, one in live:
-                await asyncio.sleep(0)  # Kafka is sent the leases, and writes them, meanwhile
+                await asyncio.sleep(0)  # meanwhile the leases are sent to Kafka, and written there
                 replies.append(await self._credential(decision, one))
         finally:
             await gather_all(leases)
@@ -200,7 +205,7 @@ class DecisionHandler:
             epochs.add(written_in)
         for epoch in epochs:
             await self._store.confirm(epoch)
-        # Who has the handle of a lease may use it at once: gateways have what they inject before.
+        # An agent may use the handle of a lease at once: gateways must have the credential before.
         await gather_all([await self._send_envelope(reply) for reply in replies if reply.envelope])
         sent = await self._runtime.publisher.send_many(
             CREDENTIAL_REPLY, CREDENTIAL_REPLY.what, [reply.outbound() for reply in replies]
@@ -208,10 +213,13 @@ class DecisionHandler:
         no = [(decision, one) for decision, one in done if isinstance(one, Refusal | Replayed)]
         await gather_all([*sent, *(self._reject(decision, one) for decision, one in no)])
 
-    # --- 1: what policy said, and whether it holds ---
+    # --- 1: verify and check decisions ---
 
     async def _verified(self, batch: Sequence[Received]) -> list[Decision]:
-        """Those that policy signed and that allow; what nobody of authority signed goes to the dead letters."""
+        """Return the allowed decisions that policy signed.
+
+        A record without a valid signature goes to the dead letters.
+        """
         verified, failed = list[Decision](), list[tuple[Received, InvalidMessageError]]()
         for record in batch:
             try:
@@ -231,7 +239,10 @@ class DecisionHandler:
         return verified
 
     async def _weigh(self, decisions: Sequence[Decision]) -> list[Issue | Refusal]:
-        """Nothing is refused for records that policy has seen and that have not arrived here *yet*."""
+        """Check the decisions.
+
+        A record that policy has seen and that has not arrived here *yet* is waited for, not refused.
+        """
         loop = asyncio.get_running_loop()
         until = loop.time() + self._patience_s
         weighed = [self._weigh_one(decision) for decision in decisions]
@@ -283,16 +294,16 @@ class DecisionHandler:
                 return Refusal(LATE, issue.request)
             case "full":
                 return Refusal(FULL, issue.request, retry_after_s=FULL_RETRY_S)
-            case "known" | "lost":  # lost are only leases that were prepared
+            case "known" | "lost":  # only prepared leases can be lost
                 assert activation.stored is not None
                 return self._existing(issue, activation.stored)
 
     def _existing(self, issue: Issue, stored: StoredLease) -> _Outcome:
         try:
-            # Verified: whoever can write to Redis must not have this issuer publish a record of their own.
+            # Verified: a writer to Redis must not make this issuer publish a record of their own.
             lease = verify_lease(stored.jws, self._runtime.trust, self._runtime.clock)
         except InvalidMessageError as error:
-            # The same batch again would find the same: all others wait behind it.
+            # The same batch would fail again, and block all others behind it.
             log.error("the record of lease %s in Redis does not hold: %s", issue.lease.lease_id, error)
             return REPLAYED
         if not has_origin(lease, issue.origin):
@@ -302,9 +313,9 @@ class DecisionHandler:
         return Refusal(OVER, issue.request)
 
     async def _issued_before(self, decision: Decision, refusal: Refusal) -> _Outcome | None:
-        """The lease of a decision that would be refused now, but was served before: this process died in between.
+        """Return the lease of a decision that this issuer would refuse now, but issued before the process died.
 
-        Whatever changed since then is the revoker's to act on.
+        The revoker acts on whatever changed since then.
         """
         if refusal.request is None:
             return None
@@ -331,7 +342,7 @@ class DecisionHandler:
             return None
         return _Live(issue, stored.jws.decode("ascii"))
 
-    # --- 3: Kafka has the lease ---
+    # --- 3: publish leases ---
 
     async def _publish(self, live: Sequence[_Live | Minted]) -> list[asyncio.Task[None]]:
         records = [
@@ -344,19 +355,19 @@ class DecisionHandler:
             for sending in await self._runtime.publisher.send_many(LEASE, Lease.typ, records)
         ]
 
-    # --- 4: the agent has its answer, and audit the reasons ---
+    # --- 4: reply to agents, report refusals to audit ---
 
     async def _credential(self, decision: Decision, live: _Live | Minted) -> _Reply:
         issue = live.issue
         credential, to_gateway = await self._credential_of(live), issue.lease.delivery == "gateway"
-        given = None if to_gateway else credential
-        # Of what was verified, or made, here: to look at it all once more costs as much as to write it.
+        for_agent = None if to_gateway else credential
+        # Built from verified values without validation, which would cost as much as serialising.
         content = ReplyContent.model_construct(
             request_id=issue.lease.request_id,
             decision=decision.signed.compact,
             lease=live.jws,
-            credential=given,
-            delivery=self._signed(live, given) if given else None,
+            credential=for_agent,
+            delivery=self._signed(live, for_agent) if for_agent else None,
         )
         reply = self._sealed(decision, content, issue.request)
         if credential is None or not to_gateway:
@@ -372,7 +383,7 @@ class DecisionHandler:
         )
 
     async def _credential_of(self, live: _Live | Minted) -> Credential | None:
-        """The credential; None where the gateway reads the secret from a source of its own."""
+        """Return the credential, or None where the gateway reads the secret from a source of its own."""
         if isinstance(live, Minted):
             return live.credential
         issue, backend = live.issue, self._backends[live.issue.lease.backend]
@@ -399,7 +410,7 @@ class DecisionHandler:
         await gather_all(work)
 
     async def _send_refusal(self, decision: Decision, refusal: Refusal, request: CredentialRequest) -> None:
-        """Seal the signed refusal to the agent."""
+        """Encrypt the signed refusal to the agent and publish it."""
         claims = IssuerRefusal(
             iss=self._terms.id,
             aud=self._terms.trust_domain,
@@ -417,11 +428,15 @@ class DecisionHandler:
         try:
             await (await self._send(self._sealed(decision, content, request)))
         except InvalidMessageError as error:
-            log.warning("a refusal cannot be delivered: %s", error)  # the event says it anyway
+            log.warning("a refusal cannot be delivered: %s", error)  # the event reports it anyway
 
     def _sealed(self, decision: Decision, content: ReplyContent, request: CredentialRequest) -> _Reply:
-        """Raises InvalidMessageError where `reply_key` is no key; what is issued has been checked for that."""
-        # orjson looks for what is to be escaped in a third of the time, and nearly all of it is a few long texts.
+        """Encrypt a reply to the key `reply_key` of the request.
+
+        Raises InvalidMessageError if `reply_key` is no valid key. Requests that lead to a credential were checked for
+        that.
+        """
+        # orjson escapes in a third of the time, and nearly all of the content is a few long texts.
         text = orjson.dumps(content.model_dump(exclude_none=True))
         sealed = seal(text, request.reply_key, kid=content.request_id)
         return _Reply(
@@ -483,11 +498,11 @@ def _decision_order(decision: Decision) -> tuple[str, int, int]:
     return decision.at.topic, decision.at.partition, decision.at.offset
 
 
-# What the trace of a request says of the issuer's part in it.
+# The issuer's outcome in the trace of a request.
 
 
 def note_outcome(span: Span, outcome: Issue | Refusal) -> None:
-    """Whether a decision holds, and if not, why."""
+    """Add to a tracing span whether the decision holds, and the reason if it does not."""
     if isinstance(outcome, Issue):
         span.note(**ids_of(outcome.lease))
     else:

@@ -1,8 +1,7 @@
-"""Says whose a credential is; and seals those for gateways: to each of them, and to the issuer itself for those that
-come later.
+"""Encryption of credentials for gateways (JWE with several recipients): to each gateway, and to the issuer itself.
 
-What was sealed to gateways stands on `credential.reply`, which is kept for as long as a lease can live, and nowhere
-else.
+The issuer's own copy serves gateways that start later. Envelopes for gateways stand only on `credential.reply`. That
+topic is kept for as long as a lease can live.
 """
 
 from __future__ import annotations
@@ -31,9 +30,10 @@ ENVELOPE_TYPE = "application/jose+json"
 def signed_delivery(
     lease: Lease, credential: Credential, key: SigningKey, *, id: str, lease_digest: str | None = None
 ) -> str:
-    """What says that this is the credential of that lease; `id` is the message's. To be sealed, and nothing else.
+    """Return the signed statement that a credential belongs to a lease, as a compact JWS. The caller must encrypt it.
 
-    `lease_digest`: that of the lease's record, where this issuer has just signed it and it goes along.
+    `id` is the message's `jti`. `lease_digest` is the digest of the lease's record, if this issuer has just signed that
+    record and sends it along.
     """
     claims = CredentialDelivery(
         iss=key.id,
@@ -47,12 +47,12 @@ def signed_delivery(
         lease_digest=lease_digest,
     )
     text = signing_input(claims, key)
-    # What it is sealed in is another each time as well.
+    # The encrypted envelope differs each time as well.
     return compact_jws(text, key.sign(text, repeatable=False))
 
 
 class GatewayDelivery:
-    """Seals what gateways inject. It has no state: who the gateways are the trust bundle says."""
+    """Encrypts credentials that gateways inject. It is stateless: the trust bundle says who the gateways are."""
 
     def __init__(
         self,
@@ -62,8 +62,9 @@ class GatewayDelivery:
         clock: Clock,
         trust_domain: str,
     ) -> None:
-        """`key`: what to sign by, asked each time. `own`: what the issuer keeps credentials sealed to; without it none
-        is delivered to gateways.
+        """`key` returns the current signing key.
+
+        `own` holds the issuer's encryption keys. Without `own` no credential is delivered to gateways.
         """
         self._trust = trust
         self._key = key
@@ -72,7 +73,7 @@ class GatewayDelivery:
         self._trust_domain = trust_domain
 
     def admit(self, weighed: Sequence[Issue | Refusal]) -> list[Issue | Refusal]:
-        """The same, with refusals in place of what no gateway could open."""
+        """Return `weighed`, with a refusal in place of each issue that no gateway could decrypt."""
         return [self._admit(one) for one in weighed]
 
     def _admit(self, one: Issue | Refusal) -> Issue | Refusal:
@@ -88,9 +89,10 @@ class GatewayDelivery:
         return Refusal((Reason(code="gateway_missing", message=message),), one.request)
 
     def sealed(self, issue: Issue, credential: Credential, *, id: str) -> str:
-        """The envelope with a credential; `id` is the message's. Raises UnavailableError where nobody could open it.
+        """Return the envelope with a credential. `id` is the message's `jti`.
 
-        Where the gateways have gone meanwhile it is sealed to the issuer alone: they ask for it.
+        If all gateways have gone meanwhile, the credential is encrypted to the issuer alone, and gateways ask the
+        issuer for it. Raises UnavailableError if nobody could decrypt it.
         """
         if self._own is None:
             raise UnavailableError("the key that credentials for gateways are kept by has gone; put it back")

@@ -1,7 +1,7 @@
-"""The last word on grants: whether one was taken back, and how many leases name it already.
+"""The last check of grants: was a grant withdrawn, and how many leases use it already?
 
-Asked only for what is issued on a grant. Redis counts, in one script on the shard of the grant, before the lease is
-there: of issuers that work at once none takes one too many. What was counted and then not issued stays counted.
+Only issues that rest on a grant are checked. A Redis script on the grant's shard counts a use before the lease exists.
+So concurrent issuers never exceed the limit. A use that was counted stays counted, even if nothing is issued then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ringfence.model.requests.grants import GrantTable, id_of
 
 
 class GrantKeeper:
-    """Looks at what has been weighed and would be issued next."""
+    """Admission control by grants: the last check before a lease is issued."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class GrantKeeper:
         patience_s: float,
     ) -> None:
         """Args:
-            caught_up: reads up to the present end of the topic, within so many seconds; whether it did.
+            caught_up: reads the topic up to its present end within so many seconds, and returns whether it did.
             patience_s: how long that may take.
         """  # fmt: skip
         self._table = table
@@ -36,7 +36,10 @@ class GrantKeeper:
         self._patience_s = patience_s
 
     async def admit(self, weighed: Sequence[Issue | Refusal]) -> list[Issue | Refusal]:
-        """The same, with refusals in place of what no grant covers any more. Raises UnavailableError."""
+        """Return `weighed`, with a refusal in place of each issue that its grant no longer covers.
+
+        Raises UnavailableError.
+        """
         if not any(isinstance(one, Issue) and one.grants for one in weighed):
             return list(weighed)
         fresh = await self._caught_up(self._patience_s)

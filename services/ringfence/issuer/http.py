@@ -1,4 +1,6 @@
-"""What resource servers ask: who issues (OIDC, RFC 8414), with which keys, is this token still good (RFC 7662)."""
+"""HTTP API for resource servers: issuer metadata (OIDC, RFC 8414), public keys (RFC 7517), token introspection (RFC
+7662).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ MAX_BODY_BYTES = 64 * 1024
 
 
 class IssuerHttp:
-    """The routes of the issuer."""
+    """HTTP routes of the issuer."""
 
     def __init__(
         self,
@@ -49,11 +51,11 @@ class IssuerHttp:
         ]
 
     async def openid_configuration(self, _: Request) -> Response:
-        """OpenID Connect Discovery 1.0, as far as it has a meaning here: there is nothing to log in to."""
+        """Serve OpenID Connect Discovery 1.0, as far as it applies: nobody logs in here."""
         return JSONResponse(
             {
                 **self._metadata(),
-                # Required, and others look for them; of ID tokens there are none.
+                # Required, and clients look for them; there are no ID tokens.
                 "response_types_supported": ["id_token"],
                 "subject_types_supported": ["public"],
                 "id_token_signing_alg_values_supported": list(self._keys.algorithms),
@@ -66,7 +68,7 @@ class IssuerHttp:
         )  # fmt: skip
 
     async def authorization_server(self, _: Request) -> Response:
-        """OAuth 2.0 Authorization Server Metadata (RFC 8414)."""
+        """Serve OAuth 2.0 Authorization Server Metadata (RFC 8414)."""
         return JSONResponse({**self._metadata(), "response_types_supported": ["none"]}, headers=self._caching)
 
     def _metadata(self) -> dict[str, Any]:
@@ -84,13 +86,13 @@ class IssuerHttp:
         }
 
     async def jwks(self, _: Request) -> Response:
-        """The keys that verify tokens (RFC 7517)."""
+        """Serve the JWK set that verifies tokens (RFC 7517)."""
         return JSONResponse(self._keys.jwks(), headers=self._caching)
 
     async def introspect(self, request: Request) -> Response:
-        """Whether a token is good at this moment; asked by the resource server that it is for.
+        """Introspect a token (RFC 7662) for the resource server that the token is for.
 
-        Whoever else asks learns nothing: to them no token is active.
+        Any other caller learns nothing: for them every token is inactive.
         """
         target_id = self._authenticator.target(request.headers.get("authorization"))
         token = await _token_of(request)
@@ -111,8 +113,8 @@ class IssuerHttp:
         claims = self._keys.verified(token)
         if claims is None or not _is_for(claims, target_id):
             return {"active": False}
-        looked = await self._store.look(claims["jti"], _marks(claims))
-        if not looked.active or looked.is_cut:
+        lookup = await self._store.look(claims["jti"], _selector_keys(claims))
+        if not lookup.active or lookup.is_cut:
             return {"active": False}
         return {
             "active": True,
@@ -121,8 +123,8 @@ class IssuerHttp:
         }
 
 
-def _marks(claims: dict[str, Any]) -> tuple[str, ...]:
-    """What the lease of a token is found by, from the token itself."""
+def _selector_keys(claims: dict[str, Any]) -> tuple[str, ...]:
+    """Return the selector keys of a token's lease, read from the token itself."""
     return (
         f"agent:{claims['client_id']}",
         f"task:{claims['task']}",
@@ -143,12 +145,15 @@ def _marks(claims: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _is_for(claims: dict[str, Any], target_id: str) -> bool:
-    """Whether a token, its signature verified, is for this target: its audience may be known by another name."""
+    """Return whether a verified token is for this target.
+
+    The permissions decide: `aud` may name the target differently.
+    """
     return {detail["target"] for detail in claims["authorization_details"]} == {target_id}
 
 
 async def _token_of(request: Request) -> str | None:
-    """The form field `token`, given exactly once; None where there is none, or the body is unreasonably long."""
+    """Return the form field `token`. None unless it is given exactly once in a body of at most `MAX_BODY_BYTES`."""
     body = b""
     async for chunk in request.stream():
         body += chunk

@@ -1,8 +1,9 @@
-"""Credentials that leave something at their target: announced on Kafka before they are made, alive only after that.
+"""Minting of credentials that leave something at their target: announced on Kafka first, active only at the end.
 
-`minting` record acknowledged -> made at the target -> activated, conditionally. Whatever happens in between, wherever
-this process dies, the announcement is there: who gets the decision again goes on with it, and a revoker that finds it
-unfinished takes back what there is. What is here is for one target at a time, so that none waits for another.
+The steps: Kafka acknowledges the `minting` record. The backend makes the credential at the target. Redis activates the
+lease conditionally. If the process dies in between, the announcement remains: whoever receives the decision again
+resumes, and a revoker that finds a lease unfinished removes what exists at the target. One call handles one target, so
+that no target waits for another.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from ringfence.model.leases.tracing import step_of
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 5
-"""When to ask again where a target does not answer, and nothing else is known."""
+"""When to ask again after a target did not answer, if nothing better is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Minted:
-    """A credential that is there, and its active lease."""
+    """A credential that was made, and its active lease."""
 
     issue: Issue
     jws: str
@@ -42,7 +43,7 @@ class Minted:
 
 
 class Replayed:
-    """The decision of a lease that was issued on another record."""
+    """Outcome: the lease was issued for the same decision at another record."""
 
 
 REPLAYED = Replayed()
@@ -51,7 +52,7 @@ Outcome = Minted | Refusal | Replayed
 
 @dataclass(slots=True)
 class _Attempt:
-    """One issue on its way. `outcome` is set once nothing more happens to it."""
+    """One credential being minted. `outcome` is set once nothing more happens to it."""
 
     issue: Issue
     minting: SignedLease
@@ -61,7 +62,7 @@ class _Attempt:
 
 
 class Minter:
-    """Takes issues to their credentials and active leases."""
+    """Mints credentials at targets and activates their leases."""
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class Minter:
         *,
         mint_ms: int,
     ) -> None:
-        """`mint_ms`: how long after its announcement a revoker leaves a lease to this issuer."""
+        """`mint_ms`: how long after the announcement a revoker leaves the lease to this issuer."""
         self._runtime = runtime
         self._store = store
         self._backends = backends
@@ -80,25 +81,26 @@ class Minter:
         self._mint_ms = mint_ms
 
     async def mint(self, issues: Sequence[Issue]) -> list[Outcome]:
-        """What came of issues for one target, in their order. Kafka has their `minting` records then.
+        """Mint credentials for one target. Returns their outcomes in the order of `issues`.
 
-        Raises UnavailableError where Redis or Kafka does not answer, or another issuer took one over: then the same
-        decisions come again.
+        When it returns, Kafka has the `minting` records. Raises UnavailableError if Redis or Kafka does not answer, or
+        if another issuer took one lease over. The same decisions are delivered again then.
         """
         attempts = [self._attempt(issue) for issue in issues]
         token = secrets.token_hex(8)
         await self._announce([one for one in attempts if one.outcome is None], token)
         await gather_all(self._make(one) for one in attempts if one.outcome is None)
         await self._activate([one for one in attempts if one.outcome is None], token)
-        return [_settled(one) for one in attempts]
+        return [_outcome_of(one) for one in attempts]
 
     async def again(self, issue: Issue, jws: str) -> Minted | Refusal:
-        """The credential of a lease that is active: who had it first may have died before it was told.
+        """Mint the credential of an active lease once more: the issuer that made it may have died before it replied.
 
-        The lease may end while this is at work; a revoker undoes only what it finds. So it is looked at after.
+        The lease may end during the call, and a revoker undoes only what it finds. So the lease is looked up
+        afterwards.
         """
         try:
-            credential = await self._called(issue)
+            credential = await self._call_backend(issue)
         except RingfenceError as error:
             return Refusal((_reason(error),), issue.request, retry_after_s=_retry_after_s(error))
         if (await self._store.look(issue.lease.lease_id)).active:
@@ -107,7 +109,10 @@ class Minter:
         return Refusal(OVER, issue.request)
 
     def _current(self, issue: Issue, jws: str, credential: Credential) -> Minted:
-        """What Kafka is told, and was perhaps told before: in this epoch of Redis, as it may be void in another."""
+        """Return the lease to publish, which may have been published before, restated in the current epoch of Redis.
+
+        A lease of another epoch may be void.
+        """
         key, lease = self._runtime.key, issue.lease
         if lease.epoch in (None, self._store.epoch):
             return Minted(issue, jws, credential)
@@ -148,18 +153,21 @@ class Minter:
                 attempt.outcome = self._taken_over(attempt, stored)
             case "known":
                 assert stored is not None
-                attempt.outcome = await self._known(issue, stored)
+                attempt.outcome = await self._outcome_of_known(issue, stored)
 
     def _taken_over(self, attempt: _Attempt, stored: StoredLease) -> Outcome | None:
-        """Go on with what somebody announced and did not finish: the record that is there is the one that counts."""
-        lease = self._believed(attempt.issue, stored)
+        """Resume a lease that another process announced and did not finish.
+
+        Its stored record counts, not the new one.
+        """
+        lease = self._verified_lease(attempt.issue, stored)
         if lease is None:
             return REPLAYED
         attempt.minting = SignedLease(lease, stored.jws.decode("ascii"))
         return None
 
-    async def _known(self, issue: Issue, stored: StoredLease) -> Outcome:
-        lease = self._believed(issue, stored)
+    async def _outcome_of_known(self, issue: Issue, stored: StoredLease) -> Outcome:
+        lease = self._verified_lease(issue, stored)
         if lease is None:
             return REPLAYED
         if stored.status != "active" or lease.backend != issue.lease.backend:
@@ -168,10 +176,10 @@ class Minter:
 
     async def _make(self, attempt: _Attempt) -> None:
         try:
-            attempt.credential = await self._called(attempt.issue)
+            attempt.credential = await self._call_backend(attempt.issue)
         except RingfenceError as error:
             log.warning("lease %s is not made: %s", attempt.issue.lease.lease_id, error)
-            await self._give_up(attempt)  # something may be there all the same: a revoker takes it back
+            await self._give_up(attempt)  # something may exist all the same: a revoker removes it
             attempt.outcome = Refusal(
                 (_reason(error),), attempt.issue.request, retry_after_s=_retry_after_s(error)
             )
@@ -200,7 +208,7 @@ class Minter:
                 attempt.outcome = Minted(active, attempt.active.jws, attempt.credential)
             case "lost" | "known":
                 if stored is not None and stored.status not in TERMINAL:
-                    # Another issuer goes on with it, or a revoker aborts it: what is at the target is theirs.
+                    # Another issuer resumes it, or a revoker aborts it: the credential at the target is theirs.
                     raise UnavailableError(f"lease {issue.lease.lease_id} was taken over by another process")
                 await self._undo(issue)
                 attempt.outcome = Refusal(TOO_SLOW, issue.request, retry_after_s=RETRY_AFTER_S)
@@ -211,18 +219,18 @@ class Minter:
             case "fenced" | "late":
                 await self._undo(issue)
                 await self._give_up(attempt)
-                why = LATE if activation.outcome == "late" else fenced(activation.selector_key or "")
-                attempt.outcome = Refusal(why, issue.request)
+                reasons = LATE if activation.outcome == "late" else fenced(activation.selector_key or "")
+                attempt.outcome = Refusal(reasons, issue.request)
 
-    # --- what they need ---
+    # --- helpers ---
 
-    async def _called(self, issue: Issue) -> Credential:
+    async def _call_backend(self, issue: Issue) -> Credential:
         lease, backend = issue.lease, self._backends[issue.lease.backend]
         with step_of(lease, "mint", self._runtime.tracing):
             return await self._caller.call(lease.target_id, lambda: backend.mint(lease, issue.target))
 
     async def _undo(self, issue: Issue) -> None:
-        """Take back what nobody was given. Where that fails a revoker does it, which finds it by itself."""
+        """Remove a credential that nobody received. If that fails, a revoker finds it by itself and removes it."""
         lease, backend = issue.lease, self._backends[issue.lease.backend]
         try:
             with step_of(lease, "undo", self._runtime.tracing):
@@ -233,7 +241,7 @@ class Minter:
             log.warning("lease %s was refused and is not undone yet: %s", lease.lease_id, error)
 
     async def _give_up(self, attempt: _Attempt) -> None:
-        """Let a revoker have the lease now, not when its time to be made is over."""
+        """Hand the lease to a revoker now, before its minting deadline."""
         try:
             await self._store.postpone({attempt.issue.lease.lease_id: 0})
         except UnavailableError as error:
@@ -245,8 +253,8 @@ class Minter:
             LEASE, claims.lease_id, record.jws, id=claims.jti, type=Lease.typ, traceparent=claims.traceparent
         )
 
-    def _believed(self, issue: Issue, stored: StoredLease) -> Lease | None:
-        """A stored record of this very issue, signed by an issuer or revoker; else None."""
+    def _verified_lease(self, issue: Issue, stored: StoredLease) -> Lease | None:
+        """Return the stored lease if an issuer or revoker signed it for this very issue, else None."""
         try:
             parsed = parse(stored.jws)
             at_s = parsed.unverified_claims(Lease).iat
@@ -265,20 +273,20 @@ TOO_SLOW = (
 )
 
 
-def _settled(attempt: _Attempt) -> Outcome:
+def _outcome_of(attempt: _Attempt) -> Outcome:
     assert attempt.outcome is not None
     return attempt.outcome
 
 
 def _reason(error: RingfenceError) -> Reason:
-    # What is wrong with the broker's own rights is for its operators, and in the log.
+    # Problems with the broker's own rights are for its operators, and in the log.
     message = "Ringfence cannot work at the target now" if isinstance(error, AccessError) else str(error)
     return Reason(code=error.code, message=message[:2048])
 
 
 def _retry_after_s(error: RingfenceError) -> int | None:
     if isinstance(error, TargetRefusedError):
-        return None  # the same again is refused again
+        return None  # the same request would be refused again
     if isinstance(error, CircuitOpenError):
         return max(RETRY_AFTER_S, error.retry_ms // 1000)
     return RETRY_AFTER_S

@@ -1,4 +1,4 @@
-"""What a gateway asks for that came later than a lease: the credential once more, sealed to it."""
+"""Re-encryption of a credential for a gateway that started after the lease was issued."""
 
 from __future__ import annotations
 
@@ -35,14 +35,16 @@ from ringfence.model.records.api_access import Authenticator, ForbiddenError
 log = logging.getLogger(__name__)
 
 CLOCKS_MS = 5000
-"""How far the clocks of the brokers that stamped a decision and its delivery may be apart."""
+"""The greatest clock difference between the brokers that stamped a decision and its delivery."""
 _AT_ONCE = 4
-"""So many look-ups at a time: each reads a piece of a partition."""
+"""Concurrent look-ups. Each reads part of a partition."""
 _WITHIN_S = 10.0
 
 
 class Resealer:
-    """Finds the sealed credential of a live lease on Kafka, by the time of its decision, and seals it again."""
+    """Finds the encrypted credential of a live lease on Kafka, from the time of its decision on, and encrypts it
+    again.
+    """
 
     def __init__(
         self,
@@ -60,17 +62,17 @@ class Resealer:
         self._slots = asyncio.Semaphore(_AT_ONCE)
 
     async def reseal(self, lease_id: str, gateway: str) -> str:
-        """The envelope for one gateway (its SPIFFE ID).
+        """Return the envelope (JWE) of a live lease for one gateway, given by its SPIFFE ID.
 
-        Raises ForbiddenError where the gateway has no key that could be sealed to, NotFoundError where the lease is
-        not live or not for gateways, UnavailableError where Redis or Kafka does not answer in time.
+        Raises ForbiddenError if the trust bundle has no encryption key of the gateway, NotFoundError if the lease is
+        not live or not for gateways, and UnavailableError if Redis or Kafka does not answer in time.
         """
         keys = self._trust.encryption_keys("gateway", self._clock.now_ms() / 1000, of=gateway)
         if not keys:
             raise ForbiddenError(f"{gateway} has no key to seal to in the trust bundle; sign one that has it")
         lease = await self._live(lease_id)
         async with self._slots:
-            delivery = await self._found(lease)
+            delivery = await self._find_delivery(lease)
         # It may have ended while Kafka was read.
         await self._live(lease_id)
         return enclose(delivery, keys, about=lease.request_id)
@@ -84,19 +86,19 @@ class Resealer:
         except InvalidMessageError as error:
             log.error("the record of lease %s in Redis does not hold: %s", lease_id, error)
             raise _not_live(lease_id) from None
-        looked = await self._store.look(lease_id, (*selector_keys(lease), ALL_LEASES))
-        if not looked.active or looked.is_cut or lease.delivery != "gateway":
+        lookup = await self._store.look(lease_id, (*selector_keys(lease), ALL_LEASES))
+        if not lookup.active or lookup.is_cut or lease.delivery != "gateway":
             raise _not_live(lease_id)
         return lease
 
-    async def _found(self, lease: Lease) -> bytes:
-        """The signed delivery of a lease: the topic is read from the time of its decision on."""
-        found: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    async def _find_delivery(self, lease: Lease) -> bytes:
+        """Return the signed delivery of a lease. Reads the topic from the time of the lease's decision on."""
+        delivery_found: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
         def take_in(records: Sequence[Received]) -> None:
             for record in records:
-                if not found.done() and (delivery := self._delivery(record, lease)) is not None:
-                    found.set_result(delivery)
+                if not delivery_found.done() and (delivery := self._delivery(record, lease)) is not None:
+                    delivery_found.set_result(delivery)
 
         since_ms = max(lease.iat * 1000 - CLOCKS_MS, 1)
         try:
@@ -106,19 +108,19 @@ class Resealer:
                     self._settings, [CREDENTIAL_REPLY], take_in, since_ms=since_ms, key=lease.agent_id
                 ) as follower,
             ):
-                await _either(found, follower.complete)
+                await _wait_for_either(delivery_found, follower.complete)
         except TimeoutError:
             raise UnavailableError("the sealed credential was not found in time; ask again") from None
-        if not found.done():
+        if not delivery_found.done():
             raise NotFoundError(
                 f"nothing was sealed for lease {lease.lease_id}: a static secret is read by the gateway from its own "
                 "source; for anything else the agent has to ask anew"
             )
-        return found.result()
+        return delivery_found.result()
 
     def _delivery(self, record: Received, lease: Lease) -> bytes | None:
-        """The signed delivery in a record, if it is this lease's and an issuer's word."""
-        # Unverified: it only spares opening the others.
+        """Return the signed delivery in a record, if it is this lease's and an issuer signed it, else None."""
+        # Unverified: it only saves decrypting the others.
         if self._own is None or unverified_about(record.value) != lease.request_id:
             return None
         try:
@@ -146,22 +148,22 @@ def _not_live(lease_id: str) -> NotFoundError:
     return NotFoundError(f"there is no live lease {lease_id} that is for gateways")
 
 
-async def _either(found: asyncio.Future[bytes], complete: asyncio.Event) -> None:
-    both: list[asyncio.Future[Any]] = [found, asyncio.ensure_future(complete.wait())]
+async def _wait_for_either(delivery_found: asyncio.Future[bytes], complete: asyncio.Event) -> None:
+    both: list[asyncio.Future[Any]] = [delivery_found, asyncio.ensure_future(complete.wait())]
     try:
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
     finally:
         both[1].cancel()
 
 
-# What gateways ask the issuer: the credential of a lease that is older than they are.
+# HTTP API for gateways that are younger than a lease.
 
 SEALED_PATH = "/v1/leases/{lease_id}/sealed-credential"
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
 class GatewayHttp:
-    """The routes for gateways."""
+    """HTTP routes for gateways."""
 
     def __init__(self, resealer: Resealer, authenticator: Authenticator) -> None:
         self._resealer = resealer
@@ -171,7 +173,7 @@ class GatewayHttp:
         return [Route(SEALED_PATH, self.sealed)]
 
     async def sealed(self, request: Request) -> Response:
-        """The credential of a live lease, sealed to the gateway that asks, and to nobody else."""
+        """Serve the credential of a live lease, encrypted to the calling gateway alone."""
         gateway = self._authenticator.gateway(request.headers.get("authorization"))
         lease_id = request.path_params["lease_id"]
         if not _UUID.fullmatch(lease_id):

@@ -12,7 +12,7 @@ from ringfence.kernel.base.settings import RingfenceSettings
 
 
 class IssuerSettings(RingfenceSettings):
-    """What only the issuer needs."""
+    """Settings of the issuer alone."""
 
     model_config = SettingsConfigDict(env_prefix="RINGFENCE_ISSUER_", extra="ignore", frozen=True)
 

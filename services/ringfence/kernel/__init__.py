@@ -1,1 +1,1 @@
-"""What every part stands on and that has no word of the domain in it."""
+"""The kernel: infrastructure that every package builds on. It contains no concept of the domain."""

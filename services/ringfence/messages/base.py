@@ -8,7 +8,6 @@ from math import isfinite
 from typing import Annotated, Any, ClassVar, Final, Generic, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler
-from pydantic_core import CoreSchema
 
 ServiceRole = Literal[
     "registry", "policy", "issuer", "revoker", "gateway", "audit", "scim", "signals", "runner", "console"
@@ -100,7 +99,7 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
         """Let tuples be lists, as `json.loads` gives them; strict validation of JSON takes them anyway."""
         schema = handler(source)
         _take_lists_for_tuples(schema)

@@ -1,1 +1,3 @@
-"""What several services must agree on: scopes and the rule, record chains, local tables."""
+"""The shared domain model, on which several services must agree: scopes and the invariant, record chains, local
+tables.
+"""

@@ -1,8 +1,8 @@
-"""The built-in kinds of credentials (`CREDENTIAL_KINDS`), each with the settings that a target's record may give it.
+"""The built-in kinds of credentials (`CREDENTIAL_KINDS`), and the settings of each in a target's record.
 
-They are declared here and not beside the backends, so that whoever sets a target or holds a credential knows them
-without what only the server installs: the command line, the SDK, the registry and the gateway. A new kind is added here
-first; `tests/unit/test_credential_kinds.py` then names every place that lacks it.
+They are declared here and not beside the backends. So the command line, the SDK, the registry and the gateway know them
+without packages that only the server installs. Add a new kind here first; `tests/unit/test_credential_kinds.py` then
+names every place that lacks it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _HOST: Final = r"([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?"
 TargetUrl = Annotated[
     str, Field(pattern=rf"^(https://{_HOST}|http://(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{{1,5}})?)$")
 ]
-"""Where the gateway sends requests: scheme, host and port. In clear on this machine alone."""
+"""Where the gateway sends requests: scheme, host and port. Plain HTTP is for this machine alone."""
 
 TokenAlgorithm = Literal["ES256", "RS256"]
-"""What tokens are signed with. ES256, but for targets that verify nothing else than RS256."""
+"""Signature algorithms of tokens. ES256 is the default; RS256 is for targets that verify nothing else."""
 SslMode = Literal["disable", "prefer", "require", "verify-ca", "verify-full"]
 Owned = Literal["drop", "keep"]
 
@@ -38,20 +38,20 @@ _FRAMING_HEADERS: Final = frozenset({
     "host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "keep-alive", "expect",
     "proxy-authorization", "proxy-connection",
 })  # fmt: skip
-"""Headers that say where a request ends or goes: a secret has no place in them."""
+"""Headers that say where a request ends or goes. None of them may carry a secret."""
 
 
 class TargetSettings(BaseModel):
-    """Base of what one kind understands. A field that it does not know may limit something: refused, not ignored."""
+    """Base of the settings of one kind. Unknown fields are refused, not ignored: one may limit something."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     address: Address | None = None
-    """Where agents reach the target; where Ringfence itself does, if not given."""
+    """Where agents reach the target. By default it is where Ringfence itself does."""
 
 
 class JwtSettings(TargetSettings):
-    """What the record of a target can say about its tokens, besides their audience."""
+    """Settings for tokens in a target's record, besides their audience."""
 
     url: TargetUrl | None = None
     """Where the gateway sends requests to, where agents go by way of it."""
@@ -62,7 +62,7 @@ class JwtSettings(TargetSettings):
 
 
 class HttpSettings(TargetSettings):
-    """How the target takes its secret."""
+    """Settings of how the target takes its secret."""
 
     url: TargetUrl
     auth: Literal["bearer", "basic", "header"] = "bearer"
@@ -90,7 +90,7 @@ class HttpSettings(TargetSettings):
 
 
 class PostgresSettings(TargetSettings):
-    """What a target of this kind may say in its record."""
+    """Settings of a PostgreSQL target."""
 
     sslmode: SslMode | None = None
     """What agents are told to insist on; what Ringfence itself does, if not given."""
@@ -105,7 +105,7 @@ class PostgresSettings(TargetSettings):
 
 
 def _networks(text: str) -> str:
-    # What the server cannot read it may take for anything: strict, and written the one way.
+    # The server may misread what it cannot parse: only valid networks, in the canonical form.
     try:
         return ",".join(str(ipaddress.ip_network(part.strip())) for part in text.split(","))
     except ValueError:
@@ -115,7 +115,7 @@ def _networks(text: str) -> str:
 
 
 class SshSettings(TargetSettings):
-    """What a target of this kind may say in its record."""
+    """Settings of an SSH host."""
 
     source_address: Annotated[str, AfterValidator(_networks)] | None = None
     """The networks, in CIDR notation with commas, from which a certificate is good; from anywhere, if not given."""
@@ -123,18 +123,17 @@ class SshSettings(TargetSettings):
 
 @dataclass(frozen=True, slots=True)
 class CredentialKind:
-    """What everybody has to know of one built-in kind of credential; the rest is its backend's."""
+    """The properties of one built-in kind of credential that other packages need. The rest is its backend's."""
 
     settings: type[TargetSettings]
-    """What the record of a target may say to the backend."""
     takes_audience: bool = False
     """Whether its credentials are tokens, which have an audience."""
     tells_address: bool = False
-    """Whether a credential tells the agent where the target is, so that a target needs an address."""
+    """Whether a credential contains the target's address, so that a target needs one."""
     handed_out: bool = True
-    """Whether an agent can get it. If not, the backend says `enforced_by = "gateway"`."""
+    """Whether an agent can receive it. If not, the backend says `enforced_by = "gateway"`."""
     fits_header: bool = False
-    """Whether the gateway can inject it into the header of a request."""
+    """Whether the gateway can inject it into a request header."""
 
 
 CREDENTIAL_KINDS: Final[Mapping[str, CredentialKind]] = MappingProxyType({
@@ -144,9 +143,9 @@ CREDENTIAL_KINDS: Final[Mapping[str, CredentialKind]] = MappingProxyType({
     "redis": CredentialKind(TargetSettings, tells_address=True),
     "ssh": CredentialKind(SshSettings, tells_address=True),
 })  # fmt: skip
-"""By name, as `backend.kind` of a target has it. Other packages bring further kinds, of which nothing is known here."""
+"""By `backend.kind` of a target. Kinds of other packages are unknown here."""
 ENTRY_POINTS: Final = "ringfence.backends"
-"""The entry point group by which other packages bring backends: each is called with the `BackendContext`."""
+"""The entry point group by which other packages add backends. Each is called with the `BackendContext`."""
 _PLACE: Final = re.compile(r"([^:\[\]/@]+|\[[^\[\]]+\])(?::([0-9]{1,5}))?", re.ASCII)
 _LABEL: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?", re.ASCII)
 _WRITE: Final = MappingProxyType({
@@ -156,51 +155,56 @@ _WRITE: Final = MappingProxyType({
 
 
 def problems(backend: BackendSettings) -> list[str]:
-    """What is wrong with the settings of a built-in kind, a sentence each, no value quoted; nothing of other kinds."""
+    """Return the mistakes in the settings of a built-in kind, a sentence each, without values.
+
+    Empty for other kinds.
+    """
     kind = CREDENTIAL_KINDS.get(backend.kind)
     if kind is None:
         return []
     declared = kind.settings
-    given: dict[str, Any] = backend.model_extra or {}
+    settings: dict[str, Any] = backend.model_extra or {}
     names = sorted(declared.model_fields)
-    found = [_unknown(backend.kind, name, names) for name in sorted(given.keys() - set(names))]
+    sentences = [_unknown(backend.kind, name, names) for name in sorted(settings.keys() - set(names))]
     if backend.audience is not None and not kind.takes_audience:
-        found.append(f"an audience is for tokens, and backend {backend.kind} makes none: leave it out")
+        sentences.append(f"an audience is for tokens, and backend {backend.kind} makes none: leave it out")
     elif backend.audience is not None and not (backend.audience.strip() and backend.audience.isprintable()):
-        found.append("the audience is empty, or has characters that nobody sees: write it, or leave it out")
-    malformed = {name for name in _WRITE if name in given and not _may_be_reached(given[name])}
+        sentences.append(
+            "the audience is empty, or has characters that nobody sees: write it, or leave it out"
+        )
+    malformed = {name for name in _WRITE if name in settings and not _may_be_reached(settings[name])}
     try:
-        declared.model_validate({name: value for name, value in given.items() if name in names})
+        declared.model_validate({name: value for name, value in settings.items() if name in names})
     except ValidationError as error:
         for one in error.errors(include_url=False, include_input=False):
             name = str(one["loc"][0]) if one["loc"] else ""
-            if name in _WRITE and name in given:
+            if name in _WRITE and name in settings:
                 malformed.add(name)
             elif one["type"] == "missing":
-                found.append(
+                sentences.append(
                     f"backend {backend.kind} needs the setting {name}: {_WRITE.get(name, 'give it')}"
                 )
             else:
-                found.append(f"{name or 'the settings'}: {one['msg'].removeprefix('Value error, ')}")
-    return found + [f"{name} is malformed: {_WRITE[name]}" for name in sorted(malformed)]
+                sentences.append(f"{name or 'the settings'}: {one['msg'].removeprefix('Value error, ')}")
+    return sentences + [f"{name} is malformed: {_WRITE[name]}" for name in sorted(malformed)]
 
 
 def _unknown(kind: str, name: str, names: Sequence[str]) -> str:
-    said = f"backend {kind} has no setting {visible_name(name[:64])}"
-    return f"{said}{did_you_mean(name, names) or '; it has ' + ', '.join(names)}"
+    sentence = f"backend {kind} has no setting {visible_name(name[:64])}"
+    return f"{sentence}{did_you_mean(name, names) or '; it has ' + ', '.join(names)}"
 
 
 def _may_be_reached(place: Any) -> bool:
-    """Whether host and port of a `host:port` or URL can be ones, where it has the form of either."""
-    found = _PLACE.fullmatch(str(place).rpartition("://")[2])
-    if found is None:
-        return True  # what is wrong with its form is said by its pattern
-    host, port = found.groups()
+    """Return whether a `host:port` or URL has a plausible host and port. True for any other form."""
+    match = _PLACE.fullmatch(str(place).rpartition("://")[2])
+    if match is None:
+        return True  # its pattern reports a malformed one
+    host, port = match.groups()
     return _host_is_one(host) and (port is None or 1 <= int(port) <= 65_535)
 
 
 def _host_is_one(host: str) -> bool:
-    """An IP address, or a name each of whose labels DNS could have (RFC 1123, 2.1)."""
+    """Return whether it is an IP address, or a name whose labels DNS allows (RFC 1123 2.1)."""
     labels = host.removesuffix(".").split(".")
     if not host.startswith("[") and not labels[-1].isdecimal():
         return all(map(_LABEL.fullmatch, labels))

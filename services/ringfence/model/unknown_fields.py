@@ -31,7 +31,6 @@ class UnknownField(NamedTuple):
     """The path to the message with the field: field names, and members of lists by name or by number from 1."""
     name: str
     nearest: str | None
-    """The known field with the most similar spelling."""
 
 
 def is_understood(message: Message) -> bool:
@@ -48,9 +47,9 @@ def unknown_fields(message: Message) -> tuple[UnknownField, ...]:
 
 def describe_unknown(found: Sequence[UnknownField], what: str) -> str:
     """A sentence about at least one unknown field of `what`, for example `target platform`."""
-    said = "; ".join(_describe(one, what) for one in found[:_MOST_TOLD])
-    more = len(found) - _MOST_TOLD
-    return f"{said}; and {more} more" if more > 0 else said
+    described = "; ".join(_describe(one, what) for one in found[:_MOST_TOLD])
+    left_out = len(found) - _MOST_TOLD
+    return f"{described}; and {left_out} more" if left_out > 0 else described
 
 
 def names_of(found: Sequence[UnknownField]) -> str:
@@ -66,9 +65,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def _are_understood(values: Iterable[Any]) -> bool:
     for value in values:
         kind = type(value)
-        if (
-            kind is str or kind is int or value is None
-        ):  # most are: nothing else is asked of them, on hot paths
+        if kind is str or kind is int or value is None:  # most are: the fast exit on hot paths
             continue
         if isinstance(value, Message):
             if not is_understood(value):
@@ -82,10 +79,10 @@ def _are_understood(values: Iterable[Any]) -> bool:
 
 
 def _found(message: Message, path: tuple[str, ...]) -> Iterator[UnknownField]:
-    known = type(message).model_fields
+    known_fields = type(message).model_fields
     for name in _extra(message):
-        yield UnknownField(path, name, nearest(name, known))
-    for name in known:
+        yield UnknownField(path, name, nearest(name, known_fields))
+    for name in known_fields:
         yield from _found_in(getattr(message, name, None), (*path, name))
 
 
@@ -120,13 +117,13 @@ def _label(member: Any, number: int) -> str:
 
 
 def _describe(one: UnknownField, what: str) -> str:
-    where = f"{what}, {_path_text(one.path)}" if one.path else what
+    location = f"{what}, {_path_text(one.path)}" if one.path else what
     remedy = (
         f'did you mean "{one.nearest}"?'
         if one.nearest
         else "it may limit something, so nothing ignores it; leave it out, or upgrade what does not know it"
     )
-    return f'unknown field "{_path_text((one.name,))}" in {where}: {remedy}'
+    return f'unknown field "{_path_text((one.name,))}" in {location}: {remedy}'
 
 
 def _path_text(path: Sequence[str]) -> str:

@@ -1,1 +1,3 @@
-"""Decides on requests for credentials: the rule, the Rego bundle, and the approvals of people."""
+"""The policy service (PDP): decides credential requests by the invariant in code, the Rego bundle, and people's
+approvals.
+"""

@@ -1,7 +1,7 @@
-"""What policy knows about requests that were decided, or are being decided: rebuilt from its own decisions.
+"""Decision log: the state of requests that were decided or are being decided, rebuilt from policy's own decisions.
 
-Nothing here is stored anywhere else. A decision names the place of its request, so that reading back a day of
-`credential.decision` tells a redelivery from a replay, and a pending approval from a final answer.
+Nothing here is stored anywhere else. A decision names the position of its request. So a day of `credential.decision`,
+read back, tells a redelivery from a replay, and a pending approval from a final answer.
 """
 
 from __future__ import annotations
@@ -32,22 +32,26 @@ from ringfence.model.records.directory import Directory
 log = logging.getLogger(__name__)
 
 MOST_DENIALS = 2000
-"""The text of so many denials is kept for each partition: more than could come again after a failure or a crash."""
+"""The most denials of each partition whose text is kept: more than could be delivered again after a failure or a
+crash.
+"""
 ANSWER_EXPIRED_WITHIN_MS = 5 * 60 * 1000
-"""A request that reached the broker so long after its `exp` is answered with a denial; later, it is dead-lettered."""
+"""A request that was appended up to this long after its `exp` is answered with a denial. A later one is
+dead-lettered.
+"""
 KEEP_MS = 15 * 60 * 1000
 """How long a final decision is remembered after its request has expired.
 
-Longer than `ANSWER_EXPIRED_WITHIN_MS`: what is forgotten is so old that it cannot be decided a second time.
+It is longer than `ANSWER_EXPIRED_WITHIN_MS`, so a forgotten request is too old to be decided a second time.
 """
 MAX_AGE_MS = MAX_LIFE_S * 1000
-"""The longest life of a request, and the longest that approvals are waited for."""
+"""The longest life of a request, and the longest wait for approvals."""
 HISTORY_MS = MAX_AGE_MS + 60 * 60 * 1000
-"""How far back decisions are read at the start."""
+"""How far back decisions are read at start."""
 
 
 class RecordPosition(NamedTuple):
-    """Where a record stands in its topic."""
+    """The position of a record in its topic."""
 
     partition: int
     offset: int
@@ -55,80 +59,79 @@ class RecordPosition(NamedTuple):
 
 @dataclass(slots=True)
 class RequestState:
-    """What is known about one request."""
+    """The state of one request."""
 
     request_id: str
     agent_id: str
     at: RecordPosition
-    """Where the request stands. The same id elsewhere is a replay."""
+    """The position of the request. The same id at another position is a replay."""
     exp: int
-    """The request's end, in seconds since 1970."""
+    """The request's `exp`, in seconds since 1970."""
     outcome: Outcome | None = None
     """None while it is being decided for the first time."""
     tried: bool = False
-    """Whether this process has set out to decide on it: a decision may stand on Kafka without its being told."""
+    """Whether this process has begun to publish a decision. One may be on Kafka without an acknowledgement."""
     ttl_s: int | None = None
     decision_id: str | None = None
     decided_at: RecordPosition | None = None
     jws: str | None = None
-    """The decision, where it may be needed again: while approvals are waited for, and of a denial lately."""
+    """The decision, where it may be needed again: while approvals are pending, and for recent denials."""
     pending: CredentialDecision | None = None
-    """The decision that waits for approvals."""
     traceparent: str | None = None
     forget_at_ms: int = 0
     approvals: dict[str, tuple[str, RecordPosition | None]] = field(default_factory=dict)
-    """The approvals in the decision by id: digest, and where it stands if this process has seen it."""
+    """The approvals in the decision by id: digest, and position if this process has seen it."""
 
     @property
     def is_final(self) -> bool:
         return self.outcome in ("allowed", "denied")
 
     def saw(self, approval: Signed[Approval], at: RecordPosition) -> None:
-        """Remember where an approval stands that this process has taken in."""
+        """Remember the position of an approval that this process has processed."""
         id = message_id(approval.claims.iss, approval.claims.jti)
         self.approvals[id] = (approval.digest, at)
 
 
 class Decisions(Protocol):
-    """The memory of policy."""
+    """Interface of the decision log."""
 
     def claim(
         self, request_id: str, agent_id: str, at: RecordPosition, *, at_ms: int, exp: int
     ) -> RequestState:
-        """What is known about a verified request; what was not known before is known from now on.
+        """Return the state of a verified request. An unknown request is added.
 
-        `at_ms` is its append time, `exp` its own, in seconds since 1970.
+        `at_ms` is its append time, `exp` its expiry in seconds since 1970.
         """
         ...
 
     def get(self, request_id: str) -> RequestState | None:
-        """What is known about a request, or None."""
+        """Return the state of a request, or None."""
         ...
 
     def keep(
         self, decision: CredentialDecision, jws: str, at: RecordPosition, at_ms: int, traceparent: str | None
     ) -> RequestState:
-        """Take in a decision of this service that stands at `at`, appended at `at_ms`. The first final one counts."""
+        """Add a decision of this service at position `at`, appended at `at_ms`. The first final one counts."""
         ...
 
     def reached(self, partition: int) -> int:
-        """The offset of the last request in a partition of which something is known; -1 where there is none."""
+        """Return the offset of the last known request in a partition; -1 if there is none."""
         ...
 
     def pending(self) -> Iterator[RequestState]:
-        """All requests that wait for approvals."""
+        """Yield all requests that wait for approvals."""
         ...
 
     def waiting(self) -> Mapping[str, int]:
-        """How many requests wait for approvals, by agent; not to be changed."""
+        """Return the number of requests that wait for approvals, by agent. Do not change the mapping."""
         ...
 
 
 class InMemoryDecisionLog:
     """`Decisions` in this process, fed by what it publishes and by what it reads back.
 
-    Time goes by the append times of the decisions in each partition, not by the clock: whatever could come again after
-    a crash is then remembered however long the service was down.
+    Its time is the append time of the decisions in each partition, not the clock. So it remembers whatever could be
+    delivered again after a crash, however long the service was down.
     """
 
     def __init__(
@@ -137,9 +140,9 @@ class InMemoryDecisionLog:
         on_allowed: Callable[[CredentialDecision, str, int], None] = lambda decision, agent_id, at_ms: None,
         on_decision: Callable[[CredentialDecision, str], None] = lambda decision, agent_id: None,
     ) -> None:
-        """`on_allowed` is told of every `allowed` decision that stands: with the agent's id and the append time.
+        """`on_allowed` receives every valid `allowed` decision, with the agent's id and the append time.
 
-        `on_decision` is told of every decision that is taken in, and may be told of one twice.
+        `on_decision` receives every added decision, perhaps twice.
         """
         self._on_decision = on_decision
         self._trust = trust
@@ -159,12 +162,12 @@ class InMemoryDecisionLog:
     def claim(
         self, request_id: str, agent_id: str, at: RecordPosition, *, at_ms: int, exp: int
     ) -> RequestState:
-        known = self._known.get(request_id)
-        if known is None:
-            known = self._known[request_id] = RequestState(request_id, agent_id, at, exp)
-            self._forget_at(at.partition, _end_ms(exp, at_ms), known)
+        state = self._known.get(request_id)
+        if state is None:
+            state = self._known[request_id] = RequestState(request_id, agent_id, at, exp)
+            self._forget_at(at.partition, _end_ms(exp, at_ms), state)
             self._reach(at)
-        return known
+        return state
 
     def get(self, request_id: str) -> RequestState | None:
         return self._known.get(request_id)
@@ -173,7 +176,7 @@ class InMemoryDecisionLog:
         self, decision: CredentialDecision, jws: str, at: RecordPosition, at_ms: int, traceparent: str | None
     ) -> RequestState:
         before = self._known.get(decision.request_id)
-        if before is None or before.decided_at != at:  # else it was read back before it was acknowledged
+        if before is None or before.decided_at != at:  # otherwise it was read back before it was acknowledged
             self._published.add(at)
         return self._take(decision, jws, at, at_ms, traceparent)
 
@@ -189,7 +192,7 @@ class InMemoryDecisionLog:
     # --- reading back ---
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in decisions from the topic, in the order of each partition."""
+        """Add decisions from the topic, in the order of each partition."""
         for record in records:
             place = RecordPosition(record.partition, record.offset)
             if place in self._published:
@@ -198,12 +201,12 @@ class InMemoryDecisionLog:
             if self._unread is None:
                 self._read(record)
             else:
-                self._put_aside(record)
+                self._keep_unread(record)
 
     async def settle(self) -> None:
-        """Believe what was read back at the start: awaited before the first request is taken.
+        """Verify what was read back at start. Await it before the first request is processed.
 
-        Until then only what could still matter is kept, and none of it verified: most of a day's decisions are over.
+        Until then only decisions that could still matter are kept, unverified: most decisions of a day are over.
         """
         async with self._settling:
             while self._unread:
@@ -216,15 +219,15 @@ class InMemoryDecisionLog:
             self._unread = None
 
     def unready(self) -> str | None:
-        """Why nothing can be decided yet, or None."""
+        """Return the reason why nothing can be decided yet, or None."""
         return None if self._unread is None else "what was decided before is not known yet"
 
-    def _put_aside(self, record: Received) -> None:
+    def _keep_unread(self, record: Received) -> None:
         assert self._unread is not None
         try:
             unverified = orjson.loads(parse(record.value).payload)
             request = orjson.loads(parse(unverified["request"]).payload)
-            # Only to let go, unverified, of what is over; nothing is believed by that.
+            # Unverified, only to drop expired decisions; dropping trusts nothing.
             end_ms = _end_ms(request["exp"], record.appended_at_ms)
             if unverified["outcome"] == "approval_required":
                 end_ms = max(end_ms, unverified["expires_at"] * 1000 + MAX_AGE_MS)
@@ -241,10 +244,10 @@ class InMemoryDecisionLog:
                 extra=rate_limited(record.topic_name, type(error).__name__),
             )
             return
-        kept = self._unread.setdefault(record.partition, [])
-        heapq.heappush(kept, (end_ms, record.offset, record))
-        while kept[0][0] < record.appended_at_ms:
-            heapq.heappop(kept)
+        unread = self._unread.setdefault(record.partition, [])
+        heapq.heappush(unread, (end_ms, record.offset, record))
+        while unread[0][0] < record.appended_at_ms:
+            heapq.heappop(unread)
 
     def _read(self, record: Received) -> None:
         try:
@@ -264,90 +267,90 @@ class InMemoryDecisionLog:
                 extra=rate_limited(record.topic_name, error.code),
             )
 
-    # --- what both lead to ---
+    # --- shared steps ---
 
     def _take(
         self, decision: CredentialDecision, jws: str, at: RecordPosition, at_ms: int, traceparent: str | None
     ) -> RequestState:
         id, source = decision.request_id, RecordPosition(decision.source.partition, decision.source.offset)
-        known = self._known.get(id)
-        if known is None:
-            # The request stands inside a decision that this service signed: it was verified before that.
+        state = self._known.get(id)
+        if state is None:
+            # The request is inside a decision that this service signed, and was verified before.
             request = parse(decision.request).unverified_claims(CredentialRequest)
             agent_id = subject_of(decision.aud, request.iss, "agent") or ""
-            known = self._known[id] = RequestState(id, agent_id, source, request.exp)
+            state = self._known[id] = RequestState(id, agent_id, source, request.exp)
         self._reach(source)
-        self._on_decision(decision, known.agent_id)
+        self._on_decision(decision, state.agent_id)
         final = decision.outcome != "approval_required"
-        if known.decided_at is None or self._replaces(known, final, at):
-            known.at, known.outcome, known.ttl_s = source, decision.outcome, decision.ttl_s
-            known.decision_id, known.decided_at = decision.jti, at
-            known.traceparent = traceparent or known.traceparent
-            known.jws = None if decision.outcome == "allowed" else jws
-            known.pending = None if final else decision
+        if state.decided_at is None or self._replaces(state, final, at):
+            state.at, state.outcome, state.ttl_s = source, decision.outcome, decision.ttl_s
+            state.decision_id, state.decided_at = decision.jti, at
+            state.traceparent = traceparent or state.traceparent
+            state.jws = None if decision.outcome == "allowed" else jws
+            state.pending = None if final else decision
             if decision.outcome == "denied":
-                self._keep_text(known, at.partition)
-            known.approvals = {
-                id: (approval, known.approvals.get(id, (approval, None))[1])
+                self._keep_text(state, at.partition)
+            state.approvals = {
+                id: (approval, state.approvals.get(id, (approval, None))[1])
                 for id, approval in _approvals_of(decision)
             }
             if final:
                 self._waits_no_more(id)
                 if decision.outcome == "allowed":
-                    self._on_allowed(decision, known.agent_id, at_ms)
+                    self._on_allowed(decision, state.agent_id, at_ms)
             else:
                 if id not in self._pending:
-                    self._waiting[known.agent_id] += 1
-                self._pending[id] = known
-        end_ms = _end_ms(known.exp, at_ms)
+                    self._waiting[state.agent_id] += 1
+                self._pending[id] = state
+        end_ms = _end_ms(state.exp, at_ms)
         if decision.expires_at is not None:
             end_ms = max(end_ms, decision.expires_at * 1000 + MAX_AGE_MS)
-        self._forget_at(at.partition, end_ms, known)
+        self._forget_at(at.partition, end_ms, state)
         self._forget_until(at.partition, at_ms)
-        return known
+        return state
 
     def _reach(self, at: RecordPosition) -> None:
         self._reached[at.partition] = max(self._reached.get(at.partition, -1), at.offset)
 
-    def _replaces(self, known: RequestState, final: bool, at: RecordPosition) -> bool:
-        assert known.decided_at is not None
-        if known.is_final:
-            return final and at.offset < known.decided_at.offset
-        return final or at.offset > known.decided_at.offset
+    def _replaces(self, state: RequestState, final: bool, at: RecordPosition) -> bool:
+        assert state.decided_at is not None
+        if state.is_final:
+            return final and at.offset < state.decided_at.offset
+        return final or at.offset > state.decided_at.offset
 
-    # --- forgetting ---
+    # --- removal ---
 
-    def _forget_at(self, partition: int, end_ms: int, known: RequestState) -> None:
-        if end_ms > known.forget_at_ms:
-            known.forget_at_ms = end_ms
-            heapq.heappush(self._ends.setdefault(partition, []), (end_ms, known.request_id))
+    def _forget_at(self, partition: int, end_ms: int, state: RequestState) -> None:
+        if end_ms > state.forget_at_ms:
+            state.forget_at_ms = end_ms
+            heapq.heappush(self._ends.setdefault(partition, []), (end_ms, state.request_id))
 
     def _forget_until(self, partition: int, at_ms: int) -> None:
         ends = self._ends.get(partition, [])
         while ends and ends[0][0] < at_ms:
             _, id = heapq.heappop(ends)
-            known = self._known.get(id)
-            if known is not None and known.forget_at_ms < at_ms:
+            state = self._known.get(id)
+            if state is not None and state.forget_at_ms < at_ms:
                 del self._known[id]
                 self._waits_no_more(id)
 
     def _keep_text(self, denied: RequestState, partition: int) -> None:
-        """Keep a denial as a text, and that of an older one no longer: it is most of what is remembered of it."""
+        """Keep the text of a denial, and drop that of an older one: the text is most of its memory."""
         denials = self._denials.setdefault(partition, deque())
         denials.append(denied)
         if len(denials) > MOST_DENIALS:
             denials.popleft().jws = None
 
     def _waits_no_more(self, id: str) -> None:
-        known = self._pending.pop(id, None)
-        if known is not None:
-            self._waiting[known.agent_id] -= 1
-            if not self._waiting[known.agent_id]:
-                del self._waiting[known.agent_id]
+        state = self._pending.pop(id, None)
+        if state is not None:
+            self._waiting[state.agent_id] -= 1
+            if not self._waiting[state.agent_id]:
+                del self._waiting[state.agent_id]
 
 
 class Approvers:
-    """The users who may approve something at all: those with the role sponsor or operator."""
+    """The users who may approve anything at all: those with the role sponsor or operator."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
@@ -355,7 +358,7 @@ class Approvers:
         directory.on_change(self._on_change)
 
     def ids(self) -> tuple[str, ...]:
-        """Their ids, sorted."""
+        """Return their ids, sorted."""
         if self._ids is None:
             users = (cast(UserState, entry.state) for entry in self._directory.entries("user"))
             self._ids = tuple(
@@ -371,12 +374,12 @@ class Approvers:
 
 
 def _end_ms(exp: int, at_ms: int) -> int:
-    """Until when a request is remembered that expires at `exp` (seconds) and was taken in or decided at `at_ms`."""
+    """Return until when a request is remembered that expires at `exp` (seconds) and was added or decided at `at_ms`."""
     return max(min(exp * 1000, at_ms + MAX_AGE_MS), at_ms) + KEEP_MS
 
 
 def _approvals_of(decision: CredentialDecision) -> Iterator[tuple[str, str]]:
-    """(id, digest) of each approval in a decision of this service, which verified them before it signed."""
+    """Yield (id, digest) of each approval in a decision of this service, which verified them before it signed."""
     for jws in decision.approvals:
         claims = parse(jws).unverified_claims(Approval)
         yield message_id(claims.iss, claims.jti), digest(jws)

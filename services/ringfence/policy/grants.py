@@ -1,6 +1,6 @@
-"""Grants in policy: taking them in, choosing those that stand in for an approval, and knowing how often each was used.
+"""Grants in policy: keeps them, selects those that replace an approval, and counts their uses.
 
-The issuer counts for good; what is counted here only saves asking it for what it would refuse.
+The issuer's count is authoritative. The count here only avoids asking the issuer for what it would refuse.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ringfence.model.requests.grants import (
 from ringfence.policy.domain import Case, Evaluation
 
 _MOST_REMEMBERED = 1000
-"""Beyond, it is looked which grants are over."""
+"""Beyond this number, expired grants are removed."""
 
 
 class GrantBook:
-    """Which grants could be used for a request, and which requests used them."""
+    """Selects grants for requests, and knows which requests used them."""
 
     def __init__(self, table: GrantTable, directory: Directory) -> None:
         self._table = table
@@ -35,7 +35,7 @@ class GrantBook:
     def fitting(
         self, case: Case, evaluation: Evaluation, approvals: Sequence[Signed[Approval]], at_ms: int
     ) -> tuple[Signed[Grant], ...]:
-        """Grants that, with these approvals, leave nothing to be asked for; none where they would not be enough."""
+        """Return grants that, with these approvals, satisfy every requirement; empty where they would not be enough."""
         facts, ruling, revisions = evaluation.facts, evaluation.ruling, evaluation.revisions
         if facts is None or revisions is None or ruling.ttl_s is None:
             return ()
@@ -52,16 +52,16 @@ class GrantBook:
                 or not self._is_left(grant, case.request_id)
             ):
                 continue
-            left = unmet(ruling.required, [*approvals, *chosen, grant], self._directory, facts)
-            if len(left) < len(lacking):
+            still_unmet = unmet(ruling.required, [*approvals, *chosen, grant], self._directory, facts)
+            if len(still_unmet) < len(lacking):
                 chosen.append(grant)
-                lacking = left
+                lacking = still_unmet
             if not lacking:
                 return tuple(chosen)
         return ()
 
     def use(self, grants: Sequence[Signed[Grant]], request_id: str) -> bool:
-        """Note that a request uses these; False, and nothing is noted, where one of them is used up by now."""
+        """Note that a request uses these grants. Returns False, and notes nothing, if one of them is used up."""
         if not all(self._is_left(grant, request_id) for grant in grants):
             return False
         for grant in grants:
@@ -69,13 +69,13 @@ class GrantBook:
         return True
 
     def on_allowed(self, decision: CredentialDecision) -> None:
-        """Take in what a decision of policy used, whoever made it."""
+        """Note the grants that a decision of policy used, whichever replica made it."""
         for compact in decision.grants or ():
             grant = parse(compact).unverified_claims(Grant)  # policy verified it before it signed
             self._note(id_of(grant), decision.request_id)
 
     def used(self, grant_id: str) -> int:
-        """How many requests used a grant, as far as is known here."""
+        """Return how many requests used a grant, as far as this process knows."""
         return len(self._used.get(grant_id, ()))
 
     def _note(self, grant_id: str, request_id: str) -> None:

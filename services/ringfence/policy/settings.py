@@ -14,7 +14,7 @@ from ringfence.rego.embedded import TIMEOUT_MS
 
 
 class PolicySettings(RingfenceSettings):
-    """What policy needs besides what every service needs."""
+    """Settings of policy alone."""
 
     model_config = SettingsConfigDict(env_prefix="RINGFENCE_POLICY_", extra="ignore", frozen=True)
 

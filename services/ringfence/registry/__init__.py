@@ -1,1 +1,3 @@
-"""Users, agents, targets and tasks: verifies signed commands, keeps the lifecycle, publishes signed records."""
+"""The registry of users, agents, targets and tasks: verifies signed commands, keeps the lifecycle, publishes signed
+records.
+"""

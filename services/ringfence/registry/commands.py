@@ -1,4 +1,4 @@
-"""Commands in; records, events and heartbeats out."""
+"""Command handler of the registry: takes signed commands, publishes records, events and heartbeats."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _CATCH_UP_S = 5.0
 
 
 class Registry:
-    """Handles one command after the other. See `on_command`."""
+    """Handles commands one after the other; see `on_command`."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Registry:
         on_alarm: Callable[[Alarm], None] = lambda alarm: None,
         on_finding: Callable[[ServiceEvent], None] = lambda event: None,
     ) -> None:
-        """`on_finding` is told what a registry found out lately, when its own events are read back."""
+        """`on_finding` receives each recent finding of a registry when its own events are read back."""
         self._runtime = runtime
         self._directory = directory
         self._memory = memory
@@ -69,53 +69,53 @@ class Registry:
         self._on_finding = on_finding
         self._compared = False
         self.history: Follower | None = None
-        """What reads this registry's own events; set by the wiring."""
+        """The reader of this registry's own events. The wiring sets it."""
         self.on_own_event: Callable[[ServiceEvent], None] = lambda event: None
-        """Is told of each of these that was read back."""
 
     # --- commands ---
 
     async def on_command(self, record: Received) -> None:
-        """Take one command to its end: a record where something changes, and the signed answer.
+        """Handle one command to its end: publish a record if something changes, and the signed answer.
 
-        Raises InvalidMessageError where no known signer gave it.
+        Raises InvalidMessageError if no known signer signed the command, and UnavailableError if the trust bundle lacks
+        this registry's key.
         """
         self._require_own_key()
         try:
-            given = self._directory.chains.authorise(parse(record.value), record.appended_at_ms)
+            authorised = self._directory.chains.authorise(parse(record.value), record.appended_at_ms)
         except ChainError as error:
             raise InvalidMessageError(f"its signer cannot be believed: {error}", code=error.code) from None
-        iss, jti = given.claims.iss, given.claims.jti
+        iss, jti = authorised.claims.iss, authorised.claims.jti
         handled = self._memory.place(iss, jti)
         if handled is not None:
             if not _same_place(handled, record.coordinates):
-                await self._answer("replayed", given, record, _first_at(handled))
+                await self._answer("replayed", authorised, record, _first_at(handled))
             return
         embedded = self._memory.embedded(iss, jti)
         if embedded is not None:
-            if (embedded.jws, embedded.appended_at_ms) != (given.signed.compact, record.appended_at_ms):
+            if (embedded.jws, embedded.appended_at_ms) != (authorised.signed.compact, record.appended_at_ms):
                 await self._answer(
-                    "replayed", given, record, f"handled before, at {embedded.appended_at_ms} ms"
+                    "replayed", authorised, record, f"handled before, at {embedded.appended_at_ms} ms"
                 )
                 return
             # The process ended after the record and before the answer.
-            await self._answer("accepted", given, record)
+            await self._answer("accepted", authorised, record)
         else:
-            await self._handle(given, record)
+            await self._handle(authorised, record)
         self._memory.remember(iss, jti, record.coordinates)
 
-    async def _handle(self, given: Authorised, record: Received) -> None:
-        subject = command_subject(given.claims, given.command_id)
+    async def _handle(self, authorised: Authorised, record: Received) -> None:
+        subject = command_subject(authorised.claims, authorised.command_id)
         try:
-            change = decide(self._current(subject), given, self._memory)
+            change = decide(self._current(subject), authorised, self._memory)
             if change is not None:
-                await self._publish(subject, change, given, record.traceparent)
+                await self._publish(subject, change, authorised, record.traceparent)
         except (CommandRefusedError, ChainError) as error:
-            await self._answer("refused", given, record, str(error), error.code)
+            await self._answer("refused", authorised, record, str(error), error.code)
             if error.code == "key_taken":
-                await self._tell_key_taken(given, record, error)
+                await self._report_key_taken(authorised, record, error)
             return
-        await self._answer("accepted", given, record)
+        await self._answer("accepted", authorised, record)
 
     def _current(self, subject: Subject) -> Current | None:
         entry = self._directory.entry(*subject)
@@ -125,16 +125,16 @@ class Registry:
         return Current(entry.state, entry.revision, commands)
 
     async def _publish(
-        self, subject: Subject, change: Change, given: Authorised, traceparent: str | None
+        self, subject: Subject, change: Change, authorised: Authorised, traceparent: str | None
     ) -> None:
-        """Publish a record and take it in at once: the next command is judged on it."""
+        """Publish a record and apply it to the directory at once, because the next command is decided on it."""
         kind, id = subject
         key = self._runtime.key
         claims: AnyRecord = RECORDS[kind](
             iss=key.id,
             aud=self._runtime.settings.trust_domain,
-            # Nothing of this process is in a record: whoever handles the command again writes the very same claims.
-            iat=given.appended_at_ms // 1000,
+            # A record contains nothing of this process: whoever handles the command again writes the very same claims.
+            iat=authorised.appended_at_ms // 1000,
             jti=derived_id(kind, id, change.revision),
             sub=f"spiffe://{self._runtime.settings.trust_domain}/{kind}/{id}",
             revision=change.revision,
@@ -142,7 +142,7 @@ class Registry:
             state=change.state,
         )
         compact = sign(claims, key)
-        check_size(given.claims, len(compact))
+        check_size(authorised.claims, len(compact))
         await self._append(kind, id, compact, claims.jti, traceparent)
 
     async def _append(
@@ -165,61 +165,66 @@ class Registry:
     async def _answer(
         self,
         kind: EventKind,
-        given: Authorised,
+        authorised: Authorised,
         record: Received,
         message: str | None = None,
         code: str | None = None,
     ) -> None:
-        """Say what became of a command, signed."""
-        command = given.claims
-        subject_kind, id = command_subject(command, given.command_id)
+        """Publish the signed result of a command."""
+        command = authorised.claims
+        subject_kind, id = command_subject(command, authorised.command_id)
         at = record.coordinates
-        about: tuple[object, ...] = (command.iss, command.jti)
+        id_parts: tuple[object, ...] = (command.iss, command.jti)
         if kind == "replayed":
-            about = (*about, at.topic, at.partition, at.offset)
+            id_parts = (*id_parts, at.topic, at.partition, at.offset)
         reasons = (Reason(code=code or kind, message=message[:2048]),) if message else ()
         await self._runtime.event(
             kind,
             command.typ,
-            about=about,
+            about=id_parts,
             reasons=reasons,
             source=at,
             traceparent=record.traceparent,
             actor=command.iss,
             ref=command.jti,
             result=id if kind == "accepted" else None,
-            agent_id=self._agent_id(given),
+            agent_id=self._agent_id(authorised),
             task_id=id if subject_kind == "task" else None,
         )
 
-    async def _tell_key_taken(self, given: Authorised, record: Received, error: RingfenceError) -> None:
-        """One key for two: whoever has it could be taken for either, so somebody should look at it."""
+    async def _report_key_taken(
+        self, authorised: Authorised, record: Received, error: RingfenceError
+    ) -> None:
+        """Publish a finding: two subjects use one key.
+
+        Whoever holds it could pass as either, so somebody should look at it.
+        """
         await self._runtime.event(
             "finding",
-            given.claims.typ,
-            about=("key_taken", given.claims.iss, given.claims.jti),
+            authorised.claims.typ,
+            about=("key_taken", authorised.claims.iss, authorised.claims.jti),
             reasons=(Reason(code="key_taken", message=str(error)[:2048]),),
             source=record.coordinates,
             traceparent=record.traceparent,
-            agent_id=self._agent_id(given),
+            agent_id=self._agent_id(authorised),
         )
 
-    def _agent_id(self, given: Authorised) -> str | None:
-        kind, id = command_subject(given.claims, given.command_id)
+    def _agent_id(self, authorised: Authorised) -> str | None:
+        kind, id = command_subject(authorised.claims, authorised.command_id)
         if kind == "agent":
             return id
-        if isinstance(given.claims, TaskAssign | TaskDelegate):
-            return given.claims.terms.agent_id
+        if isinstance(authorised.claims, TaskAssign | TaskDelegate):
+            return authorised.claims.terms.agent_id
         task = self._directory.unverified("task", id) if kind == "task" else None
         return task.state.agent_id if task and isinstance(task.state, TaskState) else None
 
     def _require_own_key(self) -> None:
-        """A registry that the trust bundle does not know (yet) would write what nobody believes."""
+        """Raise UnavailableError if the trust bundle lacks this registry's key: nobody would accept its records."""
         if reason := self.untrusted():
             raise UnavailableError(reason)
 
     def untrusted(self) -> str | None:
-        """Why nobody would believe this registry, or None."""
+        """Return the reason why no service would accept this registry's records, or None."""
         key = self._runtime.key
         now_s = self._runtime.clock.now_ms() / 1000
         if self._runtime.trust.service_key(key.id, key.kid, ("registry",), now_s) is None:
@@ -229,7 +234,7 @@ class Registry:
     # --- memory ---
 
     def on_events(self, records: Sequence[Received]) -> None:
-        """Read back which commands were handled, by whichever replica."""
+        """Read back which commands any replica has handled."""
         for record in records:
             if record.key != self._runtime.role:
                 continue
@@ -241,7 +246,7 @@ class Registry:
                     audience=self._runtime.settings.trust_domain,
                 ).claims
             except InvalidMessageError:
-                continue  # whoever wrote that is not the registry
+                continue  # its writer is not the registry
             if event.kind in ("accepted", "refused") and event.actor and event.ref and event.source:
                 self._memory.remember(event.actor, event.ref, event.source)
             elif event.kind == "finding":
@@ -249,7 +254,7 @@ class Registry:
             self.on_own_event(event)
 
     async def catch_up(self) -> None:
-        """Wait until tables and memory hold what the replica wrote that had the commands before."""
+        """Wait until tables and memory hold everything that the previously active replica wrote."""
         while not (
             await self._runtime.tables_caught_up(_CATCH_UP_S)
             and (self.history is None or await self.history.caught_up(_CATCH_UP_S))
@@ -260,7 +265,7 @@ class Registry:
     # --- heartbeat ---
 
     async def beat(self) -> None:
-        """Confirm what complete tables hold now. First write again what somebody wrote over."""
+        """Publish a heartbeat with digests of complete tables. First restore records that somebody overwrote."""
         if not await self._runtime.tables_caught_up(1.0):
             return
         if not self._compared:
@@ -284,14 +289,16 @@ class Registry:
         )
 
     def _compare(self) -> None:
-        """Before the first heartbeat of this process: do the topics still hold what the last one confirmed?"""
+        """Check, before the first heartbeat of this process, that the topics still hold what the last heartbeat
+        confirmed.
+        """
         for found in self._directory.unmatched():
             message = f"{found}, which is not what the last heartbeat confirmed: records may be gone"
             log.error("%s", message)
             self._on_alarm(Alarm("table_differs", message, found.partition(" ")[0], None))
 
     async def _write_again(self, kind: SubjectKind, id: str) -> None:
-        """The last record under a key is what compaction keeps: it must be the one that counts."""
+        """Publish a record again. Compaction keeps the last record of a key, so it must be the valid one."""
         record = self._directory.unverified(kind, id)
         if record is None:
             return
@@ -299,7 +306,11 @@ class Registry:
         await self._append(kind, id, sign(record, self._runtime.key), record.jti)
 
     async def _put_bundle_back(self) -> None:
-        """Who starts after compaction would else find the bundle of before, with the keys that it ended."""
+        """Publish the trust bundle again.
+
+        Otherwise a service that starts after compaction would find the previous bundle, with the keys that the current
+        one ended.
+        """
         trust = self._runtime.trust
         log.error("writing trust bundle %s again: something else stands under its key", trust.version)
         id = derived_id("trust", str(trust.version), digest(trust.compact))
@@ -310,7 +321,10 @@ class Registry:
         )
 
     async def beat_while(self, mine: Callable[[], bool], every_s: float) -> None:
-        """Send heartbeats for as long as `mine()` says that this replica has the commands. Does not end."""
+        """Send a heartbeat every `every_s` seconds while `mine()` says that this replica handles the commands.
+
+        Never returns.
+        """
 
         async def beat() -> None:
             if mine() and self.untrusted() is None:

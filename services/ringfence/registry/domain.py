@@ -1,5 +1,6 @@
-"""What the registry decides on a command: the lifecycle that every reader folds again, and what only the registry can
-see: other subjects, and the order of all commands. Pure.
+"""Rules for commands: the lifecycle, which every reader computes again, and the checks that only the registry can make.
+
+Those checks need other subjects and the order of all commands. The module is pure.
 """
 
 from __future__ import annotations
@@ -49,61 +50,66 @@ from ringfence.model.unknown_fields import describe_unknown, unknown_fields
 Subject = tuple[SubjectKind, str]
 
 MAX_PARTS = 32
-"""How many parts of one task an agent can hand on, those that have ended among them: no agent fills the tables."""
+"""The most parts of one task that agents can hand on, ended parts included.
+
+The limit keeps an agent from filling the tables.
+"""
 MAX_NARROWING_BYTES = 8 * 1024
-"""The longest command that only takes away."""
 MAX_RECORD_BYTES = MAX_JWS_BYTES * 3 // 4
-"""The longest record after a command that gives. The rest is kept free, so that what takes away always fits."""
+"""The longest record after a command that grants something.
+
+The rest stays free, so that a command that takes away always fits.
+"""
 
 
 class Surroundings(Protocol):
-    """What a command is held against besides its own subject. All of it is as of the last command."""
+    """What a command is checked against besides its own subject, as of the last command."""
 
     @property
     def latest_ms(self) -> int:
-        """The latest append time among all commands that records follow from."""
+        """Return the latest append time of all commands in records."""
         ...
 
     def user(self, user_id: str) -> UserState | None:
-        """A user whose record holds."""
+        """Return a user whose record is valid, or None."""
         ...
 
     def agent(self, agent_id: str) -> AgentState | None:
-        """An agent whose record holds."""
+        """Return an agent whose record is valid, or None."""
         ...
 
     def roles_at(self, user_id: str, at_ms: int) -> frozenset[Role]:
-        """The roles of a user just before a moment."""
+        """Return the roles of a user just before a moment."""
         ...
 
     def task_at(self, task_id: str, at_ms: int) -> TaskState | None:
-        """A task just before a moment."""
+        """Return a task as it was just before a moment, or None."""
         ...
 
     def parts_of(self, task_id: str) -> int:
-        """How many parts of a task were handed on, those that have ended among them."""
+        """Return how many parts of a task were handed on, ended parts included."""
         ...
 
     def changed_ms(self, kind: SubjectKind, id: str) -> int:
-        """The append time of the last command in the own record of a subject; 0 where there is none."""
+        """Return the append time of the last command in the subject's own record, or 0 if there is none."""
         ...
 
     def holders(self, kid: str) -> Collection[tuple[str, str]]:
-        """(kind, id) of whose key that is, or was; services and the root are among them."""
+        """Return (kind, id) of all subjects that have or had a key, services and the root among them."""
         ...
 
     def issuer_of(self, id_token: str, at_ms: int) -> OidcIssuer | None:
-        """The issuer of a user's ID token, as the trust bundle has it."""
+        """Return the issuer of a user's ID token from the trust bundle, or None."""
         ...
 
     def task_of_consent(self, iss: str, mark: str) -> str | None:
-        """The task that a consent was used for."""
+        """Return the id of the task that a consent was used for, or None."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """A command that a record embeds, with its claims."""
+    """A command embedded in a record, with its claims."""
 
     claims: Command
     embedded: EmbeddedCommand
@@ -127,40 +133,40 @@ class Change:
     commands: tuple[EmbeddedCommand, ...]
 
 
-def decide(current: Current | None, given: Authorised, around: Surroundings) -> Change | None:
-    """What a command changes; None where it asks for what is so already.
+def decide(current: Current | None, authorised: Authorised, around: Surroundings) -> Change | None:
+    """Decide a command: return the changed record, or None if what the command asks for is already so.
 
-    Raises CommandRefusedError with the reason; a refused command changes nothing.
+    Raises CommandRefusedError with the reason. A refused command changes nothing.
     """
-    command, at_ms = given.claims, given.appended_at_ms
-    _check_time(given, around)
-    compact = given.signed.compact
+    command, at_ms = authorised.claims, authorised.appended_at_ms
+    _check_time(authorised, around)
+    compact = authorised.signed.compact
     if takes_away(command) and len(compact) > MAX_NARROWING_BYTES:
         raise CommandRefusedError(
             f"{with_article(command.typ)} of {len(compact)} bytes; the limit is {MAX_NARROWING_BYTES}",
             code="too_large",
         )
     context = Context(
-        actor=given.actor,
+        actor=authorised.actor,
         at_s=at_ms // 1000,
-        command_id=given.command_id,
+        command_id=authorised.command_id,
         roles_of=lambda user_id: around.roles_at(user_id, at_ms),
         task_at=lambda task_id: around.task_at(task_id, at_ms),
         last_signed_s=max((e.claims.iat for e in current.commands), default=0) if current else 0,
-        consent_by=given.consent_by,
-        consent_problem=given.consent_problem,
-        transfer_consent=given.consent.transfer if given.consent else None,
+        consent_by=authorised.consent_by,
+        consent_problem=authorised.consent_problem,
+        transfer_consent=authorised.consent.transfer if authorised.consent else None,
         sponsor_of=lambda agent_id: agent.sponsor if (agent := around.agent(agent_id)) else None,
     )
     state = apply(current.state if current else None, command, context)
-    _check_fields(command, command_subject(command, given.command_id), given, around)
-    _check_keys(command, command_subject(command, given.command_id), around)
+    _check_fields(command, command_subject(command, authorised.command_id), authorised, around)
+    _check_keys(command, command_subject(command, authorised.command_id), around)
     if isinstance(command, TargetSet):
         _check_target(command)
     if isinstance(command, AgentTransfer) and current is not None:
-        _check_transfer(command, given, current.revision)
+        _check_transfer(command, authorised, current.revision)
     if isinstance(command, TaskAssign):
-        _check_task(command, given, around)
+        _check_task(command, authorised, around)
     if isinstance(command, TaskDelegate) and isinstance(state, TaskState):
         _check_part(state, around)
     embedded = EmbeddedCommand(jws=compact, appended_at_ms=at_ms)
@@ -168,17 +174,17 @@ def decide(current: Current | None, given: Authorised, around: Surroundings) -> 
         return Change(state, 1, (embedded,))
     if state == current.state:
         return None
-    kept = still_needed([(e.claims, e.embedded) for e in current.commands], command)
-    return Change(state, current.revision + 1, (*kept, embedded))
+    remaining = still_needed([(e.claims, e.embedded) for e in current.commands], command)
+    return Change(state, current.revision + 1, (*remaining, embedded))
 
 
 def takes_away(command: Command) -> bool:
-    """Whether a command can only leave less than there was: nothing may stand in its way."""
+    """Return whether a command can only reduce what is allowed. Nothing may stand in the way of such a command."""
     return not isinstance(command, (*MAY_WIDEN, AgentRegister, TaskAssign, TaskDelegate))
 
 
 def check_size(command: Command, size: int) -> None:
-    """Raises CommandRefusedError where a record of `size` bytes is too long for what `command` does."""
+    """Raise CommandRefusedError if a record of `size` bytes is too long for what `command` does."""
     limit = MAX_JWS_BYTES if takes_away(command) else MAX_RECORD_BYTES
     if size > limit:
         raise CommandRefusedError(
@@ -187,50 +193,53 @@ def check_size(command: Command, size: int) -> None:
         )
 
 
-def _check_time(given: Authorised, around: Surroundings) -> None:
-    """Every reader resolves a signer as of just before the append time: what came before must lie before it."""
-    if given.appended_at_ms < around.latest_ms:
+def _check_time(command: Authorised, around: Surroundings) -> None:
+    """Refuse a command that was not appended after the last one: every reader resolves a signer as of just before
+    the append time.
+    """
+    if command.appended_at_ms < around.latest_ms:
         raise CommandRefusedError(
-            f"appended {around.latest_ms - given.appended_at_ms} ms before a command that was accepted earlier: the "
+            f"appended {around.latest_ms - command.appended_at_ms} ms before a command that was accepted earlier: the "
             "broker's clock went back; sign and send it again",
             code="too_early",
         )
-    user_id, agent = given.actor.user_id, given.actor.agent
+    user_id, agent = command.actor.user_id, command.actor.agent
     signer = agent.agent_id if agent else user_id
     kind: SubjectKind = "agent" if agent else "user"
-    if signer is not None and given.appended_at_ms <= around.changed_ms(kind, signer):
+    if signer is not None and command.appended_at_ms <= around.changed_ms(kind, signer):
         raise CommandRefusedError(
             f"appended in the same moment as a change of its signer, {signer}; sign and send it again",
             code="too_early",
         )
 
 
-def _check_fields(command: Command, subject: Subject, given: Authorised, around: Surroundings) -> None:
-    """What gives has no field that nobody here knows, which could limit it. What takes away stops all that it can.
+def _check_fields(command: Command, subject: Subject, authorised: Authorised, around: Surroundings) -> None:
+    """Refuse a granting command with an unknown field, because the field could limit what is granted.
 
-    For new commands alone: records hold commands of before, which every reader folds again.
+    A command that takes away is accepted and stops as much as it can. The check is for new commands alone: every reader
+    computes old records, with their commands, again.
     """
     if takes_away(command):
         return
     _require_understood(command, " ".join(subject))
-    if isinstance(command, TaskAssign) and given.consent is not None:  # it was verified with the command
+    if isinstance(command, TaskAssign) and authorised.consent is not None:  # it was verified with the command
         if command.consent is not None:
             _require_understood(parse(command.consent).unverified_claims(TaskConsent), "the consent")
         elif command.id_token is not None:
-            issuer = around.issuer_of(command.id_token, given.appended_at_ms)
+            issuer = around.issuer_of(command.id_token, authorised.appended_at_ms)
             if issuer is not None:
                 _require_understood(issuer, f"issuer {issuer.issuer} in the trust bundle")
-    delegation = given.actor.delegation
+    delegation = authorised.actor.delegation
     if isinstance(command, UserSet) and delegation is not None and command.provisioned is not None:
         groups = command.provisioned.groups
         gives = bool(command.roles or command.entitlements.scope)
         if gives and set(given_by(delegation, groups).groups) != set(groups):
-            _require_understood(delegation, f"what is delegated to {given.actor.user_id}")
+            _require_understood(delegation, f"what is delegated to {authorised.actor.user_id}")
 
 
 def _require_understood(message: Message, what: str) -> None:
-    if found := unknown_fields(message):
-        raise CommandRefusedError(describe_unknown(found, what)[:2048], code="unknown_field")
+    if unknown := unknown_fields(message):
+        raise CommandRefusedError(describe_unknown(unknown, what)[:2048], code="unknown_field")
 
 
 def _check_keys(command: Command, subject: Subject, around: Surroundings) -> None:
@@ -242,25 +251,31 @@ def _check_keys(command: Command, subject: Subject, around: Surroundings) -> Non
         case _:
             return
     for key in keys:
-        if others := [holder for holder in around.holders(key.kid) if holder != subject]:
-            kind, id = min(others)
+        if other_holders := [holder for holder in around.holders(key.kid) if holder != subject]:
+            kind, id = min(other_holders)
             raise CommandRefusedError(
                 f"key {key.kid} belongs to {kind} {id}; a key has one owner: make another", code="key_taken"
             )
 
 
 def _check_target(command: TargetSet) -> None:
-    """What a built-in backend would not understand. What the backends of other packages take, only the issuer knows."""
-    if found := problems(command.backend):
+    """Refuse settings that a built-in backend would not understand.
+
+    Only the issuer knows the backends of other packages.
+    """
+    if mistakes := problems(command.backend):
         raise CommandRefusedError(
-            f"the settings of target {command.target_id} are wrong: {'; '.join(found)}",
+            f"the settings of target {command.target_id} are wrong: {'; '.join(mistakes)}",
             code="target_settings_invalid",
         )
 
 
-def _check_transfer(command: AgentTransfer, given: Authorised, revision: int) -> None:
-    """Nobody is made accountable for an agent unasked, but by an operator, who says so."""
-    consent = given.consent.transfer if given.consent else None
+def _check_transfer(command: AgentTransfer, authorised: Authorised, revision: int) -> None:
+    """Refuse a transfer that makes somebody accountable for an agent without consent.
+
+    An operator may do so explicitly.
+    """
+    consent = authorised.consent.transfer if authorised.consent else None
     if consent is not None:
         _require_understood(consent, "the consent")
         if consent.revision != revision:
@@ -270,9 +285,9 @@ def _check_transfer(command: AgentTransfer, given: Authorised, revision: int) ->
                 code="consent_stale",
             )
         return
-    if given.actor.user_id == command.sponsor or command.without_consent:
+    if authorised.actor.user_id == command.sponsor or command.without_consent:
         return
-    if given.actor.is_operator:
+    if authorised.actor.is_operator:
         raise CommandRefusedError(
             f"the transfer has no consent of {command.sponsor}; an operator may do without, and has to sign so: "
             "`without_consent`",
@@ -285,9 +300,9 @@ def _check_transfer(command: AgentTransfer, given: Authorised, revision: int) ->
     )
 
 
-def _check_task(command: TaskAssign, given: Authorised, around: Surroundings) -> None:
+def _check_task(command: TaskAssign, authorised: Authorised, around: Surroundings) -> None:
     _check_people((command.terms.agent_id,), command.on_behalf_of, around)
-    used = given.consent if uses_consent(command, given.actor.user_id) else None
+    used = authorised.consent if uses_consent(command, authorised.actor.user_id) else None
     if used is not None and used.address_unverified:
         raise CommandRefusedError(
             "the ID token does not say that its email was verified (email_verified): take another claim, or let the "
@@ -302,7 +317,7 @@ def _check_task(command: TaskAssign, given: Authorised, around: Surroundings) ->
 
 
 def _check_part(task: TaskState, around: Surroundings) -> None:
-    """Of what an agent hands on, all that acts in it can act now, and it is not too much."""
+    """Refuse a part of a task unless all its agents can act now and the limit of parts is kept."""
     _check_people(agents_of(task), task.on_behalf_of, around)
     parent = task.parent or ""
     if around.parts_of(parent) >= MAX_PARTS:
@@ -325,13 +340,16 @@ def _check_people(agent_ids: Iterable[str], user_id: str, around: Surroundings) 
 
 
 def uses_consent(command: TaskAssign, signer: str | None) -> bool:
-    """Whether the embedded consent is what a task rests on. Where the signer acts for themself it is not used up."""
+    """Return whether a task rests on the embedded consent.
+
+    If the signer acts for themself, the consent is not used up.
+    """
     embedded = command.consent is not None or command.id_token is not None
     return embedded and command.on_behalf_of != signer
 
 
 def keys_of(state: AnyState) -> frozenset[str]:
-    """The thumbprints of all keys that a subject has or had."""
+    """Return the thumbprints of all keys that a subject has or had."""
     if isinstance(state, UserState | AgentState | TargetState):
         return frozenset(key.kid for key in state.keys)
     return frozenset()

@@ -1,7 +1,7 @@
-"""Lets running instances of agents in: a platform's token and a fresh key in, a signed enrolment out.
+"""Enrolment of agent instances: a platform's identity token and a fresh key come in, a signed enrolment goes out.
 
-The token comes by HTTP, and stands nowhere before it is spent: from the moment that Kafka has the event, it is good for
-the key that it came with and for no other. The memory of that is rebuilt from these events.
+The token arrives by HTTP and is stored nowhere before it is spent. Once Kafka has the event, the token is valid for the
+key that it came with and for no other. The memory of spent tokens is rebuilt from these events.
 """
 
 from __future__ import annotations
@@ -51,37 +51,37 @@ log = logging.getLogger(__name__)
 
 MAX_ENROL_BYTES = 32 * 1024
 TOKENS_REMEMBERED_S = MAX_TOKEN_AGE_S + 10 * 60
-"""As long as a token counts, and a little."""
+"""The longest validity of a token, and ten minutes more."""
 _SWEEP_EVERY = 10_000
 _MOST_REFUSALS = 10_000
 _BY_STRANGERS = frozenset(
     {"token_malformed", "alg_not_allowed", "key_unknown", "signature_invalid", "issuer_untrusted"}
 )
-"""Codes of tokens that no platform signed: anybody can send those, so they are counted nowhere but in the log."""
+"""Codes of tokens that no platform signed. Anybody can send those, so they appear in the log alone."""
 
 _FINDINGS = frozenset({"token_replayed", "key_taken"})
-"""Codes of what an honest instance does not do."""
+"""Codes of acts that no honest instance commits."""
 
 
 class EnrolRefusedError(RingfenceError):
-    """An instance is not let in; `code` says why."""
+    """Raised when an instance is not enrolled; `code` says why."""
 
     code = "enrol_refused"
 
 
 class KeysByDiscovery(Protocol):
-    """Where the keys of an issuer come from that publishes them."""
+    """Source of the keys of an issuer that publishes them."""
 
     async def keys(self, issuer: str, kid: str) -> Sequence[OidcKey]:
-        """The issuer's keys, read anew where `kid` is not among those that are known.
+        """Return the issuer's keys, read again if `kid` is not among the known ones.
 
-        Raises UnavailableError where the issuer cannot be asked.
+        Raises UnavailableError if the issuer cannot be asked.
         """
         ...
 
 
 class _Admission(NamedTuple):
-    """Who is let in, by what."""
+    """The agent that an instance is enrolled for, and the rule that admits it."""
 
     agent: AgentState
     revision: int
@@ -92,14 +92,14 @@ class _Admission(NamedTuple):
 
 
 class _Spent(NamedTuple):
-    """What a token was used for."""
+    """The agent and key that a token was used for."""
 
     agent_id: str
     enrolled: EnrolledInstance
 
 
 class Enroller:
-    """Enrols instances; see the module."""
+    """Enrols instances of agents."""
 
     def __init__(
         self,
@@ -110,7 +110,10 @@ class Enroller:
         ready: Callable[[], str | None],
         recalled: Callable[[], Awaitable[bool]],
     ) -> None:
-        """`ready`: why this replica lets nobody in now, or None. `recalled`: whether it has read all own events."""
+        """`ready` returns the reason why this replica enrols nobody now, or None.
+
+        `recalled` returns whether it has read all its own events.
+        """
         self._runtime = runtime
         self._directory = directory
         self._memory = memory
@@ -118,16 +121,15 @@ class Enroller:
         self._ready = ready
         self._recalled = recalled
         self._spent: dict[str, _Spent] = {}
-        """By the token's digest, for which agent and key it was used."""
         self._unconfirmed: set[str] = set()
-        """Tokens of which Kafka has not confirmed yet that they are spent: nobody is told before."""
+        """Tokens whose use Kafka has not confirmed yet. The caller gets no answer before."""
         self._reported_refusals: BoundedDict[str, None] = BoundedDict(_MOST_REFUSALS)
-        """Refusals that there is an event of."""
 
     async def enrol(self, compact: str | bytes) -> str:
-        """The signed enrolment of the key that signed an `instance.enrol`.
+        """Enrol the key that signed an `instance.enrol` message. Returns the signed enrolment as a compact JWS.
 
-        Raises EnrolRefusedError, TokenError, InvalidMessageError: nobody is let in; UnavailableError: not now.
+        Raises EnrolRefusedError, TokenError or InvalidMessageError if nobody is enrolled, and UnavailableError if the
+        registry cannot enrol now.
         """
         if reason := self._ready():
             raise UnavailableError(reason)
@@ -156,10 +158,10 @@ class Enroller:
         log.info("instance %s of agent %s enrolled", enrolled.instance_id, admission.agent.agent_id)
         return self._certificate(signed, admission, enrolled)
 
-    # --- who asks ---
+    # --- the requesting agent ---
 
     def _verified_request(self, compact: str | bytes) -> Signed[InstanceEnrol]:
-        """The request, with proof that its sender has the key that it is about."""
+        """Verify the request and the proof that its sender holds the key that it names."""
         jws = parse(compact)
         claims = jws.unverified_claims(InstanceEnrol)
         try:
@@ -200,17 +202,17 @@ class Enroller:
         selectors = agent.attestation
         if not self._is_bound(token, kid):
             selectors = tuple(selector for selector in selectors if not selector.key_bound)
-        found = matching(selectors, issuer.issuer, token.claims)
-        if found is None:
+        match = matching(selectors, issuer.issuer, token.claims)
+        if match is None:
             raise EnrolRefusedError(
                 f"no selector of agent {agent.agent_id} lets in {token.subject[:200]} of {issuer.issuer}; compare "
                 "with: ringfence agent show",
                 code="instance_unmatched",
             )
-        return _Admission(agent, revision, *found, token, not issuer.discovery)
+        return _Admission(agent, revision, *match, token, not issuer.discovery)
 
     def _is_bound(self, token: IdentityToken, kid: str) -> bool:
-        """Whether a token is for this key, and for no other."""
+        """Return whether a token is for this key and for no other."""
         bound = bound_audience(self._runtime.settings.trust_domain, kid)
         return token.claims["aud"] in (bound, [bound])
 
@@ -241,20 +243,23 @@ class Enroller:
             )
         return entry.state, entry.revision
 
-    # --- a token is good for one key ---
+    # --- a token is valid for one key ---
 
     def _spend(self, admission: _Admission, signed: Signed[InstanceEnrol]) -> tuple[EnrolledInstance, bool]:
-        """What the token is spent on, and whether it is only now. Nothing is awaited for between look and mark."""
+        """Mark a token as spent. Returns the instance that it was spent on, and whether this call spent it.
+
+        Nothing is awaited between look-up and mark, so that two requests cannot spend one token.
+        """
         kid, digest = public_key(signed.claims.key).kid, admission.token.digest
         now_s = self._runtime.clock.now_ms() // 1000
-        known = self._spent.get(digest)
-        if known is not None and (known.agent_id, known.enrolled.kid) != (admission.agent.agent_id, kid):
+        spent = self._spent.get(digest)
+        if spent is not None and (spent.agent_id, spent.enrolled.kid) != (admission.agent.agent_id, kid):
             raise EnrolRefusedError(
                 "another key, or the same for another agent, was enrolled with this token; get a new token for each",
                 code="token_replayed",
             )
-        if known is not None:
-            return known.enrolled, False
+        if spent is not None:
+            return spent.enrolled, False
         if self._memory.enrolled_by(kid) not in (None, admission.agent.agent_id):
             raise _key_in_use()
         ref = EnrolledInstance(
@@ -280,11 +285,11 @@ class Enroller:
             self._memory.forget_enrolled(now_s)
 
     def on_event(self, event: ServiceEvent) -> None:
-        """Read back what this registry, or the replica before it, said."""
+        """Read back an event of this registry or of the replica before it."""
         if event.kind == "accepted" and event.enrolled is not None:
             self._remember(_Spent(event.agent_id or "", event.enrolled))
 
-    # --- what is said ---
+    # --- events ---
 
     def _certificate(
         self, signed: Signed[InstanceEnrol], admission: _Admission, enrolled: EnrolledInstance
@@ -329,7 +334,7 @@ class Enroller:
         )
 
     async def _report_refusal(self, signed: Signed[InstanceEnrol], error: RingfenceError) -> None:
-        """An event, once, of what a platform did sign, and nobody is let in with."""
+        """Publish one event for a refused request whose token a platform did sign."""
         agent_id = subject_of(self._runtime.settings.trust_domain, signed.claims.iss, "agent")
         mark = f"{error.code} {agent_id} {signed.claims.key.x}"
         log.info("nobody is let in (%s)", error.code)
@@ -351,17 +356,17 @@ def _key_in_use() -> EnrolRefusedError:
     return EnrolRefusedError("that key belongs to somebody already; make a fresh one", code="key_taken")
 
 
-# `POST /v1/enrol`: a running instance asks to be let in. The body proves who sends it, and nothing else does.
+# `POST /v1/enrol`: a running instance enrols. The signed body authenticates its sender, and nothing else does.
 
 
 class EnrolApi:
-    """The route over one `Enroller`."""
+    """HTTP route for one `Enroller`."""
 
     def __init__(self, enroller: Enroller) -> None:
         self._enroller = enroller
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to those of the runtime."""
+        """Return the routes to add to those of the runtime."""
         return [Route("/v1/enrol", self._enrol, methods=["POST"])]
 
     async def _enrol(self, request: Request) -> Response:

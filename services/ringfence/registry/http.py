@@ -1,9 +1,8 @@
-"""What people read of the registry: users, agents, targets, tasks.
+"""HTTP API to read users, agents, targets and tasks.
 
-Operators and auditors see all; sponsors their own agents, the tasks of those, and what they handed on; everybody
-themself, the targets, and the tasks that they assigned or that are on behalf of them. What somebody may not see is not
-found, as what is not there. `?records=1` adds the signed
-records, to be verified.
+Operators and auditors see everything. Sponsors see their own agents, the tasks of those agents, and the parts that
+those handed on. Every user sees themself, the targets, and the tasks that they assigned or that are on their behalf. An
+entry that the caller may not see is answered like a missing one. `?records=1` adds the signed records for verification.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory, VerifiedRecord
 
 _PAUSE_EVERY = 50
-"""So many entries are looked at before the rest of the process gets its turn: the first look verifies each chain."""
+"""After so many entries the loop yields to the rest of the process: the first look verifies each chain."""
 
 Filter = Callable[[AnyState, Request], bool]
 
 
 class RegistryApi:
-    """The routes over one directory."""
+    """HTTP routes over one directory."""
 
     def __init__(self, directory: Directory, authenticator: Authenticator, clock: Clock) -> None:
         self._directory = directory
@@ -40,23 +39,23 @@ class RegistryApi:
         self._clock = clock
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to those of the runtime."""
+        """Return the routes to add to those of the runtime."""
         return [
-            *self._of("user"),
-            *self._of("agent"),
-            *self._of("target"),
-            *self._of("task", self._is_wanted_task),
+            *self._routes_of("user"),
+            *self._routes_of("agent"),
+            *self._routes_of("target"),
+            *self._routes_of("task", self._is_wanted_task),
         ]
 
-    def _of(self, kind: SubjectKind, wanted: Filter = lambda state, request: True) -> list[BaseRoute]:
+    def _routes_of(self, kind: SubjectKind, wanted: Filter = lambda state, request: True) -> list[BaseRoute]:
         async def all_of_them(request: Request) -> Response:
             caller = self._authenticator.authenticate(request)
-            found = [
+            entries = [
                 _json(entry, request)
                 async for entry in self._visible(kind, caller)
                 if wanted(entry.state, request)
             ]
-            return JSONResponse({f"{kind}s": found})
+            return JSONResponse({f"{kind}s": entries})
 
         async def one(request: Request) -> Response:
             caller, id = self._authenticator.authenticate(request), request.path_params["id"]
@@ -66,14 +65,14 @@ class RegistryApi:
                 if caller.sees_all:
                     raise NotFoundError(f"the record of {kind} {id} counts for nothing: {error}") from None
                 entry = None
-            # Who may not see it learns no more than that: whether there is one is not for them to know.
+            # A caller who may not see it learns nothing, not even whether it exists.
             if entry is None or not self._may_see(caller, entry.state):
                 raise NotFoundError(f"there is no {kind} {id} that {caller.user.user_id} may see")
             return JSONResponse(_json(entry, request))
 
         return [Route(f"/v1/{kind}s", all_of_them), Route(f"/v1/{kind}s/{{id}}", one)]
 
-    # --- who sees what ---
+    # --- access rules ---
 
     async def _visible(self, kind: SubjectKind, caller: Caller) -> AsyncIterator[VerifiedRecord[AnyState]]:
         for seen, entry in enumerate(self._directory.entries(kind), start=1):
@@ -100,8 +99,9 @@ class RegistryApi:
                 return True
 
     def _is_wanted_task(self, task: AnyState, request: Request) -> bool:
-        """`?agent=`, `?parent=` and `?status=`: a task past its end has ended, whether or not somebody said so, and so
-        have its parts.
+        """Apply the filters `?agent=`, `?parent=` and `?status=`.
+
+        A task past its end counts as ended, and so do its parts, even if nobody published that.
         """
         if not isinstance(task, TaskState):
             return False
@@ -123,7 +123,7 @@ class RegistryApi:
             above = self._state("task", above.parent)
         return True
 
-    # --- looking up ---
+    # --- look-up ---
 
     def _state(self, kind: SubjectKind, id: str) -> AnyState | None:
         try:

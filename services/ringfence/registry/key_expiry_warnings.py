@@ -1,8 +1,8 @@
-"""Background work: tells of keys of agents and users before they end, so that nobody finds out by being refused.
+"""Background job: warns before keys of agents and users expire, so that nobody learns of it from a refusal.
 
-Each is told of once at each of `WARN_BEFORE_S`, or at the last of them that came while no registry was there. One that
-starts reads what was told lately; what was told before that it may tell again, in the very same text: whoever reads it
-has it already.
+Each key is reported once at each step of `WARN_BEFORE_S`, or at the latest step that came while no registry was
+running. A registry that starts reads the recent warnings. It may repeat older ones, in the very same text, so that a
+reader can recognise the duplicate.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from ringfence.model.records.key_expiry import DAY_S, WARN_BEFORE_S, KeyEnding, 
 log = logging.getLogger(__name__)
 
 SUBJECT = "key"
-"""The `subject` of the finding; its `ref` is the key's thumbprint, its `result` whose key it is."""
+"""The `subject` of the finding. Its `ref` is the key's thumbprint, its `result` the key's owner."""
 CODE = "key_ending"
 _PAUSE_EVERY = 500
 _CATCH_UP_S = 5.0
 
 _Warning = tuple[str, str, int]
-"""Whose key, which, and since when it ends that soon, in ms."""
+"""Owner, thumbprint, and since when the key ends that soon (ms)."""
 
 
 class KeyWarnings:
-    """See the module."""
+    """Publishes warnings of keys that expire soon."""
 
     def __init__(self, runtime: Runtime, directory: Directory) -> None:
         self._runtime = runtime
         self._directory = directory
         self._ends: dict[tuple[SubjectKind, str], tuple[int, ...]] = {}
-        """When the keys in a record end, by a record that nobody has verified: it only says where to look."""
+        """When the keys in a record expire. The record is unverified: it only says which subjects to check."""
         self._reported: set[_Warning] = set()
         directory.on_change(self._on_change)
 
     def remember(self, event: ServiceEvent) -> None:
-        """A registry, perhaps another, said this lately."""
+        """Note a warning that this or another registry published recently."""
         if event.subject == SUBJECT and event.ref and event.result:
             self._reported.add((event.result, event.ref, event.at_ms))
 
     async def run(self, mine: Callable[[], bool], every_s: float) -> None:
-        """Look for as long as `mine()` says that this replica has the commands. Does not end."""
+        """Check every `every_s` seconds while `mine()` says that this replica handles the commands. Never returns."""
 
         async def check() -> None:
             if not mine():
@@ -68,7 +68,7 @@ class KeyWarnings:
         )  # fmt: skip
 
     async def warn(self) -> None:
-        """Tell of all that end soon and were not told of."""
+        """Publish a warning for each key that expires soon and was not reported."""
         now_s = self._runtime.clock.now_ms() / 1000
         # By then the key has ended.
         self._reported = {
@@ -83,35 +83,35 @@ class KeyWarnings:
         metrics.KEYS_ENDING.set(count)
 
     async def _warn_about(self, kind: SubjectKind, id: str, now_s: float) -> int:
-        """Tell of the keys of one subject that end soon. Returns how many there are, told of before or not."""
+        """Publish warnings for one subject. Returns how many of its keys expire soon, reported or not."""
         try:
             entry = self._directory.entry(kind, id)
         except ChainError:
             return 0
         if entry is None:
             return 0
-        whose = subject_spiffe(self._runtime.settings.trust_domain, entry.state)
+        owner = subject_spiffe(self._runtime.settings.trust_domain, entry.state)
         ending_soon = list(endings(entry.state, now_s))
         for ending in ending_soon:
-            warning = (whose, ending.key.kid, ending.since_s * 1000)
+            warning = (owner, ending.key.kid, ending.since_s * 1000)
             if warning not in self._reported:
                 await self._report(warning, entry.state, ending)
                 self._reported.add(warning)
         return len(ending_soon)
 
     async def _report(self, warning: _Warning, state: AnyState, ending: KeyEnding) -> None:
-        whose, kid, at_ms = warning
+        owner, kid, at_ms = warning
         message = _message(state, ending)
         log.warning("%s", message)
         await self._runtime.event(
             "finding",
             SUBJECT,
-            # The key that signs makes the text: another one may say the same anew.
+            # The text depends on the signing key: another one may repeat the same warning.
             about=(*warning, self._runtime.key.kid),
             reasons=(Reason(code=CODE, message=message),),
             at_ms=at_ms,
             ref=kid,
-            result=whose,
+            result=owner,
             agent_id=state.agent_id if isinstance(state, AgentState) else None,
             sponsor=state.sponsor if isinstance(state, AgentState) else None,
         )
@@ -124,14 +124,14 @@ class KeyWarnings:
 
 def _message(state: AnyState, ending: KeyEnding) -> str:
     days = ending.warn_before_s // DAY_S
-    left = f"in {days} days or less" if days > 1 else "within a day"
+    when = f"in {days} days or less" if days > 1 else "within a day"
     kid = ending.key.kid
     if isinstance(state, AgentState):
         return (
-            f"for {state.sponsor}, the sponsor: key {kid} of agent {state.agent_id} ends {left}, and nothing is issued "
+            f"for {state.sponsor}, the sponsor: key {kid} of agent {state.agent_id} ends {when}, and nothing is issued "
             f"for it then; give another with: ringfence agent rotate-key {state.agent_id}"
         )
     assert isinstance(state, UserState)
     return (
-        f"key {kid} of user {state.user_id} ends {left}; an operator gives another with: ringfence user set"
+        f"key {kid} of user {state.user_id} ends {when}; an operator gives another with: ringfence user set"
     )

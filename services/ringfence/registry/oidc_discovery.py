@@ -1,7 +1,7 @@
-"""Keys of issuers that publish them: OpenID Connect Discovery 1.0 over HTTPS. Only the registry asks.
+"""OpenID Connect Discovery 1.0: reads the public keys of token issuers over HTTPS. Only the registry does this.
 
-What is read is kept, and read anew when a token names a key that is not known: but not more often than once in a while,
-whatever tokens come, or strangers could make the registry ask as often as they like.
+Keys are cached, and read again when a token names an unknown key. A minimum interval applies whatever tokens arrive.
+Otherwise strangers could make the registry send requests as often as they like.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
-
-import httpx
 
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
@@ -22,15 +21,17 @@ from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.crypto.oidc import JwksError, read_jwks
 from ringfence.messages.oidc import OidcKey
 
+if TYPE_CHECKING:
+    import httpx
+
 log = logging.getLogger(__name__)
 
 MAX_DOCUMENT_BYTES = 256 * 1024
 _TIMEOUT_S = 5.0
 _IN_ALL_S = 10.0
 _KEPT_MS = 3_600_000
-"""How long keys count without a look: an issuer that takes one back has its way within the hour."""
+"""How long cached keys count. An issuer that withdraws a key is obeyed within the hour."""
 _AGAIN_MS = 30_000
-"""How soon the same issuer is asked again."""
 
 
 @dataclass(slots=True)
@@ -49,56 +50,68 @@ class _CachedKeys:
 
 
 class Discovery:
-    """Reads the keys of issuers, and keeps them."""
+    """Reads and caches the keys of issuers."""
 
     def __init__(self, clock: Clock, ca_file: Path | None = None) -> None:
-        """`ca_file`: authorities (PEM) besides the machine's own, for issuers inside. Raises SettingsError."""
+        """`ca_file` has certificate authorities (PEM) besides the machine's own, for internal issuers.
+
+        Raises SettingsError.
+        """
         self._clock = clock
-        # To read all authorities of the machine takes a while: not before an issuer is asked.
+        # Loading all authorities of the machine takes a while: not before the first request to an issuer.
         self._tls = _tls(ca_file) if ca_file is not None else None
         self._known: dict[str, _CachedKeys] = {}
         self._http: httpx.AsyncClient | None = None
 
     async def keys(self, issuer: str, kid: str) -> Sequence[OidcKey]:
-        """The issuer's keys; read anew where `kid` is not known, or the hour is over.
+        """Return the issuer's keys, read again if `kid` is unknown or the cached keys are older than an hour.
 
-        Raises UnavailableError where the issuer did not answer, or with something else than keys.
+        Raises UnavailableError if the issuer did not answer, or answered with something other than keys.
         """
-        known = self._known.setdefault(issuer, _CachedKeys())
-        async with known.lock:
+        cached = self._known.setdefault(issuer, _CachedKeys())
+        async with cached.lock:
             now_ms = self._clock.now_ms()
-            if not known.has(kid, now_ms) and known.may_ask(now_ms):
-                known.asked_ms = now_ms
-                known.keys, known.read_ms = await self._read(issuer), now_ms
-            if known.read_ms is None or self._clock.now_ms() - known.read_ms >= _KEPT_MS:
+            if not cached.has(kid, now_ms) and cached.may_ask(now_ms):
+                cached.asked_ms = now_ms
+                cached.keys, cached.read_ms = await self._read(issuer), now_ms
+            if cached.read_ms is None or self._clock.now_ms() - cached.read_ms >= _KEPT_MS:
                 raise UnavailableError(f"the keys of {issuer} could not be read; ask again later")
-        return known.keys
+        return cached.keys
 
     async def close(self) -> None:
-        """Disconnect."""
+        """Close the HTTP client."""
         if self._http is not None:
             await self._http.aclose()
 
     async def _read(self, issuer: str) -> tuple[OidcKey, ...]:
+        import httpx
+
         try:
             async with asyncio.timeout(_IN_ALL_S):
-                about = json_object(await self._get(issuer.rstrip("/") + "/.well-known/openid-configuration"))
-                # OpenID Connect Discovery, 4.3: else one issuer could speak for another.
-                if about.get("issuer") != issuer:
-                    raise ValueError(f"its configuration is of {str(about.get('issuer'))[:200]!r}")
-                place = about.get("jwks_uri")
+                configuration = json_object(
+                    await self._get(issuer.rstrip("/") + "/.well-known/openid-configuration")
+                )
+                # OpenID Connect Discovery 4.3: otherwise one issuer could speak for another.
+                if configuration.get("issuer") != issuer:
+                    raise ValueError(f"its configuration is of {str(configuration.get('issuer'))[:200]!r}")
+                place = configuration.get("jwks_uri")
                 if not isinstance(place, str) or urlsplit(place).scheme != "https":
                     raise ValueError("its jwks_uri is no https address")
                 return read_jwks(await self._get(place))
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError, JwksError) as error:
-            why = str(error)[:300] or type(error).__name__
-            log.warning("the keys of %s were not read: %s", issuer, why)
+            reason = str(error)[:300] or type(error).__name__
+            log.warning("the keys of %s were not read: %s", issuer, reason)
             raise UnavailableError(
-                f"the keys of {issuer} could not be read ({why}); ask again later"
+                f"the keys of {issuer} could not be read ({reason}); ask again later"
             ) from None
 
     async def _get(self, url: str) -> bytes:
-        """One document. What is behind a redirect, too large or not there raises ValueError."""
+        """Return one document.
+
+        Raises ValueError for a redirect, a missing document, or one over `MAX_DOCUMENT_BYTES`.
+        """
+        import httpx
+
         if self._http is None:
             self._http = httpx.AsyncClient(
                 verify=self._tls or _tls(), timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False

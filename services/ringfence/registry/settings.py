@@ -12,7 +12,7 @@ from ringfence.kernel.base.settings import RingfenceSettings
 
 
 class RegistrySettings(RingfenceSettings):
-    """What only the registry needs."""
+    """Settings of the registry alone."""
 
     model_config = SettingsConfigDict(env_prefix="RINGFENCE_REGISTRY_", extra="ignore", frozen=True)
 

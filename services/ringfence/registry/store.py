@@ -1,7 +1,7 @@
-"""What the registry remembers besides the records: all in memory, all rebuilt from Kafka at the start.
+"""In-memory state of the registry besides the records, rebuilt from Kafka at start.
 
-Which commands were handled where (so that a redelivery is told from a replay), who owns which key, which consents are
-used up, how many parts of a task were handed on, and the latest append time of all.
+It holds where each command was handled, which tells a redelivery from a replay. It also holds who owns which key, which
+consents are used up, how many parts of a task were handed on, and the latest append time.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ from ringfence.model.records.directory import Directory
 from ringfence.registry.domain import Subject, keys_of, uses_consent
 
 REMEMBERED_MS = (MAX_LIFE_S + LEEWAY_S + 600) * 1000
-"""How long a command is remembered: as long as one can live, and a little. What is appended later has expired."""
+"""How long a command is remembered: the longest life of a command, and ten minutes more.
+
+A command appended later has expired.
+"""
 _SWEEP_MS = 3_600_000
 
 MessageKey = tuple[str, str]
-"""`iss` and `jti`."""
+"""(`iss`, `jti`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +49,10 @@ class _Consent:
 
 
 class Memory:
-    """Answers what `domain.Surroundings` asks, as of the records that a directory holds."""
+    """Implements `domain.Surroundings` over the records that a directory holds."""
 
     def __init__(self, directory: Directory, trust: TrustStore, since_ms: int) -> None:
-        """`since_ms`: what was appended earlier has expired by now and need not be remembered."""
+        """`since_ms`: commands that were appended earlier have expired by now and need not be remembered."""
         self._directory = directory
         self._trust = trust
         self._horizon_ms = since_ms
@@ -59,7 +62,7 @@ class Memory:
         self._keys: dict[Subject, frozenset[str]] = {}
         self._holders: dict[str, set[Subject]] = {}
         self._enrolled: dict[str, tuple[str, int]] = {}
-        """Keys of running instances: of which agent, and until when."""
+        """Keys of running instances: the agent, and until when (s)."""
         self._parts: dict[str, set[str]] = {}
         self._latest_ms = 0
         directory.on_change(self._on_change)
@@ -67,25 +70,25 @@ class Memory:
     # --- commands that were handled ---
 
     def remember(self, iss: str, jti: str, at: Coordinates) -> None:
-        """A command was handled to its end, here. The first place stands."""
+        """Note where a command was handled to its end. The first position stands."""
         if at.appended_at_ms >= self._horizon_ms:
             self._places.setdefault((iss, jti), at)
 
     def place(self, iss: str, jti: str) -> Coordinates | None:
-        """Where a command was handled."""
+        """Return the position at which a command was handled, or None."""
         return self._places.get((iss, jti))
 
     def embedded(self, iss: str, jti: str) -> EmbeddedCommand | None:
-        """How a record embeds, or once embedded, a command."""
+        """Return a command as a record embeds or once embedded it, or None."""
         return self._embedded.get((iss, jti))
 
     def enrol(self, kid: str, agent_id: str, until_s: int) -> None:
-        """A running instance of an agent has this key for so long."""
-        known = self._enrolled.get(kid)
-        self._enrolled[kid] = (known[0] if known else agent_id, max(until_s, known[1] if known else 0))
+        """Note that a running instance of an agent has this key until `until_s`."""
+        former = self._enrolled.get(kid)
+        self._enrolled[kid] = (former[0] if former else agent_id, max(until_s, former[1] if former else 0))
 
     def forget_enrolled(self, now_s: int) -> None:
-        """Let go of the keys of instances whose time is over."""
+        """Drop the keys of instances whose enrolment has expired."""
         self._enrolled = {kid: one for kid, one in self._enrolled.items() if one[1] > now_s}
 
     # --- surroundings ---
@@ -126,29 +129,29 @@ class Memory:
         return {*self.registered_by(kid), *([("agent", agent_id)] if agent_id else [])}
 
     def enrolled_by(self, kid: str) -> str | None:
-        """The agent of the running instance whose key that is."""
-        found = self._enrolled.get(kid)
-        return found[0] if found else None
+        """Return the agent whose running instance has this key, or None."""
+        enrolled = self._enrolled.get(kid)
+        return enrolled[0] if enrolled else None
 
     def registered_by(self, kid: str) -> Collection[tuple[str, str]]:
-        """(kind, id) of whose key that is, or was, by a record or the trust bundle."""
-        found: set[tuple[str, str]] = set(self._holders.get(kid, ()))
+        """Return (kind, id) of all that have or had this key by a record or by the trust bundle."""
+        holders: set[tuple[str, str]] = set(self._holders.get(kid, ()))
         if self._trust.root_key(self._trust.root_id, kid):
-            found.add(("root", self._trust.root_id))
+            holders.add(("root", self._trust.root_id))
         for service in self._trust.require().services:
             if any(key.kid == kid for key in service.keys):
-                found.add(("service", service.id))
-        return found
+                holders.add(("service", service.id))
+        return holders
 
     def issuer_of(self, id_token: str, at_ms: int) -> OidcIssuer | None:
-        """The issuer of a user's ID token, as the trust bundle has it."""
+        """Return the issuer of a user's ID token from the trust bundle, or None."""
         return self._trust.oidc_issuer(unverified_issuer(id_token), "users", at_ms / 1000)
 
     def task_of_consent(self, iss: str, mark: str) -> str | None:
         consent = self._consents.get((iss, mark))
         return consent.task_id if consent else None
 
-    # --- keeping up ---
+    # --- updates ---
 
     def _on_change(self, kind: SubjectKind, id: str) -> None:
         record = self._directory.unverified(kind, id)
@@ -176,9 +179,9 @@ class Memory:
             if isinstance(claims, TaskAssign) and uses_consent(
                 claims, subject_of(claims.aud, claims.iss, "user")
             ):
-                self._consents[_mark_of(claims)] = _Consent(id, embedded.appended_at_ms)
+                self._consents[_memory_key(claims)] = _Consent(id, embedded.appended_at_ms)
         except (InvalidMessageError, TokenError):
-            return  # a record that embeds what is no command counts for nothing
+            return  # a record with an invalid embedded command counts for nothing
 
     def _sweep(self) -> None:
         horizon_ms = self._latest_ms - REMEMBERED_MS
@@ -190,8 +193,8 @@ class Memory:
         self._consents = {k: v for k, v in self._consents.items() if v.at_ms >= horizon_ms}
 
 
-def _mark_of(claims: TaskAssign) -> MessageKey:
-    """What the embedded consent is remembered by. Raises InvalidMessageError, TokenError."""
+def _memory_key(claims: TaskAssign) -> MessageKey:
+    """Return the key under which an embedded consent is remembered. Raises InvalidMessageError, TokenError."""
     if claims.id_token is not None:
         return unverified_mark(claims.id_token)
     consent = parse(claims.consent or "").unverified_claims(TaskConsent)

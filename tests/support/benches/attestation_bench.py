@@ -25,6 +25,7 @@ from ringfence.registry.settings import RegistrySettings
 from tests.gateway.certificates import Certificates
 from tests.support import platform_tokens
 from tests.support.benches.sdk_clients import READ, client
+from tests.support.http_client import plain_client
 from tests.support.oidc_tokens import TokenIssuer
 from tests.support.servers.oidc import OidcServer
 from tests.support.world import WITHIN_S, Party, World
@@ -114,7 +115,7 @@ class AttestationBench:
         """What the registry answers to an instance."""
         given = {"key": by.public, "token": token, "exp": int(time.time()) + 60}
         body = sign(self.world.claims(InstanceEnrol, agent, **{**given, **claims}), by)
-        async with httpx.AsyncClient(trust_env=False) as http:
+        async with plain_client(trust_env=False) as http:
             return await http.post(f"http://127.0.0.1:{self.world.ports['registry']}/v1/enrol", content=body)
 
     def connected(self, agent: Party, source: TokenSource | str, **settings: Any) -> Agent:

@@ -6,12 +6,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import httpx
-
 from ringfence.kernel.service.bearer_tokens import new_token
 from ringfence.messages.registry import Delegation, GroupDelegation, ProvisionerSet, UserRecord, UserState
 from ringfence.messages.topics import USER
 from ringfence.scim.settings import ScimSettings
+from tests.support.http_client import plain_client
 from tests.support.world import Party, World, scope
 
 PATCH = "urn:ietf:params:scim:api:messages:2.0:PatchOp"
@@ -31,9 +30,7 @@ class Company:
         self.key = key
         self.token = token
         self.url = url
-        self.http = httpx.AsyncClient(
-            base_url=f"{url}/", headers={"Authorization": f"Bearer {token}"}, timeout=30
-        )
+        self.http = plain_client(base_url=f"{url}/", headers={"Authorization": f"Bearer {token}"}, timeout=30)
 
     async def call(self, method: str, path: str, body: Any = None, status: int = 200) -> Any:
         """The answer to a request, which must have this status."""

@@ -9,13 +9,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import jwt
 
 from ringfence.dev.processes import free_port
 from ringfence.kernel.service.bearer_tokens import new_token
 from ringfence.signals.events import SESSION_REVOKED, VERIFICATION
 from ringfence.signals.settings import SignalsSettings
+from tests.support.http_client import plain_client
 from tests.support.world import World
 
 PUSH, POLL = "urn:ietf:rfc:8935", "urn:ietf:rfc:8936"
@@ -78,7 +78,7 @@ class Client:
         self.url = url
         self.name = name
         self.audience = f"https://{name}.example"
-        self.http = httpx.AsyncClient(
+        self.http = plain_client(
             base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=60, trust_env=False
         )
         self.stream_id = ""

@@ -1,1 +1,1 @@
-"""PostgreSQL roles that exist for one lease."""
+"""Backend for PostgreSQL: a role for each lease."""

@@ -1,12 +1,12 @@
-"""Roles of a PostgreSQL server (14 or newer): one for each credential, gone with its lease, its sessions with it.
+"""Backend for PostgreSQL (14 or newer): a role for each credential, dropped with its lease, together with its sessions.
 
-What the scope says is granted, on objects that are there, in one transaction with the role: `postgres_rights` says what
-the words mean. Then the server is asked whether the role may all of it, and whether PUBLIC, of which every role is a
-part, may anything beyond it; where not exactly, nothing is made.
+One transaction creates the role and grants what the scope says on existing objects; `privileges.py` defines what the
+verbs mean. Then it asks the server two things: has the role all of these rights, and does PUBLIC, which every role
+belongs to, give anything beyond them? If the rights are not exact, the transaction is rolled back.
 
-A role has one password. So a credential that is made again for the same lease is one more role, with the same rights:
-all that is named after a lease is the lease's. `VALID UNTIL` ends logins at the deadline, whether Ringfence is there or
-not; sessions end with the undo.
+A role has one password. So a second mint for the same lease creates one more role with the same rights; all roles named
+after a lease belong to it. `VALID UNTIL` ends logins at the deadline even if Ringfence is down. Sessions end when the
+lease is undone.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ log = logging.getLogger(__name__)
 _NAME: Final = re.compile(r"ringfence_[0-9a-f]{10}_[0-9a-f]{32}_[0-9a-f]{6}_[dk]")
 _OWNED: Final[dict[str, Owned]] = {"d": "drop", "k": "keep"}
 LOCK: Final = 0x72696E6766656E63
-"""The key of the advisory lock: two at a time that change the rights on one object is an error for one of them."""
+"""The key of the advisory lock. Two concurrent changes of the rights on one object would fail for one of them."""
 _END_WITHIN_S: Final = 2.0
-"""How long a session is given to end once it is told to."""
+"""How long a session may take to end after it was told to."""
 _DEPENDENT: Final = "2BP01"
 
 
 class PostgresBackend:
-    """Makes roles of which the password is known to the agent alone: the server is sent its SCRAM verifier."""
+    """Mints roles whose password only the agent knows: the server receives the SCRAM verifier."""
 
     kind: ClassVar[str] = "postgres"
     enforced_by: ClassVar[Literal["target", "gateway"]] = "target"
@@ -65,25 +65,32 @@ class PostgresBackend:
     stateless: ClassVar[bool] = False
 
     def __init__(self, trust_domain: str, access: TargetAccess) -> None:
-        # At most 63 bytes with all that follows, and of characters that mean nothing in any pattern.
+        # At most 63 bytes with the suffix, and only characters without a meaning in any pattern.
         self._prefix = f"ringfence_{hashlib.sha256(trust_domain.encode()).hexdigest()[:10]}_"
         self._access = access
         self._servers = ConnectionCache(access, PostgresServer)
 
     def roles_of(self, lease_id: str) -> str:
-        """How the names of all roles of a lease begin. They tell one trust domain's from another's at one server."""
+        """Return the prefix of the names of all roles of a lease.
+
+        It also separates trust domains that share a server.
+        """
         return f"{self._prefix}{UUID(lease_id).hex}_"
 
     def revocability(self, target: TargetState) -> Literal["instant", "session", "ttl"]:
-        """Sessions that are open are ended too."""
+        """Return `session`: open sessions are ended too."""
         return "session"
 
     def problem(self, lease: Lease, target: TargetState) -> str | None:
-        """Why exactly this credential cannot be made, or None, as far as that can be said without the server."""
+        """Return the reason why exactly this credential cannot be made, as far as it shows without the server, or
+        None.
+        """
         return problem_of(plan, lease.scope, target, PostgresSettings, self._access)
 
     async def mint(self, lease: Lease, target: TargetState) -> Credential:
-        """A role with a new password, and the URL for it. Again for the same lease: one more role.
+        """Create a role with a new password, and return its URL.
+
+        A second call for the same lease creates one more role.
 
         Raises TargetError, TargetRefusedError, AccessError, TargetSettingsError.
         """
@@ -113,7 +120,8 @@ class PostgresBackend:
         )
 
     async def undo(self, lease_id: str, *, target_id: str) -> None:
-        """Lock the roles of a lease out, end their sessions, and take away what they may, made, and are.
+        """Lock out the roles of a lease, end their sessions, revoke their rights, drop what they own, and drop the
+        roles.
 
         Raises TargetError, TargetRefusedError, AccessError.
         """
@@ -128,7 +136,7 @@ class PostgresBackend:
             await server.run(own, partial(_drop, role=role, oid=oid))
 
     async def existing(self, target_id: str) -> frozenset[str]:
-        """The leases that have a role at the target. Raises TargetError, AccessError."""
+        """Return the leases that have a role at the target. Raises TargetError, AccessError."""
         server = await self._servers.at(target_id)
         roles = await server.run(server.login.database, partial(_roles_with_prefix, prefix=self._prefix))
         return frozenset(str(UUID(role.removeprefix(self._prefix)[:32])) for _, role, _ in roles)
@@ -151,9 +159,12 @@ async def _make(
     deadline_s: int,
     settings: PostgresSettings,
 ) -> bool:
-    """Make a role with exactly what is wanted. Whether the connection is encrypted. Raises InexactError."""
+    """Create a role with exactly the planned rights.
+
+    Returns whether the connection is encrypted. Raises InexactError.
+    """
     here = await connection.fetchrow(queries.HERE, LOCK)
-    if here["name"] != privileges.database:  # something in between gives databases other names
+    if here["name"] != privileges.database:  # a proxy in between may rename databases
         raise InexactError(f"there is no database {privileges.database!a}")
     granted = await _resolved(connection, privileges, here["oid"])
     until = datetime.fromtimestamp(deadline_s, UTC).strftime("%Y-%m-%d %H:%M:%S+00")
@@ -169,7 +180,7 @@ async def _make(
 
 
 async def _resolved(connection: Connection, privileges: PrivilegePlan, database_oid: int) -> list[Right]:
-    """The rights that are meant, by what is there now."""
+    """Return the rights that the plan means, on the objects that exist now."""
     schemas = [
         (row["oid"], row["name"]) for row in await connection.fetch(queries.SCHEMAS, privileges.schemas)
     ]
@@ -179,29 +190,29 @@ async def _resolved(connection: Connection, privileges: PrivilegePlan, database_
     }
     columns: list[RelationColumn] = []
     if any(request.wants_columns for request in privileges.requests):
-        found = await connection.fetch(queries.COLUMNS, list(relations))
-        columns = [RelationColumn(relations[row["relation"]], row["number"], row["name"]) for row in found]
+        fetched = await connection.fetch(queries.COLUMNS, list(relations))
+        columns = [RelationColumn(relations[row["relation"]], row["number"], row["name"]) for row in fetched]
     return rights(privileges, database_oid, schemas, list(relations.values()), columns)
 
 
 async def _check(
     connection: Connection, role: str, granted: Sequence[Right], settings: PostgresSettings
 ) -> None:
-    """Raises InexactError where the role may less than was given, or more by PUBLIC."""
-    asked = (
+    """Raise InexactError if the role has fewer rights than granted, or more through PUBLIC."""
+    arguments = (
         [right.level for right in granted],
         [right.oid for right in granted],
         [right.column for right in granted],
         [right.right for right in granted],
     )
-    # GRANT gives what the grantor may give, and only warns of the rest.
-    missing_right = await connection.fetchval(queries.LACKING, role, *asked)
+    # GRANT gives what the grantor may give, and only warns about the rest.
+    missing_right = await connection.fetchval(queries.LACKING, role, *arguments)
     if missing_right is not None:
         right = granted[missing_right - 1]
         what = "/".join(filter(None, (right.schema, right.table, right.column_name))) or "the database"
         raise InexactError(f"Ringfence's own role may not give {right.right} on {what!a}; ask an operator")
     if settings.public == "refuse":
-        beyond = await connection.fetchrow(queries.BEYOND, *asked)
+        beyond = await connection.fetchrow(queries.BEYOND, *arguments)
         if beyond is not None:
             raise InexactError(
                 f"every role may {beyond['may']} {beyond['what']!a}, which is beyond the scope; ask an operator "
@@ -213,13 +224,16 @@ async def _check(
 
 
 async def _roles_with_prefix(connection: Connection, prefix: str) -> list[tuple[int, str, list[str]]]:
-    """The roles whose names begin like this, and the databases in which they own or may something."""
+    """Return the roles with this name prefix, and the databases in which they own something or have rights."""
     rows = await connection.fetch(queries.ROLES, prefix)
     return [(row["oid"], row["name"], row["databases"]) for row in rows if _NAME.fullmatch(row["name"])]
 
 
 async def _roles_after_lock(connection: Connection, prefix: str) -> list[tuple[int, str, list[str]]]:
-    """Likewise, once all that is being made in this database is there: who made it may have died before it was told."""
+    """Return the same, after every role being created in this database is visible.
+
+    The process that created a role may have died before it received the result.
+    """
     async with connection.transaction():
         await connection.execute(f"SELECT pg_catalog.pg_advisory_xact_lock({LOCK})")
         return await _roles_with_prefix(connection, prefix)
@@ -227,8 +241,8 @@ async def _roles_after_lock(connection: Connection, prefix: str) -> list[tuple[i
 
 async def _lock_out(connection: Connection, role: str, oid: int) -> None:
     try:
-        # Only now is Ringfence's own role part of it, to end its sessions and to drop what it owns: part of every
-        # live role, it would make the server look at each of them at every GRANT.
+        # Only now does Ringfence's own role become a member of it, to end its sessions and to drop what it owns.
+        # As a member of every live role, it would make the server check each of them at every GRANT.
         await connection.execute(f"ALTER ROLE {quoted(role)} NOLOGIN; GRANT {quoted(role)} TO CURRENT_USER")
     except Exception as error:
         if not _is_gone(error):
@@ -237,8 +251,8 @@ async def _lock_out(connection: Connection, role: str, oid: int) -> None:
 
 
 async def _end_sessions(connection: Connection, oid: int) -> None:
-    """Wait until they are gone, for a while: what is stuck in the server keeps no rights once the role is dropped."""
-    # Not by the server's own waiting, which looks once in 100 ms.
+    """Wait for a short time until the sessions are gone. A stuck session keeps no rights once the role is dropped."""
+    # The server's own wait checks only once in 100 ms.
     delay_s = 0.001
     while delay_s < _END_WITHIN_S and await connection.fetch(queries.TERMINATE, oid):
         await asyncio.sleep(delay_s)
@@ -246,7 +260,7 @@ async def _end_sessions(connection: Connection, oid: int) -> None:
 
 
 async def _disown(connection: Connection, role: str) -> None:
-    """Take away all that a role may and owns in this database."""
+    """Revoke everything that a role has, and drop everything that it owns, in this database."""
     name = quoted(role)
     drop = f"DROP OWNED BY {name}"
     keep = f"REASSIGN OWNED BY {name} TO CURRENT_USER; {drop}"
@@ -259,7 +273,7 @@ async def _disown(connection: Connection, role: str) -> None:
         except Exception as error:
             if getattr(error, "sqlstate", "") != _DEPENDENT:
                 raise
-            # Somebody else built on it: what is theirs is not taken from them.
+            # Another role's objects depend on it: they are not taken away.
             log.warning("what role %s made is kept: others depend on it", role)
             await _locked(connection, keep)
     except Exception as error:
@@ -273,11 +287,12 @@ async def _locked(connection: Connection, statements: str) -> None:
 
 async def _drop(connection: Connection, role: str, oid: int) -> None:
     await connection.execute(f"DROP ROLE IF EXISTS {quoted(role)}")
-    await _end_sessions(connection, oid)  # one that was logging in while it was locked out
+    await _end_sessions(connection, oid)  # a session that was logging in during the lockout
 
 
 def _is_gone(error: Exception) -> bool:
-    return getattr(error, "sqlstate", "") == "42704"  # undefined_object: somebody else undoes it as well
+    # undefined_object: another process undoes it concurrently
+    return getattr(error, "sqlstate", "") == "42704"
 
 
 # --- what agents are told ---------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""What a scope means in PostgreSQL: which rights on which objects, exactly, or not at all. Pure; sends nothing.
+"""Translation of a scope into PostgreSQL privileges: exactly these rights on these objects, or none. Pure, no I/O.
 
 A resource is `database`, `database/schema`, `database/schema/table` or `database/schema/table/column`. Names are those
-of the catalogue, as they are, never folded and never cut. The database is named, and one for a whole lease: a
-credential logs in to one. Below it, wildcards stand for what is there when the credential is made.
+of the catalogue as they are, never folded and never cut. The database is literal, and one for a whole lease, because a
+credential logs in to one. Below it, a wildcard means the objects that exist when the credential is made.
 """
 
 from __future__ import annotations
@@ -42,17 +42,16 @@ RIGHTS: Final[dict[str, dict[Level, tuple[str, ...]]]] = {
     "create": {"schema": ("CREATE",)},
     "temporary": {"database": ("TEMPORARY",)},
 }
-"""By verb and kind of object: the target's own rights. What a newer server adds is in no verb."""
+"""The target's privileges by verb and kind of object. Privileges that a newer server adds belong to no verb."""
 
 MAX_NAME_BYTES: Final = 63
-"""PostgreSQL cuts what is longer, and would then speak of another object."""
+"""PostgreSQL truncates longer names, and the name would then mean another object."""
 MAX_RIGHTS: Final = 5000
-"""The most rights of one lease."""
 _DEPTH: Final[dict[Level, int]] = {"database": 1, "schema": 2, "table": 3, "sequence": 3, "column": 4}
 
 
 class Relation(NamedTuple):
-    """A table, or what is used like one, or a sequence, as the catalogue has it."""
+    """A table, or something used like one, or a sequence, as the catalogue has it."""
 
     oid: int
     schema: str
@@ -61,15 +60,13 @@ class Relation(NamedTuple):
 
 
 class RelationColumn(NamedTuple):
-    """One column of a relation."""
-
     relation: Relation
     number: int
     name: str
 
 
 class Right(NamedTuple):
-    """One right on one object. `oid` and `column` name it for the server, the names are for GRANT."""
+    """One privilege on one object. The server is asked by `oid` and `column`; GRANT uses the names."""
 
     level: Level
     oid: int
@@ -82,7 +79,7 @@ class Right(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PrivilegeRequest:
-    """One verb on one glob."""
+    """One verb on one resource pattern."""
 
     verb: str
     glob: Glob
@@ -91,16 +88,16 @@ class PrivilegeRequest:
         return f"{self.verb} {self.glob.text!a}"
 
     def rights(self, level: Level) -> tuple[str, ...]:
-        """The rights that its verb means on a kind of object."""
+        """Return the privileges that the verb means on a kind of object."""
         return RIGHTS[self.verb].get(level, ())
 
     def covers(self, *names: str) -> bool:
-        """Whether the object of this path is meant."""
+        """Return whether the pattern matches the object at this path."""
         return self.glob.matches("/".join(names)) and not any("/" in name for name in names)
 
     @property
     def wants_columns(self) -> bool:
-        """Whether it can mean a column of a table that it does not mean as a whole."""
+        """Return whether the pattern can match a column of a table that it does not match as a whole."""
         segments = self.glob.segments
         if not self.rights("column") or not self.glob.reaches(4):
             return False
@@ -109,19 +106,19 @@ class PrivilegeRequest:
 
 @dataclass(frozen=True, slots=True)
 class PrivilegePlan:
-    """A scope, understood: one database, and what is wanted there."""
+    """A parsed scope: one database, and the requested privileges in it."""
 
     database: str
     requests: tuple[PrivilegeRequest, ...]
 
     @property
     def schemas(self) -> list[str] | None:
-        """The schemas that can be meant; None where a wildcard stands in their place."""
+        """Return the names of the schemas that can match, or None if the pattern has a wildcard there."""
         return self._literal(1)
 
     @property
     def relations(self) -> list[str] | None:
-        """The tables and sequences that can be meant; None where a wildcard stands in their place."""
+        """Return the names of the tables and sequences that can match, or None if the pattern has a wildcard there."""
         return self._literal(2)
 
     def _literal(self, at: int) -> list[str] | None:
@@ -136,7 +133,7 @@ class PrivilegePlan:
 
 
 def plan(scope: Iterable[Permission]) -> PrivilegePlan:
-    """Understand a scope, without looking at a server. Raises InexactError."""
+    """Parse a scope without access to a server. Raises InexactError."""
     requests = [
         PrivilegeRequest(_checked_verb(verb), _resource_glob(resource))
         for permission in scope
@@ -183,20 +180,21 @@ def rights(
     relations: Sequence[Relation],
     columns: Sequence[RelationColumn],
 ) -> list[Right]:
-    """All rights that a plan means, with what is needed to get there: CONNECT, and USAGE of the schemas.
+    """Return all privileges that a plan means, with those needed to reach the objects: CONNECT, and USAGE of the
+    schemas.
 
-    Raises InexactError for a wish that means nothing that is there, or means too much.
+    Raises InexactError if a request matches nothing that exists, or more than `MAX_RIGHTS`.
     """
     database = wanted.database
     oids = {name: oid for oid, name in schemas}
-    found: dict[Right, None] = {}
+    resolved: dict[Right, None] = {}
 
     def add(right: Right) -> None:
-        found[Right("database", database_oid, 0, "CONNECT", "", "", "")] = None
+        resolved[Right("database", database_oid, 0, "CONNECT", "", "", "")] = None
         if right.schema:
-            found[Right("schema", oids[right.schema], 0, "USAGE", right.schema, "", "")] = None
-        found[right] = None
-        if len(found) > MAX_RIGHTS:
+            resolved[Right("schema", oids[right.schema], 0, "USAGE", right.schema, "", "")] = None
+        resolved[right] = None
+        if len(resolved) > MAX_RIGHTS:
             raise InexactError(f"the scope means more than {MAX_RIGHTS} rights: ask for less at a time")
 
     for request in wanted.requests:
@@ -205,7 +203,7 @@ def rights(
             raise InexactError(f"{request} means nothing that is in database {database!a} now")
         for right in matching:
             add(right)
-    return list(found)
+    return list(resolved)
 
 
 def _rights_of(
@@ -242,26 +240,26 @@ def _rights_of(
 
 
 def quoted(name: str) -> str:
-    """A name as SQL writes it, whatever is in it."""
+    """Return a name as a quoted SQL identifier, whatever it contains."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def grants(role: str, database: str, wanted: Iterable[Right]) -> Iterator[str]:
-    """The statements that give rights to a role."""
+    """Yield the GRANT statements for a role."""
     by_object: dict[tuple[str, str], list[str]] = {}
     for right in wanted:
         match right.level:
             case "database":
-                where = quoted(database)
+                object_name = quoted(database)
             case "schema":
-                where = quoted(right.schema)
+                object_name = quoted(right.schema)
             case _:
-                where = f"{quoted(right.schema)}.{quoted(right.table)}"
+                object_name = f"{quoted(right.schema)}.{quoted(right.table)}"
         kind = "TABLE" if right.level == "column" else right.level.upper()
-        what = f"{right.right} ({quoted(right.column_name)})" if right.level == "column" else right.right
-        by_object.setdefault((kind, where), []).append(what)
+        privilege = f"{right.right} ({quoted(right.column_name)})" if right.level == "column" else right.right
+        by_object.setdefault((kind, object_name), []).append(privilege)
     by_right: dict[tuple[str, str], list[str]] = {}
-    for (kind, where), whats in by_object.items():
-        by_right.setdefault((kind, ", ".join(whats)), []).append(where)
+    for (kind, object_name), whats in by_object.items():
+        by_right.setdefault((kind, ", ".join(whats)), []).append(object_name)
     for (kind, whats_text), wheres in by_right.items():
         yield f"GRANT {whats_text} ON {kind} {', '.join(wheres)} TO {quoted(role)}"

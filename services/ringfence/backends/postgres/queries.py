@@ -1,4 +1,4 @@
-"""What a PostgreSQL server is asked. All of it is constant: values go beside it, names only into GRANT."""
+"""SQL queries, all constant. Values are passed as parameters; names appear only in GRANT."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ HERE: Final = """
     FROM pg_catalog.pg_database AS d, pg_catalog.pg_advisory_xact_lock($1)
     WHERE d.datname = pg_catalog.current_database()
 """
-"""The database that this is, whether the connection is encrypted, and the lock `$1` until the transaction ends."""
+"""The current database, whether the connection is encrypted, and the lock `$1` until the transaction ends."""
 SCHEMAS: Final = """
     SELECT n.oid, n.nspname::text AS name FROM pg_catalog.pg_namespace AS n
     WHERE n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
       AND ($1::text[] IS NULL OR n.nspname::text = ANY($1))
 """
-"""Schemas, of these names where any are given."""
+"""Schemas, limited to these names if any are given."""
 RELATIONS: Final = """
     SELECT c.oid, n.nspname::text AS schema, c.relname::text AS name, c.relkind = 'S' AS sequence
     FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
     WHERE n.nspname !~ '^pg_' AND n.nspname <> 'information_schema' AND c.relkind = ANY('{r,p,v,m,f,S}')
       AND ($1::text[] IS NULL OR n.nspname::text = ANY($1)) AND ($2::text[] IS NULL OR c.relname::text = ANY($2))
 """
-"""Tables and what is used like them, and sequences; of these schemas and names where any are given."""
+"""Tables, what is used like them, and sequences, limited to these schemas and names if any are given."""
 COLUMNS: Final = """
     SELECT a.attrelid AS relation, a.attnum AS number, a.attname::text AS name FROM pg_catalog.pg_attribute AS a
     WHERE a.attrelid = ANY($1::oid[]) AND a.attnum > 0 AND NOT a.attisdropped
 """
-"""The columns of these relations."""
 LACKING: Final = """
     SELECT number
     FROM unnest($2::text[], $3::oid[], $4::int2[], $5::text[]) WITH ORDINALITY AS w (level, oid, col, what, number)
@@ -81,8 +80,11 @@ BEYOND: Final = """
     WHERE p.prosecdef AND has_function_privilege('public', p.oid, 'EXECUTE')
     LIMIT 1
 """
-"""One thing that PUBLIC may and that is none of these rights. What PUBLIC may everywhere by default is left out:
-functions that run with the rights of their caller, types, languages, and large objects of one's own."""
+"""One privilege of PUBLIC that is not in the list.
+
+What PUBLIC has everywhere by default is left out: functions that run with the rights of their caller, types, languages,
+and a user's own large objects.
+"""
 ROLES: Final = """
     SELECT r.oid, r.rolname::text AS name, coalesce((
         SELECT array_agg(DISTINCT d.datname::text) FROM pg_catalog.pg_shdepend AS s
@@ -91,8 +93,8 @@ ROLES: Final = """
         WHERE s.refclassid = 'pg_catalog.pg_authid'::regclass AND s.refobjid = r.oid), '{}') AS databases
     FROM pg_catalog.pg_roles AS r WHERE starts_with(r.rolname::text, $1)
 """
-"""Roles whose names begin with `$1`, and the databases in which they own or may something."""
+"""Roles with the name prefix `$1`, and the databases in which they own something or have rights."""
 TERMINATE: Final = """
     SELECT pg_catalog.pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity AS a WHERE a.usesysid = $1
 """
-"""Tells the sessions of the role with the OID `$1` to end. No rows: there is none any more."""
+"""Ends the sessions of the role with the OID `$1`. Returns no rows if none is left."""

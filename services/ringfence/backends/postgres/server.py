@@ -1,4 +1,7 @@
-"""Ringfence's own connections to PostgreSQL servers, and what their errors mean. No error quotes what was sent."""
+"""Connection pools of Ringfence to PostgreSQL servers, and the mapping of their errors.
+
+No error quotes what was sent.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +12,34 @@ import secrets
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
-
-import asyncpg
 
 from ringfence.backends.secret_sources import AccessError
 from ringfence.backends.target_settings import TargetError, TargetRefusedError
 from ringfence.model.target_settings import SslMode
 
+if TYPE_CHECKING:
+    import asyncpg
+
 T = TypeVar("T")
 Connection = Any
-"""An asyncpg connection. The package has no types of its own."""
+"""An asyncpg connection. The package ships no types."""
 _MODES: Final[tuple[SslMode, ...]] = ("disable", "prefer", "require", "verify-ca", "verify-full")
 _PARAMETERS: Final = frozenset({"sslmode", "sslrootcert", "host"})
 _CONNECT_S: Final = 3.0
-"""How long a connection may take, and the wait for a free one."""
+"""The limit for opening a connection, and for waiting for a free one."""
 _IDLE_S: Final = 60.0
 _POOL: Final = 8
 _TRIES: Final = 5
 _LIMITS: Final = {
-    "lock_timeout": "2s",  # a statement that waits for a table lets everybody else wait behind it
+    "lock_timeout": "2s",  # a statement that waits for a table makes everybody else wait behind it
     "statement_timeout": "10s",
-    "idle_in_transaction_session_timeout": "5s",  # of a process that died, on a machine that did not answer any more
+    "idle_in_transaction_session_timeout": "5s",  # locks of a process that died, on a machine that no longer answers
 }
 
 _AGAIN: Final = frozenset({"XX000", "40001", "40P01", "55P03"})
-"""Somebody else changed the same rights at the same time ("tuple concurrently updated"), or had a lock."""
+"""SQLSTATE codes to retry: another session changed the same rights ("tuple concurrently updated") or held a lock."""
 _NOT_THIS: Final = {
     "42501": "its role for Ringfence may not give these rights",
     "0LP01": "its role for Ringfence may not give these rights",
@@ -46,12 +50,12 @@ _NOT_THIS: Final = {
     "42703": "a column went away meanwhile",
     "54000": "an object there has all the grants that PostgreSQL can keep for one",
 }
-"""What is wrong with one credential, and not with the server."""
+"""SQLSTATE codes that concern one credential and not the server's health."""
 
 
 @dataclass(frozen=True, slots=True)
 class PostgresLogin:
-    """Where and as whom Ringfence works: `postgresql://user:password@host:port/database?sslmode=...`."""
+    """Ringfence's own login: `postgresql://user:password@host:port/database?sslmode=...`."""
 
     host: str
     port: int
@@ -63,7 +67,7 @@ class PostgresLogin:
 
     @classmethod
     def parse(cls, url: str) -> PostgresLogin:
-        """Raises ValueError, which quotes no value."""
+        """Parse a URL. Raises ValueError, which quotes no value."""
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
         host = query.get("host") or parts.hostname
@@ -71,9 +75,9 @@ class PostgresLogin:
             raise ValueError("it is no postgresql://user:password@host:port/database")
         if unknown := set(query) - _PARAMETERS:
             raise ValueError(f"it has {', '.join(sorted(map(ascii, unknown)))}, which is not known here")
-        # Whoever is in between could talk a connection out of TLS, and then out of the password.
-        asked = query.get("sslmode") or ("prefer" if _is_local(host) else "verify-full")
-        sslmode = next((mode for mode in _MODES if mode == asked), None)
+        # An attacker in between could downgrade a connection from TLS, and then obtain the password.
+        ssl_mode = query.get("sslmode") or ("prefer" if _is_local(host) else "verify-full")
+        sslmode = next((mode for mode in _MODES if mode == ssl_mode), None)
         if sslmode is None:
             raise ValueError(f"its sslmode is none of {', '.join(_MODES)}")
         return cls(
@@ -87,7 +91,7 @@ class PostgresLogin:
         )
 
     def tls(self) -> ssl.SSLContext | Literal["prefer"] | bool:
-        """What asyncpg is told. Raises OSError for a certificate that is not there."""
+        """Return the `ssl` argument for asyncpg. Raises OSError for a missing certificate file."""
         if self.sslmode == "disable" or self.host.startswith("/"):
             return False
         if self.sslmode == "prefer":
@@ -100,21 +104,23 @@ class PostgresLogin:
 
 
 class PostgresServer:
-    """One server, as the broker's rights name it: a pool of connections for each database that is worked in."""
+    """One server, with a connection pool for each database in use."""
 
     def __init__(self, target_id: str, url: str) -> None:
-        """Raises AccessError."""
+        """Raises AccessError if the URL is unusable."""
         self.target_id = target_id
         try:
             self.login = PostgresLogin.parse(url)
             self._tls = self.login.tls()
         except (ValueError, OSError) as error:
-            said = str(error) if type(error) is ValueError else "its root certificate cannot be read"
-            raise AccessError(f"the rights at target {target_id} are wrong: {said}") from None
+            reason = str(error) if type(error) is ValueError else "its root certificate cannot be read"
+            raise AccessError(f"the rights at target {target_id} are wrong: {reason}") from None
         self._pools: dict[str, Any] = {}
 
     async def run(self, database: str, work: Callable[[Connection], Awaitable[T]]) -> T:
-        """What `work` returns, which may be done more than once. Raises TargetError, TargetRefusedError."""
+        """Run `work` and return its result. `work` may run more than once. Raises TargetError, TargetRefusedError."""
+        import asyncpg
+
         conflicts = lost = 0
         while True:
             try:
@@ -126,22 +132,24 @@ class PostgresServer:
             except asyncpg.PostgresError as error:
                 conflicts += 1
                 if error.sqlstate not in _AGAIN or conflicts == _TRIES:
-                    raise self._meant(error, database) from None
+                    raise self._translate_error(error, database) from None
                 continue
             except (OSError, asyncpg.InterfaceError) as error:  # a TimeoutError too
                 lost += 1
                 problem = self._silent(error)
             if lost > 1:
                 raise problem from None
-            await self._pools[database].expire_connections()  # the others have died with it, likely
+            await self._pools[database].expire_connections()  # the others have probably died with it
 
     async def close(self) -> None:
-        """Disconnect, once what is under way is done."""
+        """Disconnect after running calls have ended."""
         for database in list(self._pools):
             pool = self._pools.pop(database)
             await pool.close()
 
     async def _pool(self, database: str) -> Any:
+        import asyncpg
+
         if database not in self._pools:
             login = self.login
             self._pools[database] = await asyncpg.create_pool(
@@ -156,7 +164,7 @@ class PostgresServer:
                 max_size=_POOL,
                 max_inactive_connection_lifetime=_IDLE_S,
                 reset=_keep,
-                # Nothing that an agent may have made is ever found by its bare name.
+                # No object that an agent may have made is found by its unqualified name.
                 server_settings={"search_path": "", "application_name": "ringfence", **_LIMITS},
             )
         return self._pools[database]
@@ -164,35 +172,37 @@ class PostgresServer:
     def _silent(self, error: Exception) -> TargetError:
         return TargetError(f"target {self.target_id} does not answer ({type(error).__name__})")
 
-    def _meant(self, error: asyncpg.PostgresError, database: str) -> TargetError | TargetRefusedError:
+    def _translate_error(
+        self, error: asyncpg.PostgresError, database: str
+    ) -> TargetError | TargetRefusedError:
         state = str(error.sqlstate)
-        why = _NOT_THIS.get(state)
-        if state.startswith("28") and database != self.login.database:  # which agents choose
-            why = "its role for Ringfence may not log in to this database"
-        if why is not None:
-            return TargetRefusedError(f"target {self.target_id} refuses: {why} ({state})")
+        reason = _NOT_THIS.get(state)
+        if state.startswith("28") and database != self.login.database:  # agents choose them
+            reason = "its role for Ringfence may not log in to this database"
+        if reason is not None:
+            return TargetRefusedError(f"target {self.target_id} refuses: {reason} ({state})")
         return TargetError(f"target {self.target_id} refuses ({state} {type(error).__name__})")
 
 
 async def _keep(connection: Connection) -> None:
-    """Nothing is set on a connection that would have to be set back."""
+    """Do nothing on return to the pool: no call leaves session state behind that would need a reset."""
 
 
 def _is_local(host: str) -> bool:
-    """A socket or the loopback: nobody is in between."""
+    """Return whether the host is a socket or the loopback, where nobody can listen in between."""
     return host.startswith("/") or host in ("localhost", "127.0.0.1", "::1")
 
 
-# SCRAM-SHA-256 (RFC 5802, RFC 7677), the part of it that a server keeps.
+# SCRAM-SHA-256 (RFC 5802, RFC 7677): the part that a server stores.
 
 ITERATIONS = 4096
-"""What RFC 7677 asks for at least. Passwords here are random: more would only cost time."""
+"""The minimum of RFC 7677. Passwords here are random, so more iterations would only cost time."""
 
 
 def verifier(password: str, *, salt: bytes | None = None) -> str:
-    """What a server needs to check a password and cannot log in with, as PostgreSQL writes it.
+    """Return the SCRAM verifier of a password, in PostgreSQL's format. It can check a password, but not log in.
 
-    `password` is ASCII, which SASLprep leaves as it is. `salt` is random where not given.
+    `password` is ASCII, which SASLprep leaves unchanged. `salt` is random by default.
     """
     salt = secrets.token_bytes(16) if salt is None else salt
     salted = hashlib.pbkdf2_hmac("sha256", password.encode("ascii"), salt, ITERATIONS)

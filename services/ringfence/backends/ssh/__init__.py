@@ -1,1 +1,1 @@
-"""SSH certificates for one lease, and the helper on the host."""
+"""Backend for SSH certificates, one for each lease, and its helper on the host."""

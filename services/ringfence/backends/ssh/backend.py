@@ -1,12 +1,13 @@
-"""Certificates for hosts with an OpenSSH server (8.2 or newer): one user, named commands, until the deadline.
+"""Backend for hosts with an OpenSSH server (8.2 or newer): certificates for one user and named commands, until the
+deadline.
 
-The host lets a certificate in only while its lease is announced there, and whoever announces asks `ssh_helper`, which
-runs on the host: the KRL that it keeps for the server revokes every serial but those that are announced. So what is
-undone, never announced, or forgotten with the host's state is refused alike, and no list of what was revoked has to be
-kept anywhere. Its answer to an undo comes once the KRL is in its place and the sessions of the lease have ended.
+The host accepts a certificate only while its lease is announced there, to `host_helper`, which runs on the host. The
+helper keeps a KRL for the server that revokes every serial except the announced ones. So the host refuses a lease that
+was undone, never announced, or forgotten with the host's state, and nobody keeps a list of revoked ones. The helper
+answers an undo after the KRL is in place and the sessions of the lease have ended.
 
-Serial and key id follow from trust domain and lease. A certificate that is made again for the same lease is another key
-with the same serial: both stay good, and both end with the lease.
+Serial and key id follow from trust domain and lease. A second mint for the same lease makes another key with the same
+serial. Both stay valid, and both end with the lease.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ringfence.model.target_settings import SshSettings
 
 
 class SshBackend:
-    """Makes certificates for keys that are known to the agent alone: the host is told the lease, and its user."""
+    """Mints certificates for keys that only the agent knows: the host learns the lease and its user."""
 
     kind: ClassVar[str] = "ssh"
     enforced_by: ClassVar[Literal["target", "gateway"]] = "target"
@@ -42,28 +43,30 @@ class SshBackend:
         self._servers = ConnectionCache(access, SshServer)
 
     def name_of(self, lease_id: str) -> str:
-        """A lease's name at hosts. It tells one trust domain's leases from another's at the same host."""
+        """Return the name of a lease at hosts. It also separates trust domains that share a host."""
         return f"{self._domain}.{lease_id}"
 
     def revocability(self, target: TargetState) -> Literal["instant", "session", "ttl"]:
-        """Sessions that are open are ended too."""
+        """Return `session`: open sessions are ended too."""
         return "session"
 
     def problem(self, lease: Lease, target: TargetState) -> str | None:
-        """Why exactly this credential cannot be made, or None, as far as that can be said without the host."""
+        """Return the reason why exactly this credential cannot be made, as far as it shows without the host, or
+        None.
+        """
         return problem_of(plan, lease.scope, target, SshSettings, self._access)
 
     async def mint(self, lease: Lease, target: TargetState) -> Credential:
-        """A new key and its certificate, with what a client needs to know of the host, as JSON.
+        """Return a new key and its certificate, with what a client needs to know about the host, as JSON.
 
         Raises TargetError, TargetRefusedError, AccessError, TargetSettingsError.
         """
         settings = settings_of(target, SshSettings)
         server = await self._servers.at(lease.target_id)
         try:
-            wanted = plan(lease.scope)
-            there = await server.ask("rights", domain=self._domain)
-            granted = allowed(wanted, there["users"])
+            command_plan = plan(lease.scope)
+            host_rights = await server.ask("rights", domain=self._domain)
+            granted = allowed(command_plan, host_rights["users"])
         except InexactError as error:
             raise TargetRefusedError(str(error)) from None
         await server.ask(
@@ -75,7 +78,7 @@ class SshBackend:
             key.public_key(),
             self.name_of(lease.lease_id),
             granted,
-            run=there["run"],
+            run=host_rights["run"],
             source_addresses=settings.source_address,
             began_s=lease.iat,
             deadline_s=lease.deadline,
@@ -89,7 +92,7 @@ class SshBackend:
         return Credential(kind=self.kind, value=json.dumps(value), expires_at=lease.deadline)
 
     async def undo(self, lease_id: str, *, target_id: str) -> None:
-        """Have the host let nobody in any more for this lease, and end who is.
+        """Make the host refuse logins for this lease, and end its sessions.
 
         Raises TargetError, TargetRefusedError, AccessError.
         """
@@ -97,7 +100,7 @@ class SshBackend:
         await server.ask("undo", domain=self._domain, lease=lease_id)
 
     async def existing(self, target_id: str) -> frozenset[str]:
-        """The leases that are let in, or have sessions. Raises TargetError, AccessError."""
+        """Return the leases that may log in, or have sessions. Raises TargetError, AccessError."""
         server = await self._servers.at(target_id)
         return frozenset(await server.ask("standing", domain=self._domain))
 
@@ -109,6 +112,6 @@ class SshBackend:
 
 
 def _address(server: SshServer, settings: SshSettings) -> str:
-    """`host:port` for agents: as the target's record says, else where Ringfence itself connects."""
+    """Return `host:port` for agents: from the target's record, else where Ringfence itself connects."""
     host, port = server.login.host, server.login.port
     return settings.address or (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")

@@ -1,4 +1,4 @@
-"""OpenSSH's user certificates: what they say, and who signs them."""
+"""OpenSSH user certificates: contents and signing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ringfence.backends.ssh.host_helper import KEY_ID, PRINCIPAL, serial_of
 from ringfence.backends.ssh.privileges import AllowedCommands
 
 BEFORE_S: Final = 300
-"""So long before it is made a certificate begins: the host's clock may be behind."""
+"""A certificate is valid from so long before it is made, because the host's clock may be behind."""
 _OWN_S: Final = 300
 _EXTENSIONS: Final = {"terminal": b"permit-pty", "forward": b"permit-port-forwarding"}
 
@@ -36,13 +36,13 @@ def for_lease(
     began_s: int,
     deadline_s: int,
 ) -> str:
-    """A certificate that says what is allowed, as one line.
+    """Return a certificate that allows exactly `allowed`, as one line.
 
     Args:
-        name: the lease's, `<trust domain>.<lease id>`: serial and key id follow from it.
-        run: what the host runs to choose among commands.
-        source_addresses: networks in CIDR notation, with commas; anywhere if None.
-        began_s: when the lease began; `deadline_s`: when it ends, in seconds since 1970.
+        name: the lease's, `<trust domain>.<lease id>`. Serial and key id follow from it.
+        run: the command line that the host runs to choose among commands.
+        source_addresses: networks in CIDR notation, separated by commas; None allows any.
+        began_s: start of the lease in seconds since 1970; `deadline_s`: its end.
     """  # fmt: skip
     builder = (
         SSHCertificateBuilder()
@@ -66,7 +66,7 @@ def for_lease(
 
 
 def for_ringfence(authority: Ed25519PrivateKey, key: Ed25519PublicKey, user: str, now_s: int) -> str:
-    """The certificate with which Ringfence itself logs in. Its serial is 0: the KRL leaves it alone."""
+    """Return the certificate for Ringfence's own login. Its serial is 0, which the KRL never revokes."""
     return (
         SSHCertificateBuilder()
         .public_key(key)
@@ -83,10 +83,10 @@ def for_ringfence(authority: Ed25519PrivateKey, key: Ed25519PublicKey, user: str
 
 
 def private_text(key: Ed25519PrivateKey) -> str:
-    """A private key as OpenSSH writes it."""
+    """Return a private key in OpenSSH format."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()).decode()
 
 
 def public_text(key: Ed25519PublicKey) -> str:
-    """A public key as one line."""
+    """Return a public key as one line."""
     return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()

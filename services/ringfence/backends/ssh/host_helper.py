@@ -37,9 +37,12 @@ from typing import Any
 CONFIG = "/etc/ringfence-ssh.json"
 PROTOCOL = 1
 KEY_ID = "ringfence:"
-"""How the key ids of certificates begin; then comes the name of the lease, `<trust domain>.<lease id>`."""
+"""Prefix of the key ids of certificates. The name of the lease follows, `<trust domain>.<lease id>`."""
 PRINCIPAL = "ringfence:"
-"""How principals begin; then comes the user. No user's name has a colon: no server takes them without this program."""
+"""Prefix of principals.
+
+The user follows. No user name has a colon, so a server accepts them only through this program.
+"""
 COMMAND_VERBS = ("read", "write")
 WAYS = ("shell", "terminal", "forward")
 
@@ -53,19 +56,19 @@ _CGROUPS = "/sys/fs/cgroup"
 _END_WITHIN_S = 2.0
 _LONGEST_LINE = 65_536
 _HEAD_BYTES = 44
-"""So long is what every KRL begins with: its version and its time, and nothing about what it revokes."""
+"""Length of the head of every KRL: its version and time, nothing about what it revokes."""
 
 
 class RefusedError(Exception):
-    """What is asked for is not possible here, and will not be by asking again."""
+    """Raised when a request is impossible here. A retry will fail again."""
 
 
 class FailedError(Exception):
-    """It did not work, and may work later."""
+    """Raised when a request failed. A retry may succeed."""
 
 
 def serial_of(name: str) -> int:
-    """The serial of a lease's certificates. Never 0, which no KRL can revoke."""
+    """Return the serial of a lease's certificates. It is never 0, which no KRL can revoke."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") or 1
 
 
@@ -73,31 +76,31 @@ def serial_of(name: str) -> int:
 
 
 class Config:
-    """What the administrator of the host decides: whose certificates count, and what they can be good for."""
+    """The host administrator's settings: whose certificates count, and what they can allow."""
 
     def __init__(self, path: str) -> None:
-        """Raises FailedError."""
+        """Raises FailedError if the file is missing or wrong."""
         self.path = path
-        given = _trusted_json(Path(path))
+        document = _trusted_json(Path(path))
         try:
-            self.authorities = [base64.b64decode(line.split()[1]) for line in given["authorities"]]
-            self.state = Path(given.get("state", "/var/lib/ringfence-ssh"))
-            self.broker = given.get("broker", "ringfence-broker")
-            self.users = {name: _user(name, of, self.broker) for name, of in given["users"].items()}
+            self.authorities = [base64.b64decode(line.split()[1]) for line in document["authorities"]]
+            self.state = Path(document.get("state", "/var/lib/ringfence-ssh"))
+            self.broker = document.get("broker", "ringfence-broker")
+            self.users = {name: _user(name, of, self.broker) for name, of in document["users"].items()}
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise FailedError(f"{path} is wrong: {type(error).__name__} {error}") from None
 
     def is_authority(self, fingerprint: str) -> bool:
-        """Whether this is the fingerprint of one of Ringfence's own, as `%F` gives it."""
-        known = (base64.b64encode(hashlib.sha256(blob).digest()) for blob in self.authorities)
-        return any(fingerprint == "SHA256:" + digest.decode().rstrip("=") for digest in known)
+        """Return whether this is the fingerprint (in the format of `%F`) of one of Ringfence's authorities."""
+        fingerprints = (base64.b64encode(hashlib.sha256(blob).digest()) for blob in self.authorities)
+        return any(fingerprint == "SHA256:" + digest.decode().rstrip("=") for digest in fingerprints)
 
 
 def _trusted_json(path: Path) -> Any:
     try:
         with path.open() as file:
-            found = os.fstat(file.fileno())
-            if found.st_uid not in (0, os.geteuid()) or stat.S_IMODE(found.st_mode) & 0o022:
+            status = os.fstat(file.fileno())
+            if status.st_uid not in (0, os.geteuid()) or stat.S_IMODE(status.st_mode) & 0o022:
                 raise FailedError(f"{path} can be changed by others: it must be root's, mode 0644")
             return json.load(file)
     except (OSError, ValueError) as error:
@@ -124,17 +127,19 @@ def _user(name: str, of: Any, broker: str) -> dict[str, Any]:
 
 
 def krl(authorities: Iterable[bytes], serials: Iterable[int], version: int, now_s: int) -> bytes:
-    """A key revocation list (OpenSSH's PROTOCOL.krl) of all serials of these authorities but these."""
+    """Return a key revocation list (OpenSSH's PROTOCOL.krl) that revokes all serials of these authorities except
+    `serials`.
+    """
     ranges = b"".join(
-        b"\x21" + _string(struct.pack(">QQ", first, last)) for first, last in _between(sorted(set(serials)))
+        b"\x21" + _string(struct.pack(">QQ", first, last)) for first, last in _gaps(sorted(set(serials)))
     )
     sections = (b"\x01" + _string(_string(ca) + _string(b"") + ranges) for ca in authorities)
     head = struct.pack(">8sIQQQ", b"SSHKRL\n\0", 1, version, now_s, 0) + _string(b"") + _string(b"")
     return head + b"".join(sections)
 
 
-def _between(serials: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """The ranges that have none of these, which are in order. 0 is in none: no KRL can name it."""
+def _gaps(serials: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Yield the ranges between these serials, which are in order. No range contains 0: no KRL can name it."""
     first = 1
     for serial in serials:
         if first < serial:
@@ -152,7 +157,7 @@ def _string(data: bytes) -> bytes:
 
 
 class State:
-    """The files below one folder, which only root can read."""
+    """The state files in one folder, which only root can read."""
 
     def __init__(self, config: Config) -> None:
         os.umask(0o077)
@@ -161,26 +166,26 @@ class State:
         self._sessions = config.state / "sessions"
 
     def make(self) -> None:
-        """Make what is not there."""
+        """Create the missing files and folders."""
         for folder in (self._config.state, self._open, self._sessions):
             folder.mkdir(parents=True, exist_ok=True)
-            folder.chmod(0o700)  # one that was there before may be open to others
+            folder.chmod(0o700)  # an existing one may be open to others
         with self._locked():
             self._publish()
 
     def announce(self, name: str, user: str, deadline_s: int) -> None:
-        """Let certificates of a lease in, as this user. Raises RefusedError."""
+        """Accept certificates of a lease for this user until the deadline. Raises RefusedError."""
         with self._locked():
-            known = self._read(name)
-            if known is not None and known["user"] != user:
+            announced = self._read(name)
+            if announced is not None and announced["user"] != user:
                 raise RefusedError("the lease is for another user")
             if any(serial_of(other) == serial_of(name) for other in _names(self._open) if other != name):
                 raise RefusedError("another lease has the same serial: ask again")
             _write(self._open / name, json.dumps({"user": user, "deadline": deadline_s}).encode())
-            self._publish()  # what a power cut takes of both is not let in
+            self._publish()  # if a power cut removes either, the lease is refused
 
     def undo(self, name: str) -> None:
-        """Let nobody in any more, and end who is. Returns once they have ended. Raises FailedError."""
+        """Refuse logins for a lease and end its sessions. Returns once they have ended. Raises FailedError."""
         with self._locked():
             if (self._open / name).exists():
                 (self._open / name).unlink()
@@ -194,15 +199,15 @@ class State:
             self._clear()
 
     def standing(self, domain: str) -> list[str]:
-        """The leases of a trust domain that are open, or have sessions."""
+        """Return the leases of a trust domain that are open or have sessions."""
         names = {*_names(self._open), *_names(self._sessions)}
         return sorted(name[-36:] for name in names if _NAME.fullmatch(name) and name[:-37] == domain)
 
     def login(self, name: str, user: str, session: Session) -> bool:
-        """Whether a certificate of this lease may log in as this user. The session is remembered if so."""
+        """Return whether a certificate of this lease may log in as this user. If so, the session is recorded."""
         with self._locked():
-            known = self._read(name)
-            if known is None or known["user"] != user or known["deadline"] <= time.time():
+            announced = self._read(name)
+            if announced is None or announced["user"] != user or announced["deadline"] <= time.time():
                 return False
             self._forget(name)
             (self._sessions / name).mkdir(exist_ok=True)
@@ -215,7 +220,7 @@ class State:
         return []
 
     def _forget(self, name: str) -> None:
-        """Forget the sessions that have ended."""
+        """Drop the records of sessions that have ended."""
         for session in self._logged_in(name):
             if not session.lives():
                 (self._sessions / name / str(session)).unlink()
@@ -223,7 +228,7 @@ class State:
             (self._sessions / name).rmdir()
 
     def _clear(self) -> None:
-        """End what runs as users whom nobody but agents uses, where no lease is open for them: whatever started it."""
+        """End all processes of users that only agents use and that have no open lease, whatever started them."""
         users = [name for name, of in self._config.users.items() if of.get("agents_only")]
         if users:
             in_use = {(self._read(name) or {}).get("user") for name in _names(self._open)}
@@ -231,13 +236,13 @@ class State:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            found: dict[str, Any] = json.loads((self._open / name).read_bytes())
+            content: dict[str, Any] = json.loads((self._open / name).read_bytes())
         except (FileNotFoundError, ValueError):
             return None
-        return found
+        return content
 
     def _publish(self) -> None:
-        """Bring the KRL into line with what is open, by a rename: the server reads it whole, at every login."""
+        """Write the KRL for the open leases and rename it into place. The server reads it whole at every login."""
         path = self._config.state / "krl"
         serials = [serial_of(name) for name in _names(self._open) if _NAME.fullmatch(name)]
         document = krl(self._config.authorities, serials, time.time_ns(), int(time.time()))
@@ -258,7 +263,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """So that it is there as a whole, or not, also after a power cut: of a KRL cut short sshd lets nobody in."""
+    """Write a file atomically and durably. With a truncated KRL, sshd would refuse every login."""
     beside = path.with_name(f".{path.name}.new")
     with beside.open("wb") as file:
         file.write(data)
@@ -268,7 +273,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """What was renamed or deleted there stays so."""
+    """Make renames and deletions in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -280,7 +285,9 @@ def _sync(folder: Path) -> None:
 
 
 class Session:
-    """The server's process for one connection: its number, and what tells it from a later one of the same number."""
+    """The server's process for one connection: its pid, and its start time, which tells it from a later process of
+    the same pid.
+    """
 
     def __init__(self, pid: int, started: int, boot: str) -> None:
         self.pid, self.started, self.boot = pid, started, boot
@@ -290,11 +297,11 @@ class Session:
 
     @classmethod
     def of(cls, pid: int) -> Session:
-        """The one that runs now. Raises FailedError where there is none."""
-        found = _process(pid)
-        if found is None:
+        """Return the session of a running process. Raises FailedError if there is none."""
+        process = _process(pid)
+        if process is None:
             raise FailedError(f"no process {pid}")
-        return cls(pid, found[1], _boot())
+        return cls(pid, process[1], _boot())
 
     @classmethod
     def parse(cls, text: str) -> Session:
@@ -306,24 +313,24 @@ class Session:
 
 
 def end_all(sessions: Iterable[Session]) -> None:
-    """Kill connections with all that runs in them; returns once they are gone. Raises FailedError."""
-    told: dict[int, int] = {}
+    """Kill connections with all their processes. Returns once they are gone. Raises FailedError."""
+    signalled: dict[int, int] = {}
     for session in sessions:
         if session.lives():
-            told.update(_stopped(session))
-    for pid, started in told.items():
+            signalled.update(_stopped(session))
+    for pid, started in signalled.items():
         _signal(pid, started, signal.SIGKILL)
     until = time.monotonic() + _END_WITHIN_S
     delay_s = 0.001
-    while left := [pid for pid, started in told.items() if _is(pid, started)]:
+    while running := [pid for pid, started in signalled.items() if _is(pid, started)]:
         if time.monotonic() > until:
-            raise FailedError(f"processes {left} do not end")
+            raise FailedError(f"processes {running} do not end")
         time.sleep(delay_s)
         delay_s = min(2 * delay_s, 0.05)
 
 
 def end_users(users: Iterable[str]) -> None:
-    """Kill everything that runs as these; returns once it is gone. Raises FailedError."""
+    """Kill all processes of these users. Returns once they are gone. Raises FailedError."""
     try:
         numbers = {pwd.getpwnam(user).pw_uid for user in users}
     except KeyError as error:
@@ -331,17 +338,17 @@ def end_users(users: Iterable[str]) -> None:
     if 0 in numbers:
         raise FailedError("root is no user for agents only")
     until = time.monotonic() + _END_WITHIN_S
-    while left := [pid for pid in _pids() if _owner(pid) in numbers and _process(pid)]:
+    while running := [pid for pid in _pids() if _owner(pid) in numbers and _process(pid)]:
         if time.monotonic() > until:
-            raise FailedError(f"processes {left} do not end")
-        for pid in left:  # until there are none: what is not stopped may start others meanwhile
-            if (found := _process(pid)) is not None and _owner(pid) in numbers:
-                _signal(pid, found[1], signal.SIGKILL)
+            raise FailedError(f"processes {running} do not end")
+        for pid in running:  # until there are none: a running one may start others meanwhile
+            if (process := _process(pid)) is not None and _owner(pid) in numbers:
+                _signal(pid, process[1], signal.SIGKILL)
         time.sleep(0.002)
 
 
 def _owner(pid: int) -> int | None:
-    """Who a process really is. Its folder may be root's all the same."""
+    """Return the real user id of a process, or None. Its folder in /proc may be root's nevertheless."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_bytes().splitlines():
             if line.startswith(b"Uid:"):
@@ -350,35 +357,35 @@ def _owner(pid: int) -> int | None:
 
 
 def _stopped(session: Session) -> dict[int, int]:
-    """All processes of a connection, stopped: what is stopped makes no further ones while it is looked for."""
-    found: dict[int, int] = {}
+    """Stop all processes of a connection and return them. A stopped process cannot start others during the search."""
+    stopped: dict[int, int] = {}
     while True:
-        new = {pid: started for pid, started in _tree(session).items() if pid not in found}
+        new = {pid: started for pid, started in _tree(session).items() if pid not in stopped}
         if not new:
-            return found
+            return stopped
         for pid, started in new.items():
             _signal(pid, started, signal.SIGSTOP)
-        found.update(new)
+        stopped.update(new)
 
 
 def _tree(session: Session) -> dict[int, int]:
-    """The process, all that descend from it, and what else is in the scope that systemd gave to its session."""
-    processes = {pid: found for pid in _pids() if (found := _process(pid)) is not None}
-    wanted = [session.pid, *_scope(session.pid)]
+    """Return the process, its descendants, and all others in the scope that systemd gave to its session."""
+    processes = {pid: process for pid in _pids() if (process := _process(pid)) is not None}
+    queue = [session.pid, *_scope(session.pid)]
     tree: dict[int, int] = {}
     children: dict[int, list[int]] = {}
     for pid, (parent, _) in processes.items():
         children.setdefault(parent, []).append(pid)
-    while wanted:
-        pid = wanted.pop()
+    while queue:
+        pid = queue.pop()
         if pid in processes and pid not in tree:
             tree[pid] = processes[pid][1]
-            wanted += children.get(pid, [])
+            queue += children.get(pid, [])
     return tree
 
 
 def _scope(pid: int) -> list[int]:
-    """The processes of the scope that pam_systemd gave to a session of its own; none without it."""
+    """Return the processes of the scope that pam_systemd gave to a session. Empty without pam_systemd."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path(f"{_PROC}/{pid}/cgroup").read_text().splitlines():
             path = line.partition("::")[2]
@@ -392,7 +399,7 @@ def _pids() -> list[int]:
 
 
 def _process(pid: int) -> tuple[int, int] | None:
-    """Parent and start of a process that runs, or None."""
+    """Return parent and start time of a running process, or None."""
     try:
         text = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
@@ -402,12 +409,12 @@ def _process(pid: int) -> tuple[int, int] | None:
 
 
 def _is(pid: int, started: int) -> bool:
-    found = _process(pid)
-    return found is not None and found[1] == started
+    process = _process(pid)
+    return process is not None and process[1] == started
 
 
 def _signal(pid: int, started: int, what: signal.Signals) -> None:
-    """Send a signal to this very process, not to one that has its number by now."""
+    """Send a signal to this very process, not to a later one with the same pid."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -429,7 +436,7 @@ def _boot() -> str:
 
 
 def serve(config_path: str) -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until the input ends."""
     sys.stdout.write(json.dumps({"ringfence": PROTOCOL}) + "\n")
     sys.stdout.flush()
     while line := sys.stdin.readline(_LONGEST_LINE):
@@ -448,7 +455,7 @@ def serve(config_path: str) -> None:
 
 
 def _answer(config_path: str, request: dict[str, Any]) -> Any:
-    config = Config(config_path)  # read each time: what the administrator changes counts at once
+    config = Config(config_path)  # read each time: the administrator's changes take effect at once
     state, domain = State(config), request["domain"]
     if not _DOMAIN.fullmatch(domain):
         raise ValueError("no trust domain")
@@ -482,7 +489,7 @@ def _answer(config_path: str, request: dict[str, Any]) -> Any:
 
 
 def principals(config: Config, user: str, serial: str, key_id: str, fingerprint: str) -> str:
-    """The principal that a certificate must have to log in as this user now, or nothing."""
+    """Return the principal that a certificate needs to log in as this user now, or an empty string."""
     if not config.is_authority(fingerprint):
         return ""
     if user == config.broker:
@@ -500,7 +507,10 @@ def principals(config: Config, user: str, serial: str, key_id: str, fingerprint:
 
 
 def chosen(granted: list[str], asked: str) -> list[str] | None:
-    """Verb and name of the command that is to be run: the one that is asked for, or the only one."""
+    """Return verb and name of the command to run: the requested one, or the only one granted.
+
+    None if there is no such.
+    """
     commands = [one.split(":") for one in granted]
     if not asked and len(commands) == 1:
         return commands[0]
@@ -508,7 +518,7 @@ def chosen(granted: list[str], asked: str) -> list[str] | None:
 
 
 def run(config: Config, user: str, granted: list[str]) -> None:
-    """Become the command that is asked for. Raises FailedError, RefusedError."""
+    """Replace this process by the requested command. Raises FailedError, RefusedError."""
     command = chosen(granted, os.environ.pop("SSH_ORIGINAL_COMMAND", ""))
     if command is None:
         may = ", ".join(one.replace(":", " ") for one in granted) or "nothing"
@@ -525,7 +535,7 @@ def run(config: Config, user: str, granted: list[str]) -> None:
 
 
 def main(args: list[str]) -> int:
-    """What sshd, Ringfence and the administrator call."""
+    """Entry point for sshd, Ringfence and the administrator. Returns the exit status."""
     path, args = (args[1], args[2:]) if args[:1] == ["--config"] else (CONFIG, args)
     try:
         if args == ["init"]:

@@ -1,8 +1,9 @@
-"""What a scope means at a host that is reached by ssh: one user, and which commands or ways in.
+"""Translation of a scope into rights at an SSH host: one user, and the commands or kinds of access that it allows.
 
-A resource is `user` or `user/command`. `read` and `write` are rights on a command: the administrator of the host names
-each, and says which of the two it is. `shell` (every command), `terminal` and `forward` (TCP connections to and from
-wherever the host can) are rights on the user. What a certificate cannot say exactly is refused, never rounded up.
+A resource is `user` or `user/command`. `read` and `write` are rights on a command. The host's administrator names each
+command, and says which of the two it is. `shell` (every command), `terminal` and `forward` (TCP connections to and from
+wherever the host can) are rights on the user. A scope that a certificate cannot express exactly is refused, never
+rounded up.
 """
 
 from __future__ import annotations
@@ -19,18 +20,15 @@ from ringfence.model.scope.globs import Glob, ScopeError, parse_glob
 
 VERBS: Final = (*COMMAND_VERBS, *WAYS)
 MAX_COMMANDS: Final = 64
-"""The most commands of one certificate."""
 _USER: Final = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 _COMMAND: Final = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._*-]{0,63}")
 
 Rights = Mapping[str, Mapping[str, Sequence[str]]]
-"""What the host has: by user, the names of its commands under `read` and `write`, its ways in under `may`."""
+"""The host's offer by user: the names of its commands under `read` and `write`, its kinds of access under `may`."""
 
 
 @dataclass(frozen=True, slots=True)
 class CommandRequest:
-    """One verb on one resource."""
-
     verb: str
     glob: Glob
 
@@ -40,7 +38,7 @@ class CommandRequest:
 
 @dataclass(frozen=True, slots=True)
 class CommandPlan:
-    """A scope, understood: whom it is for, and what is wanted."""
+    """A parsed scope: the user, and the requested rights."""
 
     user: str
     requests: tuple[CommandRequest, ...]
@@ -48,16 +46,16 @@ class CommandPlan:
 
 @dataclass(frozen=True, slots=True)
 class AllowedCommands:
-    """What a certificate says."""
+    """The rights that a certificate grants."""
 
     user: str
     commands: tuple[tuple[str, str], ...]
-    """Verb and name of each."""
+    """(verb, name) of each command."""
     login_kinds: frozenset[str]
 
 
 def plan(scope: Iterable[Permission]) -> CommandPlan:
-    """Understand a scope, without asking the host. Raises InexactError."""
+    """Parse a scope without access to the host. Raises InexactError."""
     requests = [
         CommandRequest(_checked_verb(verb), _resource_glob(resource))
         for permission in scope
@@ -101,23 +99,23 @@ def _resource_glob(text: str) -> Glob:
     return glob
 
 
-def allowed(wanted: CommandPlan, there: Rights) -> AllowedCommands:
-    """What a plan means at a host that has these rights. Raises InexactError for a wish that means nothing there."""
-    if wanted.user not in there:
-        raise InexactError(f"no certificate can be for user {wanted.user!a} there")
-    has = there[wanted.user]
+def allowed(command_plan: CommandPlan, host_rights: Rights) -> AllowedCommands:
+    """Return what a plan means at a host with these rights. Raises InexactError if a request matches nothing there."""
+    if command_plan.user not in host_rights:
+        raise InexactError(f"no certificate can be for user {command_plan.user!a} there")
+    has = host_rights[command_plan.user]
     commands: dict[tuple[str, str], None] = {}
     login_kinds: set[str] = set()
-    for request in wanted.requests:
+    for request in command_plan.requests:
         if request.verb in WAYS:
             if request.verb not in has["may"]:
                 raise InexactError(f"{request}: the host does not allow it")
             login_kinds.add(request.verb)
             continue
-        matching = [name for name in has[request.verb] if request.glob.matches(f"{wanted.user}/{name}")]
+        matching = [name for name in has[request.verb] if request.glob.matches(f"{command_plan.user}/{name}")]
         if not matching:
             raise InexactError(f"{request} means no command that the host has now")
         commands.update({(request.verb, name): None for name in matching})
     if len(commands) > MAX_COMMANDS:
         raise InexactError(f"the scope means more than {MAX_COMMANDS} commands: ask for less at a time")
-    return AllowedCommands(wanted.user, tuple(commands), frozenset(login_kinds))
+    return AllowedCommands(command_plan.user, tuple(commands), frozenset(login_kinds))

@@ -1,7 +1,7 @@
-"""Ringfence's own connections to hosts with an OpenSSH server, and to the program that answers it there.
+"""Ringfence's own SSH connections to hosts, and to the helper program there.
 
-The connection is ssh: the host is known by its key, Ringfence by a certificate that it signs for itself, good for a few
-minutes. It stays open, and what is asked goes over it, many at a time.
+The host is known by its key. Ringfence logs in with a certificate that it signs for itself, valid for a few minutes.
+The connection stays open, and many requests share it concurrently.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _USER: Final = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 
 @dataclass(frozen=True, slots=True)
 class SshLogin:
-    """Where and as whom Ringfence works, and what it signs with.
+    """Ringfence's own login at a host, and the key that signs its certificates.
 
-    As text: `ssh://user@host:port` on the first line, the host's public keys on the next ones, as its `.pub` files have
-    them, then the authority's private key, as `ssh-keygen` writes it.
+    As text: `ssh://user@host:port` on the first line, the host's public keys on the next lines in the format of its
+    `.pub` files, then the authority's private key in the format of `ssh-keygen`.
     """
 
     host: str
@@ -52,7 +52,7 @@ class SshLogin:
 
     @classmethod
     def parse(cls, text: str) -> SshLogin:
-        """Raises ValueError, which quotes no value."""
+        """Parse the text. Raises ValueError, which quotes no value."""
         public, dashes, private = text.partition("-----BEGIN")
         url, *lines = public.strip().splitlines() or [""]
         try:
@@ -86,11 +86,11 @@ def _authority(text: str) -> Ed25519PrivateKey:
 
 
 class ConnectionLostError(Exception):
-    """A connection ended before it gave an answer, or there is none. Says why, as far as that is known."""
+    """Raised when a connection ended before an answer, or could not be opened. Gives the cause as far as known."""
 
 
 class SshConnection:
-    """One connection, and the program at its other end."""
+    """One connection, and the helper at its other end."""
 
     def __init__(self, connection: Any, process: Any) -> None:
         self._connection = connection
@@ -104,7 +104,7 @@ class SshConnection:
         return not self._reader.done()
 
     async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer. Raises ConnectionLostError, TimeoutError."""
+        """Send a request and return the answer. Raises ConnectionLostError, TimeoutError."""
         id, waiting = next(self._ids), asyncio.get_running_loop().create_future()
         self._waiting[id] = waiting
         try:
@@ -117,15 +117,15 @@ class SshConnection:
         finally:
             self._waiting.pop(id, None)
             if not waiting.done() or waiting.cancelled():
-                self.abort()  # it hangs: whoever comes next shall not wait for it
+                self.abort()  # it hangs: the next caller must not wait for it
 
     def abort(self) -> None:
-        """Let go of the connection at once."""
+        """Close the connection at once."""
         self._connection.abort()
         self._reader.cancel()
 
     async def closed(self) -> None:
-        """Return once nothing of it is left."""
+        """Return once the connection is fully closed."""
         await asyncio.gather(self._reader, self._connection.wait_closed(), return_exceptions=True)
 
     async def _read(self) -> None:
@@ -145,10 +145,10 @@ class SshConnection:
 
 
 class SshServer:
-    """One host, as the broker's rights name it."""
+    """One host, as the current secret names it."""
 
     def __init__(self, target_id: str, rights: str) -> None:
-        """Raises AccessError."""
+        """Raises AccessError if the login is unusable."""
         self._target_id = target_id
         try:
             self.login = SshLogin.parse(rights)
@@ -158,9 +158,12 @@ class SshServer:
         self._connecting = asyncio.Lock()
 
     async def ask(self, what: str, **more: Any) -> Any:
-        """What the program there answers. It may be asked twice. Raises TargetError, TargetRefusedError."""
+        """Ask the helper on the host, and return its answer.
+
+        The request may be sent twice. Raises TargetError, TargetRefusedError.
+        """
         for _ in range(2):
-            link, is_new = await self._linked()
+            link, is_new = await self._connect_once()
             try:
                 answer = await link.ask({"do": what, **more})
             except ConnectionLostError:
@@ -183,7 +186,7 @@ class SshServer:
             link.abort()
             await link.closed()
 
-    async def _linked(self) -> tuple[SshConnection, bool]:
+    async def _connect_once(self) -> tuple[SshConnection, bool]:
         async with self._connecting:
             if self._link is not None and self._link.is_open:
                 return self._link, False
@@ -191,12 +194,12 @@ class SshServer:
                 async with asyncio.timeout(_CONNECT_S):
                     self._link = await self._connect()
             except (OSError, ConnectionLostError, ValueError) as error:  # a TimeoutError too
-                why = str(error) if isinstance(error, ConnectionLostError) else type(error).__name__
-                raise TargetError(f"target {self._target_id} does not answer ({why})") from None
+                reason = str(error) if isinstance(error, ConnectionLostError) else type(error).__name__
+                raise TargetError(f"target {self._target_id} does not answer ({reason})") from None
             return self._link, True
 
     async def _connect(self) -> SshConnection:
-        # Half a second and 16 MB that only those pay who have such targets.
+        # Half a second and 16 MB, spent only with such targets.
         asyncssh: Any = await asyncio.to_thread(importlib.import_module, "asyncssh")
         login, key = self.login, Ed25519PrivateKey.generate()
         certificate = for_ringfence(login.authority, key.public_key(), login.user, int(time.time()))
@@ -243,5 +246,5 @@ def _hello(line: str) -> object:
 
 
 def _reply_text(text: object) -> str:
-    """What a host says, in one harmless line."""
+    """Return the host's text as one line without control characters."""
     return ascii(str(text))[1:-1][:300]

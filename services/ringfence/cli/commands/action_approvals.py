@@ -1,4 +1,4 @@
-"""`ringfence approvals` for single actions, which wait at a gateway: shown, and answered, one by one."""
+"""`ringfence approvals` for single actions that wait at a gateway: show each, and answer it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ringfence.client.approvals.sponsor import Sponsor
 
 
 def row(one: PendingAction, now_s: float) -> tuple[str, ...]:
-    """One action that waits in the table of all that waits."""
+    """Return the table row of one pending action."""
     return (
         one.request_id,
         "1",
@@ -32,7 +32,7 @@ def row(one: PendingAction, now_s: float) -> tuple[str, ...]:
 
 
 def show(pending: PendingAction, as_json: bool) -> None:
-    """Show one action that waits."""
+    """Show one pending action."""
     if as_json:
         print_json(approval_views.action_as_json(pending))
     else:
@@ -47,7 +47,7 @@ def answer(
     me: Path | None,
     as_json: bool,
 ) -> None:
-    """Sign a yes or a no to exactly the action that is shown."""
+    """Sign an approval or a denial of exactly the action that is shown."""
 
     async def work() -> str:
         async with Sponsor.connect(identity(me)) as sponsor:
@@ -67,7 +67,7 @@ def answer(
 
 
 async def watch(sponsor: Sponsor, *, everyone: bool, as_json: bool) -> None:
-    """Show each action that waits as it comes, for ever."""
+    """Show each pending action as it arrives, for ever."""
     async for pending in sponsor.watch_actions(everyone=everyone):
         if as_json:
             print_json_line(approval_views.action_as_json(pending))

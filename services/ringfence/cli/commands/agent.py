@@ -1,4 +1,4 @@
-"""`ringfence agent`: agents from registration to their end."""
+"""`ringfence agent`: commands for agents, from registration to decommissioning."""
 
 from __future__ import annotations
 
@@ -172,14 +172,14 @@ def set_ceiling(
             entry = (await administrator.directory()).agent(agent)
             if entry is None:
                 raise InvalidCallError(f"there is no agent {agent}; see: ringfence agent list")
-            held = entry.state.ceiling
-            await refuse_unknown(administrator, options.permissions, anyway, held)
-            ceiling = options.applied(held)
+            former = entry.state.ceiling
+            await refuse_unknown(administrator, options.permissions, anyway, former)
+            ceiling = options.applied(former)
             details: dict[str, Any] = {}
-            if ceiling != held and (options.whole is not None or options.remove):
+            if ceiling != former and (options.whole is not None or options.remove):
                 replacement = Replacement(f"ceiling of {agent}")
-                replacement.scope("allowed", held, ceiling)
-                if missing(held, ceiling):
+                replacement.scope("allowed", former, ceiling)
+                if missing(former, ceiling):
                     replacement.losses.append(Loss(agent=agent, fits=ceiling))
                 question = f"Set the ceiling of {agent} so?"
                 details = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
@@ -412,7 +412,10 @@ def show(agent: AgentArgument, me: IdentityOption = None, as_json: JsonOption = 
 
 
 def _read_transfer_consent(file: Path, agent: str) -> tuple[str, str]:
-    """The text of a consent, and whose it says it is. Unverified: the registry verifies it, nothing is decided here."""
+    """Return the text of a consent, and its claimed author.
+
+    It is unverified: the registry verifies it, nothing is decided here.
+    """
     try:
         text = (sys.stdin.read() if str(file) == "-" else file.read_text()).strip()
         claims = parse(text).unverified_claims(AgentTransferConsent)
@@ -438,7 +441,10 @@ async def _is_operator(administrator: Administrator) -> bool:
 def _one_key(
     agent: str, key_file: Path | None, public_key: Path | None, new_key: Path | None, days: int
 ) -> KeyRecord:
-    """The one key that is named, or made. Raises KeyFileError; typer.BadParameter where none or several are named."""
+    """Return the one key that is named, or made.
+
+    Raises KeyFileError; typer.BadParameter where none or several are named.
+    """
     if key_file and (public_key or new_key):
         raise typer.BadParameter("name one key: --key-file, --public-key or --new-key")
     id = spiffe_id(settings().trust_domain, "agent", agent)
@@ -448,7 +454,7 @@ def _one_key(
     return keys[0]
 
 
-# What an agent used of what it may hold, for `ringfence agent show`, and a ceiling that would do.
+# Usage of an agent against its ceiling, for `ringfence agent show`, and a narrower ceiling.
 
 _MONTH_S = 30 * 86_400
 
@@ -456,22 +462,22 @@ _MONTH_S = 30 * 86_400
 def set_ceiling_command(
     agent_id: str, narrower: Sequence[Mapping[str, Any]] | None, me: Path | None
 ) -> str | None:
-    """The command line that narrows the agent's ceiling to what it used, for a shell; None where it used all of it.
+    """Return the shell command that narrows the agent's ceiling to what it used; None where it used all of it.
 
     Args:
-        narrower: what policy says would do.
-        me: the key file that was named on this command line, and has to be on that one.
+        narrower: the ceiling that policy proposes.
+        me: the key file named on this command line, to be repeated in the returned one.
     """
     if narrower is None:
         return None
-    words = ["ringfence", *(["--identity", str(me)] if me else []), "agent", "set-ceiling", agent_id]
+    arguments = ["ringfence", *(["--identity", str(me)] if me else []), "agent", "set-ceiling", agent_id]
     for permission in map(_permission, narrower):
-        words += ["--allow", write_permission(permission)]
-    return shlex.join(words if narrower else [*words, "--allow-nothing"])
+        arguments += ["--allow", write_permission(permission)]
+    return shlex.join(arguments if narrower else [*arguments, "--allow-nothing"])
 
 
 def print_usage(usage: Mapping[str, Any], command: str | None) -> None:
-    """What was used of what is granted, what is held now, and the narrower ceiling, for people."""
+    """Print what was used of what is granted, what is held now, and the narrower ceiling, for people."""
     now_s = time.time()
     print_table(
         ["!target", "!verb", "in its ceiling", "used on", "first", "last"],
@@ -479,8 +485,8 @@ def print_usage(usage: Mapping[str, Any], command: str | None) -> None:
         empty="it may hold nothing, and used nothing",
     )
     for lease in usage["held"]:
-        what = "; ".join(show_permission(_permission(permission)) for permission in lease["scope"])
-        say(f"holds {what} by lease {lease['lease_id']}, until {until(lease['deadline'], now_s)}")
+        permissions = "; ".join(show_permission(_permission(permission)) for permission in lease["scope"])
+        say(f"holds {permissions} by lease {lease['lease_id']}, until {until(lease['deadline'], now_s)}")
     if command is None:
         return
     count = len(usage["never_used"])

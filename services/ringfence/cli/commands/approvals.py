@@ -1,6 +1,6 @@
-"""`ringfence approvals`: as a sponsor, see what waits, approve, deny.
+"""`ringfence approvals`: a sponsor lists pending requests, approves and denies.
 
-What is shown comes from the request as the agent signed it and from verified records, never from who asks.
+What is shown comes from the request as the agent signed it and from verified records, never from the service that asks.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def watch(everyone: EveryoneOption = False, me: IdentityOption = None, as_json: 
                         continue
                     before = [one for one in group.requests if (one.request_id, group_key(one)) in printed]
                     if pending in before:
-                        continue  # it stood among those that were alike
+                        continue  # it was among the equivalent ones
                     printed |= {(one.request_id, group_key(one)) for one in group.requests}
                     if before:
                         reason = visible(pending.reason)
@@ -192,9 +192,9 @@ def _send_answers(
     group, comparison = question
     if not wants_json(as_json):
         _show(group, comparison, as_json)
-    # A person may take their time. What is signed is what they saw: where anything changed meanwhile, it is refused.
-    what = "this" if len(group.requests) == 1 else f"all {len(group.requests)}"
-    confirm(f"{verb.title()} {what}?", yes)
+    # A person may take their time. The signature covers what they saw: after any change it is refused.
+    which = "this" if len(group.requests) == 1 else f"all {len(group.requests)}"
+    confirm(f"{verb.title()} {which}?", yes)
     approval_ids = run(answer(group))
     verdict = "approved" if verb == "approve" else "denied"
     answers = [
@@ -216,8 +216,10 @@ def _find_question(
             if sponsor.find(request) is None and (action := sponsor.find_action(request)) is not None:
                 return action
             pending = _find(sponsor, request)
-            others = [] if only_one else [one for one in sponsor.alike(pending) if one != pending]
-            return RequestGroup((pending, *others)), (await sponsor.usual(pending.agent)).compared(pending)
+            equivalent = [] if only_one else [one for one in sponsor.alike(pending) if one != pending]
+            return RequestGroup((pending, *equivalent)), (await sponsor.usual(pending.agent)).compared(
+                pending
+            )
 
     return run(work())
 
@@ -226,8 +228,8 @@ def _find(sponsor: Sponsor, request: str) -> PendingApproval:
     pending = sponsor.find(request)
     if pending is None:
         unshowable = find_by_prefix(request, sponsor.unshowable.items(), lambda one: one[0])
-        why = f": {unshowable[1]}" if unshowable else ""
-        raise InvalidCallError(f"no single open request {request!r}{why}; see: ringfence approvals list")
+        reason = f": {unshowable[1]}" if unshowable else ""
+        raise InvalidCallError(f"no single open request {request!r}{reason}; see: ringfence approvals list")
     return pending
 
 

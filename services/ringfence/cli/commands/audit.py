@@ -1,4 +1,4 @@
-"""`ringfence audit`: follow the trail; trace one credential back to the human."""
+"""`ringfence audit`: follow the audit trail, and trace one credential to the human."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ app.command()(export)
 
 _POLL_S = 0.5
 _SHOWN = 10_000
-"""So many events are remembered as shown, where two questions may give the same."""
+"""The number of shown events that are remembered, because two queries may return the same event."""
 _END_OF_TIME_MS = 2**53
 _STYLES = {"user": "bold", "task": "bold", "lease": "green", "decision": "cyan", "approval": "magenta"}
 _ENDS = {"cut": "yellow", "end": "yellow", "revocation": "yellow"}
@@ -143,7 +143,7 @@ async def _tail(
             event = json.loads(text)
             printed.append(event["metadata"]["uid"])
             show(event)
-    printed_before = set(printed)  # what came between the two questions is in both
+    printed_before = set(printed)  # an event between the two queries is in both
     while True:
         for event in page["events"]:
             if event["metadata"]["uid"] not in printed_before:
@@ -270,9 +270,9 @@ def _print_report(report: TrailReport, witnessed: int) -> None:
         empty="there are no chains",
     )
     for fault in report.faults:
-        where = f"chain {fault.tree}: " if fault.tree else ""
-        what = f"  event {fault.uid}" if fault.uid else ""
-        note(f"{fault.kind.upper()}  {where}{fault.message}{what}", "red")
+        chain = f"chain {fault.tree}: " if fault.tree else ""
+        event = f"  event {fault.uid}" if fault.uid else ""
+        note(f"{fault.kind.upper()}  {chain}{fault.message}{event}", "red")
     if not report.faults:
         say(f"no fault; {report.records} records on other topics have their events")
     if witnessed:
@@ -280,7 +280,7 @@ def _print_report(report: TrailReport, witnessed: int) -> None:
 
 
 def trace_tree(story: Mapping[str, Any]) -> Tree:
-    """The answer of `GET /v1/trace/{id}` as a tree for people: who, for whom, why, and when each step was."""
+    """Return the answer of `GET /v1/trace/{id}` as a tree for people: who, for whom, why, and when each step was."""
     trunk = Tree(Text(visible(f"{story['kind']} {story['id']}"), style="bold"), guide_style="dim")
     for root in story["roots"]:
         _grow(trunk, root, None)
@@ -302,7 +302,7 @@ def _grow(parent: Tree, node: Mapping[str, Any], day: str | None) -> None:
     here = _clock(at_ms, date=True)[:10] if at_ms is not None else day
     label = Text()
     if at_ms is not None:
-        # The date stands where it changes: within a story it rarely does.
+        # The date is printed where it changes, which is rare within one trace.
         label.append(f"{_clock(at_ms, date=here != day)} ", style="dim")
     title = visible(str(node["title"]))
     refused = node["kind"] == "decision" and "refused" in title

@@ -1,4 +1,4 @@
-"""`ringfence audit coverage`: how much of what agents got and did leads back to a human."""
+"""`ringfence audit coverage`: how much of what agents received and did can be traced to a human."""
 
 from __future__ import annotations
 
@@ -130,5 +130,5 @@ def _print_listed(title: str, found: Sequence[Mapping[str, Any]], total: int) ->
 
 
 def _item_row(one: Mapping[str, Any]) -> tuple[str, ...]:
-    what = one["action"] or one["lease"] or ""
-    return moment(one["at_ms"] / 1000), one["agent"] or "unknown", what, one["target"] or "", one["why"]
+    item_id = one["action"] or one["lease"] or ""
+    return moment(one["at_ms"] / 1000), one["agent"] or "unknown", item_id, one["target"] or "", one["why"]

@@ -1,4 +1,4 @@
-"""`ringfence audit export`: the trail as a file, in the format that somebody needs."""
+"""`ringfence audit export`: write the audit trail to a file in one of several formats."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def export(
 
 
 class _Terminal:
-    """Stdout that is a terminal: what is written shows its controls and invisible characters as code points."""
+    """Stdout that is a terminal: control and invisible characters are written as code points."""
 
     def __init__(self, format: Format) -> None:
         self._shown = _visible_rows if format == "csv" else escaped_json
@@ -110,19 +110,18 @@ class _Terminal:
         return len(data)
 
     def flush(self) -> None:
-        """See `BinaryIO`."""
         sys.stdout.flush()
 
 
 def _visible_rows(text: str) -> str:
-    """CSV has no escapes: the characters stand as in tables for people."""
+    """Make characters visible as in tables for people: CSV has no escapes."""
     return "\r\n".join(map(visible_lines, text.split("\r\n")))
 
 
 def _to_stdout(question: ExportQuery, me: Path | None) -> None:
     state = ExportProgress(question=question)
     sys.stdout.flush()
-    # To the byte for programs. On a terminal somebody looks at it, and what strangers wrote acts upon that.
+    # Byte for byte for programs. On a terminal, text of strangers could act on it.
     file = _Terminal(question.format) if sys.stdout.isatty() else sys.stdout.buffer
     writer = writer_of(question.format, cast("BinaryIO", file))
     try:

@@ -1,4 +1,4 @@
-"""`ringfence audit who`: who could reach a target, and who did."""
+"""`ringfence audit who`: who could reach a target, and who acted there."""
 
 from __future__ import annotations
 

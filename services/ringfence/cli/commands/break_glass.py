@@ -1,4 +1,4 @@
-"""`ringfence break-glass`: what was allowed against policy, and the review of it."""
+"""`ringfence break-glass`: uses of break glass, and their reviews."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def list_uses(
     as_json: JsonOption = False,
 ) -> None:
     """List the uses of break glass: who allowed what, for whom, against which denials; and who reviewed it."""
-    found = run(uses_of_break_glass(identity(me), unreviewed=unreviewed))
+    uses = run(uses_of_break_glass(identity(me), unreviewed=unreviewed))
     if wants_json(as_json):
-        print_json(found)
+        print_json(uses)
         return
     print_table(
         ["!request", "!at", "agent", "for", "allowed", "by", "against", "its reason", "review"],
@@ -44,7 +44,7 @@ def list_uses(
                 str(use["reason"] or ""),
                 f"{use['review']['by']}: {use['review']['note']}" if use["review"] else "none yet",
             )
-            for use in found
+            for use in uses
         ),
         empty="every use of break glass has its review" if unreviewed else "break glass was never used",
     )

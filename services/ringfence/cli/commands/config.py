@@ -1,4 +1,4 @@
-"""`ringfence config`: which settings count and where each comes from; trust a settings file that was found."""
+"""`ringfence config`: show the effective settings and their sources; trust a settings file that was found."""
 
 from __future__ import annotations
 
@@ -39,22 +39,21 @@ Source = Literal["environment", "RINGFENCE_CONFIG", "trusted file", "default"]
 _HOLDS_SECRETS: Final = re.compile(
     r"password|passphrase|secret|token|webhook|access|credential", re.IGNORECASE
 )
-"""Names of settings beside which a secret could stand, rightly or not."""
+"""Names of settings whose values may contain a secret, rightly or not."""
 _PLACE: Final = re.compile(r"(?:env|file|vault):\S+")
-"""Where a secret is, which is none itself."""
+"""A secret reference, which is no secret itself."""
 _USER_IN_URL: Final = re.compile(r"(?<=://)[^\r\n]+(?=@)")
-"""Up to the last `@`: a password that nobody encoded can have any sign."""
+"""Up to the last `@`: an unencoded password can contain any character."""
 _NAMES_A_PATH: Final = re.compile(r"(?:^|_)(?:file|files|dir|path|identity|tokens|bundle)$")
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting as it counts now."""
+    """One effective setting."""
 
     name: str
-    """As in the environment."""
     value: Any
-    """What it is set to, without secrets."""
+    """The value, without secrets."""
     source: Source
 
 
@@ -102,20 +101,20 @@ def trust(
 def show(as_json: JsonOption = False) -> None:
     """Print each setting, its value without secrets, and where it comes from."""
     file = config_file.read_config()
-    # Where a file is named, none is looked for.
-    found = None if os.environ.get(CONFIG_FILE_ENV) else config_file.find()
+    # If a file is named, no other is searched.
+    candidate = None if os.environ.get(CONFIG_FILE_ENV) else config_file.find()
     settings = sorted(_settings(file), key=lambda setting: setting.name)
     if wants_json(as_json):
         print_json(
             {
-                "file": _file_as_json(file, found),
+                "file": _file_as_json(file, candidate),
                 "settings": [
                     {"name": one.name, "value": one.value, "source": one.source} for one in settings
                 ],
             }
         )
         return
-    say(_describe_file(file, found))
+    say(_describe_file(file, candidate))
     print_table(
         ["!setting", "value", "!from"],
         [(one.name, visible_name(_value_text(one.value)), one.source) for one in settings],
@@ -124,25 +123,25 @@ def show(as_json: JsonOption = False) -> None:
 
 
 def _read_candidate(path: Path | None) -> tuple[str, bytes]:
-    """The file that is meant, and what is in it, read once. Raises InvalidCallError."""
+    """Return path and content of the file that the command means, read once. Raises InvalidCallError."""
     if path is not None:
         try:
             return str(path), config_file.read_once(str(path))
         except OSError as error:
-            why = (
+            reason = (
                 "it is a symbolic link; name the file itself"
                 if error.errno == errno.ELOOP
                 else error.strerror
             )
-            raise InvalidCallError(f"cannot trust {path}: {why}") from None
-    found = config_file.find()
-    if found is None:
+            raise InvalidCallError(f"cannot trust {path}: {reason}") from None
+    candidate = config_file.find()
+    if candidate is None:
         raise InvalidCallError(f"there is no {' and no '.join(config_file.CANDIDATES)} here; name a file")
-    if found.data is None:
+    if candidate.data is None:
         raise InvalidCallError(
-            f"cannot trust {found.path}: {found.refused}; name it by {CONFIG_FILE_ENV} instead"
+            f"cannot trust {candidate.path}: {candidate.refused}; name it by {CONFIG_FILE_ENV} instead"
         )
-    return found.path, found.data
+    return candidate.path, candidate.data
 
 
 def _file_as_json(file: ConfigFile | None, found: FoundFile | None) -> dict[str, Any] | None:
@@ -162,7 +161,7 @@ def _describe_file(file: ConfigFile | None, found: FoundFile | None) -> str:
 
 
 def _settings(file: ConfigFile | None) -> Iterator[Setting]:
-    """Every setting that what is installed knows, each once."""
+    """Yield every setting of the installed packages, each once."""
     for module in DECLARED_IN:
         try:
             importlib.import_module(module)
@@ -195,7 +194,7 @@ def _classes(cls: type[RingfenceSettings]) -> Iterator[type[RingfenceSettings]]:
 
 
 def _without_secrets(name: str, value: Any, info: FieldInfo | None = None) -> Any:
-    """A value as it may be shown. What is not where it should be (a password instead of its place) is not shown."""
+    """Return a value for display. A secret in the wrong place (a password instead of its reference) is not shown."""
     if isinstance(value, Mapping):
         return {str(key): _without_secrets(f"{name}.{key}", inner, info) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -230,7 +229,7 @@ def _value_text(value: Any) -> str:
 
 
 def _flat(content: Mapping[str, Any], around: str = "") -> Iterator[tuple[str, Any]]:
-    """Each value in a settings file under the name that it has there."""
+    """Yield each value of a settings file under its name there."""
     for name, value in content.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{around}{name}.")

@@ -59,7 +59,7 @@ def demo(
 
 
 async def press_approve(pending: PendingApproval) -> None:
-    """Ask the person at the keyboard. Ctrl-C ends the waiting, as it would not in a thread that reads.
+    """Ask the person at the keyboard for approval. Ctrl-C ends the wait, which it would not in a thread that reads.
 
     Raises RingfenceError where they do not approve.
     """
@@ -88,7 +88,7 @@ async def _line() -> str:
 
 
 def next_commands(folder: Path) -> list[str]:
-    """What to try next from this folder: a clone has its own way to start, and its own environment."""
+    """Return the commands to try next from this folder. A clone has its own start command and environment."""
     own = Path(".venv/bin/ringfence")
     ringfence, dev = (str(own), "make dev") if (folder / own).exists() else ("ringfence", "ringfence dev")
     return [
@@ -99,7 +99,7 @@ def next_commands(folder: Path) -> list[str]:
 
 
 class RichNarrator:
-    """Tells the story to a person."""
+    """Prints the demo's steps for people."""
 
     def __init__(self) -> None:
         self._out = Console()
@@ -139,7 +139,7 @@ class RichNarrator:
 
 
 class JsonNarrator:
-    """Tells the story to a program: one JSON object a line with `step`, `at` and ids."""
+    """Prints the demo's steps for programs: one JSON object per line with `step`, `at` and ids."""
 
     def act(self, title: str) -> None:
         pass

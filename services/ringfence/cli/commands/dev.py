@@ -1,4 +1,4 @@
-"""`ringfence dev`: everything on this machine, from one command."""
+"""`ringfence dev`: run the whole stack on this machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _LOOK_AGAIN_S = 0.5
 _GRACE_S = 20.0
-"""More than services take to end in good order, as long as the broker is there."""
+"""Longer than services take to shut down while the broker is running."""
 
 
 def dev(
@@ -111,9 +111,9 @@ def dev(
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP do what Ctrl-C does: raise KeyboardInterrupt, which ends everything in good order.
+    """Make SIGTERM and SIGHUP act like Ctrl-C: raise KeyboardInterrupt, which shuts everything down in order.
 
-    SIGINT too, which shells ignore for what they run in the background.
+    SIGINT too, because shells ignore it for background processes.
     """
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, signal.default_int_handler) for number in signals]
@@ -133,20 +133,23 @@ def _selected_services(besides: Sequence[str]) -> list[ServiceRole]:
 
 
 def _display_path(path: Path) -> str:
-    """A path as it may be printed: others may have named the folders on the way."""
+    """Return a path that is safe to print: others may have named its folders."""
     return escape(visible(str(path)))
 
 
 def _is_default_config(config: Path) -> bool:
-    """Whether commands that are started in this folder read this settings file by themselves."""
-    found = config_file.find()
-    return found is not None and found.refused is None and Path(found.resolved) == config.resolve()
+    """Return whether commands started in this folder read this settings file by default."""
+    candidate = config_file.find()
+    return (
+        candidate is not None and candidate.refused is None and Path(candidate.resolved) == config.resolve()
+    )
 
 
 def write_config(environment: dict[str, str], path: Path) -> Path:
-    """Write `RINGFENCE_*` as a TOML file that settings are read from, and trust it. No secret is in it.
+    """Write `RINGFENCE_*` as a TOML settings file without secrets, and trust it.
 
-    Where there is no list that could hold it, it is written all the same: `RINGFENCE_CONFIG` can name it.
+    If there is no place for the list of trusted files, the file is written all the same: `RINGFENCE_CONFIG` can name
+    it.
     """
     lines = [
         f"{name.removeprefix('RINGFENCE_').lower()} = {_toml(value)}"
@@ -166,7 +169,7 @@ def _toml(value: str) -> str:
 
 
 def client_settings(environment: dict[str, str]) -> ClientSettings:
-    """The settings of a client of the stack whose `RINGFENCE_*` these are."""
+    """Return the settings of a client of the stack with these `RINGFENCE_*`."""
     from ringfence.client.settings import ClientSettings
 
     values = {name.removeprefix("RINGFENCE_").lower(): value for name, value in environment.items()}

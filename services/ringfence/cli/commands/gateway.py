@@ -1,4 +1,4 @@
-"""`ringfence gateway`: what gateways let pass and what they blocked."""
+"""`ringfence gateway`: what gateways allowed and blocked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ringfence approvals grant|grants|withdraw`: approve ahead, see what was approved ahead, take it back."""
+"""`ringfence approvals grant|grants|withdraw`: approve in advance, list grants, withdraw one."""
 
 from __future__ import annotations
 
@@ -188,6 +188,6 @@ def _print_proposal(proposal: Proposal) -> None:
 
 
 def add_to(app: typer.Typer) -> None:
-    """Put the commands into the group of approvals."""
+    """Add the commands to the group of approvals."""
     for command in (grant, grants, withdraw):
         app.command()(command)

@@ -1,4 +1,4 @@
-"""`ringfence init`: the trust root, the service keys, the first operator."""
+"""`ringfence init`: make the trust root, the service keys and the first operator."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def init(
 
 
 class _Result:
-    """What was done: a line at once for people, one document at the end for programs."""
+    """The result of the command: printed line by line for people, as one document at the end for programs."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
@@ -214,9 +214,9 @@ def _make(
 def _publish(
     trust: TrustFolder, settings: BusSettings, operator: str | None, name: str, result: _Result
 ) -> None:
-    """Put what there is on Kafka: the bundle, and the first operator where they are named, or the bundle is the first.
+    """Publish the bundle, and the first operator if they are named or the bundle is the first.
 
-    A later bundle leaves them alone: they may have been disabled since, and have other roles and keys.
+    A later bundle leaves operators alone: they may have been disabled since, and have other roles and keys.
     """
     version = load_root_and_bundle(trust)[1].version
     if operator is None and version == 1:
@@ -235,13 +235,13 @@ def _publish(
 
 
 def _operator_of_root(trust: TrustFolder) -> str:
-    """Whose key was made with the root, where it is the only one."""
+    """Return the user whose key was made with the root, if it is the only one."""
     operators = sorted(file.stem for file in trust.user_key(_OPERATOR).parent.glob("*.json"))
     return operators[0] if len(operators) == 1 else _OPERATOR
 
 
 def _moment_s(since: datetime | None) -> int | None:
-    """UTC, unless it says otherwise."""
+    """Return a time in seconds since 1970. Without a time zone it is UTC."""
     if since is None:
         return None
     at = since if since.tzinfo else since.replace(tzinfo=UTC)

@@ -1,4 +1,4 @@
-"""`ringfence inventory`: all agents now."""
+"""`ringfence inventory`: list all agents as they are now."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def inventory(
 
 
 def _inventory_view(found: Inventory, keys_within: str) -> Group:
-    """The sums, and the agents that were asked for."""
+    """Return the view of the sums and the listed agents."""
     parts: list[Any] = [Text(visible(line)) for line in _sums(found.totals, keys_within)]
     if found.agents:
         columns = [
@@ -196,7 +196,7 @@ def _reach(one: Mapping[str, Any]) -> str:
     return f"{one['target']}: {verbs}" + ("" if one["exists"] else " (no such target)")
 
 
-# `ringfence inventory --watch`: the agents as they change, in place on a terminal, or a line for each change.
+# `ringfence inventory --watch`: redraws the table on a terminal, or prints a line for each change.
 
 
 async def watch_table(
@@ -206,7 +206,7 @@ async def watch_table(
     filters: Filters,
     render: Callable[[Inventory], RenderableType],
 ) -> Never:
-    """Draw it anew in place, until Ctrl-C. Where nobody answers, the last stays, and that is said.
+    """Redraw the table in place until Ctrl-C. If a service does not answer, the last table stays, with a note.
 
     Raises ApiError where policy does not answer at the start, or refuses.
     """
@@ -236,10 +236,10 @@ def _framed(inventory: RenderableType, found: Inventory, failed: str | None) -> 
 
 
 async def watch_lines(api: ReadApi, every_s: int, filters: Filters) -> Never:
-    """Print a line for each agent as it is, then one for each that changes, until Ctrl-C; and for what is amiss.
+    """Print a line for each agent, then one for each change and each problem, until Ctrl-C.
 
-    A line has `at_ms`, and `agent` or `gaps`: what could not be found out, empty once it can. An agent that was printed
-    is printed again when it changes, also where it does not fit the filters any more (`fits`).
+    A line has `at_ms`, and `agent` or `gaps`: what could not be determined, empty once it can. An agent that was
+    printed is printed again when it changes, even if it no longer matches the filters (`fits`).
     """
     printed, cursor = _Printed(), None
     while True:
@@ -256,7 +256,7 @@ async def watch_lines(api: ReadApi, every_s: int, filters: Filters) -> Never:
 
 
 async def _changes(api: ReadApi, cursor: str | None, filters: Filters, printed: _Printed) -> str:
-    """Print what is new, and return the cursor to go on from. Raises ApiError."""
+    """Print what is new, and return the cursor to continue from. Raises ApiError."""
     if cursor is not None:
         page = await api.inventory_changes(cursor, filters)
         printed.agents(page["at_ms"], page["agents"])
@@ -273,7 +273,7 @@ async def _changes(api: ReadApi, cursor: str | None, filters: Filters, printed: 
 
 
 class _Printed:
-    """What was printed: of each agent, so that only what is new is printed."""
+    """What was printed of each agent, so that only changes are printed."""
 
     def __init__(self) -> None:
         self._agents: dict[str, str] = {}

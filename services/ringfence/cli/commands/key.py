@@ -56,7 +56,7 @@ def _spiffe(id: str) -> str:
 
 
 def _validate_id(names: TypeAdapter[str], text: str) -> str:
-    """A key whose name nothing can be registered under would be found out only when it is."""
+    """Refuse an id that nothing can be registered under. Otherwise the mistake would show only at registration."""
     try:
         return names.validate_python(text)
     except ValidationError as error:

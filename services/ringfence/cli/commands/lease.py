@@ -1,4 +1,4 @@
-"""`ringfence lease`: the lives of issued credentials."""
+"""`ringfence lease`: show leases."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def list_leases(
         async with ReadApi(identity(me)) as api:
             return await api.leases(agent=agent, task=task, target=target, status=status, overdue=overdue)
 
-    found = run(work())
+    leases = run(work())
     if wants_json(as_json):
-        print_json(found)
+        print_json(leases)
         return
     now_s = time.time()
     print_table(
@@ -69,11 +69,11 @@ def list_leases(
                 lease["status"],
                 _overdue(lease) or _ends(lease["deadline"], now_s),
             )
-            for lease in found["leases"]
+            for lease in leases["leases"]
         ),
         empty="no lease is overdue" if overdue else "no lease that you may see",
     )
-    if found.get("more"):
+    if leases.get("more"):
         note("there are more; narrow it with --agent, --task or --target", "yellow")
 
 
@@ -89,32 +89,32 @@ def show(
         async with ReadApi(identity(me)) as api:
             return await api.lease(lease)
 
-    found = run(work())
+    lease_view = run(work())
     if wants_json(as_json):
-        print_json(found)
+        print_json(lease_view)
         return
     fields = {
-        "status": found["status"],
-        "agent": found["agent_id"],
-        "handed on by": ", then ".join(reversed(found["act"][1:])),
-        "on behalf of": found["on_behalf_of"],
-        "sponsor": found["sponsor"],
-        "allows": show_scope(scope_of(found)),
-        "ends": until(found["deadline"], time.time()),
-        "overdue": f"for {span(found['overdue_s'])}" if "overdue_s" in found else "",
-        "ended": _cause(found.get("cause")),
-        "task": found["task_id"],
-        "request": found["request_id"],
-        "backend": f"{found['backend']}, delivered to the {found['delivery']}",
+        "status": lease_view["status"],
+        "agent": lease_view["agent_id"],
+        "handed on by": ", then ".join(reversed(lease_view["act"][1:])),
+        "on behalf of": lease_view["on_behalf_of"],
+        "sponsor": lease_view["sponsor"],
+        "allows": show_scope(scope_of(lease_view)),
+        "ends": until(lease_view["deadline"], time.time()),
+        "overdue": f"for {span(lease_view['overdue_s'])}" if "overdue_s" in lease_view else "",
+        "ended": _cause(lease_view.get("cause")),
+        "task": lease_view["task_id"],
+        "request": lease_view["request_id"],
+        "backend": f"{lease_view['backend']}, delivered to the {lease_view['delivery']}",
     }
     print_fields(
         {name: value for name, value in fields.items() if value},
-        title=f"lease {found['id']}, seq {found['seq']}",
+        title=f"lease {lease_view['id']}, seq {lease_view['seq']}",
     )
 
 
 def scope_of(lease: Mapping[str, Any]) -> Scope:
-    """The scope of a lease, or of a ceiling, as an API gives it."""
+    """Return the scope of a lease, or of a ceiling, from an API's JSON."""
     return tuple(Permission.model_validate(item, strict=False) for item in lease["scope"])
 
 
@@ -130,5 +130,5 @@ def _cause(cause: Mapping[str, Any] | None) -> str:
     if not cause:
         return ""
     by = f" by {cause['by'].rpartition('/')[2]}" if cause.get("by") else ""
-    why = f": {cause['reason']}" if cause.get("reason") else ""
-    return f"{cause['kind']}{by} at {moment(cause['at_ms'] / 1000)}{why}"
+    reason = f": {cause['reason']}" if cause.get("reason") else ""
+    return f"{cause['kind']}{by} at {moment(cause['at_ms'] / 1000)}{reason}"

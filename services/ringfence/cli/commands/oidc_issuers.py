@@ -1,4 +1,6 @@
-"""`ringfence init --oidc-issuer`: whose identity tokens count, in the next version of the trust bundle."""
+"""`ringfence init --oidc-issuer`: set which issuers' identity tokens are accepted, in the next version of the trust
+bundle.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,7 @@ def add(
     external: bool,
     emails_verified: bool = False,
 ) -> tuple[int, str]:
-    """Sign a bundle with an issuer. Returns its version, and what to say of it. Raises CeremonyError, JwksError."""
+    """Sign a bundle with an issuer. Returns its version, and a sentence about it. Raises CeremonyError, JwksError."""
     if unknown := sorted(set(uses or ()) - set(_USES)):
         raise typer.BadParameter(f"{unknown[0]!r} is neither users nor instances", param_hint="--oidc-for")
     if not uses:
@@ -123,6 +125,6 @@ def add(
 
 
 def remove(trust: TrustFolder, issuer: str) -> tuple[int, str]:
-    """Sign a bundle without an issuer. Returns its version, and what to say of it. Raises CeremonyError."""
+    """Sign a bundle without an issuer. Returns its version, and a sentence about it. Raises CeremonyError."""
     version = remove_oidc_issuer(trust, issuer).version
     return version, f"Trust bundle {version} believes nothing of {issuer}."

@@ -1,4 +1,4 @@
-"""`ringfence policy`: the rules; their tests, what OPA is given, and why a request was decided as it was."""
+"""`ringfence policy`: test the rules, show OPA's input, explain a decision."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ def run_bundle_tests(
     from ringfence.rego.engine import ISSUANCE
     from ringfence.rego.regorus_programs import compiled, run_tests
 
-    found = load_bundle(bundle)
-    compiled(found.modules, ISSUANCE)
-    tested, covered = run_tests(found.modules, found.tests, coverage=True)
+    loaded = load_bundle(bundle)
+    compiled(loaded.modules, ISSUANCE)
+    tested, covered = run_tests(loaded.modules, loaded.tests, coverage=True)
     passed = sum(one.passed for one in tested)
     lines = sum(len(one.covered) + len(one.missed) for one in covered)
     percent = 100 * sum(len(one.covered) for one in covered) / lines if lines else 100.0
     if wants_json(as_json):
         print_json(
             {
-                "revision": found.revision,
+                "revision": loaded.revision,
                 "passed": passed,
                 "failed": len(tested) - passed,
                 "tests": [{"name": t.name, "passed": t.passed, "problem": t.problem} for t in tested],
@@ -77,7 +77,7 @@ def run_bundle_tests(
             empty="",
         )
         say(f"{passed} passed, {len(tested) - passed} failed; {percent:.0f} % of the lines covered")
-        say(f"revision {found.revision}")
+        say(f"revision {loaded.revision}")
     if not tested:
         raise RingfenceError("the bundle has no tests: add files named *_test.rego with rules named test_...")
     if passed < len(tested):
@@ -98,23 +98,23 @@ def build(
     """
     from ringfence.rego.bundle import archive, load_bundle
 
-    found = load_bundle(bundle)
+    loaded = load_bundle(bundle)
     try:
-        output.write_bytes(archive(found))
+        output.write_bytes(archive(loaded))
     except OSError as error:
         raise RingfenceError(f"{output} cannot be written: {error.strerror}") from None
     if wants_json(as_json):
-        print_json({"file": str(output), "revision": found.revision})
+        print_json({"file": str(output), "revision": loaded.revision})
     else:
-        say(f"{output}: revision {found.revision}")
+        say(f"{output}: revision {loaded.revision}")
 
 
 def _ranges(lines: Sequence[int]) -> str:
     """`3, 7-9` for 3, 7, 8, 9."""
-    found: list[list[int]] = []
+    ranges: list[list[int]] = []
     for line in lines:
-        if found and line == found[-1][1] + 1:
-            found[-1][1] = line
+        if ranges and line == ranges[-1][1] + 1:
+            ranges[-1][1] = line
         else:
-            found.append([line, line])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
+            ranges.append([line, line])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)

@@ -1,4 +1,4 @@
-"""`ringfence policy explain`: why a request was decided as it was."""
+"""`ringfence policy explain`: why policy decided a request as it did."""
 
 from __future__ import annotations
 
@@ -61,37 +61,39 @@ def explain(
                     raise
             return await api.get("policy", "decisions", request, "explanation", **place)
 
-    found = run(work())
-    rules = _fired(found, bundle)
+    explanation = run(work())
+    rules = _fired_rules(explanation, bundle)
     if wants_json(as_json):
-        print_json({**found, "rules": None if rules is None else dict(rules)})
+        print_json({**explanation, "rules": None if rules is None else dict(rules)})
         return
-    _print_explanation(found)
+    _print_explanation(explanation)
     if rules is not None:
         print_table(
             ["!rule that fired", "says"],
             ((name, line) for name, value in rules for line in _value_lines(value)),
             empty="",
         )
-    elif found.get("input"):
+    elif explanation.get("input"):
         note(
             "the rules that decided are not here: name their folder with --bundle to see which of them fired"
         )
 
 
 async def _decision_position(api: ReadApi, request: str) -> dict[str, int] | None:
-    """Where the latest decision on a request stands, by audit; None where audit knows of none, or does not answer."""
+    """Return the position of the latest decision on a request, from audit; None where audit knows none or does not
+    answer.
+    """
     try:
         events = (await api.events(request=request, limit=100))["events"]
     except ApiError:
         return None
-    about = [one for one in events if one["metadata"].get("log_name") == CREDENTIAL_DECISION.what]
-    source = about[-1]["unmapped"]["source"] if about else None
+    decision_events = [one for one in events if one["metadata"].get("log_name") == CREDENTIAL_DECISION.what]
+    source = decision_events[-1]["unmapped"]["source"] if decision_events else None
     return source and {name: int(source[name]) for name in ("partition", "offset")}
 
 
-def _fired(found: Mapping[str, Any], folder: Path | None) -> list[tuple[str, Any]] | None:
-    """The rules that fired; None where they were not asked, or are not here."""
+def _fired_rules(found: Mapping[str, Any], folder: Path | None) -> list[tuple[str, Any]] | None:
+    """Return the rules that fired; None where they were not evaluated or are not here."""
     revision = (found.get("revisions") or {}).get("policy")
     if not found.get("input") or revision is None:
         return None
@@ -110,7 +112,7 @@ def _fired(found: Mapping[str, Any], folder: Path | None) -> list[tuple[str, Any
 
 
 def _value_lines(value: Any) -> list[str]:
-    """What a rule says, an entry a line."""
+    """Return the value of a rule, one entry per line."""
     if value is True:
         return ["holds"]
     entries = value if isinstance(value, list) else [value]
@@ -157,14 +159,14 @@ def _print_explanation(found: Mapping[str, Any]) -> None:
         (
             (show_scope((permission,)), side, allows)
             for permission in _parse_scope(request_input.get("scope"))
-            for side, allows in _sides(permission, policy_input)
+            for side, allows in _limits(permission, policy_input)
         ),
         empty="",
     )
 
 
-def _sides(permission: Permission, policy_input: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each side of the intersection, and whether it holds the permission."""
+def _limits(permission: Permission, policy_input: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each side of the intersection, and whether it contains the permission."""
     agent, task, user = (policy_input.get(name, {}) for name in ("agent", "task", "user"))
     entitlements = user.get("entitlements", {})
     as_of = entitlements.get("as_of")

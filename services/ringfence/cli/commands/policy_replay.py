@@ -81,22 +81,22 @@ async def _replayed(folder: Path, since_s: int) -> Report:
     from ringfence.rego.embedded import EmbeddedEngine
 
     settings, clock = load_settings(), SystemClock()
-    found = load_bundle(folder)
-    engine = EmbeddedEngine(found, timeout_ms=load(PolicySettings).evaluation_timeout_ms)
+    loaded = load_bundle(folder)
+    engine = EmbeddedEngine(loaded, timeout_ms=load(PolicySettings).evaluation_timeout_ms)
     await engine.start()
     try:
         trust = await trust_of(settings, clock)
         since_ms = max(clock.now_ms() - since_s * 1000, 1)
         async with recorded_decisions(settings, since_ms) as recorded:
             with _progress(recorded.total) as progress:
-                return await Replay(found, engine, trust).run(recorded, progress)
+                return await Replay(loaded, engine, trust).run(recorded, progress)
     finally:
         await engine.close()
 
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar where somebody looks at a terminal; else a line now and then. On stderr."""
+    """Show progress on stderr: a bar on a terminal, else a line at intervals."""
     if sys.stderr.isatty():
         columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console(stderr=True), transient=True) as bar:

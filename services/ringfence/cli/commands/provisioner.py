@@ -1,4 +1,4 @@
-"""`ringfence provisioner`: keys of directories, and what an operator delegates to them."""
+"""`ringfence provisioner`: keys of directories, and the rights that an operator delegates to them."""
 
 from __future__ import annotations
 
@@ -137,14 +137,14 @@ def list_provisioners(me: IdentityOption = None, as_json: JsonOption = False) ->
         async with ReadApi(identity(me)) as api:
             return await api.records("user")
 
-    found = [item for item in run(work()) if item["state"].get("delegation")]
+    provisioners = [item for item in run(work()) if item["state"].get("delegation")]
     if wants_json(as_json):
-        print_json(found)
+        print_json(provisioners)
         return
     print_table(
         ["!provisioner", "name", "status", "source", "groups"],
         # Not strict: JSON has no tuples.
-        (_provisioner_row(UserState.model_validate(item["state"], strict=False)) for item in found),
+        (_provisioner_row(UserState.model_validate(item["state"], strict=False)) for item in provisioners),
         empty="no provisioner that you may see",
     )
 
@@ -191,7 +191,7 @@ def make_token(
     descriptor = open_private(file, os.O_RDWR | os.O_APPEND)
     with os.fdopen(descriptor, "ab+") as tokens:
         size = tokens.seek(0, os.SEEK_END)
-        # A line that somebody left open would swallow this one.
+        # An unterminated last line would swallow this one.
         ended = not size or os.pread(descriptor, 1, size - 1) == b"\n"
         tokens.write(("" if ended else "\n").encode() + line.encode() + b"\n")
     note("This is shown once; the file has only its hash:")
@@ -202,7 +202,7 @@ def make_token(
 
 
 def read_delegation(file: Path) -> Delegation:
-    """What stands in a file. Raises YamlFileError with everything that is wrong."""
+    """Read a delegation from a file. Raises YamlFileError with all mistakes."""
     source = YamlFile(file)
     top = source.members(source.root, "the file", {"source", "groups"})
     groups: list[GroupDelegation] = []

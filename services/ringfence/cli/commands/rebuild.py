@@ -1,4 +1,4 @@
-"""`ringfence rebuild`: Redis, held against Kafka or made anew from it."""
+"""`ringfence rebuild`: compare Redis with Kafka, or rebuild it from Kafka."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def _differences(settings: ServiceSettings) -> list[LeaseDifference]:
 
 
 async def _rebuilt(settings: ServiceSettings) -> tuple[int, float]:
-    """Have a revoker rebuild. Returns how many leases are alive then, and the seconds that it took."""
+    """Make a revoker rebuild Redis. Returns the number of live leases after it, and the seconds that it took."""
     from ringfence.kernel.base.errors import RingfenceError
     from ringfence.model.lease_store import LeaseStore, LostError, Restoration
     from ringfence.model.leases.lifecycle import ALL_LEASES

@@ -1,4 +1,4 @@
-"""`ringfence release`: as an agent, give a credential back."""
+"""`ringfence release`: an agent releases a credential."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ringfence request`: as an agent, ask for a credential."""
+"""`ringfence request`: an agent requests a credential."""
 
 from __future__ import annotations
 
@@ -152,13 +152,13 @@ def request(
     note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "bold")
     note(show_scope(credential.scope))
     value = credential.handle if isinstance(credential, GatewayCredential) else credential.value
-    # To the byte for programs; what a target made it of moves nobody's cursor.
+    # Byte for byte for programs. On a terminal, a target's text must not move the cursor.
     sys.stdout.write((visible_lines(value) if sys.stdout.isatty() else value) + "\n")
 
 
 @contextlib.contextmanager
 def _signals_for_a_command() -> Iterator[Callable[[asyncio.subprocess.Process], None]]:
-    """From now on signals are for a command: the one that what is given is called with, be it after they came."""
+    """Redirect signals to a command: yield a function that takes the command's process, even if signals came before."""
     command: asyncio.subprocess.Process | None = None
     early: list[signal.Signals] = []
 
@@ -170,7 +170,7 @@ def _signals_for_a_command() -> Iterator[Callable[[asyncio.subprocess.Process], 
     def hand_on(number: signal.Signals) -> None:
         if command is None:
             early.append(number)
-        # Ctrl-C reaches all that run in the terminal's foreground, the command as well.
+        # Ctrl-C reaches every process in the terminal's foreground, the command as well.
         elif number is not signal.SIGINT or not _in_foreground():
             deliver(number)
 
@@ -207,9 +207,10 @@ def _in_foreground() -> bool:
 
 
 async def _executed(argv: list[str], variables: Mapping[str, str]) -> int:
-    """Run a command to its end; its exit status, 128 and more for a signal, as shells have it.
+    """Run a command to its end. Returns its exit status; 128 plus the number for a signal, as shells do.
 
-    What would end us is for the command, which decides what it means: the credential is released after it.
+    A signal that would end this process goes to the command, which decides what it means. The credential is released
+    afterwards.
     """
     with _signals_for_a_command() as name:
         process = await asyncio.create_subprocess_exec(*argv, env=dict(variables))

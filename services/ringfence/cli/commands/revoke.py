@@ -1,4 +1,4 @@
-"""`ringfence revoke`: end one lease, or all that a condition covers."""
+"""`ringfence revoke`: end one lease, or all that one condition covers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from ringfence.client.admin.administrator import Administrator
 from ringfence.client.admin.command_client import TIMEOUT_S, Accepted
 
 _ENDS_WITHIN_S = 60.0
-"""The answer comes when all has ended; so long some ten thousand leases may take. They are refused long before."""
+"""The answer comes when all leases have ended, which takes so long for some ten thousand. They are refused long
+before.
+"""
 
 
 def revoke(
@@ -98,7 +100,7 @@ def revoke(
 
     accepted = run(work())
     count = accepted.result or "?"
-    again, stop = _stop(lease, task, agent, sponsor, target, user)
+    again, stop = _stop_command(lease, task, agent, sponsor, target, user)
     print_accepted(
         accepted,
         f"revoked: {count} lease{'' if count == '1' else 's'} ended; {again}. To stop that: {stop}",
@@ -107,7 +109,7 @@ def revoke(
     )
 
 
-def _stop(
+def _stop_command(
     lease: str | None,
     task: str | None,
     agent: str | None,
@@ -115,7 +117,7 @@ def _stop(
     target: str | None,
     user: str | None,
 ) -> tuple[str, str]:
-    """Who may ask again after such a revocation, and the command that stops them."""
+    """Return who may request again after such a revocation, and the command that stops them."""
     if agent:
         return f"agent {agent} may ask again", f"ringfence agent suspend {agent} --reason REASON"
     if task:

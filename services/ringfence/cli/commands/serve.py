@@ -69,7 +69,7 @@ def _built(name: str, settings: ServiceSettings, observe: list[str]) -> Runtime:
     return built
 
 
-# Before services start: all that is wrong with their settings and keys, at once, each with what to do.
+# Before services start: report all mistakes in their settings and keys at once, each with its remedy.
 
 _BESIDES = {
     "policy": ("ringfence.rego.settings",),
@@ -77,23 +77,23 @@ _BESIDES = {
     "revoker": ("ringfence.backends.access",),
     "gateway": ("ringfence.rego.settings", "ringfence.backends.access"),
 }
-"""Where the settings are declared that a service reads besides its own."""
+"""Modules with further settings that a service reads."""
 
 
 def check(services: Sequence[str]) -> None:
-    """Raises SettingsError where these services could not start."""
-    found = problems(ServiceSettings)
-    if not found:
+    """Raise SettingsError where these services could not start."""
+    mistakes = problems(ServiceSettings)
+    if not mistakes:
         settings = ServiceSettings()
         if not settings.trust_root:
-            found.append(
+            mistakes.append(
                 "RINGFENCE_TRUST_ROOT: not set, so nobody would be believed. It is: what ringfence init printed"
             )
-        found += [problem for name in services if (problem := _key_path(name, settings))]
+        mistakes += [problem for name in services if (problem := _key_path(name, settings))]
     for cls in _classes(services):
-        found += problems(cls)
-    if found:
-        raise wrong(list(dict.fromkeys(found)))
+        mistakes += problems(cls)
+    if mistakes:
+        raise wrong(list(dict.fromkeys(mistakes)))
 
 
 def _key_path(name: str, settings: ServiceSettings) -> str | None:
@@ -108,7 +108,7 @@ def _key_path(name: str, settings: ServiceSettings) -> str | None:
 
 
 def _classes(services: Sequence[str]) -> Iterator[type[RingfenceSettings]]:
-    """The settings of these services, each once."""
+    """Yield the settings classes of these services, each once."""
     modules = [
         module for name in services for module in (f"ringfence.{name}.settings", *_BESIDES.get(name, ()))
     ]

@@ -1,4 +1,4 @@
-"""`ringfence target`: systems that agents act on."""
+"""`ringfence target`: the systems that agents act on."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _FLOORS: tuple[ApprovalClass, ...] = get_args(ApprovalClass)
 _CLASSES: tuple[ActionClass, ...] = get_args(ActionClass)
 _KINDS = " or ".join(", ".join(CREDENTIAL_KINDS).rsplit(", ", 1))
 _SETTING = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-"""What may be meant as the name of a setting; those that there are, the backends say."""
+"""A valid setting name. The backends define which settings exist."""
 _REQUEST = re.compile(
     r"(\S+) (\S+) (\S+) (\S+)((?: (?:(?:query|body|argument):[^\s=]+=\S+|message:[^\s=]+(?:=\S+)?))*)"
 )
@@ -238,7 +238,7 @@ def show(target: TargetArgument, me: IdentityOption = None, as_json: JsonOption 
 @app.command(name="ssh-helper")
 def ssh_helper() -> None:
     """Print the program for hosts that agents reach by ssh. docs/targets/ssh.md says where it goes."""
-    # Not imported: what runs on such a host needs nothing of Ringfence's, nor does it need what services need.
+    # Not imported: the helper on such a host needs nothing of Ringfence, nor does the host need the services' packages.
     sys.stdout.write(files("ringfence").joinpath("backends", "ssh", "host_helper.py").read_text())
 
 
@@ -271,7 +271,7 @@ def _parse_request_rule(text: str) -> RequestRule:
 
 
 def _parse_mcp_rule(text: str, conditions: str) -> McpRule | None:
-    """Raises ValidationError."""
+    """Parse a rule for MCP messages. Raises ValidationError."""
     details = [one.removeprefix("message:") for one in conditions.split() if one.startswith("message:")]
     arguments = _parse_conditions("argument", conditions)
     if len(details) > 1 or (arguments and not details):
@@ -285,18 +285,18 @@ def _parse_mcp_rule(text: str, conditions: str) -> McpRule | None:
 
 
 def _parse_conditions(where: str, text: str) -> dict[str, tuple[str, ...]] | None:
-    found: dict[str, tuple[str, ...]] = {}
+    conditions: dict[str, tuple[str, ...]] = {}
     for condition in text.split():
         kind, _, rest = condition.partition(":")
         if kind == where:
             name, _, values = rest.partition("=")
-            if name in found:
+            if name in conditions:
                 raise typer.BadParameter(
                     f"{kind}:{name} is there twice; write {kind}:{name}=VALUE,VALUE for either",
                     param_hint="--request",
                 )
-            found[name] = tuple(values.split(","))
-    return found or None
+            conditions[name] = tuple(values.split(","))
+    return conditions or None
 
 
 def _check_map(requests: list[RequestRule]) -> None:
@@ -313,7 +313,7 @@ def _template(name: str | None) -> Template | None:
 
 
 def _merge_verbs(template: Template | None, texts: Iterable[str]) -> list[VerbFloor]:
-    """Those of the template, and those given, which count instead."""
+    """Return the verbs of the template and those given. A given one replaces the template's."""
     template_verbs = template.verbs if template else {}
     verbs = {verb: VerbFloor(verb=verb, floor=floor) for verb, floor in template_verbs.items()}
     parsed = [_parse_verb(text) for text in texts]
@@ -325,7 +325,7 @@ def _merge_verbs(template: Template | None, texts: Iterable[str]) -> list[VerbFl
 
 
 def _with_action_approval(verbs: list[VerbFloor], texts: Iterable[str]) -> list[VerbFloor]:
-    """The verbs, those marked of which each action waits for a person."""
+    """Return the verbs, and mark those whose every action needs approval by a person."""
     asks = [_parse_action_approval(text) for text in texts]
     _check_no_duplicates([verb for verb, _ in asks], "--ask")
     classes = dict(asks)
@@ -335,7 +335,7 @@ def _with_action_approval(verbs: list[VerbFloor], texts: Iterable[str]) -> list[
 
 
 def _check_no_duplicates(names: list[str], option: str) -> None:
-    """Of two for one verb the last would count, and might be the weaker one."""
+    """Refuse duplicate verbs: the last would count, and might be the weaker one."""
     if twice := sorted(name for name in set(names) if names.count(name) > 1):
         raise typer.BadParameter(f"{', '.join(twice)} is there twice", param_hint=option)
 
@@ -359,7 +359,7 @@ def _parse_settings(texts: Iterable[str]) -> dict[str, str | int]:
             raise typer.BadParameter(f"{name} is not given so: write {option} VALUE", param_hint="--setting")
         if name in settings:
             raise typer.BadParameter(f"{name} is there twice: say which counts", param_hint="--setting")
-        # What would not be written so again is a word that looks like a number. No setting is a longer one.
+        # A value that would be written differently is a word that looks like a number. No setting is a longer one.
         is_number = len(value) < 20 and value.isdecimal() and str(int(value)) == value
         settings[name] = int(value) if is_number else value
     return settings
@@ -375,7 +375,7 @@ def _backend_settings(kind: str, audience: str | None, own: dict[str, str | int]
 
 
 def _check_backend(backend: BackendSettings, anyway: bool) -> None:
-    """Raises typer.BadParameter where no issuer could make credentials by these settings."""
+    """Raise typer.BadParameter where no issuer could make credentials with these settings."""
     if wrong := backend_problem(backend, anyway=anyway):
         hint = "--backend" if backend.kind not in CREDENTIAL_KINDS else "--setting"
         raise typer.BadParameter(wrong, param_hint=hint)
@@ -388,12 +388,12 @@ def _check_backend(backend: BackendSettings, anyway: bool) -> None:
 
 
 def _tells_address(kind: str) -> bool:
-    """Whether credentials of a kind tell agents where the target is; not known of kinds of other packages."""
+    """Return whether credentials of a kind tell agents the target's address. Unknown for kinds of other packages."""
     return kind in CREDENTIAL_KINDS and CREDENTIAL_KINDS[kind].tells_address
 
 
 def _replacement(before: TargetState, after: TargetState) -> Replacement | None:
-    """What of a target changes; None where nothing does."""
+    """Return what changes in a target; None where nothing does."""
     replacement = Replacement(f"target {after.target_id}")
     old, new = target_fields(before), target_fields(after)
     for name in old.keys() | new.keys():

@@ -1,4 +1,6 @@
-"""`ringfence target add --template`: kinds of targets with their verbs filled in, each with a floor to start from."""
+"""`ringfence target add --template`: templates for kinds of targets: verbs, each with an approval floor to start
+from.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,19 @@ from ringfence.messages.registry import ApprovalClass, McpRule, RequestRule
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """What a target of one kind is made from. What the command names itself counts instead."""
+    """Defaults for a target of one kind. Options of the command replace them."""
 
     backend: str
     verbs: dict[str, ApprovalClass]
-    """With the approval that no policy goes below: what changes something needs a person, what cannot be undone an
-    operator."""
+    """With the approval floor, which no policy may go below. A verb that changes something needs a person, an
+    irreversible one an operator.
+    """
     requests: tuple[RequestRule, ...] = ()
-    """Which requests are which verb, for the gateway; the first that matches counts."""
+    """The gateway's map from requests to verbs; the first match counts."""
     settings: Mapping[str, str | int] = field(default_factory=dict)
-    """What the backend is told."""
 
 
-# --- an HTTP API of which nothing more is known -----------------------------------------------------------------------
+# --- an unknown HTTP API ----------------------------------------------------------------------------------------------
 
 _HTTP_VERBS: Mapping[str, tuple[str, ...]] = {
     "read": ("GET", "HEAD"),
@@ -38,7 +40,7 @@ def _http() -> Iterator[RequestRule]:
             yield RequestRule(method=method, path="/{path*}", verb=verb, resource="path/{path*}")
 
 
-# --- a server of the Model Context Protocol, of whose tools nothing is known ------------------------------------------
+# --- a Model Context Protocol server with unknown tools ---------------------------------------------------------------
 
 _MCP_CONNECTS = ("initialize", "ping", "notifications/*", "logging/setLevel", "tools/list")
 
@@ -82,14 +84,14 @@ _GITHUB_READS: tuple[tuple[str, str], ...] = (
     ("actions:read", "/actions/workflows/{workflow*}"),
 )
 _GITHUB_CHANGES: tuple[tuple[str, str, str, dict[str, tuple[str, ...]] | None], ...] = (
-    # What CI runs, and who has to review what, is no content like any other although the API is the same.
+    # CI configuration and review rules are no content like any other, although the API is the same.
     ("workflows:write", "PUT", "/contents/.github", None),
     ("workflows:write", "DELETE", "/contents/.github", None),
     ("workflows:write", "PUT", "/contents/.github/{path*}", None),
     ("workflows:write", "DELETE", "/contents/.github/{path*}", None),
     ("contents:write", "PUT", "/contents/{path*}", None),
     ("contents:write", "DELETE", "/contents/{path*}", None),
-    # Objects, references and merges bring in whole trees, workflows among them: nobody sees from the request which.
+    # Objects, references and merges bring in whole trees, workflows among them; the request does not show which.
     ("git:write", "POST", "/git/{object*}", None),
     ("git:write", "PATCH", "/git/{object*}", None),
     ("git:write", "DELETE", "/git/{object*}", None),
@@ -121,7 +123,10 @@ _GITHUB_CHANGES: tuple[tuple[str, str, str, dict[str, tuple[str, ...]] | None], 
 
 
 def _github() -> Iterator[RequestRule]:
-    """A resource is named like its path: `repos/OWNER/REPO/contents/src/main.py`."""
+    """Yield the request rules of GitHub's API.
+
+    A resource is named like its path: `repos/OWNER/REPO/contents/src/main.py`.
+    """
     for verb, path in _GITHUB_READS:
         for method in ("GET", "HEAD"):
             yield _github_rule(verb, method, path, None)
@@ -161,7 +166,7 @@ TEMPLATES: dict[str, Template] = {
             "forward": "operator",
         },
     ),
-    # What is entered with a token: a role in a cloud, a cluster. Who may, may all that the role can.
+    # A token leads to a role in a cloud or a cluster. Its holder may do everything that the role may.
     "federation": Template("jwt", {"assume": "sponsor"}),
     "http": Template(
         "http", {"read": "none", "write": "sponsor", "delete": "operator"}, requests=tuple(_http())

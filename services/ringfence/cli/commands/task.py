@@ -1,4 +1,4 @@
-"""`ringfence task`: assign, with what all sides allow shown before anything runs; hand on; end."""
+"""`ringfence task`: assign a task after a preview of its effective scope, delegate part of it, end it."""
 
 from __future__ import annotations
 
@@ -246,18 +246,18 @@ def show(task: TaskArgument, me: IdentityOption = None, as_json: JsonOption = Fa
         async with ReadApi(identity(me)) as api:
             return await api.record("task", task), await api.records("task", parent=task)
 
-    found, parts = run(work())
+    record, parts = run(work())
     if wants_json(as_json):
-        print_json({**found, "parts": [part["id"] for part in parts]})
+        print_json({**record, "parts": [part["id"] for part in parts]})
         return
     delegated = [f"{part['id']} to {part['state']['agent_id']} ({part['state']['status']})" for part in parts]
-    print_record("task", found, {"parts": "\n".join(delegated)})
+    print_record("task", record, {"parts": "\n".join(delegated)})
 
 
 def _task_terms(
     purpose: str | None, allow: list[str] | None, lasts: str | None, until: str | None
 ) -> dict[str, Any]:
-    """The terms as they were given, all checked. Raises typer.BadParameter."""
+    """Return the terms from the options, validated. Raises typer.BadParameter."""
     if not purpose:
         raise typer.BadParameter("say what the task is for", param_hint="--purpose")
     if not allow:
@@ -277,7 +277,10 @@ def _task_terms(
 
 
 def _read_consent(file: Path) -> tuple[TaskTerms, str, str]:
-    """Terms, user and text of a consent. Unverified: the registry verifies it, and nothing is decided here."""
+    """Return terms, user and text of a consent.
+
+    It is unverified: the registry verifies it, and nothing is decided here.
+    """
     try:
         text = file.read_text().strip()
         claims = parse(text).unverified_claims(TaskConsent)
@@ -291,7 +294,7 @@ def _read_consent(file: Path) -> tuple[TaskTerms, str, str]:
 def _read_id_token(
     file: Path | None, user: str | None, consent: Path | None, until: str | None
 ) -> str | None:
-    """The text of an ID token; the registry verifies it. Raises typer.BadParameter, InvalidCallError."""
+    """Return the text of an ID token, which the registry verifies. Raises typer.BadParameter, InvalidCallError."""
     if (file is None) != (user is None):
         raise typer.BadParameter("give both: --on-behalf-of USER --id-token FILE", param_hint="--id-token")
     if file is None:

@@ -1,4 +1,6 @@
-"""`ringfence topics`: create them, check that they are what the contract says, and who needs which rights to them."""
+"""`ringfence topics`: create topics, check them against the contract, show the access rights that each service
+needs.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,17 @@ def apply(as_json: JsonOption = False) -> None:
         async with TopicsAdmin(load(ServiceSettings)) as admin:
             return await admin.apply(), *await admin.set_right()
 
-    created, unchanged, left = run(work())
-    for one in left:
+    created, unchanged, unknown = run(work())
+    for one in unknown:
         note(
             f"warning: {one.what} of {one.topic} is {one.found}, not {one.expected}, and was left so; to change it is "
             "for Kafka's own tools",
             "yellow",
         )
     if wants_json(as_json):
-        print_json({"created": created, "set": list(map(asdict, unchanged)), "left": list(map(asdict, left))})
+        print_json(
+            {"created": created, "set": list(map(asdict, unchanged)), "left": list(map(asdict, unknown))}
+        )
         return
     lines = [f"created {name}" for name in created]
     lines += [f"set {one.what} of {one.topic} to {one.expected}; it was {one.found}" for one in unchanged]
@@ -102,7 +106,7 @@ def show_acls(
 
 
 def _principals(options: list[str], prefix: str) -> dict[Party, str]:
-    found: dict[Party, str] = {party: f"User:{prefix}-{party}" for party in PARTIES}
+    principals: dict[Party, str] = {party: f"User:{prefix}-{party}" for party in PARTIES}
     for one in options:
         name, _, principal = one.partition("=")
         party = next((party for party in PARTIES if party == name), None)
@@ -110,8 +114,8 @@ def _principals(options: list[str], prefix: str) -> dict[Party, str]:
             raise typer.BadParameter(
                 f"{one!r}: say PARTY=PRINCIPAL, the party one of {', '.join(PARTIES)}, the principal as in User:alice"
             )
-        found[party] = principal
-    return found
+        principals[party] = principal
+    return principals
 
 
 def _acl(acl: Acl, principals: dict[Party, str]) -> dict[str, str]:

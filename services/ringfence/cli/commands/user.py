@@ -146,9 +146,9 @@ def change(
             state = entry.state
             if state.status == "active" and not touched:
                 raise InvalidCallError(f"nothing of {user} would change: name what, or --refresh")
-            held = state.entitlements.scope
-            await refuse_unknown(administrator, options.permissions, anyway, held)
-            scope = options.applied(held) if options else None
+            former = state.entitlements.scope
+            await refuse_unknown(administrator, options.permissions, anyway, former)
+            scope = options.applied(former) if options else None
             details: dict[str, Any] = {}
             replacement, question = _replacement(state, options, scope, roles, keys)
             if question is not None:
@@ -244,15 +244,15 @@ def show(user: UserArgument, me: IdentityOption = None, as_json: JsonOption = Fa
 
 
 def _roles(texts: list[str] | None) -> tuple[Role, ...]:
-    found: list[Role] = []
+    parsed: list[Role] = []
     for text in texts or ():
         role = next((name_of_role for name_of_role in _ROLES if name_of_role == text), None)
         if role is None:
             raise typer.BadParameter(
                 f"{text!r} is no role; write one of {', '.join(_ROLES)}", param_hint="--role"
             )
-        found.append(role)
-    return tuple(dict.fromkeys(found))
+        parsed.append(role)
+    return tuple(dict.fromkeys(parsed))
 
 
 def _replacement(
@@ -262,13 +262,13 @@ def _replacement(
     roles: tuple[Role, ...] | None,
     keys: Sequence[KeyRecord],
 ) -> tuple[Replacement, str | None]:
-    """What changes, and what to ask before it does; None where nothing is taken away or replaced."""
-    user, held = state.user_id, state.entitlements.scope
+    """Return what changes, and the question to ask first; None where nothing is removed or replaced."""
+    user, former = state.user_id, state.entitlements.scope
     replacement = Replacement(f"user {user}")
     asks = False
-    if scope is not None and scope != held:
-        replacement.scope("entitled to", held, scope)
-        if missing(held, scope):
+    if scope is not None and scope != former:
+        replacement.scope("entitled to", former, scope)
+        if missing(former, scope):
             replacement.losses.append(Loss(user=user, fits=scope))
         asks = options.whole is not None or bool(options.remove)
     if roles is not None and set(roles) != set(state.roles):
@@ -290,7 +290,7 @@ def _replacement(
         )
         roles_after = state.roles if roles is None else roles
         replacement.lines.setdefault("roles", ", ".join(roles_after) or "none")
-        replacement.lines.setdefault("entitled to", show_scope(held if scope is None else scope))
+        replacement.lines.setdefault("entitled to", show_scope(former if scope is None else scope))
         return replacement, f"Set user {user}, and make them active again?"
     return replacement, f"Change user {user} so?" if asks else None
 
@@ -314,8 +314,8 @@ def _changed_fields(
     *,
     confirmed: bool,
 ) -> dict[str, Any]:
-    # What is not touched keeps its date too: a new date would say that somebody has looked at it again. So does what is
-    # left when something is removed: else that would give back what had grown too old.
+    # Unchanged entitlements keep their date: a new date would say that somebody has reviewed them again. The rest after
+    # a removal keeps it too: otherwise a removal would renew entitlements that had become too old.
     return {
         "name": name or state.name,
         "roles": state.roles if roles is None else roles,
@@ -326,7 +326,7 @@ def _changed_fields(
 
 
 def _provisioning(state: UserState) -> Provisioning | None:
-    """Whence they come, and that they may act."""
+    """Return the user's provisioning data, with the statement that they may act."""
     if state.provisioned is None:
         return None
     fields = {name: getattr(state.provisioned, name) for name in Provisioning.model_fields}

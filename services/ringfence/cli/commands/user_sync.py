@@ -1,4 +1,4 @@
-"""`ringfence user sync`: users as a YAML file says that they are."""
+"""`ringfence user sync`: reconcile users with a YAML file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SIGNS = {"add": "+", "change": "~", "disable": "-", "confirm": " "}
 async def sync(
     file: Path, identity: Path | None, *, dry_run: bool, force: bool, max_leaving: int, as_json: bool
 ) -> None:
-    """Make the users of a provisioner what the file says. Raises RingfenceError where something failed."""
+    """Make the users of a provisioner match the file. Raises RingfenceError where a command failed."""
     async with Provisioner.connect(identity) as provisioner:
         delegation = await delegation_of(provisioner)
         file_users = read_users(file, {one.group for one in delegation.groups})
@@ -65,7 +65,7 @@ async def sync(
 
 
 def read_users(file: Path, delegated: Collection[str]) -> dict[str, FileUser]:
-    """The users in a file, by id. Raises YamlFileError with everything that is wrong."""
+    """Return the users in a file, by id. Raises YamlFileError with all mistakes."""
     source = YamlFile(file)
     top = source.members(source.root, "the file", {"users"})
     users: dict[str, FileUser] = {}

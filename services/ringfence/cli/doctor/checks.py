@@ -1,4 +1,4 @@
-"""What `ringfence doctor` says of OPA, where the settings name one: does it answer, by the bundle that is here?"""
+"""Checks of `ringfence doctor`: OPA, Redis, key files and the trust bundle."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _WITHIN_MS = 3_000
 
 
 async def opa_findings() -> AsyncIterator[CheckResult]:
-    """Nothing where the embedded engine decides, or services cannot run here."""
+    """Check whether OPA answers with the bundle that is here.
+
+    Yields nothing with the embedded engine, or without service settings.
+    """
     try:
         from ringfence.policy.settings import PolicySettings
         from ringfence.rego.bundle import load_bundle
@@ -41,7 +44,7 @@ async def opa_findings() -> AsyncIterator[CheckResult]:
         try:
             await opa.evaluate(b"{}")
         except PolicyFailedError:
-            pass  # no answer to an empty question is one by the right bundle all the same
+            pass  # an answer to an empty input also shows that the bundle is the right one
         finally:
             await opa.close()
     except RingfenceError as error:
@@ -50,13 +53,13 @@ async def opa_findings() -> AsyncIterator[CheckResult]:
     yield CheckResult("OPA", "good", f"{url} answers by bundle {bundle.revision[:12]}, which is the one here")
 
 
-# What `ringfence doctor` says of Redis: does it evict, what is left over a restart, and what time is it there?
+# Checks of Redis for `ringfence doctor`: eviction, persistence, and clock.
 
 _OPTIONS = ("maxmemory-policy", "notify-keyspace-events", "appendonly", "save")
 
 
 async def redis_findings(settings: ServiceSettings) -> AsyncIterator[CheckResult]:
-    """Whether it answers, how it is set up, and how far its clock is from ours: each node that holds keys."""
+    """Check whether Redis answers, its configuration, and its clock, on each node that holds keys."""
     try:
         from ringfence.model.lease_store.connection import RedisConnection
     except ModuleNotFoundError:
@@ -83,7 +86,7 @@ async def redis_findings(settings: ServiceSettings) -> AsyncIterator[CheckResult
 
 
 def eviction(options: Mapping[str, str]) -> CheckResult:
-    """By its options: does it keep all that it is given, and tell of what expires?"""
+    """Check by its options whether Redis keeps all data and notifies of expired keys."""
     evicts = options["maxmemory-policy"]
     if evicts != "noeviction":
         says = f"maxmemory-policy is {evicts}: leases could be evicted; set it to noeviction"
@@ -95,32 +98,32 @@ def eviction(options: Mapping[str, str]) -> CheckResult:
 
 
 def persistence(options: Mapping[str, str]) -> CheckResult:
-    """By its options: what is left after it was restarted?"""
-    what = "Redis, restart"
+    """Check by its options what remains after a restart of Redis."""
+    check = "Redis, restart"
     if options["appendonly"] == "yes":
-        return CheckResult(what, "good", "appendonly is on: it comes back with what it had")
+        return CheckResult(check, "good", "appendonly is on: it comes back with what it had")
     saved_by = f"snapshots ({options['save']})" if options["save"] else "nothing"
     says = (
         f"appendonly is off, {saved_by} stays over a restart: no lease is lost, as all is rebuilt from Kafka, and "
         "everything denies meanwhile; to be back at once, set appendonly to yes"
     )
-    return CheckResult(what, "unknown", says)
+    return CheckResult(check, "unknown", says)
 
 
 def _option(answer: object) -> str:
-    """The value in an answer to CONFIG GET, whichever protocol it came by."""
+    """Return the value in an answer to CONFIG GET, for either protocol version."""
     values = list(answer.values()) if isinstance(answer, dict) else list(answer or [])[1:]  # type: ignore[call-overload]
     return values[0].decode() if values and isinstance(values[0], bytes) else str(values[0] if values else "")
 
 
-# What `ringfence doctor` says of keys and trust: files, the bundle on Kafka, the keys in it, who goes by which.
+# Checks of keys and trust for `ringfence doctor`: files, the bundle on Kafka, its keys, and which bundle services have.
 
 SOON_S = 14 * 86_400
-"""So long before its end a person should know."""
+"""A key that ends within this time is reported."""
 
 
 def key_files(settings: ServiceSettings) -> list[CheckResult]:
-    """The key files of services that are on this machine."""
+    """Check the services' key files on this machine."""
     files = [settings.key_file] if settings.key_file else sorted(settings.key_dir.glob("*.json"))
     if not files:
         says = f"no key files in {settings.key_dir}: no service can be started from here"
@@ -141,10 +144,10 @@ def _key_file(file: Path) -> CheckResult:
 
 
 def bundle_findings(trust: TrustStore, refused: Sequence[str], now_s: float) -> Iterator[CheckResult]:
-    """The bundle that counts on Kafka, and the keys of services that end soon."""
+    """Check the bundle in force on Kafka, and the services' keys that end soon."""
     if trust.version is None:
-        why = refused[-1] if refused else "there is none; run: ringfence init --publish"
-        yield CheckResult("trust bundle", "bad", f"no bundle on Kafka counts: {why}")
+        reason = refused[-1] if refused else "there is none; run: ringfence init --publish"
+        yield CheckResult("trust bundle", "bad", f"no bundle on Kafka counts: {reason}")
         return
     if expired := trust.expired(now_s):
         yield CheckResult("trust bundle", "bad", expired)
@@ -168,7 +171,7 @@ def bundle_findings(trust: TrustStore, refused: Sequence[str], now_s: float) -> 
 
 
 def _ending(service: ServiceIdentity, now_s: float) -> int | None:
-    """When the last key of a service ends, to sign by or to seal to, where that is soon, or was."""
+    """Return when the last signing or encryption key of a service ends, if that is soon or past."""
     last = max((key.not_after for key in service.keys), default=0)
     if service.encryption_keys:
         last = min(last, max(key.not_after for key in service.encryption_keys))
@@ -185,11 +188,13 @@ def _keys_end(service: ServiceIdentity, ending_s: int, now_s: float) -> CheckRes
 
 
 def versions(on_kafka: int | None, in_force: Mapping[str, int | None]) -> CheckResult | None:
-    """Whether the services that answered have the bundle that is on Kafka; None where nothing can be compared."""
+    """Check whether the services that answered have the bundle that is on Kafka; None where nothing can be compared."""
     if not in_force or on_kafka is None:
         return None
-    if others := {role: options for role, options in in_force.items() if options != on_kafka}:
-        roles_text = ", ".join(f"{role} has {options or 'none'}" for role, options in sorted(others.items()))
+    if differing := {role: options for role, options in in_force.items() if options != on_kafka}:
+        roles_text = ", ".join(
+            f"{role} has {options or 'none'}" for role, options in sorted(differing.items())
+        )
         says = f"on Kafka is version {on_kafka}, and {roles_text}: restart it where that stays so"
         return CheckResult("trust bundle in force", "bad", says)
     return CheckResult(

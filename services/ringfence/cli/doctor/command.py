@@ -1,4 +1,4 @@
-"""`ringfence doctor`: is everything that Ringfence stands on as it should be?"""
+"""`ringfence doctor`: checks everything that Ringfence depends on."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ def doctor(as_json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
-# The examinations of `ringfence doctor`: each looks at one thing that must be right, and says what to do where it is
-# not. They change nothing.
+# The checks of `ringfence doctor`: each examines one precondition, and says what to do if it fails.
+# They change nothing.
 
 _READ_WITHIN_S = 10.0
 _LISTEN_S = 2.5
-"""The registry's heartbeat comes once a second."""
+"""The registry sends a heartbeat once a second."""
 
 
 async def examine(settings: ServiceSettings, client: ClientSettings) -> AsyncIterator[CheckResult]:
-    """All examinations, in the order in which one thing needs another."""
+    """Yield the results of all checks, in the order in which they depend on each other."""
     for finding in _spelling():
         yield finding
     yield _pinned_root(settings)
@@ -89,7 +89,7 @@ async def examine(settings: ServiceSettings, client: ClientSettings) -> AsyncIte
 
 
 def _spelling() -> list[CheckResult]:
-    """Names of settings that nobody reads. The settings file was read before, so that it can be."""
+    """Check for names of settings that nobody reads. The settings file was read before, so that it is readable."""
     try:
         return [CheckResult("settings", "unknown", says) for says in unread()]
     except ModuleNotFoundError:
@@ -107,7 +107,7 @@ def _pinned_root(settings: ServiceSettings) -> CheckResult:
 
 
 async def _topics(settings: ServiceSettings) -> tuple[bool, CheckResult]:
-    """Whether Kafka answers, and what there is to say of it."""
+    """Check Kafka and its topics. Returns whether Kafka answers, and the result."""
     try:
         async with TopicsAdmin(settings) as admin:
             differences = await admin.check()
@@ -123,7 +123,7 @@ async def _topics(settings: ServiceSettings) -> tuple[bool, CheckResult]:
 
 
 async def _on_kafka(settings: ServiceSettings, trust: TrustStore) -> AsyncIterator[CheckResult]:
-    """The trust bundle in force, and how far the broker's clock is from ours."""
+    """Check the trust bundle in force, and the difference between the broker's clock and ours."""
     refused: list[str] = []
     skew = SkewCheck("the broker")
     clock = SystemClock()
@@ -137,7 +137,7 @@ async def _on_kafka(settings: ServiceSettings, trust: TrustStore) -> AsyncIterat
 
     def on_heartbeat(records: Sequence[Received]) -> None:
         for record in records:
-            if record.key == "registry":  # revokers and gateways are heard there, too
+            if record.key == "registry":  # heartbeats of revokers and gateways are on that topic, too
                 skew.observe(record.appended_at_ms, clock.now_ms())
 
     async with Follower(settings, [TRUST], on_trust) as follower, asyncio.timeout(_READ_WITHIN_S):
@@ -156,7 +156,10 @@ async def _on_kafka(settings: ServiceSettings, trust: TrustStore) -> AsyncIterat
 async def _check_service(
     role: str, url: str, in_force: dict[str, int | None], *, may_be_away: bool = False
 ) -> CheckResult:
-    """`may_be_away`: of what not every installation has. `in_force` is told which trust bundle it has."""
+    """Check one service.
+
+    `may_be_away`: the service is optional. The version of its trust bundle is stored in `in_force`.
+    """
     try:
         async with web_client(timeout_s=3) as http:
             answer = await http.get(f"{url}/readyz")

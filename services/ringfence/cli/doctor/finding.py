@@ -1,4 +1,4 @@
-"""What an examination of `ringfence doctor` comes to."""
+"""The result of one check of `ringfence doctor`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Verdict = Literal["good", "bad", "unknown"]
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One examination: what was looked at, what came of it, and what to do where that is not good."""
+    """The result of one check: what was checked, what came out, and what to do if that is not good."""
 
     what: str
     verdict: Verdict
@@ -20,7 +20,7 @@ class CheckResult:
 
 
 def clock(whose: str, skew: SkewCheck) -> CheckResult:
-    """How far somebody's clock is from ours."""
+    """Return the result for the difference between another clock and ours."""
     if reason := skew.unready():
         return CheckResult(f"clock, {whose}", "bad", reason)
     return CheckResult(f"clock, {whose}", "good", f"at most {abs(skew.ahead_ms() or 0)} ms apart")

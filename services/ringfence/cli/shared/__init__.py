@@ -1,1 +1,1 @@
-"""What commands share: options, output, arguments."""
+"""Code that commands share: options, output, arguments."""

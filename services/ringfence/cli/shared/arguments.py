@@ -58,7 +58,7 @@ def _validate_id(ids: TypeAdapter[str], text: str | None) -> str | None:
         raise typer.BadParameter(f"{text!r} {explain(error).removeprefix('it: ')}") from None
 
 
-# Permissions as they are written on the command line, and as they are shown.
+# Notation of permissions on the command line.
 
 SYNTAX = "target:verb[,verb]:resource[,resource]"
 _JSON = TypeAdapter(Permission)
@@ -127,7 +127,7 @@ def _check_duplicate_names(data: str | bytes, what: str) -> None:
     try:
         json.loads(data, object_pairs_hook=once)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        return  # whoever reads it next says what is wrong
+        return  # the next reader reports the mistake
     except ValueError as error:
         raise typer.BadParameter(f"{what!r}: {error}") from None
 

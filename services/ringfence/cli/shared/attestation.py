@@ -1,4 +1,4 @@
-"""`ringfence agent set-attestation`, and how selectors of running instances are written."""
+"""`ringfence agent set-attestation`, and the notation of instance selectors."""
 
 from __future__ import annotations
 
@@ -85,22 +85,22 @@ def set_attestation(
 
 
 def parse_selectors(given: list[str] | None) -> tuple[AttestationSelector, ...]:
-    """Selectors from repeated options. Raises typer.BadParameter, saying where one is wrong."""
-    found: list[AttestationSelector] = []
+    """Parse selectors from repeated options. Raises typer.BadParameter, saying where one is wrong."""
+    selectors: list[AttestationSelector] = []
     for text in given or ():
         if text.startswith("@"):
             try:
                 listed = json.loads(Path(text[1:]).read_text(), object_pairs_hook=once)
             except (OSError, ValueError) as error:
                 raise typer.BadParameter(f"{text}: {error}", param_hint="--selector") from None
-            found += [_selector(one, text) for one in (listed if isinstance(listed, list) else [listed])]
+            selectors += [_selector(one, text) for one in (listed if isinstance(listed, list) else [listed])]
         else:
-            found.append(_selector(_fields(text), text))
-    return tuple(found)
+            selectors.append(_selector(_fields(text), text))
+    return tuple(selectors)
 
 
 def show_selector(selector: AttestationSelector) -> str:
-    """A selector as it is written on the command line."""
+    """Return a selector in the notation of the command line."""
     words = [selector.issuer, *(f"{name}={value}" for name, value in selector.claims.items())]
     words += ["key-bound"] if selector.key_bound else []
     details = shlex.join([*words, f"life={selector.max_life_s}"])
@@ -118,15 +118,15 @@ def _fields(text: str) -> Any:
     fields: dict[str, Any] = {"issuer": issuer, "claims": {}}
     given_names: set[str] = set()
     for word in words:
-        name, given, value = word.partition("=")
-        if name in given_names:  # the last would count, and what the others limit would be lost
+        name, equals, value = word.partition("=")
+        if name in given_names:  # the last would count, and the limits of the others would be lost
             raise typer.BadParameter(f"{text!r}: {name} is there twice", param_hint="--selector")
         given_names.add(name)
         if word == "key-bound":
             fields["key_bound"] = True
-        elif name == "life" and given:
+        elif name == "life" and equals:
             fields["max_life_s"] = duration_s(value)
-        elif name and given:
+        elif name and equals:
             fields["claims"][name] = value
         else:
             raise typer.BadParameter(
@@ -140,7 +140,7 @@ def _selector(fields: Any, text: str) -> AttestationSelector:
         selector = AttestationSelector.model_validate(fields)
     except ValidationError as error:
         raise typer.BadParameter(f"{text!r}: {explain(error)}", param_hint="--selector") from None
-    if found := unknown_fields(selector):
-        details = describe_unknown(found, f"the selector for {selector.issuer}")
+    if unknown := unknown_fields(selector):
+        details = describe_unknown(unknown, f"the selector for {selector.issuer}")
         raise typer.BadParameter(f"{text!r}: {details}", param_hint="--selector")
     return selector

@@ -1,4 +1,4 @@
-"""What `audit tail` and `audit export` narrow events down by."""
+"""Filter options that `audit tail` and `audit export` share."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def filters_of(
     status: str | None,
     severity: str | None,
 ) -> Filters:
-    """The query for audit. Raises typer.BadParameter."""
+    """Return the query for audit. Raises typer.BadParameter."""
     for code in codes or ():
         if not code or "*" in code[:-1] or "," in code:
             raise typer.BadParameter(

@@ -1,4 +1,6 @@
-"""What a command that replaces something takes away and gives: shown, then asked about, before anything is signed."""
+"""Confirmation of commands that replace something: shows what is removed and added, and asks before anything is
+signed.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from ringfence.model.scope.scope import missing
 
 @dataclass(frozen=True, slots=True)
 class ScopeOptions:
-    """How a command line changes a scope: to something else (`--allow`, `--allow-nothing`), or in parts."""
+    """How the options change a scope: as a whole (`--allow`, `--allow-nothing`), or in parts."""
 
     whole: Scope | None
     add: Scope = ()
@@ -35,16 +37,16 @@ class ScopeOptions:
 
     @property
     def gives(self) -> bool:
-        """Whether it says what is allowed, and not only what no longer is."""
+        """Return whether the options name what is allowed, and not only what no longer is."""
         return self.whole is not None or bool(self.add)
 
     @property
     def permissions(self) -> Scope:
-        """The permissions that are to be allowed from now on, as they were written."""
+        """Return the permissions that the options allow, as written."""
         return (*(self.whole or ()), *self.add)
 
     def applied(self, held: Scope) -> Scope:
-        """The scope after the change. Raises InvalidCallError, ScopeError."""
+        """Return the scope after the change. Raises InvalidCallError, ScopeError."""
         if self.whole is not None:
             return self.whole
         return with_added(with_removed(held, self.remove), self.add)
@@ -53,7 +55,7 @@ class ScopeOptions:
 def parse_scope_options(
     allow: Sequence[str] | None, nothing: bool, add: Sequence[str] | None, remove: Sequence[str] | None
 ) -> ScopeOptions:
-    """Raises typer.BadParameter where the options contradict each other, or one is wrong."""
+    """Raises typer.BadParameter where the options contradict each other, or one is invalid."""
     if sum((bool(allow), nothing, bool(add or remove))) > 1:
         raise typer.BadParameter(
             "say the whole with --allow, or --allow-nothing; or what changes of it with --add and --remove",
@@ -65,19 +67,19 @@ def parse_scope_options(
 
 @dataclass(slots=True)
 class Replacement:
-    """What changes, line by line, and which leases end by it."""
+    """The changes, line by line, and the leases that they end."""
 
     what: str
-    """Of what, e.g. `ceiling of deploy-bot`."""
+    """The name of what changes, e.g. `ceiling of deploy-bot`."""
     lines: dict[str, str] = field(default_factory=dict)
     document: dict[str, Any] = field(default_factory=dict)
-    """The same for --json."""
+    """The same changes for `--json`."""
     losses: list[Loss] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    """What else comes of it, a sentence each."""
+    """Further consequences, a sentence each."""
 
     def scope(self, name: str, before: Scope, after: Scope) -> None:
-        """A scope changes, wholly or in parts."""
+        """Add the change of a scope."""
         self.lines |= {f"{name} before": show_scope(before), f"{name} after": show_scope(after)}
         if gone := missing(before, after):
             self.lines["taken away"] = show_scope(gone)
@@ -86,15 +88,15 @@ class Replacement:
         self.document |= {"before": before, "after": after, "removed": gone, "added": new}
 
     def values(self, name: str, before: Iterable[str], after: Iterable[str]) -> None:
-        """A list of words changes, or one word."""
+        """Add the change of a list of words, or of one word."""
         old, new = list(before), list(after)
         self.lines[name] = f"{', '.join(old) or 'none'}  ->  {', '.join(new) or 'none'}"
         self.document[name.replace(" ", "_")] = {"before": old, "after": new}
 
     async def ask(self, question: str, me: Path | None, *, yes: bool, quiet: bool) -> dict[str, Any]:
-        """Show it all, and ask. `quiet`: show nothing where nobody is asked either, as --json has it.
+        """Show everything, and ask. `quiet`: show nothing where nobody is asked either, as with `--json`.
 
-        Returns what --json says of it. Raises RingfenceError where the answer is no, WrongUseError where nobody is
+        Returns the document for `--json`. Raises RingfenceError where the answer is no, WrongUseError where nobody is
         there to answer.
         """
         ending = EndingLeases()
@@ -115,7 +117,7 @@ class Replacement:
 async def check_unchanged(
     administrator: Administrator, kind: Any, id: str, before: VerifiedRecord[Any]
 ) -> None:
-    """Between the question and the answer somebody else may have changed what was shown. Raises StaleApprovalError."""
+    """Check that the record shown before the question is still the same. Raises StaleApprovalError."""
     now = (await administrator.connection.current_directory()).entry(kind, id)
     if now is None or now.revision != before.revision:
         raise StaleApprovalError(

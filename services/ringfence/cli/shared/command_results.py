@@ -1,4 +1,4 @@
-"""How commands that were accepted are reported."""
+"""Reports of accepted commands."""
 
 from __future__ import annotations
 
@@ -19,22 +19,25 @@ async def refuse_unknown(
     anyway: bool = False,
     granted: Sequence[Permission] = (),
 ) -> None:
-    """Refuse a scope that names targets or verbs that are not there; with `anyway` only warn of them.
+    """Refuse a scope that names unknown targets or verbs; with `anyway` only warn.
 
-    `granted`: what was allowed before, of which nothing is said again. Raises InvalidCallError.
+    `granted`: what was allowed before, about which nothing is repeated. Raises InvalidCallError.
     """
-    found = await _unknown(administrator, scope, granted)
-    if found and not anyway:
+    problems = await _unknown(administrator, scope, granted)
+    if problems and not anyway:
         raise InvalidCallError(
-            f"{'; '.join(found)}. Correct it, have an operator add it first (ringfence target add), or add --anyway"
+            f"{'; '.join(problems)}. Correct it, have an operator add it first (ringfence target add), or add --anyway"
         )
-    _warn(found)
+    _warn(problems)
 
 
 async def warn_of_unknown(
     administrator: Administrator, scope: Sequence[Permission], granted: Sequence[Permission] = ()
 ) -> None:
-    """Warn of targets and verbs that are not there, where a scope may well come before them. `granted`: as above."""
+    """Warn of unknown targets and verbs, where a scope may well be set before they exist.
+
+    `granted`: see `refuse_unknown`.
+    """
     _warn(await _unknown(administrator, scope, granted))
 
 
@@ -63,7 +66,7 @@ def print_accepted(
     /,
     **more: str,
 ) -> None:
-    """Say that a command was accepted, and what came of it. `document`: what only --json has beside it."""
+    """Print that a command was accepted, and its result. `document`: further fields for `--json`."""
     if as_json:
         print_json(
             {

@@ -1,4 +1,4 @@
-"""What was said before the command: who is calling, and how to print."""
+"""Global options, given before the command: the caller's identity, and the output format."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ringfence.kernel.base.errors import RingfenceError
 
 
 class WrongUseError(RingfenceError):
-    """A command line that cannot be carried out as it stands, which shows only after the options were read: exit 2."""
+    """Raised when a command line cannot be executed, which shows only after the options were parsed: exit 2."""
 
     code = "wrong_use"
 
@@ -24,15 +24,15 @@ _said = GlobalOptions()
 
 
 def remember(identity: Path | None, as_json: bool) -> None:
-    """Keep the options that stood before the command."""
+    """Store the options given before the command."""
     _said.identity, _said.json = identity, as_json
 
 
 def identity(of_command: Path | None) -> Path | None:
-    """The key file that was named, after the command or before it."""
+    """Return the key file named after the command or before it."""
     return of_command or _said.identity
 
 
 def wants_json(of_command: bool) -> bool:
-    """Whether JSON was asked for, after the command or before it."""
+    """Return whether JSON was requested, after the command or before it."""
     return of_command or _said.json

@@ -1,4 +1,4 @@
-"""Options that many commands share, and what they are parsed to."""
+"""Options that many commands share, and their parsers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ringfence.messages.keys import KeyRecord, PublicJwk
 T = TypeVar("T")
 
 COMMON = "Common options"
-"""The heading of what every command has."""
+"""The heading of the options that every command has."""
 
 IdentityOption = Annotated[
     Path | None,
@@ -110,29 +110,29 @@ _DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9
 
 
 def settings() -> ClientSettings:
-    """The settings of this call."""
+    """Return the client settings of this call."""
     return load(ClientSettings)
 
 
 def identity(option: Path | None) -> Path | None:
-    """The key file of who is calling; None leaves it to the settings."""
+    """Return the key file of the caller; None leaves it to the settings."""
     return context.identity(option)
 
 
 def wants_json(option: bool) -> bool:
-    """Whether JSON is wanted."""
+    """Return whether JSON was requested."""
     return context.wants_json(option)
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run a command's work to its end. Ctrl-C cancels it, and everything is closed before the program ends."""
-    # What it has to say of a broker that does not answer we say ourselves, in one line and with what to do.
+    """Run a command's coroutine. Ctrl-C cancels it, and everything is closed before the program ends."""
+    # For a broker that does not answer, our own error is one line with a remedy.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     return asyncio.run(work)
 
 
 def duration_s(text: str) -> int:
-    """`90`, `90s`, `15m`, `1h30m`, `2d` in seconds. Raises typer.BadParameter."""
+    """Parse `90`, `90s`, `15m`, `1h30m`, `2d` into seconds. Raises typer.BadParameter."""
     match = _DURATION.fullmatch(text)
     if not text or match is None:
         raise typer.BadParameter(f"{text!r} is no duration; write for example 90s, 15m, 1h30m or 2d")
@@ -144,7 +144,10 @@ def duration_s(text: str) -> int:
 
 
 def consent_life_s(text: str) -> int:
-    """How long a consent may be used. Raises typer.BadParameter where nobody would take one that long."""
+    """Parse the validity of a consent into seconds.
+
+    Raises typer.BadParameter where no service would accept one that long.
+    """
     life_s = duration_s(text)
     if life_s > MAX_LIFE_S:
         raise typer.BadParameter(f"{text!r} is longer than a consent may be used: 24h", param_hint="--valid")
@@ -152,7 +155,7 @@ def consent_life_s(text: str) -> int:
 
 
 def moment_s(text: str) -> int:
-    """A moment with its time zone (ISO 8601), in seconds since 1970. Raises typer.BadParameter."""
+    """Parse a time with its time zone (ISO 8601) into seconds since 1970. Raises typer.BadParameter."""
     try:
         at = datetime.fromisoformat(text)
     except ValueError:
@@ -164,7 +167,10 @@ def moment_s(text: str) -> int:
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Ask a person to say yes. Raises RingfenceError where they do not, WrongUseError where there is nobody to ask."""
+    """Ask for confirmation.
+
+    Raises RingfenceError where the answer is no, WrongUseError where nobody is there to ask.
+    """
     if yes:
         return
     if not sys.stdin.isatty():
@@ -174,7 +180,7 @@ def confirm(question: str, yes: bool) -> None:
 
 
 def read_public_key(path: Path) -> PublicJwk:
-    """The public half in a file: a JWK, or a key file of Ringfence (whose private half is not looked at).
+    """Read a public key from a file: a JWK, or a key file of Ringfence (whose private key is ignored).
 
     Raises KeyFileError.
     """
@@ -199,8 +205,10 @@ def read_public_key(path: Path) -> PublicJwk:
 
 @contextmanager
 def keep_key_if_accepted(key_file: Path | None) -> Iterator[None]:
-    """Delete the key file that was made for a command where the command is refused: it would stand in the way of the
-    next try. Where nobody answered it stays, as the command may still be carried out.
+    """Delete the key file that was made for a command if the command is refused: it would stand in the way of the next
+    try.
+
+    If nobody answered, the file stays, because the command may still be carried out.
     """
     try:
         yield
@@ -213,7 +221,7 @@ def keep_key_if_accepted(key_file: Path | None) -> Iterator[None]:
 
 
 def key_records(public: Path | None, new: Path | None, id: str, days: int) -> tuple[KeyRecord, ...]:
-    """The key that `--public-key` names, or that `--new-key` makes for `id`; none where neither is given.
+    """Return the key that `--public-key` names, or that `--new-key` makes for `id`; empty where neither is given.
 
     Raises KeyFileError; typer.BadParameter where both are given.
     """
@@ -230,11 +238,11 @@ def key_records(public: Path | None, new: Path | None, id: str, days: int) -> tu
     return ()
 
 
-# The period that a question is about: `--since` and `--until`.
+# The period of a query: `--since` and `--until`.
 
 
 def span_ms(since: str, until: str | None, now_ms: int) -> tuple[int, int]:
-    """From when until when, in milliseconds since 1970; until now where nothing is said. Raises typer.BadParameter."""
+    """Return start and end in milliseconds since 1970. The end is now by default. Raises typer.BadParameter."""
     since_ms, until_ms = when_ms(since, now_ms), when_ms(until, now_ms) if until else now_ms
     if since_ms >= until_ms:
         raise typer.BadParameter("--since must be before --until")
@@ -242,7 +250,7 @@ def span_ms(since: str, until: str | None, now_ms: int) -> tuple[int, int]:
 
 
 def when_ms(text: str, now_ms: int) -> int:
-    """So long ago, or a moment, in milliseconds since 1970. Raises typer.BadParameter."""
+    """Parse a duration before now, or a time, into milliseconds since 1970. Raises typer.BadParameter."""
     try:
         return max(now_ms - duration_s(text) * 1000, 0)
     except typer.BadParameter:

@@ -1,7 +1,7 @@
-"""Printing: tables and sentences for people, JSON for programs.
+"""Output: tables and sentences for people, JSON for programs.
 
-Much of what is printed was written by agents and strangers, and a person decides by what they see: control characters
-never reach the terminal, nothing is read as markup, and what looks like something else is made visible.
+Much of it was written by agents and strangers, and people decide by what they see. So no control character reaches the
+terminal, nothing is read as markup, and look-alike characters are made visible.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ __all__ = [
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _NOT_PLAIN = re.compile(r"[^\x20-\x7e\n]")
 _ESCAPED = frozenset({"Cc", "Cf", "Zl", "Zp"})
-"""Unicode categories that a terminal, or a program that cuts lines apart, acts upon: controls, format characters (marks
-of direction, of no width, tags), and separators of lines."""
+"""Unicode categories that act on a terminal or on programs that split lines: controls, format characters (direction
+marks, zero width, tags), and line separators.
+"""
 _PIPE_WIDTH = 200
-"""Columns where nobody looks at a terminal: lines that programs cut apart should not be folded."""
+"""Columns if stdout is no terminal: lines that programs split should not be folded."""
 _NARROWEST = 80
-"""Columns: on a terminal that has fewer, it is the terminal that folds; a table would leave out what does not fit."""
+"""The least columns. On a narrower terminal the terminal folds the lines; a table would drop what does not fit."""
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Where people read. No markup, no emoji, no guessing at colours for values."""
+    """Return a console for people. No markup, no emoji, no automatic colours for values."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PIPE_WIDTH
     console = Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
@@ -48,20 +49,20 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document on stdout."""
     _write(_json_of(document, orjson.OPT_INDENT_2))
 
 
 def print_json_line(document: Any) -> None:
-    """One JSON object on a line of its own, at once: for what goes on and on."""
+    """Print one JSON object on its own line at once, for output without an end."""
     _write(_json_of(document, 0))
     sys.stdout.flush()
 
 
 def escaped_json(text: str) -> str:
-    """JSON of the same value in which nothing moves a cursor or is invisible: that is written as `\\uXXXX`.
+    """Return equivalent JSON in which characters that move the cursor or are invisible are written as Unicode escapes.
 
-    The text ends lines with a line feed alone.
+    Lines in the text end with a line feed alone.
     """
     return _NOT_PLAIN.sub(
         lambda match: json.dumps(match[0])[1:-1] if unicodedata.category(match[0]) in _ESCAPED else match[0],
@@ -70,7 +71,10 @@ def escaped_json(text: str) -> str:
 
 
 def _write(text: str) -> None:
-    """JSON is UTF-8 (RFC 8259, 8.1): where stdout is something else it is written so that every reader can read it."""
+    """Write JSON as UTF-8 (RFC 8259 8.1).
+
+    On a stdout with another encoding it is escaped so that every reader can read it.
+    """
     text = escaped_json(text)
     if (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8":
         text = _NOT_ASCII.sub(lambda match: json.dumps(match[0])[1:-1], text)
@@ -81,7 +85,7 @@ def _json_of(document: Any, option: int) -> str:
     try:
         return orjson.dumps(document, option=option, default=_plain).decode()
     except TypeError:
-        # Names of files and the environment can have bytes that are no UTF-8, which Python has as lone surrogates.
+        # File names and the environment can have bytes that are not UTF-8, which Python represents as lone surrogates.
         indent = 2 if option & orjson.OPT_INDENT_2 else None
         return json.dumps(document, indent=indent, default=_plain)
 
@@ -93,17 +97,17 @@ def _plain(value: Any) -> Any:
 
 
 def say(text: str, style: str = "") -> None:
-    """One sentence for people on stdout."""
+    """Print one sentence for people on stdout."""
     console().print(Text(visible_lines(text), style=style), soft_wrap=True)
 
 
 def note(text: str, style: str = "") -> None:
-    """One sentence for people on stderr: beside the result, not part of it."""
+    """Print one sentence for people on stderr: it is not part of the result."""
     console(stderr=True).print(Text(visible_lines(text), style=style), soft_wrap=True)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) -> None:
-    """A table for people, or `empty` where it has no rows. Columns that begin with `!` are never folded."""
+    """Print a table for people, or `empty` if it has no rows. Columns that begin with `!` are never folded."""
     table = table_of(columns, rows)
     if table.row_count:
         console().print(table)
@@ -112,7 +116,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty:
 
 
 def table_of(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table for people, to be shown. Columns that begin with `!` are never folded."""
+    """Return a table for people. Columns that begin with `!` are never folded."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(
@@ -124,7 +128,7 @@ def table_of(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 
 def print_fields(fields: Mapping[str, str], *, title: str | None = None) -> None:
-    """Names and values of one thing, for people."""
+    """Print names and values of one thing, for people."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -137,7 +141,7 @@ def print_fields(fields: Mapping[str, str], *, title: str | None = None) -> None
 
 
 def moment(seconds: float | None) -> str:
-    """A time of day, UTC, to the second."""
+    """Return a time in UTC, to the second."""
     if seconds is None:
         return ""
     try:
@@ -147,7 +151,7 @@ def moment(seconds: float | None) -> str:
 
 
 def span(seconds: float) -> str:
-    """A duration in words: `45 s`, `4 min 10 s`, `3 h 5 min`, `2 d 4 h`."""
+    """Return a duration in words: `45 s`, `4 min 10 s`, `3 h 5 min`, `2 d 4 h`."""
     remaining_s = int(abs(seconds))
     parts = []
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
@@ -158,6 +162,6 @@ def span(seconds: float) -> str:
 
 
 def until(seconds: float, now_s: float) -> str:
-    """A time of day, and how far away it is."""
+    """Return a time in UTC, and how far away it is."""
     away = seconds - now_s
     return f"{moment(seconds)} ({'in ' + span(away) if away >= 0 else span(away) + ' ago'})"

@@ -1,4 +1,4 @@
-"""How far something long has come, for people who wait."""
+"""Progress output for long-running commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SAY_EVERY_S = 5.0
 
 @contextmanager
 def counting() -> Iterator[Callable[[float], None]]:
-    """A bar where somebody looks at a terminal; else a line now and then. On stderr."""
+    """Show progress on stderr: a bar on a terminal, else a line at intervals."""
     if sys.stderr.isatty():
         columns = (TextColumn("counting"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console(stderr=True), transient=True) as bar:

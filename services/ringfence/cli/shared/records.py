@@ -1,4 +1,4 @@
-"""`list` and `show` of users, agents, targets and tasks: what the registry's API lets the caller see."""
+"""`list` and `show` for users, agents, targets and tasks, as far as the registry's API lets the caller see them."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def list_records(kind: SubjectKind, key: Path | None, as_json: bool, **query: st
         async with ReadApi(key) as api:
             return await api.records(kind, **query)
 
-    found = run(work())
+    records = run(work())
     if as_json:
-        print_json(found)
+        print_json(records)
         return
     columns, row = _ROWS[kind]
-    print_table(columns, (row(_state(kind, item)) for item in found), empty=f"no {kind} that you may see")
+    print_table(columns, (row(_state(kind, item)) for item in records), empty=f"no {kind} that you may see")
 
 
 def show_record(kind: SubjectKind, id: str, key: Path | None, as_json: bool) -> None:
@@ -59,17 +59,17 @@ def show_record(kind: SubjectKind, id: str, key: Path | None, as_json: bool) -> 
         async with ReadApi(key) as api:
             return await api.record(kind, id)
 
-    found = run(work())
+    record = run(work())
     if as_json:
-        print_json(found)
+        print_json(record)
     else:
-        print_record(kind, found)
+        print_record(kind, record)
 
 
 def print_record(
     kind: SubjectKind, found: Mapping[str, Any], more: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Print one record, `{id, revision, state}`, for people, and what else there is to say."""
+    """Print one record, `{id, revision, state}`, for people, with additional fields."""
     state = _state(kind, found)
     title = f"{kind} {found['id']}, revision {found['revision']}"
     fields = {**_FIELDS[kind](state), **more}
@@ -138,7 +138,7 @@ def _agent_fields(agent: AgentState) -> dict[str, str]:
 
 
 def target_fields(target: TargetState) -> dict[str, str]:
-    """Names and values of a target, for people. Empty values are those that it has not."""
+    """Return names and values of a target for people. An empty value means that the target has none."""
     requests = [f"{r.method} {r.path} is {_does(r)}" for r in target.requests]
     asks = [f"{v.verb} ({v.ask})" for v in target.verbs if v.ask]
     settings = sorted((target.backend.model_extra or {}).items())
@@ -146,7 +146,7 @@ def target_fields(target: TargetState) -> dict[str, str]:
         "what it is": target.description,
         "status": target.status,
         "backend": target.backend.kind,
-        # No backend is told a secret, only where one is; but what a package's own backend is told nobody knows.
+        # Built-in backends are given references, never secrets. What another package's backend is given is unknown.
         "settings": "\n".join(without_secrets(f"{name}={value}") for name, value in settings),
         "audience": target.backend.audience or "",
         "verbs": _verbs(target),
@@ -158,24 +158,24 @@ def target_fields(target: TargetState) -> dict[str, str]:
 
 
 def _does(rule: RequestRule) -> str:
-    if found := unknown_fields(rule):
-        return f"denied, as {names_of(found)} is not known here"
+    if unknown := unknown_fields(rule):
+        return f"denied, as {names_of(unknown)} is not known here"
     return f"{rule.verb} on {rule.resource}{_conditions(rule)}"
 
 
 def _conditions(rule: RequestRule) -> str:
-    """What else a request must have, written as for `target add --request`."""
-    found = [
+    """Return the further conditions of a rule, in the notation of `target add --request`."""
+    texts = [
         f"{where}:{name}={','.join(values)}"
         for where, conditions in (("query", rule.query), ("body", rule.body))
         for name, values in (conditions or {}).items()
     ]
     if rule.mcp is not None:
-        found.append(f"message:{rule.mcp.method}" + (f"={rule.mcp.name}" if rule.mcp.name else ""))
-        found += [
+        texts.append(f"message:{rule.mcp.method}" + (f"={rule.mcp.name}" if rule.mcp.name else ""))
+        texts += [
             f"argument:{name}={','.join(values)}" for name, values in (rule.mcp.arguments or {}).items()
         ]
-    return "".join(f" {condition}" for condition in found)
+    return "".join(f" {condition}" for condition in texts)
 
 
 def _task_fields(task: TaskState) -> dict[str, str]:
@@ -206,7 +206,7 @@ def _status(agent: AgentState) -> str:
 
 
 def _key_ends(state: AgentState | UserState) -> str:
-    """Said of whoever has a key that ends soon, with nothing in its place."""
+    """Return a note about a key that ends soon without a successor."""
     now_s = time.time()
     ends = endings(state, now_s)
     return f", a key ends in {span(ends[0].key.not_after - now_s)}" if ends else ""
@@ -222,8 +222,8 @@ def _verbs(target: TargetState) -> str:
 
 def _verb(floor: VerbFloor) -> str:
     notes: list[str] = [] if floor.floor == "none" else [floor.floor]
-    if found := unknown_fields(floor):
-        notes.append(f"to nobody, as {names_of(found)} is not known here")
+    if unknown := unknown_fields(floor):
+        notes.append(f"to nobody, as {names_of(unknown)} is not known here")
     return f"{floor.verb} ({'; '.join(notes)})" if notes else floor.verb
 
 

@@ -46,9 +46,11 @@ def unread() -> list[str]:
 
 
 def mistyped(environment: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-    """A sentence for each name in the environment or a settings file that looks like a setting and is none."""
+    """Return a sentence for each name in the environment or a settings file that looks like a setting and is
+    unknown.
+    """
     known = known_settings()
-    found = [
+    sentences = [
         _sentence(name, name, known)
         for name in sorted(environment)
         if name.startswith(_PREFIX)
@@ -56,7 +58,7 @@ def mistyped(environment: Iterable[str], config: Mapping[str, Any]) -> list[str]
         and not name.startswith(_OTHER_READERS)
         and not _KUBERNETES_VARIABLE.fullmatch(name)
     ]
-    return found + [
+    return sentences + [
         _sentence(written, name, known) for written, name in _flat(config, known) if name not in known
     ]
 
@@ -69,7 +71,7 @@ def _names(cls: type[RingfenceSettings]) -> Iterator[str]:
 
 
 def _flat(config: Mapping[str, Any], known: frozenset[str]) -> Iterator[tuple[str, str]]:
-    """Each name in the file as it is written there, and as it would be in the environment."""
+    """Yield each name in the file as written there, and as it would be in the environment."""
     for name, value in config.items():
         variable = f"{_PREFIX}{name}".upper()
         if isinstance(value, Mapping) and variable not in known:

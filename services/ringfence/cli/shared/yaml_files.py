@@ -21,7 +21,7 @@ class YamlFileError(RingfenceError):
 
 
 class YamlFile:
-    """One YAML file: turns nodes into values and collects problems. `finish` raises them."""
+    """One YAML file: converts nodes to values and collects problems. `finish` raises them."""
 
     def __init__(self, path: Path) -> None:
         """Raises YamlFileError where the file cannot be read, or is no YAML."""
@@ -60,18 +60,18 @@ class YamlFile:
         if not isinstance(node, yaml.MappingNode):
             self.problem(node, f"{what} must be a mapping, with lines of `name: value`")
             return {}
-        found: dict[str, Any] = {}
+        nodes: dict[str, Any] = {}
         for key, value in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else ""
             if not name or (known is not None and name not in known):
                 near = nearest(name, known or ())
                 hint = f": did you mean {near!r}?" if near else ""
                 self.problem(key, f"{what} has no {name or 'such name'!r}{hint}")
-            elif name in found:
+            elif name in nodes:
                 self.problem(key, f"{name!r} is there twice")
             else:
-                found[name] = value
-        return found
+                nodes[name] = value
+        return nodes
 
     def text(self, node: Any, what: str) -> str:
         """A text that is not empty; "" after a problem."""
@@ -81,7 +81,7 @@ class YamlFile:
         return ""
 
     def flag(self, node: Any, what: str) -> bool:
-        """`true` or `false`."""
+        """Return `true` or `false`; False after a problem."""
         if isinstance(node, yaml.ScalarNode) and node.value in ("true", "false"):
             return bool(node.value == "true")
         self.problem(node, f"{what} must be true or false")
@@ -101,7 +101,7 @@ class YamlFile:
         try:
             events = list(yaml.parse(text, Loader=yaml.SafeLoader))
         except yaml.YAMLError:
-            return  # said below, with its line
+            return  # reported below, with its line
         for event in events:
             if isinstance(event, yaml.AliasEvent):
                 raise YamlFileError(
@@ -110,5 +110,5 @@ class YamlFile:
 
 
 def _line(what: Any) -> int:
-    """Where a node or an event begins, as people count."""
+    """Return the line of a node or an event, counted from 1."""
     return int(what.start_mark.line) + 1

@@ -368,7 +368,10 @@ class Administrator(CommandClient):
             return TaskTerms(agent_id=agent_id, purpose=purpose, scope=scope, not_after=end)
 
     async def preview(self, terms: TaskTerms, *, on_behalf_of: str | None = None) -> Preview:
-        """What a task would allow, and what each limit removes from it. See `ringfence.client.admin.preview`."""
+        """Preview what a task would allow, and what each limit removes from it.
+
+        See `ringfence.client.admin.preview`.
+        """
         return preview(
             await self.directory(),
             terms,
@@ -378,7 +381,9 @@ class Administrator(CommandClient):
         )
 
     async def unknown_names(self, scope: Sequence[Permission]) -> list[str]:
-        """What a ceiling or an entitlement names that is not there now, in words: targets, verbs of targets."""
+        """Return sentences about targets, and verbs of targets, in a ceiling or an entitlement that do not exist
+        now.
+        """
         scope = permissions("scope", scope)
         return unknown_names(await self.connection.targets(), scope) if scope else []
 
@@ -493,7 +498,7 @@ class Administrator(CommandClient):
     # --- ---
 
     def key_records(self, keys: Sequence[AnyKey]) -> tuple[KeyRecord, ...]:
-        """Keys as they stand in commands; those without an end get one in a year."""
+        """Return keys in the form of commands. A key without an end is valid for a year."""
         end = self.connection.clock.now_ms() // 1000 + KEY_LIFE_S
         given = instances(
             "keys", keys, (SigningKey, PublicJwk, KeyRecord), '[SigningKey.load(Path("agent.json"))]'

@@ -1,4 +1,4 @@
-"""Which leases a change would end, asked of the revoker before the change is signed."""
+"""Preview of leases that a change would end: asks the revoker before the change is signed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ringfence.model.scope.scope import missing
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Of the leases of one agent, sponsor, target or user, those that would end."""
+    """A condition under which leases of one agent, sponsor, target or user end."""
 
     agent: str | None = None
     sponsor: str | None = None
     target: str | None = None
     user: str | None = None
     fits: Scope = ()
-    """A lease whose scope is within this goes on; none does where it is empty."""
+    """A lease whose scope is within this one continues. If it is empty, none does."""
     selectors: frozenset[str] | None = None
-    """Where given, only leases of instances that enrolled by one of these selectors end, whatever their scope."""
+    """If given, only leases of instances that enrolled by one of these selectors end, whatever their scope."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,12 @@ class EndingLeases:
 
     ids: tuple[str, ...] = ()
     more: bool = False
-    """Whether the revoker did not list all leases: then more may end."""
+    """Whether the revoker listed only some leases, so that more may end."""
     gap: str | None = None
-    """Why it is not known; `ids` is empty then."""
+    """Why the leases are unknown; `ids` is empty then."""
 
     def describe(self) -> str:
-        """For people: `2: ID, ID`, or why it is not known."""
+        """Return a text for people: `2: ID, ID`, or why the leases are unknown."""
         if self.gap is not None:
             return f"not known: {self.gap}"
         if not self.ids and not self.more:
@@ -46,7 +46,6 @@ class EndingLeases:
         return f"{'at least ' if self.more else ''}{len(self.ids)}{': ' if listed else ''}{listed}"
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`; `count` is None where it is not known."""
         is_known = self.gap is None
         return {
             "count": len(self.ids) if is_known else None,
@@ -60,24 +59,24 @@ _SHOWN = 5
 
 
 async def ending_leases(api: ReadApi, losses: Iterable[Loss]) -> EndingLeases:
-    """The leases that would end now. A preview: leases issued later are not in it."""
+    """Return the leases that would end now. Leases issued later are not included."""
     ids: dict[str, None] = {}
     more = False
     for loss in losses:
         try:
-            found = await api.leases(
+            page = await api.leases(
                 agent=loss.agent, sponsor=loss.sponsor, target=loss.target, user=loss.user
             )
         except ApiError as error:
             return EndingLeases(gap=str(error))
-        ids |= dict.fromkeys(lease["id"] for lease in found["leases"] if _ends(lease, loss))
-        more = more or bool(found["more"])
+        ids |= dict.fromkeys(lease["id"] for lease in page["leases"] if _ends(lease, loss))
+        more = more or bool(page["more"])
     return EndingLeases(tuple(ids), more)
 
 
 def _ends(lease: Mapping[str, Any], loss: Loss) -> bool:
     if lease["status"] == "ending":
-        return False  # it does already
+        return False  # it is ending already
     if loss.selectors is not None:
         return (lease.get("instance") or {}).get("selector") in loss.selectors
     # Not strict: JSON has no tuples.

@@ -75,7 +75,7 @@ class CommandClient(Lifetime):
         return await self.connection.directory()
 
 
-# What services answered to signed commands: their `service.event` with the command's `jti`.
+# Results of signed commands: the services' `service.event` with the command's `jti`.
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class CommandOutcomes:
     def _on_event(self, record: Received) -> None:
         jws = parse(record.value)
         unverified = jws.unverified_claims(ServiceEvent)
-        # Only to skip, unverified, what is not about us: a signature a record for nothing would be the costlier way.
+        # Unverified, only to skip events about others: verifying each would cost a signature for nothing.
         if unverified.ref not in self._waiting or unverified.actor != self._connection.key.id:
             return
         by, answer = self._waiting[unverified.ref]

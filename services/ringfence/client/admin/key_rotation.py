@@ -59,11 +59,11 @@ def rotate_services(
     compromised: bool = False,
     valid_s: int = YEAR_S,
 ) -> TrustBundle:
-    """Make each of these services (or gateways) a new key, and sign the next version, in which old and new overlap.
+    """Make each of these services (or gateways) a new key, and sign the next bundle, in which old and new keys overlap.
 
-    The new key lies beside the old one (`<name>-next.json`); what lay there from the rotation before takes the old
-    one's place. So does the one that credentials are sealed to, where it has one; an old one of these that leases may
-    still need is kept (`<name>-seal-before-<kid>.json`). `compromised`: the old keys end now.
+    The new key is written beside the old one (`<name>-next.json`). A key left there by the previous rotation first
+    replaces the old one. Encryption keys rotate likewise. An old one that leases may still need is kept
+    (`<name>-seal-before-<kid>.json`). `compromised`: the old keys end now.
 
     Returns the bundle. Needs the root's key. Raises CeremonyError where a name is not in the bundle, or there is no
     trust root.
@@ -88,10 +88,10 @@ def rotate_services(
 def rotate_root(
     folder: TrustFolder, *, compromised_since_s: int | None = None, valid_s: int = YEAR_S
 ) -> RotatedRoot:
-    """Make a new root. The old one hands over to it, and the new one signs the next version of the bundle.
+    """Make a new root. The old root signs a handover to it, and the new one signs the next version of the bundle.
 
-    Who is pinned to the old root follows by its handover; who is pinned to the new one believes what the old one signed
-    while it was the root: up to now, or up to `compromised_since_s`.
+    Whoever pins the old root follows by its handover. Whoever pins the new one accepts what the old one signed while it
+    was the root: up to now, or up to `compromised_since_s`.
 
     Raises CeremonyError where there is no trust root.
     """
@@ -140,7 +140,7 @@ def _with_new_keys(
     keys = (*_with_end(service.keys, old_ends_s), key.record(end_s, now_s - 60))
     if not service.encryption_keys:
         return service.model_copy(update={"keys": keys})
-    # One that has ended is sealed to by nobody, but what was sealed to it is opened for as long as a lease lives.
+    # Nobody encrypts to an ended key, but what was encrypted to it must be readable for as long as a lease lives.
     ending = _with_end(service.encryption_keys, old_ends_s)
     before = tuple(one for one in ending if one.not_after + _LONGEST_LEASE_S > now_s)
     _keep_former_key(folder.encryption_key(name), {one.kid for one in before})

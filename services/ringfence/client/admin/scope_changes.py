@@ -39,25 +39,25 @@ def with_removed(held: Scope, less: Iterable[Permission]) -> Scope:
 
 
 def _covered(held: Scope, target: str, verb: str, resource: str) -> set[tuple[str, str, str]]:
-    found = {
+    covered = {
         (target, verb, one)
         for permission in held
         if permission.target == target and verb in permission.verbs
         for one in permission.resources
         if meet(one, resource)
     }
-    wider = sorted(one for _, _, one in found if not within(one, (resource,)))
+    wider = sorted(one for _, _, one in covered if not within(one, (resource,)))
     text = f"{target}:{verb}:{resource}"
     if wider:
         raise InvalidCallError(
             f"{text} is only a part of what is held, {target}:{verb}:{wider[0]}, and globs know no exception: remove "
             "that, and add what is to stay"
         )
-    if not found:
+    if not covered:
         raise InvalidCallError(
             f"{text} is not held, so it cannot be removed; held is: {_describe_held(held, target)}"
         )
-    return found
+    return covered
 
 
 def _without(permission: Permission, removed: set[tuple[str, str, str]]) -> Iterable[Permission]:
@@ -76,7 +76,7 @@ def _without(permission: Permission, removed: set[tuple[str, str, str]]) -> Iter
 
 
 def _describe_held(held: Scope, target: str) -> str:
-    """What is held at a target; where that is nothing, all that is held."""
+    """Describe what is held at a target, or everything held if that is nothing."""
     listed = [one for one in held if one.target == target] or held
     return (
         "; ".join(f"{one.target}:{','.join(one.verbs)}:{','.join(one.resources)}" for one in listed)

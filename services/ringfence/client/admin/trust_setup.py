@@ -39,15 +39,14 @@ ON_DEMAND: tuple[ServiceRole, ...] = ("scim", "signals")
 TOKEN_KEY = "issuer-token"  # noqa: S105 - the name of a file
 """Signs access tokens. It is not the key that signs the issuer's messages."""
 _SEALED_TO: tuple[ServiceRole, ...] = ("issuer", "gateway")
-"""Roles with an encryption key, to which credentials are sealed."""
+"""Roles with an encryption key, to which credentials are encrypted."""
 SEAL = "-seal"
-"""The suffix of the file names of encryption keys."""
 YEAR_S = 365 * 24 * 3600
 _NAME = TypeAdapter(Name)
 
 
 class CeremonyError(RingfenceError):
-    """The trust root cannot be made, or does not exist."""
+    """Raised when the trust root cannot be made or does not exist."""
 
     code = "ceremony_failed"
 
@@ -73,7 +72,7 @@ class TrustFolder:
         return self.path / "keys" / f"{name}.json"
 
     def encryption_key(self, name: str) -> Path:
-        """The private key of a service that credentials are sealed to."""
+        """The private key of a service to which credentials are encrypted."""
         return self.service_key(name + SEAL)
 
     def user_key(self, user_id: str) -> Path:
@@ -85,7 +84,7 @@ class TrustFolder:
         return self.path / "agents" / f"{agent_id}.json"
 
     def fingerprint(self) -> str:
-        """The root's fingerprint: what `RINGFENCE_TRUST_ROOT` pins. Raises KeyFileError where there is no root."""
+        """The root's fingerprint, which `RINGFENCE_TRUST_ROOT` pins. Raises KeyFileError where there is no root."""
         return SigningKey.load(self.root_key).kid
 
 
@@ -99,10 +98,11 @@ def make_trust(
 ) -> str:
     """Make the root, a key for each service and gateway, the first operator's key, and sign the trust bundle.
 
-    `gateways`: the name of each. A revocation waits for the word of all that are there, so each has a key of its own.
+    `gateways`: the name of each. A revocation waits for the acknowledgement of every gateway, so each has a key of its
+    own.
 
-    Returns the root's fingerprint. Raises InvalidCallError where a name cannot be one; CeremonyError where it is taken,
-    or where there is a root already: a second one would orphan everything that the first one signed.
+    Returns the root's fingerprint. Raises InvalidCallError where a name is invalid; CeremonyError where it is taken, or
+    where there is a root already: a second one would orphan everything that the first one signed.
     """
     if folder.root_key.exists():
         raise CeremonyError(f"{folder.root_key} exists already; remove it only if nothing was signed with it")
@@ -111,7 +111,7 @@ def make_trust(
     try:
         return _make_trust(folder, trust_domain, operator, gateways, valid_s)
     except BaseException:
-        # Keys without a root are of no use, and would stand in the way of the next try.
+        # Keys without a root are useless, and would stand in the way of the next try.
         for made in set(folder.path.rglob("*.j*")) - before:
             made.unlink(missing_ok=True)
         raise
@@ -144,12 +144,13 @@ def _make_trust(
 
 
 def add_gateways(folder: TrustFolder, gateways: Sequence[str]) -> TrustBundle:
-    """Sign the next version of the trust bundle: with these gateways, each with new keys, beside all that is there.
+    """Sign the next version of the trust bundle: with these gateways, each with new keys, beside everything in it.
 
-    Issuers and gateways of before that have no key to seal to get one. The end of the bundle stays what it is.
+    Issuers and gateways from earlier versions without an encryption key get one. The end of the bundle stays what it
+    is.
 
-    Returns the bundle. Needs the root's key. Raises InvalidCallError where a name cannot be one; CeremonyError where it
-    is taken, or there is no trust root, or its bundle has expired (see `ringfence.client.admin.key_rotation`).
+    Returns the bundle. Needs the root's key. Raises InvalidCallError where a name is invalid; CeremonyError where it is
+    taken, or there is no trust root, or its bundle has expired (see `ringfence.client.admin.key_rotation`).
     """
     root, bundle = load_root_and_bundle(folder)
     _check_names(gateways=gateways)
@@ -159,8 +160,7 @@ def add_gateways(folder: TrustFolder, gateways: Sequence[str]) -> TrustBundle:
 
 
 def add_services(folder: TrustFolder, roles: Sequence[str]) -> TrustBundle:
-    """Sign the next version of the trust bundle: with keys for services that not everybody runs (`ON_DEMAND`), where
-    the trust was made before there were such services.
+    """Sign the next version of the trust bundle: with keys for optional services (`ON_DEMAND`) that the bundle lacks.
 
     Returns the bundle. Needs the root's key. Raises CeremonyError where there is no such service, it is in the bundle
     already, or there is no trust root, or its bundle has expired.
@@ -183,13 +183,13 @@ def missing_on_demand_services(bundle: TrustBundle) -> list[ServiceRole]:
 
 
 def set_oidc_issuer(folder: TrustFolder, issuer: OidcIssuer) -> TrustBundle:
-    """Sign the next version of the trust bundle: with this issuer, in the place of one of that name if there is one.
+    """Sign the next version of the trust bundle: with this issuer, which replaces one of the same name.
 
     Returns the bundle. Needs the root's key. Raises CeremonyError where the issuer lacks what its use needs, or there
     is no trust root.
     """
-    if found := unknown_fields(issuer):
-        raise CeremonyError(describe_unknown(found, f"issuer {issuer.issuer}"))
+    if unknown := unknown_fields(issuer):
+        raise CeremonyError(describe_unknown(unknown, f"issuer {issuer.issuer}"))
     if issuer.discovery == bool(issuer.keys):
         raise CeremonyError(
             f"{issuer.issuer} needs either pinned keys (--jwks) or discovery (--oidc-discovery)"
@@ -201,21 +201,22 @@ def set_oidc_issuer(folder: TrustFolder, issuer: OidcIssuer) -> TrustBundle:
             f"discovery goes by HTTPS, and the issuer is {issuer.issuer}; pin its keys (--jwks)"
         )
     root, bundle = load_root_and_bundle(folder)
-    others = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer.issuer)
-    return sign_next_bundle(folder, bundle, root, int(time.time()), oidc_issuers=(*others, issuer))
+    remaining = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer.issuer)
+    return sign_next_bundle(folder, bundle, root, int(time.time()), oidc_issuers=(*remaining, issuer))
 
 
 def remove_oidc_issuer(folder: TrustFolder, issuer: str) -> TrustBundle:
-    """Sign the next version of the trust bundle without this issuer: its tokens count for nothing from then on.
+    """Sign the next version of the trust bundle without this issuer: its tokens are invalid from then on.
 
-    Returns the bundle. Needs the root's key. Raises CeremonyError where it is not there, or there is no trust root.
+    Returns the bundle. Needs the root's key. Raises CeremonyError where it is not in the bundle, or there is no trust
+    root.
     """
     root, bundle = load_root_and_bundle(folder)
-    others = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer)
-    if len(others) == len(bundle.oidc_issuers):
-        names_text = ", ".join(one.issuer for one in others) or "none"
+    remaining = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer)
+    if len(remaining) == len(bundle.oidc_issuers):
+        names_text = ", ".join(one.issuer for one in remaining) or "none"
         raise CeremonyError(f"the trust bundle has no issuer {issuer}; it has {names_text}")
-    return sign_next_bundle(folder, bundle, root, int(time.time()), oidc_issuers=others)
+    return sign_next_bundle(folder, bundle, root, int(time.time()), oidc_issuers=remaining)
 
 
 def sign_next_bundle(
@@ -253,7 +254,7 @@ def _first_taken(bundle: TrustBundle, names: Sequence[str]) -> str | None:
 def _with_services(
     folder: TrustFolder, bundle: TrustBundle, root: SigningKey, more: Sequence[tuple[str, ServiceRole]]
 ) -> TrustBundle:
-    """Sign the next version of a bundle: with these services beside all that is there. Raises CeremonyError."""
+    """Sign the next version of a bundle: with these services beside everything in it. Raises CeremonyError."""
     now_s = int(time.time())
     if bundle.exp <= now_s:
         raise CeremonyError(f"the trust bundle in {folder.bundle} has expired; first sign it anew: --renew")
@@ -265,7 +266,7 @@ def _with_services(
 def _new_service(
     folder: TrustFolder, trust_domain: str, name: str, role: ServiceRole, now_s: int, end_s: int
 ) -> ServiceIdentity:
-    """A service with fresh keys, the private halves of which are in the folder."""
+    """Return a service with fresh keys, and write the private keys to the folder."""
     key = SigningKey.generate(spiffe_id(trust_domain, "service", name))
     key.save(folder.service_key(name))
     service = ServiceIdentity(id=key.id, roles=(role,), keys=(key.record(end_s, now_s - 60),))
@@ -275,7 +276,7 @@ def _new_service(
 def _with_encryption_key(
     folder: TrustFolder, service: ServiceIdentity, now_s: int, end_s: int
 ) -> ServiceIdentity:
-    """The same service, with a key that is sealed to where its role needs one and it has none."""
+    """Return the same service, with an encryption key added where its role needs one and it has none."""
     if service.encryption_keys or not set(_SEALED_TO) & set(service.roles):
         return service
     key = EncryptionKey.generate(service.id)
@@ -299,7 +300,7 @@ def load_root_and_bundle(folder: TrustFolder) -> tuple[SigningKey, TrustBundle]:
 
 
 def first_operator(folder: TrustFolder, trust_domain: str, operator: str, name: str) -> UserSet:
-    """The root's command that makes the first operator; unsigned, it expires after an hour.
+    """Return the root's unsigned command that creates the first operator. It expires after an hour.
 
     Raises CeremonyError where the folder has no key of theirs.
     """

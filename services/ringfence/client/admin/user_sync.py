@@ -41,7 +41,6 @@ class SyncPlan:
     differences: tuple[UserChange, ...]
     problems: tuple[str, ...]
     active: int
-    """How many users of this provisioner are active now."""
 
     @property
     def leaving(self) -> int:
@@ -61,7 +60,7 @@ class SyncPlan:
 
 
 async def delegation_of(provisioner: Provisioner) -> Delegation:
-    """What an operator delegated to this provisioner. Raises InvalidCallError where that is nothing."""
+    """Return the delegation of this provisioner. Raises InvalidCallError where nothing is delegated."""
     entry = (await provisioner.directory()).user(provisioner.id)
     if entry is None or entry.state.delegation is None or entry.state.status != "active":
         raise InvalidCallError(

@@ -64,7 +64,6 @@ REQUEST_LIFE_S = 120
 """`exp` of a request: how long it may take to reach the broker, clocks that differ included."""
 
 COMMAND_TIMEOUT_S = 15.0
-"""How long to wait for the registry's answer by default."""
 _MAX_ABANDONED = 1000
 
 OnPending = Callable[[PendingRequest], Awaitable[None] | None]
@@ -144,7 +143,7 @@ class Agent(Lifetime):
         """Connect and start to listen for replies. `async with` does it."""
         await self.connection.start()
         try:
-            # From the end and before the first request: every reply to come is seen, and none of those that came.
+            # Read from the end, before the first request: every later reply is seen, and no earlier one.
             await self.connection.follow([CREDENTIAL_REPLY], self._on_replies, since_ms=None, key=self.id)
             await self.connection.follow(
                 [DEAD_LETTER], self.connection.dead_letters.on_records, since_ms=None
@@ -454,7 +453,7 @@ class Agent(Lifetime):
 
     def _on_replies(self, records: Sequence[Received]) -> None:
         for record in records:
-            # Unverified: it only picks the request whose key to try; opening the seal proves the rest.
+            # Unverified: it only selects the request whose key to try; decryption proves the rest.
             open_request = self._open_requests.get(unverified_kid(record.value) or "")
             if open_request is None:
                 continue

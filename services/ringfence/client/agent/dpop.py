@@ -96,7 +96,6 @@ class DpopAuth(httpx.Auth):
         self._nonces: dict[str, str] = {}
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        """See httpx.Auth."""
         origin = f"{request.url.scheme}://{request.url.netloc.decode()}"
         request.headers["Authorization"] = f"DPoP {self._token}"
         request.headers["DPoP"] = self._proof(request, origin)
@@ -124,7 +123,6 @@ class BearerAuth(httpx.Auth):
         self._token = token
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        """See httpx.Auth."""
         request.headers["Authorization"] = f"Bearer {self._token}"
         yield request
 

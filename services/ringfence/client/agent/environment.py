@@ -47,7 +47,7 @@ def _value(value: str) -> dict[str, str]:
 
 def _libpq(value: str) -> dict[str, str]:
     url = urlsplit(value)
-    known = {
+    variables = {
         "PGHOST": url.hostname,
         "PGPORT": str(url.port) if url.port else None,
         "PGUSER": unquote(url.username or ""),
@@ -56,7 +56,7 @@ def _libpq(value: str) -> dict[str, str]:
         "PGSSLMODE": dict(parse_qsl(url.query)).get("sslmode"),
         "DATABASE_URL": value,
     }
-    return {name: text for name, text in known.items() if text}
+    return {name: text for name, text in variables.items() if text}
 
 
 def _redis(value: str) -> dict[str, str]:

@@ -43,7 +43,7 @@ _APPROVERS: dict[RequiredClass, str] = {
 
 
 def describe_approvers(required: tuple[RequiredClass, ...]) -> str:
-    """Who must give these approvals, for people."""
+    """Return a text for people: who must give these approvals."""
     return " and ".join(_APPROVERS[c] for c in dict.fromkeys(required)) or "a person"
 
 
@@ -92,7 +92,6 @@ class SentRequest:
     key: SigningKey | None = field(default=None, repr=False)
     """The agent's key that signed the request."""
     clock: Clock = field(default=SystemClock(), repr=False)
-    """The agent's clock."""
     request_id: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -203,7 +202,7 @@ def _lease(compact: Jws, delivery: CredentialDelivery | None, trust: TrustStore,
         ).claims
     if delivery.lease_digest != digest(compact):
         raise _mismatch("the credential was delivered with another lease")
-    lease = jws.unverified_claims(Lease)  # the issuer's word by its digest
+    lease = jws.unverified_claims(Lease)  # the issuer signed its digest
     if (lease.iss, lease.aud) != (delivery.iss, delivery.aud):
         raise _mismatch("the lease is another issuer's")
     return lease

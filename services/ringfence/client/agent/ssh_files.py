@@ -33,7 +33,7 @@ Host {target}
 @contextlib.contextmanager
 def ssh_client(value: str, target: str) -> Iterator[list[str]]:
     """Yield `ssh -F FILE`, in which the host has the target's id. The files are deleted at the end of the block."""
-    # In memory where the machine offers that: the key is never on a disk then.
+    # In memory where the machine offers that, so that the key is never on a disk.
     memory = os.environ.get("XDG_RUNTIME_DIR", "")
     folder_of = memory if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="ringfence-", dir=folder_of) as folder:
@@ -42,9 +42,9 @@ def ssh_client(value: str, target: str) -> Iterator[list[str]]:
 
 def ssh_files(value: str, target: str, folder: Path) -> Path:
     """Write the files of an SSH credential to `folder`. Returns the config file for `ssh -F`."""
-    given = json.loads(value)
-    url = urlsplit(given["url"])
-    known = "".join(f"{target} {key}\n" for key in given["host_keys"])
+    credential = json.loads(value)
+    url = urlsplit(credential["url"])
+    known_hosts = "".join(f"{target} {key}\n" for key in credential["host_keys"])
     config = _SSH_CONFIG.format(
         target=target,
         host=url.hostname,
@@ -53,9 +53,9 @@ def ssh_files(value: str, target: str, folder: Path) -> Path:
         folder=str(folder).replace("%", "%%"),
     )
     for name, text in (
-        ("key", given["private_key"]),
-        ("key-cert.pub", given["certificate"] + "\n"),
-        ("known_hosts", known),
+        ("key", credential["private_key"]),
+        ("key-cert.pub", credential["certificate"] + "\n"),
+        ("known_hosts", known_hosts),
         ("config", config),
     ):
         with os.fdopen(open_private(folder / name, os.O_WRONLY | os.O_EXCL), "w") as file:

@@ -51,7 +51,7 @@ class PendingAction:
     sponsor: str
     task_id: str
     purpose: str
-    """What the task is for."""
+    """The purpose of the task."""
     on_behalf_of: str
     target: str
     target_description: str
@@ -98,7 +98,7 @@ class OpenActions:
         """By request id, why a question that a gateway signed is not shown."""
 
     def on_request(self, record: Received) -> None:
-        """Take in a question.
+        """Add a question.
 
         Raises InvalidMessageError where no gateway signed it, or it arrived outside its validity.
         """
@@ -120,14 +120,14 @@ class OpenActions:
         self._requests[signed.digest] = _OpenAction(signed, people)
 
     def on_answer(self, record: Received) -> None:
-        """Take in an answer by somebody who may approve.
+        """Add an answer by somebody who may approve.
 
         Raises InvalidMessageError or ChainError where it does not verify.
         """
         jws = parse(record.value)
         open_action = self._requests.get(jws.unverified_claims(ActionApproval).request_digest)
         if open_action is None:
-            return  # skipped before its signature costs anything; nothing is believed by skipping
+            return  # skipped before its signature costs anything; skipping trusts nothing
         at_s = record.appended_at_ms / 1000
         answer = verify(
             jws,

@@ -32,7 +32,7 @@ class Proposal:
     grant: Grant
     agent_description: str
     purpose: str
-    """What the task is for."""
+    """The purpose of the task."""
     on_behalf_of: str
     target_description: str
     effective: Scope
@@ -121,8 +121,8 @@ class Grantor(CommandClient):
         entitlements = ground.user.state.entitlements
         fresh = are_in_force(entitlements, grant.iat, self.connection.settings.entitlements_max_age_s)
         ceiling = (grant.agent_id, ground.agent.state.ceiling)
-        held = entitlements.scope if fresh else ()
-        sides = limits_of(task.state.scope, [ceiling], task.state.on_behalf_of, held)
+        entitled = entitlements.scope if fresh else ()
+        sides = limits_of(task.state.scope, [ceiling], task.state.on_behalf_of, entitled)
         return Proposal(
             grant=grant,
             agent_description=ground.agent.state.description,
@@ -165,8 +165,8 @@ class Grantor(CommandClient):
 
     async def grants(self) -> list[dict[str, Any]]:
         """All grants that this person may see, as policy knows them, by their end."""
-        found: list[dict[str, Any]] = (await self._api.get("policy", "grants"))["grants"]
-        return found
+        listed: list[dict[str, Any]] = (await self._api.get("policy", "grants"))["grants"]
+        return listed
 
     async def _send(self, agent_id: str, claims: Grant | GrantWithdraw) -> Accepted:
         return await self._outcomes.send(

@@ -48,7 +48,6 @@ class Deviation:
     code: Literal["first", "target", "verbs", "resources", "ttl", "delivery", "denied"]
     message: str
     scope: Scope = ()
-    """The part of the request that it is about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ def compare(scope: Scope, ttl_s: int, delivery: Delivery, past: Iterable[PastAns
         deviations.append(Deviation("ttl", f"for {ttl_s} s, and at most {longest} s was approved before"))
     if approved and delivery not in {one.delivery for one in approved}:
         deviations.append(Deviation("delivery", f"delivered to the {delivery}, and never was before"))
-    # Of what was refused, that which overlaps as a whole: the same again, or a part of it.
+    # Of the denied parts, those that overlap as a whole: the same again, or a part of it.
     denied_before = sum(not missing(scope, one.scope) for one in denied)
     if denied_before:
         deviations.append(Deviation("denied", f"this was denied before, {_times(denied_before)}"))
@@ -124,7 +123,7 @@ class ApprovalHistory:
         self._past: dict[str, deque[PastAnswer]] = {}
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in records. They are verified when somebody asks about their agent."""
+        """Add records. They are verified when the history of their agent is first read."""
         for record in records:
             if record.key is not None:
                 self._unread.setdefault(record.key, deque(maxlen=_MAX_ANSWERS_PER_AGENT)).append(record)

@@ -30,7 +30,7 @@ class PendingApproval:
     sponsor: str
     task_id: str
     purpose: str
-    """What the task is for."""
+    """The purpose of the task."""
     on_behalf_of: str
     target: str
     target_description: str

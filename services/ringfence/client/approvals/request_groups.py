@@ -55,7 +55,7 @@ def group_key(request: PendingApproval) -> GroupKey:
         request.required,
         request.mine,
         request.revisions.model_dump_json(),
-        request.request_id if request.break_glass else None,  # each of these is looked at by itself
+        request.request_id if request.break_glass else None,  # each of these is shown by itself
     )
 
 

@@ -102,7 +102,7 @@ class Sponsor(Lifetime):
             directory.on_change(lambda *_: self._notify())
             since_ms = max(self.connection.clock.now_ms() - LOOK_BACK_S * 1000, 1)
             await self.connection.follow([APPROVAL_REQUEST], self._on_requests, since_ms=since_ms)
-            # Answers come after the question: those before the oldest open one need not be read.
+            # Answers come after the question: answers before the oldest open question need not be read.
             open_since = [question.appended_at_ms for question in self._open()]
             open_since += [one.asked_at * 1000 for one in self._actions.pending(everyone=True)]
             await self.connection.follow(
@@ -138,7 +138,7 @@ class Sponsor(Lifetime):
         while True:
             changed = self._changed
             for pending in self.pending(everyone=everyone):
-                # Asked anew on other revisions, it is something else to look at.
+                # A question that was repeated on other revisions is a new one for the person.
                 key = (pending.request_id, pending.revisions.model_dump_json())
                 if key not in seen:
                     seen.add(key)
@@ -158,7 +158,9 @@ class Sponsor(Lifetime):
         ) or (pending,)
 
     async def usual(self, agent: str | None = None) -> ApprovalHistory:
-        """What people answered in the last 30 days, for comparison. Read on first use, then kept up to date.
+        """Return people's answers of the last 30 days, for comparison.
+
+        They are read on first use, then kept up to date.
 
         With `agent` only the partition with the answers about that agent is read.
         """
@@ -218,10 +220,12 @@ class Sponsor(Lifetime):
     ) -> str:
         now = self._require_actions().get(pending.digest)
         if now != pending:
-            why = self._require_actions().problems.get(
+            reason = self._require_actions().problems.get(
                 pending.request_id, "it was answered or its time is over"
             )
-            raise StaleApprovalError(f"action {pending.request_id} is no longer open as it was shown: {why}")
+            raise StaleApprovalError(
+                f"action {pending.request_id} is no longer open as it was shown: {reason}"
+            )
         if not pending.mine:
             raise NotYoursError(
                 f"action {pending.request_id} needs {describe_approvers((pending.required,))}, not {self.id}"
@@ -304,7 +308,9 @@ class Sponsor(Lifetime):
         return message_id(approval.iss, approval.jti)
 
     def _check(self, pending: PendingApproval) -> None:
-        """Raises StaleApprovalError where a request is not open any more, or not as it was shown, and NotYoursError."""
+        """Raise StaleApprovalError where a request is no longer open, or changed since it was shown; and
+        NotYoursError.
+        """
         question = self._questions.get(pending.request_id)
         over = question is None or question.message.expires_at <= self.connection.clock.now_ms() // 1000
         if question is None or over or pending.request_id in self._answered:
@@ -326,7 +332,7 @@ class Sponsor(Lifetime):
                 f"and {self.id} can give nothing of that"
             )
 
-    # --- what is open, and what may be shown of it ---
+    # --- open questions ---
 
     def _open(self) -> list[_OpenQuestion]:
         now_s = self.connection.clock.now_ms() / 1000
@@ -378,7 +384,10 @@ class Sponsor(Lifetime):
         )
 
     def _facts(self, question: ApprovalRequest, at_ms: int) -> RequestContext:
-        """What the agent signed, held against the verified records. Raises where the asking does not agree with it."""
+        """Load the context of a question: the request as the agent signed it, and the verified records.
+
+        Raises InvalidMessageError where the question contradicts them.
+        """
         directory = self._require_directory()
         jws = parse(question.request)
         request = verify(
@@ -405,7 +414,7 @@ class Sponsor(Lifetime):
             raise RuntimeError("not connected: use Sponsor as an async context manager")
         return self._directory
 
-    # --- what comes in ---
+    # --- incoming records ---
 
     def _on_requests(self, records: Sequence[Received]) -> None:
         for record in records:
@@ -421,7 +430,7 @@ class Sponsor(Lifetime):
                 continue
             before = self._questions.get(question.request_id)
             if before is not None and question.iat < before.message.iat:
-                continue  # what was asked before it was asked anew, sent again by somebody
+                continue  # an earlier version of the question, sent again by somebody
             people = (before.people if before else frozenset()) | {question.approver}
             self._questions[question.request_id] = _OpenQuestion(
                 question, record.appended_at_ms, people, record.traceparent
@@ -452,7 +461,7 @@ class Sponsor(Lifetime):
         jws = parse(record.value)
         unverified = jws.unverified_claims(CredentialDecision)
         if unverified.outcome == "approval_required" or unverified.request_id not in self._questions:
-            return  # skipped before its signature costs anything; nothing is believed by skipping
+            return  # skipped before its signature costs anything; skipping trusts nothing
         find = self.connection.trust.finder("policy", at_s=record.appended_at_ms / 1000)
         decision = verify(
             jws, CredentialDecision, find, audience=self.connection.settings.trust_domain
@@ -462,9 +471,9 @@ class Sponsor(Lifetime):
     def _on_response(self, record: Received) -> None:
         jws = parse(record.value)
         if jws.header.typ != typ_header(Approval):
-            return  # grants and reviews: policy says what becomes of what they are about
+            return  # grants and reviews: policy reports their effects
         if jws.unverified_claims(Approval).iss != self.connection.key.id:
-            return  # skipped before its signature costs anything; nothing is believed by skipping
+            return  # skipped before its signature costs anything; skipping trusts nothing
         directory = self._require_directory()
         approval = verify(
             jws,

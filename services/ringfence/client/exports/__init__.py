@@ -1,1 +1,1 @@
-"""What `audit export` writes: the trail in the format that somebody needs, a page at a time."""
+"""Export of the audit trail for `audit export`: formats, files and progress."""

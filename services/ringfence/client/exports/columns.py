@@ -1,4 +1,4 @@
-"""An audit event as a row, for what reads tables: CSV and Parquet have the same columns. Pure."""
+"""Columns of an audit event for tabular formats: CSV and Parquet have the same. Pure."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Kind = Literal["text", "number", "truth"]
 
 
 class ExportColumn(NamedTuple):
-    """One column: how it is called, what it holds, and where in an event that stands."""
+    """One column: its name, its type, and its source in an event."""
 
     name: str
     kind: Kind
     source: str
-    """As `docs/asking-audit.md` has it."""
+    """The path, in the notation of `docs/asking-audit.md`."""
     value: Callable[[Mapping[str, Any]], Any]
 
 
@@ -25,10 +25,10 @@ def _at(path: str, kind: Kind = "text", name: str | None = None) -> ExportColumn
     parts = path.split(".")
 
     def value(event: Mapping[str, Any]) -> Any:
-        found: Any = event
+        member: Any = event
         for part in parts:
-            found = found.get(part) if isinstance(found, Mapping) else None
-        return found
+            member = member.get(part) if isinstance(member, Mapping) else None
+        return member
 
     return ExportColumn(name or parts[-1], kind, path, value)
 
@@ -79,7 +79,7 @@ COLUMNS: Final = (
 
 
 def row_of(event: Mapping[str, Any]) -> dict[str, Cell]:
-    """The cells of an event by the names of their columns. What is of another kind than its column is left out."""
+    """Return the cells of an event by column name. A value of another type than its column is left out."""
     return {column.name: _cell(column.kind, column.value(event)) for column in COLUMNS}
 
 

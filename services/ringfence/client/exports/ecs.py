@@ -1,6 +1,6 @@
-"""An audit event in the Elastic Common Schema (https://www.elastic.co/docs/reference/ecs). Pure.
+"""Conversion of audit events to the Elastic Common Schema (https://www.elastic.co/docs/reference/ecs). Pure.
 
-`docs/asking-audit.md` has the table of what comes from where. What ECS has no field for is under `ringfence`.
+`docs/asking-audit.md` has the mapping. What has no field in ECS is under `ringfence`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _OWN: Final = (
 
 
 def ecs_of(event: Mapping[str, Any]) -> dict[str, Any]:
-    """One OCSF event of audit as an ECS document."""
+    """Return one OCSF event of audit as an ECS document."""
     unmapped: Mapping[str, Any] = event.get("unmapped", {})
     metadata: Mapping[str, Any] = event.get("metadata", {})
     actor = actor_of(event)
@@ -81,16 +81,16 @@ def ecs_of(event: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def timestamp(at_ms: int) -> str:
-    """A moment as ISO 8601, to the millisecond."""
+    """Return a time (ms) as ISO 8601 with milliseconds."""
     try:
         at = datetime.fromtimestamp(at_ms / 1000, UTC)
     except (ValueError, OverflowError, OSError):
-        return "9999-12-31T23:59:59.999Z"  # what audit did not write may say so
+        return "9999-12-31T23:59:59.999Z"  # an event that audit did not write may say so
     return at.strftime("%Y-%m-%dT%H:%M:%S.") + f"{at_ms % 1000:03}Z"
 
 
 def _kinds(event: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """`event.category` and the `event.type` that ECS allows in it."""
+    """Return `event.category`, and the `event.type` that ECS allows in it."""
     class_uid, activity, code = event.get("class_uid"), event.get("activity_id"), _code(event)
     done = event.get("status_id") == 1
     if class_uid == _SESSION and done and code == _STARTS:
@@ -112,22 +112,24 @@ def _kinds(event: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 def _ecs_user(
     event: Mapping[str, Any], actor: Mapping[str, Any], unmapped: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Who did it; `effective`: with whose rights; `target`: whose credential, or which user, it is about."""
-    about = event.get("user", {}) if event.get("class_uid") == _SESSION else {}
-    name = unmapped.get("user") if event.get("class_uid") == _ENTITY else about.get("name")
+    """Return the ECS user: the actor; `effective`, whose rights it used; `target`, whose credential or which user it
+    is about.
+    """
+    subject = event.get("user", {}) if event.get("class_uid") == _SESSION else {}
+    name = unmapped.get("user") if event.get("class_uid") == _ENTITY else subject.get("name")
     return _filled(
         id=actor.get("uid"),
         name=actor.get("name"),
         effective=_filled(name=unmapped.get("on_behalf_of")),
-        target=_filled(id=about.get("uid"), name=name),
+        target=_filled(id=subject.get("uid"), name=name),
     )
 
 
 def actor_of(event: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A finding has its actor among its evidences, a logon is of its user."""
+    """Return the actor of an event. A finding has it among its evidences; a logon is by its user."""
     holder = event if "actor" in event else next(iter(event.get("evidences", ())), {})
-    found: Mapping[str, Any] = holder.get("actor", {}).get("user") or event.get("user") or {}
-    return found
+    actor: Mapping[str, Any] = holder.get("actor", {}).get("user") or event.get("user") or {}
+    return actor
 
 
 def _related(actor: Mapping[str, Any], unmapped: Mapping[str, Any]) -> list[str]:
@@ -149,5 +151,5 @@ def _code(event: Mapping[str, Any]) -> str:
 
 
 def _filled(**fields: Any) -> dict[str, Any]:
-    """Those that have a value."""
+    """Return the fields that have a value."""
     return {name: value for name, value in fields.items() if value not in (None, {}, [])}

@@ -20,7 +20,7 @@ STATE: Final = ".part.json"
 
 
 class ExportError(RingfenceError):
-    """An export cannot begin or resume with the files that exist."""
+    """Raised when an export cannot begin or resume with the files that exist."""
 
     code = "export_files"
 
@@ -33,7 +33,7 @@ class ExportQuery(BaseModel):
     format: Format
     since_ms: int
     until_ms: int
-    """Not included."""
+    """Exclusive."""
     filters: dict[str, str | int]
 
 
@@ -121,7 +121,7 @@ def resume(target: Path) -> ExportFile:
             f"no export that stopped, and can be gone on with, stands beside {target}; begin anew without --resume"
         ) from None
     file = os.fdopen(number, "wb")
-    # What was written of a page after the last that counts is written again.
+    # A partly written page after the last complete one is written again.
     file.truncate(state.bytes)
     file.seek(state.bytes)
     return ExportFile(target, file, writer_of(state.question.format, file, resumed=True), state)
@@ -155,7 +155,7 @@ async def export_pages(
 
 
 def stopped_at_ms(state: ExportProgress) -> int | None:
-    """The time of the last event that was looked at; None before the first page."""
+    """Return the time of the last event that was read; None before the first page."""
     return int(state.after.partition(".")[0]) if state.after else None
 
 

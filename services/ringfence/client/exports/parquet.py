@@ -1,4 +1,4 @@
-"""The trail as Parquet, by Apache Arrow: the extra `parquet`."""
+"""Export of the audit trail as Parquet, with Apache Arrow: the extra `parquet`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ringfence.client.exports.columns import COLUMNS, row_of
 _TYPES: Final = {"text": pa.string(), "number": pa.int64(), "truth": pa.bool_()}
 _ROWS_OF_A_GROUP: Final = 20_000
 EVENT: Final = "event"
-"""The column with the OCSF event, to the byte as on the topic."""
+"""The column with the OCSF event, byte for byte as on the topic."""
 SCHEMA: Final = pa.schema(
     [
         pa.field("time", pa.timestamp("ms", tz="UTC")),
@@ -25,7 +25,7 @@ SCHEMA: Final = pa.schema(
 
 
 class ParquetWriter:
-    """One row an event; `time` is a timestamp."""
+    """Writes one row per event; `time` is a timestamp."""
 
     resumable = False
 
@@ -34,7 +34,7 @@ class ParquetWriter:
         self._rows: list[dict[str, Any]] = []
 
     def page(self, events: Sequence[str]) -> None:
-        """See `Writer`. Rows gather until they make a group."""
+        """Add rows. They are buffered until they fill a row group."""
         for event in events:
             row: dict[str, Any] = {**row_of(orjson.loads(event)), EVENT: event.encode()}
             row["time"] = row["time_ms"]
@@ -43,7 +43,7 @@ class ParquetWriter:
             self._flush()
 
     def close(self) -> None:
-        """Write what is left, and the footer."""
+        """Write the remaining rows and the footer."""
         self._flush()
         self._writer.close()
 

@@ -1,4 +1,4 @@
-"""The formats that are text: each turns a page of events, as they stand on the topic, into bytes."""
+"""Text formats of the export: each turns a page of events, as they are on the topic, into bytes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ringfence.client.exports.ecs import ecs_of
 Format = Literal["ocsf", "ecs", "csv", "parquet"]
 
 _FORMULA: Final = re.compile(
-    # Where a cell may begin: also behind a separator of another locale, or of a program's import, and on the next line
-    # of a cell whose quotes such a program does not take for quotes.
+    # Where a cell may begin: also after a separator of another locale or import program, and on the next line of a cell
+    # whose quotes such a program does not recognise.
     r"(^|[,;|\t\v\f\r\n\x1c-\x1e\x85\u2028\u2029])"
-    # What programs pass over at the beginning of a cell.
+    # Characters that programs skip at the beginning of a cell.
     "(?=(?:(?![\t\v\f\r\n\x1c-\x1e\x85\u2028\u2029])"
     '[\\s"\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff])*'
-    # What makes a formula of it, with the forms that some take for the same letters (Unicode, NFKC).
+    # Characters that start a formula, with the variants that some programs treat as the same (Unicode, NFKC).
     r"[=+\-@＝＋－＠﹦﹢﹣﹫⁼⁺⁻₌₊₋−])"
 )
-"""What a spreadsheet takes a cell for a formula by (OWASP, CSV Injection)."""
+"""Where a spreadsheet takes a cell for a formula (OWASP, CSV Injection)."""
 _CONTROL: Final = ("\t", "\r", "\n", "\x00")
 
 
@@ -33,19 +33,18 @@ class ExportWriter(Protocol):
     """Writes events to a file, page by page."""
 
     resumable: bool
-    """Whether the file can be gone on with after a page."""
 
     def page(self, events: Sequence[str]) -> None:
-        """Write some more, wholly."""
+        """Write a page of events completely."""
         ...
 
     def close(self) -> None:
-        """Write what ends the file. The file itself stays open."""
+        """Write the end of the format. The file itself stays open."""
         ...
 
 
 class OcsfWriter:
-    """One event a line, to the byte as on the topic: its hash is that in the chain."""
+    """Writes one event per line, byte for byte as on the topic: its hash is the one in the chain."""
 
     resumable = True
 
@@ -53,18 +52,18 @@ class OcsfWriter:
         self._file = file
 
     def page(self, events: Sequence[str]) -> None:
-        """See `ExportWriter`. An event with a line break in it was not written by audit: it is put on one line."""
+        """Write a page of events. An event with a line break was not written by audit: it is put on one line."""
         whole = (
             event if "\n" not in event else orjson.dumps(orjson.loads(event)).decode() for event in events
         )
         self._file.write("".join(f"{event}\n" for event in whole).encode())
 
     def close(self) -> None:
-        """Nothing ends it."""
+        """Do nothing: the format has no end."""
 
 
 class EcsWriter:
-    """One ECS document a line."""
+    """Writes one ECS document per line."""
 
     resumable = True
 
@@ -72,15 +71,17 @@ class EcsWriter:
         self._file = file
 
     def page(self, events: Sequence[str]) -> None:
-        """See `ExportWriter`."""
         self._file.write(b"".join(orjson.dumps(ecs_of(orjson.loads(event))) + b"\n" for event in events))
 
     def close(self) -> None:
-        """Nothing ends it."""
+        """Do nothing: the format has no end."""
 
 
 class CsvWriter:
-    """One row an event (RFC 4180), with a header. No cell begins like a formula, whatever a program splits cells at."""
+    """Writes one row per event (RFC 4180), with a header.
+
+    No cell begins like a formula, wherever a program splits cells.
+    """
 
     resumable = True
 
@@ -90,11 +91,10 @@ class CsvWriter:
             self._write([[column.name for column in COLUMNS]])
 
     def page(self, events: Sequence[str]) -> None:
-        """See `ExportWriter`."""
         self._write([[_safe(cell) for cell in row_of(orjson.loads(event)).values()] for event in events])
 
     def close(self) -> None:
-        """Nothing ends it."""
+        """Do nothing: the format has no end."""
 
     def _write(self, rows: Sequence[Sequence[str]]) -> None:
         text = io.StringIO(newline="")
@@ -103,7 +103,10 @@ class CsvWriter:
 
 
 def writer_of(format: Format, file: BinaryIO, *, resumed: bool = False) -> ExportWriter:
-    """The writer of a format. `resumed`: the file has a beginning. Raises ModuleNotFoundError without its extra."""
+    """Return the writer of a format.
+
+    `resumed`: the file has a beginning already. Raises ModuleNotFoundError without its extra.
+    """
     match format:
         case "ocsf":
             return OcsfWriter(file)

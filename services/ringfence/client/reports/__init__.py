@@ -1,1 +1,1 @@
-"""What services report over HTTP: leases, inventory, coverage, the audit trail."""
+"""Reports from the services' HTTP APIs: leases, inventory, coverage, the audit trail."""

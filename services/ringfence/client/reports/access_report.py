@@ -23,12 +23,12 @@ class AccessReport:
     since_ms: int
     until_ms: int
     could: list[dict[str, Any]] | None = None
-    """None where policy does not say."""
+    """None if policy does not answer."""
     did: dict[tuple[str | None, ...], dict[str, Any]] = field(default_factory=dict)
     gaps: list[str] = field(default_factory=list)
 
     def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Take in what audit counted together, in the order of time."""
+        """Add groups that audit counted, in the order of time."""
         for line in lines:
             row = self.did.setdefault(
                 tuple(line[name] for name in _BY), {**line, **dict.fromkeys(_COUNTS, 0)}
@@ -40,15 +40,14 @@ class AccessReport:
             row["lease"] = line["lease"] or row["lease"]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Who did, those last that did so last."""
+        """Return who acted, by the time of their last action."""
         return sorted(self.did.values(), key=lambda line: (line["last_ms"], *map(str, map(line.get, _BY))))
 
     def total(self, name: str) -> int:
-        """The sum of one count."""
+        """Return the sum of one count over all rows."""
         return sum(line[name] for line in self.did.values())
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
         return {
             "target": self.target,
             "verb": self.verb,
@@ -95,7 +94,7 @@ async def access_report(
 
 
 async def _add_reach(api: ReadApi, report: AccessReport) -> None:
-    found: list[dict[str, Any]] = []
+    agents: list[dict[str, Any]] = []
     after: str | None = None
     try:
         while True:
@@ -107,7 +106,7 @@ async def _add_reach(api: ReadApi, report: AccessReport) -> None:
                 resource=report.resource,
                 after=after,
             )
-            found += page["agents"]
+            agents += page["agents"]
             report.gaps += [gap for gap in page["gaps"] if gap not in report.gaps]
             after = page["after"]
             if after is None:
@@ -119,23 +118,23 @@ async def _add_reach(api: ReadApi, report: AccessReport) -> None:
         return
     if not page["exists"]:
         report.gaps.append(f"there is no target {report.target} now: nobody can be given anything for it")
-    report.could = found
+    report.could = agents
 
 
 def _blind_spots(report: AccessReport) -> list[str]:
-    """What neither gateways nor records can say."""
-    found = []
+    """Return sentences about what neither gateways nor records can show."""
+    sentences = []
     handed_out, unverified = report.total("handed_out"), report.total("unverified")
     if handed_out:
-        found.append(
+        sentences.append(
             f"{handed_out} of the credentials were handed to the agents themselves: what they did with these past "
             f"gateways, only the logs of {report.target} say"
         )
     if not report.total("allowed") + report.total("denied") + report.total("observed"):
-        found.append(
+        sentences.append(
             f"no gateway told of an action at {report.target} that fits: nobody did anything through one, or none "
             "stands before it"
         )
     if unverified:
-        found.append(f"{unverified} leases were not signed by an issuer, and are not counted as issued")
-    return found
+        sentences.append(f"{unverified} leases were not signed by an issuer, and are not counted as issued")
+    return sentences

@@ -1,4 +1,4 @@
-"""Report of what gateways blocked and let pass, summed over audit's pages."""
+"""Action report: what gateways blocked and allowed, summed over audit's pages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ K = TypeVar("K")
 
 
 class ActionRow(NamedTuple):
-    """What is counted together. None where that is not known, as the reason also where it was allowed."""
+    """The key of a group of actions that are counted together.
+
+    None means unknown; `reason` is None for allowed actions too.
+    """
 
     agent: str | None
     target: str | None
@@ -30,7 +33,7 @@ class ActionRow(NamedTuple):
 
 
 class UnknownDestination(NamedTuple):
-    """Where requests were going, and nobody knows what is there; `path` is a prefix. None where that is not known."""
+    """Where requests went that no target's map describes; `path` is a prefix. None means unknown."""
 
     scheme: str | None
     host: str | None
@@ -38,53 +41,50 @@ class UnknownDestination(NamedTuple):
     method: str | None
     path: str | None
     target: str | None
-    """Whose map does not say what such a request does; None where no target is there."""
+    """The target whose map lacks such a request; None if no target is at the address."""
 
 
 @dataclass(slots=True)
 class ActionCount:
-    """How many actions there were of one kind. `total` may be more than reads and writes, where that is not known."""
+    """Number of actions of one kind. `total` may exceed reads plus writes, because some are neither or unknown."""
 
     total: int = 0
     read: int = 0
     write: int = 0
     injected: int = 0
-    """Those that came of input marked as injected."""
+    """Actions that came from input marked as injected."""
 
     @property
     def neither(self) -> int:
-        """Those of which it is not known, and CONNECT."""
+        """Return the number of actions of unknown access, and of CONNECT."""
         return self.total - self.read - self.write
 
     def add(self, count: int, access: str | None, *, injected: bool) -> None:
-        """So many more."""
         self.total += count
         self.read += count if access == "read" else 0
         self.write += count if access == "write" else 0
         self.injected += count if injected else 0
 
     def merge(self, other: ActionCount) -> None:
-        """And all of those."""
         self.total += other.total
         self.read += other.read
         self.write += other.write
         self.injected += other.injected
 
     def as_json(self) -> dict[str, int]:
-        """For `--json`."""
         return {"total": self.total, "read": self.read, "write": self.write, "injected": self.injected}
 
 
 @dataclass(slots=True)
 class ActionSums:
-    """What was let pass, and what was blocked; `observed` are those of the blocked that went through all the same."""
+    """Sums of allowed and blocked actions. `observed` counts those of the blocked that observe mode let through."""
 
     allowed: ActionCount = field(default_factory=ActionCount)
     blocked: ActionCount = field(default_factory=ActionCount)
     observed: ActionCount = field(default_factory=ActionCount)
 
     def add(self, outcome: str | None, count: int, access: str | None, *, injected: bool) -> None:
-        """So many more. Of what is not known to be allowed it is taken that it was blocked."""
+        """Add actions. Those that are not known to be allowed count as blocked."""
         if outcome == _ALLOWED:
             self.allowed.add(count, access, injected=injected)
             return
@@ -93,13 +93,11 @@ class ActionSums:
             self.observed.add(count, access, injected=injected)
 
     def merge(self, other: ActionSums) -> None:
-        """And all of those."""
         self.allowed.merge(other.allowed)
         self.blocked.merge(other.blocked)
         self.observed.merge(other.observed)
 
     def as_json(self) -> dict[str, dict[str, int]]:
-        """For `--json`."""
         return {
             "allowed": self.allowed.as_json(),
             "blocked": self.blocked.as_json(),
@@ -109,7 +107,7 @@ class ActionSums:
 
 @dataclass(slots=True)
 class ActionReport:
-    """The sums of a span of time."""
+    """The sums of a period."""
 
     since_ms: int
     until_ms: int
@@ -118,32 +116,31 @@ class ActionReport:
     labels: dict[str, ActionSums] = field(default_factory=dict)
     destinations: Counter[UnknownDestination] = field(default_factory=Counter)
     destinations_left_out: int = 0
-    """How many requests to seldom destinations are not told apart: the counts of the others are not too high."""
+    """Requests to rare destinations that are not counted separately. The other counts are never too high."""
 
     def add(self, groups: Iterable[Mapping[str, Any]], unknown: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Take in what audit counted together."""
+        """Add groups that audit counted."""
         for group in groups:
             self._add(group)
         for one in unknown:
             self._add_unknown(one)
 
     def unknown(self, most: int = _MOST_FREQUENT) -> list[tuple[UnknownDestination, int]]:
-        """The most frequent unknown destinations."""
+        """Return the most frequent unknown destinations."""
         return sorted(self.destinations.items(), key=lambda one: (-one[1], str(one[0])))[:most]
 
     def by(self, part: Callable[[ActionRow], K]) -> dict[K, ActionSums]:
-        """The sums by a part of the rows, those of which the most was blocked first."""
-        found: dict[K, ActionSums] = {}
+        """Return the sums by a part of the row key, most blocked first."""
+        groups: dict[K, ActionSums] = {}
         for row, sums in self.rows.items():
-            found.setdefault(part(row), ActionSums()).merge(sums)
-        return dict(sorted(found.items(), key=lambda one: (-one[1].blocked.total, str(one[0]))))
+            groups.setdefault(part(row), ActionSums()).merge(sums)
+        return dict(sorted(groups.items(), key=lambda one: (-one[1].blocked.total, str(one[0]))))
 
     def blocked(self) -> dict[ActionRow, ActionSums]:
-        """The rows in which something was blocked, the most first."""
+        """Return the rows with blocked actions, most blocked first."""
         return {row: sums for row, sums in self.by(lambda row: row).items() if sums.blocked.total}
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
         reasons = self.by(lambda row: row.reason).items()
         return {
             "since_ms": self.since_ms,
@@ -173,8 +170,8 @@ class ActionReport:
         }
 
     def _add_unknown(self, one: Mapping[str, Any]) -> None:
-        where = UnknownDestination(*(one[name] for name in UnknownDestination._fields))
-        self.destinations[where] += one["count"]
+        destination = UnknownDestination(*(one[name] for name in UnknownDestination._fields))
+        self.destinations[destination] += one["count"]
         if len(self.destinations) > MAX_DESTINATIONS:
             most_common = Counter(dict(self.destinations.most_common(MAX_DESTINATIONS // 2)))
             self.destinations_left_out += self.destinations.total() - most_common.total()
@@ -183,14 +180,14 @@ class ActionReport:
     def _add(self, group: Mapping[str, Any]) -> None:
         outcome, access, label, count = (group[name] for name in ("outcome", "access", "label", "count"))
         reason = None if outcome == _ALLOWED else group["reason"]
-        where = [
+        sums_to_add = [
             self.sums,
             self.rows.setdefault(ActionRow(group["agent"], group["target"], access, reason), ActionSums()),
         ]
         if label is not None:
             is_listed = label in self.labels or len(self.labels) < MAX_LABELS
-            where.append(self.labels.setdefault(label if is_listed else OTHER_LABELS, ActionSums()))
-        for sums in where:
+            sums_to_add.append(self.labels.setdefault(label if is_listed else OTHER_LABELS, ActionSums()))
+        for sums in sums_to_add:
             sums.add(outcome, count, access, injected=is_injected(label))
 
 
@@ -202,16 +199,16 @@ async def action_report(
     agent: str | None = None,
     target: str | None = None,
 ) -> ActionReport:
-    """All since `since_ms` and until now that the caller may see.
+    """Sum all actions from `since_ms` until now that the caller may see.
 
-    `progress` is told how much of it has been read, from 0 to 1. Raises ApiError; with the code `cursor_lost` where
-    audit was started anew meanwhile.
+    `progress` is called with the share read so far, from 0 to 1. Raises ApiError; its code is `cursor_lost` where audit
+    was restarted meanwhile.
     """
     page = await api.actions(since_ms=since_ms, agent=agent, target=target)
     report = ActionReport(since_ms, page["until_ms"])
     began_ms = page["looked_at_ms"][0] if page["looked_at_ms"] else since_ms
     while True:
-        report.add(page["groups"], page.get("unknown_destinations", ()))  # an older audit counts none
+        report.add(page["groups"], page.get("unknown_destinations", ()))  # an older audit does not count them
         if page["after"] is None:
             progress(1.0)
             return report
@@ -222,5 +219,5 @@ async def action_report(
 
 
 def is_injected(label: str | None) -> bool:
-    """Whether a label says that the input was injected: `injected`, or `injected/` and whatever follows."""
+    """Return whether a label marks injected input: `injected`, or `injected/` with any suffix."""
     return label is not None and label.partition("/")[0] == INJECTED

@@ -35,11 +35,10 @@ from ringfence.model.records.directory import Directory
 SETTLE_S = 60.0
 """Seconds that a record may be without an event: audit may not have reached it yet."""
 Heads = dict[str, tuple[int, str]]
-"""By tree: how many events it had, and its root. What an auditor keeps from one time to the next."""
+"""By tree: its number of events, and its root. An auditor keeps them from one verification to the next."""
 HEADS = TypeAdapter(Heads)
-"""Reads and writes them as JSON."""
 _RETENTION_TOLERANCE = 0.99
-"""Brokers remove whole segments: some of the oldest events may be gone a little early."""
+"""Brokers delete whole segments, so some of the oldest events may be gone a little early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,28 +51,28 @@ class TreeReport:
     unchained: int
     signed: int
     root: str | None
-    """The signed one; None where nothing is signed."""
+    """The signed root; None if nothing is signed."""
     witnesses: tuple[str, ...]
 
 
 @dataclass(slots=True)
 class TrailReport:
-    """The result of verifying the trail."""
+    """Result of verifying the trail."""
 
     trees: list[TreeReport] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     records: int = 0
-    """How many records on other topics were held against the events."""
+    """How many records on other topics were compared with the events."""
 
     @property
     def heads(self) -> Heads:
-        """The signed heads, to be kept: the next verification must still find them."""
+        """Return the signed heads to keep. The next verification must find them again."""
         return {one.tree: (one.signed, one.root) for one in self.trees if one.root is not None}
 
 
 @dataclass(slots=True)
 class _SignedHeads:
-    """What stands on `audit.checkpoint` about one tree."""
+    """Signed heads of one tree on `audit.checkpoint`."""
 
     checkpoints: list[AuditCheckpoint] = field(default_factory=list)
     witnessed: list[AuditWitness] = field(default_factory=list)
@@ -105,7 +104,7 @@ async def verify_trail(
             witnessed_heads += [earlier_heads[tree]] if earlier_heads and tree in earlier_heads else []
             verifier = ChainVerifier(tree, signed[tree].checkpoints, witnessed_heads)
             began_ms = await _verify_partition(kafka, partition, verifier)
-            # What is older may have had an event that is gone by its own age.
+            # The event of an older record may have been removed by its age.
             audited_from_ms = max(audited_from_ms, began_ms if verifier.first > 1 else 0)
             verifiers.append(verifier)
         for verifier in verifiers:
@@ -140,7 +139,7 @@ async def witness(report: TrailReport, key: SigningKey, settings: ClientSettings
     return len(report.heads)
 
 
-# --- what is signed -------------------------------------------------------------------------------------------------
+# --- signed heads ---------------------------------------------------------------------------------------------------
 
 
 async def _load_trust(kafka: Stretches, settings: ClientSettings) -> tuple[TrustStore, Directory]:
@@ -149,7 +148,7 @@ async def _load_trust(kafka: Stretches, settings: ClientSettings) -> tuple[Trust
         try:
             trust.load(record.value, time.time())
         except InvalidMessageError:
-            continue  # not by the pinned root, or over
+            continue  # not by the pinned root, or expired
     trust.require()
     directory = Directory(trust, SystemClock(), grace_ms=None)
     async for record in kafka.whole(USER):
@@ -160,24 +159,24 @@ async def _load_trust(kafka: Stretches, settings: ClientSettings) -> tuple[Trust
 async def _read_signed_heads(
     kafka: Stretches, trust: TrustStore, directory: Directory, report: TrailReport
 ) -> dict[str, _SignedHeads]:
-    found: dict[str, _SignedHeads] = {}
+    heads: dict[str, _SignedHeads] = {}
     async for record in kafka.whole(AUDIT_CHECKPOINT):
         try:
             jws = parse(record.value)
             if jws.header.typ == typ_header(AuditWitness):
                 one = _verify_witness(jws, record, directory, trust)
                 _check_key(record, f"{one.tree}/{subject_of(trust.trust_domain, one.iss, 'user')}")
-                found.setdefault(one.tree, _SignedHeads()).witnessed.append(one)
+                heads.setdefault(one.tree, _SignedHeads()).witnessed.append(one)
             else:
                 checkpoint = _verify_checkpoint(jws, record, trust)
                 _check_key(record, checkpoint.tree)
-                before = found.setdefault(checkpoint.tree, _SignedHeads()).checkpoints
+                before = heads.setdefault(checkpoint.tree, _SignedHeads()).checkpoints
                 _check_monotonic(before, checkpoint)
                 before.append(checkpoint)
         except (InvalidMessageError, ChainError, ValueError) as error:
             what = f"what stands on audit.checkpoint at offset {record.offset} is not believed: {error}"
             report.faults.append(Fault("foreign", record.key or "", what, None, None, record.offset))
-    return found
+    return heads
 
 
 def _check_key(record: Received, key: str) -> None:
@@ -219,7 +218,7 @@ def _verify_witness(
 
 
 async def _verify_partition(kafka: Stretches, partition: int, verifier: ChainVerifier) -> int:
-    """Returns when the first event that is there came, 0 where none is."""
+    """Verify one partition. Returns the time of its first event in ms, or 0 if it has none."""
     began_ms: int | None = None
     async for record in kafka.records(AUDIT, partition, *await kafka.bounds(AUDIT, partition)):
         began_ms = began_ms if began_ms is not None else record.appended_at_ms
@@ -248,7 +247,7 @@ def _tree_report(verifier: ChainVerifier, signed: _SignedHeads, trust_domain: st
     )
 
 
-# --- the records that they are about --------------------------------------------------------------------------------
+# --- the audited records --------------------------------------------------------------------------------------------
 
 
 async def _check_against_records(
@@ -283,7 +282,7 @@ async def _check_against_records(
                     source_partition, audited, _expected_from(source_partition, first_offsets, start), start
                 )
             for offset in sorted(audited - present):
-                # Of a compacted topic a record may be gone; what is beyond the end never was.
+                # On a compacted topic a record may be gone; one beyond the end never existed.
                 if offset >= end or (offset >= start and not topic.compacted):
                     report.faults.append(
                         _record_fault(Source(*source_partition, offset), "invented", "no record stands at")
@@ -309,14 +308,17 @@ def _expected_from(
 def _unaudited_records(
     source_partition: tuple[str, int], audited: set[int], begin: int, start: int
 ) -> Iterator[Fault]:
-    """Records that went before they were audited: offsets leave no holes, so those without an event are missing."""
+    """Yield faults for records that were deleted before they were audited.
+
+    Offsets have no gaps, so missing ones show.
+    """
     for first, last in offset_gaps(audited, begin, start):
         which = f" to {last}" if last > first else ""
         yield _record_fault(Source(*source_partition, first), "missing", "gone without an event:", which)
 
 
 def offset_gaps(offsets: Iterable[int], begin: int, until: int) -> Iterator[tuple[int, int]]:
-    """The missing runs of offsets from `begin` up to, not including, `until`: the first and last of each."""
+    """Yield the first and last of each run of missing offsets from `begin` to before `until`."""
     at = begin
     for offset in sorted(offset for offset in {*offsets, until} if begin <= offset <= until):
         if offset > at:
@@ -325,22 +327,22 @@ def offset_gaps(offsets: Iterable[int], begin: int, until: int) -> Iterator[tupl
 
 
 def _record_fault(source: Source, kind: FaultKind, what: str, which: str = "") -> Fault:
-    where = f"{source.topic_name}/{source.partition}@{source.offset}{which}"
-    return Fault(kind, "", f"{what} {where}", None, source.uid, source.offset)
+    position = f"{source.topic_name}/{source.partition}@{source.offset}{which}"
+    return Fault(kind, "", f"{what} {position}", None, source.uid, source.offset)
 
 
 def _first_offsets(sources: Iterable[Source]) -> dict[tuple[str, int], int]:
-    """The first record at each place."""
+    """Return the lowest offset of each partition among the sources."""
     return {
         source_partition: min(offsets) for source_partition, offsets in _offsets_by_partition(sources).items()
     }
 
 
 def _offsets_by_partition(sources: Iterable[Source]) -> dict[tuple[str, int], set[int]]:
-    found: dict[tuple[str, int], set[int]] = {}
+    offsets: dict[tuple[str, int], set[int]] = {}
     for source in sources:
-        found.setdefault((source.topic_name, source.partition), set()).add(source.offset)
-    return found
+        offsets.setdefault((source.topic_name, source.partition), set()).add(source.offset)
+    return offsets
 
 
 def read_heads(text: str | bytes) -> Heads:

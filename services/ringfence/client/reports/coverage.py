@@ -1,4 +1,4 @@
-"""Coverage report: which share of leases and actions leads back to a human, summed over audit's pages."""
+"""Coverage report: which share of leases and actions can be traced to a human, summed over audit's pages."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ class Ratio(NamedTuple):
     whole: int
 
     def percent(self) -> float | None:
-        """Rounded down to a tenth, so that 100 means all; None where `whole` is 0."""
+        """Return the percentage rounded down to a tenth, so that 100 means all; None if `whole` is 0."""
         return self.part * 1000 // self.whole / 10 if self.whole else None
 
     def as_json(self) -> dict[str, int | float | None]:
-        """For `--json`."""
         return {"part": self.part, "whole": self.whole, "percent": self.percent()}
 
 
 @dataclass(slots=True)
 class Coverage:
-    """The shares of a span of time. `docs/audit.md` says how each is computed."""
+    """The shares of a period. `docs/audit.md` says how each is computed."""
 
     since_ms: int
     until_ms: int
     short_s: int
     sponsored: Ratio | None = None
-    """Agents with a live sponsor, now; None where policy does not say."""
+    """Agents that have a live sponsor now; None if policy does not answer."""
     agents_seen: dict[str, bool] = field(default_factory=dict)
-    """The agents that got or did something, and whether there is a record of each; "" is one that nobody named."""
+    """The agents that received or did something, and whether each has a record. The key "" means that nobody named
+    the agent.
+    """
     sums: dict[str, int] = field(default_factory=dict)
     standing: list[dict[str, Any]] = field(default_factory=list)
     not_traced: list[dict[str, Any]] = field(default_factory=list)
@@ -43,7 +44,7 @@ class Coverage:
 
     @property
     def shares(self) -> dict[str, Ratio | None]:
-        """By name."""
+        """Return all shares by name."""
         sums, leases = self.sums, self.sums.get("leases", 0)
         return {
             "agents_sponsored": self.sponsored,
@@ -56,7 +57,6 @@ class Coverage:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
         return {
             "since_ms": self.since_ms,
             "until_ms": self.until_ms,
@@ -70,7 +70,7 @@ class Coverage:
         }
 
     def add(self, kind: Literal["leases", "actions"], page: dict[str, Any], show: int) -> None:
-        """Take in a page of audit; `show`: so many are listed of each kind."""
+        """Add a page of audit. `show` is the most entries to list of each kind."""
         names = {"total": kind, "traced": f"{kind}_traced"}
         for name in ("total", "traced", "short_lived", "task_bound", "both", "standing"):
             into = names.get(name, name)
@@ -89,10 +89,10 @@ async def coverage_report(
     short_s: int,
     show: int,
 ) -> Coverage:
-    """The shares over a span, as far as the caller may see.
+    """Compute the shares of a period, as far as the caller may see.
 
-    `progress` is told how much has been read, from 0 to 1. A policy that does not answer is a gap. Raises ApiError
-    where audit does not; with the code `cursor_lost` where it was started anew meanwhile.
+    `progress` is called with the share read so far, from 0 to 1. If policy does not answer, the report has a gap.
+    Raises ApiError if audit does not answer; its code is `cursor_lost` if audit was restarted meanwhile.
     """
     report = Coverage(since_ms, until_ms, short_s)
     kinds: tuple[Literal["leases", "actions"], ...] = ("leases", "actions")

@@ -10,34 +10,33 @@ from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import Filters, ReadApi
 
 PAGE_ROWS: Final = 5000
-"""So many agents are asked for at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """Agents as they are at one moment, and what could not be found out."""
+    """Agents at one moment, and what could not be determined."""
 
     at_ms: int
     totals: dict[str, int | None]
-    """`docs/inventory.md` says what each is. `overdue_leases` is None where the revoker does not say."""
+    """`docs/inventory.md` describes each. `overdue_leases` is None if the revoker does not answer."""
     agents: list[dict[str, Any]]
     more: int
-    """How many more there are than were asked for."""
+    """How many agents there are beyond those listed."""
     gaps: list[str]
     cursor: str
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
         return {"at_ms": self.at_ms, "totals": self.totals, "agents": self.agents, "gaps": self.gaps}
 
 
 async def read_inventory(
     api: ReadApi, max_agents: int | None = None, filters: Filters | None = None
 ) -> Inventory:
-    """The inventory of the agents that the caller may see, `max_agents` of them in detail and all in the sums.
+    """Read the inventory of the agents that the caller may see: `max_agents` of them in detail, all of them in the
+    sums.
 
-    `filters` as for `ReadApi.inventory`. A revoker that does not answer is a gap; where policy does not, that is an
-    ApiError.
+    `filters` as for `ReadApi.inventory`. If the revoker does not answer, the inventory has a gap. Raises ApiError if
+    policy does not answer.
     """
     page = await api.inventory(filters, limit=PAGE_ROWS if max_agents is None else min(max_agents, PAGE_ROWS))
     totals, gaps, agents = page["totals"], page["gaps"], page["agents"]

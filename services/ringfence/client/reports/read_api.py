@@ -22,7 +22,7 @@ from ringfence.model.identity.api_tokens import api_token
 from ringfence.model.identity.spiffe_ids import SubjectKind
 
 Filters = Mapping[str, str | int | None]
-"""By name, what the answer is narrowed down by. Those that are None are left out."""
+"""Filters by name. Those with the value None are left out."""
 Service = Literal["registry", "policy", "issuer", "revoker", "audit"]
 
 
@@ -56,7 +56,7 @@ class ReadApi(Lifetime):
         Raises ApiError with the service's own message; its `status` is None where the service did not answer.
         """
         if nothing := [part for part in path if not part or "/" in part]:
-            # It would be another path, of which the service says nothing.
+            # It would be another path, and the service's answer would be about something else.
             raise ApiError(f"there is no {nothing[0]!r}: what has an id has one without a slash", status=404)
         base = str(getattr(self.settings, f"{service}_url")).rstrip("/")
         url = "/".join([base, "v1", *(quote(part, safe="") for part in path)])
@@ -92,8 +92,8 @@ class ReadApi(Lifetime):
 
     async def records(self, kind: SubjectKind, **query: str | None) -> list[Any]:
         """All users, agents, targets or tasks that the caller may see: `[{id, revision, state}]`."""
-        found: list[Any] = (await self.get("registry", f"{kind}s", **query))[f"{kind}s"]
-        return found
+        listed: list[Any] = (await self.get("registry", f"{kind}s", **query))[f"{kind}s"]
+        return listed
 
     async def record(self, kind: SubjectKind, id: str) -> Any:
         """One user, agent, target or task: `{id, revision, state}`. Raises ApiError (404) where there is none."""
@@ -102,28 +102,30 @@ class ReadApi(Lifetime):
     # --- policy ---
 
     async def usage(self, agent_id: str) -> Any:
-        """What an agent holds now and used in 30 days, against its ceiling. Raises ApiError (404) where there is none.
+        """Return what an agent holds now and used in 30 days, against its ceiling.
+
+        Raises ApiError (404) where there is none.
 
         `{agent_id, registered_at, since, ceiling, used: [{target, verb, first_used, last_used, days}], never_used,
-        held, narrower}`; `narrower` is a ceiling that would have done, or None where all was used.
+        held, narrower}`; `narrower` is a ceiling that would have sufficed, or None where all was used.
         """
         return await self.get("policy", "agents", agent_id, "usage")
 
     async def inventory(
         self, filters: Filters | None = None, *, after: str | None = None, limit: int = 100
     ) -> Any:
-        """A page of the agents that the caller may see: `{at_ms, totals, agents, after, cursor, gaps}`.
+        """Return a page of the agents that the caller may see: `{at_ms, totals, agents, after, cursor, gaps}`.
 
-        `totals`, on the first page alone, are the sums over all that fit. Go on with `after` until it is None.
-        `filters`: agent, sponsor, status, target; orphans, unused, standing, keys_ending (1); keys_within_s.
+        `totals`, on the first page alone, are the sums over all matching agents. Continue with `after` until it is
+        None. `filters`: agent, sponsor, status, target; orphans, unused, standing, keys_ending (1); keys_within_s.
         """
         return await self.get("policy", "inventory", after=after, limit=limit, **(filters or {}))
 
     async def inventory_changes(self, cursor: str, filters: Filters | None = None) -> Any:
-        """The agents that changed since a page was given: `{at_ms, agents, cursor, gaps}`. `filters` as for the page.
+        """Return the agents that changed since a page: `{at_ms, agents, cursor, gaps}`. `filters` as for the page.
 
-        Each has `fits`: whether the filters let it through. Raises ApiError, with the code `cursor_lost` where policy
-        cannot tell any more what changed.
+        Each agent has `fits`: whether it matches the filters. Raises ApiError, with the code `cursor_lost` where policy
+        no longer knows what changed.
         """
         return await self.get("policy", "inventory", "changes", after=cursor, **(filters or {}))
 
@@ -140,10 +142,11 @@ class ReadApi(Lifetime):
         status: str | None = None,
         overdue: bool = False,
     ) -> Any:
-        """Leases that have not ended, by deadline: `{leases: [...], more}`; `more` where there are over 1000.
+        """Return leases that have not ended, by deadline: `{leases: [...], more}`; `more` is true where there are over
+        1000.
 
-        `user`: on whose behalf. `sponsor`: who answered for an agent when it was issued.
-        `overdue`: only those that are revoked and that their targets have not taken back for a while.
+        `user`: on whose behalf. `sponsor`: the agent's sponsor when the lease was issued. `overdue`: only leases that
+        are revoked and that their targets have not removed for a while.
         """
         return await self.get(
             "revoker",
@@ -158,13 +161,13 @@ class ReadApi(Lifetime):
         )
 
     async def lease(self, lease_id: str) -> Any:
-        """One lease, also a while past its end. Raises ApiError (404) where there is none."""
+        """Return one lease, also for a while after its end. Raises ApiError (404) where there is none."""
         return await self.get("revoker", "leases", lease_id)
 
     # --- audit ---
 
     async def trace(self, id: str, kind: str | None = None) -> Any:
-        """The story of a lease, request, task, agent or user: `{id, kind, truncated, roots: [node]}`.
+        """Return the history of a lease, request, task, agent or user: `{id, kind, truncated, roots: [node]}`.
 
         A node is `{id, kind, title, at_ms, duration_ms, actor, detail, children: [node]}`.
         """
@@ -172,10 +175,10 @@ class ReadApi(Lifetime):
 
     async def break_glass(self, *, unreviewed: bool = False) -> list[Any]:
         """The uses of break glass, oldest first, each with its `review` or None."""
-        found: list[Any] = (await self.get("audit", "break-glass", unreviewed=1 if unreviewed else None))[
+        uses: list[Any] = (await self.get("audit", "break-glass", unreviewed=1 if unreviewed else None))[
             "uses"
         ]
-        return found
+        return uses
 
     async def events(
         self,
@@ -198,9 +201,10 @@ class ReadApi(Lifetime):
     async def export(
         self, filters: Filters | None = None, *, since_ms: int, until_ms: int, after: str | None = None
     ) -> Any:
-        """Some events by time and uid: `{events, until_ms, looked_at_ms, after}`; go on with `after` until it is None.
+        """Return a page of events by time and uid: `{events, until_ms, looked_at_ms, after}`.
 
-        `events` are texts, to the byte as on the topic. `filters` as for `events`, and agent, task, request, lease.
+        Continue with `after` until it is None. `events` are texts, byte for byte as on the topic. `filters` as for
+        `events`, and agent, task, request, lease.
         """
         return await self.get(
             "audit", "export", since_ms=since_ms, until_ms=until_ms, after=after, **(filters or {})
@@ -215,9 +219,9 @@ class ReadApi(Lifetime):
         agent: str | None = None,
         target: str | None = None,
     ) -> Any:
-        """Some actions through gateways, counted. See `ActionReport`.
+        """Return a page of actions through gateways, counted in groups. See `ActionReport`.
 
-        `{groups, unknown_destinations, until_ms, looked_at_ms, after}`; go on with `after` until it is None.
+        `{groups, unknown_destinations, until_ms, looked_at_ms, after}`; continue with `after` until it is None.
         """
         return await self.get(
             "audit", "actions", since_ms=since_ms, until_ms=until_ms, after=after, agent=agent, target=target
@@ -232,7 +236,7 @@ class ReadApi(Lifetime):
         after: str | None = None,
         short_s: int | None = None,
     ) -> Any:
-        """Some leases, or actions, counted by whether they lead back to a human. See `Coverage`."""
+        """Return a page of leases or actions, counted by whether they can be traced to a human. See `Coverage`."""
         return await self.get(
             "audit", "coverage", what, since_ms=since_ms, until_ms=until_ms, after=after, short_s=short_s
         )

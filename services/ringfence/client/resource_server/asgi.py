@@ -1,4 +1,4 @@
-"""A guard for ASGI applications: what has no good token does not reach them. Needs no framework.
+"""ASGI middleware that guards an application: requests without a valid token do not reach it. Needs no framework.
 
 ```python
 verifier = TokenVerifier("https://issuer.example", "https://shop.example", introspection_key=key)
@@ -29,28 +29,29 @@ TOKEN: Final = "ringfence.token"  # noqa: S105 - a name
 """Where the application finds the `VerifiedToken` of a request: `scope[TOKEN]`, in Starlette `request.scope[TOKEN]`."""
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _SAFE: Final = "/:@!$&'()*+,;=~"
-"""What may stand in a path as it is (RFC 3986, 3.3)."""
+"""Characters that may stand in a path unescaped (RFC 3986 3.3)."""
 
 
 class Needs(Enum):
-    """What a request needs, where that is no verb on a resource."""
+    """What a request needs, if it is not a verb on a resource."""
 
     NO_TOKEN = "no token"  # noqa: S105
-    """It reaches the application as it is, whatever token it has."""
+    """The request passes unchanged, whatever token it has."""
     ANY_TOKEN = "any token"  # noqa: S105
-    """Of this audience; what it allows, the application asks by itself."""
+    """A token for this audience. The application checks what it allows."""
 
 
 def any_token(_: Scope) -> Needs:
-    """Every request needs a token, and the application asks what it allows."""
+    """Demand a token for every request. The application checks what it allows."""
     return Needs.ANY_TOKEN
 
 
 class TokenGuard:
-    """Answers 401 or 403 where the token of a request is missing, invalid or not enough; 503 where nobody can tell.
+    """Answers 401 or 403 where a request's token is missing, invalid or insufficient, and 503 where it cannot be
+    verified. Where `needs` has no entry for a request: 405 if it has one for other methods, else 403.
 
-    A request for which `needs` has no entry passes with no token: 405 where other methods have an entry, else 403.
-    What passes has its token in `scope["ringfence.token"]`. WebSockets are checked in the same way before they open.
+    A request that passes has its token in `scope["ringfence.token"]`. WebSockets are checked likewise, before they
+    open.
     """
 
     def __init__(
@@ -62,10 +63,10 @@ class TokenGuard:
         needs: Callable[[Scope], tuple[str, str] | Needs | None] = any_token,
     ) -> None:
         """Args:
-            base_url: what agents write before the path. A proof is for one URL, and the Host header of a request says
-                whatever its sender likes.
-            needs: the verb and the resource that a request needs, from its scope. None or a LookupError where there is
-                no entry for it. It is also called with other methods of the same request, to tell which are allowed.
+            base_url: the URL prefix that agents use. A DPoP proof is for one URL, and a sender can write anything into
+                the Host header.
+            needs: returns the verb and the resource that a request needs, from its scope. None or a LookupError if it
+                has no entry. It is also called with other methods of the same request, to tell which are allowed.
 
         Raises InvalidCallError where `base_url` is no absolute URL.
         """  # fmt: skip
@@ -79,7 +80,7 @@ class TokenGuard:
         self._needs = needs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
+        """The ASGI interface."""
         needed = self._entry(scope) if scope["type"] in ("http", "websocket") else Needs.NO_TOKEN
         if needed is None:
             await _refuse(not_mapped(self._allowed_methods(scope)), scope, receive, send)

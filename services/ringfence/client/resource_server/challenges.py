@@ -21,9 +21,9 @@ _SCHEMES: Final[dict[str, Scheme]] = {"bearer": "Bearer", "dpop": "DPoP"}
 _ALGORITHMS: Final = f'algs="{" ".join(PROOF_ALGORITHMS)}"'
 _STATUS: Final = {"invalid_request": 400, "insufficient_scope": 403}
 _WORDS: Final = {"inactive": "invalid_token", "token_rejected": "invalid_token"}
-"""What the RFCs call it."""
+"""Error codes of the RFCs for codes of ours."""
 _UNQUOTABLE: Final = re.compile(r"[^\x20-\x21\x23-\x5b\x5d-\x7e]")
-"""What may not stand in `error_description` (RFC 6750, 3)."""
+"""Characters that `error_description` must not have (RFC 6750 3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,6 @@ class PresentedToken:
     scheme: Scheme
     token: str = field(repr=False)
     proofs: tuple[str, ...] = field(repr=False)
-    """Its `DPoP` headers."""
 
 
 def read_presented_token(headers: Headers) -> PresentedToken:
@@ -67,15 +66,16 @@ class HttpRefusal:
 
 
 def refusal(error: RingfenceError, *, require_proof: bool = False, nonce: str | None = None) -> HttpRefusal:
-    """400, 401 or 403 with a challenge for what is wrong with the token; 503 where it could not be judged at all.
+    """Return 400, 401 or 403 with a challenge that says what is wrong with the token; 503 where it could not be
+    verified.
 
     Args:
-        require_proof: bearer tokens are not taken.
-        nonce: what the next proof should have.
+        require_proof: bearer tokens are not accepted.
+        nonce: the nonce that the next proof should have.
     """
     headers = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
     if not isinstance(error, TokenRejectedError):
-        # Who issues, and what does not answer, is for the operators of this server.
+        # The issuer's name, and which service does not answer, are for the operators of this server.
         message = "tokens cannot be verified now; try again"
         return HttpRefusal(503, (*headers, ("Retry-After", "1")), _error_body(error.code, message))
     headers += [("WWW-Authenticate", challenge) for challenge in _challenges(error, require_proof)]
@@ -97,11 +97,11 @@ def not_mapped(allowed_methods: Sequence[str]) -> HttpRefusal:
 
 
 def _challenges(error: TokenRejectedError, require_proof: bool) -> list[str]:
-    """In words of the scheme that was used, else in those of each that is taken."""
-    if error.code == "token_missing":  # RFC 6750, 3.1: whoever shows nothing is told of no error
+    """Return challenges of the scheme that was used, else of each accepted scheme."""
+    if error.code == "token_missing":  # RFC 6750 3.1: a request without authentication gets no error code
         return [f"DPoP {_ALGORITHMS}"] if require_proof else ["Bearer", f"DPoP {_ALGORITHMS}"]
-    word = _WORDS.get(error.code, error.code)
-    described = f'error="{word}", error_description="{_UNQUOTABLE.sub("?", error.message)}"'
+    error_code = _WORDS.get(error.code, error.code)
+    described = f'error="{error_code}", error_description="{_UNQUOTABLE.sub("?", error.message)}"'
     if error.scheme == "DPoP":
         return [f"DPoP {described}, {_ALGORITHMS}"]
     if error.scheme is None or not require_proof:

@@ -51,7 +51,7 @@ class ProofsInMemory:
         self._memory = ReplayMemory(limit)
 
     async def remember(self, id: str, *, key: str, until_s: int, now_s: int) -> bool:
-        """See `ProofMemory`."""
+        """Raises UnavailableError where the memory is full. For the rest see `ProofMemory`."""
         try:
             return self._memory.remember(id, sender=key, until_s=until_s, now_s=now_s)
         except ReplayMemoryFullError:
@@ -128,7 +128,7 @@ class ProofChecker:
         iat_s = claims.get("iat")
         if type(iat_s) is not int or not -PROOF_LIFE_S < iat_s - now_s <= LEEWAY_S:
             raise ProofError(f"the proof is not of the last {PROOF_LIFE_S} s; is the clock right?")
-        # A proof needs neither; whoever gives one means it (RFC 7519, 4.1.4 and 4.1.5).
+        # A proof needs neither; a sender who includes one means it (RFC 7519 4.1.4 and 4.1.5).
         if not (
             _time_claim(claims, "nbf", 0) <= now_s + LEEWAY_S
             and now_s < _time_claim(claims, "exp", now_s + 1)
@@ -184,7 +184,7 @@ def _time_claim(claims: dict[str, Any], name: str, default: int) -> float:
 
 
 _target_uri = functools.lru_cache(maxsize=1024)(target_uri)
-"""A proof names the URL as the request does, and agents ask for the same again."""
+"""Cached: a proof repeats the URL of the request, and agents request the same URLs again."""
 
 
 @functools.lru_cache(maxsize=1024)

@@ -6,18 +6,20 @@ from ringfence.kernel.base.errors import RingfenceError
 
 
 class NotFoundError(RingfenceError):
-    """An HTTP API has nothing with this id that the caller may see (status 404)."""
+    """Raised when an HTTP API has nothing with this id that the caller may see (status 404)."""
 
     code = "not_found"
 
 
 class WrongQueryError(RingfenceError):
-    """A query parameter of an HTTP API is malformed or out of range (status 400)."""
+    """Raised when a query parameter of an HTTP API is malformed or out of range (status 400)."""
 
     code = "query_invalid"
 
 
 class CursorLostError(RingfenceError):
-    """The index or table behind a cursor was rebuilt, or the cursor is another replica's: start the listing again."""
+    """Raised when the index or table behind a cursor was rebuilt, or the cursor is another replica's: start the
+    listing again.
+    """
 
     code = "cursor_lost"

@@ -24,20 +24,23 @@ from ringfence.kernel.base.text import visible_name
 from ringfence.kernel.base.trusted_files import TrustedFiles, TrustedFilesError
 
 CONFIG_FILE_ENV: Final = "RINGFENCE_CONFIG"
-"""Where the TOML file is; `os.devnull` reads none."""
+"""Names the TOML file; `os.devnull` means none."""
 
 FOUND_BY_ITSELF: Final = ".ringfence/ringfence.toml"
-"""Where `ringfence dev` writes one unless it is told otherwise."""
+"""The default path at which `ringfence dev` writes a settings file."""
 
 CANDIDATES: Final = ("ringfence.toml", FOUND_BY_ITSELF)
-"""What is looked for in the working directory. The first that is there decides: where it does not count, no other does,
-since its user would get other settings than the wanted ones."""
+"""Paths to try in the working directory.
+
+The first that exists decides. If it does not count, no other one does: its user would get other settings than the
+wanted ones.
+"""
 
 MAX_FOUND_BYTES: Final = 1024 * 1024
-"""A file that was merely found and is larger is not read."""
+"""A larger file that was merely found is not read."""
 
-_told: set[tuple[str, str]] = set()
-"""Which ignored files this process named already, and why they were ignored."""
+_reported: set[tuple[str, str]] = set()
+"""(path, reason) of each ignored file that this process has reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,55 +48,55 @@ class ConfigFile:
     """A settings file that counts."""
 
     path: str
-    """As it was named, or found."""
+    """The path as named or found."""
     origin: Literal["named", "trusted"]
-    """`RINGFENCE_CONFIG`, or found and on the list of trusted files."""
+    """`named`: by `RINGFENCE_CONFIG`. `trusted`: found, and on the list of trusted files."""
     content: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class FoundFile:
-    """A file in the working directory that would hold settings: read once, not parsed, and perhaps not trusted."""
+    """A candidate settings file in the working directory: read once, not parsed, and perhaps not trusted."""
 
     path: str
     """One of `CANDIDATES`."""
     resolved: str
-    """Its absolute path, which the list of trusted files has."""
+    """The absolute path, which the list of trusted files contains."""
     data: bytes | None
-    """Its bytes; None where they could not be read, or are not to be."""
+    """The content; None if it could not be read or must not be read."""
     refused: str | None
-    """Why it does not count; None where its user allowed exactly this."""
+    """Why the file does not count; None if its user allowed exactly this content."""
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 (hex) of what was read."""
+        """Return the SHA-256 (hex) of the content that was read."""
         return None if self.data is None else digest_of(self.data)
 
 
 def digest_of(data: bytes) -> str:
-    """The SHA-256 (hex) by which a settings file is trusted."""
+    """Return the SHA-256 (hex) by which a settings file is trusted."""
     return hashlib.sha256(data).hexdigest()
 
 
 def read_config() -> ConfigFile | None:
-    """The settings file that counts; None where there is none. A file that is ignored is named once, on stderr.
+    """Return the settings file that counts, or None. An ignored file is reported once, on stderr.
 
-    Raises SettingsError where the file that was named is not there, or the one that counts is malformed.
+    Raises SettingsError if the named file is missing, or if the file that counts is malformed.
     """
     named = os.environ.get(CONFIG_FILE_ENV)
     if named:
         return _named_file(named)
-    found = find()
-    if found is None:
+    candidate = find()
+    if candidate is None:
         return None
-    if found.refused is not None or found.data is None:
-        _tell_ignored(found)
+    if candidate.refused is not None or candidate.data is None:
+        _report_ignored(candidate)
         return None
-    return ConfigFile(found.path, "trusted", parse(found.path, found.data))
+    return ConfigFile(candidate.path, "trusted", parse(candidate.path, candidate.data))
 
 
 def parse(path: str, data: bytes) -> dict[str, Any]:
-    """The content of a settings file. Raises SettingsError."""
+    """Parse the content of a settings file. Raises SettingsError."""
     try:
         return tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:
@@ -101,7 +104,9 @@ def parse(path: str, data: bytes) -> dict[str, Any]:
 
 
 def find() -> FoundFile | None:
-    """The first of `CANDIDATES` that is there, and whether this user trusts it."""
+    """Return the first of `CANDIDATES` that exists, with the answer whether this user trusts it; None if none
+    exists.
+    """
     for candidate in CANDIDATES:
         try:
             if not stat.S_ISREG(Path(candidate).stat().st_mode):
@@ -110,20 +115,23 @@ def find() -> FoundFile | None:
             return FoundFile(candidate, _absolute(candidate), None, f"it cannot be read ({error.strerror})")
         except OSError:
             continue
-        return _looked_at(candidate)
+        return _examine(candidate)
     return None
 
 
 def allow(path: str, data: bytes) -> str:
-    """Trust a settings file of this user with exactly these bytes; its absolute path. Raises TrustedFilesError."""
+    """Trust a settings file of this user with exactly this content.
+
+    Returns its absolute path. Raises TrustedFilesError.
+    """
     resolved = os.path.realpath(path)
     TrustedFiles.of_user().allow(resolved, digest_of(data))
     return resolved
 
 
 def read_once(path: str) -> bytes:
-    """The bytes of a regular file that may be a stranger's. Raises OSError; ELOOP where it is a symbolic link."""
-    # Where a flag is missing (Windows), nothing that is found is trusted.
+    """Return the content of a regular file that a stranger may own. Raises OSError; ELOOP for a symbolic link."""
+    # Where a flag is missing (Windows), no found file is trusted.
     flags = (getattr(os, flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))
     file = os.open(path, functools.reduce(operator.or_, flags, os.O_RDONLY))
     with os.fdopen(file, "rb") as opened:
@@ -152,7 +160,7 @@ def _unreadable(path: str, why: str) -> SettingsError:
     return SettingsError(f"cannot read {path}: {why}; correct it, or name another with {CONFIG_FILE_ENV}")
 
 
-def _looked_at(candidate: str) -> FoundFile:
+def _examine(candidate: str) -> FoundFile:
     absolute, resolved = _absolute(candidate), os.path.realpath(candidate)
     if resolved != absolute:
         # Relative paths in a settings file start in the working directory. A link in a stranger's folder to a file that
@@ -174,20 +182,20 @@ def _looked_at(candidate: str) -> FoundFile:
 
 
 def _absolute(candidate: str) -> str:
-    """Where the file would be if no symbolic link led to it from the working directory."""
+    """Return the file's absolute path, as if no symbolic link led to it from the working directory."""
     return os.path.join(os.path.realpath(os.curdir), candidate)  # noqa: PTH118 - not to be normalised
 
 
-def _tell_ignored(found: FoundFile) -> None:
-    """Name a file that does not count, once a process, and the command that would allow it.
+def _report_ignored(candidate: FoundFile) -> None:
+    """Report a file that does not count, once per process, and the command that would allow it.
 
-    Strangers chose the path: nothing in it reaches the terminal as it is. The command has the name that we looked for.
+    Strangers chose the path, so the terminal never gets its raw text. The command uses the candidate's name.
     """
-    why = found.refused or "it cannot be read"
-    if (found.resolved, why) in _told or sys.stderr is None:
+    reason = candidate.refused or "it cannot be read"
+    if (candidate.resolved, reason) in _reported or sys.stderr is None:
         return
-    _told.add((found.resolved, why))
+    _reported.add((candidate.resolved, reason))
     sys.stderr.write(
-        f"warning: ignored the settings file {visible_name(found.resolved)}: {visible_name(why)}. "
-        f"To allow it, once you have read it: ringfence config trust {found.path}\n"
+        f"warning: ignored the settings file {visible_name(candidate.resolved)}: {visible_name(reason)}. "
+        f"To allow it, once you have read it: ringfence config trust {candidate.path}\n"
     )

@@ -24,13 +24,14 @@ class RingfenceError(Exception):
 
 
 class SettingsError(RingfenceError):
-    """Settings are missing or malformed. Raised at start; the message names each of them and its remedy."""
+    """Raised at start when settings are missing or malformed. The message names each of them and its remedy."""
 
     code = "settings_invalid"
 
 
 class InvalidMessageError(RingfenceError):
-    """A record that no retry can make valid: malformed, of an unexpected type, or not signed by whom it names.
+    """Raised for a record that no retry can make valid: malformed, of an unexpected type, or not signed by whom it
+    names.
 
     The consumer writes it to the dead-letter topic, with its coordinates and this reason.
     """
@@ -39,14 +40,17 @@ class InvalidMessageError(RingfenceError):
 
 
 class SignatureError(InvalidMessageError):
-    """A JWS does not verify: its key is unknown, its algorithm is not the key's, or the signature is wrong."""
+    """Raised when a JWS does not verify: its key is unknown, its algorithm is not the key's, or the signature is
+    wrong.
+    """
 
     code = "signature_invalid"
 
 
 class UnavailableError(RingfenceError):
-    """A dependency is not available now: the broker, Redis, or an up-to-date local table. The same call may succeed
-    later.
+    """Raised when a dependency is not available now: the broker, Redis, or an up-to-date local table.
+
+    The same call may succeed later.
     """
 
     code = "unavailable"

@@ -6,7 +6,6 @@ import hashlib
 import uuid
 
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "urn:ringfence")
-"""The UUIDv5 namespace of every derived id."""
 _NAMESPACE = NAMESPACE.bytes
 _VARIANT = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
 """Maps a hexadecimal digit to the digit with the variant bits set (RFC 9562, 4.1)."""

@@ -25,7 +25,7 @@ _MOST_KINDS = 1000
 """Kinds are topics and codes of our own, so there are few. Beyond this number, all further kinds are treated as one."""
 _CHECK_EVERY_S = 1.0
 _MOST_CHARS = 500
-"""Of a quoted message, which a stranger may make long."""
+"""The longest quotation of a message, which a stranger may make long."""
 _KIND = "flood_kind"
 
 _Kind = tuple[object, ...]
@@ -51,7 +51,7 @@ class LogLimiter(logging.Filter):
         """For each kind: its counter, and the logger name and level of its last line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is to be logged."""
+        """Return whether to log the record."""
         own = record.__dict__.pop(_KIND, None)  # else it would be written as well
         if own is None:
             return True
@@ -98,9 +98,8 @@ class RepeatCounter:
         self._first = first
         self._every_s = every_s
         self.reported_s = self.latest_s = now_s
-        """When something was last logged, and when the last event came."""
+        """Times of the last log line and of the last event."""
         self.left_out = 0
-        """The number since the last report."""
         self.last = ""
         """The message of the last event that was left out, cut to 500 characters."""
 

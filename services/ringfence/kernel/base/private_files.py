@@ -12,7 +12,7 @@ _FILE, _FOLDER = 0o600, 0o700
 
 
 class NotPrivateError(RingfenceError):
-    """Others can access a private file or directory, and this user may not change its mode."""
+    """Raised when others can access a private file or directory, and this user may not change its mode."""
 
     code = "not_private"
 
@@ -29,7 +29,7 @@ def make_folders(folder: Path) -> None:
             continue
         except OSError:
             if one.is_dir():
-                continue  # "/", or on a disk that is read alone
+                continue  # "/", or on a read-only file system
             raise
         one.chmod(_FOLDER)  # a umask may have taken the owner's own access
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Replay protection: remembers the ids of messages that count once, each until it is too old to count anyway."""
+"""Replay protection: remembers the ids of one-time messages until each message has expired."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from ringfence.kernel.base.errors import UnavailableError
 
 
 class ReplayMemoryFullError(UnavailableError):
-    """More ids that still count came than can be remembered: what the memory forgot could come again."""
+    """Raised when the memory is full of ids whose messages are still valid.
+
+    Forgetting one of them would allow a replay.
+    """
 
 
 class ReplayMemory:
-    """The ids of one process, at most `limit` of them. Full of those that still count, it takes no more.
+    """The message ids seen by one process, at most `limit` of them. A memory full of valid ids accepts no more.
 
-    Of one sender it takes as many as there is still room for, so however many ids one sends, there is room for others.
-    Give it only what was verified: strangers must not fill it.
+    One sender may fill only a share of the remaining room, so that other senders always find some. Add only verified
+    messages: strangers must not fill the memory.
     """
 
     def __init__(self, limit: int) -> None:
@@ -23,28 +26,28 @@ class ReplayMemory:
         self._until_s: OrderedDict[str, tuple[float, str]] = OrderedDict()
         self._of_sender: dict[str, int] = {}
         self._forgotten_s = 0.0
-        """The latest end of an id that was forgotten: with a clock that was set back, it could come again."""
+        """The latest expiry of a forgotten id. After the clock is set back, such a message could be replayed."""
 
     def __len__(self) -> int:
         return len(self._until_s)
 
     def remember(self, id: str, *, sender: str, until_s: float, now_s: float) -> bool:
-        """Keep `id` until then; False where it is there already. Raises ReplayMemoryFullError.
+        """Remember `id` until `until_s`. Returns False if it is remembered already. Raises ReplayMemoryFullError.
 
-        Nothing awaits in here: of two calls at once with one id, one is told False.
+        The method does not await: of two concurrent calls with one id, exactly one returns True.
         """
         self._forget(now_s)
         if id in self._until_s or until_s <= self._forgotten_s:
             return False
-        kept = self._of_sender.get(sender, 0)
-        if kept >= self._limit - len(self._until_s):
+        of_sender = self._of_sender.get(sender, 0)
+        if of_sender >= self._limit - len(self._until_s):
             raise ReplayMemoryFullError("more came in a minute than can be remembered; ask again later")
         self._until_s[id] = until_s, sender
-        self._of_sender[sender] = kept + 1
+        self._of_sender[sender] = of_sender + 1
         return True
 
     def _forget(self, now_s: float) -> None:
-        """Those that came first and are over; one with a late end may keep a few others a little longer."""
+        """Drop expired ids from the oldest on. An id with a late expiry may keep a few others a little longer."""
         while self._until_s and next(iter(self._until_s.values()))[0] <= now_s:
             _, (until_s, sender) = self._until_s.popitem(last=False)
             self._forgotten_s = max(self._forgotten_s, until_s)

@@ -1,4 +1,4 @@
-"""Where a secret stands, as `env:NAME` or `file:PATH`, and how it is read: never from Kafka, never kept."""
+"""Secret references: `env:NAME` or `file:PATH`. The secret is read when needed, never from Kafka, and never kept."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from pydantic import Field
 from ringfence.kernel.base.errors import RingfenceError
 
 SecretRef = Annotated[str, Field(pattern=r"^(env|file):.+$")]
-"""`env:NAME` or `file:PATH`."""
 
 
 class PlaceError(RingfenceError):
-    """A secret is not where it is said to be, or others can read it. Never quotes it."""
+    """Raised when a secret is not where its reference says, or when others can read it. Never quotes it."""
 
     code = "secret_missing"
 
 
 def read_secret(place: str, what: str) -> str:
-    """What stands at a place, without blanks around it; `what` names it in errors. Raises PlaceError."""
-    kind, _, where = place.partition(":")
+    """Return the secret at a reference, without surrounding blanks. `what` names it in errors. Raises PlaceError."""
+    kind, _, location = place.partition(":")
     if kind == "file":
-        return _file(Path(where), what)
-    return read_variable(where, what)
+        return _file(Path(location), what)
+    return read_variable(location, what)
 
 
 def read_variable(name: str, what: str) -> str:
-    """The same for `env:NAME`."""
+    """Return the same for `env:NAME`. Raises PlaceError."""
     value = os.environ.get(name, "").strip()
     if not value:
         raise PlaceError(f"{name} is not set, where {what} should be")

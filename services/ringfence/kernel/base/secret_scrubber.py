@@ -1,8 +1,8 @@
-"""Secrets in what people and agents wrote, and in what programs say went wrong: known by their forms, and taken out.
+"""Redaction of secrets in text of people, agents and programs, recognised by their known formats.
 
-No more than a net below: nothing secret is written anywhere on purpose. What has no form (a password in prose) passes.
-Every pattern begins where a word does, or with letters of its own: the time that it takes grows with the text, and no
-faster, whatever a stranger makes of that.
+It is only a safety net: no secret is written anywhere on purpose. A secret without a format (a password in prose)
+passes. Each pattern starts at a word boundary or with fixed letters. So the running time grows linearly with the text,
+whatever a stranger writes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _ISSUED: Final = re.compile(
     r"|hv[sbr]\.[\w-]{20}|s\.[A-Za-z0-9]{24}(?![A-Za-z0-9])"  # Vault, OpenBao
     r"|npm_[A-Za-z0-9]{36}|pypi-[\w-]{50}|whsec_[A-Za-z0-9+/=]{24})[\w.+/=-]*"
 )
-"""What services hand out in a form of its own, so that it can be found where it does not belong."""
+"""Credentials that services issue in a format of their own."""
 _PEM: Final = re.compile(
     r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY-----|\Z)", re.DOTALL
 )
 _IN_URL: Final = re.compile(r"(?<=://)[^\s/@:]*:(?!\d{1,5}(?:[\s/,;.)]|\Z))[^/@\r\n]+(?=@)")
-"""Of which the password may have spaces. What begins as a port is none."""
+"""Passwords in URLs, which may contain spaces. A port is not a password."""
 _PRESENTED: Final = re.compile(r"((?<!\w)(?:bearer|basic|dpop)[ \t]{1,4})[\w.~+/=-]{20,}", re.IGNORECASE)
 _IS: Final = r"(?:[\"']?\s{0,4}=\s{0,4}|[\"']\s{0,4}:\s{0,4})"
 _QUOTED: Final = r"\"(?:[^\"\\]|\\.){4,}+\"?|'(?:[^'\\]|\\.){4,}+'?"
@@ -33,24 +33,24 @@ _NAMED: Final = re.compile(
     rf"((?:token|api[_-]?key|access[_-]?key){_IS})(?:{_QUOTED}|[^\s\"'&;,]{{4,}})", re.IGNORECASE
 )
 _PHRASE: Final = re.compile(
-    # Without quotes it ends with its line, at what separates settings, or before the next one of them.
+    # Without quotes it ends with its line, at a separator of settings, or before the next setting.
     rf"((?:passw(?:or)?d|pass_?phrase|secret){_IS})"
     rf"(?:{_QUOTED}|(?:(?!\s+(?:--?)?[\w.-]{{1,40}}=)[^\r\n\"'&;,]){{4,}}+)",
     re.IGNORECASE | re.DOTALL,
 )
-"""What people make up may have spaces; what programs hand out has none."""
+"""Passwords that people choose may contain spaces, unlike generated credentials."""
 
 
 _TOKEN: Final = re.compile(r"(?<![\w-])[\w-]{8,}\.[\w-]*\.[\w-]{8,}(?:\.[\w-]+){0,2}")
 
 
 def without_tokens(text: str) -> str:
-    """The text with `[redacted]` in the place of whatever looks like a compact JWS or JWE."""
+    """Return the text with `[redacted]` instead of everything that looks like a compact JWS or JWE."""
     return _TOKEN.sub(REDACTED, text) if text.count(".") >= 2 else text
 
 
 def without_secrets(text: str) -> str:
-    """The text with `[redacted]` in the place of each secret that has a known form."""
+    """Return the text with `[redacted]` instead of each secret in a known format."""
     if any(len(word) >= _SHORTEST for word in text.split()):
         text = _ISSUED.sub(REDACTED, text)
         text = _PRESENTED.sub(rf"\g<1>{REDACTED}", text)

@@ -188,7 +188,7 @@ def load(cls: type[S], **overrides: Any) -> S:
     except ValidationError as error:
         raise wrong(_lines(cls, error)) from None
     except UnreadableError as error:
-        raise wrong([_no_json(cls, error)]) from None
+        raise wrong([_not_json_message(cls, error)]) from None
 
 
 def problems(cls: type[BaseSettings]) -> list[str]:
@@ -198,7 +198,7 @@ def problems(cls: type[BaseSettings]) -> list[str]:
     except ValidationError as error:
         return _lines(cls, error)
     except UnreadableError as error:
-        return [_no_json(cls, error)]
+        return [_not_json_message(cls, error)]
     except SettingsError as error:
         return [error.message]
     return []
@@ -222,7 +222,7 @@ def wrong(lines: Sequence[str]) -> SettingsError:
     )
 
 
-def _no_json(cls: type[BaseSettings], error: UnreadableError) -> str:
+def _not_json_message(cls: type[BaseSettings], error: UnreadableError) -> str:
     """The message for a value that has to be JSON and is not. It names the field, and quotes nothing of the value."""
     field = next((name for name in cls.model_fields if f'"{name}"' in str(error)), "")
     return f"{cls.model_config.get('env_prefix') or ''}{field}".upper() + ": not JSON, which it has to be"
@@ -230,14 +230,14 @@ def _no_json(cls: type[BaseSettings], error: UnreadableError) -> str:
 
 def _lines(cls: type[BaseSettings], error: ValidationError) -> list[str]:
     prefix = cls.model_config.get("env_prefix") or ""
-    found = []
+    lines = []
     for item in error.errors(include_url=False):
-        if not item["loc"]:  # it is about several, and names them
-            found.append(item["msg"].removeprefix("Value error, "))
+        if not item["loc"]:  # it concerns several settings, and names them
+            lines.append(item["msg"].removeprefix("Value error, "))
             continue
         field = cls.model_fields.get(str(item["loc"][0]))
-        meant = " ".join((field.description or "").split()) if field else ""
+        description = " ".join((field.description or "").split()) if field else ""
         name = f"{prefix}{item['loc'][0]}".upper() + "".join(f" ({part})" for part in item["loc"][1:])
-        said = item["msg"].removeprefix("Value error, ")
-        found.append(f"{name}: {said}" + (f". It is: {meant}" if meant else ""))
-    return found
+        message = item["msg"].removeprefix("Value error, ")
+        lines.append(f"{name}: {message}" + (f". It is: {description}" if description else ""))
+    return lines

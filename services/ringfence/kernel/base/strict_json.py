@@ -15,18 +15,18 @@ def json_object(body: bytes) -> dict[str, Any]:
     duplicate names. Of duplicates, one reader would take the first and another the last.
     """
     try:
-        found = orjson.loads(body)  # the strict one, which does not say what comes twice
+        document = orjson.loads(body)  # the strict parser, which does not report duplicates
         json.loads(body.decode("utf-8"), object_pairs_hook=once)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if not isinstance(found, dict):
+    if not isinstance(document, dict):
         raise ValueError("no JSON object")
-    return found
+    return document
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An `object_pairs_hook` for `json` that refuses duplicate names with ValueError."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         raise ValueError("a name comes twice")
-    return found
+    return members

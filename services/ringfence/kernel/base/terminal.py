@@ -1,6 +1,6 @@
-"""What ends on stderr, and so perhaps on a terminal, without anybody having chosen its words: log lines and tracebacks.
+"""Safe output on stderr, and so perhaps on a terminal: log lines and tracebacks.
 
-Both quote strangers. The same filter applies as to tables: nothing invisible, nothing that moves a cursor.
+Both quote strangers. They pass the same filter as tables: no invisible characters, none that move the cursor.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from ringfence.kernel.base.text import visible, visible_lines
 
 
 class VisibleFormatter(logging.Formatter):
-    """A log record with its message on one line, and a traceback on lines of its own that no log line resembles."""
+    """Formats a log record: the message on one line, a traceback on lines that cannot pass for log lines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """See `logging.Formatter`."""
         lines = [visible(record.getMessage())]
         if record.exc_info:
             lines.append(indented(self.formatException(record.exc_info)))
@@ -29,14 +28,13 @@ class VisibleFormatter(logging.Formatter):
 
 
 class StderrHandler(logging.Handler):
-    """Writes log records to whatever stderr is at that time."""
+    """Writes log records to the current `sys.stderr`."""
 
     def __init__(self, level: int = logging.WARNING) -> None:
         super().__init__(level)
         self.setFormatter(VisibleFormatter())
 
     def emit(self, record: logging.LogRecord) -> None:
-        """See `logging.Handler`."""
         try:
             if sys.stderr is not None:
                 sys.stderr.write(self.format(record) + "\n")
@@ -45,12 +43,12 @@ class StderrHandler(logging.Handler):
 
 
 def indented(text: str) -> str:
-    """Several lines, each visible and beginning with blanks: what a stranger wrote begins no line."""
+    """Return several lines, made visible and indented: text of a stranger starts no line."""
     return "\n".join(f"    {line}" for line in visible_lines(text).split("\n"))
 
 
 def filter_stderr() -> None:
-    """Have log records that nobody else handles, and tracebacks that end a program or a thread, shown visibly."""
+    """Filter log records without another handler, and tracebacks that end a program or a thread."""
     root = logging.getLogger()
     if not root.handlers:
         root.addHandler(StderrHandler())
@@ -58,7 +56,7 @@ def filter_stderr() -> None:
 
 
 def filter_tracebacks() -> None:
-    """Have tracebacks of what nobody caught shown visibly, where nobody else has taken that on."""
+    """Install hooks that filter uncaught tracebacks, unless another hook is installed."""
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _visible_traceback
     if sys.unraisablehook is sys.__unraisablehook__:
@@ -68,19 +66,22 @@ def filter_tracebacks() -> None:
 
 
 def _visible_traceback(
-    kind: type[BaseException], error: BaseException, where: TracebackType | None, said: str = ""
+    kind: type[BaseException], error: BaseException, where: TracebackType | None, heading: str = ""
 ) -> None:
     if sys.stderr is not None:
-        sys.stderr.write(visible_lines(said) + visible_traceback(kind, error, where))
+        sys.stderr.write(visible_lines(heading) + visible_traceback(kind, error, where))
 
 
 def visible_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> str:
-    """A traceback in which what a stranger wrote acts upon no terminal, and looks like no line of ours."""
+    """Format a traceback in which a stranger's text cannot act on a terminal or imitate a line of ours."""
     return "".join(map(_shown_part, traceback.format_exception(kind, error, where)))
 
 
 def _shown_part(part: str) -> str:
-    """A heading, a frame, or what an error says: of that, its first line alone begins with the name of the error."""
+    """Format a heading, a frame, or an error's message.
+
+    Of a message only the first line starts with the error's name.
+    """
     if part.startswith("\n"):  # between one error and the next
         return visible_lines(part)
     return visible_lines(part.rstrip("\n")).replace("\n", "\n    ") + "\n"
@@ -96,5 +97,5 @@ def _of_thread_shown(args: threading.ExceptHookArgs) -> None:
 
 
 def _unraisable_shown(args: Any) -> None:
-    said = f"{args.err_msg or 'exception ignored in'}: {args.object!r}\n"
-    _visible_traceback(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback, said)
+    heading = f"{args.err_msg or 'exception ignored in'}: {args.object!r}\n"
+    _visible_traceback(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback, heading)

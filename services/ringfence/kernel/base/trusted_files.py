@@ -1,10 +1,9 @@
-"""The allow list of settings files: which files that were merely found this user trusts, each by path and SHA-256.
+"""Allow list of settings files that were merely found: which ones this user trusts, by path and SHA-256.
 
-A settings file says whom we trust: the broker, its authority, the trust root, and which secret is read from where. So a
-file in the working directory counts only after its user allowed that exact file, as direnv does for its own.
+A settings file says whom to trust: the broker, its certificate authority, the trust root, and where secrets are read
+from. So a file in the working directory counts only after its user allowed that exact file, as direnv does for its own.
 
-The list is believed where this user owns it and nobody else can write it. Where that is not certain, nothing is
-trusted.
+The list counts only if this user owns it and nobody else can write it. If that is uncertain, nothing is trusted.
 """
 
 from __future__ import annotations
@@ -36,23 +35,24 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class TrustedFilesError(RingfenceError):
-    """The list of trusted settings files cannot be believed, or there is no place for one."""
+    """Raised when the list of trusted settings files cannot be trusted itself, or when there is no place for one."""
 
     code = "trusted_files_invalid"
 
 
 class TrustedFiles:
-    """The list of one user, in a folder of its own (mode 0700) as a file of mode 0600."""
+    """The list of one user: a file of mode 0600 in a folder of its own (mode 0700)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @classmethod
     def of_user(cls) -> TrustedFiles:
-        """The list of whoever runs this process: `$XDG_STATE_HOME/ringfence`, else `~/.local/state/ringfence`.
+        """Return the list of the user who runs this process: `$XDG_STATE_HOME/ringfence`, else
+        `~/.local/state/ringfence`.
 
         A relative `XDG_STATE_HOME` is ignored, as the XDG Base Directory Specification demands. Raises
-        TrustedFilesError without a home directory, and where files have no owners and modes as POSIX has them.
+        TrustedFilesError without a home directory, and where files lack POSIX owners and modes.
         """
         if not _KNOWS_OWNERS:
             raise TrustedFilesError(
@@ -72,21 +72,20 @@ class TrustedFiles:
 
     @property
     def path(self) -> Path:
-        """The file of the list."""
         return self.folder / LIST_NAME
 
     def digest_of(self, file: str) -> str | None:
-        """The SHA-256 (hex) that this user allowed for a resolved path; None where they allowed none.
+        """Return the SHA-256 (hex) that this user allowed for a resolved path, or None.
 
-        Raises TrustedFilesError where the list cannot be believed.
+        Raises TrustedFilesError if the list cannot be trusted.
         """
         with self._opened() as folder:
             return None if folder is None else self._read(folder).get(file)
 
     def allow(self, file: str, digest: str) -> None:
-        """Trust a resolved path with this SHA-256 (hex) from now on, in the place of what it had before.
+        """Trust a resolved path with this SHA-256 (hex) from now on, instead of its former one.
 
-        Raises TrustedFilesError where the list cannot be believed or written.
+        Raises TrustedFilesError if the list cannot be trusted or written.
         """
         try:
             self._make_folder()
@@ -97,7 +96,7 @@ class TrustedFiles:
             raise TrustedFilesError(f"cannot write {self.path}: {error.strerror}") from None
 
     def _make_folder(self) -> None:
-        """Whatever the umask is, what is made here is this user's alone."""
+        """Create the folder for this user alone, whatever the umask is."""
         missing = [self.folder]
         while not missing[-1].parent.exists():
             missing.append(missing[-1].parent)
@@ -108,7 +107,7 @@ class TrustedFiles:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int | None]:
-        """The folder as a file descriptor, so that it stays the one that was looked at; None where there is none."""
+        """Yield the folder as a file descriptor, so that it stays the one that was checked; None if there is none."""
         try:
             folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -124,7 +123,7 @@ class TrustedFiles:
 
     @contextlib.contextmanager
     def _locked(self, folder: int | None) -> Iterator[None]:
-        """One writer at a time: of two that read the same list, the later would drop what the earlier allowed."""
+        """Lock the list for one writer. Of two concurrent writers, the later would drop what the earlier allowed."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         lock = os.open(_LOCK_NAME, flags, 0o600, dir_fd=folder)
         try:
@@ -141,8 +140,8 @@ class TrustedFiles:
         except FileNotFoundError:
             return {}
         except OSError as error:
-            why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
-            raise self._unbelievable(f"it cannot be opened ({why})") from None
+            reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+            raise self._unbelievable(f"it cannot be opened ({reason})") from None
         with os.fdopen(file, "rb") as opened:
             self._check_owner(os.fstat(opened.fileno()), "it", self.path, "600")
             try:
@@ -172,10 +171,10 @@ class TrustedFiles:
         if folder is not None:
             os.fsync(folder)
 
-    def _check_owner(self, found: os.stat_result, what: str, path: Path, mode: str) -> None:
-        if found.st_uid != os.geteuid():
+    def _check_owner(self, status: os.stat_result, what: str, path: Path, mode: str) -> None:
+        if status.st_uid != os.geteuid():
             raise self._unbelievable(f"{what} belongs to another user")
-        if found.st_mode & _OTHERS_WRITE:
+        if status.st_mode & _OTHERS_WRITE:
             raise self._unbelievable(
                 f"others can write {what}; look what is in it, then run: chmod {mode} {path}"
             )
@@ -185,7 +184,7 @@ class TrustedFiles:
 
 
 def _parsed(data: bytes) -> dict[str, str]:
-    """The list as it was written. Raises ValueError where it is anything else."""
+    """Parse the list. Raises ValueError for anything that this module did not write."""
     if len(data) > _MAX_LIST_BYTES:
         raise ValueError("too large")
     document = json.loads(data)

@@ -32,12 +32,12 @@ class EncryptionKeys:
         loaded.
         """
         own, following = EncryptionKey.load(self._file), next_file(self._file)
-        held = {}
+        keys = {}
         for file in (*files_before(self._file), self._file, *([following] if following.exists() else ())):
-            key = held[file] = EncryptionKey.load(file)
+            key = keys[file] = EncryptionKey.load(file)
             if key.id != own.id:
                 raise KeyFileError(f"{file} holds the key of {key.id}, not of {own.id}")
-        self._held = {key.kid: key for key in held.values()}
+        self._held = {key.kid: key for key in keys.values()}
 
     @property
     def kids(self) -> frozenset[str]:

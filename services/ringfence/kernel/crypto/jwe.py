@@ -1,4 +1,6 @@
-"""Sealing: JWE (RFC 7516) with ECDH-ES and A256GCM, so that only the holder of one key can read a message."""
+"""JWE encryption (RFC 7516) with ECDH-ES and A256GCM, so that only the holder of one key can read a message.
+@~(_IV_BYTES, _TAG_BYTES) RFC 7518 5.3.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +22,22 @@ _IV_BYTES, _TAG_BYTES = 12, 16
 _KDF_INFO = len(_ENC).to_bytes(4) + _ENC.encode() + bytes(8) + (256).to_bytes(4)
 """The algorithm, no PartyUInfo, no PartyVInfo, the key length in bits."""
 _CHANGE_THE_MEANING = frozenset({"crit", "zip", "apu", "apv"})
-"""Header members that nobody may pass over who does not understand them, and that `seal` never writes."""
+"""Header members that change the meaning of a JWE.
+
+A reader that does not understand them must refuse; `seal` never writes them.
+"""
 _MALFORMED = (ValueError, TypeError, LookupError, AttributeError)
-"""What headers and keys raise that strangers made up."""
 
 
 class ReplyKey:
-    """A fresh X25519 key of whoever waits for a reply. It lives as long as that wait, and never on disk."""
+    """An ephemeral X25519 key of a client that waits for a reply. It lives as long as that wait, and never on disk."""
 
     def __init__(self) -> None:
         self._key = x25519.X25519PrivateKey.generate()
         self.public = PublicJwk(kty="OKP", crv="X25519", x=_coordinate(self._key))
 
     def open(self, compact: str | bytes) -> bytes:
-        """The plaintext of a JWE sealed to this key. Raises InvalidMessageError where it is not for this key."""
+        """Decrypt a JWE for this key and return the plaintext. Raises InvalidMessageError if it is not for this key."""
         try:
             return self._opened(compact.encode("ascii") if isinstance(compact, str) else compact)
         except (*_MALFORMED, InvalidTag) as error:
@@ -42,7 +46,7 @@ class ReplyKey:
             ) from None
 
     def _opened(self, compact: bytes) -> bytes:
-        """What `seal` sealed to an X25519 key. Raises what is `_MALFORMED`, and InvalidTag."""
+        """Decrypt what `seal` encrypted to an X25519 key. Raises the errors in `_MALFORMED`, and InvalidTag."""
         head, encrypted_key, iv, ciphertext, tag = compact.split(b".")
         header = orjson.loads(b64decode(head))
         epk = header["epk"]
@@ -54,19 +58,20 @@ class ReplyKey:
         ):
             raise ValueError("sealed in another way")
         secret = self._key.exchange(x25519.X25519PublicKey.from_public_bytes(b64decode(epk["x"])))
-        nonce, mark = b64decode(iv), b64decode(tag)
-        if (len(nonce), len(mark)) != (_IV_BYTES, _TAG_BYTES):
+        nonce, auth_tag = b64decode(iv), b64decode(tag)
+        if (len(nonce), len(auth_tag)) != (_IV_BYTES, _TAG_BYTES):
             raise ValueError("not the lengths of A256GCM")
-        return AESGCM(_derived(secret)).decrypt(nonce, b64decode(ciphertext) + mark, head)
+        return AESGCM(_derived(secret)).decrypt(nonce, b64decode(ciphertext) + auth_tag, head)
 
 
 def seal(plaintext: bytes, to: PublicJwk, *, kid: str) -> str:
-    """Seal to one public key (P-256 or X25519). `kid` stands in the clear, so that the receiver finds its own.
+    """Encrypt to one public key (P-256 or X25519), and return a compact JWE.
 
-    ECDH-ES in direct key agreement (RFC 7518, 4.6), by `cryptography` itself: joserfc takes nearly twice the time, and
-    every credential is sealed. Tests open it with joserfc, and the other way round.
+    `kid` is not encrypted, so that the receiver finds its own messages. The algorithm is ECDH-ES in direct key
+    agreement mode (RFC 7518 4.6). It uses `cryptography` directly: joserfc takes nearly twice the time, and every
+    credential is encrypted. Tests decrypt the result with joserfc, and the other way round.
 
-    Raises InvalidMessageError where the key is no valid point.
+    Raises InvalidMessageError if the key is no valid point.
     """
     try:
         secret, epk = _agreed(to)
@@ -82,7 +87,7 @@ def seal(plaintext: bytes, to: PublicJwk, *, kid: str) -> str:
 
 
 def _derived(secret: bytes) -> bytes:
-    """The key that is agreed on: Concat KDF (RFC 7518, 4.6.2), of which one round gives the 256 bits."""
+    """Derive the content encryption key by the Concat KDF (RFC 7518 4.6.2). One round gives the 256 bits."""
     return hashlib.sha256(b"\0\0\0\1" + secret + _KDF_INFO).digest()
 
 
@@ -91,7 +96,7 @@ def _coordinate(key: x25519.X25519PrivateKey) -> str:
 
 
 def _agreed(to: PublicJwk) -> tuple[bytes, dict[str, str]]:
-    """The secret shared with a public key, and the fresh key that it is shared through. Raises ValueError."""
+    """Return the secret shared with a public key, and the ephemeral public key (`epk`). Raises ValueError."""
     if (to.kty, to.crv) == ("EC", "P-256"):
         x, y = b64decode(to.x), b64decode(to.y or "")
         if len(x) != 32 or len(y) != 32:
@@ -130,7 +135,7 @@ _25519_LOW_ORDER = frozenset(
         39382357235489614581723060781553021112529911719440698176882885853963445705823,
     }
 )
-"""The u-coordinates of Curve25519 and its twist of which the shared secret is all zeros (RFC 7748, 6.1)."""
+"""The u-coordinates of Curve25519 and its twist whose shared secret is all zeros (RFC 7748 6.1)."""
 
 
 def _on_p256(x: int, y: int) -> bool:
@@ -138,9 +143,9 @@ def _on_p256(x: int, y: int) -> bool:
 
 
 def check_reply_key(to: PublicJwk) -> None:
-    """Whether `seal` will work, at a fraction of its cost: before anything is done whose answer has to be sealed.
+    """Check that `seal` will succeed, at a fraction of its cost, before any work whose result must be encrypted.
 
-    Raises InvalidMessageError where the key is no valid point of P-256 or X25519.
+    Raises InvalidMessageError if the key is no valid point of P-256 or X25519.
     """
     try:
         if to.model_extra and "d" in to.model_extra:
@@ -151,7 +156,7 @@ def check_reply_key(to: PublicJwk) -> None:
             if len(x) != 32 or len(y) != 32 or not _on_p256(int.from_bytes(x), int.from_bytes(y)):
                 raise ValueError("not a point of P-256")
         elif (to.kty, to.crv) == ("OKP", "X25519"):
-            # RFC 7748, 5: the top bit is ignored, and what is not below the prime is reduced.
+            # RFC 7748 5: the top bit is ignored, and a value not below the prime is reduced.
             if len(x) != 32 or (int.from_bytes(x, "little") & _25519_MASK) % _25519_P in _25519_LOW_ORDER:
                 raise ValueError("not a point of X25519 whose secret only two can know")
         else:
@@ -164,7 +169,7 @@ def check_reply_key(to: PublicJwk) -> None:
 
 
 def unverified_kid(compact: bytes) -> str | None:
-    """The `kid` of a JWE, unverified: good to skip what is for somebody else, as opening it proves the rest."""
+    """Return the unverified `kid` of a JWE. It may serve to skip messages for others: decryption proves the rest."""
     try:
         return str(orjson.loads(b64decode(compact.split(b".", 1)[0]))["kid"])
     except (ValueError, KeyError, TypeError):

@@ -33,7 +33,7 @@ _LAST = (b"", b"", b"AQgw", b"AEIMQUYcgkosw048")
 
 
 class KeyFileError(RingfenceError):
-    """A key file is missing, readable by others, or does not hold a usable key."""
+    """Raised when a key file is missing, readable by others, or does not hold a usable key."""
 
     code = "key_file_invalid"
 
@@ -50,7 +50,7 @@ def b64decode(text: str | bytes) -> bytes:
     are set.
     """
     raw = text.encode("ascii") if isinstance(text, str) else text
-    # The decoder lets these pass: what base64 without `url` uses, and padding.
+    # The decoder accepts these: the characters of base64 without `url`, and padding.
     if b"=" in raw or b"+" in raw or b"/" in raw:
         raise ValueError("not base64url without padding")
     rest = len(raw) % 4
@@ -79,7 +79,7 @@ class PublicKey:
 
     def verifies(self, signature: bytes, data: bytes) -> bool:
         """Whether `signature` is this key's over `data`. The signature has the JWS form: raw R||S for ES256."""
-        # By `alg`, not by class: the classes of `cryptography` are abstract, and asking them costs as much as a hash.
+        # By `alg`, not by class: the classes of `cryptography` are abstract, and `isinstance` costs as much as a hash.
         try:
             if self.alg == "EdDSA":
                 cast(ed25519.Ed25519PublicKey, self._key).verify(signature, data)
@@ -190,7 +190,7 @@ class SigningKey:
             if crv == "P-256":
                 return cls._of(id, ec.derive_private_key(int.from_bytes(d), ec.SECP256R1()))
         except ValueError:
-            pass  # the message below says it; the original could quote the key
+            pass  # the message below has the facts; the original could quote the key
         raise unusable(path)
 
 

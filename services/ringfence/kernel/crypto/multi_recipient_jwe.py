@@ -1,6 +1,6 @@
-"""Envelopes: what several readers may open, each with a key that it keeps. JWE (RFC 7516) in General JSON.
+"""JWE with several recipients (RFC 7516, General JSON Serialization), here called an envelope.
 
-Anybody can seal to a public key: what is inside has to say, by a signature, whose word it is.
+Anybody can encrypt to a public key. So the content must say by a signature who wrote it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from ringfence.kernel.crypto.keys import (
 from ringfence.messages.keys import KeyRecord, PublicJwk
 
 ABOUT = "about"
-"""The protected header that tells, in the clear, what is inside: readers find it without opening everything."""
+"""A protected header, readable without a key, that names the content.
+
+Readers find an envelope by it without decrypting all of them.
+"""
 MAX_ENVELOPE_BYTES = 2 * 1024 * 1024
 MAX_RECIPIENTS = 256
 
@@ -45,25 +48,25 @@ _REGISTRY.max_ciphertext_length = MAX_ENVELOPE_BYTES
 _MALFORMED = (
     JoseError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError
 )  # fmt: skip
-"""What joserfc raises for headers and keys that strangers made up: not only its own errors."""
+"""Errors that joserfc raises for malformed headers and keys: not only its own."""
 
 
 class Opener(Protocol):
-    """Opens envelopes that are sealed to any of its keys."""
+    """Decrypts envelopes that are encrypted to any of its keys."""
 
     @property
     def kids(self) -> frozenset[str]:
-        """The names of the keys."""
+        """Return the `kid`s of the keys."""
         ...
 
     def open(self, envelope: str | bytes) -> bytes:
-        """The plaintext. Raises InvalidMessageError where it is no envelope, or none for these keys."""
+        """Return the plaintext. Raises InvalidMessageError if it is no envelope, or not one for these keys."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class EncryptionKey:
-    """A private X25519 key that opens envelopes, and the SPIFFE ID of who keeps it. It signs nothing."""
+    """A private X25519 key that decrypts envelopes, and the SPIFFE ID of its owner. It signs nothing."""
 
     id: str
     public: PublicJwk
@@ -72,7 +75,7 @@ class EncryptionKey:
 
     @classmethod
     def generate(cls, id: str) -> EncryptionKey:
-        """A fresh key for `id`."""
+        """Generate a key for the SPIFFE ID `id`."""
         return cls._of(id, x25519.X25519PrivateKey.generate())
 
     @classmethod
@@ -82,29 +85,29 @@ class EncryptionKey:
 
     @property
     def kids(self) -> frozenset[str]:
-        """Its name, as the only one."""
+        """Return the `kid` of this key."""
         return frozenset({self.kid})
 
     def record(self, not_after: int, not_before: int = 0) -> KeyRecord:
-        """The public half, valid in `[not_before, not_after)`, as it stands in the trust bundle."""
+        """Return the public key as the trust bundle has it, valid in `[not_before, not_after)` (seconds)."""
         return KeyRecord(kid=self.kid, jwk=self.public, not_before=not_before, not_after=not_after)
 
     def save(self, path: Path) -> None:
-        """Write the private key to a new file of mode 0600. Raises KeyFileError where a file is there already."""
+        """Write the private key to a new file of mode 0600. Raises KeyFileError if the file exists."""
         save_private(path, self.id, self.public, self._key.private_bytes_raw())
 
     @classmethod
     def load(cls, path: Path) -> EncryptionKey:
-        """Read a private key. Raises KeyFileError where others may read the file, or it holds no such key."""
+        """Read a private key. Raises KeyFileError if others can read the file, or if it holds no such key."""
         id, crv, d = load_private(path)
         if crv != "X25519" or len(d) != 32:
             raise unusable(path)
         return cls._of(id, x25519.X25519PrivateKey.from_private_bytes(d))
 
     def open(self, envelope: str | bytes) -> bytes:
-        """The plaintext of an envelope that has this key among its recipients.
+        """Decrypt an envelope that has this key among its recipients, and return the plaintext.
 
-        Raises InvalidMessageError where it is no envelope, or none for this key.
+        Raises InvalidMessageError if it is no envelope, or not one for this key.
         """
         data = _parsed(envelope)
         mine = [one for one in data["recipients"] if _kid(one) == self.kid]
@@ -124,8 +127,11 @@ class EncryptionKey:
 
 
 def usable(keys: Iterable[KeyRecord], at_s: float) -> tuple[KeyRecord, ...]:
-    """Those of the keys that count at `at_s` and can be sealed to: one that is no key must not stop the others."""
-    found = {}
+    """Return the keys that are valid at `at_s` (seconds) and can be encrypted to.
+
+    A malformed key must not stop the others.
+    """
+    keys_by_kid = {}
     for record in keys:
         if not record.not_before <= at_s < record.not_after or record.kid != thumbprint(record.jwk):
             continue
@@ -133,14 +139,15 @@ def usable(keys: Iterable[KeyRecord], at_s: float) -> tuple[KeyRecord, ...]:
             check_reply_key(record.jwk)
         except InvalidMessageError:
             continue
-        found[record.kid] = record
-    return tuple(found.values())
+        keys_by_kid[record.kid] = record
+    return tuple(keys_by_kid.values())
 
 
 def enclose(plaintext: bytes, to: Iterable[KeyRecord], *, about: str) -> str:
-    """Seal to each of the keys, which are `usable`; `about` stands in the clear, and is part of what is sealed.
+    """Encrypt to each of the keys, and return the envelope. The keys come from `usable`.
 
-    Raises InvalidMessageError where there is no key, or more than an envelope may have.
+    `about` stays readable and is authenticated. Raises InvalidMessageError without a key, or with more keys than an
+    envelope may have.
     """
     recipients = list(to)
     if not 0 < len(recipients) <= MAX_RECIPIENTS:
@@ -156,7 +163,7 @@ def enclose(plaintext: bytes, to: Iterable[KeyRecord], *, about: str) -> str:
 
 
 def unverified_about(envelope: bytes) -> str | None:
-    """What an envelope says that it is about, unverified: good to find one, as opening it proves the rest."""
+    """Return the unverified `about` of an envelope. It may serve to find one: decryption proves the rest."""
     try:
         header = orjson.loads(b64decode(_parsed(envelope)["protected"]))
         about = header[ABOUT]
@@ -166,7 +173,7 @@ def unverified_about(envelope: bytes) -> str | None:
 
 
 def recipients_of(envelope: str | bytes) -> tuple[str, ...]:
-    """The `kid` of each key that an envelope says it is sealed to. Raises InvalidMessageError where it is none."""
+    """Return the `kid` of each recipient that an envelope names. Raises InvalidMessageError if it is none."""
     return tuple(kid for one in _parsed(envelope)["recipients"] if (kid := _kid(one)) is not None)
 
 

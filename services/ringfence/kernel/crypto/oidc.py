@@ -1,6 +1,6 @@
-"""Identity tokens of issuers outside (JWT, RFC 7519, by the rules of RFC 8725), verified with keys that are at hand.
+"""Verification of identity tokens of external issuers (JWT, RFC 7519, by the rules of RFC 8725). It does no I/O.
 
-What is at the edge goes through PyJWT, which knows RSA; `ringfence.kernel.crypto.jws` is for messages of Ringfence.
+External tokens go through PyJWT, which supports RSA. `ringfence.kernel.crypto.jws` is for Ringfence's own messages.
 """
 
 from __future__ import annotations
@@ -28,48 +28,50 @@ MAX_TOKEN_BYTES = 16 * 1024
 MAX_KEYS = 32
 _MIN_RSA_BITS = 2048
 _TYPES = (None, "JWT", "JOSE")
-"""What an identity token may call itself in `typ`; an access token says `at+jwt` (RFC 9068)."""
+"""Values of `typ` that an identity token may have. An access token says `at+jwt` (RFC 9068)."""
 _JWS = jwt.PyJWS()
 _USUAL: dict[tuple[Any, Any], OidcAlgorithm] = {
     ("RSA", None): "RS256",
     ("EC", "P-256"): "ES256",
     ("OKP", "Ed25519"): "EdDSA",
 }
-"""By kind and curve: what a key signs with that does not say it."""
+"""The default algorithm by key type and curve, for keys that name none."""
 
 
 class TokenError(RingfenceError):
-    """An identity token does not count. `code` says why; the message never holds the token."""
+    """Raised when an identity token is invalid. `code` says why; the message never holds the token."""
 
     code = "token_invalid"
 
 
 class JwksError(RingfenceError):
-    """A JWKS (RFC 7517, 5) cannot be used: it is none, or has no key that may verify identity tokens."""
+    """Raised when a JWK set (RFC 7517 5) is malformed, or has no key that may verify identity tokens."""
 
     code = "jwks_invalid"
 
 
 @dataclass(frozen=True, slots=True)
 class IdentityToken:
-    """A verified token."""
+    """A verified identity token."""
 
     issuer: str
     subject: str
     issued_at_s: int
     expires_at_s: int
     kid: str
-    """The issuer's key that verified it."""
+    """The key of the issuer that verified the token."""
     digest: str
-    """SHA-256 (hex) of what was signed: what it is remembered by. An ECDSA signature has a second form that verifies
-    too, so the whole text would not do."""
+    """SHA-256 (hex) of the signed part, by which the token is remembered.
+
+    The whole text would not do: an ECDSA signature has a second valid form.
+    """
     claims: Mapping[str, Any]
 
 
 def unverified_issuer(token: str) -> str:
-    """The `iss` of a token that nobody has verified: good for finding whose keys to verify it with, never to decide.
+    """Return the unverified `iss` of a token. It may serve to find the keys for verification, never to decide.
 
-    Raises TokenError (`token_malformed`) where there is none.
+    Raises TokenError (`token_malformed`) if there is none.
     """
     issuer = _unverified(token, 1).get("iss")
     if not isinstance(issuer, str):
@@ -78,7 +80,7 @@ def unverified_issuer(token: str) -> str:
 
 
 def unverified_kid(token: str) -> str:
-    """The name of the key that a token says it is signed with. Raises TokenError (`token_malformed`)."""
+    """Return the unverified `kid` of a token. Raises TokenError (`token_malformed`)."""
     kid = _unverified(token, 0).get("kid")
     if not isinstance(kid, str) or not kid:
         raise TokenError("the token does not name its key (`kid`)", code="token_malformed")
@@ -95,17 +97,17 @@ def verify_token(
     max_age_s: int,
     leeway_s: int = LEEWAY_S,
 ) -> IdentityToken:
-    """Verify a token and return what it says.
+    """Verify a token and return its claims.
 
     Args:
         token: a JWS in compact serialisation.
-        keys: those of the issuer.
-        issuer: what `iss` must be, to the letter.
-        audience: what `aud` must be, alone: a token that is for others too may have come from them. Of several here
-            any one will do.
-        at_s: the moment that it is judged at; where it came by Kafka, the append time.
-        max_age_s: how long ago it may have been issued, whatever its `exp` says.
-        leeway_s: how far the issuer's clock may be off.
+        keys: the keys of the issuer.
+        issuer: the exact value that `iss` must have.
+        audience: the only value that `aud` may have. A token that is for others too may come from one of them. Of
+            several given here any one is accepted.
+        at_s: the time to verify at (seconds since 1970). For a token that came by Kafka it is the append time.
+        max_age_s: the greatest age since `iat`, whatever `exp` says.
+        leeway_s: the greatest clock skew of the issuer.
 
     Raises:
         TokenError: `token_malformed`, `alg_not_allowed`, `key_unknown`, `signature_invalid`, `iss_unexpected`,
@@ -147,13 +149,14 @@ def _judged(
         raise TokenError(
             f"iss is {str(claims.get('iss'))[:200]!r}, expected {issuer!r}", code="iss_unexpected"
         )
-    wanted = (audience,) if isinstance(audience, str) else audience
-    given = claims.get("aud")
-    if isinstance(given, list) and len(given) == 1:
-        (given,) = given
-    if not isinstance(given, str) or given not in wanted:
+    accepted = (audience,) if isinstance(audience, str) else audience
+    presented = claims.get("aud")
+    if isinstance(presented, list) and len(presented) == 1:
+        (presented,) = presented
+    if not isinstance(presented, str) or presented not in accepted:
         raise TokenError(
-            f"aud is {str(given)[:200]!r}; ask for a token for {wanted[0]!r} alone", code="aud_unexpected"
+            f"aud is {str(presented)[:200]!r}; ask for a token for {accepted[0]!r} alone",
+            code="aud_unexpected",
         )
     issued, ends = _moment(claims, "iat"), _moment(claims, "exp")
     if at_s >= ends + leeway_s:
@@ -216,29 +219,29 @@ def _unverified(token: str, part: int) -> dict[str, Any]:
 
 
 def read_jwks(text: str | bytes) -> tuple[OidcKey, ...]:
-    """The keys of a JWKS that may verify identity tokens; those for encryption and of other kinds are passed over.
+    """Return the keys of a JWK set that may verify identity tokens. Encryption keys and unsupported kinds are skipped.
 
-    A key that does not name its algorithm has that of its kind (RSA: RS256). Raises JwksError where none is left, where
-    two have one name, or an RSA key is too short.
+    A key that names no algorithm has the default of its type (RSA: RS256). Raises JwksError if no key is left, if two
+    keys have one name, or if an RSA key is too short.
     """
     try:
         listed = json_object(text.encode() if isinstance(text, str) else text)["keys"]
-        found = [key for each in listed if (key := _usable(each)) is not None]
+        usable = [key for each in listed if (key := _usable(each)) is not None]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise JwksError('not a JWKS: it has no list "keys" of JWKs (RFC 7517, 5)') from None
-    if not found:
+    if not usable:
         raise JwksError(f"the JWKS has no key for {', '.join(ALGORITHMS)}")
-    if len(found) > MAX_KEYS:
-        raise JwksError(f"the JWKS has {len(found)} keys; the limit is {MAX_KEYS}")
-    if len({key.kid for key in found}) < len(found):
+    if len(usable) > MAX_KEYS:
+        raise JwksError(f"the JWKS has {len(usable)} keys; the limit is {MAX_KEYS}")
+    if len({key.kid for key in usable}) < len(usable):
         raise JwksError("two keys of the JWKS have one name (kid)")
-    for key in found:
+    for key in usable:
         _public_key(key)
-    return tuple(found)
+    return tuple(usable)
 
 
 def _usable(jwk: dict[str, Any]) -> OidcKey | None:
-    """A JWK as a key, or None where it is for something else. Private members are never taken over."""
+    """Return a JWK as a key, or None if it has another purpose. Private members are never copied."""
     kind = (jwk.get("kty"), jwk.get("crv"))
     usual = _USUAL.get(kind)
     alg = jwk.get("alg", usual)
@@ -257,11 +260,11 @@ def _usable(jwk: dict[str, Any]) -> OidcKey | None:
 
 def _public_key(key: OidcKey) -> jwt.PyJWK:
     try:
-        found = jwt.PyJWK(json.loads(key.model_dump_json(exclude_none=True)), algorithm=key.alg)
+        jwk = jwt.PyJWK(json.loads(key.model_dump_json(exclude_none=True)), algorithm=key.alg)
     except (jwt.PyJWTError, ValueError):
         raise JwksError(f"key {visible_name(key.kid[:80])} of the JWKS is malformed") from None
-    if isinstance(found.key, RSAPublicKey) and found.key.key_size < _MIN_RSA_BITS:
+    if isinstance(jwk.key, RSAPublicKey) and jwk.key.key_size < _MIN_RSA_BITS:
         raise JwksError(
-            f"key {visible_name(key.kid[:80])} of the JWKS has {found.key.key_size} bits; it must have {_MIN_RSA_BITS}"
+            f"key {visible_name(key.kid[:80])} of the JWKS has {jwk.key.key_size} bits; it must have {_MIN_RSA_BITS}"
         )
-    return found
+    return jwk

@@ -66,13 +66,13 @@ class ServiceKeys:
         """Read the key files again, because the next key may have been added. On KeyFileError the former keys stay
         loaded.
         """
-        held = [SigningKey.load(self._file)]
+        loaded = [SigningKey.load(self._file)]
         following = next_file(self._file)
         if following.exists():
-            held.append(SigningKey.load(following))
-        if any(key.id != self._current.id for key in held):
-            raise KeyFileError(f"{following} holds the key of {held[-1].id}, not of {self._current.id}")
-        self._held = tuple(held)
+            loaded.append(SigningKey.load(following))
+        if any(key.id != self._current.id for key in loaded):
+            raise KeyFileError(f"{following} holds the key of {loaded[-1].id}, not of {self._current.id}")
+        self._held = tuple(loaded)
         self._choose()
 
     def on_bundle(self, appended_at_ms: int) -> None:
@@ -99,11 +99,11 @@ class ServiceKeys:
         Whether the keys are valid now is not checked here; see `uncounted`.
         """
         services = self._trust.require().services if self._trust.version is not None else ()
-        held = {key.kid for key in self._held}
+        loaded = {key.kid for key in self._held}
         if any(
             service.id == self._current.id
             and role in service.roles
-            and not held.isdisjoint(key.kid for key in service.keys)
+            and not loaded.isdisjoint(key.kid for key in service.keys)
             for service in services
         ):
             return None
@@ -142,7 +142,7 @@ class ServiceKeys:
         records = self._records()
         counting = [key for key in self._held if valid_key(records, key.kid, now_s) is not None]
         settled = [key for key in counting if self._settled_s.get(key.kid, 0) <= now_s]
-        # One that has just begun is better than none: so it is where the old one was stolen, and ended at once.
+        # A key that has just begun is better than none: that happens where the old one was stolen, and ended at once.
         chosen = settled[-1] if settled else counting[0] if counting else self._current
         if chosen.kid != self._current.kid:
             log.info("%s signs by its key %s now", chosen.id, chosen.kid)
@@ -151,9 +151,9 @@ class ServiceKeys:
 
     def _next_change(self, records: tuple[KeyRecord, ...], now_s: float) -> float:
         """When the choice of the key may change: a key settles, begins or ends."""
-        held = {key.kid for key in self._held}
-        moments = [self._settled_s.get(kid, 0) for kid in held]
+        loaded = {key.kid for key in self._held}
+        moments = [self._settled_s.get(kid, 0) for kid in loaded]
         for record in records:
-            if record.kid in held:
+            if record.kid in loaded:
                 moments += [record.not_before, record.not_after]
         return min((moment for moment in moments if moment > now_s), default=float("inf"))

@@ -2,7 +2,7 @@
 skipped.
 
 A batch that fails is retried for ever, with exponential backoff. Only *invalid* records go to the dead-letter topic.
-The consumer uses aiokafka directly (ADR 0001).
+The consumer uses aiokafka directly. Services declare their groups with FastStream (ADR 0064).
 
 `OffsetCommitter` commits a few times a second, not after each batch: a commit is a round trip, and costs as much as
 handling a record. Records that are done but not committed come again after a crash. Nothing is committed before it is

@@ -16,6 +16,7 @@ import asyncio
 import functools
 import inspect
 import operator
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 Order = Literal["batch", "sequential", "concurrent"]
 """What a subscriber's function takes: whole batches, or single records, one after the other or all of a batch at once.
 """
+
+_CANCEL_AGAIN_S = 3.0
 
 
 @dataclass(eq=False)
@@ -104,7 +107,7 @@ class GroupSubscriber(BatchSubscriber):
 
     @property
     def call_name(self) -> str:
-        """The name of the declared function."""
+        """The name of the declared function, in camel case."""
         return self.specification.call_name
 
     def schema(self) -> dict[str, SubscriberSpec]:
@@ -157,7 +160,7 @@ class GroupRegistrator(KafkaRegistrator):
                 ack_policy=AckPolicy.MANUAL,
                 no_reply=True,
                 auto_offset_reset="none",
-                description=f"{inspect.getdoc(handler)}\n\nConsumer group: {group.name}.",
+                description=f"{inspect.getdoc(handler) or ''}\n\nConsumer group: {group.name}.".lstrip(),
             )
             subscriber.__class__ = GroupSubscriber  # upstream makes its subscribers in a function of its own
             subscriber.group, subscriber.reads = group, topics
@@ -217,8 +220,12 @@ class GroupBroker(GroupRegistrator, KafkaBroker):
     def include(self, router: GroupRouter) -> dict[str, Consumer]:
         """Add the groups of a router, before `start`. Returns the consumer of each by the group's name.
 
-        Raises SetupError if a group whose subscribers take single records has no dead letters.
+        Raises SetupError if a group whose subscribers take single records has no dead letters, if two groups have the
+        same name, or if two subscribers of a group have the same topic: one of them would never get a record.
         """
+        _require_distinct(group.name for group in (*self.groups, *router.groups))
+        for group in router.groups:
+            _require_distinct(topic.what for one in group.subscribers for topic in one.reads)
         self.include_router(router, prefix=self._settings.topic_prefix)
         added = {group.name: self._consumer(group) for group in router.groups}
         self.groups += router.groups
@@ -260,8 +267,11 @@ class GroupBroker(GroupRegistrator, KafkaBroker):
 
     async def stop(self, *args: Any) -> None:
         """Cancel what is still handled, and leave the groups. What is not committed comes again to other members."""
-        for task in self.reading:
-            task.cancel()
+        left = set(self.reading)
+        while left:  # again where a cancellation was lost on the way
+            for task in left:
+                task.cancel()
+            _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN_S)
         await asyncio.gather(*self.reading, return_exceptions=True)
         self.reading = []
         await super().stop(*args)
@@ -373,6 +383,12 @@ def _declared_function(handler: Callable[..., Any], handle_batch: BatchHandler) 
     parameter = inspect.Parameter("batch", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Any)
     handle.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
     return handle
+
+
+def _require_distinct(names: Iterable[str]) -> None:
+    """Raises SetupError if a group or a topic of one stands there twice."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise SetupError(f"declared twice: {', '.join(twice)}")
 
 
 def _topic_of(name: str, topics: Iterable[Topic[Any]]) -> Topic[Any]:

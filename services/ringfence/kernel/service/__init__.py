@@ -1,1 +1,1 @@
-"""What every service runs on: its runtime, process, HTTP server, logs and trust updates."""
+"""The runtime of every service: process, HTTP server, logs and trust updates."""

@@ -1,4 +1,4 @@
-"""HTTP of every service: `/healthz`, `/readyz`, `/metrics`, and whatever routes the service adds."""
+"""HTTP server of every service: `/healthz`, `/readyz`, `/metrics`, and the service's own routes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ringfence.kernel.base.errors import RingfenceError
 log = logging.getLogger(__name__)
 
 ReadyCheck = Callable[[], str | None]
-"""Says why a service is not ready, or None."""
+"""Returns why a service is not ready, or None."""
 
 
 class HttpListenError(RingfenceError):
-    """The HTTP port is taken, or the address is not this machine's."""
+    """Raised when the HTTP port is in use, or when the address is not this machine's."""
 
     code = "cannot_listen"
 
@@ -37,10 +37,13 @@ def application(
     warnings: Sequence[ReadyCheck] = (),
     facts: Callable[[], Mapping[str, object]] = dict,
 ) -> Starlette:
-    """The ASGI application of a service.
+    """Return the ASGI application of a service.
 
-    `checks` say why it is not ready; `denials` why it denies, though it is ready to say so and to answer what it can;
-    `warnings` what people should know though it works; `facts` are for comparing services with each other.
+    Args:
+        checks: return why the service is not ready.
+        denials: return why the service denies requests although it is ready and answers what it can.
+        warnings: return what people should know although the service works.
+        facts: values for comparing services with each other.
     """
 
     async def healthz(_: Request) -> Response:
@@ -73,13 +76,16 @@ def application(
 
     own = [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", metrics)]
     made = Starlette(routes=[*own, *routes], exception_handlers={RingfenceError: refused})
-    # To whatever host the request names, it would send the token that is in its body.
+    # A redirect would send the token in the body to whatever host the request names.
     made.router.redirect_slashes = False
     return made
 
 
 def number_in(text: str, least: int, most: int) -> int | None:
-    """A whole number of a query, or None where it is none, or not from `least` to `most`. No zeros fill it up."""
+    """Parse a whole number of a query.
+
+    Returns None if it is malformed, has leading zeros, or is not in [`least`, `most`].
+    """
     if not text.isdecimal() or len(text) > len(str(most)):
         return None
     number = int(text)
@@ -87,12 +93,13 @@ def number_in(text: str, least: int, most: int) -> int | None:
 
 
 MAX_HEAD_BYTES = 64 * 1024
-"""Of a request's line and headers, besides what the read brought that they began in."""
+"""The limit for request line and headers, not counting the read in which the request began."""
 READING_S = 30.0
-"""So long a request may take to arrive, its body with it, and so long a connection may wait to bring one. So long, too,
-nothing of an answer may be taken."""
+"""The time limit for a whole request to arrive, for an idle connection, and for a client that accepts nothing of a
+response.
+"""
 STALL_S = 2.0
-"""Of whom nothing of an answer was taken for so long, nobody thinks that they want it."""
+"""After this time without progress of a response, the client is assumed not to want it."""
 _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -102,11 +109,11 @@ _NO_ROOM = (
 
 
 class ConnectionLimit:
-    """How many connections are open at once (admission control), and which of them goes where another one comes.
+    """Admission control for connections: limits how many are open, and selects which one to close for a new one.
 
-    A connection that brings no whole request, or takes no answer, makes room, the one first that has waited longest:
-    who opens very many and says little shuts out nobody. One whose request is being answered is never closed. Of one
-    address there are half as many, at most.
+    It closes a connection without a whole request, or whose client accepts no response; the longest waiting goes first.
+    So a client that opens many idle connections cannot shut others out. A connection whose request is being answered is
+    never closed. One address may hold at most half of the connections.
     """
 
     def __init__(self, most: int) -> None:
@@ -118,7 +125,10 @@ class ConnectionLimit:
         return len(self._addresses)
 
     def admit(self, connection: Requests, address: str) -> bool:
-        """Whether there is room for it, where others have been closed for that if need be."""
+        """Admit a connection if there is room, or if another one can be closed for it.
+
+        Returns whether it is admitted.
+        """
         same = [one for one, other in self._addresses.items() if other == address]
         if len(same) >= self._most_of_one and not self._close_one(set(same)):
             return False
@@ -128,17 +138,17 @@ class ConnectionLimit:
         return True
 
     def waits(self, connection: Requests) -> None:
-        """It has no request under way: the latest of those."""
+        """Note that the connection has no request under way. It becomes the last to be closed."""
         if connection in self._addresses:
             self._waiting.pop(connection, None)
             self._waiting[connection] = None
 
     def works(self, connection: Requests) -> None:
-        """A whole request came."""
+        """Note that a whole request came: the connection is not closed now."""
         self._waiting.pop(connection, None)
 
     def leave(self, connection: Requests) -> None:
-        """It is closed."""
+        """Note that the connection is closed."""
         self._addresses.pop(connection, None)
         self._waiting.pop(connection, None)
 
@@ -152,36 +162,40 @@ class ConnectionLimit:
 
 
 class Requests(HttpToolsProtocol):
-    """Reads requests within bounds: the parser by itself keeps headers without an end, and waits for them for ever."""
+    """HTTP protocol with limits on size and time. The parser by itself stores endless headers and waits for ever."""
 
     limit: ConnectionLimit | None = None
     reading_s = READING_S
     stall_s = STALL_S
     _in_head = False
     _begun = 0
-    """How many requests began: one that did in the present read is not counted by its bytes."""
+    """The number of requests that began.
+
+    If one began in the current read, that read does not count for `_head_bytes`.
+    """
     _head_bytes = 0
-    _too_late: asyncio.TimerHandle | None = None
-    _stalled: asyncio.TimerHandle | None = None
-    """Set while something of an answer has not been taken."""
+    _read_timer: asyncio.TimerHandle | None = None
+    _stall_timer: asyncio.TimerHandle | None = None
+    """Set while the client has not accepted part of a response."""
     _untaken = 0
     _stalls = 0
-    """How many times in a row nothing more had been taken of it."""
+    """Consecutive checks without progress."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(0)  # `pause_writing` and `resume_writing` tell what has been taken
+        # `pause_writing` and `resume_writing` then show what the client has accepted.
+        transport.set_write_buffer_limits(0)
         if self.limit is not None:
             if not self.limit.admit(self, self.client[0] if self.client else ""):
                 transport.write(_NO_ROOM)
                 transport.close()
                 return
             self.limit.waits(self)
-        self._expect()
+        self._start_read_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._has_come()
-        self._taken()
+        self._stop_read_timer()
+        self._stop_stall_timer()
         if self.limit is not None:
             self.limit.leave(self)
         super().connection_lost(exc)
@@ -189,13 +203,13 @@ class Requests(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._untaken, self._stalls = self.transport.get_write_buffer_size(), 0
-        self._stalled = self.loop.call_later(self.stall_s, self._look)
+        self._stall_timer = self.loop.call_later(self.stall_s, self._check_progress)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._taken()
+        self._stop_stall_timer()
         if self.limit is not None:
-            (self.limit.waits if self._answered() or self._too_late else self.limit.works)(self)
+            (self.limit.waits if self._is_idle() or self._read_timer else self.limit.works)(self)
 
     def data_received(self, data: bytes) -> None:
         begun = self._begun
@@ -206,16 +220,16 @@ class Requests(HttpToolsProtocol):
                 self.transport.write(_TOO_LARGE)
                 self.transport.close()
         elif self._begun and self.cycle.response_complete and self.timeout_keep_alive_task is None:
-            self._expect()  # what came is not the beginning of a request, and uvicorn waits no longer
+            self._start_read_timer()  # the data is not the beginning of a request, and uvicorn waits no longer
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head, self._head_bytes = True, 0
         self._begun += 1
-        self._expect()
+        self._start_read_timer()
 
     def on_url(self, url: bytes) -> None:
-        # A `#`, behind which the target would be dropped unseen, is no part of one (RFC 9112, 3.2).
+        # A `#`, after which the target would be cut off silently, is not allowed in one (RFC 9112 3.2).
         if b"#" in url:
             raise ValueError("a fragment in the target of a request")
         super().on_url(url)
@@ -225,52 +239,52 @@ class Requests(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        self._has_come()
+        self._stop_read_timer()
         if self.limit is not None:
             self.limit.works(self)
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.limit is not None and self._answered() and self._stalled is None:
+        if self.limit is not None and self._is_idle() and self._stall_timer is None:
             self.limit.waits(self)
 
-    def _answered(self) -> bool:
-        """Whether nothing that came is being answered, also of what was sent along."""
-        cycle = getattr(self, "cycle", None)  # before the first head was read whole there is none
+    def _is_idle(self) -> bool:
+        """Return whether no request of this connection is being answered, pipelined ones included."""
+        cycle = getattr(self, "cycle", None)  # there is none before the first head is complete
         return cycle is None or bool(cycle.response_complete)
 
-    def _look(self) -> None:
-        """Whether more of the answer has been taken."""
+    def _check_progress(self) -> None:
+        """Check whether the client has accepted more of the response."""
         untaken = self.transport.get_write_buffer_size()
         self._stalls = self._stalls + 1 if untaken >= self._untaken else 0
         self._untaken = untaken
         if self._stalls * self.stall_s >= self.reading_s:
             self.transport.abort()
             return
-        self._stalled = self.loop.call_later(self.stall_s, self._look)
-        if self.limit is not None and self._stalls == 0 and self._too_late is None:
+        self._stall_timer = self.loop.call_later(self.stall_s, self._check_progress)
+        if self.limit is not None and self._stalls == 0 and self._read_timer is None:
             self.limit.works(self)
         elif self.limit is not None and self._stalls == 1:
             self.limit.waits(self)
 
-    def _taken(self) -> None:
-        if self._stalled is not None:
-            self._stalled.cancel()
-            self._stalled = None
+    def _stop_stall_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
-    def _expect(self) -> None:
-        if self._too_late is None and not self.transport.is_closing():
-            self._too_late = self.loop.call_later(self.reading_s, self.transport.close)
+    def _start_read_timer(self) -> None:
+        if self._read_timer is None and not self.transport.is_closing():
+            self._read_timer = self.loop.call_later(self.reading_s, self.transport.close)
 
-    def _has_come(self) -> None:
-        if self._too_late is not None:
-            self._too_late.cancel()
-            self._too_late = None
+    def _stop_read_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn inside a loop that somebody else runs; signals are that somebody's."""
+    """uvicorn inside a loop that the caller runs. The caller handles signals."""
 
     def __init__(
         self,
@@ -281,7 +295,10 @@ class HttpServer(uvicorn.Server):
         setting: str = "RINGFENCE_HTTP",
         connections: int | None = None,
     ) -> None:
-        """`setting`: by which it was told where to listen, for errors. `connections`: so many are open at once."""
+        """`setting` names, in errors, the setting of the address.
+
+        `connections` is the most connections that are open at once.
+        """
         self._setting = setting
         limit = ConnectionLimit(connections) if connections is not None else None
         super().__init__(
@@ -296,10 +313,10 @@ class HttpServer(uvicorn.Server):
         yield
 
     async def run_until_stopped(self) -> None:
-        """Serve until `should_exit` is set. Raises HttpListenError where the address cannot be had."""
+        """Serve until `should_exit` is set. Raises HttpListenError if the address is not available."""
         try:
             await self.serve()
-        except SystemExit:  # uvicorn's way to say that it could not bind
+        except SystemExit:  # uvicorn's signal that it could not bind
             raise HttpListenError(
                 f"cannot listen on {self.config.host}:{self.config.port}: it is in use, or no address of this machine; "
                 f"set {self._setting}"

@@ -1,7 +1,7 @@
-"""Logs: structlog over the standard library, one JSON object a line on stderr, without secrets.
+"""Logs: structlog over the standard library, one JSON object per line on stderr, without secrets.
 
-Lines quote strangers, and people read them on terminals, also what is in the JSON: nothing in them is invisible or
-moves a cursor, and none begins where a stranger wants it to.
+Lines quote strangers, and people read them on terminals. So no value contains invisible characters or characters that
+move the cursor, and no line starts where a stranger wants.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _TOKEN = re.compile(r"(?<![\w-])[\w-]{16,}\.[\w-]*\.[\w-]{16,}(?:\.[\w-]+){0,2}"
 
 
 def redact(_: Any, __: str, event: MutableMapping[str, Any]) -> dict[str, Any]:
-    """Replace whatever looks like a JWS or JWE, or another secret: any of them could be a credential."""
+    """Replace everything that looks like a JWS, a JWE or another secret: it could be a credential."""
     return {
         k: without_secrets(_TOKEN.sub(REDACTED, v)) if isinstance(v, str) else v for k, v in event.items()
     }
 
 
 _OF_LINES = ("exception", "stack")
-"""What has lines of its own."""
+"""Fields with several lines."""
 
 
 def make_visible(_: Any, __: str, event: MutableMapping[str, Any]) -> dict[str, Any]:
-    """Show what is invisible or moves a cursor as its code point, in names and in text."""
+    """Replace invisible characters, and those that move the cursor, by their code points, in names and values."""
     return {
         visible_name(k): (visible_lines(v) if k in _OF_LINES else visible(v)) if isinstance(v, str) else v
         for k, v in event.items()
@@ -41,7 +41,7 @@ def make_visible(_: Any, __: str, event: MutableMapping[str, Any]) -> dict[str, 
 
 
 def _indent(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """No line of a traceback looks like a line of the log."""
+    """Indent tracebacks, so that no line of them looks like a log line."""
     for name in _OF_LINES:
         if isinstance(event.get(name), str):
             event[name] = indented(event[name])
@@ -51,7 +51,7 @@ def _indent(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[
 def configure(
     service: str, *, format: str = "json", level: str = "info", filters: Sequence[logging.Filter] = ()
 ) -> None:
-    """Send the records of `logging` and `structlog`, but for what `filters` hold back, to stderr. Call once."""
+    """Send records of `logging` and `structlog`, except those that `filters` drop, to stderr. Call once."""
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -60,7 +60,7 @@ def configure(
         structlog.stdlib.PositionalArgumentsFormatter(),
         structlog.processors.format_exc_info,
     ]
-    # What is no text is written as its repr in the one and with escapes in the other.
+    # A value that is no text is written as its repr in one format and with escapes in the other.
     renderers: list[Any] = (
         [structlog.processors.JSONRenderer()]
         if format == "json"

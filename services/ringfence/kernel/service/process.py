@@ -1,4 +1,4 @@
-"""From a built service to a running process: logs, signals, the event loop."""
+"""The process of one or several services: logs, signals, the event loop."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ringfence.kernel.service import logging as ringfence_logging
 from ringfence.kernel.service.runtime import Runtime
 
 HELD_S = 5.0
-"""For so long a process waits for its threads once its services have stopped."""
+"""How long a process waits for its threads after its services have stopped."""
 
 
 def run(runtimes: Sequence[Runtime], settings: ServiceSettings) -> int:
-    """Run services in this process until SIGTERM or SIGINT, then drain; SIGHUP reads their key files again.
+    """Run services in this process until SIGTERM or SIGINT, then drain them. SIGHUP reads their key files again.
 
-    Returns the exit status. The process is to end by that: where something holds it longer than `HELD_S`, it is ended.
+    Returns the exit status. The caller must end the process then: if it is still running after `HELD_S`, it is ended.
     """
     trouble, floods = OutageLog(settings), LogLimiter()
     ringfence_logging.configure(
@@ -37,8 +37,8 @@ def run(runtimes: Sequence[Runtime], settings: ServiceSettings) -> int:
         level=settings.log_level,
         filters=(trouble, floods),
     )
-    os.umask(0o077)  # what it writes, also by libraries, is for its user alone
-    # The memory of a service holds its private key: no crash leaves a copy on a disk.
+    os.umask(0o077)  # files written here, also by libraries, are for this user alone
+    # The memory of a service holds its private key: a crash must not leave a copy on a disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     search_seldom_for_cycles()
     try:
@@ -50,10 +50,10 @@ def run(runtimes: Sequence[Runtime], settings: ServiceSettings) -> int:
 
 
 def search_seldom_for_cycles() -> None:
-    """Have Python look for unreachable cycles as seldom as suits a service; call it once all is loaded.
+    """Make garbage collection of cycles rare, as suits a service. Call it once everything is loaded.
 
-    What is loaded by then stays, and is never looked at again. Messages are trees, which end without a search: those of
-    one batch together must not start one. With 50,000 for the first number audit spent 3 to 13 % of its time on that.
+    Objects loaded by then are never searched again. Messages are trees, which are freed without a search; those of one
+    batch together must not start one. With a first threshold of 50,000, audit spent 3 to 13 % of its time on searches.
     """
     gc.freeze()
     gc.set_threshold(250_000, 20, 20)
@@ -82,15 +82,16 @@ async def _until_signalled(runtimes: Sequence[Runtime], trouble: OutageLog, floo
 
 
 def _end_within(held_s: float, error: BaseException | None) -> None:
-    """All is done: threads that Python waits for (a name that is looked up, a disk) hold the process no longer than
-    that, and not at all once it is told to end again. Who asks twice does not make a failure of a clean end.
+    """End the process after `held_s`, even if threads hang that Python waits for (a name look-up, a disk).
+
+    A second signal ends it at once. It does not turn a clean end into a failure.
     """
 
     def end(*_: object) -> None:
         if error is not None:
             # Not by `sys.stderr`: a thread that hangs may have its lock.
-            told = visible_traceback(type(error), error, error.__traceback__)
-            os.write(2, told.encode(errors="replace"))
+            message = visible_traceback(type(error), error, error.__traceback__)
+            os.write(2, message.encode(errors="replace"))
         os._exit(0 if error is None else 1)
 
     for signum in (signal.SIGTERM, signal.SIGINT):

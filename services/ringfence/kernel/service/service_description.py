@@ -83,7 +83,7 @@ class _ServiceDocument(AsyncAPI):
             for name in ("channels", "operations", "messages", "schemas"):
                 if name in part:
                     part[name] = dict(sorted(part[name].items()))
-        return document
+        return {"asyncapi": document["asyncapi"], **document}
 
 
 class _JsonDocument:

@@ -36,8 +36,8 @@ def apply_bundle(trust: TrustStore, record: Received, clock: Clock) -> bool:
 class DeferredRecords:
     """Delivers records again when the next trust bundle arrives.
 
-    It wraps a reader that sees each record once and ignores what nobody vouches for. Records that services signed after
-    the end of the bundle in force are kept, up to 50,000, and delivered to the reader a second time. A consumer's batch
+    It wraps a reader that sees each record once and ignores unverifiable ones. Records that services signed after the
+    end of the bundle in force are kept, up to 50,000, and delivered to the reader a second time. A consumer's batch
     waits instead (`DeadLetters`).
     """
 
@@ -47,7 +47,7 @@ class DeferredRecords:
         self._kept: deque[Received] = deque(maxlen=_MOST)
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Pass records on, and keep those that the next bundle may vouch for. Garbage is not kept."""
+        """Pass records on, and keep those that the next bundle may verify. Garbage is not kept."""
         for record in records:
             if self._trust.may_be_vouched_for(record.topic, record.value, record.appended_at_ms / 1000):
                 if len(self._kept) == _MOST:

@@ -25,7 +25,7 @@ class Span:
 
     def __init__(self, traceparent: str | None = None) -> None:
         self.traceparent = traceparent
-        """What comes of this work goes on from here."""
+        """Trace context for what follows from this work."""
 
     def note(self, **facts: object) -> None:
         """Add attributes: `agent_id` becomes `ringfence.agent.id`. Values of None are left out."""
@@ -74,7 +74,7 @@ class TraceableRecord(Protocol):
     def span(self) -> Span: ...
 
     def with_span(self, span: Span) -> Self:
-        """The same record with this span."""
+        """Return the same record with this span."""
         ...
 
 
@@ -82,7 +82,7 @@ Record = TypeVar("Record", bound=TraceableRecord)
 
 
 class Work(NamedTuple):
-    """What a span is made from."""
+    """The input of a span."""
 
     traceparent: str | None
     """The trace context of the message; without it no span is made."""

@@ -1,4 +1,4 @@
-"""Tracing for an agent's or a person's program, by the tracer that its application has set up."""
+"""Tracing in an agent's or a person's program, with the tracer that its application has set up."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 def of_application() -> Tracing:
-    """What makes spans in an agent's or a person's program: by the tracer of the application, where it has set one."""
-    if "opentelemetry.trace" not in sys.modules:  # nobody can have set one
+    """Return the application's tracing, or one that records nothing if the application has set up no tracer."""
+    if "opentelemetry.trace" not in sys.modules:  # then no tracer can be set
         return NOT_TRACING
     from ringfence.kernel.tracing.otel import in_application
 

@@ -1,7 +1,7 @@
-"""Where a service's spans go: over HTTP to what takes OTLP (a collector, Jaeger, Tempo), in the background.
+"""Export of a service's spans over OTLP/HTTP to a collector, Jaeger or Tempo, in the background.
 
-Whether that is there, slow or hanging changes nothing for the service. What waits is bounded, what does not fit is
-dropped and counted, and at the end so much time is given to what is left and no more.
+A missing, slow or hanging receiver changes nothing for the service. The queue is bounded; spans beyond the bound are
+dropped and counted. At shutdown the remaining spans get a fixed time.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.tracing.otel import SCOPE, VERSION, SpanTracing
 
 MOST_WAITING = 8192
-"""So many spans wait to be sent, at most; each takes about 3 KB."""
+"""The most spans in the queue; each takes about 3 KB."""
 CLOSE_S = 2.0
-"""So long a service that stops waits for what is left to be sent."""
+"""How long a stopping service waits for the remaining spans."""
 
 
-class _Once(logging.Filter):
-    """Lets through what is said first when spans stop arriving, and nothing more until they arrive again."""
+class _FirstFailureFilter(logging.Filter):
+    """Logs the first failure of an export, and nothing more until an export succeeds."""
 
     failing = False
 
     def filter(self, record: logging.LogRecord) -> bool:
-        said, self.failing = self.failing, True
-        return not said
+        was_failing, self.failing = self.failing, True
+        return not was_failing
 
 
-_once = _Once()
-logging.getLogger(OTLPSpanExporter.__module__).addFilter(_once)
+_first_failure = _FirstFailureFilter()
+logging.getLogger(OTLPSpanExporter.__module__).addFilter(_first_failure)
 
 
 class Exporting(SpanTracing):
-    """Makes the spans of one service, and sends them."""
+    """Records the spans of one service, and exports them."""
 
     def __init__(self, role: str, instance: str, exporter: SpanExporter) -> None:
         """`instance`: a name that no other process has."""
@@ -60,12 +60,14 @@ class Exporting(SpanTracing):
 
     @classmethod
     def to(cls, url: str, role: str, instance: str) -> Self:
-        """Sends them to this URL; headers, certificates and the like are `OTEL_EXPORTER_OTLP_*` of the environment."""
+        """Export to this URL.
+
+        Headers, certificates and the like come from `OTEL_EXPORTER_OTLP_*` in the environment.
+        """
         return cls(role, instance, OTLPSpanExporter(endpoint=url))
 
     async def close(self) -> None:
-        """See `Tracing`."""
-        # In a thread that nobody has to wait for: it may hang in a connection.
+        # In a daemon thread: it may hang in a connection.
         closing = threading.Thread(target=self._provider.shutdown, name="spans", daemon=True)
         closing.start()
         loop = asyncio.get_running_loop()
@@ -76,33 +78,32 @@ class Exporting(SpanTracing):
 
 
 class _Queue(BatchSpanProcessor):
-    """Spans that wait to be sent: what is too much is dropped and counted, where it comes in."""
+    """Bounded queue of spans for export. A span beyond the bound is dropped and counted when it arrives."""
 
     def __init__(self, exporter: SpanExporter) -> None:
         self._lock = threading.Lock()
         self._waiting = 0
         self._over = False
-        super().__init__(_Telling(exporter, self._settled), max_queue_size=MOST_WAITING)
+        super().__init__(_CountingExporter(exporter, self._count_exported), max_queue_size=MOST_WAITING)
 
     def on_end(self, span: ReadableSpan) -> None:
-        """Called with each span that has ended."""
         if span.context is None or not span.context.trace_flags.sampled:
             return
         with self._lock:
-            taken = not self._over and self._waiting < MOST_WAITING
-            self._waiting += taken
-        if taken:
+            admitted = not self._over and self._waiting < MOST_WAITING
+            self._waiting += admitted
+        if admitted:
             super().on_end(span)
         else:
             metrics.SPANS.labels("dropped").inc()
 
     def give_up(self) -> None:
-        """What is not sent by now counts as dropped, whatever becomes of it."""
+        """Count everything not exported yet as dropped, whatever becomes of it."""
         with self._lock:
             self._over = True
         metrics.SPANS.labels("dropped").inc(self._waiting)
 
-    def _settled(self, count: int, outcome: str) -> None:
+    def _count_exported(self, count: int, outcome: str) -> None:
         with self._lock:
             if self._over:
                 return
@@ -110,25 +111,24 @@ class _Queue(BatchSpanProcessor):
         metrics.SPANS.labels(outcome).inc(count)
 
 
-class _Telling(SpanExporter):
-    """Tells what an exporter did with what it was given."""
+class _CountingExporter(SpanExporter):
+    """Exporter that reports the result of another exporter."""
 
     def __init__(self, exporter: SpanExporter, settled: Callable[[int, str], None]) -> None:
         self._exporter = exporter
-        self._settled = settled
+        self._count_exported = settled
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Send some spans."""
         result = SpanExportResult.FAILURE
         try:
             result = self._exporter.export(spans)
         finally:
             arrived = result is SpanExportResult.SUCCESS
-            self._settled(len(spans), "sent" if arrived else "failed")
+            self._count_exported(len(spans), "sent" if arrived else "failed")
             if arrived:
-                _once.failing = False
+                _first_failure.failing = False
         return result
 
     def shutdown(self) -> None:
-        """Give up what is on its way."""
+        """Give up exports under way."""
         self._exporter.shutdown()

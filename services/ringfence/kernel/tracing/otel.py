@@ -1,4 +1,4 @@
-"""Spans by OpenTelemetry, with the attributes of its conventions for messaging (semantic conventions 1.45)."""
+"""Spans of OpenTelemetry, with the attributes of its messaging conventions (semantic conventions 1.45)."""
 
 from __future__ import annotations
 
@@ -20,15 +20,12 @@ from ringfence.kernel.tracing.api import NO_SPAN, Record, Span, TraceableRecord,
 from ringfence.kernel.tracing.traceparent import new_traceparent, parsed, trace_id, written
 
 SCOPE = "ringfence"
-"""The name of the instrumentation."""
 VERSION = version("ringfence")
 LONGEST = 256
-"""Of a text. Keys and ids are written by whoever writes a record, of any length."""
+"""The longest text of an attribute. Whoever writes a record chooses keys and ids, of any length."""
 
 
 class TracedSpan(Span):
-    """A span of OpenTelemetry."""
-
     __slots__ = ("_span",)
 
     def __init__(self, span: trace.Span) -> None:
@@ -36,16 +33,14 @@ class TracedSpan(Span):
         self._span = span
 
     def note(self, **facts: object) -> None:
-        """See `Span`."""
         self._span.set_attributes(_attributes(facts))
 
     def refused(self, *codes: str) -> None:
-        """See `Span`."""
         self._span.set_attribute("ringfence.reasons", [code[:LONGEST] for code in codes])
         self._fail(codes[0] if codes else "refused")
 
     def end(self, error: BaseException | None = None) -> None:
-        """See `Span`. Of an error its code or its type is said, and not its message."""
+        """End the span. Of an error it records the code or the type, not the message."""
         if not self._span.is_recording():
             return
         if error is not None:
@@ -53,7 +48,6 @@ class TracedSpan(Span):
         self._span.end()
 
     def end_when(self, acknowledged: asyncio.Future[Any], index: int = 0) -> None:
-        """See `Span`."""
         if self._span.is_recording():
             acknowledged.add_done_callback(lambda done: self._acknowledged(done, index))
 
@@ -73,19 +67,18 @@ class TracedSpan(Span):
 
 
 class SpanTracing(Tracing):
-    """Makes spans by a tracer."""
+    """Records spans with an OpenTelemetry tracer."""
 
     def __init__(self, tracer: trace.Tracer, *, in_application: bool = False) -> None:
-        """`in_application`: what has no `traceparent` goes on from the application's current span, or starts a trace.
+        """`in_application`: work without a `traceparent` continues the application's current span, or starts a trace.
 
-        In a service nothing but a message does: what services tell each other all the time is no trace of anything.
+        In a service, only a message continues or starts one: routine traffic between services belongs to no trace.
         """
         self._tracer = tracer
         self._in_application = in_application
 
     @contextlib.contextmanager
     def received(self, batch: Sequence[Record], group: str) -> Iterator[Sequence[Record]]:
-        """See `Tracing`."""
         traced = [record.with_span(self._received(record, group)) for record in batch]
         with _ending([record.span for record in traced]):
             yield traced
@@ -103,14 +96,12 @@ class SpanTracing(Tracing):
         return self._start(f"process {record.topic_name}", SpanKind.CONSUMER, record.traceparent, attributes)
 
     def sending(self, topic: str, id: str, key: str, traceparent: str | None) -> Span:
-        """See `Tracing`."""
         if parsed(traceparent) is None and not self._in_application:
             return Span(new_traceparent(sampled=False))
         attributes = _messaging("send", topic, id, key)
         return self._start(f"send {topic}", SpanKind.PRODUCER, traceparent, attributes)
 
     def step(self, name: str, work: Work) -> Span:
-        """See `Tracing`."""
         traceparent, facts, because_of, took_ns = work
         if parsed(traceparent) is None and not self._in_application:
             return NO_SPAN
@@ -126,7 +117,6 @@ class SpanTracing(Tracing):
 
     @contextlib.contextmanager
     def steps(self, name: str, work: Iterable[Work]) -> Iterator[Sequence[Span]]:
-        """See `Tracing`."""
         spans = [self.step(name, one) for one in work]
         with _ending(spans):
             yield spans
@@ -147,13 +137,13 @@ class SpanTracing(Tracing):
         else:
             context = None if self._in_application else Context()
         span = self._tracer.start_span(name, context, kind, attributes, links, began_ns)
-        if not span.get_span_context().is_valid:  # the application's tracer makes none
+        if not span.get_span_context().is_valid:  # the application's tracer records none
             return Span(traceparent if parent is not None else new_traceparent())
         return TracedSpan(span)
 
 
 def in_application() -> Tracing | None:
-    """What makes spans by the application's own tracer; None where it has set none up."""
+    """Return tracing with the application's own tracer, or None if it has set up none."""
     provider = trace.get_tracer_provider()
     if isinstance(provider, trace.ProxyTracerProvider):
         return None
@@ -173,7 +163,7 @@ def _ending(spans: Sequence[Span]) -> Iterator[None]:
 
 
 def _messaging(operation: str, topic: str, id: str | None, key: str | None) -> dict[str, AttributeValue]:
-    """What every span about a message says: what it is about, and nothing of what is in it."""
+    """Return the attributes of every span about a message. They name the message and hold nothing of its content."""
     attributes: dict[str, AttributeValue] = {
         "messaging.system": "kafka",
         "messaging.operation.type": operation,
@@ -193,7 +183,7 @@ def _name(fact: str) -> str:
 
 
 def _attributes(facts: Mapping[str, object]) -> dict[str, AttributeValue]:
-    """Of facts as attributes: numbers and truth values as they are, everything else as text."""
+    """Return facts as attributes: numbers and booleans as they are, everything else as text."""
     return {
         _name(fact): value if isinstance(value, bool | int | float) else str(value)[:LONGEST]
         for fact, value in facts.items()

@@ -1,6 +1,7 @@
-"""Whether a service makes spans, and where they go: by its own setting, or by OpenTelemetry's for everybody.
+"""Settings of tracing: whether a service records spans, and where it exports them.
 
-It imports nothing of the extra `otel`, so that services start without it.
+Ringfence's own setting comes first, then OpenTelemetry's for all programs. This module imports nothing of the extra
+`otel`, so that services start without it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ _PROTOCOL = "http/protobuf"
 
 
 def of_service(role: str, instance: str, settings: ServiceSettings) -> Tracing:
-    """What makes the spans of a service. `instance` is a name that no other process has.
+    """Return the tracing of a service. `instance` is a name that no other process has.
 
-    Raises SettingsError where it is asked for what cannot be done.
+    Raises SettingsError if the settings ask for something that is not possible.
     """
     url = where_to(settings.otlp_endpoint, os.environ)
     if url is None:
@@ -31,7 +32,7 @@ def of_service(role: str, instance: str, settings: ServiceSettings) -> Tracing:
         missing = "that needs the extra `otel` (ringfence[otel]): pip install '.[otel]'"
         if settings.otlp_endpoint:
             raise SettingsError(f"RINGFENCE_OTLP_ENDPOINT is set, and {missing}, or unset it")
-        # Set for everything that runs there, perhaps: no reason not to work.
+        # It may be set for everything on this machine, which is no reason to fail.
         log.warning("OTEL_EXPORTER_OTLP_ENDPOINT is set, and %s", missing)
         return NOT_TRACING
     from ringfence.kernel.tracing.export import Exporting  # it needs the extra
@@ -40,12 +41,13 @@ def of_service(role: str, instance: str, settings: ServiceSettings) -> Tracing:
 
 
 def where_to(endpoint: str, environment: Mapping[str, str]) -> str | None:
-    """The URL that spans are sent to, or None for nowhere.
+    """Return the URL to export spans to, or None for no export.
 
     Args:
-        endpoint: the setting, a base URL; `OTEL_EXPORTER_OTLP_ENDPOINT`, or what is for traces alone, where empty.
+        endpoint: the setting, a base URL. If empty, the variables of OpenTelemetry for all signals
+            (`OTEL_EXPORTER_OTLP_ENDPOINT`) and for traces count.
 
-    Raises SettingsError where another protocol is asked for than there is.
+    Raises SettingsError if another protocol is requested than is supported.
     """  # fmt: skip
     if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return None

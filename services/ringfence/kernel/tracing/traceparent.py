@@ -1,4 +1,4 @@
-"""W3C Trace Context: one request is one trace, across all hops."""
+"""W3C Trace Context (`traceparent`): one request is one trace across all hops."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _SAMPLED = 1
 
 
 class Parent(NamedTuple):
-    """What a `traceparent` says."""
+    """A parsed `traceparent`."""
 
     trace: str
     span: str
     sampled: bool
-    """Whether whoever wrote it asked for the trace to be kept."""
+    """Whether the writer asked to keep the trace."""
 
 
 def parsed(traceparent: str | None) -> Parent | None:
-    """What a `traceparent` says, or None where it is none: of another version, malformed, or all zeros."""
+    """Parse a `traceparent`. Returns None if it is of another version, malformed, or all zeros."""
     match = _TRACEPARENT.fullmatch(traceparent or "")
     if match is None:
         return None
@@ -30,37 +30,37 @@ def parsed(traceparent: str | None) -> Parent | None:
 
 
 def written(trace: str, span: str, *, sampled: bool) -> str:
-    """The `traceparent` that says this."""
+    """Format a `traceparent`."""
     return f"00-{trace}-{span}-{_SAMPLED if sampled else 0:02x}"
 
 
 def new_traceparent(*, sampled: bool = True) -> str:
-    """A `traceparent` that starts a trace."""
-    # A span is told from others, not kept from anybody.
+    """Return a `traceparent` that starts a trace."""
+    # The id distinguishes spans; it is not secret.
     return written(secrets.token_hex(16), f"{random.getrandbits(63) + 1:016x}", sampled=sampled)
 
 
 def traceparent_of(id: str) -> str:
-    """The `traceparent` that follows from a UUID, of which no half is zero: its variant stands in the second."""
+    """Return the `traceparent` derived from a UUID. Neither half is zero: the variant bits are in the second."""
     digits = id.replace("-", "")
     return written(digits, digits[16:], sampled=True)
 
 
 def well_formed(traceparent: str | None) -> str | None:
-    """The `traceparent`, or None where it is none."""
+    """Return the `traceparent` if it is valid, else None."""
     return traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else None
 
 
 def trace_id(traceparent: str | None) -> str | None:
-    """The trace id of a `traceparent`, or None where it is none."""
+    """Return the trace id of a `traceparent`, or None if it is invalid."""
     match = _TRACEPARENT.fullmatch(traceparent or "")
     return match.group(1) if match else None
 
 
 def nearest(later: str | None, first: str | None) -> str | None:
-    """What to go on from, of two: `later`, as long as that is the same trace, else `first`.
+    """Return `later` if it belongs to the same trace as `first`, else `first`.
 
-    So whoever sends something about a request cannot move it into a trace of their own.
+    So nobody who sends something about a request can move it into a trace of their own.
     """
     if first is None or trace_id(later) == trace_id(first):
         return later

@@ -49,9 +49,9 @@ class Tip:
 
 def linkable(event: dict[str, Any]) -> bytes:
     """The JSON of an event without its link, with `unmapped` last. Changes `event`."""
-    words = event.pop("unmapped")
-    words.pop("chain", None)
-    event["unmapped"] = words
+    unmapped = event.pop("unmapped")
+    unmapped.pop("chain", None)
+    event["unmapped"] = unmapped
     return orjson.dumps(event)
 
 
@@ -87,7 +87,7 @@ class Source(NamedTuple):
 
 
 class Chained(NamedTuple):
-    """What the chain needs of a published event. `link` is None for events from before there was a chain."""
+    """The fields of a published event that the chain needs. `link` is None for events from before there was a chain."""
 
     uid: str
     source: Source
@@ -98,9 +98,9 @@ def event_of(value: bytes) -> Chained | None:
     """Parse a record of `audit`; None if it is not an event."""
     event = loaded(value)
     try:
-        words = event["unmapped"]
-        link = words.get("chain")
-        source = words["source"]
+        unmapped = event["unmapped"]
+        link = unmapped.get("chain")
+        source = unmapped["source"]
         return Chained(
             str(event["metadata"]["uid"]),
             Source(str(source["topic"]), int(source["partition"]), int(source["offset"])),

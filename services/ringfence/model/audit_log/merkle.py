@@ -1,7 +1,7 @@
-"""Merkle trees over logs, as in RFC 9162, section 2.1, with SHA-256: heads, and proofs that a few hashes carry. Pure.
+"""Merkle trees over logs (RFC 9162 2.1, SHA-256): tree heads, inclusion proofs and consistency proofs. Pure.
 
 A tree of `size` leaves is never held whole. Its *peaks* are the roots of the complete subtrees that it consists of, the
-largest first: one for each bit that is set in `size`. They are all that is needed to add leaves and to tell the root.
+largest first: one for each bit that is set in `size`. They suffice to add leaves and to compute the root.
 """
 
 from __future__ import annotations
@@ -13,40 +13,41 @@ from dataclasses import dataclass
 Hash = bytes
 """32 bytes."""
 Subtree = Callable[[int, int], Hash]
-"""(level, index) to the root of the complete subtree over `2 ** level` leaves, the first of them `index << level`."""
+"""Maps (level, index) to the root of the complete subtree over `2 ** level` leaves, the first of them `index <<
+level`.
+"""
 
 EMPTY_ROOT: Hash = hashlib.sha256().digest()
-"""The root of a tree without leaves."""
 
 
 def leaf_hash(entry: bytes) -> Hash:
-    """The hash of one leaf; it differs from every `node_hash` by its first byte."""
+    """Return the hash of one leaf. It differs from every `node_hash` by the first byte that is hashed."""
     return hashlib.sha256(b"\x00" + entry).digest()
 
 
 def node_hash(left: Hash, right: Hash) -> Hash:
-    """The hash of what stands above two subtrees."""
+    """Return the hash of the parent of two subtrees."""
     return hashlib.sha256(b"\x01" + left + right).digest()
 
 
 @dataclass(slots=True)
 class TreeHead:
-    """A tree that grows: how many leaves it has, and its peaks."""
+    """The head of a growing tree: its number of leaves, and its peaks."""
 
     size: int = 0
     peaks: tuple[Hash, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises ValueError where there are not as many peaks as a tree of that size has."""
+        """Raises ValueError if the number of peaks does not fit the size."""
         if self.size < 0 or len(self.peaks) != self.size.bit_count():
             raise ValueError(f"a tree of {self.size} leaves has not {len(self.peaks)} peaks")
 
     def grown(self, leaves: Iterable[Hash]) -> TreeHead:
-        """The tree with these leaves at its end."""
+        """Return the tree with these leaves appended."""
         size, peaks = self.size, list(self.peaks)
         for leaf in leaves:
             carried = leaf
-            # As in counting: each bit that was set merges with what is carried, until one was not.
+            # As in counting: each set bit merges with the carry, until one was not set.
             for _ in range((~size & (size + 1)).bit_length() - 1):
                 carried = node_hash(peaks.pop(), carried)
             peaks.append(carried)
@@ -55,7 +56,7 @@ class TreeHead:
 
     @property
     def root(self) -> Hash:
-        """The Merkle Tree Hash."""
+        """Return the Merkle Tree Hash."""
         if not self.peaks:
             return EMPTY_ROOT
         root = self.peaks[-1]
@@ -65,9 +66,9 @@ class TreeHead:
 
 
 def inclusion_proof(index: int, size: int, subtree: Subtree) -> list[Hash]:
-    """PATH: what leads from leaf `index` to the root of the tree of `size` leaves (RFC 9162, 2.1.3.1).
+    """Return PATH: the proof that leaf `index` is in the tree of `size` leaves (RFC 9162 2.1.3.1).
 
-    Raises ValueError where the tree has no such leaf.
+    Raises ValueError if the tree has no such leaf.
     """
     if not 0 <= index < size:
         raise ValueError(f"a tree of {size} leaves has no leaf {index}")
@@ -75,9 +76,9 @@ def inclusion_proof(index: int, size: int, subtree: Subtree) -> list[Hash]:
 
 
 def consistency_proof(old: int, size: int, subtree: Subtree) -> list[Hash]:
-    """PROOF: that the tree of `size` leaves begins with that of `old` leaves (RFC 9162, 2.1.4.1).
+    """Return PROOF: the proof that the tree of `size` leaves begins with that of `old` leaves (RFC 9162 2.1.4.1).
 
-    Raises ValueError where `old` is not from 1 to `size`.
+    Raises ValueError if `old` is not from 1 to `size`.
     """
     if not 1 <= old <= size:
         raise ValueError(f"a tree of {size} leaves does not go on from one of {old}")
@@ -85,9 +86,9 @@ def consistency_proof(old: int, size: int, subtree: Subtree) -> list[Hash]:
 
 
 def root_by_inclusion(leaf: Hash, index: int, size: int, proof: Sequence[Hash]) -> Hash:
-    """The root that an inclusion proof leads to (RFC 9162, 2.1.3.2): compare it with a signed one.
+    """Return the root that an inclusion proof leads to (RFC 9162 2.1.3.2). The caller compares it with a signed one.
 
-    Raises ValueError where the proof has not the length that it must have.
+    Raises ValueError if the proof has the wrong length.
     """
     if not 0 <= index < size:
         raise ValueError(f"a tree of {size} leaves has no leaf {index}")
@@ -108,7 +109,7 @@ def root_by_inclusion(leaf: Hash, index: int, size: int, proof: Sequence[Hash]) 
 
 
 def is_consistent(old: int, old_root: Hash, size: int, root: Hash, proof: Sequence[Hash]) -> bool:
-    """Whether a consistency proof holds between two heads (RFC 9162, 2.1.4.2)."""
+    """Return whether a consistency proof holds between two heads (RFC 9162 2.1.4.2)."""
     if not 1 <= old <= size:
         return False
     if old == size:
@@ -134,12 +135,15 @@ def is_consistent(old: int, old_root: Hash, size: int, root: Hash, proof: Sequen
 
 
 def _split(count: int) -> int:
-    """The largest power of two below `count`."""
+    """Return the largest power of two below `count`."""
     return 1 << (count - 1).bit_length() - 1
 
 
 def _range_root(start: int, end: int, subtree: Subtree) -> Hash:
-    """MTH of the leaves from `start` up to `end`, where `start` is a multiple of the power of two that is not below."""
+    """Return the MTH of the leaves from `start` to before `end`.
+
+    `start` is a multiple of the least power of two that is not less than their number.
+    """
     count = end - start
     if count & (count - 1) == 0:
         level = count.bit_length() - 1

@@ -1,7 +1,7 @@
-"""Whether the events of one partition of `audit` are all that there ever were, unchanged and in their order. Pure.
+"""Verification of an audit partition: are the events complete, unchanged and in order? Pure.
 
-The links tell what is missing, changed, moved, or there twice between the first event that is there and the last; a
-signed checkpoint tells it of what is gone at the end, and of a chain that was written anew from some point on.
+The links between events show what is missing, changed, moved or duplicated between the first and the last event that
+exists. A signed checkpoint shows what is missing at the end, and that a chain was rewritten from some point on.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ FaultKind = Literal[
     "missing",
     "invented",
 ]
-"""`removed`, `truncated`: events are gone, in the middle or at the end. `changed`: one is not what its successor says
-that it was. `reordered`: one stands behind one that came after it. `duplicated`: one is there twice. `foreign`: what
-stands there is no event of this chain. `rewritten`: the chain is not the one that was signed. `missing`: a record on
-another topic has no event. `invented`: an event is about a record that is not there."""
+"""`removed`, `truncated`: events are missing, in the middle or at the end.
+
+`changed`: an event differs from what its successor says. `reordered`: an event stands behind a later one. `duplicated`:
+an event stands there twice. `foreign`: a record is no event of this chain. `rewritten`: the chain differs from the
+signed one. `missing`: a record on another topic has no event. `invented`: an event is about a record that does not
+exist.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is wrong: with which event, by its place in the chain and its uid where that is known."""
+    """One fault: its kind and the affected event, by its place in the chain and, if known, its uid."""
 
     kind: FaultKind
     tree: str
@@ -45,7 +48,7 @@ class Fault:
 
 @dataclass(slots=True)
 class _Gap:
-    """Events that have not come, `first` to `last`, and the hash of the one before them."""
+    """Missing events, `first` to `last`, and the hash of the event before them."""
 
     first: int
     last: int
@@ -53,23 +56,23 @@ class _Gap:
 
 
 class ChainVerifier:
-    """Takes the records of one partition in the order in which they stand there, then says what is wrong."""
+    """Takes the records of one partition in their order, then reports the faults."""
 
     def __init__(
         self, tree: str, checkpoints: Sequence[AuditCheckpoint] = (), seen: Sequence[tuple[int, str]] = ()
     ) -> None:
         """Args:
-            checkpoints: of this tree, of whatever age; validly signed, and consistent in themselves.
-            seen: heads that somebody else saw, as size and root.
+            checkpoints: checkpoints of this tree, of any age; validly signed, and consistent in themselves.
+            seen: tree heads that somebody else saw, as size and root.
         """  # fmt: skip
         self.tree = tree
         self.faults: list[Fault] = []
         self.first = 0
-        """The `seq` of the first event that is there; 0 where none is."""
+        """The `seq` of the first event that exists; 0 if there is none."""
         self.unchained = 0
-        """How many events stand before the first that is chained: they are from before there was a chain."""
+        """The number of events before the first chained one, from before there was a chain."""
         self.sources: dict[str, Source] = {}
-        """Of all events by their uids: the record that each is about."""
+        """By uid of each event: the record that it is about."""
         self._checkpoints = {one.size: one for one in checkpoints}
         self._roots: dict[int, set[str]] = {}
         for size, root in (*((one.size, one.root) for one in checkpoints), *seen):
@@ -82,13 +85,13 @@ class ChainVerifier:
         self._whole = True
 
     def take(self, value: bytes, offset: int) -> None:
-        """The next record of the partition."""
-        found = event_of(value)
-        if found is None or found.link is None:
-            self._unlinked(found, offset)
+        """Verify the next record of the partition."""
+        event = event_of(value)
+        if event is None or event.link is None:
+            self._unlinked(event, offset)
             return
-        link, uid = found.link, found.uid
-        self.sources[uid] = found.source
+        link, uid = event.link, event.uid
+        self.sources[uid] = event.source
         if link.tree != self.tree:
             self._fault("foreign", f"an event of chain {link.tree} stands there", link.seq, uid, offset)
             return
@@ -102,10 +105,10 @@ class ChainVerifier:
             self._whole, self._last = False, None
             self._follow(link, uid, offset, hashed)
         else:
-            self._again(link, uid, offset, hashed)
+            self._take_repeated(link, uid, offset, hashed)
 
     def finish(self) -> None:
-        """All records have been taken: what did not come is missing."""
+        """Report as missing everything that has not come. Call it after the last record."""
         for gap in self._gaps:
             self._fault("removed", f"{_events(gap.first, gap.last)} not there", gap.first)
         self._gaps.clear()
@@ -119,32 +122,32 @@ class ChainVerifier:
 
     @property
     def last(self) -> int:
-        """The `seq` of the last event that is there."""
+        """Return the `seq` of the last event that exists."""
         return self._next - 1 if self.first else 0
 
     @property
     def head(self) -> TreeHead | None:
-        """The tree over all events; None where it cannot be told, as some are gone."""
+        """Return the tree head over all events, or None if it cannot be computed because some are missing."""
         return self._tip.head if self._whole else None
 
     # --- one record ---
 
-    def _unlinked(self, found: Chained | None, offset: int) -> None:
-        if found is not None and not self.first:
+    def _unlinked(self, event: Chained | None, offset: int) -> None:
+        if event is not None and not self.first:
             self.unchained += 1
-            self.sources[found.uid] = found.source
+            self.sources[event.uid] = event.source
         else:
             self._fault("foreign", "what stands there is no event of the chain", None, None, offset)
 
     def _begin(self, link: ChainLink) -> None:
-        """What came before the first event is gone, by its age: what is known of it is what was signed."""
+        """Start at the first event. Earlier ones were deleted by their age; only what was signed is known of them."""
         self.first = link.seq
         if link.seq == 1:
             return
         self._next, self._last = link.seq, None
-        known = self._checkpoints.get(link.seq - 1)
-        if known is not None:
-            self._tip = Tip.of(known)
+        checkpoint = self._checkpoints.get(link.seq - 1)
+        if checkpoint is not None:
+            self._tip = Tip.of(checkpoint)
             self._last = self._tip.last
         else:
             self._whole = False
@@ -160,8 +163,8 @@ class ChainVerifier:
             self._tip = Tip(self._tip.head.grown((hashed,)), hashed)
         self._compare(link.seq, hashed, offset)
 
-    def _again(self, link: ChainLink, uid: str, offset: int, hashed: Hash) -> None:
-        """One that should have come before: late, or there twice, or in the place of another."""
+    def _take_repeated(self, link: ChainLink, uid: str, offset: int, hashed: Hash) -> None:
+        """Classify an event that should have come before: late, duplicated, or in the place of another."""
         if link.seq < self.first:
             self._fault(
                 "reordered", f"event {link.seq} stands behind event {self.last}", link.seq, uid, offset
@@ -169,8 +172,8 @@ class ChainVerifier:
             return
         gap = next((gap for gap in self._gaps if gap.first <= link.seq <= gap.last), None)
         if gap is None:
-            known = self._seqs.get(uid)
-            twice = f"event {link.seq} stands there twice" if known == link.seq else (
+            first_seq = self._seqs.get(uid)
+            twice = f"event {link.seq} stands there twice" if first_seq == link.seq else (
                 f"another event {link.seq} stands there as well"
             )  # fmt: skip
             self._fault("duplicated", twice, link.seq, uid, offset)
@@ -191,14 +194,14 @@ class ChainVerifier:
             self._gaps.append(_Gap(seq + 1, gap.last, hashed))
 
     def _know(self, link: ChainLink, uid: str, offset: int) -> None:
-        known = self._seqs.setdefault(uid, link.seq)
-        if known != link.seq:
+        first_seq = self._seqs.setdefault(uid, link.seq)
+        if first_seq != link.seq:
             self._fault(
-                "duplicated", f"event {known} is there again as event {link.seq}", link.seq, uid, offset
+                "duplicated", f"event {first_seq} is there again as event {link.seq}", link.seq, uid, offset
             )
 
     def _compare(self, seq: int, hashed: Hash, offset: int) -> None:
-        """Hold the chain against what was signed when it had come so far."""
+        """Compare the chain with the tree heads that were signed for this size."""
         signed, roots = self._checkpoints.get(seq), self._roots.get(seq)
         differs = signed is not None and signed.last != hashed.hex()
         if self._whole and roots is not None:

@@ -1,1 +1,1 @@
-"""HTTP targets: the map from requests to verbs and resources, and MCP."""
+"""HTTP targets: the map from requests to verbs and resources, and the Model Context Protocol."""

@@ -1,8 +1,9 @@
-"""Messages of the Model Context Protocol (2025-06-18 and later), read so that nobody can read them otherwise. Pure.
+"""Strict parser of Model Context Protocol messages (2025-06-18 and later): no other reader can read them differently.
 
-A message is one JSON-RPC 2.0 object: a batch, which the protocol no longer has, is refused. So are names that differ
-from others, or from those that mean something, by nothing but upper and lower case: some readers of JSON take
-`Name` for `name`.
+Pure.
+
+A message is one JSON-RPC 2.0 object. A batch, which the protocol no longer has, is refused. Names that differ only in
+case from others, or from meaningful ones, are refused too: some JSON readers take `Name` for `name`.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.strict_json import json_object
 
 RESPONSE: Final = "response"
-"""Stands for the method of what answers a request of the server's, which has none."""
+"""Stands for the method of a response to a request of the server. A response has no method."""
 NAMED_BY: Final[Mapping[str, str]] = {
     "tools/call": "name", "prompts/get": "name",
     "resources/read": "uri", "resources/subscribe": "uri", "resources/unsubscribe": "uri",
 }  # fmt: skip
-"""The member of `params` that says which one is meant, by method."""
+"""By method: the member of `params` that names the tool, prompt or resource."""
 CALL: Final = "tools/call"
-_ASKS: Final = frozenset({
+_READ_METHODS: Final = frozenset({
     "initialize", "ping", "tools/list", "prompts/list", "prompts/get", "resources/list", "resources/templates/list",
     "resources/read", "completion/complete",
 })  # fmt: skip
-"""What changes nothing at the server, as the protocol has it."""
+"""Methods that change nothing at the server, according to the protocol."""
 _NOTIFIES: Final = "notifications/"
 WITH_ARGUMENTS: Final = frozenset({"tools/call", "prompts/get"})
 LISTED: Final[Mapping[str, tuple[str, str]]] = {
     "tools": ("tools/call", "name"), "prompts": ("prompts/get", "name"), "resources": ("resources/read", "uri"),
 }  # fmt: skip
-"""The members of a result that list things, by what they are called there: how one is used, and what names it."""
+"""By member of a list result: the method that uses an entry, and the member that names the entry."""
 
 _TOP: Final = frozenset({"jsonrpc", "id", "method", "params", "result", "error"})
 _MEANT: Final = frozenset({"name", "uri", "arguments", "_meta"})
@@ -42,12 +43,12 @@ _MAX_ID: Final = 2**53 - 1
 
 
 class McpMessageError(RingfenceError):
-    """What was posted is no single message that can be understood for certain. The message says what is wrong."""
+    """Raised when a body is not exactly one message that can be read unambiguously. The message says what is wrong."""
 
     def __init__(self, code: str, message: str, *, id: str | int | None = None) -> None:
         super().__init__(message, code=code)
         self.id = id
-        """Of the request, where that much could be read."""
+        """The id of the request, if that could be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,44 +57,44 @@ class McpMessage:
 
     kind: Literal["request", "notification", "response"]
     method: str
-    """`RESPONSE` where it is one."""
+    """The JSON-RPC method; `RESPONSE` for a response."""
     id: str | int | None = None
     name: str | None = None
-    """Of the tool or prompt, or the URI of the resource."""
+    """The name of the tool or prompt, or the URI of the resource."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def only_asks(self) -> bool:
-        """Whether it changes nothing, whatever the server is. Of a call that cannot be said."""
-        return self.method in _ASKS or self.method.startswith(_NOTIFIES)
+        """Return whether the message changes nothing at any server. For a tool call that is unknown, so it is False."""
+        return self.method in _READ_METHODS or self.method.startswith(_NOTIFIES)
 
 
 def read_message(body: bytes) -> McpMessage:
-    """The message that a body is. Raises McpMessageError."""
+    """Parse a body into one message. Raises McpMessageError."""
     if body.lstrip(b" \t\r\n")[:1] == b"[":
         raise McpMessageError("mcp_batch", "several messages at once are not taken: post each by itself")
     try:
-        given = json_object(body)
+        document = json_object(body)
     except ValueError as error:
         raise McpMessageError(
-            "mcp_unreadable", f"the message is not one JSON object: {_short(error)}"
+            "mcp_unreadable", f"the message is not one JSON object: {_without_quotation(error)}"
         ) from None
-    if not given.keys() <= _TOP or given.get("jsonrpc") != "2.0":
+    if not document.keys() <= _TOP or document.get("jsonrpc") != "2.0":
         raise _invalid("it is not JSON-RPC 2.0, or has members that JSON-RPC does not know")
-    id = given.get("id")
-    if "id" in given and not _is_id(id):
+    id = document.get("id")
+    if "id" in document and not _is_id(id):
         raise _invalid("its id is neither a text nor a whole number")
-    if "method" not in given:
-        return _response(given, id)
-    if "result" in given or "error" in given:
+    if "method" not in document:
+        return _response(document, id)
+    if "result" in document or "error" in document:
         raise _invalid("it is a request and a response", id)
-    method, params = given["method"], given.get("params", {})
+    method, params = document["method"], document.get("params", {})
     if not isinstance(method, str) or method == RESPONSE:
         raise _invalid("its method is none", id)
     if not isinstance(params, dict):
         raise _invalid("its params are no object", id)
-    name, arguments = _meant(method, params, id)
-    kind: Literal["request", "notification"] = "request" if "id" in given else "notification"
+    name, arguments = _name_and_arguments(method, params, id)
+    kind: Literal["request", "notification"] = "request" if "id" in document else "notification"
     if (kind == "notification") != method.startswith("notifications/"):
         raise _invalid("a notification has no id and a method notifications/..., a request has an id", id)
     return McpMessage(kind, method, id, name, arguments)
@@ -105,10 +106,10 @@ def _response(given: Mapping[str, Any], id: str | int | None) -> McpMessage:
     return McpMessage("response", RESPONSE, id)
 
 
-def _meant(
+def _name_and_arguments(
     method: str, params: Mapping[str, Any], id: str | int | None
 ) -> tuple[str | None, Mapping[str, Any]]:
-    """What a request names, and with which arguments."""
+    """Return what a request names, and its arguments. Raises McpMessageError."""
     if clash(params) or any(name.casefold() in _MEANT and name not in _MEANT for name in params):
         raise _invalid("names in its params differ by upper and lower case alone", id)
     name = params.get(NAMED_BY[method]) if method in NAMED_BY else None
@@ -123,9 +124,9 @@ def _meant(
 
 
 def clash(names: Iterable[str]) -> bool:
-    """Whether two names are the same but for upper and lower case."""
-    given = list(names)
-    return len({name.casefold() for name in given}) != len(given)
+    """Return whether two of the names differ only in case."""
+    listed = list(names)
+    return len({name.casefold() for name in listed}) != len(listed)
 
 
 def _is_id(id: Any) -> bool:
@@ -138,7 +139,7 @@ def _invalid(what: str, id: str | int | None = None) -> McpMessageError:
     return McpMessageError("mcp_invalid", f"the message is refused: {what}", id=id)
 
 
-def _short(error: ValueError) -> str:
-    """Without what the parser quotes of the text, which may be a secret."""
-    known = ("nested too deeply", "no JSON object", "a name comes twice")
-    return str(error) if str(error) in known else "it cannot be parsed"
+def _without_quotation(error: ValueError) -> str:
+    """Return the error's text without what the parser quotes: that may be a secret."""
+    quotable = ("nested too deeply", "no JSON object", "a name comes twice")
+    return str(error) if str(error) in quotable else "it cannot be parsed"

@@ -1,4 +1,4 @@
-"""Which message of the Model Context Protocol a rule of a target's map means, and what it captures. Pure."""
+"""Matching of Model Context Protocol messages against the rules of a target's request map, and captures. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ringfence.messages.registry import McpRule
 from ringfence.model.http_targets.mcp import NAMED_BY, WITH_ARGUMENTS, McpMessage
 
 ARGUMENT: Final = re.compile(r"arguments\.([A-Za-z0-9_.$-]{1,64}?)(\*?)")
-"""What stands in the braces of a resource for an argument: its name, and whether it may be several segments."""
+"""A placeholder for an argument in a resource: its name, and whether it may hold several segments."""
 HOLE: Final = re.compile(r"\{([^{}]*)\}")
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -22,20 +22,20 @@ _NOT_IN_A_SEGMENT: Final = re.compile(r"[/\\%;\x00-\x1f\x7f]")
 
 
 class McpRuleError(ValueError):
-    """A rule has no meaning. The message says what is wrong."""
+    """Raised when a rule has no meaning. The message says what is wrong."""
 
 
 class CannotTellError(Exception):
-    """A condition or a capture that cannot be judged: falling through to a weaker rule would be a guess."""
+    """Raised when a condition or capture cannot be evaluated. Falling through to a weaker rule would be a guess."""
 
 
 class CompiledMcpRule:
-    """One rule, ready to be held against messages."""
+    """One rule, ready to match messages."""
 
     __slots__ = ("_conditions", "_method", "_name", "captures", "conditional")
 
     def __init__(self, rule: McpRule) -> None:
-        """Raises McpRuleError."""
+        """Raises McpRuleError if the rule has no meaning."""
         self._method = rule.method
         if rule.name is not None and rule.method not in NAMED_BY:
             raise McpRuleError(f"a message {rule.method} names nothing: leave the name out")
@@ -49,31 +49,31 @@ class CompiledMcpRule:
         self.conditional = bool(self._conditions)
 
     def named(self, method: str, name: str | None) -> dict[str, str] | None:
-        """What the template captures of a name, or None where it is another method or name."""
+        """Return what the template captures of a name, or None if method or name do not match."""
         if self._method != method and not (
             self._method == _ANY_NOTIFICATION and method.startswith("notifications/")
         ):
             return None
         if self._name is None:
             return {}
-        found = self._name.fullmatch(name or "")
-        return dict(zip(self.captures, found.groups(), strict=True)) if found is not None else None
+        match = self._name.fullmatch(name or "")
+        return dict(zip(self.captures, match.groups(), strict=True)) if match is not None else None
 
     def fits(self, message: McpMessage) -> bool:
-        """Whether the arguments are as the rule wants them. Raises CannotTellError."""
+        """Return whether the arguments meet the rule's conditions. Raises CannotTellError."""
         return all(
-            any(_same(argument(message, name), value) for value in values)
+            any(_equal_json(argument(message, name), value) for value in values)
             for name, values in self._conditions.items()
         )
 
 
 def takes_arguments(method: str) -> bool:
-    """Whether a resource can be made of the arguments of such a message."""
+    """Return whether a resource can be built from the arguments of such a message."""
     return method in WITH_ARGUMENTS
 
 
 def argument(message: McpMessage, name: str) -> Any:
-    """One argument, or None where it is not there. Raises CannotTellError where another is spelled almost so."""
+    """Return one argument, or None if it is missing. Raises CannotTellError if another name differs only in case."""
     if name not in message.arguments and any(
         given.casefold() == name.casefold() for given in message.arguments
     ):
@@ -82,20 +82,23 @@ def argument(message: McpMessage, name: str) -> Any:
 
 
 def captured(message: McpMessage, hole: str) -> str:
-    """What an argument puts into a resource. Raises CannotTellError where it is missing, or not what a name is of."""
-    found = ARGUMENT.fullmatch(hole)
-    assert found is not None, "checked when the rule was compiled"
-    value = argument(message, found[1])
+    """Return what an argument puts into a resource.
+
+    Raises CannotTellError if it is missing or has an unusable value.
+    """
+    match = ARGUMENT.fullmatch(hole)
+    assert match is not None, "checked when the rule was compiled"
+    value = argument(message, match[1])
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
         raise CannotTellError
-    check_segments(value, several=bool(found[2]))
+    check_segments(value, several=bool(match[2]))
     return value
 
 
 def check_segments(value: str, *, several: bool) -> None:
-    """Raises CannotTellError where a text is not one segment of a name, or `several`."""
+    """Raise CannotTellError unless a text is one valid segment of a name, or with `several` a path of them."""
     for segment in value.split("/") if several else [value]:
         if segment in ("", ".", "..") or _NOT_IN_A_SEGMENT.search(segment):
             raise CannotTellError
@@ -128,6 +131,6 @@ def _literal(text: str) -> Any:
     return int(text) if _WHOLE.fullmatch(text) else text
 
 
-def _same(given: Any, wanted: Any) -> bool:
-    """As JSON has it: 1 is not true, and an argument that is not there is null."""
+def _equal_json(given: Any, wanted: Any) -> bool:
+    """Compare as JSON does: 1 is not true, and a missing argument equals null."""
     return type(given) is type(wanted) and bool(given == wanted)

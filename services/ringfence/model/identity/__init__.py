@@ -1,1 +1,1 @@
-"""Identities of agents: SPIFFE IDs, attestation by a platform, tokens for APIs."""
+"""Agent identities: SPIFFE IDs, attestation by a platform, API tokens."""

@@ -1,4 +1,4 @@
-"""API tokens as their callers sign them: one for each call, for the one service that is called."""
+"""API tokens, which callers sign for themselves: one for each call, for the one service that is called."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ringfence.messages.base import ServiceRole
 
 
 def api_token(key: SigningKey, service: ServiceRole, *, now_ms: int) -> str:
-    """A token by `key` for one call of `service` in the trust domain of the key's id. It counts once."""
+    """Return a token by `key` for one call of `service` in the trust domain of the key's id. It is accepted once."""
     trust_domain = key.id.removeprefix("spiffe://").partition("/")[0]
     now_s = now_ms // 1000
     claims = ApiToken(

@@ -1,4 +1,4 @@
-"""Which identity tokens an agent's selectors let in. Pure."""
+"""Attestation: which identity tokens of platforms match an agent's selectors. Pure."""
 
 from __future__ import annotations
 
@@ -11,29 +11,32 @@ from ringfence.messages.enrolment import AttestationSelector
 from ringfence.model.unknown_fields import is_understood
 
 _IDENTIFYING = ("sub", "repository", "repository_id", "/kubernetes.io/serviceaccount/uid")
-"""Claims that name one workload, or one project, among all those of an issuer."""
+"""Claims that identify one workload or one project among all of an issuer."""
 _LONGEST_VALUE = 2048
 _SEPARATORS = ":/"
 
 
 def audience(trust_domain: str) -> str:
-    """What a platform's token must be for. No person's token is for that, so none of those enrols anything."""
+    """Return the audience that a platform's token must have.
+
+    No person's token has it, so none of those enrols anything.
+    """
     return f"spiffe://{trust_domain}/enrol"
 
 
 def bound_audience(trust_domain: str, kid: str) -> str:
-    """The same, for one key alone: what to ask for wherever the platform lets its caller choose."""
+    """Return the audience bound to one key. Request this one wherever the platform lets its caller choose."""
     return f"{audience(trust_domain)}/{kid}"
 
 
 def selector_id(selector: AttestationSelector) -> str:
-    """What a selector is known by in enrolments and leases: another selector has another id."""
+    """Return the id of a selector in enrolments and leases. Different selectors have different ids."""
     fields = selector.model_dump(mode="json")
     return digest(json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
 
 
 def problem(selector: AttestationSelector) -> str | None:
-    """Why a selector lets in more than one agent's instances, or None."""
+    """Return the reason why a selector could match instances of more than one agent, or None."""
     for name in _IDENTIFYING:
         pattern = selector.claims.get(name)
         if pattern is not None and _names_one(name, pattern):
@@ -55,19 +58,21 @@ def _names_one(name: str, pattern: str) -> bool:
 def matching(
     selectors: Iterable[AttestationSelector], issuer: str, claims: Mapping[str, Any]
 ) -> tuple[AttestationSelector, dict[str, str]] | None:
-    """The first selector that the claims of a verified token match, and the claims that it looks at; or None."""
+    """Return the first selector that the claims of a verified token match, and the claims that it checks; or None."""
     for selector in selectors:
         if selector.issuer == issuer:
-            found = {name: value for name in selector.claims if (value := claim(claims, name)) is not None}
-            if fits(selector, issuer, found):
-                return selector, found
+            matched_claims = {
+                name: value for name in selector.claims if (value := claim(claims, name)) is not None
+            }
+            if fits(selector, issuer, matched_claims):
+                return selector, matched_claims
     return None
 
 
 def fits(selector: AttestationSelector, issuer: str, found: Mapping[str, str]) -> bool:
-    """Whether claims, by the names that the selector has for them, are as it wants them.
+    """Return whether claims, by the names that the selector has for them, meet the selector.
 
-    A selector with a field that this version does not know, which may limit it, lets nobody in.
+    A selector with a field that this version does not know matches nothing: the field may limit it.
     """
     return (
         selector.issuer == issuer
@@ -77,7 +82,7 @@ def fits(selector: AttestationSelector, issuer: str, found: Mapping[str, str]) -
 
 
 def claim(claims: Mapping[str, Any], name: str) -> str | None:
-    """One claim as text; None where it is not there, or is no text, whole number or truth value."""
+    """Return one claim as text. None if it is missing, or is not a string, an integer or a boolean."""
     value: Any = claims
     for step in _steps(name):
         if not isinstance(value, Mapping) or step not in value:
@@ -91,24 +96,24 @@ def claim(claims: Mapping[str, Any], name: str) -> str | None:
 
 
 def _steps(name: str) -> list[str]:
-    """RFC 6901, 4: `~1` is a slash, `~0` a tilde."""
+    """Decode a JSON Pointer (RFC 6901 4): `~1` is a slash, `~0` a tilde."""
     if not name.startswith("/"):
         return [name]
     return [step.replace("~1", "/").replace("~0", "~") for step in name[1:].split("/")]
 
 
 def matches(pattern: str, value: str) -> bool:
-    """Whether `value` is `pattern`, in which `*` stands for any characters. In linear time for each `*`."""
-    first, *others = pattern.split("*")
-    if not others:
+    """Return whether `value` matches `pattern`, in which `*` stands for any characters. Linear time for each `*`."""
+    first, *rest = pattern.split("*")
+    if not rest:
         return pattern == value
-    *between, last = others
+    *between, last = rest
     if not value.startswith(first) or len(value) < len(first) + len(last) or not value.endswith(last):
         return False
     at, end = len(first), len(value) - len(last)
     for part in between:
-        found = value.find(part, at, end)
-        if found < 0:
+        position = value.find(part, at, end)
+        if position < 0:
             return False
-        at = found + len(part)
+        at = position + len(part)
     return True

@@ -48,22 +48,23 @@ again has its old `run_id` and the data of the other server, but a new replicati
 _CLUSTER_SCHEMES = {"redis+cluster": False, "rediss+cluster": True}
 """Schemes of the URL of a cluster, and whether they speak TLS."""
 _MAX_QUEUED_KEYS = 50
-"""How many expired keys are queued for a slow reader."""
 _LOOK_FOR_NODES_S = 10.0
 
 
 class LostError(UnavailableError):
-    """Redis may have forgotten leases: it was restarted, wiped, restored or replaced, and is not rebuilt yet."""
+    """Raised when Redis may have forgotten leases: it was restarted, wiped, restored or replaced, and is not rebuilt
+    yet.
+    """
 
 
 class FullError(UnavailableError):
-    """Redis is out of memory. Scripts that end leases work all the same."""
+    """Raised when Redis is out of memory. Scripts that end leases work all the same."""
 
     code = "overloaded"
 
 
 class _WrongServerError(RedisError):
-    """A new connection reached a server that is not known to hold the leases."""
+    """Raised when a new connection reached a server that is not known to hold the leases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,9 +373,9 @@ class _Address:
 
     def client(self, greet: Greeting) -> Redis | RedisCluster:
         """A client. `greet` is awaited with each new connection before it is used."""
-        return self._cluster(greet) if self.nodes else self._alone(greet)
+        return self._cluster(greet) if self.nodes else self._standalone_client(greet)
 
-    def _alone(self, greet: Greeting) -> Redis:
+    def _standalone_client(self, greet: Greeting) -> Redis:
         pool = ConnectionPool.from_url(
             self.url,
             decode_responses=False,

@@ -94,7 +94,6 @@ class LeaseKeys:
     kept_until_ms: int | None
     """When the record of an ended lease expires, -1 for never; None if it has no such record."""
     selector_keys: frozenset[str]
-    """The selector keys that it is found by."""
 
 
 class Restoration:
@@ -132,17 +131,17 @@ class Restoration:
     async def look(self) -> None:
         """Read which servers there are, and their epochs. Comes first, unless `begin` is called."""
         size = len(self._keys)
-        asked = [*(at.epoch for at in self._keys), *(at.spread for at in self._keys)]
-        answers = await self._link.inspect(asked)
-        found, spread = answers[:size], [count for _, count in answers[size:]]
-        self._run_ids = [run_id for run_id, _ in found]
+        guard_keys = [*(at.epoch for at in self._keys), *(at.spread for at in self._keys)]
+        answers = await self._link.inspect(guard_keys)
+        epochs, spread = answers[:size], [count for _, count in answers[size:]]
+        self._run_ids = [run_id for run_id, _ in epochs]
         self._claim = f"{self._run_ids[0]}.{self._nonce}"
         self._spread = {int(count) for count in spread if count is not None}
         self.complete = set(spread) == {b"%d" % size} and all(
-            epoch is not None and epoch_server(epoch) == run_id for run_id, epoch in found
+            epoch is not None and epoch_server(epoch) == run_id for run_id, epoch in epochs
         )
-        self.rebuild_all = any(epoch == REBUILD_ALL for _, epoch in found)
-        self.epochs = {epoch_name(epoch) for _, epoch in found if epoch and epoch != REBUILD_ALL}
+        self.rebuild_all = any(epoch == REBUILD_ALL for _, epoch in epochs)
+        self.epochs = {epoch_name(epoch) for _, epoch in epochs if epoch and epoch != REBUILD_ALL}
 
     async def begin(self, *, anyway: bool = False) -> bool:
         """Stop all other use of Redis. False if another rebuild is running, or Redis is complete: then nothing is done.
@@ -303,7 +302,7 @@ class Restoration:
         """Whether a rebuild is running now."""
         return bool((await self._link.pipeline([("EXISTS", self._keys[0].rebuilding)]))[0])
 
-    # --- what there is, as it is ---
+    # --- reading Redis as it is ---
 
     async def ids(self) -> list[str]:
         """All leases that have not ended by Redis's keys, including those that no revoker would claim.
@@ -341,7 +340,7 @@ class Restoration:
                 *(_found_by(at, id, selector_key, some[0]) for selector_key in some),
             ]
         answers = iter(await self._link.pipeline(commands))
-        return {lease_id: _held(answers, some) for lease_id, some in selector_keys.items()}
+        return {lease_id: _lease_keys(answers, some) for lease_id, some in selector_keys.items()}
 
     async def waiting(self) -> set[tuple[str, int]]:
         """The records (lease id, `seq`) in the outbox."""
@@ -360,7 +359,7 @@ class Restoration:
         return Survey(self._link, self._prefix, self._keys, alive, knowledge, now_ms)
 
     async def alive(self) -> dict[str, LiveLease]:
-        """What the integrity check needs of each lease that has not ended."""
+        """Return the fields of each live lease that the integrity check needs."""
         ids, alive = await self.ids(), dict[str, LiveLease]()
         for start in range(0, len(ids), _BATCH_SIZE):
             for id, one in (await self.held(dict.fromkeys(ids[start : start + _BATCH_SIZE], ()))).items():
@@ -438,7 +437,7 @@ class Restoration:
         return [bool(answer) for answer in await self._link.pipeline(commands)]
 
     async def first_seen_positions(self, ids: Sequence[str]) -> dict[str, Coordinates]:
-        """Where selectors (derived ids) were seen first; unknown ones are omitted."""
+        """Return the positions at which selectors (derived ids) were first seen; unknown ones are omitted."""
         answers = await self._link.pipeline([("GET", self._at(id).selector(id)) for id in ids])
         return {id: parse_position(text) for id, text in zip(ids, answers, strict=True) if text is not None}
 
@@ -451,7 +450,7 @@ class Restoration:
         return Call(script, (*keys, at.rebuilding), (*args, self._claim))
 
 
-def _held(answers: Iterator[Any], selector_keys: Sequence[str]) -> LeaseKeys:
+def _lease_keys(answers: Iterator[Any], selector_keys: Sequence[str]) -> LeaseKeys:
     record, live_until_ms, deadline_ms, claimed, kept_until_ms = next(answers)
     return LeaseKeys(
         StoredLease.parse(record) if record else None,

@@ -190,7 +190,7 @@ return {'prepared'}
 )
 PREPARE = Script(_PREPARE)
 CLOSE = Script(_PREPARE, always=True)
-"""The same by a revoker that keeps the issuer from activating the lease."""
+"""As PREPARE, by a revoker that keeps the issuer from activating the lease."""
 
 # KEYS: live, claimed, outbox, outbox times, fences, index...
 # ARGV: id, deadline, requested at, head of the record, record, outbox field, least time left,
@@ -234,7 +234,7 @@ return 1
 """
 USE_GRANT = Script(_USE_GRANT)
 RECOUNT = Script(_USE_GRANT, always=True)
-"""The same for leases that are issued already."""
+"""As USE_GRANT, for leases that are issued already."""
 
 # KEYS: live, fences. ARGV: id, selector key...
 LOOK = Script(
@@ -606,4 +606,3 @@ SCRIPTS = (
     PREPARE, CLOSE, ACTIVATE, USE_GRANT, RECOUNT, LOOK, GET, CLAIM, COUNT_DUE, DUE_SOON, POSTPONE, TRANSITION, SEQS,
     STALE, RESTORE,
 )  # fmt: skip
-"""The scripts that services load when they connect."""

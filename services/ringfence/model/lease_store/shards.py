@@ -49,10 +49,10 @@ def epoch_name(epoch: bytes) -> str:
 
 
 def _why_lost(strange: int, shards: int, spread: Collection[bytes | None]) -> str:
-    others = sorted({int(count) for count in spread if count is not None} - {shards})
-    if others:
+    counts = sorted({int(count) for count in spread if count is not None} - {shards})
+    if counts:
         return (
-            f"leases in Redis are spread over {others[0]} shards, and not over {shards} (RINGFENCE_REDIS_SHARDS, the "
+            f"leases in Redis are spread over {counts[0]} shards, and not over {shards} (RINGFENCE_REDIS_SHARDS, the "
             "same for all services): a revoker rebuilds them from Kafka"
         )
     return (
@@ -110,18 +110,20 @@ class Shards:
         async with self._checking:
             if self._epochs is None:
                 size = len(self.keys)
-                asked = [*(keys.epoch for keys in self.keys), *(keys.spread for keys in self.keys)]
-                answers = await self.link.inspect(asked)
-                found, spread = answers[:size], {count for _, count in answers[size:]}
-                strange = [epoch for run_id, epoch in found if epoch is None or epoch_server(epoch) != run_id]
-                if len({epoch_name(epoch or b"") for _, epoch in found}) > 1:
-                    strange = strange or [epoch for _, epoch in found]
+                guard_keys = [*(keys.epoch for keys in self.keys), *(keys.spread for keys in self.keys)]
+                answers = await self.link.inspect(guard_keys)
+                epochs, spread = answers[:size], {count for _, count in answers[size:]}
+                strange = [
+                    epoch for run_id, epoch in epochs if epoch is None or epoch_server(epoch) != run_id
+                ]
+                if len({epoch_name(epoch or b"") for _, epoch in epochs}) > 1:
+                    strange = strange or [epoch for _, epoch in epochs]
                 if strange or spread != {b"%d" % size}:
                     self._lost.set()
                     raise LostError(_why_lost(len(strange), size, spread))
                 self._lost.clear()
-                self._run_ids = frozenset(run_id for run_id, _ in found)
-                self._epochs = [epoch for _, epoch in found if epoch is not None]
+                self._run_ids = frozenset(run_id for run_id, _ in epochs)
+                self._epochs = [epoch for _, epoch in epochs if epoch is not None]
             return self._epochs
 
     @contextlib.asynccontextmanager
@@ -223,7 +225,7 @@ class ServerHealth:
         """By server: how many keys it had evicted at the first check in this epoch."""
 
     def update(self, answers: Mapping[str, tuple[int, Sequence[Any]]], *, epoch: str) -> list[str]:
-        """Take in answers to `HEALTH_COMMANDS`, by server name, each with its time of arrival in ms.
+        """Process answers to `HEALTH_COMMANDS`, by server name, each with its time of arrival in ms.
 
         Returns the servers that have evicted keys in this epoch.
         """

@@ -90,7 +90,6 @@ _GATHER_S = 0.3
 any sweeper's age limit."""
 _WATCH_EVERY_S = 1.0
 _LOST_LOOK_S = 0.1
-"""How often a lost Redis is checked for a rebuild."""
 
 
 class LeaseStore(Shards):
@@ -263,11 +262,11 @@ class LeaseStore(Shards):
                 for at, epoch, numbers in parts
             ]
         )
-        found: dict[int, StepResult] = {}
+        results: dict[int, StepResult] = {}
         for (*_, numbers), some in zip(parts, answers, strict=True):
             for number, answer in zip(numbers, some, strict=True):
-                found[number] = DONE if answer == [b"done"] else step_result(*answer)
-        return [found[number] for number in range(len(steps))]
+                results[number] = DONE if answer == [b"done"] else step_result(*answer)
+        return [results[number] for number in range(len(steps))]
 
     def _write(
         self, at: Keys, epoch: str | None, steps: Sequence[PreparedStep], visibility_ms: int, only_due: bool
@@ -289,17 +288,17 @@ class LeaseStore(Shards):
 
         A lease is due if its deadline has come, or if it was claimed and did not end in time.
         """
-        wanted = [self.keys[shard] for shard in shards]
+        shard_keys = [self.keys[shard] for shard in shards]
         calls = [
             ShardCall(CLAIM, at, (at.deadlines, at.claimed, at.minutes), (limit, visibility_ms))
-            for at in wanted
+            for at in shard_keys
         ]
-        found = []
-        for at, (now_ms, next_ms, flat) in zip(wanted, await self._run(calls), strict=True):
+        claimed = []
+        for at, (now_ms, next_ms, flat) in zip(shard_keys, await self._run(calls), strict=True):
             pairs = zip(flat[::2], flat[1::2], strict=True)
             leases = {uuid_text(id): stored_of(record) for id, record in pairs}
-            found.append(ClaimedLeases(at.shard, now_ms, next_ms, leases))
-        return found
+            claimed.append(ClaimedLeases(at.shard, now_ms, next_ms, leases))
+        return claimed
 
     async def count_due(self, *, within_ms: int) -> list[int]:
         """How many leases of each shard have their deadlines within `within_ms`, at most `AHEAD_MS`, from now."""
@@ -337,7 +336,7 @@ class LeaseStore(Shards):
     # --- the outbox ---
 
     def published(self, records: Iterable[tuple[str, int]]) -> None:
-        """Kafka has these records (lease id, seq): `clear_outbox` removes them, many at a time.
+        """Note that Kafka has these records (lease id, seq): `clear_outbox` removes them, many at a time.
 
         If this process dies before, a sweeper of the outbox publishes them once more, unchanged.
         """
@@ -389,7 +388,7 @@ class LeaseStore(Shards):
             for field, record in zip(flat[::2], flat[1::2], strict=True)
         ]
 
-    # --- what Kafka has and Redis has not ---
+    # --- records that Kafka has and Redis lacks ---
 
     async def seqs(self, lease_ids: Sequence[str]) -> dict[str, int]:
         """The `seq` of each lease's record, 0 if there is none."""
@@ -454,7 +453,10 @@ class LeaseStore(Shards):
     async def first_seen(
         self, positions: Mapping[str, Coordinates], *, keep_ms: int
     ) -> dict[str, Coordinates]:
-        """Where selectors (derived ids) were seen first: at these positions, unless they were seen before."""
+        """Record where selectors (derived ids) were first seen: at these positions, unless they were seen before.
+
+        Returns the first positions.
+        """
         commands: list[Command] = []
         for id, position in positions.items():
             key = self.at(id).selector(id)
@@ -462,10 +464,12 @@ class LeaseStore(Shards):
         answers = await self._guarded(commands, map(self.at, positions))
         return {id: parse_position(text) for id, text in zip(positions, answers[1::2], strict=True)}
 
-    # --- asking ---
+    # --- look-up ---
 
     async def look(self, lease_id: str, selector_keys: Iterable[str] = ()) -> LeaseLookup:
-        """A lease and Redis's time, in one round trip; also up to when cuts cover leases with these selector keys."""
+        """Look up a lease and Redis's time in one round trip; also up to when cuts cover leases with these selector
+        keys.
+        """
         at, id = self.at(lease_id), uuid_bytes(lease_id)
         call = ShardCall(LOOK, at, (at.live(id), at.fences), (id, *map(cut_key, selector_keys)))
         ((now_ms, record, live, before_ms),) = await self._run([call])

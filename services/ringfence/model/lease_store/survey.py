@@ -87,7 +87,10 @@ class LiveLease:
 
     @classmethod
     def of(cls, stored: StoredLease) -> LiveLease:
-        """From its unverified record: it is compared with other keys, and nobody acts on it."""
+        """Return the fields from the lease's unverified record.
+
+        They are compared with other keys, and nobody acts on them.
+        """
         names = [unverified_names(stored.record, kind) for kind in ("agent", "sponsor", "user")]
         if None in names and (lease := _unverified(stored.record)) is not None:
             names = [(lease.agent_id,), (lease.sponsor,), (lease.on_behalf_of,)]
@@ -103,7 +106,10 @@ def _wide(sponsor: str, user: str) -> tuple[str, ...]:
 
 
 class Knowledge:
-    """What Kafka knows and Redis's records do not say. This one knows nothing, and finds nothing wrong."""
+    """Facts that Kafka knows and Redis's records do not contain.
+
+    This default knows nothing, and finds nothing wrong.
+    """
 
     def knows(self, lease_id: str) -> bool:
         """Whether Kafka has such a lease, ended or not."""
@@ -157,10 +163,10 @@ class Survey:
         async for key in self._link.keys(f"{self._prefix}{{*}}:*"):
             some.append(key)
             if len(some) == _BATCH_SIZE:
-                async for one in self._looked_at(some):
+                async for one in self._examine(some):
                     yield one
                 some = []
-        async for one in self._looked_at(some):
+        async for one in self._examine(some):
             yield one
 
     # --- keys of which each shard has one ---
@@ -176,7 +182,7 @@ class Survey:
             ]
         )
         for id in leases:
-            if not self._is_here(id, at):
+            if not self._is_of_shard(id, at):
                 yield _stray(at, at.leases, id, ("HDEL", at.leases, id))
         for id in deadlines:
             if not self._is_alive(id, at):
@@ -186,21 +192,21 @@ class Survey:
             if not self._is_alive(id, at):
                 yield _stray(at, at.claimed, id, ("ZREM", at.claimed, id))
             elif until_ms > latest_ms:
-                wanted = f"at most {latest_ms}"
-                about = _about(at, at.claimed, id)
+                expected = f"at most {latest_ms}"
+                subject = _entry_name(at, at.claimed, id)
                 repair: Command = ("ZADD", at.claimed, "XX", self._now_ms, id)
-                yield Stray(about, "mistimed", wanted, f"{until_ms:.0f}", (repair,))
+                yield Stray(subject, "mistimed", expected, f"{until_ms:.0f}", (repair,))
         for minute, open_ms in minutes:
             wanted_ms = int(minute) * 60_000 - AHEAD_MS if minute.isdigit() else None
             if wanted_ms is None:
                 yield _stray(at, at.minutes, minute, ("ZREM", at.minutes, minute))
             elif open_ms != wanted_ms:
                 repair = ("ZADD", at.minutes, wanted_ms, minute)
-                about = _about(at, at.minutes, minute)
-                yield Stray(about, "mistimed", str(wanted_ms), f"{open_ms:.0f}", (repair,))
+                subject = _entry_name(at, at.minutes, minute)
+                yield Stray(subject, "mistimed", str(wanted_ms), f"{open_ms:.0f}", (repair,))
         if claim_ms == -1:
             yield Stray(
-                _about(at, at.rebuilding), "mistimed", "an end", "none"
+                _entry_name(at, at.rebuilding), "mistimed", "an end", "none"
             )  # the next rebuild deletes it
 
     async def _outbox(self, at: Keys) -> AsyncIterator[Stray]:
@@ -223,14 +229,14 @@ class Survey:
                     yield _stray(at, at.outbox, field)  # only the signatures tell which of the two counts
                 since_ms = by_field.get(field)
                 if since_ms is None or abs(since_ms - self._now_ms) > SLACK_MS:
-                    about = _about(at, at.outbox, field)
+                    subject = _entry_name(at, at.outbox, field)
                     found = "" if since_ms is None else f"{since_ms:.0f}"
                     repair = ("ZADD", at.outbox_times, self._now_ms, field)
-                    yield Stray(about, "stuck", f"about {self._now_ms}", found, (repair,))
+                    yield Stray(subject, "stuck", f"about {self._now_ms}", found, (repair,))
 
     def _is_of(self, field: bytes, record: bytes, at: Keys) -> bool:
         """Whether a record is under its own lease and `seq`, in the shard of its lease."""
-        if not is_outbox_field(field) or not self._is_here(field[:ID_BYTES], at):
+        if not is_outbox_field(field) or not self._is_of_shard(field[:ID_BYTES], at):
             return False
         lease = _unverified(record)
         return lease is not None and (lease.lease_id, lease.seq) == lease_of_field(field)
@@ -241,7 +247,7 @@ class Survey:
         if not fields:
             return set()
         (stored,) = await self._link.pipeline([records_of(at, [field[:ID_BYTES] for field in fields])])
-        found = set()
+        contradicting = set()
         for field, kept in zip(fields, stored, strict=True):
             now, record = StoredLease.parse(kept) if kept else None, waiting[field]
             if now is None or record is None or now.record == record or now.seq != lease_of_field(field)[1]:
@@ -249,8 +255,8 @@ class Survey:
             # A record that a rebuild signed again says the same in another epoch.
             one, other = _unverified(record), _unverified(now.record)
             if one is None or other is None or statement(one) != statement(other):
-                found.add(field)
-        return found
+                contradicting.add(field)
+        return contradicting
 
     async def _signers(self, at: Keys) -> AsyncIterator[Stray]:
         """Signers are stored by number and by name. The entry by number decides."""
@@ -259,15 +265,15 @@ class Survey:
         for field, value in signers.items():
             if len(field) == 1:
                 if value not in signers:
-                    about = _about(at, at.signers, field)
+                    subject = _entry_name(at, at.signers, field)
                     repair = ("HSET", at.signers, value, field)
-                    yield Stray(about, "stray", "the number by the name", "", (repair,))
+                    yield Stray(subject, "stray", "the number by the name", "", (repair,))
             elif signers.get(value) != field:
                 yield _stray(at, at.signers, field, ("HDEL", at.signers, field))
 
     # --- keys of which there are many ---
 
-    async def _looked_at(self, keys: Sequence[bytes]) -> AsyncIterator[Stray]:
+    async def _examine(self, keys: Sequence[bytes]) -> AsyncIterator[Stray]:
         by_kind: dict[str, list[tuple[Keys, bytes, bytes]]] = {}
         for key in keys:
             shard, name = shard_of_key(self._prefix, key), key.partition(b"}:")[2]
@@ -275,8 +281,8 @@ class Survey:
                 continue
             if shard >= len(self._keys):
                 if name not in (SPREAD.encode(), REBUILDING.encode()):
-                    about = f"{_readable(name)} in shard {shard}"
-                    yield Stray(about, "stray", "", "of a shard that there is not", (("UNLINK", key),))
+                    subject = f"{_readable(name)} in shard {shard}"
+                    yield Stray(subject, "stray", "", "of a shard that there is not", (("UNLINK", key),))
                 continue
             at = self._keys[shard]
             for kind in (LIVE, ENDED, BY_AGENT, AGENTS, DUE, SELECTOR, GRANT):
@@ -290,15 +296,15 @@ class Survey:
                 async for one in looked(by_kind[kind]):
                     yield one
 
-    async def _live(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
-        for at, key, id in found:
+    async def _live(self, entries: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+        for at, key, id in entries:
             if not self._is_alive(id, at):
                 yield _stray(at, key, b"", ("UNLINK", key))
 
-    async def _ended(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
-        untils = await self._link.pipeline([("PTTL", key) for _, key, _ in found])
-        for (at, key, id), left_ms in zip(found, untils, strict=True):
-            if not self._is_here(id, at) or uuid_text(id) in self._alive:
+    async def _ended(self, entries: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+        untils = await self._link.pipeline([("PTTL", key) for _, key, _ in entries])
+        for (at, key, id), left_ms in zip(entries, untils, strict=True):
+            if not self._is_of_shard(id, at) or uuid_text(id) in self._alive:
                 yield _stray(at, key, b"", ("UNLINK", key))
                 continue
             if left_ms == -1:
@@ -307,24 +313,24 @@ class Survey:
             if left_ms != -2 and not self._knowledge.knows(uuid_text(id)):
                 yield Stray(uuid_text(id), "unknown", "", "ended")
 
-    async def _by_agent(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
-        answers = await self._link.pipeline([("HKEYS", key) for _, key, _ in found])
-        for (at, key, agent), ids in zip(found, answers, strict=True):
-            others = [
+    async def _by_agent(self, entries: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+        answers = await self._link.pipeline([("HKEYS", key) for _, key, _ in entries])
+        for (at, key, agent), ids in zip(entries, answers, strict=True):
+            stray_ids = [
                 id
                 for id in ids
                 if id != THUMBPRINT.encode()
                 and not (self._is_alive(id, at) and self._alive[uuid_text(id)].agent_id == _readable(agent))
             ]
-            is_empty = not set(ids) - set(others) - {THUMBPRINT.encode()}
-            for id in others or ([THUMBPRINT.encode()] if ids and is_empty else []):
+            is_empty = not set(ids) - set(stray_ids) - {THUMBPRINT.encode()}
+            for id in stray_ids or ([THUMBPRINT.encode()] if ids and is_empty else []):
                 yield _stray(at, key, id, ("UNLINK", key) if is_empty else ("HDEL", key, id))
 
-    async def _agents(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
-        answers = await self._link.pipeline([("HKEYS", key) for _, key, _ in found])
+    async def _agents(self, entries: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+        answers = await self._link.pipeline([("HKEYS", key) for _, key, _ in entries])
         asked = [
             (at, key, selector_key, agent)
-            for (at, key, selector_key), agents in zip(found, answers, strict=True)
+            for (at, key, selector_key), agents in zip(entries, answers, strict=True)
             for agent in agents
         ]
         for start in range(0, len(asked), _BATCH_SIZE):
@@ -332,35 +338,35 @@ class Survey:
             # Count and leases are read at one moment: leases come and go.
             now = await self._link.pipeline([count_and_leases(at, key, agent) for at, key, _, agent in some])
             for (at, key, selector_key, agent), (count, ids) in zip(some, now, strict=True):
-                wanted = await self._bearing(at, ids, _readable(selector_key))
-                if count is not None and count != b"%d" % wanted:
-                    repair = ("HSET", key, agent, wanted) if wanted else ("HDEL", key, agent)
-                    about = f"{_readable(agent)} of {_readable(selector_key)} in shard {at.shard}"
-                    yield Stray(about, "miscounted", str(wanted), _readable(count), (repair,))
+                expected = await self._count_matching(at, ids, _readable(selector_key))
+                if count is not None and count != b"%d" % expected:
+                    repair = ("HSET", key, agent, expected) if expected else ("HDEL", key, agent)
+                    subject = f"{_readable(agent)} of {_readable(selector_key)} in shard {at.shard}"
+                    yield Stray(subject, "miscounted", str(expected), _readable(count), (repair,))
 
-    async def _bearing(self, at: Keys, ids: Sequence[bytes], selector_key: str) -> int:
-        """How many of an agent's leases have this selector key. Redis is asked for leases newer than this check."""
-        here = [id for id in ids if self._is_here(id, at)]
-        known = [one for id in here if (one := self._alive.get(uuid_text(id))) is not None]
-        others = [id for id in here if uuid_text(id) not in self._alive]
-        for start in range(0, len(others), _BATCH_SIZE):
-            (records,) = await self._link.pipeline([records_of(at, others[start : start + _BATCH_SIZE])])
-            known += [LiveLease.of(StoredLease.parse(one)) for one in records if one]
-        return sum(selector_key in one.wide for one in known)
+    async def _count_matching(self, at: Keys, ids: Sequence[bytes], selector_key: str) -> int:
+        """Count an agent's leases with this selector key. Redis is asked for leases newer than this check."""
+        here = [id for id in ids if self._is_of_shard(id, at)]
+        known_leases = [one for id in here if (one := self._alive.get(uuid_text(id))) is not None]
+        newer_ids = [id for id in here if uuid_text(id) not in self._alive]
+        for start in range(0, len(newer_ids), _BATCH_SIZE):
+            (records,) = await self._link.pipeline([records_of(at, newer_ids[start : start + _BATCH_SIZE])])
+            known_leases += [LiveLease.of(StoredLease.parse(one)) for one in records if one]
+        return sum(selector_key in one.wide for one in known_leases)
 
-    async def _due(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
-        answers = await self._link.pipeline([("SMEMBERS", key) for _, key, _ in found])
-        for (at, key, minute), ids in zip(found, answers, strict=True):
+    async def _due(self, entries: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+        answers = await self._link.pipeline([("SMEMBERS", key) for _, key, _ in entries])
+        for (at, key, minute), ids in zip(entries, answers, strict=True):
             for id in ids:
-                lease = self._alive.get(uuid_text(id)) if self._is_here(id, at) else None
+                lease = self._alive.get(uuid_text(id)) if self._is_of_shard(id, at) else None
                 if lease is None or b"%d" % (lease.deadline_ms // 60_000) != minute:
                     yield _stray(at, key, id, ("SREM", key, id))
 
-    async def _selectors(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+    async def _selectors(self, entries: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
         answers = iter(
-            await self._link.pipeline([one for _, key, _ in found for one in (("PTTL", key), ("GET", key))])
+            await self._link.pipeline([one for _, key, _ in entries for one in (("PTTL", key), ("GET", key))])
         )
-        for at, key, id in found:
+        for at, key, id in entries:
             left_ms, place = next(answers), next(answers)
             if place is None:
                 continue
@@ -371,13 +377,13 @@ class Survey:
             elif left_ms == -1 or left_ms > SELECTOR_KEEP_MS + SLACK_MS:
                 yield self._mistimed(at, key, left_ms, SELECTOR_KEEP_MS)
 
-    async def _grants(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+    async def _grants(self, entries: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
         answers = iter(
             await self._link.pipeline(
-                [one for _, key, _ in found for one in (("PTTL", key), ("SMEMBERS", key))]
+                [one for _, key, _ in entries for one in (("PTTL", key), ("SMEMBERS", key))]
             )
         )
-        for at, key, grant_id in found:
+        for at, key, grant_id in entries:
             left_ms, ids = next(answers), next(answers)
             if not self._belongs(_readable(grant_id), at):
                 yield _stray(at, key, b"", ("UNLINK", key))
@@ -393,8 +399,10 @@ class Survey:
                 yield self._mistimed(at, key, left_ms, GRANT_KEEP_MS)
 
     def _mistimed(self, at: Keys, key: bytes, left_ms: int, keep_ms: int) -> Stray:
-        found = "none" if left_ms == -1 else f"in {left_ms} ms"
-        return Stray(_about(at, key), "mistimed", f"within {keep_ms} ms", found, (("PEXPIRE", key, keep_ms),))
+        expiry = "none" if left_ms == -1 else f"in {left_ms} ms"
+        return Stray(
+            _entry_name(at, key), "mistimed", f"within {keep_ms} ms", expiry, (("PEXPIRE", key, keep_ms),)
+        )
 
     # --- where entries belong ---
 
@@ -413,12 +421,12 @@ class Survey:
         at_most_ms = max(SELECTOR_KEEP_MS - age_ms, 0) + DAY_MS
         return _REVOCATIONS_STAY_MS - SLACK_MS < age_ms < 2 * SELECTOR_KEEP_MS and 0 <= left_ms <= at_most_ms
 
-    def _is_here(self, id: bytes, at: Keys) -> bool:
+    def _is_of_shard(self, id: bytes, at: Keys) -> bool:
         """Whether this is a lease id of this shard."""
         return len(id) == ID_BYTES and shard_of(uuid_text(id), len(self._keys)) == at.shard
 
     def _is_alive(self, id: bytes, at: Keys) -> bool:
-        return self._is_here(id, at) and uuid_text(id) in self._alive
+        return self._is_of_shard(id, at) and uuid_text(id) in self._alive
 
     def _belongs(self, id: str, at: Keys) -> bool:
         """Whether a derived id belongs to this shard."""
@@ -437,10 +445,10 @@ def _unverified(record: bytes) -> Lease | None:
 
 
 def _stray(at: Keys, key: str | bytes, member: bytes | str, *repair: Command) -> Stray:
-    return Stray(_about(at, key, member), "stray", "", "it is there", repair)
+    return Stray(_entry_name(at, key, member), "stray", "", "it is there", repair)
 
 
-def _about(at: Keys, key: str | bytes, member: bytes | str = b"") -> str:
+def _entry_name(at: Keys, key: str | bytes, member: bytes | str = b"") -> str:
     """A key and a member for people to read: without the prefix, and with raw ids as text."""
     name = (key if isinstance(key, bytes) else key.encode()).partition(b"}:")[2]
     kind, colon, rest = name.partition(b":")

@@ -41,11 +41,10 @@ class StoredLease:
     record: bytes
     """The signed record in packed form."""
     epoch: str | None = None
-    """The epoch in the record, if any."""
 
     @classmethod
     def parse(cls, text: bytes) -> StoredLease:
-        """From head and packed record, as scripts return them."""
+        """Parse head and packed record, as scripts return them."""
         head, _, record = text.partition(b"\n")
         state, deadline_s, *more = head.decode("ascii").split(" ")
         status = _STATUSES[state[0]]

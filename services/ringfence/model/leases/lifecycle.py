@@ -26,11 +26,10 @@ FOLLOWING: dict[LeaseStatus, frozenset[LeaseStatus]] = {
 """Which statuses may follow each status. Only a lease that leaves nothing at its target goes from active to expired."""
 
 ALL_LEASES = "all"
-"""The selector key of all leases."""
 
 
 class LeaseStateError(RingfenceError):
-    """A transition that the life cycle of a lease does not have."""
+    """Raised for a transition that the life cycle of a lease does not have."""
 
     code = "lease_state"
 
@@ -92,7 +91,7 @@ def follow(
 
 
 def restated(lease: Lease, *, by: SpiffeId, epoch: str) -> Lease:
-    """The same record, unsigned, for another epoch of Redis."""
+    """Return the same record, unsigned, for another epoch of Redis."""
     return lease.model_copy(update={"iss": by, "epoch": epoch})
 
 

@@ -18,7 +18,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import keys_of_agents
 
-if TYPE_CHECKING:  # rules use what stands here, and import nothing that does I/O
+if TYPE_CHECKING:  # rules use this module, and import nothing that does I/O
     from ringfence.kernel.kafka.record import Received
 
 BY_USERS: frozenset[EndKind] = frozenset({"revocation"})
@@ -52,7 +52,7 @@ class Revocation:
 
     @property
     def id(self) -> str:
-        """The same for the same message at any position."""
+        """Return the id of the revocation: the same for the same message at any position."""
         return derived_id("revocation", self.claims.iss, self.claims.jti)
 
     def cause(self) -> EndCause:
@@ -90,14 +90,14 @@ def objection(revocation: Revocation, lease: Lease | None, directory: Directory)
         return None  # a service: its signature was accepted for its role
     if agent_id is not None:
         entitled = lease is not None and lease.agent_id == agent_id
-        who = "an agent gives back its own leases only"
+        rule = "an agent gives back its own leases only"
     else:
         entitled = _user_may(user_id or "", revocation, lease, directory)
-        who = (
+        rule = (
             "leases are revoked by the sponsor of an agent that acts, the task's assigner, the user they are on "
             "behalf of, or an operator"
         )
-    return None if entitled else Reason(code="not_entitled", message=who)
+    return None if entitled else Reason(code="not_entitled", message=rule)
 
 
 def _user_may(user_id: str, revocation: Revocation, lease: Lease | None, directory: Directory) -> bool:
@@ -180,11 +180,11 @@ def agent_of_task(task_id: str, directory: Directory) -> str | None:
 
 
 def verify_revocation(record: Received, directory: Directory, trust: TrustStore) -> Revocation:
-    """A revocation that a known agent, user or service signed. Raises InvalidMessageError.
+    """Verify that a known agent, user or service signed a revocation, and return it. Raises InvalidMessageError.
 
     The key of a user who was disabled after that counts as well. A service's signature also counts after the trust
-    bundle has expired. Otherwise its revocation would wait for the next bundle, and people's revocations behind it; and
-    ending a lease gives nobody anything.
+    bundle has expired. Otherwise its revocation would wait for the next bundle, and people's revocations behind it.
+    Ending a lease gives nobody anything.
     """
     at_s, jws = record.appended_at_ms / 1000, parse(record.value)
     agents = keys_of_agents(directory, jws, RevocationRequest, at_s)

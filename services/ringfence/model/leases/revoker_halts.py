@@ -18,11 +18,10 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Heartbeat
 
-if TYPE_CHECKING:  # rules use what stands here, and import nothing that does I/O
+if TYPE_CHECKING:  # rules use this module, and import nothing that does I/O
     from ringfence.kernel.kafka.record import Received
 
 HALTED: Final = "revoker_halted"
-"""The code of a denial because of a halt."""
 RETRY_AFTER_S = 30
 """When a denied agent may ask again: a person has to act first."""
 _CLOCKS_DIFFER_MS = 60_000
@@ -43,7 +42,7 @@ class RevokerHalts:
         """By digest of a heartbeat: its first append time, in ms. A replayed heartbeat must not keep a halt alive."""
 
     def on_heartbeats(self, records: Iterable[Received]) -> None:
-        """Take in records of `heartbeat`; those that name no halt, and those of other services, are ignored."""
+        """Process records of `heartbeat`. Those that name no halt, and those of other services, are ignored."""
         for record in records:
             self._broker.observe(record.appended_at_ms)
             for group in self._groups(record):

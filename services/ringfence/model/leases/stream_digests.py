@@ -46,7 +46,7 @@ class StreamDigests:
         self._signed_to: dict[Partition, int] = {}
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take records in, in the order of each partition."""
+        """Add records, in the order of each partition."""
         for record in records:
             hashes = self._hashes.setdefault((record.topic_name, record.partition), deque(maxlen=REMEMBERED))
             hashes.append((record.offset, _hash_of(record)))
@@ -66,7 +66,7 @@ class StreamDigests:
 
     def digests(self, positions: Mapping[Partition, int]) -> tuple[StreamDigest, ...]:
         """The digests of what came since the last call, up to these positions; those records are forgotten."""
-        found = []
+        results = []
         for partition, end in sorted(positions.items()):
             start = min(self._signed_to.get(partition, end), end)
             value = self.digest(partition, start, end)
@@ -76,12 +76,12 @@ class StreamDigests:
             hashes = self._hashes.get(partition, deque())
             while hashes and hashes[0][0] < end:
                 hashes.popleft()
-            found.append(
+            results.append(
                 StreamDigest(
                     topic=partition[0], partition=partition[1], start=start, end=end, digest=f"{value:064x}"
                 )
             )
-        return tuple(found)
+        return tuple(results)
 
 
 class StreamCheck:
@@ -104,7 +104,7 @@ class StreamCheck:
         self._confirmed_ms = dict.fromkeys(positions, 0)
 
     def on_heartbeats(self, records: Iterable[Received]) -> None:
-        """Take in records of `heartbeat`; those of other services are ignored."""
+        """Process records of `heartbeat`. Those of other services are ignored."""
         for record in records:
             find = self._trust.finder("revoker", at_s=record.appended_at_ms / 1000)
             try:

@@ -25,6 +25,9 @@ def step_of(lease: Lease, name: str, tracing: Tracing) -> Span:
 
 
 def work_on(lease: Lease, cause: str | None = None) -> Work:
-    """The same, for one of many leases. `cause`: the `traceparent` of the message that caused the step, if any."""
+    """Return the input of a span about one of many leases.
+
+    `cause`: the `traceparent` of the message that caused the step.
+    """
     parent = nearest(cause, lease.traceparent) if cause is not None else lease.traceparent
     return Work(parent, ids_of(lease), because_of=cause)

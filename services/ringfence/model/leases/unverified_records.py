@@ -19,7 +19,7 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.keys import b64decode
 from ringfence.messages.lease import Delegator, Lease
 
-if TYPE_CHECKING:  # rules use what stands here, and import nothing that does I/O
+if TYPE_CHECKING:  # rules use this module, and import nothing that does I/O
     from ringfence.kernel.kafka.record import Received
 
 MAX_SEQ = 100
@@ -38,7 +38,6 @@ class LeaseSummary:
     """In seconds since 1970."""
     epoch: str | None = None
     granted: bool = False
-    """Whether the lease was issued on a grant."""
 
 
 def unverified_claims(jws: bytes) -> dict[str, Any] | None:
@@ -51,7 +50,7 @@ def unverified_claims(jws: bytes) -> dict[str, Any] | None:
 
 
 def summarise(jws: bytes) -> LeaseSummary | None:
-    """The summary of a lease record; None where the bytes are no lease record, whoever wrote them."""
+    """Return the summary of a lease record, whoever wrote it; None where the bytes are no lease record."""
     claims = unverified_claims(jws)
     if claims is None:
         return None
@@ -93,7 +92,7 @@ def unverified_lease(jws: bytes) -> Lease | None:
 
 
 def unverified_revocation_id(jws: bytes) -> str | None:
-    """The id of a revocation, by its own word: enough to know that it stands on its topic."""
+    """Return the id that a revocation claims. It suffices to know that the revocation is on its topic."""
     claims = unverified_claims(jws)
     try:
         return derived_id("revocation", claims["iss"], claims["jti"]) if claims is not None else None

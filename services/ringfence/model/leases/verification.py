@@ -11,7 +11,6 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.lease import Lease
 
 _LONGEST_S = 86_400
-"""The longest life of any lease."""
 
 
 def verify_lease(

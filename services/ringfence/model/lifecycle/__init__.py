@@ -1,7 +1,7 @@
-"""What a command does to a user, an agent, a target or a task, and who may give it. Pure.
+"""State machine of users, agents, targets and tasks: what each command changes, and who may give it. Pure.
 
-The registry applies these rules when a command comes in; every reader applies the same rules again to the commands
-that a record embeds. So a registry that lies is found out.
+The registry applies these rules to each new command. Every reader applies the same rules again to the commands that a
+record embeds. So a registry that lies is detected.
 """
 
 from __future__ import annotations

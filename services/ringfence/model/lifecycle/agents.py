@@ -1,4 +1,4 @@
-"""What a command does to an agent."""
+"""Commands that change an agent."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ AgentCommand = (
 
 
 def apply_to_agent(state: AgentState | None, command: AgentCommand, context: Context) -> AgentState:
-    """The agent after `command`; `state` is None where there was none. Raises CommandRefusedError."""
+    """Return the agent after `command`. `state` is None if there was none. Raises CommandRefusedError."""
     if isinstance(command, AgentRegister):
         return _register(state, command, context)
     if state is None:
@@ -117,7 +117,7 @@ def _register(state: AgentState | None, command: AgentRegister, context: Context
 
 
 def _activate(state: AgentState, *, is_sponsor: bool) -> AgentState:
-    """An operator has no say: to be accountable is for the sponsor to take on."""
+    """Activate an agent. Only the sponsor may: an operator cannot make somebody accountable."""
     if not is_sponsor:
         raise CommandRefusedError(
             f"only the sponsor of {state.agent_id}, {state.sponsor}, takes it on", code="not_sponsor"
@@ -130,8 +130,9 @@ def _activate(state: AgentState, *, is_sponsor: bool) -> AgentState:
 
 
 def _check_consent(state: AgentState, command: AgentTransfer, context: Context) -> None:
-    """What a transfer says of the new sponsor's consent is true. That it needs one only the registry asks: records of
-    transfers without one, from before that rule, stay valid.
+    """Check that a transfer states the new sponsor's consent truthfully.
+
+    Only the registry demands a consent: records of transfers without one, from before that rule, stay valid.
     """
     if command.without_consent and not context.actor.is_operator:
         raise CommandRefusedError(
@@ -159,18 +160,18 @@ def _check_consent(state: AgentState, command: AgentTransfer, context: Context) 
 
 
 def _rotate_key(state: AgentState, command: AgentRotateKey, context: Context) -> AgentState:
-    """An end only ever comes nearer, and a key that was there does not come again."""
+    """Add a key, or bring a key's end nearer. An end never moves later, and a former key never returns."""
     check_keys((command.key,), context.at_s, at_least=1)
-    known = {key.kid for key in state.keys}
-    if command.key.kid in known:
+    known_kids = {key.kid for key in state.keys}
+    if command.key.kid in known_kids:
         raise CommandRefusedError(
             f"key {command.key.kid} is, or was, one of {state.agent_id}: make another with: ringfence key new",
             code="key_known",
         )
-    replaced = known if command.replaces is None else set(command.replaces)
-    if replaced - known:
+    replaced = known_kids if command.replaces is None else set(command.replaces)
+    if replaced - known_kids:
         raise CommandRefusedError(
-            f"{state.agent_id} has no key {min(replaced - known)}; see: ringfence agent show {state.agent_id}",
+            f"{state.agent_id} has no key {min(replaced - known_kids)}; see: ringfence agent show {state.agent_id}",
             code="unknown_key",
         )
     end_s = context.at_s + command.overlap_s

@@ -1,4 +1,4 @@
-"""Which rules a command comes under: those of the kind of its subject."""
+"""Dispatch of a command to the rules for its kind of subject."""
 
 from __future__ import annotations
 
@@ -45,12 +45,15 @@ MAY_WIDEN: tuple[type[Any], ...] = (
     AgentResume,
     TargetSet,
 )
-"""Commands that can give more than there was. Given in another order than they were signed in, they would undo what
-came after them, so that order is kept. What only narrows is never late."""
+"""Commands that can grant more than before.
+
+They must be accepted in the order in which they were signed, or one could undo a later command. A command that only
+narrows is never too late.
+"""
 
 
 def apply(state: AnyState | None, command: Command, context: Context) -> AnyState:
-    """The state after `command`. Raises CommandRefusedError with a reason; a refused command changes nothing."""
+    """Return the state after `command`. Raises CommandRefusedError with a reason; a refused command changes nothing."""
     if state is not None and subject_key(state) != command_subject(command, context.command_id):
         raise CommandRefusedError("the command is about another subject", code="wrong_subject")
     if isinstance(command, MAY_WIDEN) and command.iat < context.last_signed_s:
@@ -63,7 +66,7 @@ def apply(state: AnyState | None, command: Command, context: Context) -> AnyStat
             f"{context.actor.user_id} is a provisioner, which only sets and disables users",
             code="provisioner_only",
         )
-    # What the state is of follows from its kind, which was just compared.
+    # The type of the state follows from its kind, which was just compared.
     held: Any = state
     match command:
         case UserSet() | UserDisable():
@@ -79,7 +82,7 @@ def apply(state: AnyState | None, command: Command, context: Context) -> AnyStat
 
 
 def subject_key(state: AnyState) -> tuple[SubjectKind, str]:
-    """(kind, id) of what a state is about."""
+    """Return (kind, id) of a state's subject."""
     match state:
         case UserState():
             return "user", state.user_id
@@ -92,7 +95,10 @@ def subject_key(state: AnyState) -> tuple[SubjectKind, str]:
 
 
 def command_subject(command: Command, command_id: str) -> tuple[SubjectKind, str]:
-    """(kind, id) of what a command is about. `command_id` is the UUIDv5 of its (`iss`, `jti`): the id of a new task."""
+    """Return (kind, id) of a command's subject.
+
+    `command_id` is the UUIDv5 of its (`iss`, `jti`): the id of a new task.
+    """
     match command:
         case UserSet() | UserDisable():
             return "user", command.user_id
@@ -108,22 +114,22 @@ def command_subject(command: Command, command_id: str) -> tuple[SubjectKind, str
             return "agent", command.agent_id
 
 
-# What a command does to a target.
+# Commands that change a target.
 
 
 def apply_to_target(
     state: TargetState | None, command: TargetSet | TargetRemove, context: Context
 ) -> TargetState:
-    """The target after `command`; `state` is None where there was none. Raises CommandRefusedError."""
+    """Return the target after `command`. `state` is None if there was none. Raises CommandRefusedError."""
     operator_only(context, "set or remove targets")
     if isinstance(command, TargetRemove):
         if state is None:
             raise CommandRefusedError(f"there is no target {command.target_id}", code="unknown_target")
         return state.model_copy(update={"status": "removed"})
-    known = {floor.verb for floor in command.verbs}
-    if len(known) != len(command.verbs):
+    verbs = {floor.verb for floor in command.verbs}
+    if len(verbs) != len(command.verbs):
         raise CommandRefusedError("one verb is listed twice", code="verb_twice")
-    unknown = {rule.verb for rule in command.requests} - known
+    unknown = {rule.verb for rule in command.requests} - verbs
     if unknown:
         raise CommandRefusedError(
             f"requests name verbs that are not listed: {sorted(unknown)}", code="unknown_verb"

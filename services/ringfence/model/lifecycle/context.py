@@ -1,4 +1,6 @@
-"""What a command is judged on besides the state of its own subject, and how it is refused."""
+"""The context in which a command is decided, besides the state of its subject, and checks that several commands
+share.
+"""
 
 from __future__ import annotations
 
@@ -24,23 +26,23 @@ from ringfence.model.scope.scope import validate_scope
 
 
 class CommandRefusedError(RingfenceError):
-    """A command that its signer may not give, or that does not fit the state of what it is about."""
+    """Raised when the signer may not give a command, or when it does not fit the state of its subject."""
 
     code = "command_refused"
 
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Whose verified signature a command bears. The root has no user id, and neither has an agent."""
+    """The verified signer of a command. The root and agents have no user id."""
 
     user_id: str | None
     roles: frozenset[Role]
     delegation: Delegation | None = None
-    """Of a provisioner: all that it may do."""
+    """A provisioner's delegation: all that it may do."""
     provisioned_by: str | None = None
     """The provisioner of a user who comes from a directory."""
     agent: AgentState | None = None
-    """The agent that gave it, as it was then: few commands are for agents to give."""
+    """The signing agent's state at that time. Agents may give few commands."""
 
     @property
     def is_root(self) -> bool:
@@ -53,7 +55,7 @@ class Actor:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a command is judged on besides the state of its own subject."""
+    """The context in which a command is decided, besides the state of its subject."""
 
     actor: Actor
     at_s: int
@@ -61,32 +63,33 @@ class Context:
     command_id: str
     """The UUIDv5 of (`iss`, `jti`): the id of what the command creates."""
     roles_of: Callable[[str], frozenset[Role]]
-    """The roles that a user held at that time."""
+    """Returns the roles that a user had at that time."""
     last_signed_s: int = 0
-    """The latest `iat` among the commands that the state follows from."""
+    """The latest `iat` of the commands that led to the state, in seconds."""
     consent_by: str | None = None
     """Who validly signed the embedded consent over the very same terms."""
     transfer_consent: AgentTransferConsent | None = None
-    """That consent, where it is to a transfer: by the new sponsor, to the same agent."""
+    """The new sponsor's consent, if it is to the transfer of the same agent."""
     consent_problem: str | None = None
-    """Why an embedded consent does not count."""
     sponsor_of: Callable[[str], str | None] | None = None
-    """The sponsor of an agent at that time. None for a reader of records, which cannot know it any more."""
+    """Returns the sponsor of an agent at that time. None for a reader of records, which no longer knows it."""
     task_at: Callable[[str], TaskState | None] = lambda task_id: None
-    """A task as it was then."""
 
 
-# What commands about different subjects have in common: each raises CommandRefusedError where it does not hold.
+# Checks that commands about different subjects share. Each raises CommandRefusedError.
 
 
 def operator_only(context: Context, what: str) -> None:
-    """The signer is an operator; `what` says what only they may do."""
+    """Raise CommandRefusedError unless the signer is an operator.
+
+    `what` names, in the message, what only they may do.
+    """
     if not context.actor.is_operator:
         raise CommandRefusedError(f"only an operator may {what}", code="not_operator")
 
 
 def check_sponsor(user_id: str, context: Context) -> None:
-    """The user is active and has the role sponsor."""
+    """Raise CommandRefusedError unless the user is active and has the role sponsor."""
     if "sponsor" not in context.roles_of(user_id):
         raise CommandRefusedError(
             f"{user_id} is no active user with the role sponsor; give it with: ringfence user set",
@@ -95,7 +98,9 @@ def check_sponsor(user_id: str, context: Context) -> None:
 
 
 def check_keys(keys: Sequence[KeyRecord], at_s: int, *, at_least: int) -> None:
-    """Public keys, each under its own thumbprint and listed once, `at_least` so many of them valid at `at_s`."""
+    """Raise CommandRefusedError unless each key is listed once, under its own thumbprint, and `at_least` keys are
+    valid at `at_s`.
+    """
     if len({key.kid for key in keys}) != len(keys):
         raise CommandRefusedError("one key is listed twice", code="key_twice")
     for key in keys:
@@ -117,23 +122,23 @@ def check_keys(keys: Sequence[KeyRecord], at_s: int, *, at_least: int) -> None:
 
 
 def check_attestation(selectors: Sequence[AttestationSelector]) -> None:
-    """Selectors, each of which says whose workload it lets in."""
+    """Raise CommandRefusedError unless each selector names whose workload it matches."""
     if len({selector_id(selector) for selector in selectors}) != len(selectors):
         raise CommandRefusedError("one selector is listed twice", code="selector_twice")
     for selector in selectors:
-        if found := problem(selector):
-            raise CommandRefusedError(found, code="selector_too_wide")
+        if reason := problem(selector):
+            raise CommandRefusedError(reason, code="selector_too_wide")
 
 
 def ended_keys(state: UserState | None, new: Sequence[KeyRecord], at_s: int) -> tuple[KeyRecord, ...]:
-    """The keys that a user had and that are not among the new ones: they end at `at_s`, and stay known."""
+    """Return the user's former keys that are not among the new ones. They end at `at_s`, and stay known."""
     listed = {key.kid for key in new}
-    kept = [key for key in (state.keys if state else ()) if key.kid not in listed]
-    return tuple(key.model_copy(update={"not_after": min(key.not_after, at_s)}) for key in kept)
+    unlisted = [key for key in (state.keys if state else ()) if key.kid not in listed]
+    return tuple(key.model_copy(update={"not_after": min(key.not_after, at_s)}) for key in unlisted)
 
 
 def check_scope(scope: Scope, *, allow_empty: bool = False) -> None:
-    """A scope that can be compared."""
+    """Raise CommandRefusedError unless the scope is well formed, so that it can be compared."""
     try:
         validate_scope(scope, allow_empty=allow_empty)
     except ScopeError as error:

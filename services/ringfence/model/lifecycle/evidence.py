@@ -1,4 +1,4 @@
-"""Which of the commands that led to a state a record keeps, and which an honest registry may have dropped."""
+"""Pruning of a record's embedded commands: which ones it must keep, and which an honest registry may have dropped."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def still_needed(commands: Sequence[tuple[Command, T]], latest: Command) -> list
         latest: the command that was just accepted and comes after them.
 
     Returns:
-        The second elements of those to keep. Folding them and the latest gives the same state as folding all, and what
-        a user could sign, or was, at any time stays known. So do all keys that an agent ever had: of one that nobody
-        knew of any more it could not be said that it has ended, or whose it was.
+        The second elements of those to keep. Applying them and the latest gives the same state as applying all. What a
+        user could sign, or was, at any time stays known. So do all keys that an agent ever had: otherwise nobody could
+        say that a key has ended, or whose it was.
     """
     superseded: tuple[type[Any], ...] = ()
     if isinstance(latest, AgentSetCeiling):
@@ -44,11 +44,11 @@ def still_needed(commands: Sequence[tuple[Command, T]], latest: Command) -> list
         superseded = (ProvisionerLink,)
     elif isinstance(latest, AgentSuspend):
         stops = [command for command, _ in commands if isinstance(command, AgentSuspend | AgentResume)]
-        # Not while it is suspended: by whom counts for who may resume it.
+        # Not while it is suspended: who suspended it decides who may resume it.
         if stops and isinstance(stops[-1], AgentResume):
             return _without_stops_of(latest.iss, commands)
     elif isinstance(latest, UserSet) and len(commands) > 1:
-        # Only the entitlements (or the name) changed, and changed again: the one between is not needed.
+        # Only the entitlements (or the name) changed, and changed again: the command in between is not needed.
         (first, _), (between, _) = commands[-2:]
         if _same_standing(first, between, latest) and not _by_oneself(latest):
             return [item for _, item in commands[:-1]]
@@ -56,7 +56,7 @@ def still_needed(commands: Sequence[tuple[Command, T]], latest: Command) -> list
 
 
 def _without_stops_of(iss: str, commands: Sequence[tuple[Command, T]]) -> list[T]:
-    """Drop suspensions by one person that are over, and what only they were resumed from."""
+    """Drop suspensions by one person that are over, and the resumptions from only those."""
     kept: list[T] = []
     stopped = False
     for command, item in commands:
@@ -73,20 +73,20 @@ def _without_stops_of(iss: str, commands: Sequence[tuple[Command, T]]) -> list[T
 
 
 def may_be_dropped(command: Command, before: Command | None, after: Sequence[Command]) -> bool:
-    """Whether an honest registry may have dropped `command` from a record that now holds others.
+    """Return whether an honest registry may have dropped `command` from a record that now holds others.
 
     Args:
-        before: the last of the commands that are still there and came before it.
+        before: the last remaining command that came before it.
         after: those that came after it, oldest first.
     """
-    # What replaces something was signed after it: an order is not taken out of the past to undo a newer one.
+    # A replacement was signed later: an old command must not be replayed to undo a newer one.
     newer = [later for later in after if later.iat >= command.iat]
     match command:
         case AgentSetCeiling():
             return any(isinstance(later, AgentSetCeiling) for later in newer)
         case AgentSetAttestation():
             return any(isinstance(later, AgentSetAttestation) for later in newer)
-        case AgentSuspend():  # no sponsor's takes the place of an operator's
+        case AgentSuspend():  # no sponsor's command replaces an operator's
             return any(isinstance(later, AgentSuspend) and later.iss == command.iss for later in after)
         case AgentResume():
             return any(isinstance(later, AgentSuspend) for later in after)
@@ -95,7 +95,7 @@ def may_be_dropped(command: Command, before: Command | None, after: Sequence[Com
         case TargetSet() | TargetRemove():
             return any(isinstance(later, TargetSet) for later in newer)
         case UserSet():
-            # What somebody set of themselves was held against what it follows: that stays, as `still_needed` has it.
+            # A user's change of themself was checked against earlier commands. Those stay, as in `still_needed`.
             follows = bool(after) and after[0] in newer and not _by_oneself(after[0])
             return before is not None and follows and _same_standing(before, command, after[0])
         case _:
@@ -103,17 +103,20 @@ def may_be_dropped(command: Command, before: Command | None, after: Sequence[Com
 
 
 def _same_standing(*commands: Command) -> bool:
-    """Whether these all set a user to the same roles and keys, and leave them in the same hands: only name or
-    entitlements may differ.
+    """Return whether all commands give a user the same roles and keys, and the same owner.
+
+    Only name or entitlements may differ.
     """
     first = commands[0]
     return isinstance(first, UserSet) and all(
-        isinstance(c, UserSet) and _hands(c) == _hands(first) for c in commands
+        isinstance(c, UserSet) and _ownership(c) == _ownership(first) for c in commands
     )
 
 
-def _hands(command: UserSet) -> tuple[object, ...]:
-    """What of a user's standing a command settles, and who gave it: a provisioner's word replaces no operator's."""
+def _ownership(command: UserSet) -> tuple[object, ...]:
+    """Return what a command settles besides entitlements, and who gave it: a provisioner's command replaces no
+    operator's.
+    """
     provisioned = command.provisioned
     active = provisioned.active if provisioned else None
     return command.roles, command.keys, active, command.iss if provisioned else None

@@ -1,7 +1,7 @@
-"""Provisioners: what an operator delegates to the key of a directory, and what that key then does to users.
+"""Provisioners: what an operator delegates to the key of a directory, and what that key may do to users.
 
-A provisioner makes users and changes those that it made, each within what an operator's command says that the user's
-groups may give. It never touches keys, nor anybody whom an operator made or took over.
+A provisioner creates users and changes the ones that it created. Each change stays within what the operator's command
+allows for the user's groups. It never changes keys, nor users whom an operator created or took over.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ from ringfence.model.lifecycle.context import (
 from ringfence.model.scope.scope import missing
 
 BY_PROVISIONERS: tuple[type[Any], ...] = (UserSet, UserDisable, ProvisionerLink)
-"""All that a provisioner may sign."""
 
 
 def apply_to_provisioner(
     state: UserState | None, command: ProvisionerSet | ProvisionerLink, context: Context
 ) -> UserState:
-    """The provisioner after `command`; `state` is None where there was none. Raises CommandRefusedError."""
+    """Return the provisioner after `command`. `state` is None if there was none. Raises CommandRefusedError."""
     if isinstance(command, ProvisionerLink):
         return _link(state, command, context)
     if not context.actor.is_root:
@@ -69,9 +68,9 @@ def apply_to_provisioner(
 
 
 def set_by_provisioner(state: UserState | None, command: UserSet, context: Context) -> UserState:
-    """The user after a provisioner's command. Raises CommandRefusedError where it reaches beyond its delegation."""
-    delegation, said = context.actor.delegation, command.provisioned
-    if delegation is None or context.actor.user_id is None or said is None:
+    """Return the user after a provisioner's command. Raises CommandRefusedError if it exceeds the delegation."""
+    delegation, provisioning = context.actor.delegation, command.provisioned
+    if delegation is None or context.actor.user_id is None or provisioning is None:
         raise CommandRefusedError("a provisioner says which groups the user is in", code="groups_missing")
     before = _own(state, command.user_id, context)
     if before is not None and before.gone:
@@ -79,7 +78,7 @@ def set_by_provisioner(state: UserState | None, command: UserSet, context: Conte
             f"{command.user_id} left for good; whoever comes now is somebody else: choose another id",
             code="user_gone",
         )
-    if before is not None and before.blocked and said.active:
+    if before is not None and before.blocked and provisioning.active:
         raise CommandRefusedError(
             f"an operator disabled {command.user_id}; only an operator lets them act again",
             code="disabled_by_operator",
@@ -88,21 +87,23 @@ def set_by_provisioner(state: UserState | None, command: UserSet, context: Conte
         raise CommandRefusedError("a provisioner sets no keys; an operator does", code="keys_not_delegated")
     if command.entitlements.as_of > context.at_s + LEEWAY_S:
         raise CommandRefusedError("entitlements are as of a moment to come", code="as_of_in_future")
-    _check_within(command, said, delegation)
-    provisioned = provisioned_of(said, context.actor.user_id, blocked=before is not None and before.blocked)
+    _check_within(command, provisioning, delegation)
+    provisioned = provisioned_of(
+        provisioning, context.actor.user_id, blocked=before is not None and before.blocked
+    )
     return UserState(
         user_id=command.user_id,
         name=command.name,
         roles=command.roles,
         keys=state.keys if state else (),
         entitlements=command.entitlements,
-        status="active" if said.active else "disabled",
+        status="active" if provisioning.active else "disabled",
         provisioned=provisioned,
     )
 
 
 def disable_by_provisioner(state: UserState, command: UserDisable, context: Context) -> UserState:
-    """The user after a provisioner disabled them; their keys end where they left for good."""
+    """Return the user after a provisioner disabled them. Their keys end if they left for good."""
     before = _own(state, command.user_id, context)
     if before is None:
         raise CommandRefusedError(f"there is no user {command.user_id}", code="unknown_user")
@@ -112,14 +113,14 @@ def disable_by_provisioner(state: UserState, command: UserDisable, context: Cont
 
 
 def provisioned_of(said: Provisioning, by: str, *, blocked: bool = False) -> Provisioned:
-    """What a record holds of what a command says."""
-    # By name: what a writer adds under the names that only a record has must not get there.
+    """Return what a record holds of a command's provisioning data."""
+    # Field by field: values that a writer adds under names that only a record has must not be copied.
     fields = {name: getattr(said, name) for name in Provisioning.model_fields}
     return Provisioned(**fields, by=by, blocked=blocked)
 
 
 def _own(state: UserState | None, user_id: str, context: Context) -> Provisioned | None:
-    """What is known of a user whom the signing provisioner made; None where there is no user yet."""
+    """Return the provisioning data of a user whom the signing provisioner created; None if there is no user yet."""
     if state is None:
         return None
     if state.provisioned is None or state.provisioned.by != context.actor.user_id:
@@ -134,18 +135,18 @@ def _check_within(command: UserSet, said: Provisioning, delegation: Delegation) 
     by_group = {one.group: one for one in delegation.groups}
     if unknown := sorted(set(said.groups) - by_group.keys()):
         raise CommandRefusedError(f"the group {unknown[0]} is not delegated", code="group_not_delegated")
-    given = [by_group[group] for group in said.groups]
+    entitlements = [by_group[group] for group in said.groups]
     if command.entitlements.source != delegation.source:
         raise CommandRefusedError(
             f"entitlements from here have the source {delegation.source}", code="source_not_delegated"
         )
-    if roles := sorted(set(command.roles) - {role for one in given for role in one.roles}):
+    if roles := sorted(set(command.roles) - {role for one in entitlements for role in one.roles}):
         raise CommandRefusedError(
             f"the role {roles[0]} is not delegated to the groups of {command.user_id}",
             code="beyond_delegation",
         )
     check_scope(command.entitlements.scope, allow_empty=True)
-    if missing(command.entitlements.scope, tuple(p for one in given for p in one.scope)):
+    if missing(command.entitlements.scope, tuple(p for one in entitlements for p in one.scope)):
         raise CommandRefusedError(
             f"the entitlements reach beyond what is delegated to the groups of {command.user_id}",
             code="beyond_delegation",

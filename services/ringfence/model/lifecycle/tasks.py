@@ -1,4 +1,4 @@
-"""What a command does to a task."""
+"""Commands that change a task."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TaskCommand = TaskAssign | TaskDelegate | TaskEnd
 
 
 def apply_to_task(state: TaskState | None, command: TaskCommand, context: Context) -> TaskState:
-    """The task after `command`; `state` is None where there was none. Raises CommandRefusedError."""
+    """Return the task after `command`. `state` is None if there was none. Raises CommandRefusedError."""
     if isinstance(command, TaskEnd):
         return _end_task(state, command, context)
     if state is not None:
@@ -56,7 +56,7 @@ def _end_task(state: TaskState | None, command: TaskEnd, context: Context) -> Ta
     actor = context.actor
     if actor.agent is not None:
         return _end_handed_on(state, context)
-    # An end only narrows, so a reader, who cannot know the sponsor of that day, takes the registry's word for it.
+    # An end only narrows. So a reader, who cannot know the sponsor of that day, trusts the registry here.
     is_sponsor = context.sponsor_of is None or context.sponsor_of(state.agent_id) == actor.user_id
     if not (actor.is_operator or is_sponsor or actor.user_id in (state.assigned_by, state.on_behalf_of)):
         raise CommandRefusedError(
@@ -67,7 +67,7 @@ def _end_task(state: TaskState | None, command: TaskEnd, context: Context) -> Ta
 
 
 def _end_handed_on(state: TaskState, context: Context) -> TaskState:
-    """An agent takes back what it handed on, or what came of that."""
+    """End a task that the signing agent delegated, or a part of it."""
     agent = context.actor.agent
     if agent is None or agent.agent_id not in agents_of(state)[1:]:
         raise CommandRefusedError(
@@ -78,22 +78,22 @@ def _end_handed_on(state: TaskState, context: Context) -> TaskState:
     return state.model_copy(update={"status": "ended"})
 
 
-# An agent hands part of its task to another: when it may, and what comes of it.
+# Delegation of a part of a task to another agent.
 #
-# Everything here is asked by every reader again, as of the moment that the command was appended: a registry can neither
-# invent such a task nor widen one.
+# Every reader checks all of this again, as of the append time of the command: a registry can neither invent such a task
+# nor widen one.
 
 MAX_DEPTH: Final = 3
-"""How many times a task can be handed on: so many agents and one more are in the longest chain."""
+"""The most delegations of one task in a row. The longest chain has one agent more."""
 
 
 def agents_of(task: TaskState) -> tuple[str, ...]:
-    """The agents of a task: its own first, then those that handed it on."""
+    """Return the agents of a task: its own first, then those that delegated it."""
     return task.act or (task.agent_id,)
 
 
 def delegate(command: TaskDelegate, context: Context) -> TaskState:
-    """The task that is handed on. Raises CommandRefusedError."""
+    """Return the delegated task. Raises CommandRefusedError."""
     parent = _running_parent(command, context)
     terms = command.terms
     _check_signer(parent, context)
@@ -141,7 +141,7 @@ def delegate(command: TaskDelegate, context: Context) -> TaskState:
 
 
 def _running_parent(command: TaskDelegate, context: Context) -> TaskState:
-    """The task that a part is taken of, which runs, as do those that it is a part of itself."""
+    """Return the task to delegate a part of. It must be running, and so must all its own parents."""
     parent = context.task_at(command.parent)
     task = parent
     while True:
@@ -171,7 +171,7 @@ def _check_signer(parent: TaskState, context: Context) -> None:
 
 
 def check_active(context: Context) -> None:
-    """An agent gives commands only while it is active; whoever else gives one may pass."""
+    """Refuse commands of an agent that is not active. Other signers pass."""
     agent = context.actor.agent
     if agent is not None and agent.status != "active":
         raise CommandRefusedError(f"agent {agent.agent_id} is {agent.status}", code=f"agent_{agent.status}")

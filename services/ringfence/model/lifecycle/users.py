@@ -1,4 +1,4 @@
-"""What a command does to a user."""
+"""Commands that change a user."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ringfence.model.scope.scope import missing
 
 
 def apply_to_user(state: UserState | None, command: UserSet | UserDisable, context: Context) -> UserState:
-    """The user after `command`; `state` is None where there was none. Raises CommandRefusedError."""
+    """Return the user after `command`. `state` is None if there was none. Raises CommandRefusedError."""
     if isinstance(command, UserDisable):
         return _disable(state, command, context)
     if context.actor.delegation is not None:
@@ -63,7 +63,7 @@ def _disable(state: UserState | None, command: UserDisable, context: Context) ->
 
 
 def _left_to_provisioner(state: UserState | None, command: UserSet) -> Provisioned | None:
-    """What an operator's command leaves of whence the user comes. Raises CommandRefusedError."""
+    """Return what an operator's command leaves of the user's provisioning data. Raises CommandRefusedError."""
     if state is not None and state.delegation is not None:
         raise CommandRefusedError(
             f"{command.user_id} is a provisioner, and no person; set it with: ringfence provisioner set",
@@ -79,7 +79,7 @@ def _left_to_provisioner(state: UserState | None, command: UserSet) -> Provision
 
 
 def _refuse_self_widening(state: UserState | None, command: UserSet) -> None:
-    """Nobody, operators included, widens their own roles or entitlements, or makes old entitlements young again."""
+    """Refuse users, operators included, who widen their own roles or entitlements, or renew old entitlements."""
     if state is None or set(command.roles) - set(state.roles):
         raise CommandRefusedError(
             "nobody gives roles to themselves; another operator must sign", code="self_widening"

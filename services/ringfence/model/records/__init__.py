@@ -1,1 +1,1 @@
-"""Records of the registry, verified: command chains, the directory, consent, instances, delegations."""
+"""Verified records of the registry: command chains, the directory, consent, instances, delegations."""

@@ -1,4 +1,4 @@
-"""What a local table refused to believe, told to audit: every alarm becomes a signed `service.event` (`finding`)."""
+"""Reports of records that a local table refused: each alarm becomes a signed `service.event` (`finding`) for audit."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ringfence.model.records.directory import Alarm
 log = logging.getLogger(__name__)
 
 MAX_PENDING = 1000
-"""More alarms than this wait for nobody: whoever can write to a topic must not fill this process's memory."""
+"""The most pending alarms; more are dropped. Whoever can write to a topic must not fill this process's memory."""
 _AGAIN_S = 1.0
 
 
 def report_alarms(runtime: Runtime) -> Callable[[Alarm], None]:
-    """The `on_alarm` of a service's `Directory`; adds the background job that publishes what it is given.
+    """Return the `on_alarm` of a service's `Directory`, and start the background job that publishes the alarms.
 
-    The id of an event is derived from the coordinates of the record, so that the same finding after a restart, which
-    reads all tables again, is the same event.
+    The id of an event follows from the coordinates of the record. So a finding that is repeated after a restart, when
+    all tables are read again, is the same event.
     """
     pending: asyncio.Queue[Alarm] = asyncio.Queue(MAX_PENDING)
 
@@ -48,13 +48,13 @@ def report_alarms(runtime: Runtime) -> Callable[[Alarm], None]:
 
 async def _published(runtime: Runtime, alarm: Alarm) -> None:
     source = alarm.source
-    where = (source.topic, source.partition, source.offset) if source else (alarm.subject, alarm.message)
+    subject = (source.topic, source.partition, source.offset) if source else (alarm.subject, alarm.message)
     while True:
         try:
             await runtime.event(
                 "finding",
                 "record",
-                about=(alarm.code, *where),
+                about=(alarm.code, *subject),
                 reasons=(Reason(code=alarm.code, message=alarm.message[:2048]),),
                 source=source,
                 result=alarm.subject,

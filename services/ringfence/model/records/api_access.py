@@ -30,13 +30,13 @@ MAX_REMEMBERED: Final = 200_000
 
 
 class UnauthenticatedError(RingfenceError):
-    """The call has no valid bearer token (status 401)."""
+    """Raised when a call has no valid bearer token (status 401)."""
 
     code = "unauthenticated"
 
 
 class ForbiddenError(RingfenceError):
-    """The caller is authenticated, and may not see this (status 403)."""
+    """Raised when the caller is authenticated, and may not see this (status 403)."""
 
     code = "forbidden"
 
@@ -132,10 +132,10 @@ class Authenticator:
         try:
             claims = verify(jws, ApiToken, find_key, audience=audience, appended_at_ms=now_ms).claims
         except InvalidMessageError as error:
-            why = None
+            reason = None
             if error.code == "key_unknown" and inactive is not None:
-                why = _reason_for_holder(jws, audience, now_ms, inactive)
-            raise _refused(why or error) from None
+                reason = _reason_for_holder(jws, audience, now_ms, inactive)
+            raise _refused(reason or error) from None
         if claims.exp - claims.iat > MAX_API_TOKEN_S:
             raise _refused(f"it lives longer than {MAX_API_TOKEN_S} s; sign it shorter")
         self._use(claims, now_ms / 1000)
@@ -144,8 +144,9 @@ class Authenticator:
         return claims.iss
 
     def _audience_of(self, jws: UnverifiedJws) -> str:
-        """Which of the two accepted audiences an unverified token names. Raises InvalidMessageError if it names
-        another.
+        """Return which of the two accepted audiences an unverified token names.
+
+        Raises InvalidMessageError if it names another.
         """
         aud = jws.unverified_claims(ApiToken).aud
         if aud not in (self._audience, self._trust_domain):

@@ -1,9 +1,8 @@
-"""Consents of users that commands of others embed: to a task on their behalf, and to an agent that they take over.
+"""Consent of users, embedded in commands of others: to a task on their behalf, or to a transfer of an agent to them.
 
-To a task a user may also consent by an OIDC ID token over its terms.
-
-In the style of RFC 8693: the token is the subject's, and whoever assigns the task is the actor. Its `nonce` is the
-SHA-256 of the terms, so that the issuer vouches for this user and these terms, and for nothing else.
+A user may also consent to a task by an OIDC ID token over its terms, in the style of RFC 8693: the token is the
+subject's, and whoever assigns the task is the actor. Its `nonce` is the SHA-256 of the terms. So the issuer vouches for
+this user and these terms, and for nothing else.
 """
 
 from __future__ import annotations
@@ -27,24 +26,26 @@ from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import AgentTransferConsent, TaskTerms, UserState
 
 MAX_AGE_S = 600
-"""How long before the append of the assignment a token may have been issued."""
+"""The greatest age of an ID token when the assignment is appended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Consent:
-    """Who consented, and what the consent is remembered by: it counts once."""
+    """A verified consent: the user, and the key by which it is remembered. It counts once."""
 
     user_id: str
     mark: tuple[str, str]
     transfer: AgentTransferConsent | None = None
-    """What was consented to, where an agent is transferred."""
+    """The terms, if the consent is to a transfer of an agent."""
     address_unverified: bool = False
-    """Whether it rests on an `email` of which the token does not say that it was verified. Registries take no such
-    command any more; readers do, as tasks of before rest on some."""
+    """Whether it rests on an `email` that the token does not call verified.
+
+    Registries no longer accept such a command. Readers do, because some old tasks rest on one.
+    """
 
 
 def canonical_terms(terms: TaskTerms) -> bytes:
-    """The terms as canonical JSON (RFC 8785): members sorted, no blanks, UTF-8. What is not set is left out."""
+    """Return the terms as canonical JSON (RFC 8785): sorted members, no blanks, UTF-8. Unset members are left out."""
     return json.dumps(
         terms.model_dump(mode="json", exclude_none=True),
         sort_keys=True, separators=(",", ":"), ensure_ascii=False,
@@ -52,12 +53,12 @@ def canonical_terms(terms: TaskTerms) -> bytes:
 
 
 def nonce_of(terms: TaskTerms) -> str:
-    """What the `nonce` of an ID token must be to consent to these terms: base64url of their SHA-256."""
+    """Return the `nonce` by which an ID token consents to these terms: base64url of their SHA-256."""
     return b64encode(hashlib.sha256(canonical_terms(terms)).digest())
 
 
 def unverified_mark(token: str) -> tuple[str, str]:
-    """What a token is remembered by, be it verified or not. Raises TokenError where it is none."""
+    """Return the key by which an unverified token is remembered. Raises TokenError if it is no token."""
     return unverified_issuer(token), digest(token.rpartition(".")[0])
 
 
@@ -66,7 +67,7 @@ def verified_consent(
 ) -> Consent:
     """Verify that an ID token is `user`'s consent to these terms, as of the append time of the command.
 
-    Raises InvalidMessageError, saying why it is not.
+    Raises InvalidMessageError with the reason if it is not.
     """
     at_s = at_ms / 1000
     try:
@@ -104,7 +105,7 @@ def _is_theirs(token: IdentityToken, issuer: OidcIssuer, user: UserState) -> boo
     claim = token.claims.get(issuer.user_claim)
     if not isinstance(claim, str) or not claim:
         return False
-    # OpenID Connect Core, 5.1: an address that the issuer has not seen to be theirs is what they say of themselves.
+    # OpenID Connect Core 5.1: an address that the issuer has not verified is the user's own claim.
     if issuer.user_claim == "email" and token.claims.get("email_verified", True) not in (True, "true"):
         return False
     if issuer.user_match == "id":

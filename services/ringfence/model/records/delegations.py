@@ -1,7 +1,7 @@
-"""Which agents hold parts of other agents' tasks: whoever ends what was handed on looks for leases there as well.
+"""Index of delegated tasks: which agents hold parts of other agents' tasks, so that revocation finds their leases too.
 
-Leases in Redis are found by the agents that hold them. One that came of another agent's task ends with that task, and
-with that agent; who holds such, the records of the tasks say. Nothing is let in by this: it only says where to look.
+Redis finds leases by the agent that holds them. A lease of a delegated task ends with the original task and with the
+original agent. The task records say who holds such parts. The index grants nothing: it only says where to look.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from ringfence.model.records.directory import Directory
 
 
 class Delegations:
-    """An index over the tasks of a directory. What was handed on once stays in it, whatever a later record says."""
+    """An index over the tasks of a directory. A delegation stays in it, whatever a later record says."""
 
     def __init__(self, directory: Directory) -> None:
-        """To be made before the directory is fed."""
+        """Create it before the directory receives records."""
         self._directory = directory
         self._parts: dict[str, dict[str, str]] = {}
-        """By task: its parts, and the agents that hold them."""
+        """By task: its parts, and the agent of each."""
         self._holders: dict[str, set[str]] = {}
-        """By agent: those that hold parts of its tasks, or parts of these."""
+        """By agent: the agents of parts of its tasks, at any depth."""
         directory.on_change(self._on_change)
 
     def holders(self, mark: str) -> frozenset[str]:
-        """The agents whose leases may bear a mark as what came of tasks that were handed on to them."""
+        """Return the agents whose leases of delegated tasks may match a selector key."""
         kind, _, id = mark.partition(":")
         match kind:
             case "agent":
                 return frozenset(self._holders.get(id, ()))
             case "task":
-                return frozenset(self._under(id))
-            case "sponsor":  # of whom in the chain at the time of issue, is not known any more
+                return frozenset(self._holders_under(id))
+            case "sponsor":  # the sponsors in the chain at the time of issue are no longer known
                 return frozenset(agent for some in self._holders.values() for agent in some)
             case _:
                 return frozenset()
 
-    def _under(self, task_id: str) -> Iterator[str]:
+    def _holders_under(self, task_id: str) -> Iterator[str]:
         todo, seen = [task_id], {task_id}
         while todo:
             for part, agent_id in self._parts.get(todo.pop(), {}).items():

@@ -96,7 +96,7 @@ class _Slot:
     broken_as_of: int = -1
     """The number of admitted records when the chain was found broken: a signer or a parent may have come since."""
     entry: VerifiedRecord[AnyState] = field(init=False)
-    """What callers get: always the same object, once the record is verified."""
+    """The entry that callers get: always the same object, once the record is verified."""
 
     def __post_init__(self) -> None:
         self.entry = VerifiedRecord(self.record.state, self.record.revision, self.record, self.compact)
@@ -182,7 +182,7 @@ class Directory:
         self._apply_trust_changes()
         return self._chains
 
-    # --- feeding ---
+    # --- input ---
 
     def on_records(self, records: Sequence[Received]) -> None:
         """Admit records from the topics in `TABLES`."""
@@ -237,25 +237,23 @@ class Directory:
             return f"wrong_subject: {record.sub} is no {kind}"
         if key is not None and key != id:
             return f"wrong_key: the record of {record.sub} stands under the key {key}"
-        known = self._slots[kind].get(id)
-        if known is not None:
-            if record == known.record:
-                return None  # the same record, perhaps signed once more
-            if record.revision <= known.record.revision:
-                return f"revision_fell: {record.sub} has revision {known.record.revision}, this says {record.revision}"
-            if problem := _history_problem(known.record.commands, record.commands):
+        slot = self._slots[kind].get(id)
+        if slot is not None:
+            if record == slot.record:
+                return None  # the same record, perhaps signed again
+            if record.revision <= slot.record.revision:
+                return f"revision_fell: {record.sub} has revision {slot.record.revision}, this says {record.revision}"
+            if problem := _history_problem(slot.record.commands, record.commands):
                 return f"history_changed: revision {record.revision} of {record.sub} {problem}"
         self._slots[kind][id] = _Slot(record, compact, source)
         self.version += 1
-        if kind != "target":  # what others rest on
+        if kind != "target":  # other records may rest on it
             self._admitted_count += 1
-        # The first record of all here: that there was none is what the last heartbeat confirmed, by not naming it.
+        # The first record at all: the last heartbeat confirmed its absence by not naming the partition.
         part = self._parts.setdefault(
             (topic_name, partition), _Part(confirmed_at_ms=self._last_beat_appended_ms)
         )
-        part.change(
-            _record_hash(id, record.revision), _record_hash(id, known.record.revision) if known else 0
-        )
+        part.change(_record_hash(id, record.revision), _record_hash(id, slot.record.revision) if slot else 0)
         self._oldest = None
         for listener in self._listeners:
             listener(kind, id)
@@ -324,7 +322,7 @@ class Directory:
             ).claims  # fmt: skip
         except InvalidMessageError:
             return  # other services' heartbeats are on the topic too
-        # One that was sent before, by whoever can write to the topic, must not make an old table young.
+        # A heartbeat that a writer to the topic replays must not make an old table look fresh.
         if heartbeat.at_ms <= self._last_beat_ms:
             return
         if abs(heartbeat.at_ms - record.appended_at_ms) > _CLOCKS_DIFFER_MS:
@@ -341,7 +339,7 @@ class Directory:
             part = self._parts.setdefault((table.topic, table.partition), _Part())
             part.compare((table.count, int(table.digest, 16)), record.appended_at_ms)
 
-    # --- asking ---
+    # --- look-up ---
 
     def entry(self, kind: SubjectKind, id: str) -> VerifiedRecord[AnyState] | None:
         """The verified record of a subject; None if there is none. Raises ChainError if its chain is broken."""
@@ -428,10 +426,10 @@ class Directory:
             return "no heartbeat of the registry was seen yet"
         if self._oldest is None:
             confirmed = [(part.confirmed_at_ms, topic) for (topic, _), part in self._parts.items()]
-            # Before the first record of all, what is confirmed is that there is none.
+            # Before the first record at all, the heartbeat confirms that there is none.
             self._oldest = min(confirmed, default=(self._last_beat_appended_ms, "records"))
         oldest_ms, name = self._oldest
-        # Our own clock may be set back, and then an old table is none the younger.
+        # Our own clock may be set back, which must not make an old table look fresh.
         age_ms = max(self._clock.now_ms(), self._broker.now_ms()) - oldest_ms
         if age_ms <= self._grace_ms:
             return None
@@ -481,11 +479,11 @@ def _history_problem(known: Sequence[EmbeddedCommand], new: Sequence[EmbeddedCom
     A registry may append commands, and drop commands that later ones made irrelevant (`may_be_dropped`); nothing else.
     So it can leave out no suspension, register no name a second time, and slip in no command.
     """
-    there = {(command.jws, command.appended_at_ms) for command in new}
+    new_commands = {(command.jws, command.appended_at_ms) for command in new}
     kept: list[EmbeddedCommand] = []
     try:
         for command in known:
-            if (command.jws, command.appended_at_ms) in there:
+            if (command.jws, command.appended_at_ms) in new_commands:
                 kept.append(command)
                 continue
             before = unverified_command(kept[-1]) if kept else None

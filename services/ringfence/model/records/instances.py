@@ -1,7 +1,7 @@
-"""Enrolments of running instances: verified by everybody who acts on what an instance signs.
+"""Verification of instance enrolments, by every service that acts on an instance's signature.
 
-A registry that lies is not enough to invent an instance where the keys of the platform's issuer are pinned in the trust
-bundle: then the enrolment carries the platform's own token, and that is verified here as well.
+If the keys of the platform's issuer are pinned in the trust bundle, a lying registry cannot invent an instance: the
+enrolment then carries the platform's own token, which is verified here as well.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from ringfence.model.records.directory import Directory
 from ringfence.model.unknown_fields import describe_unknown, is_understood, unknown_fields
 
 MAX_TOKEN_AGE_S = 3600
-"""How old a platform's token may be when an instance enrols with it: platforms renew them within an hour."""
+"""The greatest age of a platform's token at enrolment. Platforms renew tokens within an hour."""
 
 
 class EnrolmentError(InvalidMessageError):
-    """An enrolment that does not hold: not signed by who may, for another key or agent, or over."""
+    """Raised when an enrolment is invalid: wrong signer, for another key or agent, or expired."""
 
     code = "enrolment_invalid"
 
 
 def keys_of_agents(directory: Directory, jws: UnverifiedJws, model: type[Claims], at_s: float) -> KeyFinder:
-    """Which key may sign `jws` for an agent at `at_s`: one of its record; or, where the message carries an enrolment,
-    that of the instance, and no other.
+    """Return the finder of the key that may sign `jws` for an agent at `at_s`.
 
-    The finder raises ChainError, as `Directory.agent_key` does. `model` is what the message is about to be read as.
+    It is a key of the agent's record. If the message carries an enrolment, it is the instance's key and no other. The
+    finder raises ChainError, as `Directory.agent_key` does. `model` is the type that the message will be read as.
     """
 
     def find(iss: str, kid: str) -> PublicKey | None:
@@ -53,14 +53,16 @@ def keys_of_agents(directory: Directory, jws: UnverifiedJws, model: type[Claims]
 
 
 def _unverified_enrolment(jws: UnverifiedJws, model: type[Claims]) -> str | None:
-    # Nearly no message has one: those that could not even spell it are not parsed for it.
+    # Hardly any message has one: those without the field's name are not parsed for it.
     may_have = "enrolment" in model.model_fields and (b"enrolment" in jws.payload or b"\\" in jws.payload)
     enrolment: str | None = getattr(jws.unverified_claims(model), "enrolment", None) if may_have else None
     return enrolment
 
 
 def open_enrolment(compact: str, trust: TrustStore, at_s: float) -> InstanceEnrolment:
-    """A verified enrolment that counts at `at_s`. Whether its agent still lets such instances in is `void`'s question.
+    """Verify an enrolment as of `at_s` and return its claims.
+
+    Whether its agent still admits such instances is checked by `void`.
 
     Raises EnrolmentError.
     """
@@ -96,7 +98,7 @@ def open_enrolment(compact: str, trust: TrustStore, at_s: float) -> InstanceEnro
 
 
 def _check_token(enrolment: InstanceEnrolment, trust: TrustStore, keys: tuple[OidcKey, ...]) -> None:
-    """What the platform signed says what the registry says that it said."""
+    """Check that the platform's token says what the registry says of it. Raises EnrolmentError."""
     if enrolment.token is None:
         raise EnrolmentError("the enrolment lacks the platform's token, which its pinned keys verify")
     try:
@@ -113,22 +115,21 @@ def _check_token(enrolment: InstanceEnrolment, trust: TrustStore, keys: tuple[Oi
 
 
 def audiences(trust_domain: str, kid: str) -> tuple[str, str]:
-    """What a token may be for that a key is enrolled with: that key, or whichever."""
+    """Return the audiences that a token for the enrolment of a key may have: bound to that key, or unbound."""
     return bound_audience(trust_domain, kid), audience(trust_domain)
 
 
 def instance_id(token_digest: str, kid: str) -> str:
-    """The id of an instance."""
     return derived_id("instance", token_digest, kid)
 
 
 def enrolment_of(claims: CredentialRequest | RevocationRequest) -> InstanceEnrolment | None:
-    """The enrolment in a message that was verified with `keys_of_agents`; None where a key of the record signed it."""
+    """Return the enrolment in a message verified with `keys_of_agents`; None if a key of the record signed it."""
     return parse(claims.enrolment).unverified_claims(InstanceEnrolment) if claims.enrolment else None
 
 
 def ref_of(enrolment: InstanceEnrolment) -> InstanceRef:
-    """The instance as it stands in leases."""
+    """Return the reference to the instance that leases hold."""
     return InstanceRef(
         instance_id=enrolment.instance_id,
         issuer=enrolment.issuer,
@@ -139,14 +140,14 @@ def ref_of(enrolment: InstanceEnrolment) -> InstanceRef:
 
 
 def ref_void(instance: InstanceRef, agent: AgentState) -> Reason | None:
-    """Why an agent's record does not let in any more whom a lease was issued to, or None."""
+    """Return the reason why the agent's record no longer admits the instance of a lease, or None."""
     if any(selector_id(one) == instance.selector and is_understood(one) for one in agent.attestation):
         return None
     return _void(agent, instance.subject, instance.issuer)
 
 
 def void(enrolment: InstanceEnrolment, agent: AgentState) -> Reason | None:
-    """Why an agent's record does not let such an instance in any more, or None."""
+    """Return the reason why the agent's record no longer admits such an instance, or None."""
     for selector in agent.attestation:
         if selector_id(selector) != enrolment.selector:
             continue

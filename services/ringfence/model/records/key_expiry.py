@@ -1,4 +1,4 @@
-"""Keys that end: of which somebody is to be told before, and which leases end with one in other hands. Pure."""
+"""Key expiry: which keys to warn about, and which leases end with a compromised key. Pure."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from ringfence.messages.registry import AgentState, AnyState, UserState
 
 DAY_S: Final = 86_400
 WARN_BEFORE_S: Final = (14 * DAY_S, 3 * DAY_S, DAY_S)
-"""How long before its end a key is told of: once at each, and not where it lives less than twice as long."""
+"""When to warn before a key ends, in seconds: once at each step, if the key lives at least twice as long."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyEnding:
-    """A key that ends soon, and nothing has taken its place."""
+    """A key that ends soon without a successor."""
 
     key: KeyRecord
     warn_before_s: int
-    """The last of `WARN_BEFORE_S` that has come."""
+    """The latest step of `WARN_BEFORE_S` that has come."""
 
     @property
     def since_s(self) -> int:
-        """Since when that has been so, in seconds since 1970."""
+        """Return when that step began, in seconds since 1970."""
         return self.key.not_after - self.warn_before_s
 
 
 def endings(state: AnyState, now_s: float) -> tuple[KeyEnding, ...]:
-    """The keys of an agent or a user who still is one that end soon, the next first."""
+    """Return the keys of an active agent or user that end soon, the next one first."""
     return tuple(sorted(_endings(state, now_s), key=lambda ending: ending.key.not_after))
 
 
@@ -48,16 +48,15 @@ def _endings(state: AnyState, now_s: float) -> Iterator[KeyEnding]:
         if left_s <= 0 or key.kid in replaced:
             continue
         life_s = key.not_after - key.not_before
-        come = [before_s for before_s in WARN_BEFORE_S if left_s <= before_s and life_s >= 2 * before_s]
-        if come:
-            yield KeyEnding(key, min(come))
+        steps = [before_s for before_s in WARN_BEFORE_S if left_s <= before_s and life_s >= 2 * before_s]
+        if steps:
+            yield KeyEnding(key, min(steps))
 
 
 def is_lost(lease: Lease, agent: AgentState) -> bool:
-    """Whether somebody else may have asked for a lease, or handed on the task that it is in: with a key of the agent
-    that is compromised, or it is not known with which.
+    """Return whether a thief may have requested a lease, or delegated its task, with a compromised key of the agent.
 
-    What was asked for after such a key had ended was not asked for with it.
+    It is also True if the key is unknown. A request after such a key had ended was not made with it.
     """
     if not agent.compromised:
         return False

@@ -1,7 +1,7 @@
-"""One identity, one runner: notices that two use one key at the same time.
+"""Detection of shared keys: two runners use one agent's key at the same time.
 
-Whoever uses a key is told apart by a mark: of a process, or of an address. A, then B, is a restart: the old one never
-comes again. A, then B, then A within the window is two at once.
+A mark distinguishes the users of a key: it stands for a process or an address. Uses by A, then B, are a restart: the
+old process never returns. Uses by A, then B, then A within the window are two runners at once.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from ringfence.kernel.base.bounded_dict import BoundedDict
 
 WINDOW_MS = 10 * 60_000
-"""How far apart uses may lie and still count as at once; and how often the same key is told of."""
+"""The longest interval between uses that count as simultaneous. Also how often one key is reported."""
 MOST_KEYS = 100_000
-"""So many keys are remembered; beyond, those that were used longest ago are forgotten."""
+"""The most keys that are remembered. Beyond, those used longest ago are forgotten."""
 _MOST_MARKS = 8
 
 
@@ -26,16 +26,16 @@ class _Uses:
 
 
 class KeyUses:
-    """Who used which key of which agent, and when."""
+    """The recent uses of each agent's keys."""
 
     def __init__(self, window_ms: int = WINDOW_MS, most_keys: int = MOST_KEYS) -> None:
         self._window_ms = window_ms
         self._keys: BoundedDict[tuple[str, str], _Uses] = BoundedDict(most_keys)
 
     def saw(self, agent_id: str, kid: str, mark: str | None, at_ms: int) -> str | None:
-        """Take down one use. Returns the other mark where two use the key at once and it was not told lately.
+        """Record one use. Returns the other mark if two runners share the key and that was not reported recently.
 
-        Uses come in their order: one that is no later than another that was seen is a repeat, and says nothing new.
+        Uses come in their order. A use that is not later than a recorded one is a repetition and is ignored.
         """
         uses = self._keys[agent_id, kid] = self._keys.get((agent_id, kid)) or _Uses()
         if at_ms <= uses.latest_ms:
@@ -43,15 +43,15 @@ class KeyUses:
         uses.latest_ms = at_ms
         if mark is None:
             return None
-        other = self._between(uses, mark, at_ms)
+        other_mark = self._mark_between(uses, mark, at_ms)
         uses.seen[mark] = at_ms
-        if other is None or (uses.told_ms is not None and at_ms - uses.told_ms < self._window_ms):
+        if other_mark is None or (uses.told_ms is not None and at_ms - uses.told_ms < self._window_ms):
             return None
         uses.told_ms = at_ms
-        return other
+        return other_mark
 
-    def _between(self, uses: _Uses, mark: str, at_ms: int) -> str | None:
-        """Whose use came between this one and the one before it of the same mark."""
+    def _mark_between(self, uses: _Uses, mark: str, at_ms: int) -> str | None:
+        """Return the mark whose use came between this use and the previous one of the same mark, or None."""
         before_ms = uses.seen.get(mark)
         if before_ms is None or at_ms - before_ms > self._window_ms:
             return None

@@ -1,4 +1,4 @@
-"""What a delegation gives the members of groups: the same for whoever writes commands and whoever looks at records."""
+"""Group entitlements under a delegation, computed alike by writers of commands and readers of records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ringfence.model.unknown_fields import is_understood
 
 @dataclass(frozen=True, slots=True)
 class GroupEntitlements:
-    """What membership in groups gives; `groups` are those of them that are delegated."""
+    """The rights that group membership gives. `groups` are the delegated groups among those given."""
 
     groups: tuple[str, ...]
     roles: tuple[Role, ...]
@@ -20,11 +20,13 @@ class GroupEntitlements:
 
 
 def given_by(delegation: Delegation, groups: Iterable[str]) -> GroupEntitlements:
-    """All that these groups may give. What is not delegated (any more) gives nothing, and is left out, and so is what
-    has a field that this version does not know: it may limit the delegation.
+    """Return all rights that these groups may give.
+
+    A group that is not delegated (any more) gives nothing. A group whose entry has an unknown field gives nothing
+    either: the field may limit the delegation.
     """
-    wanted = set(groups) if not delegation.model_extra else set()
-    delegated = [one for one in delegation.groups if one.group in wanted and is_understood(one)]
+    understood_groups = set(groups) if not delegation.model_extra else set()
+    delegated = [one for one in delegation.groups if one.group in understood_groups and is_understood(one)]
     return GroupEntitlements(
         tuple(sorted(one.group for one in delegated)),
         tuple(sorted({role for one in delegated for role in one.roles})),
@@ -33,7 +35,7 @@ def given_by(delegation: Delegation, groups: Iterable[str]) -> GroupEntitlements
 
 
 def is_of(state: UserState, provisioner_id: str) -> bool:
-    """Whether a user comes from this provisioner, and has not left for good."""
+    """Return whether a user comes from this provisioner, and has not left for good."""
     return (
         state.provisioned is not None
         and state.provisioned.by == provisioner_id

@@ -1,1 +1,1 @@
-"""Credential requests: the records that each is judged on, approvals, grants, and their form for policy."""
+"""Credential requests: the records that decide each one, approvals, grants, and the policy input made of them."""

@@ -1,4 +1,4 @@
-"""Grants: approvals given ahead. What one is good for, and the local table of those that were given and taken back."""
+"""Grants, which are approvals given ahead: what each covers, and a local table of grants and withdrawals."""
 
 from __future__ import annotations
 
@@ -29,29 +29,30 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEEP_MS = (MAX_GRANT_LIFE_S + 3600) * 1000
-"""How long a grant, and that it was taken back, is remembered."""
 _FORGET_EVERY_MS = 60_000
 MOST_OF_ONE = 1000
-"""So many grants of one person are remembered at most, and so many withdrawals of grants that nobody has heard of:
-nobody fills the memory of others."""
+"""The most remembered grants of one person, and the most withdrawals by one person of unknown grants.
+
+So nobody fills the memory of others.
+"""
 
 
 def id_of(grant: Grant) -> str:
-    """The id of a grant: what leases name, and what is taken back by."""
+    """Return the id of a grant, by which leases and withdrawals name it."""
     return message_id(grant.iss, grant.jti)
 
 
 def signer_of(grant: Grant) -> str | None:
-    """The id of the user who signed it; None where that is no user."""
+    """Return the id of the user who signed the grant; None if the signer is no user."""
     return subject_of(grant.aud, grant.iss, "user")
 
 
 def grant_problem(
     grant: Grant, facts: RequestContext, *, at_ms: int, ttl_s: int, delivery: Delivery, revisions: Revisions
 ) -> Reason | None:
-    """Why a verified grant does not stand for this request as it would be issued at `at_ms`, or None.
+    """Return the reason why a verified grant does not cover this request, issued at `at_ms`, or None.
 
-    Whether its signer may give what is needed, how often it was used and whether it was taken back are other questions.
+    Other checks decide whether its signer may give what is needed, how often it was used, and whether it was withdrawn.
     """
     agent, task = facts.agent.state, facts.task.state
     if (unread := not_understood(grant)) is not None:
@@ -64,9 +65,7 @@ def grant_problem(
         return _reason("grant_other_task", "the grant was given for another task or agent")
     if facts.break_glass:
         return _reason("grant_breaks_no_glass", "break glass takes signatures over the very request")
-    one_target = (
-        len({permission.target for permission in grant.scope}) == 1
-    )  # as it has one target's revision
+    one_target = len({permission.target for permission in grant.scope}) == 1  # it has one target's revision
     if not one_target or missing(facts.request.claims.scope, grant.scope):
         return _reason("grant_other_scope", "the request reaches beyond the scope of the grant")
     if ttl_s > grant.ttl_s or delivery != grant.delivery:
@@ -81,7 +80,7 @@ def grant_problem(
 
 
 def not_understood(grant: Grant) -> Reason | None:
-    """Why a grant opens nothing that has a field which this version does not know, and which may limit it; or None."""
+    """Return the reason why a grant with an unknown field covers nothing, or None. The field may limit it."""
     if is_understood(grant):
         return None
     return _reason("grant_not_understood", describe_unknown(unknown_fields(grant), "the grant")[:2048])
@@ -89,7 +88,7 @@ def not_understood(grant: Grant) -> Reason | None:
 
 @dataclass(frozen=True, slots=True)
 class SignedGrant:
-    """A grant that a user signed, and where it stands on Kafka."""
+    """A grant that a user signed, and its position on Kafka."""
 
     signed: Signed[Grant]
     partition: int
@@ -97,9 +96,9 @@ class SignedGrant:
 
 
 class GrantTable:
-    """Grants and withdrawals as they stand on `approval.response`, each by its first record, those of late.
+    """Recent grants and withdrawals from `approval.response`. The first record of each id counts.
 
-    Only what a user signed is in it. Whether it counts is decided where it is used.
+    It holds only what a user signed. The caller decides whether it is valid.
     """
 
     def __init__(self, directory: Directory, trust_domain: str) -> None:
@@ -114,7 +113,7 @@ class GrantTable:
         self._forgot_ms = 0
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take in what came from `approval.response`, approvals passed over."""
+        """Add records of `approval.response`. Approvals are ignored."""
         for record in records:
             if kind_of(record) is None:
                 continue
@@ -124,52 +123,54 @@ class GrantTable:
                 self._unread.append(record)
 
     def settle(self) -> None:
-        """Believe what was read so far: called once the tables of users are complete, before anything is decided."""
+        """Verify what was read so far. Call it once the tables of users are complete, before anything is decided."""
         aside, self._unread = self._unread or [], None
         for record in aside:
             self._read(record)
 
     def keep(self, grant: Signed[Grant], partition: int, offset: int) -> SignedGrant | None:
-        """Take in a verified grant; what stands, which is the first of that id. None: its signer gave too many."""
+        """Add a verified grant. Returns the first grant with that id, or None if its signer gave too many."""
         id, signer = id_of(grant.claims), grant.claims.iss
-        given = self._grants.get(id)
-        if given is None and self._given_by[signer] < MOST_OF_ONE:
-            given = self._grants[id] = SignedGrant(grant, partition, offset)
+        first = self._grants.get(id)
+        if first is None and self._given_by[signer] < MOST_OF_ONE:
+            first = self._grants[id] = SignedGrant(grant, partition, offset)
             self._by_task.setdefault(grant.claims.task_id, []).append(id)
             self._given_by[signer] += 1
-        return given
+        return first
 
     def take_back(self, grant_id: str, user_id: str, at_ms: int) -> None:
-        """Take in that a user withdrew a grant, at an append time."""
+        """Note that a user withdrew a grant, at an append time (ms)."""
         _, users = self._withdrawn.get(grant_id, (0, frozenset()))
         if user_id in users:
             return
-        if grant_id not in self._grants:  # else there is no more of it than of grants
+        if grant_id not in self._grants:  # withdrawals of known grants are as few as those
             if self._withdrawn_unheard[user_id] >= MOST_OF_ONE:
                 return
             self._withdrawn_unheard[user_id] += 1
         self._withdrawn[grant_id] = (at_ms, users | {user_id})
 
     def get(self, grant_id: str) -> SignedGrant | None:
-        """A grant that somebody signed, or None."""
+        """Return a grant that somebody signed, or None."""
         return self._grants.get(grant_id)
 
     def of_task(self, task_id: str) -> list[Signed[Grant]]:
-        """All grants for a task, the one that ends first first; what was taken back too."""
-        found = (self._grants[id].signed for id in self._by_task.get(task_id, ()))
-        return sorted(found, key=lambda signed: signed.claims.exp)
+        """Return all grants for a task, withdrawn ones included, the one that ends first at the front."""
+        grants = (self._grants[id].signed for id in self._by_task.get(task_id, ()))
+        return sorted(grants, key=lambda signed: signed.claims.exp)
 
     def all(self) -> Iterable[Signed[Grant]]:
-        """All grants that are remembered."""
+        """Return all remembered grants."""
         return [given.signed for given in self._grants.values()]
 
     def is_withdrawn(self, grant: Grant, *, sponsor: str, on_behalf_of: str) -> bool:
-        """Whether somebody took it back who may: its signer, the sponsor, or the user that it is on behalf of."""
+        """Return whether a person who may do so withdrew it: its signer, the sponsor, or the user that it is on
+        behalf of.
+        """
         _, users = self._withdrawn.get(id_of(grant), (0, frozenset[str]()))
         return not users.isdisjoint({signer_of(grant), sponsor, on_behalf_of})
 
     def _forget(self, now_ms: int) -> None:
-        """Let go of what is over, now and then."""
+        """Drop expired grants, at intervals."""
         if now_ms - self._forgot_ms < _FORGET_EVERY_MS:
             return
         self._forgot_ms = now_ms
@@ -215,7 +216,7 @@ class GrantTable:
 
 
 def kind_of(record: Received) -> str | None:
-    """`grant` or `grant.withdraw` where a record of `approval.response` says that it is one; nothing is verified."""
+    """Return `grant` or `grant.withdraw` if a record of `approval.response` claims to be one. Nothing is verified."""
     try:
         return _KINDS.get(parse(record.value).header.typ)
     except InvalidMessageError:

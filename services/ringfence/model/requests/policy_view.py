@@ -1,4 +1,7 @@
-"""Records as the Rego bundle sees them: what no rule needs is left out, and each is written out once."""
+"""Policy input from records, as the Rego bundle sees them.
+
+Fields that no rule needs are left out, and each record is converted once.
+"""
 
 from __future__ import annotations
 
@@ -9,42 +12,42 @@ from ringfence.messages.registry import AgentRecord, AnyState, UserState
 from ringfence.model.records.directory import VerifiedRecord
 from ringfence.model.requests.facts import DelegationStep
 
-# What no rule needs: keys and who may enrol some, names of people, and what only the gateway reads.
+# Fields that no rule needs: keys and who may enrol some, names of people, and what only the gateway reads.
 _LEFT_OUT: Final = {"keys", "name", "requests", "attestation"}
 _OF_SPONSOR: Final = {"user_id", "status", "roles"}
 
 
 class WrittenRecords:
-    """Remembers what it wrote: agents ask again and again with the same records."""
+    """Cache of converted records: agents send many requests that rest on the same records."""
 
     def __init__(self) -> None:
         self._written: dict[tuple[type[AnyState], str], tuple[Any, dict[str, Any]]] = {}
         self._sponsors: dict[str, tuple[Any, dict[str, Any]]] = {}
 
     def of(self, entry: VerifiedRecord[Any], id: str) -> dict[str, Any]:
-        """The state of a record as JSON, to be shared and not to be changed."""
+        """Return the state of a record as JSON. It is shared: do not change it."""
         key = (type(entry.state), id)
-        kept = self._written.get(key)
-        if kept is not None and kept[0] is entry.record:
-            return kept[1]
+        cached = self._written.get(key)
+        if cached is not None and cached[0] is entry.record:
+            return cached[1]
         document: dict[str, Any] = entry.state.model_dump(mode="json", exclude=_LEFT_OUT, exclude_none=True)
         if isinstance(entry.record, AgentRecord):
-            # No command is dropped that registers an agent: it is the first for ever.
+            # The command that registers an agent is never dropped, so it is always the first.
             document["registered_at_s"] = entry.record.commands[0].appended_at_ms // 1000
         self._written[key] = (entry.record, document)
         return document
 
     def of_sponsor(self, entry: VerifiedRecord[UserState]) -> dict[str, Any]:
-        """What rules see of an agent's sponsor, to be shared and not to be changed."""
+        """Return what rules see of an agent's sponsor. It is shared: do not change it."""
         id = entry.state.user_id
-        kept = self._sponsors.get(id)
-        if kept is None or kept[0] is not entry.record:
+        cached = self._sponsors.get(id)
+        if cached is None or cached[0] is not entry.record:
             document = entry.state.model_dump(mode="json", include=_OF_SPONSOR)
-            kept = self._sponsors[id] = (entry.record, document)
-        return kept[1]
+            cached = self._sponsors[id] = (entry.record, document)
+        return cached[1]
 
     def of_delegations(self, steps: Sequence[DelegationStep]) -> list[dict[str, Any]]:
-        """How a task came to its agent, the last step first: who handed it on, their own task, who answers for them."""
+        """Return how a task came to its agent, the last step first: the delegating agent, its task, and its sponsor."""
         return [
             {
                 "agent": self.of(step.agent, step.agent.state.agent_id),
@@ -56,7 +59,7 @@ class WrittenRecords:
 
 
 def revisions_of(step: DelegationStep) -> tuple[object, ...]:
-    """What tells the records of one step of a chain from later ones."""
+    """Return the revisions that distinguish the records of one delegation step from later ones."""
     sponsor = step.sponsor
     return (
         step.agent.revision,

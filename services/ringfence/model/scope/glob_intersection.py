@@ -1,4 +1,4 @@
-"""The names that two globs share, as globs again. It only informs: what lies beyond its limits is left out."""
+"""Intersection of two globs, as a set of globs. It is for information only: results beyond its limits are left out."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _Cell = tuple[int, int]
 
 @lru_cache(maxsize=4096)
 def meet(left: str, right: str) -> tuple[str, ...]:
-    """Globs that together stand for the names that two globs share."""
+    """Return globs that together match the names that both globs match."""
     if within(left, (right,)):
         return (left,)
     if within(right, (left,)):
         return (right,)
-    found = _meet_tokens(parse_glob(left).segments, parse_glob(right).segments, "**", _meet_segments)
-    # What breaks the grammar is no name at all (`.`) or too long to be written down: left out either way.
-    return without_contained(tuple(sorted(filter(is_glob, map("/".join, found)))))
+    sequences = _meet_tokens(parse_glob(left).segments, parse_glob(right).segments, "**", _meet_segments)
+    # A result that breaks the grammar (`.`) or is too long is no valid name, and is left out.
+    return without_contained(tuple(sorted(filter(is_glob, map("/".join, sequences)))))
 
 
 @lru_cache(maxsize=4096)
@@ -38,22 +38,22 @@ def _meet_segments(left: str, right: str) -> tuple[str, ...]:
         return (left,) if "*" in right and accepts(tuple(right.split("*")), left) else ()
     if "*" not in right:
         return _meet_segments(right, left)
-    found = _meet_tokens(left, right, "*", lambda one, other: (one,) if one == other else ())
-    return tuple(sorted(map("".join, found)))
+    segments = _meet_tokens(left, right, "*", lambda one, other: (one,) if one == other else ())
+    return tuple(sorted(map("".join, segments)))
 
 
 def _meet_tokens(
     left: Sequence[str], right: Sequence[str], loop: str, both: Callable[[str, str], Iterable[str]]
 ) -> set[_Tokens]:
-    """The token sequences that two patterns share, `loop` being the token that stands for any run of tokens.
+    """Return the token sequences that two patterns share. `loop` is the token that stands for any run of tokens.
 
-    A path through the product of the two chains loops only where both stand at `loop`, so the paths are
-    finitely many and each is again a pattern. `both` gives what two other tokens share. Beyond the limits the
-    result is a part of it.
+    The search walks the product of the two patterns. A path repeats only where both are at `loop`. So the paths are
+    finitely many, and each is a pattern again. `both` returns what two other tokens share. Beyond the limits the result
+    is incomplete.
     """
 
     def ways(i: int, j: int) -> list[tuple[_Tokens, _Cell]]:
-        """The tokens that may come next (none where a loop ends), and the cell that each leads to."""
+        """Return the tokens that may come next (none where a loop ends), each with the cell that it leads to."""
         left_loops = i < len(left) and left[i] == loop
         right_loops = j < len(right) and right[j] == loop
         if left_loops and right_loops:
@@ -80,18 +80,18 @@ def _meet_tokens(
         todo.extend(following for _, following in reached[cell])
     end = (len(left), len(right))
     shared: dict[_Cell, set[_Tokens]] = {}
-    # Every way leads to a cell further down or right: from the end backwards, what follows is known.
+    # Every step leads to a cell further down or right. So from the end backwards, all successors are known.
     for cell in sorted(reached, key=sum, reverse=True):
-        found: set[_Tokens] = {()} if cell == end else set()
+        sequences: set[_Tokens] = {()} if cell == end else set()
         for tokens, following in reached[cell]:
-            found.update(tokens + rest for rest in shared.get(following, ()))
-        shared[cell] = found if len(found) <= _MEET_GLOBS else set(sorted(found)[:_MEET_GLOBS])
+            sequences.update(tokens + rest for rest in shared.get(following, ()))
+        shared[cell] = sequences if len(sequences) <= _MEET_GLOBS else set(sorted(sequences)[:_MEET_GLOBS])
     return shared.get((0, 0), set())
 
 
 @lru_cache(maxsize=4096)
 def without_contained(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """The same names without the globs that the others contain; of very many, only names are dropped."""
+    """Return the globs without those that others contain. Of very many globs, only plain names are dropped."""
     wild = tuple(text for text in texts if "*" in text)
     kept = [text for text in texts if "*" in text or not within(text, wild)]
     if len(wild) <= _TIDY_GLOBS:

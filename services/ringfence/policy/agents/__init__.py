@@ -1,1 +1,1 @@
-"""What policy knows of agents: holdings, use, inventory, shared keys."""
+"""Policy's state about agents: holdings, usage, inventory, shared keys."""

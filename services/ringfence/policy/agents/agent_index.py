@@ -1,7 +1,7 @@
-"""All agents, for the inventory: a line of each, kept up to date, so that 100,000 of them are added up at once.
+"""Index of all agents for the inventory: one row each, kept up to date, so that 100,000 agents can be summed at once.
 
-What changes only marks its agent: that costs next to nothing where requests wait for an answer. The marked ones are
-looked at again a few at a time in the background, and what is left of them when somebody asks.
+A change only marks its agent, which costs next to nothing while requests wait for an answer. A background job refreshes
+marked agents, a few at a time. A query refreshes the remaining ones.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from ringfence.policy.agents.usage import KeyLastSeen
 log = logging.getLogger(__name__)
 
 AT_ONCE: Final = 4
-"""So many agents are looked at before the rest of the process gets its turn: the first look verifies each chain."""
+"""Agents refreshed before the loop yields to the rest of the process: the first refresh verifies each chain.
+@~(_PAUSE_S, _IDLE_S) The pause between two such steps, and after all are done. Credential requests should not
+notice.
+"""
 _PAUSE_S, _IDLE_S = 0.003, 0.25
 """Between those; and after all of them. Nobody who asked for a credential should notice."""
 
 
 class AgentIndex:
-    """See the module. Memory goes with the agents, and with the tasks that run."""
+    """The inventory row of every agent. Memory grows with the number of agents and of running tasks."""
 
     def __init__(
         self, directory: Directory, holdings: Holdings, key_last_seen: KeyLastSeen, clock: Clock
@@ -55,42 +58,45 @@ class AgentIndex:
         self._epoch, self._seq = secrets.token_hex(4), 0
         self._changed: dict[str, int] = {}
         self.complete = False
-        """Whether the tables that it stands on have been read."""
+        """Whether the underlying tables have been read."""
         directory.on_change(self._on_record)
         holdings.on_change(self._mark)
         key_last_seen.on_change(self._mark)
 
-    # --- asking ---
+    # --- look-up ---
 
     @property
     def behind(self) -> int:
-        """How many agents have changed, or just come, and are not looked at yet."""
+        """Return how many agents are new or changed and not refreshed yet."""
         return len(self._marked)
 
     @property
     def broken(self) -> int:
-        """How many agents' records do not verify: they count for nothing, and stand in no line."""
+        """Return how many agents' records do not verify. They count for nothing and have no row."""
         return len(self._broken)
 
     @property
     def cursor(self) -> str:
-        """From where `changed` goes on."""
+        """Return the cursor from which `changed` continues."""
         return f"{self._epoch}.{self._seq}"
 
     def ids(self) -> list[str]:
-        """All agents that have a line, sorted; not to be changed."""
+        """Return the sorted ids of all agents that have a row. Do not change the list."""
         return self._ids
 
     def ids_of(self, sponsor: str) -> list[str]:
-        """The agents that name this sponsor, sorted. Not verified: some may have no line, or another's name in it."""
+        """Return the sorted agents that name this sponsor.
+
+        Unverified: some may have no row, or another sponsor in it.
+        """
         return sorted(self._of_sponsor.get(sponsor, ()))
 
     def line(self, agent_id: str) -> InventoryRow | None:
-        """The line of an agent, or None where there is none."""
+        """Return the row of an agent, or None."""
         return self._lines.get(agent_id)
 
     def changed(self, cursor: str) -> Iterator[str]:
-        """The agents that changed after a cursor, the latest first. Raises CursorLostError."""
+        """Yield the agents that changed after a cursor, the latest first. Raises CursorLostError."""
         epoch, _, seq = cursor.partition(".")
         if epoch != self._epoch or not seq.isdecimal():
             raise CursorLostError("the inventory was built anew meanwhile; begin anew")
@@ -101,7 +107,7 @@ class AgentIndex:
             yield agent_id
 
     def facts(self, agent_id: str) -> AgentFacts | None:
-        """All that is known of an agent now; None where there is no record that holds."""
+        """Return everything that is known of an agent now; None if it has no valid record."""
         try:
             entry = self._directory.agent(agent_id)
         except ChainError:
@@ -130,22 +136,22 @@ class AgentIndex:
     # --- keeping up ---
 
     async def keep(self) -> None:
-        """Look at what is marked, for ever: in rounds, so that an agent that asks all the time is not looked at all the
-        time.
+        """Refresh marked agents for ever, in rounds, so that an agent that changes all the time is not refreshed all
+        the time.
         """
         self.complete = True
         while True:
             self._mark_due()
-            left = len(self._marked)
-            while left > AT_ONCE:
+            marked = len(self._marked)
+            while marked > AT_ONCE:
                 self.refresh(AT_ONCE)
-                left -= AT_ONCE
+                marked -= AT_ONCE
                 await asyncio.sleep(_PAUSE_S)
-            self.refresh(left)
+            self.refresh(marked)
             await asyncio.sleep(_IDLE_S)
 
     async def settle(self, most: int) -> None:
-        """Look at what is marked, at most at so many; in turns with the rest of the process."""
+        """Refresh at most `most` marked agents, and yield to the rest of the process in between."""
         self._mark_due()
         while self._marked and most > 0:
             self.refresh(AT_ONCE)
@@ -153,13 +159,13 @@ class AgentIndex:
             await asyncio.sleep(0)
 
     def refresh(self, most: int) -> None:
-        """Look at so many of the agents that are marked."""
+        """Refresh at most `most` marked agents."""
         for agent_id in list(_first(self._marked, most)):
             del self._marked[agent_id]
             try:
                 self._refresh(agent_id)
             except Exception:
-                # One agent that cannot be told of must not end what others wait for.
+                # An error about one agent must not end the job for all others.
                 log.exception("agent %s cannot be taken into the inventory", agent_id)
                 self._leave_out(agent_id)
 
@@ -187,22 +193,22 @@ class AgentIndex:
             del self._ids[bisect_left(self._ids, agent_id)]
 
     def _running(self, agent_id: str, now_s: int) -> list[TaskState]:
-        found: list[TaskState] = []
+        running: list[TaskState] = []
         tasks = self._tasks.get(agent_id, set())
         for task_id in list(tasks):
             try:
                 entry = self._directory.task(task_id)
             except ChainError:
-                continue  # its signer may still come
+                continue  # its signer's record may still arrive
             if entry is not None and entry.state.status == "active" and entry.state.not_after > now_s:
-                found.append(entry.state)
+                running.append(entry.state)
             else:
                 tasks.discard(task_id)
         if not tasks:
             self._tasks.pop(agent_id, None)
-        return found
+        return running
 
-    # --- being told ---
+    # --- change notifications ---
 
     def _mark(self, agent_id: str) -> None:
         self._marked[agent_id] = None
@@ -219,7 +225,7 @@ class AgentIndex:
         record = self._directory.unverified(kind, id)
         if record is None:
             return
-        # Nothing is believed here: who is marked is looked at, and that verifies.
+        # Nothing is trusted here: a marked agent is refreshed, and that verifies its record.
         if isinstance(record.state, AgentState):
             self._answers_for(id, record.state.sponsor)
             self._mark(id)
@@ -231,7 +237,7 @@ class AgentIndex:
         elif kind == "user":
             for agent_id in self._of_sponsor.get(id, ()):
                 self._mark(agent_id)
-            for agent_id in self._broken:  # whose record may hold, now that this user is known
+            for agent_id in self._broken:  # their records may be valid, now that this user is known
                 self._mark(agent_id)
 
     def _answers_for(self, agent_id: str, sponsor: str) -> None:

@@ -1,11 +1,11 @@
-"""What agents hold now, and what they used lately: rebuilt from decisions, leases and refusals on Kafka.
+"""Holdings and recent usage of agents, rebuilt from decisions, leases and refusals on Kafka.
 
-An agent holds what policy allowed it, from the moment that it was judged, until the deadline; until a record says that
-the lease has ended; or until the issuer refused to issue it. So nothing that is missing here widens anything: whoever
-keeps back a record of a lease keeps the agent from being allowed more.
+An agent holds what policy allowed it from the decision on. The holding ends at the deadline, when a record says that
+the lease has ended, or when the issuer refused to issue it. So missing records widen nothing: whoever withholds a lease
+record only keeps the agent from being allowed more.
 
-Records are verified where they would change something, and only there: of most leases policy knows everything by its
-own decision, and that they were used today by the lease before.
+Records are verified only where they would change something. For most leases policy knows everything from its own
+decision, and their use today from an earlier lease.
 """
 
 from __future__ import annotations
@@ -44,34 +44,33 @@ from ringfence.policy.domain import Case, Evaluation
 log = logging.getLogger(__name__)
 
 LEASES_SINCE_MS = (WINDOW_DAYS + 1) * DAY_S * 1000
-"""How far back leases are read at the start: what has ended before was not used within the window."""
+"""How far back leases are read at start: a lease that ended before was not used within the window."""
 REFUSALS_SINCE_MS = (DAY_S + 3600) * 1000
-"""How far back refusals are read at the start: what was allowed before has passed its deadline."""
+"""How far back refusals are read at start: what was allowed before has passed its deadline."""
 SLACK_S = 60
-"""So long after its deadline a lease is forgotten: clocks differ, and requests wait for their turn."""
+"""How long after its deadline a lease is forgotten, because clocks differ and requests wait for their turn."""
 MAX_HELD = 32
-"""An agent that holds more different things than this gets nothing more."""
+"""An agent that holds more different things than this is denied anything more."""
 
 _REFUSED_KEPT = 10_000
-"""So many refusals are remembered of decisions that have not been read yet."""
+"""The most remembered refusals whose decisions have not been read yet."""
 _SWEPT_AT_ONCE = 1000
 _lease_id = lru_cache(maxsize=1024)(lease_id)
-"""Asked for three times while a request is decided."""
+"""Cached: each request needs it three times."""
 _NEVER_ISSUED = frozenset({"minting", "aborted"})
 
 
 class LeaseGroup(NamedTuple):
-    """Leases of one task that live and end together, all of them short-lived or none."""
+    """Leases of one task that have the same end. Either all are short-lived or none is."""
 
     task_id: str
     short_lived: bool
     until_s: int
     leases: int
-    """How many."""
 
 
 class Live(NamedTuple):
-    """One lease that lives. Times are seconds since 1970."""
+    """One live lease. Times are seconds since 1970."""
 
     lease_id: str
     task_id: str
@@ -82,53 +81,53 @@ class Live(NamedTuple):
 
 @dataclass(slots=True)
 class _HeldLease:
-    """One lease that may live, or has ended before its deadline."""
+    """One lease that may be live, or that ended before its deadline."""
 
     agent_id: str
     what: bytes
     since_s: int
     deadline_s: int
     decided: bool = False
-    """Whether its decision stands on Kafka, or a record of it does."""
+    """Whether its decision, or a record of it, is on Kafka."""
     seq: int = 0
-    """The highest verified; 0 where no record was needed."""
+    """The highest verified `seq`; 0 if no record had to be verified."""
     over: bool = False
 
 
 @dataclass(slots=True)
 class _EquivalentLeases:
-    """The leases of one agent that allow the same in the same task."""
+    """The live leases of one agent that allow the same in the same task."""
 
     task_id: str
     scope: list[dict[str, Any]]
     leases: dict[str, int] = field(default_factory=dict)
-    """Their deadlines by their ids, the latest lease last."""
+    """Deadlines by lease id, the latest lease last."""
     endings: dict[tuple[bool, int], int] = field(default_factory=dict)
-    """How many of them, by whether they are short-lived and by their deadlines: there may be very many leases."""
+    """Number of leases by (short-lived, deadline). It avoids a pass over very many leases."""
 
-    def put(self, id: str, known: _HeldLease) -> None:
-        self.leases[id] = known.deadline_s
-        ending = (is_short_lived(known.since_s, known.deadline_s), known.deadline_s)
+    def put(self, id: str, lease: _HeldLease) -> None:
+        self.leases[id] = lease.deadline_s
+        ending = (is_short_lived(lease.since_s, lease.deadline_s), lease.deadline_s)
         self.endings[ending] = self.endings.get(ending, 0) + 1
 
-    def drop(self, id: str, known: _HeldLease) -> bool:
-        """Whether it was among them; `known` as it was put."""
+    def drop(self, id: str, lease: _HeldLease) -> bool:
+        """Remove a lease, and return whether it was there. `lease` must be as it was put."""
         if self.leases.pop(id, None) is None:
             return False
-        self._uncount(known)
+        self._uncount(lease)
         return True
 
-    def change(self, id: str, known: _HeldLease, since_s: int, until_s: int) -> None:
-        """Give a lease another life, wherever it is."""
+    def change(self, id: str, lease: _HeldLease, since_s: int, until_s: int) -> None:
+        """Change start and deadline of a lease, whether or not it is in this group."""
         counted = id in self.leases
         if counted:
-            self._uncount(known)
-        known.since_s, known.deadline_s = since_s, until_s
+            self._uncount(lease)
+        lease.since_s, lease.deadline_s = since_s, until_s
         if counted:
-            self.put(id, known)
+            self.put(id, lease)
 
-    def _uncount(self, known: _HeldLease) -> None:
-        ending = (is_short_lived(known.since_s, known.deadline_s), known.deadline_s)
+    def _uncount(self, lease: _HeldLease) -> None:
+        ending = (is_short_lived(lease.since_s, lease.deadline_s), lease.deadline_s)
         self.endings[ending] -= 1
         if not self.endings[ending]:
             del self.endings[ending]
@@ -136,25 +135,24 @@ class _EquivalentLeases:
 
 @dataclass(slots=True)
 class _Holder:
-    """One agent."""
+    """State of one agent."""
 
     held: dict[bytes, _EquivalentLeases] = field(default_factory=dict)
-    """By what they allow in which task (`_what`): its leases that live."""
+    """Its live leases, by what they allow in which task (`_group_key`)."""
     usage: Usage = field(default_factory=Usage)
     version: int = 0
-    """Grows with each change of the two."""
+    """Grows with each change of `held` or `usage`."""
     kinds: int = 0
-    """Grows with each new kind of what is held."""
+    """Grows with each new kind of holding."""
     uses: int = 0
-    """Grows with each change of the usage."""
     asked_ms: int = 0
-    """When the latest request was appended that led to a lease whose record was verified."""
+    """Append time of the latest request whose lease record was verified."""
     told: tuple[object, dict[str, Any]] | None = None
-    """The last summary, and what it was made of."""
+    """The last summary, and the state that it was made from."""
 
 
 class Holdings:
-    """What every agent holds and used. Memory goes with the leases that live, and with agents times verbs."""
+    """Holdings and usage of every agent. Memory grows with live leases, and with agents times verbs."""
 
     def __init__(self, trust: TrustStore, clock: Clock) -> None:
         self._trust = trust
@@ -171,42 +169,42 @@ class Holdings:
         self._to_sweep: list[str] = []
 
     def on_change(self, listener: Callable[[str], None]) -> None:
-        """Call `listener` with the id of each agent of which something else is known now."""
+        """Call `listener` with the id of each agent whose state changed."""
         self._listeners.append(listener)
 
-    # --- asking ---
+    # --- look-up ---
 
     def turn(self, agent_id: str) -> AbstractAsyncContextManager[None]:
-        """For what must not be done for two requests of an agent at a time."""
+        """Return a lock for work that must not run for two requests of an agent concurrently."""
         lock = self._turns.get(agent_id)
         if lock is None:
             lock = self._turns[agent_id] = asyncio.Lock()
         return lock
 
     def kinds(self, agent_id: str) -> int:
-        """Grows whenever an agent comes to hold what `held` did not show before."""
+        """Return a number that grows whenever `held` gains a new kind of holding."""
         holder = self._holders.get(agent_id)
         return holder.kinds if holder else 0
 
     def version(self, agent_id: str) -> int:
-        """Changes with whatever is known of an agent."""
+        """Return a number that changes with any change of the agent's state."""
         holder = self._holders.get(agent_id)
         return holder.version if holder else 0
 
     def held(self, agent_id: str, now_s: int, *, but_for: str | None = None) -> list[dict[str, Any]]:
-        """The input `held` of the rules: of leases that allow the same in the same task, the latest stands for all.
+        """Return the policy input `held`. Of leases that allow the same in the same task, the latest stands for all.
 
-        `but_for` is the id of the request that is being judged: its own lease is not held against it.
+        `but_for` is the id of the request being decided: its own lease does not count against it.
         """
         holder = self._holders.get(agent_id)
         if holder is None or not holder.held:
             return []
         own = _lease_id(but_for) if but_for else None
-        found = []
+        entries = []
         for alike in holder.held.values():
             for id, deadline_s in reversed(alike.leases.items()):
                 if deadline_s > now_s and id != own:
-                    found.append(
+                    entries.append(
                         {
                             "lease_id": id,
                             "task_id": alike.task_id,
@@ -215,10 +213,10 @@ class Holdings:
                         }
                     )
                     break
-        return found
+        return entries
 
     def live(self, agent_id: str, now_s: int) -> list[Live]:
-        """Every lease of an agent that lives, or is about to: there may be very many."""
+        """Return every lease of an agent that is live or about to be. There may be very many."""
         holder = self._holders.get(agent_id)
         return [
             Live(id, alike.task_id, self._leases[id].since_s, until_s)
@@ -228,7 +226,10 @@ class Holdings:
         ]
 
     def endings(self, agent_id: str, now_s: int) -> list[LeaseGroup]:
-        """When what `live` tells of ends, without a look at each: no more of them than seconds until the last end."""
+        """Return when the leases of `live` end, in groups.
+
+        There are at most as many groups as seconds until the last end.
+        """
         holder = self._holders.get(agent_id)
         return [
             LeaseGroup(alike.task_id, short_lived, until_s, count)
@@ -238,37 +239,39 @@ class Holdings:
         ]
 
     def used_verbs(self, agent_id: str, now_s: int) -> set[Verb]:
-        """The verbs that an agent used in the last 30 days."""
+        """Return the verbs that an agent used in the last 30 days."""
         holder = self._holders.get(agent_id)
         return holder.usage.verbs(now_s) if holder else set()
 
     def asked_ms(self, agent_id: str) -> int | None:
-        """When an agent asked for what it got, by the verified records of leases: mostly the first of a day."""
+        """Return when an agent last requested something it received, by verified lease records: mostly the first
+        request of a day.
+        """
         holder = self._holders.get(agent_id)
         return (holder.asked_ms or None) if holder else None
 
     def used(self, agent_id: str, now_s: int) -> list[Used]:
-        """What an agent used in the last 30 days."""
+        """Return the usage of an agent in the last 30 days."""
         holder = self._holders.get(agent_id)
         return list(holder.usage.within(now_s)) if holder else []
 
     def history(self, agent: AgentState, target_id: str, now_s: int) -> dict[str, Any]:
-        """The input `history` of the rules for a request at a target."""
+        """Return the policy input `history` for a request at a target."""
         holder = self._holder(agent.agent_id)
         made_of = (holder.uses, agent.ceiling, target_id, now_s // DAY_S)
         if holder.told is None or holder.told[0] != made_of:
             holder.told = made_of, summary(list(holder.usage.within(now_s)), agent.ceiling, target_id, now_s)
         return holder.told[1]
 
-    # --- what policy itself decides ---
+    # --- policy's own decisions ---
 
     def judged(self, case: Case, evaluation: Evaluation) -> None:
-        """Take in how a request was judged, before anybody hears of it: what is allowed is held from now on."""
+        """Record an evaluation before anybody learns of it: the agent holds what was allowed from now on."""
         id, document = _lease_id(case.request_id), evaluation.input
         if evaluation.ruling.outcome != "allowed" or document is None:
-            known = self._leases.get(id)
-            if known is not None and not known.decided:
-                self._shed(id, known)
+            lease = self._leases.get(id)
+            if lease is not None and not lease.decided:
+                self._shed(id, lease)
                 del self._leases[id]
             return
         now_s, request = self._now_s(), document["request"]
@@ -276,27 +279,27 @@ class Holdings:
         self._hold(id, case.agent_id, request["task_id"], request["scope"], now_s, until_s)
 
     def decided(self, decision: CredentialDecision, agent_id: str, at_ms: int) -> None:
-        """Take in an `allowed` decision that stands on Kafka since `at_ms`, whichever replica made it."""
+        """Record an `allowed` decision that is on Kafka since `at_ms`, whichever replica made it."""
         end_s = at_ms // 1000 + (decision.ttl_s or 0)
         if end_s <= self._now_s() - SLACK_S:
             return
         id = _lease_id(decision.request_id)
-        known = self._leases.get(id)
-        if known is None:
+        lease = self._leases.get(id)
+        if lease is None:
             # The request stands inside a decision of this service: it was verified before that was signed.
             request = parse(decision.request).unverified_claims(CredentialRequest)
             scope = [permission.model_dump(mode="json") for permission in request.scope]
-            known = self._hold(id, agent_id, request.task_id, scope, at_ms // 1000, end_s)
+            lease = self._hold(id, agent_id, request.task_id, scope, at_ms // 1000, end_s)
             if self._refused.pop(id, True) is None:
-                self._shed(id, known)
-        elif not known.decided:
-            self._lives(id, known, at_ms // 1000, end_s)
-        known.decided = True
+                self._shed(id, lease)
+        elif not lease.decided:
+            self._lives(id, lease, at_ms // 1000, end_s)
+        lease.decided = True
 
-    # --- what becomes of it ---
+    # --- later events ---
 
     def on_leases(self, records: Sequence[Received]) -> None:
-        """Take in records of `lease`, in the order of each partition."""
+        """Process records of `lease`, in the order of each partition."""
         self._expire()
         for record in records:
             if self._epochs.took(record):
@@ -306,7 +309,7 @@ class Holdings:
                 self._verify(record)
 
     def on_events(self, records: Sequence[Received]) -> None:
-        """Take in the events of services, for what the issuer refused."""
+        """Process service events, to learn what the issuer refused."""
         for record in records:
             claims = unverified_claims(record.value)
             if claims and (claims.get("kind"), claims.get("subject")) == ("refused", CredentialDecision.typ):
@@ -326,25 +329,25 @@ class Holdings:
                 extra=rate_limited(record.topic_name, type(error).__name__),
             )
             return
-        known = self._leases.get(id)
-        if known is None:
+        lease = self._leases.get(id)
+        if lease is None:
             self._refused[id] = None
-        elif not known.seq:  # else it was issued after all, at another time that the decision came
-            self._shed(id, known)
+        elif not lease.seq:  # otherwise it was issued after all, at another delivery of the decision
+            self._shed(id, lease)
 
     def _matters(self, unverified: dict[str, Any], key: str | None) -> bool:
-        """Whether a record would change anything if it holds. Nothing is believed here."""
+        """Return whether an unverified record would change anything if it is valid."""
         try:
             id, seq, status = unverified["lease_id"], unverified["seq"], unverified["status"]
             if id != key or seq < 1:
                 return False
-            known, now_s, deadline_s = self._leases.get(id), self._now_s(), unverified["deadline"]
-            # What is past its deadline is held no more, whether or not it is known to have ended.
-            in_time = status in TERMINAL and max(deadline_s, known.deadline_s if known else 0) <= now_s
+            lease, now_s, deadline_s = self._leases.get(id), self._now_s(), unverified["deadline"]
+            # A lease past its deadline is no longer held, whether or not its end is known.
+            in_time = status in TERMINAL and max(deadline_s, lease.deadline_s if lease else 0) <= now_s
             if deadline_s > now_s - SLACK_S and not in_time:
-                if known is None:
+                if lease is None:
                     return True
-                if seq > known.seq and known.over != (status in TERMINAL):
+                if seq > lease.seq and lease.over != (status in TERMINAL):
                     return True
             return status not in _NEVER_ISSUED and not self._knows(unverified)
         except (KeyError, TypeError, AttributeError):
@@ -375,25 +378,25 @@ class Holdings:
             self._take(lease)
 
     def _take(self, lease: Lease) -> None:
-        """Take in a verified record. The highest `seq` counts."""
+        """Apply a verified record. The highest `seq` counts."""
         if lease.status not in _NEVER_ISSUED:
             self._use(lease)
         if lease.deadline <= self._now_s() - SLACK_S:
             return
-        known = self._leases.get(lease.lease_id)
-        if known is not None and lease.seq <= known.seq:
+        held_lease = self._leases.get(lease.lease_id)
+        if held_lease is not None and lease.seq <= held_lease.seq:
             return
         if lease.status in TERMINAL:
-            if known is None:
-                known = _HeldLease(lease.agent_id, b"", lease.iat, lease.deadline)
-                self._remember(lease.lease_id, known)
-            self._shed(lease.lease_id, known)
+            if held_lease is None:
+                held_lease = _HeldLease(lease.agent_id, b"", lease.iat, lease.deadline)
+                self._remember(lease.lease_id, held_lease)
+            self._shed(lease.lease_id, held_lease)
         else:
             scope = [permission.model_dump(mode="json") for permission in lease.scope]
-            known = self._hold(
+            held_lease = self._hold(
                 lease.lease_id, lease.agent_id, lease.task_id, scope, lease.iat, lease.deadline
             )
-        known.seq, known.decided = lease.seq, True
+        held_lease.seq, held_lease.decided = lease.seq, True
 
     def _use(self, lease: Lease) -> None:
         holder = self._holder(lease.agent_id)
@@ -408,67 +411,65 @@ class Holdings:
     def _hold(
         self, id: str, agent_id: str, task_id: str, scope: list[dict[str, Any]], since_s: int, until_s: int
     ) -> _HeldLease:
-        """`since_s` is of what was not known before."""
-        what = _what(task_id, scope)
-        known = self._leases.get(id)
-        if known is None:
-            known = _HeldLease(agent_id, what, since_s, until_s)
-            self._remember(id, known)
-        elif known.what != what:
-            self._shed(id, known)
+        """Add a lease. `since_s` counts only if the lease was unknown before."""
+        group_key = _group_key(task_id, scope)
+        lease = self._leases.get(id)
+        if lease is None:
+            lease = _HeldLease(agent_id, group_key, since_s, until_s)
+            self._remember(id, lease)
+        elif lease.what != group_key:
+            self._shed(id, lease)
         holder = self._holder(agent_id)
-        alike = holder.held.get(what)
+        alike = holder.held.get(group_key)
         if alike is None:
-            alike = holder.held[what] = _EquivalentLeases(task_id, scope)
+            alike = holder.held[group_key] = _EquivalentLeases(task_id, scope)
         if not alike.leases or next(reversed(alike.leases.values())) <= self._now_s() + SLACK_S:
-            holder.kinds += (
-                1  # also where all that it had of this kind may be over by the clock of the broker
-            )
-        known.what, known.over = what, False
-        self._lives(id, known, known.since_s, until_s)
+            holder.kinds += 1  # also if everything it had of this kind may have ended by the broker's clock
+        lease.what, lease.over = group_key, False
+        self._lives(id, lease, lease.since_s, until_s)
         if id not in alike.leases:
-            alike.put(id, known)
+            alike.put(id, lease)
         self._changed(agent_id, holder)
-        return known
+        return lease
 
-    def _lives(self, id: str, known: _HeldLease, since_s: int, until_s: int) -> None:
-        if until_s != known.deadline_s:
+    def _lives(self, id: str, lease: _HeldLease, since_s: int, until_s: int) -> None:
+        if until_s != lease.deadline_s:
             heapq.heappush(self._ends, (until_s, id))
-        alike = self._holder(known.agent_id).held.get(known.what)
+        alike = self._holder(lease.agent_id).held.get(lease.what)
         if alike is not None:
-            alike.change(id, known, since_s, until_s)
+            alike.change(id, lease, since_s, until_s)
         else:
-            known.since_s, known.deadline_s = since_s, until_s
+            lease.since_s, lease.deadline_s = since_s, until_s
 
-    def _remember(self, id: str, known: _HeldLease) -> None:
-        self._leases[id] = known
-        heapq.heappush(self._ends, (known.deadline_s, id))
+    def _remember(self, id: str, lease: _HeldLease) -> None:
+        self._leases[id] = lease
+        heapq.heappush(self._ends, (lease.deadline_s, id))
 
-    def _shed(self, id: str, known: _HeldLease) -> None:
-        """The agent holds it no more. What ended stays known, so that no older record brings it back."""
-        known.over = True
-        holder = self._holders.get(known.agent_id)
-        alike = holder.held.get(known.what) if holder else None
-        if holder is None or alike is None or not alike.drop(id, known):
+    def _shed(self, id: str, lease: _HeldLease) -> None:
+        """Remove a lease that ended. It stays known, so that no older record restores it."""
+        lease.over = True
+        holder = self._holders.get(lease.agent_id)
+        alike = holder.held.get(lease.what) if holder else None
+        if holder is None or alike is None or not alike.drop(id, lease):
             return
         if not alike.leases:
-            del holder.held[known.what]
-        self._changed(known.agent_id, holder)
+            del holder.held[lease.what]
+        self._changed(lease.agent_id, holder)
 
     def _changed(self, agent_id: str, holder: _Holder) -> None:
         holder.version += 1
         for listener in self._listeners:
             listener(agent_id)
 
-    # --- forgetting ---
+    # --- removal ---
 
     def _expire(self) -> None:
         now_s = self._now_s()
         while self._ends and self._ends[0][0] <= now_s - SLACK_S:
             _, id = heapq.heappop(self._ends)
-            known = self._leases.get(id)
-            if known is not None and known.deadline_s <= now_s - SLACK_S:
-                self._shed(id, known)
+            lease = self._leases.get(id)
+            if lease is not None and lease.deadline_s <= now_s - SLACK_S:
+                self._shed(id, lease)
                 del self._leases[id]
         if now_s // DAY_S != self._swept_on:
             self._swept_on = now_s // DAY_S
@@ -477,7 +478,7 @@ class Holdings:
         del self._to_sweep[-_SWEPT_AT_ONCE:]
 
     def _sweep(self, agent_ids: Sequence[str]) -> None:
-        """Once a day for each agent: let go of what it used long ago, and of whom that leaves with nothing."""
+        """Once a day for each agent, drop old usage, and agents that have nothing left."""
         for agent_id in agent_ids:
             holder = self._holders.get(agent_id)
             if holder is None:
@@ -496,5 +497,5 @@ class Holdings:
         return self._clock.now_ms() // 1000
 
 
-def _what(task_id: str, scope: list[dict[str, Any]]) -> bytes:
+def _group_key(task_id: str, scope: list[dict[str, Any]]) -> bytes:
     return task_id.encode() + b" " + orjson.dumps(scope)

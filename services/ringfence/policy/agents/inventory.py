@@ -1,4 +1,4 @@
-"""One agent as the inventory shows it: what is known of it in many places, put together and added up. Pure."""
+"""Inventory row of one agent: joins what is known about it in many places, and sums rows. Pure."""
 
 from __future__ import annotations
 
@@ -16,57 +16,56 @@ from ringfence.policy.agents.holdings import LeaseGroup, Live
 from ringfence.policy.agents.usage import DAY_S, Verb, verbs_of
 
 MAX_TASKS = 20
-"""So many running tasks are named of an agent; all are counted."""
+"""The most running tasks that are listed of an agent; all are counted."""
 _SETS_CEILING = ("agent.set-ceiling", "agent.register")
 
 SponsorIs = Literal["live", "disabled", "no_sponsor", "unknown"]
-"""Whether somebody answers for an agent: an active user with the role sponsor. Else it is an orphan; this is why."""
+"""`live`: an active user with the role sponsor. Any other value says why the agent is an orphan."""
 
 
 @dataclass(frozen=True, slots=True)
 class AgentFacts:
-    """What is known of one agent at one moment. Everything was verified."""
+    """Everything known of one agent at one moment, verified."""
 
     agent: AgentState
     revision: int
     commands: Sequence[EmbeddedCommand]
     sponsor: UserState | None
     tasks: Sequence[TaskState]
-    """Those that run."""
+    """Its running tasks."""
     endings: Sequence[LeaseGroup]
-    """Of its leases that live."""
     live: Callable[[], Sequence[Live]]
-    """Each of these: there may be very many."""
+    """Returns each of these leases. There may be very many."""
     used: AbstractSet[Verb]
     seen: Mapping[str, int]
-    """By key, when it was last seen with it, as far as this process knows."""
+    """By key: when it was last seen, as far as this process knows."""
     asked_ms: int | None
-    """When it asked for something that it was given, by the records of leases."""
+    """When it requested something it received, by lease records."""
     now_s: int
 
 
 class InventoryRow(NamedTuple):
-    """What of one agent is added up, and what it is found by."""
+    """The values of one agent that are summed, and that it is found by."""
 
     status: str
     sponsor: str
     sponsor_is: SponsorIs
     targets: tuple[str, ...]
     key_end_s: int | None
-    """When the last of its keys ends; None where it has none."""
+    """When the last of its keys ends; None if it has none."""
     leases: int
     standing: int
     tasks: int
     granted: int
-    """How many verbs its ceiling has, each at each target."""
+    """The number of (target, verb) pairs in its ceiling."""
     unused: int
-    """How many of these it did not use in 30 days."""
+    """How many of those it did not use in 30 days."""
     seen: bool
     """Whether it was seen in 30 days."""
 
     @property
     def counts(self) -> bool:
-        """False for what is decommissioned: nobody has to answer for it any more."""
+        """Return False for a decommissioned agent: nobody has to be accountable for it any more."""
         return self.status != "decommissioned"
 
     @property
@@ -74,12 +73,12 @@ class InventoryRow(NamedTuple):
         return self.counts and self.sponsor_is != "live"
 
     def key_ends_by(self, by_s: float) -> bool:
-        """Whether it has no key that goes on after this; none at all is no key that ends."""
+        """Return whether all its keys end by this time. An agent without a key does not count."""
         return self.counts and self.key_end_s is not None and self.key_end_s <= by_s
 
 
 def sponsor_is(sponsor: UserState | None) -> SponsorIs:
-    """What became of the user who is named as the sponsor of an agent."""
+    """Return the state of the user who is named as an agent's sponsor."""
     if sponsor is None:
         return "unknown"
     if sponsor.status != "active":
@@ -88,7 +87,7 @@ def sponsor_is(sponsor: UserState | None) -> SponsorIs:
 
 
 def inventory_row(facts: AgentFacts) -> InventoryRow:
-    """An agent's line."""
+    """Return the row of an agent."""
     agent, granted = facts.agent, verbs_of(facts.agent.ceiling)
     return InventoryRow(
         status=agent.status,
@@ -108,7 +107,7 @@ def inventory_row(facts: AgentFacts) -> InventoryRow:
 
 
 def next_change_s(facts: AgentFacts) -> int:
-    """When time alone changes what is known of an agent, at the latest with the day."""
+    """Return when time alone changes an agent's row, at the latest at the end of the day."""
     moments = [
         *(ending.until_s for ending in facts.endings),
         *(task.not_after for task in facts.tasks),
@@ -119,7 +118,7 @@ def next_change_s(facts: AgentFacts) -> int:
 
 
 def row_of(facts: AgentFacts, targets: AbstractSet[str]) -> dict[str, Any]:
-    """An agent as `docs/inventory.md` shows it. `targets` are those that there are, of the ones in its ceiling."""
+    """Return an agent as `docs/inventory.md` shows it. `targets` are the existing ones among those in its ceiling."""
     agent, line = facts.agent, inventory_row(facts)
     authorised = list(_authorised(facts.commands))
     return {
@@ -166,9 +165,10 @@ def row_of(facts: AgentFacts, targets: AbstractSet[str]) -> dict[str, Any]:
 
 
 def totals(lines: Iterable[InventoryRow], now_s: int, keys_by_s: int) -> dict[str, int]:
-    """The sums over some agents. All but `decommissioned` are of those that are not.
+    """Return the sums over some agents. All but `decommissioned` exclude decommissioned agents.
 
-    `keys_ending` have no key that goes on until `keys_by_s`, though one that counts now; `keys_ended` none of these.
+    `keys_ending`: agents with a valid key, but none that lasts beyond `keys_by_s`. `keys_ended`: agents without a valid
+    key.
     """
     sums = dict.fromkeys(
         (
@@ -206,7 +206,7 @@ def _standing(facts: AgentFacts) -> list[LeaseGroup]:
 
 
 def _standing_leases(facts: AgentFacts) -> list[str]:
-    """Their ids: mostly nothing stands, and none is looked at."""
+    """Return the ids of standing leases. Mostly there are none, and no lease is looked at."""
     standing = {ending[:3] for ending in _standing(facts)}
     if not standing:
         return []
@@ -237,7 +237,7 @@ def _reach(facts: AgentFacts, targets: AbstractSet[str]) -> list[dict[str, Any]]
 
 
 def _authorised(commands: Iterable[EmbeddedCommand]) -> Iterator[dict[str, Any]]:
-    """Who gave the commands of a record, and when. The chain of the record is verified, and so are these."""
+    """Yield who gave the commands of a record, and when. The record's chain is verified, and so are these."""
     for command in commands:
         jws = parse(command.jws)
         yield {

@@ -1,4 +1,4 @@
-"""Keys of agents that two processes use at once: found where requests come in, and told as a finding."""
+"""Detection of agent keys that two processes use at once, in incoming requests. Each case becomes a finding."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from ringfence.policy.domain import Case
 
 
 class SharedKeyDetector:
-    """Looks at each request once. An agent's requests come to one replica, in their order."""
+    """Examines each request once. An agent's requests come to one replica, in order."""
 
     def __init__(self, runtime: Runtime, uses: KeyUses) -> None:
         self._runtime = runtime
         self._uses = uses
 
     async def observe(self, case: Case) -> None:
-        """Take down who signed a request, and tell where somebody else does at the same time."""
+        """Record who signed a request, and publish a finding if somebody else uses the key at the same time."""
         claims, at_ms = case.request.claims, case.source.appended_at_ms
         kid = kid_of(case.request.compact)
-        other = self._uses.saw(case.agent_id, kid, claims.process, at_ms)
-        if other is None:
+        other_mark = self._uses.saw(case.agent_id, kid, claims.process, at_ms)
+        if other_mark is None:
             return
         message = (
             f"two processes use the key {kid} of agent {case.agent_id} at once, so that nobody can tell what which "

@@ -1,8 +1,8 @@
-"""What an agent used in the last 30 days, by the day: small enough to be kept for every agent. Pure.
+"""Usage of an agent in the last 30 days, by day: small enough to be kept for every agent. Pure.
 
-Days instead of times: taking in the same lease twice, or leases in another order, gives the same. So it does not matter
-in which order the partitions of `lease` are read at a start, and only the first lease of a day with a verb has to be
-verified.
+It stores days, not times. So adding a lease twice, or leases in another order, gives the same result. The order in
+which the partitions of `lease` are read at start does not matter, and only the first lease of a day with a verb has to
+be verified.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.permission import Permission
 
 WINDOW_DAYS = 30
-"""How far back a summary goes, today included."""
+"""The length of the window, today included."""
 DAY_S = 86_400
 MAX_VERBS = 512
-"""So many verbs at targets are remembered of one agent; beyond, those that were used longest ago are forgotten."""
+"""The most (target, verb) pairs remembered of one agent. Beyond, those used longest ago are forgotten."""
 MAX_SHOWN = 32
-"""So many verbs of each kind stand in a summary at most; it has the numbers of all."""
+"""The most verbs of each kind in a summary. Its counts cover all."""
 
 _MASK = (1 << WINDOW_DAYS) - 1
 
@@ -32,58 +32,57 @@ Verb = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """One verb at one target, as far as it was used within the window. Times are the beginnings of days (UTC)."""
+    """Usage of one verb at one target within the window. Times are starts of days (UTC)."""
 
     target: str
     verb: str
     first_s: int
     last_s: int
     days: int
-    """On how many different days."""
 
 
 class Usage:
-    """The days on which one agent was given which verbs."""
+    """The days on which one agent received which verbs."""
 
     __slots__ = ("_days",)
 
     def __init__(self) -> None:
-        # The last day and, below it, a bit for each day of the window that ends with it: one number a verb.
+        # The last day and, below it, a bit for each day of the window that ends with it: one number per verb.
         self._days: dict[Verb, int] = {}
 
     def __bool__(self) -> bool:
         return bool(self._days)
 
     def knows(self, verbs: Iterable[Verb], day: int) -> bool:
-        """Whether taking these in as used on a day would change nothing."""
+        """Return whether adding these verbs for a day would change nothing."""
         return all(self._with(verb, day) == self._days.get(verb) for verb in verbs)
 
     def add(self, verbs: Iterable[Verb], day: int) -> None:
-        """Take in that these were used on a day (days since 1970)."""
+        """Record that these verbs were used on a day (days since 1970)."""
         for verb in verbs:
             self._days[verb] = self._with(verb, day)
         while len(self._days) > MAX_VERBS:
             del self._days[min(self._days, key=lambda verb: self._days[verb])]
 
     def forget(self, today: int) -> None:
-        """Let go of what was last used before the window that ends today."""
+        """Drop what was last used before the window that ends today."""
         oldest = today - WINDOW_DAYS + 1
         for verb in [verb for verb, packed in self._days.items() if packed >> WINDOW_DAYS < oldest]:
             del self._days[verb]
 
     def within(self, now_s: int) -> Iterator[Used]:
-        """What was used in the window that ends today."""
+        """Yield what was used in the window that ends today."""
         today = now_s // DAY_S
         for (target, verb), packed in self._days.items():
             last, mask = packed >> WINDOW_DAYS, packed & _MASK
-            # Whoever judges a request of yesterday does not see what came today.
+            # An evaluation of yesterday's request does not see today's usage.
             mask = _moved(mask, today - last)
             if mask:
                 newest, oldest = today - _lowest(mask), today - mask.bit_length() + 1
                 yield Used(target, verb, oldest * DAY_S, newest * DAY_S, mask.bit_count())
 
     def verbs(self, now_s: int) -> set[Verb]:
-        """The verbs that were used in the window that ends today."""
+        """Return the verbs that were used in the window that ends today."""
         today = now_s // DAY_S
         return {
             verb
@@ -102,7 +101,7 @@ class Usage:
 
 
 def _moved(mask: int, days: int) -> int:
-    """The days of a window as they stand in the window that ends so many days later (or earlier)."""
+    """Shift the day mask of one window to the window that ends so many days later (or earlier)."""
     if abs(days) >= WINDOW_DAYS:
         return 0
     return (mask << days) & _MASK if days >= 0 else mask >> -days
@@ -113,20 +112,20 @@ def _lowest(mask: int) -> int:
 
 
 def verbs_of(scope: Iterable[Permission]) -> set[Verb]:
-    """Every verb of a scope, with its target."""
+    """Return every (target, verb) of a scope."""
     return {(permission.target, verb) for permission in scope for verb in permission.verbs}
 
 
 def summary(
     used: Sequence[Used], ceiling: Iterable[Permission], target_id: str, now_s: int
 ) -> dict[str, Any]:
-    """The input `history` of the rules, as `docs/policy.md` shows it.
+    """Return the policy input `history`, as `docs/policy.md` describes it.
 
     Args:
-        used: what was used within the window.
+        used: the usage within the window.
         ceiling: the most that the agent may hold.
-        target_id: the target that is asked for: what is known of it is never left out.
-        now_s: the moment that is judged.
+        target_id: the requested target; its usage is never left out.
+        now_s: the time of the evaluation.
     """
     granted = verbs_of(ceiling)
     unused = granted - {(one.target, one.verb) for one in used}
@@ -148,7 +147,7 @@ def summary(
 
 
 def narrower(ceiling: Sequence[Permission], kept: set[Verb]) -> tuple[Permission, ...]:
-    """The ceiling without the verbs that are not among those to be kept. Resources stay as they are."""
+    """Return the ceiling reduced to the verbs in `kept`. Resources stay as they are."""
     narrowed = []
     for permission in ceiling:
         verbs = tuple(verb for verb in permission.verbs if (permission.target, verb) in kept)
@@ -157,14 +156,17 @@ def narrower(ceiling: Sequence[Permission], kept: set[Verb]) -> tuple[Permission
     return tuple(narrowed)
 
 
-# When each agent last asked, by the key that it asked with: from the decisions on its requests.
+# When each agent last sent a request, by signing key: from the decisions on its requests.
 
 MAX_KEYS: Final = 32
-"""So many keys are remembered of an agent; beyond, the one that was seen longest ago is forgotten."""
+"""The most keys remembered of an agent. Beyond, the one seen longest ago is forgotten."""
 
 
 class KeyLastSeen:
-    """What is known by this process: a decision from before its start counts where it still mattered then."""
+    """When each key of an agent was last seen, as far as this process knows.
+
+    Of decisions before its start it knows those still in memory.
+    """
 
     def __init__(self) -> None:
         self._seen: dict[str, dict[str, int]] = {}
@@ -175,7 +177,7 @@ class KeyLastSeen:
         self._listeners.append(listener)
 
     def on_decision(self, decision: CredentialDecision, agent_id: str) -> None:
-        """Take in a decision of policy, which verified the request inside before it signed."""
+        """Record a decision of policy, which verified the request inside before it signed."""
         try:
             kid = kid_of(decision.request)
         except InvalidMessageError:
@@ -190,5 +192,5 @@ class KeyLastSeen:
             listener(agent_id)
 
     def of(self, agent_id: str) -> Mapping[str, int]:
-        """By the thumbprint of each key, when the latest request signed with it was appended, in milliseconds."""
+        """Return, by key thumbprint, when the latest request signed with it was appended (ms)."""
         return self._seen.get(agent_id, {})

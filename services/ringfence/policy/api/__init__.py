@@ -1,1 +1,1 @@
-"""The HTTP API of policy."""
+"""Policy's HTTP API."""

@@ -1,4 +1,4 @@
-"""What all questions about agents' rows have in common: who asks, whether enough is known, and what is missing."""
+"""Common base of the APIs about agents: authenticates the caller, checks that enough is known, and reports gaps."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ringfence.model.records.directory import Directory
 from ringfence.policy.agents.agent_index import AgentIndex
 
 _SETTLED_AT_ONCE: Final = 4000
-"""So many agents that changed are looked at for one question; of more it is said that they are not in it yet."""
+"""The most changed agents that are refreshed for one query. Beyond, the answer names the gap."""
 
 
 class AgentsApi:
-    """Answers from the roster. Every replica knows all agents."""
+    """Answers from the agent index. Every replica knows all agents."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class AgentsApi:
         agent_index: AgentIndex,
         stale: Callable[[], str | None],
     ) -> None:
-        """`stale`: why the records may be behind the registry's, or None."""
+        """`stale` returns why the records may be behind the registry's, or None."""
         self._runtime = runtime
         self._directory = directory
         self._authenticator = authenticator
@@ -40,18 +40,18 @@ class AgentsApi:
         self._stale = stale
 
     def _caller(self, request: Request) -> Caller:
-        """Who asks. Raises UnauthenticatedError; UnavailableError where policy does not know all agents yet."""
+        """Return the caller. Raises UnauthenticatedError; UnavailableError while policy does not know all agents."""
         caller = self._authenticator.user(request.headers.get("authorization"))
         if not self._agent_index.complete:
             raise UnavailableError("policy is still reading its tables; what it told now would be too little")
         return caller
 
     async def _gaps(self, caller: Caller) -> list[str]:
-        """What will be missing in the answer, once what changed lately has been looked at."""
+        """Return what will be missing in the answer after recent changes were refreshed."""
         await self._agent_index.settle(_SETTLED_AT_ONCE)
         gaps: list[str] = []
         if not (caller.sees_all or "sponsor" in caller.user.roles):
-            return gaps  # they see no agent, and not how many there are
+            return gaps  # they may see no agent, and not the number of agents
         if behind := self._agent_index.behind:
             gaps.append(
                 f"agents that changed, or came, and are not in it as they are now: {behind}; ask again"
@@ -65,7 +65,7 @@ class AgentsApi:
         return gaps
 
     def _target(self, target_id: str) -> TargetState | None:
-        """A target that something can be issued for, if it is one."""
+        """Return a target for which credentials can be issued, or None."""
         try:
             entry = self._directory.target(target_id)
         except ChainError:
@@ -74,5 +74,5 @@ class AgentsApi:
 
 
 def answered(document: Any) -> Response:
-    """The document as JSON."""
+    """Return the document as a JSON response."""
     return Response(orjson.dumps(document), media_type="application/json")

@@ -1,13 +1,14 @@
-"""AuthZEN Authorization API 1.0, so that other enforcement points ask the same rules.
+"""AuthZEN Authorization API 1.0, for other enforcement points that want decisions by the same rules.
 
 https://openid.net/specs/authorization-api-1_0-final.xml: `POST /access/v1/evaluation` and `/evaluations`, and the
-metadata that name them. There is no search: what an agent may do rests on its tasks, and a resource server need not
-know of those that nobody shows it. A target's resource server asks about its own target, with a token that its key
-signs. `subject` is `{"type": "agent", "id"}`, `action.name` a verb, `resource` `{"type": <the target's id>, "id": <a
-resource of it>}`; `context.task_id` names the task.
+metadata that name them. There is no search. An agent's rights rest on its tasks, and a resource server need not know of
+tasks that nobody shows it. A target's resource server asks about its own target, with a token signed by its key.
+`subject` is `{"type": "agent", "id"}`, `action.name` a verb, `resource` `{"type": <the target's id>, "id": <a resource
+of it>}`; `context.task_id` names the task.
 
-The answer is what a request for just that would come to now: the rule in code, then the bundle. Where a person would
-have to approve, it is no: nobody's approval stands behind a question. Nothing is issued, and nothing remembered.
+The answer is the decision that such a request would get now: the invariant in code, then the bundle. Where a person
+would have to approve, it is a denial, because no approval belongs to a question. Nothing is issued, and nothing is
+stored.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _STOPS_AT = {"deny_on_first_deny": False, "permit_on_first_permit": True}
 
 
 class BadQuestionError(RingfenceError):
-    """A question that is not one of AuthZEN, or leaves out what is needed here."""
+    """Raised when a question is not valid AuthZEN, or lacks a field that is needed here."""
 
     code = "question_invalid"
 
@@ -85,7 +86,7 @@ class _Batch(BaseModel):
 
 
 class AuthZen:
-    """The two endpoints, and where they are."""
+    """The two endpoints and their metadata."""
 
     def __init__(self, runtime: Runtime, authenticator: Authenticator, evaluator: RequestEvaluator) -> None:
         self._runtime = runtime
@@ -93,7 +94,7 @@ class AuthZen:
         self._evaluator = evaluator
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to those of the runtime."""
+        """Return the routes to add to those of the runtime."""
         return [
             Route("/.well-known/authzen-configuration", self._metadata),
             Route("/access/v1/evaluation", _answering(self._evaluation), methods=["POST"]),
@@ -101,9 +102,9 @@ class AuthZen:
         ]
 
     async def _metadata(self, request: Request) -> Response:
-        """Section 9 of the specification. Nobody needs a token for it; it says nothing but where to ask.
+        """Serve the metadata of section 9. It needs no token, as it only names the endpoints.
 
-        Where the decision point has a path of its own, what stands before it leads the well-known one here.
+        If the decision point has a path of its own, the well-known path with that suffix also leads here.
         """
         base = self._runtime.settings.policy_url.rstrip("/")
         return JSONResponse(
@@ -120,9 +121,11 @@ class AuthZen:
         return await self._answered(question, target_id)
 
     async def _evaluations(self, request: Request) -> dict[str, Any]:
-        """Without `evaluations`, as a single one; each of them may leave out what stands beside them.
+        """Evaluate several questions.
 
-        What is wrong with one of them is its own answer, a no, and keeps the others from nothing.
+        Without `evaluations` it is a single one; each may omit members that the outer object has.
+
+        A mistake in one of them becomes its own answer, a denial, and affects no other.
         """
         target_id = self._caller(request)
         document = await _body(request)
@@ -136,8 +139,8 @@ class AuthZen:
             try:
                 answers.append(await self._answered(_parsed(_AuthzenRequest, {**defaults, **one}), target_id))
             except RingfenceError as error:
-                said = {"status": _status(error), "message": str(error)}
-                answers.append({"decision": False, "context": {"error": said}})
+                problem = {"status": _status(error), "message": str(error)}
+                answers.append({"decision": False, "context": {"error": problem}})
             if answers[-1]["decision"] is stops_at:
                 break
         return {"evaluations": answers}
@@ -153,7 +156,7 @@ class AuthZen:
         return _authzen_response(evaluation)
 
     def _as_case(self, question: _AuthzenRequest, now_ms: int) -> Case:
-        """The question as a request that nobody signed: good for being judged, and for nothing else."""
+        """Return the question as an unsigned request. It may be evaluated, and used for nothing else."""
         settings = self._runtime.settings
         try:
             permission = Permission(
@@ -171,7 +174,7 @@ class AuthZen:
             "task_id": question.context.task_id,
             "scope": (permission,),
             "ttl_s": 1,
-            "delivery": "gateway",  # nothing is handed out
+            "delivery": "gateway",  # no credential is handed out
             "reason": "asked by an enforcement point",
         }
         unsigned = CredentialRequest.model_construct(**fields)
@@ -196,7 +199,9 @@ def _authzen_response(evaluation: Evaluation) -> dict[str, Any]:
 def _answering(
     endpoint: Callable[[Request], Awaitable[dict[str, Any]]],
 ) -> Callable[[Request], Awaitable[Response]]:
-    """An answer as the specification has it: errors are a status and a sentence, and a request's id comes back."""
+    """Wrap an endpoint as the specification demands: an error is a status and a sentence, and the request's id is
+    repeated.
+    """
 
     async def answer(request: Request) -> Response:
         id = request.headers.get("x-request-id")

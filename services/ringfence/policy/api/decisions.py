@@ -1,7 +1,7 @@
-"""What people read of policy: what waits for an approval, and what was decided lately.
+"""HTTP API to read pending approvals and recent decisions.
 
-Operators and auditors see all; sponsors what their own agents asked for; everybody what they could approve. What
-somebody may not see is not found: whether it is there is not for them to know.
+Operators and auditors see everything. Sponsors see their own agents' requests. Everybody sees what they could approve.
+Other requests are answered as not found, so that nobody learns whether they exist.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ringfence.policy.domain import may_approve_any
 
 
 class DecisionsApi:
-    """The routes over the memory of this replica. Every replica remembers the decisions of all."""
+    """HTTP routes over the decision log of this replica. Every replica knows the decisions of all."""
 
     def __init__(
         self, runtime: Runtime, directory: Directory, authenticator: Authenticator, decisions: Decisions
@@ -37,7 +37,7 @@ class DecisionsApi:
         self._explainer = Explainer(runtime)
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to those of the runtime."""
+        """Return the routes to add to those of the runtime."""
         return [
             Route("/v1/approvals", self._approvals),
             Route("/v1/approvals/{request_id}", self._approval),
@@ -52,8 +52,8 @@ class DecisionsApi:
 
     async def _approval(self, request: Request) -> Response:
         caller = self._caller(request)
-        known = self._decisions.get(request.path_params["request_id"])
-        view = self._waiting(known, caller) if known else None
+        state = self._decisions.get(request.path_params["request_id"])
+        view = self._waiting(state, caller) if state else None
         if view is None:
             raise NotFoundError(
                 "no request with this id waits for an approval that you could see; it may be decided: "
@@ -62,36 +62,36 @@ class DecisionsApi:
         return JSONResponse(view)
 
     async def _decision(self, request: Request) -> Response:
-        known = self._known(request)
-        view = _decided(known)
-        if known.outcome == "denied" and known.jws is None:
-            told = await self._explainer.explain(known)
-            view |= {name: told[name] for name in ("reasons", "required") if name in told}
+        state = self._state_of(request)
+        view = _decided(state)
+        if state.outcome == "denied" and state.jws is None:
+            explanation = await self._explainer.explain(state)
+            view |= {name: explanation[name] for name in ("reasons", "required") if name in explanation}
         return JSONResponse(view)
 
     async def _explanation(self, request: Request) -> Response:
-        """Of a decision that is remembered; or of the one that stands at `partition` and `offset`, as audit tells."""
+        """Explain a remembered decision, or the one at the query's `partition` and `offset`, which audit knows."""
         place = _cursor(request)
         if place is None:
-            return JSONResponse(await self._explainer.explain(self._known(request)))
+            return JSONResponse(await self._explainer.explain(self._state_of(request)))
         caller = self._caller(request)
-        told = await self._explainer.explain_recorded(request.path_params["request_id"], place)
-        if not self._may_see_agent(caller, told["agent_id"]):
+        explanation = await self._explainer.explain_recorded(request.path_params["request_id"], place)
+        if not self._may_see_agent(caller, explanation["agent_id"]):
             raise NotFoundError(NOT_SEEN)
-        return JSONResponse(told)
+        return JSONResponse(explanation)
 
-    def _known(self, request: Request) -> RequestState:
+    def _state_of(self, request: Request) -> RequestState:
         caller = self._caller(request)
-        known = self._decisions.get(request.path_params["request_id"])
-        if known is None or known.outcome is None or not self._may_see(caller, known):
+        state = self._decisions.get(request.path_params["request_id"])
+        if state is None or state.outcome is None or not self._may_see(caller, state):
             raise NotFoundError(NOT_SEEN)
-        return known
+        return state
 
     def _caller(self, request: Request) -> Caller:
         return self._authenticator.user(request.headers.get("authorization"))
 
-    def _may_see(self, caller: Caller, known: RequestState) -> bool:
-        return self._may_see_agent(caller, known.agent_id)
+    def _may_see(self, caller: Caller, state: RequestState) -> bool:
+        return self._may_see_agent(caller, state.agent_id)
 
     def _may_see_agent(self, caller: Caller, agent_id: str) -> bool:
         try:
@@ -100,16 +100,18 @@ class DecisionsApi:
             agent = None
         return caller.may_see_agent_of(agent.state.sponsor) if agent else caller.sees_all
 
-    def _waiting(self, known: RequestState, caller: Caller) -> dict[str, Any] | None:
-        """A pending request as the caller sees it; None where it is none, or they may neither see nor approve it."""
-        decision = known.pending
+    def _waiting(self, state: RequestState, caller: Caller) -> dict[str, Any] | None:
+        """Return a pending request as the caller sees it; None if it is not pending, or they may neither see nor
+        approve it.
+        """
+        decision = state.pending
         if decision is None:
             return None
         facts = self._facts(decision)
         yours = (
             may_approve_any(self._directory, caller.user.user_id, decision.required, facts) if facts else ()
         )
-        if not yours and not self._may_see(caller, known):
+        if not yours and not self._may_see(caller, state):
             return None
         view = decision.model_dump(
             mode="json",
@@ -127,7 +129,7 @@ class DecisionsApi:
             },
             exclude_none=True,
         )
-        return {**view, "agent_id": known.agent_id, "you_can_give": list(yours)}
+        return {**view, "agent_id": state.agent_id, "you_can_give": list(yours)}
 
     def _facts(self, decision: CredentialDecision) -> RequestContext | None:
         # The request stands inside a decision of this service, which verified it before it signed.
@@ -139,25 +141,25 @@ class DecisionsApi:
 
 
 def _cursor(request: Request) -> RecordPosition | None:
-    """Where the caller says that the decision stands, if they do."""
+    """Return the position of the decision that the query names, or None."""
     numbers = [request.query_params.get(name, "") for name in ("partition", "offset")]
     if not all(number.isdecimal() for number in numbers):
         return None
     return RecordPosition(int(numbers[0][:9]), int(numbers[1][:18]))
 
 
-def _decided(known: RequestState) -> dict[str, Any]:
+def _decided(state: RequestState) -> dict[str, Any]:
     view: dict[str, Any] = {
-        "request_id": known.request_id,
-        "agent_id": known.agent_id,
-        "decision_id": known.decision_id,
-        "outcome": known.outcome,
-        "ttl_s": known.ttl_s,
-        "source": known.at._asdict(),
+        "request_id": state.request_id,
+        "agent_id": state.agent_id,
+        "decision_id": state.decision_id,
+        "outcome": state.outcome,
+        "ttl_s": state.ttl_s,
+        "source": state.at._asdict(),
         "reasons": [],
     }
-    if known.jws is not None:
-        decision = parse(known.jws).unverified_claims(CredentialDecision)
+    if state.jws is not None:
+        decision = parse(state.jws).unverified_claims(CredentialDecision)
         view |= decision.model_dump(
             mode="json", include={"reasons", "required", "expires_at"}, exclude_none=True
         )

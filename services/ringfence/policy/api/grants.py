@@ -1,4 +1,4 @@
-"""What people read of grants, and what they need to know to sign one."""
+"""HTTP API to read grants, and what a person needs to sign one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ringfence.policy.grants import GrantBook
 
 
 class GrantApi:
-    """The routes over the grants that this replica knows: those of all."""
+    """HTTP routes over the grants that this replica knows, which are all."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class GrantApi:
         self._policy_revision = policy_revision
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to those of the runtime."""
+        """Return the routes to add to those of the runtime."""
         return [
             Route("/v1/bundle", self._bundle),
             Route("/v1/grants", self._grants),
@@ -57,8 +57,8 @@ class GrantApi:
 
     async def _grant(self, request: Request) -> Response:
         caller = self._caller(request)
-        given = self._table.get(request.path_params["grant_id"])
-        view = self._view(given.signed.claims, caller) if given else None
+        entry = self._table.get(request.path_params["grant_id"])
+        view = self._view(entry.signed.claims, caller) if entry else None
         if view is None:
             raise NotFoundError("no grant with this id that you could see is remembered here")
         return JSONResponse(view)
@@ -67,7 +67,9 @@ class GrantApi:
         return self._authenticator.user(request.headers.get("authorization"))
 
     def _view(self, grant: Grant, caller: Caller) -> dict[str, Any] | None:
-        """A grant as the caller sees it: operators, auditors, its signer, the sponsor, and whom it is on behalf of."""
+        """Return a grant for a caller who may see it: operators, auditors, its signer, the sponsor, and the user it
+        is on behalf of.
+        """
         try:
             ground = load_records(self._directory, grant.agent_id, grant.task_id, grant.scope[0].target)
         except DeniedError:

@@ -1,6 +1,6 @@
-"""What people read of the inventory: sums over agents, and the agents, a page at a time; or those that changed.
+"""HTTP API of the inventory: sums over agents, the agents page by page, and those that changed.
 
-Operators and auditors see all agents, sponsors their own, others none. What is not known is said in `gaps`.
+Operators and auditors see all agents, sponsors their own, others none. `gaps` says what is not known.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ from ringfence.policy.agents.inventory import InventoryRow, row_of, totals
 from ringfence.policy.api.agents import AgentsApi, answered
 
 KEYS_WITHIN_S: Final = WARN_BEFORE_S[0]
-"""How near the end of an agent's last key is that is about to end, where nobody says."""
+"""The default of how near the end of an agent's last key counts as "about to end"."""
 MAX_ROWS: Final = 5000
 _ROWS: Final = 100
 _LINES_A_TURN, _ROWS_A_TURN = 1000, 20
 
 
 Condition = Callable[[str, InventoryRow], bool]
-"""Of the id and the line of an agent."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
-    """Which agents: all of these have to be so. None is no condition."""
+class _AgentFilters:
+    """The query's filters, which must all hold. None means no filter."""
 
     caller: Caller
     agent: str | None
@@ -50,16 +49,16 @@ class _Wanted:
     keys_by_s: int
 
     def sights(self) -> list[Condition]:
-        """What decides whether the caller may see an agent: nothing where they see all."""
+        """Return the conditions under which the caller may see an agent: none where they see all."""
         if self.caller.sees_all:
             return []
         me = self.caller.user.user_id
         return [lambda agent_id, line: line.sponsor == me]
 
     def filters(self) -> list[Condition]:
-        """What was asked for: only what narrows it down, as there are many agents to hold against it."""
+        """Return the requested filters only, because there are many agents to test."""
         agent, sponsor, status, target = self.agent, self.sponsor, self.status, self.target
-        found: list[tuple[object, Condition]] = [
+        conditions: list[tuple[object, Condition]] = [
             (agent, lambda agent_id, line: agent_id == agent),
             (sponsor, lambda agent_id, line: line.sponsor == sponsor),
             (status, lambda agent_id, line: line.status == status),
@@ -69,29 +68,32 @@ class _Wanted:
             (self.standing, lambda agent_id, line: line.standing > 0),
             (self.keys_ending, lambda agent_id, line: line.key_ends_by(self.keys_by_s)),
         ]
-        return [condition for asked, condition in found if asked not in (None, False)]
+        return [condition for asked, condition in conditions if asked not in (None, False)]
 
 
 class InventoryApi(AgentsApi):
     """`GET /v1/inventory` and `GET /v1/inventory/changes`."""
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to those of the runtime."""
+        """Return the routes to add to those of the runtime."""
         return [
             Route("/v1/inventory", self._inventory),
             Route("/v1/inventory/changes", self._changes),
         ]
 
     async def _inventory(self, request: Request) -> Response:
-        """A page of agents by id, after the one that `after` names; with the first, the sums over all that fit."""
-        wanted, gaps = await self._asked(request)
+        """Serve a page of agents by id, after the one in `after`.
+
+        The first page has the sums over all matching agents.
+        """
+        filters, gaps = await self._parse_query(request)
         limit = _number(request, "limit", _ROWS, 0, MAX_ROWS)
         after, cursor = request.query_params.get("after"), self._agent_index.cursor
-        ids = self._among(wanted)
+        ids = self._candidate_ids(filters)
         if after:
-            fitting = await self._fitting(wanted, ids[bisect_right(ids, after) :], limit + 1)
+            fitting = await self._fitting(filters, ids[bisect_right(ids, after) :], limit + 1)
         else:
-            fitting = await self._fitting(wanted, ids, len(ids))
+            fitting = await self._fitting(filters, ids, len(ids))
         page = fitting[:limit]
         answer = {
             "at_ms": self._runtime.clock.now_ms(),
@@ -101,12 +103,15 @@ class InventoryApi(AgentsApi):
             "gaps": gaps,
         }
         if not after:
-            answer["totals"] = await self._totals(fitting, wanted)
+            answer["totals"] = await self._totals(fitting, filters)
         return answered(answer)
 
     async def _changes(self, request: Request) -> Response:
-        """The agents that the caller may see and that changed after a cursor; `fits` says whether they are wanted."""
-        wanted, gaps = await self._asked(request)
+        """Serve the agents that the caller may see and that changed after a cursor.
+
+        `fits` says whether they match the filters.
+        """
+        filters, gaps = await self._parse_query(request)
         after = request.query_params.get("after")
         if not after:
             raise WrongQueryError("after is a cursor that /v1/inventory gave")
@@ -114,8 +119,8 @@ class InventoryApi(AgentsApi):
         changed = list(islice(self._agent_index.changed(after), MAX_ROWS + 1))
         if len(changed) > MAX_ROWS:
             raise CursorLostError("too much has changed since; begin anew")
-        visible = self._those(changed, wanted.sights())
-        fitting = set(self._those(visible, wanted.filters()))
+        visible = self._matching_ids(changed, filters.sights())
+        fitting = set(self._matching_ids(visible, filters.filters()))
         rows = [{**row, "fits": row["id"] in fitting} async for row in self._rows(visible)]
         return answered(
             {
@@ -126,11 +131,11 @@ class InventoryApi(AgentsApi):
             }
         )
 
-    async def _asked(self, request: Request) -> tuple[_Wanted, list[str]]:
-        """What is asked for, and what will be missing in the answer."""
+    async def _parse_query(self, request: Request) -> tuple[_AgentFilters, list[str]]:
+        """Return the filters, and what will be missing in the answer."""
         now_ms, query = self._runtime.clock.now_ms(), request.query_params
         caller = self._caller(request)
-        wanted = _Wanted(
+        filters = _AgentFilters(
             caller,
             agent=query.get("agent"),
             sponsor=query.get("sponsor"),
@@ -142,27 +147,27 @@ class InventoryApi(AgentsApi):
             keys_ending=query.get("keys_ending") == "1",
             keys_by_s=now_ms // 1000 + _number(request, "keys_within_s", KEYS_WITHIN_S, 0, 10**9),
         )
-        return wanted, await self._gaps(caller)
+        return filters, await self._gaps(caller)
 
-    def _among(self, wanted: _Wanted) -> list[str]:
-        """The agents, sorted, among which those that are wanted are. Most people's questions look at few."""
-        if wanted.agent is not None:
-            return [wanted.agent]
-        sponsor = wanted.sponsor if wanted.caller.sees_all else wanted.caller.user.user_id
-        # A copy: agents come while others have their turn.
+    def _candidate_ids(self, filters: _AgentFilters) -> list[str]:
+        """Return sorted agents that include all matching ones. Most queries need to look at few."""
+        if filters.agent is not None:
+            return [filters.agent]
+        sponsor = filters.sponsor if filters.caller.sees_all else filters.caller.user.user_id
+        # A copy: agents may be added while other tasks run.
         return list(self._agent_index.ids()) if sponsor is None else self._agent_index.ids_of(sponsor)
 
-    async def _fitting(self, wanted: _Wanted, ids: list[str], most: int) -> list[str]:
-        conditions = wanted.sights() + wanted.filters()
-        found: list[str] = []
+    async def _fitting(self, filters: _AgentFilters, ids: list[str], most: int) -> list[str]:
+        conditions = filters.sights() + filters.filters()
+        matching: list[str] = []
         for start in range(0, len(ids), _LINES_A_TURN):
-            if len(found) >= most:
+            if len(matching) >= most:
                 break
-            found += self._those(ids[start : start + _LINES_A_TURN], conditions)
+            matching += self._matching_ids(ids[start : start + _LINES_A_TURN], conditions)
             await asyncio.sleep(0)
-        return found
+        return matching
 
-    def _those(self, ids: list[str], conditions: list[Condition]) -> list[str]:
+    def _matching_ids(self, ids: list[str], conditions: list[Condition]) -> list[str]:
         lines = ((id, line) for id in ids if (line := self._agent_index.line(id)))
         if not conditions:
             return [id for id, _ in lines]
@@ -171,12 +176,12 @@ class InventoryApi(AgentsApi):
             return [id for id, line in lines if holds(id, line)]
         return [id for id, line in lines if all(holds(id, line) for holds in conditions)]
 
-    async def _totals(self, ids: list[str], wanted: _Wanted) -> dict[str, int]:
+    async def _totals(self, ids: list[str], filters: _AgentFilters) -> dict[str, int]:
         now_s = self._runtime.clock.now_ms() // 1000
-        sums = totals([], now_s, wanted.keys_by_s)
+        sums = totals([], now_s, filters.keys_by_s)
         for start in range(0, len(ids), _LINES_A_TURN):
-            some = (self._agent_index.line(id) for id in ids[start : start + _LINES_A_TURN])
-            for name, count in totals(filter(None, some), now_s, wanted.keys_by_s).items():
+            rows = (self._agent_index.line(id) for id in ids[start : start + _LINES_A_TURN])
+            for name, count in totals(filter(None, rows), now_s, filters.keys_by_s).items():
                 sums[name] += count
             await asyncio.sleep(0)
         return sums
@@ -185,8 +190,8 @@ class InventoryApi(AgentsApi):
         for seen, agent_id in enumerate(ids, start=1):
             facts = self._agent_index.facts(agent_id)
             if facts is not None:
-                there = {p.target for p in facts.agent.ceiling if self._target(p.target)}
-                yield row_of(facts, there)
+                existing_targets = {p.target for p in facts.agent.ceiling if self._target(p.target)}
+                yield row_of(facts, existing_targets)
             if seen % _ROWS_A_TURN == 0:
                 await asyncio.sleep(0)
 

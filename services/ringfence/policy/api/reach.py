@@ -1,4 +1,4 @@
-"""What people read of a target: who could reach it now, a page of agents at a time.
+"""HTTP API of reach: which agents could act at a target now, page by page.
 
 Operators and auditors see all agents, sponsors their own, others none.
 """
@@ -28,9 +28,8 @@ from ringfence.policy.api.agents import AgentsApi, answered
 
 _ROWS: Final = 500
 _LOOKED_AT: Final = 5000
-"""So many agents' lines are gone through for one page."""
 MAX_TASKS: Final = 20
-"""So many running tasks of an agent are looked at; where there are more, that is said."""
+"""The most running tasks of an agent that are examined. The answer says so where there are more."""
 _A_TURN, _LINES_A_TURN = 5, 500
 
 
@@ -38,7 +37,7 @@ class ReachApi(AgentsApi):
     """`GET /v1/reach`."""
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to those of the runtime."""
+        """Return the routes to add to those of the runtime."""
         return [Route("/v1/reach", self._reach)]
 
     async def _reach(self, request: Request) -> Response:
@@ -52,8 +51,8 @@ class ReachApi(AgentsApi):
         agents: list[Any] = []
         after = None
         if target is not None:
-            asked = _asked(target, query.get("verb"), query.get("resource"))
-            agents, after = await self._page(caller, asked, target_id, query.get("after") or "", gaps)
+            scope = _queried_scope(target, query.get("verb"), query.get("resource"))
+            agents, after = await self._page(caller, scope, target_id, query.get("after") or "", gaps)
         document = {
             "at_ms": now_ms,
             "exists": target is not None,
@@ -66,26 +65,26 @@ class ReachApi(AgentsApi):
     async def _page(
         self, caller: Caller, asked: Scope, target_id: str, after: str, gaps: list[str]
     ) -> tuple[list[Any], str | None]:
-        """Agents by id, after one; and the last that was looked at, where there may be more."""
+        """Return agents by id after one, and the last that was examined, if there may be more."""
         ids = (
             list(self._agent_index.ids())
             if caller.sees_all
             else self._agent_index.ids_of(caller.user.user_id)
         )
-        found: list[Any] = []
-        left = ids[bisect_right(ids, after) :]
-        for number, agent_id in enumerate(left[:_LOOKED_AT], start=1):
+        agents: list[Any] = []
+        remaining_ids = ids[bisect_right(ids, after) :]
+        for number, agent_id in enumerate(remaining_ids[:_LOOKED_AT], start=1):
             line = self._agent_index.line(agent_id)
             if line is not None and caller.may_see_agent_of(line.sponsor) and target_id in line.targets:
                 if row := self._row(agent_id, asked, target_id, gaps):
-                    found.append(row)
-                if len(found) == _ROWS:
-                    return found, agent_id if len(left) > number else None
+                    agents.append(row)
+                if len(agents) == _ROWS:
+                    return agents, agent_id if len(remaining_ids) > number else None
                 if number % _A_TURN == 0:
                     await asyncio.sleep(0)
             elif number % _LINES_A_TURN == 0:
                 await asyncio.sleep(0)
-        return found, left[_LOOKED_AT - 1] if len(left) > _LOOKED_AT else None
+        return agents, remaining_ids[_LOOKED_AT - 1] if len(remaining_ids) > _LOOKED_AT else None
 
     def _row(self, agent_id: str, asked: Scope, target_id: str, gaps: list[str]) -> Any:
         facts = self._agent_index.facts(agent_id)
@@ -103,29 +102,29 @@ class ReachApi(AgentsApi):
             try:
                 ground = load_records(self._directory, agent_id, task.task_id, target_id)
             except DeniedError:
-                continue  # a record of it does not hold: nothing is issued in it
-            if told := by_task(ground, asked, facts.now_s, max_age_s):
-                tasks.append(told)
+                continue  # a record of the task is invalid: nothing is issued in it
+            if by_this_task := by_task(ground, asked, facts.now_s, max_age_s):
+                tasks.append(by_this_task)
         return line_of(facts, ceiling, tasks)
 
 
-def _asked(target: TargetState, verb: str | None, resource: str | None) -> Scope:
+def _queried_scope(target: TargetState, verb: str | None, resource: str | None) -> Scope:
     if verb is not None and verb not in {one.verb for one in target.verbs}:
-        known = ", ".join(one.verb for one in target.verbs)
-        raise WrongQueryError(f"{target.target_id} has no verb {verb[:64]}; it has {known or 'none'}")
+        verbs = ", ".join(one.verb for one in target.verbs)
+        raise WrongQueryError(f"{target.target_id} has no verb {verb[:64]}; it has {verbs or 'none'}")
     try:
-        asked = asked_for(target, verb, resource)
-        validate_scope(asked, allow_empty=True)
+        scope = asked_for(target, verb, resource)
+        validate_scope(scope, allow_empty=True)
     except ScopeError as error:
         raise WrongQueryError(str(error)) from None
-    return asked
+    return scope
 
 
-# Who could reach a target now: an agent in a running task, on behalf of a user, as far as all sides allow. Pure.
+# Reach of a target: agents in running tasks, on behalf of a user, as far as all limits allow. Pure.
 
 
 def asked_for(target: TargetState, verb: str | None, resource: str | None) -> Scope:
-    """What is asked about: where none is named, all verbs that this version understands, and all resources."""
+    """Return the scope in question: by default all verbs that this version understands, and all resources."""
     verbs = (verb,) if verb else tuple(one.verb for one in target.verbs if is_understood(one))
     if not verbs:
         return ()
@@ -134,22 +133,22 @@ def asked_for(target: TargetState, verb: str | None, resource: str | None) -> Sc
 
 
 def by_ceiling(facts: AgentFacts, asked: Scope) -> Scope:
-    """What of it an agent may ever hold."""
+    """Return the part of the scope that an agent's ceiling allows."""
     return effective((Limit("asked", asked), Limit.ceiling(facts.agent.agent_id, facts.agent.ceiling)))
 
 
 def by_task(
     ground: RecordContext, asked: Scope, now_s: int, entitlements_max_age_s: int
 ) -> dict[str, Any] | None:
-    """What of it an agent can be given in a task, or None where that is nothing.
+    """Return the part of the scope that an agent can receive in a task, or None.
 
-    `violations_of` is what stands in the way all the same, such as an agent that is suspended.
+    `violations_of` lists what would still prevent it, such as a suspended agent.
     """
     scope = effective((Limit("asked", asked), *ground.limits(now_s, entitlements_max_age_s)))
     if not scope:
         return None
     task = ground.task.state
-    wanted = {verb for permission in scope for verb in permission.verbs}
+    verbs = {verb for permission in scope for verb in permission.verbs}
     return {
         "id": task.task_id,
         "purpose": task.purpose,
@@ -160,14 +159,14 @@ def by_task(
         "entitlements_by": ground.user.state.entitlements.source,
         "scope": plain(scope),
         "approvals": sorted(
-            {one.floor for one in ground.target.state.verbs if one.verb in wanted and one.floor != "none"}
+            {one.floor for one in ground.target.state.verbs if one.verb in verbs and one.floor != "none"}
         ),
         "against": [reason.message for reason in violations_of(ground, scope, now_s, entitlements_max_age_s)],
     }
 
 
 def line_of(facts: AgentFacts, ceiling: Scope, tasks: list[dict[str, Any]]) -> Mapping[str, Any]:
-    """An agent that could: `now` where it has a task for it that nothing stands against."""
+    """Return an agent that could act: `now` if it has a task for it that nothing prevents."""
     row = row_of(facts, frozenset())
     return {
         **{name: row[name] for name in ("id", "status", "sponsor", "sponsor_is", "ceiling_by")},
@@ -178,5 +177,5 @@ def line_of(facts: AgentFacts, ceiling: Scope, tasks: list[dict[str, Any]]) -> M
 
 
 def plain(scope: Scope) -> list[dict[str, Any]]:
-    """A scope as JSON."""
+    """Return a scope as JSON."""
     return [permission.model_dump(mode="json") for permission in scope]

@@ -1,4 +1,4 @@
-"""What people read of an agent: what it may hold, what it holds, what it used of it, and a ceiling that would do."""
+"""HTTP API to read an agent's ceiling, holdings and usage, and a narrower ceiling that would suffice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS, KeyLastSeen, narro
 
 
 class UsageApi:
-    """One route. Every replica knows the leases of all agents."""
+    """One HTTP route. Every replica knows the leases of all agents."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class UsageApi:
         self._key_last_seen = key_last_seen
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to those of the runtime."""
+        """Return the routes to add to those of the runtime."""
         return [Route("/v1/agents/{agent_id}/usage", self._usage)]
 
     async def _usage(self, request: Request) -> Response:
@@ -47,10 +47,10 @@ class UsageApi:
         agent, now_s = entry.state, self._clock.now_ms() // 1000
         used = self._holdings.used(agent.agent_id, now_s)
         held = self._holdings.held(agent.agent_id, now_s)
-        kept = {(one.target, one.verb) for one in used}
-        kept |= {(p["target"], verb) for lease in held for p in lease["scope"] for verb in p["verbs"]}
-        unused = sorted(verbs_of(agent.ceiling) - kept)
-        narrowed = narrower(agent.ceiling, kept)
+        used_verbs = {(one.target, one.verb) for one in used}
+        used_verbs |= {(p["target"], verb) for lease in held for p in lease["scope"] for verb in p["verbs"]}
+        unused = sorted(verbs_of(agent.ceiling) - used_verbs)
+        narrowed = narrower(agent.ceiling, used_verbs)
         return JSONResponse(
             {
                 "agent_id": agent.agent_id,

@@ -1,1 +1,1 @@
-"""How policy decides: evaluation, answers, replay and explanation."""
+"""Decisions of policy: evaluation, publication, replay and explanation."""

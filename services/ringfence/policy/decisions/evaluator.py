@@ -1,4 +1,4 @@
-"""Weighs one request: the records, the rule, the bundle, the approvals."""
+"""Evaluation of one request: records, invariant, Rego bundle, approvals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 0.05
 _WEIGHINGS = 3
-"""Where records change all the time, those that a request is about have come by then."""
+"""The most evaluations of one request. Even if records change all the time, those that the request is about have
+arrived by then.
+"""
 
 
 _TOO_MUCH = Reason(
@@ -42,7 +44,7 @@ _TOO_MUCH = Reason(
 
 
 class RequestEvaluator:
-    """Judges requests by the records as they are known now, and by the time of the message that is handled."""
+    """Evaluates requests with the records as known now, at the time of the message being handled."""
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class RequestEvaluator:
         grants: GrantBook,
         declared: BackendCapabilities,
     ) -> None:
-        """`feeds`: what the holdings learn from that something is held no more."""
+        """`feeds`: the followers from which the holdings learn that something is no longer held."""
         self._runtime = runtime
         self._holdings = holdings
         self._feeds = feeds
@@ -68,19 +70,18 @@ class RequestEvaluator:
 
     @property
     def policy_revision(self) -> str:
-        """The revision of the bundle in force."""
+        """Return the revision of the bundle in force."""
         return self._engine.revision
 
     async def evaluate(
         self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval]] = (), *, binding: bool = True
     ) -> Evaluation:
-        """Weigh a request as of the append time `at_ms`, with the approvals that stand.
+        """Evaluate a request as of the append time `at_ms`, with the valid approvals.
 
-        Where these are not enough, a grant may stand in; it is used up by that.
-        What is allowed is held by the agent from then on, so that its next request is judged with it; unless it is not
-        `binding`, but a question that nothing follows from.
-        Nothing is refused for what has not arrived here *yet*: before a denial, the records are read up to their end.
-        A view that stays stale for the grace denies.
+        If they are not enough, a grant may replace the missing ones, and is used up by that. The agent holds what is
+        allowed from then on, so its next request is evaluated with it. That does not apply to a question without
+        consequences (`binding` false). A record that has not arrived *yet* causes no denial: before a denial, the
+        records are read up to their end. A view that stays stale for the grace denies.
         """
         with step_of(case, "judge", self._runtime.tracing) as span:
             evaluation = await self._evaluated(case, at_ms, approvals, binding=binding)
@@ -92,9 +93,9 @@ class RequestEvaluator:
     ) -> Evaluation:
         if stale := await self.stale():
             return denied("stale_view", stale)
-        left = _WEIGHINGS
+        tries_left = _WEIGHINGS
         while True:
-            left -= 1
+            tries_left -= 1
             # What arrives while the bundle is evaluated counts as well.
             before = self._changes, self._holdings.version(case.agent_id)
             evaluation = await self._query_with_all_held(case, at_ms, approvals)
@@ -107,26 +108,32 @@ class RequestEvaluator:
             if evaluation.input and evaluation.input["held"]:  # some of it may have ended
                 grace_s = self._runtime.settings.grace_s
                 await asyncio.gather(*(feed.caught_up(grace_s) for feed in self._feeds))
-            if (self._changes, self._holdings.version(case.agent_id)) == before or not left:
+            if (self._changes, self._holdings.version(case.agent_id)) == before or not tries_left:
                 return evaluation
 
     async def _granted(
         self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval]], evaluation: Evaluation
     ) -> Evaluation:
-        """The judgement with the grants that stand in for what is lacking, weighed anew; else as it was."""
+        """Return a new evaluation with grants in place of the missing approvals, else the given one."""
         if evaluation.ruling.outcome != "approval_required":
             return evaluation
         while chosen := self._grants.fitting(case, evaluation, approvals, at_ms):
-            anew = await self._query_with_all_held(case, at_ms, [*approvals, *chosen])
-            same = (anew.revisions, anew.ruling.ttl_s) == (evaluation.revisions, evaluation.ruling.ttl_s)
-            if not same or anew.ruling.outcome != "allowed":
+            with_grants = await self._query_with_all_held(case, at_ms, [*approvals, *chosen])
+            same = (with_grants.revisions, with_grants.ruling.ttl_s) == (
+                evaluation.revisions,
+                evaluation.ruling.ttl_s,
+            )
+            if not same or with_grants.ruling.outcome != "allowed":
                 break
             if self._grants.use(chosen, case.request_id):
-                return replace(anew, grants=chosen)
+                return replace(with_grants, grants=chosen)
         return evaluation
 
     async def stale(self) -> str | None:
-        """Why the records cannot be relied on, or None. Waits for the registry as long as the grace allows."""
+        """Return the reason why the records cannot be relied on, or None.
+
+        Waits for the registry as long as the grace allows.
+        """
         reason = self._directory.stale()
         for _ in range(ceil(self._runtime.settings.grace_s / _LOOK_AGAIN_S)):
             if reason is None:
@@ -136,16 +143,17 @@ class RequestEvaluator:
         return reason and f"{reason}; ask again when the registry is back"
 
     async def caught_up(self) -> bool:
-        """Read the records up to where they end now, as far as the grace allows. Returns whether that was so."""
+        """Read the records up to their present end, as far as the grace allows. Returns whether the end was reached."""
         return await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
 
     async def _query_with_all_held(
         self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval] | Signed[Grant]]
     ) -> Evaluation:
-        """Weigh a request with everything that its agent holds when that is done. No wait comes after the last look.
+        """Evaluate a request with everything that its agent holds at the end of the evaluation.
 
-        Requests of one agent are mostly alike, and are weighed side by side. What would be allowed is weighed again
-        where the agent was allowed something of another kind meanwhile; then one at a time.
+        Nothing is awaited after the last check of the holdings. Requests of one agent are mostly alike, and are
+        evaluated concurrently. If the agent meanwhile received another kind of right, an "allowed" is evaluated again;
+        then one request at a time.
         """
         agent_id = case.agent_id
         kinds = self._holdings.kinds(agent_id)
@@ -189,15 +197,15 @@ class RequestEvaluator:
         return Evaluation(ruling, facts, facts.revisions(revision), document, digest(input_json), input_json)
 
     def _approvers(self, approvals: Sequence[Signed[Approval] | Signed[Grant]]) -> list[dict[str, object]]:
-        found = []
+        approvers = []
         for user_id in sorted(set(filter(None, map(signer, approvals)))):
             try:
                 entry = self._directory.user(user_id)
             except ChainError:
                 entry = None
             if entry is not None:
-                found.append(approver(entry.state))
-        return found
+                approvers.append(approver(entry.state))
+        return approvers
 
     def _on_change(self, kind: SubjectKind, id: str) -> None:
         self._changes += 1

@@ -1,4 +1,4 @@
-"""What a decision was made on, whole: from the signed decision itself, wherever it is kept."""
+"""Explanation of a decision: all that it was based on, read from the signed decision wherever it is kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ringfence.policy.decision_log import RecordPosition, RequestState
 
 READ_TIMEOUT_S = 5.0
 NOT_SEEN = "no decision with this request id that you could see is remembered here; audit keeps all of them"
-"""Said also where there is one: that is not for everybody to know."""
+"""Also the answer where the decision exists but the caller may not see it."""
 _SHOWN = {
     "request_id", "outcome", "reasons", "ttl_s", "delivery", "required", "revisions", "input", "input_digest",
     "expires_at", "retry_after_s", "source",
@@ -31,33 +31,33 @@ _SHOWN = {
 
 
 class Explainer:
-    """Policy keeps the decisions that it may need again; it knows of the others where they stand on Kafka."""
+    """Explains decisions. Policy keeps those that it may need again; of others it needs the position on Kafka."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._one_at_a_time = asyncio.Lock()
 
-    async def explain(self, known: RequestState) -> dict[str, Any]:
-        """The decision on a request that is decided, as JSON, with its JWS (`decision`). Raises UnavailableError."""
-        at = known.decided_at
+    async def explain(self, state: RequestState) -> dict[str, Any]:
+        """Return the decision on a decided request as JSON, with its JWS (`decision`). Raises UnavailableError."""
+        at = state.decided_at
         if at is None:
             raise UnavailableError("the decision is being made; ask again in a moment")
-        jws = known.jws or (await self._read(at)).value
+        jws = state.jws or (await self._read(at)).value
         return self._verified_fields(jws, self._runtime.clock.now_ms())
 
     async def explain_recorded(self, request_id: str, at: RecordPosition) -> dict[str, Any]:
-        """The same of a decision that policy does not remember any more, where somebody knows its place.
+        """Return the same for a decision that policy no longer remembers, at a known position.
 
-        Raises NotFoundError where no decision of policy on that request stands there, UnavailableError.
+        Raises NotFoundError if no decision of policy on that request is there, and UnavailableError.
         """
         record = await self._read(at)
         try:
-            told = self._verified_fields(record.value, record.timestamp)
+            fields = self._verified_fields(record.value, record.timestamp)
         except InvalidMessageError:
-            told = {}
-        if told.get("request_id") != request_id:
+            fields = {}
+        if fields.get("request_id") != request_id:
             raise NotFoundError(NOT_SEEN)
-        return told
+        return fields
 
     def _verified_fields(self, compact: str | bytes, at_ms: int) -> dict[str, Any]:
         jws, trust = parse(compact), self._runtime.trust
@@ -68,13 +68,13 @@ class Explainer:
         request = parse(decision.request).unverified_claims(CredentialRequest)
         view = decision.model_dump(mode="json", include=_SHOWN, exclude_none=True)
         if decision.grants:
-            given = [parse(one).unverified_claims(Grant) for one in decision.grants]
-            view["grants"] = [{"grant_id": id_of(one), "by": signer_of(one)} for one in given]
+            grants = [parse(one).unverified_claims(Grant) for one in decision.grants]
+            view["grants"] = [{"grant_id": id_of(one), "by": signer_of(one)} for one in grants]
         agent_id = subject_of(decision.aud, request.iss, "agent") or ""
         return {**view, "decision_id": decision.jti, "agent_id": agent_id, "decision": jws.compact}
 
     async def _read(self, at: RecordPosition) -> Any:
-        """The one record at a place of `credential.decision`."""
+        """Return the one record at a position of `credential.decision`."""
         settings = self._runtime.settings
         partition = TopicPartition(CREDENTIAL_DECISION.name(settings.topic_prefix), at.partition)
         consumer = AIOKafkaConsumer(**connection(settings), enable_auto_commit=False)

@@ -1,7 +1,8 @@
-"""What another bundle would have said to the requests that were decided: held against the recorded decisions.
+"""Policy replay: evaluates recorded requests with another bundle, and compares the outcomes with the recorded
+decisions.
 
-Compared is what policy itself said of a request when it first judged it. What people answered later, and what never got
-as far as the bundle, is counted and not compared.
+It compares policy's own first evaluation of each request. Later answers of people, and requests that never reached the
+bundle, are counted and not compared.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ Change = Literal[
     "allowed_to_denied", "approval_added", "ttl_shorter",
 ]  # fmt: skip
 WIDENS: frozenset[Change] = frozenset({"denied_to_allowed", "denied_to_approval", "approval_removed"})
-"""What `--fail-on-widen` fails on."""
 Skipped = Literal[
     "later_decision", "answered_by_people", "without_input", "engine_failed", "break_glass_not_needed",
     "input_incomplete", "input_unreadable", "signature_not_policys",
@@ -61,7 +61,7 @@ PER_KIND = 5
 
 @dataclass(frozen=True, slots=True)
 class RequestOutcome:
-    """What policy says of one request."""
+    """Policy's outcome for one request."""
 
     outcome: Literal["allowed", "denied", "approval_required"]
     required: tuple[RequiredClass, ...]
@@ -72,7 +72,7 @@ class RequestOutcome:
     def of(
         cls, required: Sequence[RequiredClass], ttl_s: int | None, reasons: Sequence[Reason], *, denied: bool
     ) -> RequestOutcome:
-        """Before anybody has approved: an approval that was given says nothing of what was asked for."""
+        """Return the outcome before any approval: a given approval says nothing about what was required."""
         if denied:
             return cls("denied", tuple(required), None, tuple(reasons))
         return cls("approval_required" if required else "allowed", tuple(required), ttl_s, tuple(reasons))
@@ -80,7 +80,7 @@ class RequestOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A request that would be decided otherwise."""
+    """A request that would be decided differently."""
 
     request_id: str
     agent_id: str
@@ -93,7 +93,7 @@ class Example:
 
 @dataclass(slots=True)
 class Report:
-    """What a replay found. `skipped` are decisions that were not compared, by why."""
+    """The result of a replay. `skipped` counts the decisions that were not compared, by reason."""
 
     revision: str
     read: int = 0
@@ -102,18 +102,17 @@ class Report:
     changes: Counter[Change] = field(default_factory=Counter)
     skipped: Counter[Skipped] = field(default_factory=Counter)
     missing_fields: Counter[str] = field(default_factory=Counter)
-    """The fields that the bundle looks at and recorded inputs do not have."""
+    """The fields that the bundle reads and recorded inputs lack."""
     revisions: Counter[str] = field(default_factory=Counter)
-    """The revisions that the compared decisions were made by."""
+    """The bundle revisions of the compared decisions."""
     examples: dict[Change, list[Example]] = field(default_factory=dict)
 
     @property
     def widens(self) -> bool:
-        """Whether anything that was denied would be allowed, or an approval fall away."""
+        """Return whether anything that was denied would be allowed, or an approval would be dropped."""
         return any(self.changes[kind] for kind in WIDENS)
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
         return {
             "revision": self.revision,
             "read": self.read,
@@ -143,39 +142,39 @@ class _ComparableDecision:
 
 
 def fields_of(bundle: Bundle) -> frozenset[str]:
-    """The parts of the input that the rules of a bundle name: `agent`, and `agent.ceiling` where they name that."""
-    found: set[str] = set()
+    """Return the parts of the input that a bundle's rules name: `agent`, or `agent.ceiling` where they name that."""
+    fields: set[str] = set()
     for _, text in bundle.modules:
         for match in _INPUT_OF_RULES.finditer(text):
             names = [name for name in match.groups() if name]
-            found |= {".".join(names[:depth]) for depth in range(1, len(names) + 1)}
-    return frozenset(found)
+            fields |= {".".join(names[:depth]) for depth in range(1, len(names) + 1)}
+    return frozenset(fields)
 
 
 def changes_between(before: RequestOutcome, after: RequestOutcome) -> tuple[Change, ...]:
-    """What the difference comes to; nothing where a program would notice none."""
+    """Return the changes between two outcomes; empty where a program would notice none."""
     if before.outcome == "denied" or after.outcome == "denied":
         if before.outcome == after.outcome:
             return ()
         if after.outcome == "denied":
             return ("allowed_to_denied",)
         return ("denied_to_approval" if after.required else "denied_to_allowed",)
-    found: list[Change] = []
+    changes: list[Change] = []
     if set(before.required) - set(after.required):
-        found.append("approval_removed")
+        changes.append("approval_removed")
     if set(after.required) - set(before.required):
-        found.append("approval_added")
+        changes.append("approval_added")
     old, new = before.ttl_s or 0, after.ttl_s or 0
     if old != new:
-        found.append("ttl_longer" if new > old else "ttl_shorter")
-    return tuple(found)
+        changes.append("ttl_longer" if new > old else "ttl_shorter")
+    return tuple(changes)
 
 
 class Replay:
-    """Asks an engine with another bundle about recorded decisions."""
+    """Evaluates recorded decisions with another bundle."""
 
     def __init__(self, bundle: Bundle, engine: PolicyEngine, trust: TrustStore) -> None:
-        """`engine` has the bundle in force, and is started."""
+        """`engine` has that bundle in force, and is started."""
         self._engine = engine
         self._trust = trust
         self._needed = fields_of(bundle) & INPUT_FIELDS
@@ -183,28 +182,28 @@ class Replay:
         self.report = Report(bundle.revision)
 
     async def run(self, recorded: Recorded, progress: Callable[[int, int], None]) -> Report:
-        """Compare all. `progress` is told how many of how many records have been read."""
+        """Compare all recorded decisions. `progress` receives the number of records read, and of all records."""
         async for batch in recorded.batches():
             await self.compare(batch)
             progress(self.report.read, recorded.total)
         return self.report
 
     async def compare(self, records: Sequence[Received]) -> None:
-        """Take in some records of `credential.decision`, in the order of each partition."""
+        """Compare some records of `credential.decision`, in the order of each partition."""
         self.report.read += len(records)
         questions = []
         for record in records:
-            found = self._question(record)
-            if isinstance(found, _ComparableDecision):
-                questions.append(found)
+            comparable = self._question(record)
+            if isinstance(comparable, _ComparableDecision):
+                questions.append(comparable)
             else:
-                self.report.skipped[found] += 1
+                self.report.skipped[comparable] += 1
         after = await asyncio.gather(*map(self._after, questions))
         for question, new in zip(questions, after, strict=True):
             self._count(question, new)
 
     def _question(self, record: Received) -> _ComparableDecision | Skipped:
-        """What a record asks of the other bundle, or why it is not compared."""
+        """Return what to evaluate for a record, or why it is not compared."""
         try:
             decision = verify(
                 parse(record.value), CredentialDecision,
@@ -230,11 +229,11 @@ class Replay:
             self.report.missing_fields.update(missing)
             return "input_incomplete"
         try:
-            given = decision.input
+            recorded_input = decision.input
             return _ComparableDecision(
-                decision, given, _REASONS.validate_json(orjson.dumps(given["lacking"])),
-                _FLOORS.validate_python(tuple(given["floors"])), int(given["request"]["ttl_s"]),
-                int(given["target"]["max_ttl_s"]),
+                decision, recorded_input, _REASONS.validate_json(orjson.dumps(recorded_input["lacking"])),
+                _FLOORS.validate_python(tuple(recorded_input["floors"])), int(recorded_input["request"]["ttl_s"]),
+                int(recorded_input["target"]["max_ttl_s"]),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, ValidationError):
             return "input_unreadable"
@@ -243,7 +242,7 @@ class Replay:
         try:
             result = (await self._engine.evaluate(to_json(question.input))).result
         except PolicyFailedError as error:
-            # As in service: no answer is a no.
+            # As in the service: no answer is a denial.
             result = PolicyResult(False, (Reason(code=error.code, message=str(error)),), (), 0)
         verdict = verdict_of(
             question.against, result, question.floors, question.asked_s, question.target_max_ttl_s
@@ -254,7 +253,7 @@ class Replay:
 
     def _count(self, question: _ComparableDecision, after: RequestOutcome) -> None:
         report, decision = self.report, question.decision
-        # What two operators allowed was denied by the bundle; what they outweighed is among the reasons.
+        # A break-glass request was denied by the bundle; what the two operators overrode is among the reasons.
         broken = "break_glass" in decision.required
         before = RequestOutcome.of(
             [c for c in decision.required if c != "break_glass"], decision.ttl_s, decision.reasons,
@@ -275,16 +274,16 @@ class Replay:
             changes, before, after,
         )  # fmt: skip
         for kind in changes:
-            found = report.examples.setdefault(kind, [])
-            if len(found) < PER_KIND:
-                found.append(example)
+            examples = report.examples.setdefault(kind, [])
+            if len(examples) < PER_KIND:
+                examples.append(example)
 
 
-def _has(given: Any, field: str) -> bool:
+def _has(document: Any, field: str) -> bool:
     for name in field.split("."):
-        if not isinstance(given, dict) or name not in given:
+        if not isinstance(document, dict) or name not in document:
             return False
-        given = given[name]
+        document = document[name]
     return True
 
 
@@ -304,13 +303,13 @@ def _example_fields(example: Example) -> dict[str, Any]:
     }
 
 
-# Decisions as they stand on Kafka, read from a time up to now: for what asks about the past, not for serving.
+# Recorded decisions on Kafka, from a time up to now: for queries about the past, not for serving.
 
 _BATCH = 500
 
 
 class Recorded:
-    """The decisions since a time. `total` is how many records that are; some may be no decision at all."""
+    """The decisions since a time. `total` is the number of records; some may be no decision."""
 
     def __init__(
         self, consumer: AIOKafkaConsumer, name: str, start: dict[TopicPartition, int], end: dict[TopicPartition, int]
@@ -321,7 +320,7 @@ class Recorded:
         self.total = sum(end[partition] - offset for partition, offset in start.items())
 
     async def batches(self) -> AsyncIterator[list[Received]]:
-        """At most 500 at a time, in the order of each partition. No more is read than is asked for."""
+        """Yield batches of at most 500 records, in the order of each partition. Nothing is read ahead."""
         behind = {p for p, end in self._end.items() if await self._consumer.position(p) < end}
         while behind:
             fetched = await self._consumer.getmany(*behind, timeout_ms=500, max_records=_BATCH)
@@ -334,9 +333,9 @@ class Recorded:
 
 @asynccontextmanager
 async def recorded_decisions(settings: BusSettings, since_ms: int) -> AsyncIterator[Recorded]:
-    """The decisions that were appended since `since_ms` (milliseconds since 1970) and until now.
+    """Yield the decisions appended from `since_ms` (ms since 1970) until now.
 
-    Raises UnavailableError where Kafka or the topic is not there, or stops answering.
+    Raises UnavailableError where Kafka or the topic is missing, or stops answering.
     """
     name = CREDENTIAL_DECISION.name(settings.topic_prefix)
     consumer = AIOKafkaConsumer(
@@ -354,8 +353,8 @@ async def recorded_decisions(settings: BusSettings, since_ms: int) -> AsyncItera
         partitions = [TopicPartition(name, number) for number in sorted(numbers)]
         consumer.assign(partitions)
         end = dict(await consumer.end_offsets(partitions))
-        found = await consumer.offsets_for_times(dict.fromkeys(partitions, since_ms))
-        start = {p: at.offset if (at := found.get(p)) else end[p] for p in partitions}
+        offsets = await consumer.offsets_for_times(dict.fromkeys(partitions, since_ms))
+        start = {p: at.offset if (at := offsets.get(p)) else end[p] for p in partitions}
         for partition, offset in start.items():
             consumer.seek(partition, offset)
         yield Recorded(consumer, name, start, end)
@@ -366,7 +365,7 @@ async def recorded_decisions(settings: BusSettings, since_ms: int) -> AsyncItera
 
 
 async def trust_of(settings: BusSettings, clock: Clock) -> TrustStore:
-    """Who may speak as what, by the trust bundle on Kafka. Raises UnavailableError where there is none."""
+    """Return the trust bundle from Kafka, which says who may sign what. Raises UnavailableError where there is none."""
     trust = TrustStore(settings.trust_domain, settings.trust_root)
 
     def take_in(records: Sequence[Received]) -> None:
@@ -374,7 +373,7 @@ async def trust_of(settings: BusSettings, clock: Clock) -> TrustStore:
             try:
                 trust.load(record.value, clock.now_ms() / 1000)
             except InvalidMessageError:
-                continue  # whoever can write to the topic can write anything; what the root signed counts
+                continue  # a writer to the topic can write anything; only what the root signed counts
 
     async with Follower(settings, [TRUST], take_in) as follower:
         await follower.complete.wait()

@@ -1,4 +1,4 @@
-"""What policy publishes about one request, and in which order: the decision first, then whoever has to hear of it."""
+"""Publication of a decision: first the decision itself, then the messages to everybody concerned."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ log = logging.getLogger(__name__)
 
 
 class DecisionPublisher:
-    """Publishes decisions, asks people, replies to agents. All ids are derived: a repeat is the same message."""
+    """Publishes decisions, approval requests and replies to agents.
+
+    All ids are derived: a repetition is the same message.
+    """
 
     def __init__(
         self,
@@ -53,11 +56,13 @@ class DecisionPublisher:
         approvals: Sequence[Signed[Approval]] = (),
         expires_at: int | None = None,
     ) -> RequestState:
-        """Publish the decision that a judgement comes to. Acknowledged by Kafka and remembered when this returns.
+        """Publish the decision for an evaluation.
+
+        When it returns, Kafka has acknowledged the decision and the log has it.
 
         Args:
-            approvals: those that it rests on; of a denial by a person, that person's.
-            expires_at: until when approvals are waited for (seconds since 1970), where the outcome is that.
+            approvals: those that the decision rests on; for a denial by a person, that person's.
+            expires_at: until when approvals are awaited (seconds since 1970), if the outcome requires approval.
         """
         runtime, ruling = self._runtime, evaluation.ruling
         decision = CredentialDecision(
@@ -102,22 +107,23 @@ class DecisionPublisher:
         place = RecordPosition(at.partition, at.offset)
         return self._decisions.keep(decision, jws, place, at.timestamp, case.traceparent)
 
-    async def notify(self, known: RequestState, case: Case) -> None:
-        """What comes after a decision: people are asked, the agent hears of a denial, or that it has to wait.
+    async def notify(self, state: RequestState, case: Case) -> None:
+        """Publish what follows a decision: requests to approvers, and to the agent a denial or a notice that it must
+        wait.
 
-        An `allowed` one is answered by the issuer, with the credential.
+        The issuer answers an `allowed` decision, with the credential.
         """
-        if known.pending is not None:
-            decision, asked = known.pending, self._people(known.pending, case)
-            await gather_all([*(self._ask(decision, id, case) for id in asked), self._reply(known, case)])
-        elif known.outcome == "denied":
-            await self._reply(known, case)
+        if state.pending is not None:
+            decision, people = state.pending, self._people(state.pending, case)
+            await gather_all([*(self._ask(decision, id, case) for id in people), self._reply(state, case)])
+        elif state.outcome == "denied":
+            await self._reply(state, case)
 
     def _people(self, decision: CredentialDecision, case: Case) -> tuple[str, ...]:
         try:
             facts = load_context(self._directory, case.request)
         except DeniedError:
-            return ()  # what it names is gone: nobody can approve it any more
+            return ()  # its subject is gone: nobody can approve it any more
         only_sponsor = decision.required == ("sponsor",)
         candidates = (facts.agent.state.sponsor,) if only_sponsor else self._approvers.ids()
         return people_to_ask(self._directory, facts, decision.required, candidates)
@@ -147,24 +153,24 @@ class DecisionPublisher:
         )
         self._notices.tell(message, case.request)
 
-    async def _reply(self, known: RequestState, case: Case) -> None:
-        if known.jws is None:
+    async def _reply(self, state: RequestState, case: Case) -> None:
+        if state.jws is None:
             return
-        content = ReplyContent(request_id=known.request_id, decision=known.jws)
+        content = ReplyContent(request_id=state.request_id, decision=state.jws)
         try:
             sealed = seal(
                 content.model_dump_json(exclude_none=True).encode(),
                 case.request.claims.reply_key,
-                kid=known.request_id,
+                kid=state.request_id,
             )
         except InvalidMessageError as error:
-            log.warning("nobody can be told of decision %s: %s", known.decision_id, error)
+            log.warning("nobody can be told of decision %s: %s", state.decision_id, error)
             return
         acknowledged = await self._runtime.publisher.send(
             CREDENTIAL_REPLY,
-            known.agent_id,
+            state.agent_id,
             sealed,
-            id=derived_id("reply", known.decision_id or ""),
+            id=derived_id("reply", state.decision_id or ""),
             type=CREDENTIAL_REPLY.what,
             traceparent=case.traceparent,
         )
@@ -172,23 +178,25 @@ class DecisionPublisher:
 
 
 def _signed(decision: CredentialDecision, input_json: bytes | None, key: SigningKey) -> str:
-    """The decision as a compact JWS. The input, half of it, goes in as it was judged: as JSON that it is already."""
+    """Return the decision as a compact JWS. The input, half of it, is inserted as the JSON that was evaluated."""
     if input_json is None:
         return sign(decision, key)
-    said = decision.model_dump(mode="json", exclude={"input"}, exclude_none=True)
-    payload = orjson.dumps({**said, "input": orjson.Fragment(input_json)})
+    claims = decision.model_dump(mode="json", exclude={"input"}, exclude_none=True)
+    payload = orjson.dumps({**claims, "input": orjson.Fragment(input_json)})
     return sign_payload(CredentialDecision, payload, key)
 
 
 def _decision_id(case: Case, evaluation: Evaluation, approvals: Sequence[Signed[Approval]]) -> str:
-    """One id for the final answer, whatever it rests on; while people are asked, one for each that has answered."""
+    """Return the decision's id: one for the final answer, whatever it rests on; one for each set of answers while
+    waiting.
+    """
     outcome = evaluation.ruling.outcome
     collected = sorted(a.digest for a in approvals) if outcome == "approval_required" else []
     return derived_id("decision", case.request_id, outcome, *collected)
 
 
 def _too_large(decision: CredentialDecision) -> CredentialDecision:
-    """What to say instead where the request and its records together are more than a reader would take."""
+    """Return the denial to publish instead if the request and its records together exceed what a reader accepts."""
     reason = Reason(
         code="decision_too_large",
         message="the request and the records that it is held against are too large to be signed together: "
@@ -209,11 +217,11 @@ def _too_large(decision: CredentialDecision) -> CredentialDecision:
     )
 
 
-# What the trace of a request says of policy's part in it.
+# Policy's outcome in the trace of a request.
 
 
 def step_of(case: Case, name: str, tracing: Tracing) -> Span:
-    """Something that is done about one request."""
+    """Return a tracing span for one step of a request."""
     facts = {
         "request_id": case.request_id,
         "agent_id": case.agent_id,
@@ -223,7 +231,7 @@ def step_of(case: Case, name: str, tracing: Tracing) -> Span:
 
 
 def say(span: Span, outcome: Outcome, reasons: Sequence[Reason]) -> None:
-    """What it came to; of a denial also why."""
+    """Add the outcome to a span; for a denial also the reasons."""
     span.note(outcome=outcome)
     if outcome == "denied":
         span.refused(*(reason.code for reason in reasons))

@@ -1,1 +1,1 @@
-"""What policy receives: requests, approvals and grants; verification, admission and load shedding."""
+"""Policy's input: requests, approvals and grants; their verification, admission control and load shedding."""

@@ -1,6 +1,6 @@
-"""What policy turns away: requests beyond a limit, those that waited for too long, and questions that are too many.
+"""Admission control of policy: rate limits, limits on waiting time, and limits on pending approvals.
 
-A refusal is a signed decision like any other, and says when asking again may work.
+A refusal is a signed decision like any other, and says when a new request may succeed.
 """
 
 from __future__ import annotations
@@ -18,29 +18,31 @@ from ringfence.policy.incoming.load_shedding import BacklogMonitor, Stage
 
 _WINDOW_MS = 60_000
 TOLD_NO = 600
-"""So often a minute at least an agent is told that it asks too often; where it may ask more often, as often as that."""
+"""The minimum number of refusals per minute that an agent over its rate limit is sent. A higher rate limit replaces
+it.
+"""
 SHARE = 60
-"""So many requests of each agent are answered a minute while policy is behind."""
+"""Requests of each agent that are answered per minute while policy is behind."""
 LOOKED_AT = 600
-"""So many requests of a minute, in each partition, are answered where nobody is likely to wait for them any more."""
+"""Requests per minute and partition that are still answered when probably nobody waits for them any more."""
 PENDING_RETRY_S = 60
-"""When to ask again where too much waits for people."""
+"""When to ask again after too many requests wait for people."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """How much policy takes; 0 is without limit."""
+    """Limits of policy. 0 means no limit."""
 
     agent_per_minute: int
     sponsor_per_minute: int
     """Over all agents of one sponsor that this replica serves."""
     wait_s: int
-    """How old a request may be when its turn comes."""
+    """The greatest age of a request when its turn comes."""
 
 
 @dataclass(frozen=True, slots=True)
 class PendingLimits:
-    """How many requests may wait for people at once; 0 is without limit."""
+    """The most requests that may wait for people at once. 0 means no limit."""
 
     agent: int
     sponsor: int
@@ -48,7 +50,7 @@ class PendingLimits:
 
 
 class AdmissionControl:
-    """Counts requests by the minutes in which the broker took them, so that a backlog is counted as it was sent."""
+    """Rate limits by minute of the broker's append time, so that a backlog counts as it was sent."""
 
     def __init__(self, directory: Directory, limits: AdmissionLimits) -> None:
         self._directory = directory
@@ -56,13 +58,13 @@ class AdmissionControl:
         self._window = 0
         self._counts: Counter[str] = Counter()
         self._refusals: Counter[str] = Counter()
-        """By agent. Only what its signature was verified of counts: nobody uses up what another is told."""
+        """By agent. Only requests with a verified signature count, so that nobody uses up another agent's refusals."""
         self._looked_at: Counter[int] = Counter()
         """By partition."""
         self._backlog = BacklogMonitor(limits.wait_s)
 
     def should_shed(self, record: Received, now_ms: int) -> bool:
-        """Whether a request gets no answer, nor is even opened. To be asked of each, in their order."""
+        """Return whether to shed a request: no answer, not even parsing. Call it for each request in order."""
         self._begin(record.appended_at_ms)
         stage = self._backlog.observe(record.partition, record.appended_at_ms, now_ms)
         agent_id = record.key or ""
@@ -77,17 +79,17 @@ class AdmissionControl:
                 return self._looked_at[record.partition] > LOOKED_AT
 
     def refusal(self, case: Case, now_ms: int) -> Evaluation | None:
-        """Why a request that comes for the first time is not weighed, or None. Counts it."""
-        found = self._late(case, now_ms) or self._too_many(case)
-        if found is not None:
+        """Count a new request. Returns the reason why it is not evaluated, or None."""
+        refused = self._late_refusal(case, now_ms) or self._too_many(case)
+        if refused is not None:
             self._refusals[case.agent_id] += 1
-        return found
+        return refused
 
     def behind(self, now_ms: int) -> str | None:
-        """That requests are turned away for want of time, or None."""
+        """Return a warning that requests are refused because policy is behind, or None."""
         return self._backlog.warning(now_ms)
 
-    def _late(self, case: Case, now_ms: int) -> Evaluation | None:
+    def _late_refusal(self, case: Case, now_ms: int) -> Evaluation | None:
         waited_ms, wait_s = now_ms - case.source.appended_at_ms, self._limits.wait_s
         if not wait_s or waited_ms <= wait_s * 1000:
             return None
@@ -110,7 +112,7 @@ class AdmissionControl:
         return None
 
     def _begin(self, at_ms: int) -> None:
-        # The partitions are not read in step: what is a little older counts here as well.
+        # Partitions are not read in step: slightly older requests count in this window as well.
         if (window := at_ms // _WINDOW_MS) > self._window:
             self._window = window
             self._counts.clear()
@@ -126,9 +128,10 @@ class AdmissionControl:
 
 
 class PendingApprovalLimit:
-    """Keeps people from being asked too much: a request that would have to wait for one is denied at a limit.
+    """Limits pending approvals: at the limit, a request that would have to wait for a person is denied.
 
-    Nobody's agent can so fill the day of somebody else's sponsor, and what people wave through unread stays little.
+    So nobody's agent can fill the day of another person's sponsor, and people are less likely to approve without
+    reading.
     """
 
     def __init__(self, directory: Directory, decisions: Decisions, limits: PendingLimits) -> None:
@@ -136,29 +139,29 @@ class PendingApprovalLimit:
         self._decisions = decisions
         self._limits = limits
         self._asking: dict[str, str] = {}
-        """Requests that are about to wait, by id; their agents."""
+        """Requests that are about to wait, by id, with their agents."""
 
     def refusal(self, case: Case, sponsor: str) -> Evaluation | None:
-        """Why nobody can be asked about a request, or None: then it counts as waiting from now on."""
+        """Return the reason why nobody can be asked about a request, or None; then it counts as waiting from now on."""
         asking = self._about_to_wait(but_for=case.request_id)
         waiting = self._decisions.waiting()
         count = waiting.get(case.agent_id, 0) + asking[case.agent_id]
-        found = self._reached(f"agent {case.agent_id}", count, self._limits.agent)
-        if found is None and self._limits.sponsor:
+        refused = self._reached(f"agent {case.agent_id}", count, self._limits.agent)
+        if refused is None and self._limits.sponsor:
             theirs = [
                 agent for agent in {*waiting, *asking} if _sponsor_of(self._directory, agent) == sponsor
             ]
             count = sum(waiting.get(agent, 0) + asking[agent] for agent in theirs)
-            found = self._reached(f"the agents of {sponsor}", count, self._limits.sponsor)
-        if found is None:
+            refused = self._reached(f"the agents of {sponsor}", count, self._limits.sponsor)
+        if refused is None:
             self._asking[case.request_id] = case.agent_id
-        return found
+        return refused
 
     def _about_to_wait(self, *, but_for: str) -> Counter[str]:
-        """How many requests were let through and do not stand among those that wait yet, by agent."""
+        """Return, by agent, how many requests were admitted and are not among the waiting ones yet."""
         for id in list(self._asking):
-            known = self._decisions.get(id)
-            if known is None or known.outcome is not None:
+            state = self._decisions.get(id)
+            if state is None or state.outcome is not None:
                 del self._asking[id]
         return Counter(agent for id, agent in self._asking.items() if id != but_for)
 
@@ -176,5 +179,5 @@ def _sponsor_of(directory: Directory, agent_id: str) -> str | None:
     try:
         agent = directory.agent(agent_id)
     except ChainError:
-        return None  # weighing says what is wrong
+        return None  # the evaluation reports the problem
     return agent.state.sponsor if agent else None

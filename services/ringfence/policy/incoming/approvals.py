@@ -1,4 +1,4 @@
-"""Approvals of people in; decisions out. Also what becomes of those that never came."""
+"""Handler of people's approvals: evaluates pending requests again, and closes those that nobody approved in time."""
 
 from __future__ import annotations
 
@@ -29,51 +29,51 @@ from ringfence.policy.incoming.verification import MISPLACED, MessageVerifier, i
 log = logging.getLogger(__name__)
 
 OVERDUE_MS = 2_000
-"""So long after their end, pending requests are closed: what was appended in time should have been read by then."""
+"""How long after their end pending requests are closed: answers appended in time should have been read by then."""
 _CLOSE_EVERY_S = 0.5
 
 
 class ReadBarrier:
-    """What stood on Kafka at a moment is known here.
+    """Read barrier: waits until this process knows everything that was on Kafka at a moment.
 
-    To ask for its end may take a tenth of a second: one question is the answer for all that was appended before it was
-    put, else whoever signs ten answers a second holds up everybody.
+    Reading the end offset may take a tenth of a second. So one read serves all messages that were appended before it.
+    Otherwise a person who signs ten answers a second would delay everybody.
     """
 
     def __init__(self, runtime: Runtime, ask: Callable[[], Awaitable[bool | None]]) -> None:
-        """`ask` returns when all is known that is there; False where it is not known whether that is so."""
+        """`ask` reads up to the present end of the topics; it returns False if that is uncertain."""
         self._runtime = runtime
         self._ask = ask
         self._known_to_ms = -1
         self._here_to_ms = -1
         self._came = 0
         self._past_ms = -1
-        """Over, for every broker, when Kafka was asked last."""
+        """A time that had passed on every broker's clock when Kafka was last asked."""
 
     def received(self, to_ms: int) -> None:
-        """The records that are looked at next are here, and were appended by then, by the brokers' clocks."""
-        # That those of before were here says nothing of these: another broker's clock may be slower.
+        """Note that the next records are here, and were appended by `to_ms` on the brokers' clocks."""
+        # Earlier records being here proves nothing about these: another broker's clock may be slower.
         self._known_to_ms = self._past_ms
         self._here_to_ms = to_ms
         self._came += 1
 
     def invalidate(self) -> None:
-        """What was known may be so no more."""
+        """Note that what was known may no longer be true."""
         self._known_to_ms = self._past_ms = -1
 
     async def known(self, at_ms: int | None) -> None:
-        """Return once all is known that stood there at `at_ms`, by the broker's clock, or now."""
+        """Return once everything is known that was on Kafka at `at_ms` (the broker's clock), or now."""
         if at_ms is not None and at_ms <= self._known_to_ms:
             return
-        came, past_ms = self._came, self._runtime.broker_past_ms()
+        batches, past_ms = self._came, self._runtime.broker_past_ms()
         if await self._ask() is not False:
             self._past_ms = -1 if past_ms is None else past_ms
-            here_to_ms = self._here_to_ms if came == self._came else -1
+            here_to_ms = self._here_to_ms if batches == self._came else -1
             self._known_to_ms = max(here_to_ms, self._past_ms)
 
 
 class ApprovalHandler:
-    """Takes in what people answer. One at a time: a yes and the end of its time must not both count."""
+    """Processes people's answers one at a time: an approval and the end of its request must not both count."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class ApprovalHandler:
         publisher: DecisionPublisher,
         recall: Callable[[], Awaitable[None]],
     ) -> None:
-        """`recall` returns when every decision that stands on Kafka is known. Raises UnavailableError."""
+        """`recall` returns when every decision on Kafka is known. Raises UnavailableError."""
         self._runtime = runtime
         self._directory = directory
         self._verifier = verifier
@@ -95,33 +95,35 @@ class ApprovalHandler:
         self._one_at_a_time = asyncio.Lock()
         self._decided = ReadBarrier(runtime, recall)
         self.records = ReadBarrier(runtime, evaluator.caught_up)
-        """Of users, agents, tasks and targets: whoever answers may have seen some that are not here yet."""
-        self._held_against: dict[str, tuple[int, int | None]] = {}
-        """By request that waits, the version of the records that it was last held against."""
+        """For users, agents, tasks and targets: a person who answers may have seen newer records than this process."""
+        self._checked_versions: dict[str, tuple[int, int | None]] = {}
 
     def received(self, batch: Sequence[Received]) -> None:
-        """Told of what comes to `handle` next, all of which is on Kafka: what is asked from now on is asked for all."""
+        """Note the batch whose records come to `handle` next.
+
+        All are on Kafka, so one read barrier serves the batch.
+        """
         for one in (self._decided, self.records):
             one.received(max(record.appended_at_ms for record in batch))
 
     async def handle(self, record: Received) -> Awaitable[object] | None:
-        """Take in one answer. Raises InvalidMessageError where it is none, or nobody known signed it.
+        """Process one answer. Raises InvalidMessageError if it is malformed, or if nobody known signed it.
 
-        What is signed and does not count is refused by a `service.event`; the request goes on waiting. Await what this
-        returns, if anything, for the broker's acknowledgement of that.
+        A signed answer that does not count is refused by a `service.event`, and the request keeps waiting. Await the
+        result, if any, for the broker's acknowledgement of that event.
         """
         if is_for_others(record):
             return None
         approval, late = await self._verifier.approval(record)
-        async with self._alone(record.appended_at_ms):
-            problem = await self._take(approval, late, record)
+        async with self._locked(record.appended_at_ms):
+            problem = await self._apply(approval, late, record)
         return await self._refuse(approval, problem, record) if problem is not None else None
 
     @contextlib.asynccontextmanager
-    async def _alone(self, at_ms: int | None = None) -> AsyncIterator[None]:
-        """One at a time, and with every decision known that stood on Kafka at `at_ms`, or now.
+    async def _locked(self, at_ms: int | None = None) -> AsyncIterator[None]:
+        """Hold the lock, with every decision known that was on Kafka at `at_ms`, or now.
 
-        What was published before a failure counts, also where its acknowledgement was lost on the way.
+        A decision that was published before a failure counts, even if its acknowledgement was lost.
         """
         async with self._one_at_a_time:
             try:
@@ -131,46 +133,46 @@ class ApprovalHandler:
                 self._decided.invalidate()
                 raise
 
-    async def _take(
+    async def _apply(
         self, approval: Signed[Approval], late: ExpiredError | None, record: Received
     ) -> Reason | None:
-        """Why an answer changes nothing; None where it did its work."""
+        """Apply an answer. Returns the reason why it changes nothing, or None."""
         claims, place = approval.claims, RecordPosition(record.partition, record.offset)
-        known = self._decisions.get(claims.request_id)
-        if known is None or known.outcome is None:
+        state = self._decisions.get(claims.request_id)
+        if state is None or state.outcome is None:
             return _reason("request_unknown", "no request with this id waits for an approval")
-        if record.key != known.agent_id:
+        if record.key != state.agent_id:
             return _reason(
-                "key_unexpected", f"the Kafka key of an approval is the agent's id, {known.agent_id}"
+                "key_unexpected", f"the Kafka key of an approval is the agent's id, {state.agent_id}"
             )
-        if problem := await self._verifier.misplaced(record, known.agent_id):
+        if problem := await self._verifier.misplaced(record, state.agent_id):
             return _reason(MISPLACED, problem)
-        known.traceparent = nearest(record.traceparent, known.traceparent)
-        seen = known.approvals.get(message_id(claims.iss, claims.jti))
+        state.traceparent = nearest(record.traceparent, state.traceparent)
+        seen = state.approvals.get(message_id(claims.iss, claims.jti))
         if seen is not None:
             if seen[0] != approval.digest or seen[1] not in (None, place):
                 return _reason("approval_replayed", "this approval was given before; each counts once")
-            await self._finish(known)
+            await self._finish(state)
             return None
-        if known.pending is None:
-            return _reason("already_decided", f"the request is {known.outcome} already, and that stands")
+        if state.pending is None:
+            return _reason("already_decided", f"the request is {state.outcome} already, and that stands")
         if late is not None:
             return _reason(late.code, str(late))
-        pending = known.pending
+        pending = state.pending
         if record.appended_at_ms >= (pending.expires_at or 0) * 1000:
-            await self._close(known, pending, (_over(pending),))
+            await self._close(state, pending, (_expired_reason(pending),))
             return _reason("approval_expired", "the time in which approvals counted is over")
-        return await self._evaluate(approval, place, record.appended_at_ms, known, pending)
+        return await self._evaluate(approval, place, record.appended_at_ms, state, pending)
 
     async def _evaluate(
         self,
         approval: Signed[Approval],
         place: RecordPosition,
         at_ms: int,
-        known: RequestState,
+        state: RequestState,
         pending: CredentialDecision,
     ) -> Reason | None:
-        claims, case, user_id = approval.claims, _case(known, pending), signer(approval)
+        claims, case, user_id = approval.claims, _case(state, pending), signer(approval)
         if user_id is None:
             return _reason("not_a_person", f"{claims.iss} is no user; only people approve")
         if (claims.request, claims.request_digest) != (case.request.compact, case.request.digest):
@@ -181,19 +183,19 @@ class ApprovalHandler:
         try:
             facts = load_context(self._directory, case.request)
         except DeniedError as error:
-            await self._close(known, pending, (error.reason,))
+            await self._close(state, pending, (error.reason,))
             return None
         if not may_approve_any(self._directory, user_id, pending.required, facts):
-            wanted = ", ".join(pending.required)
-            return _reason("not_approver", f"{user_id} cannot give what is asked for here: {wanted}")
+            required = ", ".join(pending.required)
+            return _reason("not_approver", f"{user_id} cannot give what is asked for here: {required}")
         if claims.verdict == "denied":
             comment = (claims.comment or "no comment")[:500]
             no = _reason("approval_denied", f"{user_id} denied it: {comment}")
-            await self._close(known, pending, (no,), approval, place)
+            await self._close(state, pending, (no,), approval, place)
             return None
         present = facts.revisions(self._evaluator.policy_revision)
         if present != pending.revisions:
-            await self._close(known, pending, (_stale(),))
+            await self._close(state, pending, (_stale(),))
             return None
         problem = approval_problem(
             approval, facts,
@@ -201,50 +203,52 @@ class ApprovalHandler:
         )  # fmt: skip
         if problem is not None:
             return problem
-        given = [_collected(jws) for jws in pending.approvals]
-        if not _all_stand(given, at_ms):
-            await self._close(known, pending, (_over(pending),))
+        collected = [_collected(jws) for jws in pending.approvals]
+        if not _all_valid(collected, at_ms):
+            await self._close(state, pending, (_expired_reason(pending),))
             return _reason("approval_expired", "the time of an approval that was given before is over")
-        if user_id in map(signer, given):
+        if user_id in map(signer, collected):
             return _reason("approved_already", f"{user_id} approved this before; nobody counts twice")
-        await self._count(known, pending, case, given, approval, place, at_ms)
+        await self._count_approval(state, pending, case, collected, approval, place, at_ms)
         return None
 
-    async def _count(
+    async def _count_approval(
         self,
-        known: RequestState,
+        state: RequestState,
         pending: CredentialDecision,
         case: Case,
-        given: list[Signed[Approval]],
+        collected: list[Signed[Approval]],
         approval: Signed[Approval],
         place: RecordPosition,
         at_ms: int,
     ) -> None:
-        """Judge again with one approval more: allowed, denied after all, or still waiting for somebody else."""
-        approvals = [*given, approval]
+        """Evaluate again with one more approval: allowed, denied after all, or still waiting for somebody else."""
+        approvals = [*collected, approval]
         evaluation = await self._evaluator.evaluate(case, at_ms, approvals)
         outcome = evaluation.ruling.outcome
         if outcome != "denied" and evaluation.ruling.ttl_s != pending.ttl_s:
-            await self._close(known, pending, (_stale(),), approval, place)
+            await self._close(state, pending, (_stale(),), approval, place)
             return
         waiting = outcome == "approval_required"
-        known = await self._publisher.decide(
+        state = await self._publisher.decide(
             case, evaluation, approvals=approvals, expires_at=pending.expires_at if waiting else None
         )
-        known.saw(approval, place)
+        state.saw(approval, place)
         if not waiting or evaluation.ruling.required != pending.required:
-            await self._publisher.notify(known, case)
+            await self._publisher.notify(state, case)
 
     async def _close(
         self,
-        known: RequestState,
+        state: RequestState,
         pending: CredentialDecision,
         why: tuple[Reason, ...],
         approval: Signed[Approval] | None = None,
         place: RecordPosition | None = None,
     ) -> None:
-        """Deny a request that waited, on what it waited on, and for a person's answer if that is why."""
-        case = _case(known, pending)
+        """Deny a waiting request, on the evaluation that it waited with, and by a person's answer if that is the
+        reason.
+        """
+        case = _case(state, pending)
         evaluation = Evaluation(
             Ruling("denied", why, None, pending.required),
             revisions=pending.revisions,
@@ -252,21 +256,21 @@ class ApprovalHandler:
             input_digest=pending.input_digest,
         )
         approvals = [_collected(jws) for jws in pending.approvals]
-        known = await self._publisher.decide(
+        state = await self._publisher.decide(
             case, evaluation, approvals=[*approvals, approval] if approval else approvals
         )
         if approval is not None and place is not None:
-            known.saw(approval, place)
-        await self._publisher.notify(known, case)
+            state.saw(approval, place)
+        await self._publisher.notify(state, case)
 
-    async def _finish(self, known: RequestState) -> None:
-        """An answer that was taken in comes again after a crash: the reply may not have gone out."""
-        if known.outcome == "denied" and known.jws is not None:
-            decision = parse(known.jws).unverified_claims(CredentialDecision)
-            await self._publisher.notify(known, _case(known, decision))
+    async def _finish(self, state: RequestState) -> None:
+        """Complete an answer that is redelivered after a crash: the reply may not have been sent."""
+        if state.outcome == "denied" and state.jws is not None:
+            decision = parse(state.jws).unverified_claims(CredentialDecision)
+            await self._publisher.notify(state, _case(state, decision))
 
     async def _refuse(self, approval: Signed[Approval], why: Reason, record: Received) -> Awaitable[object]:
-        known = self._decisions.get(approval.claims.request_id)
+        state = self._decisions.get(approval.claims.request_id)
         return await self._runtime.event_soon(
             "refused",
             Approval.typ,
@@ -276,41 +280,43 @@ class ApprovalHandler:
             reasons=(why,),
             source=record.coordinates,
             traceparent=record.traceparent,
-            agent_id=known.agent_id if known else None,
+            agent_id=state.agent_id if state else None,
             request_id=approval.claims.request_id,
         )
 
-    # --- what a grant answers that already waits ---
+    # --- requests that a new grant answers ---
 
     async def reconsider(self, grant: Grant, at_ms: int) -> None:
-        """Look again at what waits in the task of a grant that was appended at `at_ms`: what fits need not wait on."""
+        """Evaluate again the waiting requests in the task of a grant that was appended at `at_ms`."""
         for known in list(self._decisions.pending()):
             if known.agent_id != grant.agent_id:
                 continue
-            async with self._alone(at_ms):
+            async with self._locked(at_ms):
                 pending = known.pending
                 if pending is None or at_ms >= (pending.expires_at or 0) * 1000:
                     continue
-                case, given = _case(known, pending), [_collected(jws) for jws in pending.approvals]
-                if case.request.claims.task_id != grant.task_id or not _all_stand(given, at_ms):
+                case, collected = _case(known, pending), [_collected(jws) for jws in pending.approvals]
+                if case.request.claims.task_id != grant.task_id or not _all_valid(collected, at_ms):
                     continue
-                evaluation = await self._evaluator.evaluate(case, at_ms, given)
+                evaluation = await self._evaluator.evaluate(case, at_ms, collected)
                 same = (evaluation.revisions, evaluation.ruling.ttl_s) == (pending.revisions, pending.ttl_s)
                 if same and evaluation.ruling.outcome == "allowed":
-                    await self._publisher.decide(case, evaluation, approvals=given)
+                    await self._publisher.decide(case, evaluation, approvals=collected)
 
-    # --- those that never came, and those that are of no use any more ---
+    # --- expired and forbidden requests ---
 
     async def close_overdue(self, owns: Callable[[str, int], bool]) -> None:
-        """For ever: deny what nobody approved in its time, and what the rule stands against by now.
+        """Deny, for ever, requests that nobody approved in time, and those that the invariant forbids by now.
 
-        Whoever approves what is of a suspended agent, or of a task that has ended, approves nothing: they are not left
-        to find that out, and the agent is not left to wait.
+        An approval for a suspended agent, or for an ended task, would have no effect. So approvers need not find that
+        out, and the agent need not wait.
 
         Args:
-            owns: whether this replica takes in the requests of a partition (topic name, number). Only it closes them,
-                so that its lock keeps a late approval and the end of the time apart; where two replicas both believe
-                to own it for a moment, the final decision that stands first on Kafka counts for every reader.
+            owns: returns whether this replica processes the requests of a partition (topic name, number). Only that
+                replica
+                closes them, so that its lock separates a late approval from the end of the time. If two replicas both
+                believe
+                to own it for a moment, the first final decision on Kafka counts for every reader.
         """
         while True:
             await asyncio.sleep(_CLOSE_EVERY_S)
@@ -320,61 +326,61 @@ class ApprovalHandler:
                 log.exception("what nobody approved could not be closed yet; it is tried again")
 
     async def close_what_is_over(self, owns: Callable[[str, int], bool]) -> None:
-        """One round of `close_overdue`."""
-        now, held = self._directory.versions, dict[str, tuple[int, int | None]]()
+        """Run one round of `close_overdue`."""
+        now, still_waiting = self._directory.versions, dict[str, tuple[int, int | None]]()
         for known in self._decisions.pending():
             if not self._is_own(known, owns):
                 continue
             if self._is_overdue(known) or (
-                self._held_against.get(known.request_id) != now and self._against(known)
+                self._checked_versions.get(known.request_id) != now and self._violations(known)
             ):
                 await self._close_one(known, owns)
-            held[known.request_id] = now
+            still_waiting[known.request_id] = now
             await asyncio.sleep(0)  # many may wait
-        self._held_against = held
+        self._checked_versions = still_waiting
 
-    async def _close_one(self, known: RequestState, owns: Callable[[str, int], bool]) -> None:
-        async with self._alone():
-            if known.pending is None or not self._is_own(known, owns):
+    async def _close_one(self, state: RequestState, owns: Callable[[str, int], bool]) -> None:
+        async with self._locked():
+            if state.pending is None or not self._is_own(state, owns):
                 return
-            if self._is_overdue(known):
-                await self._close(known, known.pending, (_over(known.pending),))
-            elif found := self._against(known):
-                await self._close(known, known.pending, found)
+            if self._is_overdue(state):
+                await self._close(state, state.pending, (_expired_reason(state.pending),))
+            elif reasons := self._violations(state):
+                await self._close(state, state.pending, reasons)
 
-    def _is_own(self, known: RequestState, owns: Callable[[str, int], bool]) -> bool:
-        pending = known.pending
+    def _is_own(self, state: RequestState, owns: Callable[[str, int], bool]) -> bool:
+        pending = state.pending
         return pending is not None and owns(pending.source.topic, pending.source.partition)
 
-    def _is_overdue(self, known: RequestState) -> bool:
-        end_s = known.pending.expires_at if known.pending else None
+    def _is_overdue(self, state: RequestState) -> bool:
+        end_s = state.pending.expires_at if state.pending else None
         return self._runtime.clock.now_ms() >= (end_s or 0) * 1000 + OVERDUE_MS
 
-    def _against(self, known: RequestState) -> tuple[Reason, ...]:
-        """What the rule has against a request that waits, by the records of now."""
-        if known.pending is None:
+    def _violations(self, state: RequestState) -> tuple[Reason, ...]:
+        """Return how a waiting request violates the invariant with the present records."""
+        if state.pending is None:
             return ()
         try:
-            facts = load_context(self._directory, _case(known, known.pending).request)
+            facts = load_context(self._directory, _case(state, state.pending).request)
         except DeniedError:
-            return ()  # a record may be on its way; an answer is weighed once it is here
+            return ()  # a record may be on its way; an answer is evaluated once it is here
         now_s = self._runtime.clock.now_ms() / 1000
         return violations(facts, now_s, self._runtime.settings.entitlements_max_age_s)[:MAX_REASONS]
 
 
-def _case(known: RequestState, decision: CredentialDecision) -> Case:
-    """The case that a decision of this service is about; what it holds was verified before it was signed."""
+def _case(state: RequestState, decision: CredentialDecision) -> Case:
+    """Return the case that a decision of this service is about. Its content was verified before it was signed."""
     request = Signed(parse(decision.request).unverified_claims(CredentialRequest), decision.request)
-    return Case(request, known.request_id, known.agent_id, decision.source, known.traceparent)
+    return Case(request, state.request_id, state.agent_id, decision.source, state.traceparent)
 
 
 def _collected(jws: str) -> Signed[Approval]:
-    """An approval out of a decision of this service, which verified it before it signed."""
+    """Return an approval in a decision of this service, which verified it before it signed."""
     return Signed(parse(jws).unverified_claims(Approval), jws)
 
 
-def _all_stand(approvals: Iterable[Signed[Approval]], at_ms: int) -> bool:
-    """Whether none of these has come to its end by the append time `at_ms`: the issuer would refuse it."""
+def _all_valid(approvals: Iterable[Signed[Approval]], at_ms: int) -> bool:
+    """Return whether none of these has expired at the append time `at_ms`. The issuer would refuse an expired one."""
     return all(at_ms < approval.claims.exp * 1000 for approval in approvals)
 
 
@@ -382,9 +388,9 @@ def _reason(code: str, message: str) -> Reason:
     return Reason(code=code, message=message)
 
 
-def _over(pending: CredentialDecision) -> Reason:
-    wanted = ", ".join(pending.required)
-    return _reason("approval_expired", f"nobody gave the approval in time ({wanted}); ask anew")
+def _expired_reason(pending: CredentialDecision) -> Reason:
+    required = ", ".join(pending.required)
+    return _reason("approval_expired", f"nobody gave the approval in time ({required}); ask anew")
 
 
 def _stale() -> Reason:
@@ -394,16 +400,16 @@ def _stale() -> Reason:
     )
 
 
-# What waits for people: how much, and since when. An alert goes by it, as nobody else notices what nobody answers.
+# Gauges of pending approvals: how many, and since when. An alert uses them, as nobody else notices unanswered ones.
 
 
 def register_pending_gauges(decisions: Decisions, clock: Clock) -> None:
-    """Have Prometheus see the requests that wait for approvals, when it asks. All replicas know all of them."""
+    """Register the Prometheus gauges of pending approvals, read on scrape. All replicas know all of them."""
     metrics.APPROVALS_WAITING.set_function(lambda: len(list(decisions.pending())))
     metrics.APPROVALS_OLDEST.set_function(lambda: _oldest_s(decisions, clock.now_ms()))
 
 
 def _oldest_s(decisions: Decisions, now_ms: int) -> float:
-    """How long the oldest of them has waited, by the time at which the broker appended it; 0 where none does."""
+    """Return the longest wait in seconds since the broker's append time; 0 if nothing waits."""
     appended = [one.pending.source.appended_at_ms for one in decisions.pending() if one.pending]
     return max(0, now_ms - min(appended)) / 1000 if appended else 0

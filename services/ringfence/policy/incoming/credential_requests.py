@@ -1,4 +1,4 @@
-"""Requests of agents in; decisions, questions and replies out."""
+"""Handler of agents' credential requests: publishes decisions, approval requests and replies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ringfence.policy.incoming.verification import MessageVerifier
 
 
 class RequestHandler:
-    """Decides on requests. Those of one batch may run side by side: each is claimed before anything is awaited for."""
+    """Decides requests. Those of one batch may run concurrently: each is claimed before anything is awaited."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class RequestHandler:
         *,
         approval_timeout_s: int,
     ) -> None:
-        """`recall` returns when every decision that stands on Kafka is known. Raises UnavailableError."""
+        """`recall` returns when every decision on Kafka is known. Raises UnavailableError."""
         self._runtime = runtime
         self._verifier = verifier
         self._admission = admission
@@ -53,7 +53,7 @@ class RequestHandler:
         self._approval_timeout_s = approval_timeout_s
 
     async def handle(self, record: Received) -> None:
-        """Take one request to its decision. Raises InvalidMessageError where it is none, or not signed by an agent."""
+        """Decide one request. Raises InvalidMessageError if it is malformed, or if no agent signed it."""
         if self._admission.should_shed(record, self._runtime.clock.now_ms()) and not self._shed.is_known(
             record
         ):
@@ -61,24 +61,25 @@ class RequestHandler:
             return
         case, late = await self._verifier.request(record)
         place = RecordPosition(record.partition, record.offset)
-        known = self._decisions.claim(
+        state = self._decisions.claim(
             case.request_id, case.agent_id, place, at_ms=record.appended_at_ms, exp=case.request.claims.exp
         )
-        if known.at == place and known.outcome is None and known.tried:
-            await self._recall()  # it failed before: perhaps only in hearing that its decision was published
-        if known.at != place:
+        if state.at == place and state.outcome is None and state.tried:
+            # It failed before: perhaps only the acknowledgement of its decision was lost.
+            await self._recall()
+        if state.at != place:
             await self._replayed(case)
-        elif known.outcome is None:
-            refused = self._refused(case, late, first=not known.tried)
-            if late is None and not known.tried:
+        elif state.outcome is None:
+            refused = self._refused(case, late, first=not state.tried)
+            if late is None and not state.tried:
                 await self._shared.observe(case)
-            known.tried = True
+            state.tried = True
             await self._decide(case, refused)
-        else:  # it comes again, after a crash or a failure: what is missing is finished
-            await self._publisher.notify(known, case)
+        else:  # it is delivered again, after a crash or a failure: the missing messages are published
+            await self._publisher.notify(state, case)
 
     def _refused(self, case: Case, late: ExpiredError | None, *, first: bool) -> Evaluation | None:
-        """Why a request is not even weighed, or None."""
+        """Return the denial of a request that is not evaluated, or None."""
         if late is not None:
             return denied(late.code, str(late))
         return self._admission.refusal(case, self._runtime.clock.now_ms()) if first else None
@@ -92,8 +93,8 @@ class RequestHandler:
             not_asked = _ambiguous(case) or self._doorkeeper.refusal(case, facts.agent.state.sponsor)
             if not_asked is not None:
                 evaluation, expires_at = replace(evaluation, ruling=not_asked.ruling), None
-        known = await self._publisher.decide(case, evaluation, expires_at=expires_at)
-        await self._publisher.notify(known, case)
+        state = await self._publisher.decide(case, evaluation, expires_at=expires_at)
+        await self._publisher.notify(state, case)
 
     async def _replayed(self, case: Case) -> None:
         claims, source = case.request.claims, case.source
@@ -114,7 +115,9 @@ class RequestHandler:
 
 
 def _ambiguous(case: Case) -> Evaluation | None:
-    """Why nobody can be asked about a request that does not say the same to every reader, or None."""
+    """Return the denial of a request that readers could read differently, so that nobody can be asked about it; or
+    None.
+    """
     try:
         parse(case.request.compact).check_one_reading()
     except InvalidMessageError as error:

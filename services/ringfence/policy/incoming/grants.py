@@ -1,4 +1,4 @@
-"""Grants as they arrive: verified, kept, and told to whom they concern."""
+"""Handler of grants and withdrawals: verifies them, keeps them, and reports to those concerned."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ringfence.policy.incoming.verification import MessageVerifier
 
 
 class GrantHandler:
-    """Takes in grants and withdrawals, each answered by a `service.event`."""
+    """Processes grants and withdrawals. Each is answered by a `service.event`."""
 
     def __init__(
         self,
@@ -40,9 +40,9 @@ class GrantHandler:
         reconsider: Callable[[Grant, int], Awaitable[None]],
     ) -> None:
         """Args:
-            policy_revision: the revision of the bundle in force.
-            records: returns when those are known that stood on Kafka at an append time.
-            reconsider: looks again at what waits, now (an append time) that a grant was given.
+            policy_revision: returns the revision of the bundle in force.
+            records: returns when the records are known that were on Kafka at an append time.
+            reconsider: evaluates waiting requests again after a grant was given (at an append time).
         """  # fmt: skip
         self._runtime = runtime
         self._directory = directory
@@ -53,7 +53,7 @@ class GrantHandler:
         self._reconsider = reconsider
 
     async def handle(self, record: Received) -> None:
-        """Take in one record. Raises InvalidMessageError where it is neither, or nobody known signed it."""
+        """Process one record. Raises InvalidMessageError if it is neither, or if nobody known signed it."""
         if kind_of(record) == Grant.typ:
             await self._grant(record)
         else:
@@ -61,24 +61,24 @@ class GrantHandler:
 
     async def _grant(self, record: Received) -> None:
         grant, late = await self._verifier.grant(record)
-        # Whoever grants may have seen records that are not here yet.
+        # The person may have seen records that have not arrived here yet.
         await self._records(record.appended_at_ms)
-        why = self._objection(grant.claims, late, record)
-        if why is None:
-            given = self._table.keep(grant, record.partition, record.offset)
-            if given is None:
+        reason = self._objection(grant.claims, late, record)
+        if reason is None:
+            entry = self._table.keep(grant, record.partition, record.offset)
+            if entry is None:
                 message = f"{grant.claims.iss} has given {MOST_OF_ONE} grants already; let some end"
-                why = _reason("grants_too_many", message)
-            elif (given.partition, given.offset) != (record.partition, record.offset):
-                why = _reason(
+                reason = _reason("grants_too_many", message)
+            elif (entry.partition, entry.offset) != (record.partition, record.offset):
+                reason = _reason(
                     "grant_replayed", "this grant was given before; given again it counts for nothing more"
                 )
-        if why is None:  # whoever hears that it was accepted sees what became of what waited
+        if reason is None:  # whoever reads the acceptance sees its effects on waiting requests
             await self._reconsider(grant.claims, record.appended_at_ms)
-        await self._answer(grant.claims, why, record)
+        await self._answer(grant.claims, reason, record)
 
     def _objection(self, grant: Grant, late: ExpiredError | None, record: Received) -> Reason | None:
-        """Why a grant would count for nothing as things are; its signer is told at once."""
+        """Return the reason why a grant would have no effect now, or None. Its signer learns it at once."""
         user_id = signer_of(grant)
         if user_id is None:
             return _reason("not_a_person", f"{grant.iss} is no user; only people approve")
@@ -119,21 +119,22 @@ class GrantHandler:
     async def _withdraw(self, record: Received) -> None:
         signed, late = await self._verifier.withdrawal(record)
         claims = signed.claims
-        if late is None and self._no_say(claims) is not None:
-            await self._records(record.appended_at_ms)  # nobody is refused for what has not arrived here yet
-        why = _reason(late.code, str(late)) if late else self._no_say(claims)
-        if why is None:
+        if late is None and self._withdrawal_objection(claims) is not None:
+            # Nobody is refused for a record that has not arrived here yet.
+            await self._records(record.appended_at_ms)
+        reason = _reason(late.code, str(late)) if late else self._withdrawal_objection(claims)
+        if reason is None:
             user_id = subject_of(claims.aud, claims.iss, "user") or ""
             self._table.take_back(claims.grant_id, user_id, record.appended_at_ms)
-        await self._answer(claims, why, record)
+        await self._answer(claims, reason, record)
 
-    def _no_say(self, claims: GrantWithdraw) -> Reason | None:
-        """Why somebody cannot take a grant back, or None."""
-        given = self._table.get(claims.grant_id)
+    def _withdrawal_objection(self, claims: GrantWithdraw) -> Reason | None:
+        """Return the reason why a person cannot withdraw a grant, or None."""
+        entry = self._table.get(claims.grant_id)
         user_id = subject_of(claims.aud, claims.iss, "user")
-        if given is None:
+        if entry is None:
             return _reason("grant_unknown", "no grant with this id is remembered: it may have ended long ago")
-        grant = given.signed.claims
+        grant = entry.signed.claims
         try:
             ground = load_records(self._directory, grant.agent_id, grant.task_id, grant.scope[0].target)
         except DeniedError as error:
@@ -149,8 +150,8 @@ class GrantHandler:
 
     async def _answer(self, claims: Grant | GrantWithdraw, why: Reason | None, record: Received) -> None:
         grant_id = id_of(claims) if isinstance(claims, Grant) else claims.grant_id
-        given = self._table.get(grant_id)
-        grant = claims if isinstance(claims, Grant) else given.signed.claims if given else None
+        entry = self._table.get(grant_id)
+        grant = claims if isinstance(claims, Grant) else entry.signed.claims if entry else None
         replayed = why is not None and why.code == "grant_replayed"
         await self._runtime.event(
             "accepted" if why is None else "replayed" if replayed else "refused",

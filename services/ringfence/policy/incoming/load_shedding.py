@@ -1,8 +1,9 @@
-"""What policy lets go by without an answer of its own, and counts: so a flood does not keep it from everybody else.
+"""Load shedding: requests that policy drops without an answer, and counts, so that a flood does not delay everybody
+else.
 
-A signed refusal costs policy about what a decision does. Where more is asked than can even be refused, who answers
-each in turn answers all of them when nobody waits any more, and issues nothing. So where it is behind each agent has a
-share until it has caught up, and what nobody waits for is not opened at all.
+A signed refusal costs policy about as much as a decision. If more requests arrive than it can even refuse, answering
+all in turn would answer each one after its sender has given up. So while policy is behind, each agent has a share, and
+requests that nobody waits for any more are not even parsed.
 """
 
 from __future__ import annotations
@@ -32,34 +33,34 @@ _LATELY_MS = 10_000
 _CLOSE_S = 2.0
 _MOST_NAMED = 3
 _MOST_KEYS = 1000
-"""So many Kafka keys are told apart in what is counted: strangers choose theirs."""
+"""The most Kafka keys that are counted separately: strangers choose theirs."""
 
 
 class Stage(IntEnum):
-    """What becomes of the requests of a partition."""
+    """How the requests of a partition are treated."""
 
     SERVED = 0
     SHARED = 1
-    """Each agent has its share of what can be answered, and not more."""
+    """Each agent has its share of the capacity, and no more."""
     UNANSWERED = 2
-    """Not even that can be answered in time: a few are all the same, in case somebody still waits."""
+    """Not even the shares can be answered in time. A few requests are answered, in case somebody still waits."""
 
 
 class BacklogMonitor:
-    """How far behind each partition is. What is behind stays so until it has caught up by three quarters.
+    """Age of the backlog of each partition. A partition counts as behind until three quarters are made up.
 
-    Served as soon as it is a moment younger than too old, each would be answered after as long as may be waited.
+    If it were served again at once, every request would be answered only just within the limit.
     """
 
     def __init__(self, wait_s: int) -> None:
-        """`wait_s`: how old a request may be when its turn comes; 0 is without limit."""
+        """`wait_s`: the greatest age of a request when its turn comes; 0 means no limit."""
         self._wait_ms = wait_s * 1000
         self._stages: dict[int, Stage] = {}
         self._seen: dict[int, tuple[int, int]] = {}
-        """When each was looked at last, and how old its request was."""
+        """By partition: the time of the last observation, and the age of its request."""
 
     def observe(self, partition: int, appended_at_ms: int, now_ms: int) -> Stage:
-        """Take down the age of the request whose turn it is. Returns what is to become of it."""
+        """Record the age of the request whose turn it is. Returns how to treat it."""
         if not self._wait_ms:
             return Stage.SERVED
         age_ms, stage = now_ms - appended_at_ms, self.stage(partition)
@@ -74,11 +75,11 @@ class BacklogMonitor:
         return stage
 
     def stage(self, partition: int) -> Stage:
-        """What becomes of the requests of a partition now."""
+        """Return how requests of a partition are treated now."""
         return self._stages.get(partition, Stage.SERVED)
 
     def warning(self, now_ms: int) -> str | None:
-        """That requests are turned away because of their age, or None."""
+        """Return a warning that requests are refused because of their age, or None."""
         ages_ms = [
             age_ms
             for partition, (at_ms, age_ms) in self._seen.items()
@@ -94,17 +95,17 @@ class BacklogMonitor:
 
 @dataclass
 class _ShedCount:
-    """What of one partition went by since that was told."""
+    """Requests of one partition that were shed since the last report."""
 
     first: Coordinates
     last: Coordinates
     count: int = 0
     keys: Counter[str] = field(default_factory=Counter)
-    """By Kafka key, which whoever writes chooses."""
+    """By Kafka key, which the writer chooses."""
 
 
 class ShedRequests:
-    """Counts what goes by, and tells it as a finding: how many, from where to where."""
+    """Counts shed requests, and reports them as a finding: how many, from which offset to which."""
 
     def __init__(self, runtime: Runtime, decisions: Decisions) -> None:
         self._runtime = runtime
@@ -112,22 +113,22 @@ class ShedRequests:
         self._tallies: dict[int, _ShedCount] = {}
         self._untold: list[_ShedCount] = []
         self._counted: dict[int, int] = {}
-        """The last offset of each partition that was: a batch that failed comes again."""
+        """By partition: the last counted offset. A failed batch is delivered again."""
 
     def is_known(self, record: Received) -> bool:
-        """Whether a request that goes by was taken in before: then what is missing of its answer is finished."""
+        """Return whether a shed request was processed before; then its unfinished answer is completed."""
         if record.offset > self._decisions.reached(record.partition):
             return False
         try:
-            # Unverified: nothing is believed by it but that an id is worth looking up.
-            said = orjson.loads(parse(record.value).payload)
-            id = message_id(str(said["iss"]), str(said["jti"]))
+            # Unverified: it only says that an id is worth looking up.
+            payload = orjson.loads(parse(record.value).payload)
+            id = message_id(str(payload["iss"]), str(payload["jti"]))
         except (InvalidMessageError, ValueError, TypeError, KeyError):
             return False
         return self._decisions.get(id) is not None
 
     def count(self, record: Received) -> None:
-        """One more goes by."""
+        """Count one shed request."""
         if record.offset <= self._counted.get(record.partition, -1):
             return
         self._counted[record.partition] = record.offset
@@ -141,13 +142,13 @@ class ShedRequests:
             tally.keys[key] += 1
 
     async def run(self) -> None:
-        """For ever: tell now and then what was counted."""
+        """Report at intervals, for ever."""
         await run_periodically(
             _TELL_EVERY_S, self.report, "what went by could not be told yet; it is tried again", log
         )
 
     async def close(self) -> None:
-        """Tell what is left, if Kafka takes it now."""
+        """Report the rest, if Kafka accepts it now."""
         try:
             async with asyncio.timeout(_CLOSE_S):
                 await self.report()
@@ -155,7 +156,10 @@ class ShedRequests:
             log.exception("what went by is not told")
 
     async def report(self) -> None:
-        """Publish what was counted since the last time. Raises where Kafka does not take it: the next time, then."""
+        """Publish the counts since the last report.
+
+        Raises if Kafka does not accept it; the next report then includes them.
+        """
         self._untold += self._tallies.values()
         self._tallies = {}
         while self._untold:

@@ -1,4 +1,4 @@
-"""From records to verified messages: requests of agents, approvals of people."""
+"""Verification of incoming records: requests of agents, approvals of people, grants."""
 
 from __future__ import annotations
 
@@ -29,17 +29,16 @@ C = TypeVar("C", bound=ExpiringClaims)
 
 MAX_APPROVAL_BYTES = 192 * 1024
 MISPLACED = "partition_unexpected"
-"""The code of what `MessageVerifier.misplaced` finds."""
 
 
 FindKey = Callable[[str, str, float, KeyFinder], PublicKey | None]
-"""(`iss`, `kid`, when, the keys of agents) to the key that may speak for that signer."""
+"""Maps (`iss`, `kid`, time, key finder of agents) to the key that may sign for that issuer."""
 
 _FOR_OTHERS = frozenset({typ_header(BreakGlassReview), typ_header(ActionApproval)})
 
 
 def is_for_others(record: Received) -> bool:
-    """Whether a record says that it is a review of break glass (for audit), or about an action (for gateways)."""
+    """Return whether a record claims to be a review of break glass (for audit) or about an action (for gateways)."""
     try:
         return parse(record.value).header.typ in _FOR_OTHERS
     except InvalidMessageError:
@@ -47,7 +46,7 @@ def is_for_others(record: Received) -> bool:
 
 
 class MessageVerifier:
-    """Verifies what comes in. What does not verify is an InvalidMessageError: it goes to the dead letters."""
+    """Verifies incoming records. An invalid one raises InvalidMessageError and goes to the dead letters."""
 
     def __init__(self, runtime: Runtime, directory: Directory) -> None:
         self._runtime = runtime
@@ -55,7 +54,7 @@ class MessageVerifier:
         self._partitions: list[int] = []
 
     async def request(self, record: Received) -> tuple[Case, ExpiredError | None]:
-        """The request in a record, signed by an agent, and why it came too late, if it did."""
+        """Return the request in a record, signed by an agent, and the error if it came too late."""
         if self._runtime.clock.now_ms() - record.appended_at_ms > MAX_AGE_MS:
             raise InvalidMessageError(
                 "the request has waited longer than any request may live; ask anew", code="too_old"
@@ -76,10 +75,10 @@ class MessageVerifier:
         return Case(request, id, agent_id, record.coordinates, record.traceparent), late
 
     async def misplaced(self, record: Received, agent_id: str) -> str | None:
-        """Why a record about an agent stands in the wrong partition, or None.
+        """Return the reason why a record about an agent is in the wrong partition, or None.
 
-        One replica takes all of an agent's requests and the answers to them, in their order: two that weigh side by
-        side do not know what the other allows. A producer may write a key to whichever partition it likes.
+        One replica processes all requests of an agent and the answers to them, in order. Two replicas that evaluate
+        concurrently do not know what the other allows. A producer can write a key to any partition.
         """
         if self._partitions and record.partition == partition_of(agent_id, self._partitions):
             return None
@@ -93,18 +92,19 @@ class MessageVerifier:
         )
 
     async def approval(self, record: Received) -> tuple[Signed[Approval], ExpiredError | None]:
-        """The approval in a record, signed by a user (active or not) or an agent, and why it came too late, if it did.
+        """Return the approval in a record, signed by a user (active or not) or an agent, and the error if it came too
+        late.
 
-        That a disabled user or an agent signed it is found out here and refused, by name, where it is weighed.
+        A signature by a disabled user or by an agent is accepted here, so that the evaluation can refuse it by name.
         """
         return await self._verified(record, Approval, self._person_key, MAX_APPROVAL_BYTES)
 
     async def grant(self, record: Received) -> tuple[Signed[Grant], ExpiredError | None]:
-        """The grant in a record, signed as an approval may be; see there."""
+        """Return the grant in a record. For signer and second result see `approval`."""
         return await self._verified(record, Grant, self._person_key, MAX_REQUEST_BYTES)
 
     async def withdrawal(self, record: Received) -> tuple[Signed[GrantWithdraw], ExpiredError | None]:
-        """The withdrawal of a grant in a record, signed as an approval may be; see there."""
+        """Return the withdrawal of a grant in a record. For signer and second result see `approval`."""
         return await self._verified(record, GrantWithdraw, self._person_key, MAX_REQUEST_BYTES)
 
     async def _verified(
@@ -129,12 +129,12 @@ class MessageVerifier:
                     audience=audience, appended_at_ms=record.appended_at_ms,
                 )  # fmt: skip
             except ExpiredError as error:
-                # Judged after the signature: these claims are verified.
+                # Decided after the signature check: these claims are verified.
                 return Signed(jws.unverified_claims(model), jws.compact), error
             except SignatureError as error:
                 if known_here or error.code != "key_unknown":
                     raise
-                # Whoever was registered a moment ago is not turned away because word of it is still on its way.
+                # A recently registered signer is not refused while their record is on its way.
                 await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
             else:
                 return signed, None

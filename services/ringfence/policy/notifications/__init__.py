@@ -1,1 +1,1 @@
-"""Notices to people who are asked, by webhook."""
+"""Webhook notices to approvers."""

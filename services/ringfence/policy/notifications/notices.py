@@ -1,5 +1,6 @@
-"""Tells people by webhook that something waits for them. A hint and no more: what decides is a signature, and nothing
-that a webhook's receiver says is even read.
+"""Webhook notices: inform people that a question waits for them.
+
+A notice is only a hint. Decisions need a signature, and the response of a webhook's receiver is not even read.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-
-import httpx
+from typing import TYPE_CHECKING
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.bounded_dict import BoundedDict
@@ -38,14 +38,17 @@ from ringfence.policy.notifications.webhook import (
     signed_headers,
 )
 
+if TYPE_CHECKING:
+    import httpx
+
 log = logging.getLogger(__name__)
-# It tells of every request with its URL, and these URLs are secrets.
+# It logs every request with its URL, and these URLs are secrets.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
 MOST_UNDER_WAY = 1000
-"""So many notices wait to be delivered at most; what comes beyond is dropped: the question itself stands on Kafka."""
+"""The most notices being delivered. Further ones are dropped, because the question itself is on Kafka."""
 MOST_OF_ONE = 100
-"""Of these, so many for one person: an endpoint that is down is nobody else's trouble."""
+"""The share of one person, so that an endpoint that is down affects nobody else."""
 _AT_ONCE = 8
 _TIMEOUT_S = 10.0
 _ATTEMPTS = 10
@@ -54,30 +57,29 @@ _REMEMBERED = 10_000
 
 
 class GaveUpError(RingfenceError):
-    """A webhook that is not tried again."""
+    """Raised when a webhook is not tried again."""
 
     code = "webhook_failed"
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """What one person is told."""
+    """A notice to one person."""
 
     id: str
-    """Of the question: a repeat has the same one, so that its receiver can tell."""
+    """The question's id. A repetition has the same one, so that its receiver can recognise it."""
     user_id: str
     about: str
-    """What it is about, for the log."""
     expires_at: int
-    """Seconds since 1970; then it is of no use."""
+    """Seconds since 1970. Afterwards the notice is of no use."""
     waits: Callable[[], bool]
-    """Whether it still waits for somebody, as far as this process knows."""
+    """Returns whether the question still waits for somebody, as far as this process knows."""
     body: Callable[[], bytes]
-    """What is sent. Raises DeniedError where records do not say what it is about."""
+    """Returns the body to send. Raises DeniedError if the records do not say what it is about."""
 
 
 class Notices:
-    """Delivers in the background, at least once, each under an id of its own; `tell` never waits and never raises."""
+    """Delivers notices in the background, at least once, each with its own id. `tell` never waits and never raises."""
 
     def __init__(
         self,
@@ -88,7 +90,7 @@ class Notices:
         *,
         first_delay_s: float = _FIRST_DELAY_S,
     ) -> None:
-        """`places`: by user id, where the webhook of somebody stands; read anew for each notice."""
+        """`places`: by user id, the secret reference of their webhook. It is read again for each notice."""
         self._places = dict(places)
         self._directory = directory
         self._decisions = decisions
@@ -103,7 +105,7 @@ class Notices:
         self._at_once = asyncio.Semaphore(_AT_ONCE)
 
     async def start(self) -> None:
-        """Say which webhooks cannot be used as they are."""
+        """Log which webhooks are unusable."""
         for user_id in self._places:
             try:
                 self._webhook(user_id)
@@ -111,7 +113,7 @@ class Notices:
                 log.error("%s is not told of what waits: %s", user_id, error)
 
     async def close(self) -> None:
-        """Drop what is under way."""
+        """Drop the notices being delivered."""
         tasks = list(self._under_way.values())
         for task in tasks:
             task.cancel()
@@ -120,9 +122,10 @@ class Notices:
             await self._http.aclose()
 
     def tell(self, message: ApprovalRequest, request: Signed[CredentialRequest]) -> None:
-        """Tell somebody, if they want to be told, and have not been told of this, or of one that is alike and waits.
+        """Notify a person who wants it, unless they were notified of this question or of an equivalent one that still
+        waits.
 
-        A repeat of the question has the same `jti`, so that its receiver can tell.
+        A repetition of the question has the same `jti`, so that the receiver can recognise it.
         """
         user_id, id = message.approver, message.jti
         if user_id not in self._places or id in self._told or self._is_known(message, request.claims):
@@ -136,11 +139,11 @@ class Notices:
         )  # fmt: skip
 
     def wants(self, user_id: str, id: str) -> bool:
-        """Whether somebody wants to be told, and has not been told of this."""
+        """Return whether a person wants notices, and has not been notified of this one."""
         return user_id in self._places and id not in self._told
 
     def deliver(self, notice: Notice) -> None:
-        """Deliver one in the background, where not too many are under way."""
+        """Deliver one notice in the background, unless too many are being delivered."""
         id, user_id = notice.id, notice.user_id
         if len(self._under_way) >= MOST_UNDER_WAY or self._of[user_id] >= MOST_OF_ONE:
             metrics.NOTICES.labels("dropped").inc()
@@ -157,21 +160,21 @@ class Notices:
         self._of[user_id] -= 1
 
     def _is_known(self, message: ApprovalRequest, request: CredentialRequest) -> bool:
-        """Whether the person was told of another request that would come to the same and still waits."""
+        """Return whether the person was notified of an equivalent request that still waits."""
         scope = sorted((p.target, sorted(p.verbs), sorted(p.resources)) for p in request.scope)
         if request.break_glass:
-            return False  # each of these is told
+            return False  # each of these is a notice of its own
         terms = (message.ttl_s, message.delivery, message.required, message.revisions.model_dump_json())
         key = (message.approver, request.iss, request.task_id, repr(scope), *terms)
-        known = self._alike.get(key)
-        if known is not None and known != message.request_id and self._waits(known):
+        noticed = self._alike.get(key)
+        if noticed is not None and noticed != message.request_id and self._waits(noticed):
             return True
         self._alike[key] = message.request_id
         return False
 
     def _waits(self, request_id: str) -> bool:
-        known = self._decisions.get(request_id)
-        return known is not None and known.pending is not None
+        state = self._decisions.get(request_id)
+        return state is not None and state.pending is not None
 
     async def _deliver(self, notice: Notice) -> None:
         try:
@@ -201,7 +204,9 @@ class Notices:
             delay_s = min(delay_s * 2, _LONGEST_DELAY_S)
 
     async def _post(self, webhook: Webhook, id: str, body: bytes) -> str | None:
-        """One attempt: what was wrong, or None. Raises GaveUpError where trying again is of no use."""
+        """Make one attempt. Returns the failure, or None. Raises GaveUpError where another attempt is pointless."""
+        import httpx
+
         if self._http is None:
             self._http = httpx.AsyncClient(timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False)
         headers = signed_headers(webhook, id, self._clock.now_ms() // 1000, body)
@@ -210,7 +215,7 @@ class Notices:
                 asyncio.timeout(_TIMEOUT_S),
                 self._http.stream("POST", webhook.url, content=body, headers=headers) as response,
             ):
-                status = response.status_code  # and nothing more of it is read
+                status = response.status_code  # nothing more of the response is read
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, OSError) as error:
             return type(error).__name__
         if status == httpx.codes.GONE:
@@ -221,13 +226,16 @@ class Notices:
         return parse_webhook(read_secret(self._places[user_id], f"the webhook of {user_id}"))
 
 
-# Sponsors are told of single actions that wait: from what a gateway signed and from verified records. Hints alone.
+# Notices to sponsors about single actions that wait, from what a gateway signed and from verified records. Only hints.
 
 
 def notice_sender(
     runtime: Runtime, directory: Directory, notices: Notices
 ) -> Callable[[Received], Awaitable[None]]:
-    """A handler of `approval.request`: what policy itself asks is told where it is asked, and passed over here."""
+    """Return a handler of `approval.request` for questions of gateways.
+
+    Policy sends notices of its own questions itself, so they are skipped here.
+    """
 
     async def tell(record: Received) -> None:
         """Raises InvalidMessageError where no gateway signed it."""

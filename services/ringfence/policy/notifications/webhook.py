@@ -1,7 +1,7 @@
-"""One webhook: where it goes, what it says, and its signature (Standard Webhooks 1.0.0).
+"""One webhook: URL, body and signature (Standard Webhooks 1.0.0).
 
-https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md. The body is what incoming
-webhooks of Slack take, and of those that take the same (Mattermost, Rocket.Chat).
+https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md. The body has the format of
+incoming webhooks of Slack and of compatible products (Mattermost, Rocket.Chat).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ringfence.messages.approval import ActionRequest, ApprovalRequest
 from ringfence.model.requests.facts import RecordContext, RequestContext
 
 _MAX_TEXT = 300
-"""Of what an agent or a person wrote, so much is told; all of it is seen by who looks at the request."""
+"""The longest quotation of an agent or a person. The request itself shows the whole text."""
 _MAX_PERMISSIONS = 10
 _WHOM = {
     "sponsor": "the agent's sponsor",
@@ -33,22 +33,22 @@ _WHOM = {
 
 
 class WebhookError(RingfenceError):
-    """What is configured for a webhook is none. Never quotes it."""
+    """Raised when a configured webhook is invalid. Never quotes it."""
 
     code = "webhook_invalid"
 
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """Where a person is told that something waits. The URL is as secret as the keys: who has it can write there."""
+    """The endpoint of one person. The URL is as secret as the keys: whoever has it can write there."""
 
     url: str = field(repr=False)
     keys: tuple[bytes, ...] = field(repr=False)
-    """Each signs: the present one, and one that is being replaced."""
+    """Each signs: the present key, and one that is being replaced."""
 
 
 def parse_webhook(text: str) -> Webhook:
-    """A URL and one or more secrets (`whsec_...`), separated by blanks or lines. Raises WebhookError."""
+    """Parse a URL and one or more secrets (`whsec_...`), separated by blanks or lines. Raises WebhookError."""
     url, *secrets = text.split()
     if not _is_allowed(url):
         raise WebhookError(
@@ -63,7 +63,7 @@ def parse_webhook(text: str) -> Webhook:
 
 
 def signed_headers(webhook: Webhook, id: str, at_s: int, body: bytes) -> dict[str, str]:
-    """The headers of one attempt, at a time in seconds since 1970."""
+    """Return the headers of one attempt, at a time in seconds since 1970."""
     content = f"{id}.{at_s}.".encode() + body
     signatures = (
         base64.b64encode(hmac.digest(key, content, hashlib.sha256)).decode() for key in webhook.keys
@@ -78,9 +78,10 @@ def signed_headers(webhook: Webhook, id: str, at_s: int, body: bytes) -> dict[st
 
 
 def body_of(message: ApprovalRequest, facts: RequestContext) -> bytes:
-    """What a person is told: from the request as the agent signed it and from verified records, as plain text.
+    """Return the body about a request, from the request as the agent signed it and from verified records, as plain
+    text.
 
-    What others wrote stands as code, where no chat makes links, mentions or headings of it.
+    Text of others is formatted as code, so that no chat turns it into links, mentions or headings.
     """
     request = facts.request.claims
     wants = [
@@ -105,7 +106,7 @@ def body_of(message: ApprovalRequest, facts: RequestContext) -> bytes:
 
 
 def body_of_action(id: str, claims: ActionRequest, ground: RecordContext) -> bytes:
-    """What a person is told of one action that waits: from what the gateway signed and from verified records."""
+    """Return the body about one waiting action, from what the gateway signed and from verified records."""
     until = datetime.fromtimestamp(claims.exp, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
     whom = _WHOM.get(claims.required, claims.required)
     lines = [
@@ -121,7 +122,9 @@ def body_of_action(id: str, claims: ActionRequest, ground: RecordContext) -> byt
 
 
 def _header_lines(claims: ActionRequest) -> list[str]:
-    """What the question shows of the headers: values of the gateway's fixed list, names of all others."""
+    """Return the lines about headers that the question shows: values of the gateway's fixed list, names of all
+    others.
+    """
     headers = claims.headers or ()
     seen = [f"{one.name}: {one.value}" for one in headers if one.value is not None]
     names = ", ".join(one.name for one in headers if one.value is None)
@@ -132,7 +135,7 @@ def _header_lines(claims: ActionRequest) -> list[str]:
 
 
 def _code(text: str) -> str:
-    """Text as code, with what Slack wants escaped. Backticks would end it."""
+    """Format text as code, with Slack's escapes. Backticks would end it."""
     shown = visible(text).replace("`", "'")
     shown = shown if len(shown) <= _MAX_TEXT else f"{shown[: _MAX_TEXT - 1]}…"
     return f"`{shown.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')}`"

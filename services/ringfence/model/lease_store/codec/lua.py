@@ -1,4 +1,4 @@
-"""The codec's Lua: how scripts store packed records, and put them back together.
+"""Lua half of the codec: how scripts store packed records, and restore them.
 
 The stored form leaves out of a packed record what many records of a shard have in common (ADR 0017):
 
@@ -6,8 +6,9 @@ The stored form leaves out of a packed record what many records of a shard have 
 - The thumbprint of the agent's key, in `STORED_SHORT`: it stands once with the leases of the agent.
 - The head of an active record: status, `seq` and deadline stand in the record as well.
 
-Only scripts see the stored form. `record_of` and `whole` return head and record as they were written, or the head alone
-if something is gone that was left out of the record: then it does not verify, and a rebuild restores it.
+Only scripts see the stored form. `record_of` and `whole` return head and record as they were written. If a part that
+was left out of the record is gone, they return the head alone. Such a record does not verify, and a rebuild restores
+it.
 """
 
 from __future__ import annotations

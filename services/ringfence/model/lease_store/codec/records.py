@@ -77,7 +77,7 @@ with a zero byte."""
 _EPOCH = struct.Struct(">I4s")
 _TRACE = struct.Struct(">16s8s1s")
 _PACK_ERRORS = (ValueError, LookupError, TypeError, AttributeError, struct.error, zlib.error)
-"""What packing by fields, or unpacking, raises for anything that is no record of this kind."""
+"""Errors of packing by fields, or unpacking, for anything that is no record of this kind."""
 
 
 def pack(jws: str) -> bytes:
@@ -161,12 +161,12 @@ def _parts(packed: bytes) -> tuple[bytes, bytes] | None:
 
 
 def _after_signer(packed: bytes) -> int:
-    """Where the output of `_pack_fields` begins in a packed record."""
+    """Return where the output of `_pack_fields` begins in a packed record."""
     return 2 + packed[1]
 
 
 def _signature_at(fields: bytes) -> int:
-    """Where the signature is inserted into the output of `_pack_fields`."""
+    """Return where the signature is inserted into the output of `_pack_fields`."""
     return STATE_BYTES + (THUMBPRINT_BYTES if fields[STATE_BYTES - 1] & BOUND else 0)
 
 
