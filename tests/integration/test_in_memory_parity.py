@@ -383,6 +383,17 @@ async def a_part_of_a_task_is_handed_on(realm: RunningStack) -> Outcome:
 
 
 @story
+async def no_more_than_so_many_questions_wait(realm: RunningStack) -> Outcome:
+    async with realm.as_agent() as agent:
+        asked = [ask(realm, agent, "write", resources=[f"env/staging/w{number}"]) for number in range(21)]
+        done, waiting = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        found = [await outcome(realm, one) for one in done]
+        for one in waiting:
+            one.cancel()
+        return found, len(waiting)
+
+
+@story
 async def two_operators_break_the_glass(realm: RunningStack) -> Outcome:
     await with_otto(realm)
     async with (

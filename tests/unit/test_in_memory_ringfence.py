@@ -113,6 +113,15 @@ def test_what_the_registry_refuses_is_refused_here(broker: InMemoryRingfence) ->
         broker.task("deploy-bot", EVERYTHING, on_behalf_of="nobody")
     with pytest.raises(InvalidCallError, match="verbs is a list"):
         broker.target("other", verbs="read")
+    with pytest.raises(InvalidCallError, match="requests is a list"):
+        broker.target("other", verbs=["read"], requests="GET /")  # type: ignore[arg-type]
+    with pytest.raises(InvalidCallError, match="the target"):
+        broker.target("other", verbs={"read": "nobody"})  # type: ignore[dict-item]
+    with pytest.raises(InvalidCallError, match=r"the target\.set"):
+        broker.target("Other Target", verbs=["read"])
+    with pytest.raises(RefusedError) as unknown:
+        broker.target("other", verbs=["read"], kind="postgres", ssl_mode="off")
+    assert unknown.value.code == "target_settings_invalid"
     with pytest.raises(InvalidCallError, match="scope is a list"):
         broker.task("deploy-bot", EVERYTHING[0])  # type: ignore[arg-type]
 
@@ -377,6 +386,13 @@ async def test_other_kinds_of_credentials_are_what_the_test_gives(broker: InMemo
             task=task, target="cache", verbs=["read"], resources=["session/1"], reason="to look"
         )
     assert (denied.value.by, denied.value.code) == ("issuer", "backend_cannot")
+
+
+async def test_there_is_no_gateway(broker: InMemoryRingfence, agent: Agent, task: str) -> None:
+    with pytest.raises(RequestDeniedError) as denied:
+        await agent.request(task=task, target="staging", **READ, delivery="gateway")
+    assert denied.value.by == "issuer"
+    assert broker.leases() == []
 
 
 async def test_delegated_tasks_work_as_they_do(broker: InMemoryRingfence, agent: Agent, task: str) -> None:

@@ -15,8 +15,8 @@ from ringfence.client.admin.administrator import Administrator
 from ringfence.client.agent.agent import Agent
 from ringfence.client.approvals.pending_approval import PendingApproval
 from ringfence.client.approvals.sponsor import Sponsor
-from ringfence.client.arguments import permissions, roles_of, texts
-from ringfence.client.errors import InvalidCallError, RefusedError, StaleApprovalError
+from ringfence.client.arguments import instances, permissions, roles_of, texts
+from ringfence.client.errors import InvalidCallError, RefusedError, StaleApprovalError, checked
 from ringfence.client.resource_server.dpop_proofs import Nonces
 from ringfence.client.resource_server.verifier import TokenVerifier
 from ringfence.client.settings import ClientSettings
@@ -175,7 +175,7 @@ class InMemoryRingfence:
             kind: of its credentials. Tokens ("jwt") are real; of all other kinds `credential` is what agents get.
             audience: the `aud` of its tokens; None takes its SPIFFE ID.
             dpop: tokens are bound to the agent's key (RFC 9449).
-            settings: further fields of the backend's settings, e.g. `host` of a PostgreSQL server.
+            settings: further fields of the backend's settings, e.g. `sslmode` of a PostgreSQL server.
 
         Raises InvalidCallError; RefusedError by the registry.
         """
@@ -184,20 +184,24 @@ class InMemoryRingfence:
         )
         if dpop:
             settings["dpop"] = "required"
-        if credential is not None:
-            self._credentials[target_id] = credential
+        rules = instances("requests", requests, RequestRule, "[RequestRule(...)]")
+        with checked("the target"):
+            backend = BackendSettings(kind=kind, audience=audience, **settings)
+            verb_floors = tuple(VerbFloor(verb=verb, floor=floor) for verb, floor in floors.items())
         self._command(
             TargetSet,
             by=f"user/{Setup.OPERATOR}",
             key=target_id,
             target_id=target_id,
             description=f"target {target_id} of a test",
-            backend=BackendSettings(kind=kind, audience=audience, **settings),
-            verbs=tuple(VerbFloor(verb=verb, floor=floor) for verb, floor in floors.items()),
-            requests=tuple(requests),
+            backend=backend,
+            verbs=verb_floors,
+            requests=rules,
             max_ttl_s=max_ttl_s,
             keys=(self._key_record(self.key(f"target/{target_id}")),),
         )
+        if credential is not None:
+            self._credentials[target_id] = credential
 
     def agent(
         self,
@@ -490,7 +494,8 @@ class InMemoryRingfence:
     ) -> str:
         """Have the registry carry out a command at once. Returns its id. Raises RefusedError, InvalidCallError."""
         signer = self._root if by is None else self.key(by)
-        claims = model(**self._stamp(signer), **fields)
+        with checked(f"the {model.typ}"):
+            claims = model(**self._stamp(signer), **fields)
         id = message_id(claims.iss, claims.jti)
         at = self._bus.append_unconsumed(REGISTRY_COMMAND, key or id, sign(claims, signer).encode())
         run_at_once(self._services.registry.on_command(at))
