@@ -28,7 +28,7 @@ from ringfence import (
     TokenVerifier,
     VerbFloor,
 )
-from ringfence.testing import InMemoryRingfence, Setup
+from ringfence.testing import InMemoryRingfence, People
 from tests.support.stack import WITHIN_S, RunningStack, first_pending
 
 Outcome = Any
@@ -51,7 +51,7 @@ class InMemoryRealm(RunningStack):
         return self.ringfence.key(f"{kind}/{id}")
 
     def as_operator(self) -> Administrator:
-        return self.ringfence.administrator(Setup.OPERATOR)
+        return self.ringfence.administrator(People.OPERATOR)
 
     def administrator(self, who: str) -> Administrator:
         return self.ringfence.administrator(self.name(who))

@@ -28,7 +28,7 @@ from ringfence import (
     TokenRejectedError,
     TokenVerifier,
 )
-from ringfence.testing import InMemoryRingfence, NothingPendingError, Setup
+from ringfence.testing import InMemoryRingfence, NothingPendingError, People
 from tests.policy.bundles import write
 
 pytest_plugins = ["pytester"]
@@ -106,7 +106,7 @@ async def test_a_ceiling_and_entitlements_that_the_test_gives_are_kept(broker: I
 
 def test_what_the_registry_refuses_is_refused_here(broker: InMemoryRingfence) -> None:
     with pytest.raises(RefusedError) as refused:
-        broker.agent("other-bot", sponsor=Setup.USER)
+        broker.agent("other-bot", sponsor=People.USER)
     assert refused.value.by == "registry"
     assert refused.value.code != "refused"
     with pytest.raises(InvalidCallError, match="no user nobody"):
@@ -135,7 +135,7 @@ async def test_an_agent_may_be_entered_or_not(broker: InMemoryRingfence, task: s
 
 
 async def test_an_agent_that_an_administrator_registered_is_there(broker: InMemoryRingfence) -> None:
-    async with broker.administrator(Setup.SPONSOR) as sam:
+    async with broker.administrator(People.SPONSOR) as sam:
         await sam.register_agent(
             "made-by-hand", description="d", keys=[broker.key("agent/made-by-hand")], ceiling=EVERYTHING
         )
@@ -208,8 +208,8 @@ async def test_of_several_that_wait_one_is_named(broker: InMemoryRingfence, agen
 async def test_who_may_not_approve_cannot(broker: InMemoryRingfence, agent: Agent, task: str) -> None:
     asked = asyncio.create_task(agent.request(task=task, target="staging", **{**READ, "verbs": ["wipe"]}))
     with pytest.raises(NotYoursError):
-        await broker.approve(by=Setup.SPONSOR)
-    await broker.approve(by=Setup.OPERATOR)
+        await broker.approve(by=People.SPONSOR)
+    await broker.approve(by=People.OPERATOR)
     await asked
 
 
@@ -290,7 +290,7 @@ async def test_the_kill_switch_ends_what_it_names(broker: InMemoryRingfence, age
 
 async def test_a_suspended_agent_gets_nothing(broker: InMemoryRingfence, agent: Agent, task: str) -> None:
     await agent.request(task=task, target="staging", **READ)
-    async with broker.administrator(Setup.SPONSOR) as sam:
+    async with broker.administrator(People.SPONSOR) as sam:
         await sam.suspend_agent("deploy-bot", reason="odd")
         assert [lease.status for lease in broker.leases()] == ["revoked"]
         with pytest.raises(RequestDeniedError) as denied:

@@ -17,7 +17,7 @@ from __future__ import annotations
 _EXTRA = "ringfence.testing needs the packages of the extra 'testing': pip install 'ringfence[testing]'"
 
 try:
-    from ringfence.testing.in_memory import InMemoryRingfence, NothingPendingError, Setup
+    from ringfence.testing.in_memory import InMemoryRingfence, NothingPendingError, People
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] == "ringfence":
         raise
@@ -29,4 +29,4 @@ except ModuleNotFoundError as error:
     if error.name != "pytest":  # without pytest there is no fixture, and all else works
         raise
 
-__all__ = ["InMemoryRingfence", "NothingPendingError", "Setup"]
+__all__ = ["InMemoryRingfence", "NothingPendingError", "People"]

@@ -52,7 +52,7 @@ from ringfence.model.scope.scope import missing, validate_scope
 from ringfence.rego.bundle import load_bundle
 from ringfence.testing.clock import MovableClock
 from ringfence.testing.connection import InMemoryConnection, run_at_once
-from ringfence.testing.services import Services, lay_foundation
+from ringfence.testing.services import Services, create_context
 
 Verdict = Literal["approved", "denied"]
 
@@ -69,7 +69,7 @@ class NothingPendingError(RingfenceError):
     code = "nothing_pending"
 
 
-class Setup:
+class People:
     """Names of the people whom every in-memory Ringfence has."""
 
     OPERATOR: Final = "olga"
@@ -119,11 +119,11 @@ class InMemoryRingfence:
         # Constructed, not read: nothing in the environment of a test run changes what is decided.
         self.settings: ClientSettings = ClientSettings.model_construct(**common)
         service_settings = ServiceSettings.model_construct(**common)
-        self._foundation = lay_foundation(self._root, service_settings, self.clock)
-        self._bus = self._foundation.bus
+        self._context = create_context(self._root, service_settings, self.clock)
+        self._bus = self._context.bus
         self._credentials: dict[str, str] = {}
         bundle = None if policy is None else load_bundle(Path(policy))
-        self._services = Services(self._foundation, bundle, self._credentials.get)
+        self._services = Services(self._context, bundle, self._credentials.get)
         self._keys: dict[str, SigningKey] = {}
         self._people: dict[str, _Person] = {}
         self._agents: dict[str, _Registered] = {}
@@ -131,7 +131,7 @@ class InMemoryRingfence:
         self._verdict: tuple[Verdict, str | None] | None = None
         self._answered: set[str] = set()
         self._bus.consume({APPROVAL_REQUEST: self._on_question})
-        self._organise()
+        self._add_people()
 
     # --- who and what there is ---
 
@@ -152,7 +152,7 @@ class InMemoryRingfence:
         """
         given = None if entitlements is None else permissions("entitlements", entitlements)
         person = _Person(roles_of(roles), given or (), given is not None)
-        self._set_user(user_id, person, by=Setup.OPERATOR)
+        self._set_user(user_id, person, by=People.OPERATOR)
 
     def target(
         self,
@@ -190,7 +190,7 @@ class InMemoryRingfence:
             verb_floors = tuple(VerbFloor(verb=verb, floor=floor) for verb, floor in floors.items())
         self._command(
             TargetSet,
-            by=f"user/{Setup.OPERATOR}",
+            by=f"user/{People.OPERATOR}",
             key=target_id,
             target_id=target_id,
             description=f"target {target_id} of a test",
@@ -208,7 +208,7 @@ class InMemoryRingfence:
         agent_id: str,
         *,
         ceiling: Sequence[Permission] | None = None,
-        sponsor: str = Setup.SPONSOR,
+        sponsor: str = People.SPONSOR,
     ) -> Agent:
         """The agent with this id, registered when it is first asked for. It is connected, and may be entered as well.
 
@@ -244,7 +244,7 @@ class InMemoryRingfence:
         scope: Sequence[Permission],
         *,
         purpose: str = "made for a test",
-        on_behalf_of: str = Setup.USER,
+        on_behalf_of: str = People.USER,
         ends_in_s: int = 3600,
     ) -> str:
         """Assign a task to an agent, by its sponsor and with the user's consent. Returns the task's id.
@@ -259,7 +259,7 @@ class InMemoryRingfence:
             self._set_ceiling(agent_id, known, (*known.ceiling, *missing(scope, known.ceiling)))
         if not person.fixed and missing(scope, person.entitlements):
             person.entitlements = (*person.entitlements, *missing(scope, person.entitlements))
-            self._set_user(on_behalf_of, person, by=Setup.OPERATOR)
+            self._set_user(on_behalf_of, person, by=People.OPERATOR)
         terms = TaskTerms(
             agent_id=agent_id,
             purpose=purpose,
@@ -286,7 +286,7 @@ class InMemoryRingfence:
 
     # --- people at work ---
 
-    def sponsor(self, user_id: str = Setup.SPONSOR) -> Sponsor:
+    def sponsor(self, user_id: str = People.SPONSOR) -> Sponsor:
         """A person who approves, connected: for tests of what approves by program."""
         if user_id not in self._sponsors:
             self._person(user_id)
@@ -295,7 +295,7 @@ class InMemoryRingfence:
             self._sponsors[user_id] = sponsor
         return self._sponsors[user_id]
 
-    def administrator(self, user_id: str = Setup.OPERATOR) -> Administrator:
+    def administrator(self, user_id: str = People.OPERATOR) -> Administrator:
         """A person who sends commands, connected: suspends agents, ends tasks, narrows ceilings."""
         self._person(user_id)
         administrator = Administrator(self._connection(self.key(f"user/{user_id}")))
@@ -304,7 +304,7 @@ class InMemoryRingfence:
 
     def pending(self) -> list[PendingApproval]:
         """The requests that wait for people now, oldest first."""
-        return self.sponsor(Setup.OPERATOR).pending(everyone=True)
+        return self.sponsor(People.OPERATOR).pending(everyone=True)
 
     async def approve(
         self,
@@ -421,12 +421,12 @@ class InMemoryRingfence:
 
     # --- how ---
 
-    def _organise(self) -> None:
-        self._set_user(Setup.OPERATOR, _Person(("operator",)), by=None)
-        self._set_user(Setup.SECOND_OPERATOR, _Person(("operator",)), by=None)
-        for sponsor in (Setup.SPONSOR, Setup.SECOND_SPONSOR):
-            self._set_user(sponsor, _Person(("sponsor",)), by=Setup.OPERATOR)
-        self._set_user(Setup.USER, _Person(()), by=Setup.OPERATOR)
+    def _add_people(self) -> None:
+        self._set_user(People.OPERATOR, _Person(("operator",)), by=None)
+        self._set_user(People.SECOND_OPERATOR, _Person(("operator",)), by=None)
+        for sponsor in (People.SPONSOR, People.SECOND_SPONSOR):
+            self._set_user(sponsor, _Person(("sponsor",)), by=People.OPERATOR)
+        self._set_user(People.USER, _Person(()), by=People.OPERATOR)
 
     def _set_user(self, user_id: str, person: _Person, *, by: str | None) -> None:
         validate_scope(person.entitlements, allow_empty=True)
@@ -524,7 +524,7 @@ class InMemoryRingfence:
         await self._bus.settle()
         try:
             async with asyncio.timeout(within_s):
-                async for pending in self.sponsor(Setup.OPERATOR).watch(everyone=True):
+                async for pending in self.sponsor(People.OPERATOR).watch(everyone=True):
                     if request is None:
                         self._require_one()
                     if request in (None, pending.request_id):

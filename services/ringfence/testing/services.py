@@ -86,7 +86,7 @@ _VISIBILITY_MS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Foundation:
+class ServiceContext:
     """What all services share."""
 
     bus: InMemoryBus
@@ -100,7 +100,7 @@ class Foundation:
         return InMemoryRuntime(role, self.settings, self.clock, self.keys[role], self.trust, self.bus)
 
 
-def lay_foundation(root: SigningKey, settings: ServiceSettings, clock: MovableClock) -> Foundation:
+def create_context(root: SigningKey, settings: ServiceSettings, clock: MovableClock) -> ServiceContext:
     """A bus with a trust bundle on it, in which every service has a key."""
     bus = InMemoryBus(clock, settings.topic_prefix)
     td, now_s = settings.trust_domain, clock.now_ms() // 1000
@@ -121,23 +121,23 @@ def lay_foundation(root: SigningKey, settings: ServiceSettings, clock: MovableCl
     trust = TrustStore(td, root.kid)
     trust.load(compact, now_s)
     bus.append(TRUST, "1", compact.encode(), ())
-    return Foundation(bus, clock, settings, trust, keys)
+    return ServiceContext(bus, clock, settings, trust, keys)
 
 
 class Services:
     """The four services that decide, at work on one bus."""
 
-    def __init__(self, foundation: Foundation, bundle: Bundle | None, credential_of: CredentialOf) -> None:
+    def __init__(self, context: ServiceContext, bundle: Bundle | None, credential_of: CredentialOf) -> None:
         """`bundle`: the Rego bundle; None is the one that comes with Ringfence. Raises BundleError."""
-        self._foundation = foundation
-        settings, clock = foundation.settings, foundation.clock
+        self._context = context
+        settings, clock = context.settings, context.clock
         # One table for all: each would hold the same, as every reader has each record at once.
-        self.directory = Directory(foundation.trust, clock, grace_ms=None)
-        foundation.bus.read(TABLES, self.directory.on_records)
+        self.directory = Directory(context.trust, clock, grace_ms=None)
+        context.bus.read(TABLES, self.directory.on_records)
         self.store = InMemoryLeaseStore(clock)
-        token_keys = TokenKeys([TokenKey(SigningKey.generate(foundation.keys["issuer"].id))])
-        context = BackendContext(settings.trust_domain, settings.issuer_url, token_keys, NoRightsNeeded())
-        real = built_in(context)
+        token_keys = TokenKeys([TokenKey(SigningKey.generate(context.keys["issuer"].id))])
+        rights = NoRightsNeeded()
+        real = built_in(BackendContext(settings.trust_domain, settings.issuer_url, token_keys, rights))
         self._declared = BackendCapabilities(real)
         self._backends: dict[str, Backend] = {
             kind: one if one.stateless else cast("Backend", GivenCredentials(one, credential_of))
@@ -157,26 +157,26 @@ class Services:
                 jwks_max_age_s=300,
             ).routes()
         )
-        foundation.bus.when_idle(self._close_what_is_over)
+        context.bus.when_idle(self._close_what_is_over)
 
     async def end_due_leases(self) -> None:
         """End the leases whose deadline has come."""
-        now_ms = self._foundation.clock.now_ms()
+        now_ms = self._context.clock.now_ms()
         await self._ender.end([EndRequest(one, deadline_cause(one, now_ms)) for one in self.store.due()])
 
     async def _close_what_is_over(self) -> None:
         await self.approvals.close_what_is_over(lambda topic, partition: True)
 
     def _build_registry(self) -> Registry:
-        runtime = self._foundation.runtime("registry")
+        runtime = self._context.runtime("registry")
         registry = Registry(runtime, self.directory, Memory(self.directory, runtime.trust, 0))
         handler = sequential(registry.on_command, runtime.dead_letters)
-        self._foundation.bus.consume({REGISTRY_COMMAND: handler})
+        self._context.bus.consume({REGISTRY_COMMAND: handler})
         return registry
 
     def _build_policy(self, bundle: Bundle | None) -> ApprovalHandler:
-        foundation, directory, declared = self._foundation, self.directory, self._declared
-        runtime, bus = foundation.runtime("policy"), foundation.bus
+        context, directory, declared = self._context, self.directory, self._declared
+        runtime, bus = context.runtime("policy"), context.bus
         own = PolicySettings.model_construct()
         holdings = Holdings(runtime.trust, runtime.clock)
         grant_table = GrantTable(directory, runtime.settings.trust_domain)
@@ -242,8 +242,8 @@ class Services:
         return approvals
 
     def _build_issuer(self) -> None:
-        foundation, directory, store = self._foundation, self.directory, self.store
-        runtime, backends = foundation.runtime("issuer"), self._backends
+        context, directory, store = self._context, self.directory, self.store
+        runtime, backends = context.runtime("issuer"), self._backends
         own = IssuerSettings.model_construct()
         minter = Minter(
             runtime,
@@ -254,7 +254,7 @@ class Services:
         )
         values = LeaseLimitValues(own.agent_leases, own.sponsor_leases, own.wait_s)
         granted = GrantTable(directory, runtime.settings.trust_domain)
-        foundation.bus.read([APPROVAL_RESPONSE], granted.on_records)
+        context.bus.read([APPROVAL_RESPONSE], granted.on_records)
         granted.settle()
 
         async def caught_up(within_s: float) -> bool:
@@ -281,11 +281,11 @@ class Services:
             patience_s=0.0,
             halted=lambda: None,
         )
-        foundation.bus.consume({CREDENTIAL_DECISION: handler})
+        context.bus.consume({CREDENTIAL_DECISION: handler})
 
     def _build_revoker(self) -> LeaseEnder:
-        foundation, directory, store = self._foundation, self.directory, self.store
-        runtime = foundation.runtime("revoker")
+        context, directory, store = self._context, self.directory, self.store
+        runtime = context.runtime("revoker")
         own = RevokerSettings.model_construct()
         ender = LeaseEnder(
             runtime,
@@ -299,6 +299,6 @@ class Services:
         cuts = CutTracker(runtime.trust, runtime.clock, grace_ms=0)
         revocations = RevocationHandler(runtime, verifier, store, ender, cuts)
         records = RecordHandler(runtime, directory, verifier, store, ender, patience_s=own.patience_s)
-        foundation.bus.consume({REVOCATION_REQUEST: revocations})
-        foundation.bus.consume(dict.fromkeys(RECORD_TOPICS, sequential(records, runtime.dead_letters)))
+        context.bus.consume({REVOCATION_REQUEST: revocations})
+        context.bus.consume(dict.fromkeys(RECORD_TOPICS, sequential(records, runtime.dead_letters)))
         return ender
