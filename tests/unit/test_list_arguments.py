@@ -186,7 +186,7 @@ def test_items_of_a_message_are_checked_by_the_message() -> None:
     # Pydantic's own refusal, before there is anything that could be sent.
     for wrong in (
         lambda: Permission(target="t", verbs="read", resources=("x",)),  # type: ignore[arg-type]
-        lambda: RequestRule(method="GET", path="/x", verb="read", body="x"),  # type: ignore[arg-type]
+        lambda: RequestRule(method="GET", path="/x", verb="read", body="x"),  # type: ignore[arg-type, call-arg]
         lambda: AttestationSelector(issuer="x", claims="x"),  # type: ignore[arg-type]
     ):
         with pytest.raises(ValueError):
