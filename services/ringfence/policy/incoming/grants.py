@@ -154,7 +154,8 @@ class GrantHandler:
         if user_id is None or user_id not in concerned:
             return Reason(
                 code="not_concerned",
-                message=f"{claims.iss} neither signed the grant, nor sponsors the agent, nor is whom the task is on behalf of; "
+                message=f"{claims.iss} neither signed the grant, nor sponsors the agent, "
+                "nor is whom the task is on behalf of; "
                 "an operator may end the task or suspend the agent",
             )
         return None
