@@ -102,7 +102,7 @@ class Minter:
         try:
             credential = await self._call_backend(issue)
         except RingfenceError as error:
-            return Refusal((_reason(error),), issue.request, retry_after_s=_retry_after_s(error))
+            return Refusal((_reason_of(error),), issue.request, retry_after_s=_retry_after_s(error))
         if (await self._store.look(issue.lease.lease_id)).active:
             return self._current(issue, jws, credential)
         await self._undo(issue)
@@ -181,7 +181,7 @@ class Minter:
             log.warning("lease %s is not made: %s", attempt.issue.lease.lease_id, error)
             await self._give_up(attempt)  # something may exist all the same: a revoker removes it
             attempt.outcome = Refusal(
-                (_reason(error),), attempt.issue.request, retry_after_s=_retry_after_s(error)
+                (_reason_of(error),), attempt.issue.request, retry_after_s=_retry_after_s(error)
             )
 
     async def _activate(self, attempts: Sequence[_Attempt], token: str) -> None:
@@ -278,7 +278,7 @@ def _outcome_of(attempt: _Attempt) -> Outcome:
     return attempt.outcome
 
 
-def _reason(error: RingfenceError) -> Reason:
+def _reason_of(error: RingfenceError) -> Reason:
     # Problems with the broker's own rights are for its operators, and in the log.
     message = "Ringfence cannot work at the target now" if isinstance(error, AccessError) else str(error)
     return Reason(code=error.code, message=message[:2048])

@@ -58,23 +58,29 @@ def grant_problem(
     if (unread := not_understood(grant)) is not None:
         return unread
     if grant.exp - grant.iat > MAX_GRANT_LIFE_S:
-        return _reason(
-            "grant_too_long", f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most; sign a shorter one"
+        return Reason(
+            code="grant_too_long",
+            message=f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most; sign a shorter one",
         )
     if (grant.agent_id, grant.task_id) != (agent.agent_id, task.task_id):
-        return _reason("grant_other_task", "the grant was given for another task or agent")
+        return Reason(code="grant_other_task", message="the grant was given for another task or agent")
     if facts.break_glass:
-        return _reason("grant_breaks_no_glass", "break glass takes signatures over the very request")
+        return Reason(
+            code="grant_breaks_no_glass", message="break glass takes signatures over the very request"
+        )
     one_target = len({permission.target for permission in grant.scope}) == 1  # it has one target's revision
     if not one_target or missing(facts.request.claims.scope, grant.scope):
-        return _reason("grant_other_scope", "the request reaches beyond the scope of the grant")
+        return Reason(code="grant_other_scope", message="the request reaches beyond the scope of the grant")
     if ttl_s > grant.ttl_s or delivery != grant.delivery:
-        return _reason("grant_other_terms", "the grant was given for a shorter life or another delivery")
+        return Reason(
+            code="grant_other_terms", message="the grant was given for a shorter life or another delivery"
+        )
     if at_ms >= grant.exp * 1000:
-        return _reason("grant_ended", "the time of the grant is over; ask anew")
+        return Reason(code="grant_ended", message="the time of the grant is over; ask anew")
     if grant.revisions != revisions:
-        return _reason(
-            "grant_stale", "agent, user, task, target or policy changed since the grant was given; ask anew"
+        return Reason(
+            code="grant_stale",
+            message="agent, user, task, target or policy changed since the grant was given; ask anew",
         )
     return None
 
@@ -83,7 +89,9 @@ def not_understood(grant: Grant) -> Reason | None:
     """Return the reason why a grant with an unknown field covers nothing, or None. The field may limit it."""
     if is_understood(grant):
         return None
-    return _reason("grant_not_understood", describe_unknown(unknown_fields(grant), "the grant")[:2048])
+    return Reason(
+        code="grant_not_understood", message=describe_unknown(unknown_fields(grant), "the grant")[:2048]
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +232,3 @@ def kind_of(record: Received) -> str | None:
 
 
 _KINDS = {typ_header(Grant): Grant.typ, typ_header(GrantWithdraw): GrantWithdraw.typ}
-
-
-def _reason(code: str, message: str) -> Reason:
-    return Reason(code=code, message=message)

@@ -68,10 +68,11 @@ class GrantHandler:
             entry = self._table.keep(grant, record.partition, record.offset)
             if entry is None:
                 message = f"{grant.claims.iss} has given {MOST_OF_ONE} grants already; let some end"
-                reason = _reason("grants_too_many", message)
+                reason = Reason(code="grants_too_many", message=message)
             elif (entry.partition, entry.offset) != (record.partition, record.offset):
-                reason = _reason(
-                    "grant_replayed", "this grant was given before; given again it counts for nothing more"
+                reason = Reason(
+                    code="grant_replayed",
+                    message="this grant was given before; given again it counts for nothing more",
                 )
         if reason is None:  # whoever reads the acceptance sees its effects on waiting requests
             await self._reconsider(grant.claims, record.appended_at_ms)
@@ -81,38 +82,45 @@ class GrantHandler:
         """Return the reason why a grant would have no effect now, or None. Its signer learns it at once."""
         user_id = signer_of(grant)
         if user_id is None:
-            return _reason("not_a_person", f"{grant.iss} is no user; only people approve")
+            return Reason(code="not_a_person", message=f"{grant.iss} is no user; only people approve")
         if record.key != grant.agent_id:
-            return _reason("key_unexpected", f"the Kafka key of a grant is the agent's id, {grant.agent_id}")
+            return Reason(
+                code="key_unexpected", message=f"the Kafka key of a grant is the agent's id, {grant.agent_id}"
+            )
         if late is not None:
-            return _reason(late.code, str(late))
+            return Reason(code=late.code, message=str(late))
         if (unread := not_understood(grant)) is not None:
             return unread
         if grant.exp - grant.iat > MAX_GRANT_LIFE_S:
-            return _reason("grant_too_long", f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most")
+            return Reason(
+                code="grant_too_long", message=f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most"
+            )
         targets = {permission.target for permission in grant.scope}
         if len(targets) != 1:
-            return _reason("several_targets", "a grant is for one target; give one for each")
+            return Reason(code="several_targets", message="a grant is for one target; give one for each")
         try:
             validate_scope(grant.scope)
             ground = load_records(self._directory, grant.agent_id, grant.task_id, targets.pop())
         except ScopeError as error:
-            return _reason("scope_invalid", str(error))
+            return Reason(code="scope_invalid", message=str(error))
         except DeniedError as error:
             return error.reason
         if ground.task.state.agent_id != grant.agent_id:
-            return _reason("task_other_agent", f"task {grant.task_id} was assigned to another agent")
+            return Reason(
+                code="task_other_agent", message=f"task {grant.task_id} was assigned to another agent"
+            )
         if not any(
             may_approve(self._directory, user_id, one, ground)
             for one in ("sponsor", "second_person", "operator")
         ):
-            return _reason(
-                "not_approver", f"{user_id} can approve nothing of agent {grant.agent_id} in this task"
+            return Reason(
+                code="not_approver",
+                message=f"{user_id} can approve nothing of agent {grant.agent_id} in this task",
             )
         if grant.revisions != ground.revisions(self._policy_revision()):
-            return _reason(
-                "grant_stale",
-                "agent, user, task, target or policy changed before the grant came here; sign it anew",
+            return Reason(
+                code="grant_stale",
+                message="agent, user, task, target or policy changed before the grant came here; sign it anew",
             )
         return None
 
@@ -122,7 +130,7 @@ class GrantHandler:
         if late is None and self._withdrawal_objection(claims) is not None:
             # Nobody is refused for a record that has not arrived here yet.
             await self._records(record.appended_at_ms)
-        reason = _reason(late.code, str(late)) if late else self._withdrawal_objection(claims)
+        reason = Reason(code=late.code, message=str(late)) if late else self._withdrawal_objection(claims)
         if reason is None:
             user_id = subject_of(claims.aud, claims.iss, "user") or ""
             self._table.take_back(claims.grant_id, user_id, record.appended_at_ms)
@@ -133,7 +141,10 @@ class GrantHandler:
         entry = self._table.get(claims.grant_id)
         user_id = subject_of(claims.aud, claims.iss, "user")
         if entry is None:
-            return _reason("grant_unknown", "no grant with this id is remembered: it may have ended long ago")
+            return Reason(
+                code="grant_unknown",
+                message="no grant with this id is remembered: it may have ended long ago",
+            )
         grant = entry.signed.claims
         try:
             ground = load_records(self._directory, grant.agent_id, grant.task_id, grant.scope[0].target)
@@ -141,9 +152,10 @@ class GrantHandler:
             return error.reason
         concerned = {signer_of(grant), ground.agent.state.sponsor, ground.task.state.on_behalf_of}
         if user_id is None or user_id not in concerned:
-            return _reason(
-                "not_concerned",
-                f"{claims.iss} neither signed the grant, nor sponsors the agent, nor is whom the task is on behalf of; "
+            return Reason(
+                code="not_concerned",
+                message=f"{claims.iss} neither signed the grant, nor sponsors the agent, "
+                "nor is whom the task is on behalf of; "
                 "an operator may end the task or suspend the agent",
             )
         return None
@@ -166,7 +178,3 @@ class GrantHandler:
             agent_id=grant.agent_id if grant else None,
             task_id=grant.task_id if grant else None,
         )
-
-
-def _reason(code: str, message: str) -> Reason:
-    return Reason(code=code, message=message)
