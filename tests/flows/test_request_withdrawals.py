@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections import Counter
+from collections.abc import Awaitable
 from typing import Any
 
 import pytest
@@ -142,7 +143,7 @@ async def test_withdrawals_and_approvals_at_once_come_to_one_final_decision_each
             )
             for one, question in zip(asked, questions, strict=True)
         ]
-        sending = []
+        sending = list[Awaitable[Coordinates]]()
         for number, (topic, given_up, other, approval) in enumerate(both):
             pair = [office.send(topic, given_up), office.send(other, approval)]
             sending += pair if number % 2 else reversed(pair)
