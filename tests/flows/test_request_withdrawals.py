@@ -10,6 +10,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 import pytest
+from aiokafka.errors import KafkaTimeoutError
 
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import StaleApprovalError
@@ -294,6 +295,33 @@ async def test_a_restarted_policy_takes_in_what_was_withdrawn_meanwhile_and_fini
             assert (await ids_of(world, CREDENTIAL_REPLY)).keys() == replies.keys()
             events = [world.event(record) for record in await world.records(SERVICE_EVENT)]
             assert not [event for event in events if event.ref == claims_of(jws)["jti"]]
+
+
+async def test_a_withdrawal_whose_acknowledgement_was_lost_is_finished_and_decides_once(world: World):
+    async with world.running("registry", "policy"):
+        office = await PolicyBench.open(world)
+        asked = await office.ask(DEPLOY)
+        await office.question(asked, office.sam)
+        publisher = world.runtimes["policy"].publisher
+        send, lost = publisher.send, 0
+
+        async def send_and_forget(topic: Any, *args: Any, **fields: Any) -> Any:
+            nonlocal lost
+            acknowledged = await send(topic, *args, **fields)
+            if topic is CREDENTIAL_DECISION and lost < 2:
+                lost += 1
+                await acknowledged
+                raise KafkaTimeoutError("the broker has it, and nobody here knows")
+            return acknowledged
+
+        publisher.send = send_and_forget  # type: ignore[method-assign]
+        jws = await withdraw(office, asked)
+        await withdrawn(office, asked)
+        await office.reply(asked, "denied")
+        assert await office.outcomes(asked) == {"approval_required": 1, "denied": 1}
+        assert lost
+        events = [world.event(record) for record in await world.records(SERVICE_EVENT)]
+        assert not [event for event in events if event.ref == claims_of(jws)["jti"]]
 
 
 async def test_a_withdrawn_request_waits_no_more_and_counts_as_asked(world: World):
