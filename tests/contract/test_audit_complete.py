@@ -52,6 +52,7 @@ ORDERS = {kind: {"revocation.requested"} for kind in get_args(EndKind)} | {"rele
 OUTCOMES: dict[str, dict[str, set[str]]] = {
     "TrustBundle": {"": {"trust.changed", "trust.repeated", "trust.version_fell"}},
     "CredentialRequest": {"": {"credential.requested"}},
+    "RequestWithdraw": {"": {"withdrawal.requested"}},
     "CredentialDecision": {
         "allowed": {"request.allowed", "break_glass.used"},
         "denied": {"request.refused"},
@@ -147,6 +148,7 @@ OF_NOBODY = ()
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "credential.requested": OF_REQUEST,
+    "withdrawal.requested": OF_REQUEST,
     **dict.fromkeys(
         (
             "request.allowed", "request.refused", "approval.required", "approval.requested", "approval.given",

@@ -381,7 +381,7 @@ async def test_what_is_approved_ahead_needs_no_question(shell: Shell) -> None:
     assert first["sponsor"] == "sam"
     lease = await shell.json("sam", "lease", "show", first["lease_id"])
     assert lease["grants"] == [grant]
-    await shell("bot", *wanted, "--ttl", "6m", "--timeout", "2s", status=1)
+    longer = await waiting(shell, *wanted, "--ttl", "6m")
     await listed(shell, 1)
     (shown,) = await shell.json("sam", "approvals", "grants")
     assert (shown["used"], shown["count"], shown["status"], shown["comment"]) == (1, 2, "live", "release 421")
@@ -393,7 +393,7 @@ async def test_what_is_approved_ahead_needs_no_question(shell: Shell) -> None:
     assert "neither signed the grant" in beyond
     assert "taken back" in await shell("maria", "approvals", "withdraw", grant, "--reason", "it is off")
     assert (await shell.json("sam", "approvals", "grants"))[0]["status"] == "withdrawn"
-    await shell("bot", *wanted, "--timeout", "2s", status=1)
+    fits = await waiting(shell, *wanted)
     # As what waits already: two requests, of which only the later asks for what the grant says.
     first, last = await listed(shell, 2)
     like = ("approvals", "grant", "--like", last, "--count", "3")
@@ -401,12 +401,33 @@ async def test_what_is_approved_ahead_needs_no_question(shell: Shell) -> None:
     assert "name a task" in await shell("sam", "approvals", "grant", status=2)
     await shell("sam", *like, "--yes")
     assert await listed(shell, 1) == [first]
+    assert await asyncio.wait_for(fits.wait(), WITHIN_S) == 0
+    # Nobody waits for the other any more, so nobody is asked about it.
+    longer.send_signal(signal.SIGINT)
+    assert await asyncio.wait_for(longer.wait(), WITHIN_S) == 130
+    await listed(shell, 0)
     (live,) = [one for one in await shell.json("sam", "approvals", "grants") if one["status"] == "live"]
     assert (live["used"], live["count"], live["ttl_s"]) == (1, 3, 300)
     async with asyncio.timeout(WITHIN_S):
         while "maria took back grant" not in (tree := await shell("sam", "audit", "trace", task)):
             pass
     assert "sam approved 2 credentials ahead: platform: deploy on env/**" in tree
+    async with asyncio.timeout(WITHIN_S):
+        while "bot gave the request up" not in (tree := await shell("sam", "audit", "trace", task)):
+            pass
+    assert "withdrew the request: nobody waits for it any more" in tree
+
+
+async def waiting(shell: Shell, *command: str) -> asyncio.subprocess.Process:
+    """A command of bot that goes on, once it has said that it waits for an approval. Ctrl-C ends it."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", INTERRUPTIBLE, "--identity", str(shell.folder / "bot.json"), *command,
+        "--timeout", "5m", stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr is not None
+    said = await asyncio.wait_for(process.stderr.readline(), WITHIN_S)
+    assert b"waiting for the approval" in said
+    return process
 
 
 async def listed(shell: Shell, count: int) -> list[str]:
@@ -451,9 +472,11 @@ async def test_a_watch_shows_what_is_alike_once(shell: Shell) -> None:
                 lines.append((await process.stdout.readline()).decode())
         return "".join(lines)
 
+    asked: list[asyncio.subprocess.Process] = []
+
     async def ask(verb: str, reason: str) -> None:
         wanted = ("--allow", f"platform:{verb}:env/staging/web", "--reason", reason)
-        await shell("bot", "request", "--task", task, *wanted, "--timeout", "2s", status=1)
+        asked.append(await waiting(shell, "request", "--task", task, *wanted))
 
     await ask("deploy", "build 1")
     shown = await until("approvals approve")
@@ -473,8 +496,9 @@ async def test_a_watch_shows_what_is_alike_once(shell: Shell) -> None:
     assert "wants" not in again  # it is not shown once more
     await ask("read,deploy", "build 3")
     assert "build 3" in await until("approvals approve")
-    process.send_signal(signal.SIGINT)
-    assert await asyncio.wait_for(process.wait(), WITHIN_S) == 130
+    for one in (process, *asked):
+        one.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(one.wait(), WITHIN_S) == 130
 
 
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")

@@ -21,14 +21,16 @@ from ringfence.client.errors import (
     RequestDeniedError,
     RequestTimeoutError,
 )
+from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.credential import Reason
+from ringfence.messages.credential import Reason, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.operations import DeadLetter, ServiceEvent
 from ringfence.messages.permission import Permission
 from ringfence.messages.topics import CREDENTIAL_REQUEST, DEAD_LETTER, REVOCATION_REQUEST, SERVICE_EVENT
 from ringfence.model.scope.globs import ScopeError
+from ringfence.policy.incoming.verification import is_request_withdrawal
 from tests.support.benches.sdk_clients import Played, client
 from tests.support.world import WITHIN_S, Party, World
 
@@ -55,7 +57,17 @@ def ask(agent: Agent, **options: Any) -> asyncio.Task[IssuedCredential]:
 
 async def arrived(world: World, holds: Callable[[Played], bool] = lambda played: True) -> Played:
     """The first request on the topic for which `holds`."""
-    return Played(world, await world.consume_until(CREDENTIAL_REQUEST, lambda r: holds(Played(world, r))))
+
+    def fits(record: Received) -> bool:
+        return not is_request_withdrawal(record) and holds(Played(world, record))
+
+    return Played(world, await world.consume_until(CREDENTIAL_REQUEST, fits))
+
+
+async def withdrawal(world: World) -> tuple[Received, RequestWithdraw]:
+    """The first withdrawal on the topic."""
+    record = await world.consume_until(CREDENTIAL_REQUEST, is_request_withdrawal)
+    return record, parse(record.value).unverified_claims(RequestWithdraw)
 
 
 def revocation(record: Received) -> RevocationRequest:
@@ -178,6 +190,109 @@ async def test_a_credential_that_comes_too_late_is_given_back(world: World, agen
     lease_id = await (await arrived(world)).issue()
     released = revocation(await world.consume_until(REVOCATION_REQUEST, lambda r: True))
     assert (released.kind, released.lease_id, released.iss) == ("release", lease_id, agent.connection.key.id)
+
+
+# --- what nobody waits for any more is withdrawn ----------------------------------------------------------------------
+
+
+async def pending(world: World) -> Played:
+    """The next request, with a reply that it waits for a person."""
+    played = await arrived(world)
+    await played.reply(played.decision("approval_required", required=("sponsor",)))
+    return played
+
+
+@pytest.mark.parametrize("end", ["timeout", "cancelled", "the caller's own"])
+async def test_who_gives_up_withdraws_the_request_and_keeps_the_exception(
+    world: World, agent: Agent, end: str
+) -> None:
+    waits = asyncio.Event()
+
+    def told(_: PendingRequest) -> None:
+        waits.set()
+        if end == "the caller's own":
+            raise ZeroDivisionError
+
+    asked = ask(agent, on_pending=told, timeout_s=2.0 if end == "timeout" else WITHIN_S)
+    played = await pending(world)
+    if end == "cancelled":
+        await waits.wait()
+        asked.cancel()
+    errors: dict[str, type[BaseException]] = {
+        "timeout": RequestTimeoutError, "cancelled": asyncio.CancelledError, "the caller's own": ZeroDivisionError,
+    }  # fmt: skip
+    with pytest.raises(errors[end]):
+        await asked
+    record, claims = await withdrawal(world)
+    assert (claims.request_id, claims.iss, record.key) == (played.request_id, agent.connection.key.id, "bot")
+    assert (record.partition, record.offset) > (played.record.partition, played.record.offset)
+    assert (record.traceparent or "").split("-")[1] == (played.record.traceparent or "").split("-")[1]
+    # The final answer is taken for one to a request that was given up, and is no news to anybody.
+    await played.reply(played.decision("denied", reasons=(Reason(code="withdrawn", message="given up"),)))
+    await world.until(lambda: played.request_id not in agent._open_requests or None, "the late answer")
+
+
+async def test_what_was_answered_or_allowed_is_not_withdrawn(world: World) -> None:
+    async with Agent.connect(world.party("agent", "bot").key, client(world)) as agent:
+        issued = ask(agent, reason="issued")
+        first = await arrived(world, lambda p: p.claims.reason == "issued")
+        await first.issue()
+        await issued
+        denied = ask(agent, reason="denied")
+        second = await arrived(world, lambda p: p.claims.reason == "denied")
+        await second.reply(second.decision("denied", reasons=(Reason(code="no", message="no"),)))
+        with pytest.raises(RequestDeniedError):
+            await denied
+
+        async def allow(played: Played) -> None:
+            await played.reply(played.decision())
+
+        late = await timed_out(world, agent, "the issuer, after policy allowed it", allow)
+    given_up = [
+        parse(record.value).unverified_claims(RequestWithdraw).request_id
+        for record in await world.records(CREDENTIAL_REQUEST)
+        if is_request_withdrawal(record)
+    ]
+    # Attempts that timed out before the reply came were withdrawn.
+    assert not {late.request_id, first.request_id, second.request_id} & set(given_up)
+
+
+@pytest.mark.parametrize("broken", ["refuses", "hangs"])
+async def test_a_withdrawal_that_fails_hides_no_exception_and_holds_up_nobody(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    monkeypatch.setattr("ringfence.client.agent.agent._WITHDRAW_TIMEOUT_S", 0.2)
+    async with asyncio.timeout(WITHIN_S):
+        async with Agent.connect(world.party("agent", "bot").key, client(world)) as agent:
+            publish = agent.connection.publish
+
+            async def fail(topic: Any, key: str, claims: Any, **options: Any) -> Any:
+                if not isinstance(claims, RequestWithdraw):
+                    return await publish(topic, key, claims, **options)
+                if broken == "refuses":
+                    raise UnavailableError("Kafka is away")
+                return await asyncio.Event().wait()
+
+            monkeypatch.setattr(agent.connection, "publish", fail)
+            with pytest.raises(RequestTimeoutError):
+                await ask(agent, timeout_s=0.3)
+    assert "was given up and not withdrawn" in caplog.text
+
+
+async def test_a_request_that_kafka_did_not_take_is_not_withdrawn(
+    world: World, agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Any] = []
+
+    async def fail(topic: Any, key: str, claims: Any, **options: Any) -> Any:
+        tried.append(claims)
+        raise UnavailableError("Kafka is away")
+
+    monkeypatch.setattr(agent.connection, "publish", fail)
+    with pytest.raises(UnavailableError):
+        await ask(agent)
+    await agent.close()
+    assert [claims.typ for claims in tried] == ["credential.request"]
 
 
 async def test_the_block_releases_however_it_ends(world: World, agent: Agent) -> None:

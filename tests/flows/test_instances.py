@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import compact_jws, parse, sign
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
-from ringfence.messages.credential import CredentialRequest
+from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.messages.enrolment import InstanceEnrolment
 from ringfence.messages.lease import Lease
 from ringfence.messages.operations import DeadLetter
@@ -308,6 +309,25 @@ async def test_without_its_selector_an_instance_gets_nothing_new(yard: Attestati
         assert cause is not None
         assert "repo:acme/deploy" in (cause.reason or "")
         await stays.release(goes_on, timeout_s=60)
+
+
+async def test_an_instance_withdraws_requests_only_while_its_agent_lets_it_in(yard: AttestationBench) -> None:
+    world, agent = yard.world, await yard.agent(yard.selector("github"), yard.selector("gcp"))
+
+    async def why_not(connected: Agent) -> str:
+        """What policy says of a withdrawal, signed by the instance, of a request that never was."""
+        key, id = connected.connection.key, str(uuid.uuid4())
+        claims = world.claims(RequestWithdraw, agent, request_id=id, enrolment=connected.connection.enrolment)
+        await world.send(CREDENTIAL_REQUEST, agent.name, sign(claims, key))
+        event = await world.event_where(lambda e: e.ref == claims.jti)
+        assert (event.kind, event.subject, event.actor) == ("refused", "request.withdraw", agent.id)
+        return event.reasons[0].code
+
+    async with yard.connected(agent, Given(yard.pinned["github"])) as connected:
+        assert await why_not(connected) == "request_unknown"
+        await yard.attest(agent, yard.selector("gcp"))
+        await yard.known("policy")
+        assert await why_not(connected) == "instance_void"
 
 
 async def test_a_decommissioned_agents_instances_get_nothing(yard: AttestationBench) -> None:

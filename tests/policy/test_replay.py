@@ -170,6 +170,7 @@ async def test_what_cannot_be_compared_is_said_and_not_guessed(world: World, she
         await world.send(CREDENTIAL_DECISION, office.bot.name, b"\x00garbage")
         await recorded(outcome="denied", ttl_s=None, reasons=(Reason(code="policy_timeout", message="late"),))
         await recorded(outcome="denied", ttl_s=None, reasons=(Reason(code="approval_stale", message="old"),))
+        await recorded(outcome="denied", ttl_s=None, reasons=(Reason(code="withdrawn", message="given up"),))
         for request in asked:
             await office.final(request)
 
@@ -182,6 +183,7 @@ async def test_what_cannot_be_compared_is_said_and_not_guessed(world: World, she
             "signature_not_policys": 2,
             "engine_failed": 1,
             "answered_by_people": 1,
+            "withdrawn": 1,
         }
         assert report["missing_fields"] == {"floors": 1, "agent.registered_at_s": 1}
         assert report["compared"] == 4

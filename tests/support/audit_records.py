@@ -13,7 +13,7 @@ from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, enclose
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, Approval, BreakGlassReview, Grant, GrantWithdraw
 from ringfence.messages.base import ExpiringClaims, Topic
-from ringfence.messages.credential import Reason
+from ringfence.messages.credential import Reason, RequestWithdraw
 from ringfence.messages.enrolment import AttestationSelector, EnrolledInstance
 from ringfence.messages.lease import EndCause, RevocationAck, RevocationRequest, Selector
 from ringfence.messages.operations import Destination
@@ -85,6 +85,10 @@ def every_record(office: AuditFixtures) -> dict[str, Received]:
     denied = office.credential(approved=False)
     found["denied request"] = denied.request
     found["denied decision"] = denied.decision("denied", ttl_s=None, reasons=(beyond,))
+    bot = office.key("agent", "deploy-bot")
+    for name, request_id in (("request", denied.request_id), ("unknown request", str(uuid.uuid4()))):
+        given_up = office.claims(RequestWithdraw, bot, request_id=request_id)
+        found[f"{name} given up"] = office.signed(CREDENTIAL_REQUEST, given_up, bot)
     found["decision without records"] = denied.decision(
         "denied", ttl_s=None, revisions=None, input_digest=None
     )

@@ -105,6 +105,7 @@ def broker_of(router: GroupRouter) -> tuple[GroupBroker, dict[str, Consumer]]:
 
 
 BATCHES: Sequence[tuple[str, Topic[Any], str]] = (
+    ("policy", CREDENTIAL_REQUEST, "requests"),
     ("policy", APPROVAL_RESPONSE, "responses"),
     ("issuer", CREDENTIAL_DECISION, "decisions"),
     ("revoker", REVOCATION_REQUEST, "revocations"),
@@ -116,7 +117,6 @@ BATCHES: Sequence[tuple[str, Topic[Any], str]] = (
 )
 RECORDS: Sequence[tuple[str, Topic[Any], str, str]] = (
     ("registry", REGISTRY_COMMAND, "command", "dead_letters"),
-    ("policy", CREDENTIAL_REQUEST, "request", "dead_letters"),
     ("policy", APPROVAL_REQUEST, "notice", "notice_dead_letters"),
     *(("revoker", topic, "record_change", "dead_letters") for topic in (AGENT, TASK, USER, TARGET)),
     ("audit", HEARTBEAT, "heartbeat", "dead_letters"),
@@ -214,7 +214,7 @@ def test_without_webhooks_nobody_reads_for_notices() -> None:
 
     letters: Any = None
     router = policy.router(
-        request=handle, responses=handle, notice=None, on_assigned=handle, dead_letters=letters,
+        requests=handle, responses=handle, notice=None, on_assigned=handle, dead_letters=letters,
         notice_dead_letters=letters,
     )  # fmt: skip
     assert [group.name for group in router.groups] == ["policy"]

@@ -30,6 +30,7 @@ from ringfence.messages.credential import (
     IssuerRefusal,
     Reason,
     ReplyContent,
+    RequestWithdraw,
     Revisions,
     SealedDelivery,
     SealedReply,
@@ -257,6 +258,7 @@ _ALL: tuple[Message, ...] = (
         reason="deploy build 421",
         reply_key=_JWK,
     ),
+    RequestWithdraw(**_command(_BOT), request_id=_REQUEST),
     CredentialDecision(
         **_claims(_service("policy")),
         request_id=_REQUEST,

@@ -26,7 +26,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
 from ringfence.messages.base import Claims, ExpiringClaims, Message, ServiceRole
-from ringfence.messages.credential import CredentialRequest
+from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest
 from ringfence.messages.registry import AgentTransfer, AnyRecord, TaskAssign, TaskState
 from ringfence.model.identity.spiffe_ids import subject_of
@@ -123,6 +123,11 @@ class RecordVerifier:
         at_ms, jws = record.appended_at_ms, parse(record.value)
         find = self._agents(jws, CredentialRequest, at_ms)
         return self._verify(jws, CredentialRequest, find, at_ms, self._embedded.get(jws.compact))
+
+    def request_withdrawal(self, record: Received) -> VerifiedMessage[RequestWithdraw]:
+        """Verify the withdrawal of a request, signed by an agent."""
+        at_ms, jws = record.appended_at_ms, parse(record.value)
+        return self._verify(jws, RequestWithdraw, self._agents(jws, RequestWithdraw, at_ms), at_ms)
 
     def by_service(self, record: Received, model: type[C], *roles: ServiceRole) -> VerifiedMessage[C]:
         """Verify a message signed by a service with one of these roles; with any role if none is given."""

@@ -66,6 +66,19 @@ class CredentialRequest(ExpiringClaims):
     """Set where a running instance signs, with the key that this `instance.enrolment` is about."""
 
 
+class RequestWithdraw(ExpiringClaims):
+    """An agent withdraws one of its own requests: nobody waits for it any more.
+
+    Policy ends the request with a denial, `withdrawn`, if it waits for approvals. A final decision stands.
+    """
+
+    typ: ClassVar[str] = "request.withdraw"
+
+    request_id: Uuid
+    enrolment: Jws | None = None
+    """Set where a running instance signs, with the key that this `instance.enrolment` is about."""
+
+
 class DelegatorRevisions(Message):
     """Of one step of a chain of delegations: the agent that handed the task on, and its own task."""
 

@@ -27,6 +27,7 @@ from ringfence.messages.credential import (
     CredentialRequest,
     IssuerRefusal,
     ReplyContent,
+    RequestWithdraw,
     SealedDelivery,
     SealedReply,
 )
@@ -65,9 +66,9 @@ USER = Topic("user", (UserRecord,), "user id", "jws", ("registry",), _VERIFIERS)
 AGENT = Topic("agent", (AgentRecord,), "agent id", "jws", ("registry",), _VERIFIERS)
 TARGET = Topic("target", (TargetRecord,), "target id", "jws", ("registry",), _VERIFIERS)
 TASK = Topic("task", (TaskRecord,), "task id", "jws", ("registry",), _VERIFIERS)
-CREDENTIAL_REQUEST = Topic(
+CREDENTIAL_REQUEST: Topic[Any] = Topic(
     "credential.request",
-    (CredentialRequest,),
+    (CredentialRequest, RequestWithdraw),
     "agent id",
     "jws",
     ("agents",),

@@ -58,6 +58,7 @@ from ringfence.policy.incoming.approvals import ApprovalHandler, register_pendin
 from ringfence.policy.incoming.credential_requests import RequestHandler
 from ringfence.policy.incoming.grants import GrantHandler
 from ringfence.policy.incoming.load_shedding import ShedRequests
+from ringfence.policy.incoming.request_withdrawals import WithdrawalHandler, requests_then_withdrawals
 from ringfence.policy.incoming.verification import MessageVerifier
 from ringfence.policy.notifications.notices import Notices, notice_sender
 from ringfence.policy.settings import PolicySettings
@@ -149,6 +150,7 @@ def build(
         approval_timeout_s=own.approval_timeout_s,
     )
     approvals = ApprovalHandler(runtime, directory, verifier, judge, decisions, publisher, load_decisions)
+    withdrawals = WithdrawalHandler(runtime, directory, verifier, admission, shed, decisions, approvals)
     granting = GrantHandler(
         runtime, directory, verifier, grant_table,
         lambda: judge.policy_revision, approvals.records.known, approvals.reconsider,
@@ -169,7 +171,9 @@ def build(
     runtime.table(TABLES, directory.on_records)
     consumers = runtime.consume(
         router(
-            request=requests.handle,
+            requests=requests_then_withdrawals(
+                requests.handle, withdrawals.handle, approvals.received, runtime.dead_letters
+            ),
             responses=respond_to_all,
             notice=notice_sender(runtime, directory, notices) if own.webhooks else None,
             on_assigned=load_before_assignment,
@@ -223,7 +227,7 @@ def described() -> FastStream:
     return describe(
         "policy",
         router(
-            request=placeholder,
+            requests=placeholder,
             responses=placeholder,
             notice=placeholder,
             on_assigned=placeholder,

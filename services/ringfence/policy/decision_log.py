@@ -82,6 +82,9 @@ class RequestState:
     approvals: dict[str, tuple[str, RecordPosition | None]] = field(default_factory=dict)
     """The approvals in the decision by id: digest, and position if this process has seen it."""
 
+    withdrawal: tuple[str, RecordPosition] | None = None
+    """The digest and position of the withdrawal that ended it, if this process has seen it."""
+
     @property
     def is_final(self) -> bool:
         return self.outcome in ("allowed", "denied")

@@ -23,7 +23,7 @@ from ringfence.messages.topics import (
 
 def router(
     *,
-    request: Handler,
+    requests: BatchHandler,
     responses: BatchHandler,
     notice: Handler | None,
     on_assigned: Callable[[], Awaitable[None]],
@@ -47,10 +47,13 @@ def router(
     # One group, so that one member has an agent's requests and the answers about them.
     policy = ConsumerGroup("policy", dead_letters, on_assigned=on_assigned)
 
-    @router.subscriber(CREDENTIAL_REQUEST, group=policy, order="concurrent")
-    async def on_request(record: Received) -> Awaitable[object] | None:
-        """Decide a credential request: allowed, denied, or only once people have approved it."""
-        return await request(record)
+    @router.subscriber(CREDENTIAL_REQUEST, group=policy)
+    async def on_requests(batch: Sequence[Received]) -> None:
+        """Decide credential requests: allowed, denied, or only once people have approved them.
+
+        Then end the waiting ones that their agents withdraw.
+        """
+        await requests(batch)
 
     @router.subscriber(APPROVAL_RESPONSE, group=policy)
     async def on_responses(batch: Sequence[Received]) -> None:

@@ -33,7 +33,7 @@ from ringfence.audit.memory import LeaseFacts, RequestFacts
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.approval import Approval, ApprovalRequest, Grant
-from ringfence.messages.credential import CredentialDecision, Reason
+from ringfence.messages.credential import CredentialDecision, Reason, RequestWithdraw
 from ringfence.messages.lease import Lease, LeaseStatus, RevocationAck, RevocationRequest, Selector
 from ringfence.model.requests.grants import id_of
 
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 _S = AUTHORIZE_SESSION
 REQUESTED = event_kind("credential.requested", _S, "Request Privileges", status="Requested", action=OBSERVED)
+WITHDRAWAL_REQUESTED = event_kind(
+    "withdrawal.requested", _S, "Request Withdrawal", status="Requested", action=OBSERVED
+)
 DECISIONS: Mapping[str, EventKind] = {
     "allowed": event_kind("request.allowed", _S, "Decide", action=ALLOWED),
     "denied": event_kind("request.refused", _S, 1, severity=LOW, status=FAILURE, action=DENIED),
@@ -108,6 +111,44 @@ def requested(record: Received, facts: RequestFacts, verified: dict[str, Any]) -
     fields = {**_request_fields(facts), "ttl_s": facts.ttl_s, "verified": verified}
     return event(
         record, REQUESTED, message, attributes, fields, key=facts.agent, correlation=facts.request_id
+    )
+
+
+def withdrawal_requested(
+    record: Received,
+    claims: RequestWithdraw,
+    facts: RequestFacts | None,
+    subject_fields: Mapping[str, Any],
+    verified: dict[str, Any],
+) -> OcsfEvent:
+    """An agent withdrew a request. What came of it is in policy's decision, or in its refusal.
+
+    Args:
+        facts: those of the request that it names, if it was seen.
+        subject_fields: those of that request if it is the agent's own, else of the agent.
+    """
+    agent = user_of(claims.iss)
+    own = facts is not None and facts.signer == claims.iss
+    attributes: dict[str, Any] = {
+        "user": agent,
+        "actor": {"user": agent},
+        "privileges": facts.privileges if facts is not None and own else [],
+    }
+    if facts is not None and own:
+        message = f"agent {facts.agent} gave up its request for {facts.scope_text}, in task {facts.task}"
+        attributes["actor"]["session"] = {"uid": facts.task}
+    else:
+        whose = "another agent's request" if facts is not None else "a request that audit has not seen"
+        message = f"agent {agent['name']} asked to withdraw {whose}, {claims.request_id}"
+    return event(
+        record,
+        WITHDRAWAL_REQUESTED,
+        message,
+        attributes,
+        {**subject_fields, "verified": verified},
+        key=subject_fields.get("agent") or str(agent["name"]),
+        correlation=claims.request_id,
+        traceparent=facts.traceparent if facts is not None and own else None,
     )
 
 

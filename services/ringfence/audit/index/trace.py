@@ -21,6 +21,7 @@ _KINDS: Mapping[str, str] = {
     "approval.requested": "approval",
     "approval.given": "approval",
     "approval.denied": "approval",
+    "withdrawal.requested": "approval",
     "action.approval_requested": "approval",
     "action.approved": "approval",
     "action.approval_denied": "approval",
@@ -47,8 +48,8 @@ _ORDER = {
             "task.assign", "task.delegate", "command.accepted", "task.assigned", "task.delegated",
             "grant.given", "grant.withdrawn",
             "credential.requested", "approval.required", "break_glass.asked",
-            "approval.requested", "approval.given", "approval.denied", "request.allowed", "break_glass.used",
-            "request.refused",
+            "approval.requested", "approval.given", "approval.denied", "withdrawal.requested", "request.allowed",
+            "break_glass.used", "request.refused",
             "credential.refused", "credential.minting", "credential.issued", "message.accepted", "message.refused",
             "delivery.sent", "reply.sent", "release.requested", "revocation.requested", "lease.ending",
             "credential.released", "credential.revoked", "lease.expired", "credential.aborted", "task.end",
@@ -264,6 +265,8 @@ def _title(code: str, event: Mapping[str, Any]) -> str:
             return f"policy refused it: {event.get('status_detail', 'no reason was given')}"
         case "credential.refused":
             return f"{actor} refused it: {event.get('status_detail', 'no reason was given')}"
+        case "withdrawal.requested":
+            return f"{actor} gave the request up"
         case "approval.required":
             return f"policy wants approval: {', '.join(fields.get('required', ()))}"
         case "break_glass.asked":

@@ -6,14 +6,15 @@ from typing import Any
 
 from ringfence.audit.events import credentials
 from ringfence.audit.events.ocsf import OcsfEvent
-from ringfence.audit.mappers.mapper import UUID, MappedEvent, Mapper, RecordMapper
+from ringfence.audit.mappers.mapper import UUID, MappedEvent, Mapper, RecordMapper, lacks_names
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jwe import unverified_kid
+from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.multi_recipient_jwe import recipients_of, unverified_about
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.base import Topic
-from ringfence.messages.credential import DecidedTerms
+from ringfence.messages.base import Topic, typ_header
+from ringfence.messages.credential import DecidedTerms, RequestWithdraw
 from ringfence.messages.topics import CREDENTIAL_DECISION, CREDENTIAL_REPLY, CREDENTIAL_REQUEST
 
 
@@ -28,12 +29,25 @@ class CredentialMapper(RecordMapper):
         }
 
     def _request(self, record: Received) -> MappedEvent:
+        """A request, or the withdrawal of one."""
+        if parse(record.value).header.typ == typ_header(RequestWithdraw):
+            return self._withdrawal(record)
         signed = self._verifier.request(record)
         replay = self._replay(record, signed, lambda: self._subject_fields(record, signed))
         if replay is not None:
             return MappedEvent(replay)
         facts = self._verifier.remember_request(signed, record.own_traceparent)
         return MappedEvent(credentials.requested(record, facts, signed.verified()), self._incomplete(facts))
+
+    def _withdrawal(self, record: Received) -> MappedEvent:
+        signed = self._verifier.request_withdrawal(record)
+        fields = self._withdrawal_fields(signed.claims)
+        replay = self._replay(record, signed, lambda: fields)
+        if replay is not None:
+            return MappedEvent(replay)
+        facts = self._verifier.facts(signed.claims.request_id)
+        event = credentials.withdrawal_requested(record, signed.claims, facts, fields, signed.verified())
+        return MappedEvent(event, lacks_names(event))
 
     def _decision(self, record: Received) -> MappedEvent:
         signed = self._verifier.by_service(record, DecidedTerms, "policy")

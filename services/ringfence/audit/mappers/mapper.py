@@ -17,7 +17,7 @@ from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
 from ringfence.messages.base import ExpiringClaims
-from ringfence.messages.credential import CredentialRequest
+from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.model.identity.spiffe_ids import subject_of
 
 PENDING_CODES: Final = frozenset({"key_unknown", "chain_broken", "not_reviewer", "break_glass_unknown"})
@@ -107,6 +107,8 @@ class RecordMapper:
                     "request_digest": digest(signed.compact),
                     "target": claims.scope[0].target,
                 }
+            case RequestWithdraw():
+                return self._withdrawal_fields(claims)
             case Approval():
                 at_ms = record.appended_at_ms
                 facts = self._verifier.embedded_request(claims.request, claims.request_id, at_ms)
@@ -118,6 +120,16 @@ class RecordMapper:
             case _:
                 agent = subject_of(self._trust_domain, claims.iss, "agent")
                 return self._agent_fields(agent)
+
+    def _withdrawal_fields(self, claims: RequestWithdraw) -> dict[str, Any]:
+        """Fields of the request that an agent withdraws; those of the agent alone if it is not its own, or unknown."""
+        agent, facts = (
+            subject_of(self._trust_domain, claims.iss, "agent"),
+            self._verifier.facts(claims.request_id),
+        )
+        if facts is not None and facts.agent == agent:
+            return subjects.credential_fields(None, facts)
+        return {**self._agent_fields(agent), "request": claims.request_id}
 
 
 def lacks_names(event: OcsfEvent) -> bool:

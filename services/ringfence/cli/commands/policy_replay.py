@@ -34,6 +34,7 @@ _CHANGES: dict[Change, str] = {
 _SKIPPED: dict[Skipped, str] = {
     "later_decision": "a request that was judged before: what people answered",
     "answered_by_people": "judged before that time; people answered",
+    "withdrawn": "judged before that time; the agent withdrew it",
     "without_input": "decided before the rules were asked",
     "engine_failed": "the rules gave no answer then",
     "break_glass_not_needed": "asked for break glass without need",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +45,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.tracing.api import Work
 from ringfence.kernel.tracing.traceparent import new_traceparent
-from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, Delivery
+from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, Delivery, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import TaskDelegate, TaskEnd, TaskTerms
@@ -65,6 +65,8 @@ REQUEST_LIFE_S = 120
 
 COMMAND_TIMEOUT_S = 15.0
 _MAX_ABANDONED = 1000
+_WITHDRAW_TIMEOUT_S = 5.0
+"""How long to try to withdraw a request that was given up; `Agent.close` waits no longer for it."""
 
 OnPending = Callable[[PendingRequest], Awaitable[None] | None]
 """Called once when approvals are waited for. May be a coroutine function."""
@@ -102,7 +104,8 @@ class Agent(Lifetime):
         self.connection = connection
         self._outcomes = CommandOutcomes(connection)
         self._open_requests: dict[str, _OpenRequest] = {}
-        self._releases: set[asyncio.Task[None]] = set()
+        self._farewells: set[asyncio.Task[None]] = set()
+        """Releases and withdrawals under way, of what nobody waits for any more."""
 
     @classmethod
     def connect(
@@ -153,8 +156,11 @@ class Agent(Lifetime):
             raise
 
     async def close(self) -> None:
-        """Release credentials that arrived after their request timed out, then disconnect. `async with` does it."""
-        await asyncio.gather(*self._releases, return_exceptions=True)
+        """Withdraw requests that were given up, release credentials that came too late, then disconnect.
+
+        `async with` does it.
+        """
+        await asyncio.gather(*self._farewells, return_exceptions=True)
         await self.connection.close()
 
     def use_key(self, key: SigningKey | Path | str) -> None:
@@ -193,7 +199,8 @@ class Agent(Lifetime):
 
         Raises:
             RequestDeniedError: with every reason of policy or issuer.
-            RequestTimeoutError: saying what was missing. A credential that arrives later is released.
+            RequestTimeoutError: saying what was missing. The request is withdrawn: people are asked about it no more. A
+                credential that arrives later is released. Both hold for a cancelled call as well.
             InvalidCallError, ScopeError: the arguments make no request; nothing was sent.
             UnavailableError: Kafka did not take the request.
         """
@@ -246,17 +253,22 @@ class Agent(Lifetime):
         sent = open_request.sent
         self._open_requests[sent.request_id] = open_request
         answered = notified = False
+        withdrawable = True
         phase = "policy's decision"
         limit = asyncio.timeout(timeout_s)
         try:
             async with limit:
-                open_request.at = await self.connection.publish(
-                    CREDENTIAL_REQUEST,
-                    self.id,
-                    sent.claims,
-                    compact=sent.compact,
-                    traceparent=sent.traceparent,
-                )
+                try:
+                    open_request.at = await self.connection.publish(
+                        CREDENTIAL_REQUEST,
+                        self.id,
+                        sent.claims,
+                        compact=sent.compact,
+                        traceparent=sent.traceparent,
+                    )
+                except RingfenceError:
+                    withdrawable = False  # nothing was sent, or Kafka is away
+                    raise
                 while True:
                     match await open_request.answers.get():
                         case IssuedCredential() as credential:
@@ -278,6 +290,7 @@ class Agent(Lifetime):
                                 if inspect.isawaitable(result):
                                     await result
                         case AllowedByPolicy():
+                            withdrawable = False
                             phase = "the issuer, after policy allowed it"
         except TimeoutError:
             if not limit.expired():
@@ -290,6 +303,8 @@ class Agent(Lifetime):
                 del self._open_requests[sent.request_id]
             else:
                 self._abandon(open_request)
+                if withdrawable:
+                    self._in_background(self._withdraw_quietly(sent))
 
     @asynccontextmanager
     async def credential(
@@ -473,11 +488,37 @@ class Agent(Lifetime):
     def _on_late_answer(self, open_request: _OpenRequest, answer: Answer) -> None:
         if isinstance(answer, IssuedCredential):
             log.info("lease %s came after its request had timed out; it is given back", answer.lease_id)
-            task = asyncio.create_task(self._release_quietly(answer))
-            self._releases.add(task)
-            task.add_done_callback(self._releases.discard)
+            self._in_background(self._release_quietly(answer))
         if isinstance(answer, IssuedCredential | Denied):
             self._open_requests.pop(open_request.sent.request_id, None)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._farewells.add(task)
+        task.add_done_callback(self._farewells.discard)
+
+    async def _withdraw_quietly(self, sent: SentRequest) -> None:
+        """Withdraw a request that was given up, so that nobody is asked about it any more; only log a failure.
+
+        The idempotent producer keeps the order: the withdrawal stands after its request, even an unacknowledged one.
+        """
+        try:
+            async with asyncio.timeout(_WITHDRAW_TIMEOUT_S):
+                self.connection.renew_key()
+                await self.connection.renew()
+                with checked("the withdrawal"):
+                    claims = RequestWithdraw(
+                        **self.connection.stamp(REQUEST_LIFE_S),
+                        request_id=sent.request_id,
+                        enrolment=self.connection.enrolment,
+                    )
+                await self.connection.publish(
+                    CREDENTIAL_REQUEST, self.id, claims, traceparent=sent.traceparent
+                )
+        except (RingfenceError, TimeoutError) as error:
+            log.warning(
+                "request %s was given up and not withdrawn: %s", sent.request_id, str(error) or "timeout"
+            )
 
     async def _release_quietly(self, credential: IssuedCredential) -> None:
         """Release, and only log a failure.

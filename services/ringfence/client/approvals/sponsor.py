@@ -315,7 +315,7 @@ class Sponsor(Lifetime):
         over = question is None or question.message.expires_at <= self.connection.clock.now_ms() // 1000
         if question is None or over or pending.request_id in self._answered:
             raise StaleApprovalError(
-                f"request {pending.request_id} is no longer open: it was answered or its time is over"
+                f"request {pending.request_id} is no longer open: it was answered or withdrawn, or its time is over"
             )
         now = self._show(question)
         if now is None:

@@ -14,7 +14,7 @@ from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.crypto.oidc import TokenError, verify_token
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import Claims
-from ringfence.messages.credential import CredentialRequest, Reason
+from ringfence.messages.credential import CredentialRequest, Reason, RequestWithdraw
 from ringfence.messages.enrolment import MAX_ENROLMENT_S, InstanceEnrolment, InstanceRef
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.oidc import OidcKey
@@ -123,7 +123,9 @@ def instance_id(token_digest: str, kid: str) -> str:
     return derived_id("instance", token_digest, kid)
 
 
-def enrolment_of(claims: CredentialRequest | RevocationRequest) -> InstanceEnrolment | None:
+def enrolment_of(
+    claims: CredentialRequest | RequestWithdraw | RevocationRequest,
+) -> InstanceEnrolment | None:
     """Return the enrolment in a message verified with `keys_of_agents`; None if a key of the record signed it."""
     return parse(claims.enrolment).unverified_claims(InstanceEnrolment) if claims.enrolment else None
 

@@ -42,7 +42,7 @@ Change = Literal[
 ]  # fmt: skip
 WIDENS: frozenset[Change] = frozenset({"denied_to_allowed", "denied_to_approval", "approval_removed"})
 Skipped = Literal[
-    "later_decision", "answered_by_people", "without_input", "engine_failed", "break_glass_not_needed",
+    "later_decision", "answered_by_people", "withdrawn", "without_input", "engine_failed", "break_glass_not_needed",
     "input_incomplete", "input_unreadable", "signature_not_policys",
 ]  # fmt: skip
 _BY_PEOPLE = frozenset({"approval_denied", "approval_stale", "approval_expired"})
@@ -220,6 +220,8 @@ class Replay:
             return "without_input"
         if decision.outcome == "denied" and codes & _BY_PEOPLE:
             return "answered_by_people"
+        if "withdrawn" in codes:
+            return "withdrawn"
         if codes & _ENGINE:
             return "engine_failed"
         if "break_glass_not_needed" in codes:

@@ -85,6 +85,10 @@ class AdmissionControl:
             self._refusals[case.agent_id] += 1
         return refused
 
+    def count_refusal(self, agent_id: str) -> None:
+        """Count a refusal of another signed message of an agent, so that a flood of those is shed as well."""
+        self._refusals[agent_id] += 1
+
     def behind(self, now_ms: int) -> str | None:
         """Return a warning that requests are refused because policy is behind, or None."""
         return self._backlog.warning(now_ms)

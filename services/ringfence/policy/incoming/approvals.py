@@ -16,7 +16,7 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.tracing.traceparent import nearest
 from ringfence.messages.approval import Approval, Grant
-from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
+from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason, RequestWithdraw
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import approval_problem
 from ringfence.model.requests.facts import DeniedError, load_context, violations
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 OVERDUE_MS = 2_000
 """How long after their end pending requests are closed: answers appended in time should have been read by then."""
+WITHDRAWN = "withdrawn"
+"""The reason code of a request that its agent withdrew."""
 _CLOSE_EVERY_S = 0.5
 
 
@@ -73,7 +75,7 @@ class ReadBarrier:
 
 
 class ApprovalHandler:
-    """Processes people's answers one at a time: an approval and the end of its request must not both count."""
+    """Ends waiting requests, one at a time, by people's answers, withdrawals or time: only one of them may count."""
 
     def __init__(
         self,
@@ -284,6 +286,58 @@ class ApprovalHandler:
             request_id=approval.claims.request_id,
         )
 
+    # --- requests that their agents withdraw ---
+
+    async def withdraw(
+        self, withdrawal: Signed[RequestWithdraw], agent_id: str, record: Received
+    ) -> Reason | None:
+        """End a waiting request of an agent, because that agent withdrew it.
+
+        The lock separates the withdrawal from approvals and from the end of the time: one of them decides.
+
+        Returns:
+            The reason why it changes nothing, or None. The repeat of an effective withdrawal at another position has
+            the code `replayed`.
+        """
+        async with self._locked(record.appended_at_ms):
+            state = self._decisions.get(withdrawal.claims.request_id)
+            if state is None or state.outcome is None:
+                return _reason("request_unknown", "no request with this id is known here")
+            if state.agent_id != agent_id:
+                return _reason("not_requester", "another agent signed this request")
+            if record.key != agent_id:
+                return _reason(
+                    "key_unexpected", f"the Kafka key of a withdrawal is the agent's id, {agent_id}"
+                )
+            if problem := await self._verifier.misplaced(record, agent_id):
+                return _reason(MISPLACED, problem)
+            at = RecordPosition(record.partition, record.offset)
+            if state.pending is None:
+                return await self._withdrawn_before(state, withdrawal, at)
+            message = f"agent {agent_id} withdrew the request: nobody waits for it any more"
+            await self._close(state, state.pending, (_reason(WITHDRAWN, message),))
+            state.withdrawal = (withdrawal.digest, at)
+            return None
+
+    async def _withdrawn_before(
+        self, state: RequestState, withdrawal: Signed[RequestWithdraw], at: RecordPosition
+    ) -> Reason | None:
+        """Return why a withdrawal of a finally decided request changes nothing.
+
+        A withdrawal that is redelivered after a crash is completed: the reply may not have been sent. Then it is None.
+        """
+        seen = state.withdrawal
+        if seen is None and _is_withdrawn(state):
+            seen = state.withdrawal = (withdrawal.digest, at)  # from before this process
+        if seen == (withdrawal.digest, at):
+            await self._finish(state)
+            return None
+        if seen is not None and seen[0] == withdrawal.digest:
+            return _reason(
+                "replayed", "this withdrawal was taken in before, elsewhere; a repeat changes nothing"
+            )
+        return _reason("already_decided", f"the request is {state.outcome} already, and that stands")
+
     # --- requests that a new grant answers ---
 
     async def reconsider(self, grant: Grant, at_ms: int) -> None:
@@ -372,6 +426,14 @@ def _case(state: RequestState, decision: CredentialDecision) -> Case:
     """Return the case that a decision of this service is about. Its content was verified before it was signed."""
     request = Signed(parse(decision.request).unverified_claims(CredentialRequest), decision.request)
     return Case(request, state.request_id, state.agent_id, decision.source, state.traceparent)
+
+
+def _is_withdrawn(state: RequestState) -> bool:
+    """Return whether a request was denied because its agent withdrew it, as far as the denial's text is kept."""
+    if state.jws is None:
+        return False
+    decision = parse(state.jws).unverified_claims(CredentialDecision)  # this service signed it
+    return state.outcome == "denied" and any(reason.code == WITHDRAWN for reason in decision.reasons)
 
 
 def _collected(jws: str) -> Signed[Approval]:

@@ -17,7 +17,7 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionApproval, Approval, BreakGlassReview, Grant, GrantWithdraw
 from ringfence.messages.base import ExpiringClaims, typ_header
-from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest
+from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, RequestWithdraw
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
@@ -41,6 +41,14 @@ def is_for_others(record: Received) -> bool:
     """Return whether a record claims to be a review of break glass (for audit) or about an action (for gateways)."""
     try:
         return parse(record.value).header.typ in _FOR_OTHERS
+    except InvalidMessageError:
+        return False
+
+
+def is_request_withdrawal(record: Received) -> bool:
+    """Return whether a record of `credential.request` claims to withdraw a request."""
+    try:
+        return parse(record.value).header.typ == typ_header(RequestWithdraw)
     except InvalidMessageError:
         return False
 
@@ -106,6 +114,12 @@ class MessageVerifier:
     async def withdrawal(self, record: Received) -> tuple[Signed[GrantWithdraw], ExpiredError | None]:
         """Return the withdrawal of a grant in a record. For signer and second result see `approval`."""
         return await self._verified(record, GrantWithdraw, self._person_key, MAX_REQUEST_BYTES)
+
+    async def request_withdrawal(
+        self, record: Received
+    ) -> tuple[Signed[RequestWithdraw], ExpiredError | None]:
+        """Return the withdrawal of a request in a record, signed by an agent, and the error if it came too late."""
+        return await self._verified(record, RequestWithdraw, self._agent_key, MAX_REQUEST_BYTES)
 
     async def _verified(
         self,
