@@ -33,6 +33,7 @@ from ringfence.cli.shared.options import (
     PublicKeyOption,
     ReasonOption,
     RemoveOption,
+    WideOption,
     YesOption,
     confirm,
     consent_life_s,
@@ -378,9 +379,9 @@ def decommission(
 
 
 @app.command(name="list")
-def list_agents(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+def list_agents(wide: WideOption = False, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """List agents: a sponsor's own; all for operators and auditors."""
-    list_records("agent", identity(me), wants_json(as_json))
+    list_records("agent", identity(me), wants_json(as_json), wide)
 
 
 @app.command()
@@ -480,7 +481,7 @@ def print_usage(usage: Mapping[str, Any], command: str | None) -> None:
     """Print what was used of what is granted, what is held now, and the narrower ceiling, for people."""
     now_s = time.time()
     print_table(
-        ["!target", "!verb", "in its ceiling", "used on", "first", "last"],
+        ["target", "verb", "in its ceiling", "used on", "first", "last"],
         _rows(usage),
         empty="it may hold nothing, and used nothing",
     )

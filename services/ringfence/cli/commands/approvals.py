@@ -18,6 +18,7 @@ from ringfence.cli.shared.arguments import check_id_prefix, show_scope
 from ringfence.cli.shared.options import (
     IdentityOption,
     JsonOption,
+    WideOption,
     YesOption,
     confirm,
     identity,
@@ -33,6 +34,7 @@ from ringfence.cli.shared.output import (
     span,
     visible,
 )
+from ringfence.cli.shared.tables import ids, prose
 from ringfence.client.approvals.action_approvals import PendingAction
 from ringfence.client.approvals.history_comparison import Comparison
 from ringfence.client.approvals.pending_approval import PendingApproval
@@ -60,7 +62,10 @@ OneOption = Annotated[bool, typer.Option("--one", help="Only this request, not t
 
 @app.command(name="list")
 def list_approvals(
-    everyone: EveryoneOption = False, me: IdentityOption = None, as_json: JsonOption = False
+    everyone: EveryoneOption = False,
+    wide: WideOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """List what waits for you: requests, those that would come to the same credential once, and single actions."""
 
@@ -74,24 +79,25 @@ def list_approvals(
         return
     now_s = time.time()
     print_table(
-        ["!request", "!alike", "agent", "for", "wants", "reason", "!ends"],
+        [ids("request"), "ends", "agent", "for", "alike", "wants", prose("reason")],
         [
             *(
                 (
                     group.first.request_id,
-                    str(len(group.requests)),
+                    "in " + span(group.expires_at - now_s),
                     group.first.agent,
                     group.first.on_behalf_of,
+                    str(len(group.requests)),
                     show_scope(group.first.scope),
                     ("BREAK GLASS: " if group.first.break_glass else "")
                     + "\n".join(visible(reason) for reason in group.reasons),
-                    "in " + span(group.expires_at - now_s),
                 )
                 for group in groups
             ),
             *(action_approvals.row(one, now_s) for one in actions),
         ],
         empty="nothing waits for you",
+        wide=wide,
     )
 
 

@@ -8,16 +8,15 @@ import json
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.text import Text
-from rich.tree import Tree
 
 from ringfence.cli.commands.audit_coverage import coverage
 from ringfence.cli.commands.audit_export import export
+from ringfence.cli.commands.audit_trace import FAILED, clock, trace_lines
 from ringfence.cli.commands.audit_who import who
 from ringfence.cli.shared.arguments import check_name
 from ringfence.cli.shared.audit_filters import (
@@ -35,6 +34,7 @@ from ringfence.cli.shared.audit_filters import (
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json, when_ms
 from ringfence.cli.shared.output import (
     console,
+    line_width,
     note,
     print_json,
     print_json_line,
@@ -66,9 +66,6 @@ _POLL_S = 0.5
 _SHOWN = 10_000
 """The number of shown events that are remembered, because two queries may return the same event."""
 _END_OF_TIME_MS = 2**53
-_STYLES = {"user": "bold", "task": "bold", "lease": "green", "decision": "cyan", "approval": "magenta"}
-_ENDS = {"cut": "yellow", "end": "yellow", "revocation": "yellow"}
-_FAILED = "red"
 
 
 @app.command()
@@ -179,6 +176,7 @@ def trace(
         Literal["lease", "request", "task", "agent", "user"] | None,
         typer.Option("--kind", help="What the id is of, where it could be several."),
     ] = None,
+    wide: Annotated[bool, typer.Option("--wide", help="Print whole ids, and lines however long.")] = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -192,7 +190,9 @@ def trace(
     if wants_json(as_json):
         print_json(story)
         return
-    console().print(trace_tree(story))
+    screen = console()
+    for line in trace_lines(story, width=line_width(wide=wide)):
+        screen.print(line, soft_wrap=True)
     if story.get("truncated"):
         note("only the latest are shown; trace one of them by its own id", "yellow")
 
@@ -256,7 +256,7 @@ def verify(
 
 def _print_report(report: TrailReport, witnessed: int) -> None:
     print_table(
-        ["!chain", "events", "signed up to", "root", "witnesses"],
+        ["chain", "events", "signed up to", "root", "witnesses"],
         (
             (
                 one.tree,
@@ -279,53 +279,11 @@ def _print_report(report: TrailReport, witnessed: int) -> None:
         say(f"signed {witnessed} heads as a witness")
 
 
-def trace_tree(story: Mapping[str, Any]) -> Tree:
-    """Return the answer of `GET /v1/trace/{id}` as a tree for people: who, for whom, why, and when each step was."""
-    trunk = Tree(Text(visible(f"{story['kind']} {story['id']}"), style="bold"), guide_style="dim")
-    for root in story["roots"]:
-        _grow(trunk, root, None)
-    return trunk
-
-
 def event_line(event: Mapping[str, Any]) -> Text:
     """One OCSF event on one line."""
-    line = Text(_clock(event.get("time"), date=True), style="dim")
+    line = Text(clock(event.get("time"), date=True), style="dim")
     failed = event.get("status_id") == 2
     code = str(event.get("metadata", {}).get("event_code", event.get("class_uid", "")))
-    line.append(f"  {visible(code):22}", style=_FAILED if failed else "cyan")
+    line.append(f"  {visible(code):22}", style=FAILED if failed else "cyan")
     line.append(f"  {visible(str(event.get('message', '')))}", style="")
     return line
-
-
-def _grow(parent: Tree, node: Mapping[str, Any], day: str | None) -> None:
-    at_ms = node.get("at_ms")
-    here = _clock(at_ms, date=True)[:10] if at_ms is not None else day
-    label = Text()
-    if at_ms is not None:
-        # The date is printed where it changes, which is rare within one trace.
-        label.append(f"{_clock(at_ms, date=here != day)} ", style="dim")
-    title = visible(str(node["title"]))
-    refused = node["kind"] == "decision" and "refused" in title
-    label.append(
-        title, style=_FAILED if refused else _STYLES.get(node["kind"]) or _ENDS.get(node["kind"], "")
-    )
-    if node.get("duration_ms") is not None:
-        label.append(f"  +{_after(node['duration_ms'])}", style="dim")
-    if node["kind"] in ("task", "request", "lease"):
-        label.append(f"  {node['kind']} {visible(str(node['id']))}", style="dim")
-    branch = parent.add(label)
-    for child in node["children"]:
-        _grow(branch, child, here)
-
-
-def _clock(at_ms: int | None, *, date: bool) -> str:
-    if at_ms is None:
-        return ""
-    at = datetime.fromtimestamp(at_ms / 1000, UTC)
-    return at.strftime("%Y-%m-%d %H:%M:%S.%f" if date else "%H:%M:%S.%f")[:-3] + "Z"
-
-
-def _after(ms: int) -> str:
-    if ms < 1000:
-        return f"{ms} ms"
-    return f"{ms / 1000:.1f} s" if ms < 60_000 else f"{ms // 60_000} min {ms // 1000 % 60} s"

@@ -14,6 +14,7 @@ from ringfence.cli.shared.options import (
     IdentityOption,
     JsonOption,
     ReasonOption,
+    WideOption,
     YesOption,
     confirm,
     duration_s,
@@ -30,6 +31,7 @@ from ringfence.cli.shared.output import (
     until,
     visible,
 )
+from ringfence.cli.shared.tables import ids
 from ringfence.client.admin.command_client import Accepted
 from ringfence.client.approvals.grants import Grantor, Proposal
 from ringfence.client.approvals.pending_approval import PendingApproval
@@ -124,7 +126,7 @@ def grant(
     print_accepted(accepted, sentence, wants_json(as_json), grant_id=accepted.result or "")
 
 
-def grants(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+def grants(wide: WideOption = False, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """List what was approved ahead, and how much of it was used."""
 
     async def work() -> list[dict[str, Any]]:
@@ -136,20 +138,21 @@ def grants(me: IdentityOption = None, as_json: JsonOption = False) -> None:
         print_json(found)
         return
     print_table(
-        ["!grant", "agent", "by", "scope", "!used", "!status", "!ends"],
+        [ids("grant"), "status", "used", "agent", "by", "ends", "scope"],
         (
             (
                 one["grant_id"],
+                one["status"],
+                f"{one['used']} of {one['count']}",
                 one["agent_id"],
                 one["by"],
-                show_scope(Permission.model_validate(item, strict=False) for item in one["scope"]),
-                f"{one['used']} of {one['count']}",
-                one["status"],
                 until(one["ends_at"], now_s),
+                show_scope(Permission.model_validate(item, strict=False) for item in one["scope"]),
             )
             for one in found
         ),
         empty="nothing was approved ahead",
+        wide=wide,
     )
 
 

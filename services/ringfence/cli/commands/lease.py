@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ringfence.cli.shared.arguments import check_name, check_target_id, check_uuid, show_scope
-from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
+from ringfence.cli.shared.options import IdentityOption, JsonOption, WideOption, identity, run, wants_json
 from ringfence.cli.shared.output import (
     moment,
     note,
@@ -19,6 +19,7 @@ from ringfence.cli.shared.output import (
     span,
     until,
 )
+from ringfence.cli.shared.tables import ids
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.permission import Permission, Scope
 
@@ -44,6 +45,7 @@ def list_leases(
         bool,
         typer.Option("--overdue", help="Only what is revoked and its target has not taken back for a while."),
     ] = False,
+    wide: WideOption = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -59,19 +61,21 @@ def list_leases(
         return
     now_s = time.time()
     print_table(
-        ["!lease", "agent", "for", "allows", "status", "!ends"],
+        [ids("lease"), "agent", "for", "status", "ends", "allows", ids("task", only_wide=True)],
         (
             (
                 lease["id"],
                 lease["agent_id"],
                 lease["on_behalf_of"],
-                show_scope(scope_of(lease)),
                 lease["status"],
                 _overdue(lease) or _ends(lease["deadline"], now_s),
+                show_scope(scope_of(lease)),
+                lease["task_id"],
             )
             for lease in leases["leases"]
         ),
         empty="no lease is overdue" if overdue else "no lease that you may see",
+        wide=wide,
     )
     if leases.get("more"):
         note("there are more; narrow it with --agent, --task or --target", "yellow")

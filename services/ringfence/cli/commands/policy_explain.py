@@ -21,6 +21,7 @@ from ringfence.cli.shared.output import (
     print_table,
     visible,
 )
+from ringfence.cli.shared.tables import prose
 from ringfence.client.agent.replies import describe_approvers
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
@@ -69,7 +70,7 @@ def explain(
     _print_explanation(explanation)
     if rules is not None:
         print_table(
-            ["!rule that fired", "says"],
+            ["rule that fired", prose("says")],
             ((name, line) for name, value in rules for line in _value_lines(value)),
             empty="",
         )
@@ -155,7 +156,7 @@ def _print_explanation(found: Mapping[str, Any]) -> None:
         note("it was decided before the rules were asked: nothing was held against any side")
         return
     print_table(
-        ["asked for", "!side", "the side allows"],
+        ["asked for", "side", prose("the side allows")],
         (
             (show_scope((permission,)), side, allows)
             for permission in _parse_scope(request_input.get("scope"))

@@ -14,6 +14,7 @@ from ringfence.cli.shared.options import (
     IdentityOption,
     JsonOption,
     ReasonOption,
+    WideOption,
     consent_life_s,
     duration_s,
     identity,
@@ -233,9 +234,9 @@ def end(
 
 
 @app.command(name="list")
-def list_tasks(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+def list_tasks(wide: WideOption = False, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """List tasks."""
-    list_records("task", identity(me), wants_json(as_json))
+    list_records("task", identity(me), wants_json(as_json), wide)
 
 
 @app.command()

@@ -40,6 +40,13 @@ IdentityOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=COMMON)]
+WideOption = Annotated[
+    bool,
+    typer.Option(
+        "--wide",
+        help="Print a table with whole ids and all columns, however wide. So it is where stdout is no terminal.",
+    ),
+]
 AllowOption = Annotated[
     list[str] | None,
     typer.Option(
