@@ -196,8 +196,8 @@ WIDTHS = (80, 120, 160)
 
 
 def _run_all() -> None:
-    Sponsor.connect = lambda *_: _Sponsor()  # type: ignore[assignment, method-assign, return-value]
-    ReadApi.__init__ = lambda *_: None  # type: ignore[method-assign, misc, assignment]
+    Sponsor.connect = lambda *_: _Sponsor()  # type: ignore[assignment, method-assign]
+    ReadApi.__init__ = lambda *_: None  # type: ignore[method-assign]
     for name in ("__aenter__", "__aexit__", "get"):
         setattr(ReadApi, name, getattr(_Api, name))
     for width in WIDTHS:

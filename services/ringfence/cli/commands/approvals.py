@@ -15,6 +15,7 @@ import typer
 from ringfence.cli.commands import action_approvals, grants
 from ringfence.cli.shared import approval_views
 from ringfence.cli.shared.arguments import check_id_prefix, show_scope
+from ringfence.cli.shared.id_lookup import only_one, require_whole_id
 from ringfence.cli.shared.options import (
     IdentityOption,
     JsonOption,
@@ -181,7 +182,7 @@ def watch(everyone: EveryoneOption = False, me: IdentityOption = None, as_json: 
 def _send_answers(
     request: str,
     verb: Literal["approve", "deny"],
-    only_one: bool,
+    alone: bool,
     comment: str | None,
     yes: bool,
     me: Path | None,
@@ -191,7 +192,11 @@ def _send_answers(
         async with Sponsor.connect(identity(me)) as sponsor:
             return await (sponsor.approve_all if verb == "approve" else sponsor.deny_all)(group, comment)
 
-    question = _find_question(request, me, only_one=only_one)
+    if yes:
+        require_whole_id(
+            request, "with --yes nobody looks at what it finds, so name the request by its whole id"
+        )
+    question = _find_question(request, me, alone=alone)
     if isinstance(question, PendingAction):
         action_approvals.answer(question, verb, comment, yes, me, wants_json(as_json))
         return
@@ -215,14 +220,14 @@ def _send_answers(
 
 
 def _find_question(
-    request: str, me: Path | None, *, only_one: bool = False
+    request: str, me: Path | None, *, alone: bool = False
 ) -> tuple[RequestGroup, Comparison] | PendingAction:
     async def work() -> tuple[RequestGroup, Comparison] | PendingAction:
         async with Sponsor.connect(identity(me)) as sponsor:
-            if sponsor.find(request) is None and (action := sponsor.find_action(request)) is not None:
-                return action
             pending = _find(sponsor, request)
-            equivalent = [] if only_one else [one for one in sponsor.alike(pending) if one != pending]
+            if isinstance(pending, PendingAction):
+                return pending
+            equivalent = [] if alone else [one for one in sponsor.alike(pending) if one != pending]
             return RequestGroup((pending, *equivalent)), (await sponsor.usual(pending.agent)).compared(
                 pending
             )
@@ -230,13 +235,18 @@ def _find_question(
     return run(work())
 
 
-def _find(sponsor: Sponsor, request: str) -> PendingApproval:
-    pending = sponsor.find(request)
-    if pending is None:
-        unshowable = find_by_prefix(request, sponsor.unshowable.items(), lambda one: one[0])
-        reason = f": {unshowable[1]}" if unshowable else ""
-        raise InvalidCallError(f"no single open request {request!r}{reason}; see: ringfence approvals list")
-    return pending
+def _find(sponsor: Sponsor, request: str) -> PendingApproval | PendingAction:
+    """Return the only open request or action whose id begins so. Raises InvalidCallError."""
+    waiting = {
+        one.request_id: one for one in (*sponsor.pending(everyone=True), *sponsor.actions(everyone=True))
+    }
+    unshowable = find_by_prefix(request, sponsor.unshowable.items(), lambda one: one[0])
+    if unshowable and not any(id.startswith(request) for id in waiting):
+        raise InvalidCallError(
+            f"request {unshowable[0]} is open, and is not shown: {unshowable[1]}; see: ringfence approvals list"
+        )
+    known = {id: f"{one.agent}, on behalf of {one.on_behalf_of}" for id, one in waiting.items()}
+    return waiting[only_one("open request", request, known)]
 
 
 def _show(group: RequestGroup, comparison: Comparison, as_json: bool) -> None:

@@ -31,6 +31,7 @@ from ringfence.cli.shared.audit_filters import (
     UserFilter,
     filters_of,
 )
+from ringfence.cli.shared.id_lookup import is_prefix, known_ids, only_one, whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json, when_ms
 from ringfence.cli.shared.output import (
     console,
@@ -44,7 +45,7 @@ from ringfence.cli.shared.output import (
 )
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.connection import load_key, load_settings
-from ringfence.client.errors import InvalidCallError
+from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.reports.auditor import (
     HEADS,
     SETTLE_S,
@@ -117,6 +118,8 @@ def tail(
             console().print(event_line(event), soft_wrap=True)
 
     async def work() -> None:
+        filters["task"] = await whole_id("task", task, identity(me)) if task else None
+        filters["lease"] = await whole_id("lease", lease, identity(me)) if lease else None
         async with ReadApi(identity(me)) as api:
             await _tail(api, filters, show, lines=lines, since_ms=since_ms, follow=follow)
 
@@ -169,7 +172,9 @@ def trace(
     id: Annotated[
         str,
         typer.Argument(
-            metavar="ID", callback=check_name, help="The id of a lease, request, task, agent or user."
+            metavar="ID",
+            callback=check_name,
+            help="The id of a lease, request or task, or how it begins; or an agent or user.",
         ),
     ],
     kind: Annotated[
@@ -184,7 +189,13 @@ def trace(
 
     async def work() -> Any:
         async with ReadApi(identity(me)) as api:
-            return await api.trace(id, kind)
+            try:
+                return await api.trace(id, kind)
+            except ApiError as error:
+                if error.status != 404 or not is_prefix(id) or kind in ("agent", "user"):
+                    raise
+            known = await known_ids(api, kind)
+            return await api.trace(only_one(kind or "lease, request or task", id, known), kind)
 
     story = run(work())
     if wants_json(as_json):

@@ -10,7 +10,8 @@ import orjson
 import typer
 from rich.text import Text
 
-from ringfence.cli.shared.arguments import check_uuid, show_scope
+from ringfence.cli.shared.arguments import check_id_prefix, show_scope
+from ringfence.cli.shared.id_lookup import whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.shared.output import (
     console,
@@ -31,7 +32,12 @@ from ringfence.model.scope.scope import missing
 
 
 def explain(
-    request: Annotated[str, typer.Argument(metavar="REQUEST", callback=check_uuid, help="The request's id.")],
+    request: Annotated[
+        str,
+        typer.Argument(
+            metavar="REQUEST", callback=check_id_prefix, help="The request's id, or how it begins."
+        ),
+    ],
     bundle: Annotated[
         Path | None,
         typer.Option(
@@ -53,14 +59,15 @@ def explain(
     """
 
     async def work() -> Any:
+        whole = await whole_id("request", request, identity(me))
         async with ReadApi(identity(me)) as api:
             try:
-                return await api.get("policy", "decisions", request, "explanation")
+                return await api.get("policy", "decisions", whole, "explanation")
             except ApiError as error:
-                place = await _decision_position(api, request) if error.status == 404 else None
+                place = await _decision_position(api, whole) if error.status == 404 else None
                 if place is None:
                     raise
-            return await api.get("policy", "decisions", request, "explanation", **place)
+            return await api.get("policy", "decisions", whole, "explanation", **place)
 
     explanation = run(work())
     rules = _fired_rules(explanation, bundle)

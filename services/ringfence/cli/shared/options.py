@@ -113,7 +113,7 @@ KeyDaysOption = Annotated[
     int, typer.Option("--key-days", min=1, max=3650, help="How many days the key is valid.")
 ]
 
-_DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?", re.ASCII)
+_DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", re.ASCII)
 
 
 def settings() -> ClientSettings:
@@ -139,7 +139,12 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 def duration_s(text: str) -> int:
-    """Parse `90`, `90s`, `15m`, `1h30m`, `2d` into seconds. Raises typer.BadParameter."""
+    """Parse `90s`, `15m`, `1h30m`, `2d` into seconds. Raises typer.BadParameter."""
+    if text.isascii() and text.isdigit() and 0 < len(text) < 10:
+        # Five of what? A guess that is wrong makes a credential live sixty times as long, or end at once.
+        raise typer.BadParameter(
+            f"{text!r} has no unit; write {text}m for minutes, or {text}s, {text}h, {text}d"
+        )
     match = _DURATION.fullmatch(text)
     if not text or match is None:
         raise typer.BadParameter(f"{text!r} is no duration; write for example 90s, 15m, 1h30m or 2d")
