@@ -46,7 +46,7 @@ from ringfence.cli.shared.options import (
     wants_json,
 )
 from ringfence.cli.shared.output import note, print_json, print_table, say, span, until, visible_name
-from ringfence.cli.shared.records import list_records, print_record
+from ringfence.cli.shared.records import list_records, print_record, read_record
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.admin.affected_leases import Loss
 from ringfence.client.admin.command_client import Accepted
@@ -394,7 +394,7 @@ def show(agent: AgentArgument, me: IdentityOption = None, as_json: JsonOption = 
 
     async def work() -> tuple[Any, Any, str | None]:
         async with ReadApi(identity(me)) as api:
-            record = await api.record("agent", agent)
+            record = await read_record(api, "agent", agent)
             try:
                 return record, await api.usage(agent), None
             except ApiError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,8 +22,10 @@ from ringfence.cli.shared.options import (
 from ringfence.cli.shared.output import moment, note, print_json, print_table, say
 from ringfence.cli.shared.progress import counting
 from ringfence.cli.shared.tables import Column, ids, prose
+from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.reports.access_report import AccessReport, access_report
 from ringfence.client.reports.read_api import ReadApi
+from ringfence.kernel.base.text import did_you_mean
 
 _COULD: Sequence[str | Column] = (
     "agent", "on behalf of", "sponsor", "until", ids("task"), "ceiling by", prose("may"), prose("assigned"),
@@ -75,12 +78,25 @@ def who(
                 )
 
     report = run(work())
+    if report.exists is False and not report.could and not report.did:
+        # It never existed, as far as the caller may see. A target that was removed still has what was done there.
+        near = run(_nearest_target(identity(me), target))
+        raise InvalidCallError(f"there is no target {target}{near}; see: ringfence target list")
     if wants_json(as_json):
         print_json(report.as_json())
     else:
         _print_access_report(report, wide=wide)
     for gap in report.gaps:
         note(f"not known: {gap}", "yellow")
+
+
+async def _nearest_target(me: Path | None, target: str) -> str:
+    """Return `; did you mean NAME?` for the closest target, or an empty string."""
+    async with ReadApi(me) as api:
+        try:
+            return did_you_mean(target, [one["id"] for one in await api.records("target")])
+        except ApiError:
+            return ""
 
 
 def _print_access_report(report: AccessReport, *, wide: bool) -> None:

@@ -165,7 +165,8 @@ def _inventory_view(found: Inventory, keys_within: str, width: int | None) -> Gr
 def _sums(totals: Mapping[str, int | None], keys_within: str) -> list[str]:
     if not totals["agents"] and not totals["decommissioned"]:
         return ["no such agent that you may see"]
-    overdue = totals["overdue_leases"]
+    overdue, long = totals["overdue_leases"], totals.get("long_tasks")
+    beyond = f" ({'?' if long is None else long} of them longer than a new one may be)" if long != 0 else ""
     return [
         f"{_count(totals['agents'], 'agent')}: {totals['live_sponsor']} with a live sponsor, "
         f"{_count(totals['orphans'], 'orphan')}; {totals['registered']} not taken on yet, "
@@ -173,7 +174,7 @@ def _sums(totals: Mapping[str, int | None], keys_within: str) -> list[str]:
         f"{totals['decommissioned']} more decommissioned",
         f"keys: {totals['keys_ending']} without one that lasts {keys_within}, {totals['keys_ended']} "
         "without any that counts",
-        f"now: {_count(totals['running_tasks'], 'running task')}, {_count(totals['leases'], 'live lease')}, "
+        f"now: {_count(totals['running_tasks'], 'running task')}{beyond}, {_count(totals['leases'], 'live lease')}, "
         f"{totals['standing_leases']} of them standing; {'?' if overdue is None else overdue} "
         "revoked and not taken back",
         f"in 30 days: {totals['used']} of {_count(totals['granted'], 'granted verb')} used, "
@@ -192,12 +193,19 @@ def _agent_row(agent: Mapping[str, Any]) -> tuple[str, ...]:
         agent["id"],
         agent["status"],
         sponsor if agent["orphan"] else agent["sponsor"],
-        str(agent["running_tasks"] or ""),
+        _tasks(agent),
         _leases(agent),
         moment(seen / 1000) if seen else "not in 30 days",
         moment(agent["keys_end"])[:10],
         f"{leave['by'].rpartition('/')[2]}, {moment(leave['at_ms'] / 1000)[:10]}" if leave else "",
         "\n".join(map(_reach, agent["reach"])) or "nothing",
+    )
+
+
+def _tasks(agent: Mapping[str, Any]) -> str:
+    long = len(agent.get("long_tasks", ()))
+    return ", ".join(
+        filter(None, [str(agent["running_tasks"] or ""), f"{long} beyond the limit" if long else ""])
     )
 
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from ringfence.cli.shared import context
 from ringfence.cli.shared.arguments import SYNTAX, check_name
-from ringfence.client.errors import NotAnsweredError
+from ringfence.client.errors import InvalidCallError, NotAnsweredError
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import load
@@ -232,6 +232,18 @@ def keep_key_if_accepted(key_file: Path | None) -> Iterator[None]:
         raise
 
 
+def check_folder(file: Path) -> None:
+    """Check that a new file's folder is there: a mistyped path would make folders that nobody looks for.
+
+    Raises InvalidCallError.
+    """
+    if not file.parent.is_dir():
+        raise InvalidCallError(
+            f"there is no folder {file.parent} for {file.name}; make it first",
+            remedy=f"mkdir -p {file.parent}",
+        )
+
+
 def key_records(public: Path | None, new: Path | None, id: str, days: int) -> tuple[KeyRecord, ...]:
     """Return the key that `--public-key` names, or that `--new-key` makes for `id`; empty where neither is given.
 
@@ -241,6 +253,7 @@ def key_records(public: Path | None, new: Path | None, id: str, days: int) -> tu
         raise typer.BadParameter("give --public-key or --new-key, and not both")
     not_after = int(time.time()) + days * 86_400
     if new:
+        check_folder(new)
         key = SigningKey.generate(id)
         key.save(new)
         return (key.record(not_after),)

@@ -13,8 +13,10 @@ from ringfence.cli.shared.attestation import show_selector
 from ringfence.cli.shared.options import run
 from ringfence.cli.shared.output import moment, print_fields, print_json, print_table, span, until
 from ringfence.cli.shared.tables import Column, ids, prose
+from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.secret_scrubber import without_secrets
+from ringfence.kernel.base.text import did_you_mean
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import (
     AgentState,
@@ -62,13 +64,24 @@ def show_record(kind: SubjectKind, id: str, key: Path | None, as_json: bool) -> 
 
     async def work() -> Any:
         async with ReadApi(key) as api:
-            return await api.record(kind, id)
+            return await read_record(api, kind, id)
 
     record = run(work())
     if as_json:
         print_json(record)
     else:
         print_record(kind, record)
+
+
+async def read_record(api: ReadApi, kind: SubjectKind, id: str) -> Any:
+    """Return one record. Raises ApiError; where there is none, with the closest id that the caller may see."""
+    try:
+        return await api.record(kind, id)
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        near = did_you_mean(id, [one["id"] for one in await api.records(kind)])
+        raise ApiError(f"{error.message}{near}", code=error.code, status=error.status) from None
 
 
 def print_record(

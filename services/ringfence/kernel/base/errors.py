@@ -14,11 +14,15 @@ class RingfenceError(Exception):
     """Root of all errors raised on purpose. `code` is stable: programs may act on it."""
 
     code: str = "error"
+    remedy: str | None = None
+    """What to do next, such as a command; None where only the message says it, or nobody knows."""
 
-    def __init__(self, message: str, *, code: str | None = None) -> None:
+    def __init__(self, message: str, *, code: str | None = None, remedy: str | None = None) -> None:
         message = visible_lines(message)
         super().__init__(message)
         self.message = message
+        if remedy is not None:
+            self.remedy = visible_lines(remedy)
         if code is not None:
             self.code = code
 
