@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import BaseModel, Field, ValidationError
@@ -12,13 +12,13 @@ from pydantic import BaseModel, Field, ValidationError
 from ringfence.cli.main import COMMANDS, load, main
 from ringfence.cli.shared.field_options import with_options
 from ringfence.client.errors import InvalidCallError, RefusedError
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.jws import explain
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Reason
+from tests.support.terminal_lists import WHO_AUDIT
 from tests.unit.test_cli_ids import commands
-
-HELP_FLAGS = ("--yes", "--json", "--help", "--everyone")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_word_of_a_command_that_is_run_is_no_option_of_ours(capsys: pytest.Cap
 
 
 def test_an_error_names_its_remedy() -> None:
-    assert RingfenceError("it is broken", remedy="mend \x1b it").remedy == "mend ‹U+001B› it"
+    assert RingfenceError("it is broken").with_remedy("mend \x1b it").remedy == "mend ‹U+001B› it"
     assert RingfenceError("it is broken").remedy is None
 
 
@@ -141,6 +141,39 @@ def test_a_new_key_makes_no_folders(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not file.parent.exists()
 
 
+WHO = ["audit", "who", "--target", "stagign"]
+
+
+@pytest.mark.parametrize(("lines", "status"), [((), 1), ((1,), 0)], ids=["never was", "was removed"])
+def test_who_could_reach_a_target_that_does_not_exist(
+    lines: tuple[int, ...],
+    status: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def get(self: ReadApi, service: str, *path: str, **_: Any) -> Any:
+        match service:
+            case "policy":
+                return {"agents": [], "after": None, "gaps": [], "exists": False}
+            case "audit":
+                done = WHO_AUDIT["lines"] if lines else []
+                return {**WHO_AUDIT, "lines": done}
+            case _:
+                return {"targets": [{"id": "staging", "revision": 1, "state": {}}]}
+
+    monkeypatch.setattr(ReadApi, "get", get)
+    key = tmp_path / "maria.json"
+    SigningKey.generate("spiffe://ringfence.local/user/maria").save(key)
+    assert main(["--identity", str(key), *WHO]) == status
+    told = capsys.readouterr()
+    if status:
+        assert "there is no target stagign; did you mean staging?" in told.err
+    else:
+        assert "there is no target stagign now" in told.err
+        assert "allowed" in told.out
+
+
 def test_help_shows_flags_without_a_type_and_whole_sentences(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +181,7 @@ def test_help_shows_flags_without_a_type_and_whole_sentences(
     for name, entry in COMMANDS.items():
         for path, command in commands(load(name, entry), name):
             assert "\n" not in (command.help or "").replace("\n\n", ""), path
+    told = ""
     for args in (["--help"], ["approvals", "approve", "--help"], ["request", "--help"]):
         assert main(args) == 0
         told = capsys.readouterr().out

@@ -119,7 +119,9 @@ def test_durations(text: str, seconds: int) -> None:
     assert duration_s(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "0", "5", "90", "0s", "1h30", "-5", "1.5h", "h", "30m1h", "1 h", "1w", "٣m"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "5", "90", "0s", "1h30", "-5", "1.5h", "h", "30m1h", "1 h", "1w", "٣m"]
+)
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(typer.BadParameter):
         duration_s(text)

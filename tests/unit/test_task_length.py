@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ringfence.kernel.base.settings import ServiceSettings
-from ringfence.messages.registry import TaskEnd
+from ringfence.messages.registry import TaskEnd, TaskState
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.registry.domain import TASK_MAX_S
 from tests.support.in_memory_registry import InMemoryRegistry
@@ -47,6 +47,7 @@ def test_an_older_task_stays_valid_and_can_be_handed_on_and_ended(ledger: InMemo
     again = reader.entry("task", task)
     assert again is not None
     assert again.state == entry.state
+    assert isinstance(entry.state, TaskState)
     assert entry.state.not_after == not_after
     # A part of it is a new task, with the limit of new ones.
     assert refused(ledger, part(ledger, "bot", task, "second", not_after=not_after)) == "task_too_long"

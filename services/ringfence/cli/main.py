@@ -223,9 +223,7 @@ def _show_types(command: Any) -> None:
 
     command.get_help_option = without_type
     for param in command.params:
-        if getattr(param, "is_flag", False) or (
-            param.metavar is None and param.param_type_name == "argument"
-        ):
+        if getattr(param, "is_flag", False) or param.param_type_name == "argument":
             param.display_type_rich = _no_type
         elif param.metavar is None and getattr(param.type_descriptor, "annotation", None) is str:
             param.display_type_rich = lambda ctx: "TEXT"
@@ -330,8 +328,7 @@ def _run(words: list[str]) -> int:
             RingfenceError(
                 f"this command needs the extra `{extra}` (ringfence[{extra}]): {remedy}",
                 code="extra_missing",
-                remedy=remedy,
-            ),
+            ).with_remedy(remedy),
             as_json,
         )
         return 1
@@ -370,7 +367,7 @@ def _usage_error(error: Exception) -> RingfenceError | None:
     path = str(getattr(getattr(error, "ctx", None), "command_path", "ringfence"))
     wanting = type(error).__name__ == "NoArgsIsHelpError"  # its message is the whole help
     message = "name a command" if wanting else str(says())
-    return context.WrongUseError(message, remedy=f"{path} --help")
+    return context.WrongUseError(message).with_remedy(f"{path} --help")
 
 
 def _report(error: RingfenceError, as_json: bool) -> None:

@@ -237,7 +237,7 @@ def _find_question(
 
 def _find(sponsor: Sponsor, request: str) -> PendingApproval | PendingAction:
     """Return the only open request or action whose id begins so. Raises InvalidCallError."""
-    waiting = {
+    waiting: dict[str, PendingApproval | PendingAction] = {
         one.request_id: one for one in (*sponsor.pending(everyone=True), *sponsor.actions(everyone=True))
     }
     unshowable = find_by_prefix(request, sponsor.unshowable.items(), lambda one: one[0])

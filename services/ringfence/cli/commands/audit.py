@@ -194,6 +194,7 @@ def trace(
             except ApiError as error:
                 if error.status != 404 or not is_prefix(id) or kind in ("agent", "user"):
                     raise
+            assert kind not in ("agent", "user")
             known = await known_ids(api, kind)
             return await api.trace(only_one(kind or "lease, request or task", id, known), kind)
 

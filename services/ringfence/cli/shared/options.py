@@ -239,9 +239,8 @@ def check_folder(file: Path) -> None:
     """
     if not file.parent.is_dir():
         raise InvalidCallError(
-            f"there is no folder {file.parent} for {file.name}; make it first",
-            remedy=f"mkdir -p {file.parent}",
-        )
+            f"there is no folder {file.parent} for {file.name}; make it first"
+        ).with_remedy(f"mkdir -p {file.parent}")
 
 
 def key_records(public: Path | None, new: Path | None, id: str, days: int) -> tuple[KeyRecord, ...]:
