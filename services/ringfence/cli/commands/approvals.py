@@ -237,9 +237,11 @@ def _find_question(
 
 def _find(sponsor: Sponsor, request: str) -> PendingApproval | PendingAction:
     """Return the only open request or action whose id begins so. Raises InvalidCallError."""
-    waiting: dict[str, PendingApproval | PendingAction] = {
-        one.request_id: one for one in (*sponsor.pending(everyone=True), *sponsor.actions(everyone=True))
-    }
+    questions: list[PendingApproval | PendingAction] = [
+        *sponsor.pending(everyone=True),
+        *sponsor.actions(everyone=True),
+    ]
+    waiting = {one.request_id: one for one in questions}
     unshowable = find_by_prefix(request, sponsor.unshowable.items(), lambda one: one[0])
     if unshowable and not any(id.startswith(request) for id in waiting):
         raise InvalidCallError(

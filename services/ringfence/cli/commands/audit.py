@@ -31,7 +31,7 @@ from ringfence.cli.shared.audit_filters import (
     UserFilter,
     filters_of,
 )
-from ringfence.cli.shared.id_lookup import is_prefix, known_ids, only_one, whole_id
+from ringfence.cli.shared.id_lookup import IdKind, is_prefix, known_ids, only_one, whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json, when_ms
 from ringfence.cli.shared.output import (
     console,
@@ -194,8 +194,8 @@ def trace(
             except ApiError as error:
                 if error.status != 404 or not is_prefix(id) or kind in ("agent", "user"):
                     raise
-            assert kind not in ("agent", "user")
-            known = await known_ids(api, kind)
+            sought: IdKind | None = None if kind is None or kind == "agent" or kind == "user" else kind
+            known = await known_ids(api, sought)
             return await api.trace(only_one(kind or "lease, request or task", id, known), kind)
 
     story = run(work())
