@@ -33,13 +33,23 @@ trust`); what `dev` writes is allowed.
   `staging:deploy,read:env/staging/*`. A `*` is anything inside one path segment, `**` any number of segments. A name
   that has a colon or a comma itself is written as JSON: `{"target": "images", "verbs": ["push"], "resources":
   ["web:v1"]}`; `@FILE` reads a JSON list of such objects.
-- **Durations** are written `90s`, `15m`, `1h30m`, `2d`; moments `2030-01-31T18:00:00Z`.
+- **Ids.** On a terminal, lists show the first eight characters of an id, and commands of people accept how an id
+  begins: four characters or more. Where several ids begin so, the command lists them and does nothing. Agents can
+  choose ids that begin like others. So commands that run as an agent (`request`, `release`, `task delegate`) take whole
+  ids, and so do `approvals approve`, `deny` and `grant --like` with `--yes`. `--wide` prints them.
+- **Durations** are written `90s`, `15m`, `1h30m`, `2d`, always with a unit; moments `2030-01-31T18:00:00Z`.
+- **Lists** become one block per row where a table does not fit the terminal. A backslash at the end of a line says that
+  the word goes on in the next one. Where stdout is no terminal, lists are tables of any width with whole ids, as with
+  `--wide`.
 - **Output** is for people; with `--json`, before or after the command, one JSON document, or one object a line for
   what goes on (`approvals watch`, `audit tail`). Results go to stdout, everything said beside them to stderr:
   `TOKEN=$(ringfence request ...)` holds the credential and nothing else. Text that agents wrote is shown with its
   invisible characters spelt out, names with every sign beyond ASCII. JSON has control and format characters as
   `\\uXXXX`, which is the same value. `audit export` is exact to the byte in files and pipes, and shows them as code
   points on a terminal.
+- **Errors** are a sentence on stderr. With `--json`, the last line of stderr is one JSON object: `code` (stable),
+  `message`, `remedy` (what to do next, or null) and `reasons` (all reasons of a refusal, each with `code` and
+  `message`).
 - **Exit status**: 0 done, 1 refused or failed, 2 wrong use (also a word that can be no id), 130 after Ctrl-C, which
   is how `dev` and `serve` end well (0). What runs by `request --exec` decides what a signal means to it.
 """

@@ -42,7 +42,7 @@ from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import Context, apply, command_subject, subject_key
 from ringfence.model.records.command_chain import Chains, subject_spiffe, unverified_command
 from ringfence.model.records.directory import Alarm, Directory
-from ringfence.registry.domain import Change, Current, Embedded, decide
+from ringfence.registry.domain import TASK_MAX_S, Change, Current, Embedded, decide
 from ringfence.registry.store import Memory
 
 TD = "test.example"
@@ -72,6 +72,7 @@ class InMemoryRegistry:
 
     def __init__(self) -> None:
         self.clock = FixedClock()
+        self.task_max_s = TASK_MAX_S
         self.root = SigningKey.generate(f"spiffe://{TD}/root")
         self.registry = SigningKey.generate(f"spiffe://{TD}/service/registry")
         self.trust = self.fresh_trust()
@@ -203,7 +204,7 @@ class InMemoryRegistry:
         at_ms = self.clock.ms if at_ms is None else at_ms
         given = self.directory.chains.authorise(parse(self.signed(claims, key)), at_ms)
         kind, id = command_subject(given.claims, given.command_id)
-        change = decide(self.current(kind, id), given, self.memory)
+        change = decide(self.current(kind, id), given, self.memory, task_max_s=self.task_max_s)
         if change is not None:
             self.admit(self.sign_record(change.state, change.commands, change.revision))
         self.clock.ms = max(self.clock.ms, at_ms) + passing_ms

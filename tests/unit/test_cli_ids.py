@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from ringfence.cli.main import COMMANDS, load, main
+from ringfence.cli.shared.id_lookup import known_ids, only_one
+from ringfence.client.errors import ApiError, InvalidCallError
+from ringfence.kernel.crypto.keys import SigningKey
 
 IDS = {"AGENT", "USER", "PROVISIONER", "TARGET", "TASK", "[TASK]", "LEASE", "GRANT", "REQUEST"}
 
@@ -50,3 +54,93 @@ def test_what_could_be_an_id_is_asked_for(
     for name in ("RINGFENCE_IDENTITY", "RINGFENCE_TRUST_ROOT", "RINGFENCE_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     assert main(args) == status
+
+
+TASK = "3f2a9c1d-0a4d-5d39-9b5e-0a4d7e6c0f5d"
+SAME = ("77777777-1111-4d39-9b5e-0a4d7e6c0f5d", "77777777-2222-4d39-9b5e-0a4d7e6c0f5d")
+KNOWN = {TASK: "task of deploy-bot: release 41", SAME[0]: "task of a", SAME[1]: "task of \x1b[2Jb"}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [(TASK, TASK), ("3f2a", TASK), ("77777777-2", SAME[1]), (SAME[0], SAME[0])]
+)
+def test_the_only_id_that_begins_so_is_found(text: str, found: str) -> None:
+    assert only_one("task", text, KNOWN) == found
+
+
+def test_several_ids_that_begin_so_are_all_named_and_none_is_taken() -> None:
+    with pytest.raises(InvalidCallError) as refused:
+        only_one("task", "77777777", KNOWN)
+    for id in SAME:
+        assert id in refused.value.message
+    assert "\x1b" not in refused.value.message
+
+
+@pytest.mark.parametrize("text", ["3f2", "", "9999"])
+def test_what_no_id_begins_with_is_not_found(text: str) -> None:
+    with pytest.raises(InvalidCallError, match="ringfence task list"):
+        only_one("task", text, KNOWN)
+
+
+def test_a_mistyped_id_gets_a_suggestion() -> None:
+    with pytest.raises(InvalidCallError, match="did you mean 3f2a9c1d"):
+        only_one("task", "3f2a9c11", KNOWN)
+
+
+class _Api:
+    """Answers of the services; `broken`: those that do not answer."""
+
+    def __init__(self, *broken: str) -> None:
+        self.broken = broken
+
+    def _answer(self, service: str, answer: Any) -> Any:
+        if service in self.broken:
+            raise ApiError(f"the {service} does not answer")
+        return answer
+
+    async def events(self, **_: Any) -> Any:
+        fields = {"task": TASK, "lease": SAME[0], "request": SAME[1], "agent": "deploy-bot"}
+        return self._answer("audit", {"events": [{"unmapped": fields}, {"unmapped": None}]})
+
+    async def records(self, kind: str) -> Any:
+        return self._answer("registry", [{"id": TASK, "state": {"agent_id": "a", "purpose": "p"}}])
+
+    async def leases(self) -> Any:
+        return self._answer("revoker", {"leases": [{"id": SAME[0], "agent_id": "a", "status": "active"}]})
+
+
+async def test_ids_are_known_from_lists_and_from_audit() -> None:
+    assert set(await known_ids(cast(Any, _Api()))) == {TASK, *SAME}
+    assert set(await known_ids(cast(Any, _Api()), "request")) == {SAME[1]}
+    assert set(await known_ids(cast(Any, _Api("audit")), "lease")) == {SAME[0]}
+    with pytest.raises(ApiError, match="audit"):
+        await known_ids(cast(Any, _Api("audit")), "request")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["request", "--task", "3f2a9c1d", "--reason", "r", "--allow", "a:b:c"],
+        ["release", "3f2a9c1d"],
+        ["task", "delegate", "3f2a9c1d", "bot", "--purpose", "p", "--allow", "a:b:c", "--for", "5m"],
+        ["approvals", "approve", "3f2a9c1d", "--yes"],
+        ["approvals", "deny", "3f2a9c1d", "--yes"],
+        ["approvals", "grant", "--like", "3f2a9c1d", "--yes"],
+    ],
+)
+def test_where_an_agent_could_make_a_prefix_collide_whole_ids_are_needed(
+    args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(args) == 2
+    told = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "'3f2a9c1d' is only how an id begins" in told
+    assert "whole id" in told
+
+
+def test_an_agent_ends_a_task_by_its_whole_id(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "x")
+    SigningKey.generate("spiffe://ringfence.local/agent/bot").save(tmp_path / "bot.json")
+    assert main(["--identity", str(tmp_path / "bot.json"), "task", "end", "3f2a9c1d", "--reason", "r"]) == 2
+    assert "is only how an id begins" in capsys.readouterr().err

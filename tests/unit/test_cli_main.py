@@ -232,7 +232,7 @@ async def test_what_can_be_no_id_is_not_asked_for(
 
 
 def test_a_key_is_made_once_and_never_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "keys" / "maria.json"
+    file = tmp_path / "maria.json"
     assert main(["--json", "key", "new", str(file), "--id", "user/maria"]) == 0
     made = json.loads(capsys.readouterr().out)
     private = json.loads(file.read_text())["jwk"]["d"]

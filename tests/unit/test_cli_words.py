@@ -113,13 +113,15 @@ def test_an_empty_scope_only_where_it_may_be_one() -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("90", 90), ("90s", 90), ("15m", 900), ("1h", 3600), ("1h30m", 5400), ("2d", 172_800)],
+    [("90s", 90), ("15m", 900), ("1h", 3600), ("1h30m", 5400), ("2d", 172_800)],
 )
 def test_durations(text: str, seconds: int) -> None:
     assert duration_s(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "0", "0s", "-5", "1.5h", "h", "30m1h", "1 h", "1w", "٣m"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "5", "90", "0s", "1h30", "-5", "1.5h", "h", "30m1h", "1 h", "1w", "٣m"]
+)
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(typer.BadParameter):
         duration_s(text)

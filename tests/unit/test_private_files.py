@@ -148,7 +148,7 @@ def test_what_the_command_line_writes(tmp_path: Path, umask: int) -> None:
     (tmp_path / "tokens").chmod(0o666)
     for argv in (
         ["init", "--folder", "trust", "--operator", "olga"],
-        ["key", "new", "deep/er/bot.json", "--id", "spiffe://acme.example/agent/bot"],
+        ["key", "new", "bot.json", "--id", "spiffe://acme.example/agent/bot"],
         ["provisioner", "new-token", "tokens", "--name", "acme"],
     ):
         subprocess.run([*cli, *argv], cwd=tmp_path, umask=umask, check=True, capture_output=True)

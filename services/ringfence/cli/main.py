@@ -9,8 +9,11 @@ import contextlib
 import errno
 import gc
 import importlib
+import inspect
 import io
+import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +24,10 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ringfence.cli.shared import context
+from ringfence.cli.shared.field_options import with_options
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.terminal import filter_stderr
-from ringfence.kernel.base.text import visible_lines
+from ringfence.kernel.base.text import did_you_mean, visible_lines
 
 EXTRAS = {
     "asyncpg": "server",
@@ -166,6 +170,16 @@ class LazyGroup(TyperGroup):
             return TyperCommand(cmd_name, help=entry.help, rich_help_panel=entry.panel)
         return load(cmd_name, entry)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command, and suggest one for a name that is mistyped: `TyperGroup` knows none of these."""
+        try:
+            return super().resolve_command(ctx, args)
+        except Exception as error:
+            if args and isinstance(says := getattr(error, "message", None), str) and "such command" in says:
+                near = did_you_mean(args[0], COMMANDS)
+                error.message = says.rstrip(".") + (near or "; see: ringfence --help")  # type: ignore[attr-defined]
+            raise
+
     def make_context(self, *args: Any, **more: Any) -> Any:
         with _visible_usage_errors():
             return super().make_context(*args, **more)
@@ -176,6 +190,7 @@ class LazyGroup(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self._listing = True
+        _show_types(self)
         try:
             super().format_help(ctx, formatter)
         finally:
@@ -192,7 +207,40 @@ def load(name: str, entry: CommandEntry) -> Any:
         single.command(name)(attribute)
         command = typer.main.get_command(single)
     command.name = name
+    _tidy_help(command)
     return command
+
+
+def _show_types(command: Any) -> None:
+    """Show no type beside a flag, and beside a text no name of a Python type."""
+    help_option = command.get_help_option
+
+    def without_type(ctx: Any) -> Any:
+        option = help_option(ctx)
+        if option is not None:
+            option.display_type_rich = _no_type
+        return option
+
+    command.get_help_option = without_type
+    for param in command.params:
+        if getattr(param, "is_flag", False) or param.param_type_name == "argument":
+            param.display_type_rich = _no_type
+        elif param.metavar is None and getattr(param.type_descriptor, "annotation", None) is str:
+            param.display_type_rich = lambda ctx: "TEXT"
+
+
+def _no_type(ctx: Any) -> None:
+    return None
+
+
+def _tidy_help(command: Any) -> None:
+    """Make the help of a command readable at every width: whole paragraphs, and flags without a type."""
+    if command.help:
+        paragraphs = inspect.cleandoc(command.help).split("\n\n")
+        command.help = "\n\n".join(" ".join(one.split("\n")) for one in paragraphs)
+    _show_types(command)
+    for inner in getattr(command, "commands", {}).values():
+        _tidy_help(inner)
 
 
 app = typer.Typer(
@@ -256,33 +304,94 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    as_json = _asks_for_json(words)
     try:
-        typer.main.get_command(app).main(args=words, prog_name="ringfence")
+        # Where errors are JSON, typer raises its own errors instead of printing them.
+        status = typer.main.get_command(app).main(
+            args=words, prog_name="ringfence", standalone_mode=not as_json
+        )
+        return status if isinstance(status, int) else 0
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 0
     except context.WrongUseError as error:
-        _say(f"error: {error}")
+        _report(error, as_json)
         return 2
     except RingfenceError as error:
-        _say(f"error: {error}")
+        _report(error, as_json)
         return 1
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        _say(f"error: this command needs the extra `{extra}` (ringfence[{extra}]): pip install '.[{extra}]'")
+        remedy = f"pip install '.[{extra}]'"
+        _report(
+            RingfenceError(
+                f"this command needs the extra `{extra}` (ringfence[{extra}]): {remedy}",
+                code="extra_missing",
+            ).with_remedy(remedy),
+            as_json,
+        )
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
+        if as_json and (usage := _usage_error(error)):
+            _report(usage, as_json)
+            return int(getattr(error, "exit_code", 1))
         # Not imported for this check: most commands need no Kafka.
         if type(error).__module__ != "aiokafka.errors":
             raise
-        _say(
-            f"error: Kafka did not do what was asked ({str(error) or type(error).__name__}); run: ringfence doctor"
+        _report(
+            RingfenceError(
+                f"Kafka did not do what was asked ({str(error) or type(error).__name__}); run: ringfence doctor",
+                code="kafka_failed",
+            ),
+            as_json,
         )
         return 1
-    return 0
+
+
+def _asks_for_json(words: Sequence[str]) -> bool:
+    """Return whether a command line has `--json`, also one that cannot be parsed."""
+    ours = words[: words.index("--")] if "--" in words else words
+    return "--json" in ours
+
+
+def _usage_error(error: Exception) -> RingfenceError | None:
+    """Return an error of typer as one of ours; None where it is another error."""
+    if isinstance(error, typer.Abort):
+        return RingfenceError("nothing was done", code="aborted")
+    says = getattr(error, "format_message", None)
+    if says is None:
+        return None
+    path = str(getattr(getattr(error, "ctx", None), "command_path", "ringfence"))
+    wanting = type(error).__name__ == "NoArgsIsHelpError"  # its message is the whole help
+    message = "name a command" if wanting else str(says())
+    return context.WrongUseError(message).with_remedy(f"{path} --help")
+
+
+def _report(error: RingfenceError, as_json: bool) -> None:
+    """Print an error on stderr: a sentence, or with `--json` one line of JSON, which is then the last line."""
+    message = with_options(error)
+    if not as_json:
+        _say(f"error: {message}")
+        return
+    from ringfence.cli.shared.output import escaped_json
+
+    reasons = [reason.model_dump(mode="json", exclude_none=True) for reason in getattr(error, "reasons", ())]
+    document = {
+        "code": error.code,
+        "message": message,
+        "remedy": error.remedy or _remedy_in(message),
+        "reasons": reasons,
+    }
+    sys.stderr.write(escaped_json(json.dumps(document)) + "\n")
+
+
+def _remedy_in(message: str) -> str | None:
+    """Return the command or page that a message names as its remedy."""
+    found = re.search(r"\b(?:run|see): (.+)$", message)
+    return found[1] if found else None
 
 
 def _discard_unwritten_output() -> None:

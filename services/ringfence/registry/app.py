@@ -70,7 +70,10 @@ def build(
     runtime.routes += EnrolApi(enroller).routes()
     runtime.ready_when(registry.untrusted)
     runtime.routes += RegistryApi(
-        directory, Authenticator(directory, runtime.role, runtime.clock), runtime.clock
+        directory,
+        Authenticator(directory, runtime.role, runtime.clock),
+        runtime.clock,
+        task_max_s=runtime.settings.task_max_s,
     ).routes()
     return runtime
 

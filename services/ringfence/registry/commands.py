@@ -107,7 +107,12 @@ class Registry:
     async def _handle(self, authorised: Authorised, record: Received) -> None:
         subject = command_subject(authorised.claims, authorised.command_id)
         try:
-            change = decide(self._current(subject), authorised, self._memory)
+            change = decide(
+                self._current(subject),
+                authorised,
+                self._memory,
+                task_max_s=self._runtime.settings.task_max_s,
+            )
             if change is not None:
                 await self._publish(subject, change, authorised, record.traceparent)
         except (CommandRefusedError, ChainError) as error:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Protocol
 
 from ringfence.kernel.base.text import with_article
+from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, parse
 from ringfence.messages.base import Message
 from ringfence.messages.oidc import OidcIssuer
@@ -29,6 +31,7 @@ from ringfence.messages.registry import (
     TaskConsent,
     TaskDelegate,
     TaskState,
+    TaskTerms,
     UserSet,
     UserState,
 )
@@ -49,6 +52,7 @@ from ringfence.model.unknown_fields import describe_unknown, unknown_fields
 
 Subject = tuple[SubjectKind, str]
 
+TASK_MAX_S = 30 * 24 * 3600
 MAX_PARTS = 32
 """The most parts of one task that agents can hand on, ended parts included.
 
@@ -133,8 +137,16 @@ class Change:
     commands: tuple[EmbeddedCommand, ...]
 
 
-def decide(current: Current | None, authorised: Authorised, around: Surroundings) -> Change | None:
+def decide(
+    current: Current | None,
+    authorised: Authorised,
+    around: Surroundings,
+    *,
+    task_max_s: int = TASK_MAX_S,
+) -> Change | None:
     """Decide a command: return the changed record, or None if what the command asks for is already so.
+
+    `task_max_s`: how long a new task may last, in seconds. Records of longer tasks stay valid.
 
     Raises CommandRefusedError with the reason. A refused command changes nothing.
     """
@@ -167,8 +179,10 @@ def decide(current: Current | None, authorised: Authorised, around: Surroundings
         _check_transfer(command, authorised, current.revision)
     if isinstance(command, TaskAssign):
         _check_task(command, authorised, around)
+        _check_task_length(command.terms, at_ms, task_max_s)
     if isinstance(command, TaskDelegate) and isinstance(state, TaskState):
         _check_part(state, around)
+        _check_task_length(command.terms, at_ms, task_max_s)
     embedded = EmbeddedCommand(jws=compact, appended_at_ms=at_ms)
     if current is None:
         return Change(state, 1, (embedded,))
@@ -313,6 +327,28 @@ def _check_task(command: TaskAssign, authorised: Authorised, around: Surrounding
         raise CommandRefusedError(
             f"this consent was used for task {task}; ask {command.on_behalf_of} for another",
             code="consent_used",
+        )
+
+
+def task_is_longer(not_after: int, assigned_ms: int, task_max_s: int) -> bool:
+    """Return whether a task that was assigned then lasts longer than new tasks may.
+
+    The command's signer computed the end by their own clock, which may be a little ahead.
+    """
+    return not_after - assigned_ms / 1000 > task_max_s + LEEWAY_S
+
+
+def _check_task_length(terms: TaskTerms, at_ms: int, task_max_s: int) -> None:
+    """Refuse a new task that would last longer than the limit.
+
+    Only the registry checks this, when a command arrives: readers accept records that were made under another limit.
+    """
+    if task_is_longer(terms.not_after, at_ms, task_max_s):
+        latest = datetime.fromtimestamp(at_ms // 1000 + task_max_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        raise CommandRefusedError(
+            f"the task would end later than a new task may, which is {latest} (RINGFENCE_TASK_MAX_S is {task_max_s}); "
+            "give it an earlier end",
+            code="task_too_long",
         )
 
 

@@ -23,20 +23,30 @@ from ringfence.model.lifecycle import agents_of, subject_key
 from ringfence.model.records.api_access import Authenticator, Caller
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory, VerifiedRecord
+from ringfence.registry.domain import TASK_MAX_S, task_is_longer
 
 _PAUSE_EVERY = 50
 """After so many entries the loop yields to the rest of the process: the first look verifies each chain."""
 
-Filter = Callable[[AnyState, Request], bool]
+Filter = Callable[[VerifiedRecord[AnyState], Request], bool]
 
 
 class RegistryApi:
     """HTTP routes over one directory."""
 
-    def __init__(self, directory: Directory, authenticator: Authenticator, clock: Clock) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        authenticator: Authenticator,
+        clock: Clock,
+        *,
+        task_max_s: int = TASK_MAX_S,
+    ) -> None:
+        """`task_max_s`: how long a new task may last; `?beyond_limit=1` asks for tasks that last longer."""
         self._directory = directory
         self._authenticator = authenticator
         self._clock = clock
+        self._task_max_s = task_max_s
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes to add to those of the runtime."""
@@ -47,13 +57,11 @@ class RegistryApi:
             *self._routes_of("task", self._is_wanted_task),
         ]
 
-    def _routes_of(self, kind: SubjectKind, wanted: Filter = lambda state, request: True) -> list[BaseRoute]:
+    def _routes_of(self, kind: SubjectKind, wanted: Filter = lambda entry, request: True) -> list[BaseRoute]:
         async def all_of_them(request: Request) -> Response:
             caller = self._authenticator.authenticate(request)
             entries = [
-                _json(entry, request)
-                async for entry in self._visible(kind, caller)
-                if wanted(entry.state, request)
+                _json(entry, request) async for entry in self._visible(kind, caller) if wanted(entry, request)
             ]
             return JSONResponse({f"{kind}s": entries})
 
@@ -98,12 +106,15 @@ class RegistryApi:
             case _:
                 return True
 
-    def _is_wanted_task(self, task: AnyState, request: Request) -> bool:
-        """Apply the filters `?agent=`, `?parent=` and `?status=`.
+    def _is_wanted_task(self, entry: VerifiedRecord[AnyState], request: Request) -> bool:
+        """Apply the filters `?agent=`, `?parent=`, `?status=` and `?beyond_limit=1`.
 
         A task past its end counts as ended, and so do its parts, even if nobody published that.
         """
+        task = entry.state
         if not isinstance(task, TaskState):
+            return False
+        if request.query_params.get("beyond_limit") == "1" and not self._is_beyond_limit(entry, task):
             return False
         agent, parent, status = (request.query_params.get(name) for name in ("agent", "parent", "status"))
         return (
@@ -111,6 +122,11 @@ class RegistryApi:
             and parent in (None, task.parent)
             and status in (None, "ended" if self._is_over(task) else "active")
         )
+
+    def _is_beyond_limit(self, entry: VerifiedRecord[AnyState], task: TaskState) -> bool:
+        """Return whether a task lasts longer than a new one may: it was assigned under another limit."""
+        assigned_ms = entry.record.commands[0].appended_at_ms
+        return task_is_longer(task.not_after, assigned_ms, self._task_max_s)
 
     def _is_over(self, task: TaskState) -> bool:
         now_s = self._clock.now_ms() / 1000

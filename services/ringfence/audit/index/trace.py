@@ -130,8 +130,18 @@ def trace_tree(events: Iterable[dict[str, Any]]) -> list[Node]:
                 children=_leaves(steps, None),
             )
     for root in roots.values():
+        _sort_by_time(root)
         _fill_durations(root)
     return list(roots.values())
+
+
+def _sort_by_time(node: Node) -> int | None:
+    """Order the steps below a node by time, cause before effect. Returns when the first of all of them was."""
+    begins = [_sort_by_time(child) for child in node["children"]]
+    order = sorted(range(len(begins)), key=lambda place: begins[place] or 0)
+    node["children"] = [node["children"][place] for place in order]
+    times = [at for at in (node["at_ms"], *begins) if at is not None]
+    return min(times, default=None)
 
 
 def _leads_to(task: str, start: str, parents: Mapping[str, str]) -> bool:

@@ -17,9 +17,10 @@ def row(one: PendingAction, now_s: float) -> tuple[str, ...]:
     """Return the table row of one pending action."""
     return (
         one.request_id,
-        "1",
+        "in " + span(one.expires_at - now_s),
         one.agent,
         one.on_behalf_of,
+        "1",
         show_act(one.target, one.verb, one.resource),
         "\n".join(
             (
@@ -27,7 +28,6 @@ def row(one: PendingAction, now_s: float) -> tuple[str, ...]:
                 *approval_views.shown_headers(one),
             )
         ),
-        "in " + span(one.expires_at - now_s),
     )
 
 

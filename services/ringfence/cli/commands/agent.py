@@ -33,6 +33,7 @@ from ringfence.cli.shared.options import (
     PublicKeyOption,
     ReasonOption,
     RemoveOption,
+    WideOption,
     YesOption,
     confirm,
     consent_life_s,
@@ -45,7 +46,7 @@ from ringfence.cli.shared.options import (
     wants_json,
 )
 from ringfence.cli.shared.output import note, print_json, print_table, say, span, until, visible_name
-from ringfence.cli.shared.records import list_records, print_record
+from ringfence.cli.shared.records import list_records, print_record, read_record
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.admin.affected_leases import Loss
 from ringfence.client.admin.command_client import Accepted
@@ -378,9 +379,9 @@ def decommission(
 
 
 @app.command(name="list")
-def list_agents(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+def list_agents(wide: WideOption = False, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """List agents: a sponsor's own; all for operators and auditors."""
-    list_records("agent", identity(me), wants_json(as_json))
+    list_records("agent", identity(me), wants_json(as_json), wide)
 
 
 @app.command()
@@ -393,7 +394,7 @@ def show(agent: AgentArgument, me: IdentityOption = None, as_json: JsonOption = 
 
     async def work() -> tuple[Any, Any, str | None]:
         async with ReadApi(identity(me)) as api:
-            record = await api.record("agent", agent)
+            record = await read_record(api, "agent", agent)
             try:
                 return record, await api.usage(agent), None
             except ApiError as error:
@@ -480,7 +481,7 @@ def print_usage(usage: Mapping[str, Any], command: str | None) -> None:
     """Print what was used of what is granted, what is held now, and the narrower ceiling, for people."""
     now_s = time.time()
     print_table(
-        ["!target", "!verb", "in its ceiling", "used on", "first", "last"],
+        ["target", "verb", "in its ceiling", "used on", "first", "last"],
         _rows(usage),
         empty="it may hold nothing, and used nothing",
     )

@@ -15,9 +15,11 @@ import typer
 from ringfence.cli.commands import action_approvals, grants
 from ringfence.cli.shared import approval_views
 from ringfence.cli.shared.arguments import check_id_prefix, show_scope
+from ringfence.cli.shared.id_lookup import only_one, require_whole_id
 from ringfence.cli.shared.options import (
     IdentityOption,
     JsonOption,
+    WideOption,
     YesOption,
     confirm,
     identity,
@@ -33,6 +35,7 @@ from ringfence.cli.shared.output import (
     span,
     visible,
 )
+from ringfence.cli.shared.tables import ids, prose
 from ringfence.client.approvals.action_approvals import PendingAction
 from ringfence.client.approvals.history_comparison import Comparison
 from ringfence.client.approvals.pending_approval import PendingApproval
@@ -60,7 +63,10 @@ OneOption = Annotated[bool, typer.Option("--one", help="Only this request, not t
 
 @app.command(name="list")
 def list_approvals(
-    everyone: EveryoneOption = False, me: IdentityOption = None, as_json: JsonOption = False
+    everyone: EveryoneOption = False,
+    wide: WideOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """List what waits for you: requests, those that would come to the same credential once, and single actions."""
 
@@ -74,24 +80,25 @@ def list_approvals(
         return
     now_s = time.time()
     print_table(
-        ["!request", "!alike", "agent", "for", "wants", "reason", "!ends"],
+        [ids("request"), "ends", "agent", "for", "alike", "wants", prose("reason")],
         [
             *(
                 (
                     group.first.request_id,
-                    str(len(group.requests)),
+                    "in " + span(group.expires_at - now_s),
                     group.first.agent,
                     group.first.on_behalf_of,
+                    str(len(group.requests)),
                     show_scope(group.first.scope),
                     ("BREAK GLASS: " if group.first.break_glass else "")
                     + "\n".join(visible(reason) for reason in group.reasons),
-                    "in " + span(group.expires_at - now_s),
                 )
                 for group in groups
             ),
             *(action_approvals.row(one, now_s) for one in actions),
         ],
         empty="nothing waits for you",
+        wide=wide,
     )
 
 
@@ -175,7 +182,7 @@ def watch(everyone: EveryoneOption = False, me: IdentityOption = None, as_json: 
 def _send_answers(
     request: str,
     verb: Literal["approve", "deny"],
-    only_one: bool,
+    alone: bool,
     comment: str | None,
     yes: bool,
     me: Path | None,
@@ -185,7 +192,11 @@ def _send_answers(
         async with Sponsor.connect(identity(me)) as sponsor:
             return await (sponsor.approve_all if verb == "approve" else sponsor.deny_all)(group, comment)
 
-    question = _find_question(request, me, only_one=only_one)
+    if yes:
+        require_whole_id(
+            request, "with --yes nobody looks at what it finds, so name the request by its whole id"
+        )
+    question = _find_question(request, me, alone=alone)
     if isinstance(question, PendingAction):
         action_approvals.answer(question, verb, comment, yes, me, wants_json(as_json))
         return
@@ -209,14 +220,14 @@ def _send_answers(
 
 
 def _find_question(
-    request: str, me: Path | None, *, only_one: bool = False
+    request: str, me: Path | None, *, alone: bool = False
 ) -> tuple[RequestGroup, Comparison] | PendingAction:
     async def work() -> tuple[RequestGroup, Comparison] | PendingAction:
         async with Sponsor.connect(identity(me)) as sponsor:
-            if sponsor.find(request) is None and (action := sponsor.find_action(request)) is not None:
-                return action
             pending = _find(sponsor, request)
-            equivalent = [] if only_one else [one for one in sponsor.alike(pending) if one != pending]
+            if isinstance(pending, PendingAction):
+                return pending
+            equivalent = [] if alone else [one for one in sponsor.alike(pending) if one != pending]
             return RequestGroup((pending, *equivalent)), (await sponsor.usual(pending.agent)).compared(
                 pending
             )
@@ -224,13 +235,20 @@ def _find_question(
     return run(work())
 
 
-def _find(sponsor: Sponsor, request: str) -> PendingApproval:
-    pending = sponsor.find(request)
-    if pending is None:
-        unshowable = find_by_prefix(request, sponsor.unshowable.items(), lambda one: one[0])
-        reason = f": {unshowable[1]}" if unshowable else ""
-        raise InvalidCallError(f"no single open request {request!r}{reason}; see: ringfence approvals list")
-    return pending
+def _find(sponsor: Sponsor, request: str) -> PendingApproval | PendingAction:
+    """Return the only open request or action whose id begins so. Raises InvalidCallError."""
+    questions: list[PendingApproval | PendingAction] = [
+        *sponsor.pending(everyone=True),
+        *sponsor.actions(everyone=True),
+    ]
+    waiting = {one.request_id: one for one in questions}
+    unshowable = find_by_prefix(request, sponsor.unshowable.items(), lambda one: one[0])
+    if unshowable and not any(id.startswith(request) for id in waiting):
+        raise InvalidCallError(
+            f"request {unshowable[0]} is open, and is not shown: {unshowable[1]}; see: ringfence approvals list"
+        )
+    known = {id: f"{one.agent}, on behalf of {one.on_behalf_of}" for id, one in waiting.items()}
+    return waiting[only_one("open request", request, known)]
 
 
 def _show(group: RequestGroup, comparison: Comparison, as_json: bool) -> None:

@@ -8,16 +8,15 @@ import json
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.text import Text
-from rich.tree import Tree
 
 from ringfence.cli.commands.audit_coverage import coverage
 from ringfence.cli.commands.audit_export import export
+from ringfence.cli.commands.audit_trace import FAILED, clock, trace_lines
 from ringfence.cli.commands.audit_who import who
 from ringfence.cli.shared.arguments import check_name
 from ringfence.cli.shared.audit_filters import (
@@ -32,9 +31,11 @@ from ringfence.cli.shared.audit_filters import (
     UserFilter,
     filters_of,
 )
+from ringfence.cli.shared.id_lookup import IdKind, is_prefix, known_ids, only_one, whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json, when_ms
 from ringfence.cli.shared.output import (
     console,
+    line_width,
     note,
     print_json,
     print_json_line,
@@ -44,7 +45,7 @@ from ringfence.cli.shared.output import (
 )
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.connection import load_key, load_settings
-from ringfence.client.errors import InvalidCallError
+from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.reports.auditor import (
     HEADS,
     SETTLE_S,
@@ -66,9 +67,6 @@ _POLL_S = 0.5
 _SHOWN = 10_000
 """The number of shown events that are remembered, because two queries may return the same event."""
 _END_OF_TIME_MS = 2**53
-_STYLES = {"user": "bold", "task": "bold", "lease": "green", "decision": "cyan", "approval": "magenta"}
-_ENDS = {"cut": "yellow", "end": "yellow", "revocation": "yellow"}
-_FAILED = "red"
 
 
 @app.command()
@@ -120,6 +118,8 @@ def tail(
             console().print(event_line(event), soft_wrap=True)
 
     async def work() -> None:
+        filters["task"] = await whole_id("task", task, identity(me)) if task else None
+        filters["lease"] = await whole_id("lease", lease, identity(me)) if lease else None
         async with ReadApi(identity(me)) as api:
             await _tail(api, filters, show, lines=lines, since_ms=since_ms, follow=follow)
 
@@ -172,13 +172,16 @@ def trace(
     id: Annotated[
         str,
         typer.Argument(
-            metavar="ID", callback=check_name, help="The id of a lease, request, task, agent or user."
+            metavar="ID",
+            callback=check_name,
+            help="The id of a lease, request or task, or how it begins; or an agent or user.",
         ),
     ],
     kind: Annotated[
         Literal["lease", "request", "task", "agent", "user"] | None,
         typer.Option("--kind", help="What the id is of, where it could be several."),
     ] = None,
+    wide: Annotated[bool, typer.Option("--wide", help="Print whole ids, and lines however long.")] = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -186,13 +189,22 @@ def trace(
 
     async def work() -> Any:
         async with ReadApi(identity(me)) as api:
-            return await api.trace(id, kind)
+            try:
+                return await api.trace(id, kind)
+            except ApiError as error:
+                if error.status != 404 or not is_prefix(id) or kind in ("agent", "user"):
+                    raise
+            sought: IdKind | None = None if kind is None or kind == "agent" or kind == "user" else kind
+            known = await known_ids(api, sought)
+            return await api.trace(only_one(kind or "lease, request or task", id, known), kind)
 
     story = run(work())
     if wants_json(as_json):
         print_json(story)
         return
-    console().print(trace_tree(story))
+    screen = console()
+    for line in trace_lines(story, width=line_width(wide=wide)):
+        screen.print(line, soft_wrap=True)
     if story.get("truncated"):
         note("only the latest are shown; trace one of them by its own id", "yellow")
 
@@ -256,7 +268,7 @@ def verify(
 
 def _print_report(report: TrailReport, witnessed: int) -> None:
     print_table(
-        ["!chain", "events", "signed up to", "root", "witnesses"],
+        ["chain", "events", "signed up to", "root", "witnesses"],
         (
             (
                 one.tree,
@@ -279,53 +291,11 @@ def _print_report(report: TrailReport, witnessed: int) -> None:
         say(f"signed {witnessed} heads as a witness")
 
 
-def trace_tree(story: Mapping[str, Any]) -> Tree:
-    """Return the answer of `GET /v1/trace/{id}` as a tree for people: who, for whom, why, and when each step was."""
-    trunk = Tree(Text(visible(f"{story['kind']} {story['id']}"), style="bold"), guide_style="dim")
-    for root in story["roots"]:
-        _grow(trunk, root, None)
-    return trunk
-
-
 def event_line(event: Mapping[str, Any]) -> Text:
     """One OCSF event on one line."""
-    line = Text(_clock(event.get("time"), date=True), style="dim")
+    line = Text(clock(event.get("time"), date=True), style="dim")
     failed = event.get("status_id") == 2
     code = str(event.get("metadata", {}).get("event_code", event.get("class_uid", "")))
-    line.append(f"  {visible(code):22}", style=_FAILED if failed else "cyan")
+    line.append(f"  {visible(code):22}", style=FAILED if failed else "cyan")
     line.append(f"  {visible(str(event.get('message', '')))}", style="")
     return line
-
-
-def _grow(parent: Tree, node: Mapping[str, Any], day: str | None) -> None:
-    at_ms = node.get("at_ms")
-    here = _clock(at_ms, date=True)[:10] if at_ms is not None else day
-    label = Text()
-    if at_ms is not None:
-        # The date is printed where it changes, which is rare within one trace.
-        label.append(f"{_clock(at_ms, date=here != day)} ", style="dim")
-    title = visible(str(node["title"]))
-    refused = node["kind"] == "decision" and "refused" in title
-    label.append(
-        title, style=_FAILED if refused else _STYLES.get(node["kind"]) or _ENDS.get(node["kind"], "")
-    )
-    if node.get("duration_ms") is not None:
-        label.append(f"  +{_after(node['duration_ms'])}", style="dim")
-    if node["kind"] in ("task", "request", "lease"):
-        label.append(f"  {node['kind']} {visible(str(node['id']))}", style="dim")
-    branch = parent.add(label)
-    for child in node["children"]:
-        _grow(branch, child, here)
-
-
-def _clock(at_ms: int | None, *, date: bool) -> str:
-    if at_ms is None:
-        return ""
-    at = datetime.fromtimestamp(at_ms / 1000, UTC)
-    return at.strftime("%Y-%m-%d %H:%M:%S.%f" if date else "%H:%M:%S.%f")[:-3] + "Z"
-
-
-def _after(ms: int) -> str:
-    if ms < 1000:
-        return f"{ms} ms"
-    return f"{ms / 1000:.1f} s" if ms < 60_000 else f"{ms // 60_000} min {ms // 1000 % 60} s"

@@ -19,6 +19,7 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import moment, note, print_json, print_table, say, span
 from ringfence.cli.shared.progress import counting
+from ringfence.cli.shared.tables import ids, prose
 from ringfence.client.reports.coverage import Coverage, Ratio, coverage_report
 from ringfence.client.reports.read_api import ReadApi
 
@@ -98,7 +99,7 @@ def _print_coverage(report: Coverage) -> None:
     rows.append(
         ("standing privileges (the aim is 0)", str(standing), f"short-lived is {span(report.short_s)}")
     )
-    print_table(["what", "!share", "of"], rows, empty="")
+    print_table(["what", "share", "of"], rows, empty="")
     unknown = sorted(name or "(not named)" for name, known in report.agents_seen.items() if not known)
     if unknown:
         say(f"agents that the inventory does not know: {', '.join(unknown[:20])}", "yellow")
@@ -121,7 +122,7 @@ def _print_listed(title: str, found: Sequence[Mapping[str, Any]], total: int) ->
         return
     say(title, "bold")
     print_table(
-        ["when", "agent", "!lease or action", "target", "why"],
+        [ids("lease or action"), "when", "agent", "target", prose("why")],
         map(_item_row, found),
         empty="(--show lists some)",
     )
@@ -131,4 +132,4 @@ def _print_listed(title: str, found: Sequence[Mapping[str, Any]], total: int) ->
 
 def _item_row(one: Mapping[str, Any]) -> tuple[str, ...]:
     item_id = one["action"] or one["lease"] or ""
-    return moment(one["at_ms"] / 1000), one["agent"] or "unknown", item_id, one["target"] or "", one["why"]
+    return item_id, moment(one["at_ms"] / 1000), one["agent"] or "unknown", one["target"] or "", one["why"]

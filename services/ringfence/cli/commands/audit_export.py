@@ -20,6 +20,7 @@ from ringfence.cli.shared.audit_filters import (
     UserFilter,
     filters_of,
 )
+from ringfence.cli.shared.id_lookup import whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, span_ms, wants_json
 from ringfence.cli.shared.output import escaped_json, moment, note, print_json, say, visible_lines
 from ringfence.cli.shared.progress import counting
@@ -86,7 +87,8 @@ def export(
     filters = filters_of(
         target=target, user=user, sponsor=sponsor, codes=code, status=status, severity=severity
     )
-    filters = set_filters({"agent": agent, "task": task, "class": class_uid, **filters})
+    task_id = run(whole_id("task", task, identity(me))) if task else None
+    filters = set_filters({"agent": agent, "task": task_id, "class": class_uid, **filters})
     question = ExportQuery(format=format, since_ms=since_ms, until_ms=until_ms, filters=filters)
     if out is None:
         _to_stdout(question, me)

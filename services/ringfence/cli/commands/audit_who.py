@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ringfence.cli.shared.arguments import check_target_id
-from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, span_ms, wants_json
+from ringfence.cli.shared.options import (
+    IdentityOption,
+    JsonOption,
+    WideOption,
+    identity,
+    run,
+    span_ms,
+    wants_json,
+)
 from ringfence.cli.shared.output import moment, note, print_json, print_table, say
 from ringfence.cli.shared.progress import counting
+from ringfence.cli.shared.tables import Column, ids, prose
+from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.reports.access_report import AccessReport, access_report
 from ringfence.client.reports.read_api import ReadApi
+from ringfence.kernel.base.text import did_you_mean
 
-_DID = [
-    "agent", "sponsor", "on behalf of", "allowed", "denied", "observed", "credentials", "!first", "!last", "!trace",
-]  # fmt: skip
+_COULD: Sequence[str | Column] = (
+    "agent", "on behalf of", "sponsor", "until", ids("task"), "ceiling by", prose("may"), prose("assigned"),
+)  # fmt: skip
+_DID: Sequence[str | Column] = (
+    ids("trace"), "agent", "on behalf of", "sponsor", "allowed", "denied", "observed", "credentials", "first", "last",
+)  # fmt: skip
 
 
 def who(
@@ -41,6 +56,7 @@ def who(
     until: Annotated[
         str | None, typer.Option("--until", metavar="WHEN", help="Until when, in the same way; until now.")
     ] = None,
+    wide: WideOption = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -62,27 +78,42 @@ def who(
                 )
 
     report = run(work())
+    if report.exists is False and not report.could and not report.did:
+        # It never existed, as far as the caller may see. A target that was removed still has what was done there.
+        near = run(_nearest_target(identity(me), target))
+        raise InvalidCallError(f"there is no target {target}{near}; see: ringfence target list")
     if wants_json(as_json):
         print_json(report.as_json())
     else:
-        _print_access_report(report)
+        _print_access_report(report, wide=wide)
     for gap in report.gaps:
         note(f"not known: {gap}", "yellow")
 
 
-def _print_access_report(report: AccessReport) -> None:
+async def _nearest_target(me: Path | None, target: str) -> str:
+    """Return `; did you mean NAME?` for the closest target, or an empty string."""
+    async with ReadApi(me) as api:
+        try:
+            return did_you_mean(target, [one["id"] for one in await api.records("target")])
+        except ApiError:
+            return ""
+
+
+def _print_access_report(report: AccessReport, *, wide: bool) -> None:
     if report.could is not None:
         say(f"could, now: {sum(agent['now'] for agent in report.could)} of these agents", "bold")
         print_table(
-            ["agent", "sponsor", "on behalf of", "may", "!until", "ceiling by", "task"],
+            _COULD,
             (row for agent in report.could for row in _could_rows(agent)),
             empty=f"no agent that you may see may ever reach it at {report.target}",
+            wide=wide,
         )
     say(f"did, from {moment(report.since_ms / 1000)} until {moment(report.until_ms / 1000)}:", "bold")
     print_table(
         _DID,
         (_did_row(line) for line in report.rows()),
         empty="nobody, as far as you may see",
+        wide=wide,
     )
 
 
@@ -92,7 +123,7 @@ def _could_rows(agent: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     by = agent["ceiling_by"]
     leave = f"{by['by'].rpartition('/')[2]}, {moment(by['at_ms'] / 1000)[:10]}" if by else ""
     if not agent["tasks"]:
-        yield name, sponsor, "nobody now", f"with a task: {_scope_text(agent['ceiling'])}", "", leave, ""
+        yield name, "nobody now", sponsor, "", "", leave, f"with a task: {_scope_text(agent['ceiling'])}", ""
     for task in agent["tasks"]:
         behalf = f"{task['on_behalf_of']} ({task['entitlements_by']})"
         may = _scope_text(task["scope"])
@@ -100,17 +131,18 @@ def _could_rows(agent: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             may += f"\nonce approved: {', '.join(task['approvals'])}"
         if task["against"]:
             may += f"\nnot now: {'; '.join(task['against'])}"
-        by_whom = f"{task['id']}: {task['purpose']}\nassigned by {task['assigned_by']}"
+        by_whom = f"by {task['assigned_by']}"
         if task["handed_on_by"]:
             by_whom += f", handed on by {', '.join(task['handed_on_by'])}"
-        yield name, sponsor, behalf, may, moment(task["not_after"]), leave, by_whom
+        by_whom += f": {task['purpose']}"
+        yield name, behalf, sponsor, moment(task["not_after"]), task["id"], leave, may, by_whom
 
 
 def _did_row(line: Mapping[str, Any]) -> tuple[str, ...]:
-    principals = (line[name] or "unknown" for name in ("agent", "sponsor", "on_behalf_of"))
+    principals = (line[name] or "unknown" for name in ("agent", "on_behalf_of", "sponsor"))
     counts = (str(line[name]) if line[name] else "" for name in ("allowed", "denied", "observed", "leases"))
     times = (moment(line[name] / 1000) for name in ("first_ms", "last_ms"))
-    return (*principals, *counts, *times, line["lease"] or "")
+    return (line["lease"] or "", *principals, *counts, *times)
 
 
 def _scope_text(scope: list[dict[str, Any]]) -> str:

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from ringfence.cli.shared.arguments import check_id_prefix, show_scope
-from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
+from ringfence.cli.shared.options import IdentityOption, JsonOption, WideOption, identity, run, wants_json
 from ringfence.cli.shared.output import moment, print_json, print_table, say
+from ringfence.cli.shared.tables import ids, prose
 from ringfence.client.approvals.break_glass_review import review_break_glass, uses_of_break_glass
 from ringfence.messages.permission import Permission
 
@@ -20,6 +21,7 @@ def list_uses(
     unreviewed: Annotated[
         bool, typer.Option("--unreviewed", help="Only those that nobody has reviewed.")
     ] = False,
+    wide: WideOption = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -29,7 +31,17 @@ def list_uses(
         print_json(uses)
         return
     print_table(
-        ["!request", "!at", "agent", "for", "allowed", "by", "against", "its reason", "review"],
+        [
+            ids("request"),
+            "at",
+            "agent",
+            "for",
+            "allowed",
+            "by",
+            prose("against"),
+            prose("its reason"),
+            prose("review"),
+        ],
         (
             (
                 str(use["request_id"]),
@@ -47,6 +59,7 @@ def list_uses(
             for use in uses
         ),
         empty="every use of break glass has its review" if unreviewed else "break glass was never used",
+        wide=wide,
     )
 
 

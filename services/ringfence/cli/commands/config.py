@@ -25,6 +25,7 @@ from ringfence.cli.shared.output import (
     visible_name,
 )
 from ringfence.cli.shared.settings_check import DECLARED_IN
+from ringfence.cli.shared.tables import prose
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base import config_file
 from ringfence.kernel.base.config_file import CONFIG_FILE_ENV, ConfigFile, FoundFile
@@ -116,7 +117,7 @@ def show(as_json: JsonOption = False) -> None:
         return
     say(_describe_file(file, candidate))
     print_table(
-        ["!setting", "value", "!from"],
+        ["setting", prose("value"), "from"],
         [(one.name, visible_name(_value_text(one.value)), one.source) for one in settings],
         empty="",
     )

@@ -17,6 +17,7 @@ from rich.status import Status
 from rich.text import Text
 
 from ringfence.cli.shared.context import wants_json
+from ringfence.cli.shared.output import line_width
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import visible
 
@@ -114,10 +115,11 @@ class RichNarrator:
         mark = "[red]✗[/]" if step in ("bypass.succeeded", "request.refused") else "[green]✓[/]"
         self._out.print(f"{mark} [bold cyan]{step:21}[/] ", Text(visible(text)), sep="")
         if "trace" in ids:
-            from ringfence.cli.commands.audit import trace_tree
+            from ringfence.cli.commands.audit_trace import trace_lines
 
             self._out.print()
-            self._out.print(trace_tree(ids["trace"]))
+            for line in trace_lines(ids["trace"], width=line_width()):
+                self._out.print(line, soft_wrap=True)
 
     def waiting(self, text: str) -> None:
         if not self._out.is_terminal:

@@ -100,7 +100,7 @@ def _print_blocked(report: ActionReport) -> None:
         return
     say("blocked, by reason:", "bold")
     print_table(
-        ["agent", "target", "access", "reason", "!blocked", "!observed", "!injected"],
+        ["agent", "target", "access", "reason", "blocked", "observed", "injected"],
         (
             (
                 *(_name_or_dash(part) for part in row),
@@ -122,7 +122,7 @@ def _print_unknown(report: ActionReport) -> None:
         return
     say("unknown destinations, the most frequent:", "bold")
     print_table(
-        ["scheme", "host", "!port", "method", "path", "target", "!blocked"],
+        ["scheme", "host", "port", "method", "path", "target", "blocked"],
         ((*map(_cell, where), str(count)) for where, count in rows[:_MOST_DESTINATIONS]),
         empty="",
     )

@@ -7,13 +7,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ringfence.cli.shared.arguments import check_id_prefix, check_uuid, parse_scope, show_scope
+from ringfence.cli.shared.arguments import check_id_prefix, parse_scope, show_scope
 from ringfence.cli.shared.command_results import print_accepted
+from ringfence.cli.shared.id_lookup import is_whole, only_one, require_whole_id, whole_id
 from ringfence.cli.shared.options import (
     AllowOption,
     IdentityOption,
     JsonOption,
     ReasonOption,
+    WideOption,
     YesOption,
     confirm,
     duration_s,
@@ -30,6 +32,7 @@ from ringfence.cli.shared.output import (
     until,
     visible,
 )
+from ringfence.cli.shared.tables import ids
 from ringfence.client.admin.command_client import Accepted
 from ringfence.client.approvals.grants import Grantor, Proposal
 from ringfence.client.approvals.pending_approval import PendingApproval
@@ -37,12 +40,15 @@ from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import InvalidCallError
 from ringfence.messages.permission import Permission
 
-GrantArgument = Annotated[str, typer.Argument(metavar="GRANT", callback=check_uuid, help="The grant's id.")]
+GrantArgument = Annotated[
+    str, typer.Argument(metavar="GRANT", callback=check_id_prefix, help="The grant's id, or how it begins.")
+]
 
 
 def grant(
     task: Annotated[
-        str | None, typer.Argument(metavar="[TASK]", callback=check_uuid, help="The task's id.")
+        str | None,
+        typer.Argument(metavar="[TASK]", callback=check_id_prefix, help="The task's id, or how it begins."),
     ] = None,
     allow: AllowOption = None,
     like: Annotated[
@@ -82,19 +88,22 @@ def grant(
         raise typer.BadParameter(
             "the request says it; give neither --allow, --ttl nor --delivery", param_hint="--like"
         )
+    if like and yes:
+        require_whole_id(
+            like, "with --yes nobody looks at what it finds, so name the request by its whole id"
+        )
     scope, lasts_s = parse_scope(allow, may_be_empty=like is not None), duration_s(lasts)
     ttl_s = duration_s(ttl) if ttl else None
 
     async def asked(request: str) -> PendingApproval:
         async with Sponsor.connect(identity(me)) as sponsor:
-            pending = sponsor.find(request)
-            if pending is None:
-                raise InvalidCallError(f"no single open request {request}; see: ringfence approvals list")
-            return pending
+            waiting = {one.request_id: one for one in sponsor.pending(everyone=True)}
+            known = {id: f"{one.agent}, on behalf of {one.on_behalf_of}" for id, one in waiting.items()}
+            return waiting[only_one("open request", request, known)]
 
     async def look() -> Proposal:
         terms: dict[str, Any] = {
-            "task_id": task or "",
+            "task_id": await whole_id("task", task, identity(me)) if task else "",
             "scope": scope,
             "ttl_s": ttl_s,
             "delivery": delivery or "agent",
@@ -124,7 +133,7 @@ def grant(
     print_accepted(accepted, sentence, wants_json(as_json), grant_id=accepted.result or "")
 
 
-def grants(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+def grants(wide: WideOption = False, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """List what was approved ahead, and how much of it was used."""
 
     async def work() -> list[dict[str, Any]]:
@@ -136,20 +145,21 @@ def grants(me: IdentityOption = None, as_json: JsonOption = False) -> None:
         print_json(found)
         return
     print_table(
-        ["!grant", "agent", "by", "scope", "!used", "!status", "!ends"],
+        [ids("grant"), "status", "used", "agent", "by", "ends", "scope"],
         (
             (
                 one["grant_id"],
+                one["status"],
+                f"{one['used']} of {one['count']}",
                 one["agent_id"],
                 one["by"],
-                show_scope(Permission.model_validate(item, strict=False) for item in one["scope"]),
-                f"{one['used']} of {one['count']}",
-                one["status"],
                 until(one["ends_at"], now_s),
+                show_scope(Permission.model_validate(item, strict=False) for item in one["scope"]),
             )
             for one in found
         ),
         empty="nothing was approved ahead",
+        wide=wide,
     )
 
 
@@ -158,11 +168,18 @@ def withdraw(
 ) -> None:
     """Take back what was approved ahead: nothing more is issued on it. What was issued goes on to its end."""
 
-    async def work() -> Accepted:
+    async def work() -> tuple[str, Accepted]:
         async with Grantor.connect(identity(me)) as grantor:
-            return await grantor.withdraw(grant_id, reason=reason)
+            whole = grant_id
+            if not is_whole(grant_id):
+                known = {
+                    str(one["grant_id"]): f"grant for {one['agent_id']}" for one in await grantor.grants()
+                }
+                whole = only_one("grant", grant_id, known)
+            return whole, await grantor.withdraw(whole, reason=reason)
 
-    print_accepted(run(work()), f"taken back: {grant_id}", wants_json(as_json))
+    whole, accepted = run(work())
+    print_accepted(accepted, f"taken back: {whole}", wants_json(as_json))
 
 
 def _print_proposal(proposal: Proposal) -> None:

@@ -18,12 +18,22 @@ from ringfence.cli.shared.arguments import check_name, check_target_id
 from ringfence.cli.shared.options import (
     IdentityOption,
     JsonOption,
+    WideOption,
     duration_s,
     identity,
     run,
     wants_json,
 )
-from ringfence.cli.shared.output import console, moment, note, print_json, print_json_line, table_of, visible
+from ringfence.cli.shared.output import (
+    console,
+    line_width,
+    moment,
+    note,
+    print_json,
+    print_json_line,
+    visible,
+)
+from ringfence.cli.shared.tables import list_lines, wrapped
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.inventory import PAGE_ROWS, Inventory, read_inventory
 from ringfence.client.reports.read_api import Filters, ReadApi
@@ -86,6 +96,7 @@ def inventory(
     every: Annotated[
         str, typer.Option("--every", metavar="DURATION", help="How often --watch looks.")
     ] = "2s",
+    wide: WideOption = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -116,7 +127,11 @@ def inventory(
                 await watch_lines(api, every_s, filters)
             if watch:
                 await watch_table(
-                    api, every_s, limit, filters, lambda found: _inventory_view(found, keys_within)
+                    api,
+                    every_s,
+                    limit,
+                    filters,
+                    lambda found: _inventory_view(found, keys_within, line_width()),
                 )
             return await read_inventory(api, None if wants_json(as_json) else limit, filters)
 
@@ -126,19 +141,22 @@ def inventory(
     if wants_json(as_json):
         print_json(found.as_json())
     else:
-        console().print(_inventory_view(found, keys_within))
+        for line in _inventory_view(found, keys_within, line_width(wide=wide)).renderables:
+            console().print(line, soft_wrap=True)
     for gap in found.gaps:
         note(f"incomplete: {gap}", "yellow")
 
 
-def _inventory_view(found: Inventory, keys_within: str) -> Group:
+def _inventory_view(found: Inventory, keys_within: str, width: int | None) -> Group:
     """Return the view of the sums and the listed agents."""
-    parts: list[Any] = [Text(visible(line)) for line in _sums(found.totals, keys_within)]
+    sums = [visible(line) for line in _sums(found.totals, keys_within)]
+    parts: list[Any] = [Text(part) for line in sums for part in (wrapped(line, width) if width else [line])]
     if found.agents:
         columns = [
-            "!agent", "status", "sponsor", "last seen", "tasks", "leases", "reaches", "by leave of", "keys until",
+            "agent", "status", "sponsor", "tasks", "leases", "last seen", "keys until", "by leave of", "reaches",
         ]  # fmt: skip
-        parts.append(table_of(columns, map(_agent_row, found.agents)))
+        lines = list_lines(columns, map(_agent_row, found.agents), width=width)
+        parts += [Text(""), *lines]
     if found.more > 0:
         parts.append(Text(f"and {found.more} more: --limit lists more of them, --json all"))
     return Group(*parts)
@@ -147,7 +165,8 @@ def _inventory_view(found: Inventory, keys_within: str) -> Group:
 def _sums(totals: Mapping[str, int | None], keys_within: str) -> list[str]:
     if not totals["agents"] and not totals["decommissioned"]:
         return ["no such agent that you may see"]
-    overdue = totals["overdue_leases"]
+    overdue, long = totals["overdue_leases"], totals.get("long_tasks")
+    beyond = f" ({'?' if long is None else long} of them longer than a new one may be)" if long != 0 else ""
     return [
         f"{_count(totals['agents'], 'agent')}: {totals['live_sponsor']} with a live sponsor, "
         f"{_count(totals['orphans'], 'orphan')}; {totals['registered']} not taken on yet, "
@@ -155,7 +174,7 @@ def _sums(totals: Mapping[str, int | None], keys_within: str) -> list[str]:
         f"{totals['decommissioned']} more decommissioned",
         f"keys: {totals['keys_ending']} without one that lasts {keys_within}, {totals['keys_ended']} "
         "without any that counts",
-        f"now: {_count(totals['running_tasks'], 'running task')}, {_count(totals['leases'], 'live lease')}, "
+        f"now: {_count(totals['running_tasks'], 'running task')}{beyond}, {_count(totals['leases'], 'live lease')}, "
         f"{totals['standing_leases']} of them standing; {'?' if overdue is None else overdue} "
         "revoked and not taken back",
         f"in 30 days: {totals['used']} of {_count(totals['granted'], 'granted verb')} used, "
@@ -174,12 +193,19 @@ def _agent_row(agent: Mapping[str, Any]) -> tuple[str, ...]:
         agent["id"],
         agent["status"],
         sponsor if agent["orphan"] else agent["sponsor"],
-        moment(seen / 1000) if seen else "not in 30 days",
-        str(agent["running_tasks"] or ""),
+        _tasks(agent),
         _leases(agent),
-        "\n".join(map(_reach, agent["reach"])) or "nothing",
-        f"{leave['by'].rpartition('/')[2]}, {moment(leave['at_ms'] / 1000)[:10]}" if leave else "",
+        moment(seen / 1000) if seen else "not in 30 days",
         moment(agent["keys_end"])[:10],
+        f"{leave['by'].rpartition('/')[2]}, {moment(leave['at_ms'] / 1000)[:10]}" if leave else "",
+        "\n".join(map(_reach, agent["reach"])) or "nothing",
+    )
+
+
+def _tasks(agent: Mapping[str, Any]) -> str:
+    long = len(agent.get("long_tasks", ()))
+    return ", ".join(
+        filter(None, [str(agent["running_tasks"] or ""), f"{long} beyond the limit" if long else ""])
     )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 import typer
 from pydantic import TypeAdapter, ValidationError
 
-from ringfence.cli.shared.options import JsonOption, settings, wants_json
+from ringfence.cli.shared.options import JsonOption, check_folder, settings, wants_json
 from ringfence.cli.shared.output import print_fields, print_json
 from ringfence.kernel.crypto.jws import explain
 from ringfence.kernel.crypto.keys import SigningKey
@@ -36,6 +36,7 @@ def new(
 ) -> None:
     """Make a key, write its private half to a new file of mode 0600, and print its public half."""
     key = SigningKey.generate(_spiffe(id), alg)
+    check_folder(file)
     key.save(file)
     _print_key(file, key, wants_json(as_json))
 

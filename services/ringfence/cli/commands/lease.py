@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ringfence.cli.shared.arguments import check_name, check_target_id, check_uuid, show_scope
-from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
+from ringfence.cli.shared.arguments import check_id_prefix, check_name, check_target_id, show_scope
+from ringfence.cli.shared.id_lookup import whole_id
+from ringfence.cli.shared.options import IdentityOption, JsonOption, WideOption, identity, run, wants_json
 from ringfence.cli.shared.output import (
     moment,
     note,
@@ -19,6 +20,7 @@ from ringfence.cli.shared.output import (
     span,
     until,
 )
+from ringfence.cli.shared.tables import ids
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.permission import Permission, Scope
 
@@ -31,7 +33,7 @@ def list_leases(
         str | None, typer.Option("--agent", metavar="AGENT", callback=check_name, help="Only this agent's.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", metavar="TASK", callback=check_uuid, help="Only this task's.")
+        str | None, typer.Option("--task", metavar="TASK", callback=check_id_prefix, help="Only this task's.")
     ] = None,
     target: Annotated[
         str | None,
@@ -44,14 +46,16 @@ def list_leases(
         bool,
         typer.Option("--overdue", help="Only what is revoked and its target has not taken back for a while."),
     ] = False,
+    wide: WideOption = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List leases that have not ended, the next to end first: your agents' and those on your behalf; or all."""
 
     async def work() -> Any:
+        task_id = await whole_id("task", task, identity(me)) if task else None
         async with ReadApi(identity(me)) as api:
-            return await api.leases(agent=agent, task=task, target=target, status=status, overdue=overdue)
+            return await api.leases(agent=agent, task=task_id, target=target, status=status, overdue=overdue)
 
     leases = run(work())
     if wants_json(as_json):
@@ -59,19 +63,21 @@ def list_leases(
         return
     now_s = time.time()
     print_table(
-        ["!lease", "agent", "for", "allows", "status", "!ends"],
+        [ids("lease"), "agent", "for", "status", "ends", "allows", ids("task", only_wide=True)],
         (
             (
                 lease["id"],
                 lease["agent_id"],
                 lease["on_behalf_of"],
-                show_scope(scope_of(lease)),
                 lease["status"],
                 _overdue(lease) or _ends(lease["deadline"], now_s),
+                show_scope(scope_of(lease)),
+                lease["task_id"],
             )
             for lease in leases["leases"]
         ),
         empty="no lease is overdue" if overdue else "no lease that you may see",
+        wide=wide,
     )
     if leases.get("more"):
         note("there are more; narrow it with --agent, --task or --target", "yellow")
@@ -79,7 +85,10 @@ def list_leases(
 
 @app.command()
 def show(
-    lease: Annotated[str, typer.Argument(metavar="LEASE", callback=check_uuid, help="The lease's id.")],
+    lease: Annotated[
+        str,
+        typer.Argument(metavar="LEASE", callback=check_id_prefix, help="The lease's id, or how it begins."),
+    ],
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -87,7 +96,7 @@ def show(
 
     async def work() -> Any:
         async with ReadApi(identity(me)) as api:
-            return await api.lease(lease)
+            return await api.lease(await whole_id("lease", lease, identity(me)))
 
     lease_view = run(work())
     if wants_json(as_json):

@@ -12,6 +12,7 @@ from ringfence.cli.commands.policy_explain import explain
 from ringfence.cli.commands.policy_replay import replay
 from ringfence.cli.shared.options import JsonOption, wants_json
 from ringfence.cli.shared.output import print_json, print_table, say
+from ringfence.cli.shared.tables import prose
 from ringfence.kernel.base.errors import RingfenceError
 
 app = typer.Typer(
@@ -72,7 +73,7 @@ def run_bundle_tests(
             if not one.passed:
                 say(f"FAILED  {one.name}{': ' + one.problem if one.problem else ''}", "red")
         print_table(
-            ["!file", "!covered", "lines that no test evaluates"],
+            ["file", "covered", prose("lines that no test evaluates")],
             ((c.file, f"{c.percent:.0f} %", _ranges(c.missed)) for c in covered),
             empty="",
         )

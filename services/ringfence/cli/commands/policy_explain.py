@@ -10,7 +10,8 @@ import orjson
 import typer
 from rich.text import Text
 
-from ringfence.cli.shared.arguments import check_uuid, show_scope
+from ringfence.cli.shared.arguments import check_id_prefix, show_scope
+from ringfence.cli.shared.id_lookup import whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.shared.output import (
     console,
@@ -21,6 +22,7 @@ from ringfence.cli.shared.output import (
     print_table,
     visible,
 )
+from ringfence.cli.shared.tables import prose
 from ringfence.client.agent.replies import describe_approvers
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
@@ -30,7 +32,12 @@ from ringfence.model.scope.scope import missing
 
 
 def explain(
-    request: Annotated[str, typer.Argument(metavar="REQUEST", callback=check_uuid, help="The request's id.")],
+    request: Annotated[
+        str,
+        typer.Argument(
+            metavar="REQUEST", callback=check_id_prefix, help="The request's id, or how it begins."
+        ),
+    ],
     bundle: Annotated[
         Path | None,
         typer.Option(
@@ -52,14 +59,15 @@ def explain(
     """
 
     async def work() -> Any:
+        whole = await whole_id("request", request, identity(me))
         async with ReadApi(identity(me)) as api:
             try:
-                return await api.get("policy", "decisions", request, "explanation")
+                return await api.get("policy", "decisions", whole, "explanation")
             except ApiError as error:
-                place = await _decision_position(api, request) if error.status == 404 else None
+                place = await _decision_position(api, whole) if error.status == 404 else None
                 if place is None:
                     raise
-            return await api.get("policy", "decisions", request, "explanation", **place)
+            return await api.get("policy", "decisions", whole, "explanation", **place)
 
     explanation = run(work())
     rules = _fired_rules(explanation, bundle)
@@ -69,7 +77,7 @@ def explain(
     _print_explanation(explanation)
     if rules is not None:
         print_table(
-            ["!rule that fired", "says"],
+            ["rule that fired", prose("says")],
             ((name, line) for name, value in rules for line in _value_lines(value)),
             empty="",
         )
@@ -155,7 +163,7 @@ def _print_explanation(found: Mapping[str, Any]) -> None:
         note("it was decided before the rules were asked: nothing was held against any side")
         return
     print_table(
-        ["asked for", "!side", "the side allows"],
+        ["asked for", "side", prose("the side allows")],
         (
             (show_scope((permission,)), side, allows)
             for permission in _parse_scope(request_input.get("scope"))

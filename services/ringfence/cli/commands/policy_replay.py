@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ringfence.cli.shared.arguments import show_scope
 from ringfence.cli.shared.options import JsonOption, duration_s, run, wants_json
 from ringfence.cli.shared.output import console, note, print_json, print_table, say
+from ringfence.cli.shared.tables import ids
 from ringfence.client.agent.replies import describe_approvers
 from ringfence.messages.permission import Permission
 
@@ -117,7 +118,7 @@ def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
 
 def _print_report(report: Report, since: str) -> None:
     print_table(
-        ["what would change", "!requests"],
+        ["what would change", "requests"],
         ((name, str(report.changes[kind])) for kind, name in _CHANGES.items() if report.changes[kind]),
         empty=f"nothing would change in the last {since}",
     )
@@ -127,15 +128,15 @@ def _print_report(report: Report, since: str) -> None:
             continue
         say(f"{name}:", "bold")
         print_table(
-            ["!request", "agent", "for", "wants", "was", "would be"],
+            [ids("request"), "agent", "for", "was", "would be", "wants"],
             (
                 (
                     one.request_id,
                     one.agent_id,
                     one.on_behalf_of,
-                    show_scope(tuple(Permission.model_validate(p, strict=False) for p in one.scope)),
                     _outcome_text(one.before),
                     _outcome_text(one.after),
+                    show_scope(tuple(Permission.model_validate(p, strict=False) for p in one.scope)),
                 )
                 for one in examples
             ),

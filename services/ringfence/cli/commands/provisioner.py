@@ -29,6 +29,7 @@ from ringfence.cli.shared.options import (
     wants_json,
 )
 from ringfence.cli.shared.output import note, print_json, print_table
+from ringfence.cli.shared.tables import prose
 from ringfence.cli.shared.yaml_files import YamlFile
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.admin.command_client import Accepted
@@ -142,7 +143,7 @@ def list_provisioners(me: IdentityOption = None, as_json: JsonOption = False) ->
         print_json(provisioners)
         return
     print_table(
-        ["!provisioner", "name", "status", "source", "groups"],
+        ["provisioner", "status", "name", "source", prose("groups")],
         # Not strict: JSON has no tuples.
         (_provisioner_row(UserState.model_validate(item["state"], strict=False)) for item in provisioners),
         empty="no provisioner that you may see",
@@ -154,7 +155,7 @@ def _provisioner_row(state: UserState) -> Sequence[str]:
     groups = [
         f"{group.group}: {'; '.join(_granted_lines(group)) or 'nothing'}" for group in state.delegation.groups
     ]
-    return state.user_id, state.name, state.status, state.delegation.source, "\n".join(groups) or "none"
+    return state.user_id, state.status, state.name, state.delegation.source, "\n".join(groups) or "none"
 
 
 @app.command()

@@ -10,6 +10,7 @@ import typer
 
 from ringfence.cli.shared.options import JsonOption, run, wants_json
 from ringfence.cli.shared.output import print_json, print_table, say
+from ringfence.cli.shared.tables import prose
 
 if TYPE_CHECKING:
     from ringfence.kernel.base.settings import ServiceSettings
@@ -51,7 +52,7 @@ def _show(differences: list[LeaseDifference], as_json: bool) -> None:
         print_json({"differences": [dict(zip(names, row, strict=True)) for row in rows]})
     else:
         empty = "Redis holds what Kafka knows"
-        print_table(["!what", "!lease or fence", "Kafka has", "Redis has"], rows, empty=empty)
+        print_table(["what", "lease or fence", prose("Kafka has"), prose("Redis has")], rows, empty=empty)
     if differences:
         raise typer.Exit(1)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ringfence.cli.shared.arguments import check_uuid
+from ringfence.cli.shared.id_lookup import check_whole_id
 from ringfence.cli.shared.options import (
     AgentOption,
     AttestOption,
@@ -22,7 +22,9 @@ from ringfence.client.agent.agent import Agent
 
 
 def release(
-    lease: Annotated[str, typer.Argument(metavar="LEASE", callback=check_uuid, help="The lease's id.")],
+    lease: Annotated[
+        str, typer.Argument(metavar="LEASE", callback=check_whole_id, help="The lease's whole id.")
+    ],
     reason: Annotated[
         str, typer.Option("--reason", help="Why; it stands in the trail.")
     ] = "no longer needed",

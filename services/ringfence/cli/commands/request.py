@@ -15,7 +15,8 @@ from typing import Annotated, get_args
 
 import typer
 
-from ringfence.cli.shared.arguments import check_uuid, parse_scope, show_scope
+from ringfence.cli.shared.arguments import parse_scope, show_scope
+from ringfence.cli.shared.id_lookup import check_whole_id
 from ringfence.cli.shared.options import (
     AgentOption,
     AllowOption,
@@ -41,7 +42,10 @@ def request(
     task: Annotated[
         str,
         typer.Option(
-            "--task", metavar="TASK", callback=check_uuid, help="The id of the task that this is for."
+            "--task",
+            metavar="TASK",
+            callback=check_whole_id,
+            help="The whole id of the task that this is for.",
         ),
     ],
     reason: Annotated[str, typer.Option("--reason", help="Why, in a sentence that an approver reads.")],

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ringfence.cli.shared.arguments import check_name, check_target_id, check_uuid
+from ringfence.cli.shared.arguments import check_id_prefix, check_name, check_target_id
 from ringfence.cli.shared.command_results import print_accepted
+from ringfence.cli.shared.id_lookup import whole_id
 from ringfence.cli.shared.options import (
     IdentityOption,
     JsonOption,
@@ -30,14 +31,14 @@ before.
 def revoke(
     reason: ReasonOption,
     lease: Annotated[
-        str | None, typer.Option("--lease", metavar="LEASE", callback=check_uuid, help="This one lease.")
+        str | None, typer.Option("--lease", metavar="LEASE", callback=check_id_prefix, help="This one lease.")
     ] = None,
     task: Annotated[
         str | None,
         typer.Option(
             "--task",
             metavar="TASK",
-            callback=check_uuid,
+            callback=check_id_prefix,
             help="All leases of a task. More can be asked for until: ringfence task end TASK.",
         ),
     ] = None,
@@ -85,6 +86,9 @@ def revoke(
         confirm("Revoke every lease of every agent?", yes)
 
     async def work() -> Accepted:
+        nonlocal lease, task
+        lease = await whole_id("lease", lease, identity(me)) if lease else None
+        task = await whole_id("task", task, identity(me)) if task else None
         wait_s = TIMEOUT_S if lease else _ENDS_WITHIN_S
         async with Administrator.connect(identity(me), timeout_s=wait_s) as administrator:
             return await administrator.revoke(

@@ -22,6 +22,7 @@ from ringfence.cli.shared.options import (
     NewKeyOption,
     PublicKeyOption,
     ReasonOption,
+    WideOption,
     YesOption,
     confirm,
     duration_s,
@@ -224,9 +225,9 @@ def remove(
 
 
 @app.command(name="list")
-def list_targets(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+def list_targets(wide: WideOption = False, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """List targets."""
-    list_records("target", identity(me), wants_json(as_json))
+    list_records("target", identity(me), wants_json(as_json), wide)
 
 
 @app.command()

@@ -7,13 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from ringfence.cli.shared.arguments import check_name, check_uuid, parse_scope, show_permission, show_scope
+from ringfence.cli.shared.arguments import (
+    check_id_prefix,
+    check_name,
+    parse_scope,
+    show_permission,
+    show_scope,
+)
 from ringfence.cli.shared.command_results import print_accepted
+from ringfence.cli.shared.id_lookup import check_whole_id, require_whole_id, whole_id
 from ringfence.cli.shared.options import (
     AllowOption,
     IdentityOption,
     JsonOption,
     ReasonOption,
+    WideOption,
     consent_life_s,
     duration_s,
     identity,
@@ -38,7 +46,12 @@ from ringfence.model.records.consent import canonical_terms, nonce_of
 app = typer.Typer(help="Tasks: assign, with what all sides allow; hand on; end.", no_args_is_help=True)
 
 AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", callback=check_name, help="The agent's id.")]
-TaskArgument = Annotated[str, typer.Argument(metavar="TASK", callback=check_uuid, help="The task's id.")]
+TaskArgument = Annotated[
+    str, typer.Argument(metavar="TASK", callback=check_id_prefix, help="The task's id, or how it begins.")
+]
+WholeTaskArgument = Annotated[
+    str, typer.Argument(metavar="TASK", callback=check_whole_id, help="The task's whole id.")
+]
 PurposeOption = Annotated[str | None, typer.Option("--purpose", help="What it is for.")]
 ForOption = Annotated[
     str | None, typer.Option("--for", metavar="DURATION", help="How long: 90s, 15m, 1h30m, 2d.")
@@ -181,7 +194,7 @@ def nonce(
 
 @app.command()
 def delegate(
-    task: TaskArgument,
+    task: WholeTaskArgument,
     agent: AgentArgument,
     purpose: PurposeOption = None,
     allow: AllowOption = None,
@@ -221,21 +234,24 @@ def end(
     As who assigned it, who it is on behalf of, the agent's sponsor, an operator, or an agent that handed it on.
     """
 
-    async def work() -> Accepted:
+    async def work() -> tuple[str, Accepted]:
         connection = Connection(identity(me))
         if "/agent/" in connection.key.id:
+            require_whole_id(task)
             async with Agent(connection) as delegator:
-                return await delegator.end_delegated(task, reason=reason)
+                return task, await delegator.end_delegated(task, reason=reason)
+        whole = await whole_id("task", task, identity(me))
         async with Administrator(connection) as administrator:
-            return await administrator.end_task(task, reason=reason)
+            return whole, await administrator.end_task(whole, reason=reason)
 
-    print_accepted(run(work()), f"task {task} ended; its leases end", wants_json(as_json))
+    whole, accepted = run(work())
+    print_accepted(accepted, f"task {whole} ended; its leases end", wants_json(as_json))
 
 
 @app.command(name="list")
-def list_tasks(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+def list_tasks(wide: WideOption = False, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """List tasks."""
-    list_records("task", identity(me), wants_json(as_json))
+    list_records("task", identity(me), wants_json(as_json), wide)
 
 
 @app.command()
@@ -243,8 +259,9 @@ def show(task: TaskArgument, me: IdentityOption = None, as_json: JsonOption = Fa
     """Show one task, and the parts of it that were handed on."""
 
     async def work() -> tuple[Any, Any]:
+        whole = await whole_id("task", task, identity(me))
         async with ReadApi(identity(me)) as api:
-            return await api.record("task", task), await api.records("task", parent=task)
+            return await api.record("task", whole), await api.records("task", parent=whole)
 
     record, parts = run(work())
     if wants_json(as_json):

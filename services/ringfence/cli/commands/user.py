@@ -28,6 +28,7 @@ from ringfence.cli.shared.options import (
     PublicKeyOption,
     ReasonOption,
     RemoveOption,
+    WideOption,
     YesOption,
     identity,
     keep_key_if_accepted,
@@ -232,9 +233,9 @@ def sync(
 
 
 @app.command(name="list")
-def list_users(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+def list_users(wide: WideOption = False, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """List people."""
-    list_records("user", identity(me), wants_json(as_json))
+    list_records("user", identity(me), wants_json(as_json), wide)
 
 
 @app.command()

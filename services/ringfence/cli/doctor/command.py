@@ -43,7 +43,7 @@ def doctor(as_json: JsonOption = False) -> None:
     if wants_json(as_json):
         print_json({"findings": [{"what": f.what, "verdict": f.verdict, "says": f.says} for f in findings]})
     else:
-        print_table(["!", "!what", "says"], [(_SIGNS[f.verdict], f.what, f.says) for f in findings], empty="")
+        print_table(["", "what", "says"], [(_SIGNS[f.verdict], f.what, f.says) for f in findings], empty="")
     if any(finding.verdict == "bad" for finding in findings):
         raise typer.Exit(1)
 

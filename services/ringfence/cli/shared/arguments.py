@@ -43,11 +43,9 @@ def check_uuid(text: str | None) -> str | None:
 
 
 def check_id_prefix(text: str | None) -> str | None:
-    """Validate the id of a request, or a prefix of one."""
+    """Validate an id of a task, request, lease or grant, or a prefix of one."""
     if text is not None and not _ID_PREFIX.fullmatch(text):
-        raise typer.BadParameter(
-            f"{text!r} is no request's id, nor how one begins: four or more of 0-9, a-f, '-'"
-        )
+        raise typer.BadParameter(f"{text!r} is no id, nor how one begins: four or more of 0-9, a-f, '-'")
     return text
 
 

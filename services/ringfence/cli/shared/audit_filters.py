@@ -6,17 +6,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from ringfence.cli.shared.arguments import check_name, check_target_id, check_uuid
+from ringfence.cli.shared.arguments import check_id_prefix, check_name, check_target_id
 from ringfence.client.reports.read_api import Filters
 
 AgentFilter = Annotated[
     str | None, typer.Option("--agent", metavar="AGENT", callback=check_name, help="Only this agent.")
 ]
 TaskFilter = Annotated[
-    str | None, typer.Option("--task", metavar="TASK", callback=check_uuid, help="Only this task.")
+    str | None, typer.Option("--task", metavar="TASK", callback=check_id_prefix, help="Only this task.")
 ]
 LeaseFilter = Annotated[
-    str | None, typer.Option("--lease", metavar="LEASE", callback=check_uuid, help="Only this lease.")
+    str | None, typer.Option("--lease", metavar="LEASE", callback=check_id_prefix, help="Only this lease.")
 ]
 TargetFilter = Annotated[
     str | None, typer.Option("--target", metavar="TARGET", callback=check_target_id, help="Only this target.")

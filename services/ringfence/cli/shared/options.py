@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from ringfence.cli.shared import context
 from ringfence.cli.shared.arguments import SYNTAX, check_name
-from ringfence.client.errors import NotAnsweredError
+from ringfence.client.errors import InvalidCallError, NotAnsweredError
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import load
@@ -40,6 +40,13 @@ IdentityOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=COMMON)]
+WideOption = Annotated[
+    bool,
+    typer.Option(
+        "--wide",
+        help="Print a table with whole ids and all columns, however wide. So it is where stdout is no terminal.",
+    ),
+]
 AllowOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -106,7 +113,7 @@ KeyDaysOption = Annotated[
     int, typer.Option("--key-days", min=1, max=3650, help="How many days the key is valid.")
 ]
 
-_DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?", re.ASCII)
+_DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", re.ASCII)
 
 
 def settings() -> ClientSettings:
@@ -132,7 +139,12 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 def duration_s(text: str) -> int:
-    """Parse `90`, `90s`, `15m`, `1h30m`, `2d` into seconds. Raises typer.BadParameter."""
+    """Parse `90s`, `15m`, `1h30m`, `2d` into seconds. Raises typer.BadParameter."""
+    if text.isascii() and text.isdigit() and 0 < len(text) < 10:
+        # Five of what? A guess that is wrong makes a credential live sixty times as long, or end at once.
+        raise typer.BadParameter(
+            f"{text!r} has no unit; write {text}m for minutes, or {text}s, {text}h, {text}d"
+        )
     match = _DURATION.fullmatch(text)
     if not text or match is None:
         raise typer.BadParameter(f"{text!r} is no duration; write for example 90s, 15m, 1h30m or 2d")
@@ -220,6 +232,17 @@ def keep_key_if_accepted(key_file: Path | None) -> Iterator[None]:
         raise
 
 
+def check_folder(file: Path) -> None:
+    """Check that a new file's folder is there: a mistyped path would make folders that nobody looks for.
+
+    Raises InvalidCallError.
+    """
+    if not file.parent.is_dir():
+        raise InvalidCallError(
+            f"there is no folder {file.parent} for {file.name}; make it first"
+        ).with_remedy(f"mkdir -p {file.parent}")
+
+
 def key_records(public: Path | None, new: Path | None, id: str, days: int) -> tuple[KeyRecord, ...]:
     """Return the key that `--public-key` names, or that `--new-key` makes for `id`; empty where neither is given.
 
@@ -229,6 +252,7 @@ def key_records(public: Path | None, new: Path | None, id: str, days: int) -> tu
         raise typer.BadParameter("give --public-key or --new-key, and not both")
     not_after = int(time.time()) + days * 86_400
     if new:
+        check_folder(new)
         key = SigningKey.generate(id)
         key.save(new)
         return (key.record(not_after),)

@@ -15,17 +15,18 @@ from datetime import UTC, datetime
 from typing import Any
 
 import orjson
-from rich import box
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ringfence.cli.shared.tables import Column, list_lines, wrapped
 from ringfence.kernel.base.text import visible, visible_lines, visible_name
 
 __all__ = [
-    "console", "escaped_json", "moment", "note", "print_fields", "print_json", "print_json_line", "print_table", "say",
-    "span", "table_of", "until", "visible", "visible_lines", "visible_name",
+    "console", "escaped_json", "line_width", "moment", "note", "print_fields", "print_json", "print_json_line",
+    "print_table", "say", "span", "until", "visible", "visible_lines", "visible_name",
 ]  # fmt: skip
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _NOT_PLAIN = re.compile(r"[^\x20-\x7e\n]")
@@ -35,6 +36,8 @@ marks, zero width, tags), and line separators.
 """
 _PIPE_WIDTH = 200
 """Columns if stdout is no terminal: lines that programs split should not be folded."""
+_AROUND_A_VALUE = 6
+"""Columns that a frame and the space beside a title take."""
 _NARROWEST = 80
 """The least columns. On a narrower terminal the terminal folds the lines; a table would drop what does not fit."""
 
@@ -106,25 +109,24 @@ def note(text: str, style: str = "") -> None:
     console(stderr=True).print(Text(visible_lines(text), style=style), soft_wrap=True)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) -> None:
-    """Print a table for people, or `empty` if it has no rows. Columns that begin with `!` are never folded."""
-    table = table_of(columns, rows)
-    if table.row_count:
-        console().print(table)
-    else:
+def print_table(
+    columns: Sequence[str | Column], rows: Iterable[Sequence[str]], *, empty: str, wide: bool = False
+) -> None:
+    """Print a list for people, or `empty` if it has no rows: a table, or a block per row where that is too wide.
+
+    `wide`: a table in any case, with whole ids and all columns, as where stdout is no terminal.
+    """
+    screen = console()
+    if lines := list_lines(columns, rows, width=line_width(wide=wide)):
+        for line in lines:
+            screen.print(line, soft_wrap=True)
+    elif empty:
         say(empty)
 
 
-def table_of(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Return a table for people. Columns that begin with `!` are never folded."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(
-            Text(visible(column.removeprefix("!"))), no_wrap=column.startswith("!"), overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*(Text(visible_lines(cell)) for cell in row))
-    return table
+def line_width(*, wide: bool = False) -> int | None:
+    """Return the columns that a list may fill. None, no limit: with `--wide`, and where stdout is no terminal."""
+    return None if wide or not sys.stdout.isatty() else console().width
 
 
 def print_fields(fields: Mapping[str, str], *, title: str | None = None) -> None:
@@ -132,12 +134,14 @@ def print_fields(fields: Mapping[str, str], *, title: str | None = None) -> None
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
+    screen = console()
+    room = screen.width - max(map(cell_len, fields), default=0) - _AROUND_A_VALUE
     for name, value in fields.items():
-        grid.add_row(Text(visible(name)), Text(visible_lines(value)))
+        grid.add_row(Text(visible(name)), Text("\n".join(wrapped(visible_lines(value), room))))
     content: RenderableType = (
         Panel.fit(grid, title=Text(visible(title)), title_align="left") if title else grid
     )
-    console().print(content)
+    screen.print(content)
 
 
 def moment(seconds: float | None) -> str:

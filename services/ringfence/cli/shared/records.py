@@ -12,8 +12,11 @@ from ringfence.cli.shared.arguments import show_scope
 from ringfence.cli.shared.attestation import show_selector
 from ringfence.cli.shared.options import run
 from ringfence.cli.shared.output import moment, print_fields, print_json, print_table, span, until
+from ringfence.cli.shared.tables import Column, ids, prose
+from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.secret_scrubber import without_secrets
+from ringfence.kernel.base.text import did_you_mean
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import (
     AgentState,
@@ -37,7 +40,9 @@ _STATES: Mapping[SubjectKind, type[AnyState]] = {
 }
 
 
-def list_records(kind: SubjectKind, key: Path | None, as_json: bool, **query: str | None) -> None:
+def list_records(
+    kind: SubjectKind, key: Path | None, as_json: bool, wide: bool = False, **query: str | None
+) -> None:
     """Print all records of a kind that the caller may see."""
 
     async def work() -> Any:
@@ -49,7 +54,9 @@ def list_records(kind: SubjectKind, key: Path | None, as_json: bool, **query: st
         print_json(records)
         return
     columns, row = _ROWS[kind]
-    print_table(columns, (row(_state(kind, item)) for item in records), empty=f"no {kind} that you may see")
+    print_table(
+        columns, (row(_state(kind, item)) for item in records), empty=f"no {kind} that you may see", wide=wide
+    )
 
 
 def show_record(kind: SubjectKind, id: str, key: Path | None, as_json: bool) -> None:
@@ -57,13 +64,24 @@ def show_record(kind: SubjectKind, id: str, key: Path | None, as_json: bool) -> 
 
     async def work() -> Any:
         async with ReadApi(key) as api:
-            return await api.record(kind, id)
+            return await read_record(api, kind, id)
 
     record = run(work())
     if as_json:
         print_json(record)
     else:
         print_record(kind, record)
+
+
+async def read_record(api: ReadApi, kind: SubjectKind, id: str) -> Any:
+    """Return one record. Raises ApiError; where there is none, with the closest id that the caller may see."""
+    try:
+        return await api.record(kind, id)
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        near = did_you_mean(id, [one["id"] for one in await api.records(kind)])
+        raise ApiError(f"{error.message}{near}", code=error.code, status=error.status) from None
 
 
 def print_record(
@@ -84,33 +102,34 @@ def _state(kind: SubjectKind, item: Mapping[str, Any]) -> Any:
 def _user_row(user: UserState) -> Sequence[str]:
     roles = ", ".join(user.roles)
     status = f"{user.status}{_key_ends(user)}"
-    return user.user_id, user.name, roles, status, show_scope(user.entitlements.scope)
+    return user.user_id, status, roles, user.name, show_scope(user.entitlements.scope)
 
 
 def _agent_row(agent: AgentState) -> Sequence[str]:
-    return agent.agent_id, agent.sponsor, _status(agent), agent.description, show_scope(agent.ceiling)
+    return agent.agent_id, _status(agent), agent.sponsor, agent.description, show_scope(agent.ceiling)
 
 
 def _target_row(target: TargetState) -> Sequence[str]:
-    return target.target_id, target.backend.kind, target.status, _verbs(target), target.description
+    return target.target_id, target.status, target.backend.kind, _verbs(target), target.description
 
 
 def _task_row(task: TaskState) -> Sequence[str]:
     return (
         task.task_id,
+        _task_status(task),
         " < ".join(task.act or (task.agent_id,)),
         task.on_behalf_of,
-        _task_status(task),
-        task.purpose,
+        moment(task.not_after),
         show_scope(task.scope),
+        task.purpose,
     )
 
 
-_ROWS: Mapping[SubjectKind, tuple[Sequence[str], Callable[[Any], Sequence[str]]]] = {
-    "user": (("!user", "name", "roles", "status", "entitled to"), _user_row),
-    "agent": (("!agent", "sponsor", "status", "for", "ceiling"), _agent_row),
-    "target": (("!target", "backend", "status", "verbs", "what it is"), _target_row),
-    "task": (("!task", "agent", "for", "status", "purpose", "scope"), _task_row),
+_ROWS: Mapping[SubjectKind, tuple[Sequence[str | Column], Callable[[Any], Sequence[str]]]] = {
+    "user": (("user", "status", "roles", "name", "entitled to"), _user_row),
+    "agent": (("agent", "status", "sponsor", prose("for"), "ceiling"), _agent_row),
+    "target": (("target", "status", "backend", prose("verbs"), prose("what it is")), _target_row),
+    "task": ((ids("task"), "status", "agent", "for", "ends", "scope", prose("purpose")), _task_row),
 }
 
 

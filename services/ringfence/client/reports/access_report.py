@@ -24,6 +24,8 @@ class AccessReport:
     until_ms: int
     could: list[dict[str, Any]] | None = None
     """None if policy does not answer."""
+    exists: bool | None = None
+    """Whether there is such a target now; None if policy does not answer."""
     did: dict[tuple[str | None, ...], dict[str, Any]] = field(default_factory=dict)
     gaps: list[str] = field(default_factory=list)
 
@@ -116,7 +118,8 @@ async def _add_reach(api: ReadApi, report: AccessReport) -> None:
             raise
         report.gaps.append(f"who could: {error}")
         return
-    if not page["exists"]:
+    report.exists = bool(page["exists"])
+    if not report.exists:
         report.gaps.append(f"there is no target {report.target} now: nobody can be given anything for it")
     report.could = agents
 

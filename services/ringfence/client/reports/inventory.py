@@ -1,4 +1,4 @@
-"""The agent inventory, from policy's pages, with overdue leases from the revoker."""
+"""The agent inventory, from policy's pages, with overdue leases from the revoker and long tasks from the registry."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class Inventory:
 
     at_ms: int
     totals: dict[str, int | None]
-    """`docs/inventory.md` describes each. `overdue_leases` is None if the revoker does not answer."""
+    """`docs/inventory.md` describes each. `overdue_leases` is None if the revoker does not answer, `long_tasks` if the
+    registry does not."""
     agents: list[dict[str, Any]]
     more: int
     """How many agents there are beyond those listed."""
@@ -35,8 +36,8 @@ async def read_inventory(
     """Read the inventory of the agents that the caller may see: `max_agents` of them in detail, all of them in the
     sums.
 
-    `filters` as for `ReadApi.inventory`. If the revoker does not answer, the inventory has a gap. Raises ApiError if
-    policy does not answer.
+    `filters` as for `ReadApi.inventory`. If the revoker or the registry does not answer, the inventory has a gap.
+    Raises ApiError if policy does not answer.
     """
     page = await api.inventory(filters, limit=PAGE_ROWS if max_agents is None else min(max_agents, PAGE_ROWS))
     totals, gaps, agents = page["totals"], page["gaps"], page["agents"]
@@ -52,7 +53,22 @@ async def read_inventory(
     except ApiError as error:
         totals["overdue_leases"] = None
         gaps.append(f"which revoked leases their targets have not taken back: {error}")
+    try:
+        await _add_long_tasks(api, totals, agents)
+    except ApiError as error:
+        totals["long_tasks"] = None
+        gaps.append(f"which tasks last longer than new ones may: {error}")
     return Inventory(page["at_ms"], totals, agents, count - len(agents), gaps, cursor)
+
+
+async def _add_long_tasks(api: ReadApi, totals: dict[str, int | None], agents: list[dict[str, Any]]) -> None:
+    """Add the running tasks that were assigned under another limit than `RINGFENCE_TASK_MAX_S` now has."""
+    tasks: dict[str, list[str]] = {}
+    for task in await api.records("task", status="active", beyond_limit="1"):
+        tasks.setdefault(task["state"]["agent_id"], []).append(task["id"])
+    totals["long_tasks"] = sum(map(len, tasks.values()))
+    for agent in agents:
+        agent["long_tasks"] = tasks.get(agent["id"], [])
 
 
 async def _add_overdue(

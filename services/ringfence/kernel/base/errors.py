@@ -7,6 +7,8 @@ that move the cursor are made visible.
 
 from __future__ import annotations
 
+from typing import Self
+
 from ringfence.kernel.base.text import visible_lines
 
 
@@ -14,6 +16,8 @@ class RingfenceError(Exception):
     """Root of all errors raised on purpose. `code` is stable: programs may act on it."""
 
     code: str = "error"
+    remedy: str | None = None
+    """What to do next, such as a command; None where only the message says it, or nobody knows."""
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
         message = visible_lines(message)
@@ -21,6 +25,11 @@ class RingfenceError(Exception):
         self.message = message
         if code is not None:
             self.code = code
+
+    def with_remedy(self, remedy: str) -> Self:
+        """Add what to do next, and return the error itself."""
+        self.remedy = visible_lines(remedy)
+        return self
 
 
 class SettingsError(RingfenceError):

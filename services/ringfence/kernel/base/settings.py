@@ -172,6 +172,8 @@ class ServiceSettings(BusSettings):
     """How old a view (of records, of revocations) may be before it denies."""
     entitlements_max_age_s: Annotated[int, Field(ge=1)] = 30 * 24 * 3600
     """Past this age a user's entitlements count for nothing."""
+    task_max_s: Annotated[int, Field(ge=60)] = 30 * 24 * 3600
+    """How long a new task may last, in seconds. Tasks that were assigned before stay valid to their own end."""
     state_dir: Path | None = None
     """Where indexes that can be rebuilt are kept; in memory where not set."""
     otlp_endpoint: Annotated[str, Field(pattern=r"^(https?://\S+)?$")] = ""

@@ -217,21 +217,22 @@ def load_private(path: Path) -> tuple[str, str, bytes]:
         raise KeyFileError(
             f"cannot read the key file {path}: {error.strerror}; make one or name another"
         ) from None
-    if mode & 0o077:
-        raise KeyFileError(f"{path} can be read by others (mode {mode:o}); run: chmod 600 {path}")
     try:
         data = json.loads(text)
         id, crv, d = data["id"], data["jwk"]["crv"], b64decode(data["jwk"]["d"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise unusable(path) from None  # the original could quote the key
     if not isinstance(id, str) or not isinstance(crv, str):
         raise unusable(path)
+    # Only now: of a file that is no key at all, that is what is wrong.
+    if mode & 0o077:
+        raise KeyFileError(f"{path} can be read by others (mode {mode:o}); run: chmod 600 {path}")
     return id, crv, d
 
 
 def unusable(path: Path) -> KeyFileError:
     """The error for a file without a private key of the expected kind."""
     return KeyFileError(
-        f"{path} does not hold a private key of Ringfence; make one with: ringfence key new "
+        f"{path} is no key file: it does not hold a private key of Ringfence; make one with: ringfence key new "
         "(for services: ringfence init)"
     )
