@@ -277,6 +277,9 @@ async def test_an_operator_raises_nothing_of_their_own(world: World, what: str):
                 update={"entitlements": younger}
             ),
         }[what]
+        # What made the operator one is told before.
+        await world.consume_until(USER, lambda record: record.key == olga.name)
+        await world.event_where(lambda event: event.kind == "accepted")
         async with expect_trail(world, SELF_WIDENED):
             event = await world.command(asked, olga)
         assert (event.kind, event.reasons[0].code) == ("refused", "self_widening")
