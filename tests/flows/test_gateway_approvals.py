@@ -426,7 +426,9 @@ async def test_by_commands(
             assert said in shown
         assert "s3cret-of-the-agent" not in shown
         assert "ONE ACTION" in await shell("sam", "approvals", "list")
-        said = await shell.json("sam", "approvals", "approve", pending["request_id"][:13], "--yes")
+        short = ("approvals", "approve", pending["request_id"][:13], "--yes")
+        assert "only how an id begins" in await shell("sam", "--json", *short, status=2)
+        said = await shell.json("sam", "approvals", "approve", pending["request_id"], "--yes")
         assert (said["verdict"], said["digest"]) == ("approved", pending["digest"])
         assert (await sending).status_code == 200
         await shell("sam", "approvals", "show", pending["request_id"], status=1)

@@ -194,7 +194,9 @@ def _send_answers(
 
     if yes:
         require_whole_id(
-            request, "with --yes nobody looks at what it finds, so name the request by its whole id"
+            request,
+            "with --yes nobody looks at what it finds, so name the request by its whole id",
+            of="REQUEST",
         )
     question = _find_question(request, me, alone=alone)
     if isinstance(question, PendingAction):

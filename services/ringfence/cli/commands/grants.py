@@ -90,7 +90,7 @@ def grant(
         )
     if like and yes:
         require_whole_id(
-            like, "with --yes nobody looks at what it finds, so name the request by its whole id"
+            like, "with --yes nobody looks at what it finds, so name the request by its whole id", of="--like"
         )
     scope, lasts_s = parse_scope(allow, may_be_empty=like is not None), duration_s(lasts)
     ttl_s = duration_s(ttl) if ttl else None

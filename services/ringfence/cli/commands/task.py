@@ -237,7 +237,7 @@ def end(
     async def work() -> tuple[str, Accepted]:
         connection = Connection(identity(me))
         if "/agent/" in connection.key.id:
-            require_whole_id(task)
+            require_whole_id(task, of="TASK")
             async with Agent(connection) as delegator:
                 return task, await delegator.end_delegated(task, reason=reason)
         whole = await whole_id("task", task, identity(me))

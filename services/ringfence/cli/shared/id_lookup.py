@@ -50,10 +50,14 @@ def check_whole_id(text: str | None) -> str | None:
     return check_uuid(text)
 
 
-def require_whole_id(text: str, hint: str = "an agent names tasks and leases by their whole ids") -> None:
-    """Refuse the beginning of an id, saying why. Raises typer.BadParameter."""
+def require_whole_id(
+    text: str, hint: str = "an agent names tasks and leases by their whole ids", *, of: str | None = None
+) -> None:
+    """Refuse the beginning of an id, saying why. `of`: the argument or option. Raises typer.BadParameter."""
     if is_prefix(text):
-        raise typer.BadParameter(f"{text!r} is only how an id begins; {hint} (lists show them with --wide)")
+        raise typer.BadParameter(
+            f"{text!r} is only how an id begins; {hint} (lists show them with --wide)", param_hint=of
+        )
 
 
 async def whole_id(kind: IdKind, text: str, me: Path | None) -> str:
