@@ -103,7 +103,7 @@ def show_selector(selector: AttestationSelector) -> str:
     """Return a selector in the notation of the command line."""
     words = [selector.issuer, *(f"{name}={value}" for name, value in selector.claims.items())]
     words += ["key-bound"] if selector.key_bound else []
-    details = shlex.join([*words, f"life={selector.max_life_s}"])
+    details = shlex.join([*words, f"life={selector.max_life_s}s"])
     unknown = unknown_fields(selector)
     return f"{details} (lets nobody in, as {names_of(unknown)} is not known here)" if unknown else details
 
