@@ -604,7 +604,7 @@ async def test_an_instance_needs_no_key_file(
     register = ("agent", "register", "pod", "--description", "deploys", "--allow", "platform:read:env/**")
     assert "--selector" in await shell("sam", *register, status=2)
     await shell("sam", *register, "--selector", line)
-    assert "system:serviceaccount:ci:deployer life=3600" in await shell("sam", "agent", "show", "pod")
+    assert "system:serviceaccount:ci:deployer life=3600s" in await shell("sam", "agent", "show", "pod")
     task = await shell.json(
         "maria",
         "task",

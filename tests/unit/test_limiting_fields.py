@@ -633,7 +633,7 @@ def test_who_looks_at_a_record_is_shown_what_an_unknown_field_comes_to(
     assert "read, deploy (sponsor; to nobody, as asks is not known here)" in said
     assert "GET /a is denied, as headers is not known here" in said
     selector = AttestationSelector(issuer=ISSUER, claims={"sub": "a"})
-    assert show_selector(selector).endswith("life=3600")
+    assert show_selector(selector).endswith("life=3600s")
     assert show_selector(next(planted(selector))).endswith(f"(lets nobody in, as {NAME} is not known here)")
 
 

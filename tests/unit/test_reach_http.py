@@ -91,9 +91,10 @@ async def test_a_task_counts_as_far_as_all_sides_allow(desk: Desk):
 
 
 async def test_entitlements_past_their_age_let_nobody_reach_anything(desk: Desk):
-    desk.run(life_s=MAX_AGE_S + 7200)
+    desk.ledger.task_max_s = MAX_AGE_S * 3  # a task that was assigned under another limit
+    desk.run(life_s=MAX_AGE_S * 3)
     assert (await desk.agents())[0]["now"]
-    desk.clock.ms += (MAX_AGE_S + 3600) * 1000
+    desk.clock.ms += MAX_AGE_S * 2000
     (bot,) = await desk.agents()
     assert (bot["now"], bot["tasks"]) == (False, [])
 
