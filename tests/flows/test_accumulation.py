@@ -24,6 +24,7 @@ from ringfence.messages.topics import (
     SERVICE_EVENT,
     USER,
 )
+from ringfence.registry.domain import TASK_MAX_S
 from ringfence.registry.store import Memory
 from tests.support.benches.policy_bench import Asked, PolicyBench, codes
 from tests.support.in_memory_registry import FixedClock, InMemoryRegistry
@@ -50,6 +51,7 @@ class Past(InMemoryRegistry):
         self.directory = self.reader()
         self.memory = Memory(self.directory, self.trust, 0)
         self.keys: dict[str, SigningKey] = {"root": self.root, "olga": world.operator.key}
+        self.task_max_s = TASK_MAX_S
         self._jtis, self._offsets = count(), count()
 
     def user_set(self, by: str, user: str, roles: Any = (), **fields: Any) -> Any:

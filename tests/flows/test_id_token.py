@@ -13,8 +13,9 @@ from tests.support.oidc_tokens import TokenIssuer
 from tests.support.world import World, scope
 
 ISSUER = TokenIssuer("https://login.acme.example")
+TOMORROW = time.strftime("%Y-%m-%dT18:00:00Z", time.gmtime(time.time() + 86_400))
 TERMS = (
-    "--purpose", "release 41", "--allow", "platform:deploy:env/staging/*", "--until", "2099-01-31T18:00:00Z",
+    "--purpose", "release 41", "--allow", "platform:deploy:env/staging/*", "--until", TOMORROW,
 )  # fmt: skip
 
 

@@ -8,10 +8,10 @@ A test compares the two. The checks of single claims are in `claims.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import orjson
 from pydantic import ValidationError
@@ -19,10 +19,11 @@ from pydantic import ValidationError
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.strict_json import json_object
-from ringfence.kernel.base.text import visible, visible_name, with_article
+from ringfence.kernel.base.text import visible_name, with_article
+from ringfence.kernel.base.validation_problems import problem_of
 from ringfence.kernel.crypto.claims import check_audience, check_times
 from ringfence.kernel.crypto.keys import PublicKey, SigningKey, b64decode, b64encode
-from ringfence.messages.base import WORDS_FOR_PATTERNS, Claims, typ_header
+from ringfence.messages.base import Claims, typ_header
 
 C = TypeVar("C", bound=Claims)
 
@@ -103,45 +104,11 @@ def explain(error: ValidationError) -> str:
     around = {item["loc"][:depth] for item in items for depth in range(1, len(item["loc"]))}
     found = [
         # Names of unknown fields are a stranger's words.
-        f"{'.'.join(visible_name(str(part)[:80]) for part in item['loc']) or 'it'}: " + _words(item)
+        f"{'.'.join(visible_name(str(part)[:80]) for part in item['loc']) or 'it'}: " + problem_of(item)
         for item in items
         if item["loc"] not in around
     ]
     return "; ".join(found[:5])[:500]
-
-
-_WORDS: Final[Mapping[str, str]] = {
-    "bool_type": "must be true or false",
-    "extra_forbidden": "is not known",
-    "greater_than": "must be more than {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "int_from_float": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_type": "must be a whole number",
-    "less_than": "must be less than {lt}",
-    "less_than_equal": "must be at most {le}",
-    "literal_error": "must be {expected}",
-    "missing": "is missing",
-    "string_too_long": "must have at most {max_length} characters",
-    "string_type": "must be a text",
-    "too_long": "must have at most {max_length} entries",
-    "too_short": "must have at least {min_length} entries",
-    "tuple_type": "must be a list",
-}
-"""How errors of pydantic are said here, by their type."""
-
-
-def _words(item: Mapping[str, Any]) -> str:
-    """Return what is wrong with one field."""
-    context = item.get("ctx", {})
-    if (words := WORDS_FOR_PATTERNS.get(str(context.get("pattern")))) is not None:
-        return words
-    if item["type"] == "string_too_short":
-        least = context["min_length"]
-        return "must not be empty" if least == 1 else f"must have at least {least} characters"
-    if (words := _WORDS.get(item["type"])) is not None:
-        return words.format_map(context)
-    return visible(item["msg"])
 
 
 @lru_cache(maxsize=4096)
