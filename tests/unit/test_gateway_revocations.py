@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from aiokafka.errors import KafkaConnectionError
 
 from ringfence.gateway.state.cuts import RevocationApplier
 from ringfence.gateway.state.leases import LeaseTable
@@ -29,7 +30,7 @@ class _Runtime:
     trust: TrustStore
     clock: FixedClock
     key: SigningKey = field(default_factory=lambda: SigningKey.generate(f"spiffe://{TD}/service/gateway"))
-    answers: asyncio.Queue[bool] = field(default_factory=asyncio.Queue)
+    answers: asyncio.Queue[bool | Exception] = field(default_factory=asyncio.Queue)
     acks: list[RevocationAck] = field(default_factory=list)
     settings: Any = field(default_factory=lambda: SimpleNamespace(trust_domain=TD))
 
@@ -45,6 +46,8 @@ class _Runtime:
     async def tables_caught_up(self, timeout_s: float) -> bool:
         answer = await self.answers.get()
         self.answers.task_done()
+        if isinstance(answer, Exception):
+            raise answer
         return answer
 
 
@@ -112,12 +115,15 @@ async def test_nothing_is_decided_after_a_start_until_earlier_revocations_are_ve
     assert gateway.runtime.acks == [], "the process before this one saw to that"
 
 
-async def test_a_revocation_outlives_answers_that_kafka_did_not_give(gateway: Gateway) -> None:
+@pytest.mark.parametrize("answer", [False, KafkaConnectionError("gone"), OSError("gone")], ids=repr)
+async def test_a_revocation_outlives_answers_that_kafka_did_not_give(
+    gateway: Gateway, answer: bool | Exception
+) -> None:
     gateway.reads_records()
     lease = gateway.lease()
     gateway.applier.start_acknowledging()
     gateway.reads(gateway.revocation(lease_id=lease.lease_id))
-    gateway.runtime.answers.put_nowait(False)
+    gateway.runtime.answers.put_nowait(answer)
     await gateway.runtime.answers.join()
     gateway.table.apply(lease)
     gateway.runtime.answers.put_nowait(True)

@@ -12,6 +12,8 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aiokafka.errors import KafkaError
+
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id
@@ -101,8 +103,7 @@ class RevocationApplier:
         self._leases: Follower | None = None
         self._acknowledging = False
         self._unverified: list[_Unverified] = []
-        self._backlog = 0
-        """How many of the unverified were published before this process began."""
+        """In the order of arrival: those from before the start come first."""
         self._verifying = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -121,9 +122,9 @@ class RevocationApplier:
         forwarded under it. So nothing may be decided until each is applied or refused. Revocations that arrive later
         make nobody wait: they are acknowledged only once they are applied.
         """
-        if not self._backlog:
+        if not self._unverified or self._unverified[0].acknowledge:
             return None
-        return f"{self._backlog} revocations from before the start are not verified yet"
+        return "revocations from before the start are not verified yet"
 
     def on_records(self, records: Sequence[Received]) -> None:
         """Apply revocations. Most are in force when this returns."""
@@ -134,7 +135,6 @@ class RevocationApplier:
                 continue
             # Its signer or its lease may not have arrived yet. It is acknowledged only after that.
             self._unverified.append(_Unverified(record, acknowledge=self._acknowledging))
-            self._backlog += not self._acknowledging
             if not self._verifying:
                 self._verifying = True
                 self._run_in_background(self._verify_later())
@@ -164,15 +164,20 @@ class RevocationApplier:
                     revocation = self._verified(unverified.record)
                     if revocation is not None:
                         self._apply(revocation, acknowledge=unverified.acknowledge)
-                    self._backlog -= not unverified.acknowledge
                 del self._unverified[:count]
         finally:
             self._verifying = False
 
     async def _caught_up(self) -> bool:
-        if not await self._runtime.tables_caught_up(_CATCH_UP_TIMEOUT_S):
+        try:
+            if not await self._runtime.tables_caught_up(_CATCH_UP_TIMEOUT_S):
+                return False
+            return self._leases is None or await self._leases.caught_up(_CATCH_UP_TIMEOUT_S)
+        except (KafkaError, OSError) as error:
+            log.warning(
+                "revocations wait to be verified: %s", error, extra=rate_limited("revocation.request")
+            )
             return False
-        return self._leases is None or await self._leases.caught_up(_CATCH_UP_TIMEOUT_S)
 
     def _verified(self, record: Received) -> Revocation | None:
         try:
