@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import Signed, parse, verify
@@ -12,14 +12,16 @@ from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.lease import EndCause, EndKind, Lease, RevocationRequest
-from ringfence.messages.registry import AgentState, AnyRecord, UserState
+from ringfence.messages.registry import AnyState
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
-from ringfence.model.records.directory import Directory
+from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.records.instances import keys_of_agents
 
 if TYPE_CHECKING:  # rules use this module, and import nothing that does I/O
     from ringfence.kernel.kafka.record import Received
+
+S = TypeVar("S", bound=AnyState)
 
 BY_USERS: frozenset[EndKind] = frozenset({"revocation"})
 BY_AGENTS: frozenset[EndKind] = frozenset({"release"})
@@ -103,7 +105,10 @@ def objection(revocation: Revocation, lease: Lease | None, directory: Directory)
 def _user_may(user_id: str, revocation: Revocation, lease: Lease | None, directory: Directory) -> bool:
     selector, since_ms = revocation.claims.selector, revocation.at.appended_at_ms
     try:
-        active = [user for user in _users_since(user_id, since_ms, directory) if user.status == "active"]
+        states = _states_since(
+            directory.user(user_id), since_ms, lambda at_ms: directory.chains.user_at(user_id, at_ms)
+        )
+        active = [user for user in states if user.status == "active"]
         if not active:
             return False
         if any("operator" in user.roles for user in active):
@@ -135,36 +140,27 @@ def _answers_for(
     if task is not None and user_id in (task.state.assigned_by, task.state.on_behalf_of):
         return True
     agent_id = agent_id or (task.state.agent_id if task else "")
-    return any(agent.sponsor == user_id for agent in _agents_since(agent_id, since_ms, directory))
+    agents = _states_since(
+        directory.agent(agent_id), since_ms, lambda at_ms: directory.chains.agent_at(agent_id, at_ms)
+    )
+    return any(agent.sponsor == user_id for agent in agents)
 
 
-def _users_since(user_id: str, since_ms: int, directory: Directory) -> Iterator[UserState]:
-    """The states of a user from then on, the present one first: nearly always it decides."""
-    user = directory.user(user_id)
-    if user is None:
+def _states_since(
+    entry: VerifiedRecord[S] | None, since_ms: int, state_before: Callable[[int], S | None]
+) -> Iterator[S]:
+    """The states of a user or an agent from `since_ms` on, the present one first. Nearly always it is the only one.
+
+    `state_before` returns the state just before a time in ms. Each later command ended one of the states.
+    """
+    if entry is None:
         return
-    yield user.state
-    for at_ms in _changes_since(user.record, since_ms):
-        state = directory.chains.user_at(user_id, at_ms)
-        if state is not None:
-            yield state
-
-
-def _agents_since(agent_id: str, since_ms: int, directory: Directory) -> Iterator[AgentState]:
-    """The states of an agent from then on, the present one first."""
-    agent = directory.agent(agent_id)
-    if agent is None:
-        return
-    yield agent.state
-    for at_ms in _changes_since(agent.record, since_ms):
-        state = directory.chains.agent_at(agent_id, at_ms)
-        if state is not None:
-            yield state
-
-
-def _changes_since(record: AnyRecord, since_ms: int) -> Iterator[int]:
-    """Moments (ms) just after which each state since `since_ms` can be looked up, but for the present one."""
-    return (command.appended_at_ms for command in record.commands if command.appended_at_ms >= since_ms)
+    yield entry.state
+    for command in entry.record.commands:
+        if command.appended_at_ms >= since_ms:
+            state = state_before(command.appended_at_ms)
+            if state is not None:
+                yield state
 
 
 def agent_of_task(task_id: str, directory: Directory) -> str | None:
