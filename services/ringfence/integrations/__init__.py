@@ -6,7 +6,7 @@ A `CredentialSource` says what is to be requested. An adapter of a module beside
 
 from __future__ import annotations
 
-from ringfence.integrations.blocking import BlockingAgent, BlockingCredentialSource
+from ringfence.integrations.blocking_agent import BlockingAgent, BlockingCredentialSource
 from ringfence.integrations.source import CredentialSource
 
 __all__ = ["BlockingAgent", "BlockingCredentialSource", "CredentialSource"]

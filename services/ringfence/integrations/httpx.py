@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Generator
 import httpx
 
 from ringfence.client.errors import InvalidCallError
-from ringfence.integrations.blocking import BlockingCredentialSource
+from ringfence.integrations.blocking_agent import BlockingCredentialSource
 from ringfence.integrations.presented_auth import PresentedAuth
 from ringfence.integrations.source import CredentialSource
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 import httpx
 
 from ringfence.client.agent.dpop import NONCE_HEADER
-from ringfence.integrations.blocking import BlockingCredentialSource
+from ringfence.integrations.blocking_agent import BlockingCredentialSource
 from ringfence.integrations.presented_auth import PresentedAuth
 
 try:

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from ringfence.client.agent.credentials import IssuedCredential, PostgresCredential
 from ringfence.client.errors import CredentialUseError
-from ringfence.integrations.blocking import BlockingCredentialSource
+from ringfence.integrations.blocking_agent import BlockingCredentialSource
 from ringfence.integrations.source import CredentialSource
 
 try:
