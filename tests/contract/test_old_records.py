@@ -29,7 +29,7 @@ from ringfence.model.requests.facts import (
 )
 from ringfence.model.requests.grants import grant_problem
 from ringfence.model.unknown_fields import is_understood
-from ringfence.registry.domain import Current, Embedded, decide, takes_away
+from ringfence.registry.domain import Current, Embedded, decide, only_reduces
 from ringfence.registry.store import Memory
 from tests.support.in_memory_registry import permission
 from tests.support.old_records import OldRecords
@@ -90,11 +90,11 @@ def test_new_commands_are_refused_for_what_those_of_before_could_say(old: OldRec
         current = Current(entry.state, entry.revision, tuple(before)) if entry else None
         came_to = outcome(current, given, memory)
         if came_to == "unknown_field":
-            assert not takes_away(given.claims)
+            assert not only_reduces(given.claims)
             refused.add(given.claims.typ)
         elif not isinstance(given.claims, AgentTransfer):  # what those need besides is not of this file
             assert came_to == (record.state, record.revision)
-            assert takes_away(given.claims) or is_understood(given.claims)
+            assert only_reduces(given.claims) or is_understood(given.claims)
         old.admit(directory, record)
     assert refused == {
         "user.set", "provisioner.set", "provisioner.link", "agent.register", "agent.activate", "agent.set-ceiling",

@@ -196,11 +196,13 @@ def test_what_is_read_back_to_the_letter_is_not_taken_apart_again() -> None:
     office, read_back = AuditFixtures(), WrittenEventCache()
     (own, words), (others, _) = trailed(office, 1), trailed(office, 2)
     read_back.put(own.value, words, HASH)
-    found = read_back.of([own, others])
+    found = read_back.parse([own, others])
     assert found[0].event is words
     assert found[0].leaf == HASH, "it was hashed when it was chained"
     assert found[1] == (orjson.loads(others.value), leaf_hash(others.value))
-    assert read_back.of([own])[0] == (words, leaf_hash(own.value)), "it is kept for the once that it is read"
+    assert read_back.parse([own])[0] == (words, leaf_hash(own.value)), (
+        "it is kept for the once that it is read"
+    )
 
 
 def test_other_bytes_of_the_same_event_are_looked_at() -> None:
@@ -208,7 +210,7 @@ def test_other_bytes_of_the_same_event_are_looked_at() -> None:
     own, words = trailed(office, 1)
     read_back.put(own.value, words, leaf_hash(own.value))
     changed = own._replace(value=own.value.replace("ähnlich".encode(), b"another"))
-    ((told, leaf),) = read_back.of([changed])
+    ((told, leaf),) = read_back.parse([changed])
     assert (told["message"], leaf) == ("another", leaf_hash(changed.value))
 
 
@@ -218,7 +220,7 @@ def test_what_is_never_read_back_goes_at_last_and_counts_once() -> None:
     read_back = WrittenEventCache(max_bytes=2 * len(every[0][0].value))
 
     def known() -> list[bool]:
-        return [found.event is words for record, words in every for found in read_back.of([record])]
+        return [found.event is words for record, words in every for found in read_back.parse([record])]
 
     for record, words in every:
         read_back.put(record.value, words, HASH)

@@ -237,7 +237,7 @@ def test_what_is_read_back_is_held_against_the_chain_as_well(trail: Trail) -> No
     values = [*trail.forged(0), *trail.chained(3)]
     records = [trail.office.received(AUDIT, value) for value in values]
     trail.store.add_events(records, [ParsedRecord(loaded(value), leaf_hash(value)) for value in values])
-    trail.store.add_events(records, WrittenEventCache().of(records))
+    trail.store.add_events(records, WrittenEventCache().parse(records))
     trail.comes_signed()
     trail.is_proved(3)
 

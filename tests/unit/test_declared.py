@@ -46,11 +46,11 @@ def test_what_is_declared(kind: str, keys: bool, said: tuple[str, str]) -> None:
 
 
 def test_only_what_the_gateway_enforces_is_never_handed_out() -> None:
-    (reason,) = declared.never_handed_out(target("http"), "agent")
+    (reason,) = declared.delivery_refusals(target("http"), "agent")
     assert reason.code == "delivery_gateway_only"
-    assert declared.never_handed_out(target("http"), "gateway") == ()
+    assert declared.delivery_refusals(target("http"), "gateway") == ()
     for kind in ("jwt", "postgres", "nobody-knows"):
-        assert declared.never_handed_out(target(kind, keys=False), "agent") == ()
+        assert declared.delivery_refusals(target(kind, keys=False), "agent") == ()
 
 
 def test_a_backend_that_fails_counts_for_the_least(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ringfence.gateway.dataplane.request_reader import says_json
+from ringfence.gateway.dataplane.request_reader import is_json
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from ringfence.gateway.dataplane.request_reader import says_json
     ],
 )
 def test_what_is_json(content_type: str, coding: str | None) -> None:
-    assert says_json(content_type, coding)
+    assert is_json(content_type, coding)
 
 
 @pytest.mark.parametrize(
@@ -49,4 +49,4 @@ def test_what_is_json(content_type: str, coding: str | None) -> None:
     ],
 )
 def test_what_may_be_read_otherwise(content_type: str | None, coding: str | None) -> None:
-    assert not says_json(content_type, coding)
+    assert not is_json(content_type, coding)

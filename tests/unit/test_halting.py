@@ -181,7 +181,7 @@ async def test_after_the_end_of_the_bundle_only_who_may_write_there_is_waited_fo
         kept: list[Received] = []
         postponed = DeferredRecords(services.trust, kept.extend)
         postponed.on_records([record])
-        postponed.again()
+        postponed.redeliver()
         refused = InvalidMessageError("nobody is believed", code="key_unknown")
         if role in model.signed_by:
             with pytest.raises(UnavailableError):

@@ -73,7 +73,7 @@ from ringfence.model.requests.facts import load_context, violations
 from ringfence.model.requests.grants import grant_problem
 from ringfence.model.scope.scope import missing
 from ringfence.model.unknown_fields import NOT_UNDERSTOOD, describe_unknown, is_understood, unknown_fields
-from ringfence.registry.domain import takes_away
+from ringfence.registry.domain import only_reduces
 from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
 from tests.support.unknown_field_cases import NAME, as_before, planted
 from tests.unit.test_gateway_domain import Place
@@ -206,7 +206,7 @@ def test_the_registry_takes_no_command_that_gives_with_one_and_every_command_tha
     ledger.organisation()
     for command in commands(ledger):
         kinds.add(type(command))
-        if takes_away(command):
+        if only_reduces(command):
             ledger.give(next(planted(command)))
             continue
         for one in planted(command):

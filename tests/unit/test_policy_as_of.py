@@ -41,11 +41,11 @@ async def test_one_question_is_the_answer_for_all_that_came_together(
 ) -> None:
     as_of.received(5000)
     for at_ms in (4000, 5000, 3000):
-        await as_of.known(at_ms)
+        await as_of.wait_until_known(at_ms)
     assert kafka.asked == 1
-    await as_of.known(5001)
+    await as_of.wait_until_known(5001)
     assert kafka.asked == 2
-    await as_of.known(None)
+    await as_of.wait_until_known(None)
     assert kafka.asked == 3
 
 
@@ -54,9 +54,9 @@ async def test_what_came_together_says_nothing_of_what_a_slower_broker_appends_l
 ) -> None:
     """Its time may lie before that of one that was here already, and what stood there then is not known."""
     as_of.received(5000)
-    await as_of.known(5000)
+    await as_of.wait_until_known(5000)
     as_of.received(4900)
-    await as_of.known(4900)
+    await as_of.wait_until_known(4900)
     assert kafka.asked == 2
 
 
@@ -68,20 +68,20 @@ async def test_what_came_while_kafka_was_asked_is_asked_for_again(kafka: Kafka) 
 
     one = ReadBarrier(cast("Any", kafka), ask)
     one.received(5000)
-    await one.known(4000)
-    await one.known(5000)
+    await one.wait_until_known(4000)
+    await one.wait_until_known(5000)
     assert kafka.asked == 2
 
 
 async def test_what_is_over_for_every_broker_is_not_asked_for_again(kafka: Kafka, as_of: ReadBarrier) -> None:
     kafka.past_ms = 6000
     as_of.received(1000)
-    await as_of.known(1000)
+    await as_of.wait_until_known(1000)
     as_of.received(6000)
-    await as_of.known(6000)
+    await as_of.wait_until_known(6000)
     assert kafka.asked == 1
     as_of.received(6000 + MAX_SKEW_MS)
-    await as_of.known(6001)
+    await as_of.wait_until_known(6001)
     assert kafka.asked == 2
 
 
@@ -89,9 +89,9 @@ async def test_after_a_failure_or_without_an_answer_all_is_asked_for_again(
     kafka: Kafka, as_of: ReadBarrier
 ) -> None:
     as_of.received(5000)
-    await as_of.known(5000)
+    await as_of.wait_until_known(5000)
     as_of.invalidate()
     kafka.answer = False
     for _ in range(2):
-        await as_of.known(5000)
+        await as_of.wait_until_known(5000)
     assert kafka.asked == 3

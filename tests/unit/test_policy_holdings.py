@@ -71,7 +71,7 @@ class Table(Holdings):
         request = self.request(jti, scope)
         case = self.case(request)
         document = {"request": {"task_id": TASK, "scope": [p.model_dump(mode="json") for p in scope]}}
-        self.judged(case, Evaluation(Ruling("allowed", ttl_s=TTL_S), input=document))
+        self.record_evaluation(case, Evaluation(Ruling("allowed", ttl_s=TTL_S), input=document))
         return case.request_id
 
     def case(self, request: CredentialRequest) -> Case:
@@ -154,11 +154,11 @@ def test_what_is_allowed_is_held_at_once_and_not_against_itself(table: Table):
 
 def test_what_is_judged_again_and_denied_is_let_go_unless_it_was_decided(table: Table):
     request = table.allow("one")
-    table.judged(table.case(table.request("one")), denied("x", "y"))
+    table.record_evaluation(table.case(table.request("one")), denied("x", "y"))
     assert table.ids() == []
     table.allow("one")
     assert table.publish("one") == request
-    table.judged(table.case(table.request("one")), denied("x", "y"))
+    table.record_evaluation(table.case(table.request("one")), denied("x", "y"))
     assert table.ids() == [lease_id(request)]
 
 

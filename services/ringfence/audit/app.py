@@ -49,7 +49,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
         proofs = ProofStore(
             runtime.trust, settings.state_dir / own.tree_file if settings.state_dir is not None else None
         )
-    lately, read_back, strays = HandoverCache(), WrittenEventCache(), UnauthorisedRecords()
+    lately, read_back, unauthorised = HandoverCache(), WrittenEventCache(), UnauthorisedRecords()
     intake = Intake(runtime.publisher, runtime.believed_key, settings.trust_domain, runtime.clock, lately)
     handlers = AuditHandlers(
         intake,
@@ -72,10 +72,10 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
         if records[0].topic is AUDIT_CHECKPOINT:
             proofs.add_checkpoints(records)
             return
-        strays.read(records)
+        unauthorised.read(records)
         for start in range(0, len(records), _AT_ONCE):
             some = records[start : start + _AT_ONCE]
-            trailed = read_back.of(some)
+            trailed = read_back.parse(some)
             events = [one.event for one in trailed]
             index.add(some, events)
             proofs.add_events(some, trailed)
@@ -88,7 +88,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
         each_s = max(0.1, own.linger_ms / 1000)
         runtime.background("detections", lambda: detector.publish_always(indexed.complete, each_s))
     followed = MalformedRecordHandler(runtime.trust, directory, runtime.clock, runtime.tables_caught_up)
-    chain = ChainWriter(runtime, own.checkpoint_s, lately, read_back, strays)
+    chain = ChainWriter(runtime, own.checkpoint_s, lately, read_back, unauthorised)
     runtime.consume(
         router(
             audited=handlers.handle_batch,
@@ -104,8 +104,8 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
             linger_ms=own.linger_ms,
         )
     )
-    runtime.background("checkpoints", chain.sign_now_and_then)
-    runtime.background("strays", chain.bury_strays)
+    runtime.background("checkpoints", chain.publish_checkpoints)
+    runtime.background("strays", chain.dead_letter_unauthorised)
     runtime.on_stop(chain.close)
     authenticator = Authenticator(directory, runtime.role, runtime.clock)
     api = AuditApi(index, directory, runtime.clock, authenticator, indexed.complete.is_set)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 
-from ringfence.audit.trail.chain_writer import GROUP, STRAYS_GROUP
+from ringfence.audit.trail.chain_writer import GROUP, UNAUTHORISED_GROUP
 from ringfence.kernel.kafka.batch_handlers import BatchHandler, Handler
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.faststream_adapter import ConsumerGroup, GroupRouter
@@ -51,8 +51,8 @@ def router(
         }
     )
     events = ConsumerGroup("audit", max_records=1000, linger_ms=linger_ms, report_initial_gap=True)
-    strays = ConsumerGroup(
-        STRAYS_GROUP,
+    unauthorised = ConsumerGroup(
+        UNAUTHORISED_GROUP,
         dead_letters,
         max_records=100,
         linger_ms=_PATIENTLY * linger_ms,
@@ -76,17 +76,17 @@ def router(
         """Make one event of each record, and hand it to the hash chain."""
         await audited(batch)
 
-    @router.subscriber(HEARTBEAT, group=strays, order="concurrent")
+    @router.subscriber(HEARTBEAT, group=unauthorised, order="concurrent")
     async def on_heartbeat(record: Received) -> Awaitable[object] | None:
         """Dead-letter what is no heartbeat."""
         return await heartbeat(record)
 
-    @router.subscriber(AUDIT_CHECKPOINT, group=strays, order="concurrent")
+    @router.subscriber(AUDIT_CHECKPOINT, group=unauthorised, order="concurrent")
     async def on_checkpoint(record: Received) -> Awaitable[object] | None:
         """Dead-letter what is no checkpoint and no statement of a witness."""
         return await checkpoint(record)
 
-    @router.subscriber(SIGNAL_STREAM, group=strays, order="concurrent")
+    @router.subscriber(SIGNAL_STREAM, group=unauthorised, order="concurrent")
     async def on_signal_stream(record: Received) -> Awaitable[object] | None:
         """Dead-letter what is no signal stream."""
         return await signal_stream(record)

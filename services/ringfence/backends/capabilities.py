@@ -18,7 +18,7 @@ class BackendCapabilities:
     def __init__(self, backends: Mapping[str, Backend]) -> None:
         self._backends = backends
 
-    def never_handed_out(self, target: TargetState, delivery: Delivery) -> tuple[Reason, ...]:
+    def delivery_refusals(self, target: TargetState, delivery: Delivery) -> tuple[Reason, ...]:
         """Return the reasons why a credential must not go to the agent, whatever the policy or two operators decide.
 
         Returns an empty tuple if it may.

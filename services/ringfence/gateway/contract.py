@@ -78,7 +78,7 @@ class Attempt:
     body: bytes | None = None
     """The whole body; None if it was not read. See `Gate.reads_body`."""
     json: bool = False
-    """Whether the head says that the body is JSON (`request_reader.says_json`). Otherwise no rule looks into it."""
+    """Whether the head says that the body is JSON (`request_reader.is_json`). Otherwise no rule looks into it."""
     label: str | None = None
     """The origin of the request, as the sender's tooling names it. Used only in reports."""
     mcp_headers: McpHeaders | None = None

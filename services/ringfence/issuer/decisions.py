@@ -326,7 +326,7 @@ class DecisionHandler:
         live = self._recovered(decision, refusal.request, stored)
         if live is None or self._backends[live.issue.lease.backend].stateless:
             return live
-        return await self._minter.again(live.issue, live.jws)
+        return await self._minter.remint(live.issue, live.jws)
 
     def _recovered(self, decision: Decision, request: CredentialRequest, stored: StoredLease) -> _Live | None:
         try:

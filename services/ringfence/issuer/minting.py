@@ -93,7 +93,7 @@ class Minter:
         await self._activate([one for one in attempts if one.outcome is None], token)
         return [_outcome_of(one) for one in attempts]
 
-    async def again(self, issue: Issue, jws: str) -> Minted | Refusal:
+    async def remint(self, issue: Issue, jws: str) -> Minted | Refusal:
         """Mint the credential of an active lease once more: the issuer that made it may have died before it replied.
 
         The lease may end during the call, and a revoker undoes only what it finds. So the lease is looked up
@@ -172,7 +172,7 @@ class Minter:
             return REPLAYED
         if stored.status != "active" or lease.backend != issue.lease.backend:
             return Refusal(OVER, issue.request)
-        return await self.again(replace(issue, lease=lease), stored.jws.decode("ascii"))
+        return await self.remint(replace(issue, lease=lease), stored.jws.decode("ascii"))
 
     async def _make(self, attempt: _Attempt) -> None:
         try:

@@ -153,7 +153,7 @@ def build(
     withdrawals = WithdrawalHandler(runtime, directory, verifier, admission, shed, decisions, approvals)
     granting = GrantHandler(
         runtime, directory, verifier, grant_table,
-        lambda: judge.policy_revision, approvals.records.known, approvals.reconsider,
+        lambda: judge.policy_revision, approvals.records.wait_until_known, approvals.reconsider,
     )  # fmt: skip
 
     async def respond(record: Received) -> Awaitable[object] | None:

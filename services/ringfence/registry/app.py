@@ -59,13 +59,13 @@ def build(
     discovery = Discovery(runtime.clock, own.oidc_ca_file)
     runtime.on_stop(discovery.close)
 
-    def lets_nobody_in() -> str | None:
+    def not_accepting() -> str | None:
         if commands.owns(command_topic, 0):
             return registry.untrusted()
         return "another replica of the registry is at work; ask that one"
 
     recalled = partial(registry.history.caught_up, RECALL_S)
-    enroller = Enroller(runtime, directory, memory, discovery, lets_nobody_in, recalled)
+    enroller = Enroller(runtime, directory, memory, discovery, not_accepting, recalled)
     registry.on_own_event = enroller.on_event
     runtime.routes += EnrolApi(enroller).routes()
     runtime.ready_when(registry.untrusted)

@@ -153,7 +153,7 @@ def decide(
     command, at_ms = authorised.claims, authorised.appended_at_ms
     _check_time(authorised, around)
     compact = authorised.signed.compact
-    if takes_away(command) and len(compact) > MAX_NARROWING_BYTES:
+    if only_reduces(command) and len(compact) > MAX_NARROWING_BYTES:
         raise CommandRefusedError(
             f"{with_article(command.typ)} of {len(compact)} bytes; the limit is {MAX_NARROWING_BYTES}",
             code="too_large",
@@ -192,14 +192,14 @@ def decide(
     return Change(state, current.revision + 1, (*remaining, embedded))
 
 
-def takes_away(command: Command) -> bool:
+def only_reduces(command: Command) -> bool:
     """Return whether a command can only reduce what is allowed. Nothing may stand in the way of such a command."""
     return not isinstance(command, (*MAY_WIDEN, AgentRegister, TaskAssign, TaskDelegate))
 
 
 def check_size(command: Command, size: int) -> None:
     """Raise CommandRefusedError if a record of `size` bytes is too long for what `command` does."""
-    limit = MAX_JWS_BYTES if takes_away(command) else MAX_RECORD_BYTES
+    limit = MAX_JWS_BYTES if only_reduces(command) else MAX_RECORD_BYTES
     if size > limit:
         raise CommandRefusedError(
             f"the record would have {size} bytes, the limit is {limit}; say it shorter, or start a new subject",
@@ -233,7 +233,7 @@ def _check_fields(command: Command, subject: Subject, authorised: Authorised, ar
     A command that takes away is accepted and stops as much as it can. The check is for new commands alone: every reader
     computes old records, with their commands, again.
     """
-    if takes_away(command):
+    if only_reduces(command):
         return
     _require_understood(command, " ".join(subject))
     if isinstance(command, TaskAssign) and authorised.consent is not None:  # it was verified with the command

@@ -157,15 +157,15 @@ class Services:
                 jwks_max_age_s=300,
             ).routes()
         )
-        context.bus.when_idle(self._close_what_is_over)
+        context.bus.when_idle(self._close_overdue_once)
 
     async def end_due_leases(self) -> None:
         """End the leases whose deadline has come."""
         now_ms = self._context.clock.now_ms()
         await self._ender.end([EndRequest(one, deadline_cause(one, now_ms)) for one in self.store.due()])
 
-    async def _close_what_is_over(self) -> None:
-        await self.approvals.close_what_is_over(lambda topic, partition: True)
+    async def _close_overdue_once(self) -> None:
+        await self.approvals.close_overdue_once(lambda topic, partition: True)
 
     def _build_registry(self) -> Registry:
         runtime = self._context.runtime("registry")
@@ -225,7 +225,7 @@ class Services:
             verifier,
             grant_table,
             lambda: judge.policy_revision,
-            approvals.records.known,
+            approvals.records.wait_until_known,
             approvals.reconsider,
         )
 

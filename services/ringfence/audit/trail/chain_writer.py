@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 GROUP = "audit-chain"
 """The consumer group, and the `transactional.id`: both without the topic prefix."""
-STRAYS_GROUP = "audit-strays"
+UNAUTHORISED_GROUP = "audit-strays"
 """The consumer group of `MalformedRecordHandler`. In its name the chain writer commits for `audit` the offsets before
 which no unauthorised record is left."""
 _MAX_RECENT_UIDS = 50_000
@@ -80,7 +80,11 @@ class _Chain:
 
 
 class ChainWriter:
-    """`on_batch` is the handler of `audit.intake`; `sign_now_and_then` and `bury_strays` run in the background."""
+    """Appends events to the chains of the trail, with checkpoints.
+
+    `on_batch` is the handler of `audit.intake`. `publish_checkpoints` and `dead_letter_unauthorised` run in the
+    background.
+    """
 
     def __init__(
         self,
@@ -128,7 +132,7 @@ class ChainWriter:
                     await self._chain(publisher, events)
             self._chained_to |= {partition: end for (_, partition), end in ends.items()}
 
-    async def sign_now_and_then(self) -> None:
+    async def publish_checkpoints(self) -> None:
         """Publish a checkpoint of each chain that has grown, every `checkpoint_s` seconds. Never returns."""
         while True:
             await asyncio.sleep(self._checkpoint_s)
@@ -137,7 +141,7 @@ class ChainWriter:
             except UnavailableError as error:
                 log.warning("no checkpoint this time: %s", error, extra=rate_limited(error.code))
 
-    async def bury_strays(self) -> None:
+    async def dead_letter_unauthorised(self) -> None:
         """Dead-letter the records on `audit` that this writer did not write. Never returns."""
         while True:
             await self._unauthorised.waiting.wait()
@@ -296,7 +300,7 @@ class ChainWriter:
         """The consumer group and the offsets, as `TransactionalPublisher.transaction` takes them."""
         name = AUDIT.name(self._runtime.settings.topic_prefix)
         checked = self._unauthorised.checked_offsets()
-        return self._group_of(STRAYS_GROUP), {
+        return self._group_of(UNAUTHORISED_GROUP), {
             (name, partition): offset for partition, offset in checked.items()
         }
 
@@ -325,7 +329,7 @@ class ChainWriter:
                 runtime.trust,
                 remember=_RECOVERED_UIDS,
                 chained=self._chained_to,
-                checked=await self._offsets(self._group_of(STRAYS_GROUP), AUDIT),
+                checked=await self._offsets(self._group_of(UNAUTHORISED_GROUP), AUDIT),
                 now_ms=runtime.clock.now_ms(),
             )
         except BaseException:

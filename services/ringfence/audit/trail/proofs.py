@@ -92,7 +92,7 @@ class ProofStore:
 
         `parsed`: the records, parsed and hashed, if the caller has them.
         """
-        for record, (event, leaf) in zip(records, parsed or WrittenEventCache().of(records), strict=True):
+        for record, (event, leaf) in zip(records, parsed or WrittenEventCache().parse(records), strict=True):
             link, tree = claimed_link(event), str(record.partition)
             if link is not None and link[0] == tree:
                 self._leaves_of(tree).add(link[1], link[2], leaf)

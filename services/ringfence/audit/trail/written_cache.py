@@ -36,8 +36,8 @@ class WrittenEventCache:
         while self._free_bytes < 0:
             self._take(next(iter(self._entries)))
 
-    def of(self, records: Sequence[Received]) -> list[ParsedRecord]:
-        """The records, parsed and hashed. Removes them from the cache, as each is read back once."""
+    def parse(self, records: Sequence[Received]) -> list[ParsedRecord]:
+        """Return the records, parsed and hashed. Removes them from the cache, as each is read back once."""
         return [
             self._take(record.value) or ParsedRecord(loaded(record.value), leaf_hash(record.value))
             for record in records

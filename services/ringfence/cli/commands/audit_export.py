@@ -141,13 +141,13 @@ def _to_file(one: ExportFile, out: Path, me: Path | None) -> ExportProgress:
         run(_all(one.state, one.writer, me, one))
     except BaseException:
         one.abort()
-        note(_stopped(one.state) + _how_to_go_on(one, out), "yellow")
+        note(_stopped(one.state) + _next_steps(one, out), "yellow")
         raise
     one.finish()
     return one.state
 
 
-def _how_to_go_on(one: ExportFile, out: Path) -> str:
+def _next_steps(one: ExportFile, out: Path) -> str:
     if one.can_be_resumed:
         return f"; go on with: ringfence audit export --resume -o {out}"
     if not one.writer.resumable:

@@ -171,7 +171,7 @@ def _signals_for_a_command() -> Iterator[Callable[[asyncio.subprocess.Process], 
             if command is not None:
                 command.send_signal(number)
 
-    def hand_on(number: signal.Signals) -> None:
+    def forward_signal(number: signal.Signals) -> None:
         if command is None:
             early.append(number)
         # Ctrl-C reaches every process in the terminal's foreground, the command as well.
@@ -189,7 +189,7 @@ def _signals_for_a_command() -> Iterator[Callable[[asyncio.subprocess.Process], 
         return
     loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     for number in numbers:
-        loop.add_signal_handler(number, hand_on, number)
+        loop.add_signal_handler(number, forward_signal, number)
     try:
         yield name
     finally:

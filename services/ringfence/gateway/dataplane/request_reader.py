@@ -114,7 +114,7 @@ def _field_facts(section: FieldSection) -> _FieldFacts:
         section.values[b"host"].decode("latin-1"),
         label.decode("latin-1") if label else None,
         mcp_headers,
-        says_json(mcp_headers.content_type, mcp_headers.content_encoding),
+        is_json(mcp_headers.content_type, mcp_headers.content_encoding),
         agent_header_names(section),
     )
 
@@ -237,7 +237,7 @@ _CHARSET: Final = re.compile(r";[ \t]*charset=\"?([^\";]*)", re.IGNORECASE)
 
 
 @functools.lru_cache(maxsize=1024)
-def says_json(media: str | None, coding: str | None) -> bool:
+def is_json(media: str | None, coding: str | None) -> bool:
     """Whether a body with this `Content-Type` and `Content-Encoding` is JSON in UTF-8 (RFC 8259, 8.1), uncompressed.
 
     With another type, charset or encoding the same bytes can mean something else: JSON text can also be a valid form.

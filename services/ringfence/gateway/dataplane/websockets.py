@@ -56,7 +56,7 @@ async def tunnel(
     extension was accepted: so the redactor finds the secret in them.
     """
 
-    async def pass_on(source: Stream, sink: Stream, through: Redactor | None) -> None:
+    async def relay(source: Stream, sink: Stream, through: Redactor | None) -> None:
         while True:
             if source.buffer:
                 check_cut()
@@ -71,7 +71,7 @@ async def tunnel(
 
     async def until_gone(source: Stream, sink: Stream, through: Redactor | None = None) -> None:
         try:
-            await pass_on(source, sink, through)
+            await relay(source, sink, through)
         except (DisconnectedError, PeerTimeoutError, RingfenceError):
             if through is not None and sink.alive:
                 sink.write(through.last(b""))

@@ -29,7 +29,7 @@ from ringfence.gateway.contract import (
     Verdict,
 )
 from ringfence.gateway.dataplane.denials import MEDIA_TYPE, denial_headers, problem_details
-from ringfence.gateway.dataplane.request_reader import says_json
+from ringfence.gateway.dataplane.request_reader import is_json
 from ringfence.gateway.decision.observe_mode import credential_headers
 from ringfence.gateway.events.destination import destination_of_line
 from ringfence.kernel.base.errors import UnavailableError
@@ -185,7 +185,7 @@ def _normalized_name(name: str) -> str:
 
 def shows_json(request: Request) -> bool:
     """Whether the body is declared as JSON. Raises ValueError if that is declared twice."""
-    return says_json(single_header(request, "content-type"), single_header(request, "content-encoding"))
+    return is_json(single_header(request, "content-type"), single_header(request, "content-encoding"))
 
 
 async def whole_body(request: Request) -> bytes | None:

@@ -78,7 +78,7 @@ class LogLimiter(logging.Filter):
             for kind, (counter, name, level) in list(self._counters.items()):
                 if counter.left_out and (all or counter.due(now_s)):
                     since_s = now_s - counter.reported_s
-                    lines.append((name, level, counter.take_left_out(now_s), since_s, counter.last))
+                    lines.append((name, level, counter.take_suppressed(now_s), since_s, counter.last))
                 elif not counter.left_out and now_s - counter.latest_s >= QUIET_S:
                     del self._counters[kind]
         for name, level, count, since_s, last in lines:
@@ -106,13 +106,13 @@ class RepeatCounter:
     def should_log(self, message: str, now_s: float) -> bool:
         """Count one more event. True if it is one of the first, which are logged; otherwise it counts as left out."""
         if self._first <= 0:
-            self.leave_out(message, now_s)
+            self.suppress(message, now_s)
             return False
         self._first -= 1
         self.reported_s = self.latest_s = now_s
         return True
 
-    def leave_out(self, message: str, now_s: float) -> None:
+    def suppress(self, message: str, now_s: float) -> None:
         """Count one more event that is not logged, even if it is one of the first."""
         self.latest_s = now_s
         self.left_out += 1
@@ -122,7 +122,7 @@ class RepeatCounter:
         """Whether it is time to report how many were left out."""
         return now_s - self.reported_s >= self._every_s
 
-    def take_left_out(self, now_s: float) -> int:
+    def take_suppressed(self, now_s: float) -> int:
         """The number of events left out since the last report. Resets the counter: the caller reports it now."""
         count, self.left_out, self.reported_s = self.left_out, 0, now_s
         return count

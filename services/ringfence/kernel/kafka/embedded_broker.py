@@ -71,7 +71,7 @@ def hold_fetches(
     due_s: dict[int, float] = {}
     heard_s: dict[int, float] = {}
 
-    async def held_send(node_id: int, request: Any, **options: Any) -> Any:
+    async def delayed_send(node_id: int, request: Any, **options: Any) -> Any:
         if request.API_KEY != _FETCH:
             return await send(node_id, request, **options)
         loop = asyncio.get_running_loop()
@@ -92,7 +92,7 @@ def hold_fetches(
             if due_s[node_id] > hold_until_s:
                 return response
 
-    client.send = held_send
+    client.send = delayed_send
 
 
 class _Again:
@@ -170,7 +170,7 @@ def pass_over_old_aborts(consumer: AIOKafkaConsumer) -> None:
     client = consumer._client
     send = client.send
 
-    async def told_send(node_id: int, request: Any, **options: Any) -> Any:
+    async def send_without_old_aborts(node_id: int, request: Any, **options: Any) -> Any:
         response = await send(node_id, request, **options)
         if request.API_KEY == _FETCH and _tells_of_aborts(response):
             starts = {(name, number): at for name, some in request.topics for number, at, _ in some}
@@ -180,7 +180,7 @@ def pass_over_old_aborts(consumer: AIOKafkaConsumer) -> None:
             ]
         return response
 
-    client.send = told_send
+    client.send = send_without_old_aborts
 
 
 def _tells_of_aborts(response: Any) -> bool:

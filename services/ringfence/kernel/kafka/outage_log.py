@@ -62,7 +62,7 @@ class OutageLog(logging.Filter):
             if self._since_s is None:
                 self._since_s, self._counter = now_s, self._new_counter(now_s)
             if str(record.msg).startswith(_FIRST_TIME):
-                self._counter.leave_out(message, now_s)
+                self._counter.suppress(message, now_s)
                 return False
             if should_log := self._counter.should_log(message, now_s):
                 record.msg = "Kafka at %s does not answer as it should, trying again until it does: %s"
@@ -83,7 +83,7 @@ class OutageLog(logging.Filter):
             self._report_recovery(since_s)
         elif self._counter.due(self._now_s()):
             with self._lock:
-                left_out = self._counter.take_left_out(self._now_s())
+                left_out = self._counter.take_suppressed(self._now_s())
             log.warning(
                 "Kafka at %s has not answered as it should for %.0f s; left out %d messages about it, the last: %s",
                 self._settings.kafka,

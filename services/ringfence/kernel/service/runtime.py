@@ -449,7 +449,7 @@ class Runtime:
         for reread in self._rereading:
             self._reread(reread)
         for postponed in self._postponed:
-            postponed.again()
+            postponed.redeliver()
 
     async def _report_data_loss(self, gone: LostRange) -> None:
         """Report lost records as a finding in the audit trail and as a metric, so that people learn of them."""

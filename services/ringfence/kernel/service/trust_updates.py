@@ -59,7 +59,7 @@ class DeferredRecords:
                 self._kept.append(record)
         self._reader(records)
 
-    def again(self) -> None:
+    def redeliver(self) -> None:
         """Another bundle is in force: deliver the kept records again, topic by topic, in order."""
         kept, self._kept = self._kept, deque(maxlen=_MOST)
         for _, some in itertools.groupby(kept, key=lambda record: record.topic_name):

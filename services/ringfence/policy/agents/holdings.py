@@ -265,7 +265,7 @@ class Holdings:
 
     # --- policy's own decisions ---
 
-    def judged(self, case: Case, evaluation: Evaluation) -> None:
+    def record_evaluation(self, case: Case, evaluation: Evaluation) -> None:
         """Record an evaluation before anybody learns of it: the agent holds what was allowed from now on."""
         id, document = _lease_id(case.request_id), evaluation.input
         if evaluation.ruling.outcome != "allowed" or document is None:

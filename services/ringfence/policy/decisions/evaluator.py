@@ -101,7 +101,7 @@ class RequestEvaluator:
             evaluation = await self._query_with_all_held(case, at_ms, approvals)
             if binding:
                 evaluation = await self._granted(case, at_ms, approvals, evaluation)
-                self._holdings.judged(case, evaluation)
+                self._holdings.record_evaluation(case, evaluation)
             if evaluation.ruling.outcome != "denied":
                 return evaluation
             await self.caught_up()
@@ -174,7 +174,7 @@ class RequestEvaluator:
             return Evaluation(Ruling("denied", (error.reason,)))
         max_age_s = self._runtime.settings.entitlements_max_age_s
         against = violations(facts, at_ms / 1000, max_age_s)
-        against += self._declared.never_handed_out(facts.target.state, case.request.claims.delivery)
+        against += self._declared.delivery_refusals(facts.target.state, case.request.claims.delivery)
         agent, now_s = facts.agent.state, at_ms // 1000
         held = self._holdings.held(agent.agent_id, now_s, but_for=case.request_id)
         if len(held) > MAX_HELD:

@@ -151,7 +151,7 @@ class DecisionPublisher:
         await self._runtime.publisher.publish_signed(
             APPROVAL_REQUEST, user_id, message, self._runtime.key, traceparent=case.traceparent
         )
-        self._notices.tell(message, case.request)
+        self._notices.notify(message, case.request)
 
     async def _reply(self, state: RequestState, case: Case) -> None:
         if state.jws is None:

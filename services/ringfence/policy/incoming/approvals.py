@@ -63,7 +63,7 @@ class ReadBarrier:
         """Note that what was known may no longer be true."""
         self._known_to_ms = self._past_ms = -1
 
-    async def known(self, at_ms: int | None) -> None:
+    async def wait_until_known(self, at_ms: int | None) -> None:
         """Return once everything is known that was on Kafka at `at_ms` (the broker's clock), or now."""
         if at_ms is not None and at_ms <= self._known_to_ms:
             return
@@ -129,7 +129,7 @@ class ApprovalHandler:
         """
         async with self._one_at_a_time:
             try:
-                await self._decided.known(at_ms)
+                await self._decided.wait_until_known(at_ms)
                 yield
             except BaseException:
                 self._decided.invalidate()
@@ -181,7 +181,7 @@ class ApprovalHandler:
             return _reason("approval_other_request", "the approval is a signature over another request")
         if stale := await self._evaluator.stale():
             return _reason("stale_view", f"{stale}; then approve again")
-        await self.records.known(at_ms)
+        await self.records.wait_until_known(at_ms)
         try:
             facts = load_context(self._directory, case.request)
         except DeniedError as error:
@@ -375,11 +375,11 @@ class ApprovalHandler:
         while True:
             await asyncio.sleep(_CLOSE_EVERY_S)
             try:
-                await self.close_what_is_over(owns)
+                await self.close_overdue_once(owns)
             except Exception:
                 log.exception("what nobody approved could not be closed yet; it is tried again")
 
-    async def close_what_is_over(self, owns: Callable[[str, int], bool]) -> None:
+    async def close_overdue_once(self, owns: Callable[[str, int], bool]) -> None:
         """Run one round of `close_overdue`."""
         now, still_waiting = self._directory.versions, dict[str, tuple[int, int | None]]()
         for known in self._decisions.pending():

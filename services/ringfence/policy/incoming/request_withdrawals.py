@@ -83,7 +83,7 @@ class WithdrawalHandler:
             return Reason(code=late.code, message=str(late))
         if self._void_instance(withdrawal, agent_id) is not None:
             # Nobody is refused for a record that has not arrived here yet.
-            await self._approvals.records.known(at_ms)
+            await self._approvals.records.wait_until_known(at_ms)
         return self._void_instance(withdrawal, agent_id)
 
     def _void_instance(self, withdrawal: Signed[RequestWithdraw], agent_id: str) -> Reason | None:

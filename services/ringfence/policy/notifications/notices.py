@@ -121,7 +121,7 @@ class Notices:
         if self._http is not None:
             await self._http.aclose()
 
-    def tell(self, message: ApprovalRequest, request: Signed[CredentialRequest]) -> None:
+    def notify(self, message: ApprovalRequest, request: Signed[CredentialRequest]) -> None:
         """Notify a person who wants it, unless they were notified of this question or of an equivalent one that still
         waits.
 
