@@ -35,6 +35,7 @@ from ringfence.backends.target_settings import (
     problem_of,
     settings_of,
 )
+from ringfence.messages.base import UUID
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
@@ -73,7 +74,6 @@ MAX_PATTERNS: Final = 256
 
 # Characters, besides letters, digits and marks, that stand for themselves in Redis's globs and in a selector.
 _PLAIN_SIGNS: Final = frozenset("/-_.:,=@+~!$&|<>")
-_UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _CONNECT_S: Final = 2.0
 _ANSWER_S: Final = 5.0
 _NOT_THIS_CREDENTIAL: Final = "Error in ACL SETUSER"
@@ -223,7 +223,7 @@ class RedisBackend:
         users = await self._run(target_id, "ACL", "USERS")
         names = (name.decode("utf-8", "replace") for name in users)
         lease_ids = (name.removeprefix(self._prefix) for name in names if name.startswith(self._prefix))
-        return frozenset(id for id in lease_ids if _UUID.fullmatch(id))
+        return frozenset(id for id in lease_ids if UUID.fullmatch(id))
 
     standing = existing
 

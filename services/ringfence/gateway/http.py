@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from starlette.requests import Request
@@ -12,10 +11,10 @@ from starlette.routing import BaseRoute, Route
 from ringfence.gateway.state.view import View
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.api_errors import NotFoundError
+from ringfence.messages.base import UUID
 from ringfence.model.records.api_access import Authenticator
 
 _LEASE_PATH = "/v1/leases/{lease_id}"
-_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
 class GatewayApi:
@@ -30,7 +29,7 @@ class GatewayApi:
         """Report whether a lease can be used here now, and if not, why. For callers who may see its agent."""
         caller = self._authenticator.authenticate(request)
         lease_id = request.path_params["lease_id"]
-        lease = self._view.table.get(lease_id) if _UUID.fullmatch(lease_id) else None
+        lease = self._view.table.get(lease_id) if UUID.fullmatch(lease_id) else None
         agent = self._view.directory.agent(lease.agent_id) if lease is not None else None
         if lease is None or agent is None or not caller.may_see_agent_of(agent.state.sponsor):
             raise NotFoundError(f"this gateway knows no lease {lease_id[:64]} that you may see")

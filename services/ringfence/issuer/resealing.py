@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from ringfence.kernel.crypto.multi_recipient_jwe import Opener, enclose, unverif
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
+from ringfence.messages.base import UUID
 from ringfence.messages.credential import CredentialDelivery
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import CREDENTIAL_REPLY
@@ -159,7 +159,6 @@ async def _wait_for_either(delivery_found: asyncio.Future[bytes], complete: asyn
 # HTTP API for gateways that are younger than a lease.
 
 SEALED_PATH = "/v1/leases/{lease_id}/sealed-credential"
-_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
 class GatewayHttp:
@@ -176,7 +175,7 @@ class GatewayHttp:
         """Serve the credential of a live lease, encrypted to the calling gateway alone."""
         gateway = self._authenticator.gateway(request.headers.get("authorization"))
         lease_id = request.path_params["lease_id"]
-        if not _UUID.fullmatch(lease_id):
+        if not UUID.fullmatch(lease_id):
             raise NotFoundError("a lease's id is a UUID in lower case")
         envelope = await self._resealer.reseal(lease_id, gateway)
         metrics.HTTP_REQUESTS.labels(SEALED_PATH, "200").inc()

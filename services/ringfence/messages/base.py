@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
@@ -16,6 +17,8 @@ SERVICE_ROLES: Final[tuple[ServiceRole, ...]] = get_args(ServiceRole)
 """The services that sign messages, each under its role; `runner` and `console` are declared for what is to come."""
 
 _UUID = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
+UUID: Final = re.compile(_UUID)
+"""The canonical text of a UUID (RFC 9562) in lower case. Use `fullmatch`."""
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 _TARGET_ID = r"^[a-z0-9][a-z0-9-]{0,62}$"
 _VERB = r"^[a-z][a-z0-9_.:-]{0,63}$"

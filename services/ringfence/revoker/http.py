@@ -11,6 +11,7 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.kernel.base.api_errors import NotFoundError
 from ringfence.kernel.base.clock import Clock
+from ringfence.messages.base import UUID
 from ringfence.messages.lease import Lease, LeaseStatus
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.lifecycle import ALL_LEASES, matches
@@ -85,7 +86,7 @@ class LeasesApi:
     async def _one(self, request: Request) -> Response:
         """One lease, as long as Redis keeps it after its end. `?records=1` adds the signed record."""
         caller, id = self._authenticator.authenticate(request), request.path_params["id"]
-        stored = await self._store.get([id]) if _is_uuid(id) else {}
+        stored = await self._store.get([id]) if UUID.fullmatch(id) else {}
         lease = (await self._ender.read(stored)).get(id)
         if lease is None or not self._may_see(caller, lease):
             raise NotFoundError(
@@ -117,7 +118,3 @@ class LeasesApi:
         except ChainError:
             return False
         return agent is not None and caller.may_see_agent_of(agent.state.sponsor)
-
-
-def _is_uuid(text: str) -> bool:
-    return len(text) == 36 and all(c in "0123456789abcdef-" for c in text) and "-" not in text[:8]

@@ -6,14 +6,14 @@ from typing import Any
 
 from ringfence.audit.events import credentials
 from ringfence.audit.events.ocsf import OcsfEvent
-from ringfence.audit.mappers.mapper import UUID, MappedEvent, Mapper, RecordMapper, lacks_names
+from ringfence.audit.mappers.mapper import MappedEvent, Mapper, RecordMapper, lacks_names
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jwe import unverified_kid
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.multi_recipient_jwe import recipients_of, unverified_about
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.base import Topic, typ_header
+from ringfence.messages.base import UUID, Topic, typ_header
 from ringfence.messages.credential import DecidedTerms, RequestWithdraw
 from ringfence.messages.topics import CREDENTIAL_DECISION, CREDENTIAL_REPLY, CREDENTIAL_REQUEST
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ringfence.audit.events import credentials, services, subjects
-from ringfence.audit.mappers.mapper import UUID, MappedEvent, Mapper, RecordMapper, lacks_names
+from ringfence.audit.mappers.mapper import MappedEvent, Mapper, RecordMapper, lacks_names
 from ringfence.audit.verification import RecordVerifier
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.base import Topic
+from ringfence.messages.base import UUID, Topic
 from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
 from ringfence.messages.topics import LEASE, REVOCATION_ACK, REVOCATION_REQUEST
 from ringfence.model.identity.spiffe_ids import subject_of

@@ -5,7 +5,6 @@ One class for each subject, one method for each topic. `by_topic` of a class say
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
@@ -22,7 +21,6 @@ from ringfence.model.identity.spiffe_ids import subject_of
 
 PENDING_CODES: Final = frozenset({"key_unknown", "chain_broken", "not_reviewer", "break_glass_unknown"})
 """Errors that may only mean that the local tables, or the index, are behind."""
-UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class MappedEvent(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Final
 
@@ -17,6 +16,7 @@ from ringfence.gateway.domain import UNAUTHORIZED, UNAVAILABLE, Leases, Refusal,
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.keys import b64decode, thumbprint
+from ringfence.messages.base import UUID
 from ringfence.messages.keys import PublicJwk
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import AgentRecord
@@ -24,7 +24,6 @@ from ringfence.model.identity.spiffe_ids import SubjectKind, spiffe_id, subject_
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 
-_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 NONCE_REQUIRED: Final = "use_dpop_nonce"
 """The code of a refusal that only asks for a proof with a nonce. It is not a decision."""
 
@@ -83,7 +82,7 @@ class SenderAuthenticator:
     def without_proof(self, presented: PresentedIdentity) -> Sender | None:
         """The sender, if socket or certificate shows it; None otherwise, or if that is not certain."""
         handle = presented.handle
-        if handle is not None and not _UUID.fullmatch(handle):
+        if handle is not None and not UUID.fullmatch(handle):
             return None
         if presented.task_id is not None:
             sender = self._by_task(presented.task_id, handle)
@@ -98,7 +97,7 @@ class SenderAuthenticator:
         proof.
         """
         handle = presented.handle
-        if handle is not None and not _UUID.fullmatch(handle):
+        if handle is not None and not UUID.fullmatch(handle):
             return refuse("handle_malformed", "a handle is the id of a lease", status=UNAUTHORIZED)
         if presented.task_id is not None:
             return self._by_task(presented.task_id, handle)
