@@ -18,6 +18,7 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.declared_consumer import MAKERS, MakeConsumer
 from tests.support.stack import RunningStack, realm_in
+from tests.support.topics import delete_topics
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -42,6 +43,7 @@ def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
             redis_url=redis_server.url,
             topic_prefix="stack",
             redis_prefix="stack",
+            keep_bytes=1024 * 1024,  # what it keeps, the embedded broker writes every other second
         )
         with Stack(options) as running:
             yield running
@@ -67,7 +69,7 @@ def partitions() -> int:
 
 
 @pytest.fixture
-async def settings(kafka: Kafka, partitions: int) -> ServiceSettings:
+async def settings(kafka: Kafka, partitions: int) -> AsyncIterator[ServiceSettings]:
     """Of a service that no other part of Ringfence is beside: its topics are made, and the test's own."""
     made = ServiceSettings(
         kafka=kafka.bootstrap,
@@ -77,7 +79,8 @@ async def settings(kafka: Kafka, partitions: int) -> ServiceSettings:
     )
     async with TopicsAdmin(made) as admin:
         assert len(await admin.apply()) == len(ALL)
-    return made
+    yield made
+    await delete_topics(made.kafka, made.topic_prefix)
 
 
 @pytest.fixture

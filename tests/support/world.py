@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import httpx
-from aiokafka.admin import AIOKafkaAdminClient
 
 from ringfence.dev.processes import free_port
 from ringfence.kernel.base.errors import InvalidMessageError
@@ -61,11 +60,12 @@ from ringfence.messages.registry import (
     UserSet,
     VerbFloor,
 )
-from ringfence.messages.topics import ALL, DEAD_LETTER, REGISTRY_COMMAND, SERVICE_EVENT, TRUST
+from ringfence.messages.topics import DEAD_LETTER, REGISTRY_COMMAND, SERVICE_EVENT, TRUST
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from tests.support.http_client import plain_client
 from tests.support.lost_redis import declare_complete
 from tests.support.switches import build_options
+from tests.support.topics import delete_topics
 from tests.support.trail import Trail
 
 WITHIN_S = 60.0
@@ -170,16 +170,7 @@ class World:
                             await watch.follower.stop()
                         await world.trail.stop()
             finally:
-                await world.forget()
-
-    async def forget(self) -> None:
-        """Delete the topics: a broker that keeps those of all tests takes longer for each."""
-        admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap)
-        await admin.start()
-        try:
-            await admin.delete_topics([topic.name(self.prefix) for topic in ALL])
-        finally:
-            await admin.close()
+                await delete_topics(world.bootstrap, world.prefix)
 
     # --- identities ---
 
