@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([
     *ROOT.glob("*.md"),
     *(page for folder in ("docs", "docs/targets", "docs/how-to") for page in (ROOT / folder).glob("*.md")),
+    *ROOT.glob("examples/*/README.md"),
 ])  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def commands_in(page: Path) -> list[str]:
     return [line for line in lines if re.match(r"(\.venv/bin/)?ringfence ", line)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 def test_pages_use_commands_and_options_that_exist(page: Path) -> None:
     for line in commands_in(page):
         words = iter(shlex.split(line.split(" #")[0].split(" &")[0].split(" |")[0].split(" >")[0])[1:])

@@ -30,8 +30,9 @@ def _pages() -> list[Path]:
         *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("deploy/**/*.md"),
         *ROOT.glob("bench/*.md"),
+        *ROOT.glob("examples/**/*.md"),
     ]
-    return sorted([*pages, *ROOT.glob("docs/**/*.py")])
+    return sorted([*pages, *ROOT.glob("docs/**/*.py"), *ROOT.glob("examples/**/*.py")])
 
 
 def _snippets(page: Path) -> Iterator[str]:
@@ -90,6 +91,7 @@ def test_pages_with_imports_are_found() -> None:
         "jwt.md",
         "consume.md",
         "consume_faststream.py",
+        "sponsor.py",
     } <= {page.name for page in importing}
 
 

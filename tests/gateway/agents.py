@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ringfence.cli.task_proxy.environment import proxy_environment
+
 
 @dataclass
 class Outcome:
@@ -32,15 +34,7 @@ class Sandbox:
         return {
             "PATH": os.environ["PATH"],
             "HOME": str(self.folder),
-            "HTTPS_PROXY": self.proxy,
-            "https_proxy": self.proxy,
-            "SSL_CERT_FILE": str(self.bundle),
-            "CURL_CA_BUNDLE": str(self.bundle),
-            "REQUESTS_CA_BUNDLE": str(self.bundle),
-            "GIT_SSL_CAINFO": str(self.bundle),
-            "NODE_EXTRA_CA_CERTS": str(self.bundle),
-            # Where a file of npm's own says what it trusts, the variable of node alone is not enough.
-            "npm_config_cafile": str(self.bundle),
+            **proxy_environment(self.proxy, self.bundle),
             "npm_config_fetch_retries": "0",
             "GIT_TERMINAL_PROMPT": "0",
             "GIT_CONFIG_NOSYSTEM": "1",

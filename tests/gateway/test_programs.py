@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from ringfence.cli.task_proxy.server import TaskProxy
 from ringfence.gateway.dataplane.plane import DataPlane
 from tests.gateway.agents import Sandbox, bridged, missing
 from tests.gateway.certificates import Certificates
@@ -36,11 +38,15 @@ NPM_RULES = (
     rule("GET", "/{name}/-/{file}", "read", "package/{name}"),
     rule("PUT", "/{name}", "publish", "package/{name}"),
 )
+PIP_RULES = (
+    rule("GET", "/links", "read", "links"),
+    rule("GET", "/files/{file}", "read", "file/{file}"),
+)
 
 
 @dataclass
 class Shop:
-    """Targets api.test, git.test and npm.test, each with TLS, behind one task's socket."""
+    """Targets api.test, git.test, npm.test and pip.test, each with TLS, behind one task's socket."""
 
     gate: TableGate
     plane: DataPlane
@@ -48,19 +54,24 @@ class Shop:
     api: Target
     git: Target
     npm: Target
+    pip: Target
     repositories: Path
+    handle: str | None
+    """What the gateway gets of the user in the proxy URL."""
 
 
-@pytest_asyncio.fixture(loop_scope="package")
-async def shop(tmp_path: Path) -> AsyncIterator[Shop]:
+@pytest_asyncio.fixture(loop_scope="package", params=["relay", "connect"])
+async def shop(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Shop]:
+    """Programs reach the socket through a plain relay, or through the proxy of `ringfence gateway connect`."""
     certificates = Certificates(tmp_path)
-    api, git, npm = Target(), Target(), Target()
+    api, git, npm, pip = Target(), Target(), Target(), Target()
     repositories = tmp_path / "repositories"
     git.respond = lambda received: git_backend(repositories, received)
     npm.respond = registry
+    pip.respond = index
     async with contextlib.AsyncExitStack() as stack:
         tls = certificates.server("localhost")
-        for target in (api, git, npm):
+        for target in (api, git, npm, pip):
             await stack.enter_async_context(target.serving(tls))
         gate = TableGate({
             "api": Entry(f"https://localhost:{api.port}", frozenset({"api.test"})),
@@ -68,6 +79,7 @@ async def shop(tmp_path: Path) -> AsyncIterator[Shop]:
                 f"https://localhost:{git.port}", frozenset({"git.test"}), GIT_RULES, frozenset({"fetch"})
             ),
             "npm": Entry(f"https://localhost:{npm.port}", frozenset({"npm.test"}), NPM_RULES),
+            "pip": Entry(f"https://localhost:{pip.port}", frozenset({"pip.test"}), PIP_RULES),
         })  # fmt: skip
         plane = DataPlane(
             gate,
@@ -79,12 +91,21 @@ async def shop(tmp_path: Path) -> AsyncIterator[Shop]:
         await plane.start()
         stack.push_async_callback(plane.close)
         await plane.listen_for_task(tmp_path / "task.sock", TASK)
-        port = await stack.enter_async_context(bridged(tmp_path / "task.sock"))
+        url, handle = await proxy_url(stack, tmp_path / "task.sock", request.param)
         plane.authority.write(tmp_path / "bundle.pem")
         home = tmp_path / "home"
         home.mkdir()
-        sandbox = Sandbox(home, f"http://handle:@127.0.0.1:{port}", tmp_path / "bundle.pem")
-        yield Shop(gate, plane, sandbox, api, git, npm, repositories)
+        sandbox = Sandbox(home, url, tmp_path / "bundle.pem")
+        yield Shop(gate, plane, sandbox, api, git, npm, pip, repositories, handle)
+
+
+async def proxy_url(stack: contextlib.AsyncExitStack, socket: Path, way: str) -> tuple[str, str | None]:
+    if way == "relay":
+        port = await stack.enter_async_context(bridged(socket))
+        return f"http://handle:@127.0.0.1:{port}", "handle"
+    proxy = await stack.enter_async_context(TaskProxy(socket))
+    await proxy.start()
+    return proxy.url, None
 
 
 @pytest.mark.tools
@@ -93,7 +114,7 @@ async def test_curl(shop: Shop) -> None:
     outcome = await shop.sandbox.run("curl", "-sS", "--fail-with-body", "https://api.test/files/a?x=1")
     assert (outcome.code, outcome.out) == (0, "ok"), outcome
     presented, attempt, _ = shop.gate.last
-    assert (presented.task_id, presented.handle) == (TASK, "handle")
+    assert (presented.task_id, presented.handle) == (TASK, shop.handle)
     assert (attempt.authority, attempt.scheme, attempt.target) == ("api.test", "https", "/files/a?x=1")
     assert shop.api.requests[0].values("authorization") == [f"Bearer {SECRET}"]
 
@@ -205,6 +226,18 @@ async def test_npm(shop: Shop, tmp_path: Path) -> None:
     assert all(one.values("authorization") == [f"Bearer {SECRET}"] for one in shop.npm.requests)
 
 
+async def test_pip(shop: Shop, tmp_path: Path) -> None:
+    argv = [
+        sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check",
+        "--retries=0", "--no-index", "--find-links=https://pip.test/links", f"--dest={tmp_path / 'wheels'}",
+        "small-thing",
+    ]  # fmt: skip
+    outcome = await shop.sandbox.run(*argv)
+    assert outcome.code == 0, outcome
+    assert (tmp_path / "wheels" / WHEEL).read_bytes() == WHEEL_CONTENT
+    assert all(one.values("authorization") == [f"Bearer {SECRET}"] for one in shop.pip.requests)
+
+
 def _git(folder: Path, *argv: str) -> str:
     environment = {**os.environ, "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull}
     return subprocess.run(
@@ -266,4 +299,32 @@ def registry(received: Received) -> bytes:
             "name": "small-thing", "dist-tags": {"latest": "1.0.0"}, "versions": {"1.0.0": version},
         }  # fmt: skip
         body, kind = json.dumps(document).encode(), b"application/json"
+    return b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n%b" % (kind, len(body), body)
+
+
+def _wheel() -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("small_thing.py", "one = 1\n")
+        archive.writestr(
+            "small_thing-1.0.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: small-thing\nVersion: 1.0.0\n",
+        )
+        archive.writestr(
+            "small_thing-1.0.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        archive.writestr("small_thing-1.0.0.dist-info/RECORD", "")
+    return packed.getvalue()
+
+
+WHEEL, WHEEL_CONTENT = "small_thing-1.0.0-py3-none-any.whl", _wheel()
+
+
+def index(received: Received) -> bytes:
+    """As much of a page of links as one package needs. An index has paths that end with a slash, which no map has."""
+    if received.target.startswith("/files/"):
+        body, kind = WHEEL_CONTENT, b"application/octet-stream"
+    else:
+        body, kind = f'<a href="/files/{WHEEL}">{WHEEL}</a>'.encode(), b"text/html"
     return b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n%b" % (kind, len(body), body)

@@ -33,7 +33,7 @@ from ringfence.messages.topics import (
 from tests.support.stack import RunningStack, first_pending
 
 ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "docs/examples/request_by_hand.py"
+EXAMPLE = ROOT / "examples/no-sdk/request_by_hand.py"
 
 
 async def run(*argv: str, env: dict[str, str]) -> tuple[int, str, str]:

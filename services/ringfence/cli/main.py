@@ -121,7 +121,10 @@ COMMANDS: dict[str, CommandEntry] = {
         "commands.policy", "app", _TRAIL, "The rules: test them, pack them, explain a decision."
     ),
     "gateway": CommandEntry(
-        "commands.gateway", "app", _TRAIL, "What gateways let pass, and what they blocked."
+        "commands.gateway",
+        "app",
+        _TRAIL,
+        "What gateways let pass and blocked; a proxy to the socket of a task.",
     ),
     "audit": CommandEntry(
         "commands.audit", "app", _TRAIL, "Follow the trail; trace one credential back to the human."

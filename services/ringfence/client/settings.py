@@ -35,3 +35,7 @@ class ClientSettings(BusSettings):
     revoker_url: Url = f"http://127.0.0.1:{PORTS['revoker']}"
     audit_url: Url = f"http://127.0.0.1:{PORTS['audit']}"
     gateway_url: Url = f"http://127.0.0.1:{PORTS['gateway']}"
+    gateway_sockets: Path | None = None
+    """The folder with the gateway's socket for each task, for `ringfence gateway connect`."""
+    gateway_ca_file: Path | None = None
+    """The gateway's CA certificate (PEM), for the programs that `ringfence gateway connect` is for."""

@@ -65,7 +65,11 @@ def dev(
         redis_port=0 if free_ports else 6379,
     )
     with ended_by_signals(), Stack(options, say=lambda text: out.print(f"[dim]{text} ...[/]")) as stack:
-        config = write_config(stack.environment(), options.state / "ringfence.toml")
+        reach = {
+            "RINGFENCE_GATEWAY_SOCKETS": str(stack.sockets),
+            "RINGFENCE_GATEWAY_CA_FILE": str(stack.gateway_ca),
+        }
+        config = write_config(stack.environment() | reach, options.state / "ringfence.toml")
         if seed:
             out.print("[dim]making the organisation ...[/]")
             asyncio.run(

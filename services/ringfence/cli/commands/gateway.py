@@ -1,4 +1,4 @@
-"""`ringfence gateway`: what gateways allowed and blocked."""
+"""`ringfence gateway`: what gateways allowed and blocked; a proxy to a task's socket."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ringfence.cli.commands.gateway_connect import connect
 from ringfence.cli.shared.arguments import check_name, check_target_id
 from ringfence.cli.shared.options import (
     IdentityOption,
@@ -21,7 +22,10 @@ from ringfence.cli.shared.progress import counting
 from ringfence.client.reports.action_report import ActionCount, ActionReport, ActionSums, action_report
 from ringfence.client.reports.read_api import ReadApi
 
-app = typer.Typer(help="What gateways let pass, and what they blocked.", no_args_is_help=True)
+app = typer.Typer(
+    help="What gateways let pass and blocked; a proxy to the socket of a task.", no_args_is_help=True
+)
+app.command()(connect)
 
 _MOST_ROWS = 50
 _MOST_DESTINATIONS = 20
@@ -29,7 +33,7 @@ _MOST_DESTINATIONS = 20
 
 @app.callback()
 def _group() -> None:
-    """What gateways let pass, and what they blocked."""
+    """What gateways let pass and blocked; a proxy to the socket of a task."""
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Ask Ringfence for a credential without its SDK: PyJWT, joserfc and aiokafka are all it takes.
 
-    python docs/examples/request_by_hand.py KEY_FILE TASK_ID TARGET VERB RESOURCE
+    python examples/no-sdk/request_by_hand.py KEY_FILE TASK_ID TARGET VERB RESOURCE
 
 Reads RINGFENCE_KAFKA, RINGFENCE_TRUST_DOMAIN and RINGFENCE_TOPIC_PREFIX. Prints what the reply holds, without the
 credential itself. To keep it short it does not verify the signatures in the reply, as whoever uses the credential has
@@ -14,6 +14,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import jwt
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
@@ -27,7 +28,7 @@ PREFIX = os.environ.get("RINGFENCE_TOPIC_PREFIX", "ringfence")
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "urn:ringfence")
 
 
-async def ask(key_file: str, task_id: str, target: str, verb: str, resource: str) -> dict:
+async def ask(key_file: str, task_id: str, target: str, verb: str, resource: str) -> dict[str, Any]:
     identity = json.loads(Path(key_file).read_text())
     agent, signing_key = identity["id"], jwt.PyJWK({**identity["jwk"], "alg": "ES256"})
     kid = ECKey.import_key(identity["jwk"]).thumbprint()
@@ -69,7 +70,7 @@ async def ask(key_file: str, task_id: str, target: str, verb: str, resource: str
         await producer.send_and_wait(f"{PREFIX}.credential.request.v1", request.encode(), key=key)
         async with asyncio.timeout(60):
             async for record in consumer:
-                reply = opened(record.value, request_id, reply_key)
+                reply = open_reply(record.value, request_id, reply_key)
                 if reply is None:
                     continue
                 decision = jwt.decode(reply["decision"], options={"verify_signature": False})
@@ -83,13 +84,16 @@ async def ask(key_file: str, task_id: str, target: str, verb: str, resource: str
         await consumer.stop()
 
 
-def opened(value: bytes | None, request_id: str, reply_key: ECKey) -> dict | None:
+def open_reply(value: bytes | None, request_id: str, reply_key: ECKey) -> dict[str, Any] | None:
     """A reply to this request, or None: what is for others and for gateways stands on the same topic."""
     try:
-        header = json.loads(jwt.utils.base64url_decode((value or b"").split(b".")[0]))
+        sealed = value or b""
+        header = json.loads(jwt.utils.base64url_decode(sealed.split(b".")[0]))
         if not isinstance(header, dict) or header.get("kid") != request_id:
             return None
-        return json.loads(jwe.decrypt_compact(value, reply_key, algorithms=["ECDH-ES", "A256GCM"]).plaintext)
+        opened = jwe.decrypt_compact(sealed, reply_key, algorithms=["ECDH-ES", "A256GCM"]).plaintext
+        reply: dict[str, Any] = json.loads(opened or b"")
+        return reply
     except (ValueError, RecursionError, JoseError):
         return None
 
