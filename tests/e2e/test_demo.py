@@ -66,6 +66,78 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "the demo leaves nothing behind"
 
 
+class Terminal:
+    """A program in a pseudo-terminal of 80 columns."""
+
+    def __init__(self, argv: list[str], folder: Path) -> None:
+        self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        unsized = {name: value for name, value in environment().items() if name not in ("COLUMNS", "LINES")}
+        self.process = subprocess.Popen(
+            argv, cwd=folder, env={**unsized, "TERM": "xterm"}, stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        os.close(theirs)
+        self._told = b""
+
+    def type(self, keys: str) -> None:
+        os.write(self._ours, keys.encode())
+
+    def read_until(self, word: str | None) -> str:
+        """All that it printed so far, once that contains a word; None: once it has ended."""
+        while word is None or word.encode() not in self._told:
+            try:
+                part = os.read(self._ours, 65_536)
+            except OSError:  # the program has ended, and closed the terminal
+                part = b""
+            if not part:
+                assert word is None, self._told.decode()
+                break
+            self._told += part
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self._told.decode()).replace("\r", "")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("keys", ["n\n", "\n", "\x04"], ids=["no", "enter", "the end of input"])
+def test_in_the_demo_a_no_shows_the_denial_and_its_trail(tmp_path: Path, keys: str) -> None:
+    terminal = Terminal([*RINGFENCE, "demo", "--interactive"], tmp_path)
+    try:
+        terminal.read_until("[y/N] ")
+        terminal.type(keys)
+        told = terminal.read_until(None)
+        assert terminal.process.wait(WITHIN_S) == 0, told
+        after = told.partition("[y/N] ")[2]
+        assert [step for step in [*STEPS, "approval.denied"] if f" {step} " in after] == [
+            "request.refused",
+            "audit.traced",
+            "approval.denied",
+        ]
+        trail = after[after.index("audit.traced") :]
+        assert re.search(r"denied by sam|sam denied", trail), trail
+        assert "refused" in trail
+        assert "maria" in trail
+        assert "Next:" in trail
+    finally:
+        terminal.kill()
+
+
+@pytest.mark.timeout(600)
+def test_in_the_demo_a_yes_tells_the_whole_story(tmp_path: Path) -> None:
+    terminal = Terminal([*RINGFENCE, "demo", "--interactive", "--json"], tmp_path)
+    try:
+        terminal.read_until("[y/N] ")
+        terminal.type("y\n")
+        told = terminal.read_until(None)
+        assert terminal.process.wait(WITHIN_S) == 0, told
+        assert re.findall(r'\{"step": "([a-z.]+)"', told) == STEPS
+    finally:
+        terminal.kill()
+
+
 @pytest.mark.timeout(600)
 def test_a_step_that_fails_is_said_in_a_line_and_ends_with_1(tmp_path: Path) -> None:
     with subprocess.Popen(
@@ -181,44 +253,33 @@ class Shell:
 
 @pytest.mark.timeout(600)
 def test_all_that_dev_prints_fits_80_columns_and_each_command_works_as_it_is_printed(tmp_path: Path) -> None:
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    unsized = {name: value for name, value in environment().items() if name not in ("COLUMNS", "LINES")}
-    dev = subprocess.Popen(
-        [*RINGFENCE, "dev", "--free-ports"],
-        cwd=tmp_path, env={**unsized, "TERM": "xterm"}, stdin=theirs, stdout=theirs, stderr=theirs,
-    )  # fmt: skip
-    os.close(theirs)
-    shell = Shell(tmp_path)
+    terminal, shell = Terminal([*RINGFENCE, "dev", "--free-ports"], tmp_path), Shell(tmp_path)
     try:
-        with os.fdopen(ours, "rb", buffering=0) as terminal:
-            told = b""
-            while b"Ctrl-C ends everything" not in told:
-                told += terminal.read(65_536)
-            lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", told.decode()).replace("\r", "").splitlines()
-            assert [line for line in lines if len(line) > 80 and not line.startswith("  cd ")] == []
-            commands = commands_in(lines)
-            assert len(commands) == 7
+        lines = terminal.read_until("Ctrl-C ends everything").splitlines()
+        assert [line for line in lines if len(line) > 80 and not line.startswith("  cd ")] == []
+        commands = commands_in(lines)
+        assert len(commands) == 7
 
-            source, read, deploy, waiting, *looks = commands
-            assert shell(source) == ""
-            assert "platform:read:env/staging/web" in shell(read)
-            assert deploy.endswith(" &")
-            shell(deploy)
-            pending = "[]"
-            while pending == "[]":  # a person takes longer to type the next command
-                pending = shell("ringfence approvals list --json").strip()
-            (request,) = json.loads(pending[pending.index("[") :])
-            assert "roll out" in shell(waiting)
-            shell(f"ringfence approvals approve --yes {request['request_id']}")
-            shell("wait")
-            for look in looks:
-                assert "deploy-bot" in shell(look), look
-            dev.send_signal(signal.SIGINT)
-            assert dev.wait(WITHIN_S) == 0
+        source, read, deploy, waiting, *looks = commands
+        assert shell(source) == ""
+        assert "platform:read:env/staging/web" in shell(read)
+        assert deploy.endswith(" &")
+        shell(deploy)
+        pending = list[dict[str, str]]()
+        while not pending:  # a person takes longer to type the next command
+            shell("ringfence approvals list --json > pending.json")
+            pending = json.loads((tmp_path / "pending.json").read_text())
+        (request,) = pending
+        assert "roll out" in shell(waiting)
+        shell(f"ringfence approvals approve --yes {request['request_id']}")
+        shell("wait")
+        for look in looks:
+            assert "deploy-bot" in shell(look), look
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.process.wait(WITHIN_S) == 0
     finally:
         shell.kill()
-        dev.kill()
+        terminal.kill()
 
 
 @pytest.mark.timeout(600)
