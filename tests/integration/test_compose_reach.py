@@ -88,11 +88,11 @@ class Compose:
         return shlex.split(self.here(command))
 
     def run(
-        self, argv: list[str], *, folder: Path | None = None, **more: str
+        self, argv: list[str], environment: dict[str, str] | None = None, *, folder: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         plain = {name: value for name, value in os.environ.items() if not name.startswith("RINGFENCE_")}
         return subprocess.run(
-            argv, cwd=folder or self.folder, env={**plain, **more}, capture_output=True, text=True,
+            argv, cwd=folder or self.folder, env=plain | (environment or {}), capture_output=True, text=True,
             timeout=WITHIN_S * 5, check=False,
         )  # fmt: skip
 
@@ -128,7 +128,7 @@ def as_cli(compose: Compose, *command: str) -> subprocess.CompletedProcess[str]:
     empty = compose.folder / "empty"  # as the folder is in which the image runs
     empty.mkdir(exist_ok=True)
     argv = [sys.executable, "-m", "ringfence.cli.main", *command]
-    return compose.run(argv, folder=empty, **{**given, **replaced})
+    return compose.run(argv, given | replaced, folder=empty)
 
 
 def test_the_doctor_finds_nothing_wrong_from_inside(compose: Compose) -> None:
@@ -206,8 +206,8 @@ async def test_an_agent_reaches_its_target_by_the_socket_and_by_tls(
         assert path.stat().st_mode & 0o777 == 0o600
         assert (compose.folder / ".ringfence/gateway/ca.pem").exists()
 
-        async def answer(argv: list[str], **more: str) -> str:
-            done = await asyncio.to_thread(compose.run, argv, **more)
+        async def answer(argv: list[str], environment: dict[str, str] | None = None) -> str:
+            done = await asyncio.to_thread(compose.run, argv, environment)
             assert done.returncode == 0, done.stderr
             return done.stdout
 
@@ -220,7 +220,7 @@ async def test_an_agent_reaches_its_target_by_the_socket_and_by_tls(
 
         (program,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
         program = compose.here(program).replace('task="TASK"', f"task={task!r}")
-        told = await answer([sys.executable, "-c", program], **compose.stack.environment())
+        told = await answer([sys.executable, "-c", program], compose.stack.environment())
         assert told == "200 GET /notes/today with a token\n"
 
         # Between the containers, the name of the service leads to it.
@@ -232,7 +232,7 @@ def find(host, *more, **how):
     return found({LOOPBACK!r} if host in ("gateway", b"gateway") else host, *more, **how)
 socket.getaddrinfo = find
 """
-        told = await answer([sys.executable, "-c", resolved + program], **compose.stack.environment())
+        told = await answer([sys.executable, "-c", resolved + program], compose.stack.environment())
         assert told == "200 GET /notes/today with a token\n"
     finally:
         server.close()

@@ -164,6 +164,6 @@ def started_anew(ledger: InMemoryRegistry) -> Directory:  # noqa: F811
     """A reader that reads all records from the beginning."""
     reader = ledger.reader()
     for kind in ("user", "target", "agent", "task"):
-        for entry in ledger.directory.entries(kind):  # type: ignore[arg-type]
+        for entry in ledger.directory.entries(kind):
             assert ledger.admit(entry.compact.decode(), reader) is None
     return reader
