@@ -1,32 +1,36 @@
 """docker-compose.yml and deploy/Dockerfile: valid, complete, and open to nobody but this machine."""
 
 import json
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from jsonschema.validators import validator_for
 
+from ringfence.cli.shared.settings_check import mistyped
 from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
-from ringfence.messages.api import PORTS
+from ringfence.client.settings import ClientSettings
+from ringfence.gateway.settings import GatewaySettings
+from ringfence.kernel.base.settings import ServiceSettings, problems
+from ringfence.messages.api import GATEWAY_PORT, PORTS
+from tests.support.compose import COMPOSE_FILE, ROOT, TLS_FILE, environment_of, loaded
 
-ROOT = Path(__file__).parents[2]
 SERVICES = (*SERVICE_ROLES, *ON_DEMAND)
 
 
 @pytest.fixture(scope="module")
 def compose() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-    return loaded
+    return loaded(COMPOSE_FILE)
 
 
-def test_it_follows_the_compose_specification(compose: dict[str, Any]) -> None:
+@pytest.mark.parametrize("file", [COMPOSE_FILE, TLS_FILE])
+def test_it_follows_the_compose_specification(file: str) -> None:
     # check-jsonschema ships the schema that the Compose project publishes.
     schema = json.loads((files("check_jsonschema") / "builtin_schemas/vendor/compose-spec.json").read_text())
-    errors = validator_for(schema)(schema).iter_errors(compose)
+    errors = validator_for(schema)(schema).iter_errors(loaded(file))
     assert [f"{error.json_path}: {error.message}" for error in errors] == []
 
 
@@ -73,11 +77,11 @@ def test_each_service_has_a_usual_port() -> None:
 
 
 def test_no_service_is_forgotten(compose: dict[str, Any]) -> None:
-    assert set(compose["services"]) == {*SERVICES, "kafka", "valkey", "topics"}
+    assert set(compose["services"]) == {*SERVICES, "kafka", "valkey", "topics", "cli"}
     profiles = {
         name: service["profiles"] for name, service in compose["services"].items() if "profiles" in service
     }
-    assert profiles == {name: [name] for name in ON_DEMAND}
+    assert profiles == {name: [name] for name in (*ON_DEMAND, "cli")}
     assert {name.partition("-")[0] for name in compose["secrets"]} == set(SERVICES)
     assert compose["services"]["topics"]["command"] == ["topics", "apply"]
 
@@ -92,8 +96,81 @@ def test_the_broker_keeps_the_promises_of_the_design(compose: dict[str, Any]) ->
     assert "--maxmemory-policy noeviction" in valkey
 
 
+@pytest.mark.parametrize("name", [*SERVICES, "topics", "cli"])
+def test_what_is_in_the_environment_is_settings_and_they_are_valid(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in [variable for variable in os.environ if variable.startswith("RINGFENCE_")]:
+        monkeypatch.delenv(variable)
+    given = environment_of(name, {"RINGFENCE_TRUST_ROOT": "x" * 43}, tls=True)
+    assert mistyped(given, {}) == []
+    for variable, value in given.items():
+        monkeypatch.setenv(variable, value)
+    assert {cls.__name__: problems(cls) for cls in (ServiceSettings, ClientSettings, GatewaySettings)} == {
+        "ServiceSettings": [],
+        "ClientSettings": [],
+        "GatewaySettings": [],
+    }
+
+
+def test_variables_of_the_file_itself_are_not_taken_for_mistakes() -> None:
+    text = (ROOT / COMPOSE_FILE).read_text()
+    exported = {"RINGFENCE_UID", "RINGFENCE_GID", "RINGFENCE_KEYS", "RINGFENCE_GATEWAY_FOLDER"}
+    assert all(f"${{{name}:-" in text for name in exported)
+    assert mistyped(exported, {}) == []
+    assert mistyped({"RINGFENCE_GATEWAY_FOLDERS_"}, {}) == [], "a prefix is enough"
+    assert len(mistyped({"RINGFENCE_GATEWAY_FOLD"}, {})) == 1
+
+
+def test_agents_on_this_machine_find_the_sockets_of_tasks(compose: dict[str, Any]) -> None:
+    gateway = compose["services"]["gateway"]
+    (folder,) = (volume for volume in gateway["volumes"] if isinstance(volume, dict))
+    assert (folder["type"], folder["source"]) == ("bind", "${RINGFENCE_GATEWAY_FOLDER:-./.ringfence/gateway}")
+    # A folder that Docker makes belongs to root, and the gateway could not write to it.
+    assert folder["bind"] == {"create_host_path": False}
+    assert "mkdir -p .ringfence/gateway " in (ROOT / COMPOSE_FILE).read_text()
+    for setting in ("RINGFENCE_GATEWAY_SOCKETS", "RINGFENCE_GATEWAY_CA_FILE"):
+        assert Path(gateway["environment"][setting]).parent == Path(folder["target"])
+
+
+def test_agents_elsewhere_find_the_tls_port_by_the_names_of_its_certificate(compose: dict[str, Any]) -> None:
+    tls = loaded(TLS_FILE)
+    assert list(tls["services"]) == ["gateway"]
+    gateway = tls["services"]["gateway"]
+    host, _, port = gateway["environment"]["RINGFENCE_GATEWAY_LISTEN"].rpartition(":")
+    assert (host, int(port)) == ("0.0.0.0", GATEWAY_PORT)
+    assert gateway["ports"] == [f"127.0.0.1:{port}:{port}"]
+    # Between the containers its name is that of the service.
+    assert gateway["environment"]["RINGFENCE_GATEWAY_NAMES"] == f"localhost:{port},gateway:{port}"
+    assert "subjectAltName=DNS:localhost,DNS:gateway" in (ROOT / "docs/containers.md").read_text()
+    (folder,) = (one for one in compose["services"]["gateway"]["volumes"] if isinstance(one, dict))
+    for setting in ("RINGFENCE_GATEWAY_TLS_CERT_FILE", "RINGFENCE_GATEWAY_TLS_KEY_FILE"):
+        assert Path(gateway["environment"][setting]).is_relative_to(folder["target"])
+
+
+def test_the_command_line_reaches_every_service_and_holds_no_key(compose: dict[str, Any]) -> None:
+    cli = compose["services"]["cli"]
+    assert "secrets" not in cli
+    assert "volumes" not in cli
+    assert "ports" not in cli
+    for name in SERVICE_ROLES:
+        assert cli["environment"][f"RINGFENCE_{name.upper()}_URL"] == f"http://{name}:8080"
+
+
+def test_clients_on_this_machine_need_to_know_the_broker_alone(compose: dict[str, Any]) -> None:
+    usual = ClientSettings.model_fields
+    for name in SERVICE_ROLES:
+        (port,) = compose["services"][name]["ports"]
+        assert usual[f"{name}_url"].default == f"http://{port.rpartition(':')[0]}"
+    kafka = compose["services"]["kafka"]
+    assert "OUTSIDE://localhost:9093" in kafka["environment"]["KAFKA_ADVERTISED_LISTENERS"]
+    assert kafka["ports"] == ["127.0.0.1:9093:9093"]
+
+
 def test_nothing_is_reachable_from_outside_this_machine(compose: dict[str, Any]) -> None:
-    ports = [port for service in compose["services"].values() for port in service.get("ports", [])]
+    services = [*compose["services"].values(), *loaded(TLS_FILE)["services"].values()]
+    assert [service for service in services if service.get("network_mode")] == []
+    ports = [port for service in services for port in service.get("ports", [])]
     assert ports
     assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
     assert len({port.split(":")[1] for port in ports}) == len(ports), "two services publish one port"
@@ -160,7 +237,10 @@ def test_the_image_installs_what_the_lock_verified_and_is_not_root() -> None:
 
 def test_what_is_written_to_is_a_volume_that_any_user_of_the_image_may_write(compose: dict[str, Any]) -> None:
     for name in SERVICES:
-        for volume in compose["services"][name].get("volumes", ()):
+        volumes = compose["services"][name].get("volumes", ())
+        for volume in (
+            one for one in volumes if isinstance(one, str)
+        ):  # of whom a folder is, its owner sees to
             place = volume.partition(":")[2]
             assert f"--mode 1777 {place}" in (ROOT / "deploy/Dockerfile").read_text(), name
             assert any(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import psutil
@@ -59,6 +64,78 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path) -> None:
     assert "maria" in story
     assert "sam" in story
     assert not list(tmp_path.iterdir()), "the demo leaves nothing behind"
+
+
+class Terminal:
+    """A program in a pseudo-terminal of 80 columns."""
+
+    def __init__(self, argv: list[str], folder: Path) -> None:
+        self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        unsized = {name: value for name, value in environment().items() if name not in ("COLUMNS", "LINES")}
+        self.process = subprocess.Popen(
+            argv, cwd=folder, env={**unsized, "TERM": "xterm"}, stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        os.close(theirs)
+        self._told = b""
+
+    def type(self, keys: str) -> None:
+        os.write(self._ours, keys.encode())
+
+    def read_until(self, word: str | None) -> str:
+        """All that it printed so far, once that contains a word; None: once it has ended."""
+        while word is None or word.encode() not in self._told:
+            try:
+                part = os.read(self._ours, 65_536)
+            except OSError:  # the program has ended, and closed the terminal
+                part = b""
+            if not part:
+                assert word is None, self._told.decode()
+                break
+            self._told += part
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self._told.decode()).replace("\r", "")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("keys", ["n\n", "\n", "\x04"], ids=["no", "enter", "the end of input"])
+def test_in_the_demo_a_no_shows_the_denial_and_its_trail(tmp_path: Path, keys: str) -> None:
+    terminal = Terminal([*RINGFENCE, "demo", "--interactive"], tmp_path)
+    try:
+        terminal.read_until("[y/N] ")
+        terminal.type(keys)
+        told = terminal.read_until(None)
+        assert terminal.process.wait(WITHIN_S) == 0, told
+        after = told.partition("[y/N] ")[2]
+        assert [step for step in [*STEPS, "approval.denied"] if f" {step} " in after] == [
+            "request.refused",
+            "audit.traced",
+            "approval.denied",
+        ]
+        trail = after[after.index("audit.traced") :]
+        assert re.search(r"denied by sam|sam denied", trail), trail
+        assert "refused" in trail
+        assert "maria" in trail
+        assert "Next:" in trail
+    finally:
+        terminal.kill()
+
+
+@pytest.mark.timeout(600)
+def test_in_the_demo_a_yes_tells_the_whole_story(tmp_path: Path) -> None:
+    terminal = Terminal([*RINGFENCE, "demo", "--interactive", "--json"], tmp_path)
+    try:
+        terminal.read_until("[y/N] ")
+        terminal.type("y\n")
+        told = terminal.read_until(None)
+        assert terminal.process.wait(WITHIN_S) == 0, told
+        assert re.findall(r'\{"step": "([a-z.]+)"', told) == STEPS
+    finally:
+        terminal.kill()
 
 
 @pytest.mark.timeout(600)
@@ -115,7 +192,8 @@ def test_dev_leaves_no_process_behind(tmp_path: Path, how: signal.Signals) -> No
     process = start_dev(tmp_path)
     try:
         said = wait_until_up(process)
-        assert "inventory" in said, "it says what to try"
+        assert "deploy-bot" in said, "it says what was made"
+        assert "A restart forgets it" in said
         children = descendants(process.pid)
         assert len(children) >= 8, "broker, Valkey and six services"
         listed = subprocess.run(
@@ -129,6 +207,79 @@ def test_dev_leaves_no_process_behind(tmp_path: Path, how: signal.Signals) -> No
         assert gone(children)
     finally:
         process.kill()
+
+
+def commands_in(said: list[str]) -> list[str]:
+    """Every command that is printed: after two spaces, with the lines that a backslash continues."""
+    commands, open = list[str](), False
+    for line in said:
+        if open:
+            commands[-1] += "\n" + line
+        elif line.startswith(("  cd ", "  ringfence ")):
+            commands.append(line)
+        else:
+            continue
+        open = line.endswith("\\")
+    return commands
+
+
+class Shell:
+    """A bash of somebody who opened another terminal: in another folder, without a virtual environment."""
+
+    def __init__(self, folder: Path) -> None:
+        plain = {"HOME": str(folder), "PATH": os.defpath, "TERM": "dumb", "LANG": "C.UTF-8"}
+        self._bash = subprocess.Popen(
+            ["/bin/bash", "--noprofile", "--norc"], cwd="/", env=plain, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def __call__(self, command: str) -> str:
+        """Run a command exactly as it is. Returns what it printed; the test fails if its status is not 0."""
+        assert self._bash.stdin is not None
+        assert self._bash.stdout is not None
+        self._bash.stdin.write(f"{command}\necho '## status' $?\n")
+        self._bash.stdin.flush()
+        printed = ""
+        for line in self._bash.stdout:
+            if line.startswith("## status"):
+                assert line == "## status 0\n", (command, printed)
+                return printed
+            printed += line
+        raise AssertionError(f"the shell ended: {printed}")
+
+    def kill(self) -> None:
+        self._bash.kill()
+
+
+@pytest.mark.timeout(600)
+def test_all_that_dev_prints_fits_80_columns_and_each_command_works_as_it_is_printed(tmp_path: Path) -> None:
+    terminal, shell = Terminal([*RINGFENCE, "dev", "--free-ports"], tmp_path), Shell(tmp_path)
+    try:
+        lines = terminal.read_until("Ctrl-C ends everything").splitlines()
+        assert [line for line in lines if len(line) > 80 and not line.startswith("  cd ")] == []
+        commands = commands_in(lines)
+        assert len(commands) == 7
+
+        source, read, deploy, waiting, *looks = commands
+        assert shell(source) == ""
+        assert "platform:read:env/staging/web" in shell(read)
+        assert deploy.endswith(" &")
+        shell(deploy)
+        pending = list[dict[str, str]]()
+        while not pending:  # a person takes longer to type the next command
+            shell("ringfence approvals list --json > pending.json")
+            pending = json.loads((tmp_path / "pending.json").read_text())
+        (request,) = pending
+        assert "roll out" in shell(waiting)
+        shell(f"ringfence approvals approve --yes {request['request_id']}")
+        shell("wait")
+        for look in looks:
+            assert "deploy-bot" in shell(look), look
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.process.wait(WITHIN_S) == 0
+    finally:
+        shell.kill()
+        terminal.kill()
 
 
 @pytest.mark.timeout(600)
@@ -147,8 +298,9 @@ def test_dev_uses_nothing_that_others_left_where_it_starts(tmp_path: Path) -> No
     try:
         said = wait_until_up(process)
         assert said.count("ignored the settings file") == 1
-        assert "export RINGFENCE_CONFIG=.ringfence" not in said
-        assert f"export RINGFENCE_CONFIG={tmp_path / '.ringfence/ringfence.toml'}" in said
+        assert f"  cd {tmp_path} && source .ringfence/dev.sh\n" in said
+        shell = (tmp_path / ".ringfence/dev.sh").read_text()
+        assert f"export RINGFENCE_CONFIG={tmp_path / '.ringfence/ringfence.toml'}\n" in shell
         process.terminate()
         assert process.wait(WITHIN_S) == 0
     finally:

@@ -530,6 +530,8 @@ async def test_the_doctor_says_what_is_wrong_and_what_to_do(
     found = await examined()
     assert found.pop("gateway")[0] == "unknown", "there is none here, and there need not be one"
     assert found.pop("Redis, restart")[0] != "bad", "a Redis of tests need keep nothing"
+    verdict, says = found.pop("Kafka, replicas")
+    assert (verdict, says.partition(",")[0]) == ("unknown", "one broker"), "a note, and no fault"
     assert {verdict for verdict, _ in found.values()} == {"good"}, found
     assert {
         "trust root",

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-import yaml
 
 from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES, make_trust
 from ringfence.dev.processes import free_port, spawn
@@ -22,24 +20,11 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.service.bearer_tokens import new_token
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
+from tests.support.compose import COMPOSE_FILE, environment_of, loaded
 from tests.support.lost_redis import declare_complete
 from tests.support.old_trust import without_signals
 
-ROOT = Path(__file__).parents[2]
-COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 READY_WITHIN_S = 60
-
-
-def interpolated(value: str, environment: dict[str, str]) -> str:
-    """`${NAME:-default}` and `${NAME:?message}` as Compose reads them."""
-
-    def put(match: re.Match[str]) -> str:
-        name, default = match["name"], match["default"]
-        found = environment.get(name, default)
-        assert found is not None, f"{name} is required"
-        return found
-
-    return re.sub(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*)|:\?[^}]*)?\}", put, value)
 
 
 @pytest.fixture(scope="module")
@@ -81,21 +66,28 @@ def of_an_operator(stack: Stack) -> dict[str, str]:
     }
 
 
+def healthy(check: list[str], port: int) -> bool:
+    """What the health check of Compose says of a service on this port."""
+    kind, python, *code = check
+    assert (kind, python) == ("CMD", "python")
+    argv = [sys.executable, *(part.replace(":8080/", f":{port}/") for part in code)]
+    return subprocess.run(argv, capture_output=True, check=False).returncode == 0
+
+
 @pytest.mark.parametrize("name", [*SERVICE_ROLES, *ON_DEMAND])
 def test_a_service_starts_by_the_command_of_compose(prepared: Stack, name: str) -> None:
-    service = COMPOSE["services"][name]
-    given = {
-        key: interpolated(str(value), {"RINGFENCE_TRUST_ROOT": prepared.trust.fingerprint()})
-        for key, value in service["environment"].items()
-        if value is not None  # as it is outside, where it is set
-    }
+    service = loaded(COMPOSE_FILE)["services"][name]
+    given = environment_of(name, {"RINGFENCE_TRUST_ROOT": prepared.trust.fingerprint()})
     port = free_port()
+    (prepared.options.state / "gateway").mkdir(exist_ok=True)
     assert given.keys() >= {"RINGFENCE_KAFKA", "RINGFENCE_REDIS_URL", "RINGFENCE_HTTP", "RINGFENCE_KEY_FILE"}
     # Only what names a place inside the containers is replaced by the same thing here.
     places = {
         **prepared.environment(),
         "RINGFENCE_HTTP": f"127.0.0.1:{port}",
         "RINGFENCE_GATEWAY_SPOOL": str(prepared.options.state / "spool"),
+        "RINGFENCE_GATEWAY_SOCKETS": str(prepared.options.state / "gateway/tasks"),
+        "RINGFENCE_GATEWAY_CA_FILE": str(prepared.options.state / "gateway/ca.pem"),
         **{
             key: str(prepared.trust.service_key(value.rpartition("/")[2].removesuffix("-key")))
             for key, value in given.items()
@@ -114,6 +106,8 @@ def test_a_service_starts_by_the_command_of_compose(prepared: Stack, name: str) 
 
     try:
         child.wait_until(lambda: readiness(port) is None, READY_WITHIN_S, "was ready")
+        assert healthy(service["healthcheck"]["test"], port)
+        assert not healthy(service["healthcheck"]["test"], free_port()), "where nobody answers"
     finally:
         assert child.stop() == 0, f"{name} did not drain in good order: {child.log_tail()}"
 

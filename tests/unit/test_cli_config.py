@@ -193,6 +193,7 @@ def test_dev_writes_its_settings_where_nothing_can_be_trusted(
 ) -> None:
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.delenv("HOME", raising=False)
-    written = write_config({"RINGFENCE_KAFKA": "127.0.0.1:1001"}, folder / "ringfence.toml")
+    written = folder / "ringfence.toml"
+    write_config({"RINGFENCE_KAFKA": "127.0.0.1:1001"}, written)
     monkeypatch.setenv("RINGFENCE_CONFIG", str(written))
     assert load(ClientSettings).kafka == "127.0.0.1:1001"

@@ -38,6 +38,8 @@ from ringfence.messages.topics import LEASE
 PATIENCE_S = 120.0
 """The limit for one step. It takes a moment, but on a busy machine everything takes ten times as long."""
 SHORT_TTL_S = 5
+_REFUSED = "refused"
+"""In the trail of a request: policy's final answer."""
 
 
 class StoryError(RingfenceError):
@@ -69,11 +71,11 @@ class DemoStory:
     stack: Stack
     settings: ClientSettings
     narrator: Narrator
-    ask: Callable[[PendingApproval], Awaitable[None]] | None
-    """Interactive mode: returns when the person at the keyboard approved."""
+    ask: Callable[[PendingApproval], Awaitable[bool]] | None
+    """Interactive mode: returns whether the person at the keyboard approves."""
 
     async def tell(self) -> None:
-        """Run act 0 and act 1. Raises StoryError, or the error of the part that failed."""
+        """Run act 0 and act 1, which a denial ends early. Raises StoryError, or the error of the part that failed."""
         folder, settings, domain = self.stack.trust, self.settings, self.settings.trust_domain
         legacy_token = secrets.token_urlsafe(24)
         server = self._start_platform(legacy_token)
@@ -178,13 +180,21 @@ class DemoStory:
             user="maria",
         )
         credential = await self._with_approval(task, sam, bot)
+        if credential is None:
+            return
         await self._use(http, credential)
         await self._reach_for_production(task, bot)
         await self._give_back(http, bot, ends, credential)
         await self._let_expire(http, task, bot, ends)
-        await self._trace(credential)
+        await self._trace(
+            credential.lease_id,
+            until="released",
+            text="Ali, the auditor, reads the story of the first credential back to the human.",
+            lease=credential.lease_id,
+        )
 
-    async def _with_approval(self, task: str, sam: Sponsor, bot: Agent) -> IssuedCredential:
+    async def _with_approval(self, task: str, sam: Sponsor, bot: Agent) -> IssuedCredential | None:
+        """Request a credential. Returns None where the person at the keyboard denied it; the story ends then."""
         tell = self.narrator
         tell.step(
             "credential.requested",
@@ -213,8 +223,9 @@ class DemoStory:
                 digest=pending.digest,
                 sponsor="sam",
             )
-            if self.ask is not None:
-                await self.ask(pending)
+            if self.ask is not None and not await self.ask(pending):
+                await self._denied(sam, pending, request)
+                return None
             await sam.approve(pending, comment="build-421 passed its tests")
             tell.step(
                 "approval.given",
@@ -234,6 +245,38 @@ class DemoStory:
             expires_at=credential.expires_at,
         )
         return credential
+
+    async def _denied(
+        self, sam: Sponsor, pending: PendingApproval, request: asyncio.Task[IssuedCredential]
+    ) -> None:
+        tell = self.narrator
+        await sam.deny(pending, comment="not this build")
+        tell.step(
+            "approval.denied",
+            "You said no: Sam signs a no over the digest of exactly this request.",
+            request=pending.request_id,
+            sponsor="sam",
+        )
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await request
+        except RequestDeniedError as denied:
+            tell.step(
+                "request.refused",
+                "deploy-bot gets no credential, and the platform never heard of it: "
+                + "; ".join(reason.message for reason in denied.reasons)
+                + ".",
+                request=denied.request_id,
+                reasons=[reason.code for reason in denied.reasons],
+            )
+        else:
+            raise StoryError("the denied request should have been refused")
+        await self._trace(
+            pending.request_id,
+            until=_REFUSED,
+            text="Ali, the auditor, reads who asked, for whom, and who said no.",
+            request=pending.request_id,
+        )
 
     async def _first_pending(self, sam: Sponsor, request: asyncio.Task[IssuedCredential]) -> PendingApproval:
         async def first() -> PendingApproval:
@@ -328,20 +371,16 @@ class DemoStory:
             late_ms=late_ms,
         )
 
-    async def _trace(self, credential: IssuedCredential) -> None:
+    async def _trace(self, of: str, *, until: str, text: str, **ids: str) -> None:
+        """Report the audit trail of a lease or request, once it contains `until`. Raises StoryError."""
         ali = key_of(self.stack.trust, self.settings.trust_domain, "user", "ali")
         async with ReadApi(ali, self.settings) as api:
             deadline = time.monotonic() + PATIENCE_S
-            while "released" not in str(tree := await _trace_of(api, credential.lease_id)):
+            while until not in str(tree := await _trace_of(api, of)):
                 if time.monotonic() > deadline:
-                    raise StoryError("the audit trail does not show the release")
+                    raise StoryError(f"the audit trail does not show that it was {until}")
                 await asyncio.sleep(0.1)
-        self.narrator.step(
-            "audit.traced",
-            "Ali, the auditor, reads the story of the first credential back to the human.",
-            lease=credential.lease_id,
-            trace=tree,
-        )
+        self.narrator.step("audit.traced", text, trace=tree, **ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,10 +436,10 @@ def _answers(url: str) -> bool:
         return False
 
 
-async def _trace_of(api: ReadApi, lease_id: str) -> Any:
-    """Return the audit trail of a lease so far; None if audit has not reached it yet."""
+async def _trace_of(api: ReadApi, id: str) -> Any:
+    """Return the audit trail of a lease or request so far; None if audit has not reached it yet."""
     try:
-        return await api.get("audit", "trace", lease_id)
+        return await api.get("audit", "trace", id)
     except ApiError as error:
         if error.status == 404:
             return None

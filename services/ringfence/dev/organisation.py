@@ -1,11 +1,4 @@
-"""A believable small organisation, for `ringfence dev` and `ringfence demo`.
-
-olga    operator     sets up users and targets
-sam     sponsor      accountable for deploy-bot
-petra   sponsor      accountable for review-bot
-maria   developer    may read everywhere and deploy to staging; not to production
-ali     auditor      reads the trail
-"""
+"""A believable small organisation, for `ringfence dev` and `ringfence demo`."""
 
 from __future__ import annotations
 
@@ -34,16 +27,25 @@ class Person:
 
     id: str
     name: str
+    about: str
+    """The job, and what it is about, in a few words."""
     roles: tuple[Role, ...] = ()
     entitlements: tuple[Permission, ...] = ()
 
 
+OPERATOR_ABOUT = "operator: sets up users and targets"
 PEOPLE = (
-    Person("sam", "Sam Field", ("sponsor",), (READ_ALL, DEPLOY_ALL)),
-    Person("petra", "Petra Lind", ("sponsor",), (READ_ALL,)),
-    Person("maria", "Maria Ortiz", (), (READ_ALL, DEPLOY_STAGING)),
-    Person("ali", "Ali Demir", ("auditor",)),
-)
+    Person("sam", "Sam Field", "sponsor: accountable for deploy-bot", ("sponsor",), (READ_ALL, DEPLOY_ALL)),
+    Person("petra", "Petra Lind", "sponsor: accountable for review-bot", ("sponsor",), (READ_ALL,)),
+    Person(
+        "maria", "Maria Ortiz", "developer: may read everywhere and deploy to staging, not to production",
+        entitlements=(READ_ALL, DEPLOY_STAGING),
+    ),
+    Person("ali", "Ali Demir", "auditor: reads the trail", ("auditor",)),
+)  # fmt: skip
+
+TASK_LIFE_S = 7 * 24 * 3600
+"""How long the task of `ringfence dev` lasts: longer than a stack usually runs."""
 
 
 def key_of(folder: TrustFolder, trust_domain: str, kind: Kind, id: str) -> SigningKey:
@@ -90,4 +92,15 @@ async def seed(folder: TrustFolder, settings: ClientSettings, operator: str = "o
             description="reads what is deployed, for reviews",
             keys=[key_of(folder, domain, "agent", "review-bot")],
             ceiling=[READ_ALL],
+        )
+
+
+async def assign_first_task(folder: TrustFolder, settings: ClientSettings) -> str:
+    """Let Maria assign deploy-bot a task on her own behalf. Returns its id. Raises RefusedError, UnavailableError."""
+    async with Administrator.connect(folder.user_key("maria"), settings) as maria:
+        return await maria.assign_task(
+            "deploy-bot",
+            purpose="deploy builds to staging",
+            scope=[READ_ALL, DEPLOY_STAGING],
+            ends_in_s=TASK_LIFE_S,
         )

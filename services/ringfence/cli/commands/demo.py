@@ -18,15 +18,18 @@ from rich.text import Text
 
 from ringfence.cli.shared.context import wants_json
 from ringfence.cli.shared.output import line_width
-from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import visible
 
 if TYPE_CHECKING:
     from ringfence.client.approvals.pending_approval import PendingApproval
 
 
+_BAD = frozenset({"bypass.succeeded", "approval.denied", "request.refused"})
+"""Steps at which somebody went too far, or got a no."""
+
+
 def demo(
-    interactive: Annotated[bool, typer.Option("--interactive", help="You press approve.")] = False,
+    interactive: Annotated[bool, typer.Option("--interactive", help="You approve or deny.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a step.")] = False,
 ) -> None:
     """An agent's task, its credential and its end, on real parts; ends with the trail."""
@@ -37,7 +40,7 @@ def demo(
 
     if interactive and not sys.stdin.isatty():
         raise typer.BadParameter(
-            "nobody is there to press approve: this needs a terminal", param_hint="--interactive"
+            "nobody is there to approve or deny: this needs a terminal", param_hint="--interactive"
         )
     narrator = JsonNarrator() if wants_json(as_json) else RichNarrator()
     try:
@@ -51,7 +54,7 @@ def demo(
             async def play() -> None:
                 narrator.waiting("making a small organisation")
                 await seed(stack.trust, settings, stack.options.operator)
-                await DemoStory(stack, settings, narrator, press_approve if interactive else None).tell()
+                await DemoStory(stack, settings, narrator, ask_approval if interactive else None).tell()
 
             asyncio.run(play())
     finally:
@@ -59,22 +62,22 @@ def demo(
     narrator.next_steps()
 
 
-async def press_approve(pending: PendingApproval) -> None:
-    """Ask the person at the keyboard for approval. Ctrl-C ends the wait, which it would not in a thread that reads.
+async def ask_approval(pending: PendingApproval) -> bool:
+    """Ask the person at the keyboard for approval; only a yes is one. Returns False at the end of input, too.
 
-    Raises RingfenceError where they do not approve.
+    Ctrl-C ends the wait, which it would not in a thread that reads.
     """
     verbs = ", ".join(verb for permission in pending.scope for verb in permission.verbs)
-    answer = "?"
-    while answer not in ("", "y", "yes"):
-        if answer in ("n", "no"):
-            raise RingfenceError("you did not approve, so nothing is issued, and the story ends here")
-        sys.stderr.write(visible(f"  Approve {verbs} for {pending.agent}? [Y/n] "))
+    while True:
+        sys.stderr.write(visible(f"  Approve {verbs} for {pending.agent}? [y/N] "))
         sys.stderr.flush()
         answer = (await _line()).strip().lower()
+        if answer in ("", "n", "no", "y", "yes"):
+            return answer.startswith("y")
 
 
 async def _line() -> str:
+    """Return what was typed up to Enter; empty at the end of input."""
     pressed = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_reader(sys.stdin, pressed.set)
@@ -84,7 +87,6 @@ async def _line() -> str:
         loop.remove_reader(sys.stdin)
     if not (line := os.read(sys.stdin.fileno(), 4096)):  # a terminal gives one line at a time
         sys.stderr.write("\n")
-        raise RingfenceError("nobody is there any more to approve, so the story ends here")
     return line.decode(errors="replace")
 
 
@@ -112,7 +114,7 @@ class RichNarrator:
 
     def step(self, step: str, text: str, **ids: Any) -> None:
         self.done()
-        mark = "[red]✗[/]" if step in ("bypass.succeeded", "request.refused") else "[green]✓[/]"
+        mark = "[red]✗[/]" if step in _BAD else "[green]✓[/]"
         self._out.print(f"{mark} [bold cyan]{step:21}[/] ", Text(visible(text)), sep="")
         if "trace" in ids:
             from ringfence.cli.commands.audit_trace import trace_lines

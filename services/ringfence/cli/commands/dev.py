@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
+from ringfence.cli.commands.dev_summary import SHELL_FILE, command_lines, organisation_lines, shell_file
 from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
 from ringfence.kernel.base import config_file
 from ringfence.kernel.base.private_files import write_private
-from ringfence.kernel.base.text import visible, visible_lines
+from ringfence.kernel.base.text import visible_lines
 from ringfence.kernel.base.trusted_files import TrustedFilesError
 
 if TYPE_CHECKING:
+    from ringfence.client.admin.trust_setup import TrustFolder
     from ringfence.client.settings import ClientSettings
+    from ringfence.dev.stack import Stack
     from ringfence.messages.base import ServiceRole
 
 _LOOK_AGAIN_S = 0.5
@@ -52,8 +54,6 @@ def dev(
 
     Each start is a fresh one: the broker's data of the last are gone, the keys are kept.
     """
-    from ringfence.dev.organisation import PEOPLE
-    from ringfence.dev.organisation import seed as make_organisation
     from ringfence.dev.stack import Stack, StackOptions
 
     out = Console()
@@ -69,36 +69,22 @@ def dev(
             "RINGFENCE_GATEWAY_SOCKETS": str(stack.sockets),
             "RINGFENCE_GATEWAY_CA_FILE": str(stack.gateway_ca),
         }
-        config = write_config(stack.environment() | reach, options.state / "ringfence.toml")
+        write_config(stack.environment() | reach, options.state / "ringfence.toml")
+        task: str | None = None
         if seed:
             out.print("[dim]making the organisation ...[/]")
-            asyncio.run(
-                make_organisation(stack.trust, client_settings(stack.environment()), options.operator)
+            task = asyncio.run(
+                _make_organisation(stack.trust, client_settings(stack.environment()), options.operator)
             )
-        out.print(f"\n[bold green]Ringfence is up.[/]  Kafka {stack.kafka}   Redis {stack.redis_url}")
-        for role in options.services:
-            out.print(f"  {role:9} {stack.url(role)}", highlight=False)
-        out.print(f"Agents reach their targets through {stack.door}", highlight=False)
-        if _is_default_config(config):
-            out.print(
-                f"\nSettings are in {_display_path(config)}; commands started in {_display_path(Path.cwd())} find them."
-            )
-        else:
-            out.print("\nCommands find the settings by:")
-            out.print(
-                f"  export RINGFENCE_CONFIG={_display_path(config.resolve())}",
-                soft_wrap=True,
-                highlight=False,
-            )
-        if seed:
-            users = ", ".join(["olga", *(person.id for person in PEOPLE)])
-            out.print(f"People: {users}. Agents: deploy-bot (sponsor sam), review-bot (sponsor petra).")
-            out.print("\nTry, in another terminal:")
-            out.print(
-                f"  ringfence --identity {_display_path(state)}/users/olga.json inventory",
-                soft_wrap=True,
-                highlight=False,
-            )
+        whose = "sam" if seed else options.operator
+        shell = shell_file(options.state, f"users/{whose}.json")
+        write_private(options.state / SHELL_FILE, shell.encode())
+        out.print("\n[bold green]Ringfence is up.[/]")
+        _print_lines(out, _address_lines(stack))
+        out.print("\n[bold]Made now. A restart forgets it, and all that you add; the keys stay:[/]")
+        _print_lines(out, organisation_lines(options.operator, task))
+        out.print()
+        _print_lines(out, command_lines(Path.cwd(), state, task))
         try:
             out.print("\nCtrl-C ends everything.")
             while not (ended := stack.ended()):
@@ -136,20 +122,30 @@ def _selected_services(besides: Sequence[str]) -> list[ServiceRole]:
     return [role for role in ON_DEMAND if role in besides]
 
 
-def _display_path(path: Path) -> str:
-    """Return a path that is safe to print: others may have named its folders."""
-    return escape(visible(str(path)))
+async def _make_organisation(folder: TrustFolder, settings: ClientSettings, operator: str) -> str:
+    """Make people, a target, agents and a task. Returns the task's id."""
+    from ringfence.dev.organisation import assign_first_task
+    from ringfence.dev.organisation import seed as make_organisation
+
+    await make_organisation(folder, settings, operator)
+    return await assign_first_task(folder, settings)
 
 
-def _is_default_config(config: Path) -> bool:
-    """Return whether commands started in this folder read this settings file by default."""
-    candidate = config_file.find()
-    return (
-        candidate is not None and candidate.refused is None and Path(candidate.resolved) == config.resolve()
-    )
+def _address_lines(stack: Stack) -> Iterator[str]:
+    yield f"  {'Kafka':9} {stack.kafka}"
+    yield f"  {'Redis':9} {stack.redis_url}"
+    for role in stack.options.services:
+        yield f"  {role:9} {stack.url(role)}"
+    yield f"  Agents reach their targets through {stack.door}"
 
 
-def write_config(environment: dict[str, str], path: Path) -> Path:
+def _print_lines(out: Console, lines: Iterable[str]) -> None:
+    """Print lines as they are: a terminal may fold them, so that whoever copies one gets all of it."""
+    for line in lines:
+        out.print(Text(line), soft_wrap=True)
+
+
+def write_config(environment: dict[str, str], path: Path) -> None:
     """Write `RINGFENCE_*` as a TOML settings file without secrets, and trust it.
 
     If there is no place for the list of trusted files, the file is written all the same: `RINGFENCE_CONFIG` can name
@@ -163,7 +159,6 @@ def write_config(environment: dict[str, str], path: Path) -> Path:
     write_private(path, data)
     with contextlib.suppress(TrustedFilesError):
         config_file.allow(str(path), data)
-    return Path(os.path.relpath(path))
 
 
 def _toml(value: str) -> str:

@@ -12,7 +12,7 @@ import typer
 
 from ringfence.cli.commands import oidc_issuers
 from ringfence.cli.shared.options import JsonOption, run, wants_json
-from ringfence.cli.shared.output import print_json, say
+from ringfence.cli.shared.output import note, print_json, say
 from ringfence.client.admin.key_rotation import OVERLAP_S, rotate_services
 from ringfence.client.admin.key_rotation import renew as renewed
 from ringfence.client.admin.key_rotation import rotate_root as root_rotated
@@ -27,7 +27,8 @@ from ringfence.client.admin.trust_setup import (
     publish_trust,
 )
 from ringfence.client.errors import InvalidCallError
-from ringfence.kernel.base.settings import BusSettings, load
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.settings import BusSettings, ServiceSettings, load
 from ringfence.kernel.crypto.service_keys import files_before, next_file
 
 _OPERATOR = "operator"
@@ -232,6 +233,7 @@ def _publish(
         result.line(f"Trust bundle {version} and operator {operator} are on Kafka at {settings.kafka}.")
         result.data["operator"] = operator
     result.data |= {"trust_bundle": version, "published": True}
+    _warn_of_replication(result)
 
 
 def _operator_of_root(trust: TrustFolder) -> str:
@@ -257,8 +259,29 @@ def _next_version(trust: TrustFolder, settings: BusSettings, result: _Result, *,
         run(publish_bundle(trust, settings))
         result.line(f"Trust bundle {result.data['trust_bundle']} is on Kafka at {settings.kafka}.")
         result.data["published"] = True
+        _warn_of_replication(result)
     else:
         result.line("Next: ringfence init --publish")
+
+
+def _warn_of_replication(result: _Result) -> None:
+    """Warn where the topics of a cluster are on one broker. The bundle is published already: no failure counts."""
+    from aiokafka.errors import KafkaError
+
+    from ringfence.kernel.kafka.topics_admin import TopicsAdmin
+
+    async def work() -> list[str]:
+        async with TopicsAdmin(load(ServiceSettings)) as admin:
+            return (await admin.replication()).warnings()
+
+    try:
+        warnings = run(work())
+    except (RingfenceError, KafkaError):
+        return  # it may lack the rights to look; `ringfence doctor` says what it cannot see
+    for warning in warnings:
+        note(f"warning: {warning}", "yellow")
+    if warnings:
+        result.data["warnings"] = warnings
 
 
 def _add(trust: TrustFolder, gateways: list[str], result: _Result) -> int:

@@ -25,20 +25,28 @@ def apply(as_json: JsonOption = False) -> None:
     Left to you, and named: partitions, replicas, and what is kept longer than the contract asks.
     """
 
-    async def work() -> tuple[list[str], list[TopicDifference], list[TopicDifference]]:
+    async def work() -> tuple[list[str], list[TopicDifference], list[TopicDifference], list[str]]:
         async with TopicsAdmin(load(ServiceSettings)) as admin:
-            return await admin.apply(), *await admin.set_right()
+            created = await admin.apply()
+            return created, *await admin.set_right(), (await admin.replication()).warnings()
 
-    created, unchanged, unknown = run(work())
+    created, unchanged, unknown, warnings = run(work())
     for one in unknown:
         note(
             f"warning: {one.what} of {one.topic} is {one.found}, not {one.expected}, and was left so; to change it is "
             "for Kafka's own tools",
             "yellow",
         )
+    for warning in warnings:
+        note(f"warning: {warning}", "yellow")
     if wants_json(as_json):
         print_json(
-            {"created": created, "set": list(map(asdict, unchanged)), "left": list(map(asdict, unknown))}
+            {
+                "created": created,
+                "set": list(map(asdict, unchanged)),
+                "left": list(map(asdict, unknown)),
+                "warnings": warnings,
+            }
         )
         return
     lines = [f"created {name}" for name in created]

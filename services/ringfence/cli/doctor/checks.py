@@ -1,4 +1,4 @@
-"""Checks of `ringfence doctor`: OPA, Redis, key files and the trust bundle."""
+"""Checks of `ringfence doctor`: OPA, Kafka's replication, Redis, key files and the trust bundle."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
 from ringfence.kernel.crypto.service_keys import NEXT
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.replication import Replication
 from ringfence.messages.trust import ServiceIdentity
 
 _WITHIN_MS = 3_000
@@ -51,6 +52,25 @@ async def opa_findings() -> AsyncIterator[CheckResult]:
         yield CheckResult("OPA", "bad", str(error))
         return
     yield CheckResult("OPA", "good", f"{url} answers by bundle {bundle.revision[:12]}, which is the one here")
+
+
+def replication_findings(replication: Replication) -> Iterator[CheckResult]:
+    """Check what the loss of a broker would lose."""
+    check = "Kafka, replicas"
+    if replication.brokers < 2:
+        says = (
+            "one broker, so each record is stored once: what its disk loses is lost, and while it is away everything "
+            "denies; for more than trying out use three brokers and RINGFENCE_REPLICATION=3"
+        )
+        yield CheckResult(check, "unknown", says)
+    elif warnings := replication.warnings():
+        for warning in warnings:
+            yield CheckResult(check, "bad", warning)
+    elif replication.topics:
+        fewest = min(topic.replicas for topic in replication.topics.values())
+        yield CheckResult(
+            check, "good", f"{replication.brokers} brokers, {fewest} replicas of each record at least"
+        )
 
 
 # Checks of Redis for `ringfence doctor`: eviction, persistence, and clock.

@@ -10,7 +10,14 @@ from collections.abc import AsyncIterator, Sequence
 import httpx
 import typer
 
-from ringfence.cli.doctor.checks import bundle_findings, key_files, opa_findings, redis_findings, versions
+from ringfence.cli.doctor.checks import (
+    bundle_findings,
+    key_files,
+    opa_findings,
+    redis_findings,
+    replication_findings,
+    versions,
+)
 from ringfence.cli.doctor.finding import CheckResult
 from ringfence.cli.doctor.finding import clock as clock_finding
 from ringfence.cli.shared.options import JsonOption, run, wants_json
@@ -63,8 +70,9 @@ async def examine(settings: ServiceSettings, client: ClientSettings) -> AsyncIte
     yield _pinned_root(settings)
     for finding in key_files(settings):
         yield finding
-    answers, topics = await _topics(settings)
-    yield topics
+    answers, findings = await _topics(settings)
+    for finding in findings:
+        yield finding
     trust = TrustStore(settings.trust_domain, settings.trust_root)
     if answers:
         with contextlib.suppress(RingfenceError):
@@ -106,20 +114,23 @@ def _pinned_root(settings: ServiceSettings) -> CheckResult:
     )
 
 
-async def _topics(settings: ServiceSettings) -> tuple[bool, CheckResult]:
-    """Check Kafka and its topics. Returns whether Kafka answers, and the result."""
+async def _topics(settings: ServiceSettings) -> tuple[bool, list[CheckResult]]:
+    """Check Kafka, its topics and their replication. Returns whether Kafka answers, and the results."""
     try:
         async with TopicsAdmin(settings) as admin:
             differences = await admin.check()
+            replication = await admin.replication()
     except UnavailableError as error:
-        return False, CheckResult("Kafka", "bad", str(error))
+        return False, [CheckResult("Kafka", "bad", str(error))]
     if not differences:
-        return True, CheckResult(
-            "Kafka", "good", f"{settings.kafka} answers, and all topics are as the contract says"
-        )
+        says = f"{settings.kafka} answers, and all topics are as the contract says"
+        return True, [CheckResult("Kafka", "good", says), *replication_findings(replication)]
     first = differences[0]
     says = f"{len(differences)} differences: {first.what} of {first.topic} is {first.found}, not {first.expected}"
-    return True, CheckResult("Kafka", "bad", f"{says}; run: ringfence topics check")
+    return True, [
+        CheckResult("Kafka", "bad", f"{says}; run: ringfence topics check"),
+        *replication_findings(replication),
+    ]
 
 
 async def _on_kafka(settings: ServiceSettings, trust: TrustStore) -> AsyncIterator[CheckResult]:

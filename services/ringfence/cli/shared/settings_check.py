@@ -26,7 +26,9 @@ DECLARED_IN = (
     "ringfence.audit.settings",
     "ringfence.gateway.settings",
 )
-_OTHER_READERS = ("RINGFENCE_TEST_", "RINGFENCE_UID", "RINGFENCE_GID", "RINGFENCE_KEYS")
+_OTHER_READERS = (
+    "RINGFENCE_TEST_", "RINGFENCE_UID", "RINGFENCE_GID", "RINGFENCE_KEYS", "RINGFENCE_GATEWAY_FOLDER",
+)  # fmt: skip
 """Variables that tests and docker-compose.yml read."""
 _KUBERNETES_VARIABLE = re.compile(r"\w+_(SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP)\w*)?)")
 """Variables that Kubernetes sets for each Service: for one named ringfence-issuer, RINGFENCE_ISSUER_PORT."""

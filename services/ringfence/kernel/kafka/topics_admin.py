@@ -18,6 +18,7 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.acls import Acl, Party
 from ringfence.kernel.kafka.connection import connection, no_answer
+from ringfence.kernel.kafka.replication import Replication, TopicReplication
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import ALL, HEARTBEAT, LEASE
 
@@ -39,6 +40,7 @@ _TOPIC = "topic"
 _NO_END = -1
 """`retention.ms` of what is kept for ever."""
 _POLICY = "cleanup.policy"
+_IN_SYNC = "min.insync.replicas"
 _KEPT_LONGER = frozenset({"retention.ms", "min.compaction.lag.ms"})
 """Of these a lower value lets Kafka remove what an organisation chose to keep: that is left to a person."""
 
@@ -229,6 +231,33 @@ class TopicsAdmin:
                     if actual.get(key) != value:
                         found.append(TopicDifference(name, key, value, str(actual.get(key))))
         return found
+
+    async def replication(self) -> Replication:
+        """Read how many brokers there are, and how our topics are replicated.
+
+        Topics that are missing, or that whoever asks may not see, are left out.
+        """
+        brokers = len((await self._client.describe_cluster())["brokers"])
+        names = [topic.name(self._settings.topic_prefix) for topic in ALL]
+        present = set(await self._client.list_topics())
+        there = [name for name in names if name in present]
+        if not there:  # asked for no topic, a broker describes all that it has
+            return Replication(brokers, {})
+        replicas = {
+            one["topic"]: min(len(partition["replicas"]) for partition in one["partitions"])
+            for one in await self._client.describe_topics(there)
+            if not one["error_code"] and one["partitions"]
+        }
+        in_sync = dict[str, int]()
+        resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in replicas]
+        for response in await self._client.describe_configs(resources) if resources else ():
+            for code, _, _, name, entries in response.resources:
+                found = {entry[0]: entry[1] for entry in entries}.get(_IN_SYNC)
+                if not code and found is not None and found.isdigit():
+                    in_sync[name] = int(found)
+        return Replication(
+            brokers, {name: TopicReplication(count, in_sync.get(name)) for name, count in replicas.items()}
+        )
 
 
 async def _until_none(find: Callable[[], Awaitable[Iterable[str]]]) -> None:

@@ -1,0 +1,169 @@
+"""New limits and refusals concern new commands only: records that were made before them stay valid for every reader."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringfence.messages.base import Claims
+from ringfence.messages.registry import AgentSuspend, BackendSettings, TargetRemove, TaskEnd
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.facts import load_records, violations_of
+from ringfence.registry import domain
+from ringfence.registry.domain import TASK_MAX_S
+from tests.support.in_memory_registry import InMemoryRegistry
+from tests.support.unknown_field_cases import NAME
+from tests.unit import test_id_token_consent as id_tokens
+from tests.unit.test_delegation import NARROW, ledger, made, part, refused  # noqa: F401 - a fixture
+
+DAY_S = 86_400
+YEAR_S = 365 * DAY_S
+OF_0_1 = {
+    "consent_used", "key_taken", "record_too_large", "too_early", "too_large", "too_many_parts", "unknown_agent",
+    "user_disabled",
+}  # fmt: skip
+"""What the registry's own rules refused in 0.1.0."""
+OF_A_NEW_FIELD = {"consent_stale"}
+"""About a field that commands of before do not have: no record of before can lack what it asks for."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit that 0.1.0 did not have."""
+
+    before: Callable[[InMemoryRegistry], tuple[SubjectKind, str]]
+    """Makes a record that the limit would have prevented. Returns kind and id of its subject."""
+    today: Callable[[InMemoryRegistry], Claims]
+    """The same command, given today."""
+    stop: Callable[[InMemoryRegistry, str], Claims]
+    """A command that takes something away from that subject."""
+
+
+def long_task(ledger: InMemoryRegistry) -> Any:  # noqa: F811
+    terms = ledger.terms("bot", not_after=ledger.clock.ms // 1000 + YEAR_S)
+    return ledger.assign("uma", "bot", terms=terms)
+
+
+def long_task_of_before(ledger: InMemoryRegistry) -> tuple[SubjectKind, str]:  # noqa: F811
+    ledger.task_max_s = 10 * YEAR_S
+    task = made(ledger, long_task(ledger))
+    ledger.task_max_s = TASK_MAX_S
+    return "task", task
+
+
+def misspelt(ledger: InMemoryRegistry) -> Any:  # noqa: F811
+    backend = BackendSettings.model_validate({"kind": "jwt", "ulr": "https://shop.example"})
+    return ledger.target_set("olga", "shop", backend=backend)
+
+
+def not_understood(ledger: InMemoryRegistry) -> Any:  # noqa: F811
+    return ledger.target_set("olga", "shop", **{NAME: "a limit"})
+
+
+def without_consent(ledger: InMemoryRegistry) -> Any:  # noqa: F811
+    entry = ledger.directory.agent("bot")
+    assert entry is not None
+    by, to = ("sam", "suzy") if entry.state.sponsor == "sam" else ("suzy", "sam")
+    return ledger.transfer(by, "bot", to, consent=None)
+
+
+def by_unverified_address(ledger: InMemoryRegistry) -> Any:  # noqa: F811
+    terms = ledger.terms("bot")
+    claims = id_tokens.claims_of(ledger, terms, sub="x", email="uma@acme.example")
+    return id_tokens.assign(ledger, id_tokens.ISSUER.token(claims), terms)
+
+
+def address_of_before(ledger: InMemoryRegistry) -> tuple[SubjectKind, str]:  # noqa: F811
+    issuer = id_tokens.ISSUER.pinned("users").model_copy(
+        update={"user_claim": "email", "user_suffix": "@acme.example", "emails_verified": True}
+    )
+    id_tokens.trusting(ledger, issuer)
+    task = made(ledger, by_unverified_address(ledger))
+    id_tokens.trusting(ledger, issuer.model_copy(update={"emails_verified": None}))
+    return "task", task
+
+
+def record_of(
+    command: Callable[[InMemoryRegistry], Claims], kind: SubjectKind, id: str
+) -> Callable[[InMemoryRegistry], tuple[SubjectKind, str]]:
+    """A record as a registry wrote it that did not refuse this command yet."""
+
+    def before(ledger: InMemoryRegistry) -> tuple[SubjectKind, str]:  # noqa: F811
+        ledger.give_as_before(command(ledger))
+        return kind, id
+
+    return before
+
+
+def end(ledger: InMemoryRegistry, task: str) -> Claims:  # noqa: F811
+    return ledger.claims(TaskEnd, "uma", task_id=task, reason="done")
+
+
+def remove(ledger: InMemoryRegistry, target: str) -> Claims:  # noqa: F811
+    return ledger.claims(TargetRemove, "olga", target_id=target, reason="done")
+
+
+def suspend(ledger: InMemoryRegistry, agent: str) -> Claims:  # noqa: F811
+    return ledger.claims(AgentSuspend, "suzy", agent_id=agent, reason="done")
+
+
+LIMITS = {
+    "task_too_long": Limit(long_task_of_before, long_task, end),
+    "target_settings_invalid": Limit(record_of(misspelt, "target", "shop"), misspelt, remove),
+    "unknown_field": Limit(record_of(not_understood, "target", "shop"), not_understood, remove),
+    "consent_missing": Limit(record_of(without_consent, "agent", "bot"), without_consent, suspend),
+    "email_unverified": Limit(address_of_before, by_unverified_address, end),
+}
+
+
+def test_no_limit_of_the_registry_is_left_out() -> None:
+    codes = set(re.findall(r'code="(\w+)"', Path(domain.__file__).read_text()))
+    assert codes == OF_0_1 | OF_A_NEW_FIELD | LIMITS.keys(), (
+        "prove for a new one that records of before stay valid"
+    )
+
+
+@pytest.mark.parametrize("code", LIMITS)
+def test_a_record_of_before_stays_valid_and_can_be_ended(code: str, ledger: InMemoryRegistry) -> None:  # noqa: F811
+    limit = LIMITS[code]
+    kind, id = limit.before(ledger)
+    entry = ledger.directory.entry(kind, id)
+    assert entry is not None
+    # A command of today with the same content is refused: the record is one that the limit would have prevented.
+    assert refused(ledger, limit.today(ledger)) == code
+    again = started_anew(ledger).entry(kind, id)
+    assert again is not None
+    assert (again.state, again.revision) == (entry.state, entry.revision)
+    assert ledger.give(limit.stop(ledger, id)) is not None
+    assert ledger.alarms == []
+
+
+def test_a_long_task_of_before_is_worked_on_and_its_parts_are_too(ledger: InMemoryRegistry) -> None:  # noqa: F811
+    ledger.task_max_s = 10 * YEAR_S
+    task = made(ledger, long_task(ledger))
+    not_after = ledger.clock.ms // 1000 + YEAR_S // 2
+    handed_on = made(ledger, part(ledger, "bot", task, "second", not_after=not_after))
+    ledger.task_max_s = TASK_MAX_S
+    reader = started_anew(ledger)
+    later_s = ledger.clock.ms // 1000 + 100 * DAY_S
+    for agent, of in (("bot", task), ("second", handed_on)):
+        records = load_records(reader, agent, of, "staging")
+        assert violations_of(records, NARROW, later_s, 10 * YEAR_S) == ()
+    # And no longer than they were to last.
+    records = load_records(reader, "bot", task, "staging")
+    assert violations_of(records, NARROW, later_s + YEAR_S, 10 * YEAR_S) != ()
+
+
+def started_anew(ledger: InMemoryRegistry) -> Directory:  # noqa: F811
+    """A reader that reads all records from the beginning."""
+    reader = ledger.reader()
+    for kind in ("user", "target", "agent", "task"):
+        for entry in ledger.directory.entries(kind):
+            assert ledger.admit(entry.compact.decode(), reader) is None
+    return reader
