@@ -47,6 +47,7 @@ def test_a_key_survives_its_file(tmp_path: Path, alg: str) -> None:
     key = SigningKey.generate(f"spiffe://{TD}/agent/bot", alg)
     key.save(tmp_path / "k" / "bot.json")
     assert SigningKey.load(tmp_path / "k" / "bot.json").kid == key.kid
+    assert SigningKey.load(f"{tmp_path}/k/bot.json").kid == key.kid
     assert (tmp_path / "k" / "bot.json").stat().st_mode & 0o777 == 0o600
 
 

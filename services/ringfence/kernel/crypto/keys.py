@@ -172,17 +172,18 @@ class SigningKey:
         """The public key as messages have it, valid in `[not_before, not_after)` (seconds)."""
         return KeyRecord(kid=self.kid, jwk=self.public, not_before=not_before, not_after=not_after)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the private key to a new file of mode 0600. Raises KeyFileError if the file exists."""
         if isinstance(self._key, ed25519.Ed25519PrivateKey):
             d = self._key.private_bytes_raw()
         else:
             d = self._key.private_numbers().private_value.to_bytes(32)
-        save_private(path, self.id, self.public, d)
+        save_private(Path(path), self.id, self.public, d)
 
     @classmethod
-    def load(cls, path: Path) -> SigningKey:
+    def load(cls, path: Path | str) -> SigningKey:
         """Read a private key. Raises KeyFileError if others can read the file, or if it does not hold a usable key."""
+        path = Path(path)
         id, crv, d = load_private(path)
         try:
             if crv == "Ed25519":
