@@ -84,11 +84,7 @@ def _options(command: Any) -> str:
 
 
 def _is_everywhere(param: Any) -> bool:
-    return (
-        getattr(param, "rich_help_panel", None) == COMMON
-        or "completion" in str(param.opts)
-        or "--help" in param.opts
-    )
+    return getattr(param, "rich_help_panel", None) == COMMON or "--help" in param.opts
 
 
 def _names(param: Any) -> str:

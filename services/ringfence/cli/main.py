@@ -133,6 +133,9 @@ COMMANDS: dict[str, CommandEntry] = {
         "commands.config", "app", _RUN, "Where settings come from; trust a settings file."
     ),
     "key": CommandEntry("commands.key", "app", _RUN, "Make and show identity keys."),
+    "completion": CommandEntry(
+        "commands.completion", "completion", _RUN, "Completion for bash, zsh and fish, including ids."
+    ),
     "doctor": CommandEntry(
         "doctor.command", "doctor", _RUN, "Examine all that Ringfence stands on; say what to do."
     ),
@@ -249,7 +252,7 @@ def _tidy_help(command: Any) -> None:
 app = typer.Typer(
     cls=LazyGroup,
     no_args_is_help=True,
-    add_completion=True,
+    add_completion=False,  # `ringfence completion` has its own, whose scripts evaluate nothing
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -288,6 +291,11 @@ def main(args: Sequence[str] | None = None) -> int:
     gc.set_threshold(_FEW_SEARCHES)
     filter_stderr()
     arguments = list(sys.argv[1:] if args is None else args)
+    if arguments[:1] == ["__complete"]:
+        from ringfence.cli.completion.complete import main as complete
+
+        helps = {name: entry.help for name, entry in COMMANDS.items()}
+        return complete(typer.main.get_command(app), helps, arguments[1:])
     if unreadable := [word for word in arguments if not _is_unicode(word)]:
         _say(f"error: {unreadable[0]!r} is not UTF-8; write it so that everybody can read it")
         return 2
