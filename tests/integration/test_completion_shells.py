@@ -167,7 +167,7 @@ async def test_whole_ids_are_completed_with_what_they_are(
         try:
             request = (await first_pending(sam)).request_id
             expected = {
-                "ringfence target show shop": (realm.target, "a shop"),
+                f"ringfence target show {realm.target[:-1]}": (realm.target, "a shop"),
                 "ringfence user show ": (realm.name("sam"), "active"),
                 "ringfence --identity bot.json request --task ": (realm.task, "a test"),
                 "ringfence --identity bot.json task delegate ": (realm.task, "a test"),

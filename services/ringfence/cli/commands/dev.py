@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from ringfence.cli.shared.output import console
 from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
 from ringfence.kernel.base import config_file
 from ringfence.kernel.base.private_files import write_private
@@ -56,7 +56,7 @@ def dev(
     from ringfence.dev.organisation import seed as make_organisation
     from ringfence.dev.stack import Stack, StackOptions
 
-    out = Console()
+    out = console(markup=True)
     options = StackOptions(
         state.resolve(),
         services=(*SERVICE_ROLES, *_selected_services(besides or ())),
@@ -64,14 +64,14 @@ def dev(
         kafka_port=0 if free_ports else 9092,
         redis_port=0 if free_ports else 6379,
     )
-    with ended_by_signals(), Stack(options, say=lambda text: out.print(f"[dim]{text} ...[/]")) as stack:
+    with ended_by_signals(), Stack(options, say=lambda text: out.print(f"[aside]{text} ...[/]")) as stack:
         config = write_config(stack.environment(), options.state / "ringfence.toml")
         if seed:
-            out.print("[dim]making the organisation ...[/]")
+            out.print("[aside]making the organisation ...[/]")
             asyncio.run(
                 make_organisation(stack.trust, client_settings(stack.environment()), options.operator)
             )
-        out.print(f"\n[bold green]Ringfence is up.[/]  Kafka {stack.kafka}   Redis {stack.redis_url}")
+        out.print(f"\n[ok]Ringfence is up.[/]  Kafka {stack.kafka}   Redis {stack.redis_url}")
         for role in options.services:
             out.print(f"  {role:9} {stack.url(role)}", highlight=False)
         out.print(f"Agents reach their targets through {stack.door}", highlight=False)
@@ -100,12 +100,12 @@ def dev(
             while not (ended := stack.ended()):
                 time.sleep(_LOOK_AGAIN_S)
         except KeyboardInterrupt:
-            out.print("\n[dim]ending everything ...[/]")
+            out.print("\n[aside]ending everything ...[/]")
             if failed := stack.stop(_GRACE_S):
-                out.print(visible_lines("\n".join(failed)), style="red", markup=False)
+                out.print(visible_lines("\n".join(failed)), style="error", markup=False)
                 raise typer.Exit(1) from None
             return
-        out.print(visible_lines(ended), style="red", markup=False)
+        out.print(visible_lines(ended), style="error", markup=False)
         raise typer.Exit(1)
 
 
