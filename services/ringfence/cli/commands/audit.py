@@ -297,6 +297,6 @@ def event_line(event: Mapping[str, Any]) -> Text:
     line = Text(clock(event.get("time"), date=True), style="aside")
     failed = event.get("status_id") == 2
     code = str(event.get("metadata", {}).get("event_code", event.get("class_uid", "")))
-    line.append(f"  {visible(code):22}", style=FAILED if failed else "code")
+    line.append(f"  {visible(code):22}", style=FAILED if failed else "step")
     line.append(f"  {visible(str(event.get('message', '')))}", style="")
     return line

@@ -114,7 +114,7 @@ class RichNarrator:
     def step(self, step: str, text: str, **ids: Any) -> None:
         self.done()
         mark = "[error]✗[/]" if step in ("bypass.succeeded", "request.refused") else "[ok]✓[/]"
-        self._out.print(f"{mark} [code]{step:21}[/] ", Text(visible(text)), sep="")
+        self._out.print(f"{mark} [step]{step:21}[/] ", Text(visible(text)), sep="")
         if "trace" in ids:
             from ringfence.cli.commands.audit_trace import trace_lines
 

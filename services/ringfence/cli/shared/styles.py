@@ -26,7 +26,7 @@ STYLES: Final[Mapping[str, str]] = {
     "denied": "red",
     "soon": "yellow",
     "late": "red",
-    "code": "cyan",
+    "step": "cyan",
     "decision": "cyan",
     "approval": "magenta",
 }
