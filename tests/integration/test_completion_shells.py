@@ -73,6 +73,7 @@ class Line:
 
     def completed(self, line: str) -> str:
         """Type a line and TAB. Returns what stands on the command line then."""
+        found = ""
         for _ in range(TRIES):
             self._terminal.send(f"\x15{line}\t\x07")
             found = self._terminal.until("LINE=<(.*?)>")[1]
@@ -82,6 +83,7 @@ class Line:
 
     def listed(self, line: str, pattern: str) -> str:
         """Type a line and TAB until a list with `pattern` comes. Returns all that the terminal got since, visibly."""
+        shown = ""
         for _ in range(TRIES):
             self._terminal.send(f"\x15{line}\t\t\t\x07")
             shown = self._terminal.until("(.*?)LINE=<(.*?)>")[1]
@@ -102,6 +104,7 @@ def shell_in(shell: Shell, place: Path) -> Iterator[Line]:
 
 def fish(place: Path, line: str, until: Callable[[list[str]], bool] = bool) -> list[str]:
     """What fish offers for a line, each with its description."""
+    found: list[str] = []
     for _ in range(TRIES):
         done = subprocess.run(
             ["fish", "--no-config", "-c", "source completion.fish; complete -C $argv[1]", line],

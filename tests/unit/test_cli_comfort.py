@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.style import Style
@@ -18,7 +19,7 @@ from ringfence.cli.commands.dev import write_config
 from ringfence.cli.main import COMMANDS, main
 from ringfence.cli.shared import styles
 from ringfence.cli.shared.output import console
-from ringfence.cli.shared.tables import ending, list_lines, state
+from ringfence.cli.shared.tables import Column, ending, list_lines, state
 from ringfence.kernel.base import config_file
 from ringfence.kernel.crypto.keys import SigningKey
 from tests.support.terminal import ESCAPES, Terminal
@@ -41,7 +42,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **more}
 
 
-def in_terminal(code: str, *, width: int = 80, **more: str) -> str:
+def in_terminal(code: str, *, width: int = 80, **more: Any) -> str:
     """All that a terminal gets from a program."""
     with Terminal([sys.executable, "-c", code], environment(**more), width=width) as terminal:
         status, seen = terminal.to_the_end()
@@ -255,7 +256,7 @@ def test_every_meaning_has_a_style_that_rich_and_plain_code_know() -> None:
 
 @pytest.mark.parametrize("width", [None, 40])
 def test_a_cell_is_coloured_and_nothing_beside_it(width: int | None) -> None:
-    columns = ["agent", state("status"), ending("ends")]
+    columns: list[str | Column] = ["agent", state("status"), ending("ends")]
     lines = list_lines(columns, [["active" * 5, "active", "in 5 s"]], width=width)
     spans = [(line.plain[span.start : span.end], str(span.style)) for line in lines for span in line.spans]
     assert ("active", "active") in spans

@@ -134,7 +134,7 @@ COMMANDS: dict[str, CommandEntry] = {
     ),
     "key": CommandEntry("commands.key", "app", _RUN, "Make and show identity keys."),
     "completion": CommandEntry(
-        "commands.completion", "completion", _RUN, "Completion for bash, zsh and fish, including ids."
+        "completion.command", "completion", _RUN, "Completion for bash, zsh and fish, including ids."
     ),
     "doctor": CommandEntry(
         "doctor.command", "doctor", _RUN, "Examine all that Ringfence stands on; say what to do."
