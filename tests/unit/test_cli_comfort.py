@@ -8,8 +8,9 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import pytest
 from rich.style import Style
@@ -42,9 +43,9 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **more}
 
 
-def in_terminal(code: str, *, width: int = 80, **more: Any) -> str:
+def in_terminal(code: str, variables: Mapping[str, str] = MappingProxyType({}), *, width: int = 80) -> str:
     """All that a terminal gets from a program."""
-    with Terminal([sys.executable, "-c", code], environment(**more), width=width) as terminal:
+    with Terminal([sys.executable, "-c", code], environment(**variables), width=width) as terminal:
         status, seen = terminal.to_the_end()
     assert status == 0, seen
     return seen
@@ -171,7 +172,7 @@ assert main(["user", "list"]) == 1
     [{"NO_COLOR": "1"}, {"NO_COLOR": "yes", "FORCE_COLOR": "1"}, {"TERM": "dumb"}, {"CLICOLOR": "0"}],
 )
 def test_without_colours_a_terminal_gets_the_same_words(variables: dict[str, str]) -> None:
-    coloured, plain = in_terminal(_PAGE), in_terminal(_PAGE, **variables)
+    coloured, plain = in_terminal(_PAGE), in_terminal(_PAGE, variables)
     assert "\x1b" not in plain
     assert COLOUR.search(coloured)
     assert COLOUR.sub("", coloured) == plain
@@ -203,8 +204,8 @@ def test_a_pipe_gets_no_colours_unless_they_are_forced() -> None:
 
 def test_help_has_no_colour_where_none_is_wanted() -> None:
     code = "from ringfence.cli.main import main; main(['lease', '--help'])"
-    assert not re.search(r"\x1b\[(\d+;)*(3|4|9|10)\d", in_terminal(code, NO_COLOR="1"))
-    assert not re.search(r"\x1b\[(\d+;)*(3|4|9|10)\d", in_terminal(code, CLICOLOR="0"))
+    assert not re.search(r"\x1b\[(\d+;)*(3|4|9|10)\d", in_terminal(code, {"NO_COLOR": "1"}))
+    assert not re.search(r"\x1b\[(\d+;)*(3|4|9|10)\d", in_terminal(code, {"CLICOLOR": "0"}))
 
 
 @pytest.mark.parametrize(
@@ -297,7 +298,7 @@ def test_a_terminal_sees_how_far_long_work_is_and_nothing_stays() -> None:
 
 @pytest.mark.parametrize("variables", [{"TERM": "dumb"}, {}])
 def test_nothing_is_said_with_json_or_on_a_dumb_terminal(variables: dict[str, str]) -> None:
-    seen = in_terminal(_WORK.format(as_json=not variables), **variables)
+    seen = in_terminal(_WORK.format(as_json=not variables), variables)
     assert "reading" not in seen
     assert "waiting" not in seen
 
@@ -316,6 +317,6 @@ def test_doctor_says_what_it_waits_for() -> None:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         code = "from ringfence.cli.main import main; main(['doctor'])"
         nowhere = {"RINGFENCE_KAFKA": "127.0.0.1:9", "RINGFENCE_REGISTRY_URL": url}
-        seen = in_terminal(code, width=120, **nowhere)
+        seen = in_terminal(code, nowhere, width=120)
     assert f"waiting for the registry at {url}: " in seen
     assert "WRONG" in ESCAPES.sub("", seen.rpartition("\r\x1b[K")[2])
