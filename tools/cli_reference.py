@@ -41,6 +41,15 @@ trust`); what `dev` writes is allowed.
 - **Lists** become one block per row where a table does not fit the terminal. A backslash at the end of a line says that
   the word goes on in the next one. Where stdout is no terminal, lists are tables of any width with whole ids, as with
   `--wide`.
+- **Completion.** `ringfence completion bash|zsh|fish` prints a script for your shell. It completes commands, options,
+  choices, and ids with what they stand for. Ids are those that the caller may see, by the same key and services as the
+  command itself; it shows none where these do not answer within 1.5 s. Services answer people only. So where
+  `--identity` names an agent's key, the key in the settings asks for that agent's tasks and leases. Without one, an
+  agent's tasks are read from Kafka, and leases are not completed.
+- **Colours** repeat what words say. Only a terminal gets them. `NO_COLOR` (any value), `CLICOLOR=0` and `TERM=dumb`
+  switch them off; `FORCE_COLOR` and `CLICOLOR_FORCE` switch them on, also in a pipe. `NO_COLOR` wins.
+- **Progress** of long work is one line on stderr, on a terminal only and never with `--json`. It is gone when the work
+  is done.
 - **Output** is for people; with `--json`, before or after the command, one JSON document, or one object a line for
   what goes on (`approvals watch`, `audit tail`). Results go to stdout, everything said beside them to stderr:
   `TOKEN=$(ringfence request ...)` holds the credential and nothing else. Text that agents wrote is shown with its
@@ -84,11 +93,7 @@ def _options(command: Any) -> str:
 
 
 def _is_everywhere(param: Any) -> bool:
-    return (
-        getattr(param, "rich_help_panel", None) == COMMON
-        or "completion" in str(param.opts)
-        or "--help" in param.opts
-    )
+    return getattr(param, "rich_help_panel", None) == COMMON or "--help" in param.opts
 
 
 def _names(param: Any) -> str:

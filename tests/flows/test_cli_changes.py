@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import threading
 from typing import Any
@@ -14,6 +15,7 @@ from tests.flows.test_cli import Shell, organisation, shell
 
 __all__ = ["shell"]
 NOWHERE = "http://127.0.0.1:1"
+WITHIN_S = 30.0
 
 
 class Terminal(io.StringIO):
@@ -57,6 +59,10 @@ async def test_a_ceiling_is_shown_before_and_after_and_which_leases_end(
         {"target": "platform", "verbs": ["read"], "resources": ["env/test/**"]}
     ]
     assert (await shell.json("sam", "lease", "show", stays))["status"] == "active"
+    # The lease that no longer fits ends after the command was accepted.
+    async with asyncio.timeout(WITHIN_S):
+        while (await shell.json("sam", "lease", "show", lease))["status"] == "active":
+            await asyncio.sleep(0.05)
     found = await shell.json("sam", "agent", "set-ceiling", "bot", "--allow-nothing", "--yes")
     assert found["leases_ending"] == {"count": 1, "ids": [stays], "more": False, "gap": None}
     assert (found["before"][0]["resources"], found["after"]) == (["env/test/**"], [])

@@ -80,9 +80,7 @@ def test_importing_the_package_imports_nothing_of_the_sdk() -> None:
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     for name in COMMANDS:
         assert main([name, "--help"]) == 0
-        said = capsys.readouterr().out
-        assert "Usage: ringfence" in said
-        assert "--install-completion" not in said, "that is of the whole"
+        assert "Usage: ringfence" in capsys.readouterr().out
 
 
 def test_a_missing_extra_names_itself() -> None:

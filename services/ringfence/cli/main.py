@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ringfence.cli.shared import context
+from ringfence.cli.shared import context, styles
 from ringfence.cli.shared.field_options import with_options
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.terminal import filter_stderr
@@ -136,6 +136,9 @@ COMMANDS: dict[str, CommandEntry] = {
         "commands.config", "app", _RUN, "Where settings come from; trust a settings file."
     ),
     "key": CommandEntry("commands.key", "app", _RUN, "Make and show identity keys."),
+    "completion": CommandEntry(
+        "completion.command", "completion", _RUN, "Completion for bash, zsh and fish, including ids."
+    ),
     "doctor": CommandEntry(
         "doctor.command", "doctor", _RUN, "Examine all that Ringfence stands on; say what to do."
     ),
@@ -251,8 +254,7 @@ def _tidy_help(command: Any) -> None:
 
 app = typer.Typer(
     cls=LazyGroup,
-    no_args_is_help=True,
-    add_completion=True,
+    add_completion=False,  # `ringfence completion` has its own, whose scripts evaluate nothing
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -265,8 +267,9 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def ringfence(
+    ctx: typer.Context,
     identity: Annotated[
         Path | None,
         typer.Option(
@@ -281,6 +284,12 @@ def ringfence(
 ) -> None:
     """Ringfence: a credential broker for AI agents. Per task, approved, short-lived, revoked by itself, traced."""
     context.remember(identity, as_json)
+    if ctx.invoked_subcommand is None:
+        if as_json:
+            raise context.WrongUseError("name a command").with_remedy("ringfence --help")
+        from ringfence.cli.shared.start_screen import print_start_screen
+
+        print_start_screen(identity)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -290,7 +299,13 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1
     gc.set_threshold(_FEW_SEARCHES)
     filter_stderr()
+    styles.follow_clicolor()
     arguments = list(sys.argv[1:] if args is None else args)
+    if arguments[:1] == ["__complete"]:
+        from ringfence.cli.completion.complete import main as complete
+
+        helps = {name: entry.help for name, entry in COMMANDS.items()}
+        return complete(typer.main.get_command(app), helps, arguments[1:])
     if unreadable := [word for word in arguments if not _is_unicode(word)]:
         _say(f"error: {unreadable[0]!r} is not UTF-8; write it so that everybody can read it")
         return 2
@@ -380,7 +395,7 @@ def _report(error: RingfenceError, as_json: bool) -> None:
     """Print an error on stderr: a sentence, or with `--json` one line of JSON, which is then the last line."""
     message = with_options(error)
     if not as_json:
-        _say(f"error: {message}")
+        _say_error(message)
         return
     from ringfence.cli.shared.output import escaped_json
 
@@ -429,6 +444,11 @@ def _is_unicode(word: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _say_error(message: str) -> None:
+    """Print an error as `_say`, with its first word in the colour of errors."""
+    sys.stderr.write(f"{styles.painted('error:', 'error', sys.stderr)} {visible_lines(message)}\n")
 
 
 def _say(message: str) -> None:

@@ -63,7 +63,7 @@ def answer(
         result = {"approval_id": approval_id, "request_id": pending.request_id, "digest": pending.digest}
         print_json({"kind": "action", "verdict": verdict, **result})
     else:
-        say(f"{verdict}: action {pending.request_id}")
+        say(f"{verdict}: action {pending.request_id}", verdict)
 
 
 async def watch(sponsor: Sponsor, *, everyone: bool, as_json: bool) -> None:

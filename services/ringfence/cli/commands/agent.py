@@ -242,7 +242,7 @@ def transfer(
         note(
             f"{sponsor} did not consent; the record of {agent} and the trail say so. {sponsor} takes it on with: "
             f"ringfence agent transfer {agent} --to {sponsor}",
-            "yellow",
+            "warning",
         )
 
 
@@ -272,7 +272,7 @@ def consent_transfer(
     if wants_json(as_json):
         print_json({"consent": signed, "agent_id": agent, "from_sponsor": state.sponsor, "valid_s": life_s})
         return
-    note(f"You agree to answer for agent {agent}, which is {state.sponsor}'s now:", "bold")
+    note(f"You agree to answer for agent {agent}, which is {state.sponsor}'s now:", "heading")
     note(f"for: {state.description}\nstatus: {state.status}\nceiling:\n{show_scope(state.ceiling)}")
     command = f"ringfence agent transfer {agent} --consent -"
     note(f"It counts once, within {span(life_s)}. {state.sponsor} uses it with: {command}")
@@ -409,7 +409,7 @@ def show(agent: AgentArgument, me: IdentityOption = None, as_json: JsonOption = 
         if usage:
             print_usage(usage, command)
     if gap:
-        note(f"incomplete: what it used is not known: {gap}", "yellow")
+        note(f"incomplete: what it used is not known: {gap}", "warning")
 
 
 def _read_transfer_consent(file: Path, agent: str) -> tuple[str, str]:
@@ -496,7 +496,7 @@ def print_usage(usage: Mapping[str, Any], command: str | None) -> None:
     )
     say(command)
     if (age_s := now_s - usage["registered_at"]) < _MONTH_S:
-        note(f"it was registered {span(age_s)} ago: what it needs may be still to come", "yellow")
+        note(f"it was registered {span(age_s)} ago: what it needs may be still to come", "warning")
 
 
 def _rows(usage: Mapping[str, Any]) -> list[Sequence[str]]:

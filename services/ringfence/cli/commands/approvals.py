@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from ringfence.cli.commands import action_approvals, grants
-from ringfence.cli.shared import approval_views
+from ringfence.cli.shared import approval_views, styles
 from ringfence.cli.shared.arguments import check_id_prefix, show_scope
 from ringfence.cli.shared.id_lookup import only_one, require_whole_id
 from ringfence.cli.shared.options import (
@@ -35,7 +35,7 @@ from ringfence.cli.shared.output import (
     span,
     visible,
 )
-from ringfence.cli.shared.tables import ids, prose
+from ringfence.cli.shared.tables import Column, ending, ids
 from ringfence.client.approvals.action_approvals import PendingAction
 from ringfence.client.approvals.history_comparison import Comparison
 from ringfence.client.approvals.pending_approval import PendingApproval
@@ -80,7 +80,15 @@ def list_approvals(
         return
     now_s = time.time()
     print_table(
-        [ids("request"), "ends", "agent", "for", "alike", "wants", prose("reason")],
+        [
+            ids("request"),
+            ending("ends"),
+            "agent",
+            "for",
+            "alike",
+            "wants",
+            Column("reason", "prose", meaning=styles.break_glass),
+        ],
         [
             *(
                 (
@@ -153,7 +161,7 @@ def watch(everyone: EveryoneOption = False, me: IdentityOption = None, as_json: 
         async with Sponsor.connect(identity(me)) as sponsor:
             history = await sponsor.usual()
             if not wants_json(as_json):
-                note("waiting for requests; Ctrl-C ends", "dim")
+                note("waiting for requests; Ctrl-C ends", "aside")
             async with asyncio.TaskGroup() as both:
                 both.create_task(
                     action_approvals.watch(sponsor, everyone=everyone, as_json=wants_json(as_json))
@@ -218,7 +226,7 @@ def _send_answers(
         print_json({"verdict": verdict, **answers[0], "answers": answers})
         return
     for one in group.requests:
-        say(f"{verdict}: request {one.request_id}")
+        say(f"{verdict}: request {one.request_id}", verdict)
 
 
 def _find_question(

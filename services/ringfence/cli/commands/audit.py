@@ -43,6 +43,7 @@ from ringfence.cli.shared.output import (
     say,
     visible,
 )
+from ringfence.cli.shared.progress import progress
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.connection import load_key, load_settings
 from ringfence.client.errors import ApiError, InvalidCallError
@@ -206,7 +207,7 @@ def trace(
     for line in trace_lines(story, width=line_width(wide=wide)):
         screen.print(line, soft_wrap=True)
     if story.get("truncated"):
-        note("only the latest are shown; trace one of them by its own id", "yellow")
+        note("only the latest are shown; trace one of them by its own id", "warning")
 
 
 @app.command()
@@ -249,8 +250,8 @@ def verify(
                     f"{who.id} is no auditor, and nobody would believe their word; name an auditor's key by --identity"
                 )
         earlier_heads = read_heads(heads.read_bytes()) if heads is not None and heads.exists() else None
-        with console(stderr=True).status("reading the trail"):
-            report = await verify_trail(earlier_heads=earlier_heads, settle_s=settle_s)
+        with progress("reading the trail", as_json=as_json) as line:
+            report = await verify_trail(earlier_heads=earlier_heads, settle_s=settle_s, progress=line.count)
         if report.faults:
             return report, 0
         if heads is not None:
@@ -284,7 +285,7 @@ def _print_report(report: TrailReport, witnessed: int) -> None:
     for fault in report.faults:
         chain = f"chain {fault.tree}: " if fault.tree else ""
         event = f"  event {fault.uid}" if fault.uid else ""
-        note(f"{fault.kind.upper()}  {chain}{fault.message}{event}", "red")
+        note(f"{fault.kind.upper()}  {chain}{fault.message}{event}", "error")
     if not report.faults:
         say(f"no fault; {report.records} records on other topics have their events")
     if witnessed:
@@ -293,9 +294,9 @@ def _print_report(report: TrailReport, witnessed: int) -> None:
 
 def event_line(event: Mapping[str, Any]) -> Text:
     """One OCSF event on one line."""
-    line = Text(clock(event.get("time"), date=True), style="dim")
+    line = Text(clock(event.get("time"), date=True), style="aside")
     failed = event.get("status_id") == 2
     code = str(event.get("metadata", {}).get("event_code", event.get("class_uid", "")))
-    line.append(f"  {visible(code):22}", style=FAILED if failed else "cyan")
+    line.append(f"  {visible(code):22}", style=FAILED if failed else "step")
     line.append(f"  {visible(str(event.get('message', '')))}", style="")
     return line

@@ -78,7 +78,7 @@ def coverage(
 
     async def work() -> Coverage:
         async with ReadApi(identity(me)) as api:
-            with counting() as progress:
+            with counting("counting leases and actions", as_json=as_json) as progress:
                 return await coverage_report(
                     api, since_ms, until_ms, progress, short_s=duration_s(short_lived), show=show
                 )
@@ -89,7 +89,7 @@ def coverage(
     else:
         _print_coverage(report)
     for gap in report.gaps:
-        note(f"incomplete: {gap}", "yellow")
+        note(f"incomplete: {gap}", "warning")
 
 
 def _print_coverage(report: Coverage) -> None:
@@ -102,12 +102,12 @@ def _print_coverage(report: Coverage) -> None:
     print_table(["what", "share", "of"], rows, empty="")
     unknown = sorted(name or "(not named)" for name, known in report.agents_seen.items() if not known)
     if unknown:
-        say(f"agents that the inventory does not know: {', '.join(unknown[:20])}", "yellow")
+        say(f"agents that the inventory does not know: {', '.join(unknown[:20])}", "warning")
     sums = report.sums
     missing = sum(sums.get(what, 0) - sums.get(f"{what}_traced", 0) for what in ("leases", "actions"))
     _print_listed("does not lead back to a human:", report.not_traced, missing)
     _print_listed("standing privileges:", report.standing, standing)
-    say(_SURVEY, "dim")
+    say(_SURVEY, "aside")
 
 
 def _ratio_cells(share: Ratio | None) -> tuple[str, str]:
@@ -120,7 +120,7 @@ def _ratio_cells(share: Ratio | None) -> tuple[str, str]:
 def _print_listed(title: str, found: Sequence[Mapping[str, Any]], total: int) -> None:
     if not total:
         return
-    say(title, "bold")
+    say(title, "heading")
     print_table(
         [ids("lease or action"), "when", "agent", "target", prose("why")],
         map(_item_row, found),

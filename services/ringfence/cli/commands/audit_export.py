@@ -129,7 +129,7 @@ def _to_stdout(question: ExportQuery, me: Path | None) -> None:
     try:
         run(_all(state, writer, me))
     except BaseException:
-        note(_stopped(state), "yellow")
+        note(_stopped(state), "warning")
         raise
     finally:
         sys.stdout.flush()
@@ -141,7 +141,7 @@ def _to_file(one: ExportFile, out: Path, me: Path | None) -> ExportProgress:
         run(_all(one.state, one.writer, me, one))
     except BaseException:
         one.abort()
-        note(_stopped(one.state) + _next_steps(one, out), "yellow")
+        note(_stopped(one.state) + _next_steps(one, out), "warning")
         raise
     one.finish()
     return one.state
@@ -159,7 +159,8 @@ async def _all(
     state: ExportProgress, writer: ExportWriter, me: Path | None, one: ExportFile | None = None
 ) -> None:
     async with ReadApi(identity(me)) as api:
-        with counting() as progress:
+        # Events that go to the terminal show by themselves how far it is.
+        with counting("reading events", quiet=one is None and sys.stdout.isatty()) as progress:
             await export_pages(api, state, writer, progress, one.checkpoint if one else lambda: None)
 
 

@@ -12,9 +12,15 @@ from rich.text import Text
 from ringfence.cli.shared.tables import short_ids, wrapped
 from ringfence.kernel.base.text import visible
 
-_STYLES = {"user": "bold", "task": "bold", "lease": "green", "decision": "cyan", "approval": "magenta"}
-_ENDS = {"cut": "yellow", "end": "yellow", "revocation": "yellow"}
-FAILED: Final = "red"
+_STYLES = {
+    "user": "heading",
+    "task": "heading",
+    "lease": "ok",
+    "decision": "decision",
+    "approval": "approval",
+}
+_ENDS = {"cut": "warning", "end": "warning", "revocation": "warning"}
+FAILED: Final = "denied"
 """The style of what failed or was refused."""
 _WITH_ID = ("task", "request", "lease")
 _LEAST_WIDTH = 30
@@ -28,7 +34,7 @@ def trace_lines(story: Mapping[str, Any], *, width: int | None) -> list[Text]:
     """
     nodes = [node for root in story["roots"] for node in _all_nodes(root)]
     shown = short_ids(str(node["id"]) for node in nodes if node["kind"] in _WITH_ID) if width else {}
-    lines = [Text(visible(f"{story['kind']} {story['id']}"), style="bold")]
+    lines = [Text(visible(f"{story['kind']} {story['id']}"), style="heading")]
     for number, root in enumerate(story["roots"]):
         lines += _node_lines(root, "", number == len(story["roots"]) - 1, None, width, shown)
     return lines
@@ -74,7 +80,7 @@ def _node_lines(
     style = style or _STYLES.get(node["kind"]) or _ENDS.get(node["kind"], "")
     further = above + below + (_guides(last=False)[1] if node["children"] else "    ")
     for number, line in enumerate(lines):
-        shown_line = Text().append(above + branch if not number else further, "dim")
+        shown_line = Text().append(above + branch if not number else further, "aside")
         body = Text(line, style=style)
         if not number:
             body.stylize("not bold dim", 0, len(when))

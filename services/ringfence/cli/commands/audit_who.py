@@ -72,7 +72,7 @@ def who(
 
     async def work() -> AccessReport:
         async with ReadApi(identity(me)) as api:
-            with counting() as progress:
+            with counting("reading who did something", as_json=as_json) as progress:
                 return await access_report(
                     api, target, since_ms, until_ms, progress, verb=verb, resource=resource
                 )
@@ -87,7 +87,7 @@ def who(
     else:
         _print_access_report(report, wide=wide)
     for gap in report.gaps:
-        note(f"not known: {gap}", "yellow")
+        note(f"not known: {gap}", "warning")
 
 
 async def _nearest_target(me: Path | None, target: str) -> str:
@@ -101,14 +101,14 @@ async def _nearest_target(me: Path | None, target: str) -> str:
 
 def _print_access_report(report: AccessReport, *, wide: bool) -> None:
     if report.could is not None:
-        say(f"could, now: {sum(agent['now'] for agent in report.could)} of these agents", "bold")
+        say(f"could, now: {sum(agent['now'] for agent in report.could)} of these agents", "heading")
         print_table(
             _COULD,
             (row for agent in report.could for row in _could_rows(agent)),
             empty=f"no agent that you may see may ever reach it at {report.target}",
             wide=wide,
         )
-    say(f"did, from {moment(report.since_ms / 1000)} until {moment(report.until_ms / 1000)}:", "bold")
+    say(f"did, from {moment(report.since_ms / 1000)} until {moment(report.until_ms / 1000)}:", "heading")
     print_table(
         _DID,
         (_did_row(line) for line in report.rows()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -12,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.status import Status
 from rich.text import Text
 
 from ringfence.cli.shared.context import wants_json
-from ringfence.cli.shared.output import line_width
+from ringfence.cli.shared.output import console, line_width
+from ringfence.cli.shared.progress import ProgressLine, progress
 from ringfence.kernel.base.text import visible
 
 if TYPE_CHECKING:
@@ -105,17 +105,18 @@ class RichNarrator:
     """Prints the demo's steps for people."""
 
     def __init__(self) -> None:
-        self._out = Console()
-        self._status: Status | None = None
+        self._out = console(markup=True)
+        self._line: ProgressLine | None = None
+        self._shown = contextlib.ExitStack()
 
     def act(self, title: str) -> None:
         self.done()
-        self._out.print(f"\n[bold]{title}[/]\n")
+        self._out.print(f"\n[heading]{title}[/]\n")
 
     def step(self, step: str, text: str, **ids: Any) -> None:
         self.done()
-        mark = "[red]✗[/]" if step in _BAD else "[green]✓[/]"
-        self._out.print(f"{mark} [bold cyan]{step:21}[/] ", Text(visible(text)), sep="")
+        mark = "[error]✗[/]" if step in _BAD else "[ok]✓[/]"
+        self._out.print(f"{mark} [step]{step:21}[/] ", Text(visible(text)), sep="")
         if "trace" in ids:
             from ringfence.cli.commands.audit_trace import trace_lines
 
@@ -124,21 +125,18 @@ class RichNarrator:
                 self._out.print(line, soft_wrap=True)
 
     def waiting(self, text: str) -> None:
-        if not self._out.is_terminal:
-            return
-        if self._status is None:
-            self._status = self._out.status("")
-            self._status.start()
-        self._status.update(f"[dim]{text}[/]")
+        if self._line is None:
+            self._line = self._shown.enter_context(progress(text))
+        else:
+            self._line.say(text)
 
     def done(self) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+        self._shown.close()
+        self._line = None
 
     def next_steps(self) -> None:
         self._out.print(
-            "\n[bold]Next:[/]\n" + "\n".join(next_commands(Path())), highlight=False, soft_wrap=True
+            "\n[heading]Next:[/]\n" + "\n".join(next_commands(Path())), highlight=False, soft_wrap=True
         )
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from ringfence.cli.commands.dev_summary import SHELL_FILE, command_lines, organisation_lines, shell_file
+from ringfence.cli.shared.output import console
 from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
 from ringfence.kernel.base import config_file
 from ringfence.kernel.base.private_files import write_private
@@ -22,6 +22,8 @@ from ringfence.kernel.base.text import visible_lines
 from ringfence.kernel.base.trusted_files import TrustedFilesError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ringfence.client.admin.trust_setup import TrustFolder
     from ringfence.client.settings import ClientSettings
     from ringfence.dev.stack import Stack
@@ -56,7 +58,7 @@ def dev(
     """
     from ringfence.dev.stack import Stack, StackOptions
 
-    out = Console()
+    out = console(markup=True)
     options = StackOptions(
         state.resolve(),
         services=(*SERVICE_ROLES, *_selected_services(besides or ())),
@@ -64,7 +66,7 @@ def dev(
         kafka_port=0 if free_ports else 9092,
         redis_port=0 if free_ports else 6379,
     )
-    with ended_by_signals(), Stack(options, say=lambda text: out.print(f"[dim]{text} ...[/]")) as stack:
+    with ended_by_signals(), Stack(options, say=lambda text: out.print(f"[aside]{text} ...[/]")) as stack:
         reach = {
             "RINGFENCE_GATEWAY_SOCKETS": str(stack.sockets),
             "RINGFENCE_GATEWAY_CA_FILE": str(stack.gateway_ca),
@@ -72,14 +74,14 @@ def dev(
         write_config(stack.environment() | reach, options.state / "ringfence.toml")
         task: str | None = None
         if seed:
-            out.print("[dim]making the organisation ...[/]")
+            out.print("[aside]making the organisation ...[/]")
             task = asyncio.run(
                 _make_organisation(stack.trust, client_settings(stack.environment()), options.operator)
             )
         whose = "sam" if seed else options.operator
         shell = shell_file(options.state, f"users/{whose}.json")
         write_private(options.state / SHELL_FILE, shell.encode())
-        out.print("\n[bold green]Ringfence is up.[/]")
+        out.print("\n[ok]Ringfence is up.[/]")
         _print_lines(out, _address_lines(stack))
         out.print("\n[bold]Made now. A restart forgets it, and all that you add; the keys stay:[/]")
         _print_lines(out, organisation_lines(options.operator, task))
@@ -90,12 +92,12 @@ def dev(
             while not (ended := stack.ended()):
                 time.sleep(_LOOK_AGAIN_S)
         except KeyboardInterrupt:
-            out.print("\n[dim]ending everything ...[/]")
+            out.print("\n[aside]ending everything ...[/]")
             if failed := stack.stop(_GRACE_S):
-                out.print(visible_lines("\n".join(failed)), style="red", markup=False)
+                out.print(visible_lines("\n".join(failed)), style="error", markup=False)
                 raise typer.Exit(1) from None
             return
-        out.print(visible_lines(ended), style="red", markup=False)
+        out.print(visible_lines(ended), style="error", markup=False)
         raise typer.Exit(1)
 
 

@@ -61,7 +61,7 @@ def stats(
 
     async def work() -> ActionReport:
         async with ReadApi(identity(me)) as api:
-            with counting() as progress:
+            with counting("counting actions", as_json=as_json) as progress:
                 return await action_report(api, since_ms, progress, agent=agent, target=target)
 
     report = run(work())
@@ -81,10 +81,10 @@ def _print_action_report(report: ActionReport, since: str) -> None:
         say(
             f"{_count_text(sums.observed)} of the blocked went through with what the agents inherited: "
             "observe mode only says what would have been blocked",
-            "bold yellow",
+            "warning",
         )
     if sums.blocked.injected:
-        say(f"{sums.blocked.injected} of the blocked came of input that was marked as injected", "bold")
+        say(f"{sums.blocked.injected} of the blocked came of input that was marked as injected", "heading")
     pairs = report.by(lambda row: (row.agent, row.target))
     print_table(
         [
@@ -102,7 +102,7 @@ def _print_blocked(report: ActionReport) -> None:
     rows = list(report.blocked().items())
     if not rows:
         return
-    say("blocked, by reason:", "bold")
+    say("blocked, by reason:", "heading")
     print_table(
         ["agent", "target", "access", "reason", "blocked", "observed", "injected"],
         (
@@ -124,7 +124,7 @@ def _print_unknown(report: ActionReport) -> None:
     rows = report.unknown()
     if not rows:
         return
-    say("unknown destinations, the most frequent:", "bold")
+    say("unknown destinations, the most frequent:", "heading")
     print_table(
         ["scheme", "host", "port", "method", "path", "target", "blocked"],
         ((*map(_cell, where), str(count)) for where, count in rows[:_MOST_DESTINATIONS]),

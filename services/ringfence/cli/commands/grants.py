@@ -32,7 +32,7 @@ from ringfence.cli.shared.output import (
     until,
     visible,
 )
-from ringfence.cli.shared.tables import ids
+from ringfence.cli.shared.tables import ids, state
 from ringfence.client.admin.command_client import Accepted
 from ringfence.client.approvals.grants import Grantor, Proposal
 from ringfence.client.approvals.pending_approval import PendingApproval
@@ -145,7 +145,7 @@ def grants(wide: WideOption = False, me: IdentityOption = None, as_json: JsonOpt
         print_json(found)
         return
     print_table(
-        [ids("grant"), "status", "used", "agent", "by", "ends", "scope"],
+        [ids("grant"), state("status"), "used", "agent", "by", "ends", "scope"],
         (
             (
                 one["grant_id"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import typer
 from ringfence.cli.commands import oidc_issuers
 from ringfence.cli.shared.options import JsonOption, run, wants_json
 from ringfence.cli.shared.output import note, print_json, say
+from ringfence.cli.shared.progress import progress
 from ringfence.client.admin.key_rotation import OVERLAP_S, rotate_services
 from ringfence.client.admin.key_rotation import renew as renewed
 from ringfence.client.admin.key_rotation import rotate_root as root_rotated
@@ -181,15 +182,15 @@ class _Result:
     """The result of the command: printed line by line for people, as one document at the end for programs."""
 
     def __init__(self, as_json: bool) -> None:
-        self._as_json = as_json
+        self.as_json = as_json
         self.data: dict[str, Any] = {}
 
     def line(self, text: str) -> None:
-        if not self._as_json:
+        if not self.as_json:
             say(text)
 
     def end(self) -> None:
-        if self._as_json and self.data:
+        if self.as_json and self.data:
             print_json({"published": False, **self.data})
 
 
@@ -223,17 +224,22 @@ def _publish(
     if operator is None and version == 1:
         operator = _operator_of_root(trust)
     if operator is None:
-        run(publish_bundle(trust, settings))
+        _publishing(publish_bundle(trust, settings), result)
         result.line(f"Trust bundle {version} is on Kafka at {settings.kafka}.")
         result.line(
             "The first operator stays as they are; to give them their key and role anew: --operator NAME"
         )
     else:
-        run(publish_trust(trust, settings, operator, name))
+        _publishing(publish_trust(trust, settings, operator, name), result)
         result.line(f"Trust bundle {version} and operator {operator} are on Kafka at {settings.kafka}.")
         result.data["operator"] = operator
     result.data |= {"trust_bundle": version, "published": True}
     _warn_of_replication(result)
+
+
+def _publishing(work: Coroutine[Any, Any, Any], result: _Result) -> None:
+    with progress("publishing on Kafka, and waiting for the registry", as_json=result.as_json):
+        run(work)
 
 
 def _operator_of_root(trust: TrustFolder) -> str:
@@ -256,7 +262,7 @@ def _moment_s(since: datetime | None) -> int | None:
 
 def _next_version(trust: TrustFolder, settings: BusSettings, result: _Result, *, publish: bool) -> None:
     if publish:
-        run(publish_bundle(trust, settings))
+        _publishing(publish_bundle(trust, settings), result)
         result.line(f"Trust bundle {result.data['trust_bundle']} is on Kafka at {settings.kafka}.")
         result.data["published"] = True
         _warn_of_replication(result)
@@ -279,7 +285,7 @@ def _warn_of_replication(result: _Result) -> None:
     except (RingfenceError, KafkaError):
         return  # it may lack the rights to look; `ringfence doctor` says what it cannot see
     for warning in warnings:
-        note(f"warning: {warning}", "yellow")
+        note(f"warning: {warning}", "warning")
     if warnings:
         result.data["warnings"] = warnings
 

@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from ringfence.cli.shared import styles
 from ringfence.cli.shared.arguments import check_name, check_target_id
 from ringfence.cli.shared.options import (
     IdentityOption,
@@ -33,7 +34,7 @@ from ringfence.cli.shared.output import (
     print_json_line,
     visible,
 )
-from ringfence.cli.shared.tables import list_lines, wrapped
+from ringfence.cli.shared.tables import Column, list_lines, state, wrapped
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.inventory import PAGE_ROWS, Inventory, read_inventory
 from ringfence.client.reports.read_api import Filters, ReadApi
@@ -144,7 +145,7 @@ def inventory(
         for line in _inventory_view(found, keys_within, line_width(wide=wide)).renderables:
             console().print(line, soft_wrap=True)
     for gap in found.gaps:
-        note(f"incomplete: {gap}", "yellow")
+        note(f"incomplete: {gap}", "warning")
 
 
 def _inventory_view(found: Inventory, keys_within: str, width: int | None) -> Group:
@@ -152,8 +153,9 @@ def _inventory_view(found: Inventory, keys_within: str, width: int | None) -> Gr
     sums = [visible(line) for line in _sums(found.totals, keys_within)]
     parts: list[Any] = [Text(part) for line in sums for part in (wrapped(line, width) if width else [line])]
     if found.agents:
-        columns = [
-            "agent", "status", "sponsor", "tasks", "leases", "last seen", "keys until", "by leave of", "reaches",
+        columns: list[str | Column] = [
+            "agent", state("status"), Column("sponsor", meaning=styles.sponsor), "tasks", "leases", "last seen",
+            "keys until", "by leave of", "reaches",
         ]  # fmt: skip
         lines = list_lines(columns, map(_agent_row, found.agents), width=width)
         parts += [Text(""), *lines]
@@ -255,9 +257,9 @@ def _framed(inventory: RenderableType, found: Inventory, failed: str | None) -> 
     gaps = [f"incomplete: {gap}" for gap in found.gaps]
     gaps += [f"not as it is now: {failed}"] if failed else []
     return Group(
-        Text(f"as of {at}; Ctrl-C ends it", style="dim"),
+        Text(f"as of {at}; Ctrl-C ends it", style="aside"),
         inventory,
-        *(Text(visible(gap), style="yellow") for gap in gaps),
+        *(Text(visible(gap), style="warning") for gap in gaps),
     )
 
 

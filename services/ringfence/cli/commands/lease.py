@@ -20,7 +20,7 @@ from ringfence.cli.shared.output import (
     span,
     until,
 )
-from ringfence.cli.shared.tables import ids
+from ringfence.cli.shared.tables import ending, ids, state
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.permission import Permission, Scope
 
@@ -63,7 +63,15 @@ def list_leases(
         return
     now_s = time.time()
     print_table(
-        [ids("lease"), "agent", "for", "status", "ends", "allows", ids("task", only_wide=True)],
+        [
+            ids("lease"),
+            "agent",
+            "for",
+            state("status"),
+            ending("ends"),
+            "allows",
+            ids("task", only_wide=True),
+        ],
         (
             (
                 lease["id"],
@@ -80,7 +88,7 @@ def list_leases(
         wide=wide,
     )
     if leases.get("more"):
-        note("there are more; narrow it with --agent, --task or --target", "yellow")
+        note("there are more; narrow it with --agent, --task or --target", "warning")
 
 
 @app.command()

@@ -71,7 +71,7 @@ def run_bundle_tests(
     else:
         for one in tested:
             if not one.passed:
-                say(f"FAILED  {one.name}{': ' + one.problem if one.problem else ''}", "red")
+                say(f"FAILED  {one.name}{': ' + one.problem if one.problem else ''}", "error")
         print_table(
             ["file", "covered", prose("lines that no test evaluates")],
             ((c.file, f"{c.percent:.0f} %", _ranges(c.missed)) for c in covered),

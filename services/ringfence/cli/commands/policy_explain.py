@@ -155,7 +155,7 @@ def _print_explanation(found: Mapping[str, Any]) -> None:
         {name: str(value) for name, value in fields.items() if value}, title=f"request {found['request_id']}"
     )
     for reason in found.get("reasons") or ():
-        line = Text(f"  {visible(reason['code'])}", style="bold")
+        line = Text(f"  {visible(reason['code'])}", style="heading")
         side = f" [{visible(reason['side'])}]" if reason.get("side") else ""
         line.append(f"{side}  {visible(reason['message'])}", style="")
         console().print(line, soft_wrap=True)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ringfence.cli.shared.arguments import show_scope
 from ringfence.cli.shared.options import JsonOption, duration_s, run, wants_json
-from ringfence.cli.shared.output import console, note, print_json, print_table, say
+from ringfence.cli.shared.output import note, print_json, print_table, say
+from ringfence.cli.shared.progress import progress
 from ringfence.cli.shared.tables import ids
 from ringfence.client.agent.replies import describe_approvers
 from ringfence.messages.permission import Permission
@@ -22,7 +18,6 @@ from ringfence.messages.permission import Permission
 if TYPE_CHECKING:
     from ringfence.policy.decisions.replay import Change, Report, RequestOutcome, Skipped
 
-_SAY_EVERY_S = 5.0
 _CHANGES: dict[Change, str] = {
     "denied_to_allowed": "denied, would be allowed",
     "denied_to_approval": "denied, would be allowed with an approval",
@@ -63,17 +58,17 @@ def replay(
 
     Reads Kafka, and changes nothing. Only decisions that policy signed count, each by the input that it holds.
     """
-    report = run(_replayed(bundle, duration_s(since)))
+    report = run(_replayed(bundle, duration_s(since), as_json))
     if wants_json(as_json):
         print_json(report.as_json())
     else:
         _print_report(report, since)
     if fail_on_widen and report.widens:
-        note("error: the bundle allows more than was allowed", "red")
+        note("error: the bundle allows more than was allowed", "error")
         raise typer.Exit(1)
 
 
-async def _replayed(folder: Path, since_s: int) -> Report:
+async def _replayed(folder: Path, since_s: int, as_json: bool) -> Report:
     from ringfence.client.connection import load_settings
     from ringfence.kernel.base.clock import SystemClock
     from ringfence.kernel.base.settings import load
@@ -90,30 +85,10 @@ async def _replayed(folder: Path, since_s: int) -> Report:
         trust = await trust_of(settings, clock)
         since_ms = max(clock.now_ms() - since_s * 1000, 1)
         async with recorded_decisions(settings, since_ms) as recorded:
-            with _progress(recorded.total) as progress:
-                return await Replay(loaded, engine, trust).run(recorded, progress)
+            with progress("replaying decisions", as_json=as_json) as line:
+                return await Replay(loaded, engine, trust).run(recorded, line.count)
     finally:
         await engine.close()
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
-    """Show progress on stderr: a bar on a terminal, else a line at intervals."""
-    if sys.stderr.isatty():
-        columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-    last_line_s = time.monotonic()
-
-    def say_so(done: int, total: int) -> None:
-        nonlocal last_line_s
-        if time.monotonic() - last_line_s >= _SAY_EVERY_S:
-            last_line_s = time.monotonic()
-            note(f"replayed {done} of {total} decisions")
-
-    yield say_so
 
 
 def _print_report(report: Report, since: str) -> None:
@@ -126,7 +101,7 @@ def _print_report(report: Report, since: str) -> None:
         examples = report.examples.get(kind, ())
         if not examples:
             continue
-        say(f"{name}:", "bold")
+        say(f"{name}:", "heading")
         print_table(
             [ids("request"), "agent", "for", "was", "would be", "wants"],
             (

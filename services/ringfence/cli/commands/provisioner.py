@@ -29,7 +29,7 @@ from ringfence.cli.shared.options import (
     wants_json,
 )
 from ringfence.cli.shared.output import note, print_json, print_table
-from ringfence.cli.shared.tables import prose
+from ringfence.cli.shared.tables import prose, state
 from ringfence.cli.shared.yaml_files import YamlFile
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.admin.command_client import Accepted
@@ -143,7 +143,7 @@ def list_provisioners(me: IdentityOption = None, as_json: JsonOption = False) ->
         print_json(provisioners)
         return
     print_table(
-        ["provisioner", "status", "name", "source", prose("groups")],
+        ["provisioner", state("status"), "name", "source", prose("groups")],
         # Not strict: JSON has no tuples.
         (_provisioner_row(UserState.model_validate(item["state"], strict=False)) for item in provisioners),
         empty="no provisioner that you may see",

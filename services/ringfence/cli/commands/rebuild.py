@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ringfence.cli.shared.options import JsonOption, run, wants_json
 from ringfence.cli.shared.output import print_json, print_table, say
+from ringfence.cli.shared.progress import progress
 from ringfence.cli.shared.tables import prose
 
 if TYPE_CHECKING:
@@ -36,9 +38,12 @@ def rebuild(
 
     settings = load(ServiceSettings)
     if check:
-        _show(run(_differences(settings)), wants_json(as_json))
+        with progress("comparing Redis with Kafka", as_json=as_json):
+            differences = run(_differences(settings))
+        _show(differences, wants_json(as_json))
         return
-    alive, took_s = run(_rebuilt(settings))
+    with progress("waiting for a revoker to take it up", as_json=as_json) as line:
+        alive, took_s = run(_rebuilt(settings, lambda: line.say("a revoker rebuilds Redis")))
     if wants_json(as_json):
         print_json({"rebuilt": True, "leases": alive, "took_s": round(took_s, 2)})
     else:
@@ -68,14 +73,18 @@ async def _differences(settings: ServiceSettings) -> list[LeaseDifference]:
         return await checker.differences()
 
 
-async def _rebuilt(settings: ServiceSettings) -> tuple[int, float]:
-    """Make a revoker rebuild Redis. Returns the number of live leases after it, and the seconds that it took."""
+async def _rebuilt(settings: ServiceSettings, on_taken_up: Callable[[], None]) -> tuple[int, float]:
+    """Make a revoker rebuild Redis. Returns the number of live leases after it, and the seconds that it took.
+
+    `on_taken_up` is called once, when a revoker has begun.
+    """
     from ringfence.kernel.base.errors import RingfenceError
     from ringfence.model.lease_store import LeaseStore, LostError, Restoration
     from ringfence.model.leases.lifecycle import ALL_LEASES
 
     restoration, store = Restoration(settings), LeaseStore(settings)
     start = heard = time.monotonic()
+    taken_up = False
     try:
         await restoration.declare_lost()
         while True:
@@ -87,6 +96,9 @@ async def _rebuilt(settings: ServiceSettings) -> tuple[int, float]:
             now = time.monotonic()
             if await restoration.is_under_way():
                 heard = now
+                if not taken_up:
+                    taken_up = True
+                    on_taken_up()
             if now - heard > _TAKEN_UP_WITHIN_S:
                 raise RingfenceError(
                     f"no revoker took it up within {_TAKEN_UP_WITHIN_S:.0f} s; run: ringfence serve revoker"

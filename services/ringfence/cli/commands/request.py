@@ -29,6 +29,7 @@ from ringfence.cli.shared.options import (
     wants_json,
 )
 from ringfence.cli.shared.output import note, print_json, until, visible_lines
+from ringfence.cli.shared.progress import progress
 from ringfence.client.agent.agent import Agent
 from ringfence.client.agent.credentials import GatewayCredential, IssuedCredential
 from ringfence.client.agent.environment import applied
@@ -101,20 +102,23 @@ def request(
         raise typer.BadParameter(f"there is no program {command[0]}", param_hint="COMMAND")
     scope, ttl_s, timeout_s = parse_scope(allow), duration_s(ttl), duration_s(timeout)
 
-    def pending(what: PendingRequest) -> None:
-        note(f"{what} ...", "yellow")
-
     async def ask(agent: Agent) -> IssuedCredential:
-        return await agent.request_scope(
-            task=task,
-            scope=scope,
-            reason=reason,
-            ttl_s=ttl_s,
-            timeout_s=timeout_s,
-            on_pending=pending,
-            break_glass=break_glass,
-            delivery=delivery,
-        )
+        with progress("waiting for a decision", as_json=as_json) as line:
+
+            def pending(what: PendingRequest) -> None:
+                note(f"{what} ...", "waiting")
+                line.say("waiting for approval; Ctrl-C withdraws the request")
+
+            return await agent.request_scope(
+                task=task,
+                scope=scope,
+                reason=reason,
+                ttl_s=ttl_s,
+                timeout_s=timeout_s,
+                on_pending=pending,
+                break_glass=break_glass,
+                delivery=delivery,
+            )
 
     async def work() -> IssuedCredential:
         async with Agent.connect(identity(me), attest=attest, agent_id=agent_id) as agent:
@@ -123,7 +127,7 @@ def request(
     async def work_and_run(argv: list[str]) -> int:
         async with Agent.connect(identity(me), attest=attest, agent_id=agent_id) as agent:
             credential = await ask(agent)
-            note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "bold")
+            note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "heading")
             try:
                 with applied(credential) as variables:
                     return await _executed(argv, os.environ | variables)
@@ -153,7 +157,7 @@ def request(
             }
         )
         return
-    note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "bold")
+    note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "heading")
     note(show_scope(credential.scope))
     value = credential.handle if isinstance(credential, GatewayCredential) else credential.value
     # Byte for byte for programs. On a terminal, a target's text must not move the cursor.

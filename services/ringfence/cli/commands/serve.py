@@ -51,7 +51,7 @@ def serve(
         raise typer.BadParameter("--observe is for the gateway: ringfence serve gateway --observe TARGET")
     check(services)
     for says in unread():
-        note(f"warning: {says}", "yellow")
+        note(f"warning: {says}", "warning")
     settings = load(ServiceSettings)
     runtimes = [_built(name, settings, observe or []) for name in services]
     raise typer.Exit(run(runtimes, settings))

@@ -202,7 +202,7 @@ def add(
             f"no --address: agents are told the one that Ringfence itself connects to, in RINGFENCE_BACKENDS_ACCESS of "
             f"issuer and revoker (docs/targets/{kind}.md); where they reach it elsewhere, add it again with --address "
             "HOST:PORT",
-            "yellow",
+            "warning",
         )
 
 

@@ -330,12 +330,12 @@ def _read_id_token(
 
 
 def _show_preview(task_preview: Preview) -> None:
-    note("What all sides allow together:", "bold")
+    note("What all sides allow together:", "heading")
     note(show_scope(task_preview.effective))
     for cut in task_preview.cuts:
-        note(f"cut: {show_permission(cut.permission)} ({cut.limit} does not allow it)", "yellow")
+        note(f"cut: {show_permission(cut.permission)} ({cut.limit} does not allow it)", "warning")
     for warning in task_preview.warnings:
-        note(f"warning: {warning}", "yellow")
+        note(f"warning: {warning}", "warning")
 
 
 def _as_json(terms: TaskTerms, whose: str, task_preview: Preview, task_id: str | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import typer
 
 from ringfence.cli.shared.options import JsonOption, run, wants_json
 from ringfence.cli.shared.output import note, print_json, print_table, say
+from ringfence.cli.shared.progress import progress
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.kafka.acls import PARTIES, Acl, Party, acls, commands
 from ringfence.kernel.kafka.topics_admin import TopicDifference, TopicsAdmin
@@ -26,19 +27,23 @@ def apply(as_json: JsonOption = False) -> None:
     """
 
     async def work() -> tuple[list[str], list[TopicDifference], list[TopicDifference], list[str]]:
-        async with TopicsAdmin(load(ServiceSettings)) as admin:
-            created = await admin.apply()
-            return created, *await admin.set_right(), (await admin.replication()).warnings()
+        with progress("connecting to Kafka", as_json=as_json) as line:
+            async with TopicsAdmin(load(ServiceSettings)) as admin:
+                line.say("creating topics, and waiting until a broker shows them")
+                created = await admin.apply()
+                line.say("comparing the topics with the contract")
+                changed, left = await admin.set_right()
+                return created, changed, left, (await admin.replication()).warnings()
 
     created, unchanged, unknown, warnings = run(work())
     for one in unknown:
         note(
             f"warning: {one.what} of {one.topic} is {one.found}, not {one.expected}, and was left so; to change it is "
             "for Kafka's own tools",
-            "yellow",
+            "warning",
         )
     for warning in warnings:
-        note(f"warning: {warning}", "yellow")
+        note(f"warning: {warning}", "warning")
     if wants_json(as_json):
         print_json(
             {
@@ -59,8 +64,9 @@ def check(as_json: JsonOption = False) -> None:
     """Compare the topics with the contract; exit 1 where one differs."""
 
     async def work() -> list[TopicDifference]:
-        async with TopicsAdmin(load(ServiceSettings)) as admin:
-            return await admin.check()
+        with progress("comparing the topics with the contract", as_json=as_json):
+            async with TopicsAdmin(load(ServiceSettings)) as admin:
+                return await admin.check()
 
     differences = run(work())
     if wants_json(as_json):

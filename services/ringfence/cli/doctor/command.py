@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import httpx
 import typer
@@ -22,7 +22,9 @@ from ringfence.cli.doctor.finding import CheckResult
 from ringfence.cli.doctor.finding import clock as clock_finding
 from ringfence.cli.shared.options import JsonOption, run, wants_json
 from ringfence.cli.shared.output import print_json, print_table
+from ringfence.cli.shared.progress import progress
 from ringfence.cli.shared.settings_check import unread
+from ringfence.cli.shared.tables import state
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.clock_skew import SkewCheck
@@ -44,13 +46,16 @@ def doctor(as_json: JsonOption = False) -> None:
     from ringfence.kernel.base.settings import ServiceSettings, load
 
     async def work() -> list[CheckResult]:
-        return [one async for one in examine(load(ServiceSettings), load(ClientSettings))]
+        with progress("examining settings and keys", as_json=as_json) as line:
+            return [one async for one in examine(load(ServiceSettings), load(ClientSettings), line.say)]
 
     findings = run(work())
     if wants_json(as_json):
         print_json({"findings": [{"what": f.what, "verdict": f.verdict, "says": f.says} for f in findings]})
     else:
-        print_table(["", "what", "says"], [(_SIGNS[f.verdict], f.what, f.says) for f in findings], empty="")
+        print_table(
+            [state(""), "what", "says"], [(_SIGNS[f.verdict], f.what, f.says) for f in findings], empty=""
+        )
     if any(finding.verdict == "bad" for finding in findings):
         raise typer.Exit(1)
 
@@ -63,21 +68,31 @@ _LISTEN_S = 2.5
 """The registry sends a heartbeat once a second."""
 
 
-async def examine(settings: ServiceSettings, client: ClientSettings) -> AsyncIterator[CheckResult]:
-    """Yield the results of all checks, in the order in which they depend on each other."""
+async def examine(
+    settings: ServiceSettings,
+    client: ClientSettings,
+    now_examining: Callable[[str], None] = lambda what: None,
+) -> AsyncIterator[CheckResult]:
+    """Yield the results of all checks, in the order in which they depend on each other.
+
+    `now_examining` is called with what is examined next, where that may take a while.
+    """
     for finding in _spelling():
         yield finding
     yield _pinned_root(settings)
     for finding in key_files(settings):
         yield finding
+    now_examining("examining Kafka and its topics")
     answers, findings = await _topics(settings)
     for finding in findings:
         yield finding
     trust = TrustStore(settings.trust_domain, settings.trust_root)
     if answers:
+        now_examining("examining the trust bundle and the broker's clock")
         with contextlib.suppress(RingfenceError):
             async for finding in _on_kafka(settings, trust):
                 yield finding
+    now_examining("examining Redis")
     async for finding in redis_findings(settings):
         yield finding
     in_force: dict[str, int | None] = {}
@@ -89,9 +104,11 @@ async def examine(settings: ServiceSettings, client: ClientSettings) -> AsyncIte
         ("audit", client.audit_url),
         ("gateway", client.gateway_url),
     ):
+        now_examining(f"waiting for the {role} at {url}")
         yield await _check_service(role, url, in_force, may_be_away=role == "gateway")
     if finding_of_all := versions(trust.version, in_force):
         yield finding_of_all
+    now_examining("examining OPA")
     async for finding in opa_findings():
         yield finding
 

@@ -104,12 +104,12 @@ class Replacement:
             async with ReadApi(me) as api:
                 ending = await ending_leases(api, self.losses)
         if not (quiet and yes):
-            note(f"{self.what}:", "bold")
+            note(f"{self.what}:", "heading")
             for name, value in self.lines.items():
                 note(f"  {name}: {value}" if "\n" not in value else f"  {name}:\n" + _indented(value))
-            note(f"  leases that end: {ending.describe()}", "yellow" if ending.ids or ending.gap else "")
+            note(f"  leases that end: {ending.describe()}", "warning" if ending.ids or ending.gap else "")
             for warning in self.warnings:
-                note(f"  {warning}", "yellow")
+                note(f"  {warning}", "warning")
         confirm(question, yes)
         return {**self.document, "warnings": self.warnings, "leases_ending": ending.as_json()}
 

@@ -55,7 +55,7 @@ async def _unknown(
 
 def _warn(found: Sequence[str]) -> None:
     for says in found:
-        note(f"warning: {says}; that part allows nothing until an operator adds it", "yellow")
+        note(f"warning: {says}; that part allows nothing until an operator adds it", "warning")
 
 
 def print_accepted(

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,7 +20,10 @@ from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+from rich.theme import Theme
 
+from ringfence.cli.shared import styles
+from ringfence.cli.shared.progress import hidden
 from ringfence.cli.shared.tables import Column, list_lines, wrapped
 from ringfence.kernel.base.text import visible, visible_lines, visible_name
 
@@ -38,15 +41,36 @@ _PIPE_WIDTH = 200
 """Columns if stdout is no terminal: lines that programs split should not be folded."""
 _AROUND_A_VALUE = 6
 """Columns that a frame and the space beside a title take."""
+_FIELD_STYLES: Mapping[str, Callable[[str], str]] = {
+    "status": styles.state,
+    "compared": lambda value: "warning" if "UNUSUAL" in value else "",
+    "overdue": lambda value: "late",
+    "BREAK GLASS": lambda value: "error",
+}
+"""The meaning of a value, by the name of the field."""
 _NARROWEST = 80
 """The least columns. On a narrower terminal the terminal folds the lines; a table would drop what does not fit."""
 
 
-def console(*, stderr: bool = False) -> Console:
-    """Return a console for people. No markup, no emoji, no automatic colours for values."""
+def console(*, stderr: bool = False, markup: bool = False) -> Console:
+    """Return a console for people. No markup, no emoji, no automatic colours for values.
+
+    Styles are the meanings of `styles.STYLES`. `markup`: for text of ours alone.
+    """
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PIPE_WIDTH
-    console = Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+    coloured, terminal = styles.colours(stream), styles.is_terminal(stream)
+    console = Console(
+        stderr=stderr,
+        width=width,
+        markup=markup,
+        emoji=False,
+        highlight=False,
+        theme=Theme(dict(styles.STYLES)),
+        force_terminal=terminal or coloured,
+        color_system=("auto" if terminal else "standard") if coloured else None,
+        no_color=False,  # decided above
+    )
     console.width = max(console.width, _NARROWEST)
     return console
 
@@ -101,12 +125,14 @@ def _plain(value: Any) -> Any:
 
 def say(text: str, style: str = "") -> None:
     """Print one sentence for people on stdout."""
-    console().print(Text(visible_lines(text), style=style), soft_wrap=True)
+    with hidden():
+        console().print(Text(visible_lines(text), style=style), soft_wrap=True)
 
 
 def note(text: str, style: str = "") -> None:
     """Print one sentence for people on stderr: it is not part of the result."""
-    console(stderr=True).print(Text(visible_lines(text), style=style), soft_wrap=True)
+    with hidden():
+        console(stderr=True).print(Text(visible_lines(text), style=style), soft_wrap=True)
 
 
 def print_table(
@@ -132,12 +158,13 @@ def line_width(*, wide: bool = False) -> int | None:
 def print_fields(fields: Mapping[str, str], *, title: str | None = None) -> None:
     """Print names and values of one thing, for people."""
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(style="heading", no_wrap=True)
     grid.add_column(overflow="fold")
     screen = console()
     room = screen.width - max(map(cell_len, fields), default=0) - _AROUND_A_VALUE
     for name, value in fields.items():
-        grid.add_row(Text(visible(name)), Text("\n".join(wrapped(visible_lines(value), room))))
+        style = _FIELD_STYLES[name](value) if name in _FIELD_STYLES else ""
+        grid.add_row(Text(visible(name)), Text("\n".join(wrapped(visible_lines(value), room)), style))
     content: RenderableType = (
         Panel.fit(grid, title=Text(visible(title)), title_align="left") if title else grid
     )

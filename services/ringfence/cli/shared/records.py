@@ -12,7 +12,7 @@ from ringfence.cli.shared.arguments import show_scope
 from ringfence.cli.shared.attestation import show_selector
 from ringfence.cli.shared.options import run
 from ringfence.cli.shared.output import moment, print_fields, print_json, print_table, span, until
-from ringfence.cli.shared.tables import Column, ids, prose
+from ringfence.cli.shared.tables import Column, ids, prose, state
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.secret_scrubber import without_secrets
@@ -126,10 +126,10 @@ def _task_row(task: TaskState) -> Sequence[str]:
 
 
 _ROWS: Mapping[SubjectKind, tuple[Sequence[str | Column], Callable[[Any], Sequence[str]]]] = {
-    "user": (("user", "status", "roles", "name", "entitled to"), _user_row),
-    "agent": (("agent", "status", "sponsor", prose("for"), "ceiling"), _agent_row),
-    "target": (("target", "status", "backend", prose("verbs"), prose("what it is")), _target_row),
-    "task": ((ids("task"), "status", "agent", "for", "ends", "scope", prose("purpose")), _task_row),
+    "user": (("user", state("status"), "roles", "name", "entitled to"), _user_row),
+    "agent": (("agent", state("status"), "sponsor", prose("for"), "ceiling"), _agent_row),
+    "target": (("target", state("status"), "backend", prose("verbs"), prose("what it is")), _target_row),
+    "task": ((ids("task"), state("status"), "agent", "for", "ends", "scope", prose("purpose")), _task_row),
 }
 
 

@@ -8,13 +8,14 @@ the terminal goes on in the next line, and a backslash marks where.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from rich.cells import cell_len
 from rich.text import Text
 
+from ringfence.cli.shared import styles
 from ringfence.kernel.base.text import visible, visible_lines
 
 SHORT_ID: Final = 8
@@ -35,6 +36,8 @@ class Column:
     title: str
     kind: Literal["name", "id", "prose"] = "name"
     only_wide: bool = False
+    meaning: Callable[[str], str] | None = None
+    """Returns the style of a cell, by its text."""
 
 
 def ids(title: str, *, only_wide: bool = False) -> Column:
@@ -45,6 +48,16 @@ def ids(title: str, *, only_wide: bool = False) -> Column:
 def prose(title: str, *, only_wide: bool = False) -> Column:
     """A column of sentences, which may be wrapped between words."""
     return Column(title, "prose", only_wide)
+
+
+def state(title: str) -> Column:
+    """A column of states, such as `active` and `suspended`, coloured by what they mean."""
+    return Column(title, meaning=styles.state)
+
+
+def ending(title: str) -> Column:
+    """A column of when something ends. What ends soon stands out."""
+    return Column(title, meaning=styles.ending)
 
 
 def extra(title: str) -> Column:
@@ -157,16 +170,22 @@ def _table(
     columns: Sequence[Column], cells: Sequence[Sequence[str]], widths: Sequence[int]
 ) -> Iterator[Text]:
     heads = (_padded(visible(column.title), width) for column, width in zip(columns, widths, strict=True))
-    yield Text(_GAP.join(heads).rstrip(), style="bold")
-    yield Text("-" * (sum(widths) + len(_GAP) * (len(widths) - 1)), style="dim")
+    yield Text(_GAP.join(heads).rstrip(), style="heading")
+    yield Text("-" * (sum(widths) + len(_GAP) * (len(widths) - 1)), style="aside")
     for row in cells:
         parts = [wrapped(cell, width) for cell, width in zip(row, widths, strict=True)]
-        for line in range(max(map(len, parts))):
-            texts = (
-                _padded(part[line] if line < len(part) else "", width)
-                for part, width in zip(parts, widths, strict=True)
-            )
-            yield Text(_GAP.join(texts).rstrip())
+        looks = [_style(column, cell) for column, cell in zip(columns, row, strict=True)]
+        for number in range(max(map(len, parts))):
+            line = Text()
+            for part, width, style in zip(parts, widths, looks, strict=True):
+                text = part[number] if number < len(part) else ""
+                line.append(text, style).append(" " * (width - cell_len(text)) + _GAP)
+            line.rstrip()
+            yield line
+
+
+def _style(column: Column, cell: str) -> str:
+    return column.meaning(cell) if column.meaning else ""
 
 
 def _padded(text: str, width: int) -> str:
@@ -190,17 +209,19 @@ def _blocks(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: in
             need = len(_BETWEEN_FIELDS) + cell_len(title) + 1 + cell_len(cell)
             alone = column.kind == "prose" or "\n" in cell or _BETWEEN_FIELDS in cell
             if line and not alone and line.cell_len + need <= width:
-                line.append(_BETWEEN_FIELDS).append(title, "dim").append(f" {cell}")
+                line.append(_BETWEEN_FIELDS).append(title, "aside").append(" ").append(
+                    cell, _style(column, cell)
+                )
                 continue
             if line:
                 yield line
             head = _padded(_GAP + title, depth) if line or alone else f"{title} "
             *before, rest = wrapped(cell, width - depth)
-            line = Text().append(head, "dim")
+            line = Text().append(head, "aside")
             for part in before:
-                yield line.append(part)
+                yield line.append(part, _style(column, cell))
                 line = Text(" " * depth)
-            line.append(rest, "" if head.startswith(_GAP) else "bold")
+            line.append(rest, _style(column, cell) or ("" if head.startswith(_GAP) else "heading"))
             if alone or before:
                 yield line
                 line = Text()

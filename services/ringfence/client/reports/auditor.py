@@ -7,8 +7,9 @@ witnesses and the caller saw before, and the records that they are about.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -24,7 +25,7 @@ from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
-from ringfence.messages.base import typ_header
+from ringfence.messages.base import Topic, typ_header
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDITED, TRUST, USER
 from ringfence.model.audit_log.chain import Source, Tip
 from ringfence.model.audit_log.verification import ChainVerifier, Fault, FaultKind
@@ -37,6 +38,8 @@ SETTLE_S = 60.0
 Heads = dict[str, tuple[int, str]]
 """By tree: its number of events, and its root. An auditor keeps them from one verification to the next."""
 HEADS = TypeAdapter(Heads)
+_TELL_EVERY = 500
+"""Records between two calls of `progress`."""
 _RETENTION_TOLERANCE = 0.99
 """Brokers delete whole segments, so some of the oldest events may be gone a little early."""
 
@@ -79,20 +82,26 @@ class _SignedHeads:
 
 
 async def verify_trail(
-    settings: ClientSettings | None = None, *, earlier_heads: Heads | None = None, settle_s: float = SETTLE_S
+    settings: ClientSettings | None = None,
+    *,
+    earlier_heads: Heads | None = None,
+    settle_s: float = SETTLE_S,
+    progress: Callable[[int, int], None] | None = None,
 ) -> TrailReport:
     """Read and verify the whole trail. Returns a report with its faults.
 
     Args:
         earlier_heads: the `heads` of an earlier report.
         settle_s: how old a record must be, in seconds, before it must have an event.
+        progress: called now and then with the number of records read, and of all records.
 
     Raises SettingsError where no trust root is pinned, UnavailableError where Kafka cannot be read.
     """
     settings = load_settings(settings)
     report = TrailReport()
-    async with Stretches(settings) as kafka:
+    async with _CountedStretches(settings, progress) as kafka:
         trust, directory = await _load_trust(kafka, settings)
+        await kafka.begin((AUDIT, *AUDITED))
         signed = await _read_signed_heads(kafka, trust, directory, report)
         verifiers = []
         audited_from_ms = 0.0
@@ -140,6 +149,39 @@ async def witness(report: TrailReport, key: SigningKey, settings: ClientSettings
 
 
 # --- signed heads ---------------------------------------------------------------------------------------------------
+
+
+class _CountedStretches(Stretches):
+    """Reads stretches, and reports how many records of how many it has read."""
+
+    def __init__(self, settings: ClientSettings, progress: Callable[[int, int], None] | None) -> None:
+        super().__init__(settings)
+        self._progress = progress
+        self._read = self._total = 0
+
+    async def begin(self, topics: Sequence[Topic[Any]]) -> None:
+        """Count from now on, out of what these topics hold. An offset of a compacted topic may have no record."""
+        if self._progress is None:
+            return
+        self._read = self._total = 0
+        for topic in topics:
+            for partition in await self.partitions(topic):
+                start, end = await self.bounds(topic, partition)
+                self._total += end - start
+
+    async def records(
+        self, topic: Topic[Any], partition: int, start: int, end: int
+    ) -> AsyncGenerator[Received, None]:
+        read_before = self._read
+        async for record in super().records(topic, partition, start, end):
+            # Offsets are counted, so that all is read in the end where some have no record.
+            self._read = read_before + record.offset + 1 - start
+            if self._progress is not None and self._read % _TELL_EVERY == 0:
+                self._progress(self._read, self._total)
+            yield record
+        self._read = read_before + max(end - start, 0)
+        if self._progress is not None:
+            self._progress(self._read, self._total)
 
 
 async def _load_trust(kafka: Stretches, settings: ClientSettings) -> tuple[TrustStore, Directory]:
