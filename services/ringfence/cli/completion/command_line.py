@@ -24,7 +24,7 @@ COMMAND_METAVARS: Final = frozenset({"[-- COMMAND...]"})
 """A program's own words: the shell completes file names there."""
 NOT_COMPLETED: Final = frozenset({
     "CLAIM", "CODE", "DURATION", "HOST:PORT", "MOMENT", "NAME=VALUE", "NUMBER", "PARTY=PRINCIPAL", "PERCENT",
-    "PERMISSION", "RESOURCE", "SECONDS", "SELECTOR", "TEXT", "THUMBPRINT", "URL", "UTC", "VERB", "VERB[=CLASS]",
+    "PERMISSION", "PORT", "RESOURCE", "SECONDS", "SELECTOR", "TEXT", "THUMBPRINT", "URL", "UTC", "VERB", "VERB[=CLASS]",
     "VERB[=FLOOR]", "WHEN",
 })  # fmt: skip
 """Placeholders of what only the caller knows."""
