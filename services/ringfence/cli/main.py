@@ -286,6 +286,9 @@ def main(args: Sequence[str] | None = None) -> int:
         _say("error: stdout is closed, so nothing could be printed; to throw it away: >/dev/null")
         return 1
     gc.set_threshold(_FEW_SEARCHES)
+    # httpx's own command line, which it imports where it can, with click, pygments and most of rich: a tenth of a
+    # command's time.
+    sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
     filter_stderr()
     arguments = list(sys.argv[1:] if args is None else args)
     if unreadable := [word for word in arguments if not _is_unicode(word)]:

@@ -44,8 +44,8 @@ from ringfence.cli.shared.output import (
     visible,
 )
 from ringfence.client.admin.administrator import Administrator
-from ringfence.client.connection import load_key, load_settings
 from ringfence.client.errors import ApiError, InvalidCallError
+from ringfence.client.key_file import load_key
 from ringfence.client.reports.auditor import (
     HEADS,
     SETTLE_S,
@@ -55,6 +55,7 @@ from ringfence.client.reports.auditor import (
     witness,
 )
 from ringfence.client.reports.read_api import Filters, ReadApi
+from ringfence.client.settings import load_settings
 from ringfence.kernel.base.private_files import write_private
 
 app = typer.Typer(help="Follow the trail; trace one credential back to the human.", no_args_is_help=True)

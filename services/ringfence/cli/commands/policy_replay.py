@@ -74,7 +74,7 @@ def replay(
 
 
 async def _replayed(folder: Path, since_s: int) -> Report:
-    from ringfence.client.connection import load_settings
+    from ringfence.client.settings import load_settings
     from ringfence.kernel.base.clock import SystemClock
     from ringfence.kernel.base.settings import load
     from ringfence.policy.decisions.replay import Replay, recorded_decisions, trust_of

@@ -7,7 +7,6 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 
-import httpx
 import typer
 
 from ringfence.cli.doctor.checks import bundle_findings, key_files, opa_findings, redis_findings, versions
@@ -160,6 +159,8 @@ async def _check_service(
 
     `may_be_away`: the service is optional. The version of its trust bundle is stored in `in_force`.
     """
+    import httpx
+
     try:
         async with web_client(timeout_s=3) as http:
             answer = await http.get(f"{url}/readyz")

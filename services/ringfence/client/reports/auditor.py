@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter
 
-from ringfence.client.connection import load_settings
-from ringfence.client.settings import ClientSettings
+from ringfence.client.settings import ClientSettings, load_settings
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
