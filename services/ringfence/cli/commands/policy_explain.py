@@ -23,7 +23,6 @@ from ringfence.cli.shared.output import (
     visible,
 )
 from ringfence.cli.shared.tables import prose
-from ringfence.client.agent.replies import describe_approvers
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.permission import Permission, Scope
@@ -132,6 +131,8 @@ def _value_lines(value: Any) -> list[str]:
 
 
 def _print_explanation(found: Mapping[str, Any]) -> None:
+    from ringfence.client.agent.replies import describe_approvers
+
     policy_input = found.get("input") or {}
     request_input = policy_input.get("request", {})
     revisions = found.get("revisions") or {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
@@ -19,8 +20,6 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Publisher
-from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
 from ringfence.messages.base import typ_header
@@ -30,6 +29,9 @@ from ringfence.model.audit_log.verification import ChainVerifier, Fault, FaultKi
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
+
+if TYPE_CHECKING:
+    from ringfence.kernel.kafka.range_reader import Stretches
 
 SETTLE_S = 60.0
 """Seconds that a record may be without an event: audit may not have reached it yet."""
@@ -88,6 +90,8 @@ async def verify_trail(
 
     Raises SettingsError where no trust root is pinned, UnavailableError where Kafka cannot be read.
     """
+    from ringfence.kernel.kafka.range_reader import Stretches
+
     settings = load_settings(settings)
     report = TrailReport()
     async with Stretches(settings) as kafka:
@@ -119,6 +123,8 @@ async def witness(report: TrailReport, key: SigningKey, settings: ClientSettings
 
     Raises UnavailableError where Kafka does not take it, ValueError where the report has faults.
     """
+    from ringfence.kernel.kafka.producer import Publisher
+
     if report.faults:
         raise ValueError("what has faults is not witnessed")
     settings = load_settings(settings)

@@ -16,8 +16,8 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.base.text import visible_name
+from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.claims import LEEWAY_S
-from ringfence.kernel.crypto.jws import explain
 from ringfence.kernel.crypto.keys import b64decode
 from ringfence.messages.oidc import OidcAlgorithm, OidcKey
 
