@@ -46,10 +46,10 @@ from ringfence.cli.shared.output import (
 )
 from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.key_file import load_key
-from ringfence.client.reports.auditor import SETTLE_S
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import load_settings
 from ringfence.kernel.base.private_files import write_private
+from ringfence.model.audit_log import SETTLE_S
 
 if TYPE_CHECKING:
     from ringfence.client.reports.auditor import TrailReport

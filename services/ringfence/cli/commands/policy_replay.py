@@ -16,7 +16,6 @@ from ringfence.cli.shared.arguments import show_scope
 from ringfence.cli.shared.options import JsonOption, duration_s, run, wants_json
 from ringfence.cli.shared.output import console, note, print_json, print_table, say
 from ringfence.cli.shared.tables import ids
-from ringfence.client.agent.replies import describe_approvers
 from ringfence.messages.permission import Permission
 
 if TYPE_CHECKING:
@@ -152,6 +151,8 @@ def _print_report(report: Report, since: str) -> None:
 
 
 def _outcome_text(outcome: RequestOutcome) -> str:
+    from ringfence.client.agent.replies import describe_approvers
+
     reasons = "; ".join(f"{reason.code}: {reason.message}" for reason in outcome.reasons)
     if outcome.outcome == "denied":
         return f"denied ({reasons})"

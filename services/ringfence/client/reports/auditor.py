@@ -24,6 +24,7 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
 from ringfence.messages.base import typ_header
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDITED, TRUST, USER
+from ringfence.model.audit_log import SETTLE_S
 from ringfence.model.audit_log.chain import Source, Tip
 from ringfence.model.audit_log.verification import ChainVerifier, Fault, FaultKind
 from ringfence.model.identity.spiffe_ids import subject_of
@@ -33,8 +34,6 @@ from ringfence.model.records.directory import Directory
 if TYPE_CHECKING:
     from ringfence.kernel.kafka.range_reader import Stretches
 
-SETTLE_S = 60.0
-"""Seconds that a record may be without an event: audit may not have reached it yet."""
 Heads = dict[str, tuple[int, str]]
 """By tree: its number of events, and its root. An auditor keeps them from one verification to the next."""
 HEADS = TypeAdapter(Heads)
