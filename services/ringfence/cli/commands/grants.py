@@ -35,6 +35,7 @@ from ringfence.cli.shared.output import (
 )
 from ringfence.cli.shared.tables import ids
 from ringfence.client.errors import InvalidCallError
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.permission import Permission
 
 if TYPE_CHECKING:
@@ -139,8 +140,8 @@ def grants(wide: WideOption = False, me: IdentityOption = None, as_json: JsonOpt
     """List what was approved ahead, and how much of it was used."""
 
     async def work() -> list[dict[str, Any]]:
-        async with connect.grantor(identity(me)) as grantor:
-            return await grantor.grants()
+        async with ReadApi(identity(me)) as api:
+            return await api.grants()
 
     found, now_s = run(work()), time.time()
     if wants_json(as_json):

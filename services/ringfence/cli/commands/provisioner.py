@@ -31,7 +31,6 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import note, print_json, print_table
 from ringfence.cli.shared.tables import prose
-from ringfence.cli.shared.yaml_files import YamlFile
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.private_files import open_private
@@ -41,6 +40,7 @@ from ringfence.messages.registry import Delegation, GroupDelegation, Role, UserS
 from ringfence.model.identity.spiffe_ids import spiffe_id
 
 if TYPE_CHECKING:
+    from ringfence.cli.shared.yaml_files import YamlFile
     from ringfence.client.admin.command_client import Accepted
 
 app = typer.Typer(help="Directories that users come from: what they may give.", no_args_is_help=True)
@@ -206,6 +206,8 @@ def make_token(
 
 def read_delegation(file: Path) -> Delegation:
     """Read a delegation from a file. Raises YamlFileError with all mistakes."""
+    from ringfence.cli.shared.yaml_files import YamlFile
+
     source = YamlFile(file)
     top = source.members(source.root, "the file", {"source", "groups"})
     groups: list[GroupDelegation] = []

@@ -23,8 +23,6 @@ from ringfence.kernel.base.http_client import web_client
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
-from ringfence.kernel.kafka.table_reader import Follower
-from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.messages.topics import HEARTBEAT, TRUST
 
 _SIGNS = {"good": "ok", "bad": "WRONG", "unknown": "?"}
@@ -107,6 +105,8 @@ def _pinned_root(settings: ServiceSettings) -> CheckResult:
 
 async def _topics(settings: ServiceSettings) -> tuple[bool, CheckResult]:
     """Check Kafka and its topics. Returns whether Kafka answers, and the result."""
+    from ringfence.kernel.kafka.topics_admin import TopicsAdmin
+
     try:
         async with TopicsAdmin(settings) as admin:
             differences = await admin.check()
@@ -123,6 +123,8 @@ async def _topics(settings: ServiceSettings) -> tuple[bool, CheckResult]:
 
 async def _on_kafka(settings: ServiceSettings, trust: TrustStore) -> AsyncIterator[CheckResult]:
     """Check the trust bundle in force, and the difference between the broker's clock and ours."""
+    from ringfence.kernel.kafka.table_reader import Follower
+
     refused: list[str] = []
     skew = SkewCheck("the broker")
     clock = SystemClock()

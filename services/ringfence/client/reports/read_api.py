@@ -130,6 +130,11 @@ class ReadApi(Lifetime):
         """
         return await self.get("policy", "inventory", "changes", after=cursor, **(filters or {}))
 
+    async def grants(self) -> list[dict[str, Any]]:
+        """Return what was approved ahead and the caller may see, by its end."""
+        listed: list[dict[str, Any]] = (await self.get("policy", "grants"))["grants"]
+        return listed
+
     # --- revoker ---
 
     async def leases(
