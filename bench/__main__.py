@@ -8,6 +8,7 @@ from bench import (
     audit,
     backends,
     bus,
+    cli,
     credentials,
     ends,
     gateway,
@@ -23,6 +24,7 @@ from bench.machine import describe, pace
 BENCHMARKS = {
     "credentials": credentials.run,
     "idle": idle.run,
+    "cli": cli.run,
     "bus": bus.run,
     "leases": leases.run,
     "ends": ends.run,

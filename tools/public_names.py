@@ -280,7 +280,7 @@ def _members(cls: type) -> Names:
     for one in reversed([one for one in ours if one not in roots]):
         for name in (*inspect.get_annotations(one), *_set_on_self(one)):
             found.setdefault(name, "attribute")
-        for name, value in vars(one).items():
+        for name, value in tuple(vars(one).items()):  # a look at a deferred model builds it
             found[name] = _member(value)
         if issubclass(one, BaseModel):
             for name, info in one.model_fields.items():

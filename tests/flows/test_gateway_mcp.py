@@ -16,7 +16,7 @@ from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import McpError
 
-from ringfence.client.agent.dpop import DpopAuth
+from ringfence.client.agent.httpx_auth import DpopAuth
 from ringfence.dev.processes import free_port
 from ringfence.messages.operations import ActionAnswered, ActionDecided
 from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor

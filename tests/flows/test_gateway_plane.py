@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from ringfence.client.agent.dpop import DpopAuth
+from ringfence.client.agent.httpx_auth import DpopAuth
 from ringfence.dev.processes import free_port
 from ringfence.gateway.dataplane.plane import DataPlane
 from ringfence.gateway.settings import GatewaySettings

@@ -19,7 +19,7 @@ import uvicorn
 
 from ringfence.client.agent.agent import Agent
 from ringfence.client.agent.credentials import IssuedCredential
-from ringfence.client.agent.dpop import BearerAuth, DpopAuth
+from ringfence.client.agent.httpx_auth import BearerAuth, DpopAuth
 from ringfence.client.errors import InvalidCallError, RequestDeniedError, TokenRejectedError
 from ringfence.client.resource_server.asgi import TOKEN, TokenGuard
 from ringfence.client.resource_server.dpop_proofs import Nonces

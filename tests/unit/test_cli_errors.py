@@ -14,7 +14,7 @@ from ringfence.cli.shared.field_options import with_options
 from ringfence.client.errors import InvalidCallError, RefusedError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.crypto.jws import explain
+from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Reason
 from tests.support.terminal_lists import WHO_AUDIT

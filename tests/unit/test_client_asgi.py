@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from ringfence.client.agent.dpop import BearerAuth, DpopAuth, proof
+from ringfence.client.agent.dpop import proof
+from ringfence.client.agent.httpx_auth import BearerAuth, DpopAuth
 from ringfence.client.errors import InvalidCallError, TokenRejectedError
 from ringfence.client.resource_server.asgi import TOKEN, Needs, TokenGuard
 from ringfence.client.resource_server.challenges import read_presented_token, refusal

@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.client.agent.dpop import BearerAuth, DpopAuth, access_token_hash, proof, target_uri
+from ringfence.client.agent.dpop import access_token_hash, proof, target_uri
+from ringfence.client.agent.httpx_auth import BearerAuth, DpopAuth
 from ringfence.client.resource_server.dpop_proofs import (
     MAX_PROOF_BYTES,
     NONCE_LIFE_S,

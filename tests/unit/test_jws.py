@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
+from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto import jws
 from ringfence.kernel.crypto.claims import MAX_LIFE_S, ExpiredError
 from ringfence.kernel.crypto.jws import (
-    explain,
     kid_of,
     parse,
     sign,

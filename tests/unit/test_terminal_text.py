@@ -28,7 +28,8 @@ from ringfence.client.approvals.action_approvals import PendingAction
 from ringfence.client.errors import ApiError
 from ringfence.kernel.base.errors import RingfenceError, SignatureError
 from ringfence.kernel.base.text import visible_lines
-from ringfence.kernel.crypto.jws import explain, parse, verify
+from ringfence.kernel.base.validation_problems import explain
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.messages.registry import TaskEnd
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ringfence.backends.access import TargetAccess
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.crypto.jws import explain
+from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import TargetState
 from ringfence.model.target_settings import TargetSettings

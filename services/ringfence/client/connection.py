@@ -9,26 +9,21 @@ import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
 from ringfence.client.errors import IdentityError, require_understood
-from ringfence.client.instance_enrolment import Attested
-from ringfence.client.key_file import KeyFile, successor_key
+from ringfence.client.key_file import key_file, load_key, successor_key
 from ringfence.client.lifetime import Lifetime
-from ringfence.client.settings import ClientSettings
+from ringfence.client.settings import ClientSettings, load_settings
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock, SystemClock
-from ringfence.kernel.base.errors import SettingsError, UnavailableError
-from ringfence.kernel.base.settings import load
+from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
-from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.trust_updates import apply_bundle
 from ringfence.kernel.tracing.application import of_application
 from ringfence.messages.base import Claims, Topic
@@ -38,48 +33,16 @@ from ringfence.messages.topics import AGENT, REGISTRY_COMMAND, TARGET, TASK, TRU
 from ringfence.model.identity.spiffe_ids import Kind, subject_of
 from ringfence.model.records.directory import Directory
 
+if TYPE_CHECKING:
+    from ringfence.client.instance_enrolment import Attested
+    from ringfence.kernel.kafka.table_reader import Follower
+
 READY_TIMEOUT_S = 30.0
 """How long a topic may take to be read up to its present end."""
 _REMEMBERED_LETTERS = 1000
 
 Coordinate = tuple[str, int, int]
 """Topic name, partition, offset."""
-
-
-def load_settings(settings: ClientSettings | None = None) -> ClientSettings:
-    """Return `settings`, or read them from the environment and the settings file.
-
-    Raises SettingsError where the trust root is not pinned.
-    """
-    settings = settings or load(ClientSettings)
-    if not settings.trust_root:
-        raise SettingsError(
-            "RINGFENCE_TRUST_ROOT is not set: without the fingerprint of the trust root nobody can be believed; "
-            "set it to what 'ringfence init' printed"
-        )
-    return settings
-
-
-def load_key(key: SigningKey | Path | str | None, settings: ClientSettings) -> SigningKey:
-    """Return the signing key: `key` itself, or the key in the file that `key` or `settings.identity` names.
-
-    Raises IdentityError where no key is named, KeyFileError where the file holds none.
-    """
-    if isinstance(key, SigningKey):
-        return key
-    path = key or settings.identity
-    if path is None:
-        raise IdentityError(
-            "nobody said who is calling: name a key file with --identity or RINGFENCE_IDENTITY "
-            "(make one with: ringfence key new)"
-        )
-    return SigningKey.load(Path(path))
-
-
-def key_file(key: SigningKey | Path | str | None, settings: ClientSettings) -> KeyFile | None:
-    """The key file that `load_key` reads; None where the key was passed as an object or no file is named."""
-    path = None if isinstance(key, SigningKey) else key or settings.identity
-    return KeyFile(Path(path)) if path is not None else None
 
 
 def subject(key: SigningKey, kind: Kind, settings: ClientSettings) -> str:
@@ -147,6 +110,9 @@ class Connection(Lifetime):
         Raises:
             SettingsError, IdentityError, KeyFileError
         """  # fmt: skip
+        # The client of Kafka is imported by who connects: commands and services that import the SDK may not.
+        from ringfence.kernel.kafka.producer import Publisher
+
         self.settings = load_settings(settings)
         self._attested = attested
         self._key_file = None if attested else key_file(key, self.settings)
@@ -209,6 +175,8 @@ class Connection(Lifetime):
 
         Raises UnavailableError where a topic is missing, or is not read to its end within `READY_TIMEOUT_S`.
         """
+        from ringfence.kernel.kafka.table_reader import Follower
+
         follower = Follower(self.settings, topics, on_records, since_ms=since_ms, key=key)
         await follower.start()
         self._followers.append(follower)
@@ -299,6 +267,8 @@ class Connection(Lifetime):
             UnavailableError: Kafka did not take it.
             InvalidCallError: the message has an unknown field, which may be a limit; nothing was sent.
         """
+        from aiokafka.errors import KafkaError
+
         if not isinstance(claims, RevocationRequest):  # a revocation stops what it can, whatever else it says
             kind = claims.typ.partition(".")[0]
             require_understood(claims, f"{kind} {key}" if topic is REGISTRY_COMMAND else f"the {claims.typ}")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import ValidationError
 
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.crypto.jws import explain
-from ringfence.messages.base import Message
-from ringfence.messages.credential import Reason
-from ringfence.model.unknown_fields import describe_unknown, unknown_fields
+from ringfence.kernel.base.validation_problems import explain
+
+if TYPE_CHECKING:
+    from ringfence.messages.base import Message
+    from ringfence.messages.credential import Reason
 
 
 class InvalidCallError(RingfenceError):
@@ -128,6 +129,8 @@ def checked(what: str) -> Iterator[None]:
 
 def require_understood(message: Message, what: str) -> None:
     """Raise InvalidCallError, with the nearest known name, where a message has an unknown field."""
+    from ringfence.model.unknown_fields import describe_unknown, unknown_fields
+
     if unknown := unknown_fields(message):
         raise InvalidCallError(describe_unknown(unknown, what))
 

@@ -10,8 +10,7 @@ import logging
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-
-import httpx
+from typing import TYPE_CHECKING
 
 from ringfence.client.errors import EnrolmentRefusedError
 from ringfence.client.settings import ClientSettings
@@ -25,6 +24,9 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.enrolment import InstanceEnrol, InstanceEnrolment
 from ringfence.model.identity.attestation import bound_audience
 from ringfence.model.identity.spiffe_ids import spiffe_id
+
+if TYPE_CHECKING:
+    import httpx
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +124,8 @@ class Attested:
         return key
 
     async def _request_enrolment(self, key: SigningKey, token: str) -> str:
+        import httpx
+
         now_s = self._clock.now_ms() // 1000
         claims = InstanceEnrol(
             iss=self.id, aud=self._settings.trust_domain, iat=now_s, exp=now_s + _LIFE_S, jti=str(uuid.uuid4()),

@@ -1,4 +1,4 @@
-"""An agent's signing key across its rotations: replaced by the caller, or reloaded when its file changes."""
+"""The signing key of who is calling: loaded from its file, and across its rotations replaced or loaded again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ringfence.client.errors import IdentityError
+from ringfence.client.settings import ClientSettings
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey
 
 log = logging.getLogger(__name__)
@@ -69,3 +70,25 @@ def successor_key(key: SigningKey, new: SigningKey | Path | str) -> SigningKey:
     if new_key.id != key.id:
         raise IdentityError(f"that is a key of {new_key.id}; this is {key.id}, and stays it")
     return new_key
+
+
+def load_key(key: SigningKey | Path | str | None, settings: ClientSettings) -> SigningKey:
+    """Return the signing key: `key` itself, or the key in the file that `key` or `settings.identity` names.
+
+    Raises IdentityError where no key is named, KeyFileError where the file holds none.
+    """
+    if isinstance(key, SigningKey):
+        return key
+    path = key or settings.identity
+    if path is None:
+        raise IdentityError(
+            "nobody said who is calling: name a key file with --identity or RINGFENCE_IDENTITY "
+            "(make one with: ringfence key new)"
+        )
+    return SigningKey.load(Path(path))
+
+
+def key_file(key: SigningKey | Path | str | None, settings: ClientSettings) -> KeyFile | None:
+    """The key file that `load_key` reads; None where the key was passed as an object or no file is named."""
+    path = None if isinstance(key, SigningKey) else key or settings.identity
+    return KeyFile(Path(path)) if path is not None else None

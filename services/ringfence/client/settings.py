@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from ringfence.kernel.base.settings import BusSettings, Url
+from ringfence.kernel.base.errors import SettingsError
+from ringfence.kernel.base.settings import BusSettings, Url, load
 from ringfence.messages.api import PORTS
 
 
@@ -39,3 +40,17 @@ class ClientSettings(BusSettings):
     """The folder with the gateway's socket for each task, for `ringfence gateway connect`."""
     gateway_ca_file: Path | None = None
     """The gateway's CA certificate (PEM), for the programs that `ringfence gateway connect` is for."""
+
+
+def load_settings(settings: ClientSettings | None = None) -> ClientSettings:
+    """Return `settings`, or read them from the environment and the settings file.
+
+    Raises SettingsError where the trust root is not pinned.
+    """
+    settings = settings or load(ClientSettings)
+    if not settings.trust_root:
+        raise SettingsError(
+            "RINGFENCE_TRUST_ROOT is not set: without the fingerprint of the trust root nobody can be believed; "
+            "set it to what 'ringfence init' printed"
+        )
+    return settings

@@ -7,13 +7,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
-
-import httpx
+from typing import TYPE_CHECKING, Protocol
 
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.oidc import MAX_TOKEN_BYTES
+
+if TYPE_CHECKING:
+    import httpx
 
 _TIMEOUT_S = 10.0
 _GOOGLE = "http://metadata.google.internal"
@@ -111,6 +112,8 @@ class GoogleMetadata:
 
 
 async def _get(url: str, query: dict[str, str], headers: dict[str, str], who: str) -> httpx.Response:
+    import httpx
+
     try:
         async with httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False) as http:
             # Existing parts of the URL stay.

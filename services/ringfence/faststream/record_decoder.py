@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from ringfence.faststream.trust_reader import TrustReader
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
-from ringfence.kernel.crypto.jws import explain, parse, verify
+from ringfence.kernel.base.validation_problems import explain
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Claims, ExpiringClaims, Message, Topic, typ_header

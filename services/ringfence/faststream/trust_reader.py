@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from ringfence.client.connection import READY_TIMEOUT_S, load_settings
-from ringfence.client.settings import ClientSettings
+from ringfence.client.connection import READY_TIMEOUT_S
+from ringfence.client.settings import ClientSettings, load_settings
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.trust_store import TrustStore

@@ -99,7 +99,9 @@ class Message(BaseModel):
 
     __pydantic_extra__: dict[str, Json]
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    # Deferred: a validator is built when a model is first used. Most programs use few of the models that they import.
+    # pydantic builds it under a lock since 2.14. Before, another thread could validate by the parent's rules meanwhile.
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, defer_build=True)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:

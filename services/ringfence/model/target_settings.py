@@ -44,7 +44,7 @@ _FRAMING_HEADERS: Final = frozenset({
 class TargetSettings(BaseModel):
     """Base of the settings of one kind. Unknown fields are refused, not ignored: one may limit something."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     address: Address | None = None
     """Where agents reach the target. By default it is where Ringfence itself does."""

@@ -20,7 +20,7 @@ from scim2_models import (
 )
 
 from ringfence.client.admin.provisioner import Provisioner
-from ringfence.kernel.crypto.jws import explain
+from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.registry import Delegation, GroupLink, Provisioned, Provisioning, UserRecord
 from ringfence.model.records.provisioning import given_by
 from ringfence.scim.directory_view import DirectoryView

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ringfence.kernel.base.errors import SettingsError
 from ringfence.kernel.base.secret_refs import SecretRef
-from ringfence.kernel.crypto.jws import explain
+from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.base import NonEmpty, TargetId
 from ringfence.messages.lease import EndKind, Lease
 from ringfence.signals.settings import safe_url

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.strict_json import json_object
-from ringfence.kernel.crypto.jws import explain
+from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.signals import DeliveryMethod
 
 _Text = Annotated[str, Field(max_length=512)]

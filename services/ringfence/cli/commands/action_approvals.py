@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from ringfence.cli.shared import approval_views
+from ringfence.cli.shared import approval_views, connect
 from ringfence.cli.shared.arguments import show_act
 from ringfence.cli.shared.options import confirm, identity, run
 from ringfence.cli.shared.output import print_json, print_json_line, say, span, visible_name
-from ringfence.client.approvals.action_approvals import PendingAction
-from ringfence.client.approvals.sponsor import Sponsor
+
+if TYPE_CHECKING:
+    from ringfence.client.approvals.action_approvals import PendingAction
+    from ringfence.client.approvals.sponsor import Sponsor
 
 
 def row(one: PendingAction, now_s: float) -> tuple[str, ...]:
@@ -50,7 +52,7 @@ def answer(
     """Sign an approval or a denial of exactly the action that is shown."""
 
     async def work() -> str:
-        async with Sponsor.connect(identity(me)) as sponsor:
+        async with connect.sponsor(identity(me)) as sponsor:
             return await (sponsor.approve_action if verb == "approve" else sponsor.deny_action)(
                 pending, comment
             )

@@ -8,10 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import (
     check_name,
     parse_scope,
@@ -47,9 +48,6 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import note, print_json, print_table, say, span, until, visible_name
 from ringfence.cli.shared.records import list_records, print_record, read_record
-from ringfence.client.admin.administrator import Administrator
-from ringfence.client.admin.affected_leases import Loss
-from ringfence.client.admin.command_client import Accepted
 from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import InvalidMessageError
@@ -59,6 +57,10 @@ from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentState, AgentTransferConsent
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.scope.scope import missing
+
+if TYPE_CHECKING:
+    from ringfence.client.admin.administrator import Administrator
+    from ringfence.client.admin.command_client import Accepted
 
 app = typer.Typer(
     help="Agents: register, ceiling, sponsor, keys, suspend, decommission.", no_args_is_help=True
@@ -112,7 +114,7 @@ def register(
     keys = [_one_key(agent, key_file, public_key, new_key, key_days)] if key_source else []
 
     async def work() -> Accepted:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             await refuse_unknown(administrator, ceiling, anyway)
             return await administrator.register_agent(
                 agent,
@@ -138,7 +140,7 @@ def activate(agent: AgentArgument, me: IdentityOption = None, as_json: JsonOptio
     """Take on an agent that was registered with --inactive. As its sponsor."""
 
     async def work() -> Accepted:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             return await administrator.activate_agent(agent)
 
     print_accepted(run(work()), f"agent {agent} is active", wants_json(as_json))
@@ -161,6 +163,8 @@ def set_ceiling(
     --allow says the whole ceiling and replaces what was; --add and --remove change parts of it. First shows what is
     taken away and which leases end, and asks.
     """
+    from ringfence.client.admin.affected_leases import Loss
+
     options = parse_scope_options(allow, allow_nothing, add, remove)
     if not options:
         raise typer.BadParameter(
@@ -169,7 +173,7 @@ def set_ceiling(
         )
 
     async def work() -> tuple[Accepted, dict[str, Any]]:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             entry = (await administrator.directory()).agent(agent)
             if entry is None:
                 raise InvalidCallError(f"there is no agent {agent}; see: ringfence agent list")
@@ -228,7 +232,7 @@ def transfer(
     sponsor = by or to or ""
 
     async def work() -> tuple[Accepted, bool]:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             unasked = signed is None and sponsor != administrator.id and await _is_operator(administrator)
             accepted = await administrator.transfer_agent(
                 agent, sponsor=sponsor, consent=signed, without_consent=unasked
@@ -262,7 +266,7 @@ def consent_transfer(
     life_s = consent_life_s(valid)
 
     async def work() -> tuple[str, AgentState]:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             signed = await administrator.consent_to_transfer(agent, life_s=life_s)
             entry = (await administrator.directory()).agent(agent)
             assert entry is not None
@@ -321,7 +325,7 @@ def rotate_key(
     key = _one_key(agent, key_file, public_key, new_key, key_days)
 
     async def work() -> Accepted:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             return await administrator.rotate_key(
                 agent, key, overlap_s=overlap_s, replaces=replaces, compromised=compromised, reason=reason
             )
@@ -341,7 +345,7 @@ def suspend(
     """Stop the agent for now: nothing is issued, its leases end. As its sponsor or an operator."""
 
     async def work() -> Accepted:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             return await administrator.suspend_agent(agent, reason=reason)
 
     print_accepted(run(work()), f"agent {agent} suspended; its leases end", wants_json(as_json))
@@ -354,7 +358,7 @@ def resume(
     """Let a suspended agent go on. What an operator suspended only an operator resumes."""
 
     async def work() -> Accepted:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             return await administrator.resume_agent(agent, reason=reason)
 
     print_accepted(run(work()), f"agent {agent} is active again", wants_json(as_json))
@@ -372,7 +376,7 @@ def decommission(
     confirm(f"End agent {agent} for good?", yes)
 
     async def work() -> Accepted:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             return await administrator.decommission_agent(agent, reason=reason)
 
     print_accepted(run(work()), f"agent {agent} decommissioned", wants_json(as_json))

@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ringfence.cli.commands import action_approvals, grants
-from ringfence.cli.shared import approval_views, styles
+from ringfence.cli.shared import approval_views, connect, styles
 from ringfence.cli.shared.arguments import check_id_prefix, show_scope
 from ringfence.cli.shared.id_lookup import only_one, require_whole_id
 from ringfence.cli.shared.options import (
@@ -36,13 +36,15 @@ from ringfence.cli.shared.output import (
     visible,
 )
 from ringfence.cli.shared.tables import Column, ending, ids
-from ringfence.client.approvals.action_approvals import PendingAction
-from ringfence.client.approvals.history_comparison import Comparison
-from ringfence.client.approvals.pending_approval import PendingApproval
-from ringfence.client.approvals.request_groups import GroupKey, RequestGroup, group_key
-from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.id_prefix import find_by_prefix
+
+if TYPE_CHECKING:
+    from ringfence.client.approvals.action_approvals import PendingAction
+    from ringfence.client.approvals.history_comparison import Comparison
+    from ringfence.client.approvals.pending_approval import PendingApproval
+    from ringfence.client.approvals.request_groups import GroupKey, RequestGroup
+    from ringfence.client.approvals.sponsor import Sponsor
 
 app = typer.Typer(help="As a sponsor: see what waits, approve, deny; approve ahead.", no_args_is_help=True)
 
@@ -71,7 +73,7 @@ def list_approvals(
     """List what waits for you: requests, those that would come to the same credential once, and single actions."""
 
     async def work() -> tuple[list[RequestGroup], list[PendingAction]]:
-        async with Sponsor.connect(identity(me)) as sponsor:
+        async with connect.sponsor(identity(me)) as sponsor:
             return sponsor.groups(everyone=everyone), sponsor.actions(everyone=everyone)
 
     groups, actions = run(work())
@@ -115,6 +117,8 @@ def show(request: RequestArgument, me: IdentityOption = None, as_json: JsonOptio
     """Show one request that waits, whole, those that are alike, and what differs from what the agent usually gets; or
     one action.
     """
+    from ringfence.client.approvals.action_approvals import PendingAction
+
     question = _find_question(request, me)
     if isinstance(question, PendingAction):
         action_approvals.show(question, wants_json(as_json))
@@ -156,9 +160,10 @@ def watch(everyone: EveryoneOption = False, me: IdentityOption = None, as_json: 
     """Show each request that waits for you as it comes, until Ctrl-C: who asks, for what, why, for whom, and what
     differs from what the agent usually gets; and each action. With --json one object a line.
     """
+    from ringfence.client.approvals.request_groups import RequestGroup, group_key
 
     async def work() -> None:
-        async with Sponsor.connect(identity(me)) as sponsor:
+        async with connect.sponsor(identity(me)) as sponsor:
             history = await sponsor.usual()
             if not wants_json(as_json):
                 note("waiting for requests; Ctrl-C ends", "aside")
@@ -196,8 +201,10 @@ def _send_answers(
     me: Path | None,
     as_json: bool,
 ) -> None:
+    from ringfence.client.approvals.action_approvals import PendingAction
+
     async def answer(group: RequestGroup) -> list[str]:
-        async with Sponsor.connect(identity(me)) as sponsor:
+        async with connect.sponsor(identity(me)) as sponsor:
             return await (sponsor.approve_all if verb == "approve" else sponsor.deny_all)(group, comment)
 
     if yes:
@@ -232,8 +239,11 @@ def _send_answers(
 def _find_question(
     request: str, me: Path | None, *, alone: bool = False
 ) -> tuple[RequestGroup, Comparison] | PendingAction:
+    from ringfence.client.approvals.action_approvals import PendingAction
+    from ringfence.client.approvals.request_groups import RequestGroup
+
     async def work() -> tuple[RequestGroup, Comparison] | PendingAction:
-        async with Sponsor.connect(identity(me)) as sponsor:
+        async with connect.sponsor(identity(me)) as sponsor:
             pending = _find(sponsor, request)
             if isinstance(pending, PendingAction):
                 return pending

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.text import Text
@@ -18,6 +18,7 @@ from ringfence.cli.commands.audit_coverage import coverage
 from ringfence.cli.commands.audit_export import export
 from ringfence.cli.commands.audit_trace import FAILED, clock, trace_lines
 from ringfence.cli.commands.audit_who import who
+from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import check_name
 from ringfence.cli.shared.audit_filters import (
     AgentFilter,
@@ -44,19 +45,16 @@ from ringfence.cli.shared.output import (
     visible,
 )
 from ringfence.cli.shared.progress import progress
-from ringfence.client.admin.administrator import Administrator
-from ringfence.client.connection import load_key, load_settings
 from ringfence.client.errors import ApiError, InvalidCallError
-from ringfence.client.reports.auditor import (
-    HEADS,
-    SETTLE_S,
-    TrailReport,
-    read_heads,
-    verify_trail,
-    witness,
-)
-from ringfence.client.reports.read_api import Filters, ReadApi
+from ringfence.client.key_file import load_key
+from ringfence.client.reports.read_api import ReadApi
+from ringfence.client.settings import load_settings
 from ringfence.kernel.base.private_files import write_private
+from ringfence.model.audit_log import SETTLE_S
+
+if TYPE_CHECKING:
+    from ringfence.client.reports.auditor import TrailReport
+    from ringfence.client.reports.read_api import Filters
 
 app = typer.Typer(help="Follow the trail; trace one credential back to the human.", no_args_is_help=True)
 
@@ -240,10 +238,11 @@ def verify(
 
     Reads Kafka itself and believes nobody but the trust root. Exit 1 where there is a fault.
     """
+    from ringfence.client.reports.auditor import HEADS, read_heads, verify_trail, witness
 
     async def work() -> tuple[TrailReport, int]:
         if as_witness:
-            async with Administrator.connect(identity(me)) as who:
+            async with connect.administrator(identity(me)) as who:
                 entry = (await who.directory()).user(who.id)
             if entry is None or "auditor" not in entry.state.roles:
                 raise InvalidCallError(

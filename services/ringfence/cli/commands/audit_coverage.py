@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,8 +20,10 @@ from ringfence.cli.shared.options import (
 from ringfence.cli.shared.output import moment, note, print_json, print_table, say, span
 from ringfence.cli.shared.progress import counting
 from ringfence.cli.shared.tables import ids, prose
-from ringfence.client.reports.coverage import Coverage, Ratio, coverage_report
 from ringfence.client.reports.read_api import ReadApi
+
+if TYPE_CHECKING:
+    from ringfence.client.reports.coverage import Coverage, Ratio
 
 _SHARES = {
     "agents_sponsored": "agents with a live sponsor, now",
@@ -73,6 +75,8 @@ def coverage(
     Standing privileges, of which the aim is 0: leases that are not both, or whose end is not known 5 minutes after
     their deadline. Operators and auditors see all, sponsors what concerns their agents.
     """
+    from ringfence.client.reports.coverage import coverage_report
+
     now_ms = int(time.time() * 1000)
     since_ms, until_ms = span_ms(since, until, now_ms)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal, cast
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal, cast
 
 import typer
 
@@ -24,18 +24,11 @@ from ringfence.cli.shared.id_lookup import whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, span_ms, wants_json
 from ringfence.cli.shared.output import escaped_json, moment, note, print_json, say, visible_lines
 from ringfence.cli.shared.progress import counting
-from ringfence.client.exports.export import (
-    ExportFile,
-    ExportProgress,
-    ExportQuery,
-    begin,
-    export_pages,
-    resume,
-    set_filters,
-    stopped_at_ms,
-)
-from ringfence.client.exports.writers import ExportWriter, Format, writer_of
 from ringfence.client.reports.read_api import ReadApi
+
+if TYPE_CHECKING:
+    from ringfence.client.exports.export import ExportFile, ExportProgress, ExportQuery
+    from ringfence.client.exports.writers import ExportWriter, Format
 
 
 def export(
@@ -81,6 +74,8 @@ def export(
     Operators and auditors see all, sponsors what concerns their agents, others what is on their behalf. A file is
     FILE.part until it is whole.
     """
+    from ringfence.client.exports.export import ExportQuery, begin, resume, set_filters
+
     if out is None and (go_on or format == "parquet"):
         raise typer.BadParameter(f"{'--resume' if go_on else '--format parquet'} needs a file: add -o FILE")
     since_ms, until_ms = span_ms(since, until, int(time.time() * 1000))
@@ -121,6 +116,9 @@ def _visible_rows(text: str) -> str:
 
 
 def _to_stdout(question: ExportQuery, me: Path | None) -> None:
+    from ringfence.client.exports.export import ExportProgress
+    from ringfence.client.exports.writers import writer_of
+
     state = ExportProgress(question=question)
     sys.stdout.flush()
     # Byte for byte for programs. On a terminal, text of strangers could act on it.
@@ -158,6 +156,8 @@ def _next_steps(one: ExportFile, out: Path) -> str:
 async def _all(
     state: ExportProgress, writer: ExportWriter, me: Path | None, one: ExportFile | None = None
 ) -> None:
+    from ringfence.client.exports.export import export_pages
+
     async with ReadApi(identity(me)) as api:
         # Events that go to the terminal show by themselves how far it is.
         with counting("reading events", quiet=one is None and sys.stdout.isatty()) as progress:
@@ -165,6 +165,8 @@ async def _all(
 
 
 def _stopped(state: ExportProgress) -> str:
+    from ringfence.client.exports.export import stopped_at_ms
+
     at_ms = stopped_at_ms(state)
     if at_ms is None:
         return "stopped before the first event was written"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,9 +23,11 @@ from ringfence.cli.shared.output import moment, note, print_json, print_table, s
 from ringfence.cli.shared.progress import counting
 from ringfence.cli.shared.tables import Column, ids, prose
 from ringfence.client.errors import ApiError, InvalidCallError
-from ringfence.client.reports.access_report import AccessReport, access_report
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.text import did_you_mean
+
+if TYPE_CHECKING:
+    from ringfence.client.reports.access_report import AccessReport
 
 _COULD: Sequence[str | Column] = (
     "agent", "on behalf of", "sponsor", "until", ids("task"), "ceiling by", prose("may"), prose("assigned"),
@@ -68,6 +70,8 @@ def who(
     Did: agents that held a credential for it in the period, or asked a gateway for something there. Operators and
     auditors see all, sponsors what concerns their agents, others what was on their behalf.
     """
+    from ringfence.client.reports.access_report import access_report
+
     since_ms, until_ms = span_ms(since, until, int(time.time() * 1000))
 
     async def work() -> AccessReport:

@@ -10,7 +10,6 @@ from ringfence.cli.shared.arguments import check_id_prefix, show_scope
 from ringfence.cli.shared.options import IdentityOption, JsonOption, WideOption, identity, run, wants_json
 from ringfence.cli.shared.output import moment, print_json, print_table, say
 from ringfence.cli.shared.tables import ids, prose
-from ringfence.client.approvals.break_glass_review import review_break_glass, uses_of_break_glass
 from ringfence.messages.permission import Permission
 
 app = typer.Typer(help="What two operators allowed against policy; review it.", no_args_is_help=True)
@@ -26,6 +25,8 @@ def list_uses(
     as_json: JsonOption = False,
 ) -> None:
     """List the uses of break glass: who allowed what, for whom, against which denials; and who reviewed it."""
+    from ringfence.client.approvals.break_glass_review import uses_of_break_glass
+
     uses = run(uses_of_break_glass(identity(me), unreviewed=unreviewed))
     if wants_json(as_json):
         print_json(uses)
@@ -78,6 +79,8 @@ def review(
     as_json: JsonOption = False,
 ) -> None:
     """Sign a review of one use, as an operator or auditor who had no part in it."""
+    from ringfence.client.approvals.break_glass_review import review_break_glass
+
     use = run(review_break_glass(request, note, identity(me)))
     if wants_json(as_json):
         print_json(use)

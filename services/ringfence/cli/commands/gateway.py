@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,8 +19,10 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import print_json, print_table, say, visible
 from ringfence.cli.shared.progress import counting
-from ringfence.client.reports.action_report import ActionCount, ActionReport, ActionSums, action_report
 from ringfence.client.reports.read_api import ReadApi
+
+if TYPE_CHECKING:
+    from ringfence.client.reports.action_report import ActionCount, ActionReport, ActionSums
 
 app = typer.Typer(
     help="What gateways let pass and blocked; a proxy to the socket of a task.", no_args_is_help=True
@@ -57,6 +59,8 @@ def stats(
     Operators and auditors see all, sponsors what concerns their agents. What a gateway in observe mode would have
     blocked is counted as blocked, and told apart as observed: it went through.
     """
+    from ringfence.client.reports.action_report import action_report
+
     since_ms = max(int(time.time() * 1000) - duration_s(since) * 1000, 0)
 
     async def work() -> ActionReport:

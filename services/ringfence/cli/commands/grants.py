@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import check_id_prefix, parse_scope, show_scope
 from ringfence.cli.shared.command_results import print_accepted
 from ringfence.cli.shared.id_lookup import is_whole, only_one, require_whole_id, whole_id
@@ -33,12 +34,14 @@ from ringfence.cli.shared.output import (
     visible,
 )
 from ringfence.cli.shared.tables import ids, state
-from ringfence.client.admin.command_client import Accepted
-from ringfence.client.approvals.grants import Grantor, Proposal
-from ringfence.client.approvals.pending_approval import PendingApproval
-from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import InvalidCallError
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.permission import Permission
+
+if TYPE_CHECKING:
+    from ringfence.client.admin.command_client import Accepted
+    from ringfence.client.approvals.grants import Proposal
+    from ringfence.client.approvals.pending_approval import PendingApproval
 
 GrantArgument = Annotated[
     str, typer.Argument(metavar="GRANT", callback=check_id_prefix, help="The grant's id, or how it begins.")
@@ -96,7 +99,7 @@ def grant(
     ttl_s = duration_s(ttl) if ttl else None
 
     async def asked(request: str) -> PendingApproval:
-        async with Sponsor.connect(identity(me)) as sponsor:
+        async with connect.sponsor(identity(me)) as sponsor:
             waiting = {one.request_id: one for one in sponsor.pending(everyone=True)}
             known = {id: f"{one.agent}, on behalf of {one.on_behalf_of}" for id, one in waiting.items()}
             return waiting[only_one("open request", request, known)]
@@ -111,7 +114,7 @@ def grant(
         if like is not None:
             one = await asked(like)
             terms = {"task_id": one.task_id, "scope": one.scope, "ttl_s": one.ttl_s, "delivery": one.delivery}
-        async with Grantor.connect(identity(me)) as grantor:
+        async with connect.grantor(identity(me)) as grantor:
             proposal = await grantor.propose(**terms, count=count, lasts_s=lasts_s, comment=comment)
             if not proposal.mine:
                 raise InvalidCallError(
@@ -121,7 +124,7 @@ def grant(
             return proposal
 
     async def give(proposal: Proposal) -> Accepted:
-        async with Grantor.connect(identity(me)) as grantor:
+        async with connect.grantor(identity(me)) as grantor:
             return await grantor.give(proposal)
 
     proposal = run(look())
@@ -137,8 +140,8 @@ def grants(wide: WideOption = False, me: IdentityOption = None, as_json: JsonOpt
     """List what was approved ahead, and how much of it was used."""
 
     async def work() -> list[dict[str, Any]]:
-        async with Grantor.connect(identity(me)) as grantor:
-            return await grantor.grants()
+        async with ReadApi(identity(me)) as api:
+            return await api.grants()
 
     found, now_s = run(work()), time.time()
     if wants_json(as_json):
@@ -169,7 +172,7 @@ def withdraw(
     """Take back what was approved ahead: nothing more is issued on it. What was issued goes on to its end."""
 
     async def work() -> tuple[str, Accepted]:
-        async with Grantor.connect(identity(me)) as grantor:
+        async with connect.grantor(identity(me)) as grantor:
             whole = grant_id
             if not is_whole(grant_id):
                 known = {

@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Never
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Never
 
 import orjson
 import typer
@@ -36,9 +36,12 @@ from ringfence.cli.shared.output import (
 )
 from ringfence.cli.shared.tables import Column, list_lines, state, wrapped
 from ringfence.client.errors import ApiError
-from ringfence.client.reports.inventory import PAGE_ROWS, Inventory, read_inventory
-from ringfence.client.reports.read_api import Filters, ReadApi
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.ids import digest
+
+if TYPE_CHECKING:
+    from ringfence.client.reports.inventory import Inventory
+    from ringfence.client.reports.read_api import Filters
 
 _WHY = {"disabled": "is disabled", "no_sponsor": "is no sponsor", "unknown": "is not known"}
 
@@ -107,6 +110,8 @@ def inventory(
 
     What could not be asked is left open, and said: an inventory that passes over a gap in silence would be none.
     """
+    from ringfence.client.reports.inventory import read_inventory
+
     within_s, every_s = duration_s(keys_within), duration_s(every)
     filters: dict[str, str | int | None] = {
         "agent": agent,
@@ -238,6 +243,8 @@ async def watch_table(
 
     Raises ApiError where policy does not answer at the start, or refuses.
     """
+    from ringfence.client.reports.inventory import read_inventory
+
     found = await read_inventory(api, limit, filters)
     with Live(console=console(), auto_refresh=False, vertical_overflow="crop") as live:
         failed: str | None = None
@@ -285,6 +292,8 @@ async def watch_lines(api: ReadApi, every_s: int, filters: Filters) -> Never:
 
 async def _changes(api: ReadApi, cursor: str | None, filters: Filters, printed: _Printed) -> str:
     """Print what is new, and return the cursor to continue from. Raises ApiError."""
+    from ringfence.client.reports.inventory import PAGE_ROWS
+
     if cursor is not None:
         page = await api.inventory_changes(cursor, filters)
         printed.agents(page["at_ms"], page["agents"])

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ringfence.cli.shared.options import JsonOption, check_folder, settings, wants_json
 from ringfence.cli.shared.output import print_fields, print_json
-from ringfence.kernel.crypto.jws import explain
+from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Name, SpiffeId, TargetId
 

@@ -23,11 +23,9 @@ from ringfence.cli.shared.output import (
     visible,
 )
 from ringfence.cli.shared.tables import prose
-from ringfence.client.agent.replies import describe_approvers
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.permission import Permission, Scope
-from ringfence.messages.topics import CREDENTIAL_DECISION
 from ringfence.model.scope.scope import missing
 
 
@@ -91,6 +89,8 @@ async def _decision_position(api: ReadApi, request: str) -> dict[str, int] | Non
     """Return the position of the latest decision on a request, from audit; None where audit knows none or does not
     answer.
     """
+    from ringfence.messages.topics import CREDENTIAL_DECISION
+
     try:
         events = (await api.events(request=request, limit=100))["events"]
     except ApiError:
@@ -132,6 +132,8 @@ def _value_lines(value: Any) -> list[str]:
 
 
 def _print_explanation(found: Mapping[str, Any]) -> None:
+    from ringfence.client.agent.replies import describe_approvers
+
     policy_input = found.get("input") or {}
     request_input = policy_input.get("request", {})
     revisions = found.get("revisions") or {}

@@ -12,7 +12,6 @@ from ringfence.cli.shared.options import JsonOption, duration_s, run, wants_json
 from ringfence.cli.shared.output import note, print_json, print_table, say
 from ringfence.cli.shared.progress import progress
 from ringfence.cli.shared.tables import ids
-from ringfence.client.agent.replies import describe_approvers
 from ringfence.messages.permission import Permission
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def replay(
 
 
 async def _replayed(folder: Path, since_s: int, as_json: bool) -> Report:
-    from ringfence.client.connection import load_settings
+    from ringfence.client.settings import load_settings
     from ringfence.kernel.base.clock import SystemClock
     from ringfence.kernel.base.settings import load
     from ringfence.policy.decisions.replay import Replay, recorded_decisions, trust_of
@@ -127,6 +126,8 @@ def _print_report(report: Report, since: str) -> None:
 
 
 def _outcome_text(outcome: RequestOutcome) -> str:
+    from ringfence.client.agent.replies import describe_approvers
+
     reasons = "; ".join(f"{reason.code}: {reason.message}" for reason in outcome.reasons)
     if outcome.outcome == "denied":
         return f"denied ({reasons})"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import check_name, parse_permission, show_permission
 from ringfence.cli.shared.changes import Replacement, check_unchanged
 from ringfence.cli.shared.command_results import print_accepted, warn_of_unknown
@@ -30,9 +31,6 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import note, print_json, print_table
 from ringfence.cli.shared.tables import prose, state
-from ringfence.cli.shared.yaml_files import YamlFile
-from ringfence.client.admin.administrator import Administrator
-from ringfence.client.admin.command_client import Accepted
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.private_files import open_private
@@ -40,6 +38,10 @@ from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import Delegation, GroupDelegation, Role, UserState
 from ringfence.model.identity.spiffe_ids import spiffe_id
+
+if TYPE_CHECKING:
+    from ringfence.cli.shared.yaml_files import YamlFile
+    from ringfence.client.admin.command_client import Accepted
 
 app = typer.Typer(help="Directories that users come from: what they may give.", no_args_is_help=True)
 
@@ -72,7 +74,7 @@ def change(
     keys = key_records(public_key, new_key, spiffe_id(settings().trust_domain, "user", provisioner), key_days)
 
     async def work() -> tuple[Accepted, dict[str, Any]]:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             entry = (await administrator.directory()).user(provisioner)
             if entry is None and not keys:
                 raise InvalidCallError("a new provisioner needs a key: --new-key FILE, or --public-key FILE")
@@ -173,7 +175,7 @@ def disable(
     confirm(f"Disable provisioner {provisioner}?", yes)
 
     async def work() -> Accepted:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             return await administrator.disable_user(provisioner, reason=reason)
 
     print_accepted(run(work()), f"provisioner {provisioner} disabled", wants_json(as_json))
@@ -204,6 +206,8 @@ def make_token(
 
 def read_delegation(file: Path) -> Delegation:
     """Read a delegation from a file. Raises YamlFileError with all mistakes."""
+    from ringfence.cli.shared.yaml_files import YamlFile
+
     source = YamlFile(file)
     top = source.members(source.root, "the file", {"source", "groups"})
     groups: list[GroupDelegation] = []

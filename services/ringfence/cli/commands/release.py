@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ringfence.cli.shared import connect
 from ringfence.cli.shared.id_lookup import check_whole_id
 from ringfence.cli.shared.options import (
     AgentOption,
@@ -17,8 +18,6 @@ from ringfence.cli.shared.options import (
     wants_json,
 )
 from ringfence.cli.shared.output import print_json, say
-from ringfence.client.admin.command_client import TIMEOUT_S
-from ringfence.client.agent.agent import Agent
 
 
 def release(
@@ -38,9 +37,10 @@ def release(
     as_json: JsonOption = False,
 ) -> None:
     """Give a credential back before its time. As the agent that holds it."""
+    from ringfence.client.admin.command_client import TIMEOUT_S
 
     async def work() -> None:
-        async with Agent.connect(identity(me), attest=attest, agent_id=agent_id) as agent:
+        async with connect.agent(identity(me), attest=attest, agent_id=agent_id) as agent:
             await agent.release(lease, reason=reason, timeout_s=None if no_wait else TIMEOUT_S)
 
     run(work())

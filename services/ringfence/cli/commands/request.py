@@ -11,10 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
+from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import parse_scope, show_scope
 from ringfence.cli.shared.id_lookup import check_whole_id
 from ringfence.cli.shared.options import (
@@ -30,11 +31,12 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import note, print_json, until, visible_lines
 from ringfence.cli.shared.progress import progress
-from ringfence.client.agent.agent import Agent
-from ringfence.client.agent.credentials import GatewayCredential, IssuedCredential
-from ringfence.client.agent.environment import applied
-from ringfence.client.agent.replies import PendingRequest
 from ringfence.messages.credential import Delivery
+
+if TYPE_CHECKING:
+    from ringfence.client.agent.agent import Agent
+    from ringfence.client.agent.credentials import IssuedCredential
+    from ringfence.client.agent.replies import PendingRequest
 
 _DELIVERIES: tuple[Delivery, ...] = get_args(Delivery)
 
@@ -92,6 +94,9 @@ def request(
     REDIS_URL for redis, RINGFENCE_SSH_CONFIG (a file for ssh -F) for ssh, else RINGFENCE_CREDENTIAL; RINGFENCE_LEASE
     with --delivery gateway. The exit status is then the command's.
     """
+    from ringfence.client.agent.credentials import GatewayCredential
+    from ringfence.client.agent.environment import applied
+
     if not allow:
         raise typer.BadParameter("say what is needed", param_hint="--allow")
     if delivery not in _DELIVERIES:
@@ -121,11 +126,11 @@ def request(
             )
 
     async def work() -> IssuedCredential:
-        async with Agent.connect(identity(me), attest=attest, agent_id=agent_id) as agent:
+        async with connect.agent(identity(me), attest=attest, agent_id=agent_id) as agent:
             return await ask(agent)
 
     async def work_and_run(argv: list[str]) -> int:
-        async with Agent.connect(identity(me), attest=attest, agent_id=agent_id) as agent:
+        async with connect.agent(identity(me), attest=attest, agent_id=agent_id) as agent:
             credential = await ask(agent)
             note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "heading")
             try:

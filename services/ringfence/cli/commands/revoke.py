@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import check_id_prefix, check_name, check_target_id
 from ringfence.cli.shared.command_results import print_accepted
 from ringfence.cli.shared.id_lookup import whole_id
@@ -19,8 +20,9 @@ from ringfence.cli.shared.options import (
     run,
     wants_json,
 )
-from ringfence.client.admin.administrator import Administrator
-from ringfence.client.admin.command_client import TIMEOUT_S, Accepted
+
+if TYPE_CHECKING:
+    from ringfence.client.admin.command_client import Accepted
 
 _ENDS_WITHIN_S = 60.0
 """The answer comes when all leases have ended, which takes so long for some ten thousand. They are refused long
@@ -73,6 +75,8 @@ def revoke(
     Agents may ask again at once, with new requests. What stops that is another command, which the answer names: agent
     suspend, task end, target remove, user disable.
     """
+    from ringfence.client.admin.command_client import TIMEOUT_S
+
     named = [
         value
         for value in (lease, task, agent, sponsor, target, user, everything or None)
@@ -90,7 +94,7 @@ def revoke(
         lease = await whole_id("lease", lease, identity(me)) if lease else None
         task = await whole_id("task", task, identity(me)) if task else None
         wait_s = TIMEOUT_S if lease else _ENDS_WITHIN_S
-        async with Administrator.connect(identity(me), timeout_s=wait_s) as administrator:
+        async with connect.administrator(identity(me), timeout_s=wait_s) as administrator:
             return await administrator.revoke(
                 reason=reason,
                 lease_id=lease,

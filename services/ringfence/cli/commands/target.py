@@ -6,12 +6,13 @@ import re
 import sys
 from collections.abc import Iterable
 from importlib.resources import files
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from pydantic import ValidationError
 
 from ringfence.cli.commands.target_templates import TEMPLATES, Template
+from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import check_target_id
 from ringfence.cli.shared.changes import Replacement, check_unchanged
 from ringfence.cli.shared.command_results import print_accepted
@@ -35,10 +36,7 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import note
 from ringfence.cli.shared.records import list_records, show_record, target_fields
-from ringfence.client.admin.administrator import Administrator
-from ringfence.client.admin.command_client import Accepted
-from ringfence.client.admin.target_backends import backend_problem, unknown_backend_message
-from ringfence.kernel.crypto.jws import explain
+from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.registry import (
     ActionClass,
     ApprovalClass,
@@ -51,6 +49,9 @@ from ringfence.messages.registry import (
 from ringfence.model.http_targets.request_map import RequestMap, RequestMapError
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.target_settings import CREDENTIAL_KINDS
+
+if TYPE_CHECKING:
+    from ringfence.client.admin.command_client import Accepted
 
 app = typer.Typer(help="Systems that agents act on: verbs and approval floors.", no_args_is_help=True)
 
@@ -164,7 +165,7 @@ def add(
     keys = key_records(public_key, new_key, id, key_days)
 
     async def work() -> tuple[Accepted, dict[str, Any]]:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             entry = (await administrator.directory()).target(target)
             after = TargetState(
                 target_id=target,
@@ -218,7 +219,7 @@ def remove(
     confirm(f"Remove target {target} and end all its leases?", yes)
 
     async def work() -> Accepted:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             return await administrator.remove_target(target, reason=reason)
 
     print_accepted(run(work()), f"target {target} removed; its leases end", wants_json(as_json))
@@ -367,6 +368,8 @@ def _parse_settings(texts: Iterable[str]) -> dict[str, str | int]:
 
 
 def _backend_settings(kind: str, audience: str | None, own: dict[str, str | int]) -> BackendSettings:
+    from ringfence.client.admin.target_backends import unknown_backend_message
+
     try:  # further fields belong to the kind
         return BackendSettings.model_validate({"kind": kind, "audience": audience, **own})
     except ValidationError as error:
@@ -377,6 +380,8 @@ def _backend_settings(kind: str, audience: str | None, own: dict[str, str | int]
 
 def _check_backend(backend: BackendSettings, anyway: bool) -> None:
     """Raise typer.BadParameter where no issuer could make credentials with these settings."""
+    from ringfence.client.admin.target_backends import backend_problem
+
     if wrong := backend_problem(backend, anyway=anyway):
         hint = "--backend" if backend.kind not in CREDENTIAL_KINDS else "--setting"
         raise typer.BadParameter(wrong, param_hint=hint)

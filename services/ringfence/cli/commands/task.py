@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import (
     check_id_prefix,
     check_name,
@@ -31,17 +32,16 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import moment, note, print_json, say
 from ringfence.cli.shared.records import list_records, print_record
-from ringfence.client.admin.administrator import Administrator
-from ringfence.client.admin.command_client import Accepted
-from ringfence.client.admin.preview import Preview
-from ringfence.client.agent.agent import Agent
-from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError, checked
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.registry import TaskConsent, TaskTerms
 from ringfence.model.records.consent import canonical_terms, nonce_of
+
+if TYPE_CHECKING:
+    from ringfence.client.admin.command_client import Accepted
+    from ringfence.client.admin.preview import Preview
 
 app = typer.Typer(help="Tasks: assign, with what all sides allow; hand on; end.", no_args_is_help=True)
 
@@ -106,7 +106,7 @@ def assign(
     fields = _task_terms(purpose, allow, lasts, until) if consented is None else {}
 
     async def work() -> tuple[TaskTerms, str, Preview, str | None]:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             if consented is None:
                 terms, whose, signed = administrator.terms(agent, **fields), on_behalf_of, None
             else:
@@ -154,7 +154,7 @@ def consent(
     fields, life_s = _task_terms(purpose, allow, lasts, until), consent_life_s(valid)
 
     async def work() -> tuple[TaskTerms, str]:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             terms = administrator.terms(agent, **fields)
             _show_preview(await administrator.preview(terms))
             return terms, administrator.sign_consent(terms, life_s=life_s)
@@ -208,7 +208,7 @@ def delegate(
     scope, ends_in_s, not_after = fields["scope"], fields["ends_in_s"], fields["not_after"]
 
     async def work() -> str:
-        async with Agent.connect(identity(me)) as delegator:
+        async with connect.agent(identity(me)) as delegator:
             return await delegator.delegate(
                 task=task,
                 to=agent,
@@ -233,6 +233,9 @@ def end(
 
     As who assigned it, who it is on behalf of, the agent's sponsor, an operator, or an agent that handed it on.
     """
+    from ringfence.client.admin.administrator import Administrator
+    from ringfence.client.agent.agent import Agent
+    from ringfence.client.connection import Connection
 
     async def work() -> tuple[str, Accepted]:
         connection = Connection(identity(me))

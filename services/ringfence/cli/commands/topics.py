@@ -5,7 +5,7 @@ needs.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,9 @@ from ringfence.cli.shared.output import note, print_json, print_table, say
 from ringfence.cli.shared.progress import progress
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.kafka.acls import PARTIES, Acl, Party, acls, commands
-from ringfence.kernel.kafka.topics_admin import TopicDifference, TopicsAdmin
+
+if TYPE_CHECKING:
+    from ringfence.kernel.kafka.topics_admin import TopicDifference
 
 app = typer.Typer(help="Create the topics, check them, and say who may use them.", no_args_is_help=True)
 
@@ -25,6 +27,7 @@ def apply(as_json: JsonOption = False) -> None:
 
     Left to you, and named: partitions, replicas, and what is kept longer than the contract asks.
     """
+    from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 
     async def work() -> tuple[list[str], list[TopicDifference], list[TopicDifference], list[str]]:
         with progress("connecting to Kafka", as_json=as_json) as line:
@@ -62,6 +65,7 @@ def apply(as_json: JsonOption = False) -> None:
 @app.command()
 def check(as_json: JsonOption = False) -> None:
     """Compare the topics with the contract; exit 1 where one differs."""
+    from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 
     async def work() -> list[TopicDifference]:
         with progress("comparing the topics with the contract", as_json=as_json):
@@ -103,6 +107,7 @@ def show_acls(
     required = acls(settings.topic_prefix)
     principals = _principals(principal or [], settings.topic_prefix)
     if grant:
+        from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 
         async def work() -> int:
             async with TopicsAdmin(settings) as admin:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import check_name, parse_scope, show_scope
 from ringfence.cli.shared.changes import (
     Replacement,
@@ -38,16 +39,16 @@ from ringfence.cli.shared.options import (
     wants_json,
 )
 from ringfence.cli.shared.records import list_records, show_record
-from ringfence.client.admin.administrator import Administrator
-from ringfence.client.admin.affected_leases import Loss
-from ringfence.client.admin.command_client import Accepted
 from ringfence.client.errors import InvalidCallError
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import AgentState, Provisioning, Role, UserState
 from ringfence.model.identity.spiffe_ids import spiffe_id
-from ringfence.model.records.directory import Directory
 from ringfence.model.scope.scope import missing
+
+if TYPE_CHECKING:
+    from ringfence.client.admin.command_client import Accepted
+    from ringfence.model.records.directory import Directory
 
 app = typer.Typer(help="People: roles, keys, entitlements.", no_args_is_help=True)
 
@@ -82,7 +83,7 @@ def add(
     keys = key_records(public_key, new_key, spiffe_id(settings().trust_domain, "user", user), key_days)
 
     async def work() -> Accepted:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             if (await administrator.directory()).user(user) is not None:
                 raise InvalidCallError(f"user {user} exists; change them with: ringfence user set {user}")
             await refuse_unknown(administrator, scope, anyway)
@@ -140,7 +141,7 @@ def change(
     touched = bool(name or source or keys or refresh or take_over or options) or roles is not None
 
     async def work() -> tuple[Accepted, dict[str, Any]]:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             entry = (await administrator.directory()).user(user)
             if entry is None:
                 raise InvalidCallError(f"there is no user {user}; add them with: ringfence user add {user}")
@@ -180,9 +181,10 @@ def disable(
 
     First shows which agents and leases that is, and asks.
     """
+    from ringfence.client.admin.affected_leases import Loss
 
     async def work() -> tuple[Accepted, dict[str, Any]]:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             directory = await administrator.directory()
             if directory.user(user) is None:
                 raise InvalidCallError(f"there is no user {user}; see: ringfence user list")
@@ -264,6 +266,8 @@ def _replacement(
     keys: Sequence[KeyRecord],
 ) -> tuple[Replacement, str | None]:
     """Return what changes, and the question to ask first; None where nothing is removed or replaced."""
+    from ringfence.client.admin.affected_leases import Loss
+
     user, former = state.user_id, state.entitlements.scope
     replacement = Replacement(f"user {user}")
     asks = False

@@ -21,7 +21,7 @@ from ringfence.client.admin.user_sync import (
 )
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.crypto.jws import explain
+from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.base import Name
 from ringfence.messages.registry import Provisioning
 

@@ -53,7 +53,7 @@ Source = Callable[[Lookup], Awaitable[list[Candidate]]]
 
 def lookup(typed: Typed, identity: Path | None) -> Lookup:
     """Return the lookup for a command line. Raises SettingsError, KeyFileError, IdentityError."""
-    from ringfence.client.connection import load_key
+    from ringfence.client.key_file import load_key
     from ringfence.model.identity.spiffe_ids import subject_of
 
     settings = load(ClientSettings)

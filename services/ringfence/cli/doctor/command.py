@@ -7,7 +7,6 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
-import httpx
 import typer
 
 from ringfence.cli.doctor.checks import (
@@ -33,8 +32,6 @@ from ringfence.kernel.base.http_client import web_client
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
-from ringfence.kernel.kafka.table_reader import Follower
-from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.messages.topics import HEARTBEAT, TRUST
 
 _SIGNS = {"good": "ok", "bad": "WRONG", "unknown": "?"}
@@ -133,6 +130,8 @@ def _pinned_root(settings: ServiceSettings) -> CheckResult:
 
 async def _topics(settings: ServiceSettings) -> tuple[bool, list[CheckResult]]:
     """Check Kafka, its topics and their replication. Returns whether Kafka answers, and the results."""
+    from ringfence.kernel.kafka.topics_admin import TopicsAdmin
+
     try:
         async with TopicsAdmin(settings) as admin:
             differences = await admin.check()
@@ -152,6 +151,8 @@ async def _topics(settings: ServiceSettings) -> tuple[bool, list[CheckResult]]:
 
 async def _on_kafka(settings: ServiceSettings, trust: TrustStore) -> AsyncIterator[CheckResult]:
     """Check the trust bundle in force, and the difference between the broker's clock and ours."""
+    from ringfence.kernel.kafka.table_reader import Follower
+
     refused: list[str] = []
     skew = SkewCheck("the broker")
     clock = SystemClock()
@@ -188,6 +189,8 @@ async def _check_service(
 
     `may_be_away`: the service is optional. The version of its trust bundle is stored in `in_force`.
     """
+    import httpx
+
     try:
         async with web_client(timeout_s=3) as http:
             answer = await http.get(f"{url}/readyz")

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ringfence.cli.shared.arguments import show_scope
 from ringfence.cli.shared.output import print_fields, span, until, visible, visible_name
-from ringfence.client.agent.replies import describe_approvers
-from ringfence.client.approvals.action_approvals import PendingAction
-from ringfence.client.approvals.history_comparison import DAYS, Comparison, Deviation
-from ringfence.client.approvals.request_groups import RequestGroup
+
+if TYPE_CHECKING:
+    from ringfence.client.approvals.action_approvals import PendingAction
+    from ringfence.client.approvals.history_comparison import Comparison, Deviation
+    from ringfence.client.approvals.request_groups import RequestGroup
 
 
 def print_question(group: RequestGroup, comparison: Comparison) -> None:
     """Print a group of equivalent requests, and how they differ from what the agent usually gets."""
+    from ringfence.client.agent.replies import describe_approvers
+
     one, count = group.first, len(group.requests)
     print_fields(
         {
@@ -64,6 +67,8 @@ def as_json(group: RequestGroup, comparison: Comparison | None = None) -> dict[s
 
 def print_action(one: PendingAction) -> None:
     """Print one pending action, from what the gateway signed and from verified records."""
+    from ringfence.client.agent.replies import describe_approvers
+
     print_fields(
         {
             "agent": f"{one.agent} ({visible(one.agent_description)})",
@@ -106,6 +111,8 @@ def action_as_json(one: PendingAction) -> dict[str, Any]:
 
 
 def _compared(comparison: Comparison) -> list[str]:
+    from ringfence.client.approvals.history_comparison import DAYS
+
     if not comparison.differences:
         return [f"as usual: {_times(comparison.approved)} approved for it in {DAYS} days"]
     return [_difference(one) for one in comparison.differences]

@@ -6,21 +6,19 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 from pydantic import TypeAdapter, ValidationError
 
 from ringfence.cli.shared.output import visible_name
 from ringfence.kernel.base.strict_json import once
-from ringfence.kernel.crypto.jws import explain
+from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.base import Name, TargetId, Uuid
 from ringfence.messages.permission import Permission, Scope
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.scope import validate_scope
 
-_NAME: TypeAdapter[str] = TypeAdapter(Name)
-_TARGET: TypeAdapter[str] = TypeAdapter(TargetId)
-_UUID: TypeAdapter[str] = TypeAdapter(Uuid)
 _ID_PREFIX = re.compile(r"[0-9a-f-]{4,36}")
 
 
@@ -29,17 +27,17 @@ def check_name(text: str | None) -> str | None:
 
     Raises typer.BadParameter.
     """
-    return _validate_id(_NAME, text)
+    return _validate_id(Name, text)
 
 
 def check_target_id(text: str | None) -> str | None:
     """Validate the id of a target."""
-    return _validate_id(_TARGET, text)
+    return _validate_id(TargetId, text)
 
 
 def check_uuid(text: str | None) -> str | None:
     """Validate the id of a task, request, lease or grant."""
-    return _validate_id(_UUID, text)
+    return _validate_id(Uuid, text)
 
 
 def check_id_prefix(text: str | None) -> str | None:
@@ -49,9 +47,9 @@ def check_id_prefix(text: str | None) -> str | None:
     return text
 
 
-def _validate_id(ids: TypeAdapter[str], text: str | None) -> str | None:
+def _validate_id(kind: Any, text: str | None) -> str | None:
     try:
-        return None if text is None else ids.validate_python(text)
+        return None if text is None else TypeAdapter(kind).validate_python(text)
     except ValidationError as error:
         raise typer.BadParameter(f"{text!r} {explain(error).removeprefix('it: ')}") from None
 
@@ -59,8 +57,6 @@ def _validate_id(ids: TypeAdapter[str], text: str | None) -> str | None:
 # Notation of permissions on the command line.
 
 SYNTAX = "target:verb[,verb]:resource[,resource]"
-_JSON = TypeAdapter(Permission)
-_JSON_FILE = TypeAdapter(tuple[Permission, ...])
 
 
 def parse_permission(text: str) -> Permission:
@@ -74,7 +70,7 @@ def parse_permission(text: str) -> Permission:
     if text.lstrip().startswith("{"):
         _check_duplicate_names(text, text)
         try:
-            permission = _JSON.validate_json(text)
+            permission = Permission.model_validate_json(text)
         except ValidationError as error:
             raise typer.BadParameter(f"{text!r}: {explain(error)}") from None
     else:
@@ -134,7 +130,7 @@ def _read_file(name: str) -> tuple[Permission, ...]:
     try:
         data = Path(name).read_bytes()
         _check_duplicate_names(data, name)
-        return _JSON_FILE.validate_json(data)
+        return TypeAdapter(tuple[Permission, ...]).validate_json(data)
     except OSError as error:
         raise typer.BadParameter(f"@{name}: {error.strerror}") from None
     except ValidationError as error:

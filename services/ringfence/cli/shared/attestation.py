@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
+from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import check_name
 from ringfence.cli.shared.changes import Replacement, check_unchanged
 from ringfence.cli.shared.command_results import print_accepted
@@ -22,15 +23,15 @@ from ringfence.cli.shared.options import (
     run,
     wants_json,
 )
-from ringfence.client.admin.administrator import Administrator
-from ringfence.client.admin.affected_leases import Loss
-from ringfence.client.admin.command_client import Accepted
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.strict_json import once
-from ringfence.kernel.crypto.jws import explain
+from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.enrolment import AttestationSelector
 from ringfence.model.identity.attestation import selector_id
 from ringfence.model.unknown_fields import describe_unknown, names_of, unknown_fields
+
+if TYPE_CHECKING:
+    from ringfence.client.admin.command_client import Accepted
 
 SelectorOption = Annotated[
     list[str] | None,
@@ -56,12 +57,14 @@ def set_attestation(
     What is said replaces what was. First shows which selectors that takes away, and asks: leases of instances that
     enrolled by one of those end, and they get nothing new.
     """
+    from ringfence.client.admin.affected_leases import Loss
+
     if bool(selector) == none:
         raise typer.BadParameter("say all of them with --selector, or --none", param_hint="--selector")
     selectors = parse_selectors(selector)
 
     async def work() -> tuple[Accepted, dict[str, Any]]:
-        async with Administrator.connect(identity(me)) as administrator:
+        async with connect.administrator(identity(me)) as administrator:
             entry = (await administrator.directory()).agent(agent)
             if entry is None:
                 raise InvalidCallError(f"there is no agent {agent}; see: ringfence agent list")

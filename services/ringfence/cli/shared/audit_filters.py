@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ringfence.cli.shared.arguments import check_id_prefix, check_name, check_target_id
-from ringfence.client.reports.read_api import Filters
+
+if TYPE_CHECKING:
+    from ringfence.client.reports.read_api import Filters
 
 AgentFilter = Annotated[
     str | None, typer.Option("--agent", metavar="AGENT", callback=check_name, help="Only this agent.")

@@ -7,21 +7,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ringfence.cli.shared.arguments import parse_scope, show_scope
 from ringfence.cli.shared.options import confirm
 from ringfence.cli.shared.output import note
-from ringfence.client.admin.administrator import Administrator
-from ringfence.client.admin.affected_leases import EndingLeases, Loss, ending_leases
 from ringfence.client.admin.scope_changes import with_added, with_removed
 from ringfence.client.errors import StaleApprovalError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.permission import Scope
-from ringfence.model.records.directory import VerifiedRecord
 from ringfence.model.scope.scope import missing
+
+if TYPE_CHECKING:
+    from ringfence.client.admin.administrator import Administrator
+    from ringfence.client.admin.affected_leases import Loss
+    from ringfence.model.records.directory import VerifiedRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,8 @@ class Replacement:
         Returns the document for `--json`. Raises RingfenceError where the answer is no, WrongUseError where nobody is
         there to answer.
         """
+        from ringfence.client.admin.affected_leases import EndingLeases, ending_leases
+
         ending = EndingLeases()
         if self.losses:
             async with ReadApi(me) as api:

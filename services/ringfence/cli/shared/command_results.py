@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ringfence.cli.shared.output import note, print_json, say
-from ringfence.client.admin.administrator import Administrator
-from ringfence.client.admin.command_client import Accepted
 from ringfence.client.errors import InvalidCallError
 from ringfence.messages.permission import Permission
+
+if TYPE_CHECKING:
+    from ringfence.client.admin.administrator import Administrator
+    from ringfence.client.admin.command_client import Accepted
 
 
 async def refuse_unknown(

@@ -12,7 +12,7 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -20,13 +20,13 @@ from pydantic import ValidationError
 from ringfence.cli.shared import context
 from ringfence.cli.shared.arguments import SYNTAX, check_name
 from ringfence.client.errors import InvalidCallError, NotAnsweredError
-from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.settings import load
 from ringfence.kernel.base.text import visible_lines
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
-from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, public_key, thumbprint
-from ringfence.messages.keys import KeyRecord, PublicJwk
+
+if TYPE_CHECKING:
+    from ringfence.client.settings import ClientSettings
+    from ringfence.messages.keys import KeyRecord, PublicJwk
 
 T = TypeVar("T")
 
@@ -118,6 +118,9 @@ _DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9
 
 def settings() -> ClientSettings:
     """Return the client settings of this call."""
+    from ringfence.client.settings import ClientSettings
+    from ringfence.kernel.base.settings import load
+
     return load(ClientSettings)
 
 
@@ -196,6 +199,9 @@ def read_public_key(path: Path) -> PublicJwk:
 
     Raises KeyFileError.
     """
+    from ringfence.kernel.crypto.keys import KeyFileError, public_key
+    from ringfence.messages.keys import PublicJwk
+
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
@@ -248,6 +254,9 @@ def key_records(public: Path | None, new: Path | None, id: str, days: int) -> tu
 
     Raises KeyFileError; typer.BadParameter where both are given.
     """
+    from ringfence.kernel.crypto.keys import SigningKey, thumbprint
+    from ringfence.messages.keys import KeyRecord
+
     if public and new:
         raise typer.BadParameter("give --public-key or --new-key, and not both")
     not_after = int(time.time()) + days * 86_400

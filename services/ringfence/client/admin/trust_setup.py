@@ -22,7 +22,6 @@ from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, public_key
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
 from ringfence.kernel.crypto.service_keys import BEFORE, NEXT
-from ringfence.kernel.kafka.producer import Publisher
 from ringfence.messages.base import Name, ServiceRole
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import Entitlements, UserSet
@@ -332,6 +331,8 @@ async def publish_trust(folder: TrustFolder, settings: BusSettings, operator: st
     Raises CeremonyError where `make_trust` has not run, or for another operator; UnavailableError where Kafka does not
     answer.
     """
+    from ringfence.kernel.kafka.producer import Publisher
+
     root, _ = load_root_and_bundle(folder)
     command = first_operator(folder, settings.trust_domain, operator, name)
     async with Publisher(settings, root.id) as publisher:
@@ -342,6 +343,8 @@ async def publish_trust(folder: TrustFolder, settings: BusSettings, operator: st
 
 async def publish_bundle(folder: TrustFolder, settings: BusSettings) -> None:
     """Put the trust bundle on Kafka. Raises CeremonyError where there is none, UnavailableError where Kafka is not."""
+    from ringfence.kernel.kafka.producer import Publisher
+
     root, bundle = load_root_and_bundle(folder)
     compact, version = folder.bundle.read_text().strip(), str(bundle.version)
     async with Publisher(settings, root.id) as publisher:

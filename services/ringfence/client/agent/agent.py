@@ -24,7 +24,7 @@ from ringfence.client.agent.replies import (
     read_reply,
 )
 from ringfence.client.arguments import permissions, texts
-from ringfence.client.connection import Connection, Coordinate, load_settings, subject
+from ringfence.client.connection import Connection, Coordinate, subject
 from ringfence.client.errors import (
     IdentityError,
     InvalidCallError,
@@ -34,7 +34,7 @@ from ringfence.client.errors import (
 )
 from ringfence.client.instance_enrolment import Attested
 from ringfence.client.lifetime import Lifetime
-from ringfence.client.settings import ClientSettings
+from ringfence.client.settings import ClientSettings, load_settings
 from ringfence.client.token_sources import TokenSource, source_of
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError

@@ -6,15 +6,13 @@ only its value is known.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import httpx
-
-from ringfence.client.agent.dpop import BearerAuth, DpopAuth, proof
+from ringfence.client.agent.dpop import proof
 from ringfence.client.agent.ssh_files import ssh_client
 from ringfence.client.errors import CredentialOverError, CredentialUseError, InvalidCallError
 from ringfence.kernel.base.clock import Clock, SystemClock
@@ -22,6 +20,9 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.tracing.traceparent import trace_id
 from ringfence.messages.credential import Delivery
 from ringfence.messages.permission import Scope
+
+if TYPE_CHECKING:
+    import httpx
 
 
 class Secret:
@@ -130,9 +131,11 @@ class IssuedCredential:
 
         A request after expiry raises CredentialOverError and is not sent. A 401 is passed to the caller.
         """
+        from ringfence.client.agent.httpx_auth import BearerAuth, DpopAuth, WhileUsable
+
         if self.token_type == "DPoP":  # noqa: S105 - RFC 9449
-            return _WhileUsable(self, DpopAuth(self.value, self._bound_to(), clock=self.clock))
-        return _WhileUsable(self, BearerAuth(self.value))
+            return WhileUsable(self, DpopAuth(self.value, self._bound_to(), clock=self.clock))
+        return WhileUsable(self, BearerAuth(self.value))
 
     def _bound_to(self) -> SigningKey:
         if self.key is None:
@@ -247,7 +250,9 @@ class GatewayCredential(IssuedCredential):
 
     def auth(self) -> httpx.Auth:
         """For httpx, with the gateway's URL: sends the handle with a DPoP proof by the agent's key."""
-        return _WhileUsable(self, DpopAuth(self.handle, self._bound_to(), clock=self.clock))
+        from ringfence.client.agent.httpx_auth import DpopAuth, WhileUsable
+
+        return WhileUsable(self, DpopAuth(self.handle, self._bound_to(), clock=self.clock))
 
 
 CLASSES: Mapping[str, type[IssuedCredential]] = {
@@ -262,15 +267,3 @@ CLASSES: Mapping[str, type[IssuedCredential]] = {
 def class_of(kind: str, delivery: Delivery) -> type[IssuedCredential]:
     """The SDK class for a credential of this kind and delivery."""
     return GatewayCredential if delivery == "gateway" else CLASSES.get(kind, IssuedCredential)
-
-
-class _WhileUsable(httpx.Auth):
-    """An httpx.Auth that refuses to send a credential once it was wiped or has expired."""
-
-    def __init__(self, credential: IssuedCredential, auth: httpx.Auth) -> None:
-        self._credential, self._auth = credential, auth
-        self.requires_request_body = auth.requires_request_body
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        self._credential.usable()
-        yield from self._auth.auth_flow(request)

@@ -9,14 +9,11 @@ import hashlib
 import re
 import string
 import uuid
-from collections.abc import Generator
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-import httpx
 import orjson
 
-from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
 
 PROOF_TYPE: Final = "dpop+jwt"
@@ -79,56 +76,6 @@ def proof(
     head = b64encode(orjson.dumps({"typ": PROOF_TYPE, "alg": key.alg, "jwk": jwk}))
     signing_input = f"{head}.{b64encode(orjson.dumps(claims))}"
     return f"{signing_input}.{b64encode(key.sign(signing_input.encode(), repeatable=False))}"
-
-
-class DpopAuth(httpx.Auth):
-    """Presents a DPoP-bound token with httpx: `httpx.AsyncClient(auth=DpopAuth(token, key))`, also without async.
-
-    Makes a new proof for each request, and retries once with the nonce that the server demands. The request body is
-    buffered, since it may have to be sent twice.
-    """
-
-    requires_request_body = True
-
-    def __init__(self, token: str, key: SigningKey, *, clock: Clock | None = None) -> None:
-        self._token, self._key = token, key
-        self._clock: Clock = clock or SystemClock()
-        self._nonces: dict[str, str] = {}
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        origin = f"{request.url.scheme}://{request.url.netloc.decode()}"
-        request.headers["Authorization"] = f"DPoP {self._token}"
-        request.headers["DPoP"] = self._proof(request, origin)
-        response = yield request
-        nonce = response.headers.get(NONCE_HEADER)
-        if nonce is None:
-            return
-        self._nonces[origin] = nonce
-        if response.status_code == httpx.codes.UNAUTHORIZED and _wants_nonce(response):
-            request.headers["DPoP"] = self._proof(request, origin)
-            response = yield request
-            self._nonces[origin] = response.headers.get(NONCE_HEADER, nonce)
-
-    def _proof(self, request: httpx.Request, origin: str) -> str:
-        return proof(
-            self._key, request.method, str(request.url),
-            access_token=self._token, now_s=self._clock.now_ms() // 1000, nonce=self._nonces.get(origin),
-        )  # fmt: skip
-
-
-class BearerAuth(httpx.Auth):
-    """Presents a bearer token with httpx (RFC 6750)."""
-
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        request.headers["Authorization"] = f"Bearer {self._token}"
-        yield request
-
-
-def _wants_nonce(response: httpx.Response) -> bool:
-    return 'error="use_dpop_nonce"' in response.headers.get("WWW-Authenticate", "")
 
 
 def _unescaped(match: re.Match[str]) -> str:

@@ -15,8 +15,9 @@ from ringfence.client.agent.credentials import IssuedCredential, Secret, class_o
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import digest, lease_id, message_id
+from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.jwe import ReplyKey
-from ringfence.kernel.crypto.jws import explain, parse, verify
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import Jws

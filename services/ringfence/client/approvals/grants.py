@@ -165,8 +165,7 @@ class Grantor(CommandClient):
 
     async def grants(self) -> list[dict[str, Any]]:
         """All grants that this person may see, as policy knows them, by their end."""
-        listed: list[dict[str, Any]] = (await self._api.get("policy", "grants"))["grants"]
-        return listed
+        return await self._api.grants()
 
     async def _send(self, agent_id: str, claims: Grant | GrantWithdraw) -> Accepted:
         return await self._outcomes.send(

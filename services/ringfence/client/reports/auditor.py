@@ -13,8 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from ringfence.client.connection import load_settings
-from ringfence.client.settings import ClientSettings
+from ringfence.client.settings import ClientSettings, load_settings
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
@@ -27,14 +26,13 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
 from ringfence.messages.base import Topic, typ_header
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDITED, TRUST, USER
+from ringfence.model.audit_log import SETTLE_S
 from ringfence.model.audit_log.chain import Source, Tip
 from ringfence.model.audit_log.verification import ChainVerifier, Fault, FaultKind
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 
-SETTLE_S = 60.0
-"""Seconds that a record may be without an event: audit may not have reached it yet."""
 Heads = dict[str, tuple[int, str]]
 """By tree: its number of events, and its root. An auditor keeps them from one verification to the next."""
 HEADS = TypeAdapter(Heads)

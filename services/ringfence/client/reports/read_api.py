@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-import httpx
 import orjson
 
-from ringfence.client.connection import load_key
 from ringfence.client.errors import ApiError
+from ringfence.client.key_file import load_key
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock, SystemClock
@@ -55,6 +54,8 @@ class ReadApi(Lifetime):
 
         Raises ApiError with the service's own message; its `status` is None where the service did not answer.
         """
+        import httpx
+
         if nothing := [part for part in path if not part or "/" in part]:
             # It would be another path, and the service's answer would be about something else.
             raise ApiError(f"there is no {nothing[0]!r}: what has an id has one without a slash", status=404)
@@ -128,6 +129,11 @@ class ReadApi(Lifetime):
         no longer knows what changed.
         """
         return await self.get("policy", "inventory", "changes", after=cursor, **(filters or {}))
+
+    async def grants(self) -> list[dict[str, Any]]:
+        """Return what was approved ahead and the caller may see, by its end."""
+        listed: list[dict[str, Any]] = (await self.get("policy", "grants"))["grants"]
+        return listed
 
     # --- revoker ---
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Iterable
 from functools import lru_cache
-
-import httpx
+from typing import TYPE_CHECKING, Any, Self
 
 from ringfence.kernel.base.errors import SettingsError
+
+if TYPE_CHECKING:
+    import httpx
 
 _HERE = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 
@@ -19,8 +22,10 @@ def web_client(*, timeout_s: float) -> httpx.AsyncClient:
     A proxy would reach its own loopback, not this machine's. Raises SettingsError if the environment names an unusable
     proxy.
     """
+    import httpx
+
     try:
-        return httpx.AsyncClient(verify=_authorities(), timeout=timeout_s, mounts=dict.fromkeys(_HERE))
+        return httpx.AsyncClient(verify=_LazyAuthorities(), timeout=timeout_s, mounts=dict.fromkeys(_HERE))
     except (ImportError, ValueError, httpx.InvalidURL) as error:
         reason = (
             "SOCKS needs another package: pip install 'httpx[socks]'"
@@ -32,7 +37,27 @@ def web_client(*, timeout_s: float) -> httpx.AsyncClient:
         ) from None
 
 
+class _LazyAuthorities(ssl.SSLContext):
+    """httpx's default, made by the first TLS connection: reading the authorities takes 16 ms of processor time.
+
+    A call that is not overridden here meets a context that trusts no authority.
+    """
+
+    def __new__(cls) -> Self:
+        return super().__new__(cls, ssl.PROTOCOL_TLS_CLIENT)
+
+    def set_alpn_protocols(self, alpn_protocols: Iterable[str]) -> None:
+        _authorities().set_alpn_protocols(alpn_protocols)
+
+    def wrap_bio(self, *args: Any, **more: Any) -> ssl.SSLObject:
+        return _authorities().wrap_bio(*args, **more)
+
+    def wrap_socket(self, *args: Any, **more: Any) -> ssl.SSLSocket:
+        return _authorities().wrap_socket(*args, **more)
+
+
 @lru_cache(maxsize=1)
 def _authorities() -> ssl.SSLContext:
-    """As httpx has it by default, read once: to read the machine's authorities takes 16 ms of processor time."""
+    import httpx
+
     return httpx.create_ssl_context()

@@ -5,8 +5,12 @@ The environment wins over the file. `config_file` says which file counts.
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
+import textwrap
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -59,9 +63,8 @@ Url = Annotated[str, Field(pattern=r"^https?://[^\s/]\S*$")]
 class RingfenceSettings(BaseSettings):
     """Base of all settings classes: reads the environment first, then the settings file."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="RINGFENCE_", extra="ignore", frozen=True, use_attribute_docstrings=True
-    )
+    # Deferred: a process imports more settings classes than it reads.
+    model_config = SettingsConfigDict(env_prefix="RINGFENCE_", extra="ignore", frozen=True, defer_build=True)
 
     @classmethod
     def settings_customise_sources(
@@ -237,9 +240,29 @@ def _lines(cls: type[BaseSettings], error: ValidationError) -> list[str]:
         if not item["loc"]:  # it concerns several settings, and names them
             lines.append(item["msg"].removeprefix("Value error, "))
             continue
-        field = cls.model_fields.get(str(item["loc"][0]))
-        description = " ".join((field.description or "").split()) if field else ""
+        description = _description(cls, str(item["loc"][0]))
         name = f"{prefix}{item['loc'][0]}".upper() + "".join(f" ({part})" for part in item["loc"][1:])
         message = item["msg"].removeprefix("Value error, ")
         lines.append(f"{name}: {message}" + (f". It is: {description}" if description else ""))
     return lines
+
+
+def _description(cls: type[BaseSettings], field: str) -> str:
+    """What stands below a setting in its class; empty where nothing does.
+
+    Read only for an error. pydantic would parse the source of every class at import (`use_attribute_docstrings`).
+    """
+    for owner in cls.__mro__:
+        if field not in inspect.get_annotations(owner):
+            continue
+        try:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        except OSError:  # installed without sources
+            return ""
+        assert isinstance(tree, ast.ClassDef)
+        for statement, following in pairwise(tree.body):
+            match statement, following:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    if name == field:
+                        return " ".join(text.split())
+    return ""

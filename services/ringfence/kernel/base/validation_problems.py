@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ringfence.kernel.base.text import visible
+from pydantic import ValidationError
+
+from ringfence.kernel.base.text import visible, visible_name
 from ringfence.messages.base import WORDS_FOR_PATTERNS
 
 _WORDS: Final[Mapping[str, str]] = {
@@ -43,3 +45,17 @@ def problem_of(item: Mapping[str, Any]) -> str:
     if (words := _WORDS.get(item["type"])) is not None:
         return words.format_map(context)
     return visible(item["msg"])
+
+
+def explain(error: ValidationError) -> str:
+    """The validation errors of pydantic as one sentence, by field, without the values, which could be secret."""
+    items = error.errors(include_url=False)
+    # A list all of whose members are wrong is said to be too short as well.
+    around = {item["loc"][:depth] for item in items for depth in range(1, len(item["loc"]))}
+    found = [
+        # Names of unknown fields are a stranger's words.
+        f"{'.'.join(visible_name(str(part)[:80]) for part in item['loc']) or 'it'}: " + problem_of(item)
+        for item in items
+        if item["loc"] not in around
+    ]
+    return "; ".join(found[:5])[:500]

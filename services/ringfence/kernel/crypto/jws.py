@@ -20,7 +20,7 @@ from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.base.text import visible_name, with_article
-from ringfence.kernel.base.validation_problems import problem_of
+from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.claims import check_audience, check_times
 from ringfence.kernel.crypto.keys import PublicKey, SigningKey, b64decode, b64encode
 from ringfence.messages.base import Claims, typ_header
@@ -95,20 +95,6 @@ class Signed(NamedTuple, Generic[C]):
     def digest(self) -> str:
         """SHA-256 (hex) of the compact JWS."""
         return digest(self.compact)
-
-
-def explain(error: ValidationError) -> str:
-    """The validation errors of pydantic as one sentence, by field, without the values, which could be secret."""
-    items = error.errors(include_url=False)
-    # A list all of whose members are wrong is said to be too short as well.
-    around = {item["loc"][:depth] for item in items for depth in range(1, len(item["loc"]))}
-    found = [
-        # Names of unknown fields are a stranger's words.
-        f"{'.'.join(visible_name(str(part)[:80]) for part in item['loc']) or 'it'}: " + problem_of(item)
-        for item in items
-        if item["loc"] not in around
-    ]
-    return "; ".join(found[:5])[:500]
 
 
 @lru_cache(maxsize=4096)

@@ -8,15 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import orjson
 from cryptography.hazmat.primitives.asymmetric import x25519
-from joserfc import jwe
-from joserfc.errors import JoseError
-from joserfc.jwk import ECKey, OKPKey
-from joserfc.registry import HeaderParameter
 
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jwe import check_reply_key
@@ -30,6 +27,9 @@ from ringfence.kernel.crypto.keys import (
 )
 from ringfence.messages.keys import KeyRecord, PublicJwk
 
+if TYPE_CHECKING:
+    from joserfc import jwe
+
 ABOUT = "about"
 """A protected header, readable without a key, that names the content.
 
@@ -38,17 +38,23 @@ Readers find an envelope by it without decrypting all of them.
 MAX_ENVELOPE_BYTES = 2 * 1024 * 1024
 MAX_RECIPIENTS = 256
 
-_REGISTRY = jwe.JWERegistry(
-    header_registry={ABOUT: HeaderParameter("What is inside", "str")},
-    algorithms=["ECDH-ES+A256KW", "A256GCM"],
-    max_recipients=MAX_RECIPIENTS,
-)
-_REGISTRY.max_ciphertext_length = MAX_ENVELOPE_BYTES
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""Errors that joserfc raises for malformed headers and keys, beside its own."""
 
-_MALFORMED = (
-    JoseError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError
-)  # fmt: skip
-"""Errors that joserfc raises for malformed headers and keys: not only its own."""
+
+@lru_cache(maxsize=1)
+def _registry() -> jwe.JWERegistry:
+    """What envelopes may use. joserfc is imported by the first envelope: most readers of keys never see one."""
+    from joserfc import jwe
+    from joserfc.registry import HeaderParameter
+
+    registry = jwe.JWERegistry(
+        header_registry={ABOUT: HeaderParameter("What is inside", "str")},
+        algorithms=["ECDH-ES+A256KW", "A256GCM"],
+        max_recipients=MAX_RECIPIENTS,
+    )
+    registry.max_ciphertext_length = MAX_ENVELOPE_BYTES
+    return registry
 
 
 class Opener(Protocol):
@@ -109,6 +115,10 @@ class EncryptionKey:
 
         Raises InvalidMessageError if it is no envelope, or not one for this key.
         """
+        from joserfc import jwe
+        from joserfc.errors import JoseError
+        from joserfc.jwk import OKPKey
+
         data = _parsed(envelope)
         mine = [one for one in data["recipients"] if _kid(one) == self.kid]
         if len(mine) != 1:
@@ -116,8 +126,8 @@ class EncryptionKey:
         own = {**self.public.model_dump(exclude_none=True), "d": b64encode(self._key.private_bytes_raw())}
         try:
             only = cast(jwe.GeneralJSONSerialization, {**data, "recipients": mine})
-            plaintext = jwe.decrypt_json(only, OKPKey.import_key(own), registry=_REGISTRY).plaintext
-        except _MALFORMED as error:
+            plaintext = jwe.decrypt_json(only, OKPKey.import_key(own), registry=_registry()).plaintext
+        except (JoseError, *_MALFORMED) as error:
             raise InvalidMessageError(
                 f"cannot open the envelope: {type(error).__name__}", code="seal_broken"
             ) from None
@@ -149,6 +159,9 @@ def enclose(plaintext: bytes, to: Iterable[KeyRecord], *, about: str) -> str:
     `about` stays readable and is authenticated. Raises InvalidMessageError without a key, or with more keys than an
     envelope may have.
     """
+    from joserfc import jwe
+    from joserfc.jwk import ECKey, OKPKey
+
     recipients = list(to)
     if not 0 < len(recipients) <= MAX_RECIPIENTS:
         raise InvalidMessageError(
@@ -159,7 +172,7 @@ def enclose(plaintext: bytes, to: Iterable[KeyRecord], *, about: str) -> str:
         fields = record.jwk.model_dump(exclude_none=True)
         key = ECKey.import_key(fields) if record.jwk.kty == "EC" else OKPKey.import_key(fields)
         envelope.add_recipient({"alg": "ECDH-ES+A256KW", "kid": record.kid}, key)
-    return json.dumps(jwe.encrypt_json(envelope, None, registry=_REGISTRY), separators=(",", ":"))
+    return json.dumps(jwe.encrypt_json(envelope, None, registry=_registry()), separators=(",", ":"))
 
 
 def unverified_about(envelope: bytes) -> str | None:

@@ -8,20 +8,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import jwt
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from pydantic import ValidationError
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.base.text import visible_name
+from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.claims import LEEWAY_S
-from ringfence.kernel.crypto.jws import explain
 from ringfence.kernel.crypto.keys import b64decode
 from ringfence.messages.oidc import OidcAlgorithm, OidcKey
+
+if TYPE_CHECKING:
+    # Imported by the first token: many programs that import this module never see one.
+    import jwt
 
 ALGORITHMS: tuple[str, ...] = get_args(OidcAlgorithm)
 MAX_TOKEN_BYTES = 16 * 1024
@@ -29,7 +31,6 @@ MAX_KEYS = 32
 _MIN_RSA_BITS = 2048
 _TYPES = (None, "JWT", "JOSE")
 """Values of `typ` that an identity token may have. An access token says `at+jwt` (RFC 9068)."""
-_JWS = jwt.PyJWS()
 _USUAL: dict[tuple[Any, Any], OidcAlgorithm] = {
     ("RSA", None): "RS256",
     ("EC", "P-256"): "ES256",
@@ -123,8 +124,10 @@ def verify_token(
         raise TokenError(
             f"alg is {str(header.get('alg'))[:16]!r}, that of the key is {key.alg}", code="alg_not_allowed"
         )
+    import jwt
+
     try:
-        payload = _JWS.decode_complete(token, _public_key(key), algorithms=[key.alg])["payload"]
+        payload = jwt.PyJWS().decode_complete(token, _public_key(key), algorithms=[key.alg])["payload"]
         claims = json_object(payload)
     except jwt.InvalidSignatureError:
         raise TokenError(
@@ -259,6 +262,9 @@ def _usable(jwk: dict[str, Any]) -> OidcKey | None:
 
 
 def _public_key(key: OidcKey) -> jwt.PyJWK:
+    import jwt
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+
     try:
         jwk = jwt.PyJWK(json.loads(key.model_dump_json(exclude_none=True)), algorithm=key.alg)
     except (jwt.PyJWTError, ValueError):

@@ -26,7 +26,8 @@ from starlette.routing import BaseRoute, Route
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.base.strict_json import json_object
-from ringfence.kernel.crypto.jws import Signed, explain
+from ringfence.kernel.base.validation_problems import explain
+from ringfence.kernel.crypto.jws import Signed
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.messages.permission import Permission

@@ -1,0 +1,101 @@
+"""What commands import. A package that a command does not use costs each call of it processor time.
+
+`python -m bench cli` measures that; these tests only say what is not loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringfence.kernel.crypto.keys import SigningKey
+
+KAFKA, HTTP = "aiokafka", "httpx"
+HEAVY = (
+    KAFKA, HTTP, "asyncpg", "asyncssh", "faststream", "httpcore", "joserfc", "jwt", "opentelemetry",
+    "prometheus_client", "pyarrow", "redis", "regorus", "scim2_models", "starlette", "structlog", "uvicorn",
+    "uvloop", "yaml",
+)  # fmt: skip
+NOWHERE = "127.0.0.1:1"
+_RUN = """
+import json, sys
+from ringfence.cli.main import main
+status = main(sys.argv[2:])
+loaded = {name.partition(".")[0] for name, module in sys.modules.items() if module}
+sys.stderr.write("\\n" + json.dumps([status, sorted(loaded & set(json.loads(sys.argv[1])))]))
+"""
+_LOAD = """
+import json, sys
+from ringfence.cli.main import COMMANDS, load
+heavy, found = set(json.loads(sys.argv[1])), {}
+for name, entry in COMMANDS.items():
+    load(name, entry)
+    if loaded := heavy & {module.partition(".")[0] for module in sys.modules}:
+        found[name] = sorted(loaded)
+        heavy -= loaded
+sys.stderr.write("\\n" + json.dumps(found))
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """No settings of whoever runs the tests; an identity, and services that nobody reaches."""
+    SigningKey.generate("spiffe://ringfence.local/user/sam").save(tmp_path / "sam.json")
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RINGFENCE_")},
+        "RINGFENCE_CONFIG": os.devnull,
+        "RINGFENCE_IDENTITY": str(tmp_path / "sam.json"),
+        "RINGFENCE_TRUST_ROOT": "9-4CSVnbJ0bIEZYyJjmZ0-3fQPWrAqSyOqVVF1jwN1g",
+        "RINGFENCE_KAFKA": NOWHERE,
+        **{
+            f"RINGFENCE_{name}_URL": f"http://{NOWHERE}"
+            for name in ("REGISTRY", "POLICY", "REVOKER", "AUDIT")
+        },
+    }
+
+
+def run(code: str, environment: dict[str, str], *words: str) -> Any:
+    """Run code in a fresh interpreter, with the heavy packages and words. Returns what it wrote last."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(HEAVY), *words],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return json.loads(done.stderr.rpartition("\n")[2])
+
+
+def test_no_command_loads_more_than_it_declares(environment: dict[str, str]) -> None:
+    assert run(_LOAD, environment) == {}
+
+
+@pytest.mark.parametrize("words", [
+    "--help", "lease --help", "agent --help", "audit --help", "approvals --help", "policy --help", "request --help",
+    "serve --help", "doctor --help", "key show {key}", "config show", "topics acls",
+])  # fmt: skip
+def test_what_prints_what_is_here_loads_no_client(words: str, environment: dict[str, str]) -> None:
+    line = words.format(key=environment["RINGFENCE_IDENTITY"]).split()
+    assert run(_RUN, environment, *line) == [0, []]
+
+
+@pytest.mark.parametrize("words", [
+    "user list", "agent list", "agent show deploy-bot", "target list", "task list", "lease list", "inventory",
+    "gateway stats", "audit trace deploy-bot", "audit who --target platform", "audit coverage", "audit export",
+    "policy explain 5f0c0e6e-0000-4000-8000-000000000000", "break-glass list", "provisioner list", "approvals grants",
+])  # fmt: skip
+def test_what_reads_an_api_loads_no_client_of_kafka(words: str, environment: dict[str, str]) -> None:
+    assert run(_RUN, environment, *words.split()) == [1, sorted((HTTP, "httpcore"))]
+
+
+@pytest.mark.parametrize("words", ["approvals list", "topics check", "audit verify"])
+def test_what_reads_kafka_loads_no_client_of_http(words: str, environment: dict[str, str]) -> None:
+    assert run(_RUN, environment, *words.split()) == [1, [KAFKA]]
+
+
+def test_httpx_comes_without_its_own_command_line(environment: dict[str, str]) -> None:
+    code = "import json, sys\nsys.argv[1] = json.dumps(['click'])\n" + _RUN
+    assert run(code, environment, "lease", "list") == [1, []]
