@@ -1,6 +1,7 @@
 """Entry point of `ringfence`: finds the command, imports it, and reports errors clearly.
 
-At start it imports only typer: `--help` must be instant, and a command must not need the packages of another.
+At start it imports only typer: `--help` must be instant, and a command must not need the packages of another. A
+command's module imports what only one of its commands needs when that one runs.
 """
 
 from __future__ import annotations

@@ -83,11 +83,12 @@ class Explainer:
             try:
                 async with asyncio.timeout(READ_TIMEOUT_S):
                     await consumer.start()
-                    consumer.assign([partition])
                     start = await consumer.beginning_offsets([partition])
                     end = await consumer.end_offsets([partition])
                     if not start[partition] <= at.offset < end[partition]:
                         raise _gone()
+                    # Assigned only now: meanwhile it would fetch from the end, and the seek wait 0.5 s for that.
+                    consumer.assign([partition])
                     consumer.seek(partition, at.offset)
                     record = await consumer.getone(partition)
             except (KafkaError, TimeoutError) as error:
