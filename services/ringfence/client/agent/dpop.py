@@ -53,14 +53,20 @@ def target_uri(url: str) -> str:
 
 
 def proof(
-    key: SigningKey, method: str, url: str, *, access_token: str, now_s: int, nonce: str | None = None
+    key: SigningKey,
+    method: str,
+    url: str,
+    *,
+    access_token: str | None,
+    now_s: int,
+    nonce: str | None = None,
 ) -> str:
     """Make the `DPoP` header of one request. Each proof has a unique `jti` and is accepted once.
 
     Args:
         key: the agent's key, to which the token is bound.
         method, url: of the request.
-        access_token: the token that the request presents.
+        access_token: the token that the request presents; None if it presents none.
         now_s: seconds since 1970, UTC.
         nonce: the last nonce of the resource server, if it sent one.
 
@@ -72,8 +78,9 @@ def proof(
         "htm": method.upper(),
         "htu": target_uri(url),
         "iat": now_s,
-        "ath": access_token_hash(access_token),
     }
+    if access_token is not None:
+        claims["ath"] = access_token_hash(access_token)
     if nonce is not None:
         claims["nonce"] = nonce
     head = b64encode(orjson.dumps({"typ": PROOF_TYPE, "alg": key.alg, "jwk": jwk}))
@@ -104,7 +111,7 @@ class DpopAuth(httpx.Auth):
         if nonce is None:
             return
         self._nonces[origin] = nonce
-        if response.status_code == httpx.codes.UNAUTHORIZED and _wants_nonce(response):
+        if response.status_code == httpx.codes.UNAUTHORIZED and wants_nonce(response):
             request.headers["DPoP"] = self._proof(request, origin)
             response = yield request
             self._nonces[origin] = response.headers.get(NONCE_HEADER, nonce)
@@ -127,7 +134,8 @@ class BearerAuth(httpx.Auth):
         yield request
 
 
-def _wants_nonce(response: httpx.Response) -> bool:
+def wants_nonce(response: httpx.Response) -> bool:
+    """Whether a server refused a proof only because it lacks a nonce (RFC 9449, 9)."""
     return 'error="use_dpop_nonce"' in response.headers.get("WWW-Authenticate", "")
 
 
