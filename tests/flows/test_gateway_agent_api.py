@@ -576,16 +576,10 @@ async def test_what_follows_a_call_is_a_request_of_its_own(office: ApiOffice) ->
 
 
 async def test_through_connect_the_gateways_ca_covers_the_name(office: ApiOffice, desk: IssuerBench) -> None:
-    context = ssl.create_default_context(cafile=str(office.ca))
-    url, asked = "https://ringfence/v1/requests", request(desk)
-    caller = Caller("https://ringfence", desk.bot.key)
-    async with httpx.AsyncClient(
-        proxy=f"http://127.0.0.1:{office.port}", verify=context, trust_env=False, timeout=WITHIN_S
-    ) as http:
-        for _ in range(2):
-            headers = {**JOSE, "DPoP": caller.proof("POST", url)}
-            answer = await http.post(url, content=asked.compact, headers=headers)
-            caller.nonce = answer.headers.get("dpop-nonce")
+    context, asked = ssl.create_default_context(cafile=str(office.ca)), request(desk)
+    proxy = f"http://127.0.0.1:{office.port}"
+    caller = Caller("https://ringfence", desk.bot.key, proxy=proxy, tls=context)
+    answer = await caller.post(asked)
     assert (answer.status_code, answer.json()["status"]) == (202, asked.status)
     for port in (80, 8443):
         refused = await raw(office, f"CONNECT ringfence:{port} HTTP/1.1\r\nHost: ringfence:{port}")
@@ -593,18 +587,9 @@ async def test_through_connect_the_gateways_ca_covers_the_name(office: ApiOffice
 
 
 async def test_through_http_proxy_by_absolute_form(office: ApiOffice, desk: IssuerBench) -> None:
-    url, asked, caller = (
-        "http://ringfence/v1/requests",
-        request(desk),
-        Caller("http://ringfence", desk.bot.key),
-    )
-    async with httpx.AsyncClient(
-        proxy=f"http://127.0.0.1:{office.port}", trust_env=False, timeout=WITHIN_S
-    ) as http:
-        for _ in range(2):
-            headers = {**JOSE, "DPoP": caller.proof("POST", url)}
-            answer = await http.post(url, content=asked.compact, headers=headers)
-            caller.nonce = answer.headers.get("dpop-nonce")
+    caller = Caller("http://ringfence", desk.bot.key, proxy=f"http://127.0.0.1:{office.port}")
+    asked = request(desk)
+    answer = await caller.post(asked)
     assert (answer.status_code, answer.json()["status"]) == (202, asked.status)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -13,6 +14,7 @@ from typing import Any
 import httpx
 
 from ringfence.client.agent.dpop import proof
+from ringfence.client.settings import ClientSettings
 from ringfence.dev.processes import free_port
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jwe import ReplyKey
@@ -27,11 +29,16 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.benches.gateway_flows import RULES, VERBS, gateway
 from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
-from tests.support.benches.sdk_clients import Played
+from tests.support.benches.sdk_clients import Played, client
 from tests.support.world import WITHIN_S, World, scope
 
 JOSE = {"Content-Type": "application/jose"}
+NO_KAFKA = "127.0.0.1:1"
 WIDE = scope("hub", ("read", "write"), ("path/**",))
+
+
+_NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""To read all authorities of the machine for each call would take longer than all else."""
 
 
 @dataclass
@@ -59,22 +66,30 @@ class Caller:
     key: SigningKey | None = field(default=None, repr=False)
     socket: Path | None = None
     nonce: str | None = None
+    proxy: str | None = None
+    tls: ssl.SSLContext = field(default=_NO_TLS, repr=False)
 
     async def call(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, /, **dpop: Any
     ) -> httpx.Response:
         """One call, with a second proof where the nonce was missing. `dpop`: replaces arguments of the proof."""
-        url = f"{self.base}{path}"
+        answer = await self._call_once(method, path, body, headers, dpop)
+        if "use_dpop_nonce" in answer.headers.get("WWW-Authenticate", ""):
+            answer = await self._call_once(method, path, body, headers, dpop)
+        return answer
+
+    async def _call_once(
+        self, method: str, path: str, body: Any, headers: dict[str, str] | None, dpop: dict[str, Any]
+    ) -> httpx.Response:
+        url, given = f"{self.base}{path}", dict(headers or {})
+        if self.key is not None and "DPoP" not in given:
+            given["DPoP"] = self.proof(method, url, **dpop)
         transport = httpx.AsyncHTTPTransport(uds=str(self.socket)) if self.socket is not None else None
-        async with httpx.AsyncClient(transport=transport, timeout=WITHIN_S, trust_env=False) as http:
-            for _ in range(2):
-                given = dict(headers or {})
-                if self.key is not None and "DPoP" not in given:
-                    given["DPoP"] = self.proof(method, url, **dpop)
-                answer = await http.request(method, url, content=body, headers=given)
-                self.nonce = answer.headers.get("DPoP-Nonce", self.nonce)
-                if "use_dpop_nonce" not in answer.headers.get("WWW-Authenticate", ""):
-                    break
+        async with httpx.AsyncClient(
+            transport=transport, proxy=self.proxy, verify=self.tls, timeout=WITHIN_S, trust_env=False
+        ) as http:
+            answer = await http.request(method, url, content=body, headers=given)
+        self.nonce = answer.headers.get("DPoP-Nonce", self.nonce)
         return answer
 
     def proof(self, method: str, url: str, /, **dpop: Any) -> str:
@@ -138,6 +153,15 @@ async def api_office(kafka: Kafka, redis: RedisServer, folder: Path, **own: Any)
         backend = BackendSettings.model_validate({"kind": "jwt", "url": "https://hub.test.example"})
         await world.target("hub", backend=backend, requests=RULES, verbs=VERBS)
         yield ApiOffice(first, port, folder / "tasks", folder / "ca.pem", settings)
+
+
+@asynccontextmanager
+async def by_gateway(world: World, folder: Path, port: int = 0) -> AsyncIterator[ClientSettings]:
+    """A registry, and a gateway; the settings of an agent that reaches the gateway, and no Kafka."""
+    port = port or free_port()
+    own = {"listen": str(port), "spool": folder / "spool", "issuer": "http://127.0.0.1:1"}
+    async with world.running("registry"), gateway(world, confirmed=False, **own):
+        yield client(world, door=f"http://127.0.0.1:{port}", kafka=NO_KAFKA)
 
 
 async def agent_desk(office: ApiOffice) -> IssuerBench:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -20,7 +21,7 @@ from ringfence.client.errors import InvalidCallError, RefusedError, require_unde
 from ringfence.client.instance_enrolment import Attested
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.base.errors import InvalidMessageError, SettingsError, UnavailableError
 from ringfence.kernel.base.http_client import web_client
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.base.retry import backoff
@@ -46,6 +47,8 @@ limited.
 _ANSWER_WITHIN_S: Final = _WAIT_S + 30.0
 _TRUST_EVERY_S: Final = 60.0
 _UNIX: Final = "unix:"
+_LONGEST_ADDRESS: Final = 107
+"""The most bytes of a unix socket's address (unix(7))."""
 _JOSE: Final = {"Content-Type": "application/jose"}
 _NOT_FOUND, _OK, _ACCEPTED, _TOO_MANY, _UNAVAILABLE = 404, 200, 202, 429, 503
 
@@ -64,10 +67,14 @@ class HttpConnection(Connection):
         *,
         attested: Attested | None = None,
     ) -> None:
-        """`door`: the value of `RINGFENCE_DOOR`; for the others see `Connection`."""
+        """`door`: the value of `RINGFENCE_DOOR`; for the others, and what is raised, see `Connection`."""
         super().__init__(key, settings, clock, attested=attested)
         self._door = door.rstrip("/")
         self._socket = self._door.removeprefix(_UNIX) if self._door.startswith(_UNIX) else None
+        if self._socket is not None and len(os.fsencode(self._socket)) > _LONGEST_ADDRESS:
+            raise SettingsError(
+                f"RINGFENCE_DOOR: the path of a socket has at most {_LONGEST_ADDRESS} bytes; write a relative one"
+            )
         self._url = api_url(self._door)
         self._http: httpx.AsyncClient | None = None
         self._nonce: str | None = None
