@@ -593,6 +593,31 @@ async def test_through_http_proxy_by_absolute_form(office: ApiOffice, desk: Issu
     assert (answer.status_code, answer.json()["status"]) == (202, asked.status)
 
 
+@pytest.mark.tools
+async def test_curl_is_enough(office: ApiOffice, desk: IssuerBench, tmp_path: Path) -> None:
+    """As docs/http-access.md has it: a signed request in a file, and the socket of its task."""
+    socket, asked, file = (await with_socket(office, desk)).socket, request(desk), tmp_path / "request.jws"
+    file.write_text(asked.compact)
+
+    async def curl(*arguments: str) -> bytes:
+        process = await asyncio.create_subprocess_exec(
+            "curl", "-sS", "--fail-with-body", "--unix-socket", str(socket), *arguments,
+            stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        out, _ = await asyncio.wait_for(process.communicate(), WITHIN_S)
+        assert process.returncode == 0, out
+        return out
+
+    posted = await curl(
+        "-H", "Content-Type: application/jose", "--data-binary", f"@{file}", "http://ringfence/v1/requests"
+    )
+    status = json.loads(posted)["status"]
+    waiting = asyncio.create_task(curl(f"http://ringfence{status}?wait=60s"))
+    await (await office.played(asked)).issue("s3cret")
+    assert json.loads(asked.reply_key.open(await waiting))["request_id"] == asked.id
+    assert await curl("http://ringfence/v1/trust") == office.world.trust.compact
+
+
 # --- the name is reserved ---------------------------------------------------------------------------------------------
 
 
