@@ -459,6 +459,8 @@ async def test_a_flood_of_one_agent_is_stopped_and_another_is_served(
         assert len(refused) == 9
         assert {code(one) for one in refused} == {(429, "too_many_requests")}
         assert int(refused[0].headers["retry-after"]) >= 1
+        event = await action(office.world, agent_id=desk.bot.name, allowed=False)
+        assert event.reasons[0].code == "too_many_requests"
         stranger = SigningKey.generate(other.bot.id)
         for _ in range(5):
             assert code(await Caller(base, stranger).post(request(other, stranger))) == (403, "key_unknown")

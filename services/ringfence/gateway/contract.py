@@ -104,6 +104,8 @@ class BlockedRequest:
     method: str | None = None
     destination: Destination | None = None
     """The destination of the request, if there is no attempt."""
+    agent_id: str | None = None
+    """The agent that sent it, if the request itself proved that."""
     unparsed: bool = False
     """Whether the head could not be parsed for certain: then its effect is unknown."""
 

@@ -7,8 +7,9 @@ and cannot read a reply. Over a task's socket only that task's messages count. E
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Final
 from urllib.parse import parse_qsl
@@ -109,9 +110,10 @@ class AgentRequestsApi:
             self._require_certificate_of(message.agent_id, presented)
             if (challenge := await self._check_proof(request, message.kid)) is not None:
                 return challenge
-        self._check_limits(request, message.agent_id)
-        self._posts.charge(_sender(message.agent_id))
-        await self._publications.publish(message, well_formed(request.traceparent))
+        with _attributed_to(message.agent_id):
+            self._check_limits(request, message.agent_id)
+            self._posts.charge(f"agent:{message.agent_id}")
+            await self._publications.publish(message, well_formed(request.traceparent))
         return self._accepted(request, message)
 
     def _accepted(self, request: ApiRequest, message: PostedMessage) -> Answer:
@@ -151,15 +153,16 @@ class AgentRequestsApi:
         agent_id, challenge = await self._entitled(request, id)
         if challenge is not None:
             return challenge
-        self._check_limits(request, agent_id)
-        reply = self._replies.get(agent_id, id, after)
-        if reply is None and wait_s > 0:
-            with self._waiting.place(agent_id):
-                # Requests that only wait must not take the places of others of this sender and agent.
-                request.release_slot()
-                reply = await self._replies.next(
-                    agent_id, id, after, wait_s=wait_s, on_disconnect=request.on_disconnect
-                )
+        with _attributed_to(agent_id):
+            self._check_limits(request, agent_id)
+            reply = self._replies.get(agent_id, id, after)
+            if reply is None and wait_s > 0:
+                with self._waiting.place(agent_id):
+                    # Requests that only wait must not take the places of others of this sender and agent.
+                    request.release_slot()
+                    reply = await self._replies.next(
+                        agent_id, id, after, wait_s=wait_s, on_disconnect=request.on_disconnect
+                    )
         headers = self._fresh_nonce(request)
         status = f"{request.base}{_REQUESTS}/{id}"
         if reply is None:
@@ -259,8 +262,14 @@ class AgentRequestsApi:
         return task.state.agent_id if task is not None else None
 
 
-def _sender(agent_id: str) -> str:
-    return f"agent:{agent_id}"
+@contextlib.contextmanager
+def _attributed_to(agent_id: str) -> Iterator[None]:
+    """Attribute refusals to the agent that has proved that it sent the request."""
+    try:
+        yield
+    except RequestRefusedError as error:
+        error.agent_id = agent_id
+        raise
 
 
 def _require_method(request: ApiRequest, method: str) -> None:

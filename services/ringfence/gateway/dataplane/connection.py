@@ -284,10 +284,12 @@ class AgentConnection:
     async def _refuse(self, error: RequestRefusedError, request: RequestHead | None, *, close: bool) -> bool:
         """Refuse a request before its decision. A challenge (407) is not reported as blocked."""
         if error.status != _PROXY_AUTHENTICATION_REQUIRED:
-            self._report_blocked(error.code, error.message, request)
+            self._report_blocked(error.code, error.message, request, error.agent_id)
         return await self._send_refusal(error, request, close=close)
 
-    def _report_blocked(self, code: str, message: str, request: RequestHead | None) -> None:
+    def _report_blocked(
+        self, code: str, message: str, request: RequestHead | None, agent_id: str | None = None
+    ) -> None:
         shown = PresentedIdentity(self._listener.task_id, self._listener.certificate)
         if request is not None:
             host = request.values.get(b"host")
@@ -298,7 +300,14 @@ class AgentConnection:
         destination = destination_of_line(method, target, named, self._listener.scheme) if target else None
         self._shared.report_blocked(
             BlockedRequest(
-                code, message, shown, self._attempt, method or None, destination, unparsed=request is None
+                code,
+                message,
+                shown,
+                self._attempt,
+                method or None,
+                destination,
+                agent_id,
+                unparsed=request is None,
             )
         )
 
