@@ -116,7 +116,9 @@ class HttpConnection(Connection):
 
     async def follow(self, topics: Sequence[Topic[Any]], *args: Any, **options: Any) -> None:
         """Raises InvalidCallError: no topic can be read over HTTP."""
-        _needs_kafka(f"reading {', '.join(topic.what for topic in topics)}")
+        _needs_kafka(
+            f"this call waits for answers on Kafka ({', '.join(topic.what for topic in topics)}), and so"
+        )
 
     # --- messages out ---
 
