@@ -478,9 +478,9 @@ async def test_who_waits_holds_up_nobody(
         WaitingRequests.place,
     )
 
-    def told(self: WaitingRequests, agent_id: str) -> AbstractContextManager[None]:
+    def told(self: WaitingRequests, agent_id: str, sender: str) -> AbstractContextManager[None]:
         waits.set()
-        return place(self, agent_id)
+        return place(self, agent_id, sender)
 
     monkeypatch.setattr(WaitingRequests, "place", told)
     async with strict(office, tmp_path, monkeypatch) as base:

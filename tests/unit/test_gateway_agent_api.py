@@ -111,17 +111,21 @@ async def test_a_wait_without_a_reply_ends_with_its_time_and_leaves_nothing() ->
     assert not replies._arrivals
 
 
-def test_places_to_wait_are_limited_for_each_agent_and_for_all() -> None:
-    waiting = WaitingRequests(per_agent=1, in_total=2)
-    with waiting.place("a"):
-        with pytest.raises(RequestRefusedError) as refused, waiting.place("a"):
+def test_places_to_wait_are_limited_for_each_agent_each_sender_and_all() -> None:
+    waiting = WaitingRequests(per_agent=1, per_sender=2, in_total=3)
+    with waiting.place("a", "here"):
+        with pytest.raises(RequestRefusedError) as refused, waiting.place("a", "there"):
             pass
         assert (refused.value.status, refused.value.code) == (429, "waiting_limit")
-        with waiting.place("b"), pytest.raises(RequestRefusedError), waiting.place("c"):
-            pass
-    with waiting.place("a"):
+        with waiting.place("b", "here"):
+            with pytest.raises(RequestRefusedError), waiting.place("c", "here"):
+                pass
+            with waiting.place("c", "there"), pytest.raises(RequestRefusedError), waiting.place("d", "there"):
+                pass
+    with waiting.place("a", "here"):
         pass
-    assert not waiting._waiting
+    assert not waiting._agents
+    assert not waiting._senders
 
 
 # --- publications -----------------------------------------------------------------------------------------------------

@@ -316,6 +316,8 @@ Answer = tuple[int, Mapping[str, str], bytes]
 class ApiRequest:
     """One request of an agent to the gateway itself."""
 
+    sender: str
+    """The sender whose limits count: a task, a client certificate, or an address."""
     presented: PresentedIdentity
     method: str
     path: str

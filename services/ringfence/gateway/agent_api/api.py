@@ -157,7 +157,7 @@ class AgentRequestsApi:
             self._check_limits(request, agent_id)
             reply = self._replies.get(agent_id, id, after)
             if reply is None and wait_s > 0:
-                with self._waiting.place(agent_id):
+                with self._waiting.place(agent_id, request.sender):
                     # Requests that only wait must not take the places of others of this sender and agent.
                     request.release_slot()
                     reply = await self._replies.next(

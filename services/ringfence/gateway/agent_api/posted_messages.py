@@ -92,7 +92,9 @@ class PostedMessageVerifier:
         except InvalidMessageError as error:
             raise RequestRefusedError(400, error.code, error.message) from None
         claims = signed.claims
-        agent_id = subject_of(self._audience, claims.iss, "agent") or ""
+        agent_id = subject_of(self._audience, claims.iss, "agent")
+        if agent_id is None:
+            raise RequestRefusedError(403, "key_unknown", "only agents post messages")
         return PostedMessage(signed, message_id(claims.iss, claims.jti), agent_id, jws.header.kid)
 
 

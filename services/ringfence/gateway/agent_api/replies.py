@@ -132,27 +132,38 @@ class SealedReplies:
 
 
 class WaitingRequests:
-    """Counts requests that wait for a reply, so that no agent takes all places."""
+    """Counts requests that wait for a reply, so that no agent and no sender takes all places."""
 
-    def __init__(self, *, per_agent: int, in_total: int) -> None:
+    def __init__(self, *, per_agent: int, per_sender: int, in_total: int) -> None:
+        """A sender is an address, a client certificate or a socket: one of several agents, or one with several."""
         self._per_agent = per_agent
+        self._per_sender = per_sender
         self._in_total = in_total
-        self._waiting: Counter[str] = Counter()
+        self._agents: Counter[str] = Counter()
+        self._senders: Counter[str] = Counter()
+        self._count = 0
 
     @contextlib.contextmanager
-    def place(self, agent_id: str) -> Iterator[None]:
-        """Take a place for one request of an agent. Raises RequestRefusedError (429)."""
-        if self._waiting[agent_id] >= self._per_agent or self._waiting.total() >= self._in_total:
-            if not self._waiting[agent_id]:
-                del self._waiting[agent_id]
+    def place(self, agent_id: str, sender: str) -> Iterator[None]:
+        """Take a place for one request. Raises RequestRefusedError (429)."""
+        if (
+            self._agents.get(agent_id, 0) >= self._per_agent
+            or self._senders.get(sender, 0) >= self._per_sender
+            or self._count >= self._in_total
+        ):
             raise RequestRefusedError(
                 429, "waiting_limit", "too many requests wait for replies already; wait for fewer at a time",
                 headers={"Retry-After": "1"},
             )  # fmt: skip
-        self._waiting[agent_id] += 1
+        self._add(agent_id, sender, 1)
         try:
             yield
         finally:
-            self._waiting[agent_id] -= 1
-            if not self._waiting[agent_id]:
-                del self._waiting[agent_id]
+            self._add(agent_id, sender, -1)
+
+    def _add(self, agent_id: str, sender: str, number: int) -> None:
+        self._count += number
+        for counts, key in ((self._agents, agent_id), (self._senders, sender)):
+            counts[key] += number
+            if not counts[key]:
+                del counts[key]

@@ -17,7 +17,9 @@ from ringfence.kernel.service.runtime import Runtime
 
 POSTS: Final = Allowance(per_second_each=20.0, burst_each=100)
 """Posts of one agent. Twice the rate that policy decides by default: policy refuses first, and says why."""
-WAITING_PER_AGENT: Final = 64
+WAITING_PER_AGENT: Final = 32
+_CONNECTIONS_SHARE: Final = 2
+"""One of this many connections of an address or socket may wait for a reply, so that others behind it find one."""
 _WAITING_SHARE: Final = 4
 """One of this many connections may wait for a reply."""
 
@@ -44,7 +46,9 @@ def build_agent_api(runtime: Runtime, core: Core, own: GatewaySettings) -> Agent
         core.proofs,
         SenderLimits(POSTS, time.monotonic),
         WaitingRequests(
-            per_agent=WAITING_PER_AGENT, in_total=max(WAITING_PER_AGENT, own.connections // _WAITING_SHARE)
+            per_agent=WAITING_PER_AGENT,
+            per_sender=Allowance().connections_each // _CONNECTIONS_SHARE,
+            in_total=max(1, own.connections // _WAITING_SHARE),
         ),
         clock,
     )

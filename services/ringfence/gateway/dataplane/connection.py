@@ -182,6 +182,7 @@ class AgentConnection:
             )
             answer = await api.answer(
                 ApiRequest(
+                    self._listener.sender,
                     presented_by(request, self._listener, htu=called.htu),
                     request.method,
                     called.path,
