@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ringfence.messages.registry import BackendSettings, TargetSet, TaskEnd, Ver
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
+from tests.gateway.certificates import Certificates
 from tests.gateway.raw import Response, connected
 from tests.support.benches.agent_api_bench import (
     JOSE,
@@ -313,6 +315,31 @@ async def test_over_tcp_the_key_of_the_message_must_prove_itself(
     assert len(await office.published(desk)) == 1
 
 
+async def test_on_a_tls_listener_a_certificate_is_the_agents_own_and_proves_no_message(
+    office: ApiOffice, desk: IssuerBench, tmp_path: Path
+) -> None:
+    certificates, port, other = Certificates(tmp_path), free_port(), await agent_desk(office)
+    own = {
+        "listen": str(port), "spool": tmp_path / "spool", "tls_cert_file": certificates.server_file("127.0.0.1"),
+        "tls_client_ca_file": certificates.file, "names": (f"127.0.0.1:{port}",),
+    }  # fmt: skip
+
+    def caller(certificate_of: str, key: SigningKey | None) -> Caller:
+        context = certificates.trusting()
+        context.load_cert_chain(certificates.client(certificate_of))
+        return Caller(f"https://127.0.0.1:{port}/ringfence", key, tls=context)
+
+    asked = request(desk)
+    async with gateway(office.world, **own):
+        assert code(await caller(desk.bot.id, None).post(asked)) == (401, "proof_missing")
+        assert code(await caller(other.bot.id, desk.bot.key).post(asked)) == (403, "certificate_other_agent")
+        assert await office.published(desk) == []
+        mine = caller(desk.bot.id, desk.bot.key)
+        assert (await mine.post(asked)).status_code == 202
+        assert (await mine.get(asked)).status_code == 202
+        assert code(await caller(other.bot.id, desk.bot.key).get(asked)) == (403, "certificate_other_agent")
+
+
 async def test_only_who_posted_a_request_fetches_its_reply(office: ApiOffice, desk: IssuerBench) -> None:
     caller, asked, other = office.over_tcp(desk), request(desk), await agent_desk(office)
     socket = await with_socket(office, desk)
@@ -327,7 +354,8 @@ async def test_only_who_posted_a_request_fetches_its_reply(office: ApiOffice, de
         assert code(answer) == (404, "request_unknown")
     assert code(await Caller(caller.base).get(asked)) == (401, "proof_missing")
     never = Posted(request(desk).claims, "", asked.reply_key)
-    assert code(await caller.get(never)) == (404, "request_unknown")
+    for own in (caller, socket):
+        assert code(await own.get(never)) == (404, "request_unknown")
 
 
 @pytest.mark.parametrize(
@@ -471,6 +499,10 @@ async def test_a_flood_of_one_agent_is_stopped_and_another_is_served(
 async def test_who_waits_holds_up_nobody(
     office: ApiOffice, desk: IssuerBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Not even in a data plane that lets one request of an address be in progress at a time."""
+    monkeypatch.setattr(
+        "ringfence.gateway.dataplane.listeners.Allowance", partial(Allowance, concurrent_each=1)
+    )
     other, asked, waits, place = (
         await agent_desk(office),
         request(desk),
