@@ -21,6 +21,8 @@ from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.settings import load
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.record import Received
+from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.topics import CREDENTIAL_REQUEST, REGISTRY_COMMAND, REVOCATION_REQUEST
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
@@ -202,6 +204,48 @@ async def test_a_timeout_is_the_callers_also_while_it_posts(
         monkeypatch.setattr("ringfence.client.agent.agent._WITHDRAW_TIMEOUT_S", 0.1)
         with pytest.raises(RequestTimeoutError):
             await ask(agent, timeout_s=0.2)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+async def test_a_request_that_was_given_up_while_it_was_posted_is_followed_to_its_end(
+    world: World, behind: ClientSettings, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """The gateway took it, and its answer never came: what is issued all the same is given back."""
+    call, posts = HttpConnection._call, 0
+
+    async def mute(self: HttpConnection, method: str, *args: Any, **options: Any) -> httpx.Response:
+        nonlocal posts
+        if method == "POST" and not posts:
+            posts += 1
+            if taken:
+                await call(self, method, *args, **options)
+            await asyncio.Event().wait()
+        return await call(self, method, *args, **options)
+
+    monkeypatch.setattr(HttpConnection, "_call", mute)
+    async with Agent.connect((await bot_of(world)).key, behind) as agent:
+        asked = ask(agent)
+        await world.until(lambda: posts or None, "the post")
+        played = await arrived(world) if taken else None
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert isinstance(agent.connection, HttpConnection)
+        polls = agent.connection._polls
+        if played is not None:
+            lease = await played.issue()
+            record = await world.consume_until(REVOCATION_REQUEST, lambda r: True)
+            assert parse(record.value).unverified_claims(RevocationRequest).lease_id == lease
+        else:
+            (poll,) = polls.values()
+            await asyncio.wait_for(poll, WITHIN_S)
+            assert not any(
+                record for record in await world.records(CREDENTIAL_REQUEST) if not is_withdrawal(record)
+            )
+
+
+def is_withdrawal(record: Received) -> bool:
+    return parse(record.value).header.typ.startswith("ringfence.request.withdraw")
 
 
 @pytest.mark.parametrize(

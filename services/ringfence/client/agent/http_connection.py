@@ -45,6 +45,8 @@ _WAIT_S, _CROWDED_WAIT_S, _MANY = 30, 2, 32
 limited.
 """
 _ANSWER_WITHIN_S: Final = _WAIT_S + 30.0
+_MISSES: Final = 5
+"""So often a gateway may not know a request before it counts as never posted."""
 _TRUST_EVERY_S: Final = 60.0
 _UNIX: Final = "unix:"
 _LONGEST_ADDRESS: Final = 107
@@ -145,11 +147,19 @@ class HttpConnection(Connection):
         request_id = message_id(claims.iss, claims.jti)
         signer = self._keys.get(request_id, self.key)
         compact = compact or sign(claims, signer)
-        await self._post(claims.typ, compact, signer, traceparent)
-        if request_id in self._keys and request_id not in self._polls:
-            poll = asyncio.create_task(self._poll(request_id, signer, claims.typ, compact))
-            self._polls[request_id] = poll
+        try:
+            await self._post(claims.typ, compact, signer, traceparent)
+        except asyncio.CancelledError:
+            # It may have been taken all the same. A credential that still comes is given back.
+            self._start_to_poll(request_id, signer, claims.typ, None)
+            raise
+        self._start_to_poll(request_id, signer, claims.typ, compact)
         return NOWHERE
+
+    def _start_to_poll(self, request_id: str, signer: SigningKey, typ: str, compact: str | None) -> None:
+        if request_id in self._keys and request_id not in self._polls:
+            poll = asyncio.create_task(self._poll(request_id, signer, typ, compact))
+            self._polls[request_id] = poll
 
     async def _post(self, typ: str, compact: str, signer: SigningKey, traceparent: str | None) -> None:
         headers = {**_JOSE, "traceparent": traceparent} if traceparent is not None else _JOSE
@@ -191,9 +201,12 @@ class HttpConnection(Connection):
             self._ending.add(poll)
             poll.add_done_callback(self._ending.discard)
 
-    async def _poll(self, request_id: str, signer: SigningKey, typ: str, compact: str) -> None:
-        """Fetch the replies to one request, in order, until it is forgotten."""
-        count, posted_again, delays, loop = 0, False, backoff(0.2, 5.0), asyncio.get_running_loop()
+    async def _poll(self, request_id: str, signer: SigningKey, typ: str, compact: str | None) -> None:
+        """Fetch the replies to one request, in order, until it is forgotten.
+
+        `compact`: the request; None if it is not known whether it was posted, and nobody waits for it.
+        """
+        count, misses, delays, loop = 0, 0, backoff(0.2, 5.0), asyncio.get_running_loop()
         while True:
             wait_s, begun = _WAIT_S if len(self._polls) <= _MANY else _CROWDED_WAIT_S, loop.time()
             try:
@@ -203,6 +216,8 @@ class HttpConnection(Connection):
                     signer,
                     params={"wait": f"{wait_s}s", "after": str(count)},
                 )
+                if answer.status_code in (_OK, _ACCEPTED):
+                    misses = 0
                 if answer.status_code == _OK:
                     count, delays = count + 1, backoff(0.2, 5.0)
                     await self._refresh_trust()
@@ -212,11 +227,14 @@ class HttpConnection(Connection):
                     if loop.time() - begun < 1:  # it did not wait
                         await asyncio.sleep(next(delays))
                     continue
-                if answer.status_code == _NOT_FOUND and not posted_again:
-                    # The gateway has started again, and there is no reply yet. The same bytes count once.
-                    posted_again = True
-                    await self._post(typ, compact, signer, None)
-                    continue
+                if answer.status_code == _NOT_FOUND:
+                    misses += 1
+                    if compact is None and misses == _MISSES:
+                        return
+                    if compact is not None and misses == 1:
+                        # The gateway has started again, and there is no reply yet. The same bytes count once.
+                        await self._post(typ, compact, signer, None)
+                        continue
                 delay_s = max(next(delays), _retry_after_s(answer))
                 log.info("no reply to request %s yet: %s", request_id, _problem(answer)[1])
             except (UnavailableError, RefusedError) as error:

@@ -7,6 +7,7 @@ Kafka: policy and revoker report it, and it changes nothing.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ from aiokafka.errors import KafkaError
 from ringfence.gateway.agent_api.posted_messages import PostedMessage
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.messages.credential import CredentialRequest
+
+log = logging.getLogger(__name__)
 
 PER_AGENT: Final = 1000
 IN_TOTAL: Final = 50_000
@@ -107,6 +111,16 @@ class Publications:
             )
             await acknowledgement
             publication.acknowledged = True
+        except KafkaError as error:
+            # Without the right to write there, say, nobody else would tell the operator.
+            log.warning(
+                "Kafka did not take a %s on %s: %s",
+                claims.typ,
+                message.topic.what,
+                type(error).__name__,
+                extra=rate_limited(message.topic.what, type(error).__name__),
+            )
+            raise
         finally:
             publication.sending = None
 
