@@ -31,6 +31,7 @@ from ringfence.messages.permission import Permission
 from ringfence.messages.topics import CREDENTIAL_REQUEST, DEAD_LETTER, REVOCATION_REQUEST, SERVICE_EVENT
 from ringfence.model.scope.globs import ScopeError
 from ringfence.policy.incoming.verification import is_request_withdrawal
+from tests.support.benches.agent_api_bench import by_gateway
 from tests.support.benches.sdk_clients import Played, client
 from tests.support.world import WITHIN_S, Party, World
 
@@ -38,9 +39,20 @@ TASK = str(uuid.uuid4())
 
 
 @pytest.fixture
-async def agent(world: World) -> AsyncIterator[Agent]:
+async def agent(world: World, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Agent]:
+    """An agent that is connected to Kafka; with the parameter `http`, to a gateway alone."""
+    if getattr(request, "param", "kafka") == "http":
+        async with by_gateway(world, tmp_path) as behind:
+            bot = await world.agent("bot", sponsor=await world.user("sam", roles=("sponsor",)))
+            async with Agent.connect(bot.key, behind) as connected:
+                yield connected
+        return
     async with Agent.connect(world.party("agent", "bot").key, client(world)) as connected:
         yield connected
+
+
+either_way = pytest.mark.parametrize("agent", ["kafka", "http"], indirect=True)
+"""What an agent sees is the same by Kafka and by a gateway."""
 
 
 def ask(agent: Agent, **options: Any) -> asyncio.Task[IssuedCredential]:
@@ -74,6 +86,7 @@ def revocation(record: Received) -> RevocationRequest:
     return parse(record.value).unverified_claims(RevocationRequest)
 
 
+@either_way
 async def test_a_request_says_exactly_what_was_asked_and_gets_its_credential(
     world: World, agent: Agent
 ) -> None:
@@ -92,6 +105,7 @@ async def test_a_request_says_exactly_what_was_asked_and_gets_its_credential(
     assert credential.trace_id == played.record.traceparent.split("-")[1]
 
 
+@either_way
 async def test_what_forgers_reply_is_ignored(world: World, agent: Agent) -> None:
     asked = ask(agent)
     played = await arrived(world)
@@ -103,6 +117,7 @@ async def test_what_forgers_reply_is_ignored(world: World, agent: Agent) -> None
     assert (await asked).value == "good"
 
 
+@either_way
 async def test_requests_side_by_side_get_their_own_answers(world: World, agent: Agent) -> None:
     asked = {name: ask(agent, reason=name) for name in ("one", "two", "three", "four")}
     for name in ("four", "two", "three"):
@@ -115,6 +130,7 @@ async def test_requests_side_by_side_get_their_own_answers(world: World, agent: 
         await asked["one"]
 
 
+@either_way
 async def test_approvals_are_told_once_and_then_the_credential_comes(world: World, agent: Agent) -> None:
     told: list[PendingRequest] = []
     asked = ask(agent, on_pending=told.append)
@@ -127,6 +143,7 @@ async def test_approvals_are_told_once_and_then_the_credential_comes(world: Worl
     assert [str(pending) for pending in told] == ["waiting for the approval of the agent's sponsor"]
 
 
+@either_way
 async def test_on_pending_may_be_a_coroutine_and_its_failure_is_the_callers(
     world: World, agent: Agent
 ) -> None:
@@ -154,6 +171,7 @@ async def timed_out(
     raise AssertionError(f"never waited for: {says}")
 
 
+@either_way
 async def test_a_timeout_says_what_was_waited_for(world: World, agent: Agent) -> None:
     with pytest.raises(RequestTimeoutError, match="still waiting for policy's decision") as silent:
         await ask(agent, timeout_s=0.3)
@@ -184,6 +202,7 @@ async def test_a_timeout_says_why_the_request_counted_for_nothing(world: World, 
     await timed_out(world, agent, "the policy could not accept it (key_unknown: no such agent)", bury)
 
 
+@either_way
 async def test_a_credential_that_comes_too_late_is_given_back(world: World, agent: Agent) -> None:
     with pytest.raises(RequestTimeoutError):
         await ask(agent, timeout_s=2.0)
@@ -202,6 +221,7 @@ async def pending(world: World) -> Played:
     return played
 
 
+@either_way
 @pytest.mark.parametrize("end", ["timeout", "cancelled", "the caller's own"])
 async def test_who_gives_up_withdraws_the_request_and_keeps_the_exception(
     world: World, agent: Agent, end: str
@@ -279,6 +299,7 @@ async def test_a_withdrawal_that_fails_hides_no_exception_and_holds_up_nobody(
     assert "was given up and not withdrawn" in caplog.text
 
 
+@either_way
 async def test_a_request_that_kafka_did_not_take_is_not_withdrawn(
     world: World, agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +316,7 @@ async def test_a_request_that_kafka_did_not_take_is_not_withdrawn(
     assert [claims.typ for claims in tried] == ["credential.request"]
 
 
+@either_way
 async def test_the_block_releases_however_it_ends(world: World, agent: Agent) -> None:
     async def play() -> str:
         return await (await arrived(world)).issue()

@@ -15,6 +15,7 @@ import pytest
 from ringfence.client.agent.agent import Agent
 from ringfence.client.agent.credentials import TokenCredential
 from ringfence.client.errors import EnrolmentRefusedError, IdentityError, InvalidCallError, RequestDeniedError
+from ringfence.dev.processes import free_port
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import compact_jws, parse, sign
@@ -37,6 +38,7 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support import platform_tokens
 from tests.support.audit_stories import buried, expect_trail, forged
+from tests.support.benches.agent_api_bench import NO_KAFKA
 from tests.support.benches.attestation_bench import AttestationBench, Given, fresh
 from tests.support.benches.gateway_flows import HUB, RULES, VERBS, action, gateway
 from tests.support.benches.sdk_clients import READ, client
@@ -144,6 +146,29 @@ async def test_a_key_of_the_record_goes_on_counting_beside_instances(yard: Attes
         # Each may give back what the agent holds, whoever of them asked for it.
         await one.release(by_instance, timeout_s=60)
         await other.release(by_key, timeout_s=60)
+
+
+async def test_an_instance_asks_over_http_with_the_key_that_it_enrolled(
+    yard: AttestationBench, tmp_path: Path
+) -> None:
+    agent, port = await yard.agent(yard.selector("github")), free_port()
+    door = f"http://127.0.0.1:{port}"
+    async with (
+        gateway(yard.world, listen=str(port), spool=tmp_path / "spool"),
+        yard.connected(agent, Given(yard.pinned["github"]), door=door, kafka=NO_KAFKA) as connected,
+    ):
+        credential = await connected.request(task=await yard.task(agent), **ASK)
+        assert isinstance(credential, TokenCredential)
+        said = jwt.decode(credential.value, options={"verify_signature": False})
+        assert said["instance"]["id"] == opened(connected.connection.enrolment or "").instance_id
+        await connected.release(credential)
+        await yard.world.consume_until(
+            LEASE,
+            lambda r: (
+                r.key == credential.lease_id
+                and yard.world.opened(r, Lease, "issuer", "revoker").status == "released"
+            ),
+        )
 
 
 NOT_LET_IN = "3003 Refuse: Failure/Denied message.refused [{code}] by registry for bot"

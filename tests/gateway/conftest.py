@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 import uvloop
 
-from ringfence.gateway.contract import BlockedRequest
+from ringfence.gateway.contract import AgentApi, BlockedRequest
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.limits import Allowance
 from ringfence.gateway.dataplane.plane import DataPlane
@@ -71,9 +71,11 @@ async def placed(
     *,
     allowance: Allowance | None = None,
     timeouts: Timeouts | None = None,
+    agent_api: AgentApi | None = None,
+    target_id: str = "api",
 ) -> AsyncIterator[Place]:
     async with (target or Target()).serving() as serving:
-        gate = TableGate({"api": Entry(f"http://127.0.0.1:{serving.port}", frozenset({"api.test"}))})
+        gate = TableGate({target_id: Entry(f"http://127.0.0.1:{serving.port}", frozenset({"api.test"}))})
         blocked: list[BlockedRequest] = []
         plane = DataPlane(
             gate,
@@ -82,6 +84,7 @@ async def placed(
             hosts=gate.hosts,
             allowance=allowance or Allowance(),
             timeouts=timeouts or Timeouts(),
+            agent_api=agent_api,
             **build_options("gateway"),
         )
         await plane.start()

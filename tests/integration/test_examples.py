@@ -20,6 +20,8 @@ from ringfence.dev.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(page.parent.name for page in (ROOT / "examples").glob("*/README.md"))
+OVER_HTTP = {"no-sdk"}
+"""Examples that are told where the gateway is. To others its address would say: ask over HTTP instead of Kafka."""
 NEED_PROGRAMS = {"unmodified-client"}
 """Examples with curl."""
 PORT = "9001"
@@ -99,6 +101,8 @@ class Reader:
     """Somebody with a clone, `make dev` in one terminal and a second terminal."""
 
     folder: Path
+    gateway: str = ""
+    """The gateway's URL for agents."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -115,11 +119,11 @@ class Reader:
         return to
 
     @contextlib.asynccontextmanager
-    async def shell(self) -> AsyncIterator[Shell]:
+    async def shell(self, **environment: str) -> AsyncIterator[Shell]:
         # Clients of Kafka alone look at the usual port, and this stack has free ones.
         settings = tomllib.loads((self.folder / ".ringfence/ringfence.toml").read_text())
         process = await asyncio.create_subprocess_exec(
-            "bash", cwd=self.folder, env={**self.environment, "RINGFENCE_KAFKA": settings["kafka"]},
+            "bash", cwd=self.folder, env={**self.environment, "RINGFENCE_KAFKA": settings["kafka"], **environment},
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
             limit=2**20, start_new_session=True,
         )  # fmt: skip
@@ -148,6 +152,9 @@ async def reader() -> AsyncIterator[Reader]:
                 line = await process.stdout.readline()
                 said += line
                 assert line, said.decode()
+            (reader.gateway,) = re.findall(
+                "Agents reach their targets through (http://[0-9.:]+)", said.decode()
+            )
             yield reader
         finally:
             if process.returncode is None:
@@ -164,7 +171,8 @@ async def test_an_example_runs_as_its_readme_says(reader: Reader, name: str) -> 
     steps = steps_of(folder / "README.md")
     assert any(step.prints for step in steps)
     task = "TASK"
-    async with reader.shell() as shell:
+    environment = {"RINGFENCE_DOOR": reader.gateway} if name in OVER_HTTP else {}
+    async with reader.shell(**environment) as shell:
         for step in steps:
             # As a reader does: TASK stands for the id that was printed.
             command = re.sub(r"(?<=task )TASK\b|(?<= )TASK(?= )", task, step.command)

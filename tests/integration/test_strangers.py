@@ -34,6 +34,7 @@ from tests.support.stack import RunningStack, first_pending
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/no-sdk/request_by_hand.py"
+OVER_HTTP = ROOT / "examples/no-sdk/request_over_http.py"
 
 
 async def run(*argv: str, env: dict[str, str]) -> tuple[int, str, str]:
@@ -48,13 +49,15 @@ async def run(*argv: str, env: dict[str, str]) -> tuple[int, str, str]:
     return process.returncode or 0, out.decode(), err.decode()
 
 
-async def ask_by_hand(realm: RunningStack, folder: Path, verb: str, resource: str) -> dict[str, object]:
+async def ask_by_hand(
+    realm: RunningStack, folder: Path, verb: str, resource: str, example: Path = EXAMPLE
+) -> dict[str, object]:
     key_file = folder / "bot.json"
     if not key_file.exists():
         realm.key("agent", realm.agent).save(key_file)
     status, out, err = await run(
-        sys.executable, str(EXAMPLE), str(key_file), realm.task, realm.target, verb, resource,
-        env=realm.stack.environment(),
+        sys.executable, str(example), str(key_file), realm.task, realm.target, verb, resource,
+        env={**realm.stack.environment(), "RINGFENCE_DOOR": realm.stack.door or ""},
     )  # fmt: skip
     assert status == 0, err
     answer: dict[str, object] = json.loads(out)
@@ -73,6 +76,25 @@ async def test_a_request_by_hand_beyond_the_rule_is_told_why(realm: RunningStack
     answer = await ask_by_hand(realm, tmp_path, "write", "env/production/web")
     assert answer["outcome"] == "denied"
     assert answer["credential"] is None
+    assert any(reason["code"] == "beyond_scope" for reason in answer["reasons"])  # type: ignore[attr-defined]
+
+
+async def test_a_request_over_http_waits_for_its_approval(realm: RunningStack, tmp_path: Path) -> None:
+    """A program that has joserfc and httpx, the key of an agent and the pinned root: and no Kafka."""
+    async with realm.sponsor() as sam:
+        asked = asyncio.create_task(ask_by_hand(realm, tmp_path, "write", "env/staging/web", OVER_HTTP))
+        await sam.approve(await first_pending(sam))
+        answer = await asked
+    assert answer["outcome"] == "allowed"
+    credential = answer["credential"]
+    assert isinstance(credential, dict)
+    assert credential["kind"] == "jwt"
+    assert "value" not in credential
+
+
+async def test_a_request_over_http_beyond_the_rule_is_told_why(realm: RunningStack, tmp_path: Path) -> None:
+    answer = await ask_by_hand(realm, tmp_path, "write", "env/production/web", OVER_HTTP)
+    assert answer["outcome"] == "denied"
     assert any(reason["code"] == "beyond_scope" for reason in answer["reasons"])  # type: ignore[attr-defined]
 
 

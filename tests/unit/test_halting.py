@@ -203,14 +203,20 @@ def writers(topic: Topic[Any]) -> set[Party]:
 
 @pytest.mark.parametrize("topic", SIGNED, ids=lambda topic: topic.what)
 def test_services_are_granted_write_where_they_are_believed_and_nowhere_else(topic: Topic[Any]) -> None:
-    relays = {TRUST: {"registry"}, REGISTRY_COMMAND: {"scim"}}
-    """What the root, and what a provisioner's key, signed."""
+    relays = {
+        TRUST: {"registry"},
+        REGISTRY_COMMAND: {"scim"},
+        CREDENTIAL_REQUEST: {"gateway"},
+        REVOCATION_REQUEST: {"gateway"},
+    }
+    """What the root, a provisioner's key, and agents signed."""
     believed = {role for model in signed_messages(topic) for role in model.signed_by}
     assert writers(topic) & set(SERVICE_ROLES) == believed | relays.get(topic, set())
 
 
 def test_revocations_are_written_by_agents_people_and_the_revoker_alone() -> None:
-    assert writers(REVOCATION_REQUEST) == {"agents", "users", "operators", "revoker"}
+    """And by gateways, to which agents post them."""
+    assert writers(REVOCATION_REQUEST) == {"agents", "gateway", "users", "operators", "revoker"}
     assert writers(CREDENTIAL_DECISION) == {"policy"}
-    assert writers(CREDENTIAL_REQUEST) == {"agents"}
+    assert writers(CREDENTIAL_REQUEST) == {"agents", "gateway"}
     assert writers(AUDIT_CHECKPOINT) == {"audit", "users", "operators"}

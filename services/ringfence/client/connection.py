@@ -29,7 +29,16 @@ from ringfence.kernel.tracing.application import of_application
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.operations import DeadLetter
-from ringfence.messages.topics import AGENT, REGISTRY_COMMAND, TARGET, TASK, TRUST, USER
+from ringfence.messages.topics import (
+    AGENT,
+    CREDENTIAL_REPLY,
+    DEAD_LETTER,
+    REGISTRY_COMMAND,
+    TARGET,
+    TASK,
+    TRUST,
+    USER,
+)
 from ringfence.model.identity.spiffe_ids import Kind, subject_of
 from ringfence.model.records.directory import Directory
 
@@ -223,6 +232,22 @@ class Connection(Lifetime):
         directory = Directory(self.trust, self.clock, grace_ms=None)
         await self.follow([USER, TARGET], directory.on_records)
         return directory
+
+    # --- replies to an agent: the only reading that an agent needs ---
+
+    async def listen_for_replies(
+        self, agent_id: str, on_replies: Callable[[Sequence[Received]], None]
+    ) -> None:
+        """Hand over the replies to an agent's requests from now on. Raises as `follow` does."""
+        # Read from the end, before the first request: every later reply is seen, and no earlier one.
+        await self.follow([CREDENTIAL_REPLY], on_replies, since_ms=None, key=agent_id)
+        await self.follow([DEAD_LETTER], self.dead_letters.on_records, since_ms=None)
+
+    def expect_replies(self, request_id: str, key: SigningKey) -> None:
+        """Called before a request is published that `key` signed."""
+
+    def forget_replies(self, request_id: str) -> None:
+        """Called when nobody is interested in replies to a request any more."""
 
     # --- identity ---
 

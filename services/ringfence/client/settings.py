@@ -28,6 +28,12 @@ class ClientSettings(BusSettings):
     """Where its platform's identity token comes from: `file:PATH`, `github` or `gcp`; `RINGFENCE_ATTEST`."""
     attest_key_file: Path | None = None
     """Where the enrolled key is kept for a process that starts again; in memory alone where not set."""
+    door: (
+        Annotated[str, Field(pattern=r"^(unix:.*[^/]|https?://[A-Za-z0-9._\[\]:-]+/?)$", max_length=1024)]
+        | None
+    ) = None
+    """Where agents reach a gateway's HTTP API instead of Kafka, `RINGFENCE_DOOR`: `http://ringfence` (by `HTTP_PROXY`),
+    the URL of a gateway without a path, or `unix:PATH` of a task's socket."""
     entitlements_max_age_s: Annotated[int, Field(ge=1)] = 30 * 24 * 3600
     """As the services have it: past this age a user's entitlements count for nothing."""
     registry_url: Url = f"http://127.0.0.1:{PORTS['registry']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ringfence.gateway.agent_api.wiring import build_agent_api
 from ringfence.gateway.dataplane.listeners import Listeners
 from ringfence.gateway.http import GatewayApi
 from ringfence.gateway.proxies import envoy, forward_auth
@@ -34,7 +35,8 @@ def build(
         Authenticator(core.view.directory, runtime.role, runtime.clock), core.view
     ).routes()
     if own.listen is not None or own.sockets is not None:
-        listening = Listeners(runtime, core, own, fast_path=fast_path)
+        agent_api = build_agent_api(runtime, core, own) if own.agent_api else None
+        listening = Listeners(runtime, core, own, fast_path=fast_path, agent_api=agent_api)
         runtime.background("data plane", listening.run)
         runtime.ready_when(listening.unready)
         runtime.on_stop(listening.close)

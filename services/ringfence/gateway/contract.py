@@ -9,7 +9,7 @@ elif verdict.observed: forward it as it came, with nothing injected
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -104,6 +104,8 @@ class BlockedRequest:
     method: str | None = None
     destination: Destination | None = None
     """The destination of the request, if there is no attempt."""
+    agent_id: str | None = None
+    """The agent that sent it, if the request itself proved that."""
     unparsed: bool = False
     """Whether the head could not be parsed for certain: then its effect is unknown."""
 
@@ -301,4 +303,44 @@ class Gate(Protocol):
 
         Data that arrived meanwhile waits in the sockets, so ask this before forwarding any. The call is cheap.
         """
+        ...
+
+
+# --- HTTP access for agents: the gateway answers these requests itself ------------------------------------------------
+
+Answer = tuple[int, Mapping[str, str], bytes]
+"""Status, headers and body of an answer of the gateway's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiRequest:
+    """One request of an agent to the gateway itself."""
+
+    sender: str
+    """The sender whose limits count: a task, a client certificate, or an address."""
+    presented: PresentedIdentity
+    method: str
+    path: str
+    """From `/v1/` on, without the query."""
+    query: str
+    base: str
+    """What stands before the path in URLs that the agent uses: nothing, or `/ringfence`."""
+    content_type: str | None
+    length: int | None
+    """The announced length of the body, in bytes; None if it is chunked, or if there is none."""
+    traceparent: str | None
+    check_agent: RateCheck
+    read_body: Callable[[int], Awaitable[bytes]] = field(repr=False)
+    """Reads the body, up to so many bytes and a little more. Raises RequestRefusedError."""
+    release_slot: Callable[[], None] = field(repr=False)
+    """Ends the request for the limits of the data plane, before a wait that has limits of its own."""
+    on_disconnect: Callable[[Callable[[], None]], Callable[[], None]] = field(repr=False)
+    """See `HoldableRequest.on_disconnect`."""
+
+
+class AgentApi(Protocol):
+    """The HTTP API for agents, as the data plane sees it."""
+
+    async def answer(self, request: ApiRequest) -> Answer:
+        """Answer one request. Raises RequestRefusedError for a request that is refused, and reported as blocked."""
         ...

@@ -26,6 +26,8 @@ class RequestRefusedError(RingfenceError):
         super().__init__(message, code=code)
         self.status = status
         self.headers = headers or {}
+        self.agent_id: str | None = None
+        """The agent that the refusal is attributed to, if the request itself proved who sent it."""
 
 
 def problem_answer(error: RequestRefusedError) -> tuple[int, Mapping[str, str], bytes]:

@@ -10,8 +10,11 @@ from typing import Final, Literal
 from urllib.parse import urlsplit
 
 from ringfence.gateway.errors import RequestRefusedError
+from ringfence.model.target_settings import RESERVED_NAME
 
 Scheme = Literal["http", "https"]
+AGENT_API: Final = RESERVED_NAME
+"""The host at which agents reach the gateway itself, and the first segment of the path at the gateway's own name."""
 PORTS: Final[dict[str, int]] = {"http": 80, "https": 443}
 
 _AUTHORITY: Final = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::([1-9][0-9]{0,4}))?")

@@ -59,6 +59,9 @@ class GatewaySettings(RingfenceSettings):
     """The CA (PEM) of agents' client certificates. The only URI in such a certificate is the agent's SPIFFE ID."""
     sockets: Path | None = None
     """The folder in which each task with leases for gateways has a unix socket of its own, `TASK.sock`."""
+    agent_api: bool = True
+    """Whether agents reach the HTTP API for agents there: they post signed requests to `http://ringfence/v1/requests`,
+    and fetch sealed replies. Needs write access to `credential.request` and `revocation.request` on Kafka."""
     ca_file: Path | None = None
     """The file to which the gateway writes its CA certificate, which agents that use it as a proxy must trust."""
     targets_ca_file: Path | None = None

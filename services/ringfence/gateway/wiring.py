@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ringfence.backends import BackendContext, BackendSettings, TargetAccess, all_backends
@@ -29,6 +30,8 @@ from ringfence.gateway.state.view import View
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
 from ringfence.kernel.crypto.encryption_keys import EncryptionKeys
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.table_reader import Reader
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REPLY
@@ -51,6 +54,10 @@ class Core:
     view: View
     targets: Targets
     blocked: BlockedRequests
+    proofs: ProofChecker
+    """Of all senders: a proof counts once at this gateway."""
+    reply_readers: list[Reader]
+    """Readers of `credential.reply`, from the start of the life of any reply on. Add to them before `runtime` runs."""
 
 
 def build_core(
@@ -96,7 +103,13 @@ def build_core(
         reason = Reason(code="bundle_refused", message=message[:2000])
         await runtime.event("finding", "policy bundle", about=("bundle_refused", mark), reasons=(reason,))
 
-    runtime.history([CREDENTIAL_REPLY], sealed.on_records, since_ms=max(clock.now_ms() - LEASES_SINCE_MS, 1))
+    reply_readers: list[Reader] = [sealed.on_records]
+
+    def on_replies(records: Sequence[Received]) -> None:
+        for reader in reply_readers:
+            reader(records)
+
+    runtime.history([CREDENTIAL_REPLY], on_replies, since_ms=max(clock.now_ms() - LEASES_SINCE_MS, 1))
     # Questions belong to this process, so answers from before its start are not for it.
     runtime.history([APPROVAL_RESPONSE], approvals.on_records, since_ms=max(clock.now_ms(), 1))
     if own.observe:
@@ -109,7 +122,7 @@ def build_core(
     runtime.on_stop(sealed.close)
     runtime.on_stop(secrets.close)
     runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
-    return Core(gate, view, targets, blocked)
+    return Core(gate, view, targets, blocked, proofs, reply_readers)
 
 
 def _announce_observe_mode(runtime: Runtime, own: GatewaySettings) -> None:

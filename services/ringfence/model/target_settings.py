@@ -28,6 +28,9 @@ TargetUrl = Annotated[
 ]
 """Where the gateway sends requests: scheme, host and port. Plain HTTP is for this machine alone."""
 
+RESERVED_NAME: Final = "ringfence"
+"""The host and the target id by which agents reach the gateway itself. New targets must have neither."""
+
 TokenAlgorithm = Literal["ES256", "RS256"]
 """Signature algorithms of tokens. ES256 is the default; RS256 is for targets that verify nothing else."""
 SslMode = Literal["disable", "prefer", "require", "verify-ca", "verify-full"]
@@ -187,6 +190,20 @@ def problems(backend: BackendSettings) -> list[str]:
             else:
                 sentences.append(f"{name or 'the settings'}: {one['msg'].removeprefix('Value error, ')}")
     return sentences + [f"{name} is malformed: {_WRITE[name]}" for name in sorted(malformed)]
+
+
+def reserved_name(target_id: str, backend: BackendSettings) -> str | None:
+    """Why a new target must have another name or another host, or None. Targets that were set before stay valid."""
+    if target_id == RESERVED_NAME:
+        return (
+            f"{RESERVED_NAME} is no name for a target: agents reach the gateway itself by it; choose another"
+        )
+    for setting in ("url", "address"):
+        place = str((backend.model_extra or {}).get(setting, ""))
+        match = _PLACE.match(place.rpartition("://")[2])
+        if match is not None and match[1].lower().removesuffix(".") == RESERVED_NAME:
+            return f"{setting}: agents reach the gateway itself at {RESERVED_NAME}; name the target's host otherwise"
+    return None
 
 
 def _unknown(kind: str, name: str, names: Sequence[str]) -> str:

@@ -47,7 +47,7 @@ from ringfence.model.lifecycle import (
 )
 from ringfence.model.records.command_chain import Authorised
 from ringfence.model.records.provisioning import given_by
-from ringfence.model.target_settings import problems
+from ringfence.model.target_settings import problems, reserved_name
 from ringfence.model.unknown_fields import describe_unknown, unknown_fields
 
 Subject = tuple[SubjectKind, str]
@@ -273,10 +273,12 @@ def _check_keys(command: Command, subject: Subject, around: Surroundings) -> Non
 
 
 def _check_target(command: TargetSet) -> None:
-    """Refuse settings that a built-in backend would not understand.
+    """Refuse a reserved name, and settings that a built-in backend would not understand.
 
     Only the issuer knows the backends of other packages.
     """
+    if reserved := reserved_name(command.target_id, command.backend):
+        raise CommandRefusedError(reserved, code="name_reserved")
     if mistakes := problems(command.backend):
         raise CommandRefusedError(
             f"the settings of target {command.target_id} are wrong: {'; '.join(mistakes)}",

@@ -86,18 +86,23 @@ class Proxy:
 
 @asynccontextmanager
 async def gateway(world: World, **own: Any) -> AsyncIterator[Proxy]:
-    """A gateway in this process, ready and with a view that is confirmed."""
+    """A gateway in this process, ready and with a view that is confirmed: that takes a registry and a revoker.
+
+    `confirmed=False` does not wait for that; all else are its settings.
+    """
+    confirmed = own.pop("confirmed", True)
     port = free_port()
     world.seals["gateway"].save(world.folder / "keys" / f"gateway-{port}.json")
     fields: dict[str, Any] = {
         "authz": f"127.0.0.1:{port}",
         "seal_key_file": world.folder / "keys" / f"gateway-{port}.json",
         "spool": world.folder / "spool",
-        "issuer": f"http://127.0.0.1:{world.ports['issuer']}",
+        "issuer": f"http://127.0.0.1:{world.ports.get('issuer', 1)}",
     }
     settings = GatewaySettings(**{**fields, **own})
     async with world.running("gateway", own={"gateway": settings}):
-        await fresh(world)
+        if confirmed:
+            await fresh(world)
         yield Proxy(port)
 
 

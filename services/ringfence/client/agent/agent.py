@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from ringfence.client.admin.command_client import Accepted, CommandOutcomes
 from ringfence.client.agent.credentials import IssuedCredential
+from ringfence.client.agent.http_connection import HttpConnection
 from ringfence.client.agent.process_id import process_id
 from ringfence.client.agent.replies import (
     AllowedByPolicy,
@@ -50,9 +51,7 @@ from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import TaskDelegate, TaskEnd, TaskTerms
 from ringfence.messages.topics import (
-    CREDENTIAL_REPLY,
     CREDENTIAL_REQUEST,
-    DEAD_LETTER,
     REGISTRY_COMMAND,
     REVOCATION_REQUEST,
 )
@@ -81,6 +80,18 @@ class _OpenRequest:
     """Why the last reply that did not verify was ignored."""
     abandoned: bool = False
     """The caller gave up waiting: a credential that still arrives is released."""
+
+
+def _connection(
+    key: SigningKey | Path | str | None,
+    settings: ClientSettings,
+    clock: Clock,
+    attested: Attested | None = None,
+) -> Connection:
+    """By a gateway's HTTP API if `RINGFENCE_DOOR` says where, else by Kafka."""
+    if settings.door is not None:
+        return HttpConnection(settings.door, key, settings, clock, attested=attested)
+    return Connection(key, settings, clock, attested=attested)
 
 
 class Agent(Lifetime):
@@ -121,7 +132,9 @@ class Agent(Lifetime):
 
         Args:
             key: the agent's key, or the path of its file; None takes `RINGFENCE_IDENTITY`.
-            settings: where to connect to; None reads `RINGFENCE_*` and the settings file.
+            settings: where to connect to; None reads `RINGFENCE_*` and the settings file. With `RINGFENCE_DOOR` the
+                agent uses a gateway's HTTP API and needs no Kafka; `delegate`, `end_delegated`, and `release` with a
+                timeout raise InvalidCallError then.
             attest: where the platform's identity token comes from, instead of a key: a `TokenSource`, or `file:PATH`,
                 `github` or `gcp`. None takes `RINGFENCE_ATTEST` where no key is given.
             agent_id: with `attest`, the agent that this process is an instance of; None takes `RINGFENCE_AGENT`.
@@ -133,24 +146,20 @@ class Agent(Lifetime):
         settings, clock = load_settings(settings), clock or SystemClock()
         attest = attest or (settings.attest if key is None else None)
         if attest is None:
-            return cls(Connection(key, settings, clock))
+            return cls(_connection(key, settings, clock))
         if key is not None:
             raise InvalidCallError("an instance enrols a key of its own: give a key or attest, and not both")
         if not (agent_id := agent_id or settings.agent):
             raise IdentityError("say which agent this is an instance of: agent_id, or RINGFENCE_AGENT")
         source = source_of(attest) if isinstance(attest, str) else attest
         attested = Attested(agent_id, source, settings, clock, key_file=settings.attest_key_file)
-        return cls(Connection(None, settings, clock, attested=attested))
+        return cls(_connection(None, settings, clock, attested))
 
     async def start(self) -> None:
         """Connect and start to listen for replies. `async with` does it."""
         await self.connection.start()
         try:
-            # Read from the end, before the first request: every later reply is seen, and no earlier one.
-            await self.connection.follow([CREDENTIAL_REPLY], self._on_replies, since_ms=None, key=self.id)
-            await self.connection.follow(
-                [DEAD_LETTER], self.connection.dead_letters.on_records, since_ms=None
-            )
+            await self.connection.listen_for_replies(self.id, self._on_replies)
         except BaseException:
             await self.connection.close()
             raise
@@ -199,10 +208,12 @@ class Agent(Lifetime):
 
         Raises:
             RequestDeniedError: with every reason of policy or issuer.
+            RefusedError: over HTTP alone, a gateway refused the message. Over Kafka it counts for nothing, and the call
+                times out.
             RequestTimeoutError: saying what was missing. The request is withdrawn: people are asked about it no more. A
                 credential that arrives later is released. Both hold for a cancelled call as well.
             InvalidCallError, ScopeError: the arguments make no request; nothing was sent.
-            UnavailableError: Kafka did not take the request.
+            UnavailableError: Kafka, or the gateway, did not take the request.
         """
         verbs, resources = texts("verbs", verbs), texts("resources", resources)
         with checked("the permission"):
@@ -252,6 +263,7 @@ class Agent(Lifetime):
     ) -> IssuedCredential:
         sent = open_request.sent
         self._open_requests[sent.request_id] = open_request
+        self.connection.expect_replies(sent.request_id, sent.key or self.connection.key)
         answered = notified = False
         withdrawable = True
         phase = "policy's decision"
@@ -300,7 +312,7 @@ class Agent(Lifetime):
             ) from None
         finally:
             if answered:
-                del self._open_requests[sent.request_id]
+                self._forget(sent.request_id)
             else:
                 self._abandon(open_request)
                 if withdrawable:
@@ -457,7 +469,11 @@ class Agent(Lifetime):
         open_request.abandoned = True
         abandoned = [id for id, one in self._open_requests.items() if one.abandoned]
         for id in abandoned[:-_MAX_ABANDONED]:
-            del self._open_requests[id]
+            self._forget(id)
+
+    def _forget(self, request_id: str) -> None:
+        self._open_requests.pop(request_id, None)
+        self.connection.forget_replies(request_id)
 
     def _hint(self, open_request: _OpenRequest) -> str:
         if letter := self.connection.dead_letters.reason(open_request.at):
@@ -490,7 +506,7 @@ class Agent(Lifetime):
             log.info("lease %s came after its request had timed out; it is given back", answer.lease_id)
             self._in_background(self._release_quietly(answer))
         if isinstance(answer, IssuedCredential | Denied):
-            self._open_requests.pop(open_request.sent.request_id, None)
+            self._forget(open_request.sent.request_id)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -50,14 +50,20 @@ def target_uri(url: str) -> str:
 
 
 def proof(
-    key: SigningKey, method: str, url: str, *, access_token: str, now_s: int, nonce: str | None = None
+    key: SigningKey,
+    method: str,
+    url: str,
+    *,
+    access_token: str | None,
+    now_s: int,
+    nonce: str | None = None,
 ) -> str:
     """Make the `DPoP` header of one request. Each proof has a unique `jti` and is accepted once.
 
     Args:
         key: the agent's key, to which the token is bound.
         method, url: of the request.
-        access_token: the token that the request presents.
+        access_token: the token that the request presents; None if it presents none.
         now_s: seconds since 1970, UTC.
         nonce: the last nonce of the resource server, if it sent one.
 
@@ -69,8 +75,9 @@ def proof(
         "htm": method.upper(),
         "htu": target_uri(url),
         "iat": now_s,
-        "ath": access_token_hash(access_token),
     }
+    if access_token is not None:
+        claims["ath"] = access_token_hash(access_token)
     if nonce is not None:
         claims["nonce"] = nonce
     head = b64encode(orjson.dumps({"typ": PROOF_TYPE, "alg": key.alg, "jwk": jwk}))

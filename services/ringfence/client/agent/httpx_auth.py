@@ -41,7 +41,7 @@ class DpopAuth(httpx.Auth):
         if nonce is None:
             return
         self._nonces[origin] = nonce
-        if response.status_code == httpx.codes.UNAUTHORIZED and _wants_nonce(response):
+        if response.status_code == httpx.codes.UNAUTHORIZED and wants_nonce(response):
             request.headers["DPoP"] = self._proof(request, origin)
             response = yield request
             self._nonces[origin] = response.headers.get(NONCE_HEADER, nonce)
@@ -64,7 +64,7 @@ class BearerAuth(httpx.Auth):
         yield request
 
 
-def _wants_nonce(response: httpx.Response) -> bool:
+def wants_nonce(response: httpx.Response) -> bool:
     return 'error="use_dpop_nonce"' in response.headers.get("WWW-Authenticate", "")
 
 

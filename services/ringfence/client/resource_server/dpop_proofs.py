@@ -115,8 +115,12 @@ class ProofChecker:
         """The value of the `DPoP-Nonce` header of every answer; None where no nonces are demanded."""
         return None if self._nonces is None else self._nonces.fresh(self._now_s())
 
-    async def check(self, proof: str, *, method: str, url: str, access_token: str, thumbprint: str) -> None:
+    async def check(
+        self, proof: str, *, method: str, url: str, access_token: str | None, thumbprint: str
+    ) -> None:
         """Verify that a proof is by the key with this thumbprint, for this request and token, recent, and not a replay.
+
+        `access_token`: None for a request without a token. Then the proof must have no `ath`.
 
         Raises:
             ProofError: it is not; with the code `use_dpop_nonce` where only a valid nonce is missing.
@@ -161,14 +165,17 @@ class ProofChecker:
             raise ProofError("the proof is by another key than the token is bound to")
         return claims
 
-    def _check_request(self, claims: dict[str, Any], method: str, url: str, access_token: str) -> None:
+    def _check_request(self, claims: dict[str, Any], method: str, url: str, access_token: str | None) -> None:
         try:
             same = _target_uri(str(claims.get("htu"))) == _target_uri(url)
         except ValueError:
             same = False
         if not same or claims.get("htm") != method.upper():
             raise ProofError("the proof is for another request: htm and htu must be its method and URL")
-        if claims.get("ath") != access_token_hash(access_token):
+        if access_token is None:
+            if "ath" in claims:
+                raise ProofError("the proof is for a token, and this request has none: leave ath out")
+        elif claims.get("ath") != access_token_hash(access_token):
             raise ProofError("the proof is for another token: ath must be its hash")
 
     def _now_s(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Final
 
-from ringfence.gateway.contract import Attempt, BlockedRequest, PresentedIdentity, Verdict
+from ringfence.gateway.contract import ApiRequest, Attempt, BlockedRequest, PresentedIdentity, Verdict
 from ringfence.gateway.dataplane.exchange import ForwardedRequest, cut_error
 from ringfence.gateway.dataplane.fast_path.path import FastPaths
 from ringfence.gateway.dataplane.forwarder import is_forwarded
@@ -21,13 +21,20 @@ from ringfence.gateway.dataplane.http1_head import (
     take_head,
 )
 from ringfence.gateway.dataplane.limits import HANDSHAKE_COST
-from ringfence.gateway.dataplane.request_reader import ListenerContext, presented_by, read_request
+from ringfence.gateway.dataplane.request_reader import (
+    ApiTarget,
+    ListenerContext,
+    presented_by,
+    read_api_target,
+    read_request,
+    traceparent_in,
+)
 from ringfence.gateway.dataplane.shared import DataPlaneContext
 from ringfence.gateway.dataplane.stream import DisconnectedError, PeerTimeoutError, Stream
 from ringfence.gateway.dataplane.tls_listener import TLS_FAILED
 from ringfence.gateway.errors import RequestRefusedError, answer_head, problem_answer
 from ringfence.gateway.events.destination import destination_of_line, unparsed_line
-from ringfence.gateway.hosts import canonical, split_host_and_port
+from ringfence.gateway.hosts import AGENT_API, canonical, split_host_and_port
 from ringfence.kernel.base import metrics
 
 MAX_READ_BYTES: Final = 1024 * 1024
@@ -85,6 +92,8 @@ class AgentConnection:
             return await self._connect(request)
         body = request_body(request)
         try:
+            if (called := self._api_target(request)) is not None:
+                return await self._answer_api_request(called, request, body)
             return await self._decide_and_forward(request, body)
         except RequestRefusedError as error:
             return await self._refuse(error, request, close=not body.done or error.status == 400)
@@ -154,6 +163,44 @@ class AgentConnection:
         finally:
             self._slot.end()
 
+    def _api_target(self, request: RequestHead) -> ApiTarget | None:
+        if self._shared.agent_api is None:
+            return None
+        return read_api_target(request, self._listener, self._shared.is_target_host)
+
+    async def _answer_api_request(self, called: ApiTarget, request: RequestHead, body: Body) -> bool:
+        api, slot = self._shared.agent_api, self._slot
+        assert api is not None
+        slot.begin()
+        try:
+            expects_continue = _expects_continue(request)
+            content_type = request.values.get(b"content-type")
+            received = ReceivedRequest(
+                self._client,
+                partial(self._read_body, body, expects_continue=expects_continue),
+                max_bytes=MAX_READ_BYTES,
+            )
+            answer = await api.answer(
+                ApiRequest(
+                    self._listener.sender,
+                    presented_by(request, self._listener, htu=called.htu),
+                    request.method,
+                    called.path,
+                    called.query,
+                    called.base,
+                    content_type.decode("latin-1") if content_type is not None else None,
+                    request.length,
+                    traceparent_in(request.section),
+                    slot.check_agent,
+                    lambda limit: self._read_body(body, expects_continue=expects_continue, limit=limit),
+                    slot.end,
+                    received.on_disconnect,
+                )
+            )
+            return await self._send_answer(answer, request, close=not body.done)
+        finally:
+            slot.end()
+
     async def _forward(self, forwarded: ForwardedRequest) -> bool:
         return await self._finish_forwarding(
             forwarded, self._shared.forwarder.forward(self._client, forwarded)
@@ -169,7 +216,7 @@ class AgentConnection:
             await self._linger(unread=not forwarded.body.done)
         return keep
 
-    async def _read_body(self, body: Body, *, expects_continue: bool) -> bytes:
+    async def _read_body(self, body: Body, *, expects_continue: bool, limit: int = MAX_READ_BYTES) -> bytes:
         """Read the body, up to a little more than the limit.
 
         Raises RequestRefusedError: 408 on a timeout, 400 if its framing is wrong.
@@ -179,7 +226,7 @@ class AgentConnection:
             client.write(_CONTINUE)
         pieces = bytearray(body.take(client.buffer))
         client.deadline = time.monotonic() + self._shared.timeouts.piece_s
-        while not body.done and len(pieces) <= MAX_READ_BYTES:
+        while not body.done and len(pieces) <= limit:
             try:
                 await client.read_more()
             except PeerTimeoutError:
@@ -198,14 +245,15 @@ class AgentConnection:
             shared.limits.charge(self._listener.sender, HANDSHAKE_COST)
             authority = connect_authority(request, self._listener, self._client)
             presented = presented_by(request, self._listener)
-            if self._listener.challenge and presented == PresentedIdentity():
+            is_api = shared.agent_api is not None and authority == AGENT_API
+            if self._listener.challenge and presented == PresentedIdentity() and not is_api:
                 raise RequestRefusedError(
                     407,
                     "proxy_authorization_missing",
                     "write the handle as the user of the proxy URL",
                     headers={"Proxy-Authenticate": 'Basic realm="ringfence"'},
                 )
-            if not shared.is_target_host(authority):
+            if not is_api and not shared.is_target_host(authority):
                 verdict = await shared.gate.decide(
                     presented, Attempt(authority, "https", "CONNECT", request.target)
                 )
@@ -237,10 +285,12 @@ class AgentConnection:
     async def _refuse(self, error: RequestRefusedError, request: RequestHead | None, *, close: bool) -> bool:
         """Refuse a request before its decision. A challenge (407) is not reported as blocked."""
         if error.status != _PROXY_AUTHENTICATION_REQUIRED:
-            self._report_blocked(error.code, error.message, request)
+            self._report_blocked(error.code, error.message, request, error.agent_id)
         return await self._send_refusal(error, request, close=close)
 
-    def _report_blocked(self, code: str, message: str, request: RequestHead | None) -> None:
+    def _report_blocked(
+        self, code: str, message: str, request: RequestHead | None, agent_id: str | None = None
+    ) -> None:
         shown = PresentedIdentity(self._listener.task_id, self._listener.certificate)
         if request is not None:
             host = request.values.get(b"host")
@@ -251,7 +301,14 @@ class AgentConnection:
         destination = destination_of_line(method, target, named, self._listener.scheme) if target else None
         self._shared.report_blocked(
             BlockedRequest(
-                code, message, shown, self._attempt, method or None, destination, unparsed=request is None
+                code,
+                message,
+                shown,
+                self._attempt,
+                method or None,
+                destination,
+                agent_id,
+                unparsed=request is None,
             )
         )
 

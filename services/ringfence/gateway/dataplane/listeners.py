@@ -9,9 +9,11 @@ import ssl
 from pathlib import Path
 from typing import Final
 
+from ringfence.gateway.contract import AgentApi
 from ringfence.gateway.dataplane.denials import denial_answer
 from ringfence.gateway.dataplane.limits import Allowance
 from ringfence.gateway.dataplane.plane import DataPlane, ListenError
+from ringfence.gateway.hosts import AGENT_API
 from ringfence.gateway.settings import GatewaySettings, host_and_port
 from ringfence.gateway.wiring import Core
 from ringfence.kernel.base.errors import SettingsError
@@ -29,8 +31,16 @@ _OTHER_FILES: Final = 1024
 class Listeners:
     """The listeners of the embedded data plane, opened once the tables are complete."""
 
-    def __init__(self, runtime: Runtime, core: Core, own: GatewaySettings, *, fast_path: bool = True) -> None:
-        """`fast_path`: see `DataPlane`. Raises SettingsError if a certificate or a key cannot be used."""
+    def __init__(
+        self,
+        runtime: Runtime,
+        core: Core,
+        own: GatewaySettings,
+        *,
+        fast_path: bool = True,
+        agent_api: AgentApi | None = None,
+    ) -> None:
+        """`fast_path` and `agent_api`: see `DataPlane`. Raises SettingsError if a certificate or key cannot be used."""
         self._runtime = runtime
         self._core = core
         self._own = own
@@ -47,7 +57,9 @@ class Listeners:
             tls=_tls_for_targets(own),
             allowance=allowance,
             fast_path=fast_path,
+            agent_api=agent_api,
         )
+        self._own_hosts = frozenset({AGENT_API}) if agent_api is not None else frozenset[str]()
         self._sockets: dict[str, Path] = {}
         """By task id."""
         self._open = False
@@ -78,8 +90,8 @@ class Listeners:
         await self._plane.close()
 
     def _update_ca(self) -> None:
-        """Certify the hosts of the current targets, and write the CA certificate where agents can read it."""
-        hosts = {host.strip("[]") for host in self._core.targets.hosts()}
+        """Certify the hosts of targets and of the agents' API, and write the CA's certificate for agents."""
+        hosts = {host.strip("[]") for host in self._core.targets.hosts()} | self._own_hosts
         path = self._own.ca_file
         if self._plane.authority.set_hosts(hosts) and path is not None:
             try:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from ringfence.gateway.contract import BlockedRequest, Gate, PresentedIdentity, ReportBlocked
+from ringfence.gateway.contract import AgentApi, BlockedRequest, Gate, PresentedIdentity, ReportBlocked
 from ringfence.gateway.dataplane.certificate_authority import CertificateAuthority
 from ringfence.gateway.dataplane.connection import AgentConnection
 from ringfence.gateway.dataplane.denials import denial_answer
@@ -72,6 +72,7 @@ class DataPlane:
         allowance: Allowance = Allowance(),  # noqa: B008 - frozen
         timeouts: Timeouts = Timeouts(),  # noqa: B008 - frozen
         fast_path: bool = True,
+        agent_api: AgentApi | None = None,
     ) -> None:
         """Args:
             gate: the decision core.
@@ -82,6 +83,7 @@ class DataPlane:
             name: of this gateway, in its CA's certificate.
             tls: verifies targets; by default with the machine's authorities.
             fast_path: whether repeated requests are served without a coroutine.
+            agent_api: answers requests to the gateway itself. Without it there is no such host.
         """  # fmt: skip
         self._deadline_timer, self._write_batcher = DeadlineTimer(), WriteBatcher()
         self.upstreams = UpstreamPool(
@@ -104,6 +106,7 @@ class DataPlane:
             self.limits,
             timeouts,
             blocked,
+            agent_api,
         )
         self._fast_paths = FastPaths(self._shared, enabled=fast_path)
         self._servers: list[asyncio.Server] = []

@@ -21,7 +21,7 @@ from ringfence.gateway.dataplane.headers import (
 from ringfence.gateway.dataplane.http1_head import FieldSection, RequestHead
 from ringfence.gateway.dataplane.websockets import asks_for_websocket
 from ringfence.gateway.errors import RequestRefusedError
-from ringfence.gateway.hosts import Scheme, canonical
+from ringfence.gateway.hosts import AGENT_API, Scheme, canonical
 
 _HANDLED_MCP_FIELDS: Final = frozenset({b"mcp-session-id", b"mcp-protocol-version"})
 _MCP_FIELDS: Final = frozenset({b"content-type", b"content-encoding", b"mcp-session-id", b"last-event-id"})
@@ -96,6 +96,56 @@ def read_request(
     )
 
 
+_API_PATH: Final = "/v1/"
+_API_BASE: Final = f"/{AGENT_API}"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiTarget:
+    """The part of the gateway's own API that a request is for."""
+
+    base: str
+    """What stands before the path in URLs that the agent uses."""
+    path: str
+    query: str
+    htu: str
+    """The URL that a proof must be for."""
+
+
+def read_api_target(
+    request: RequestHead, listener: ListenerContext, is_target_host: Callable[[str], bool]
+) -> ApiTarget | None:
+    """The part of the gateway's own API that a request is for; None if it is for a target.
+
+    It is for the API at the host `ringfence`, and under `/ringfence/` at the gateway's own name. Raises
+    RequestRefusedError for an ambiguous authority, as `read_request` does.
+    """
+    host = request.values[b"host"].decode("latin-1")
+    if AGENT_API not in request.target.lower() and AGENT_API not in host.lower():
+        return None
+    scheme, authority, target = _split_target(request.target, listener)
+    named = canonical(host, scheme)
+    if authority is not None and named != authority:
+        raise RequestRefusedError(400, "host_disagrees", "Host names another host than the request line")
+    if listener.connect_authority is not None and (scheme, named) != ("https", listener.connect_authority):
+        raise RequestRefusedError(
+            400, "host_disagrees", "the request is for another host than the CONNECT that it came through"
+        )
+    by_path = request.target.startswith("/") and listener.connect_authority is None
+    own = listener.own_authorities
+    base = ""
+    if named == AGENT_API and (own is None or named not in own or target.startswith(_API_PATH)):
+        pass
+    elif by_path and target.startswith(f"{_API_BASE}/") and not is_target_host(named):
+        if own is not None and named not in own:
+            raise RequestRefusedError(421, "host_unknown", "Host is neither this gateway nor a target of it")
+        base, target = _API_BASE, target.removeprefix(_API_BASE)
+    else:
+        return None
+    path, _, query = target.partition("?")
+    return ApiTarget(base, path, query, f"{scheme}://{host}{base}{path}")
+
+
 @dataclass(frozen=True, slots=True)
 class _FieldFacts:
     """Facts that depend on the fields of a request alone."""
@@ -143,6 +193,12 @@ def _mcp_headers(section: FieldSection) -> McpHeaders:
             for name, line in mcp_fields
         ),
     )
+
+
+def traceparent_in(section: FieldSection) -> str | None:
+    """The `traceparent` header; None if there is none, or more than one."""
+    found = [line.partition(b":")[2].strip(b" \t") for name, line in section.lines if name == b"traceparent"]
+    return found[0].decode("latin-1") if len(found) == 1 else None
 
 
 def presented_by(

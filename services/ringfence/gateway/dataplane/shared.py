@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ringfence.gateway.contract import Gate, ReportBlocked
+from ringfence.gateway.contract import AgentApi, Gate, ReportBlocked
 from ringfence.gateway.dataplane.certificate_authority import CertificateAuthority
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.forwarder import Forwarder
@@ -27,3 +27,5 @@ class DataPlaneContext:
     limits: SenderLimits
     timeouts: Timeouts
     report_blocked: ReportBlocked
+    agent_api: AgentApi | None = None
+    """Answers agents that call the gateway itself; None if it is switched off."""

@@ -59,6 +59,7 @@ class BlockedRequests:
 
     def _kind(self, blocked: BlockedRequest) -> RefusalKind:
         agent_id, task_id = self._sender_of(blocked.presented)
+        agent_id = agent_id or blocked.agent_id
         target, attempt, destination = self._target_of(blocked.attempt), blocked.attempt, blocked.destination
         if attempt is not None:
             url = target.url if target is not None else None

@@ -138,7 +138,7 @@ class SenderAuthenticator:
         if lease is None:
             message = "there is no such lease, or it ended long ago"
             return refuse("handle_unknown", message, status=UNAUTHORIZED)
-        kid = _unverified_thumbprint(proof)
+        kid = unverified_thumbprint(proof)
         if kid is None:
             message = "not a proof: a JWT with typ dpop+jwt, alg ES256 or EdDSA and a public jwk"
             return refuse("invalid_dpop_proof", message, status=UNAUTHORIZED)
@@ -182,7 +182,7 @@ def _other_agents_handle(lease: Lease, by: str) -> Refusal:
     return refuse("handle_other_agent", message, sender=Sender(by, None, lease.lease_id))
 
 
-def _unverified_thumbprint(proof: str) -> str | None:
+def unverified_thumbprint(proof: str) -> str | None:
     """The thumbprint of the key in a proof's header. The proof is verified against that key next."""
     return _thumbprint_in(proof.partition(".")[0]) if len(proof) <= MAX_PROOF_BYTES else None
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TypeVar
 
-from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
+from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
-from ringfence.kernel.base.text import with_article
 from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jwe import check_reply_key
-from ringfence.kernel.crypto.jws import KeyFinder, Signed, parse, verify
+from ringfence.kernel.crypto.jws import KeyFinder, Signed, parse
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.kafka.partitioning import partition_of
 from ringfence.kernel.kafka.record import Received
@@ -21,7 +19,7 @@ from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, 
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.records.instances import keys_of_agents
+from ringfence.model.records.signed_messages import FindKey, key_of_agent, verify_message
 from ringfence.policy.decision_log import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS
 from ringfence.policy.domain import Case
 
@@ -29,10 +27,6 @@ C = TypeVar("C", bound=ExpiringClaims)
 
 MAX_APPROVAL_BYTES = 192 * 1024
 MISPLACED = "partition_unexpected"
-
-
-FindKey = Callable[[str, str, float, KeyFinder], PublicKey | None]
-"""Maps (`iss`, `kid`, time, key finder of agents) to the key that may sign for that issuer."""
 
 _FOR_OTHERS = frozenset({typ_header(BreakGlassReview), typ_header(ActionApproval)})
 
@@ -67,7 +61,7 @@ class MessageVerifier:
             raise InvalidMessageError(
                 "the request has waited longer than any request may live; ask anew", code="too_old"
             )
-        request, late = await self._verified(record, CredentialRequest, self._agent_key, MAX_REQUEST_BYTES)
+        request, late = await self._verified(record, CredentialRequest, key_of_agent, MAX_REQUEST_BYTES)
         claims = request.claims
         if late is not None and record.appended_at_ms - claims.exp * 1000 > ANSWER_EXPIRED_WITHIN_MS:
             raise late
@@ -119,7 +113,7 @@ class MessageVerifier:
         self, record: Received
     ) -> tuple[Signed[RequestWithdraw], ExpiredError | None]:
         """Return the withdrawal of a request in a record, signed by an agent, and the error if it came too late."""
-        return await self._verified(record, RequestWithdraw, self._agent_key, MAX_REQUEST_BYTES)
+        return await self._verified(record, RequestWithdraw, key_of_agent, MAX_REQUEST_BYTES)
 
     async def _verified(
         self,
@@ -128,42 +122,17 @@ class MessageVerifier:
         find_key: FindKey,
         max_bytes: int,
     ) -> tuple[Signed[C], ExpiredError | None]:
-        if len(record.value) > max_bytes:
-            raise InvalidMessageError(
-                f"{with_article(model.typ)} of {len(record.value)} bytes; the limit is {max_bytes}",
-                code="too_large",
-            )
-        jws, at_s = parse(record.value), record.appended_at_ms / 1000
-        of_agents = keys_of_agents(self._directory, jws, model, at_s)
-        audience = self._runtime.settings.trust_domain
-        for known_here in (False, True):
-            try:
-                signed = verify(
-                    jws, model, lambda iss, kid: find_key(iss, kid, at_s, of_agents),
-                    audience=audience, appended_at_ms=record.appended_at_ms,
-                )  # fmt: skip
-            except ExpiredError as error:
-                # Decided after the signature check: these claims are verified.
-                return Signed(jws.unverified_claims(model), jws.compact), error
-            except SignatureError as error:
-                if known_here or error.code != "key_unknown":
-                    raise
-                # A recently registered signer is not refused while their record is on its way.
-                await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
-            else:
-                return signed, None
-        raise AssertionError("not reached")
-
-    def _agent_key(self, iss: str, kid: str, at_s: float, of_agents: KeyFinder) -> PublicKey | None:
-        try:
-            return of_agents(iss, kid)
-        except ChainError:
-            return None
+        settings = self._runtime.settings
+        return await verify_message(
+            record.value, model, self._directory, find_key, audience=settings.trust_domain,
+            at_ms=record.appended_at_ms, max_bytes=max_bytes,
+            catch_up=lambda: self._runtime.tables_caught_up(settings.grace_s),
+        )  # fmt: skip
 
     def _person_key(self, iss: str, kid: str, at_s: float, of_agents: KeyFinder) -> PublicKey | None:
         user_id = subject_of(self._runtime.settings.trust_domain, iss, "user")
         if user_id is None:
-            return self._agent_key(iss, kid, at_s, of_agents)
+            return key_of_agent(iss, kid, at_s, of_agents)
         try:
             entry = self._directory.user(user_id)
         except ChainError:

@@ -25,7 +25,7 @@ from ringfence.gateway.dataplane.fast_path.plans import (
 from ringfence.gateway.dataplane.http1_body import Body
 from ringfence.gateway.dataplane.http1_head import END_OF_HEAD, MAX_HEAD_BYTES, RequestHead, parse_request
 from ringfence.gateway.dataplane.limits import RequestSlot
-from ringfence.gateway.dataplane.request_reader import ListenerContext, read_request
+from ringfence.gateway.dataplane.request_reader import ListenerContext, read_api_target, read_request
 from ringfence.gateway.dataplane.secret_redaction import redact
 from ringfence.gateway.dataplane.shared import DataPlaneContext
 from ringfence.gateway.dataplane.stream import Stream
@@ -213,6 +213,10 @@ class FastPath:
         try:
             request = parse_request(data[: end + 2])
             if not _is_plain(request) or len(data) != end + len(END_OF_HEAD) + (request.length or 0):
+                return None
+            if shared.agent_api is not None and read_api_target(
+                request, self._listener, shared.is_target_host
+            ):
                 return None
             presented, attempt = read_request(request, self._listener, shared.is_target_host)
             reads_body = request.length is not None and request.length > 0 and shared.gate.reads_body(attempt)

@@ -1,0 +1,310 @@
+"""The HTTP API for agents: `POST /v1/requests`, `GET /v1/requests/ID` and `GET /v1/trust`.
+
+It verifies who posts a message and publishes it; it hands out sealed replies to who posted it. It decides nothing else,
+and cannot read a reply. Over a task's socket only that task's messages count. Elsewhere each call needs a DPoP proof
+(RFC 9449) by the key that signed the message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from http import HTTPStatus
+from typing import Final
+from urllib.parse import parse_qsl
+
+import orjson
+
+from ringfence.client.errors import TokenRejectedError
+from ringfence.client.resource_server.dpop_proofs import ProofChecker
+from ringfence.gateway.agent_api.posted_messages import MAX_BYTES, PostedMessage, PostedMessageVerifier
+from ringfence.gateway.agent_api.publications import Publications
+from ringfence.gateway.agent_api.replies import SealedReplies, WaitingRequests
+from ringfence.gateway.contract import Answer, ApiRequest, PresentedIdentity
+from ringfence.gateway.dataplane.limits import SenderLimits
+from ringfence.gateway.decision.sender import NONCE_REQUIRED, AgentKeys, unverified_thumbprint
+from ringfence.gateway.errors import RequestRefusedError, problem_answer
+from ringfence.gateway.state.leases import LeaseTable
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.tracing.traceparent import well_formed
+from ringfence.messages.credential import CredentialRequest, RequestWithdraw
+from ringfence.messages.lease import RevocationRequest
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+
+JOSE: Final = "application/jose"
+MAX_WAIT_S: Final = 60.0
+_REQUESTS: Final = "/v1/requests"
+_TRUST: Final = "/v1/trust"
+_ONE_REQUEST: Final = re.compile(
+    rf"{_REQUESTS}/([0-9a-f]{{8}}-[0-9a-f]{{4}}-[0-9a-f]{{4}}-[0-9a-f]{{4}}-[0-9a-f]{{12}})"
+)
+_DURATION: Final = re.compile(r"(?:([0-9]{1,2})m)?(?:([0-9]{1,4})s)?")
+_AFTER: Final = re.compile(r"[0-9]{1,4}")
+_POLL_AFTER_S: Final = 1
+
+
+class AgentRequestsApi:
+    """The `AgentApi` of the data plane."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        leases: LeaseTable,
+        trust: TrustStore,
+        verifier: PostedMessageVerifier,
+        publications: Publications,
+        replies: SealedReplies,
+        keys: AgentKeys,
+        proofs: ProofChecker,
+        posts: SenderLimits,
+        waiting: WaitingRequests,
+        clock: Clock,
+    ) -> None:
+        """`proofs`: the checker of the whole gateway, so that a proof counts once; `posts`: limits of each agent."""
+        self._directory = directory
+        self._leases = leases
+        self._trust = trust
+        self._verifier = verifier
+        self._publications = publications
+        self._replies = replies
+        self._keys = keys
+        self._proofs = proofs
+        self._posts = posts
+        self._waiting = waiting
+        self._clock = clock
+
+    async def answer(self, request: ApiRequest) -> Answer:
+        """Answer one call. Raises RequestRefusedError."""
+        if request.path == _REQUESTS:
+            _require_method(request, "POST")
+            return await self._post(request)
+        if match := _ONE_REQUEST.fullmatch(request.path):
+            _require_method(request, "GET")
+            return await self._get_reply(request, match[1])
+        if request.path == _TRUST:
+            _require_method(request, "GET")
+            return HTTPStatus.OK, {"Content-Type": JOSE, **self._fresh_nonce(request)}, self._trust.compact
+        raise RequestRefusedError(
+            404, "api_path_unknown", f"there are {_REQUESTS}, {_REQUESTS}/ID and {_TRUST} here"
+        )
+
+    # --- POST /v1/requests ---
+
+    async def _post(self, request: ApiRequest) -> Answer:
+        if (request.content_type or "").partition(";")[0].strip().lower() != JOSE:
+            raise RequestRefusedError(415, "content_type_unexpected", f"post one compact JWS, as {JOSE}")
+        self._require_evidence(request.presented)
+        body = b"" if (request.length or 0) > MAX_BYTES else await request.read_body(MAX_BYTES)
+        if len(body) > MAX_BYTES or (request.length or 0) > MAX_BYTES:
+            raise RequestRefusedError(413, "too_large", f"a message has at most {MAX_BYTES} bytes")
+        message = await self._verifier.verify(body)
+        presented = request.presented
+        if presented.task_id is not None:
+            self._require_task(presented.task_id, message)
+        else:
+            self._require_certificate_of(message.agent_id, presented)
+            if (challenge := await self._check_proof(request, message.kid)) is not None:
+                return challenge
+        with _attributed_to(message.agent_id):
+            self._check_limits(request, message.agent_id)
+            self._posts.charge(f"agent:{message.agent_id}")
+            await self._publications.publish(message, well_formed(request.traceparent))
+        return self._accepted(request, message)
+
+    def _accepted(self, request: ApiRequest, message: PostedMessage) -> Answer:
+        claims, fields = message.claims, {"id": message.id}
+        headers = {"Content-Type": "application/json", **self._fresh_nonce(request)}
+        if not isinstance(claims, RevocationRequest):  # nobody replies to a release
+            id = claims.request_id if isinstance(claims, RequestWithdraw) else message.id
+            fields["status"] = headers["Location"] = f"{request.base}{_REQUESTS}/{id}"
+        return HTTPStatus.ACCEPTED, headers, orjson.dumps(fields)
+
+    def _require_task(self, task_id: str, message: PostedMessage) -> None:
+        """On a task's socket only messages of its agent count, and only those about this task."""
+        claims = message.claims
+        if self._agent_of(task_id) != message.agent_id:
+            raise RequestRefusedError(
+                403, "socket_other_agent", "this socket is for the task of another agent"
+            )
+        about: str | None = None
+        if isinstance(claims, CredentialRequest):
+            about = claims.task_id
+        elif isinstance(claims, RequestWithdraw):
+            request = self._publications.find(claims.request_id)
+            about = request.task_id if request is not None else None
+        elif claims.lease_id is not None:
+            lease = self._leases.get(claims.lease_id)
+            about = lease.task_id if lease is not None else None
+        if about is not None and about != task_id:
+            raise RequestRefusedError(
+                403, "socket_other_task", "this socket is for another task of the agent"
+            )
+
+    # --- GET /v1/requests/ID ---
+
+    async def _get_reply(self, request: ApiRequest, id: str) -> Answer:
+        self._require_evidence(request.presented)
+        wait_s, after = _read_query(request.query)
+        agent_id, challenge = await self._entitled(request, id)
+        if challenge is not None:
+            return challenge
+        with _attributed_to(agent_id):
+            self._check_limits(request, agent_id)
+            reply = self._replies.get(agent_id, id, after)
+            if reply is None and wait_s > 0:
+                with self._waiting.place(agent_id, request.sender):
+                    # Requests that only wait must not take the places of others of this sender and agent.
+                    request.release_slot()
+                    reply = await self._replies.next(
+                        agent_id, id, after, wait_s=wait_s, on_disconnect=request.on_disconnect
+                    )
+        headers = self._fresh_nonce(request)
+        status = f"{request.base}{_REQUESTS}/{id}"
+        if reply is None:
+            pending = orjson.dumps({"id": id, "status": status})
+            headers |= {"Content-Type": "application/json", "Retry-After": str(_POLL_AFTER_S)}
+            return HTTPStatus.ACCEPTED, headers, pending
+        headers |= {"Content-Type": JOSE, "Link": f'<{status}?after={after + 1}>; rel="next"'}
+        return HTTPStatus.OK, headers, reply
+
+    async def _entitled(self, request: ApiRequest, id: str) -> tuple[str, Answer | None]:
+        """The agent whose request it is, if the caller posted it; and the challenge that it must answer first.
+
+        Of requests that another process took, or that are forgotten, only the agent is known: any of its keys and tasks
+        may fetch the reply, which is sealed to the request's key. Raises RequestRefusedError (404) for all others.
+        """
+        presented, publication = request.presented, self._publications.find(id)
+        if presented.task_id is not None:
+            agent_id = self._agent_of(presented.task_id)
+            if publication is not None:
+                entitled = agent_id == publication.agent_id and publication.task_id == presented.task_id
+            else:
+                entitled = agent_id is not None and self._replies.has(agent_id, id)
+            if not entitled or agent_id is None:
+                raise _unknown_request()
+            return agent_id, None
+        kid = unverified_thumbprint(presented.proof or "")
+        if publication is not None:
+            agent_id = publication.agent_id if publication.kid == kid else None
+        elif kid is not None:
+            now_s = self._clock.now_ms() / 1000
+            agent_id = self._keys.owner(self._trust.trust_domain, kid, now_s)
+            if agent_id is not None and not self._replies.has(agent_id, id):
+                agent_id = None
+        else:
+            agent_id = None
+        if agent_id is None or kid is None:
+            raise _unknown_request()
+        self._require_certificate_of(agent_id, presented)
+        return agent_id, await self._check_proof(request, kid)
+
+    # --- who calls ---
+
+    def _require_evidence(self, presented: PresentedIdentity) -> None:
+        if presented.task_id is None and presented.proof is None:
+            raise RequestRefusedError(
+                401, "proof_missing", "send a DPoP proof by the key that signed the message; it has no ath",
+                headers=self._challenge("invalid_dpop_proof"),
+            )  # fmt: skip
+
+    def _require_certificate_of(self, agent_id: str, presented: PresentedIdentity) -> None:
+        certificate = presented.certificate
+        if certificate is not None and subject_of(self._trust.trust_domain, certificate, "agent") != agent_id:
+            raise RequestRefusedError(
+                403, "certificate_other_agent", "the client certificate is another agent's"
+            )
+
+    async def _check_proof(self, request: ApiRequest, kid: str) -> Answer | None:
+        """Check the proof of a call outside task sockets. Returns the answer that asks for one with a nonce, or None.
+
+        Raises RequestRefusedError. The key is an agent's: strangers cannot fill the replay memory.
+        """
+        presented = request.presented
+        try:
+            await self._proofs.check(
+                presented.proof or "", method=request.method, url=presented.htu or "", access_token=None,
+                thumbprint=kid,
+            )  # fmt: skip
+        except TokenRejectedError as error:
+            refused = RequestRefusedError(401, error.code, str(error), headers=self._challenge(error.code))
+            if error.code != NONCE_REQUIRED:
+                raise refused from None
+            return problem_answer(refused)
+        except UnavailableError as error:
+            raise RequestRefusedError(503, "proofs_full", str(error), headers={"Retry-After": "1"}) from None
+        return None
+
+    def _challenge(self, error: str) -> dict[str, str]:
+        nonce = self._proofs.nonce()
+        headers = {"WWW-Authenticate": f'DPoP error="{error}", algs="ES256 EdDSA"'}
+        return {**headers, "DPoP-Nonce": nonce} if nonce is not None else headers
+
+    def _fresh_nonce(self, request: ApiRequest) -> dict[str, str]:
+        """The nonce for the caller's next proof (RFC 9449, 8.2)."""
+        nonce = self._proofs.nonce() if request.presented.task_id is None else None
+        return {"DPoP-Nonce": nonce} if nonce is not None else {}
+
+    def _check_limits(self, request: ApiRequest, agent_id: str) -> None:
+        """Count the call for its agent, once that is certain: strangers use up nobody's share."""
+        if (reason := request.check_agent(agent_id)) is not None:
+            raise RequestRefusedError(429, reason.code, reason.message, headers={"Retry-After": "1"})
+
+    def _agent_of(self, task_id: str) -> str | None:
+        try:
+            task = self._directory.task(task_id)
+        except ChainError:
+            return None
+        return task.state.agent_id if task is not None else None
+
+
+@contextlib.contextmanager
+def _attributed_to(agent_id: str) -> Iterator[None]:
+    """Attribute refusals to the agent that has proved that it sent the request."""
+    try:
+        yield
+    except RequestRefusedError as error:
+        error.agent_id = agent_id
+        raise
+
+
+def _require_method(request: ApiRequest, method: str) -> None:
+    if request.method != method:
+        raise RequestRefusedError(
+            405, "method_unexpected", f"this takes {method} alone", headers={"Allow": method}
+        )
+
+
+def _unknown_request() -> RequestRefusedError:
+    return RequestRefusedError(
+        404, "request_unknown",
+        "no such request of yours is known here: its reply is too old, or it was posted before a restart and has no "
+        "reply yet; post the same bytes again",
+    )  # fmt: skip
+
+
+def _read_query(query: str) -> tuple[float, int]:
+    """`wait` in seconds, and `after`. Raises RequestRefusedError (400) for anything else."""
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
+    except ValueError:
+        pairs = [("", "")]
+    fields: Mapping[str, str] = dict(pairs)
+    if len(fields) != len(pairs) or not fields.keys() <= {"wait", "after"}:
+        raise RequestRefusedError(400, "query_invalid", "the query has wait and after, each at most once")
+    wait, after = fields.get("wait", "0s"), fields.get("after", "0")
+    match = _DURATION.fullmatch(wait)
+    wait_s = float(int(match[1] or 0) * 60 + int(match[2] or 0)) if match and wait else -1.0
+    if not 0 <= wait_s <= MAX_WAIT_S:
+        raise RequestRefusedError(
+            400, "query_invalid", "wait is a duration with its unit, at most 60s: wait=30s"
+        )
+    if not _AFTER.fullmatch(after):
+        raise RequestRefusedError(
+            400, "query_invalid", "after is the number of replies that you have: after=1"
+        )
+    return wait_s, int(after)
