@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.cli.commands import audit
 from ringfence.cli.main import main
 from ringfence.client.exports import export
 from ringfence.client.reports.auditor import TrailReport, TreeReport
@@ -130,7 +129,7 @@ def test_heads_that_an_auditor_keeps(tmp_path: Path, umask: int, monkeypatch: py
     async def good(*_: object, **__: object) -> TrailReport:
         return TrailReport([TreeReport("1", 1, 7, 0, 7, "ab" * 32, ())])
 
-    monkeypatch.setattr(audit, "verify_trail", good)
+    monkeypatch.setattr("ringfence.client.reports.auditor.verify_trail", good)
     for name in ("new", "of-before"):
         path = tmp_path / name
         if name == "of-before":
