@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, WithJsonSchema
 
 from ringfence.messages.base import (
     Claims,
@@ -43,6 +43,15 @@ MAX_REQUEST_BYTES: Final = 64 * 1024
 """Of a request as a JWS: its decision holds it whole, and has a limit too. Policy weighs no larger one."""
 
 
+ProcessMark = Annotated[
+    str,
+    Field(min_length=8, max_length=64, pattern=r"^[\w-]+$"),
+    WithJsonSchema({"type": "string", "pattern": r"^[\w-]{8,64}$"}),
+]
+"""8 to 64 word characters or hyphens. As the one pattern that is published it takes 17 ms to compile, since a word
+character is any of Unicode's."""
+
+
 class CredentialRequest(ExpiringClaims):
     """An agent's wish for one credential, for one target, within one task.
 
@@ -60,7 +69,7 @@ class CredentialRequest(ExpiringClaims):
     """A fresh ECDH key (P-256 or X25519) that the reply is sealed to."""
     break_glass: Literal[True] | None = None
     """Set where two operators are asked to allow once what the bundle denies."""
-    process: Annotated[str, Field(pattern=r"^[\w-]{8,64}$")] | None = None
+    process: ProcessMark | None = None
     """A random mark of the process that asks: two of them that use one key at once are noticed."""
     enrolment: Jws | None = None
     """Set where a running instance signs, with the key that this `instance.enrolment` is about."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def print_question(group: RequestGroup, comparison: Comparison) -> None:
     """Print a group of equivalent requests, and how they differ from what the agent usually gets."""
-    from ringfence.client.agent.replies import describe_approvers
+    from ringfence.client.approvers import describe_approvers
 
     one, count = group.first, len(group.requests)
     print_fields(
@@ -67,7 +67,7 @@ def as_json(group: RequestGroup, comparison: Comparison | None = None) -> dict[s
 
 def print_action(one: PendingAction) -> None:
     """Print one pending action, from what the gateway signed and from verified records."""
-    from ringfence.client.agent.replies import describe_approvers
+    from ringfence.client.approvers import describe_approvers
 
     print_fields(
         {

@@ -21,9 +21,9 @@ from ringfence.client.agent.replies import (
     Denied,
     PendingRequest,
     SentRequest,
-    describe_approvers,
     read_reply,
 )
+from ringfence.client.approvers import describe_approvers
 from ringfence.client.arguments import permissions, texts
 from ringfence.client.connection import Connection, Coordinate, subject
 from ringfence.client.errors import (

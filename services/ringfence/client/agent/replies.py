@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from ringfence.client.agent.credentials import IssuedCredential, Secret, class_of
+from ringfence.client.approvers import describe_approvers
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import digest, lease_id, message_id
@@ -33,19 +34,6 @@ from ringfence.messages.credential import (
 )
 from ringfence.messages.lease import Lease
 from ringfence.model.identity.spiffe_ids import subject_of
-
-_APPROVERS: dict[RequiredClass, str] = {
-    "none": "nobody",
-    "sponsor": "the agent's sponsor",
-    "second_person": "a second person (a sponsor who is neither the agent's nor the user it acts for)",
-    "operator": "an operator (neither the agent's sponsor nor the user it acts for)",
-    "break_glass": "two operators (neither the agent's sponsor nor the user it acts for)",
-}
-
-
-def describe_approvers(required: tuple[RequiredClass, ...]) -> str:
-    """Return a text for people: who must give these approvals."""
-    return " and ".join(_APPROVERS[c] for c in dict.fromkeys(required)) or "a person"
 
 
 @dataclass(frozen=True, slots=True)

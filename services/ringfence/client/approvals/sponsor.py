@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from ringfence.client.agent.replies import describe_approvers
 from ringfence.client.approvals.action_approvals import OpenActions, PendingAction, is_action
 from ringfence.client.approvals.history_comparison import DAYS, ApprovalHistory
 from ringfence.client.approvals.pending_approval import PendingApproval
 from ringfence.client.approvals.request_groups import RequestGroup, group_equivalent, group_key
+from ringfence.client.approvers import describe_approvers
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import NotYoursError, StaleApprovalError, checked
 from ringfence.client.id_prefix import find_by_prefix
