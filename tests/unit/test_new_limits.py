@@ -66,6 +66,10 @@ def not_understood(ledger: InMemoryRegistry) -> Any:  # noqa: F811
     return ledger.target_set("olga", "shop", **{NAME: "a limit"})
 
 
+def with_reserved_name(ledger: InMemoryRegistry) -> Any:  # noqa: F811
+    return ledger.target_set("olga", "ringfence")
+
+
 def without_consent(ledger: InMemoryRegistry) -> Any:  # noqa: F811
     entry = ledger.directory.agent("bot")
     assert entry is not None
@@ -116,6 +120,7 @@ def suspend(ledger: InMemoryRegistry, agent: str) -> Claims:  # noqa: F811
 LIMITS = {
     "task_too_long": Limit(long_task_of_before, long_task, end),
     "target_settings_invalid": Limit(record_of(misspelt, "target", "shop"), misspelt, remove),
+    "name_reserved": Limit(record_of(with_reserved_name, "target", "ringfence"), with_reserved_name, remove),
     "unknown_field": Limit(record_of(not_understood, "target", "shop"), not_understood, remove),
     "consent_missing": Limit(record_of(without_consent, "agent", "bot"), without_consent, suspend),
     "email_unverified": Limit(address_of_before, by_unverified_address, end),
