@@ -1,0 +1,132 @@
+"""Nothing of a sandbox remains, whatever dies first: its command, bwrap, or the runner, at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ringfence.runner.sandbox.processes import ProcessId, in_namespace, with_name
+from tests.runner.places import CallError, Place, Runner, running
+from tests.runner.test_conformance import DAEMON, Listener
+
+HIDDEN = "import os, time; os.fork() or os.setsid(); os.fork(); [time.sleep(60) for _ in iter(int, 1)]"
+
+
+async def gone(*, run_id: str, pid: int | None = None) -> None:
+    """Wait until no process of this sandbox runs. Its first process kills all others before it is gone."""
+    async with asyncio.timeout(30):
+        while any(process.runs for process in with_name(f"ringfence-{run_id}", 0)) or (
+            pid is not None and (process := ProcessId.of(pid)) is not None and process.runs
+        ):
+            await asyncio.sleep(0.01)
+
+
+def cgroups_of(run_id: str) -> list[Path]:
+    return [path for path in Path("/sys/fs/cgroup").rglob(f"ringfence-{run_id}") if path.is_dir()]
+
+
+async def test_the_end_of_bwrap_is_the_end_of_all(runner: Runner, folder: Path) -> None:
+    async with Listener(folder / "s.sock", runner.place.uid) as listener:
+        spec = runner.spec("python3", "-c", DAEMON, "stay", socket=str(listener.path))
+        pid = (await runner.call("start", spec=spec))["pid"]
+        (daemon, _), (command, _) = await listener.named("daemon"), await listener.named("command")
+        outside = next(one for one in with_name(f"ringfence-{spec['run_id']}", 0) if one.pid != pid)
+        os.kill(outside.pid, signal.SIGKILL)
+        assert (await daemon.read(), await command.read()) == (b"", b"")
+        assert (await runner.call("wait", run_id=spec["run_id"]))["reason"] == "killed"
+        report = await runner.call("destroy", run_id=spec["run_id"])
+        assert report["complete"], report
+        assert not cgroups_of(spec["run_id"])
+
+
+async def test_the_death_of_the_runner_ends_the_sandbox_and_the_next_one_sweeps(
+    place: Place, folder: Path, code: Path
+) -> None:
+    async with Listener(folder / "s.sock", place.uid) as listener:
+        async with running(place, folder, code) as first:
+            spec = first.spec("python3", "-c", DAEMON, "stay", socket=str(listener.path))
+            pid = (await first.call("start", spec=spec))["pid"]
+            (daemon, _), (command, _) = await listener.named("daemon"), await listener.named("command")
+            namespace = Path(f"/proc/{pid}/ns/mnt").stat().st_ino
+            await first.kill()
+            # No sweep is needed for that.
+            assert (await daemon.read(), await command.read()) == (b"", b"")
+        assert list((folder / "state").iterdir())
+        async with running(place, folder, code) as second:
+            (report,) = await second.call("sweep")
+            assert report["run_id"] == spec["run_id"]
+            assert report["complete"], report
+            assert await second.call("sweep") == []
+        assert not list((folder / "state").iterdir())
+        assert not cgroups_of(spec["run_id"])
+        assert not in_namespace("mnt", namespace)
+
+
+async def test_a_sweep_leaves_the_sandboxes_of_a_living_runner_alone(
+    place: Place, folder: Path, code: Path
+) -> None:
+    async with running(place, folder, code) as first, running(place, folder, code) as second:
+        spec = first.spec("sleep", "600")
+        await first.call("start", spec=spec)
+        assert await second.call("sweep") == []
+        await first.call("signal", run_id=spec["run_id"], number=signal.SIGTERM)
+        assert await first.call("wait", run_id=spec["run_id"]) == {"code": 143, "reason": "command"}
+        assert (await first.call("destroy", run_id=spec["run_id"]))["complete"]
+
+
+async def test_a_sweep_kills_nobody_who_has_the_pid_of_a_dead_process(
+    place: Place, folder: Path, code: Path
+) -> None:
+    bystander = subprocess.Popen(["sleep", "600"], user=place.uid if os.geteuid() == 0 else None)
+    try:
+        async with running(place, folder, code) as first:
+            await first.call("start", spec=first.spec("sleep", "600", run_id="t-reused"))
+            await first.kill()
+        await gone(run_id="t-reused")
+        (record,) = (folder / "state").iterdir()
+        text = record.read_text()
+        start = text.index('"processes": [{"pid": ') + len('"processes": [{"pid": ')
+        record.write_text(text[:start] + str(bystander.pid) + text[text.index(",", start) :])
+        async with running(place, folder, code) as second:
+            assert (await second.call("sweep"))[0]["complete"]
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_a_runner_killed_at_any_moment_leaves_nothing_after_a_sweep(
+    place: Place, folder: Path, code: Path, seed: int
+) -> None:
+    run_id = f"t-any-{place.uid}-{seed}"
+    async with running(place, folder, code) as first:
+        await first.call("available")  # its modules are loaded: the start itself is what gets interrupted
+        start = asyncio.create_task(
+            first.call("start", spec=first.spec("python3", "-c", HIDDEN, run_id=run_id))
+        )
+        await asyncio.wait([start], timeout=random.Random(seed).uniform(0, 0.25))
+        await first.kill()
+        await asyncio.gather(start, return_exceptions=True)
+    async with running(place, folder, code) as second:
+        reports = await second.call("sweep")
+        assert all(report["complete"] for report in reports), reports
+        await gone(run_id=run_id)
+    state = folder / "state"
+    assert not state.exists() or not list(state.glob("*.json"))
+    assert not cgroups_of(run_id)
+
+
+async def test_a_start_that_fails_leaves_nothing(runner: Runner, folder: Path) -> None:
+    spec = runner.spec("true", files={"/usr/made": "not there"})
+    with pytest.raises(CallError, match="sandbox_unavailable"):
+        await runner.call("start", spec=spec)
+    await gone(run_id=spec["run_id"])
+    assert not list((folder / "state").iterdir())
+    assert not cgroups_of(spec["run_id"])
