@@ -161,6 +161,7 @@ class BubblewrapSandbox:
         self,
         process: subprocess.Popen[bytes],
         init: ProcessId,
+        command: ProcessId | None,
         namespaces: dict[str, int],
         group: ControlGroup,
         records: SandboxRecords,
@@ -168,6 +169,7 @@ class BubblewrapSandbox:
     ) -> None:
         self._process = process
         self._init = init
+        self._command = command
         self._namespaces = namespaces
         self._group = group
         self._records = records
@@ -193,10 +195,8 @@ class BubblewrapSandbox:
         return Exit(code, ExitReason.COMMAND)
 
     def signal(self, number: int) -> None:
-        if self._init.runs:
-            # The reaper's first child is the command; later ones are orphans that it took over.
-            for command in children(self._init)[:1]:
-                command.signal_group(number)
+        if self._command is not None:
+            self._command.signal_group(number)
 
     async def freeze(self) -> None:
         if self._group.can_freeze:
@@ -334,7 +334,8 @@ class _Start:
             # The reaper counts too.
             resource.prlimit(init.pid, resource.RLIMIT_NPROC, (spec.limits.pids + 1, spec.limits.pids + 1))
         os.write(block[1], b"1")
-        return BubblewrapSandbox(process, init, namespaces, self._group, self._records, record)
+        command = await _first_child(init)
+        return BubblewrapSandbox(process, init, command, namespaces, self._group, self._records, record)
 
     def _mounts(self) -> list[_OpenMount]:
         wanted = [(mount, False) for mount in self._spec.mounts]
@@ -502,6 +503,15 @@ async def _remove(
         files,
         usage,
     )
+
+
+async def _first_child(init: ProcessId) -> ProcessId | None:
+    """Wait for the command, the reaper's first child: a signal that comes before it would be lost. None: it has ended."""
+    while init.runs:
+        for command in children(init):
+            return command
+        await asyncio.sleep(0.0005)
+    return None
 
 
 async def _ended(process: subprocess.Popen[bytes]) -> int:

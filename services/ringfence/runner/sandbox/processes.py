@@ -117,9 +117,12 @@ def descendants(pid: int) -> list[ProcessId]:
 
 def children(parent: ProcessId) -> list[ProcessId]:
     """The direct children, oldest first."""
-    below = [process for process in descendants(parent.pid) if process.pid != parent.pid]
-    direct = [one for one in below if (fields := _stat(one.pid)) is not None and int(fields[1]) == parent.pid]
-    return sorted(direct, key=lambda process: (process.start, process.pid))
+    try:
+        pids = [int(pid) for pid in (_PROC / f"{parent.pid}/task/{parent.pid}/children").read_text().split()]
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN, or the parent is gone
+        pids = [process.pid for process in descendants(parent.pid)]
+    found = [ProcessId.of(pid) for pid in pids if (fields := _stat(pid)) and int(fields[1]) == parent.pid]
+    return sorted((one for one in found if one is not None), key=lambda process: (process.start, process.pid))
 
 
 def in_namespace(kind: str, inode: int) -> list[int]:
