@@ -6,12 +6,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import needed
 from tests.runner.places import ORDINARY_UID, Place, Runner, copy_code, running
+from tests.runner.podman import Podman
 
 ROOT = Place("bubblewrap-root", "bubblewrap", 0)
 ORDINARY = Place("bubblewrap-user", "bubblewrap", ORDINARY_UID if os.geteuid() == 0 else os.geteuid())
@@ -19,9 +21,35 @@ BUBBLEWRAP = [ROOT, ORDINARY] if os.geteuid() == 0 else [ORDINARY]
 """Only root can start a runner of another user."""
 
 
+OCI = Place("oci", "oci", 0)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module may say which `BACKENDS` it is about."""
     if "place" in metafunc.fixturenames:
-        metafunc.parametrize("place", BUBBLEWRAP, ids=lambda place: place.name, scope="package")
+        kinds = getattr(metafunc.module, "BACKENDS", ("bubblewrap", "oci"))
+        places = [*BUBBLEWRAP, *([OCI] if metafunc.config.getoption("--oci") else [])]
+        chosen = [place for place in places if place.backend in kinds]
+        metafunc.parametrize("place", chosen, ids=lambda place: place.name, indirect=True, scope="package")
+
+
+@pytest.fixture(scope="package")
+def podman(request: pytest.FixtureRequest) -> Iterator[Podman]:
+    with tempfile.TemporaryDirectory(prefix="ringfence-podman-", ignore_cleanup_errors=True) as folder:
+        engine = Podman(Path(folder))
+        with needed(request):
+            engine.start()
+        yield engine
+        engine.stop()
+
+
+@pytest.fixture(scope="package")
+def place(request: pytest.FixtureRequest) -> Place:
+    place: Place = request.param
+    if place.backend != "oci":
+        return place
+    engine: Podman = request.getfixturevalue("podman")
+    return replace(place, options={"socket": str(engine.socket)}, image=engine.image)
 
 
 @pytest.fixture(scope="package")

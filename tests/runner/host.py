@@ -126,8 +126,13 @@ async def _serve(backend: SandboxBackend) -> None:
 
 
 def _backend(options: dict[str, Any]) -> SandboxBackend:
-    options.pop("kind")
-    return BubblewrapBackend(Path(options.pop("state")), **options)
+    kind, state = options.pop("kind"), Path(options.pop("state"))
+    if kind == "bubblewrap":
+        return BubblewrapBackend(state, **options)
+    # It needs httpx, which the Python of an ordinary user may lack.
+    from ringfence.runner.sandbox.oci import OciBackend
+
+    return OciBackend(state, **options)
 
 
 if __name__ == "__main__":

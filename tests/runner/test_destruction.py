@@ -15,6 +15,7 @@ from ringfence.runner.sandbox.processes import ProcessId, in_namespace, with_nam
 from tests.runner.places import CallError, Place, Runner, running
 from tests.runner.test_conformance import DAEMON, Listener
 
+BACKENDS = ("bubblewrap",)
 HIDDEN = "import os, time; os.fork() or os.setsid(); os.fork(); [time.sleep(60) for _ in iter(int, 1)]"
 
 

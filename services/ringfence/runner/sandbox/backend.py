@@ -81,6 +81,9 @@ class Streams:
     stderr: int | None = None
 
 
+NO_STREAMS = Streams()
+
+
 @dataclass(frozen=True)
 class SandboxSpec:
     """What to run, and everything that it may see and use. All that is not named here, it does not have."""
@@ -222,7 +225,7 @@ class SandboxBackend(Protocol):
         """The reasons why this machine cannot provide a sandbox of this kind, each with its remedy; empty if it can."""
         ...
 
-    async def start(self, spec: SandboxSpec, streams: Streams = Streams()) -> Sandbox:
+    async def start(self, spec: SandboxSpec, streams: Streams = NO_STREAMS) -> Sandbox:
         """Start a sandbox. Its record is written before anything of it exists.
 
         Raises SandboxUnavailableError if the specification cannot be met.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import resource
@@ -28,6 +27,7 @@ from typing import Any
 from ringfence.runner.sandbox import machine, seccomp
 from ringfence.runner.sandbox.backend import (
     HOME,
+    NO_STREAMS,
     SOCKET,
     Destruction,
     Exit,
@@ -49,6 +49,7 @@ from ringfence.runner.sandbox.cgroups import (
     find_hierarchies,
     processes_limited_without_cgroup,
 )
+from ringfence.runner.sandbox.descriptors import high, read_until, readable
 from ringfence.runner.sandbox.processes import (
     ProcessId,
     children,
@@ -72,7 +73,6 @@ _STDERR = 3
 _SHELL = f'exec 2>&{_STDERR} {_STDERR}>&-; cd -- "$1" || exit 126; shift; unset PWD OLDPWD; exec "$@"'
 # The last directory that bwrap makes, in the place where this machine has no directory of that name.
 _READY = "/run/.sandbox-is-made"
-_LOWEST = 10
 # Uids that neither login names nor containers use (systemd, UIDS-GIDS.md): each run as root has one for itself.
 _FIRST_UID, _UIDS = 1_879_048_192, 1 << 20
 _STARTED_WITHIN_S = 30
@@ -103,7 +103,7 @@ class BubblewrapBackend:
         filter_missing = seccomp.unavailable()
         return [*reasons, *([filter_missing] if filter_missing else [])]
 
-    async def start(self, spec: SandboxSpec, streams: Streams = Streams()) -> BubblewrapSandbox:  # noqa: B008 - immutable
+    async def start(self, spec: SandboxSpec, streams: Streams = NO_STREAMS) -> BubblewrapSandbox:
         """As the interface says. The thread that calls it has to live as long as the sandbox: the kernel kills the
         sandbox when that thread ends.
         """
@@ -343,7 +343,7 @@ class _Start:
             wanted.append((Mount(self._spec.socket, SOCKET), True))
         opened: list[_OpenMount] = []
         for mount, is_socket in sorted(wanted, key=lambda one: one[0].inside):
-            descriptor = _high(open_host(mount.host))
+            descriptor = high(open_host(mount.host))
             self._own.append(descriptor)
             mode = os.fstat(descriptor).st_mode
             if is_socket and not stat.S_ISSOCK(mode):
@@ -360,13 +360,13 @@ class _Start:
         self, mounts: list[_OpenMount], go: int, info: int, block: int, errors: int
     ) -> subprocess.Popen[bytes]:
         spec = self._spec
-        null = _high(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+        null = high(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
         self._own.append(null)
         stdin, stdout, stderr = (
             null if stream is None else stream
             for stream in (self._streams.stdin, self._streams.stdout, self._streams.stderr)
         )
-        self._for_child.append(command_stderr := _high(os.dup(stderr)))
+        self._for_child.append(command_stderr := high(os.dup(stderr)))
         arguments = "".join(f"{argument}\0" for argument in self._arguments(mounts, info, block))
         plan = {
             "cgroups": [str(path) for path in self._group.paths],
@@ -420,9 +420,9 @@ class _Start:
         return [*arguments, "--dir", _READY, "--remount-ro", "/", "--chdir", "/"]
 
     async def _started(self, info: int, errors: int) -> tuple[ProcessId, dict[str, int]]:
-        text = await _read(info, until=b"}", within_s=_STARTED_WITHIN_S)
+        text = await read_until(info, until=b"}", within_s=_STARTED_WITHIN_S)
         if not text.endswith(b"}"):
-            reason = (await _read(errors, until=None, within_s=1)).decode(errors="replace").strip()
+            reason = (await read_until(errors, until=None, within_s=1)).decode(errors="replace").strip()
             raise SandboxUnavailableError(
                 f"the sandbox could not be made: {reason or 'bwrap gave no reason'}"
             )
@@ -439,21 +439,21 @@ class _Start:
         ready = Path(f"/proc/{init.pid}/root{_READY}")
         while not ready.is_dir():  # noqa: ASYNC240 - /proc and a tmpfs: nothing to wait for
             if not init.runs or time.monotonic() > deadline:
-                reason = (await _read(errors, until=None, within_s=1)).decode(errors="replace").strip()
+                reason = (await read_until(errors, until=None, within_s=1)).decode(errors="replace").strip()
                 raise SandboxUnavailableError(
                     f"the sandbox could not be made: {reason or 'bwrap gave no reason'}"
                 )
             await asyncio.sleep(0.001)
 
     def _pipe(self, child_reads: bool) -> tuple[int, int]:
-        read, write = (_high(end) for end in os.pipe2(os.O_CLOEXEC))
+        read, write = (high(end) for end in os.pipe2(os.O_CLOEXEC))
         self._for_child.append(read if child_reads else write)
         self._own.append(write if child_reads else read)
         return read, write
 
     def _pass(self, content: bytes) -> int:
         """A descriptor from which the child reads this."""
-        descriptor = _high(os.memfd_create("ringfence", os.MFD_CLOEXEC))
+        descriptor = high(os.memfd_create("ringfence", os.MFD_CLOEXEC))
         self._for_child.append(descriptor)
         with os.fdopen(os.dup(descriptor), "wb") as file:
             file.write(content)
@@ -506,7 +506,7 @@ async def _remove(
 
 
 async def _first_child(init: ProcessId) -> ProcessId | None:
-    """Wait for the command, the reaper's first child: a signal that comes before it would be lost. None: it has ended."""
+    """Wait for the command, the reaper's first child: a signal before that would be lost. None: it has ended."""
     while init.runs:
         for command in children(init):
             return command
@@ -519,48 +519,12 @@ async def _ended(process: subprocess.Popen[bytes]) -> int:
     if process.poll() is None:
         descriptor = os.pidfd_open(process.pid)
         try:
-            await _readable(descriptor, None)
+            await readable(descriptor, None)
         finally:
             os.close(descriptor)
     return process.wait()
 
 
-async def _read(descriptor: int, *, until: bytes | None, within_s: float) -> bytes:
-    """Read to this byte, to the end, to 4 KiB, or for so long."""
-    deadline = time.monotonic() + within_s
-    text = b""
-    while len(text) < 4096 and (until is None or not text.endswith(until)):
-        if not await _readable(descriptor, deadline - time.monotonic()):
-            break
-        # One byte at a time: the end that is looked for may be followed by nothing for a long time.
-        some = os.read(descriptor, 1 if until else 4096)
-        if not some:
-            break
-        text += some
-    return text
-
-
-async def _readable(descriptor: int, within_s: float | None) -> bool:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(descriptor, ready.set)
-    try:
-        await asyncio.wait_for(ready.wait(), within_s)
-    except TimeoutError:
-        return False
-    finally:
-        loop.remove_reader(descriptor)
-    return True
-
-
 def _staging() -> str:
     """A directory that every user may search, for the launcher to mount on. Nothing of that is seen outside of it."""
     return next(path for path in ("/dev/shm", "/mnt", "/tmp") if Path(path).is_dir())
-
-
-def _high(descriptor: int) -> int:
-    """The same file at a descriptor above those that have a meaning of their own in the child."""
-    try:
-        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _LOWEST)
-    finally:
-        os.close(descriptor)
