@@ -125,12 +125,22 @@ class Runner:
 
 @asynccontextmanager
 async def running(
-    place: Place, folder: Path, code: Path, *, prefix: tuple[str, ...] = ()
+    place: Place,
+    folder: Path,
+    code: Path,
+    *,
+    prefix: tuple[str, ...] = (),
+    environment: dict[str, str] | None = None,
+    descriptors: tuple[int, ...] = (),
 ) -> AsyncIterator[Runner]:
-    """A runner process with its state in `folder`. Killed at the end; what it left then is not looked for."""
+    """A runner process with its state in `folder`. Killed at the end; what it left then is not looked for.
+
+    A `prefix` has to make it a process of the place's user.
+    """
     options = {"kind": place.backend, "state": str(folder / "state"), **place.options}
-    identity: dict[str, Any] = {} if os.geteuid() == place.uid else {
-        "user": place.uid, "group": place.uid, "extra_groups": []}  # fmt: skip
+    identity: dict[str, Any] = {}
+    if os.geteuid() != place.uid and not prefix:
+        identity = {"user": place.uid, "group": place.uid, "extra_groups": []}
     process = await asyncio.create_subprocess_exec(
         *prefix,
         interpreter(place.uid),
@@ -140,7 +150,8 @@ async def running(
         stdout=subprocess.PIPE,
         limit=1 << 24,
         cwd="/",
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(code), "HOME": str(folder)},
+        env={"PATH": os.environ["PATH"], "HOME": str(folder), **(environment or {}), "PYTHONPATH": str(code)},
+        pass_fds=descriptors,
         **identity,
     )
     runner = Runner(place, process, folder)
