@@ -25,10 +25,13 @@ OCI = Place("oci", "oci", 0)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A module may say which `BACKENDS` it is about."""
+    """A module may say which `BACKENDS` it is about, and have `PLACES` of its own for bubblewrap."""
     if "place" in metafunc.fixturenames:
         kinds = getattr(metafunc.module, "BACKENDS", ("bubblewrap", "oci"))
-        places = [*BUBBLEWRAP, *([OCI] if metafunc.config.getoption("--oci") else [])]
+        places = [
+            *getattr(metafunc.module, "PLACES", BUBBLEWRAP),
+            *([OCI] if metafunc.config.getoption("--oci") else []),
+        ]
         chosen = [place for place in places if place.backend in kinds]
         metafunc.parametrize("place", chosen, ids=lambda place: place.name, indirect=True, scope="package")
 

@@ -15,8 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.runner.sandbox.backend import Limits, Mount, Sandbox, SandboxBackend, SandboxSpec, Streams
-from ringfence.runner.sandbox.bubblewrap import BubblewrapBackend
+from ringfence.runner.sandbox import bubblewrap
+from ringfence.runner.sandbox.backend import (
+    Mount,
+    ResourceLimits,
+    Sandbox,
+    SandboxBackend,
+    SandboxSpec,
+    Streams,
+)
 
 
 class Host:
@@ -75,7 +82,7 @@ def _spec(fields: dict[str, Any]) -> SandboxSpec:
         Mount(Path(host), inside, writable) for host, inside, writable in fields.pop("mounts", ())
     )
     fields["files"] = {path: text.encode() for path, text in fields.pop("files", {}).items()}
-    fields["limits"] = Limits(**fields.pop("limits", {}))
+    fields["limits"] = ResourceLimits(**fields.pop("limits", {}))
     socket = fields.pop("socket", None)
     return SandboxSpec(socket=Path(socket) if socket else None, **fields)
 
@@ -125,10 +132,24 @@ async def _serve(backend: SandboxBackend) -> None:
         task.add_done_callback(tasks.discard)
 
 
+def _give_all_capabilities() -> None:
+    """Make the command root of its user namespace in full, as if it had found a way to become that."""
+    arguments = bubblewrap._Start._arguments
+
+    def with_capabilities(*given: Any) -> list[str]:
+        made = arguments(*given)
+        made[made.index("--cap-drop")] = "--cap-add"
+        return made
+
+    bubblewrap._Start._arguments = with_capabilities  # type: ignore[assignment, method-assign]
+
+
 def _backend(options: dict[str, Any]) -> SandboxBackend:
     kind, state = options.pop("kind"), Path(options.pop("state"))
+    if options.pop("all_capabilities", False):
+        _give_all_capabilities()
     if kind == "bubblewrap":
-        return BubblewrapBackend(state, **options)
+        return bubblewrap.BubblewrapBackend(state, **options)
     # It needs httpx, which the Python of an ordinary user may lack.
     from ringfence.runner.sandbox.oci import OciBackend
 

@@ -52,6 +52,11 @@ class Place:
     image: str | None = None
 
     @property
+    def capable(self) -> bool:
+        """The command has all capabilities of its user namespace, which no backend gives."""
+        return bool(self.options.get("all_capabilities"))
+
+    @property
     def root(self) -> bool:
         return self.uid == 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.runner.sandbox.backend import Limits, SandboxSpec, SandboxUnavailableError
+from ringfence.runner.sandbox.backend import ResourceLimits, SandboxSpec, SandboxUnavailableError
 from ringfence.runner.sandbox.oci import OciBackend
 from tests.runner.places import CallError, Place, Runner, running
 from tests.runner.podman import Podman
@@ -70,7 +70,7 @@ async def test_an_engine_that_ignores_a_limit_is_refused(
     monkeypatch.setattr(backend._engine, "create", forgetful)
     with pytest.raises(SandboxUnavailableError, match="memory limit"):
         await backend.start(
-            SandboxSpec("t-limit", ("true",), image=place.image, limits=Limits(memory_bytes=64 << 20))
+            SandboxSpec("t-limit", ("true",), image=place.image, limits=ResourceLimits(memory_bytes=64 << 20))
         )
     assert containers(podman) == []
 

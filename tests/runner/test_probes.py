@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,17 @@ import pytest
 
 from ringfence.dev.processes import StackError
 from tests.conftest import needed
+from tests.runner.conftest import BUBBLEWRAP
 from tests.runner.places import CallError, Place, Runner, interpreter, running
 
+PLACES = [
+    *BUBBLEWRAP,
+    *(
+        replace(place, name=f"{place.name}-capable", options={"all_capabilities": True})
+        for place in BUBBLEWRAP
+    ),
+]
+"""Also with the command as root of its namespace, with all capabilities there: the filter alone has to hold then."""
 PROBES = Path(__file__).with_name("probes")
 REACHED, BLOCKED = 0, 3
 DOTFILES = (
@@ -237,7 +246,9 @@ async def test_reached_outside_and_not_inside(place: Place, plant: Plant, inside
     if status == BLOCKED:
         pytest.skip(f"not provable here: {case.name} as uid {place.uid}: {said}")
     given = json.dumps({**plant.given, **case.given, "mounted": "/mnt/mounted"})
-    for root_inside in (False, True):
+    if place.capable and case.program == "setuid":
+        pytest.skip("it has every capability already")
+    for root_inside in (True,) if place.capable else (False, True):
         try:
             ended = await inside.run(
                 "python3", "-c", program(case.program), given,
@@ -251,3 +262,10 @@ async def test_reached_outside_and_not_inside(place: Place, plant: Plant, inside
             raise
         killed = case.program == "exhaust_memory" and ended.code == 137
         assert killed or ended.code == BLOCKED, f"{ended.code}: {ended.stdout} {ended.stderr}"
+
+
+async def test_a_capable_place_has_all_capabilities(place: Place, inside: Runner) -> None:
+    """Or the probes there would prove no more than at the others."""
+    status = (await inside.run("cat", "/proc/self/status", root_inside=True)).stdout
+    effective = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff"))
+    assert bool(effective & 1 << 21) == place.capable  # CAP_SYS_ADMIN

@@ -55,7 +55,7 @@ class Mount:
 
 
 @dataclass(frozen=True)
-class Limits:
+class ResourceLimits:
     """Upper bounds of one run; None sets no bound."""
 
     memory_bytes: int | None = None
@@ -98,7 +98,7 @@ class SandboxSpec:
     """Read-only files by their path inside, such as a CA bundle."""
     socket: Path | None = None
     """The unix socket that is the only way out; it stands at `SOCKET`."""
-    limits: Limits = Limits()
+    limits: ResourceLimits = ResourceLimits()
     working_directory: str = HOME
     home_bytes: int = 1 << 30
     tmp_bytes: int = 1 << 30
@@ -156,7 +156,7 @@ class ExitReason(StrEnum):
 
 
 @dataclass(frozen=True)
-class Exit:
+class SandboxExit:
     """The end of the command. `code` is what a shell reports: 128 and the signal's number after a signal."""
 
     code: int
@@ -164,7 +164,7 @@ class Exit:
 
 
 @dataclass(frozen=True)
-class Usage:
+class ResourceUsage:
     """What a run used, as far as control groups counted it; None: not counted here."""
 
     cpu_s: float | None = None
@@ -182,7 +182,7 @@ class Destruction:
     mounts: tuple[str, ...] = ()
     cgroups: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
-    usage: Usage = Usage()
+    usage: ResourceUsage = ResourceUsage()
 
     @property
     def complete(self) -> bool:
@@ -197,7 +197,7 @@ class Sandbox(Protocol):
         """The first process of the sandbox, as a pid of this machine."""
         ...
 
-    async def wait(self) -> Exit:
+    async def wait(self) -> SandboxExit:
         """Wait for the end of the sandbox."""
         ...
 

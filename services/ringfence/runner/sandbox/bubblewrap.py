@@ -30,10 +30,10 @@ from ringfence.runner.sandbox.backend import (
     NO_STREAMS,
     SOCKET,
     Destruction,
-    Exit,
     ExitReason,
-    Limits,
     Mount,
+    ResourceLimits,
+    SandboxExit,
     SandboxSpec,
     SandboxSpecError,
     SandboxUnavailableError,
@@ -186,13 +186,13 @@ class BubblewrapSandbox:
         """The inodes of its namespaces, by the names of /proc/PID/ns."""
         return dict(self._namespaces)
 
-    async def wait(self) -> Exit:
+    async def wait(self) -> SandboxExit:
         code = await _ended(self._process)
         if code == -signal.SIGALRM:
-            return Exit(128 + signal.SIGKILL, ExitReason.TTL)
+            return SandboxExit(128 + signal.SIGKILL, ExitReason.TTL)
         if code < 0 or self._killed:
-            return Exit(128 + (-code if code < 0 else signal.SIGKILL), ExitReason.KILLED)
-        return Exit(code, ExitReason.COMMAND)
+            return SandboxExit(128 + (-code if code < 0 else signal.SIGKILL), ExitReason.KILLED)
+        return SandboxExit(code, ExitReason.COMMAND)
 
     def signal(self, number: int) -> None:
         if self._command is not None:
@@ -330,7 +330,7 @@ class _Start:
         await self._made(init, errors[0])
         for mount in mounts:
             mount.compare(init)
-        if spec.limits.pids is not None and self._group.lacking(Limits(pids=spec.limits.pids)):
+        if spec.limits.pids is not None and self._group.lacking(ResourceLimits(pids=spec.limits.pids)):
             # The reaper counts too.
             resource.prlimit(init.pid, resource.RLIMIT_NPROC, (spec.limits.pids + 1, spec.limits.pids + 1))
         os.write(block[1], b"1")

@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ringfence.runner.sandbox.backend import Limits, SandboxUnavailableError, Usage
+from ringfence.runner.sandbox.backend import ResourceLimits, ResourceUsage, SandboxUnavailableError
 from ringfence.runner.sandbox.processes import ProcessId
 
 PREFIX = "ringfence-"
@@ -105,7 +105,7 @@ class ControlGroup:
     def paths(self) -> list[Path]:
         return [*([self._unified] if self._unified else []), *dict.fromkeys(self._legacy.values())]
 
-    def lacking(self, limits: Limits) -> list[str]:
+    def lacking(self, limits: ResourceLimits) -> list[str]:
         """The controllers that these limits need, and that are not here."""
         wanted = {"memory": limits.memory_bytes, "cpu": limits.cpus, "pids": limits.pids}
         has = self._unified_controllers | self._legacy.keys()
@@ -113,7 +113,7 @@ class ControlGroup:
             controller for controller, limit in wanted.items() if limit is not None and controller not in has
         ]
 
-    def create(self, limits: Limits) -> None:
+    def create(self, limits: ResourceLimits) -> None:
         """Make the groups and set the limits that have a controller here.
 
         Raises SandboxUnavailableError if the kernel does not take one; nothing is left then.
@@ -130,7 +130,7 @@ class ControlGroup:
                 f"the control group {error.filename} cannot be made: {error.strerror}"
             ).with_remedy(REMEDY) from None
 
-    def _limit(self, limits: Limits) -> None:
+    def _limit(self, limits: ResourceLimits) -> None:
         memory, unified = limits.memory_bytes, self._unified
         if memory is not None:
             if "memory" in self._legacy:
@@ -226,7 +226,7 @@ class ControlGroup:
                 return [str(path) for path in left]
             await asyncio.sleep(0.01)
 
-    def usage(self) -> Usage:
+    def usage(self) -> ResourceUsage:
         """What was counted so far. Asked before the groups are removed."""
         unified, memory = self._unified, self._legacy.get("memory")
         cpu_s = peak = kills = None
@@ -242,7 +242,7 @@ class ControlGroup:
         elif unified:
             peak = _number(unified / "memory.peak")
             kills = _keyed(unified / "memory.events", "oom_kill")
-        return Usage(cpu_s, peak, kills)
+        return ResourceUsage(cpu_s, peak, kills)
 
     @classmethod
     def recorded(cls, paths: list[str]) -> ControlGroup:

@@ -26,8 +26,8 @@ from ringfence.runner.sandbox.backend import (
     NO_STREAMS,
     SOCKET,
     Destruction,
-    Exit,
     ExitReason,
+    SandboxExit,
     SandboxSpec,
     SandboxSpecError,
     SandboxUnavailableError,
@@ -35,7 +35,7 @@ from ringfence.runner.sandbox.backend import (
     check_streams,
     open_host,
 )
-from ringfence.runner.sandbox.oci_client import Attachment, Engine, EngineError
+from ringfence.runner.sandbox.oci_client import Attachment, ContainerEngine, ContainerEngineError
 from ringfence.runner.sandbox.processes import describe, in_namespace
 from ringfence.runner.sandbox.records import SandboxRecord, SandboxRecords
 from ringfence.runner.sandbox.root_filesystem import UID, default_environment
@@ -58,13 +58,13 @@ class OciBackend:
         """`runtime` is a name that the engine knows, such as `runsc`; None is the engine's default."""
         self._records = SandboxRecords(state)
         self._state = state
-        self._engine = Engine(Path(socket))
+        self._engine = ContainerEngine(Path(socket))
         self._runtime = runtime
 
     async def available(self) -> list[str]:
         try:
             return (await self._look())[1]
-        except EngineError as error:
+        except ContainerEngineError as error:
             return [f"{error.message}: start podman.socket or docker.socket, and let this user use it"]
 
     async def start(self, spec: SandboxSpec, streams: Streams = NO_STREAMS) -> OciSandbox:
@@ -82,7 +82,7 @@ class OciBackend:
             raise SandboxSpecError(f"a sandbox of the run {spec.run_id} exists already")
         try:
             podman, reasons = await self._look()
-        except EngineError as error:
+        except ContainerEngineError as error:
             raise SandboxUnavailableError(error.message) from None
         if reasons:
             raise SandboxUnavailableError("; ".join(reasons))
@@ -94,7 +94,7 @@ class OciBackend:
             return await self._start(spec, streams, name, record, podman)
         except BaseException as error:
             await self._destroy(record, {}, [])
-            if isinstance(error, EngineError):
+            if isinstance(error, ContainerEngineError):
                 raise SandboxUnavailableError(error.message) from None
             raise
 
@@ -102,7 +102,7 @@ class OciBackend:
         return [await self._destroy(record, {}, []) for record in self._records.orphaned(self.name)]
 
     async def _look(self) -> tuple[bool, list[str]]:
-        """Whether the engine is Podman, and what stands in the way. Raises EngineError."""
+        """Whether the engine is Podman, and what stands in the way. Raises ContainerEngineError."""
         version, info = await self._engine.get("/version"), await self._engine.get("/info")
         podman = any("Podman" in part.get("Name", "") for part in version.get("Components") or ())
         options = [str(option) for option in info.get("SecurityOptions") or ()]
@@ -211,12 +211,12 @@ class OciBackend:
         deadline = time.monotonic() + _GONE_WITHIN_S
         container: list[str] = []
         while True:
-            with contextlib.suppress(EngineError):
+            with contextlib.suppress(ContainerEngineError):
                 await self._engine.unpause(record.container)
             try:
                 await self._engine.remove(record.container)
                 container = []
-            except EngineError as error:
+            except ContainerEngineError as error:
                 container = [f"container {record.container}: {error.message}"]
             processes = in_namespace("pid", namespaces["pid"]) if "pid" in namespaces else []
             mounts = in_namespace("mnt", namespaces["mnt"]) if "mnt" in namespaces else []
@@ -277,11 +277,11 @@ class OciSandbox:
     def pid(self) -> int:
         return self._pid
 
-    async def wait(self) -> Exit:
+    async def wait(self) -> SandboxExit:
         code = await asyncio.shield(self._ended)
         if self._reason is not ExitReason.COMMAND:
-            return Exit(137, self._reason)
-        return Exit(code, self._reason)
+            return SandboxExit(137, self._reason)
+        return SandboxExit(code, self._reason)
 
     def signal(self, number: int) -> None:
         self._background(self._engine.kill(self._name, number))
@@ -299,7 +299,7 @@ class OciSandbox:
             if self._timer is not None:
                 self._timer.cancel()
             report = await self._backend._destroy(self._record, self._namespaces, self._cgroups)
-            with contextlib.suppress(EngineError):
+            with contextlib.suppress(ContainerEngineError):
                 await self._ended
             if not report.complete:
                 return report
@@ -313,7 +313,7 @@ class OciSandbox:
     async def _until_end(self) -> int:
         try:
             return await self._engine.wait(self._name)
-        except EngineError as error:
+        except ContainerEngineError as error:
             if error.status != 404:
                 raise
             return 137  # removed meanwhile
@@ -329,7 +329,7 @@ class OciSandbox:
         await asyncio.sleep(ttl_s)
         if not self._ended.done():
             self._reason = ExitReason.TTL
-            with contextlib.suppress(EngineError):
+            with contextlib.suppress(ContainerEngineError):
                 await self._engine.kill(self._name, 9)
 
 

@@ -19,7 +19,7 @@ _API = "/v1.41"
 _ANSWERS_WITHIN_S = 60
 
 
-class EngineError(RingfenceError):
+class ContainerEngineError(RingfenceError):
     """Raised when the engine refused, or did not answer. `status` is that of its HTTP answer, 0 without one."""
 
     code = "container_engine_failed"
@@ -29,14 +29,14 @@ class EngineError(RingfenceError):
         self.status = status
 
 
-class Engine:
+class ContainerEngine:
     """A Docker or Podman that listens on this machine."""
 
     def __init__(self, socket: Path) -> None:
         self.socket = socket
 
     async def get(self, path: str) -> dict[str, Any]:
-        """Raises EngineError, as all methods do."""
+        """Raises ContainerEngineError, as all methods do."""
         answer: dict[str, Any] = await self._call("GET", _API + path)
         return answer
 
@@ -71,7 +71,7 @@ class Engine:
         """Kill and delete a container with its anonymous volumes. One that is not there is fine."""
         try:
             await self._call("DELETE", f"{_API}/containers/{name}", params={"force": "1", "v": "1"})
-        except EngineError as error:
+        except ContainerEngineError as error:
             if error.status != 404:
                 raise
 
@@ -86,11 +86,13 @@ class Engine:
             )
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _ANSWERS_WITHIN_S)
         except (OSError, EOFError, TimeoutError) as error:
-            raise EngineError(f"the engine does not hand over the streams of {name}: {error!r}") from None
+            raise ContainerEngineError(
+                f"the engine does not hand over the streams of {name}: {error!r}"
+            ) from None
         status = int(head.split(b" ", 2)[1])
         if status not in (101, 200):
             writer.close()
-            raise EngineError(f"the engine does not hand over the streams of {name}", status)
+            raise ContainerEngineError(f"the engine does not hand over the streams of {name}", status)
         return Attachment(reader, writer)
 
     async def _call(
@@ -109,13 +111,15 @@ class Engine:
             ) as client:
                 answer = await client.request(method, path, params=params, json=json)
         except httpx.HTTPError as error:
-            raise EngineError(f"no engine answers at {self.socket}: {error!r}") from None
+            raise ContainerEngineError(f"no engine answers at {self.socket}: {error!r}") from None
         if answer.is_error:
             try:
                 said = answer.json().get("message", "")
             except ValueError:
                 said = answer.text
-            raise EngineError(f"the engine answers {answer.status_code}: {said[:500]}", answer.status_code)
+            raise ContainerEngineError(
+                f"the engine answers {answer.status_code}: {said[:500]}", answer.status_code
+            )
         return answer.json() if answer.content else None
 
 
