@@ -280,6 +280,24 @@ async def test_a_socket_as_a_mount_is_refused(runner: Runner) -> None:
         await runner.run("true", mounts=[[str(runner.folder / "agent.sock"), "/mnt/s", False]])
 
 
+async def test_a_folder_in_which_somebody_listens_is_refused(runner: Runner) -> None:
+    folder = runner.own_folder("socket")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(folder / "agent.sock"))
+    with server:
+        server.listen()
+        with pytest.raises(CallError, match=r"agent\.sock") as refused:
+            await runner.run("true", mounts=[[str(folder), "/mnt/m", False]])
+    assert refused.value.remedy
+    assert (await runner.run("true", mounts=[[str(folder), "/mnt/m", False]])).code == 0
+
+
+async def test_the_runners_records_are_never_mounted(runner: Runner) -> None:
+    for folder in (runner.folder, runner.folder / "state"):
+        with pytest.raises(CallError, match="records"):
+            await runner.run("true", mounts=[[str(folder), "/mnt/m", False]])
+
+
 async def test_signals_reach_the_commands_whole_group(runner: Runner, folder: Path) -> None:
     script = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(9));" + DAEMON
     async with Listener(folder / "s.sock", runner.place.uid) as listener:
@@ -384,6 +402,37 @@ print("all")
             await runner.python(fill, limits={"memory_bytes": 64 << 20})
         assert refused.value.code == "sandbox_unavailable"
         assert refused.value.remedy
+
+
+async def test_processor_time_is_limited_or_the_run_refused(runner: Runner) -> None:
+    spec = runner.spec("sleep", "600", limits={"cpus": 0.5})
+    if not runner.place.root:
+        with pytest.raises(CallError, match="limit of cpu") as refused:
+            await runner.call("start", spec=spec)
+        assert refused.value.remedy
+        return
+    pid = (await runner.call("start", spec=spec))["pid"]
+    quotas = []
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        folder = Path("/sys/fs/cgroup") / controllers / path.lstrip("/")
+        quotas += [(folder / "cpu.cfs_quota_us", "50000"), (folder / "cpu.max", "50000 100000")]
+    found = [file.read_text().strip() == expected for file, expected in quotas if file.exists()]
+    await runner.call("destroy", run_id=spec["run_id"])
+    assert found == [True]
+
+
+async def test_the_report_says_what_was_used(runner: Runner) -> None:
+    spec = runner.spec("sh", "-c", "cat /usr/bin/* > /dev/null")
+    await runner.call("start", spec=spec)
+    await runner.call("wait", run_id=spec["run_id"])
+    usage = (await runner.call("destroy", run_id=spec["run_id"]))["usage"]
+    if runner.place.name == "bubblewrap-root":
+        assert usage["cpu_s"] > 0
+        assert usage["memory_peak_bytes"] > 0
+        assert usage["memory_kills"] == 0
+    else:
+        assert usage == {"cpu_s": None, "memory_peak_bytes": None, "memory_kills": None}
 
 
 async def test_writable_storage_is_memory_and_bounded(runner: Runner) -> None:

@@ -250,6 +250,34 @@ def check_streams(streams: Streams) -> None:
             )
 
 
+def check_mounts(mounts: tuple[Mount, ...], state: Path) -> None:
+    """Raises SandboxSpecError for a mount that shows the runner's own records, or through which somebody listens.
+
+    A socket that a program outside makes there later is not noticed.
+    """
+    listening = _listening_sockets()
+    for mount in mounts:
+        host, records = str(mount.host), str(state.resolve())
+        if _is_below(records, (host,)) or _is_below(host, (records,)):
+            raise SandboxSpecError(f"{host} shows the runner's own records: mount another folder")
+        for path in listening:
+            if _is_below(path, (host,)):
+                raise SandboxSpecError(
+                    f"a program outside listens at {path}, and could be told what to do"
+                ).with_remedy("mount a folder without that socket, or end the program")
+
+
+def _listening_sockets() -> list[str]:
+    """The paths of unix sockets that accept connections (proc(5), /proc/net/unix)."""
+    found = []
+    for line in Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()[1:]:
+        fields = line.split(None, 7)
+        # The flag __SO_ACCEPTCON is set for those that listen.
+        if len(fields) == 8 and int(fields[3], 16) & 0x10000 and fields[7].startswith("/"):
+            found.append(fields[7])
+    return found
+
+
 def open_host(path: Path, *, directory: bool | None = None) -> int:
     """Open a host path for mounting, without following any symbolic link, and return an O_PATH descriptor.
 

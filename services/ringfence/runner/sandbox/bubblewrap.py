@@ -38,6 +38,7 @@ from ringfence.runner.sandbox.backend import (
     SandboxSpecError,
     SandboxUnavailableError,
     Streams,
+    check_mounts,
     check_streams,
     open_host,
 )
@@ -94,6 +95,7 @@ class BubblewrapBackend:
     ) -> None:
         """`state` holds the records of started sandboxes. `cgroup_parent` is a version 2 group set aside for runs."""
         self._records = SandboxRecords(state)
+        self._state = state
         self._program = program
         self._cgroup_parent = cgroup_parent
         self._use_cgroups = use_cgroups
@@ -108,6 +110,7 @@ class BubblewrapBackend:
         sandbox when that thread ends.
         """
         check_streams(streams)
+        check_mounts(spec.mounts, self._state)
         if spec.image is not None:
             raise SandboxSpecError("bubblewrap shows this machine's programs and has no images").with_remedy(
                 "leave the image out, or use the backend oci"

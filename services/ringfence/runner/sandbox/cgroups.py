@@ -69,7 +69,9 @@ def find_hierarchies(parent: Path | None = None, *, proc: Path = Path("/proc/sel
     for point, controllers in mounts:
         if controllers is None:
             for candidate in _candidates(point, own.get(""), parent):
-                unified, enabled = candidate, _enable(candidate)
+                enabled = _enable(candidate)
+                # A group that limits nothing still freezes, kills and counts.
+                unified = candidate if enabled or unified is None else unified
                 if enabled:
                     break
         else:

@@ -32,6 +32,7 @@ from ringfence.runner.sandbox.backend import (
     SandboxSpecError,
     SandboxUnavailableError,
     Streams,
+    check_mounts,
     check_streams,
     open_host,
 )
@@ -69,6 +70,7 @@ class OciBackend:
 
     async def start(self, spec: SandboxSpec, streams: Streams = NO_STREAMS) -> OciSandbox:
         check_streams(streams)
+        check_mounts(spec.mounts, self._state)
         if spec.image is None:
             raise SandboxSpecError(
                 "a container needs an image: name one that the engine has, best by its digest"
