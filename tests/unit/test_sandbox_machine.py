@@ -30,7 +30,6 @@ def test_each_obstacle_has_its_remedy(
         '#!/bin/sh\ntest "$1" = --version && echo bubblewrap 0.8.0 && exit\necho no namespace >&2\nexit 1\n'
     )
     bwrap.chmod(0o755)
-    tmp_path.chmod(0o755)
     monkeypatch.setattr(machine, "_sysctl", sysctls.get)
     (reason,) = machine.bubblewrap_obstacles(str(bwrap))
     assert remedy in reason

@@ -7,9 +7,9 @@ import platform
 import re
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ringfence.runner.sandbox import seccomp
 from ringfence.runner.sandbox.cgroups import find_mounted
@@ -92,35 +92,33 @@ def bubblewrap_obstacles(program: str = "bwrap") -> list[str]:
     numbers = tuple(int(number) for number in re.findall(r"\d+", version or "")[:2])
     if numbers < _OLDEST_BUBBLEWRAP:
         return [f"bubblewrap {version} is too old: version 0.8 or newer is needed"]
+    said = _try_bubblewrap(path)
+    if said is None:
+        _working.add((path, user))
+        return []
+    return [_explained(said)]
+
+
+def _try_bubblewrap(path: str) -> str | None:
+    """Make a sandbox with all namespaces once. None: it works; otherwise what bwrap said."""
     # Root gives itself up before it starts bwrap: it has to work for somebody without rights.
-    with tempfile.TemporaryFile() as errors:
+    identity: dict[str, Any] = {}
+    if os.geteuid() == 0:
+        identity = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
+    namespaces = ["--unshare-all", "--unshare-user", "--disable-userns"]
+    try:
         ended = subprocess.run(
-            [
-                path,
-                "--unshare-all",
-                "--unshare-user",
-                "--disable-userns",
-                "--ro-bind",
-                "/",
-                "/",
-                "--proc",
-                "/proc",
-                "true",
-            ],
+            [path, *namespaces, "--ro-bind", "/", "/", "--proc", "/proc", "true"],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
+            capture_output=True,
             check=False,
             env={"PATH": os.defpath},
             cwd="/",
-            **({"user": _NOBODY, "group": _NOBODY, "extra_groups": []} if user == 0 else {}),  # type: ignore[call-overload]
+            **identity,
         )
-        if ended.returncode == 0:
-            _working.add((path, user))
-            return []
-        errors.seek(0)
-        said = errors.read(500).decode(errors="replace").strip()
-    return [_explained(said)]
+    except OSError as error:
+        return str(error)
+    return None if ended.returncode == 0 else ended.stderr[:500].decode(errors="replace").strip()
 
 
 def _explained(said: str) -> str:
