@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
 import random
 import signal
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.runner.sandbox.processes import ProcessId, in_namespace, with_name
+from ringfence.runner.sandbox.processes import ProcessId, in_namespace
 from tests.runner.places import CallError, Place, Runner, running
 from tests.runner.test_conformance import DAEMON, Listener
 
@@ -19,17 +21,25 @@ BACKENDS = ("bubblewrap",)
 HIDDEN = "import os, time; os.fork() or os.setsid(); os.fork(); [time.sleep(60) for _ in iter(int, 1)]"
 
 
-async def gone(*, run_id: str, pid: int | None = None) -> None:
+def processes_of(run_id: str) -> list[ProcessId]:
+    """bwrap outside, and process 1 inside: their name begins so."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().startswith(f"ringfence-{run_id}-".encode()):
+                found.append(ProcessId.of(int(path.parent.name)))
+    return [process for process in found if process is not None and process.runs]
+
+
+async def gone(run_id: str) -> None:
     """Wait until no process of this sandbox runs. Its first process kills all others before it is gone."""
     async with asyncio.timeout(30):
-        while any(process.runs for process in with_name(f"ringfence-{run_id}", 0)) or (
-            pid is not None and (process := ProcessId.of(pid)) is not None and process.runs
-        ):
+        while processes_of(run_id):
             await asyncio.sleep(0.01)
 
 
 def cgroups_of(run_id: str) -> list[Path]:
-    return [path for path in Path("/sys/fs/cgroup").rglob(f"ringfence-{run_id}") if path.is_dir()]
+    return [path for path in Path("/sys/fs/cgroup").rglob(f"ringfence-{run_id}-*") if path.is_dir()]
 
 
 async def test_the_end_of_bwrap_is_the_end_of_all(runner: Runner, folder: Path) -> None:
@@ -37,7 +47,7 @@ async def test_the_end_of_bwrap_is_the_end_of_all(runner: Runner, folder: Path) 
         spec = runner.spec("python3", "-c", DAEMON, "stay", socket=str(listener.path))
         pid = (await runner.call("start", spec=spec))["pid"]
         (daemon, _), (command, _) = await listener.named("daemon"), await listener.named("command")
-        outside = next(one for one in with_name(f"ringfence-{spec['run_id']}", 0) if one.pid != pid)
+        outside = next(one for one in processes_of(spec["run_id"]) if one.pid != pid)
         os.kill(outside.pid, signal.SIGKILL)
         assert (await daemon.read(), await command.read()) == (b"", b"")
         assert (await runner.call("wait", run_id=spec["run_id"]))["reason"] == "killed"
@@ -89,7 +99,7 @@ async def test_a_sweep_kills_nobody_who_has_the_pid_of_a_dead_process(
         async with running(place, folder, code) as first:
             await first.call("start", spec=first.spec("sleep", "600", run_id="t-reused"))
             await first.kill()
-        await gone(run_id="t-reused")
+        await gone("t-reused")
         (record,) = (folder / "state").iterdir()
         text = record.read_text()
         start = text.index('"processes": [{"pid": ') + len('"processes": [{"pid": ')
@@ -118,7 +128,7 @@ async def test_a_runner_killed_at_any_moment_leaves_nothing_after_a_sweep(
     async with running(place, folder, code) as second:
         reports = await second.call("sweep")
         assert all(report["complete"] for report in reports), reports
-        await gone(run_id=run_id)
+        await gone(run_id)
     state = folder / "state"
     assert not state.exists() or not list(state.glob("*.json"))
     assert not cgroups_of(run_id)
@@ -128,6 +138,44 @@ async def test_a_start_that_fails_leaves_nothing(runner: Runner, folder: Path) -
     spec = runner.spec("true", files={"/usr/made": "not there"})
     with pytest.raises(CallError, match="sandbox_unavailable"):
         await runner.call("start", spec=spec)
-    await gone(run_id=spec["run_id"])
+    await gone(spec["run_id"])
     assert not list((folder / "state").iterdir())
     assert not cgroups_of(spec["run_id"])
+
+
+async def test_two_runners_may_use_one_run_id(place: Place, folder: Path, code: Path) -> None:
+    """Their folders of records are their own: neither may take the other's sandbox for a leftover."""
+    other = folder / "other"
+    other.mkdir()
+    os.chown(other, place.uid, place.uid)
+    async with running(place, folder, code) as first, running(place, other, code) as second:
+        spec = first.spec("sleep", "600")
+        await first.call("start", spec=spec)
+        assert (await second.run("true", run_id=spec["run_id"])).code == 0
+        with pytest.raises(CallError):
+            await second.call("start", spec={**spec, "files": {"/usr/made": "not there"}})
+        await first.call("signal", run_id=spec["run_id"], number=signal.SIGTERM)
+        assert (await first.call("wait", run_id=spec["run_id"]))["reason"] == "command"
+        assert (await first.call("destroy", run_id=spec["run_id"]))["complete"]
+
+
+async def test_records_of_an_earlier_boot_name_no_process(place: Place, folder: Path, code: Path) -> None:
+    bystander = subprocess.Popen(["sleep", "600"], user=place.uid if os.geteuid() == 0 else None)
+    try:
+        async with running(place, folder, code) as first:
+            await first.call("start", spec=first.spec("sleep", "600", run_id="t-boot"))
+            await first.kill()
+        await gone("t-boot")
+        (file,) = (folder / "state").iterdir()
+        record = json.loads(file.read_text())
+        process = ProcessId.of(bystander.pid)
+        assert process is not None
+        record["processes"] = [{"pid": process.pid, "start": process.start}]
+        record["boot_id"] = "another"
+        file.write_text(json.dumps(record))
+        async with running(place, folder, code) as second:
+            assert (await second.call("sweep"))[0]["complete"]
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()

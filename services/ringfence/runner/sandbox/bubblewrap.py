@@ -43,7 +43,6 @@ from ringfence.runner.sandbox.backend import (
     open_host,
 )
 from ringfence.runner.sandbox.cgroups import (
-    PREFIX,
     REMEDY,
     ControlGroup,
     Hierarchies,
@@ -121,9 +120,9 @@ class BubblewrapBackend:
             raise SandboxUnavailableError("; ".join(reasons) or f"{self._program} is not installed")
         if self._records.exists(spec.run_id, self.name):
             raise SandboxSpecError(f"a sandbox of the run {spec.run_id} exists already")
-        group = self._control_group(spec)
         try:
             record = self._records.new(spec.run_id, self.name)
+            group = self._control_group(spec, record.name)
             record.cgroups = [str(path) for path in group.paths]
             record.uid = _FIRST_UID + secrets.randbelow(_UIDS) if os.geteuid() == 0 else None
             self._records.write(record)
@@ -136,9 +135,9 @@ class BubblewrapBackend:
             await start.undo()
             raise
 
-    def _control_group(self, spec: SandboxSpec) -> ControlGroup:
+    def _control_group(self, spec: SandboxSpec, name: str) -> ControlGroup:
         hierarchies = find_hierarchies(self._cgroup_parent) if self._use_cgroups else Hierarchies()
-        group = ControlGroup(PREFIX + spec.run_id, hierarchies)
+        group = ControlGroup(name, hierarchies)
         lacking = [controller for controller in group.lacking(spec.limits)
                    if controller != "pids" or not processes_limited_without_cgroup()]  # fmt: skip
         if lacking:
@@ -150,8 +149,8 @@ class BubblewrapBackend:
     async def sweep(self) -> list[Destruction]:
         reports = []
         for record in self._records.orphaned(self.name):
-            for process in record.processes:
-                process.signal(signal.SIGKILL)
+            if not record.of_this_boot:
+                record.processes = []
             group = ControlGroup.recorded(record.cgroups)
             reports.append(await _remove(self._records, record, group, {}))
         return reports
@@ -333,10 +332,16 @@ class _Start:
         await self._made(init, errors[0])
         for mount in mounts:
             mount.compare(init)
-        if spec.limits.pids is not None and self._group.lacking(ResourceLimits(pids=spec.limits.pids)):
-            # The reaper counts too.
-            resource.prlimit(init.pid, resource.RLIMIT_NPROC, (spec.limits.pids + 1, spec.limits.pids + 1))
-        os.write(block[1], b"1")
+        try:
+            if spec.limits.pids is not None and self._group.lacking(ResourceLimits(pids=spec.limits.pids)):
+                # The reaper counts too.
+                bound = spec.limits.pids + 1
+                resource.prlimit(init.pid, resource.RLIMIT_NPROC, (bound, bound))
+            os.write(block[1], b"1")
+        except OSError as error:
+            raise SandboxUnavailableError(
+                f"the sandbox ended before its command was started: {error}"
+            ) from None
         command = await _first_child(init)
         return BubblewrapSandbox(process, init, command, namespaces, self._group, self._records, record)
 
@@ -382,7 +387,8 @@ class _Start:
             "program": self._program,
             # The shell answers 127 and 126 for what it cannot run, on the command's own error stream.
             "argv": [
-                _marker(spec.run_id), "--args", str(self._pass(arguments.encode(errors="surrogateescape"))), "--",
+                # A name by which a sandbox is found whose pids nobody could record, outside and as its process 1.
+                self._record.name, "--args", str(self._pass(arguments.encode(errors="surrogateescape"))), "--",
                 "/bin/sh", "-c", _SHELL, "sh", spec.working_directory, *spec.argv,
             ],
         }  # fmt: skip
@@ -464,13 +470,6 @@ class _Start:
         return descriptor
 
 
-def _marker(run_id: str) -> str:
-    """The name (argv[0]) that bwrap runs under, outside and as pid 1 inside. By it a sandbox is found whose pids nobody
-    could record.
-    """
-    return f"ringfence-{run_id}"
-
-
 async def _remove(
     records: SandboxRecords, record: SandboxRecord, group: ControlGroup, namespaces: dict[str, int]
 ) -> Destruction:
@@ -478,13 +477,13 @@ async def _remove(
     usage = group.usage()
     deadline = time.monotonic() + _GONE_WITHIN_S
     while True:
-        for process in (*record.processes, *with_name(_marker(record.run_id), os.geteuid())):
+        for process in (*record.processes, *with_name(record.name, os.geteuid())):
             if process.runs:
                 process.signal(signal.SIGKILL)
         cgroups = await group.remove(within_s=1)
         processes = {
             process.pid
-            for process in (*record.processes, *with_name(_marker(record.run_id), os.geteuid()))
+            for process in (*record.processes, *with_name(record.name, os.geteuid()))
             if process.runs
         }
         processes.update(in_namespace("pid", namespaces["pid"]) if "pid" in namespaces else ())

@@ -120,14 +120,18 @@ class ControlGroup:
 
         Raises SandboxUnavailableError if the kernel does not take one; nothing is left then.
         """
+        made: list[Path] = []
         try:
             for path in self.paths:
                 path.mkdir()
+                made.append(path)
             self._limit(limits)
         except OSError as error:
-            for path in self.paths:
+            for path in made:
                 with contextlib.suppress(OSError):
                     path.rmdir()
+            # What is there is somebody else's: it must not be removed as ours.
+            self._unified, self._legacy = None, {}
             raise SandboxUnavailableError(
                 f"the control group {error.filename} cannot be made: {error.strerror}"
             ).with_remedy(REMEDY) from None

@@ -66,10 +66,15 @@ def prepare(plan: dict[str, Any]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
     uid = plan["uid"]
     if uid is not None:
-        stage_mounts(plan["staging"], plan["staged"], uid)
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
+        if plan["staged"]:
+            stage_mounts(plan["staging"], plan["staged"], uid)
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+        except OSError as error:
+            text = "root of a user namespace has no uid to give to a sandbox: start the runner as an ordinary user"
+            raise OSError(error.errno, text) from None
     stream, number = plan["stderr"]
     os.dup2(stream, number, inheritable=True)
     os.close(stream)
@@ -113,10 +118,13 @@ def _map_owner(tree: int, mount: dict[str, Any], uid: int) -> None:
     arguments = (tree, b"", AT_EMPTY_PATH | AT_RECURSIVE, ctypes.byref(attributes), ctypes.sizeof(attributes))
     try:
         _check(_libc.syscall(SYS_MOUNT_SETATTR, *arguments), mount["host"])
-    except OSError:
+    except OSError as error:
         # A mount to read needs no owner's rights where everybody may read it; one to write is refused.
         if mount["writable"]:
-            raise
+            text = (
+                "its file system cannot show its owner as the sandbox's user: start the runner as that owner"
+            )
+            raise OSError(error.errno, text, mount["host"]) from None
     finally:
         os.close(namespace)
 

@@ -88,12 +88,10 @@ class OciBackend:
             raise SandboxUnavailableError(error.message) from None
         if reasons:
             raise SandboxUnavailableError("; ".join(reasons))
-        name = f"ringfence-{spec.run_id}"
         record = self._records.new(spec.run_id, self.name)
-        record.container = name
         self._records.write(record)
         try:
-            return await self._start(spec, streams, name, record, podman)
+            return await self._start(spec, streams, record, podman)
         except BaseException as error:
             await self._destroy(record, {}, [])
             if isinstance(error, ContainerEngineError):
@@ -118,9 +116,10 @@ class OciBackend:
         return podman, reasons
 
     async def _start(
-        self, spec: SandboxSpec, streams: Streams, name: str, record: SandboxRecord, podman: bool
+        self, spec: SandboxSpec, streams: Streams, record: SandboxRecord, podman: bool
     ) -> OciSandbox:
         assert spec.image is not None
+        name = record.name
         image = await self._engine.get(f"/images/{spec.image}/json")
         folder = self._folder(record)
         folder.mkdir(mode=0o700)
@@ -209,17 +208,16 @@ class OciBackend:
     async def _destroy(
         self, record: SandboxRecord, namespaces: dict[str, int], cgroups: list[Path]
     ) -> Destruction:
-        assert record.container is not None
         deadline = time.monotonic() + _GONE_WITHIN_S
         container: list[str] = []
         while True:
             with contextlib.suppress(ContainerEngineError):
-                await self._engine.unpause(record.container)
+                await self._engine.unpause(record.name)
             try:
-                await self._engine.remove(record.container)
+                await self._engine.remove(record.name)
                 container = []
             except ContainerEngineError as error:
-                container = [f"container {record.container}: {error.message}"]
+                container = [f"container {record.name}: {error.message}"]
             processes = in_namespace("pid", namespaces["pid"]) if "pid" in namespaces else []
             mounts = in_namespace("mnt", namespaces["mnt"]) if "mnt" in namespaces else []
             groups = [str(path) for path in cgroups if path.exists()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,18 +27,24 @@ class SandboxRecord:
 
     run_id: str
     backend: str
+    name: str
+    """Of its control groups, its processes or its container: unlike every other on this machine."""
     boot_id: str
     runner: ProcessId
     processes: list[ProcessId] = field(default_factory=list)
     cgroups: list[str] = field(default_factory=list)
     uid: int | None = None
     """The uid of this machine that its processes have, where the runner is root; otherwise they have the runner's."""
-    container: str | None = None
 
     @property
     def orphaned(self) -> bool:
         """The runner that wrote it is dead."""
-        return self.boot_id != boot_id() or not self.runner.runs
+        return not (self.of_this_boot and self.runner.runs)
+
+    @property
+    def of_this_boot(self) -> bool:
+        """Its process ids mean something: the machine has not been started again since."""
+        return self.boot_id == boot_id()
 
 
 class SandboxRecords:
@@ -49,7 +56,9 @@ class SandboxRecords:
     def new(self, run_id: str, backend: str) -> SandboxRecord:
         """Raises OSError."""
         make_private_folder(self._folder)
-        return SandboxRecord(run_id, backend, boot_id(), this_process())
+        return SandboxRecord(
+            run_id, backend, f"ringfence-{run_id}-{secrets.token_hex(4)}", boot_id(), this_process()
+        )
 
     def write(self, record: SandboxRecord) -> None:
         """Replace the record's file at once: a reader sees the old or the new one. Raises OSError."""
