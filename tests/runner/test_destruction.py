@@ -179,3 +179,18 @@ async def test_records_of_an_earlier_boot_name_no_process(place: Place, folder: 
     finally:
         bystander.kill()
         bystander.wait()
+
+
+async def test_a_frozen_sandbox_of_a_dead_runner_is_swept_up(place: Place, folder: Path, code: Path) -> None:
+    """The kernel's freezer keeps it from dying with its runner."""
+    async with running(place, folder, code) as first:
+        spec = first.spec("python3", "-c", HIDDEN)
+        await first.call("start", spec=spec)
+        await first.call("freeze", run_id=spec["run_id"])
+        await first.kill()
+    async with running(place, folder, code) as second:
+        (report,) = await second.call("sweep")
+        assert report["complete"], report
+    await gone(spec["run_id"])
+    assert not list((folder / "state").iterdir())
+    assert not cgroups_of(spec["run_id"])
