@@ -98,6 +98,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the folder with another PostgreSQL's programs than Debian's newest; also RINGFENCE_TEST_POSTGRES",
     )
     group.addoption(
+        "--oci",
+        default=os.environ.get("RINGFENCE_TEST_OCI") or "",
+        help="sandboxes as containers too: podman (started for the run, as root); also RINGFENCE_TEST_OCI",
+    )
+    group.addoption(
         "--no-fast-path",
         action="store_true",
         help="gateways that tests build in this process have no fast path; tests marked `fast_path_only` are left out",

@@ -133,7 +133,9 @@ def _settings() -> Iterator[tuple[str, str]]:
     read_by[ServiceSettings] = {"every service"}
     read_by[ClientSettings] = {"client"}
     for role in SERVICE_ROLES:
-        if importlib.util.find_spec(f"{_PACKAGE}.{role}") is not None:
+        # A package may be there before its service is.
+        package = f"{_PACKAGE}.{role}"
+        if importlib.util.find_spec(package) and importlib.util.find_spec(f"{package}.settings"):
             for cls in settings_of([role]):
                 read_by[cls].add(role)
     if unread := [cls.__name__ for cls in _subclasses(RingfenceSettings) if not _is_read(cls, read_by)]:

@@ -1,0 +1,335 @@
+"""The interface of a sandbox backend: the specification of a sandbox, the sandbox itself, and the report of its end.
+
+A backend provides everything that a specification asks for, or raises SandboxUnavailableError. It never starts a
+command with less.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from ringfence.kernel.base.errors import RingfenceError
+
+HOME = "/home/agent"
+"""The home directory inside: empty at start, in memory."""
+SOCKET = "/run/ringfence/gateway.sock"
+"""Where the specification's socket stands inside."""
+
+_RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# What the backend itself puts there. A mount below /tmp or the home directory is fine.
+_TAKEN_INSIDE = (
+    *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32"),
+    *("/newroot", "/oldroot", "/proc", "/run", "/sbin", "/sys", "/usr", "/var"),
+)
+# Sockets of services, devices and the kernel's own files: a mount of these would be a way out.
+_REFUSED_HOST = ("/dev", "/proc", "/run", "/sys", "/var/run")
+
+
+class SandboxUnavailableError(RingfenceError):
+    """Raised when this machine or backend cannot provide what was asked. Nothing has been started."""
+
+    code = "sandbox_unavailable"
+
+
+class SandboxSpecError(RingfenceError):
+    """Raised when a specification contradicts itself or asks for what no sandbox may have."""
+
+    code = "sandbox_spec_invalid"
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A host file or directory that the command sees at `inside`. Set-user-id bits and devices in it do not count."""
+
+    host: Path
+    inside: str
+    writable: bool = False
+
+
+@dataclass(frozen=True)
+class ResourceLimits:
+    """Upper bounds of one run; None sets no bound."""
+
+    memory_bytes: int | None = None
+    """Of all processes together, with what they wrote to memory-backed file systems."""
+    cpus: float | None = None
+    """Processor time a second of wall time."""
+    pids: int | None = None
+    """Processes and threads."""
+    ttl_s: float | None = None
+    """Wall time until the sandbox is killed."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Descriptors of this process that become the command's; None is /dev/null.
+
+    The command can open a regular file given here again, with whatever access its owner has. Directories and block
+    devices are refused, because a directory leads to the whole file system that it is on.
+    """
+
+    stdin: int | None = None
+    stdout: int | None = None
+    stderr: int | None = None
+
+
+NO_STREAMS = Streams()
+
+
+@dataclass(frozen=True)
+class SandboxSpec:
+    """What to run, and everything that it may see and use. All that is not named here, it does not have."""
+
+    run_id: str
+    """Lower-case letters, digits and hyphens; unique on this machine."""
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Besides it the command has HOME, PATH, LANG and USER, which may be set here too."""
+    mounts: tuple[Mount, ...] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Read-only files by their path inside, such as a CA bundle."""
+    socket: Path | None = None
+    """The unix socket that is the only way out; it stands at `SOCKET`."""
+    limits: ResourceLimits = ResourceLimits()
+    working_directory: str = HOME
+    home_bytes: int = 1 << 30
+    tmp_bytes: int = 1 << 30
+    shm_bytes: int = 64 << 20
+    image: str | None = None
+    """For backends with images. bubblewrap shows the machine's own /usr, and refuses an image."""
+    root_inside: bool = False
+    """The command has uid 0 of its user namespace, without a capability, instead of an ordinary uid."""
+
+    def __post_init__(self) -> None:
+        """Raises SandboxSpecError."""
+        if not _RUN_ID.fullmatch(self.run_id):
+            raise SandboxSpecError(
+                f"the run id {self.run_id!r} is not 1 to 63 lower-case letters, digits and hyphens"
+            )
+        if not self.argv or not self.argv[0]:
+            raise SandboxSpecError("there is no command to run")
+        for name, value in self.environment.items():
+            if not _NAME.fullmatch(name):
+                raise SandboxSpecError(f"{name!r} is no name of an environment variable")
+            _without_nul(value, f"the environment variable {name}")
+        for argument in self.argv:
+            _without_nul(argument, "an argument of the command")
+        _inside(self.working_directory)
+        for path in (*self.files, *(mount.inside for mount in self.mounts)):
+            _inside(path)
+        seen = [mount.inside for mount in self.mounts]
+        if len(set(seen)) < len(seen):
+            raise SandboxSpecError("two mounts have the same path inside")
+        for mount in self.mounts:
+            _check_mount(mount)
+        limits = self.limits
+        for what, number, least in (
+            ("memory_bytes", limits.memory_bytes, 4 << 20),
+            ("cpus", limits.cpus, 0.01),
+            ("pids", limits.pids, 4),
+            ("ttl_s", limits.ttl_s, 0.001),
+            ("home_bytes", self.home_bytes, 1),
+            ("tmp_bytes", self.tmp_bytes, 1),
+            ("shm_bytes", self.shm_bytes, 1),
+        ):
+            if number is not None and not number >= least:
+                raise SandboxSpecError(f"{what} is {number}, and has to be at least {least}")
+
+
+class ExitReason(StrEnum):
+    """Why a sandbox ended."""
+
+    COMMAND = "command"
+    """The command ended."""
+    TTL = "ttl"
+    """Its time was over."""
+    KILLED = "killed"
+    """Somebody outside killed it: `destroy`, or whoever may signal the processes of this user."""
+
+
+@dataclass(frozen=True)
+class SandboxExit:
+    """The end of the command. `code` is what a shell reports: 128 and the signal's number after a signal."""
+
+    code: int
+    reason: ExitReason
+
+
+@dataclass(frozen=True)
+class ResourceUsage:
+    """What a run used, as far as control groups counted it; None: not counted here."""
+
+    cpu_s: float | None = None
+    memory_peak_bytes: int | None = None
+    memory_kills: int | None = None
+    """How many processes the kernel ended because the memory limit was reached."""
+
+
+@dataclass(frozen=True)
+class Destruction:
+    """What remained after everything of a sandbox was removed. Each field is empty where all of it is gone."""
+
+    run_id: str
+    processes: tuple[str, ...] = ()
+    mounts: tuple[str, ...] = ()
+    cgroups: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    usage: ResourceUsage = ResourceUsage()
+
+    @property
+    def complete(self) -> bool:
+        return not (self.processes or self.mounts or self.cgroups or self.files)
+
+
+class Sandbox(Protocol):
+    """A started sandbox. Whoever started it calls `destroy` once it has ended, or to end it."""
+
+    @property
+    def pid(self) -> int:
+        """The first process of the sandbox, as a pid of this machine."""
+        ...
+
+    async def wait(self) -> SandboxExit:
+        """Wait for the end of the sandbox."""
+        ...
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the command's process group. Nothing happens where the command has ended."""
+        ...
+
+    async def freeze(self) -> None:
+        """Stop all processes where they are. Raises SandboxUnavailableError if some could not be stopped."""
+        ...
+
+    async def thaw(self) -> None: ...
+
+    async def destroy(self) -> Destruction:
+        """Kill and remove all that belongs to the sandbox, and say what remained. It may be called again."""
+        ...
+
+
+class SandboxBackend(Protocol):
+    """A kind of sandbox."""
+
+    name: str
+
+    async def available(self) -> list[str]:
+        """The reasons why this machine cannot provide a sandbox of this kind, each with its remedy; empty if it can."""
+        ...
+
+    async def start(self, spec: SandboxSpec, streams: Streams = NO_STREAMS) -> Sandbox:
+        """Start a sandbox. Its record is written before anything of it exists.
+
+        Raises SandboxUnavailableError if the specification cannot be met.
+        """
+        ...
+
+    async def sweep(self) -> list[Destruction]:
+        """Destroy what runners left that are dead. Sandboxes of a runner that lives are not touched."""
+        ...
+
+
+def check_streams(streams: Streams) -> None:
+    """Raises SandboxSpecError for a descriptor that would lead out."""
+    for name in ("stdin", "stdout", "stderr"):
+        descriptor = getattr(streams, name)
+        if descriptor is None:
+            continue
+        mode = os.fstat(descriptor).st_mode
+        if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)):
+            raise SandboxSpecError(
+                f"{name} is a directory or a device: give a pipe, a terminal, a socket or a file"
+            )
+
+
+def check_mounts(mounts: tuple[Mount, ...], state: Path) -> None:
+    """Raises SandboxSpecError for a mount that shows the runner's own records, or through which somebody listens.
+
+    A socket that a program outside makes there later is not noticed.
+    """
+    listening = _listening_sockets()
+    for mount in mounts:
+        host, records = str(mount.host), str(state.resolve())
+        if _is_below(records, (host,)) or _is_below(host, (records,)):
+            raise SandboxSpecError(f"{host} shows the runner's own records: mount another folder")
+        for path in listening:
+            if _is_below(path, (host,)):
+                raise SandboxSpecError(
+                    f"a program outside listens at {path}, and could be told what to do"
+                ).with_remedy("mount a folder without that socket, or end the program")
+
+
+def _listening_sockets() -> list[str]:
+    """The paths of unix sockets that accept connections (proc(5), /proc/net/unix)."""
+    found = []
+    for line in Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()[1:]:
+        fields = line.split(None, 7)
+        # The flag __SO_ACCEPTCON is set for those that listen.
+        if len(fields) == 8 and int(fields[3], 16) & 0x10000 and fields[7].startswith("/"):
+            found.append(fields[7])
+    return found
+
+
+def open_host(path: Path, *, directory: bool | None = None) -> int:
+    """Open a host path for mounting, without following any symbolic link, and return an O_PATH descriptor.
+
+    A link in the path could have been put there by an earlier run with write access to a directory above.
+    Raises SandboxSpecError.
+    """
+    descriptor = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in path.parts[1:]:
+            below = os.open(part, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = below
+            if stat.S_ISLNK(os.fstat(descriptor).st_mode):
+                raise SandboxSpecError(f"{path} leads through a symbolic link, {part!r}").with_remedy(
+                    f"name the path that it leads to: {os.path.realpath(path)}"
+                )
+        return descriptor
+    except OSError as error:
+        os.close(descriptor)
+        raise SandboxSpecError(f"{path} cannot be mounted: {error.strerror}") from None
+    except SandboxSpecError:
+        os.close(descriptor)
+        raise
+
+
+def _without_nul(text: str, what: str) -> None:
+    if "\0" in text:
+        raise SandboxSpecError(f"{what} holds a NUL character")
+
+
+def _inside(path: str) -> None:
+    _without_nul(path, "a path inside")
+    pure = PurePosixPath(path)
+    if not pure.is_absolute() or ".." in pure.parts or str(pure) != path or path.startswith("//"):
+        raise SandboxSpecError(f"{path!r} is no absolute path without '.', '..' and doubled slashes")
+
+
+def _check_mount(mount: Mount) -> None:
+    host = str(mount.host)
+    if os.path.normpath(host) != host or not mount.host.is_absolute() or host.startswith("//"):
+        raise SandboxSpecError(
+            f"the mount {host!r} is no absolute path without '.', '..' and doubled slashes"
+        )
+    if mount.host == Path("/") or _is_below(host, _REFUSED_HOST):
+        raise SandboxSpecError(
+            f"{host} holds devices, sockets of services or the kernel's files: it is never mounted"
+        )
+    if mount.inside in ("/", HOME, "/home", "/tmp") or _is_below(mount.inside, _TAKEN_INSIDE):
+        raise SandboxSpecError(
+            f"{mount.inside} is taken inside the sandbox: mount below {HOME}, /tmp or a new directory"
+        )
+
+
+def _is_below(path: str, folders: tuple[str, ...]) -> bool:
+    return any(path == folder or path.startswith(f"{folder}/") for folder in folders)

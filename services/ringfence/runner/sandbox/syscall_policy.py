@@ -1,0 +1,133 @@
+"""Which system calls a sandboxed command may make. Both the BPF filter and the OCI profile are made from these tables.
+
+What is not listed answers ENOSYS, as on a kernel that lacks it; that holds for system calls that are not invented yet,
+and for `clone3`, whose flags lie in memory where no filter can look. What is listed as refused answers EPERM. Names
+that a machine's architecture does not have are left out.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+ALLOWED = _names(
+    """
+    accept accept4 access adjtimex alarm arch_prctl bind brk cachestat capget capset chdir chmod chown
+    clock_adjtime clock_getres clock_gettime clock_nanosleep close close_range connect copy_file_range creat dup
+    dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait eventfd eventfd2 execve
+    execveat exit exit_group faccessat faccessat2 fadvise64 fallocate fchdir fchmod fchmodat fchmodat2 fchown
+    fchownat fcntl fdatasync fgetxattr flistxattr flock fork fremovexattr fsetxattr fstat fstatfs fsync
+    ftruncate futex futex_requeue futex_wait futex_waitv futex_wake futimesat get_mempolicy get_robust_list
+    getcpu getcwd getdents getdents64 getegid geteuid getgid getgroups getitimer getpeername getpgid getpgrp
+    getpid getppid getpriority getrandom getresgid getresuid getrlimit getrusage getsid getsockname getsockopt
+    gettid gettimeofday getuid getxattr inotify_add_watch inotify_init inotify_init1 inotify_rm_watch io_cancel
+    io_destroy io_getevents io_pgetevents io_setup io_submit ioprio_get ioprio_set kill landlock_add_rule
+    landlock_create_ruleset landlock_restrict_self lchown lgetxattr link linkat listen listxattr llistxattr
+    lremovexattr lseek lsetxattr lstat madvise map_shadow_stack mbind membarrier memfd_create mincore mkdir
+    mkdirat mknod mknodat mlock mlock2 mlockall mmap mprotect mq_getsetattr mq_notify mq_open mq_timedreceive
+    mq_timedsend mq_unlink mremap mseal msgctl msgget msgrcv msgsnd msync munlock munlockall munmap nanosleep
+    newfstatat open openat openat2 pause pidfd_open pidfd_send_signal pipe pipe2 pkey_alloc pkey_free
+    pkey_mprotect poll ppoll prctl pread64 preadv preadv2 prlimit64 pselect6 pwrite64 pwritev pwritev2 read
+    readahead readlink readlinkat readv recvfrom recvmmsg recvmsg remap_file_pages removexattr rename renameat
+    renameat2 restart_syscall rmdir rseq rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn
+    rt_sigsuspend rt_sigtimedwait rt_tgsigqueueinfo sched_get_priority_max sched_get_priority_min
+    sched_getaffinity sched_getattr sched_getparam sched_getscheduler sched_rr_get_interval sched_setaffinity
+    sched_setattr sched_setparam sched_setscheduler sched_yield seccomp select semctl semget semop semtimedop
+    sendfile sendmmsg sendmsg sendto set_mempolicy set_robust_list set_tid_address setfsgid setfsuid setgid
+    setgroups setitimer setpgid setpriority setregid setresgid setresuid setreuid setrlimit setsid setsockopt
+    setuid setxattr shmat shmctl shmdt shmget shutdown sigaltstack signalfd signalfd4 splice stat statfs statx
+    symlink symlinkat sync sync_file_range syncfs sysinfo tee tgkill time timer_create timer_delete
+    timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime times tkill
+    truncate umask uname unlink unlinkat utime utimensat utimes vfork wait4 waitid write writev
+    """
+)
+
+REFUSED = _names(
+    """
+    acct add_key bpf chroot clock_settime create_module delete_module fanotify_init fanotify_mark finit_module
+    fsconfig fsmount fsopen fspick init_module io_uring_enter io_uring_register io_uring_setup ioperm iopl kcmp
+    kexec_file_load kexec_load keyctl listmount listns lookup_dcookie migrate_pages mount mount_setattr
+    move_mount move_pages name_to_handle_at nfsservctl open_by_handle_at open_tree open_tree_attr
+    perf_event_open pidfd_getfd pivot_root process_madvise process_mrelease process_vm_readv process_vm_writev
+    ptrace query_module quotactl quotactl_fd reboot request_key setdomainname sethostname setns settimeofday
+    statmount swapoff swapon syslog umount umount2 userfaultfd ustat vhangup vmsplice
+    """
+)
+
+AF_UNIX, AF_INET, AF_INET6 = 1, 2, 10
+TIOCSTI, TIOCLINUX = 0x5412, 0x541C
+CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x80, 0x20000, 0x2000000, 0x4000000
+CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x8000000, 0x10000000, 0x20000000, 0x40000000
+
+_NAMESPACES = (
+    CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET,
+)  # fmt: skip
+# The personalities of Linux programs: none, 32 bit, uname 2.6, both, and the question which it is.
+_PERSONALITIES = (0, 8, 0x20000, 0x20008, 0xFFFFFFFF)
+_WORD = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class ConditionalRule:
+    """A rule for calls whose argument `index`, under `mask`, is `value`. `error` is None where the call is allowed.
+
+    All masks are within 32 bits: the kernel reads these arguments as 32-bit numbers, and whatever stands in the upper
+    half of the register must not change the answer.
+    """
+
+    syscall: str
+    index: int
+    mask: int
+    value: int
+    error: int | None
+
+
+def conditional_rules() -> list[ConditionalRule]:
+    """The rules that look at an argument. Of one system call, no call meets two rules with different answers."""
+    rules = []
+    for syscall in ("socket", "socketpair"):
+        rules += _only(syscall, 0, (AF_UNIX, AF_INET, AF_INET6))
+    rules += _all_but(ioctl := "ioctl", 1, (TIOCSTI, TIOCLINUX))
+    assert ioctl not in ALLOWED
+    rules += _only("personality", 0, _PERSONALITIES)
+    # clone(2) takes no CLONE_NEWTIME: that bit is part of its exit signal.
+    for syscall, flags in (("clone", _NAMESPACES), ("unshare", (*_NAMESPACES, CLONE_NEWTIME))):
+        rules.append(ConditionalRule(syscall, 0, sum(flags), 0, None))
+        rules += [ConditionalRule(syscall, 0, flag, flag, errno.EPERM) for flag in flags]
+    return rules
+
+
+def _only(syscall: str, index: int, values: tuple[int, ...]) -> list[ConditionalRule]:
+    allowed = [ConditionalRule(syscall, index, _WORD, value, None) for value in values]
+    return allowed + [
+        ConditionalRule(syscall, index, mask, value, errno.EPERM) for mask, value in _others(values)
+    ]
+
+
+def _all_but(syscall: str, index: int, values: tuple[int, ...]) -> list[ConditionalRule]:
+    refused = [ConditionalRule(syscall, index, _WORD, value, errno.EPERM) for value in values]
+    return refused + [ConditionalRule(syscall, index, mask, value, None) for mask, value in _others(values)]
+
+
+def _others(values: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Masks and values that together match each 32-bit number except these, and each once.
+
+    libseccomp compares one argument once a rule, so "neither this nor that" needs rules of its own: the branches of the
+    binary tree of these numbers that lead to none of them.
+    """
+    found = []
+    for depth in range(32):
+        mask = _WORD << (31 - depth) & _WORD
+        bit = 1 << (31 - depth)
+        above = mask & ~bit
+        for prefix in sorted({value & mask for value in values}):
+            other = prefix ^ bit
+            if not any(value & mask == other for value in values):
+                assert other & above == prefix & above
+                found.append((mask, other))
+    return found
