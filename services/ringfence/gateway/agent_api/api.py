@@ -30,6 +30,7 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.tracing.traceparent import well_formed
+from ringfence.messages.base import UUID
 from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
 from ringfence.model.identity.spiffe_ids import subject_of
@@ -40,9 +41,6 @@ JOSE: Final = "application/jose"
 MAX_WAIT_S: Final = 60.0
 _REQUESTS: Final = "/v1/requests"
 _TRUST: Final = "/v1/trust"
-_ONE_REQUEST: Final = re.compile(
-    rf"{_REQUESTS}/([0-9a-f]{{8}}-[0-9a-f]{{4}}-[0-9a-f]{{4}}-[0-9a-f]{{4}}-[0-9a-f]{{12}})"
-)
 _DURATION: Final = re.compile(r"(?:([0-9]{1,2})m)?(?:([0-9]{1,4})s)?")
 _AFTER: Final = re.compile(r"[0-9]{1,4}")
 _POLL_AFTER_S: Final = 1
@@ -83,9 +81,10 @@ class AgentRequestsApi:
         if request.path == _REQUESTS:
             _require_method(request, "POST")
             return await self._post(request)
-        if match := _ONE_REQUEST.fullmatch(request.path):
+        root, _, id = request.path.rpartition("/")
+        if root == _REQUESTS and UUID.fullmatch(id):
             _require_method(request, "GET")
-            return await self._get_reply(request, match[1])
+            return await self._get_reply(request, id)
         if request.path == _TRUST:
             _require_method(request, "GET")
             return HTTPStatus.OK, {"Content-Type": JOSE, **self._fresh_nonce(request)}, self._trust.compact

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +16,12 @@ from typing import Final
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.crypto.jwe import unverified_kid
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import UUID
 
 BYTES_PER_AGENT: Final = 8 * 1024 * 1024
 BYTES_IN_TOTAL: Final = 128 * 1024 * 1024
 _MAX_REPLIES: Final = 100
 """Of one request. Policy and issuer send a handful."""
-_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 _Key = tuple[str, str]
 """Agent id and request id."""
@@ -55,7 +54,7 @@ class SealedReplies:
             if record.key is None or record.value.startswith(b"{"):
                 continue
             id = unverified_kid(record.value)
-            if id is not None and _UUID.fullmatch(id):
+            if id is not None and UUID.fullmatch(id):
                 self._keep((record.key, id), record.value)
 
     def has(self, agent_id: str, id: str) -> bool:
