@@ -205,7 +205,7 @@ HEARTBEAT = Topic(
     (Heartbeat,),
     "service id",
     "jws",
-    ("registry", "revoker", "gateways (signed)"),
+    ("registry", "revoker", "gateways", "runners (signed)"),
     _SERVICES,
     _HOUR,
 )
