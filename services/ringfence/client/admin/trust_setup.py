@@ -28,12 +28,13 @@ from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import Entitlements, UserSet
 from ringfence.messages.topics import REGISTRY_COMMAND, TRUST
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
+from ringfence.model.identity.runners import runner_name
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.unknown_fields import describe_unknown, unknown_fields
 
 _KEYS_BY_ROLE: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker", "audit")
-"""All replicas of a role share one key. Each gateway has its own, since cuts wait for each of them. So does each runner,
-since agents name the runners that they trust."""
+"""All replicas of a role share one key. Each gateway has its own, since cuts wait for each of them. Each
+runner has its own too, since agents name the runners that they trust."""
 SERVICE_ROLES: tuple[ServiceRole, ...] = (*_KEYS_BY_ROLE, "gateway")
 ON_DEMAND: tuple[ServiceRole, ...] = ("scim", "signals")
 """Optional services. They have a key from the beginning."""
@@ -215,6 +216,10 @@ def set_oidc_issuer(folder: TrustFolder, issuer: OidcIssuer) -> TrustBundle:
             f"discovery goes by HTTPS, and the issuer is {issuer.issuer}; pin its keys (--jwks)"
         )
     root, bundle = load_root_and_bundle(folder)
+    if runner_name(bundle.aud, issuer.issuer) is not None:
+        raise CeremonyError(
+            f"{issuer.issuer} is the name of a runner as an issuer; add one with: ringfence init --add-runner"
+        )
     remaining = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer.issuer)
     return sign_next_bundle(folder, bundle, root, int(time.time()), oidc_issuers=(*remaining, issuer))
 
