@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from functools import partial
 from typing import Any
@@ -16,16 +17,32 @@ from ringfence.gateway.state.leases import ENDED_KEPT_MS, REVOCATIONS_KEPT_MS, L
 from ringfence.issuer import domain as issuer_domain
 from ringfence.issuer.domain import Decision, Issue, Terms, weigh
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.base.ids import derived_id, digest, message_id
 from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import Signed, parse, sign, verify
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.base import Message
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
-from ringfence.messages.enrolment import AttestationSelector, InstanceEnrolment, RunRef
+from ringfence.messages.enrolment import (
+    AttestationSelector,
+    ClaimName,
+    ClaimPattern,
+    InstanceEnrolment,
+    RunRef,
+)
 from ringfence.messages.lease import Lease
-from ringfence.messages.oidc import OidcIssuer, OidcKey
-from ringfence.messages.registry import AgentSetAttestation, TaskDelegate
-from ringfence.messages.run import Run, RunLimits, RunStatus
+from ringfence.messages.oidc import IssuerUrl, OidcIssuer, OidcKey
+from ringfence.messages.registry import (
+    AgentSetAttestation,
+    AgentSuspend,
+    Delegation,
+    GroupDelegation,
+    ProvisionerSet,
+    TaskDelegate,
+    TaskEnd,
+    UserDisable,
+)
+from ringfence.messages.run import Mount, Run, RunLimits, RunOrder, RunStatus
 from ringfence.messages.topics import RUN
 from ringfence.model.http_targets.request_map import Action
 from ringfence.model.identity.attestation import problem, selector_id
@@ -33,12 +50,14 @@ from ringfence.model.identity.runners import runner_issuer, runner_name, runner_
 from ringfence.model.lifecycle import CommandRefusedError, subject_key
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.instances import EnrolmentError, keys_of_agents, open_enrolment, ref_of
-from ringfence.model.records.runs import FOLLOWING, KEPT_MS, OVER, RunTable, run_id_of, run_violations
+from ringfence.model.records.runs import KEPT_MS, RunTable, run_id_of, run_violations
 from ringfence.model.requests.facts import load_context, violations
+from ringfence.model.requests.run_orders import MAX_ORDER_BYTES, order_id_of, order_problem, verified_order
+from ringfence.model.unknown_fields import is_understood
 from ringfence.revoker.domain import stale_basis
 from tests.support import leases
 from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
-from tests.support.runs import LIFE_S, OneRun, Runners, claims_of
+from tests.support.runs import LIFE_S, LIMITS, OneRun, Runners, claims_of
 from tests.support.unknown_field_cases import NAME, planted
 
 WIDE = permission("env/**", verbs=("read",))
@@ -148,6 +167,10 @@ def started(place: Place) -> Place:
     return place
 
 
+FORWARD = {
+    ("claimed", "started"), ("claimed", "ended"), ("claimed", "lost"), ("started", "ended"), ("started", "lost"),
+}  # fmt: skip
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -165,8 +188,47 @@ def test_a_run_goes_forward_and_never_back(place: Place, first: RunStatus, secon
     run = place.run
     known = told(place, run.said(first), run.said(second))
     assert known is not None
-    assert known.status == (second if second in FOLLOWING[first] else first)
-    assert {status for status in STATUSES if not FOLLOWING[status]} == OVER
+    assert known.status == (second if (first, second) in FORWARD else first)
+
+
+def test_the_id_of_a_run_follows_from_its_order_or_its_runner() -> None:
+    order_id = str(uuid.uuid4())
+    assert (
+        run_id_of("a", order_id=order_id) == derived_id("run", order_id) == run_id_of("b", order_id=order_id)
+    )
+    assert run_id_of("a", nonce="n") == derived_id("run", "a", "n") != run_id_of("b", nonce="n")
+
+
+def test_the_table_says_which_records_counted_and_tells_of_those_alone(place: Place) -> None:
+    table, run, heard = RunTable(place.ledger.trust), place.run, list[Run]()
+    table.on_change(heard.append)
+    said: tuple[tuple[int, RunStatus], ...] = ((0, "claimed"), (7, "started"), (9, "claimed"))
+    claimed, started, again = (
+        place.runners.record(run.said(status))._replace(offset=offset, partition=2) for offset, status in said
+    )
+    assert table.counted(run.id, 2, 0) is None, "it is not read yet"
+    table.on_records([claimed])
+    assert table.counted(run.id, 2, 0) is True
+    assert table.counted(run.id, 2, 1) is None
+    assert table.counted(run.id, 1, 0) is None
+    table.on_records([started, again])
+    assert [table.counted(run.id, 2, offset) for offset in (0, 7, 8, 9, 10)] == [
+        True,
+        True,
+        False,
+        False,
+        None,
+    ]
+    assert table.counted(str(uuid.uuid4()), 2, 7) is False
+    assert heard == [run.said("claimed"), run.said("started")]
+
+
+def test_the_run_of_an_instance_is_found_by_it_alone(started: Place) -> None:
+    runs, instance = started.ledger.directory.runs, started.leased().instance
+    assert instance is not None
+    assert runs.of(instance) == started.run.said("started")
+    assert runs.of(instance.model_copy(update={"run": None})) is None
+    assert runs.of(None) is None
 
 
 def test_what_was_claimed_stays(place: Place) -> None:
@@ -202,7 +264,16 @@ def test_nobody_but_its_runner_says_anything_of_a_run(place: Place) -> None:
     for record in forged:
         place.ledger.directory.on_records([record])
         assert place.ledger.directory.runs.get(run.id) == run.said("started"), record.value
+        assert record.key == run.id or place.ledger.directory.runs.get(record.key or "") is None
         assert place.ledger.directory.runs.counted(run.id, record.partition, record.offset) is False
+    for record, code in (
+        (forged[5], "key_unexpected"),
+        (forged[6], "run_id_unexpected"),
+        (forged[0], "key_unknown"),
+    ):
+        with pytest.raises(InvalidMessageError) as refused:
+            place.ledger.directory.runs.verified(record)
+        assert refused.value.code == code
     run.go("ended")
     assert place.ledger.directory.runs.get(run.id) == run.said("ended")
 
@@ -241,6 +312,17 @@ def test_a_runner_that_the_next_bundle_brings_is_believed_from_its_first_record_
     assert table.get(run_id_of(late.id, nonce="n1")) is not None
 
 
+def test_a_directory_looks_again_at_runs_when_the_next_bundle_comes(place: Place) -> None:
+    late = SigningKey.generate(f"spiffe://{TD}/service/runner-3")
+    run_id = run_id_of(late.id, nonce="n1")
+    directory = place.ledger.directory
+    directory.on_records([place.runners.record(place.run.said("started", iss=late.id, run_id=run_id), late)])
+    place.runners.keys["runner-3"] = late
+    place.runners.trust(version=3)
+    directory.on_records([])
+    assert directory.runs.get(run_id) is not None
+
+
 def test_what_a_key_signed_after_its_end_counts_for_nothing(place: Place) -> None:
     place.run.go("claimed", "started")
     place.runners.trust(version=3, runner_1=place.now_s)
@@ -254,12 +336,16 @@ def test_runs_of_long_ago_are_forgotten(place: Place) -> None:
     table, run = RunTable(place.ledger.trust), place.run
     table.on_records([place.runners.record(run.said("ended"))])
     other = OneRun(place.runners, "bot", place.task, nonce="n2")
-    for later_ms, there in ((KEPT_MS, True), (KEPT_MS + (LIFE_S + 3600) * 1000, False)):
-        record = place.runners.record(other.said("claimed"))._replace(
-            appended_at_ms=place.ledger.clock.ms + later_ms
-        )
-        table.on_records([record])
-        assert (table.get(run.id) is not None) == there
+    assert KEPT_MS == 8 * 86_400_000, "longer than an order for one is on Kafka"
+    # At the last moment it is there; it is looked for once an hour.
+    kept_until_ms = run.deadline_s * 1000 + KEPT_MS
+    for at_ms, there in (
+        (kept_until_ms, True),
+        (kept_until_ms + 3_599_999, True),
+        (kept_until_ms + 3_600_000, False),
+    ):
+        table.on_records([place.runners.record(other.said("claimed"))._replace(appended_at_ms=at_ms)])
+        assert (table.get(run.id) is not None) == there, at_ms
         assert run_violations(
             place.leased().instance,
             table.get(run.id),
@@ -391,6 +477,25 @@ def test_a_selector_for_runs_is_written_by_the_runners_name(monkeypatch: pytest.
     assert problem(found) is None
 
 
+class EarlierSelector(Message):
+    """A selector as a version reads it that knows of no runners."""
+
+    issuer: IssuerUrl
+    claims: dict[ClaimName, ClaimPattern]
+    key_bound: bool = False
+    max_life_s: int = 3600
+
+
+def test_a_reader_of_before_lets_no_runs_in_and_knows_the_selector_of_their_leases() -> None:
+    selector = runner_selector(TD, "runner-1", "bot")
+    earlier = EarlierSelector.model_validate_json(selector.model_dump_json())
+    assert not is_understood(earlier)
+    fields = json.dumps(
+        earlier.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    )
+    assert digest(fields) == selector_id(selector)
+
+
 def test_a_selector_for_runs_lets_no_other_in(place: Place) -> None:
     good = runner_selector(TD, "runner-1", "bot")
     for changed in (
@@ -475,6 +580,11 @@ def test_without_a_run_that_has_started_it_gets_nothing(
 ) -> None:
     place.run.go(*statuses)
     compact, lease = place.request(), place.leased()
+    found = run_violations(
+        lease.instance, place.ledger.directory.runs.get(place.run.id), agent_id="bot", task_id=place.task, kid=None,
+        now_s=place.now_s,
+    )  # fmt: skip
+    assert [place.run.id in reason.message for reason in found] == [True]
     assert place.policy(compact) == [code]
     assert place.issuer(compact) == ([code], False), "policy may not have heard of it"
     assert place.gateway(lease) == [code]
@@ -549,6 +659,135 @@ def test_an_instance_hands_no_task_on(started: Place) -> None:
     )  # fmt: skip
     with pytest.raises((InvalidMessageError, ChainError)):
         ledger.give(claims, started.run.key)
+
+
+# --- who may order a run ----------------------------------------------------------------------------------------------
+
+
+def ordered(place: Place, by: str = "uma", **fields: Any) -> RunOrder:
+    given: dict[str, Any] = {
+        "pool": "reviews", "agent_id": "bot", "task_id": place.task, "command": ("review",), "limits": LIMITS,
+        "ttl_s": 600, **fields,
+    }  # fmt: skip
+    return place.ledger.claims(RunOrder, by, **given)
+
+
+def against(place: Place, order: RunOrder, at_s: float | None = None) -> str | None:
+    reason = order_problem(order, place.ledger.directory, place.now_s if at_s is None else at_s)
+    return reason.code if reason is not None else None
+
+
+def test_a_run_is_ordered_by_who_answers_for_its_task(place: Place) -> None:
+    ledger = place.ledger
+    terms = ledger.terms("bot", scope=(WIDE,))
+    change = ledger.give(
+        ledger.assign("suzy", "bot", terms=terms, on_behalf_of="uma", consent=ledger.consent("uma", terms))
+    )
+    assert change is not None
+    task = subject_key(change.state)[1]
+    for by, code in (
+        ("uma", None), ("suzy", None), ("sam", None), ("adam", "not_entitled"), ("olga", "not_entitled"),
+        ("nobody", "user_disabled"),
+    ):  # fmt: skip
+        assert against(place, ordered(place, by, task_id=task)) == code, by
+    assert against(place, ordered(place, "suzy")) == "not_entitled", "it is of no task of hers"
+    ledger.give(ledger.claims(UserDisable, "olga", user_id="uma", reason="x"))
+    assert against(place, ordered(place)) == "user_disabled"
+
+
+def test_an_order_of_what_cannot_run_starts_nothing(place: Place) -> None:
+    ledger = place.ledger
+    entry = ledger.directory.task(place.task)
+    assert entry is not None
+    end_s = entry.state.not_after
+    assert (against(place, ordered(place), end_s - 1), against(place, ordered(place), end_s)) == (
+        None,
+        "task_ended",
+    )
+    assert against(place, ordered(place, task_id=str(uuid.uuid4()))) == "task_unknown"
+    assert against(place, ordered(place, agent_id="nobody")) == "agent_unknown"
+    assert against(place, ordered(place, agent_id="other")) == "task_other_agent"
+    for limited in planted(ordered(place, mounts=(Mount(name="sources"),))):
+        assert against(place, limited) == "unknown_field"
+    ledger.give(ledger.claims(TaskEnd, "uma", task_id=place.task, reason="done"))
+    assert against(place, ordered(place)) == "task_ended"
+    ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
+    assert against(place, ordered(place)) == "agent_suspended"
+
+
+def test_who_may_not_be_believed_orders_nothing(place: Place) -> None:
+    """A provisioner signs like a user, and is none. What rests on a record that does not hold starts nothing."""
+    ledger = place.ledger
+    delegation = Delegation(source="hr", groups=(GroupDelegation(group="dev"),))
+    key = ledger.key_record(ledger.key("scim"))
+    ledger.give(
+        ledger.claims(
+            ProvisionerSet, "olga", provisioner_id="scim", name="S", keys=(key,), delegation=delegation
+        )
+    )
+    assert against(place, ordered(place, "scim")) == "user_disabled"
+    assert against(place, ordered(place, iss=ledger.key("bot", "agent").id)) == "user_disabled"
+    entry = ledger.directory.agent("bot")
+    assert entry is not None
+    forged = ledger.sign_record(entry.state, (*entry.record.commands, ledger.embed(_by_stranger(ledger))), 9)
+    assert ledger.admit(forged) is None
+    assert against(place, ordered(place)) == "record_untrusted"
+
+
+def _by_stranger(ledger: InMemoryRegistry) -> AgentSuspend:
+    return ledger.claims(AgentSuspend, "stranger", agent_id="bot", reason="x")
+
+
+def test_an_order_is_verified_as_of_its_append_time(place: Place) -> None:
+    ledger, order = place.ledger, ordered(place)
+    assert MAX_ORDER_BYTES == 192 * 1024
+    compact, at_ms = ledger.signed(order), ledger.clock.ms
+    assert verified_order(compact, ledger.directory, at_ms).claims == order
+    assert order_id_of(order) == message_id(order.iss, order.jti)
+    thief, agent = SigningKey.generate(order.iss), ledger.key("bot", "agent")
+    for forged, late_ms, code in (
+        (sign(order, thief), 0, "key_unknown"),
+        (sign(order.model_copy(update={"iss": agent.id}), agent), 0, "key_unknown"),
+        (compact, 600_000, "expired"),
+        ("x" * (MAX_ORDER_BYTES + 1), 0, "too_large"),
+        ("x" * MAX_ORDER_BYTES, 0, "not_a_jws"),
+        (compact[:-8] + "AAAAAAAA", 0, "signature_invalid"),
+    ):
+        with pytest.raises(InvalidMessageError) as refused:
+            verified_order(forged, ledger.directory, at_ms + late_ms)
+        assert refused.value.code == code
+
+
+def test_an_order_counts_by_a_key_in_its_time_and_a_record_that_holds(place: Place) -> None:
+    ledger = place.ledger
+    end_s = place.now_s + 60
+    ledger.give(ledger.user_set("olga", "uma", keys=(ledger.key("uma").record(end_s),)))
+    order = ordered(place)
+    compact = ledger.signed(order)
+    assert verified_order(compact, ledger.directory, end_s * 1000 - 1).claims == order
+    with pytest.raises(InvalidMessageError) as refused:
+        verified_order(compact, ledger.directory, end_s * 1000)
+    assert refused.value.code == "key_unknown"
+    entry = ledger.directory.user("uma")
+    assert entry is not None
+    commands = (*entry.record.commands, ledger.embed(ledger.user_set("sam", "uma")))
+    assert ledger.admit(ledger.sign_record(entry.state, commands, 9)) is None
+    with pytest.raises(InvalidMessageError, match="only an operator") as refused:
+        verified_order(compact, ledger.directory, ledger.clock.ms)
+    assert refused.value.code == "chain_broken"
+
+
+def test_an_order_names_no_path_of_a_host_and_no_command_of_nothing(place: Place) -> None:
+    wrong: tuple[dict[str, Any], ...] = (
+        {"command": ()}, {"command": ("a\0b",)}, {"image": "reviewer:latest"}, {"ttl_s": 0}, {"ttl_s": 86_401},
+        {"pool": "../x"},
+    )  # fmt: skip
+    for fields in wrong:
+        with pytest.raises(ValidationError):
+            ordered(place, **fields)
+    for name in ("/etc", "../etc", "a/b", "~"):
+        with pytest.raises(ValidationError):
+            Mount(name=name)
 
 
 # --- the gateway's own table of leases --------------------------------------------------------------------------------

@@ -211,6 +211,7 @@ class Directory:
         for slots in self._slots.values():
             for slot in slots.values():
                 slot.verified, slot.broken = False, None
+        self.runs.on_records(())
         unbelieved, self._awaiting_trust = self._awaiting_trust, deque(maxlen=_MAX_AWAITING_TRUST)
         for record in unbelieved:
             self._on_record(record)

@@ -40,7 +40,7 @@ OVER: Final[frozenset[RunStatus]] = frozenset({"ended", "lost"})
 BY_TIME_OR_END: Final = frozenset({"run_ended", "run_unknown", "run_not_started", "run_not_understood"})
 """Codes of denials that an honest policy may not have known when it decided."""
 _SAME: Final = (
-    "iss", "run_id", "order_id", "nonce", "ordered_by", "agent_id", "task_id", "deadline", "backend", "limits",
+    "run_id", "order_id", "nonce", "ordered_by", "agent_id", "task_id", "deadline", "backend", "limits",
     "policy_digest", "image_digest", "mounts",
 )  # fmt: skip
 """What stays as it was claimed."""
@@ -154,7 +154,7 @@ class RunTable:
             audience=self._trust.trust_domain,
         ).claims
         if record.key != run.run_id:
-            raise InvalidMessageError("the Kafka key of a run is its id", code="wrong_key")
+            raise InvalidMessageError("the Kafka key of a run is its id", code="key_unexpected")
         if run.run_id != run_id_of(run.iss, order_id=run.order_id, nonce=run.nonce):
             raise InvalidMessageError(
                 "the id of a run follows from its order, or its runner", code="run_id_unexpected"
@@ -164,7 +164,7 @@ class RunTable:
 
 def run_id_of(runner: str, *, order_id: str | None = None, nonce: str | None = None) -> str:
     """The id of a run: of an ordered one by its order alone, of a local one by its runner (SPIFFE ID) and nonce."""
-    return derived_id("run", order_id) if order_id is not None else derived_id("run", runner, nonce or "")
+    return derived_id("run", order_id) if order_id is not None else derived_id("run", runner, str(nonce))
 
 
 def succession_problem(known: Run, following: Run) -> str | None:
