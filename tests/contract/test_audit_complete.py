@@ -101,6 +101,13 @@ OUTCOMES: dict[str, dict[str, set[str]]] = {
         "finding": {"finding", "key.ending", "key.shared", "key.taken", "token.replayed"},
     },
     "DeadLetter": {"": {"record.dead_lettered"}},
+    "RunOrder": {"": {"run.ordered"}},
+    "Run": {
+        "claimed": {"run.claimed", "run.refused"},
+        "started": {"run.started"},
+        "ended": {"run.ended", "run.remained"},
+        "lost": {"run.lost"},
+    },
     "UserRecord": {
         "user.set": {"user.created", "user.changed"},
         "user.disable": {"user.disabled"},
@@ -133,7 +140,7 @@ OUTCOMES: dict[str, dict[str, set[str]]] = {
 
 OUTCOME_FIELD = {
     "CredentialDecision": "outcome", "Approval": "verdict", "ActionApproval": "verdict", "Lease": "status",
-    "RevocationRequest": "kind", "ActionAnswered": "answer", "ServiceEvent": "kind",
+    "RevocationRequest": "kind", "ActionAnswered": "answer", "ServiceEvent": "kind", "Run": "status",
 }  # fmt: skip
 KINDS = {"UserRecord": "user.", "AgentRecord": "agent.", "TargetRecord": "target.", "TaskRecord": "task."}
 
@@ -171,6 +178,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         (
             "action.denied", "action.observed", "action.failed", "grant.given", "grant.withdrawn", "task.assign",
             "task.delegate", "task.end", "task.assigned", "task.delegated", "task.ended", "revocation.requested",
+            "run.ordered", "run.claimed", "run.started", "run.ended", "run.remained", "run.lost", "run.refused",
             "cut.confirmed",
         ),
         OF_TASK,
@@ -344,7 +352,7 @@ async def test_what_stands_there_a_second_time_is_told_as_that(
         assert code in ("record.revision_fell", "message.repeated")
     else:
         by_service = topic.what in (
-            "credential.decision", "approval.request", "lease", "revocation.ack", "service.event",
+            "credential.decision", "approval.request", "lease", "revocation.ack", "service.event", "run",
         )  # fmt: skip
         assert (code, status) == (
             ("message.repeated", "Success") if by_service else ("message.replayed", "Failure")

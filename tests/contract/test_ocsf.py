@@ -16,6 +16,7 @@ from ringfence.audit.events import (
     credentials,
     ocsf,
     registry,
+    runs,
     services,
     trust,
 )
@@ -30,13 +31,13 @@ from tests.support.ocsf import LATER_VERSION, problems
 from tests.support.trail import TOKEN
 
 MODULES = (
-    actions, approvals, break_glass, credentials, registry, services,
-    trust,
+    actions, approvals, break_glass, credentials, registry, runs,
+    services, trust,
 )  # fmt: skip
 AUDITED = {
     "trust", "registry.command", "user", "agent", "target", "task", "credential.request", "credential.decision",
     "approval.request", "approval.response", "credential.reply", "lease", "revocation.request", "revocation.ack",
-    "service.event", "dead-letter", "action",
+    "service.event", "dead-letter", "action", "run.order", "run",
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import pytest
@@ -18,8 +18,13 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
+from ringfence.messages.enrolment import InstanceRef, RunRef
 from ringfence.messages.lease import TERMINAL, EndCause, Selector
-from ringfence.messages.topics import LEASE
+from ringfence.messages.registry import AgentSetAttestation
+from ringfence.messages.run import Run, RunStatus
+from ringfence.messages.topics import LEASE, RUN
+from ringfence.model.identity.attestation import selector_id
+from ringfence.model.identity.runners import runner_selector
 from ringfence.model.lease_store import (
     LeaseStore,
     LostError,
@@ -31,6 +36,7 @@ from ringfence.model.lease_store import (
 )
 from ringfence.model.lease_store.keys import Keys, uuid_bytes
 from ringfence.model.leases.lifecycle import ALL_LEASES, follow
+from ringfence.model.records.runs import run_id_of
 from ringfence.model.requests.grants import id_of
 from ringfence.revoker import app as revoker_app
 from ringfence.revoker.consistency.lease_watch import LeaseWatch
@@ -40,6 +46,7 @@ from tests.conftest import Kafka
 from tests.support.benches.grant_flows import claims_of, grant, granted
 from tests.support.benches.issuer_bench import another, opened_desks
 from tests.support.benches.lost_redis_bench import LostRedisBench, late, publish
+from tests.support.runs import LIMITS
 from tests.support.world import World
 
 
@@ -281,6 +288,51 @@ async def test_a_lease_that_redis_did_not_have_when_it_was_revoked_is_ended_by_t
     assert end.cause is not None
     assert (end.status, end.cause.ref) == ("revoked", order.jti)
     assert len({record.compact for record in await desk.records(one.claims.lease_id)}) == 3
+
+
+async def of_run(place: LostRedisBench, *statuses: RunStatus) -> tuple[dict[str, Any], Callable[..., Any]]:
+    """A run of the desk's agent with these statuses: fields of a lease of its instance, and how to say more of it."""
+    desk, key, nonce = place.desk, place.world.key("runner"), uuid.uuid4().hex
+    run_id, deadline = run_id_of(key.id, nonce=nonce), int(time.time()) + 1800
+
+    async def say(status: RunStatus) -> None:
+        run = Run(
+            iss=key.id, aud=place.world.td, iat=int(time.time()), jti=str(uuid.uuid4()), run_id=run_id, nonce=nonce,
+            agent_id=desk.bot.name, task_id=desk.task, status=status, key_thumbprint=desk.bot.key.kid,
+            deadline=deadline, backend="bubblewrap", limits=LIMITS, at_ms=int(time.time() * 1000),
+        )  # fmt: skip
+        await place.world.send(RUN, run_id, sign(run, key))
+
+    for status in statuses:
+        await say(status)
+    selector = runner_selector(place.world.td, "runner", desk.bot.name)
+    instance = InstanceRef(
+        instance_id=str(uuid.uuid4()), issuer=selector.issuer, subject=desk.bot.id, selector=selector_id(selector),
+        not_after=deadline, run=RunRef(run_id=run_id, task_id=desk.task),
+    )  # fmt: skip
+    await place.world.accepted(
+        place.world.claims(AgentSetAttestation, desk.sam, agent_id=desk.bot.name, attestation=(selector,)),
+        desk.sam,
+    )
+    return {"instance": instance, "key_thumbprint": desk.bot.key.kid}, say
+
+
+async def test_the_leases_of_a_run_that_ended_while_redis_was_lost_end(place: LostRedisBench) -> None:
+    fields, say = await of_run(place, "claimed", "started")
+    one, other = await late(place, **fields), await late(place)
+    await publish(place, one, other)
+    async with asyncio.timeout(60):
+        while not (await place.store.look(one.claims.lease_id)).active:
+            await asyncio.sleep(0.05)
+    before = await place.epochs()
+    await asyncio.gather(place.redis.lost(2), say("ended"))
+    await place.rebuilt(before)
+    end = await place.desk.lease(one.claims.lease_id, *TERMINAL)
+    assert end.cause is not None
+    assert (end.status, end.cause.kind) == ("revoked", "run_ended")
+    assert (await place.store.look(other.claims.lease_id)).active
+    await place.lose("flushed")
+    assert not (await place.store.look(one.claims.lease_id)).active
 
 
 async def test_what_redis_has_and_kafka_does_not_have_yet_is_left_as_it_is(place: LostRedisBench) -> None:

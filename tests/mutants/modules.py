@@ -10,10 +10,12 @@ MODULES: dict[str, tuple[str, ...]] = {
         "test_chains.py", "test_delegation.py", "test_agent_keys.py", "test_id_token_consent.py",
         "test_provisioners.py", "test_directory.py", "test_transfers.py", "test_trust_root.py", "test_lifecycle.py",
     ),
+    "model/records/runs.py": ("test_runs.py",),
+    "model/requests/run_orders.py": ("test_runs.py",),
     "model/requests/approvals.py": ("test_approvals.py", "test_delegation.py", "test_limiting_fields.py"),
     "model/requests/facts.py": (
         "test_requests.py", "test_delegation.py", "test_approvals.py", "test_agent_keys.py",
-        "test_limiting_fields.py",
+        "test_limiting_fields.py", "test_runs.py",
     ),
     "model/http_targets/request_map.py": (
         "test_request_map.py", "test_mcp_rules.py", "test_target_templates.py", "test_limiting_fields.py",
@@ -22,9 +24,12 @@ MODULES: dict[str, tuple[str, ...]] = {
     "kernel/crypto/jws.py": ("test_jws.py", "test_keys_and_seals.py", "test_opening.py"),
     "kernel/crypto/trust_store.py": (
         "test_trust_root.py", "test_keys_and_seals.py", "test_service_keys.py", "test_seal_keys.py",
+        "test_runs.py",
     ),
     "policy/domain.py": ("test_policy_domain.py",),
-    "gateway/domain.py": ("test_gateway_domain.py",),
-    "issuer/domain.py": ("test_issuer_domain.py", "test_issuer_limits.py", "test_limiting_fields.py"),
+    "gateway/domain.py": ("test_gateway_domain.py", "test_runs.py"),
+    "issuer/domain.py": (
+        "test_issuer_domain.py", "test_issuer_limits.py", "test_limiting_fields.py", "test_runs.py",
+    ),
     "client/resource_server/verifier.py": ("test_client_verify.py", "test_client_dpop.py", "test_client_asgi.py"),
 }  # fmt: skip

@@ -44,6 +44,7 @@ from ringfence.messages.registry import (
     UserSet,
     VerbFloor,
 )
+from ringfence.messages.run import Mount, Run, RunExit, RunLimits, RunOrder
 from ringfence.messages.topics import (
     AGENT,
     APPROVAL_REQUEST,
@@ -55,11 +56,14 @@ from ringfence.messages.topics import (
     REGISTRY_COMMAND,
     REVOCATION_ACK,
     REVOCATION_REQUEST,
+    RUN,
+    RUN_ORDER,
     TARGET,
     TASK,
     TRUST,
     USER,
 )
+from ringfence.model.records.runs import run_id_of
 from tests.support.audit_fixtures import BUNDLE, REPLY_KEY, TD, AuditFixtures
 
 _SELECTOR = AttestationSelector(
@@ -198,6 +202,46 @@ def every_record(office: AuditFixtures) -> dict[str, Received]:
     found |= unbelievable(office)
     found |= trusted(office)
     found |= changes(office)
+    found |= runs(office)
+    return found
+
+
+def runs(office: AuditFixtures) -> dict[str, Received]:
+    """An order of a run, what its runner says of it, and what another runner says of it."""
+    sam, runner = office.key("user", "sam"), office.key("service", "runner")
+    limits = RunLimits(memory_bytes=2**31, cpu_millis=1000, pids=256)
+    about: dict[str, Any] = {"agent_id": "deploy-bot", "task_id": office.task, "limits": limits}
+    order = office.claims(
+        RunOrder, sam, pool="reviews", command=("review", "422"), ttl_s=600,
+        mounts=(Mount(name="sources"),), **about,
+    )  # fmt: skip
+    found = {"run order": office.signed(RUN_ORDER, order, sam)}
+    order_id, deadline = message_id(sam.id, order.jti), office.now_ms // 1000 + 600
+    of_order = {"order_id": order_id, "ordered_by": sam.id}
+
+    def told(name: str, status: str, origin: dict[str, Any], **more: Any) -> None:
+        run_id = run_id_of(runner.id, order_id=origin.get("order_id"), nonce=origin.get("nonce"))
+        run = office.claims(
+            Run, runner, run_id=run_id, status=status, key_thumbprint=None if status == "claimed" else "k",
+            deadline=deadline, backend="bubblewrap", at_ms=office.now_ms, **about, **origin, **more,
+        )  # fmt: skip
+        record = office.signed(RUN, run, runner, key=run_id)
+        office.directory.on_records([record])
+        found[name] = record
+
+    told("run claimed", "claimed", of_order)
+    told("run started", "started", of_order)
+    told("run ended", "ended", of_order, exit=RunExit(code=0))
+    told("run claimed again", "claimed", of_order)
+    for name, status, more in (
+        (
+            "local run ended",
+            "ended",
+            {"remained": ("a process",), "exit": RunExit(signal=9, reason="stopped")},
+        ),
+        ("local run lost", "lost", {}),
+    ):
+        told(name, status, {"nonce": name}, **more)
     return found
 
 

@@ -221,6 +221,7 @@ async def test_what_nobody_else_buries_audit_does(office: AuditFixtures) -> None
         await office.audit(office.received(topic, b"\x00\xff", key="deploy-bot"))
     assert {what for what, _ in office.buried} == {
         "trust", "approval.request", "lease", "credential.reply", "revocation.ack", "service.event", "action",
+        "run.order",
     }  # fmt: skip
     assert all(code in ("not_a_jws", "not_json", "not_a_jwe") for _, code in office.buried)
 

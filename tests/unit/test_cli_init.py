@@ -37,9 +37,20 @@ def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert rotated["trust_bundle"] == 2
 
 
+def test_a_runner_is_added_with_its_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "--folder", "trust"]) == 0
+    assert main(["init", "--folder", "trust", "--add-runner", "runner-1"]) == 0
+    said = capsys.readouterr().out
+    assert "Trust bundle 2 has runner runner-1 now." in said
+    assert "Its key:  trust/keys/runner-1.json" in said
+    assert SigningKey.load(Path("trust/keys/runner-1.json")).id.endswith("/service/runner-1")
+
+
 @pytest.mark.parametrize(
     ("args", "status", "says"),
     [
+        (["--add-runner", "runner-1", "--renew"], 2, "one change at a time"),
+        (["--add-runner", "policy"], 1, "name of a service"),
         (["--name", " "], 2, "what they are called"),
         (["--rotate-service", "policy", "--overlap-hours", "8761"], 2, "--overlap-hours"),
         (["--rotate-root", "--compromised-since", "2999-01-01"], 1, "still to come"),

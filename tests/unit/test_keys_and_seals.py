@@ -17,6 +17,7 @@ from ringfence.client.admin.trust_setup import (
     CeremonyError,
     TrustFolder,
     add_gateways,
+    add_runners,
     add_services,
     first_operator,
     make_trust,
@@ -308,6 +309,35 @@ def test_one_more_gateway_changes_nothing_for_the_others(tmp_path: Path) -> None
     assert added.kid in {key.kid for key in store.encryption_keys("gateway", at_s + 1)}
     signing = SigningKey.load(folder.service_key("gw-2"))
     assert store.service_key(signing.id, signing.kid, ("gateway",), at_s + 1) is not None
+
+
+def test_a_runner_has_a_key_of_its_own_and_is_nothing_else(tmp_path: Path) -> None:
+    folder = TrustFolder(tmp_path)
+    store = TrustStore(TD, make_trust(folder, TD, "olga"))
+    store.load(folder.bundle.read_text().strip(), at_s := _iat(folder))
+    before = store.require()
+    for names, says in (
+        (["gateway"], "gateway is in the trust bundle already; give the runner another name"),
+        (["runner-1", "issuer"], "issuer is the name of a service"),
+        (["runner-seal"], "ends in -seal"),
+    ):
+        with pytest.raises(CeremonyError, match=says):
+            add_runners(folder, names)
+    assert not folder.service_key("runner-1").exists()
+    add_runners(folder, ["runner-1", "runner-2", "runner-1"])
+    assert store.load(folder.bundle.read_text().strip(), at_s + 1)
+    after = store.require()
+    assert (after.version, after.exp) == (2, before.exp)
+    assert after.services[: len(before.services)] == before.services
+    assert [service.roles for service in after.services[len(before.services) :]] == [("runner",)] * 2
+    one, other = (SigningKey.load(folder.service_key(name)) for name in ("runner-1", "runner-2"))
+    assert one.kid != other.kid
+    assert store.service_key(one.id, one.kid, ("runner",), at_s + 1) is not None
+    assert store.service_key(one.id, other.kid, ("runner",), at_s + 1) is None
+    assert store.service_key(one.id, one.kid, ("gateway", "registry", "issuer", "revoker"), at_s + 1) is None
+    assert not folder.encryption_key("runner-1").exists(), "nothing is sealed to a runner"
+    with pytest.raises(CeremonyError, match="in the trust bundle already"):
+        add_runners(folder, ["runner-1"])
 
 
 def test_an_installation_of_before_a_service_gets_its_key(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ from ringfence.messages.operations import (
     ServiceEvent,
 )
 from ringfence.messages.permission import Permission
+from ringfence.messages.run import Mount, Run, RunExit, RunLimits, RunOrder
 from ringfence.messages.signals import SignalStream
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 
@@ -68,6 +69,7 @@ def _service(role: str) -> str:
     return f"spiffe://{TD}/service/{role}"
 
 
+_LIMITS = RunLimits(memory_bytes=2 * 1024**3, cpu_millis=1000, pids=256)
 _JWK = PublicJwk(
     kty="EC",
     crv="P-256",
@@ -408,6 +410,36 @@ _ALL: tuple[Message, ...] = (
     ),
     LeaseEpoch(**_claims(_service("revoker")), epoch="7.5f0e8f4e", partition=0),
     RevocationRequest(**_claims(_BOT), kind="release", lease_id=_LEASE, reason="done"),
+    RunOrder(
+        **_claims(_MARIA, exp=AT + 60),
+        pool="reviews",
+        agent_id="deploy-bot",
+        task_id=_TASK,
+        command=("python", "review.py", "--pull-request", "422"),
+        image=f"sha256:{_DIGEST}",
+        mounts=(Mount(name="sources"), Mount(name="reports", read_write=True)),
+        limits=_LIMITS,
+        ttl_s=1800,
+    ),
+    Run(
+        **_claims(_service("runner-1")),
+        run_id="9d1c2b3a-4f5e-5a6b-8c7d-2b3a4f5e5a6b",
+        order_id="1b2c3d4e-5f60-5718-9a2b-3d4e5f605718",
+        ordered_by=_MARIA,
+        agent_id="deploy-bot",
+        task_id=_TASK,
+        status="ended",
+        key_thumbprint=_KEY.kid,
+        deadline=AT + 1800,
+        backend="bubblewrap",
+        limits=_LIMITS,
+        policy_digest=_DIGEST,
+        image_digest=f"sha256:{_DIGEST}",
+        mounts=(Mount(name="sources"), Mount(name="reports", read_write=True)),
+        exit=RunExit(code=0),
+        remained=("reports/.git/hooks/post-checkout is executable, and was written by this run",),
+        at_ms=AT_MS + 60_000,
+    ),
     SignalStream(
         **_claims(_service("signals")),
         receiver="billing",

@@ -30,7 +30,7 @@ from ringfence.kernel.service.service_description import describe, placeholder
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, TRUST
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
-from ringfence.model.records.directory import TABLES, Directory
+from ringfence.model.records.directory import RUN_TABLES, Directory
 
 _AT_ONCE = 32
 """Events of the trail that are parsed and then taken in: more of them do not stay in the caches of a core, and parsing
@@ -62,8 +62,9 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
         settle_ms=own.settle_ms,
     )
     directory.on_change(handlers.on_change)
+    directory.runs.on_change(lambda run: handlers.on_change("run", run.run_id))
     runtime.history([TRUST], handlers.bundles.on_records, since_ms=0, linger_ms=own.linger_ms)
-    runtime.table(TABLES, directory.on_records)
+    runtime.table(RUN_TABLES, directory.on_records)
 
     detector = Detector(own, index, intake, runtime.clock, settings.trust_domain) if own.detect else None
 

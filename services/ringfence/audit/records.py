@@ -25,6 +25,7 @@ from ringfence.audit.mappers.credentials import CredentialMapper
 from ringfence.audit.mappers.leases import LeaseMapper
 from ringfence.audit.mappers.mapper import PENDING_CODES, Mapper, RecordMapper
 from ringfence.audit.mappers.registry import RegistryMapper
+from ringfence.audit.mappers.runs import RunMapper
 from ringfence.audit.mappers.services import ServiceMapper
 from ringfence.audit.trail.handover import Intake, PendingEvent
 from ringfence.audit.verification import OutdatedError, RecordVerifier, require_trust
@@ -42,6 +43,7 @@ from ringfence.messages.topics import (
     CREDENTIAL_REPLY,
     LEASE,
     REVOCATION_ACK,
+    RUN_ORDER,
     SERVICE_EVENT,
     TRUST,
 )
@@ -52,7 +54,7 @@ from ringfence.model.records.command_chain import ChainError
 log = logging.getLogger(__name__)
 
 DEAD_LETTERED_HERE = frozenset(
-    {TRUST, APPROVAL_REQUEST, LEASE, CREDENTIAL_REPLY, REVOCATION_ACK, SERVICE_EVENT, ACTION}
+    {TRUST, APPROVAL_REQUEST, LEASE, CREDENTIAL_REPLY, REVOCATION_ACK, SERVICE_EVENT, ACTION, RUN_ORDER}
 )
 """Topics that other services only follow, by default, and do not consume: audit dead-letters invalid records there.
 
@@ -107,6 +109,7 @@ class AuditHandlers:
             **ApprovalMapper(verifier, trust_domain, use_of).by_topic(),
             **LeaseMapper(verifier, trust_domain, Epochs(trust_store)).by_topic(),
             **ServiceMapper(verifier, trust_domain).by_topic(),
+            **RunMapper(verifier, trust_domain).by_topic(),
         }
 
     def on_change(self, kind: str, id: str) -> None:

@@ -29,6 +29,7 @@ from ringfence.messages.base import Claims, ExpiringClaims, Message, ServiceRole
 from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest
 from ringfence.messages.registry import AgentTransfer, AnyRecord, TaskAssign, TaskState
+from ringfence.messages.run import Run
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.leases.lifecycle import statement
 from ringfence.model.lifecycle import agents_of
@@ -275,6 +276,10 @@ class RecordVerifier:
         later = record.partition != partition or record.offset > offset
         return revision if later else None
 
+    def run_counted(self, record: Received, claims: Run) -> bool | None:
+        """Whether a verified record of a run took the run forward. None if the local table has not read it yet."""
+        return self._directory.runs.counted(claims.run_id, record.partition, record.offset)
+
     # --- facts ---
 
     def facts(self, request_id: str) -> RequestFacts | None:
@@ -318,7 +323,7 @@ class RecordVerifier:
             sponsor=self.sponsor_of(agent),
             on_behalf_of=self._on_behalf_of(agent, claims.task_id),
             break_glass=claims.break_glass is True,
-            instance=ref_of(enrolment).model_dump() if enrolment else None,
+            instance=ref_of(enrolment).model_dump(exclude_none=True) if enrolment else None,
             traceparent=traceparent,
         )
         if first is None and len(signed.compact) <= _REMEMBERED_BYTES:

@@ -113,6 +113,8 @@ class JwtBackend:
         if lease.instance is not None:
             of = lease.instance
             claims["instance"] = {"id": of.instance_id, "iss": of.issuer, "sub": of.subject}
+            if of.run is not None:
+                claims["instance"]["run"] = of.run.run_id
         if lease.delegators:
             claims["delegation"] = [
                 {

@@ -20,6 +20,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import ref_void
 from ringfence.model.records.key_expiry import is_lost
+from ringfence.model.records.runs import run_violations
 from ringfence.model.requests.facts import (
     DeniedError,
     RecordContext,
@@ -164,6 +165,10 @@ def authorize(
         reasons += _unusable_reasons(lease, target)
         gone = ref_void(lease.instance, ground.agent.state) if lease.instance and ground else None
         reasons += [gone] if gone else []
+        reasons += run_violations(
+            lease.instance, directory.runs.of(lease.instance), agent_id=lease.agent_id, task_id=lease.task_id,
+            kid=lease.key_thumbprint, now_s=now_s,
+        )  # fmt: skip
         reasons += _delegation_chain_reasons(
             lease, wanted, directory, ground.act if ground is not None else ()
         )

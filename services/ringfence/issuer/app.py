@@ -37,7 +37,7 @@ from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.revoker_halts import RevokerHalts
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
-from ringfence.model.records.directory import TABLES, Directory
+from ringfence.model.records.directory import RUN_TABLES, Directory
 from ringfence.model.requests.grants import KEEP_MS as GRANTS_KEEP_MS
 from ringfence.model.requests.grants import GrantTable
 
@@ -107,7 +107,7 @@ def build(
         directory.on_records(records)
         halts.on_heartbeats(records)
 
-    runtime.table(TABLES, directory.on_records)
+    runtime.table(RUN_TABLES, directory.on_records)
     runtime.table([HEARTBEAT], on_heartbeats)
     runtime.on_start(store.connect)
     runtime.on_stop(store.close)

@@ -28,6 +28,7 @@ from ringfence.model.leases.revoker_halts import RETRY_AFTER_S as HALTED_RETRY_S
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.records.instances import keys_of_agents, ref_of
+from ringfence.model.records.runs import BY_TIME_OR_END
 from ringfence.model.requests.approvals import (
     BREAK_GLASS_TTL_S,
     approval_problem,
@@ -308,7 +309,8 @@ def _check_rule(decision: Decision, facts: RequestContext, terms: Terms, *, unch
         return
     # Policy decided a moment earlier: where the records are the same, only time may have made the difference.
     before = violations(facts, decision.claims.source.appended_at_ms / 1000, terms.entitlements_max_age_s)
-    raise _RefusedError(*found, finding=unchanged and any(one.code not in NOT_UNDERSTOOD for one in before))
+    honest = NOT_UNDERSTOOD | BY_TIME_OR_END
+    raise _RefusedError(*found, finding=unchanged and any(one.code not in honest for one in before))
 
 
 def _check_terms(decision: Decision, facts: RequestContext, terms: Terms, *, unchanged: bool) -> int:

@@ -12,6 +12,7 @@ from ringfence.messages.base import (
     ExpiringClaims,
     Jws,
     Message,
+    Name,
     NonEmpty,
     Seconds,
     SpiffeId,
@@ -42,6 +43,8 @@ class AttestationSelector(Message):
     """Only tokens whose audience names the very key: nobody else can enrol with one that was seen on its way."""
     max_life_s: Annotated[int, Field(ge=60, le=MAX_ENROLMENT_S)] = 3600
     """How long an instance's key counts, from its enrolment."""
+    runner: Name | None = None
+    """Set where the issuer is a runner of the trust bundle, by its name there: its runs are instances of the agent."""
 
 
 class InstanceEnrol(ExpiringClaims):
@@ -55,6 +58,16 @@ class InstanceEnrol(ExpiringClaims):
     key: PublicJwk
     token: Annotated[str, Field(min_length=1, max_length=16 * 1024)]
     """The identity token that its platform gave it."""
+
+
+class RunRef(Message):
+    """The run that an instance is of, and the only task that it may act within.
+
+    With a field that its reader does not know, the instance is none.
+    """
+
+    run_id: Uuid
+    task_id: Uuid
 
 
 class InstanceEnrolment(Claims):
@@ -82,6 +95,8 @@ class InstanceEnrolment(Claims):
     agent_revision: Annotated[int, Field(ge=1)]
     token: Jws | None = None
     """The token itself, which is spent, where every reader has the issuer's pinned keys to verify it with."""
+    run: RunRef | None = None
+    """Set where a runner signed the token: as the token says."""
 
 
 class InstanceRef(Message):
@@ -93,6 +108,8 @@ class InstanceRef(Message):
     selector: Digest
     not_after: Seconds
     """The end of the instance's key."""
+    run: RunRef | None = None
+    """Set where it is the instance of a run. It ends with that."""
 
 
 class EnrolledInstance(InstanceRef):

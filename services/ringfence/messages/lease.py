@@ -37,6 +37,7 @@ EndKind = Literal[
     "scope_narrowed",
     "key_compromised",
     "agent_orphaned",
+    "run_ended",
     "mint_failed",
 ]
 """Why a lease ended. All but `deadline` and `mint_failed` name the signed request that asked for it."""

@@ -84,7 +84,7 @@ class Heartbeat(Claims):
     """Once a second: this service is alive, and this is what a complete local table holds now, or what has come."""
 
     typ: ClassVar[str] = "heartbeat"
-    signed_by = ("registry", "revoker", "gateway")
+    signed_by = ("registry", "revoker", "gateway", "runner")
 
     at_ms: Millis
     tables: tuple[PartitionDigest, ...] = ()

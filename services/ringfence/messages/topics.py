@@ -35,6 +35,7 @@ from ringfence.messages.enrolment import InstanceEnrol, InstanceEnrolment
 from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
 from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, Heartbeat, ServiceEvent
 from ringfence.messages.registry import COMMANDS, AgentRecord, TargetRecord, TaskRecord, UserRecord
+from ringfence.messages.run import Run, RunOrder
 from ringfence.messages.signals import SignalStream
 from ringfence.messages.trust import TrustBundle
 
@@ -200,12 +201,22 @@ AUDIT = Topic(
 SIGNAL_STREAM = Topic(
     "signal.stream", (SignalStream,), "receiver", "jws", ("signals",), ("signals", "audit (what is none)")
 )
+RUN_ORDER = Topic("run.order", (RunOrder,), "pool", "jws", ("users",), ("runner", "audit"), 7 * _DAY)
+RUN = Topic(
+    "run",
+    (Run,),
+    "run id",
+    "jws",
+    ("runner",),
+    ("policy", "issuer", "revoker", "gateway", "runner (who claimed what)", "audit"),
+)
+"""Kept for good: a run that is not there counts as none."""
 HEARTBEAT = Topic(
     "heartbeat",
     (Heartbeat,),
     "service id",
     "jws",
-    ("registry", "revoker", "gateways (signed)"),
+    ("registry", "revoker", "gateways", "runners (signed)"),
     _SERVICES,
     _HOUR,
 )
@@ -240,6 +251,8 @@ ALL: tuple[Topic[Any], ...] = (
     AUDIT,
     AUDIT_CHECKPOINT,
     SIGNAL_STREAM,
+    RUN_ORDER,
+    RUN,
     HEARTBEAT,
     DEAD_LETTER,
 )
@@ -251,6 +264,8 @@ AUDITED: tuple[Topic[Any], ...] = (
     AGENT,
     TARGET,
     TASK,
+    RUN_ORDER,
+    RUN,
     CREDENTIAL_REQUEST,
     APPROVAL_REQUEST,
     APPROVAL_RESPONSE,

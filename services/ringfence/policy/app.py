@@ -30,7 +30,7 @@ from ringfence.messages.topics import (
 )
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
-from ringfence.model.records.directory import TABLES, Directory
+from ringfence.model.records.directory import RUN_TABLES, Directory
 from ringfence.model.records.key_sharing import KeyUses
 from ringfence.model.requests.grants import KEEP_MS as GRANTS_KEEP_MS
 from ringfence.model.requests.grants import GrantTable, kind_of
@@ -168,7 +168,7 @@ def build(
         approvals.received(batch)
         await responses(batch)
 
-    runtime.table(TABLES, directory.on_records)
+    runtime.table(RUN_TABLES, directory.on_records)
     consumers = runtime.consume(
         router(
             requests=requests_then_withdrawals(

@@ -143,7 +143,7 @@ class InputBuilder:
             "history": history,
         }
         if facts.instance is not None:
-            document["request"]["instance"] = ref_of(facts.instance).model_dump()
+            document["request"]["instance"] = ref_of(facts.instance).model_dump(exclude_none=True)
         if facts.sponsor is not None:
             document["sponsor"] = self._records.of_sponsor(facts.sponsor)
         if facts.delegations:

@@ -34,16 +34,18 @@ from ringfence.messages.enrolment import (
     EnrolledInstance,
     InstanceEnrol,
     InstanceEnrolment,
+    RunRef,
 )
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.oidc import OidcIssuer, OidcKey
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentState
 from ringfence.model.identity.attestation import bound_audience, matching, selector_id
+from ringfence.model.identity.runners import issuer_of_instances, runner_name
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.records.instances import MAX_TOKEN_AGE_S, audiences, instance_id
+from ringfence.model.records.instances import MAX_TOKEN_AGE_S, audiences, instance_id, run_of
 from ringfence.model.unknown_fields import describe_unknown, unknown_fields
 from ringfence.registry.store import Memory
 
@@ -89,6 +91,8 @@ class _Admission(NamedTuple):
     claims: Mapping[str, str]
     token: IdentityToken
     pinned: bool
+    run: RunRef | None
+    """The run that a runner says the instance is of."""
 
 
 class _Spent(NamedTuple):
@@ -203,13 +207,21 @@ class Enroller:
         if not self._is_bound(token, kid):
             selectors = tuple(selector for selector in selectors if not selector.key_bound)
         match = matching(selectors, issuer.issuer, token.claims)
+        run = None
+        if runner_name(trust_domain, issuer.issuer) is not None:
+            run = run_of(token)
+            # Whose run it is says the runner, and the agent lets its own runs in alone.
+            if token.subject != claims.iss or (match is not None and match[0].runner is None):
+                match = None
+        elif match is not None and match[0].runner is not None:
+            match = None
         if match is None:
             raise EnrolRefusedError(
                 f"no selector of agent {agent.agent_id} lets in {token.subject[:200]} of {issuer.issuer}; compare "
                 "with: ringfence agent show",
                 code="instance_unmatched",
             )
-        return _Admission(agent, revision, *match, token, not issuer.discovery)
+        return _Admission(agent, revision, *match, token, not issuer.discovery, run)
 
     def _is_bound(self, token: IdentityToken, kid: str) -> bool:
         """Return whether a token is for this key and for no other."""
@@ -218,7 +230,7 @@ class Enroller:
 
     def _issuer(self, token: str) -> OidcIssuer:
         name, now_s = unverified_issuer(token), self._runtime.clock.now_ms() / 1000
-        issuer = self._runtime.trust.oidc_issuer(name, "instances", now_s)
+        issuer = issuer_of_instances(self._runtime.trust, name, now_s)
         if issuer is None:
             raise EnrolRefusedError(
                 f"the trust bundle does not believe {name[:200]} about instances; the root adds it with: "
@@ -262,12 +274,16 @@ class Enroller:
             return spent.enrolled, False
         if self._memory.enrolled_by(kid) not in (None, admission.agent.agent_id):
             raise _key_in_use()
+        not_after = now_s + admission.selector.max_life_s - LEEWAY_S
+        if admission.run is not None:
+            not_after = min(not_after, admission.token.expires_at_s)
         ref = EnrolledInstance(
             instance_id=instance_id(digest, kid),
             issuer=admission.token.issuer,
             subject=admission.token.subject,
             selector=selector_id(admission.selector),
-            not_after=now_s + admission.selector.max_life_s - LEEWAY_S,
+            not_after=not_after,
+            run=admission.run,
             kid=kid,
             token_digest=digest,
             enrolled_at=now_s,
@@ -316,6 +332,7 @@ class Enroller:
             key_bound=self._is_bound(admission.token, enrolled.kid),
             agent_revision=admission.revision,
             token=signed.claims.token if admission.pinned else None,
+            run=enrolled.run,
         )
         return sign(certificate, key)
 

@@ -10,6 +10,7 @@ from faststream import FastStream
 from ringfence.backends import BackendContext, BackendSettings, CircuitBreaker, TargetAccess, all_backends
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load
+from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.service.service_description import describe, placeholder
@@ -18,7 +19,7 @@ from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.stream_digests import StreamDigests
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
-from ringfence.model.records.directory import TABLES, Directory
+from ringfence.model.records.directory import RUN_TABLES, Directory
 from ringfence.revoker.consistency.issued_lease_recheck import IssuedLeaseRecheck
 from ringfence.revoker.consistency.lease_watch import BACK_MS, LINGER_MS, LeaseWatch
 from ringfence.revoker.consistency.rebuild import Rebuilder
@@ -35,6 +36,7 @@ from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.fencing import FenceHandler
 from ringfence.revoker.revocations.record_changes import RecordHandler
 from ringfence.revoker.revocations.revocations import RevocationHandler
+from ringfence.revoker.revocations.run_ends import RunEndHandler
 from ringfence.revoker.revocations.verification import RevocationVerifier
 from ringfence.revoker.settings import RevokerSettings
 from ringfence.revoker.subscribers import GROUP, router
@@ -93,7 +95,7 @@ def build(
         directory.on_records(records)
         cuts.on_heartbeats(records)
 
-    runtime.table(TABLES, directory.on_records)
+    runtime.table(RUN_TABLES, directory.on_records)
     runtime.table([HEARTBEAT], on_heartbeats)
     on_acks = runtime.redeliver_after_rotation(cuts.on_acks)
     acks = runtime.history([REVOCATION_ACK], on_acks, since_ms=runtime.clock.now_ms() - _ACKS_BACK_MS)
@@ -135,8 +137,17 @@ def build(
             revocations=revocations,
             fences=FenceHandler(verifier, store, cuts),
             record_change=records,
+            run_end=RunEndHandler(runtime, directory, ender, patience_s=own.patience_s),
             issued=on_issued,
             dead_letters=runtime.dead_letters,
+            run_dead_letters=DeadLetters(
+                runtime.publisher,
+                runtime.role,
+                runtime.clock,
+                runtime.trust,
+                runtime.trust_moved,
+                halts=False,
+            ),
         )
     )
 
@@ -166,7 +177,9 @@ def described() -> FastStream:
             revocations=placeholder,
             fences=placeholder,
             record_change=placeholder,
+            run_end=placeholder,
             issued=placeholder,
             dead_letters=None,
+            run_dead_letters=None,
         ),
     )

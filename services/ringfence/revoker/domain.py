@@ -25,6 +25,7 @@ from ringfence.model.records.command_chain import unverified_command
 from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.records.instances import ref_void
 from ringfence.model.records.key_expiry import is_lost
+from ringfence.model.records.runs import run_violations
 from ringfence.model.scope.rule import are_in_force
 from ringfence.model.scope.scope import missing
 
@@ -181,6 +182,14 @@ def stale_basis(lease: Lease, directory: Directory, entitlements_max_age_s: int)
             directory.task(delegator.task_id),
             directory.user(delegator.sponsor),
         ]
+    against_run = run_violations(
+        lease.instance, directory.runs.of(lease.instance), agent_id=lease.agent_id, task_id=lease.task_id,
+        kid=lease.key_thumbprint, now_s=lease.iat,
+    )  # fmt: skip
+    for reason_of_run in against_run:
+        assert lease.instance is not None
+        assert lease.instance.run is not None
+        return StaleBasis("run_ended", reason_of_run.message, run_record(lease.instance.run.run_id))
     for entry in entries:
         if entry is None:
             continue
@@ -192,6 +201,11 @@ def stale_basis(lease: Lease, directory: Directory, entitlements_max_age_s: int)
             elif matches(lease, consequence.selector_key) and (reason := consequence.unfit(lease)):
                 return StaleBasis(reason.kind, reason.reason, record)
     return None
+
+
+def run_record(run_id: str) -> tuple[str, int]:
+    """What a revocation that follows from the end of a run is derived from: a run ends once."""
+    return f"run/{run_id}", 1
 
 
 def derived_revocation(

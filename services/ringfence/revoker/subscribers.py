@@ -8,7 +8,7 @@ from ringfence.kernel.kafka.batch_handlers import BatchHandler, Handler
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.faststream_adapter import ConsumerGroup, GroupRouter
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.topics import DEAD_LETTER, HEARTBEAT, LEASE, REVOCATION_REQUEST, SERVICE_EVENT
+from ringfence.messages.topics import DEAD_LETTER, HEARTBEAT, LEASE, REVOCATION_REQUEST, RUN, SERVICE_EVENT
 from ringfence.revoker.consistency.issued_lease_recheck import BATCH_SIZE, LINGER_MS
 from ringfence.revoker.revocations.record_changes import RECORD_TOPICS
 
@@ -23,10 +23,15 @@ def router(
     revocations: BatchHandler,
     fences: BatchHandler,
     record_change: Handler,
+    run_end: Handler,
     issued: BatchHandler,
     dead_letters: DeadLetters | None,
+    run_dead_letters: DeadLetters | None,
 ) -> GroupRouter:
-    """`dead_letters` are those of `record_change`; the others have theirs by themselves."""
+    """Args:
+        dead_letters: those of `record_change`; the others have theirs by themselves.
+        run_dead_letters: those of `run_end`, which halt at nothing: runners are many, and one must not stop the rest.
+    """  # fmt: skip
     router = GroupRouter({topic: topic.models for topic in _PUBLISHED})
 
     @router.subscriber(REVOCATION_REQUEST, group=ConsumerGroup(GROUP))
@@ -47,6 +52,11 @@ def router(
     async def on_record_change(record: Received) -> Awaitable[object] | None:
         """Revoke what a changed record ends: an agent suspended, a task ended, a ceiling narrowed, a sponsor lost."""
         return await record_change(record)
+
+    @router.subscriber(RUN, group=ConsumerGroup("revoker-runs", run_dead_letters), order="sequential")
+    async def on_run(record: Received) -> Awaitable[object] | None:
+        """Revoke the leases of a run that is over, one by one."""
+        return await run_end(record)
 
     @router.subscriber(
         LEASE, group=ConsumerGroup("revoker-issued", max_records=BATCH_SIZE, linger_ms=LINGER_MS)

@@ -36,10 +36,13 @@ _REASONS: dict[EndKind, str] = {
     "scope_narrowed": "what may be held was narrowed",
     "key_compromised": "a key was compromised",
     "agent_orphaned": "the agent has no sponsor any more",
+    "run_ended": "the run of the agent ended",
     "mint_failed": "it was never made",
 }
 """By cause, the text for `reason_admin`. What a person wrote as a reason is not disclosed."""
-_SYSTEM_CAUSES: frozenset[EndKind] = frozenset({"release", "revocation", "agent_orphaned", "mint_failed"})
+_SYSTEM_CAUSES: frozenset[EndKind] = frozenset(
+    {"release", "revocation", "agent_orphaned", "run_ended", "mint_failed"}
+)
 """Causes without an administrator, unless a person is named. All others follow from a record that somebody changed."""
 
 

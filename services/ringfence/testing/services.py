@@ -41,7 +41,7 @@ from ringfence.messages.topics import (
 )
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.records.api_access import Authenticator
-from ringfence.model.records.directory import TABLES, Directory
+from ringfence.model.records.directory import RUN_TABLES, Directory
 from ringfence.model.records.key_sharing import KeyUses
 from ringfence.model.requests.grants import GrantTable, kind_of
 from ringfence.policy.agents.holdings import Holdings
@@ -133,7 +133,7 @@ class Services:
         settings, clock = context.settings, context.clock
         # One table for all: each would hold the same, as every reader has each record at once.
         self.directory = Directory(context.trust, clock, grace_ms=None)
-        context.bus.read(TABLES, self.directory.on_records)
+        context.bus.read(RUN_TABLES, self.directory.on_records)
         self.store = InMemoryLeaseStore(clock)
         token_keys = TokenKeys([TokenKey(SigningKey.generate(context.keys["issuer"].id))])
         rights = NoRightsNeeded()

@@ -365,7 +365,7 @@ def leased(
     fields: dict[str, Any] = {
         "agent": claims.agent_id,
         "act": list(claims.act),
-        "instance": claims.instance.model_dump() if claims.instance else None,
+        "instance": claims.instance.model_dump(exclude_none=True) if claims.instance else None,
         "delegators": delegators_of(claims.delegators),
         "task": claims.task_id,
         "sponsor": claims.sponsor,

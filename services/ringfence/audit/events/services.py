@@ -206,7 +206,9 @@ def reported(
         "subject": claims.subject,
         "given_by": claims.actor,
         "result": claims.result,
-        "instance": claims.enrolled.model_dump(exclude={"enrolled_at"}) if claims.enrolled else None,
+        "instance": claims.enrolled.model_dump(exclude={"enrolled_at"}, exclude_none=True)
+        if claims.enrolled
+        else None,
         "outcome": claims.kind,
         "about": claims.source.model_dump(exclude_none=True) if claims.source is not None else None,
         "verified": verified,

@@ -46,13 +46,14 @@ _ORDER = {
     for rank, code in enumerate(
         (
             "task.assign", "task.delegate", "command.accepted", "task.assigned", "task.delegated",
-            "grant.given", "grant.withdrawn",
+            "grant.given", "grant.withdrawn", "run.ordered", "run.claimed", "run.started",
             "credential.requested", "approval.required", "break_glass.asked",
             "approval.requested", "approval.given", "approval.denied", "withdrawal.requested", "request.allowed",
             "break_glass.used", "request.refused",
             "credential.refused", "credential.minting", "credential.issued", "message.accepted", "message.refused",
             "delivery.sent", "reply.sent", "release.requested", "revocation.requested", "lease.ending",
-            "credential.released", "credential.revoked", "lease.expired", "credential.aborted", "task.end",
+            "credential.released", "credential.revoked", "lease.expired", "credential.aborted", "run.ended",
+            "run.remained", "run.lost", "task.end",
             "task.ended", "lease.forgotten",
         )
     )

@@ -17,6 +17,7 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.credential import CredentialRequest, RequestWithdraw
+from ringfence.messages.run import RunOrder
 from ringfence.model.identity.spiffe_ids import subject_of
 
 PENDING_CODES: Final = frozenset({"key_unknown", "chain_broken", "not_reviewer", "break_glass_unknown"})
@@ -111,7 +112,7 @@ class RecordMapper:
                 at_ms = record.appended_at_ms
                 facts = self._verifier.embedded_request(claims.request, claims.request_id, at_ms)
                 return subjects.credential_fields(None, facts) or {"request": claims.request_id}
-            case Grant() | ActionApproval() | ActionRequest():
+            case Grant() | ActionApproval() | ActionRequest() | RunOrder():
                 return self._agent_fields(claims.agent_id, getattr(claims, "task_id", None))
             case ExpiringClaims() if claims.typ in registry.command_typs():
                 return registry.subject_of_command(claims)[2]

@@ -104,7 +104,7 @@ def register(
     if not allow and not allow_nothing:
         raise typer.BadParameter("say the ceiling with --allow, or --allow-nothing", param_hint="--allow")
     ceiling = parse_scope(allow, may_be_empty=True)
-    attestation = parse_selectors(selector)
+    attestation = parse_selectors(selector, agent)
     key_source = key_file or public_key or new_key
     if not (key_source or attestation):
         raise typer.BadParameter(

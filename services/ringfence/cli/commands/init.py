@@ -21,6 +21,7 @@ from ringfence.client.admin.trust_setup import (
     ON_DEMAND,
     TrustFolder,
     add_gateways,
+    add_runners,
     add_services,
     load_root_and_bundle,
     make_trust,
@@ -55,6 +56,15 @@ def init(
             "--add-gateway",
             metavar="NAME",
             help="Sign the next trust bundle, with one more gateway, by the root that is there. Repeatable.",
+        ),
+    ] = None,
+    add_runner: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--add-runner",
+            metavar="NAME",
+            help="Sign the next trust bundle, with one more runner: a service that agents let start runs of them. "
+            "Repeatable.",
         ),
     ] = None,
     add_service: Annotated[
@@ -135,16 +145,27 @@ def init(
         )
     if compromised_since and not rotate_root:
         raise typer.BadParameter("--compromised-since is about the root: add --rotate-root")
-    changes = (add_gateway, add_service, rotate_service, rotate_root, renew, oidc_issuer, remove_oidc_issuer)
+    changes = (
+        add_gateway,
+        add_runner,
+        add_service,
+        rotate_service,
+        rotate_root,
+        renew,
+        oidc_issuer,
+        remove_oidc_issuer,
+    )
     if sum(map(bool, changes)) > 1:
         raise typer.BadParameter(
-            "one change at a time: --add-gateway, --add-service, --rotate-service, --rotate-root, --renew, "
-            "--oidc-issuer or --remove-oidc-issuer"
+            "one change at a time: --add-gateway, --add-runner, --add-service, --rotate-service, --rotate-root, "
+            "--renew, --oidc-issuer or --remove-oidc-issuer"
         )
     settings, trust, result = load(BusSettings), TrustFolder(folder), _Result(wants_json(as_json))
     following: Callable[[], int] | None = None
     if add_gateway:
         following = partial(_add, trust, add_gateway, result)
+    elif add_runner:
+        following = partial(_add_runners, trust, add_runner, result)
     elif add_service:
         following = partial(_add_services, trust, add_service, result)
     elif rotate_service:
@@ -295,6 +316,17 @@ def _add(trust: TrustFolder, gateways: list[str], result: _Result) -> int:
     result.line(f"Trust bundle {version} has gateway {', '.join(gateways)} now.")
     for name in gateways:
         result.line(f"Its keys:  {trust.service_key(name)}, {trust.encryption_key(name)}")
+    return version
+
+
+def _add_runners(trust: TrustFolder, runners: list[str], result: _Result) -> int:
+    version = add_runners(trust, runners).version
+    result.line(f"Trust bundle {version} has runner {', '.join(runners)} now.")
+    for name in runners:
+        result.line(f"Its key:  {trust.service_key(name)}")
+    result.line(
+        "An agent lets it start runs by a selector: ringfence agent set-attestation AGENT --selector runner=NAME"
+    )
     return version
 
 

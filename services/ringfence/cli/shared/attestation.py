@@ -24,22 +24,28 @@ from ringfence.cli.shared.options import (
     wants_json,
 )
 from ringfence.client.errors import InvalidCallError
+from ringfence.kernel.base.settings import BusSettings, load
 from ringfence.kernel.base.strict_json import once
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.enrolment import AttestationSelector
 from ringfence.model.identity.attestation import selector_id
+from ringfence.model.identity.runners import runner_issuer
+from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.unknown_fields import describe_unknown, names_of, unknown_fields
 
 if TYPE_CHECKING:
     from ringfence.client.admin.command_client import Accepted
+
+_RUNNER = "runner="
+"""With a runner's name after it, the first word of a selector for runs."""
 
 SelectorOption = Annotated[
     list[str] | None,
     typer.Option(
         "--selector",
         metavar="SELECTOR",
-        help="Which running instances may enrol a key: 'ISSUER CLAIM=PATTERN ... [key-bound] [life=1h]', a JSON "
-        "object, or @FILE with a JSON list. Repeatable.",
+        help="Which running instances may enrol a key: 'ISSUER CLAIM=PATTERN ... [key-bound] [life=1h]', "
+        "'runner=NAME [life=1h]' for runs of the agent, a JSON object, or @FILE with a JSON list. Repeatable.",
     ),
 ]
 
@@ -61,7 +67,7 @@ def set_attestation(
 
     if bool(selector) == none:
         raise typer.BadParameter("say all of them with --selector, or --none", param_hint="--selector")
-    selectors = parse_selectors(selector)
+    selectors = parse_selectors(selector, agent)
 
     async def work() -> tuple[Accepted, dict[str, Any]]:
         async with connect.administrator(identity(me)) as administrator:
@@ -87,8 +93,11 @@ def set_attestation(
     print_accepted(accepted, f"{len(selectors)} selectors of {agent} set", wants_json(as_json), details)
 
 
-def parse_selectors(given: list[str] | None) -> tuple[AttestationSelector, ...]:
-    """Parse selectors from repeated options. Raises typer.BadParameter, saying where one is wrong."""
+def parse_selectors(given: list[str] | None, agent: str | None = None) -> tuple[AttestationSelector, ...]:
+    """Parse selectors from repeated options. Raises typer.BadParameter, saying where one is wrong.
+
+    `agent`: whose selectors they are. A runner's selector names it, where it is not written out.
+    """
     selectors: list[AttestationSelector] = []
     for text in given or ():
         if text.startswith("@"):
@@ -98,20 +107,21 @@ def parse_selectors(given: list[str] | None) -> tuple[AttestationSelector, ...]:
                 raise typer.BadParameter(f"{text}: {error}", param_hint="--selector") from None
             selectors += [_selector(one, text) for one in (listed if isinstance(listed, list) else [listed])]
         else:
-            selectors.append(_selector(_fields(text), text))
+            selectors.append(_selector(_fields(text, agent), text))
     return tuple(selectors)
 
 
 def show_selector(selector: AttestationSelector) -> str:
     """Return a selector in the notation of the command line."""
-    words = [selector.issuer, *(f"{name}={value}" for name, value in selector.claims.items())]
-    words += ["key-bound"] if selector.key_bound else []
+    issuer = selector.issuer if selector.runner is None else f"{_RUNNER}{selector.runner}"
+    words = [issuer, *(f"{name}={value}" for name, value in selector.claims.items())]
+    words += ["key-bound"] if selector.key_bound and selector.runner is None else []
     details = shlex.join([*words, f"life={selector.max_life_s}s"])
     unknown = unknown_fields(selector)
     return f"{details} (lets nobody in, as {names_of(unknown)} is not known here)" if unknown else details
 
 
-def _fields(text: str) -> Any:
+def _fields(text: str, agent: str | None) -> Any:
     try:
         if text.startswith("{"):
             return json.loads(text, object_pairs_hook=once)
@@ -119,6 +129,10 @@ def _fields(text: str) -> Any:
     except ValueError as error:
         raise typer.BadParameter(f"{text!r}: {error}", param_hint="--selector") from None
     fields: dict[str, Any] = {"issuer": issuer, "claims": {}}
+    if issuer.startswith(_RUNNER):
+        fields = _runner_fields(issuer.removeprefix(_RUNNER), agent)
+        if any(word.startswith("sub=") for word in words):
+            fields["claims"] = {}
     given_names: set[str] = set()
     for word in words:
         name, equals, value = word.partition("=")
@@ -136,6 +150,16 @@ def _fields(text: str) -> Any:
                 f"{text!r}: {word!r} is no CLAIM=PATTERN, key-bound or life=DURATION", param_hint="--selector"
             )
     return fields
+
+
+def _runner_fields(name: str, agent: str | None) -> dict[str, Any]:
+    trust_domain = load(BusSettings).trust_domain
+    return {
+        "issuer": runner_issuer(trust_domain, name),
+        "claims": {"sub": spiffe_id(trust_domain, "agent", agent)} if agent else {},
+        "key_bound": True,
+        "runner": name,
+    }
 
 
 def _selector(fields: Any, text: str) -> AttestationSelector:

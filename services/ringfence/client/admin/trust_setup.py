@@ -27,11 +27,13 @@ from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import Entitlements, UserSet
 from ringfence.messages.topics import REGISTRY_COMMAND, TRUST
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
+from ringfence.model.identity.runners import runner_name
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.unknown_fields import describe_unknown, unknown_fields
 
 _KEYS_BY_ROLE: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker", "audit")
-"""All replicas of a role share one key. Each gateway has its own, since cuts wait for each of them."""
+"""All replicas of a role share one key. Each gateway has its own, since cuts wait for each of them. Each
+runner has its own too, since agents name the runners that they trust."""
 SERVICE_ROLES: tuple[ServiceRole, ...] = (*_KEYS_BY_ROLE, "gateway")
 ON_DEMAND: tuple[ServiceRole, ...] = ("scim", "signals")
 """Optional services. They have a key from the beginning."""
@@ -105,7 +107,7 @@ def make_trust(
     """
     if folder.root_key.exists():
         raise CeremonyError(f"{folder.root_key} exists already; remove it only if nothing was signed with it")
-    _check_names(operator, gateways=gateways)
+    _check_names(operator, own_keys=gateways)
     before = set(folder.path.rglob("*.j*"))
     try:
         return _make_trust(folder, trust_domain, operator, gateways, valid_s)
@@ -152,10 +154,23 @@ def add_gateways(folder: TrustFolder, gateways: Sequence[str]) -> TrustBundle:
     taken, or there is no trust root, or its bundle has expired (see `ringfence.client.admin.key_rotation`).
     """
     root, bundle = load_root_and_bundle(folder)
-    _check_names(gateways=gateways)
+    _check_names(own_keys=gateways)
     if taken := _first_taken(bundle, gateways):
         raise CeremonyError(f"{taken} is in the trust bundle already; give the gateway another name")
     return _with_services(folder, bundle, root, [(name, "gateway") for name in dict.fromkeys(gateways)])
+
+
+def add_runners(folder: TrustFolder, runners: Sequence[str]) -> TrustBundle:
+    """Sign the next version of the trust bundle: with these runners, each with a new key, beside everything in it.
+
+    Returns the bundle. Needs the root's key. Raises InvalidCallError where a name is invalid; CeremonyError where it is
+    taken, or there is no trust root, or its bundle has expired.
+    """
+    root, bundle = load_root_and_bundle(folder)
+    _check_names(own_keys=runners)
+    if taken := _first_taken(bundle, runners):
+        raise CeremonyError(f"{taken} is in the trust bundle already; give the runner another name")
+    return _with_services(folder, bundle, root, [(name, "runner") for name in dict.fromkeys(runners)])
 
 
 def add_services(folder: TrustFolder, roles: Sequence[str]) -> TrustBundle:
@@ -200,6 +215,10 @@ def set_oidc_issuer(folder: TrustFolder, issuer: OidcIssuer) -> TrustBundle:
             f"discovery goes by HTTPS, and the issuer is {issuer.issuer}; pin its keys (--jwks)"
         )
     root, bundle = load_root_and_bundle(folder)
+    if runner_name(bundle.aud, issuer.issuer) is not None:
+        raise CeremonyError(
+            f"{issuer.issuer} is the name of a runner as an issuer; add one with: ringfence init --add-runner"
+        )
     remaining = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer.issuer)
     return sign_next_bundle(folder, bundle, root, int(time.time()), oidc_issuers=(*remaining, issuer))
 
@@ -231,16 +250,17 @@ def sign_next_bundle(
     return following
 
 
-def _check_names(*names: str, gateways: Sequence[str]) -> None:
-    for name in (*names, *gateways):
+def _check_names(*names: str, own_keys: Sequence[str]) -> None:
+    """Check names of users, and names of gateways or runners (`own_keys`), which become names of key files."""
+    for name in (*names, *own_keys):
         with checked(repr(name)):
             _NAME.validate_python(name)
-    if taken := sorted({*_KEYS_BY_ROLE, *ON_DEMAND, TOKEN_KEY} & set(gateways)):
-        raise CeremonyError(f"{taken[0]} is the name of a service; give the gateway another")
-    if reserved := [name for name in gateways if name.endswith((SEAL, NEXT)) or SEAL + BEFORE in name]:
+    if taken := sorted({*_KEYS_BY_ROLE, *ON_DEMAND, TOKEN_KEY} & set(own_keys)):
+        raise CeremonyError(f"{taken[0]} is the name of a service; give it another")
+    if reserved := [name for name in own_keys if name.endswith((SEAL, NEXT)) or SEAL + BEFORE in name]:
         raise CeremonyError(
             f"{reserved[0]} ends in {SEAL} or {NEXT}, or has {SEAL}{BEFORE} in it, as the files of other keys do; "
-            "give the gateway another"
+            "give it another"
         )
 
 

@@ -78,6 +78,8 @@ class LeaseTable:
         """By selector key: leases that were requested until then (ms) are cut."""
         self._revocations: dict[str, dict[str, int]] = {}
         """By selector key: the revocations behind the fence, and when the first record of each was appended (ms)."""
+        self._ended_runs: dict[str, int] = {}
+        """Runs that are over, and when this table learned of it (ms)."""
         self._fence_changes = 0
         self._watchers: dict[str, dict[OnEnded, None]] = {}
         self._numbers = itertools.count()
@@ -153,6 +155,14 @@ class LeaseTable:
             if lease is not None and matches(lease, selector_key) and is_covered(lease, issued_before_ms):
                 self._notify_end(lease_id)
 
+    def end_run(self, run_id: str) -> None:
+        """Cut every lease of the instance of a run, which is over."""
+        self._ended_runs[run_id] = self._clock.now_ms()
+        for lease_id in list(self._watchers):
+            entry = self._entries.get(lease_id)
+            if entry is not None and entry.lease is not None and _run_of(entry.lease) == run_id:
+                self._notify_end(lease_id)
+
     def sweep(self) -> None:
         """End leases that have passed their deadline, and drop outdated leases and revocations. Call it often."""
         now_ms = self._clock.now_ms()
@@ -169,7 +179,7 @@ class LeaseTable:
                 }
                 if not self._revocations[selector_key]:
                     del self._revocations[selector_key]
-            for times_ms in (self._revoked, self._fences):
+            for times_ms in (self._revoked, self._fences, self._ended_runs):
                 for key in [key for key, at_ms in times_ms.items() if at_ms < oldest_ms]:
                     del times_ms[key]
 
@@ -242,6 +252,8 @@ class LeaseTable:
             return self._deadline_problem(entry.lease.deadline * 1000, now_ms)
         if lease_id in self._revoked:
             return "lease_cut", "was revoked"
+        if entry.lease.instance is not None and _run_of(entry.lease) in self._ended_runs:
+            return "run_ended", "is of a run that has ended"
         if entry.fences_seen != self._fence_changes:
             entry.fenced, entry.fences_seen = self._is_fenced(entry.lease), self._fence_changes
         return ("lease_cut", "was revoked together with others") if entry.fenced else None
@@ -301,6 +313,13 @@ class LeaseTable:
     def _notify_watchers(self, lease_id: str) -> None:
         for ended in self._watchers.pop(lease_id, ()):
             ended()
+
+
+def _run_of(lease: Lease) -> str | None:
+    """The run whose instance asked for a lease; None if none did."""
+    return (
+        lease.instance.run.run_id if lease.instance is not None and lease.instance.run is not None else None
+    )
 
 
 def _lease_problem(code: str, problem: str, lease: Lease) -> Reason:

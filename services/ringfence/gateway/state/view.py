@@ -13,7 +13,7 @@ from aiokafka.errors import KafkaError
 
 from ringfence.gateway.domain import stale_view
 from ringfence.gateway.state.cuts import LeaseFeed, RevocationApplier
-from ringfence.gateway.state.leases import LEASES_SINCE_MS, REVOCATIONS_KEPT_MS, LeaseTable
+from ringfence.gateway.state.leases import LEASES_SINCE_MS, REVOCATIONS_KEPT_MS, SLACK_MS, LeaseTable
 from ringfence.kernel.base.clock import RemoteClock, suspend_aware_ms
 from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
 from ringfence.kernel.base.errors import RingfenceError
@@ -23,11 +23,13 @@ from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Heartbeat
+from ringfence.messages.run import Run
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_REQUEST
 from ringfence.model.leases.revoker_halts import RevokerHalts
 from ringfence.model.leases.stream_digests import CONFIRMED, StreamCheck, StreamDigests
 from ringfence.model.records.alarms import report_alarms
-from ringfence.model.records.directory import TABLES, Directory
+from ringfence.model.records.directory import RUN_TABLES, Directory
+from ringfence.model.records.runs import OVER
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +77,8 @@ class View:
             self._fresh_at_ms = 0
             self.directory.on_records(records)
 
-        runtime.table(TABLES, on_tables)
+        self.directory.runs.on_change(self._on_run)
+        runtime.table(RUN_TABLES, on_tables)
         runtime.table([HEARTBEAT], self._on_heartbeats)
         leases = runtime.history([LEASE], on_leases, since_ms=max(now_ms - LEASES_SINCE_MS, 1))
         runtime.history([REVOCATION_REQUEST], on_revocations, since_ms=max(now_ms - REVOCATIONS_KEPT_MS, 1))
@@ -114,6 +117,11 @@ class View:
         if ahead_ms <= MAX_SKEW_MS:
             return None
         return stale_view(f"the clock of this gateway is {ahead_ms / 1000:.1f} s ahead of the broker's")
+
+    def _on_run(self, run: Run) -> None:
+        """Cut what the instance of a run uses, once that is over. Runs of long ago have no lease any more."""
+        if run.status in OVER and run.deadline * 1000 + SLACK_MS > self._runtime.clock.now_ms():
+            self.table.end_run(run.run_id)
 
     def _stale_reason(self) -> str | None:
         return (

@@ -151,6 +151,15 @@ class TrustStore:
                 return valid_key(service.keys, kid, at_s)
         return None
 
+    def service_keys(self, id: str, role: ServiceRole, at_s: float) -> tuple[KeyRecord, ...]:
+        """The signing keys of the service `id` that are valid at `at_s`, if it has this role; else none."""
+        if self._bundle is None or at_s >= self._bundle.exp:
+            return ()
+        for service in self._services.get(id, ()):
+            if role in service.roles:
+                return tuple(key for key in service.keys if key.not_before <= at_s < key.not_after)
+        return ()
+
     def signed_by_service(self, jws: UnverifiedJws, at_s: float, roles: tuple[ServiceRole, ...]) -> bool:
         """Whether a service with one of `roles` signed this message. The message may have any shape."""
         if not roles:

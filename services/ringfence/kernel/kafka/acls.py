@@ -60,6 +60,7 @@ _NAMED: Final[Mapping[str, tuple[Party, ...]]] = {
     "anyone": PARTIES,
     "every service": SERVICES,
     "gateways": ("gateway",),
+    "runners": ("runner",),
     "sponsors": ("users",),
     "users": ("users", "operators"),
     "root": ("operators",),

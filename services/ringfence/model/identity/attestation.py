@@ -31,12 +31,22 @@ def bound_audience(trust_domain: str, kid: str) -> str:
 
 def selector_id(selector: AttestationSelector) -> str:
     """Return the id of a selector in enrolments and leases. Different selectors have different ids."""
-    fields = selector.model_dump(mode="json")
+    # Ids of before, in leases and enrolments, stay: the field was not there then.
+    fields = selector.model_dump(mode="json", exclude={"runner"} if selector.runner is None else None)
     return digest(json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
 
 
 def problem(selector: AttestationSelector) -> str | None:
     """Return the reason why a selector could match instances of more than one agent, or None."""
+    if selector.runner is not None and not (
+        selector.key_bound
+        and "sub" in selector.claims
+        and selector.issuer.endswith(f"/runner/{selector.runner}")
+    ):
+        return (
+            f"a selector for the runs of runner {selector.runner} has its issuer, the agent's SPIFFE ID as sub, and "
+            f"is key-bound; write it as runner={selector.runner}"
+        )
     for name in _IDENTIFYING:
         pattern = selector.claims.get(name)
         if pattern is not None and _names_one(name, pattern):

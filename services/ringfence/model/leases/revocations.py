@@ -36,6 +36,7 @@ BY_SERVICES: frozenset[EndKind] = frozenset(
         "scope_narrowed",
         "key_compromised",
         "agent_orphaned",
+        "run_ended",
     }
 )
 

@@ -36,10 +36,11 @@ from ringfence.messages.registry import (
     UserRecord,
     UserState,
 )
-from ringfence.messages.topics import AGENT, HEARTBEAT, TARGET, TASK, USER
+from ringfence.messages.topics import AGENT, HEARTBEAT, RUN, TARGET, TASK, USER
 from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
 from ringfence.model.lifecycle import may_be_dropped
 from ringfence.model.records.command_chain import INCOMPLETE, ChainError, Chains, unverified_command
+from ringfence.model.records.runs import RunTable
 
 if TYPE_CHECKING:  # rules look things up here, and import nothing that does I/O
     from ringfence.kernel.kafka.record import Received
@@ -48,6 +49,8 @@ log = logging.getLogger(__name__)
 
 TABLES = (USER, AGENT, TARGET, TASK, HEARTBEAT)
 """The topics that feed a directory."""
+RUN_TABLES = (*TABLES, RUN)
+"""Those and the topic of runs, for services that deny instances of runs that are over."""
 
 S = TypeVar("S", bound=AnyState)
 _RECORDS: dict[SubjectKind, type[AnyRecord]] = {
@@ -144,11 +147,13 @@ class Directory:
         self._clock = clock
         self._grace_ms = grace_ms
         self._on_alarm = on_alarm
+        self.runs = RunTable(trust)
+        """The runs, if the topics in `RUN_TABLES` are read. Otherwise none is there, and no instance of any may act."""
         self._slots: dict[SubjectKind, dict[str, _Slot]] = {"user": {}, "agent": {}, "target": {}, "task": {}}
         self._parts: dict[tuple[str, int], _Part] = {}
         self._listeners: list[Callable[[SubjectKind, str], None]] = []
         self.version = 0
-        """Changes with each admitted record."""
+        """Changes with each admitted record, and with what is read of runs."""
         self._admitted_count = 0
         self._displaced: set[tuple[SubjectKind, str]] = set()
         self._own: set[tuple[str, int, int]] = set()
@@ -185,8 +190,12 @@ class Directory:
     # --- input ---
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Admit records from the topics in `TABLES`."""
+        """Admit records from the topics in `RUN_TABLES`, those of one call from one topic."""
         self._apply_trust_changes()
+        if records and records[0].topic is RUN:
+            self.runs.on_records(records)
+            self.version += 1
+            return
         for record in records:
             if record.topic is HEARTBEAT:
                 self._on_heartbeat(record)
@@ -202,6 +211,7 @@ class Directory:
         for slots in self._slots.values():
             for slot in slots.values():
                 slot.verified, slot.broken = False, None
+        self.runs.on_records(())
         unbelieved, self._awaiting_trust = self._awaiting_trust, deque(maxlen=_MAX_AWAITING_TRUST)
         for record in unbelieved:
             self._on_record(record)

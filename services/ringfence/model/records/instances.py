@@ -6,20 +6,23 @@ enrolment then carries the platform's own token, which is verified here as well.
 
 from __future__ import annotations
 
+from pydantic import ValidationError
+
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
-from ringfence.kernel.crypto.oidc import TokenError, verify_token
+from ringfence.kernel.crypto.oidc import IdentityToken, TokenError, verify_token
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import Claims
 from ringfence.messages.credential import CredentialRequest, Reason, RequestWithdraw
-from ringfence.messages.enrolment import MAX_ENROLMENT_S, InstanceEnrolment, InstanceRef
+from ringfence.messages.enrolment import MAX_ENROLMENT_S, InstanceEnrolment, InstanceRef, RunRef
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.oidc import OidcKey
 from ringfence.messages.registry import AgentState
 from ringfence.model.identity.attestation import audience, bound_audience, claim, fits, selector_id
+from ringfence.model.identity.runners import issuer_of_instances, runner_name
 from ringfence.model.records.directory import Directory
 from ringfence.model.unknown_fields import describe_unknown, is_understood, unknown_fields
 
@@ -80,9 +83,14 @@ def open_enrolment(compact: str, trust: TrustStore, at_s: float) -> InstanceEnro
         raise EnrolmentError("the enrolment has ended; enrol again", code="enrolment_ended")
     if key.not_after - enrolment.iat > MAX_ENROLMENT_S or enrolment.iat > at_s + LEEWAY_S:
         raise EnrolmentError("the enrolment claims a longer life than any may have")
+    if enrolment.run is not None and not is_understood(enrolment.run):
+        raise EnrolmentError(
+            describe_unknown(unknown_fields(enrolment.run), "the run that the enrolment names"),
+            code="run_not_understood",
+        )
     if enrolment.instance_id != instance_id(enrolment.token_digest, key.kid):
         raise EnrolmentError("the enrolment has the id of another instance")
-    issuer = trust.oidc_issuer(enrolment.issuer, "instances", at_s)
+    issuer = issuer_of_instances(trust, enrolment.issuer, at_s)
     if issuer is None:
         raise EnrolmentError(
             f"the trust bundle does not believe {enrolment.issuer} about instances", code="issuer_untrusted"
@@ -93,12 +101,39 @@ def open_enrolment(compact: str, trust: TrustStore, at_s: float) -> InstanceEnro
             code="issuer_not_understood",
         )
     if not issuer.discovery:
-        _check_token(enrolment, trust, issuer.keys)
+        token = _check_token(enrolment, trust, issuer.keys)
+        if runner_name(trust.trust_domain, issuer.issuer) is not None:
+            _check_run(enrolment, token)
+            return enrolment
+    if enrolment.run is not None:
+        raise EnrolmentError(f"the enrolment names a run, and {enrolment.issuer} is no runner")
     return enrolment
 
 
-def _check_token(enrolment: InstanceEnrolment, trust: TrustStore, keys: tuple[OidcKey, ...]) -> None:
-    """Check that the platform's token says what the registry says of it. Raises EnrolmentError."""
+def _check_run(enrolment: InstanceEnrolment, token: IdentityToken) -> None:
+    """Check that the runner's token is for this agent, run, task and key, until no earlier. Raises EnrolmentError."""
+    try:
+        run = run_of(token)
+    except TokenError as error:
+        raise EnrolmentError(str(error)) from None
+    if enrolment.run != run or enrolment.sub != token.subject or not enrolment.key_bound:
+        raise EnrolmentError("the enrolment is for another agent, run or task than the runner's token")
+    if enrolment.key.not_after > token.expires_at_s:
+        raise EnrolmentError("the enrolment outlives the run")
+
+
+def run_of(token: IdentityToken) -> RunRef:
+    """Return the run and the task in a runner's verified token. Raises TokenError (`token_malformed`)."""
+    try:
+        return RunRef.model_validate(
+            {"run_id": token.claims.get("run_id"), "task_id": token.claims.get("task_id")}
+        )
+    except ValidationError:
+        raise TokenError("the runner's token names no run_id and task_id", code="token_malformed") from None
+
+
+def _check_token(enrolment: InstanceEnrolment, trust: TrustStore, keys: tuple[OidcKey, ...]) -> IdentityToken:
+    """Check that the platform's token says what the registry says of it, and return it. Raises EnrolmentError."""
     if enrolment.token is None:
         raise EnrolmentError("the enrolment lacks the platform's token, which its pinned keys verify")
     try:
@@ -112,6 +147,7 @@ def _check_token(enrolment: InstanceEnrolment, trust: TrustStore, keys: tuple[Oi
     same = (token.digest, token.subject) == (enrolment.token_digest, enrolment.subject)
     if not same or any(claim(token.claims, name) != value for name, value in enrolment.claims.items()):
         raise EnrolmentError("the enrolment says something else than the platform's token")
+    return token
 
 
 def audiences(trust_domain: str, kid: str) -> tuple[str, str]:
@@ -138,13 +174,20 @@ def ref_of(enrolment: InstanceEnrolment) -> InstanceRef:
         subject=enrolment.subject,
         selector=enrolment.selector,
         not_after=enrolment.key.not_after,
+        run=enrolment.run,
     )
 
 
 def ref_void(instance: InstanceRef, agent: AgentState) -> Reason | None:
     """Return the reason why the agent's record no longer admits the instance of a lease, or None."""
-    if any(selector_id(one) == instance.selector and is_understood(one) for one in agent.attestation):
-        return None
+    is_run = instance.run is not None
+    for one in agent.attestation:
+        if (
+            selector_id(one) == instance.selector
+            and is_understood(one)
+            and (one.runner is not None) == is_run
+        ):
+            return None
     return _void(agent, instance.subject, instance.issuer)
 
 
@@ -158,6 +201,8 @@ def void(enrolment: InstanceEnrolment, agent: AgentState) -> Reason | None:
         if enrolment.key.not_after - enrolment.iat > selector.max_life_s:
             break
         if selector.key_bound and not enrolment.key_bound:
+            break
+        if (selector.runner is None) != (enrolment.run is None):
             break
         return None
     return _void(agent, enrolment.subject, enrolment.issuer)

@@ -22,10 +22,12 @@ from ringfence.messages.registry import (
     TaskState,
     UserState,
 )
+from ringfence.messages.run import Run
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError, unverified_command
 from ringfence.model.records.directory import Directory, VerifiedRecord
-from ringfence.model.records.instances import enrolment_of, void
+from ringfence.model.records.instances import enrolment_of, ref_of, void
+from ringfence.model.records.runs import run_violations
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.rule import Limit, are_in_force, exceeding, limits_of
 from ringfence.model.scope.scope import validate_scope
@@ -138,6 +140,8 @@ class RequestContext(RecordContext):
     request_id: str
     instance: InstanceEnrolment | None = None
     """The running instance that asks, if it is one."""
+    run: Run | None = None
+    """The run that the instance is of, if it is of one that is there."""
 
     @property
     def not_after(self) -> int:
@@ -172,9 +176,10 @@ def load_context(
     agent_id = subject_of(claims.aud, claims.iss, "agent") or ""
     (target_id,) = targets
     records = load_records(directory, agent_id, claims.task_id, target_id)
+    enrolment = enrolment_of(claims)
     return RequestContext(
         records.agent, records.sponsor, records.task, records.user, records.target,
-        request, request_id or message_id(claims.iss, claims.jti), enrolment_of(claims),
+        request, request_id or message_id(claims.iss, claims.jti), enrolment, directory.runs.of(enrolment),
         delegations=records.delegations,
     )  # fmt: skip
 
@@ -233,7 +238,18 @@ def violations(facts: RequestContext, now_s: float, entitlements_max_age_s: int)
         *_signature(facts),
         *violations_of(facts, facts.request.claims.scope, now_s, entitlements_max_age_s),
         *((void_reason,) if void_reason else ()),
+        *_of_run(facts, now_s),
     )
+
+
+def _of_run(facts: RequestContext, now_s: float) -> tuple[Reason, ...]:
+    """Violations by the instance of a run: outside its task, or once the run is over."""
+    if facts.instance is None or facts.instance.run is None:
+        return ()
+    return run_violations(
+        ref_of(facts.instance), facts.run, agent_id=facts.agent.state.agent_id,
+        task_id=facts.request.claims.task_id, kid=facts.instance.key.kid, now_s=now_s,
+    )  # fmt: skip
 
 
 def violations_of(

@@ -18,6 +18,7 @@ from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import Reason
+from ringfence.messages.run import Run
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
@@ -67,6 +68,7 @@ class RequestEvaluator:
         self._inputs = InputBuilder(declared)
         self._changes = 0
         directory.on_change(self._on_change)
+        directory.runs.on_change(self._on_run)
 
     @property
     def policy_revision(self) -> str:
@@ -208,4 +210,7 @@ class RequestEvaluator:
         return approvers
 
     def _on_change(self, kind: SubjectKind, id: str) -> None:
+        self._changes += 1
+
+    def _on_run(self, run: Run) -> None:
         self._changes += 1

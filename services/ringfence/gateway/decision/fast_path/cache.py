@@ -86,7 +86,8 @@ def valid_until_s(chosen: ChosenLease, entitlements_max_age_s: int) -> float:
     """When time alone changes the decision: the lease or the task ends, or the entitlements get too old."""
     lease, ground = chosen.lease, chosen.ground
     as_of = ground.user.state.entitlements.as_of
-    return min(lease.deadline, ground.task.state.not_after, as_of + entitlements_max_age_s)
+    ends = [lease.deadline, ground.task.state.not_after, as_of + entitlements_max_age_s]
+    return min(*ends, lease.instance.not_after) if lease.instance is not None else min(ends)
 
 
 _LeaseKey = tuple[str, str | None, str | None, str, str, str]

@@ -1,0 +1,40 @@
+"""Maps orders of runs, and what runners say of runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ringfence.audit.events import runs
+from ringfence.audit.mappers.mapper import MappedEvent, Mapper, RecordMapper, lacks_names
+from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import Topic
+from ringfence.messages.run import Run, RunOrder
+from ringfence.messages.topics import RUN, RUN_ORDER
+
+
+class RunMapper(RecordMapper):
+    """Maps `run.order` and `run`."""
+
+    def by_topic(self) -> dict[Topic[Any], Mapper]:
+        return {RUN_ORDER: self._order, RUN: self._run}
+
+    def _order(self, record: Received) -> MappedEvent:
+        signed = self._verifier.by_user(record, RunOrder)
+        claims = signed.claims
+        fields = self._agent_fields(claims.agent_id, claims.task_id)
+        replay = self._replay(record, signed, lambda: fields)
+        if replay is not None:
+            return MappedEvent(replay)
+        event = runs.ordered(record, claims, fields, signed.verified())
+        return MappedEvent(event, lacks_names(event))
+
+    def _run(self, record: Received) -> MappedEvent:
+        signed = self._verifier.by_service(record, Run, *Run.signed_by)
+        claims = signed.claims
+        fields = self._agent_fields(claims.agent_id, claims.task_id)
+        replay = self._replay(record, signed, lambda: fields)
+        if replay is not None:
+            return MappedEvent(replay)
+        counts = self._verifier.run_counted(record, claims)
+        event = runs.told(record, claims, fields, signed.verified(), counts=counts is not False)
+        return MappedEvent(event, counts is None or lacks_names(event))

@@ -1,0 +1,77 @@
+"""Who may order a run, and of what: the check that a runner makes of an order before it claims the run. Pure.
+
+What the runner's pool allows (agents, images, mounts) is the runner's own, and is not checked here.
+"""
+
+from __future__ import annotations
+
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import Signed, parse, verify
+from ringfence.messages.credential import Reason
+from ringfence.messages.run import RunOrder
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.unknown_fields import describe_unknown, unknown_fields
+
+MAX_ORDER_BYTES = 192 * 1024
+
+
+def verified_order(compact: str | bytes, directory: Directory, appended_at_ms: int) -> Signed[RunOrder]:
+    """Verify that a user signed an order in time, with a key that counted at its append time.
+
+    Raises InvalidMessageError: SignatureError, ExpiredError, or the order is malformed or too large.
+    """
+    if len(compact) > MAX_ORDER_BYTES:
+        raise InvalidMessageError(
+            f"a run.order of {len(compact)} bytes; the limit is {MAX_ORDER_BYTES}", code="too_large"
+        )
+    try:
+        return verify(
+            parse(compact),
+            RunOrder,
+            lambda iss, kid: directory.user_key(iss, kid, appended_at_ms / 1000),
+            audience=directory.trust.trust_domain,
+            appended_at_ms=appended_at_ms,
+        )
+    except ChainError as error:
+        raise InvalidMessageError(str(error), code=error.code) from None
+
+
+def order_id_of(order: RunOrder) -> str:
+    """The id of an order: the same wherever it stands."""
+    return message_id(order.iss, order.jti)
+
+
+def order_problem(order: RunOrder, directory: Directory, at_s: float) -> Reason | None:
+    """Why a verified order starts nothing, or None.
+
+    It may come from the task's assigner, from the user whom the task is on behalf of, or from the agent's sponsor.
+    `at_s` is its append time.
+    """
+    if fields := unknown_fields(order):
+        return Reason(code="unknown_field", message=describe_unknown(fields, "the order")[:1000])
+    try:
+        task, agent = directory.task(order.task_id), directory.agent(order.agent_id)
+        user_id = subject_of(order.aud, order.iss, "user")
+        user = directory.user(user_id) if user_id is not None else None
+    except ChainError as error:
+        return Reason(code="record_untrusted", message=str(error)[:1000])
+    if agent is None or agent.state.status != "active":
+        status = agent.state.status if agent is not None else "unknown"
+        return Reason(code=f"agent_{status}", message=f"agent {order.agent_id} is {status}")
+    if task is None:
+        return Reason(code="task_unknown", message=f"there is no task {order.task_id}")
+    if task.state.agent_id != order.agent_id:
+        return Reason(code="task_other_agent", message=f"task {order.task_id} was assigned to another agent")
+    if task.state.status != "active" or task.state.not_after <= at_s:
+        return Reason(code="task_ended", message=f"task {order.task_id} has ended")
+    if user is None or user.state.status != "active" or user.state.delegation is not None:
+        return Reason(code="user_disabled", message=f"{order.iss} is no active user")
+    if user_id not in (task.state.assigned_by, task.state.on_behalf_of, agent.state.sponsor):
+        message = (
+            "a run is ordered by the task's assigner, the user it is on behalf of, or the agent's sponsor"
+        )
+        return Reason(code="not_entitled", message=message)
+    return None

@@ -1,0 +1,839 @@
+"""Runs: what their runners say of them, whom their instances may act for, and that nobody else has a say in it."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from functools import partial
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from ringfence.cli.shared.attestation import parse_selectors, show_selector
+from ringfence.client.admin.trust_setup import CeremonyError, TrustFolder, make_trust, set_oidc_issuer
+from ringfence.gateway.domain import ChosenLease, Refusal, Sender, authorize
+from ringfence.gateway.state.leases import ENDED_KEPT_MS, REVOCATIONS_KEPT_MS, LeaseTable
+from ringfence.issuer import domain as issuer_domain
+from ringfence.issuer.domain import Decision, Issue, Terms, weigh
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import derived_id, digest, message_id
+from ringfence.kernel.crypto.jwe import ReplyKey
+from ringfence.kernel.crypto.jws import Signed, parse, sign, verify
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.base import Message
+from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
+from ringfence.messages.enrolment import (
+    AttestationSelector,
+    ClaimName,
+    ClaimPattern,
+    InstanceEnrolment,
+    RunRef,
+)
+from ringfence.messages.lease import Lease
+from ringfence.messages.oidc import IssuerUrl, OidcIssuer, OidcKey
+from ringfence.messages.registry import (
+    AgentSetAttestation,
+    AgentSuspend,
+    Delegation,
+    GroupDelegation,
+    ProvisionerSet,
+    TaskDelegate,
+    TaskEnd,
+    UserDisable,
+)
+from ringfence.messages.run import Mount, Run, RunLimits, RunOrder, RunStatus
+from ringfence.messages.topics import RUN
+from ringfence.model.http_targets.request_map import Action
+from ringfence.model.identity.attestation import problem, selector_id
+from ringfence.model.identity.runners import runner_issuer, runner_name, runner_selector
+from ringfence.model.lifecycle import CommandRefusedError, subject_key
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.instances import EnrolmentError, keys_of_agents, open_enrolment, ref_of
+from ringfence.model.records.runs import KEPT_MS, RunTable, run_id_of, run_violations
+from ringfence.model.requests.facts import load_context, violations
+from ringfence.model.requests.run_orders import MAX_ORDER_BYTES, order_id_of, order_problem, verified_order
+from ringfence.model.unknown_fields import is_understood
+from ringfence.revoker.domain import stale_basis
+from tests.support import leases
+from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
+from tests.support.runs import LIFE_S, LIMITS, OneRun, Runners, claims_of
+from tests.support.unknown_field_cases import NAME, planted
+
+WIDE = permission("env/**", verbs=("read",))
+MAX_AGE_S = 30 * 86_400
+STATUSES: tuple[RunStatus, ...] = ("claimed", "started", "ended", "lost")
+
+
+class Place:
+    """sam sponsors bot; uma assigned it two tasks; a run of the first has started, by a runner that bot names."""
+
+    def __init__(self) -> None:
+        self.ledger = ledger = InMemoryRegistry()
+        ledger.organisation()
+        ledger.give(ledger.user_set("olga", "uma", entitlements=ledger.entitlements(WIDE)))
+        ledger.give(ledger.target_set("olga", "staging"))
+        for agent in ("bot", "other"):
+            ledger.give(ledger.register("sam", agent, "sam", ceiling=(WIDE,)))
+        self.task, self.second = self.assigned("bot"), self.assigned("bot")
+        self.runners = Runners(ledger)
+        self.selector = self.runners.admits("bot")
+        self.run = OneRun(self.runners, "bot", self.task)
+        self.table = LeaseTable(ledger.clock)
+
+    def assigned(self, agent: str) -> str:
+        change = self.ledger.give(
+            self.ledger.assign("uma", agent, terms=self.ledger.terms(agent, scope=(WIDE,)))
+        )
+        assert change is not None
+        return subject_key(change.state)[1]
+
+    @property
+    def now_s(self) -> int:
+        return self.ledger.clock.ms // 1000
+
+    def request(self, task: str | None = None, enrolment: str | None = None, **fields: Any) -> str:
+        """A request by the run's instance, as it signs it."""
+        claims = self.ledger.claims(
+            CredentialRequest, "agent/bot", iss=self.run.key.id, task_id=task or self.task, scope=(WIDE,), ttl_s=60,
+            reason="test", reply_key=ReplyKey().public, enrolment=enrolment or self.run.enrolment(self.selector),
+            **fields,
+        )  # fmt: skip
+        return sign(claims, self.run.key)
+
+    def policy(self, compact: str) -> list[str]:
+        """The codes of what policy has against a request."""
+        jws, directory, at_ms = parse(compact), self.ledger.directory, self.ledger.clock.ms
+        find = keys_of_agents(directory, jws, CredentialRequest, at_ms / 1000)
+        signed = verify(jws, CredentialRequest, find, audience=TD, appended_at_ms=at_ms)
+        return [
+            reason.code for reason in violations(load_context(directory, signed), at_ms / 1000, MAX_AGE_S)
+        ]
+
+    def issuer(self, compact: str) -> tuple[list[str], bool] | Lease:
+        """What the issuer makes of it where policy says yes: the lease, or why not and whether that is a finding."""
+        ledger, claims = self.ledger, parse(compact).unverified_claims(CredentialRequest)
+        at = Coordinates(topic="t", partition=0, offset=1, appended_at_ms=ledger.clock.ms)
+        id = message_id(claims.iss, claims.jti)
+        facts = load_context(ledger.directory, Signed(claims, compact), id)
+        decision = ledger.claims(
+            CredentialDecision, "root", request_id=id, request=compact, source=at, outcome="allowed", ttl_s=60,
+            delivery="agent", revisions=facts.revisions("0" * 64),
+        )  # fmt: skip
+        terms = Terms(f"spiffe://{TD}/service/issuer", TD, MAX_AGE_S, ("jwt",))
+        found = weigh(Decision(Signed(decision, "x.y.z"), at), ledger.directory, terms)
+        if isinstance(found, Issue):
+            return found.lease
+        assert isinstance(found, issuer_domain.Refusal)
+        return [reason.code for reason in found.reasons], found.finding
+
+    def leased(self, **fields: Any) -> Lease:
+        """A lease of the run's instance, for gateways; only a lying issuer makes some that are asked for here."""
+        enrolment = open_enrolment(self.run.enrolment(self.selector), self.ledger.trust, self.now_s)
+        given: dict[str, Any] = {
+            "agent_id": "bot", "act": ("bot",), "task_id": self.task, "target_id": "staging", "backend": "jwt",
+            "delivery": "gateway", "deadline": self.now_s + 600, "iat": self.now_s, "scope": (WIDE,), "sponsor": "sam",
+            "on_behalf_of": "uma", "requested_at_ms": self.ledger.clock.ms, "key_thumbprint": self.run.key.kid,
+            "instance": ref_of(enrolment), **fields,
+        }  # fmt: skip
+        return leases.lease(**given).claims
+
+    def gateway(self, lease: Lease) -> list[str]:
+        """The codes of what a gateway has against an action by this lease."""
+        self.table.apply(lease)
+        entry = self.ledger.directory.target("staging")
+        assert entry is not None
+        found = authorize(
+            Sender("bot", None, lease.lease_id), entry.state, Action("read", "env/a"), self.table,
+            self.ledger.directory, now_s=self.now_s, entitlements_max_age_s=MAX_AGE_S,
+        )  # fmt: skip
+        assert isinstance(found, ChosenLease | Refusal)
+        return [reason.code for reason in found.reasons] if isinstance(found, Refusal) else []
+
+    def revoker(self, lease: Lease) -> str | None:
+        """The kind of end that the revoker has for a lease that was issued; None if it may stay."""
+        basis = stale_basis(lease, self.ledger.directory, MAX_AGE_S)
+        return basis.kind if basis is not None else None
+
+
+@pytest.fixture
+def place() -> Place:
+    return Place()
+
+
+@pytest.fixture
+def started(place: Place) -> Place:
+    place.run.go("claimed", "started")
+    return place
+
+
+FORWARD = {
+    ("claimed", "started"), ("claimed", "ended"), ("claimed", "lost"), ("started", "ended"), ("started", "lost"),
+}  # fmt: skip
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def told(place: Place, *said: Run) -> Run | None:
+    """What a table knows of the run after these records of it."""
+    table = RunTable(place.ledger.trust)
+    for one in said:
+        table.on_records([place.runners.record(one)])
+    return table.get(place.run.id)
+
+
+@pytest.mark.parametrize("first", STATUSES)
+@pytest.mark.parametrize("second", STATUSES)
+def test_a_run_goes_forward_and_never_back(place: Place, first: RunStatus, second: RunStatus) -> None:
+    run = place.run
+    known = told(place, run.said(first), run.said(second))
+    assert known is not None
+    assert known.status == (second if (first, second) in FORWARD else first)
+
+
+def test_the_id_of_a_run_follows_from_its_order_or_its_runner() -> None:
+    order_id = str(uuid.uuid4())
+    assert (
+        run_id_of("a", order_id=order_id) == derived_id("run", order_id) == run_id_of("b", order_id=order_id)
+    )
+    assert run_id_of("a", nonce="n") == derived_id("run", "a", "n") != run_id_of("b", nonce="n")
+
+
+def test_the_table_says_which_records_counted_and_tells_of_those_alone(place: Place) -> None:
+    table, run, heard = RunTable(place.ledger.trust), place.run, list[Run]()
+    table.on_change(heard.append)
+    said: tuple[tuple[int, RunStatus], ...] = ((0, "claimed"), (7, "started"), (9, "claimed"))
+    claimed, started, again = (
+        place.runners.record(run.said(status))._replace(offset=offset, partition=2) for offset, status in said
+    )
+    assert table.counted(run.id, 2, 0) is None, "it is not read yet"
+    table.on_records([claimed])
+    assert table.counted(run.id, 2, 0) is True
+    assert table.counted(run.id, 2, 1) is None
+    assert table.counted(run.id, 1, 0) is None
+    table.on_records([started, again])
+    assert [table.counted(run.id, 2, offset) for offset in (0, 7, 8, 9, 10)] == [
+        True,
+        True,
+        False,
+        False,
+        None,
+    ]
+    assert table.counted(str(uuid.uuid4()), 2, 7) is False
+    assert heard == [run.said("claimed"), run.said("started")]
+
+
+def test_the_run_of_an_instance_is_found_by_it_alone(started: Place) -> None:
+    runs, instance = started.ledger.directory.runs, started.leased().instance
+    assert instance is not None
+    assert runs.of(instance) == started.run.said("started")
+    assert runs.of(instance.model_copy(update={"run": None})) is None
+    assert runs.of(None) is None
+
+
+def test_what_was_claimed_stays(place: Place) -> None:
+    run = place.run
+    first = run.said("claimed")
+    changes: dict[str, Any] = {
+        "agent_id": "other", "task_id": place.second, "deadline": run.deadline_s + 3600, "backend": "none",
+        "limits": RunLimits(memory_bytes=2**40, cpu_millis=1, pids=1), "policy_digest": "0" * 64,
+        "image_digest": f"sha256:{'0' * 64}",
+    }  # fmt: skip
+    for name, value in changes.items():
+        assert told(place, first, run.said("started", **{name: value})) == first, name
+    started = run.said("started")
+    stolen = run.said("ended", key_thumbprint=SigningKey.generate("spiffe://x/agent/y").kid)
+    assert told(place, first, started, stolen) == started
+
+
+def test_nobody_but_its_runner_says_anything_of_a_run(place: Place) -> None:
+    run, runners = place.run, place.runners
+    other = runners.keys["runner-2"]
+    run.go("claimed", "started")
+    forged = (
+        runners.record(run.said("ended"), other),  # with the runner's name, and another's key
+        runners.record(run.said("ended", iss=other.id), other),  # another runner, about a run of the first
+        runners.record(run.said("ended", iss=place.ledger.registry.id), place.ledger.registry),
+        runners.record(run.said("ended"), SigningKey.generate(run.by.id)),
+        runners.record(run.said("ended", aud="other.example")),
+        runners.record(run.said("ended"), key=str(uuid.uuid4())),
+        runners.record(run.said("ended", run_id=str(uuid.uuid4()))),
+        place.ledger.received(RUN, run.id, b""),
+        place.ledger.received(RUN, run.id, b"x"),
+    )
+    for record in forged:
+        place.ledger.directory.on_records([record])
+        assert place.ledger.directory.runs.get(run.id) == run.said("started"), record.value
+        assert record.key == run.id or place.ledger.directory.runs.get(record.key or "") is None
+        assert place.ledger.directory.runs.counted(run.id, record.partition, record.offset) is False
+    for record, code in (
+        (forged[5], "key_unexpected"),
+        (forged[6], "run_id_unexpected"),
+        (forged[0], "key_unknown"),
+    ):
+        with pytest.raises(InvalidMessageError) as refused:
+            place.ledger.directory.runs.verified(record)
+        assert refused.value.code == code
+    run.go("ended")
+    assert place.ledger.directory.runs.get(run.id) == run.said("ended")
+
+
+def test_an_ordered_run_is_of_who_claimed_it_first(place: Place) -> None:
+    order_id = str(uuid.uuid4())
+    of_order: dict[str, Any] = {
+        "nonce": None,
+        "order_id": order_id,
+        "run_id": run_id_of("", order_id=order_id),
+    }
+    first = place.run.said("claimed", **of_order)
+    second = OneRun(place.runners, "bot", place.task, runner="runner-2").said("started", **of_order)
+    table = RunTable(place.ledger.trust)
+    table.on_records([place.runners.record(first), place.runners.record(second)])
+    assert table.get(first.run_id) == first
+
+
+def test_a_run_has_one_origin_and_once_started_a_key(place: Place) -> None:
+    for wrong in ({"order_id": str(uuid.uuid4())}, {"nonce": None}, {"key_thumbprint": None}):
+        with pytest.raises(ValidationError):
+            place.run.said("started", **wrong)
+
+
+def test_a_runner_that_the_next_bundle_brings_is_believed_from_its_first_record_on(place: Place) -> None:
+    late = SigningKey.generate(f"spiffe://{TD}/service/runner-3")
+    record = place.runners.record(
+        place.run.said("started", iss=late.id, run_id=run_id_of(late.id, nonce="n1")), late
+    )
+    table = RunTable(place.ledger.trust)
+    table.on_records([record])
+    assert table.get(run_id_of(late.id, nonce="n1")) is None
+    place.runners.keys["runner-3"] = late
+    place.runners.trust(version=3)
+    table.on_records([])
+    assert table.get(run_id_of(late.id, nonce="n1")) is not None
+
+
+def test_a_directory_looks_again_at_runs_when_the_next_bundle_comes(place: Place) -> None:
+    late = SigningKey.generate(f"spiffe://{TD}/service/runner-3")
+    run_id = run_id_of(late.id, nonce="n1")
+    directory = place.ledger.directory
+    directory.on_records([place.runners.record(place.run.said("started", iss=late.id, run_id=run_id), late)])
+    place.runners.keys["runner-3"] = late
+    place.runners.trust(version=3)
+    directory.on_records([])
+    assert directory.runs.get(run_id) is not None
+
+
+def test_what_a_key_signed_after_its_end_counts_for_nothing(place: Place) -> None:
+    place.run.go("claimed", "started")
+    place.runners.trust(version=3, runner_1=place.now_s)
+    place.run.go("ended")
+    known = place.ledger.directory.runs.get(place.run.id)
+    assert known is not None
+    assert known.status == "started", "it was said while the key counted"
+
+
+def test_runs_of_long_ago_are_forgotten(place: Place) -> None:
+    table, run = RunTable(place.ledger.trust), place.run
+    table.on_records([place.runners.record(run.said("ended"))])
+    other = OneRun(place.runners, "bot", place.task, nonce="n2")
+    assert KEPT_MS == 8 * 86_400_000, "longer than an order for one is on Kafka"
+    # At the last moment it is there; it is looked for once an hour.
+    kept_until_ms = run.deadline_s * 1000 + KEPT_MS
+    for at_ms, there in (
+        (kept_until_ms, True),
+        (kept_until_ms + 3_599_999, True),
+        (kept_until_ms + 3_600_000, False),
+    ):
+        table.on_records([place.runners.record(other.said("claimed"))._replace(appended_at_ms=at_ms)])
+        assert (table.get(run.id) is not None) == there, at_ms
+        assert run_violations(
+            place.leased().instance,
+            table.get(run.id),
+            agent_id="bot",
+            task_id=place.task,
+            kid=None,
+            now_s=place.now_s,
+        )
+
+
+# --- the enrolment ----------------------------------------------------------------------------------------------------
+
+
+def opens(place: Place, enrolment: str, at_s: int | None = None) -> str | None:
+    """The code of why an enrolment does not hold, or None."""
+    try:
+        open_enrolment(enrolment, place.ledger.trust, place.now_s if at_s is None else at_s)
+    except EnrolmentError as error:
+        return error.code
+    return None
+
+
+def test_a_runner_enrols_the_key_that_was_made_inside(place: Place) -> None:
+    run = place.run
+    found = open_enrolment(run.enrolment(place.selector), place.ledger.trust, place.now_s)
+    assert (found.run, found.key.kid, found.sub) == (run.ref, run.key.kid, run.key.id)
+    assert ref_of(found).run == run.ref
+    said = claims_of(run.token())
+    assert said["aud"] == f"spiffe://{TD}/enrol/{run.key.kid}"
+    assert said["exp"] <= run.deadline_s
+    assert (said["run_id"], said["task_id"]) == (run.id, place.task)
+
+
+def test_a_registry_that_lies_makes_no_other_instance_of_a_run(place: Place) -> None:
+    run, selector = place.run, place.selector
+    thief = SigningKey.generate(run.key.id)
+    lies: dict[str, dict[str, Any]] = {
+        "another task": {"run": RunRef(run_id=run.id, task_id=place.second)},
+        "another run": {"run": RunRef(run_id=str(uuid.uuid4()), task_id=place.task)},
+        "no run": {"run": None},
+        "another agent": {"sub": f"spiffe://{TD}/agent/other"},
+        "longer": {"key": run.key.record(run.deadline_s + 1, run.now_s - 60)},
+        "another key": {"key": thief.record(run.deadline_s, run.now_s - 60)},
+        "not bound": {"key_bound": False},
+    }
+    for what, lie in lies.items():
+        assert opens(place, run.enrolment(selector, **lie)) == "enrolment_invalid", what
+    honest = run.enrolment(selector)
+    bare = parse(honest).unverified_claims(InstanceEnrolment).model_copy(update={"token": None})
+    assert opens(place, sign(bare, place.ledger.registry)) == "enrolment_invalid"
+    assert opens(place, honest) is None
+
+
+def test_a_token_is_for_one_agent_run_task_and_key(place: Place) -> None:
+    run, selector = place.run, place.selector
+    wrong: dict[str, dict[str, Any]] = {
+        "agent": {"agent_id": "other"},
+        "task": {"run": RunRef(run_id=run.id, task_id=place.second)},
+        "run": {"run": RunRef(run_id=str(uuid.uuid4()), task_id=place.task)},
+        "key": {"kid": SigningKey.generate(run.key.id).kid},
+        "ended": {"deadline_s": run.now_s - 3600, "now_s": run.now_s - 3601},
+    }
+    for what, fields in wrong.items():
+        token = run.token(**fields)
+        assert opens(place, run.enrolment(selector, token)) == "enrolment_invalid", what
+
+
+def test_no_other_runner_and_no_other_service_enrols_for_a_runner(place: Place) -> None:
+    run, selector = place.run, place.selector
+    mine = OneRun(place.runners, "bot", place.task, runner="runner-2")
+    mine.key = run.key
+    token = mine.token()
+    assert opens(place, run.enrolment(selector, token)) == "enrolment_invalid"
+    assert (
+        opens(place, mine.enrolment(selector, token, issuer=runner_issuer(TD, "runner-1")))
+        == "enrolment_invalid"
+    )
+    registry = place.ledger.registry
+    run.by = registry
+    assert opens(place, run.enrolment(selector, issuer=runner_issuer(TD, "registry"))) == "issuer_untrusted"
+    with pytest.raises(ValueError, match="no runner"):
+        mine.by = run.key
+        mine.token()
+
+
+def test_a_runners_key_that_has_ended_enrols_nobody_whenever_it_signed(place: Place) -> None:
+    """As of the append time of what the instance signs: what came before stays what it was."""
+    enrolment, before_s = place.run.enrolment(place.selector), place.now_s
+    place.runners.trust(version=3, runner_1=before_s + 10)
+    assert opens(place, enrolment, before_s + 9) is None
+    assert opens(place, enrolment, before_s + 10) == "issuer_untrusted"
+
+
+def test_an_issuer_that_is_no_runner_names_no_run(place: Place) -> None:
+    ledger, run = place.ledger, place.run
+    issuer = "https://platform.acme.example"
+    bundle = parse(ledger.trust.compact).unverified_claims(type(ledger.trust.require()))
+    bundle = bundle.model_copy(
+        update={
+            "version": 3,
+            "oidc_issuers": (OidcIssuer(issuer=issuer, uses=("instances",), discovery=True),),
+        }
+    )
+    ledger.trust.load(sign(bundle, ledger.root, header_jwk=True), place.now_s)
+    assert opens(place, run.enrolment(place.selector, issuer=issuer, token=None, run=None)) is None
+    assert opens(place, run.enrolment(place.selector, issuer=issuer, token=None)) == "enrolment_invalid"
+
+
+def test_a_run_in_an_enrolment_with_an_unknown_field_is_none(place: Place) -> None:
+    for limited in planted(place.run.ref):
+        assert opens(place, place.run.enrolment(place.selector, run=limited)) == "run_not_understood"
+
+
+# --- the selector -----------------------------------------------------------------------------------------------------
+
+
+def test_ids_of_selectors_of_before_stay_what_they_were() -> None:
+    plain = AttestationSelector(issuer="https://x.example", claims={"sub": "a"})
+    assert selector_id(plain) == "694bf4b1a595e9d3650cb789456b9d3d498fc8f299bff0fddbbb4341e6dedb7f"
+    assert selector_id(plain) != selector_id(plain.model_copy(update={"runner": "r"}))
+
+
+def test_a_selector_for_runs_is_written_by_the_runners_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RINGFENCE_TRUST_DOMAIN", "acme.example")
+    (found,) = parse_selectors(["runner=runner-1 life=30m"], "bot")
+    assert found == runner_selector("acme.example", "runner-1", "bot", max_life_s=1800)
+    assert show_selector(found) == "runner=runner-1 sub=spiffe://acme.example/agent/bot life=1800s"
+    assert parse_selectors([show_selector(found)]) == (found,)
+    assert problem(found) is None
+
+
+class EarlierSelector(Message):
+    """A selector as a version reads it that knows of no runners."""
+
+    issuer: IssuerUrl
+    claims: dict[ClaimName, ClaimPattern]
+    key_bound: bool = False
+    max_life_s: int = 3600
+
+
+def test_a_reader_of_before_lets_no_runs_in_and_knows_the_selector_of_their_leases() -> None:
+    selector = runner_selector(TD, "runner-1", "bot")
+    earlier = EarlierSelector.model_validate_json(selector.model_dump_json())
+    assert not is_understood(earlier)
+    fields = json.dumps(
+        earlier.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    )
+    assert digest(fields) == selector_id(selector)
+
+
+def test_a_selector_for_runs_lets_no_other_in(place: Place) -> None:
+    good = runner_selector(TD, "runner-1", "bot")
+    for changed in (
+        {"key_bound": False},
+        {"claims": {"task_id": place.task}},
+        {"issuer": "https://token.actions.githubusercontent.com"},
+        {"runner": "runner-2"},
+    ):
+        selector = good.model_copy(update=changed)
+        with pytest.raises(CommandRefusedError) as refused:
+            place.runners.admits("bot", **changed)
+        assert refused.value.code == "selector_too_wide", selector
+
+
+@pytest.mark.parametrize("runner", [None, "runner-2"])
+def test_an_agent_that_names_no_such_runner_has_no_such_runs(started: Place, runner: str | None) -> None:
+    compact, lease = started.request(), started.leased()
+    assert (started.policy(compact), started.gateway(lease), started.revoker(lease)) == ([], [], None)
+    if runner:
+        started.runners.admits("bot", runner)
+    else:
+        plain = AttestationSelector(issuer="https://x.example", claims={"sub": "a"})
+        started.ledger.give(
+            started.ledger.claims(AgentSetAttestation, "sam", agent_id="bot", attestation=(plain,))
+        )
+    assert started.policy(compact) == ["instance_void"]
+    assert started.issuer(compact) == (["instance_void"], True)
+    assert started.gateway(lease) == ["instance_void"]
+    assert started.revoker(lease) == "scope_narrowed"
+
+
+def test_the_name_of_a_runner_is_no_issuers(tmp_path: Any) -> None:
+    folder = TrustFolder(tmp_path)
+    make_trust(folder, TD, "olga")
+    key = OidcKey(kid="k", kty="OKP", alg="EdDSA", crv="Ed25519", x="x" * 43)
+    with pytest.raises(CeremonyError, match="name of a runner"):
+        set_oidc_issuer(folder, OidcIssuer(issuer=runner_issuer(TD, "r"), uses=("instances",), keys=(key,)))
+    for issuer, name in (
+        (runner_issuer(TD, "r"), "r"), (runner_issuer("other.example", "r"), None), (f"https://{TD}/runner/r/x", None),
+        (f"http://{TD}/runner/r", None),
+    ):  # fmt: skip
+        assert runner_name(TD, issuer) == name
+
+
+# --- whom the instance of a run may act for: policy, issuer, gateway and revoker, each by itself ----------------------
+
+
+def test_the_instance_of_a_run_that_has_started_acts_within_its_task(started: Place) -> None:
+    compact = started.request()
+    assert started.policy(compact) == []
+    lease = started.issuer(compact)
+    assert isinstance(lease, Lease)
+    assert lease.instance is not None
+    assert lease.instance.run == started.run.ref
+    assert lease.key_thumbprint == started.run.key.kid
+    assert (started.gateway(started.leased()), started.revoker(started.leased())) == ([], None)
+
+
+def test_it_acts_within_no_other_task_of_its_agent(started: Place) -> None:
+    compact = started.request(started.second)
+    assert started.policy(compact) == ["instance_other_task"]
+    assert started.issuer(compact) == (["instance_other_task"], True), (
+        "where policy lies, the issuer does not"
+    )
+    lied = started.leased(task_id=started.second)
+    assert started.gateway(lied) == ["instance_other_task"], "nor does the gateway where both do"
+    assert started.revoker(lied) == "run_ended"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code"),
+    [
+        ((), "run_unknown"),
+        (("claimed",), "run_not_started"),
+        (("claimed", "started", "ended"), "run_ended"),
+        (("claimed", "started", "lost"), "run_ended"),
+        (("claimed", "lost"), "run_ended"),
+    ],
+)
+def test_without_a_run_that_has_started_it_gets_nothing(
+    place: Place, statuses: tuple[RunStatus, ...], code: str
+) -> None:
+    place.run.go(*statuses)
+    compact, lease = place.request(), place.leased()
+    found = run_violations(
+        lease.instance, place.ledger.directory.runs.get(place.run.id), agent_id="bot", task_id=place.task, kid=None,
+        now_s=place.now_s,
+    )  # fmt: skip
+    assert [place.run.id in reason.message for reason in found] == [True]
+    assert place.policy(compact) == [code]
+    assert place.issuer(compact) == ([code], False), "policy may not have heard of it"
+    assert place.gateway(lease) == [code]
+    assert place.revoker(lease) == "run_ended"
+
+
+def test_after_the_deadline_of_the_run_nothing_counts(started: Place) -> None:
+    lease = started.leased(deadline=started.now_s + 2 * LIFE_S)
+    assert started.gateway(lease) == []
+    started.ledger.clock.ms += LIFE_S * 1000
+    assert started.gateway(lease) == ["run_ended"]
+
+
+@pytest.mark.parametrize("what", ["agent", "task", "runner", "key"])
+def test_a_run_of_something_else_is_none(place: Place, what: str) -> None:
+    """As if another run stood under its id."""
+    run = place.run
+    lease = place.leased()
+    fields: dict[str, Any] = {
+        "agent": {"agent_id": "other"}, "task": {"task_id": place.second},
+        "runner": {"iss": place.runners.keys["runner-2"].id},
+        "key": {"key_thumbprint": SigningKey.generate(run.key.id).kid},
+    }[what]  # fmt: skip
+    said = run.said("started", **fields)
+    found = run_violations(
+        lease.instance, said, agent_id="bot", task_id=place.task, kid=lease.key_thumbprint, now_s=place.now_s
+    )
+    assert [reason.code for reason in found] == ["run_mismatch"]
+    plain = run_violations(
+        lease.instance, run.said("started"), agent_id="bot", task_id=place.task, kid=lease.key_thumbprint,
+        now_s=place.now_s,
+    )  # fmt: skip
+    assert plain == ()
+
+
+def test_a_started_run_with_an_unknown_field_lets_nobody_act_and_an_end_is_one(place: Place) -> None:
+    run = place.run
+    lease = place.leased()
+    for status, code in (("started", "run_not_understood"), ("ended", "run_ended")):
+        for limited in planted(run.said(status)):  # type: ignore[arg-type]
+            (reason,) = run_violations(
+                lease.instance,
+                limited,
+                agent_id="bot",
+                task_id=place.task,
+                kid=run.key.kid,
+                now_s=place.now_s,
+            )
+            assert reason.code == code
+            assert (NAME in reason.message) == (status == "started")
+    place.runners.tell(next(planted(run.said("started"))))
+    compact = place.request()
+    assert place.policy(compact) == ["run_not_understood"]
+    assert place.issuer(compact) == (["run_not_understood"], False)
+    assert place.gateway(lease) == ["run_not_understood"]
+
+
+def test_an_instance_that_is_of_no_run_is_asked_for_none(place: Place) -> None:
+    lease = place.leased()
+    assert lease.instance is not None
+    plain = lease.instance.model_copy(update={"run": None})
+    assert run_violations(plain, None, agent_id="bot", task_id=place.second, kid=None, now_s=0) == ()
+    assert run_violations(None, None, agent_id="bot", task_id=place.second, kid=None, now_s=0) == ()
+
+
+def test_an_instance_hands_no_task_on(started: Place) -> None:
+    """A command that rests on an enrolment could be verified by nobody later."""
+    ledger = started.ledger
+    claims = ledger.claims(
+        TaskDelegate, "agent/bot", iss=started.run.key.id, parent=started.task,
+        terms=ledger.terms("other", scope=(WIDE,)),
+    )  # fmt: skip
+    with pytest.raises((InvalidMessageError, ChainError)):
+        ledger.give(claims, started.run.key)
+
+
+# --- who may order a run ----------------------------------------------------------------------------------------------
+
+
+def ordered(place: Place, by: str = "uma", **fields: Any) -> RunOrder:
+    given: dict[str, Any] = {
+        "pool": "reviews", "agent_id": "bot", "task_id": place.task, "command": ("review",), "limits": LIMITS,
+        "ttl_s": 600, **fields,
+    }  # fmt: skip
+    return place.ledger.claims(RunOrder, by, **given)
+
+
+def against(place: Place, order: RunOrder, at_s: float | None = None) -> str | None:
+    reason = order_problem(order, place.ledger.directory, place.now_s if at_s is None else at_s)
+    return reason.code if reason is not None else None
+
+
+def test_a_run_is_ordered_by_who_answers_for_its_task(place: Place) -> None:
+    ledger = place.ledger
+    terms = ledger.terms("bot", scope=(WIDE,))
+    change = ledger.give(
+        ledger.assign("suzy", "bot", terms=terms, on_behalf_of="uma", consent=ledger.consent("uma", terms))
+    )
+    assert change is not None
+    task = subject_key(change.state)[1]
+    for by, code in (
+        ("uma", None), ("suzy", None), ("sam", None), ("adam", "not_entitled"), ("olga", "not_entitled"),
+        ("nobody", "user_disabled"),
+    ):  # fmt: skip
+        assert against(place, ordered(place, by, task_id=task)) == code, by
+    assert against(place, ordered(place, "suzy")) == "not_entitled", "it is of no task of hers"
+    ledger.give(ledger.claims(UserDisable, "olga", user_id="uma", reason="x"))
+    assert against(place, ordered(place)) == "user_disabled"
+
+
+def test_an_order_of_what_cannot_run_starts_nothing(place: Place) -> None:
+    ledger = place.ledger
+    entry = ledger.directory.task(place.task)
+    assert entry is not None
+    end_s = entry.state.not_after
+    assert (against(place, ordered(place), end_s - 1), against(place, ordered(place), end_s)) == (
+        None,
+        "task_ended",
+    )
+    assert against(place, ordered(place, task_id=str(uuid.uuid4()))) == "task_unknown"
+    assert against(place, ordered(place, agent_id="nobody")) == "agent_unknown"
+    assert against(place, ordered(place, agent_id="other")) == "task_other_agent"
+    for limited in planted(ordered(place, mounts=(Mount(name="sources"),))):
+        assert against(place, limited) == "unknown_field"
+    ledger.give(ledger.claims(TaskEnd, "uma", task_id=place.task, reason="done"))
+    assert against(place, ordered(place)) == "task_ended"
+    ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
+    assert against(place, ordered(place)) == "agent_suspended"
+
+
+def test_who_may_not_be_believed_orders_nothing(place: Place) -> None:
+    """A provisioner signs like a user, and is none. What rests on a record that does not hold starts nothing."""
+    ledger = place.ledger
+    delegation = Delegation(source="hr", groups=(GroupDelegation(group="dev"),))
+    key = ledger.key_record(ledger.key("scim"))
+    ledger.give(
+        ledger.claims(
+            ProvisionerSet, "olga", provisioner_id="scim", name="S", keys=(key,), delegation=delegation
+        )
+    )
+    assert against(place, ordered(place, "scim")) == "user_disabled"
+    assert against(place, ordered(place, iss=ledger.key("bot", "agent").id)) == "user_disabled"
+    entry = ledger.directory.agent("bot")
+    assert entry is not None
+    forged = ledger.sign_record(entry.state, (*entry.record.commands, ledger.embed(_by_stranger(ledger))), 9)
+    assert ledger.admit(forged) is None
+    assert against(place, ordered(place)) == "record_untrusted"
+
+
+def _by_stranger(ledger: InMemoryRegistry) -> AgentSuspend:
+    return ledger.claims(AgentSuspend, "stranger", agent_id="bot", reason="x")
+
+
+def test_an_order_is_verified_as_of_its_append_time(place: Place) -> None:
+    ledger, order = place.ledger, ordered(place)
+    assert MAX_ORDER_BYTES == 192 * 1024
+    compact, at_ms = ledger.signed(order), ledger.clock.ms
+    assert verified_order(compact, ledger.directory, at_ms).claims == order
+    assert order_id_of(order) == message_id(order.iss, order.jti)
+    thief, agent = SigningKey.generate(order.iss), ledger.key("bot", "agent")
+    for forged, late_ms, code in (
+        (sign(order, thief), 0, "key_unknown"),
+        (sign(order.model_copy(update={"iss": agent.id}), agent), 0, "key_unknown"),
+        (compact, 600_000, "expired"),
+        ("x" * (MAX_ORDER_BYTES + 1), 0, "too_large"),
+        ("x" * MAX_ORDER_BYTES, 0, "not_a_jws"),
+        (compact[:-8] + "AAAAAAAA", 0, "signature_invalid"),
+    ):
+        with pytest.raises(InvalidMessageError) as refused:
+            verified_order(forged, ledger.directory, at_ms + late_ms)
+        assert refused.value.code == code
+
+
+def test_an_order_counts_by_a_key_in_its_time_and_a_record_that_holds(place: Place) -> None:
+    ledger = place.ledger
+    end_s = place.now_s + 60
+    ledger.give(ledger.user_set("olga", "uma", keys=(ledger.key("uma").record(end_s),)))
+    order = ordered(place)
+    compact = ledger.signed(order)
+    assert verified_order(compact, ledger.directory, end_s * 1000 - 1).claims == order
+    with pytest.raises(InvalidMessageError) as refused:
+        verified_order(compact, ledger.directory, end_s * 1000)
+    assert refused.value.code == "key_unknown"
+    entry = ledger.directory.user("uma")
+    assert entry is not None
+    commands = (*entry.record.commands, ledger.embed(ledger.user_set("sam", "uma")))
+    assert ledger.admit(ledger.sign_record(entry.state, commands, 9)) is None
+    with pytest.raises(InvalidMessageError, match="only an operator") as refused:
+        verified_order(compact, ledger.directory, ledger.clock.ms)
+    assert refused.value.code == "chain_broken"
+
+
+def test_an_order_names_no_path_of_a_host_and_no_command_of_nothing(place: Place) -> None:
+    wrong: tuple[dict[str, Any], ...] = (
+        {"command": ()}, {"command": ("a\0b",)}, {"image": "reviewer:latest"}, {"ttl_s": 0}, {"ttl_s": 86_401},
+        {"pool": "../x"},
+    )  # fmt: skip
+    for fields in wrong:
+        with pytest.raises(ValidationError):
+            ordered(place, **fields)
+    for name in ("/etc", "../etc", "a/b", "~"):
+        with pytest.raises(ValidationError):
+            Mount(name=name)
+
+
+# --- the gateway's own table of leases --------------------------------------------------------------------------------
+
+
+def test_what_a_run_uses_is_cut_when_it_ends(started: Place) -> None:
+    table = started.table
+    cut: list[str] = []
+    lease, other = started.leased(), started.leased(instance=None)
+    for one in (lease, other):
+        table.apply(one)
+        table.watch(one.lease_id, partial(cut.append, one.lease_id))
+    table.end_run(str(uuid.uuid4()))
+    assert cut == []
+    table.end_run(started.run.id)
+    assert cut == [lease.lease_id]
+    problem_ = table.problem(lease)
+    assert problem_ is not None
+    assert problem_.code == "run_ended"
+    assert not table.is_live(lease.lease_id, started.ledger.clock.ms)
+    assert table.problem(other) is None
+    assert started.gateway(lease) == ["run_ended"]
+
+
+def test_runs_that_ended_long_ago_are_not_kept(started: Place) -> None:
+    clock = started.ledger.clock
+    started.table.end_run(started.run.id)
+    lease = started.leased(deadline=started.now_s + 30 * 86_400)
+    started.table.apply(lease)
+    for later_ms, code in ((REVOCATIONS_KEPT_MS, "run_ended"), (ENDED_KEPT_MS, None)):
+        clock.ms += later_ms
+        started.table.sweep()
+        found = started.table.problem(lease)
+        assert (found.code if found else None) == code, "`authorize` knows of its end all the same"
+
+
+def test_a_record_changes_the_version_that_cached_decisions_rest_on(started: Place) -> None:
+    before = started.ledger.directory.version
+    started.run.go("ended")
+    assert started.ledger.directory.version != before
+
+
+def test_replacing_the_run_of_a_lease_changes_its_terms(started: Place) -> None:
+    lease = started.leased()
+    started.table.apply(lease)
+    assert lease.instance is not None
+    free = lease.model_copy(update={"seq": 2, "instance": lease.instance.model_copy(update={"run": None})})
+    started.table.apply(free)
+    assert started.table.get(lease.lease_id) == lease
