@@ -7,8 +7,10 @@ import uuid
 from functools import partial
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import ValidationError
+from starlette.applications import Starlette
 
 from ringfence.cli.shared.attestation import parse_selectors, show_selector
 from ringfence.client.admin.trust_setup import CeremonyError, TrustFolder, make_trust, set_oidc_issuer
@@ -16,6 +18,7 @@ from ringfence.gateway.domain import ChosenLease, Refusal, Sender, authorize
 from ringfence.gateway.state.leases import ENDED_KEPT_MS, REVOCATIONS_KEPT_MS, LeaseTable
 from ringfence.issuer import domain as issuer_domain
 from ringfence.issuer.domain import Decision, Issue, Terms, weigh
+from ringfence.issuer.http import IssuerHttp
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id, digest, message_id
 from ringfence.kernel.crypto.jwe import ReplyKey
@@ -788,6 +791,56 @@ def test_an_order_names_no_path_of_a_host_and_no_command_of_nothing(place: Place
     for name in ("/etc", "../etc", "a/b", "~"):
         with pytest.raises(ValidationError):
             Mount(name=name)
+
+
+# --- introspection ----------------------------------------------------------------------------------------------------
+
+
+class OfAnyTarget:
+    """Stands for what introspection asks beside the runs: a valid token for `staging`, whose lease is active."""
+
+    is_cut, active = False, True
+
+    def __init__(self, claims: dict[str, Any]) -> None:
+        self._claims = claims
+
+    def target(self, authorization: str | None) -> str:
+        return "staging"
+
+    def verified(self, token: str) -> dict[str, Any]:
+        return self._claims
+
+    async def look(self, lease_id: str, selector_keys: Any) -> OfAnyTarget:
+        return self
+
+
+async def is_active(place: Place, **claims: Any) -> bool:
+    said: dict[str, Any] = {
+        "jti": "l", "client_id": "bot", "task": place.task, "sponsor": "sam", "on_behalf_of": "uma",
+        "authorization_details": [{"target": "staging"}], **claims,
+    }  # fmt: skip
+    asked: Any = OfAnyTarget(said)
+    http = IssuerHttp(
+        issuer_url="https://issuer.example", authenticator=asked, keys=asked, store=asked,
+        runs=place.ledger.directory.runs, jwks_max_age_s=1,
+    )  # fmt: skip
+    transport = httpx.ASGITransport(app=Starlette(routes=http.routes()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://issuer") as client:
+        answer = await client.post("/oauth2/introspect", data={"token": "t"})
+    return bool(answer.json()["active"])
+
+
+async def test_a_token_of_a_run_is_active_while_the_run_goes_on(place: Place) -> None:
+    of_run = {"instance": {"id": "i", "iss": "x", "sub": "y", "run": place.run.id}}
+    assert not await is_active(place, **of_run)
+    for status, active in (("claimed", False), ("started", True), ("ended", False)):
+        place.run.go(status)  # type: ignore[arg-type]
+        assert await is_active(place, **of_run) is active, status
+    assert await is_active(place)
+    assert await is_active(place, instance={"id": "i", "iss": "x", "sub": "y"})
+    limited = OneRun(place.runners, "bot", place.task, nonce="n3")
+    place.runners.tell(next(planted(limited.said("started"))))
+    assert not await is_active(place, instance={"run": limited.id})
 
 
 # --- the gateway's own table of leases --------------------------------------------------------------------------------

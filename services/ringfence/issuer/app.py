@@ -131,6 +131,7 @@ def build(
         authenticator=authenticator,
         keys=token_keys,
         store=store,
+        runs=directory.runs,
         jwks_max_age_s=own.jwks_max_age_s,
     ).routes()
     resealer = Resealer(settings, runtime.trust, store, seal_keys, runtime.clock)

@@ -18,6 +18,7 @@ from ringfence.messages.permission import PERMISSION_TYPE
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.lifecycle import ALL_LEASES
 from ringfence.model.records.api_access import Authenticator
+from ringfence.model.records.runs import RunTable
 
 INTROSPECTION_PATH = "/oauth2/introspect"
 JWKS_PATH = "/.well-known/jwks.json"
@@ -34,12 +35,14 @@ class IssuerHttp:
         authenticator: Authenticator,
         keys: TokenKeys,
         store: LeaseStore,
+        runs: RunTable,
         jwks_max_age_s: int,
     ) -> None:
         self._issuer = issuer_url.rstrip("/")
         self._authenticator = authenticator
         self._keys = keys
         self._store = store
+        self._runs = runs
         self._caching = {"Cache-Control": f"public, max-age={jwks_max_age_s}"}
 
     def routes(self) -> Sequence[BaseRoute]:
@@ -112,6 +115,9 @@ class IssuerHttp:
     async def _answer(self, token: str, target_id: str) -> dict[str, Any]:
         claims = self._keys.verified(token)
         if claims is None or not _is_for(claims, target_id):
+            return {"active": False}
+        run_id = claims.get("instance", {}).get("run")
+        if run_id is not None and not self._runs.goes_on(run_id):
             return {"active": False}
         lookup = await self._store.look(claims["jti"], _selector_keys(claims))
         if not lookup.active or lookup.is_cut:

@@ -154,6 +154,7 @@ class Services:
                 authenticator=authenticator,
                 keys=token_keys,
                 store=self.store,
+                runs=self.directory.runs,
                 jwks_max_age_s=300,
             ).routes()
         )

@@ -22,7 +22,7 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.enrolment import InstanceEnrolment, InstanceRef
 from ringfence.messages.run import Run, RunStatus
 from ringfence.model.identity.runners import runner_issuer_of
-from ringfence.model.unknown_fields import names_of, unknown_fields
+from ringfence.model.unknown_fields import is_understood, names_of, unknown_fields
 
 if TYPE_CHECKING:  # rules look runs up here, and import nothing that does I/O
     from ringfence.kernel.kafka.record import Received
@@ -98,6 +98,11 @@ class RunTable:
         """The run as it is now; None if there is none that counts."""
         known = self._runs.get(run_id)
         return known.run if known is not None else None
+
+    def goes_on(self, run_id: str) -> bool:
+        """Whether a run has started and is not over, and nothing that is not known here may limit it."""
+        run = self.get(run_id)
+        return run is not None and run.status == "started" and is_understood(run)
 
     def counted(self, run_id: str, partition: int, offset: int) -> bool | None:
         """Whether the record at these coordinates counted. None if it is not read yet."""
