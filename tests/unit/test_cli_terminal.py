@@ -92,6 +92,17 @@ def test_nothing_in_a_cell_passes_for_another_field() -> None:
     assert "in 4 min" in ends[0]
 
 
+def test_only_the_first_field_of_a_block_stands_at_the_margin() -> None:
+    rows = [
+        ("agent-1", "reads what is deployed", "platform:read:env/**", "a\nb"),
+        ("agent-2", "", "x" * 30, ""),
+    ]
+    lines = list_lines(["agent", prose("for"), "ceiling", "more"], rows, width=34)
+    at_margin = [line.plain for line in lines if line.plain and not line.plain.startswith(" ")]
+    assert at_margin == ["agent agent-1", "agent agent-2"]
+    assert "  ceiling  platform:read:env/**" in [line.plain for line in lines]
+
+
 def test_columns_of_names_are_never_folded_in_a_table() -> None:
     columns: list[str | Column] = [ids("lease"), "agent", prose("reason")]
     row = [IDS[0], "deploy-bot", "because " * 12]
