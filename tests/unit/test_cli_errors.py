@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Reason
-from tests.support.terminal_lists import WHO_AUDIT
+from tests.support.terminal_lists import IDS, WHO_AUDIT
 from tests.unit.test_cli_ids import commands
 
 
@@ -188,3 +189,54 @@ def test_help_shows_flags_without_a_type_and_whole_sentences(
         assert "<bool>" not in told
         assert "<str>" not in told
     assert "postgres, REDIS_URL" in " ".join(told.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["request", "--task", IDS[0], "--reason", "x", "--allow", "a:b:c", "--ttl", "5"], "--ttl: '5' has no unit"),
+        (["request", "--task", IDS[0], "--reason", "x", "--allow", "a:b"], "--allow: 'a:b': a colon is missing"),
+        (["request", "--task", IDS[0], "--reason", "x", "--allow", "@no"], "--allow: @no: No such file"),
+        (["request", "--task", IDS[0], "--reason", "x", "--allow", "a:b:c", "--ttl", "25h"], "--ttl: '25h' is longer"),
+        (["target", "add", "t", "--description", "x", "--verb", "V"], "--verb: 'V': verb: must be a verb"),
+        (["target", "add", "t", "--description", "x", "--verb", "v", "--max-ttl", "2d"], "--max-ttl: '2d' is longer"),
+        (["audit", "who", "--target", "t", "--since", "5"], "--since: '5' has no unit"),
+        (["inventory", "--limit", "-3"], "'--limit' / '-n': '-3' must be at least 0"),
+        (["inventory", "--limit", "few"], "'few' must be a whole number"),
+        (["audit", "tail", "--status", "maybe"], "'--status': 'maybe' is not one of"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_wrong_values_name_their_option_in_our_words(
+    args: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*args, "--json"]) == 2
+    document = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert says in document["message"]
+    assert document["remedy"].endswith("--help")
+    assert document["remedy"] != "ringfence --help"
+
+
+def every_command() -> Iterator[list[str]]:
+    for name, entry in COMMANDS.items():
+        inner = getattr(load(name, entry), "commands", {})
+        yield from ([name, one] for one in inner)
+        if not inner:
+            yield [name]
+
+
+def test_help_cuts_nothing_at_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    for command in every_command():
+        assert main([*command, "--help"]) == 0
+        # Only an option's second name may be cut; docs/cli.md has it.
+        text = capsys.readouterr().out.replace("--on-behalf-of,--…", "")
+        assert "…" not in text, command
+        assert "<int range>" not in text, command
+
+
+def test_help_of_selectors_tells_all_that_one_may_say(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["agent", "register", "--help"]) == 0
+    assert "key-bound" in capsys.readouterr().out

@@ -23,6 +23,7 @@ from ringfence.cli.shared.options import (
     AttestOption,
     IdentityOption,
     JsonOption,
+    credential_life_s,
     duration_s,
     identity,
     run,
@@ -106,7 +107,7 @@ def request(
         raise typer.BadParameter("write --exec and the command: --exec ... -- COMMAND", param_hint="--exec")
     if command and shutil.which(command[0]) is None:
         raise typer.BadParameter(f"there is no program {command[0]}", param_hint="COMMAND")
-    scope, ttl_s, timeout_s = parse_scope(allow), duration_s(ttl), duration_s(timeout)
+    scope, ttl_s, timeout_s = parse_scope(allow), credential_life_s(ttl), duration_s(timeout)
 
     async def ask(agent: Agent) -> IssuedCredential:
         with progress("waiting for a decision", as_json=as_json) as line:
