@@ -23,8 +23,8 @@ COMMAND_METAVARS: Final = frozenset({"[-- COMMAND...]"})
 """A program's own words: the shell completes file names there."""
 NOT_COMPLETED: Final = frozenset({
     "CLAIM", "CODE", "DAYS", "DURATION", "HOST:PORT", "HOURS", "MOMENT", "NAME=VALUE", "NUMBER", "PARTY=PRINCIPAL",
-    "PERCENT", "PERMISSION", "PORT", "RESOURCE", "SECONDS", "SELECTOR", "TEXT", "THUMBPRINT", "URL", "UTC", "VERB", "VERB[=CLASS]",
-    "VERB[=FLOOR]", "WHEN",
+    "PERCENT", "PERMISSION", "PORT", "RESOURCE", "SECONDS", "SELECTOR", "TEXT", "THUMBPRINT", "URL", "UTC", "VERB",
+    "VERB[=CLASS]", "VERB[=FLOOR]", "WHEN",
 })  # fmt: skip
 """Placeholders of what only the caller knows."""
 
