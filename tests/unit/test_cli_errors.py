@@ -12,7 +12,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ringfence.cli.main import COMMANDS, load, main
 from ringfence.cli.shared.field_options import with_options
-from ringfence.client.errors import InvalidCallError, RefusedError
+from ringfence.cli.shared.remedies import REMEDIES
+from ringfence.client.errors import ApiError, InvalidCallError, RefusedError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.validation_problems import explain
@@ -30,7 +31,13 @@ from tests.unit.test_cli_ids import commands
         (["revoke", "--json", "--resn", "x"], 2, "wrong_use", "--reason", "ringfence revoke --help"),
         (["--json", "approvals"], 2, "wrong_use", "name a command", "ringfence approvals --help"),
         (["--json", "revoke", "--all", "--reason", "x"], 2, "wrong_use", "add --yes", None),
-        (["--json", "--identity", "none.json", "task", "list"], 1, "key_file_invalid", "none.json", None),
+        (
+            ["--json", "--identity", "none.json", "task", "list"],
+            1,
+            "key_file_invalid",
+            "none.json",
+            REMEDIES["key_file_invalid"],
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -66,6 +73,30 @@ def test_json_errors_have_the_reasons_of_a_refusal(
     told = capsys.readouterr().err
     assert "\x1b" not in told
     assert [reason["code"] for reason in json.loads(told)["reasons"]] == ["a", "b"]
+
+
+def test_remedies_are_of_codes_that_there_are() -> None:
+    names = (Path(__file__).parents[1] / "contract/golden/public_names.txt").read_text().splitlines()
+    assert {f"error code {code}" for code in REMEDIES} - set(names) == set()
+
+
+def test_a_record_that_is_not_there_has_its_list_as_remedy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def record(*_: object) -> None:
+        raise ApiError("there is no agent deploy-bt that sam may see", code="not_found", status=404)
+
+    async def records(*_: object) -> list[dict[str, str]]:
+        return [{"id": "deploy-bot"}]
+
+    monkeypatch.setattr(ReadApi, "__init__", lambda *_, **__: None)
+    monkeypatch.setattr(ReadApi, "close", records)
+    monkeypatch.setattr(ReadApi, "record", record)
+    monkeypatch.setattr(ReadApi, "records", records)
+    assert main(["--json", "agent", "show", "deploy-bt"]) == 1
+    document = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert document["message"].endswith("did you mean deploy-bot?")
+    assert document["remedy"] == "ringfence agent list"
 
 
 def test_a_word_of_a_command_that_is_run_is_no_option_of_ours(capsys: pytest.CaptureFixture[str]) -> None:

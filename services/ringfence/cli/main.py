@@ -160,10 +160,11 @@ def _visible_usage_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, typer.BadParameter) and hasattr(error.__cause__, "errors"):
+        problems = getattr(error.__cause__, "errors", None)
+        if isinstance(error, typer.BadParameter) and problems is not None:
             from ringfence.kernel.base.validation_problems import problem_of
 
-            first = error.__cause__.errors(include_url=False)[0]
+            first = problems(include_url=False)[0]
             problem = problem_of(first)
             quoted = f"{first['input']!r} " if isinstance(first["input"], str) else ""
             error.message = problem if problem.startswith(quoted) else quoted + problem
@@ -444,12 +445,13 @@ def _report(error: RingfenceError, as_json: bool) -> None:
         _say_error(message)
         return
     from ringfence.cli.shared.output import escaped_json
+    from ringfence.cli.shared.remedies import REMEDIES
 
     reasons = [reason.model_dump(mode="json", exclude_none=True) for reason in getattr(error, "reasons", ())]
     document = {
         "code": error.code,
         "message": message,
-        "remedy": error.remedy or _remedy_in(message),
+        "remedy": error.remedy or _remedy_in(message) or REMEDIES.get(error.code),
         "reasons": reasons,
     }
     sys.stderr.write(escaped_json(json.dumps(document)) + "\n")
