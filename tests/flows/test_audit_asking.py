@@ -96,7 +96,7 @@ async def test_who_could_and_who_did_lead_to_people(shell: Any, world: World) ->
     printed = await shell("olga", *WHO)
     for part in (
         "could, now: 1",
-        "maria (operator)",
+        "maria (entitled by operator)",
         "sam",
         "deploy build 421",
         "env/staging/*",

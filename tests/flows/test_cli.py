@@ -764,6 +764,33 @@ async def test_a_signal_is_for_the_command_and_its_credential_is_released(
     assert shown["status"] in ("ending", "released")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=str)
+async def test_a_signal_withdraws_what_waits_for_approval(shell: Shell, number: signal.Signals) -> None:
+    task = await organisation(shell)
+    wanted = ("--allow", "platform:deploy:env/staging/web", "--reason", "build 1")
+    process = await waiting(shell, "request", "--task", task, *wanted)
+    await listed(shell, 1)
+    process.send_signal(number)
+    assert await asyncio.wait_for(process.wait(), WITHIN_S) == 128 + number
+    await listed(shell, 0)
+
+
+async def test_a_command_with_a_credential_goes_on_without_its_terminal_under_nohup(shell: Shell) -> None:
+    task = await organisation(shell)
+    process = await asyncio.create_subprocess_exec(
+        "nohup", sys.executable, "-c", INTERRUPTIBLE, "--identity", str(shell.folder / "bot.json"),
+        "request", "--task", task, "--reason", "look", "--allow", "platform:read:env/staging/web",
+        "--exec", "--", "bash", "-c", "trap 'exit 9' TERM; echo started; while :; do sleep 0.05; done",
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert await asyncio.wait_for(process.stdout.readline(), WITHIN_S) == b"started\n"
+    process.send_signal(signal.SIGHUP)  # it would end the command first
+    process.send_signal(signal.SIGTERM)
+    _, err = await asyncio.wait_for(process.communicate(), WITHIN_S)
+    assert process.returncode == 9, err
+
+
 async def test_what_would_change_nothing_or_lock_oneself_out_is_asked_about(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:

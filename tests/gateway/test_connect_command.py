@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import stat
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +53,12 @@ class Place:
         }
 
     @contextlib.asynccontextmanager
-    async def connect(self, *words: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    async def connect(
+        self, *words: str, under: Sequence[str] = ()
+    ) -> AsyncIterator[asyncio.subprocess.Process]:
+        """`under`: a program that runs it."""
         process = await asyncio.create_subprocess_exec(
-            *RINGFENCE, "gateway", "connect", "--task", TASK, *words, cwd=self.folder, env=self.environment,
+            *under, *RINGFENCE, "gateway", "connect", "--task", TASK, *words, cwd=self.folder, env=self.environment,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         try:
@@ -188,6 +192,16 @@ async def test_a_signal_for_it_reaches_its_command(place: Place) -> None:
         process.terminate()
         await process.communicate()
         assert process.returncode == 9
+
+
+async def test_a_hang_up_does_not_end_it_under_nohup(place: Place) -> None:
+    async with place.connect("--json", under=["nohup"]) as process:
+        assert process.stdout is not None
+        await process.stdout.readline()
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        ignored = re.search(r"^SigIgn:\s*(\w+)", status, re.MULTILINE)
+        assert ignored
+        assert int(ignored[1], 16) & 1 << signal.SIGHUP - 1
 
 
 async def test_a_command_goes_on_after_the_end_of_the_task(place: Place) -> None:

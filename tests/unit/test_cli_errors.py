@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,13 +12,14 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ringfence.cli.main import COMMANDS, load, main
 from ringfence.cli.shared.field_options import with_options
-from ringfence.client.errors import InvalidCallError, RefusedError
+from ringfence.cli.shared.remedies import REMEDIES
+from ringfence.client.errors import ApiError, InvalidCallError, RefusedError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Reason
-from tests.support.terminal_lists import WHO_AUDIT
+from tests.support.terminal_lists import IDS, WHO_AUDIT
 from tests.unit.test_cli_ids import commands
 
 
@@ -29,7 +31,13 @@ from tests.unit.test_cli_ids import commands
         (["revoke", "--json", "--resn", "x"], 2, "wrong_use", "--reason", "ringfence revoke --help"),
         (["--json", "approvals"], 2, "wrong_use", "name a command", "ringfence approvals --help"),
         (["--json", "revoke", "--all", "--reason", "x"], 2, "wrong_use", "add --yes", None),
-        (["--json", "--identity", "none.json", "task", "list"], 1, "key_file_invalid", "none.json", None),
+        (
+            ["--json", "--identity", "none.json", "task", "list"],
+            1,
+            "key_file_invalid",
+            "none.json",
+            REMEDIES["key_file_invalid"],
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -65,6 +73,30 @@ def test_json_errors_have_the_reasons_of_a_refusal(
     told = capsys.readouterr().err
     assert "\x1b" not in told
     assert [reason["code"] for reason in json.loads(told)["reasons"]] == ["a", "b"]
+
+
+def test_remedies_are_of_codes_that_there_are() -> None:
+    names = (Path(__file__).parents[1] / "contract/golden/public_names.txt").read_text().splitlines()
+    assert {f"error code {code}" for code in REMEDIES} - set(names) == set()
+
+
+def test_a_record_that_is_not_there_has_its_list_as_remedy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def record(*_: object) -> None:
+        raise ApiError("there is no agent deploy-bt that sam may see", code="not_found", status=404)
+
+    async def records(*_: object) -> list[dict[str, str]]:
+        return [{"id": "deploy-bot"}]
+
+    monkeypatch.setattr(ReadApi, "__init__", lambda *_, **__: None)
+    monkeypatch.setattr(ReadApi, "close", records)
+    monkeypatch.setattr(ReadApi, "record", record)
+    monkeypatch.setattr(ReadApi, "records", records)
+    assert main(["--json", "agent", "show", "deploy-bt"]) == 1
+    document = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert document["message"].endswith("did you mean deploy-bot?")
+    assert document["remedy"] == "ringfence agent list"
 
 
 def test_a_word_of_a_command_that_is_run_is_no_option_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,3 +220,54 @@ def test_help_shows_flags_without_a_type_and_whole_sentences(
         assert "<bool>" not in told
         assert "<str>" not in told
     assert "postgres, REDIS_URL" in " ".join(told.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["request", "--task", IDS[0], "--reason", "x", "--allow", "a:b:c", "--ttl", "5"], "--ttl: '5' has no unit"),
+        (["request", "--task", IDS[0], "--reason", "x", "--allow", "a:b"], "--allow: 'a:b': a colon is missing"),
+        (["request", "--task", IDS[0], "--reason", "x", "--allow", "@no"], "--allow: @no: No such file"),
+        (["request", "--task", IDS[0], "--reason", "x", "--allow", "a:b:c", "--ttl", "25h"], "--ttl: '25h' is longer"),
+        (["target", "add", "t", "--description", "x", "--verb", "V"], "--verb: 'V': verb: must be a verb"),
+        (["target", "add", "t", "--description", "x", "--verb", "v", "--max-ttl", "2d"], "--max-ttl: '2d' is longer"),
+        (["audit", "who", "--target", "t", "--since", "5"], "--since: '5' has no unit"),
+        (["inventory", "--limit", "-3"], "'--limit' / '-n': '-3' must be at least 0"),
+        (["inventory", "--limit", "few"], "'few' must be a whole number"),
+        (["audit", "tail", "--status", "maybe"], "'--status': 'maybe' is not one of"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_wrong_values_name_their_option_in_our_words(
+    args: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*args, "--json"]) == 2
+    document = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert says in document["message"]
+    assert document["remedy"].endswith("--help")
+    assert document["remedy"] != "ringfence --help"
+
+
+def every_command() -> Iterator[list[str]]:
+    for name, entry in COMMANDS.items():
+        inner = getattr(load(name, entry), "commands", {})
+        yield from ([name, one] for one in inner)
+        if not inner:
+            yield [name]
+
+
+def test_help_cuts_nothing_at_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    for command in every_command():
+        assert main([*command, "--help"]) == 0
+        # Only an option's second name may be cut; docs/cli.md has it.
+        text = capsys.readouterr().out.replace("--on-behalf-of,--…", "")
+        assert "…" not in text, command
+        assert "<int range>" not in text, command
+
+
+def test_help_of_selectors_tells_all_that_one_may_say(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["agent", "register", "--help"]) == 0
+    assert "key-bound" in capsys.readouterr().out

@@ -82,6 +82,16 @@ def test_what_no_id_begins_with_is_not_found(text: str) -> None:
         only_one("task", text, KNOWN)
 
 
+def test_a_whole_id_that_is_unknown_is_not_called_a_beginning() -> None:
+    other = "99999999-1111-4d39-9b5e-0a4d7e6c0f5d"
+    with pytest.raises(
+        InvalidCallError, match=f"there is no task {other} that you may see; see: ringfence task list"
+    ):
+        only_one("task", other, KNOWN)
+    with pytest.raises(InvalidCallError, match=f"no open request {other} that you may see, or it is over"):
+        only_one("open request", other, KNOWN)
+
+
 def test_a_mistyped_id_gets_a_suggestion() -> None:
     with pytest.raises(InvalidCallError, match="did you mean 3f2a9c1d"):
         only_one("task", "3f2a9c11", KNOWN)

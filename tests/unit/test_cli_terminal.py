@@ -11,6 +11,7 @@ import sys
 import pytest
 from rich.cells import cell_len
 
+from ringfence.cli.shared.output import print_fields
 from ringfence.cli.shared.tables import Column, ids, list_lines, prose, short_ids, wrapped
 from tests.support.terminal_lists import COMMANDS, IDS, WIDTHS
 
@@ -90,6 +91,30 @@ def test_nothing_in_a_cell_passes_for_another_field() -> None:
     ends = [line for line in lines if re.match(r" {0,2}ends", line)]
     assert len(ends) == 1
     assert "in 4 min" in ends[0]
+
+
+def test_only_the_first_field_of_a_block_stands_at_the_margin() -> None:
+    rows = [
+        ("agent-1", "reads what is deployed", "platform:read:env/**", "a\nb"),
+        ("agent-2", "", "x" * 30, ""),
+    ]
+    lines = list_lines(["agent", prose("for"), "ceiling", "more"], rows, width=34)
+    at_margin = [line.plain for line in lines if line.plain and not line.plain.startswith(" ")]
+    assert at_margin == ["agent agent-1", "agent agent-2"]
+    assert "  ceiling  platform:read:env/**" in [line.plain for line in lines]
+
+
+def test_a_title_is_not_cut_where_a_panel_has_no_room(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ringfence.cli.shared.output._PIPE_WIDTH", 80)
+    title = f"agent {'long-' * 12}bot, revision 12"
+    print_fields({"status": "active"}, title=title)
+    print_fields({"status": "active"}, title="agent bot, revision 12")
+    said = capsys.readouterr().out
+    assert title in " ".join(said.split())
+    assert "─ agent bot, revision 12 ─" in said
+    assert max(map(cell_len, said.splitlines())) <= 80
 
 
 def test_columns_of_names_are_never_folded_in_a_table() -> None:

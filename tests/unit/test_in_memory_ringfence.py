@@ -230,6 +230,17 @@ async def test_answers_may_be_given_ahead(broker: InMemoryRingfence, agent: Agen
     assert late.value.waiting_for == "the approval of the agent's sponsor"
 
 
+async def test_what_an_agent_gave_up_waits_for_nobody(
+    broker: InMemoryRingfence, agent: Agent, task: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(RequestTimeoutError):
+        await agent.request(task=task, target="staging", **DEPLOY, timeout_s=0.05)
+    async with asyncio.timeout(5):
+        while broker.pending():
+            await asyncio.sleep(0)
+    assert "dead-lettered" not in caplog.text
+
+
 async def test_code_that_approves_by_program_is_tested_as_well(
     broker: InMemoryRingfence, agent: Agent, task: str
 ) -> None:

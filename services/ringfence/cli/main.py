@@ -154,10 +154,21 @@ COMMANDS: dict[str, CommandEntry] = {
 
 @contextlib.contextmanager
 def _visible_usage_errors() -> Iterator[None]:
-    """Make typer's usage errors safe to print: they quote the command line, which somebody may have pasted."""
+    """Make typer's usage errors safe to print: they quote the command line, which somebody may have pasted.
+
+    Where typer repeats pydantic, they get the product's words.
+    """
     try:
         yield
     except Exception as error:
+        problems = getattr(error.__cause__, "errors", None)
+        if isinstance(error, typer.BadParameter) and problems is not None:
+            from ringfence.kernel.base.validation_problems import problem_of
+
+            first = problems(include_url=False)[0]
+            problem = problem_of(first)
+            quoted = f"{first['input']!r} " if isinstance(first["input"], str) else ""
+            error.message = problem if problem.startswith(quoted) else quoted + problem
         if says := getattr(error, "format_message", None):
             error.format_message = lambda: visible_lines(says())  # type: ignore[attr-defined]
         raise
@@ -244,14 +255,44 @@ def _no_type(ctx: Any) -> None:
     return None
 
 
+def _name_options(command: Any) -> None:
+    """Name the option in errors that a command raises about one of its values."""
+    invoke = command.invoke
+
+    def invoke_and_name(ctx: Any) -> Any:
+        try:
+            return invoke(ctx)
+        except typer.BadParameter as error:
+            error.ctx = error.ctx or ctx
+            if error.param is None and error.param_hint is None:
+                error.param_hint = _option_of(error.message, ctx)
+            raise
+
+    command.invoke = invoke_and_name
+
+
+def _option_of(message: str, ctx: Any) -> str | None:
+    """Return the first option or argument whose value an error quotes at its begin; None where it quotes none."""
+    for param in ctx.command.params:
+        given = ctx.params.get(param.name)
+        for value in given if isinstance(given, list | tuple) else (given,):
+            if isinstance(value, str) and value and message.startswith((f"{value!r}", f"{value}:")):
+                is_option = param.param_type_name == "option"
+                return param.opts[0] if is_option else str(param.make_metavar(ctx)).strip("{}[]")
+    return None
+
+
 def _tidy_help(command: Any) -> None:
     """Make the help of a command readable at every width: whole paragraphs, and flags without a type."""
     if command.help:
         paragraphs = inspect.cleandoc(command.help).split("\n\n")
         command.help = "\n\n".join(" ".join(one.split("\n")) for one in paragraphs)
     _show_types(command)
-    for inner in getattr(command, "commands", {}).values():
+    inside = getattr(command, "commands", {}).values()
+    for inner in inside:
         _tidy_help(inner)
+    if not inside:
+        _name_options(command)
 
 
 app = typer.Typer(
@@ -405,12 +446,13 @@ def _report(error: RingfenceError, as_json: bool) -> None:
         _say_error(message)
         return
     from ringfence.cli.shared.output import escaped_json
+    from ringfence.cli.shared.remedies import REMEDIES
 
     reasons = [reason.model_dump(mode="json", exclude_none=True) for reason in getattr(error, "reasons", ())]
     document = {
         "code": error.code,
         "message": message,
-        "remedy": error.remedy or _remedy_in(message),
+        "remedy": error.remedy or _remedy_in(message) or REMEDIES.get(error.code),
         "reasons": reasons,
     }
     sys.stderr.write(escaped_json(json.dumps(document)) + "\n")

@@ -24,12 +24,14 @@ _TARGET_ID = r"^[a-z0-9][a-z0-9-]{0,62}$"
 _VERB = r"^[a-z][a-z0-9_.:-]{0,63}$"
 _SPIFFE_ID = r"^spiffe://[a-z0-9._-]{1,255}/[A-Za-z0-9._/-]{1,255}$"
 
+ISSUER_URL = r"^https?://[^\s?#]{1,500}$"
 WORDS_FOR_PATTERNS = {
     _UUID: "must be an id as Ringfence prints it: a UUID in lower case",
     _NAME: "must be a name: up to 63 of a-z, 0-9, '.', '_', '-', the first a letter or digit; no wildcard",
     _TARGET_ID: "must be a target's name: up to 63 of a-z, 0-9, '-', the first a letter or digit; no wildcard",
     _VERB: "must be a verb: up to 64 of a-z, 0-9, '_', '.', ':', '-', the first a letter; no wildcard",
     _SPIFFE_ID: "must be a SPIFFE ID: spiffe://trust-domain/path",
+    ISSUER_URL: "must be the URL of an issuer: https://HOST, with a path at most",
 }
 """What a pattern wants, for people."""
 

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ringfence.messages.base import Message, NonEmpty
+from ringfence.messages.base import ISSUER_URL, Message, NonEmpty
 
 OidcUse = Literal["users", "instances"]
 """Whom an issuer's tokens speak for: people who ask an agent for something, or instances of agents that enrol."""
 OidcAlgorithm = Literal["RS256", "PS256", "ES256", "EdDSA"]
 """What tokens may be signed with. Nothing symmetric: who verifies could sign. Never `none`."""
-IssuerUrl = Annotated[str, Field(pattern=r"^https?://[^\s?#]{1,500}$")]
+IssuerUrl = Annotated[str, Field(pattern=ISSUER_URL)]
 """An issuer as it calls itself in `iss`, to the letter (OpenID Connect Core, 2: no query, no fragment)."""
 
 

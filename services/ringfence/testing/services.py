@@ -25,7 +25,7 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.batch_handlers import concurrent, sequential
+from ringfence.kernel.kafka.batch_handlers import sequential
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import CredentialDecision
@@ -60,6 +60,7 @@ from ringfence.policy.incoming.approvals import ApprovalHandler
 from ringfence.policy.incoming.credential_requests import RequestHandler
 from ringfence.policy.incoming.grants import GrantHandler
 from ringfence.policy.incoming.load_shedding import ShedRequests
+from ringfence.policy.incoming.request_withdrawals import WithdrawalHandler, requests_then_withdrawals
 from ringfence.policy.incoming.verification import MessageVerifier
 from ringfence.policy.notifications.notices import Notices
 from ringfence.policy.settings import PolicySettings
@@ -206,20 +207,22 @@ class Services:
         )
         limits = AdmissionLimits(own.agent_requests_per_minute, own.sponsor_requests_per_minute, own.wait_s)
         pending = PendingLimits(own.agent_pending_approvals, own.sponsor_pending_approvals)
+        admission, shed = AdmissionControl(directory, limits), ShedRequests(runtime, decisions)
         requests = RequestHandler(
             runtime,
             verifier,
-            AdmissionControl(directory, limits),
+            admission,
             judge,
             decisions,
             publisher,
             PendingApprovalLimit(directory, decisions, pending),
             recall,
             SharedKeyDetector(runtime, KeyUses()),
-            ShedRequests(runtime, decisions),
+            shed,
             approval_timeout_s=own.approval_timeout_s,
         )
         approvals = ApprovalHandler(runtime, directory, verifier, judge, decisions, publisher, recall)
+        withdrawals = WithdrawalHandler(runtime, directory, verifier, admission, shed, decisions, approvals)
         granting = GrantHandler(
             runtime,
             directory,
@@ -237,7 +240,9 @@ class Services:
             return None
 
         bus.consume({
-            CREDENTIAL_REQUEST: concurrent(requests.handle, runtime.dead_letters),
+            CREDENTIAL_REQUEST: requests_then_withdrawals(
+                requests.handle, withdrawals.handle, approvals.received, runtime.dead_letters
+            ),
             APPROVAL_RESPONSE: sequential(respond, runtime.dead_letters),
         })  # fmt: skip
         return approvals

@@ -71,7 +71,7 @@ _END_OF_TIME_MS = 2**53
 @app.command()
 def tail(
     lines: Annotated[
-        int, typer.Option("--lines", "-n", min=1, max=1000, help="How many to begin with.")
+        int, typer.Option("--lines", "-n", metavar="NUMBER", min=1, max=1000, help="How many to begin with.")
     ] = 10,
     follow: Annotated[
         bool, typer.Option("--follow/--no-follow", help="Go on as events come, until Ctrl-C.")
@@ -178,7 +178,11 @@ def trace(
     ],
     kind: Annotated[
         Literal["lease", "request", "task", "agent", "user"] | None,
-        typer.Option("--kind", help="What the id is of, where it could be several."),
+        typer.Option(
+            "--kind",
+            metavar="KIND",
+            help="What the id is of, where it could be several: lease, request, task, agent or user.",
+        ),
     ] = None,
     wide: Annotated[bool, typer.Option("--wide", help="Print whole ids, and lines however long.")] = False,
     me: IdentityOption = None,

@@ -54,7 +54,10 @@ def coverage(
         str, typer.Option("--short-lived", metavar="DURATION", help="The longest life that is short.")
     ] = "1h",
     show: Annotated[
-        int, typer.Option("--show", min=0, max=1000, help="How many to list of those that count against.")
+        int,
+        typer.Option(
+            "--show", metavar="NUMBER", min=0, max=1000, help="How many to list of those that count against."
+        ),
     ] = 20,
     me: IdentityOption = None,
     as_json: JsonOption = False,

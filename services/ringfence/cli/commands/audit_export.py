@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 def export(
     format: Annotated[
         Literal["ocsf", "ecs", "csv", "parquet"],
-        typer.Option("--format", help="OCSF to the byte, Elastic Common Schema, CSV, or Parquet."),
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="ocsf: to the byte; ecs: Elastic Common Schema; csv; parquet.",
+        ),
     ] = "ocsf",
     since: Annotated[
         str,

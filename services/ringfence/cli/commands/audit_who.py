@@ -129,7 +129,7 @@ def _could_rows(agent: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     if not agent["tasks"]:
         yield name, "nobody now", sponsor, "", "", leave, f"with a task: {_scope_text(agent['ceiling'])}", ""
     for task in agent["tasks"]:
-        behalf = f"{task['on_behalf_of']} ({task['entitlements_by']})"
+        behalf = f"{task['on_behalf_of']} (entitled by {task['entitlements_by']})"
         may = _scope_text(task["scope"])
         if task["approvals"]:
             may += f"\nonce approved: {', '.join(task['approvals'])}"

@@ -35,7 +35,9 @@ _GRACE_S = 20.0
 
 
 def dev(
-    state: Annotated[Path, typer.Option(help="Where keys, data and logs are kept.")] = Path(".ringfence"),
+    state: Annotated[Path, typer.Option(metavar="FOLDER", help="Where keys, data and logs are kept.")] = Path(
+        ".ringfence"
+    ),
     free_ports: Annotated[
         bool, typer.Option("--free-ports", help="Take free ports instead of the usual ones.")
     ] = False,

@@ -17,6 +17,7 @@ import typer
 from ringfence.cli.shared.id_lookup import check_whole_id
 from ringfence.cli.shared.options import JsonOption, run, settings, wants_json
 from ringfence.cli.shared.output import note, print_json_line, visible
+from ringfence.cli.shared.signals import not_ignored
 from ringfence.cli.task_proxy.environment import proxy_environment
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.settings import ClientSettings
@@ -194,8 +195,10 @@ async def _first_of_socket_and(end: Coroutine[Any, Any, Any], proxy: TaskProxy) 
 
 @contextlib.contextmanager
 def _on_signals(act: Callable[[signal.Signals], None], *numbers: signal.Signals) -> Iterator[None]:
-    """Call `act` for each of these signals."""
+    """Call `act` for each of these signals, except SIGHUP where `nohup` has started this program."""
     loop = asyncio.get_running_loop()
+    hangup = not_ignored(signal.SIGHUP)
+    numbers = tuple(number for number in numbers if number is not signal.SIGHUP or hangup)
     for number in numbers:
         loop.add_signal_handler(number, act, number)
     try:

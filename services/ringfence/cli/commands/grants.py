@@ -19,6 +19,7 @@ from ringfence.cli.shared.options import (
     WideOption,
     YesOption,
     confirm,
+    credential_life_s,
     duration_s,
     identity,
     run,
@@ -63,7 +64,9 @@ def grant(
             help="What this request that waits is for, instead of TASK.",
         ),
     ] = None,
-    count: Annotated[int, typer.Option("--count", min=1, max=1000, help="For how many credentials.")] = 1,
+    count: Annotated[
+        int, typer.Option("--count", metavar="NUMBER", min=1, max=1000, help="For how many credentials.")
+    ] = 1,
     lasts: Annotated[
         str,
         typer.Option("--for", metavar="DURATION", help="How long it counts: 90s, 15m, 1h30m; at most 12h."),
@@ -96,7 +99,7 @@ def grant(
             like, "with --yes nobody looks at what it finds, so name the request by its whole id", of="--like"
         )
     scope, lasts_s = parse_scope(allow, may_be_empty=like is not None), duration_s(lasts)
-    ttl_s = duration_s(ttl) if ttl else None
+    ttl_s = credential_life_s(ttl) if ttl else None
 
     async def asked(request: str) -> PendingApproval:
         async with connect.sponsor(identity(me)) as sponsor:

@@ -37,7 +37,9 @@ _OPERATOR = "operator"
 
 
 def init(
-    folder: Annotated[Path, typer.Option(help="Where to keep what is made.")] = Path(".ringfence"),
+    folder: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to keep what is made.")] = Path(
+        ".ringfence"
+    ),
     operator: Annotated[
         str | None,
         typer.Option(
@@ -96,7 +98,11 @@ def init(
     overlap_h: Annotated[
         int,
         typer.Option(
-            "--overlap-hours", min=0, max=8760, help="How long the old keys of a service still count."
+            "--overlap-hours",
+            metavar="HOURS",
+            min=0,
+            max=8760,
+            help="How long the old keys of a service still count.",
         ),
     ] = OVERLAP_S // 3600,
     compromised: Annotated[

@@ -89,7 +89,14 @@ def inventory(
         str, typer.Option("--keys-within", metavar="DURATION", help="How soon is about to end.")
     ] = "14d",
     limit: Annotated[
-        int, typer.Option("--limit", "-n", min=0, help="How many to list; the sums, and --json, are of all.")
+        int,
+        typer.Option(
+            "--limit",
+            "-n",
+            metavar="NUMBER",
+            min=0,
+            help="How many to list; the sums, and --json, are of all.",
+        ),
     ] = 50,
     watch: Annotated[
         bool,

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -24,6 +23,7 @@ from ringfence.cli.shared.options import (
     AttestOption,
     IdentityOption,
     JsonOption,
+    credential_life_s,
     duration_s,
     identity,
     run,
@@ -31,6 +31,7 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import note, print_json, until, visible_lines
 from ringfence.cli.shared.progress import progress
+from ringfence.cli.shared.signals import not_ignored
 from ringfence.messages.credential import Delivery
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from ringfence.client.agent.credentials import IssuedCredential
     from ringfence.client.agent.replies import PendingRequest
 
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 _DELIVERIES: tuple[Delivery, ...] = get_args(Delivery)
 
 
@@ -105,7 +107,7 @@ def request(
         raise typer.BadParameter("write --exec and the command: --exec ... -- COMMAND", param_hint="--exec")
     if command and shutil.which(command[0]) is None:
         raise typer.BadParameter(f"there is no program {command[0]}", param_hint="COMMAND")
-    scope, ttl_s, timeout_s = parse_scope(allow), duration_s(ttl), duration_s(timeout)
+    scope, ttl_s, timeout_s = parse_scope(allow), credential_life_s(ttl), duration_s(timeout)
 
     async def ask(agent: Agent) -> IssuedCredential:
         with progress("waiting for a decision", as_json=as_json) as line:
@@ -126,10 +128,15 @@ def request(
             )
 
     async def work() -> IssuedCredential:
-        async with connect.agent(identity(me), attest=attest, agent_id=agent_id) as agent:
-            return await ask(agent)
+        with _give_up_on_signals():
+            async with connect.agent(identity(me), attest=attest, agent_id=agent_id) as agent:
+                return await ask(agent)
 
     async def work_and_run(argv: list[str]) -> int:
+        with _give_up_on_signals():
+            return await run_with_credential(argv)
+
+    async def run_with_credential(argv: list[str]) -> int:
         async with connect.agent(identity(me), attest=attest, agent_id=agent_id) as agent:
             credential = await ask(agent)
             note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "heading")
@@ -170,6 +177,37 @@ def request(
 
 
 @contextlib.contextmanager
+def _give_up_on_signals() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP give the request up as Ctrl-C does, so that it is withdrawn. A second one ends at once.
+
+    Raises typer.Exit with the exit status that shells have for the signal.
+    """
+    loop, task, numbers = asyncio.get_running_loop(), asyncio.current_task(), not_ignored(*_ENDING)
+    came: list[signal.Signals] = []
+
+    def give_up(number: signal.Signals) -> None:
+        came.append(number)
+        leave_signals()
+        if task is not None:
+            task.cancel()
+
+    def leave_signals() -> None:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+    for number in numbers:
+        loop.add_signal_handler(number, give_up, number)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not came:
+            raise
+        raise typer.Exit(128 + came[0]) from None
+    finally:
+        leave_signals()
+
+
+@contextlib.contextmanager
 def _signals_for_a_command() -> Iterator[Callable[[asyncio.subprocess.Process], None]]:
     """Redirect signals to a command: yield a function that takes the command's process, even if signals came before."""
     command: asyncio.subprocess.Process | None = None
@@ -193,10 +231,7 @@ def _signals_for_a_command() -> Iterator[Callable[[asyncio.subprocess.Process], 
         for number in early:
             deliver(number)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield name  # signals are not ours
-        return
-    loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    loop, numbers = asyncio.get_running_loop(), not_ignored(signal.SIGINT, *_ENDING)
     for number in numbers:
         loop.add_signal_handler(number, forward_signal, number)
     try:

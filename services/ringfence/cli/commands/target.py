@@ -26,7 +26,7 @@ from ringfence.cli.shared.options import (
     WideOption,
     YesOption,
     confirm,
-    duration_s,
+    credential_life_s,
     identity,
     keep_key_if_accepted,
     key_records,
@@ -36,6 +36,7 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import note
 from ringfence.cli.shared.records import list_records, show_record, target_fields
+from ringfence.client.errors import checked
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.registry import (
     ActionClass,
@@ -130,7 +131,9 @@ def add(
             help="What else its backend is told, as docs/targets/ has it. Repeatable.",
         ),
     ] = None,
-    max_ttl: Annotated[str, typer.Option("--max-ttl", help="The longest life of a credential.")] = "1h",
+    max_ttl: Annotated[
+        str, typer.Option("--max-ttl", metavar="DURATION", help="The longest life of a credential.")
+    ] = "1h",
     public_key: PublicKeyOption = None,
     new_key: NewKeyOption = None,
     key_days: KeyDaysOption = 365,
@@ -161,22 +164,23 @@ def add(
     own |= {} if address is None else {"address": address}
     made_of = _backend_settings(kind, audience, own)
     _check_backend(made_of, anyway)
-    max_ttl_s = duration_s(max_ttl)
+    max_ttl_s = credential_life_s(max_ttl)
     keys = key_records(public_key, new_key, id, key_days)
 
     async def work() -> tuple[Accepted, dict[str, Any]]:
         async with connect.administrator(identity(me)) as administrator:
             entry = (await administrator.directory()).target(target)
-            after = TargetState(
-                target_id=target,
-                description=description,
-                backend=made_of,
-                verbs=tuple(verbs),
-                requests=tuple(requests),
-                max_ttl_s=max_ttl_s,
-                keys=keys,
-                status="active",
-            )
+            with checked("the target"):
+                after = TargetState(
+                    target_id=target,
+                    description=description,
+                    backend=made_of,
+                    verbs=tuple(verbs),
+                    requests=tuple(requests),
+                    max_ttl_s=max_ttl_s,
+                    keys=keys,
+                    status="active",
+                )
             details: dict[str, Any] = {}
             if entry is not None and (replacement := _replacement(entry.state, after)):
                 question = f"Replace target {target} so?"

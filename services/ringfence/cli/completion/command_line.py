@@ -18,14 +18,13 @@ _WORD_ENDS: Final = frozenset(" \t\n")
 _OPERATORS: Final = frozenset("|&;")
 
 FILE_METAVARS: Final = frozenset({"FILE", "[PATH]"})
-FOLDER_METAVARS: Final = frozenset({"DIR"})
-FOLDER_OPTIONS: Final = frozenset({"--state", "--folder"})
+FOLDER_METAVARS: Final = frozenset({"DIR", "FOLDER"})
 COMMAND_METAVARS: Final = frozenset({"[-- COMMAND...]"})
 """A program's own words: the shell completes file names there."""
 NOT_COMPLETED: Final = frozenset({
-    "CLAIM", "CODE", "DURATION", "HOST:PORT", "MOMENT", "NAME=VALUE", "NUMBER", "PARTY=PRINCIPAL", "PERCENT",
-    "PERMISSION", "PORT", "RESOURCE", "SECONDS", "SELECTOR", "TEXT", "THUMBPRINT", "URL", "UTC", "VERB", "VERB[=CLASS]",
-    "VERB[=FLOOR]", "WHEN",
+    "CLAIM", "CODE", "DAYS", "DURATION", "HOST:PORT", "HOURS", "MOMENT", "NAME=VALUE", "NUMBER", "PARTY=PRINCIPAL",
+    "PERCENT", "PERMISSION", "PORT", "RESOURCE", "SECONDS", "SELECTOR", "TEXT", "THUMBPRINT", "URL", "UTC", "VERB",
+    "VERB[=CLASS]", "VERB[=FLOOR]", "WHEN",
 })  # fmt: skip
 """Placeholders of what only the caller knows."""
 
@@ -174,7 +173,7 @@ def static_completion(
         given = typed.options.get(param.name, ()) if param.param_type_name == "option" else typed.arguments
         new = [word for word in fixed if word not in given or word == where.beginning]
         return Completion("words", _after(where, safe(map(Candidate, new), where.beginning)))
-    if metavar in FOLDER_METAVARS or param.opts[0] in FOLDER_OPTIONS:
+    if metavar in FOLDER_METAVARS:
         return FOLDERS
     if metavar in FILE_METAVARS or metavar in COMMAND_METAVARS:
         return FILES

@@ -51,7 +51,11 @@ def _validate_id(kind: Any, text: str | None) -> str | None:
     try:
         return None if text is None else TypeAdapter(kind).validate_python(text)
     except ValidationError as error:
-        raise typer.BadParameter(f"{text!r} {explain(error).removeprefix('it: ')}") from None
+        raise typer.BadParameter(f"{text!r} {_explained(error)}") from None
+
+
+def _explained(error: ValidationError) -> str:
+    return explain(error).removeprefix("it: ")
 
 
 # Notation of permissions on the command line.
@@ -72,7 +76,7 @@ def parse_permission(text: str) -> Permission:
         try:
             permission = Permission.model_validate_json(text)
         except ValidationError as error:
-            raise typer.BadParameter(f"{text!r}: {explain(error)}") from None
+            raise typer.BadParameter(f"{text!r}: {_explained(error)}") from None
     else:
         permission = _parse_short(text)
     try:
@@ -113,7 +117,7 @@ def _parse_short(text: str) -> Permission:
     try:
         return Permission(target=target, verbs=tuple(verbs.split(",")), resources=tuple(resources.split(",")))
     except ValidationError as error:
-        raise typer.BadParameter(f"{text!r}: {explain(error)}") from None
+        raise typer.BadParameter(f"{text!r}: {_explained(error)}") from None
 
 
 def _check_duplicate_names(data: str | bytes, what: str) -> None:
@@ -134,7 +138,7 @@ def _read_file(name: str) -> tuple[Permission, ...]:
     except OSError as error:
         raise typer.BadParameter(f"@{name}: {error.strerror}") from None
     except ValidationError as error:
-        raise typer.BadParameter(f"@{name}: not a JSON list of permissions: {explain(error)}") from None
+        raise typer.BadParameter(f"@{name}: not a JSON list of permissions: {_explained(error)}") from None
 
 
 def show_permission(permission: Permission) -> str:

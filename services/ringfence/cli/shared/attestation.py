@@ -44,8 +44,8 @@ SelectorOption = Annotated[
     typer.Option(
         "--selector",
         metavar="SELECTOR",
-        help="Which running instances may enrol a key: 'ISSUER CLAIM=PATTERN ... [key-bound] [life=1h]', "
-        "'runner=NAME [life=1h]' for runs of the agent, a JSON object, or @FILE with a JSON list. Repeatable.",
+        help="Which running instances may enrol a key: 'ISSUER CLAIM=PATTERN ...', or 'runner=NAME' for runs of the "
+        "agent, with key-bound and life=1h after it where wanted; a JSON object; or @FILE with a JSON list. Repeatable.",
     ),
 ]
 
@@ -142,7 +142,12 @@ def _fields(text: str, agent: str | None) -> Any:
         if word == "key-bound":
             fields["key_bound"] = True
         elif name == "life" and equals:
-            fields["max_life_s"] = duration_s(value)
+            try:
+                fields["max_life_s"] = duration_s(value)
+            except typer.BadParameter as error:
+                raise typer.BadParameter(
+                    f"{text!r}: life: {error.message}", param_hint="--selector"
+                ) from None
         elif name and equals:
             fields["claims"][name] = value
         else:

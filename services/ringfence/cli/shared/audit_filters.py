@@ -47,11 +47,19 @@ CodeFilter = Annotated[
 ]
 StatusFilter = Annotated[
     Literal["success", "failure", "other"] | None,
-    typer.Option("--status", help="Only what came to this; other is what was only asked for."),
+    typer.Option(
+        "--status",
+        metavar="STATUS",
+        help="Only what came to this: success, failure, or other, which is what was only asked for.",
+    ),
 ]
 SeverityFilter = Annotated[
     Literal["informational", "low", "medium", "high", "critical"] | None,
-    typer.Option("--severity", help="Only what is at least as severe."),
+    typer.Option(
+        "--severity",
+        metavar="SEVERITY",
+        help="Only what is at least as severe: informational, low, medium, high or critical.",
+    ),
 ]
 
 

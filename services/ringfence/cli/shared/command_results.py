@@ -27,8 +27,10 @@ async def refuse_unknown(
     """
     problems = await _unknown(administrator, scope, granted)
     if problems and not anyway:
+        said = "; ".join(problems)
         raise InvalidCallError(
-            f"{'; '.join(problems)}. Correct it, have an operator add it first (ringfence target add), or add --anyway"
+            f"{said}{'' if said.endswith('?') else '.'} Correct it, have an operator add it first "
+            "(ringfence target add), or add --anyway"
         )
     _warn(problems)
 

@@ -93,6 +93,10 @@ def only_one(kind: str, text: str, known: Mapping[str, str]) -> str:
         raise InvalidCallError(
             "\n".join([f"several {kind}s begin with {text!r}; name one of them:", *lines, *more])
         )
+    if is_whole(text):
+        raise InvalidCallError(
+            f"there is no {kind} {text} that you may see{'; ' + see if where else ', or it is over'}"
+        )
     near = did_you_mean(text, {id[: len(text)] for id in known}, cutoff=0.75)
     raise InvalidCallError(f"no {kind} that you may see begins with {text!r}{near}; {see}")
 

@@ -18,7 +18,7 @@ import typer
 from pydantic import ValidationError
 
 from ringfence.cli.shared import context
-from ringfence.cli.shared.arguments import SYNTAX, check_name
+from ringfence.cli.shared.arguments import check_name
 from ringfence.client.errors import InvalidCallError, NotAnsweredError
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import visible_lines
@@ -52,7 +52,8 @@ AllowOption = Annotated[
     typer.Option(
         "--allow",
         metavar="PERMISSION",
-        help=f"{SYNTAX}, a JSON object, or @FILE with a JSON list. Repeatable.",
+        help="TARGET:VERBS:RESOURCES, several with commas between; a JSON object; or @FILE with a JSON list. "
+        "Repeatable.",
     ),
 ]
 AddOption = Annotated[
@@ -110,9 +111,11 @@ NewKeyOption = Annotated[
     ),
 ]
 KeyDaysOption = Annotated[
-    int, typer.Option("--key-days", min=1, max=3650, help="How many days the key is valid.")
+    int, typer.Option("--key-days", metavar="DAYS", min=1, max=3650, help="How many days the key is valid.")
 ]
 
+_MAX_CREDENTIAL_S = 86_400
+"""The most that a field of type `TtlSeconds` holds."""
 _DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", re.ASCII)
 
 
@@ -156,6 +159,14 @@ def duration_s(text: str) -> int:
     if total < 1:
         raise typer.BadParameter(f"{text!r} is no time at all; write for example 15m")
     return total
+
+
+def credential_life_s(text: str) -> int:
+    """Parse how long a credential lives into seconds. Raises typer.BadParameter where none may live that long."""
+    life_s = duration_s(text)
+    if life_s > _MAX_CREDENTIAL_S:
+        raise typer.BadParameter(f"{text!r} is longer than any credential may live: 24h")
+    return life_s
 
 
 def consent_life_s(text: str) -> int:

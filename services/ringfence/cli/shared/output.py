@@ -39,6 +39,8 @@ marks, zero width, tags), and line separators.
 """
 _PIPE_WIDTH = 200
 """Columns if stdout is no terminal: lines that programs split should not be folded."""
+_AROUND_A_TITLE = 6
+"""Cells of a panel beside its title: two corners, two lines and two spaces."""
 _AROUND_A_VALUE = 6
 """Columns that a frame and the space beside a title take."""
 _FIELD_STYLES: Mapping[str, Callable[[str], str]] = {
@@ -165,9 +167,13 @@ def print_fields(fields: Mapping[str, str], *, title: str | None = None) -> None
     for name, value in fields.items():
         style = _FIELD_STYLES[name](value) if name in _FIELD_STYLES else ""
         grid.add_row(Text(visible(name)), Text("\n".join(wrapped(visible_lines(value), room)), style))
-    content: RenderableType = (
-        Panel.fit(grid, title=Text(visible(title)), title_align="left") if title else grid
-    )
+    name = visible(title or "")
+    if cell_len(name) + _AROUND_A_TITLE <= screen.width:
+        content: RenderableType = Panel.fit(grid, title=Text(name), title_align="left") if name else grid
+    else:
+        content = Panel.fit(grid)
+        for line in wrapped(name, screen.width):  # a panel would cut it without a mark
+            screen.print(Text(line, "heading"))
     screen.print(content)
 
 

@@ -81,7 +81,8 @@ async def read_record(api: ReadApi, kind: SubjectKind, id: str) -> Any:
         if error.status != 404:
             raise
         near = did_you_mean(id, [one["id"] for one in await api.records(kind)])
-        raise ApiError(f"{error.message}{near}", code=error.code, status=error.status) from None
+        unknown = ApiError(f"{error.message}{near}", code=error.code, status=error.status)
+        raise unknown.with_remedy(f"ringfence {kind} list") from None
 
 
 def print_record(

@@ -202,7 +202,7 @@ def _blocks(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: in
     for number, row in enumerate(cells):
         if number:
             yield Text("")
-        line = Text()
+        line, first = Text(), True
         for column, title, cell in zip(columns, titles, row, strict=True):
             if not cell:
                 continue
@@ -215,7 +215,8 @@ def _blocks(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: in
                 continue
             if line:
                 yield line
-            head = _padded(_GAP + title, depth) if line or alone else f"{title} "
+            head = f"{title} " if first and not alone else _padded(_GAP + title, depth)
+            first = False
             *before, rest = wrapped(cell, width - depth)
             line = Text().append(head, "aside")
             for part in before:

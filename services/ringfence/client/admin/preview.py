@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.text import did_you_mean
 from ringfence.messages.permission import Scope
-from ringfence.messages.registry import TargetState, TaskTerms
+from ringfence.messages.registry import AgentState, TargetState, TaskTerms
 from ringfence.model.records.directory import Directory
 from ringfence.model.scope.rule import Excess, are_in_force, effective, exceeding, limits_of
 from ringfence.model.scope.scope import validate_scope
@@ -36,8 +36,14 @@ def preview(
     validate_scope(terms.scope)
     agent, user = directory.agent(terms.agent_id), directory.user(on_behalf_of)
     if agent is None:
+        agents = [
+            str(entry.state.agent_id)
+            for entry in directory.entries("agent")
+            if isinstance(entry.state, AgentState)
+        ]
+        near = did_you_mean(terms.agent_id, agents)
         raise InvalidCallError(
-            f"there is no agent {terms.agent_id}; register it with: ringfence agent register"
+            f"there is no agent {terms.agent_id}{near}; register it with: ringfence agent register"
         )
     if user is None:
         raise InvalidCallError(

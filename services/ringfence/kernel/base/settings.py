@@ -234,6 +234,8 @@ def _not_json_message(cls: type[BaseSettings], error: UnreadableError) -> str:
 
 
 def _lines(cls: type[BaseSettings], error: ValidationError) -> list[str]:
+    from ringfence.kernel.base.validation_problems import problem_of
+
     prefix = cls.model_config.get("env_prefix") or ""
     lines = []
     for item in error.errors(include_url=False):
@@ -242,7 +244,7 @@ def _lines(cls: type[BaseSettings], error: ValidationError) -> list[str]:
             continue
         description = _description(cls, str(item["loc"][0]))
         name = f"{prefix}{item['loc'][0]}".upper() + "".join(f" ({part})" for part in item["loc"][1:])
-        message = item["msg"].removeprefix("Value error, ")
+        message = problem_of(item)
         lines.append(f"{name}: {message}" + (f". It is: {description}" if description else ""))
     return lines
 

@@ -18,6 +18,7 @@ _WORDS: Final[Mapping[str, str]] = {
     "int_from_float": "must be a whole number",
     "int_parsing": "must be a whole number",
     "int_type": "must be a whole number",
+    "json_invalid": "is not valid JSON: {error}",
     "less_than": "must be less than {lt}",
     "less_than_equal": "must be at most {le}",
     "literal_error": "must be {expected}",
@@ -44,7 +45,7 @@ def problem_of(item: Mapping[str, Any]) -> str:
         return "must not be empty" if least == 1 else f"must have at least {least} characters"
     if (words := _WORDS.get(item["type"])) is not None:
         return words.format_map(context)
-    return visible(item["msg"])
+    return visible(item["msg"].removeprefix("Value error, "))
 
 
 def explain(error: ValidationError) -> str:
