@@ -45,7 +45,8 @@ SelectorOption = Annotated[
         "--selector",
         metavar="SELECTOR",
         help="Which running instances may enrol a key: 'ISSUER CLAIM=PATTERN ...', or 'runner=NAME' for runs of the "
-        "agent, with key-bound and life=1h after it where wanted; a JSON object; or @FILE with a JSON list. Repeatable.",
+        "agent, with key-bound and life=1h after it where wanted; a JSON object; or @FILE with a JSON list. "
+        "Repeatable.",
     ),
 ]
 
