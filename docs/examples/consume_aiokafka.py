@@ -38,7 +38,7 @@ def handle(value: bytes) -> None:
     try:
         event = json.loads(value)
         code = event["metadata"]["event_code"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         print("not an audit event; passed over", file=sys.stderr)
         return
     if code.startswith("credential."):

