@@ -623,6 +623,13 @@ def test_a_run_of_something_else_is_none(place: Place, what: str) -> None:
     assert plain == ()
 
 
+def test_a_lease_by_another_key_than_the_runs_is_none(started: Place) -> None:
+    """Of an issuer that was taken over."""
+    lied = started.leased(key_thumbprint=SigningKey.generate(started.run.key.id).kid)
+    assert started.gateway(lied) == ["run_mismatch"]
+    assert started.revoker(lied) == "run_ended"
+
+
 def test_a_started_run_with_an_unknown_field_lets_nobody_act_and_an_end_is_one(place: Place) -> None:
     run = place.run
     lease = place.leased()
