@@ -278,6 +278,17 @@ async def test_what_names_something_that_is_not_there_is_refused_with_the_neares
         assert "no wildcard" in " ".join(said.replace("│", " ").split())
 
 
+async def test_a_mistyped_subject_of_a_command_is_told_what_is_close(shell: Shell) -> None:
+    await organisation(shell)
+    said = await shell("olga", "agent", "suspend", "bto", "--reason", "lunch", status=1)
+    assert "there is no agent bto; did you mean bot?" in " ".join(said.split())
+    said = await shell("olga", "user", "disable", "mraia", "--reason", "left", status=1)
+    assert "there is no user mraia; did you mean maria?" in " ".join(said.split())
+    assert "did you mean" not in await shell(
+        "olga", "agent", "suspend", "zzzzzz", "--reason", "lunch", status=1
+    )
+
+
 # --- transfers --------------------------------------------------------------------------------------------------------
 
 

@@ -173,10 +173,13 @@ def set_ceiling(
         )
 
     async def work() -> tuple[Accepted, dict[str, Any]]:
+        from ringfence.client.admin.unknown_subjects import unknown_subject
+
         async with connect.administrator(identity(me)) as administrator:
-            entry = (await administrator.directory()).agent(agent)
+            directory = await administrator.directory()
+            entry = directory.agent(agent)
             if entry is None:
-                raise InvalidCallError(f"there is no agent {agent}; see: ringfence agent list")
+                raise unknown_subject(directory, "agent", agent)
             former = entry.state.ceiling
             await refuse_unknown(administrator, options.permissions, anyway, former)
             ceiling = options.applied(former)

@@ -141,10 +141,14 @@ def change(
     touched = bool(name or source or keys or refresh or take_over or options) or roles is not None
 
     async def work() -> tuple[Accepted, dict[str, Any]]:
+        from ringfence.client.admin.unknown_subjects import unknown_subject
+
         async with connect.administrator(identity(me)) as administrator:
-            entry = (await administrator.directory()).user(user)
+            directory = await administrator.directory()
+            entry = directory.user(user)
             if entry is None:
-                raise InvalidCallError(f"there is no user {user}; add them with: ringfence user add {user}")
+                remedy = f"add them with: ringfence user add {user}"
+                raise unknown_subject(directory, "user", user, remedy)
             state = entry.state
             if state.status == "active" and not touched:
                 raise InvalidCallError(f"nothing of {user} would change: name what, or --refresh")
@@ -184,10 +188,12 @@ def disable(
     from ringfence.client.admin.affected_leases import Loss
 
     async def work() -> tuple[Accepted, dict[str, Any]]:
+        from ringfence.client.admin.unknown_subjects import unknown_subject
+
         async with connect.administrator(identity(me)) as administrator:
             directory = await administrator.directory()
             if directory.user(user) is None:
-                raise InvalidCallError(f"there is no user {user}; see: ringfence user list")
+                raise unknown_subject(directory, "user", user)
             replacement = Replacement(f"user {user}", losses=[Loss(user=user), Loss(sponsor=user)])
             orphans = _agents_of(directory, user)
             replacement.lines["agents that become orphans"] = ", ".join(orphans) or "none"

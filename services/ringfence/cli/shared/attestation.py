@@ -23,7 +23,6 @@ from ringfence.cli.shared.options import (
     run,
     wants_json,
 )
-from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.settings import BusSettings, load
 from ringfence.kernel.base.strict_json import once
 from ringfence.kernel.base.validation_problems import explain
@@ -71,10 +70,13 @@ def set_attestation(
     selectors = parse_selectors(selector, agent)
 
     async def work() -> tuple[Accepted, dict[str, Any]]:
+        from ringfence.client.admin.unknown_subjects import unknown_subject
+
         async with connect.administrator(identity(me)) as administrator:
-            entry = (await administrator.directory()).agent(agent)
+            directory = await administrator.directory()
+            entry = directory.agent(agent)
             if entry is None:
-                raise InvalidCallError(f"there is no agent {agent}; see: ringfence agent list")
+                raise unknown_subject(directory, "agent", agent)
             details: dict[str, Any] = {}
             kept_ids = {selector_id(one) for one in selectors}
             if gone := {selector_id(one) for one in entry.state.attestation} - kept_ids:

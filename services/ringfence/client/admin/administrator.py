@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from ringfence.client.admin.command_client import COMMAND_LIFE_S, UNKNOWN_OUTCOME, Accepted, CommandClient
 from ringfence.client.admin.preview import Preview, preview, unknown_names
 from ringfence.client.admin.target_backends import backend_problem
+from ringfence.client.admin.unknown_subjects import similar_id, unknown_subject
 from ringfence.client.arguments import instances, permissions, roles_of, texts
 from ringfence.client.connection import Connection, subject
-from ringfence.client.errors import IdentityError, InvalidCallError, checked, require_understood
+from ringfence.client.errors import IdentityError, InvalidCallError, RefusedError, checked, require_understood
+from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
 from ringfence.kernel.crypto.jws import sign
@@ -49,6 +52,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST
 from ringfence.model.http_targets.request_map import RequestMap
+from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.scope.scope import validate_scope
 
 KEY_LIFE_S = 365 * 24 * 3600
@@ -61,6 +65,10 @@ def _by_root(connection: Connection) -> bool:
     return connection.key.id == connection.trust.root_id
 
 
+_UNKNOWN_SUBJECTS: Final[Mapping[str, SubjectKind]] = {
+    "unknown_agent": "agent", "unknown_target": "target", "unknown_user": "user",
+}  # fmt: skip
+"""By the registry's code: the kind of subject that it does not know, and that has an id which people spell."""
 _REVOCATION_TIMEOUT_HINT = (
     "The order stands on Kafka and does not expire: what it covers is refused as soon as a revoker and the gateways "
     "have read it. The answer comes when all of that has ended, and very many leases take longer "
@@ -261,9 +269,10 @@ class Administrator(CommandClient):
         Raises InvalidCallError where there is no such agent.
         """
         user = self._user_id("the root answers for no agents")
-        entry = (await self.connection.current_directory()).agent(agent_id)
+        directory = await self.connection.current_directory()
+        entry = directory.agent(agent_id)
         if entry is None:
-            raise InvalidCallError(f"there is no agent {agent_id}")
+            raise unknown_subject(directory, "agent", agent_id)
         if entry.state.sponsor == user:
             raise InvalidCallError(f"{user} is the sponsor of {agent_id} already")
         with checked("the consent"):
@@ -506,9 +515,26 @@ class Administrator(CommandClient):
         return tuple(_record(key, end) for key in given)
 
     async def _command(self, command: ExpiringClaims, subject_id: str) -> Accepted:
-        return await self._outcomes.send(
-            REGISTRY_COMMAND, subject_id, command, by="registry", timeout_s=self.timeout_s
-        )
+        try:
+            return await self._outcomes.send(
+                REGISTRY_COMMAND, subject_id, command, by="registry", timeout_s=self.timeout_s
+            )
+        except RefusedError as error:
+            raise await self._with_suggestion(error, command) from None
+
+    async def _with_suggestion(self, error: RefusedError, command: ExpiringClaims) -> RefusedError:
+        """Return the refusal of a command about an unknown subject, with the closest id that there is."""
+        kind = _UNKNOWN_SUBJECTS.get(error.code)
+        id = getattr(command, f"{kind}_id", None)
+        if kind is None or not isinstance(id, str):
+            return error
+        try:
+            near = similar_id(await self.connection.directory(), kind, id)
+        except RingfenceError:
+            return error  # the refusal says what matters
+        first, *others = error.reasons
+        first = first.model_copy(update={"message": first.message + near})
+        return RefusedError(error.command, (first, *others), error.by)
 
     def _user_id(self, remedy: str) -> str:
         if self.is_root:

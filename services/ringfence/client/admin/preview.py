@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ringfence.client.errors import InvalidCallError
+from ringfence.client.admin.unknown_subjects import unknown_subject
 from ringfence.kernel.base.text import did_you_mean
 from ringfence.messages.permission import Scope
-from ringfence.messages.registry import AgentState, TargetState, TaskTerms
+from ringfence.messages.registry import TargetState, TaskTerms
 from ringfence.model.records.directory import Directory
 from ringfence.model.scope.rule import Excess, are_in_force, effective, exceeding, limits_of
 from ringfence.model.scope.scope import validate_scope
@@ -36,19 +36,11 @@ def preview(
     validate_scope(terms.scope)
     agent, user = directory.agent(terms.agent_id), directory.user(on_behalf_of)
     if agent is None:
-        agents = [
-            str(entry.state.agent_id)
-            for entry in directory.entries("agent")
-            if isinstance(entry.state, AgentState)
-        ]
-        near = did_you_mean(terms.agent_id, agents)
-        raise InvalidCallError(
-            f"there is no agent {terms.agent_id}{near}; register it with: ringfence agent register"
-        )
+        remedy = "register it with: ringfence agent register"
+        raise unknown_subject(directory, "agent", terms.agent_id, remedy)
     if user is None:
-        raise InvalidCallError(
-            f"there is no user {on_behalf_of}; an operator adds one with: ringfence user add"
-        )
+        remedy = "an operator adds one with: ringfence user add"
+        raise unknown_subject(directory, "user", on_behalf_of, remedy)
     entitlements = user.state.entitlements
     in_force = are_in_force(entitlements, now_s, entitlements_max_age_s)
     warnings = []
