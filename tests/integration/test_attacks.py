@@ -42,6 +42,8 @@ from ringfence.messages.topics import (
     LEASE,
     REGISTRY_COMMAND,
     REVOCATION_REQUEST,
+    RUN,
+    RUN_ORDER,
     SERVICE_EVENT,
     SIGNAL_STREAM,
     TARGET,
@@ -636,11 +638,13 @@ GARBAGE = [
 EVERYWHERE = [
     REGISTRY_COMMAND, USER, AGENT, TARGET, TASK, CREDENTIAL_REQUEST, CREDENTIAL_DECISION, APPROVAL_REQUEST,
     APPROVAL_RESPONSE, LEASE, REVOCATION_REQUEST, SERVICE_EVENT, DEAD_LETTER, TRUST, HEARTBEAT, SIGNAL_STREAM,
-    AUDIT, AUDIT_CHECKPOINT,
+    AUDIT, AUDIT_CHECKPOINT, RUN, RUN_ORDER,
 ]  # fmt: skip
 FOLLOWED = {HEARTBEAT, SIGNAL_STREAM, AUDIT, AUDIT_CHECKPOINT}
 """Nothing on these becomes an event; what is invalid there goes to the dead letters, by audit."""
-CONSUMED = {REGISTRY_COMMAND, CREDENTIAL_REQUEST, CREDENTIAL_DECISION, APPROVAL_RESPONSE, REVOCATION_REQUEST}
+CONSUMED = {
+    REGISTRY_COMMAND, CREDENTIAL_REQUEST, CREDENTIAL_DECISION, APPROVAL_RESPONSE, REVOCATION_REQUEST, RUN,
+}  # fmt: skip
 BURIED = CONSUMED | DEAD_LETTERED_HERE | FOLLOWED
 """What is invalid there goes to the dead letters, whatever it is; of records all but tombstones do."""
 
@@ -668,8 +672,9 @@ def garbage_story(topic: Topic[Any]) -> str:
     told = [forged(code) for code in codes] if topic in AUDITED else []
     if topic is TRUST:
         told[0], buried_codes[0] = forged("tombstone"), "tombstone"
-    if topic is LEASE:
+    if topic in (LEASE, RUN):
         del buried_codes[0]
+    if topic is LEASE:
         told[0] = "3003 Forget: Success/Observed lease.forgotten by nobody known\n"
     if topic is DEAD_LETTER:
         told[2] = forged("claims_invalid")  # JSON belongs there, and no such
@@ -682,7 +687,7 @@ async def test_garbage_on_any_topic_stops_nobody(realm: RunningStack, topic: Top
         async with realm_leaves(realm, seen, garbage_story(topic)) as about:
             about += [await put(publisher, topic, realm.agent, garbage) for garbage in GARBAGE]
             if topic in BURIED:
-                for where in about[1:] if topic is LEASE else about:
+                for where in about[1:] if topic in (LEASE, RUN) else about:
                     letter = await buried(seen, where)
                     assert letter["code"]
                     assert letter["reason"]

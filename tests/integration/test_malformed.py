@@ -30,6 +30,7 @@ from ringfence.messages.topics import (
     LEASE,
     REGISTRY_COMMAND,
     REVOCATION_REQUEST,
+    RUN,
     TRUST,
 )
 from tests.integration.test_attacks import (
@@ -101,7 +102,7 @@ def headless_story(topic: Topic[Any], told: list[tuple[bytes | None, bytes | Non
         lines = [forged(unread)] if topic in TOLD else []
         if value is None and topic is LEASE:
             lines = ["3003 Forget: Success/Observed lease.forgotten by nobody known\n"]
-        forgets = value is None and topic in RECORDS | {LEASE}
+        forgets = value is None and topic in RECORDS | {LEASE, RUN}
         if topic in BURIED | RECORDS | {AUDIT_INTAKE} and not forgets:
             lines.append(audit_stories.buried(unread))
         if topic in RECORDS:
@@ -126,10 +127,11 @@ async def test_records_without_value_key_or_sound_headers_stop_nobody(
         story = headless_story(topic, told)
         async with realm_leaves(realm, seen, story) as places:
             for value, key in told:
-                places += [await throw(raw, realm, topic, value, key, headers) for headers in HEADERS]
-            if topic in CONSUMED | FOLLOWED:
-                for where in places:
-                    assert (await buried(seen, where))["code"]
+                thrown = [await throw(raw, realm, topic, value, key, headers) for headers in HEADERS]
+                places += thrown
+                if topic in CONSUMED | FOLLOWED and not (topic is RUN and value is None):
+                    for where in thrown:
+                        assert (await buried(seen, where))["code"]
         await realm.read(agent)
         assert realm.stack.ended() is None
         realm.stack.wait_ready()
