@@ -342,6 +342,8 @@ def test_what_is_not_there_is_left_out_of_the_input():
         enrolment.instance_id,
         enrolment.key.not_after,
     )
+    of_no_run = enrolment.model_copy(update={"run": None})
+    assert "run" not in built(replace(given, instance=of_no_run))["request"]["instance"]
     step = DelegationStep(entry(AgentRecord, agent_id="above"), given.sponsor, entry(TaskRecord), "kid")
     (written,) = built(replace(given, delegations=(step,)))["delegations"]
     assert written["agent"]["agent_id"] == "above"

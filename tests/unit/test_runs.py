@@ -623,6 +623,14 @@ def test_a_run_of_something_else_is_none(place: Place, what: str) -> None:
     assert plain == ()
 
 
+def test_another_key_than_the_one_that_its_run_began_with_asks_for_nothing(place: Place) -> None:
+    """Its runner enrolled two keys for one run."""
+    place.run.go("claimed")
+    other = SigningKey.generate(place.run.key.id).kid
+    place.runners.tell(place.run.said("started", key_thumbprint=other))
+    assert place.policy(place.request()) == ["run_mismatch"]
+
+
 def test_a_lease_by_another_key_than_the_runs_is_none(started: Place) -> None:
     """Of an issuer that was taken over."""
     lied = started.leased(key_thumbprint=SigningKey.generate(started.run.key.id).kid)

@@ -384,6 +384,23 @@ def test_a_bundle_in_force_is_required_in_its_time(store: TrustStore) -> None:
     assert caught.value.code == "trust_expired"
 
 
+def test_the_signing_keys_of_a_service_are_those_of_its_time(
+    store: TrustStore, roots: list[SigningKey]
+) -> None:
+    assert store.service_keys(GATEWAY.id, "gateway", NOW_S) == (GATEWAY.record(NOW_S + 500),)
+    assert store.service_keys(GATEWAY.id, "gateway", NOW_S + 500) == ()
+    assert store.service_keys(GATEWAY.id, "issuer", NOW_S) == ()
+    assert store.service_keys("spiffe://elsewhere/x", "gateway", NOW_S) == ()
+    assert store.service_keys(ISSUER.id, "issuer", END_S - 1) != ()
+    assert store.service_keys(ISSUER.id, "issuer", END_S) == (), "no key outlives the bundle"
+    later = ServiceIdentity(id=ISSUER.id, roles=("issuer",), keys=(ISSUER.record(END_S, NOW_S + 10),))
+    coming = TrustStore(TD, roots[0].kid)
+    assert coming.service_keys(ISSUER.id, "issuer", NOW_S) == (), "there is no bundle yet"
+    coming.load(bundle(1, roots[0], services=(later,), exp=END_S), NOW_S)
+    assert coming.service_keys(ISSUER.id, "issuer", NOW_S + 9) == ()
+    assert coming.service_keys(ISSUER.id, "issuer", NOW_S + 10) == later.keys
+
+
 def test_keys_to_seal_to_end_with_the_bundle(roots: list[SigningKey]) -> None:
     record = EncryptionKey.generate(GATEWAY.id).record(END_S + 10**6)
     services = (

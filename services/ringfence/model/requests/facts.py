@@ -244,7 +244,7 @@ def violations(facts: RequestContext, now_s: float, entitlements_max_age_s: int)
 
 def _of_run(facts: RequestContext, now_s: float) -> tuple[Reason, ...]:
     """Violations by the instance of a run: outside its task, or once the run is over."""
-    if facts.instance is None or facts.instance.run is None:
+    if facts.instance is None:
         return ()
     return run_violations(
         ref_of(facts.instance), facts.run, agent_id=facts.agent.state.agent_id,
