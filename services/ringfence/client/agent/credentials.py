@@ -134,8 +134,8 @@ class IssuedCredential:
         from ringfence.client.agent.httpx_auth import BearerAuth, DpopAuth, WhileUsable
 
         if self.token_type == "DPoP":  # noqa: S105 - RFC 9449
-            return WhileUsable(self, DpopAuth(self.value, self._bound_to(), clock=self.clock))
-        return WhileUsable(self, BearerAuth(self.value))
+            return WhileUsable(self.usable, DpopAuth(self.value, self._bound_to(), clock=self.clock))
+        return WhileUsable(self.usable, BearerAuth(self.value))
 
     def _bound_to(self) -> SigningKey:
         if self.key is None:
@@ -252,7 +252,7 @@ class GatewayCredential(IssuedCredential):
         """For httpx, with the gateway's URL: sends the handle with a DPoP proof by the agent's key."""
         from ringfence.client.agent.httpx_auth import DpopAuth, WhileUsable
 
-        return WhileUsable(self, DpopAuth(self.handle, self._bound_to(), clock=self.clock))
+        return WhileUsable(self.usable, DpopAuth(self.handle, self._bound_to(), clock=self.clock))
 
 
 CLASSES: Mapping[str, type[IssuedCredential]] = {

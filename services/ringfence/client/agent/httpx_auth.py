@@ -5,17 +5,13 @@ Apart from `dpop`, so that a resource server that checks proofs does not load ht
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator
 
 import httpx
 
 from ringfence.client.agent.dpop import NONCE_HEADER, proof
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.crypto.keys import SigningKey
-
-if TYPE_CHECKING:
-    from ringfence.client.agent.credentials import IssuedCredential
 
 
 class DpopAuth(httpx.Auth):
@@ -65,16 +61,18 @@ class BearerAuth(httpx.Auth):
 
 
 def wants_nonce(response: httpx.Response) -> bool:
+    """Return whether a server refused a proof only because it lacks a nonce (RFC 9449, 9)."""
     return 'error="use_dpop_nonce"' in response.headers.get("WWW-Authenticate", "")
 
 
 class WhileUsable(httpx.Auth):
     """An httpx.Auth that refuses to send a credential once it was wiped or has expired."""
 
-    def __init__(self, credential: IssuedCredential, auth: httpx.Auth) -> None:
-        self._credential, self._auth = credential, auth
+    def __init__(self, check_usable: Callable[[], object], auth: httpx.Auth) -> None:
+        """`check_usable` is called before each request. It raises CredentialOverError once nothing may be sent."""
+        self._check_usable, self._auth = check_usable, auth
         self.requires_request_body = auth.requires_request_body
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        self._credential.usable()
+        self._check_usable()
         yield from self._auth.auth_flow(request)
