@@ -1,4 +1,4 @@
-"""What `ringfence dev` prints once everything runs: what was made, and commands that work as they are printed.
+"""The summary that `ringfence dev` prints once everything runs: seeded records, and commands that work as printed.
 
 Everything fits 80 columns, except where a path is long.
 """

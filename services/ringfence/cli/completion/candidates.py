@@ -20,10 +20,10 @@ MAX_CANDIDATES: Final = 500
 """More are no help at a prompt, and a terminal asks before it shows them."""
 _SAFE_VALUE = re.compile(r"-{0,2}[A-Za-z0-9][A-Za-z0-9_:./-]{0,127}", re.ASCII)
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
-"""What is no option either: an id that begins like one would change what the command does."""
+"""An id that is no option either: one that began with `-` would change what the command does."""
 
 Kind = Literal["words", "files", "folders"]
-"""What completes a word: the candidates, or the shell's own completion of files or folders."""
+"""The completion of a word: the candidates, or the shell's own completion of files or folders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What may stand in the place of the last word."""
+    """The candidates for the last word, or that the shell completes files or folders there."""
 
     kind: Kind
     candidates: tuple[Candidate, ...] = ()

@@ -31,7 +31,7 @@ NOT_COMPLETED: Final = frozenset({
 
 @dataclass(slots=True)
 class Typed:
-    """What stands before the word that is completed."""
+    """The words before the one that is completed."""
 
     command: Any
     path: tuple[str, ...] = ()
