@@ -12,6 +12,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 from aiokafka.protocol.admin import CreateAclsRequest
 from aiokafka.protocol.api import Request, RequestStruct, Response
+from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.types import Array, Boolean, Int8, Int16, Int32, Schema, String
 
 from ringfence.kernel.base.errors import RingfenceError
@@ -105,7 +106,7 @@ class TopicsAdmin:
         await self._client.close()
 
     async def apply(self, *, keep_bytes: int | None = None) -> list[str]:
-        """Create every topic that is not there. Returns the names of those created, once a broker shows all topics.
+        """Create every topic that is not there. Returns the names of those created, once every broker shows all topics.
         Raises TopicError.
 
         `keep_bytes` bounds each partition of what is not compacted as well: for a broker that has all in memory.
@@ -136,10 +137,18 @@ class TopicsAdmin:
         names = {topic.name(self._settings.topic_prefix) for topic in wanted}
 
         async def missing() -> set[str]:
-            return names - set(await self._client.list_topics())
+            # Each broker hears of topics by itself, and the next request may go to any of them.
+            brokers = (await self._client.describe_cluster())["brokers"]
+            shown = [await self._shown_by(one["node_id"]) for one in brokers]
+            return {name for name in names if not all(name in those for those in shown)}
 
         await _until_none(missing)
         return created
+
+    async def _shown_by(self, node_id: int) -> set[str]:
+        """The names of the topics that one broker shows."""
+        answer = await self._client._send_request_to_node(node_id, MetadataRequest(None))
+        return {one["topic"] for one in answer.to_object()["topics"]}
 
     async def set_right(self) -> tuple[list[TopicDifference], list[TopicDifference]]:
         """Set what `apply` sets at creation on topics that are there. Returns what was set, and what was left:
