@@ -25,7 +25,9 @@ WITHIN_S = 90
 
 
 def check(folder: Path, stage: str, *, settings: str = SETTINGS, code: str = CODE) -> tuple[int, str, str]:
-    """Exit status, output and summary of a check that has this one stage; `make it` runs the tests."""
+    """Exit status, output, and what stands from the summary on, of a check that has this one stage; `make it` runs the
+    tests.
+    """
     (folder / "pytest.ini").write_text(settings)
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_it.py").write_text(code)
@@ -49,6 +51,8 @@ def check(folder: Path, stage: str, *, settings: str = SETTINGS, code: str = COD
 def test_a_test_that_its_limit_ended_is_named(tmp_path: Path) -> None:
     status, said, summary = check(tmp_path, 'suite 60s "the tests" it')
     assert status == 1, said
+    summary, failed, end = summary.partition("\n=== The end of: the tests, again what failed\n")
+    assert failed and "FAILED test_it.py::test_hangs" in end, said
     first, hung, again, hung_again = summary.splitlines()
     assert re.fullmatch(r"unsteady +the tests \(exit 2, \d+ s\): test_it\.py::test_hangs", first)
     assert again.startswith("FAILED  the tests, again what failed (exit 2")
@@ -64,7 +68,7 @@ def test_a_test_that_ran_when_its_stage_was_stopped_is_named(tmp_path: Path) -> 
     stopped = f"tests_of 600s 'the tests' bash -c '{make_it}'"
     status, said, summary = check(tmp_path, stopped, settings=patient, code=code)
     assert status == 1, said
-    first, running = summary.splitlines()
+    first, running = summary.partition("\n=== The end of: the tests")[0].splitlines()
     assert first.startswith("FAILED  the tests (exit 1"), said
     assert re.fullmatch(r" +stopped after \d+ s: test_it\.py::test_hangs", running), said
 
