@@ -124,32 +124,50 @@ class Attested:
         return key
 
     async def _request_enrolment(self, key: SigningKey, token: str) -> str:
-        import httpx
-
         now_s = self._clock.now_ms() // 1000
-        claims = InstanceEnrol(
-            iss=self.id, aud=self._settings.trust_domain, iat=now_s, exp=now_s + _LIFE_S, jti=str(uuid.uuid4()),
-            key=key.public, token=token,
-        )  # fmt: skip
-        body, url = sign(claims, key), self._settings.registry_url.rstrip("/") + "/v1/enrol"
-        answer, failed = None, ""
-        async with web_client(timeout_s=_TIMEOUT_S) as http:
-            for tries_left in reversed(range(_TRIES)):
-                try:
-                    answer = await http.post(url, content=body, headers={"Content-Type": "application/jose"})
-                except (httpx.HTTPError, httpx.InvalidURL) as error:
-                    failed = type(error).__name__
-                else:
-                    failed = ""
-                if not failed and answer is not None and answer.status_code != 503:
-                    return _enrolment(answer)
-                if tries_left:  # of several registry replicas one is active
-                    await asyncio.sleep(_PAUSE_S)
-        cause = failed or (_error_text(answer) if answer is not None else "")
-        raise UnavailableError(
-            f"the registry at {self._settings.registry_url} enrols nobody now ({cause}); is it running? Its address is "
-            "RINGFENCE_REGISTRY_URL"
+        return await post_enrolment(
+            self._settings, enrolment_request(key, token, self._settings.trust_domain, now_s)
         )
+
+
+def enrolment_request(key: SigningKey, token: str, trust_domain: str, now_s: int) -> str:
+    """Sign the `instance.enrol` that asks a registry to enrol `key`, whose `id` is the agent's SPIFFE ID.
+
+    `token`: the platform's identity token. `now_s`: the present, in seconds.
+    """
+    claims = InstanceEnrol(
+        iss=key.id, aud=trust_domain, iat=now_s, exp=now_s + _LIFE_S, jti=str(uuid.uuid4()), key=key.public,
+        token=token,
+    )  # fmt: skip
+    return sign(claims, key)
+
+
+async def post_enrolment(settings: ClientSettings, request: str) -> str:
+    """Post an `instance.enrol` to the registry. Returns its signed `instance.enrolment`, not verified.
+
+    Raises EnrolmentRefusedError, and UnavailableError if no registry answers.
+    """
+    import httpx
+
+    url = settings.registry_url.rstrip("/") + "/v1/enrol"
+    answer, failed = None, ""
+    async with web_client(timeout_s=_TIMEOUT_S) as http:
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                answer = await http.post(url, content=request, headers={"Content-Type": "application/jose"})
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                failed = type(error).__name__
+            else:
+                failed = ""
+            if not failed and answer is not None and answer.status_code != 503:
+                return _enrolment(answer)
+            if tries_left:  # of several registry replicas one is active
+                await asyncio.sleep(_PAUSE_S)
+    cause = failed or (_error_text(answer) if answer is not None else "")
+    raise UnavailableError(
+        f"the registry at {settings.registry_url} enrols nobody now ({cause}); is it running? Its address is "
+        "RINGFENCE_REGISTRY_URL"
+    )
 
 
 def _enrolment(answer: httpx.Response) -> str:
