@@ -102,6 +102,14 @@ def conditional_rules() -> list[ConditionalRule]:
     return rules
 
 
+def policy_text() -> str:
+    """Return the whole policy as text, the same for the same policy: its digest stands in the record of each run."""
+    rules = sorted(
+        f"{rule.syscall} {rule.index} {rule.mask} {rule.value} {rule.error}" for rule in conditional_rules()
+    )
+    return "\n".join((" ".join(sorted(ALLOWED)), " ".join(sorted(REFUSED)), *rules))
+
+
 def _only(syscall: str, index: int, values: tuple[int, ...]) -> list[ConditionalRule]:
     allowed = [ConditionalRule(syscall, index, _WORD, value, None) for value in values]
     return allowed + [

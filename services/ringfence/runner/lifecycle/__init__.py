@@ -1,0 +1,1 @@
+"""One run of an agent's command, from its claim on Kafka to the destruction of its sandbox."""

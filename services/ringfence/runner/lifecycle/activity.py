@@ -1,0 +1,138 @@
+"""What a run was given, and what was denied: followed on Kafka from the run's start, for its report."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from ringfence.client.connection import Connection
+from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.crypto.jws import parse, verify
+from ringfence.kernel.kafka.record import Received
+from ringfence.messages.credential import CredentialDecision, CredentialRequest, DecidedTerms
+from ringfence.messages.lease import TERMINAL, Lease
+from ringfence.messages.operations import ActionDecided
+from ringfence.messages.topics import ACTION, CREDENTIAL_DECISION, LEASE
+
+_MAX_LEASES = 10_000
+_MAX_DENIALS = 1000
+_LOOK_EVERY_S = 0.05
+
+
+class RunActivity:
+    """The leases, denials and blocked actions of one run, as far as this runner may read the topics."""
+
+    def __init__(self, connection: Connection, run_id: str, agent_id: str, task_id: str) -> None:
+        self._connection = connection
+        self._run_id = run_id
+        self._agent_id = agent_id
+        self._task_id = task_id
+        self._key_thumbprint = ""
+        self._leases: BoundedDict[str, Lease] = BoundedDict(_MAX_LEASES)
+        self._denials: BoundedDict[str, dict[str, Any]] = BoundedDict(_MAX_DENIALS)
+        self.problem: str | None = None
+        """Why the report does not know; None if it does."""
+
+    async def follow(self) -> None:
+        """Start to read. A topic that cannot be read is said in `problem`: the run goes on without."""
+        try:
+            await self._connection.follow(
+                [LEASE, CREDENTIAL_DECISION, ACTION], self._on_records, since_ms=None
+            )
+        except UnavailableError as error:
+            self.problem = str(error)
+
+    def started(self, key_thumbprint: str) -> None:
+        """The run's key is known from now on: its requests are told by it."""
+        self._key_thumbprint = key_thumbprint
+
+    async def leases_ended(self, within_s: float) -> tuple[str, ...]:
+        """Wait until every lease of the run has ended. Returns the ids of those that have not."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + within_s
+        while (live := self._live()) and loop.time() < until:
+            await asyncio.sleep(_LOOK_EVERY_S)
+        return live
+
+    def allowed(self) -> list[dict[str, Any]]:
+        """The leases, oldest first, as JSON values."""
+        return [
+            {
+                "lease_id": lease.lease_id,
+                "target_id": lease.target_id,
+                "scope": [permission.model_dump(mode="json") for permission in lease.scope],
+                "delivery": lease.delivery,
+                "status": lease.status,
+                "ended_by": lease.cause.kind if lease.cause is not None else None,
+            }
+            for lease in sorted(self._leases.values(), key=lambda lease: lease.requested_at_ms)
+        ]
+
+    def denied(self) -> list[dict[str, Any]]:
+        """The denied requests and blocked actions, oldest first, as JSON values."""
+        return sorted(self._denials.values(), key=lambda one: int(one["at_ms"]))
+
+    def _live(self) -> tuple[str, ...]:
+        return tuple(lease.lease_id for lease in self._leases.values() if lease.status not in TERMINAL)
+
+    def _on_records(self, records: Sequence[Received]) -> None:
+        for record in records:
+            if not record.value:
+                continue
+            try:
+                if record.topic is LEASE:
+                    self._on_lease(record)
+                elif record.topic is ACTION:
+                    self._on_action(record)
+                else:
+                    self._on_decision(record)
+            except (InvalidMessageError, ValidationError, ValueError):
+                continue  # nobody's word, or of another message of the topic
+
+    def _on_lease(self, record: Received) -> None:
+        find = self._connection.trust.finder(*Lease.signed_by, at_s=record.appended_at_ms / 1000)
+        lease = verify(
+            parse(record.value), Lease, find, audience=self._connection.settings.trust_domain
+        ).claims
+        run = lease.instance.run if lease.instance is not None else None
+        if run is None or run.run_id != self._run_id:
+            return
+        known = self._leases.get(lease.lease_id)
+        if known is None or lease.seq > known.seq:
+            self._leases[lease.lease_id] = lease
+
+    def _on_decision(self, record: Received) -> None:
+        domain = self._connection.settings.trust_domain
+        find = self._connection.trust.finder(
+            *CredentialDecision.signed_by, at_s=record.appended_at_ms / 1000
+        )
+        decision = verify(parse(record.value), DecidedTerms, find, audience=domain).claims
+        request = parse(decision.request)
+        if decision.outcome != "denied" or request.header.kid != self._key_thumbprint:
+            return
+        asked = request.unverified_claims(CredentialRequest)
+        self._denials[decision.request_id] = {
+            "at_ms": record.appended_at_ms,
+            "what": "credential",
+            "scope": [permission.model_dump(mode="json") for permission in asked.scope],
+            "reasons": [reason.model_dump(mode="json") for reason in decision.reasons],
+        }
+
+    def _on_action(self, record: Received) -> None:
+        if b'"allowed":false' not in bytes(record.value).replace(b" ", b""):
+            return
+        action = ActionDecided.model_validate(json.loads(record.value))
+        own = action.lease_id in self._leases if action.lease_id is not None else True
+        if not own or (action.agent_id, action.task_id) != (self._agent_id, self._task_id):
+            return
+        told = action.model_dump(
+            mode="json",
+            include={"target_id", "verb", "resource", "method", "destination", "reasons", "count"},
+            exclude_none=True,
+        )
+        self._denials[action.action_id] = {"at_ms": action.at_ms, "what": "action", **told}

@@ -1,0 +1,111 @@
+"""The run's way out: a unix socket in the run's private folder, relayed byte by byte to the gateway's `RUN-ID.sock`.
+
+The sandbox mounts this socket when it starts. The gateway opens its own only once the run has started, so that there
+would be nothing to mount yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+from ringfence.kernel.base.errors import RingfenceError
+
+_CHUNK = 64 * 1024
+_LOOK_EVERY_S = 0.05
+_MAX_CONNECTIONS = 256
+"""Of one run at once. A further one is closed: the gateway has limits of its own."""
+
+
+class GatewaySocketError(RingfenceError):
+    """Raised when no gateway of this machine opens the socket of a run."""
+
+    code = "gateway_socket_missing"
+
+
+class GatewayRelay:
+    """Relays connections at `path` to `gateway_socket`."""
+
+    def __init__(self, path: Path, gateway_socket: Path) -> None:
+        self.path = path
+        self._gateway_socket = gateway_socket
+        self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[None]] = set()
+        self.relayed = 0
+        """Connections that reached the gateway."""
+
+    async def listen(self) -> None:
+        """Open the socket. Raises GatewaySocketError if its path is too long or cannot be made."""
+        try:
+            self._server = await asyncio.start_unix_server(self._accept, self.path)
+            # Inside, the command may have another uid. The folder is private, so that nobody else gets here.
+            self.path.chmod(0o666)
+        except OSError as error:
+            raise GatewaySocketError(f"{self.path} cannot be opened: {error.strerror or error}") from None
+
+    async def wait_for_gateway(self, within_s: float) -> None:
+        """Return once a gateway listens for this run. Raises GatewaySocketError."""
+        try:
+            async with asyncio.timeout(within_s):
+                while True:
+                    with contextlib.suppress(OSError):
+                        _, writer = await asyncio.open_unix_connection(self._gateway_socket)
+                        await _closed(writer)
+                        return
+                    await asyncio.sleep(_LOOK_EVERY_S)
+        except TimeoutError:
+            raise GatewaySocketError(
+                f"no gateway opened {self._gateway_socket} within {within_s:g} s"
+            ).with_remedy(
+                "run a gateway on this machine with RINGFENCE_GATEWAY_SOCKETS set to the same folder, and see its log"
+            ) from None
+
+    async def close(self) -> None:
+        """End all connections, and remove the socket. Idempotent."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+        for connection in list(self._connections):
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+        self.path.unlink(missing_ok=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        this = asyncio.current_task()
+        assert this is not None
+        self._connections.add(this)
+        try:
+            if len(self._connections) <= _MAX_CONNECTIONS:
+                await self._relay(reader, writer)
+        except OSError:
+            pass  # one of both sides has gone
+        finally:
+            self._connections.discard(this)
+            await _closed(writer)
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        gateway_reader, gateway_writer = await asyncio.open_unix_connection(self._gateway_socket)
+        self.relayed += 1
+        outward = asyncio.create_task(_pump(reader, gateway_writer))
+        try:
+            # What the gateway closes is over: the run's end, for one. What the program closes may wait for its answer.
+            await _pump(gateway_reader, writer)
+        finally:
+            outward.cancel()
+            await asyncio.gather(outward, return_exceptions=True)
+            await _closed(gateway_writer)
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(_CHUNK):
+        writer.write(data)
+        await writer.drain()
+    if writer.can_write_eof():
+        writer.write_eof()
+
+
+async def _closed(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()

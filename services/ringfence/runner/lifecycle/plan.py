@@ -1,0 +1,135 @@
+"""The plan of a run: whose it is, what it executes, and what it may use. And the rules that a runner checks first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.ids import digest
+from ringfence.messages.run import Mount as NamedMount
+from ringfence.messages.run import RunLimits
+from ringfence.model.identity.runners import runner_issuer
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.unknown_fields import is_understood
+from ringfence.runner.sandbox.backend import Mount
+from ringfence.runner.sandbox.syscall_policy import policy_text
+
+WORKSPACE = "/workspace"
+"""The folder inside that mounts stand in, each under its name."""
+
+
+class RunRefusedError(RingfenceError):
+    """Raised when a run may not start as it was asked for. Nothing has been claimed or started."""
+
+    code = "run_refused"
+
+
+@dataclass(frozen=True)
+class PlannedMount:
+    """A mounted folder, by the name that the run's record has for it. No record holds a path of the host."""
+
+    name: str
+    host: Path
+    writable: bool = False
+
+    @property
+    def inside(self) -> str:
+        return f"{WORKSPACE}/{self.name}"
+
+    def for_sandbox(self) -> Mount:
+        return Mount(self.host, self.inside, self.writable)
+
+    def for_record(self) -> NamedMount:
+        return NamedMount(name=self.name, read_write=self.writable)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything that a run is about. `execute` needs nothing else of who ordered it."""
+
+    run_id: str
+    agent_id: str
+    task_id: str
+    argv: tuple[str, ...]
+    deadline_s: int
+    """The end of the run at the latest, in seconds since 1970."""
+    limits: RunLimits
+    nonce: str | None = None
+    """Of a local run; an ordered run has `order_id` and `ordered_by`."""
+    order_id: str | None = None
+    ordered_by: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Besides what the run itself sets. Never from an order."""
+    mounts: tuple[PlannedMount, ...] = ()
+    image: str | None = None
+    image_digest: str | None = None
+    policy_digest: str | None = None
+    """Over the rules of the runner's pool. None: over the rules of the sandbox alone."""
+
+    @property
+    def working_directory(self) -> str | None:
+        """The first mount; None is the home directory."""
+        return self.mounts[0].inside if self.mounts else None
+
+    def rules_digest(self, backend: str) -> str:
+        """Return the digest of what the sandbox allows: backend, limits, mounts, system calls and the pool's rules."""
+        rules = {
+            "backend": backend,
+            "limits": self.limits.model_dump(),
+            "mounts": [mount.for_record().model_dump() for mount in self.mounts],
+            "image": self.image_digest,
+            "syscalls": digest(policy_text()),
+            "pool": self.policy_digest,
+        }
+        return digest(json.dumps(rules, sort_keys=True, separators=(",", ":")))
+
+
+def check_plan(plan: RunPlan, directory: Directory, trust_domain: str, runner: str, now_s: float) -> None:
+    """Check, as a runner, what policy, issuer and registry would refuse later. They decide for themselves all the same.
+
+    Args:
+        directory: verified records, up to date.
+        runner: the runner's name in the trust bundle.
+        now_s: the present, in seconds.
+
+    Raises RunRefusedError.
+    """
+    try:
+        task, agent = directory.task(plan.task_id), directory.agent(plan.agent_id)
+    except ChainError as error:
+        raise RunRefusedError(f"the records of the task or its agent do not verify: {error}") from None
+    if task is None:
+        raise RunRefusedError(f"there is no task {plan.task_id}", code="task_unknown").with_remedy(
+            "assign one: ringfence task assign AGENT --allow SCOPE --for 1h --purpose TEXT; or use --assign"
+        )
+    if task.state.status != "active" or task.state.not_after <= now_s:
+        raise RunRefusedError(f"task {plan.task_id} has ended", code="task_ended").with_remedy(
+            "assign the agent a new one"
+        )
+    if task.state.agent_id != plan.agent_id:
+        message = f"task {plan.task_id} was assigned to {task.state.agent_id}"
+        raise RunRefusedError(message, code="task_other_agent")
+    if agent is None or agent.state.status != "active":
+        status = agent.state.status if agent is not None else "unknown"
+        raise RunRefusedError(f"agent {plan.agent_id} is {status}", code=f"agent_{status}")
+    issuer = runner_issuer(trust_domain, runner)
+    lives = [
+        selector.max_life_s
+        for selector in agent.state.attestation or ()
+        if selector.runner == runner and selector.issuer == issuer and is_understood(selector)
+    ]
+    if not lives:
+        raise RunRefusedError(
+            f"agent {plan.agent_id} does not let {runner} start runs of it", code="instance_unmatched"
+        ).with_remedy(
+            f"its sponsor does: ringfence agent set-attestation {plan.agent_id} --selector runner={runner}"
+        )
+    # The enrolment of the run's key is not renewed: it has to last until the end.
+    if plan.deadline_s - now_s > max(lives) + 1:
+        raise RunRefusedError(
+            f"agent {plan.agent_id} lets runs by {runner} last {max(lives)} s at most", code="run_too_long"
+        ).with_remedy(f"use a shorter --ttl, or let its sponsor allow more: --selector 'runner={runner} life=2h'")

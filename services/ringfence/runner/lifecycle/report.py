@@ -1,0 +1,60 @@
+"""The report of a run: what it was allowed, what it used, what was denied, and how it was destroyed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ringfence.runner.sandbox.backend import Destruction
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The end of a run, for people and as JSON."""
+
+    run_id: str
+    agent_id: str
+    task_id: str
+    backend: str
+    code: int
+    """What a shell reports: the command's exit status, or 128 and the number of the signal that ended it."""
+    reason: str | None
+    """Why it ended, if the command did not end by itself."""
+    wall_s: float
+    destruction: Destruction
+    published: bool
+    """Whether Kafka has the run's end. If not, its leases end when the runner is silent, or at the deadline."""
+    allowed: list[dict[str, Any]] = field(default_factory=list)
+    denied: list[dict[str, Any]] = field(default_factory=list)
+    left_in_mounts: tuple[str, ...] = ()
+    live_leases: tuple[str, ...] = ()
+    """Leases that had not ended when the report was made."""
+    connections: int = 0
+    """Connections to the gateway."""
+    unknown: str | None = None
+    """Why `allowed` and `denied` may be incomplete."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        gone = self.destruction
+        return {
+            "run_id": self.run_id,
+            "agent_id": self.agent_id,
+            "task_id": self.task_id,
+            "backend": self.backend,
+            "exit": {"code": self.code, "reason": self.reason},
+            "allowed": self.allowed,
+            "denied": self.denied,
+            **({"incomplete": self.unknown} if self.unknown else {}),
+            "used": {"wall_s": round(self.wall_s, 3), **asdict(gone.usage), "connections": self.connections},
+            "destroyed": {
+                "complete": gone.complete and not self.live_leases and self.published,
+                "processes": list(gone.processes),
+                "mounts": list(gone.mounts),
+                "cgroups": list(gone.cgroups),
+                "files": list(gone.files),
+                "live_leases": list(self.live_leases),
+                "end_published": self.published,
+                "left_in_mounts": list(self.left_in_mounts),
+            },
+        }
