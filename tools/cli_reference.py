@@ -76,10 +76,17 @@ def reference() -> str:
 
 def _command(path: str, command: Any) -> Iterator[str]:
     subcommands = getattr(command, "commands", None)
+    if subcommands and any(p.param_type_name == "argument" for p in command.params):
+        yield from _own(path, command)
     if subcommands:
         for name, subcommand in subcommands.items():
             yield from _command(f"{path} {name}", subcommand)
         return
+    yield from _own(path, command)
+
+
+def _own(path: str, command: Any) -> Iterator[str]:
+    """What a command does itself; `run` does so besides having subcommands."""
     arguments = [_metavar(p) for p in command.params if p.param_type_name == "argument"]
     yield f"### `{' '.join([path, *arguments])}`\n"
     yield f"{(command.help or '').strip()}\n"
@@ -110,7 +117,11 @@ def _about(param: Any) -> str:
     if param.required:
         return f"{text} Required."
     default = param.default
-    return text if default in (None, False, True, ()) else f"{text} Default: `{default}`."
+    return (
+        text
+        if default is None or isinstance(default, bool) or default == ()
+        else f"{text} Default: `{default}`."
+    )
 
 
 if __name__ == "__main__":

@@ -104,6 +104,9 @@ COMMANDS: dict[str, CommandEntry] = {
     "request": CommandEntry(
         "commands.request", "request", _CREDENTIALS, "As an agent: ask for a credential."
     ),
+    "run": CommandEntry(
+        "commands.run", "app", _CREDENTIALS, "An agent's command in a fresh sandbox; runs of fleets."
+    ),
     "release": CommandEntry(
         "commands.release", "release", _CREDENTIALS, "As an agent: give a credential back."
     ),

@@ -18,13 +18,13 @@ _WORD_ENDS: Final = frozenset(" \t\n")
 _OPERATORS: Final = frozenset("|&;")
 
 FILE_METAVARS: Final = frozenset({"FILE", "[PATH]"})
-FOLDER_METAVARS: Final = frozenset({"DIR", "FOLDER"})
+FOLDER_METAVARS: Final = frozenset({"DIR", "DIR[:rw]", "FOLDER"})
 COMMAND_METAVARS: Final = frozenset({"[-- COMMAND...]"})
 """A program's own words: the shell completes file names there."""
 NOT_COMPLETED: Final = frozenset({
-    "CLAIM", "CODE", "DAYS", "DURATION", "HOST:PORT", "HOURS", "MOMENT", "NAME=VALUE", "NUMBER", "PARTY=PRINCIPAL",
-    "PERCENT", "PERMISSION", "PORT", "RESOURCE", "SECONDS", "SELECTOR", "TEXT", "THUMBPRINT", "URL", "UTC", "VERB",
-    "VERB[=CLASS]", "VERB[=FLOOR]", "WHEN",
+    "CLAIM", "CODE", "DAYS", "DURATION", "HOST:PORT", "HOURS", "IMAGE", "MOMENT", "NAME=VALUE", "NUMBER",
+    "PARTY=PRINCIPAL", "PERCENT", "PERMISSION", "PORT", "RESOURCE", "SECONDS", "SELECTOR", "SIZE", "TEXT", "THUMBPRINT",
+    "URL", "UTC", "VERB", "VERB[=CLASS]", "VERB[=FLOOR]", "WHEN",
 })  # fmt: skip
 """Placeholders of what only the caller knows."""
 
@@ -94,7 +94,7 @@ def read(root: Any, words: Sequence[str]) -> Typed | None:
             typed.only_arguments = True
         elif word.startswith("-") and word != "-" and not typed.only_arguments:
             _read_option(typed, word)
-        elif _is_group(typed.command):
+        elif _takes_command(typed):
             inner = typed.command.get_command(None, word)
             if inner is None:
                 return None
@@ -143,7 +143,7 @@ def slot(typed: Typed, current: str) -> Slot | None:
             usable = param is not None and not _is_flag(param)
             return Slot("value", param, value, f"{name}=") if usable else None
         return Slot("option", None, current)
-    if _is_group(typed.command):
+    if _takes_command(typed):
         return Slot("command", None, current)
     places = [param for param in typed.command.params if param.param_type_name == "argument"]
     index = len(typed.arguments)
@@ -238,6 +238,17 @@ def _choices(param: Any) -> tuple[str, ...]:
 
 def _is_group(command: Any) -> bool:
     return hasattr(command, "list_commands")
+
+
+def _takes_command(typed: Typed) -> bool:
+    """Return whether the next word names a command.
+
+    A group with arguments of its own (`run`) takes one only as its first word.
+    """
+    if not _is_group(typed.command):
+        return False
+    own = any(param.param_type_name == "argument" for param in typed.command.params)
+    return not own or not (typed.options or typed.arguments or typed.only_arguments)
 
 
 def _is_flag(param: Any) -> bool:

@@ -1,0 +1,148 @@
+"""`ringfence run`: an agent's command in a fresh sandbox on this machine; subcommands for the runs of fleets.
+
+The words `order`, `list`, `show` and `stop` directly after `run` are subcommands. Everything else is a local run, whose
+command comes after `--`: `ringfence run --task TASK -- list` runs a program of that name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ringfence.cli.shared.arguments import check_name
+from ringfence.cli.shared.id_lookup import check_whole_id
+from ringfence.cli.shared.options import IdentityOption, JsonOption
+
+
+class RunGroup(TyperGroup):
+    """A group that runs its own callback, with a command line of its own, unless the first word is a subcommand."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the options of a local run, or leave all words to a subcommand."""
+        if args and args[0] in self.commands:
+            super().parse_args(ctx, [])
+            ctx._protected_args, ctx.args = args[:1], args[1:]
+            return args[1:]
+        after = args[args.index("--") + 1 :] if "--" in args else []
+        rest = super().parse_args(ctx, args)
+        if (command := ctx.params.get("command")) and list(command) != after:
+            raise typer.BadParameter(
+                "write the command after --, as in: ringfence run --task TASK -- COMMAND",
+                ctx=ctx,
+                param_hint=repr(command[0]),
+            )
+        return rest
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the usage: a local run, which is no word followed by a subcommand."""
+        return ["[OPTIONS]", "-- COMMAND..."]
+
+
+app = typer.Typer(cls=RunGroup, invoke_without_command=True)
+
+
+@app.callback()
+def run(
+    ctx: typer.Context,
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- COMMAND...]", help="What to run.", show_default=False),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            metavar="TASK",
+            callback=check_whole_id,
+            help="The whole id of the task that this is for.",
+        ),
+    ] = None,
+    assign: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--assign",
+            metavar="PERMISSION",
+            help="Instead of --task: assign a task with this permission for the run, and end it with the run. "
+            "Repeatable.",
+        ),
+    ] = None,
+    agent: Annotated[
+        str | None,
+        typer.Option(
+            "--agent", metavar="AGENT", callback=check_name, help="With --assign: the agent that acts."
+        ),
+    ] = None,
+    mount: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mount",
+            metavar="DIR[:rw]",
+            help="A folder that the command sees at its own path; read-only without :rw. Repeatable.",
+        ),
+    ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            "--image", metavar="IMAGE", help="The container image, by its digest; for the backend oci."
+        ),
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--env", metavar="NAME=VALUE", help="A variable of the command's environment. Repeatable."
+        ),
+    ] = None,
+    ttl: Annotated[str, typer.Option("--ttl", metavar="DURATION", help="How long the run may take.")] = "30m",
+    memory: Annotated[
+        str,
+        typer.Option(
+            "--memory", metavar="SIZE", help="The most memory: a number of bytes, or with K, M or G."
+        ),
+    ] = "2G",
+    cpus: Annotated[
+        float, typer.Option("--cpus", metavar="NUMBER", min=0.001, max=1024, help="How many processors.")
+    ] = 1.0,
+    pids: Annotated[
+        int, typer.Option("--pids", metavar="NUMBER", min=1, max=4_194_304, help="How many processes.")
+    ] = 256,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            "--backend", metavar="bubblewrap|oci", help="What makes the sandbox; the first that is here."
+        ),
+    ] = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run an agent's command in a fresh sandbox. Its only way out is the gateway, and nothing is left at the end.
+
+    Exit status, signals and streams are the command's. With --json, a report of the run is the last line of stderr.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    if not command:
+        raise typer.BadParameter("write what to run: ringfence run --task TASK -- COMMAND")
+    if (task is None) == (not assign):
+        raise typer.BadParameter("give --task, or --assign for a task of this run alone", param_hint="--task")
+    if bool(assign) != (agent is not None):
+        raise typer.BadParameter("--assign and --agent go together", param_hint="--agent")
+    from ringfence.cli.commands.run_local import run_local
+
+    run_local(
+        command=command,
+        task=task,
+        assign=assign or [],
+        agent=agent,
+        mount=mount or [],
+        image=image,
+        env=env or [],
+        ttl=ttl,
+        memory=memory,
+        cpus=cpus,
+        pids=pids,
+        backend=backend,
+        me=me,
+        as_json=as_json,
+    )
