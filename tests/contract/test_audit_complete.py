@@ -102,6 +102,7 @@ OUTCOMES: dict[str, dict[str, set[str]]] = {
     },
     "DeadLetter": {"": {"record.dead_lettered"}},
     "RunOrder": {"": {"run.ordered"}},
+    "RunStop": {"": {"run.stop_ordered"}},
     "Run": {
         "claimed": {"run.claimed", "run.refused"},
         "started": {"run.started"},

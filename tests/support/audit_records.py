@@ -44,7 +44,7 @@ from ringfence.messages.registry import (
     UserSet,
     VerbFloor,
 )
-from ringfence.messages.run import Mount, Run, RunExit, RunLimits, RunOrder
+from ringfence.messages.run import Mount, Run, RunExit, RunLimits, RunOrder, RunStop
 from ringfence.messages.topics import (
     AGENT,
     APPROVAL_REQUEST,
@@ -232,6 +232,8 @@ def runs(office: AuditFixtures) -> dict[str, Received]:
     told("run claimed", "claimed", of_order)
     told("run started", "started", of_order)
     told("run ended", "ended", of_order, exit=RunExit(code=0))
+    stop = office.claims(RunStop, sam, run_id=run_id_of("", order_id=order_id), reason="enough")
+    found["run stop"] = office.signed(RUN_ORDER, stop, sam)
     told("run claimed again", "claimed", of_order)
     for name, status, more in (
         (

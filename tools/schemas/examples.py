@@ -48,7 +48,7 @@ from ringfence.messages.operations import (
     ServiceEvent,
 )
 from ringfence.messages.permission import Permission
-from ringfence.messages.run import Mount, Run, RunExit, RunLimits, RunOrder
+from ringfence.messages.run import Mount, Run, RunExit, RunLimits, RunOrder, RunStop
 from ringfence.messages.signals import SignalStream
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 
@@ -420,6 +420,11 @@ _ALL: tuple[Message, ...] = (
         mounts=(Mount(name="sources"), Mount(name="reports", read_write=True)),
         limits=_LIMITS,
         ttl_s=1800,
+    ),
+    RunStop(
+        **_claims(_MARIA, exp=AT + 60),
+        run_id="9d1c2b3a-4f5e-5a6b-8c7d-2b3a4f5e5a6b",
+        reason="it reviews the wrong branch",
     ),
     Run(
         **_claims(_service("runner-1")),

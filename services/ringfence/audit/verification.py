@@ -276,6 +276,10 @@ class RecordVerifier:
         later = record.partition != partition or record.offset > offset
         return revision if later else None
 
+    def run_of(self, run_id: str) -> Run | None:
+        """The run with this id as it is now; None if there is none that counts."""
+        return self._directory.runs.get(run_id)
+
     def run_counted(self, record: Received, claims: Run) -> bool | None:
         """Whether a verified record of a run took the run forward. None if the local table has not read it yet."""
         return self._directory.runs.counted(claims.run_id, record.partition, record.offset)

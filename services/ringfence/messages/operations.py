@@ -92,6 +92,8 @@ class Heartbeat(Claims):
     """Of revokers, for `lease` and `revocation.request`: what has come since the heartbeat before."""
     halted: Annotated[tuple[GroupName, ...], Field(max_length=100)] = ()
     """Of revokers: their consumer groups that have halted. While one is named, issuers and gateways deny."""
+    runs: Annotated[tuple[Uuid, ...], Field(max_length=1000)] = ()
+    """Of runners: the runs that go on in the process that sends this. Several processes may be one runner."""
 
 
 class DeadLetter(Message):

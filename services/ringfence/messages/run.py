@@ -1,4 +1,4 @@
-"""Runs: an agent's command in a fresh sandbox. The order for one, signed by a user, and its record, by a runner."""
+"""Runs: an agent's command in a fresh sandbox. Orders and stops, signed by users, and records, by runners."""
 
 from __future__ import annotations
 
@@ -63,6 +63,18 @@ class RunOrder(ExpiringClaims):
     limits: RunLimits
     ttl_s: TtlSeconds
     """How long the run may take, from its claim."""
+
+
+class RunStop(ExpiringClaims):
+    """End a run, or an order that waits: signed by a user who may order it. Its Kafka key is the run's id.
+
+    It holds for the run from then on, whoever reads it and when: a run that a stop names does not start.
+    """
+
+    typ: ClassVar[str] = "run.stop"
+
+    run_id: Uuid
+    reason: NonEmpty
 
 
 class RunExit(Message):

@@ -35,7 +35,7 @@ from ringfence.messages.enrolment import InstanceEnrol, InstanceEnrolment
 from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
 from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, Heartbeat, ServiceEvent
 from ringfence.messages.registry import COMMANDS, AgentRecord, TargetRecord, TaskRecord, UserRecord
-from ringfence.messages.run import Run, RunOrder
+from ringfence.messages.run import Run, RunOrder, RunStop
 from ringfence.messages.signals import SignalStream
 from ringfence.messages.trust import TrustBundle
 
@@ -201,7 +201,15 @@ AUDIT = Topic(
 SIGNAL_STREAM = Topic(
     "signal.stream", (SignalStream,), "receiver", "jws", ("signals",), ("signals", "audit (what is none)")
 )
-RUN_ORDER = Topic("run.order", (RunOrder,), "pool", "jws", ("users",), ("runner", "audit"), 7 * _DAY)
+RUN_ORDER: Topic[Any] = Topic(
+    "run.order",
+    (RunOrder, RunStop),
+    "pool; of a stop the run id",
+    "jws",
+    ("users",),
+    ("runner", "audit"),
+    7 * _DAY,
+)
 RUN = Topic(
     "run",
     (Run,),
@@ -225,7 +233,7 @@ DEAD_LETTER = Topic(
     (DeadLetter,),
     "source topic",
     "json",
-    ("registry", "policy", "issuer", "revoker", "signals", "audit"),
+    ("registry", "policy", "issuer", "revoker", "signals", "runner", "audit"),
     ("operators", "agents", "users", "scim", "audit"),
     30 * _DAY,
 )

@@ -25,7 +25,7 @@ from ringfence.audit.events.ocsf import (
 )
 from ringfence.kernel.base.ids import message_id
 from ringfence.messages.credential import Reason
-from ringfence.messages.run import Mount, Run, RunOrder
+from ringfence.messages.run import Mount, Run, RunOrder, RunStop
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.records.runs import run_id_of
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from ringfence.kernel.kafka.record import Received
 
 ORDERED: Final = event_kind("run.ordered", AUTHORIZE_SESSION, "Order Run", status="Requested", severity=LOW)
+STOP_ORDERED: Final = event_kind(
+    "run.stop_ordered", AUTHORIZE_SESSION, "Stop Run", status="Requested", severity=LOW
+)
 STATUSES: Final[Mapping[str, EventKind]] = {
     "claimed": event_kind("run.claimed", AUTHENTICATION, "Claim Run"),
     "started": event_kind("run.started", AUTHENTICATION, 1),
@@ -77,6 +80,36 @@ def ordered(
     }
     return event(
         record, ORDERED, message, attributes, fields, key=claims.agent_id, correlation=claims.task_id
+    )
+
+
+def stop_ordered(
+    record: Received, claims: RunStop, subject_fields: Mapping[str, Any], verified: dict[str, Any]
+) -> OcsfEvent:
+    """A person ordered the end of a run. `subject_fields`: those of its agent and task, as far as they are known."""
+    signer = user_of(claims.iss)
+    reason = scrubbed(claims.reason)
+    fields = {
+        **subject_fields,
+        "run": claims.run_id,
+        "comment": reason,
+        "outcome": "requested",
+        "verified": verified,
+    }
+    agent = subject_fields.get("agent")
+    attributes = {
+        "user": user_of(spiffe_id(claims.aud, "agent", agent)) if agent else signer,
+        "actor": {"user": signer},
+        "privileges": [],
+    }
+    return event(
+        record,
+        STOP_ORDERED,
+        f"{signer['name']} ordered the end of run {claims.run_id}: {reason}",
+        attributes,
+        fields,
+        key=agent or claims.run_id,
+        correlation=subject_fields.get("task"),
     )
 
 

@@ -46,7 +46,7 @@ _ORDER = {
     for rank, code in enumerate(
         (
             "task.assign", "task.delegate", "command.accepted", "task.assigned", "task.delegated",
-            "grant.given", "grant.withdrawn", "run.ordered", "run.claimed", "run.started",
+            "grant.given", "grant.withdrawn", "run.ordered", "run.stop_ordered", "run.claimed", "run.started",
             "credential.requested", "approval.required", "break_glass.asked",
             "approval.requested", "approval.given", "approval.denied", "withdrawal.requested", "request.allowed",
             "break_glass.used", "request.refused",

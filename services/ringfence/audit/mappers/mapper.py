@@ -17,7 +17,7 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.credential import CredentialRequest, RequestWithdraw
-from ringfence.messages.run import RunOrder
+from ringfence.messages.run import RunOrder, RunStop
 from ringfence.model.identity.spiffe_ids import subject_of
 
 PENDING_CODES: Final = frozenset({"key_unknown", "chain_broken", "not_reviewer", "break_glass_unknown"})
@@ -84,6 +84,11 @@ class RecordMapper:
             fields["sponsor"] = self._verifier.sponsor_of(fields["agent"])
         return fields
 
+    def _run_fields(self, run_id: str) -> dict[str, Any]:
+        """Fields of a run's agent and task. Empty if no runner has said anything of the run."""
+        run = self._verifier.run_of(run_id)
+        return self._agent_fields(run.agent_id, run.task_id) if run is not None else {}
+
     def _task_fields(self, task: str) -> dict[str, Any]:
         state = self._verifier.task_of(task)
         return subjects.task_fields(state) if state is not None else {}
@@ -114,6 +119,8 @@ class RecordMapper:
                 return subjects.credential_fields(None, facts) or {"request": claims.request_id}
             case Grant() | ActionApproval() | ActionRequest() | RunOrder():
                 return self._agent_fields(claims.agent_id, getattr(claims, "task_id", None))
+            case RunStop():
+                return self._run_fields(claims.run_id)
             case ExpiringClaims() if claims.typ in registry.command_typs():
                 return registry.subject_of_command(claims)[2]
             case _:

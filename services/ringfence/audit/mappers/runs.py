@@ -6,9 +6,10 @@ from typing import Any
 
 from ringfence.audit.events import runs
 from ringfence.audit.mappers.mapper import MappedEvent, Mapper, RecordMapper, lacks_names
+from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.base import Topic
-from ringfence.messages.run import Run, RunOrder
+from ringfence.messages.base import Topic, typ_header
+from ringfence.messages.run import Run, RunOrder, RunStop
 from ringfence.messages.topics import RUN, RUN_ORDER
 
 
@@ -19,6 +20,8 @@ class RunMapper(RecordMapper):
         return {RUN_ORDER: self._order, RUN: self._run}
 
     def _order(self, record: Received) -> MappedEvent:
+        if parse(record.value).header.typ == typ_header(RunStop):
+            return self._stop(record)
         signed = self._verifier.by_user(record, RunOrder)
         claims = signed.claims
         fields = self._agent_fields(claims.agent_id, claims.task_id)
@@ -27,6 +30,16 @@ class RunMapper(RecordMapper):
             return MappedEvent(replay)
         event = runs.ordered(record, claims, fields, signed.verified())
         return MappedEvent(event, lacks_names(event))
+
+    def _stop(self, record: Received) -> MappedEvent:
+        signed = self._verifier.by_user(record, RunStop)
+        claims = signed.claims
+        fields = self._run_fields(claims.run_id)
+        replay = self._replay(record, signed, lambda: fields)
+        if replay is not None:
+            return MappedEvent(replay)
+        # Of an order that waits, no runner has said anything yet.
+        return MappedEvent(runs.stop_ordered(record, claims, fields, signed.verified()), not fields)
 
     def _run(self, record: Received) -> MappedEvent:
         signed = self._verifier.by_service(record, Run, *Run.signed_by)

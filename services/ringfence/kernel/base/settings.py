@@ -120,6 +120,9 @@ class BusSettings(RingfenceSettings):
     trust_domain: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = "ringfence.local"
     trust_root: str = ""
     """The root key's fingerprint (RFC 7638 thumbprint); `ringfence init` prints it."""
+    run_grace_s: Annotated[float, Field(ge=2, le=3600)] = 60.0
+    """How long a runner may be silent, in seconds; the same for runners and revokers. At half of it a runner freezes
+    its sandboxes, at its end it destroys them, and revokers end the leases of its runs."""
     embedded_broker: bool = False
     """Set for the embedded broker alone, whose manners differ (`ringfence.kernel.kafka.embedded_broker`)."""
 
